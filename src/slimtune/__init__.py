@@ -1,0 +1,40 @@
+"""Parameter-efficient fine-tuning: plan, train, prove, ship.
+
+The public names are sorted and lazy: `import slimtune` and `slimtune --help` import no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AutoPeftModelForCausalLM": "adapt.auto",
+    "AutoPeftModelForFeatureExtraction": "adapt.auto",
+    "AutoPeftModelForSeq2SeqLM": "adapt.auto",
+    "AutoPeftModelForSequenceClassification": "adapt.auto",
+    "AutoPeftModelForTokenClassification": "adapt.auto",
+    "LoraConfig": "methods.lora",
+    "PeftConfig": "methods.config",
+    "PeftModel": "adapt.model",
+    "TaskType": "methods.config",
+    "get_peft_model": "adapt.model",
+    "get_peft_model_state_dict": "adapt.checkpoint",
+    "set_peft_model_state_dict": "adapt.checkpoint",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'slimtune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"slimtune.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
