@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from ..errors import ConfigError, listed, nearest
 from .config import PeftConfig
 
-_NOT_METHODS = {"config", "contract"}
+_NOT_METHODS = {"config", "contract", "patterns"}
 
 
 @cache

@@ -1,0 +1,32 @@
+"""Facts about architectures: which layers are adapted when `target_modules` is None (PEFT's choice, name for name)."""
+
+from __future__ import annotations
+
+_QV = ["q_proj", "v_proj"]
+_BERT = ["query", "value"]
+_FUSED = ["query_key_value"]
+
+DEFAULT_TARGETS: dict[str, list[str]] = {
+    **dict.fromkeys(
+        ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2",
+         "gemma3_text", "qwen2", "qwen3"),
+        _QV,
+    ),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _BERT),
+    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), _FUSED),
+    **dict.fromkeys(("t5", "mt5"), ["q", "v"]),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ["c_attn"]),
+    "blip-2": ["q", "v", "q_proj", "v_proj"],
+    "deberta-v2": ["query_proj", "value_proj"],
+    "deberta": ["in_proj"],
+    "mpt": ["Wqkv"],
+    "btlm": ["c_proj", "c_attn"],
+    "codegen": ["qkv_proj"],
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
+    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "rwkv": ["key", "value", "receptance", "output"],
+    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
+}  # fmt: skip
+
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that are new to a task, and so are trained whole where the model has them (PEFT's lists)."""

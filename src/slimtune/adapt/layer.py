@@ -1,0 +1,188 @@
+"""The ONE adapted layer: a module of the base, adapted where it stands.
+
+Attaching changes a module's class, not the module: `q_proj` stays the same object with the same parameters under the
+same names, its class becomes a subclass of the old one whose forward adds the active deltas. (torch does the same in
+`parametrize` and FSDP2.) Detaching gives the class back. So tied heads, `module.weight`, checkpoints of the base and
+`isinstance(q_proj, nn.Linear)` go on working.
+
+Beside its parameters an adapted module holds, by adapter name:
+    `adapters.<name>`   a method's delta
+    `owned.<name>`      the adapter's own copy of some of the module's parameters (a new head, a trained bias)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..methods.contract import Delta, MergeRefused, Site
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Return `"linear"` or `"embedding"` where a delta can be added to `module`, else None."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return "linear"
+    return "embedding" if isinstance(module, nn.Embedding) else None
+
+
+def transposed(module: nn.Module) -> bool:
+    """Return whether the module keeps its weight as `(in, out)`, as Conv1D and Embedding do."""
+    return isinstance(module, Conv1D | nn.Embedding)
+
+
+def site_of(name: str, module: nn.Module, *, autocast: bool = True) -> Site:
+    """Return the site a delta is built for; its parameters are fp32 above a 16-bit base unless `autocast` is off."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, nn.Linear):  # a quantized weight's shape says nothing
+        out_features, in_features = module.out_features, module.in_features
+    else:
+        in_features, out_features = weight.shape
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    if autocast and dtype in (torch.float16, torch.bfloat16):
+        dtype = torch.float32
+    kind = kind_of(module)
+    assert kind == "linear" or kind == "embedding"
+    return Site(name, kind, in_features, out_features, weight.device, dtype)
+
+
+class Adapted(nn.Module):
+    """Mixed into the class of an adapted module; see the top of this file."""
+
+    adapters: nn.ModuleDict
+    owned: nn.ModuleDict
+    _deltas: tuple[Delta, ...]
+    _mine: nn.Module | None
+    _kept: dict[str, nn.Parameter] | None
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the frozen module, then each active delta: `(..., in)` to `(..., out)`."""
+        y = super().forward(x, *args, **kwargs)
+        for delta in self._deltas:
+            y = delta(x, y)
+        return y
+
+
+def adapt(module: nn.Module) -> Adapted:
+    """Make `module` adapted, in place; one that is adapted already is returned as it is."""
+    if not isinstance(module, Adapted):
+        module.__class__ = _adapted_class(type(module), tuple(module._parameters))
+        module.adapters, module.owned = nn.ModuleDict(), nn.ModuleDict()
+        _note(module, _deltas=(), _mine=None, _kept=None)
+    assert isinstance(module, Adapted)
+    return module
+
+
+def restore(module: Adapted) -> None:
+    """Give `module` its own class back and drop every adapter; a merge that was made stays."""
+    del module.adapters, module.owned
+    for name in ("_deltas", "_mine", "_kept"):
+        del module.__dict__[name]
+    module.__class__ = type(module).__bases__[1]
+
+
+def add_delta(module: nn.Module, adapter: str, delta: Delta) -> None:
+    """Put a delta beside `module` under an adapter's name; inactive until `activate`."""
+    adapt(module).adapters[adapter] = delta
+
+
+def own(module: nn.Module, adapter: str, names: Iterable[str], *, autocast: bool = True) -> None:
+    """Give an adapter its own trainable copy of the module's parameters `names`; inactive until `activate`."""
+    copies = nn.Module()
+    for name in names:
+        base = module._parameters[name]
+        assert base is not None
+        half = base.dtype in (torch.float16, torch.bfloat16)
+        wide = torch.float32 if autocast and half else base.dtype
+        copies.register_parameter(name, nn.Parameter(base.detach().to(wide, copy=True)))
+    adapt(module).owned[adapter] = copies
+
+
+def activate(module: Adapted, names: Iterable[str]) -> None:
+    """Make the deltas and copies of these adapters, in this order, the ones the module runs with."""
+    names = list(names)
+    mine = [module.owned[n] for n in names if n in module.owned]
+    deltas = tuple(module.adapters[n] for n in names if n in module.adapters)
+    _note(module, _deltas=deltas, _mine=mine[0] if mine else None)
+
+
+def remove(module: Adapted, adapter: str) -> None:
+    """Drop one adapter; the last one gives the module its own class back."""
+    for table in (module.adapters, module.owned):
+        if adapter in table:
+            del table[adapter]
+    if not module.adapters and not module.owned:
+        restore(module)
+
+
+def merge(name: str, module: Adapted, *, check: bool = False) -> None:
+    """Fold what is active into the module's own parameters; the originals are kept, object for object, for `unmerge`.
+
+    Raises:
+        MergeRefused: a method cannot be merged, the base is quantized, or (with `check`) the result is not finite.
+    """
+    if module._kept is not None:
+        return
+    merged = {n: p.detach().to(module._parameters[n].dtype) for n, p in _owned_active(module)}  # type: ignore[union-attr]
+    if module._deltas:
+        weight = merged.get("weight", module._parameters["weight"])
+        if weight is None or not weight.dtype.is_floating_point:
+            raise MergeRefused(f"{name} is quantized ({getattr(weight, 'dtype', None)}): load the base in 16 or 32 bits")
+        weight = weight.t() if transposed(module) else weight
+        with torch.no_grad():
+            for delta in module._deltas:
+                weight = delta.merged(weight)
+        merged["weight"] = weight.t().contiguous() if transposed(module) else weight
+    for n, tensor in merged.items():
+        if check and not torch.isfinite(tensor).all():
+            raise MergeRefused(f"{name}.{n} is not finite after merging: the adapter holds NaN or infinity")
+    kept = {n: module._parameters[n] for n in merged}
+    for n, tensor in merged.items():
+        # A new parameter object, so that a module tied to this one keeps what it had.
+        module._parameters[n] = nn.Parameter(tensor, requires_grad=False)
+    _note(module, _kept=kept, _deltas=(), _mine=None)
+
+
+def unmerge(module: Adapted) -> None:
+    """Put the original parameters back, bit for bit."""
+    if module._kept is not None:
+        module._parameters.update(module._kept)
+        _note(module, _kept=None)
+
+
+def is_merged(module: Adapted) -> bool:
+    """Return whether the module's parameters hold a merge."""
+    return module._kept is not None
+
+
+def _owned_active(module: Adapted) -> list[tuple[str, Tensor]]:
+    return list(module._mine.named_parameters()) if module._mine is not None else []
+
+
+def _note(module: nn.Module, **values: Any) -> None:
+    # Past nn.Module's __setattr__, which would register the deltas a second time.
+    module.__dict__.update(values)
+
+
+@cache
+def _adapted_class(base: type[nn.Module], parameters: tuple[str, ...]) -> type[Adapted]:
+    def own_or_base(name: str) -> property:
+        def get(self: Adapted) -> Any:
+            mine = self._mine
+            if mine is not None and name in mine._parameters:
+                copy = mine._parameters[name]
+                base_copy = self._parameters[name]
+                # The module computes in the dtype of its base whatever the copy is kept in.
+                return copy if base_copy is None or copy is None else copy.to(base_copy.dtype)
+            return self._parameters[name]
+
+        return property(get)
+
+    body: dict[str, Any] = {n: own_or_base(n) for n in parameters}
+    # The base's name: transformers and people read it.
+    return type(base.__name__, (Adapted, base), {**body, "__module__": base.__module__, "__doc__": base.__doc__})

@@ -1,0 +1,471 @@
+"""PeftModel: a base with adapters, in place.
+
+`get_peft_model(model, config)` returns the same object, adapted: its class becomes a subclass of its own class and of
+`PeftModel` (torch's FSDP2 and `parametrize` do the same), the matched modules become adapted layers, the rest is frozen.
+So the adapted model still is a `LlamaForCausalLM` and a `PreTrainedModel`: generate, Trainer, pipelines and TRL take it
+as it is. `unload()` gives back the very base that came in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+from transformers.utils import PushToHubMixin
+
+from ..bridge import announce, joined
+from ..errors import UsageError, listed, nearest
+from ..methods.config import PeftConfig, TargetedConfig
+from . import checkpoint, layer
+from .targets import MatchReport, select
+
+
+@dataclass
+class Attached:
+    """What is attached to a model: configs, reports and adapted modules by adapter name, and what is active."""
+
+    base_class: type[nn.Module]
+    was_trainable: dict[str, bool]
+    configs: dict[str, PeftConfig] = field(default_factory=dict)
+    reports: dict[str, MatchReport] = field(default_factory=dict)
+    members: dict[str, list[tuple[str, layer.Adapted]]] = field(default_factory=dict)
+    active: list[str] = field(default_factory=list)
+    merged: list[str] = field(default_factory=list)
+    enabled: bool = True
+
+    def modules(self) -> dict[str, layer.Adapted]:
+        """Every adapted module by name."""
+        return {n: m for members in self.members.values() for n, m in members}
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Adapt `model` in place and return it; its own weights are frozen and never written.
+
+    Args:
+        model: a transformers model, or any module with Linear, Conv1D or Embedding layers.
+        peft_config: the method's config.
+        adapter_name: name of the adapter.
+        mixed: taken for PEFT's sake; adapters of different methods mix in any case.
+        autocast_adapter_dtype: keep the adapter in fp32 above a 16-bit base.
+        revision: revision of the base, noted in the config.
+        low_cpu_mem_usage: taken for PEFT's sake; an adapter is made once, where it belongs.
+
+    Raises:
+        TargetError: a target, layer index, pattern or module to save matches nothing.
+        UsageError: the model has adapters already.
+    """
+    del mixed, low_cpu_mem_usage
+    if isinstance(model, PeftModel):
+        raise UsageError(f"the model already has adapters: {listed(model.peft_config)}", "a base without adapters",
+                         "model.add_adapter(name, config) for another one, or model.unload() first")  # fmt: skip
+    peft_config.revision = revision or peft_config.revision
+    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    return _become_peft(model)._first(adapter_name, peft_config, autocast_adapter_dtype)
+
+
+class PeftModel(PushToHubMixin):
+    """Mixed into the class of a base that has adapters; PEFT's names.
+
+    `PeftModel(model, config)` is `get_peft_model(model, config)`.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Adapt the model given; without arguments (copying) make a bare object."""
+        if not args and not kwargs:
+            return object.__new__(cls)
+        return get_peft_model(*args, **kwargs)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Do nothing: the base was initialised when it was made."""
+
+    # --- what is attached ---------------------------------------------------------------------------------------
+
+    @property
+    def _attached(self) -> Attached:
+        return self.__dict__["_slimtune"]
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Configs by adapter name."""
+        return self._attached.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters, in the order they are applied."""
+        return list(self._attached.active)
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the (first) active adapter."""
+        return self._attached.active[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """Config of the (first) active adapter."""
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the active adapter's method."""
+        return self.active_peft_config.peft_type
+
+    @property
+    def modules_to_save(self) -> set[str]:
+        """Names of the modules trained whole."""
+        return {n for r in self._attached.reports.values() for n in r.trained_whole}
+
+    @property
+    def base_model(self) -> Any:
+        """The base's backbone, as transformers means it; `base_model.model` is the whole model, as PEFT means it."""
+        return getattr(self, getattr(self, "base_model_prefix", "") or "\0", self)
+
+    def get_base_model(self) -> Any:
+        """Return the base: this very object, since adapting happens in place."""
+        return self
+
+    def match_report(self, adapter_name: str | None = None) -> MatchReport:
+        """Return what an adapter changes and what it leaves."""
+        return self._attached.reports[self._known(adapter_name or self.active_adapter)]
+
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        """Return (trained parameters, all parameters)."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's words."""
+        trained, every = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}")
+
+    # --- the life of adapters -----------------------------------------------------------------------------------
+
+    def _first(self, name: str, config: PeftConfig, autocast: bool, *, strict: bool = True) -> Self:
+        try:
+            self.add_adapter(name, config, autocast_adapter_dtype=autocast, strict=strict)
+        except BaseException:
+            self.unload()
+            raise
+        self.set_adapter(name, inference_mode=config.inference_mode)
+        if getattr(self, "is_gradient_checkpointing", False):
+            self.enable_input_require_grads()  # type: ignore[attr-defined]
+        return self
+
+    def add_adapter(
+        self: Any,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        strict: bool = True,
+    ) -> MatchReport:
+        """Attach one more adapter, inactive, and return what it matched.
+
+        Raises:
+            UsageError: the name is taken or cannot be a module's name.
+            TargetError: see `get_peft_model`.
+        """
+        del low_cpu_mem_usage
+        at = self._attached
+        if adapter_name in at.configs or not adapter_name or "." in adapter_name:
+            raise UsageError(f"{adapter_name!r} cannot name a new adapter", f"a name without dots, other than "
+                             f"{listed(at.configs)}", "delete_adapter(name) first to replace one")  # fmt: skip
+        if not isinstance(peft_config, TargetedConfig):
+            raise UsageError(f"{type(peft_config).__name__} adds nothing to layers", "a method's config: LoraConfig")
+        report = select(self, peft_config, strict=strict)
+        modules = dict(self.named_modules())
+        built = {n: peft_config.build(layer.site_of(n, modules[n], autocast=autocast_adapter_dtype)) for n in report.adapted}
+        for name, delta in built.items():
+            layer.add_delta(modules[name], adapter_name, delta)  # type: ignore[arg-type]
+        for name, parameters in _owned(report, modules).items():
+            layer.own(modules[name], adapter_name, parameters, autocast=autocast_adapter_dtype)
+            built.setdefault(name, modules[name])
+        at.configs[adapter_name], at.reports[adapter_name] = peft_config, report
+        at.members[adapter_name] = [(n, modules[n]) for n in built]
+        for _, p in checkpoint.parameters(self, adapter_name).items():
+            p.requires_grad_(False)
+        return report
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter (or several) the active one: it alone is applied, and it alone trains."""
+        at = self._attached
+        names = [self._known(n) for n in ([adapter_name] if isinstance(adapter_name, str) else adapter_name)]
+        if at.merged:
+            raise UsageError(f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first")
+        before, at.active = at.active, names
+        for name in {*before, *names}:
+            for p in checkpoint.parameters(self, name).values():
+                p.requires_grad_(name in names and not inference_mode)
+        self._refresh({*before, *names})
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Let the parameters of these adapters train, or not."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for p in checkpoint.parameters(self, self._known(name)).values():
+                p.requires_grad_(requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base alone inside the `with`; a merge is taken out and put back."""
+        at = self._attached
+        merged, was = list(at.merged), at.enabled
+        self.unmerge_adapter()
+        at.enabled = False
+        self._refresh(at.active)
+        try:
+            yield
+        finally:
+            at.enabled = was
+            self._refresh(at.active)
+            if merged:
+                self.merge_adapter(merged)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was the active one, the first that is left becomes active."""
+        at = self._attached
+        self._known(adapter_name)
+        if len(at.configs) == 1:
+            raise UsageError(f"{adapter_name!r} is the only adapter", "at least one is left", "model.unload() gives the base")
+        if at.merged:
+            raise UsageError(f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first")
+        for _, module in at.members.pop(adapter_name):
+            layer.remove(module, adapter_name)
+        del at.configs[adapter_name], at.reports[adapter_name]
+        at.active = [n for n in at.active if n != adapter_name]
+        self.set_adapter(at.active or next(iter(at.configs)))
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold the active adapters (or these) into the base's weights; `unmerge_adapter` restores them bit for bit.
+
+        Raises:
+            MergeRefused: a method cannot be merged, the base is quantized, or (safe_merge) a result is not finite.
+        """
+        at = self._attached
+        if at.merged:
+            return
+        names = [self._known(n) for n in adapter_names or at.active]
+        members = {n: m for a in names for n, m in at.members[a]}
+        self._refresh(at.configs, names)
+        try:
+            for name, module in members.items():
+                layer.merge(name, module, check=safe_merge)
+            at.merged = names
+        finally:
+            if not at.merged:
+                for module in members.values():
+                    layer.unmerge(module)
+                self._refresh(at.configs)
+
+    def unmerge_adapter(self) -> None:
+        """Take a merge out again: the base's parameters are the very objects they were."""
+        at = self._attached
+        for module in at.modules().values():
+            layer.unmerge(module)
+        at.merged = []
+        self._refresh(at.configs)
+
+    def merge_and_unload(
+        self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> Any:
+        """Merge for good and return the plain base: its own class, no adapters, its weights changed."""
+        del progressbar
+        names: dict[int, list[str]] = {}
+        for n, p in self.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(n)
+        shared = [group for group in names.values() if len(group) > 1]
+        self.unmerge_adapter()
+        self.merge_adapter(adapter_names, safe_merge)
+        after = dict(self.named_parameters(remove_duplicate=False))
+        model = self._strip()
+        if any(len({id(after[n]) for n in group}) > 1 for group in shared):
+            _untie(model)
+        return model
+
+    def unload(self) -> Any:
+        """Remove every adapter and return the plain base, bit for bit as it was attached to."""
+        self.unmerge_adapter()
+        return self._strip()
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        **_: Any,
+    ) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`; adapters not named "default" go to subfolders.
+
+        Raises:
+            UsageError: a pickle is asked for (safe_serialization=False), an unknown adapter, or a path that is a file.
+        """
+        if not safe_serialization:
+            raise UsageError("safe_serialization=False asks for a pickle", "safetensors", "leave the argument out")
+        if not is_main_process:
+            return
+        for name in selected_adapters or list(self.peft_config):
+            folder = Path(save_directory) if name == "default" else Path(save_directory, self._known(name))
+            checkpoint.save(self, folder, name, state_dict)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **hub: Any,
+    ) -> PeftModel:
+        """Attach an adapter from a folder or the Hub to `model`, in place.
+
+        Raises:
+            UsageError: there is no such folder or repository.
+            AdapterError: the adapter is for another base, its keys or shapes do not fit, or it is a pickle.
+        """
+        del low_cpu_mem_usage
+        config = config or PeftConfig.from_pretrained(model_id, **hub)
+        config.inference_mode = not is_trainable
+        tensors, base = checkpoint.read(model_id, **hub)
+        checkpoint.same_base(model, base, model_id)
+        if isinstance(model, PeftModel):
+            model.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype, config=config, **hub)
+            return model
+        adapted = _become_peft(model)._first(adapter_name, config, autocast_adapter_dtype, strict=False)
+        try:
+            checkpoint.load(adapted, adapter_name, tensors, where=str(model_id))
+        except BaseException:
+            adapted.unload()
+            raise
+        if not is_trainable:
+            adapted.eval()  # type: ignore[attr-defined]
+        return adapted
+
+    def load_adapter(
+        self: Any,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        config: PeftConfig | None = None,
+        **hub: Any,
+    ) -> None:
+        """Load an adapter beside the others, inactive; under a name that is there, load its tensors into it."""
+        hub = {k: v for k, v in hub.items() if k in ("subfolder", "token", "cache_dir")}
+        tensors, base = checkpoint.read(model_id, **hub)
+        checkpoint.same_base(self, base, model_id)
+        if adapter_name in self.peft_config:
+            checkpoint.load(self, adapter_name, tensors, where=str(model_id))
+            return
+        config = config or PeftConfig.from_pretrained(model_id, **hub)
+        config.inference_mode = not is_trainable
+        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, strict=False)
+        try:
+            checkpoint.load(self, adapter_name, tensors, where=str(model_id))
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
+        self.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Write the README.md of an adapter folder, unless there is one."""
+        checkpoint.write_card(self.active_peft_config, Path(output_dir))
+
+    def gradient_checkpointing_enable(self: Any, *args: Any, **kwargs: Any) -> None:
+        """Turn activation checkpointing on; a frozen embedding's output must then carry a gradient."""
+        super().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[misc]
+        self.enable_input_require_grads()
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _known(self, name: str) -> str:
+        if name not in self._attached.configs:
+            raise UsageError(f"there is no adapter {name!r}{nearest(name, self._attached.configs)}",
+                             f"one of {listed(self._attached.configs)}")  # fmt: skip
+        return name
+
+    def _refresh(self, adapters: Any, active: list[str] | None = None) -> None:
+        """Set what the modules of these adapters run with."""
+        at = self._attached
+        names = (at.active if at.enabled else []) if active is None else active
+        for module in {id(m): m for a in adapters for _, m in at.members.get(a, [])}.values():
+            if not layer.is_merged(module):
+                layer.activate(module, names)
+
+    def _strip(self: Any) -> Any:
+        at = self._attached
+        for module in at.modules().values():
+            layer.restore(module)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(at.was_trainable.get(name, True))
+        backbone = self.base_model
+        if backbone.__dict__.get("model") is self:
+            del backbone.__dict__["model"]
+        del self.__dict__["_slimtune"]
+        self.__class__ = at.base_class
+        return self
+
+
+def _become_peft(model: nn.Module) -> PeftModel:
+    announce(PeftModel, PeftConfig, get_peft_model)
+    base_class = type(model)
+    was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+    model.requires_grad_(False)
+    model.__class__ = joined(_peft_class(base_class), "PeftModel")
+    model.__dict__["_slimtune"] = Attached(base_class, was_trainable)
+    assert isinstance(model, PeftModel)
+    if not hasattr(model.base_model, "model"):
+        model.base_model.__dict__["model"] = model  # PEFT's idiom `base_model.model`; not registered, so no cycle of modules
+    return model
+
+
+@cache
+def _peft_class(base: type[nn.Module]) -> type:
+    # The base's name: transformers' Trainer and its checkpoints go by it.
+    return type(base.__name__, (PeftModel, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def _owned(report: MatchReport, modules: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """Which parameters of which modules an adapter copies: those trained whole, and trained biases."""
+    owned: dict[str, list[str]] = {}
+    for whole in report.trained_whole:
+        for name, module in modules.items():
+            if name == whole or name.startswith(f"{whole}."):
+                own = [n for n, p in module._parameters.items() if p is not None]
+                if own and not {"adapters", "owned"} & set(name.split(".")):
+                    owned[name] = own
+    for bias in report.biases:
+        name = bias.removesuffix(".bias")
+        owned.setdefault(name, [])
+        if "bias" not in owned[name]:
+            owned[name].append("bias")
+    return owned
+
+
+def _untie(model: Any) -> None:
+    """Say in the config that embeddings and head are two tensors now, so that saving keeps both."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

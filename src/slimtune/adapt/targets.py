@@ -1,0 +1,228 @@
+"""Which modules an adapter changes, and a report of it. Nothing is silent: what matches nothing is an error.
+
+PEFT's rules for names (a list holds names or dotted suffixes, a string is a pattern for the whole name, "all-linear" is
+every linear map but the output head), and one rule of ours: each name, layer index and pattern asked for must match.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import TargetError, listed, nearest
+from ..methods.config import TargetedConfig
+from ..methods.patterns import named, pattern_key
+from .architectures import DEFAULT_TARGETS, HEADS
+from .layer import kind_of
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class MatchReport:
+    """What was adapted and what was left.
+
+    Args:
+        adapted: names of the modules with a delta.
+        trained_whole: names of the modules trained whole beside it (`modules_to_save`).
+        biases: names of the bias parameters that train.
+        left: names of linear maps and embeddings that stay as they are.
+    """
+
+    adapted: tuple[str, ...]
+    trained_whole: tuple[str, ...]
+    biases: tuple[str, ...]
+    left: tuple[str, ...]
+
+    def __str__(self) -> str:
+        kinds: dict[str, int] = {}
+        for name in self.adapted:
+            kinds[name.rsplit(".", 1)[-1]] = kinds.get(name.rsplit(".", 1)[-1], 0) + 1
+        parts = [f"adapted {len(self.adapted)} modules ({', '.join(f'{k} × {n}' for k, n in kinds.items())})"]
+        if self.trained_whole:
+            parts.append(f"trained whole: {listed(self.trained_whole)}")
+        if self.biases:
+            parts.append(f"{len(self.biases)} biases train")
+        parts.append(f"left {len(self.left)}: {listed(self.left, 4)}" if self.left else "left none")
+        return "; ".join(parts)
+
+
+def select(model: nn.Module, config: TargetedConfig, *, strict: bool = True) -> MatchReport:
+    """Return what `config` selects in `model`.
+
+    Args:
+        model: the base, adapted already or not.
+        config: the method's config; `target_modules=None` takes the architecture's default.
+        strict: raise where one of several names matches nothing. Off for adapters read from files, whose tensors say
+            better than their config what belongs to them.
+
+    Raises:
+        TargetError: nothing matches, or (strict) a part of what was asked matches nothing, or a match cannot be
+            adapted. What exists and the nearest name are given.
+    """
+    modules = _own_modules(model)
+    whole = _trained_whole(model, modules, config, strict)
+    targets = _wanted(model, modules, config)
+    inside = {n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole)}
+    found = [n for n in modules if n not in inside and _is_target(n, config, targets)]
+    if strict:
+        _no_name_in_vain(modules, config, targets, found)
+    if not found and not whole:
+        raise TargetError(f"target_modules={targets!r} matches no module{_near(targets, modules)}", _exists(modules))
+    _all_adaptable(model, modules, found)
+    if strict:
+        _no_pattern_in_vain(config, found)
+    biases = _biases(model, config, found)
+    left = tuple(n for n, m in modules.items() if kind_of(m) and n not in found and n not in inside)
+    return MatchReport(tuple(found), tuple(whole), biases, left)
+
+
+def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of the base by name, without what adapters brought."""
+    return {n: m for n, m in model.named_modules() if n and not {"adapters", "owned"} & set(n.split("."))}
+
+
+def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: TargetedConfig) -> list[str] | str:
+    targets = config.target_modules
+    if targets is None:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        if kind not in DEFAULT_TARGETS:
+            raise TargetError(
+                f"target_modules is None, and there is no default for {kind or type(model).__name__!r}",
+                _exists(modules),
+                'name the modules, or give target_modules="all-linear"',
+            )
+        return DEFAULT_TARGETS[kind]
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        return _all_linear(model, modules, config)
+    return targets
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: TargetedConfig) -> list[str]:
+    experts = [n for n, m in modules.items() if any(p is not None and p.dim() == 3 for p in m._parameters.values())
+               and "expert" in f"{n} {type(m).__name__}".lower()]  # fmt: skip
+    if experts:
+        raise TargetError(
+            f'target_modules="all-linear" would leave out {len(experts)} expert modules ({listed(experts, 3)}), whose '
+            "weights are 3-dimensional parameters, not linear layers",
+            "modules that can be adapted",
+            'name the modules instead, such as target_modules=["q_proj", "v_proj"]',
+        )
+    heads = _heads(model, config)
+    return [n for n, m in modules.items() if kind_of(m) == "linear" and not any(m is h for h in heads)]
+
+
+def _heads(model: nn.Module, config: TargetedConfig) -> list[nn.Module]:
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is not None:
+        return [output]
+    names = HEADS.get(str(config.task_type), ())
+    return [m for m in (getattr(model, n, None) for n in names) if isinstance(m, nn.Module)][:1]
+
+
+def _is_target(name: str, config: TargetedConfig, targets: list[str] | str) -> bool:
+    if config.exclude_modules and named(config.exclude_modules, name):
+        return False
+    if not named(targets, name):
+        return False
+    if config.layers_to_transform is None or isinstance(targets, str):
+        return True
+    return layer_index(name, config.layers_pattern) in _as_list(config.layers_to_transform)
+
+
+def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
+    """Return the number of the layer a module is in: the first number in its name, or the one after a pattern."""
+    if not patterns:
+        match = re.match(r".*?\.[^.]*\.(?P<at>\d+)\.", name) or re.match(r"[^.]*\.(?P<at>\d+)\.", name)
+        return int(match["at"]) if match else None
+    for pattern in _as_list(patterns):
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<at>\d+)\.", name)
+        if match:
+            return int(match["at"])
+    return None
+
+
+def _no_name_in_vain(
+    modules: dict[str, nn.Module], config: TargetedConfig, targets: list[str] | str, found: list[str]
+) -> None:
+    asked = [] if isinstance(targets, str) or config.target_modules is None else targets
+    vain = [t for t in asked if not any(named([t], n) for n in modules)]
+    if vain:
+        raise TargetError(f"target_modules: {listed(vain)} matches no module{_near(vain, modules)}", _exists(modules))
+    excluded = config.exclude_modules or []
+    vain = [e for e in _as_list(excluded) if not any(named(e if isinstance(excluded, str) else [e], n) for n in modules)]
+    if vain:
+        raise TargetError(f"exclude_modules: {listed(vain)} matches no module{_near(vain, modules)}", _exists(modules))
+    if config.layers_to_transform is not None:
+        there = {i for n in modules if named(targets, n) for i in [layer_index(n, config.layers_pattern)] if i is not None}
+        vain_layers = [i for i in _as_list(config.layers_to_transform) if i not in there]
+        if vain_layers:
+            have = f"layers {min(there)} to {max(there)}" if there else "no numbered layers"
+            raise TargetError(f"layers_to_transform: {listed(vain_layers)} matches no layer", f"the targets are in {have}")
+
+
+def _no_pattern_in_vain(config: TargetedConfig, found: list[str]) -> None:
+    for field, patterns in getattr(config, "patterns", {}).items():
+        for pattern in patterns:
+            if not any(pattern_key([pattern], n) for n in found):
+                tails = sorted({n.rsplit(".", 1)[-1] for n in found})
+                raise TargetError(f"{field}: {pattern!r} matches no adapted module{nearest(pattern, [*tails, *found])}",
+                                  f"adapted are {listed(tails)}")  # fmt: skip
+
+
+def _all_adaptable(model: nn.Module, modules: dict[str, nn.Module], found: Iterable[str]) -> None:
+    for name in found:
+        if kind_of(modules[name]) is None:
+            raise TargetError(
+                f"{name} is a {type(modules[name]).__name__}, which cannot be adapted",
+                "linear maps (Linear, Conv1D) and embeddings",
+                "name the linear modules inside it",
+            )
+        parent = modules.get(name.rpartition(".")[0], model)
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TargetError(f"{name} lies in a torch MultiheadAttention, which reads its weight past its forward, so "
+                              "that an adapter there would do nothing", "a module whose forward is called")  # fmt: skip
+
+
+def _trained_whole(model: nn.Module, modules: dict[str, nn.Module], config: TargetedConfig, strict: bool) -> list[str]:
+    asked = list(config.modules_to_save or [])
+    vain = [a for a in asked if not any(named([a], n) for n in modules)]
+    if vain and strict:
+        raise TargetError(f"modules_to_save: {listed(vain)} matches no module{_near(vain, modules)}", _exists(modules))
+    asked += [h for h in HEADS.get(str(config.task_type), ()) if isinstance(getattr(model, h, None), nn.Module)]
+    found = [n for n in modules if named(asked, n)]
+    found = [n for n in found if not any(n.startswith(f"{o}.") for o in found)]
+    for name in found:
+        if any(True for _ in modules[name].buffers()):
+            raise TargetError(f"modules_to_save: {name} has buffers, of which an adapter keeps no copy of its own",
+                              "modules with parameters alone")  # fmt: skip
+    return found
+
+
+def _biases(model: nn.Module, config: Any, found: list[str]) -> tuple[str, ...]:
+    kind = getattr(config, "bias", "none")
+    if kind == "none":
+        return ()
+    modules = _own_modules(model)
+    have = [n for n, m in modules.items() if isinstance(m._parameters.get("bias"), torch.Tensor)]
+    return tuple(f"{n}.bias" for n in have if kind == "all" or n in found)
+
+
+def _as_list(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple | set) else [value]
+
+
+def _exists(modules: dict[str, nn.Module]) -> str:
+    tails = dict.fromkeys(n.rsplit(".", 1)[-1] for n, m in modules.items() if kind_of(m))
+    return f"one of {listed(tails, 16)}" if tails else "a model with linear maps or embeddings"
+
+
+def _near(wanted: list[str] | str, modules: dict[str, nn.Module]) -> str:
+    first = wanted if isinstance(wanted, str) else (wanted[0] if wanted else "")
+    tails = list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in modules))
+    return nearest(first, [*tails, *modules])

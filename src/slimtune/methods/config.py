@@ -1,0 +1,227 @@
+"""What every method's config has: PEFT's common fields, PEFT's JSON form, and strictness about what it is given.
+
+A config is a dataclass with PEFT's field names and defaults, so that a changed import changes no result. A field that
+PEFT has and we have not is ignored at PEFT's default and refused by name at any other value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from ..bridge import joined
+from ..errors import ConfigError, UsageError, listed, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .contract import Site
+
+CONFIG_FILE = "adapter_config.json"
+
+
+class TaskType(StrEnum):
+    """What the model is tuned for (PEFT's names)."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class _Strict(type):
+    """Checks the keyword arguments of a config, then lets peft's `isinstance` know it."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        at_default = getattr(cls, "elsewhere", {})
+        for name in [k for k in kwargs if k not in known]:
+            value = kwargs.pop(name)
+            if name == "peft_type" or (name in at_default and value == at_default[name]):
+                continue
+            raise ConfigError(
+                f"{cls.__name__} has no field {name!r} (given {value!r}){nearest(name, known)}",
+                f"fields: {listed(sorted(known), 40)}",
+                "leave the field out, or train this adapter with the library that has it",
+            )
+        return type.__call__(joined(cls, "PeftConfig"), *args, **kwargs)
+
+
+@dataclass
+class PeftConfig(metaclass=_Strict):
+    """The fields all methods share.
+
+    Args:
+        task_type: what the model is tuned for; see `TaskType`. None leaves the model as it is.
+        base_model_name_or_path: name or path of the base, filled in when attached.
+        revision: revision of the base on the Hub.
+        inference_mode: attach frozen.
+        auto_mapping: PEFT's note of the base's class, for bases that are not transformers models.
+        peft_version: version of the library that wrote the file.
+    """
+
+    name: ClassVar[str] = ""
+    """The method's name: the name of its file."""
+    elsewhere: ClassVar[dict[str, Any]] = {}
+    """PEFT's fields that we have not, with PEFT's defaults: taken at the default, refused at any other value."""
+    recipe_defaults: ClassVar[dict[str, Any]] = {}
+    """What recipes and the command line start from where the class keeps PEFT's default; callables get the settings."""
+    short_names: ClassVar[dict[str, str]] = {}
+    """Names for recipes and flags: `{"rank": "r"}`."""
+
+    task_type: str | TaskType | None = field(default=None, kw_only=True)
+    base_model_name_or_path: str | None = field(default=None, kw_only=True)
+    revision: str | None = field(default=None, kw_only=True)
+    inference_mode: bool = field(default=False, kw_only=True)
+    auto_mapping: dict | None = field(default=None, kw_only=True)
+    peft_version: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            if self.task_type not in list(TaskType):
+                raise ConfigError(
+                    f"task_type is {self.task_type!r}{nearest(self.task_type, TaskType)}", f"one of {listed(TaskType)}"
+                )
+            self.task_type = str(TaskType(self.task_type))
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError where a field is out of its range. A method extends this."""
+
+    def require(self, right: bool, name: str, wanted: str) -> None:
+        """Raise ConfigError that says what field `name` holds and what it should."""
+        if not right:
+            raise ConfigError(f"{name} is {getattr(self, name)!r}", wanted)
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method: `"LORA"`."""
+        return self.name.upper()
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method puts learned positions in front of the sequence."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the method is PEFT's LLaMA-Adapter."""
+        return False
+
+    def build(self, site: Site) -> nn.Module:
+        """Return the delta this method adds at `site`. A method defines this."""
+        raise ConfigError(f"{type(self).__name__} adds nothing to a layer", "a method's own config, such as LoraConfig")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as PEFT writes them: plain JSON values, sets as sorted lists."""
+        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in dataclasses.asdict(self).items()}
+        return {**plain, "peft_type": self.peft_type}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **_: Any) -> None:
+        """Write `adapter_config.json` into the folder."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Return the config a PEFT JSON object describes: the class is found by its `peft_type`."""
+        from . import config_class  # the registry stands on this class
+
+        kind = values.get("peft_type") or cls.name
+        if not kind:
+            raise ConfigError("the config names no peft_type", "an adapter_config.json with a peft_type")
+        found = config_class(getattr(kind, "value", kind))
+        ours = {f.name for f in dataclasses.fields(found)} | set(found.elsewhere)
+        # A newer PEFT writes fields nobody here knows: empty ones ask for nothing.
+        asked = {k: v for k, v in values.items() if k not in ("peft_type", "runtime_config") and (k in ours or v)}
+        return found(**asked)  # type: ignore[return-value]
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Self:
+        """Read the config of an adapter folder or Hub repository.
+
+        Raises:
+            UsageError: there is no such folder or repository, or it holds no adapter_config.json.
+            ConfigError: an unknown method, or a field that we have not at a value that is not its default.
+        """
+        file = find_file(path, CONFIG_FILE, subfolder, **hub)
+        try:
+            return cls.from_dict(json.loads(file.read_text()))
+        except json.JSONDecodeError as e:
+            raise ConfigError(f"{file} is not JSON: {e}") from None
+
+
+@dataclass
+class TargetedConfig(PeftConfig):
+    """The fields of methods that change chosen layers.
+
+    Args:
+        target_modules: names or dotted suffixes of modules, a regular expression for the full name (a string), or
+            `"all-linear"`: every linear map except the output head. None: what PEFT selects for the architecture.
+        exclude_modules: names, suffixes or a regular expression taken out again.
+        layers_to_transform: index or indexes of the layers to change; None: all.
+        layers_pattern: name of the list the layers are in, where there are several numbered lists.
+        modules_to_save: modules trained whole beside the adapter (a new head), saved with it.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def check(self) -> None:
+        """Check the targets' types; a set becomes a sorted list."""
+        super().check()
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, set | tuple):
+                setattr(self, name, sorted(value))
+            elif isinstance(value, str) and name == "modules_to_save":
+                raise ConfigError(f"modules_to_save is the string {value!r}", "a list of names", f"[{value!r}]")
+        strings = isinstance(self.target_modules, str)
+        self.require(not (strings and self.layers_to_transform is not None), "layers_to_transform",
+                     "None where target_modules is a pattern: put the layer numbers into the pattern")  # fmt: skip
+        self.require(not (strings and self.layers_pattern is not None), "layers_pattern",
+                     "None where target_modules is a pattern")  # fmt: skip
+        self.require(not (self.layers_pattern and self.layers_to_transform is None), "layers_pattern",
+                     "only beside layers_to_transform")  # fmt: skip
+
+
+def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:
+    """Return the local path of one file of an adapter folder, or of a Hub repository (then downloaded).
+
+    Raises:
+        UsageError: it is neither a folder that holds the file nor a repository that can be reached.
+    """
+    folder = Path(path, subfolder) if subfolder else Path(path)
+    if folder.is_dir():
+        if (folder / name).is_file():
+            return folder / name
+        raise UsageError(f"{folder} holds no {name}; it holds {listed(sorted(p.name for p in folder.iterdir()))}",
+                         "an adapter folder as save_pretrained writes it")  # fmt: skip
+    text = str(path)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UsageError(f"there is no folder {text!r}{nearest(folder.name, beside)}", f"a folder with {name}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(text, name, subfolder=subfolder, **hub))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise UsageError(
+            f"{text!r} is no folder here, and the Hub did not give {name}: {type(e).__name__}",
+            f"an adapter folder or a Hub repository with {name}",
+            "check the name; log in for a private one; without network give a local folder",
+        ) from e
+
+

@@ -1,0 +1,18 @@
+"""Names of layers as people write them: a name, a dotted suffix, or a regular expression (PEFT's rules)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+
+def named(wanted: Iterable[str] | str, name: str) -> bool:
+    """Return whether `name` is meant: a string is a pattern for the whole name, a list holds names or dotted suffixes."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == w or name.endswith(f".{w}") for w in wanted)
+
+
+def pattern_key(patterns: Iterable[str], name: str) -> str | None:
+    """Return the first pattern that matches the end of `name` from a dot on, or None."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)

@@ -1,0 +1,91 @@
+"""Which base is this? A short hash of what a transformers config says about the shape and arithmetic of the model.
+
+Only facts that an adapter depends on are hashed, under one name each, whatever the architecture calls them
+(`n_embd`, `d_model` and `hidden_size` are one fact). How the base is run or stored (dtype, attention kernel, cache,
+quantization, path, library version) says nothing about which base it is and is left out, so the fingerprint survives
+a newer transformers, a GGUF round trip and an NF4 load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# fact -> the names architectures give it; the first one present counts
+FACTS: dict[str, tuple[str, ...]] = {
+    "model_type": ("model_type",),
+    "hidden": ("hidden_size", "d_model", "n_embd", "dim", "hidden_dim"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "decoder_layers": ("num_decoder_layers", "decoder_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+    "head_dim": ("head_dim", "d_kv", "kv_channels"),
+    "intermediate": ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "ffn_hidden_size"),
+    "vocab": ("vocab_size",),
+    "activation": ("hidden_act", "activation_function", "hidden_activation", "feed_forward_proj"),
+    "tied": ("tie_word_embeddings",),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "experts_per_token": ("num_experts_per_tok", "top_k_experts"),
+    "expert_intermediate": ("moe_intermediate_size", "expert_ffn_hidden_size"),
+    "sliding_window": ("sliding_window",),
+    "layer_types": ("layer_types",),
+}
+_ROPE = ("rope_parameters", "rope_scaling")
+
+
+def config_fingerprint(config: Any) -> str:
+    """Return 16 hex digits that name the base `config` describes.
+
+    Args:
+        config: a transformers config (anything with `to_dict()`), or its dictionary.
+    """
+    facts = base_facts(config if isinstance(config, Mapping) else config.to_dict())
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def base_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hashed facts of a config's dictionary under their common names (for saying what differs)."""
+    facts: dict[str, Any] = {}
+    for fact, names in FACTS.items():
+        value = next((config[n] for n in names if config.get(n) is not None), None)
+        if value is not None:
+            facts[fact] = _plain(value)
+    # Spelled out by some configs and left to the default by others: the same model either way.
+    if isinstance(facts.get("heads"), int):
+        facts.setdefault("kv_heads", facts["heads"])
+        if isinstance(facts.get("hidden"), int) and facts["heads"]:
+            facts.setdefault("head_dim", facts["hidden"] // facts["heads"])
+    if rope := _rope(config):
+        facts["rope"] = rope
+    for name, inner in config.items():
+        if name.endswith("_config") and name != "quantization_config" and isinstance(inner, Mapping):
+            facts[name] = base_facts(inner)
+    return facts
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rotary settings, transformers 4's (`rope_theta` beside `rope_scaling`) spelled as 5's."""
+    settings = next((dict(config[n]) for n in _ROPE if config.get(n)), {})
+    if settings and all(isinstance(v, Mapping) for v in settings.values()):  # one set per kind of layer
+        return {kind: _plain(dict(v)) for kind, v in settings.items()}
+    if config.get("rope_theta") is not None:
+        settings.setdefault("rope_theta", config["rope_theta"])
+    if "type" in settings:
+        settings.setdefault("rope_type", settings.pop("type"))
+    if settings:
+        settings.setdefault("rope_type", "default")
+    return _plain({k: v for k, v in settings.items() if v is not None and k != "type"})
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` so that 10000, 10000.0 and a float read back from float32 hash alike."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else f"{value:.6g}"
+    return value
