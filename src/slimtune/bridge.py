@@ -5,8 +5,8 @@ same class. Three seams make ours pass, and none changes what those libraries do
 
 1. `peft` installed: `joined(cls, "PeftModel")` is a subclass of `cls` with peft's class at the very end of its method
    resolution order. `isinstance` and `issubclass` see it; since it stands last, nothing of ours is overridden by it.
-2. `peft` installed: `peft.get_peft_model(model, config)` called by a library with a config of ours (TRL does) builds our
-   model, because `peft.PeftModel.__new__` hands it over.
+2. `peft` installed: `peft.get_peft_model(model, config)` called by a library with a config of ours (TRL does) builds
+   our model, because `peft.PeftModel.__new__` hands it over.
 3. `peft` not installed: the Trainer asks `transformers.trainer_utils`, which is told of our class instead.
 """
 
@@ -72,8 +72,8 @@ def _tell_transformers(model_class: type) -> None:
     utils, trainer = import_module("transformers.trainer_utils"), import_module("transformers.trainer")
     missing = [n for m, n in ((utils, "_is_peft_model"), (trainer, "_is_peft_model")) if not hasattr(m, n)]
     if missing:
-        raise ImportError(f"this transformers has no {missing[0]}: install peft beside, or a transformers from 5.0 to 5.24")
+        raise ImportError(
+            f"this transformers has no {missing[0]}: install peft beside, or a transformers from 5.0 to 5.24"
+        )
     vars(utils).update(is_peft_available=lambda: True, PeftModel=model_class, PeftMixedModel=model_class)
     vars(trainer).update(is_peft_available=lambda: True, PeftModel=model_class)
-
-

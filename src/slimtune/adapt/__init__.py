@@ -1,0 +1,1 @@
+"""Attaching adapters to a base: targets, the adapted layer, the PeftModel, PEFT's files."""

@@ -5,17 +5,33 @@ from __future__ import annotations
 _QV = ["q_proj", "v_proj"]
 _BERT = ["query", "value"]
 _FUSED = ["query_key_value"]
+_T5 = ["q", "v"]
+_GPT2 = ["c_attn"]
 
 DEFAULT_TARGETS: dict[str, list[str]] = {
     **dict.fromkeys(
-        ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2",
-         "gemma3_text", "qwen2", "qwen3"),
+        (
+            "bart",
+            "opt",
+            "gptj",
+            "gpt_neo",
+            "llama",
+            "llama4",
+            "mistral",
+            "mixtral",
+            "stablelm",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "qwen2",
+            "qwen3",
+        ),
         _QV,
     ),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _BERT),
     **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), _FUSED),
-    **dict.fromkeys(("t5", "mt5"), ["q", "v"]),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), ["c_attn"]),
+    **dict.fromkeys(("t5", "mt5"), _T5),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT2),
     "blip-2": ["q", "v", "q_proj", "v_proj"],
     "deberta-v2": ["query_proj", "value_proj"],
     "deberta": ["in_proj"],
@@ -26,7 +42,7 @@ DEFAULT_TARGETS: dict[str, list[str]] = {
     "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "rwkv": ["key", "value", "receptance", "output"],
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
-}  # fmt: skip
+}
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads that are new to a task, and so are trained whole where the model has them (PEFT's lists)."""

@@ -40,7 +40,7 @@ def parameters(model: Any, adapter: str) -> dict[str, nn.Parameter]:
     """Return an adapter's own parameters by their keys in a file."""
     found: dict[str, nn.Parameter] = {}
     for name, module in model._attached.members.get(adapter, []):
-        delta = module.adapters[adapter] if adapter in module.adapters else None
+        delta = module.adapters[adapter] if adapter in module.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
         if delta is not None:
             found.update({f"{_PREFIX}{name}.{n}": p for n, p in delta.named_parameters()})
         if adapter in module.owned:
@@ -78,20 +78,26 @@ def load(model: Any, adapter: str, tensors: Mapping[str, Tensor], where: str) ->
     given = {_our_key(k, own): t for k, t in tensors.items()}
     missing = [k for k in own if k not in given]
     unexpected = [k for k in given if k not in own and not _is_this_bases(model, k, given[k])]
-    shapes = [f"{k}: {tuple(given[k].shape)} in the file, {tuple(own[k].shape)} here"
-              for k in own if k in given and given[k].shape != own[k].shape]  # fmt: skip
+    shapes = [
+        f"{k}: {tuple(given[k].shape)} in the file, {tuple(own[k].shape)} here"
+        for k in own
+        if k in given and given[k].shape != own[k].shape
+    ]
     faults = []
     if missing:
         faults.append(f"{len(missing)} of {len(own)} tensors are missing, such as {listed(missing, 2)}")
     if unexpected:
-        faults.append(f"{len(unexpected)} tensors fit nothing here, such as {listed(unexpected, 2)}"
-                      f"{nearest(unexpected[0], own)}")  # fmt: skip
+        faults.append(
+            f"{len(unexpected)} tensors fit nothing here, such as {listed(unexpected, 2)}{nearest(unexpected[0], own)}"
+        )
     if shapes:
         faults.append(f"{len(shapes)} tensors have another shape: {'; '.join(shapes[:2])}")
     if faults:
-        raise AdapterError(f"{where} does not fit this model: " + "; ".join(faults),
-                           "an adapter of this base and these targets",
-                           "load the base named in its adapter_config.json")  # fmt: skip
+        raise AdapterError(
+            f"{where} does not fit this model: " + "; ".join(faults),
+            "an adapter of this base and these targets",
+            "load the base named in its adapter_config.json",
+        )
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(given[key])
@@ -107,15 +113,21 @@ def read(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> t
     folder = Path(path, subfolder or "")
     pickles = [p for p in PICKLES if (folder / p).is_file()]
     if pickles and not (folder / WEIGHTS_FILE).is_file():
-        raise AdapterError(f"{folder / pickles[0]} is a pickle, which can run any code when it is read", WEIGHTS_FILE,
-                           "save the adapter anew with safetensors where it was trained")  # fmt: skip
+        raise AdapterError(
+            f"{folder / pickles[0]} is a pickle, which can run any code when it is read",
+            WEIGHTS_FILE,
+            "save the adapter anew with safetensors where it was trained",
+        )
     file = find_file(path, WEIGHTS_FILE, subfolder, **hub)
     try:
         with safe_open(str(file), framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get(_FINGERPRINT)  # noqa: SIM118
     except SafetensorError as e:
-        raise AdapterError(f"{file} ({file.stat().st_size} bytes) is no sound safetensors file: {e}",
-                           "a whole file", "copy it again, or take an older checkpoint") from None  # fmt: skip
+        raise AdapterError(
+            f"{file} ({file.stat().st_size} bytes) is no sound safetensors file: {e}",
+            "a whole file",
+            "copy it again, or take an older checkpoint",
+        ) from None
 
 
 def save(model: Any, folder: Path, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> None:

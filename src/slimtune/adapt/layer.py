@@ -132,7 +132,9 @@ def merge(name: str, module: Adapted, *, check: bool = False) -> None:
     if module._deltas:
         weight = merged.get("weight", module._parameters["weight"])
         if weight is None or not weight.dtype.is_floating_point:
-            raise MergeRefused(f"{name} is quantized ({getattr(weight, 'dtype', None)}): load the base in 16 or 32 bits")
+            raise MergeRefused(
+                f"{name} is quantized ({getattr(weight, 'dtype', None)}): load the base in 16 or 32 bits"
+            )
         weight = weight.t() if transposed(module) else weight
         with torch.no_grad():
             for delta in module._deltas:

@@ -1,7 +1,7 @@
 """PeftModel: a base with adapters, in place.
 
 `get_peft_model(model, config)` returns the same object, adapted: its class becomes a subclass of its own class and of
-`PeftModel` (torch's FSDP2 and `parametrize` do the same), the matched modules become adapted layers, the rest is frozen.
+`PeftModel` (torch's FSDP2 and `parametrize` do so, too), the matched modules become adapted layers, the rest freezes.
 So the adapted model still is a `LlamaForCausalLM` and a `PreTrainedModel`: generate, Trainer, pipelines and TRL take it
 as it is. `unload()` gives back the very base that came in.
 """
@@ -70,8 +70,11 @@ def get_peft_model(
     """
     del mixed, low_cpu_mem_usage
     if isinstance(model, PeftModel):
-        raise UsageError(f"the model already has adapters: {listed(model.peft_config)}", "a base without adapters",
-                         "model.add_adapter(name, config) for another one, or model.unload() first")  # fmt: skip
+        raise UsageError(
+            f"the model already has adapters: {listed(model.peft_config)}",
+            "a base without adapters",
+            "model.add_adapter(name, config) for another one, or model.unload() first",
+        )
     peft_config.revision = revision or peft_config.revision
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
     return _become_peft(model)._first(adapter_name, peft_config, autocast_adapter_dtype)
@@ -181,13 +184,18 @@ class PeftModel(PushToHubMixin):
         del low_cpu_mem_usage
         at = self._attached
         if adapter_name in at.configs or not adapter_name or "." in adapter_name:
-            raise UsageError(f"{adapter_name!r} cannot name a new adapter", f"a name without dots, other than "
-                             f"{listed(at.configs)}", "delete_adapter(name) first to replace one")  # fmt: skip
+            raise UsageError(
+                f"{adapter_name!r} cannot name a new adapter",
+                f"a name without dots, other than {listed(at.configs)}",
+                "delete_adapter(name) first to replace one",
+            )
         if not isinstance(peft_config, TargetedConfig):
             raise UsageError(f"{type(peft_config).__name__} adds nothing to layers", "a method's config: LoraConfig")
         report = select(self, peft_config, strict=strict)
         modules = dict(self.named_modules())
-        built = {n: peft_config.build(layer.site_of(n, modules[n], autocast=autocast_adapter_dtype)) for n in report.adapted}
+        built = {
+            n: peft_config.build(layer.site_of(n, modules[n], autocast=autocast_adapter_dtype)) for n in report.adapted
+        }
         for name, delta in built.items():
             layer.add_delta(modules[name], adapter_name, delta)  # type: ignore[arg-type]
         for name, parameters in _owned(report, modules).items():
@@ -204,7 +212,9 @@ class PeftModel(PushToHubMixin):
         at = self._attached
         names = [self._known(n) for n in ([adapter_name] if isinstance(adapter_name, str) else adapter_name)]
         if at.merged:
-            raise UsageError(f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first")
+            raise UsageError(
+                f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
+            )
         before, at.active = at.active, names
         for name in {*before, *names}:
             for p in checkpoint.parameters(self, name).values():
@@ -238,9 +248,13 @@ class PeftModel(PushToHubMixin):
         at = self._attached
         self._known(adapter_name)
         if len(at.configs) == 1:
-            raise UsageError(f"{adapter_name!r} is the only adapter", "at least one is left", "model.unload() gives the base")
+            raise UsageError(
+                f"{adapter_name!r} is the only adapter", "at least one is left", "model.unload() gives the base"
+            )
         if at.merged:
-            raise UsageError(f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first")
+            raise UsageError(
+                f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
+            )
         for _, module in at.members.pop(adapter_name):
             layer.remove(module, adapter_name)
         del at.configs[adapter_name], at.reports[adapter_name]
@@ -398,8 +412,10 @@ class PeftModel(PushToHubMixin):
 
     def _known(self, name: str) -> str:
         if name not in self._attached.configs:
-            raise UsageError(f"there is no adapter {name!r}{nearest(name, self._attached.configs)}",
-                             f"one of {listed(self._attached.configs)}")  # fmt: skip
+            raise UsageError(
+                f"there is no adapter {name!r}{nearest(name, self._attached.configs)}",
+                f"one of {listed(self._attached.configs)}",
+            )
         return name
 
     def _refresh(self, adapters: Any, active: list[str] | None = None) -> None:
@@ -433,7 +449,9 @@ def _become_peft(model: nn.Module) -> PeftModel:
     model.__dict__["_slimtune"] = Attached(base_class, was_trainable)
     assert isinstance(model, PeftModel)
     if not hasattr(model.base_model, "model"):
-        model.base_model.__dict__["model"] = model  # PEFT's idiom `base_model.model`; not registered, so no cycle of modules
+        model.base_model.__dict__["model"] = (
+            model  # PEFT's idiom `base_model.model`; not registered, so no cycle of modules
+        )
     return model
 
 

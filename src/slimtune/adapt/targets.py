@@ -104,8 +104,12 @@ def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: TargetedCon
 
 
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: TargetedConfig) -> list[str]:
-    experts = [n for n, m in modules.items() if any(p is not None and p.dim() == 3 for p in m._parameters.values())
-               and "expert" in f"{n} {type(m).__name__}".lower()]  # fmt: skip
+    experts = [
+        n
+        for n, m in modules.items()
+        if any(p is not None and p.dim() == 3 for p in m._parameters.values())
+        and "expert" in f"{n} {type(m).__name__}".lower()
+    ]
     if experts:
         raise TargetError(
             f'target_modules="all-linear" would leave out {len(experts)} expert modules ({listed(experts, 3)}), whose '
@@ -155,15 +159,21 @@ def _no_name_in_vain(
     if vain:
         raise TargetError(f"target_modules: {listed(vain)} matches no module{_near(vain, modules)}", _exists(modules))
     excluded = config.exclude_modules or []
-    vain = [e for e in _as_list(excluded) if not any(named(e if isinstance(excluded, str) else [e], n) for n in modules)]
+    vain = [
+        e for e in _as_list(excluded) if not any(named(e if isinstance(excluded, str) else [e], n) for n in modules)
+    ]
     if vain:
         raise TargetError(f"exclude_modules: {listed(vain)} matches no module{_near(vain, modules)}", _exists(modules))
     if config.layers_to_transform is not None:
-        there = {i for n in modules if named(targets, n) for i in [layer_index(n, config.layers_pattern)] if i is not None}
+        there = {
+            i for n in modules if named(targets, n) for i in [layer_index(n, config.layers_pattern)] if i is not None
+        }
         vain_layers = [i for i in _as_list(config.layers_to_transform) if i not in there]
         if vain_layers:
             have = f"layers {min(there)} to {max(there)}" if there else "no numbered layers"
-            raise TargetError(f"layers_to_transform: {listed(vain_layers)} matches no layer", f"the targets are in {have}")
+            raise TargetError(
+                f"layers_to_transform: {listed(vain_layers)} matches no layer", f"the targets are in {have}"
+            )
 
 
 def _no_pattern_in_vain(config: TargetedConfig, found: list[str]) -> None:
@@ -171,8 +181,10 @@ def _no_pattern_in_vain(config: TargetedConfig, found: list[str]) -> None:
         for pattern in patterns:
             if not any(pattern_key([pattern], n) for n in found):
                 tails = sorted({n.rsplit(".", 1)[-1] for n in found})
-                raise TargetError(f"{field}: {pattern!r} matches no adapted module{nearest(pattern, [*tails, *found])}",
-                                  f"adapted are {listed(tails)}")  # fmt: skip
+                raise TargetError(
+                    f"{field}: {pattern!r} matches no adapted module{nearest(pattern, [*tails, *found])}",
+                    f"adapted are {listed(tails)}",
+                )
 
 
 def _all_adaptable(model: nn.Module, modules: dict[str, nn.Module], found: Iterable[str]) -> None:
@@ -185,8 +197,11 @@ def _all_adaptable(model: nn.Module, modules: dict[str, nn.Module], found: Itera
             )
         parent = modules.get(name.rpartition(".")[0], model)
         if isinstance(parent, nn.MultiheadAttention):
-            raise TargetError(f"{name} lies in a torch MultiheadAttention, which reads its weight past its forward, so "
-                              "that an adapter there would do nothing", "a module whose forward is called")  # fmt: skip
+            raise TargetError(
+                f"{name} lies in a torch MultiheadAttention, which reads its weight past its forward, so "
+                "that an adapter there would do nothing",
+                "a module whose forward is called",
+            )
 
 
 def _trained_whole(model: nn.Module, modules: dict[str, nn.Module], config: TargetedConfig, strict: bool) -> list[str]:
@@ -199,8 +214,10 @@ def _trained_whole(model: nn.Module, modules: dict[str, nn.Module], config: Targ
     found = [n for n in found if not any(n.startswith(f"{o}.") for o in found)]
     for name in found:
         if any(True for _ in modules[name].buffers()):
-            raise TargetError(f"modules_to_save: {name} has buffers, of which an adapter keeps no copy of its own",
-                              "modules with parameters alone")  # fmt: skip
+            raise TargetError(
+                f"modules_to_save: {name} has buffers, of which an adapter keeps no copy of its own",
+                "modules with parameters alone",
+            )
     return found
 
 

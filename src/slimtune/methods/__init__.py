@@ -38,9 +38,7 @@ def config_class(name: str) -> type[PeftConfig]:
         module = importlib.import_module(f"{__name__}.{wanted}")
     else:
         raise ConfigError(f"there is no method {name!r}{nearest(wanted, names())}", f"one of {listed(names())}")
-    found = [
-        c for c in vars(module).values() if isinstance(c, type) and issubclass(c, PeftConfig) and c.name == wanted
-    ]
+    found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, PeftConfig) and c.name == wanted]
     if not found:
         raise ConfigError(f"{module.__name__} holds no PeftConfig whose name is {wanted!r}")
     return found[0]

@@ -188,12 +188,21 @@ class TargetedConfig(PeftConfig):
             elif isinstance(value, str) and name == "modules_to_save":
                 raise ConfigError(f"modules_to_save is the string {value!r}", "a list of names", f"[{value!r}]")
         strings = isinstance(self.target_modules, str)
-        self.require(not (strings and self.layers_to_transform is not None), "layers_to_transform",
-                     "None where target_modules is a pattern: put the layer numbers into the pattern")  # fmt: skip
-        self.require(not (strings and self.layers_pattern is not None), "layers_pattern",
-                     "None where target_modules is a pattern")  # fmt: skip
-        self.require(not (self.layers_pattern and self.layers_to_transform is None), "layers_pattern",
-                     "only beside layers_to_transform")  # fmt: skip
+        self.require(
+            not (strings and self.layers_to_transform is not None),
+            "layers_to_transform",
+            "None where target_modules is a pattern: put the layer numbers into the pattern",
+        )
+        self.require(
+            not (strings and self.layers_pattern is not None),
+            "layers_pattern",
+            "None where target_modules is a pattern",
+        )
+        self.require(
+            not (self.layers_pattern and self.layers_to_transform is None),
+            "layers_pattern",
+            "only beside layers_to_transform",
+        )
 
 
 def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:
@@ -206,8 +215,10 @@ def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, 
     if folder.is_dir():
         if (folder / name).is_file():
             return folder / name
-        raise UsageError(f"{folder} holds no {name}; it holds {listed(sorted(p.name for p in folder.iterdir()))}",
-                         "an adapter folder as save_pretrained writes it")  # fmt: skip
+        raise UsageError(
+            f"{folder} holds no {name}; it holds {listed(sorted(p.name for p in folder.iterdir()))}",
+            "an adapter folder as save_pretrained writes it",
+        )
     text = str(path)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
@@ -223,5 +234,3 @@ def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, 
             f"an adapter folder or a Hub repository with {name}",
             "check the name; log in for a private one; without network give a local folder",
         ) from e
-
-

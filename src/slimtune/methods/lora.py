@@ -43,9 +43,21 @@ class LoraConfig(TargetedConfig):
     elsewhere: ClassVar[dict[str, Any]] = {
         **dict.fromkeys(("use_dora", "use_qalora", "lora_bias", "ensure_weight_tying"), False),
         **dict.fromkeys(
-            ("megatron_config", "trainable_token_indices", "eva_config", "corda_config", "lora_ga_config",
-             "velora_config", "alora_invocation_tokens", "monteclora_config", "layer_replication", "target_parameters",
-             "use_bdlora", "arrow_config", "kasa_config")
+            (
+                "megatron_config",
+                "trainable_token_indices",
+                "eva_config",
+                "corda_config",
+                "lora_ga_config",
+                "velora_config",
+                "alora_invocation_tokens",
+                "monteclora_config",
+                "layer_replication",
+                "target_parameters",
+                "use_bdlora",
+                "arrow_config",
+                "kasa_config",
+            )
         ),
         "loftq_config": {},
         "megatron_core": "megatron.core",

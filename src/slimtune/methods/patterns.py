@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def named(wanted: Iterable[str] | str, name: str) -> bool:
-    """Return whether `name` is meant: a string is a pattern for the whole name, a list holds names or dotted suffixes."""
+    """Return whether `name` is meant: a string is a pattern for the whole name, a list holds names or suffixes."""
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == w or name.endswith(f".{w}") for w in wanted)

@@ -54,5 +54,8 @@ def disk_full_is_an_error(path: Path, needed: int | None = None) -> Iterator[Non
             raise
         free = shutil.disk_usage(path.parent if path.parent.exists() else "/").free
         wanted = f"{bytes_text(needed)} free" if needed else "more free space"
-        raise RunError(f"the disk is full: {path} could not be written ({bytes_text(free)} free)", wanted,
-                       "free some space, or give a folder on another disk") from e  # fmt: skip
+        raise RunError(
+            f"the disk is full: {path} could not be written ({bytes_text(free)} free)",
+            wanted,
+            "free some space, or give a folder on another disk",
+        ) from e

@@ -1,0 +1,187 @@
+"""What happens beside the steps: when to evaluate and save, what is logged and shown, and Ctrl-C."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from transformers import TrainerCallback
+
+from ..runs import RunFolder
+from ..units import bytes_text, seconds_text
+from .trainer import SlimTrainer
+
+
+class Pace(TrainerCallback):
+    """Evaluate and save in step, keep the clock, stop early, stop when asked.
+
+    Args:
+        eval_every: steps between evaluations.
+        save_every: steps between checkpoints; None: at each evaluation.
+        patience: evaluations without improvement after which the run ends; None: never.
+    """
+
+    def __init__(self, eval_every: int, save_every: int | None, patience: int | None) -> None:
+        self.eval_every, self.save_every, self.patience = eval_every, save_every, patience
+        self.stop_asked = self.stopped_early = False
+        self.trainer: SlimTrainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the step's clock."""
+        self.trainer.step_begins()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Say what follows this step."""
+        self.trainer.step_ends()
+        last = state.global_step >= state.max_steps
+        control.should_evaluate = bool(self.trainer.validation) and (last or state.global_step % self.eval_every == 0)
+        due = state.global_step % self.save_every == 0 if self.save_every else state.global_step % self.eval_every == 0
+        control.should_save = last or due or self.stop_asked
+        if self.stop_asked:
+            control.should_training_stop, control.should_evaluate = True, False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Undo what transformers' own flow wants at an epoch's end: the steps above said it."""
+        control.should_evaluate = control.should_save = False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Save the best, and stop when it has not improved for long enough."""
+        losses = [h["eval_loss"] for h in state.log_history if "eval_loss" in h]
+        since_best = len(losses) - 1 - losses.index(min(losses))
+        control.should_save = control.should_save or since_best == 0
+        if self.patience is not None and since_best >= self.patience:
+            self.stopped_early = control.should_training_stop = True
+
+
+class Watch(TrainerCallback):
+    """Write each log line into metrics.jsonl and keep one progress line for people (stderr)."""
+
+    def __init__(self, run: RunFolder, device: torch.device) -> None:
+        self.run, self.device = run, device
+        self.trainer: SlimTrainer
+        console = Console(stderr=True)
+        self.live = console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[line]}"))
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.loss: float | None = None
+        self.began = time.perf_counter()
+        self.first_step = 0
+        self.last_print = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the progress line."""
+        self.first_step, self.began = state.global_step, time.perf_counter()
+        if self.live:
+            self.progress.start()
+            self.task = self.progress.add_task("training", total=state.max_steps, completed=state.global_step, line="")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Append the logged values to metrics.jsonl."""
+        logs = logs or {}
+        if "train_runtime" in logs:
+            return
+        named = {
+            "loss": "train_loss",
+            "eval_loss": "validation_loss",
+            "grad_norm": "grad_norm",
+            "learning_rate": "learning_rate",
+        }
+        values = {named[k]: v for k, v in logs.items() if k in named}
+        self.loss = logs.get("loss", self.loss)
+        trainer = self.trainer
+        self.run.append_metrics(
+            {
+                "step": state.global_step,
+                "epoch": state.epoch,
+                **values,
+                "trained_tokens": trainer.trained_tokens,
+                "tokens_per_second": rate(trainer),
+                "memory_bytes": memory_now(self.device),
+            }
+        )
+        if "eval_loss" in logs:
+            self.say(f"step {state.global_step}: validation loss {logs['eval_loss']:.4f}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Move the progress line; without a terminal, say it now and then."""
+        line = self.line(state)
+        if self.live:
+            self.progress.update(self.task, completed=state.global_step, line=line)
+        elif time.perf_counter() - self.last_print > 15:
+            self.last_print = time.perf_counter()
+            self.say(line)
+
+    def line(self, state: Any) -> str:
+        """Return step, loss, learning rate, trained tokens/s, memory and time left, as one line."""
+        done = state.global_step - self.first_step
+        left = (time.perf_counter() - self.began) / max(1, done) * (state.max_steps - state.global_step)
+        loss = f"loss {self.loss:.3f} · " if self.loss is not None else ""
+        lr = self.trainer._get_learning_rate()
+        return (
+            f"step {state.global_step}/{state.max_steps} · {loss}lr {lr:.1e} · {rate(self.trainer):.0f} tok/s · "
+            f"{bytes_text(memory_now(self.device))} · {seconds_text(left)} left"
+        )
+
+    def say(self, text: str) -> None:
+        """Tell a person on stderr, and the run's log."""
+        self.progress.console.print(text, highlight=False, markup=False)
+        with self.run.log_file.open("a") as f:
+            f.write(time.strftime("%H:%M:%S ") + text + "\n")
+
+    def close(self) -> None:
+        """Take the progress line away."""
+        if self.live:
+            self.progress.stop()
+
+
+def rate(trainer: SlimTrainer) -> float:
+    """Return trained tokens a second, over the training steps alone."""
+    return trainer.trained_tokens / trainer.train_seconds if trainer.train_seconds else 0.0
+
+
+def memory_now(device: torch.device) -> int:
+    """Return the bytes in use: the GPU allocator's, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_bytes(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the most bytes held at once: the GPU allocator's, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def stop_on_interrupt(pace: Pace, watch: Watch) -> Iterator[None]:
+    """Let the first Ctrl-C end the run after its step, with a checkpoint; the second one ends it at once."""
+
+    def ask(signum: int, frame: Any) -> None:
+        if pace.stop_asked:
+            raise KeyboardInterrupt
+        pace.stop_asked = True
+        watch.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not in the main thread: whoever is there keeps their handler
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,176 @@
+"""Checkpoints that are whole or absent, without pickle.
+
+    checkpoint-<step>/
+      adapter_config.json, adapter_model.safetensors   the adapter, as PEFT reads it
+      optimizer.safetensors, optimizer.json            AdamW's moments; its settings
+      rng.safetensors, rng.json                        random numbers of torch, NumPy and Python
+      scheduler.json, trainer_state.json, progress.json
+      checksums.json                                   SHA-256 of every file above
+
+A checkpoint is written under another name, flushed to the disk and renamed, so that a process killed at any moment
+leaves the ones before it and, at most, a `.partial` folder that the next start removes. A checkpoint whose sums do not
+hold is passed over, aloud, for the one before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+
+from ..errors import RunError, listed
+from ..ops.files import disk_full_is_an_error, fsync_folder
+
+SUMS = "checksums.json"
+_PREFIX = "checkpoint-"
+_PARTIAL = ".partial-"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step a checkpoint folder's name says."""
+    return int(folder.name.removeprefix(_PREFIX))
+
+
+def folders(root: Path) -> list[Path]:
+    """Return the checkpoint folders under `root`, oldest first."""
+    found = root.glob(f"{_PREFIX}*") if root.is_dir() else []
+    return sorted((p for p in found if p.name.removeprefix(_PREFIX).isdigit()), key=step_of)
+
+
+def write(root: Path, step: int, fill: Callable[[Path], None]) -> Path:
+    """Write `checkpoint-<step>` under `root` whole: `fill(folder)` puts the files there.
+
+    Raises:
+        RunError: the disk is full; nothing of this checkpoint is left, the older ones are.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    final, partial = root / f"{_PREFIX}{step}", root / f"{_PARTIAL}{step}"
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_full_is_an_error(final):
+        try:
+            partial.mkdir()
+            fill(partial)
+            sums = {p.name: _sum(p) for p in sorted(partial.iterdir())}
+            (partial / SUMS).write_text(json.dumps(sums, indent=1))
+            for file in partial.iterdir():
+                _flush(file)
+            fsync_folder(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            fsync_folder(root)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return final
+
+
+def fault_in(folder: Path) -> str:
+    """Return what is wrong with a checkpoint, or `""`."""
+    try:
+        sums = json.loads((folder / SUMS).read_text())
+    except (OSError, ValueError) as e:
+        return f"{SUMS} cannot be read ({type(e).__name__})"
+    for name, wanted in sums.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sum(folder / name) != wanted:
+            return f"{name} is damaged (its checksum differs)"
+    return ""
+
+
+def newest_sound(root: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that is whole; each one passed over is told to `say`. None: there is none.
+
+    Raises:
+        RunError: there are checkpoints, and none is whole.
+    """
+    for left in root.glob(f"{_PARTIAL}*") if root.is_dir() else ():
+        say(f"{left.name}: a checkpoint that was being written when the run stopped; removed")
+        shutil.rmtree(left)
+    every = folders(root)
+    for folder in reversed(every):
+        fault = fault_in(folder)
+        if not fault:
+            return folder
+        say(f"{folder.name} is passed over: {fault}")
+    if every:
+        raise RunError(
+            f"no checkpoint in {root} is whole: {listed(p.name for p in every)}",
+            "at least one",
+            "start anew with another --out",
+        )
+    return None
+
+
+def rotate(root: Path, keep: int, best: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints and the best one."""
+    for folder in folders(root)[:-keep]:
+        if step_of(folder) != best:
+            shutil.rmtree(folder)
+
+
+def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
+    """Write an optimizer's `state_dict()` as tensors and JSON."""
+    tensors, rest = {}, {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            (tensors if isinstance(value, torch.Tensor) else rest)[f"{index}.{name}"] = value
+    plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
+    (folder / "optimizer.safetensors").write_bytes(to_bytes(plain))
+    (folder / "optimizer.json").write_text(json.dumps({"param_groups": state["param_groups"], "state": rest}))
+
+
+def load_optimizer(folder: Path) -> dict[str, Any]:
+    """Return the `state_dict()` that `save_optimizer` wrote."""
+    described = json.loads((folder / "optimizer.json").read_text())
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in [*load_file(folder / "optimizer.safetensors").items(), *described["state"].items()]:
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in described["param_groups"]]
+    return {"state": state, "param_groups": groups}
+
+
+def save_random(folder: Path) -> None:
+    """Write where the random number generators of torch (CPU and GPUs), NumPy and Python stand."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    (folder / "rng.safetensors").write_bytes(to_bytes(tensors))
+    version, inner, gauss = random.getstate()
+    (folder / "rng.json").write_text(json.dumps({"numpy": [kind, *rest], "python": [version, list(inner), gauss]}))
+
+
+def load_random(folder: Path) -> None:
+    """Put the random number generators where `save_random` found them."""
+    tensors, rest = load_file(folder / "rng.safetensors"), json.loads((folder / "rng.json").read_text())
+    torch.set_rng_state(tensors["cpu"])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
+    kind, *others = rest["numpy"]
+    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *others))
+    version, inner, gauss = rest["python"]
+    random.setstate((version, tuple(inner), gauss))
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as f:
+        os.fsync(f.fileno())

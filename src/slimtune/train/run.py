@@ -1,0 +1,221 @@
+"""One run, from a recipe to an adapter with its record.
+
+load base → attach → read rows → train (transformers' Trainer) → take the best checkpoint → adapter/, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..adapt import checkpoint as adapter_files
+from ..build import Rows, adapted, base_of, rows_of
+from ..data.collate import Collator
+from ..errors import DataError, RunError, UsageError
+from ..models.load import Base
+from ..ops.files import disk_full_is_an_error
+from ..recipe import Recipe
+from ..runs import ADAPTER_FILE, RunFolder, json_text, write_atomic
+from ..units import bytes_text, count_text
+from . import checkpoints
+from .callbacks import Pace, Watch, peak_bytes, rate, stop_on_interrupt
+from .report import write_report
+from .trainer import SlimTrainer
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was stopped by Ctrl-C, with a checkpoint."""
+
+
+def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = None) -> dict[str, Any]:
+    """Run a recipe; return what `slimtune train --json` prints.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the newest whole checkpoint in the recipe's run folder (from the start if there is none).
+        continue_from: start from this adapter's weights (a run or an adapter folder).
+
+    Raises:
+        UsageError: what was asked for cannot be carried out; nothing was written.
+        SlimtuneError: the work found a fault.
+        Interrupted: Ctrl-C; a checkpoint was written.
+    """
+    run = _open(recipe) if resume else None
+    began = time.perf_counter()
+    base = base_of(recipe)
+    rows = rows_of(recipe, base.tokenizer)
+    if not rows.train:
+        raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
+    model = adapted(base, recipe, continue_from)
+    run = run or RunFolder.create(recipe.out, recipe)
+    watch = Watch(run, base.device)
+    _describe(watch, base, rows, model)
+    trainer, pace = _trainer(recipe, run, base, rows, model, watch)
+    start = checkpoints.newest_sound(run.checkpoints, watch.say) if resume else None
+    if resume:
+        _resume_from(run, start, watch)
+    prepared = time.perf_counter() - began
+    with stop_on_interrupt(pace, watch), disk_full_is_an_error(run.path):
+        try:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+        finally:
+            watch.close()
+    if pace.stop_asked and trainer.state.global_step < trainer.state.max_steps:
+        step = trainer.state.global_step
+        watch.say(f"stopped at step {step}; go on with: slimtune train {run.recipe_file} --resume")
+        raise Interrupted(f"stopped at step {step}")
+    return _finish(recipe, run, base, rows, trainer, pace, watch, prepared)
+
+
+def _open(recipe: Recipe) -> RunFolder:
+    """Open the run to resume; a recipe that changed since is refused, since the steps would not line up."""
+    run = RunFolder.open(recipe.out, adapter=False)
+    then, now = run.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+    changed = [k for k in then if k != "out" and then[k] != now.get(k)]
+    if changed:
+        parts = [
+            f"{k}.{n}: {then[k][n]!r} then, {now[k].get(n)!r} now"
+            for k in changed
+            if isinstance(then[k], dict)
+            for n in then[k]
+            if then[k][n] != now[k].get(n)
+        ]
+        raise UsageError(
+            f"the recipe is not the one the run in {run.path} was started with: {'; '.join(parts) or changed}",
+            "the same recipe",
+            f"slimtune train {run.recipe_file} --resume, or another --out",
+        )
+    return run
+
+
+def _describe(watch: Watch, base: Base, rows: Rows, model: Any) -> None:
+    trained, every = model.get_nb_trainable_parameters()
+    watch.say(f"base: {base.source.name}, {str(base.dtype).removeprefix('torch.')} on {base.device}")
+    watch.say(
+        f"{model.match_report()}; {count_text(trained)} of {count_text(every)} parameters train "
+        f"({100 * trained / every:.2f} %)"
+    )
+    watch.say(f"rows: {rows.train_report.text()}")
+
+
+def _trainer(
+    recipe: Recipe, run: RunFolder, base: Base, rows: Rows, model: Any, watch: Watch
+) -> tuple[SlimTrainer, Pace]:
+    t = recipe.train
+    steps_an_epoch = max(1, math.ceil(math.ceil(len(rows.train) / t.batch_size) / t.accumulate))
+    steps = t.max_steps or math.ceil(t.epochs * steps_an_epoch)
+    pace = Pace(t.eval_every or steps_an_epoch, t.save_every, t.early_stopping)
+    # transformers' own log lines go to the run's log file; warnings of theirs that are none of the user's too.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    args = TrainingArguments(
+        output_dir=str(run.checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=t.batch_size,
+        gradient_accumulation_steps=t.accumulate,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.scheduler,
+        warmup_steps=math.ceil(t.warmup_ratio * steps),
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        optim="adamw_torch",
+        seed=t.seed,
+        data_seed=t.seed,
+        logging_steps=t.log_every,
+        logging_strategy="steps",
+        eval_strategy="no",
+        save_strategy="no",
+        report_to=list(t.report_to) or "none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=base.device.type == "cpu",
+        dataloader_pin_memory=base.device.type == "cuda",
+    )
+    collator = Collator(base.tokenizer.pad_token_id, packing=t.packing)
+    trainer = SlimTrainer(
+        model,
+        args,
+        train=rows.train,
+        validation=rows.validation,
+        collator=collator,
+        keep=t.keep_checkpoints,
+        say=watch.say,
+        callbacks=[pace, watch],
+    )
+    for unwanted in ("PrinterCallback", "ProgressCallback"):
+        for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == unwanted]:
+            trainer.remove_callback(type(callback))
+    pace.trainer = watch.trainer = trainer
+    return trainer, pace
+
+
+def _resume_from(run: RunFolder, start: Path | None, watch: Watch) -> None:
+    """Say where the run goes on, and take back the metrics of steps that will be done again."""
+    step = checkpoints.step_of(start) if start else 0
+    watch.say(f"resuming at step {step}" if start else "there is no checkpoint yet: starting from the beginning")
+    kept = [m for m in run.metrics() if m.get("step", 0) <= step]
+    write_atomic(run.metrics_file, "".join(json_text(m) + "\n" for m in kept))
+
+
+def _finish(
+    recipe: Recipe,
+    run: RunFolder,
+    base: Base,
+    rows: Rows,
+    trainer: SlimTrainer,
+    pace: Pace,
+    watch: Watch,
+    prepared: float,
+) -> dict[str, Any]:
+    """Take the best adapter, write it with the run's record, and return the result."""
+    best = trainer.best_step()
+    if best is not None and best != trainer.state.global_step:
+        folder = run.checkpoints / f"checkpoint-{best}"
+        if fault := checkpoints.fault_in(folder):
+            raise RunError(f"the best checkpoint, {folder}, cannot be taken: {fault}", "a whole checkpoint")
+        trainer.load_adapter_of(folder)
+        watch.say(f"taking the adapter of step {best}, the one with the lowest validation loss")
+    adapter_files.save(trainer.model, run.adapter, "default")
+    base.tokenizer.save_pretrained(run.adapter)
+    history = trainer.state.log_history
+    losses = [h["loss"] for h in history if "loss" in h]
+    validation = [h["eval_loss"] for h in history if "eval_loss" in h]
+    trained, every = trainer.model.get_nb_trainable_parameters()
+    last = losses[-max(1, len(losses) // 10) :]
+    result = {
+        "run": str(run.path),
+        "adapter": str(run.adapter),
+        "steps": trainer.state.global_step,
+        "best_step": best or trainer.state.global_step,
+        "epochs": round(
+            trainer.state.global_step
+            / max(1, math.ceil(len(rows.train) / recipe.train.batch_size / recipe.train.accumulate)),
+            3,
+        ),
+        "stopped_early": pace.stopped_early,
+        "rows": len(rows.train),
+        "trained_tokens": trainer.trained_tokens,
+        "supervised_tokens": trainer.supervised_tokens,
+        "tokens_per_second": round(rate(trainer), 2),
+        "train_seconds": round(trainer.train_seconds, 3),
+        "load_seconds": round(base.load_seconds, 3),
+        "prepare_seconds": round(base.prepare_seconds, 3),
+        "start_seconds": round(prepared, 3),
+        "train_loss": sum(last) / len(last) if last else None,
+        "validation_loss": min(validation) if validation else None,
+        "adapter_bytes": (run.adapter / ADAPTER_FILE).stat().st_size,
+        "trainable_params": trained,
+        "total_params": every,
+        "peak_bytes": peak_bytes(base.device),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(base.device),
+    }
+    write_atomic(run.result_file, json.dumps(result, indent=2) + "\n")
+    write_report(run, recipe, result, trainer.model.match_report(), rows)
+    watch.say(f"adapter: {run.adapter} ({bytes_text(result['adapter_bytes'])})")
+    return result

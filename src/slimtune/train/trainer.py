@@ -1,0 +1,153 @@
+"""transformers' Trainer with our loss, our checkpoints and our evaluation; the loop itself is theirs.
+
+Overridden: `compute_loss` (supervised positions only), the count that normalises it (targets of the whole accumulated
+batch), `evaluate` (mean over tokens, not over batches) and everything that saves or loads (no pickle, whole or absent).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from ..adapt import checkpoint as adapter_files
+from ..build import Example, mean_loss, score, step_loss
+from ..data.collate import Collator
+from . import checkpoints
+
+
+class RowSet(Dataset):
+    """Encoded rows, as torch wants them."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+class SlimTrainer(Trainer):
+    """A Trainer for adapters on packed rows.
+
+    Args:
+        model: the adapted model.
+        args: transformers' arguments; `output_dir` is the folder of the checkpoints.
+        train: encoded training rows.
+        validation: encoded validation rows; may be empty.
+        collator: makes a batch of rows.
+        keep: checkpoints kept beside the best.
+        say: told what a person should know.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        collator: Collator,
+        keep: int,
+        say: Callable[[str], None],
+        callbacks: list[Any],
+    ) -> None:
+        super().__init__(model, args, train_dataset=RowSet(train), data_collator=collator, callbacks=callbacks)
+        self.validation, self.collator, self.keep, self.say = list(validation), collator, keep, say
+        self.trained_tokens = self.supervised_tokens = 0
+        self.train_seconds = 0.0
+        self._begun = 0.0
+        # The loss below is normalised over the accumulated batch already.
+        self.model_accepts_loss_kwargs = True
+
+    # --- the step -----------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
+        return torch.tensor(sum(len(b["targets"]) for b in batch_samples), device=device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss of one micro-batch, its share of the whole step's."""
+        loss = step_loss(model, inputs, num_items_in_batch)
+        mask = inputs.get("attention_mask")
+        self.trained_tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
+        self.supervised_tokens += len(inputs["targets"])
+        return (loss, None) if return_outputs else loss
+
+    def step_begins(self) -> None:
+        """Start the clock of one optimizer step."""
+        self._begun = time.perf_counter()
+
+    def step_ends(self) -> None:
+        """Stop it: only training counts, not evaluating or saving."""
+        self.train_seconds += time.perf_counter() - self._begun
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return and log the mean loss per supervised token over the validation rows (nats)."""
+        if not self.validation:
+            return {}
+        loss = mean_loss(score(self.model, self.validation, self.collator))
+        metrics = {"eval_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def best_step(self) -> int | None:
+        """Return the step with the lowest validation loss so far; the first one where several are equal."""
+        seen = [(h["eval_loss"], h["step"]) for h in self.state.log_history if "eval_loss" in h]
+        return min(seen)[1] if seen else None
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        root = Path(self.args.output_dir)
+        checkpoints.write(root, self.state.global_step, self._fill)
+        checkpoints.rotate(root, self.keep, self.best_step())
+
+    def _fill(self, folder: Path) -> None:
+        adapter_files.save(self.model, folder, "default")
+        checkpoints.save_optimizer(folder, self.optimizer.state_dict())  # type: ignore[union-attr]
+        checkpoints.save_random(folder)
+        (folder / "scheduler.json").write_text(json.dumps(self.lr_scheduler.state_dict()))  # type: ignore[union-attr]
+        progress = {
+            "trained_tokens": self.trained_tokens,
+            "supervised_tokens": self.supervised_tokens,
+            "train_seconds": self.train_seconds,
+        }
+        (folder / "progress.json").write_text(json.dumps(progress))
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_adapter_of(Path(resume_from_checkpoint))
+        progress = json.loads(Path(resume_from_checkpoint, "progress.json").read_text())
+        self.trained_tokens, self.supervised_tokens = progress["trained_tokens"], progress["supervised_tokens"]
+        self.train_seconds = progress["train_seconds"]
+
+    def load_adapter_of(self, folder: Path) -> None:
+        """Load the adapter of a checkpoint into the model."""
+        tensors, _ = adapter_files.read(folder)
+        adapter_files.load(self.model, "default", tensors, where=str(folder))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.optimizer.load_state_dict(checkpoints.load_optimizer(Path(checkpoint)))  # type: ignore[union-attr]
+            self.lr_scheduler.load_state_dict(json.loads(Path(checkpoint, "scheduler.json").read_text()))  # type: ignore[union-attr]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_random(Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: weights are bf16 or fp32, adapters fp32."""
