@@ -6,13 +6,12 @@ same class. Three seams make ours pass, and none changes what those libraries do
 1. `peft` installed: `joined(cls, "PeftModel")` is a subclass of `cls` with peft's class at the very end of its method
    resolution order. `isinstance` and `issubclass` see it; since it stands last, nothing of ours is overridden by it.
 2. `peft` installed: `peft.get_peft_model(model, config)` called by a library with a config of ours (TRL does) builds
-   our model, because `peft.PeftModel.__new__` hands it over.
+   our model, because `peft.PeftModel.__new__` hands it over; this stands from the first config of ours on.
 3. `peft` not installed: the Trainer asks `transformers.trainer_utils`, which is told of our class instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -30,7 +29,9 @@ def joined(cls: type, outsider: str) -> type:
     """Return a subclass of `cls` that `isinstance` also takes for `peft.<outsider>`; `cls` itself without peft."""
     if not peft_installed() or getattr(cls, "_joined", False):
         return cls
-    foreign = getattr(import_module("peft"), outsider)
+    peft = import_module("peft")
+    _hand_over(peft.PeftModel)
+    foreign = getattr(peft, outsider)
 
     class Joined(type(cls)):  # type: ignore[misc]
         def mro(self) -> list[type]:
@@ -44,25 +45,19 @@ def joined(cls: type, outsider: str) -> type:
 
 
 @cache
-def announce(model_class: type, config_class: type, attach: Callable[..., Any]) -> None:
-    """Tell the libraries that are here of our classes; done once, when the first adapter is attached.
-
-    Args:
-        model_class: our `PeftModel`.
-        config_class: our `PeftConfig`.
-        attach: `attach(model, config, **settings)` returns a model of `model_class`.
-    """
-    if peft_installed():
-        _hand_over(import_module("peft").PeftModel, config_class, attach)
-    else:
+def announce(model_class: type) -> None:
+    """Tell transformers of our `PeftModel` where peft is not installed: once, when the first adapter is attached."""
+    if not peft_installed():
         _tell_transformers(model_class)
 
 
-def _hand_over(foreign: type, config_class: type, attach: Callable[..., Any]) -> None:
+@cache
+def _hand_over(foreign: type) -> None:
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("peft_config", args[1] if len(args) > 1 else None)
-        if isinstance(config, config_class):
-            return attach(*args, **kwargs)
+        if getattr(type(config), "_joined", False):
+            # By the package's public name: the floors above this one are not known here.
+            return import_module(__package__).get_peft_model(*args, **kwargs)
         return object.__new__(cls)
 
     foreign.__new__ = staticmethod(new)  # type: ignore[method-assign]

@@ -90,7 +90,9 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
         model = get_peft_model(base.model, recipe.method_config())
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.2x renamed it; the old name warns there, the new one is missing before.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model
 
 

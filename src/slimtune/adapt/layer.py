@@ -60,9 +60,20 @@ class Adapted(nn.Module):
     _mine: nn.Module | None
     _kept: dict[str, nn.Parameter] | None
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the frozen module, then each active delta: `(..., in)` to `(..., out)`."""
-        y = super().forward(x, *args, **kwargs)
+        y = super().forward(*args, **kwargs)
+        if not self._deltas:
+            return y
+        x = args[0] if args else next(iter(kwargs.values()))
+        scale = getattr(self, "embed_scale", None)
+        if scale is None:
+            return self._changed(x, y)
+        # A scaled embedding gives `scale · W[x]`; a delta changes W.
+        rows = torch.nn.functional.embedding(x, self.weight)  # type: ignore[arg-type]
+        return y + (self._changed(x, rows) - rows) * scale
+
+    def _changed(self, x: Tensor, y: Tensor) -> Tensor:
         for delta in self._deltas:
             y = delta(x, y)
         return y

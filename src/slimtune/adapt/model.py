@@ -163,7 +163,7 @@ class PeftModel(PushToHubMixin):
             self.unload()
             raise
         self.set_adapter(name, inference_mode=config.inference_mode)
-        if getattr(self, "is_gradient_checkpointing", False):
+        if any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):  # type: ignore[attr-defined]
             self.enable_input_require_grads()  # type: ignore[attr-defined]
         return self
 
@@ -255,11 +255,9 @@ class PeftModel(PushToHubMixin):
             raise UsageError(
                 f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
             )
-        for _, module in at.members.pop(adapter_name):
-            layer.remove(module, adapter_name)
-        del at.configs[adapter_name], at.reports[adapter_name]
-        at.active = [n for n in at.active if n != adapter_name]
-        self.set_adapter(at.active or next(iter(at.configs)))
+        self._drop(adapter_name)
+        if not at.active:
+            self.set_adapter(next(iter(at.configs)))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the active adapters (or these) into the base's weights; `unmerge_adapter` restores them bit for bit.
@@ -395,7 +393,7 @@ class PeftModel(PushToHubMixin):
         try:
             checkpoint.load(self, adapter_name, tensors, where=str(model_id))
         except BaseException:
-            self.delete_adapter(adapter_name)
+            self._drop(adapter_name)
             raise
         self.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
 
@@ -403,10 +401,12 @@ class PeftModel(PushToHubMixin):
         """Write the README.md of an adapter folder, unless there is one."""
         checkpoint.write_card(self.active_peft_config, Path(output_dir))
 
-    def gradient_checkpointing_enable(self: Any, *args: Any, **kwargs: Any) -> None:
-        """Turn activation checkpointing on; a frozen embedding's output must then carry a gradient."""
-        super().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[misc]
-        self.enable_input_require_grads()
+    def _set_gradient_checkpointing(self: Any, enable: bool = True, **kwargs: Any) -> None:
+        # Both of transformers' public names come here. A frozen embedding's output must carry a gradient, or the
+        # reentrant kind of checkpointing would train nothing.
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)  # type: ignore[misc]
+        if enable:
+            self.enable_input_require_grads()
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -417,6 +417,15 @@ class PeftModel(PushToHubMixin):
                 f"one of {listed(self._attached.configs)}",
             )
         return name
+
+    def _drop(self, name: str) -> None:
+        """Take one adapter out; the others keep what they are, trained or frozen, merged or not."""
+        at = self._attached
+        for _, module in at.members.pop(name):
+            layer.remove(module, name)
+        del at.configs[name], at.reports[name]
+        at.active = [n for n in at.active if n != name]
+        self._refresh(at.configs)
 
     def _refresh(self, adapters: Any, active: list[str] | None = None) -> None:
         """Set what the modules of these adapters run with."""
@@ -433,7 +442,9 @@ class PeftModel(PushToHubMixin):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(at.was_trainable.get(name, True))
         backbone = self.base_model
-        if backbone.__dict__.get("model") is self:
+        if backbone.__dict__.pop("_whole", None) is not None:
+            backbone.__class__ = type(backbone).__bases__[0]
+        elif backbone.__dict__.get("model") is self:
             del backbone.__dict__["model"]
         del self.__dict__["_slimtune"]
         self.__class__ = at.base_class
@@ -441,18 +452,28 @@ class PeftModel(PushToHubMixin):
 
 
 def _become_peft(model: nn.Module) -> PeftModel:
-    announce(PeftModel, PeftConfig, get_peft_model)
+    announce(PeftModel)
     base_class = type(model)
     was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
     model.__class__ = joined(_peft_class(base_class), "PeftModel")
     model.__dict__["_slimtune"] = Attached(base_class, was_trainable)
     assert isinstance(model, PeftModel)
-    if not hasattr(model.base_model, "model"):
-        model.base_model.__dict__["model"] = (
-            model  # PEFT's idiom `base_model.model`; not registered, so no cycle of modules
-        )
+    backbone = model.base_model
+    if not hasattr(backbone, "model"):  # PEFT's idiom `base_model.model`; not registered, so no cycle of modules
+        if backbone is model:
+            model.__dict__["model"] = model
+        else:
+            backbone.__dict__["_whole"] = model
+            backbone.__class__ = _backbone_class(type(backbone))
     return model
+
+
+@cache
+def _backbone_class(base: type[nn.Module]) -> type:
+    # A backbone stays its own `base_model`: transformers looks for that under `model`, and would find the whole again.
+    body = {"model": property(lambda self: self.__dict__["_whole"]), "base_model": property(lambda self: self)}
+    return type(base.__name__, (base,), {**body, "__module__": base.__module__, "__doc__": base.__doc__})
 
 
 @cache

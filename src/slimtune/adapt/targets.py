@@ -18,7 +18,7 @@ from ..errors import TargetError, listed, nearest
 from ..methods.config import TargetedConfig
 from ..methods.patterns import named, pattern_key
 from .architectures import DEFAULT_TARGETS, HEADS
-from .layer import kind_of
+from .layer import Adapted, kind_of
 
 ALL_LINEAR = "all-linear"
 
@@ -195,6 +195,9 @@ def _all_adaptable(model: nn.Module, modules: dict[str, nn.Module], found: Itera
                 "linear maps (Linear, Conv1D) and embeddings",
                 "name the linear modules inside it",
             )
+        if isinstance(modules[name], nn.Embedding) and not _looks_rows_up(modules[name]):
+            raise TargetError(f"{name} is a {type(modules[name]).__name__}, whose input is not the numbers of its rows",
+                              "an embedding that looks rows up, or a linear map")  # fmt: skip
         parent = modules.get(name.rpartition(".")[0], model)
         if isinstance(parent, nn.MultiheadAttention):
             raise TargetError(
@@ -202,6 +205,11 @@ def _all_adaptable(model: nn.Module, modules: dict[str, nn.Module], found: Itera
                 "that an adapter there would do nothing",
                 "a module whose forward is called",
             )
+
+
+def _looks_rows_up(module: nn.Module) -> bool:
+    own = next(vars(c)["forward"] for c in type(module).__mro__ if "forward" in vars(c) and c is not Adapted)
+    return own is nn.Embedding.forward or hasattr(module, "embed_scale")
 
 
 def _trained_whole(model: nn.Module, modules: dict[str, nn.Module], config: TargetedConfig, strict: bool) -> list[str]:

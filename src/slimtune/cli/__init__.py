@@ -1,0 +1,59 @@
+"""The command line: one thin module per verb (parse → library call → print).
+
+The heavy rooms are imported inside the verbs, so `slimtune --help` imports no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .chat import chat
+from .common import Verbs
+from .doctor import doctor
+from .eval import eval_run
+from .generate import generate
+from .merge import merge_run
+from .methods import methods
+from .train import train_run
+
+app = typer.Typer(
+    cls=Verbs, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False
+)
+app.command("train")(train_run)
+app.command("eval")(eval_run)
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("merge")(merge_run)
+app.command("methods")(methods)
+app.command("doctor")(doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"slimtune {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Adapt an LLM by training under 1 % of it: train, prove, merge, use.
+
+    Exit codes: 0 done; 1 the work failed; 2 wrong use (flags, recipe, missing files); 130 interrupted.
+    """
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Run the command line on `sys.argv` and exit with its code."""
+    app(args=sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Chat rows: read them, render them by the model's template, mask them, batch them, say what became of each."""

@@ -132,7 +132,7 @@ class Watch(TrainerCallback):
 
     def say(self, text: str) -> None:
         """Tell a person on stderr, and the run's log."""
-        self.progress.console.print(text, highlight=False, markup=False)
+        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         with self.run.log_file.open("a") as f:
             f.write(time.strftime("%H:%M:%S ") + text + "\n")
 

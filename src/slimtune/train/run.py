@@ -119,7 +119,7 @@ def _trainer(
         per_device_train_batch_size=t.batch_size,
         gradient_accumulation_steps=t.accumulate,
         learning_rate=t.learning_rate,
-        lr_scheduler_type=t.scheduler,
+        lr_scheduler_type="constant_with_warmup" if t.scheduler == "constant" else t.scheduler,
         warmup_steps=math.ceil(t.warmup_ratio * steps),
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,

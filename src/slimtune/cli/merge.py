@@ -1,0 +1,30 @@
+"""`slimtune merge`: base and adapter as one plain Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..units import bytes_text, seconds_text
+from .common import Json, Run, console
+
+
+def merge_run(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it must not hold files.", show_default=False)],
+    dtype: Annotated[str, typer.Option(help="Dtype of the checkpoint: auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Write base and adapter as one checkpoint."""
+    from ..export.merge import merge
+
+    result = merge(run, out, dtype=dtype)
+    if not as_json:
+        console().print(
+            f"{result['out']}: {bytes_text(result['bytes'])} in {result['dtype']}, {seconds_text(result['seconds'])}; "
+            f"largest difference to the adapted model: {result['max_difference']:.2g}",
+            markup=False,
+        )
+    return dict(result)

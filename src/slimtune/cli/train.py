@@ -1,0 +1,116 @@
+"""`slimtune train`: tune a base as a recipe, or flags, or both say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from ..units import bytes_text, count_text, seconds_text
+from .common import Json, SetOption, console, table
+
+FLAGS = {
+    "model": "model.name",
+    "data": "data.train",
+    "validation": "data.validation",
+    "method": "method.name",
+    "rank": "method.rank",
+    "alpha": "method.alpha",
+    "epochs": "train.epochs",
+    "max_steps": "train.max_steps",
+    "lr": "train.learning_rate",
+    "batch_size": "train.batch_size",
+    "max_seq_len": "data.max_seq_len",
+    "too_long": "data.too_long",
+    "dtype": "model.dtype",
+    "seed": "train.seed",
+    "out": "out",
+    "trust_remote_code": "model.trust_remote_code",
+}
+"""A flag's name → the field of the recipe it sets."""
+
+
+def train_run(
+    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="A recipe; flags override it.")] = None,
+    model: Annotated[str | None, typer.Option(help="The base: an alias, a GGUF file, a folder or a Hub id.")] = None,
+    data: Annotated[str | None, typer.Option(help="JSONL file of training rows.")] = None,
+    validation: Annotated[str | None, typer.Option(help="JSONL file of validation rows.")] = None,
+    method: Annotated[str | None, typer.Option(help="The method; see `slimtune methods`.")] = None,
+    rank: Annotated[int | None, typer.Option(help="The method's rank, from 1.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The method's alpha; lora: 2 × rank where it is not given.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in a micro-batch.")] = None,
+    max_seq_len: Annotated[int | None, typer.Option(help="Longest row in tokens.")] = None,
+    too_long: Annotated[str | None, typer.Option(help="What happens to a longer row: error, drop or truncate.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the frozen weights: auto, float32, bfloat16, float16, float64.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random number.")] = None,
+    out: Annotated[str | None, typer.Option(help="The run folder, relative to the working folder.")] = None,
+    sets: SetOption = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Let the base run code of its own.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that lies in --out.")] = False,
+    continue_from: Annotated[
+        Path | None, typer.Option("--continue", metavar="ADAPTER", help="Start from this adapter's weights.")
+    ] = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Tune a base on your rows.
+
+    RECIPE.yaml says how, or flags alone do (--model, --data and --out are needed), or both: flags win.
+    """
+    given = dict(locals())
+    if resume and continue_from is not None:
+        raise UsageError(
+            "--resume and --continue are both given",
+            "one of them: --resume goes on with the run in --out, --continue starts a new run from an adapter",
+        )
+    from ..recipe import load_recipe
+    from ..recipe.reading import read_override
+    from ..runs import RunFolder
+
+    overrides = {path: given[flag] for flag, path in FLAGS.items() if given[flag] is not None}
+    overrides.update(read_override(text) for text in sets or [])
+    settings = load_recipe(recipe, overrides)
+    settings.require_files()
+    if not resume:
+        RunFolder.new(settings.out)  # refused at once, not after the base is loaded
+
+    from ..train.run import train
+
+    result = train(settings, resume=resume, continue_from=continue_from)
+    if not as_json:
+        _show(result)
+    return dict(result)
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    rows = table("", "")
+    run = result["run"]
+    share = 100 * result["trainable_params"] / max(result["total_params"], 1)
+    rows.add_row("steps", f"{result['steps']}")
+    rows.add_row("trained tokens", f"{count_text(result['trained_tokens'])} ({result['tokens_per_second']:.0f} /s)")
+    rows.add_row("training loss", _loss(result.get("train_loss")))
+    rows.add_row("validation loss", _loss(result.get("validation_loss")))
+    rows.add_row("trained parameters", f"{count_text(result['trainable_params'])} ({share:.2f} %)")
+    rows.add_row("adapter", bytes_text(result["adapter_bytes"]))
+    rows.add_row("peak memory", bytes_text(result["peak_bytes"]))
+    for name in ("load", "prepare"):
+        if (seconds := result.get(f"{name}_seconds")) is not None:
+            rows.add_row(f"time to {name}", seconds_text(seconds))
+    screen = console()
+    screen.print(rows)
+    screen.print(f"the adapter lies in {run}/adapter; now: slimtune eval {run}, slimtune chat {run}", markup=False)
+
+
+def _loss(value: float | None) -> str:
+    return "none measured" if value is None else f"{value:.4f}"

@@ -1,0 +1,159 @@
+"""A conversation as tokens, and which of them are to be learned: the assistant's words and the token that ends them.
+
+The conversation is rendered once as text and tokenized once; spans of characters become a mask over tokens by the
+offsets of that one tokenization, so the ids are those of `tokenizer.apply_chat_template` and a token is never split.
+Headers, other roles and white space after the end-of-turn token are never learned. `{% generation %}` marks of a
+template are taken as they stand; for every other template the spans are derived (turns.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from slimtune.data.turns import Messages, Span, assistant_spans
+from slimtune.errors import DataError, ModelError
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a conversation, and for each whether the model learns to say it. Both have length L."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of a conversation and the spans `[start, end)` of characters which the model learns to say."""
+
+    text: str
+    spans: list[Span]
+
+
+def encode(tokenizer: Any, messages: Messages) -> Encoded:
+    """Return the tokens of a conversation and their mask.
+
+    Raises:
+        ModelError: no chat template, no fast tokenizer, or a template that does not show the assistant's turns.
+        DataError: the template refuses these messages, or leaves one out.
+    """
+    rendered = render(tokenizer, messages)
+    ids, offsets = tokenize(tokenizer, [rendered.text])
+    return Encoded(ids[0], supervised(rendered, offsets[0]))
+
+
+def render(tokenizer: Any, messages: Messages) -> Rendered:
+    """Return the rendered text with the assistant's spans.
+
+    Raises:
+        ModelError, DataError: as `encode`.
+    """
+    template = chat_template(tokenizer)
+
+    def rendered(some: Messages, prompt: bool) -> str:
+        return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=prompt)
+
+    try:
+        text = rendered(messages, False)
+    except TemplateSyntaxError as error:
+        raise ModelError(f"the chat template is not valid Jinja: {error}", fix="repair it") from error
+    except TemplateError as error:
+        fix = "change the row, or give another template (data.chat_template)"
+        raise DataError(f"the chat template refuses these messages: {error}", fix=fix) from error
+    for i, message in enumerate(messages):
+        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+            got = f"the chat template leaves out messages[{i}] ({message['role']})"
+            raise DataError(got, fix="remove that message, or give another template (data.chat_template)")
+    ends = _special(tokenizer)
+    if _GENERATION.search(template):
+        return Rendered(text, _marked_spans(tokenizer, messages, text, ends))
+    return Rendered(text, assistant_spans(text, messages, rendered, ends))
+
+
+def tokenize(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
+    """Return ids and character offsets of rendered texts, with no special token added: the template wrote them.
+
+    Raises:
+        ModelError: the tokenizer gives no offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        got = f"{type(tokenizer).__name__} is not a fast tokenizer: it does not say where its tokens lie in the text"
+        raise ModelError(got, wanted="a tokenizer.json beside the model", fix="convert it to the fast format")
+    out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return out["input_ids"], out["offset_mapping"]
+
+
+def supervised(rendered: Rendered, offsets: Sequence[Span]) -> list[bool]:
+    """Return for each token whether it lies in a span.
+
+    A token that begins before its span is the model's to say only if what it takes from there is white space
+    (`" Hello"` after `[/INST]`); with a piece of the header in it, it is not.
+    """
+    mask: list[bool] = []
+    k, spans = 0, rendered.spans
+    for begin, end in offsets:
+        while k < len(spans) and spans[k][1] <= begin:
+            k += 1
+        inside = k < len(spans) and begin < spans[k][1] and end > spans[k][0]
+        mask.append(inside and (begin >= spans[k][0] or rendered.text[begin : spans[k][0]].isspace()))
+    return mask
+
+
+def chat_template(tokenizer: Any) -> str:
+    """Return the template's text.
+
+    Raises:
+        ModelError: the tokenizer has none, or several and no default.
+    """
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        several = isinstance(tokenizer.chat_template, dict)
+        got = f"this model has {'several chat templates and no default' if several else 'no chat template'}"
+        wanted = "one that says how its conversations are written"
+        fix = "give one: data.chat_template: FILE.jinja in the recipe, or --set data.chat_template=FILE.jinja"
+        raise ModelError(got, wanted=wanted, fix=fix) from error
+
+
+def ends_turn(tokenizer: Any, token: int) -> bool:
+    """Return whether a token is one that can end a turn: a special or added one."""
+    return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
+
+
+def _special(tokenizer: Any) -> re.Pattern[str]:
+    known = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    # Some vocabularies add runs of blanks: they end nothing.
+    names = sorted((re.escape(t) for t in known if t.strip()), key=len, reverse=True)
+    return re.compile("|".join(names) if names else r"(?!)")
+
+
+def _marked_spans(tokenizer: Any, messages: Messages, text: str, ends: re.Pattern[str]) -> list[Span]:
+    """Return the spans the template itself marks, without white space after a special token."""
+    out = tokenizer.apply_chat_template(
+        messages,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+    )
+    spans: list[Span] = []
+    joined = False
+    for (begin, end), inside in zip(out["offset_mapping"], out["assistant_masks"], strict=True):
+        if inside and joined:
+            spans[-1] = (spans[-1][0], end)
+        elif inside:
+            spans.append((begin, end))
+        joined = bool(inside)
+    return [(start, _without_blank(text, start, end, ends)) for start, end in spans]
+
+
+def _without_blank(text: str, start: int, end: int, ends: re.Pattern[str]) -> int:
+    said = text[start:end].rstrip()
+    closed = any(found.end() == len(said) for found in ends.finditer(said))
+    return start + len(said) if closed else end

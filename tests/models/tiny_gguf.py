@@ -1,0 +1,98 @@
+"""Write a tiny Llama as a GGUF file, as llama.cpp's converter would: names, permuted q and k rows, vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_LAYER = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def write_gguf(
+    path: Path,
+    model: Any,
+    tokenizer: Any,
+    *,
+    pre: str = "smollm",
+    scaling: str | None = None,
+    rope_freqs: np.ndarray | None = None,
+    drop: str | None = None,
+    poison: bool = False,
+) -> Path:
+    """Write `model` (LlamaForCausalLM, fp32) and `tokenizer` (byte-level) to `path`.
+
+    `drop` leaves one tensor out, `poison` puts a NaN into another, `scaling` and `rope_freqs` add rotary scaling.
+    """
+    import gguf
+
+    config = model.config
+    w = gguf.GGUFWriter(str(path), "llama")
+    w.add_name("tiny")
+    w.add_block_count(config.num_hidden_layers)
+    w.add_context_length(config.max_position_embeddings)
+    w.add_embedding_length(config.hidden_size)
+    w.add_feed_forward_length(config.intermediate_size)
+    w.add_head_count(config.num_attention_heads)
+    w.add_head_count_kv(config.num_key_value_heads)
+    w.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    w.add_rope_dimension_count(config.head_dim)
+    w.add_layer_norm_rms_eps(config.rms_norm_eps)
+    w.add_vocab_size(config.vocab_size)
+    if scaling:
+        w.add_string("llama.rope.scaling.type", scaling)
+    _vocabulary(w, tokenizer, pre)
+    for name, weight in model.state_dict().items():
+        if name == drop or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        array = weight.numpy().copy()
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        if poison and "down_proj" in name:
+            array[0, 0] = np.nan
+        w.add_tensor(_gguf_name(name), array)
+    if rope_freqs is not None:
+        w.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def _vocabulary(w: Any, tokenizer: Any, pre: str) -> None:
+    tokens = [t for t, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])]
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre(pre)
+    w.add_token_list(tokens)
+    w.add_token_types([3 if t in tokenizer.all_special_tokens else 1 for t in tokens])
+    w.add_token_merges(["Ġ a", "Ġ 1"])
+    w.add_bos_token_id(tokenizer.bos_token_id)
+    w.add_eos_token_id(tokenizer.eos_token_id)
+    w.add_pad_token_id(tokenizer.pad_token_id)
+    w.add_add_bos_token(False)
+    w.add_chat_template(tokenizer.chat_template)
+
+
+def _gguf_name(name: str) -> str:
+    if name in _NAMES:
+        return _NAMES[name]
+    _, _, layer, rest = name.split(".", 3)
+    return f"blk.{layer}.{_LAYER[rest.removesuffix('.weight')]}.weight"

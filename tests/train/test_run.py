@@ -1,0 +1,248 @@
+"""A run from a recipe to an adapter: what it writes, what it takes, how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import recipe_of, write_rows
+
+import slimtune.train.run as run_module
+from slimtune import PeftModel
+from slimtune.build import load_run, mean_loss, rows_of, score, step_loss
+from slimtune.data.collate import Collator
+from slimtune.errors import DataError, RunError, UsageError
+from slimtune.models.load import load_base
+from slimtune.train import checkpoints
+from slimtune.train.callbacks import Pace
+from slimtune.train.run import Interrupted, train
+
+KEYS = {
+    "run", "steps", "trained_tokens", "tokens_per_second", "train_loss", "validation_loss", "adapter_bytes",
+    "trainable_params", "total_params", "peak_bytes", "load_seconds", "prepare_seconds", "supervised_tokens",
+}  # fmt: skip
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    left, right = adapter(a), adapter(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_a_run_writes_what_it_promises(settings, tmp_path):
+    result = train(recipe_of(settings))
+    folder = Path(result["run"])
+    assert set(result) >= KEYS
+    assert result["steps"] == 8
+    assert result["validation_loss"] < 5.45  # ln 259 = 5.56 is knowing nothing
+    assert result["adapter_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert {p.name for p in folder.iterdir()} == {
+        "recipe.yaml", "adapter", "checkpoints", "metrics.jsonl", "train.log", "report.html", "result.json",
+    }  # fmt: skip
+    assert json.loads((folder / "result.json").read_text()) == result
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics if "train_loss" in m] == list(range(1, 9))
+    assert [m["step"] for m in metrics if "validation_loss" in m] == [4, 8]
+    # Every row is trained on twice; a row's tokens are counted as they are, without padding.
+    rows = rows_of(recipe_of(settings), load_base(settings["model"]["name"], dtype="float32").tokenizer)
+    assert result["trained_tokens"] == 2 * sum(len(e["input_ids"]) for e in rows.train)
+    page = (folder / "report.html").read_text()
+    assert "<polyline" in page
+    assert "http" not in page.replace("https://www.w3.org", "")
+    assert "adapted 14 modules" in page
+
+
+def test_no_file_of_a_run_is_a_pickle(settings):
+    folder = Path(train(recipe_of(settings))["run"])
+    names = {p.suffix for p in folder.rglob("*") if p.is_file()}
+    assert names <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".html", ".log", ".jinja"}
+    assert not any(p.read_bytes().startswith(b"PK\x03\x04") for p in folder.rglob("*") if p.is_file())
+
+
+def test_the_validation_loss_is_that_of_the_adapter_written(settings):
+    result = train(recipe_of(settings))
+    loaded = load_run(result["run"])
+    rows = rows_of(loaded.recipe, loaded.base.tokenizer)
+    collator = Collator(loaded.base.tokenizer.pad_token_id)
+    assert mean_loss(score(loaded.model, rows.validation, collator)) == pytest.approx(
+        result["validation_loss"], abs=1e-6
+    )
+
+
+@pytest.fixture
+def contrary(settings):
+    """Validation rows that get worse the more is learned from the training rows."""
+    write_rows(Path(settings["data"]["validation"]), 6, answer="#?!")
+    return settings
+
+
+def test_the_best_adapter_is_taken_not_the_last(contrary):
+    result = train(recipe_of(contrary, learning_rate=0.1, epochs=3, eval_every=1))
+    assert result["best_step"] < result["steps"]
+    kept = load_file(Path(result["run"]) / f"checkpoints/checkpoint-{result['best_step']}/adapter_model.safetensors")
+    assert all(torch.equal(kept[k], t) for k, t in adapter(Path(result["run"])).items())
+
+
+def test_it_stops_early(contrary):
+    result = train(recipe_of(contrary, learning_rate=0.1, epochs=20, eval_every=1, early_stopping=2))
+    assert result["stopped_early"]
+    assert result["steps"] == result["best_step"] + 2
+
+
+def test_packing_changes_no_loss(settings):
+    recipe = recipe_of(settings)
+    base = load_base(settings["model"]["name"], dtype="float32")
+    rows = rows_of(recipe, base.tokenizer).train
+    batches = [Collator(base.tokenizer.pad_token_id, packing=p)(rows) for p in (True, False)]
+    packed, padded = (step_loss(base.model.eval(), b).item() for b in batches)
+    alone = mean_loss(score(base.model, rows, Collator(base.tokenizer.pad_token_id), tokens=1))
+    assert packed == pytest.approx(padded, abs=1e-5)
+    assert packed == pytest.approx(alone, abs=1e-5)
+
+
+def test_accumulated_micro_batches_are_one_batch(settings, tmp_path):
+    plain = {**settings, "method": {**settings["method"], "lora_dropout": 0.0}}
+    one = train(recipe_of({**plain, "out": str(tmp_path / "one")}, batch_size=6, max_steps=3))
+    many = train(recipe_of({**plain, "out": str(tmp_path / "many")}, batch_size=2, accumulate=3, max_steps=3))
+    left, right = adapter(Path(one["run"])), adapter(Path(many["run"]))
+    assert all(torch.allclose(left[k], right[k], atol=1e-5) for k in left)
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(settings, tmp_path, monkeypatch, capfd):
+    whole = recipe_of({**settings, "out": str(tmp_path / "whole")})
+    train(whole)
+    begin = Pace.on_step_begin
+
+    def interrupt(self, args, state, control, **more):
+        begin(self, args, state, control, **more)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Pace, "on_step_begin", interrupt)
+    with pytest.raises(Interrupted):
+        train(recipe_of(settings))
+    folder = Path(settings["out"])
+    assert [p.name for p in checkpoints.folders(folder / "checkpoints")] == ["checkpoint-3"]
+    said = capfd.readouterr().err
+    assert "stopped at step 3" in said
+    assert f"slimtune train {folder / 'recipe.yaml'} --resume" in said.replace("\n", "")
+    monkeypatch.setattr(Pace, "on_step_begin", begin)
+    train(recipe_of(settings), resume=True)
+    assert same(folder, tmp_path / "whole")
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_a_damaged_checkpoint_falls_back_aloud(settings, tmp_path, capfd):
+    reference = recipe_of({**settings, "out": str(tmp_path / "whole")}, save_every=2)
+    train(reference)
+    recipe = recipe_of(settings, save_every=2)
+    train(recipe)
+    folder = Path(settings["out"])
+    newest = checkpoints.folders(folder / "checkpoints")[-1]
+    weights = newest / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7] + b"garbage")
+    (folder / "adapter" / "adapter_model.safetensors").unlink()
+    capfd.readouterr()
+    train(recipe, resume=True)
+    said = capfd.readouterr().err
+    assert "checkpoint-8 is passed over: adapter_model.safetensors is damaged" in said
+    assert "resuming at step 6" in said
+    assert same(folder, tmp_path / "whole")
+
+
+def test_no_whole_checkpoint_is_an_error(settings):
+    train(recipe_of(settings))
+    for folder in checkpoints.folders(Path(settings["out"]) / "checkpoints"):
+        (folder / "optimizer.safetensors").unlink()
+    with pytest.raises(RunError, match=r"no checkpoint in .* is whole") as e:
+        train(recipe_of(settings), resume=True)
+    assert e.value.exit_code == 1
+
+
+def test_resuming_with_another_recipe_is_refused(settings):
+    train(recipe_of(settings))
+    with pytest.raises(UsageError, match=r"train\.learning_rate: 0.01 then, 0.5 now") as e:
+        train(recipe_of(settings, learning_rate=0.5), resume=True)
+    assert e.value.exit_code == 2
+
+
+def test_a_folder_with_another_run_is_refused_before_any_work(settings):
+    train(recipe_of(settings))
+    before = {p: p.read_bytes() for p in Path(settings["out"]).rglob("*") if p.is_file()}
+    with pytest.raises(UsageError, match="already holds another run") as e:
+        train(recipe_of(settings))
+    assert e.value.exit_code == 2
+    assert {p: p.read_bytes() for p in Path(settings["out"]).rglob("*") if p.is_file()} == before
+
+
+def test_continuing_from_an_adapter(settings, tmp_path):
+    first = train(recipe_of(settings))
+    on = {**settings, "out": str(tmp_path / "on")}
+    second = train(recipe_of(on), continue_from=Path(first["run"]))
+    assert second["validation_loss"] < first["validation_loss"]
+    with pytest.raises(UsageError, match="no run folder") as e:
+        train(recipe_of({**settings, "out": str(tmp_path / "x")}), continue_from=tmp_path / "nothing")
+    assert e.value.exit_code == 2
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_fault_leaves_no_run_folder(settings, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(DataError, match=r"train.jsonl:1") as e:
+        train(recipe_of(settings))
+    assert e.value.exit_code == 1
+    assert not Path(settings["out"]).exists()
+    write_rows(tmp_path / "train.jsonl", 4)
+    nowhere = {**settings, "method": {**settings["method"], "target_modules": ["q_prj"]}}
+    with pytest.raises(UsageError, match=r"did you mean 'q_proj'") as e2:
+        train(recipe_of(nowhere))
+    assert e2.value.exit_code == 2
+    assert not Path(settings["out"]).exists()
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(settings, monkeypatch):
+    real, calls = checkpoints.save_optimizer, []
+
+    def full(folder, state):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(folder, state)
+
+    monkeypatch.setattr(checkpoints, "save_optimizer", full)
+    with pytest.raises(RunError, match="the disk is full") as e:
+        train(recipe_of(settings))
+    assert e.value.exit_code == 1
+    root = Path(settings["out"]) / "checkpoints"
+    assert [p.name for p in root.iterdir()] == ["checkpoint-4"]
+    assert checkpoints.fault_in(root / "checkpoint-4") == ""
+
+
+def test_checkpointed_and_plain_runs_agree(settings, tmp_path):
+    plain = train(recipe_of(settings, max_steps=2))
+    kept = train(recipe_of({**settings, "out": str(tmp_path / "c")}, max_steps=2, gradient_checkpointing=True))
+    left, right = adapter(Path(plain["run"])), adapter(Path(kept["run"]))
+    assert all(torch.allclose(left[k], right[k], atol=1e-6) for k in left)
+
+
+def test_the_base_is_as_it_was_after_training(settings):
+    base = load_base(settings["model"]["name"], dtype="float32")
+    before = {n: p.clone() for n, p in base.model.named_parameters()}
+    model = run_module.adapted(base, recipe_of(settings))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    rows = rows_of(recipe_of(settings), base.tokenizer).train
+    step_loss(model, Collator(base.tokenizer.pad_token_id)(rows[:4])).backward()
+    optimizer.step()
+    assert isinstance(model, PeftModel)
+    restored = model.unload()
+    assert not isinstance(restored, PeftModel)
+    assert all(torch.equal(p, before[n]) for n, p in restored.named_parameters())
