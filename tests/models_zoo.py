@@ -44,7 +44,9 @@ def gpt2(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 def t5(dtype: torch.dtype = torch.float64) -> nn.Module:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": VOCAB}
-    return _seeded(lambda: tf.T5ForConditionalGeneration(tf.T5Config(**sizes, decoder_start_token_id=0)), dtype)
+    return _seeded(
+        lambda: tf.T5ForConditionalGeneration(tf.T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0)), dtype
+    )
 
 
 def bert_classifier(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -62,6 +64,13 @@ def bert_encoder(dtype: torch.dtype = torch.float64) -> nn.Module:
 def roberta_classifier(dtype: torch.dtype = torch.float64) -> nn.Module:
     """Its head has several modules: dense, dropout, out_proj."""
     return _seeded(lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**ENCODER)), dtype)
+
+
+def distilbert_classifier(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Its head is two modules beside each other: pre_classifier, classifier."""
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": VOCAB, "num_labels": 3}
+    config = tf.DistilBertConfig(**sizes, max_position_embeddings=64, seq_classif_dropout=0.0)
+    return _seeded(lambda: tf.DistilBertForSequenceClassification(config), dtype)
 
 
 def tokens(rows: int = 2, length: int = 9, seed: int = 3) -> Tensor:

@@ -25,7 +25,7 @@ def peft_installed() -> bool:
 
 
 @cache
-def joined(cls: type, outsider: str) -> type:
+def joined(cls: Any, outsider: str) -> Any:
     """Return a subclass of `cls` that `isinstance` also takes for `peft.<outsider>`; `cls` itself without peft."""
     if not peft_installed() or getattr(cls, "_joined", False):
         return cls
@@ -60,7 +60,7 @@ def _hand_over(foreign: type) -> None:
             return import_module(__package__).get_peft_model(*args, **kwargs)
         return object.__new__(cls)
 
-    foreign.__new__ = staticmethod(new)  # type: ignore[method-assign]
+    foreign.__new__ = staticmethod(new)  # type: ignore[assignment]
 
 
 def _tell_transformers(model_class: type) -> None:

@@ -91,8 +91,8 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
     if recipe.train.gradient_checkpointing:
         # transformers 5.2x renamed it; the old name warns there, the new one is missing before.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
     return model
 
 

@@ -137,11 +137,9 @@ def test_a_faulty_adapter_is_refused_and_leaves_no_trace(folder, spoil, error, s
         get_peft_model(model, LoraConfig(r=2, inference_mode=True))
     before, kinds = snapshot(model), {n: type(m) for n, m in model.named_modules()}
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    load = PeftModel.load_adapter if door == "load_adapter" else PeftModel.from_pretrained
     with pytest.raises(error) as fault:
-        if door == "load_adapter":
-            model.load_adapter(folder, "other")
-        else:
-            PeftModel.from_pretrained(model, folder)
+        load(model, folder, "other")
     assert all(part in str(fault.value) for part in said), str(fault.value)
     assert fault.value.exit_code == (1 if error is AdapterError else 2)
     assert {n: type(m) for n, m in model.named_modules()} == kinds
@@ -156,7 +154,7 @@ def test_an_adapter_of_another_base_is_refused(folder):
         PeftModel.from_pretrained(other, folder)
     assert fault.value.exit_code == 1
     assert type(other) is kind
-    with pytest.raises(AdapterError, match="do not fit|does not fit|made for another base"):
+    with pytest.raises(AdapterError, match="made for another base"):
         PeftModel.from_pretrained(bert_classifier(), folder)
     with safe_open(folder / WEIGHTS, framework="pt") as f:
         assert len(f.metadata()["base_config"]) == 16

@@ -112,15 +112,14 @@ def test_remote_code_is_refused_unless_trusted(
     assert type(base.model).__name__ == "OwnModel"
 
 
-def test_a_native_architecture_with_a_remote_model_is_caught_too(tiny_folder: Path) -> None:
-    edit(tiny_folder / "config.json", auto_map={"AutoModelForTokenClassification": "own.Own"}, model_type="t5")
-    refused(tiny_folder, UsageError, 2, "--trust-remote-code", task="TOKEN_CLS") if not _t5_has_tokens() else None
-    edit(tiny_folder / "config.json", model_type="llama")
-    assert load(tiny_folder).model.config.model_type == "llama"
+def test_a_known_config_whose_model_is_remote_is_caught_too(tiny_folder: Path) -> None:
+    edit(tiny_folder / "config.json", auto_map={"AutoModelForTokenClassification": "own.Own"}, model_type="mamba")
+    refused(tiny_folder, UsageError, 2, "--trust-remote-code", task="TOKEN_CLS")
 
 
-def _t5_has_tokens() -> bool:
-    return transformers.T5Config in transformers.AutoModelForTokenClassification._model_mapping
+def test_a_map_that_is_not_needed_does_no_harm(tiny_folder: Path) -> None:
+    edit(tiny_folder / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
+    assert type(load(tiny_folder).model).__module__.startswith("transformers.")
 
 
 # --- faulty folders ---
@@ -201,8 +200,8 @@ def test_other_tasks(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> Non
         (["<|PAD_TOKEN|>"], "<|PAD_TOKEN|>"),
         (["[PAD]"], "[PAD]"),
         (["<|reserved_special_token_0|>"], "<|reserved_special_token_0|>"),
-        (["<iPad>"], "<iPad>"),
-        (["<launchpads>"], "<|im_end|>"),
+        (["<|image_pad|>", "<|fim_pad|>"], "<|im_end|>"),
+        (["<iPad>"], "<|im_end|>"),
         ([], "<|im_end|>"),
     ],
 )

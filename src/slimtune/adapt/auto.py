@@ -38,7 +38,7 @@ class _AutoPeftModel:
         Raises:
             AdapterError: the adapter names no base, or does not fit it.
         """
-        hub = {"revision": revision} if revision else {}
+        hub: dict[str, Any] = {"revision": revision} if revision else {}
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         base = config.base_model_name_or_path
         if not base:

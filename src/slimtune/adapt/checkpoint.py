@@ -183,6 +183,8 @@ def write_card(config: PeftConfig, folder: Path) -> None:
 
 def _our_key(key: str, own: Mapping[str, Any]) -> str:
     """Take both of PEFT's places for a bias, and keys written without the prefix."""
+    # With bias="all" PEFT writes the biases of a module trained whole a second time, under its wrapper's names.
+    key = key.replace(".modules_to_save.", ".")
     for form in (key, _PREFIX + key, key.replace(".base_layer.", "."), key.replace(".bias", ".base_layer.bias")):
         if form in own:
             return form
@@ -191,7 +193,7 @@ def _our_key(key: str, own: Mapping[str, Any]) -> str:
 
 def _is_this_bases(model: Any, key: str, tensor: Tensor) -> bool:
     """PEFT also saves embeddings it did not train; they must be this base's own."""
-    name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+    name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
     module, _, leaf = name.rpartition(".")
     try:
         base = model.get_submodule(module)._parameters.get(leaf)

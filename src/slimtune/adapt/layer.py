@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ..methods.contract import Delta, MergeRefused, Site
 
 
-def kind_of(module: nn.Module) -> str | None:
+def kind_of(module: nn.Module) -> Literal["linear", "embedding"] | None:
     """Return `"linear"` or `"embedding"` where a delta can be added to `module`, else None."""
     if isinstance(module, nn.Linear | Conv1D):
         return "linear"
@@ -82,7 +82,8 @@ class Adapted(nn.Module):
 def adapt(module: nn.Module) -> Adapted:
     """Make `module` adapted, in place; one that is adapted already is returned as it is."""
     if not isinstance(module, Adapted):
-        module.__class__ = _adapted_class(type(module), tuple(module._parameters))
+        base: Any = type(module)
+        module.__class__ = _adapted_class(base, tuple(module._parameters))
         module.adapters, module.owned = nn.ModuleDict(), nn.ModuleDict()
         _note(module, _deltas=(), _mine=None, _kept=None)
     assert isinstance(module, Adapted)
@@ -183,7 +184,7 @@ def _note(module: nn.Module, **values: Any) -> None:
 
 
 @cache
-def _adapted_class(base: type[nn.Module], parameters: tuple[str, ...]) -> type[Adapted]:
+def _adapted_class(base: Any, parameters: tuple[str, ...]) -> type[Adapted]:
     def own_or_base(name: str) -> property:
         def get(self: Adapted) -> Any:
             mine = self._mine

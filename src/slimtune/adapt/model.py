@@ -453,7 +453,7 @@ class PeftModel(PushToHubMixin):
 
 def _become_peft(model: nn.Module) -> PeftModel:
     announce(PeftModel)
-    base_class = type(model)
+    base_class: Any = type(model)
     was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
     model.__class__ = joined(_peft_class(base_class), "PeftModel")
@@ -465,19 +465,19 @@ def _become_peft(model: nn.Module) -> PeftModel:
             model.__dict__["model"] = model
         else:
             backbone.__dict__["_whole"] = model
-            backbone.__class__ = _backbone_class(type(backbone))
+            backbone.__class__ = _backbone_class(backbone.__class__)
     return model
 
 
 @cache
-def _backbone_class(base: type[nn.Module]) -> type:
+def _backbone_class(base: Any) -> Any:
     # A backbone stays its own `base_model`: transformers looks for that under `model`, and would find the whole again.
     body = {"model": property(lambda self: self.__dict__["_whole"]), "base_model": property(lambda self: self)}
     return type(base.__name__, (base,), {**body, "__module__": base.__module__, "__doc__": base.__doc__})
 
 
 @cache
-def _peft_class(base: type[nn.Module]) -> type:
+def _peft_class(base: Any) -> Any:
     # The base's name: transformers' Trainer and its checkpoints go by it.
     return type(base.__name__, (PeftModel, base), {"__module__": base.__module__, "__doc__": base.__doc__})
 

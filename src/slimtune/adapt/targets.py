@@ -66,7 +66,7 @@ def select(model: nn.Module, config: TargetedConfig, *, strict: bool = True) -> 
             adapted. What exists and the nearest name are given.
     """
     modules = _own_modules(model)
-    whole = _trained_whole(model, modules, config, strict)
+    whole = _trained_whole(modules, config, strict)
     targets = _wanted(model, modules, config)
     inside = {n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole)}
     found = [n for n in modules if n not in inside and _is_target(n, config, targets)]
@@ -121,7 +121,7 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: Targete
     return [n for n, m in modules.items() if kind_of(m) == "linear" and not any(m is h for h in heads)]
 
 
-def _heads(model: nn.Module, config: TargetedConfig) -> list[nn.Module]:
+def _heads(model: Any, config: TargetedConfig) -> list[nn.Module]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None:
         return [output]
@@ -212,13 +212,13 @@ def _looks_rows_up(module: nn.Module) -> bool:
     return own is nn.Embedding.forward or hasattr(module, "embed_scale")
 
 
-def _trained_whole(model: nn.Module, modules: dict[str, nn.Module], config: TargetedConfig, strict: bool) -> list[str]:
+def _trained_whole(modules: dict[str, nn.Module], config: TargetedConfig, strict: bool) -> list[str]:
     asked = list(config.modules_to_save or [])
-    vain = [a for a in asked if not any(named([a], n) for n in modules)]
+    vain = [a for a in asked if not any(n.endswith(a) for n in modules)]
     if vain and strict:
         raise TargetError(f"modules_to_save: {listed(vain)} matches no module{_near(vain, modules)}", _exists(modules))
-    asked += [h for h in HEADS.get(str(config.task_type), ()) if isinstance(getattr(model, h, None), nn.Module)]
-    found = [n for n in modules if named(asked, n)]
+    # Plain endings, as in PEFT: "classifier" also means DistilBERT's pre_classifier, which is as new.
+    found = [n for n in modules if n.endswith((*asked, *HEADS.get(str(config.task_type), ())))]
     found = [n for n in found if not any(n.startswith(f"{o}.") for o in found)]
     for name in found:
         if any(True for _ in modules[name].buffers()):

@@ -1,0 +1,1 @@
+"""What leaves the house: base and adapter as one checkpoint, proven against the adapter."""

@@ -154,9 +154,12 @@ class PeftConfig(metaclass=_Strict):
         """
         file = find_file(path, CONFIG_FILE, subfolder, **hub)
         try:
-            return cls.from_dict(json.loads(file.read_text()))
-        except json.JSONDecodeError as e:
+            values = json.loads(file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise ConfigError(f"{file} is not JSON: {e}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file} holds a {type(values).__name__}", "an object: names and values")
+        return cls.from_dict(values)
 
 
 @dataclass

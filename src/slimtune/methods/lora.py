@@ -105,8 +105,8 @@ class LoraConfig(TargetedConfig):
 
     def build(self, site: Site) -> Delta:
         """Return the low-rank delta at `site`, with the layer's own rank and alpha."""
-        r = self.rank_pattern.get(pattern_key(self.rank_pattern, site.name), self.r)
-        alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, site.name), self.lora_alpha)
+        r = self.rank_pattern.get(pattern_key(self.rank_pattern, site.name) or "", self.r)
+        alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, site.name) or "", self.lora_alpha)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         kind = EmbeddingLora if site.kind == "embedding" else LinearLora
         return kind(site, r, scale, self.lora_dropout, self.init_lora_weights)

@@ -248,7 +248,9 @@ def _set_pad(tokenizer: PreTrainedTokenizerBase, source: Source) -> None:
     if tokenizer.pad_token_id is not None:
         return
     added = [str(t) for t in tokenizer.added_tokens_decoder.values()]
-    for pattern in (r"[<\[|].*pad(ding)?(_id|_token)?[>\]|]", r"<\|reserved_special_token_0\|>|<unused0>"):
+    # Not just any `…pad`: `<|image_pad|>` and `<|fim_pad|>` have work to do.
+    pad = r"[<\[]\|?(finetune_)?((right|left)_)?pad(ding)?(_id|_token)?\|?[>\]]"
+    for pattern in (pad, r"<\|reserved_special_token_0\|>|<unused0>"):
         if found := next((t for t in added if re.fullmatch(pattern, t, re.IGNORECASE)), None):
             tokenizer.pad_token = found
             return

@@ -121,7 +121,8 @@ def rotate(root: Path, keep: int, best: int | None) -> None:
 
 def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
     """Write an optimizer's `state_dict()` as tensors and JSON."""
-    tensors, rest = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    rest: dict[str, Any] = {}
     for index, values in state["state"].items():
         for name, value in values.items():
             (tensors if isinstance(value, torch.Tensor) else rest)[f"{index}.{name}"] = value

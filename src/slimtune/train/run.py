@@ -180,12 +180,13 @@ def _finish(
             raise RunError(f"the best checkpoint, {folder}, cannot be taken: {fault}", "a whole checkpoint")
         trainer.load_adapter_of(folder)
         watch.say(f"taking the adapter of step {best}, the one with the lowest validation loss")
-    adapter_files.save(trainer.model, run.adapter, "default")
+    model: Any = trainer.model
+    adapter_files.save(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
     history = trainer.state.log_history
     losses = [h["loss"] for h in history if "loss" in h]
     validation = [h["eval_loss"] for h in history if "eval_loss" in h]
-    trained, every = trainer.model.get_nb_trainable_parameters()
+    trained, every = model.get_nb_trainable_parameters()
     last = losses[-max(1, len(losses) // 10) :]
     result = {
         "run": str(run.path),
@@ -216,6 +217,6 @@ def _finish(
         "device": str(base.device),
     }
     write_atomic(run.result_file, json.dumps(result, indent=2) + "\n")
-    write_report(run, recipe, result, trainer.model.match_report(), rows)
+    write_report(run, recipe, result, model.match_report(), rows)
     watch.say(f"adapter: {run.adapter} ({bytes_text(result['adapter_bytes'])})")
     return result

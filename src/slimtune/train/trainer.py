@@ -106,13 +106,13 @@ class SlimTrainer(Trainer):
 
     def best_step(self) -> int | None:
         """Return the step with the lowest validation loss so far; the first one where several are equal."""
-        seen = [(h["eval_loss"], h["step"]) for h in self.state.log_history if "eval_loss" in h]
+        seen = [(h["eval_loss"], int(h["step"])) for h in self.state.log_history if "eval_loss" in h]
         return min(seen)[1] if seen else None
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        root = Path(self.args.output_dir)
+        root = Path(str(self.args.output_dir))
         checkpoints.write(root, self.state.global_step, self._fill)
         checkpoints.rotate(root, self.keep, self.best_step())
 
