@@ -39,4 +39,4 @@ trainer.save_model(f"{output}/adapter")
 print(f"loss {[entry['loss'] for entry in trainer.state.log_history if 'loss' in entry][-1]:.6f}")
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f"{output}/adapter")
-print(f"adapter of {type(model).__module__.split('.')[0]}: {sorted(model.peft_config)}")
+print(f"adapters {sorted(model.peft_config)}, trained as a PeftModel: {isinstance(trainer.model, PeftModel)}")

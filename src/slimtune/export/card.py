@@ -63,10 +63,11 @@ def card(
             "```python",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f"model = AutoModelForCausalLM.from_pretrained({name!r})",
-            f"tokenizer = AutoTokenizer.from_pretrained({name!r})",
+            f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})",
+            f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
             *(_CHAT if chat else _PLAIN),
-            "print(tokenizer.decode(answer[0, ids.shape[1]:], skip_special_tokens=True))",
+            "answer = model.generate(**asked, max_new_tokens=128)",
+            'print(tokenizer.decode(answer[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))',
             "```",
             "",
         ]
@@ -75,14 +76,9 @@ def card(
 
 _CHAT = (
     'messages = [{"role": "user", "content": "…"}]',
-    "ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors='pt', return_dict=True)"
-    "['input_ids']",
-    "answer = model.generate(ids, max_new_tokens=128)",
+    'asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
 )
-_PLAIN = (
-    "ids = tokenizer('…', return_tensors='pt')['input_ids']",
-    "answer = model.generate(ids, max_new_tokens=128)",
-)
+_PLAIN = ('asked = tokenizer("…", return_tensors="pt")',)
 
 
 def _training(recipe: Recipe | None) -> list[str]:

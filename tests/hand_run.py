@@ -1,0 +1,63 @@
+"""A run folder made by hand: a recipe, an adapter with random weights, and rows; what a training would have left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from slimtune.adapt.model import get_peft_model
+from slimtune.recipe import Recipe
+from slimtune.runs import RunFolder
+
+TALKS = [
+    ("Define hope.", "Desire and expectation rolled into one."),
+    ("Define a year.", "A period of three hundred and sixty-five disappointments."),
+    ("Define patience.", "A minor form of despair, disguised as a virtue."),
+    ("Define bore.", "A person who talks when you wish him to listen."),
+    ("Define self.", "The most important person in the universe."),
+]
+
+
+def write_rows(file: Path, talks: list[tuple[str, str]] = TALKS) -> Path:
+    rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in talks]
+    file.write_text("".join(json.dumps({"messages": r}) + "\n" for r in rows))
+    return file
+
+
+def make_run(
+    path: Path,
+    base: Path,
+    *,
+    size: float = 0.2,
+    change: Callable[[Any], None] = lambda model: None,
+    **sections: dict[str, Any],
+) -> Path:
+    """Write a run folder of `base`; `size` is the standard deviation of the adapter's weights (0: it changes nothing).
+
+    `sections` add to the recipe's: `model={"dtype": "float64"}`. `change` gets the adapted model before it is saved.
+    """
+    rows = write_rows(path.with_name(f"{path.name}-rows.jsonl"))
+    recipe = Recipe.from_dict(
+        {
+            "model": {"name": str(base), "dtype": "float32", "device": "cpu", **sections.get("model", {})},
+            "data": {"train": str(rows), "test": str(rows), **sections.get("data", {})},
+            "method": {"name": "lora", "rank": 4, **sections.get("method", {})},
+            "train": sections.get("train", {}),
+            "out": str(path),
+        }
+    )
+    run = RunFolder.create(path, recipe)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), recipe.method_config())
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=draws) * size)
+    change(model)
+    model.save_pretrained(run.adapter)
+    return path
