@@ -17,6 +17,7 @@ from slimtune import get_peft_model_state_dict as get_state
 from slimtune import set_peft_model_state_dict as set_state
 from slimtune.errors import AdapterError, ConfigError, SlimtuneError, UsageError
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 

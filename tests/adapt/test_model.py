@@ -147,6 +147,15 @@ def test_an_adapter_that_is_not_finite_does_not_merge():
     assert torch.isnan(run(model)).any()
 
 
+def test_what_a_merge_put_by_follows_the_model():
+    model = shaken(llama(tie=True), target_modules=["lm_head", "q_proj"])
+    model.merge_adapter()
+    model.float()
+    model.unmerge_adapter()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert same_base(model, snapshot(llama(tie=True).float()))
+
+
 AUTO = [
     (llama, "CausalLM", "CAUSAL_LM"),
     (t5, "Seq2SeqLM", "SEQ_2_SEQ_LM"),

@@ -14,7 +14,7 @@ from slimtune.adapt.architectures import DEFAULT_TARGETS
 from slimtune.adapt.targets import select
 from slimtune.errors import ConfigError, TargetError
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 32}
 ARCHITECTURES = {

@@ -92,7 +92,7 @@ def test_validation_rows_that_training_set_aside_are_the_ones_measured(tmp_path,
 
 
 def test_rows_over_the_runs_length_are_dropped_and_counted(tmp_path, tiny_folder):
-    run = make_run(tmp_path / "run", tiny_folder, data={"max_seq_len": 100})
+    run = make_run(tmp_path / "run", tiny_folder, data={"max_seq_len": 82})
     found = evaluate(run)
     assert found["dropped"] > 0
     assert found["rows"] + found["dropped"] == len(TALKS)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
 from hand_run import make_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -69,6 +70,34 @@ def test_plain_transformers_loads_the_trained_model(tmp_path, tiny_llama, tiny_t
     if head_changed:
         wanted = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
         assert torch.equal(model.get_input_embeddings().weight, wanted.double())
+
+
+SIZES = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+MORE = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2}
+OTHERS = {
+    "GPT2": lambda: tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=320, n_positions=256),
+    "Gemma3Text": lambda: tf.Gemma3TextConfig(**MORE, head_dim=8, sliding_window=8),
+    "Qwen2": lambda: tf.Qwen2Config(**MORE, tie_word_embeddings=True),
+    "Mixtral": lambda: tf.MixtralConfig(**MORE, num_local_experts=4),  # its experts are stacked here, apart in the file
+}
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_other_architectures_come_back_as_trained(tmp_path, tiny_tokenizer, config):
+    base, out = tmp_path / "base", tmp_path / "merged"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config()).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    kind = config().model_type
+    attention = {"target_modules": ["c_attn" if kind == "gpt2" else "q_proj"]}
+    # torch multiplies grouped experts in 32 bits at most
+    dtype, near = (torch.float32, 2e-5) if kind == "mixtral" else (torch.float64, 1e-9)
+    run = make_run(tmp_path / "run", base, model={"dtype": str(dtype)[6:]}, method=attention)
+    found = merge(run, out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert (log_p(model, out) - adapter_of(run, base, dtype)).abs().max() < near
+    assert found["max_difference"] < near < found["effect"]
+    assert set(load_file(out / "model.safetensors")) == set(load_file(base / "model.safetensors"))
 
 
 def test_fp32_agrees_tightly(tmp_path, tiny_folder):

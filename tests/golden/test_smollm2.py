@@ -83,6 +83,7 @@ def untouched(base, rows):
 @pytest.mark.parametrize("case", CASES)
 def test_log_probabilities_and_merge(case, base, rows, untouched, tmp_path, capsys):
     plain, weights = untouched
+    torch.manual_seed(0)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**CASES[case]))
     randomised(theirs)
     theirs.eval().save_pretrained(tmp_path, save_embedding_layers=False)
@@ -109,6 +110,6 @@ def test_log_probabilities_and_merge(case, base, rows, untouched, tmp_path, caps
     assert (expected - plain).abs().mean() > 0.05
     assert apart.mean() <= 1e-4
     assert apart.max() <= 2 * floor.max()
-    # peft's merge into a tied embedding changes the head, too: there the noise is the measure.
-    assert our_merge.max() <= 2 * (floor if case == "embeddings" else their_merge).max()
+    # peft's merge into a tied embedding changes the head, too, by several nats: a bound of its own keeps ours honest.
+    assert our_merge.max() <= min(2 * their_merge.max().item(), 1e-4)
     assert all(torch.equal(p, weights[n]) for n, p in base.named_parameters())

@@ -21,17 +21,17 @@ def block_peft() -> None:
     importlib.util.find_spec = lambda name, *a: None if name.partition(".")[0] == "peft" else real(name, *a)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before anything asks for peft
     block_peft()
 
-import torch
-from datasets import Dataset
-from models_zoo import llama, same_base, snapshot, tokens
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
+from models_zoo import llama, same_base, snapshot, tokens  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments  # noqa: E402
 
-from slimtune import LoraConfig, PeftModel, get_peft_model
-from slimtune import get_peft_model_state_dict as state_of
+from slimtune import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from slimtune import get_peft_model_state_dict as state_of  # noqa: E402
 
 QUIET = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
 
@@ -88,8 +88,9 @@ def plain_trainer(out):
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", *["alone", "in", "bad", "company", "a", "bore", "person", "who", "talks", "when", "you", "wish"]]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    words = "alone in bad company a bore person who talks when you wish"
+    vocab = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words.split(" ")])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
@@ -113,7 +114,7 @@ def sft(out):
 
 
 def dpo(out):
-    """TRL's DPOTrainer with a model of ours; the reference is the base as the adapter started: the base itself."""
+    """TRL's DPOTrainer with a model of ours; the reference says what the base says."""
     from trl import DPOConfig, DPOTrainer
 
     llama(dtype=torch.float32).save_pretrained(out / "base")
@@ -125,7 +126,9 @@ def dpo(out):
     trainer = DPOTrainer(model=model, args=args, train_dataset=Dataset.from_dict(rows), processing_class=tokenizer())
     trainer.train()
     batch = next(iter(trainer.get_train_dataloader()))
-    chosen, rejected = trainer.compute_ref_log_probs(batch)
+    # Without peft TRL loads the base a second time; with it, the reference is the model itself with its adapter put by.
+    reference = trainer.model if trainer.ref_model is None else trainer.ref_model
+    chosen, rejected = trainer.compute_ref_log_probs(reference, batch)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
 
     def said_by(net):

@@ -73,6 +73,12 @@ class Adapted(nn.Module):
         rows = torch.nn.functional.embedding(x, self.weight)  # type: ignore[arg-type]
         return y + (self._changed(x, rows) - rows) * scale
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # What a merge put by must follow the model to another device or dtype.
+        for parameter in (self._kept or {}).values():
+            parameter.data = fn(parameter.data)
+        return super()._apply(fn, recurse)
+
     def _changed(self, x: Tensor, y: Tensor) -> Tensor:
         for delta in self._deltas:
             y = delta(x, y)

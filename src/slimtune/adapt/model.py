@@ -381,7 +381,7 @@ class PeftModel(PushToHubMixin):
         **hub: Any,
     ) -> None:
         """Load an adapter beside the others, inactive; under a name that is there, load its tensors into it."""
-        hub = {k: v for k, v in hub.items() if k in ("subfolder", "token", "cache_dir")}
+        hub = {k: v for k, v in hub.items() if k in ("subfolder", "revision", "token", "cache_dir")}
         tensors, base = checkpoint.read(model_id, **hub)
         checkpoint.same_base(self, base, model_id)
         if adapter_name in self.peft_config:

@@ -66,8 +66,8 @@ def card(
             f"model = AutoModelForCausalLM.from_pretrained({json.dumps(name)})",
             f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})",
             *(_CHAT if chat else _PLAIN),
-            "answer = model.generate(**asked, max_new_tokens=128)",
-            'print(tokenizer.decode(answer[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))',
+            "answer = model.generate(**prompt, max_new_tokens=128)",
+            'print(tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
             "```",
             "",
         ]
@@ -76,9 +76,10 @@ def card(
 
 _CHAT = (
     'messages = [{"role": "user", "content": "…"}]',
-    'asked = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+    'asked = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}',
+    "prompt = tokenizer.apply_chat_template(messages, **asked)",
 )
-_PLAIN = ('asked = tokenizer("…", return_tensors="pt")',)
+_PLAIN = ('prompt = tokenizer("…", return_tensors="pt")',)
 
 
 def _training(recipe: Recipe | None) -> list[str]:

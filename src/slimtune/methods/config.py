@@ -92,6 +92,11 @@ class PeftConfig(metaclass=_Strict):
             self.task_type = str(TaskType(self.task_type))
         self.check()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By the class that has a name in its module: the one joined with peft's has none.
+        plain = next(c for c in type(self).__mro__ if "_joined" not in vars(c))
+        return _again, (plain, dict(vars(self)))
+
     def check(self) -> None:
         """Raise ConfigError where a field is out of its range. A method extends this."""
 
@@ -160,6 +165,12 @@ class PeftConfig(metaclass=_Strict):
         if not isinstance(values, dict):
             raise ConfigError(f"{file} holds a {type(values).__name__}", "an object: names and values")
         return cls.from_dict(values)
+
+
+def _again(cls: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
+    made = object.__new__(joined(cls, "PeftConfig"))
+    made.__dict__.update(values)
+    return made
 
 
 @dataclass
