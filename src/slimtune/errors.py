@@ -1,7 +1,7 @@
 """One tree of exceptions. Each says what it got, what it wanted, and how to fix it.
 
-    SlimtuneError            exit code 1: what the work found (faulty data, a wrong adapter, no memory, a full disk)
-    └── UsageError           exit code 2: what the user typed (flags, a recipe, a missing file, targets)
+SlimtuneError            exit code 1: what the work found (faulty data, a wrong adapter, no memory, a full disk)
+└── UsageError           exit code 2: what the user typed (flags, a recipe, a missing file, targets)
 """
 
 from __future__ import annotations
