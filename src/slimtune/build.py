@@ -212,7 +212,13 @@ def load_run(path: str | Path, *, dtype: str | None = None, device: str | None =
         m = recipe.model.model_copy(update={k: v for k, v in (("dtype", dtype), ("device", device)) if v})
         base = base_of(recipe.model_copy(update={"model": m}))
     elif config.base_model_name_or_path:
-        base = load_base(config.base_model_name_or_path, dtype=dtype or "auto", device=device or "auto")
+        template = folder / "chat_template.jinja"
+        base = load_base(
+            config.base_model_name_or_path,
+            dtype=dtype or "auto",
+            device=device or "auto",
+            chat_template=template if template.is_file() else None,
+        )
     else:
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
     model = PeftModel.from_pretrained(base.model, folder, config=config)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from slimtune import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from slimtune import get_peft_model_state_dict as get_state
 from slimtune import set_peft_model_state_dict as set_state
-from slimtune.errors import AdapterError, ConfigError, SlimtuneError, UsageError
+from slimtune.errors import AdapterError, SlimtuneError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -118,14 +118,14 @@ FAULTS = [
     (pickled, AdapterError, ["adapter_model.bin is a pickle", WEIGHTS, "save the adapter anew"]),
     (truncated, AdapterError, ["is no sound safetensors file", "bytes)"]),
     (empty, AdapterError, ["(0 bytes) is no sound safetensors file"]),
-    (not_json, ConfigError, ["is not JSON"]),
-    (a_list, ConfigError, ["adapter_config.json", "an object"]),
+    (not_json, AdapterError, ["is not JSON"]),
+    (a_list, AdapterError, ["adapter_config.json", "an object"]),
     (no_weights, UsageError, [f"holds no {WEIGHTS}; it holds", "'README.md'"]),
     (no_config, UsageError, [f"holds no {CONFIG}; it holds"]),
-    (no_method, ConfigError, ["names no peft_type"]),
-    (unknown_method, ConfigError, ["there is no method", "did you mean 'lora'"]),
-    (dora, ConfigError, ["LoraConfig has no field 'use_dora' (given True)"]),
-    (newer_field, ConfigError, ["LoraConfig has no field 'lora_magic' (given 3)"]),
+    (no_method, AdapterError, ["names no peft_type"]),
+    (unknown_method, AdapterError, ["there is no method", "did you mean 'lora'"]),
+    (dora, AdapterError, ["LoraConfig has no field 'use_dora' (given True)"]),
+    (newer_field, AdapterError, ["LoraConfig has no field 'lora_magic' (given 3)"]),
 ]
 
 
@@ -169,9 +169,29 @@ def test_a_missing_folder_is_said_with_the_nearest(folder):
         PeftModel.from_pretrained(llama(), "no-such-adapter")
 
 
+def test_an_argument_nobody_knows_is_refused(folder):
+    model = llama()
+    with pytest.raises(UsageError, match="unknown argument 'subfoldr'; did you mean 'subfolder'") as fault:
+        PeftModel.from_pretrained(model, folder, subfoldr="x")
+    assert fault.value.exit_code == 2
+    assert not isinstance(model, PeftModel)
+
+
+@pytest.mark.parametrize("setting", [{"lora_alpha": 99}, {"use_rslora": True}])
+def test_tensors_of_other_settings_do_not_replace_an_adapters(folder, setting):
+    model = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
+    before = snapshot(model)
+    edit_config(folder, **setting)
+    (name,) = setting
+    with pytest.raises(AdapterError, match=f"trained with other settings: {name} is") as fault:
+        model.load_adapter(folder, "default")
+    assert fault.value.exit_code == 1
+    assert same_base(model, before)
+
+
 def test_an_empty_field_of_a_newer_peft_is_taken(folder):
     edit_config(folder, lora_magic=None, more_magic={}, use_magic=False)
-    PeftModel.from_pretrained(llama(), folder)
+    assert PeftModel.from_pretrained(llama(), folder).peft_config["default"].name == "lora"
 
 
 def test_no_pickle_is_written(tmp_path):

@@ -156,6 +156,15 @@ def test_what_a_merge_put_by_follows_the_model():
     assert same_base(model, snapshot(llama(tie=True).float()))
 
 
+def test_an_adapter_added_beside_a_merged_one_starts_from_the_base():
+    model = shaken(llama(), target_modules=["q_proj", "lm_head"])
+    model.merge_adapter()
+    model.add_adapter("other", LoraConfig(target_modules=["v_proj"], modules_to_save=["lm_head"]))
+    model.unmerge_adapter()
+    model.set_adapter("other")
+    assert torch.equal(run(model), run(llama()))
+
+
 AUTO = [
     (llama, "CausalLM", "CAUSAL_LM"),
     (t5, "Seq2SeqLM", "SEQ_2_SEQ_LM"),

@@ -26,7 +26,15 @@ MEASURED = {
     "base_loss": 4.0, "tuned_loss": 3.0, "gain": 1.0, "gain_ci95": [0.9, 1.1], "base_perplexity": 54.6,
     "tuned_perplexity": 20.1, "rows": 90, "tokens": 3000,
 }  # fmt: skip
-MERGED = {"out": "m", "bytes": 2**20, "dtype": "float32", "seconds": 2.0, "max_difference": 1e-6}
+MERGED = {
+    "out": "m",
+    "bytes": 2**20,
+    "dtype": "float32",
+    "seconds": 2.0,
+    "max_difference": 1e-6,
+    "mean_difference": 1e-7,
+    "effect": 0.5,
+}
 
 
 def slimtune(*args: str, typed: str = ""):
@@ -248,7 +256,8 @@ def test_merge(room):
     calls = room("export.merge", "merge", MERGED)
     done = slimtune("merge", "runs/x", "--out", "m", "--dtype", "float32")
     assert calls == [((Path("runs/x"), Path("m")), {"dtype": "float32"})]
-    assert done.stdout == "m: 1.0 MiB in float32, 2.0 s; largest difference to the adapted model: 1e-06\n"
+    assert "m: 1.0 MiB in float32, 2.0 s; merged and adapted model differ by 1e-07 nats on average" in done.stdout
+    assert "(1e-06 at most), where the adapter moves the base by 0.5" in done.stdout
     assert json.loads(slimtune("merge", "runs/x", "--out", "m", "--json").stdout) == MERGED
     missing = slimtune("merge", "runs/x")
     assert missing.exit_code == 2

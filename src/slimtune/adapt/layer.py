@@ -113,7 +113,8 @@ def own(module: nn.Module, adapter: str, names: Iterable[str], *, autocast: bool
     """Give an adapter its own trainable copy of the module's parameters `names`; inactive until `activate`."""
     copies = nn.Module()
     for name in names:
-        base = module._parameters[name]
+        kept = getattr(module, "_kept", None) or {}
+        base = kept.get(name, module._parameters[name])
         assert base is not None
         half = base.dtype in (torch.float16, torch.bfloat16)
         wide = torch.float32 if autocast and half else base.dtype

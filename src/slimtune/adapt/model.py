@@ -8,12 +8,10 @@ as it is. `unload()` gives back the very base that came in.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import Any, Self
 
 from torch import nn
@@ -23,6 +21,7 @@ from ..bridge import announce, joined
 from ..errors import UsageError, listed, nearest
 from ..methods.config import PeftConfig, TargetedConfig
 from . import checkpoint, layer
+from .loading import AdapterFiles
 from .targets import MatchReport, select
 
 
@@ -77,10 +76,10 @@ def get_peft_model(
         )
     peft_config.revision = revision or peft_config.revision
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
-    return _become_peft(model)._first(adapter_name, peft_config, autocast_adapter_dtype)
+    return PeftModel._adopt(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
 
 
-class PeftModel(PushToHubMixin):
+class PeftModel(AdapterFiles, PushToHubMixin):
     """Mixed into the class of a base that has adapters; PEFT's names.
 
     `PeftModel(model, config)` is `get_peft_model(model, config)`.
@@ -156,7 +155,7 @@ class PeftModel(PushToHubMixin):
 
     # --- the life of adapters -----------------------------------------------------------------------------------
 
-    def _first(self, name: str, config: PeftConfig, autocast: bool, *, strict: bool = True) -> Self:
+    def _first(self, name: str, config: PeftConfig, autocast: bool, *, strict: bool) -> Self:
         try:
             self.add_adapter(name, config, autocast_adapter_dtype=autocast, strict=strict)
         except BaseException:
@@ -311,95 +310,7 @@ class PeftModel(PushToHubMixin):
         self.unmerge_adapter()
         return self._strip()
 
-    # --- files --------------------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self: Any,
-        save_directory: str | os.PathLike,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        **_: Any,
-    ) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors`; adapters not named "default" go to subfolders.
-
-        Raises:
-            UsageError: a pickle is asked for (safe_serialization=False), an unknown adapter, or a path that is a file.
-        """
-        if not safe_serialization:
-            raise UsageError("safe_serialization=False asks for a pickle", "safetensors", "leave the argument out")
-        if not is_main_process:
-            return
-        for name in selected_adapters or list(self.peft_config):
-            folder = Path(save_directory) if name == "default" else Path(save_directory, self._known(name))
-            checkpoint.save(self, folder, name, state_dict)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        **hub: Any,
-    ) -> PeftModel:
-        """Attach an adapter from a folder or the Hub to `model`, in place.
-
-        Raises:
-            UsageError: there is no such folder or repository.
-            AdapterError: the adapter is for another base, its keys or shapes do not fit, or it is a pickle.
-        """
-        del low_cpu_mem_usage
-        config = config or PeftConfig.from_pretrained(model_id, **hub)
-        config.inference_mode = not is_trainable
-        tensors, base = checkpoint.read(model_id, **hub)
-        checkpoint.same_base(model, base, model_id)
-        if isinstance(model, PeftModel):
-            model.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype, config=config, **hub)
-            return model
-        adapted = _become_peft(model)._first(adapter_name, config, autocast_adapter_dtype, strict=False)
-        try:
-            checkpoint.load(adapted, adapter_name, tensors, where=str(model_id))
-        except BaseException:
-            adapted.unload()
-            raise
-        if not is_trainable:
-            adapted.eval()  # type: ignore[attr-defined]
-        return adapted
-
-    def load_adapter(
-        self: Any,
-        model_id: str | os.PathLike,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True,
-        config: PeftConfig | None = None,
-        **hub: Any,
-    ) -> None:
-        """Load an adapter beside the others, inactive; under a name that is there, load its tensors into it."""
-        hub = {k: v for k, v in hub.items() if k in ("subfolder", "revision", "token", "cache_dir")}
-        tensors, base = checkpoint.read(model_id, **hub)
-        checkpoint.same_base(self, base, model_id)
-        if adapter_name in self.peft_config:
-            checkpoint.load(self, adapter_name, tensors, where=str(model_id))
-            return
-        config = config or PeftConfig.from_pretrained(model_id, **hub)
-        config.inference_mode = not is_trainable
-        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, strict=False)
-        try:
-            checkpoint.load(self, adapter_name, tensors, where=str(model_id))
-        except BaseException:
-            self._drop(adapter_name)
-            raise
-        self.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
-        """Write the README.md of an adapter folder, unless there is one."""
-        checkpoint.write_card(self.active_peft_config, Path(output_dir))
+    # --- inside -------------------------------------------------------------------------------------------------
 
     def _set_gradient_checkpointing(self: Any, enable: bool = True, **kwargs: Any) -> None:
         # Both of transformers' public names come here. A frozen embedding's output must carry a gradient, or the
@@ -408,7 +319,9 @@ class PeftModel(PushToHubMixin):
         if enable:
             self.enable_input_require_grads()
 
-    # --- inside -------------------------------------------------------------------------------------------------
+    @classmethod
+    def _adopt(cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, *, strict: bool) -> Any:
+        return _become_peft(model)._first(name, config, autocast, strict=strict)
 
     def _known(self, name: str) -> str:
         if name not in self._attached.configs:

@@ -8,7 +8,6 @@ exit code of its kind, and with `--json` the object `{"error": {...}}`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from ..errors import RunError, SlimtuneError, UsageError
+from ..ops.files import disk_full, disk_is_full
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
@@ -34,7 +34,6 @@ SetOption = Annotated[
 INTERRUPTED = 130
 # Typer carries a copy of click or uses click itself, depending on its version: the class is found through its own.
 ClickError = typer.BadParameter.__mro__[2]
-_FULL_DISK_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded")
 
 
 class Verbs(TyperGroup):
@@ -73,10 +72,9 @@ def explained(e: BaseException) -> SlimtuneError | None:
     if isinstance(e, SlimtuneError):
         return e
     text = str(e)
-    full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or any(t in text for t in _FULL_DISK_TEXTS):
+    if disk_is_full(e):
         where = getattr(e, "filename", None)
-        return _full_disk(Path(where) if isinstance(where, str | Path) else Path.cwd() / "the run's files")
+        return disk_full(Path(where) if isinstance(where, str | Path) else Path.cwd() / "the run's files")
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return RunError(
             f"there is not enough memory: {text.strip() or 'an allocation failed'}",
@@ -110,16 +108,6 @@ def table(*columns: str, title: str | None = None) -> Table:
     for number, column in enumerate(columns):
         made.add_column(column, justify="right" if number else "left", no_wrap=bool(number))
     return made
-
-
-def _full_disk(path: Path) -> SlimtuneError:
-    from ..ops.files import disk_full_is_an_error
-
-    try:
-        with disk_full_is_an_error(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-    except SlimtuneError as e:
-        return e
 
 
 def _fail(e: BaseException, as_json: bool, out: Any) -> int:

@@ -24,7 +24,8 @@ def merge_run(
     if not as_json:
         console().print(
             f"{result['out']}: {bytes_text(result['bytes'])} in {result['dtype']}, {seconds_text(result['seconds'])}; "
-            f"largest difference to the adapted model: {result['max_difference']:.2g}",
+            f"merged and adapted model differ by {result['mean_difference']:.2g} nats on average "
+            f"({result['max_difference']:.2g} at most), where the adapter moves the base by {result['effect']:.2g}",
             markup=False,
         )
     return dict(result)

@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from ..build import adapter_folder, load_run
-from ..errors import AdapterError, SlimtuneError, UsageError, listed
+from ..errors import AdapterError, UsageError, listed
 from ..methods.config import PeftConfig
 from ..methods.contract import MergeRefused
 from ..models.dtype import pick_dtype
-from ..models.faults import disk_is_full, quiet
+from ..models.faults import quiet
 from ..models.load import load_base, load_config
 from ..ops.files import disk_full_is_an_error, fsync_folder
 from ..runs import RunFolder
@@ -166,7 +166,7 @@ def _beside(out: Path, need: int) -> Iterator[Path]:
         need: bytes that will be written, about.
     """
     place = out.resolve()
-    with _full_disk_is_an_error(place, need):
+    with disk_full_is_an_error(place, need):
         place.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(place.parent).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -184,15 +184,3 @@ def _beside(out: Path, need: int) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-@contextmanager
-def _full_disk_is_an_error(place: Path, need: int) -> Iterator[None]:
-    with disk_full_is_an_error(place, need):
-        try:
-            yield
-        except Exception as e:
-            # safetensors reports a full disk in an exception of its own, which is no OSError.
-            if isinstance(e, SlimtuneError | OSError) or not disk_is_full(e):
-                raise
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from e

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..bridge import joined
-from ..errors import ConfigError, UsageError, listed, nearest
+from ..errors import AdapterError, ConfigError, UsageError, listed, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -155,16 +155,19 @@ class PeftConfig(metaclass=_Strict):
 
         Raises:
             UsageError: there is no such folder or repository, or it holds no adapter_config.json.
-            ConfigError: an unknown method, or a field that we have not at a value that is not its default.
+            AdapterError: it is not sound, its method is unknown, or a field that we have not is not at its default.
         """
         file = find_file(path, CONFIG_FILE, subfolder, **hub)
         try:
             values = json.loads(file.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{file} is not JSON: {e}") from None
+            raise AdapterError(f"{file} is not JSON: {e}", "what save_pretrained wrote") from None
         if not isinstance(values, dict):
-            raise ConfigError(f"{file} holds a {type(values).__name__}", "an object: names and values")
-        return cls.from_dict(values)
+            raise AdapterError(f"{file} holds a {type(values).__name__}", "an object: names and values")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as e:
+            raise AdapterError(f"{file}: {e.got}", e.wanted, e.fix) from None
 
 
 def _again(cls: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:

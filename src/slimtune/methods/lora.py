@@ -133,7 +133,10 @@ class LinearLora(Delta):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map `x (..., in)`, `y (..., out)` to `(..., out)`; computes in x's dtype whatever the adapter is kept in."""
         z = F.linear(self.lora_dropout(x), self.lora_A.weight.to(x.dtype))
-        return y + F.linear(z, self.lora_B.weight.to(x.dtype)) * self.scale
+        B = self.lora_B.weight.to(x.dtype)
+        # Product, scale and sum in one pass over y, and nothing of y's size kept for the backward pass.
+        rows = y.reshape(-1, y.shape[-1])
+        return torch.addmm(rows, z.reshape(-1, z.shape[-1]), B.t(), alpha=self.scale).view_as(y)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(A (r, in), B (out, r), scale)`: the update is `scale · B A`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import sys
@@ -21,8 +20,8 @@ from huggingface_hub.errors import (
 from transformers.utils import logging as theirs
 
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
+from ..ops.files import disk_is_full
 
-_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _FOLDER = "give a local folder that holds the checkpoint"
 
 
@@ -34,13 +33,6 @@ def chain(error: BaseException) -> list[BaseException]:
         found.append(step)
         step = step.__cause__ or step.__context__
     return found
-
-
-def disk_is_full(error: BaseException) -> bool:
-    """Return whether `error` comes from a full disk (safetensors says so only in its text)."""
-    return any(
-        (isinstance(e, OSError) and e.errno in _FULL) or "No space left on device" in str(e) for e in chain(error)
-    )
 
 
 def memory_is_full(error: BaseException) -> bool:

@@ -29,12 +29,13 @@ from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import ModelError, RunError, SlimtuneError, listed
-from ..ops.files import disk_full_is_an_error, fsync_folder
-from ..units import bytes_text
-from .faults import disk_is_full, explained, quiet
+from ..ops.files import disk_full, disk_full_is_an_error, fsync_folder
+from .faults import explained, quiet
 from .gguf_facts import GgufFacts, read_facts, set_rope, set_splitting
 
 log = logging.getLogger(__name__)
+
+_ELSEWHERE = "set SLIMTUNE_CACHE to a folder on another disk"
 
 # Raised when the same file would be written differently, so that older folders are not reused.
 _FORMAT = 1
@@ -105,17 +106,11 @@ def _make(path: Path, folder: Path, digest: str) -> None:
     need = sum(p.numel() * p.element_size() for p in model.parameters()) + (64 << 20)
     free = shutil.disk_usage(folder.parent).free
     if free < need:
-        raise _full(folder, need)
+        raise disk_full(folder, need, _ELSEWHERE)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     try:
-        try:
-            with disk_full_is_an_error(folder, need):
-                _write(model, tokenizer, temporary, path, digest)
-        except Exception as error:
-            # safetensors reports a full disk in an exception of its own, which is no OSError.
-            if isinstance(error, SlimtuneError) or not disk_is_full(error):
-                raise
-            raise _full(folder, need) from error
+        with disk_full_is_an_error(folder, need, _ELSEWHERE):
+            _write(model, tokenizer, temporary, path, digest)
         if folder.exists():  # incomplete, or it would have been used
             log.warning("the cached base %s is damaged; it is made again", folder)
             shutil.rmtree(folder)
@@ -124,15 +119,6 @@ def _make(path: Path, folder: Path, digest: str) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _full(folder: Path, need: int) -> RunError:
-    free = shutil.disk_usage(folder.parent).free
-    return RunError(
-        f"the disk is full: {folder} could not be written ({bytes_text(free)} free)",
-        f"{bytes_text(need)} free",
-        "free some space, or set SLIMTUNE_CACHE to a folder on another disk",
-    )
 
 
 def _read(path: Path) -> tuple[PreTrainedModel, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import RunError
+from ..errors import RunError, SlimtuneError
 from ..units import bytes_text
 
 
@@ -45,17 +45,35 @@ def fsync_folder(path: Path) -> None:
 
 
 @contextmanager
-def disk_full_is_an_error(path: Path, needed: int | None = None) -> Iterator[None]:
+def disk_full_is_an_error(
+    path: Path, needed: int | None = None, fix: str = "give a folder on another disk"
+) -> Iterator[None]:
     """Turn "no space left on device" into a RunError that says how much is free and needed (bytes)."""
     try:
         yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as e:
+        if not disk_is_full(e):
             raise
-        free = shutil.disk_usage(path.parent if path.parent.exists() else "/").free
-        wanted = f"{bytes_text(needed)} free" if needed else "more free space"
-        raise RunError(
-            f"the disk is full: {path} could not be written ({bytes_text(free)} free)",
-            wanted,
-            "free some space, or give a folder on another disk",
-        ) from e
+        raise disk_full(path, needed, fix) from e
+
+
+def disk_full(path: Path, needed: int | None = None, fix: str = "give a folder on another disk") -> RunError:
+    """Return the error for a file or folder that a full disk did not take."""
+    free = shutil.disk_usage(path.parent if path.parent.exists() else "/").free
+    wanted = f"{bytes_text(needed)} free" if needed else "more free space"
+    got = f"the disk is full: {path} could not be written ({bytes_text(free)} free)"
+    return RunError(got, wanted, f"free some space, or {fix}")
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Return whether an error comes from a full disk (safetensors says so only in its text, in an error of its own)."""
+    step: BaseException | None = error
+    while step is not None:
+        if isinstance(step, SlimtuneError):
+            return False
+        if isinstance(step, OSError) and step.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(t in str(step) for t in ("No space left on device", "os error 28", "Disk quota exceeded")):
+            return True
+        step = step.__cause__ or step.__context__
+    return False
