@@ -3,8 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
-export PYTHONWARNINGS ?= default
-export TOKENIZERS_PARALLELISM ?= true
 
 .PHONY: demo test lint faults format clean
 .DEFAULT_GOAL := help
