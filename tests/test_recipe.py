@@ -363,6 +363,12 @@ def test_a_written_recipe_reads_back_equal(rank, rate, fraction, name, steps):
     assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+@pytest.mark.parametrize("name", ["\x85", "a\u2028b", "\u2029 c", "ü", "'\"", "5", "null"])
+def test_awkward_names_read_back_equal(name):
+    recipe = Recipe.from_dict({"model": name, "data": {"train": "t"}, "out": "o"})
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())).model.name == name
+
+
 def test_a_written_file_reads_back_equal(tmp_path):
     recipe = load_recipe(None, {**LEAST, "train.learning_rate": 1e-05})
     assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe

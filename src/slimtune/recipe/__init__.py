@@ -77,7 +77,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved recipe, every field written out; `load_recipe` reads it back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
     def require_files(self) -> None:
         """Look at every data file the recipe names.
@@ -150,3 +150,12 @@ def _method_paths(name: str) -> list[str]:
 
 def _beside(path: Path) -> list[str]:
     return [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text with Unicode's line breaks, which YAML would fold into spaces otherwise."""
+
+
+_Dumper.add_representer(
+    str, lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, '"' if set(s) & set("\x85\u2028\u2029") else None)
+)
