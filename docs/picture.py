@@ -1,4 +1,4 @@
-"""Draw a log as a picture of a terminal: `python docs/picture.py LOG docs/demo.svg`. The README's picture is made so."""
+"""Draw a log as a picture of a terminal, as the README shows it: `python docs/picture.py LOG docs/demo.svg`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ from typing import Any
 @cache
 def peft_installed() -> bool:
     """Return whether HF PEFT can be imported."""
-    return find_spec("peft") is not None
+    spec = find_spec("peft")
+    # A mere folder of that name beside a script has no origin.
+    return spec is not None and spec.origin is not None
 
 
 @cache

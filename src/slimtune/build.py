@@ -19,7 +19,7 @@ from .adapt.model import PeftModel, get_peft_model
 from .data.collate import Collator, supervised_loss
 from .data.read import read_rows
 from .data.rows import RowReport, encode_rows
-from .errors import AdapterError, UsageError
+from .errors import AdapterError, ModelError, UsageError
 from .methods.config import PeftConfig
 from .models.load import Base, load_base
 from .recipe import Recipe
@@ -131,6 +131,37 @@ def logits_where_supervised(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def step_loss(model: Any, batch: dict[str, Tensor], num_items: Tensor | int | None = None) -> Tensor:
     """Return a batch's loss: summed over its targets, divided by `num_items` (default: its own targets)."""
     return supervised_loss(logits_where_supervised(model, batch), batch["picked"], batch["targets"], num_items)
+
+
+@torch.no_grad()
+def require_exact_packing(model: Any, collator: Collator) -> None:
+    """Lay two short rows end to end and alone; raise ModelError where the architecture does not tell them apart.
+
+    Some read no `position_ids` (OPT, BLOOM), some carry a state from row to row (Mamba): transformers does not say.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    size = model.config.get_text_config().vocab_size
+    rows = [{"input_ids": [(7 * i * i + 3 + 11 * r) % size for i in range(9 + r)]} for r in range(2)]
+    examples = [{**r, "labels": r["input_ids"]} for r in rows]
+
+    def logits(some: Sequence[Example]) -> Tensor:
+        batch = {k: v.to(device) for k, v in collator(some).items()}
+        return logits_where_supervised(model, batch)[0].float()
+
+    model.eval()
+    try:
+        alone = torch.cat([logits([e]) for e in examples])
+        apart = (logits(examples) - alone).abs().mean() / alone.std().clamp_min(1e-12)
+        half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    finally:
+        model.train(was_training)
+    if apart > (0.05 if half else 1e-3):
+        raise ModelError(
+            f"rows laid end to end change each other in a {type(model).__name__} (by {100 * apart.item():.2g} % of the "
+            "logits' spread)",
+            "an architecture that tells rows apart by position_ids",
+            "--set train.packing=false",
+        )
 
 
 @torch.no_grad()

@@ -246,3 +246,27 @@ def test_the_base_is_as_it_was_after_training(settings):
     restored = model.unload()
     assert not isinstance(restored, PeftModel)
     assert all(torch.equal(p, before[n]) for n, p in restored.named_parameters())
+
+
+def test_resuming_a_run_that_is_over_trains_no_further(settings, capfd):
+    first = train(recipe_of(settings))
+    before = adapter(Path(first["run"]))
+    again = train(recipe_of(settings), resume=True)
+    assert "every step is done already" in capfd.readouterr().err
+    assert again["steps"] == first["steps"]
+    assert again["validation_loss"] == first["validation_loss"]
+    assert all(torch.equal(t, before[k]) for k, t in adapter(Path(first["run"])).items())
+
+
+def test_resuming_a_run_that_stopped_early_trains_no_further(contrary):
+    recipe = recipe_of(contrary, learning_rate=0.1, epochs=20, eval_every=1, early_stopping=2, save_every=1)
+    first = train(recipe)
+    assert train(recipe, resume=True)["steps"] == first["steps"]
+
+
+def test_float16_is_refused(settings):
+    settings["model"]["dtype"] = "float16"
+    with pytest.raises(UsageError, match="float16") as e:
+        train(recipe_of(settings))
+    assert e.value.exit_code == 2
+    assert not Path(settings["out"]).exists()

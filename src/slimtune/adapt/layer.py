@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import TargetError
 from ..methods.contract import Delta, MergeRefused, Site
 
 
@@ -48,7 +49,11 @@ def site_of(name: str, module: nn.Module, *, autocast: bool = True) -> Site:
         dtype = torch.float32
     kind = kind_of(module)
     assert kind == "linear" or kind == "embedding"
-    return Site(name, kind, in_features, out_features, weight.device, dtype)
+    # An offloaded weight lies on meta until its hook brings it to where it is computed.
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None) if weight.is_meta and hook is not None else None
+    device = weight.device if device is None else torch.device(device)
+    return Site(name, kind, in_features, out_features, device, dtype)
 
 
 class Adapted(nn.Module):
@@ -56,14 +61,16 @@ class Adapted(nn.Module):
 
     adapters: nn.ModuleDict
     owned: nn.ModuleDict
-    _deltas: tuple[Delta, ...]
-    _mine: nn.Module | None
+    _active: tuple[str, ...]
+    """Adapters whose delta is applied, by name: a replica of the module has objects of its own."""
+    _owner: str | None
+    """The adapter whose copies stand for the module's parameters."""
     _kept: dict[str, nn.Parameter] | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the frozen module, then each active delta: `(..., in)` to `(..., out)`."""
         y = super().forward(*args, **kwargs)
-        if not self._deltas:
+        if not self._active:
             return y
         x = args[0] if args else next(iter(kwargs.values()))
         scale = getattr(self, "embed_scale", None)
@@ -80,18 +87,25 @@ class Adapted(nn.Module):
         return super()._apply(fn, recurse)
 
     def _changed(self, x: Tensor, y: Tensor) -> Tensor:
-        for delta in self._deltas:
-            y = delta(x, y)
+        for name in self._active:
+            y = self.adapters[name](x, y)
         return y
 
 
 def adapt(module: nn.Module) -> Adapted:
     """Make `module` adapted, in place; one that is adapted already is returned as it is."""
     if not isinstance(module, Adapted):
+        if "forward" in vars(module) and "_old_forward" not in vars(module):
+            raise TargetError(
+                f"the forward of a {type(module).__name__} was replaced on the object, so that an adapter there would "
+                "never be called",
+                "a module with its own class's forward",
+                "attach the adapter before the forward is replaced",
+            )
         base: Any = type(module)
-        module.__class__ = _adapted_class(base, tuple(module._parameters))
+        _become(module, _adapted_class(base, tuple(module._parameters)))
         module.adapters, module.owned = nn.ModuleDict(), nn.ModuleDict()
-        _note(module, _deltas=(), _mine=None, _kept=None)
+        _note(module, _active=(), _owner=None, _kept=None)
     assert isinstance(module, Adapted)
     return module
 
@@ -99,9 +113,9 @@ def adapt(module: nn.Module) -> Adapted:
 def restore(module: Adapted) -> None:
     """Give `module` its own class back and drop every adapter; a merge that was made stays."""
     del module.adapters, module.owned
-    for name in ("_deltas", "_mine", "_kept"):
+    for name in ("_active", "_owner", "_kept"):
         del module.__dict__[name]
-    module.__class__ = type(module).__bases__[1]
+    _become(module, type(module).__bases__[1])
 
 
 def add_delta(module: nn.Module, adapter: str, delta: Delta) -> None:
@@ -125,9 +139,8 @@ def own(module: nn.Module, adapter: str, names: Iterable[str], *, autocast: bool
 def activate(module: Adapted, names: Iterable[str]) -> None:
     """Make the deltas and copies of these adapters, in this order, the ones the module runs with."""
     names = list(names)
-    mine = [module.owned[n] for n in names if n in module.owned]
-    deltas = tuple(module.adapters[n] for n in names if n in module.adapters)
-    _note(module, _deltas=deltas, _mine=mine[0] if mine else None)
+    owner = next((n for n in names if n in module.owned), None)
+    _note(module, _active=tuple(n for n in names if n in module.adapters), _owner=owner)
 
 
 def remove(module: Adapted, adapter: str) -> None:
@@ -147,8 +160,10 @@ def merge(name: str, module: Adapted, *, check: bool = False) -> None:
     """
     if module._kept is not None:
         return
-    merged = {n: p.detach().to(module._parameters[n].dtype) for n, p in _owned_active(module)}  # type: ignore[union-attr]
-    if module._deltas:
+    merged: dict[str, Tensor] = {}
+    for n, p in module.owned[module._owner].named_parameters() if module._owner else ():
+        merged[n] = p.detach().to(module._parameters[n].dtype, copy=True)  # type: ignore[union-attr]
+    if module._active:
         weight = merged.get("weight", module._parameters["weight"])
         if weight is None or not weight.dtype.is_floating_point:
             raise MergeRefused(
@@ -156,8 +171,8 @@ def merge(name: str, module: Adapted, *, check: bool = False) -> None:
             )
         weight = weight.t() if transposed(module) else weight
         with torch.no_grad():
-            for delta in module._deltas:
-                weight = delta.merged(weight)
+            for adapter in module._active:
+                weight = module.adapters[adapter].merged(weight)  # type: ignore[operator]
         merged["weight"] = weight.t().contiguous() if transposed(module) else weight
     for n, tensor in merged.items():
         if check and not torch.isfinite(tensor).all():
@@ -166,7 +181,7 @@ def merge(name: str, module: Adapted, *, check: bool = False) -> None:
     for n, tensor in merged.items():
         # A new parameter object, so that a module tied to this one keeps what it had.
         module._parameters[n] = nn.Parameter(tensor, requires_grad=False)
-    _note(module, _kept=kept, _deltas=(), _mine=None)
+    _note(module, _kept=kept, _active=(), _owner=None)
 
 
 def unmerge(module: Adapted) -> None:
@@ -181,8 +196,11 @@ def is_merged(module: Adapted) -> bool:
     return module._kept is not None
 
 
-def _owned_active(module: Adapted) -> list[tuple[str, Tensor]]:
-    return list(module._mine.named_parameters()) if module._mine is not None else []
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    module.__class__ = cls
+    if "_old_forward" in vars(module):
+        # accelerate's hooks (device_map, offload) call what they found there; let them find the new class's.
+        module.__dict__["_old_forward"] = cls.forward.__get__(module)
 
 
 def _note(module: nn.Module, **values: Any) -> None:
@@ -193,16 +211,24 @@ def _note(module: nn.Module, **values: Any) -> None:
 @cache
 def _adapted_class(base: Any, parameters: tuple[str, ...]) -> type[Adapted]:
     def own_or_base(name: str) -> property:
-        def get(self: Adapted) -> Any:
-            mine = self._mine
-            if mine is not None and name in mine._parameters:
-                copy = mine._parameters[name]
-                base_copy = self._parameters[name]
-                # The module computes in the dtype of its base whatever the copy is kept in.
-                return copy if base_copy is None or copy is None else copy.to(base_copy.dtype)
-            return self._parameters[name]
+        set_plainly = f"_plain_{name}"
 
-        return property(get)
+        def get(self: Adapted) -> Any:
+            if name in self._parameters:
+                plain = self._parameters[name]
+            elif set_plainly in vars(self):
+                plain = vars(self)[set_plainly]
+            else:
+                raise AttributeError(f"{base.__name__!r} has no {name!r}")
+            mine = getattr(self.owned[self._owner], name, None) if self._owner else None
+            # The module computes in the dtype of its base whatever the copy is kept in.
+            return plain if mine is None or plain is None else mine.to(plain.dtype)
+
+        def put(self: Adapted, value: Any) -> None:
+            # DataParallel and FSDP set plain tensors in place of parameters.
+            self.__dict__[set_plainly] = value
+
+        return property(get, put)
 
     body: dict[str, Any] = {n: own_or_base(n) for n in parameters}
     # The base's name: transformers and people read it.

@@ -13,6 +13,8 @@ from ..methods.config import PeftConfig
 from . import checkpoint
 
 _HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
+_MOOT = ("torch_dtype", "dtype", "device_map", "max_memory", "offload_folder", "offload_dir", "ephemeral_gpu_offload")
+"""PEFT's arguments about where and how the base lies: it is loaded already, and an adapter goes where its layer is."""
 _NOTES = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type"}
 """Fields of a config that change nothing an adapter computes."""
 
@@ -27,6 +29,8 @@ class AdapterFiles:
         selected_adapters: list[str] | None = None,
         is_main_process: bool = True,
         state_dict: dict | None = None,
+        save_embedding_layers: str | bool = "auto",
+        path_initial_model_for_weight_conversion: str | None = None,
         **_: Any,
     ) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors`; adapters not named "default" go to subfolders.
@@ -36,6 +40,12 @@ class AdapterFiles:
         """
         if not safe_serialization:
             raise UsageError("safe_serialization=False asks for a pickle", "safetensors", "leave the argument out")
+        if save_embedding_layers not in ("auto", False) or path_initial_model_for_weight_conversion is not None:
+            raise UsageError(
+                "save_embedding_layers=True or path_initial_model_for_weight_conversion is not supported",
+                "an adapter's own tensors",
+                'train the embeddings with the adapter: modules_to_save=["embed_tokens"]',
+            )
         if not is_main_process:
             return
         for name in selected_adapters or list(self.peft_config):
@@ -71,9 +81,10 @@ class AdapterFiles:
             AdapterError: the adapter is for another base, its config, keys or shapes do not fit, or it is a pickle.
         """
         del low_cpu_mem_usage
-        _only_hub(hub)
+        hub = _only_hub(hub)
         if isinstance(model, AdapterFiles):
-            model.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype, config=config, **hub)
+            more = {"autocast_adapter_dtype": autocast_adapter_dtype, "config": config, **hub}
+            model.load_adapter(model_id, adapter_name, is_trainable, **more)
             return model
         tensors, config = _read(model, model_id, is_trainable, config, hub)
         adapted = cls._adopt(model, adapter_name, config, autocast_adapter_dtype, strict=False)
@@ -89,24 +100,28 @@ class AdapterFiles:
         model_id: str | os.PathLike,
         adapter_name: str = "default",
         is_trainable: bool = False,
-        autocast_adapter_dtype: bool = True,
-        config: PeftConfig | None = None,
         torch_device: Any = None,
+        autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        config: PeftConfig | None = None,
         **hub: Any,
-    ) -> None:
+    ) -> checkpoint.LoadResult:
         """Load an adapter beside the others, inactive; under a name that is there, load its tensors into it.
 
         Raises:
             UsageError, AdapterError: see `from_pretrained`; under a name that is there, other settings do not fit.
         """
         del torch_device, low_cpu_mem_usage
-        _only_hub(hub)
+        hub = _only_hub(hub)
         tensors, config = _read(self, model_id, is_trainable, config, hub)
         if adapter_name in self.peft_config:
             _same_settings(self.peft_config[adapter_name], config, model_id)
+            if adapter_name in self._attached.merged:
+                raise UsageError(
+                    f"{adapter_name!r} is merged into the base", "an unmerged adapter", "unmerge_adapter() first"
+                )
             checkpoint.load(self, adapter_name, tensors, where=str(model_id))
-            return
+            return checkpoint.LoadResult([], [])
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, strict=False)
         try:
             checkpoint.load(self, adapter_name, tensors, where=str(model_id))
@@ -114,6 +129,9 @@ class AdapterFiles:
             self._drop(adapter_name)
             raise
         self.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
+        if not is_trainable:
+            self.eval()
+        return checkpoint.LoadResult([], [])
 
     def create_or_update_model_card(self: Any, output_dir: str | os.PathLike) -> None:
         """Write the README.md of an adapter folder, unless there is one."""
@@ -130,10 +148,12 @@ def _read(
     return tensors, config
 
 
-def _only_hub(given: dict[str, Any]) -> None:
-    unknown = [k for k in given if k not in _HUB]
+def _only_hub(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for the Hub; those that ask what is so anyway are taken, the rest is refused."""
+    unknown = [k for k in given if k not in (*_HUB, *_MOOT)]
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], _HUB)}", f"one of {listed(_HUB)}")
+    return {k: v for k, v in given.items() if k in _HUB}
 
 
 def _same_settings(here: PeftConfig, there: PeftConfig, where: str | os.PathLike) -> None:

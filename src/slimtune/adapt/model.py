@@ -37,6 +37,8 @@ class Attached:
     active: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
     enabled: bool = True
+    input_grads: bool = False
+    """Whether attaching made the embeddings' output carry a gradient, for activation checkpointing."""
 
     def modules(self) -> dict[str, layer.Adapted]:
         """Every adapted module by name."""
@@ -163,7 +165,7 @@ class PeftModel(AdapterFiles, PushToHubMixin):
             raise
         self.set_adapter(name, inference_mode=config.inference_mode)
         if any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):  # type: ignore[attr-defined]
-            self.enable_input_require_grads()  # type: ignore[attr-defined]
+            self._inputs_carry_gradients()
         return self
 
     def add_adapter(
@@ -210,6 +212,13 @@ class PeftModel(AdapterFiles, PushToHubMixin):
         """Make one adapter (or several) the active one: it alone is applied, and it alone trains."""
         at = self._attached
         names = [self._known(n) for n in ([adapter_name] if isinstance(adapter_name, str) else adapter_name)]
+        if not names:
+            raise UsageError(
+                "no adapter is named",
+                f"one or more of {listed(at.configs)}",
+                "`with model.disable_adapter():` runs the base alone",
+            )
+        self._no_module_twice(names)
         if at.merged:
             raise UsageError(
                 f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
@@ -256,7 +265,8 @@ class PeftModel(AdapterFiles, PushToHubMixin):
             )
         self._drop(adapter_name)
         if not at.active:
-            self.set_adapter(next(iter(at.configs)))
+            first, config = next(iter(at.configs.items()))
+            self.set_adapter(first, inference_mode=config.inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold the active adapters (or these) into the base's weights; `unmerge_adapter` restores them bit for bit.
@@ -268,6 +278,7 @@ class PeftModel(AdapterFiles, PushToHubMixin):
         if at.merged:
             return
         names = [self._known(n) for n in adapter_names or at.active]
+        self._no_module_twice(names)
         members = {n: m for a in names for n, m in at.members[a]}
         self._refresh(at.configs, names)
         try:
@@ -317,7 +328,12 @@ class PeftModel(AdapterFiles, PushToHubMixin):
         # reentrant kind of checkpointing would train nothing.
         super()._set_gradient_checkpointing(enable=enable, **kwargs)  # type: ignore[misc]
         if enable:
+            self._inputs_carry_gradients()
+
+    def _inputs_carry_gradients(self: Any) -> None:
+        if not self._attached.input_grads and hasattr(self, "enable_input_require_grads"):
             self.enable_input_require_grads()
+            self._attached.input_grads = True
 
     @classmethod
     def _adopt(cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, *, strict: bool) -> Any:
@@ -330,6 +346,18 @@ class PeftModel(AdapterFiles, PushToHubMixin):
                 f"one of {listed(self._attached.configs)}",
             )
         return name
+
+    def _no_module_twice(self, names: list[str]) -> None:
+        """Deltas add up; two whole copies of one module do not."""
+        owners: dict[str, str] = {}
+        for adapter in names:
+            for name, module in self._attached.members[adapter]:
+                if adapter in module.owned and owners.setdefault(name, adapter) != adapter:
+                    raise UsageError(
+                        f"adapters {owners[name]!r} and {adapter!r} both train {name} whole",
+                        "active adapters that own different modules",
+                        "activate one of them at a time",
+                    )
 
     def _drop(self, name: str) -> None:
         """Take one adapter out; the others keep what they are, trained or frozen, merged or not."""
@@ -350,6 +378,8 @@ class PeftModel(AdapterFiles, PushToHubMixin):
 
     def _strip(self: Any) -> Any:
         at = self._attached
+        if at.input_grads:
+            self.disable_input_require_grads()
         for module in at.modules().values():
             layer.restore(module)
         for name, parameter in self.named_parameters():

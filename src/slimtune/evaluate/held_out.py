@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..build import Example, Loaded, adapter_folder, held_out, load_run, rows_of, score
+from ..build import Example, Loaded, adapter_folder, held_out, load_run, require_exact_packing, rows_of, score
 from ..data.collate import Collator
 from ..data.read import read_rows
 from ..data.rows import RowReport
@@ -58,6 +58,8 @@ def evaluate(
     recipe = loaded.recipe or _stand_in(loaded, run, path)
     examples, report = _rows(recipe, loaded, path)
     collator = Collator(loaded.base.tokenizer.pad_token_id, packing=recipe.train.packing)
+    if recipe.train.packing:
+        require_exact_packing(loaded.model, collator)
     tuned = score(loaded.model, examples, collator)
     with loaded.model.disable_adapter():
         base = score(loaded.model, examples, collator)

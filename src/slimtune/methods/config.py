@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from ..bridge import joined
 from ..errors import AdapterError, ConfigError, UsageError, listed, nearest
+from ..ops.files import write_atomic
 
 if TYPE_CHECKING:
     from torch import nn
@@ -133,7 +134,7 @@ class PeftConfig(metaclass=_Strict):
         """Write `adapter_config.json` into the folder."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        write_atomic(folder / CONFIG_FILE, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -46,7 +46,7 @@ class Pace(TrainerCallback):
         due = state.global_step % self.save_every == 0 if self.save_every else state.global_step % self.eval_every == 0
         control.should_save = last or due or self.stop_asked
         if self.stop_asked:
-            control.should_training_stop, control.should_evaluate = True, False
+            control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Undo what transformers' own flow wants at an epoch's end: the steps above said it."""
@@ -54,11 +54,13 @@ class Pace(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Save the best, and stop when it has not improved for long enough."""
-        losses = [h["eval_loss"] for h in state.log_history if "eval_loss" in h]
-        since_best = len(losses) - 1 - losses.index(min(losses))
-        control.should_save = control.should_save or since_best == 0
-        if self.patience is not None and since_best >= self.patience:
+        control.should_save = control.should_save or self.trainer.since_best() == 0
+        if self.spent():
             self.stopped_early = control.should_training_stop = True
+
+    def spent(self) -> bool:
+        """Return whether the validation loss has not improved for as long as the recipe waits."""
+        return self.patience is not None and self.trainer.since_best() >= self.patience
 
 
 class Watch(TrainerCallback):

@@ -98,11 +98,16 @@ def newest_sound(root: Path, say: Callable[[str], None]) -> Path | None:
         say(f"{left.name}: a checkpoint that was being written when the run stopped; removed")
         shutil.rmtree(left)
     every = folders(root)
+    damaged: list[Path] = []
     for folder in reversed(every):
         fault = fault_in(folder)
         if not fault:
+            for other in damaged:  # out of the count of those kept, and there for whoever wants to look
+                shutil.rmtree(root / f"damaged-{other.name}", ignore_errors=True)
+                other.rename(root / f"damaged-{other.name}")
             return folder
         say(f"{folder.name} is passed over: {fault}")
+        damaged.append(folder)
     if every:
         raise RunError(
             f"no checkpoint in {root} is whole: {listed(p.name for p in every)}",
@@ -147,6 +152,8 @@ def save_random(folder: Path) -> None:
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    if torch.backends.mps.is_available():
+        tensors["mps"] = torch.mps.get_rng_state()
     kind, keys, *rest = np.random.get_state(legacy=True)
     tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     (folder / "rng.safetensors").write_bytes(to_bytes(tensors))
@@ -161,6 +168,8 @@ def load_random(folder: Path) -> None:
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda{i}" in tensors:
             torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
+    if "mps" in tensors and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(tensors["mps"])
     kind, *others = rest["numpy"]
     np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *others))
     version, inner, gauss = rest["python"]

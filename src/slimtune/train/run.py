@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
-from ..build import Rows, adapted, base_of, rows_of
+from ..build import Rows, adapted, base_of, require_exact_packing, rows_of
 from ..data.collate import Collator
 from ..errors import DataError, RunError, UsageError
 from ..models.load import Base
@@ -49,6 +50,12 @@ def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = 
     run = _open(recipe) if resume else None
     began = time.perf_counter()
     base = base_of(recipe)
+    if base.dtype == torch.float16:
+        raise UsageError(
+            "the weights are float16, in which gradients vanish or overflow without a loss scaler",
+            "bfloat16 or float32 for training",
+            "--dtype bfloat16 or --dtype float32",
+        )
     rows = rows_of(recipe, base.tokenizer)
     if not rows.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
@@ -63,7 +70,8 @@ def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = 
     prepared = time.perf_counter() - began
     with stop_on_interrupt(pace, watch), disk_full_is_an_error(run.path):
         try:
-            trainer.train(resume_from_checkpoint=str(start) if start else None)
+            if start is None or not _over(trainer, pace, start, watch):
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
         finally:
             watch.close()
     if pace.stop_asked and trainer.state.global_step < trainer.state.max_steps:
@@ -92,6 +100,20 @@ def _open(recipe: Recipe) -> RunFolder:
             f"slimtune train {run.recipe_file} --resume, or another --out",
         )
     return run
+
+
+def _over(trainer: SlimTrainer, pace: Pace, start: Path, watch: Watch) -> bool:
+    """Return whether all steps were done when the run stopped; then the trainer stands at the last one."""
+    state = json.loads((start / "trainer_state.json").read_text())
+    losses = [h for h in state["log_history"] if "eval_loss" in h]
+    if state["global_step"] < state["max_steps"] and not (losses and pace.patience):
+        return False
+    trainer.take_up(start)
+    pace.stopped_early = trainer.state.global_step < trainer.state.max_steps and pace.spent()
+    if trainer.state.global_step < trainer.state.max_steps and not pace.stopped_early:
+        return False
+    watch.say("every step is done already")
+    return True
 
 
 def _describe(watch: Watch, base: Base, rows: Rows, model: Any) -> None:
@@ -136,7 +158,13 @@ def _trainer(
         use_cpu=base.device.type == "cpu",
         dataloader_pin_memory=base.device.type == "cuda",
     )
+    # One process trains on one device: with several cards visible, the Trainer would split a pack over them.
+    args._n_gpu = min(1, args._n_gpu)
+    if base.device.type == "cuda" and base.device.index is not None:
+        torch.cuda.set_device(base.device)
     collator = Collator(base.tokenizer.pad_token_id, packing=t.packing)
+    if t.packing:
+        require_exact_packing(model, collator)
     trainer = SlimTrainer(
         model,
         args,

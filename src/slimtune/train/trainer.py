@@ -7,6 +7,7 @@ batch), `evaluate` (mean over tokens, not over batches) and everything that save
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
 from ..build import Example, mean_loss, score, step_loss
@@ -106,8 +107,23 @@ class SlimTrainer(Trainer):
 
     def best_step(self) -> int | None:
         """Return the step with the lowest validation loss so far; the first one where several are equal."""
-        seen = [(h["eval_loss"], int(h["step"])) for h in self.state.log_history if "eval_loss" in h]
+        seen = [(loss, step) for step, loss in self.validated() if math.isfinite(loss)]
         return min(seen)[1] if seen else None
+
+    def validated(self) -> list[tuple[int, float]]:
+        """Return `(step, validation loss)` of each evaluation so far."""
+        return [(int(h["step"]), h["eval_loss"]) for h in self.state.log_history if "eval_loss" in h]
+
+    def since_best(self) -> int:
+        """Return how many evaluations there were since the best one."""
+        steps = [step for step, _ in self.validated()]
+        best = self.best_step()
+        return len(steps) if best is None else len(steps) - 1 - steps.index(best)
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Stand where a checkpoint stands, without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -150,4 +166,4 @@ class SlimTrainer(Trainer):
             checkpoints.load_random(Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """There is none: weights are bf16 or fp32, adapters fp32."""
+        """There is none: weights are bf16 or fp32 (fp16 is refused), adapters fp32."""
