@@ -7,6 +7,7 @@ Logits are made at supervised positions only, by the model's own head (its soft-
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,25 @@ def base_of(recipe: Recipe) -> Base:
     )
 
 
+def continuing(recipe: Recipe, adapter: Path) -> Recipe:
+    """Return the recipe with the method's settings of the adapter it continues from: those are what trains.
+
+    Raises:
+        UsageError: the adapter is of another method than the recipe's.
+    """
+    folder = adapter_folder(adapter)
+    config = PeftConfig.from_pretrained(folder)
+    if config.name != recipe.method.name:
+        raise UsageError(
+            f"{folder} is a {config.name} adapter, the recipe's method is {recipe.method.name}",
+            f"an adapter of the method {recipe.method.name}",
+            f"--method {config.name}",
+        )
+    shared = {f.name for f in dataclasses.fields(PeftConfig)} | {"peft_type"}
+    settings = {k: v for k, v in config.to_dict().items() if k not in shared and v is not None}
+    return recipe.model_copy(update={"method": type(recipe.method)(name=config.name, **settings)})
+
+
 def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> PeftModel:
     """Attach the recipe's method to the base, or go on from an adapter folder; seeds the adapter's random start.
 
@@ -78,14 +98,7 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
     torch.manual_seed(recipe.train.seed)
     if continue_from is not None:
         folder = adapter_folder(continue_from)
-        config = PeftConfig.from_pretrained(folder)
-        if config.name != recipe.method.name:
-            raise UsageError(
-                f"{folder} is a {config.name} adapter, the recipe's method is {recipe.method.name}",
-                f"an adapter of the method {recipe.method.name}",
-                f"--method {config.name}",
-            )
-        model = PeftModel.from_pretrained(base.model, folder, is_trainable=True, config=config)
+        model = PeftModel.from_pretrained(base.model, folder, is_trainable=True)
     else:
         model = get_peft_model(base.model, recipe.method_config())
     model.peft_config["default"].base_model_name_or_path = recipe.model.name

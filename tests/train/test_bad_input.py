@@ -219,3 +219,12 @@ def test_json_carries_the_error(desk):
     result = desk.train("--json", data=str(desk.folder / "row.jsonl"))
     assert json.loads(result.stdout)["error"]["exit_code"] == 2
     assert result.stdout.count("\n") == 1
+
+
+def test_resuming_from_elsewhere_and_by_the_folder_alone(trained, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for args in ((str(trained.out / "recipe.yaml"),), ("--out", str(trained.out))):
+        done = trained.run("train", *args, "--resume")
+        assert done.exit_code == 0, done.stderr
+        assert "every step is done already" in done.stderr

@@ -18,6 +18,7 @@ from slimtune.build import load_run, mean_loss, rows_of, score, step_loss
 from slimtune.data.collate import Collator
 from slimtune.errors import DataError, RunError, UsageError
 from slimtune.models.load import load_base
+from slimtune.recipe import load_recipe
 from slimtune.train import checkpoints
 from slimtune.train.callbacks import Pace
 from slimtune.train.run import Interrupted, train
@@ -270,3 +271,22 @@ def test_float16_is_refused(settings):
         train(recipe_of(settings))
     assert e.value.exit_code == 2
     assert not Path(settings["out"]).exists()
+
+
+def test_a_continued_run_takes_the_adapters_settings_and_resumes_by_itself(settings, tmp_path, monkeypatch):
+    first = train(recipe_of(settings))
+    other = {**settings, "method": {"name": "lora", "r": 8}}
+    train(recipe_of({**other, "out": str(tmp_path / "whole")}), continue_from=Path(first["run"]))
+    assert "r: 4" in (tmp_path / "whole" / "recipe.yaml").read_text()
+    begin = Pace.on_step_begin
+
+    def stop(self, args, state, control, **more):
+        raise KeyboardInterrupt
+
+    on = recipe_of({**other, "out": str(tmp_path / "on")})
+    monkeypatch.setattr(Pace, "on_step_begin", stop)  # before the first checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        train(on, continue_from=Path(first["run"]))
+    monkeypatch.setattr(Pace, "on_step_begin", begin)
+    train(load_recipe(tmp_path / "on" / "recipe.yaml"), resume=True)
+    assert same(tmp_path / "on", tmp_path / "whole")

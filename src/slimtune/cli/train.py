@@ -80,6 +80,10 @@ def train_run(
 
     overrides = {path: given[flag] for flag, path in FLAGS.items() if given[flag] is not None}
     overrides.update(read_override(text) for text in sets or [])
+    if resume and recipe is None and "model.name" not in overrides and "out" in overrides:
+        recipe = Path(str(overrides["out"])) / "recipe.yaml"
+    if resume and recipe is not None and (recipe.parent / "checkpoints").is_dir():
+        overrides.setdefault("out", str(recipe.parent))  # a run's own recipe: the run lies where the recipe does
     settings = load_recipe(recipe, overrides)
     settings.require_files()
     if not resume:

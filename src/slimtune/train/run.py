@@ -16,7 +16,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
-from ..build import Rows, adapted, base_of, require_exact_packing, rows_of
+from ..build import Rows, adapted, base_of, continuing, require_exact_packing, rows_of
 from ..data.collate import Collator
 from ..errors import DataError, RunError, UsageError
 from ..models.load import Base
@@ -28,6 +28,9 @@ from . import checkpoints
 from .callbacks import Pace, Watch, peak_bytes, rate, stop_on_interrupt
 from .report import write_report
 from .trainer import SlimTrainer
+
+START = "start"
+"""Folder in a run's that holds the adapter it continues from, so that the run can be resumed by itself."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,6 +51,10 @@ def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = 
         Interrupted: Ctrl-C; a checkpoint was written.
     """
     run = _open(recipe) if resume else None
+    if run is not None and (run.path / START).is_dir():
+        continue_from = run.path / START
+    if continue_from is not None:
+        recipe = continuing(recipe, continue_from)
     began = time.perf_counter()
     base = base_of(recipe)
     if base.dtype == torch.float16:
@@ -60,8 +67,13 @@ def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = 
     if not rows.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     model = adapted(base, recipe, continue_from)
-    run = run or RunFolder.create(recipe.out, recipe)
+    if run is None:
+        run = RunFolder.create(recipe.out, recipe)
+        if continue_from is not None:
+            adapter_files.save(model, run.path / START, "default")
     watch = Watch(run, base.device)
+    if continue_from is not None:
+        watch.say(f"continuing from {continue_from}, with its settings of the method")
     _describe(watch, base, rows, model)
     trainer, pace = _trainer(recipe, run, base, rows, model, watch)
     start = checkpoints.newest_sound(run.checkpoints, watch.say) if resume else None
