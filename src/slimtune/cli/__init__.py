@@ -45,7 +45,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Adapt an LLM by training under 1 % of it: train, prove, merge, use.
+    """Adapt an LLM by training a small part of it: train, prove, merge, use.
 
     Exit codes: 0 done; 1 the work failed; 2 wrong use (flags, recipe, missing files); 130 interrupted.
     """
