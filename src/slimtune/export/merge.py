@@ -29,7 +29,7 @@ from ..methods.contract import MergeRefused
 from ..models.dtype import pick_dtype
 from ..models.faults import quiet
 from ..models.load import load_base, load_config
-from ..ops.files import disk_full_is_an_error, fsync_folder
+from ..ops.files import disk_full_is_an_error, fsync_folder, settle
 from ..runs import RunFolder
 from . import proof
 from .card import card
@@ -173,12 +173,7 @@ def _beside(out: Path, need: int) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         try:
             yield folder
-            os.chmod(folder, 0o755)
-            for file in folder.iterdir():
-                os.chmod(file, 0o644)  # safetensors and mkdtemp leave them to the owner alone
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
-            fsync_folder(folder)
+            settle(folder)
             os.replace(folder, place)
             fsync_folder(place.parent)
         except BaseException:

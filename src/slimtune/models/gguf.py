@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import ModelError, RunError, SlimtuneError, listed
-from ..ops.files import disk_full, disk_full_is_an_error, fsync_folder
+from ..ops.files import disk_full, disk_full_is_an_error, fsync_folder, settle
 from .faults import explained, quiet
 from .gguf_facts import GgufFacts, read_facts, set_rope, set_splitting
 
@@ -187,12 +187,7 @@ def _write(model: PreTrainedModel, tokenizer: Any, folder: Path, path: Path, dig
         "files": {f.name: f.stat().st_size for f in sorted(folder.iterdir())},
     }
     (folder / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-    os.chmod(folder, 0o755)
-    for file in folder.iterdir():
-        os.chmod(file, 0o644)  # safetensors and mkdtemp leave them to the owner alone
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
-    fsync_folder(folder)
+    settle(folder)
 
 
 def _complete(folder: Path) -> bool:

@@ -44,6 +44,16 @@ def fsync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def settle(folder: Path) -> None:
+    """Make a folder written under a temporary name ready to be renamed: readable as others are, and durable."""
+    os.chmod(folder, 0o755)
+    for file in folder.iterdir():
+        os.chmod(file, 0o644)  # safetensors and mkdtemp leave them to the owner alone
+        with file.open("rb") as f:
+            os.fsync(f.fileno())
+    fsync_folder(folder)
+
+
 @contextmanager
 def disk_full_is_an_error(
     path: Path, needed: int | None = None, fix: str = "give a folder on another disk"
