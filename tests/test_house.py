@@ -13,7 +13,7 @@ import pytest
 
 import slimtune
 import slimtune.methods
-from slimtune.methods.config import PeftConfig
+from slimtune.contract.config import PeftConfig
 
 SOURCE = Path(slimtune.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -8,22 +8,25 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .contract.registry import config_names
+
 __version__ = "0.1.0"
 
-_HOME = {
+_HOME: dict[str, str] = {
     "AutoPeftModelForCausalLM": "adapt.auto",
     "AutoPeftModelForFeatureExtraction": "adapt.auto",
     "AutoPeftModelForSeq2SeqLM": "adapt.auto",
     "AutoPeftModelForSequenceClassification": "adapt.auto",
     "AutoPeftModelForTokenClassification": "adapt.auto",
-    "LoraConfig": "methods.lora",
-    "PeftConfig": "methods.config",
+    "PeftConfig": "contract.config",
     "PeftModel": "adapt.model",
-    "TaskType": "methods.config",
+    "TaskType": "contract.config",
     "get_peft_model": "adapt.model",
     "get_peft_model_state_dict": "adapt.checkpoint",
     "set_peft_model_state_dict": "adapt.checkpoint",
 }
+
+_HOME |= config_names()  # a method's file is its own entry
 
 __all__ = sorted(_HOME)
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from .adapt.model import PeftModel, get_peft_model
+from .contract.config import PeftConfig
 from .data.collate import Collator, supervised_loss
 from .data.read import read_rows
 from .data.rows import RowReport, encode_rows
 from .errors import AdapterError, ModelError, UsageError
-from .methods.config import PeftConfig
 from .models.load import Base, load_base
 from .recipe import Recipe
 from .runs import ADAPTER_FILE, RunFolder

@@ -23,8 +23,8 @@ from models_zoo import (
 
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model
+from slimtune.contract.delta import MergeRefused
 from slimtune.errors import AdapterError
-from slimtune.methods.contract import MergeRefused
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

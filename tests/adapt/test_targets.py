@@ -10,8 +10,8 @@ from models_zoo import DECODER, ENCODER, VOCAB, bert_classifier, gpt2, llama, ro
 from torch import nn
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.adapt.architectures import DEFAULT_TARGETS
 from slimtune.adapt.targets import select
+from slimtune.contract.architectures import DEFAULT_TARGETS
 from slimtune.errors import ConfigError, TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -137,9 +137,9 @@ FAULTS = [
                                                                             "did you mean 'q_proj'"]),
     (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, ["modules_to_save: 'lm_haed'",
                                                                             "did you mean 'lm_head'"]),
-    (llama, {"target_modules": ["input_layernorm"]}, ["LlamaRMSNorm", "cannot be adapted"]),
+    (llama, {"target_modules": ["input_layernorm"]}, ["LlamaRMSNorm", "lora cannot change"]),
     (llama, {"target_modules": ["self_attn"]}, ["LlamaAttention", "name the linear modules inside it"]),
-    (Pair, {"target_modules": ["norm"]}, ["LayerNorm", "cannot be adapted"]),
+    (Pair, {"target_modules": ["norm"]}, ["LayerNorm", "lora cannot change"]),
     (Pair, {"target_modules": ["out_proj"]}, ["attention.out_proj lies in a torch MultiheadAttention"]),
     (Pair, {"target_modules": ["out"], "modules_to_save": ["batch"]}, ["batch has buffers"]),
     (Pair, {}, ["there is no default for 'Pair'", 'target_modules="all-linear"']),

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import slimtune.export.merge as room
 from slimtune.adapt.model import PeftModel
+from slimtune.contract.delta import MergeRefused
 from slimtune.errors import AdapterError, RunError, UsageError
 from slimtune.export.merge import merge
-from slimtune.methods.contract import MergeRefused
 from slimtune.methods.lora import LinearLora
 
 TEXT = "Define hope. Desire and expectation rolled into one."

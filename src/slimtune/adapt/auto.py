@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import transformers
 
+from ..contract.config import PeftConfig
 from ..errors import AdapterError
-from ..methods.config import PeftConfig
 from .model import PeftModel
 
 

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..contract.config import CONFIG_FILE, PeftConfig, find_file
 from ..errors import AdapterError, UsageError, listed, nearest
-from ..methods.config import CONFIG_FILE, PeftConfig, find_file
 from ..ops.files import write_atomic
 from ..ops.fingerprint import config_fingerprint
+from .layer import site_of
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -36,28 +37,46 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-def parameters(model: Any, adapter: str) -> dict[str, nn.Parameter]:
-    """Return an adapter's own parameters by their keys in a file."""
-    found: dict[str, nn.Parameter] = {}
+def tensors(model: Any, adapter: str) -> dict[str, Tensor]:
+    """Return what a file holds of an adapter: its own live tensors by their keys in the file."""
+    found: dict[str, Tensor] = {}
     for name, module in model._attached.members.get(adapter, []):
-        delta = module.adapters[adapter] if adapter in module.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
+        at = f"{_PREFIX}{name}." if name else _PREFIX
+        delta: Any = module.adapters[adapter] if adapter in module.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
         if delta is not None:
-            found.update({f"{_PREFIX}{name}.{n}": p for n, p in delta.named_parameters()})
+            found.update({at + n: p for n, p in delta.tensors().items()})
         if adapter in module.owned:
-            inner = f"{name}.base_layer" if delta is not None else name
-            found.update({f"{_PREFIX}{inner}.{n}": p for n, p in module.owned[adapter].named_parameters()})
-    return found
+            inner = f"{at}base_layer." if delta is not None else at
+            found.update({inner + n: p for n, p in module.owned[adapter].named_parameters()})
+    config = model.peft_config.get(adapter)
+    return {config.file_key(k): t for k, t in found.items()} if config else found
+
+
+def _accept(model: Any, adapter: str, given: Mapping[str, Tensor]) -> set[str]:
+    """Let each delta get ready for a file's tensors; return the keys that the file may leave out."""
+    config, optional = model.peft_config[adapter], set()
+    for name, module in model._attached.members[adapter]:
+        if adapter not in module.adapters:
+            continue
+        delta: Any = module.adapters[adapter]
+        at = f"{_PREFIX}{name}." if name else _PREFIX
+        # By the names a file may have, which need not be those the delta holds now.
+        mine = {k.removeprefix(at): t for k, t in given.items() if k.startswith(at)}
+        mine |= {n: given[k] for n in delta.tensors() for k in [config.file_key(at + n)] if k in given}
+        delta.accept(mine, site_of(name, model._attached.reports[adapter].kinds[name], model))
+        optional |= {config.file_key(at + n) for n in delta.optional}
+    return optional
 
 
 def get_peft_model_state_dict(
     model: Any, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **_: Any
 ) -> dict[str, Tensor]:
     """Return an adapter's tensors by their keys in a file; from `state_dict` (names of the live model) where given."""
-    own = parameters(model, model._known(adapter_name))
+    own = tensors(model, model._known(adapter_name))
     if state_dict is None:
         return {k: p.detach() for k, p in own.items()}
-    names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
-    return {k: state_dict[names[id(p)]] for k, p in own.items()}
+    names = {id(p): n for n, p in model.state_dict(keep_vars=True).items()}
+    return {k: state_dict[names[id(p)]] if id(p) in names else p.detach() for k, p in own.items()}
 
 
 def set_peft_model_state_dict(
@@ -68,15 +87,16 @@ def set_peft_model_state_dict(
     return LoadResult([], [])
 
 
-def load(model: Any, adapter: str, tensors: Mapping[str, Tensor], where: str) -> None:
+def load(model: Any, adapter: str, given: Mapping[str, Tensor], where: str) -> None:
     """Copy a file's tensors into an attached adapter, all or none.
 
     Raises:
         AdapterError: missing or unexpected keys, wrong shapes, or a copy of a base weight that is not this base's.
     """
-    own = parameters(model, adapter)
-    given = {_our_key(k, own): t for k, t in tensors.items()}
-    missing = [k for k in own if k not in given]
+    optional = _accept(model, adapter, given)
+    own = tensors(model, adapter)
+    given = {_our_key(k, own): t for k, t in given.items()}
+    missing = [k for k in own if k not in given and k not in optional]
     unexpected = [k for k in given if k not in own and not _is_this_bases(model, k, given[k])]
     shapes = [
         f"{k}: {tuple(given[k].shape)} in the file, {tuple(own[k].shape)} here"
@@ -100,7 +120,8 @@ def load(model: Any, adapter: str, tensors: Mapping[str, Tensor], where: str) ->
         )
     with torch.no_grad():
         for key, parameter in own.items():
-            parameter.copy_(given[key])
+            if key in given:
+                parameter.copy_(given[key])
 
 
 def read(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> tuple[dict[str, Tensor], str | None]:
@@ -134,8 +155,8 @@ def save(model: Any, folder: Path, adapter: str, state_dict: Mapping[str, Tensor
     """Write one adapter's two files and a model card into `folder`; each file is whole or absent."""
     if folder.is_file():
         raise UsageError(f"{folder} is a file", "a folder")
-    tensors = get_peft_model_state_dict(model, state_dict, adapter)
-    plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
+    live = get_peft_model_state_dict(model, state_dict, adapter)
+    plain = {k: t.detach().to("cpu").contiguous() for k, t in live.items()}
     print_of_base = fingerprint(model)
     metadata = {"format": "pt", **({_FINGERPRINT: print_of_base} if print_of_base else {})}
     config = model.peft_config[adapter]

@@ -1,59 +1,90 @@
 """The ONE adapted layer: a module of the base, adapted where it stands.
 
 Attaching changes a module's class, not the module: `q_proj` stays the same object with the same parameters under the
-same names, its class becomes a subclass of the old one whose forward adds the active deltas. (torch does the same in
-`parametrize` and FSDP2.) Detaching gives the class back. So tied heads, `module.weight`, checkpoints of the base and
-`isinstance(q_proj, nn.Linear)` go on working.
+same names, its class becomes a subclass of the old one whose forward runs the active deltas around the old forward.
+(torch does the same in `parametrize` and FSDP2.) Detaching gives the class back. So tied heads, `module.weight`,
+checkpoints of the base and `isinstance(q_proj, nn.Linear)` go on working.
 
 Beside its parameters an adapted module holds, by adapter name:
     `adapters.<name>`   a method's delta
     `owned.<name>`      the adapter's own copy of some of the module's parameters (a new head, a trained bias)
+and, shared by every adapted module of a model, one `Running`: which adapters run. So changing it costs the same
+whatever is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ..errors import TargetError
-from ..methods.contract import Delta, MergeRefused, Site
+from ..contract.delta import Frozen, Kind, MergeRefused, Site
+from ..errors import TargetError, UsageError
+from ..ops.maps import is_quantized, kind_of, sizes_of, transposed
+from ..ops.rows import add_low_rank_rows
 
-
-def kind_of(module: nn.Module) -> Literal["linear", "embedding"] | None:
-    """Return `"linear"` or `"embedding"` where a delta can be added to `module`, else None."""
-    if isinstance(module, nn.Linear | Conv1D):
-        return "linear"
-    return "embedding" if isinstance(module, nn.Embedding) else None
+BASE_ROW = "__base__"
+"""The name that leaves a row of a mixed batch to the base (PEFT's)."""
 
 
-def transposed(module: nn.Module) -> bool:
-    """Return whether the module keeps its weight as `(in, out)`, as Conv1D and Embedding do."""
-    return isinstance(module, Conv1D | nn.Embedding)
+@dataclass
+class Running:
+    """What the adapted modules of one model run with.
+
+    Args:
+        active: adapters whose deltas run and whose copies stand for the module's parameters, in order.
+        rows: where the rows of the batch use different adapters: each row's adapter, `BASE_ROW` for none.
+    """
+
+    active: tuple[str, ...] = ()
+    rows: tuple[str, ...] | None = None
+    _masks: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
+
+    def masks(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """Return for each adapter in `rows` its rows as a bool `(batch,)`; beams repeat their row."""
+        assert self.rows is not None
+        key = (self.rows, batch, device)
+        if key not in self._masks:
+            if batch % len(self.rows):
+                raise UsageError(
+                    f"adapter_names names {len(self.rows)} adapters for a batch of {batch} rows",
+                    "one name a row",
+                    f"{BASE_ROW!r} for a row of the base",
+                )
+            names = [n for n in self.rows for _ in range(batch // len(self.rows))]
+            self._masks.clear()
+            self._masks[key] = {
+                n: torch.tensor([m == n for m in names], device=device) for n in dict.fromkeys(names) if n != BASE_ROW
+            }
+        return self._masks[key]
 
 
-def site_of(name: str, module: nn.Module, *, autocast: bool = True) -> Site:
+def site_of(name: str, kind: Kind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
     """Return the site a delta is built for; its parameters are fp32 above a 16-bit base unless `autocast` is off."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(module, nn.Linear):  # a quantized weight's shape says nothing
-        out_features, in_features = module.out_features, module.in_features
+    module = model.get_submodule(name)
+    if kind_of(module) is not None and kind in ("linear", "embedding", "norm"):
+        in_features, out_features = sizes_of(module)
+        weight: Any = module._parameters["weight"]
     else:
-        in_features, out_features = weight.shape
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        in_features = out_features = getattr(config, "hidden_size", 0)
+        weight = next((p for p in module.parameters() if p.dtype.is_floating_point), next(model.parameters()))
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     if autocast and dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32
-    kind = kind_of(module)
-    assert kind == "linear" or kind == "embedding"
     # An offloaded weight lies on meta until its hook brings it to where it is computed.
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None) if weight.is_meta and hook is not None else None
     device = weight.device if device is None else torch.device(device)
-    return Site(name, kind, in_features, out_features, device, dtype)
+    return Site(name, kind, in_features, out_features, device, dtype, module, model, loading)
 
 
 class Adapted(nn.Module):
@@ -61,38 +92,69 @@ class Adapted(nn.Module):
 
     adapters: nn.ModuleDict
     owned: nn.ModuleDict
-    _active: tuple[str, ...]
-    """Adapters whose delta is applied, by name: a replica of the module has objects of its own."""
+    _running: Running
+    _kept: dict[str, nn.Parameter | None] | None
     _owner: str | None
-    """The adapter whose copies stand for the module's parameters."""
-    _kept: dict[str, nn.Parameter] | None
+    """Set while rows are run apart: the adapter whose copies stand for the module's parameters."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the frozen module, then each active delta: `(..., in)` to `(..., out)`."""
-        y = super().forward(*args, **kwargs)
-        if not self._active:
+    def _run(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the base's forward with the active deltas around it."""
+        running = self._running
+        if self._kept is not None or not (running.active or running.rows):
+            return base(*args, **kwargs)
+        kind = kind_of(self)
+        if kind is not None and not args:
+            args = (kwargs.pop(next(iter(kwargs))),)
+        if running.rows is not None:
+            return self._run_rows(base, args, kwargs)
+        deltas = [self.adapters[n] for n in running.active if n in self.adapters]
+        if not deltas:
+            return base(*args, **kwargs)
+        return _unscaled(self, base, lambda run: _nest(self, run, deltas), args, kwargs)
+
+    def _run_rows(self, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        first: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        masks = self._running.masks(first.shape[0], first.device)
+        mine = [n for n in masks if n in self.adapters]
+        owners = [n for n in masks if n in self.owned]
+        if owners:
+            base = self._owned_rows(base, {n: masks[n] for n in owners})
+        if not mine:
+            return base(*args, **kwargs)
+        deltas: dict[str, Any] = {n: self.adapters[n] for n in mine}
+        factors = [d.factors() for d in deltas.values()] if kind_of(self) == "linear" else [None]
+        if all(f is not None for f in factors):
+            return add_low_rank_rows(base(*args, **kwargs), first, factors, [masks[n] for n in mine])
+
+        def nest(run: Callable[..., Any]) -> Callable[..., Any]:
+            alone = Frozen(self, run)
+            for name, delta in deltas.items():
+                run = functools.partial(delta.in_rows, Frozen(self, run), alone, masks[name])
+            return run
+
+        return _unscaled(self, base, nest, args, kwargs)
+
+    def _owned_rows(self, base: Callable[..., Any], masks: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """Return the base's forward with each row run by its own adapter's copies of the parameters."""
+
+        def run(x: Tensor, **kwargs: Any) -> Tensor:
+            y = base(x, **kwargs)
+            for name, rows in masks.items():
+                with _set(self, _owner=name):
+                    y = y.index_put((rows,), base(x[rows], **kwargs))
             return y
-        x = args[0] if args else next(iter(kwargs.values()))
-        scale = getattr(self, "embed_scale", None)
-        if scale is None:
-            return self._changed(x, y)
-        # A scaled embedding gives `scale · W[x]`; a delta changes W.
-        rows = torch.nn.functional.embedding(x, self.weight)  # type: ignore[arg-type]
-        return y + (self._changed(x, rows) - rows) * scale
+
+        return run
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What a merge put by must follow the model to another device or dtype.
         for parameter in (self._kept or {}).values():
-            parameter.data = fn(parameter.data)
+            if parameter is not None:
+                parameter.data = fn(parameter.data)
         return super()._apply(fn, recurse)
 
-    def _changed(self, x: Tensor, y: Tensor) -> Tensor:
-        for name in self._active:
-            y = self.adapters[name](x, y)
-        return y
 
-
-def adapt(module: nn.Module) -> Adapted:
+def adapt(module: nn.Module, running: Running) -> Adapted:
     """Make `module` adapted, in place; one that is adapted already is returned as it is."""
     if not isinstance(module, Adapted):
         if "forward" in vars(module) and "_old_forward" not in vars(module):
@@ -105,7 +167,8 @@ def adapt(module: nn.Module) -> Adapted:
         base: Any = type(module)
         _become(module, _adapted_class(base, tuple(module._parameters)))
         module.adapters, module.owned = nn.ModuleDict(), nn.ModuleDict()
-        _note(module, _active=(), _owner=None, _kept=None)
+        # Past nn.Module's __setattr__, which would register some of these.
+        module.__dict__.update(_running=running, _kept=None, _owner=None)
     assert isinstance(module, Adapted)
     return module
 
@@ -113,34 +176,21 @@ def adapt(module: nn.Module) -> Adapted:
 def restore(module: Adapted) -> None:
     """Give `module` its own class back and drop every adapter; a merge that was made stays."""
     del module.adapters, module.owned
-    for name in ("_active", "_owner", "_kept"):
+    for name in ("_running", "_kept", "_owner"):
         del module.__dict__[name]
     _become(module, type(module).__bases__[1])
 
 
-def add_delta(module: nn.Module, adapter: str, delta: Delta) -> None:
-    """Put a delta beside `module` under an adapter's name; inactive until `activate`."""
-    adapt(module).adapters[adapter] = delta
-
-
-def own(module: nn.Module, adapter: str, names: Iterable[str], *, autocast: bool = True) -> None:
-    """Give an adapter its own trainable copy of the module's parameters `names`; inactive until `activate`."""
+def own(module: Adapted, adapter: str, names: Iterable[str], *, autocast: bool = True) -> None:
+    """Give an adapter its own trainable copy of the module's parameters `names`."""
     copies = nn.Module()
     for name in names:
-        kept = getattr(module, "_kept", None) or {}
-        base = kept.get(name, module._parameters[name])
+        base = (module._kept or {}).get(name, module._parameters[name])
         assert base is not None
         half = base.dtype in (torch.float16, torch.bfloat16)
         wide = torch.float32 if autocast and half else base.dtype
         copies.register_parameter(name, nn.Parameter(base.detach().to(wide, copy=True)))
-    adapt(module).owned[adapter] = copies
-
-
-def activate(module: Adapted, names: Iterable[str]) -> None:
-    """Make the deltas and copies of these adapters, in this order, the ones the module runs with."""
-    names = list(names)
-    owner = next((n for n in names if n in module.owned), None)
-    _note(module, _active=tuple(n for n in names if n in module.adapters), _owner=owner)
+    module.owned[adapter] = copies
 
 
 def remove(module: Adapted, adapter: str) -> None:
@@ -152,8 +202,16 @@ def remove(module: Adapted, adapter: str) -> None:
         restore(module)
 
 
-def merge(name: str, module: Adapted, *, check: bool = False) -> None:
-    """Fold what is active into the module's own parameters; the originals are kept, object for object, for `unmerge`.
+def rename(module: Adapted, old: str, new: str) -> None:
+    """Give an adapter another name."""
+    for table in (module.adapters, module.owned):
+        if old in table:
+            table[new] = table[old]
+            del table[old]
+
+
+def merge(name: str, module: Adapted, adapters: Iterable[str], *, check: bool = False) -> None:
+    """Fold adapters into the module's own parameters; the originals are kept, object for object, for `unmerge`.
 
     Raises:
         MergeRefused: a method cannot be merged, the base is quantized, or (with `check`) the result is not finite.
@@ -161,39 +219,78 @@ def merge(name: str, module: Adapted, *, check: bool = False) -> None:
     if module._kept is not None:
         return
     merged: dict[str, Tensor] = {}
-    for n, p in module.owned[module._owner].named_parameters() if module._owner else ():
-        merged[n] = p.detach().to(module._parameters[n].dtype, copy=True)  # type: ignore[union-attr]
-    if module._active:
-        weight = merged.get("weight", module._parameters["weight"])
-        if weight is None or not weight.dtype.is_floating_point:
-            raise MergeRefused(
-                f"{name} is quantized ({getattr(weight, 'dtype', None)}): load the base in 16 or 32 bits"
-            )
-        weight = weight.t() if transposed(module) else weight
-        with torch.no_grad():
-            for adapter in module._active:
-                weight = module.adapters[adapter].merged(weight)  # type: ignore[operator]
-        merged["weight"] = weight.t().contiguous() if transposed(module) else weight
-    for n, tensor in merged.items():
-        if check and not torch.isfinite(tensor).all():
-            raise MergeRefused(f"{name}.{n} is not finite after merging: the adapter holds NaN or infinity")
+    owner = next((a for a in adapters if a in module.owned), None)
+    for n, p in module.owned[owner].named_parameters() if owner else ():
+        merged[n] = p.detach()
+    deltas: list[Any] = [module.adapters[a] for a in adapters if a in module.adapters]
+    if deltas:
+        merged |= _merged(name, module, deltas, merged)
     kept = {n: module._parameters[n] for n in merged}
     for n, tensor in merged.items():
+        like = kept[n] if kept[n] is not None else module._parameters["weight"]
+        if check and not torch.isfinite(tensor).all():
+            raise MergeRefused(f"{name}.{n} is not finite after merging: the adapter holds NaN or infinity")
+        if kept[n] is None:
+            raise MergeRefused(f"{name} has no bias in the base to merge one into")
         # A new parameter object, so that a module tied to this one keeps what it had.
-        module._parameters[n] = nn.Parameter(tensor, requires_grad=False)
-    _note(module, _kept=kept, _active=(), _owner=None)
+        assert like is not None
+        module._parameters[n] = nn.Parameter(tensor.to(like.dtype, copy=True), requires_grad=False)
+    module.__dict__["_kept"] = kept
 
 
 def unmerge(module: Adapted) -> None:
     """Put the original parameters back, bit for bit."""
     if module._kept is not None:
         module._parameters.update(module._kept)
-        _note(module, _kept=None)
+        module.__dict__["_kept"] = None
 
 
-def is_merged(module: Adapted) -> bool:
-    """Return whether the module's parameters hold a merge."""
-    return module._kept is not None
+def _merged(name: str, module: Adapted, deltas: list[Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters that deltas change, with what they are after."""
+    if is_quantized(module):
+        raise MergeRefused(f"{name} is quantized: load the base in 16 or 32 bits")
+    before = {n: given.get(n, module._parameters.get(n)) for n in ("weight", "bias")}
+    weight, bias = before["weight"], before["bias"]
+    if weight is not None:
+        # fp32 at least, rounded once at the end.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
+        weight = weight.t() if transposed(module) else weight
+    start = weight, bias
+    with torch.no_grad():
+        for delta in deltas:
+            weight, bias = delta.merged(weight, bias)
+    changed: dict[str, Tensor] = {}
+    if weight is not start[0] and weight is not None:
+        changed["weight"] = weight.t().contiguous() if transposed(module) else weight
+    if bias is not start[1] and bias is not None:
+        changed["bias"] = bias
+    return changed
+
+
+def _nest(module: Adapted, run: Callable[..., Any], deltas: list[Any]) -> Callable[..., Any]:
+    for at, delta in enumerate(deltas):
+        run = functools.partial(delta.around, Frozen(module, run, deltas[:at]))
+    return run
+
+
+def _unscaled(module: Any, base: Any, nest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    scale = getattr(module, "embed_scale", None) if isinstance(module, nn.Embedding) else None
+    if scale is None:
+        return nest(base)(*args, **kwargs)
+    # A scaled embedding gives `scale · W[x]`; a delta changes W.
+    rows = nn.functional.embedding(args[0], module.weight)
+    return base(*args, **kwargs) + (nest(lambda x: nn.functional.embedding(x, module.weight))(*args) - rows) * scale
+
+
+@contextmanager
+def _set(module: nn.Module, **values: Any) -> Iterator[None]:
+    before = {n: module.__dict__[n] for n in values}
+    module.__dict__.update(values)
+    try:
+        yield
+    finally:
+        module.__dict__.update(before)
 
 
 def _become(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -203,13 +300,15 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
         module.__dict__["_old_forward"] = cls.forward.__get__(module)
 
 
-def _note(module: nn.Module, **values: Any) -> None:
-    # Past nn.Module's __setattr__, which would register the deltas a second time.
-    module.__dict__.update(values)
-
-
 @cache
 def _adapted_class(base: Any, parameters: tuple[str, ...]) -> type[Adapted]:
+    # With the base's signature: transformers reads from it which columns of a dataset a model takes.
+    @functools.wraps(base.forward)
+    def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
+        return self._run(functools.partial(base.forward, self), *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+
     def own_or_base(name: str) -> property:
         set_plainly = f"_plain_{name}"
 
@@ -220,9 +319,12 @@ def _adapted_class(base: Any, parameters: tuple[str, ...]) -> type[Adapted]:
                 plain = vars(self)[set_plainly]
             else:
                 raise AttributeError(f"{base.__name__!r} has no {name!r}")
-            mine = getattr(self.owned[self._owner], name, None) if self._owner else None
+            if not self.owned or self._kept is not None or plain is None:
+                return plain
+            owner = self._owner or next((n for n in self._running.active if n in self.owned), None)
+            mine = getattr(self.owned[owner], name, None) if owner else None
             # The module computes in the dtype of its base whatever the copy is kept in.
-            return plain if mine is None or plain is None else mine.to(plain.dtype)
+            return plain if mine is None else mine.to(plain.dtype)
 
         def put(self: Adapted, value: Any) -> None:
             # DataParallel and FSDP set plain tensors in place of parameters.
@@ -231,5 +333,6 @@ def _adapted_class(base: Any, parameters: tuple[str, ...]) -> type[Adapted]:
         return property(get, put)
 
     body: dict[str, Any] = {n: own_or_base(n) for n in parameters}
+    body |= {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
     # The base's name: transformers and people read it.
-    return type(base.__name__, (Adapted, base), {**body, "__module__": base.__module__, "__doc__": base.__doc__})
+    return type(base.__name__, (Adapted, base), body)

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..contract.config import PeftConfig
 from ..errors import AdapterError, UsageError, listed, nearest
-from ..methods.config import PeftConfig
 from . import checkpoint
 
 _HUB = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")

@@ -18,10 +18,13 @@ from torch import nn
 from transformers.utils import PushToHubMixin
 
 from ..bridge import announce, joined
+from ..contract.config import PeftConfig
+from ..contract.delta import Delta
 from ..errors import UsageError, listed, nearest
-from ..methods.config import PeftConfig, TargetedConfig
-from . import checkpoint, layer
+from . import layer
+from .calling import AdapterCalls
 from .loading import AdapterFiles
+from .merging import AdapterMerging
 from .targets import MatchReport, select
 
 
@@ -39,10 +42,24 @@ class Attached:
     enabled: bool = True
     input_grads: bool = False
     """Whether attaching made the embeddings' output carry a gradient, for activation checkpointing."""
+    running: layer.Running = field(default_factory=layer.Running)
+    """What the adapted modules run with; each of them holds this object."""
 
     def modules(self) -> dict[str, layer.Adapted]:
         """Every adapted module by name."""
         return {n: m for members in self.members.values() for n, m in members}
+
+    def deltas(self, adapter: str) -> dict[str, Delta]:
+        """An adapter's deltas by the names of their modules."""
+        return {n: m.adapters[adapter] for n, m in self.members[adapter] if adapter in m.adapters}  # type: ignore[misc]
+
+    def trained(self, adapter: str) -> Iterator[nn.Parameter]:
+        """The parameters an adapter trains."""
+        for _, module in self.members.get(adapter, []):
+            if adapter in module.adapters:
+                yield from module.adapters[adapter].trained()  # type: ignore[operator]
+            if adapter in module.owned:
+                yield from module.owned[adapter].parameters()
 
 
 def get_peft_model(
@@ -81,7 +98,7 @@ def get_peft_model(
     return PeftModel._adopt(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
 
 
-class PeftModel(AdapterFiles, PushToHubMixin):
+class PeftModel(AdapterCalls, AdapterMerging, AdapterFiles, PushToHubMixin):
     """Mixed into the class of a base that has adapters; PEFT's names.
 
     `PeftModel(model, config)` is `get_peft_model(model, config)`.
@@ -184,28 +201,25 @@ class PeftModel(AdapterFiles, PushToHubMixin):
         """
         del low_cpu_mem_usage
         at = self._attached
-        if adapter_name in at.configs or not adapter_name or "." in adapter_name:
-            raise UsageError(
-                f"{adapter_name!r} cannot name a new adapter",
-                f"a name without dots, other than {listed(at.configs)}",
-                "delete_adapter(name) first to replace one",
-            )
-        if not isinstance(peft_config, TargetedConfig):
+        self._free(adapter_name)
+        if not peft_config.name:
             raise UsageError(f"{type(peft_config).__name__} adds nothing to layers", "a method's config: LoraConfig")
+        peft_config.fill(self)
         report = select(self, peft_config, strict=strict)
         modules = dict(self.named_modules())
-        built = {
-            n: peft_config.build(layer.site_of(n, modules[n], autocast=autocast_adapter_dtype)) for n in report.adapted
-        }
-        for name, delta in built.items():
-            layer.add_delta(modules[name], adapter_name, delta)  # type: ignore[arg-type]
+        how = {"autocast": autocast_adapter_dtype}
+        sites = [layer.site_of(n, kind, self, **how, loading=not strict) for n, kind in report.kinds.items()]
+        built: dict[str, layer.Adapted] = {}
+        for site, delta in zip(sites, peft_config.build_all(sites), strict=True):
+            built[site.name] = layer.adapt(modules[site.name], at.running)
+            built[site.name].adapters[adapter_name] = delta
         for name, parameters in _owned(report, modules).items():
-            layer.own(modules[name], adapter_name, parameters, autocast=autocast_adapter_dtype)
-            built.setdefault(name, modules[name])
+            built[name] = layer.adapt(modules[name], at.running)
+            layer.own(built[name], adapter_name, parameters, **how)
         at.configs[adapter_name], at.reports[adapter_name] = peft_config, report
-        at.members[adapter_name] = [(n, modules[n]) for n in built]
-        for _, p in checkpoint.parameters(self, adapter_name).items():
-            p.requires_grad_(False)
+        at.members[adapter_name] = list(built.items())
+        for parameter in at.trained(adapter_name):
+            parameter.requires_grad_(False)
         return report
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -225,14 +239,14 @@ class PeftModel(AdapterFiles, PushToHubMixin):
             )
         before, at.active = at.active, names
         for name in {*before, *names}:
-            for p in checkpoint.parameters(self, name).values():
+            for p in at.trained(name):
                 p.requires_grad_(name in names and not inference_mode)
-        self._refresh({*before, *names})
+        self._rerun()
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Let the parameters of these adapters train, or not."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for p in checkpoint.parameters(self, self._known(name)).values():
+            for p in self._attached.trained(self._known(name)):
                 p.requires_grad_(requires_grad)
 
     @contextmanager
@@ -242,12 +256,12 @@ class PeftModel(AdapterFiles, PushToHubMixin):
         merged, was = list(at.merged), at.enabled
         self.unmerge_adapter()
         at.enabled = False
-        self._refresh(at.active)
+        self._rerun()
         try:
             yield
         finally:
             at.enabled = was
-            self._refresh(at.active)
+            self._rerun()
             if merged:
                 self.merge_adapter(merged)
 
@@ -268,53 +282,19 @@ class PeftModel(AdapterFiles, PushToHubMixin):
             first, config = next(iter(at.configs.items()))
             self.set_adapter(first, inference_mode=config.inference_mode)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold the active adapters (or these) into the base's weights; `unmerge_adapter` restores them bit for bit.
-
-        Raises:
-            MergeRefused: a method cannot be merged, the base is quantized, or (safe_merge) a result is not finite.
-        """
+    def rename_adapter(self, adapter_name: str, new_name: str) -> None:
+        """Give an adapter another name; what is active and merged stays so."""
         at = self._attached
-        if at.merged:
-            return
-        names = [self._known(n) for n in adapter_names or at.active]
-        self._no_module_twice(names)
-        members = {n: m for a in names for n, m in at.members[a]}
-        self._refresh(at.configs, names)
-        try:
-            for name, module in members.items():
-                layer.merge(name, module, check=safe_merge)
-            at.merged = names
-        finally:
-            if not at.merged:
-                for module in members.values():
-                    layer.unmerge(module)
-                self._refresh(at.configs)
-
-    def unmerge_adapter(self) -> None:
-        """Take a merge out again: the base's parameters are the very objects they were."""
-        at = self._attached
-        for module in at.modules().values():
-            layer.unmerge(module)
-        at.merged = []
-        self._refresh(at.configs)
-
-    def merge_and_unload(
-        self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> Any:
-        """Merge for good and return the plain base: its own class, no adapters, its weights changed."""
-        del progressbar
-        names: dict[int, list[str]] = {}
-        for n, p in self.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), []).append(n)
-        shared = [group for group in names.values() if len(group) > 1]
-        self.unmerge_adapter()
-        self.merge_adapter(adapter_names, safe_merge)
-        after = dict(self.named_parameters(remove_duplicate=False))
-        model = self._strip()
-        if any(len({id(after[n]) for n in group}) > 1 for group in shared):
-            _untie(model)
-        return model
+        self._known(adapter_name)
+        self._free(new_name)
+        for _, module in at.members[adapter_name]:
+            layer.rename(module, adapter_name, new_name)
+        for table in (at.configs, at.reports, at.members):
+            named = [(new_name if n == adapter_name else n, v) for n, v in table.items()]
+            table.clear()
+            table.update(named)  # type: ignore[arg-type]
+        at.active, at.merged = ([new_name if n == adapter_name else n for n in ns] for ns in (at.active, at.merged))
+        self._rerun()
 
     def unload(self) -> Any:
         """Remove every adapter and return the plain base, bit for bit as it was attached to."""
@@ -347,6 +327,14 @@ class PeftModel(AdapterFiles, PushToHubMixin):
             )
         return name
 
+    def _free(self, name: str) -> None:
+        if name in self._attached.configs or not name or "." in name or name == layer.BASE_ROW:
+            raise UsageError(
+                f"{name!r} cannot name a new adapter",
+                f"a name without dots, other than {listed(self._attached.configs)}",
+                "delete_adapter(name) first to replace one",
+            )
+
     def _no_module_twice(self, names: list[str]) -> None:
         """Deltas add up; two whole copies of one module do not."""
         owners: dict[str, str] = {}
@@ -366,15 +354,12 @@ class PeftModel(AdapterFiles, PushToHubMixin):
             layer.remove(module, name)
         del at.configs[name], at.reports[name]
         at.active = [n for n in at.active if n != name]
-        self._refresh(at.configs)
+        self._rerun()
 
-    def _refresh(self, adapters: Any, active: list[str] | None = None) -> None:
-        """Set what the modules of these adapters run with."""
+    def _rerun(self) -> None:
+        """Let the adapted modules run with what is active now."""
         at = self._attached
-        names = (at.active if at.enabled else []) if active is None else active
-        for module in {id(m): m for a in adapters for _, m in at.members.get(a, [])}.values():
-            if not layer.is_merged(module):
-                layer.activate(module, names)
+        at.running.active = tuple(at.merged or at.active) if at.enabled else ()
 
     def _strip(self: Any) -> Any:
         at = self._attached
@@ -440,14 +425,3 @@ def _owned(report: MatchReport, modules: dict[str, nn.Module]) -> dict[str, list
         if "bias" not in owned[name]:
             owned[name].append("bias")
     return owned
-
-
-def _untie(model: Any) -> None:
-    """Say in the config that embeddings and head are two tensors now, so that saving keeps both."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        part.tie_word_embeddings = False
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

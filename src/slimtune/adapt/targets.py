@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..contract.architectures import HEADS
+from ..contract.config import PeftConfig
+from ..contract.delta import Kind
+from ..contract.patterns import named, pattern_key
 from ..errors import TargetError, listed, nearest
-from ..methods.config import TargetedConfig
-from ..methods.patterns import named, pattern_key
-from .architectures import DEFAULT_TARGETS, HEADS
-from .layer import Adapted, kind_of
+from ..ops.maps import kind_of
+from .layer import Adapted
 
 ALL_LINEAR = "all-linear"
 
@@ -28,7 +30,7 @@ class MatchReport:
     """What was adapted and what was left.
 
     Args:
-        adapted: names of the modules with a delta.
+        adapted: names of the modules with a delta; "" is the model itself.
         trained_whole: names of the modules trained whole beside it (`modules_to_save`).
         biases: names of the bias parameters that train.
         left: names of linear maps and embeddings that stay as they are.
@@ -38,6 +40,8 @@ class MatchReport:
     trained_whole: tuple[str, ...]
     biases: tuple[str, ...]
     left: tuple[str, ...]
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    """The kind of site each adapted module is."""
 
     def __str__(self) -> str:
         kinds: dict[str, int] = {}
@@ -52,7 +56,7 @@ class MatchReport:
         return "; ".join(parts)
 
 
-def select(model: nn.Module, config: TargetedConfig, *, strict: bool = True) -> MatchReport:
+def select(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> MatchReport:
     """Return what `config` selects in `model`.
 
     Args:
@@ -67,19 +71,50 @@ def select(model: nn.Module, config: TargetedConfig, *, strict: bool = True) -> 
     """
     modules = _own_modules(model)
     whole = _trained_whole(modules, config, strict)
-    targets = _wanted(model, modules, config)
     inside = {n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole)}
-    found = [n for n in modules if n not in inside and _is_target(n, config, targets)]
-    if strict:
-        _no_name_in_vain(modules, config, targets, found)
-    if not found and not whole:
-        raise TargetError(f"target_modules={targets!r} matches no module{_near(targets, modules)}", _exists(modules))
-    _all_adaptable(model, modules, found)
-    if strict:
-        _no_pattern_in_vain(config, found)
+    further = config.further_targets(model)
+    if {"linear", "embedding", "norm", "block"} & set(config.kinds):
+        targets = _wanted(model, modules, config)
+        found = [n for n in modules if n not in inside and _is_target(n, config, targets)]
+        if strict:
+            _no_name_in_vain(modules, config, targets, found)
+        if not found and not whole and not further:
+            raise TargetError(
+                f"target_modules={targets!r} matches no module{_near(targets, modules)}", _exists(modules)
+            )
+        _all_adaptable(model, modules, config, found)
+        if strict:
+            _no_pattern_in_vain(config, found)
+        kinds = {n: _kind(modules[n], config) for n in found}
+    else:
+        found, kinds = [], {}
+    _not_twice(kinds, further)
+    kinds = {**kinds, **further}
     biases = _biases(model, config, found)
-    left = tuple(n for n, m in modules.items() if kind_of(m) and n not in found and n not in inside)
-    return MatchReport(tuple(found), tuple(whole), biases, left)
+    left = tuple(n for n, m in modules.items() if _changeable(m) and n not in kinds and n not in inside)
+    return MatchReport(tuple(kinds), tuple(whole), biases, left, kinds)
+
+
+def _changeable(module: nn.Module) -> bool:
+    return kind_of(module) in ("linear", "embedding")
+
+
+def _kind(module: nn.Module, config: PeftConfig) -> Kind:
+    if "block" in config.kinds:
+        return "block"
+    kind = kind_of(module)
+    assert kind is not None
+    return kind
+
+
+def _not_twice(kinds: dict[str, Any], further: dict[str, Any]) -> None:
+    twice = [n for n in further if n in kinds]
+    if twice:
+        raise TargetError(
+            f"{listed(twice)} is a target and is changed by another field of the config, too",
+            "one change to a module by one adapter",
+            "take it out of target_modules, or use two adapters",
+        )
 
 
 def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -87,23 +122,24 @@ def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if n and not {"adapters", "owned"} & set(n.split("."))}
 
 
-def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: TargetedConfig) -> list[str] | str:
-    targets = config.target_modules
+def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: PeftConfig) -> list[str] | str:
+    targets = getattr(config, "target_modules", None)
     if targets is None:
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        if kind not in DEFAULT_TARGETS:
+        default = config.default_targets(model)
+        if default is None:
             raise TargetError(
                 f"target_modules is None, and there is no default for {kind or type(model).__name__!r}",
                 _exists(modules),
                 'name the modules, or give target_modules="all-linear"',
             )
-        return DEFAULT_TARGETS[kind]
+        return default
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         return _all_linear(model, modules, config)
     return targets
 
 
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: TargetedConfig) -> list[str]:
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: PeftConfig) -> list[str]:
     experts = [
         n
         for n, m in modules.items()
@@ -121,7 +157,7 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module], config: Targete
     return [n for n, m in modules.items() if kind_of(m) == "linear" and not any(m is h for h in heads)]
 
 
-def _heads(model: Any, config: TargetedConfig) -> list[nn.Module]:
+def _heads(model: Any, config: PeftConfig) -> list[nn.Module]:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None:
         return [output]
@@ -129,14 +165,15 @@ def _heads(model: Any, config: TargetedConfig) -> list[nn.Module]:
     return [m for m in (getattr(model, n, None) for n in names) if isinstance(m, nn.Module)][:1]
 
 
-def _is_target(name: str, config: TargetedConfig, targets: list[str] | str) -> bool:
-    if config.exclude_modules and named(config.exclude_modules, name):
+def _is_target(name: str, config: PeftConfig, targets: list[str] | str) -> bool:
+    excluded, layers = getattr(config, "exclude_modules", None), getattr(config, "layers_to_transform", None)
+    if excluded and named(excluded, name):
         return False
     if not named(targets, name):
         return False
-    if config.layers_to_transform is None or isinstance(targets, str):
+    if layers is None or isinstance(targets, str):
         return True
-    return layer_index(name, config.layers_pattern) in _as_list(config.layers_to_transform)
+    return layer_index(name, config.layers_pattern) in _as_list(layers)  # type: ignore[attr-defined]
 
 
 def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
@@ -152,23 +189,23 @@ def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
 
 
 def _no_name_in_vain(
-    modules: dict[str, nn.Module], config: TargetedConfig, targets: list[str] | str, found: list[str]
+    modules: dict[str, nn.Module], config: PeftConfig, targets: list[str] | str, found: list[str]
 ) -> None:
-    asked = [] if isinstance(targets, str) or config.target_modules is None else targets
+    asked = [] if isinstance(targets, str) or getattr(config, "target_modules", None) is None else targets
     vain = [t for t in asked if not any(named([t], n) for n in modules)]
     if vain:
         raise TargetError(f"target_modules: {listed(vain)} matches no module{_near(vain, modules)}", _exists(modules))
-    excluded = config.exclude_modules or []
+    excluded = getattr(config, "exclude_modules", None) or []
     vain = [
         e for e in _as_list(excluded) if not any(named(e if isinstance(excluded, str) else [e], n) for n in modules)
     ]
     if vain:
         raise TargetError(f"exclude_modules: {listed(vain)} matches no module{_near(vain, modules)}", _exists(modules))
-    if config.layers_to_transform is not None:
-        there = {
-            i for n in modules if named(targets, n) for i in [layer_index(n, config.layers_pattern)] if i is not None
-        }
-        vain_layers = [i for i in _as_list(config.layers_to_transform) if i not in there]
+    layers = getattr(config, "layers_to_transform", None)
+    if layers is not None:
+        pattern = config.layers_pattern  # type: ignore[attr-defined]
+        there = {i for n in modules if named(targets, n) for i in [layer_index(n, pattern)] if i is not None}
+        vain_layers = [i for i in _as_list(layers) if i not in there]
         if vain_layers:
             have = f"layers {min(there)} to {max(there)}" if there else "no numbered layers"
             raise TargetError(
@@ -176,24 +213,29 @@ def _no_name_in_vain(
             )
 
 
-def _no_pattern_in_vain(config: TargetedConfig, found: list[str]) -> None:
-    for field, patterns in getattr(config, "patterns", {}).items():
+def _no_pattern_in_vain(config: PeftConfig, found: list[str]) -> None:
+    for name, patterns in getattr(config, "patterns", {}).items():
         for pattern in patterns:
             if not any(pattern_key([pattern], n) for n in found):
                 tails = sorted({n.rsplit(".", 1)[-1] for n in found})
                 raise TargetError(
-                    f"{field}: {pattern!r} matches no adapted module{nearest(pattern, [*tails, *found])}",
+                    f"{name}: {pattern!r} matches no adapted module{nearest(pattern, [*tails, *found])}",
                     f"adapted are {listed(tails)}",
                 )
 
 
-def _all_adaptable(model: nn.Module, modules: dict[str, nn.Module], found: Iterable[str]) -> None:
+_WORDS = {"linear": "linear maps (Linear, Conv1D)", "embedding": "embeddings", "norm": "normalisations"}
+
+
+def _all_adaptable(model: nn.Module, modules: dict[str, nn.Module], config: PeftConfig, found: Iterable[str]) -> None:
+    if "block" in config.kinds:
+        return
     for name in found:
-        if kind_of(modules[name]) is None:
+        if kind_of(modules[name]) not in config.kinds:
             raise TargetError(
-                f"{name} is a {type(modules[name]).__name__}, which cannot be adapted",
-                "linear maps (Linear, Conv1D) and embeddings",
-                "name the linear modules inside it",
+                f"{name} is a {type(modules[name]).__name__}, which {config.name} cannot change",
+                " and ".join(_WORDS[k] for k in config.kinds if k in _WORDS),
+                f"name the {config.kinds[0]} modules inside it" if kind_of(modules[name]) is None else "",
             )
         if isinstance(modules[name], nn.Embedding) and not _looks_rows_up(modules[name]):
             raise TargetError(f"{name} is a {type(modules[name]).__name__}, whose input is not the numbers of its rows",
@@ -212,8 +254,8 @@ def _looks_rows_up(module: nn.Module) -> bool:
     return own is nn.Embedding.forward or hasattr(module, "embed_scale")
 
 
-def _trained_whole(modules: dict[str, nn.Module], config: TargetedConfig, strict: bool) -> list[str]:
-    asked = list(config.modules_to_save or [])
+def _trained_whole(modules: dict[str, nn.Module], config: PeftConfig, strict: bool) -> list[str]:
+    asked = list(getattr(config, "modules_to_save", None) or [])
     vain = [a for a in asked if not any(n.endswith(a) for n in modules)]
     if vain and strict:
         raise TargetError(f"modules_to_save: {listed(vain)} matches no module{_near(vain, modules)}", _exists(modules))
@@ -243,7 +285,7 @@ def _as_list(value: Any) -> list:
 
 
 def _exists(modules: dict[str, nn.Module]) -> str:
-    tails = dict.fromkeys(n.rsplit(".", 1)[-1] for n, m in modules.items() if kind_of(m))
+    tails = dict.fromkeys(n.rsplit(".", 1)[-1] for n, m in modules.items() if _changeable(m))
     return f"one of {listed(tails, 16)}" if tails else "a model with linear maps or embeddings"
 
 

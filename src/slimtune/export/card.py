@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..methods.config import PeftConfig
+from ..contract.config import PeftConfig
 from ..models.source import Source
 from ..recipe import Recipe
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from ..build import adapter_folder, load_run
+from ..contract.config import PeftConfig
+from ..contract.delta import MergeRefused
 from ..errors import AdapterError, UsageError, listed
-from ..methods.config import PeftConfig
-from ..methods.contract import MergeRefused
 from ..models.dtype import pick_dtype
 from ..models.faults import quiet
 from ..models.load import load_base, load_config

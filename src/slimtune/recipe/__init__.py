@@ -16,9 +16,9 @@ from typing import Any, Self
 import yaml
 from pydantic import ValidationError
 
+from ..contract.config import PeftConfig
 from ..errors import ConfigError, RecipeError, nearest
 from ..methods import config_class
-from ..methods.config import PeftConfig
 from .faults import Fault, faults_of, fields_of, raise_all, shown
 from .method import known_fields, method_section
 from .reading import absolute, expand, put, read_override, read_tree, set_path

@@ -14,9 +14,9 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError
 
+from ..contract.config import PeftConfig
 from ..errors import ConfigError, listed
 from ..methods import config_class
-from ..methods.config import PeftConfig
 from .faults import Fault, shown, unknown
 
 

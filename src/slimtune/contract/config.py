@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -17,11 +18,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from ..bridge import joined
 from ..errors import AdapterError, ConfigError, UsageError, listed, nearest
 from ..ops.files import write_atomic
+from .architectures import DEFAULT_TARGETS
+from .registry import config_class
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from .contract import Site
+    from .delta import Delta, Kind, Site
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -76,6 +79,12 @@ class PeftConfig(metaclass=_Strict):
     """What recipes and the command line start from where the class keeps PEFT's default; callables get the settings."""
     short_names: ClassVar[dict[str, str]] = {}
     """Names for recipes and flags: `{"rank": "r"}`."""
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
+    """The kinds of site the method can change."""
+    mergeable: ClassVar[bool] = True
+    """Whether its deltas define `merged`: then it ships as a merged model, too."""
+    ships_as_lora: ClassVar[bool] = False
+    """Whether its files are what vLLM and llama.cpp read as a LoRA."""
 
     task_type: str | TaskType | None = field(default=None, kw_only=True)
     base_model_name_or_path: str | None = field(default=None, kw_only=True)
@@ -121,9 +130,44 @@ class PeftConfig(metaclass=_Strict):
         """Whether the method is PEFT's LLaMA-Adapter."""
         return False
 
-    def build(self, site: Site) -> nn.Module:
+    # --- what a method adds: it defines `build`, and of the others what it needs -------------------------------------
+
+    def fill(self, model: nn.Module) -> None:
+        """Fill in, when attached, the fields that say how large the model is."""
+
+    def default_targets(self, model: nn.Module) -> list[str] | None:
+        """Return the names of the modules to change where no target is given; None: there is no default."""
+        return None
+
+    def further_targets(self, model: nn.Module) -> dict[str, Kind]:
+        """Return full names of modules that the method changes beside its targets, and the kind of site of each."""
+        return {}
+
+    def build(self, site: Site) -> Delta:
         """Return the delta this method adds at `site`. A method defines this."""
         raise ConfigError(f"{type(self).__name__} adds nothing to a layer", "a method's own config, such as LoraConfig")
+
+    def build_all(self, sites: Sequence[Site]) -> list[Delta]:
+        """Return the deltas for all its sites, where they share something; else `build` alone is defined."""
+        return [self.build(site) for site in sites]
+
+    def file_key(self, key: str) -> str:
+        """Return a tensor's key in PEFT's file, `base_model.model.<site>.<name>` being the key it would have."""
+        return key
+
+    def stepped(self, deltas: Mapping[str, Delta], step: int) -> None:
+        """Do what the method does after optimizer step number `step`, while the gradients are still there.
+
+        Args:
+            deltas: the adapter's deltas by site name.
+            step: the step that was taken, from 1.
+        """
+
+    def penalty(self, deltas: Mapping[str, Delta]) -> Tensor | None:
+        """Return what the method adds to a training loss, None for nothing."""
+        return None
+
+    # --- files ------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as PEFT writes them: plain JSON values, sets as sorted lists."""
@@ -139,8 +183,6 @@ class PeftConfig(metaclass=_Strict):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Return the config a PEFT JSON object describes: the class is found by its `peft_type`."""
-        from . import config_class  # the registry stands on this class
-
         kind = values.get("peft_type") or cls.name
         if not kind:
             raise ConfigError("the config names no peft_type", "an adapter_config.json with a peft_type")
@@ -195,6 +237,15 @@ class TargetedConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
+
+    def default_targets(self, model: nn.Module) -> list[str] | None:
+        """Return PEFT's choice for the model's architecture, None where it has none."""
+        return self.targets_by_architecture().get(getattr(getattr(model, "config", None), "model_type", None))
+
+    @classmethod
+    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
+        """Return the default targets by `model_type`; LoRA's, unless a method has others."""
+        return DEFAULT_TARGETS
 
     def check(self) -> None:
         """Check the targets' types; a set becomes a sorted list."""

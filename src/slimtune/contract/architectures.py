@@ -8,7 +8,7 @@ _FUSED = ["query_key_value"]
 _T5 = ["q", "v"]
 _GPT2 = ["c_attn"]
 
-DEFAULT_TARGETS: dict[str, list[str]] = {
+DEFAULT_TARGETS: dict[str | None, list[str]] = {
     **dict.fromkeys(
         (
             "bart",

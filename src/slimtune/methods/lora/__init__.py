@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import TargetedConfig
-from .contract import Delta, Site
-from .patterns import pattern_key
+from ...contract.config import TargetedConfig
+from ...contract.delta import Delta, Kind, Site
+from ...contract.patterns import pattern_key
 
 
 @dataclass
@@ -63,6 +63,8 @@ class LoraConfig(TargetedConfig):
         "megatron_core": "megatron.core",
         "qalora_group_size": 16,
     }
+    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding")
+    ships_as_lora: ClassVar[bool] = True
     short_names: ClassVar[dict[str, str]] = {
         "rank": "r",
         "alpha": "lora_alpha",
@@ -120,8 +122,8 @@ class LinearLora(Delta):
         self.scale = scale
         self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         # Made and filled in PEFT's order, so that one seed gives the same adapter in both.
-        self.lora_A = nn.Linear(site.in_features, r, bias=False, device=_near(site))
-        self.lora_B = nn.Linear(r, site.out_features, bias=False, device=_near(site))
+        self.lora_A = nn.Linear(site.in_features, r, bias=False, device=site.near)
+        self.lora_B = nn.Linear(r, site.out_features, bias=False, device=site.near)
         if init is True:
             nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         elif init == "gaussian":
@@ -142,9 +144,9 @@ class LinearLora(Delta):
         """Return `(A (r, in), B (out, r), scale)`: the update is `scale · B A`."""
         return self.lora_A.weight, self.lora_B.weight, self.scale
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """Return `W + s · B A`, computed in fp32 at least and rounded once."""
-        return add_low_rank(weight, *self.factors())
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return `W + s · B A` and the bias as it is."""
+        return add_low_rank(weight, *self.factors()), bias
 
 
 class EmbeddingLora(Delta):
@@ -153,8 +155,8 @@ class EmbeddingLora(Delta):
     def __init__(self, site: Site, r: int, scale: float, dropout: float, init: bool | str) -> None:
         super().__init__()
         self.scale = scale
-        self.lora_embedding_A = nn.Parameter(torch.randn(r, site.in_features, device=_near(site)))
-        self.lora_embedding_B = nn.Parameter(torch.randn(site.out_features, r, device=_near(site)))
+        self.lora_embedding_A = nn.Parameter(torch.randn(r, site.in_features, device=site.near))
+        self.lora_embedding_B = nn.Parameter(torch.randn(site.out_features, r, device=site.near))
         if init:
             nn.init.zeros_(self.lora_embedding_A)
             nn.init.normal_(self.lora_embedding_B)
@@ -169,17 +171,11 @@ class EmbeddingLora(Delta):
         """Return `(A (r, rows), B (dim, r), scale)`."""
         return self.lora_embedding_A, self.lora_embedding_B, self.scale
 
-    def merged(self, weight: Tensor) -> Tensor:
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + s · B A` for `W (dim, rows)`."""
-        return add_low_rank(weight, *self.factors())
+        return add_low_rank(weight, *self.factors()), bias
 
 
 def add_low_rank(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return `W (out, in) + s · B (out, r) A (r, in)`, computed in fp32 at least and rounded once to W's dtype."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + (B.to(wide) @ A.to(wide)) * scale).to(weight.dtype)
-
-
-def _near(site: Site) -> torch.device:
-    # Random numbers are drawn on the CPU, as PEFT draws them, except on meta where there are none.
-    return site.device if site.device.type == "meta" else torch.device("cpu")
+    """Return `W (out, in) + s · B (out, r) A (r, in)` in W's dtype."""
+    return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale
