@@ -1,4 +1,4 @@
-"""Every method that peft has, too, against peft: one seed, files both ways, trained gradients, merges; float64, 1e-9."""
+"""Every method that peft has, too, against peft: one seed, files both ways, gradients, merges; float64, 1e-9."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _cases():
                 yield pytest.param(BASES[base], cls, {**settings, **own}, notes, id=f"{name}-{base}")
 
 
-EVERY = pytest.mark.parametrize(("base", "cls", "settings", "notes"), _cases())
+EVERY = pytest.mark.parametrize(("base", "cls", "settings", "notes"), list(_cases()))
 
 
 def adapted(home, base, cls, settings, seed=1):
@@ -34,8 +34,7 @@ def adapted(home, base, cls, settings, seed=1):
     settings = {"task_type": "CAUSAL_LM", **settings}
     model = base()
     torch.manual_seed(seed)
-    model = home.get_peft_model(model, getattr(home, cls)(**settings)).eval()
-    return model
+    return home.get_peft_model(model, getattr(home, cls)(**settings)).eval()
 
 
 def said(model):

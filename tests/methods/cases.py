@@ -1,12 +1,41 @@
-"""One line per method: its name and a small config for the tests that run over every method."""
+"""One line per method: a small config for the tests that run over every method. `name+variant` is one more of a method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from slimtune import LoraConfig
+import slimtune
 from slimtune.contract.config import PeftConfig
 
-CASES: dict[str, Callable[..., PeftConfig]] = {
-    "lora": lambda **more: LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear"} | more),
+
+@dataclass(frozen=True)
+class Case:
+    """A method as the contract test runs it.
+
+    Args:
+        config: name of the config class.
+        settings: a config that adapts a tiny Llama and a tiny GPT-2 alike.
+        other: what is different in a second adapter of the method beside the first: another size.
+        identity: promised: attached, the model says bit for bit what it said.
+        on_gpt2: settings for a tiny GPT-2 where it needs its own.
+    """
+
+    config: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
+    identity: bool = True
+    on_gpt2: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cls(self) -> type[PeftConfig]:
+        return getattr(slimtune, self.config)
+
+    def __call__(self, **more: Any) -> PeftConfig:
+        return self.cls(**{**self.settings, **more})
+
+
+ALL = {"target_modules": "all-linear"}
+CASES: dict[str, Case] = {
+    "lora": Case("LoraConfig", {"r": 4, "lora_alpha": 16, **ALL}, {"r": 2}),
 }

@@ -75,7 +75,7 @@ def test_trains_its_own_parameters_alone(method):
 @pytest.mark.parametrize("kind", ["linear", "embedding"])
 def test_gradient_is_the_derivative(method, kind):
     site = Site("layer", kind, 5, 4, torch.device("cpu"), torch.float64)
-    delta = CASES[method](r=2).build(site)
+    delta = CASES[method](**CASES[method].other).build(site)
     with torch.no_grad():
         for p in delta.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype))
@@ -154,7 +154,7 @@ def test_builds_on_meta(method):
 def test_two_adapters_on_one_model(method):
     model = adapted(method)
     first = run(model)
-    model.add_adapter("second", CASES[method](r=2))
+    model.add_adapter("second", CASES[method](**CASES[method].other))
     assert torch.equal(run(model), first)
     model.set_adapter("second")
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
