@@ -1,4 +1,4 @@
-"""One line per method: a small config for the tests that run over every method. `name+variant` is one more of a method."""
+"""One line per method: a small config for the tests that run over each; `name+variant` is one more of a method."""
 
 from __future__ import annotations
 
