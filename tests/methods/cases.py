@@ -19,6 +19,8 @@ class Case:
         other: what is different in a second adapter of the method beside the first: another size.
         identity: promised: attached, the model says bit for bit what it said.
         on_gpt2: settings for a tiny GPT-2 where it needs its own.
+        merges: these settings can be merged into the tiny models, where the method can at all.
+        exact_gradient: the gradient is the whole derivative (DoRA leaves out the norm's, by design).
     """
 
     config: str
@@ -26,6 +28,8 @@ class Case:
     other: dict[str, Any] = field(default_factory=dict)
     identity: bool = True
     on_gpt2: dict[str, Any] = field(default_factory=dict)
+    merges: bool = True
+    exact_gradient: bool = True
 
     @property
     def cls(self) -> type[PeftConfig]:

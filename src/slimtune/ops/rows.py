@@ -28,7 +28,7 @@ def add_low_rank_rows(y: Tensor, x: Tensor, factors: Sequence, masks: Sequence[T
     B = torch.stack([F.pad(B.to(x.dtype), (0, rank - B.shape[1])) * scale for _, B, scale in factors])
     which = torch.stack(list(masks)).to(torch.uint8)
     # One spare place at the end: rows of no adapter take it, and it is zero.
-    at = torch.where(which.any(0), which.argmax(0), len(factors))
+    at = torch.where(which.any(0).bool(), which.argmax(0), len(factors))
     A, B = (F.pad(t, (0, 0, 0, 0, 0, 1)).index_select(0, at) for t in (A, B))
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
     out = torch.baddbmm(y.reshape(y.shape[0], -1, y.shape[-1]), flat @ A.transpose(1, 2), B.transpose(1, 2))
