@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import slimtune
+import slimtune.methods
 from slimtune.contract.config import PeftConfig
 
 
@@ -33,7 +33,7 @@ class Case:
 
     @property
     def cls(self) -> type[PeftConfig]:
-        return getattr(slimtune, self.config)
+        return getattr(slimtune, self.config, None) or slimtune.methods.config_class(self.config)
 
     def __call__(self, **more: Any) -> PeftConfig:
         return self.cls(**{**self.settings, **more})
@@ -43,3 +43,5 @@ ALL = {"target_modules": "all-linear"}
 CASES: dict[str, Case] = {
     "lora": Case("LoraConfig", {"r": 4, "lora_alpha": 16, **ALL}, {"r": 2}),
 }
+# A third party's method runs with its own defaults.
+CASES |= {name: Case(name, ALL) for name in set(slimtune.methods.names()) - set(slimtune.methods.built_in())}

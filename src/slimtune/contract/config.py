@@ -13,18 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
 
 from ..bridge import joined
 from ..errors import AdapterError, ConfigError, UsageError, listed, nearest
 from ..ops.files import write_atomic
 from .architectures import DEFAULT_TARGETS
+from .delta import Delta, Kind, Site
 from .registry import config_class
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from .delta import Delta, Kind, Site
 
 CONFIG_FILE = "adapter_config.json"
 

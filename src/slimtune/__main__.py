@@ -1,0 +1,5 @@
+"""`python -m slimtune` is `slimtune`."""
+
+from .cli import main
+
+main()
