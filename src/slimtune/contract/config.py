@@ -77,6 +77,8 @@ class PeftConfig(metaclass=_Strict):
     """What recipes and the command line start from where the class keeps PEFT's default; callables get the settings."""
     short_names: ClassVar[dict[str, str]] = {}
     """Names for recipes and flags: `{"rank": "r"}`."""
+    learning_rate: ClassVar[float] = 2e-4
+    """The learning rate recipes start from."""
     kinds: ClassVar[tuple[Kind, ...]] = ("linear",)
     """The kinds of site the method can change."""
     mergeable: ClassVar[bool] = True

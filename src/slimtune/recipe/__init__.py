@@ -8,6 +8,7 @@ The tree is closed (a field nobody knows is a fault) and frozen. All faults are 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -58,6 +59,7 @@ class Recipe(Section):
         tree = expand(copy.deepcopy(dict(tree)))
         absolute(tree)
         method, faults = method_section(tree.get("method", {}))
+        _set_rate(tree, method["name"])
         everywhere = [path for path, _ in fields_of(cls)] + _method_paths(method["name"])
         try:
             recipe = cls.model_validate({**tree, "method": method})
@@ -138,6 +140,14 @@ def _drop_other_spellings(tree: dict[str, Any], pairs: Mapping[str, Any], name: 
     full = short.get(name, name)
     for other in [full, *(s for s, f in short.items() if f == full)]:
         method.pop(other, None)
+
+
+def _set_rate(tree: dict[str, Any], method: str) -> None:
+    """Where the recipe gives no learning rate, take the method's: a learned prompt needs a hundred times a LoRA's."""
+    train = tree.setdefault("train", {})
+    if isinstance(train, dict):
+        with contextlib.suppress(ConfigError):  # an unknown method is among the faults
+            train.setdefault("learning_rate", config_class(method).learning_rate)
 
 
 def _method_paths(name: str) -> list[str]:

@@ -97,7 +97,13 @@ class TrainSettings(Section):
     max_steps: int | None = setting(
         None, "optimizer steps, a whole number from 1, in place of epochs; null: epochs count", "--max-steps", ge=1
     )
-    learning_rate: Number = setting(2e-4, "the highest rate, above 0", "--lr", gt=0, allow_inf_nan=False)
+    learning_rate: Number = setting(
+        2e-4,
+        "the highest rate, above 0; methods other than LoRA have their own default",
+        "--lr",
+        gt=0,
+        allow_inf_nan=False,
+    )
     batch_size: int = setting(8, "rows in a micro-batch, a whole number from 1", "--batch-size", ge=1)
     accumulate: int = setting(1, "micro-batches in an optimizer step, a whole number from 1", ge=1)
     packing: bool = setting(True, "true lays a micro-batch's rows end to end, without padding")
