@@ -148,7 +148,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "settings", "said"), FAULTS, ids=lambda v: str(v)[:60])
+@pytest.mark.parametrize(("make", "settings", "said"), FAULTS, ids=lambda v: getattr(v, "__name__", str(v)[:60]))
 def test_what_matches_nothing_is_said(make, settings, said):
     model = make()
     kinds = {n: type(m) for n, m in model.named_modules()}
