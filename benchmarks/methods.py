@@ -58,7 +58,7 @@ def page(rows: dict[str, dict], model: str) -> str:
         f"Each method, {some['steps']} steps of 8 rows ({some['trained_tokens']:,} tokens) of The Devil's Dictionary",
         f"on `{model}` ({some['dtype']}, {some['device']}), with its own defaults; then {some['rows']} held-out rows",
         f"({some['tokens']:,} supervised tokens), base {some['base_loss']:.3f} nats per token. Gain: how much lower",
-        "the loss is, with its 95 % interval. A short run on one small base: it shows that each method learns, and what",
+        "the loss is, with its 95 % interval. A short run on one small base: it shows that each method learns and what",
         "it costs, not which is best for another model, length or learning rate. Tokens a second hold for this machine",
         "and beside one another.",
         "",

@@ -51,7 +51,9 @@ class _Strict(type):
             raise ConfigError(
                 f"{cls.__name__} has no field {name!r} (given {value!r}){nearest(name, known)}",
                 f"fields: {listed(sorted(known), 40)}",
-                "leave the field out, or train this adapter with the library that has it",
+                f"it is called {cls.short_names[name]} here"  # type: ignore[attr-defined]
+                if name in getattr(cls, "short_names", {})
+                else "leave the field out, or train this adapter with the library that has it",
             )
         return type.__call__(joined(cls, "PeftConfig"), *args, **kwargs)
 
