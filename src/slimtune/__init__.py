@@ -13,16 +13,30 @@ from .contract.registry import config_names
 __version__ = "0.1.0"
 
 _HOME: dict[str, str] = {
+    "AutoPeftModel": "adapt.auto",
     "AutoPeftModelForCausalLM": "adapt.auto",
     "AutoPeftModelForFeatureExtraction": "adapt.auto",
+    "AutoPeftModelForQuestionAnswering": "adapt.auto",
     "AutoPeftModelForSeq2SeqLM": "adapt.auto",
     "AutoPeftModelForSequenceClassification": "adapt.auto",
     "AutoPeftModelForTokenClassification": "adapt.auto",
+    "EvaConfig": "methods.lora.eva",
     "PeftConfig": "contract.config",
     "PeftModel": "adapt.model",
     "TaskType": "contract.config",
+    "convert_to_lora": "adapt.combine",
+    "create_loraplus_optimizer": "adapt.rates",
+    "get_eva_state_dict": "methods.lora.eva",
     "get_peft_model": "adapt.model",
     "get_peft_model_state_dict": "adapt.checkpoint",
+    "hotswap_adapter": "adapt.hotswap",
+    "initialize_lora_eva_weights": "methods.lora.eva",
+    "load_run": "build",
+    "parameter_groups": "adapt.rates",
+    "prepare_model_for_compiled_hotswap": "adapt.hotswap",
+    "prepare_model_for_kbit_training": "adapt.quantized",
+    "replace_lora_weights_loftq": "methods.lora.loftq",
+    "save_as_lora": "adapt.combine",
     "set_peft_model_state_dict": "adapt.checkpoint",
 }
 

@@ -101,8 +101,8 @@ def unknown_method(folder):
     edit_config(folder, peft_type="LORAX")
 
 
-def dora(folder):
-    edit_config(folder, use_dora=True)
+def qalora(folder):
+    edit_config(folder, use_qalora=True)
 
 
 def newer_field(folder):
@@ -124,7 +124,7 @@ FAULTS = [
     (no_config, UsageError, [f"holds no {CONFIG}; it holds"]),
     (no_method, AdapterError, ["names no peft_type"]),
     (unknown_method, AdapterError, ["there is no method", "did you mean 'lora'"]),
-    (dora, AdapterError, ["LoraConfig has no field 'use_dora' (given True)"]),
+    (qalora, AdapterError, ["LoraConfig has no field 'use_qalora' (given True)"]),
     (newer_field, AdapterError, ["LoraConfig has no field 'lora_magic' (given 3)"]),
 ]
 

@@ -84,6 +84,9 @@ def test_saved_there_is_loaded_here(base, cls, settings, notes, tmp_path):
 def test_saved_here_is_loaded_there(base, cls, settings, notes, tmp_path):
     ours = adapted(slimtune, base, cls, settings)
     shake(ours)
+    if "fp32" in notes:
+        for p in ours._attached.trained("default"):
+            p.data.copy_(p.data.float())
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
     assert far(said(ours), run(base())) > 1e-3
@@ -95,7 +98,6 @@ def test_gradients_are_the_same(base, cls, settings, notes, tmp_path):
     theirs = adapted(peft, base, cls, settings)
     shake(theirs)
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
-    theirs = peft.PeftModel.from_pretrained(base(), tmp_path, is_trainable=True).eval()
     ours = slimtune.PeftModel.from_pretrained(base(), tmp_path, is_trainable=True).eval()
     ids = tokens()
     for model in (ours, theirs):

@@ -42,6 +42,51 @@ class Case:
 ALL = {"target_modules": "all-linear"}
 CASES: dict[str, Case] = {
     "lora": Case("LoraConfig", {"r": 4, "lora_alpha": 16, **ALL}, {"r": 2}),
+    "lora+dora": Case("LoraConfig", {"use_dora": True, "r": 4, **ALL}, {"r": 2}, exact_gradient=False),
+    "lora+pissa": Case("LoraConfig", {"init_lora_weights": "pissa", "r": 4, "lora_alpha": 8, **ALL}, {"r": 2}),
+    "lora+olora": Case("LoraConfig", {"init_lora_weights": "olora", "r": 4, **ALL}, {"r": 2}),
+    "lora+mica": Case("LoraConfig", {"init_lora_weights": "mica", "r": 4, **ALL}, {"r": 2}),
+    "lora+fa": Case("LoraConfig", {"freeze_a": True, "lr_ratio": 4, "r": 4, **ALL}, {"r": 2}),
+    "lora+tokens": Case("LoraConfig", {"trainable_token_indices": [117, 3, 17, 27], "r": 4, **ALL}, {"r": 2}),
+    "trainable_tokens": Case("TrainableTokensConfig", {"token_indices": [117, 3, 17, 27]}, {"token_indices": [94, 14]}),
+    "prompt_tuning": Case("PromptTuningConfig", {"num_virtual_tokens": 5}, {"num_virtual_tokens": 3}, identity=False),
+    "p_tuning": Case("PromptEncoderConfig", {"num_virtual_tokens": 5}, {"num_virtual_tokens": 3}, identity=False),
+    "p_tuning+lstm": Case(
+        "PromptEncoderConfig",
+        {"num_virtual_tokens": 5, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12},
+        {"num_virtual_tokens": 3},
+        identity=False,
+    ),
+    "prefix_tuning": Case("PrefixTuningConfig", {"num_virtual_tokens": 5}, {"num_virtual_tokens": 3}, identity=False),
+    "prefix_tuning+projection": Case(
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 12},
+        {"num_virtual_tokens": 3},
+        identity=False,
+    ),
+    "adaption_prompt": Case("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}, {"adapter_len": 3}),
+    "ia3": Case("IA3Config"),
+    "ln_tuning": Case("LNTuningConfig"),
+    "bitfit": Case("BitFitConfig", {"new_biases": True}, on_gpt2={"target_modules": ["c_attn", "lm_head"]}, merges=False),
+    "loha": Case("LoHaConfig", {"r": 2, "alpha": 4, **ALL}, {"r": 1}),
+    "loha+wide": Case("LoHaConfig", {"r": 6, "alpha": 12, **ALL}, {"r": 5}),
+    "lokr": Case("LoKrConfig", {"r": 2, "alpha": 4, **ALL}, {"r": 1}),
+    "lokr+whole": Case("LoKrConfig", {"r": 8, "alpha": 16, **ALL}, {"decompose_factor": 2}),
+    "lokr+both": Case("LoKrConfig", {"r": 1, "alpha": 2, "decompose_both": True, **ALL}, {"init_weights": "lycoris"}),
+    "miss": Case("MissConfig", {"r": 5, **ALL}, {"r": 4}),
+    "miss+mini": Case("MissConfig", {"r": 4, "mini_r": 4, "init_weights": "mini", **ALL}, {"r": 2}),
+    "miss+bat": Case("MissConfig", {"r": 4, "init_weights": "bat", **ALL}, {"r": 2}),
+    "vera": Case("VeraConfig", {"r": 8, **ALL}, {"r": 5}),
+    "hira": Case("HiraConfig", {"r": 4, **ALL}, {"r": 2}),
+    "shira": Case("ShiraConfig", {"r": 4, **ALL}, {"r": 2}),
+    "bottleneck": Case("BottleneckConfig", {"reduction_factor": 4}, {"reduction_factor": 8}),
+    "bottleneck+houlsby": Case("BottleneckConfig", {"style": "houlsby", "bottleneck_size": 6}, {"bottleneck_size": 3}),
+    "bottleneck+parallel": Case("BottleneckConfig", {"style": "parallel", "scaling": "channel"}, {"scaling": 2.0}),
+    "oft": Case("OFTConfig", {"oft_block_size": 8, **ALL}, {"oft_block_size": 4}),
+    "oft+exact": Case("OFTConfig", {"oft_block_size": 4, "use_cayley_neumann": False, **ALL}, {"block_share": True}),
+    "oft+coft": Case(
+        "OFTConfig", {"r": 4, "oft_block_size": 0, "coft": True, "eps": 0.5, **ALL}, {"r": 2}, exact_gradient=False
+    ),
 }
 # A third party's method runs with its own defaults.
 CASES |= {name: Case(name, ALL) for name in set(slimtune.methods.names()) - set(slimtune.methods.built_in())}

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UsageError, listed, nearest
-from .layer import BASE_ROW
+from .running import BASE_ROW
 
 
 class AdapterCalls:
@@ -22,7 +22,7 @@ class AdapterCalls:
             args, kwargs: the base's own.
             adapter_names: each row's adapter, for a batch whose rows use different ones; "__base__" for none.
         """
-        with self._mixed(adapter_names):
+        with self._mixed(adapter_names, args, kwargs):
             out = super().__call__(*args, **kwargs)  # type: ignore[misc]
         if self.training and getattr(out, "loss", None) is not None:
             penalty = self.penalty()
@@ -32,7 +32,7 @@ class AdapterCalls:
 
     def generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Generate as the base does; `adapter_names` as in a call. Beams share their row's adapter."""
-        with self._mixed(adapter_names):
+        with self._mixed(adapter_names, args, kwargs):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def penalty(self: Any) -> Tensor | None:
@@ -54,15 +54,23 @@ class AdapterCalls:
             self._attached.configs[name].stepped(self._attached.deltas(name), global_step)
 
     @contextmanager
-    def _mixed(self: Any, names: Sequence[str] | None) -> Iterator[None]:
+    def _mixed(self: Any, names: Sequence[str] | None, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         at = self._attached
         if names is None:
             yield
             return
+        rows = _rows(args, kwargs)
+        if isinstance(names, str) or (rows is not None and len(names) != rows):
+            given = repr(names) if isinstance(names, str) else f"{len(names)} names"
+            raise UsageError(
+                f"adapter_names is {given} for a batch of {rows} rows",
+                "a list: one name a row",
+                f"{BASE_ROW!r} for a row of the base",
+            )
         for name in dict.fromkeys(names):
             if name != BASE_ROW and name not in at.configs:
                 raise UsageError(
-                    f"adapter_names: there is no adapter {name!r}{nearest(name, at.configs)}",
+                    f"adapter_names: there is no adapter {name!r}{nearest(name, [*at.configs, BASE_ROW])}",
                     f"one of {listed([*at.configs, BASE_ROW])}",
                 )
         if at.merged:
@@ -70,7 +78,15 @@ class AdapterCalls:
                 f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
             )
         before, at.running.rows = at.running.rows, tuple(names)
+        at.running.turn += 1
         try:
             yield
         finally:
             at.running.rows = before
+
+
+def _rows(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """Return how many rows a call's batch has, None where that is not to be seen."""
+    known = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "attention_mask")
+    found = [*args[:1], *(kwargs.get(n) for n in known)]
+    return next((int(v.shape[0]) for v in found if isinstance(v, Tensor) and v.dim()), None)

@@ -162,7 +162,7 @@ def save(model: Any, folder: Path, adapter: str, state_dict: Mapping[str, Tensor
     config = model.peft_config[adapter]
     # A file is for use: PEFT, too, writes inference_mode so that it loads frozen.
     described = {**config.to_dict(), "inference_mode": True}
-    if getattr(model, "config", None) is None:
+    if config.task_type is None:
         base = model._attached.base_class
         described["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     folder.mkdir(parents=True, exist_ok=True)

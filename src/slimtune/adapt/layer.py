@@ -18,7 +18,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -26,44 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.delta import Frozen, Kind, MergeRefused, Site
-from ..errors import TargetError, UsageError
+from ..errors import TargetError
 from ..ops.maps import is_quantized, kind_of, sizes_of, transposed
 from ..ops.rows import add_low_rank_rows
-
-BASE_ROW = "__base__"
-"""The name that leaves a row of a mixed batch to the base (PEFT's)."""
-
-
-@dataclass
-class Running:
-    """What the adapted modules of one model run with.
-
-    Args:
-        active: adapters whose deltas run and whose copies stand for the module's parameters, in order.
-        rows: where the rows of the batch use different adapters: each row's adapter, `BASE_ROW` for none.
-    """
-
-    active: tuple[str, ...] = ()
-    rows: tuple[str, ...] | None = None
-    _masks: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
-
-    def masks(self, batch: int, device: torch.device) -> dict[str, Tensor]:
-        """Return for each adapter in `rows` its rows as a bool `(batch,)`; beams repeat their row."""
-        assert self.rows is not None
-        key = (self.rows, batch, device)
-        if key not in self._masks:
-            if batch % len(self.rows):
-                raise UsageError(
-                    f"adapter_names names {len(self.rows)} adapters for a batch of {batch} rows",
-                    "one name a row",
-                    f"{BASE_ROW!r} for a row of the base",
-                )
-            names = [n for n in self.rows for _ in range(batch // len(self.rows))]
-            self._masks.clear()
-            self._masks[key] = {
-                n: torch.tensor([m == n for m in names], device=device) for n in dict.fromkeys(names) if n != BASE_ROW
-            }
-        return self._masks[key]
+from .running import BASE_ROW as BASE_ROW
+from .running import Running
 
 
 def site_of(name: str, kind: Kind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
@@ -114,6 +80,9 @@ class Adapted(nn.Module):
 
     def _run_rows(self, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         first: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        kept = self._running.kept(self, first)
+        if kept is not None:
+            return add_low_rank_rows(base(*args, **kwargs), first, *kept)
         masks = self._running.masks(first.shape[0], first.device)
         mine = [n for n in masks if n in self.adapters]
         owners = [n for n in masks if n in self.owned]
@@ -122,9 +91,10 @@ class Adapted(nn.Module):
         if not mine:
             return base(*args, **kwargs)
         deltas: dict[str, Any] = {n: self.adapters[n] for n in mine}
-        factors = [d.factors() for d in deltas.values()] if kind_of(self) == "linear" else [None]
-        if all(f is not None for f in factors):
-            return add_low_rank_rows(base(*args, **kwargs), first, factors, [masks[n] for n in mine])
+        if kind_of(self) == "linear" and not owners and not any(map(_drops, deltas.values())):
+            factors = {n: d.factors() for n, d in deltas.items()}
+            if all(f is not None for f in factors.values()):
+                return add_low_rank_rows(base(*args, **kwargs), first, *self._running.stack(self, first, factors))
 
         def nest(run: Callable[..., Any]) -> Callable[..., Any]:
             alone = Frozen(self, run)
@@ -148,6 +118,7 @@ class Adapted(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # What a merge put by must follow the model to another device or dtype.
+        self._running.forget()
         for parameter in (self._kept or {}).values():
             if parameter is not None:
                 parameter.data = fn(parameter.data)
@@ -274,6 +245,11 @@ def _nest(module: Adapted, run: Callable[..., Any], deltas: list[Any]) -> Callab
     return run
 
 
+def _drops(delta: nn.Module) -> bool:
+    """Return whether a delta drops inputs by chance at this moment: then it is no plain low-rank map."""
+    return delta.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in delta.modules())
+
+
 def _unscaled(module: Any, base: Any, nest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     scale = getattr(module, "embed_scale", None) if isinstance(module, nn.Embedding) else None
     if scale is None:
@@ -321,7 +297,9 @@ def _adapted_class(base: Any, parameters: tuple[str, ...]) -> type[Adapted]:
                 raise AttributeError(f"{base.__name__!r} has no {name!r}")
             if not self.owned or self._kept is not None or plain is None:
                 return plain
-            owner = self._owner or next((n for n in self._running.active if n in self.owned), None)
+            owner = self._owner
+            if owner is None and self._running.rows is None:
+                owner = next((n for n in self._running.active if n in self.owned), None)
             mine = getattr(self.owned[owner], name, None) if owner else None
             # The module computes in the dtype of its base whatever the copy is kept in.
             return plain if mine is None else mine.to(plain.dtype)

@@ -23,8 +23,10 @@ from ..contract.delta import Delta
 from ..errors import UsageError, listed, nearest
 from . import layer
 from .calling import AdapterCalls
+from .combine import AdapterCombining
 from .loading import AdapterFiles
 from .merging import AdapterMerging
+from .quantized import keep_differentiable, repacking, values_in
 from .targets import MatchReport, select
 
 
@@ -42,6 +44,8 @@ class Attached:
     enabled: bool = True
     input_grads: bool = False
     """Whether attaching made the embeddings' output carry a gradient, for activation checkpointing."""
+    repacking: list[Any] = field(default_factory=list)
+    """4-bit modules that would leave the layout gradients pass through, if they were let."""
     running: layer.Running = field(default_factory=layer.Running)
     """What the adapted modules run with; each of them holds this object."""
 
@@ -98,7 +102,7 @@ def get_peft_model(
     return PeftModel._adopt(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
 
 
-class PeftModel(AdapterCalls, AdapterMerging, AdapterFiles, PushToHubMixin):
+class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, PushToHubMixin):
     """Mixed into the class of a base that has adapters; PEFT's names.
 
     `PeftModel(model, config)` is `get_peft_model(model, config)`.
@@ -164,7 +168,7 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterFiles, PushToHubMixin):
 
     def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
         """Return (trained parameters, all parameters)."""
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        counts = [(values_in(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
@@ -238,6 +242,8 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterFiles, PushToHubMixin):
                 f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
             )
         before, at.active = at.active, names
+        if not inference_mode:
+            keep_differentiable(at.repacking)
         for name in {*before, *names}:
             for p in at.trained(name):
                 p.requires_grad_(name in names and not inference_mode)
@@ -245,6 +251,8 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterFiles, PushToHubMixin):
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Let the parameters of these adapters train, or not."""
+        if requires_grad:
+            keep_differentiable(self._attached.repacking)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for p in self._attached.trained(self._known(name)):
                 p.requires_grad_(requires_grad)
@@ -360,11 +368,14 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterFiles, PushToHubMixin):
         """Let the adapted modules run with what is active now."""
         at = self._attached
         at.running.active = tuple(at.merged or at.active) if at.enabled else ()
+        at.running.forget()
 
     def _strip(self: Any) -> Any:
         at = self._attached
         if at.input_grads:
             self.disable_input_require_grads()
+        for module in at.repacking:
+            module.support_avx512bf16_for_cpu = True
         for module in at.modules().values():
             layer.restore(module)
         for name, parameter in self.named_parameters():
@@ -385,7 +396,7 @@ def _become_peft(model: nn.Module) -> PeftModel:
     was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
     model.__class__ = joined(_peft_class(base_class), "PeftModel")
-    model.__dict__["_slimtune"] = Attached(base_class, was_trainable)
+    model.__dict__["_slimtune"] = Attached(base_class, was_trainable, repacking=repacking(model))
     assert isinstance(model, PeftModel)
     backbone = model.base_model
     if not hasattr(backbone, "model"):  # PEFT's idiom `base_model.model`; not registered, so no cycle of modules

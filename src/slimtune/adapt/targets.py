@@ -178,6 +178,7 @@ def _is_target(name: str, config: PeftConfig, targets: list[str] | str) -> bool:
 
 def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
     """Return the number of the layer a module is in: the first number in its name, or the one after a pattern."""
+    name += "."  # a target may be the layer itself
     if not patterns:
         match = re.match(r".*?\.[^.]*\.(?P<at>\d+)\.", name) or re.match(r"[^.]*\.(?P<at>\d+)\.", name)
         return int(match["at"]) if match else None
@@ -250,7 +251,7 @@ def _all_adaptable(model: nn.Module, modules: dict[str, nn.Module], config: Peft
 
 
 def _looks_rows_up(module: nn.Module) -> bool:
-    own = next(vars(c)["forward"] for c in type(module).__mro__ if "forward" in vars(c) and c is not Adapted)
+    own = next(vars(c)["forward"] for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, Adapted))
     return own is nn.Embedding.forward or hasattr(module, "embed_scale")
 
 

@@ -4,37 +4,66 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any
 
+import typer
+
+from ..units import bytes_text, count_text
 from .common import Json, console, table
+from .train import FLAGS
 
 
-def methods(as_json: Json = False) -> dict[str, Any]:
-    """List the methods and their fields."""
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this method's fields.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A base, as `slimtune train --model` takes it: adds what each method trains on it."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the base run code of its own.", show_default=False)
+    ] = False,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """List the methods, or show the fields of one."""
     from ..methods import config_class, names
 
-    found = [_described(name, config_class(name)) for name in names()]
+    classes = {c.name: c for c in map(config_class, [name] if name else names())}
+    found = [_described(n, c) for n, c in classes.items()]
+    if model is not None:
+        for method, size in zip(found, _sizes(classes.values(), model, trust_remote_code), strict=True):
+            method.update(size)
     if not as_json:
         screen = console()
-        for method in found:
-            screen.print(method["name"], style="bold", end="  ")
-            screen.print(method["summary"], markup=False)
-            rows = table("  field", "recipe's default", "flag or short name")
-            for f in method["fields"]:
-                rows.add_row(f"  {f['name']}", f["recipe_default"], f["short_name"] or "")
-            screen.print(rows)
-    return {"methods": found}
+        screen.print(_overview(found, sized=model is not None), crop=False)
+        if name:
+            _show_fields(screen, found[0]["fields"])
+        else:
+            screen.print("\nfields, ranges and defaults of one: slimtune methods NAME", markup=False)
+    return {"model": model, "methods": found}
 
 
-def _described(name: str, cls: type) -> dict[str, Any]:
+def _described(name: str, cls: Any) -> dict[str, Any]:
     from ..recipe.method import known_fields, resolved
 
-    short = {full: s for s, full in getattr(cls, "short_names", {}).items()}
+    short = {full: s for s, full in cls.short_names.items()}
     defaults = resolved({}, cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    told = _told(cls)
     return {
         "name": name,
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
+        "sites": list(cls.kinds),
+        "mergeable": cls.mergeable,
+        "ships": {
+            "hugging_face_file": True,
+            "merged_model": cls.mergeable,
+            "ollama_merged": cls.mergeable,
+            "ollama_adapter": cls.ships_as_lora,
+            "vllm_adapter": cls.ships_as_lora,
+        },
+        "learning_rate": cls.learning_rate,
         "fields": [
             {
                 "name": n,
@@ -42,10 +71,101 @@ def _described(name: str, cls: type) -> dict[str, Any]:
                 "default": repr(_default(fields[n])),
                 "recipe_default": repr(defaults.get(n, _default(fields[n]))),
                 "short_name": short.get(n),
+                "flag": _flag(n, short.get(n)),
+                "about": told.get(n, ""),
             }
             for n in known_fields(cls)
         ],
     }
+
+
+def _sizes(classes: Iterable[Any], spec: str, trust_remote_code: bool) -> list[dict[str, Any]]:
+    """Return what each method trains on a base with the recipe's defaults; the base is built on meta, without weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ..adapt.checkpoint import tensors
+    from ..adapt.model import get_peft_model
+    from ..errors import SlimtuneError
+    from ..models.faults import explained
+    from ..models.load import load_config
+    from ..recipe.method import resolved
+
+    config = load_config(spec, trust_remote_code=trust_remote_code)
+    found = []
+    with torch.device("meta"):
+        with explained(spec):
+            base: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        for cls in classes:
+            try:
+                settings = {"task_type": "CAUSAL_LM", **resolved({}, cls)}
+                adapted = get_peft_model(base, cls(**settings))
+            except (SlimtuneError, ValueError) as e:
+                found.append({"unfit": getattr(e, "got", str(e))})
+                continue
+            trained, every = adapted.get_nb_trainable_parameters()
+            size = sum(t.numel() * t.element_size() for t in tensors(adapted, "default").values())
+            found.append(
+                {"trainable_params": trained, "trainable_percent": 100 * trained / every, "adapter_bytes": size}
+            )
+            base = adapted.unload()
+    return found
+
+
+def _overview(found: list[dict[str, Any]], *, sized: bool) -> Any:
+    rows = table("method", *(("trains", "%", "adapter") if sized else ()), "sites", "ships as", "what it changes")
+    for column in rows.columns[-3:]:
+        column.justify = "left"
+    for method in found:
+        if "unfit" in method:
+            rows.add_row(method["name"], "-", "-", "-", "", "", f"does not fit this base: {method['unfit']}")
+            continue
+        size = (
+            (count_text(method["trainable_params"]), f"{method['trainable_percent']:.3f}",
+             bytes_text(method["adapter_bytes"])) if sized else ()
+        )  # fmt: skip
+        # Whose fields are PEFT's is for those who look the fields up.
+        summary = re.sub(r"; PEFT's [^;]*$", "", method["summary"].rstrip("."))
+        rows.add_row(method["name"], *size, ", ".join(method["sites"]), _ships(method["ships"]), summary)
+    return rows
+
+
+def _ships(ships: dict[str, bool]) -> str:
+    merged = "merged" if ships["merged_model"] else ""
+    adapter = "adapter in Ollama, vLLM" if ships["ollama_adapter"] else ""
+    return "; ".join(t for t in ("file", merged, adapter) if t)
+
+
+def _show_fields(screen: Any, fields: list[dict[str, Any]]) -> None:
+    for f in fields:
+        other = ", ".join(n for n in (f["short_name"], f["flag"]) if n)
+        start = "" if f["recipe_default"] == f["default"] else f"; recipes start from {f['recipe_default']}"
+        screen.print(f"\n{f['name']}", style="bold", end="", markup=False)
+        screen.print(f"{f' ({other})' if other else ''}   default {f['default']}{start}", markup=False)
+        screen.print(f"    {f['about']}", markup=False)
+
+
+def _flag(name: str, short: str | None) -> str | None:
+    flags = {path: f"--{flag.replace('_', '-')}" for flag, path in FLAGS.items()}
+    return flags.get(f"method.{name}") or flags.get(f"method.{short}")
+
+
+def _told(cls: type) -> dict[str, str]:
+    """Return what the docstrings' Args say of each field, a class's own words before its parents'."""
+    told: dict[str, str] = {}
+    for c in cls.__mro__:
+        lines = inspect.cleandoc(vars(c).get("__doc__") or "").partition("Args:\n")[2].splitlines()
+        entry = None
+        for line in lines:
+            if line.strip() and not line.startswith(" "):
+                break  # the next section
+            if new := re.match(r" {4}(\w+): (.*)", line):
+                entry = new[1] if new[1] not in told else None
+                if entry:
+                    told[entry] = new[2]
+            elif entry and line.strip():
+                told[entry] += f" {line.strip()}"
+    return told
 
 
 def _default(field: dataclasses.Field) -> Any:

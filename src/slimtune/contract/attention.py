@@ -45,28 +45,27 @@ class Prefix(NamedTuple):
 class Attention(Delta):
     """A delta at the attention module of a layer; a method defines `prefix`."""
 
-    def prefix(self, module: nn.Module) -> Prefix:
+    def prefix(self, module: nn.Module, rows: Rows) -> Prefix:
         """Return the learned keys and values of this layer.
 
         Args:
             module: the frozen attention module, for methods that use its projections.
+            rows: the rows of a mixed batch that are meant, where no other adapter runs; None: all.
         """
-        raise TypeError(f"{type(self).__name__} defines no prefix(module)")
+        raise TypeError(f"{type(self).__name__} defines no prefix(module, rows)")
 
     def around(self, frozen: Frozen, *args: Any, rows: Rows = None, **kwargs: Any) -> Any:
         """Run the attention with the prefix in sight."""
         module = frozen.module
-        before = {n: module.__dict__.get(n) for n in ("config", "_prefixes")}
-        seen = (*(before["_prefixes"] or ()), (self.prefix(module), rows))
-        view = before["config"] if before["_prefixes"] else _view(before["config"], module)
-        module.__dict__.update(config=view, _prefixes=seen)
+        config, before = module.__dict__["config"], module.__dict__.get("_prefixes", ())
+        view = config if before else _view(config, module)
+        # The innermost stands first, as with learned positions.
+        module.__dict__.update(config=view, _prefixes=((self.prefix(module, rows), rows), *before))
         try:
             return frozen(*args, **kwargs)
         finally:
-            module.__dict__["config"] = before["config"]
-            if before["_prefixes"]:
-                module.__dict__["_prefixes"] = before["_prefixes"]
-            else:
+            module.__dict__.update(config=config, _prefixes=before)
+            if not before:
                 del module.__dict__["_prefixes"]
 
     def in_rows(self, frozen: Frozen, base: Frozen, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -84,8 +83,8 @@ def attention_modules(model: Any) -> list[str]:
     Raises:
         ModelError: the model's attention cannot take a prefix; the reason is given.
     """
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or not getattr(model, "_supports_attention_backend", False):
+    require_decoder(model)
+    if not getattr(model, "_supports_attention_backend", False):
         raise ModelError(
             f"the attention of a {type(model).__name__} cannot take learned keys and values",
             "a decoder whose attention calls transformers' attention interface (Llama, Mistral, Qwen, Gemma, GPT-2 …)",
@@ -103,6 +102,19 @@ def attention_modules(model: Any) -> list[str]:
             "tune this model by LoRA, IA3 or bottleneck adapters",
         )
     return sorted(found, key=found.__getitem__)
+
+
+def require_decoder(model: Any) -> None:
+    """Raise ModelError where a model does not read from left to right: learned positions stand before what is read."""
+    config = getattr(model, "config", None)
+    generates = hasattr(model, "can_generate") and model.can_generate()
+    causal = any(getattr(m, "is_causal", False) for m in model.modules() if "attention" in type(m).__name__.lower())
+    if config is None or getattr(config, "is_encoder_decoder", False) or not (generates or causal):
+        raise ModelError(
+            f"a {type(model).__name__} takes no learned positions here",
+            "a decoder (Llama, Mistral, Qwen, Gemma, GPT-2 …)",
+            "tune this model by LoRA, IA3 or bottleneck adapters",
+        )
 
 
 def _view(config: Any, module: nn.Module) -> Any:
@@ -133,61 +145,91 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Stand in for an attention function: `query (batch, heads, q, size)`, `key, value (batch, kv heads, k, size)`."""
     prefixes: Any = module.__dict__["_prefixes"]
+    for prefix, _ in prefixes:
+        _fits(module, prefix, key, kwargs)
     joint = [(p, rows) for p, rows in prefixes if p.gate is None]
     run, keys, values, mask = _function(module), key, value, attention_mask
     if joint:
-        batch = query.shape[0]
-        _fits(module, joint[0][0], key)
-        keys = torch.cat([_batched(p.keys, batch, key) for p, _ in joint] + [key], dim=2)
-        values = torch.cat([_batched(p.values, batch, value) for p, _ in joint] + [value], dim=2)
-        mask = _extended(module, query, key, attention_mask, joint)
+        batch, q = query.shape[0], query.shape[2]
+        if mask is None and q > 1:
+            # Then the sequence starts with these queries; what a static cache keeps behind them is empty.
+            keys, values = keys[:, :, :q], values[:, :, :q]
+        mask = _extended(module, query, keys.shape[2], mask, joint, kwargs)
+        keys = torch.cat([*(_batched(p.keys, batch, key) for p, _ in joint), keys], dim=2)
+        values = torch.cat([*(_batched(p.values, batch, value) for p, _ in joint), values], dim=2)
     out, weights = run(module, query, keys, values, mask, **kwargs)
     for prefix, rows in prefixes:
         if prefix.gate is not None:
-            _fits(module, prefix, key)
-            out = out + _gated(query, prefix, rows, kwargs.get("scaling"))
+            out = out + gated(query, prefix, rows, kwargs.get("scaling"))
     return out, weights
 
 
 def _batched(prefix: Tensor, batch: int, like: Tensor) -> Tensor:
-    return prefix.to(like.dtype).expand(batch, *prefix.shape)
+    return prefix.to(device=like.device, dtype=like.dtype).expand(batch, *prefix.shape)
 
 
-def _extended(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, joint: list) -> Tensor | None:
-    """Return the mask `(batch, 1, q, n + k)`: each row sees its prefixes from everywhere."""
-    q, k = query.shape[2], key.shape[2]
+def _extended(
+    module: nn.Module, query: Tensor, k: int, mask: Tensor | None, joint: list, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Return the mask `(batch, heads, q, n + k)`: each row sees its prefixes, as far as the layer's window goes."""
+    batch, q, window = query.shape[0], query.shape[2], kwargs.get("sliding_window")
     if mask is None:
-        if all(rows is None for _, rows in joint) and (q == 1 or not getattr(module, "is_causal", True)):
+        if q == 1 and window is None and all(rows is None for _, rows in joint):
             return None
-        seen = torch.ones(q, k, dtype=torch.bool, device=query.device)
-        mask = (seen.tril(k - q) if getattr(module, "is_causal", True) else seen)[None, None]
-        if module.config._chosen_attention == "eager":  # type: ignore[union-attr]
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    is_bool = mask.dtype == torch.bool
-    yes, no = (True, False) if is_bool else (0.0, torch.finfo(mask.dtype).min)
-    batch = query.shape[0] if any(rows is not None for _, rows in joint) else mask.shape[0]
-    parts = []
-    for prefix, rows in joint:
-        columns = torch.full((batch, 1, q, prefix.keys.shape[1]), yes, dtype=mask.dtype, device=mask.device)
-        parts.append(columns if rows is None else columns.masked_fill(~rows[:, None, None, None], no))
-    return torch.cat([*parts, mask.expand(batch, -1, -1, -1)], dim=-1)
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        seen = torch.ones(1, 1, q, k, dtype=torch.bool, device=query.device)
+        mask = as_mask(seen.tril() if causal and q > 1 else seen, _mask_dtype(module, query))
+    mask = mask[..., :k]
+    # A window of w shows a query itself and w - 1 positions before it: its own first, then the prefix from its end.
+    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    room = None if window is None else window - shown.sum(-1, keepdim=True)
+    parts = [mask]
+    for prefix, rows in reversed(joint):
+        n = prefix.keys.shape[1]
+        seen = torch.ones(1, 1, 1, n, dtype=torch.bool, device=query.device)
+        if rows is not None:
+            seen = seen & rows[:, None, None, None]
+        if room is not None:
+            seen = seen & (n - torch.arange(n, device=query.device) <= room)
+            room = room - (n if rows is None else n * rows[:, None, None, None])
+        parts.insert(0, as_mask(seen, mask.dtype))
+    rows_of = batch if any(len(p) > 1 for p in parts) else 1
+    return torch.cat([p.expand(rows_of, mask.shape[1], q, -1) for p in parts], dim=-1)
 
 
-def _gated(query: Tensor, prefix: Prefix, rows: Rows, scaling: float | None) -> Tensor:
+def _mask_dtype(module: Any, query: Tensor) -> torch.dtype:
+    return query.dtype if module.config._chosen_attention == "eager" else torch.bool
+
+
+def as_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask that shows what is True in `seen`: bool as it is, or what is added to scores."""
+    if dtype == torch.bool:
+        return seen
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def gated(query: Tensor, prefix: Prefix, rows: Rows, scaling: float | None) -> Tensor:
     """Return `g · softmax(q Kpᵀ · scale) Vp` as `(batch, q, heads, size)`."""
     assert prefix.gate is not None
     keys, values = (_batched(t, query.shape[0], query) for t in (prefix.keys, prefix.values))
     out = F.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=True)
-    out = out.transpose(1, 2) * prefix.gate.to(query.dtype)
+    out = out.transpose(1, 2) * prefix.gate.to(device=query.device, dtype=query.dtype)
     return out if rows is None else out * rows[:, None, None, None]
 
 
-def _fits(module: nn.Module, prefix: Prefix, key: Tensor) -> None:
+def _fits(module: nn.Module, prefix: Prefix, key: Tensor, kwargs: dict[str, Any]) -> None:
     have, want = (prefix.keys.shape[0], prefix.keys.shape[2]), (key.shape[1], key.shape[3])
     if have != want:
         raise ModelError(
             f"the prefix has {have[0]} heads of size {have[1]}, {type(module).__name__} has {want[0]} of {want[1]}",
             "a model whose config tells the shape of its keys",
+        )
+    if kwargs.get("position_bias") is not None:
+        raise ModelError(
+            f"{type(module).__name__} adds a bias by position, which learned keys have not",
+            "a model that rotates its keys or embeds positions",
+            "tune this model by LoRA, IA3 or bottleneck adapters",
         )
 
 

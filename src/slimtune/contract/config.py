@@ -277,13 +277,16 @@ class TargetedConfig(PeftConfig):
 
 
 def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:
-    """Return the local path of one file of an adapter folder, or of a Hub repository (then downloaded).
+    """Return the local path of one file of an adapter's or run's folder, or of a Hub repository (then downloaded).
 
     Raises:
         UsageError: it is neither a folder that holds the file nor a repository that can be reached.
     """
     folder = Path(path, subfolder) if subfolder else Path(path)
     if folder.is_dir():
+        # A run's folder holds its adapter one deeper.
+        if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
+            folder = folder / "adapter"
         if (folder / name).is_file():
             return folder / name
         raise UsageError(

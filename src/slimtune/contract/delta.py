@@ -104,6 +104,14 @@ class Frozen:
         """Return the base's bias `(out)`, None where there is none."""
         return getattr(self.module, "bias", None)
 
+    def alone_with(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
+        """Run the base's module alone, with other tensors in place of its parameters; the module is not touched."""
+        twin: Any = object.__new__(type(self.module))
+        # `_kept`, as after a merge: an adapted module runs its base's forward with the parameters that stand there.
+        own = {**self.module._parameters, **parameters}
+        twin.__dict__ = {**vars(self.module), "_parameters": own, "_kept": {}}
+        return type(twin).forward(twin, *args)
+
 
 class Delta(nn.Module):
     """What a method adds at one site; see the top of this file for what a subclass defines."""

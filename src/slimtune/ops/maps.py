@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -43,7 +44,7 @@ def weight_of(module: nn.Module) -> Tensor:
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, state)
+        return dequantize_4bit(*in_order(weight.data, state))
     scales = getattr(weight, "SCB", None)
     if scales is None and getattr(module, "state", None) is not None:
         scales = getattr(module.state, "SCB", None)
@@ -53,7 +54,20 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if transposed(module) else weight
 
 
+def in_order(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """Return NF4 data and state as `dequantize_4bit` reads them; on some CPUs bitsandbytes lays them out anew."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return data, state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(state)  # the inverse writes into it
+    state.absmax, state.original_nested = state.absmax.t().reshape(-1).float(), False
+    return _convert_weight_packed_for_cpu_inverse(data, state)
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Return whether the module's weight is kept in fewer bits than a float has."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and not weight.dtype.is_floating_point
+    # 4-bit values may lie in a tensor that calls itself bf16, for FSDP.
+    packed = getattr(weight, "quant_state", None) is not None
+    return isinstance(weight, Tensor) and (packed or not weight.dtype.is_floating_point)

@@ -2,11 +2,14 @@
 
     y[b] += s_b · B_b A_b x[b]          A_b (r_b, in), B_b (out, r_b): those of row b's adapter; ranks may differ
 
-The factors are stacked, zero rows filling the smaller ranks, and gathered once for each row.
+Neighbouring rows of one adapter go through its factors together: the batch lies in n groups of equal size, and the
+factors are stacked once for each group, zeros filling the smaller ranks.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,22 +17,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def add_low_rank_rows(y: Tensor, x: Tensor, factors: Sequence, masks: Sequence[Tensor]) -> Tensor:
-    """Return `y` with each row's own low-rank update added; rows in no mask stay as they are.
+def grouped(names: Sequence[str]) -> list[str]:
+    """Return the names of the groups: the longest ones of equal size whose rows all have one name."""
+    size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(names)))
+    return list(names[::size])
+
+
+def stacked(factors: Sequence[tuple[Tensor, Tensor, float] | None], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `A (n, r, in)` and `B (n, out, r)`, scales included, in the dtype of `like`.
+
+    Args:
+        factors: for each group `(A (r, in), B (out, r), scale)`, None where its rows stay as they are.
+        like: the input they are for.
+    """
+    there = [f for f in factors if f is not None]
+    rank, (A0, B0, _) = max(A.shape[0] for A, _, _ in there), there[0]
+    if torch.is_grad_enabled():
+        none = A0.new_zeros(rank, A0.shape[1]), B0.new_zeros(B0.shape[0], rank), 1.0
+        full = [none if f is None else f for f in factors]
+        A = torch.stack([F.pad(A.to(like.dtype), (0, 0, 0, rank - A.shape[0])) for A, _, _ in full])
+        return A, torch.stack([F.pad(B.to(like.dtype), (0, rank - B.shape[1])) * scale for _, B, scale in full])
+    # Each value is written once, in its place.
+    A, B = like.new_zeros(len(factors), rank, A0.shape[1]), like.new_zeros(len(factors), B0.shape[0], rank)
+    for at, found in enumerate(factors):
+        if found is not None:
+            r = found[0].shape[0]
+            A[at, :r].copy_(found[0])
+            B[at, :, :r].copy_(found[1])
+    return A, B.mul_(B.new_tensor([1.0 if f is None else f[2] for f in factors]).view(-1, 1, 1))
+
+
+def add_low_rank_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return `y` with each row's own low-rank update added.
 
     Args:
         y: `(batch, ..., out)`.
         x: `(batch, ..., in)`.
-        factors: for each adapter `(A (r, in), B (out, r), scale)`.
-        masks: for each adapter its rows, bool `(batch,)`; no row is in two.
+        A: `(n, r, in)` for n groups of rows.
+        B: `(n, out, r)`.
     """
-    rank = max(A.shape[0] for A, _, _ in factors)
-    A = torch.stack([F.pad(A.to(x.dtype), (0, 0, 0, rank - A.shape[0])) for A, _, _ in factors])
-    B = torch.stack([F.pad(B.to(x.dtype), (0, rank - B.shape[1])) * scale for _, B, scale in factors])
-    which = torch.stack(list(masks)).to(torch.uint8)
-    # One spare place at the end: rows of no adapter take it, and it is zero.
-    at = torch.where(which.any(0).bool(), which.argmax(0), len(factors))
-    A, B = (F.pad(t, (0, 0, 0, 0, 0, 1)).index_select(0, at) for t in (A, B))
-    flat = x.reshape(x.shape[0], -1, x.shape[-1])
-    out = torch.baddbmm(y.reshape(y.shape[0], -1, y.shape[-1]), flat @ A.transpose(1, 2), B.transpose(1, 2))
-    return out.view_as(y)
+    n = A.shape[0]
+    z = torch.bmm(x.reshape(n, -1, x.shape[-1]), A.transpose(1, 2))
+    return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), z, B.transpose(1, 2)).view_as(y)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
+from ..adapt.rates import split_by_rate
 from ..build import Example, mean_loss, score, step_loss
 from ..data.collate import Collator
 from . import checkpoints
@@ -69,6 +70,14 @@ class SlimTrainer(Trainer):
         self._begun = 0.0
         # The loss below is normalised over the accumulated batch already.
         self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Make the optimizer; a method's parameters get the rates it asks for (LoRA+)."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made:
+            split_by_rate(optimizer, self.model)
+        return optimizer
 
     # --- the step -----------------------------------------------------------------------------------------------
 

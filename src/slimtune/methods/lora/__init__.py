@@ -1,25 +1,39 @@
 """LoRA: y = W x + b + s · B A x, with W frozen.
 
     A (r, in), B (out, r), s = alpha / r, or alpha / √r with rsLoRA. B starts at zero, so the model starts unchanged.
-    Parameters added per layer: r · (in + out). Merged: W + s · B A.
+    Parameters added per layer: r · (in + out); with DoRA out more. Merged: W + s · B A.
 
-Papers: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732. File format: PEFT's
-`lora_A.weight`, `lora_B.weight`; for an embedding `lora_embedding_A (r, rows)`, `lora_embedding_B (dim, r)`.
+`plain.py` holds the deltas, `starts.py` other ways to start (PiSSA, OLoRA, …), `dora.py` DoRA, `eva.py` and `loftq.py`
+starts from data and from the weights before quantization.
+
+Papers: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+
+https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File format: PEFT's `lora_A.weight`,
+`lora_B.weight`; for an embedding `lora_embedding_A (r, rows)`, `lora_embedding_B (dim, r)`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ...contract.config import TargetedConfig
 from ...contract.delta import Delta, Kind, Site
 from ...contract.patterns import pattern_key
+from ...errors import ConfigError
+from ..trainable_tokens import Place, places, row_numbers, token_delta
+from . import starts
+from .dora import EmbeddingDora, LinearDora
+from .eva import EvaConfig
+from .plain import EmbeddingLora, LinearLora, add_low_rank
+
+__all__ = ["EmbeddingLora", "LinearLora", "LoraConfig", "add_low_rank"]
+
+_OURS = {"lr_ratio": 1, "freeze_a": False}
+"""Fields PEFT does not have; a file holds them only where they say something."""
 
 
 @dataclass
@@ -33,20 +47,28 @@ class LoraConfig(TargetedConfig):
         fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
         bias: which biases of the base train too: "none", "lora_only" (of adapted layers) or "all".
         use_rslora: scale by lora_alpha / √r instead.
-        init_lora_weights: True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; False: A and B
-            both random, for tests.
+        init_lora_weights: True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; "pissa",
+            "pissa_niter_N" (N rounds, 0 and up) or "olora": the main parts of the base's weight; "orthogonal": random
+            with B A = 0, for even ranks; "mica": fixed B from the weight's smallest parts, zero A; "eva": zero B, and A
+            by `initialize_lora_eva_weights`; "loftq": see `replace_lora_weights_loftq`; False: both random, for tests.
         rank_pattern: name or pattern of a layer → its own rank.
         alpha_pattern: name or pattern of a layer → its own alpha.
+        use_dora: let the rows of the adapted weight have a trained length of their own (DoRA).
+        lora_bias: give B a trained bias; with init_lora_weights True or False, without DoRA.
+        trainable_token_indices: numbers of tokens whose rows of the input embedding train, too; or a dictionary: name
+            of an embedding → numbers. Heads that are tied to it follow.
+        eva_config: settings of "eva", an `EvaConfig`; None: its defaults.
+        loftq_config: PEFT's note of how a "loftq" adapter was made; only beside it.
+        lr_ratio: B's learning rate over A's, above 0 (LoRA+); typically 1 to 16. Ours alone.
+        freeze_a: train B alone; then of a layer's input only A x, r wide, is kept (LoRA-FA). Ours alone.
     """
 
     name: ClassVar[str] = "lora"
     elsewhere: ClassVar[dict[str, Any]] = {
-        **dict.fromkeys(("use_dora", "use_qalora", "lora_bias", "ensure_weight_tying"), False),
+        **dict.fromkeys(("use_qalora", "ensure_weight_tying"), False),
         **dict.fromkeys(
             (
                 "megatron_config",
-                "trainable_token_indices",
-                "eva_config",
                 "corda_config",
                 "lora_ga_config",
                 "velora_config",
@@ -59,7 +81,6 @@ class LoraConfig(TargetedConfig):
                 "kasa_config",
             )
         ),
-        "loftq_config": {},
         "megatron_core": "megatron.core",
         "qalora_group_size": 16,
     }
@@ -83,99 +104,96 @@ class LoraConfig(TargetedConfig):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | str = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    eva_config: EvaConfig | dict | None = None
+    loftq_config: dict[str, Any] = field(default_factory=dict)
+    lr_ratio: float = 1
+    freeze_a: bool = False
 
     def check(self) -> None:
-        """Check ranges: ranks of 1 and up, dropout in [0, 1), a known bias and initialisation."""
+        """Check ranges: ranks of 1 and up, dropout in [0, 1), a known bias and start, and what excludes what."""
         super().check()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         whole = isinstance(self.r, int) and not isinstance(self.r, bool)
         self.require(whole and self.r > 0, "r", "a whole number, 1 and up")
-        ranks = self.rank_pattern.values()
+        ranks = [self.r, *self.rank_pattern.values()]
         self.require(all(isinstance(r, int) and r > 0 for r in ranks), "rank_pattern", "ranks of 1 and up")
         self.require(0 <= self.lora_dropout < 1, "lora_dropout", "a probability in [0, 1)")
         self.require(self.bias in ("none", "all", "lora_only"), "bias", "'none', 'all' or 'lora_only'")
-        known = self.init_lora_weights in (True, False, "gaussian")
-        self.require(known, "init_lora_weights", "True, 'gaussian' or False")
+        self.require(self.lr_ratio > 0, "lr_ratio", "above 0: B's learning rate over A's")
+        init = self.init_lora_weights
+        wanted = f"True, False, 'pissa_niter_N' or one of {', '.join(map(repr, starts.NAMED))}"
+        self.require(starts.is_known(init), "init_lora_weights", wanted)
+        even = init != "orthogonal" or all(r % 2 == 0 for r in ranks)
+        self.require(even, "r", "even with init_lora_weights='orthogonal', in rank_pattern, too")
+        self.require(init != "mica" or not (self.use_dora or self.freeze_a), "init_lora_weights",
+                     "another than 'mica' with DoRA or freeze_a")  # fmt: skip
+        plain = isinstance(init, bool) and not self.use_dora
+        self.require(not self.lora_bias or plain, "lora_bias", "False with DoRA or a named init_lora_weights")
+        self.require(not self.loftq_config or init == "loftq", "loftq_config", "only with init_lora_weights='loftq'")
+        if isinstance(self.eva_config, dict):
+            self.eva_config = EvaConfig(**self.eva_config)
+        if init == "eva" and self.eva_config is None:
+            self.eva_config = EvaConfig()
+        if self.trainable_token_indices is not None:
+            tokens = self.trainable_token_indices
+            lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+            right = bool(lists) and all(row_numbers(t) for t in lists)
+            self.require(right, "trainable_token_indices", "token numbers, 0 and up, each once")
 
     @property
     def patterns(self) -> dict[str, dict]:
         """The fields that map layer patterns to values; each pattern must match a target."""
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
+    def further_targets(self, model: nn.Module) -> dict[str, Kind]:
+        """Return the embeddings of which rows train, and what is tied to them."""
+        return {name: place.kind for name, place in self._token_places(model).items()}
+
+    def build_all(self, sites: Sequence[Site]) -> list[Delta]:
+        """Return the deltas; those of trained tokens share their rows where they are tied."""
+        tokens = self._token_places(sites[0].model) if sites else {}
+        made: dict[str, Delta] = {}
+        for site in sites:
+            place = tokens.get(site.name)
+            made[site.name] = self.build(site) if place is None else token_delta(site, place, made)
+        return list(made.values())
+
     def build(self, site: Site) -> Delta:
-        """Return the low-rank delta at `site`, with the layer's own rank and alpha."""
+        """Return the low-rank delta at `site`, with the layer's own rank and alpha.
+
+        Raises:
+            ConfigError: "loftq" on a base whose original weights are not to be had.
+        """
+        if self.init_lora_weights == "loftq" and not site.loading:
+            raise ConfigError(
+                "init_lora_weights='loftq' starts from weights before quantization, which the model no longer has",
+                "a base in NF4 and another start",
+                "leave init_lora_weights out, then slimtune.replace_lora_weights_loftq(model, folder of the weights)",
+            )
         r = self.rank_pattern.get(pattern_key(self.rank_pattern, site.name) or "", self.r)
         alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, site.name) or "", self.lora_alpha)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        kind = EmbeddingLora if site.kind == "embedding" else LinearLora
-        return kind(site, r, scale, self.lora_dropout, self.init_lora_weights)
+        if site.kind == "embedding":
+            if self.lora_bias:
+                raise ConfigError(f"lora_bias is True, and {site.name} is an embedding", "linear maps alone")
+            return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
+        return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
 
+    def file_key(self, key: str) -> str:
+        """Return PEFT's key: trained tokens lie one name deeper."""
+        rows = ".trainable_tokens_delta"
+        return f"{key.removesuffix(rows)}.token_adapter{rows}" if key.endswith(rows) else key
 
-class LinearLora(Delta):
-    """`y + s · B A dropout(x)` for a linear map."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as PEFT writes them; ours alone where they say something."""
+        return {k: v for k, v in super().to_dict().items() if k not in _OURS or v != _OURS[k]}
 
-    def __init__(self, site: Site, r: int, scale: float, dropout: float, init: bool | str) -> None:
-        super().__init__()
-        self.scale = scale
-        self.lora_dropout = nn.Dropout(dropout) if dropout else nn.Identity()
-        # Made and filled in PEFT's order, so that one seed gives the same adapter in both.
-        self.lora_A = nn.Linear(site.in_features, r, bias=False, device=site.near)
-        self.lora_B = nn.Linear(r, site.out_features, bias=False, device=site.near)
-        if init is True:
-            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        elif init == "gaussian":
-            nn.init.normal_(self.lora_A.weight, std=1 / r)
-        if init:
-            nn.init.zeros_(self.lora_B.weight)
-        self.to(site.device, site.dtype)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `x (..., in)`, `y (..., out)` to `(..., out)`; computes in x's dtype whatever the adapter is kept in."""
-        z = F.linear(self.lora_dropout(x), self.lora_A.weight.to(x.dtype))
-        B = self.lora_B.weight.to(x.dtype)
-        # Product, scale and sum in one pass over y, and nothing of y's size kept for the backward pass.
-        rows = y.reshape(-1, y.shape[-1])
-        return torch.addmm(rows, z.reshape(-1, z.shape[-1]), B.t(), alpha=self.scale).view_as(y)
-
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return `(A (r, in), B (out, r), scale)`: the update is `scale · B A`."""
-        return self.lora_A.weight, self.lora_B.weight, self.scale
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + s · B A` and the bias as it is."""
-        return add_low_rank(weight, *self.factors()), bias
-
-
-class EmbeddingLora(Delta):
-    """`y + s · (B A)[:, x]` for an embedding whose rows `x` numbers."""
-
-    def __init__(self, site: Site, r: int, scale: float, dropout: float, init: bool | str) -> None:
-        super().__init__()
-        self.scale = scale
-        self.lora_embedding_A = nn.Parameter(torch.randn(r, site.in_features, device=site.near))
-        self.lora_embedding_B = nn.Parameter(torch.randn(site.out_features, r, device=site.near))
-        if init:
-            nn.init.zeros_(self.lora_embedding_A)
-            nn.init.normal_(self.lora_embedding_B)
-        self.to(site.device, site.dtype)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map row numbers `x (...)` and the frozen rows `y (..., dim)` to `(..., dim)`."""
-        A, B, scale = self.factors()
-        return y + F.linear(F.embedding(x, A.t()), B).to(y.dtype) * scale
-
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        """Return `(A (r, rows), B (dim, r), scale)`."""
-        return self.lora_embedding_A, self.lora_embedding_B, self.scale
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + s · B A` for `W (dim, rows)`."""
-        return add_low_rank(weight, *self.factors()), bias
-
-
-def add_low_rank(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return `W (out, in) + s · B (out, r) A (r, in)` in W's dtype."""
-    return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale
+    def _token_places(self, model: nn.Module) -> dict[str, Place]:
+        tokens = self.trainable_token_indices
+        return {} if tokens is None else places(model, tokens, self.modules_to_save or (), told_twice=False)

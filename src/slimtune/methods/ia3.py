@@ -1,0 +1,163 @@
+"""(IA)³: y = l ⊙ (W x + b); in feed-forward layers y = W (l ⊙ x) + b, with W and b frozen.
+
+l (out), in feed-forward layers l (in), starts at one, so the model starts unchanged.
+Parameters added per layer: out, or in. Merged: diag(l) W and l ⊙ b, or W diag(l) and b.
+
+Paper: https://arxiv.org/abs/2205.05638. File format: PEFT's `ia3_l`, as `(out, 1)` or `(1, in)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..contract.config import TargetedConfig
+from ..contract.delta import Delta, Frozen, Site
+from ..contract.patterns import named
+from ..errors import ConfigError, TargetError, listed, nearest
+
+_FUSED = ["query_key_value"], ["dense_4h_to_h"]
+_BERT = ["key", "value"], ["output.dense"]
+_QV, _KV, _DOWN = ["q_proj", "v_proj"], ["k_proj", "v_proj"], ["down_proj"]
+_GPT2 = ["c_attn"], ["mlp.c_proj"]
+
+SCALED: dict[str | None, tuple[list[str], list[str]]] = {
+    **dict.fromkeys(("llama", "mistral"), (_KV, _DOWN)),
+    **dict.fromkeys(("llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), (_QV, _DOWN)),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT2),
+    **dict.fromkeys(("bert", "roberta"), _BERT),
+    **dict.fromkeys(("gpt_neox", "falcon", "RefinedWebModel", "RefinedWeb"), _FUSED),
+    **dict.fromkeys(("phi", "bart"), (_QV, ["fc2"])),
+    "bloom": (["query_key_value"], ["mlp.dense_4h_to_h"]),
+    "mixtral": (_KV, ["w2"]),
+    "opt": (["q_proj", "k_proj"], ["fc2"]),
+    "gptj": (_QV, ["fc_out"]),
+    "gpt_neo": (_QV, ["c_proj"]),
+    "t5": (["k", "v"], ["wo"]),
+    "mt5": (["k", "v", "wi_1"], []),
+    "deberta": (["in_proj"], ["output.dense"]),
+    "deberta-v2": (["key_proj", "value_proj"], ["output.dense"]),
+}
+"""By architecture: layers whose output is scaled, and feed-forward layers whose input is (PEFT's choice)."""
+
+
+@dataclass
+class IA3Config(TargetedConfig):
+    """(IA)³: one factor for each output of a layer, or for each input; PEFT's field names and defaults.
+
+    Args:
+        feedforward_modules: which targets have their input scaled: names or endings, or a pattern for the full name.
+            None: PEFT's choice for the architecture; an empty list: none.
+        fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
+        init_ia3_weights: start at one; False: normal random factors, for tests.
+    """
+
+    name: ClassVar[str] = "ia3"
+    short_names: ClassVar[dict[str, str]] = {"targets": "target_modules", "feedforward": "feedforward_modules"}
+
+    feedforward_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    def check(self) -> None:
+        """Check that feed-forward layers named are among the targets named."""
+        super().check()
+        if isinstance(self.feedforward_modules, set | tuple):
+            self.feedforward_modules = sorted(self.feedforward_modules)
+        if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
+            strange = [n for n in self.feedforward_modules if n not in self.target_modules]
+            self.require(
+                not strange, "feedforward_modules", f"names from target_modules: {listed(self.target_modules)}"
+            )
+
+    @classmethod
+    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
+        """Return both kinds of target together."""
+        return {kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()}
+
+    def fill(self, model: Any) -> None:
+        """Take PEFT's choice of feed-forward layers where none is given."""
+        if self.feedforward_modules is not None:
+            return
+        kind = _architecture(model)
+        if kind not in SCALED:
+            raise ConfigError(
+                f"feedforward_modules is None, and there is no default for {kind or type(model).__name__!r}",
+                "the targets whose input is to be scaled",
+                'name them, such as ["down_proj"], or give [] for none',
+            )
+        self.feedforward_modules = list(SCALED[kind][1])
+
+    def build(self, site: Site) -> Delta:
+        """Return the factors at `site`."""
+        return (ScaledInput if self._is_feedforward(site.name) else ScaledOutput)(site, self.init_ia3_weights)
+
+    def build_all(self, sites: Sequence[Site]) -> list[Delta]:
+        """Return the factors everywhere; each feed-forward layer that was asked for must be among the sites."""
+        names = [s.name for s in sites]
+        asked: Any = self.feedforward_modules or []
+        asked = [asked] if isinstance(asked, str) else asked
+        default = SCALED.get(_architecture(sites[0].model), ([], []))[1] if sites else asked
+        if asked != default and not any(s.loading for s in sites):
+            ending = isinstance(self.feedforward_modules, list)
+            vain = [a for a in asked if not any(n.endswith(a) if ending else named(a, n) for n in names)]
+            if vain:
+                tails = sorted({n.rsplit(".", 1)[-1] for n in names})
+                raise TargetError(
+                    f"feedforward_modules: {listed(vain)} is no target{nearest(vain[0], [*tails, *names])}",
+                    f"targets are {listed(tails)}",
+                )
+        return super().build_all(sites)
+
+    def _is_feedforward(self, name: str) -> bool:
+        given = self.feedforward_modules or []
+        # Plain endings, as in PEFT.
+        return named(given, name) if isinstance(given, str) else any(name.endswith(g) for g in given)
+
+
+class ScaledOutput(Delta):
+    """`l ⊙ y`."""
+
+    def __init__(self, site: Site, init: bool) -> None:
+        super().__init__()
+        self.ia3_l = _factors(site, init, site.out_features, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Map `y (..., out)` to `(..., out)`."""
+        # In the factors' own dtype: near one, 16 bits would round what was learned away.
+        return (y * self.ia3_l.flatten()).to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return `diag(l) W` and `l ⊙ b`."""
+        l = self.ia3_l.to(weight.dtype)  # noqa: E741 (the paper's letter)
+        return weight * l, None if bias is None else bias * l.flatten()
+
+
+class ScaledInput(Delta):
+    """`W (l ⊙ x) + b`."""
+
+    def __init__(self, site: Site, init: bool) -> None:
+        super().__init__()
+        self.ia3_l = _factors(site, init, 1, site.in_features)
+
+    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+        """Map `x (..., in)` to `(..., out)`."""
+        return frozen((x * self.ia3_l.flatten()).to(x.dtype))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return `W diag(l)` and the bias as it is."""
+        return weight * self.ia3_l.to(weight.dtype), bias
+
+
+def _architecture(model: Any) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _factors(site: Site, init: bool, rows: int, columns: int) -> nn.Parameter:
+    # Drawn even where it starts at one, as PEFT does: one seed gives the same adapter in both.
+    start = torch.randn(rows, columns, device=site.near)
+    return nn.Parameter((torch.ones_like(start) if init else start).to(site.device, site.dtype))

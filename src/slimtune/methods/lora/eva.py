@@ -1,0 +1,281 @@
+"""EVA: A starts as the main directions of a layer's inputs, and each layer gets the rank its inputs need.
+
+    inputs x of a layer, over batches → incremental PCA → A = the first directions, B = 0
+
+A budget of ranks (the sum of all layers') is handed out by explained variance: the directions of all layers are sorted
+by it, the first ones win; a layer may get `rho` times its rank, or none and be left alone. Layers with the same inputs
+(q, k, v) share one analysis. Stops when the directions of all layers have settled (cosine similarity `tau`).
+
+Paper: https://arxiv.org/abs/2410.07170. The file is a LoRA's, with a `rank_pattern`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...contract.patterns import pattern_key
+from ...errors import ConfigError, UsageError
+
+
+@dataclass
+class EvaConfig:
+    """Settings of EVA; PEFT's field names and defaults.
+
+    Args:
+        rho: a layer's largest rank over its own, 1 and up; 1 keeps all ranks.
+        tau: cosine similarity, 0 to 1, from which a direction has settled.
+        use_label_mask: leave positions out whose label is `label_mask_value`.
+        label_mask_value: the label that means "none".
+        whiten: divide each direction by the root of its singular value.
+        adjust_scaling_factors: change alpha as the rank changes, so that alpha / r stays.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rho < 1:
+            raise ConfigError(f"rho is {self.rho}", "1 and up")
+        if not 0 <= self.tau <= 1:
+            raise ConfigError(f"tau is {self.tau}", "0 to 1")
+
+
+@torch.no_grad()
+def initialize_lora_eva_weights(
+    model: Any,
+    dataloader: Iterable | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    forward_fn: Callable[[Any, Any], Any] | None = None,
+    adapter_name: str = "default",
+    max_batches: int | None = None,
+    **moot: Any,
+) -> None:
+    """Give a LoRA adapter with `init_lora_weights="eva"` its start and its ranks, from batches of inputs.
+
+    Args:
+        model: the adapted model.
+        dataloader: batches, as dictionaries of the model's inputs; run over again until all directions have settled.
+        eva_state_dict: the directions by layer name, where `get_eva_state_dict` found them before.
+        forward_fn: `(model, batch)` → anything; runs the model. None: `model(**batch)`.
+        adapter_name: the adapter.
+        max_batches: stop after so many batches and take the directions as they are; None: no limit.
+        moot: PEFT's arguments on progress bars and several processes.
+
+    Raises:
+        UsageError: the adapter was not made for EVA, or there are no batches.
+    """
+    if [adapter_name] != list(model.active_adapters):
+        raise UsageError(f"active are {model.active_adapters}", f"{adapter_name!r} alone", "model.set_adapter(name)")
+    if eva_state_dict is None:
+        found = get_eva_state_dict(model, dataloader, forward_fn, adapter_name, max_batches, **moot)
+    else:
+        found = dict(eva_state_dict)
+    config = model.peft_config[adapter_name]
+    found = {n.removeprefix("base_model.model."): w for n, w in found.items()}
+    layers = model._attached.deltas(adapter_name)
+    ranks = {n: found[n].shape[0] if n in found else _rank(config, n) for n in layers}
+    alphas = {n: _alpha(config, n, rank) for n, rank in ranks.items() if rank}
+    changed = dataclasses.replace(
+        config,
+        target_modules=list(alphas),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern={n: r for n, r in ranks.items() if r not in (0, config.r)},
+        alpha_pattern={n: a for n, a in alphas.items() if a != config.lora_alpha},
+    )
+    # A rank is a size: the adapter is made anew, beside the old one, and takes its name.
+    model.add_adapter("eva_start", changed)
+    for name, delta in model._attached.deltas("eva_start").items():
+        if name in found:
+            delta.lora_A.weight.copy_(found[name])
+    model.set_adapter("eva_start")
+    model.delete_adapter(adapter_name)
+    model.rename_adapter("eva_start", adapter_name)
+
+
+@torch.no_grad()
+def get_eva_state_dict(
+    model: Any,
+    dataloader: Iterable | None,
+    forward_fn: Callable[[Any, Any], Any] | None = None,
+    adapter_name: str = "default",
+    max_batches: int | None = None,
+    show_progress_bar: bool = False,
+    gather_distributed_inputs: bool = True,
+) -> dict[str, Tensor]:
+    """Return the directions `(rank, in)` by layer name; the arguments are those of `initialize_lora_eva_weights`."""
+    del show_progress_bar, gather_distributed_inputs
+    config = model.peft_config[adapter_name]
+    if getattr(config, "init_lora_weights", None) != "eva":
+        raise UsageError(
+            f"adapter {adapter_name!r} was not made for EVA", 'LoraConfig(init_lora_weights="eva")', "make it so"
+        )
+    if dataloader is not None and not isinstance(dataloader, Sized):
+        dataloader = list(dataloader)
+    if not dataloader:
+        raise UsageError("there are no batches", "a dataloader that gives the model's inputs")
+    layers = {n: m for n, m in model._attached.modules().items() if hasattr(m.adapters[adapter_name], "lora_A")}
+    seen = _Seen(layers, config, forward_fn or (lambda m, batch: m(**batch)))
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            return seen.run(model, dataloader, max_batches)
+    finally:
+        model.train(was_training)
+
+
+class _Seen:
+    """The analysis of every layer's inputs, over batches."""
+
+    def __init__(self, layers: dict[str, nn.Module], config: Any, forward: Callable[[Any, Any], Any]) -> None:
+        self.layers, self.config, self.forward = layers, config, forward
+        self.settings: EvaConfig = config.eva_config
+        self.most = {n: round(_rank(config, n) * self.settings.rho) for n in layers}
+        self.budget = sum(_rank(config, n) for n in layers)
+        self.leader: dict[str, str] = {}
+        """Each layer's first layer with the same inputs."""
+
+    def run(self, model: Any, dataloader: Any, max_batches: int | None) -> dict[str, Tensor]:
+        self._find_leaders(model, next(iter(dataloader)))
+        parts = {n: Pca(self.most[n]) for n in dict.fromkeys(self.leader.values())}
+        settled: dict[str, Tensor] = {}
+        ranks = dict(self.most)
+        again = itertools.chain.from_iterable(itertools.repeat(dataloader))
+        for seen, batch in enumerate(again):
+            wanted = [n for n in parts if n not in settled or not settled[n][: self._needed(n, ranks)].all()]
+            if not wanted or seen == max_batches:
+                break
+            for name, inputs in self._inputs(model, batch, wanted).items():
+                settled[name] = parts[name].add(inputs) >= self.settings.tau
+            if all(p.directions is not None for p in parts.values()):
+                ranks = self._ranks(parts)
+            elif seen + 1 == len(dataloader):  # no batch was large enough, and none will be
+                break
+        return {n: self._directions(parts[self.leader[n]], rank) for n, rank in ranks.items()}
+
+    def _needed(self, leader: str, ranks: dict[str, int]) -> int:
+        return max(ranks[n] for n, first in self.leader.items() if first == leader)
+
+    def _find_leaders(self, model: Any, batch: Any) -> None:
+        firsts: list[tuple[str, Tensor]] = []
+        for name, inputs in self._inputs(model, batch, list(self.layers)).items():
+            same = (n for n, x in firsts if x.shape == inputs.shape and torch.equal(x, inputs))
+            self.leader[name] = next(same, name)
+            if self.leader[name] == name:
+                firsts.append((name, inputs))
+        for first in set(self.leader.values()):
+            most = max(self.most[n] for n, f in self.leader.items() if f == first)
+            self.most |= {n: most for n, f in self.leader.items() if f == first}
+
+    def _inputs(self, model: Any, batch: Any, names: list[str]) -> dict[str, Tensor]:
+        """Return the inputs `(positions, in)` of layers in one batch."""
+        found: dict[str, Tensor] = {}
+        mask = self._mask(batch)
+
+        def hook(name: str) -> Any:
+            def keep(_: nn.Module, args: tuple) -> None:
+                x = args[0]
+                found[name] = (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
+
+            return keep
+
+        handles = [self.layers[n].register_forward_pre_hook(hook(n)) for n in names]
+        try:
+            self.forward(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def _mask(self, batch: Any) -> Tensor | None:
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            return None
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        if self.settings.use_label_mask and batch.get("labels") is not None:
+            mask = mask & (batch["labels"] != self.settings.label_mask_value)
+        return mask
+
+    def _ranks(self, parts: dict[str, Pca]) -> dict[str, int]:
+        """Hand the budget out by explained variance."""
+        order = [*parts, *(n for n in self.leader if n not in parts)]
+        shares = [(n, s) for n in order for s in parts[self.leader[n]].shares[: self.most[n]]]
+        best = torch.stack([s for _, s in shares]).argsort(descending=True)[: self.budget]
+        count = Counter(shares[i][0] for i in best.tolist())
+        ranks = {n: count.get(n, 0) for n in order}
+        for name in order:  # where several share one analysis, the first gets the largest rank
+            first = self.leader[name]
+            if ranks[first] < ranks[name]:
+                ranks[first], ranks[name] = ranks[name], ranks[first]
+        return ranks
+
+    def _directions(self, pca: Pca, rank: int) -> Tensor:
+        if pca.directions is None:
+            raise UsageError(
+                f"a layer needs {pca.most} positions in one batch for EVA, and no batch had them",
+                "larger batches",
+                "raise the batch size, lower r or rho, or set use_label_mask=False",
+            )
+        found = pca.directions[:rank]
+        return found / pca.sizes[:rank].sqrt()[:, None] if self.settings.whiten else found
+
+
+class Pca:
+    """Principal directions of rows that come in batches (Ross et al. 2008; scikit-learn's and PEFT's way).
+
+    Args:
+        most: how many directions are kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.count = most, 0
+        self.directions: Tensor | None = None
+        self.sizes = self.shares = self.mean = self.variance = torch.empty(0)
+
+    def add(self, rows: Tensor) -> Tensor:
+        """Take in `rows (n, in)`; return how far each direction stayed, as a cosine; 0 at first."""
+        n = rows.shape[0]
+        if n < self.most:
+            return torch.zeros(self.most)
+        before, centre = self.directions, rows.double().mean(0)
+        variance = rows.double().var(0, correction=0)
+        total = self.count + n
+        # As PEFT: the first batch in fp32, later ones in float64; the random vectors of the SVD depend on it.
+        X = (rows - centre).float()
+        if before is not None:
+            X = rows - rows.mean(0)
+            apart = self.mean - centre
+            X = torch.vstack([self.sizes[:, None] * before, X, (self.count / total * n) ** 0.5 * apart[None]])
+            variance = (self.variance * self.count + variance * n + apart**2 * self.count * n / total) / total
+            centre = (self.mean * self.count + centre * n) / total
+        with torch.random.fork_rng():
+            torch.manual_seed(42)
+            _, S, V = torch.svd_lowrank(X, q=2 * self.most, niter=4)
+        V = V.t()
+        V = V * V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
+        self.directions, self.sizes = V[: self.most], S[: self.most]
+        self.shares = S[: self.most] ** 2 / (variance * total).sum()
+        self.mean, self.variance, self.count = centre, variance, total
+        return torch.zeros(self.most) if before is None else torch.cosine_similarity(self.directions, before)
+
+
+def _rank(config: Any, name: str) -> int:
+    return config.rank_pattern.get(pattern_key(config.rank_pattern, name) or "", config.r)
+
+
+def _alpha(config: Any, name: str, rank: int) -> float:
+    alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, name) or "", config.lora_alpha)
+    return alpha * rank / _rank(config, name) if config.eva_config.adjust_scaling_factors else alpha

@@ -1,0 +1,150 @@
+"""The low-rank deltas: `y + s · B A x` at a linear map, `y + s · (B A)[:, x]` at an embedding."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...contract.delta import Delta, Site
+from . import starts
+
+if TYPE_CHECKING:
+    from . import LoraConfig
+
+
+class LinearLora(Delta):
+    """`y + s · B A dropout(x)` for a linear map; with a start taken from the weight `y + s · (B A − B₀ A₀) …`."""
+
+    optional: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
+    """PEFT's files do not have them: they are found again from the base."""
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, site: Site, config: LoraConfig, r: int, scale: float) -> None:
+        super().__init__()
+        self.scale, self.init, self.lr_ratio = scale, config.init_lora_weights, config.lr_ratio
+        self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        # Made and filled in PEFT's order, so that one seed gives the same adapter in both.
+        self.lora_A = nn.Linear(site.in_features, r, bias=False, device=site.near)
+        self.lora_B = nn.Linear(r, site.out_features, bias=config.lora_bias, device=site.near)
+        starts.fill(self.init, self.lora_A, self.lora_B)
+        self.to(site.device, site.dtype)
+        self.fixed = {"lora_A.weight"} if config.freeze_a else {"lora_B.weight"} if self.init == "mica" else set()
+        for name in self.fixed:
+            self.get_parameter(name).requires_grad_(False)
+        if starts.is_in_weight(self.init) or self.init == "mica":
+            if not site.loading and site.device.type != "meta":
+                self._start(*starts.from_weight(str(self.init), site, r, scale))
+            if self.init != "mica":
+                self.register_buffer("start_A", self.lora_A.weight.detach().clone())
+                self.register_buffer("start_B", self.lora_B.weight.detach().clone())
+
+    @torch.no_grad()
+    def _start(self, A: Tensor, B: Tensor) -> None:
+        self.lora_A.weight.copy_(A)
+        self.lora_B.weight.copy_(B)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Return `A` and `B` of the whole update; of rank 2r where the start is taken out."""
+        A, B = self.lora_A.weight, self.lora_B.weight
+        return starts.stacked(A, B, self.start_A, self.start_B) if "start_A" in self._buffers else (A, B)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Map `x (..., in)`, `y (..., out)` to `(..., out)`; computes in x's dtype whatever the adapter is kept in."""
+        A, B = (t.to(x.dtype) for t in self.low_rank())
+        z = F.linear(self.lora_dropout(x), A)
+        # Product, scale and sum in one pass over y, and nothing of y's size kept for the backward pass.
+        rows = y.reshape(-1, y.shape[-1])
+        out = torch.addmm(rows, z.reshape(-1, z.shape[-1]), B.t(), alpha=self.scale).view_as(y)
+        bias: Tensor | None = self.lora_B.bias
+        return out if bias is None else out + bias.to(x.dtype) * self.scale
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """Return `(A, B, scale)`: the update is `scale · B A`; None with a bias on B."""
+        return (*self.low_rank(), self.scale) if self.lora_B.bias is None else None
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return `W + s · B A` and the bias, plus `s · b_B` where B has one."""
+        own: Tensor | None = self.lora_B.bias
+        if own is not None:
+            own = own.to(weight.dtype) * self.scale
+            bias = own if bias is None else bias + own
+        return add_low_rank(weight, *self.low_rank(), self.scale), bias
+
+    def accept(self, given: Mapping[str, Tensor], site: Site) -> None:
+        """Find the start again where the file does not have it: PEFT's files leave it in a changed base."""
+        if "start_A" in self._buffers and "start_A" not in given:
+            if "niter" in str(self.init):
+                warnings.warn(
+                    f"{site.name}: the file leaves out how this adapter started, which {self.init!r} found with random "
+                    "numbers; found again it is a little different, in PEFT, too",
+                    stacklevel=2,
+                )
+            A, B = starts.from_weight(str(self.init), site, self.lora_A.out_features, self.scale)
+            self.start_A.copy_(A)
+            self.start_B.copy_(B)
+
+    def trained(self) -> Iterable[nn.Parameter]:
+        """Return what trains: all but a fixed A or B."""
+        return [p for n, p in self.named_parameters() if n not in self.fixed]
+
+    def rates(self) -> dict[str, float]:
+        """Return B's factor on the learning rate (LoRA+)."""
+        return {n: self.lr_ratio for n, _ in self.named_parameters() if n.startswith("lora_B") and self.lr_ratio != 1}
+
+
+class EmbeddingLora(Delta):
+    """`y + s · (B A)[:, x]` for an embedding whose rows `x` numbers."""
+
+    def __init__(self, site: Site, config: LoraConfig, r: int, scale: float) -> None:
+        super().__init__()
+        init = config.init_lora_weights
+        self.scale, self.lr_ratio = scale, config.lr_ratio
+        self.lora_embedding_A = nn.Parameter(torch.randn(r, site.in_features, device=site.near))
+        self.lora_embedding_B = nn.Parameter(torch.randn(site.out_features, r, device=site.near))
+        if init:
+            nn.init.zeros_(self.lora_embedding_A)
+            nn.init.normal_(self.lora_embedding_B)
+        self.to(site.device, site.dtype)
+        # A file needs no start; the weight of an offloaded embedding could not be read here.
+        if init == "mica" and not site.loading and site.device.type != "meta":
+            with torch.no_grad():
+                self.lora_embedding_B.copy_(starts.from_weight("mica", site, r, scale)[1])
+        self.fixed = {"lora_embedding_B"} if init == "mica" else {"lora_embedding_A"} if config.freeze_a else set()
+        for name in self.fixed:
+            self.get_parameter(name).requires_grad_(False)
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Return `A (r, rows)` and `B (dim, r)`."""
+        return self.lora_embedding_A, self.lora_embedding_B
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Map row numbers `x (...)` and the frozen rows `y (..., dim)` to `(..., dim)`."""
+        A, B = self.low_rank()
+        return y + F.linear(F.embedding(x, A.t()), B).to(y.dtype) * self.scale
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """Return `(A (r, rows), B (dim, r), scale)`."""
+        return (*self.low_rank(), self.scale)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return `W + s · B A` for `W (dim, rows)`."""
+        return add_low_rank(weight, *self.low_rank(), self.scale), bias
+
+    def trained(self) -> Iterable[nn.Parameter]:
+        """Return what trains: all but a fixed A or B."""
+        return [p for n, p in self.named_parameters() if n not in self.fixed]
+
+    def rates(self) -> dict[str, float]:
+        """Return B's factor on the learning rate (LoRA+)."""
+        return {"lora_embedding_B": self.lr_ratio} if self.lr_ratio != 1 else {}
+
+
+def add_low_rank(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return `W (out, in) + s · B (out, r) A (r, in)` in W's dtype."""
+    return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale

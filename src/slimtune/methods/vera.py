@@ -1,0 +1,156 @@
+"""VeRA: y = W x + b + λ_b ⊙ B (λ_d ⊙ A x), with W frozen, and A and B random, frozen and shared by all layers.
+
+A (r, in), B (out, r): the first columns of one A and the first rows of one B, as large as the largest layer needs,
+drawn from a seed. λ_d (r) and λ_b (out) train. λ_b starts at zero, so the model starts unchanged. Parameters added per
+layer: r + out. Merged: W + diag(λ_b) B diag(λ_d) A.
+
+Paper: https://arxiv.org/abs/2310.11454. File format: PEFT's `vera_lambda_d`, `vera_lambda_b`, and, unless
+`save_projection` is off, `base_model.vera_A`, `base_model.vera_B`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..contract.architectures import DEFAULT_TARGETS
+from ..contract.config import TargetedConfig
+from ..contract.delta import Delta, Holder, Kind, Site
+from ..contract.prompt import backbone_name
+
+
+@dataclass
+class VeraConfig(TargetedConfig):
+    """VeRA: two trained vectors a layer around random matrices that all layers share; PEFT's field names and defaults.
+
+    Args:
+        r: rank, 1 and up; larger than LoRA's, typically 128 to 1024.
+        projection_prng_key: seed of A and B, a whole number.
+        save_projection: write A and B into the file; off, they are drawn again from the seed, which another version of
+            torch might do otherwise.
+        vera_dropout: probability in [0, 1) of dropping an input of A while training.
+        d_initial: what λ_d starts at; 0.1 and below are usual.
+        fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
+        bias: which biases of the base train too: "none", "vera_only" (of adapted layers) or "all".
+        init_weights: False: λ_d normal and λ_b one at the start, for tests.
+    """
+
+    name: ClassVar[str] = "vera"
+    short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "vera_dropout", "targets": "target_modules"}
+    recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "vera_only"] = "none"
+    init_weights: bool = True
+
+    def check(self) -> None:
+        """Check ranges: a rank of 1 and up, dropout in [0, 1), a whole seed, a known bias."""
+        super().check()
+        for name, least in (("r", 1), ("projection_prng_key", None)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            wanted = "a whole number" if least is None else f"a whole number, {least} and up"
+            self.require(whole and (least is None or value >= least), name, wanted)
+        self.require(0 <= self.vera_dropout < 1, "vera_dropout", "a probability in [0, 1)")
+        self.require(self.bias in ("none", "all", "vera_only"), "bias", "'none', 'all' or 'vera_only'")
+
+    @classmethod
+    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
+        """Return LoRA's targets, and fewer for Phi."""
+        return {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
+
+    def further_targets(self, model: Any) -> dict[str, Kind]:
+        """Return the backbone, which holds A and B."""
+        return {backbone_name(model): "model"}
+
+    def file_key(self, key: str) -> str:
+        """Return PEFT's keys for A and B, which stand above the model."""
+        name = key.rpartition(".")[2]
+        return f"base_model.{name}" if name in ("vera_A", "vera_B") else key
+
+    def build_all(self, sites: Sequence[Site]) -> list[Delta]:
+        """Return the trained vectors for each layer, and the holder of A and B for the backbone."""
+        layers = [s for s in sites if s.kind != "model"]
+        widest = max((s.in_features for s in layers), default=1), max((s.out_features for s in layers), default=1)
+        shared = next(Projections(s, self, *widest) for s in sites if s.kind == "model")
+        return [shared if s.kind == "model" else Vera(s, self, shared) for s in sites]
+
+
+class Projections(Holder):
+    """A `(r, in)` and B `(out, r)`, random and frozen."""
+
+    def __init__(self, site: Site, config: VeraConfig, in_features: int, out_features: int) -> None:
+        super().__init__()
+        # Kept in the dtype the base computes in, so that no layer makes and holds a copy in it.
+        dtype = next((p.dtype for p in site.module.parameters() if p.dtype.is_floating_point), site.dtype)
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        for name, shape in (("vera_A", (config.r, in_features)), ("vera_B", (out_features, config.r))):
+            drawn = torch.empty(shape, dtype=torch.float32, device=site.near)
+            if not drawn.is_meta:
+                bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1]))
+                drawn.uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, drawn.to(site.device, dtype), persistent=config.save_projection)
+
+
+class Vera(Delta):
+    """`y + λ_b ⊙ B (λ_d ⊙ A dropout(x))`."""
+
+    def __init__(self, site: Site, config: VeraConfig, shared: Projections) -> None:
+        super().__init__()
+        self.held = (shared,)
+        self.sizes = site.in_features, site.out_features
+        self.vera_dropout = nn.Dropout(config.vera_dropout) if config.vera_dropout else nn.Identity()
+        # Drawn even where it starts otherwise, as PEFT does: one seed gives the same adapter in both.
+        b, d = torch.ones(site.out_features, device=site.near), torch.randn(config.r, device=site.near)
+        if config.init_weights:
+            b, d = torch.zeros_like(b), torch.full_like(d, config.d_initial)
+        self.vera_lambda_b = nn.Parameter(b.to(site.device, site.dtype))
+        self.vera_lambda_d = nn.Parameter(d.to(site.device, site.dtype))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Map `x (..., in)`, `y (..., out)` to `(..., out)`; computes in x's dtype."""
+        A, B = self._matrices(x)
+        z = F.linear(self.vera_dropout(x), A) * self.vera_lambda_d.to(x.dtype)
+        return _AddScaled.apply(y, z.to(y), self.vera_lambda_b.to(y), B.to(y))
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return `(diag(λ_d) A (r, in), diag(λ_b) B (out, r), 1)`."""
+        A, B = self._matrices(self.vera_lambda_d)
+        return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B, 1.0
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return `W + diag(λ_b) B diag(λ_d) A` and the bias as it is."""
+        A, B, _ = self.factors()
+        return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias
+
+    def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        held: Any = self.held[0]
+        A, B = held.vera_A[:, : self.sizes[0]], held.vera_B[: self.sizes[1]]
+        return A.to(like.device, like.dtype), B.to(like.device, like.dtype)
+
+
+class _AddScaled(torch.autograd.Function):
+    """`y + λ ⊙ B z`; keeps z `(..., r)` for the backward pass, and nothing of y's size."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor, scale: Tensor, B: Tensor) -> Tensor:
+        ctx.save_for_backward(z, scale, B)
+        return F.linear(z, B).mul_(scale).add_(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        z, scale, B = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        of_scale = ((rows.t() @ z.reshape(-1, z.shape[-1])) * B).sum(1)
+        return grad, (grad * scale) @ B, of_scale, None

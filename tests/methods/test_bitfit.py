@@ -1,0 +1,54 @@
+"""BitFit beside the contract: which biases there are, what has none, and merging into those that are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models_zoo import bert_classifier, gpt2, llama, qwen2, run, shake, snapshot
+
+from slimtune import get_peft_model
+from slimtune.contract.delta import MergeRefused
+from slimtune.errors import TargetError
+from slimtune.methods.bitfit import BitFitConfig
+
+
+@pytest.mark.parametrize("base", [gpt2, qwen2])
+def test_every_bias_and_nothing_else_trains(base):
+    biases = {n for n in snapshot(base()) if n.endswith(".bias")}
+    model = get_peft_model(base(), BitFitConfig())
+    assert biases
+    assert {f"{n}.bias" for n in model.match_report().adapted} == biases
+
+
+def test_merged_into_the_biases_and_no_weight():
+    model = get_peft_model(gpt2(), BitFitConfig()).eval()
+    shake(model)
+    expected, before = run(model), snapshot(gpt2())
+    plain = model.merge_and_unload()
+    assert (run(plain) - expected).abs().max() < 1e-9
+    changed = {n for n, t in snapshot(plain).items() if not torch.equal(t, before[n])}
+    assert changed == {n for n in before if n.endswith(".bias")}
+
+
+def test_a_new_head_trains_whole_beside():
+    report = get_peft_model(bert_classifier(), BitFitConfig(task_type="SEQ_CLS")).match_report()
+    assert report.trained_whole == ("classifier",)
+    assert "classifier" not in report.adapted
+
+
+def test_a_base_without_biases_is_an_error_that_names_the_way_out():
+    with pytest.raises(TargetError, match="new_biases=True"):
+        get_peft_model(llama(), BitFitConfig())
+
+
+def test_a_target_without_a_bias_is_named():
+    with pytest.raises(TargetError, match=r"2 of 4 targets have no bias.*layers\.0\.self_attn\.o_proj"):
+        get_peft_model(qwen2(), BitFitConfig(target_modules=["q_proj", "o_proj"]))
+
+
+def test_new_biases_are_everywhere_but_at_the_head_and_not_merged():
+    model = get_peft_model(llama(), BitFitConfig(new_biases=True))
+    assert len(model.match_report().adapted) == 2 * 7 + 5
+    assert "lm_head" in model.match_report().left
+    with pytest.raises(MergeRefused, match=r"layers\.0\.self_attn\.q_proj has no bias"):
+        model.merge_adapter()

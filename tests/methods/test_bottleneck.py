@@ -1,0 +1,196 @@
+"""Bottleneck adapters: against the `adapters` library's numbers, and where they stand in each architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from models_zoo import bert_classifier, distilbert_classifier, gpt2, llama, run, shake, t5
+from safetensors import safe_open
+
+from slimtune import BottleneckConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from slimtune.contract.delta import MergeRefused
+from slimtune.errors import ConfigError, TargetError
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "bottleneck_golden.safetensors"
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+
+
+def opt():
+    return tf.OPTForCausalLM(tf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32))
+
+
+def neox():
+    return tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES, intermediate_size=48))
+
+
+def bloom():
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    return tf.BloomForCausalLM(tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=128, **ends))
+
+
+def mamba():
+    return tf.MambaForCausalLM(tf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=128))
+
+
+def places(model, **settings):
+    """The adapted modules, by what stands before and after the layer's number."""
+    adapted = get_peft_model(model, BottleneckConfig(reduction_factor=4, **settings)).match_report().adapted
+    return [n for n in adapted if ".0" in n], len(adapted)
+
+
+@pytest.mark.parametrize("case", ["houlsby", "pfeiffer", "parallel", "mixed"])
+def test_says_what_the_adapters_library_says(case):
+    with safe_open(GOLDEN, "pt") as file:
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        about = {k: json.loads(v) for k, v in file.metadata().items()}
+    base = tf.LlamaForCausalLM(tf.LlamaConfig(**about["sizes"]))
+    base.load_state_dict({k.removeprefix("base."): t for k, t in tensors.items() if k.startswith("base.")})
+    base = base.double().eval()
+    plain = run(base, tensors["ids"])
+    model = get_peft_model(base, BottleneckConfig(**about["cases"][case])).eval()
+    own = {k.removeprefix(f"{case}/"): t for k, t in tensors.items() if k.startswith(f"{case}/base_model.")}
+    set_peft_model_state_dict(model, own)
+    wanted = tensors[f"{case}/logits"]
+    assert (run(model, tensors["ids"]) - wanted).abs().max() < 1e-9
+    assert (plain - wanted).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("base", "houlsby", "pfeiffer"),
+    [
+        (llama, ["model.layers.0.self_attn", "model.layers.0.mlp"], ["model.layers.0"]),
+        (gpt2, ["transformer.h.0.attn", "transformer.h.0.mlp"], ["transformer.h.0"]),
+        (neox, ["gpt_neox.layers.0.attention", "gpt_neox.layers.0.mlp"], ["gpt_neox.layers.0"]),
+        (opt, ["model.decoder.layers.0.self_attn", "model.decoder.layers.0.fc2"], ["model.decoder.layers.0"]),
+        # Their sub-layers add the residual themselves: the adapter stands before that.
+        (bloom, ["transformer.h.0.self_attention.dense", "transformer.h.0.mlp.dense_4h_to_h"], ["transformer.h.0"]),
+        (
+            bert_classifier,
+            ["bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.0.output.dense"],
+            ["bert.encoder.layer.0"],
+        ),
+        (
+            distilbert_classifier,
+            ["distilbert.transformer.layer.0.attention", "distilbert.transformer.layer.0.ffn"],
+            ["distilbert.transformer.layer.0"],
+        ),
+    ],
+)
+def test_stands_in_every_layer(base, houlsby, pfeiffer):
+    assert places(base(), style="houlsby") == (houlsby, 4)
+    assert places(base(), style="pfeiffer") == (pfeiffer, 2)
+
+
+def test_encoder_and_decoder():
+    assert places(t5(), style="houlsby")[1] == 8
+    model = get_peft_model(t5(), BottleneckConfig(style="parallel")).eval()
+    shake(model)
+    assert (run(model) - run(t5())).abs().max() > 1e-3
+
+
+def test_a_model_whose_layers_are_unknown_is_refused():
+    with pytest.raises(TargetError, match="found 0 of the 2 layers of a MambaForCausalLM"):
+        get_peft_model(mamba(), BottleneckConfig())
+
+
+def test_one_layer_without_what_was_asked_is_refused():
+    model = llama()
+    del model.model.layers[1].mlp
+    with pytest.raises(TargetError, match=r"model\.layers\.1 .* has no feed-forward"):
+        get_peft_model(model, BottleneckConfig(style="houlsby"))
+
+
+@pytest.mark.parametrize("base", [opt, bloom, bert_classifier])
+def test_parallel_needs_what_the_feed_forward_reads(base):
+    with pytest.raises(TargetError, match="what it reads is unknown"):
+        get_peft_model(base(), BottleneckConfig(style="parallel"))
+
+
+def test_layers_are_chosen_or_left_out():
+    three = {"layers": 3}
+    assert get_peft_model(llama(**three), BottleneckConfig(layers_to_transform=[1])).match_report().adapted == (
+        "model.layers.1",
+    )
+    left = get_peft_model(llama(**three), BottleneckConfig(leave_out=[0, 2], style="houlsby")).match_report().adapted
+    assert left == ("model.layers.1.self_attn", "model.layers.1.mlp")
+    with pytest.raises(TargetError, match="leave_out: '3' matches no layer"):
+        get_peft_model(llama(**three), BottleneckConfig(leave_out=[3]))
+
+
+def test_named_modules_are_taken_as_they_are():
+    model = get_peft_model(llama(), BottleneckConfig(target_modules=["mlp", "k_proj"], bottleneck_size=3)).eval()
+    own = dict(model.named_parameters())
+    at = "model.layers.0.self_attn.k_proj.adapters.default.adapter"
+    assert own[f"{at}_down.weight"].shape == (3, 16)
+    assert own[f"{at}_up.weight"].shape == (16, 3)
+    assert len(model.match_report().adapted) == 4
+
+
+def test_each_layer_has_its_own_size():
+    model = get_peft_model(llama(), BottleneckConfig(reduction_factor={1: 4, "default": 32}))
+    sizes = [t.shape[0] for n, t in model.named_parameters() if n.endswith("adapter_down.weight")]
+    assert sizes == [1, 8]
+    with pytest.raises(TargetError, match="reduction_factor: '7' matches no adapted layer"):
+        get_peft_model(llama(), BottleneckConfig(reduction_factor={7: 4, "default": 32}))
+    with pytest.raises(ConfigError, match="no value for layer 1"):
+        get_peft_model(llama(), BottleneckConfig(reduction_factor={0: 4}))
+
+
+def test_flags_win_over_the_style():
+    config = BottleneckConfig(style="pfeiffer", mh_adapter=True, scaling=0.5)
+    assert (config.mh_adapter, config.output_adapter, config.original_ln_before) == (True, True, False)
+    assert (config.non_linearity, config.scaling, config.reduction_factor) == ("relu", 0.5, 16)
+    assert BottleneckConfig(bottleneck_size=8).reduction_factor is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"style": "houlsbi"}, "did you mean 'houlsby'"),
+        ({"non_linearity": "rleu"}, "did you mean 'relu'"),
+        ({"reduction_factor": 0}, "reduction_factor is 0"),
+        ({"reduction_factor": 4, "bottleneck_size": 8}, "None where reduction_factor is given"),
+        ({"scaling": "learnt"}, "scaling is 'learnt'"),
+        ({"output_adapter": False}, "mh_adapter true"),
+        ({"mh_adapter": True, "original_ln_before": True}, "original_ln_before is True"),
+        ({"leave_out": [1], "target_modules": ["mlp"]}, "leave_out is"),
+        ({"phm_layer": True}, "no field 'phm_layer'"),
+    ],
+)
+def test_bad_settings(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        BottleneckConfig(**settings)
+
+
+def test_the_librarys_other_fields_are_taken_at_their_defaults():
+    assert BottleneckConfig(phm_layer=False, inv_adapter=None, original_ln_after=True) == BottleneckConfig()
+
+
+def test_the_berts_start_moves_the_model_a_little():
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), BottleneckConfig(init_weights="bert")).eval()
+    assert 1e-8 < (run(model) - run(llama())).abs().max() < 1e-2
+
+
+def test_what_the_file_holds(tmp_path):
+    model = get_peft_model(llama(), BottleneckConfig(style="houlsby", scaling="learned"))
+    shake(model)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        names = {k for k in file.keys() if ".0.self_attn." in k}  # noqa: SIM118
+    at = "base_model.model.model.layers.0.self_attn."
+    tails = ("adapter_down.weight", "adapter_down.bias", "adapter_up.weight", "adapter_up.bias", "scaling")
+    assert names == {at + t for t in tails}
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BOTTLENECK"
+    assert PeftConfig.from_pretrained(tmp_path).mh_adapter is True
+    assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path)), run(model.eval()))
+
+
+def test_merging_is_refused_by_name():
+    model = get_peft_model(llama(), BottleneckConfig())
+    with pytest.raises(MergeRefused, match=r"bottleneck adapter at model\.layers\.0 is not linear"):
+        model.merge_adapter()

@@ -1,0 +1,68 @@
+"""(IA)³ beside the contract: whose input is scaled, PEFT's table, and factors near one above 16 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models_zoo import bert_encoder, llama, run
+
+from slimtune import get_peft_model
+from slimtune.errors import ConfigError, TargetError
+from slimtune.methods.ia3 import SCALED, IA3Config, ScaledInput
+
+
+def inputs_scaled(model):
+    return {n.rsplit(".", 1)[-1] for n, d in model._attached.deltas("default").items() if isinstance(d, ScaledInput)}
+
+
+def test_the_defaults_are_pefts():
+    constants = pytest.importorskip("peft.utils.constants")
+    targets = IA3Config.targets_by_architecture()
+    theirs = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    assert {k: sorted(v) for k, v in targets.items()} == {k: sorted(v) for k, v in theirs.items()}
+    feedforward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+    assert {k: v for k, (_, v) in SCALED.items()} == feedforward
+
+
+@pytest.mark.parametrize("feedforward", [["down_proj", "up_proj"], r".*\.(down|up)_proj"])
+def test_named_or_by_a_pattern(feedforward):
+    targets = ["k_proj", "down_proj", "up_proj"]
+    model = get_peft_model(llama(), IA3Config(target_modules=targets, feedforward_modules=feedforward))
+    assert inputs_scaled(model) == {"down_proj", "up_proj"}
+    assert model.peft_config["default"].feedforward_modules == feedforward
+
+
+def test_the_architectures_choice_is_noted_in_the_config():
+    model = get_peft_model(llama(), IA3Config())
+    assert model.peft_config["default"].feedforward_modules == ["down_proj"]
+    assert inputs_scaled(model) == {"down_proj"}
+
+
+def test_a_feedforward_module_that_is_no_target_is_an_error():
+    with pytest.raises(ConfigError, match="feedforward_modules"):
+        IA3Config(target_modules=["k_proj"], feedforward_modules=["down_proj"])
+    with pytest.raises(TargetError, match=r"down_prj.*did you mean 'down_proj'"):
+        get_peft_model(llama(), IA3Config(target_modules=r".*\.(k|down)_proj", feedforward_modules=["down_prj"]))
+
+
+def test_the_default_may_be_no_target():
+    assert inputs_scaled(get_peft_model(llama(), IA3Config(target_modules=["k_proj"]))) == set()
+
+
+def test_without_a_default_feedforward_modules_are_asked_for():
+    model = bert_encoder()
+    model.config.model_type = "unheard-of"
+    with pytest.raises(ConfigError, match="unheard-of"):
+        get_peft_model(model, IA3Config(target_modules=["key"]))
+    get_peft_model(model, IA3Config(target_modules=["key"], feedforward_modules=[]))
+
+
+def test_a_factor_near_one_is_not_rounded_to_one():
+    """In bfloat16 1.002 is 1: ten layers' worth of what was learned would be nothing."""
+    model = get_peft_model(llama(dtype=torch.bfloat16), IA3Config()).eval()
+    start = run(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.fill_(1.002)
+    assert not torch.equal(run(model), start)

@@ -1,0 +1,138 @@
+"""DoRA beyond what every method promises: how little it keeps, what it does in 16 bits, and above other adapters."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models_zoo import gpt2, llama, run, shake, tokens
+
+from slimtune import IA3Config, LoraConfig, get_peft_model
+from slimtune.errors import ConfigError
+from slimtune.methods.lora.dora import row_lengths
+
+
+def dora(**more):
+    return LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "use_dora": True, **more})
+
+
+def kept(model):
+    """Bytes that autograd keeps for the backward pass, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    ids = tokens(2, 32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return sum(n for n, _ in seen.values())
+
+
+def test_keeps_little_more_than_lora_does():
+    def bytes_of(config):
+        return kept(get_peft_model(llama(dtype=torch.bfloat16, hidden_size=64, intermediate_size=192), config).train())
+
+    assert bytes_of(dora()) < 1.25 * bytes_of(dora(use_dora=False))
+
+
+def test_lengths_are_those_of_the_whole_matrix():
+    W, A, B = (torch.randn(s, dtype=torch.float64) for s in ((7, 5), (3, 5), (7, 3)))
+    found = row_lengths(W.square().sum(1), W, A, B, 1.7)
+    assert torch.allclose(found, (W + 1.7 * B @ A).norm(dim=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_starts_as_a_bf16_base(autocast, init):
+    expected = run(llama(dtype=torch.bfloat16))
+    base = llama(dtype=torch.bfloat16)
+    model = get_peft_model(base, dora(init_lora_weights=init), autocast_adapter_dtype=autocast).eval()
+    assert torch.equal(run(model), expected)
+
+
+def test_a_small_change_of_length_is_not_rounded_away_in_bf16():
+    model = get_peft_model(llama(dtype=torch.bfloat16), dora()).eval()
+    exact = get_peft_model(llama(dtype=torch.bfloat16).float(), dora()).eval()
+    before = run(exact)
+    for m in (model, exact):
+        with torch.no_grad():
+            for n, p in m.named_parameters():
+                if "magnitude" in n:
+                    p.mul_(1.003)  # less than half a step of bf16 at 1
+    moved = run(exact) - before
+    found = run(model).float() - run(llama(dtype=torch.bfloat16)).float()
+    assert torch.cosine_similarity(moved.flatten(), found.flatten(), dim=0) > 0.1
+    assert not torch.equal(run(model), run(llama(dtype=torch.bfloat16)))
+
+
+def test_a_row_of_zeros_trains():
+    base = llama()
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight[3] = 0
+    before = run(base)
+    model = get_peft_model(base, dora()).eval()
+    assert torch.equal(run(model), before)
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("base", [llama, gpt2], ids=["llama", "gpt2"])
+def test_above_another_adapter_it_scales_what_lies_below(base):
+    """IA3 below changes the bias, too, which GPT-2's maps have."""
+    targets = {"llama": "o_proj", "gpt2": "c_attn"}[base.__name__]
+    settings = {"target_modules": [targets]}
+    model = get_peft_model(base(), IA3Config(**settings, feedforward_modules=[]), "below")
+    shake(model)
+    model.add_adapter("above", dora(**settings))
+    model.set_adapter(["below", "above"])
+    shake(model)
+    model.eval()
+    expected = run(model)
+    model.merge_adapter()
+    assert (run(model) - expected).abs().max() < 1e-9
+
+
+def test_a_trained_bias_gets_its_whole_gradient():
+    model = get_peft_model(gpt2(), dora(target_modules=["c_attn"], bias="lora_only")).eval()
+    shake(model)
+    ids = tokens()
+    bias = next(p for n, p in model.named_parameters() if "owned" in n and p.requires_grad)
+
+    def loss_of():
+        return model(input_ids=ids).logits.log_softmax(-1)[..., 5].sum()
+
+    loss_of().backward()
+    step, direction = 1e-5, torch.randn(bias.shape, generator=torch.Generator().manual_seed(0), dtype=bias.dtype)
+    with torch.no_grad():
+        bias.add_(step * direction)
+        up = loss_of()
+        bias.sub_(2 * step * direction)
+        down = loss_of()
+    assert ((up - down) / (2 * step)).item() == pytest.approx((bias.grad * direction).sum().item(), rel=1e-5)
+
+
+def test_a_moved_or_changed_base_is_measured_anew():
+    model = get_peft_model(llama(), dora()).eval()
+    shake(model)
+    run(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.layers[0].mlp.up_proj.weight.mul_(2)
+    expected = run(twin)
+    twin.merge_adapter()
+    assert (run(twin) - expected).abs().max() < 1e-9
+
+
+def test_what_does_not_go_with_it_is_refused():
+    with pytest.raises(ConfigError, match="lora_bias"):
+        dora(lora_bias=True)
+    with pytest.raises(ConfigError, match="mica"):
+        dora(init_lora_weights="mica")

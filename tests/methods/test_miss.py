@@ -1,0 +1,64 @@
+"""MiSS: sizes a layer does not allow are refused by name; "bat" beside another adapter; what is kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slimtune import LoraConfig, MissConfig
+from slimtune.contract.delta import Frozen, Site
+from slimtune.errors import ConfigError
+
+
+def site(size=(24, 20)):
+    return Site("layer", "linear", *size, torch.device("cpu"), torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "got"),
+    [
+        ({"r": 25}, r"r is 25, at layer \(24 inputs, 20 outputs\)"),
+        ({"r": 5, "init_weights": "bat"}, "r is 5, at layer"),
+        ({"r": 4, "init_weights": "mini", "mini_r": 3}, "mini_r is 3, at layer"),
+    ],
+)
+def test_a_size_the_layer_does_not_allow_is_refused(settings, got):
+    with pytest.raises(ConfigError, match=got):
+        MissConfig(**settings).build(site())
+
+
+def test_factors_are_the_merge_where_r_does_not_divide_the_inputs():
+    delta = MissConfig(r=7, init_weights=False).build(site())
+    A, B, scale = delta.factors()
+    assert torch.equal(scale * B @ A, delta.merged(torch.zeros(20, 24, dtype=torch.float64), None)[0])
+
+
+def bat(size=(40, 80)):
+    torch.manual_seed(0)
+    module = torch.nn.Linear(*size, bias=False, dtype=torch.float64).requires_grad_(False)
+    delta = MissConfig(r=4, init_weights="bat").build(site(size))
+    torch.nn.init.normal_(delta.miss_block)
+    return module, delta, torch.randn(2, size[0], dtype=torch.float64)
+
+
+def test_bat_keeps_no_weight_of_its_own():
+    module, delta, x = bat()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = delta.around(Frozen(module, module.forward), x)
+    large = [t for t in kept if t.numel() >= module.weight.numel()]
+    assert all(t.untyped_storage().data_ptr() == module.weight.untyped_storage().data_ptr() for t in large)
+    y.sum().backward()
+    assert delta.miss_block.grad.abs().max() > 0
+
+
+def test_bat_passes_gradients_to_the_adapter_below():
+    """The weight it reads is the one that adapter made."""
+    module, delta, x = bat()
+    below = LoraConfig(r=2, init_lora_weights=False).build(site((40, 80)))
+    one = Frozen(module, module.forward)
+    y = delta.around(Frozen(module, lambda x: below.around(one, x), [below]), x)
+    whole = delta.merged(below.merged(module.weight, None)[0], None)[0]
+    parameters = [*below.parameters(), *delta.parameters()]
+    found, expected = (torch.autograd.grad(out.square().sum(), parameters) for out in (y, x @ whole.t()))
+    assert all((f - e).abs().max() < 1e-9 * e.abs().max() for f, e in zip(found, expected, strict=True))

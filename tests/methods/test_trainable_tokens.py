@@ -1,0 +1,103 @@
+"""Trainable tokens beyond the contract: tied heads, other rows, files of a tied model, numbers that cannot be."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from models_zoo import gemma3, llama, run, shake, t5, tokens
+
+from slimtune import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from slimtune.errors import ConfigError, TargetError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+CHOSEN = [117, 3, 17]
+BOTH = pytest.mark.parametrize(
+    "config",
+    [
+        lambda **m: TrainableTokensConfig(token_indices=CHOSEN, **m),
+        lambda **m: LoraConfig(target_modules=["q_proj"], trainable_token_indices=CHOSEN, **m),
+    ],
+    ids=["method", "lora"],
+)
+
+
+@BOTH
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_only_the_chosen_tokens_change(config, tie):
+    model = get_peft_model(llama(tie=tie), config()).eval()
+    for n, p in model.named_parameters():
+        if "trainable_tokens" in n:
+            with torch.no_grad():
+                p.add_(torch.randn(p.shape, dtype=p.dtype) * 0.1)
+    others = torch.tensor([[5, 7, 9, 11]])
+    assert not torch.equal(run(model), run(llama(tie=tie)))
+    changed = (run(model, others) - run(llama(tie=tie), others)).abs().amax((0, 1)) > 1e-12
+    assert sorted(changed.nonzero().flatten().tolist()) == (sorted(CHOSEN) if tie else [])
+
+
+@BOTH
+def test_a_tied_head_shares_the_rows(config, tmp_path):
+    model = get_peft_model(llama(tie=True), config()).eval()
+    assert sum("trainable_tokens" in n for n, _ in model.named_parameters()) == 1
+    shake(model)
+    twin = copy.deepcopy(model)
+    shake(twin, seed=9)
+    expected = run(twin)
+    twin.merge_adapter()
+    assert (run(twin) - expected).abs().max() < 1e-9
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(llama(tie=True), tmp_path).eval()
+    assert (run(theirs) - run(model)).abs().max() < 1e-9
+    assert torch.equal(run(PeftModel.from_pretrained(llama(tie=True), tmp_path)), run(model))
+
+
+@pytest.mark.parametrize("base", [gemma3, t5], ids=["scaled", "encoder-decoder"])
+def test_starts_unchanged_and_merges_where_embeddings_are_special(base):
+    model = get_peft_model(base(), TrainableTokensConfig(token_indices=CHOSEN)).eval()
+    assert torch.equal(run(model), run(base()))
+    shake(model)
+    expected = run(model)
+    model.merge_adapter()
+    assert (run(model) - expected).abs().max() < 1e-9
+
+
+def test_head_and_embedding_may_have_rows_of_their_own():
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": CHOSEN, "lm_head": [5]})
+    model = get_peft_model(llama(tie=True), config)
+    shapes = sorted(tuple(p.shape) for n, p in model.named_parameters() if "trainable_tokens" in n)
+    assert shapes == [(1, 32), (3, 32)]
+
+
+def test_a_bf16_base_starts_unchanged():
+    expected = run(llama(dtype=torch.bfloat16, tie=True))
+    model = get_peft_model(llama(dtype=torch.bfloat16, tie=True), TrainableTokensConfig(token_indices=CHOSEN)).eval()
+    assert torch.equal(run(model), expected)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_rows_get_the_gradient_of_input_and_head():
+    model = get_peft_model(llama(tie=True), TrainableTokensConfig(token_indices=CHOSEN))
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    (rows,) = (p for p in model.parameters() if p.requires_grad)
+    whole = llama(tie=True)
+    whole(input_ids=ids, labels=ids).loss.backward()
+    assert torch.allclose(rows.grad, whole.get_input_embeddings().weight.grad[CHOSEN])
+
+
+@pytest.mark.parametrize("rows", [[], [-1], [3, 3], [True]])
+def test_numbers_that_are_no_rows_are_refused(rows):
+    with pytest.raises(ConfigError, match="token_indices"):
+        TrainableTokensConfig(token_indices=rows)
+
+
+def test_what_fits_nothing_is_refused():
+    with pytest.raises(TargetError, match="no row 999"):
+        get_peft_model(llama(), TrainableTokensConfig(token_indices=[999]))
+    with pytest.raises(TargetError, match="'embed_token' matches no embedding; did you mean"):
+        get_peft_model(llama(), LoraConfig(trainable_token_indices={"embed_token": [3]}))
+    with pytest.raises(TargetError, match="trained whole"):
+        get_peft_model(llama(), LoraConfig(trainable_token_indices=[3], modules_to_save=["embed_tokens"]))
