@@ -9,8 +9,8 @@ from models_zoo import bert_classifier, gpt2, llama, run, shake
 from safetensors.torch import load_file
 
 import slimtune
-import slimtune.adapt.layer
 from slimtune import LoraConfig, PeftModel, convert_to_lora, get_peft_model, save_as_lora
+from slimtune.adapt.layer import site_of
 from slimtune.errors import SlimtuneError, UsageError
 from slimtune.ops.low_rank import weighted_sum
 
@@ -57,11 +57,10 @@ def as_peft(model, base, folder):
 
 def change(model, name):
     """What an adapter adds to each weight."""
-    found = {}
-    for at, module in model._attached.members[name]:
-        if name in module.adapters:
-            module, delta = model.get_submodule(at), module.adapters[name]
-            weight = slimtune.adapt.layer.site_of(at, model.match_report(name).kinds[at], model).weight()
+    found, report = {}, model.match_report(name)
+    for at, delta in model._attached.deltas(name).items():
+        if report.kinds[at] != "model":  # what its deltas share
+            weight = site_of(at, report.kinds[at], model).weight()
             with torch.no_grad():
                 found[at] = delta.merged(weight, None)[0] - weight
     return found

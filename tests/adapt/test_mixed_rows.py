@@ -143,6 +143,15 @@ def test_factors_are_stacked_once_while_nothing_changes(monkeypatch):
     assert len(count) == 3 * once
 
 
+def test_a_copy_of_a_layer_brings_no_others_along():
+    model = several(llama(), {n: LORAS[n] for n in ("one", "two")})
+    with torch.no_grad():
+        model(tokens(), adapter_names=["one", "two"])
+    copied = copy.deepcopy(model.model.layers[0].self_attn.q_proj)
+    assert not copied._running._stacks
+    assert model._attached.running._stacks
+
+
 def test_gradients_reach_each_rows_adapter():
     model = several(llama(), {n: LORAS[n] for n in ("one", "two")})
     model.set_requires_grad(["one", "two"])

@@ -225,7 +225,7 @@ def test_weights_that_16_bits_cannot_hold_are_refused_by_name(tmp_path, tiny_fol
 
 
 def test_a_method_that_cannot_be_merged_says_the_way_out(tmp_path, tiny_folder, monkeypatch):
-    def refuse(self, weight):
+    def refuse(self, weight, bias):
         raise MergeRefused("this change is no change of a weight")
 
     run = make_run(tmp_path / "run", tiny_folder)
@@ -238,9 +238,9 @@ def test_a_method_that_cannot_be_merged_says_the_way_out(tmp_path, tiny_folder, 
 def test_a_merge_that_is_not_the_trained_model_is_noticed(tmp_path, tiny_folder, monkeypatch):
     run = make_run(tmp_path / "run", tiny_folder)
     whole = LinearLora.merged
-    monkeypatch.setattr(LinearLora, "merged", lambda self, weight: whole(self, weight) * 1.01)
+    monkeypatch.setattr(LinearLora, "merged", lambda self, W, b: (whole(self, W, b)[0] * 1.01, b))
     assert "is not the trained one" in refused(RunError, run, tmp_path / "merged").got
-    monkeypatch.setattr(LinearLora, "merged", lambda self, weight: weight.clone())
+    monkeypatch.setattr(LinearLora, "merged", lambda self, W, b: (W.clone(), b))
     said = refused(RunError, run, tmp_path / "merged", dtype="bfloat16")
     assert "--dtype float32" in said.fix
 

@@ -45,6 +45,7 @@ TABLE: dict[str, tuple] = {
     "miss+bat": ("MissConfig", {"r": 4, "init_weights": "bat", **ALL}, NO_CONV1D),
     "vera": ("VeraConfig", {"r": 16}),
     "vera-all": ("VeraConfig", {"r": 8, "init_weights": False, **ALL}),
+    "vera-bias": ("VeraConfig", {"r": 4, "bias": "vera_only"}),
     "vera-seed": ("VeraConfig", {"save_projection": False, "projection_prng_key": 7, "d_initial": 0.5}),
     "hira": ("HiraConfig", {"r": 8}),
     "hira-all": ("HiraConfig", {"r": 4, "init_weights": "gaussian", **ALL}),
@@ -63,4 +64,6 @@ TABLE: dict[str, tuple] = {
         {"oft_block_size": 8, "target_modules": ["embed_tokens"]},
         {"gpt2": {"target_modules": ["wte"]}, "qwen2": None},
     ),
+    "adalora": ("AdaLoraConfig", {"init_r": 5, "target_r": 2, "total_step": 9, **ALL}),
+    "adalora+random": ("AdaLoraConfig", {"init_lora_weights": False, "total_step": 9, **QV}, GPT2),
 }

@@ -34,7 +34,15 @@ def adapted(home, base, cls, settings, seed=1):
     settings = {"task_type": "CAUSAL_LM", **settings}
     model = base()
     torch.manual_seed(seed)
-    return home.get_peft_model(model, getattr(home, cls)(**settings)).eval()
+    return as_meant(home.get_peft_model(model, getattr(home, cls)(**settings)).eval())
+
+
+def as_meant(model):
+    """Above a base that is not float32, peft lets AdaLoRA's count of ranks train, which it never saves."""
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
+    return model
 
 
 def said(model):

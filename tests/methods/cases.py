@@ -67,7 +67,8 @@ CASES: dict[str, Case] = {
     "adaption_prompt": Case("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}, {"adapter_len": 3}),
     "ia3": Case("IA3Config"),
     "ln_tuning": Case("LNTuningConfig"),
-    "bitfit": Case("BitFitConfig", {"new_biases": True}, on_gpt2={"target_modules": ["c_attn", "lm_head"]}, merges=False),
+    # GPT-2 has biases, all but at the head.
+    "bitfit": Case("BitFitConfig", {"new_biases": True}, on_gpt2={"target_modules": ["lm_head", "ln_f"]}, merges=False),
     "loha": Case("LoHaConfig", {"r": 2, "alpha": 4, **ALL}, {"r": 1}),
     "loha+wide": Case("LoHaConfig", {"r": 6, "alpha": 12, **ALL}, {"r": 5}),
     "lokr": Case("LoKrConfig", {"r": 2, "alpha": 4, **ALL}, {"r": 1}),
@@ -87,6 +88,7 @@ CASES: dict[str, Case] = {
     "oft+coft": Case(
         "OFTConfig", {"r": 4, "oft_block_size": 0, "coft": True, "eps": 0.5, **ALL}, {"r": 2}, exact_gradient=False
     ),
+    "adalora": Case("AdaLoraConfig", {"init_r": 5, "target_r": 2, "lora_alpha": 16, **ALL}, {"init_r": 3}),
 }
 # A third party's method runs with its own defaults.
 CASES |= {name: Case(name, ALL) for name in set(slimtune.methods.names()) - set(slimtune.methods.built_in())}

@@ -55,6 +55,14 @@ def test_an_embedding_merges_as_it_runs_scaled_or_not(base):
     assert (run(plain) - expected).abs().max() < 1e-9
 
 
+def test_dropout_is_there_while_training():
+    model = get_peft_model(llama(), HiraConfig(hira_dropout=0.5, **Q)).eval()
+    shake(model)
+    assert torch.equal(run(model), run(model))
+    model.train()
+    assert not torch.equal(run(model), run(model))
+
+
 def test_it_trains_under_autocast():
     model = get_peft_model(llama(dtype=torch.float32), HiraConfig(r=2, target_modules="all-linear"))
     shake(model)

@@ -8,7 +8,7 @@ from models_zoo import bert_encoder, llama, run, shake, t5, tokens
 from safetensors.torch import load_file
 
 from slimtune import PeftModel, get_peft_model
-from slimtune.errors import AdapterError, ConfigError
+from slimtune.errors import AdapterError, ConfigError, TargetError
 from slimtune.methods.vera import VeraConfig
 
 SHARED = {"base_model.vera_A", "base_model.vera_B"}
@@ -41,6 +41,20 @@ def test_a_file_without_them_that_says_it_has_them_is_an_error(tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match=r"base_model\.vera_A"):
         PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    """The backbone, which holds the matrices, is no target."""
+    with pytest.raises(TargetError, match="matches no module"):
+        get_peft_model(llama(), VeraConfig(target_modules=r".*\.query"))
+
+
+def test_dropout_is_there_while_training():
+    model = get_peft_model(llama(), VeraConfig(vera_dropout=0.5, **EVERY)).eval()
+    shake(model)
+    assert torch.equal(run(model), run(model))
+    model.train()
+    assert not torch.equal(run(model), run(model))
 
 
 @pytest.mark.parametrize("base", [bert_encoder, t5])

@@ -160,7 +160,7 @@ def _same_settings(here: PeftConfig, there: PeftConfig, where: str | os.PathLike
     """Raise where a file's adapter was trained with settings that would make its tensors mean something else here."""
     ours, theirs = here.to_dict(), there.to_dict()
     # Which modules were matched, the keys say; how the parameters started, they have left behind.
-    passing = {*_NOTES, "target_modules", "exclude_modules", "init_lora_weights", "lora_dropout"}
+    passing = {*_NOTES, *here.written, "target_modules", "exclude_modules", "init_lora_weights", "lora_dropout"}
     other = [k for k in ours if k not in passing and ours[k] != theirs.get(k)]
     if other:
         told = "; ".join(f"{k} is {theirs.get(k)!r} there, {ours[k]!r} here" for k in other)

@@ -44,6 +44,10 @@ class Running:
     _masks: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
     _stacks: dict[nn.Module, Stack] = field(default_factory=dict)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of one module must not bring the others along.
+        return {**vars(self), "_masks": {}, "_stacks": {}}
+
     def names(self, batch: int) -> list[str]:
         """Return each row's adapter in a batch; beams repeat their row."""
         assert self.rows is not None

@@ -9,10 +9,14 @@ from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from ..units import bytes_text, count_text
 from .common import Json, console, table
 from .train import FLAGS
+
+_LEGEND = """file: an adapter beside its base, in Hugging Face form; merged: one plain model, for Ollama and vLLM, too
+fields, ranges and defaults of one: slimtune methods NAME"""
 
 
 def methods(
@@ -36,11 +40,11 @@ def methods(
             method.update(size)
     if not as_json:
         screen = console()
-        screen.print(_overview(found, sized=model is not None), crop=False)
+        screen.print(_overview(found, sized=model is not None))
         if name:
             _show_fields(screen, found[0]["fields"])
         else:
-            screen.print("\nfields, ranges and defaults of one: slimtune methods NAME", markup=False)
+            screen.print(f"\n{_LEGEND}", markup=False)
     return {"model": model, "methods": found}
 
 
@@ -50,10 +54,11 @@ def _described(name: str, cls: Any) -> dict[str, Any]:
     short = {full: s for s, full in cls.short_names.items()}
     defaults = resolved({}, cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    told = _told(cls)
+    told, own = _told(cls), vars(cls).get("__annotations__", {})
     return {
         "name": name,
-        "summary": (inspect.getdoc(cls) or "").partition("\n")[0],
+        # Whose field names they are is for those who look the fields up.
+        "summary": re.sub(r"; PEFT's [^;]*$", "", (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")),
         "sites": list(cls.kinds),
         "mergeable": cls.mergeable,
         "ships": {
@@ -74,13 +79,13 @@ def _described(name: str, cls: Any) -> dict[str, Any]:
                 "flag": _flag(n, short.get(n)),
                 "about": told.get(n, ""),
             }
-            for n in known_fields(cls)
+            for n in sorted(known_fields(cls), key=lambda n: n not in own)
         ],
     }
 
 
 def _sizes(classes: Iterable[Any], spec: str, trust_remote_code: bool) -> list[dict[str, Any]]:
-    """Return what each method trains on a base with the recipe's defaults; the base is built on meta, without weights."""
+    """Return what each method trains on a base with the recipe's defaults; the base is built on meta, no weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -115,18 +120,19 @@ def _sizes(classes: Iterable[Any], spec: str, trust_remote_code: bool) -> list[d
 def _overview(found: list[dict[str, Any]], *, sized: bool) -> Any:
     rows = table("method", *(("trains", "%", "adapter") if sized else ()), "sites", "ships as", "what it changes")
     for column in rows.columns[-3:]:
-        column.justify = "left"
+        column.justify, column.no_wrap = "left", False
     for method in found:
         if "unfit" in method:
-            rows.add_row(method["name"], "-", "-", "-", "", "", f"does not fit this base: {method['unfit']}")
+            why = f"not with its defaults on this base: {method['unfit']}"
+            rows.add_row(method["name"], "-", "-", "-", "", "", escape(why))
             continue
         size = (
             (count_text(method["trainable_params"]), f"{method['trainable_percent']:.3f}",
              bytes_text(method["adapter_bytes"])) if sized else ()
         )  # fmt: skip
-        # Whose fields are PEFT's is for those who look the fields up.
-        summary = re.sub(r"; PEFT's [^;]*$", "", method["summary"].rstrip("."))
-        rows.add_row(method["name"], *size, ", ".join(method["sites"]), _ships(method["ships"]), summary)
+        rows.add_row(
+            method["name"], *size, ", ".join(method["sites"]), _ships(method["ships"]), escape(method["summary"])
+        )
     return rows
 
 

@@ -134,10 +134,11 @@ def _view(config: Any, module: nn.Module) -> Any:
 
 def _function(module: nn.Module) -> Callable[..., Any]:
     """Return the attention function the user chose; the eager one is a function of each model's own file."""
-    homes = (vars(sys.modules[c.__module__]).get("eager_attention_forward") for c in type(module).__mro__)
-    eager: Any = next((f for f in homes if f is not None), None)
     config: Any = module.config
-    return ALL_ATTENTION_FUNCTIONS.get_interface(config._chosen_attention, eager)
+    if config._chosen_attention != "eager":
+        return ALL_ATTENTION_FUNCTIONS[config._chosen_attention]
+    homes = (vars(sys.modules[c.__module__]) for c in type(module).__mro__)
+    return next(h["eager_attention_forward"] for h in homes if "eager_attention_forward" in h)
 
 
 def _attend(
@@ -150,10 +151,7 @@ def _attend(
     joint = [(p, rows) for p, rows in prefixes if p.gate is None]
     run, keys, values, mask = _function(module), key, value, attention_mask
     if joint:
-        batch, q = query.shape[0], query.shape[2]
-        if mask is None and q > 1:
-            # Then the sequence starts with these queries; what a static cache keeps behind them is empty.
-            keys, values = keys[:, :, :q], values[:, :, :q]
+        batch = query.shape[0]
         mask = _extended(module, query, keys.shape[2], mask, joint, kwargs)
         keys = torch.cat([*(_batched(p.keys, batch, key) for p, _ in joint), keys], dim=2)
         values = torch.cat([*(_batched(p.values, batch, value) for p, _ in joint), values], dim=2)
@@ -178,6 +176,7 @@ def _extended(
             return None
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
+        # Without a mask several queries are the first ones of the sequence: what a static cache keeps behind is empty.
         seen = torch.ones(1, 1, q, k, dtype=torch.bool, device=query.device)
         mask = as_mask(seen.tril() if causal and q > 1 else seen, _mask_dtype(module, query))
     mask = mask[..., :k]
@@ -192,7 +191,7 @@ def _extended(
             seen = seen & rows[:, None, None, None]
         if room is not None:
             seen = seen & (n - torch.arange(n, device=query.device) <= room)
-            room = room - (n if rows is None else n * rows[:, None, None, None])
+            room = room - n if rows is None else room  # a row of a mixed batch has one prefix
         parts.insert(0, as_mask(seen, mask.dtype))
     rows_of = batch if any(len(p) > 1 for p in parts) else 1
     return torch.cat([p.expand(rows_of, mask.shape[1], q, -1) for p in parts], dim=-1)

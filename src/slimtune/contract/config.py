@@ -87,6 +87,10 @@ class PeftConfig(metaclass=_Strict):
     """Whether its deltas define `merged`: then it ships as a merged model, too."""
     ships_as_lora: ClassVar[bool] = False
     """Whether its files are what vLLM and llama.cpp read as a LoRA."""
+    ours: ClassVar[frozenset[str]] = frozenset()
+    """Fields that PEFT's config of the method has not: left out of the file where they are at their default."""
+    written: ClassVar[frozenset[str]] = frozenset()
+    """Fields that training writes: two adapters of the same settings differ in them."""
 
     task_type: str | TaskType | None = field(default=None, kw_only=True)
     base_model_name_or_path: str | None = field(default=None, kw_only=True)
@@ -157,6 +161,13 @@ class PeftConfig(metaclass=_Strict):
         """Return a tensor's key in PEFT's file, `base_model.model.<site>.<name>` being the key it would have."""
         return key
 
+    def begins(self, total_steps: int) -> None:
+        """Fill in, before the first step, the fields that say how long training is.
+
+        Args:
+            total_steps: optimizer steps of the whole run.
+        """
+
     def stepped(self, deltas: Mapping[str, Delta], step: int) -> None:
         """Do what the method does after optimizer step number `step`, while the gradients are still there.
 
@@ -174,7 +185,8 @@ class PeftConfig(metaclass=_Strict):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as PEFT writes them: plain JSON values, sets as sorted lists."""
         plain = {k: sorted(v) if isinstance(v, set) else v for k, v in dataclasses.asdict(self).items()}
-        return {**plain, "peft_type": self.peft_type}
+        idle = {f.name for f in dataclasses.fields(self) if f.name in self.ours and plain[f.name] == f.default}
+        return {**{k: v for k, v in plain.items() if k not in idle}, "peft_type": self.peft_type}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **_: Any) -> None:
         """Write `adapter_config.json` into the folder."""

@@ -166,6 +166,13 @@ class Delta(nn.Module):
     def accept(self, given: Mapping[str, Tensor], site: Site) -> None:
         """Get ready for a file's tensors, by their names below the site, before they are copied into `tensors()`."""
 
+    def progress(self) -> dict[str, Tensor]:
+        """Return what training goes on from that a file does not hold, by name; a run's checkpoints keep it."""
+        return {}
+
+    def resume(self, kept: Mapping[str, Tensor]) -> None:
+        """Go on from what `progress` returned, after the file's tensors were copied in."""
+
     def trained(self) -> Iterable[nn.Parameter]:
         """Return the parameters that train; all, unless a method keeps some as they are."""
         return self.parameters()

@@ -101,7 +101,7 @@ class Call:
         batch, length = self.size
         own, mask = self.values.get("position_ids"), self.values.get("attention_mask")
         if own is None and _is_flat(mask):
-            own = torch.arange(mask.shape[1])[None][:, -length:]
+            own = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
         elif own is None:
             device = next(v.device for v in self.values.values() if isinstance(v, Tensor))
             own = torch.arange(length, device=device)[None] + self._past - sum(self._marks.values())
@@ -136,7 +136,7 @@ class Call:
             mask = torch.ones(batch, held + length, dtype=torch.long, device=mine.device)
         start = None
         if _is_flat(mask):
-            start = (mask.long().argmax(1) * mine)[:, None]
+            start = mask.long().argmax(1, keepdim=True)
             mask = inserted(mine[:, None].expand(-1, n).to(mask.dtype), mask, start, 1)
         elif mask is not None:
             at = own if own.dim() == 2 else own[0]
@@ -226,7 +226,16 @@ def _like(index: Tensor, tensor: Tensor, dim: int) -> Tensor:
 
 
 def _prepended(mask: Tensor, n: int, mine: Tensor, at: Tensor, window: int | None, goes_on: bool) -> Tensor:
-    """Return a prepared mask `(batch, heads, q, k)` with `n` learned positions in front, for queries `at (batch, q)`."""
+    """Return a prepared mask `(batch, heads, q, k)` with `n` learned positions in front.
+
+    Args:
+        mask: the mask.
+        n: how many learned positions.
+        mine: rows that see them, `(batch,)`.
+        at: positions of the queries, `(batch, q)`, where those of the learned ones are 0 to n - 1.
+        window: how far a query sees back; None: all.
+        goes_on: the learned positions lie in the cache and are no queries.
+    """
     learned = torch.arange(n, device=mask.device)
     if not goes_on:
         at = torch.cat([learned.expand(len(at), n), at], dim=1)

@@ -39,6 +39,7 @@ class AdaptionPromptConfig(PeftConfig):
     name: ClassVar[str] = "adaption_prompt"
     mergeable: ClassVar[bool] = False
     kinds: ClassVar[tuple[Kind, ...]] = ("attention",)
+    learning_rate: ClassVar[float] = 9e-3
     recipe_defaults: ClassVar[dict[str, Any]] = {"adapter_len": 10}
     short_names: ClassVar[dict[str, str]] = {"tokens": "adapter_len", "layers": "adapter_layers"}
 

@@ -23,7 +23,7 @@ from ..ops.maps import kind_of
 
 @dataclass
 class BitFitConfig(TargetedConfig):
-    """BitFit: what is added to biases, and nothing else. Without target_modules: every bias there is.
+    """BitFit: biases train, and nothing else; without target_modules every bias there is.
 
     Args:
         new_biases: also where the base has no bias; without target_modules in every linear map but the output head,
@@ -31,6 +31,7 @@ class BitFitConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "bitfit"
+    learning_rate: ClassVar[float] = 1e-3
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "norm")
     short_names: ClassVar[dict[str, str]] = {"targets": "target_modules"}
 

@@ -38,6 +38,7 @@ class HiraConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "hira"
+    learning_rate: ClassVar[float] = 3e-3
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding")
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "hira_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}

@@ -57,6 +57,8 @@ class IA3Config(TargetedConfig):
     """
 
     name: ClassVar[str] = "ia3"
+    ours: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
+    learning_rate: ClassVar[float] = 1e-2
     short_names: ClassVar[dict[str, str]] = {"targets": "target_modules", "feedforward": "feedforward_modules"}
 
     feedforward_modules: list[str] | str | None = None

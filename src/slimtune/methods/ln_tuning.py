@@ -43,12 +43,14 @@ NORMS: dict[str | None, list[str]] = {
 
 @dataclass
 class LNTuningConfig(TargetedConfig):
-    """LayerNorm tuning; PEFT's field names and defaults.
+    """LayerNorm tuning: normalisations train copies of their own weights; PEFT's field names and defaults.
 
     Without target_modules: PEFT's choice for the architecture, and every normalisation where PEFT has none.
     """
 
     name: ClassVar[str] = "ln_tuning"
+    ours: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
+    learning_rate: ClassVar[float] = 5e-3
     kinds: ClassVar[tuple[Kind, ...]] = ("norm",)
     short_names: ClassVar[dict[str, str]] = {"targets": "target_modules"}
 

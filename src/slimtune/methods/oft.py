@@ -45,6 +45,7 @@ class OFTConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "oft"
+    learning_rate: ClassVar[float] = 4e-4
     kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding")
     short_names: ClassVar[dict[str, str]] = {"block_size": "oft_block_size", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
@@ -64,6 +65,8 @@ class OFTConfig(TargetedConfig):
     def check(self) -> None:
         """Check ranges, and that one of `r` and `oft_block_size` is 0."""
         super().check()
+        # PEFT reads the meaning of the series from this: it was another before 0.18.
+        self.peft_version = self.peft_version or "0.18.0"
         for name, least in (("r", 0), ("oft_block_size", 0), ("num_cayley_neumann_terms", 2)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)

@@ -44,6 +44,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     """
 
     name: ClassVar[str] = "p_tuning"
+    learning_rate: ClassVar[float] = 1e-3
     recipe_defaults: ClassVar[dict[str, Any]] = {"num_virtual_tokens": 20}
     short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens", "hidden": "encoder_hidden_size"}
 
@@ -72,6 +73,7 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     def build(self, site: Site) -> EncodedPrompt:
         """Return the network at the backbone."""
+        self.require(self.token_dim == site.in_features, "token_dim", f"{site.in_features}, as the model's embeddings")
         assert self.num_virtual_tokens is not None
         assert self.encoder_hidden_size is not None
         sizes = self.num_virtual_tokens, site.in_features, self.encoder_hidden_size

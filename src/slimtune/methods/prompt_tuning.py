@@ -45,6 +45,7 @@ class PromptTuningConfig(PromptLearningConfig):
     """
 
     name: ClassVar[str] = "prompt_tuning"
+    learning_rate: ClassVar[float] = 3e-2
     recipe_defaults: ClassVar[dict[str, Any]] = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
     short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens", "init": "prompt_tuning_init"}
 
@@ -70,6 +71,7 @@ class PromptTuningConfig(PromptLearningConfig):
 
     def build(self, site: Site) -> SoftPrompt:
         """Return the learned embeddings at the backbone."""
+        self.require(self.token_dim == site.in_features, "token_dim", f"{site.in_features}, as the model's embeddings")
         return SoftPrompt(site, self._start(site))
 
     def _start(self, site: Site) -> Tensor:

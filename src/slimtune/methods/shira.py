@@ -36,6 +36,7 @@ class ShiraConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "shira"
+    ours: ClassVar[frozenset[str]] = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "seed": "random_seed", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"r": 16, "target_modules": "all-linear"}
     mask_fn: ClassVar[Callable[..., Tensor] | None] = None

@@ -29,7 +29,7 @@ from ..ops.maps import kind_of, weight_of
 
 @dataclass
 class TrainableTokensConfig(TargetedConfig):
-    """Trainable tokens; PEFT's field names and defaults.
+    """Trainable tokens: chosen rows of the embedding; PEFT's field names and defaults.
 
     Args:
         token_indices: numbers of the tokens that train, each at least 0 and below the size of the vocabulary.
@@ -38,6 +38,9 @@ class TrainableTokensConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "trainable_tokens"
+    ours: ClassVar[frozenset[str]] = frozenset(
+        ["exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"]
+    )
     kinds: ClassVar[tuple[Kind, ...]] = ("embedding", "linear")
     short_names: ClassVar[dict[str, str]] = {"tokens": "token_indices", "targets": "target_modules"}
 
@@ -65,11 +68,6 @@ class TrainableTokensConfig(TargetedConfig):
         for site in sorted(sites, key=lambda s: found[s.name].owner is not None):
             made[site.name] = token_delta(site, found[site.name], made, self.init_weights)
         return [made[site.name] for site in sites]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as PEFT writes them; it has fewer than other methods."""
-        fewer = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-        return {k: v for k, v in super().to_dict().items() if k not in fewer or v is not None}
 
     def _is_target(self, name: str) -> bool:
         excluded = self.exclude_modules and named(self.exclude_modules, name)

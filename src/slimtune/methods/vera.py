@@ -23,6 +23,7 @@ from ..contract.architectures import DEFAULT_TARGETS
 from ..contract.config import TargetedConfig
 from ..contract.delta import Delta, Holder, Kind, Site
 from ..contract.prompt import backbone_name
+from ..errors import TargetError
 
 
 @dataclass
@@ -42,6 +43,8 @@ class VeraConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "vera"
+    ours: ClassVar[frozenset[str]] = frozenset(["exclude_modules"])
+    learning_rate: ClassVar[float] = 1e-2
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "vera_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
 
@@ -82,7 +85,9 @@ class VeraConfig(TargetedConfig):
     def build_all(self, sites: Sequence[Site]) -> list[Delta]:
         """Return the trained vectors for each layer, and the holder of A and B for the backbone."""
         layers = [s for s in sites if s.kind != "model"]
-        widest = max((s.in_features for s in layers), default=1), max((s.out_features for s in layers), default=1)
+        if not layers:
+            raise TargetError(f"target_modules={self.target_modules!r} matches no module", "linear maps")
+        widest = max(s.in_features for s in layers), max(s.out_features for s in layers)
         shared = next(Projections(s, self, *widest) for s in sites if s.kind == "model")
         return [shared if s.kind == "model" else Vera(s, self, shared) for s in sites]
 

@@ -84,7 +84,8 @@ def method_section(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Fault
     except ConfigError as e:
         return {"name": str(name)}, [Fault("method.name", e.got, e.wanted)]
     settings, faults = spelled({k: v for k, v in given.items() if k != "name"}, cls)
-    wrong = checked(settings, cls)
+    plain = {k: v for k, v in getattr(cls, "recipe_defaults", {}).items() if not callable(v)}
+    wrong = checked({**plain, **settings}, cls)
     if not faults and not wrong:
         settings = resolved(settings, cls)
         wrong = checked(settings, cls)

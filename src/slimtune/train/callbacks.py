@@ -38,6 +38,10 @@ class Pace(TrainerCallback):
         """Start the step's clock."""
         self.trainer.step_begins()
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Let the method look at the step's gradients."""
+        self.trainer.stepped()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say what follows this step."""
         self.trainer.step_ends()

@@ -2,6 +2,7 @@
 
     checkpoint-<step>/
       adapter_config.json, adapter_model.safetensors   the adapter, as PEFT reads it
+      method.safetensors                               what the method goes on from beside it, if anything
       optimizer.safetensors, optimizer.json            AdamW's moments; its settings
       rng.safetensors, rng.json                        random numbers of torch, NumPy and Python
       scheduler.json, trainer_state.json, progress.json
@@ -32,6 +33,7 @@ from ..errors import RunError, listed
 from ..ops.files import disk_full_is_an_error, fsync_folder
 
 SUMS = "checksums.json"
+METHOD = "method.safetensors"
 _PREFIX = "checkpoint-"
 _PARTIAL = ".partial-"
 
@@ -145,6 +147,25 @@ def load_optimizer(folder: Path) -> dict[str, Any]:
         state.setdefault(int(index), {})[name] = value
     groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in described["param_groups"]]
     return {"state": state, "param_groups": groups}
+
+
+def save_progress(folder: Path, model: Any) -> None:
+    """Write what the adapter's method goes on from beside the adapter's own file, where there is anything."""
+    deltas = model._attached.deltas("default")
+    kept = {f"{at}:{n}": t.detach().to("cpu").contiguous() for at, d in deltas.items() for n, t in d.progress().items()}
+    if kept:
+        (folder / METHOD).write_bytes(to_bytes(kept))
+
+
+def load_progress(folder: Path, model: Any) -> None:
+    """Let the adapter's method go on from what `save_progress` wrote."""
+    kept: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in (load_file(folder / METHOD) if (folder / METHOD).is_file() else {}).items():
+        at, _, name = key.rpartition(":")
+        kept.setdefault(at, {})[name] = tensor
+    deltas = model._attached.deltas("default")
+    for at, tensors in kept.items():
+        deltas[at].resume(tensors)
 
 
 def save_random(folder: Path) -> None:

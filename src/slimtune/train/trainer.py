@@ -70,6 +70,8 @@ class SlimTrainer(Trainer):
         self._begun = 0.0
         # The loss below is normalised over the accumulated batch already.
         self.model_accepts_loss_kwargs = True
+        for config in model.peft_config.values():
+            config.begins(args.max_steps)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Make the optimizer; a method's parameters get the rates it asks for (LoRA+)."""
@@ -89,6 +91,10 @@ class SlimTrainer(Trainer):
     ) -> Any:
         """Return the loss of one micro-batch, its share of the whole step's."""
         loss = step_loss(model, inputs, num_items_in_batch)
+        peft_model: Any = self.model
+        penalty = peft_model.penalty()
+        if penalty is not None:  # each micro-batch of a step adds its part
+            loss = loss + penalty / self.current_gradient_accumulation_steps
         mask = inputs.get("attention_mask")
         self.trained_tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
         self.supervised_tokens += len(inputs["targets"])
@@ -97,6 +103,11 @@ class SlimTrainer(Trainer):
     def step_begins(self) -> None:
         """Start the clock of one optimizer step."""
         self._begun = time.perf_counter()
+
+    def stepped(self) -> None:
+        """Let the method do its part after an optimizer step, while the gradients are there."""
+        model: Any = self.model
+        model.update_and_allocate(self.state.global_step + 1)
 
     def step_ends(self) -> None:
         """Stop it: only training counts, not evaluating or saving."""
@@ -143,6 +154,7 @@ class SlimTrainer(Trainer):
 
     def _fill(self, folder: Path) -> None:
         adapter_files.save(self.model, folder, "default")
+        checkpoints.save_progress(folder, self.model)
         checkpoints.save_optimizer(folder, self.optimizer.state_dict())  # type: ignore[union-attr]
         checkpoints.save_random(folder)
         (folder / "scheduler.json").write_text(json.dumps(self.lr_scheduler.state_dict()))  # type: ignore[union-attr]
@@ -156,6 +168,7 @@ class SlimTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load_adapter_of(Path(resume_from_checkpoint))
+        checkpoints.load_progress(Path(resume_from_checkpoint), self.model)
         progress = json.loads(Path(resume_from_checkpoint, "progress.json").read_text())
         self.trained_tokens, self.supervised_tokens = progress["trained_tokens"], progress["supervised_tokens"]
         self.train_seconds = progress["train_seconds"]

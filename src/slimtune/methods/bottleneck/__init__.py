@@ -89,7 +89,7 @@ class BottleneckConfig(TargetedConfig):
     output_adapter: bool | None = None
     original_ln_before: bool | None = None
     is_parallel: bool | None = None
-    reduction_factor: float | dict[str, float] | None = None
+    reduction_factor: float | dict[str | int, float] | None = None
     bottleneck_size: int | None = None
     non_linearity: str | None = None
     scaling: float | Literal["learned", "channel"] | None = None

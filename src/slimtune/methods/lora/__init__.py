@@ -32,9 +32,6 @@ from .plain import EmbeddingLora, LinearLora, add_low_rank
 
 __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig", "add_low_rank"]
 
-_OURS = {"lr_ratio": 1, "freeze_a": False}
-"""Fields PEFT does not have; a file holds them only where they say something."""
-
 
 @dataclass
 class LoraConfig(TargetedConfig):
@@ -64,6 +61,7 @@ class LoraConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "lora"
+    ours: ClassVar[frozenset[str]] = frozenset(["freeze_a", "lr_ratio"])
     elsewhere: ClassVar[dict[str, Any]] = {
         **dict.fromkeys(("use_qalora", "ensure_weight_tying"), False),
         **dict.fromkeys(
@@ -189,10 +187,6 @@ class LoraConfig(TargetedConfig):
         """Return PEFT's key: trained tokens lie one name deeper."""
         rows = ".trainable_tokens_delta"
         return f"{key.removesuffix(rows)}.token_adapter{rows}" if key.endswith(rows) else key
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as PEFT writes them; ours alone where they say something."""
-        return {k: v for k, v in super().to_dict().items() if k not in _OURS or v != _OURS[k]}
 
     def _token_places(self, model: nn.Module) -> dict[str, Place]:
         tokens = self.trainable_token_indices

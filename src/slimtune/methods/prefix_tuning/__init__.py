@@ -32,7 +32,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     """Prefix tuning: learned keys and values in every layer; PEFT's field names and defaults, and a start from text.
 
     Args:
-        init_weights: None: normal with std 1; "zero": keys and values of zero.
+        init_weights: None: normal with std 1; "zero": keys and values of zero; "vocab" (ours): those of tokens drawn
+            from the vocabulary, from which training starts near the base instead of far from it.
         encoder_hidden_size: width of the projection, 1 and up; None: the size of all keys of a layer.
         prefix_projection: train a small network that gives the keys and values.
         prefix_tuning_init_text: start as the keys and values of this text's first num_virtual_tokens tokens (ours).
@@ -42,9 +43,18 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     name: ClassVar[str] = "prefix_tuning"
     kinds: ClassVar[tuple[Kind, ...]] = ("model", "attention")
-    recipe_defaults: ClassVar[dict[str, Any]] = {"num_virtual_tokens": 20}
+    ours: ClassVar[frozenset[str]] = frozenset(
+        ["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"]
+    )
+    learning_rate: ClassVar[float] = 1e-2
+    recipe_defaults: ClassVar[dict[str, Any]] = {
+        "num_virtual_tokens": 20,
+        "init_weights": lambda given: (
+            None if given.keys() & {"prefix_projection", "prefix_tuning_init_text"} else "vocab"
+        ),
+    }
 
-    init_weights: Literal["zero"] | None = None
+    init_weights: Literal["zero", "vocab"] | None = None
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
     prefix_tuning_init_text: str | None = None
@@ -54,7 +64,9 @@ class PrefixTuningConfig(PromptLearningConfig):
     def check(self) -> None:
         """Check the start, and that a text comes with its tokenizer."""
         super().check()
-        self.require(self.init_weights in (None, "zero"), "init_weights", "None or 'zero'")
+        self.require(self.init_weights in (None, "zero", "vocab"), "init_weights", "None, 'zero' or 'vocab'")
+        vocab = self.init_weights == "vocab" and self.prefix_projection
+        self.require(not vocab, "init_weights", "None or 'zero' beside prefix_projection")
         h, text, settings = self.encoder_hidden_size, self.prefix_tuning_init_text, self.tokenizer_kwargs or {}
         self.require(h is None or (isinstance(h, int) and h > 0), "encoder_hidden_size", "a whole number, 1 and up")
         plain = not self.prefix_projection and self.init_weights is None
@@ -78,15 +90,11 @@ class PrefixTuningConfig(PromptLearningConfig):
         """Return the backbone, where the prefix is kept, and every attention module."""
         return {backbone_name(model): "model", **dict.fromkeys(attention_modules(model), "attention")}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as PEFT writes them, ours only where they are set."""
-        ours = ("prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
-        return {k: v for k, v in super().to_dict().items() if k not in ours or v is not None}
-
     def build_all(self, sites: Sequence[Site]) -> list[Delta]:
         """Return the prefix at the backbone, and each layer's view of it."""
         assert self.token_dim is not None
         assert self.num_attention_heads is not None
+        self.require(self.num_layers == len(sites) - 1, "num_layers", f"{len(sites) - 1}, as the model")
         shape = len(sites) - 1, self.num_attention_heads, self.token_dim // self.num_attention_heads
         held = HeldPrefix(sites[0], self._start(sites[0], shape), shape)
         return [held, *(LayerPrefix(held, at) for at in range(shape[0]))]
@@ -99,10 +107,15 @@ class PrefixTuningConfig(PromptLearningConfig):
         width = shape[0] * 2 * dim
         if self.prefix_projection:
             return Projection(n, dim, h, width, self.init_weights, site.near)
-        if self.prefix_tuning_init_text is not None and not site.loading and site.device.type != "meta":
-            assert self.tokenizer_name_or_path is not None
-            ids = token_ids(self.prefix_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
-            return laid_out(keys_and_values(site.model, torch.tensor([ids[:n]])), n)
+        if not site.loading and site.device.type != "meta":
+            ids = None
+            if self.prefix_tuning_init_text is not None:
+                assert self.tokenizer_name_or_path is not None
+                ids = token_ids(self.prefix_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
+            elif self.init_weights == "vocab":
+                ids = torch.randint(site.config.vocab_size, (n,)).tolist()
+            if ids is not None:
+                return laid_out(keys_and_values(site.model, torch.tensor([ids[:n]])), n)
         start = nn.Embedding(n, width, device=site.near).weight
         return torch.zeros_like(start) if self.init_weights == "zero" else start
 
