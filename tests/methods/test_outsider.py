@@ -49,7 +49,7 @@ def test_it_keeps_the_contract(installed):
 
 def test_the_command_line_shows_it(installed):
     methods = {m["name"]: m for m in json.loads(ran(["slimtune", "methods", "--json"], installed))["methods"]}
-    assert methods["tilt"]["summary"] == "Tilt: a gain (and a shift) for each output of linear maps."
+    assert methods["tilt"]["summary"] == "Tilt: a gain (and a shift) for each output of linear maps"
     assert "tilt" not in {m["name"] for m in json.loads(ran(["slimtune", "methods", "--json"], None))["methods"]}
 
 

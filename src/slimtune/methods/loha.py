@@ -44,7 +44,7 @@ class LoHaConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "loha"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     elsewhere: ClassVar[dict[str, Any]] = {"use_effective_conv2d": False}
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {

@@ -44,7 +44,7 @@ class LoKrConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "lokr"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     elsewhere: ClassVar[dict[str, Any]] = {"use_effective_conv2d": False}
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {

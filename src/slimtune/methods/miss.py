@@ -42,6 +42,7 @@ class MissConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "miss"
+    learning_rate: ClassVar[float] = 5e-4
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "miss_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, object]] = {"r": 32, "target_modules": "all-linear"}
 

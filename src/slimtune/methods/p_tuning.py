@@ -44,7 +44,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     """
 
     name: ClassVar[str] = "p_tuning"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     recipe_defaults: ClassVar[dict[str, Any]] = {"num_virtual_tokens": 20}
     short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens", "hidden": "encoder_hidden_size"}
 

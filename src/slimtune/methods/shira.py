@@ -36,6 +36,7 @@ class ShiraConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "shira"
+    learning_rate: ClassVar[float] = 1e-3
     ours: ClassVar[frozenset[str]] = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "seed": "random_seed", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"r": 16, "target_modules": "all-linear"}
@@ -97,6 +98,10 @@ class ShiraConfig(TargetedConfig):
         return torch.stack([flat // site.in_features, flat % site.in_features]).to(torch.int32)
 
 
+_FEW = 16
+"""Positions up to which a sparse product is taken: while generating there is one a row."""
+
+
 class Sparse(Delta):
     """`y + S x`."""
 
@@ -154,6 +159,10 @@ class _SparseLinear(torch.autograd.Function):
 
 def _times(values: Tensor, places: Tensor, sizes: tuple[int, int], x: Tensor, in_order: bool = False) -> Tensor:
     """Return `S x` for `x (..., columns)` and S `(rows, columns)` with `values (n)` at `places (2, n)`."""
+    if x.numel() > _FEW * x.shape[-1]:
+        # A dense S, dropped at once: sparse products are slower from a few positions on.
+        rows, columns = places.long()
+        return torch.nn.functional.linear(x, values.new_zeros(sizes).index_put((rows, columns), values))
     # In order, row by row, they need not be sorted first.
     S = torch.sparse_coo_tensor(places, values, sizes, check_invariants=False, is_coalesced=in_order or None)
     return torch.sparse.mm(S, x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], sizes[0])
