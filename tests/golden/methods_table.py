@@ -30,8 +30,11 @@ TABLE: dict[str, tuple] = {
     "prompt_tuning": ("PromptTuningConfig", {"num_virtual_tokens": 5}, "fp32"),
     "prefix_tuning": ("PrefixTuningConfig", {"num_virtual_tokens": 5}, "fp32"),
     "ia3": ("IA3Config", {}),
-    "ia3-outputs": ("IA3Config", {"target_modules": ["q_proj", "o_proj"], "feedforward_modules": []},
-                    {"gpt2": {"target_modules": ["c_attn", "c_fc"]}}),
+    "ia3-outputs": (
+        "IA3Config",
+        {"target_modules": ["q_proj", "o_proj"], "feedforward_modules": []},
+        {"gpt2": {"target_modules": ["c_attn", "c_fc"]}},
+    ),
     "ln_tuning": ("LNTuningConfig", {}),
     "loha": ("LoHaConfig", {"r": 2, "alpha": 4, **ALL}, NO_CONV1D),
     # Scales that fp32 holds: peft rounds LoHa's to it.
@@ -49,8 +52,11 @@ TABLE: dict[str, tuple] = {
     "vera-seed": ("VeraConfig", {"save_projection": False, "projection_prng_key": 7, "d_initial": 0.5}),
     "hira": ("HiraConfig", {"r": 8}),
     "hira-all": ("HiraConfig", {"r": 4, "init_weights": "gaussian", **ALL}),
-    "hira-embedding": ("HiraConfig", {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
-                       {"gpt2": {"target_modules": ["wte", "c_attn"]}, "gemma2": None}),  # see docs/methods/hira.md
+    "hira-embedding": (
+        "HiraConfig",
+        {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
+        {"gpt2": {"target_modules": ["wte", "c_attn"]}, "gemma2": None},
+    ),  # see docs/methods/hira.md
     "shira": ("ShiraConfig", {"r": 4}, {"gpt2": None}),  # peft's takes no Conv1D
     "shira-all": ("ShiraConfig", {"r": 3, "random_seed": 5, "init_weights": False, **ALL}, {"gpt2": None}),
     "oft": ("OFTConfig", {"oft_block_size": 8, **ALL}, NO_CONV1D),

@@ -70,7 +70,7 @@ class AdaLoraConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "adalora"
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 5e-3
     elsewhere: ClassVar[dict[str, Any]] = {
         **LoraConfig.elsewhere,
         **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False),
