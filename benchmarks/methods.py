@@ -23,6 +23,11 @@ ROWS = HERE / "examples/devils-dictionary"
 PAGE = HERE / "docs/methods/comparison.md"
 COMMAND = "python benchmarks/methods.py"
 MOST_TOKENS = 15_000
+NEEDED = {
+    "bitfit": {"new_biases": True},  # Llama has none
+    "trainable_tokens": {"token_indices": [1, 2, 198, 520, 4093, 9690]},  # what SmolLM2's chat template is made of
+}
+"""Settings of methods whose defaults do nothing on such a base."""
 
 
 def train_and_measure(method: str, model: str, steps: int, out: Path) -> None:
@@ -34,7 +39,7 @@ def train_and_measure(method: str, model: str, steps: int, out: Path) -> None:
         {
             "model": model,
             "data": {"train": str(ROWS / "train.jsonl"), "test": str(ROWS / "test.jsonl"), "validation_fraction": 0},
-            "method": {"name": method},
+            "method": {"name": method, **NEEDED.get(method, {})},
             "train": {"max_steps": steps, "batch_size": 8, "save_every": steps},
             "out": str(out),
         }

@@ -1,6 +1,7 @@
 """Every method that peft has, too, on SmolLM2-135M and real text, fp32: files both ways, within peft's own noise.
 
-peft against itself: the same rows padded together and one by one, which is the noise fp32 has here in any case.
+peft against itself: the same rows one by one instead of padded together, and the same model in float64. The second is
+how far fp32 is from what is meant; ours may be no further from peft than that.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def test_files_both_ways(name, base, rows, tmp_path, capsys):  # noqa: F811
     theirs = shaken(peft.get_peft_model(copy.deepcopy(base), getattr(peft, TABLE[name][0])(**settings_of(name, peft))))
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     expected = said(theirs, some)
-    floor = max((expected - torch.cat([said(theirs, [r]) for r in some])).abs().max().item(), 1e-5)
+    alone = torch.cat([said(theirs, [r]) for r in some])
+    floor = max((expected - other).abs().max().item() for other in (alone, said(theirs.double(), some)))
     del theirs
 
     plain = said(base, some)
@@ -69,7 +71,7 @@ def test_files_both_ways(name, base, rows, tmp_path, capsys):  # noqa: F811
             f"\n{name}: moved {(expected - plain).abs().mean():.3f} nats; peft's file here {here:.1e}, "
             f"and back there {there:.1e}; peft against itself {floor:.1e}"
         )
-    assert (expected - plain).abs().mean() > 1e-3
+    assert (expected - plain).abs().mean() > 1e-4
     assert here <= 2 * floor
     assert there <= 2 * floor
     assert torch.equal(said(base, some), plain)
