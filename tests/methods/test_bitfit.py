@@ -6,7 +6,7 @@ import pytest
 import torch
 from models_zoo import bert_classifier, gpt2, llama, qwen2, run, shake, snapshot
 
-from slimtune import get_peft_model
+from slimtune import HiraConfig, LoraConfig, MissConfig, get_peft_model
 from slimtune.contract.delta import MergeRefused
 from slimtune.errors import TargetError
 from slimtune.methods.bitfit import BitFitConfig
@@ -51,4 +51,36 @@ def test_new_biases_are_everywhere_but_at_the_head_and_not_merged():
     assert len(model.match_report().adapted) == 2 * 7 + 5
     assert "lm_head" in model.match_report().left
     with pytest.raises(MergeRefused, match=r"layers\.0\.self_attn\.q_proj has no bias"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("base", [gpt2, llama])
+@pytest.mark.parametrize(
+    "above",
+    [
+        lambda **m: HiraConfig(**m),
+        lambda **m: LoraConfig(use_dora=True, **m),
+        lambda **m: MissConfig(init_weights="bat", **m),
+    ],
+    ids=["hira", "dora", "bat"],
+)
+def test_below_one_that_reads_the_weight(base, above):
+    """They ask for the weight that lies below them, which a bias leaves as it is."""
+    model = get_peft_model(base(), BitFitConfig(new_biases=True)).eval()
+    model.add_adapter("above", above(target_modules="all-linear", r=2))
+    shake(model)
+    alone = run(model)
+    model.set_adapter(["default", "above"])
+    assert torch.equal(run(model), alone)
+    shake(model, seed=7)
+    both = run(model)
+    assert (both - alone).abs().max() > 1e-3
+    if base is gpt2:
+        model.merge_adapter()
+        assert (run(model) - both).abs().max() < 1e-9
+
+
+def test_a_norm_that_has_no_room_for_a_bias_is_not_merged():
+    model = get_peft_model(llama(), BitFitConfig(new_biases=True, target_modules=["norm"]))
+    with pytest.raises(MergeRefused, match=r"model\.norm has no bias"):
         model.merge_adapter()

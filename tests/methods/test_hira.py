@@ -80,7 +80,8 @@ def test_a_layer_has_its_own_rank():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"r": 0}, {"hira_dropout": 1}, {"init_weights": "pissa"}, {"rank_pattern": {"q": 0}}]
+    "wrong",
+    [{"r": 0}, {"hira_dropout": 1}, {"init_weights": "pissa"}, {"init_weights": None}, {"rank_pattern": {"q": 0}}],
 )
 def test_what_is_out_of_range_is_named(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):

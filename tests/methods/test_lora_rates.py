@@ -15,6 +15,7 @@ import slimtune
 from slimtune import LoraConfig, create_loraplus_optimizer, get_peft_model, parameter_groups
 from slimtune.adapt.rates import split_by_rate
 from slimtune.contract.delta import Site
+from slimtune.errors import ConfigError
 
 TARGETS = {"target_modules": ["q_proj", "embed_tokens"]}
 
@@ -100,6 +101,11 @@ def test_a_frozen_a_does_not_move():
     model.set_adapter("other")
     model.set_adapter("default")
     assert {n for n, p in model.named_parameters() if p.requires_grad} == names
+
+
+def test_a_frozen_a_at_an_embedding_is_refused():
+    with pytest.raises(ConfigError, match=r"freeze_a is True, and model\.embed_tokens is an embedding"):
+        get_peft_model(llama(), LoraConfig(target_modules=["embed_tokens"], freeze_a=True))
 
 
 def test_other_readers_see_nothing_new(tmp_path):

@@ -66,3 +66,16 @@ def test_dropped_blocks_are_the_identity():
 def test_blocks_and_their_number_are_not_given_both():
     with pytest.raises(ConfigError, match="oft_block_size is 32"):
         OFTConfig(r=4)
+
+
+def test_a_block_that_turns_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"layer has 25 inputs(?s:.*)fix: oft_block_size=5, or leave the layer out"):
+        OFTConfig(oft_block_size=2).build(site((25, 20)))
+    with pytest.raises(ConfigError, match="fix: r=0, oft_block_size=2"):
+        OFTConfig(r=24, oft_block_size=0).build(site())
+
+
+@pytest.mark.parametrize("settings", [{"oft_block_size": 5}, {"r": 5, "oft_block_size": 0}])
+def test_another_block_than_asked_for_is_told(settings):
+    with pytest.warns(UserWarning, match="layer has 24 inputs: its blocks are of [46]"):
+        OFTConfig(**settings).build(site())

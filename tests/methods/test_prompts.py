@@ -16,6 +16,7 @@ from slimtune.methods.prefix_tuning.from_text import (
     initialize_kv_prefix_from_past_key_values,
     initialize_kv_prefix_from_text,
 )
+from slimtune.recipe.method import resolved
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 CLOSE = 1e-9
@@ -509,6 +510,14 @@ def start(home, base, cls, seed=1, **settings):
     torch.manual_seed(seed)
     model = home.get_peft_model(base, getattr(home, cls)(task_type="CAUSAL_LM", **settings))
     return home.get_peft_model_state_dict(model)
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [({}, "vocab"), ({"prefix_projection": False}, "vocab"), ({"prefix_projection": True}, None)],
+)
+def test_recipes_start_a_prefix_near_the_base(given, start):
+    assert resolved(given, slimtune.PrefixTuningConfig)["init_weights"] == start
 
 
 def test_bad_starts_are_refused():

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import UsageError, listed, nearest
@@ -77,12 +78,25 @@ class AdapterCalls:
             raise UsageError(
                 f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
             )
-        before, at.running.rows = at.running.rows, tuple(names)
+        self._enabled("adapter_names")
+        if at.running.rows is not None:
+            raise UsageError("another call with adapter_names is still running", "one such call of a model at a time")
+        if self.training and torch.is_grad_enabled() and _checkpoints(self):
+            raise UsageError(
+                "adapter_names while training with activation checkpointing: the recomputed forward would not know",
+                "either of the two",
+                "gradient_checkpointing_disable(), or set_adapter and batches of one adapter",
+            )
+        at.running.rows = tuple(names)
         at.running.turn += 1
         try:
             yield
         finally:
-            at.running.rows = before
+            at.running.rows = None
+
+
+def _checkpoints(model: Any) -> bool:
+    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
 def _rows(args: tuple, kwargs: dict[str, Any]) -> int | None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract.attention import config_of
 from ..contract.delta import Frozen, Kind, MergeRefused, Site
 from ..errors import TargetError
 from ..ops.maps import is_quantized, kind_of, sizes_of, transposed
@@ -86,6 +87,7 @@ class Adapted(nn.Module):
         masks = self._running.masks(first.shape[0], first.device)
         mine = [n for n in masks if n in self.adapters]
         owners = [n for n in masks if n in self.owned]
+        plain = base
         if owners:
             base = self._owned_rows(base, {n: masks[n] for n in owners})
         if not mine:
@@ -97,12 +99,23 @@ class Adapted(nn.Module):
                 return add_low_rank_rows(base(*args, **kwargs), first, *self._running.stack(self, first, factors))
 
         def nest(run: Callable[..., Any]) -> Callable[..., Any]:
-            alone = Frozen(self, run)
+            alone = Frozen(self, plain if run is base else run)
             for name, delta in deltas.items():
-                run = functools.partial(delta.in_rows, Frozen(self, run), alone, masks[name])
+                run = functools.partial(self._in_rows, name, delta, Frozen(self, run), alone, masks[name])
             return run
 
         return _unscaled(self, base, nest, args, kwargs)
+
+    def _in_rows(
+        self, name: str, delta: Any, frozen: Frozen, alone: Frozen, rows: Tensor, *args: Any, **kw: Any
+    ) -> Any:
+        """Run one adapter's delta on its rows, its own copies of parameters standing for the module's."""
+        if name not in self.owned:
+            return delta.in_rows(frozen, alone, rows, *args, **kw)
+        y = frozen(*args, **kw)
+        with _set(self, _owner=name):
+            mine = delta.around(alone, *(a[rows] for a in args), **kw)
+        return y.index_put((rows,), mine.to(y.dtype))
 
     def _owned_rows(self, base: Callable[..., Any], masks: Mapping[str, Tensor]) -> Callable[..., Any]:
         """Return the base's forward with each row run by its own adapter's copies of the parameters."""
@@ -136,7 +149,13 @@ def adapt(module: nn.Module, running: Running) -> Adapted:
                 "attach the adapter before the forward is replaced",
             )
         base: Any = type(module)
-        _become(module, _adapted_class(base, tuple(module._parameters)))
+        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or hasattr(module, "adapters"):
+            raise TargetError(
+                f"a {base.__name__} keeps children of its own where adapters would be put",
+                "a module that is no container and has no `adapters`",
+                "name the modules inside it",
+            )
+        _become(module, _adapted_class(base, tuple(module._parameters), "config" in vars(module)))
         module.adapters, module.owned = nn.ModuleDict(), nn.ModuleDict()
         # Past nn.Module's __setattr__, which would register some of these.
         module.__dict__.update(_running=running, _kept=None, _owner=None)
@@ -147,8 +166,8 @@ def adapt(module: nn.Module, running: Running) -> Adapted:
 def restore(module: Adapted) -> None:
     """Give `module` its own class back and drop every adapter; a merge that was made stays."""
     del module.adapters, module.owned
-    for name in ("_running", "_kept", "_owner"):
-        del module.__dict__[name]
+    for name in ("_running", "_kept", "_owner", "_view"):
+        module.__dict__.pop(name, None)
     _become(module, type(module).__bases__[1])
 
 
@@ -158,6 +177,12 @@ def own(module: Adapted, adapter: str, names: Iterable[str], *, autocast: bool =
     for name in names:
         base = (module._kept or {}).get(name, module._parameters[name])
         assert base is not None
+        if base.is_meta and getattr(module, "_hf_hook", None) is not None:
+            raise TargetError(
+                f"the {name} of a {type(module).__name__} is offloaded, and cannot be copied to be trained whole",
+                "a module that lies in memory",
+                "leave it out of modules_to_save, or keep it on a device in the device_map",
+            )
         half = base.dtype in (torch.float16, torch.bfloat16)
         wide = torch.float32 if autocast and half else base.dtype
         copies.register_parameter(name, nn.Parameter(base.detach().to(wide, copy=True)))
@@ -277,10 +302,12 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 @cache
-def _adapted_class(base: Any, parameters: tuple[str, ...]) -> type[Adapted]:
+def _adapted_class(base: Any, parameters: tuple[str, ...], configured: bool) -> type[Adapted]:
     # With the base's signature: transformers reads from it which columns of a dataset a model takes.
     @functools.wraps(base.forward)
     def forward(self: Adapted, *args: Any, **kwargs: Any) -> Any:
+        if "_running" not in vars(self):  # unloaded, and something kept this forward
+            return base.forward(self, *args, **kwargs)
         return self._run(functools.partial(base.forward, self), *args, **kwargs)
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
@@ -311,6 +338,8 @@ def _adapted_class(base: Any, parameters: tuple[str, ...]) -> type[Adapted]:
         return property(get, put)
 
     body: dict[str, Any] = {n: own_or_base(n) for n in parameters}
+    if configured:
+        body["config"] = property(config_of, lambda self, value: vars(self).update(config=value))
     body |= {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
     # The base's name: transformers and people read it.
     return type(base.__name__, (Adapted, base), body)

@@ -19,7 +19,8 @@ class AdapterMerging:
         at = self._attached
         if at.merged:
             return
-        names = [self._known(n) for n in adapter_names or at.active]
+        self._enabled("merge_adapter")
+        names = [self._known(n) for n in dict.fromkeys(adapter_names or at.active)]
         self._no_module_twice(names)
         members = {n: m for a in names for n, m in at.members[a]}
         try:

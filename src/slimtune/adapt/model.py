@@ -210,26 +210,34 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Pu
             raise UsageError(f"{type(peft_config).__name__} adds nothing to layers", "a method's config: LoraConfig")
         peft_config.fill(self)
         report = select(self, peft_config, strict=strict)
-        modules = dict(self.named_modules())
-        how = {"autocast": autocast_adapter_dtype}
-        sites = [layer.site_of(n, kind, self, **how, loading=not strict) for n, kind in report.kinds.items()]
-        built: dict[str, layer.Adapted] = {}
-        for site, delta in zip(sites, peft_config.build_all(sites), strict=True):
-            built[site.name] = layer.adapt(modules[site.name], at.running)
-            built[site.name].adapters[adapter_name] = delta
-        for name, parameters in _owned(report, modules).items():
-            built[name] = layer.adapt(modules[name], at.running)
-            layer.own(built[name], adapter_name, parameters, **how)
-        at.configs[adapter_name], at.reports[adapter_name] = peft_config, report
-        at.members[adapter_name] = list(built.items())
-        for parameter in at.trained(adapter_name):
-            parameter.requires_grad_(False)
+        at.configs[adapter_name], at.reports[adapter_name], at.members[adapter_name] = peft_config, report, []
+        try:
+            with self.disable_adapter():  # what is copied and read is the base's own
+                self._attach(adapter_name, {"autocast": autocast_adapter_dtype}, loading=not strict)
+        except BaseException:
+            self._drop(adapter_name)
+            raise
         return report
+
+    def _attach(self: Any, adapter: str, how: dict[str, bool], *, loading: bool) -> None:
+        at, modules = self._attached, dict(self.named_modules())
+        report, members = at.reports[adapter], at.members[adapter]
+        sites = [layer.site_of(n, kind, self, **how, loading=loading) for n, kind in report.kinds.items()]
+        for site, delta in zip(sites, at.configs[adapter].build_all(sites), strict=True):
+            members.append((site.name, layer.adapt(modules[site.name], at.running)))
+            members[-1][1].adapters[adapter] = delta
+        for name, parameters in _owned(report, modules).items():
+            if name not in dict(members):
+                members.append((name, layer.adapt(modules[name], at.running)))
+            layer.own(dict(members)[name], adapter, parameters, **how)
+        for parameter in at.trained(adapter):
+            parameter.requires_grad_(False)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter (or several) the active one: it alone is applied, and it alone trains."""
         at = self._attached
-        names = [self._known(n) for n in ([adapter_name] if isinstance(adapter_name, str) else adapter_name)]
+        given = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        names = [self._known(n) for n in dict.fromkeys(given)]
         if not names:
             raise UsageError(
                 "no adapter is named",
@@ -271,12 +279,13 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Pu
             at.enabled = was
             self._rerun()
             if merged:
-                self.merge_adapter(merged)
+                self.merge_adapter(merged)  # which is refused while disabled
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; if it was the active one, the first that is left becomes active."""
         at = self._attached
         self._known(adapter_name)
+        self._enabled("delete_adapter")
         if len(at.configs) == 1:
             raise UsageError(
                 f"{adapter_name!r} is the only adapter", "at least one is left", "model.unload() gives the base"
@@ -306,6 +315,7 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Pu
 
     def unload(self) -> Any:
         """Remove every adapter and return the plain base, bit for bit as it was attached to."""
+        self._enabled("unload")
         self.unmerge_adapter()
         return self._strip()
 
@@ -336,12 +346,17 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Pu
         return name
 
     def _free(self, name: str) -> None:
-        if name in self._attached.configs or not name or "." in name or name == layer.BASE_ROW:
+        taken = name in self._attached.configs or name == layer.BASE_ROW or hasattr(nn.ModuleDict(), name)
+        if taken or not name or "." in name:
             raise UsageError(
                 f"{name!r} cannot name a new adapter",
-                f"a name without dots, other than {listed(self._attached.configs)}",
+                f"a name without dots, no method of a ModuleDict, other than {listed(self._attached.configs)}",
                 "delete_adapter(name) first to replace one",
             )
+
+    def _enabled(self, what: str) -> None:
+        if not self._attached.enabled:
+            raise UsageError(f"{what} inside disable_adapter()", "a call after the `with`")
 
     def _no_module_twice(self, names: list[str]) -> None:
         """Deltas add up; two whole copies of one module do not."""
@@ -379,7 +394,8 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Pu
         for module in at.modules().values():
             layer.restore(module)
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(at.was_trainable.get(name, True))
+            # A name that is new: a tied tensor that a merge made two.
+            parameter.requires_grad_(at.was_trainable.get(name, any(at.was_trainable.values())))
         backbone = self.base_model
         if backbone.__dict__.pop("_whole", None) is not None:
             backbone.__class__ = type(backbone).__bases__[0]

@@ -65,9 +65,12 @@ class Running:
         if key not in self._masks:
             names = self.names(batch)
             self._masks.clear()
-            self._masks[key] = {
-                n: torch.tensor([m == n for m in names], device=device) for n in dict.fromkeys(names) if n != BASE_ROW
-            }
+            with torch.inference_mode(False):  # kept for calls that may want gradients
+                self._masks[key] = {
+                    n: torch.tensor([m == n for m in names], device=device)
+                    for n in dict.fromkeys(names)
+                    if n != BASE_ROW
+                }
         return self._masks[key]
 
     def kept(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -242,9 +242,9 @@ def _all_adaptable(model: nn.Module, modules: dict[str, nn.Module], config: Peft
             raise TargetError(f"{name} is a {type(modules[name]).__name__}, whose input is not the numbers of its rows",
                               "an embedding that looks rows up, or a linear map")  # fmt: skip
         parent = modules.get(name.rpartition(".")[0], model)
-        if isinstance(parent, nn.MultiheadAttention):
+        if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
             raise TargetError(
-                f"{name} lies in a torch MultiheadAttention, which reads its weight past its forward, so "
+                f"{name} lies in a torch {type(parent).__name__}, which reads its weight past its forward, so "
                 "that an adapter there would do nothing",
                 "a module whose forward is called",
             )

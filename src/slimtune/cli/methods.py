@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ def methods(
         screen = console()
         screen.print(_overview(found, sized=model is not None))
         if name:
+            screen.print(f"\nlearning rate: recipes start from {found[0]['learning_rate']:g}", markup=False)
             _show_fields(screen, found[0]["fields"])
         else:
             screen.print(f"\n{_LEGEND}", markup=False)
@@ -104,7 +106,8 @@ def _sizes(classes: Iterable[Any], spec: str, trust_remote_code: bool) -> list[d
         for cls in classes:
             try:
                 settings = {"task_type": "CAUSAL_LM", **resolved({}, cls)}
-                adapted = get_peft_model(base, cls(**settings))
+                with warnings.catch_warnings(action="ignore"):  # training says them
+                    adapted = get_peft_model(base, cls(**settings))
             except (SlimtuneError, ValueError) as e:
                 found.append({"unfit": getattr(e, "got", str(e))})
                 continue

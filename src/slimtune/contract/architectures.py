@@ -1,4 +1,7 @@
-"""Facts about architectures: which layers are adapted when `target_modules` is None (PEFT's choice, name for name)."""
+"""Facts about architectures: which layers are adapted when `target_modules` is None.
+
+PEFT's choice, name for name, but gemma4, which PEFT has as a pattern.
+"""
 
 from __future__ import annotations
 

@@ -5,8 +5,9 @@
 
 The prefix enters where transformers' attention modules call their attention function, after the cache: so the cache
 holds the sequence alone, activation checkpointing, padding, packing and generation need nothing, and every row of a
-pack sees the prefix and itself. For the length of one call the module reads its config through a view that names our
-function; ours extends keys, values and mask, and hands on to the one the user chose.
+pack sees the prefix and itself. A module with such a delta reads its config through a view that names our function
+(`config_of`); ours takes the prefixes from the call's keyword arguments, extends keys, values and mask, and hands on to
+the function the user chose.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..errors import ModelError
 from .delta import Delta, Frozen, MergeRefused, Rows
 
 _NAME = "slimtune_prefix"
+_KEY = "slimtune_prefixes"
 _SUPPORTED = ("eager", "sdpa")
 
 
@@ -56,17 +58,17 @@ class Attention(Delta):
 
     def around(self, frozen: Frozen, *args: Any, rows: Rows = None, **kwargs: Any) -> Any:
         """Run the attention with the prefix in sight."""
-        module = frozen.module
-        config, before = module.__dict__["config"], module.__dict__.get("_prefixes", ())
-        view = config if before else _view(config, module)
-        # The innermost stands first, as with learned positions.
-        module.__dict__.update(config=view, _prefixes=((self.prefix(module, rows), rows), *before))
-        try:
-            return frozen(*args, **kwargs)
-        finally:
-            module.__dict__.update(config=config, _prefixes=before)
-            if not before:
-                del module.__dict__["_prefixes"]
+        module: Any = frozen.module
+        chosen = vars(module)["config"]._attn_implementation
+        if chosen not in _SUPPORTED:
+            raise ModelError(
+                f"{type(module).__name__} runs with attn_implementation={chosen!r}, which takes no prefix here",
+                " or ".join(map(repr, _SUPPORTED)),
+                'from_pretrained(..., attn_implementation="sdpa")',
+            )
+        # The innermost stands first, as with learned positions. transformers hands keyword arguments on.
+        seen = ((self.prefix(module, rows), rows), *kwargs.pop(_KEY, ()))
+        return frozen(*args, **{_KEY: seen}, **kwargs)
 
     def in_rows(self, frozen: Frozen, base: Frozen, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The same, in sight of some rows."""
@@ -117,26 +119,25 @@ def require_decoder(model: Any) -> None:
         )
 
 
-def _view(config: Any, module: nn.Module) -> Any:
-    """Return a copy of the config that names our attention function."""
-    chosen = config._attn_implementation
-    if chosen not in _SUPPORTED:
-        raise ModelError(
-            f"{type(module).__name__} runs with attn_implementation={chosen!r}, which takes no prefix here",
-            " or ".join(map(repr, _SUPPORTED)),
-            'from_pretrained(..., attn_implementation="sdpa")',
-        )
-    view = copy.copy(config)
-    view.__dict__["_attn_implementation_internal"] = _NAME
-    view.__dict__["_chosen_attention"] = chosen
-    return view
+def config_of(module: nn.Module) -> Any:
+    """Return what an adapted attention module reads as its config: a view that names our attention function."""
+    plain = vars(module)["config"]
+    chosen = getattr(plain, "_attn_implementation", None)
+    adapters: Any = module.adapters
+    if chosen not in _SUPPORTED or not any(isinstance(d, Attention) for d in adapters.values()):
+        return plain
+    held = vars(module).get("_view")
+    if held is None or held[0] is not plain or held[1] != chosen:
+        view = copy.copy(plain)
+        view.__dict__["_attn_implementation_internal"] = _NAME
+        held = module.__dict__["_view"] = (plain, chosen, view)
+    return held[2]
 
 
-def _function(module: nn.Module) -> Callable[..., Any]:
+def _function(module: nn.Module, chosen: str) -> Callable[..., Any]:
     """Return the attention function the user chose; the eager one is a function of each model's own file."""
-    config: Any = module.config
-    if config._chosen_attention != "eager":
-        return ALL_ATTENTION_FUNCTIONS[config._chosen_attention]
+    if chosen != "eager":
+        return ALL_ATTENTION_FUNCTIONS[chosen]
     homes = (vars(sys.modules[c.__module__]) for c in type(module).__mro__)
     return next(h["eager_attention_forward"] for h in homes if "eager_attention_forward" in h)
 
@@ -145,11 +146,12 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Stand in for an attention function: `query (batch, heads, q, size)`, `key, value (batch, kv heads, k, size)`."""
-    prefixes: Any = module.__dict__["_prefixes"]
+    prefixes = kwargs.pop(_KEY, ())
+    chosen = vars(module)["config"]._attn_implementation
     for prefix, _ in prefixes:
         _fits(module, prefix, key, kwargs)
     joint = [(p, rows) for p, rows in prefixes if p.gate is None]
-    run, keys, values, mask = _function(module), key, value, attention_mask
+    run, keys, values, mask = _function(module, chosen), key, value, attention_mask
     if joint:
         batch = query.shape[0]
         mask = _extended(module, query, keys.shape[2], mask, joint, kwargs)
@@ -198,7 +200,7 @@ def _extended(
 
 
 def _mask_dtype(module: Any, query: Tensor) -> torch.dtype:
-    return query.dtype if module.config._chosen_attention == "eager" else torch.bool
+    return query.dtype if vars(module)["config"]._attn_implementation == "eager" else torch.bool
 
 
 def as_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:

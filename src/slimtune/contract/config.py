@@ -121,6 +121,27 @@ class PeftConfig(metaclass=_Strict):
         if not right:
             raise ConfigError(f"{name} is {getattr(self, name)!r}", wanted)
 
+    def require_whole(self, name: str, least: int | None = 1, *, none: bool = False) -> None:
+        """Require a whole number, `least` and up (None: any); with `none` None will do, too."""
+        value = getattr(self, name)
+        wanted = "a whole number" + ("" if least is None else f", {least} and up") + (", or None" if none else "")
+        self.require((none and value is None) or _is_whole(value, least), name, wanted)
+
+    def require_ranks(self, name: str) -> None:
+        """Require whole numbers, 1 and up, as the values of a dictionary."""
+        self.require(all(_is_whole(v, 1) for v in getattr(self, name).values()), name, "ranks of 1 and up")
+
+    def require_share(self, name: str) -> None:
+        """Require a probability."""
+        value = getattr(self, name)
+        self.require(_is_number(value) and 0 <= value < 1, name, "a probability in [0, 1)")
+
+    def require_above_zero(self, name: str) -> None:
+        """Require a number above 0, or a dictionary of them."""
+        value = getattr(self, name)
+        numbers = value.values() if isinstance(value, Mapping) else [value]
+        self.require(all(_is_number(n) and n > 0 for n in numbers), name, "above 0")
+
     @property
     def peft_type(self) -> str:
         """PEFT's name of the method: `"LORA"`."""
@@ -227,6 +248,14 @@ class PeftConfig(metaclass=_Strict):
             raise AdapterError(f"{file}: {e.got}", e.wanted, e.fix) from None
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any, least: int | None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
 def _again(cls: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
     made = object.__new__(joined(cls, "PeftConfig"))
     made.__dict__.update(values)
@@ -241,7 +270,7 @@ class TargetedConfig(PeftConfig):
         target_modules: names or dotted suffixes of modules, a regular expression for the full name (a string), or
             `"all-linear"`: every linear map except the output head. None: what PEFT selects for the architecture.
         exclude_modules: names, suffixes or a regular expression taken out again.
-        layers_to_transform: index or indexes of the layers to change; None: all.
+        layers_to_transform: index or indexes, from 0, of the layers to change; None: all.
         layers_pattern: name of the list the layers are in, where there are several numbered lists.
         modules_to_save: modules trained whole beside the adapter (a new head), saved with it.
     """

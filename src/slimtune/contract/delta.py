@@ -9,7 +9,7 @@ the same run one after the other, and merged one after the other.
     "embedding"     y = W[:, x]                         input or reads the weight; `merged(W, b)`; `factors()`
     "norm"          a normalisation with a weight       the same
     "block"         any module that gives (..., d)      `forward(x, y)` on hidden states: see `Block`
-    "attention"     the attention of a layer            `prefix(batch)`: see `contract/attention.py`
+    "attention"     the attention of a layer            `prefix(module, rows)`: see `contract/attention.py`
     "model"         the whole backbone                  `virtual()`: see `contract/prompt.py`; or a `Holder`
 
 A delta never sees another adapter, a quantized weight or a transposed layout: the adapted layer (`adapt/layer.py`) and
@@ -93,12 +93,17 @@ class Frozen:
 
     def weight(self) -> Tensor:
         """Return the weight `(out, in)` that `self` multiplies by: the base's own tensor where nothing lies below."""
-        weight = weight_of(self.module)
+        return self.weight_and_bias()[0]
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Return what lies below as one weight `(out, in)` and one bias `(out)`, None where there is none."""
+        weight, bias = weight_of(self.module), self.bias()
         if self.below:
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
         for delta in self.below:
-            weight, _ = delta.merged(weight, None)
-        return weight
+            weight, bias = delta.merged(weight, bias)
+        return weight, bias
 
     def bias(self) -> Tensor | None:
         """Return the base's bias `(out)`, None where there is none."""

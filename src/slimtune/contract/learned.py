@@ -47,7 +47,7 @@ class Learned(Delta):
             return {"prompt_embeddings": self.learned(), **super().tensors()}
 
     def accept(self, given: Mapping[str, Tensor], site: Site) -> None:
-        """Go on without the encoder where a file holds what it gave alone."""
+        """Let the encoder go where a file holds only what it gave."""
         if self.prompt_encoder is None or any(k.startswith("prompt_encoder.") for k in given):
             return
         there = given.get("prompt_embeddings")

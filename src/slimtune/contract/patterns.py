@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 def named(wanted: Iterable[str] | str, name: str) -> bool:
@@ -16,3 +19,9 @@ def named(wanted: Iterable[str] | str, name: str) -> bool:
 def pattern_key(patterns: Iterable[str], name: str) -> str | None:
     """Return the first pattern that matches the end of `name` from a dot on, or None."""
     return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+
+
+def value_for(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """Return the value of the first pattern that matches `name` (see `pattern_key`), or the default."""
+    key = pattern_key(patterns, name)
+    return default if key is None else patterns[key]

@@ -33,10 +33,10 @@ class PromptLearningConfig(PeftConfig):
 
     Args:
         num_virtual_tokens: learned positions, 1 and up; typically 10 to 100.
-        token_dim: size of a learned position: of the embeddings, or of all keys of a layer.
-        num_transformer_submodules: 1 for a decoder.
-        num_attention_heads: heads of the keys.
-        num_layers: layers of the model.
+        token_dim: size of a learned position, of the embeddings or of all keys of a layer, 1 and up; None: the model's.
+        num_transformer_submodules: 1, for a decoder; None: the same.
+        num_attention_heads: heads of the keys, 1 and up; None: the model's.
+        num_layers: layers of the model, 1 and up; None: the model's.
         modules_to_save: modules trained whole beside the adapter (a new head), saved with it.
     """
 
@@ -53,15 +53,15 @@ class PromptLearningConfig(PeftConfig):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """Yes."""
+        """True: learned positions stand in front of the sequence."""
         return True
 
     def check(self) -> None:
-        """Check that the number of learned positions is one."""
+        """Check the sizes, and that a decoder is meant."""
         super().check()
-        n = self.num_virtual_tokens
-        whole = isinstance(n, int) and not isinstance(n, bool)
-        self.require(whole and n > 0, "num_virtual_tokens", "a whole number, 1 and up")  # type: ignore[operator]
+        self.require_whole("num_virtual_tokens")
+        for name in ("token_dim", "num_attention_heads", "num_layers"):
+            self.require_whole(name, none=True)
         one = self.num_transformer_submodules in (None, 1)
         self.require(one, "num_transformer_submodules", "1: a decoder (2 is an encoder and a decoder)")
 
@@ -107,7 +107,7 @@ class Prompt(Delta):
         return call.answer(out if goes_on else each(out, lambda h: left(h, start, n)))
 
     def in_rows(self, frozen: Frozen, base: Frozen, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The same; in the other rows the learned positions are masked out."""
+        """Run the backbone so; in rows that are not meant the learned positions are masked out."""
         return self.around(frozen, *args, rows=rows, **kwargs)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -132,7 +132,7 @@ class Shift(Delta):
         return call.answer(call.run(frozen, self, 0))
 
     def in_rows(self, frozen: Frozen, base: Frozen, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The same for some rows."""
+        """Run the backbone so; rows that are not meant keep their positions."""
         return self.around(frozen, *args, rows=rows, **kwargs)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -49,16 +49,14 @@ class AdaptionPromptConfig(PeftConfig):
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Yes."""
+        """True: this is PEFT's LLaMA-Adapter."""
         return True
 
     def check(self) -> None:
         """Check that the sizes are whole numbers, 1 and up."""
         super().check()
-        m, layers = self.adapter_len, self.adapter_layers
-        self.require(isinstance(m, int) and m > 0, "adapter_len", "a whole number, 1 and up")
-        self.require(layers is None or (isinstance(layers, int) and layers > 0), "adapter_layers",
-                     "a whole number, 1 and up, or None for all layers")  # fmt: skip
+        self.require_whole("adapter_len")
+        self.require_whole("adapter_layers", none=True)
 
     def fill(self, model: Any) -> None:
         """Fill in the modules' name and how many layers there are."""
@@ -87,7 +85,7 @@ class AdaptionPromptConfig(PeftConfig):
             return Gpt2Prompt(site, m)
         if not all(hasattr(module, n) for n in ("k_proj", "v_proj")) or hasattr(module, "k_norm"):
             raise TargetError(
-                f"{site.name} is a {type(module).__name__}, whose keys are not k_proj of its input alone",
+                f"{site.name} is a {type(module).__name__}, whose keys are normed, or which has no k_proj and v_proj",
                 "attention with k_proj and v_proj (Llama, Mistral, Qwen2, Gemma 2), or GPT-2's",
                 "prefix tuning works on this model",
             )

@@ -71,7 +71,7 @@ class Bias(Delta):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.name = site.name
+        self.name, self.has_place = site.name, "bias" in site.module._parameters
         self.bitfit_bias = nn.Parameter(torch.zeros(site.out_features, device=site.device, dtype=site.dtype))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -79,10 +79,11 @@ class Bias(Delta):
         return y + self.bitfit_bias.to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight as it is, and `b + d`."""
-        if bias is None:
-            raise MergeRefused(f"{self.name} has no bias in the base for a new one to be merged into")
-        return weight, bias + self.bitfit_bias.to(bias.dtype)
+        """Return the weight as it is, and `b + d`, or d where there is no b; refused where no bias can stand."""
+        if not self.has_place:
+            raise MergeRefused(f"{self.name} has no bias in the base to merge one into")
+        own = self.bitfit_bias.to(weight.dtype)
+        return weight, own if bias is None else bias + own
 
 
 def _bias_of(module: nn.Module) -> Tensor | None:

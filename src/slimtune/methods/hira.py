@@ -1,7 +1,7 @@
 """HiRA: y = (W + W ⊙ (B A)) x + b, with W and b frozen: a change of high rank from factors of low rank.
 
-A (r, in), B (out, r). B starts at zero, so the model starts unchanged. Parameters added per layer: r · (in + out).
-Merged: W ⊙ (1 + B A).
+A (r, in), B (out, r). B starts at zero, so the model starts unchanged; at an embedding A starts at zero and B
+normal. Parameters added per layer: r · (in + out). Merged: W ⊙ (1 + B A).
 
 Paper: https://openreview.net/pdf?id=TwJrTz9cRS. File format: PEFT's `hira_A`, `hira_B`; for an embedding
 `hira_embedding_A (r, rows)`, `hira_embedding_B (dim, r)`.
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..contract.config import TargetedConfig
 from ..contract.delta import Delta, Frozen, Kind, Site
-from ..contract.patterns import pattern_key
+from ..contract.patterns import value_for
+from ..ops.dropout import dropout
 from ..ops.maps import is_quantized
 
 
@@ -32,9 +33,9 @@ class HiraConfig(TargetedConfig):
         r: rank of the factors, 1 and up; typically 8 to 64.
         hira_dropout: probability in [0, 1) of dropping an input of the change while training.
         fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
-        init_weights: True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; False: A and B both
-            random, for tests.
-        rank_pattern: name or pattern of a layer → its own rank.
+        init_weights: True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; at an embedding both
+            mean zero A, normal B; False: A and B both random, for tests.
+        rank_pattern: name or pattern of a layer → its own rank; ranks, 1 and up.
     """
 
     name: ClassVar[str] = "hira"
@@ -46,18 +47,17 @@ class HiraConfig(TargetedConfig):
     r: int = 32
     hira_dropout: float = 0.0
     fan_in_fan_out: bool = False
-    init_weights: bool | Literal["gaussian"] | None = True
+    init_weights: bool | Literal["gaussian"] = True
     rank_pattern: dict[str, int] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check ranges: ranks of 1 and up, dropout in [0, 1), a known start."""
         super().check()
         self.rank_pattern = self.rank_pattern or {}
-        self.require(_is_rank(self.r), "r", "a whole number, 1 and up")
-        self.require(all(map(_is_rank, self.rank_pattern.values())), "rank_pattern", "ranks of 1 and up")
-        self.require(0 <= self.hira_dropout < 1, "hira_dropout", "a probability in [0, 1)")
-        known = self.init_weights in (True, False, None, "gaussian")
-        self.require(known, "init_weights", "True, 'gaussian' or False")
+        self.require_whole("r")
+        self.require_ranks("rank_pattern")
+        self.require_share("hira_dropout")
+        self.require(self.init_weights in (True, False, "gaussian"), "init_weights", "True, 'gaussian' or False")
 
     @property
     def patterns(self) -> dict[str, dict]:
@@ -66,7 +66,7 @@ class HiraConfig(TargetedConfig):
 
     def build(self, site: Site) -> Delta:
         """Return the change of the weight at `site`, with the layer's own rank."""
-        r = self.rank_pattern.get(pattern_key(self.rank_pattern, site.name) or "", self.r)
+        r = value_for(self.rank_pattern, site.name, self.r)
         return (EmbeddingHira if site.kind == "embedding" else LinearHira)(site, r, self)
 
 
@@ -75,7 +75,7 @@ class LinearHira(Delta):
 
     def __init__(self, site: Site, r: int, config: HiraConfig) -> None:
         super().__init__()
-        self.hira_dropout = nn.Dropout(config.hira_dropout) if config.hira_dropout else nn.Identity()
+        self.hira_dropout = dropout(config.hira_dropout)
         # Made and filled in PEFT's order, so that one seed gives the same adapter in both.
         A, B = torch.randn(r, site.in_features, device=site.near), torch.randn(site.out_features, r, device=site.near)
         if config.init_weights:
@@ -141,7 +141,3 @@ class _Hadamard(torch.autograd.Function):
         of_weight = (of_change * (B @ A)).to(weight.dtype) if ctx.needs_input_grad[3] else None
         of_change.mul_(weight)
         return of_x, B.t() @ of_change, of_change @ A.t(), of_weight, None
-
-
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..contract.config import TargetedConfig
 from ..contract.delta import Delta, Site
-from ..contract.patterns import pattern_key
+from ..contract.patterns import value_for
+from ..ops.dropout import kept
 from ..ops.remade import linear_remade
 
 
@@ -35,12 +36,12 @@ class LoHaConfig(TargetedConfig):
 
     Args:
         r: rank of each of the two products, 1 and up; the update has rank up to r².
-        alpha: scale numerator; the update is scaled by alpha / r.
+        alpha: scale numerator, above 0; the update is scaled by alpha / r.
         rank_dropout: probability in [0, 1) of dropping an output of the update while training, the same for all rows.
         module_dropout: probability in [0, 1) of leaving out a layer's whole update for one step.
         init_weights: True: Kaiming-uniform, W2b zero; False: all four random, for tests.
-        rank_pattern: name or pattern of a layer → its own rank.
-        alpha_pattern: name or pattern of a layer → its own alpha.
+        rank_pattern: name or pattern of a layer → its own rank; ranks, 1 and up.
+        alpha_pattern: name or pattern of a layer → its own alpha, above 0.
     """
 
     name: ClassVar[str] = "loha"
@@ -65,12 +66,12 @@ class LoHaConfig(TargetedConfig):
         """Check ranges: ranks of 1 and up, probabilities in [0, 1)."""
         super().check()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        whole = isinstance(self.r, int) and not isinstance(self.r, bool)
-        self.require(whole and self.r > 0, "r", "a whole number, 1 and up")
-        ranks = self.rank_pattern.values()
-        self.require(all(isinstance(r, int) and r > 0 for r in ranks), "rank_pattern", "ranks of 1 and up")
-        for name in ("rank_dropout", "module_dropout"):
-            self.require(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)")
+        self.require_whole("r")
+        self.require_ranks("rank_pattern")
+        self.require_above_zero("alpha")
+        self.require_above_zero("alpha_pattern")
+        self.require_share("rank_dropout")
+        self.require_share("module_dropout")
         self.require(self.init_weights in (True, False), "init_weights", "True or False")
 
     @property
@@ -80,8 +81,8 @@ class LoHaConfig(TargetedConfig):
 
     def build(self, site: Site) -> Delta:
         """Return the delta at `site`, with the layer's own rank and alpha."""
-        r = self.rank_pattern.get(pattern_key(self.rank_pattern, site.name) or "", self.r)
-        alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, site.name) or "", self.alpha)
+        r = value_for(self.rank_pattern, site.name, self.r)
+        alpha = value_for(self.alpha_pattern, site.name, self.alpha)
         return LinearLoHa(site, r, alpha / r, self)
 
 
@@ -130,13 +131,6 @@ class LinearLoHa(Delta):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + s · (W1a W1b) ∘ (W2a W2b)` and the bias as it is."""
         return weight + self.scale * _product(*self._parts(weight.dtype)), bias
-
-
-def kept(outputs: int, dropout: float, *, rescale: bool) -> Tensor:
-    """Draw which outputs of an update stay, as 0 and 1 `(outputs)`; with `rescale` their mean is 1."""
-    # On the CPU, as PEFT draws them.
-    drop = (torch.rand(outputs) > dropout).float()
-    return drop / drop.mean().clamp_min(1 / outputs) if rescale else drop
 
 
 def _product(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:

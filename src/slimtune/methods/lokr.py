@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..contract.config import TargetedConfig
 from ..contract.delta import Delta, Site
-from ..contract.patterns import pattern_key
-from .loha import kept
+from ..contract.patterns import value_for
+from ..ops.dropout import kept
 
 
 @dataclass
@@ -32,15 +32,15 @@ class LoKrConfig(TargetedConfig):
 
     Args:
         r: rank, 1 and up, of the factors that are large enough to be products themselves.
-        alpha: scale numerator; the update is scaled by alpha / r.
+        alpha: scale numerator, above 0; the update is scaled by alpha / r.
         rank_dropout: probability in [0, 1) of dropping an output of the update while training, the same for all rows.
         module_dropout: probability in [0, 1) of leaving out a layer's whole update for one step.
         decompose_both: make W1 a product, too, where r is below half its larger side.
         decompose_factor: most rows and columns of W1, 1 and up; -1: as near to a square as the layer's sizes allow.
         rank_dropout_scale: scale what `rank_dropout` leaves, so that its mean stays.
         init_weights: True: Kaiming-uniform, W1 zero; "lycoris": W2 zero instead; False: all random, for tests.
-        rank_pattern: name or pattern of a layer → its own rank.
-        alpha_pattern: name or pattern of a layer → its own alpha.
+        rank_pattern: name or pattern of a layer → its own rank; ranks, 1 and up.
+        alpha_pattern: name or pattern of a layer → its own alpha, above 0.
     """
 
     name: ClassVar[str] = "lokr"
@@ -68,12 +68,12 @@ class LoKrConfig(TargetedConfig):
         """Check ranges: ranks and the factor of 1 and up, probabilities in [0, 1), a known start."""
         super().check()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        whole = isinstance(self.r, int) and not isinstance(self.r, bool)
-        self.require(whole and self.r > 0, "r", "a whole number, 1 and up")
-        ranks = self.rank_pattern.values()
-        self.require(all(isinstance(r, int) and r > 0 for r in ranks), "rank_pattern", "ranks of 1 and up")
-        for name in ("rank_dropout", "module_dropout"):
-            self.require(0 <= getattr(self, name) < 1, name, "a probability in [0, 1)")
+        self.require_whole("r")
+        self.require_ranks("rank_pattern")
+        self.require_above_zero("alpha")
+        self.require_above_zero("alpha_pattern")
+        self.require_share("rank_dropout")
+        self.require_share("module_dropout")
         factor = self.decompose_factor
         self.require(factor == -1 or factor > 0, "decompose_factor", "-1, or a whole number, 1 and up")
         self.require(self.init_weights in (True, False, "lycoris"), "init_weights", "True, 'lycoris' or False")
@@ -85,8 +85,8 @@ class LoKrConfig(TargetedConfig):
 
     def build(self, site: Site) -> Delta:
         """Return the delta at `site`, with the layer's own rank and alpha."""
-        r = self.rank_pattern.get(pattern_key(self.rank_pattern, site.name) or "", self.r)
-        alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, site.name) or "", self.alpha)
+        r = value_for(self.rank_pattern, site.name, self.r)
+        alpha = value_for(self.alpha_pattern, site.name, self.alpha)
         return LinearLoKr(site, r, alpha / r, self)
 
 

@@ -1,8 +1,8 @@
 """MiSS: y = W x + b + Dᵀ S x, with S x the sum of the input's parts of r values each.
 
 D (r, out), S x = Σ_i x[i r : (i + 1) r], an input that r does not divide being filled up with zeros. Every r-th column
-of the weight shares one update: a matrix of rank r with half of LoRA's parameters, r · out. D starts at zero, so the
-model starts unchanged. Merged: W + Dᵀ S.
+of the weight shares one update: a matrix of rank r. Parameters added per layer: r · out, half of LoRA's where in = out.
+D starts at zero, so the model starts unchanged. Merged: W + Dᵀ S.
 
     "mini"  D (r, mini_r), repeated along the outputs: r · mini_r parameters
     "bat"   D (out / r, r, r): the block W_oi (r, r) of the weight becomes W_oi + W_oi D_o + D_o: an update that depends
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..contract.config import TargetedConfig
 from ..contract.delta import Delta, Frozen, Site
 from ..errors import ConfigError
+from ..ops.dropout import dropout
 from ..ops.maps import is_quantized
 from ..ops.remade import linear_remade
 
@@ -38,7 +39,7 @@ class MissConfig(TargetedConfig):
         mini_r: outputs after which "mini" repeats itself, 1 and up; must divide the layers' outputs.
         init_weights: True: the plain form; "mini" or "bat": see the top of the method's file; False: the plain form
             with a random start, for tests.
-        bias: which biases of the base train too: "none" or "all".
+        bias: which biases of the base train too: "none", "MiSS_only" (of adapted layers) or "all".
     """
 
     name: ClassVar[str] = "miss"
@@ -55,11 +56,9 @@ class MissConfig(TargetedConfig):
     def check(self) -> None:
         """Check ranges: sizes of 1 and up, dropout in [0, 1), a known form."""
         super().check()
-        for name in ("r", "mini_r"):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            self.require(whole and value > 0, name, "a whole number, 1 and up")
-        self.require(0 <= self.miss_dropout < 1, "miss_dropout", "a probability in [0, 1)")
+        self.require_whole("r")
+        self.require_whole("mini_r")
+        self.require_share("miss_dropout")
         self.require(self.init_weights in (True, False, "bat", "mini"), "init_weights", "True, 'bat', 'mini' or False")
         self.require(not (self.init_weights == "bat" and self.miss_dropout), "miss_dropout", "0 with 'bat'")
         self.require(self.bias in ("none", "all", "MiSS_only"), "bias", "'none', 'MiSS_only' or 'all'")
@@ -72,7 +71,8 @@ class MissConfig(TargetedConfig):
             wanted = "a divisor of both with init_weights='bat'" if bat else f"at most {in_}"
             raise ConfigError(f"r is {r}, at {at}", wanted, f"r={math.gcd(in_, out) if bat else in_}")
         if self.init_weights == "mini" and out % self.mini_r:
-            raise ConfigError(f"mini_r is {self.mini_r}, at {at}", "a divisor of the outputs")
+            fix = f"mini_r={math.gcd(out, self.mini_r)}"
+            raise ConfigError(f"mini_r is {self.mini_r}, at {at}", "a divisor of the outputs", fix)
         return (Bat if bat else LinearMiss)(site, self)
 
 
@@ -82,7 +82,7 @@ class LinearMiss(Delta):
     def __init__(self, site: Site, config: MissConfig) -> None:
         super().__init__()
         self.in_features, self.out_features = site.in_features, site.out_features
-        self.miss_dropout = nn.Dropout(config.miss_dropout) if config.miss_dropout else nn.Identity()
+        self.miss_dropout = dropout(config.miss_dropout)
         width = config.mini_r if config.init_weights == "mini" else site.out_features
         self.miss_block = nn.Parameter(torch.zeros(config.r, width, device=site.near))
         if config.init_weights is False:

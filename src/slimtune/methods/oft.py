@@ -1,9 +1,12 @@
 """OFT: y = W Rᵀ x + b, with the input turned by blocks R_i (k, k) that are orthogonal, or nearly so.
 
-A block is made from a skew-symmetric Q_i, kept as its k (k - 1) / 2 values above the diagonal, by the Cayley map or by
-n terms of the series of its inverse:
+A block is made from a skew-symmetric Q_i, kept as its k (k - 1) / 2 values above the diagonal, by n terms of a series
+or by the Cayley map:
 
-    R = (I - Q) (I + Q)^-1        R ≈ I + 2 Q + 2 Q² + … + 2 Q^(n-2) + Q^(n-1)    (use_cayley_neumann)
+    R = I + 2 Q + 2 Q² + … + 2 Q^(n-2) + Q^(n-1) ≈ (I + Q) (I - Q)^-1        the default
+    R = (I - Q) (I + Q)^-1                                                   use_cayley_neumann=False
+
+The two turn opposite ways for one Q: a file is right only with the setting it was trained with.
 
 A part x_i (k) of the input, as a row, becomes x_i R_i. It is run as x_i + x_i (R_i - I), which rounds the change alone;
 Q starts at zero, so the model starts unchanged. Parameters added per layer: in · (k - 1) / 2. Merged: W Rᵀ.
@@ -14,6 +17,7 @@ Papers: OFT https://arxiv.org/abs/2306.07280, OFTv2 https://arxiv.org/abs/2506.1
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +26,7 @@ from torch import Tensor, nn
 
 from ..contract.config import TargetedConfig
 from ..contract.delta import Delta, Frozen, Kind, Site
+from ..errors import ConfigError
 
 
 @dataclass
@@ -31,7 +36,7 @@ class OFTConfig(TargetedConfig):
     Args:
         r: number of blocks, 1 and up; 0: `oft_block_size` says it. One of the two is 0.
         oft_block_size: inputs turned together, 2 and up; 0: `r` says it. Either becomes the nearest number that divides
-            a layer's inputs.
+            a layer's inputs, with a warning; a block of 1, which turns nothing, is refused.
         module_dropout: probability in [0, 1): this share of a layer's blocks is the identity for one training step.
         fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
         bias: which biases of the base train too: "none", "oft_only" (of adapted layers) or "all".
@@ -40,7 +45,7 @@ class OFTConfig(TargetedConfig):
         eps: see coft, above 0.
         block_share: one block for all parts of the input.
         use_cayley_neumann: the series, faster and orthogonal up to its last term; False: the exact map, which solves a
-            system of k equations for each block.
+            system of k equations for each block, and turns the other way.
         num_cayley_neumann_terms: terms of the series, 2 and up; 3 are 4, as in PEFT.
     """
 
@@ -68,28 +73,49 @@ class OFTConfig(TargetedConfig):
         # PEFT reads the meaning of the series from this: it was another before 0.18.
         self.peft_version = self.peft_version or "0.18.0"
         for name, least in (("r", 0), ("oft_block_size", 0), ("num_cayley_neumann_terms", 2)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            self.require(whole and value >= least, name, f"a whole number, {least} and up")
+            self.require_whole(name, least)
         self.require(self.oft_block_size != 1, "oft_block_size", "0, or 2 and up: one input alone cannot turn")
         one = (self.r == 0) != (self.oft_block_size == 0)
         self.require(one, "oft_block_size", f"above 0 where r is 0, and 0 where it is not: r is {self.r}")
-        self.require(0 <= self.module_dropout < 1, "module_dropout", "a probability in [0, 1)")
+        self.require_share("module_dropout")
         self.require(self.bias in ("none", "all", "oft_only"), "bias", "'none', 'all' or 'oft_only'")
         self.require(self.init_weights in (True, False), "init_weights", "True or False")
-        self.require(self.eps > 0, "eps", "above 0")
+        self.require_above_zero("eps")
 
     def build(self, site: Site) -> Delta:
-        """Return the turn at `site`."""
-        return EmbeddingOft(site, self) if site.kind == "embedding" else LinearOft(site, self)
+        """Return the turn at `site`.
+
+        Raises:
+            ConfigError: the nearest block is one of 1, which turns nothing.
+        """
+        width = site.out_features if site.kind == "embedding" else site.in_features
+        block = width // divisor(width, self.r) if self.r else divisor(width, self.oft_block_size)
+        if not site.loading:  # a file is taken as it was trained
+            self._tell(site, width, block)
+        return EmbeddingOft(site, block, self) if site.kind == "embedding" else LinearOft(site, block, self)
+
+    def _tell(self, site: Site, width: int, block: int) -> None:
+        """Refuse blocks of 1, and warn where they are not of the size asked for."""
+        what = f"{width} {'columns' if site.kind == 'embedding' else 'inputs'}"
+        if block == 1:
+            least = next((d for d in range(2, width + 1) if width % d == 0), None)
+            size = f"{'r=0, ' if self.r else ''}oft_block_size={least}, or " if least else ""
+            raise ConfigError(
+                f"{site.name} has {what}, of which no block near the size asked for can be made",
+                "a block of 2 and up",
+                f"{size}leave the layer out",
+            )
+        if block * self.r != width if self.r else block != self.oft_block_size:
+            asked = f"r={self.r}" if self.r else f"oft_block_size={self.oft_block_size}"
+            warnings.warn(f"{site.name} has {what}: its blocks are of {block}, not as {asked} asks", stacklevel=2)
 
 
 class Turn(nn.Module):
-    """Blocks that turn the last dimension of what it is called with."""
+    """Blocks (k, k) that turn the last dimension, `width`, of what it is called with."""
 
-    def __init__(self, width: int, site: Site, config: OFTConfig) -> None:
+    def __init__(self, width: int, block: int, site: Site, config: OFTConfig) -> None:
         super().__init__()
-        self.block = divisor(width, config.oft_block_size) if config.r == 0 else width // divisor(width, config.r)
+        self.block = block
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.eps, self.dropout = config.eps if config.coft else None, config.module_dropout
         count = 1 if config.block_share else width // self.block
@@ -155,9 +181,9 @@ class Turn(nn.Module):
 class LinearOft(Delta):
     """The map of a turned input."""
 
-    def __init__(self, site: Site, config: OFTConfig) -> None:
+    def __init__(self, site: Site, block: int, config: OFTConfig) -> None:
         super().__init__()
-        self.oft_R = Turn(site.in_features, site, config)
+        self.oft_R = Turn(site.in_features, block, site, config)
 
     def around(self, frozen: Frozen, x: Tensor) -> Tensor:
         """Turn `x (..., in)`, then map it."""
@@ -171,9 +197,9 @@ class LinearOft(Delta):
 class EmbeddingOft(Delta):
     """The turned rows of an embedding."""
 
-    def __init__(self, site: Site, config: OFTConfig) -> None:
+    def __init__(self, site: Site, block: int, config: OFTConfig) -> None:
         super().__init__()
-        self.oft_embedding_R = Turn(site.out_features, site, config)
+        self.oft_embedding_R = Turn(site.out_features, block, site, config)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Turn the rows `y (..., dim)`."""

@@ -61,10 +61,9 @@ class PromptEncoderConfig(PromptLearningConfig):
             self.encoder_reparameterization_type in kinds, "encoder_reparameterization_type", "'MLP' or 'LSTM'"
         )
         self.encoder_reparameterization_type = str(self.encoder_reparameterization_type)
-        h, layers = self.encoder_hidden_size, self.encoder_num_layers
-        self.require(h is None or (isinstance(h, int) and h > 0), "encoder_hidden_size", "a whole number, 1 and up")
-        self.require(isinstance(layers, int) and layers > 0, "encoder_num_layers", "a whole number, 1 and up")
-        self.require(0 <= self.encoder_dropout < 1, "encoder_dropout", "a probability in [0, 1)")
+        self.require_whole("encoder_hidden_size", none=True)
+        self.require_whole("encoder_num_layers")
+        self.require_share("encoder_dropout")
 
     def fill(self, model: Any) -> None:
         """Fill in the sizes from the model's config."""

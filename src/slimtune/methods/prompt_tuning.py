@@ -2,8 +2,9 @@
 
     [P_1 … P_n, x_1 … x_T] → the frozen model        P (n, hidden)
 
-Parameters added: n · hidden. Start: random, the embeddings of random tokens, or those of a text, from which the model
-then says bit for bit what it says after that text. Nothing is merged: positions are no weights.
+Parameters added: n · hidden. Start: random, the embeddings of random tokens, or those of a text: where n is the text's
+number of tokens, the model then says what it says after that text, to rounding. Nothing is merged: positions are no
+weights.
 
 Paper: https://arxiv.org/abs/2104.08691. File format: PEFT's one tensor `prompt_embeddings (n, hidden)`. In PEFT the
 logits keep n more positions in front; here they do not.

@@ -30,7 +30,7 @@ class ShiraConfig(TargetedConfig):
         r: sets the number of entries, r · (in + out), 1 and up; no limit to the rank of the change.
         mask_type: "random", or any other name where `mask_fn` is set: `config.mask_fn = f`, with `f(layer, r)` giving a
             mask (out, in) of zeros and ones, r · (in + out) of them ones.
-        random_seed: seed of the random places; None: the generator's own, the same each time.
+        random_seed: seed of the random places, a whole number; None: the generator's own, the same each time.
         fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
         init_weights: start at zero; False: at normal random numbers, for tests.
     """
@@ -50,10 +50,10 @@ class ShiraConfig(TargetedConfig):
     init_weights: bool = True
 
     def check(self) -> None:
-        """Check that r is a whole number, 1 and up."""
+        """Check that r and the seed are whole numbers."""
         super().check()
-        whole = isinstance(self.r, int) and not isinstance(self.r, bool)
-        self.require(whole and self.r > 0, "r", "a whole number, 1 and up")
+        self.require_whole("r")
+        self.require_whole("random_seed", None, none=True)
 
     @classmethod
     def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:

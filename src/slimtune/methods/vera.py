@@ -24,6 +24,7 @@ from ..contract.config import TargetedConfig
 from ..contract.delta import Delta, Holder, Kind, Site
 from ..contract.prompt import backbone_name
 from ..errors import TargetError
+from ..ops.dropout import dropout
 
 
 @dataclass
@@ -36,7 +37,7 @@ class VeraConfig(TargetedConfig):
         save_projection: write A and B into the file; off, they are drawn again from the seed, which another version of
             torch might do otherwise.
         vera_dropout: probability in [0, 1) of dropping an input of A while training.
-        d_initial: what λ_d starts at; 0.1 and below are usual.
+        d_initial: what λ_d starts at, any number; 0.1 and below are usual.
         fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
         bias: which biases of the base train too: "none", "vera_only" (of adapted layers) or "all".
         init_weights: False: λ_d normal and λ_b one at the start, for tests.
@@ -60,12 +61,9 @@ class VeraConfig(TargetedConfig):
     def check(self) -> None:
         """Check ranges: a rank of 1 and up, dropout in [0, 1), a whole seed, a known bias."""
         super().check()
-        for name, least in (("r", 1), ("projection_prng_key", None)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            wanted = "a whole number" if least is None else f"a whole number, {least} and up"
-            self.require(whole and (least is None or value >= least), name, wanted)
-        self.require(0 <= self.vera_dropout < 1, "vera_dropout", "a probability in [0, 1)")
+        self.require_whole("r")
+        self.require_whole("projection_prng_key", None)
+        self.require_share("vera_dropout")
         self.require(self.bias in ("none", "all", "vera_only"), "bias", "'none', 'all' or 'vera_only'")
 
     @classmethod
@@ -115,7 +113,7 @@ class Vera(Delta):
         super().__init__()
         self.held = (shared,)
         self.sizes = site.in_features, site.out_features
-        self.vera_dropout = nn.Dropout(config.vera_dropout) if config.vera_dropout else nn.Identity()
+        self.vera_dropout = dropout(config.vera_dropout)
         # Drawn even where it starts otherwise, as PEFT does: one seed gives the same adapter in both.
         b, d = torch.ones(site.out_features, device=site.near), torch.randn(config.r, device=site.near)
         if config.init_weights:

@@ -1,4 +1,4 @@
-"""Sums of weight changes, and the pair of thin matrices nearest to one."""
+"""Products of two thin matrices: added to a weight, nearest to a change; and sums of changes."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def nearest_low_rank(
     if A.shape[0] < r:  # a product of fewer terms than the rank asked for
         A, B = F.pad(A, (0, 0, 0, r - A.shape[0])), F.pad(B, (0, r - B.shape[1]))
     return LowRank(A, B, float(S[r:].double().square().sum()), norm)
+
+
+def add_low_rank(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """Return `W (out, in) + s · B (out, r) A (r, in)` in W's dtype."""
+    return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale
 
 
 def weighted_sum(

@@ -117,15 +117,13 @@ class AdaLoraConfig(TargetedConfig):
         super().check()
         self.rank_pattern = self.rank_pattern or None
         for name, least in (("target_r", 1), ("init_r", 1), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            self.require(whole and value >= least, name, f"a whole number, {least} and up")
+            self.require_whole(name, least)
         self.require(self.init_r >= self.target_r, "init_r", f"target_r ({self.target_r}) and up")
         for name in ("beta1", "beta2"):
             self.require(0 < getattr(self, name) < 1, name, "above 0 and below 1")
         self.require(self.orth_reg_weight >= 0, "orth_reg_weight", "0 and up")
-        self.require(self.lora_alpha > 0, "lora_alpha", "above 0")
-        self.require(0 <= self.lora_dropout < 1, "lora_dropout", "a probability in [0, 1)")
+        self.require_above_zero("lora_alpha")
+        self.require_share("lora_dropout")
         self.require(self.bias in ("none", "all", "lora_only"), "bias", "'none', 'all' or 'lora_only'")
         self.require(self.init_lora_weights in (True, False), "init_lora_weights", "True or False")
         room = self.total_step is None or self.tinit < self.total_step - self.tfinal

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...contract.delta import Delta, Site
-from ..lora import add_low_rank
+from ...ops.dropout import dropout
+from ...ops.low_rank import add_low_rank
 
 if TYPE_CHECKING:
     from . import AdaLoraConfig
@@ -30,7 +31,7 @@ class LinearAdaLora(Delta):
         # As PEFT divides; the ranks a layer starts with, not those it is left with.
         self.scale = config.lora_alpha / (config.init_r + 1e-5)
         self.config, self.at = config, f"{site.name}.lora_E"
-        self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout = dropout(config.lora_dropout)
         # Drawn in PEFT's order, so that one seed gives the same adapter in both.
         self.lora_A = nn.Parameter(torch.randn(r, site.in_features, device=site.near))
         self.lora_E = nn.Parameter(torch.randn(r, 1, device=site.near))

@@ -8,11 +8,12 @@
     pfeiffer   after each layer, its residual sum included: y is the stream the layer gives; h = y
     parallel   beside the feed-forward: h = x, what the feed-forward reads (normed, where its norm comes first)
 
-Parameters added per adapter: 2 · d · m + m + d, with m = d / reduction_factor. U and e start at zero, so the model
-starts unchanged. Not mergeable: f is not linear. Papers: Houlsby https://arxiv.org/abs/1902.00751, Pfeiffer
-https://arxiv.org/abs/2005.00247, parallel https://arxiv.org/abs/2110.04366. File format, ours (PEFT has no such
-method), with the names of the `adapters` library: `adapter_down.weight`, `.bias`, `adapter_up.weight`, `.bias`, and
-`scaling` where it is learned.
+Parameters added per adapter: 2 · d · m + m + d, with m = d / reduction_factor; plus 1 with scaling="learned", d with
+"channel". U and e start at zero, so the model starts unchanged. Not mergeable: f is not linear.
+
+Papers: Houlsby https://arxiv.org/abs/1902.00751, Pfeiffer https://arxiv.org/abs/2005.00247, parallel
+https://arxiv.org/abs/2110.04366. File format, ours (PEFT has no such method), with the names of the `adapters` library:
+`adapter_down.weight`, `.bias`, `adapter_up.weight`, `.bias`, and `scaling` where it is learned.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transformers.activations import ACT2FN
 from ...contract.config import TargetedConfig
 from ...contract.delta import Block, Delta, Kind, MergeRefused, Site
 from ...errors import ConfigError, TargetError, listed, nearest
+from ...ops.dropout import dropout
 from ...ops.maps import kind_of, sizes_of
 from .places import ATTENTION, FEED_FORWARD, layers_of, number, place
 
@@ -59,8 +61,8 @@ class BottleneckConfig(TargetedConfig):
             `{"1": 8, "default": 16}`. None: 16, parallel 2.
         bottleneck_size: the bottleneck's size in units, 1 and up, in place of reduction_factor.
         non_linearity: a transformers name: "relu", "gelu", "swish", "tanh" … None: as the style has it.
-        scaling: factor on what the adapter adds; "learned": one trained factor for each adapter; "channel": one for
-            each hidden unit. None: 1, parallel 4.
+        scaling: factor on what the adapter adds, any number; "learned": one trained factor for each adapter; "channel":
+            one for each hidden unit. None: 1, parallel 4.
         dropout: probability in [0, 1) of dropping a unit of what the adapter adds while training.
         init_weights: "mam_adapter": Kaiming-uniform down, zero up, so that nothing changes at first; "bert": both
             normal with std 0.02; "houlsby": both truncated normal with std 0.01.
@@ -117,7 +119,7 @@ class BottleneckConfig(TargetedConfig):
         self.require(known, "non_linearity", f"a transformers name{nearest(str(self.non_linearity), ACT2FN)}")
         number = isinstance(self.scaling, int | float) and not isinstance(self.scaling, bool)
         self.require(number or self.scaling in ("learned", "channel"), "scaling", "a number, 'learned' or 'channel'")
-        self.require(0 <= self.dropout < 1, "dropout", "a probability in [0, 1)")
+        self.require_share("dropout")
         self.require(self.init_weights in _STARTS, "init_weights", f"one of {listed(_STARTS)}")
         self.leave_out = sorted(self.leave_out or [])
         whole = all(isinstance(i, int) and i >= 0 for i in self.leave_out)
@@ -130,8 +132,7 @@ class BottleneckConfig(TargetedConfig):
 
     def _check_size(self) -> None:
         size, by = self.bottleneck_size, self.reduction_factor
-        whole = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        self.require(size is None or whole, "bottleneck_size", "a whole number, 1 and up")
+        self.require_whole("bottleneck_size", none=True)
         self.require(size is None or by is None, "bottleneck_size", "None where reduction_factor is given, or reversed")
         if isinstance(by, dict):
             self.reduction_factor = by = {str(k): v for k, v in by.items()}
@@ -167,7 +168,7 @@ class BottleneckConfig(TargetedConfig):
     def build_all(self, sites: Sequence[Site]) -> list[Delta]:
         """Return the adapters; each layer number in reduction_factor must be one of an adapted layer."""
         if isinstance(self.reduction_factor, dict):
-            have = {str(number(site.name)) for site in sites}
+            have = [str(n) for n in sorted({number(s.name) for s in sites} - {None})]  # type: ignore[type-var]
             vain = [k for k in self.reduction_factor if k not in have and k != "default"]
             if vain:
                 raise TargetError(
@@ -204,7 +205,7 @@ class Bottleneck(Block):
         super().__init__()
         self.parallel, self.place = config.is_parallel, site.name
         self.f = F.leaky_relu if config.non_linearity == "leakyrelu" else ACT2FN[config.non_linearity]
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = dropout(config.dropout)
         # Made and filled in the order of the `adapters` library.
         self.adapter_down = nn.Linear(reads, size, device=site.near)
         self.adapter_up = nn.Linear(size, gives, device=site.near)

@@ -1,6 +1,7 @@
 """LoRA: y = W x + b + s · B A x, with W frozen.
 
     A (r, in), B (out, r), s = alpha / r, or alpha / √r with rsLoRA. B starts at zero, so the model starts unchanged.
+    An embedding starts the other way round: A (r, rows) zero and B (dim, r) normal, whatever start is named but "mica".
     Parameters added per layer: r · (in + out); with DoRA out more. Merged: W + s · B A.
 
 `plain.py` holds the deltas, `starts.py` other ways to start (PiSSA, OLoRA, …), `dora.py` DoRA, `eva.py` and `loftq.py`
@@ -22,15 +23,16 @@ from torch import nn
 
 from ...contract.config import TargetedConfig
 from ...contract.delta import Delta, Kind, Site
-from ...contract.patterns import pattern_key
+from ...contract.patterns import value_for
 from ...errors import ConfigError
-from ..trainable_tokens import Place, places, row_numbers, token_delta
+from ..trainable_tokens.places import Place, places, row_numbers
+from ..trainable_tokens.rows import token_delta
 from . import starts
 from .dora import EmbeddingDora, LinearDora
 from .eva import EvaConfig
-from .plain import EmbeddingLora, LinearLora, add_low_rank
+from .plain import EmbeddingLora, LinearLora
 
-__all__ = ["EmbeddingLora", "LinearLora", "LoraConfig", "add_low_rank"]
+__all__ = ["EmbeddingLora", "LinearLora", "LoraConfig"]
 
 
 @dataclass
@@ -39,7 +41,7 @@ class LoraConfig(TargetedConfig):
 
     Args:
         r: rank, 1 and up; typically 4 to 64.
-        lora_alpha: scale numerator; the update is scaled by lora_alpha / r.
+        lora_alpha: scale numerator, above 0; the update is scaled by lora_alpha / r.
         lora_dropout: probability in [0, 1) of dropping an input of A while training.
         fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
         bias: which biases of the base train too: "none", "lora_only" (of adapted layers) or "all".
@@ -47,9 +49,10 @@ class LoraConfig(TargetedConfig):
         init_lora_weights: True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; "pissa",
             "pissa_niter_N" (N rounds, 0 and up) or "olora": the main parts of the base's weight; "orthogonal": random
             with B A = 0, for even ranks; "mica": fixed B from the weight's smallest parts, zero A; "eva": zero B, and A
-            by `initialize_lora_eva_weights`; "loftq": see `replace_lora_weights_loftq`; False: both random, for tests.
-        rank_pattern: name or pattern of a layer → its own rank.
-        alpha_pattern: name or pattern of a layer → its own alpha.
+            by `initialize_lora_eva_weights`; "loftq": in files alone, start one by `replace_lora_weights_loftq`; False:
+            both random, for tests. An embedding has zero A and normal B with each of them but "mica" and False.
+        rank_pattern: name or pattern of a layer → its own rank; ranks, 1 and up.
+        alpha_pattern: name or pattern of a layer → its own alpha, above 0.
         use_dora: let the rows of the adapted weight have a trained length of their own (DoRA).
         lora_bias: give B a trained bias; with init_lora_weights True or False, without DoRA.
         trainable_token_indices: numbers of tokens whose rows of the input embedding train, too; or a dictionary: name
@@ -57,7 +60,8 @@ class LoraConfig(TargetedConfig):
         eva_config: settings of "eva", an `EvaConfig`; None: its defaults.
         loftq_config: PEFT's note of how a "loftq" adapter was made; only beside it.
         lr_ratio: B's learning rate over A's, above 0 (LoRA+); typically 1 to 16. Ours alone.
-        freeze_a: train B alone; then of a layer's input only A x, r wide, is kept (LoRA-FA). Ours alone.
+        freeze_a: train B alone; then of a layer's input only A x, r wide, is kept (LoRA-FA). Not at embeddings, whose A
+            starts at zero. Ours alone.
     """
 
     name: ClassVar[str] = "lora"
@@ -117,18 +121,19 @@ class LoraConfig(TargetedConfig):
         """Check ranges: ranks of 1 and up, dropout in [0, 1), a known bias and start, and what excludes what."""
         super().check()
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        whole = isinstance(self.r, int) and not isinstance(self.r, bool)
-        self.require(whole and self.r > 0, "r", "a whole number, 1 and up")
-        ranks = [self.r, *self.rank_pattern.values()]
-        self.require(all(isinstance(r, int) and r > 0 for r in ranks), "rank_pattern", "ranks of 1 and up")
-        self.require(0 <= self.lora_dropout < 1, "lora_dropout", "a probability in [0, 1)")
+        self.require_whole("r")
+        self.require_ranks("rank_pattern")
+        self.require_above_zero("lora_alpha")
+        self.require_above_zero("alpha_pattern")
+        self.require_share("lora_dropout")
         self.require(self.bias in ("none", "all", "lora_only"), "bias", "'none', 'all' or 'lora_only'")
-        self.require(self.lr_ratio > 0, "lr_ratio", "above 0: B's learning rate over A's")
+        self.require_above_zero("lr_ratio")
         init = self.init_lora_weights
         wanted = f"True, False, 'pissa_niter_N' or one of {', '.join(map(repr, starts.NAMED))}"
         self.require(starts.is_known(init), "init_lora_weights", wanted)
-        even = init != "orthogonal" or all(r % 2 == 0 for r in ranks)
-        self.require(even, "r", "even with init_lora_weights='orthogonal', in rank_pattern, too")
+        odd = [r for r in self.rank_pattern.values() if r % 2]
+        self.require(init != "orthogonal" or self.r % 2 == 0, "r", "even with init_lora_weights='orthogonal'")
+        self.require(init != "orthogonal" or not odd, "rank_pattern", "even with init_lora_weights='orthogonal'")
         self.require(init != "mica" or not (self.use_dora or self.freeze_a), "init_lora_weights",
                      "another than 'mica' with DoRA or freeze_a")  # fmt: skip
         plain = isinstance(init, bool) and not self.use_dora
@@ -149,6 +154,14 @@ class LoraConfig(TargetedConfig):
         """The fields that map layer patterns to values; each pattern must match a target."""
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
+    def rank_of(self, name: str) -> int:
+        """Return a layer's own rank."""
+        return value_for(self.rank_pattern, name, self.r)
+
+    def alpha_of(self, name: str) -> float:
+        """Return a layer's own alpha."""
+        return value_for(self.alpha_pattern, name, self.lora_alpha)
+
     def further_targets(self, model: nn.Module) -> dict[str, Kind]:
         """Return the embeddings of which rows train, and what is tied to them."""
         return {name: place.kind for name, place in self._token_places(model).items()}
@@ -166,20 +179,25 @@ class LoraConfig(TargetedConfig):
         """Return the low-rank delta at `site`, with the layer's own rank and alpha.
 
         Raises:
-            ConfigError: "loftq" on a base whose original weights are not to be had.
+            ConfigError: "loftq" on a base whose original weights are not to be had, or what an embedding cannot have.
         """
         if self.init_lora_weights == "loftq" and not site.loading:
             raise ConfigError(
                 "init_lora_weights='loftq' starts from weights before quantization, which the model no longer has",
-                "a base in NF4 and another start",
+                "a base in NF4 or int8 and another start",
                 "leave init_lora_weights out, then slimtune.replace_lora_weights_loftq(model, folder of the weights)",
             )
-        r = self.rank_pattern.get(pattern_key(self.rank_pattern, site.name) or "", self.r)
-        alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, site.name) or "", self.lora_alpha)
+        r, alpha = self.rank_of(site.name), self.alpha_of(site.name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if site.kind == "embedding":
             if self.lora_bias:
                 raise ConfigError(f"lora_bias is True, and {site.name} is an embedding", "linear maps alone")
+            if self.freeze_a:
+                raise ConfigError(
+                    f"freeze_a is True, and {site.name} is an embedding, whose A starts at zero",
+                    "linear maps alone",
+                    "take it out of target_modules",
+                )
             return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
         return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
 

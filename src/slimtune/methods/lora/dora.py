@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ...contract.delta import Delta, Frozen, Site
+from ...ops.low_rank import add_low_rank
 from ...ops.maps import weight_of
-from .plain import EmbeddingLora, LinearLora, add_low_rank
+from .plain import EmbeddingLora, LinearLora
 
 if TYPE_CHECKING:
     from . import LoraConfig
@@ -60,7 +61,8 @@ class _Magnitude(Delta):
 
     def _scaled(self, frozen: Frozen, y: Tensor, z: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Map the frozen output `y (..., out)` and `z = A x (..., r)` to the adapted output."""
-        weight, bias = _weight_and_bias(frozen)
+        weight, bias = frozen.weight_and_bias()
+        weight = weight.detach()
         squares = _squares(weight) if frozen.below else self._squares_of(frozen.module, weight)
         m = self.lora_magnitude_vector
         # As m is kept, so that m / n is 1 at the start whatever that dtype is.
@@ -119,18 +121,6 @@ def row_lengths(squares: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: fl
 def _squares(weight: Tensor) -> Tensor:
     """Return `‖W_i‖² (out)`, in fp32 at least."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
-
-
-def _weight_and_bias(frozen: Frozen) -> tuple[Tensor, Tensor | None]:
-    """Return what lies below as one weight and one bias."""
-    if not frozen.below:
-        return frozen.weight().detach(), frozen.bias()
-    weight, bias = weight_of(frozen.module), frozen.bias()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
-    for delta in frozen.below:
-        weight, bias = delta.merged(weight, bias)
-    return weight.detach(), bias
 
 
 class _Scaled(torch.autograd.Function):

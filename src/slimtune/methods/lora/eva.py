@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...contract.patterns import pattern_key
 from ...errors import ConfigError, UsageError
+from ...ops.pca import Pca
 
 
 @dataclass
@@ -85,7 +85,7 @@ def initialize_lora_eva_weights(
     config = model.peft_config[adapter_name]
     found = {n.removeprefix("base_model.model."): w for n, w in found.items()}
     layers = model._attached.deltas(adapter_name)
-    ranks = {n: found[n].shape[0] if n in found else _rank(config, n) for n in layers}
+    ranks = {n: found[n].shape[0] if n in found else config.rank_of(n) for n in layers}
     alphas = {n: _alpha(config, n, rank) for n, rank in ranks.items() if rank}
     changed = dataclasses.replace(
         config,
@@ -121,7 +121,9 @@ def get_eva_state_dict(
     config = model.peft_config[adapter_name]
     if getattr(config, "init_lora_weights", None) != "eva":
         raise UsageError(
-            f"adapter {adapter_name!r} was not made for EVA", 'LoraConfig(init_lora_weights="eva")', "make it so"
+            f"adapter {adapter_name!r} was not made for EVA",
+            "an adapter with init_lora_weights='eva'",
+            "get_peft_model(base, LoraConfig(init_lora_weights='eva', …)), then this call",
         )
     if dataloader is not None and not isinstance(dataloader, Sized):
         dataloader = list(dataloader)
@@ -144,8 +146,8 @@ class _Seen:
     def __init__(self, layers: dict[str, nn.Module], config: Any, forward: Callable[[Any, Any], Any]) -> None:
         self.layers, self.config, self.forward = layers, config, forward
         self.settings: EvaConfig = config.eva_config
-        self.most = {n: round(_rank(config, n) * self.settings.rho) for n in layers}
-        self.budget = sum(_rank(config, n) for n in layers)
+        self.most = {n: round(config.rank_of(n) * self.settings.rho) for n in layers}
+        self.budget = sum(config.rank_of(n) for n in layers)
         self.leader: dict[str, str] = {}
         """Each layer's first layer with the same inputs."""
 
@@ -233,49 +235,6 @@ class _Seen:
         return found / pca.sizes[:rank].sqrt()[:, None] if self.settings.whiten else found
 
 
-class Pca:
-    """Principal directions of rows that come in batches (Ross et al. 2008; scikit-learn's and PEFT's way).
-
-    Args:
-        most: how many directions are kept.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most, self.count = most, 0
-        self.directions: Tensor | None = None
-        self.sizes = self.shares = self.mean = self.variance = torch.empty(0)
-
-    def add(self, rows: Tensor) -> Tensor:
-        """Take in `rows (n, in)`; return how far each direction stayed, as a cosine; 0 at first."""
-        n = rows.shape[0]
-        if n < self.most:
-            return torch.zeros(self.most)
-        before, centre = self.directions, rows.double().mean(0)
-        variance = rows.double().var(0, correction=0)
-        total = self.count + n
-        # As PEFT: the first batch in fp32, later ones in float64; the random vectors of the SVD depend on it.
-        X = (rows - centre).float()
-        if before is not None:
-            X = rows - rows.mean(0)
-            apart = self.mean - centre
-            X = torch.vstack([self.sizes[:, None] * before, X, (self.count / total * n) ** 0.5 * apart[None]])
-            variance = (self.variance * self.count + variance * n + apart**2 * self.count * n / total) / total
-            centre = (self.mean * self.count + centre * n) / total
-        with torch.random.fork_rng():
-            torch.manual_seed(42)
-            _, S, V = torch.svd_lowrank(X, q=2 * self.most, niter=4)
-        V = V.t()
-        V = V * V.gather(1, V.abs().argmax(1, keepdim=True)).sign()
-        self.directions, self.sizes = V[: self.most], S[: self.most]
-        self.shares = S[: self.most] ** 2 / (variance * total).sum()
-        self.mean, self.variance, self.count = centre, variance, total
-        return torch.zeros(self.most) if before is None else torch.cosine_similarity(self.directions, before)
-
-
-def _rank(config: Any, name: str) -> int:
-    return config.rank_pattern.get(pattern_key(config.rank_pattern, name) or "", config.r)
-
-
 def _alpha(config: Any, name: str, rank: int) -> float:
-    alpha = config.alpha_pattern.get(pattern_key(config.alpha_pattern, name) or "", config.lora_alpha)
-    return alpha * rank / _rank(config, name) if config.eva_config.adjust_scaling_factors else alpha
+    alpha = config.alpha_of(name)
+    return alpha * rank / config.rank_of(name) if config.eva_config.adjust_scaling_factors else alpha

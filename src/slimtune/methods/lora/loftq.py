@@ -1,6 +1,6 @@
 """LoftQ: A and B start as what quantization took from the weight.
 
-    s · B A = the r largest singular parts of W − W_q        W: before quantization, W_q: the base's NF4 weight
+    s · B A = the r largest singular parts of W − W_q        W: before quantization, W_q: the base's NF4 or int8 weight
 
 The base stays as it is quantized. Paper: https://arxiv.org/abs/2310.08659.
 """

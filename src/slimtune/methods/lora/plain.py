@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...contract.delta import Delta, Site
+from ...ops.dropout import dropout
+from ...ops.low_rank import add_low_rank
 from . import starts
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class LinearLora(Delta):
     def __init__(self, site: Site, config: LoraConfig, r: int, scale: float) -> None:
         super().__init__()
         self.scale, self.init, self.lr_ratio = scale, config.init_lora_weights, config.lr_ratio
-        self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout = dropout(config.lora_dropout)
         # Made and filled in PEFT's order, so that one seed gives the same adapter in both.
         self.lora_A = nn.Linear(site.in_features, r, bias=False, device=site.near)
         self.lora_B = nn.Linear(r, site.out_features, bias=config.lora_bias, device=site.near)
@@ -99,7 +101,7 @@ class LinearLora(Delta):
 
 
 class EmbeddingLora(Delta):
-    """`y + s · (B A)[:, x]` for an embedding whose rows `x` numbers."""
+    """`y + s · (B A)[:, x]` for an embedding whose rows `x` numbers; A starts at zero, B normal."""
 
     def __init__(self, site: Site, config: LoraConfig, r: int, scale: float) -> None:
         super().__init__()
@@ -115,7 +117,7 @@ class EmbeddingLora(Delta):
         if init == "mica" and not site.loading and site.device.type != "meta":
             with torch.no_grad():
                 self.lora_embedding_B.copy_(starts.from_weight("mica", site, r, scale)[1])
-        self.fixed = {"lora_embedding_B"} if init == "mica" else {"lora_embedding_A"} if config.freeze_a else set()
+        self.fixed = {"lora_embedding_B"} if init == "mica" else set()
         for name in self.fixed:
             self.get_parameter(name).requires_grad_(False)
 
@@ -137,14 +139,9 @@ class EmbeddingLora(Delta):
         return add_low_rank(weight, *self.low_rank(), self.scale), bias
 
     def trained(self) -> Iterable[nn.Parameter]:
-        """Return what trains: all but a fixed A or B."""
+        """Return what trains: all but a fixed B."""
         return [p for n, p in self.named_parameters() if n not in self.fixed]
 
     def rates(self) -> dict[str, float]:
         """Return B's factor on the learning rate (LoRA+)."""
         return {"lora_embedding_B": self.lr_ratio} if self.lr_ratio != 1 else {}
-
-
-def add_low_rank(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """Return `W (out, in) + s · B (out, r) A (r, in)` in W's dtype."""
-    return weight + (B.to(weight.dtype) @ A.to(weight.dtype)) * scale

@@ -50,7 +50,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     recipe_defaults: ClassVar[dict[str, Any]] = {
         "num_virtual_tokens": 20,
         "init_weights": lambda given: (
-            None if given.keys() & {"prefix_projection", "prefix_tuning_init_text"} else "vocab"
+            None if given.get("prefix_projection") or given.get("prefix_tuning_init_text") else "vocab"
         ),
     }
 
@@ -67,8 +67,8 @@ class PrefixTuningConfig(PromptLearningConfig):
         self.require(self.init_weights in (None, "zero", "vocab"), "init_weights", "None, 'zero' or 'vocab'")
         vocab = self.init_weights == "vocab" and self.prefix_projection
         self.require(not vocab, "init_weights", "None or 'zero' beside prefix_projection")
-        h, text, settings = self.encoder_hidden_size, self.prefix_tuning_init_text, self.tokenizer_kwargs or {}
-        self.require(h is None or (isinstance(h, int) and h > 0), "encoder_hidden_size", "a whole number, 1 and up")
+        text, settings = self.prefix_tuning_init_text, self.tokenizer_kwargs or {}
+        self.require_whole("encoder_hidden_size", none=True)
         plain = not self.prefix_projection and self.init_weights is None
         self.require(text is None or plain, "prefix_tuning_init_text", "None beside prefix_projection or init_weights")
         self.require(text is None or bool(self.tokenizer_name_or_path), "tokenizer_name_or_path",
