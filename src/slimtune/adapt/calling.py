@@ -54,6 +54,18 @@ class AdapterCalls:
         for name in self._attached.active:
             self._attached.configs[name].stepped(self._attached.deltas(name), global_step)
 
+    def _set_gradient_checkpointing(self: Any, enable: bool = True, **kwargs: Any) -> None:
+        # Both of transformers' public names come here. A frozen embedding's output must carry a gradient, or the
+        # reentrant kind of checkpointing would train nothing.
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)  # type: ignore[misc]
+        if enable:
+            self._inputs_carry_gradients()
+
+    def _inputs_carry_gradients(self: Any) -> None:
+        if not self._attached.input_grads and hasattr(self, "enable_input_require_grads"):
+            self.enable_input_require_grads()
+            self._attached.input_grads = True
+
     @contextmanager
     def _mixed(self: Any, names: Sequence[str] | None, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         at = self._attached

@@ -321,18 +321,6 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Pu
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _set_gradient_checkpointing(self: Any, enable: bool = True, **kwargs: Any) -> None:
-        # Both of transformers' public names come here. A frozen embedding's output must carry a gradient, or the
-        # reentrant kind of checkpointing would train nothing.
-        super()._set_gradient_checkpointing(enable=enable, **kwargs)  # type: ignore[misc]
-        if enable:
-            self._inputs_carry_gradients()
-
-    def _inputs_carry_gradients(self: Any) -> None:
-        if not self._attached.input_grads and hasattr(self, "enable_input_require_grads"):
-            self.enable_input_require_grads()
-            self._attached.input_grads = True
-
     @classmethod
     def _adopt(cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, *, strict: bool) -> Any:
         return _become_peft(model)._first(name, config, autocast, strict=strict)

@@ -225,7 +225,7 @@ class PeftConfig(metaclass=_Strict):
         ours = {f.name for f in dataclasses.fields(found)} | set(found.elsewhere)
         # A newer PEFT writes fields nobody here knows: empty ones ask for nothing.
         asked = {k: v for k, v in values.items() if k not in ("peft_type", "runtime_config") and (k in ours or v)}
-        return found(**asked)  # type: ignore[return-value]
+        return found(**asked)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Self:

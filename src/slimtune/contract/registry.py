@@ -11,12 +11,9 @@ import re
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..errors import ConfigError, listed, nearest
-
-if TYPE_CHECKING:
-    from .config import PeftConfig
 
 # The room above this one is known by its place alone.
 _FOLDER = Path(__file__).parent.parent / "methods"
@@ -47,7 +44,7 @@ def config_names() -> dict[str, str]:
     return found
 
 
-def config_class(name: str) -> type[PeftConfig]:
+def config_class(name: str) -> Any:
     """Return the config class of the method called `name` (`"lora"`; PEFT's `"LORA"` is the same).
 
     Raises:
