@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from ...contract.delta import Delta, Site
 from ...ops.dropout import dropout
 from ...ops.low_rank import add_low_rank
-
-if TYPE_CHECKING:
-    from . import AdaLoraConfig
 
 _NAMES = ("lora_A", "lora_E", "lora_B")
 
@@ -26,7 +23,7 @@ class LinearAdaLora(Delta):
     sensitivity and deviation of each parameter's values.
     """
 
-    def __init__(self, site: Site, config: AdaLoraConfig, r: int) -> None:
+    def __init__(self, site: Site, config: Any, r: int) -> None:
         super().__init__()
         # As PEFT divides; the ranks a layer starts with, not those it is left with.
         self.scale = config.lora_alpha / (config.init_r + 1e-5)

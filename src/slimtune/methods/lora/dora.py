@@ -19,7 +19,7 @@ Paper: https://arxiv.org/abs/2402.09353. File format: PEFT's, LoRA's keys and `l
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,6 @@ from ...contract.delta import Delta, Frozen, Site
 from ...ops.low_rank import add_low_rank
 from ...ops.maps import weight_of
 from .plain import EmbeddingLora, LinearLora
-
-if TYPE_CHECKING:
-    from . import LoraConfig
 
 
 class _Magnitude(Delta):
@@ -85,7 +82,7 @@ class _Magnitude(Delta):
 class LinearDora(_Magnitude, LinearLora):
     """DoRA at a linear map."""
 
-    def __init__(self, site: Site, config: LoraConfig, r: int, scale: float) -> None:
+    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         LinearLora.__init__(self, site, config, r, scale)
         self._measure(site)
 
@@ -98,7 +95,7 @@ class LinearDora(_Magnitude, LinearLora):
 class EmbeddingDora(_Magnitude, EmbeddingLora):
     """DoRA at an embedding; m holds one length for each of its columns."""
 
-    def __init__(self, site: Site, config: LoraConfig, r: int, scale: float) -> None:
+    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         EmbeddingLora.__init__(self, site, config, r, scale)
         self._measure(site)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,6 @@ from ...ops.dropout import dropout
 from ...ops.low_rank import add_low_rank
 from . import starts
 
-if TYPE_CHECKING:
-    from . import LoraConfig
-
 
 class LinearLora(Delta):
     """`y + s · B A dropout(x)` for a linear map; with a start taken from the weight `y + s · (B A − B₀ A₀) …`."""
@@ -27,7 +24,7 @@ class LinearLora(Delta):
     start_A: Tensor
     start_B: Tensor
 
-    def __init__(self, site: Site, config: LoraConfig, r: int, scale: float) -> None:
+    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         super().__init__()
         self.scale, self.init, self.lr_ratio = scale, config.init_lora_weights, config.lr_ratio
         self.lora_dropout = dropout(config.lora_dropout)
@@ -103,7 +100,7 @@ class LinearLora(Delta):
 class EmbeddingLora(Delta):
     """`y + s · (B A)[:, x]` for an embedding whose rows `x` numbers; A starts at zero, B normal."""
 
-    def __init__(self, site: Site, config: LoraConfig, r: int, scale: float) -> None:
+    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         super().__init__()
         init = config.init_lora_weights
         self.scale, self.lr_ratio = scale, config.lr_ratio
