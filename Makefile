@@ -28,7 +28,7 @@ demo: .venv/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: .venv/.test
-	$(BIN)/python -m pytest -m 'not faults' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not faults' -n 2 --dist loadfile $(ARGS)
 
 faults: .venv/.test
 	$(BIN)/python -m pytest -m faults $(ARGS)

@@ -390,3 +390,16 @@ def test_every_field_stands_in_the_documentation():
         default = "needed" if info.is_required() else yaml.safe_dump(info.default).splitlines()[0]
         flag = f"`{flag_of(info)}`" if flag_of(info) else ""
         assert f"| `{path}` | {default} | {info.description} | {flag} |" in page
+
+
+def test_one_wrong_value_of_a_needed_field_is_one_fault():
+    with pytest.raises(RecipeError) as fault:
+        Recipe.from_dict({**LEAST, "method": {"name": "prompt_tuning", "num_virtual_tokens": 0}})
+    assert "holds a fault" in str(fault.value)
+    assert "num_virtual_tokens: got 0" in str(fault.value)
+
+
+def test_a_method_brings_its_learning_rate():
+    assert Recipe.from_dict({**LEAST, "method": "prompt_tuning"}).train.learning_rate == 3e-2
+    given = {**LEAST, "method": "prompt_tuning", "train": {"learning_rate": 1e-3}}
+    assert Recipe.from_dict(given).train.learning_rate == 1e-3

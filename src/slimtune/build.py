@@ -100,7 +100,10 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
         folder = adapter_folder(continue_from)
         model = PeftModel.from_pretrained(base.model, folder, is_trainable=True)
     else:
-        model = get_peft_model(base.model, recipe.method_config())
+        config: Any = recipe.method_config()
+        if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
+            config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias is no place a tokenizer lies in
+        model = get_peft_model(base.model, config)
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
     if recipe.train.gradient_checkpointing:
         # transformers 5.2x renamed it; the old name warns there, the new one is missing before.

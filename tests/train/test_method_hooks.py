@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import recipe_of
 
+from slimtune.errors import SlimtuneError
 from slimtune.train import checkpoints
 from slimtune.train.callbacks import Pace
 from slimtune.train.run import Interrupted, train
@@ -83,3 +84,11 @@ def test_a_plain_method_leaves_no_file_of_its_own(settings):
     train(recipe_of(settings, max_steps=2))
     newest = checkpoints.folders(Path(settings["out"]) / "checkpoints")[-1]
     assert not (newest / checkpoints.METHOD).exists()
+
+
+def test_a_setting_refused_late_leaves_the_folder_free(settings):
+    """AdaLoRA learns how long the run is when the run is ready to start."""
+    late = {**settings, "method": {"name": "adalora", "tfinal": 100}}
+    with pytest.raises(SlimtuneError, match="total_step"):
+        train(recipe_of(late))
+    assert not Path(settings["out"]).exists()

@@ -44,15 +44,17 @@ class MatchReport:
     """The kind of site each adapted module is."""
 
     def __str__(self) -> str:
-        kinds: dict[str, int] = {}
-        for name in self.adapted:
-            kinds[name.rsplit(".", 1)[-1]] = kinds.get(name.rsplit(".", 1)[-1], 0) + 1
-        parts = [f"adapted {len(self.adapted)} modules ({', '.join(f'{k} × {n}' for k, n in kinds.items())})"]
+        # `model.layers.7` is one of the `layers`; the model itself has no name.
+        tails = [next((p for p in reversed(n.split(".")) if not p.isdigit()), "") or "model" for n in self.adapted]
+        kinds = {t: tails.count(t) for t in dict.fromkeys(tails)}
+        words = "module" if len(tails) == 1 else "modules"
+        parts = [f"adapted {len(tails)} {words} ({', '.join(f'{k} × {n}' for k, n in kinds.items())})"]
         if self.trained_whole:
             parts.append(f"trained whole: {listed(self.trained_whole)}")
         if self.biases:
             parts.append(f"{len(self.biases)} biases train")
-        parts.append(f"left {len(self.left)}: {listed(self.left, 4)}" if self.left else "left none")
+        if not self.kinds or set(self.kinds.values()) & {"linear", "embedding"}:  # for others it says nothing
+            parts.append(f"left {len(self.left)}: {listed(self.left, 4)}" if self.left else "left none")
         return "; ".join(parts)
 
 

@@ -102,7 +102,9 @@ def _sizes(classes: Iterable[Any], spec: str, trust_remote_code: bool) -> list[d
     found = []
     with torch.device("meta"):
         with explained(spec):
-            base: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            # As training holds it: what follows the base's dtype is half as large then.
+            how: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": trust_remote_code}
+            base: Any = AutoModelForCausalLM.from_config(config, **how)
         for cls in classes:
             try:
                 settings = {"task_type": "CAUSAL_LM", **resolved({}, cls)}
@@ -122,6 +124,7 @@ def _sizes(classes: Iterable[Any], spec: str, trust_remote_code: bool) -> list[d
 
 def _overview(found: list[dict[str, Any]], *, sized: bool) -> Any:
     rows = table("method", *(("trains", "%", "adapter") if sized else ()), "sites", "ships as", "what it changes")
+    rows.columns[0].no_wrap, rows.columns[0].min_width = True, max(len(m["name"]) for m in found)
     for column in rows.columns[-3:]:
         column.justify, column.no_wrap = "left", False
     for method in found:

@@ -93,11 +93,11 @@ def train_run(
 
     result = train(settings, resume=resume, continue_from=continue_from)
     if not as_json:
-        _show(result)
+        _show(result, settings.data)
     return dict(result)
 
 
-def _show(result: Mapping[str, Any]) -> None:
+def _show(result: Mapping[str, Any], data: Any) -> None:
     rows = table("", "")
     run = result["run"]
     share = 100 * result["trainable_params"] / max(result["total_params"], 1)
@@ -113,7 +113,10 @@ def _show(result: Mapping[str, Any]) -> None:
             rows.add_row(f"time to {name}", seconds_text(seconds))
     screen = console()
     screen.print(rows)
-    screen.print(f"the adapter lies in {run}/adapter; now: slimtune eval {run}, slimtune chat {run}", markup=False)
+    validated = data.validation is not None or data.validation_fraction > 0
+    rows_from = "" if data.test else " --split validation" if validated else " --data held_out.jsonl"
+    now = f"slimtune eval {run}{rows_from}, slimtune chat {run}"
+    screen.print(f"the adapter lies in {run}/adapter; now: {now}", markup=False)
 
 
 def _loss(value: float | None) -> str:

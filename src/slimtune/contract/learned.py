@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from ..errors import UsageError
 from .delta import Delta, Site
 
 
@@ -59,8 +60,20 @@ class Learned(Delta):
 
 
 def token_ids(text: str, tokenizer: str, settings: dict[str, Any] | None) -> list[int]:
-    """Return the tokens of a text, special ones included, by a tokenizer's name or folder."""
-    ids: list[int] = AutoTokenizer.from_pretrained(tokenizer, **(settings or {}))(text)["input_ids"]
+    """Return the tokens of a text, special ones included, by a tokenizer's name or folder.
+
+    Raises:
+        UsageError: there is no such tokenizer.
+    """
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, **(settings or {}))
+    except (OSError, ValueError) as e:
+        raise UsageError(
+            f"tokenizer_name_or_path {tokenizer!r} gives no tokenizer: {str(e).splitlines()[0]}",
+            "a folder with a tokenizer, or a Hub id that can be reached",
+            "name the base's own folder; in a recipe, the model's name means the model's tokenizer",
+        ) from None
+    ids: list[int] = loaded(text)["input_ids"]
     return ids
 
 

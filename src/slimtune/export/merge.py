@@ -130,7 +130,8 @@ def _merged(model: Any, run: Path) -> Any:
         raise AdapterError(
             f"the adapter of {run} cannot be merged: {e}",
             "finite changes of plain weights",
-            "use it beside its base (slimtune generate, chat; PeftModel.from_pretrained), or an older checkpoint of it",
+            "use it beside its base (slimtune generate, chat; PeftModel.from_pretrained)"
+            + (", or an older checkpoint of it" if "not finite" in str(e) else ""),
         ) from e
     settings = getattr(merged, "generation_config", None)
     if settings is not None:

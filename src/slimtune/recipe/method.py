@@ -46,13 +46,15 @@ def spelled(given: Mapping[str, Any], cls: type[PeftConfig]) -> tuple[dict[str, 
 
 def checked(settings: Mapping[str, Any], cls: type[PeftConfig]) -> list[Fault]:
     """Return every fault in the values: of type as the fields declare, of range as the class checks."""
-    hints = typing.get_type_hints(cls)
+    hints, defaults = typing.get_type_hints(cls), getattr(cls, "recipe_defaults", {})
     faults = [
         Fault(f"method.{name}", f"got {shown(value)}", _type_text(hints[name]))
         for name, value in settings.items()
         if not _fits(value, hints[name])
     ]
-    sound = {k: v for k, v in settings.items() if f"method.{k}" not in {f.path for f in faults}}
+    wrong = {f.path.removeprefix("method.") for f in faults}
+    sound = {k: v for k, v in settings.items() if k not in wrong}
+    sound |= {k: v for k, v in defaults.items() if k in wrong and not callable(v)}
     # A class raises at its first fault: take that field out and ask again, until all are found.
     while True:
         try:
@@ -63,7 +65,10 @@ def checked(settings: Mapping[str, Any], cls: type[PeftConfig]) -> list[Fault]:
             at = f"method.{name}" if name in sound else "method"
             got = e.got.replace(f"{name} is ", "got ", 1) if name in sound else e.got
             faults.append(Fault(at, got, "; ".join(t for t in (e.wanted, e.fix) if t)))
-            if sound.pop(name, None) is None:
+            start = defaults.get(name)
+            if start is not None and not callable(start) and sound.get(name) not in (None, start):
+                sound[name] = start  # what is needed must stay there, or its lack would be a second fault
+            elif sound.pop(name, None) is None:
                 return faults
 
 

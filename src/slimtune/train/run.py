@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import TrainingArguments
 from ..adapt import checkpoint as adapter_files
 from ..build import Rows, adapted, base_of, continuing, require_exact_packing, rows_of
 from ..data.collate import Collator
-from ..errors import DataError, RunError, UsageError
+from ..errors import DataError, RunError, SlimtuneError, UsageError
 from ..models.load import Base
 from ..ops.files import disk_full_is_an_error
 from ..recipe import Recipe
@@ -67,6 +68,7 @@ def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = 
     if not rows.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     model = adapted(base, recipe, continue_from)
+    fresh = run is None
     if run is None:
         run = RunFolder.create(recipe.out, recipe)
         if continue_from is not None:
@@ -75,7 +77,13 @@ def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = 
     if continue_from is not None:
         watch.say(f"continuing from {continue_from}, with its settings of the method")
     _describe(watch, base, rows, model)
-    trainer, pace = _trainer(recipe, run, base, rows, model, watch)
+    try:
+        trainer, pace = _trainer(recipe, run, base, rows, model, watch)
+    except SlimtuneError:
+        watch.close()
+        if fresh:  # nothing was trained: the same --out is free for the corrected command
+            shutil.rmtree(run.path)
+        raise
     start = checkpoints.newest_sound(run.checkpoints, watch.say) if resume else None
     if resume:
         _resume_from(run, start, watch)

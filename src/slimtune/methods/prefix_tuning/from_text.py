@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -89,7 +90,9 @@ def keys_and_values(model: Any, ids: Tensor) -> DynamicCache:
     """Return the cache after the frozen model has read `ids (1, length)`; whole, also where windows slide."""
     cache = DynamicCache()
     with frozen_base(model):
-        model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+        # transformers 5.2x calls it cache, before that past_key_values.
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        model(input_ids=ids.to(model.device), use_cache=True, **{name: cache})
     return cache
 
 
