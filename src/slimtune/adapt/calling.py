@@ -86,10 +86,7 @@ class AdapterCalls:
                     f"adapter_names: there is no adapter {name!r}{nearest(name, [*at.configs, BASE_ROW])}",
                     f"one of {listed([*at.configs, BASE_ROW])}",
                 )
-        if at.merged:
-            raise UsageError(
-                f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
-            )
+        self._unmerged()
         self._enabled("adapter_names")
         if at.running.rows is not None:
             raise UsageError("another call with adapter_names is still running", "one such call of a model at a time")

@@ -59,10 +59,7 @@ class Term:
 
 def at_rest(model: Any) -> AbstractContextManager[None]:
     """Let the base's own weights stand for a while: no adapter's copies in their place."""
-    if model._attached.merged:
-        raise UsageError(
-            f"{listed(model._attached.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
-        )
+    model._unmerged()
     return model.disable_adapter()
 
 

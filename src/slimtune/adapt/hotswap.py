@@ -59,10 +59,11 @@ def prepare_model_for_compiled_hotswap(
         raise UsageError("the model is compiled already", "a model that is not", _PREPARE)
     if compiled and check_compiled == "warn":
         warnings.warn("the model is compiled already, and will be compiled again", stacklevel=2)
-    at = _model(model)._attached
-    _not_merged(at.merged)
+    model = _model(model)
+    model._unmerged()
+    at = model._attached
     plans = {
-        a: {n: _own_factors(d) for n, d in at.deltas(a).items()} for a in at.configs if at.configs[a].name == "lora"
+        a: {n: _own_factors(d) for n, d in at.deltas(a).items()} for a in at.configs if at.configs[a].ships_as_lora
     }
     if not plans:
         raise UsageError("the model has no LoRA adapter", "one that others can take the place of")
@@ -86,7 +87,7 @@ def prepare_model_for_compiled_hotswap(
             R = ranks[name] = target_rank or A.shape[0]
             _replace(delta, A, F.pad(A.detach(), (0, 0, 0, R - A.shape[0])))
             _replace(delta, B, F.pad(B.detach() * scale, (0, R - B.shape[1])))
-            delta.scale = 1.0  # type: ignore[assignment]
+            delta.scale = 1.0
         for field, value in sizes(ranks).items():
             setattr(at.configs[adapter], field, value)
     _model(model)._rerun()
@@ -115,7 +116,7 @@ def hotswap_adapter(
     model, where = _model(model), model_name_or_path
     at = model._attached
     model._known(adapter_name)
-    _not_merged(at.merged)
+    model._unmerged()
     tensors, config = _read(model, where, False, None, _only_hub(hub))
     swap = next(n for n in (f"hotswap{i}" for i in range(len(at.configs) + 1)) if n not in at.configs)
     model.add_adapter(swap, config, strict=False)
@@ -207,8 +208,3 @@ def _model(model: Any) -> PeftModel:
     if not isinstance(model, PeftModel):
         raise UsageError(f"a {type(model).__name__} has no adapters", "a model with adapters")
     return model
-
-
-def _not_merged(merged: list[str]) -> None:
-    if merged:
-        raise UsageError(f"{listed(merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract.architectures import text_config
 from ..contract.attention import config_of
 from ..contract.delta import Frozen, Kind, MergeRefused, Site
 from ..errors import TargetError
@@ -40,9 +41,7 @@ def site_of(name: str, kind: Kind, model: nn.Module, *, autocast: bool = True, l
         in_features, out_features = sizes_of(module)
         weight: Any = module._parameters["weight"]
     else:
-        config: Any = getattr(model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        in_features = out_features = getattr(config, "hidden_size", 0)
+        in_features = out_features = getattr(text_config(model), "hidden_size", 0)
         weight = next((p for p in module.parameters() if p.dtype.is_floating_point), next(model.parameters()))
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     if autocast and dtype in (torch.float16, torch.bfloat16):

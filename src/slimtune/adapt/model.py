@@ -222,14 +222,19 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Pu
     def _attach(self: Any, adapter: str, how: dict[str, bool], *, loading: bool) -> None:
         at, modules = self._attached, dict(self.named_modules())
         report, members = at.reports[adapter], at.members[adapter]
+        placed: dict[str, layer.Adapted] = {}
+
+        def adapted(name: str) -> layer.Adapted:
+            if name not in placed:
+                placed[name] = layer.adapt(modules[name], at.running)
+                members.append((name, placed[name]))  # at once: what fails later is taken back by them
+            return placed[name]
+
         sites = [layer.site_of(n, kind, self, **how, loading=loading) for n, kind in report.kinds.items()]
         for site, delta in zip(sites, at.configs[adapter].build_all(sites), strict=True):
-            members.append((site.name, layer.adapt(modules[site.name], at.running)))
-            members[-1][1].adapters[adapter] = delta
+            adapted(site.name).adapters[adapter] = delta
         for name, parameters in _owned(report, modules).items():
-            if name not in dict(members):
-                members.append((name, layer.adapt(modules[name], at.running)))
-            layer.own(dict(members)[name], adapter, parameters, **how)
+            layer.own(adapted(name), adapter, parameters, **how)
         for parameter in at.trained(adapter):
             parameter.requires_grad_(False)
 
@@ -245,10 +250,7 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Pu
                 "`with model.disable_adapter():` runs the base alone",
             )
         self._no_module_twice(names)
-        if at.merged:
-            raise UsageError(
-                f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
-            )
+        self._unmerged()
         before, at.active = at.active, names
         if not inference_mode:
             keep_differentiable(at.repacking)
@@ -290,10 +292,7 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Pu
             raise UsageError(
                 f"{adapter_name!r} is the only adapter", "at least one is left", "model.unload() gives the base"
             )
-        if at.merged:
-            raise UsageError(
-                f"{listed(at.merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
-            )
+        self._unmerged()
         self._drop(adapter_name)
         if not at.active:
             first, config = next(iter(at.configs.items()))
@@ -340,6 +339,13 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Pu
                 f"{name!r} cannot name a new adapter",
                 f"a name without dots, no method of a ModuleDict, other than {listed(self._attached.configs)}",
                 "delete_adapter(name) first to replace one",
+            )
+
+    def _unmerged(self) -> None:
+        merged = self._attached.merged
+        if merged:
+            raise UsageError(
+                f"{listed(merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
             )
 
     def _enabled(self, what: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..contract.architectures import HEADS
+from ..contract.architectures import HEADS, model_type
 from ..contract.config import PeftConfig
 from ..contract.delta import Kind
 from ..contract.patterns import named, pattern_key
@@ -127,7 +127,7 @@ def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
 def _wanted(model: nn.Module, modules: dict[str, nn.Module], config: PeftConfig) -> list[str] | str:
     targets = getattr(config, "target_modules", None)
     if targets is None:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
+        kind = model_type(model)
         default = config.default_targets(model)
         if default is None:
             raise TargetError(

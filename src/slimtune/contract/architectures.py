@@ -5,6 +5,8 @@ PEFT's choice, name for name, but gemma4, which PEFT has as a pattern.
 
 from __future__ import annotations
 
+from typing import Any
+
 _QV = ["q_proj", "v_proj"]
 _BERT = ["query", "value"]
 _FUSED = ["query_key_value"]
@@ -49,3 +51,14 @@ DEFAULT_TARGETS: dict[str | None, list[str]] = {
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads that are new to a task, and so are trained whole where the model has them (PEFT's lists)."""
+
+
+def model_type(model: Any) -> str | None:
+    """Return transformers' name of a model's architecture, None for other modules."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def text_config(model: Any) -> Any:
+    """Return the config of a model's text part, None for a model without a config."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..bridge import joined
 from ..errors import AdapterError, ConfigError, UsageError, listed, nearest
 from ..ops.files import write_atomic
-from .architectures import DEFAULT_TARGETS
+from .architectures import DEFAULT_TARGETS, model_type
 from .delta import Delta, Kind, Site
+from .patterns import value_for
 from .registry import config_class
 
 CONFIG_FILE = "adapter_config.json"
@@ -283,7 +284,7 @@ class TargetedConfig(PeftConfig):
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return PEFT's choice for the model's architecture, None where it has none."""
-        return self.targets_by_architecture().get(getattr(getattr(model, "config", None), "model_type", None))
+        return self.targets_by_architecture().get(model_type(model))
 
     @classmethod
     def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
@@ -315,6 +316,44 @@ class TargetedConfig(PeftConfig):
             "layers_pattern",
             "only beside layers_to_transform",
         )
+
+
+@dataclass
+class PatternedConfig(TargetedConfig):
+    """The fields of methods with a rank `r` and an alpha that single layers may have their own of.
+
+    Args:
+        rank_pattern: name or pattern of a layer → its own rank; ranks, 1 and up.
+        alpha_pattern: name or pattern of a layer → its own alpha, above 0.
+    """
+
+    alpha_name: ClassVar[str] = "alpha"
+    """The field that holds alpha where no pattern says another."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict, kw_only=True)
+    alpha_pattern: dict[str, float] = field(default_factory=dict, kw_only=True)
+
+    def check(self) -> None:
+        """Check the ranks and alphas; PEFT's files may hold null for none."""
+        super().check()
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self.require_whole("r")
+        self.require_ranks("rank_pattern")
+        self.require_above_zero(self.alpha_name)
+        self.require_above_zero("alpha_pattern")
+
+    @property
+    def patterns(self) -> dict[str, dict]:
+        """The fields that map layer patterns to values; each pattern must match a target."""
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+
+    def rank_of(self, name: str) -> int:
+        """Return a layer's own rank."""
+        return value_for(self.rank_pattern, name, getattr(self, "r"))  # noqa: B009 (a method's own field)
+
+    def alpha_of(self, name: str) -> float:
+        """Return a layer's own alpha."""
+        return value_for(self.alpha_pattern, name, getattr(self, self.alpha_name))
 
 
 def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.maps import weight_of
+from .architectures import text_config
 
 Kind = Literal["linear", "embedding", "norm", "block", "attention", "model"]
 Rows = Tensor | None
@@ -66,8 +67,7 @@ class Site:
     @property
     def config(self) -> Any:
         """The text model's config, None for a model that is not transformers'."""
-        config: Any = getattr(self.model, "config", None)
-        return config.get_text_config() if hasattr(config, "get_text_config") else config
+        return text_config(self.model)
 
     def weight(self) -> Tensor:
         """Return the frozen weight `(out, in)`, dequantized, in fp32 at least."""

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..contract.architectures import model_type
 from ..contract.config import TargetedConfig
 from ..contract.delta import Delta, Frozen, Site
 from ..contract.patterns import named
@@ -85,7 +86,7 @@ class IA3Config(TargetedConfig):
         """Take PEFT's choice of feed-forward layers where none is given."""
         if self.feedforward_modules is not None:
             return
-        kind = _architecture(model)
+        kind = model_type(model)
         if kind not in SCALED:
             raise ConfigError(
                 f"feedforward_modules is None, and there is no default for {kind or type(model).__name__!r}",
@@ -103,7 +104,7 @@ class IA3Config(TargetedConfig):
         names = [s.name for s in sites]
         asked: Any = self.feedforward_modules or []
         asked = [asked] if isinstance(asked, str) else asked
-        default = SCALED.get(_architecture(sites[0].model), ([], []))[1] if sites else asked
+        default = SCALED.get(model_type(sites[0].model), ([], []))[1] if sites else asked
         if asked != default and not any(s.loading for s in sites):
             ending = isinstance(self.feedforward_modules, list)
             vain = [a for a in asked if not any(n.endswith(a) if ending else named(a, n) for n in names)]
@@ -153,10 +154,6 @@ class ScaledInput(Delta):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W diag(l)` and the bias as it is."""
         return weight * self.ia3_l.to(weight.dtype), bias
-
-
-def _architecture(model: Any) -> str | None:
-    return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def _factors(site: Site, init: bool, rows: int, columns: int) -> nn.Parameter:

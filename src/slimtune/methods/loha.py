@@ -17,21 +17,20 @@ Papers: FedPara https://arxiv.org/abs/2108.06098, LyCORIS https://arxiv.org/abs/
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..contract.config import TargetedConfig
+from ..contract.config import PatternedConfig
 from ..contract.delta import Delta, Site
-from ..contract.patterns import value_for
 from ..ops.dropout import kept
 from ..ops.remade import linear_remade
 
 
 @dataclass
-class LoHaConfig(TargetedConfig):
+class LoHaConfig(PatternedConfig):
     """LoHa: the elementwise product of two low-rank matrices beside frozen linear maps; PEFT's names and defaults.
 
     Args:
@@ -40,8 +39,6 @@ class LoHaConfig(TargetedConfig):
         rank_dropout: probability in [0, 1) of dropping an output of the update while training, the same for all rows.
         module_dropout: probability in [0, 1) of leaving out a layer's whole update for one step.
         init_weights: True: Kaiming-uniform, W2b zero; False: all four random, for tests.
-        rank_pattern: name or pattern of a layer → its own rank; ranks, 1 and up.
-        alpha_pattern: name or pattern of a layer → its own alpha, above 0.
     """
 
     name: ClassVar[str] = "loha"
@@ -59,30 +56,17 @@ class LoHaConfig(TargetedConfig):
     rank_dropout: float = 0.0
     module_dropout: float = 0.0
     init_weights: bool = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check ranges: ranks of 1 and up, probabilities in [0, 1)."""
         super().check()
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        self.require_whole("r")
-        self.require_ranks("rank_pattern")
-        self.require_above_zero("alpha")
-        self.require_above_zero("alpha_pattern")
         self.require_share("rank_dropout")
         self.require_share("module_dropout")
         self.require(self.init_weights in (True, False), "init_weights", "True or False")
 
-    @property
-    def patterns(self) -> dict[str, dict]:
-        """The fields that map layer patterns to values; each pattern must match a target."""
-        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-
     def build(self, site: Site) -> Delta:
         """Return the delta at `site`, with the layer's own rank and alpha."""
-        r = value_for(self.rank_pattern, site.name, self.r)
-        alpha = value_for(self.alpha_pattern, site.name, self.alpha)
+        r, alpha = self.rank_of(site.name), self.alpha_of(site.name)
         return LinearLoHa(site, r, alpha / r, self)
 
 

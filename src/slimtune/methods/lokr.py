@@ -14,20 +14,19 @@ Papers: LyCORIS https://arxiv.org/abs/2309.14859, FedPara https://arxiv.org/abs/
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..contract.config import TargetedConfig
+from ..contract.config import PatternedConfig
 from ..contract.delta import Delta, Site
-from ..contract.patterns import value_for
 from ..ops.dropout import kept
 
 
 @dataclass
-class LoKrConfig(TargetedConfig):
+class LoKrConfig(PatternedConfig):
     """LoKr: a Kronecker product beside frozen linear maps; PEFT's names and defaults.
 
     Args:
@@ -39,8 +38,6 @@ class LoKrConfig(TargetedConfig):
         decompose_factor: most rows and columns of W1, 1 and up; -1: as near to a square as the layer's sizes allow.
         rank_dropout_scale: scale what `rank_dropout` leaves, so that its mean stays.
         init_weights: True: Kaiming-uniform, W1 zero; "lycoris": W2 zero instead; False: all random, for tests.
-        rank_pattern: name or pattern of a layer → its own rank; ranks, 1 and up.
-        alpha_pattern: name or pattern of a layer → its own alpha, above 0.
     """
 
     name: ClassVar[str] = "lokr"
@@ -61,32 +58,19 @@ class LoKrConfig(TargetedConfig):
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
     init_weights: bool | Literal["lycoris"] = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
         """Check ranges: ranks and the factor of 1 and up, probabilities in [0, 1), a known start."""
         super().check()
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        self.require_whole("r")
-        self.require_ranks("rank_pattern")
-        self.require_above_zero("alpha")
-        self.require_above_zero("alpha_pattern")
         self.require_share("rank_dropout")
         self.require_share("module_dropout")
         factor = self.decompose_factor
         self.require(factor == -1 or factor > 0, "decompose_factor", "-1, or a whole number, 1 and up")
         self.require(self.init_weights in (True, False, "lycoris"), "init_weights", "True, 'lycoris' or False")
 
-    @property
-    def patterns(self) -> dict[str, dict]:
-        """The fields that map layer patterns to values; each pattern must match a target."""
-        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-
     def build(self, site: Site) -> Delta:
         """Return the delta at `site`, with the layer's own rank and alpha."""
-        r = value_for(self.rank_pattern, site.name, self.r)
-        alpha = value_for(self.alpha_pattern, site.name, self.alpha)
+        r, alpha = self.rank_of(site.name), self.alpha_of(site.name)
         return LinearLoKr(site, r, alpha / r, self)
 
 

@@ -21,9 +21,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from ...contract.config import TargetedConfig
+from ...contract.config import PatternedConfig
 from ...contract.delta import Delta, Kind, Site
-from ...contract.patterns import value_for
 from ...errors import ConfigError
 from ..trainable_tokens.places import Place, places, row_numbers
 from ..trainable_tokens.rows import token_delta
@@ -36,7 +35,7 @@ __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig"]
 
 
 @dataclass
-class LoraConfig(TargetedConfig):
+class LoraConfig(PatternedConfig):
     """LoRA: low-rank matrices beside frozen linear maps; PEFT's field names and defaults.
 
     Args:
@@ -51,8 +50,6 @@ class LoraConfig(TargetedConfig):
             with B A = 0, for even ranks; "mica": fixed B from the weight's smallest parts, zero A; "eva": zero B, and A
             by `initialize_lora_eva_weights`; "loftq": in files alone, start one by `replace_lora_weights_loftq`; False:
             both random, for tests. An embedding has zero A and normal B with each of them but "mica" and False.
-        rank_pattern: name or pattern of a layer → its own rank; ranks, 1 and up.
-        alpha_pattern: name or pattern of a layer → its own alpha, above 0.
         use_dora: let the rows of the adapted weight have a trained length of their own (DoRA).
         lora_bias: give B a trained bias; with init_lora_weights True or False, without DoRA.
         trainable_token_indices: numbers of tokens whose rows of the input embedding train, too; or a dictionary: name
@@ -65,6 +62,7 @@ class LoraConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "lora"
+    alpha_name: ClassVar[str] = "lora_alpha"
     ours: ClassVar[frozenset[str]] = frozenset(["freeze_a", "lr_ratio"])
     elsewhere: ClassVar[dict[str, Any]] = {
         **dict.fromkeys(("use_qalora", "ensure_weight_tying"), False),
@@ -107,8 +105,6 @@ class LoraConfig(TargetedConfig):
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -120,11 +116,6 @@ class LoraConfig(TargetedConfig):
     def check(self) -> None:
         """Check ranges: ranks of 1 and up, dropout in [0, 1), a known bias and start, and what excludes what."""
         super().check()
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        self.require_whole("r")
-        self.require_ranks("rank_pattern")
-        self.require_above_zero("lora_alpha")
-        self.require_above_zero("alpha_pattern")
         self.require_share("lora_dropout")
         self.require(self.bias in ("none", "all", "lora_only"), "bias", "'none', 'all' or 'lora_only'")
         self.require_above_zero("lr_ratio")
@@ -148,19 +139,6 @@ class LoraConfig(TargetedConfig):
             lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
             right = bool(lists) and all(row_numbers(t) for t in lists)
             self.require(right, "trainable_token_indices", "token numbers, 0 and up, each once")
-
-    @property
-    def patterns(self) -> dict[str, dict]:
-        """The fields that map layer patterns to values; each pattern must match a target."""
-        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
-
-    def rank_of(self, name: str) -> int:
-        """Return a layer's own rank."""
-        return value_for(self.rank_pattern, name, self.r)
-
-    def alpha_of(self, name: str) -> float:
-        """Return a layer's own alpha."""
-        return value_for(self.alpha_pattern, name, self.lora_alpha)
 
     def further_targets(self, model: nn.Module) -> dict[str, Kind]:
         """Return the embeddings of which rows train, and what is tied to them."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...contract.delta import Delta, Site
 from ...ops.dropout import dropout
 from ...ops.low_rank import add_low_rank
-from . import starts
+from .starts import fill, from_weight, is_in_weight, stacked
 
 
 class LinearLora(Delta):
@@ -31,14 +31,14 @@ class LinearLora(Delta):
         # Made and filled in PEFT's order, so that one seed gives the same adapter in both.
         self.lora_A = nn.Linear(site.in_features, r, bias=False, device=site.near)
         self.lora_B = nn.Linear(r, site.out_features, bias=config.lora_bias, device=site.near)
-        starts.fill(self.init, self.lora_A, self.lora_B)
+        fill(self.init, self.lora_A, self.lora_B)
         self.to(site.device, site.dtype)
         self.fixed = {"lora_A.weight"} if config.freeze_a else {"lora_B.weight"} if self.init == "mica" else set()
         for name in self.fixed:
             self.get_parameter(name).requires_grad_(False)
-        if starts.is_in_weight(self.init) or self.init == "mica":
+        if is_in_weight(self.init) or self.init == "mica":
             if not site.loading and site.device.type != "meta":
-                self._start(*starts.from_weight(str(self.init), site, r, scale))
+                self._start(*from_weight(str(self.init), site, r, scale))
             if self.init != "mica":
                 self.register_buffer("start_A", self.lora_A.weight.detach().clone())
                 self.register_buffer("start_B", self.lora_B.weight.detach().clone())
@@ -51,7 +51,7 @@ class LinearLora(Delta):
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """Return `A` and `B` of the whole update; of rank 2r where the start is taken out."""
         A, B = self.lora_A.weight, self.lora_B.weight
-        return starts.stacked(A, B, self.start_A, self.start_B) if "start_A" in self._buffers else (A, B)
+        return stacked(A, B, self.start_A, self.start_B) if "start_A" in self._buffers else (A, B)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map `x (..., in)`, `y (..., out)` to `(..., out)`; computes in x's dtype whatever the adapter is kept in."""
@@ -84,7 +84,7 @@ class LinearLora(Delta):
                     "numbers; found again it is a little different, in PEFT, too",
                     stacklevel=2,
                 )
-            A, B = starts.from_weight(str(self.init), site, self.lora_A.out_features, self.scale)
+            A, B = from_weight(str(self.init), site, self.lora_A.out_features, self.scale)
             self.start_A.copy_(A)
             self.start_B.copy_(B)
 
@@ -113,7 +113,7 @@ class EmbeddingLora(Delta):
         # A file needs no start; the weight of an offloaded embedding could not be read here.
         if init == "mica" and not site.loading and site.device.type != "meta":
             with torch.no_grad():
-                self.lora_embedding_B.copy_(starts.from_weight("mica", site, r, scale)[1])
+                self.lora_embedding_B.copy_(from_weight("mica", site, r, scale)[1])
         self.fixed = {"lora_embedding_B"} if init == "mica" else set()
         for name in self.fixed:
             self.get_parameter(name).requires_grad_(False)

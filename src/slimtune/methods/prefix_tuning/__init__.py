@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...contract.architectures import text_config
 from ...contract.attention import Attention, Prefix, attention_modules
 from ...contract.delta import Delta, Kind, Rows, Site
 from ...contract.learned import Learned, token_ids
@@ -77,7 +78,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def fill(self, model: Any) -> None:
         """Fill in the sizes from the model's config, heads and size being those of the keys."""
-        config = model.config.get_text_config() if hasattr(model, "config") else None
+        config = text_config(model)
         heads = getattr(config, "num_key_value_heads", None)
         if config is not None and heads is not None:
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
