@@ -1,32 +1,24 @@
-"""Recipe × machine → model, rows and the step. Training, evaluation and (later) the plan all stand on these functions.
-
-    loss = sum over supervised positions of -log p(token) / number of supervised tokens in the whole step
-
-Logits are made at supervised positions only, by the model's own head (its soft-caps and scales stay right).
-"""
+"""Recipe × machine → model, rows and how they are laid: what training, evaluation and (later) the plan stand on."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .adapt.model import PeftModel, get_peft_model
 from .contract.config import PeftConfig
-from .data.collate import Collator, supervised_loss
+from .data.collate import Collator, Example
 from .data.read import read_rows
 from .data.rows import RowReport, encode_rows
-from .errors import AdapterError, ModelError, UsageError
+from .errors import AdapterError, UsageError
 from .models.load import Base, load_base
 from .recipe import Recipe
 from .runs import ADAPTER_FILE, RunFolder
-
-Example = dict[str, Any]
+from .step import collator_for, require_exact, room_for
 
 
 @dataclass
@@ -127,6 +119,27 @@ def rows_of(recipe: Recipe, tokenizer: Any) -> Rows:
     return Rows([e for i, e in enumerate(train) if i not in kept], [train[i] for i in sorted(kept)], train_report, None)
 
 
+def collator_of(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> Collator:
+    """Return the collator that lays the recipe's rows for this model, and how many tokens go at once.
+
+    Args:
+        recipe: the recipe.
+        model: the adapted model.
+        tokenizer: the base's.
+        longest: tokens of the longest row.
+
+    Raises:
+        ModelError: the model cannot take rows in one sequence, or its loss is not what its config says.
+    """
+    t = recipe.train
+    collator = collator_for(
+        model, tokenizer.pad_token_id, packing=t.packing, share=t.share_beginnings, rows=t.batch_size
+    )
+    require_exact(model, collator)
+    collator.room = room_for(model, collator, longest) if t.tokens_at_once == "auto" else t.tokens_at_once
+    return collator
+
+
 def held_out(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[list[Example], RowReport]:
     """Read and encode rows to evaluate on, with the run's length rule."""
     return _encode(path, tokenizer, recipe)
@@ -135,101 +148,6 @@ def held_out(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[list[Example],
 def _encode(path: Path, tokenizer: Any, recipe: Recipe) -> tuple[list[Example], RowReport]:
     data = recipe.data
     return encode_rows(read_rows(path), tokenizer, max_seq_len=data.max_seq_len, too_long=data.too_long, path=path)
-
-
-def logits_where_supervised(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Run the model on a collated batch; return logits `(batch, columns, vocabulary)` at supervised columns only."""
-    inputs = {k: batch[k] for k in ("input_ids", "position_ids", "attention_mask") if k in batch}
-    # With a cache, transformers would let packed rows see each other, silently.
-    return model(**inputs, logits_to_keep=batch["logits_to_keep"], use_cache=False).logits
-
-
-def step_loss(model: Any, batch: dict[str, Tensor], num_items: Tensor | int | None = None) -> Tensor:
-    """Return a batch's loss: summed over its targets, divided by `num_items` (default: its own targets)."""
-    return supervised_loss(logits_where_supervised(model, batch), batch["picked"], batch["targets"], num_items)
-
-
-@torch.no_grad()
-def require_exact_packing(model: Any, collator: Collator) -> None:
-    """Lay two short rows end to end and alone; raise ModelError where the architecture does not tell them apart.
-
-    Some read no `position_ids` (OPT, BLOOM), some carry a state from row to row (Mamba): transformers does not say.
-    """
-    device, was_training = next(model.parameters()).device, model.training
-    size = model.config.get_text_config().vocab_size
-    rows = [{"input_ids": [(7 * i * i + 3 + 11 * r) % size for i in range(9 + r)]} for r in range(2)]
-    examples = [{**r, "labels": r["input_ids"]} for r in rows]
-
-    def logits(some: Sequence[Example]) -> Tensor:
-        batch = {k: v.to(device) for k, v in collator(some).items()}
-        return logits_where_supervised(model, batch)[0].float()
-
-    model.eval()
-    try:
-        alone = torch.cat([logits([e]) for e in examples])
-        apart = (logits(examples) - alone).abs().mean() / alone.std().clamp_min(1e-12)
-        half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-    finally:
-        model.train(was_training)
-    if apart > (0.05 if half else 1e-3):
-        raise ModelError(
-            f"rows laid end to end change each other in a {type(model).__name__} (by {100 * apart.item():.2g} % of the "
-            "logits' spread)",
-            "an architecture that tells rows apart by position_ids",
-            "--set train.packing=false",
-        )
-
-
-@torch.no_grad()
-def score(model: Any, examples: Sequence[Example], collator: Collator, tokens: int = 1024) -> list[tuple[float, int]]:
-    """Return for each row its summed -log p over supervised tokens (nats), and their number, in the order given.
-
-    Args:
-        model: the model; put into evaluation mode here and back after.
-        examples: encoded rows.
-        collator: the collator of training.
-        tokens: most positions laid out at once.
-    """
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    found: dict[int, tuple[float, int]] = {}
-    try:
-        for part in by_length(examples, tokens):
-            batch = {k: v.to(device) for k, v in collator([examples[i] for i in part]).items()}
-            logits = logits_where_supervised(model, batch).flatten(0, 1).index_select(0, batch["picked"])
-            nats = torch.nn.functional.cross_entropy(logits.float(), batch["targets"], reduction="none")
-            counts = [targets_in(examples[i]) for i in part]
-            for i, row in zip(part, nats.double().split(counts), strict=True):
-                found[i] = (row.sum().item(), len(row))
-    finally:
-        model.train(was_training)
-    return [found[i] for i in range(len(examples))]
-
-
-def by_length(examples: Sequence[Example], tokens: int) -> Iterator[list[int]]:
-    """Yield groups of row numbers, of like length, at most `tokens` positions a group (a longer row goes alone)."""
-    part: list[int] = []
-    held = 0
-    for i in sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"])):
-        n = len(examples[i]["input_ids"])
-        if part and held + n > tokens:
-            yield part
-            part, held = [], 0
-        part.append(i)
-        held += n
-    if part:
-        yield part
-
-
-def targets_in(example: Example) -> int:
-    """Return how many of a row's tokens are predicted and supervised: its first token never is."""
-    return sum(1 for label in example["labels"][1:] if label != -100)
-
-
-def mean_loss(scores: Iterable[tuple[float, int]]) -> float:
-    """Return the mean -log p per supervised token over scored rows, in nats."""
-    every = list(scores)
-    return sum(s for s, _ in every) / max(1, sum(n for _, n in every))
 
 
 def adapter_folder(path: str | Path) -> Path:

@@ -17,8 +17,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from slimtune.data.collate import Collator, supervised_loss
+from slimtune.contract.layout import laid_out
+from slimtune.data.collate import Collator
 from slimtune.errors import DataError
+from slimtune.step import step_loss, supervised_nats
 
 V = 61
 SHAPE = {
@@ -69,10 +71,17 @@ def example(length, supervised, seed=0):
 ROWS = [example(9, {4, 5, 8}, 1), example(13, set(range(13)), 2), example(2, {1}, 3), example(7, {3, 6}, 4)]
 
 
-def run(model, batch):
-    inputs = {k: v for k, v in batch.items() if k not in ("picked", "targets")}
-    with torch.no_grad():
-        return model(**inputs, use_cache=False).logits
+WAYS = {
+    "laid": {"layout": True},
+    "laid, nothing shared": {"layout": True, "share": False},
+    "in a row": {},
+    "padded": {"packing": False},
+}
+
+
+def loss_of(model, batch):
+    with torch.no_grad(), laid_out(model):
+        return step_loss(model, batch).item()
 
 
 def alone(model, rows):
@@ -90,25 +99,20 @@ def mean_alone(model, rows):
     return sum(o.loss.item() * n for o, n in zip(alone(model, rows), counts, strict=True)) / sum(counts)
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-def test_loss_is_that_of_the_rows_alone(model, packing):
-    batch = Collator(0, packing)(ROWS)
-    loss = supervised_loss(run(model, batch), batch["picked"], batch["targets"])
-    assert loss.item() == pytest.approx(mean_alone(model, ROWS), abs=1e-5)
-    one = Collator(0, packing)(ROWS[:1])
-    assert supervised_loss(run(model, one), one["picked"], one["targets"]).item() == pytest.approx(
-        alone(model, ROWS[:1])[0].loss.item(), abs=1e-5
-    )
+@pytest.mark.parametrize("way", WAYS)
+def test_loss_is_that_of_the_rows_alone(model, way):
+    collator = Collator(0, **WAYS[way])
+    assert loss_of(model, collator(ROWS)) == pytest.approx(mean_alone(model, ROWS), abs=1e-5)
+    assert loss_of(model, collator(ROWS[:1])) == pytest.approx(alone(model, ROWS[:1])[0].loss.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
-def test_logits_are_those_of_the_rows_alone(model, packing):
-    batch = Collator(0, packing)(ROWS)
-    logits = run(model, batch)
-    assert logits.shape[:2] == (batch["input_ids"].shape[0], len(batch["logits_to_keep"]))
-    got = logits.flatten(0, 1)[batch["picked"]]
+@pytest.mark.parametrize("way", WAYS)
+def test_each_token_costs_what_it_costs_alone(model, way):
+    batch = Collator(0, **WAYS[way])(ROWS)
+    with torch.no_grad(), laid_out(model):
+        got = supervised_nats(model, batch)
     want = [
-        out.logits[0, t - 1]
+        -out.logits[0, t - 1].log_softmax(-1)[label]
         for one, out in zip(ROWS, alone(model, ROWS), strict=True)
         for t, label in enumerate(one["labels"])
         if t and label != -100
@@ -134,15 +138,15 @@ def test_any_lengths_and_masks(llama, data):
         rows.append(example(length, data.draw(st.sets(st.integers(0, length - 1))), seed))
     rows.append(example(3, {2}, 9))
     losses = []
-    for packing in (True, False):
-        batch = Collator(0, packing)(rows)
-        assert all(v.dtype == torch.int64 for v in batch.values())
+    for way in WAYS.values():
+        batch = Collator(0, **way)(rows)
+        assert all(v.dtype == torch.int64 for k, v in batch.items() if k != "layout")
         assert batch["logits_to_keep"].tolist() == sorted(set(batch["logits_to_keep"].tolist()))
         targets = [t for r in rows for t in r["labels"][1:] if t != -100]
         assert batch["targets"].tolist() == targets
-        losses.append(supervised_loss(run(llama, batch), batch["picked"], batch["targets"]).item())
+        losses.append(loss_of(llama, batch))
     wanted = mean_alone(llama, [r for r in rows if any(t != -100 for t in r["labels"][1:])])
-    assert losses == pytest.approx([wanted, wanted], abs=1e-5)
+    assert losses == pytest.approx([wanted] * len(WAYS), abs=1e-5)
 
 
 def test_packed_by_hand():
@@ -155,6 +159,7 @@ def test_packed_by_hand():
         "logits_to_keep": [1, 3],
         "picked": [0, 1],
         "targets": [13, 22],
+        "tokens": 5,
     }
 
 
@@ -168,15 +173,15 @@ def test_padded_by_hand():
         "logits_to_keep": [0, 1],
         "picked": [0, 1, 2],
         "targets": [12, 13, 22],
+        "tokens": 5,
     }
 
 
-def test_num_items_divides_the_sum():
-    logits, picked, targets = torch.randn(2, 3, V), torch.tensor([0, 5]), torch.tensor([4, 9])
-    mean = supervised_loss(logits, picked, targets)
-    torch.testing.assert_close(supervised_loss(logits, picked, targets, 8), mean * 2 / 8)
-    torch.testing.assert_close(supervised_loss(logits, picked, targets, torch.tensor(8)), mean * 2 / 8)
-    assert supervised_loss(logits.bfloat16(), picked, targets).dtype == torch.float32
+def test_num_items_divides_the_sum(llama):
+    batch = Collator(0)(ROWS)
+    mean, count = step_loss(llama, batch), len(batch["targets"])
+    torch.testing.assert_close(step_loss(llama, batch, 8), mean * count / 8)
+    torch.testing.assert_close(step_loss(llama, batch, torch.tensor(8)), mean * count / 8)
 
 
 def test_a_batch_without_a_target_is_refused():

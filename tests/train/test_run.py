@@ -14,11 +14,12 @@ from tiny_run import recipe_of, write_rows
 
 import slimtune.train.run as run_module
 from slimtune import PeftModel
-from slimtune.build import load_run, mean_loss, rows_of, score, step_loss
+from slimtune.build import load_run, rows_of
 from slimtune.data.collate import Collator
 from slimtune.errors import DataError, RunError, UsageError
 from slimtune.models.load import load_base
 from slimtune.recipe import load_recipe
+from slimtune.step import mean_loss, score, step_loss
 from slimtune.train import checkpoints
 from slimtune.train.callbacks import Pace
 from slimtune.train.run import Interrupted, train
@@ -72,7 +73,7 @@ def test_the_validation_loss_is_that_of_the_adapter_written(settings):
     result = train(recipe_of(settings))
     loaded = load_run(result["run"])
     rows = rows_of(loaded.recipe, loaded.base.tokenizer)
-    collator = Collator(loaded.base.tokenizer.pad_token_id)
+    collator = Collator(loaded.base.tokenizer.pad_token_id, layout=True)
     assert mean_loss(score(loaded.model, rows.validation, collator)) == pytest.approx(
         result["validation_loss"], abs=1e-6
     )
@@ -104,16 +105,20 @@ def test_packing_changes_no_loss(settings):
     rows = rows_of(recipe, base.tokenizer).train
     batches = [Collator(base.tokenizer.pad_token_id, packing=p)(rows) for p in (True, False)]
     packed, padded = (step_loss(base.model.eval(), b).item() for b in batches)
-    alone = mean_loss(score(base.model, rows, Collator(base.tokenizer.pad_token_id), tokens=1))
+    alone = mean_loss(score(base.model, rows, Collator(base.tokenizer.pad_token_id, room=1)))
     assert packed == pytest.approx(padded, abs=1e-5)
     assert packed == pytest.approx(alone, abs=1e-5)
 
 
-def test_accumulated_micro_batches_are_one_batch(settings, tmp_path):
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+def test_a_step_in_many_passes_is_the_step_in_one(settings, tmp_path, packing):
     plain = {**settings, "method": {**settings["method"], "lora_dropout": 0.0}}
-    one = train(recipe_of({**plain, "out": str(tmp_path / "one")}, batch_size=6, max_steps=3))
-    many = train(recipe_of({**plain, "out": str(tmp_path / "many")}, batch_size=2, accumulate=3, max_steps=3))
-    left, right = adapter(Path(one["run"])), adapter(Path(many["run"]))
+    passes = {"one": {"batch_size": 6, "tokens_at_once": 4096}, "many": {"batch_size": 2, "accumulate": 3,
+              "tokens_at_once": 1}}  # fmt: skip
+    left, right = (
+        adapter(Path(train(recipe_of({**plain, "out": str(tmp_path / n)}, max_steps=3, packing=packing, **t))["run"]))
+        for n, t in passes.items()
+    )
     assert all(torch.allclose(left[k], right[k], atol=1e-5) for k in left)
 
 

@@ -23,6 +23,8 @@ FLAGS = {
     "max_steps": "train.max_steps",
     "lr": "train.learning_rate",
     "batch_size": "train.batch_size",
+    "packing": "train.packing",
+    "compile_layers": "train.compile",
     "max_seq_len": "data.max_seq_len",
     "too_long": "data.too_long",
     "dtype": "model.dtype",
@@ -46,7 +48,15 @@ def train_run(
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
     lr: Annotated[float | None, typer.Option(help="The highest learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows in a micro-batch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows in an optimizer step.")] = None,
+    packing: Annotated[
+        bool | None,
+        typer.Option("--packing/--no-packing", help="Lay rows in one sequence; else pad.", show_default=False),
+    ] = None,
+    compile_layers: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the layers by torch.compile first.", show_default=False),
+    ] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="Longest row in tokens.")] = None,
     too_long: Annotated[str | None, typer.Option(help="What happens to a longer row: error, drop or truncate.")] = None,
     dtype: Annotated[

@@ -13,8 +13,6 @@ the function the user chose.
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
 from .delta import Delta, Frozen, MergeRefused, Rows
+from .layout import CHOICES, LAYOUT, function_of, plain_name
 
 _NAME = "slimtune_prefix"
 _KEY = "slimtune_prefixes"
-_SUPPORTED = ("eager", "sdpa")
 
 
 class Prefix(NamedTuple):
@@ -60,10 +58,10 @@ class Attention(Delta):
         """Run the attention with the prefix in sight."""
         module: Any = frozen.module
         chosen = vars(module)["config"]._attn_implementation
-        if chosen not in _SUPPORTED:
+        if plain_name(chosen) not in CHOICES:
             raise ModelError(
                 f"{type(module).__name__} runs with attn_implementation={chosen!r}, which takes no prefix here",
-                " or ".join(map(repr, _SUPPORTED)),
+                " or ".join(map(repr, CHOICES)),
                 'from_pretrained(..., attn_implementation="sdpa")',
             )
         # The innermost stands first, as with learned positions. transformers hands keyword arguments on.
@@ -124,7 +122,7 @@ def config_of(module: nn.Module) -> Any:
     plain = vars(module)["config"]
     chosen = getattr(plain, "_attn_implementation", None)
     adapters: Any = module.adapters
-    if chosen not in _SUPPORTED or not any(isinstance(d, Attention) for d in adapters.values()):
+    if plain_name(chosen) not in CHOICES or not any(isinstance(d, Attention) for d in adapters.values()):
         return plain
     held = vars(module).get("_view")
     if held is None or held[0] is not plain or held[1] != chosen:
@@ -132,14 +130,6 @@ def config_of(module: nn.Module) -> Any:
         view.__dict__["_attn_implementation_internal"] = _NAME
         held = module.__dict__["_view"] = (plain, chosen, view)
     return held[2]
-
-
-def _function(module: nn.Module, chosen: str) -> Callable[..., Any]:
-    """Return the attention function the user chose; the eager one is a function of each model's own file."""
-    if chosen != "eager":
-        return ALL_ATTENTION_FUNCTIONS[chosen]
-    homes = (vars(sys.modules[c.__module__]) for c in type(module).__mro__)
-    return next(h["eager_attention_forward"] for h in homes if "eager_attention_forward" in h)
 
 
 def _attend(
@@ -151,10 +141,13 @@ def _attend(
     for prefix, _ in prefixes:
         _fits(module, prefix, key, kwargs)
     joint = [(p, rows) for p, rows in prefixes if p.gate is None]
-    run, keys, values, mask = _function(module, chosen), key, value, attention_mask
+    run, keys, values, mask = function_of(module, chosen), key, value, attention_mask
     if joint:
         batch = query.shape[0]
-        mask = _extended(module, query, keys.shape[2], mask, joint, kwargs)
+        if LAYOUT in kwargs:
+            kwargs[LAYOUT] = kwargs[LAYOUT].behind_keys(sum(p.keys.shape[1] for p, _ in joint))
+        else:
+            mask = _extended(module, query, keys.shape[2], mask, joint, kwargs)
         keys = torch.cat([*(_batched(p.keys, batch, key) for p, _ in joint), keys], dim=2)
         values = torch.cat([*(_batched(p.values, batch, value) for p, _ in joint), values], dim=2)
     out, weights = run(module, query, keys, values, mask, **kwargs)
@@ -200,7 +193,7 @@ def _extended(
 
 
 def _mask_dtype(module: Any, query: Tensor) -> torch.dtype:
-    return query.dtype if vars(module)["config"]._attn_implementation == "eager" else torch.bool
+    return query.dtype if plain_name(vars(module)["config"]._attn_implementation) == "eager" else torch.bool
 
 
 def as_mask(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -25,7 +25,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops.maps import weight_of
+from ..ops.low_rank_linear import low_rank_linear, plus_low_rank
+from ..ops.maps import is_plain_forward, weight_of
 from .architectures import text_config
 
 Kind = Literal["linear", "embedding", "norm", "block", "attention", "model"]
@@ -108,6 +109,22 @@ class Frozen:
     def bias(self) -> Tensor | None:
         """Return the base's bias `(out)`, None where there is none."""
         return getattr(self.module, "bias", None)
+
+    def plus_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, drop: float = 0.0) -> Tensor:
+        """Run what lies below and add `scale · B A d(x)`: one step of autograd where that is a plain frozen map.
+
+        Args:
+            x: `(..., in)`.
+            A: `(r, in)`.
+            B: `(out, r)`.
+            scale: the update's.
+            drop: probability of leaving out an input of A.
+        """
+        if not self.below and is_plain_forward(self.run):
+            weight = weight_of(self.module)
+            if not weight.requires_grad:
+                return low_rank_linear(x, weight, self.bias(), A, B, scale, drop)
+        return plus_low_rank(self(x), x, A, B, scale, drop)
 
     def alone_with(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
         """Run the base's module alone, with other tensors in place of its parameters; the module is not touched."""

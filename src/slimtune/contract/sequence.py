@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import ModelError, UsageError
 from .attention import as_mask
 from .delta import Delta, Frozen
+from .layout import LAYOUT, plain_name
 
 
 class Call:
@@ -128,7 +129,12 @@ class Call:
             Before which column of each row they stand, `(batch, 1)`; None: before the first.
         """
         batch, length = self.size
-        own, mask = self.positions(), self.values.get("attention_mask")
+        own, mask, layout = self.positions(), self.values.get("attention_mask"), self.values.get(LAYOUT)
+        if layout is not None:
+            learned = torch.arange(n, device=own.device).expand(*own.shape[:-1], n)
+            later = torch.cat([learned, own + n], dim=-1)
+            self.values.update({"position_ids": later, LAYOUT: layout.behind_tokens(n)})
+            return None
         if mask is None and _is_flat(self.values.get("position_ids")) and length > 1 and not goes_on:
             mask = self._rows_apart(own)
         if mask is None and always:
@@ -160,7 +166,7 @@ class Call:
 
         Nothing here depends on the values: it traces on fake tensors.
         """
-        chosen = self.config._attn_implementation
+        chosen = plain_name(self.config._attn_implementation)
         if chosen not in ("eager", "sdpa"):
             raise UsageError(
                 f"rows laid end to end behind learned positions, with attn_implementation={chosen!r}",

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..build import Example, Loaded, adapter_folder, held_out, load_run, require_exact_packing, rows_of, score
-from ..data.collate import Collator
+from ..build import Loaded, adapter_folder, collator_of, held_out, load_run, rows_of
+from ..data.collate import Example
 from ..data.read import read_rows
 from ..data.rows import RowReport
 from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, listed, nearest
 from ..recipe import Recipe
 from ..runs import RunFolder, json_text, write_atomic
+from ..step import score
 from .statistics import paired, perplexity
 
 SPLITS = ("test", "validation")
@@ -57,9 +58,8 @@ def evaluate(
     loaded = load_run(run)
     recipe = loaded.recipe or _stand_in(loaded, run, path)
     examples, report = _rows(recipe, loaded, path)
-    collator = Collator(loaded.base.tokenizer.pad_token_id, packing=recipe.train.packing)
-    if recipe.train.packing:
-        require_exact_packing(loaded.model, collator)
+    longest = max(len(e["input_ids"]) for e in examples)
+    collator = collator_of(recipe, loaded.model, loaded.base.tokenizer, longest)
     tuned = score(loaded.model, examples, collator)
     with loaded.model.disable_adapter():
         base = score(loaded.model, examples, collator)

@@ -21,6 +21,11 @@ def kind_of(module: nn.Module) -> Literal["linear", "embedding", "norm"] | None:
     return "norm" if is_norm else None
 
 
+def is_plain_forward(run: Any) -> bool:
+    """Return whether `run`, a partial, is nothing but the product with an unquantized weight and the bias."""
+    return getattr(run, "func", None) in (nn.Linear.forward, Conv1D.forward)
+
+
 def transposed(module: nn.Module) -> bool:
     """Return whether the module keeps its weight as `(in, out)`, as Conv1D and Embedding do."""
     return isinstance(module, Conv1D | nn.Embedding)

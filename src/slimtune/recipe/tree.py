@@ -104,9 +104,19 @@ class TrainSettings(Section):
         gt=0,
         allow_inf_nan=False,
     )
-    batch_size: int = setting(8, "rows in a micro-batch, a whole number from 1", "--batch-size", ge=1)
-    accumulate: int = setting(1, "micro-batches in an optimizer step, a whole number from 1", ge=1)
-    packing: bool = setting(True, "true lays a micro-batch's rows end to end, without padding")
+    batch_size: int = setting(
+        8, "rows in a batch, a whole number from 1; times accumulate they make an optimizer step", "--batch-size", ge=1
+    )
+    accumulate: int = setting(1, "batches in an optimizer step, a whole number from 1", ge=1)
+    tokens_at_once: Literal["auto"] | int = setting(
+        "auto",
+        "most tokens computed in one pass, a whole number from 1: a step's rows are divided into passes, which changes "
+        "memory and speed, not the gradient; auto: as free memory allows",
+        union_mode="left_to_right",
+    )
+    packing: bool = setting(True, "true lays rows in one sequence, without padding", "--packing")
+    share_beginnings: bool = setting(True, "packed: true computes once what rows begin with alike")
+    compile: bool = setting(False, "true compiles the model's layers by torch.compile first", "--compile")
     scheduler: Literal["cosine", "linear", "constant", "inverse_sqrt", "polynomial", "cosine_with_restarts"] = setting(
         "cosine",
         "course of the rate after the warm-up: cosine, linear, constant, inverse_sqrt, polynomial or "

@@ -1,7 +1,8 @@
 """transformers' Trainer with our loss, our checkpoints and our evaluation; the loop itself is theirs.
 
-Overridden: `compute_loss` (supervised positions only), the count that normalises it (targets of the whole accumulated
-batch), `evaluate` (mean over tokens, not over batches) and everything that saves or loads (no pickle, whole or absent).
+Overridden: `training_step` (an optimizer step's rows in as many passes as `Collator.packs` divides them into, each loss
+a share of the whole step's), `evaluate` (mean over tokens, not over batches) and everything that saves or loads (no
+pickle, whole or absent).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
 from ..adapt.rates import split_by_rate
-from ..build import Example, mean_loss, score, step_loss
-from ..data.collate import Collator
+from ..data.collate import Collator, Example
+from ..step import mean_loss, score, step_loss
 from . import checkpoints
 
 
@@ -43,10 +44,10 @@ class SlimTrainer(Trainer):
 
     Args:
         model: the adapted model.
-        args: transformers' arguments; `output_dir` is the folder of the checkpoints.
+        args: transformers' arguments; `output_dir` is the folder of the checkpoints, a batch is a whole step's rows.
         train: encoded training rows.
         validation: encoded validation rows; may be empty.
-        collator: makes a batch of rows.
+        collator: divides a step's rows into packs.
         keep: checkpoints kept beside the best.
         say: told what a person should know.
     """
@@ -63,7 +64,8 @@ class SlimTrainer(Trainer):
         say: Callable[[str], None],
         callbacks: list[Any],
     ) -> None:
-        super().__init__(model, args, train_dataset=RowSet(train), data_collator=collator, callbacks=callbacks)
+        packs: Any = collator.packs
+        super().__init__(model, args, train_dataset=RowSet(train), data_collator=packs, callbacks=callbacks)
         self.validation, self.collator, self.keep, self.say = list(validation), collator, keep, say
         self.trained_tokens = self.supervised_tokens = 0
         self.train_seconds = 0.0
@@ -83,22 +85,25 @@ class SlimTrainer(Trainer):
 
     # --- the step -----------------------------------------------------------------------------------------------
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor:
-        return torch.tensor(sum(len(b["targets"]) for b in batch_samples), device=device)
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Run the packs of one optimizer step forwards and backwards; return the step's loss."""
+        model.train()
+        packs: list[dict[str, Any]] = self._prepare_inputs(inputs)  # type: ignore[assignment]
+        targets = sum(len(p["targets"]) for p in packs)
+        total = torch.zeros((), device=self.args.device)
+        for number, pack in enumerate(packs):
+            loss = step_loss(model, pack, targets)
+            penalty = self.model.penalty() if number == 0 else None  # type: ignore[union-attr, operator]
+            if penalty is not None:
+                loss = loss + penalty
+            self.accelerator.backward(loss)
+            total += loss.detach()
+            self.trained_tokens += int(pack["tokens"])
+            self.supervised_tokens += len(pack["targets"])
+        return total
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return the loss of one micro-batch, its share of the whole step's."""
-        loss = step_loss(model, inputs, num_items_in_batch)
-        peft_model: Any = self.model
-        penalty = peft_model.penalty()
-        if penalty is not None:  # each micro-batch of a step adds its part
-            loss = loss + penalty / self.current_gradient_accumulation_steps
-        mask = inputs.get("attention_mask")
-        self.trained_tokens += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-        self.supervised_tokens += len(inputs["targets"])
-        return (loss, None) if return_outputs else loss
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
+        """Return None: `training_step` counts for itself."""
 
     def step_begins(self) -> None:
         """Start the clock of one optimizer step."""
@@ -162,6 +167,7 @@ class SlimTrainer(Trainer):
             "trained_tokens": self.trained_tokens,
             "supervised_tokens": self.supervised_tokens,
             "train_seconds": self.train_seconds,
+            "room": self.collator.room,
         }
         (folder / "progress.json").write_text(json.dumps(progress))
         self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -172,6 +178,7 @@ class SlimTrainer(Trainer):
         progress = json.loads(Path(resume_from_checkpoint, "progress.json").read_text())
         self.trained_tokens, self.supervised_tokens = progress["trained_tokens"], progress["supervised_tokens"]
         self.train_seconds = progress["train_seconds"]
+        self.collator.room = progress["room"]  # what was free then: so the steps are divided as they were
 
     def load_adapter_of(self, folder: Path) -> None:
         """Load the adapter of a checkpoint into the model."""

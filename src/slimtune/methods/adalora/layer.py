@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...contract.delta import Delta, Site
-from ...ops.dropout import dropout
+from ...contract.delta import Delta, Frozen, Site
+from ...ops.dropout import chance, dropout
 from ...ops.low_rank import add_low_rank
 
 _NAMES = ("lora_A", "lora_E", "lora_B")
@@ -42,12 +41,9 @@ class LinearAdaLora(Delta):
         self.left: Tensor | None = None
         self.averages: dict[str, Tensor] = {}
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `x (..., in)`, `y (..., out)` to `(..., out)`."""
-        A, B = (self.lora_A * self.lora_E).to(x.dtype), self.lora_B.to(x.dtype)
-        # Laid flat before A: a layer may have no rank left.
-        z = F.linear(self.lora_dropout(x).reshape(-1, x.shape[-1]), A)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), z, B.t(), alpha=self.scale).view_as(y)
+    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+        """Map `x (..., in)` to `(..., out)`."""
+        return frozen.plus_low_rank(x, *self.factors(), chance(self.lora_dropout))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(diag(E) A (r, in), B (out, r), scale)`."""

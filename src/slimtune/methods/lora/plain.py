@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...contract.delta import Delta, Site
-from ...ops.dropout import dropout
+from ...contract.delta import Delta, Frozen, Site
+from ...ops.dropout import chance, dropout
 from ...ops.low_rank import add_low_rank
 from .starts import fill, from_weight, is_in_weight, stacked
 
@@ -53,15 +53,12 @@ class LinearLora(Delta):
         A, B = self.lora_A.weight, self.lora_B.weight
         return stacked(A, B, self.start_A, self.start_B) if "start_A" in self._buffers else (A, B)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `x (..., in)`, `y (..., out)` to `(..., out)`; computes in x's dtype whatever the adapter is kept in."""
-        A, B = (t.to(x.dtype) for t in self.low_rank())
-        z = F.linear(self.lora_dropout(x), A)
-        # Product, scale and sum in one pass over y, and nothing of y's size kept for the backward pass.
-        rows = y.reshape(-1, y.shape[-1])
-        out = torch.addmm(rows, z.reshape(-1, z.shape[-1]), B.t(), alpha=self.scale).view_as(y)
+    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+        """Map `x (..., in)` to `(..., out)`; computes in x's dtype whatever the adapter is kept in."""
+        A, B = self.low_rank()
+        y = frozen.plus_low_rank(x, A, B, self.scale, chance(self.lora_dropout))
         bias: Tensor | None = self.lora_B.bias
-        return out if bias is None else out + bias.to(x.dtype) * self.scale
+        return y if bias is None else y + bias.to(y.dtype) * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return `(A, B, scale)`: the update is `scale · B A`; None with a bias on B."""

@@ -6,18 +6,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig, OPTConfig, Qwen2Config
 
-from slimtune.build import require_exact_packing
-from slimtune.data.collate import Collator
 from slimtune.errors import ModelError
+from slimtune.step import collator_for, require_exact
 
 SMALL = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 NOT = {
-    "opt": OPTConfig(hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
-                     **SMALL),
     "bloom": BloomConfig(hidden_size=32, n_layer=2, n_head=4, **SMALL),
     "mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, **SMALL),
 }  # fmt: skip
 EXACT = {
+    "opt": OPTConfig(hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+                     **SMALL),
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, **SMALL),
     "qwen2": Qwen2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, **SMALL),
@@ -32,8 +31,8 @@ def make(config):
 @pytest.mark.parametrize("name", NOT)
 def test_refused(name):
     model = make(NOT[name]).train()
-    with pytest.raises(ModelError, match="rows laid end to end change each other") as e:
-        require_exact_packing(model, Collator(0))
+    with pytest.raises(ModelError, match="rows laid in one sequence change each other") as e:
+        require_exact(model, collator_for(model, 0))
     assert e.value.exit_code == 1
     assert "train.packing=false" in str(e.value)
     assert model.training
@@ -42,4 +41,6 @@ def test_refused(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", EXACT)
 def test_taken(name, dtype):
-    assert require_exact_packing(make(EXACT[name]).to(dtype), Collator(0)) is None
+    model = make(EXACT[name]).to(dtype)
+    for share in (True, False):
+        assert require_exact(model, collator_for(model, 0, share=share)) is None

@@ -1,0 +1,262 @@
+"""Rows laid in one sequence, and what each of their tokens sees: exact packing, shared beginnings laid once.
+
+    rows        S a b     S a c     d e              S: what several rows begin with
+    laid        S a | b | c | d e                    four segments; those of b and c stand below S a, d e below none
+    positions   0 1   2   2   0 1
+
+A token sees the segments above its own, whole, and its own up to itself: what the row alone would show it. So every
+hidden state, loss and gradient is that of rows run alone, up to rounding. Attention is computed segment by segment over
+`[segments above, own]` by the function the model was loaded with (sdpa or eager), so nothing is computed between rows
+that do not see each other; on CUDA by flex attention with the same mask. A window of w shows a token itself and the
+w − 1 positions before it on its way up.
+
+The layout travels with the call: `model(..., slimtune_layout=layout)`, inside `laid_out(model)`. transformers hands
+keyword arguments on to the attention function.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import ModelError
+
+LAYOUT = "slimtune_layout"
+_MARK = "slimtune_"
+CHOICES = ("sdpa", "eager")
+"""Attention functions that can be run by segment."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments of one sequence; plain numbers, so that a step has no shape that hangs on data.
+
+    Args:
+        lengths: tokens of each segment, in the order they lie.
+        parents: for each segment the one above it, which lies earlier; -1: none.
+        keys_before: learned keys that stand before every row and are no tokens (prefix tuning).
+    """
+
+    lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+    keys_before: int = 0
+    _masks: dict[tuple, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        assert len(self.lengths) == len(self.parents)
+        assert all(-1 <= p < i for i, p in enumerate(self.parents))
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole sequence."""
+        return sum(self.lengths)
+
+    def path(self, segment: int) -> list[int]:
+        """Return the segments above one, the uppermost first."""
+        above: list[int] = []
+        at = self.parents[segment]
+        while at >= 0:
+            above.insert(0, at)
+            at = self.parents[at]
+        return above
+
+    def starts(self) -> list[int]:
+        """Return the position of each segment's first token in its row."""
+        return [sum(self.lengths[a] for a in self.path(i)) for i in range(len(self.lengths))]
+
+    def positions(self) -> list[int]:
+        """Return each token's position in its row."""
+        return [start + t for start, n in zip(self.starts(), self.lengths, strict=True) for t in range(n)]
+
+    def behind_keys(self, n: int) -> Layout:
+        """Return the layout with `n` more learned keys before every row."""
+        return replace(self, keys_before=self.keys_before + n, _masks={})
+
+    def behind_tokens(self, n: int) -> Layout:
+        """Return the layout with a segment of `n` tokens laid first, above all rows."""
+        parents = (-1, *(p + 1 for p in self.parents))
+        return replace(self, lengths=(n, *self.lengths), parents=parents, _masks={})
+
+    def seen(self, window: int | None, device: torch.device) -> Tensor:
+        """Return which keys each token sees, as a bool `(tokens, keys_before + tokens)`."""
+        node = torch.arange(len(self.lengths), device=device).repeat_interleave(_int64(self.lengths, device))
+        above = torch.zeros(len(self.lengths), len(self.lengths), dtype=torch.bool)
+        for i in range(len(self.lengths)):
+            above[i, [*self.path(i), i]] = True
+        at = _int64(self.positions(), device)
+        seen = above.to(device)[node[:, None], node[None, :]] & (at[:, None] >= at[None, :])
+        away = at[:, None] - at[None, :]
+        if self.keys_before:
+            front = torch.arange(-self.keys_before, 0, device=device)
+            away = torch.cat([at[:, None] - front[None, :], away], dim=1)
+            seen = F.pad(seen, (self.keys_before, 0), value=True)
+        return seen if window is None else seen & (away < window)
+
+    def mask(self, segment: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return what is added to a segment's scores `(1, 1, tokens, keys above and own)`; None: plainly causal."""
+        n, above = self.lengths[segment], self.starts()[segment] + self.keys_before
+        if window is not None and window >= above + n:
+            window = None
+        if not above and window is None:
+            return None
+        key = (n, above, window, dtype, device)
+        if key not in self._masks:
+            away = torch.arange(n, device=device)[:, None] + above - torch.arange(above + n, device=device)[None, :]
+            hidden = away < 0 if window is None else (away < 0) | (away >= window)
+            mask = torch.zeros(n, above + n, dtype=dtype, device=device)
+            self._masks[key] = mask.masked_fill(hidden, torch.finfo(dtype).min)[None, None]
+        return self._masks[key]
+
+
+@contextmanager
+def laid_out(model: Any) -> Iterator[bool]:
+    """Let a model take layouts for the length of the `with`; its other calls go on as before.
+
+    Gives whether it can: its attention must call transformers' attention interface, and all its layers must attend,
+    fully or within a sliding window.
+    """
+    chosen = getattr(model.config, "_attn_implementation", None) or ""
+    if chosen.startswith(_MARK):
+        yield True
+        return
+    if refusal(model):
+        yield False
+        return
+    model.set_attn_implementation(_MARK + chosen)
+    try:
+        yield True
+    finally:
+        model.set_attn_implementation(chosen)
+
+
+def refusal(model: Any) -> str:
+    """Return why a model cannot take layouts, "" where it can."""
+    chosen = plain_name(getattr(model.config, "_attn_implementation", None))
+    text = model.config.get_text_config()
+    strange = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"the attention of a {type(model).__name__} does not call transformers' attention interface"
+    if chosen not in CHOICES:
+        return f"attn_implementation is {chosen!r}, not 'sdpa' or 'eager'"
+    if strange or getattr(text, "attention_chunk_size", None):
+        return f"it has layers that are not plain attention ({', '.join(sorted(strange)) or 'chunked'})"
+    return ""
+
+
+def plain_name(chosen: Any) -> Any:
+    """Return the attention implementation the user chose, whether layouts are taken or not."""
+    return chosen.removeprefix(_MARK) if isinstance(chosen, str) else chosen
+
+
+def function_of(module: nn.Module, chosen: str) -> Callable[..., Any]:
+    """Return an attention function by its name; the eager one is a function of each model's own file."""
+    if chosen != "eager":
+        return ALL_ATTENTION_FUNCTIONS[chosen]
+    homes = (vars(sys.modules[c.__module__]) for c in type(module).__mro__)
+    return next(h["eager_attention_forward"] for h in homes if "eager_attention_forward" in h)
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """Return what stands for a mask where a layout says it all: transformers takes it as it is and makes none."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _attend(
+    chosen: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Stand in for an attention function: `query (1, heads, tokens, size)`, `key, value (1, kv heads, keys, size)`."""
+    layout: Layout | None = kwargs.pop(LAYOUT, None)
+    run = function_of(module, chosen)
+    if layout is None:
+        return run(module, query, key, value, mask, **kwargs)
+    _require_plain(module, layout, query, key, kwargs)
+    window = kwargs.get("sliding_window")
+    if chosen == "sdpa" and query.is_cuda:
+        return _flex(module, query, key, value, layout, window, kwargs.get("scaling")), None
+    dtype = query.dtype
+    # A CPU's attention in bf16 is slower than in fp32, and rounds more.
+    if chosen == "sdpa" and query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        query, key, value = query.float(), key.float(), value.float()
+    queries = query.split(layout.lengths, dim=2)
+    sizes = (layout.keys_before, *layout.lengths)
+    keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
+    parts = []
+    for i, q in enumerate(queries):
+        way = [*([0] if layout.keys_before else []), *(a + 1 for a in layout.path(i)), i + 1]
+        k, v = (torch.cat([t[a] for a in way], dim=2) if len(way) > 1 else t[i + 1] for t in (keys, values))
+        m = layout.mask(i, window, query.dtype, query.device)
+        if chosen == "sdpa" and query.device.type == "cpu":
+            drop, scale = kwargs.get("dropout", 0.0), kwargs.get("scaling")
+            causal = m is None and q.shape[2] > 1
+            out = F.scaled_dot_product_attention(q, k, v, m, drop, causal, scale=scale, enable_gqa=True)
+            parts.append(out.transpose(1, 2))
+        else:
+            if m is None and chosen == "eager":
+                n = q.shape[2]
+                m = q.new_zeros(n, n).masked_fill(_ones(n, q.device).triu(1), torch.finfo(q.dtype).min)[None, None]
+            parts.append(run(module, q, k, v, m, **kwargs)[0])
+    return torch.cat(parts, dim=1).to(dtype), None
+
+
+def _flex(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None, scale: float | None
+) -> Tensor:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    held = ("flex", window, query.device)
+    if held not in layout._masks:
+        seen = layout.seen(window, query.device)
+        layout._masks[held] = create_block_mask(
+            lambda b, h, q, k: seen[q, k], None, None, seen.shape[0], seen.shape[1], device=query.device
+        )
+    run = _compiled(flex_attention) if query.is_cuda else flex_attention
+    out = run(query, key, value, block_mask=layout._masks[held], scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).contiguous()
+
+
+_made: dict[Any, Any] = {}
+
+
+def _compiled(function: Any) -> Any:
+    if function not in _made:
+        _made[function] = torch.compile(function, dynamic=True)
+    return _made[function]
+
+
+def _require_plain(module: Any, layout: Layout, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    if query.shape[0] != 1 or query.shape[2] != layout.total or key.shape[2] != layout.total + layout.keys_before:
+        raise ModelError(
+            f"{name} attends from {tuple(query.shape[:1])} rows of {query.shape[2]} tokens to {key.shape[2]}, the "
+            f"layout has one row of {layout.total}",
+            "a call without a cache",
+            "--set train.packing=false",
+        )
+    windowed = getattr(module.config, "sliding_window", None) is not None
+    hidden_window = windowed and "sliding_window" not in kwargs
+    if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True) or hidden_window:
+        why = "hides its window" if hidden_window else "is not causal, or adds a bias by position"
+        raise ModelError(f"{name} {why}: rows cannot share one sequence", fix="--set train.packing=false")
+
+
+def _ones(n: int, device: torch.device) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool, device=device)
+
+
+def _int64(values: Any, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+for _choice in CHOICES:
+    ALL_ATTENTION_FUNCTIONS.register(_MARK + _choice, partial(_attend, _choice))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_MARK + _choice, ALL_MASK_ATTENTION_FUNCTIONS[_choice])

@@ -1,0 +1,200 @@
+"""The step: a batch's loss at supervised positions, each row as if it were alone.
+
+    loss = sum over supervised positions of −log p(token) / number of supervised tokens in the whole optimizer step
+
+So the gradient of several packs is that of one. Training, scoring and (later) the plan all run these functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contract.layout import LAYOUT, laid_out, no_mask, refusal
+from .data.collate import IGNORED, Collator, Example
+from .errors import ModelError
+from .models.head import head_of, states
+from .ops.memory import free_bytes
+
+GOOD_ON_CPU, GOOD_ON_GPU = 1024, 8192
+"""Tokens in one pass from which on more of them compute no faster."""
+PROBE = 64
+
+
+def collator_for(model: Any, pad_token_id: int, *, packing: bool = True, share: bool = True, **sizes: Any) -> Collator:
+    """Return the collator that lays rows as well as this model can take them.
+
+    Args:
+        model: the model, adapted or not.
+        pad_token_id: fills shorter rows where they are padded.
+        packing: lay rows in one sequence.
+        share: lay what rows begin with alike once.
+        sizes: `room` and `rows` of a batch, as `Collator` has them.
+    """
+    return Collator(pad_token_id, packing, layout=packing and not refusal(model), share=share, **sizes)
+
+
+def step_loss(model: Any, batch: dict[str, Any], num_items: Tensor | int | None = None) -> Tensor:
+    """Return a batch's loss in fp32 or wider: summed over its targets, divided by `num_items` (default: how many).
+
+    With a `layout` in the batch, call it inside `laid_out(model)`, and leave that after the backward pass.
+    """
+    nats = supervised_nats(model, batch)
+    return nats.sum() / (len(nats) if num_items is None else num_items)
+
+
+def supervised_nats(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Return −log p of each supervised token `(K)` of a collated batch, in the order of its `targets`."""
+    # With a cache, transformers would let rows in one sequence see each other, silently.
+    inputs: dict[str, Any] = {"use_cache": False, "logits_to_keep": batch["logits_to_keep"]}
+    inputs |= {k: batch[k] for k in ("input_ids", "position_ids", "attention_mask") if k in batch}
+    if "layout" in batch:
+        inputs |= {LAYOUT: batch["layout"], "attention_mask": no_mask(batch["input_ids"].device)}
+    head = head_of(model)
+    if head is None:
+        logits = model(**inputs).logits.flatten(0, 1).index_select(0, batch["picked"])
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), batch["targets"], reduction="none")
+    h = states(model, head, inputs).flatten(0, 1).index_select(0, batch["picked"])
+    return head.nats(h, batch["targets"])
+
+
+@torch.no_grad()
+def require_exact(model: Any, collator: Collator) -> None:
+    """Run short rows laid together and each alone, and the head here and the model's own; raise where they differ.
+
+    Some architectures read no `position_ids` (OPT, BLOOM), some carry a state from row to row (Mamba), and a head may
+    do more to its logits than its config says: transformers does not tell.
+
+    Raises:
+        ModelError: the model cannot be trained so; the fix is named.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    size = model.config.get_text_config().vocab_size
+    begun = [(5 * i * i + 1) % size for i in range(9)]
+    rows = [[*(begun if r else []), *((7 * i * i + 3 + 11 * r) % size for i in range(9 + r))] for r in range(3)]
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+
+    def nats(some: Sequence[Example]) -> Tensor:
+        return supervised_nats(model, _on(collator(some), device))
+
+    model.eval()
+    try:
+        with laid_out(model):
+            together = nats(examples)
+            alone = torch.cat([nats([e]) for e in examples])
+        own = torch.cat([_plainly(model, row, device) for row in rows])
+        half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    finally:
+        model.train(was_training)
+    most = 0.05 if half else 1e-3
+    spread = own.std().clamp_min(1e-12)
+    apart, headless = ((nats - own).abs().mean() / spread for nats in (together, alone))
+    name = type(model).__name__
+    if headless > most:
+        raise ModelError(
+            f"the loss of a {name} differs from the model's own (by {100 * headless.item():.2g} % of its spread): its "
+            "head does more to its logits than its config says",
+            "a head that multiplies, adds a bias, scales and soft-caps",
+            "train it by transformers' Trainer, which takes the model's own loss",
+        )
+    if apart > most and len(collator.groups(examples)) == 1 and collator.packing:
+        raise ModelError(
+            f"rows laid in one sequence change each other in a {name} (by {100 * apart.item():.2g} % of the loss's "
+            "spread)",
+            "an architecture that tells rows apart by position_ids",
+            "--set train.packing=false",
+        )
+
+
+def _plainly(model: Any, row: list[int], device: torch.device) -> Tensor:
+    ids = torch.tensor([row], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    return F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
+
+
+@torch.no_grad()
+def score(model: Any, examples: Sequence[Example], collator: Collator) -> list[tuple[float, int]]:
+    """Return for each row its summed −log p over supervised tokens (nats), and their number, in the order given.
+
+    Args:
+        model: the model; put into evaluation mode here and back after.
+        examples: encoded rows, each with a token to learn.
+        collator: the collator of training; its `room` is what lies in one pass.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    found: dict[int, tuple[float, int]] = {}
+    try:
+        with laid_out(model):
+            for part in collator.groups(examples):
+                batch = _on(collator([examples[i] for i in part]), device)
+                counts = [targets_in(examples[i]) for i in part]
+                for i, row in zip(part, supervised_nats(model, batch).double().split(counts), strict=True):
+                    found[i] = (row.sum().item(), len(row))
+    finally:
+        model.train(was_training)
+    return [found[i] for i in range(len(examples))]
+
+
+def targets_in(example: Example) -> int:
+    """Return how many of a row's tokens are predicted and supervised: its first token never is."""
+    return sum(1 for label in example["labels"][1:] if label != IGNORED)
+
+
+def mean_loss(scores: Iterable[tuple[float, int]]) -> float:
+    """Return the mean −log p per supervised token over scored rows, in nats."""
+    every = list(scores)
+    return sum(s for s, _ in every) / max(1, sum(n for _, n in every))
+
+
+def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+# --- how much at once -------------------------------------------------------------------------------------------------
+
+
+def room_for(model: Any, collator: Collator, longest: int) -> int:
+    """Return how many tokens to lay in one pass: what a device computes well, if its free memory holds it.
+
+    The bytes a token's activations take are counted in a real forward pass of a short batch; a pass gets at most half
+    of what is free.
+
+    Args:
+        model: the model as it will be trained.
+        collator: lays its rows.
+        longest: tokens of the longest row, which has to fit in any case.
+    """
+    device = next(model.parameters()).device
+    good = GOOD_ON_GPU if device.type == "cuda" else GOOD_ON_CPU
+    held = bytes_kept(model, collator) / PROBE
+    return int(max(longest, min(good, free_bytes(device) / 2 / max(1.0, held))))
+
+
+def bytes_kept(model: Any, collator: Collator) -> int:
+    """Return the bytes kept for the backward pass of one row of `PROBE` tokens, beside parameters."""
+    device, was_training = next(model.parameters()).device, model.training
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    size = model.config.get_text_config().vocab_size
+    row = [(7 * i * i + 3) % size for i in range(PROBE)]
+    random = torch.get_rng_state()
+    with laid_out(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = step_loss(model.train(), _on(collator([{"input_ids": row, "labels": row}]), device))
+    total = sum(kept.values())
+    del loss
+    model.train(was_training)
+    torch.set_rng_state(random)
+    return total
