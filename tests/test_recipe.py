@@ -91,7 +91,7 @@ def test_all_faults_are_reported_at_once():
         "method.bias: got 'some'; wanted: one of 'none', 'all', 'lora_only'",
         "method.r: got 'many'; wanted: a whole number",
         "train.epocs: no such field; did you mean 'epochs'?",
-        "train.batch_size: got 0; wanted: rows in a batch, a whole number from 1; times accumulate they make an optimizer step",
+        "train.batch_size: got 0; wanted: rows in a batch, a whole number from 1; times accumulate they make",
         "train.learning_rate: got 'fast'; wanted: the highest rate, above 0",
     ):
         assert f"\n  {line}" in text

@@ -24,7 +24,7 @@ FLAGS = {
     "lr": "train.learning_rate",
     "batch_size": "train.batch_size",
     "packing": "train.packing",
-    "compile_layers": "train.compile",
+    "compile": "train.compile",
     "max_seq_len": "data.max_seq_len",
     "too_long": "data.too_long",
     "dtype": "model.dtype",
@@ -53,7 +53,7 @@ def train_run(
         bool | None,
         typer.Option("--packing/--no-packing", help="Lay rows in one sequence; else pad.", show_default=False),
     ] = None,
-    compile_layers: Annotated[
+    compile: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="Compile the layers by torch.compile first.", show_default=False),
     ] = None,
