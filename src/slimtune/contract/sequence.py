@@ -131,7 +131,8 @@ class Call:
         batch, length = self.size
         own, mask, layout = self.positions(), self.values.get("attention_mask"), self.values.get(LAYOUT)
         if layout is not None:
-            learned = torch.arange(n, device=own.device).expand(*own.shape[:-1], n)
+            # What lies first begins its row; a prefix in front of all may have moved its position.
+            learned = own[..., :1] + torch.arange(n, device=own.device)
             later = torch.cat([learned, own + n], dim=-1)
             self.values.update({"position_ids": later, LAYOUT: layout.behind_tokens(n)})
             return None

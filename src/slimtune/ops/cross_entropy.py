@@ -91,11 +91,12 @@ class _Nats(torch.autograd.Function):
             logits = F.linear(rows, weight, bias).to(_wide(h))
             logits = _shaped(logits, scale, cap)
             slope = None if cap is None or grad is None else 1 - (logits / cap).square()
-            log_p = torch.log_softmax(logits, -1)
+            # The largest p is at least 1 / vocabulary: its logarithm is safe, and softmax is the one pass needed.
+            highest, there = logits.max(-1, keepdim=True)
+            p = torch.softmax(logits, -1)
+            nats.append((highest - logits.gather(1, wanted) - p.gather(1, there).log())[:, 0])
             del logits
-            nats.append(-log_p.gather(1, wanted)[:, 0])
             if grad is not None:
-                p = log_p.exp_()
                 p.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=p.dtype))
                 if slope is not None:
                     p *= slope
