@@ -1,114 +1,123 @@
-"""Trained tokens a second of one LoRA step: ours beside HF PEFT, on the same rows, in turns, in one process.
+"""One optimizer step of LoRA, ours beside HF PEFT and TRL: same rows, same machine, in turns. `make bench` runs it.
 
-    python benchmarks/step.py [--model smollm2-135m] [--rounds 5] [--steps 3] [--json]
+    python benchmarks/step.py [--rounds 5] [--steps 2] [--rows plain|system|default|both] [--ways NAME …]
 
-Every way trains r = 16 on all linear maps with AdamW on the same 8 rows a step. A round runs each way once, so a
-machine that slows down slows all of them; figures are medians over rounds, ratios are taken round by round.
+Every way is a process of its own (`step_ways/`), the peers' in an environment of theirs without slimtune. All train
+r = 16 on all linear maps but the head, with AdamW, on the same rows in the same steps; all wait while one runs. A
+round runs each way once, in an order that turns from round to round, so a machine that slows down slows all of them;
+figures are medians over rounds, ratios are taken round by round, and the first round warms up. Ways with fp32 adapters
+and ways with 16-bit ones run apart, each beside ours of that kind. All ways' first losses have to agree, or the run
+ends: they are of the same rows from the same start.
 
-    slimtune        bf16 base, fp32 adapters, rows laid end to end, logits at supervised positions: what `train` runs
-    peft tour       HF PEFT as its quick tour sets it up: fp32, padded, dropout 0.1, the model's own loss
-    peft bf16       HF PEFT, bf16 base, fp32 adapters, padded, no dropout
-    peft best       HF PEFT, bf16 base and adapters, no dropout, rows laid end to end
+Three tables: the ways on rows without a shared beginning, the ways on rows with a shared system prompt, and our step
+with one lever off at a time. The ceiling, the frozen weights' bare products, is measured right before and after our
+step without sharing. Peak memory is each process's own, the base's weights and the libraries included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
+import platform
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
-import peft
-import torch
+from step_ways import tables
+from step_ways.running import HERE, in_turns, say
+from step_ways.tables import LEVERS
 
-from slimtune import LoraConfig, get_peft_model
-from slimtune.build import step_loss
-from slimtune.data.collate import Collator
-from slimtune.data.read import read_rows
-from slimtune.data.rows import encode_rows
-from slimtune.models.load import load_base
-
-ROWS = Path(__file__).parents[1] / "examples/devils-dictionary/train.jsonl"
-SETTINGS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-BATCH = 8
-
-
-def full_labels(batch, examples):
-    """The same batch as the model's own loss wants it: labels at every position, -100 where nothing is learned."""
-    labels = torch.full(batch["input_ids"].shape, -100)
-    if labels.shape[0] == 1 and len(examples) > 1:
-        flat = [x for e in examples for x in [-100, *e["labels"][1:]]]
-        labels[0] = torch.tensor(flat)
-    else:
-        for i, e in enumerate(examples):
-            labels[i, : len(e["labels"])] = torch.tensor(e["labels"])
-    return {**{k: batch[k] for k in ("input_ids", "position_ids", "attention_mask") if k in batch}, "labels": labels}
+PEERS = Path(__file__).parents[1] / ".venv-peers/bin/python"
+WIDE = ("ours", "peft-tour", "peft-tour-auto", "peft-padded", "peft-sorted", "peft-packed", "trl", "trl-autocast")
+NARROW = ("ours-bf16", "peft-padded-bf16", "peft-sorted-bf16", "peft-packed-bf16", "trl-bf16")
+KINDS = {
+    "plain": "Rows without a shared beginning",
+    "system": "Rows with a shared system prompt",
+    "default": "The demo's rows",
+}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def ours(spec):
-    base = load_base(spec, dtype="bfloat16")
-    model = get_peft_model(base.model, LoraConfig(**SETTINGS)).train()
-    collator = Collator(base.tokenizer.pad_token_id)
-    return model, lambda rows: step_loss(model, collator(rows))
+def prepared(args: argparse.Namespace, folder: Path, kinds: list[str]) -> dict[str, Path]:
+    """Encode the rows and save the base, in a process that ends; return each kind's spec for its workers."""
+    common = {"model": args.model, "dtype": args.dtype, "seed": 0, "base": str(folder / "base")}
+    first = folder / "prepare.json"
+    first.write_text(json.dumps({**common, "rows": str(folder / "rows.json"), "kinds": kinds}))
+    subprocess.run([sys.executable, str(HERE / "rows.py"), str(first)], check=True, stdout=sys.stderr)
+    made = json.loads((folder / "rows.json").read_text())
+    specs = {}
+    for kind in kinds:
+        rows, at, rounds = made["kinds"][kind], 0, []
+        for steps in [1, *[args.steps] * args.rounds]:  # one step warms up
+            numbers = [i % len(rows) for i in range(at, at + steps * args.batch)]
+            rounds.append([numbers[i : i + args.batch] for i in range(0, len(numbers), args.batch)])
+            at += steps * args.batch
+        spec = {"pad_token_id": made["pad_token_id"], "lora": LORA, "learning_rate": 5e-4, "rounds": rounds}
+        specs[kind] = folder / f"{kind}.json"
+        specs[kind].write_text(json.dumps({**common, **spec, "rows": rows}))
+    return specs
 
 
-def theirs(spec, dtype, dropout, packed, best):
-    base = load_base(spec, dtype=dtype)
-    config = peft.LoraConfig(**SETTINGS, lora_dropout=dropout)
-    model = peft.get_peft_model(base.model, config, autocast_adapter_dtype=not best).train()
-    collator = Collator(base.tokenizer.pad_token_id, packing=packed)
-    return model, lambda rows: model(**full_labels(collator(rows), rows), use_cache=False).loss
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Run everything that was asked for; return each table's figures under its title."""
+    kinds = ["plain", "system"] if args.rows == "both" else [args.rows]
+
+    def asked(ways: tuple[str, ...]) -> list[str]:
+        return [w for w in ways[1:] if args.ways is None or w in args.ways]
+
+    wide, narrow, levers = asked(WIDE), asked(NARROW), asked(("ours", *LEVERS))
+    if args.dtype == "float32":  # adapters are fp32 then, whatever is asked
+        wide, narrow = [w for w in wide if w not in ("peft-tour-auto", "trl-autocast")], []
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        specs = prepared(args, Path(folder), kinds)
+        for kind, spec in specs.items():
+            part = in_turns(["ours", *wide], spec, "ours" if kind == "plain" else None, args.peers)
+            if narrow or (args.ways and "ours-bf16" in args.ways):
+                part["ways"] |= in_turns(["ours-bf16", *narrow], spec, None, args.peers)["ways"]
+            results[KINDS[kind]] = part
+        if levers:
+            beside = "no-sharing" if "no-sharing" in levers else None
+            title = f"One lever off at a time. {KINDS[kinds[-1]]}"
+            results[title] = in_turns(["ours", *levers], specs[kinds[-1]], beside, args.peers)
+    return results
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps a round")
+    parser.add_argument("--batch", type=int, default=8, help="rows a step")
+    parser.add_argument("--rows", choices=(*KINDS, "both"), default="both", help="both: plain and system")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base's weights")
+    parser.add_argument("--ways", nargs="+", choices=(*WIDE, *NARROW, *LEVERS), help="these alone, beside ours")
+    parser.add_argument("--peers", default=str(PEERS), help="the peers' Python")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--table", type=Path, metavar="FILE")
     args = parser.parse_args()
-    ways = {
-        "slimtune": ours(args.model),
-        "peft tour": theirs(args.model, "float32", 0.1, packed=False, best=False),
-        "peft bf16": theirs(args.model, "bfloat16", 0.0, packed=False, best=False),
-        "peft best": theirs(args.model, "bfloat16", 0.0, packed=True, best=True),
-    }
-    tokenizer = load_base(args.model).tokenizer
-    rows, _ = encode_rows(read_rows(ROWS), tokenizer, max_seq_len=1024, too_long="drop", path=ROWS)
-    optimizers = {
-        n: torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=2e-4) for n, (m, _) in ways.items()
-    }
-    speeds: dict[str, list[float]] = {n: [] for n in ways}
-    for turn in range(args.rounds + 1):
-        start = turn * args.steps * BATCH
-        parts = [rows[start + i * BATCH : start + (i + 1) * BATCH] for i in range(args.steps)]
-        tokens = sum(len(e["input_ids"]) for part in parts for e in part)
-        for name, (_, loss_of) in ways.items():
-            began = time.perf_counter()
-            for part in parts:
-                loss_of(part).backward()
-                optimizers[name].step()
-                optimizers[name].zero_grad()
-            if turn:  # the first round warms up
-                speeds[name].append(tokens / (time.perf_counter() - began))
-    table = {
-        n: {
-            "tokens_per_second": round(statistics.median(v), 1),
-            "slimtune_is_faster_by": round(
-                statistics.median(a / b for a, b in zip(speeds["slimtune"], v, strict=True)), 2
-            ),
-        }
-        for n, v in speeds.items()
-    }
+    if not Path(args.peers).exists():
+        say(f"{args.peers} is not there (`make bench` makes it): the peers run in the environment of slimtune")
+        args.peers = sys.executable
+    results = measured(args)
+    setting = f"{args.model}, {args.dtype}, {args.batch} rows a step, {args.rounds} rounds of {args.steps} steps"
+    text = tables.report(results, f"{setting}; {processor()}")
     if args.json:
-        print(
-            json.dumps({"model": args.model, "rounds": args.rounds, "threads": torch.get_num_threads(), "ways": table})
-        )
-        return
-    print(f"{args.model}, {BATCH} rows a step, {args.rounds} × {args.steps} steps, {torch.get_num_threads()} threads")
-    for name, row in table.items():
-        print(f"{name:12} {row['tokens_per_second']:8.1f} tok/s   slimtune {row['slimtune_is_faster_by']:.2f}×")
+        given = {name: value for name, value in vars(args).items() if name not in ("json", "table")}
+        args.json.write_text(json.dumps({"arguments": given, "processor": processor(), "parts": results}, indent=1))
+    for part in results.values():
+        tables.check(part["ways"], 0.02 if args.dtype == "bfloat16" else 0.002)
+    (args.table.write_text if args.table else print)(text)
 
 
 if __name__ == "__main__":

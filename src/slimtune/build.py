@@ -16,6 +16,7 @@ from .data.read import read_rows
 from .data.rows import RowReport, encode_rows
 from .errors import AdapterError, UsageError
 from .models.load import Base, load_base
+from .ops.memory import keep_pages
 from .recipe import Recipe
 from .runs import ADAPTER_FILE, RunFolder
 from .step import collator_for, require_exact, room_for
@@ -51,7 +52,7 @@ class Loaded:
 def base_of(recipe: Recipe) -> Base:
     """Load the recipe's base and tokenizer."""
     m = recipe.model
-    return load_base(
+    base = load_base(
         m.name,
         dtype=m.dtype,
         device=m.device,
@@ -59,6 +60,9 @@ def base_of(recipe: Recipe) -> Base:
         revision=m.revision,
         chat_template=recipe.data.chat_template,
     )
+    if base.device.type == "cpu":
+        keep_pages()
+    return base
 
 
 def continuing(recipe: Recipe, adapter: Path) -> Recipe:

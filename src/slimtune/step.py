@@ -7,17 +7,21 @@ So the gradient of several packs is that of one. Training, scoring and (later) t
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .contract.layout import LAYOUT, laid_out, no_mask, refusal
 from .data.collate import IGNORED, Collator, Example
-from .errors import ModelError
+from .errors import ModelError, UsageError
 from .models.head import head_of, states
+from .ops.dropout import unseen_draws
 from .ops.memory import free_bytes
 
 GOOD_ON_CPU, GOOD_ON_GPU = 1024, 8192
@@ -162,8 +166,9 @@ def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def room_for(model: Any, collator: Collator, longest: int) -> int:
     """Return how many tokens to lay in one pass: what a device computes well, if its free memory holds it.
 
-    The bytes a token's activations take are counted in a real forward pass of a short batch; a pass gets at most half
-    of what is free.
+    The bytes a token's activations take are counted in real forward passes of short batches, apart from what a pass
+    takes whatever its length (learned positions, factors in the base's dtype). A pass gets at most half of what is
+    free.
 
     Args:
         model: the model as it will be trained.
@@ -172,14 +177,16 @@ def room_for(model: Any, collator: Collator, longest: int) -> int:
     """
     device = next(model.parameters()).device
     good = GOOD_ON_GPU if device.type == "cuda" else GOOD_ON_CPU
-    held = bytes_kept(model, collator) / PROBE
-    return int(max(longest, min(good, free_bytes(device) / 2 / max(1.0, held))))
+    half, whole = (bytes_kept(model, collator, n) for n in (PROBE // 2, PROBE))
+    each = max(1.0, (whole - half) / (PROBE - PROBE // 2))
+    left = free_bytes(device) / 2 - max(0.0, whole - PROBE * each)
+    return int(max(longest, min(good, left / each)))
 
 
-def bytes_kept(model: Any, collator: Collator) -> int:
-    """Return the bytes kept for the backward pass of one row of `PROBE` tokens, beside parameters."""
+def bytes_kept(model: Any, collator: Collator, tokens: int = PROBE) -> int:
+    """Return the bytes kept for the backward pass of one row of so many tokens, beside parameters and buffers."""
     device, was_training = next(model.parameters()).device, model.training
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -189,12 +196,32 @@ def bytes_kept(model: Any, collator: Collator) -> int:
         return tensor
 
     size = model.config.get_text_config().vocab_size
-    row = [(7 * i * i + 3) % size for i in range(PROBE)]
-    random = torch.get_rng_state()
-    with laid_out(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    row = [(7 * i * i + 3) % size for i in range(tokens)]
+    with unseen_draws(device), laid_out(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         loss = step_loss(model.train(), _on(collator([{"input_ids": row, "labels": row}]), device))
     total = sum(kept.values())
     del loss
     model.train(was_training)
-    torch.set_rng_state(random)
     return total
+
+
+def compile_layers(model: Any) -> int:
+    """Compile each layer of the backbone by torch.compile, in place; return how many.
+
+    The first steps then take minutes: each kind of layer is compiled when it first runs. Attention by segment stays as
+    it is, since it changes with each pack.
+
+    Raises:
+        UsageError: there is no compiler, or no layer that is known as one.
+    """
+    device = next(model.parameters()).device
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise UsageError(
+            "torch.compile needs a C++ compiler on a CPU, and there is none", "g++ or clang++", "leave out --compile"
+        )
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise UsageError(f"a {type(model).__name__} has no layers that are known as such", fix="leave out --compile")
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return len(layers)

@@ -295,3 +295,13 @@ def test_a_continued_run_takes_the_adapters_settings_and_resumes_by_itself(setti
     monkeypatch.setattr(Pace, "on_step_begin", begin)
     train(load_recipe(tmp_path / "on" / "recipe.yaml"), resume=True)
     assert same(tmp_path / "on", tmp_path / "whole")
+
+
+def test_compiled_and_plain_runs_agree(settings, tmp_path, capfd):
+    plain = {**settings, "method": {**settings["method"], "lora_dropout": 0.0}}
+    left, right = (
+        adapter(Path(train(recipe_of({**plain, "out": str(tmp_path / str(c))}, max_steps=1, compile=c))["run"]))
+        for c in (True, False)
+    )
+    assert "layers will be compiled" in capfd.readouterr().err
+    assert all(torch.allclose(left[k], right[k], atol=1e-5) for k in left)

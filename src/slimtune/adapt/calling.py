@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contract.layout import LAYOUT
 from ..errors import UsageError, listed, nearest
 from .running import BASE_ROW
 
@@ -72,6 +73,12 @@ class AdapterCalls:
         if names is None:
             yield
             return
+        if LAYOUT in kwargs:
+            raise UsageError(
+                "adapter_names for rows laid in one sequence, which is one row of the batch",
+                "rows of a padded batch, each with its name",
+                "collator_for(model, pad_token_id, packing=False), or set_adapter and one adapter for all",
+            )
         rows = _rows(args, kwargs)
         if isinstance(names, str) or (rows is not None and len(names) != rows):
             given = repr(names) if isinstance(names, str) else f"{len(names)} names"

@@ -76,10 +76,6 @@ class Adapted(nn.Module):
         deltas = [self.adapters[n] for n in running.active if n in self.adapters]
         if not deltas:
             return base(*args, **kwargs)
-        if len(deltas) == 1 and getattr(deltas[0], "in_one_step", False) and kind == "linear":
-            ready = running.together.answer(self, args[0])
-            if ready is not None:
-                return ready
         return _unscaled(self, base, lambda run: _nest(self, run, deltas), args, kwargs)
 
     def _run_rows(self, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..ops.rows import grouped, stacked
-from .together import Together
 
 BASE_ROW = "__base__"
 """The name that leaves a row of a mixed batch to the base (PEFT's)."""
@@ -37,19 +36,17 @@ class Running:
         active: adapters whose deltas run and whose copies stand for the module's parameters, in order.
         rows: where the rows of the batch use different adapters: each row's adapter, `BASE_ROW` for none.
         turn: counts the calls with rows.
-        together: which maps read one input.
     """
 
     active: tuple[str, ...] = ()
     rows: tuple[str, ...] | None = None
     turn: int = 0
-    together: Together = field(default_factory=Together)
     _masks: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
     _stacks: dict[nn.Module, Stack] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of one module must not bring the others along.
-        return {**vars(self), "together": Together(), "_masks": {}, "_stacks": {}}
+        return {**vars(self), "_masks": {}, "_stacks": {}}
 
     def names(self, batch: int) -> list[str]:
         """Return each row's adapter in a batch; beams repeat their row."""
@@ -108,4 +105,3 @@ class Running:
     def forget(self) -> None:
         """Let go of what was stacked: adapters came, went or moved."""
         self._stacks.clear()
-        self.together.forget()

@@ -138,11 +138,6 @@ class Frozen:
 class Delta(nn.Module):
     """What a method adds at one site; see the top of this file for what a subclass defines."""
 
-    @property
-    def in_one_step(self) -> bool:
-        """Whether at this moment the delta is what `factors()` says and nothing else, and is best computed so."""
-        return False
-
     optional: ClassVar[frozenset[str]] = frozenset()
     """Names of tensors a file may leave out: the delta knows how to go on without."""
 

@@ -30,6 +30,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
+from ..ops.segment_attention import Segment, attention_by_segment
+from ..ops.tree_attention import runs_here, tree_attention, tree_mask
 
 LAYOUT = "slimtune_layout"
 _MARK = "slimtune_"
@@ -79,8 +81,11 @@ class Layout:
         return [start + t for start, n in zip(self.starts(), self.lengths, strict=True) for t in range(n)]
 
     def behind_keys(self, n: int) -> Layout:
-        """Return the layout with `n` more learned keys before every row."""
-        return replace(self, keys_before=self.keys_before + n, _masks={})
+        """Return the layout with `n` more learned keys before every row: one object, whose masks all layers share."""
+        held = ("behind", n)
+        if held not in self._masks:
+            self._masks[held] = replace(self, keys_before=self.keys_before + n, _masks={})
+        return self._masks[held]
 
     def behind_tokens(self, n: int) -> Layout:
         """Return the layout with a segment of `n` tokens laid first, above all rows."""
@@ -101,6 +106,24 @@ class Layout:
             away = torch.cat([at[:, None] - front[None, :], away], dim=1)
             seen = F.pad(seen, (self.keys_before, 0), value=True)
         return seen if window is None else seen & (away < window)
+
+    def segments(self, window: int | None, query: Tensor) -> list[Segment]:
+        """Return what each segment sees, as attention on a CPU takes it for queries like this one."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        held = ("segments", window, dtype)
+        if held not in self._masks:
+            firsts = [self.keys_before + sum(self.lengths[:i]) for i in range(len(self.lengths))]
+            front = ((0, self.keys_before),) if self.keys_before else ()
+            self._masks[held] = [
+                Segment(
+                    firsts[i] - self.keys_before,
+                    n,
+                    (*front, *((firsts[a], self.lengths[a]) for a in (*self.path(i), i))),
+                    self.mask(i, window, dtype, query.device),
+                )
+                for i, n in enumerate(self.lengths)
+            ]
+        return self._masks[held]
 
     def mask(self, segment: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return what is added to a segment's scores `(1, 1, tokens, keys above and own)`; None: plainly causal."""
@@ -176,68 +199,71 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Stand in for an attention function: `query (1, heads, tokens, size)`, `key, value (1, kv heads, keys, size)`."""
     layout: Layout | None = kwargs.pop(LAYOUT, None)
-    run = function_of(module, chosen)
     if layout is None:
-        return run(module, query, key, value, mask, **kwargs)
+        return function_of(module, chosen)(module, query, key, value, mask, **kwargs)
     _require_plain(module, layout, query, key, kwargs)
-    window = kwargs.get("sliding_window")
-    if chosen == "sdpa" and query.is_cuda:
-        return _flex(module, query, key, value, layout, window, kwargs.get("scaling")), None
-    dtype = query.dtype
-    # A CPU's attention in bf16 is slower than in fp32, and rounds more.
-    if chosen == "sdpa" and query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        query, key, value = query.float(), key.float(), value.float()
-    queries = query.split(layout.lengths, dim=2)
-    sizes = (layout.keys_before, *layout.lengths)
-    keys, values = key.split(sizes, dim=2), value.split(sizes, dim=2)
-    parts = []
-    for i, q in enumerate(queries):
-        way = [*([0] if layout.keys_before else []), *(a + 1 for a in layout.path(i)), i + 1]
-        k, v = (torch.cat([t[a] for a in way], dim=2) if len(way) > 1 else t[i + 1] for t in (keys, values))
-        m = layout.mask(i, window, query.dtype, query.device)
-        if chosen == "sdpa" and query.device.type == "cpu":
-            drop, scale = kwargs.get("dropout", 0.0), kwargs.get("scaling")
-            causal = m is None and q.shape[2] > 1
-            out = F.scaled_dot_product_attention(q, k, v, m, drop, causal, scale=scale, enable_gqa=True)
-            parts.append(out.transpose(1, 2))
-        else:
-            if m is None and chosen == "eager":
-                n = q.shape[2]
-                m = q.new_zeros(n, n).masked_fill(_ones(n, q.device).triu(1), torch.finfo(q.dtype).min)[None, None]
-            parts.append(run(module, q, k, v, m, **kwargs)[0])
-    return torch.cat(parts, dim=1).to(dtype), None
+    return _laid(chosen, module, query, key, value, layout, kwargs.get("sliding_window"), **kwargs), None
 
 
-def _flex(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: int | None, scale: float | None
+@torch.compiler.disable
+def _laid(
+    chosen: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    window: Any,
+    **kwargs: Any,
 ) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """Return each token's attention to what it sees, `(1, tokens, heads, size)`.
 
-    held = ("flex", window, query.device)
-    if held not in layout._masks:
-        seen = layout.seen(window, query.device)
-        layout._masks[held] = create_block_mask(
-            lambda b, h, q, k: seen[q, k], None, None, seen.shape[0], seen.shape[1], device=query.device
-        )
-    run = _compiled(flex_attention) if query.is_cuda else flex_attention
-    out = run(query, key, value, block_mask=layout._masks[held], scale=scale, enable_gqa=True)
-    return out.transpose(1, 2).contiguous()
+    Compiled with the model, it would be compiled anew for each layout; flex attention is compiled by itself.
+    """
+    if chosen == "sdpa" and kwargs.get("softcap") is None and runs_here(query, key, kwargs.get("dropout", 0.0)):
+        held = ("flex", window, query.device)
+        if held not in layout._masks:
+            layout._masks[held] = tree_mask(
+                layout.lengths, layout.parents, layout.positions(), layout.keys_before, window, query.device
+            )
+        out = tree_attention(query, key, value, layout._masks[held], kwargs.get("scaling"))
+        return out.transpose(1, 2).contiguous()
+    return _by_segment(chosen, module, query, key, value, layout, window, **kwargs)
 
 
-_made: dict[Any, Any] = {}
-
-
-def _compiled(function: Any) -> Any:
-    if function not in _made:
-        _made[function] = torch.compile(function, dynamic=True)
-    return _made[function]
+def _by_segment(
+    chosen: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    window: Any,
+    **kwargs: Any,
+) -> Tensor:
+    # transformers' own refuses a soft cap; the kernel has no dropout.
+    plain = kwargs.get("softcap") is None and not kwargs.get("dropout") and query.shape[-1] == value.shape[-1]
+    if chosen == "sdpa" and query.device.type == "cpu" and plain:
+        return attention_by_segment(query, key, value, layout.segments(window, query), kwargs.get("scaling"))
+    run = function_of(module, chosen)
+    keys, values = (t.split((layout.keys_before, *layout.lengths), dim=2) for t in (key, value))
+    parts = []
+    for i, q in enumerate(query.split(layout.lengths, dim=2)):
+        way = [0, *(a + 1 for a in layout.path(i)), i + 1]
+        k, v = (torch.cat([t[a] for a in way], dim=2) for t in (keys, values))
+        m = layout.mask(i, window, query.dtype, query.device)
+        if m is None and chosen == "eager":
+            n = q.shape[2]
+            m = q.new_zeros(n, n).masked_fill(_ones(n, q.device).triu(1), torch.finfo(q.dtype).min)[None, None]
+        parts.append(run(module, q, k, v, m, **kwargs)[0])
+    return torch.cat(parts, dim=1)
 
 
 def _require_plain(module: Any, layout: Layout, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
     name = type(module).__name__
     if query.shape[0] != 1 or query.shape[2] != layout.total or key.shape[2] != layout.total + layout.keys_before:
         raise ModelError(
-            f"{name} attends from {tuple(query.shape[:1])} rows of {query.shape[2]} tokens to {key.shape[2]}, the "
+            f"{name} attends from {query.shape[0]} rows of {query.shape[2]} tokens to {key.shape[2]}, the "
             f"layout has one row of {layout.total}",
             "a call without a cache",
             "--set train.packing=false",

@@ -92,18 +92,21 @@ def _best_fit(rows: Sequence[Tokens], some: list[int], room: int, share: bool) -
     packs: list[list[int]] = []
     used: list[int] = []
     for row in sorted(some, key=lambda r: -len(rows[r])):
-        best, saved_there = -1, -1
-        for p, pack in enumerate(packs):
-            saved = max((_shared(rows[row], rows[other]) for other in pack), default=0) if share else 0
-            fits = used[p] + len(rows[row]) - saved <= room
-            if fits and (saved, used[p]) > (saved_there, used[best] if best >= 0 else -1):
-                best, saved_there = p, saved
-        if best < 0:
-            packs.append([])
-            used.append(0)
-            best, saved_there = len(packs) - 1, 0
-        packs[best].append(row)
-        used[best] += len(rows[row]) - saved_there
+        saved = [max((_shared(rows[row], rows[other]) for other in pack), default=0) if share else 0 for pack in packs]
+        size = [n + len(rows[row]) - s for n, s in zip(used, saved, strict=True)]
+        for p in sorted(range(len(packs)), key=lambda p: (-saved[p], -used[p])):
+            if size[p] > room:
+                continue
+            # What two rows share below `LEAST` behind a branch is laid for each.
+            if share and size[p] + (LEAST - 1) * len(packs[p]) > room:
+                size[p] = len(lay([rows[r] for r in (*packs[p], row)]).tokens)
+            if size[p] <= room:
+                packs[p].append(row)
+                used[p] = size[p]
+                break
+        else:
+            packs.append([row])
+            used.append(len(rows[row]))
     return packs
 
 
@@ -114,12 +117,15 @@ def _shared(a: Tokens, b: Tokens) -> int:
 
 def _common(a: Tokens, b: Tokens, start: int) -> int:
     """Return how many first tokens two rows share, `start` of them known to be."""
-    most = min(len(a), len(b))
-    if a[start:most] == b[start:most]:
+    n, most = start, min(len(a), len(b))
+    if a[n:most] == b[n:most]:
         return most
-    n = start
-    while a[n] == b[n]:
-        n += 1
+    while n < most:  # slices are compared much faster than tokens
+        middle = (n + most + 1) // 2
+        if a[n:middle] == b[n:middle]:
+            n = middle
+        else:
+            most = middle - 1
     return n
 
 

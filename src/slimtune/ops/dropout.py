@@ -1,6 +1,10 @@
-"""What is left out by chance while training: single inputs, or whole outputs of an update."""
+"""What is left out by chance while training: single inputs, or whole outputs of an update; and drawing it again."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,3 +25,39 @@ def kept(outputs: int, probability: float, *, rescale: bool) -> Tensor:
     # On the CPU, as PEFT draws them.
     drop = (torch.rand(outputs) > probability).float()
     return drop / drop.mean().clamp_min(1 / outputs) if rescale else drop
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Return where a device's random numbers stand; every kind of device draws its own."""
+    return _own(device).get_rng_state(device) if _own(device) else torch.get_rng_state()
+
+
+@contextmanager
+def drawing_from(state: Tensor, device: torch.device) -> Iterator[None]:
+    """Draw as from `state` for the length of the `with`; after it as if nothing had been drawn."""
+    now = random_state(device)
+    _set_random_state(state, device)
+    try:
+        yield
+    finally:
+        _set_random_state(now, device)
+
+
+@contextmanager
+def unseen_draws(device: torch.device) -> Iterator[None]:
+    """Draw, on a device and on the CPU, what leaves no trace after the `with`."""
+    cpu = torch.device("cpu")
+    with drawing_from(random_state(cpu), cpu), drawing_from(random_state(device), device):
+        yield
+
+
+def _set_random_state(state: Tensor, device: torch.device) -> None:
+    if _own(device):
+        _own(device).set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
+def _own(device: torch.device) -> Any:
+    """Return the module of a device that draws by itself, None where the CPU's generator draws."""
+    return torch.get_device_module(device) if device.type in ("cuda", "xpu", "mps") else None

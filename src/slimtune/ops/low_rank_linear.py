@@ -9,14 +9,14 @@ kept in fp32 above a 16-bit x, of which no fp32 copy is made. Gradients are thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .dropout import drawing_from, random_state
 
 
 def low_rank_linear(
@@ -66,8 +66,8 @@ class _LowRank(torch.autograd.Function):
         drop: float,
     ) -> Tensor:
         ctx.scale, ctx.drop = scale, drop
-        ctx.random = _random_state(x.device) if drop else None
-        z = _flat(F.dropout(x, drop) if drop else x) @ A.to(x.dtype).t()
+        ctx.random = random_state(x.device) if drop else None
+        z = _flat(_dropped(x, drop) if drop else x) @ A.to(x.dtype).t()
         if y is None:
             assert weight is not None
             out = F.linear(x, weight, bias)
@@ -92,19 +92,20 @@ class _LowRank(torch.autograd.Function):
         if for_x:
             gx = g @ weight if weight is not None else None
             if ctx.drop:
-                with _replayed(ctx.random, g.device):
-                    through = F.dropout((gz @ A.to(g.dtype)).view(ctx.shape), ctx.drop).view(-1, A.shape[1])
+                with drawing_from(ctx.random, g.device):
+                    through = _dropped((gz @ A.to(g.dtype)).view(ctx.shape), ctx.drop).view(-1, A.shape[1])
                 gx = through if gx is None else gx.add_(through)
             else:
                 gx = gz @ A.to(g.dtype) if gx is None else gx.addmm_(gz, A.to(g.dtype))
             gx = gx.view(ctx.shape)
         if for_A:
             if ctx.drop:
-                with _replayed(ctx.random, g.device):
-                    x = F.dropout(x, ctx.drop)
+                with drawing_from(ctx.random, g.device):
+                    x = _dropped(x, ctx.drop)
             gA = (gz.t() @ _flat(x)).to(A.dtype)
         if for_B:
-            gB = (g.t() @ z).mul_(ctx.scale).to(B.dtype)
+            # The thin one first: half the time of gᵀ z.
+            gB = (z.t() @ g).mul_(ctx.scale).to(B.dtype).t()
         return gx, grad if for_y else None, None, g.sum(0) if for_bias else None, gA, gB, None, None
 
 
@@ -112,23 +113,6 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
-
-
-@contextmanager
-def _replayed(state: Tensor, device: torch.device) -> Iterator[None]:
-    """Draw as in `state` for the length of the `with`."""
-    now = _random_state(device)
-    _set_random_state(state, device)
-    try:
-        yield
-    finally:
-        _set_random_state(now, device)
+def _dropped(x: Tensor, probability: float) -> Tensor:
+    # Which random number falls on which value hangs on how they lie, on a GPU: x and its gradient must lie alike.
+    return F.dropout(x.contiguous(), probability)

@@ -26,11 +26,6 @@ def is_plain_forward(run: Any) -> bool:
     return getattr(run, "func", None) in (nn.Linear.forward, Conv1D.forward)
 
 
-def multiplies_plainly(cls: Any) -> bool:
-    """Return whether a class's forward is that of a plain linear map."""
-    return getattr(cls, "forward", None) in (nn.Linear.forward, Conv1D.forward)
-
-
 def transposed(module: nn.Module) -> bool:
     """Return whether the module keeps its weight as `(in, out)`, as Conv1D and Embedding do."""
     return isinstance(module, Conv1D | nn.Embedding)

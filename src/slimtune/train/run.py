@@ -26,6 +26,7 @@ from ..models.load import Base
 from ..ops.files import disk_full_is_an_error
 from ..recipe import Recipe
 from ..runs import ADAPTER_FILE, RunFolder, json_text, write_atomic
+from ..step import compile_layers
 from ..units import bytes_text, count_text
 from . import checkpoints
 from .callbacks import Pace, Watch, peak_bytes, rate, stop_on_interrupt
@@ -206,6 +207,8 @@ def _trainer(
     longest = max(len(e["input_ids"]) for e in rows.train + rows.validation)
     collator = collator_of(recipe, model, base.tokenizer, longest)
     watch.say(laid_text(collator, rows, rows_a_step))
+    if t.compile:
+        watch.say(f"{compile_layers(model)} layers will be compiled as they first run, which takes a while")
     trainer = SlimTrainer(
         model,
         args,

@@ -90,6 +90,9 @@ class SlimTrainer(Trainer):
         model.train()
         packs: list[dict[str, Any]] = self._prepare_inputs(inputs)  # type: ignore[assignment]
         targets = sum(len(p["targets"]) for p in packs)
+        # Read here, where a GPU has nothing left to do, not between two passes.
+        self.trained_tokens += sum(int(p["tokens"]) for p in packs)
+        self.supervised_tokens += targets
         total = torch.zeros((), device=self.args.device)
         for number, pack in enumerate(packs):
             loss = step_loss(model, pack, targets)
@@ -98,8 +101,6 @@ class SlimTrainer(Trainer):
                 loss = loss + penalty
             self.accelerator.backward(loss)
             total += loss.detach()
-            self.trained_tokens += int(pack["tokens"])
-            self.supervised_tokens += len(pack["targets"])
         return total
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:

@@ -45,11 +45,6 @@ class LinearAdaLora(Delta):
         """Map `x (..., in)` to `(..., out)`."""
         return frozen.plus_low_rank(x, *self.factors(), chance(self.lora_dropout))
 
-    @property
-    def in_one_step(self) -> bool:
-        """Whether there is no dropout."""
-        return not chance(self.lora_dropout)
-
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(diag(E) A (r, in), B (out, r), scale)`."""
         return self.lora_A * self.lora_E, self.lora_B, self.scale

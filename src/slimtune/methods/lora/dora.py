@@ -67,8 +67,6 @@ class _Magnitude(Delta):
         rows, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]).to(y.dtype)
         return _Scaled.apply(rows, z, B, m, n, bias, self.scale).view(y.shape)
 
-    in_one_step = False
-
     def factors(self) -> None:
         """Return None: the change is no update of low rank."""
 

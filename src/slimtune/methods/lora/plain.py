@@ -60,11 +60,6 @@ class LinearLora(Delta):
         bias: Tensor | None = self.lora_B.bias
         return y if bias is None else y + bias.to(y.dtype) * self.scale
 
-    @property
-    def in_one_step(self) -> bool:
-        """Whether there is neither dropout nor a bias on B."""
-        return self.lora_B.bias is None and not chance(self.lora_dropout)
-
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return `(A, B, scale)`: the update is `scale · B A`; None with a bias on B."""
         return (*self.low_rank(), self.scale) if self.lora_B.bias is None else None

@@ -1,0 +1,1 @@
+"""What `benchmarks/gpu.py` runs in processes of their own."""

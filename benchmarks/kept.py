@@ -1,0 +1,62 @@
+"""What each method keeps for the backward pass of the step, beside LoRA: a count, the same on every machine.
+
+    python benchmarks/kept.py [METHOD ...] [--model smollm2-135m] [--json]
+
+Each method stands on the bf16 base with its own defaults (what `slimtune train --method NAME` would take) and runs the
+step's forward pass on one row of 128 tokens and on one of 256. What autograd then holds, parameters and buffers apart:
+
+    per token   what a token more takes
+    each pass   what a pass takes besides, however long it is: factors in the base's dtype, learned positions
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from methods import NEEDED
+
+from slimtune import get_peft_model
+from slimtune.contract.registry import built_in, config_class
+from slimtune.models.load import load_base
+from slimtune.recipe.method import resolved
+from slimtune.step import bytes_kept, collator_for
+
+SHORT, LONG = 128, 256
+VARIANTS = {"lora, DoRA": ("lora", {"use_dora": True}), "lora, dropout": ("lora", {"lora_dropout": 0.1})}
+
+
+def counted(base, name: str) -> dict[str, float]:
+    """Attach a method, count, and take it off again."""
+    method, more = VARIANTS.get(name, (name, NEEDED.get(name, {})))
+    cls = config_class(method)
+    model = get_peft_model(base, cls(**resolved(more, cls)))
+    collator = collator_for(model, 0)
+    short, long = (bytes_kept(model, collator, n) for n in (SHORT, LONG))
+    model.unload()
+    each = (long - short) / (LONG - SHORT)
+    return {"per_token": each, "each_pass": max(0.0, short - SHORT * each)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    base = load_base(args.model, dtype="bfloat16").model
+    names = args.methods or sorted({*built_in(), *VARIANTS} - {"lora"})
+    found = {n: counted(base, n) for n in ["lora", *names]}
+    for row in found.values():
+        row["to_lora"] = round(row["per_token"] / found["lora"]["per_token"], 3)
+    if args.json:
+        print(json.dumps({"model": args.model, "methods": found}))
+        return
+    print(f"{'':20}{'to LoRA':>8}{'per token':>12}{'each pass':>12}")
+    for name, row in found.items():
+        per, each = row["per_token"] / 1e3, row["each_pass"] / 1e6
+        print(f"{name:20}{row['to_lora']:8.2f}{per:9.1f} kB{each:9.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

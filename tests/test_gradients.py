@@ -1,0 +1,243 @@
+"""The step's gradients are the plain ones: fused, packed, beginnings shared, in several passes, checkpointed.
+
+The plain way is each row alone through the model's own forward and loss, LoRA as PEFT computes it, operator by operator
+(plain_way.py). Compared: ‖a − b‖ / ‖b‖ of each trained tensor, the largest of which the last test prints.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+
+import models_zoo as zoo
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_way import alone, apart, gradients, loud, unfused, wide
+from torch import nn
+
+import slimtune
+from slimtune.adapt.layer import Adapted
+from slimtune.contract.layout import Layout, laid_out
+from slimtune.data.collate import Collator
+from slimtune.step import step_loss
+
+BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
+MODELS = ["llama", "qwen2", "gemma2", "gemma3", "gpt2"]
+WAYS = {
+    "packed": {"share": False},
+    "shared": {},
+    "in passes": {"room": 24},
+    "in passes, nothing shared": {"room": 24, "share": False},
+}
+WORST: dict[tuple[str, torch.dtype], float] = {}
+
+every_model = pytest.mark.parametrize("name", MODELS)
+every_dtype = pytest.mark.parametrize("dtype", BOUNDS, ids=["fp32", "fp64"])
+
+
+def build(name, dtype, *, r=4, alpha=5, drop=0.0):
+    model = getattr(zoo, name)(dtype=dtype)
+    if name == "gemma2":  # it caps its attention scores, which sdpa does not
+        model.set_attn_implementation("eager")
+    for module in model.modules():  # GPT-2's own
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    loud(model)
+    config = slimtune.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=drop, target_modules="all-linear")
+    model = slimtune.get_peft_model(model, config)
+    zoo.shake(model)
+    return model.train()
+
+
+def in_full(dtype):
+    return wide() if dtype == torch.float64 else nullcontext()
+
+
+def row(ids, supervised):
+    """`supervised`: positions of the learned tokens."""
+    return {"input_ids": ids, "labels": [t if i in supervised else -100 for i, t in enumerate(ids)]}
+
+
+def some(n, seed):
+    return random.Random(seed).choices(range(3, zoo.VOCAB), k=n)
+
+
+def backward(model, rows, **how):
+    """Run the packs of one step backwards, as the trainer does."""
+    packs = Collator(0, layout=True, **how).packs(rows)
+    total = sum(len(p["targets"]) for p in packs)
+    with laid_out(model) as can:
+        assert can
+        for pack in packs:
+            step_loss(model, pack, total).backward()
+    return len(packs)
+
+
+def differ(way, dtype, got, want):
+    found = apart(got, want)
+    WORST[way, dtype] = max(found, WORST.get((way, dtype), 0))
+    assert found < BOUNDS[dtype], way
+
+
+def every_way(model, dtype, rows):
+    with in_full(dtype):
+        with unfused():
+            want = gradients(model, lambda: alone(model, rows).backward())
+        differ("fused", dtype, gradients(model, lambda: alone(model, rows).backward()), want)
+        for way, how in WAYS.items():
+            differ(way, dtype, gradients(model, lambda how=how: backward(model, rows, **how)), want)
+
+
+# --- rows that begin alike, by hand -----------------------------------------------------------------------------------
+
+PROMPT, OTHER = some(11, 1), some(13, 2)
+ANSWERS = [PROMPT + some(n, 10 + n) for n in (6, 1, 4)]
+NESTED = [PROMPT + OTHER[: 9 * n] + some(3, 20 + n) for n in (0, 1, 2)] + [PROMPT + some(5, 30)]
+CASES = {
+    "answers to one prompt": [row(ids, range(11, 20)) for ids in ANSWERS],
+    "a prefix of another": [row(ANSWERS[0], {12, 15, 16}), row(ANSWERS[0][:14], {9, 12, 13})],
+    "identical rows": [row(ANSWERS[0], {5, 12, 14})] * 2 + [row(ANSWERS[0], {12, 13, 16})],
+    "nested beginnings": [row(ids, range(11, 40)) for ids in NESTED],
+    "learned inside": [row(ids, {3, 4, 7, 10, 11}) for ids in ANSWERS] + [row(OTHER, range(13))],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_cases_share(case):
+    batch = Collator(0, layout=True)(CASES[case])
+    assert batch["input_ids"].shape[1] < int(batch["tokens"])
+    if case == "nested beginnings":
+        layout = batch["layout"]
+        assert max(len(layout.path(i)) for i in range(len(layout.lengths))) == 2
+
+
+@every_dtype
+@every_model
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_begin_alike(case, name, dtype):
+    every_way(build(name, dtype), dtype, CASES[case])
+
+
+@every_model
+def test_what_is_compared_is_fused_here_and_plain_there(name):
+    model = build(name, torch.float32)
+
+    def steps():
+        nodes, seen = [alone(model, [row(PROMPT, range(11))]).grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                nodes += [before for before, _ in node.next_functions]
+        return sum("LowRank" in node.name() for node in seen)
+
+    assert steps() == sum(isinstance(m, Adapted) for m in model.modules())
+    with unfused():
+        assert steps() == 0
+
+
+def test_a_layout_that_is_wrong_would_show():
+    """The bounds are far below what one token in sight of too much changes."""
+    model, rows = build("llama", torch.float32), CASES["answers to one prompt"]
+    want = gradients(model, lambda: alone(model, rows).backward())
+    batch = Collator(0, layout=True)(rows)
+    assert batch["layout"].parents == (-1, 0, 0, 0)
+    batch["layout"] = Layout(batch["layout"].lengths, (-1, 0, 1, 0))
+    with laid_out(model):
+        got = gradients(model, lambda: step_loss(model, batch).backward())
+    assert apart(got, want) > 1e-2
+
+
+# --- any rows ---------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def trees(draw):
+    """Rows of which some go on from the beginning of an earlier one."""
+    rows = []
+    for n in range(draw(st.integers(1, 6))):
+        seed = draw(st.integers(0, 999))
+        if n and draw(st.booleans()):
+            start = draw(st.sampled_from(rows))["input_ids"]
+            ids = start[: draw(st.integers(min(8, len(start)), len(start)))] + some(draw(st.integers(0, 9)), seed)
+        else:
+            ids = some(draw(st.integers(4, 24)), seed)
+        learned = {t for t in range(len(ids)) if random.Random(f"{seed} {t}").random() < 0.5}
+        rows.append(row(ids, learned | {len(ids) - 1}))
+    # One row that attends and learns, so that no gradient is zero and its rounding all there is to compare.
+    return [*rows, row(some(12, 7), range(4, 12))]
+
+
+@every_dtype
+@every_model
+@settings(max_examples=8)
+@given(rows=trees(), r=st.integers(1, 8), scale=st.floats(0.2, 2))
+def test_any_rows(name, dtype, rows, r, scale):
+    every_way(build(name, dtype, r=r, alpha=r * scale), dtype, rows)
+
+
+def test_small_room_makes_several_passes():
+    model, rows = build("llama", torch.float32), CASES["nested beginnings"]
+    assert backward(model, rows, **WAYS["in passes"]) > 1
+    assert backward(model, rows) == 1
+
+
+# --- with what is drawn by chance, and checkpointed -------------------------------------------------------------------
+
+
+@every_dtype
+@every_model
+@settings(max_examples=4)
+@given(seed=st.integers(0, 999), r=st.integers(1, 8), drop=st.sampled_from([0.1, 0.5]))
+def test_fused_leaves_out_what_was_drawn(name, dtype, seed, r, drop):
+    model, rows = build(name, dtype, r=r, drop=drop), [row(some(15, seed), range(5, 15))]
+
+    def run():
+        torch.manual_seed(seed)
+        alone(model, rows).backward()
+
+    with in_full(dtype):
+        with unfused():
+            want = gradients(model, run)
+        drawn = torch.get_rng_state()
+        differ("fused, dropout", dtype, gradients(model, run), want)
+        assert torch.equal(torch.get_rng_state(), drawn)  # and what is drawn next is the same, too
+        model.eval()
+        assert apart(gradients(model, run), want) > 1e-3
+
+
+@every_dtype
+@every_model
+@pytest.mark.parametrize("drop", [0.0, 0.1])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_checkpointed(name, dtype, drop):
+    model, rows = build(name, dtype, drop=drop), CASES["nested beginnings"]
+
+    def run():
+        torch.manual_seed(3)
+        backward(model, rows)
+
+    with in_full(dtype):
+        want = gradients(model, run)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        ran = []
+        handle = next(m for m in model.modules() if isinstance(m, Adapted)).register_forward_hook(
+            lambda *_: ran.append(1)
+        )
+        differ("checkpointed", dtype, gradients(model, run), want)
+        handle.remove()
+        assert len(ran) == 2  # forwards, and again backwards
+        if not drop:
+            with unfused():
+                want = gradients(model, lambda: alone(model, rows).backward())
+            differ("checkpointed, to the plain way", dtype, gradients(model, run), want)
+
+
+def test_worst(capsys):
+    with capsys.disabled():
+        print("\nlargest ‖a − b‖ / ‖b‖ of a trained tensor's gradient, to that of the plain way:")
+        for (way, dtype), found in sorted(WORST.items(), key=str):
+            print(f"    {way:32s} {str(dtype).removeprefix('torch.'):8s} {found:.1e}")
+    assert all(found < BOUNDS[dtype] for (_, dtype), found in WORST.items())
