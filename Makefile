@@ -1,13 +1,14 @@
 # make demo   set up everything and tune a real model on real text
 # make test   set up everything and pass the tests
 # make bench  one training step beside HF PEFT's and TRL's, in turns (under fifteen minutes on two cores)
+# make wall   a whole training beside peers' scripts, by the clock
 # make gpu-bench   on a CUDA card: gradient checks, speed and memory beside what is installed (docs/devices.md)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test bench gpu-bench lint faults format clean
+.PHONY: demo test bench wall gpu-bench lint faults format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +46,9 @@ faults: .venv/.test
 
 bench: .venv-peers/.done
 	$(BIN)/python benchmarks/step.py $(ARGS)
+
+wall: .venv-peers/.done
+	$(BIN)/python benchmarks/wall.py $(ARGS)
 
 # Nothing is installed here: it runs without a network, in .venv where there is one.
 gpu-bench:

@@ -79,7 +79,12 @@ def main() -> None:
     found, checks = _checks(args.device, log)
     print(", ".join(f"{k} {v}" for k, v in found.items() if v is not None))
     spec = {"size": args.size, "model": args.model, "device": args.device, "rows": args.rows, "steps": args.steps}
-    groups, together = _groups(args.ways, args.model or args.size, found)
+    base, free = args.model or args.size, found.get("free_bytes")
+    if free is not None and free < 1.3 * _weights(base):
+        need = f"{1.3 * _weights(base) / GIB:.0f} GiB"
+        print(f"got: {free / GIB:.0f} GiB free; wanted: {need} for {base}; fix: --size 1b or 135m", file=sys.stderr)
+        sys.exit(2)
+    groups, together = _groups(args.ways, base, found)
     turns: dict[str, dict[str, list[Result]]] = {kind: {} for kind in _kinds()}
     skipped: dict[str, str] = {}
     for left, ways in zip(range(len(groups), 0, -1), groups, strict=True):
@@ -153,14 +158,17 @@ def _checks(device: str, log: Any) -> tuple[Result, list[Result]]:
     return found, checks
 
 
+def _weights(base: str) -> int:
+    """Return the bytes of a base's weights."""
+    return WEIGHTS.get(base) or sum(f.stat().st_size for f in Path(base).glob("*.safetensors"))
+
+
 def _groups(ways: list[str], base: str, found: Result) -> tuple[list[list[str]], bool]:
     """Return which ways stay on the card together, and whether all do."""
     if "free_bytes" not in found:
         return [ways], True
-    folder = Path(base)
-    weights = WEIGHTS.get(base) or sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     # Half of the card for the one that runs, and half a GiB of CUDA's own for each that waits.
-    if len(ways) * (weights + GIB / 2) < found["free_bytes"] - found["total_bytes"] / 2:
+    if len(ways) * (_weights(base) + GIB / 2) < found["free_bytes"] - found["total_bytes"] / 2:
         return [ways], True
     return [[way] for way in ways] + ([["slimtune"]] if "slimtune" in ways and len(ways) > 1 else []), False
 

@@ -1,4 +1,4 @@
-"""The wall clock of a whole training, as a user runs it: ours beside peers' scripts, each a process of its own, in turns.
+"""The wall clock of a whole training: ours beside peers' scripts, each a process of its own, in turns.
 
     make wall          sets up both environments and runs it
     python benchmarks/wall.py [--rows 128] [--rounds 3] [--ways slimtune peft-tour ...] [--json FILE]
@@ -71,9 +71,9 @@ def main() -> None:
             for way in args.ways[shift:] + args.ways[:shift]:
                 found[way].append(run(way, base, rows, Path(folder, f"{way}-{turn}"), args.peers))
                 print(f"round {turn}: {way} {json.dumps(found[way][-1])}", file=sys.stderr, flush=True)
-    ours = found[args.ways[0]]
+    ours_name, ours = args.ways[0], found[args.ways[0]]
     print(
-        f"| {args.rows} rows, one epoch | seconds | of it preparing data | loading beside | {args.ways[0]} is faster by |"
+        f"| {args.rows} rows, one epoch | seconds | of it preparing data | loading beside | {ours_name} is faster by |"
     )
     print("| --- | --- | --- | --- | --- |")
     for way, turns in found.items():
