@@ -1,13 +1,14 @@
 """One optimizer step of LoRA, ours beside HF PEFT and TRL: same rows, same machine, in turns. `make bench` runs it.
 
-    python benchmarks/step.py [--rounds 5] [--steps 2] [--rows plain|system|default|both] [--ways NAME …]
+    python benchmarks/step.py [--rounds 5] [--steps 1] [--rows plain|system|default|both] [--ways NAME …]
 
 Every way is a process of its own (`step_ways/`), the peers' in an environment of theirs without slimtune. All train
 r = 16 on all linear maps but the head, with AdamW, on the same rows in the same steps; all wait while one runs. A
 round runs each way once, in an order that turns from round to round, so a machine that slows down slows all of them;
-figures are medians over rounds, ratios are taken round by round, and the first round warms up. Ways with fp32 adapters
-and ways with 16-bit ones run apart, each beside ours of that kind. All ways' first losses have to agree, or the run
-ends: they are of the same rows from the same start.
+figures are medians over rounds, ratios are taken round by round, and the first round warms up. Three groups run one
+after the other, each beside ours: the peers at their best with fp32 adapters, the quick tours, and the peers at their
+best with 16-bit adapters, beside ours with such. All ways' first losses have to agree, or the run ends: they are of the
+same rows from the same start.
 
 Three tables: the ways on rows without a shared beginning, the ways on rows with a shared system prompt, and our step
 with one lever off at a time. The ceiling, the frozen weights' bare products, is measured right before and after our
@@ -30,8 +31,17 @@ from step_ways.running import HERE, in_turns, say
 from step_ways.tables import LEVERS
 
 PEERS = Path(__file__).parents[1] / ".venv-peers/bin/python"
-WIDE = ("ours", "peft-tour", "peft-tour-auto", "peft-padded", "peft-sorted", "peft-packed", "trl", "trl-autocast")
-NARROW = ("ours-bf16", "peft-padded-bf16", "peft-sorted-bf16", "peft-packed-bf16", "trl-bf16")
+SESSIONS = (
+    ("ours", "peft-padded", "peft-sorted", "peft-packed", "trl", "trl-autocast"),
+    ("ours", "peft-tour", "peft-tour-auto"),
+    ("ours-bf16", "peft-padded-bf16", "peft-sorted-bf16", "peft-packed-bf16", "trl-bf16"),
+)
+"""What runs in turns together: what is compared, and as much as lies in 16 GB at once."""
+NAMES = tuple(dict.fromkeys([*sum(SESSIONS, ()), *LEVERS]))
+IF_ASKED = ("peft-padded", "peft-padded-bf16")
+"""Slower than sorted, always; they take the time of all others."""
+BF16_ONLY = ("peft-tour-auto", "trl-autocast")
+"""With fp32 weights another way is the same."""
 KINDS = {
     "plain": "Rows without a shared beginning",
     "system": "Rows with a shared system prompt",
@@ -64,25 +74,29 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Run everything that was asked for; return each table's figures under its title."""
     kinds = ["plain", "system"] if args.rows == "both" else [args.rows]
 
-    def asked(ways: tuple[str, ...]) -> list[str]:
-        return [w for w in ways[1:] if args.ways is None or w in args.ways]
+    def asked(way: str) -> bool:
+        runs = args.dtype == "bfloat16" or not (way in BF16_ONLY or way.endswith("-bf16"))
+        return runs and (way in args.ways if args.ways else way not in IF_ASKED)
 
-    wide, narrow, levers = asked(WIDE), asked(NARROW), asked(("ours", *LEVERS))
-    if args.dtype == "float32":  # adapters are fp32 then, whatever is asked
-        wide, narrow = [w for w in wide if w not in ("peft-tour-auto", "trl-autocast")], []
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         specs = prepared(args, Path(folder), kinds)
         for kind, spec in specs.items():
-            part = in_turns(["ours", *wide], spec, "ours" if kind == "plain" else None, args.peers)
-            if narrow or (args.ways and "ours-bf16" in args.ways):
-                part["ways"] |= in_turns(["ours-bf16", *narrow], spec, None, args.peers)["ways"]
-            results[KINDS[kind]] = part
-        if levers:
+            part = results[KINDS[kind]] = {"ways": {}}
+            for own, *ways in SESSIONS:
+                ways = [w for w in ways if asked(w)]
+                if not ways and not (args.ways and own in args.ways):
+                    continue
+                # Where rows share nothing, ours is what the ceiling is of.
+                beside = own if kind == "plain" and own == "ours" and "ceiling" not in part else None
+                found = in_turns([own, *ways], spec, beside, args.peers)
+                part |= found | {"ways": found["ways"] | part["ways"]}
+            part["ways"] = {name: part["ways"][name] for name in NAMES if name in part["ways"]}
+        if levers := [w for w in LEVERS if asked(w)]:
             beside = "no-sharing" if "no-sharing" in levers else None
             title = f"One lever off at a time. {KINDS[kinds[-1]]}"
             results[title] = in_turns(["ours", *levers], specs[kinds[-1]], beside, args.peers)
-    return results
+    return {title: part for title, part in results.items() if part["ways"]}
 
 
 def processor() -> str:
@@ -97,11 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps a round")
+    parser.add_argument("--steps", type=int, default=1, help="optimizer steps a round")
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--rows", choices=(*KINDS, "both"), default="both", help="both: plain and system")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base's weights")
-    parser.add_argument("--ways", nargs="+", choices=(*WIDE, *NARROW, *LEVERS), help="these alone, beside ours")
+    parser.add_argument("--ways", nargs="+", choices=NAMES, help="these alone, beside ours", metavar="NAME")
     parser.add_argument("--peers", default=str(PEERS), help="the peers' Python")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--table", type=Path, metavar="FILE")

@@ -15,6 +15,7 @@ import slimtune
 from slimtune import LoraConfig, create_loraplus_optimizer, get_peft_model, parameter_groups
 from slimtune.adapt.rates import split_by_rate
 from slimtune.contract.delta import Site
+from slimtune.data.collate import Collator
 from slimtune.errors import ConfigError
 
 TARGETS = {"target_modules": ["q_proj", "embed_tokens"]}
@@ -61,7 +62,7 @@ def test_the_trainer_follows_the_rates(tmp_path):
 
     model = get_peft_model(llama(), LoraConfig(**TARGETS, lr_ratio=8))
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, report_to=[])
-    trainer = SlimTrainer(model, args, train=[], validation=[], collator=None, keep=1, say=print, callbacks=[])
+    trainer = SlimTrainer(model, args, train=[], validation=[], collator=Collator(0), keep=1, say=print, callbacks=[])
     rates = rate_of(trainer.create_optimizer().param_groups, model)
     assert [r for n, r in rates.items() if "_B" in n] == pytest.approx([8e-3] * 3)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...contract.delta import Delta, Frozen, Site
 from ...ops.dropout import chance, dropout
 from ...ops.low_rank import add_low_rank
+from ...ops.low_rank_linear import plus_low_rank
 from .starts import fill, from_weight, is_in_weight, stacked
 
 
@@ -56,7 +57,14 @@ class LinearLora(Delta):
     def around(self, frozen: Frozen, x: Tensor) -> Tensor:
         """Map `x (..., in)` to `(..., out)`; computes in x's dtype whatever the adapter is kept in."""
         A, B = self.low_rank()
-        y = frozen.plus_low_rank(x, A, B, self.scale, chance(self.lora_dropout))
+        return self._biased(frozen.plus_low_rank(x, A, B, self.scale, chance(self.lora_dropout)))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Map `x (..., in)` and the frozen output `y (..., out)` to `(..., out)`."""
+        A, B = self.low_rank()
+        return self._biased(plus_low_rank(y, x, A, B, self.scale, chance(self.lora_dropout)))
+
+    def _biased(self, y: Tensor) -> Tensor:
         bias: Tensor | None = self.lora_B.bias
         return y if bias is None else y + bias.to(y.dtype) * self.scale
 
