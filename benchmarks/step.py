@@ -32,16 +32,23 @@ from step_ways.tables import LEVERS
 
 PEERS = Path(__file__).parents[1] / ".venv-peers/bin/python"
 SESSIONS = (
-    ("ours", "peft-padded", "peft-sorted", "peft-packed", "trl", "trl-autocast"),
+    ("ours", "peft-padded", "peft-sorted", "peft-packed", "peft-packs", "trl", "trl-packs", "trl-autocast"),
     ("ours", "peft-tour", "peft-tour-auto"),
-    ("ours-bf16", "peft-padded-bf16", "peft-sorted-bf16", "peft-packed-bf16", "trl-bf16"),
-)
+    ("ours-bf16", "peft-padded-bf16", "peft-sorted-bf16", "peft-packed-bf16", "peft-packs-bf16", "trl-bf16",
+     "trl-packs-bf16"),
+)  # fmt: skip
 """What runs in turns together: what is compared, and as much as lies in 16 GB at once."""
 NAMES = tuple(dict.fromkeys([*sum(SESSIONS, ()), *LEVERS]))
-IF_ASKED = ("peft-padded", "peft-padded-bf16")
-"""Slower than sorted, always; they take the time of all others."""
+IF_ASKED = (
+    "peft-padded", "peft-padded-bf16", "peft-sorted", "peft-sorted-bf16", "trl", "trl-bf16", "trl-autocast",
+)  # fmt: skip
+"""Seen to be no faster than another way of the same peer, by name only: all of them take half an hour."""
+FEWER = 3
+"""Rounds of the quick tours and of the levers, at most: their figures are far apart, or no promise."""
 BF16_ONLY = ("peft-tour-auto", "trl-autocast")
 """With fp32 weights another way is the same."""
+PACKS = {"plain": 2, "system": 4, "default": 2}
+"""Into how many passes the peers' ways that have several divide 8 rows: of 1, 2, 4 and 8 the fastest here."""
 KINDS = {
     "plain": "Rows without a shared beginning",
     "system": "Rows with a shared system prompt",
@@ -64,7 +71,8 @@ def prepared(args: argparse.Namespace, folder: Path, kinds: list[str]) -> dict[s
             numbers = [i % len(rows) for i in range(at, at + steps * args.batch)]
             rounds.append([numbers[i : i + args.batch] for i in range(0, len(numbers), args.batch)])
             at += steps * args.batch
-        spec = {"pad_token_id": made["pad_token_id"], "lora": LORA, "learning_rate": 5e-4, "rounds": rounds}
+        packs = {"packs": args.packs or PACKS[kind]}
+        spec = {**packs, "pad_token_id": made["pad_token_id"], "lora": LORA, "learning_rate": 5e-4, "rounds": rounds}
         specs[kind] = folder / f"{kind}.json"
         specs[kind].write_text(json.dumps({**common, **spec, "rows": rows}))
     return specs
@@ -89,13 +97,14 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
                     continue
                 # Where rows share nothing, ours is what the ceiling is of.
                 beside = own if kind == "plain" and own == "ours" and "ceiling" not in part else None
-                found = in_turns([own, *ways], spec, beside, args.peers)
+                rounds = min(args.rounds, FEWER) if "peft-tour" in ways else args.rounds
+                found = in_turns([own, *ways], spec, beside, rounds, args.peers)
                 part |= found | {"ways": found["ways"] | part["ways"]}
             part["ways"] = {name: part["ways"][name] for name in NAMES if name in part["ways"]}
         if levers := [w for w in LEVERS if asked(w)]:
             beside = "no-sharing" if "no-sharing" in levers else None
             title = f"One lever off at a time. {KINDS[kinds[-1]]}"
-            results[title] = in_turns(["ours", *levers], specs[kinds[-1]], beside, args.peers)
+            results[title] = in_turns(["ours", *levers], specs[kinds[-1]], beside, min(args.rounds, FEWER), args.peers)
     return {title: part for title, part in results.items() if part["ways"]}
 
 
@@ -116,6 +125,7 @@ def main() -> None:
     parser.add_argument("--rows", choices=(*KINDS, "both"), default="both", help="both: plain and system")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the base's weights")
     parser.add_argument("--ways", nargs="+", choices=NAMES, help="these alone, beside ours", metavar="NAME")
+    parser.add_argument("--packs", type=int, help=f"passes of the peers' ways that have several; by default {PACKS}")
     parser.add_argument("--peers", default=str(PEERS), help="the peers' Python")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--table", type=Path, metavar="FILE")

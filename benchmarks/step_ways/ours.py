@@ -71,9 +71,9 @@ def plain_maps() -> list[int]:
 def main() -> None:
     turns = Turns()
     spec, off = turns.spec, OFF[turns.way]
+    base = load_base(spec["base"], dtype=spec["dtype"], device="cpu")
     if "pages" not in off:
         keep_pages()
-    base = load_base(spec["base"], dtype=spec["dtype"], device="cpu")
     config = slimtune.LoraConfig(**spec["lora"])
     model = slimtune.get_peft_model(base.model, config, autocast_adapter_dtype="autocast" not in off)
     ran = plain_maps() if "maps" in off else None

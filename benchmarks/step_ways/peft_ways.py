@@ -3,14 +3,17 @@
     peft-tour           as its quick tour sets it up: transformers' Trainer, fp32 weights, lora_dropout 0.1, padded
     peft-tour-auto      the same with the weights in the checkpoint's dtype, which is what transformers 5 loads
     peft-padded[-bf16]  16-bit weights, no dropout, a plain loop; 8 rows padded to the longest
-    peft-sorted[-bf16]  the same, the step's rows sorted by length and run as two passes of 4: little is padded
+    peft-sorted[-bf16]  the same, the step's rows sorted by length and run in several passes: little is padded
     peft-packed[-bf16]  the same, the step's rows in one sequence, kept apart by `position_ids` (block-diagonal mask)
+    peft-packs[-bf16]   the same in several sequences of like length: the mask is smaller, and so is every pass
 
-Adapters are fp32, PEFT's default above 16-bit weights; `-bf16`: `autocast_adapter_dtype=False`.
+How many is `--packs`, by default what was fastest for a kind of rows. Adapters are fp32, PEFT's default above 16-bit
+weights; `-bf16`: `autocast_adapter_dtype=False`.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from typing import Any
 
@@ -18,7 +21,7 @@ import peft
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from worker import Row, Turns, learned, serve
+from worker import Row, Turns, parted, serve
 
 IGNORED = -100
 
@@ -58,14 +61,11 @@ def by_loop(turns: Turns, laid: str, autocast: bool) -> None:
     pad = turns.spec["pad_token_id"]
 
     def passes(rows: list[Row]) -> list[tuple[dict[str, Tensor], int]]:
-        if laid == "packed":
-            return [packed(rows)]
-        if laid == "padded":
-            return [padded(rows, pad)]
+        if laid in ("packed", "packs"):
+            return [packed(part) for part in parted(rows, 1 if laid == "packed" else turns.spec["packs"])]
         some = sorted(rows, key=lambda row: len(row["input_ids"]))
-        half = (len(some) + 1) // 2
-        parts = (some[:half], some[half:])
-        return [padded(part, pad) for part in parts if any(map(learned, part))]
+        each = len(some) if laid == "padded" else math.ceil(len(some) / turns.spec["packs"])
+        return [padded(some[at : at + each], pad) for at in range(0, len(some), each)]
 
     model = adapted(turns, getattr(torch, turns.spec["dtype"]), autocast)
     serve(turns, model, passes, own_loss, adapters=adapter_dtype(model))

@@ -52,23 +52,23 @@ class Worker:
             self.process.kill()
 
 
-def in_turns(ways: list[str], spec: Path, beside: str | None, peers: str) -> dict[str, Any]:
+def in_turns(ways: list[str], spec: Path, beside: str | None, rounds: int, peers: str) -> dict[str, Any]:
     """Run ways round by round, each once a round; return their figures, the first way being what they stand beside.
 
     Args:
         ways: names.
         spec: what the workers read.
         beside: the way right before and after which the ceiling is measured; None: no ceiling.
+        rounds: how many after the one that warms up.
         peers: the peers' Python.
     """
     say(f"starting {', '.join(ways)}")
     workers = {name: Worker(name, spec, peers) for name in [*ways, *(["ceiling"] if beside else [])]}
     found: dict[str, list] = {name: [] for name in ways}
     ceiling: list[list] = [[], []]
-    rounds = len(json.loads(spec.read_text())["rounds"])
     try:
         said = {name: worker.answer() for name, worker in workers.items()}
-        for number in range(rounds):
+        for number in range(rounds + 1):
             for name in ways[number % len(ways) :] + ways[: number % len(ways)]:
                 if name == beside:
                     ceiling[0].append(workers["ceiling"].turn(number))
@@ -76,7 +76,7 @@ def in_turns(ways: list[str], spec: Path, beside: str | None, peers: str) -> dic
                 if name == beside:
                     ceiling[1].append(workers["ceiling"].turn(number))
             took = ", ".join(f"{name} {done[-1]['seconds']:.1f} s" for name, done in found.items())
-            say(f"round {number} of {rounds - 1}: {took}" + (" (warms up)" if number == 0 else ""))
+            say(f"round {number} of {rounds}: {took}" + (" (warms up)" if number == 0 else ""))
     finally:
         for worker in workers.values():
             worker.end()

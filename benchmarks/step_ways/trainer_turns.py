@@ -22,7 +22,7 @@ PLAIN: dict[str, Any] = {
 
 
 class InTurns(TrainerCallback):
-    """Wait for a turn before the first step of each round; report after its last."""
+    """Wait for a turn before each round and report after it; never go on in another's turn."""
 
     def __init__(self, turns: Turns, **facts: Any) -> None:
         self.turns, self.facts = turns, facts
@@ -34,24 +34,27 @@ class InTurns(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Everything is made: say so."""
         self.turns.ready(trained=sum(p.numel() for p in model.parameters() if p.requires_grad), **self.facts)
+        self._wait()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """At the first step of a round, wait."""
-        if self.left == 0:
-            number = self.turns.wait()
-            if number is None:
-                os._exit(0)  # out of the middle of a Trainer's loop
-            assert number == self.number + 1, "a Trainer runs the rounds in their order"
-            self.number, self.left = number, len(self.turns.rounds[number])
-            self.losses, self.positions = [], 0
-            self.began = time.perf_counter()
+        """Begin a step's loss."""
         self.losses.append(0.0)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """After the last step of a round, report."""
+        """After the last step of a round, report, and wait."""
         self.left -= 1
         if self.left == 0:
             self.turns.done(self.number, time.perf_counter() - self.began, self.losses, self.positions)
+            self._wait()
+
+    def _wait(self) -> None:
+        number = self.turns.wait()
+        if number is None:
+            os._exit(0)  # out of the middle of a Trainer's loop
+        assert number == self.number + 1, "a Trainer runs the rounds in their order"
+        self.number, self.left = number, len(self.turns.rounds[number])
+        self.losses, self.positions = [], 0
+        self.began = time.perf_counter()
 
 
 def watched(trainer_class: type) -> Any:

@@ -113,6 +113,14 @@ def learned(row: Row) -> int:
     return sum(label != -100 for label in row["labels"][1:])
 
 
+def parted(rows: list[Row], count: int) -> list[list[Row]]:
+    """Rows in so many parts of like length, the longest first into the shortest part."""
+    parts: list[list[Row]] = [[] for _ in range(min(count, len(rows)))]
+    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
+        min(parts, key=lambda part: sum(len(r["input_ids"]) for r in part)).append(row)
+    return parts
+
+
 def resident(what: str) -> int:
     """Bytes of memory this process holds: "VmRSS" now, "VmHWM" at most so far."""
     try:
