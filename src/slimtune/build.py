@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .adapt.model import PeftModel, get_peft_model
 from .contract.config import PeftConfig
@@ -20,6 +21,15 @@ from .ops.memory import keep_pages
 from .recipe import Recipe
 from .runs import ADAPTER_FILE, RunFolder
 from .step import collator_for, require_exact, room_for
+
+
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+    "adamw-foreach": (torch.optim.AdamW, {"foreach": True}),
+    "sgd": (torch.optim.SGD, {}),
+}
+"""Optimizers that can be planned. `adamw` is what training takes; PyTorch's own default, `foreach`, takes temporary
+tensors of all parameters at once."""
 
 
 @dataclass
@@ -102,10 +112,44 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
         model = get_peft_model(base.model, config)
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
     if recipe.train.gradient_checkpointing:
-        # transformers 5.2x renamed it; the old name warns there, the new one is missing before.
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
+        _checkpoint(model)
     return model
+
+
+def outline(
+    config: PreTrainedConfig, method: PeftConfig | None, dtype: torch.dtype, *, checkpointing: bool = False
+) -> Any:
+    """Return the model that training would have, on `meta`: every shape and dtype, no weight.
+
+    Args:
+        config: the base's.
+        method: the method's config; None: nothing is adapted, and every weight trains.
+        dtype: of the base's weights.
+        checkpointing: activations are computed twice.
+
+    Raises:
+        UsageError: targets match nothing.
+    """
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        if method is not None:
+            model = get_peft_model(model, method)
+    if checkpointing:
+        _checkpoint(model)
+    return model
+
+
+def optimizer_of(model: Any, name: str = "adamw") -> torch.optim.Optimizer:
+    """Return a model's optimizer: the one of `OPTIMIZERS` that transformers' Trainer makes in training."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kind, settings = OPTIMIZERS[name]
+    return kind(trained, lr=1e-4, **settings)
+
+
+def _checkpoint(model: Any) -> None:
+    # transformers 5.2x renamed it; the old name warns there, the new one is missing before.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
 
 
 def rows_of(recipe: Recipe, tokenizer: Any) -> Rows:

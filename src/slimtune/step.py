@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,26 @@ def step_loss(model: Any, batch: dict[str, Any], num_items: Tensor | int | None 
     """
     nats = supervised_nats(model, batch)
     return nats.sum() / (len(nats) if num_items is None else num_items)
+
+
+def accumulated(model: Any, packs: Sequence[dict[str, Any]], backward: Callable[[Tensor], Any]) -> Tensor:
+    """Run the packs of one optimizer step forwards and backwards; return the step's loss, detached.
+
+    Args:
+        model: in training mode.
+        packs: on the model's device; together they are normalised over the targets of all.
+        backward: adds a loss's gradients to those that are there.
+    """
+    targets = sum(len(p["targets"]) for p in packs)
+    total = torch.zeros((), device=packs[0]["targets"].device)
+    for number, pack in enumerate(packs):
+        loss = step_loss(model, pack, targets)
+        penalty = model.penalty() if number == 0 and hasattr(model, "penalty") else None
+        if penalty is not None:
+            loss = loss + penalty
+        backward(loss)
+        total += loss.detach()
+    return total
 
 
 def supervised_nats(model: Any, batch: dict[str, Any]) -> Tensor:

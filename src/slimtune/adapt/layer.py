@@ -50,6 +50,7 @@ def site_of(name: str, kind: Kind, model: nn.Module, *, autocast: bool = True, l
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None) if weight.is_meta and hook is not None else None
     device = weight.device if device is None else torch.device(device)
+    loading = loading or device.type == "meta"  # there is nothing to start from
     return Site(name, kind, in_features, out_features, device, dtype, module, model, loading)
 
 

@@ -30,8 +30,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
+from ..ops.device import is_acted, kind_of_device
 from ..ops.segment_attention import Segment, attention_by_segment
-from ..ops.tree_attention import runs_here, tree_attention, tree_mask
+from ..ops.tree_attention import outlined, runs_here, tree_attention, tree_mask
 
 LAYOUT = "slimtune_layout"
 _MARK = "slimtune_"
@@ -221,6 +222,8 @@ def _laid(
     Compiled with the model, it would be compiled anew for each layout; flex attention is compiled by itself.
     """
     if chosen == "sdpa" and kwargs.get("softcap") is None and runs_here(query, key, kwargs.get("dropout", 0.0)):
+        if is_acted():
+            return outlined(query, key, value).transpose(1, 2).contiguous()
         held = ("flex", window, query.device)
         if held not in layout._masks:
             layout._masks[held] = tree_mask(
@@ -243,7 +246,7 @@ def _by_segment(
 ) -> Tensor:
     # transformers' own refuses a soft cap; the kernel has no dropout.
     plain = kwargs.get("softcap") is None and not kwargs.get("dropout") and query.shape[-1] == value.shape[-1]
-    if chosen == "sdpa" and query.device.type == "cpu" and plain:
+    if chosen == "sdpa" and kind_of_device(query.device) == "cpu" and plain:
         return attention_by_segment(query, key, value, layout.segments(window, query), kwargs.get("scaling"))
     run = function_of(module, chosen)
     keys, values = (t.split((layout.keys_before, *layout.lengths), dim=2) for t in (key, value))

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from .device import kind_of_device
+
 CHUNK, CHUNK_ON_GPU = 1 << 24, 1 << 25
 """Logits at once. With fewer rows a GPU waits for the head's weight to be read, not for the product."""
 
@@ -69,7 +71,7 @@ def token_nats_of(
 
 def rows_at_once(vocabulary: int, device: torch.device) -> int:
     """Return how many rows of logits make a chunk."""
-    return max(16, (CHUNK_ON_GPU if device.type == "cuda" else CHUNK) // vocabulary)
+    return max(16, (CHUNK_ON_GPU if kind_of_device(device) == "cuda" else CHUNK) // vocabulary)
 
 
 class _Nats(torch.autograd.Function):

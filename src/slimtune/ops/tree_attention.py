@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .device import is_acted, kind_of_device
+
 BLOCK = 128
 SHORTEST = 256
 """Tokens below which attention by segment is as fast, and no kernel has to be compiled."""
@@ -44,8 +46,12 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
 
 def runs_here(query: Tensor, key: Tensor, dropout: float = 0.0) -> bool:
     """Return whether flex attention can train with `query (1, heads, tokens, size)`; it has no dropout."""
+    if kind_of_device(query.device) != "cuda" or dropout or query.shape[2] < SHORTEST:
+        return False
+    if is_acted():
+        return True
     # A subclass is a fake or a distributed tensor.
-    if type(query) is not Tensor or not query.is_cuda or dropout or query.shape[2] < SHORTEST:
+    if type(query) is not Tensor or not query.is_cuda:
         return False
     if query.dtype not in _DTYPES or not _has_kernels(query.device):
         return False
@@ -198,6 +204,34 @@ def tree_attention(
             q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options or None
         )
     return out[:, :, : query.shape[2]]
+
+
+def outlined(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return a tensor of attention's shape, having taken what the kernel takes: for a plan, which computes nothing.
+
+    The shapes are `tree_attention`'s.
+    """
+    tokens, keys = filled(query.shape[2]), filled(key.shape[2])
+    return _Outline.apply(_fill(query, tokens), _fill(key, keys), _fill(value, keys))[:, :, : query.shape[2]]
+
+
+class _Outline(torch.autograd.Function):
+    """Kept: inputs, output and, in fp32, a number a query; backwards another, and the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
+        sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, sums = ctx.saved_tensors
+        delta = torch.empty_like(sums)
+        found = tuple(torch.empty_like(t) for t in (query, key, value))
+        del delta
+        return found
 
 
 def _fill(t: Tensor, length: int) -> Tensor:

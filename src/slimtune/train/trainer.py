@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from ..adapt import checkpoint as adapter_files
 from ..adapt.rates import split_by_rate
 from ..data.collate import Collator, Example
-from ..step import mean_loss, score, step_loss
+from ..step import accumulated, mean_loss, score
 from . import checkpoints
 
 
@@ -89,19 +89,10 @@ class SlimTrainer(Trainer):
         """Run the packs of one optimizer step forwards and backwards; return the step's loss."""
         model.train()
         packs: list[dict[str, Any]] = self._prepare_inputs(inputs)  # type: ignore[assignment]
-        targets = sum(len(p["targets"]) for p in packs)
         # Read here, where a GPU has nothing left to do, not between two passes.
         self.trained_tokens += sum(int(p["tokens"]) for p in packs)
-        self.supervised_tokens += targets
-        total = torch.zeros((), device=self.args.device)
-        for number, pack in enumerate(packs):
-            loss = step_loss(model, pack, targets)
-            penalty = self.model.penalty() if number == 0 else None  # type: ignore[union-attr, operator]
-            if penalty is not None:
-                loss = loss + penalty
-            self.accelerator.backward(loss)
-            total += loss.detach()
-        return total
+        self.supervised_tokens += sum(len(p["targets"]) for p in packs)
+        return accumulated(model, packs, self.accelerator.backward)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         """Return None: `training_step` counts for itself."""

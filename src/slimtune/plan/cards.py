@@ -1,0 +1,172 @@
+"""The cards people own or rent (`gpus.csv`, each row with its source), and what a job can have of one."""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+import psutil
+import torch
+
+from ..errors import UsageError, listed, nearest
+
+GIB = 1 << 30
+UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30,
+         "ti": 1 << 40}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU, a Mac, or the memory of a machine.
+
+    Args:
+        name: as `slimtune gpus` lists it.
+        kind: desktop, laptop, workstation, datacentre, mac or mini; "memory" where only its size is known; "cpu".
+        vendor: nvidia, amd, intel or apple; "" where it is not known.
+        architecture: the vendor's name.
+        memory: bytes as sold.
+        bandwidth: bytes a second, None where it is not known.
+        rates: dense floating point operations a second by dtype, those it has.
+        flash: flash attention runs on it.
+        watts: power of the board (of a Mac: of the machine), None where it is not known.
+        unified: the memory is the system's, too.
+        source: where these numbers are from.
+    """
+
+    name: str
+    kind: str
+    vendor: str
+    architecture: str
+    memory: int
+    bandwidth: float | None = None
+    rates: dict[str, float] | None = None
+    flash: bool = True
+    watts: float | None = None
+    unified: bool = False
+    source: str = ""
+
+    @property
+    def device(self) -> Literal["cpu", "cuda", "mps"]:
+        """The kind of device torch calls it."""
+        return "cpu" if self.kind == "cpu" else "mps" if self.vendor == "apple" else "cuda"
+
+    @property
+    def bf16(self) -> bool:
+        """Whether it computes in bfloat16 by itself."""
+        return self.rates is None or "bfloat16" in self.rates
+
+    @property
+    def usable(self) -> tuple[int, int]:
+        """Bytes a job can have, (surely, at most).
+
+        A GPU keeps 1 to 2 % for itself, and up to 3 % more where it drives a display; macOS gives the GPU two thirds of
+        a small memory and three quarters of a large one (`recommendedMaxWorkingSetSize`); a CPU's is what is free.
+        """
+        if self.kind == "cpu":
+            return self.memory, self.memory
+        if self.unified:
+            share = 0.66 if self.memory <= 36 * GIB else 0.75
+            return int(share * self.memory), int(max(share, 0.75) * self.memory)
+        return int(0.955 * self.memory), int(0.985 * self.memory)
+
+
+@cache
+def cards() -> tuple[Card, ...]:
+    """Return every card of the table."""
+    with (files(__package__) / "gpus.csv").open(encoding="utf-8", newline="") as f:
+        return tuple(_card(row) for row in csv.DictReader(f))
+
+
+@cache
+def _names() -> dict[str, Card]:
+    found: dict[str, Card] = {}
+    with (files(__package__) / "gpus.csv").open(encoding="utf-8", newline="") as f:
+        for card, row in zip(cards(), csv.DictReader(f), strict=True):
+            for name in (row["name"], *row["aliases"].split(";")):
+                found.setdefault(_plain(name), card)
+    return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "", name.lower())
+
+
+def find_card(name: str) -> Card:
+    """Return the card with this name, however it is spelled ("RTX 3090", "rtx-3090").
+
+    Raises:
+        UsageError: there is none; the nearest name is given.
+    """
+    card = _names().get(_plain(name))
+    if card is None:
+        known = {c.name for c in cards()}
+        close = nearest(name.lower().replace(" ", "-"), known)
+        raise UsageError(
+            f"there is no card {name!r} in the table{close}",
+            "a name that `slimtune gpus` lists",
+            "or give its memory alone: --vram 24GiB",
+        )
+    return card
+
+
+def memory_card(text: str) -> Card:
+    """Return a card of which only the memory is known, given as `24GiB`, `24GB` or `24` (GiB).
+
+    Raises:
+        UsageError: that is no number of bytes above 0.
+    """
+    size = parse_bytes(text)
+    return Card(f"{text} of GPU memory", "memory", "", "", size, source="given")
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that a text names: `24GiB`, `24 GB`, `512MiB`; a number alone means GiB.
+
+    Raises:
+        UsageError: it is none, or not above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(text), re.IGNORECASE)
+    size = float(match[1]) * (UNITS[match[2].lower()] if match[2] else GIB) if match else 0
+    if size < 1:
+        raise UsageError(f"{text!r} is no size of memory", "a number above 0 with a unit, as 24GiB or 24GB")
+    return int(size)
+
+
+def this_machine() -> Card:
+    """Return the machine's own GPU, or its memory where it has none."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        known = _names().get(_plain(name))
+        free, total = torch.cuda.mem_get_info()
+        if known is not None and abs(known.memory - total) < 0.1 * total:
+            return known
+        return Card(name, "memory", "", "", total, source="this machine")
+    if torch.backends.mps.is_available():
+        return Card("this Mac", "mac", "apple", "", psutil.virtual_memory().total, unified=True, source="this machine")
+    return Card("this machine", "cpu", "", "", psutil.virtual_memory().available, source="this machine")
+
+
+def _card(row: dict[str, str]) -> Card:
+    fields = {"bfloat16": "bf16_tflops", "float16": "fp16_tflops", "float32": "fp32_tflops"}
+    return Card(
+        name=row["name"],
+        kind=row["kind"],
+        vendor=row["vendor"],
+        architecture=row["architecture"],
+        memory=int(float(row["memory_gib"]) * GIB),
+        bandwidth=float(row["bandwidth_gbs"]) * 1e9,
+        rates={dtype: float(row[field]) * 1e12 for dtype, field in fields.items() if row[field]},
+        flash=row["flash"] == "yes",
+        watts=float(row["watts"]) if row["watts"] else None,
+        unified=row["unified"] == "yes",
+        source=row["source"],
+    )
+
+
+def names() -> str:
+    """Return the names of the table, as messages list them."""
+    return listed(c.name for c in cards())

@@ -1,0 +1,47 @@
+"""A job: what is to be run, in the numbers that decide how much memory and time it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..build import outline
+from ..contract.config import PeftConfig
+
+Device = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One fine-tuning job.
+
+    Args:
+        base: the base's config.
+        method: the method's config; None: every weight of the base trains.
+        dtype: of the base's weights.
+        lengths: tokens of the rows that are computed in one pass.
+        passes: passes in an optimizer step.
+        device: kind of device it runs on; kernels are chosen by it.
+        checkpointing: activations are computed twice.
+        optimizer: a name `build.OPTIMIZERS` lists.
+        quantization: "nf4" or "int8" for the base's linear layers; None: as `dtype` says.
+        packing: rows in one sequence; else padded.
+    """
+
+    base: PreTrainedConfig
+    method: PeftConfig | None
+    dtype: torch.dtype
+    lengths: tuple[int, ...]
+    passes: int = 1
+    device: Device = "cpu"
+    checkpointing: bool = False
+    optimizer: str = "adamw"
+    quantization: str | None = None
+    packing: bool = True
+
+    def outline(self) -> Any:
+        """Return the job's model on `meta`, adapted as for training."""
+        return outline(self.base, self.method, self.dtype, checkpointing=self.checkpointing)

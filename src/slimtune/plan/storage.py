@@ -1,0 +1,109 @@
+"""Counting what tensors take while code runs: bytes of live storages, real or fake, and the work done on them.
+
+Every operator that torch runs passes here. A storage counts from the operator that made it until nothing holds it any
+more, so views and what was changed in place cost nothing, and what autograd keeps counts as long as autograd keeps it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+STATE = ("weights", "adapters", "gradients", "optimizer")
+PARTS = (*STATE, "activations", "logits")
+
+
+class Storages(TorchDispatchMode):
+    """Counts bytes while it is entered.
+
+    Args:
+        block: a storage takes a multiple of so many bytes: 512 on CUDA, 1 where the bytes asked for are meant.
+        vocabulary: a tensor whose last dimension has this size counts as logits.
+        events: keep every allocation (+) and release (−) in order, as `(storage, bytes)`.
+    """
+
+    def __init__(self, block: int = 1, vocabulary: int = 0, events: bool = False) -> None:
+        super().__init__()
+        self.block, self.vocabulary = block, vocabulary
+        self.now: Counter[str] = Counter()
+        self.total = self.peak = 0
+        self.at_peak: dict[str, int] = {}
+        self.peaks: dict[str, int] = {}
+        self.work: Counter[tuple[int, int, torch.dtype]] = Counter()
+        """How often an operator with (floating point operations, bytes read and written, dtype) ran."""
+        self.events: list[tuple[int, int]] | None = [] if events else None
+        self._phase = "start"
+        self._live: dict[int, tuple[int, str]] = {}
+
+    def phase(self, name: str) -> None:
+        """Begin a phase; `peaks[name]` is the most bytes live in it."""
+        self._phase = name
+        self._mark()
+
+    def hold(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count these tensors, from now on, as `part` of the whole."""
+        for tensor in tensors:
+            self._count(tensor, part)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run an operator and count what it made."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        self._worked(func, args, kwargs, out)
+        return out
+
+    def _count(self, tensor: Tensor, part: str | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            if part is not None:
+                size, before = self._live[key]
+                self.now[before] -= size
+                self.now[part] += size
+                self._live[key] = (size, part)
+            return
+        size = -(-storage.nbytes() // self.block) * self.block
+        if part is None:
+            is_logits = self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
+            part = "logits" if is_logits else "activations"
+        self._live[key] = (size, part)
+        self.now[part] += size
+        self.total += size
+        if self.events is not None:
+            self.events.append((key, size))
+        weakref.finalize(storage, self._release, key).atexit = False
+        self._mark()
+
+    def _release(self, key: int) -> None:
+        size, part = self._live.pop(key)
+        self.now[part] -= size
+        self.total -= size
+        if self.events is not None:
+            self.events.append((key, -size))
+
+    def _mark(self) -> None:
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.total)
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, dict(self.now)
+
+    def _worked(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        made = next((t for t in tree_iter(out) if isinstance(t, Tensor)), None)
+        if made is None or func.is_view:
+            return
+        counted = flop_registry.get(func._overloadpacket)
+        operations = counted(*args, **kwargs, out_val=out) if counted else 0
+        moved = sum(
+            t.numel() * t.element_size() for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor)
+        )
+        self.work[operations, moved, made.dtype] += 1
