@@ -8,7 +8,7 @@ optimizer's state is there from the start, as in every step but the first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,8 +71,6 @@ def trace(job: Job, model: Any = None) -> Trace:
         model.train()
         collator = collator_for(model, 0, packing=job.packing, share=False)
         batch = collator([{"input_ids": [1] * n, "labels": [1] * n} for n in job.lengths])
-        # Two passes show what every later one takes: the first leaves gradients that lie beside it.
-        packs = [batch] * min(job.passes, 2)
         optimizer = optimizer_of(model, job.optimizer)
         _let_states_be(model, optimizer)
         with storages, laid_out(model):
@@ -84,10 +82,13 @@ def trace(job: Job, model: Any = None) -> Trace:
             state = dict(storages.now)
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: storages.hold([p.grad], "gradients"))
+            if job.passes > 1:  # beside every pass but the first lie the gradients of those before
+                _fill_gradients(trained)
+                storages.hold((p.grad for p in trained), "gradients")
             storages.phase("passes")
             storages.work.clear()
-            accumulated(model, packs, lambda loss: loss.backward())
-            work = Counter({k: n / len(packs) for k, n in storages.work.items()})
+            accumulated(model, [batch], lambda loss: loss.backward())
+            work = storages.work.copy()
             storages.phase("optimizer")
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -104,12 +105,15 @@ def trace(job: Job, model: Any = None) -> Trace:
 
 def _let_states_be(model: Any, optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer's state, as the first step does."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)
+    _fill_gradients(p for p in model.parameters() if p.requires_grad)
     optimizer.step()
     _stepped(model)
     optimizer.zero_grad()
+
+
+def _fill_gradients(trained: Iterable[torch.nn.Parameter]) -> None:
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
 
 
 def _stepped(model: Any) -> None:
