@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +119,12 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
 
 
 def outline(
-    config: PreTrainedConfig, method: PeftConfig | None, dtype: torch.dtype, *, checkpointing: bool = False
+    config: PreTrainedConfig,
+    method: PeftConfig | None,
+    dtype: torch.dtype,
+    *,
+    checkpointing: bool = False,
+    first: Callable[[Any], None] | None = None,
 ) -> Any:
     """Return the model that training would have, on `meta`: every shape and dtype, no weight.
 
@@ -126,12 +133,16 @@ def outline(
         method: the method's config; None: nothing is adapted, and every weight trains.
         dtype: of the base's weights.
         checkpointing: activations are computed twice.
+        first: changes the base before the method is attached (quantizes it).
 
     Raises:
         UsageError: targets match nothing.
     """
+    config, method = copy.deepcopy((config, method))  # in which what a model is made with gets noted
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if first is not None:
+            first(model)
         if method is not None:
             model = get_peft_model(model, method)
     if checkpointing:

@@ -68,6 +68,10 @@ def accumulated(model: Any, packs: Sequence[dict[str, Any]], backward: Callable[
             loss = loss + penalty
         backward(loss)
         total += loss.detach()
+        # What a pass was computed with must not lie beside the next: functions of its graph keep the masks, too.
+        del loss, penalty
+        if "layout" in pack:
+            pack["layout"].forget()
     return total
 
 

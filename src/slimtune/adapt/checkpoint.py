@@ -151,14 +151,21 @@ def read(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> t
         ) from None
 
 
+def contents(
+    model: Any, adapter: str, state_dict: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what an adapter's file holds: tensors by their keys, where they lie now, and the metadata."""
+    made_for = fingerprint(model)
+    metadata = {"format": "pt", **({_FINGERPRINT: made_for} if made_for else {})}
+    return get_peft_model_state_dict(model, state_dict, adapter), metadata
+
+
 def save(model: Any, folder: Path, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write one adapter's two files and a model card into `folder`; each file is whole or absent."""
     if folder.is_file():
         raise UsageError(f"{folder} is a file", "a folder")
-    live = get_peft_model_state_dict(model, state_dict, adapter)
+    live, metadata = contents(model, adapter, state_dict)
     plain = {k: t.detach().to("cpu").contiguous() for k, t in live.items()}
-    print_of_base = fingerprint(model)
-    metadata = {"format": "pt", **({_FINGERPRINT: print_of_base} if print_of_base else {})}
     config = model.peft_config[adapter]
     # A file is for use: PEFT, too, writes inference_mode so that it loads frozen.
     described = {**config.to_dict(), "inference_mode": True}

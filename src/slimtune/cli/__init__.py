@@ -16,13 +16,17 @@ from .common import Verbs
 from .doctor import doctor
 from .eval import eval_run
 from .generate import generate
+from .gpus import gpus
 from .merge import merge_run
 from .methods import methods
+from .plan import plan
 from .train import train_run
 
 app = typer.Typer(
     cls=Verbs, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False
 )
+app.command("plan")(plan)
+app.command("gpus")(gpus)
 app.command("train")(train_run)
 app.command("eval")(eval_run)
 app.command("generate")(generate)
@@ -45,7 +49,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Adapt an LLM by training a small part of it: train, prove, merge, use.
+    """Adapt an LLM by training a small part of it: plan, train, prove, merge, use.
 
     Exit codes: 0 done; 1 the work failed; 2 wrong use (flags, recipe, missing files); 130 interrupted.
     """

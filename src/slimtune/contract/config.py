@@ -179,6 +179,16 @@ class PeftConfig(metaclass=_Strict):
         """Return the deltas for all its sites, where they share something; else `build` alone is defined."""
         return [self.build(site) for site in sites]
 
+    def may_grow(self, deltas: Mapping[str, Delta]) -> int | None:
+        """Return how many bytes larger than now training, or a start from data, can make the deltas' tensors in a file.
+
+        None where their shapes stay as they are, 0 where they only get smaller. Plans say "at most" of all but None.
+
+        Args:
+            deltas: the adapter's deltas by site name, as they were attached.
+        """
+        return None
+
     def file_key(self, key: str) -> str:
         """Return a tensor's key in PEFT's file, `base_model.model.<site>.<name>` being the key it would have."""
         return key

@@ -189,7 +189,10 @@ class Delta(nn.Module):
         """Get ready for a file's tensors, by their names below the site, before they are copied into `tensors()`."""
 
     def progress(self) -> dict[str, Tensor]:
-        """Return what training goes on from that a file does not hold, by name; a run's checkpoints keep it."""
+        """Return what training goes on from that a file does not hold, by name; a run's checkpoints keep it.
+
+        On meta, where nothing trains, all it can come to be: plans ask how large checkpoints get.
+        """
         return {}
 
     def resume(self, kept: Mapping[str, Tensor]) -> None:

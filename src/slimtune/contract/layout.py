@@ -93,6 +93,10 @@ class Layout:
         parents = (-1, *(p + 1 for p in self.parents))
         return replace(self, lengths=(n, *self.lengths), parents=parents, _masks={})
 
+    def forget(self) -> None:
+        """Let go of the masks made so far; they are made again where they are needed."""
+        self._masks.clear()
+
     def seen(self, window: int | None, device: torch.device) -> Tensor:
         """Return which keys each token sees, as a bool `(tokens, keys_before + tokens)`."""
         node = torch.arange(len(self.lengths), device=device).repeat_interleave(_int64(self.lengths, device))

@@ -83,7 +83,7 @@ def load_base(
     device: str | torch.device = "auto",
     trust_remote_code: bool = False,
     chat_template: str | Path | None = None,
-    attn_implementation: str | None = "sdpa",
+    attn_implementation: str | None = None,
     revision: str | None = None,
     task: str = "CAUSAL_LM",
 ) -> Base:
@@ -95,7 +95,7 @@ def load_base(
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         trust_remote_code: run code that the base brings along.
         chat_template: a Jinja file, or Jinja text, that replaces the tokenizer's template.
-        attn_implementation: transformers' name of the attention kernel, None for the architecture's default.
+        attn_implementation: transformers' name of the attention kernel; None: sdpa, eager where the architecture needs it.
         revision: branch, tag or commit on the Hub.
         task: one of `TASKS`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,8 @@ from transformers import PreTrainedConfig
 
 from ..build import outline
 from ..contract.config import PeftConfig
+from ..errors import UsageError
+from .quantize import quantize
 
 Device = Literal["cpu", "cuda", "mps"]
 
@@ -27,7 +30,7 @@ class Job:
         device: kind of device it runs on; kernels are chosen by it.
         checkpointing: activations are computed twice.
         optimizer: a name `build.OPTIMIZERS` lists.
-        quantization: "nf4" or "int8" for the base's linear layers; None: as `dtype` says.
+        quantization: one of `quantize.KINDS` for the base's linear layers; None: as `dtype` says.
         packing: rows in one sequence; else padded.
     """
 
@@ -42,6 +45,22 @@ class Job:
     quantization: str | None = None
     packing: bool = True
 
+    @property
+    def depth(self) -> int:
+        """Layers of the base."""
+        return self.base.get_text_config().num_hidden_layers
+
     def outline(self) -> Any:
-        """Return the job's model on `meta`, adapted as for training."""
-        return outline(self.base, self.method, self.dtype, checkpointing=self.checkpointing)
+        """Return the job's model on `meta`, adapted as for training.
+
+        Raises:
+            UsageError: as `build.outline` and `quantize`; or every weight of a quantized base is to train.
+        """
+        if self.quantization and self.method is None:
+            raise UsageError(
+                f"full fine-tuning would train weights that are kept in {self.quantization}",
+                "a method that leaves the base as it is",
+                "--method lora, or no quantization",
+            )
+        first = partial(quantize, kind=self.quantization) if self.quantization else None
+        return outline(self.base, self.method, self.dtype, checkpointing=self.checkpointing, first=first)

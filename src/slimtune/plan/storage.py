@@ -34,9 +34,10 @@ class Storages(TorchDispatchMode):
         super().__init__()
         self.block, self.vocabulary = block, vocabulary
         self.now: Counter[str] = Counter()
-        self.total = self.peak = 0
-        self.at_peak: dict[str, int] = {}
+        self.total = 0
         self.peaks: dict[str, int] = {}
+        self.at_peaks: dict[str, dict[str, int]] = {}
+        """For each phase the bytes by part at its highest point."""
         self.work: Counter[tuple[int, int, torch.dtype]] = Counter()
         """How often an operator with (floating point operations, bytes read and written, dtype) ran."""
         self.events: list[tuple[int, int]] | None = [] if events else None
@@ -93,9 +94,8 @@ class Storages(TorchDispatchMode):
             self.events.append((key, -size))
 
     def _mark(self) -> None:
-        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.total)
-        if self.total > self.peak:
-            self.peak, self.at_peak = self.total, dict(self.now)
+        if self.total > self.peaks.get(self._phase, 0):
+            self.peaks[self._phase], self.at_peaks[self._phase] = self.total, dict(self.now)
 
     def _worked(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
         made = next((t for t in tree_iter(out) if isinstance(t, Tensor)), None)

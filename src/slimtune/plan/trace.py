@@ -8,24 +8,37 @@ optimizer's state is there from the start, as in every step but the first.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..build import optimizer_of
+from ..build import outline as build_outline
+from ..contract.delta import MergeRefused
 from ..contract.layout import laid_out
+from ..errors import UsageError
+from ..models.head import head_of
 from ..ops.device import acting_as
 from ..step import accumulated, collator_for, supervised_nats
-from .fake import make_fake
+from .fake import faking, held_by, make_fake
 from .job import Job
 from .storage import PARTS, Storages
 
 BLOCK = {"cuda": 512}
 """What an allocation is rounded up to (PyTorch's CUDA caching allocator)."""
+SMALL = 1_000_000_000
+"""Below so many parameters a merge is done and proven in float32."""
+LONG = 1 << 20
+"""Steps of the run whose first one is traced: a method that changes with time is at its largest."""
+
+
+BACKWARD = ("backward, last layer", "backward, between", "backward, first layer")
+"""Phases of the way back: activations are the most in the first of them, gradients in the last."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +47,31 @@ class Trace:
 
     Args:
         state: bytes that are always there, by part: weights, adapters, optimizer.
-        parts: bytes at the step's highest point, by part; their sum is the peak.
-        peaks: most bytes live in each phase: forward and backward ("passes"), "optimizer", "evaluation".
+        phases: bytes by part at the highest point of each phase: "forward", "loss" (logits and their gradient), those
+            of `BACKWARD`, "optimizer", "evaluation".
         work: how often an operator of (floating point operations, bytes moved, dtype) ran in one pass.
         events: allocations and releases of the step in order, `(storage, ± bytes)`, the state's first.
     """
 
     state: dict[str, int]
-    parts: dict[str, int]
-    peaks: dict[str, int]
+    phases: dict[str, dict[str, int]]
     work: Counter[tuple[int, int, torch.dtype]]
     events: list[tuple[int, int]]
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Most bytes live at once in each phase."""
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part at the highest point of the optimizer step; their sum is `step`."""
+        return max((v for k, v in self.phases.items() if k != "evaluation"), key=lambda held: sum(held.values()))
+
+    @property
+    def step(self) -> int:
+        """Most bytes live at once in an optimizer step."""
+        return sum(self.parts.values())
 
     @property
     def peak(self) -> int:
@@ -52,12 +79,13 @@ class Trace:
         return max(self.peaks.values())
 
 
-def trace(job: Job, model: Any = None) -> Trace:
+def trace(job: Job, model: Any = None, *, whole: bool = True) -> Trace:
     """Run a job's step on fake tensors.
 
     Args:
         job: what is to run.
         model: the job's model on meta, if it was built already; it is used up.
+        whole: trace the optimizer's part and evaluation, too.
 
     Raises:
         UsageError: as `build.outline`.
@@ -66,41 +94,100 @@ def trace(job: Job, model: Any = None) -> Trace:
     model = job.outline() if model is None else model
     vocabulary = model.config.get_text_config().vocab_size
     storages = Storages(BLOCK.get(job.device, 1), vocabulary, events=True)
-    with FakeTensorMode(), acting_as(job.device), _no_masks_for_fakes():
+    with faking(), acting_as(job.device):
         make_fake(model)
         model.train()
         collator = collator_for(model, 0, packing=job.packing, share=False)
-        batch = collator([{"input_ids": [1] * n, "labels": [1] * n} for n in job.lengths])
+        rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in job.lengths]
+        packs = [collator(rows) for _ in range(job.passes)]
         optimizer = optimizer_of(model, job.optimizer)
+        for config in getattr(model, "peft_config", {}).values():
+            config.begins(LONG)
         _let_states_be(model, optimizer)
         with storages, laid_out(model):
             trained = [p for p in model.parameters() if p.requires_grad]
-            storages.hold((*model.parameters(), *model.buffers(), *_kept_beside(model)), "weights")
+            storages.hold(held_by(model), "weights")
             if job.method is not None:
                 storages.hold(trained, "adapters")
             storages.hold(_tensors_in(optimizer.state), "optimizer")
             state = dict(storages.now)
+            storages.hold((t for p in packs for t in p.values() if isinstance(t, torch.Tensor)), "activations")
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: storages.hold([p.grad], "gradients"))
             if job.passes > 1:  # beside every pass but the first lie the gradients of those before
                 _fill_gradients(trained)
                 storages.hold((p.grad for p in trained), "gradients")
-            storages.phase("passes")
+            storages.phase("forward")
             storages.work.clear()
-            accumulated(model, [batch], lambda loss: loss.backward())
+            with _phases_of(model, storages):
+                accumulated(model, packs[:1], lambda loss: loss.backward())
             work = storages.work.copy()
-            storages.phase("optimizer")
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            _stepped(model)
-            optimizer.zero_grad()
-            step_parts, events = dict(storages.at_peak), list(storages.events or ())
-            storages.phase("evaluation")
-            model.eval()
-            with torch.no_grad():
-                supervised_nats(model, batch)
-    peaks = {k: v for k, v in storages.peaks.items() if k != "start"}
-    return Trace(state, {k: step_parts.get(k, 0) for k in PARTS}, peaks, work, events)
+            if whole:
+                storages.phase("optimizer")
+                torch.nn.utils.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                _stepped(model)
+                optimizer.zero_grad()
+            events = list(storages.events or ())
+            if whole:
+                storages.phase("evaluation")
+                model.eval()
+                with torch.no_grad():
+                    supervised_nats(model, packs[0])
+    parts = {phase: {p: held.get(p, 0) for p in PARTS} for phase, held in storages.at_peaks.items() if phase != "start"}
+    return Trace(state, parts, work, events)
+
+
+def merging(job: Job) -> int | None:
+    """Return the most bytes of tensors while an adapter is merged into its base, None where it cannot be.
+
+    It is done on the machine's own memory, in float32 where the model is small (`export.merge`).
+    """
+    if job.method is None:
+        return None
+    size = sum(p.numel() for p in build_outline(job.base, None, job.dtype).parameters())
+    dtype = torch.float32 if size < SMALL else job.dtype
+    model = build_outline(job.base, job.method, dtype)
+    storages = Storages()
+    with faking(), acting_as("cpu"):
+        make_fake(model)
+        with storages, torch.no_grad():
+            storages.hold(held_by(model), "weights")
+            try:
+                model.merge_adapter()
+            except (MergeRefused, UsageError):
+                return None
+            return max(storages.peaks.values())
+
+
+@contextmanager
+def _phases_of(model: Any, storages: Storages) -> Iterator[None]:
+    """Begin "loss" where hidden states reach the head, and a phase of "backward" where a gradient reaches a layer."""
+    head = head_of(model)
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    def reached(_: Any, args: tuple) -> None:
+        storages.phase("loss")
+        _when_gradient_comes(args[0], lambda: storages.phase(BACKWARD[0]))
+
+    def begins(phase: str) -> Callable[..., None]:
+        return lambda _, args, out: _when_gradient_comes(out, lambda: storages.phase(phase))
+
+    hooks = [head.module.register_forward_pre_hook(reached)] if head is not None else []
+    for i, layer in enumerate(layers):
+        phase = BACKWARD[0] if i == len(layers) - 1 else BACKWARD[2] if i == 0 else BACKWARD[1]
+        hooks.append(layer.register_forward_hook(begins(phase)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _when_gradient_comes(out: Any, then: Callable[[], None]) -> None:
+    states = out[0] if isinstance(out, tuple) else out
+    if states.requires_grad:
+        states.register_hook(lambda _: then())
 
 
 def _let_states_be(model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -130,22 +217,3 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors_in(held)
         elif isinstance(held, torch.Tensor):
             yield held
-
-
-def _kept_beside(model: Any) -> Iterator[torch.Tensor]:
-    """Yield tensors that modules keep as plain attributes (the frequencies of rotary embeddings)."""
-    for module in model.modules():
-        yield from (v for v in vars(module).values() if isinstance(v, torch.Tensor))
-
-
-@contextmanager
-def _no_masks_for_fakes() -> Iterator[None]:
-    """Let transformers make a mask only where it would for real tensors: of fakes it thinks that a compiler traces."""
-    from transformers import masking_utils
-
-    before = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda *_: False
-    try:
-        yield
-    finally:
-        masking_utils.is_tracing = before

@@ -136,6 +136,10 @@ class AdaLoraConfig(TargetedConfig):
         left = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.loading else None
         return LinearAdaLora(site, self, self.init_r if left is None else sum(left))
 
+    def may_grow(self, deltas: Mapping[str, Delta]) -> int:
+        """Return 0: training only takes ranks away."""
+        return 0
+
     def begins(self, total_steps: int) -> None:
         """Take the run's number of steps where none is given."""
         if self.total_step is None:

@@ -103,9 +103,11 @@ class LinearAdaLora(Delta):
 
     def progress(self) -> dict[str, Tensor]:
         """Return what training goes on from beside the file: every rank, which are left, and the averages."""
-        if self.left is None:
-            return dict(self.averages)
-        return {**dict(self.named_parameters()), "left": self.left, **self.averages}
+        own, left, averages = dict(self.named_parameters()), self.left, self.averages
+        if self.lora_A.is_meta:
+            left = torch.empty(len(self.lora_A), dtype=torch.bool, device="meta")
+            averages = {f"{n}.{what}": p for n, p in own.items() for what in ("mean", "spread")}
+        return dict(averages) if left is None else {**own, "left": left, **averages}
 
     def resume(self, kept: Mapping[str, Tensor]) -> None:
         """Go on from what `progress` returned."""

@@ -15,7 +15,7 @@ https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +26,7 @@ from ...contract.delta import Delta, Kind, Site
 from ...errors import ConfigError
 from ..trainable_tokens.places import Place, places, row_numbers
 from ..trainable_tokens.rows import token_delta
-from . import starts
+from . import eva, starts
 from .dora import EmbeddingDora, LinearDora
 from .eva import EvaConfig
 from .plain import EmbeddingLora, LinearLora
@@ -178,6 +178,10 @@ class LoraConfig(PatternedConfig):
                 )
             return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
         return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
+
+    def may_grow(self, deltas: Mapping[str, Delta]) -> int | None:
+        """Return what EVA may add: it hands the ranks out anew, and a large layer's take more."""
+        return eva.may_grow(deltas, self) if self.init_lora_weights == "eva" else None
 
     def file_key(self, key: str) -> str:
         """Return PEFT's key: trained tokens lie one name deeper."""

@@ -140,6 +140,27 @@ def get_eva_state_dict(
         model.train(was_training)
 
 
+def may_grow(deltas: Mapping[str, Any], config: Any) -> int:
+    """Return how many bytes larger than now EVA can make an adapter, whatever the data: large layers get the ranks.
+
+    Args:
+        deltas: the adapter's by layer name, before EVA.
+        config: its config.
+    """
+    layers = {n: d for n, d in deltas.items() if hasattr(d, "lora_A")}
+    most: dict[int, int] = {}
+    for name, delta in layers.items():  # of layers that share an analysis each can get the largest rank
+        width = delta.lora_A.in_features
+        most[width] = max(most.get(width, 0), round(config.rank_of(name) * config.eva_config.rho))
+    left, grown = sum(config.rank_of(n) for n in layers), 0
+    sizes = {n: d.lora_A.weight[0].nbytes + d.lora_B.weight[:, 0].nbytes for n, d in layers.items()}
+    for name in sorted(layers, key=sizes.__getitem__, reverse=True):
+        rank = min(left, most[layers[name].lora_A.in_features])
+        left -= rank
+        grown += (rank - config.rank_of(name)) * sizes[name]
+    return grown
+
+
 class _Seen:
     """The analysis of every layer's inputs, over batches."""
 

@@ -1,0 +1,293 @@
+"""The jobs that `slimtune plan` and `slimtune gpus --for` ask about: a base or a recipe, and flags.
+
+Each job is the recipe that would train it, so that what is planned is what `slimtune train` runs, defaults and all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import SlimtuneError, UsageError, listed, nearest
+from .common import error_console
+
+if TYPE_CHECKING:
+    from ..models.known import Outline
+    from ..plan.cards import Card
+    from ..plan.plan import Request
+    from ..plan.result import Plan
+    from ..recipe import Recipe
+
+FULL = "full"
+FLAGS = {
+    "data": "data.train",
+    "rank": "method.rank",
+    "alpha": "method.alpha",
+    "batch_size": "train.batch_size",
+    "seq_len": "data.max_seq_len",
+    "accumulate": "train.accumulate",
+    "checkpointing": "train.gradient_checkpointing",
+    "dtype": "model.dtype",
+    "packing": "train.packing",
+}
+"""A flag of a job → the field of the recipe it sets."""
+
+MethodOption = Annotated[
+    str | None,
+    typer.Option(
+        "--method", help="Methods, as lora,ia3; all; or full: every weight trains. The recipe's, else lora, without it."
+    ),
+]
+RankOption = Annotated[int | None, typer.Option("--rank", help="The rank of methods that have one, from 1.")]
+AlphaOption = Annotated[float | None, typer.Option("--alpha", help="The alpha of methods that have one.")]
+BatchOption = Annotated[int | None, typer.Option("--batch-size", help="Rows in a batch.")]
+LengthOption = Annotated[int | None, typer.Option("--seq-len", "--max-seq-len", help="Tokens of the longest row.")]
+AccumulateOption = Annotated[int | None, typer.Option("--accumulate", help="Batches in an optimizer step.")]
+OptimizerOption = Annotated[str | None, typer.Option("--optimizer", help="adamw, adamw-foreach or sgd.")]
+QuantOption = Annotated[
+    str | None, typer.Option("--quant", help="Hold the base's linear maps as nf4 (4 bits) or int8.")
+]
+CheckpointingOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--checkpointing/--no-checkpointing", help="Compute activations twice to keep fewer.", show_default=False
+    ),
+]
+DtypeOption = Annotated[
+    str | None, typer.Option("--dtype", help="Of the frozen weights: auto, float32, bfloat16, float16, float64.")
+]
+PackingOption = Annotated[
+    bool | None,
+    typer.Option("--packing/--no-packing", help="Lay rows in one sequence; else pad.", show_default=False),
+]
+DataOption = Annotated[str | None, typer.Option("--data", help="JSONL file of training rows: its longest count.")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The jobs that were asked for: one a method, each as the recipe that would train it.
+
+    Args:
+        recipes: by method's name; of "full" only what is not the method's counts.
+        unfit: why, for methods that no recipe could be made of.
+        outline: the base.
+        with_data: the rows to train on were named.
+        rows: tokens of the longest row, and of a whole run; None where no rows were read.
+        beyond: what a recipe does not say: optimizer and quantization, where they were given.
+    """
+
+    recipes: dict[str, Recipe]
+    unfit: dict[str, SlimtuneError]
+    outline: Outline
+    with_data: bool
+    rows: tuple[int, int] | None
+    beyond: dict[str, str]
+
+    @property
+    def dtype(self) -> str:
+        """Of the base's weights; "auto": what the card has."""
+        return next(iter(self.recipes.values())).model.dtype
+
+
+def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
+    """Return the jobs that an argument and flags ask for.
+
+    Args:
+        job: a base, or a recipe's file.
+        given: the flags by name, None where they were not given; `sets` the list of `--set`.
+
+    Raises:
+        UsageError: an unknown base, method or quantization; faults in the recipe; a setting no method has.
+        ModelError: the base's config or its tokenizer cannot be read.
+        DataError: the rows are faulty.
+    """
+    from ..models.known import outline_of
+    from ..plan.quantize import KINDS
+    from ..recipe import load_recipe
+    from ..recipe.reading import read_override, read_tree
+
+    if (quant := given["quant"]) is not None and quant not in KINDS:
+        raise UsageError(f"--quant got {quant!r}{nearest(quant, KINDS)}", f"one of {listed(KINDS)}")
+    path = Path(job) if job.endswith((".yaml", ".yml")) else None
+    section = (read_tree(path) if path is not None else {}).get("method")
+    own = str(section.get("name", "lora") if isinstance(section, dict) else "lora").lower()
+
+    said = {field: given[flag] for flag, field in FLAGS.items() if given[flag] is not None}
+    said.update(read_override(text) for text in given["sets"] or [])
+    names = _methods(said.pop("method.name", said.pop("method", own)) if given["method"] is None else given["method"])
+    settings = {field: value for field, value in said.items() if field.startswith("method.")}
+    _require_taken(settings, names)
+    # What a plan does not look at must be there all the same for a recipe to be whole.
+    out = f"runs/{given['write'].stem if given.get('write') else 'planned'}"
+    rest = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "out": out}
+    rest |= {field: value for field, value in said.items() if field not in settings}
+
+    recipes: dict[str, Recipe] = {}
+    unfit: dict[str, SlimtuneError] = {}
+    for name in names:
+        mine = {f: v for f, v in settings.items() if len(names) == 1 or f.split(".")[1] in _fields(name)}
+        chosen = {} if name == own else {"method": {"name": name}}  # a file's settings are its own method's
+        try:
+            recipes[name] = load_recipe(path, rest if name == FULL else {**rest, **chosen, "method.name": name, **mine})
+        except UsageError as e:
+            unfit[name] = e
+    if not recipes:
+        raise unfit[names[0]]
+
+    recipe = next(iter(recipes.values()))
+    with_data = path is not None or "data.train" in said
+    if with_data:
+        recipe.require_files()
+    model = recipe.model
+    outline = outline_of(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    beyond = {"optimizer": given["optimizer"], "quantization": quant}
+    return Asked(
+        recipes=recipes,
+        unfit=unfit,
+        outline=outline,
+        with_data=with_data,
+        rows=_rows(recipe, outline) if with_data else None,
+        beyond={k: v for k, v in beyond.items() if v is not None},
+    )
+
+
+def request_of(recipe: Recipe, outline: Outline, card: Card, rows: tuple[int, int] | None = None) -> Request:
+    """Return what the planner is asked for a recipe on a card.
+
+    Args:
+        recipe: the recipe.
+        outline: its base.
+        card: where it is to run.
+        rows: tokens of the longest row, and of the whole run; None: as long as the recipe lets a row be.
+    """
+    from ..plan.plan import Request
+
+    t = recipe.train
+    longest, tokens = rows or (recipe.data.max_seq_len, None)
+    batch, accumulate = t.batch_size, t.accumulate
+    if t.tokens_at_once != "auto":
+        batch = min(t.batch_size, max(1, t.tokens_at_once // longest))
+        accumulate = math.ceil(t.batch_size * t.accumulate / batch)
+    return Request(
+        outline=outline,
+        card=card,
+        methods=(recipe.method.name,),
+        settings=recipe.method.settings,
+        batch=batch,
+        seq_len=longest,
+        accumulate=accumulate,
+        dtype=recipe.model.dtype,
+        optimizer=t.optimizer,
+        checkpointing=t.gradient_checkpointing,
+        packing=t.packing,
+        divide=t.tokens_at_once == "auto",
+        keep=t.keep_checkpoints,
+        tokens=tokens,
+    )
+
+
+def plans_of(asked: Asked, card: Card, *, quick: bool = False) -> tuple[list[Plan], dict[str, SlimtuneError]]:
+    """Plan every job that was asked for on a card.
+
+    Args:
+        asked: the jobs.
+        card: where they are to run.
+        quick: leave out what is not needed for a verdict; always so for several jobs.
+
+    Returns:
+        The plans, and by method's name why there is none.
+
+    Raises:
+        SlimtuneError: none can be planned.
+    """
+    from ..plan.plan import plan_of
+
+    found: list[Plan] = []
+    unfit = dict(asked.unfit)
+    for name, recipe in asked.recipes.items():
+        beyond: dict[str, Any] = {"methods": (name,), **asked.beyond}
+        request = dataclasses.replace(request_of(recipe, asked.outline, card, asked.rows), **beyond)
+        error_console().print(f"planning {asked.outline.name}, {name}, on {card.name}", markup=False, style="dim")
+        try:
+            found.append(plan_of(request, name, quick=quick or len(asked.recipes) > 1))
+        except SlimtuneError as e:
+            unfit[name] = e
+    if not found:
+        raise next(unfit[name] for name in asked.recipes)
+    return found, unfit
+
+
+def _rows(recipe: Recipe, outline: Outline) -> tuple[int, int] | None:
+    """Return the tokens of the longest training row, and of all rows in a whole run.
+
+    None where the base's tokenizer is not on this disk: nothing is downloaded for a plan.
+    """
+    from ..build import rows_of
+    from ..models.load import load_tokenizer
+
+    m, t, screen = recipe.model, recipe.train, error_console()
+    if not _is_here(outline.spec):
+        why = f"the tokenizer of {outline.spec} is not on this disk"
+        screen.print(f"rows are not read, {why}: taken to be up to {recipe.data.max_seq_len} tokens long", markup=False)
+        return None
+    how: dict[str, Any] = {"trust_remote_code": m.trust_remote_code, "revision": m.revision}
+    rows = rows_of(recipe, load_tokenizer(outline.spec, chat_template=recipe.data.chat_template, **how))
+    screen.print(f"rows: {rows.train_report.text()}", markup=False, style="dim")
+    lengths = [len(row["input_ids"]) for row in rows.train]
+    rounds = t.epochs if t.max_steps is None else t.max_steps * t.batch_size * t.accumulate / len(lengths)
+    return max(lengths), round(rounds * sum(lengths))
+
+
+def _is_here(spec: str) -> bool:
+    """Return whether a base's tokenizer lies on this disk."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from ..models.source import resolve
+
+    try:
+        source = resolve(spec)
+    except SlimtuneError:
+        return False  # a config.json alone
+    return source.kind != "hub" or isinstance(try_to_load_from_cache(source.path, "tokenizer_config.json"), str)
+
+
+def _methods(text: Any) -> list[str]:
+    """Return the methods that `lora,ia3`, `all` or `full` names, each once."""
+    from ..methods import config_class, names
+
+    named = [part.strip().lower() for part in str(text).split(",") if part.strip()]
+    if not named:
+        raise UsageError("--method names none", "methods as lora,ia3, or all, or full")
+    spread = (n for part in named for n in (names() if part == "all" else (part,)))
+    return list(dict.fromkeys(n if n == FULL else config_class(n).name for n in spread))
+
+
+def _fields(name: str) -> list[str]:
+    """Return the fields of a method as a recipe may spell them."""
+    from ..methods import config_class
+    from ..recipe.method import known_fields
+
+    if name == FULL:
+        return []
+    cls = config_class(name)
+    return [*known_fields(cls), *cls.short_names]
+
+
+def _require_taken(settings: Iterable[str], names: Sequence[str]) -> None:
+    """Refuse a setting that none of the methods has; one method's recipe says it better itself."""
+    if len(names) == 1 and names[0] != FULL:
+        return
+    taken = {f for name in names for f in _fields(name)}
+    for path in settings:
+        field = path.split(".")[1]
+        if field not in taken:
+            raise UsageError(
+                f"none of the methods planned has a setting {field!r}{nearest(field, taken)}",
+                f"one of {listed(sorted(taken))}" if taken else f"no setting of a method: {FULL} has none",
+            )

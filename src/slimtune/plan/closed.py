@@ -1,0 +1,155 @@
+"""A step's memory as a formula, found by tracing a model of two layers and one of three.
+
+Layers are alike, and so are tokens, so what a phase takes beside the state is
+
+    bytes = (a + a' d) + (b + b' d) T + (c + c' d) F + (e + e' d) S      d layers, T tokens, S = Σ (tokens of a row)²
+
+    F: T filled up to a power of two, which counts where flex attention runs; S counts where attention keeps its scores
+
+The numbers are solved for, not chosen. The formula is exact but for the rounding of blocks; where a whole trace of the
+job is at hand, `corrected` moves it onto that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import UsageError
+from ..ops.tree_attention import filled
+from .job import Job
+from .fake import held_by
+from .trace import BACKWARD, BLOCK, Trace, trace
+
+DEPTHS = (2, 3)
+TOKENS = 1024
+PHASES = ("forward", "loss", BACKWARD[0], BACKWARD[2], "optimizer", "evaluation")
+
+
+@dataclass(frozen=True)
+class Form:
+    """Bytes beside the state in each phase, by tokens.
+
+    Args:
+        rows: for each phase the numbers that `[1, T, F, S]` are multiplied by.
+        off: for each phase what a whole trace took more than the formula.
+    """
+
+    rows: dict[str, tuple[float, ...]]
+    off: dict[str, float]
+
+    def over_state(self, lengths: Sequence[int]) -> int:
+        """Return the most bytes beside the state, over all phases, in a pass of rows of these lengths."""
+        return int(max(0.0, *(self.at(phase, lengths) for phase in self.rows)))
+
+    def at(self, phase: str, lengths: Sequence[int]) -> float:
+        """Return the bytes beside the state in one phase."""
+        found = sum(r * f for r, f in zip(self.rows[phase], _features(lengths), strict=True))
+        return found + self.off.get(phase, 0.0)
+
+    def corrected(self, lengths: Sequence[int], traced: Trace) -> Form:
+        """Return the formula moved so that it gives what was traced at these lengths."""
+        state = sum(traced.state.values())
+        off = {p: traced.peaks[p] - state - replace(self, off={}).at(p, lengths) for p in self.rows}
+        return replace(self, off=off)
+
+
+def form_of(job: Job) -> Form:
+    """Find a job's formula.
+
+    Args:
+        job: its `lengths` are not looked at.
+
+    Raises:
+        UsageError: as `Job.outline`.
+    """
+    try:
+        return _solved(job, DEPTHS)
+    except UsageError:
+        # The method names layers that a model of two or three does not have.
+        return _solved(job, (job.depth,))
+
+
+def _solved(job: Job, depths: Sequence[int]) -> Form:
+    shapes = _shapes(job)
+    rows: dict[str, tuple[float, ...]] = {}
+    found = {d: [_over(job, d, lengths, whole=i == 0 or d == depths[0]) for i, lengths in enumerate(shapes)]
+             for d in depths}  # fmt: skip
+    features = np.array([_features(lengths) for lengths in shapes], dtype=float)
+    for phase in PHASES:
+        # What hangs on tokens in evaluation and not at all in the optimizer's step is asked of one depth alone.
+        by_depth = {d: np.array([over[phase] for over in found[d] if phase in over], dtype=float) for d in depths}
+        fits = [np.linalg.lstsq(features[: len(y)], y, rcond=None)[0] for y in by_depth.values()]
+        if len(depths) > 1 and len(by_depth[depths[1]]) == len(shapes):
+            fits[0] = fits[0] + (job.depth - depths[0]) * (fits[1] - fits[0])
+        elif len(depths) > 1:
+            fits[0][0] += (job.depth - depths[0]) * (by_depth[depths[1]][0] - by_depth[depths[0]][0])
+        rows[phase] = tuple(map(float, fits[0]))
+    return Form(rows, {})
+
+
+def extrapolated(job: Job, model: Any = None) -> Trace:
+    """Return what `trace` returns, from traces of the first layers; without events.
+
+    Args:
+        job: what is to run.
+        model: the job's model on meta, where it was built already.
+
+    Raises:
+        UsageError: as `Job.outline`.
+    """
+    model = job.outline() if model is None else model
+    block = BLOCK.get(job.device, 1)
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held_by(model)}
+    state = sum(-(-size // block) * block for size in sizes.values())
+    if job.depth <= max(DEPTHS):
+        return trace(job, model)
+    try:
+        few, more = (trace(replace(job, base=shallow(job.base, d))) for d in DEPTHS)
+    except UsageError:
+        return trace(job, model)
+
+    def on(a: float, b: float) -> int:
+        return round(a + (job.depth - DEPTHS[0]) * (b - a) / (DEPTHS[1] - DEPTHS[0]))
+
+    def table(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[Any, int]:
+        return {key: on(a.get(key, 0), b.get(key, 0)) for key in {**a, **b}}
+
+    held = table(few.state, more.state)
+    if held["weights"] + held.get("adapters", 0) != state:  # layers differ
+        return trace(job, model)
+    phases = {phase: table(few.phases[phase], more.phases[phase]) for phase in few.phases}
+    return Trace(held, phases, Counter(table(few.work, more.work)), [])
+
+
+def _shapes(job: Job) -> list[tuple[int, ...]]:
+    """Return lengths of rows that tell apart what hangs on tokens, on the length filled up to, and on squares."""
+    n = TOKENS
+    return [(n,), (2 * n,), (n + n // 2,), (n, n)]
+
+
+def _features(lengths: Sequence[int]) -> tuple[float, ...]:
+    tokens = sum(lengths)
+    return 1.0, tokens, filled(tokens), sum(n * n for n in lengths)
+
+
+def _over(job: Job, depth: int, lengths: tuple[int, ...], *, whole: bool) -> dict[str, int]:
+    """Return the bytes beside the state in each phase for a model of so many layers."""
+    traced = trace(replace(job, base=shallow(job.base, depth), lengths=lengths), whole=whole)
+    state = sum(traced.state.values())
+    return {phase: peak - state for phase, peak in traced.peaks.items()}
+
+
+def shallow(config: Any, depth: int) -> Any:
+    """Return a config with only so many layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:depth]
+    return config
