@@ -24,6 +24,7 @@ def hand_plan(method: str = "lora", card: Card | None = None, sizes: tuple[float
         "dtype": "bfloat16",
         "batch": 1,
         "seq_len": 2048,
+        "tokens_at_once": 2048,
         "passes": 4,
         "trainable_params": 41_943_040,
         "total_params": 8_072_204_288,
@@ -38,12 +39,15 @@ def hand_plan(method: str = "lora", card: Card | None = None, sizes: tuple[float
         "host_bytes": 3 * GIB,
         "disk_bytes": 1 * GIB,
         "verdict": "fits",
-        "reason": "At most 19.0 GiB of 22.9 GiB are needed.",
+        "reason": "it needs 18.6 GiB to 19.0 GiB of 22.9 GiB",
         "max_seq_len": 6144,
         "max_batch_size": 3,
         "tokens_per_second": Band(1000.0, 2000.0),
         "advice": [Advice("--quant nf4", 10 * GIB, "fits")],
-        "evidence": {"weights": "computed", "parts": "traced", "reserved_bytes": "guessed: rounding and fragments"},
+        "evidence": {
+            "parts": "traced; runtime: guessed",
+            "usable_bytes": "published (a page (its part)); guessed band",
+        },
     }
     return Plan(**{**made, **fields})
 

@@ -18,7 +18,7 @@ from .data.collate import Collator, Example
 from .data.read import read_rows
 from .data.rows import RowReport, encode_rows
 from .errors import AdapterError, UsageError
-from .models.load import Base, load_base
+from .models.load import Base, load_base, load_tokenizer
 from .ops.memory import keep_pages
 from .recipe import Recipe
 from .runs import ADAPTER_FILE, RunFolder
@@ -75,6 +75,14 @@ def base_of(recipe: Recipe) -> Base:
     if base.device.type == "cpu":
         keep_pages()
     return base
+
+
+def tokenizer_of(recipe: Recipe) -> Any:
+    """Load the tokenizer of the recipe's base, no weights."""
+    m = recipe.model
+    return load_tokenizer(
+        m.name, trust_remote_code=m.trust_remote_code, revision=m.revision, chat_template=recipe.data.chat_template
+    )
 
 
 def continuing(recipe: Recipe, adapter: Path) -> Recipe:

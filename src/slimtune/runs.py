@@ -1,6 +1,7 @@
 """A run folder: what one run writes, by name.
 
     recipe.yaml     the recipe, resolved         train.log     what was said
+    plan.json       the plan, and what the longest pass took
     adapter/        the best adapter             report.html   curves, settings, sizes, versions
     checkpoints/    to resume from               result.json   what `slimtune train --json` printed
     metrics.jsonl   one JSON object a line
@@ -66,6 +67,11 @@ class RunFolder:
     def report_file(self) -> Path:
         """The report for people."""
         return self.path / "report.html"
+
+    @property
+    def plan_file(self) -> Path:
+        """The plan, and what the longest pass really took."""
+        return self.path / "plan.json"
 
     @property
     def result_file(self) -> Path:

@@ -108,7 +108,7 @@ def require_exact(model: Any, collator: Collator) -> None:
     examples = [{"input_ids": row, "labels": row} for row in rows]
 
     def nats(some: Sequence[Example]) -> Tensor:
-        return supervised_nats(model, _on(collator(some), device))
+        return supervised_nats(model, on_device(collator(some), device))
 
     model.eval()
     try:
@@ -160,7 +160,7 @@ def score(model: Any, examples: Sequence[Example], collator: Collator) -> list[t
     try:
         with laid_out(model):
             for part in collator.groups(examples):
-                batch = _on(collator([examples[i] for i in part]), device)
+                batch = on_device(collator([examples[i] for i in part]), device)
                 counts = [targets_in(examples[i]) for i in part]
                 for i, row in zip(part, supervised_nats(model, batch).double().split(counts), strict=True):
                     found[i] = (row.sum().item(), len(row))
@@ -180,7 +180,8 @@ def mean_loss(scores: Iterable[tuple[float, int]]) -> float:
     return sum(s for s, _ in every) / max(1, sum(n for _, n in every))
 
 
-def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a batch whose tensors lie on a device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -222,7 +223,7 @@ def bytes_kept(model: Any, collator: Collator, tokens: int = PROBE) -> int:
     size = model.config.get_text_config().vocab_size
     row = [(7 * i * i + 3) % size for i in range(tokens)]
     with unseen_draws(device), laid_out(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = step_loss(model.train(), _on(collator([{"input_ids": row, "labels": row}]), device))
+        loss = step_loss(model.train(), on_device(collator([{"input_ids": row, "labels": row}]), device))
     total = sum(kept.values())
     del loss
     model.train(was_training)

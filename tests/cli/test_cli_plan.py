@@ -18,10 +18,12 @@ from slimtune.cli.plan import between
 from slimtune.errors import UsageError
 from slimtune.models.load import load_tokenizer
 from slimtune.plan.cards import find_card, memory_card, this_machine
+from slimtune.plan.request import request_of
 from slimtune.recipe import load_recipe
 from slimtune.units import seconds_text
 
 TALK = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "%s"}]}\n'
+CARD = find_card("rtx-3090")
 BASE = ("llama-3.1-8b", "--gpu", "rtx 3090")
 
 
@@ -79,9 +81,8 @@ def test_a_model_alone_is_planned_as_training_would_run_it(asked):
     trained = load_recipe(None, {"model.name": "llama-3.1-8b", "data.train": "d.jsonl", "out": "o"})
     assert (request.outline.spec, request.methods) == ("meta-llama/Llama-3.1-8B", ("lora",))
     assert request.settings == trained.method.settings
-    assert (request.batch, request.seq_len) == (trained.train.batch_size, trained.data.max_seq_len)
-    assert (request.accumulate, request.packing, request.checkpointing, request.divide) == (1, True, False, True)
-    assert (request.dtype, request.optimizer, request.quantization, request.tokens) == ("auto", "adamw", None, None)
+    assert request == request_of(trained, request.card)
+    assert (request.dtype, request.optimizer, request.quantization) == ("auto", "adamw", None)
     assert request.card.name == this_machine().name
 
 
@@ -93,11 +94,11 @@ def test_flags(asked):
         "--set", "train.keep_checkpoints=7",
     )  # fmt: skip
     (request,) = asked
-    assert request.card is find_card("rtx-3090")
+    assert request.card is CARD
     assert request.methods == ("lora",)
     assert (request.settings["r"], request.settings["lora_alpha"]) == (8, 12)
     assert request.settings["target_modules"] == ["q_proj"]
-    assert (request.batch, request.seq_len, request.accumulate) == (2, 99, 5)
+    assert (request.batch, request.seq_len) == (2 * 5, 99)
     assert (request.optimizer, request.quantization, request.checkpointing) == ("sgd", "nf4", True)
     assert (request.dtype, request.packing, request.keep) == ("bfloat16", False, 7)
 
@@ -109,16 +110,9 @@ def test_a_recipe_and_flags_over_it(asked, recipe):
     (request,) = asked
     assert request.card == memory_card("16GiB")
     assert (request.settings["r"], request.settings["target_modules"]) == (6, ["q_proj"])
-    assert (request.batch, request.seq_len, request.accumulate) == (3, 300, 2)
+    assert (request.batch, request.seq_len) == (3 * 2, 300)
     assert (request.packing, request.checkpointing, request.dtype) == (False, True, "bfloat16")
-    assert request.tokens is None
-
-
-def test_tokens_at_once_divide_a_batch_as_they_do_in_training(asked):
-    for most in ("300", "50", "auto"):
-        said(*BASE, "--batch-size", "5", "--accumulate", "2", "--seq-len", "100",
-             "--set", f"train.tokens_at_once={most}")  # fmt: skip
-    assert [(r.batch, r.accumulate, r.divide) for r in asked] == [(3, 4, False), (1, 10, False), (5, 2, True)]
+    assert request.lengths == ()
 
 
 def test_other_methods_than_the_recipes_start_from_their_own_defaults(asked, recipe):
@@ -127,7 +121,7 @@ def test_other_methods_than_the_recipes_start_from_their_own_defaults(asked, rec
     assert list(by_name) == ["lora", "vera", "full"]
     assert by_name["lora"].settings["target_modules"] == ["q_proj"]
     assert by_name["vera"].settings["target_modules"] == "all-linear"
-    assert {r.batch for r in asked} == {3}
+    assert {r.batch for r in asked} == {6}
 
 
 def test_rows_give_the_longest_and_the_tokens_of_the_run(asked, tiny_folder, tmp_path):
@@ -141,11 +135,12 @@ def test_rows_give_the_longest_and_the_tokens_of_the_run(asked, tiny_folder, tmp
                                       "data.validation_fraction": 0}), tokenizer).train  # fmt: skip
     lengths = [len(row["input_ids"]) for row in rows]
     assert len(set(lengths)) == 3
-    assert (request.seq_len, request.tokens) == (max(lengths), 2 * sum(lengths))
+    assert request.rows == tuple(sorted(lengths, reverse=True))
     assert told["cost"]["tokens"] == 2 * sum(lengths)
     assert told["cost"]["hours"]["low"] == pytest.approx(2 * sum(lengths) / 2000 / 3600)
-    said(str(tiny_folder), *how, "--set", "train.max_steps=6", "--batch-size", "2", "--accumulate", "4")
-    assert asked[1].tokens == round(6 * 8 * sum(lengths) / 3)
+    told = said(str(tiny_folder), *how, "--set", "train.max_steps=6", "--batch-size", "1", "--accumulate", "2")
+    assert told["cost"]["tokens"] == round(6 * 2 * sum(lengths) / 3)
+    assert asked[1].rows == asked[0].rows[:2]
     shown = plan(str(tiny_folder), *how, "--set", "train.epochs=2").stdout
     assert f"the run, {2 * sum(lengths)} tokens" in shown
 
@@ -155,7 +150,7 @@ def test_a_config_alone_is_planned_by_the_longest_row_it_allows(asked, tiny_fold
     done = plan(str(tiny_folder / "config.json"), "--gpu", "t4", "--data", str(rows))
     assert done.exit_code == 0, done.stderr
     assert "rows are not read" in done.stderr
-    assert asked[0].seq_len == 1024
+    assert asked[0].rows == (1024,) * 8
 
 
 def test_a_recipe_of_a_base_on_this_disk_has_its_rows_read(asked, tiny_folder, tmp_path):
@@ -164,7 +159,7 @@ def test_a_recipe_of_a_base_on_this_disk_has_its_rows_read(asked, tiny_folder, t
     recipe.write_text(f"model: {tiny_folder}\ndata: {{train: rows.jsonl, validation_fraction: 0}}\nout: o\n")
     done = plan(str(recipe), "--gpu", "t4")
     assert done.exit_code == 0, done.stderr
-    assert asked[0].seq_len < 100
+    assert max(asked[0].rows) < 100
     assert "rows: 1 of 1 rows" in done.stderr
 
 
@@ -188,6 +183,13 @@ def test_all_methods_and_those_that_cannot_be_planned(asked):
 
 
 # --- wrong use
+
+
+@pytest.mark.parametrize("verb", ["plan", "gpus"])
+def test_help(verb):
+    done = CliRunner().invoke(app, [verb, "--help"])
+    assert done.exit_code == 0
+    assert "--json" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -256,17 +258,18 @@ def test_one_plan():
     done = plan(*BASE, "--price", "0.5")
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "llama-3.1-8b with lora fits on rtx-3090."
-    assert lines[1] == "At most 19.0 GiB of 22.9 GiB are needed."
+    assert lines[0] == "llama-3.1-8b with lora fits on rtx-3090:"
+    assert lines[1] == "it needs 18.6 GiB to 19.0 GiB of 22.9 GiB"
     text = " | ".join(" ".join(line.split()) for line in lines)
     for part in (
-        "weights 15.0 GiB computed",
-        "activations 1.5 GiB traced",
-        "reserved for them 18.1 to 18.5 GiB guessed: rounding and fragments",
+        "weights 15.0 GiB traced |",
+        "activations 1.5 GiB traced |",
+        "reserved for them 18.1 to 18.5 GiB",
         "runtime 512.0 MiB",
         "needed 18.6 to 19.0 GiB",
-        "usable 22.9 to 23.6 GiB",
-        "in a pass 1 row of 2048 tokens",
+        f"usable {between(*CARD.usable)} published; guessed band |",
+        "in a pass 1 row, 2048 tokens",
+        "longest of them 2048 tokens",
         "passes in a step 4",
         "trained parameters 41.9 M (0.52 %)",
         "adapter's file 160.0 MiB",
@@ -288,9 +291,9 @@ def test_one_plan():
 @pytest.mark.parametrize(
     ("verdict", "sentence"),
     [
-        ("fits", "llama-3.1-8b with every weight trained fits on rtx-3090."),
-        ("tight", "llama-3.1-8b with every weight trained is tight on rtx-3090: it may run out of memory."),
-        ("does not fit", "llama-3.1-8b with every weight trained does not fit on rtx-3090."),
+        ("fits", "llama-3.1-8b with every weight trained fits on rtx-3090:"),
+        ("tight", "llama-3.1-8b with every weight trained is tight on rtx-3090, it may run out of memory:"),
+        ("does not fit", "llama-3.1-8b with every weight trained does not fit on rtx-3090:"),
     ],
 )
 def test_a_plan_is_an_answer_whatever_it_says(monkeypatch, verdict, sentence):
@@ -369,7 +372,7 @@ def test_a_recipe_that_trains_is_written(asked, rows, tmp_path):
     done = plan(*BASE, "--rank", "8", "--seq-len", "99", "--data", str(rows), "--write", str(file))
     assert done.exit_code == 0, done.stderr
     assert file.read_text().startswith(
-        "# llama-3.1-8b with lora fits on rtx-3090. It needs 18.6 to 19.0 GiB of 22.9 to"
+        "# llama-3.1-8b with lora fits on rtx-3090: it needs 18.6 GiB to 19.0 GiB of 22.9 GiB\n"
     )
     recipe = load_recipe(file)
     assert (recipe.method.settings["r"], recipe.data.max_seq_len, recipe.data.train) == (8, 99, rows)

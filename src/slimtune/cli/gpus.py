@@ -53,7 +53,7 @@ def gpus(
             console().print(_table(shown))
         return {"cards": [_told(c) for c in shown]}
 
-    from ..plan.plan import verdict_on
+    from ..plan.verdict import verdict_on
 
     asked = jobs.asked_for(job, given)
     if len(asked.recipes) > 1 or asked.unfit:
@@ -137,6 +137,7 @@ def _told(card: Card) -> dict[str, Any]:
         "vendor": card.vendor,
         "architecture": card.architecture,
         "memory_bytes": card.memory,
+        "visible_bytes": card.visible,
         "usable_bytes": dict(zip(("low", "high"), card.usable, strict=True)),
         "bytes_per_second": card.bandwidth,
         "flops": card.rates,

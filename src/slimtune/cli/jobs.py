@@ -6,7 +6,6 @@ Each job is the recipe that would train it, so that what is planned is what `sli
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from .common import error_console
 if TYPE_CHECKING:
     from ..models.known import Outline
     from ..plan.cards import Card
-    from ..plan.plan import Request
     from ..plan.result import Plan
     from ..recipe import Recipe
 
@@ -78,7 +76,8 @@ class Asked:
         unfit: why, for methods that no recipe could be made of.
         outline: the base.
         with_data: the rows to train on were named.
-        rows: tokens of the longest row, and of a whole run; None where no rows were read.
+        lengths: tokens of every training row; empty where no rows were read.
+        tokens: of a whole run; None likewise.
         beyond: what a recipe does not say: optimizer and quantization, where they were given.
     """
 
@@ -86,7 +85,8 @@ class Asked:
     unfit: dict[str, SlimtuneError]
     outline: Outline
     with_data: bool
-    rows: tuple[int, int] | None
+    lengths: list[int]
+    tokens: int | None
     beyond: dict[str, str]
 
     @property
@@ -146,49 +146,18 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
         recipe.require_files()
     model = recipe.model
     outline = outline_of(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    lengths = _lengths(recipe, outline) if with_data else []
+    t = recipe.train
+    rounds = t.epochs if t.max_steps is None else t.max_steps * t.batch_size * t.accumulate / max(len(lengths), 1)
     beyond = {"optimizer": given["optimizer"], "quantization": quant}
     return Asked(
         recipes=recipes,
         unfit=unfit,
         outline=outline,
         with_data=with_data,
-        rows=_rows(recipe, outline) if with_data else None,
+        lengths=lengths,
+        tokens=round(rounds * sum(lengths)) or None,
         beyond={k: v for k, v in beyond.items() if v is not None},
-    )
-
-
-def request_of(recipe: Recipe, outline: Outline, card: Card, rows: tuple[int, int] | None = None) -> Request:
-    """Return what the planner is asked for a recipe on a card.
-
-    Args:
-        recipe: the recipe.
-        outline: its base.
-        card: where it is to run.
-        rows: tokens of the longest row, and of the whole run; None: as long as the recipe lets a row be.
-    """
-    from ..plan.plan import Request
-
-    t = recipe.train
-    longest, tokens = rows or (recipe.data.max_seq_len, None)
-    batch, accumulate = t.batch_size, t.accumulate
-    if t.tokens_at_once != "auto":
-        batch = min(t.batch_size, max(1, t.tokens_at_once // longest))
-        accumulate = math.ceil(t.batch_size * t.accumulate / batch)
-    return Request(
-        outline=outline,
-        card=card,
-        methods=(recipe.method.name,),
-        settings=recipe.method.settings,
-        batch=batch,
-        seq_len=longest,
-        accumulate=accumulate,
-        dtype=recipe.model.dtype,
-        optimizer=t.optimizer,
-        checkpointing=t.gradient_checkpointing,
-        packing=t.packing,
-        divide=t.tokens_at_once == "auto",
-        keep=t.keep_checkpoints,
-        tokens=tokens,
     )
 
 
@@ -207,12 +176,13 @@ def plans_of(asked: Asked, card: Card, *, quick: bool = False) -> tuple[list[Pla
         SlimtuneError: none can be planned.
     """
     from ..plan.plan import plan_of
+    from ..plan.request import request_of
 
     found: list[Plan] = []
     unfit = dict(asked.unfit)
     for name, recipe in asked.recipes.items():
         beyond: dict[str, Any] = {"methods": (name,), **asked.beyond}
-        request = dataclasses.replace(request_of(recipe, asked.outline, card, asked.rows), **beyond)
+        request = dataclasses.replace(request_of(recipe, card, asked.lengths), **beyond)
         error_console().print(f"planning {asked.outline.name}, {name}, on {card.name}", markup=False, style="dim")
         try:
             found.append(plan_of(request, name, quick=quick or len(asked.recipes) > 1))
@@ -223,25 +193,23 @@ def plans_of(asked: Asked, card: Card, *, quick: bool = False) -> tuple[list[Pla
     return found, unfit
 
 
-def _rows(recipe: Recipe, outline: Outline) -> tuple[int, int] | None:
-    """Return the tokens of the longest training row, and of all rows in a whole run.
+def _lengths(recipe: Recipe, outline: Outline) -> list[int]:
+    """Return the tokens of every training row.
 
-    None where the base's tokenizer is not on this disk: nothing is downloaded for a plan.
+    Empty where the base's tokenizer is not on this disk: nothing is downloaded for a plan.
     """
     from ..build import rows_of
     from ..models.load import load_tokenizer
 
-    m, t, screen = recipe.model, recipe.train, error_console()
+    m, screen = recipe.model, error_console()
     if not _is_here(outline.spec):
         why = f"the tokenizer of {outline.spec} is not on this disk"
         screen.print(f"rows are not read, {why}: taken to be up to {recipe.data.max_seq_len} tokens long", markup=False)
-        return None
+        return []
     how: dict[str, Any] = {"trust_remote_code": m.trust_remote_code, "revision": m.revision}
     rows = rows_of(recipe, load_tokenizer(outline.spec, chat_template=recipe.data.chat_template, **how))
     screen.print(f"rows: {rows.train_report.text()}", markup=False, style="dim")
-    lengths = [len(row["input_ids"]) for row in rows.train]
-    rounds = t.epochs if t.max_steps is None else t.max_steps * t.batch_size * t.accumulate / len(lengths)
-    return max(lengths), round(rounds * sum(lengths))
+    return [len(row["input_ids"]) for row in rows.train]
 
 
 def _is_here(spec: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
 
 MILLION = 1_000_000
 VERDICTS = {
-    "fits": "{} fits on {}.",
-    "tight": "{} is tight on {}: it may run out of memory.",
-    "does not fit": "{} does not fit on {}.",
+    "fits": "{} fits on {}",
+    "tight": "{} is tight on {}, it may run out of memory",
+    "does not fit": "{} does not fit on {}",
 }
 
 
@@ -94,7 +95,7 @@ def plan(
         _write(write, asked, found[0])
     if plot is not None:
         draw(found, plot)
-    costs = [_cost(p, card, asked.rows, price) for p in found]
+    costs = [_cost(p, card, asked.tokens, price) for p in found]
     if not as_json:
         screen = console()
         for shown in _one(found[0], costs[0]) if len(found) == 1 else [_several(found)]:
@@ -164,7 +165,7 @@ def _write(path: Path, asked: jobs.Asked, plan: Plan) -> None:
     (recipe,) = asked.recipes.values()
     # A plan knows names of bases that nothing can be loaded by: the recipe says where the weights are.
     base = recipe.model.model_copy(update={"name": asked.outline.spec})
-    note = f"# {verdict_text(plan)} It needs {between(*plan.need)} of {between(*plan.usable_bytes)}.\n"
+    note = f"# {verdict_text(plan)}: {plan.reason}\n"
     write_atomic(path, note + recipe.model_copy(update={"model": base}).to_yaml())
 
 
@@ -182,19 +183,19 @@ def _told(
     }
 
 
-def _cost(plan: Plan, card: Card, rows: tuple[int, int] | None, price: float | None) -> tuple[int, Cost] | None:
+def _cost(plan: Plan, card: Card, tokens: int | None, price: float | None) -> tuple[int, Cost] | None:
     """Return tokens, and what training on them takes: the run's, or a million where the rows were not read."""
     from ..plan.pace import cost
 
     if plan.tokens_per_second is None:
         return None
-    tokens = rows[1] if rows is not None else MILLION
+    tokens = MILLION if tokens is None else tokens
     return tokens, cost(plan.tokens_per_second, tokens, card, dollars_per_hour=price)
 
 
 def _one(plan: Plan, cost: tuple[int, Cost] | None) -> Iterator[Any]:
     """Yield what people see of one plan: verdict, memory by part, figures, advice."""
-    yield Text(verdict_text(plan), style="bold")
+    yield Text(f"{verdict_text(plan)}:", style="bold")
     yield Text(f"{plan.reason}\n")
     yield _memory(plan)
     yield ""
@@ -219,7 +220,7 @@ def _memory(plan: Plan) -> Table:
     rows, evidence = _evidenced("memory", ""), plan.evidence
     for part, size in plan.parts.items():
         if part != "runtime":
-            rows.add_row(part, bytes_text(size), evidence.get(part, evidence.get("parts", "")))
+            rows.add_row(part, bytes_text(size), _kind(evidence, "parts").partition(";")[0])
     for name, text, field in (
         ("tensors, at most", bytes_text(plan.allocated_bytes), "allocated_bytes"),
         ("reserved for them", between(*plan.reserved_bytes), "reserved_bytes"),
@@ -227,8 +228,13 @@ def _memory(plan: Plan) -> Table:
         ("needed", between(*plan.need), "need_bytes"),
         ("usable", between(*plan.usable_bytes), "usable_bytes"),
     ):
-        rows.add_row(name, text, evidence.get(field, ""))
+        rows.add_row(name, text, _kind(evidence, field))
     return rows
+
+
+def _kind(evidence: Mapping[str, str], field: str) -> str:
+    """Return a figure's evidence without its source, which `--json` gives."""
+    return re.sub(r" \(.*\)", "", evidence.get(field, ""))
 
 
 def _figures(plan: Plan, cost: tuple[int, Cost] | None) -> Table:
@@ -236,7 +242,8 @@ def _figures(plan: Plan, cost: tuple[int, Cost] | None) -> Table:
     share = f"{100 * plan.trainable_fraction:.3g} %"
     at_most = "at most " if plan.adapter_bytes_at_most else ""
     for name, text, field in (
-        ("in a pass", f"{_rows(plan.batch)} of {plan.seq_len} tokens", "batch"),
+        ("in a pass", f"{_some(plan.batch, 'rows')}, {plan.tokens_at_once} tokens", "batch"),
+        ("longest of them", f"{plan.seq_len} tokens", "seq_len"),
         ("passes in a step", str(plan.passes), "passes"),
         ("weights held in", plan.dtype, "dtype"),
         ("trained parameters", f"{count_text(plan.trainable_params)} ({share})", "trainable_params"),
@@ -246,17 +253,17 @@ def _figures(plan: Plan, cost: tuple[int, Cost] | None) -> Table:
         (f"longest row, {plan.batch} in a pass", _some(plan.max_seq_len, "tokens"), "max_seq_len"),
         (f"most rows of {plan.seq_len} in a pass", _some(plan.max_batch_size, "rows"), "max_batch_size"),
     ):
-        rows.add_row(name, text, plan.evidence.get(field, ""))
-    evidence = plan.evidence.get("tokens_per_second", "")
+        rows.add_row(name, text, _kind(plan.evidence, field))
     if plan.tokens_per_second is None or cost is None:
-        rows.add_row("tokens in a second", "not known", evidence)
+        rows.add_row("tokens in a second", "not known", "")
         return rows
-    rows.add_row("tokens in a second", between(*plan.tokens_per_second, "{:.0f}".format), evidence)
+    speed = between(*plan.tokens_per_second, "{:.0f}".format)
+    rows.add_row("tokens in a second", speed, _kind(plan.evidence, "tokens_per_second"))
     tokens, takes = cost
     name = "a million tokens" if tokens == MILLION else f"the run, {count_text(tokens)} tokens"
-    rows.add_row(name, between(3600 * takes.hours.low, 3600 * takes.hours.high, seconds_text), evidence)
+    rows.add_row(name, between(3600 * takes.hours.low, 3600 * takes.hours.high, seconds_text), "computed from these")
     if takes.kwh is not None:
-        rows.add_row("", between(*takes.kwh, "{:.2g} kWh".format), evidence)
+        rows.add_row("", between(*takes.kwh, "{:.2g} kWh".format), "computed from the board's power")
     if takes.rent is not None:
         rows.add_row("", between(*takes.rent, "{:.2g} $".format), _prices(takes))
     return rows
@@ -272,12 +279,8 @@ def _line(e: SlimtuneError) -> str:
     return " ".join(e.got.split())
 
 
-def _rows(n: int) -> str:
-    return "1 row" if n == 1 else f"{n} rows"
-
-
 def _some(n: int, what: str) -> str:
-    return f"{n} {what}" if n else "none fits"
+    return f"{n} {what if n > 1 else what.removesuffix('s')}" if n else "none fits"
 
 
 def _several(plans: Sequence[Plan]) -> Table:
@@ -312,7 +315,7 @@ def _served(served: Served) -> Iterator[Any]:
     yield Text(f"{served.precision}, {how}, {served.context} tokens of context: {served.reason}\n")
     rows, evidence = _evidenced("memory", ""), served.evidence
     for part, size in served.parts.items():
-        rows.add_row(part, bytes_text(size), evidence.get(part, evidence.get("parts", "")))
+        rows.add_row(part, bytes_text(size), _kind(evidence, part))
     for name, text, field in (
         ("buffers", between(*served.compute_bytes), "compute_bytes"),
         ("runtime", between(*served.runtime_bytes), "runtime_bytes"),
@@ -321,5 +324,5 @@ def _served(served: Served) -> Iterator[Any]:
         ("file", bytes_text(served.file_bytes), "file_bytes"),
         ("longest context", _some(served.max_context or 0, "tokens"), "max_context"),
     ):
-        rows.add_row(name, text, evidence.get(field, ""))
+        rows.add_row(name, text, _kind(evidence, field))
     yield rows

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UsageError
+from ..errors import ModelError, RunError, UsageError
 from ..units import bytes_text, count_text, seconds_text
-from .common import Json, SetOption, console, table
+from .common import Json, SetOption, console, error_console, table
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
 
 FLAGS = {
     "model": "model.name",
@@ -68,6 +71,7 @@ def train_run(
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Let the base run code of its own.", show_default=False)
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Train even if the plan says it does not fit.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that lies in --out.")] = False,
     continue_from: Annotated[
         Path | None, typer.Option("--continue", metavar="ADAPTER", help="Start from this adapter's weights.")
@@ -101,10 +105,38 @@ def train_run(
 
     from ..train.run import train
 
-    result = train(settings, resume=resume, continue_from=continue_from)
+    result = train(settings, resume=resume, continue_from=continue_from, planner=_planner(force))
     if not as_json:
         _show(result, settings.data)
     return dict(result)
+
+
+def _planner(force: bool) -> Callable[[Recipe, Sequence[int]], dict[str, Any] | None]:
+    """Return what plans a run on this machine, says it, and refuses what does not fit."""
+
+    def ask(recipe: Recipe, lengths: Sequence[int]) -> dict[str, Any] | None:
+        from ..plan.cards import this_machine
+        from ..plan.plan import plan_of
+        from ..plan.request import request_of
+
+        screen = error_console()
+        try:
+            request = request_of(recipe, this_machine(recipe.model.device), lengths)
+            plan = plan_of(request, recipe.method.name, quick=True, advise=not force)
+        except ModelError as e:
+            screen.print(f"not planned: {e.got}", markup=False)
+            return None
+        screen.print(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})", markup=False)
+        if plan.verdict == "does not fit" and not force:
+            best = [f"{a.change} saves {bytes_text(a.saves)} ({a.verdict})" for a in plan.advice[:4]]
+            raise RunError(
+                f"this run does not fit: {plan.reason}",
+                "; or ".join(best),
+                "change it so, or --force to try all the same",
+            )
+        return plan.to_dict()
+
+    return ask
 
 
 def _show(result: Mapping[str, Any], data: Any) -> None:

@@ -99,9 +99,9 @@ def _read(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
         raise UsageError(f"{path} cannot be read: {e}", "a config.json") from e
     except json.JSONDecodeError as e:
         raise ModelError(f"{path} is not JSON: line {e.lineno}: {e.msg}", "a model's config.json") from e
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    kind = str(raw.get("model_type") or "") if isinstance(raw, dict) else ""
     if kind not in CONFIG_MAPPING and not (trust_remote_code and kind):
-        what = "has no model_type" if kind is None else f"is of the unknown model_type {kind!r}"
+        what = "has no model_type" if not kind else f"is of the unknown model_type {kind!r}"
         raise ModelError(
             f"{path} {what}{nearest(kind, CONFIG_MAPPING) if kind else ''}",
             "the config.json of a model that transformers knows",

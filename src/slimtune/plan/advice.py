@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .job import Job
-from .quantize import KINDS
 from .result import Advice, Plan, Verdict
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def _changes(job: Job) -> list[tuple[str, Callable[[Job], Job]]]:
     if job.method is None:
         return changes
     if job.quantization != "nf4":
-        changes += [(f"--quant {kind}", lambda j, kind=kind: replace(j, quantization=kind)) for kind in KINDS]
+        changes += [(f"--quant {kind}", partial(replace, quantization=kind)) for kind in ("nf4", "int8")]
     if max(job.lengths) > 256:
         shorter = max(job.lengths) // 2
         changes.append(

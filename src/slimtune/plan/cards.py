@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from ..errors import UsageError, listed, nearest
+from ..models.dtype import pick_device
 
 GIB = 1 << 30
 UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30,
@@ -29,6 +30,7 @@ class Card:
         vendor: nvidia, amd, intel or apple; "" where it is not known.
         architecture: the vendor's name.
         memory: bytes as sold.
+        visible: bytes that the driver shows: less where error correction takes its part.
         bandwidth: bytes a second, None where it is not known.
         rates: dense floating point operations a second by dtype, those it has.
         flash: flash attention runs on it.
@@ -42,6 +44,7 @@ class Card:
     vendor: str
     architecture: str
     memory: int
+    visible: int
     bandwidth: float | None = None
     rates: dict[str, float] | None = None
     flash: bool = True
@@ -52,6 +55,7 @@ class Card:
     @property
     def device(self) -> Literal["cpu", "cuda", "mps"]:
         """The kind of device torch calls it."""
+        # What torch calls xpu takes the same kernels as far as memory goes.
         return "cpu" if self.kind == "cpu" else "mps" if self.vendor == "apple" else "cuda"
 
     @property
@@ -63,32 +67,43 @@ class Card:
     def usable(self) -> tuple[int, int]:
         """Bytes a job can have, (surely, at most).
 
-        A GPU keeps 1 to 2 % for itself, and up to 3 % more where it drives a display; macOS gives the GPU two thirds of
-        a small memory and three quarters of a large one (`recommendedMaxWorkingSetSize`); a CPU's is what is free.
+        A card that drives a display gives it up to a twentieth; macOS gives the GPU two thirds of a small memory and
+        three quarters of a large one (`recommendedMaxWorkingSetSize`); a CPU's is what is free.
         """
         if self.kind == "cpu":
-            return self.memory, self.memory
-        if self.unified:
+            return self.visible, self.visible
+        if self.vendor == "apple":
             share = 0.66 if self.memory <= 36 * GIB else 0.75
-            return int(share * self.memory), int(max(share, 0.75) * self.memory)
-        return int(0.955 * self.memory), int(0.985 * self.memory)
+            return int(share * self.memory), int(0.75 * self.memory)
+        surely = 0.98 if self.kind == "datacentre" else 0.955
+        return int(surely * self.visible), int(0.99 * self.visible)
 
 
 @cache
 def cards() -> tuple[Card, ...]:
     """Return every card of the table."""
-    with (files(__package__) / "gpus.csv").open(encoding="utf-8", newline="") as f:
-        return tuple(_card(row) for row in csv.DictReader(f))
+    return tuple(_names().values())
 
 
 @cache
 def _names() -> dict[str, Card]:
-    found: dict[str, Card] = {}
-    with (files(__package__) / "gpus.csv").open(encoding="utf-8", newline="") as f:
-        for card, row in zip(cards(), csv.DictReader(f), strict=True):
-            for name in (row["name"], *row["aliases"].split(";")):
-                found.setdefault(_plain(name), card)
+    """Return the cards by their plain names, each once."""
+    return {_plain(row["name"]): _card(row) for row in _rows()}
+
+
+@cache
+def _aliases() -> dict[str, list[Card]]:
+    """Return the cards that a name can mean, in plain spelling; the first is the usual one."""
+    found: dict[str, list[Card]] = {}
+    for row in _rows():
+        for name in {row["name"], *filter(None, row["aliases"].split(";"))}:
+            found.setdefault(_plain(name), []).append(_names()[_plain(row["name"])])
     return found
+
+
+def _rows() -> list[dict[str, str]]:
+    text = (files(__package__) / "gpus.csv").read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
 
 
 def _plain(name: str) -> str:
@@ -101,16 +116,16 @@ def find_card(name: str) -> Card:
     Raises:
         UsageError: there is none; the nearest name is given.
     """
-    card = _names().get(_plain(name))
-    if card is None:
-        known = {c.name for c in cards()}
+    found = _aliases().get(_plain(name))
+    if found is None:
+        known = [c.name for c in cards()]
         close = nearest(name.lower().replace(" ", "-"), known)
         raise UsageError(
             f"there is no card {name!r} in the table{close}",
             "a name that `slimtune gpus` lists",
             "or give its memory alone: --vram 24GiB",
         )
-    return card
+    return found[0]
 
 
 def memory_card(text: str) -> Card:
@@ -120,7 +135,7 @@ def memory_card(text: str) -> Card:
         UsageError: that is no number of bytes above 0.
     """
     size = parse_bytes(text)
-    return Card(f"{text} of GPU memory", "memory", "", "", size, source="given")
+    return Card(f"{text} of GPU memory", "memory", "", "", size, size, source="given")
 
 
 def parse_bytes(text: str) -> int:
@@ -136,18 +151,23 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
-def this_machine() -> Card:
-    """Return the machine's own GPU, or its memory where it has none."""
-    if torch.cuda.is_available():
+def this_machine(device: str = "auto") -> Card:
+    """Return the machine's own GPU, or its memory where it has none or the CPU is asked for.
+
+    Args:
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+    """
+    kind = pick_device(device).type
+    if kind == "cuda":
         name = torch.cuda.get_device_name()
-        known = _names().get(_plain(name))
-        free, total = torch.cuda.mem_get_info()
-        if known is not None and abs(known.memory - total) < 0.1 * total:
-            return known
-        return Card(name, "memory", "", "", total, source="this machine")
-    if torch.backends.mps.is_available():
-        return Card("this Mac", "mac", "apple", "", psutil.virtual_memory().total, unified=True, source="this machine")
-    return Card("this machine", "cpu", "", "", psutil.virtual_memory().available, source="this machine")
+        total = torch.cuda.mem_get_info()[1]
+        known = (c for c in _aliases().get(_plain(name), []) if abs(c.visible - total) < 0.05 * total)
+        return next(known, Card(name, "memory", "", "", total, visible=total, source="this machine"))
+    if kind == "mps":
+        total = psutil.virtual_memory().total
+        return Card("this Mac", "mac", "apple", "", total, total, unified=True, source="this machine")
+    free = psutil.virtual_memory().available
+    return Card("this machine", "cpu", "", "", free, free, source="this machine")
 
 
 def _card(row: dict[str, str]) -> Card:
@@ -158,6 +178,7 @@ def _card(row: dict[str, str]) -> Card:
         vendor=row["vendor"],
         architecture=row["architecture"],
         memory=int(float(row["memory_gib"]) * GIB),
+        visible=int(float(row["visible_gib"] or row["memory_gib"]) * GIB),
         bandwidth=float(row["bandwidth_gbs"]) * 1e9,
         rates={dtype: float(row[field]) * 1e12 for dtype, field in fields.items() if row[field]},
         flash=row["flash"] == "yes",

@@ -22,8 +22,8 @@ import numpy as np
 
 from ..errors import UsageError
 from ..ops.tree_attention import filled
-from .job import Job
 from .fake import held_by
+from .job import Job
 from .trace import BACKWARD, BLOCK, Trace, trace
 
 DEPTHS = (2, 3)

@@ -201,5 +201,4 @@ def _shown(plans: Sequence[Plan], usable: Sequence[float], most: int) -> float:
 
 
 def _title(plan: Plan) -> str:
-    rows = f"{plan.batch} rows" if plan.batch > 1 else "1 row"
-    return f"{plan.model}: {rows} of {plan.seq_len} tokens in a pass"
+    return f"{plan.model}: {plan.tokens_at_once} tokens in a pass, rows of up to {plan.seq_len}"

@@ -143,12 +143,11 @@ class _By8bit(torch.autograd.Function):
         ctx.x = x
         if kind_of_device(x.device) == "cpu":
             return F.linear(x, layer.rounded(x.dtype), bias)
-        rows, scales = _rounded_rows(x.reshape(-1, layer.in_features))
-        sums = torch._int_mm(rows, layer.weight.t())
+        rounded = _rounded_rows(x.reshape(-1, layer.in_features))
+        sums = torch._int_mm(rounded[0], layer.weight.t())
         y = sums.to(torch.float16)
         if bias is not None:
             y.add_(bias)
-        del scales  # lies there until here
         return y.to(x.dtype).view(*x.shape[:-1], layer.out_features)
 
     @staticmethod

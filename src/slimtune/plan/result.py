@@ -51,6 +51,7 @@ class Plan:
         dtype: of the base's weights; "nf4" or "int8" where it is quantized.
         batch: rows in one pass.
         seq_len: tokens of the longest row.
+        tokens_at_once: tokens in one pass.
         passes: passes in an optimizer step.
         trainable_params: parameters that train.
         total_params: all parameters, the adapter's with them.
@@ -79,6 +80,7 @@ class Plan:
     dtype: str
     batch: int
     seq_len: int
+    tokens_at_once: int
     passes: int
     trainable_params: int
     total_params: int

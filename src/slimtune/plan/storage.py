@@ -19,6 +19,9 @@ from torch.utils.flop_counter import flop_registry
 
 STATE = ("weights", "adapters", "gradients", "optimizer")
 PARTS = (*STATE, "activations", "logits")
+_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+_ALONE = (4, 2)
+"""References to a tensor that autograd hands to an operator, and to its storage, where nothing else holds it."""
 
 
 class Storages(TorchDispatchMode):
@@ -57,6 +60,8 @@ class Storages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run an operator and count what it made."""
         kwargs = kwargs or {}
+        if func is _ADD and _sums_gradients(*args):
+            func = _ADD_IN_PLACE  # as autograd does with real tensors, but not with fakes
         out = func(*args, **kwargs)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
@@ -103,7 +108,12 @@ class Storages(TorchDispatchMode):
             return
         counted = flop_registry.get(func._overloadpacket)
         operations = counted(*args, **kwargs, out_val=out) if counted else 0
-        moved = sum(
-            t.numel() * t.element_size() for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor)
-        )
+        moved = sum(t.numel() * t.element_size() for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor))
         self.work[operations, moved, made.dtype] += 1
+
+
+def _sums_gradients(so_far: Any, more: Any) -> bool:
+    """Return whether autograd adds a gradient to a sum that only autograd holds."""
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or so_far.shape != more.shape:
+        return False
+    return (so_far._use_count(), torch._C._storage_Use_Count(so_far.untyped_storage()._cdata)) == _ALONE

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,11 +204,9 @@ def _fill_gradients(trained: Iterable[torch.nn.Parameter]) -> None:
 
 
 def _stepped(model: Any) -> None:
-    if hasattr(model, "update_and_allocate"):
-        try:
-            model.update_and_allocate(1)
-        except DataDependentOutputException:
-            pass  # AdaLoRA chooses ranks by their scores; what it keeps for that was made before
+    # AdaLoRA chooses ranks by their scores; what it keeps for that was made before.
+    with suppress(DataDependentOutputException):
+        getattr(model, "update_and_allocate", lambda _: None)(1)
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:

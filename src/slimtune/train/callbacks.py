@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers import TrainerCallback
 
 from ..runs import RunFolder
 from ..units import bytes_text, seconds_text
+from .probe import peak_bytes
 from .trainer import SlimTrainer
 
 
@@ -162,14 +162,6 @@ def memory_now(device: torch.device) -> int:
             return int(f.read().split()[1]) * resource.getpagesize()
     except OSError:
         return peak_bytes(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Return the most bytes held at once: the GPU allocator's, or this process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
-from ..build import Rows, adapted, base_of, collator_of, continuing, rows_of
+from ..build import Rows, adapted, base_of, collator_of, continuing, rows_of, tokenizer_of
 from ..contract.layout import laid_out
 from ..data.collate import Collator
 from ..data.packs import divided, lay
@@ -29,7 +30,8 @@ from ..runs import ADAPTER_FILE, RunFolder, json_text, write_atomic
 from ..step import compile_layers
 from ..units import bytes_text, count_text
 from . import checkpoints
-from .callbacks import Pace, Watch, peak_bytes, rate, stop_on_interrupt
+from .callbacks import Pace, Watch, rate, stop_on_interrupt
+from .probe import peak_bytes, probe
 from .report import write_report
 from .trainer import SlimTrainer
 
@@ -41,13 +43,21 @@ class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C, with a checkpoint."""
 
 
-def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = None) -> dict[str, Any]:
+Planner = Callable[[Recipe, Sequence[int]], Mapping[str, Any] | None]
+"""Plans a recipe for rows of so many tokens each and gives the plan as plain values, or raises where it will not run;
+None: it could not be planned."""
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, continue_from: Path | None = None, planner: Planner = lambda *_: None
+) -> dict[str, Any]:
     """Run a recipe; return what `slimtune train --json` prints.
 
     Args:
         recipe: what to do.
         resume: go on from the newest whole checkpoint in the recipe's run folder (from the start if there is none).
         continue_from: start from this adapter's weights (a run or an adapter folder).
+        planner: asked before a weight is loaded; training keeps to its plan, and says where it was off.
 
     Raises:
         UsageError: what was asked for cannot be carried out; nothing was written.
@@ -60,6 +70,10 @@ def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = 
     if continue_from is not None:
         recipe = continuing(recipe, continue_from)
     began = time.perf_counter()
+    rows = rows_of(recipe, tokenizer_of(recipe))
+    if not rows.train:
+        raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
+    plan = planner(recipe, [len(e["input_ids"]) for e in rows.train + rows.validation])
     base = base_of(recipe)
     if base.dtype == torch.float16:
         raise UsageError(
@@ -67,9 +81,6 @@ def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = 
             "bfloat16 or float32 for training",
             "--dtype bfloat16 or --dtype float32",
         )
-    rows = rows_of(recipe, base.tokenizer)
-    if not rows.train:
-        raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     model = adapted(base, recipe, continue_from)
     fresh = run is None
     if run is None:
@@ -80,8 +91,11 @@ def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = 
     if continue_from is not None:
         watch.say(f"continuing from {continue_from}, with its settings of the method")
     _describe(watch, base, rows, model)
+    most = peak_bytes(base.device)
     try:
-        trainer, pace = _trainer(recipe, run, base, rows, model, watch)
+        trainer, pace = _trainer(recipe, run, base, rows, model, watch, plan)
+        if plan is not None:
+            _probe(trainer, run, rows, plan, watch)
     except SlimtuneError:
         watch.close()
         if fresh:  # nothing was trained: the same --out is free for the corrected command
@@ -101,7 +115,7 @@ def train(recipe: Recipe, *, resume: bool = False, continue_from: Path | None = 
         step = trainer.state.global_step
         watch.say(f"stopped at step {step}; go on with: slimtune train {run.recipe_file} --resume")
         raise Interrupted(f"stopped at step {step}")
-    return _finish(recipe, run, base, rows, trainer, pace, watch, prepared)
+    return _finish(recipe, run, base, rows, trainer, pace, watch, prepared, most)
 
 
 def _open(recipe: Recipe) -> RunFolder:
@@ -169,7 +183,7 @@ def _describe(watch: Watch, base: Base, rows: Rows, model: Any) -> None:
 
 
 def _trainer(
-    recipe: Recipe, run: RunFolder, base: Base, rows: Rows, model: Any, watch: Watch
+    recipe: Recipe, run: RunFolder, base: Base, rows: Rows, model: Any, watch: Watch, plan: Mapping[str, Any] | None
 ) -> tuple[SlimTrainer, Pace]:
     t = recipe.train
     rows_a_step = t.batch_size * t.accumulate
@@ -206,6 +220,8 @@ def _trainer(
         torch.cuda.set_device(base.device)
     longest = max(len(e["input_ids"]) for e in rows.train + rows.validation)
     collator = collator_of(recipe, model, base.tokenizer, longest)
+    if plan is not None and collator.room is not None:
+        collator.room = min(collator.room, max(longest, plan["tokens_at_once"]))
     watch.say(laid_text(collator, rows, rows_a_step))
     if t.compile:
         watch.say(f"{compile_layers(model)} layers will be compiled as they first run, which takes a while")
@@ -226,6 +242,13 @@ def _trainer(
     return trainer, pace
 
 
+def _probe(trainer: SlimTrainer, run: RunFolder, rows: Rows, plan: Mapping[str, Any], watch: Watch) -> None:
+    """Run the longest pass, say what it takes, and write that beside the plan."""
+    found = probe(trainer.model, trainer.collator, rows.train, trainer.args.per_device_train_batch_size, plan)
+    watch.say(found.text())
+    write_atomic(run.plan_file, json_text({"plan": plan, "probe": found.to_dict()}, indent=2) + "\n")
+
+
 def _resume_from(run: RunFolder, start: Path | None, watch: Watch) -> None:
     """Say where the run goes on, and take back the metrics of steps that will be done again."""
     step = checkpoints.step_of(start) if start else 0
@@ -243,6 +266,7 @@ def _finish(
     pace: Pace,
     watch: Watch,
     prepared: float,
+    most: int,
 ) -> dict[str, Any]:
     """Take the best adapter, write it with the run's record, and return the result."""
     best = trainer.best_step()
@@ -284,7 +308,7 @@ def _finish(
         "adapter_bytes": (run.adapter / ADAPTER_FILE).stat().st_size,
         "trainable_params": trained,
         "total_params": every,
-        "peak_bytes": peak_bytes(base.device),
+        "peak_bytes": max(most, peak_bytes(base.device)),
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),
     }

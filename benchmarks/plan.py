@@ -1,0 +1,223 @@
+"""What a plan says a step takes, beside what a real step took: memory by torch's own allocator events.
+
+    python benchmarks/plan.py [METHOD ...] [--base NAME ...] [--json FILE]
+
+Every method with its recipe's defaults, LoRA with DoRA, and full fine-tuning, on four architectures: the real shapes of
+SmolLM2-135M and of GPT-2, and Qwen 2 and Gemma 2 made smaller. Dtype, checkpointing, rows and their lengths, passes and
+the way rows are laid change from case to case. Weights are random: no byte hangs on what they are.
+
+    plan      `slimtune.plan.trace` on fake tensors
+    real      what lies there after one optimizer step (state), and at the highest point of the next (peak): sums of the
+              `[memory]` events that torch's profiler records while the model is built, adapted and trained
+
+Mean and worst are those of the peak's error. Exit code 1: a mean of 0.5 % or more, or a worst of 2 % or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: its profiler would write to stderr
+
+import torch
+import transformers as tf
+from methods import NEEDED
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from slimtune import get_peft_model
+from slimtune.build import OPTIMIZERS, optimizer_of
+from slimtune.contract.layout import laid_out
+from slimtune.contract.registry import built_in, config_class
+from slimtune.models.load import load_config
+from slimtune.plan.job import Job
+from slimtune.plan.trace import trace
+from slimtune.recipe.method import resolved
+from slimtune.step import accumulated, collator_for
+from slimtune.units import bytes_text
+
+MEAN, WORST = 0.5, 2.0
+"""Errors of the peak that are too large, in per cent."""
+STEP = "the step that is looked at"
+BASES: dict[str, Any] = {
+    "smollm2-135m": lambda: load_config("smollm2-135m"),
+    "gpt2": lambda: tf.GPT2Config(),
+    "qwen2": lambda: tf.Qwen2Config(
+        hidden_size=640, intermediate_size=2560, num_hidden_layers=10, num_attention_heads=10, num_key_value_heads=2,
+        vocab_size=64_000, tie_word_embeddings=True,
+    ),
+    "gemma2": lambda: tf.Gemma2Config(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, vocab_size=64_000, sliding_window=256,
+    ),
+}  # fmt: skip
+METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "full": (None, {}),
+    "lora, DoRA": ("lora", {"use_dora": True}),
+    **{name: (name, NEEDED.get(name, {})) for name in built_in()},
+}
+OWN = {("bitfit", "gpt2"): {}, ("bitfit", "qwen2"): {}}
+"""Settings for bases that have biases."""
+KINDS = [(d, c) for d in (torch.float32, torch.bfloat16) for c in (False, True)]
+ROWS: list[tuple[tuple[int, ...], bool]] = [  # lengths, and whether they lie in one sequence
+    ((512,), True),
+    ((300, 200, 100), True),
+    ((256, 256), False),
+    ((1024,), True),
+    ((320, 180), False),
+    ((128,) * 6, True),
+    ((700, 300), True),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    base: str
+    method: str
+    dtype: torch.dtype
+    checkpointing: bool
+    lengths: tuple[int, ...]
+    packing: bool
+    passes: int
+
+    def job(self) -> Job:
+        return Job(
+            BASES[self.base](), self.config(), self.dtype, self.lengths, self.passes, "cpu", self.checkpointing,
+            packing=self.packing,
+        )  # fmt: skip
+
+    def config(self) -> Any:
+        name, settings = METHODS[self.method]
+        if name is None:
+            return None
+        cls = config_class(name)
+        return cls(**resolved(OWN.get((self.method, self.base), settings), cls))
+
+
+def cases(methods: list[str], bases: list[str]) -> Iterator[Case]:
+    """Each method twice on SmolLM2 and once on the others; what else there is to vary goes round."""
+    rows = itertools.cycle(ROWS)
+    for number, method in enumerate(METHODS):
+        for turn, base in enumerate(["smollm2-135m", *BASES]):
+            # Of the two on SmolLM2 one is fp32 and one bf16, one checkpointed and one not.
+            kind = number + turn if turn else 3 - number
+            (dtype, checkpointing), (lengths, packing) = KINDS[kind % 4], next(rows)
+            case = Case(base, method, dtype, checkpointing, lengths, packing, 1 + (number + turn) % 2)
+            if method in methods and base in bases:
+                yield case
+
+
+def planned(job: Job) -> tuple[int, int]:
+    """Return bytes of state, and at the step's highest point."""
+    found = trace(job)
+    return sum(found.state.values()), found.step
+
+
+def measured(job: Job) -> tuple[int, int]:
+    """Build, adapt and train for two optimizer steps; return the same by the allocator's events."""
+    gc.collect()  # what is left of the case before must not be freed during this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
+        _train(job)
+    found = done.profiler.kineto_results.events()
+    begin, end = next((e.start_ns(), e.end_ns()) for e in found if e.name() == STEP)
+    events = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
+    state = sum(size for at, size in events if at < begin)
+    during = itertools.accumulate((size for at, size in events if begin <= at <= end), initial=state)
+    return state, max(during)
+
+
+def _train(job: Job) -> None:
+    torch.manual_seed(0)
+    model: Any = tf.AutoModelForCausalLM.from_config(job.base, dtype=job.dtype)
+    if job.method is not None:
+        model = get_peft_model(model, job.method)
+        job.method.begins(100)
+    if job.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    optimizer = optimizer_of(model, job.optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    collator = collator_for(model, 0, packing=job.packing, share=False)
+    vocabulary = model.config.get_text_config().vocab_size
+
+    def step(number: int) -> None:
+        rows = [torch.randint(vocabulary, (n,)).tolist() for _ in range(job.passes) for n in job.lengths]
+        examples = [{"input_ids": row, "labels": row} for row in rows]
+        size = len(job.lengths)
+        packs = [collator(examples[at : at + size]) for at in range(0, len(examples), size)]
+        accumulated(model, packs, lambda loss: loss.backward())
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if job.method is not None:
+            model.update_and_allocate(number)
+        optimizer.zero_grad()
+
+    with laid_out(model):
+        step(1)
+        gc.collect()
+        with record_function(STEP):
+            step(2)
+
+
+def row(case: Case) -> dict[str, Any]:
+    plan, real = planned(case.job()), measured(case.job())
+    return {
+        "base": case.base,
+        "method": case.method,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "checkpointing": case.checkpointing,
+        "lengths": case.lengths,
+        "packed": case.packing,
+        "passes": case.passes,
+        "state_bytes": {"plan": plan[0], "real": real[0]},
+        "peak_bytes": {"plan": plan[1], "real": real[1]},
+        "state_error_percent": 100 * (plan[0] / real[0] - 1),
+        "error_percent": 100 * (plan[1] / real[1] - 1),
+        "error_beside_state_percent": 100 * ((plan[1] - plan[0]) / (real[1] - real[0]) - 1),
+    }
+
+
+def text(r: dict[str, Any]) -> str:
+    rows = "+".join(map(str, r["lengths"])) + ("" if r["packed"] else " padded") + " × 2" * (r["passes"] == 2)
+    how = f"{r['dtype'].replace('float', '')}{', checkpointed' if r['checkpointing'] else ''}"
+    plan, real = (bytes_text(r["peak_bytes"][k]) for k in ("plan", "real"))
+    return (
+        f"{r['base']:13} {r['method']:17} {how:18} {rows:28} {r['state_error_percent']:+9.3f} "
+        f"{plan:>10} {real:>10} {r['error_percent']:+8.3f} {r['error_beside_state_percent']:+8.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help="which; all, if none is named")
+    parser.add_argument("--base", action="append", choices=BASES, help="which; all, if none is named")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    args = parser.parse_args()
+    if unknown := set(args.methods) - set(METHODS):
+        parser.error(f"there is no method {min(unknown)!r}: {', '.join(METHODS)}")
+    tf.logging.set_verbosity_error()
+    print(f"{'base':13} {'method':17} {'':18} {'rows':28} {'state, %':>9} {'peak: plan':>10} {'real':>10} "
+          f"{'error, %':>8} {'no state':>8}")  # fmt: skip
+    rows = []
+    for case in cases(args.methods or list(METHODS), args.base or list(BASES)):
+        rows.append(row(case))
+        print(text(rows[-1]), flush=True)
+    errors = [abs(r["error_percent"]) for r in rows]
+    mean, worst = sum(errors) / len(errors), max(errors)
+    print(f"{len(rows)} cases, error of the peak: mean {mean:.3f} %, worst {worst:.3f} %")
+    if args.json:
+        found = {"torch": torch.__version__, "transformers": tf.__version__, "cases": rows, "mean": mean, "worst": worst}
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(mean >= MEAN or worst >= WORST)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""What the tracer says of training runs that others published, beside what they measured on a GPU.
+
+    python benchmarks/published.py [allocated reserved ours] [--json FILE]
+
+    allocated   13 runs of vramcalc on an RTX A6000 (Llama 3.2 1B and 3B, Llama 3.1 8B, Qwen 2.5 1.5B), scored
+    reserved    12 runs of PEFT's MetaMathQA comparison on an L40S (Llama 3.2 3B, a method each), scored
+    ours        runs of litgpt, torchtune and Unsloth, which step otherwise, beside our own step for the same job
+
+The figures are in data/memory_points.json. Of the first two the engine is published to the last line, so the peer's own
+step (transformers and PEFT, as installed here) runs on fake tensors under the tracer in that engine's order, and the
+CUDA allocator is replayed from its first tensor on. Nothing is fitted to a row. Three things are not in the step:
+
+    cuBLAS      holds a workspace for each thread that multiplies matrices: one forwards and one backwards
+    masks       transformers 4.57, which vramcalc had, lays a mask for rows that need none; MetaMathQA's rows are padded
+    lengths     of MetaMathQA's longest batch nobody says how long it is. One run that is not scored (it is marked in the
+                data) reserved what 697 tokens take; that is the length for all others
+
+A figure reserved is to lie in the band that a plan gives (`plan.verdict`), or below what evaluation reserves. Exit code
+1: a mean error of allocated bytes of 1 % or more, a worst of 3 % or more, or less than 90 % of the reserved inside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import peft
+import torch
+import transformers as tf
+from transformers import masking_utils
+
+import slimtune
+from slimtune.errors import UsageError
+from slimtune.models.known import outline_of
+from slimtune.ops.device import acting_as
+from slimtune.plan.allocator import Allocator
+from slimtune.plan.closed import extrapolated
+from slimtune.plan.fake import faking, held_by, make_fake
+from slimtune.plan.job import Job
+from slimtune.plan.result import Band
+from slimtune.plan.storage import Storages
+from slimtune.plan.verdict import GAPS, WORKSPACES, allocation
+
+POINTS = Path(__file__).parent / "data" / "memory_points.json"
+MEAN, WORST, INSIDE = 1.0, 3.0, 90.0
+"""Errors of allocated bytes that are too large, and the least share of reserved figures inside the band, in per cent."""
+CUBLAS = 2 * 4096 * 1024 + 8 * 16 * 1024
+"""Bytes of a workspace on cards before Hopper (`parseChosenWorkspaceSize` in ATen's CublasHandlePool.cpp)."""
+
+
+class Replay:
+    """Counts what runs while its storages are entered as a CUDA device's allocator would."""
+
+    def __init__(self) -> None:
+        self.storages, self.allocator = Storages(events=True), Allocator()
+
+    def now(self) -> Allocator:
+        """Return the allocator as it stands after all that ran."""
+        events = self.storages.events or []
+        self.allocator.run(events)
+        events.clear()
+        return self.allocator
+
+    def first_product(self, thread: str) -> None:
+        """Take the workspace that cuBLAS takes at a thread's first product of matrices."""
+        self.now().run([(thread, CUBLAS)])
+
+
+@contextmanager
+def pretended() -> Iterator[None]:
+    """Let new tensors be fake and lie on a CUDA device, attention have a mask, and no module be dropped by chance."""
+    with (
+        faking(),
+        acting_as("cuda"),
+        mock.patch.object(masking_utils, "is_tracing", lambda *_: True),
+        mock.patch.object(torch, "rand", lambda *_, **__: torch.tensor([0.5])),  # LoKr drops modules with p = 0
+        warnings.catch_warnings(action="ignore"),
+    ):
+        yield
+
+
+# -- vramcalc: bench.py of the wheel ---------------------------------------------------------------------------------
+
+BASES = {"1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "8b": "llama-3.1-8b", "1.5b": "qwen2.5-1.5b"}
+
+
+def vramcalc(row: dict[str, Any]) -> int:
+    """Return the bytes allocated at most in the second step, after a first one and an emptied cache."""
+    words = row["method"].split()
+    amp, attention = "amp" in words, "eager" if "eager" in words else "sdpa"
+    dtype = torch.float32 if amp else torch.bfloat16
+    # Of what a Llama runs, both lists of autocast, CPU's and CUDA's, send the same operators to bf16 (products and
+    # attention), and what only CUDA's keeps in fp32 (powers, roots, softmax) meets nothing else in this model.
+    autocast: Callable[[], Any] = (lambda: torch.autocast("cpu", dtype=torch.bfloat16)) if amp else nullcontext
+    with torch.device("meta"):
+        base = outline_of(BASES[words[0]]).config
+        model: Any = tf.AutoModelForCausalLM.from_config(base, dtype=dtype, attn_implementation=attention)
+        if "lora" in words:
+            targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+            config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+            model = peft.get_peft_model(model, config)
+    replay = Replay()
+    with pretended():
+        make_fake(model)
+        model.train()
+        model.config.use_cache = False
+        if "ckpt" in words:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
+        with replay.storages:
+            replay.storages.hold(held_by(model), "weights")
+            ids = torch.zeros(row["batch"], row["max_seq"], dtype=torch.long)
+
+            def step(first: bool = False) -> None:
+                if first:
+                    replay.first_product("forward")
+                with autocast():
+                    out = model(input_ids=ids, labels=ids, use_cache=False)
+                    loss = out.loss
+                if first:
+                    replay.first_product("backward")
+                loss.backward()
+                del out, loss
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=False)
+                replay.now()
+
+            step(first=True)
+            replay.allocator.empty_cache()
+            replay.allocator.reset_peaks()
+            step()
+    return replay.allocator.most_allocated
+
+
+# -- PEFT: method_comparison/MetaMathQA, run.py and experiments/*/adapter_config.json ---------------------------------
+
+VIRTUAL = 200
+_PROMPT = {
+    "num_virtual_tokens": VIRTUAL, "token_dim": 3072, "num_layers": 28, "num_attention_heads": 24,
+    "num_transformer_submodules": 1, "task_type": "CAUSAL_LM",
+}  # fmt: skip
+_LORA = {"task_type": "CAUSAL_LM"}
+EXPERIMENTS: dict[str, Callable[[], Any] | None] = {
+    "full-finetuning/llama-3.2-3B-lr_0.00001": None,
+    "ia3/llama-3.2-3B-default": lambda: peft.IA3Config(),
+    "ln_tuning/llama-3.2-3B-default": lambda: peft.LNTuningConfig(),
+    "lokr/llama-3.2-3B-rank32-factor4-lr0.003": lambda: peft.LoKrConfig(
+        r=32, alpha=64, decompose_factor=4, target_modules=["q_proj", "v_proj"]
+    ),
+    "lora/llama-3.2-3B-rank32-dora": lambda: peft.LoraConfig(r=32, lora_alpha=64, use_dora=True, **_LORA),
+    "lora/llama-3.2-3B-rank32-mica": lambda: peft.LoraConfig(r=32, lora_alpha=64, init_lora_weights="mica", **_LORA),
+    "lora/llama-3.2-3B-rank64": lambda: peft.LoraConfig(r=64, lora_alpha=128, **_LORA),
+    "miss/llama-3.2-3B-default": lambda: peft.MissConfig(r=64, mini_r=1),
+    "prefixtuning/llama-3.2-3B-lr_0.001": lambda: peft.PrefixTuningConfig(**_PROMPT),
+    "prompt_tuning/llama-3.2-3B-default": lambda: peft.PromptTuningConfig(**_PROMPT),
+    "randlora/llama-3.2-3B-default": lambda: peft.RandLoraConfig(r=32, randlora_alpha=640),
+    "tinylora/llama-3.2-3B-default": lambda: peft.TinyLoraConfig(r=2, u=64, target_modules=["q_proj", "v_proj"]),
+    "vera/llama-3.2-3B-default": lambda: peft.VeraConfig(r=256),
+}
+LONGEST, SHORT = 697, 100
+"""Tokens of the longest batch, and of the one before it: each 20 batches begin with the longest of them."""
+EVALUATED, NEW, PROMPTS = 50, 300, (100, 150, 200, 250)
+"""Rows and new tokens of a batch that is evaluated, and guessed lengths of what it goes on from."""
+
+
+def metamath(row: dict[str, Any]) -> tuple[int, Band, int]:
+    """Return bytes reserved after the longest batch, the band a plan would give for it, and what evaluation reserves."""
+    make = EXPERIMENTS[row["method"]]
+    with torch.device("meta"):
+        config = outline_of(row["model"]).config
+        model: Any = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        base = list(model.parameters())
+        if make is not None:
+            model = peft.get_peft_model(model, make())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if trained != row["trainable"]:
+        raise UsageError(f"{row['method']} trains {trained} parameters here", f"{row['trainable']}, as published")
+    replay = Replay()
+    weights = sum({id(p): p.numel() * p.element_size() for p in base}.values())
+    # transformers takes the weights' bytes at once before it loads them, so that they lie in one segment.
+    replay.allocator.run([("weights", weights), ("weights", -weights)])
+    with pretended():
+        make_fake(model)
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # what it takes on CUDA, unasked
+        with replay.storages as storages:
+            storages.hold(held_by(model), "weights")
+            outputs = loss = batch = None
+            for length in (SHORT, LONGEST):
+                # What a step leaves lies there until the next makes its own: run.py's variables.
+                batch = {k: torch.ones(row["batch"], length, dtype=torch.long) for k in ("input_ids", "attention_mask")}
+                batch["labels"] = batch["input_ids"].clone()
+                optimizer.zero_grad()
+                if length == SHORT:
+                    replay.first_product("forward")
+                outputs = model(**batch, num_items_in_batch=row["batch"] * length)
+                loss = outputs.loss
+                if length == SHORT:
+                    replay.first_product("backward")
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+                optimizer.step()
+                if length == SHORT:
+                    replay.now().empty_cache()  # as run.py does every ten steps
+            storages.hold((t for s in optimizer.state.values() for t in s.values()), "optimizer")
+            state = storages.now["weights"] + storages.now["optimizer"]
+            allocator = replay.now()
+    peak, reserved = allocator.most_allocated, allocator.most_reserved
+    band = Band(peak, max(reserved, peak + GAPS["cuda"] * (peak - state) + WORKSPACES))
+    allocator.empty_cache()
+    allocator.reset_peaks()
+    generate(allocator, config, VIRTUAL if row["method"].startswith(("prefix", "prompt")) else 0)
+    return reserved, band, allocator.most_reserved
+
+
+def generate(allocator: Allocator, base: Any, virtual: int) -> None:
+    """Replay what generation keeps: keys and values of every layer, laid anew for each token, and their copies.
+
+    transformers 5.13 lays a key for every query head wherever there is a mask, for the length of one layer.
+    """
+    token = 2 * EVALUATED * base.num_key_value_heads * base.head_dim
+    groups = base.num_attention_heads // base.num_key_value_heads
+    for prompt in PROMPTS:
+        kept: dict[tuple[int, str], int] = {}
+        for length in range(virtual + prompt, virtual + prompt + NEW):
+            for layer in range(base.num_hidden_layers):
+                for kind in ("key", "value"):
+                    allocator.run([((layer, kind, length), length * token)])
+                    if (layer, kind) in kept:
+                        allocator.run([((layer, kind, kept[layer, kind]), -1)])
+                    kept[layer, kind] = length
+                allocator.run(
+                    [(kind, sign * groups * length * token) for sign in (1, -1) for kind in ("keys", "values")]
+                )
+        allocator.run([((*name, length), -1) for name, length in kept.items()])
+
+
+# -- Others' engines, beside our own step ----------------------------------------------------------------------------
+
+NAMES = {
+    "llama-3-8b": "llama-3.1-8b", "mistral-7b": "mistral-7b-v0.1", "mistral-7b-v0.2": "mistral-7b-v0.3",
+    "tiny-llama": "tinyllama-1.1b", "phi-3-mini-4k-instruct": "phi-3-mini-4k",
+}  # fmt: skip
+"""Shipped facts of the same shape under another name (Mistral 0.3 has 768 rows of the embedding more than 0.2)."""
+
+
+def job_of(row: dict[str, Any]) -> Job | None:
+    """Return the job that a row of another engine is; None where it is not one of ours, or the base is not known."""
+    name, source = row["model"].lower(), row["source"]
+    try:
+        base = outline_of(NAMES.get(name, name)).config
+    except UsageError:
+        return None
+    quantization, rank, targets = None, 32, ["qkv_proj" if name.startswith("phi-3") else "q_proj"]
+    lengths, checkpointing, passes = (row.get("max_seq"),) * row.get("batch", 1), False, 1
+    if "litgpt" in source:
+        targets += [] if name.startswith("phi-3") else ["v_proj"]
+        rank, passes = (8, 1) if row.get("trainable") else (32, 2)  # lora.yaml; the older tables
+        kinds = {None: None, "nf4": "nf4-single", "nf4-dq": "nf4"}
+        quantization = "nf4-single" if "qlora" in row["method"] else kinds[row.get("quantization")]
+    elif "torchtune" in source:
+        if row["method"] not in ("full", "full +chunked CE", "full +activation checkpointing"):
+            return None
+        checkpointing = row["method"].endswith("checkpointing")
+    elif row.get("max_context_at_vram"):  # Unsloth's table of Hugging Face with flash attention 2
+        targets, quantization, lengths, checkpointing = "all-linear", "nf4", (row["max_context_at_vram"],), True
+    else:
+        return None
+    method = slimtune.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
+    return Job(
+        base, None if "full" in row["method"] else method, torch.bfloat16, lengths, passes, "cuda", checkpointing,
+        quantization=quantization,
+    )  # fmt: skip
+
+
+# -- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def allocated_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    print("\n| run | published GB | traced GB | error % |\n| --- | ---: | ---: | ---: |")
+    found = []
+    for row in rows:
+        if not row["source"].startswith("vramcalc"):
+            continue
+        published, traced = row["peak_GB"] * 1e9, vramcalc(row)
+        error = 100 * (traced / published - 1)
+        found.append({"run": row["method"], "published": published, "traced": traced, "error_percent": error})
+        print(f"| {row['method']} | {published / 1e9:.2f} | {traced / 1e9:.3f} | {error:+.2f} |", flush=True)
+    errors = [abs(r["error_percent"]) for r in found]
+    mean, worst = sum(errors) / len(errors), max(errors)
+    print(f"\nAllocated, {len(errors)} runs: mean error {mean:.3f} %, worst {worst:.3f} %.")
+    return found, mean < MEAN and worst < WORST
+
+
+def reserved_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    print("\n| run | published GB | replayed GB | error % | band GB | evaluation GB | inside |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
+    found = []
+    for row in rows:
+        if "MetaMathQA" not in row["source"]:
+            continue
+        published = row["peak_bytes_reserved_max"]
+        replayed, band, evaluation = metamath(row)
+        inside, scored = band.low <= published <= max(band.high, evaluation), not row.get("calibrates")
+        error = 100 * (replayed / published - 1)
+        found.append({
+            "run": row["method"], "published": published, "replayed": replayed, "error_percent": error,
+            "band": band._asdict(), "evaluation": evaluation, "inside": inside, "scored": scored,
+        })  # fmt: skip
+        print(
+            f"| {row['method']} | {published / 1e9:.3f} | {replayed / 1e9:.3f} | {error:+.2f} | {band.low / 1e9:.1f} to "
+            f"{band.high / 1e9:.1f} | {evaluation / 1e9:.1f} | {('no', 'yes')[inside] if scored else 'not scored'} |",
+            flush=True,
+        )
+    scored = [r for r in found if r["scored"]]
+    share = 100 * sum(r["inside"] for r in scored) / len(scored)
+    print(f"\nReserved, {len(scored)} runs: {share:.0f} % inside the band.")
+    return found, share >= INSIDE
+
+
+def ours_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
+    print("\n| engine | run | batch × length | published GB | our step GB |\n| --- | --- | --- | ---: | ---: |")
+    found = []
+    for row in rows:
+        job = job_of(row)
+        if job is None:
+            continue
+        engine = next(e for e in ("litgpt", "torchtune", "unsloth") if e in row["source"])
+        published = (row["peak_GB"] if "peak_GB" in row else row["vram_GB"]) * 1e9
+        peak, _ = allocation(job, extrapolated(job))
+        found.append({"engine": engine, "run": row["method"], "published": published, "ours": peak})
+        shape = f"{len(job.lengths)} × {job.lengths[0]}"
+        name = row["method"] if row["model"].lower() in row["method"] else f"{row['model']} {row['method']}"
+        quantization = f", {row['quantization']}" if row.get("quantization") else ""
+        print(f"| {engine} | {name}{quantization} | {shape} | {published / 1e9:.2f} | {peak / 1e9:.2f} |", flush=True)
+    return found, True
+
+
+TABLES = {"allocated": allocated_table, "reserved": reserved_table, "ours": ours_table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "tables", nargs="*", metavar="TABLE", help=f"which of {', '.join(TABLES)}; all, if none is named"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    args = parser.parse_args()
+    if unknown := set(args.tables) - set(TABLES):
+        parser.error(f"there is no table {min(unknown)!r}: {', '.join(TABLES)}")
+    tf.logging.set_verbosity_error()
+    rows = json.loads(POINTS.read_text(encoding="utf-8"))
+    done = {name: TABLES[name](rows) for name in args.tables or TABLES}
+    if args.json:
+        versions = {"torch": torch.__version__, "transformers": tf.__version__, "peft": peft.__version__}
+        args.json.write_text(json.dumps(versions | {k: found for k, (found, _) in done.items()}, indent=2) + "\n")
+    sys.exit(not all(held for _, held in done.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""From what tensors take to what a device has to give, and whether it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .allocator import Allocator
+from .cards import Card
+from .closed import extrapolated
+from .job import Job
+from .result import Band, Plan, Verdict
+from .trace import Trace
+
+RUNTIME = {"cuda": Band(0.25e9, 0.75e9), "mps": Band(0.2e9, 1.0e9), "cpu": Band(0.45e9, 0.8e9)}
+"""Bytes that are no tensors: a CUDA context and loaded kernels; of a process on a CPU, Python and its libraries."""
+
+
+GAPS = {"cuda": 0.12, "mps": 0.2, "cpu": 0.5}
+"""Share of what comes and goes in a step that an allocator may hold beside it, as lengths change from step to step."""
+WORKSPACES = 64e6
+"""Bytes that matrix products take for themselves."""
+
+
+def verdict_on(plan: Plan, card: Card) -> Verdict:
+    """Return whether a plan made for one card runs on another of the same kind of device."""
+    return verdict(plan.reserved_bytes, plan.runtime_bytes, Band(*card.usable))
+
+
+def verdict_of(job: Job, card: Card) -> tuple[int, Verdict]:
+    """Return a job's peak and whether it runs, from two and three layers."""
+    peak, band = allocation(job, extrapolated(job))
+    return peak, verdict(band, RUNTIME[job.device], Band(*card.usable))
+
+
+def allocation(job: Job, traced: Trace) -> tuple[int, Band]:
+    """Return the bytes allocated at most, and what the allocator takes from the device for them."""
+    state = sum(traced.state.values())
+    if job.device != "cuda" or not traced.events:
+        return traced.peak, band_about(job, traced.peak, state)
+    allocator = Allocator()
+    allocator.run(traced.events)
+    peak = max(allocator.most_allocated, traced.peak)
+    return peak, Band(peak, max(allocator.most_reserved, band_about(job, peak, state).high))
+
+
+def band_about(job: Job, peak: int, state: int) -> Band:
+    """Return what the allocator may take for a peak above what is always there."""
+    # Weights lie once and whole; what comes and goes leaves gaps.
+    return Band(peak, peak + GAPS[job.device] * (peak - state) + WORKSPACES)
+
+
+def scaled(band: Band, was: int, now: int) -> Band:
+    """Return the band of another peak, from that of one that was traced."""
+    return Band(now, now + (band.high - was) * max(1.0, now / was))
+
+
+def verdict(band: Band, runtime: Band, usable: Band) -> Verdict:
+    """Return whether a device that gives `usable` bytes runs what takes `band` and `runtime`."""
+    if band.high + runtime.high <= usable.low:
+        return "fits"
+    return "tight" if band.low + runtime.low <= usable.high else "does not fit"
+
+
+def most(fits: Callable[[int], bool], limit: int) -> int:
+    """Return the largest number up to `limit` that fits, 0 where 1 does not."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

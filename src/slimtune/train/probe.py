@@ -1,0 +1,121 @@
+"""The longest pass run once before training: what it really takes, beside what was planned.
+
+Nothing of it is left: gradients are dropped, random numbers are drawn as if it had not been, no weight is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..contract.layout import laid_out
+from ..data.collate import Collator, Example
+from ..errors import RunError
+from ..ops.dropout import unseen_draws
+from ..step import accumulated, on_device
+from ..units import bytes_text
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the longest pass took.
+
+    Args:
+        tokens: of the pass, as laid.
+        bytes: most held at once: reserved by the GPU's allocator, or resident in this process.
+        low: what was planned for it, at least.
+        high: at most.
+    """
+
+    tokens: int
+    bytes: int
+    low: int
+    high: int
+
+    @property
+    def as_planned(self) -> bool:
+        """Whether it is within the band."""
+        return self.low <= self.bytes <= self.high
+
+    def text(self) -> str:
+        """Return it as a line for people."""
+        planned = f"{bytes_text(self.low)} to {bytes_text(self.high)} were planned"
+        line = f"the longest pass, {self.tokens} tokens, takes {bytes_text(self.bytes)}; {planned}"
+        return line if self.as_planned else f"{line}: the plan is off, please report it with the run's plan.json"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {**asdict(self), "as_planned": self.as_planned}
+
+
+def probe(model: Any, collator: Collator, examples: Sequence[Example], rows_a_step: int, plan: Mapping) -> Probe:
+    """Run the longest pass that training can come to.
+
+    Args:
+        model: the adapted model, as it will train.
+        collator: divides a step's rows into passes.
+        examples: the training rows.
+        rows_a_step: rows in an optimizer step.
+        plan: the plan as plain values.
+
+    Raises:
+        RunError: there is not enough memory for it.
+    """
+    device = next(model.parameters()).device
+    longest = sorted(examples, key=lambda e: len(e["input_ids"]))[-rows_a_step:]
+    pack = max(collator.packs(longest), key=lambda p: p["input_ids"].numel())
+    pack = on_device(pack, device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    was_training = model.training
+    model.train()
+    reset_peak(device)
+    try:
+        with unseen_draws(device), laid_out(model):
+            accumulated(model, [pack], lambda loss: loss.backward())
+    except torch.OutOfMemoryError as e:
+        raise RunError(
+            f"there is not enough memory for the longest pass, {pack['input_ids'].numel()} tokens: {e}".splitlines()[0],
+            "memory that no other process holds",
+            "--set train.gradient_checkpointing=true, or a smaller train.tokens_at_once",
+        ) from e
+    finally:
+        for parameter in trained:
+            parameter.grad = None
+        model.train(was_training)
+    # The optimizer's state is made by the first step, after this.
+    planned, later = plan["need_bytes"], plan["parts"]["optimizer"]
+    beside = plan["runtime_bytes"] if device.type == "cuda" else {"low": 0, "high": 0}
+    low, high = (int(planned[end] - beside[end]) for end in ("low", "high"))
+    return Probe(pack["input_ids"].numel(), peak_bytes(device, reserved=True), low - later, high)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_bytes` count from now on, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device, *, reserved: bool = False) -> int:
+    """Return the most bytes held at once: by the GPU's allocator, or resident in this process.
+
+    Args:
+        device: where the model lies.
+        reserved: of a GPU, what the allocator took from it, not what tensors took of that.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) if reserved else torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,253 @@
+"""Bases in NF4 and int8 as a plan has them, against bitsandbytes' own layers and steps on this CPU.
+
+The referee is torch's own profiler. What bitsandbytes takes on a GPU is written down by hand, from its source.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+import transformers as tf
+from methods.cases import CASES
+from models_zoo import DECODER, gpt2, llama
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from slimtune import LoraConfig, get_peft_model
+from slimtune.build import _checkpoint, optimizer_of
+from slimtune.contract.layout import laid_out
+from slimtune.errors import UsageError
+from slimtune.ops.device import acting_as
+from slimtune.ops.maps import is_quantized, weight_of
+from slimtune.plan.fake import faking, held_by
+from slimtune.plan.job import Job
+from slimtune.plan.quantize import KINDS, quantize
+from slimtune.plan.storage import Storages
+from slimtune.plan.trace import trace
+from slimtune.step import accumulated, collator_for, supervised_nats
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+EVERY = pytest.mark.parametrize("kind", sorted(KINDS))
+# Its MLP has neither a multiple of 64 columns nor of 256 blocks.
+SIZES = {**DECODER, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 3, "vocab_size": 256}
+ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def settings(kind, dtype=torch.float32):
+    if kind == "int8":
+        return tf.BitsAndBytesConfig(load_in_8bit=True)
+    return tf.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=kind == "nf4",
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def job(kind, method="lora", dtype=torch.float32, **more):
+    config = LoraConfig(r=8, **ALL) if method == "lora" else CASES[method](task_type="CAUSAL_LM")
+    return Job(tf.LlamaConfig(**SIZES), config, dtype, (64, 40), quantization=kind, **more)
+
+
+def kept_by(layer):
+    """Return what bitsandbytes keeps of a layer, beside its parameters."""
+    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "state", None)
+    states = [s for s in (state, getattr(state, "state2", None)) if s is not None]
+    return [t for s in states for t in vars(s).values() if isinstance(t, torch.Tensor)]
+
+
+def size_of(tensors):
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_of(run):
+    """Return the most bytes that torch's allocator gave out at once beyond what was there."""
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def loaded(model, kind, folder):
+    """Return the model as transformers and bitsandbytes load it."""
+    model.save_pretrained(folder)
+    dtype = model.dtype
+    return tf.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings(kind, dtype), dtype=dtype, device_map="cpu"
+    )
+
+
+def measured(job, folder):
+    """Return (bytes held, peak of a step, peak of an evaluation) of the job's real second step."""
+    torch.manual_seed(0)
+    base = tf.AutoModelForCausalLM.from_config(job.base, dtype=job.dtype)
+    model = get_peft_model(loaded(base, job.quantization, folder), job.method)
+    if job.checkpointing:
+        _checkpoint(model)
+    model.train()
+    rows = [{"input_ids": [1 + i % 200 for i in range(n)]} for n in job.lengths]
+    pack = collator_for(model, 0, packing=True, share=False)([{**r, "labels": r["input_ids"]} for r in rows])
+    optimizer = optimizer_of(model, job.optimizer)
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step():
+        accumulated(model, [pack], lambda loss: loss.backward())
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate():
+        supervised_nats(model.eval(), pack)
+
+    with laid_out(model):
+        step()
+        moments = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        inner = [t for m in model.modules() if is_quantized(m) for t in kept_by(m)]
+        return size_of([*held_by(model), *inner, *moments]), peak_of(step), peak_of(evaluate)
+
+
+@needs_bitsandbytes
+@EVERY
+@pytest.mark.parametrize("make", [llama, lambda **k: llama(tie=True, **k), gpt2], ids=["llama", "tied", "gpt2"])
+def test_the_layers_are_those_that_bitsandbytes_takes(make, kind, tmp_path):
+    base = make(dtype=torch.float32)
+    real = loaded(base, kind, tmp_path)
+    with torch.device("meta"):
+        ours = tf.AutoModelForCausalLM.from_config(base.config, dtype=torch.float32)
+    quantize(ours, kind)
+    assert {n: (p.shape, p.dtype) for n, p in ours.named_parameters()} == {
+        n: (p.shape, p.dtype) for n, p in real.named_parameters()
+    }
+    assert any(map(is_quantized, ours.modules()))
+    for name, module in ours.named_modules():
+        if is_quantized(module):
+            mine, theirs = weight_of(module), weight_of(real.get_submodule(name))
+            assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+
+
+@needs_bitsandbytes
+@EVERY
+@pytest.mark.parametrize("sizes", [(64, 64), (7, 33), (3, 5), (129, 128), (256, 688)], ids=str)
+def test_what_a_layer_holds_is_what_bitsandbytes_holds(sizes, kind):
+    from bitsandbytes import nn as theirs
+
+    out, into = sizes
+    weight = torch.randn(sizes)
+    if kind == "int8":
+        real = theirs.Linear8bitLt(into, out, has_fp16_weights=False)
+        real.weight = theirs.Int8Params(weight, requires_grad=False).to("cpu")
+        real.init_8bit_state()
+    else:
+        real = theirs.Linear4bit(into, out)
+        packed = theirs.Params4bit(weight, quant_type="nf4", compress_statistics=kind == "nf4")
+        real.weight = packed.to("cpu")
+    with torch.device("meta"):
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER))
+        layer = model.model.layers[0].self_attn.q_proj = nn.Linear(into, out)
+    quantize(model, kind)
+    assert sum(t.nbytes for t in held_by(layer)) == size_of([*real.parameters(), *kept_by(real)])
+
+
+@needs_bitsandbytes
+@EVERY
+@pytest.mark.parametrize("method", ["lora", "hira", "miss+bat", "oft"])
+def test_a_step_takes_what_a_real_step_takes(method, kind, tmp_path):
+    planned = job(kind, method)
+    traced, (held, step, evaluation) = trace(planned), measured(planned, tmp_path)
+    assert sum(traced.state.values()) == held
+    assert traced.step == pytest.approx(held + step, rel=0.003)
+    if kind != "int8":  # on a CPU, bitsandbytes evaluates by another kernel
+        assert traced.peaks["evaluation"] == pytest.approx(held + evaluation, rel=0.01)
+
+
+@needs_bitsandbytes
+@EVERY
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_in_bf16_takes_what_a_real_step_takes(checkpointing, kind, tmp_path):
+    planned = job(kind, dtype=torch.bfloat16, checkpointing=checkpointing)
+    traced, (held, step, _) = trace(planned), measured(planned, tmp_path)
+    assert sum(traced.state.values()) == held
+    # oneDNN's products in bf16 take about 0.1 MB for themselves, whatever their sizes.
+    assert traced.step == pytest.approx(held + step, rel=0.02)
+
+
+@EVERY
+@pytest.mark.parametrize("method", ["adaption_prompt", "lora+dora", "hira", "miss+bat", "shira"])
+def test_methods_that_read_the_weight_are_planned_without_bitsandbytes(method, kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import of it fails
+    planned = job(kind, method, device="cuda", checkpointing=True)
+    whole, traced = trace(job(None, method, device="cuda", checkpointing=True)), trace(planned)
+    assert traced.state["weights"] < whole.state["weights"] / 2
+    assert traced.state["adapters"] == whole.state["adapters"]
+    assert traced.parts["activations"] > whole.parts["activations"]  # the weight that is unpacked
+
+
+@EVERY
+def test_values_are_counted_and_not_bytes(kind):
+    assert job(kind).outline().get_nb_trainable_parameters() == job(None).outline().get_nb_trainable_parameters()
+
+
+def layer_on_a_gpu(kind, tokens, into=256, out=688):
+    """Return the bytes of a layer's forward pass and its backward pass at their highest, and those kept between."""
+    with torch.device("meta"):
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)).to(torch.bfloat16)
+    quantize(model, kind)
+    layer = model.model.layers[0].mlp.gate_proj
+    with faking(), acting_as("cuda"):
+        for table in (layer._parameters, vars(layer)):
+            table.update({n: torch.empty_like(t, device="cpu") for n, t in table.items() if isinstance(t, torch.Tensor)})
+        x = torch.empty(1, tokens, into, dtype=torch.bfloat16, requires_grad=True)
+        with Storages() as storages:
+            storages.hold([*held_by(layer), x], "weights")
+            before = storages.total
+            storages.phase("forward")
+            y = layer(x * 1)
+            kept = storages.total - before
+            storages.phase("backward")
+            y.backward(torch.empty_like(y))
+    return storages.peaks["forward"] - before, kept, storages.peaks["backward"] - before
+
+
+@pytest.mark.parametrize("tokens", [64, 3000])
+def test_what_a_layer_takes_on_a_gpu(tokens):
+    into, out = 256, 688
+    n, x, y = into * out, 2 * tokens * into, 2 * tokens * out
+    # The weight in bf16 and two tables of fp32 scales beside x and y; nothing stays.
+    assert layer_on_a_gpu("nf4", tokens) == (x + y + 2 * n + 2 * n // 16, y, 2 * y + x + 2 * n)
+    assert layer_on_a_gpu("nf4-single", tokens) == (x + y + 2 * n, y, 2 * y + x + 2 * n)
+    # x in int8, the sums in int32, in fp16 and in bf16; or, where x is wide, x in fp16 and its size twice beside.
+    rounding, sums = 2 * x + x // 2 + x // 2 + 4 * tokens, x // 2 + 4 * tokens + 2 * y + y + y
+    forward, kept, backward = layer_on_a_gpu("int8", tokens)
+    assert (forward, kept) == (x + max(rounding, sums), x + y)  # x stays
+    assert backward == 2 * y + 2 * x + 2 * n
+
+
+def test_checkpointing_does_not_free_the_inputs_of_int8():
+    def kept(kind):
+        return trace(job(kind, device="cuda", checkpointing=True)).parts["activations"]
+
+    # bitsandbytes keeps them past `save_for_backward`: of each layer those of q, k and v, of o, of gate and up, of down.
+    inputs = 4 * sum(job(None).lengths) * (3 * SIZES["hidden_size"] + SIZES["intermediate_size"])
+    assert kept("int8") - kept("nf4") > 0.7 * inputs * SIZES["num_hidden_layers"]
+
+
+def test_what_cannot_be_quantized_is_refused_by_name():
+    with pytest.raises(UsageError, match=r"'nf' is no quantization; did you mean 'nf4'\?"):
+        job("nf").outline()
+    with pytest.raises(UsageError, match="full fine-tuning would train weights that are kept in nf4"):
+        Job(tf.LlamaConfig(**SIZES), None, torch.float32, (8,), quantization="nf4").outline()
+    with torch.device("meta"):
+        empty = tf.LlamaForCausalLM(tf.LlamaConfig(**{**SIZES, "num_hidden_layers": 0}))
+    with pytest.raises(UsageError, match="has no linear layer that could be kept in int8"):
+        quantize(empty, "int8")
