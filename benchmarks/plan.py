@@ -34,7 +34,7 @@ from methods import NEEDED
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from slimtune import get_peft_model
-from slimtune.build import OPTIMIZERS, optimizer_of
+from slimtune.build import optimizer_of
 from slimtune.contract.layout import laid_out
 from slimtune.contract.registry import built_in, config_class
 from slimtune.models.load import load_config
@@ -214,7 +214,8 @@ def main() -> None:
     mean, worst = sum(errors) / len(errors), max(errors)
     print(f"{len(rows)} cases, error of the peak: mean {mean:.3f} %, worst {worst:.3f} %")
     if args.json:
-        found = {"torch": torch.__version__, "transformers": tf.__version__, "cases": rows, "mean": mean, "worst": worst}
+        versions = {"torch": torch.__version__, "transformers": tf.__version__}
+        found = {**versions, "mean_percent": mean, "worst_percent": worst, "cases": rows}
         args.json.write_text(json.dumps(found, indent=2) + "\n")
     sys.exit(mean >= MEAN or worst >= WORST)
 

@@ -23,7 +23,7 @@ from slimtune.contract.layout import laid_out
 from slimtune.errors import UsageError
 from slimtune.ops.device import acting_as
 from slimtune.ops.maps import is_quantized, weight_of
-from slimtune.plan.fake import faking, held_by
+from slimtune.plan.fake import faking, held_by, make_fake
 from slimtune.plan.job import Job
 from slimtune.plan.quantize import KINDS, quantize
 from slimtune.plan.storage import Storages
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 EVERY = pytest.mark.parametrize("kind", sorted(KINDS))
 # Its MLP has neither a multiple of 64 columns nor of 256 blocks.
-SIZES = {**DECODER, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 3, "vocab_size": 256}
+SIZES = {**DECODER, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "vocab_size": 256}
 ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -161,7 +161,7 @@ def test_what_a_layer_holds_is_what_bitsandbytes_holds(sizes, kind):
 
 @needs_bitsandbytes
 @EVERY
-@pytest.mark.parametrize("method", ["lora", "hira", "miss+bat", "oft"])
+@pytest.mark.parametrize("method", ["lora", "hira"])
 def test_a_step_takes_what_a_real_step_takes(method, kind, tmp_path):
     planned = job(kind, method)
     traced, (held, step, evaluation) = trace(planned), measured(planned, tmp_path)
@@ -172,25 +172,22 @@ def test_a_step_takes_what_a_real_step_takes(method, kind, tmp_path):
 
 
 @needs_bitsandbytes
-@EVERY
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_in_bf16_takes_what_a_real_step_takes(checkpointing, kind, tmp_path):
-    planned = job(kind, dtype=torch.bfloat16, checkpointing=checkpointing)
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_checkpointed_step_in_bf16_takes_what_a_real_step_takes(kind, tmp_path):
+    planned = job(kind, dtype=torch.bfloat16, checkpointing=True)
     traced, (held, step, _) = trace(planned), measured(planned, tmp_path)
     assert sum(traced.state.values()) == held
     # oneDNN's products in bf16 take about 0.1 MB for themselves, whatever their sizes.
     assert traced.step == pytest.approx(held + step, rel=0.02)
 
 
-@EVERY
-@pytest.mark.parametrize("method", ["adaption_prompt", "lora+dora", "hira", "miss+bat", "shira"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["adaption_prompt", "lora+dora", "hira"])
 def test_methods_that_read_the_weight_are_planned_without_bitsandbytes(method, kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # an import of it fails
     planned = job(kind, method, device="cuda", checkpointing=True)
-    whole, traced = trace(job(None, method, device="cuda", checkpointing=True)), trace(planned)
-    assert traced.state["weights"] < whole.state["weights"] / 2
-    assert traced.state["adapters"] == whole.state["adapters"]
-    assert traced.parts["activations"] > whole.parts["activations"]  # the weight that is unpacked
+    frozen = sum(p.nbytes for p in job(None, method).outline().parameters() if not p.requires_grad)
+    assert trace(planned).state["weights"] < frozen / 2
 
 
 @EVERY
@@ -198,21 +195,20 @@ def test_values_are_counted_and_not_bytes(kind):
     assert job(kind).outline().get_nb_trainable_parameters() == job(None).outline().get_nb_trainable_parameters()
 
 
-def layer_on_a_gpu(kind, tokens, into=256, out=688):
+def layer_on_a_gpu(kind, tokens, name="gate_proj"):
     """Return the bytes of a layer's forward pass and its backward pass at their highest, and those kept between."""
     with torch.device("meta"):
         model = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES)).to(torch.bfloat16)
     quantize(model, kind)
-    layer = model.model.layers[0].mlp.gate_proj
+    layer = model.model.layers[0].mlp.get_submodule(name)
     with faking(), acting_as("cuda"):
-        for table in (layer._parameters, vars(layer)):
-            table.update({n: torch.empty_like(t, device="cpu") for n, t in table.items() if isinstance(t, torch.Tensor)})
-        x = torch.empty(1, tokens, into, dtype=torch.bfloat16, requires_grad=True)
+        make_fake(layer)
+        x = torch.empty(1, tokens, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
         with Storages() as storages:
             storages.hold([*held_by(layer), x], "weights")
             before = storages.total
             storages.phase("forward")
-            y = layer(x * 1)
+            y = layer(x)
             kept = storages.total - before
             storages.phase("backward")
             y.backward(torch.empty_like(y))
@@ -223,23 +219,25 @@ def layer_on_a_gpu(kind, tokens, into=256, out=688):
 def test_what_a_layer_takes_on_a_gpu(tokens):
     into, out = 256, 688
     n, x, y = into * out, 2 * tokens * into, 2 * tokens * out
-    # The weight in bf16 and two tables of fp32 scales beside x and y; nothing stays.
-    assert layer_on_a_gpu("nf4", tokens) == (x + y + 2 * n + 2 * n // 16, y, 2 * y + x + 2 * n)
-    assert layer_on_a_gpu("nf4-single", tokens) == (x + y + 2 * n, y, 2 * y + x + 2 * n)
-    # x in int8, the sums in int32, in fp16 and in bf16; or, where x is wide, x in fp16 and its size twice beside.
-    rounding, sums = 2 * x + x // 2 + x // 2 + 4 * tokens, x // 2 + 4 * tokens + 2 * y + y + y
-    forward, kept, backward = layer_on_a_gpu("int8", tokens)
-    assert (forward, kept) == (x + max(rounding, sums), x + y)  # x stays
-    assert backward == 2 * y + 2 * x + 2 * n
+    backward = 2 * y + x + 2 * n  # the weight in bf16, beside y, its gradient and that of x
+    # The weight in bf16 and two tables of fp32 scales beside y.
+    assert layer_on_a_gpu("nf4", tokens) == (y + 2 * n + 2 * (n // 16), y, backward)
+    assert layer_on_a_gpu("nf4-single", tokens) == (y + 2 * n, y, backward)
+    # x in int8 and a scale for each row, and beside them the sums in int32, in fp16 and in bf16; where x is wide, x in
+    # fp16 twice and where its outliers are.
+    assert layer_on_a_gpu("int8", tokens) == (x // 2 + 4 * tokens + 4 * y, y, backward)
+    wide = layer_on_a_gpu("int8", tokens, "down_proj")
+    assert wide == (max(y // 2 + 4 * tokens + 4 * x, 3 * y + 4 * tokens), x, 2 * x + y + 2 * n)
 
 
 def test_checkpointing_does_not_free_the_inputs_of_int8():
     def kept(kind):
         return trace(job(kind, device="cuda", checkpointing=True)).parts["activations"]
 
-    # bitsandbytes keeps them past `save_for_backward`: of each layer those of q, k and v, of o, of gate and up, of down.
+    # bitsandbytes keeps them past `save_for_backward`: those of q, k and v, of o, of gate and up, and of down. The last
+    # layer's lie there in any case.
     inputs = 4 * sum(job(None).lengths) * (3 * SIZES["hidden_size"] + SIZES["intermediate_size"])
-    assert kept("int8") - kept("nf4") > 0.7 * inputs * SIZES["num_hidden_layers"]
+    assert kept("int8") - kept("nf4") > 0.9 * inputs * (SIZES["num_hidden_layers"] - 1)
 
 
 def test_what_cannot_be_quantized_is_refused_by_name():

@@ -37,7 +37,7 @@ def faking() -> Iterator[None]:
 
 
 class _Counted(TorchDispatchMode):
-    """Lets what is counted up or filled in with whole numbers keep them, as torch's fakes do of what is written down."""
+    """Lets what is counted up or filled in with whole numbers keep them, as fakes keep what is written down."""
 
     def __init__(self, mode: fake_tensor.FakeTensorMode) -> None:
         super().__init__()

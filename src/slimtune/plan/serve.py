@@ -99,7 +99,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks vLLM keeps room for (`--max-lora-rank`)."""
 METADATA = 32
 """Bytes of a GGUF file for each token of the vocabulary: 23 (SentencePiece) to 61 (byte-level, with its merges)."""
-RUNTIME = {"llama.cpp": Band(0.2 * GIB, 0.7 * GIB), "vllm": Band(0.5 * GIB, 2 * GIB)}
+RUNTIME = {"llama.cpp": Band(GIB // 5, 7 * GIB // 10), "vllm": Band(GIB // 2, 2 * GIB)}
 """What a CUDA context and libraries take; vLLM's CUDA graphs with them, which logs put at 0.3 to 1 GiB."""
 
 
@@ -220,7 +220,7 @@ def serve(
 
     parts["cache"], compute, need = at(context)
     share = utilization if on_vllm else 1.0
-    usable = None if card is None else Band(*(n * share for n in card.usable))
+    usable = None if card is None else Band(*(int(n * share) for n in card.usable))
     longest = None
     if usable is not None:
         low = usable.low
@@ -244,7 +244,7 @@ def serve(
         reason=_reason(need, usable, card),
         evidence={
             **dict.fromkeys(("file_bytes", "bits", *parts, "host_bytes"), "computed"),
-            **dict.fromkeys(("compute_bytes", "runtime_bytes", "need_bytes"), "guessed"),
+            **dict.fromkeys(("compute_bytes", "runtime_bytes", "need_bytes", "max_context"), "guessed"),
             "usable_bytes": "published",
         },
     )

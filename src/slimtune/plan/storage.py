@@ -114,6 +114,8 @@ class Storages(TorchDispatchMode):
 
 def _sums_gradients(so_far: Any, more: Any) -> bool:
     """Return whether autograd adds a gradient to a sum that only autograd holds."""
-    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or so_far.shape != more.shape:
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        return False
+    if not isinstance(more, Tensor) or so_far.shape != more.shape:
         return False
     return (so_far._use_count(), torch._C._storage_Use_Count(so_far.untyped_storage()._cdata)) == _ALONE
