@@ -79,15 +79,16 @@ class Replay:
 @contextmanager
 def pretended() -> Iterator[None]:
     """Let new tensors be fake and lie on a CUDA device, attention have a mask, and no module be dropped by chance."""
-    with (
-        faking(),
-        acting_as("cuda"),
-        mock.patch.object(masking_utils, "is_tracing", return_value=True),
-        mock.patch.object(
-            torch, "rand", side_effect=lambda *_, **__: torch.tensor([0.5])
-        ),  # LoKr drops modules with p = 0
-    ):
+    masked = mock.patch.object(masking_utils, "is_tracing", return_value=True)
+    # LoKr draws even where it drops nothing.
+    drawn = mock.patch.object(torch, "rand", side_effect=lambda *_, **__: torch.tensor([0.5]))
+    with faking(), acting_as("cuda"), masked, drawn:
         yield
+
+
+def loaded(model: Any) -> list[torch.Tensor]:
+    """Return a model's tensors as they came: the base before what was attached to it."""
+    return [*(p for p in model.parameters() if not p.requires_grad), *held_by(model)]
 
 
 # -- vramcalc: bench.py of the wheel ---------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def vramcalc(row: dict[str, Any]) -> int:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
         with replay.storages:
-            replay.storages.hold(held_by(model), "weights")
+            replay.storages.hold(loaded(model), "weights")
             ids = torch.zeros(row["batch"], row["max_seq"], dtype=torch.long)
 
             def step(first: bool = False) -> None:
@@ -145,11 +146,11 @@ def vramcalc(row: dict[str, Any]) -> int:
 
 # -- PEFT: method_comparison/MetaMathQA, run.py and experiments/*/adapter_config.json ---------------------------------
 
-_PROMPT = {
+_PROMPT: dict[str, Any] = {
     "num_virtual_tokens": 200, "token_dim": 3072, "num_layers": 28, "num_attention_heads": 24,
     "num_transformer_submodules": 1, "task_type": "CAUSAL_LM",
 }  # fmt: skip
-_LORA = {"task_type": "CAUSAL_LM"}
+_LORA: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 EXPERIMENTS: dict[str, Callable[[], Any] | None] = {
     "full-finetuning/llama-3.2-3B-lr_0.00001": None,
     "ia3/llama-3.2-3B-default": lambda: peft.IA3Config(),
@@ -192,23 +193,23 @@ def metamath(row: dict[str, Any], longest: int = LONGEST) -> tuple[int, Band]:
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # what it takes on CUDA, unasked
         with replay.storages as storages:
-            storages.hold(held_by(model), "weights")
+            storages.hold(loaded(model), "weights")
             outputs = loss = batch = None
-            for length in (SHORT, longest):
-                # What a step leaves lies there until the next makes its own: run.py's variables.
+            # What a step leaves lies there until the next makes its own: run.py's variables.
+            for length, first in ((SHORT, True), (longest, False)):
                 batch = {k: torch.ones(row["batch"], length, dtype=torch.long) for k in ("input_ids", "attention_mask")}
                 batch["labels"] = batch["input_ids"].clone()
                 optimizer.zero_grad()
-                if length == SHORT:
+                if first:
                     replay.first_product("forward")
                 outputs = model(**batch, num_items_in_batch=row["batch"] * length)
                 loss = outputs.loss
-                if length == SHORT:
+                if first:
                     replay.first_product("backward")
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
                 optimizer.step()
-                if length == SHORT:
+                if first:
                     replay.now().empty_cache()  # as run.py does every ten steps
             storages.hold((t for s in optimizer.state.values() for t in s.values()), "optimizer")
             state = storages.now["weights"] + storages.now["optimizer"]
@@ -229,30 +230,27 @@ NAMES = {
 
 def job_of(row: dict[str, Any]) -> Job | None:
     """Return the job that a row of another engine is; None where it is not one of ours, or the base is not known."""
-    name, source = row["model"].lower(), row["source"]
+    name, source, method = row["model"].lower(), row["source"], row["method"]
     try:
         base = outline_of(NAMES.get(name, name)).config
     except UsageError:
         return None
-    quantization, rank, targets = None, 32, ["qkv_proj" if name.startswith("phi-3") else "q_proj"]
-    lengths, checkpointing, passes = (row.get("max_seq"),) * row.get("batch", 1), False, 1
+    rank, quantization, passes = 32, None, 1
+    targets: str | list[str] = "all-linear"
+    lengths = (row.get("max_seq") or row.get("max_context_at_vram"),) * row.get("batch", 1)
     if "litgpt" in source:
-        targets += [] if name.startswith("phi-3") else ["v_proj"]
-        rank, passes = (8, 1) if row.get("trainable") else (32, 2)  # lora.yaml; the older tables
+        rank, passes = (8, 1) if row.get("trainable") else (32, 2)  # its older tables; its recipes
+        targets = ["qkv_proj"] if name.startswith("phi-3") else ["q_proj", "v_proj"]
         kinds = {None: None, "nf4": "nf4-single", "nf4-dq": "nf4"}
-        quantization = "nf4-single" if "qlora" in row["method"] else kinds[row.get("quantization")]
-    elif "torchtune" in source:
-        if row["method"] not in ("full", "full +chunked CE", "full +activation checkpointing"):
-            return None
-        checkpointing = row["method"].endswith("checkpointing")
-    elif row.get("max_context_at_vram"):  # Unsloth's table of Hugging Face with flash attention 2
-        targets, quantization, lengths, checkpointing = "all-linear", "nf4", (row["max_context_at_vram"],), True
-    else:
+        quantization = "nf4-single" if "qlora" in method else kinds[row.get("quantization")]
+    elif "unsloth" in source and lengths[0]:  # the length that filled a card with Hugging Face and flash attention 2
+        quantization = "nf4"
+    elif "torchtune" not in source or method not in ("full", "full +chunked CE", "full +activation checkpointing"):
         return None
-    method = slimtune.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
+    lora = slimtune.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
     return Job(
-        base, None if "full" in row["method"] else method, torch.bfloat16, lengths, passes, "cuda", checkpointing,
-        quantization=quantization,
+        base, None if "full" in method else lora, torch.bfloat16, lengths, passes, "cuda",
+        checkpointing="checkpointing" in method or "unsloth" in source, quantization=quantization,
     )  # fmt: skip
 
 
@@ -284,13 +282,13 @@ def reserved_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bo
             continue
         published = row["peak_bytes_reserved_max"]
         replayed, band = metamath(row)
-        inside, scored = band.low <= published <= band.high, not row.get("calibrates")
+        inside, counts = band.low <= published <= band.high, not row.get("calibrates")
         error = 100 * (replayed / published - 1)
         found.append({
             "run": row["method"], "published": published, "replayed": replayed, "error_percent": error,
-            "band": band._asdict(), "inside": inside, "scored": scored,
+            "band": band._asdict(), "inside": inside, "scored": counts,
         })  # fmt: skip
-        said = ("no", "yes")[inside] if scored else "not scored"
+        said = ("no", "yes")[inside] if counts else "not scored"
         low, high = (f"{end / 1e9:.2f}" for end in band)
         print(f"| {row['method']} | {published / 1e9:.3f} | {replayed / 1e9:.3f} | {error:+.2f} | {low} to {high} | "
               f"{said} |", flush=True)  # fmt: skip

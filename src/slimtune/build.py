@@ -24,7 +24,6 @@ from .recipe import Recipe
 from .runs import ADAPTER_FILE, RunFolder
 from .step import collator_for, require_exact, room_for
 
-
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"fused": True}),
     "adamw-foreach": (torch.optim.AdamW, {"foreach": True}),

@@ -111,7 +111,7 @@ except SystemExit as e:
 
 
 def test_every_verb_has_help():
-    for verb in ("train", "eval", "generate", "chat", "merge", "methods", "doctor"):
+    for verb in ("plan", "gpus", "train", "eval", "generate", "chat", "merge", "methods", "doctor"):
         done = slimtune(verb, "--help")
         assert done.exit_code == 0
         assert "--json" in done.stdout
@@ -142,6 +142,7 @@ def test_train_from_flags_alone(room, rows, tmp_path):
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     ((recipe,), how), = calls  # fmt: skip
+    assert callable(how.pop("planner"))
     assert how == {"resume": False, "continue_from": None}
     config = recipe.method_config()
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 6, ["q_proj"])
@@ -169,7 +170,7 @@ def test_resume_and_continue(room, rows, tmp_path):
     base = ["train", "--model", "m", "--data", str(rows), "--out", "o"]
     assert slimtune(*base, "--resume").exit_code == 0
     assert slimtune(*base, "--continue", "runs/a").exit_code == 0
-    assert [how for _, how in calls] == [
+    assert [{k: v for k, v in how.items() if k != "planner"} for _, how in calls] == [
         {"resume": True, "continue_from": None},
         {"resume": False, "continue_from": Path("runs/a")},
     ]

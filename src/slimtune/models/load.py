@@ -95,7 +95,7 @@ def load_base(
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         trust_remote_code: run code that the base brings along.
         chat_template: a Jinja file, or Jinja text, that replaces the tokenizer's template.
-        attn_implementation: transformers' name of the attention kernel; None: sdpa, eager where the architecture needs it.
+        attn_implementation: transformers' name of the attention kernel; None: sdpa, or eager where it must be.
         revision: branch, tag or commit on the Hub.
         task: one of `TASKS`.
 

@@ -44,8 +44,9 @@ def weight_of(module: nn.Module) -> Tensor:
 
     A plain weight is returned as a view, not a copy.
     """
-    if hasattr(module, "dequantized"):  # a plan's stand-in for a quantized layer
-        return module.dequantized()
+    unpacked = getattr(module, "dequantized", None)
+    if unpacked is not None:  # a plan's stand-in for a quantized layer
+        return unpacked()
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:

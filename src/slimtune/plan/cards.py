@@ -14,9 +14,10 @@ import torch
 
 from ..errors import UsageError, listed, nearest
 from ..models.dtype import pick_device
+from ..units import bytes_text
 
 GIB = 1 << 30
-UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30,
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30,
          "ti": 1 << 40}  # fmt: skip
 
 
@@ -135,7 +136,7 @@ def memory_card(text: str) -> Card:
         UsageError: that is no number of bytes above 0.
     """
     size = parse_bytes(text)
-    return Card(f"{text} of GPU memory", "memory", "", "", size, size, source="given")
+    return Card(f"{bytes_text(size)} of GPU memory", "memory", "", "", size, size, source="given")
 
 
 def parse_bytes(text: str) -> int:
@@ -144,8 +145,8 @@ def parse_bytes(text: str) -> int:
     Raises:
         UsageError: it is none, or not above 0.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", str(text), re.IGNORECASE)
-    size = float(match[1]) * (UNITS[match[2].lower()] if match[2] else GIB) if match else 0
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b|)\s*", str(text), re.IGNORECASE)
+    size = float(match[1]) * UNITS[match[2].lower().removesuffix("b") if match[2] else "gi"] if match else 0
     if size < 1:
         raise UsageError(f"{text!r} is no size of memory", "a number above 0 with a unit, as 24GiB or 24GB")
     return int(size)

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from ..build import outline as build_outline
+from ..contract.layout import plain_name, refusal
 from ..errors import UsageError
 from ..ops.tree_attention import filled
 from .fake import held_by
@@ -76,20 +78,22 @@ def form_of(job: Job) -> Form:
 
 
 def _solved(job: Job, depths: Sequence[int]) -> Form:
-    shapes = _shapes(job)
+    first, *rest = depths
+    columns, shapes = _asked(job)
+    features = np.array([_features(lengths) for lengths in shapes], dtype=float)[:, columns]
+    found = [_over(job, first, lengths) for lengths in shapes]
+    # What hangs on tokens in evaluation, and nothing does in the optimizer's step, is asked of the first depth alone.
+    more = [_over(job, depth, lengths, whole=i == 0) for depth in rest for i, lengths in enumerate(shapes)]
     rows: dict[str, tuple[float, ...]] = {}
-    found = {d: [_over(job, d, lengths, whole=i == 0 or d == depths[0]) for i, lengths in enumerate(shapes)]
-             for d in depths}  # fmt: skip
-    features = np.array([_features(lengths) for lengths in shapes], dtype=float)
-    for phase in PHASES:
-        # What hangs on tokens in evaluation and not at all in the optimizer's step is asked of one depth alone.
-        by_depth = {d: np.array([over[phase] for over in found[d] if phase in over], dtype=float) for d in depths}
-        fits = [np.linalg.lstsq(features[: len(y)], y, rcond=None)[0] for y in by_depth.values()]
-        if len(depths) > 1 and len(by_depth[depths[1]]) == len(shapes):
-            fits[0] = fits[0] + (job.depth - depths[0]) * (fits[1] - fits[0])
-        elif len(depths) > 1:
-            fits[0][0] += (job.depth - depths[0]) * (by_depth[depths[1]][0] - by_depth[depths[0]][0])
-        rows[phase] = tuple(map(float, fits[0]))
+    for phase in [p for p in PHASES if p in found[0]]:  # where no gradient comes, there is no way back
+        y = np.array([over[phase] for over in found], dtype=float)
+        beyond = [over[phase] - a for over, a in zip(more, y, strict=False) if phase in over]
+        y[: len(beyond)] += [(job.depth - first) * each for each in beyond]
+        if len(beyond) == 1:
+            y[1:] += (job.depth - first) * beyond[0]
+        solved = np.zeros(4)
+        solved[columns] = np.linalg.solve(features, y)
+        rows[phase] = tuple(map(float, solved))
     return Form(rows, {})
 
 
@@ -127,10 +131,16 @@ def extrapolated(job: Job, model: Any = None) -> Trace:
     return Trace(held, phases, Counter(table(few.work, more.work)), [])
 
 
-def _shapes(job: Job) -> list[tuple[int, ...]]:
-    """Return lengths of rows that tell apart what hangs on tokens, on the length filled up to, and on squares."""
+def _asked(job: Job) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Return which features matter to a job, and as many lengths of rows, which tell them apart."""
     n = TOKENS
-    return [(n,), (2 * n,), (n + n // 2,), (n, n)]
+    columns, shapes = [0, 1], [(n,), (2 * n,)]
+    if job.device == "cuda" and job.packing:
+        columns, shapes = [*columns, 2], [*shapes, (n + n // 2,)]
+    model = build_outline(shallow(job.base, DEPTHS[0]), None, job.dtype)
+    if not job.packing or refusal(model) or plain_name(model.config._attn_implementation) != "sdpa":
+        columns, shapes = [*columns, 3], [*shapes, (n, n)]
+    return columns, shapes  # type: ignore[return-value]
 
 
 def _features(lengths: Sequence[int]) -> tuple[float, ...]:
@@ -138,7 +148,7 @@ def _features(lengths: Sequence[int]) -> tuple[float, ...]:
     return 1.0, tokens, filled(tokens), sum(n * n for n in lengths)
 
 
-def _over(job: Job, depth: int, lengths: tuple[int, ...], *, whole: bool) -> dict[str, int]:
+def _over(job: Job, depth: int, lengths: tuple[int, ...], *, whole: bool = True) -> dict[str, int]:
     """Return the bytes beside the state in each phase for a model of so many layers."""
     traced = trace(replace(job, base=shallow(job.base, depth), lengths=lengths), whole=whole)
     state = sum(traced.state.values())

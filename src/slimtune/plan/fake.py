@@ -13,6 +13,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
+from ..errors import ModelError
+
 KNOWN = 1 << 20
 """Numbers up to which a tensor of whole numbers keeps its values, where they follow from the batch alone."""
 _aten: Any = torch.ops.aten
@@ -26,12 +28,20 @@ def faking() -> Iterator[None]:
     A batch's own whole numbers, and those that follow from them alone, stay known: transformers asks them whether rows
     are padded or lie in one sequence, and makes a mask only if so. Fakes it would not ask: it would think that a
     compiler traces.
+
+    Raises:
+        ModelError: something asks for values that are not known.
     """
     limit, tracing = fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing
     fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing = KNOWN, lambda *_: False
     try:
         with fake_tensor.FakeTensorMode() as mode, _Counted(mode):
             yield
+    except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException) as error:
+        raise ModelError(
+            f"the step hangs on values: {error} asks for them, and a plan has none",
+            "a model and a method whose shapes follow from the rows' lengths",
+        ) from error
     finally:
         fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing = limit, tracing
 

@@ -20,7 +20,7 @@ from .pace import pace
 from .request import LONGEST, Request
 from .result import PARTS, Band, Plan, Verdict
 from .trace import Trace, merging, trace
-from .verdict import RUNTIME, allocation, band_about, most, scaled, verdict, verdict_of
+from .verdict import RUNTIME, allocation, band_about, beside, most, scaled, verdict, verdict_of
 
 
 def plans(request: Request, say: Callable[[str], None] = lambda _: None) -> tuple[list[Plan], dict[str, str]]:
@@ -71,7 +71,8 @@ def plan_of(request: Request, method: str, *, quick: bool = False, advise: bool 
 
     def room(lengths: Sequence[int]) -> bool:
         """Whether rows of these lengths surely fit."""
-        return verdict(scaled(band, peak, state + form.over_state(lengths)), runtime, usable) == "fits"
+        now = state + form.over_state(lengths) + beside(job)
+        return verdict(scaled(job, band, peak, now), runtime, usable) == "fits"
 
     said = verdict(band, runtime, usable)
     parts = {part: traced.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
@@ -100,7 +101,7 @@ def plan_of(request: Request, method: str, *, quick: bool = False, advise: bool 
         reason=_reason(said, parts, band, runtime, usable),
         max_seq_len=most(lambda n: room((n,) * len(job.lengths)), LONGEST),
         max_batch_size=most(lambda n: room((max(job.lengths),) * n), 1 << 16),
-        tokens_per_second=pace(traced.work, request.card, sum(job.lengths)),
+        tokens_per_second=_pace(request, job, traced),
         evidence=_evidence(request, quick),
     )
     if said == "fits" or not advise:
@@ -116,7 +117,7 @@ def _divided(request: Request, job: Job, form: Form, state: int) -> Job:
     runtime, usable = RUNTIME[job.device], Band(*request.card.usable)
 
     def fits(rows: int) -> bool:
-        peak = state + form.over_state(every[:rows])
+        peak = round(1.02 * (state + form.over_state(every[:rows]) + beside(job)))
         small = request.room is None or sum(every[:rows]) <= request.room
         return small and (not request.divide or verdict(band_about(job, peak, state), runtime, usable) == "fits")
 
@@ -130,6 +131,14 @@ def _state_of(job: Job, model: Any) -> int:
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     states = {"adamw": 2, "adamw-foreach": 2}.get(job.optimizer, 0)
     return sum(kept.values()) + trained * (states + (job.passes > 1))
+
+
+def _pace(request: Request, job: Job, traced: Trace) -> Band | None:
+    """Return trained tokens a second, the optimizer's part with it."""
+    trained = traced.state.get("adapters", 0) if job.method is not None else traced.state["weights"]
+    # Parameter, gradient and states are read, and all but the gradient written.
+    moved = 2 * traced.state.get("optimizer", 0) + 3 * trained
+    return pace(traced.work, request.card, sum(job.lengths), step_bytes=moved, passes=job.passes)
 
 
 def _peaks(traced: Trace, merge: int | None) -> dict[str, int]:

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
+_IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+"""Products in place, which torch's own registry does not count."""
 STATE = ("weights", "adapters", "gradients", "optimizer")
 PARTS = (*STATE, "activations", "logits")
 _ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
@@ -106,7 +108,8 @@ class Storages(TorchDispatchMode):
         made = next((t for t in tree_iter(out) if isinstance(t, Tensor)), None)
         if made is None or func.is_view:
             return
-        counted = flop_registry.get(func._overloadpacket)
+        packet = func._overloadpacket
+        counted = flop_registry.get(_IN_PLACE.get(packet, packet))
         operations = counted(*args, **kwargs, out_val=out) if counted else 0
         moved = sum(t.numel() * t.element_size() for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor))
         self.work[operations, moved, made.dtype] += 1

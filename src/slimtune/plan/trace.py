@@ -106,11 +106,7 @@ def trace(job: Job, model: Any = None, *, whole: bool = True) -> Trace:
         _let_states_be(model, optimizer)
         with storages, laid_out(model):
             trained = [p for p in model.parameters() if p.requires_grad]
-            storages.hold(held_by(model), "weights")
-            if job.method is not None:
-                storages.hold(trained, "adapters")
-            storages.hold(_tensors_in(optimizer.state), "optimizer")
-            state = dict(storages.now)
+            _hold_state(storages, model, optimizer)
             storages.hold((t for p in packs for t in p.values() if isinstance(t, torch.Tensor)), "activations")
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: storages.hold([p.grad], "gradients"))
@@ -122,6 +118,7 @@ def trace(job: Job, model: Any = None, *, whole: bool = True) -> Trace:
             with _phases_of(model, storages):
                 accumulated(model, packs[:1], lambda loss: loss.backward())
             work = storages.work.copy()
+            state = _hold_state(storages, model, optimizer)  # with what is found once and kept (DoRA's lengths)
             if whole:
                 storages.phase("optimizer")
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -188,6 +185,15 @@ def _when_gradient_comes(out: Any, then: Callable[[], None]) -> None:
     states = out[0] if isinstance(out, tuple) else out
     if states.requires_grad:
         states.register_hook(lambda _: then())
+
+
+def _hold_state(storages: Storages, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Count what is always there as parts of the state, and return their bytes."""
+    storages.hold(held_by(model), "weights")
+    if hasattr(model, "peft_config"):
+        storages.hold((p for p in model.parameters() if p.requires_grad), "adapters")
+    storages.hold(_tensors_in(optimizer.state), "optimizer")
+    return {part: storages.now[part] for part in ("weights", "adapters", "optimizer") if storages.now[part]}
 
 
 def _let_states_be(model: Any, optimizer: torch.optim.Optimizer) -> None:

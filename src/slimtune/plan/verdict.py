@@ -17,8 +17,11 @@ RUNTIME = {"cuda": Band(0.25e9, 0.75e9), "mps": Band(0.2e9, 1.0e9), "cpu": Band(
 
 GAPS = {"cuda": 0.12, "mps": 0.2, "cpu": 0.5}
 """Share of what comes and goes in a step that an allocator may hold beside it, as lengths change from step to step."""
+CUBLAS = 2 * 8_519_680
+"""cuBLAS keeps a workspace for the thread that goes forwards and one for that which goes backwards; so large each are
+ATen's up to compute capability 8.9, 32 MiB beyond."""
 WORKSPACES = 64e6
-"""Bytes that matrix products take for themselves."""
+"""Bytes that matrix products may take for themselves."""
 
 
 def verdict_on(plan: Plan, card: Card) -> Verdict:
@@ -36,11 +39,17 @@ def allocation(job: Job, traced: Trace) -> tuple[int, Band]:
     """Return the bytes allocated at most, and what the allocator takes from the device for them."""
     state = sum(traced.state.values())
     if job.device != "cuda" or not traced.events:
-        return traced.peak, band_about(job, traced.peak, state)
+        peak = traced.peak + beside(job)
+        return peak, band_about(job, peak, state)
     allocator = Allocator()
     allocator.run(traced.events)
-    peak = max(allocator.most_allocated, traced.peak)
+    peak = max(allocator.most_allocated, traced.peak) + beside(job)
     return peak, Band(peak, max(allocator.most_reserved, band_about(job, peak, state).high))
+
+
+def beside(job: Job) -> int:
+    """Return the bytes that are allocated beside tensors."""
+    return CUBLAS if job.device == "cuda" else 0
 
 
 def band_about(job: Job, peak: int, state: int) -> Band:
@@ -49,9 +58,9 @@ def band_about(job: Job, peak: int, state: int) -> Band:
     return Band(peak, peak + GAPS[job.device] * (peak - state) + WORKSPACES)
 
 
-def scaled(band: Band, was: int, now: int) -> Band:
-    """Return the band of another peak, from that of one that was traced."""
-    return Band(now, now + (band.high - was) * max(1.0, now / was))
+def scaled(job: Job, band: Band, was: int, now: int) -> Band:
+    """Return the band of another peak of a job, from that of one that was traced."""
+    return Band(now, now + (band.high - was) + GAPS[job.device] * max(0, now - was))
 
 
 def verdict(band: Band, runtime: Band, usable: Band) -> Verdict:

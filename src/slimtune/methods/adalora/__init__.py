@@ -177,9 +177,9 @@ class AdaLoraConfig(TargetedConfig):
         surplus = len(every) - int((len(every) - target) * left**3 + target)
         if surplus < 1:
             return
-        threshold = every.kthvalue(surplus).values.item()
+        threshold = every.kthvalue(surplus).values
         for name, delta in deltas.items():
-            delta.left = scores[name] > threshold
+            delta.left = scores[name] > threshold.to(scores[name].device)
             delta.drop()
         which = iter((every > threshold).tolist())
         self.rank_pattern = {delta.at: [next(which) for _ in delta.left] for delta in deltas.values()}
