@@ -129,7 +129,7 @@ def test_a_terminal_of_ascii_alone():
 def test_a_card_too_small_for_the_name_of_its_line():
     small = memory_card("1GiB")
     head, row, *_ = lines([hand_plan(card=small, verdict="does not fit")], small)
-    assert head.strip() == f"│ 1GiB of GPU memory: {bytes_text(small.usable[0])}"
+    assert head.strip() == f"│ 1.0 GiB of GPU memory: {bytes_text(small.usable[0])}"
     assert head.index("│") == row.index("│")
 
 

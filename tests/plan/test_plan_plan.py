@@ -141,10 +141,12 @@ def test_a_recipe_is_a_request(tmp_path):
     )
     ask = request_of(recipe, ROOMY, [10, 300, 20, 40, 50, 60, 70, 80, 90, 100])
     assert ask.methods == ("lora",)
-    assert ask.rows == (300, 100, 90, 80, 70, 60, 50, 40)  # the longest of a step
+    assert ask.rows == (300, 100, 90, 80)  # the longest that can come together
+    assert ask.accumulate == 2
     assert ask.checkpointing
     job = ask.job("lora")
     assert job.method.r == 8
     assert job.device == "cuda"
     plan = plan_of(ask, "lora", quick=True)
-    assert plan.tokens_at_once == 790
+    assert plan.tokens_at_once == 570
+    assert plan.passes == 2

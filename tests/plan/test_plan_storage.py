@@ -122,8 +122,10 @@ def test_events_balance():
         gc.collect()
     live, totals = {}, [0]
     for key, size in count.events:
-        assert size and (live.pop(key) == -size if size < 0 else key not in live)
-        if size > 0:
+        if size < 0:
+            assert live.pop(key) == -size
+        else:
+            assert key not in live
             live[key] = size
         totals.append(totals[-1] + size)
     assert (live, totals[-1], min(totals), max(totals)) == ({}, 0, 0, most(count))

@@ -45,9 +45,10 @@ def method_of(method, base="llama"):
     return CASES[method](**(CASES[method].on_gpt2 if base == "gpt2" else {}))
 
 
-def job_of(base, method, rows=ROWS[0], dtype=FP32, config={}, **more):
+def job_of(base, method, rows=ROWS[0], dtype=FP32, base_settings=None, **more):
     lengths, packing, passes = rows
-    return Job(BASES[base](**config), method and method_of(method, base), dtype, lengths, passes, packing=packing, **more)
+    adapter = None if method is None else method_of(method, base)
+    return Job(BASES[base](**(base_settings or {})), adapter, dtype, lengths, passes, packing=packing, **more)
 
 
 def off(make):
@@ -69,8 +70,8 @@ def test_every_method_takes_what_its_real_step_takes(method):
 def test_full_fine_tuning(rows, tied, monkeypatch):
     """A tied weight's gradients, of the head's chunks and of the embedding, are summed in place."""
     monkeypatch.setattr(cross_entropy, "CHUNK", 32 * 8192)
-    more = {"config": {"vocab_size": 8192, "tie_word_embeddings": tied}, "checkpointing": True}
-    state, peak = off(lambda: job_of("llama", None, rows, **more))
+    sizes = {"vocab_size": 8192, "tie_word_embeddings": tied}
+    state, peak = off(lambda: job_of("llama", None, rows, base_settings=sizes, checkpointing=True))
     assert state == pytest.approx(0, abs=1e-4)
     assert peak < 0.003
 

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..errors import UsageError, listed, nearest
 from ..ops.device import kind_of_device
@@ -184,6 +182,10 @@ def quantize(model: Any, kind: str) -> None:
     """
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is no quantization{nearest(kind, KINDS)}", f"one of {listed(KINDS)}")
+    # With them comes bitsandbytes, where it is installed.
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
     left = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     found = 0
     for name, module in model.named_modules():

@@ -141,15 +141,16 @@ def request_of(recipe: Recipe, card: Card, lengths: Sequence[int] = ()) -> Reque
         card=card,
         methods=(recipe.method.name,),
         settings=recipe.method.settings,
-        batch=t.batch_size * t.accumulate,
+        batch=t.batch_size,
         seq_len=recipe.data.max_seq_len,
+        accumulate=t.accumulate,
         dtype=m.dtype,
         optimizer=t.optimizer,
         checkpointing=t.gradient_checkpointing,
         packing=t.packing,
         divide=t.tokens_at_once == "auto",
         keep=t.keep_checkpoints,
-        lengths=tuple(heapq.nlargest(t.batch_size * t.accumulate, lengths)),
+        lengths=tuple(heapq.nlargest(t.batch_size, lengths)),
         room=good if t.tokens_at_once == "auto" else t.tokens_at_once,
     )
 

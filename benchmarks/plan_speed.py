@@ -1,0 +1,79 @@
+"""How long a plan takes, and what memory: the formula, the whole trace, the whole command, for an 8B and a 70B.
+
+    python benchmarks/plan_speed.py [--json FILE]
+
+Times are processor seconds of a process of its own that has imported everything; a plan uses one core. Exit code 1: a
+formula of 1 s or more, a trace of the 8B of 30 s or more, or a plan of 2 GB of memory or more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+JOB = {"rank": 16, "seq_len": 2048, "accumulate": 4}
+LIMITS = {"formula": 1.0, "trace": 30.0, "bytes": 2e9}
+
+
+def measured(name: str) -> dict[str, float]:
+    """Plan in this process; return seconds and bytes."""
+    import torch
+
+    from slimtune.models.known import outline_of
+    from slimtune.plan.cards import find_card
+    from slimtune.plan.closed import form_of
+    from slimtune.plan.plan import plan_of
+    from slimtune.plan.request import Request
+    from slimtune.plan.trace import trace
+
+    torch.set_num_threads(1)
+    request = Request(
+        outline_of(name),
+        find_card("rtx-3090"),
+        settings={"rank": JOB["rank"]},
+        seq_len=JOB["seq_len"],
+        accumulate=JOB["accumulate"],
+        checkpointing=True,
+    )
+    job = request.job("lora")
+    form_of(Request(outline_of("smollm2-135m"), find_card("rtx-3090"), seq_len=256).job("lora"))  # what starts up once
+    found: dict[str, float] = {}
+    for what, run in (
+        ("formula", lambda: form_of(job)),
+        ("trace", lambda: trace(job)),
+        ("plan", lambda: plan_of(request, "lora")),
+    ):
+        began = time.process_time()
+        run()
+        found[what] = time.process_time() - began
+    return found | {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measured(args.one)))
+        return
+    found = {}
+    print("| base | formula, s | trace, s | plan, s | memory, GB |\n| --- | ---: | ---: | ---: | ---: |")
+    for name in ("llama-3.1-8b", "llama-3.1-70b"):
+        done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, check=True)
+        found[name] = each = json.loads(done.stdout.splitlines()[-1])
+        times = " | ".join(f"{each[k]:.2f}" for k in ("formula", "trace", "plan"))
+        print(f"| {name} | {times} | {each['bytes'] / 1e9:.2f} |")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    small = found["llama-3.1-8b"]
+    sys.exit(any(small[k] >= limit for k, limit in LIMITS.items()) or found["llama-3.1-70b"]["bytes"] >= LIMITS["bytes"])
+
+
+if __name__ == "__main__":
+    main()
