@@ -1,6 +1,6 @@
 """A base's config without its weights: from this disk, or from the facts of popular bases that are shipped.
 
-    known.json   alias → Hub ids of that shape, licence, parameters, where the facts are from, the config's fields
+known.json   alias → Hub ids of that shape, licence, parameters, where the facts are from, the config's fields
 """
 
 from __future__ import annotations

@@ -134,13 +134,14 @@ def extrapolated(job: Job, model: Any = None) -> Trace:
 def _asked(job: Job) -> tuple[list[int], list[tuple[int, ...]]]:
     """Return which features matter to a job, and as many lengths of rows, which tell them apart."""
     n = TOKENS
-    columns, shapes = [0, 1], [(n,), (2 * n,)]
+    columns: list[int] = [0, 1]
+    shapes: list[tuple[int, ...]] = [(n,), (2 * n,)]
     if job.device == "cuda" and job.packing:
         columns, shapes = [*columns, 2], [*shapes, (n + n // 2,)]
     model = build_outline(shallow(job.base, DEPTHS[0]), None, job.dtype)
     if not job.packing or refusal(model) or plain_name(model.config._attn_implementation) != "sdpa":
         columns, shapes = [*columns, 3], [*shapes, (n, n)]
-    return columns, shapes  # type: ignore[return-value]
+    return columns, shapes
 
 
 def _features(lengths: Sequence[int]) -> tuple[float, ...]:
