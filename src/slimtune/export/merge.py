@@ -8,15 +8,9 @@ The work is done on the CPU, whose memory is the larger one.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +19,14 @@ import torch
 from ..build import adapter_folder, load_run
 from ..contract.config import PeftConfig
 from ..contract.delta import MergeRefused
-from ..errors import AdapterError, UsageError, listed
+from ..errors import AdapterError
 from ..models.dtype import pick_dtype
 from ..models.faults import quiet
 from ..models.load import load_base, load_config
-from ..ops.files import disk_full_is_an_error, fsync_folder, settle
 from ..runs import RunFolder
 from . import proof
 from .card import card
+from .folder import require_free, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +55,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     began = time.perf_counter()
     run, out = Path(run), Path(out).expanduser()
     asked = None if dtype == "auto" else pick_dtype(dtype)
-    _require_free(out)
+    require_free(out)
     loaded = load_run(run, dtype=_trained_dtype(run), device="cpu")
     model: Any = loaded.model
     config, tokenizer, store = model.active_peft_config, loaded.base.tokenizer, asked or loaded.base.dtype
@@ -76,7 +70,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     merged = _merged(model, run)
     _store_as(merged, store)
     size = sum(p.numel() for p in merged.parameters())
-    with _beside(out, size * store.itemsize) as folder:
+    with whole_folder(out, size * store.itemsize) as folder:
         with quiet():
             merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -97,17 +91,6 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
         **made,
         "seconds": round(time.perf_counter() - began, 3),
     }
-
-
-def _require_free(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file", "a folder that does not exist yet", "give another --out")
-    if out.is_dir() and (held := sorted(p.name for p in out.iterdir())):
-        raise UsageError(
-            f"{out} already holds files: {listed(held)}",
-            "a folder that is empty or does not exist yet",
-            "give another --out",
-        )
 
 
 def _trained_dtype(run: Path) -> str | None:
@@ -156,27 +139,3 @@ def _store_as(model: Any, dtype: torch.dtype) -> None:
                 f"numbers up to {torch.finfo(dtype).max:.3g}",
                 "--dtype bfloat16 or float32",
             )
-
-
-@contextmanager
-def _beside(out: Path, need: int) -> Iterator[Path]:
-    """Give a folder to write into that becomes `out` when the block ends well, and is gone when it does not.
-
-    Args:
-        out: where it will lie; missing parents are made.
-        need: bytes that will be written, about.
-    """
-    place = out.resolve()
-    with disk_full_is_an_error(place, need):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(place.parent).free < need:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-        try:
-            yield folder
-            settle(folder)
-            os.replace(folder, place)
-            fsync_folder(place.parent)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise

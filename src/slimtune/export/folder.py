@@ -1,0 +1,94 @@
+"""The folder an export is written into: whole or not there, and with a note of what it was made from.
+
+`slimtune_export.json` in it says so; `slimtune verify FOLDER` reads it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError, listed
+from ..ops.files import disk_full_is_an_error, fsync_folder, settle
+from ..runs import json_text
+
+NOTE = "slimtune_export.json"
+
+
+def require_free(out: Path) -> None:
+    """Check that nothing lies where an export is to be written.
+
+    Raises:
+        UsageError: `out` is a file, or a folder that holds something.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", "a folder that does not exist yet", "give another --out")
+    if out.is_dir() and (held := sorted(p.name for p in out.iterdir())):
+        raise UsageError(
+            f"{out} already holds files: {listed(held)}",
+            "a folder that is empty or does not exist yet",
+            "give another --out",
+        )
+
+
+@contextmanager
+def whole_folder(out: Path, need: int) -> Iterator[Path]:
+    """Give a folder to write into that becomes `out` when the block ends well, and is gone when it does not.
+
+    Args:
+        out: where it will lie; missing parents are made.
+        need: bytes that will be written, about.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    place = out.resolve()
+    with disk_full_is_an_error(place, need):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(place.parent).free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        try:
+            yield folder
+            settle(folder)
+            os.replace(folder, place)
+            fsync_folder(place.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def write_note(folder: Path, kind: str, run: Path, facts: Mapping[str, Any]) -> None:
+    """Write down what an export is.
+
+    Args:
+        folder: the export's.
+        kind: "merged", "gguf", "ollama" or "vllm".
+        run: the run or adapter folder it was made from.
+        facts: what else to know, as JSON has it.
+    """
+    note = {"kind": kind, "run": str(run.resolve()), **facts}
+    (folder / NOTE).write_text(json_text(note, indent=2) + "\n", encoding="utf-8")
+
+
+def read_note(folder: Path) -> dict[str, Any] | None:
+    """Return what `write_note` wrote, None where the folder is no export of ours.
+
+    Raises:
+        UsageError: the note is damaged.
+    """
+    file = folder / NOTE
+    if not file.is_file():
+        return None
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+        return {**note, "kind": str(note["kind"]), "run": Path(note["run"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is damaged: {error}", "the note an export leaves", "export again") from error
