@@ -15,7 +15,6 @@ from functools import cache
 from typing import Any, Self
 
 from torch import nn
-from transformers.utils import PushToHubMixin
 
 from ..bridge import announce, joined
 from ..contract.config import PeftConfig
@@ -26,6 +25,7 @@ from .calling import AdapterCalls
 from .combine import AdapterCombining
 from .loading import AdapterFiles
 from .merging import AdapterMerging
+from .publishing import AdapterPublishing
 from .quantized import keep_differentiable, repacking, values_in
 from .targets import MatchReport, select
 
@@ -102,7 +102,7 @@ def get_peft_model(
     return PeftModel._adopt(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
 
 
-class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, PushToHubMixin):
+class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, AdapterPublishing):
     """Mixed into the class of a base that has adapters; PEFT's names.
 
     `PeftModel(model, config)` is `get_peft_model(model, config)`.

@@ -20,6 +20,7 @@ from .gpus import gpus
 from .merge import merge_run
 from .methods import methods
 from .plan import plan
+from .push import push_run
 from .train import train_run
 
 app = typer.Typer(
@@ -32,6 +33,7 @@ app.command("eval")(eval_run)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("merge")(merge_run)
+app.command("push")(push_run)
 app.command("methods")(methods)
 app.command("doctor")(doctor)
 
