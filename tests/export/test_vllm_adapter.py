@@ -1,0 +1,303 @@
+"""The adapter as vLLM takes it: the same model, refused by name where vLLM would refuse it, served by a right line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+
+import peft
+import pytest
+import torch
+from hand_run import make_run
+from methods.cases import CASES
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+from slimtune.adapt.model import PeftModel, get_peft_model
+from slimtune.build import load_run
+from slimtune.contract.registry import names
+from slimtune.errors import AdapterError, UsageError
+from slimtune.export.vllm import SCRIPT, TEMPLATE, known, vllm_adapter
+from slimtune.methods.lora import LoraConfig
+
+IDS = torch.tensor([[1, 5, 9, 200, 31, 7, 64, 2, 90]])
+PATTERNS = {"rank_pattern": {"q_proj": 2, "1.mlp.down_proj": 6}, "alpha_pattern": {"up_proj": 3, "q_proj": 5}}
+SHIPS = {
+    "plain": {},
+    "rsLoRA": {"use_rslora": True},
+    "patterns": PATTERNS,
+    "patterns of rsLoRA": {**PATTERNS, "use_rslora": True},
+    "one rank for all by pattern": {"rank_pattern": {".*": 2}},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "MiCA": {"init_lora_weights": "mica"},
+    "some layers": {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]},
+    "the ends": {"target_modules": ["embed_tokens", "lm_head", "v_proj"]},
+    "LoRA+": {"lr_ratio": 4, "freeze_a": True},
+}
+
+
+@pytest.fixture
+def exported(tmp_path, tiny_folder):
+    def make(method=None, *, base=tiny_folder, change=lambda model: None, more=None, **asked):
+        run = make_run(tmp_path / "run", base, method=method or {}, change=change, **(more or {}))
+        out = tmp_path / "out"
+        out.mkdir()
+        return run, out, vllm_adapter(run, out, **asked)
+
+    return make
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits.double().log_softmax(-1)
+
+
+def as_vllm_reads(out, base):
+    """What vLLM computes: W + s · B A, s by r and lora_alpha alone or by the patterns; both must be the same."""
+    config = json.loads((out / "adapter_config.json").read_text())
+    tensors = load_file(out / "adapter_model.safetensors")
+    root = config["r"] ** 0.5 if config["use_rslora"] else config["r"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for key, A in tensors.items():
+        if ".lora_A" in key:
+            module = model.get_submodule(key.removeprefix("base_model.model.").partition(".lora_A")[0])
+            update = tensors[key.replace(".lora_A", ".lora_B")] @ A * (config["lora_alpha"] / root)
+            module.weight = torch.nn.Parameter(module.weight + update)
+    return model
+
+
+@pytest.mark.parametrize("method", SHIPS.values(), ids=SHIPS)
+def test_slimtune_peft_and_vllms_own_rule_read_the_trained_model(exported, tiny_folder, method):
+    run, out, facts = exported(method)
+    trained = logits(load_run(run).model)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    assert (logits(base) - trained).abs().max() > 1e-2
+    if method is not SHIPS["the ends"]:
+        assert (logits(as_vllm_reads(out, tiny_folder)) - trained).abs().max() < 1e-4
+        # PEFT lets a LoRA of tied weights change both of them.
+        theirs = peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32), out
+        )
+        assert (logits(theirs) - trained).abs().max() < 1e-4
+    assert (logits(PeftModel.from_pretrained(base, out)) - trained).abs().max() < 1e-4
+    assert facts["rank"] == max(
+        t.shape[0] for n, t in load_file(out / "adapter_model.safetensors").items() if "_A" in n
+    )
+
+
+def test_what_needs_no_folding_is_written_as_it_is(exported):
+    run, out, facts = exported({"use_rslora": True})
+    before, after = (load_file(f / "adapter_model.safetensors") for f in (run / "adapter", out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert not facts["folded"]
+    assert json.loads((out / "adapter_config.json").read_text())["use_rslora"] is True
+
+
+def test_folded_scales_are_one_with_and_without_patterns(exported):
+    _, out, facts = exported({**PATTERNS, "use_rslora": True})
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert facts["folded"]
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
+    assert config["rank_pattern"] == config["alpha_pattern"] != {}
+    assert facts["rank"] == 6
+
+
+def test_a_pissa_start_becomes_a_plain_lora_of_twice_the_rank(exported):
+    _, out, facts = exported({"init_lora_weights": "pissa"})
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (facts["rank"], config["r"], config["init_lora_weights"]) == (8, 8, True)
+
+
+REFUSED = {
+    "DoRA": ({"use_dora": True}, "use_dora is True: vLLM has no DoRA", True),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]", False),
+    "bias": ({"bias": "all"}, "bias is 'all': vLLM takes no trained biases", False),
+    "lora_bias": ({"lora_bias": True}, "lora_bias is True", False),
+    "tokens": ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices is \[1, 2\]", False),
+    "rank": ({"r": 600}, "its rank is 600: vLLM's --max-lora-rank ends at 512", True),
+}
+
+
+@pytest.mark.parametrize(("method", "cause", "convertible"), REFUSED.values(), ids=REFUSED)
+def test_what_vllm_refuses_is_refused_by_name_with_the_ways_left(exported, tmp_path, method, cause, convertible):
+    given = {"r": 4, **method}
+    with pytest.raises(AdapterError, match=cause) as caught:
+        exported({"rank": given.pop("r"), **given})
+    assert "slimtune merge" in caught.value.fix
+    assert ("--as-lora" in caught.value.fix) is convertible
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_all_causes_are_named_at_once(exported):
+    with pytest.raises(AdapterError, match=r"modules_to_save.*bias is 'all'.*use_dora"):
+        exported({"use_dora": True, "bias": "all", "modules_to_save": ["lm_head"]})
+
+
+def adapter_of(folder, base, config):
+    """An adapter folder of any method, as `save_pretrained` leaves it."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model.active_peft_config.base_model_name_or_path = str(base)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n != "lora"])
+def test_every_method_but_lora_is_refused_with_the_ways_left(tmp_path, tiny_folder, name):
+    case = CASES[name]
+    adapter = adapter_of(tmp_path / "adapter", tiny_folder, case())
+    with pytest.raises(AdapterError, match=f"its method is {name}, and vLLM reads LoRA alone") as caught:
+        vllm_adapter(adapter, tmp_path)
+    assert ("slimtune merge" in caught.value.fix) is case.cls.mergeable
+    if not case.cls.mergeable:
+        assert caught.value.fix == "use it with slimtune generate and slimtune chat: it is no change of weights"
+
+
+@pytest.mark.parametrize("config", [LoraConfig(use_dora=True, target_modules="all-linear"), CASES["ia3"]()])
+def test_a_method_that_changes_weights_ships_as_the_lora_nearest_to_it(tmp_path, tiny_folder, config):
+    adapter = adapter_of(tmp_path / "adapter", tiny_folder, config)
+    trained = logits(load_run(adapter, dtype="float32").model)
+    apart = []
+    for rank in (4, 32):
+        out = tmp_path / f"out{rank}"
+        out.mkdir()
+        found = vllm_adapter(adapter, out, as_lora=rank, dtype="float32")
+        apart.append((logits(as_vllm_reads(out, tiny_folder)) - trained).abs().max().item())
+        assert found["conversion"]["method"] == config.name
+        assert found["rank"] == found["conversion"]["rank"] == rank
+    assert apart[1] < 1e-4 < apart[0]
+    assert found["conversion"]["error"] < 1e-5
+
+
+def test_biases_become_no_lora(tmp_path, tiny_folder):
+    adapter = adapter_of(tmp_path / "adapter", tiny_folder, LoraConfig(bias="all", target_modules=["q_proj"]))
+    with pytest.raises(AdapterError, match="bias is 'all'"):
+        vllm_adapter(adapter, tmp_path, as_lora=4)
+
+
+def test_an_architecture_that_vllm_serves_no_lora_on_is_refused(tmp_path, tiny_tokenizer):
+    base = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=320, n_positions=64)).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    adapter = adapter_of(tmp_path / "adapter", base, LoraConfig(target_modules=["c_attn"]))
+    with pytest.raises(AdapterError, match="the base is a GPT2LMHeadModel, which vLLM serves no LoRA on"):
+        vllm_adapter(adapter, tmp_path)
+
+
+def test_a_head_is_refused_where_vllms_class_takes_none(tmp_path, tiny_tokenizer):
+    base = tmp_path / "qwen2"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(**sizes, intermediate_size=48, vocab_size=320)).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    config = LoraConfig(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(AdapterError, match="it changes 'lm_head', and of a Qwen2ForCausalLM vLLM takes no embedding"):
+        vllm_adapter(adapter_of(tmp_path / "adapter", base, config), tmp_path)
+
+
+def test_a_class_that_nothing_is_known_of_is_said(exported, tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tiny_folder / "config.json").write_text(json.dumps({**config, "architectures": ["NewForCausalLM"]}))
+    _, _, facts = exported()
+    assert "nothing is known of a NewForCausalLM in vLLM" in facts["warnings"][0]
+
+
+# --- the line --------------------------------------------------------------------------------------------------------
+
+
+def as_vllm_parses(item):
+    """vLLM's own rule for what follows --lora-modules."""
+    if "=" in item and "," not in item:
+        return tuple(item.split("=", 1))
+    found = json.loads(item)
+    return found["name"], found["path"]
+
+
+@pytest.mark.parametrize("folder", ["out", "it's a, b=c", 'a\nb $(touch x) "c"', "-o"])
+def test_the_line_means_the_same_to_the_shell_and_to_vllm_whatever_the_path(tmp_path, tiny_folder, folder):
+    run = make_run(tmp_path / "run", tiny_folder)
+    out = tmp_path / folder
+    out.mkdir()
+    facts = vllm_adapter(run, out, name="mine")
+    words = shlex.split(facts["command"])
+    assert words[:3] == ["vllm", "serve", str(tiny_folder)]
+    assert words[3:] == facts["arguments"][1:]
+    options = dict(zip(words[3::2], words[4::2], strict=False))
+    assert options["--dtype"] == "float32"
+    assert as_vllm_parses(words[words.index("--lora-modules") + 1]) == ("mine", str(out))
+    assert words[words.index("--max-lora-rank") + 1] == "8"
+    # The script gives the same from wherever the folder lies, to whatever `vllm` is.
+    moved = out.rename(tmp_path / "moved, = 'there'")
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    (fake / "vllm").write_text('#!/bin/sh\npwd\nfor word; do printf "%s\\0" "$word"; done\n')
+    (fake / "vllm").chmod(0o755)
+    ran = subprocess.run(
+        ["sh", moved / SCRIPT, "--port", "8001"], env={"PATH": f"{fake}:/usr/bin:/bin"}, capture_output=True, text=True
+    )
+    where, _, said = ran.stdout.partition("\n")
+    assert where == str(moved)
+    given = said.split("\0")[:-1]
+    assert given[given.index("--lora-modules") + 1] == "mine=."
+    assert given[:2] == ["serve", str(tiny_folder)]
+    assert given[-2:] == ["--port", "8001"]
+    assert not (tmp_path / "x").exists()
+
+
+def test_rank_decides_the_room_in_the_server(exported):
+    assert exported({"rank": 20})[2]["max_lora_rank"] == 32
+
+
+def test_names_that_cannot_be_served_are_refused(exported):
+    run, out, _ = exported()
+    for name in ("a=b", "a,b", "", "two words", "-x", "a\nb"):
+        with pytest.raises(UsageError, match="is no name vLLM can serve"):
+            vllm_adapter(run, out, name=name)
+
+
+def test_the_bases_own_name_is_not_the_adapters(exported):
+    run, out, facts = exported()
+    with pytest.raises(UsageError, match="the base itself is served as 'tiny-base'"):
+        vllm_adapter(run, out, name="tiny-base")
+    assert vllm_adapter(run, out, out=out.with_name("tiny-base"))["name"] == "tiny-base-tuned"
+    assert facts["base_name"] == "tiny-base"
+
+
+def test_the_line_names_where_the_folder_will_lie(exported, tmp_path):
+    _, _, facts = exported(out=tmp_path / "later")
+    assert facts["arguments"][-1] == f"later={tmp_path / 'later'}"
+
+
+def test_a_chat_template_of_the_runs_own_goes_along(exported, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
+    _, out, facts = exported(more={"data": {"chat_template": str(template)}})
+    assert (out / TEMPLATE).read_text() == template.read_text()
+    assert facts["arguments"][-2:] == ["--chat-template", f"{out}/{TEMPLATE}"]
+    assert f"./{TEMPLATE}" in (out / SCRIPT).read_text()
+
+
+def test_the_bases_own_chat_template_stays_there(exported):
+    _, out, facts = exported()
+    assert not (out / TEMPLATE).exists()
+    assert "--chat-template" not in facts["arguments"]
+
+
+def test_float64_runs_are_served_in_float32(exported):
+    assert exported(more={"model": {"dtype": "float64"}})[2]["dtype"] == "float32"
+
+
+def test_an_unknown_dtype_is_refused(exported):
+    with pytest.raises(UsageError, match="dtype is 'int8'"):
+        exported(dtype="int8")
+
+
+def test_what_is_known_of_vllm_is_whole():
+    assert known()["ranks"] == [1, 8, 16, 32, 64, 128, 256, 320, 512]
+    assert known()["architectures"]["LlamaForCausalLM"] == ["embed_tokens", "lm_head"]
+    assert known()["architectures"]["GPT2LMHeadModel"] is None
