@@ -99,7 +99,7 @@ def read(text: str) -> list[Line]:
             if char == "#":
                 state = "comment"
             elif not (end or space):
-                state, held = "name", char
+                state, held = "name", char if printable(char) else ""
         elif state == "comment":
             state = "nothing" if end else state
         elif state in ("name", "parameter"):

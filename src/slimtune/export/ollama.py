@@ -12,14 +12,17 @@ twice there, it costs quality without a word of warning to the user.
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import ModelError, UsageError, listed
+from ..models.faults import explained
 from .chat_template import Turned, turn
 from .modelfile import Line, written
 
@@ -87,6 +90,7 @@ def write_ollama(
     Raises:
         UsageError: the name, a path or the system prompt cannot be in a Modelfile, the base is not there, the window is
             larger than the model's, or the chat template knows no system prompt.
+        ModelError: the base is damaged, or a GGUF file cannot be read here.
     """
     if not _NAME.fullmatch(name):
         wanted = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (none of them first but _)"
@@ -122,15 +126,22 @@ def adds_bos(base: Path, tokenizer: Any) -> bool:
     Args:
         base: a GGUF file, or a folder that Ollama converts.
         tokenizer: what counts where a GGUF file does not say.
+
+    Raises:
+        ModelError: the base is damaged, or cannot be read here.
     """
     if base.is_dir():
         file = base / "tokenizer_config.json"
-        return bool(file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("add_bos_token"))
+        with explained(str(base), "model folder"):
+            return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") is True
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"reading {base.name} needs the package gguf, which is not installed", fix="pip install gguf")
     from gguf import GGUFReader  # heavy, optional
 
-    said = GGUFReader(str(base)).fields.get("tokenizer.ggml.add_bos_token")
-    if said is not None:
-        return bool(said.contents())
+    with explained(str(base), "GGUF file"):
+        said = GGUFReader(str(base)).fields.get("tokenizer.ggml.add_bos_token")
+        if said is not None:
+            return bool(said.contents())
     first = tokenizer("a")["input_ids"][:1]
     return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
 
@@ -155,6 +166,10 @@ def _base_path(base_from: str) -> Path | None:
         if not (path / "config.json").is_file() or not any(path.glob("model*.safetensors")):
             wanted = "config.json and model*.safetensors in it, as slimtune merge writes them"
             raise UsageError(f"{path} is no model that Ollama reads", wanted, "slimtune merge RUN --out FOLDER")
+        if out := [f.name for f in sorted(path.iterdir()) if not f.resolve().is_relative_to(path.resolve())]:
+            # A snapshot in the Hub's cache is such a folder.
+            got = f"{path} holds links to files elsewhere, which Ollama refuses: {listed(out)}"
+            raise UsageError(got, "the files themselves", f"cp -rL {shlex.quote(str(path))} FOLDER")
         return path
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
@@ -170,7 +185,7 @@ def _existing(adapter: Path) -> Path:
 
 def _place(path: Path, folder: Path) -> str:
     """Return a path as a Modelfile in `folder` names it; Ollama expands ~ and takes names for a registry's."""
-    full, home = path.resolve(), folder.resolve()
+    full, home = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
     return f"./{full.relative_to(home).as_posix()}" if full.is_relative_to(home) else full.as_posix()
 
 
