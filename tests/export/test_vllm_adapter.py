@@ -186,8 +186,10 @@ def test_an_architecture_that_vllm_serves_no_lora_on_is_refused(tmp_path, tiny_t
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=320, n_positions=64)).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     adapter = adapter_of(tmp_path / "adapter", base, LoraConfig(target_modules=["c_attn"]))
-    with pytest.raises(AdapterError, match="the base is a GPT2LMHeadModel, which vLLM serves no LoRA on"):
+    with pytest.raises(AdapterError, match="the base is a GPT2LMHeadModel, which vLLM serves no LoRA on") as caught:
         vllm_adapter(adapter, tmp_path)
+    assert "slimtune merge" in caught.value.fix
+    assert "--as-lora" not in caught.value.fix
 
 
 def test_a_head_is_refused_where_vllms_class_takes_none(tmp_path, tiny_tokenizer):

@@ -27,7 +27,7 @@ from torch import Tensor
 from ..adapt import checkpoint
 from ..adapt.combine import LoraReport, sizes
 from ..build import Loaded, adapter_folder, load_run
-from ..contract.config import CONFIG_FILE, PeftConfig
+from ..contract.config import CONFIG_FILE
 from ..errors import AdapterError, UsageError, listed, nearest
 from ..methods.lora.starts import is_in_weight
 from ..models.gguf import dequantized
@@ -94,12 +94,13 @@ def vllm_adapter(
     name = _name(name, out.name, base_name)
     model: Any = loaded.model
     adapter, method, report = model.active_adapter, model.active_peft_config.name, None
+    never = [*_never(model.peft_config[adapter]), *_base_refuses(model, adapter)]
+    _require(run, model, adapter, never, _form(model, adapter) if as_lora is None else [])
     if as_lora is not None:
-        _require(run, model.active_peft_config, _never(model.active_peft_config))
         report = model.to_lora(adapter, as_lora)
         adapter = report.adapter
+        _require(run, model, adapter, [], _form(model, adapter))
     config = model.peft_config[adapter]
-    _require(run, config, _causes(model, adapter))
     # What is left is plain LoRA, which has factors everywhere.
     layers: Factors = {n: d.factors() for n, d in model._attached.deltas(adapter).items()}
     folded = _is_mixed(config, layers)
@@ -134,19 +135,27 @@ def vllm_adapter(
 # --- what vLLM refuses -----------------------------------------------------------------------------------------------
 
 
-def _require(run: Path, config: PeftConfig, causes: list[str]) -> None:
-    """Raise AdapterError where there are causes, with the ways that are left."""
-    if not causes:
+def _require(run: Path, model: Any, adapter: str, never: list[str], form: list[str]) -> None:
+    """Raise AdapterError where there are causes, with the ways that are left.
+
+    Args:
+        run: the run, for messages.
+        model: with the adapter.
+        adapter: its name.
+        never: causes that stay whatever LoRA is made of it.
+        form: causes that another LoRA would not have.
+    """
+    if not never and not form:
         return
+    config, kinds = model.peft_config[adapter], set(model._attached.reports[adapter].kinds.values())
     ways = []
     if config.mergeable:
-        ways.append(
-            f"merge it: {shlex.join(['slimtune', 'merge', str(run), '--out', 'merged'])}, then vllm serve merged"
-        )
-    if config.mergeable and not _never(config):
+        merge = shlex.join(["slimtune", "merge", str(run), "--out", "merged"])
+        ways.append(f"merge it: {merge}, then vllm serve merged")
+    if config.mergeable and not never and kinds <= {"linear", "embedding"}:
         ways.append("make a LoRA of it, which says how near it comes: slimtune export … --to vllm --as-lora 64")
     raise AdapterError(
-        f"vLLM would refuse the adapter of {run}: {'; '.join(causes)}",
+        f"vLLM would refuse the adapter of {run}: {'; '.join([*never, *form])}",
         f"a LoRA of rank {known()['ranks'][-1]} at most on linear maps (vLLM {known()['version']})",
         "; or ".join(ways) or "use it with slimtune generate and slimtune chat: it is no change of weights",
     )
@@ -168,31 +177,36 @@ def _never(config: Any) -> list[str]:
     return causes
 
 
-def _causes(model: Any, adapter: str) -> list[str]:
-    """Return why vLLM would not serve this adapter on this base."""
-    config, architecture = model.peft_config[adapter], _architecture(model)
+def _form(model: Any, adapter: str) -> list[str]:
+    """Return why vLLM would not take the adapter that another LoRA would not have."""
+    config, most = model.peft_config[adapter], known()["ranks"][-1]
     if not config.ships_as_lora:
-        return [f"its method is {config.name}, and vLLM reads LoRA alone", *_never(config)]
-    causes = _never(config)
+        return [f"its method is {config.name}, and vLLM reads LoRA alone"]
     if config.use_dora:
-        causes.append("use_dora is True: vLLM has no DoRA")
-    else:
-        ranks = [d.low_rank()[0].shape[0] for d in model._attached.deltas(adapter).values() if hasattr(d, "low_rank")]
-        if ranks and max(ranks) > known()["ranks"][-1]:
-            start = ", twice its own since its start is taken out" if is_in_weight(config.init_lora_weights) else ""
-            causes.append(f"its rank is {max(ranks)}{start}: vLLM's --max-lora-rank ends at {known()['ranks'][-1]}")
-    takes: list[str] | None = known()["architectures"].get(architecture, [])
+        return ["use_dora is True: vLLM has no DoRA"]
+    deltas = model._attached.deltas(adapter).values()
+    rank = max((d.low_rank()[0].shape[0] for d in deltas if hasattr(d, "low_rank")), default=0)
+    if rank <= most:
+        return []
+    start = ", twice its own since its start is taken out" if is_in_weight(config.init_lora_weights) else ""
+    return [f"its rank is {rank}{start}: vLLM's --max-lora-rank ends at {most}"]
+
+
+def _base_refuses(model: Any, adapter: str) -> list[str]:
+    """Return why vLLM would take no such LoRA on this base."""
+    architecture = _architecture(model)
+    if architecture not in known()["architectures"]:
+        return []
+    takes = known()["architectures"][architecture]
     if takes is None:
-        return [*causes, f"the base is a {architecture}, which vLLM serves no LoRA on"]
-    if "lm_head" in takes and model.config.get_text_config().vocab_size > MOST_TOKENS:
-        causes.append(
-            f"the base has {model.config.get_text_config().vocab_size} tokens: with LoRA {MOST_TOKENS} at most"
-        )
+        return [f"the base is a {architecture}, which vLLM serves no LoRA on"]
+    causes, tokens = [], model.config.get_text_config().vocab_size
+    if "lm_head" in takes and tokens > MOST_TOKENS:
+        causes.append(f"the base has {tokens} tokens: with LoRA vLLM takes {MOST_TOKENS} at most")
     kinds, head = model._attached.reports[adapter].kinds, model.get_output_embeddings()
     deltas = model._attached.deltas(adapter)
     ends = [n for n in deltas if kinds[n] == "embedding" or model.get_submodule(n) is head]
-    odd = [n for n in ends if n.rpartition(".")[2] not in takes]
-    if odd and architecture in known()["architectures"]:
+    if odd := [n for n in ends if n.rpartition(".")[2] not in takes]:
         what = f"only {listed(takes)}" if takes else "no embedding and no head"
         causes.append(f"it changes {listed(odd)}, and of a {architecture} vLLM takes {what}")
     return causes
