@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import CHATML
 from go_engine import rendered
 from owist_modelfile_lint import lint
 from real_templates import TOKENIZERS, make_tokenizer
 
 from slimtune.errors import ModelError, UsageError
+from slimtune.export.engines import llama_cpp
 from slimtune.export.modelfile import read
 from slimtune.export.ollama import adds_bos, write_ollama
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+
+from tiny_gguf import write_gguf
 
 
 def config(**settings):
@@ -125,6 +132,34 @@ def test_the_beginning_of_sequence_token_stands_there_once(export, tmp_path, kin
     wanted = TOKENIZERS["llama3"].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert ("<|begin_of_text|>" if add else "") + text == wanted
     assert wanted.count("<|begin_of_text|>") == 1
+
+
+@pytest.mark.parametrize("add", [True, False])
+def test_llama_cpp_reads_the_prompt_as_the_run_did(export, tmp_path, monkeypatch, tiny_llama, tiny_tokenizer, add):
+    """Ollama's engine itself: the ids of the prompt, the one token in front included, are those of the training."""
+    import gguf
+
+    if not llama_cpp.installed():
+        pytest.skip("no llama.cpp here: pip install xllamacpp")
+
+    class Writer(gguf.GGUFWriter):
+        def add_add_bos_token(self, value):
+            super().add_add_bos_token(add)
+
+    monkeypatch.setattr(gguf, "GGUFWriter", Writer)
+    tokenizer = tiny_tokenizer(bos_token="<|endoftext|>", chat_template="{{ bos_token }}" + CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    base = write_gguf(tmp_path / "base.gguf", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
+    made, _ = export(base, tokenizer=tokenizer)
+    chat = [{"role": r, "content": f"{r} says\n“ä”."} for r in ("system", "user", "assistant", "user")]
+    text = rendered([{"Template": made.template, "Messages": chat}])[0]["Text"]
+    engine = llama_cpp.LlamaCpp(base, longest=64, threads=1)
+    try:
+        ids = engine.tokens(text)
+    finally:
+        engine.close()
+    assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_a_gguf_that_does_not_say_is_taken_as_the_tokenizer_does(tmp_path, tiny_tokenizer):

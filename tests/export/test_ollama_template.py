@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import datetime
 import itertools
+from pathlib import Path
 
 import pytest
+import trl
 from go_engine import DAY, rendered
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,6 +94,27 @@ def test_formats_of_a_date(style):
     made = turn(make_tokenizer(template.replace("STYLE", style), ["<s>", "</s>"]), adds_bos=True)
     got = rendered([{"Template": made.template, "Messages": messages_of("u", ["Hi."])}])[0]["Text"]
     assert got == f"{datetime.date.fromisoformat(DAY):{style}}<user>Hi."
+
+
+def test_every_chat_template_that_trl_ships():
+    """All but those that want a message's content as a list of parts, which a run's rows are not."""
+    special = sorted({t for tokenizer in TOKENIZERS.values() for t in tokenizer.all_special_tokens})
+    equal, left = 0, []
+    for file in sorted(Path(trl.__file__).with_name("chat_templates").glob("*.jinja")):
+        tokenizer = make_tokenizer(file.read_text(encoding="utf-8"), special)
+        made = turn(tokenizer, adds_bos=False)
+        if made.template is None:
+            assert "user messages not at all, or not as plain text" in made.notes[0], file.name
+            left.append(file.stem)
+            continue
+        asked = [m for m in chats(["u", "suauau"]) if made.system or m[0]["role"] != "system"]
+        chat = Chat(tokenizer, cut_bos=False)
+        wanted = [chat.render(messages, today=datetime.date.fromisoformat(DAY)) for messages in asked]
+        got = rendered([{"Template": made.template, "Messages": messages} for messages in asked])
+        assert got == [{"Text": text, "Error": ""} for text in wanted], file.name
+        equal += 1
+    print(f"{equal} chat templates of TRL give the same text in Go, {len(left)} are not turned: {', '.join(left)}")
+    assert equal > 5 * len(left)
 
 
 def test_stop_tokens():
