@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import re
+import shutil
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
 from hand_run import make_run
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimtune.export.merge as room
 from slimtune.adapt.model import PeftModel
 from slimtune.contract.delta import MergeRefused
 from slimtune.errors import AdapterError, RunError, UsageError
+from slimtune.export.folder import read_note
 from slimtune.export.merge import merge
+from slimtune.export.shards import Shards
 from slimtune.methods.lora import LinearLora
 
 TEXT = "Define hope. Desire and expectation rolled into one."
@@ -164,14 +169,82 @@ def test_the_card_says_what_it_is_and_its_code_runs(tmp_path, tiny_folder, monke
     assert capsys.readouterr().out.strip()
 
 
-def test_a_large_model_is_compared_in_memory_and_its_file_counted(tmp_path, tiny_folder, monkeypatch):
+def test_a_large_model_is_proven_in_its_own_dtype_on_the_files_that_were_written(tmp_path, tiny_folder, monkeypatch):
     monkeypatch.setattr(room, "SMALL", 0)
-    monkeypatch.setattr(room, "load_base", None)
     run = make_run(tmp_path / "run", tiny_folder, model={"dtype": "bfloat16"})
     found = merge(run, tmp_path / "merged")
     assert 0 < found["mean_difference"] < 0.1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert (log_p(model, tmp_path / "merged") - adapter_of(run, tiny_folder)).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_written_is_the_same_however_large_the_model_is(tmp_path, tiny_folder, monkeypatch, dtype):
+    run = make_run(tmp_path / "run", tiny_folder, model={"dtype": "bfloat16"})
+    merge(run, tmp_path / "small", dtype=dtype)
+    monkeypatch.setattr(room, "SMALL", 0)
+    monkeypatch.setattr(room, "SHARD", 40_000)
+    merge(run, tmp_path / "large", dtype=dtype)
+    files = sorted((tmp_path / "large").glob("*.safetensors"))
+    small = load_file(tmp_path / "small" / "model.safetensors")
+    large = {n: t for f in files for n, t in load_file(f).items()}
+    assert small.keys() == large.keys()
+    assert all(torch.equal(small[n], large[n]) for n in small)
+
+
+def test_several_files_have_the_names_and_the_index_that_transformers_gives(tmp_path, tiny_folder, monkeypatch):
+    monkeypatch.setattr(room, "SHARD", 40_000)
+    run, out = make_run(tmp_path / "run", tiny_folder), tmp_path / "merged"
+    merge(run, out)
+    AutoModelForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "theirs", max_shard_size=40_000)
+    wanted = sorted(p.name for p in (tmp_path / "theirs").glob("*.safetensors*"))
+    assert sorted(p.name for p in out.glob("*.safetensors*")) == wanted
+    assert len(wanted) > 2
+    for name in wanted[:-1]:
+        assert load_file(out / name).keys() == load_file(tmp_path / "theirs" / name).keys()
+    index = "model.safetensors.index.json"
+    assert json.loads((out / index).read_text()) == json.loads((tmp_path / "theirs" / index).read_text())
+
+
+def test_rows_of_new_tokens_are_merged_into_tied_embeddings(tmp_path, tiny_llama, tiny_tokenizer):
+    base, out = tmp_path / "base", tmp_path / "merged"
+    tiny_llama(tie_word_embeddings=True).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    method = {"target_modules": ["q_proj"], "trainable_token_indices": [300, 7]}
+    run = make_run(tmp_path / "run", base, model={"dtype": "float64"}, method=method)
+    merge(run, out)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert (log_p(model, out) - adapter_of(run, base, torch.float64)).abs().max() < 1e-9
+    rows, before = (m.get_input_embeddings().weight for m in (model, AutoModelForCausalLM.from_pretrained(base)))
+    changed = (rows != before).any(1).nonzero()[:, 0].tolist()
+    assert changed == [7, 300]
+
+
+def test_trained_biases_are_merged(tmp_path, tiny_llama, tiny_tokenizer):
+    base, out = tmp_path / "base", tmp_path / "merged"
+    tiny_llama(attention_bias=True).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    method = {"target_modules": ["q_proj"], "bias": "all"}
+    run = make_run(tmp_path / "run", base, model={"dtype": "float64"}, method=method)
+    merge(run, out)
+    held, before = load_file(out / "model.safetensors"), load_file(base / "model.safetensors")
+    for name in ("q_proj", "v_proj"):
+        at = f"model.layers.1.self_attn.{name}.bias"
+        assert not torch.equal(held[at], before[at].double())
+    assert (
+        log_p(AutoModelForCausalLM.from_pretrained(out), out) - adapter_of(run, base, torch.float64)
+    ).abs().max() < 1e-9
+
+
+def test_a_note_says_what_it_was_made_of(tmp_path, tiny_folder):
+    run = make_run(tmp_path / "run", tiny_folder)
+    merge(run, tmp_path / "merged")
+    note = read_note(tmp_path / "merged")
+    assert note is not None
+    assert (note["kind"], note["run"], note["dtype"]) == ("merged", run.resolve(), "float32")
+    adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert note["adapter_sha256"] == hashlib.sha256(adapter).hexdigest()
+    assert re.fullmatch("[0-9a-f]{16}", note["fingerprint"])
 
 
 def refused(kind, run, out, held=(), **options):
@@ -246,14 +319,14 @@ def test_a_merge_that_is_not_the_trained_model_is_noticed(tmp_path, tiny_folder,
 
 
 def test_a_file_that_lost_a_tensor_is_noticed(tmp_path, tiny_folder, monkeypatch):
-    whole = PreTrainedModel.save_pretrained
+    whole = Shards.write
 
-    def lossy(self, folder, **options):
-        state = {n: t for n, t in self.state_dict().items() if not n.endswith("norm.weight")}
-        whole(self, folder, state_dict=state, **options)
+    def lossy(self, name, tensor):
+        if not name.endswith("norm.weight"):
+            whole(self, name, tensor)
 
     run = make_run(tmp_path / "run", tiny_folder)
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lossy)
+    monkeypatch.setattr(Shards, "write", lossy)
     assert "the saved checkpoint holds" in refused(RunError, run, tmp_path / "merged").got
 
 
@@ -264,14 +337,13 @@ Usage = namedtuple("Usage", "total used free")
 def test_a_full_disk_leaves_nothing(tmp_path, tiny_folder, monkeypatch, when):
     run = make_run(tmp_path / "run", tiny_folder)
     if when == "before":
-        monkeypatch.setattr(room.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 4096))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 4096))
     else:
 
-        def full(self, folder, **_):
-            (Path(folder) / "model.safetensors").write_bytes(b"half")
-            raise RuntimeError("I/O error: No space left on device (os error 28)")
+        def full(self, name, tensor):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+        monkeypatch.setattr(Shards, "write", full)
     said = refused(RunError, run, tmp_path / "merged")
     assert "the disk is full" in said.got
     assert "free some space" in said.fix

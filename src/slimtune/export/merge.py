@@ -1,20 +1,25 @@
 """Base and adapter as one plain Hugging Face checkpoint: W' = W + ΔW, and the proof that it is the trained model.
 
-    load ─ log p with the adapter ─ merge in fp32, round once ─ save beside `out` ─ read back ─ log p again ─ rename
+    log p with the adapter ─ each module merged in fp32, rounded once, written beside `out` ─ read back ─ log p ─ rename
 
-The base is taken as it was trained on: rounded to the run's dtype. Whatever fails on the way, `out` is not there.
-The work is done on the CPU, whose memory is the larger one.
+The base is taken as it was trained on: rounded to the run's dtype. Its weights are views of the files they lie in, and
+one module's are merged at a time, so memory is that of a module, not of a model. Whatever fails on the way, `out` is
+not there. The work is done on the CPU, whose memory is the larger one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..build import adapter_folder, load_run
 from ..contract.config import PeftConfig
@@ -23,15 +28,18 @@ from ..errors import AdapterError
 from ..models.dtype import pick_dtype
 from ..models.faults import quiet
 from ..models.load import load_base, load_config
-from ..runs import RunFolder
+from ..runs import ADAPTER_FILE, RunFolder
 from . import proof
 from .card import card
-from .folder import require_free, whole_folder
+from .folder import require_free, whole_folder, write_note
+from .weights import Weights
 
 log = logging.getLogger(__name__)
 
 SMALL = 1_000_000_000
-"""Below this many parameters the proof computes in fp32 and reads the saved folder back; above, memory counts."""
+"""Below this many parameters the proof computes in fp32; above, memory counts, and it computes in the run's dtype."""
+SHARD = 5_000_000_000
+"""Bytes of a weight file, at most."""
 
 
 def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
@@ -67,27 +75,30 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     adapted = proof.log_probabilities(model, rows)
     with model.disable_adapter():
         base = proof.log_probabilities(model, rows)
-    merged = _merged(model, run)
-    _store_as(merged, store)
-    size = sum(p.numel() for p in merged.parameters())
-    with whole_folder(out, size * store.itemsize) as folder:
-        with quiet():
-            merged.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+    with _refusals(run):
+        weights = Weights(model, store)
+    with whole_folder(out, weights.bytes) as folder:
+        _write_settings(model, folder, store)
+        tokenizer.save_pretrained(folder)
+        with _refusals(run):
+            weights.write(folder, SHARD)
+        trusted = loaded.recipe is not None and loaded.recipe.model.trust_remote_code
+        held = compute if small else store
+        merged = load_base(str(folder), dtype=held, device="cpu", trust_remote_code=trusted).model
         proof.require_whole(folder, merged)
-        if small:
-            trusted = loaded.recipe is not None and loaded.recipe.model.trust_remote_code
-            merged = load_base(str(folder), dtype=compute, device="cpu", trust_remote_code=trusted).model
         found = proof.require_same(proof.log_probabilities(merged, rows), adapted, base, store, compute)
         made = {"dtype": str(store).removeprefix("torch."), **found}
         text = card(loaded.base.source, config, loaded.recipe, made, out.resolve().name, bool(tokenizer.chat_template))
         (folder / "README.md").write_text(text, encoding="utf-8")
+        with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        write_note(folder, "merged", run, {**made, "fingerprint": loaded.base.fingerprint, "adapter_sha256": sha256})
         written = sum(f.stat().st_size for f in folder.iterdir())
     return {
         "run": str(run),
         "out": str(out),
         "bytes": written,
-        "parameters": size,
+        "parameters": weights.parameters,
         **made,
         "seconds": round(time.perf_counter() - began, 3),
     }
@@ -105,10 +116,11 @@ def _trained_dtype(run: Path) -> str | None:
     return str(stored or "float32").removeprefix("torch.")
 
 
-def _merged(model: Any, run: Path) -> Any:
-    """Return the plain base with the adapter in its weights; its generation settings can be saved."""
+@contextmanager
+def _refusals(run: Path) -> Iterator[None]:
+    """Turn the refusal of a merge into an error that says the way out."""
     try:
-        merged = model.merge_and_unload(safe_merge=True)
+        yield
     except MergeRefused as e:
         raise AdapterError(
             f"the adapter of {run} cannot be merged: {e}",
@@ -116,7 +128,11 @@ def _merged(model: Any, run: Path) -> Any:
             "use it beside its base (slimtune generate, chat; PeftModel.from_pretrained)"
             + (", or an older checkpoint of it" if "not finite" in str(e) else ""),
         ) from e
-    settings = getattr(merged, "generation_config", None)
+
+
+def _write_settings(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write what a checkpoint has beside its weights: config, generation settings, code that the base brought."""
+    settings = getattr(model, "generation_config", None)
     if settings is not None:
         try:
             settings.validate(strict=True)
@@ -124,18 +140,10 @@ def _merged(model: Any, run: Path) -> Any:
             # Some checkpoints name a temperature and forget that it asks for sampling; transformers saves no such file.
             log.warning("the base's generation settings ask for sampling without do_sample: it is set")
             settings.do_sample = True
-    return merged
-
-
-def _store_as(model: Any, dtype: torch.dtype) -> None:
-    """Round every weight to `dtype`, in place; buffers stay (rotary frequencies must not be rounded)."""
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            continue
-        parameter.data = parameter.data.to(dtype)
-        if not torch.isfinite(parameter.data).all():
-            raise AdapterError(
-                f"{name} holds numbers that {str(dtype).removeprefix('torch.')} cannot hold",
-                f"numbers up to {torch.finfo(dtype).max:.3g}",
-                "--dtype bfloat16 or float32",
-            )
+    with quiet():
+        # transformers' own, not the adapter's.
+        PreTrainedModel.save_pretrained(model, folder, state_dict={})
+        for weights in folder.glob("*.safetensors"):  # of no tensors
+            weights.unlink()
+        model.config.dtype = str(dtype).removeprefix("torch.")  # the model is in the run's
+        model.config.save_pretrained(folder)

@@ -1,0 +1,153 @@
+"""How much memory `slimtune merge` takes on a model that is large beside one of its files.
+
+    python benchmarks/merge_memory.py            # 4.6 GB of bfloat16 in 10 files, made in a temporary folder
+    python benchmarks/merge_memory.py --layers 4 # a small one, to try it
+
+Makes a checkpoint shaped as a Llama (random weights; hidden 2048, 32 heads, MLP 8192, 32,000 tokens, untied) with a
+LoRA adapter of rank 16 on all linear maps, then merges it in a process of its own. From outside, that process's
+anonymous memory (RssAnon in /proc/PID/status: what is no view of a file) is read every 5 ms. The baseline is what it
+has once slimtune, torch and transformers are imported. One shard is the largest weight file of the base.
+
+Exit code 1 where the peak is over the baseline by more than 1.5 shards. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from threading import Thread
+
+import torch
+
+MOST = 1.5
+"""Shards over the baseline."""
+PER_FILE = 500_000_000
+SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32}
+MORE = {"num_key_value_heads": 8, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def make(base: Path, adapter: Path, layers: int) -> None:
+    """Write the base, file by file, its tokenizer, and an adapter with random weights."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    from slimtune import LoraConfig, get_peft_model
+    from slimtune.export.shards import Shards
+
+    config = LlamaConfig(**SIZES, **MORE, num_hidden_layers=layers, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(base)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*special, *alphabet])}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True) for t in special])
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token=special[1], eos_token=special[2]).save_pretrained(base)
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+    shards, draws = Shards(base, outline, PER_FILE), torch.Generator().manual_seed(0)
+    for name, like in outline.items():
+        size = 1.0 if like.dim() == 1 else 0.02
+        values = torch.ones(like.shape) if like.dim() == 1 else torch.randn(like.shape, generator=draws) * size
+        shards.write(name, values)
+    shards.close()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lora_B" in name:
+                parameter.normal_(std=0.005, generator=draws)
+    adapted.save_pretrained(adapter)
+
+
+def merge_it(adapter: Path, out: Path) -> None:
+    """Import everything, say so, merge when told."""
+    from slimtune.export.merge import merge
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(json.dumps(merge(adapter, out)), flush=True)
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of a process's anonymous memory; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+
+
+def measure(adapter: Path, out: Path) -> tuple[int, int, dict]:
+    """Return baseline and peak in bytes, and what the merge returned."""
+    command = [sys.executable, __file__, "--merge", str(adapter), str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        if said.strip() != "ready":
+            raise SystemExit(f"the merging process said {said!r}")
+        baseline = anonymous(process.pid)
+        seen = [baseline]
+
+        def watch() -> None:
+            while process.poll() is None:
+                seen.append(anonymous(process.pid))
+                time.sleep(0.005)
+
+        watcher = Thread(target=watch)
+        watcher.start()
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        result = process.stdout.readline()
+        code = process.wait()
+        watcher.join()
+    if code:
+        raise SystemExit(f"the merge failed with exit code {code}")
+    return baseline, max(seen), json.loads(result)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--folder", type=Path, help="where to put the temporary folder (15 GB)")
+    parser.add_argument("--make", nargs=2, type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--merge", nargs=2, type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.make:
+        make(*given.make, given.layers)
+        return 0
+    if given.merge:
+        merge_it(*given.merge)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="slimtune-merge-", dir=given.folder) as folder:
+        base, adapter, out = (Path(folder, name) for name in ("base", "adapter", "merged"))
+        command = [sys.executable, __file__, "--layers", str(given.layers), "--make", str(base), str(adapter)]
+        subprocess.run(command, check=True)
+        files = [f.stat().st_size for f in base.glob("*.safetensors")]
+        print(
+            f"base: {sum(files) / 1e9:.2f} GB in {len(files)} files, the largest {max(files) / 1e9:.3f} GB", flush=True
+        )
+        baseline, peak, found = measure(adapter, out)
+        shards = (peak - baseline) / max(files)
+        written = sorted(f.stat().st_size for f in out.glob("*.safetensors"))
+        print(
+            f"merged: {sum(written) / 1e9:.2f} GB, {len(written)} files of {found['dtype']}, {found['seconds']:.0f} s; "
+            f"mean difference {found['mean_difference']:.2g} nats over {found['positions']} positions "
+            f"(effect {found['effect']:.2g})"
+        )
+        print(
+            f"anonymous memory: {baseline / 1e6:.0f} MB after imports, {peak / 1e6:.0f} MB at most: "
+            f"{(peak - baseline) / 1e6:.0f} MB more, {shards:.2f} shards (at most {MOST})"
+        )
+    return int(shards > MOST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
