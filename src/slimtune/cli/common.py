@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -34,6 +34,12 @@ SetOption = Annotated[
 INTERRUPTED = 130
 # Typer carries a copy of click or uses click itself, depending on its version: the class is found through its own.
 ClickError = typer.BadParameter.__mro__[2]
+
+
+class Refused(NamedTuple):
+    """What a verb returns whose work is done and whose answer is no: exit code 1, the result printed all the same."""
+
+    result: Any
 
 
 class Verbs(TyperGroup):
@@ -62,9 +68,12 @@ class Verbs(TyperGroup):
                 _print_json({"error": {"kind": "Interrupted", "got": "interrupted"}}, out)
         if isinstance(result, int):
             sys.exit(result)
+        code = 0
+        if isinstance(result, Refused):
+            result, code = result.result, 1
         if as_json and result is not None:
             _print_json(result, out)
-        sys.exit(0)
+        sys.exit(code)
 
 
 def explained(e: BaseException) -> SlimtuneError | None:

@@ -41,13 +41,35 @@ def texts(tokenizer: Any, recipe: Recipe | None, config: Any) -> list[list[int]]
         recipe: the run's recipe, if there is one.
         config: of the model; texts longer than its context are cut.
     """
-    talks = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS]
+    return [ids for talk in talks(recipe) if len(ids := token_ids(tokenizer, talk, config)) > 1]
+
+
+def talks(recipe: Recipe | None, rows: Path | None = None) -> list[list[dict[str, str]]]:
+    """Return the conversations to compare on: fixed questions, and the first rows that were held out.
+
+    Args:
+        recipe: the run's, if there is one: its validation (else test) rows.
+        rows: a file of rows to take instead.
+    """
+    found = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS]
     held = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
-    if file := next((f for f in held if f is not None and f.is_file()), None):
-        talks += [row.messages for row in read_rows(file)[:MOST_ROWS]]
+    if file := rows or next((f for f in held if f is not None and f.is_file()), None):
+        found += [row.messages for row in read_rows(file)[:MOST_ROWS]]
+    return found
+
+
+def token_ids(tokenizer: Any, talk: list[dict[str, str]], config: Any) -> list[int]:
+    """Return a conversation's token ids, as many as are compared."""
     most = min(getattr(config, "max_position_embeddings", None) or MOST_TOKENS, MOST_TOKENS)
-    ids = [tokenizer(_text(tokenizer, talk), add_special_tokens=False)["input_ids"][:most] for talk in talks]
-    return [row for row in ids if len(row) > 1]
+    return tokenizer(_text(tokenizer, talk), add_special_tokens=False)["input_ids"][:most]
+
+
+def prompt(tokenizer: Any, talk: list[dict[str, str]]) -> str:
+    """Return a conversation up to its last answer, as the chat template renders it; "" where it does not."""
+    try:
+        return tokenizer.apply_chat_template(talk[:-1], tokenize=False, add_generation_prompt=True)
+    except (ValueError, TemplateError):
+        return ""
 
 
 @torch.no_grad()

@@ -48,6 +48,9 @@ def settle(folder: Path) -> None:
     """Make a folder written under a temporary name ready to be renamed: readable as others are, and durable."""
     os.chmod(folder, 0o755)
     for file in folder.iterdir():
+        if file.is_dir():
+            settle(file)
+            continue
         os.chmod(file, 0o644)  # safetensors and mkdtemp leave them to the owner alone
         with file.open("rb") as f:
             os.fsync(f.fileno())

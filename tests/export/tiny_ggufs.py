@@ -1,0 +1,117 @@
+"""Tiny random models of the architectures adapters can be written for, as Hugging Face has them and as llama.cpp does.
+
+Only the numbers a GGUF's header holds are written here; names, order and shifts of tensors are the product's own, so
+that what llama.cpp computes from them proves them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as tf
+
+from slimtune.export.architectures import as_llama_cpp, facts_of, names_of
+
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# llama.cpp's Gemma scales by the head's width, whatever the config asks for.
+GEMMA = {**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+MAKERS = {
+    "llama": lambda v: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, vocab_size=v)),
+    "mistral": lambda v: tf.MistralForCausalLM(tf.MistralConfig(**SIZES, vocab_size=v, sliding_window=None)),
+    "qwen2": lambda v: tf.Qwen2ForCausalLM(tf.Qwen2Config(**SIZES, vocab_size=v)),
+    "qwen3": lambda v: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SIZES, vocab_size=v, head_dim=16)),
+    "gemma": lambda v: tf.GemmaForCausalLM(tf.GemmaConfig(**SIZES, vocab_size=v, head_dim=16)),
+    "gemma2": lambda v: tf.Gemma2ForCausalLM(tf.Gemma2Config(**GEMMA, vocab_size=v)),
+    "gemma3_text": lambda v: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GEMMA, vocab_size=v)),
+    "phi3": lambda v: tf.Phi3ForCausalLM(tf.Phi3Config(**SIZES, vocab_size=v, original_max_position_embeddings=256)),
+    "gpt2": lambda v: tf.GPT2LMHeadModel(
+        tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, vocab_size=v, bos_token_id=1, eos_token_id=2)
+    ),
+}
+
+
+def model_of(kind: str, vocabulary: int) -> Any:
+    """Return a random model in fp32 whose norms and biases are not what they start at."""
+    torch.manual_seed(0)
+    model = MAKERS[kind](vocabulary).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif "embed" not in name and "wte" not in name:
+                parameter.mul_(4)  # far from uniform attention
+    return model
+
+
+def write(file: Path, model: Any, tokenizer: Any) -> Path:
+    """Write a model and a byte-level tokenizer as an f32 GGUF."""
+    import gguf
+
+    config = model.config
+    w = gguf.GGUFWriter(str(file), facts_of(config).arch)
+    w.add_block_count(config.num_hidden_layers)
+    w.add_context_length(config.max_position_embeddings)
+    w.add_embedding_length(config.hidden_size)
+    w.add_head_count(config.num_attention_heads)
+    w.add_vocab_size(config.vocab_size)
+    if config.model_type == "gpt2":
+        w.add_feed_forward_length(4 * config.hidden_size)
+        w.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
+        _rotary(w, config)
+    _vocabulary(w, tokenizer, config.vocab_size)
+    names = names_of(config)
+    for name, parameter in model.named_parameters():
+        module, _, what = name.rpartition(".")
+        tensor = as_llama_cpp(parameter.detach(), name, config).float().contiguous()
+        w.add_tensor(f"{names.get_name(module)}.{what}", tensor.numpy())
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return file
+
+
+def _rotary(w: Any, config: Any) -> None:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    w.add_feed_forward_length(config.intermediate_size)
+    w.add_head_count_kv(config.num_key_value_heads)
+    w.add_layer_norm_rms_eps(config.rms_norm_eps)
+    w.add_key_length(head)
+    w.add_value_length(head)
+    rope = config.rope_parameters
+    w.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    w.add_rope_dimension_count(head)
+    if config.model_type == "phi3":
+        w.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+    if config.model_type in ("gemma2", "gemma3_text"):
+        w.add_sliding_window(config.sliding_window)
+    if config.model_type == "gemma2":
+        w.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        w.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def _vocabulary(w: Any, tokenizer: Any, size: int) -> None:
+    tokens = [t for t, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])]
+    tokens += [f"<unused{i}>" for i in range(size - len(tokens))]
+    w.add_tokenizer_model("gpt2")
+    w.add_tokenizer_pre("gpt-2")
+    w.add_token_list(tokens)
+    w.add_token_types([3 if t.startswith("<") and len(t) > 1 else 1 for t in tokens])
+    w.add_token_merges(["Ġ a", "Ġ 1"])
+    w.add_bos_token_id(tokenizer.bos_token_id)
+    w.add_eos_token_id(tokenizer.eos_token_id)
+    w.add_pad_token_id(tokenizer.pad_token_id)
+    w.add_add_bos_token(False)
