@@ -36,6 +36,12 @@ ZEPHYR = (
     "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}"
     "\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
+# As Mistral's of 2024, and every content without the white space around it.
+LAST = (
+    "{{ bos_token }}{% set told = messages[0].role == 'system' %}{% for m in (messages[1:] if told else messages) %}"
+    "{% if m.role == 'user' %}[INST] {% if loop.last and told %}{{ messages[0].content | trim }}\n\n{% endif %}"
+    "{{ m.content | trim }}[/INST]{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
+)
 
 
 def tokenizers():
@@ -45,6 +51,7 @@ def tokenizers():
         file = Path(trl.__file__).with_name("chat_templates") / f"{name}.jinja"
         if file.is_file():
             yield f"trl {name}", make_tokenizer(file.read_text(encoding="utf-8"), special)
+    yield "system last", make_tokenizer(LAST, MISTRAL)
     yield "zephyr", make_tokenizer(ZEPHYR, ["<s>", "<|user|>", "<|system|>", "<|assistant|>", "</s>"])
 
 

@@ -147,6 +147,12 @@ def test_a_system_message_is_an_error_where_the_chat_template_refuses_it():
     assert "the chat template refuses system messages" in rendered([job])[0]["Error"]
 
 
+def test_a_message_of_another_role_is_an_error_and_not_left_out():
+    job = {"Template": turn(TOKENIZERS["smollm2"], adds_bos=False).template}
+    job["Messages"] = [{"role": "user", "content": "Hi."}, {"role": "tool", "content": "12:00"}]
+    assert "knows no messages but system, user and assistant" in rendered([job])[0]["Error"]
+
+
 TURN = "<{{ m.role }}>{{ m.content }}</s>"
 CANNOT = {
     "{% for m in messages %}<{{ loop.index }}>{{ m.content }}{% endfor %}": "is not the same everywhere",

@@ -8,6 +8,7 @@ No action trims the text around it (`{{-`): line ends that belong to the prompt 
 from __future__ import annotations
 
 import datetime
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -42,7 +43,8 @@ class _Writer:
             [("system", self._system()), ("user", self._user()), ("assistant", self._answer())]
         ):
             body += f'{{{{ {"else " if i else ""}if eq .Role "{role}" }}}}{text}'
-        body += "{{ end }}"
+        others = _refusal("this TEMPLATE knows no messages but system, user and assistant")
+        body += f"{{{{ else }}}}{others}{{{{ end }}}}"
         before, foot = "", ""
         if "$before" in body:
             before, foot = '{{ $before := "" }}', "{{ $before = .Role }}"
@@ -54,13 +56,17 @@ class _Writer:
         """Take off the gaps what stands before a first message that is not the system's: a default system prompt."""
         openings = set()
         for role in ("user", "assistant"):
-            usual = {g for (before, r), g in self.gaps.items() if r == role and before in ("user", "assistant")}
-            first = self.gaps.get(("", role), "")
-            openings.add(first.removesuffix(usual.pop()) if len(usual) == 1 and first.endswith(min(usual)) else "")
-        opening = openings.pop()
-        if openings or not opening:
+            usual = {gap for (before, r), gap in self.gaps.items() if r == role and before in ("user", "assistant")}
+            first, later = self.gaps.get(("", role), ""), usual.pop()
+            openings.add(first.removesuffix(later) if not usual and first.endswith(later) else "")
+        if len(openings) > 1 or "" in openings:
             return ""
-        for role in ("user", "assistant"):
+        opening = openings.pop()
+        # A system prompt that is written within a user's message has what opens that message before it.
+        within = ("system",) if self.last else ()
+        if not all(self.gaps["", role].startswith(opening) for role in within):
+            return ""
+        for role in ("user", "assistant", *within):
             self.gaps["", role] = self.gaps["", role].removeprefix(opening)
         return opening
 
@@ -78,7 +84,7 @@ class _Writer:
         if self.opening:
             head += f'{{{{ if not (or $before (eq .Role "system")) }}}}{literal(self.opening)}{{{{ end }}}}'
         if self.trimmed:
-            rounds = _trimming(self.trim)
+            rounds = _trimming(self.trim, "$c")
             others = [role for role in ROLES.values() if role not in self.trimmed]
             if any(self.learnt.trims.get(pair) for pair in self.gaps if pair[1] in others):
                 names = " ".join(f'"{role}"' for role in self.trimmed)
@@ -90,8 +96,7 @@ class _Writer:
         if self.last or self.learnt.system == "left out":
             return ""
         if self.learnt.system == "refused":
-            # Go's templates cannot raise an error of their own. One that says why beats a prompt no training has seen.
-            return '{{ slice "the chat template refuses system messages" 99 }}'
+            return _refusal("the chat template refuses system messages")
         return self._turn("system") + self._prompt("system")
 
     def _user(self) -> str:
@@ -142,18 +147,24 @@ class _Writer:
     def _content(self, role: str, where: str, trim: tuple[str, str]) -> str:
         if role in self.trimmed:
             return "{{ $c }}"
-        return f"{{{{ $c := {where} }}}}{_trimming(trim)}{{{{ $c }}}}" if any(trim) else f"{{{{ {where} }}}}"
+        return f"{{{{ $x := {where} }}}}{_trimming(trim, '$x')}{{{{ $x }}}}" if any(trim) else f"{{{{ {where} }}}}"
 
 
-def _trimming(trim: tuple[str, str]) -> str:
-    """Write what takes characters off the ends of `$c`: each round takes one, so there are enough rounds."""
-    ends = [("slice $c 0 1", "slice $c 1"), ("slice $c (len (slice $c 1))", "slice $c 0 (len (slice $c 1))")]
+def _refusal(why: str) -> str:
+    """Write an error: Go's templates raise none of their own, and a message left out would be worse."""
+    return f'{{{{ slice "{why}" 99 }}}}'
+
+
+def _trimming(trim: tuple[str, str], name: str) -> str:
+    """Write what takes characters off the ends of a variable: each round takes one, so there are enough rounds."""
+    but_one = f"(len (slice {name} 1))"
+    ends = [(f"slice {name} 0 1", f"slice {name} 1"), (f"slice {name} {but_one}", f"slice {name} 0 {but_one}")]
     tests = "{{ else ".join(
-        f"if eq ({end}) {' '.join(map(_string, chars))} }}}}{{{{ $c = {rest} }}}}"
+        f"if eq ({end}) {' '.join(map(_string, chars))} }}}}{{{{ {name} = {rest} }}}}"
         for (end, rest), chars in zip(ends, trim, strict=True)
         if chars
     )
-    return f"{{{{ range len $c }}}}{{{{ {tests}{{{{ else }}}}{{{{ break }}}}{{{{ end }}}}{{{{ end }}}}"
+    return f"{{{{ range len {name} }}}}{{{{ {tests}{{{{ else }}}}{{{{ break }}}}{{{{ end }}}}{{{{ end }}}}"
 
 
 def _chosen(pieces: list[tuple[list[str], str]]) -> str:
@@ -179,14 +190,12 @@ def literal(text: str) -> str:
 
 def _literal(text: str) -> str:
     """Write braces, runs of quotes and characters that Ollama drops as Go strings, the rest as it stands."""
-    safe = lambda c: printable(c) or c in "\n\t"  # noqa: E731
     out = ""
     for piece in re.findall(r'\{+|"+|[^{"]+', text):
-        if piece[0] == "{" or (piece[0] == '"' and len(piece) > 2):
-            out += f"{{{{ {_string(piece)} }}}}"
-            continue
-        for part in re.findall(r"[\ue020]+|[^\ue020]+", "".join(c if safe(c) else f"\ue020{c}\ue020" for c in piece)):
-            out += "" if part[0] == "\ue020" else part if all(map(safe, part)) else f"{{{{ {_string(part)} }}}}"
+        quoted = piece[0] == "{" or (piece[0] == '"' and len(piece) > 2)
+        for kept, run in itertools.groupby(piece, key=lambda c: not quoted and (printable(c) or c in "\n\t")):
+            part = "".join(run)
+            out += part if kept else f"{{{{ {_string(part)} }}}}"
     return out
 
 
