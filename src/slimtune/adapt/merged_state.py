@@ -5,7 +5,7 @@ MergedState(model)["model.layers.3.self_attn.q_proj.weight"]   W + ΔW, in fp32 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,16 +23,17 @@ class MergedState(Mapping[str, Tensor]):
     merge that makes it two is said in the model's config, as `merge_and_unload` does.
 
     Args:
-        model: an adapted model, not merged; its active adapters are meant.
+        model: an adapted model, not merged.
+        adapters: which to merge; None: the active ones; none of them: what comes out is the base.
 
     Raises:
         MergeRefused: a method cannot be merged, the base is quantized, or what comes out is not finite. At once where
             the first module of each kind shows it, else when the tensor is asked for.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, adapters: Sequence[str] | None = None) -> None:
         at = model._attached
-        self._adapters: list[str] = list(at.active)
+        self._adapters = list(at.active if adapters is None else adapters)
         self._modules: dict[str, layer.Adapted] = {n: m for a in self._adapters for n, m in at.members[a]}
         self._last: tuple[str, dict[str, Tensor]] | None = None
         inside = tuple(f"{n}.{table}.".lstrip(".") for n in at.modules() for table in ("adapters", "owned"))

@@ -9,9 +9,11 @@ not there. The work is done on the CPU, whose memory is the larger one.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +23,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..build import adapter_folder, load_run
+from ..adapt.model import PeftModel
+from ..build import Loaded, adapter_folder, load_run
 from ..contract.config import PeftConfig
 from ..contract.delta import MergeRefused
 from ..errors import AdapterError
 from ..models.dtype import pick_dtype
 from ..models.faults import quiet
 from ..models.load import load_base, load_config
+from ..ops.files import disk_full_is_an_error
 from ..runs import ADAPTER_FILE, RunFolder
 from . import proof
 from .card import card
@@ -64,10 +68,16 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     run, out = Path(run), Path(out).expanduser()
     asked = None if dtype == "auto" else pick_dtype(dtype)
     require_free(out)
-    loaded = load_run(run, dtype=_trained_dtype(run), device="cpu")
+    with _as_trained(run, out) as loaded:
+        found = _write(loaded, run, out, asked or loaded.base.dtype)
+    return {"run": str(run), "out": str(out), **found, "seconds": round(time.perf_counter() - began, 3)}
+
+
+def _write(loaded: Loaded, run: Path, out: Path, store: torch.dtype) -> dict[str, Any]:
+    """Write the checkpoint in `store` and prove it; return what there is to say."""
     model: Any = loaded.model
-    config, tokenizer, store = model.active_peft_config, loaded.base.tokenizer, asked or loaded.base.dtype
-    small = sum(p.numel() for p in model.parameters()) < SMALL
+    config, tokenizer = model.active_peft_config, loaded.base.tokenizer
+    small = _is_small(model)
     if small:
         model.to(torch.promote_types(loaded.base.dtype, torch.float32))
     compute = model.dtype
@@ -82,26 +92,51 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
         tokenizer.save_pretrained(folder)
         with _refusals(run):
             weights.write(folder, SHARD)
-        trusted = loaded.recipe is not None and loaded.recipe.model.trust_remote_code
         held = compute if small else store
-        merged = load_base(str(folder), dtype=held, device="cpu", trust_remote_code=trusted).model
+        merged = load_base(str(folder), dtype=held, device="cpu", trust_remote_code=_trusts(loaded)).model
         proof.require_whole(folder, merged)
         found = proof.require_same(proof.log_probabilities(merged, rows), adapted, base, store, compute)
-        made = {"dtype": str(store).removeprefix("torch."), **found}
+        made = {"dtype": _name(store), **found}
         text = card(loaded.base.source, config, loaded.recipe, made, out.resolve().name, bool(tokenizer.chat_template))
         (folder / "README.md").write_text(text, encoding="utf-8")
         with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
         write_note(folder, "merged", run, {**made, "fingerprint": loaded.base.fingerprint, "adapter_sha256": sha256})
         written = sum(f.stat().st_size for f in folder.iterdir())
-    return {
-        "run": str(run),
-        "out": str(out),
-        "bytes": written,
-        "parameters": weights.parameters,
-        **made,
-        "seconds": round(time.perf_counter() - began, 3),
-    }
+    return {"bytes": written, "parameters": weights.parameters, **made}
+
+
+@contextmanager
+def _as_trained(run: Path, out: Path) -> Iterator[Loaded]:
+    """Load a run on its base as it was trained on.
+
+    transformers makes views of a checkpoint's files where it is stored in the dtype asked for, and copies elsewhere.
+    There a large base is first written in that dtype beside `out`, for as long as it is needed.
+    """
+    kind = _trained_dtype(run)
+    recipe = RunFolder.open(run).recipe() if adapter_folder(run) != run else None
+    stored = None
+    if recipe is not None:
+        m = recipe.model
+        kind = _name(pick_dtype(kind or m.dtype, "cpu"))
+        told = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision).dtype
+        stored = _name(told or torch.float32)
+    if stored in (None, kind) or _is_small((loaded := load_run(run, dtype=stored, device="cpu")).model):
+        yield load_run(run, dtype=kind, device="cpu")
+        return
+    assert kind is not None
+    held: Any = pick_dtype(kind)
+    weights = Weights(loaded.model, held, adapters=())
+    place = out.resolve()
+    with disk_full_is_an_error(place, 2 * weights.bytes):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.base.", dir=place.parent) as beside:
+            _write_settings(loaded.model, Path(beside), held)
+            loaded.base.tokenizer.save_pretrained(beside)
+            weights.write(Path(beside), SHARD)
+            model = load_base(beside, dtype=held, device="cpu", trust_remote_code=_trusts(loaded)).model
+            base = dataclasses.replace(loaded.base, model=model, dtype=held)
+            yield dataclasses.replace(loaded, model=PeftModel.from_pretrained(model, loaded.adapter), base=base)
 
 
 def _trained_dtype(run: Path) -> str | None:
@@ -113,7 +148,19 @@ def _trained_dtype(run: Path) -> str | None:
         return json.loads(result.read_text()).get("dtype") if result.is_file() else None
     name = PeftConfig.from_pretrained(folder).base_model_name_or_path
     stored = load_config(name).dtype if name else None
-    return str(stored or "float32").removeprefix("torch.")
+    return _name(stored or torch.float32)
+
+
+def _is_small(model: Any) -> bool:
+    return sum(p.numel() for p in model.parameters()) < SMALL
+
+
+def _trusts(loaded: Loaded) -> bool:
+    return loaded.recipe is not None and loaded.recipe.model.trust_remote_code
+
+
+def _name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager
@@ -145,5 +192,5 @@ def _write_settings(model: Any, folder: Path, dtype: torch.dtype) -> None:
         PreTrainedModel.save_pretrained(model, folder, state_dict={})
         for weights in folder.glob("*.safetensors"):  # of no tensors
             weights.unlink()
-        model.config.dtype = str(dtype).removeprefix("torch.")  # the model is in the run's
+        model.config.dtype = _name(dtype)  # the model is in the run's
         model.config.save_pretrained(folder)

@@ -8,7 +8,7 @@ stacked, fused maps apart), what becomes one tensor of the file, or comes from o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,19 @@ from .shards import Shards
 
 
 class Weights:
-    """What is to be written of a merged model.
+    """What is to be written of a merged model; none of it is computed before it is written.
 
     Args:
-        model: an adapted model; its active adapters are merged, one module at a time.
+        model: an adapted model; its adapters are merged, one module at a time.
         dtype: what its parameters are stored in; buffers stay as they are.
+        adapters: see `MergedState`.
 
     Raises:
         MergeRefused: see `MergedState`.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self._model, self._state = model, MergedState(model)
+    def __init__(self, model: Any, dtype: torch.dtype, adapters: Sequence[str] | None = None) -> None:
+        self._model, self._state = model, MergedState(model, adapters)
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         held = {n: self._state.base(n) for n in self._state if n not in ignored}
         outline = {n: _outlined(t, dtype) for n, t in held.items()}
