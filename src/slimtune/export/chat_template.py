@@ -13,6 +13,7 @@ prompt, whose contents hold what might be mistaken for syntax. A TEMPLATE that d
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ def turn(tokenizer: Any, adds_bos: bool) -> Turned:
     try:
         tokenizer.get_chat_template()
     except ValueError:
-        return Turned(None, notes=("the tokenizer has no chat template" + _WITHOUT,))
+        return Turned(None, notes=("the tokenizer has no chat template, or several and no default" + _WITHOUT,))
     chat = Chat(tokenizer, adds_bos)
     try:
         learnt = learn(chat)
@@ -96,7 +97,9 @@ def _prove(chat: Chat, template: str, learnt: Grammar) -> None:
             messages = messages_of(shape, contents[: len(shape)])
             wanted = chat.render(messages, today=_DAY)
             if (got := render(template, _data(messages), _DAY)) != wanted:
-                raise NotTurned(f"the chat template gives {wanted!r} where what was learnt of it gives {got!r}")
+                at = len(os.path.commonprefix([wanted, got]))  # noqa: RUF071 (texts, not paths)
+                here, there = (f"{t[max(0, at - 20) : at + 20]!r}" for t in (wanted, got))
+                raise NotTurned(f"the chat template gives …{here}… where what was learnt of it gives …{there}…")
 
 
 def _notes(chat: Chat, template: str, learnt: Grammar) -> list[str]:
@@ -110,7 +113,10 @@ def _notes(chat: Chat, template: str, learnt: Grammar) -> list[str]:
             return False
         except NotTurned:
             return True
-        return render(template, _data(messages), _DAY) != wanted
+        try:
+            return render(template, _data(messages), _DAY) != wanted
+        except GoTemplateError:
+            return True
 
     plain = _CONTENTS[0]
     notes = []
