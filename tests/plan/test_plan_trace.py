@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from methods.cases import CASES
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from slimtune.build import outline
 from slimtune.errors import ModelError
@@ -167,6 +168,57 @@ def test_what_follows_from_the_rows_alone_is_known():
         assert mask[:, :2].all()
         assert (torch.arange(3) * mask).sum(1).tolist() == [1, 3]
         assert torch.cat([torch.ones(2, 4, dtype=torch.int64), mask], dim=1).argmin(1).tolist() == [6, 0]
+
+
+def ran(x, n):
+    """Return what came of operators, with whose storage each shares and how it is laid."""
+    half, w = x.to(BF16), torch.empty(8, 6).t()
+    made = [
+        x * 2, n * 2, n * 2.0, n + True, x * w, half * 2, half @ half.t(), x.add_(1), x.t(), x[1:, ::2],
+        *x.split(2), *x.max(dim=1), torch.cat([x, w]), torch.mm(x, x.t(), out=torch.empty(6, 6)), x.reshape(3, 16),
+        torch.zeros(3), torch.zeros(3, dtype=BF16), x.view(-1, 2, 2).transpose(0, 1).reshape(2, -1), x.expand(2, 6, 8),
+        x.gather(1, n[:, None] * 0), torch.empty_like(w), F.silu(half), x.new_zeros(2), *torch._foreach_mul([x, w], 2),
+    ]  # fmt: skip
+    storages = {}
+    for t in (x, n, *made):
+        storages.setdefault(t.untyped_storage()._cdata, len(storages))
+    return [
+        (t.shape, t.stride(), t.dtype, t.storage_offset(), t.untyped_storage().nbytes(), t.device, t is x,
+         storages[t.untyped_storage()._cdata])
+        for t in made
+    ]  # fmt: skip
+
+
+def test_what_is_remembered_is_what_fakes_make():
+    def given():
+        return torch.empty(6, 8), torch.empty(12, dtype=torch.int64)[::2]
+
+    with FakeTensorMode():
+        plain = ran(*given())
+    with faking():
+        first, again = ran(*given()), ran(*given())
+    assert first == again == plain
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with faking():
+            assert torch.zeros(3).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(default)
+
+
+@pytest.mark.parametrize("time", ["first", "again"])  # then operators are remembered
+def test_what_is_known_stays_so_until_it_is_overwritten(time):
+    with faking():
+        known = torch.tensor([3, 1, 2])
+        view, unknown = known[1:], torch.empty(2, dtype=torch.int64)
+        assert (view + 1).tolist() == [2, 3]
+        assert isinstance(unknown + view, FakeTensor)
+        assert view.tolist() == [1, 2]
+        view.copy_(unknown)
+        for overwritten in (known, view, view + 1):
+            with pytest.raises(DataDependentOutputException):
+                overwritten.tolist()
 
 
 @pytest.mark.parametrize(

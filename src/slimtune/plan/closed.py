@@ -151,7 +151,7 @@ def _features(lengths: Sequence[int]) -> tuple[float, ...]:
 
 def _over(job: Job, depth: int, lengths: tuple[int, ...], *, whole: bool = True) -> dict[str, int]:
     """Return the bytes beside the state in each phase for a model of so many layers."""
-    traced = trace(replace(job, base=shallow(job.base, depth), lengths=lengths), whole=whole)
+    traced = trace(replace(job, base=shallow(job.base, depth), lengths=lengths), whole=whole, counted=False)
     state = sum(traced.state.values())
     return {phase: peak - state for phase, peak in traced.peaks.items()}
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 _IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
@@ -33,11 +32,20 @@ class Storages(TorchDispatchMode):
         block: a storage takes a multiple of so many bytes: 512 on CUDA, 1 where the bytes asked for are meant.
         vocabulary: a tensor whose last dimension has this size counts as logits.
         events: keep every allocation (+) and release (−) in order, as `(storage, bytes)`.
+        work: count the work done.
+        known: asked first what an operator makes (`Fakes.recalled`), and NotImplemented where it does not know.
     """
 
-    def __init__(self, block: int = 1, vocabulary: int = 0, events: bool = False) -> None:
+    def __init__(
+        self,
+        block: int = 1,
+        vocabulary: int = 0,
+        events: bool = False,
+        work: bool = True,
+        known: Callable[[Any, tuple, dict[str, Any]], Any] = lambda *_: NotImplemented,
+    ) -> None:
         super().__init__()
-        self.block, self.vocabulary = block, vocabulary
+        self.block, self.vocabulary, self.works, self.known = block, vocabulary, work, known
         self.now: Counter[str] = Counter()
         self.total = 0
         self.peaks: dict[str, int] = {}
@@ -48,6 +56,10 @@ class Storages(TorchDispatchMode):
         self.events: list[tuple[int, int]] | None = [] if events else None
         self._phase = "start"
         self._live: dict[int, tuple[int, str]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled under it, and to say so takes as long as an operator
 
     def phase(self, name: str) -> None:
         """Begin a phase; `peaks[name]` is the most bytes live in it."""
@@ -64,11 +76,14 @@ class Storages(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _ADD and _sums_gradients(*args):
             func = _ADD_IN_PLACE  # as autograd does with real tensors, but not with fakes
-        out = func(*args, **kwargs)
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                self._count(tensor)
-        self._worked(func, args, kwargs, out)
+        out = self.known(func, args, kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+        made = list(_tensors(out))
+        for tensor in made:
+            self._count(tensor)
+        if self.works and made and not func.is_view:
+            self._worked(func, args, kwargs, out)
         return out
 
     def _count(self, tensor: Tensor, part: str | None = None) -> None:
@@ -105,14 +120,21 @@ class Storages(TorchDispatchMode):
             self.peaks[self._phase], self.at_peaks[self._phase] = self.total, dict(self.now)
 
     def _worked(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        made = next((t for t in tree_iter(out) if isinstance(t, Tensor)), None)
-        if made is None or func.is_view:
-            return
         packet = func._overloadpacket
         counted = flop_registry.get(_IN_PLACE.get(packet, packet))
         operations = counted(*args, **kwargs, out_val=out) if counted else 0
-        moved = sum(t.numel() * t.element_size() for t in tree_iter((args, kwargs, out)) if isinstance(t, Tensor))
-        self.work[operations, moved, made.dtype] += 1
+        moved = sum(t.numel() * t.element_size() for t in _tensors((args, kwargs, out)))
+        self.work[operations, moved, next(_tensors(out)).dtype] += 1
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 def _sums_gradients(so_far: Any, more: Any) -> bool:

@@ -79,13 +79,14 @@ class Trace:
         return max(self.peaks.values())
 
 
-def trace(job: Job, model: Any = None, *, whole: bool = True) -> Trace:
+def trace(job: Job, model: Any = None, *, whole: bool = True, counted: bool = True) -> Trace:
     """Run a job's step on fake tensors.
 
     Args:
         job: what is to run.
         model: the job's model on meta, if it was built already; it is used up.
-        whole: trace the optimizer's part and evaluation, too.
+        whole: trace the optimizer's part and evaluation, too; without them there is no optimizer's state either.
+        counted: count the work and keep the events.
 
     Raises:
         UsageError: as `build.outline`.
@@ -93,21 +94,23 @@ def trace(job: Job, model: Any = None, *, whole: bool = True) -> Trace:
     """
     model = job.outline() if model is None else model
     vocabulary = model.config.get_text_config().vocab_size
-    storages = Storages(BLOCK.get(job.device, 1), vocabulary, events=True)
-    with faking(), acting_as(job.device):
+    with faking() as fakes, acting_as(job.device):
         make_fake(model)
         model.train()
         collator = collator_for(model, 0, packing=job.packing, share=False)
         rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in job.lengths]
-        packs = [collator(rows) for _ in range(job.passes)]
+        pack = collator(rows)
+        others = [torch.empty(t.shape, dtype=t.dtype) for _ in range(job.passes - 1) for t in _tensors_in(pack)]
         optimizer = optimizer_of(model, job.optimizer)
         for config in getattr(model, "peft_config", {}).values():
             config.begins(LONG)
-        _let_states_be(model, optimizer)
+        if whole:
+            _let_states_be(model, optimizer)
+        storages = Storages(BLOCK.get(job.device, 1), vocabulary, counted, counted, fakes.recalled)
         with storages, laid_out(model):
             trained = [p for p in model.parameters() if p.requires_grad]
             _hold_state(storages, model, optimizer)
-            storages.hold((t for p in packs for t in p.values() if isinstance(t, torch.Tensor)), "activations")
+            storages.hold((*_tensors_in(pack), *others), "activations")
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: storages.hold([p.grad], "gradients"))
             if job.passes > 1:  # beside every pass but the first lie the gradients of those before
@@ -116,7 +119,7 @@ def trace(job: Job, model: Any = None, *, whole: bool = True) -> Trace:
             storages.phase("forward")
             storages.work.clear()
             with _phases_of(model, storages):
-                accumulated(model, packs[:1], lambda loss: loss.backward())
+                accumulated(model, [pack], lambda loss: loss.backward())
             work = storages.work.copy()
             state = _hold_state(storages, model, optimizer)  # with what is found once and kept (DoRA's lengths)
             if whole:
@@ -130,7 +133,7 @@ def trace(job: Job, model: Any = None, *, whole: bool = True) -> Trace:
                 storages.phase("evaluation")
                 model.eval()
                 with torch.no_grad():
-                    supervised_nats(model, packs[0])
+                    supervised_nats(model, pack)
     parts = {phase: {p: held.get(p, 0) for p in PARTS} for phase, held in storages.at_peaks.items() if phase != "start"}
     return Trace(state, parts, work, events)
 
