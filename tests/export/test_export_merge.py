@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from collections import namedtuple
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -234,6 +235,34 @@ def test_trained_biases_are_merged(tmp_path, tiny_llama, tiny_tokenizer):
     assert (
         log_p(AutoModelForCausalLM.from_pretrained(out), out) - adapter_of(run, base, torch.float64)
     ).abs().max() < 1e-9
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_out_of_a_quantized_base_comes_a_checkpoint_in_16_bits(tmp_path, tiny_llama, tiny_tokenizer, kind):
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    tiny_llama(tie_word_embeddings=True, hidden_size=128, intermediate_size=128).save_pretrained(plain)
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    wanted = tf.BitsAndBytesConfig(**{f"load_in_{kind}": True}, **(four if kind == "4bit" else {}))
+    options = {"quantization_config": wanted, "dtype": torch.bfloat16}
+    AutoModelForCausalLM.from_pretrained(plain, **options).save_pretrained(packed)
+    for folder in (plain, packed):
+        tiny_tokenizer().save_pretrained(folder)
+    targets = {"target_modules": ["o_proj", "up_proj"]}
+    adapter = make_run(tmp_path / "run", plain, size=0.3, method=targets) / "adapter"
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(packed)
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    found = merge(adapter, tmp_path / "merged")
+    assert found["dtype"] == "bfloat16"
+    assert found["mean_difference"] < 0.02 < 0.2 < found["effect"]
+    held, given = (load_file(f / "model.safetensors") for f in (tmp_path / "merged", plain))
+    assert {n: t.shape for n, t in held.items()} == {n: t.shape for n, t in given.items()}
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    left = "model.layers.0.mlp.down_proj.weight"
+    assert 0 < (held[left].float() - given[left]).abs().mean() < 0.1 * given[left].abs().mean()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (log_p(model, tmp_path / "merged") - adapter_of(tmp_path / "run", packed)).abs().mean() < 0.02
 
 
 def test_a_note_says_what_it_was_made_of(tmp_path, tiny_folder):

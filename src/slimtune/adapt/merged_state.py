@@ -11,24 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.maps import is_quantized, kind_of, sizes_of, weight_of
 from . import layer
 from .merging import _untie
+from .quantized import keep_differentiable, repacking
 
 
 class MergedState(Mapping[str, Tensor]):
     """What the state dict of the merged model holds, computed when it is asked for; no weight of the model is written.
 
-    What adapters do not change is the base's own tensor. What they change is computed with its module, and kept until
-    a tensor of another module is asked for. Names of one tied tensor are one, that by which transformers stores it; a
-    merge that makes it two is said in the model's config, as `merge_and_unload` does.
+    What adapters do not change is the base's own tensor, dequantized where it is kept in fewer bits. What they change
+    is computed with its module, and kept until a tensor of another module is asked for. Names of one tied tensor are
+    one, that by which transformers stores it; a merge that makes it two is said in the model's config, as
+    `merge_and_unload` does.
 
     Args:
         model: an adapted model, not merged.
         adapters: which to merge; None: the active ones; none of them: what comes out is the base.
 
     Raises:
-        MergeRefused: a method cannot be merged, the base is quantized, or what comes out is not finite. At once where
-            the first module of each kind shows it, else when the tensor is asked for.
+        MergeRefused: a method cannot be merged, or what comes out is not finite. At once where the first module of
+            each kind shows it, else when the tensor is asked for.
     """
 
     def __init__(self, model: Any, adapters: Sequence[str] | None = None) -> None:
@@ -36,10 +39,15 @@ class MergedState(Mapping[str, Tensor]):
         self._adapters = list(at.active if adapters is None else adapters)
         self._modules: dict[str, layer.Adapted] = {n: m for a in self._adapters for n, m in at.members[a]}
         self._last: tuple[str, dict[str, Tensor]] | None = None
+        # What bitsandbytes laid out anew, its `state_dict` puts back wrongly.
+        keep_differentiable(repacking(model))
         inside = tuple(f"{n}.{table}.".lstrip(".") for n in at.modules() for table in ("adapters", "owned"))
         self._base: dict[str, Tensor] = {
             n: t for n, t in model.state_dict(keep_vars=True).items() if not n.startswith(inside)
         }
+        self._packed = {n: m for n, m in model.named_modules() if kind_of(m) == "linear" and is_quantized(m)}
+        for name in [n for n in self._base if self._is_state_of_packed(n)]:
+            del self._base[name]
         self._refuse()
         if self._parts_tied():
             _untie(model)
@@ -56,11 +64,22 @@ class MergedState(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         base = self._base[name]
         module, _, leaf = name.rpartition(".")
-        return self._changed(module).get(leaf, base).detach() if module in self._modules else base.detach()
+        if module in self._modules and leaf in self._changed(module):
+            return self._changed(module)[leaf].detach()
+        return (weight_of(self._packed[module]) if leaf == "weight" and module in self._packed else base).detach()
 
-    def base(self, name: str) -> Tensor:
-        """Return the base's own tensor of that name, a parameter or a buffer: of the merged one's shape."""
+    def like(self, name: str) -> Tensor:
+        """Return a tensor of the shape, and a parameter or a buffer, as the merged one is; its values are not meant."""
+        module, _, leaf = name.rpartition(".")
+        if leaf == "weight" and module in self._packed:
+            return nn.Parameter(torch.empty(sizes_of(self._packed[module])[::-1], device="meta"), requires_grad=False)
         return self._base[name]
+
+    def _is_state_of_packed(self, name: str) -> bool:
+        """Return whether a name is of what dequantizes a weight: `q_proj.weight.absmax`, `q_proj.SCB`."""
+        parts = name.split(".")
+        owner = next((i for i in range(len(parts)) if ".".join(parts[:i]) in self._packed), None)
+        return owner is not None and parts[owner:] not in (["weight"], ["bias"])
 
     def _changed(self, name: str) -> dict[str, Tensor]:
         """Return the parameters of a module that the adapters change, as they are after, by their names in it."""
@@ -92,8 +111,9 @@ def _folded(name: str, module: layer.Adapted, adapters: list[str]) -> dict[str, 
     own = dict(module._parameters)
     try:
         for n, p in own.items():
-            if p is not None and p.dtype.is_floating_point:
-                wide = p.detach().to(torch.promote_types(p.dtype, torch.float32))
+            if p is not None:
+                values = weight_of(module) if n == "weight" and is_quantized(module) else p
+                wide = values.detach().to(torch.promote_types(values.dtype, torch.float32))
                 module._parameters[n] = nn.Parameter(wide, requires_grad=False)
         layer.merge(name or type(module).__name__, module, adapters, check=True)
         return {n: module._parameters[n].detach() for n in module._kept or ()}  # type: ignore[union-attr]

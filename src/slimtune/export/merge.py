@@ -77,14 +77,17 @@ def _write(loaded: Loaded, run: Path, out: Path, store: torch.dtype) -> dict[str
     """Write the checkpoint in `store` and prove it; return what there is to say."""
     model: Any = loaded.model
     config, tokenizer = model.active_peft_config, loaded.base.tokenizer
+    packed = getattr(model, "is_quantized", False)
     small = _is_small(model)
-    if small:
+    if small and not packed:
         model.to(torch.promote_types(loaded.base.dtype, torch.float32))
     compute = model.dtype
     rows = proof.texts(tokenizer, loaded.recipe, model.config.get_text_config())
     adapted = proof.log_probabilities(model, rows)
     with model.disable_adapter():
         base = proof.log_probabilities(model, rows)
+    if packed:
+        _forget_quantization(model)
     with _refusals(run):
         weights = Weights(model, store)
     with whole_folder(out, weights.bytes) as folder:
@@ -175,6 +178,18 @@ def _refusals(run: Path) -> Iterator[None]:
             "use it beside its base (slimtune generate, chat; PeftModel.from_pretrained)"
             + (", or an older checkpoint of it" if "not finite" in str(e) else ""),
         ) from e
+
+
+def _forget_quantization(model: Any) -> None:
+    """Let transformers write the settings of an ordinary model; its modules go on in the bits they have."""
+    model._weight_conversions = None  # the quantizer's, which has no way back
+    for owner, names in (
+        (model.config, ("quantization_config",)),
+        (model, ("is_quantized", "hf_quantizer", "quantization_method")),
+    ):
+        for name in names:
+            if name in vars(owner):
+                delattr(owner, name)
 
 
 def _write_settings(model: Any, folder: Path, dtype: torch.dtype) -> None:

@@ -35,7 +35,7 @@ class Weights:
     def __init__(self, model: Any, dtype: torch.dtype, adapters: Sequence[str] | None = None) -> None:
         self._model, self._state = model, MergedState(model, adapters)
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        held = {n: self._state.base(n) for n in self._state if n not in ignored}
+        held = {n: self._state.like(n) for n in self._state if n not in ignored}
         outline = {n: _outlined(t, dtype) for n, t in held.items()}
         self.parameters = sum(t.numel() for t in held.values() if isinstance(t, nn.Parameter))
         self.outline: dict[str, Tensor] = revert_weight_conversion(model, dict(outline))
