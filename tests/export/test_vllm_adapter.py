@@ -290,8 +290,18 @@ def test_the_bases_own_chat_template_stays_there(exported):
     assert "--chat-template" not in facts["arguments"]
 
 
-def test_float64_runs_are_served_in_float32(exported):
-    assert exported(more={"model": {"dtype": "float64"}})[2]["dtype"] == "float32"
+def test_float64_runs_are_served_in_float32_and_it_is_said(exported):
+    facts = exported(more={"model": {"dtype": "float64"}})[2]
+    assert facts["dtype"] == "float32"
+    assert "held its base in float64, and vLLM is to compute in float32" in facts["warnings"][0]
+
+
+def test_the_dtype_is_what_the_run_found_whatever_auto_means_here(exported, tmp_path):
+    run, out, facts = exported()
+    assert (facts["dtype"], facts["warnings"]) == ("float32", [])
+    (run / "result.json").write_text(json.dumps({"dtype": "bfloat16"}))
+    assert vllm_adapter(run, out)["dtype"] == "bfloat16"
+    assert "held its base in bfloat16" in vllm_adapter(run, out, dtype="float32")["warnings"][0]
 
 
 def test_an_unknown_dtype_is_refused(exported):

@@ -104,18 +104,20 @@ def vllm_adapter(
     # What is left is plain LoRA, which has factors everywhere.
     layers: Factors = {n: d.factors() for n, d in model._attached.deltas(adapter).items()}
     folded = _is_mixed(config, layers)
+    held = _held(run) or str(loaded.base.dtype).removeprefix("torch.")
+    served = dtype or (held if held in DTYPES else "float32")  # vLLM has no float64
     rank = max(A.shape[0] for A, _, _ in layers.values())
     facts: dict[str, Any] = {
         "name": name,
         "base": base,
         "base_name": base_name,
-        "dtype": dtype or _dtype(run, loaded),
+        "dtype": served,
         "rank": rank,
         "max_lora_rank": _room(rank),
         "modules": len(layers),
         "folded": folded,
         "bytes": _write(model, adapter, layers, folder, folded),
-        "warnings": _warnings(model),
+        "warnings": _warnings(model, held, served),
     }
     template = _template(loaded)
     if template is not None:
@@ -217,14 +219,19 @@ def _architecture(model: Any) -> str:
     return (getattr(model.config, "architectures", None) or [model._attached.base_class.__name__])[0]
 
 
-def _warnings(model: Any) -> list[str]:
-    architecture = _architecture(model)
-    if architecture in known()["architectures"]:
-        return []
-    return [
-        f"nothing is known of a {architecture} in vLLM {known()['version']}: where it has no class of its own for it, "
-        "it may serve it by transformers', or not at all"
-    ]
+def _warnings(model: Any, held: str, served: str) -> list[str]:
+    architecture, found = _architecture(model), []
+    if architecture not in known()["architectures"]:
+        found.append(
+            f"nothing is known of a {architecture} in vLLM {known()['version']}: where it has no class of its own for "
+            "it, it may serve it by transformers', or not at all"
+        )
+    if served != held:
+        found.append(
+            f"the run held its base in {held}, and vLLM is to compute in {served}: log-probabilities will differ by "
+            "what that rounding of the base makes"
+        )
+    return found
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
@@ -305,12 +312,10 @@ def _name(given: str | None, folder: str, base: str) -> str:
     return given
 
 
-def _dtype(run: Path, loaded: Loaded) -> str:
-    """Return what the run held its base in, which "auto" may not name on this machine; vLLM has no float64."""
+def _held(run: Path) -> str | None:
+    """Return the dtype a run held its base in, which "auto" may not name on this machine; None for an adapter alone."""
     result = RunFolder.open(run).result_file if adapter_folder(run) != run else None
-    said = json.loads(result.read_text()).get("dtype") if result is not None and result.is_file() else None
-    held = said or str(loaded.base.dtype).removeprefix("torch.")
-    return held if held in DTYPES else "float32"
+    return json.loads(result.read_text()).get("dtype") if result is not None and result.is_file() else None
 
 
 def _room(rank: int) -> int:
