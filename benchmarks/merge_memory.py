@@ -4,7 +4,7 @@
     python benchmarks/merge_memory.py --layers 4 # a small one, to try it
 
 Makes a checkpoint shaped as a Llama (random weights; hidden 2048, 32 heads, MLP 8192, 32,000 tokens, untied) with a
-LoRA adapter of rank 16 on all linear maps, then merges it in a process of its own. From outside, that process's
+run whose LoRA has rank 16 on all linear maps, then merges it in a process of its own. From outside, that process's
 anonymous memory (RssAnon in /proc/PID/status: what is no view of a file) is read every 5 ms. The baseline is what it
 has once slimtune, torch and transformers are imported. One shard is the largest weight file of the base.
 
@@ -31,13 +31,15 @@ SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "n
 MORE = {"num_key_value_heads": 8, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def make(base: Path, adapter: Path, layers: int) -> None:
-    """Write the base, file by file, its tokenizer, and an adapter with random weights."""
+def make(base: Path, path: Path, layers: int) -> None:
+    """Write the base, file by file, its tokenizer, and a run folder with an adapter of random weights."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    from slimtune import LoraConfig, get_peft_model
+    from slimtune import get_peft_model
     from slimtune.export.shards import Shards
+    from slimtune.recipe import Recipe
+    from slimtune.runs import RunFolder
 
     config = LlamaConfig(**SIZES, **MORE, num_hidden_layers=layers, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
@@ -57,22 +59,32 @@ def make(base: Path, adapter: Path, layers: int) -> None:
         values = torch.ones(like.shape) if like.dim() == 1 else torch.randn(like.shape, generator=draws) * size
         shards.write(name, values)
     shards.close()
+    rows = path.with_suffix(".jsonl")
+    asked, said = {"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It. " * 40}
+    rows.write_text(json.dumps({"messages": [asked, said]}) + "\n")
+    recipe = {
+        "model": {"name": str(base), "dtype": "bfloat16", "device": "cpu"},
+        "data": {"train": str(rows), "validation": str(rows)},
+        "method": {"name": "lora", "rank": 16, "target_modules": "all-linear"},
+        "out": str(path),
+    }
+    run = RunFolder.create(path, Recipe.from_dict(recipe))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted = get_peft_model(model, run.recipe().method_config())
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad and "lora_B" in name:
                 parameter.normal_(std=0.005, generator=draws)
-    adapted.save_pretrained(adapter)
+    adapted.save_pretrained(run.adapter)
 
 
-def merge_it(adapter: Path, out: Path) -> None:
+def merge_it(run: Path, out: Path) -> None:
     """Import everything, say so, merge when told."""
     from slimtune.export.merge import merge
 
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps(merge(adapter, out)), flush=True)
+    print(json.dumps(merge(run, out)), flush=True)
 
 
 def anonymous(pid: int) -> int:
@@ -84,9 +96,9 @@ def anonymous(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
-def measure(adapter: Path, out: Path) -> tuple[int, int, dict]:
+def measure(run: Path, out: Path) -> tuple[int, int, dict]:
     """Return baseline and peak in bytes, and what the merge returned."""
-    command = [sys.executable, __file__, "--merge", str(adapter), str(out)]
+    command = [sys.executable, __file__, "--merge", str(run), str(out)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -127,14 +139,14 @@ def main() -> int:
         merge_it(*given.merge)
         return 0
     with tempfile.TemporaryDirectory(prefix="slimtune-merge-", dir=given.folder) as folder:
-        base, adapter, out = (Path(folder, name) for name in ("base", "adapter", "merged"))
-        command = [sys.executable, __file__, "--layers", str(given.layers), "--make", str(base), str(adapter)]
+        base, run, out = (Path(folder, name) for name in ("base", "run", "merged"))
+        command = [sys.executable, __file__, "--layers", str(given.layers), "--make", str(base), str(run)]
         subprocess.run(command, check=True)
         files = [f.stat().st_size for f in base.glob("*.safetensors")]
         print(
             f"base: {sum(files) / 1e9:.2f} GB in {len(files)} files, the largest {max(files) / 1e9:.3f} GB", flush=True
         )
-        baseline, peak, found = measure(adapter, out)
+        baseline, peak, found = measure(run, out)
         shards = (peak - baseline) / max(files)
         written = sorted(f.stat().st_size for f in out.glob("*.safetensors"))
         print(
