@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from slimtune.build import outline
 from slimtune.errors import ModelError
 from slimtune.ops import cross_entropy
-from slimtune.plan.fake import faking, held_by, make_fake
+from slimtune.plan.fake import faking, held_by, make_fake, restored
 from slimtune.plan.job import Job
 from slimtune.plan.trace import trace
 
@@ -168,6 +168,21 @@ def test_what_follows_from_the_rows_alone_is_known():
         assert mask[:, :2].all()
         assert (torch.arange(3) * mask).sum(1).tolist() == [1, 3]
         assert torch.cat([torch.ones(2, 4, dtype=torch.int64), mask], dim=1).argmin(1).tolist() == [6, 0]
+
+
+def test_a_model_comes_back_as_it_was():
+    with torch.device("meta"):
+        model = Keeper()
+    before = [dict(vars(m), **m._parameters, **m._buffers) for m in model.modules()]
+    with restored(model), faking():
+        make_fake(model)
+        model.train(False).found_once = torch.empty(3)
+    after = [dict(vars(m), **m._parameters, **m._buffers) for m in model.modules()]
+    assert [{k: id(v) for k, v in each.items()} for each in after] == [
+        {k: id(v) for k, v in each.items()} for each in before
+    ]
+    assert model.weight.is_meta
+    assert model.training
 
 
 def ran(x, n):

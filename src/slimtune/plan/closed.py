@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from ..build import outline as build_outline
 from ..contract.layout import plain_name, refusal
 from ..errors import UsageError
 from ..ops.tree_attention import filled
-from .fake import held_by
+from .fake import held_by, restored
 from .job import Job
 from .trace import BACKWARD, BLOCK, Trace, trace
 
@@ -79,11 +78,12 @@ def form_of(job: Job) -> Form:
 
 def _solved(job: Job, depths: Sequence[int]) -> Form:
     first, *rest = depths
-    columns, shapes = _asked(job)
+    models = {depth: replace(job, base=shallow(job.base, depth)).outline() for depth in depths}
+    columns, shapes = _asked(job, models[first])
     features = np.array([_features(lengths) for lengths in shapes], dtype=float)[:, columns]
-    found = [_over(job, first, lengths) for lengths in shapes]
+    found = [_over(job, models[first], lengths) for lengths in shapes]
     # What hangs on tokens in evaluation, and nothing does in the optimizer's step, is asked of the first depth alone.
-    more = [_over(job, depth, lengths, whole=i == 0) for depth in rest for i, lengths in enumerate(shapes)]
+    more = [_over(job, models[depth], lengths, whole=i == 0) for depth in rest for i, lengths in enumerate(shapes)]
     rows: dict[str, tuple[float, ...]] = {}
     for phase in [p for p in PHASES if p in found[0]]:  # where no gradient comes, there is no way back
         y = np.array([over[phase] for over in found], dtype=float)
@@ -131,14 +131,13 @@ def extrapolated(job: Job, model: Any = None) -> Trace:
     return Trace(held, phases, Counter(table(few.work, more.work)), [])
 
 
-def _asked(job: Job) -> tuple[list[int], list[tuple[int, ...]]]:
+def _asked(job: Job, model: Any) -> tuple[list[int], list[tuple[int, ...]]]:
     """Return which features matter to a job, and as many lengths of rows, which tell them apart."""
     n = TOKENS
     columns: list[int] = [0, 1]
     shapes: list[tuple[int, ...]] = [(n,), (2 * n,)]
     if job.device == "cuda" and job.packing:
         columns, shapes = [*columns, 2], [*shapes, (n + n // 2,)]
-    model = build_outline(shallow(job.base, DEPTHS[0]), None, job.dtype)
     if not job.packing or refusal(model) or plain_name(model.config._attn_implementation) != "sdpa":
         columns, shapes = [*columns, 3], [*shapes, (n, n)]
     return columns, shapes
@@ -149,9 +148,10 @@ def _features(lengths: Sequence[int]) -> tuple[float, ...]:
     return 1.0, tokens, filled(tokens), sum(n * n for n in lengths)
 
 
-def _over(job: Job, depth: int, lengths: tuple[int, ...], *, whole: bool = True) -> dict[str, int]:
-    """Return the bytes beside the state in each phase for a model of so many layers."""
-    traced = trace(replace(job, base=shallow(job.base, depth), lengths=lengths), whole=whole, counted=False)
+def _over(job: Job, model: Any, lengths: tuple[int, ...], *, whole: bool = True) -> dict[str, int]:
+    """Return the bytes beside the state in each phase, and the model as it was."""
+    with restored(model):
+        traced = trace(replace(job, lengths=lengths), model, whole=whole, counted=False)
     state = sum(traced.state.values())
     return {phase: peak - state for phase, peak in traced.peaks.items()}
 

@@ -244,6 +244,19 @@ def make_fake(model: nn.Module) -> None:
         table[name] = _mapped(value, fake)
 
 
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Give a model back, after the `with`, the tensors it had, and all else that its modules held by name."""
+    tables = [t for m in model.modules() for t in (m._parameters, m._buffers, vars(m))]
+    before = [(table, dict(table)) for table in tables]
+    try:
+        yield
+    finally:
+        for table, entries in before:
+            table.clear()
+            table.update(entries)
+
+
 def held_by(model: nn.Module) -> list[Tensor]:
     """Return every tensor a model's modules hold: parameters, buffers, and what they keep beside them.
 
