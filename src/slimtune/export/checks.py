@@ -29,7 +29,7 @@ from .engines.vllm import VllmServer
 from .folder import read_note
 from .gguf import write_adapter
 from .gguf_model import converted, like
-from .verify import Text, Trained, Verdict, gate
+from .verify import Limit, Text, Trained, Verdict, as_near, gate
 
 ADAPTER, MODEL = "adapter.gguf", "model.gguf"
 """Names of GGUF files in exports."""
@@ -134,24 +134,25 @@ class Bench:
     def export(self, path: Path, note: dict[str, Any]) -> Iterator[Verdict]:
         """Ask what lies in an export."""
         kind, precision = note["kind"], str(note.get("precision", "f32"))
+        limit = as_near(note["conversion"]["error"]) if "conversion" in note else None
         if kind == "merged":
             yield self.asked("merged folder", PRECISION[note["dtype"]], lambda: self._folder(path))
         elif (path / ADAPTER).is_file():
-            yield self.asked("llama.cpp, adapter GGUF", precision, lambda: self._beside_base(path / ADAPTER))
+            yield self.asked("llama.cpp, adapter GGUF", precision, lambda: self._beside_base(path / ADAPTER), limit)
         elif (path / MODEL).is_file():
             yield self.asked("llama.cpp, merged GGUF", precision, lambda: self._llama(path / MODEL))
         elif kind == "vllm":
-            yield self.asked("adapter folder, read back", "f32", lambda: self._read_back(path))
+            yield self.asked("adapter folder, read back", "f32", lambda: self._read_back(path), limit)
         else:
             yield Verdict(kind, precision, reason=f"nothing in {path} can be asked")
 
-    def asked(self, name: str, precision: str, make: Callable[[], Engine]) -> Verdict:
+    def asked(self, name: str, precision: str, make: Callable[[], Engine], limit: Limit | None = None) -> Verdict:
         """Make an engine and ask it; what cannot be made is a verdict, too."""
         self.say(f"asking {name}")
         try:
             with closing(make()) as engine:
                 engine.name = name
-                return gate(self.trained, engine, precision)
+                return gate(self.trained, engine, precision, limit=limit)
         except (ModelError, UsageError) as error:
             return Verdict(name, precision, reason=f"not checked: {_in_one_line(error)}")
         except SlimtuneError as error:

@@ -61,6 +61,15 @@ COARSE = Limit(mean=0.3, share=0.5)
 """Allowed for fewer bits than 8 a weight."""
 
 
+def as_near(error: float) -> Limit:
+    """Return what is allowed where the adapter ships as the nearest LoRA.
+
+    Args:
+        error: the conversion's, relative to the adapter's change of the weights.
+    """
+    return Limit(mean=0.02, share=error)
+
+
 @dataclass(frozen=True)
 class Text:
     """What is asked of both sides.

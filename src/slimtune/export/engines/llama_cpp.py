@@ -112,8 +112,8 @@ class LlamaCpp:
         return found[token], every["top_logprobs"]
 
     def _forced(self, before: Sequence[int], token: int, likely: int) -> dict[str, Any] | None:
-        said = self._next(before, len(before) > 1, n_probs=likely, logit_bias=[[token, _FORCED]])
-        said = said.get("completion_probabilities")
+        answer = self._next(before, len(before) > 1, n_probs=likely, logit_bias=[[token, _FORCED]])
+        said = answer.get("completion_probabilities")
         return said[0] if said and said[0]["id"] == token else None
 
     def answer(self, ids: Sequence[int], most: int) -> list[int]:
