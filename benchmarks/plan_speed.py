@@ -2,8 +2,9 @@
 
     python benchmarks/plan_speed.py [--json FILE]
 
-Times are processor seconds of a process of its own that has imported everything; a plan uses one core. Exit code 1: a
-formula of 1 s or more, a trace of the 8B of 30 s or more, or a plan of 2 GB of memory or more.
+Times are processor seconds of a process of its own that has imported everything; a plan uses one core. Of the 8B they
+are the least of three processes, since what else runs makes them longer. Exit code 1: a formula of 1 s or more, a trace
+of the 8B of 30 s or more, or a plan of 2 GB of memory or more.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 JOB = {"rank": 16, "seq_len": 2048, "accumulate": 4}
+PROCESSES = {"llama-3.1-8b": 3, "llama-3.1-70b": 1}
 LIMITS = {"formula": 1.0, "trace": 30.0, "bytes": 2e9}
 
 
@@ -54,6 +56,12 @@ def measured(name: str) -> dict[str, float]:
     return found | {"bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
+def apart(name: str) -> dict[str, float]:
+    """Measure in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -64,9 +72,9 @@ def main() -> None:
         return
     found = {}
     print("| base | formula, s | trace, s | plan, s | memory, GB |\n| --- | ---: | ---: | ---: | ---: |")
-    for name in ("llama-3.1-8b", "llama-3.1-70b"):
-        done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, check=True)
-        found[name] = each = json.loads(done.stdout.splitlines()[-1])
+    for name, processes in PROCESSES.items():
+        runs = [apart(name) for _ in range(processes)]
+        found[name] = each = {key: (max if key == "bytes" else min)(r[key] for r in runs) for key in runs[0]}
         times = " | ".join(f"{each[k]:.2f}" for k in ("formula", "trace", "plan"))
         print(f"| {name} | {times} | {each['bytes'] / 1e9:.2f} |")
     if args.json:
