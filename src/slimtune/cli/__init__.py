@@ -15,6 +15,7 @@ from .chat import chat
 from .common import Verbs
 from .doctor import doctor
 from .eval import eval_run
+from .export import export_run
 from .generate import generate
 from .gpus import gpus
 from .merge import merge_run
@@ -22,6 +23,7 @@ from .methods import methods
 from .plan import plan
 from .push import push_run
 from .train import train_run
+from .verify import verify_run
 
 app = typer.Typer(
     cls=Verbs, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False
@@ -33,6 +35,8 @@ app.command("eval")(eval_run)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("merge")(merge_run)
+app.command("export")(export_run)
+app.command("verify")(verify_run)
 app.command("push")(push_run)
 app.command("methods")(methods)
 app.command("doctor")(doctor)
