@@ -1,7 +1,8 @@
 """A Hub of our own on 127.0.0.1: the endpoints that the real `huggingface_hub` client calls, in memory.
 
-A repository has branches, a branch commits, a commit all files. Accounts come by their tokens; each may write under its
-own name and under those of its organizations. `fail` makes an endpoint answer otherwise.
+Large files come by the older Git LFS batch interface, or by Xet's. A repository has branches, a branch commits, a
+commit all files. Accounts come by their tokens; each may write under its own name and under those of its organizations.
+`fail` makes an endpoint answer otherwise.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub
 import yaml
 from huggingface_hub import constants
+from xet_store import chunks_of
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Hub:
     fail: dict[str, int | str] = field(default_factory=dict)
     large: tuple[str, ...] = (".safetensors", ".gguf")
     url: str = ""
+    xorbs: list[bytes] = field(default_factory=list)
 
     def make(self, repo_id: str, private: bool = False, **files: bytes) -> Repo:
         repo = self.repos[repo_id] = Repo(private)
@@ -87,7 +91,7 @@ class Refused(Exception):
         self.status, self.message, self.code = status, message, code
 
 
-TOKEN = "hf_AdaSecretAdaSecretAdaSecret"
+TOKEN, XET_TOKEN = "hf_AdaSecretAdaSecretAdaSecret", "short-lived"
 
 
 @contextmanager
@@ -282,6 +286,27 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(404, "not uploaded")
         self._json({})
 
+    def xet_token(self, repo_id: str) -> None:
+        self._repo(repo_id, write=True)
+        self._json({"accessToken": XET_TOKEN, "exp": int(time.time()) + 3600, "casUrl": f"{self.hub.url}/cas"})
+
+    def xorb(self) -> None:
+        self._short_lived()
+        self.hub.xorbs.append(self.body)
+        self._json({"was_inserted": True})
+
+    def shard(self) -> None:
+        # A shard says which chunks make which file. Here one file is uploaded at a time, and no chunk of it twice.
+        self._short_lived()
+        content = b"".join(map(chunks_of, self.hub.xorbs))
+        self.hub.xorbs.clear()
+        self.hub.store[hashlib.sha256(content).hexdigest()] = content
+        self._json({"result": 1})
+
+    def _short_lived(self) -> None:
+        if self.headers.get("Authorization") != f"Bearer {XET_TOKEN}":
+            raise Refused(401, "not the token of the store")
+
     def commit(self, repo_id: str, revision: str) -> None:
         repo = self._repo(repo_id, write=True)
         files, message = dict(self._commit(repo, revision).files), ""
@@ -330,5 +355,8 @@ _ROUTES = (
     (rf"POST /{_ID}\.git/info/lfs/objects/batch", "batch"),
     (rf"POST /{_ID}\.git/info/lfs/objects/verify", "verify"),
     (r"PUT /store/(\w+)", "put"),
+    (rf"GET /api/models/{_ID}/xet-write-token/.+", "xet_token"),
+    (r"POST /cas/v1/xorbs/.+", "xorb"),
+    (r"POST /cas/v1/shards", "shard"),
     (rf"(?:GET|HEAD) /{_ID}/resolve/([^/]+)/(.+)", "resolve"),
 )
