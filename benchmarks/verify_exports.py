@@ -1,0 +1,91 @@
+"""SmolLM2 tuned several ways on The Devil's Dictionary, shipped, and asked: `make verify` runs it, in about a quarter hour.
+
+    python benchmarks/verify_exports.py [--steps 12] [--folder FOLDER] [--ways lora rslora …]
+
+Each way trains for a few steps, as far as it needs to say something else than the base. Then `slimtune verify` asks the
+merged folder, the adapter's GGUF beside an f32 base in llama.cpp, and the merged GGUF. For the LoRA the q/k permutation
+is then left out on purpose: the gate has to notice. What is no LoRA has to be refused as an adapter, and ships merged
+where it is a change of weights. Exit code 1: something was not as said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest.mock import patch
+
+from rich.console import Console
+
+from slimtune.cli.verify import told
+from slimtune.errors import RunError, SlimtuneError
+from slimtune.export.checks import verify
+from slimtune.export.ship import Wish, export
+
+RECIPE = Path(__file__).parents[1] / "examples/devils-dictionary.yaml"
+LORAS = {
+    "lora": [],
+    "rslora": ["--set", "method.use_rslora=true"],
+    "patterns": ["--set", "method.rank_pattern={o_proj: 8}", "--set", "method.alpha_pattern={down_proj: 8}"],
+}
+MERGED = {"dora": ["--set", "method.use_dora=true"], "ia3": ["--method", "ia3"]}
+BESIDE = {name: ["--method", name] for name in ("bottleneck", "prefix_tuning", "prompt_tuning")}
+ADAPTER = "llama.cpp, adapter GGUF"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = {**LORAS, **MERGED, **BESIDE}
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--folder", type=Path, help="keeps the runs; those that are there are not trained again")
+    parser.add_argument("--ways", nargs="+", choices=every, default=list(every), metavar="NAME")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as gone:
+        folder = args.folder or Path(gone)
+        faults = [f for way in args.ways for f in asked(way, every[way], folder, args)]
+    for fault in faults:
+        print(f"NOT AS SAID: {fault}")
+    sys.exit(bool(faults))
+
+
+def asked(way: str, flags: list[str], folder: Path, args: argparse.Namespace) -> list[str]:
+    run = folder / way
+    if not run.exists():
+        command = [sys.executable, "-m", "slimtune", "train", RECIPE, "--out", run, "--max-steps", args.steps, *flags]
+        subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    found = verify(run, threads=args.threads)
+    screen = Console(width=140)
+    screen.print(f"\n[bold]{way}[/]", told(found["checks"]), sep="\n")
+    for check in found["checks"]:
+        if check["reason"]:
+            screen.print(f"{check['engine']}: {check['reason']}", markup=False)
+    passed = {c["engine"]: c["passed"] for c in found["checks"]}
+    wanted = {ADAPTER: True if way in LORAS else None}
+    wanted |= dict.fromkeys(("merged folder", "llama.cpp, merged GGUF"), None if way in BESIDE else True)
+    faults = [
+        f"{way}: {name} is {passed[name]}, not {want}" for name, want in wanted.items() if passed[name] is not want
+    ]
+    if way == "lora":
+        with patch("slimtune.export.gguf.in_order", lambda rows, *_: rows):
+            faults += refused(run, "gguf", Wish(), RunError, "the q/k permutation left out", args.threads)
+    if way not in LORAS:
+        for to in ("gguf", "ollama", "vllm"):
+            faults += refused(run, to, Wish(), SlimtuneError, f"{way} to {to}", args.threads)
+    return faults
+
+
+def refused(run: Path, to: str, wish: Wish, kind: type[Exception], what: str, threads: int | None) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            export(run, to, Path(folder, "out"), wish, threads=threads)  # type: ignore[arg-type]
+        except kind as error:
+            print(f"{what}: {' / '.join(str(error).splitlines())}")
+            return [] if not Path(folder, "out").exists() else [f"{what}: something was left"]
+    return [f"{what} was not refused"]
+
+
+if __name__ == "__main__":
+    main()
