@@ -1,4 +1,4 @@
-"""SmolLM2 tuned several ways on The Devil's Dictionary, shipped, and asked: `make verify` runs it, in about a quarter hour.
+"""SmolLM2 tuned several ways on The Devil's Dictionary, shipped, and asked: `make verify`, in about a quarter hour.
 
     python benchmarks/verify_exports.py [--steps 12] [--folder FOLDER] [--ways lora rslora …]
 
