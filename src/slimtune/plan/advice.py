@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from .job import Job
+from .request import Request
 from .result import Advice, Plan, Verdict
-
-if TYPE_CHECKING:
-    from .plan import Request
 
 Ask = Callable[[Job], tuple[int, Verdict]]
 """Gives a job's peak and whether it runs."""
