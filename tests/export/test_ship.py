@@ -97,6 +97,10 @@ def test_a_folder_for_vllm_is_read_back(run, tmp_path):
     assert found["commands"][0].startswith("vllm serve ")
     assert found["check"]["passed"] is True
     assert found["check"]["max_difference"] < 1e-4
+    nobody = verify(tmp_path / "out", vllm="http://127.0.0.1:9", threads=1)
+    assert nobody["passed"] is False  # what was asked for has no answer
+    assert nobody["checks"][-1]["passed"] is None
+    assert "not checked" in nobody["checks"][-1]["reason"]
 
 
 def test_everything_a_run_can_ship_as_is_asked(run):

@@ -19,7 +19,7 @@ def verify_run(
     data: Annotated[Path | None, typer.Option(help="Rows to compare on; by default the run's held-out rows.")] = None,
     vllm: Annotated[str | None, typer.Option(help="Address of a vLLM server that serves it.")] = None,
     vllm_model: Annotated[str | None, typer.Option(help="Its name there; by default the folder's.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of llama.cpp; by default every core.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of llama.cpp; by default half of the cores.")] = None,
     as_json: Json = False,
 ) -> Any:
     """Compare what ships with the trained adapter, engine by engine; exit code 1 where it is another model."""
@@ -37,7 +37,8 @@ def verify_run(
     if found["passed"]:
         return found
     failed = [c["engine"] for c in found["checks"] if c["passed"] is False]
-    why = f"not what was trained: {', '.join(failed)}" if failed else "nothing could be checked here"
+    unasked = [c["engine"] for c in found["checks"] if c["passed"] is None]
+    why = f"not what was trained: {', '.join(failed)}" if failed else f"not checked: {', '.join(unasked)}"
     error_console().print(f"error: {why}", style="bold red", markup=False)
     return Refused(found)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..build import Loaded, load_run
-from ..errors import ModelError, SlimtuneError, UsageError
+from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..models.load import load_base
 from . import merge as merging
 from . import proof
@@ -53,7 +53,7 @@ def verify(
         rows: a file of rows to compare on; None: the run's validation (else test) rows. Fixed questions come first.
         vllm: URL of a vLLM server that serves the adapter or the merged model.
         vllm_model: its name there; None: the export's, or the run folder's.
-        threads: of llama.cpp; None: every core.
+        threads: of llama.cpp; None: half of the cores.
         say: told what is being done.
 
     Returns:
@@ -75,17 +75,27 @@ def verify(
         bench = Bench(loaded, run, Path(made), rows, threads, say)
         checks = [*bench.export(path, note)] if note else [*bench.everything()]
         if vllm:
-            served = vllm_model or str((note or {}).get("name", run.resolve().name))
-            checks.append(bench.asked("vLLM", "f32", lambda: VllmServer(vllm, served)))
+            facts = note or {}
+            served, dtype = vllm_model or str(facts.get("name", run.resolve().name)), facts.get("dtype")
+            if dtype and dtype != str(loaded.base.dtype).removeprefix("torch."):
+                # The base as it is served, not as the run held it: another rounding of it is no fault of the adapter.
+                bench = Bench(load_trained(run, dtype), run, Path(made), rows, threads, say)
+            precision = PRECISION[str(bench.loaded.base.dtype).removeprefix("torch.")]
+            checks.append(bench.asked("vLLM", precision, lambda: _server(vllm, served)))
     verdicts = [c.facts() for c in checks]
     asked = [c for c in checks if c.passed is not None]
-    passed = bool(asked) and all(c.passed for c in asked)
+    passed = bool(asked) and all(c.passed for c in asked) and not (vllm and checks[-1].passed is None)
     return {"path": str(path), "run": str(run), "passed": passed, "checks": verdicts}
 
 
-def load_trained(run: Path) -> Loaded:
-    """Load a run's adapter on its base as it was trained on, on the CPU; in fp32 where the model is small."""
-    loaded = load_run(run, dtype=merging._trained_dtype(run), device="cpu")
+def load_trained(run: Path, dtype: str | None = None) -> Loaded:
+    """Load a run's adapter on its base, on the CPU; in fp32 where the model is small.
+
+    Args:
+        run: a run folder, or an adapter folder.
+        dtype: what the base's weights are rounded to; None: as it was trained on.
+    """
+    loaded = load_run(run, dtype=dtype or merging._trained_dtype(run), device="cpu")
     model: Any = loaded.model
     if sum(p.numel() for p in model.parameters()) < merging.SMALL:
         model.to(torch.promote_types(loaded.base.dtype, torch.float32))
@@ -229,6 +239,13 @@ def base_gguf(loaded: Loaded, file: Path) -> int:
         base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
         return converted(Path(folder), file, "f32")
+
+
+def _server(url: str, model: str) -> Engine:
+    try:
+        return VllmServer(url, model)
+    except RunError as error:  # nobody there: nothing is said of the adapter
+        raise ModelError(error.got, error.wanted, error.fix) from error
 
 
 def _in_one_line(error: Exception) -> str:

@@ -73,7 +73,7 @@ def export(
         out: folder to write: not there yet, or empty.
         wish: how.
         prove: ask the engine, and write nothing where it says something else than the trained adapter.
-        threads: of llama.cpp while proving; None: every core.
+        threads: of llama.cpp while proving; None: half of the cores.
         say: told what is being done.
 
     Returns:

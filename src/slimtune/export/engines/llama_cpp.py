@@ -42,7 +42,7 @@ class LlamaCpp:
         adapter: a GGUF of an adapter.
         longest: tokens of the longest text, answers included.
         likely: how many of the likeliest tokens `scores` gives.
-        threads: None: every core. Where others use the cores too, 1 is much faster: threads wait for one another.
+        threads: None: half of the cores. Threads wait for one another, and one whose core is busy stops all of them.
 
     Raises:
         ModelError: xllamacpp is not installed.
@@ -70,7 +70,7 @@ class LlamaCpp:
         params.model.path = str(model)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = longest, 1, 0
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or os.cpu_count() or 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or max(1, (os.cpu_count() or 1) // 2)
         params.verbosity, params.warmup, params.fit_params = _QUIET, False, False
         # Else states of an earlier text are taken up again where windows slide, and give wrong numbers.
         params.n_ctx_checkpoints = params.cache_ram_mib = 0
