@@ -174,6 +174,12 @@ def test_wrong_use_is_told_before_anything_is_loaded(run, tmp_path):
         export(run, "gguf", tmp_path / "out", Wish(precision="q8_0"))
     with pytest.raises(UsageError, match="no adapter left"):
         export(run, "gguf", tmp_path / "out", Wish(merged=True, as_lora=4))
+    with pytest.raises(UsageError, match="--system, --dtype: nothing reads that in an export to gguf"):
+        export(run, "gguf", tmp_path / "out", Wish(system="Be brief.", dtype="float32"))
+    with pytest.raises(UsageError, match="--precision: nothing reads that in an export to vllm"):
+        export(run, "vllm", tmp_path / "out", Wish(precision="f16"))
+    with pytest.raises(UsageError, match="stands on nothing"):
+        export(run, "ollama", tmp_path / "out", Wish(merged=True, base_from="llama3.1:8b"))
     with pytest.raises(UsageError, match="slimtune merge"):
         export(run, "vllm", tmp_path / "out", Wish(merged=True))
     (tmp_path / "used").mkdir()

@@ -29,6 +29,16 @@ from .vllm import vllm_adapter
 Destination = Literal["gguf", "ollama", "vllm"]
 
 
+_FLAGS = {
+    "precision": "precision", "from": "base_from", "name": "name", "system": "system", "num-ctx": "num_ctx",
+    "dtype": "dtype",
+}  # fmt: skip
+_READ_BY = {
+    "precision": ("gguf", "ollama"), "base_from": ("ollama",), "name": ("ollama", "vllm"), "system": ("ollama",),
+    "num_ctx": ("ollama",), "dtype": ("vllm",),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Wish:
     """How a run is to ship.
@@ -98,7 +108,7 @@ def export(
     need = _need(loaded, wish)
     with whole_folder(out, need) as folder:
         say(f"writing {out}")
-        facts = _vllm(run, folder, out, wish) if to == "vllm" else _gguf(loaded, run, folder, wish)
+        facts = _vllm(run, folder, out, wish) if to == "vllm" else _gguf(loaded, run, folder, out, wish)
         if to == "ollama":
             facts |= _ollama(loaded, folder, out, wish, facts)
         write_note(folder, to, run, {k: v for k, v in facts.items() if k not in ("commands", "notes")})
@@ -114,6 +124,13 @@ def export(
 
 
 def _require_sense(to: str, wish: Wish) -> None:
+    idle = [
+        f"--{flag}" for flag, field in _FLAGS.items() if getattr(wish, field) is not None and to not in _READ_BY[field]
+    ]
+    if idle:
+        raise UsageError(f"{', '.join(idle)}: nothing reads that in an export to {to}", fix="leave it out")
+    if wish.base_from is not None and wish.merged:
+        raise UsageError("--merged and --from at once", "one of them: a merged model stands on nothing")
     if to == "vllm" and wish.merged:
         raise UsageError("vLLM reads a merged model as a plain folder", fix="slimtune merge RUN --out FOLDER")
     if wish.merged and wish.as_lora is not None:
@@ -135,10 +152,10 @@ def _need(loaded: Loaded, wish: Wish) -> int:
     return 2 * sum(p.numel() for p in model.parameters())
 
 
-def _gguf(loaded: Loaded, run: Path, folder: Path, wish: Wish) -> dict[str, Any]:
+def _gguf(loaded: Loaded, run: Path, folder: Path, out: Path, wish: Wish) -> dict[str, Any]:
     model: Any = loaded.model
     if wish.merged:
-        return _merged_gguf(loaded, run, folder, wish.precision or "f16")
+        return _merged_gguf(loaded, run, folder, out, wish.precision or "f16")
     adapter, made = model.active_adapter, {}
     if wish.as_lora is not None:
         report = model.to_lora(adapter, wish.as_lora)
@@ -149,11 +166,11 @@ def _gguf(loaded: Loaded, run: Path, folder: Path, wish: Wish) -> dict[str, Any]
     ranks = sorted(set(facts.pop("ranks").values()))
     base = loaded.base.source
     beside = base.path if base.kind == "gguf" else "BASE.gguf"
-    command = shlex.join(["llama-cli", "-m", beside, "--lora", checks.ADAPTER])
+    command = shlex.join(["llama-cli", "-m", beside, "--lora", str(out / checks.ADAPTER)])
     return {**facts, **made, "precision": precision, "ranks": ranks, "commands": [command], "notes": []}
 
 
-def _merged_gguf(loaded: Loaded, run: Path, folder: Path, precision: str) -> dict[str, Any]:
+def _merged_gguf(loaded: Loaded, run: Path, folder: Path, out: Path, precision: str) -> dict[str, Any]:
     file = folder / checks.MODEL
     if precision in PRECISIONS:
         checks.merged_gguf(loaded, run, file, precision)
@@ -161,7 +178,7 @@ def _merged_gguf(loaded: Loaded, run: Path, folder: Path, precision: str) -> dic
         with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=folder.parent) as beside:
             checks.merged_gguf(loaded, run, Path(beside, file.name), "f16")
             quantized(Path(beside, file.name), file, precision)
-    return {"precision": precision, "commands": [shlex.join(["llama-cli", "-m", file.name])], "notes": []}
+    return {"precision": precision, "commands": [shlex.join(["llama-cli", "-m", str(out / file.name)])], "notes": []}
 
 
 def _ollama(loaded: Loaded, folder: Path, out: Path, wish: Wish, facts: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +223,8 @@ def _ollama(loaded: Loaded, folder: Path, out: Path, wish: Wish, facts: dict[str
 
 def _vllm(run: Path, folder: Path, out: Path, wish: Wish) -> dict[str, Any]:
     facts = vllm_adapter(run, folder, out=out, name=wish.name, as_lora=wish.as_lora, dtype=wish.dtype)
-    return {**facts, "precision": "f32", "commands": [facts.pop("command")], "notes": facts.pop("warnings")}
+    command, notes = facts.pop("command"), facts.pop("warnings")
+    return {**facts, "precision": "f32", "commands": [command], "notes": notes}
 
 
 def _proof(loaded: Loaded, run: Path, folder: Path, threads: int | None, say: Callable[[str], None]) -> Verdict:
