@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from rich.console import Console
@@ -24,14 +25,20 @@ from slimtune.errors import RunError, SlimtuneError
 from slimtune.export.checks import verify
 from slimtune.export.ship import Wish, export
 
-RECIPE = Path(__file__).parents[1] / "examples/devils-dictionary.yaml"
+ROWS = Path(__file__).parents[1] / "examples/devils-dictionary"
+RECIPE = [ROWS.with_suffix(".yaml")]
+HELD = f"data.validation={ROWS / 'validation.jsonl'}"
+OTHERS = ["--model", "smollm2-135m", "--data", ROWS / "train.jsonl", "--set", HELD, "--batch-size", 8]
+"""The recipe is a LoRA's: it names a rank."""
 LORAS = {
-    "lora": [],
-    "rslora": ["--set", "method.use_rslora=true"],
-    "patterns": ["--set", "method.rank_pattern={o_proj: 8}", "--set", "method.alpha_pattern={down_proj: 8}"],
-}
-MERGED = {"dora": ["--set", "method.use_dora=true"], "ia3": ["--method", "ia3"]}
-BESIDE = {name: ["--method", name] for name in ("bottleneck", "prefix_tuning", "prompt_tuning")}
+    "lora": RECIPE,
+    "rslora": [*RECIPE, "--set", "method.use_rslora=true"],
+    "patterns": [
+        *RECIPE, "--set", "method.rank_pattern={o_proj: 8}", "--set", "method.alpha_pattern={down_proj: 8}"
+    ],
+}  # fmt: skip
+MERGED = {"dora": [*RECIPE, "--set", "method.use_dora=true"], "ia3": [*OTHERS, "--method", "ia3"]}
+BESIDE = {name: [*OTHERS, "--method", name] for name in ("bottleneck", "prefix_tuning", "prompt_tuning")}
 ADAPTER = "llama.cpp, adapter GGUF"
 
 
@@ -51,10 +58,10 @@ def main() -> None:
     sys.exit(bool(faults))
 
 
-def asked(way: str, flags: list[str], folder: Path, args: argparse.Namespace) -> list[str]:
+def asked(way: str, flags: list[Any], folder: Path, args: argparse.Namespace) -> list[str]:
     run = folder / way
     if not run.exists():
-        command = [sys.executable, "-m", "slimtune", "train", RECIPE, "--out", run, "--max-steps", args.steps, *flags]
+        command = [sys.executable, "-m", "slimtune", "train", *flags, "--out", run, "--max-steps", args.steps]
         subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found = verify(run, threads=args.threads)
     screen = Console(width=140)
