@@ -42,8 +42,13 @@ def export_run(
     from ..export.ship import Wish, export
 
     wish = Wish(merged, precision, _rank(as_lora), base_from, name, system, num_ctx, dtype)
-    say = error_console().print
-    found = export(run, to, out, wish, prove=not no_verify, threads=threads, say=lambda s: say(s, style="dim"))  # type: ignore[arg-type]
+    said = error_console().print
+    where: Any = to  # an unknown one is named with the nearest
+
+    def say(text: str) -> None:
+        said(text, style="dim", markup=False)
+
+    found = export(run, where, out, wish, prove=not no_verify, threads=threads, say=say)
     if not as_json:
         screen = console()
         for file, size in found["files"].items():

@@ -27,7 +27,12 @@ def verify_run(
 
     say = error_console().print
     found = verify(
-        path, rows=data, vllm=vllm, vllm_model=vllm_model, threads=threads, say=lambda text: say(text, style="dim")
+        path,
+        rows=data,
+        vllm=vllm,
+        vllm_model=vllm_model,
+        threads=threads,
+        say=lambda text: say(text, style="dim", markup=False),
     )
     if not as_json:
         console().print(told(found["checks"]))

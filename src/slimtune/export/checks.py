@@ -10,7 +10,7 @@ What cannot be asked is said, with what is missing; it never counts as passed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .engines.vllm import VllmServer
 from .folder import read_note
 from .gguf import write_adapter
 from .gguf_model import converted, like
-from .verify import Limit, Text, Trained, Verdict, as_near, gate
+from .verify import LIMITS, Limit, Text, Trained, Verdict, as_near, gate
 
 ADAPTER, MODEL = "adapter.gguf", "model.gguf"
 """Names of GGUF files in exports."""
@@ -81,7 +81,7 @@ def verify(
                 # The base as it is served, not as the run held it: another rounding of it is no fault of the adapter.
                 bench = Bench(load_trained(run, dtype), run, Path(made), rows, threads, say)
             precision = PRECISION[str(bench.loaded.base.dtype).removeprefix("torch.")]
-            checks.append(bench.asked("vLLM", precision, lambda: _server(vllm, served)))
+            checks.append(bench.asked("vLLM", precision, lambda: _server(vllm, served), _limit(facts)))
     verdicts = [c.facts() for c in checks]
     asked = [c for c in checks if c.passed is not None]
     passed = bool(asked) and all(c.passed for c in asked) and not (vllm and checks[-1].passed is None)
@@ -144,7 +144,7 @@ class Bench:
     def export(self, path: Path, note: dict[str, Any]) -> Iterator[Verdict]:
         """Ask what lies in an export."""
         kind, precision = note["kind"], str(note.get("precision", "f32"))
-        limit = as_near(note["conversion"]["error"]) if "conversion" in note else None
+        limit = _limit(note)
         if kind == "merged":
             yield self.asked("merged folder", PRECISION[note["dtype"]], lambda: self._folder(path))
         elif (path / ADAPTER).is_file():
@@ -159,6 +159,8 @@ class Bench:
     def asked(self, name: str, precision: str, make: Callable[[], Engine], limit: Limit | None = None) -> Verdict:
         """Make an engine and ask it; what cannot be made is a verdict, too."""
         self.say(f"asking {name}")
+        if limit is None and self.model.dtype in (torch.float16, torch.bfloat16) and precision == "f32":
+            limit = LIMITS[PRECISION[str(self.model.dtype).removeprefix("torch.")]]  # a large model's own arithmetic
         try:
             with closing(make()) as engine:
                 engine.name = name
@@ -177,6 +179,8 @@ class Bench:
 
     def _folder(self, folder: Path) -> Engine:
         base = load_base(str(folder), dtype=self.model.dtype, device="cpu")
+        if base.tokenizer.chat_template != self.loaded.base.tokenizer.chat_template:
+            raise RunError(f"{folder} has another chat template than the run was trained with")
         return Transformers("merged folder", base.model, base.tokenizer)
 
     def _read_back(self, folder: Path) -> Engine:
@@ -191,7 +195,10 @@ class Bench:
     def _beside_base(self, adapter: Path) -> Engine:
         base = self.folder / "base.gguf"
         if not base.is_file():
-            base_gguf(self.loaded, base)
+            try:
+                base_gguf(self.loaded, base)
+            except RunError as error:  # nothing is said of the adapter
+                raise ModelError(f"the base could not be made a GGUF: {error.got}", error.wanted, error.fix) from error
         return self._llama(base, adapter)
 
     def _whole_gguf(self, file: Path, precision: str) -> Engine:
@@ -239,6 +246,10 @@ def base_gguf(loaded: Loaded, file: Path) -> int:
         base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
         return converted(Path(folder), file, "f32")
+
+
+def _limit(note: Mapping[str, Any]) -> Limit | None:
+    return as_near(note["conversion"]["error"]) if "conversion" in note else None
 
 
 def _server(url: str, model: str) -> Engine:

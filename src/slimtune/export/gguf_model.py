@@ -59,6 +59,13 @@ def like(template: Path, model: Any, file: Path, precision: str = "f16") -> int:
             f"the model and {template.name} do not hold the same tensors: {listed([*lacking, *unnamed], 4)}",
             f"a GGUF of the architecture {facts.arch}, and the model that was loaded from it",
         )
+    words, rows = reader.fields.get(gguf.Keys.Tokenizer.LIST), model.get_input_embeddings().weight.shape[0]
+    if words is not None and len(words.data) != rows:
+        raise ModelError(
+            f"the model embeds {rows} tokens, the tokenizer in {template.name} has {len(words.data)}",
+            "the tokens of the base: a GGUF's tokenizer is taken as it is",
+            "slimtune merge, and llama.cpp's converter",
+        )
     writer = gguf.GGUFWriter(str(file), facts.arch)
     for field in reader.fields.values():
         if field.name not in (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE) and not _of_header(field):
@@ -124,6 +131,16 @@ def quantized(file: Path, out: Path, kind: str) -> int:
         ModelError: the program is not there.
         RunError: it failed; its last words are given.
     """
+    _run([quantizer(kind), str(file), str(out), kind], QUANTIZER)
+    return out.stat().st_size
+
+
+def quantizer(kind: str) -> str:
+    """Return where `llama-quantize` lies, which makes what is not in `PRECISIONS`.
+
+    Raises:
+        ModelError: it is not there.
+    """
     program = found(QUANTIZER)
     if program is None:
         raise ModelError(
@@ -131,8 +148,7 @@ def quantized(file: Path, out: Path, kind: str) -> int:
             f"{QUANTIZER} on the PATH or in $LLAMA_CPP, or one of {listed(PRECISIONS)}",
             f"{_WHERE}; or --quantize q8_0",
         )
-    _run([program, str(file), str(out), kind], QUANTIZER)
-    return out.stat().st_size
+    return program
 
 
 def found(name: str) -> str | None:
@@ -155,7 +171,7 @@ def _named(names: Any, parameter: str) -> str | None:
 
 
 def _of_header(field: Any) -> bool:
-    return field.name.startswith("GGUF.")
+    return field.name.startswith(("GGUF.", "split.")) or field.name == "general.alignment"
 
 
 def _file_types(gguf: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,7 +21,7 @@ from ..errors import RunError, UsageError, listed, nearest
 from ..runs import ADAPTER_FILE
 from . import checks, gguf
 from .folder import read_note, require_free, whole_folder, write_note
-from .gguf_model import PRECISIONS, quantized
+from .gguf_model import PRECISIONS, quantized, quantizer
 from .ollama import write_ollama
 from .verify import Verdict
 from .vllm import vllm_adapter
@@ -103,6 +103,8 @@ def export(
             f"unknown destination {to!r}{nearest(to, get_args(Destination))}", listed(get_args(Destination))
         )
     require_free(out)
+    if wish.precision and wish.precision.lower() in PRECISIONS:
+        wish = replace(wish, precision=wish.precision.lower())
     _require_sense(to, wish)
     loaded = checks.load_trained(run)
     need = _need(loaded, wish)
@@ -142,6 +144,9 @@ def _require_sense(to: str, wish: Wish) -> None:
             listed(kinds),
             "--merged takes every precision",
         )
+
+    if wish.merged and wish.precision and wish.precision not in PRECISIONS:
+        quantizer(wish.precision)
 
 
 def _need(loaded: Loaded, wish: Wish) -> int:
@@ -208,7 +213,9 @@ def _ollama(loaded: Loaded, folder: Path, out: Path, wish: Wish, facts: dict[str
         out=out,
     )
     notes = [*facts["notes"], *written.notes]
-    if adapter is not None and not wish.base_from:
+    if wish.base_from:
+        notes.append(f"asked beside the base the run was trained on; {wish.base_from} itself was not asked")
+    elif adapter is not None:
         notes.append(
             "the adapter was trained on this base in 16 or 32 bits, Ollama adds it to the base as the file has it"
         )
@@ -224,11 +231,13 @@ def _ollama(loaded: Loaded, folder: Path, out: Path, wish: Wish, facts: dict[str
 def _vllm(run: Path, folder: Path, out: Path, wish: Wish) -> dict[str, Any]:
     facts = vllm_adapter(run, folder, out=out, name=wish.name, as_lora=wish.as_lora, dtype=wish.dtype)
     command, notes = facts.pop("command"), facts.pop("warnings")
+    again = shlex.join(["slimtune", "verify", str(out), "--vllm", "http://127.0.0.1:8000"])
+    notes = [*notes, f"read back here; vLLM itself was not asked: start it, then {again}"]
     return {**facts, "precision": "f32", "commands": [command], "notes": notes}
 
 
 def _proof(loaded: Loaded, run: Path, folder: Path, threads: int | None, say: Callable[[str], None]) -> Verdict:
-    with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as made:
+    with tempfile.TemporaryDirectory(prefix=".slimtune-verify-", dir=folder.parent) as made:
         bench = checks.Bench(loaded, run, Path(made), threads=threads, say=say)
         note = read_note(folder)
         assert note is not None

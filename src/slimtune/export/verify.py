@@ -52,11 +52,13 @@ class Limit:
 LIMITS = {
     "f32": Limit(worst=0.02),
     "f16": Limit(worst=0.1, mean=0.01),
-    "bf16": Limit(mean=0.05, share=0.25),
-    "q8_0": Limit(mean=0.05, share=0.25),
+    "bf16": Limit(worst=3.0, mean=0.05, share=0.25),
+    "q8_0": Limit(worst=3.0, mean=0.05, share=0.25),
 }
 """What is allowed by what the weights are kept in. 16 bits and fewer round W′, which costs a share of what the adapter
 changes; beside a base in fewer bits than these the base's own rounding counts, too."""
+TINY = 0.005
+"""Nats: what arithmetic alone makes. Beyond it an engine must be nearer to the adapter than half way to the base."""
 COARSE = Limit(mean=0.3, share=0.5)
 """Allowed for fewer bits than 8 a weight."""
 
@@ -183,6 +185,8 @@ def gate(trained: Trained, engine: Engine, precision: str, *, limit: Limit | Non
         faults.append(f"a token's log p differs by {worst:.3g} nats, {limit.worst:g} are allowed")
     if not mean <= limit.allows(effect):
         faults.append(f"log p differs by {mean:.3g} nats on average, {limit.allows(effect):.3g} are allowed")
+    if mean > max(TINY, effect / 2):
+        faults.append(f"half or more of what the adapter changes ({effect:.3g} nats on average) is lost")
     return Verdict(
         engine.name,
         precision,

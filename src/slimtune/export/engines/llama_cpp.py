@@ -87,8 +87,15 @@ class LlamaCpp:
             ) from error
 
     def tokens(self, text: str) -> list[int]:
-        """Return the ids llama.cpp makes of a rendered prompt, with the beginning of text it adds by itself."""
-        return self._ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
+        """Return the ids llama.cpp makes of a rendered prompt, with the beginning of text it adds by itself.
+
+        Where the template wrote one and llama.cpp adds another, its chat takes the template's away, and so does this.
+        """
+        said = [
+            self._ask("/tokenize", content=text, add_special=special, parse_special=True)["tokens"]
+            for special in (True, False)
+        ]
+        return said[1] if said[0][1:] == said[1] and said[0][:1] == said[1][:1] else said[0]
 
     def scores(self, ids: Sequence[int]) -> Scores:
         """Return log p of each token of a text but the first."""
