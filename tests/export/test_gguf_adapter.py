@@ -121,7 +121,7 @@ def test_what_is_no_lora_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(UsageError, match=r"ia3 adapter is no LoRA(.|\n)*merged"):
         write_adapter(tmp_path / "a.gguf", get_peft_model(model_of("llama", VOCABULARY), IA3Config()))
     bottleneck = get_peft_model(model_of("llama", VOCABULARY), BottleneckConfig())
-    with pytest.raises(UsageError, match=r"not possible for bottleneck either"):
+    with pytest.raises(UsageError, match=r"bottleneck cannot be merged either"):
         write_adapter(tmp_path / "a.gguf", bottleneck)
     whole = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     with pytest.raises(UsageError, match=r"lm_head \('weight' trained whole\)"):

@@ -126,16 +126,16 @@ def pairs_of(model: Any, adapter: str = "default") -> list[Pair]:
         raise UsageError(
             f"the {method} adapter is no LoRA of linear maps alone: {listed(other, 4) or 'it changes none'}",
             "scale · B A beside linear maps, which is all that llama.cpp adds to a base",
-            f"ship it merged: {_merged(model, adapter)}",
+            _way_out(model, adapter),
         )
     return pairs
 
 
-def _merged(model: Any, adapter: str) -> str:
+def _way_out(model: Any, adapter: str) -> str:
     config = model.peft_config[adapter]
     if not config.mergeable:
-        return f"that is not possible for {config.name} either: use it from slimtune (generate, chat) or Python"
-    return "--merged, or slimtune merge; or turn it into a LoRA: --as-lora RANK"
+        return f"{config.name} cannot be merged either: use it from slimtune (generate, chat) or Python"
+    return "ship it merged: --merged, or slimtune merge; or turn it into a LoRA: --as-lora RANK"
 
 
 def _tensors(pair: Pair, alpha: float, config: Any) -> Iterator[tuple[str, Tensor]]:
