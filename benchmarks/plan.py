@@ -72,6 +72,9 @@ ROWS: list[tuple[tuple[int, ...], bool]] = [  # lengths, and whether they lie in
     ((640, 128), True),
 ]
 
+THRIFTY = ("lora", "bottleneck", "prefix_tuning", "ia3")
+"""Methods that are tried once more on each base, tiled, and with what is checkpointed sent away."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -82,11 +85,12 @@ class Case:
     lengths: tuple[int, ...]
     packing: bool
     passes: int
+    tile: int | None = None
 
     def job(self) -> Job:
         return Job(
             BASES[self.base](), self.config(), self.dtype, self.lengths, self.passes, "cpu", self.checkpointing,
-            packing=self.packing,
+            offload=self.tile is not None, tile=self.tile, packing=self.packing,
         )  # fmt: skip
 
     def config(self) -> Any:
@@ -108,6 +112,10 @@ def cases(methods: list[str], bases: list[str]) -> Iterator[Case]:
             case = Case(base, method, dtype, checkpointing, lengths, packing, next(passes))
             if method in methods and base in bases:
                 yield case
+    for turn, (method, base) in enumerate(itertools.product(THRIFTY, BASES)):
+        dtype, (lengths, packing) = KINDS[2 * (turn % 2)][0], next(rows)
+        if method in methods and base in bases:
+            yield Case(base, method, dtype, True, lengths, packing, next(passes), tile=48)
 
 
 def planned(job: Job) -> tuple[int, int]:
@@ -123,6 +131,7 @@ def row(case: Case) -> dict[str, Any]:
         "method": case.method,
         "dtype": str(case.dtype).removeprefix("torch."),
         "checkpointing": case.checkpointing,
+        "tile": case.tile,
         "lengths": case.lengths,
         "packed": case.packing,
         "passes": case.passes,
@@ -137,9 +146,10 @@ def row(case: Case) -> dict[str, Any]:
 def text(r: dict[str, Any]) -> str:
     rows = "+".join(map(str, r["lengths"])) + ("" if r["packed"] else " padded") + " × 2" * (r["passes"] == 2)
     how = f"{r['dtype'].replace('float', '')}{', checkpointed' if r['checkpointing'] else ''}"
+    how += f", tiles of {r['tile']}" if r["tile"] else ""
     plan, real = (bytes_text(r["peak_bytes"][k]) for k in ("plan", "real"))
     return (
-        f"{r['base']:13} {r['method']:17} {how:18} {rows:28} {r['state_error_percent']:+9.3f} "
+        f"{r['base']:13} {r['method']:17} {how:31} {rows:28} {r['state_error_percent']:+9.3f} "
         f"{plan:>10} {real:>10} {r['error_percent']:+8.3f} {r['error_beside_state_percent']:+8.3f}"
     )
 
@@ -153,7 +163,7 @@ def main() -> None:
     if unknown := set(args.methods) - set(METHODS):
         parser.error(f"there is no method {min(unknown)!r}: {', '.join(METHODS)}")
     tf.logging.set_verbosity_error()
-    print(f"{'base':13} {'method':17} {'':18} {'rows':28} {'state, %':>9} {'peak: plan':>10} {'real':>10} "
+    print(f"{'base':13} {'method':17} {'':31} {'rows':28} {'state, %':>9} {'peak: plan':>10} {'real':>10} "
           f"{'error, %':>8} {'no state':>8}")  # fmt: skip
     rows = []
     for case in cases(args.methods or list(METHODS), args.base or list(BASES)):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gc
 import itertools
+import tempfile
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import get_peft_model
-from slimtune.build import optimizer_of
+from slimtune.build import optimizer_of, spare
 from slimtune.contract.layout import laid_out
+from slimtune.plan.fake import held_by
 from slimtune.plan.job import Job
 from slimtune.step import accumulated, collator_for
 
@@ -23,29 +25,30 @@ def measured(job: Job) -> tuple[int, int]:
     """Build, adapt and train for two optimizer steps; return the bytes held after the first, and the second's most.
 
     Weights and rows are random. Everything that the allocator gives and takes from the model's first weight on counts,
-    as the profiler's `[memory]` events tell it.
+    as the profiler's `[memory]` events tell it. Of a base in 4 bits they do not tell all that is given back while it is
+    loaded: there the state is the bytes of the tensors that are there, and the events count from then on.
     """
     gc.collect()  # what is left from before must not be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
-        _train(job)
+        held = _train(job)
     found = done.profiler.kineto_results.events()
     begin, end = next((e.start_ns(), e.end_ns()) for e in found if e.name() == STEP)
     events = sorted(((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]"), key=lambda e: e[0])
-    state = sum(size for at, size in events if at < begin)
+    state = held if job.quantization else sum(size for at, size in events if at < begin)
     during = itertools.accumulate((size for at, size in events if begin <= at <= end), initial=state)
     return state, max(during)
 
 
-def _train(job: Job) -> None:
+def _train(job: Job) -> int:
+    """Return the bytes of the model's and the optimizer's tensors."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(job.base, dtype=job.dtype)
+    if job.quantization == "nf4":
+        model = _in_nf4(model)
     if job.method is not None:
         model = get_peft_model(model, job.method)
         job.method.begins(100)
-    if job.checkpointing:
-        # transformers 5.2x renamed it.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    spare(model, job.checkpointing, job.offload, job.tile)
     model.train()
     optimizer = optimizer_of(model, job.optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -65,5 +68,29 @@ def _train(job: Job) -> None:
     with laid_out(model):
         step(1)
         gc.collect()
+        moments = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        inner = [t for m in model.modules() for t in _beside(m)]
+        kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*held_by(model), *inner, *moments]}
         with record_function(STEP):
             step(2)
+    return sum(kept.values())
+
+
+def _beside(module: Any) -> list[torch.Tensor]:
+    """Return what bitsandbytes keeps of a 4-bit layer, beside its parameters."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    states = [s for s in (state, getattr(state, "state2", None)) if s is not None]
+    return [t for s in states for t in vars(s).values() if isinstance(t, torch.Tensor)]
+
+
+def _in_nf4(model: Any) -> Any:
+    """Return the model as transformers and bitsandbytes load it in 4 bits."""
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=model.dtype,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return type(model).from_pretrained(folder, quantization_config=how, dtype=model.dtype, device_map="cpu")

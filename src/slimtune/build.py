@@ -23,6 +23,7 @@ from .ops.memory import keep_pages
 from .recipe import Recipe
 from .runs import ADAPTER_FILE, RunFolder
 from .step import collator_for, require_exact, room_for
+from .thrift import checkpoint_layers, tile_layers
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"fused": True}),
@@ -120,9 +121,23 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
             config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias is no place a tokenizer lies in
         model = get_peft_model(base.model, config)
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
-    if recipe.train.gradient_checkpointing:
-        _checkpoint(model)
+    t = recipe.train
+    if t.offload_checkpoints and base.device.type == "cpu":
+        raise UsageError(
+            "train.offload_checkpoints would move activations from the machine's memory to the machine's memory",
+            "a GPU to train on",
+            "--set train.offload_checkpoints=false",
+        )
+    spare(model, t.gradient_checkpointing, t.offload_checkpoints, t.tile_tokens)
     return model
+
+
+def spare(model: Any, checkpointing: bool, offload: bool, tile: int | None) -> None:
+    """Make an adapted model hold less at once, in place, as a recipe's `train` says it (see `thrift`)."""
+    if checkpointing:
+        checkpoint_layers(model, offload=offload)
+    if tile is not None:
+        tile_layers(model, tile)
 
 
 def outline(
@@ -131,6 +146,8 @@ def outline(
     dtype: torch.dtype,
     *,
     checkpointing: bool = False,
+    offload: bool = False,
+    tile: int | None = None,
     first: Callable[[Any], None] | None = None,
 ) -> Any:
     """Return the model that training would have, on `meta`: every shape and dtype, no weight.
@@ -140,6 +157,8 @@ def outline(
         method: the method's config; None: nothing is adapted, and every weight trains.
         dtype: of the base's weights.
         checkpointing: activations are computed twice.
+        offload: what checkpointing keeps lies in the machine's memory.
+        tile: tokens that norms and feed-forwards run at once; None: all.
         first: changes the base before the method is attached (quantizes it).
 
     Raises:
@@ -152,8 +171,7 @@ def outline(
             first(model)
         if method is not None:
             model = get_peft_model(model, method)
-    if checkpointing:
-        _checkpoint(model)
+    spare(model, checkpointing, offload, tile)
     return model
 
 
@@ -162,12 +180,6 @@ def optimizer_of(model: Any, name: str = "adamw") -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     kind, settings = OPTIMIZERS[name]
     return kind(trained, lr=1e-4, **settings)
-
-
-def _checkpoint(model: Any) -> None:
-    # transformers 5.2x renamed it; the old name warns there, the new one is missing before.
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
 
 
 def rows_of(recipe: Recipe, tokenizer: Any) -> Rows:

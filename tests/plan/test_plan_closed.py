@@ -39,6 +39,24 @@ def test_the_formula_gives_what_is_traced(device, checkpointing, method):
         assert form.corrected(lengths, whole).over_state(lengths) + state == pytest.approx(whole.peak, abs=1)
 
 
+@pytest.mark.parametrize("lengths", [(1000,), (8000,), (3000, 2000)], ids=str)
+def test_the_formula_knows_tiles_and_what_is_sent_away(lengths):
+    """Shorter than a tile it bounds from above."""
+    asked = job(checkpointing=True, offload=True, tile=2048, lengths=lengths)
+    whole, form = trace(asked), form_of(asked)
+    over = form.over_state(lengths) + sum(whole.state.values()) - whole.peak
+    assert over > 0 if sum(lengths) < 2048 else abs(over) < 0.005 * whole.peak
+    assert extrapolated(asked).host == whole.host
+
+
+def test_one_very_long_row_is_not_filled_up():
+    asked = job(checkpointing=True, lengths=(70_000,), depth=3)
+    whole = trace(asked)
+    long, filled = (form_of(asked).over_state(n) + sum(whole.state.values()) for n in ((70_000,), (35_000, 35_000)))
+    assert long == pytest.approx(whole.peak, rel=0.1)
+    assert filled > long
+
+
 def test_scores_that_are_kept_grow_with_the_square():
     """Gemma 2 caps its scores, so they are kept: one long row takes more than two of half its length."""
     form = form_of(job("gemma2"))

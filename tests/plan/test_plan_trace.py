@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from slimtune.build import outline
 from slimtune.errors import ModelError
-from slimtune.ops import cross_entropy
+from slimtune.ops import cross_entropy, offload
 from slimtune.plan.fake import faking, held_by, make_fake, restored
 from slimtune.plan.job import Job
 from slimtune.plan.trace import trace
@@ -83,6 +83,28 @@ def test_half_precision_and_checkpointing(base, method):
     state, peak = off(lambda: job_of(base, method, ROWS[3], BF16, checkpointing=True))
     assert state == pytest.approx(0, abs=1e-4)
     assert peak < 0.02
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_tiles_and_what_is_sent_away(base):
+    """So small, the random states of the maps in tiles (5 kB each) show; benchmarks/plan.py has them larger."""
+    state, peak = off(lambda: job_of(base, "lora", ROWS[3], checkpointing=True, offload=True, tile=32))
+    assert state == pytest.approx(0, abs=1e-4)
+    assert peak < 0.04
+
+
+def test_what_is_sent_away_from_a_gpu_is_counted_as_the_machine_s(monkeypatch):
+    """Each layer's input of 130 tokens goes, and is not held beside; on a CPU it is held all the same."""
+    monkeypatch.setattr(offload, "LEAST", 1)
+    rows, deep = ROWS[4], {"num_hidden_layers": 8}
+    here, gone, cpu = (
+        trace(job_of("llama", "lora", rows, base_settings=deep, checkpointing=True, device=device, offload=away))
+        for device, away in (("cuda", False), ("cuda", True), ("cpu", True))
+    )
+    inputs = 8 * 130 * 64 * 4
+    assert (here.host, gone.host, cpu.host) == (0, inputs, 0)
+    last = "backward, last layer"
+    assert here.peaks[last] - gone.peaks[last] == pytest.approx(inputs * 6 / 8, rel=0.1)  # two are there
 
 
 def test_the_parts_are_what_they_are_called():

@@ -57,9 +57,10 @@ class AdapterCalls:
 
     def _set_gradient_checkpointing(self: Any, enable: bool = True, **kwargs: Any) -> None:
         # Both of transformers' public names come here. A frozen embedding's output must carry a gradient, or the
-        # reentrant kind of checkpointing would train nothing.
+        # reentrant kind of checkpointing would train nothing; the other kind would keep it for nothing.
         super()._set_gradient_checkpointing(enable=enable, **kwargs)  # type: ignore[misc]
-        if enable:
+        settings = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
+        if enable and settings.get("use_reentrant", True):
             self._inputs_carry_gradients()
 
     def _inputs_carry_gradients(self: Any) -> None:

@@ -35,6 +35,8 @@ def gpus(
     optimizer: jobs.OptimizerOption = None,
     quant: jobs.QuantOption = None,
     checkpointing: jobs.CheckpointingOption = None,
+    offload: jobs.OffloadOption = None,
+    tile: jobs.TileOption = None,
     dtype: jobs.DtypeOption = None,
     packing: jobs.PackingOption = None,
     data: jobs.DataOption = None,

@@ -31,6 +31,8 @@ FLAGS = {
     "seq_len": "data.max_seq_len",
     "accumulate": "train.accumulate",
     "checkpointing": "train.gradient_checkpointing",
+    "offload": "train.offload_checkpoints",
+    "tile": "train.tile_tokens",
     "dtype": "model.dtype",
     "packing": "train.packing",
 }
@@ -56,6 +58,15 @@ CheckpointingOption = Annotated[
     typer.Option(
         "--checkpointing/--no-checkpointing", help="Compute activations twice to keep fewer.", show_default=False
     ),
+]
+OffloadOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--offload/--no-offload", help="Keep what --checkpointing keeps in the machine's memory.", show_default=False
+    ),
+]
+TileOption = Annotated[
+    int | None, typer.Option("--tile", help="Tokens of a row that norms and feed-forwards compute at once.")
 ]
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="Of the frozen weights: auto, float32, bfloat16, float16, float64.")

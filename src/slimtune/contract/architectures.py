@@ -1,6 +1,6 @@
-"""Facts about architectures: which layers are adapted when `target_modules` is None.
+"""Facts about architectures: which layers are adapted when `target_modules` is None, and how layers name their parts.
 
-PEFT's choice, name for name, but gemma4, which PEFT has as a pattern.
+Targets are PEFT's choice, name for name, but gemma4, which PEFT has as a pattern.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ DEFAULT_TARGETS: dict[str | None, list[str]] = {
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads that are new to a task, and so are trained whole where the model has them (PEFT's lists)."""
+
+ATTENTION = ("self_attn", "attn", "self_attention", "attention", "linear_attn", "layer.0.SelfAttention")
+FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.2.DenseReluDense", "layer.1.DenseReluDense",
+                 "fc2", "output.dense")  # fmt: skip
+"""Where a layer keeps its two sub-layers; the first path that is there. The last two have no feed-forward module: there
+the linear map stands for it that gives its output."""
 
 
 def model_type(model: Any) -> str | None:

@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..errors import ModelError
 from ..ops.device import is_acted, kind_of_device
 from ..ops.segment_attention import Segment, attention_by_segment
-from ..ops.tree_attention import outlined, runs_here, tree_attention, tree_mask
+from ..ops.tree_attention import LONG, outlined, runs_here, tree_attention, tree_mask
 
 LAYOUT = "slimtune_layout"
 _MARK = "slimtune_"
@@ -225,7 +225,9 @@ def _laid(
 
     Compiled with the model, it would be compiled anew for each layout; flex attention is compiled by itself.
     """
-    if chosen == "sdpa" and kwargs.get("softcap") is None and runs_here(query, key, kwargs.get("dropout", 0.0)):
+    causal = len(layout.lengths) == 1 and not layout.keys_before and (window is None or window >= layout.total)
+    plain = chosen == "sdpa" and kwargs.get("softcap") is None and not (causal and layout.total > LONG)
+    if plain and runs_here(query, key, kwargs.get("dropout", 0.0)):
         if is_acted():
             return outlined(query, key, value).transpose(1, 2).contiguous()
         held = ("flex", window, query.device)
@@ -256,14 +258,14 @@ def _by_segment(
     keys, values = (t.split((layout.keys_before, *layout.lengths), dim=2) for t in (key, value))
     parts = []
     for i, q in enumerate(query.split(layout.lengths, dim=2)):
-        way = [0, *(a + 1 for a in layout.path(i)), i + 1]
-        k, v = (torch.cat([t[a] for a in way], dim=2) for t in (keys, values))
+        way = [*([0] if layout.keys_before else []), *(a + 1 for a in layout.path(i)), i + 1]
+        k, v = (_joined([t[a] for a in way], 2) for t in (keys, values))
         m = layout.mask(i, window, query.dtype, query.device)
         if m is None and chosen == "eager":
             n = q.shape[2]
             m = q.new_zeros(n, n).masked_fill(_ones(n, q.device).triu(1), torch.finfo(q.dtype).min)[None, None]
         parts.append(run(module, q, k, v, m, **kwargs)[0])
-    return torch.cat(parts, dim=1)
+    return _joined(parts, 1)
 
 
 def _require_plain(module: Any, layout: Layout, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
@@ -280,6 +282,10 @@ def _require_plain(module: Any, layout: Layout, query: Tensor, key: Tensor, kwar
     if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True) or hidden_window:
         why = "hides its window" if hidden_window else "is not causal, or adds a bias by position"
         raise ModelError(f"{name} {why}: rows cannot share one sequence", fix="--set train.packing=false")
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _ones(n: int, device: torch.device) -> Tensor:

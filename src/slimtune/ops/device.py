@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import torch
 
 _acted: ContextVar[str | None] = ContextVar("acted", default=None)
+_host: ContextVar[bool] = ContextVar("host", default=False)
 
 
 @contextmanager
@@ -29,3 +30,18 @@ def kind_of_device(device: torch.device) -> str:
 def is_acted() -> bool:
     """Return whether the device is pretended: then nothing is computed, and tensors have shapes alone."""
     return _acted.get() is not None
+
+
+@contextmanager
+def on_host() -> Iterator[None]:
+    """Mark what is allocated in the `with` as the machine's own memory: a plan pretends that devices are a CPU."""
+    before = _host.set(True)
+    try:
+        yield
+    finally:
+        _host.reset(before)
+
+
+def is_on_host() -> bool:
+    """Return whether what is allocated now is marked as the machine's own memory."""
+    return _host.get()

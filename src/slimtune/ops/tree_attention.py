@@ -32,6 +32,8 @@ from .device import is_acted, kind_of_device
 BLOCK = 128
 SHORTEST = 256
 """Tokens below which attention by segment is as fast, and no kernel has to be compiled."""
+LONG = 1 << 16
+"""Tokens above which a row alone, which is plainly causal, goes to flash attention: it fills nothing up."""
 KERNELS = 64
 """Most kernels torch may compile: lengths × (training, scoring) × kinds of layers."""
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

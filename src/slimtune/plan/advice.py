@@ -10,6 +10,8 @@ from .job import Job
 from .request import Request
 from .result import Advice, Plan, Verdict
 
+TILE = 1024
+"""Tokens in a tile: products of so many are as fast as larger ones, and what they hold is small beside a long row."""
 Ask = Callable[[Job], tuple[int, Verdict]]
 """Gives a job's peak and whether it runs."""
 
@@ -47,6 +49,10 @@ def _changes(job: Job) -> list[tuple[str, Callable[[Job], Job]]]:
     changes: list[tuple[str, Callable[[Job], Job]]] = []
     if not job.checkpointing:
         changes.append(("--checkpointing (a third slower)", lambda j: replace(j, checkpointing=True)))
+    elif job.device == "cuda" and not job.offload:
+        changes.append(("--offload", lambda j: replace(j, offload=True)))
+    if job.tile is None and sum(job.lengths) >= 2 * TILE:
+        changes.append((f"--tile {TILE}", lambda j: replace(j, tile=TILE)))
     if len(job.lengths) > 1:
         changes.append(
             ("--batch-size 1, and --accumulate as many", lambda j: replace(j, lengths=j.lengths[:1], passes=2))

@@ -4,10 +4,11 @@ Layers are alike, and so are tokens, so what a phase takes beside the state is
 
     bytes = (a + a' d) + (b + b' d) T + (c + c' d) F + (e + e' d) S      d layers, T tokens, S = Σ (tokens of a row)²
 
-    F: T filled up to a power of two, which counts where flex attention runs; S counts where attention keeps its scores
+    F: T filled up to a power of two, which counts where flex attention runs (not for one very long row); S counts where
+    attention keeps its scores
 
-The numbers are solved for, not chosen. The formula is exact but for the rounding of blocks; where a whole trace of the
-job is at hand, `corrected` moves it onto that.
+The numbers are solved for, not chosen. The formula is exact but for the rounding of blocks, and bounds from above what
+is shorter than a tile; where a whole trace of the job is at hand, `corrected` moves it onto that.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 
 from ..contract.layout import plain_name, refusal
 from ..errors import UsageError
-from ..ops.tree_attention import filled
+from ..ops.tree_attention import LONG, filled
 from .fake import held_by, restored
 from .job import Job
 from .trace import BACKWARD, BLOCK, Trace, trace
@@ -128,12 +129,12 @@ def extrapolated(job: Job, model: Any = None) -> Trace:
     if held["weights"] + held.get("adapters", 0) != state:  # layers differ
         return trace(job, model)
     phases = {phase: table(few.phases[phase], more.phases[phase]) for phase in few.phases}
-    return Trace(held, phases, Counter(table(few.work, more.work)), [])
+    return Trace(held, phases, Counter(table(few.work, more.work)), [], on(few.host, more.host))
 
 
 def _asked(job: Job, model: Any) -> tuple[list[int], list[tuple[int, ...]]]:
     """Return which features matter to a job, and as many lengths of rows, which tell them apart."""
-    n = TOKENS
+    n = max(TOKENS, 2 * min(job.tile or 0, LONG // 4))  # so many that they lie in tiles
     columns: list[int] = [0, 1]
     shapes: list[tuple[int, ...]] = [(n,), (2 * n,)]
     if job.device == "cuda" and job.packing:
@@ -145,7 +146,7 @@ def _asked(job: Job, model: Any) -> tuple[list[int], list[tuple[int, ...]]]:
 
 def _features(lengths: Sequence[int]) -> tuple[float, ...]:
     tokens = sum(lengths)
-    return 1.0, tokens, filled(tokens), sum(n * n for n in lengths)
+    return 1.0, tokens, tokens if len(lengths) == 1 and tokens > LONG else filled(tokens), sum(n * n for n in lengths)
 
 
 def _over(job: Job, model: Any, lengths: tuple[int, ...], *, whole: bool = True) -> dict[str, int]:

@@ -29,6 +29,8 @@ class Job:
         passes: passes in an optimizer step.
         device: kind of device it runs on; kernels are chosen by it.
         checkpointing: activations are computed twice.
+        offload: what checkpointing keeps lies in the machine's memory.
+        tile: tokens that norms and feed-forwards run at once; None: all.
         optimizer: a name `build.OPTIMIZERS` lists.
         quantization: one of `quantize.KINDS` for the base's linear layers; None: as `dtype` says.
         packing: rows in one sequence; else padded.
@@ -41,6 +43,8 @@ class Job:
     passes: int = 1
     device: Device = "cpu"
     checkpointing: bool = False
+    offload: bool = False
+    tile: int | None = None
     optimizer: str = "adamw"
     quantization: str | None = None
     packing: bool = True
@@ -63,4 +67,12 @@ class Job:
                 "--method lora, or no quantization",
             )
         first = partial(quantize, kind=self.quantization) if self.quantization else None
-        return outline(self.base, self.method, self.dtype, checkpointing=self.checkpointing, first=first)
+        return outline(
+            self.base,
+            self.method,
+            self.dtype,
+            checkpointing=self.checkpointing,
+            offload=self.offload,
+            tile=self.tile,
+            first=first,
+        )

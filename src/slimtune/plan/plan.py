@@ -156,7 +156,7 @@ def _host(job: Job, traced: Trace, band: Band, writing: int) -> int:
         return int(band.high + RUNTIME["cpu"].high)
     # The base is read into the machine's memory and moved from there; a Mac's memory is one.
     loading = traced.state["weights"] if job.device == "cuda" else 0
-    return int(max(loading, writing) + RUNTIME["cpu"].high)
+    return int(max(loading, writing, traced.host) + RUNTIME["cpu"].high)
 
 
 def _reason(said: Verdict, parts: Mapping[str, int], band: Band, runtime: Band, usable: Band) -> str:

@@ -45,6 +45,8 @@ class Request:
         optimizer: a name `build.OPTIMIZERS` lists.
         quantization: "nf4", "int8" or None.
         checkpointing: activations are computed twice.
+        offload: what checkpointing keeps lies in the machine's memory.
+        tile: tokens that norms and feed-forwards run at once; None: all.
         packing: rows in one sequence.
         divide: a batch may be computed in several passes, as training does by itself.
         keep: checkpoints that a run keeps beside its best.
@@ -63,6 +65,8 @@ class Request:
     optimizer: str = "adamw"
     quantization: str | None = None
     checkpointing: bool = False
+    offload: bool = False
+    tile: int | None = None
     packing: bool = True
     divide: bool = True
     keep: int = 2
@@ -108,6 +112,8 @@ class Request:
             passes=self.accumulate,
             device=self.card.device,
             checkpointing=self.checkpointing,
+            offload=self.offload,
+            tile=self.tile,
             optimizer=self.optimizer,
             quantization=self.quantization,
             packing=self.packing,
@@ -147,6 +153,8 @@ def request_of(recipe: Recipe, card: Card, lengths: Sequence[int] = ()) -> Reque
         dtype=m.dtype,
         optimizer=t.optimizer,
         checkpointing=t.gradient_checkpointing,
+        offload=t.offload_checkpoints,
+        tile=t.tile_tokens,
         packing=t.packing,
         divide=t.tokens_at_once == "auto",
         keep=t.keep_checkpoints,

@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..ops.device import is_on_host
+
 _IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 """Products in place, which torch's own registry does not count."""
 STATE = ("weights", "adapters", "gradients", "optimizer")
 PARTS = (*STATE, "activations", "logits")
+HOST = "host"
 _ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
 _ALONE = (4, 2)
 """References to a tensor that autograd hands to an operator, and to its storage, where nothing else holds it."""
@@ -33,6 +36,7 @@ class Storages(TorchDispatchMode):
         vocabulary: a tensor whose last dimension has this size counts as logits.
         events: keep every allocation (+) and release (−) in order, as `(storage, bytes)`.
         work: count the work done.
+        host_apart: the device has memory of its own: what is marked as the machine's is counted for itself.
         known: asked first what an operator makes (`Fakes.recalled`), and NotImplemented where it does not know.
     """
 
@@ -43,11 +47,15 @@ class Storages(TorchDispatchMode):
         events: bool = False,
         work: bool = True,
         known: Callable[[Any, tuple, dict[str, Any]], Any] = lambda *_: NotImplemented,
+        host_apart: bool = False,
     ) -> None:
         super().__init__()
         self.block, self.vocabulary, self.works, self.known = block, vocabulary, work, known
+        self.host_apart = host_apart
         self.now: Counter[str] = Counter()
         self.total = 0
+        self.host = self.host_peak = 0
+        """Bytes marked as the machine's own memory (`ops.device.on_host`), and the most of them."""
         self.peaks: dict[str, int] = {}
         self.at_peaks: dict[str, dict[str, int]] = {}
         """For each phase the bytes by part at its highest point."""
@@ -97,6 +105,12 @@ class Storages(TorchDispatchMode):
                 self._live[key] = (size, part)
             return
         size = -(-storage.nbytes() // self.block) * self.block
+        if self.host_apart and is_on_host():
+            self._live[key] = (size, HOST)
+            self.host += size
+            self.host_peak = max(self.host_peak, self.host)
+            weakref.finalize(storage, self._release, key).atexit = False
+            return
         if part is None:
             is_logits = self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary
             part = "logits" if is_logits else "activations"
@@ -110,6 +124,9 @@ class Storages(TorchDispatchMode):
 
     def _release(self, key: int) -> None:
         size, part = self._live.pop(key)
+        if part == HOST:
+            self.host -= size
+            return
         self.now[part] -= size
         self.total -= size
         if self.events is not None:

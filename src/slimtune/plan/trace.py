@@ -51,12 +51,14 @@ class Trace:
             of `BACKWARD`, "optimizer", "evaluation".
         work: how often an operator of (floating point operations, bytes moved, dtype) ran in one pass.
         events: allocations and releases of the step in order, `(storage, ± bytes)`, the state's first.
+        host: most bytes that lie in the machine's memory instead of the device's at once.
     """
 
     state: dict[str, int]
     phases: dict[str, dict[str, int]]
     work: Counter[tuple[int, int, torch.dtype]]
     events: list[tuple[int, int]]
+    host: int = 0
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -106,7 +108,9 @@ def trace(job: Job, model: Any = None, *, whole: bool = True, counted: bool = Tr
             config.begins(LONG)
         if whole:
             _let_states_be(model, optimizer)
-        storages = Storages(BLOCK.get(job.device, 1), vocabulary, counted, counted, fakes.recalled)
+        storages = Storages(
+            BLOCK.get(job.device, 1), vocabulary, counted, counted, fakes.recalled, host_apart=job.device == "cuda"
+        )
         with storages, laid_out(model):
             trained = [p for p in model.parameters() if p.requires_grad]
             _hold_state(storages, model, optimizer)
@@ -135,7 +139,7 @@ def trace(job: Job, model: Any = None, *, whole: bool = True, counted: bool = Tr
                 with torch.no_grad():
                     supervised_nats(model, pack)
     parts = {phase: {p: held.get(p, 0) for p in PARTS} for phase, held in storages.at_peaks.items() if phase != "start"}
-    return Trace(state, parts, work, events)
+    return Trace(state, parts, work, events, storages.host_peak)
 
 
 def merging(job: Job) -> int | None:

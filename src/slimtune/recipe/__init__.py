@@ -99,8 +99,17 @@ class Recipe(Section):
         )
 
     def _contradictions(self) -> list[Fault]:
+        t = self.train
+        apart = [
+            Fault(
+                "train.offload_checkpoints",
+                "got true, but there is nothing to offload",
+                "train.gradient_checkpointing true with it",
+            )
+        ]
+        apart = apart if t.offload_checkpoints and not t.gradient_checkpointing else []
         blind = self.data.validation is None and self.data.validation_fraction == 0
-        return [
+        return apart + [
             Fault(f"train.{name}", f"got {value}, but there are no validation rows", f"data.validation, or {name} null")
             for name in ("early_stopping", "eval_every")
             if blind and (value := getattr(self.train, name)) is not None

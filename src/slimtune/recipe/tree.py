@@ -129,6 +129,15 @@ class TrainSettings(Section):
     )
     optimizer: Literal["adamw"] = setting("adamw", "adamw")
     gradient_checkpointing: bool = setting(False, "true computes activations twice to keep fewer in memory")
+    offload_checkpoints: bool = setting(
+        False, "true keeps what gradient_checkpointing keeps in the machine's memory, not the GPU's"
+    )
+    tile_tokens: int | None = setting(
+        None,
+        "tokens of a row that norms and feed-forwards compute at once, a whole number from 1, which holds less of long "
+        "rows; null: all",
+        ge=1,
+    )
     seed: int = setting(42, "a whole number from 0 to 4294967295", "--seed", ge=0, le=2**32 - 1)
     eval_every: int | None = setting(
         None, "optimizer steps between evaluations, a whole number from 1; null: after each epoch", ge=1

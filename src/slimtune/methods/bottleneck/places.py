@@ -8,14 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from ...contract.architectures import ATTENTION, FEED_FORWARD
 from ...errors import TargetError, listed
 from ...ops.maps import kind_of
 
-# Where a layer keeps its two sub-layers; the first path that is there. The last two have no feed-forward module: there
-# the linear map stands for it that gives its output.
-ATTENTION = ("self_attn", "attn", "self_attention", "attention", "linear_attn", "layer.0.SelfAttention")
-FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.2.DenseReluDense", "layer.1.DenseReluDense",
-                 "fc2", "output.dense")  # fmt: skip
 # The output map of a sub-layer that adds its residual itself (BERT's attention, BLOOM, MPT).
 _INSIDE = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_proj")
 
