@@ -121,7 +121,7 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
         model = get_peft_model(base.model, config)
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
     if recipe.train.gradient_checkpointing:
-        _checkpoint(model)
+        checkpoint_layers(model)
     return model
 
 
@@ -153,7 +153,7 @@ def outline(
         if method is not None:
             model = get_peft_model(model, method)
     if checkpointing:
-        _checkpoint(model)
+        checkpoint_layers(model)
     return model
 
 
@@ -164,7 +164,8 @@ def optimizer_of(model: Any, name: str = "adamw") -> torch.optim.Optimizer:
     return kind(trained, lr=1e-4, **settings)
 
 
-def _checkpoint(model: Any) -> None:
+def checkpoint_layers(model: Any) -> None:
+    """Let a model compute each layer's activations twice and keep its input alone, in place."""
     # transformers 5.2x renamed it; the old name warns there, the new one is missing before.
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})

@@ -18,7 +18,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.build import _checkpoint, optimizer_of
+from slimtune.build import checkpoint_layers, optimizer_of
 from slimtune.contract.layout import laid_out
 from slimtune.errors import UsageError
 from slimtune.ops.device import acting_as
@@ -93,7 +93,7 @@ def measured(job, folder):
     base = tf.AutoModelForCausalLM.from_config(job.base, dtype=job.dtype)
     model = get_peft_model(loaded(base, job.quantization, folder), job.method)
     if job.checkpointing:
-        _checkpoint(model)
+        checkpoint_layers(model)
     model.train()
     rows = [{"input_ids": [1 + i % 200 for i in range(n)]} for n in job.lengths]
     pack = collator_for(model, 0, packing=True, share=False)([{**r, "labels": r["input_ids"]} for r in rows])
