@@ -226,6 +226,7 @@ def test_the_texts_by_which_it_is_known():
         assert ran_out(kind())
         assert ran_out(caused(ValueError("the layer failed"), kind()))
     assert ran_out(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert ran_out(RuntimeError("could not create a primitive"))  # what oneDNN said under a real limit, in bf16
     assert not ran_out(RuntimeError("size mismatch"))
     assert not ran_out(caused(DataError("a row is faulty"), MemoryError()))
 

@@ -21,6 +21,9 @@ _TEXTS = (
     "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS's and cuDNN's own workspaces
     "CUDNN_STATUS_ALLOC_FAILED",
     "std::bad_alloc",
+    "could not create a primitive",  # oneDNN, which hides why; seen in bf16 on CPUs as memory ran out
+    "could not create a memory object",
+    "could not execute a primitive",
     "Cannot allocate memory",  # strerror(ENOMEM), where a library hands on nothing but its text
 )
 """What is said where memory ran out and the kind of the error does not tell."""

@@ -5,6 +5,7 @@ load base → attach → read rows → train (transformers' Trainer) → take th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -264,13 +265,15 @@ def _trainer(
 
 def _probe(trainer: SlimTrainer, run: RunFolder, rows: Rows, plan: Mapping[str, Any], watch: Watch) -> None:
     """Run the longest pass, say what it takes, and write that beside the plan."""
-    rows_a_step = trainer.args.per_device_train_batch_size
+    rows_a_step, room = trainer.args.per_device_train_batch_size, trainer.collator.room
     found = trainer.relief.passes(
         "the longest pass, run before the first step",
         longest(rows.train, rows_a_step),
         lambda: probe(trainer.model, trainer.collator, rows.train, rows_a_step, plan),
         lambda: None,
     )
+    if trainer.collator.room != room:  # smaller than what was planned, for which no least was said
+        found = dataclasses.replace(found, low=0)
     watch.say(found.text())
     write_atomic(run.plan_file, json_text({"plan": plan, "probe": found.to_dict()}, indent=2) + "\n")
 
