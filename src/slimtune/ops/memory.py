@@ -29,6 +29,7 @@ _TEXTS = (
 """What is said where memory ran out and the kind of the error does not tell."""
 _MMAP_MAX, _TOP_PAD, _TRIM_THRESHOLD = -4, -2, -1
 """glibc's parameters of mallopt(3)."""
+_DEFAULTS = {_MMAP_MAX: 1 << 16, _TRIM_THRESHOLD: 1 << 17, _TOP_PAD: 1 << 17}
 
 
 @functools.cache
@@ -75,12 +76,18 @@ def ran_out(error: BaseException) -> bool:
 
 
 def give_back(device: torch.device) -> None:
-    """Give back what this process holds and does not use: unreachable objects, an allocator's cache, freed pages."""
+    """Give back what this process holds and does not use: unreachable objects, an allocator's cache, freed pages.
+
+    On Linux `keep_pages` ends with it: kept pages fall into pieces too small for a large tensor, and count as held.
+    """
     gc.collect()
     if device.type in ("cuda", "xpu", "mps"):
         torch.get_device_module(device).empty_cache()
     if sys.platform.startswith("linux"):
         try:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            libc = ctypes.CDLL("libc.so.6")
+            for name, value in _DEFAULTS.items():
+                libc.mallopt(name, value)
+            libc.malloc_trim(0)
         except (OSError, AttributeError):  # another C library, which keeps less
             return
