@@ -123,7 +123,7 @@ def test_no_memory_for_the_probe_is_said_before_training(settings, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("slimtune.train.probe.accumulated", full)
-    with pytest.raises(RunError, match=r"not enough memory for the longest pass, \d+ tokens"):
+    with pytest.raises(RunError, match=r"not enough memory for \d+ tokens of one row \(the longest pass"):
         train(recipe_of(settings), planner=planned)
     assert not Path(settings["out"]).exists()
 

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator
 
-import torch
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -21,6 +20,7 @@ from transformers.utils import logging as theirs
 
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..ops.files import disk_is_full
+from ..ops.memory import ran_out
 
 _FOLDER = "give a local folder that holds the checkpoint"
 
@@ -33,13 +33,6 @@ def chain(error: BaseException) -> list[BaseException]:
         found.append(step)
         step = step.__cause__ or step.__context__
     return found
-
-
-def memory_is_full(error: BaseException) -> bool:
-    """Return whether `error` comes from memory that ran out, the machine's or the GPU's."""
-    return any(
-        isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e) for e in chain(error)
-    )
 
 
 @contextlib.contextmanager
@@ -93,7 +86,7 @@ def wants_remote_code(spec: str) -> UsageError:
 def _space(error: Exception, spec: str) -> SlimtuneError | None:
     if disk_is_full(error):
         return RunError(f"the disk is full: {spec!r} could not be written", fix="free some space, or set HF_HOME")
-    if memory_is_full(error):
+    if ran_out(error):
         return RunError(
             f"no memory left while loading {spec!r}", fix="use --dtype bf16, a smaller base, or a larger machine"
         )

@@ -32,6 +32,17 @@ def random_state(device: torch.device) -> Tensor:
     return _own(device).get_rng_state(device) if _own(device) else torch.get_rng_state()
 
 
+def random_states(device: torch.device) -> list[tuple[Tensor, torch.device]]:
+    """Return where the random numbers of the CPU and of a device stand, for `put_back`."""
+    return [(random_state(d), d) for d in {torch.device("cpu"), device}]
+
+
+def put_back(states: list[tuple[Tensor, torch.device]]) -> None:
+    """Put random numbers where `random_states` found them."""
+    for state, device in states:
+        _set_random_state(state, device)
+
+
 @contextmanager
 def drawing_from(state: Tensor, device: torch.device) -> Iterator[None]:
     """Draw as from `state` for the length of the `with`; after it as if nothing had been drawn."""

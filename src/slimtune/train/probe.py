@@ -17,7 +17,6 @@ import torch
 
 from ..contract.layout import laid_out
 from ..data.collate import Collator, Example
-from ..errors import RunError
 from ..ops.dropout import unseen_draws
 from ..step import accumulated, on_device
 from ..units import bytes_text
@@ -66,11 +65,10 @@ def probe(model: Any, collator: Collator, examples: Sequence[Example], rows_a_st
         plan: the plan as plain values.
 
     Raises:
-        RunError: there is not enough memory for it.
+        what torch raises where memory runs out; nothing is left of the pass then, either.
     """
     device = next(model.parameters()).device
-    longest = sorted(examples, key=lambda e: len(e["input_ids"]))[-rows_a_step:]
-    pack = max(collator.packs(longest), key=lambda p: p["input_ids"].numel())
+    pack = max(collator.packs(longest(examples, rows_a_step)), key=lambda p: p["input_ids"].numel())
     pack = on_device(pack, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     was_training = model.training
@@ -79,21 +77,26 @@ def probe(model: Any, collator: Collator, examples: Sequence[Example], rows_a_st
     try:
         with unseen_draws(device), laid_out(model):
             accumulated(model, [pack], lambda loss: loss.backward())
-    except torch.OutOfMemoryError as e:
-        raise RunError(
-            f"there is not enough memory for the longest pass, {pack['input_ids'].numel()} tokens: {e}".splitlines()[0],
-            "memory that no other process holds",
-            "--set train.gradient_checkpointing=true, or a smaller train.tokens_at_once",
-        ) from e
     finally:
         for parameter in trained:
             parameter.grad = None
         model.train(was_training)
     # The optimizer's state is made by the first step, after this.
-    planned, later = plan["need_bytes"], plan["parts"]["optimizer"]
-    beside = plan["runtime_bytes"] if device.type == "cuda" else {"low": 0, "high": 0}
-    low, high = (int(planned[end] - beside[end]) for end in ("low", "high"))
+    low, high = planned_bytes(plan, device)
+    later = plan["parts"]["optimizer"]
     return Probe(pack["input_ids"].numel(), peak_bytes(device, reserved=True), low - later, high)
+
+
+def longest(examples: Sequence[Example], rows_a_step: int) -> list[Example]:
+    """Return the rows of the step that takes most."""
+    return sorted(examples, key=lambda e: len(e["input_ids"]))[-rows_a_step:]
+
+
+def planned_bytes(plan: Mapping, device: torch.device) -> tuple[int, int]:
+    """Return what was planned to be held, at least and at most, as `peak_bytes(reserved=True)` counts it."""
+    beside = plan["runtime_bytes"] if device.type == "cuda" else {"low": 0, "high": 0}
+    low, high = (int(plan["need_bytes"][end] - beside[end]) for end in ("low", "high"))
+    return low, high
 
 
 def reset_peak(device: torch.device) -> None:

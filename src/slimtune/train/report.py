@@ -15,6 +15,7 @@ from ..build import Rows
 from ..recipe import Recipe
 from ..runs import RunFolder, write_atomic
 from ..units import bytes_text, count_text, seconds_text
+from .relief import EVENT, Event
 
 Points = Sequence[tuple[float, float]]
 
@@ -40,6 +41,7 @@ def write_report(run: RunFolder, recipe: Recipe, result: dict[str, Any], matched
         '<span class="two">validation</span></p>',
         curves(train, held),
         "<h2>Result</h2>" + _table(_result_rows(result)),
+        *memory(metrics),
         "<h2>Data</h2>"
         + _table(
             [
@@ -104,6 +106,14 @@ def curves(train: Points, held: Points, width: int = 720, height: int = 300) -> 
                 for p in line.split()
             ]
     return "".join(parts) + "</svg>"
+
+
+def memory(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what became of memory that ran out, as a section; nothing where it did not."""
+    found = [Event(**{k: v for k, v in m.items() if k != "event"}) for m in metrics if m.get("event") == EVENT]
+    if not found:
+        return []
+    return ["<h2>Memory ran out</h2>" + _table([(f"after step {e.step}", f"{e.text()} ({e.error})") for e in found])]
 
 
 def versions() -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ load base → attach → read rows → train (transformers' Trainer) → take th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
@@ -25,13 +26,16 @@ from ..data.packs import divided, lay
 from ..errors import DataError, RunError, SlimtuneError, UsageError
 from ..models.load import Base
 from ..ops.files import disk_full_is_an_error
+from ..ops.memory import ran_out
 from ..recipe import Recipe
 from ..runs import ADAPTER_FILE, RunFolder, json_text, write_atomic
 from ..step import compile_layers
+from ..thrift import checkpoint_layers
 from ..units import bytes_text, count_text
 from . import checkpoints
 from .callbacks import Pace, Watch, rate, stop_on_interrupt
-from .probe import peak_bytes, probe
+from .probe import longest, peak_bytes, planned_bytes, probe
+from .relief import EVENT, Relief
 from .report import write_report
 from .trainer import SlimTrainer
 
@@ -94,6 +98,9 @@ def train(
     most = peak_bytes(base.device)
     try:
         trainer, pace = _trainer(recipe, run, base, rows, model, watch, plan)
+        start = checkpoints.newest_sound(run.checkpoints, watch.say) if resume else None
+        if start is not None:
+            trainer.take_room(start)
         if plan is not None:
             _probe(trainer, run, rows, plan, watch)
     except SlimtuneError:
@@ -101,7 +108,6 @@ def train(
         if fresh:  # nothing was trained: the same --out is free for the corrected command
             shutil.rmtree(run.path)
         raise
-    start = checkpoints.newest_sound(run.checkpoints, watch.say) if resume else None
     if resume:
         _resume_from(run, start, watch)
     prepared = time.perf_counter() - began
@@ -109,6 +115,11 @@ def train(
         try:
             if start is None or not _over(trainer, pace, start, watch):
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
+        except Exception as e:
+            if not ran_out(e):
+                raise
+            # Between the parts of a step that can be done again: what holds is the last checkpoint.
+            raise trainer.relief.exhausted("training", trainer.relief.shortage(e), "what lies between two steps") from e
         finally:
             watch.close()
     if pace.stop_asked and trainer.state.global_step < trainer.state.max_steps:
@@ -218,13 +229,23 @@ def _trainer(
     args._n_gpu = min(1, args._n_gpu)
     if base.device.type == "cuda" and base.device.index is not None:
         torch.cuda.set_device(base.device)
-    longest = max(len(e["input_ids"]) for e in rows.train + rows.validation)
-    collator = collator_of(recipe, model, base.tokenizer, longest)
+    most = max(len(e["input_ids"]) for e in rows.train + rows.validation)
+    collator = collator_of(recipe, model, base.tokenizer, most)
     if plan is not None and collator.room is not None:
-        collator.room = min(collator.room, max(longest, plan["tokens_at_once"]))
+        collator.room = min(collator.room, max(most, plan["tokens_at_once"]))
     watch.say(laid_text(collator, rows, rows_a_step))
     if t.compile:
         watch.say(f"{compile_layers(model)} layers will be compiled as they first run, which takes a while")
+    relief = Relief(
+        collator,
+        base.device,
+        watch.say,
+        run.append_metrics,
+        checkpoint=None
+        if t.gradient_checkpointing or not model.supports_gradient_checkpointing
+        else lambda: checkpoint_layers(model),
+        planned_bytes=None if plan is None else planned_bytes(plan, base.device)[1],
+    )
     trainer = SlimTrainer(
         model,
         args,
@@ -233,6 +254,7 @@ def _trainer(
         collator=collator,
         keep=t.keep_checkpoints,
         say=watch.say,
+        relief=relief,
         callbacks=[pace, watch],
     )
     for unwanted in ("PrinterCallback", "ProgressCallback"):
@@ -244,7 +266,15 @@ def _trainer(
 
 def _probe(trainer: SlimTrainer, run: RunFolder, rows: Rows, plan: Mapping[str, Any], watch: Watch) -> None:
     """Run the longest pass, say what it takes, and write that beside the plan."""
-    found = probe(trainer.model, trainer.collator, rows.train, trainer.args.per_device_train_batch_size, plan)
+    rows_a_step, room = trainer.args.per_device_train_batch_size, trainer.collator.room
+    found = trainer.relief.passes(
+        "the longest pass, run before the first step",
+        longest(rows.train, rows_a_step),
+        lambda: probe(trainer.model, trainer.collator, rows.train, rows_a_step, plan),
+        lambda: None,
+    )
+    if trainer.collator.room != room:  # smaller than what was planned, for which no least was said
+        found = dataclasses.replace(found, low=0)
     watch.say(found.text())
     write_atomic(run.plan_file, json_text({"plan": plan, "probe": found.to_dict()}, indent=2) + "\n")
 
@@ -309,6 +339,7 @@ def _finish(
         "trainable_params": trained,
         "total_params": every,
         "peak_bytes": max(most, peak_bytes(base.device)),
+        "out_of_memory": sum(m.get("event") == EVENT for m in run.metrics()),
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),
     }

@@ -2,7 +2,7 @@
 
 Overridden: `training_step` (an optimizer step's rows in as many passes as `Collator.packs` divides them into, each loss
 a share of the whole step's), `evaluate` (mean over tokens, not over batches) and everything that saves or loads (no
-pickle, whole or absent).
+pickle, whole or absent). Each of them goes through `Relief`, which does it again where memory ran out.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from ..adapt import checkpoint as adapter_files
 from ..adapt.rates import split_by_rate
 from ..data.collate import Collator, Example
+from ..ops.dropout import put_back, random_states
 from ..step import accumulated, mean_loss, score
 from . import checkpoints
+from .relief import LESS, Relief
+from .unbroken import unbroken
 
 
 class RowSet(Dataset):
@@ -39,6 +42,16 @@ class RowSet(Dataset):
         return self.examples[index]
 
 
+class StepRows:
+    """The rows of one optimizer step; they are laid when the step is run, for the room there is then.
+
+    No list, so that nothing on their way to the step walks through their tokens.
+    """
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+
 class SlimTrainer(Trainer):
     """A Trainer for adapters on packed rows.
 
@@ -50,6 +63,7 @@ class SlimTrainer(Trainer):
         collator: divides a step's rows into packs.
         keep: checkpoints kept beside the best.
         say: told what a person should know.
+        relief: does again what memory ran out of; of the same collator.
     """
 
     def __init__(
@@ -62,13 +76,19 @@ class SlimTrainer(Trainer):
         collator: Collator,
         keep: int,
         say: Callable[[str], None],
+        relief: Relief,
         callbacks: list[Any],
     ) -> None:
-        packs: Any = collator.packs
-        super().__init__(model, args, train_dataset=RowSet(train), data_collator=packs, callbacks=callbacks)
+        rows: Any = StepRows
+        super().__init__(model, args, train_dataset=RowSet(train), data_collator=rows, callbacks=callbacks)
         self.validation, self.collator, self.keep, self.say = list(validation), collator, keep, say
         self.trained_tokens = self.supervised_tokens = 0
         self.train_seconds = 0.0
+        self.relief = relief
+        relief.way_on = self._way_on
+        self._rows: Sequence[Example] = ()
+        self._whole = False  # the gradients are the step's, neither a part of them nor clipped
+        self._steady = True  # the weights are those of `global_step` steps
         self._begun = 0.0
         # The loss below is normalised over the accumulated batch already.
         self.model_accepts_loss_kwargs = True
@@ -81,18 +101,58 @@ class SlimTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if made:
             split_by_rate(optimizer, self.model)
+            unbroken(optimizer, self._optimizer_step)
         return optimizer
+
+    def _optimizer_step(self, step: Callable[[], Any], undo: Callable[[], Any] | None) -> Any:
+        self._steady = False
+        return self.relief.again("the optimizer's step", step, undo)
 
     # --- the step -----------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Run the packs of one optimizer step forwards and backwards; return the step's loss."""
         model.train()
-        packs: list[dict[str, Any]] = self._prepare_inputs(inputs)  # type: ignore[assignment]
-        # Read here, where a GPU has nothing left to do, not between two passes.
-        self.trained_tokens += sum(int(p["tokens"]) for p in packs)
-        self.supervised_tokens += sum(len(p["targets"]) for p in packs)
-        return accumulated(model, packs, self.accelerator.backward)
+        self._rows, self.relief.step = inputs.examples, self.state.global_step
+        loss, tokens, targets = self._gradients(model)
+        self.trained_tokens += tokens
+        self.supervised_tokens += targets
+        return loss
+
+    def _gradients(self, model: Any) -> tuple[Tensor, int, int]:
+        """Fill the gradients from zero; return the step's loss, its tokens and its supervised tokens."""
+
+        def work() -> tuple[Tensor, int, int]:
+            packs: Any = self._prepare_inputs(self.collator.packs(self._rows))  # type: ignore[arg-type]
+            # Read here, where a GPU has nothing left to do, not between two passes.
+            tokens, targets = sum(int(p["tokens"]) for p in packs), sum(len(p["targets"]) for p in packs)
+            return accumulated(model, packs, self.accelerator.backward), tokens, targets
+
+        self._start = random_states(self.args.device)
+        found = self.relief.passes("a training step", self._rows, work, self._no_gradients)
+        self._whole = True
+        return found
+
+    def _no_gradients(self) -> None:
+        for parameter in self.model.parameters():  # type: ignore[union-attr]
+            parameter.grad = None
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip the gradients; where memory runs out, some are scaled and some not, so they are found anew."""
+        norm_of = super()._clip_grad_norm
+
+        def work() -> Any:
+            if not self._whole:
+                put_back(self._start)
+                self._gradients(model)
+            self._whole = False
+            return norm_of(model)
+
+        return self.relief.again("clipping", work, self._no_gradients)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0: they are asked for before anything is laid, and told nowhere."""
+        return 0
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         """Return None: `training_step` counts for itself."""
@@ -108,6 +168,7 @@ class SlimTrainer(Trainer):
 
     def step_ends(self) -> None:
         """Stop it: only training counts, not evaluating or saving."""
+        self._steady = True
         self.train_seconds += time.perf_counter() - self._begun
 
     # --- evaluation ---------------------------------------------------------------------------------------------
@@ -116,11 +177,15 @@ class SlimTrainer(Trainer):
         """Return and log the mean loss per supervised token over the validation rows (nats)."""
         if not self.validation:
             return {}
-        loss = mean_loss(score(self.model, self.validation, self.collator))
+        self.relief.step = self.state.global_step
+        loss = mean_loss(self.relief.passes("evaluation", self.validation, self._scores, lambda: None, grad=False))
         metrics = {"eval_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _scores(self) -> list[tuple[float, int]]:
+        return score(self.model, self.validation, self.collator)
 
     def best_step(self) -> int | None:
         """Return the step with the lowest validation loss so far; the first one where several are equal."""
@@ -145,9 +210,27 @@ class SlimTrainer(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        root = Path(str(self.args.output_dir))
-        checkpoints.write(root, self.state.global_step, self._fill)
+        root, step = Path(str(self.args.output_dir)), self.state.global_step
+        self.relief.step = step
+        self.relief.again("writing a checkpoint", lambda: checkpoints.write(root, step, self._fill), lambda: None)
         checkpoints.rotate(root, self.keep, self.best_step())
+
+    def _way_on(self) -> str:
+        """Write a checkpoint where the weights are whole and one is missing; return how the run can go on."""
+        root, step = Path(str(self.args.output_dir)), self.state.global_step
+        newest = [checkpoints.step_of(f) for f in checkpoints.folders(root)][-1:]
+        if step and newest != [step] and self._steady:
+            try:
+                checkpoints.write(root, step, self._fill)
+                newest = [step]
+            except Exception as error:  # no memory for it, a full disk: what ends the run is told all the same
+                self.say(f"no checkpoint of step {step} could be written: {error}")
+        if not newest:
+            return LESS
+        return (
+            f"checkpoint-{newest[0]} is whole: free memory, then slimtune train {root.parent / 'recipe.yaml'} "
+            f"--resume; or start anew with {LESS}"
+        )
 
     def _fill(self, folder: Path) -> None:
         adapter_files.save(self.model, folder, "default")
@@ -160,6 +243,8 @@ class SlimTrainer(Trainer):
             "supervised_tokens": self.supervised_tokens,
             "train_seconds": self.train_seconds,
             "room": self.collator.room,
+            "rows": self.collator.rows,
+            "checkpointing": self.relief.checkpointing,
         }
         (folder / "progress.json").write_text(json.dumps(progress))
         self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -170,7 +255,13 @@ class SlimTrainer(Trainer):
         progress = json.loads(Path(resume_from_checkpoint, "progress.json").read_text())
         self.trained_tokens, self.supervised_tokens = progress["trained_tokens"], progress["supervised_tokens"]
         self.train_seconds = progress["train_seconds"]
-        self.collator.room = progress["room"]  # what was free then: so the steps are divided as they were
+
+    def take_room(self, checkpoint: Path) -> None:
+        """Divide steps as they were when a checkpoint was written: by what was free then, and by what had run out."""
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        self.collator.room, self.collator.rows = progress["room"], progress.get("rows", self.collator.rows)
+        if progress.get("checkpointing"):
+            self.relief.turn_on()
 
     def load_adapter_of(self, folder: Path) -> None:
         """Load the adapter of a checkpoint into the model."""
