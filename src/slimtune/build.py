@@ -70,6 +70,7 @@ def base_of(recipe: Recipe) -> Base:
         trust_remote_code=m.trust_remote_code,
         revision=m.revision,
         chat_template=recipe.data.chat_template,
+        quant=m.quant,
     )
     if base.device.type == "cpu":
         keep_pages()
