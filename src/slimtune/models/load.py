@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from jinja2 import TemplateSyntaxError
 from transformers import (
     AutoConfig,
@@ -36,7 +37,7 @@ from ..ops.fingerprint import config_fingerprint
 from .dtype import pick_device, pick_dtype
 from .faults import explained, wants_remote_code
 from .gguf import dequantized
-from .quantized import loading
+from .quantized import keep_layout, loading
 from .source import Source, resolve
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,8 @@ def load_base(
         )
         if not told:  # else it was loaded there, and cannot be moved in 8 bits
             model.to(place)
+    if held is not None:
+        keep_layout(model)
     _check_weights(info, source, task)
     _check_vocabulary(model, tokenizer, source)
     _tell_pad(model, tokenizer)
@@ -168,6 +171,14 @@ def load_tokenizer(
     options = _options(source, trust_remote_code, revision)
     _config(where, source, options)
     return _tokenizer(where, source, options, template)
+
+
+def weights_folder(source: Source, revision: str | None = None) -> Path:
+    """Return the folder that holds a base's weight files, as they are stored; what a Hub id lacks here is fetched."""
+    if source.kind != "hub":
+        return Path(_prepared(source)[0])
+    with explained(source.spec):
+        return Path(snapshot_download(source.path, revision=revision, allow_patterns=["*.safetensors*", "*.json"]))
 
 
 def read_template(given: str | Path | None) -> str | None:

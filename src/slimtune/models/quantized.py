@@ -24,6 +24,7 @@ KINDS = ("nf4", "int8")
 """What a base can be loaded in."""
 STORED = (*KINDS, "fp4")
 """What a checkpoint of bitsandbytes can be stored in."""
+_ROWS = 32
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,15 +43,19 @@ def stored_in(config: PreTrainedConfig) -> str | None:
 
     None: its weights are plain floats.
     """
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+    facts = _facts(config)
+    if not facts:
         return None
-    facts: Mapping[str, Any] = found if isinstance(found, Mapping) else found.to_dict()
     if facts.get("load_in_4bit"):
         return str(facts.get("bnb_4bit_quant_type", "fp4"))
     method = facts.get("quant_method")
     # The enum of transformers, or the text of a config.json.
     return "int8" if facts.get("load_in_8bit") else str(getattr(method, "value", method))
+
+
+def stored_twice(config: PreTrainedConfig) -> bool:
+    """Return whether the scales of a checkpoint in 4 bits are quantized, too."""
+    return bool(_facts(config).get("bnb_4bit_use_double_quant"))
 
 
 def loading(
@@ -72,9 +77,9 @@ def loading(
         UsageError: an unknown kind, one the checkpoint contradicts, or a dtype that the kernels do not have.
         ModelError: bitsandbytes is not installed.
     """
-    if kind is not None and kind not in KINDS:
-        raise UsageError(f"quant is {kind!r}{nearest(kind, KINDS)}", f"{listed(KINDS)}, or nothing")
     stored = stored_in(config)
+    if kind not in (None, stored, *KINDS):
+        raise UsageError(f"quant is {kind!r}{nearest(str(kind), KINDS)}", f"{listed(KINDS)}, or nothing")
     if stored is not None and kind not in (None, stored):
         raise UsageError(
             f"the checkpoint {spec!r} is stored in {stored}, and {kind} was asked for",
@@ -97,7 +102,22 @@ def loading(
     return held, told
 
 
-def unpacked(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def keep_layout(model: nn.Module) -> None:
+    """Let 4-bit layers be as they are where their other layout would be wrong or could not be made.
+
+    On CPUs with AVX-512 BF16 bitsandbytes lays a layer's weight out anew when it first runs in evaluation mode, for a
+    faster kernel. That rounds to bf16 whatever the layer computes in, and fails where a row is no whole number of
+    blocks, or the rows no whole number of 32.
+    """
+    for module in model.modules():
+        layer: Any = module
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            block = layer.weight.quant_state.blocksize
+            whole = layer.in_features % block == 0 and layer.out_features % _ROWS == 0
+            layer.support_avx512bf16_for_cpu = whole and layer.compute_dtype == torch.bfloat16
+
+
+def unpacked(model: Any, dtype: torch.dtype) -> Any:
     """Make a quantized base an ordinary one, in place: every layer with the values it multiplies by; return it.
 
     Args:
@@ -128,6 +148,11 @@ def forget(model: Any) -> None:
         for name in names:
             if name in vars(owner):
                 delattr(owner, name)
+
+
+def _facts(config: PreTrainedConfig) -> Mapping[str, Any]:
+    found = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, Mapping) else found.to_dict()
 
 
 def _settings(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:

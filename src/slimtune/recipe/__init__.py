@@ -99,8 +99,12 @@ class Recipe(Section):
         )
 
     def _contradictions(self) -> list[Fault]:
+        start = self.method.settings.get("init_lora_weights")
+        plain = start == "loftq" and self.model.quant is None
         blind = self.data.validation is None and self.data.validation_fraction == 0
-        return [
+        lost = [Fault("method.init_lora_weights", "got 'loftq', which starts from what quantization lost, and "
+                      "model.quant is null", "model.quant nf4 or int8, or another start")]  # fmt: skip
+        return (lost if plain else []) + [
             Fault(f"train.{name}", f"got {value}, but there are no validation rows", f"data.validation, or {name} null")
             for name in ("early_stopping", "eval_every")
             if blind and (value := getattr(self.train, name)) is not None

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from ..adapt import checkpoint as adapter_files
 from ..adapt.rates import split_by_rate
 from ..data.collate import Collator, Example
+from ..ops import adamw_8bit
 from ..step import accumulated, mean_loss, score
 from . import checkpoints
 
@@ -50,6 +51,7 @@ class SlimTrainer(Trainer):
         collator: divides a step's rows into packs.
         keep: checkpoints kept beside the best.
         say: told what a person should know.
+        optimizer: "adamw", torch's fused one, or "adamw-8bit", bitsandbytes'.
     """
 
     def __init__(
@@ -63,9 +65,19 @@ class SlimTrainer(Trainer):
         keep: int,
         say: Callable[[str], None],
         callbacks: list[Any],
+        optimizer: str = "adamw",
     ) -> None:
         packs: Any = collator.packs
-        super().__init__(model, args, train_dataset=RowSet(train), data_collator=packs, callbacks=callbacks)
+        how: Any = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        super().__init__(
+            model,
+            args,
+            train_dataset=RowSet(train),
+            data_collator=packs,
+            callbacks=callbacks,
+            # By class: by name the Trainer lets bitsandbytes remember every embedding for as long as the process lives.
+            optimizer_cls_and_kwargs=(adamw_8bit.theirs(), how) if optimizer == "adamw-8bit" else None,
+        )
         self.validation, self.collator, self.keep, self.say = list(validation), collator, keep, say
         self.trained_tokens = self.supervised_tokens = 0
         self.train_seconds = 0.0
