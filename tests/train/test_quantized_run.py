@@ -69,6 +69,23 @@ def test_a_quantized_run_trains_evaluates_merges_and_is_the_same_again(settings,
 
 
 @needs_bitsandbytes
+def test_unpacking_leaves_all_else_as_it_is(settings):
+    base = load_base(settings["model"]["name"], dtype="bfloat16", quant="nf4")
+    before = {n: t.clone() for n, t in base.model.state_dict().items() if "norm" in n or "embed" in n}
+    turns = base.model.model.rotary_emb.inv_freq.clone()
+    weight = weight_of(base.model.model.layers[0].mlp.up_proj)
+    plain = quantized.unpacked(base.model, torch.bfloat16)
+    there = plain.state_dict()
+    assert all(torch.equal(there[n], t) for n, t in before.items())
+    # In fp32, where a cast of the whole model would round it: positions would turn by other angles.
+    assert torch.equal(plain.model.rotary_emb.inv_freq, turns)
+    assert turns.dtype == torch.float32
+    assert torch.equal(plain.model.layers[0].mlp.up_proj.weight, weight)
+    assert not plain.model.layers[0].mlp.up_proj.weight.requires_grad
+    assert {t.dtype for t in there.values()} == {torch.bfloat16}
+
+
+@needs_bitsandbytes
 def test_an_unpacked_run_says_what_the_quantized_one_says(settings):
     recipe = with_quant(settings, "nf4", max_steps=2)
     train(recipe)

@@ -122,7 +122,7 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
 
     Args:
         model: without adapters.
-        dtype: of all parameters afterwards.
+        dtype: of what is unpacked; the rest stays as it is.
     """
     for name, module in list(model.named_modules()):
         if kind_of(module) != "linear" or not is_quantized(module):
@@ -135,7 +135,7 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
             plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
         model.set_submodule(name, plain.train(module.training))
     forget(model)
-    return model.to(dtype)
+    return model
 
 
 def forget(model: Any) -> None:
