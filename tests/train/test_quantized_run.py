@@ -164,7 +164,7 @@ def test_loftq_starts_nearer_to_the_base_before_quantization(settings):
 
 def test_loftq_on_a_plain_base_and_unknown_bits_are_faults_of_the_recipe(settings):
     settings["method"] |= {"init_lora_weights": "loftq"}
-    with pytest.raises(RecipeError, match="starts from what quantization lost, and model.quant is null"):
+    with pytest.raises(RecipeError, match=r"starts from what quantization lost, and model\.quant is null"):
         Recipe.from_dict(settings)
     with pytest.raises(RecipeError, match=r"(?s)model\.quant: got 'nf5'.*train\.optimizer: got 'adamw-4bit'"):
         with_quant(settings, "nf5", optimizer="adamw-4bit")

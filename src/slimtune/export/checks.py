@@ -191,7 +191,8 @@ class Bench:
         return Transformers("merged folder", base.model, base.tokenizer)
 
     def _read_back(self, folder: Path) -> Engine:
-        dtype, quant = merging._trained_dtype(self.run), self.loaded.base.quant
+        base = self.loaded.base
+        dtype, quant = str(base.dtype).removeprefix("torch."), base.quant
         loaded = load_run(folder, dtype=dtype, device="cpu", quant=quant, unpack=True)
         model: Any = loaded.model
         return Transformers("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
