@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from slimtune import get_peft_model
 from slimtune.build import optimizer_of, spare
 from slimtune.contract.layout import laid_out
+from slimtune.ops.unbroken import unbroken
 from slimtune.plan.fake import held_by
 from slimtune.plan.job import Job
 from slimtune.step import accumulated, collator_for
@@ -51,6 +52,8 @@ def _train(job: Job) -> int:
     spare(model, job.checkpointing, job.offload, job.tile)
     model.train()
     optimizer = optimizer_of(model, job.optimizer)
+    if job.method is not None:
+        unbroken(optimizer, lambda step, _: step())
     trained = [p for p in model.parameters() if p.requires_grad]
     collator = collator_for(model, 0, packing=job.packing, share=False)
     vocabulary = model.config.get_text_config().vocab_size

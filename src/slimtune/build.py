@@ -18,7 +18,10 @@ from .data.collate import Collator, Example
 from .data.read import read_rows
 from .data.rows import RowReport, encode_rows
 from .errors import AdapterError, UsageError
-from .models.load import Base, load_base, load_tokenizer
+from .methods.lora.loftq import replace_lora_weights_loftq
+from .models.load import Base, load_base, load_tokenizer, weights_folder
+from .models.quantized import require_bitsandbytes, unpacked
+from .ops.adamw_8bit import adamw_8bit
 from .ops.memory import keep_pages
 from .recipe import Recipe
 from .runs import ADAPTER_FILE, RunFolder
@@ -27,11 +30,13 @@ from .thrift import checkpoint_layers, tile_layers
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"fused": True}),
+    "adamw-8bit": (adamw_8bit, {}),
     "adamw-foreach": (torch.optim.AdamW, {"foreach": True}),
     "sgd": (torch.optim.SGD, {}),
 }
-"""Optimizers that can be planned. `adamw` is what training takes; PyTorch's own default, `foreach`, takes temporary
+"""Optimizers that can be planned. Training takes those of `TRAINED`; PyTorch's own default, `foreach`, takes temporary
 tensors of all parameters at once."""
+TRAINED = ("adamw", "adamw-8bit")
 
 
 @dataclass
@@ -61,6 +66,14 @@ class Loaded:
     recipe: Recipe | None
 
 
+def require_packages(recipe: Recipe) -> None:
+    """Raise ModelError where a recipe asks for what a missing package does, before anything is loaded."""
+    if recipe.model.quant is not None:
+        require_bitsandbytes(f"model.quant {recipe.model.quant}")
+    if recipe.train.optimizer == "adamw-8bit":
+        require_bitsandbytes("train.optimizer adamw-8bit")
+
+
 def base_of(recipe: Recipe) -> Base:
     """Load the recipe's base and tokenizer."""
     m = recipe.model
@@ -71,6 +84,7 @@ def base_of(recipe: Recipe) -> Base:
         trust_remote_code=m.trust_remote_code,
         revision=m.revision,
         chat_template=recipe.data.chat_template,
+        quant=m.quant,
     )
     if base.device.type == "cpu":
         keep_pages()
@@ -108,7 +122,8 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
     """Attach the recipe's method to the base, or go on from an adapter folder; seeds the adapter's random start.
 
     Raises:
-        UsageError: targets match nothing; the adapter to continue from is of another method.
+        UsageError: targets match nothing; the adapter to continue from is of another method; "loftq" on a base whose
+            weights before quantization are not to be had.
         AdapterError: the adapter to continue from does not fit this base.
     """
     torch.manual_seed(recipe.train.seed)
@@ -117,9 +132,14 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
         model = PeftModel.from_pretrained(base.model, folder, is_trainable=True)
     else:
         config: Any = recipe.method_config()
+        lost = getattr(config, "init_lora_weights", None) == "loftq"
+        if lost:
+            config.init_lora_weights = True  # PEFT's note of it: read back, an adapter does not start again
         if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
             config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias is no place a tokenizer lies in
         model = get_peft_model(base.model, config)
+        if lost:
+            replace_lora_weights_loftq(model, weights_folder(base.source, recipe.model.revision))
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
     t = recipe.train
     if t.offload_checkpoints and base.device.type == "cpu":
@@ -165,6 +185,8 @@ def outline(
         UsageError: targets match nothing.
     """
     config, method = copy.deepcopy((config, method))  # in which what a model is made with gets noted
+    if getattr(method, "init_lora_weights", None) == "loftq":
+        method.init_lora_weights = True  # type: ignore[union-attr]  # another start of the same tensors
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if first is not None:
@@ -236,13 +258,22 @@ def adapter_folder(path: str | Path) -> Path:
     return RunFolder.open(path).adapter
 
 
-def load_run(path: str | Path, *, dtype: str | None = None, device: str | None = None) -> Loaded:
+def load_run(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    quant: str | None = None,
+    unpack: bool = False,
+) -> Loaded:
     """Load a run's adapter, or a bare adapter folder, on its base.
 
     Args:
         path: a run folder or an adapter folder.
         dtype: dtype of the base's weights; None: as the run had it (a bare adapter: "auto").
         device: likewise.
+        quant: what the base is held in, "nf4" or "int8"; "none": plain floats; None: as the run had it.
+        unpack: make a quantized base an ordinary one, of the values it multiplies by.
 
     Raises:
         UsageError: there is neither a run nor an adapter.
@@ -252,7 +283,8 @@ def load_run(path: str | Path, *, dtype: str | None = None, device: str | None =
     recipe = RunFolder.open(path).recipe() if folder != Path(path) else None
     config = PeftConfig.from_pretrained(folder)
     if recipe is not None:
-        m = recipe.model.model_copy(update={k: v for k, v in (("dtype", dtype), ("device", device)) if v})
+        said = {"dtype": dtype, "device": device, "quant": quant}
+        m = recipe.model.model_copy(update={k: None if v == "none" else v for k, v in said.items() if v})
         base = base_of(recipe.model_copy(update={"model": m}))
     elif config.base_model_name_or_path:
         template = folder / "chat_template.jinja"
@@ -261,8 +293,11 @@ def load_run(path: str | Path, *, dtype: str | None = None, device: str | None =
             dtype=dtype or "auto",
             device=device or "auto",
             chat_template=template if template.is_file() else None,
+            quant=None if quant == "none" else quant,
         )
     else:
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
+    if unpack and base.quant is not None:
+        base.model = unpacked(base.model, base.dtype)
     model = PeftModel.from_pretrained(base.model, folder, config=config)
     return Loaded(model, base, folder, recipe)

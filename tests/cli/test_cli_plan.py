@@ -391,7 +391,10 @@ def test_a_recipe_that_trains_is_written(asked, rows, tmp_path):
         ([], "--write needs the rows"),
         (["--method", "full", "DATA"], "--write got full"),
         (["--method", "lora,ia3", "DATA"], "--write got lora, ia3"),
-        (["--quant", "nf4", "DATA"], "a recipe has no field for quantization"),
+        (
+            ["--optimizer", "sgd", "--quant", "nf4-single", "DATA"],
+            "no recipe trains with quantization nf4-single, optimizer sgd",
+        ),
         (["DATA", "--write", "job.txt"], "'job.txt' is no name of a recipe"),
         (["DATA", "--write", "no/job.yaml"], "there is no folder 'no'"),
         (["DATA", "--write", "there.yaml"], "there.yaml is there already"),

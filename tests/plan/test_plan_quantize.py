@@ -21,12 +21,13 @@ from torch.profiler import ProfilerActivity, profile
 from slimtune import LoraConfig, get_peft_model
 from slimtune.build import optimizer_of, spare
 from slimtune.contract.layout import laid_out
-from slimtune.errors import UsageError
+from slimtune.errors import ModelError, UsageError
+from slimtune.ops.adamw_8bit import adamw_8bit
 from slimtune.ops.device import acting_as
 from slimtune.ops.maps import is_quantized, weight_of
 from slimtune.plan.fake import faking, held_by, make_fake
 from slimtune.plan.job import Job
-from slimtune.plan.quantize import KINDS, quantize
+from slimtune.plan.quantize import KINDS, kind_of, quantize
 from slimtune.plan.storage import Storages
 from slimtune.plan.trace import trace
 from slimtune.step import accumulated, collator_for, supervised_nats
@@ -172,6 +173,48 @@ def test_a_step_takes_what_a_real_step_takes(method, kind, tmp_path):
 
 
 @needs_bitsandbytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_states_in_8_bits_take_what_bitsandbytes_takes(dtype, tmp_path):
+    # Of rank 8 some of A and B are below 4096 values, which stay in fp32, and some above.
+    planned = job("nf4", dtype=dtype, optimizer="adamw-8bit")
+    traced, (held, step, _) = trace(planned), measured(planned, tmp_path)
+    assert sum(traced.state.values()) == held
+    assert traced.step == pytest.approx(held + step, rel=0.003 if dtype == torch.float32 else 0.02)
+    shapes = [p.shape for p in planned.outline().parameters() if p.requires_grad]
+    assert {n.numel() < 4096 for n in shapes} == {True, False}
+    assert traced.state["optimizer"] == 2 * 1024 + sum(
+        8 * n.numel() if n.numel() < 4096 else 2 * (n.numel() + 4 * -(-n.numel() // 256)) for n in shapes
+    )
+
+
+@needs_bitsandbytes
+def test_a_step_of_the_optimizer_itself_takes_what_bitsandbytes_takes():
+    shapes = [(100, 100), (64, 65), (7,)]
+    real = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = adamw_8bit(real, lr=1e-3)
+
+    def step():
+        optimizer.step()
+
+    def begin(parameters):
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+
+    begin(real)
+    step()
+    taken = peak_of(step)
+    with faking(), acting_as("cpu"):
+        fake = [nn.Parameter(torch.empty(shape)) for shape in shapes]
+        planned = adamw_8bit(fake, lr=1e-3)
+        begin(fake)
+        planned.step()
+        with Storages() as storages:
+            planned.step()
+    assert storages.peaks["start"] == pytest.approx(taken, rel=0.01)
+    assert [set(s) for s in planned.state.values()] == [set(optimizer.state[p]) for p in real]
+
+
+@needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_checkpointed_step_in_bf16_takes_what_a_real_step_takes(kind, tmp_path):
     planned = job(kind, dtype=torch.bfloat16, checkpointing=True)
@@ -248,6 +291,22 @@ def test_checkpointing_does_not_free_the_inputs_of_int8():
     # layer's lie there in any case.
     inputs = 4 * sum(job(None).lengths) * (3 * SIZES["hidden_size"] + SIZES["intermediate_size"])
     assert kept("int8") - kept("nf4") > 0.9 * inputs * (SIZES["num_hidden_layers"] - 1)
+
+
+def test_a_checkpoint_that_is_quantized_is_planned_as_it_is_stored():
+    def stored(**facts):
+        return tf.LlamaConfig(**SIZES, quantization_config=facts)
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert kind_of(tf.LlamaConfig(**SIZES)) is None
+    assert kind_of(tf.LlamaConfig(**SIZES), "int8") == "int8"
+    assert kind_of(stored(**four)) == "nf4-single"
+    assert kind_of(stored(**four, bnb_4bit_use_double_quant=True), "nf4") == "nf4"
+    assert kind_of(stored(quant_method="bitsandbytes", load_in_8bit=True)) == "int8"
+    with pytest.raises(UsageError, match="stored in int8, and nf4 was asked for"):
+        kind_of(stored(load_in_8bit=True), "nf4")
+    with pytest.raises(ModelError, match="stored in gptq, which is not planned"):
+        kind_of(stored(quant_method="gptq", bits=4))
 
 
 def test_what_cannot_be_quantized_is_refused_by_name():

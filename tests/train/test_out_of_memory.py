@@ -24,11 +24,11 @@ from slimtune.data.collate import Collator
 from slimtune.errors import DataError, RunError
 from slimtune.models.head import Head
 from slimtune.ops.memory import ran_out
+from slimtune.ops.unbroken import unbroken
 from slimtune.train import checkpoints
 from slimtune.train.relief import Relief
 from slimtune.train.run import train
 from slimtune.train.trainer import SlimTrainer
-from slimtune.train.unbroken import unbroken
 
 CPU = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"

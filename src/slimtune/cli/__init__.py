@@ -5,6 +5,7 @@ The heavy rooms are imported inside the verbs, so `slimtune --help` imports no t
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -66,4 +67,6 @@ def _root(
 
 def main() -> None:
     """Run the command line on `sys.argv` and exit with its code."""
+    # It warns whoever imports it, transformers included, that a kernel for inference could be downloaded.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app(args=sys.argv[1:])

@@ -34,6 +34,8 @@ FLAGS = {
     "offload": "train.offload_checkpoints",
     "tile": "train.tile_tokens",
     "dtype": "model.dtype",
+    "quant": "model.quant",
+    "optimizer": "train.optimizer",
     "packing": "train.packing",
 }
 """A flag of a job → the field of the recipe it sets."""
@@ -49,7 +51,7 @@ AlphaOption = Annotated[float | None, typer.Option("--alpha", help="The alpha of
 BatchOption = Annotated[int | None, typer.Option("--batch-size", help="Rows in a batch.")]
 LengthOption = Annotated[int | None, typer.Option("--seq-len", "--max-seq-len", help="Tokens of the longest row.")]
 AccumulateOption = Annotated[int | None, typer.Option("--accumulate", help="Batches in an optimizer step.")]
-OptimizerOption = Annotated[str | None, typer.Option("--optimizer", help="adamw, adamw-foreach or sgd.")]
+OptimizerOption = Annotated[str | None, typer.Option("--optimizer", help="adamw, adamw-8bit, adamw-foreach or sgd.")]
 QuantOption = Annotated[
     str | None, typer.Option("--quant", help="Hold the base's linear maps as nf4 (4 bits) or int8.")
 ]
@@ -89,7 +91,7 @@ class Asked:
         with_data: the rows to train on were named.
         lengths: tokens of every training row; empty where no rows were read.
         tokens: of a whole run; None likewise.
-        beyond: what a recipe does not say: optimizer and quantization, where they were given.
+        beyond: optimizer and quantization, where those given can be planned and not trained.
     """
 
     recipes: dict[str, Recipe]
@@ -118,7 +120,9 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
         ModelError: the base's config or its tokenizer cannot be read.
         DataError: the rows are faulty.
     """
+    from ..build import TRAINED
     from ..models.known import outline_of
+    from ..models.quantized import KINDS as QUANTS
     from ..plan.quantize import KINDS
     from ..recipe import load_recipe
     from ..recipe.reading import read_override, read_tree
@@ -130,6 +134,8 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
     own = str(section.get("name", "lora") if isinstance(section, dict) else "lora").lower()
 
     said = {field: given[flag] for flag, field in FLAGS.items() if given[flag] is not None}
+    trained = {"model.quant": ("quantization", QUANTS), "train.optimizer": ("optimizer", TRAINED)}
+    beyond = {name: said.pop(f) for f, (name, known) in trained.items() if f in said and said[f] not in known}
     said.update(read_override(text) for text in given["sets"] or [])
     names = _methods(said.pop("method.name", said.pop("method", own)) if given["method"] is None else given["method"])
     settings = {field: value for field, value in said.items() if field.startswith("method.")}
@@ -160,7 +166,6 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
     lengths = _lengths(recipe, outline) if with_data else []
     t = recipe.train
     rounds = t.epochs if t.max_steps is None else t.max_steps * t.batch_size * t.accumulate / max(len(lengths), 1)
-    beyond = {"optimizer": given["optimizer"], "quantization": quant}
     return Asked(
         recipes=recipes,
         unfit=unfit,
@@ -168,7 +173,7 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
         with_data=with_data,
         lengths=lengths,
         tokens=round(rounds * sum(lengths)) or None,
-        beyond={k: v for k, v in beyond.items() if v is not None},
+        beyond=beyond,
     )
 
 

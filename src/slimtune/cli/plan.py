@@ -150,7 +150,8 @@ def _require_recipe(path: Path, asked: jobs.Asked) -> None:
     if len(asked.recipes) != 1 or jobs.FULL in asked.recipes:
         raise UsageError(f"--write got {', '.join(asked.recipes)}", "one method that trains", "--method lora")
     if asked.beyond:
-        raise UsageError(f"a recipe has no field for {', '.join(asked.beyond)}", fix="leave it out, or --write")
+        given = ", ".join(f"{name} {value}" for name, value in asked.beyond.items())
+        raise UsageError(f"no recipe trains with {given}", fix="leave it out, or --write")
     if not asked.with_data:
         raise UsageError("--write needs the rows that the recipe trains on", fix="--data rows.jsonl")
     if path.suffix not in (".yaml", ".yml"):

@@ -31,6 +31,8 @@ FLAGS = {
     "max_seq_len": "data.max_seq_len",
     "too_long": "data.too_long",
     "dtype": "model.dtype",
+    "quant": "model.quant",
+    "optimizer": "train.optimizer",
     "seed": "train.seed",
     "out": "out",
     "trust_remote_code": "model.trust_remote_code",
@@ -64,6 +66,12 @@ def train_run(
     too_long: Annotated[str | None, typer.Option(help="What happens to a longer row: error, drop or truncate.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the frozen weights: auto, float32, bfloat16, float16, float64.")
+    ] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="Hold the base's linear layers in nf4 (4 bits) or int8; needs bitsandbytes.")
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, or adamw-8bit: its states in 8 bits; needs bitsandbytes.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random number.")] = None,
     out: Annotated[str | None, typer.Option(help="The run folder, relative to the working folder.")] = None,

@@ -40,7 +40,8 @@ def evaluate(
     Returns:
         `run`, `split` (None where `data` is given), `data` (the file), `rows`, `tokens` (supervised), `base_loss`,
         `tuned_loss`, `gain` (base - tuned; all in nats per token), `gain_ci95` ([low, high]), `base_perplexity`,
-        `tuned_perplexity`, `rows_better`, `dropped` and `truncated` (rows of the file), `dtype`, `seconds`.
+        `tuned_perplexity`, `rows_better`, `dropped` and `truncated` (rows of the file), `dtype`, `quant` (what the
+        base was held in, None: in `dtype`), `seconds`.
 
     Raises:
         UsageError: no such run, no such rows, or no draws.
@@ -83,6 +84,7 @@ def evaluate(
         "dropped": report.dropped,
         "truncated": report.truncated,
         "dtype": str(loaded.base.dtype).removeprefix("torch."),
+        "quant": loaded.base.quant,
         "seconds": round(time.perf_counter() - began, 3),
     }
     if folder is not None:

@@ -188,7 +188,8 @@ def _training(story: Story) -> str:
     if steps is not None:
         length = f"{steps} steps, {story.result.get('epochs') or 0:.3g} epochs"
     rows, dtype = train.batch_size * train.accumulate, story.result.get("dtype")
-    held = f", base in {dtype}" if dtype else ""
+    quant = story.result.get("quant")
+    held = f", base in {f'{quant}, computing in ' if quant else ''}{dtype}" if dtype else ""
     return f"{length}, learning rate {train.learning_rate:g}, batches of {rows} rows, seed {train.seed}{held}"
 
 

@@ -20,6 +20,7 @@ import torch
 from ..build import Loaded, load_run
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..models.load import load_base
+from ..models.quantized import unpacked
 from . import merge as merging
 from . import proof
 from .engines import Engine
@@ -77,7 +78,7 @@ def verify(
         if vllm:
             facts = note or {}
             served, dtype = vllm_model or str(facts.get("name", run.resolve().name)), facts.get("dtype")
-            if dtype and dtype != str(loaded.base.dtype).removeprefix("torch."):
+            if dtype and (loaded.base.quant or dtype != str(loaded.base.dtype).removeprefix("torch.")):
                 # The base as it is served, not as the run held it: another rounding of it is no fault of the adapter.
                 bench = Bench(load_trained(run, dtype), run, Path(made), rows, threads, say)
             precision = PRECISION[str(bench.loaded.base.dtype).removeprefix("torch.")]
@@ -93,9 +94,11 @@ def load_trained(run: Path, dtype: str | None = None) -> Loaded:
 
     Args:
         run: a run folder, or an adapter folder.
-        dtype: what the base's weights are rounded to; None: as it was trained on.
+        dtype: what the base's weights are rounded to, none of them quantized; None: as it was trained on. A base that
+            was quantized then has the values it had, as plain floats: those of an export are no others.
     """
-    loaded = load_run(run, dtype=dtype or merging._trained_dtype(run), device="cpu")
+    quant = None if dtype is None else "none"
+    loaded = load_run(run, dtype=dtype or merging._trained_dtype(run), device="cpu", quant=quant, unpack=True)
     model: Any = loaded.model
     if sum(p.numel() for p in model.parameters()) < merging.SMALL:
         model.to(torch.promote_types(loaded.base.dtype, torch.float32))
@@ -161,6 +164,10 @@ class Bench:
         self.say(f"asking {name}")
         if limit is None and self.model.dtype in (torch.float16, torch.bfloat16) and precision == "f32":
             limit = LIMITS[PRECISION[str(self.model.dtype).removeprefix("torch.")]]  # a large model's own arithmetic
+        if limit is None and self.loaded.base.quant and precision == "f32":
+            # Values from few bits make more of an engine's own arithmetic: base alone, SmolLM2 in NF4 is 0.0027 nats
+            # from llama.cpp on average, where fp32 is 3e-6 from fp64.
+            limit = LIMITS["f16"]
         try:
             with closing(make()) as engine:
                 engine.name = name
@@ -184,7 +191,9 @@ class Bench:
         return Transformers("merged folder", base.model, base.tokenizer)
 
     def _read_back(self, folder: Path) -> Engine:
-        loaded = load_run(folder, dtype=merging._trained_dtype(self.run), device="cpu")
+        base = self.loaded.base
+        dtype, quant = str(base.dtype).removeprefix("torch."), base.quant
+        loaded = load_run(folder, dtype=dtype, device="cpu", quant=quant, unpack=True)
         model: Any = loaded.model
         return Transformers("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
 
@@ -242,7 +251,9 @@ def base_gguf(loaded: Loaded, file: Path) -> int:
     if source.kind == "gguf":
         return like(Path(source.path), loaded.model, file, "f32")
     with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
-        base = load_base(source.spec, dtype=loaded.base.dtype, device="cpu")
+        base = load_base(source.spec, dtype=loaded.base.dtype, device="cpu", quant=loaded.base.quant)
+        if base.quant is not None:
+            unpacked(base.model, base.dtype)
         base.model.save_pretrained(folder)
         base.tokenizer.save_pretrained(folder)
         return converted(Path(folder), file, "f32")

@@ -31,6 +31,7 @@ from ..errors import AdapterError
 from ..models.dtype import pick_dtype
 from ..models.faults import quiet
 from ..models.load import load_base, load_config
+from ..models.quantized import forget, stored_in
 from ..ops.files import disk_full_is_an_error
 from ..runs import ADAPTER_FILE, RunFolder
 from . import proof
@@ -87,7 +88,7 @@ def _write(loaded: Loaded, run: Path, out: Path, store: torch.dtype) -> dict[str
     with model.disable_adapter():
         base = proof.log_probabilities(model, rows)
     if packed:
-        _forget_quantization(model)
+        forget(model)
     with _refusals(run):
         weights = Weights(model, store)
     with whole_folder(out, weights.bytes) as folder:
@@ -122,8 +123,9 @@ def _as_trained(run: Path, out: Path) -> Iterator[Loaded]:
     if recipe is not None:
         m = recipe.model
         kind = _name(pick_dtype(kind or m.dtype, "cpu"))
-        told = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision).dtype
-        stored = _name(told or torch.float32)
+        told = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
+        if m.quant is None and stored_in(told) is None:  # a quantized base is held in few bits as it is
+            stored = _name(told.dtype or torch.float32)
     if stored in (None, kind) or _is_small((loaded := load_run(run, dtype=stored, device="cpu")).model):
         yield load_run(run, dtype=kind, device="cpu")
         return
@@ -178,18 +180,6 @@ def _refusals(run: Path) -> Iterator[None]:
             "use it beside its base (slimtune generate, chat; PeftModel.from_pretrained)"
             + (", or an older checkpoint of it" if "not finite" in str(e) else ""),
         ) from e
-
-
-def _forget_quantization(model: Any) -> None:
-    """Let transformers write the settings of an ordinary model; its modules go on in the bits they have."""
-    model._weight_conversions = None  # the quantizer's, which has no way back
-    for owner, names in (
-        (model.config, ("quantization_config",)),
-        (model, ("is_quantized", "hf_quantizer", "quantization_method")),
-    ):
-        for name in names:
-            if name in vars(owner):
-                delattr(owner, name)
 
 
 def _write_settings(model: Any, folder: Path, dtype: torch.dtype) -> None:

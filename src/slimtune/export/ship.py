@@ -19,11 +19,11 @@ from typing import Any, Literal, get_args
 from ..build import Loaded
 from ..errors import RunError, UsageError, listed, nearest
 from ..runs import ADAPTER_FILE
-from . import checks, gguf
+from . import checks, gguf, in_few_bits
 from .folder import read_note, require_free, whole_folder, write_note
 from .gguf_model import PRECISIONS, quantized, quantizer
 from .ollama import write_ollama
-from .verify import Verdict
+from .verify import Trained, Verdict
 from .vllm import vllm_adapter
 
 Destination = Literal["gguf", "ollama", "vllm"]
@@ -107,6 +107,8 @@ def export(
         wish = replace(wish, precision=wish.precision.lower())
     _require_sense(to, wish)
     loaded = checks.load_trained(run)
+    if not wish.merged:
+        in_few_bits.require_own_base(loaded, run)
     need = _need(loaded, wish)
     with whole_folder(out, need) as folder:
         say(f"writing {out}")
@@ -114,7 +116,9 @@ def export(
         if to == "ollama":
             facts |= _ollama(loaded, folder, out, wish, facts)
         write_note(folder, to, run, {k: v for k, v in facts.items() if k not in ("commands", "notes")})
-        verdict = _proof(loaded, run, folder, threads, say) if prove else Verdict(to, "", reason="not asked for")
+        verdict, trained = _proof(loaded, run, folder, threads, say) if prove else (_unasked(to), None)
+        if not wish.merged:
+            facts["notes"] += in_few_bits.note(loaded, run, trained)
         if verdict.passed is False:
             raise RunError(
                 f"{verdict.engine} does not say what the trained adapter says: {verdict.reason}",
@@ -215,7 +219,7 @@ def _ollama(loaded: Loaded, folder: Path, out: Path, wish: Wish, facts: dict[str
     notes = [*facts["notes"], *written.notes]
     if wish.base_from:
         notes.append(f"asked beside the base the run was trained on; {wish.base_from} itself was not asked")
-    elif adapter is not None:
+    elif adapter is not None and loaded.base.quant is None:
         notes.append(
             "the adapter was trained on this base in 16 or 32 bits, Ollama adds it to the base as the file has it"
         )
@@ -236,9 +240,16 @@ def _vllm(run: Path, folder: Path, out: Path, wish: Wish) -> dict[str, Any]:
     return {**facts, "precision": "f32", "commands": [command], "notes": notes}
 
 
-def _proof(loaded: Loaded, run: Path, folder: Path, threads: int | None, say: Callable[[str], None]) -> Verdict:
+def _unasked(to: str) -> Verdict:
+    return Verdict(to, "", reason="not asked for")
+
+
+def _proof(
+    loaded: Loaded, run: Path, folder: Path, threads: int | None, say: Callable[[str], None]
+) -> tuple[Verdict, Trained]:
+    """Ask what was written; return the verdict, and what it was compared with."""
     with tempfile.TemporaryDirectory(prefix=".slimtune-verify-", dir=folder.parent) as made:
         bench = checks.Bench(loaded, run, Path(made), threads=threads, say=say)
         note = read_note(folder)
         assert note is not None
-        return next(bench.export(folder, note))
+        return next(bench.export(folder, note)), bench.trained

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from jinja2 import TemplateSyntaxError
 from transformers import (
     AutoConfig,
@@ -36,6 +37,7 @@ from ..ops.fingerprint import config_fingerprint
 from .dtype import pick_device, pick_dtype
 from .faults import explained, wants_remote_code
 from .gguf import dequantized
+from .quantized import keep_layout, loading
 from .source import Source, resolve
 
 log = logging.getLogger(__name__)
@@ -59,11 +61,12 @@ class Base:
         model: in evaluation mode, on `device`.
         tokenizer: has a pad token, and the chat template that was given or its own.
         source: where it came from.
-        dtype: of the weights.
+        dtype: of the weights, and of what those in fewer bits compute in.
         device: where they lie.
         load_seconds: seconds for reading model and tokenizer.
         prepare_seconds: seconds for dequantizing a GGUF for the first time, 0 otherwise.
         fingerprint: 16 hex digits that name the base (see `config_fingerprint`).
+        quant: what its linear layers are held in: "nf4", "int8", …; None: in `dtype`.
     """
 
     model: PreTrainedModel
@@ -74,6 +77,7 @@ class Base:
     load_seconds: float
     prepare_seconds: float
     fingerprint: str
+    quant: str | None = None
 
 
 def load_base(
@@ -86,6 +90,7 @@ def load_base(
     attn_implementation: str | None = None,
     revision: str | None = None,
     task: str = "CAUSAL_LM",
+    quant: str | None = None,
 ) -> Base:
     """Load the base that `spec` names (see `resolve`).
 
@@ -98,10 +103,12 @@ def load_base(
         attn_implementation: transformers' name of the attention kernel; None: sdpa, or eager where it must be.
         revision: branch, tag or commit on the Hub.
         task: one of `TASKS`.
+        quant: hold linear layers in "nf4" or "int8"; None: as the checkpoint is stored.
 
     Raises:
-        UsageError: a name, device, dtype, task or file that does not exist, or remote code that was not allowed.
-        ModelError: the base cannot be found, reached or read, or lacks weights or a tokenizer.
+        UsageError: a name, device, dtype, task or file that does not exist, remote code that was not allowed, or a
+            `quant` that the checkpoint contradicts.
+        ModelError: the base cannot be found, reached or read, lacks weights or a tokenizer, or needs bitsandbytes.
         RunError: the disk or the memory is full.
     """
     auto = TASKS.get(task)
@@ -118,11 +125,15 @@ def load_base(
     tokenizer = _tokenizer(where, source, options, template)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
+    held, told = loading(config, quant, kind, place, spec)
     with explained(spec):
         model, info = auto.from_pretrained(
-            where, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **options
+            where, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **options, **told
         )
-        model.to(place)
+        if not told:  # else it was loaded there, and cannot be moved in 8 bits
+            model.to(place)
+    if held is not None:
+        keep_layout(model)
     _check_weights(info, source, task)
     _check_vocabulary(model, tokenizer, source)
     _tell_pad(model, tokenizer)
@@ -135,6 +146,7 @@ def load_base(
         load_seconds=time.perf_counter() - start,
         prepare_seconds=prepare_seconds,
         fingerprint=config_fingerprint(model.config),
+        quant=held,
     )
 
 
@@ -159,6 +171,14 @@ def load_tokenizer(
     options = _options(source, trust_remote_code, revision)
     _config(where, source, options)
     return _tokenizer(where, source, options, template)
+
+
+def weights_folder(source: Source, revision: str | None = None) -> Path:
+    """Return the folder that holds a base's weight files, as they are stored; what a Hub id lacks here is fetched."""
+    if source.kind != "hub":
+        return Path(_prepared(source)[0])
+    with explained(source.spec):
+        return Path(snapshot_download(source.path, revision=revision, allow_patterns=["*.safetensors*", "*.json"]))
 
 
 def read_template(given: str | Path | None) -> str | None:

@@ -135,7 +135,9 @@ def _optimizer_state(model: Any, name: str) -> dict[str, Tensor]:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()
         state = optimizer.state_dict()["state"]
-        return {f"{i}.{n}": t for i, held in state.items() for n, t in held.items() if isinstance(t, Tensor)}
+        found = {f"{i}.{n}": t for i, held in state.items() for n, t in held.items() if isinstance(t, Tensor)}
+        once = {id(t): n for n, t in reversed(found.items())}  # what parameters share is written once
+        return {n: t for n, t in found.items() if once[id(t)] == n}
 
 
 def _may_grow(model: Any) -> int | None:

@@ -132,8 +132,8 @@ def _state_of(job: Job, model: Any) -> int:
     """Return the bytes that are always there, from shapes alone."""
     kept = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    states = {"adamw": 2, "adamw-foreach": 2}.get(job.optimizer, 0)
-    return sum(kept.values()) + trained * (states + (job.passes > 1))
+    states = {"adamw": 2, "adamw-foreach": 2, "adamw-8bit": 2 * (1 + 4 / 256) / 4}.get(job.optimizer, 0)
+    return round(sum(kept.values()) + trained * (states + (job.passes > 1)))
 
 
 def _pace(request: Request, job: Job, traced: Trace) -> Band | None:

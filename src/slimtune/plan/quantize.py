@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UsageError, listed, nearest
+from ..errors import ModelError, UsageError, listed, nearest
+from ..models.quantized import STORED, stored_in, stored_twice
 from ..ops.device import kind_of_device
 from ..ops.maps import sizes_of
 
@@ -165,6 +167,26 @@ KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
     "nf4-single": (Linear4bit, {"twice": False}),
     "int8": (Linear8bit, {}),
 }
+
+
+def kind_of(config: PreTrainedConfig, asked: str | None = None) -> str | None:
+    """Return the one of `KINDS` that a base will be held in: what is asked for, else what its checkpoint is stored in.
+
+    Raises:
+        UsageError: the checkpoint contradicts what is asked for.
+        ModelError: it is stored in another library's way, of which nothing is known here.
+    """
+    stored = stored_in(config)
+    if stored is None:
+        return asked
+    if asked not in (None, stored):
+        raise UsageError(f"the checkpoint is stored in {stored}, and {asked} was asked for", f"{stored}, or nothing")
+    if stored not in STORED:
+        raise ModelError(
+            f"the checkpoint is stored in {stored}, which is not planned", f"16 or 32 bits, {listed(STORED)}"
+        )
+    once = stored != "int8" and not stored_twice(config)
+    return "nf4-single" if once else "nf4" if stored == "fp4" else stored  # fp4 takes what nf4 does
 
 
 def quantize(model: Any, kind: str) -> None:

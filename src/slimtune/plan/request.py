@@ -22,6 +22,7 @@ from ..recipe.method import method_section
 from ..step import GOOD_ON_CPU, GOOD_ON_GPU
 from .cards import Card
 from .job import Job
+from .quantize import kind_of
 
 FULL = "full"
 LONGEST = 1 << 22
@@ -43,7 +44,7 @@ class Request:
         accumulate: batches in an optimizer step.
         dtype: of the base's weights, "auto": bfloat16 where the card has it, else float32.
         optimizer: a name `build.OPTIMIZERS` lists.
-        quantization: "nf4", "int8" or None.
+        quantization: one of `quantize.KINDS`, or None.
         checkpointing: activations are computed twice.
         offload: what checkpointing keeps lies in the machine's memory.
         tile: tokens that norms and feed-forwards run at once; None: all.
@@ -138,6 +139,9 @@ def request_of(recipe: Recipe, card: Card, lengths: Sequence[int] = ()) -> Reque
         recipe: what a run is told.
         card: where it is to run.
         lengths: tokens of every row, where the data were read; else all are as long as the recipe lets them be.
+
+    Raises:
+        UsageError, ModelError: see `outline_of`; the base's checkpoint is quantized in another way.
     """
     m, t = recipe.model, recipe.train
     outline = outline_of(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
@@ -152,6 +156,7 @@ def request_of(recipe: Recipe, card: Card, lengths: Sequence[int] = ()) -> Reque
         accumulate=t.accumulate,
         dtype=m.dtype,
         optimizer=t.optimizer,
+        quantization=kind_of(outline.config, m.quant),
         checkpointing=t.gradient_checkpointing,
         offload=t.offload_checkpoints,
         tile=t.tile_tokens,

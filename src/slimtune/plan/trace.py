@@ -24,6 +24,7 @@ from ..contract.layout import laid_out
 from ..errors import UsageError
 from ..models.head import head_of
 from ..ops.device import acting_as
+from ..ops.unbroken import unbroken
 from ..step import accumulated, collator_for, supervised_nats
 from .fake import faking, held_by, make_fake
 from .job import Job
@@ -108,6 +109,8 @@ def trace(job: Job, model: Any = None, *, whole: bool = True, counted: bool = Tr
             config.begins(LONG)
         if whole:
             _let_states_be(model, optimizer)
+        if job.method is not None:  # as `slimtune train` steps
+            unbroken(optimizer, lambda step, _: step())
         storages = Storages(
             BLOCK.get(job.device, 1), vocabulary, counted, counted, fakes.recalled, host_apart=job.device == "cuda"
         )

@@ -99,17 +99,25 @@ class Recipe(Section):
         )
 
     def _contradictions(self) -> list[Fault]:
-        t = self.train
-        apart = [
-            Fault(
-                "train.offload_checkpoints",
-                "got true, but there is nothing to offload",
-                "train.gradient_checkpointing true with it",
+        t, found = self.train, []
+        if t.offload_checkpoints and not t.gradient_checkpointing:
+            found.append(
+                Fault(
+                    "train.offload_checkpoints",
+                    "got true, but nothing is checkpointed",
+                    "train.gradient_checkpointing true with it",
+                )
             )
-        ]
-        apart = apart if t.offload_checkpoints and not t.gradient_checkpointing else []
+        if self.method.settings.get("init_lora_weights") == "loftq" and self.model.quant is None:
+            found.append(
+                Fault(
+                    "method.init_lora_weights",
+                    "got 'loftq', which starts from what quantization lost, and model.quant is null",
+                    "model.quant nf4 or int8, or another start",
+                )
+            )
         blind = self.data.validation is None and self.data.validation_fraction == 0
-        return apart + [
+        return found + [
             Fault(f"train.{name}", f"got {value}, but there are no validation rows", f"data.validation, or {name} null")
             for name in ("early_stopping", "eval_every")
             if blind and (value := getattr(self.train, name)) is not None

@@ -56,6 +56,11 @@ class ModelSettings(Section):
     dtype: Dtype = setting(
         "auto", "dtype of the frozen weights: auto, float32, bfloat16, float16 or float64", "--dtype"
     )
+    quant: Literal["nf4", "int8"] | None = setting(
+        None,
+        "hold the base's linear layers in nf4 (4 bits) or int8; null: as dtype says, or as the checkpoint is stored",
+        "--quant",
+    )
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     trust_remote_code: bool = setting(False, "true lets the base run code of its own", "--trust-remote-code")
     revision: str | None = setting(None, "branch, tag or commit on the Hub, as text; null: the newest")
@@ -127,7 +132,9 @@ class TrainSettings(Section):
     max_grad_norm: Number = setting(
         1.0, "the gradient's norm is clipped to this; 0: not clipped", ge=0, allow_inf_nan=False
     )
-    optimizer: Literal["adamw"] = setting("adamw", "adamw")
+    optimizer: Literal["adamw", "adamw-8bit"] = setting(
+        "adamw", "adamw, or adamw-8bit: its states in 8 bits, by bitsandbytes", "--optimizer"
+    )
     gradient_checkpointing: bool = setting(False, "true computes activations twice to keep fewer in memory")
     offload_checkpoints: bool = setting(
         False, "true keeps what gradient_checkpointing keeps in the machine's memory, not the GPU's"

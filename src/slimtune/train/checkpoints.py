@@ -127,22 +127,36 @@ def rotate(root: Path, keep: int, best: int | None) -> None:
 
 
 def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
-    """Write an optimizer's `state_dict()` as tensors and JSON."""
+    """Write an optimizer's `state_dict()` as tensors and JSON; a tensor that several parameters share, once."""
     tensors: dict[str, torch.Tensor] = {}
     rest: dict[str, Any] = {}
+    same: dict[str, str] = {}
+    first: dict[int, str] = {}
     for index, values in state["state"].items():
-        for name, value in values.items():
-            (tensors if isinstance(value, torch.Tensor) else rest)[f"{index}.{name}"] = value
+        # bitsandbytes hides its tensors from FSDP in a table of their own, and takes them without it, too.
+        inner = [v for v in values.values() if isinstance(v, dict)]
+        for name, value in {**values, **{n: t for table in inner for n, t in table.items()}}.items():
+            key = f"{index}.{name}"
+            if not isinstance(value, torch.Tensor):
+                rest |= {} if isinstance(value, dict) else {key: value}
+            elif first.setdefault(id(value), key) == key:
+                tensors[key] = value
+            else:
+                same[key] = first[id(value)]
     plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
     (folder / "optimizer.safetensors").write_bytes(to_bytes(plain))
-    (folder / "optimizer.json").write_text(json.dumps({"param_groups": state["param_groups"], "state": rest}))
+    (folder / "optimizer.json").write_text(
+        json.dumps({"param_groups": state["param_groups"], "state": rest, "same": same})
+    )
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
     """Return the `state_dict()` that `save_optimizer` wrote."""
     described = json.loads((folder / "optimizer.json").read_text())
     state: dict[int, dict[str, Any]] = {}
-    for key, value in [*load_file(folder / "optimizer.safetensors").items(), *described["state"].items()]:
+    tensors = load_file(folder / "optimizer.safetensors")
+    tensors |= {key: tensors[other] for key, other in described.get("same", {}).items()}
+    for key, value in [*tensors.items(), *described["state"].items()]:
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in described["param_groups"]]

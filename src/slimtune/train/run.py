@@ -19,7 +19,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
-from ..build import Rows, adapted, base_of, collator_of, continuing, rows_of, tokenizer_of
+from ..build import Rows, adapted, base_of, collator_of, continuing, require_packages, rows_of, tokenizer_of
 from ..contract.layout import laid_out
 from ..data.collate import Collator
 from ..data.packs import divided, lay
@@ -74,6 +74,7 @@ def train(
     if continue_from is not None:
         recipe = continuing(recipe, continue_from)
     began = time.perf_counter()
+    require_packages(recipe)
     rows = rows_of(recipe, tokenizer_of(recipe))
     if not rows.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
@@ -185,7 +186,8 @@ def laid_text(collator: Collator, rows: Rows, rows_a_step: int) -> str:
 
 def _describe(watch: Watch, base: Base, rows: Rows, model: Any) -> None:
     trained, every = model.get_nb_trainable_parameters()
-    watch.say(f"base: {base.source.name}, {str(base.dtype).removeprefix('torch.')} on {base.device}")
+    held = f"{base.quant}, computing in " if base.quant else ""
+    watch.say(f"base: {base.source.name}, {held}{str(base.dtype).removeprefix('torch.')} on {base.device}")
     watch.say(
         f"{model.match_report()}; {count_text(trained)} of {count_text(every)} parameters train "
         f"({100 * trained / every:.2f} %)"
@@ -256,6 +258,7 @@ def _trainer(
         say=watch.say,
         relief=relief,
         callbacks=[pace, watch],
+        optimizer=t.optimizer,
     )
     for unwanted in ("PrinterCallback", "ProgressCallback"):
         for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == unwanted]:
@@ -341,6 +344,7 @@ def _finish(
         "peak_bytes": max(most, peak_bytes(base.device)),
         "out_of_memory": sum(m.get("event") == EVENT for m in run.metrics()),
         "dtype": str(base.dtype).removeprefix("torch."),
+        "quant": base.quant,
         "device": str(base.device),
     }
     write_atomic(run.result_file, json.dumps(result, indent=2) + "\n")

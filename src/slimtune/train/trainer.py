@@ -22,11 +22,12 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from ..adapt import checkpoint as adapter_files
 from ..adapt.rates import split_by_rate
 from ..data.collate import Collator, Example
+from ..ops import adamw_8bit
 from ..ops.dropout import put_back, random_states
+from ..ops.unbroken import unbroken
 from ..step import accumulated, mean_loss, score
 from . import checkpoints
 from .relief import LESS, Relief
-from .unbroken import unbroken
 
 
 class RowSet(Dataset):
@@ -64,6 +65,7 @@ class SlimTrainer(Trainer):
         keep: checkpoints kept beside the best.
         say: told what a person should know.
         relief: does again what memory ran out of; of the same collator.
+        optimizer: "adamw", torch's fused one, or "adamw-8bit", bitsandbytes'.
     """
 
     def __init__(
@@ -78,9 +80,19 @@ class SlimTrainer(Trainer):
         say: Callable[[str], None],
         relief: Relief,
         callbacks: list[Any],
+        optimizer: str = "adamw",
     ) -> None:
         rows: Any = StepRows
-        super().__init__(model, args, train_dataset=RowSet(train), data_collator=rows, callbacks=callbacks)
+        how: Any = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        super().__init__(
+            model,
+            args,
+            train_dataset=RowSet(train),
+            data_collator=rows,
+            callbacks=callbacks,
+            # By class: by name the Trainer lets bitsandbytes remember every embedding for as long as the process lives.
+            optimizer_cls_and_kwargs=(adamw_8bit.theirs(), how) if optimizer == "adamw-8bit" else None,
+        )
         self.validation, self.collator, self.keep, self.say = list(validation), collator, keep, say
         self.trained_tokens = self.supervised_tokens = 0
         self.train_seconds = 0.0

@@ -48,8 +48,9 @@ class LoraConfig(PatternedConfig):
         init_lora_weights: True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; "pissa",
             "pissa_niter_N" (N rounds, 0 and up) or "olora": the main parts of the base's weight; "orthogonal": random
             with B A = 0, for even ranks; "mica": fixed B from the weight's smallest parts, zero A; "eva": zero B, and A
-            by `initialize_lora_eva_weights`; "loftq": in files alone, start one by `replace_lora_weights_loftq`; False:
-            both random, for tests. An embedding has zero A and normal B with each of them but "mica" and False.
+            by `initialize_lora_eva_weights`; "loftq": in recipes and files, else start one by
+            `replace_lora_weights_loftq`; False: both random, for tests. An embedding has zero A and normal B with each
+            of them but "mica" and False.
         use_dora: let the rows of the adapted weight have a trained length of their own (DoRA).
         lora_bias: give B a trained bias; with init_lora_weights True or False, without DoRA.
         trainable_token_indices: numbers of tokens whose rows of the input embedding train, too; or a dictionary: name

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.memory import ran_out
+from .memory import ran_out
 
 Again = Callable[[Callable[[], Any], Callable[[], Any] | None], Any]
 """Does some work; where it fails, it calls its second argument to undo it and does it again; None: it cannot be."""

@@ -1,0 +1,78 @@
+"""What a run on a base in 4 bits ships as: proven on its own base, and what another base changes is said."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hand_run import make_run
+
+from slimtune.errors import AdapterError
+from slimtune.export import checks
+from slimtune.export.checks import verify
+from slimtune.export.ship import Wish, export
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from tiny_gguf import write_gguf
+
+pytestmark = [
+    pytest.mark.usefixtures("few_positions"),
+    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
+NF4 = {"quant": "nf4"}
+
+
+@pytest.fixture
+def few_positions(monkeypatch):
+    monkeypatch.setattr(checks, "POSITIONS", 60)
+
+
+def test_an_adapter_is_read_back_on_its_own_base_and_says_what_16_bits_change(tiny_folder, tmp_path):
+    run = make_run(tmp_path / "run", tiny_folder, model=NF4)
+    found = export(run, "vllm", tmp_path / "out")
+    assert found["check"]["passed"]
+    assert found["check"]["max_difference"] < 1e-5
+    (note,) = [n for n in found["notes"] if "nf4" in n]
+    assert "beside the base in 16 bits log p differs by 0." in note
+    assert f"slimtune merge {run} --out FOLDER" in note
+    (unmeasured,) = [n for n in export(run, "vllm", tmp_path / "two", prove=False)["notes"] if "nf4" in n]
+    assert "beside the base in 16 bits answers differ" in unmeasured
+    plain = make_run(tmp_path / "plain", tiny_folder)
+    assert not [n for n in export(plain, "vllm", tmp_path / "three", prove=False)["notes"] if "16 bits" in n]
+
+
+@pytest.mark.parametrize("to", ["vllm", "gguf"])
+def test_a_loftq_start_does_not_ship_beside_another_base(to, tiny_folder, tmp_path):
+    def started(model):
+        model.peft_config["default"].init_lora_weights = True
+
+    run = make_run(tmp_path / "run", tiny_folder, model=NF4, change=started)
+    file = run / "recipe.yaml"
+    file.write_text(file.read_text().replace("method:\n", "method:\n  init_lora_weights: loftq\n"))
+    with pytest.raises(AdapterError, match="started as what nf4 took from the base") as said:
+        export(run, to, tmp_path / "out")
+    assert said.value.fix == f"slimtune merge {run} --out FOLDER, or --merged"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+@pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed")
+def test_every_way_to_ship_a_run_on_a_gguf_in_4_bits_is_proven(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
+    base = write_gguf(tmp_path / "tiny.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
+    from slimtune.models.gguf import dequantized
+
+    run = make_run(tmp_path / "run", dequantized(base)[0], model=NF4)
+    file = run / "recipe.yaml"
+    file.write_text(file.read_text().replace(f"name: {dequantized(base)[0]}", f"name: {base}"))
+    said = verify(run, threads=1)
+    assert said["passed"], said["checks"]
+    assert [c["passed"] for c in said["checks"]] == [True, True, True]
+    merged = export(run, "gguf", tmp_path / "out", Wish(merged=True, precision="f32"), threads=1)
+    assert merged["check"]["max_difference"] < 0.01
+    assert not [n for n in merged["notes"] if "16 bits" in n]

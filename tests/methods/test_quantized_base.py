@@ -1,0 +1,91 @@
+"""Every method trains on a base in 4 or 8 bits, or refuses by name; needs bitsandbytes."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from models_zoo import llama, run, tokens
+
+from slimtune import PeftModel, get_peft_model
+from slimtune.adapt.merged_state import MergedState
+from slimtune.models.quantized import KINDS, keep_layout, loading, unpacked
+from slimtune.ops.maps import is_quantized
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Make a tiny Llama in a kind of quantization: `bases(kind)`."""
+    folder = tmp_path_factory.mktemp("base")
+    llama(dtype=torch.float32).save_pretrained(folder)
+
+    def make(kind):
+        model = llama(dtype=torch.float32)
+        _, told = loading(model.config, kind, torch.float32, torch.device("cpu"), "tiny")
+        model = type(model).from_pretrained(folder, dtype=torch.float32, **told).eval()
+        keep_layout(model)
+        return model
+
+    return make
+
+
+def trained(model):
+    """Train a few steps on one row; return the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    model.train()
+    losses = []
+    model.peft_config["default"].begins(5)
+    for _ in range(5):
+        logits = model(input_ids=tokens(), use_cache=False).logits
+        losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()))
+        losses[-1].backward()
+        assert any(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+        model.update_and_allocate(len(losses))
+        optimizer.zero_grad()
+    model.eval()
+    return [loss.item() for loss in losses]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [(k, m) for k in KINDS for m in sorted(CASES) if k == "nf4" or "+" not in m]
+)
+def test_it_trains_and_comes_back_and_the_base_is_left(method, kind, bases, tmp_path):
+    base = bases(kind)
+    assert any(map(is_quantized, base.modules()))
+    before = {n: p.detach().clone() for n, p in base.named_parameters()}
+    model = get_peft_model(base, CASES[method]())
+    losses = trained(model)
+    assert losses[-1] < losses[0]
+    said = run(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(bases(kind), tmp_path)
+    assert (run(again) - said).abs().max() < 1e-5
+    base = model.unload()
+    assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
+
+
+@pytest.mark.parametrize("method", sorted(CASES))
+def test_it_merges_out_of_4_bits_as_out_of_the_values_they_stand_for(method, bases, tmp_path):
+    model = get_peft_model(bases("nf4"), CASES[method]())
+    trained(model)
+    model.save_pretrained(tmp_path)
+    plain = PeftModel.from_pretrained(unpacked(bases("nf4"), torch.float32), tmp_path)
+    assert not any(map(is_quantized, plain.modules()))
+    assert (run(plain) - run(model)).abs().max() < 2e-5
+    config = model.peft_config["default"]
+    if not config.mergeable or not CASES[method].merges:
+        return
+    plain.merge_adapter()
+    there = dict(plain.named_parameters())
+    state = MergedState(model)
+    for name in (n for n in state if n.endswith("_proj.weight")):
+        assert torch.allclose(state[name], there[name], atol=1e-5), name
