@@ -9,6 +9,8 @@ import sys
 import psutil
 import torch
 
+from .processes import beside
+
 _MMAP_MAX, _TOP_PAD, _TRIM_THRESHOLD = -4, -2, -1
 """glibc's parameters of mallopt(3)."""
 
@@ -32,9 +34,10 @@ def keep_pages() -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a device; of an unknown kind: of the machine."""
+    """Return the bytes that can still be taken on a device; of an unknown kind: of the machine, shared by a run's
+    processes on it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What torch's allocator holds and does not use, it can use again.
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // beside()

@@ -100,7 +100,8 @@ class Recipe(Section):
 
     def _contradictions(self) -> list[Fault]:
         blind = self.data.validation is None and self.data.validation_fraction == 0
-        return [
+        both = [Fault("train.compile", "got true, and train.shard_base is true", "one of the two: not tried together")]
+        return (both if self.train.compile and self.train.shard_base else []) + [
             Fault(f"train.{name}", f"got {value}, but there are no validation rows", f"data.validation, or {name} null")
             for name in ("early_stopping", "eval_every")
             if blind and (value := getattr(self.train, name)) is not None

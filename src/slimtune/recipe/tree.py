@@ -129,6 +129,9 @@ class TrainSettings(Section):
     )
     optimizer: Literal["adamw"] = setting("adamw", "adamw")
     gradient_checkpointing: bool = setting(False, "true computes activations twice to keep fewer in memory")
+    shard_base: bool = setting(
+        False, "several processes: true divides the frozen base among them, false keeps it whole in each"
+    )
     seed: int = setting(42, "a whole number from 0 to 4294967295", "--seed", ge=0, le=2**32 - 1)
     eval_every: int | None = setting(
         None, "optimizer steps between evaluations, a whole number from 1; null: after each epoch", ge=1

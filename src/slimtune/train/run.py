@@ -23,7 +23,9 @@ from ..contract.layout import laid_out
 from ..data.collate import Collator
 from ..data.packs import divided, lay
 from ..errors import DataError, RunError, SlimtuneError, UsageError
+from ..models.dtype import pick_device, pick_dtype
 from ..models.load import Base
+from ..ops import processes
 from ..ops.files import disk_full_is_an_error
 from ..recipe import Recipe
 from ..runs import ADAPTER_FILE, RunFolder, json_text, write_atomic
@@ -33,6 +35,7 @@ from . import checkpoints
 from .callbacks import Pace, Watch, rate, stop_on_interrupt
 from .probe import peak_bytes, probe
 from .report import write_report
+from .sharding import shard_base
 from .trainer import SlimTrainer
 
 START = "start"
@@ -64,58 +67,125 @@ def train(
         SlimtuneError: the work found a fault.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
+    joined = processes.join()
+    processes.watch_for_the_end()
+    result = _train(recipe, resume, continue_from, planner)
+    if joined:
+        processes.leave()
+    return result
+
+
+def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Planner) -> dict[str, Any]:
     run = _open(recipe) if resume else None
     if run is not None and (run.path / START).is_dir():
         continue_from = run.path / START
     if continue_from is not None:
         recipe = continuing(recipe, continue_from)
     began = time.perf_counter()
+    rows = processes.together(lambda: _rows(recipe))
+    plan = processes.by_first(lambda: planner(recipe, [len(e["input_ids"]) for e in rows.train + rows.validation]))
+    base, model = processes.together(lambda: _loaded(recipe, continue_from))
+    fresh = run is None
+    if run is None:
+        run = RunFolder(Path(recipe.out))
+        processes.by_first(lambda: _begin(recipe, run, model, continue_from))
+    watch = Watch(run, base.device)
+    if continue_from is not None:
+        watch.say(f"continuing from {continue_from}, with its settings of the method")
+    _describe(watch, base, rows, model)
+    if processes.count() > 1:
+        watch.say(f"{processes.count()} processes, {processes.beside()} on this machine, share each step's rows")
+    most = peak_bytes(base.device)
+    try:
+        if recipe.train.shard_base:
+            _shard(base, model, recipe, watch)
+        with processes.unseen():
+            trainer, pace = _trainer(recipe, run, base, rows, model, watch, plan)
+        if plan is not None:
+            _probe(trainer, run, rows, plan, watch)
+    except SlimtuneError:
+        watch.close()
+        if fresh and processes.first():  # nothing was trained: the same --out is free for the corrected command
+            shutil.rmtree(run.path)
+        raise
+    start = processes.by_first(lambda: checkpoints.newest_sound(run.checkpoints, watch.say)) if resume else None
+    if resume:
+        processes.by_first(lambda: _resume_from(run, start, watch))
+    prepared = time.perf_counter() - began
+    with (
+        stop_on_interrupt(pace, watch),
+        disk_full_is_an_error(run.path),
+        laid_out(model),
+        processes.no_peer_gone(),
+    ):
+        try:
+            if start is None or not _over(trainer, pace, start, watch):
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
+        finally:
+            watch.close()
+    processes.wait_for_all()
+    if trainer.stopping() and trainer.state.global_step < trainer.state.max_steps:
+        step = trainer.state.global_step
+        watch.say(f"stopped at step {step}; go on with: slimtune train {run.recipe_file} --resume")
+        raise Interrupted(f"stopped at step {step}")
+    most = max(processes.gathered(max(most, peak_bytes(base.device))))
+    return processes.by_first(lambda: _finish(recipe, run, base, rows, trainer, pace, watch, prepared, most))
+
+
+def _rows(recipe: Recipe) -> Rows:
     rows = rows_of(recipe, tokenizer_of(recipe))
     if not rows.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
-    plan = planner(recipe, [len(e["input_ids"]) for e in rows.train + rows.validation])
-    base = base_of(recipe)
+    return rows
+
+
+def _loaded(recipe: Recipe, continue_from: Path | None) -> tuple[Base, Any]:
+    """Load the base and attach the method; a base that will be divided lies in the machine's memory still."""
+    device = _device(recipe)
+    dtype = str(pick_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    start = torch.device("cpu") if recipe.train.shard_base and processes.count() > 1 else device
+    there = recipe.model.model_copy(update={"device": str(start), "dtype": dtype})
+    base = base_of(recipe.model_copy(update={"model": there}))
     if base.dtype == torch.float16:
         raise UsageError(
             "the weights are float16, in which gradients vanish or overflow without a loss scaler",
             "bfloat16 or float32 for training",
             "--dtype bfloat16 or --dtype float32",
         )
-    model = adapted(base, recipe, continue_from)
-    fresh = run is None
-    if run is None:
-        run = RunFolder.create(recipe.out, recipe)
-        if continue_from is not None:
-            adapter_files.save(model, run.path / START, "default")
-    watch = Watch(run, base.device)
+    return base, adapted(base, recipe, continue_from)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    """Return where this process trains: of several on a machine, each on a GPU of its own."""
+    wanted = recipe.model.device
+    device = pick_device(wanted)
+    if processes.count() == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda" or device.index is not None:
+        raise UsageError(
+            f"model.device is {wanted} for {processes.count()} processes",
+            "auto or cuda, where each process takes a GPU of its own, or cpu",
+            "--set model.device=auto",
+        )
+    torch.cuda.set_device(mine := torch.device(processes.card()))
+    return mine
+
+
+def _shard(base: Base, model: Any, recipe: Recipe, watch: Watch) -> None:
+    """Divide the base over the processes, if there are several, and say so."""
+    if processes.count() == 1:
+        watch.say("train.shard_base: there is one process, which holds the whole base")
+        return
+    base.device = _device(recipe)
+    shard_base(model, base.device)
+    watch.say(f"the base is divided over {processes.count()} processes, one layer gathered at a time")
+
+
+def _begin(recipe: Recipe, run: RunFolder, model: Any, continue_from: Path | None) -> None:
+    """Make the run folder, with the adapter that is continued from."""
+    RunFolder.create(run.path, recipe)
     if continue_from is not None:
-        watch.say(f"continuing from {continue_from}, with its settings of the method")
-    _describe(watch, base, rows, model)
-    most = peak_bytes(base.device)
-    try:
-        trainer, pace = _trainer(recipe, run, base, rows, model, watch, plan)
-        if plan is not None:
-            _probe(trainer, run, rows, plan, watch)
-    except SlimtuneError:
-        watch.close()
-        if fresh:  # nothing was trained: the same --out is free for the corrected command
-            shutil.rmtree(run.path)
-        raise
-    start = checkpoints.newest_sound(run.checkpoints, watch.say) if resume else None
-    if resume:
-        _resume_from(run, start, watch)
-    prepared = time.perf_counter() - began
-    with stop_on_interrupt(pace, watch), disk_full_is_an_error(run.path), laid_out(model):
-        try:
-            if start is None or not _over(trainer, pace, start, watch):
-                trainer.train(resume_from_checkpoint=str(start) if start else None)
-        finally:
-            watch.close()
-    if pace.stop_asked and trainer.state.global_step < trainer.state.max_steps:
-        step = trainer.state.global_step
-        watch.say(f"stopped at step {step}; go on with: slimtune train {run.recipe_file} --resume")
-        raise Interrupted(f"stopped at step {step}")
-    return _finish(recipe, run, base, rows, trainer, pace, watch, prepared, most)
+        adapter_files.save(model, run.path / START, "default")
 
 
 def _open(recipe: Recipe) -> RunFolder:
@@ -208,7 +278,7 @@ def _trainer(
         logging_strategy="steps",
         eval_strategy="no",
         save_strategy="no",
-        report_to=list(t.report_to) or "none",
+        report_to=(list(t.report_to) if processes.first() else []) or "none",
         remove_unused_columns=False,
         disable_tqdm=True,
         use_cpu=base.device.type == "cpu",
@@ -217,11 +287,13 @@ def _trainer(
     # One process trains on one device: with several cards visible, the Trainer would split a pack over them.
     args._n_gpu = min(1, args._n_gpu)
     if base.device.type == "cuda" and base.device.index is not None:
+        vars(args)["_setup_devices"] = base.device  # found once and kept; it would say the first card
         torch.cuda.set_device(base.device)
     longest = max(len(e["input_ids"]) for e in rows.train + rows.validation)
     collator = collator_of(recipe, model, base.tokenizer, longest)
     if plan is not None and collator.room is not None:
         collator.room = min(collator.room, max(longest, plan["tokens_at_once"]))
+    collator.room = min(processes.gathered(collator.room or longest))  # so that all divide a step alike
     watch.say(laid_text(collator, rows, rows_a_step))
     if t.compile:
         watch.say(f"{compile_layers(model)} layers will be compiled as they first run, which takes a while")
@@ -308,7 +380,7 @@ def _finish(
         "adapter_bytes": (run.adapter / ADAPTER_FILE).stat().st_size,
         "trainable_params": trained,
         "total_params": every,
-        "peak_bytes": max(most, peak_bytes(base.device)),
+        "peak_bytes": most,
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),
     }

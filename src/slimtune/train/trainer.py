@@ -3,6 +3,9 @@
 Overridden: `training_step` (an optimizer step's rows in as many passes as `Collator.packs` divides them into, each loss
 a share of the whole step's), `evaluate` (mean over tokens, not over batches) and everything that saves or loads (no
 pickle, whole or absent).
+
+Several processes: each runs the Trainer as if it were alone, over the same rows in the same order, and takes its share
+of each step (data/shares.py); the gradients are summed before the optimizer sees them. Nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,12 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
 from ..adapt.rates import split_by_rate
+from ..contract.architectures import text_config
 from ..data.collate import Collator, Example
-from ..step import accumulated, mean_loss, score
+from ..data.shares import Shares
+from ..ops import processes
+from ..ops.dropout import unseen_draws
+from ..step import accumulated, mean_loss, scored
 from . import checkpoints
 
 
@@ -64,12 +72,15 @@ class SlimTrainer(Trainer):
         say: Callable[[str], None],
         callbacks: list[Any],
     ) -> None:
-        packs: Any = collator.packs
-        super().__init__(model, args, train_dataset=RowSet(train), data_collator=packs, callbacks=callbacks)
+        width = getattr(text_config(model), "hidden_size", 1024)
+        self.shares = Shares(collator, width, processes.count(), processes.rank())
+        share: Any = self.shares
+        super().__init__(model, args, train_dataset=RowSet(train), data_collator=share, callbacks=callbacks)
         self.validation, self.collator, self.keep, self.say = list(validation), collator, keep, say
         self.trained_tokens = self.supervised_tokens = 0
         self.train_seconds = 0.0
         self._begun = 0.0
+        self.stop_asked = self._stop_agreed = False
         # The loss below is normalised over the accumulated batch already.
         self.model_accepts_loss_kwargs = True
         for config in model.peft_config.values():
@@ -86,16 +97,46 @@ class SlimTrainer(Trainer):
     # --- the step -----------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Run the packs of one optimizer step forwards and backwards; return the step's loss."""
+        """Run this process's packs of one optimizer step forwards and backwards; return the whole step's loss."""
         model.train()
-        packs: list[dict[str, Any]] = self._prepare_inputs(inputs)  # type: ignore[assignment]
-        # Read here, where a GPU has nothing left to do, not between two passes.
-        self.trained_tokens += sum(int(p["tokens"]) for p in packs)
-        self.supervised_tokens += sum(len(p["targets"]) for p in packs)
-        return accumulated(model, packs, self.accelerator.backward)
+        share: dict[str, Any] = self._prepare_inputs(inputs)
+        self.trained_tokens += share["tokens"]
+        self.supervised_tokens += share["targets"]
+        how = {"targets": share["targets"], "weights": share["weights"], "penalized": processes.first()}
+        with self._own_draws(share["packs"][0]["targets"].device), processes.no_peer_gone():
+            loss = accumulated(model, share["packs"], self.accelerator.backward, **how)
+        return self._summed(loss)
+
+    def _summed(self, loss: Tensor) -> Tensor:
+        """Return the loss of all processes' packs, their gradients summed, and agree on whether to stop."""
+        if processes.count() == 1:
+            return loss
+        # What else is to be agreed on after the passes of a step goes into this list.
+        total, stops = processes.summed([loss.item(), float(self.stop_asked)])
+        self._stop_agreed = stops > 0
+        processes.sum_gradients(p for p in self.model.parameters() if p.requires_grad)  # type: ignore[union-attr]
+        return torch.full_like(loss, total)
+
+    @contextmanager
+    def _own_draws(self, device: torch.device) -> Iterator[None]:
+        """Draw dropout by seed, step and process, and leave random numbers elsewhere the same in all processes.
+
+        So a run goes on the same from a checkpoint, which one process writes.
+        """
+        if processes.count() == 1:
+            yield
+            return
+        with unseen_draws(device):
+            # 2 ** 20 steps and 2 ** 12 processes apart.
+            torch.manual_seed((self.args.seed << 32) + (self.state.global_step << 12) + processes.rank())
+            yield
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         """Return None: `training_step` counts for itself."""
+
+    def stopping(self) -> bool:
+        """Return whether the run is to end after this step: one process of it was asked to, and all know."""
+        return self.stop_asked if processes.count() == 1 else self._stop_agreed
 
     def step_begins(self) -> None:
         """Start the clock of one optimizer step."""
@@ -116,11 +157,19 @@ class SlimTrainer(Trainer):
         """Return and log the mean loss per supervised token over the validation rows (nats)."""
         if not self.validation:
             return {}
-        loss = mean_loss(score(self.model, self.validation, self.collator))
+        loss = mean_loss(self._scores())
         metrics = {"eval_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _scores(self) -> list[tuple[float, int]]:
+        """Return what `score` does for the validation rows, each process having run its share of them."""
+        groups, _ = self.shares.turns(self.validation)
+        with processes.no_peer_gone():
+            mine = scored(self.model, self.validation, self.collator, groups)
+        found = {i: row for part in processes.gathered(mine) for i, row in part.items()}
+        return [found[i] for i in range(len(self.validation))]
 
     def best_step(self) -> int | None:
         """Return the step with the lowest validation loss so far; the first one where several are equal."""
@@ -145,6 +194,8 @@ class SlimTrainer(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not processes.first():
+            return  # there is one checkpoint of a run; the others wait for its writer in their next step
         root = Path(str(self.args.output_dir))
         checkpoints.write(root, self.state.global_step, self._fill)
         checkpoints.rotate(root, self.keep, self.best_step())
