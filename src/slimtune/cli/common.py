@@ -66,7 +66,8 @@ class Verbs(TyperGroup):
             sys.exit(_fail(e, as_json, out))
         # Typer hands back the code of an Exit, and 130 for Ctrl-C, as an int.
         if result == INTERRUPTED:
-            error_console().print("interrupted", style="bold")
+            if os.environ.get("RANK", "0") == "0":
+                error_console().print("interrupted", style="bold")
             if as_json:
                 _print_json({"error": {"kind": "Interrupted", "got": "interrupted"}}, out)
         if isinstance(result, int):

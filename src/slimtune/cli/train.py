@@ -121,13 +121,14 @@ def _planner(force: bool) -> Callable[[Recipe, Sequence[int]], dict[str, Any] | 
     """Return what plans a run on this machine, says it, and refuses what does not fit."""
 
     def ask(recipe: Recipe, lengths: Sequence[int]) -> dict[str, Any] | None:
+        from ..ops import processes
         from ..plan.cards import this_machine
         from ..plan.plan import plan_of
         from ..plan.request import request_of
 
         screen = error_console()
         try:
-            request = request_of(recipe, this_machine(recipe.model.device), lengths)
+            request = request_of(recipe, this_machine(recipe.model.device), lengths, processes.count())
             plan = plan_of(request, recipe.method.name, quick=True, advise=not force)
         except ModelError as e:
             screen.print(f"not planned: {e.got}", markup=False)

@@ -10,6 +10,7 @@ the others with it: each notices within `PATIENCE`, one of them says so.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ PATIENCE = timedelta(minutes=10)
 _LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
 _TOLD, _GONE = "slimtune/told", "slimtune/gone"
 _joined = 0
+_on = ["go on with --resume"]
 
 
 class PeerGone(RunError):
@@ -178,8 +180,12 @@ def by_first(work: Callable[[], T]) -> T:
     return told[0]
 
 
-def together(work: Callable[[], T]) -> T:
+def together(work: Callable[[], T], *, in_turns: bool = False) -> T:
     """Do the same in every process, `work` without talking; where it fails in one, it fails in all.
+
+    Args:
+        work: what to do.
+        in_turns: the processes of a machine do it one after another, since it takes much of the machine's memory.
 
     Raises:
         SlimtuneError: this process's own fault, or the fault of the first process that has one.
@@ -187,10 +193,14 @@ def together(work: Callable[[], T]) -> T:
     if count() == 1:
         return work()
     made, fault = None, None
-    try:
-        made = work()
-    except SlimtuneError as e:
-        fault = e
+    for turn in range(beside() if in_turns else 1):
+        if not in_turns or turn == _launched().local:
+            try:
+                made = work()
+            except SlimtuneError as e:
+                fault = e
+        if in_turns:
+            wait_for_all()
     faults = gathered(fault)
     if fault is not None:
         raise fault
@@ -270,15 +280,19 @@ def _ended(why: str) -> tuple[str, str, str]:
     return (
         f"another process of this run has ended, and with it the run ({why})",
         f"all {count()} processes to the end",
-        "see what it said; the last checkpoint is whole: go on with --resume, on as many processes as you like",
+        f"see what it said, if it could; the last checkpoint is whole: {_on[0]}, in as many processes as you like",
     )
 
 
-def watch_for_the_end() -> None:
+def watch_for_the_end(go_on: str) -> None:
     """Say why, and end, when this process is told to (SIGTERM): so torchrun does where another one ended.
 
     A thread waits for it, since a process that waits for another one in NCCL runs no Python.
+
+    Args:
+        go_on: how to go on then, which is part of what is said.
     """
+    _on[0] = go_on
     if count() == 1 or threading.current_thread() is not threading.main_thread():
         return
     out, into = os.pipe()
@@ -340,4 +354,6 @@ def _store() -> Any:
 
 
 def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """Return what an error says in its first sentence, without where in PyTorch's sources."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^\]]*\]\s*", "", line).partition(". ")[0][:200]

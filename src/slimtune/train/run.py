@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
@@ -68,7 +69,7 @@ def train(
         Interrupted: Ctrl-C; a checkpoint was written.
     """
     joined = processes.join()
-    processes.watch_for_the_end()
+    processes.watch_for_the_end(f"slimtune train {RunFolder(Path(recipe.out)).recipe_file} --resume")
     result = _train(recipe, resume, continue_from, planner)
     if joined:
         processes.leave()
@@ -84,7 +85,9 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
     began = time.perf_counter()
     rows = processes.together(lambda: _rows(recipe))
     plan = processes.by_first(lambda: planner(recipe, [len(e["input_ids"]) for e in rows.train + rows.validation]))
-    base, model = processes.together(lambda: _loaded(recipe, continue_from))
+    divide = recipe.train.shard_base and processes.count() > 1
+    mesh = init_device_mesh(_device(recipe).type, (processes.count(),)) if divide else None
+    base, model = processes.together(lambda: _loaded(recipe, continue_from, mesh), in_turns=divide)
     fresh = run is None
     if run is None:
         run = RunFolder(Path(recipe.out))
@@ -95,10 +98,11 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
     _describe(watch, base, rows, model)
     if processes.count() > 1:
         watch.say(f"{processes.count()} processes, {processes.beside()} on this machine, share each step's rows")
+    if recipe.train.shard_base:
+        alone = "there is one process, which holds the whole base"
+        watch.say(f"train.shard_base: {'each holds its part of the base, and a layer at a time' if divide else alone}")
     most = peak_bytes(base.device)
     try:
-        if recipe.train.shard_base:
-            _shard(base, model, recipe, watch)
         with processes.unseen():
             trainer, pace = _trainer(recipe, run, base, rows, model, watch, plan)
         if plan is not None:
@@ -139,20 +143,23 @@ def _rows(recipe: Recipe) -> Rows:
     return rows
 
 
-def _loaded(recipe: Recipe, continue_from: Path | None) -> tuple[Base, Any]:
-    """Load the base and attach the method; a base that will be divided lies in the machine's memory still."""
+def _loaded(recipe: Recipe, continue_from: Path | None, mesh: DeviceMesh | None) -> tuple[Base, Any]:
+    """Load the base and attach the method; with a mesh, divide it, out of the machine's memory."""
     device = _device(recipe)
     dtype = str(pick_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    start = torch.device("cpu") if recipe.train.shard_base and processes.count() > 1 else device
-    there = recipe.model.model_copy(update={"device": str(start), "dtype": dtype})
-    base = base_of(recipe.model_copy(update={"model": there}))
+    there = {"device": str(device if mesh is None else "cpu"), "dtype": dtype}
+    base = base_of(recipe.model_copy(update={"model": recipe.model.model_copy(update=there)}))
     if base.dtype == torch.float16:
         raise UsageError(
             "the weights are float16, in which gradients vanish or overflow without a loss scaler",
             "bfloat16 or float32 for training",
             "--dtype bfloat16 or --dtype float32",
         )
-    return base, adapted(base, recipe, continue_from)
+    model = adapted(base, recipe, continue_from)
+    if mesh is not None:
+        base.device = device
+        shard_base(model, mesh, device)
+    return base, model
 
 
 def _device(recipe: Recipe) -> torch.device:
@@ -169,16 +176,6 @@ def _device(recipe: Recipe) -> torch.device:
         )
     torch.cuda.set_device(mine := torch.device(processes.card()))
     return mine
-
-
-def _shard(base: Base, model: Any, recipe: Recipe, watch: Watch) -> None:
-    """Divide the base over the processes, if there are several, and say so."""
-    if processes.count() == 1:
-        watch.say("train.shard_base: there is one process, which holds the whole base")
-        return
-    base.device = _device(recipe)
-    shard_base(model, base.device)
-    watch.say(f"the base is divided over {processes.count()} processes, one layer gathered at a time")
 
 
 def _begin(recipe: Recipe, run: RunFolder, model: Any, continue_from: Path | None) -> None:

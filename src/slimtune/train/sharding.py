@@ -13,19 +13,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UsageError, listed
-from ..ops.processes import count
 
 
-def shard_base(model: Any, device: torch.device) -> None:
-    """Divide an adapted model's base over the processes, in place; the adapter goes to `device` whole.
+def shard_base(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
+    """Divide an adapted model's base over the processes, in place, without talking; the adapter goes to `device` whole.
 
     Args:
         model: the adapted model, which may lie in the machine's memory: it is moved layer by layer.
+        mesh: the processes.
         device: where this process trains.
 
     Raises:
@@ -48,14 +48,13 @@ def shard_base(model: Any, device: torch.device) -> None:
         )
     for parameter in whole:
         parameter.data = parameter.data.to(device)
-    mesh = init_device_mesh(device.type, (count(),))
     for module in [*layers, model]:
         fully_shard(module, mesh=mesh, ignored_params=whole)
-    model.to(device)  # buffers of adapters; what was divided lies there already
 
 
 def adapters_of(model: Any) -> set[nn.Parameter]:
-    """Return the parameters that are the adapter's: trained ones, and those that it keeps fixed."""
+    """Return the parameters that are the adapter's: trained, kept fixed, and those of the base it has a copy of."""
     modules = model._attached.modules().values()
     kept = {p for m in modules for part in (m.adapters, m.owned) for p in part.parameters()}
-    return kept | {p for p in model.parameters() if p.requires_grad}
+    copied = {p for m in modules if m.owned for p in m._parameters.values() if p is not None}
+    return kept | copied | {p for p in model.parameters() if p.requires_grad}
