@@ -25,6 +25,10 @@ class SlimtuneError(Exception):
         self.got, self.wanted, self.fix = got, wanted, fix
         super().__init__("\n".join(p for p in (got, wanted and f"  wanted: {wanted}", fix and f"  fix: {fix}") if p))
 
+    def __reduce__(self) -> tuple[type[SlimtuneError], tuple[str, str, str]]:
+        """Be the same error after a copy, in another process too."""
+        return type(self), (self.got, self.wanted, self.fix)
+
 
 class UsageError(SlimtuneError):
     """What the user typed cannot be carried out."""

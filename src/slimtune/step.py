@@ -23,6 +23,7 @@ from .errors import ModelError, UsageError
 from .models.head import head_of, states
 from .ops.dropout import unseen_draws
 from .ops.memory import free_bytes
+from .ops.processes import is_divided
 
 GOOD_ON_CPU, GOOD_ON_GPU = 1024, 8192
 """Tokens in one pass from which on more of them compute no faster."""
@@ -51,19 +52,33 @@ def step_loss(model: Any, batch: dict[str, Any], num_items: Tensor | int | None 
     return nats.sum() / (len(nats) if num_items is None else num_items)
 
 
-def accumulated(model: Any, packs: Sequence[dict[str, Any]], backward: Callable[[Tensor], Any]) -> Tensor:
+def accumulated(
+    model: Any,
+    packs: Sequence[dict[str, Any]],
+    backward: Callable[[Tensor], Any],
+    *,
+    targets: int | None = None,
+    weights: Sequence[float] | None = None,
+    penalized: bool = True,
+) -> Tensor:
     """Run the packs of one optimizer step forwards and backwards; return the step's loss, detached.
 
     Args:
         model: in training mode.
         packs: on the model's device; together they are normalised over the targets of all.
         backward: adds a loss's gradients to those that are there.
+        targets: of the whole step, where other processes run packs of it too; None: those of `packs`.
+        weights: what each pack's loss counts, 1 or 0; None: 1.
+        penalized: the method's penalty is part of the loss; it is to be so in one process.
     """
-    targets = sum(len(p["targets"]) for p in packs)
+    if targets is None:
+        targets = sum(len(p["targets"]) for p in packs)
     total = torch.zeros((), device=packs[0]["targets"].device)
     for number, pack in enumerate(packs):
         loss = step_loss(model, pack, targets)
-        penalty = model.penalty() if number == 0 and hasattr(model, "penalty") else None
+        if weights is not None and weights[number] != 1:
+            loss = loss * weights[number]
+        penalty = model.penalty() if number == 0 and penalized and hasattr(model, "penalty") else None
         if penalty is not None:
             loss = loss + penalty
         backward(loss)
@@ -145,7 +160,6 @@ def _plainly(model: Any, row: list[int], device: torch.device) -> Tensor:
     return F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
 
 
-@torch.no_grad()
 def score(model: Any, examples: Sequence[Example], collator: Collator) -> list[tuple[float, int]]:
     """Return for each row its summed −log p over supervised tokens (nats), and their number, in the order given.
 
@@ -154,19 +168,28 @@ def score(model: Any, examples: Sequence[Example], collator: Collator) -> list[t
         examples: encoded rows, each with a token to learn.
         collator: the collator of training; its `room` is what lies in one pass.
     """
+    found = scored(model, examples, collator, collator.groups(examples))
+    return [found[i] for i in range(len(examples))]
+
+
+@torch.no_grad()
+def scored(
+    model: Any, examples: Sequence[Example], collator: Collator, groups: Iterable[Sequence[int]]
+) -> dict[int, tuple[float, int]]:
+    """Return what `score` does for the rows in some groups of row numbers, each group one pass; by row number."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     found: dict[int, tuple[float, int]] = {}
     try:
         with laid_out(model):
-            for part in collator.groups(examples):
+            for part in groups:
                 batch = on_device(collator([examples[i] for i in part]), device)
                 counts = [targets_in(examples[i]) for i in part]
                 for i, row in zip(part, supervised_nats(model, batch).double().split(counts), strict=True):
                     found[i] = (row.sum().item(), len(row))
     finally:
         model.train(was_training)
-    return [found[i] for i in range(len(examples))]
+    return found
 
 
 def targets_in(example: Example) -> int:
@@ -202,6 +225,8 @@ def room_for(model: Any, collator: Collator, longest: int) -> int:
     """
     device = next(model.parameters()).device
     good = GOOD_ON_GPU if device.type == "cuda" else GOOD_ON_CPU
+    if is_divided(model):  # gathered weights come and go in a trial, too: the plan knows better
+        return max(longest, good)
     half, whole = (bytes_kept(model, collator, n) for n in (PROBE // 2, PROBE))
     each = max(1.0, (whole - half) / (PROBE - PROBE // 2))
     left = free_bytes(device) / 2 - max(0.0, whole - PROBE * each)

@@ -6,12 +6,14 @@ The heavy rooms are imported inside the verbs, so `slimtune --help` imports no t
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Annotated
 
 import typer
 
 from .. import __version__
+from ..errors import UsageError
 from .chat import chat
 from .common import Verbs
 from .doctor import doctor
@@ -60,6 +62,12 @@ def _root(
 
     Exit codes: 0 done; 1 the work failed; 2 wrong use (flags, recipe, missing files); 130 interrupted.
     """
+    if ctx.invoked_subcommand not in (None, "train") and "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+        raise UsageError(
+            f"slimtune {ctx.invoked_subcommand} was started in {os.environ.get('WORLD_SIZE')} processes",
+            "one process: only train takes several",
+            "run it without torchrun or accelerate launch",
+        )
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help(), err=True)
         raise typer.Exit(2)

@@ -8,8 +8,11 @@ exit code of its kind, and with `--json` the object `{"error": {...}}`.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -63,7 +66,8 @@ class Verbs(TyperGroup):
             sys.exit(_fail(e, as_json, out))
         # Typer hands back the code of an Exit, and 130 for Ctrl-C, as an int.
         if result == INTERRUPTED:
-            error_console().print("interrupted", style="bold")
+            if os.environ.get("RANK", "0") == "0":
+                error_console().print("interrupted", style="bold")
             if as_json:
                 _print_json({"error": {"kind": "Interrupted", "got": "interrupted"}}, out)
         if isinstance(result, int):
@@ -111,6 +115,15 @@ def error_console() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def be_quiet() -> None:
+    """Let libraries say nothing in this process of a run: the first one lets them."""
+    from transformers.utils.logging import disable_progress_bar
+
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    disable_progress_bar()
+
+
 def table(*columns: str, title: str | None = None) -> Table:
     """Return an empty table: the first column holds names, the others values."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=any(columns))
@@ -126,6 +139,8 @@ def _fail(e: BaseException, as_json: bool, out: Any) -> int:
         known = SlimtuneError(
             f"a fault inside slimtune: {type(e).__name__}: {e}", fix="please report it with the lines above"
         )
+    if not _ours_to_say(known):
+        return known.exit_code
     lines = [Text("error: ", style="bold red") + Text(known.got)]
     lines += [Text(f"  {name}: {text}") for name, text in (("wanted", known.wanted), ("fix", known.fix)) if text]
     for line in lines:
@@ -133,7 +148,20 @@ def _fail(e: BaseException, as_json: bool, out: Any) -> int:
     if as_json:
         said = {"kind": type(known).__name__, "got": known.got, "wanted": known.wanted, "fix": known.fix}
         _print_json({"error": {**said, "exit_code": known.exit_code}}, out)
+    if "RANK" in os.environ:
+        from ..ops.processes import said as let_know
+
+        let_know(known)
     return known.exit_code
+
+
+def _ours_to_say(error: SlimtuneError) -> bool:
+    """Return whether this process of a run says the error: what all meet alike is said once."""
+    if "RANK" not in os.environ:
+        return True
+    from ..ops.processes import say_once
+
+    return say_once(error)
 
 
 def _print_json(values: Any, out: Any) -> None:

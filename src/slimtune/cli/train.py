@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from ..errors import ModelError, RunError, UsageError
 from ..units import bytes_text, count_text, seconds_text
-from .common import Json, SetOption, console, error_console, table
+from .common import Json, SetOption, be_quiet, console, error_console, table
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -96,6 +97,8 @@ def train_run(
             "--resume and --continue are both given",
             "one of them: --resume goes on with the run in --out, --continue starts a new run from an adapter",
         )
+    if os.environ.get("RANK", "0") != "0":
+        be_quiet()
     from ..recipe import load_recipe
     from ..recipe.reading import read_override
     from ..runs import RunFolder
@@ -111,9 +114,12 @@ def train_run(
     if not resume:
         RunFolder.new(settings.out)  # refused at once, not after the base is loaded
 
+    from ..ops import processes
     from ..train.run import train
 
     result = train(settings, resume=resume, continue_from=continue_from, planner=_planner(force))
+    if not processes.first():
+        raise typer.Exit  # the first process shows it
     if not as_json:
         _show(result, settings.data)
     return dict(result)
@@ -123,13 +129,14 @@ def _planner(force: bool) -> Callable[[Recipe, Sequence[int]], dict[str, Any] | 
     """Return what plans a run on this machine, says it, and refuses what does not fit."""
 
     def ask(recipe: Recipe, lengths: Sequence[int]) -> dict[str, Any] | None:
+        from ..ops import processes
         from ..plan.cards import this_machine
         from ..plan.plan import plan_of
         from ..plan.request import request_of
 
         screen = error_console()
         try:
-            request = request_of(recipe, this_machine(recipe.model.device), lengths)
+            request = request_of(recipe, this_machine(recipe.model.device), lengths, processes.count())
             plan = plan_of(request, recipe.method.name, quick=True, advise=not force)
         except ModelError as e:
             screen.print(f"not planned: {e.got}", markup=False)

@@ -98,16 +98,21 @@ class Collator:
             "tokens": _int64(sum(map(len, rows))),
         }
 
-    def groups(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Divide examples into batches that keep to `room` and `rows`; return their numbers, each once."""
+    def groups(self, examples: Sequence[Example], room: int | None = None) -> list[list[int]]:
+        """Divide examples into batches that keep to `rows` and to `room`, if given less than the collator's own.
+
+        Returns:
+            Their numbers, each once.
+        """
         rows = [e["input_ids"] for e in examples]
+        room = min(filter(None, (room, self.room)), default=None)
         if self.packing:
-            return divided(rows, self.room, share=self.share)
+            return divided(rows, room, share=self.share)
         found: list[list[int]] = []
         for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):  # of like length: little to fill
             # The first of a batch is its longest row.
             full = not found or len(found[-1]) == self.rows
-            if full or (self.room and len(rows[found[-1][0]]) * (len(found[-1]) + 1) > self.room):
+            if full or (room and len(rows[found[-1][0]]) * (len(found[-1]) + 1) > room):
                 found.append([])
             found[-1].append(i)
         return found

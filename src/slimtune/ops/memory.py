@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from ..errors import SlimtuneError
+from .processes import beside
 
 _TEXTS = (
     "can't allocate memory",  # torch's allocator on Linux and macOS
@@ -51,12 +52,13 @@ def keep_pages() -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a device; of an unknown kind: of the machine."""
+    """Return the bytes that can still be taken on a device; of an unknown kind: of the machine, shared by a run's
+    processes on it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What torch's allocator holds and does not use, it can use again.
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // beside()
 
 
 def ran_out(error: BaseException) -> bool:

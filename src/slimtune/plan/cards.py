@@ -14,6 +14,8 @@ import torch
 
 from ..errors import UsageError, listed, nearest
 from ..models.dtype import pick_device
+from ..ops.memory import free_bytes
+from ..ops.processes import beside
 from ..units import bytes_text
 
 GIB = 1 << 30
@@ -167,8 +169,9 @@ def this_machine(device: str = "auto") -> Card:
     if kind == "mps":
         total = psutil.virtual_memory().total
         return Card("this Mac", "mac", "apple", "", total, total, unified=True, source="this machine")
-    free = psutil.virtual_memory().available
-    return Card("this machine", "cpu", "", "", free, free, source="this machine")
+    free = free_bytes(torch.device("cpu"))
+    others = f", one of {beside()} processes on it" if beside() > 1 else ""
+    return Card(f"this machine{others}", "cpu", "", "", free, free, source="this machine")
 
 
 def _card(row: dict[str, str]) -> Card:

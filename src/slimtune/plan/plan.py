@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..units import bytes_text
 from .advice import advised
 from .closed import Form, extrapolated, form_of
+from .divided import divided, weights_of
 from .files import adapter_bytes, run_bytes, writing_bytes
 from .job import Job
 from .pace import pace
@@ -62,13 +63,18 @@ def plan_of(request: Request, method: str, *, quick: bool = False, advise: bool 
     # Asked before the trace, which may use the model up.
     writing = writing_bytes(model, request.optimizer, request.card.device)
     disk = run_bytes(model, request.keep, request.optimizer)
-    form, state = form_of(job), _state_of(job, model)
+    form, state, weights = form_of(job), _state_of(job, model), weights_of(model)
+    held = weights.held(request.processes) if request.processes > 1 else Band(weights.every, weights.every)
+    state -= int(weights.every - held.low)
     job = _divided(request, job, form, state)
     traced = extrapolated(job, model) if quick else trace(job, model)
+    if request.processes > 1:
+        traced = divided(traced, weights, request.processes, job.device)
     form = form.corrected(job.lengths, traced)
     state = sum(traced.state.values())
     merge = None if quick else merging(job)
     peak, band = allocation(job, traced)
+    band = Band(band.low, band.high + held.high - held.low)
     runtime = RUNTIME[job.device]
     usable = Band(*request.card.usable)
 
@@ -101,13 +107,13 @@ def plan_of(request: Request, method: str, *, quick: bool = False, advise: bool 
         host_bytes=_host(job, traced, band, writing),
         disk_bytes=disk,
         verdict=said,
-        reason=_reason(said, parts, band, runtime, usable),
+        reason=_reason(said, parts, band, runtime, usable) + _shared(request),
         max_seq_len=most(lambda n: room((n,) * len(job.lengths)), LONGEST),
         max_batch_size=most(lambda n: room((max(job.lengths),) * n), 1 << 16),
         tokens_per_second=_pace(request, job, traced),
         evidence=_evidence(request, quick),
     )
-    if said == "fits" or not advise:
+    if said == "fits" or not advise or request.processes > 1:
         return plan
     return dataclasses.replace(plan, advice=advised(request, job, plan, lambda j: verdict_of(j, request.card)))
 
@@ -171,9 +177,16 @@ def _reason(said: Verdict, parts: Mapping[str, int], band: Band, runtime: Band, 
     return f"{need}; the most of it is {most}" + ("" if said == "does not fit" else ": try it, with nothing beside")
 
 
+def _shared(request: Request) -> str:
+    n = request.processes
+    return f"; the base is divided over {n} processes, this is what one of them takes" if n > 1 else ""
+
+
 def _evidence(request: Request, quick: bool) -> dict[str, str]:
     card = request.card
     traced = "traced" + (" at two and three layers, which tell of the others" if quick else "")
+    if request.processes > 1:
+        traced += "; the divided base: computed, what is gathered beside a layer is guessed"
     return {
         "trainable_params": "computed",
         "total_params": "computed",

@@ -53,6 +53,7 @@ class Request:
         keep: checkpoints that a run keeps beside its best.
         lengths: tokens of the longest rows of the data, where they are known; in place of `batch` and `seq_len`.
         room: most tokens in one pass; a longer row goes alone. None: no limit.
+        processes: the base is divided over so many; 1: it is whole.
     """
 
     outline: Outline
@@ -73,6 +74,7 @@ class Request:
     keep: int = 2
     lengths: tuple[int, ...] = ()
     room: int | None = None
+    processes: int = 1
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq_len", "accumulate"):
@@ -132,13 +134,14 @@ class Request:
         return cls(**{"task_type": "CAUSAL_LM", **{k: v for k, v in section.items() if k != "name"}})
 
 
-def request_of(recipe: Recipe, card: Card, lengths: Sequence[int] = ()) -> Request:
+def request_of(recipe: Recipe, card: Card, lengths: Sequence[int] = (), processes: int = 1) -> Request:
     """Return the request that a recipe is.
 
     Args:
         recipe: what a run is told.
         card: where it is to run.
         lengths: tokens of every row, where the data were read; else all are as long as the recipe lets them be.
+        processes: that train together; each holds the whole base unless the recipe divides it.
 
     Raises:
         UsageError, ModelError: see `outline_of`; the base's checkpoint is quantized in another way.
@@ -165,6 +168,7 @@ def request_of(recipe: Recipe, card: Card, lengths: Sequence[int] = ()) -> Reque
         keep=t.keep_checkpoints,
         lengths=tuple(heapq.nlargest(t.batch_size, lengths)),
         room=good if t.tokens_at_once == "auto" else t.tokens_at_once,
+        processes=processes if t.shard_base else 1,
     )
 
 

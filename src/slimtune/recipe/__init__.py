@@ -117,6 +117,10 @@ class Recipe(Section):
                 )
             )
         blind = self.data.validation is None and self.data.validation_fraction == 0
+        if t.compile and t.shard_base:
+            found.append(
+                Fault("train.compile", "got true, and train.shard_base is true", "one of the two: not tried together")
+            )
         return found + [
             Fault(f"train.{name}", f"got {value}, but there are no validation rows", f"data.validation, or {name} null")
             for name in ("early_stopping", "eval_every")

@@ -145,6 +145,9 @@ class TrainSettings(Section):
         "rows; null: all",
         ge=1,
     )
+    shard_base: bool = setting(
+        False, "several processes: true divides the frozen base among them, false keeps it whole in each"
+    )
     seed: int = setting(42, "a whole number from 0 to 4294967295", "--seed", ge=0, le=2**32 - 1)
     eval_every: int | None = setting(
         None, "optimizer steps between evaluations, a whole number from 1; null: after each epoch", ge=1

@@ -14,10 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
+from ..ops import processes
 from ..runs import RunFolder
 from ..units import bytes_text, seconds_text
 from .probe import peak_bytes
 from .trainer import SlimTrainer
+
+ECHO = 2.0
+"""Seconds in which a second Ctrl-C is torchrun passing on the first, which the terminal had sent to every process."""
 
 
 class Pace(TrainerCallback):
@@ -31,7 +35,7 @@ class Pace(TrainerCallback):
 
     def __init__(self, eval_every: int, save_every: int | None, patience: int | None) -> None:
         self.eval_every, self.save_every, self.patience = eval_every, save_every, patience
-        self.stop_asked = self.stopped_early = False
+        self.stopped_early = False
         self.trainer: SlimTrainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -48,8 +52,8 @@ class Pace(TrainerCallback):
         last = state.global_step >= state.max_steps
         control.should_evaluate = bool(self.trainer.validation) and (last or state.global_step % self.eval_every == 0)
         due = state.global_step % self.save_every == 0 if self.save_every else state.global_step % self.eval_every == 0
-        control.should_save = last or due or self.stop_asked
-        if self.stop_asked:
+        control.should_save = last or due or self.trainer.stopping()
+        if self.trainer.stopping():
             control.should_training_stop = True
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -68,13 +72,15 @@ class Pace(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """Write each log line into metrics.jsonl and keep one progress line for people (stderr)."""
+    """Write each log line into metrics.jsonl and keep one progress line for people (stderr); of several processes the
+    first one does."""
 
     def __init__(self, run: RunFolder, device: torch.device) -> None:
         self.run, self.device = run, device
         self.trainer: SlimTrainer
         console = Console(stderr=True)
-        self.live = console.is_terminal
+        self.speaks = processes.first()
+        self.live = console.is_terminal and self.speaks
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[line]}"))
         self.progress = Progress(*columns, console=console, transient=True)
         self.loss: float | None = None
@@ -92,7 +98,7 @@ class Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Append the logged values to metrics.jsonl."""
         logs = logs or {}
-        if "train_runtime" in logs:
+        if "train_runtime" in logs or not self.speaks:
             return
         named = {
             "loss": "train_loss",
@@ -121,7 +127,7 @@ class Watch(TrainerCallback):
         line = self.line(state)
         if self.live:
             self.progress.update(self.task, completed=state.global_step, line=line)
-        elif time.perf_counter() - self.last_print > 15:
+        elif self.speaks and time.perf_counter() - self.last_print > 15:
             self.last_print = time.perf_counter()
             self.say(line)
 
@@ -138,6 +144,8 @@ class Watch(TrainerCallback):
 
     def say(self, text: str) -> None:
         """Tell a person on stderr, and the run's log."""
+        if not self.speaks:
+            return
         self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         with self.run.log_file.open("a") as f:
             f.write(time.strftime("%H:%M:%S ") + text + "\n")
@@ -167,11 +175,15 @@ def memory_now(device: torch.device) -> int:
 @contextmanager
 def stop_on_interrupt(pace: Pace, watch: Watch) -> Iterator[None]:
     """Let the first Ctrl-C end the run after its step, with a checkpoint; the second one ends it at once."""
+    first = 0.0
 
     def ask(signum: int, frame: Any) -> None:
-        if pace.stop_asked:
+        nonlocal first
+        if pace.trainer.stop_asked:
+            if processes.count() > 1 and time.monotonic() - first < ECHO:
+                return
             raise KeyboardInterrupt
-        pace.stop_asked = True
+        first, pace.trainer.stop_asked = time.monotonic(), True
         watch.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
 
     try:

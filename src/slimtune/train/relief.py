@@ -107,8 +107,8 @@ class Relief:
         note: given each event as plain values.
         checkpoint: turns activation checkpointing on; None: it is on, or the model has none.
         planned_bytes: what was planned to be held at most.
-        agreed: asked after each try whether it counts as failed; several processes would ask each other here. Given
-            whether it ran out of memory in this one.
+        agreed: asked after each try in passes whether it counts as failed, given whether it ran out of memory in this
+            process; several ask each other here. None: they cannot, and where one fails the run ends.
 
     Attributes:
         checkpointing: whether it was turned on here.
@@ -125,7 +125,7 @@ class Relief:
         *,
         checkpoint: Callable[[], Any] | None = None,
         planned_bytes: int | None = None,
-        agreed: Callable[[bool], bool] = bool,
+        agreed: Callable[[bool], bool] | None = bool,
     ) -> None:
         self.collator, self.device, self.say, self.note = collator, device, say, note
         self.checkpoint, self.planned_bytes, self.agreed = checkpoint, planned_bytes, agreed
@@ -149,9 +149,11 @@ class Relief:
             RunError: a single row does not fit.
         """
         while True:
-            done, short = self._tried(work, undo)
+            done, short = self._tried(work, undo, self.agreed or bool)
             if short is None:
                 return done  # type: ignore[return-value]
+            if self.agreed is None:
+                raise self.exhausted(where, short, where)
             before = self.collator.room
             tokens, count = self._largest(rows)
             if count > 1:
@@ -189,7 +191,9 @@ class Relief:
             self.checkpoint()
             self.checkpoint, self.checkpointing = None, True
 
-    def _tried(self, work: Callable[[], T], undo: Callable[[], Any]) -> tuple[T | None, Shortage | None]:
+    def _tried(
+        self, work: Callable[[], T], undo: Callable[[], Any], agreed: Callable[[bool], bool] = bool
+    ) -> tuple[T | None, Shortage | None]:
         """Return what `work` gives, or how memory ran out; then nothing is left of the try but that."""
         found: T | None = None
         short: Shortage | None = None
@@ -201,7 +205,7 @@ class Relief:
                 raise
             short = self.shortage(error)
         # Past the `except`: there the error is gone, and with it the frames that held the failed pass.
-        failed = self.agreed(short is not None) or short is not None
+        failed = agreed(short is not None) or short is not None
         if not failed:
             return found, None
         del found

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
@@ -24,7 +25,9 @@ from ..contract.layout import laid_out
 from ..data.collate import Collator
 from ..data.packs import divided, lay
 from ..errors import DataError, RunError, SlimtuneError, UsageError
+from ..models.dtype import pick_device, pick_dtype
 from ..models.load import Base
+from ..ops import processes
 from ..ops.files import disk_full_is_an_error
 from ..ops.memory import ran_out
 from ..recipe import Recipe
@@ -37,6 +40,7 @@ from .callbacks import Pace, Watch, rate, stop_on_interrupt
 from .probe import longest, peak_bytes, planned_bytes, probe
 from .relief import EVENT, Relief
 from .report import write_report
+from .sharding import shard_base
 from .trainer import SlimTrainer
 
 START = "start"
@@ -68,51 +72,62 @@ def train(
         SlimtuneError: the work found a fault.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
+    joined = processes.join()
+    processes.watch_for_the_end(f"slimtune train {RunFolder(Path(recipe.out)).recipe_file} --resume")
+    result = _train(recipe, resume, continue_from, planner)
+    if joined:
+        processes.leave()
+    return result
+
+
+def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Planner) -> dict[str, Any]:
     run = _open(recipe) if resume else None
     if run is not None and (run.path / START).is_dir():
         continue_from = run.path / START
     if continue_from is not None:
         recipe = continuing(recipe, continue_from)
     began = time.perf_counter()
-    require_packages(recipe)
-    rows = rows_of(recipe, tokenizer_of(recipe))
-    if not rows.train:
-        raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
-    plan = planner(recipe, [len(e["input_ids"]) for e in rows.train + rows.validation])
-    base = base_of(recipe)
-    if base.dtype == torch.float16:
-        raise UsageError(
-            "the weights are float16, in which gradients vanish or overflow without a loss scaler",
-            "bfloat16 or float32 for training",
-            "--dtype bfloat16 or --dtype float32",
-        )
-    model = adapted(base, recipe, continue_from)
+    rows = processes.together(lambda: _rows(recipe))
+    plan = processes.by_first(lambda: planner(recipe, [len(e["input_ids"]) for e in rows.train + rows.validation]))
+    divide = recipe.train.shard_base and processes.count() > 1
+    mesh = init_device_mesh(_device(recipe).type, (processes.count(),)) if divide else None
+    base, model = processes.together(lambda: _loaded(recipe, continue_from, mesh), in_turns=divide)
     fresh = run is None
     if run is None:
-        run = RunFolder.create(recipe.out, recipe)
-        if continue_from is not None:
-            adapter_files.save(model, run.path / START, "default")
+        run = RunFolder(Path(recipe.out))
+        processes.by_first(lambda: _begin(recipe, run, model, continue_from))
     watch = Watch(run, base.device)
     if continue_from is not None:
         watch.say(f"continuing from {continue_from}, with its settings of the method")
     _describe(watch, base, rows, model)
+    if processes.count() > 1:
+        watch.say(f"{processes.count()} processes, {processes.beside()} on this machine, share each step's rows")
+    if recipe.train.shard_base:
+        alone = "there is one process, which holds the whole base"
+        watch.say(f"train.shard_base: {'each holds its part of the base, and a layer at a time' if divide else alone}")
     most = peak_bytes(base.device)
     try:
-        trainer, pace = _trainer(recipe, run, base, rows, model, watch, plan)
-        start = checkpoints.newest_sound(run.checkpoints, watch.say) if resume else None
+        with processes.unseen():
+            trainer, pace = _trainer(recipe, run, base, rows, model, watch, plan)
+        start = processes.by_first(lambda: checkpoints.newest_sound(run.checkpoints, watch.say)) if resume else None
         if start is not None:
             trainer.take_room(start)
         if plan is not None:
             _probe(trainer, run, rows, plan, watch)
     except SlimtuneError:
         watch.close()
-        if fresh:  # nothing was trained: the same --out is free for the corrected command
+        if fresh and processes.first():  # nothing was trained: the same --out is free for the corrected command
             shutil.rmtree(run.path)
         raise
     if resume:
-        _resume_from(run, start, watch)
+        processes.by_first(lambda: _resume_from(run, start, watch))
     prepared = time.perf_counter() - began
-    with stop_on_interrupt(pace, watch), disk_full_is_an_error(run.path), laid_out(model):
+    with (
+        stop_on_interrupt(pace, watch),
+        disk_full_is_an_error(run.path),
+        laid_out(model),
+        processes.no_peer_gone(),
+    ):
         try:
             if start is None or not _over(trainer, pace, start, watch):
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
@@ -123,11 +138,63 @@ def train(
             raise trainer.relief.exhausted("training", trainer.relief.shortage(e), "what lies between two steps") from e
         finally:
             watch.close()
-    if pace.stop_asked and trainer.state.global_step < trainer.state.max_steps:
+    processes.wait_for_all()
+    if trainer.stopping() and trainer.state.global_step < trainer.state.max_steps:
         step = trainer.state.global_step
         watch.say(f"stopped at step {step}; go on with: slimtune train {run.recipe_file} --resume")
         raise Interrupted(f"stopped at step {step}")
-    return _finish(recipe, run, base, rows, trainer, pace, watch, prepared, most)
+    most = max(processes.gathered(max(most, peak_bytes(base.device))))
+    return processes.by_first(lambda: _finish(recipe, run, base, rows, trainer, pace, watch, prepared, most))
+
+
+def _rows(recipe: Recipe) -> Rows:
+    require_packages(recipe)
+    rows = rows_of(recipe, tokenizer_of(recipe))
+    if not rows.train:
+        raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
+    return rows
+
+
+def _loaded(recipe: Recipe, continue_from: Path | None, mesh: DeviceMesh | None) -> tuple[Base, Any]:
+    """Load the base and attach the method; with a mesh, divide it, out of the machine's memory."""
+    device = _device(recipe)
+    dtype = str(pick_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+    there = {"device": str(device if mesh is None else "cpu"), "dtype": dtype}
+    base = base_of(recipe.model_copy(update={"model": recipe.model.model_copy(update=there)}))
+    if base.dtype == torch.float16:
+        raise UsageError(
+            "the weights are float16, in which gradients vanish or overflow without a loss scaler",
+            "bfloat16 or float32 for training",
+            "--dtype bfloat16 or --dtype float32",
+        )
+    model = adapted(base, recipe, continue_from)
+    if mesh is not None:
+        base.device = device
+        shard_base(model, mesh, device)
+    return base, model
+
+
+def _device(recipe: Recipe) -> torch.device:
+    """Return where this process trains: of several on a machine, each on a GPU of its own."""
+    wanted = recipe.model.device
+    device = pick_device(wanted)
+    if processes.count() == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda" or device.index is not None:
+        raise UsageError(
+            f"model.device is {wanted} for {processes.count()} processes",
+            "auto or cuda, where each process takes a GPU of its own, or cpu",
+            "--set model.device=auto",
+        )
+    torch.cuda.set_device(mine := torch.device(processes.card()))
+    return mine
+
+
+def _begin(recipe: Recipe, run: RunFolder, model: Any, continue_from: Path | None) -> None:
+    """Make the run folder, with the adapter that is continued from."""
+    RunFolder.create(run.path, recipe)
+    if continue_from is not None:
+        adapter_files.save(model, run.path / START, "default")
 
 
 def _open(recipe: Recipe) -> RunFolder:
@@ -221,7 +288,7 @@ def _trainer(
         logging_strategy="steps",
         eval_strategy="no",
         save_strategy="no",
-        report_to=list(t.report_to) or "none",
+        report_to=(list(t.report_to) if processes.first() else []) or "none",
         remove_unused_columns=False,
         disable_tqdm=True,
         use_cpu=base.device.type == "cpu",
@@ -230,11 +297,13 @@ def _trainer(
     # One process trains on one device: with several cards visible, the Trainer would split a pack over them.
     args._n_gpu = min(1, args._n_gpu)
     if base.device.type == "cuda" and base.device.index is not None:
+        vars(args)["_setup_devices"] = base.device  # found once and kept; it would say the first card
         torch.cuda.set_device(base.device)
     most = max(len(e["input_ids"]) for e in rows.train + rows.validation)
     collator = collator_of(recipe, model, base.tokenizer, most)
     if plan is not None and collator.room is not None:
         collator.room = min(collator.room, max(most, plan["tokens_at_once"]))
+    collator.room = min(processes.gathered(collator.room or most))  # so that all divide a step alike
     watch.say(laid_text(collator, rows, rows_a_step))
     if t.compile:
         watch.say(f"{compile_layers(model)} layers will be compiled as they first run, which takes a while")
@@ -242,11 +311,13 @@ def _trainer(
         collator,
         base.device,
         watch.say,
-        run.append_metrics,
+        run.append_metrics if processes.first() else lambda _: None,
         checkpoint=None
         if t.gradient_checkpointing or not model.supports_gradient_checkpointing
         else lambda: checkpoint_layers(model),
         planned_bytes=None if plan is None else planned_bytes(plan, base.device)[1],
+        # Where the base is divided, a process that failed in a pass has left the others waiting in it.
+        agreed=None if processes.is_divided(model) else _agreed,
     )
     trainer = SlimTrainer(
         model,
@@ -267,6 +338,11 @@ def _trainer(
     return trainer, pace
 
 
+def _agreed(failed: bool) -> bool:
+    """Return whether some process failed."""
+    return processes.summed([float(failed)])[0] > 0
+
+
 def _probe(trainer: SlimTrainer, run: RunFolder, rows: Rows, plan: Mapping[str, Any], watch: Watch) -> None:
     """Run the longest pass, say what it takes, and write that beside the plan."""
     rows_a_step, room = trainer.args.per_device_train_batch_size, trainer.collator.room
@@ -279,7 +355,8 @@ def _probe(trainer: SlimTrainer, run: RunFolder, rows: Rows, plan: Mapping[str, 
     if trainer.collator.room != room:  # smaller than what was planned, for which no least was said
         found = dataclasses.replace(found, low=0)
     watch.say(found.text())
-    write_atomic(run.plan_file, json_text({"plan": plan, "probe": found.to_dict()}, indent=2) + "\n")
+    if processes.first():
+        write_atomic(run.plan_file, json_text({"plan": plan, "probe": found.to_dict()}, indent=2) + "\n")
 
 
 def _resume_from(run: RunFolder, start: Path | None, watch: Watch) -> None:
@@ -341,7 +418,7 @@ def _finish(
         "adapter_bytes": (run.adapter / ADAPTER_FILE).stat().st_size,
         "trainable_params": trained,
         "total_params": every,
-        "peak_bytes": max(most, peak_bytes(base.device)),
+        "peak_bytes": most,
         "out_of_memory": sum(m.get("event") == EVENT for m in run.metrics()),
         "dtype": str(base.dtype).removeprefix("torch."),
         "quant": base.quant,

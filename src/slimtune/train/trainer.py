@@ -3,6 +3,9 @@
 Overridden: `training_step` (an optimizer step's rows in as many passes as `Collator.packs` divides them into, each loss
 a share of the whole step's), `evaluate` (mean over tokens, not over batches) and everything that saves or loads (no
 pickle, whole or absent). Each of them goes through `Relief`, which does it again where memory ran out.
+
+Several processes: each runs the Trainer as if it were alone, over the same rows in the same order, and takes its share
+of each step (data/shares.py); the gradients are summed before the optimizer sees them. Nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +25,13 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
 from ..adapt.rates import split_by_rate
+from ..contract.architectures import text_config
 from ..data.collate import Collator, Example
-from ..ops import adamw_8bit
-from ..ops.dropout import put_back, random_states
+from ..data.shares import Shares
+from ..ops import adamw_8bit, processes
+from ..ops.dropout import put_back, random_states, unseen_draws
 from ..ops.unbroken import unbroken
-from ..step import accumulated, mean_loss, score
+from ..step import accumulated, mean_loss, scored
 from . import checkpoints
 from .relief import LESS, Relief
 
@@ -82,6 +88,8 @@ class SlimTrainer(Trainer):
         callbacks: list[Any],
         optimizer: str = "adamw",
     ) -> None:
+        width = getattr(text_config(model), "hidden_size", 1024)
+        self.shares = Shares(collator, width, processes.count(), processes.rank())
         rows: Any = StepRows
         how: Any = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         super().__init__(
@@ -102,6 +110,7 @@ class SlimTrainer(Trainer):
         self._whole = False  # the gradients are the step's, neither a part of them nor clipped
         self._steady = True  # the weights are those of `global_step` steps
         self._begun = 0.0
+        self.stop_asked = self._stop_agreed = False
         # The loss below is normalised over the accumulated batch already.
         self.model_accepts_loss_kwargs = True
         for config in model.peft_config.values():
@@ -123,7 +132,7 @@ class SlimTrainer(Trainer):
     # --- the step -----------------------------------------------------------------------------------------------
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Run the packs of one optimizer step forwards and backwards; return the step's loss."""
+        """Run this process's packs of one optimizer step forwards and backwards; return the whole step's loss."""
         model.train()
         self._rows, self.relief.step = inputs.examples, self.state.global_step
         loss, tokens, targets = self._gradients(model)
@@ -132,18 +141,42 @@ class SlimTrainer(Trainer):
         return loss
 
     def _gradients(self, model: Any) -> tuple[Tensor, int, int]:
-        """Fill the gradients from zero; return the step's loss, its tokens and its supervised tokens."""
+        """Fill the gradients from zero; return the whole step's loss, its tokens and its supervised tokens."""
 
         def work() -> tuple[Tensor, int, int]:
-            packs: Any = self._prepare_inputs(self.collator.packs(self._rows))  # type: ignore[arg-type]
-            # Read here, where a GPU has nothing left to do, not between two passes.
-            tokens, targets = sum(int(p["tokens"]) for p in packs), sum(len(p["targets"]) for p in packs)
-            return accumulated(model, packs, self.accelerator.backward), tokens, targets
+            share: dict[str, Any] = self._prepare_inputs(self.shares(self._rows))
+            how = {"targets": share["targets"], "weights": share["weights"], "penalized": processes.first()}
+            with self._own_draws(share["packs"][0]["targets"].device), processes.no_peer_gone():
+                loss = accumulated(model, share["packs"], self.accelerator.backward, **how)
+            return loss, share["tokens"], share["targets"]
 
         self._start = random_states(self.args.device)
-        found = self.relief.passes("a training step", self._rows, work, self._no_gradients)
+        loss, tokens, targets = self.relief.passes("a training step", self._rows, work, self._no_gradients)
         self._whole = True
-        return found
+        return self._summed(loss), tokens, targets
+
+    def _summed(self, loss: Tensor) -> Tensor:
+        """Return the loss of all processes' packs, their gradients summed, and agree on whether to stop."""
+        if processes.count() == 1:
+            return loss
+        total, stops = processes.summed([loss.item(), float(self.stop_asked)])
+        self._stop_agreed = stops > 0
+        processes.sum_gradients(p for p in self.model.parameters() if p.requires_grad)  # type: ignore[union-attr]
+        return torch.full_like(loss, total)
+
+    @contextmanager
+    def _own_draws(self, device: torch.device) -> Iterator[None]:
+        """Draw dropout by seed, step and process, and leave random numbers elsewhere the same in all processes.
+
+        So a run goes on the same from a checkpoint, which one process writes.
+        """
+        if processes.count() == 1:
+            yield
+            return
+        with unseen_draws(device):
+            # 2 ** 20 steps and 2 ** 12 processes apart.
+            torch.manual_seed((self.args.seed << 32) + (self.state.global_step << 12) + processes.rank())
+            yield
 
     def _no_gradients(self) -> None:
         for parameter in self.model.parameters():  # type: ignore[union-attr]
@@ -160,7 +193,8 @@ class SlimTrainer(Trainer):
             self._whole = False
             return norm_of(model)
 
-        return self.relief.again("clipping", work, self._no_gradients)
+        # The gradients of several processes cannot be found anew by one of them.
+        return self.relief.again("clipping", work, self._no_gradients if processes.count() == 1 else None)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Return 0: they are asked for before anything is laid, and told nowhere."""
@@ -168,6 +202,10 @@ class SlimTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         """Return None: `training_step` counts for itself."""
+
+    def stopping(self) -> bool:
+        """Return whether the run is to end after this step: one process of it was asked to, and all know."""
+        return self.stop_asked if processes.count() == 1 else self._stop_agreed
 
     def step_begins(self) -> None:
         """Start the clock of one optimizer step."""
@@ -190,14 +228,23 @@ class SlimTrainer(Trainer):
         if not self.validation:
             return {}
         self.relief.step = self.state.global_step
-        loss = mean_loss(self.relief.passes("evaluation", self.validation, self._scores, lambda: None, grad=False))
+        loss = mean_loss(self._scores())
         metrics = {"eval_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _scores(self) -> list[tuple[float, int]]:
-        return score(self.model, self.validation, self.collator)
+        """Return what `score` does for the validation rows, each process having run its share of them."""
+
+        def work() -> dict[int, tuple[float, int]]:
+            groups, _ = self.shares.turns(self.validation)
+            with processes.no_peer_gone():
+                return scored(self.model, self.validation, self.collator, groups)
+
+        mine = self.relief.passes("evaluation", self.validation, work, lambda: None, grad=False)
+        found = {i: row for part in processes.gathered(mine) for i, row in part.items()}
+        return [found[i] for i in range(len(self.validation))]
 
     def best_step(self) -> int | None:
         """Return the step with the lowest validation loss so far; the first one where several are equal."""
@@ -222,6 +269,8 @@ class SlimTrainer(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not processes.first():
+            return  # there is one checkpoint of a run; the others wait for its writer in their next step
         root, step = Path(str(self.args.output_dir)), self.state.global_step
         self.relief.step = step
         self.relief.again("writing a checkpoint", lambda: checkpoints.write(root, step, self._fill), lambda: None)
@@ -231,7 +280,7 @@ class SlimTrainer(Trainer):
         """Write a checkpoint where the weights are whole and one is missing; return how the run can go on."""
         root, step = Path(str(self.args.output_dir)), self.state.global_step
         newest = [checkpoints.step_of(f) for f in checkpoints.folders(root)][-1:]
-        if step and newest != [step] and self._steady:
+        if step and newest != [step] and self._steady and processes.first():
             try:
                 checkpoints.write(root, step, self._fill)
                 newest = [step]
