@@ -2,8 +2,8 @@
 
 The step makes what an optimizer remembers of each parameter and changes group after group, so a failure can leave some
 parameters stepped, others counted and not stepped. A fused step does not tell which (it raises no tensor's version), so
-a copy of all that a step changes is kept for its length, when the activations are gone: parameters and moments of what
-trains. Where there is no room for the copy the step is taken without; failing then, it cannot be done again.
+a copy of all that a step changes, parameters and moments of what trains, lies in the machine's memory for its length.
+Where there is no room for the copy the step is taken without; failing then, it cannot be done again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import on_host
 from .memory import ran_out
 
 Again = Callable[[Callable[[], Any], Callable[[], Any] | None], Any]
@@ -45,17 +46,19 @@ class _Copies:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.state = optimizer.state
         self.trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.values = [p.detach().clone() for p in self.trained]
-        self.states = [{k: _copy(v) for k, v in self.state.get(p, {}).items()} for p in self.trained]
+        with on_host():
+            self.values = [_copy(p.detach()) for p in self.trained]
+            self.states = [{k: _copy(v) for k, v in self.state.get(p, {}).items()} for p in self.trained]
+        self.homes = [{k: _home(v) for k, v in self.state.get(p, {}).items()} for p in self.trained]
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Put them back; may be called once, since the copies themselves become the state."""
-        for p, value, state in zip(self.trained, self.values, self.states, strict=True):
+        """Put them back; may be called once, since the copies themselves can become the state."""
+        for p, value, state, homes in zip(self.trained, self.values, self.states, self.homes, strict=True):
             p.copy_(value)
             self.state.pop(p, None)
             if state:
-                self.state[p] = state
+                self.state[p] = {k: v if homes[k] is None else v.to(homes[k]) for k, v in state.items()}
         self.values, self.states = [], []
 
 
@@ -69,4 +72,8 @@ def _copies(optimizer: torch.optim.Optimizer) -> _Copies | None:
 
 
 def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+    return value.to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+
+def _home(value: Any) -> torch.device | None:
+    return value.device if isinstance(value, Tensor) else None
