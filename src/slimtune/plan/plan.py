@@ -184,8 +184,9 @@ def _shared(request: Request) -> str:
     n = request.processes
     if n == 1:
         return ""
-    how = f"is divided over {n} processes" if request.divided else f"is whole in each of {n} processes (train.shard_base divides it)"
-    return f"; the base {how}, this is what one of them takes"
+    if request.divided:
+        return f"; the base is divided over {n} processes, this is what one of them takes"
+    return f"; the base is whole in each of {n} processes, this is what one of them takes (train.shard_base divides it)"
 
 
 def _evidence(request: Request, quick: bool, host: str) -> dict[str, str]:
