@@ -17,17 +17,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..build import rows_of, tokenizer_of
 from ..errors import SlimtuneError
-from ..ops.maps import kind_of, sizes_of, transposed
+from ..ops.inputs import ROWS, inputs_of
+from ..ops.maps import kind_of, transposed
 from ..recipe import Recipe
 
-ROWS = 64
-"""Rows that are run for their inputs."""
-INPUTS = 1024
-"""Inputs of a map that are kept (n): tokens drawn evenly from all rows."""
 _DAMPING = 0.01
 _BLOCK = 64
 
@@ -97,35 +94,9 @@ def rounding_for(model: Any, recipe: Recipe | None) -> Rounding:
         rows = rows_of(recipe, tokenizer_of(recipe)).train[:ROWS] if recipe is not None else []
     except SlimtuneError:
         rows = []
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # often one tensor with the embeddings, which are rounded number by number
     maps = {n: m for n, m in model.named_modules() if kind_of(m) == "linear" and m is not head and _is_of_base(n)}
-    kept: dict[str, list[Tensor]] = {n: [] for n in maps}
-    if not rows:
-        return Rounding({})
-    generator = torch.Generator().manual_seed(0)
-    each = INPUTS // len(rows)
-    drawn = torch.zeros(0, dtype=torch.int64)
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0].detach().reshape(-1, sizes_of(module)[0])
-            if len(x) == length:
-                kept[name].append(x[drawn].to(torch.float32))
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(keep(n)) for n, m in maps.items()]
-    device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            for row in rows:
-                length = len(row["input_ids"])
-                drawn = torch.randperm(length, generator=generator)[:each].to(device)
-                model(input_ids=torch.tensor([row["input_ids"]], device=device), use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    inputs = {n: torch.cat(x).cpu() for n, x in kept.items() if x}
+    inputs = inputs_of(model, maps, [row["input_ids"] for row in rows]) if rows else {}
     return Rounding(inputs, [n for n in inputs if transposed(maps[n])])
 
 

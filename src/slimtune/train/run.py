@@ -91,7 +91,7 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
     plan = processes.by_first(lambda: planner(recipe, [len(e["input_ids"]) for e in rows.train + rows.validation]))
     divide = recipe.train.shard_base and processes.count() > 1
     mesh = init_device_mesh(_device(recipe).type, (processes.count(),)) if divide else None
-    base, model = processes.together(lambda: _loaded(recipe, continue_from, mesh), in_turns=divide)
+    base, model = processes.together(lambda: _loaded(recipe, continue_from, mesh, rows), in_turns=divide)
     fresh = run is None
     if run is None:
         run = RunFolder(Path(recipe.out))
@@ -155,7 +155,7 @@ def _rows(recipe: Recipe) -> Rows:
     return rows
 
 
-def _loaded(recipe: Recipe, continue_from: Path | None, mesh: DeviceMesh | None) -> tuple[Base, Any]:
+def _loaded(recipe: Recipe, continue_from: Path | None, mesh: DeviceMesh | None, rows: Rows) -> tuple[Base, Any]:
     """Load the base and attach the method; with a mesh, divide it, out of the machine's memory."""
     device = _device(recipe)
     dtype = str(pick_dtype(recipe.model.dtype, device)).removeprefix("torch.")
@@ -167,7 +167,7 @@ def _loaded(recipe: Recipe, continue_from: Path | None, mesh: DeviceMesh | None)
             "bfloat16 or float32 for training",
             "--dtype bfloat16 or --dtype float32",
         )
-    model = adapted(base, recipe, continue_from)
+    model = adapted(base, recipe, continue_from, rows.train)
     if mesh is not None:
         base.device = device
         shard_base(model, mesh, device)
