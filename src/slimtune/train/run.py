@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
+from ..adapt.ways import ways_of
 from ..build import Rows, adapted, base_of, collator_of, continuing, require_packages, rows_of, tokenizer_of
 from ..contract.layout import laid_out
 from ..data.collate import Collator
@@ -31,6 +33,7 @@ from ..ops import processes
 from ..ops.files import disk_full_is_an_error
 from ..ops.memory import ran_out
 from ..recipe import Recipe
+from ..report import versions, write_report
 from ..runs import ADAPTER_FILE, RunFolder, json_text, write_atomic
 from ..step import compile_layers
 from ..thrift import checkpoint_layers
@@ -39,7 +42,6 @@ from . import checkpoints
 from .callbacks import Pace, Watch, rate, stop_on_interrupt
 from .probe import longest, peak_bytes, planned_bytes, probe
 from .relief import EVENT, Relief
-from .report import write_report
 from .sharding import shard_base
 from .trainer import SlimTrainer
 
@@ -423,8 +425,21 @@ def _finish(
         "dtype": str(base.dtype).removeprefix("torch."),
         "quant": base.quant,
         "device": str(base.device),
+        "finished": datetime.now(UTC).isoformat(" ", "seconds"),
+        "adapted": str(model.match_report()),
+        "rows_read": {
+            "train": rows.train_report.to_dict(),
+            "validation": rows.validation_report.to_dict() if rows.validation_report else None,
+        },
+        "ships": {"base_kind": base.source.kind, **dataclasses.asdict(ways_of(model, beside=not _is_loftq(recipe)))},
+        "versions": versions(),
     }
     write_atomic(run.result_file, json.dumps(result, indent=2) + "\n")
-    write_report(run, recipe, result, model.match_report(), rows)
+    write_report(run)
     watch.say(f"adapter: {run.adapter} ({bytes_text(result['adapter_bytes'])})")
     return result
+
+
+def _is_loftq(recipe: Recipe) -> bool:
+    """Return whether the adapter started as what quantization took from its base: it belongs to that one."""
+    return recipe.method.settings.get("init_lora_weights") == "loftq"
