@@ -48,7 +48,9 @@ def opened(profile: Path, width: int, scheme: Any, height: int = 900, scale: flo
             color_scheme=scheme,
         )
         try:
-            yield browser.new_page()
+            page = browser.new_page()
+            page.set_default_timeout(5000)
+            yield page
         finally:
             browser.close()
 

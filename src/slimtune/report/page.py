@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 
 from .. import __version__
+from ..errors import UsageError
 from ..runs import RunFolder, write_atomic
 from .charts import is_number
 from .record import Record, record_of
@@ -26,11 +27,14 @@ def write_report(run: RunFolder, out: Path | None = None) -> Path:
         out: the file; None: `report.html` in the run folder.
 
     Raises:
-        UsageError: there is no recipe.
+        UsageError: there is no recipe, or no folder to write `out` into.
         RecipeError: the recipe holds faults.
         RunError: the disk is full.
     """
-    file = run.report_file if out is None else out
+    file = run.report_file if out is None else out.expanduser()
+    if file.is_dir() or not file.parent.is_dir():
+        what = "is a folder" if file.is_dir() else f"cannot be written: there is no folder {file.parent}"
+        raise UsageError(f"{file} {what}", "a file in a folder that is there", "--out report.html")
     write_atomic(file, page_of(run))
     return file
 

@@ -43,6 +43,7 @@ from .callbacks import Pace, Watch, rate, stop_on_interrupt
 from .probe import longest, peak_bytes, planned_bytes, probe
 from .relief import EVENT, Relief
 from .sharding import shard_base
+from .trackers import log_beside, require_trackers
 from .trainer import SlimTrainer
 
 START = "start"
@@ -151,6 +152,7 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
 
 def _rows(recipe: Recipe) -> Rows:
     require_packages(recipe)
+    require_trackers(recipe.train.report_to)
     rows = rows_of(recipe, tokenizer_of(recipe))
     if not rows.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
@@ -333,6 +335,7 @@ def _trainer(
         callbacks=[pace, watch],
         optimizer=t.optimizer,
     )
+    log_beside(run, trainer.callback_handler.callbacks)
     for unwanted in ("PrinterCallback", "ProgressCallback"):
         for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == unwanted]:
             trainer.remove_callback(type(callback))

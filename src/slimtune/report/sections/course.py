@@ -19,7 +19,7 @@ def section(run: Record) -> Section:
         [("training", "one", of("train_loss"), False), ("validation", "two", of("validation_loss"), True)],
     )
     others: list[Curves | None] = [
-        curves("Learning rate", "", [("learning rate", "one", of("learning_rate"), False)]),
+        curves("Learning rate", run.recipe.train.scheduler.replace("_", " "), [("learning rate", "one", of("learning_rate"), False)]),
         curves("Speed", "trained tokens a second", [("speed", "one", of("tokens_per_second"), False)]),
         curves("Gradient norm", "before clipping", [("gradient norm", "one", of("grad_norm"), False)]),
     ]

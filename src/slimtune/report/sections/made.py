@@ -19,7 +19,7 @@ def section(run: Record) -> Section:
         ("trained tokens", f"{whole(r.get('trained_tokens'))}, of which {whole(r.get('supervised_tokens'))} learned"),
         ("training steps", duration(r.get("train_seconds"))),
         ("loading the base", duration(r.get("load_seconds"))),
-        ("first-time dequantization", duration(r.get("prepare_seconds"))),
+        ("dequantizing it", duration(r.get("prepare_seconds"))),
         ("parameters trained", f"{short(r.get('trainable_params'))} of {short(r.get('total_params'))}"),
         ("adapter", f"{whole(r.get('adapter_bytes'))} bytes"),
         ("peak memory", size(r.get("peak_bytes"))),
