@@ -166,7 +166,8 @@ def test_on_a_gpu_tensors_are_compared_with_tensors(tmp_path):
 
 
 def lines_of(run: RunFolder) -> list[list[str]]:
-    return [shlex.split(line) for line in Page(page_of(run)).of["shipping"].splitlines() if line.startswith("slimtune ")]
+    said = Page(page_of(run)).of["shipping"].splitlines()
+    return [shlex.split(line) for line in said if line.startswith("slimtune ")]
 
 
 def exports(run: RunFolder) -> set[str]:

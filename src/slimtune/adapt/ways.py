@@ -1,4 +1,4 @@
-"""Where an adapter can go: what each way out asks of it, answered by its deltas and its config, not by a list of methods.
+"""Where an adapter can go: what each way out asks of it. Its deltas and its config answer, no list of methods does.
 
 What a way asks of the base (an architecture that llama.cpp or vLLM knows) is asked when it is gone.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 BOX = 1000.0
 MOST_POINTS = 300
@@ -113,7 +113,11 @@ def curves(title: str, unit: str, series: Sequence[tuple[str, str, Points, bool]
     return Curves(title, unit, lines, ends, [Tick(100 * (y1 - y) / (y1 - y0), _short(y, y1)) for y in marks])
 
 
-def whiskers(rows: Sequence[tuple[str, str, Any, Any, str]], marks: Sequence[tuple[float, str]] = ()) -> Whiskers | None:
+Figure = tuple[str, str, Any, Any, str]
+"""Label, tone, value, `[low, high]` and text."""
+
+
+def whiskers(rows: Sequence[Figure], marks: Sequence[tuple[float, str]] = ()) -> Whiskers | None:
     """Return figures with intervals on one axis; None where there is none.
 
     Args:
@@ -130,7 +134,10 @@ def whiskers(rows: Sequence[tuple[str, str, Any, Any, str]], marks: Sequence[tup
     def at(x: float) -> float:
         return round((x - low) / (high - low) * BOX, 1)
 
-    made = [Whisker(n, tone, at(v), *(map(at, ci) if ci else (None, None)), text) for n, tone, v, ci, text in known]
+    made = [
+        Whisker(name, tone, at(v), at(ci[0]) if ci else None, at(ci[1]) if ci else None, text)
+        for name, tone, v, ci, text in known
+    ]
     return Whiskers(
         made, [Tick(at(x) / 10, _short(x, high)) for x in axis], [Tick(at(m) / 10, text) for m, text in marks]
     )
@@ -156,7 +163,7 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.4g}"
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Return whether it is a number that can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -43,7 +43,8 @@ def page_of(run: RunFolder) -> str:
     """Return the page of a run as HTML; errors as `write_report`, the disk's apart."""
     record = record_of(run)
     style = files(__package__).joinpath(TEMPLATES, "report.css").read_text(encoding="utf-8")
-    return _templates().get_template("page.html").render(
+    page = _templates().get_template("page.html")
+    return page.render(
         name=run.path.resolve().name,
         run=record,
         style=style,

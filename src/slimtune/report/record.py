@@ -54,7 +54,8 @@ class Record:
         d = self.recipe.data
         if d.test is not None:
             return ""
-        return "--split validation" if d.validation is not None or d.validation_fraction > 0 else "--data HELD_OUT.jsonl"
+        validated = d.validation is not None or d.validation_fraction > 0
+        return "--split validation" if validated else "--data HELD_OUT.jsonl"
 
 
 def record_of(run: RunFolder) -> Record:

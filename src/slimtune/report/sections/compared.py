@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..charts import Whiskers, is_number, whiskers
+from ..charts import Figure, Whiskers, is_number, whiskers
 from ..record import Evaluation, Record, Values
 from ..section import Missing, Section, command
 from ..words import fixed, interval, signed
@@ -54,11 +55,10 @@ def _measures(v: Values) -> list[Measure]:
     return [m for m in measures if m is not None]
 
 
-def _measure(
-    v: Values, key: str, title: str, unit: str, gain: str, digits: int, factor: float = 1.0
-) -> Measure | None:
-    def row(label: str, tone: str, name: str, say: Any) -> tuple[str, str, Any, Any, str]:
-        value, ci = v.get(name), v.get(f"{name}_ci95")
+def _measure(v: Values, key: str, title: str, unit: str, gain: str, digits: int, factor: float = 1.0) -> Measure | None:
+    def row(label: str, tone: str, name: str, say: Callable[..., str]) -> Figure:
+        value: Any = v.get(name)
+        ci: Any = v.get(f"{name}_ci95")
         if not is_number(value):
             return label, tone, None, None, ""
         around = interval(ci, digits, factor)

@@ -18,8 +18,9 @@ def section(run: Record) -> Section:
         "nats a learned token",
         [("training", "one", of("train_loss"), False), ("validation", "two", of("validation_loss"), True)],
     )
+    scheduler = run.recipe.train.scheduler.replace("_", " ")
     others: list[Curves | None] = [
-        curves("Learning rate", run.recipe.train.scheduler.replace("_", " "), [("learning rate", "one", of("learning_rate"), False)]),
+        curves("Learning rate", scheduler, [("learning rate", "one", of("learning_rate"), False)]),
         curves("Speed", "trained tokens a second", [("speed", "one", of("tokens_per_second"), False)]),
         curves("Gradient norm", "before clipping", [("gradient norm", "one", of("grad_norm"), False)]),
     ]

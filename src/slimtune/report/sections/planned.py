@@ -91,7 +91,9 @@ def _lines(run: Record) -> list[Line]:
         Line("adapter file", size(p.get("adapter_bytes")), size(r.get("adapter_bytes"))),
     ]
     pace = p.get("tokens_per_second") or {}
-    slow, fast, tokens = pace.get("low"), pace.get("high"), r.get("trained_tokens")
+    slow: Any = pace.get("low")
+    fast: Any = pace.get("high")
+    tokens: Any = r.get("trained_tokens")
     known = all(is_number(x) and x > 0 for x in (slow, fast)) and is_number(tokens)
     rate, took = r.get("tokens_per_second"), r.get("train_seconds")
     lines.append(

@@ -42,7 +42,7 @@ def _lengths(report: Mapping[str, Any]) -> dict[str, Any]:
         high = b["rows"] / most * BOX
         width = max(at(b["to"]) - at(b["from"]), 2)
         bars.append({**b, "x": at(b["from"]), "w": width, "y": round(BOX - high, 1), "h": round(high, 1)})
-    limit = report.get("max_seq_len")
+    limit: Any = report.get("max_seq_len")
     inside = is_number(limit) and first <= limit <= last
     middle = math.floor((first + last) / 2)
     return {

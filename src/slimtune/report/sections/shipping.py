@@ -41,8 +41,8 @@ def ways_of(run: Record, ships: dict) -> list[Way]:
     by_converter = "" if of_gguf else "The base is no GGUF: LLAMA_CPP has to name a checkout of llama.cpp."
     ways = []
     if ships.get("merged"):
-        merged = [command("merge", folder, "--out", out["merged"])]
-        ways.append(Way("One plain model, for transformers and vLLM", [*merged, f"vllm serve {shlex.quote(out['merged'])}"]))
+        merged = [command("merge", folder, "--out", out["merged"]), shlex.join(["vllm", "serve", out["merged"]])]
+        ways.append(Way("One plain model, for transformers and vLLM", merged))
 
     def export(to: str, *more: str) -> str:
         return command("export", folder, "--to", to, "--out", out[to], *more)
@@ -58,9 +58,8 @@ def ways_of(run: Record, ships: dict) -> list[Way]:
     if ships.get("vllm"):
         ways.append(Way("vLLM, the adapter beside the base", [export("vllm")]))
     elif ships.get("as_lora"):
-        ways.append(
-            Way("vLLM, as the nearest LoRA", [export("vllm", "--as-lora", "64")], "What that loses is measured and said.")
-        )
+        loses = "What that loses is measured and said."
+        ways.append(Way("vLLM, as the nearest LoRA", [export("vllm", "--as-lora", "64")], loses))
     ways.append(Way("The Hub", [command("push", folder, f"YOUR_NAME/{name}")]))
     if ships.get("merged") or ships.get("gguf"):
         ways.append(Way("Does every way say what was trained?", [command("verify", folder)]))
