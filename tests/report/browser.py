@@ -1,6 +1,6 @@
 """Chromium, headless and without a network, for pages of this disk.
 
-python tests/report/browser.py PAGE.html OUT.png [WIDTH] [light|dark] [HEIGHT]        takes a picture
+python tests/report/browser.py PAGE.html OUT.png WIDTH light|dark FROM HEIGHT      takes a picture, from a section on
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def opened(profile: Path, width: int, scheme: Any, height: int = 900, scale: flo
 if __name__ == "__main__":
     import tempfile
 
-    page_file, out, *rest = sys.argv[1:]
-    width, scheme, height = (*rest, *("1280", "light", "0")[len(rest) :])
+    page_file, out, width, scheme, start, height = sys.argv[1:]
     with tempfile.TemporaryDirectory() as profile, opened(Path(profile), int(width), scheme) as page:
         page.goto(Path(page_file).resolve().as_uri())
-        clip = {"clip": {"x": 0, "y": 0, "width": int(width), "height": int(height)}} if int(height) else {}
-        page.screenshot(path=out, full_page=True, **clip)
+        top = page.locator(start).bounding_box()["y"]
+        box = {"x": 0, "y": top, "width": int(width), "height": int(height)}
+        page.screenshot(path=out, full_page=True, clip=box)

@@ -45,11 +45,12 @@ def ways_of(model: Any, adapter: str = "default", *, beside: bool = True) -> Way
     kinds = set(model._attached.reports[adapter].kinds.values())
     maps, other = low_rank_maps(model, adapter)
     taken = beside and not beyond_lora(config)
+    merged = config.mergeable and all(d.has_place for d in model._attached.deltas(adapter).values())
     return Ways(
-        merged=config.mergeable,
+        merged=merged,
         gguf=beside and bool(maps) and not other,
         vllm=taken and not no_plain_lora(config),
-        as_lora=taken and config.mergeable and kinds <= {"linear", "embedding"},
+        as_lora=taken and merged and kinds <= {"linear", "embedding"},
     )
 
 
