@@ -58,7 +58,7 @@ def report_of(file: str, text: str) -> dict[str, Any]:
                     {"line": 90, "cause": "not JSON", "code": "bad-json"}],
         "tokens": 64700, "supervised_tokens": 36400, "supervised_share": 0.5626,
         "lengths": {"min": 31, "median": 74, "p90": 131, "p99": 208, "max": 251, "histogram": [
-            {"from": 31 + 22 * i, "to": 53 + 22 * i, "rows": n} for i, n in enumerate(
+            {"from": 31 + 22 * i, "to": 52 + 22 * i, "rows": n} for i, n in enumerate(
                 [96, 230, 190, 112, 74, 40, 21, 9, 5, 2])]},
         "max_seq_len": 200, "too_long": {"rows": 3, "lines": [101, 202, 303]},
         "shared_prefix": {"tokens": 24, "text": f"system: you define words {text}"},

@@ -149,6 +149,14 @@ def test_the_bar_holds_the_parts_and_the_marks(whole):
     assert float(whole.all("rect", "need")[0]["width"]) == pytest.approx(1000 * most / 23e9, abs=0.1)
 
 
+def test_columns_stand_side_by_side(whole):
+    columns = [(float(c["x"]), float(c["width"]), float(c["height"])) for c in whole.all("rect", "column")]
+    assert [x + wide for x, wide, _ in columns] == pytest.approx([*(x for x, _, _ in columns[1:]), 1000], abs=0.2)
+    assert columns[1][2] == 1000  # 230 rows, the most
+    assert columns[0][2] == pytest.approx(1000 * 96 / 230, abs=0.1)
+    assert float(whole.all("line", "limit")[0]["x1"]) == pytest.approx(1000 * (200 - 31) / 220, abs=0.1)
+
+
 def test_a_peak_over_the_plan_is_off(tmp_path):
     run = full_run(tmp_path / "mine", peak_bytes=3_000_000_000)
     page = Page(page_of(run))

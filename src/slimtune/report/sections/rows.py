@@ -31,16 +31,18 @@ def _lengths(report: Mapping[str, Any]) -> dict[str, Any]:
     bins = [b for b in bins if is_number(b.get("from")) and is_number(b.get("to")) and b["to"] >= b["from"]]
     if not bins or not (most := max(b["rows"] for b in bins)):
         return {}
-    first, last = bins[0]["from"], bins[-1]["to"]
+    # A bin ends where the next begins, whether `to` is its last length or the one after it.
+    last = bins[-1]["to"] + (bins[1]["from"] - bins[0]["to"] if len(bins) > 1 else 0)
+    first, ends = bins[0]["from"], [*(b["from"] for b in bins[1:]), last]
     wide = max(last - first, 1)
 
     def at(x: float) -> float:
         return round((x - first) / wide * BOX, 1)
 
     bars = []
-    for b in bins:
+    for b, end in zip(bins, ends, strict=True):
         high = b["rows"] / most * BOX
-        width = max(at(b["to"]) - at(b["from"]), 2)
+        width = round(max(at(end) - at(b["from"]), 2), 1)
         bars.append({**b, "x": at(b["from"]), "w": width, "y": round(BOX - high, 1), "h": round(high, 1)})
     limit: Any = report.get("max_seq_len")
     inside = is_number(limit) and first <= limit <= last
@@ -48,6 +50,6 @@ def _lengths(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "bars": bars,
         "limit": at(limit) if inside else None,
-        "xs": [Tick(0, f"{first:g} tokens"), Tick(50, f"{middle:,}"), Tick(100, f"{last:,g}")],
+        "xs": [Tick(0, f"{first:g} tokens"), Tick(50, f"{middle:,}"), Tick(100, f"{bins[-1]['to']:,g}")],
         "most": most,
     }
