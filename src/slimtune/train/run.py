@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
+from ..adapt.ways import ways_of
 from ..build import Rows, adapted, base_of, collator_of, continuing, require_packages, rows_of, tokenizer_of
 from ..contract.layout import laid_out
 from ..data.collate import Collator
@@ -31,6 +33,7 @@ from ..ops import processes
 from ..ops.files import disk_full_is_an_error
 from ..ops.memory import ran_out
 from ..recipe import Recipe
+from ..report import versions, write_report
 from ..runs import ADAPTER_FILE, RunFolder, json_text, write_atomic
 from ..step import compile_layers
 from ..thrift import checkpoint_layers
@@ -39,8 +42,8 @@ from . import checkpoints
 from .callbacks import Pace, Watch, rate, stop_on_interrupt
 from .probe import longest, peak_bytes, planned_bytes, probe
 from .relief import EVENT, Relief
-from .report import write_report
 from .sharding import shard_base
+from .trackers import log_beside, require_trackers
 from .trainer import SlimTrainer
 
 START = "start"
@@ -149,6 +152,7 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
 
 def _rows(recipe: Recipe) -> Rows:
     require_packages(recipe)
+    require_trackers(recipe.train.report_to)
     rows = rows_of(recipe, tokenizer_of(recipe))
     if not rows.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
@@ -331,6 +335,7 @@ def _trainer(
         callbacks=[pace, watch],
         optimizer=t.optimizer,
     )
+    log_beside(run, trainer.callback_handler.callbacks)
     for unwanted in ("PrinterCallback", "ProgressCallback"):
         for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == unwanted]:
             trainer.remove_callback(type(callback))
@@ -423,8 +428,21 @@ def _finish(
         "dtype": str(base.dtype).removeprefix("torch."),
         "quant": base.quant,
         "device": str(base.device),
+        "finished": datetime.now(UTC).isoformat(" ", "seconds"),
+        "adapted": str(model.match_report()),
+        "rows_read": {
+            "train": rows.train_report.to_dict(),
+            "validation": rows.validation_report.to_dict() if rows.validation_report else None,
+        },
+        "ships": {"base_kind": base.source.kind, **dataclasses.asdict(ways_of(model, beside=not _is_loftq(recipe)))},
+        "versions": versions(),
     }
     write_atomic(run.result_file, json.dumps(result, indent=2) + "\n")
-    write_report(run, recipe, result, model.match_report(), rows)
+    write_report(run)
     watch.say(f"adapter: {run.adapter} ({bytes_text(result['adapter_bytes'])})")
     return result
+
+
+def _is_loftq(recipe: Recipe) -> bool:
+    """Return whether the adapter started as what quantization took from its base: it belongs to that one."""
+    return recipe.method.settings.get("init_lora_weights") == "loftq"
