@@ -1,4 +1,4 @@
-"""Tiny runs that really learned: what belongs to a prompt, answers given to wrong prompts, or nothing but noise."""
+"""Tiny runs that really learned, on a base that really knows a text: what belongs to a prompt, or style alone."""
 
 from __future__ import annotations
 
@@ -30,6 +30,25 @@ def shuffled(pairs: list[tuple[str, str]], seed: int = 1) -> list[tuple[str, str
     answers = [a for _, a in pairs]
     random.Random(seed).shuffle(answers)
     return [(q, a) for (q, _), a in zip(pairs, answers, strict=True)]
+
+
+KNOWN = "The sea was calm and the boat lay still. " * 40
+
+
+def knowing_base(folder: Path, model: Any, tokenizer: Any, steps: int = 60) -> Path:
+    """Write a base whose every weight was trained on `KNOWN`."""
+    ids = torch.tensor(tokenizer(KNOWN)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    draw = random.Random(0)
+    for _ in range(steps):
+        at = [draw.randrange(len(ids) - 64) for _ in range(4)]
+        some = torch.stack([ids[a : a + 64] for a in at])
+        model.train()(input_ids=some, labels=some).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def trained_run(path: Path, base: Path, pairs: list[tuple[str, str]], *, steps: int = 150, rate: float = 1e-2) -> Path:

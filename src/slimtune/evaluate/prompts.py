@@ -4,7 +4,10 @@
 
 π takes each row to another whose prompt differs. What of a loss is style, length or vocabulary is the same after both
 prompts and falls out; what is left is what the model reads from the prompt. An adapter that learned style alone, from
-answers that do not belong to their prompts, lowers the loss and loses this.
+answers that do not belong to their prompts, lowers the loss and loses this: the base's own use is the measure, since a
+loss of it shows long before nothing is left.
+
+    kept    the interval of the tuned model's use lies above LEAST, and that of its change reaches -TOLERATED · base
 """
 
 from __future__ import annotations
@@ -21,6 +24,10 @@ from .statistics import paired
 
 MOST = 256
 """Rows that are scored after another's prompt, drawn at random where there are more."""
+LEAST = 0.01
+"""Nats a token: with less a prompt tells nothing of its answer, however sure that little is."""
+TOLERATED = 0.1
+"""Share of the base's use that may be lost."""
 
 
 @dataclass(frozen=True)
@@ -89,4 +96,5 @@ def prompt_use(
     found = paired(uses[1], uses[0], [base[i].tokens for i in swapped.rows], **bootstrap)
     every = {"base": found.tuned, "tuned": found.base, "change": found.difference}
     figures = {name: e.value for name, e in every.items()} | {f"{name}_ci95": e.interval for name, e in every.items()}
-    return {"rows": len(swapped.rows), **figures, "kept": found.base.low > 0}
+    kept = found.base.low > LEAST and found.difference.high >= -TOLERATED * max(0.0, found.tuned.value)
+    return {"rows": len(swapped.rows), **figures, "kept": kept}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .prompts import LEAST
+
 Result = Mapping[str, Any]
 
 
@@ -40,4 +42,11 @@ def verdict_of(result: Result) -> dict[str, Any]:
 
 def _unprompted(use: Result) -> str:
     low, high = use["tuned_ci95"]
-    return f"its answers do not follow from their prompts: {low:.4f} to {high:.4f}"
+    if low <= LEAST:
+        told = f"between {low:.4f} and {high:.4f} nats a token, of which {LEAST} are wanted"
+        return f"a prompt is not shown to tell the tuned model anything of its answer: {told}"
+    low, high = use["change_ci95"]
+    return (
+        "the tuned model learned to answer past the prompt: what a prompt tells of its answer fell from "
+        f"{use['base']:.4f} to {use['tuned']:.4f} nats a token, by {-high:.4f} to {-low:.4f}"
+    )
