@@ -1,4 +1,4 @@
-"""Held-out rows as multiple choice: the definition of the word among three of other words, in an order drawn by seed."""
+"""Held-out rows as multiple choice: the definition of the word among three of other words, in a drawn order."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ MEASURED = {
     "tuned_perplexity": 20.1, "base_accuracy": 0.25, "tuned_accuracy": 0.375, "accuracy_gain": 0.125, "rows": 90,
     "tokens": 3000, "prompt_use": {"base": 0.13, "tuned": 0.16, "tuned_ci95": [0.11, 0.22]},
     "forgetting": {"change": 0.031, "change_ci95": [0.02, 0.04], "budget": 0.1},
-    "generations": [{"prompt": [{"role": "user", "content": "Hi [b]"}], "reference": "Ho", "base": "Hm", "tuned": "Ha"}],
+    "generations": [{"prompt": [{"content": "Hi [b]"}], "reference": "Ho", "base": "Hm", "tuned": "Ha"}],
     "generation_summary": {"ended": {"base": 0.5, "tuned": 1.0}},
     "tasks": {"odd": {"acc": {"base": 0.25, "base_stderr": 0.04, "tuned": 0.5, "tuned_stderr": None}}},
     "verdict": {"passed": True, "reasons": []},

@@ -51,7 +51,9 @@ def test_an_answer_says_whether_it_came_to_its_end(tmp_path, tiny_folder):
 
 
 def test_prompts_are_spread_over_the_rows_and_end_before_the_last_answer():
-    talk = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))]
+    talk = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
     rows = [Row(talk, line) for line in range(1, 101)]
     asked = asked_of(rows, [{"line": line} for line in range(11, 61)], 3)
     assert [a.line for a in asked] == [11, 35, 60]
@@ -60,7 +62,9 @@ def test_prompts_are_spread_over_the_rows_and_end_before_the_last_answer():
 
 
 def test_the_summary_is_the_mean_of_numbers_and_the_share_of_what_holds():
-    checks = [{"ended": {"base": b, "tuned": True}, "tokens": {"base": 2, "tuned": n}} for b, n in ((True, 1), (False, 4))]
+    checks = [
+        {"ended": {"base": b, "tuned": True}, "tokens": {"base": 2, "tuned": n}} for b, n in ((True, 1), (False, 4))
+    ]
     assert summary([{"checks": c} for c in checks]) == {
         "ended": {"base": 0.5, "tuned": 1.0},
         "tokens": {"base": 2.0, "tuned": 2.5},

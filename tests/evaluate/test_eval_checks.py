@@ -45,7 +45,9 @@ def test_chrf_is_sacrebleus():
     sacrebleu = pytest.importorskip("sacrebleu")
     check = checks_of(["chrf"])["chrf"]
     assert check("a dull day", "a dull day") == pytest.approx(100)
-    assert check("a dull dog", "a dull day") == pytest.approx(sacrebleu.sentence_chrf("a dull dog", ["a dull day"]).score)
+    assert check("a dull dog", "a dull day") == pytest.approx(
+        sacrebleu.sentence_chrf("a dull dog", ["a dull day"]).score
+    )
 
 
 @pytest.mark.parametrize(

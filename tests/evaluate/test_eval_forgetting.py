@@ -45,7 +45,11 @@ def test_a_text_is_cut_into_windows_and_of_messages_only_answers_count(tmp_path,
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.jsonl", b'{"text": "abc"}\n{"txt": "abc"}\n[1]\n{"text": " "}\n', ["x.jsonl:2:", "x.jsonl:3:", "x.jsonl:4:"]),
+        (
+            "x.jsonl",
+            b'{"text": "abc"}\n{"txt": "abc"}\n[1]\n{"text": " "}\n',
+            ["x.jsonl:2:", "x.jsonl:3:", "x.jsonl:4:"],
+        ),
         ("x.jsonl", b'{"text": \n', ["x.jsonl:1: does not parse as JSON"]),
         ("x.jsonl", b'{"messages": [{"role": "user"}]}\n', ["neither a text nor messages"]),
         ("x.txt", b"\xff\xfe", ["is not UTF-8 at byte 0"]),
@@ -93,7 +97,9 @@ def test_the_change_is_the_one_computed_window_by_window(tmp_path, tiny_folder):
 
     def loss(model) -> float:
         with torch.no_grad():
-            return sum(model(w[None], labels=w[None]).loss.item() * (len(w) - 1) for w in ids) / sum(len(w) - 1 for w in ids)
+            return sum(model(w[None], labels=w[None]).loss.item() * (len(w) - 1) for w in ids) / sum(
+                len(w) - 1 for w in ids
+            )
 
     base = loss(model)
     tuned = loss(PeftModel.from_pretrained(model, run / "adapter"))

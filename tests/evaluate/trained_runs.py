@@ -16,7 +16,14 @@ from slimtune.data.read import read_rows
 from slimtune.data.rows import encode_rows
 from slimtune.step import collator_for, step_loss
 
-WORDS = {"ash": "grey dust", "bee": "it hums", "cod": "a cold fish", "dew": "wet grass", "elm": "tall shade", "fig": "sweet"}
+WORDS = {
+    "ash": "grey dust",
+    "bee": "it hums",
+    "cod": "a cold fish",
+    "dew": "wet grass",
+    "elm": "tall shade",
+    "fig": "sweet",
+}
 
 
 def talks(rows: int, seed: int = 0) -> list[tuple[str, str]]:

@@ -85,7 +85,9 @@ def _show(result: Mapping[str, Any]) -> None:
             f"{_spread(use, 'tuned')} to the tuned model"
         )
     if (forgot := result["forgetting"]) is not None:
-        screen.print(f"forgotten on general text: {_spread(forgot, 'change')} nats a token, budget {forgot['budget']:g}")
+        screen.print(
+            f"forgotten on general text: {_spread(forgot, 'change')} nats a token, budget {forgot['budget']:g}"
+        )
     for answer in result["generations"] or []:
         screen.print(f"\n{answer['prompt'][-1]['content']}", style="bold", markup=False)
         for who in ("reference", "base", "tuned"):

@@ -1,8 +1,8 @@
 """Base and tuned answer the same held-out prompts; each answer with its checks.
 
 Every prompt is answered alone, each token the likeliest, so an answer is the one that `slimtune generate` prints. Laid
-together, answers would depend on their neighbours: in bf16 a product of other shape rounds otherwise, and one token that
-turns changes all that follow.
+together, answers would depend on their neighbours: in bf16 a product of other shape rounds otherwise, and one token
+that turns changes all that follow.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def asked_of(rows: Sequence[Row], examples: Sequence[Example], most: int) -> lis
 def side_by_side(
     speaker: Speaker, asked: Sequence[Asked], checks: Mapping[str, Check], max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Return `line`, `prompt`, `reference`, `base`, `tuned` and `checks` (`{name: {"base", "tuned"}}`) of each prompt."""
+    """Return of each prompt `line`, `prompt`, `reference`, `base`, `tuned`, `checks` (`{name: {"base", "tuned"}}`)."""
     found = []
     for one in asked:
         said = {}

@@ -1,13 +1,13 @@
 """What can be said of an answer without a judge: measures that every answer gets, and checks that are asked for.
 
-    tokens          how many it has, the one that ends it included
-    repetition      share of its runs of four words that occurred in it before; 0: none, towards 1: it goes round
-    ended           it came to its end before --max-new-tokens
-    exact           it is the reference, but for white space at the ends
-    chrf            chrF against the reference, 0 to 100 (sacrebleu)
-    json            it is JSON and nothing else
-    regex:PATTERN   PATTERN is found in it
-    json-schema:F   it is JSON that the schema in file F admits (jsonschema)
+tokens          how many it has, the one that ends it included
+repetition      share of its runs of four words that occurred in it before; 0: none, towards 1: it goes round
+ended           it came to its end before --max-new-tokens
+exact           it is the reference, but for white space at the ends
+chrf            chrF against the reference, 0 to 100 (sacrebleu)
+json            it is JSON and nothing else
+regex:PATTERN   PATTERN is found in it
+json-schema:F   it is JSON that the schema in file F admits (jsonschema)
 """
 
 from __future__ import annotations

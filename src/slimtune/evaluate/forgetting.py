@@ -109,10 +109,9 @@ def forgetting_of(
     base, tuned = judge(examples)
 
     def compare(rows: Sequence[int]) -> dict[str, Any]:
-        chosen = ([side[i] for i in rows] for side in (base, tuned))
-        nats = [[j.nats for j in side] for side in chosen]
+        before, after = ([side[i].nats for i in rows] for side in (base, tuned))
         tokens = [base[i].tokens for i in rows]
-        found = paired(*nats, tokens, **bootstrap)
+        found = paired(before, after, tokens, **bootstrap)
         return {
             "tokens": sum(tokens),
             "base_loss": found.base.value,
@@ -132,7 +131,8 @@ def _add(found: list[tuple[int, str, Piece]], faults: Faults, number: int, line:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as e:
-        return faults.add(number, f"does not parse as JSON ({e.msg} at column {e.colno})")
+        faults.add(number, f"does not parse as JSON ({e.msg} at column {e.colno})")
+        return
     kind = str(row.get("kind", "text")) if isinstance(row, dict) else ""
     match row:
         case {"text": str(text)} if text.strip():

@@ -124,7 +124,7 @@ class Speaker:
                 ids, attention_mask=torch.ones_like(ids), use_cache=True, max_new_tokens=max_new_tokens, do_sample=False
             )
         said = whole[0, ids.shape[1] :].tolist()
-        text = self.tokenizer.decode(said, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(said, skip_special_tokens=True))
         return Answer(text, len(said), bool(said) and said[-1] in self.ends)
 
     def prompt(self, messages: Sequence[Message], max_new_tokens: int) -> Tensor:

@@ -45,7 +45,7 @@ def rows_file(folder: RunFolder | None, run: Path, split: str, data: Path | None
 
 
 def recipe_for(loaded: Loaded, run: Path, path: Path | None) -> Recipe:
-    """Return the run's recipe, or for an adapter that has none the defaults; unpacked: every architecture takes that."""
+    """Return the run's recipe, or for an adapter that has none defaults; unpacked: every architecture takes that."""
     return loaded.recipe or Recipe.from_dict(
         {
             "model": loaded.base.source.spec,

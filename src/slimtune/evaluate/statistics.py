@@ -5,9 +5,9 @@ rows, so their difference is taken row by row; how hard a row is falls out of it
 
     gain = Σ (b_i - u_i) / Σ t_i          nats per token, positive is better: the difference of the two mean losses
 
-Every figure here is such a ratio of sums, and its interval the percentile bootstrap of that ratio: rows (not tokens: the
-tokens of one row belong together) are drawn with replacement, numerator and denominator from the same draw, and every
-figure from the same draws.
+Every figure here is such a ratio of sums, and its interval the percentile bootstrap of that ratio: rows (not tokens:
+the tokens of one row belong together) are drawn with replacement, numerator and denominator from the same draw, and
+every figure from the same draws.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def paired(
     low, high = np.quantile(_draws(sums, t, draws, seed), [(1 - level) / 2, (1 + level) / 2], axis=0)
     # Where every row says the same, rounding alone could leave the estimate a hair outside.
     low, high = np.minimum(low, found), np.maximum(high, found)
-    every = (Estimate(*map(float, three)) for three in zip(found, low, high, strict=True))
-    return Paired(*every, rows_better=int((u < b).sum()))
+    of_base, of_tuned, difference = (Estimate(*map(float, three)) for three in zip(found, low, high, strict=True))
+    return Paired(of_base, of_tuned, difference, rows_better=int((u < b).sum()))
 
 
 def perplexity(loss: float) -> float:

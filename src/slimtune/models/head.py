@@ -45,7 +45,7 @@ class Head:
         return token_nats_of(h, module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
 
     def judge(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return −log p of `targets (n)` after `h (n, d)`, and whether each is the likeliest token; for measuring only."""
+        """Return −log p of `targets (n)` after `h (n, d)`, and whether each is the likeliest token; no gradient."""
         return nats_and_hits(h, self.module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
 
 

@@ -79,7 +79,7 @@ def nats_and_hits(
     scale: float = 1.0,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return −log p of each target `(n)` and whether it is the likeliest token `(n)`, from one chunk of logits at a time."""
+    """Return −log p of each target `(n)` and whether it is the likeliest token `(n)`: one chunk of logits at a time."""
     rows = rows_at_once(vocabulary, h.device)
     nats, hits = [h.new_zeros(0, dtype=_wide(h))], [targets.new_zeros(0, dtype=torch.bool)]
     for states, wanted in zip(h.split(rows), targets.split(rows), strict=True):

@@ -27,7 +27,18 @@ HERE = Path(__file__).parent
 BYTES = {"prose": 15_000, "instructions": 13_000, "python": 7_000, "javascript": 5_000, "languages": 14_000}
 LONGEST = 1100
 """Characters of a piece: an interval wants many of them."""
-MODULES = ("textwrap", "heapq", "bisect", "fractions", "statistics", "shlex", "graphlib", "colorsys", "calendar", "queue")
+MODULES = (
+    "textwrap",
+    "heapq",
+    "bisect",
+    "fractions",
+    "statistics",
+    "shlex",
+    "graphlib",
+    "colorsys",
+    "calendar",
+    "queue",
+)
 LANGUAGES = ("deu_1996", "fra", "spa", "por_BR", "ita", "rus", "cmn_hans", "jpn", "arb", "hin", "tur", "vie")
 
 Piece = dict[str, Any]
@@ -85,7 +96,7 @@ def chosen(pieces: Iterator[Piece], most: int) -> list[Piece]:
     kept, total = [], 0
     for piece in ordered:
         size = len(_text(piece).encode())
-        if 250 <= size and len(_text(piece)) <= LONGEST and total + size <= most:
+        if size >= 250 and len(_text(piece)) <= LONGEST and total + size <= most:
             kept.append(piece)
             total += size
     return kept
