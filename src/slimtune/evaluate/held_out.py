@@ -55,7 +55,7 @@ def evaluate(
         bootstrap: draws for the intervals.
         seed: of the draws, and of which prompts are exchanged.
         any_prompt: answers need not follow from their prompts.
-        general: text that the adapter never saw, .txt or JSONL (`forgetting.SHIPPED`); None: forgetting is not measured.
+        general: text that the adapter never saw, .txt or JSONL (`forgetting.SHIPPED`); None: none measured.
         budget: nats per token that may be lost on it, from 0.
         generate: how many held-out prompts base and tuned answer.
         max_new_tokens: longest answer in tokens (≥ 1).
