@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,16 +111,11 @@ def _number(value: Any) -> float | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the harness's progress out of ours: only what it warns of is said."""
-    logger, before = logging.getLogger("lm_eval"), os.environ.get("TQDM_DISABLE")
+    """Let the harness show its progress, and of its log only errors: it warns of every model that it did not load."""
+    logger = logging.getLogger("lm_eval")
     level = logger.level
-    os.environ["TQDM_DISABLE"] = "1"
     logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logger.setLevel(level)
-        if before is None:
-            del os.environ["TQDM_DISABLE"]
-        else:
-            os.environ["TQDM_DISABLE"] = before
