@@ -41,7 +41,7 @@ class Rounding:
         self.inputs, self._transposed = inputs, set(transposed)
 
     def __call__(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return a merged parameter as it is to be stored.
+        """Return a merged parameter as it is to be stored; as it is, if it holds what `dtype` cannot.
 
         Args:
             name: of the parameter, `model.layers.0.mlp.up_proj.weight`.
@@ -51,7 +51,9 @@ class Rounding:
         module, _, leaf = name.rpartition(".")
         inputs = self.inputs.get(module)
         nearest = weight.to(dtype)
-        if leaf != "weight" or inputs is None or not torch.isfinite(weight).all() or torch.equal(nearest, weight):
+        if not torch.isfinite(nearest).all():
+            return weight  # for whoever stores it to refuse by name
+        if leaf != "weight" or inputs is None or torch.equal(nearest, weight):
             return nearest
         turned = module in self._transposed
         found = compensated(weight.t() if turned else weight, inputs, dtype)
