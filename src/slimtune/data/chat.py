@@ -9,6 +9,7 @@ template are taken as they stand; for every other template the spans are derived
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,13 @@ def encode(tokenizer: Any, messages: Messages, tools: Tools = None) -> Encoded:
     return Encoded(ids[0], supervised(rendered, offsets[0]))
 
 
-def render(tokenizer: Any, messages: Messages, tools: Tools = None, learned: Sequence[bool] | None = None) -> Rendered:
+def render(
+    tokenizer: Any,
+    messages: Messages,
+    tools: Tools = None,
+    learned: Sequence[bool] | None = None,
+    ends: re.Pattern[str] | None = None,
+) -> Rendered:
     """Return the rendered text with the spans of the assistant's turns, tool calls among them.
 
     Args:
@@ -59,6 +66,7 @@ def render(tokenizer: Any, messages: Messages, tools: Tools = None, learned: Seq
         messages: in the form that messages.py gives them.
         tools: JSON schemas of the functions that may be called.
         learned: for each message whether it is learned; None: each of the assistant's is.
+        ends: `special_tokens(tokenizer)`, where many rows are rendered.
 
     Raises:
         ModelError, DataError: as `encode`.
@@ -76,7 +84,7 @@ def render(tokenizer: Any, messages: Messages, tools: Tools = None, learned: Seq
     except TemplateError as error:
         fix = "change the row, or give another template (data.chat_template)"
         raise DataError(f"the chat template refuses these messages: {error}", fix=fix) from error
-    ends = _special(tokenizer)
+    ends = ends or special_tokens(tokenizer)
     if _GENERATION.search(template):
         spans = _marked_spans(tokenizer, messages, more, text, ends)
     else:
@@ -119,13 +127,13 @@ def supervised(rendered: Rendered, offsets: Sequence[Span]) -> list[bool]:
     A token that begins before its span is the model's to say only if what it takes from there is white space
     (`" Hello"` after `[/INST]`); with a piece of the header in it, it is not.
     """
-    mask: list[bool] = []
-    k, spans = 0, rendered.spans
-    for begin, end in offsets:
-        while k < len(spans) and spans[k][1] <= begin:
-            k += 1
-        inside = k < len(spans) and begin < spans[k][1] and end > spans[k][0]
-        mask.append(inside and (begin >= spans[k][0] or rendered.text[begin : spans[k][0]].isspace()))
+    begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
+    mask = [False] * len(offsets)
+    for start, stop in rendered.spans:
+        first, last = bisect_right(ends, start), bisect_left(begins, stop)
+        while first < last and begins[first] < start and not rendered.text[begins[first] : start].isspace():
+            first += 1
+        mask[first:last] = [True] * (last - first)
     return mask
 
 
@@ -150,7 +158,8 @@ def ends_turn(tokenizer: Any, token: int) -> bool:
     return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
 
 
-def _special(tokenizer: Any) -> re.Pattern[str]:
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Return what matches any special or added token of a tokenizer."""
     known = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     # Some vocabularies add runs of blanks: they end nothing.
     names = sorted((re.escape(t) for t in known if t.strip()), key=len, reverse=True)

@@ -10,6 +10,7 @@ in batches, over several processes where there are many, and come to lie outside
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 
 from ..errors import DataError, UsageError, listed, nearest
 from ..units import count_text
-from .chat import Encoded, Rendered, ends_turn, render, render_text, supervised, tokenize
+from .chat import Encoded, Rendered, ends_turn, render, render_text, special_tokens, supervised, tokenize
 from .read import MOST_FAULTS, Faults, Refusal, Row, RowFile
 from .store import Example, Examples, Writer
 from .workers import in_order
@@ -81,7 +82,8 @@ def encoded(rows: Iterable[Row], tokenizer: Any, *, learn: str = "all") -> list[
         ModelError: no chat template, or one that hides the assistant's turns; no end-of-text token for texts.
     """
     rows = list(rows)
-    drawn = [_rendered(row, tokenizer, learn) for row in rows]
+    ends = special_tokens(tokenizer)
+    drawn = [_rendered(row, tokenizer, learn, ends) for row in rows]
     ids, offsets = tokenize(tokenizer, [one.text for one in drawn if isinstance(one, Rendered)])
     tokens = zip(ids, offsets, strict=True)
     return [
@@ -261,13 +263,13 @@ def _written(blocks: Iterable[_Block], refused: Faults) -> tuple[Examples, _Sums
         return writer.done(), sums
 
 
-def _rendered(row: Row, tokenizer: Any, learn: str) -> Rendered | Refusal:
+def _rendered(row: Row, tokenizer: Any, learn: str, ends: re.Pattern[str]) -> Rendered | Refusal:
     if row.chosen is not None:
         return Refusal(row.line, PREFERENCE, "preference", row.file)
     if row.completion is not None:
         return render_text(tokenizer, row.prompt or "", row.completion)
     try:
-        return render(tokenizer, row.messages, row.tools, _learned(row, learn))
+        return render(tokenizer, row.messages, row.tools, _learned(row, learn), ends)
     except DataError as fault:
         code = "template-leaves-out" if "leaves out" in fault.got else "template-refuses"
         return Refusal(row.line, fault.got, code, row.file)

@@ -76,7 +76,9 @@ def _uncalled(messages: Messages, text: str) -> int | None:
     for i, message in enumerate(messages):
         for call in message.get("tool_calls", ()):
             arguments = call["function"]["arguments"]
-            words = [call["function"]["name"], *(arguments if isinstance(arguments, dict) else ())]
+            said = arguments if isinstance(arguments, dict) else json.loads(arguments)
+            # The names stand in the tools' schemas, too; what they are called with does not.
+            words = [call["function"]["name"], *said, *(v for v in said.values() if isinstance(v, str))]
             if not all(_holds(text, word) for word in words):
                 return i
     return None

@@ -25,7 +25,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from slimtune.errors import ModelError
+from slimtune.errors import DataError, ModelError
 
 Messages = list[dict[str, Any]]
 Render = Callable[[Messages, bool], str]
@@ -47,33 +47,48 @@ def assistant_spans(full: str, messages: Messages, render: Render, ends: re.Patt
 
     Raises:
         ModelError: the template does not show where a turn lies.
+        DataError: it writes a tool's result within a turn.
     """
     spans = [_turn(full, messages, i, render, ends) for i, m in enumerate(messages) if m["role"] == "assistant"]
     if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
         raise _lost("its turns overlap")
+    for i, message in enumerate(messages):
+        if message["role"] == "tool":
+            _require_outside(full, messages, i, spans, render)
     return spans
+
+
+def _require_outside(full: str, messages: Messages, i: int, spans: list[Span], render: Render) -> None:
+    """Raise where a tool's result stands within an assistant's turn, as where a template moves a call's content."""
+    marked = _tried(render, _with(messages, i, MARK + messages[i]["content"]), False)
+    at = len(_common(full, marked)) if marked is not None and MARK in marked else None
+    if at is not None and any(start < at < end for start, end in spans):
+        raise DataError(
+            f"the chat template writes messages[{i}] (tool) within the turn that called it",
+            fix="leave out the content beside the call, or give another template (data.chat_template)",
+        )
 
 
 def _turn(full: str, messages: Messages, i: int, render: Render, ends: re.Pattern[str]) -> Span:
     if messages[i].get("tool_calls"):
         return _calling(full, messages, i, render, ends)
     before = _tried(render, messages[:i], True)
-    content = messages[i]["content"].strip()
+    content, marked = messages[i]["content"].strip(), _with(messages, i, MARK)
     if before is not None and full.startswith(before):
         body = len(before) + len(full[len(before) :]) - len(full[len(before) :].lstrip())
         if full.startswith(content, body):
-            return len(before), _end(full, messages, i, body + len(content), _last(messages, i, render), ends)
-    marked = _tried(render, _with(messages, i, MARK), False)
-    if marked is None or marked.count(MARK) != 1:
+            return len(before), _end(full, marked, i, MARK, body + len(content), render, ends)
+    text = _tried(render, marked, False)
+    if text is None or text.count(MARK) != 1:
         raise _lost(f"it does not render the content of messages[{i}] exactly once")
-    head, tail = marked.split(MARK)
+    head, tail = text.split(MARK)
     if not full.endswith(tail):
         raise _lost(f"the text after messages[{i}] changes with its content")
     body_end = len(full) - len(tail)
     start = _start(full, head, messages, i, before, render)
     if not start < body_end:
         raise _lost(f"messages[{i}] leaves nothing to say")
-    return start, _end(full, messages, i, body_end, _last(messages, i, render), ends)
+    return start, _end(full, marked, i, MARK, body_end, render, ends)
 
 
 def _calling(full: str, messages: Messages, i: int, render: Render, ends: re.Pattern[str]) -> Span:
@@ -87,9 +102,7 @@ def _calling(full: str, messages: Messages, i: int, render: Render, ends: re.Pat
     else:
         raise _lost(f"it does not show where the calls of messages[{i}] begin")
     body_end = _calls_end(full, messages, i, start, render, ends)
-    said, alone = full[start:body_end][-_TAIL:], _tried(render, messages[: i + 1], False)
-    last = alone.rpartition(said)[2].lstrip() if alone is not None and said in alone else None
-    return start, _end(full, messages, i, body_end, last, ends)
+    return start, _end(full, messages, i, full[start:body_end][-_TAIL:], body_end, render, ends)
 
 
 def _calls_end(full: str, messages: Messages, i: int, start: int, render: Render, ends: re.Pattern[str]) -> int:
@@ -97,9 +110,8 @@ def _calls_end(full: str, messages: Messages, i: int, start: int, render: Render
     arguments: Any = {MARK: MARK}
     if isinstance(calls[-1]["function"]["arguments"], str):
         arguments = json.dumps(arguments)
-    other = {**calls[-1], "function": {"name": MARK, "arguments": arguments}}
-    if "id" in other:
-        other["id"] = "a" * len(other["id"])  # some templates want nine characters
+    # Of the same name, which some templates write once more above the result; some want ids of nine characters.
+    other = {**calls[-1], "function": {**calls[-1]["function"], "arguments": arguments}}
     more = _tried(render, _calling_also(messages, i, [*calls, other]), False)
     if more is not None and MARK in more:
         at = len(_common(full, more))
@@ -133,20 +145,14 @@ def _start(full: str, head: str, messages: Messages, i: int, before: str | None,
     return len(head) - len(said) if asks or said.isspace() else len(head)
 
 
-def _last(messages: Messages, i: int, render: Render) -> str | None:
-    """Return what follows a turn's content where the turn is the last one."""
-    if i + 1 == len(messages):
-        return None
-    alone = _tried(render, _with(messages[: i + 1], i, MARK), False)
-    return alone.rsplit(MARK)[-1].lstrip() if alone is not None and MARK in alone else None
-
-
-def _end(full: str, messages: Messages, i: int, body_end: int, last: str | None, ends: re.Pattern[str]) -> int:
+def _end(full: str, messages: Messages, i: int, said: str, body_end: int, render: Render, ends: re.Pattern[str]) -> int:
+    """Return where turn i ends, whose own words end at `body_end`; they end with `said` in renderings of `messages`."""
     after = full[body_end:].lstrip()
     at = len(full) - len(after)
     closing = after
     if i + 1 < len(messages):
         # Only what also stands there when the turn is the last is the turn's own; the rest is the next one's header.
+        last = _behind(said, messages[: i + 1], render)
         last = after if last is None else last
         closing = _common(after, last)
         special = ends.search(after)
@@ -155,9 +161,36 @@ def _end(full: str, messages: Messages, i: int, body_end: int, last: str | None,
                 return at + special.end()  # one end for the last turn, another for earlier ones, then a header
             closing = closing[: special.start()]
     if found := ends.search(closing):
-        return at + found.end()
+        return at + _all_ends(closing, found.end(), messages, i, said, render, ends)
     line = closing.split("\n", 1)[0].rstrip()  # an end that is plain text to this tokenizer
     return at + len(line) if line else body_end
+
+
+def _all_ends(
+    closing: str, end: int, messages: Messages, i: int, said: str, render: Render, ends: re.Pattern[str]
+) -> int:
+    """Return the end of the special tokens that close a turn one after another; calls may have lines between them."""
+    calls = messages[i].get("tool_calls")
+
+    def further() -> re.Match[str] | None:
+        return ends.match(closing, end + (len(closing[end:]) - len(closing[end:].lstrip()) if calls else 0))
+
+    if further() and i + 1 == len(messages):
+        # Some templates close the whole conversation, too: what stands there before another message is the turn's.
+        follows = {"role": "tool", "name": calls[-1]["function"]["name"]} if calls else {"role": "user"}
+        if calls and "id" in calls[-1]:
+            follows["tool_call_id"] = calls[-1]["id"]
+        followed = _behind(said, [*messages, {**follows, "content": MARK_BEFORE}], render)
+        closing = closing[: max(end, len(_common(closing, followed or "")))]
+    while found := further():
+        end = found.end()
+    return end
+
+
+def _behind(said: str, messages: Messages, render: Render) -> str | None:
+    """Return what follows the last `said` in a rendering."""
+    text = _tried(render, messages, False)
+    return text.rpartition(said)[2].lstrip() if text is not None and said in text else None
 
 
 def _common(a: str, b: str) -> str:
