@@ -89,14 +89,14 @@ FAULTY = {
     "call without name": (turn(tool_calls=[{"function": {"nme": "f"}}]), "bad-tool-call", "did you mean 'nme'?"),
     "call that is no object": (turn(tool_calls=["f"]), "bad-tool-call", "tool_calls[0] is not an object but a string"),
     "arguments not JSON": (turn(tool_calls=[{"name": "f", "arguments": "{"}]), "bad-tool-call", "not parse as JSON: {"),
-    "arguments a list": (turn(tool_calls=[{"name": "f", "arguments": [1]}]), "bad-tool-call", "not an object but a lis"),
+    "arguments a list": (turn(tool_calls=[{"name": "f", "arguments": [1]}]), "bad-tool-call", "an object but a list"),
     "nameless tool": ({**turn(), "tools": [{"type": "function"}]}, "bad-tool", "tools[0] is not the JSON schema"),
     "empty content": (turn(content=" "), "empty-content", "messages[1] (assistant) has empty content"),
     "unknown role": (turn(role="asistant"), "unknown-role", "did you mean 'assistant'?"),
     "unknown key": (turn(nme="x"), "unknown-key", "messages[1] has keys that are not used: 'nme'"),
     "unknown speaker": ({"conversations": [{"from": "humn", "value": "a"}]}, "unknown-role", "did you mean 'human'?"),
     "no speaker": ({"conversations": [{"form": "human", "value": "a"}]}, "missing-key", "did you mean 'form'?"),
-    "sharegpt alone": ({"conversations": [{"from": "human", "value": "a"}]}, "no-assistant-turn", "(roles here: 'user')"),
+    "sharegpt alone": ({"conversations": [{"from": "human", "value": "a"}]}, "no-assistant-turn", "here: 'user')"),
     "empty output": ({"instruction": "a", "output": ""}, "empty-content", "'output' is empty"),
     "number": ({"instruction": 3, "output": "a"}, "wrong-type", "'instruction' is not a string but a number"),
     "empty completion": ({"prompt": "a", "completion": " \n"}, "empty-content", "'completion' is empty"),
@@ -232,7 +232,7 @@ def test_turns_are_learned_as_weights_and_learn_say(template):
 
 def test_preference_pairs_are_read_and_nothing_trains_on_them(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "b"})
-    with pytest.raises(DataError, match="holds preference pairs .* nothing trains on yet") as fault:
+    with pytest.raises(DataError, match=r"holds preference pairs .* nothing trains on yet") as fault:
         encode_rows(open_rows(path), TOK, max_seq_len=99, path=path)
     assert "--format prompt-completion --map completion=chosen" in fault.value.fix
     assert encoded(read_rows(path), TOK)[0].code == "preference"
