@@ -80,7 +80,7 @@ PackingOption = Annotated[
 ProcessesOption = Annotated[
     int | None, typer.Option(min=1, help="Processes that train together, one on each card of this kind.")
 ]
-DataOption = Annotated[str | None, typer.Option("--data", help="JSONL file of training rows: its longest count.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="Training rows: their longest count.")]
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _lengths(recipe: Recipe, outline: Outline) -> list[int]:
     how: dict[str, Any] = {"trust_remote_code": m.trust_remote_code, "revision": m.revision}
     rows = rows_of(recipe, load_tokenizer(outline.spec, chat_template=recipe.data.chat_template, **how))
     screen.print(f"rows: {rows.train_report.text()}", markup=False, style="dim")
-    return [len(row["input_ids"]) for row in rows.train]
+    return rows.train.lengths.tolist()
 
 
 def _is_here(spec: str) -> bool:

@@ -1,24 +1,31 @@
 """Rows as training examples, and a report of what became of each: none is cut or dropped unsaid.
 
+    Row ─ rendered ─ tokenized ─ masked ─▶ Encoded ─ cut, dropped or kept ─▶ Block ─ written ─▶ Examples
+
 An example is `{"input_ids": [L], "labels": [L], "line": int}`; a label is its token's id where the assistant speaks and
--100 elsewhere. A first token is never counted as learned: nothing stands before it to predict it from.
+-100 elsewhere. A first token is never counted as learned: nothing stands before it to predict it from. Rows go through
+in batches, over several processes where there are many, and come to lie outside memory (store.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slimtune.data.chat import Encoded, Rendered, ends_turn, render, supervised, tokenize
-from slimtune.data.read import Faults, Row
-from slimtune.errors import DataError, UsageError, listed, nearest
-from slimtune.units import count_text
+from ..errors import DataError, UsageError, listed, nearest
+from ..units import count_text
+from .encoding import Block, Encoder, batches, encoded
+from .formats import Row
+from .read import MOST_FAULTS, Faults, RowFile
+from .store import Example, Examples, Writer
+from .workers import in_order
 
-Example = dict[str, Any]
+__all__ = ["LEARN", "TOO_LONG", "Example", "Examples", "RowReport", "batches", "encode_rows", "encoded"]
+
 TOO_LONG = ("error", "drop", "truncate")
-IGNORED = -100
-_BATCH = 512
+LEARN = ("all", "last")
 
 
 @dataclass(frozen=True)
@@ -59,91 +66,99 @@ class RowReport:
 
 
 def encode_rows(
-    rows: list[Row], tokenizer: Any, *, max_seq_len: int, too_long: str = "drop", path: str | Path
-) -> tuple[list[Example], RowReport]:
+    rows: RowFile | Iterable[Row],
+    tokenizer: Any,
+    *,
+    max_seq_len: int,
+    too_long: str = "drop",
+    learn: str = "all",
+    path: str | Path,
+    processes: int = 1,
+) -> tuple[Examples, RowReport]:
     """Return the rows as examples, in their order, and the report.
 
     Args:
-        rows: chat rows as `read_rows` gives them.
-        tokenizer: a fast tokenizer with a chat template.
+        rows: what `open_rows` or `read_rows` give.
+        tokenizer: a fast tokenizer, with a chat template where rows are conversations.
         max_seq_len: most tokens of a row (≥ 2).
         too_long: what happens to longer rows: "error", "drop" or "truncate".
+        learn: "all" assistant turns, or the "last" one alone.
         path: the file the rows came from, for messages.
+        processes: how many encode at once; with more than one, a script of your own has to guard what it runs by
+            `if __name__ == "__main__":`.
 
     Raises:
-        UsageError: an unknown `too_long`, or a `max_seq_len` under 2.
-        DataError: the template refuses rows, rows are too long under "error", none is left, or some have nothing to
-            learn.
+        UsageError: an unknown `too_long` or `learn`, or a `max_seq_len` under 2.
+        DataError: rows are faulty, the template refuses some, rows are too long under "error", none is left, or some
+            have nothing to learn.
         ModelError: no chat template, or one that hides the assistant's turns.
     """
     if too_long not in TOO_LONG:
         raise UsageError(f"too_long is {too_long!r}{nearest(too_long, TOO_LONG)}", wanted=listed(TOO_LONG))
+    if learn not in LEARN:
+        raise UsageError(f"learn is {learn!r}{nearest(learn, LEARN)}", wanted=listed(LEARN))
     if max_seq_len < 2:
         raise UsageError(f"max_seq_len is {max_seq_len}", wanted="2 tokens or more: one to read, one to say")
-    encoded = _encoded(rows, tokenizer, path)
-    long = [row for row, one in zip(rows, encoded, strict=True) if len(one.input_ids) > max_seq_len]
-    longest = max((len(one.input_ids) for one in encoded), default=0)
-    if long and too_long == "error":
-        raise _too_long(path, long, longest, max_seq_len)
-    examples: list[Example] = []
-    mute: list[int] = []
-    unended = 0
-    for row, one in zip(rows, encoded, strict=True):
-        if len(one.input_ids) > max_seq_len and too_long == "drop":
-            continue
-        example = _example(row, one, max_seq_len)
-        examples.append(example)
-        if not _learned(example):
-            mute.append(row.line)
-        unended += not _ended(tokenizer, one)
-    if mute:
-        raise _mute(path, mute, max_seq_len, cut=bool(long) and too_long == "truncate")
-    if not examples:
-        raise _none_left(path, len(rows), longest, max_seq_len)
+    if isinstance(rows, RowFile) and rows.format == "preference":
+        raise _preference(path)
+    sound = rows.rows() if isinstance(rows, RowFile) else rows
+    refused = Faults(path, fix="change these rows, or give another template (data.chat_template)")
+    blocks = in_order(Encoder(tokenizer, max_seq_len, too_long, learn), batches(sound), processes)
+    examples, sums = _written(blocks, refused)
+    refused.check()
+    if sums.long and too_long == "error":
+        raise _too_long(path, sums.long, sums.longest, max_seq_len)
+    if sums.mute:
+        raise _mute(path, sums.mute, max_seq_len, cut=bool(sums.long) and too_long == "truncate")
+    if not sums.kept:
+        raise _none_left(path, sums.rows, sums.longest, max_seq_len)
     return examples, RowReport(
-        rows=len(rows),
-        kept=len(examples),
-        dropped=len(rows) - len(examples),
-        truncated=len(long) if too_long == "truncate" else 0,
-        tokens=sum(len(e["input_ids"]) for e in examples),
-        supervised_tokens=sum(_learned(e) for e in examples),
-        longest=longest,
+        rows=sums.rows,
+        kept=sums.kept,
+        dropped=sums.rows - sums.kept,
+        truncated=len(sums.long) if too_long == "truncate" else 0,
+        tokens=sums.tokens,
+        supervised_tokens=sums.learned,
+        longest=sums.longest,
         max_seq_len=max_seq_len,
-        unended=unended,
+        unended=sums.unended,
     )
 
 
-def _encoded(rows: list[Row], tokenizer: Any, path: str | Path) -> list[Encoded]:
-    rendered: list[Rendered] = []
-    faults = Faults(path, fix="change these rows, or give another template (data.chat_template)")
-    for row in rows:
-        try:
-            rendered.append(render(tokenizer, row.messages))
-        except DataError as fault:
-            faults.add(row.line, fault.got)
-            if faults.full:
+@dataclass
+class _Sums:
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0
+    learned: int = 0
+    longest: int = 0
+    unended: int = 0
+    long: list[int] = field(default_factory=list)
+    mute: list[int] = field(default_factory=list)
+
+    def add(self, block: Block) -> None:
+        self.rows += block.rows
+        self.kept += len(block.lengths)
+        self.tokens += len(block.coded)
+        self.learned += block.learned
+        self.longest = max(self.longest, block.longest)
+        self.unended += block.unended
+        self.long += block.long
+        self.mute += block.mute
+
+
+def _written(blocks: Iterable[Block], refused: Faults) -> tuple[Examples, _Sums]:
+    """Write the blocks and add up what they hold, until as many rows are refused as one message shows."""
+    sums = _Sums()
+    with Writer() as writer:
+        for block in blocks:
+            writer.add(block.coded, block.lengths, block.lines)
+            sums.add(block)
+            for one in block.refused[: MOST_FAULTS - len(refused.found)]:
+                refused.add(one.line, one.cause, one.file)
+            if refused.full:
                 break
-    faults.check()
-    encoded: list[Encoded] = []
-    for at in range(0, len(rendered), _BATCH):
-        some = rendered[at : at + _BATCH]
-        ids, offsets = tokenize(tokenizer, [one.text for one in some])
-        encoded += [Encoded(i, supervised(one, o)) for one, i, o in zip(some, ids, offsets, strict=True)]
-    return encoded
-
-
-def _example(row: Row, one: Encoded, most: int) -> Example:
-    labels = [t if said else IGNORED for t, said in zip(one.input_ids, one.supervised, strict=True)]
-    return {"input_ids": one.input_ids[:most], "labels": labels[:most], "line": row.line}
-
-
-def _learned(example: Example) -> int:
-    return sum(label != IGNORED for label in example["labels"][1:])
-
-
-def _ended(tokenizer: Any, one: Encoded) -> bool:
-    last = next((t for t, said in zip(one.input_ids[::-1], one.supervised[::-1], strict=True) if said), None)
-    return last is None or ends_turn(tokenizer, last)
+        return writer.done(), sums
 
 
 def _lines(lines: list[int], most: int = 12) -> str:
@@ -151,9 +166,9 @@ def _lines(lines: list[int], most: int = 12) -> str:
     return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:most]))}{more}"
 
 
-def _too_long(path: str | Path, long: list[Row], longest: int, most: int) -> DataError:
+def _too_long(path: str | Path, long: list[int], longest: int, most: int) -> DataError:
     return DataError(
-        f"{path}: longer than {most} tokens: {_lines([r.line for r in long])}; the longest has {longest}",
+        f"{path}: longer than {most} tokens: {_lines(long)}; the longest has {longest}",
         wanted=f"rows of at most max_seq_len = {most} tokens",
         fix=f"--max-seq-len {longest}, or --too-long drop or truncate",
     )
@@ -174,4 +189,13 @@ def _mute(path: str | Path, lines: list[int], most: int, *, cut: bool) -> DataEr
         f"{path}: no token to learn in {_lines(lines)}",
         wanted=f"an assistant's token within the first {most}" if cut else "an assistant's token after the first one",
         fix="a larger --max-seq-len, or --too-long drop" if cut else "remove these rows",
+    )
+
+
+def _preference(path: str | Path) -> DataError:
+    return DataError(
+        f"{path} holds preference pairs (chosen, rejected), which nothing trains on yet",
+        "rows of another format: chat, instruction, sharegpt, prompt-completion or text",
+        "to learn the better answers, write them as prompt-completion: --format prompt-completion --map "
+        "completion=chosen",
     )

@@ -7,7 +7,7 @@ that turns changes all that follow.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from ..data.collate import Example
 from ..data.read import Row
+from ..errors import UsageError
 from .checks import Check, repetition
 from .generate import Message, Speaker
 
@@ -28,15 +29,26 @@ class Asked:
     line: int
 
 
-def asked_of(rows: Sequence[Row], examples: Sequence[Example], most: int) -> list[Asked]:
-    """Return up to `most` prompts, spread evenly over the rows that were measured."""
-    by_line = {row.line: row.messages for row in rows}
+def asked_of(rows: Iterable[Row], examples: Sequence[Example], most: int) -> list[Asked]:
+    """Return up to `most` prompts, spread evenly over the rows that were measured.
+
+    Raises:
+        UsageError: the rows are no conversations that end in words.
+    """
     places = np.unique(np.linspace(0, len(examples) - 1, min(most, len(examples))).round().astype(int))
+    lines = {examples[int(i)]["line"] for i in places}
     found = []
-    for line in (examples[i]["line"] for i in places):
-        messages = by_line[line]
-        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        found.append(Asked(messages[:last], messages[last]["content"], line))
+    for row in rows:
+        if row.line not in lines:
+            continue
+        said = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("content")]
+        if not said or row.tools:
+            raise UsageError(
+                f"the row of line {row.line} is no conversation that can be asked again",
+                "messages that end in the assistant's words, without tools",
+                "leave --generate out",
+            )
+        found.append(Asked(row.messages[: said[-1]], row.messages[said[-1]]["content"], row.line))
     return found
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..build import adapter_folder, collator_of, load_run
+from ..build import rows_file as opened
 from ..data.collate import Example
-from ..data.read import read_rows
 from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, listed
 from ..report import write_report
 from ..runs import RunFolder, json_text, write_atomic
@@ -52,7 +53,7 @@ def evaluate(
     Args:
         run: a run folder, or an adapter folder (then `data` is needed).
         split: the recipe's rows to measure on: "test" or "validation".
-        data: JSONL file to measure on, in place of a split; kept as `eval-data-<name>.json`.
+        data: rows to measure on, in place of a split; kept as `eval-data-<name>.json`.
         bootstrap: draws for the intervals.
         seed: of the draws, and of which prompts are exchanged.
         any_prompt: answers need not follow from their prompts.
@@ -81,7 +82,8 @@ def evaluate(
     folder = None if adapter_folder(run) == run else RunFolder.open(run)
     path = rows_file(folder, run, split, data)
     if path is not None:
-        read_rows(path)  # a fault of the file is said before the model is loaded
+        # A fault of the file is said before the model is loaded.
+        deque(opened(folder.recipe() if folder else None, path).rows(), maxlen=0)
     pieces = [] if general is None else read_pieces(general)
     loaded = load_run(run)
     recipe, tokenizer = recipe_for(loaded, run, path), loaded.base.tokenizer
@@ -89,12 +91,12 @@ def evaluate(
     asked, speaker = [], None
     if generate:
         speaker = Speaker(loaded)
-        asked = asked_of(read_rows(path or recipe.data.train), examples, generate)
+        asked = asked_of(opened(recipe, path or recipe.data.train).rows(), examples, generate)
         for one in asked:
             speaker.prompt(one.prompt, max_new_tokens)  # one without room is said before anything is scored
     context = getattr(loaded.base.model.config.get_text_config(), "max_position_embeddings", None) or 4 * WINDOW
     texts = examples_of(pieces, general, tokenizer, min(context // 2, 2 * WINDOW)) if general is not None else []
-    longest = max(len(e["input_ids"]) for e in [*examples, *texts])
+    longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in texts), 0)
     collator = collator_of(recipe, loaded.model, tokenizer, longest)
 
     def judge(rows: Sequence[Example]) -> tuple[list[Judged], list[Judged]]:

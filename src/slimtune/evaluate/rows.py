@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..build import Loaded, held_out, rows_of
-from ..data.collate import Example
-from ..data.rows import RowReport
+from ..data.rows import Examples, RowReport
 from ..errors import UsageError, listed, nearest
 from ..recipe import Recipe
 from ..runs import RunFolder
@@ -27,7 +26,7 @@ def rows_file(folder: RunFolder | None, run: Path, split: str, data: Path | None
     if folder is None:
         raise UsageError(
             f"{run} is an adapter folder without a recipe, so no held-out rows are known",
-            "a JSONL file of rows that it was not trained on",
+            "rows that it was not trained on",
             "--data FILE",
         )
     settings = folder.recipe().data
@@ -56,7 +55,7 @@ def recipe_for(loaded: Loaded, run: Path, path: Path | None) -> Recipe:
     )
 
 
-def held_out_rows(recipe: Recipe, loaded: Loaded, path: Path | None) -> tuple[list[Example], RowReport]:
+def held_out_rows(recipe: Recipe, loaded: Loaded, path: Path | None) -> tuple[Examples, RowReport]:
     """Return the rows of a file, or with None those that training set aside, and what became of them.
 
     Raises:

@@ -13,13 +13,16 @@ products is made up for in the columns still to come:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..build import rows_of, tokenizer_of
+from ..build import rows_file, tokenizer_of
+from ..data.read import Refusal
+from ..data.rows import encoded
 from ..errors import SlimtuneError
 from ..ops.inputs import ROWS, inputs_of
 from ..ops.maps import kind_of, transposed
@@ -93,13 +96,20 @@ def rounding_for(model: Any, recipe: Recipe | None) -> Rounding:
         recipe: the run's.
     """
     try:
-        rows = rows_of(recipe, tokenizer_of(recipe)).train[:ROWS] if recipe is not None else []
+        rows = _rows(recipe) if recipe is not None else []
     except SlimtuneError:
         rows = []
     head = model.get_output_embeddings()  # often one tensor with the embeddings, which are rounded number by number
     maps = {n: m for n, m in model.named_modules() if kind_of(m) == "linear" and m is not head and _is_of_base(n)}
-    inputs = inputs_of(model, maps, [row["input_ids"] for row in rows]) if rows else {}
+    inputs = inputs_of(model, maps, rows) if rows else {}
     return Rounding(inputs, [n for n in inputs if transposed(maps[n])])
+
+
+def _rows(recipe: Recipe) -> list[list[int]]:
+    """Return the token ids of the first training rows, as long as training took them."""
+    some = list(itertools.islice(rows_file(recipe, recipe.data.train).rows(), ROWS))
+    found = (one for one in encoded(some, tokenizer_of(recipe)) if not isinstance(one, Refusal))
+    return [one.input_ids[: recipe.data.max_seq_len] for _, one in found]
 
 
 def _is_of_base(name: str) -> bool:
