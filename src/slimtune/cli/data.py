@@ -1,0 +1,108 @@
+"""`slimtune data`: one report on a file of rows before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from .common import Json, Refused, console, error_console, table
+
+COLOURS = {"fault": "bold red", "warning": "yellow", "faulty": "bold red", "warnings": "yellow", "sound": "bold green"}
+_BAR = 40
+
+
+class TooLong(StrEnum):
+    """What happens to a longer row."""
+
+    error = "error"
+    drop = "drop"
+    truncate = "truncate"
+
+
+def data_report(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file or folder of rows.", show_default=False)],
+    model: Annotated[
+        str, typer.Option(help="The base that will read them: an alias, a GGUF file, a folder or a Hub id.")
+    ],
+    validation: Annotated[str | None, typer.Option(help="Validation rows, which must not be among these.")] = None,
+    max_seq_len: Annotated[int, typer.Option(help="Longest row in tokens, from 2.")] = 1024,
+    too_long: Annotated[TooLong, typer.Option(help="What happens to a longer row.")] = TooLong.drop,
+    batch_size: Annotated[int, typer.Option(help="Rows that a step lays together, from 1.")] = 8,
+    format: Annotated[str | None, typer.Option(help="Of the rows; recognised where it is not given.")] = None,
+    map: Annotated[
+        list[str] | None, typer.Option("--map", metavar="ROLE=COLUMN", help="A column under another name. Repeatable.")
+    ] = None,
+    chat_template: Annotated[Path | None, typer.Option(help="A Jinja file, in place of the base's template.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page there.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are faults.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the base run code of its own.")
+    ] = False,
+    as_json: Json = False,
+) -> Any:
+    """Report on rows before any training.
+
+    Lengths, what is learned, what is refused, doubled or broken. Exit code 1 where training would be spoiled.
+    """
+    from ..data.survey.file import survey_report
+    from ..models.load import load_tokenizer
+    from ..runs import write_atomic
+
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, chat_template=chat_template)
+    report = survey_report(
+        file,
+        tokenizer,
+        model=model,
+        format=format,
+        columns=dict(_pair(text) for text in map or []),
+        max_seq_len=max_seq_len,
+        too_long=too_long.value,
+        rows_a_step=batch_size,
+        validation=validation,
+    )
+    if html is not None:
+        from ..data.survey.page import page
+
+        write_atomic(html, page(report))
+        error_console().print(f"page: {html}", markup=False)
+    if not as_json:
+        show(report)
+    good = report["verdict"] == "sound" or (report["verdict"] == "warnings" and not strict)
+    return report if good else Refused(report)
+
+
+def show(report: Mapping[str, Any]) -> None:
+    """Print a report."""
+    from ..data.survey.words import facts, finding_text, verdict_text
+
+    screen = console()
+    screen.print(f"{report['file']}: {report['format']} rows for {report['model']}", markup=False)
+    for sample in report["samples"]:
+        screen.print(Text(f"\nline {sample['line']}, as the model reads it; what is marked is learned", "dim"))
+        screen.print(Text.assemble(*((p["text"], "green underline" if p["learned"] else "") for p in sample["pieces"])))
+    rows = table("", "")
+    rows.columns[1].justify, rows.columns[1].no_wrap = "left", False
+    for name, value in facts(report):
+        rows.add_row(name, value)
+    screen.print()
+    screen.print(rows)
+    most = max((bar["rows"] for bar in report["lengths"]["histogram"]), default=0)
+    for bar in report["lengths"]["histogram"]:
+        span = f"{bar['from']}–{bar['to']}"
+        screen.print(f"{span:>11} {'█' * -(-_BAR * bar['rows'] // most)} {bar['rows'] or ''}", markup=False)
+    for found in report["findings"]:
+        screen.print(Text(f"\n{found['severity']}: {found['code']}: ", COLOURS[found["severity"]]) + finding_text(found))
+        screen.print(f"  fix: {found['fix']}", markup=False)
+    screen.print(Text(f"\n{verdict_text(report)}", COLOURS[report["verdict"]]))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    role, found, column = text.partition("=")
+    if not found or not role or not column:
+        raise typer.BadParameter(f"--map {text!r} is not ROLE=COLUMN, for example --map messages=dialog")
+    return role.strip(), column.strip()
