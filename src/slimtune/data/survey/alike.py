@@ -36,9 +36,9 @@ _XOR = _RNG.integers(0, 2**32, HASHES, dtype=np.uint32)
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 
 
-def key(text: str) -> int:
-    """Return a 64-bit hash of a text, in which white space and Unicode's spelling of a character do not count."""
-    plain = " ".join(text.split())
+def key(*texts: str) -> int:
+    """Return a 64-bit hash of texts, in which white space and Unicode's spelling of a character do not count."""
+    plain = "\0".join(" ".join(text.split()) for text in texts)
     plain = plain if plain.isascii() else unicodedata.normalize("NFC", plain)
     return int.from_bytes(blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
@@ -67,7 +67,7 @@ def common(rows: list[list[int]]) -> Array:
     held: Counter[int] = Counter()
     for begin, end in zip(starts[:-1], starts[1:], strict=True):
         held.update(set(hashes[begin:end].tolist()))
-    most = max(COMMON * len(rows), 8) if len(rows) >= 8 else len(rows) - 0.5
+    most = max(COMMON * len(rows), 8) if len(rows) >= 8 else max(len(rows) - 1, 1)
     return np.array(sorted(h for h, n in held.items() if n > most), dtype=np.uint32)
 
 

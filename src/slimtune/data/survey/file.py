@@ -55,8 +55,8 @@ def survey_report(
         got = f"max_seq_len is {max_seq_len}" if max_seq_len < 2 else f"a step of {rows_a_step} rows"
         raise UsageError(got, "2 tokens or more, and a row or more in a step")
 
-    def seen(rows: RowFile) -> Survey:
-        survey = Survey(tokenizer, max_seq_len=max_seq_len, too_long=too_long, rows_a_step=rows_a_step)
+    def seen(rows: RowFile, like: Survey | None = None) -> Survey:
+        survey = Survey(tokenizer, max_seq_len=max_seq_len, too_long=too_long, rows_a_step=rows_a_step, like=like)
         work = _Looker(tokenizer, survey.look, learn)
         waiting = iter(rows)
         batches = iter(lambda: tuple(itertools.islice(waiting, BATCH)), ())
@@ -67,7 +67,7 @@ def survey_report(
     rows = open_rows(path, format=format, columns=columns)
     held = None if validation is None else open_rows(validation, format=format, columns=columns)
     survey = seen(rows)
-    other = None if held is None else (str(validation), seen(held))
+    other = None if held is None else (str(validation), seen(held, survey))
     return survey.report(file=path, format=rows.format, model=model, validation=other)
 
 
@@ -91,5 +91,5 @@ def _one_side(row: Row) -> Row:
     if row.chosen is None:
         return row
     if isinstance(row.chosen, str):
-        return dataclasses.replace(row, chosen=None, rejected=None, prompt=row.prompt, completion=row.chosen)
-    return dataclasses.replace(row, chosen=None, rejected=None, messages=[*row.messages, *row.chosen])
+        return dataclasses.replace(row, chosen=None, prompt=row.prompt, completion=row.chosen)
+    return dataclasses.replace(row, chosen=None, messages=[*row.messages, *row.chosen])

@@ -57,6 +57,7 @@ KINDS = {
     ),
     "same-answer": Kind("rows that answer different prompts alike", "keep a few of them", 0.95),
     "hollow-answer": Kind("rows whose answer says nothing", "remove them, or write an answer", 0.2),
+    "same-pair": Kind("pairs whose better and worse answer are the same", "remove them", 0),
     "overlap": Kind("rows that are validation rows too: the validation loss would look too good",
                     "remove them from one of the two", 0.01),
     "near-overlap": Kind("rows that are nearly validation rows", "remove them from one of the two"),

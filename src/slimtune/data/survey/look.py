@@ -117,8 +117,8 @@ def _look(pairs: Sequence[Pair], refused: Sequence[Refusal], lens: Lens, known: 
     for i, (row, one) in enumerate(found):
         prompt, answer, texts = _said(row)
         marks += [(code, row.line, example) for code, example in _marks(row, one, answer, texts, lens)]
-        whole = key("\0".join(f"{role}\0{text}" for role, text in texts))
-        keys[i] = whole, key(prompt) if prompt else 0, key(answer.casefold().rstrip(" .!")) if answer else 0
+        whole = key(*(part for said in texts for part in said))
+        keys[i] = whole, key(*prompt) if prompt else 0, key(answer.casefold().rstrip(" .!")) if answer else 0
         words[i] = min(len(answer.split()), 255)
         if len(one.input_ids) <= lens.max_seq_len or lens.too_long == "truncate":
             learned[i] = sum(one.supervised[1 : lens.max_seq_len])
@@ -158,25 +158,34 @@ def _control(tokenizer: Any, special: set[str]) -> set[str]:
     return used | {t for t in special if t.strip() and t in shown}
 
 
-def _said(row: Row) -> tuple[str, str, list[tuple[str, str]]]:
+def _said(row: Row) -> tuple[list[str], str, list[tuple[str, str]]]:
     """Return what stands before the last answer, that answer, and all of the row's texts with who says them."""
-    if row.messages:
-        texts = [(m["role"], m.get("content") or "") for m in row.messages]
-        texts += [("call", str(m["tool_calls"])) for m in row.messages if m.get("tool_calls")]
-        last = max((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), default=None)
-        if last is None:
-            return "", "", texts
-        before = "\0".join(f"{m['role']}\0{m.get('content') or ''}" for m in row.messages[:last])
-        return before, row.messages[last].get("content") or "", texts
-    if row.prompt is None:
-        return "", "", [("text", row.completion or "")]
-    return row.prompt, row.completion or "", [("prompt", row.prompt), ("completion", row.completion or "")]
+    worse = [("rejected", text) for text in _texts(row.rejected)]
+    if not row.messages:
+        said = [("prompt", row.prompt)] if row.prompt is not None else []
+        said += [("completion", row.completion or "")]
+        if row.prompt is None:  # a text answers nothing
+            return [], "", [*said, *worse]
+        return [row.prompt], row.completion or "", [*said, *worse]
+    texts = [(m["role"], m.get("content") or "") for m in row.messages]
+    calls = [("call", str(m["tool_calls"])) for m in row.messages if m.get("tool_calls")]
+    last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
+    before = [part for said in texts[:last] for part in said]
+    return before, texts[last][1], [*texts, *calls, *worse]
+
+
+def _texts(side: list[dict[str, Any]] | str | None) -> list[str]:
+    if side is None:
+        return []
+    return [side] if isinstance(side, str) else [m.get("content") or "" for m in side]
 
 
 def _marks(row: Row, one: Encoded, answer: str, texts: list[tuple[str, str]], lens: Lens) -> list[tuple[str, str]]:
     marks = list(text_marks([text for _, text in texts]))
     if answer and hollow(answer):
         marks.append(("hollow-answer", repr(answer.strip())))
+    if row.rejected is not None and _texts(row.rejected)[-1].strip() == (answer or texts[0][1]).strip():
+        marks.append(("same-pair", ""))
     ids = one.input_ids
     if lens.bos is not None and ids[:2] == [lens.bos, lens.bos]:
         marks.append(("doubled-bos", ""))

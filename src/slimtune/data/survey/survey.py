@@ -29,14 +29,23 @@ class Survey:
     Args:
         tokenizer: of the base that will read the rows.
         max_seq_len, too_long, rows_a_step: see `Lens`.
+        like: a survey to compare with later.
     """
 
     def __init__(
-        self, tokenizer: Any, *, max_seq_len: int, too_long: str = "drop", rows_a_step: int = 8
+        self,
+        tokenizer: Any,
+        *,
+        max_seq_len: int,
+        too_long: str = "drop",
+        rows_a_step: int = 8,
+        like: Survey | None = None,
     ) -> None:
         self.began = time.perf_counter()
         self.tokenizer = tokenizer
         self.look: Lens = lens_of(tokenizer, max_seq_len=max_seq_len, too_long=too_long, rows_a_step=rows_a_step)
+        if like is not None:
+            self.look.known = like.look.known
         self.rows = self.refused_count = self.laid = 0
         self.tally = Tally()
         self.refused: list[Refusal] = []
