@@ -9,18 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .adapt.model import PeftModel, get_peft_model
 from .contract.config import PeftConfig
-from .data.collate import Collator, Example
-from .data.read import read_rows
+from .data.collate import Collator
+from .data.read import RowFile, open_rows
 from .data.rows import RowReport, encode_rows
+from .data.store import Examples
+from .data.workers import cores
 from .errors import AdapterError, UsageError
 from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.load import Base, load_base, load_tokenizer, weights_folder
 from .models.quantized import require_bitsandbytes, unpacked
+from .ops import processes
 from .ops.adamw_8bit import adamw_8bit
 from .ops.memory import keep_pages
 from .recipe import Recipe
@@ -43,10 +47,14 @@ TRAINED = ("adamw", "adamw-8bit")
 class Rows:
     """The encoded rows of a run, and what became of the rows read."""
 
-    train: list[Example]
-    validation: list[Example]
+    train: Examples
+    validation: Examples
     train_report: RowReport
     validation_report: RowReport | None
+
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of each row, training rows first, int64."""
+        return np.concatenate([self.train.lengths, self.validation.lengths])
 
 
 @dataclass
@@ -213,10 +221,22 @@ def rows_of(recipe: Recipe, tokenizer: Any) -> Rows:
         return Rows(train, validation, train_report, validation_report)
     held = round(len(train) * data.validation_fraction)
     if not held or held == len(train):
-        return Rows(train, [], train_report, None)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.train.seed)).tolist()
-    kept = set(order[:held])
-    return Rows([e for i, e in enumerate(train) if i not in kept], [train[i] for i in sorted(kept)], train_report, None)
+        return Rows(train, train.select(np.zeros(0, np.int64)), train_report, None)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.train.seed))
+    apart = np.zeros(len(train), bool)
+    apart[order[:held].numpy()] = True
+    return Rows(train.select(np.flatnonzero(~apart)), train.select(np.flatnonzero(apart)), train_report, None)
+
+
+def rows_file(recipe: Recipe | None, path: Path) -> RowFile:
+    """Open a file of rows, in the format and with the columns that the recipe says.
+
+    Raises:
+        UsageError, DataError: as `open_rows`.
+    """
+    if recipe is None:
+        return open_rows(path)
+    return open_rows(path, format=recipe.data.format, columns=recipe.data.map)
 
 
 def collator_of(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> Collator:
@@ -240,14 +260,22 @@ def collator_of(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> Col
     return collator
 
 
-def held_out(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[list[Example], RowReport]:
+def held_out(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[Examples, RowReport]:
     """Read and encode rows to evaluate on, with the run's length rule."""
     return _encode(path, tokenizer, recipe)
 
 
-def _encode(path: Path, tokenizer: Any, recipe: Recipe) -> tuple[list[Example], RowReport]:
+def _encode(path: Path, tokenizer: Any, recipe: Recipe) -> tuple[Examples, RowReport]:
     data = recipe.data
-    return encode_rows(read_rows(path), tokenizer, max_seq_len=data.max_seq_len, too_long=data.too_long, path=path)
+    return encode_rows(
+        rows_file(recipe, path),
+        tokenizer,
+        max_seq_len=data.max_seq_len,
+        too_long=data.too_long,
+        learn=data.learn,
+        path=path,
+        processes=max(1, cores() // processes.beside()),
+    )
 
 
 def adapter_folder(path: str | Path) -> Path:

@@ -38,13 +38,6 @@ def test_missing_file_names_the_nearest(tmp_path):
         read_rows(tmp_path / "nowhere" / "train.jsonl")
 
 
-def test_folder_names_its_files(tmp_path):
-    write(tmp_path / "train.jsonl", GOOD)
-    with pytest.raises(UsageError, match=r"is a folder[\s\S]*'train\.jsonl'") as fault:
-        read_rows(tmp_path)
-    assert fault.value.exit_code == 2
-
-
 @pytest.mark.parametrize("text", ["", "\n \n\n"])
 def test_empty_file(tmp_path, text):
     (tmp_path / "a.jsonl").write_text(text)
@@ -91,8 +84,8 @@ FAULTY = {
     ),
     "empty content": (turns(("user", "a"), ("assistant", " \n")), "messages[1] (assistant) has empty content"),
     "unknown key": (
-        {"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]},
-        "messages[0] has keys that are not used: 'tool_calls'",
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
+        "messages[0] has keys that are not used: 'tool_calls' (known: 'role', 'content', 'weight')",
     ),
     "half a character": ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "holds half of a character"),
 }

@@ -63,7 +63,7 @@ FAULTY_ROWS = {
     "not JSON": (CHAT + "{'messages': 3}\n", "rows.jsonl:2: does not parse as JSON", "{'messages': 3}"),
     "no assistant": (CHAT + '{"messages": [{"role": "user", "content": "hi"}]}\n', "rows.jsonl:2", "no assistant turn"),
     "unknown role": (CHAT.replace("assistant", "asistant"), "rows.jsonl:1", "did you mean 'assistant'?"),
-    "no messages": ('{"message": []}\n', "did you mean 'message'?"),
+    "no messages": ('{"message": []}\n', "did you mean 'messages' for 'message'?"),
 }
 
 

@@ -34,6 +34,12 @@ SetOption = Annotated[
         "--set", metavar="PATH=VALUE", help="Any field of the recipe, for example train.epochs=1. Repeatable."
     ),
 ]
+MapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--map", metavar="ROLE=COLUMN", help="What the rows call a column, for example messages=dialog. Repeatable."
+    ),
+]
 INTERRUPTED = 130
 # Typer carries a copy of click or uses click itself, depending on its version: the class is found through its own.
 ClickError = typer.BadParameter.__mro__[2]
@@ -103,6 +109,21 @@ def explained(e: BaseException) -> SlimtuneError | None:
             f"no permission: {e.filename or text}", "a file that may be read, a folder that may be written"
         )
     return None
+
+
+def mapped(pairs: Sequence[str] | None) -> dict[str, str]:
+    """Return what `--map role=column` sets in a recipe.
+
+    Raises:
+        UsageError: one of them has no `=`, no role or no column.
+    """
+    found = {}
+    for pair in pairs or ():
+        role, _, column = (part.strip() for part in pair.partition("="))
+        if not role or not column:
+            raise UsageError(f"--map got {pair!r}", "role=column", "for example --map messages=dialog")
+        found[f"data.map.{role}"] = column
+    return found
 
 
 def console() -> Console:

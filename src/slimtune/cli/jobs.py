@@ -225,7 +225,7 @@ def _lengths(recipe: Recipe, outline: Outline) -> list[int]:
     how: dict[str, Any] = {"trust_remote_code": m.trust_remote_code, "revision": m.revision}
     rows = rows_of(recipe, load_tokenizer(outline.spec, chat_template=recipe.data.chat_template, **how))
     screen.print(f"rows: {rows.train_report.text()}", markup=False, style="dim")
-    return [len(row["input_ids"]) for row in rows.train]
+    return rows.train.lengths.tolist()
 
 
 def _is_here(spec: str) -> bool:

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ModelError, RunError, UsageError
 from ..units import bytes_text, count_text, seconds_text
-from .common import Json, SetOption, be_quiet, console, error_console, table
+from .common import Json, MapOption, SetOption, be_quiet, console, error_console, mapped, table
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -29,6 +29,8 @@ FLAGS = {
     "batch_size": "train.batch_size",
     "packing": "train.packing",
     "compile": "train.compile",
+    "format": "data.format",
+    "learn": "data.learn",
     "max_seq_len": "data.max_seq_len",
     "too_long": "data.too_long",
     "dtype": "model.dtype",
@@ -44,8 +46,8 @@ FLAGS = {
 def train_run(
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE.yaml]", help="A recipe; flags override it.")] = None,
     model: Annotated[str | None, typer.Option(help="The base: an alias, a GGUF file, a folder or a Hub id.")] = None,
-    data: Annotated[str | None, typer.Option(help="JSONL file of training rows.")] = None,
-    validation: Annotated[str | None, typer.Option(help="JSONL file of validation rows.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training rows: a file, a folder, or a dataset.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Validation rows, likewise.")] = None,
     method: Annotated[str | None, typer.Option(help="The method; see `slimtune methods`.")] = None,
     rank: Annotated[int | None, typer.Option(help="The method's rank, from 1.")] = None,
     alpha: Annotated[
@@ -63,6 +65,12 @@ def train_run(
         bool | None,
         typer.Option("--compile/--no-compile", help="Compile the layers by torch.compile first.", show_default=False),
     ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="What a row is (chat, instruction, text …), where its columns do not say."),
+    ] = None,
+    map: MapOption = None,
+    learn: Annotated[str | None, typer.Option(help="The assistant's turns that are learned: all or last.")] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="Longest row in tokens.")] = None,
     too_long: Annotated[str | None, typer.Option(help="What happens to a longer row: error, drop or truncate.")] = None,
     dtype: Annotated[
@@ -104,6 +112,7 @@ def train_run(
     from ..runs import RunFolder
 
     overrides = {path: given[flag] for flag, path in FLAGS.items() if given[flag] is not None}
+    overrides.update(mapped(map))
     overrides.update(read_override(text) for text in sets or [])
     if resume and recipe is None and "model.name" not in overrides and "out" in overrides:
         recipe = Path(str(overrides["out"])) / "recipe.yaml"

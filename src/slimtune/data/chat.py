@@ -9,15 +9,18 @@ template are taken as they stand; for every other template the spans are derived
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from slimtune.data.spelling import spelled
 from slimtune.data.turns import Messages, Span, assistant_spans
 from slimtune.errors import DataError, ModelError
 
+Tools = list[dict[str, Any]] | None
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -37,44 +40,72 @@ class Rendered:
     spans: list[Span]
 
 
-def encode(tokenizer: Any, messages: Messages) -> Encoded:
+def encode(tokenizer: Any, messages: Messages, tools: Tools = None) -> Encoded:
     """Return the tokens of a conversation and their mask.
 
     Raises:
         ModelError: no chat template, no fast tokenizer, or a template that does not show the assistant's turns.
         DataError: the template refuses these messages, or leaves one out.
     """
-    rendered = render(tokenizer, messages)
+    rendered = render(tokenizer, messages, tools)
     ids, offsets = tokenize(tokenizer, [rendered.text])
     return Encoded(ids[0], supervised(rendered, offsets[0]))
 
 
-def render(tokenizer: Any, messages: Messages) -> Rendered:
-    """Return the rendered text with the assistant's spans.
+def render(
+    tokenizer: Any,
+    messages: Messages,
+    tools: Tools = None,
+    learned: Sequence[bool] | None = None,
+    ends: re.Pattern[str] | None = None,
+) -> Rendered:
+    """Return the rendered text with the spans of the assistant's turns, tool calls among them.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: in the form that messages.py gives them.
+        tools: JSON schemas of the functions that may be called.
+        learned: for each message whether it is learned; None: each of the assistant's is.
+        ends: `special_tokens(tokenizer)`, where many rows are rendered.
 
     Raises:
         ModelError, DataError: as `encode`.
     """
-    template = chat_template(tokenizer)
+    template = chat_template(tokenizer, tools)
+    more = {} if tools is None else {"tools": tools}
 
     def rendered(some: Messages, prompt: bool) -> str:
-        return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=prompt, **more)
 
     try:
-        text = rendered(messages, False)
+        messages, text = spelled(messages, tools, lambda some: rendered(some, False))
     except TemplateSyntaxError as error:
         raise ModelError(f"the chat template is not valid Jinja: {error}", fix="repair it") from error
     except TemplateError as error:
         fix = "change the row, or give another template (data.chat_template)"
         raise DataError(f"the chat template refuses these messages: {error}", fix=fix) from error
-    for i, message in enumerate(messages):
-        if message["role"] in ("system", "user") and message["content"].strip() not in text:
-            got = f"the chat template leaves out messages[{i}] ({message['role']})"
-            raise DataError(got, fix="remove that message, or give another template (data.chat_template)")
-    ends = _special(tokenizer)
+    ends = ends or special_tokens(tokenizer)
     if _GENERATION.search(template):
-        return Rendered(text, _marked_spans(tokenizer, messages, text, ends))
-    return Rendered(text, assistant_spans(text, messages, rendered, ends))
+        spans = _marked_spans(tokenizer, messages, more, text, ends)
+    else:
+        spans = assistant_spans(text, messages, rendered, ends)
+    return Rendered(text, spans if learned is None else _chosen(spans, messages, learned))
+
+
+def render_text(tokenizer: Any, prompt: str, completion: str) -> Rendered:
+    """Return a text without a template: what the tokenizer puts in front, the prompt, the completion and an end.
+
+    Raises:
+        ModelError: the tokenizer has no token that ends a text.
+    """
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            "the tokenizer has no end-of-text token, so a completion would have no end", "an eos_token", "give it one"
+        )
+    first = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+    begun = tokenizer.bos_token if tokenizer.bos_token is not None and first == [tokenizer.bos_token_id] else ""
+    text = f"{begun}{prompt}{completion}{tokenizer.eos_token}"
+    return Rendered(text, [(len(begun) + len(prompt), len(text))])
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
@@ -96,24 +127,24 @@ def supervised(rendered: Rendered, offsets: Sequence[Span]) -> list[bool]:
     A token that begins before its span is the model's to say only if what it takes from there is white space
     (`" Hello"` after `[/INST]`); with a piece of the header in it, it is not.
     """
-    mask: list[bool] = []
-    k, spans = 0, rendered.spans
-    for begin, end in offsets:
-        while k < len(spans) and spans[k][1] <= begin:
-            k += 1
-        inside = k < len(spans) and begin < spans[k][1] and end > spans[k][0]
-        mask.append(inside and (begin >= spans[k][0] or rendered.text[begin : spans[k][0]].isspace()))
+    begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
+    mask = [False] * len(offsets)
+    for start, stop in rendered.spans:
+        first, last = bisect_right(ends, start), bisect_left(begins, stop)
+        while first < last and begins[first] < start and not rendered.text[begins[first] : start].isspace():
+            first += 1
+        mask[first:last] = [True] * (last - first)
     return mask
 
 
-def chat_template(tokenizer: Any) -> str:
+def chat_template(tokenizer: Any, tools: Tools = None) -> str:
     """Return the template's text.
 
     Raises:
         ModelError: the tokenizer has none, or several and no default.
     """
     try:
-        return tokenizer.get_chat_template()
+        return tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
         several = isinstance(tokenizer.chat_template, dict)
         got = f"this model has {'several chat templates and no default' if several else 'no chat template'}"
@@ -127,20 +158,37 @@ def ends_turn(tokenizer: Any, token: int) -> bool:
     return token in tokenizer.all_special_ids or token in tokenizer.added_tokens_decoder
 
 
-def _special(tokenizer: Any) -> re.Pattern[str]:
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Return what matches any special or added token of a tokenizer."""
     known = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     # Some vocabularies add runs of blanks: they end nothing.
     names = sorted((re.escape(t) for t in known if t.strip()), key=len, reverse=True)
     return re.compile("|".join(names) if names else r"(?!)")
 
 
-def _marked_spans(tokenizer: Any, messages: Messages, text: str, ends: re.Pattern[str]) -> list[Span]:
+def _chosen(spans: list[Span], messages: Messages, learned: Sequence[bool]) -> list[Span]:
+    """Return the spans of the turns that are learned."""
+    wanted = [said for said, m in zip(learned, messages, strict=True) if m["role"] == "assistant"]
+    if len(wanted) != len(spans):
+        raise ModelError(
+            f"the chat template marks {len(spans)} parts for {len(wanted)} assistant turns, so single turns cannot be "
+            "left out",
+            "one {% generation %} block a turn",
+            "give a template without marks (data.chat_template), or learn every turn",
+        )
+    return [span for span, said in zip(spans, wanted, strict=True) if said]
+
+
+def _marked_spans(
+    tokenizer: Any, messages: Messages, more: dict[str, Any], text: str, ends: re.Pattern[str]
+) -> list[Span]:
     """Return the spans the template itself marks, without white space after a special token."""
     out = tokenizer.apply_chat_template(
         messages,
         return_dict=True,
         return_assistant_tokens_mask=True,
         tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
+        **more,
     )
     spans: list[Span] = []
     joined = False

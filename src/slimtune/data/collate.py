@@ -28,9 +28,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from .packs import divided, lay
-
-IGNORED = -100
-Example = dict[str, Any]
+from .store import IGNORED, Example
 
 
 class Collator:

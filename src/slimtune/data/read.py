@@ -1,6 +1,7 @@
-"""Chat rows from a JSONL file: one line, one conversation, every fault with its line.
+"""Rows of a file, in constant memory, every fault with its line.
 
-    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+    open_rows   a file that yields a `Row` or a `Refusal` for each record, any number of times
+    read_rows   all its rows at once, or one error that names the first faults
 
 What a person typed (the path) is a usage error; what stands in the file is a data error. Up to ten faults are
 collected and reported together, so a file is not repaired one run at a time.
@@ -8,36 +9,34 @@ collected and reported together, so a file is not repaired one run at a time.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import DataError, UsageError, listed, nearest
+from ..errors import DataError
+from .files import Refusal, parts
+from .formats import FORMATS, Row, read_record, recognised, renamed, require_columns, require_known
+from .messages import RowFault
 
-ROLES = ("system", "user", "assistant", "tool")
+__all__ = ["Faults", "Refusal", "Row", "RowFile", "open_rows", "read_rows"]
+
 MOST_FAULTS = 10
+FIRST = 20
+"""Records by which a format is recognised."""
 SHAPE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation: `messages` as `{"role", "content"}` dicts, and the line (from 1) it stands on."""
-
-    messages: list[dict[str, str]]
-    line: int
 
 
 class Faults:
     """Collects faults of one file; `check` raises them all as one error."""
 
     def __init__(self, path: str | Path, wanted: str = "", fix: str = "") -> None:
-        self.path, self.wanted, self.fix = path, wanted, fix
+        self.path, self.wanted, self.fix = Path(path), wanted, fix
         self.found: list[str] = []
 
-    def add(self, line: int, what: str) -> None:
+    def add(self, line: int, what: str, file: str | None = None) -> None:
         """Keep one fault of a line."""
-        self.found.append(f"{self.path}:{line}: {what}")
+        self.found.append(f"{self.path / file if file else self.path}:{line}: {what}")
 
     @property
     def full(self) -> bool:
@@ -57,101 +56,99 @@ class Faults:
             raise DataError("\n".join(got), wanted=self.wanted, fix=self.fix)
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read every row of a JSONL file of chat rows; empty lines are passed over, keys beside `messages` are not used.
+class RowFile:
+    """The rows of a file, a folder or a dataset; made by `open_rows`.
 
-    Raises:
-        UsageError: there is no such file, it is a folder, or it cannot be read.
-        DataError: the file is empty, or some rows are faulty (the first ten are named with file and line).
+    Args:
+        path: as it was given.
+        format: a name of `FORMATS`; "unknown" where no record can be read.
+
+    Iterating yields `Row | Refusal` in file order, each time from the beginning, with little of the file in memory.
     """
-    path = Path(path)
-    faults = Faults(path, wanted=f"one JSON object per line: {SHAPE}", fix="repair or remove these lines")
-    rows: list[Row] = []
-    for number, raw in enumerate(_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        try:
-            rows.append(Row(_messages(_parsed(raw)), number))
-        except ValueError as fault:
-            faults.add(number, str(fault))
+
+    def __init__(self, path: Path, form: str, columns: Mapping[str, str], found: Any) -> None:
+        self.path, self.format, self._columns, self._parts = path, form, columns, found
+
+    def __iter__(self) -> Iterator[Row | Refusal]:
+        for file, read in self._parts:
+            for found in read():
+                yield self._row(found, file)
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows.
+
+        Raises:
+            DataError: at the end of the file, or where ten rows were faulty: they are named with file and line.
+        """
+        faults = self._faults()
+        for row in self:
+            if isinstance(row, Row):
+                yield row
+                continue
+            faults.add(row.line, row.cause, row.file)
             if faults.full:
                 break
-    faults.check()
-    if not rows:
+        faults.check()
+
+    def _faults(self) -> Faults:
+        wanted = f"one JSON object per line: {SHAPE}"
+        if self.format not in ("chat", "unknown") or self.path.suffix != ".jsonl":
+            wanted = f"rows of the format {self.format}: {', '.join(FORMATS.get(self.format, FORMATS['chat']).needs)}"
+        return Faults(self.path, wanted, "repair or remove these lines")
+
+    def _row(self, found: Any, file: str | None) -> Row | Refusal:
+        if isinstance(found, Refusal):
+            return Refusal(found.line, found.cause, found.code, file)
+        line, record = found
+        try:
+            return read_record(renamed(record, self._columns) if self._columns else record, self.format, line, file)
+        except RowFault as fault:
+            return Refusal(line, str(fault), fault.code, file)
+
+
+def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> RowFile:
+    """Open a file of rows, its format recognised from the columns of its first rows.
+
+    Args:
+        path: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder of such files, a folder that `datasets`
+            saved, or a dataset's id.
+        format: one of `FORMATS`; None: it is recognised.
+        columns: what the format calls a column → what the file calls it.
+
+    Raises:
+        UsageError: there is no such file, it cannot be read, an unknown format, or a mapped column that is not there.
+        DataError: the file is empty, its format is not plain, or files of a folder are of several formats.
+    """
+    path, columns = Path(path), dict(columns or {})
+    require_known(format, columns)
+    found = parts(path)
+    forms: dict[str, str | None] = {}
+    for file, read in found:
+        if records := list(itertools.islice(_records(read()), FIRST)):
+            where = path / file if file else path
+            require_columns(where, records, columns)
+            forms.setdefault(format or recognised(where, records, columns), file)
+    if not forms and not any(True for _, read in found for _ in read()):
         raise DataError(f"{path} is empty: it holds no row", wanted=f"one JSON object per line: {SHAPE}")
-    return rows
+    if len(forms) > 1:
+        (one, first), (other, second) = list(forms.items())[:2]
+        raise DataError(
+            f"{path} holds files of several formats: {first} is {one}, {second} is {other}",
+            "files of one format",
+            "name one file, or move the others away",
+        )
+    return RowFile(path, next(iter(forms), format or "unknown"), columns, found)
 
 
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        folder = path.parent
-        names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-        where = "" if folder.is_dir() else f" (there is no folder {folder} either)"
-        got = f"no such file: {path}{where}{nearest(path.name, names)}"
-        raise UsageError(got, wanted="a JSONL file of chat rows", fix="check the path given for the data") from None
-    except IsADirectoryError:
-        files = sorted(p.name for p in path.glob("*.jsonl"))
-        fix = f"name one of its files: {listed(files)}" if files else "name a file"
-        raise UsageError(f"{path} is a folder", wanted="a JSONL file of chat rows", fix=fix) from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror or error}", fix="check its permissions") from error
+def read_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Read every row of a file; see `open_rows`.
+
+    Raises:
+        UsageError: as `open_rows`.
+        DataError: as `open_rows`, or some rows are faulty (the first ten are named with file and line).
+    """
+    return list(open_rows(path, format=format, columns=columns).rows())
 
 
-def _parsed(raw: bytes) -> Any:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"is not UTF-8 at byte {error.start}: {_short(raw.decode('utf-8', 'replace'))}") from None
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f" ({error.msg} at column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise ValueError(f"does not parse as JSON{where}: {_short(text)}") from None
-
-
-def _messages(row: Any) -> list[dict[str, str]]:
-    if not isinstance(row, dict):
-        raise ValueError(f"is not a JSON object but {_kind(row)}: {_short(json.dumps(row, ensure_ascii=False))}")
-    if "messages" not in row:
-        raise ValueError(f"has no 'messages'{nearest('messages', row)} (keys here: {listed(row) or 'none'})")
-    messages = row["messages"]
-    if not isinstance(messages, list):
-        raise ValueError(f"'messages' is not a list but {_kind(messages)}")
-    checked = [_message(message, i) for i, message in enumerate(messages)]
-    if not any(m["role"] == "assistant" for m in checked):
-        roles = listed(m["role"] for m in checked) or "none"
-        raise ValueError(f"has no assistant turn, so there is nothing to learn (roles here: {roles})")
-    return checked
-
-
-def _message(message: Any, i: int) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise ValueError(f"messages[{i}] is not an object but {_kind(message)}")
-    for key in ("role", "content"):
-        if key not in message:
-            raise ValueError(f"messages[{i}] has no {key!r}{nearest(key, message)}")
-        if not isinstance(message[key], str):
-            raise ValueError(f"messages[{i}].{key} is not a string but {_kind(message[key])}")
-    # An unknown key would never reach the model, or change what the template makes of the turn: neither silently.
-    if unknown := [key for key in message if key not in ("role", "content") and message[key] is not None]:
-        raise ValueError(f"messages[{i}] has keys that are not used: {listed(unknown)} (known: 'role', 'content')")
-    role = message["role"]
-    if role not in ROLES:
-        raise ValueError(f"messages[{i}] has the unknown role {role!r}{nearest(role, ROLES)} (known: {listed(ROLES)})")
-    if not message["content"].strip():
-        raise ValueError(f"messages[{i}] ({role}) has empty content")
-    if any("\ud800" <= c <= "\udfff" for c in message["content"]):
-        raise ValueError(f"messages[{i}] ({role}) holds half of a character (a lone \\ud8xx or \\udcxx escape)")
-    return {"role": role, "content": message["content"]}
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def _short(text: str, most: int = 80) -> str:
-    text = text.strip()
-    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+def _records(found: Iterator[Any]) -> Iterator[dict[str, Any]]:
+    return (record for one in found if not isinstance(one, Refusal) for record in [one[1]])

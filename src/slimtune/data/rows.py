@@ -1,24 +1,36 @@
 """Rows as training examples, and a report of what became of each: none is cut or dropped unsaid.
 
+    Row ─ rendered ─ tokenized ─ masked ─▶ Encoded ─ cut, dropped or kept ─▶ Block ─ written ─▶ Examples
+
 An example is `{"input_ids": [L], "labels": [L], "line": int}`; a label is its token's id where the assistant speaks and
--100 elsewhere. A first token is never counted as learned: nothing stands before it to predict it from.
+-100 elsewhere. A first token is never counted as learned: nothing stands before it to predict it from. Rows go through
+in batches, over several processes where there are many, and come to lie outside memory (store.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slimtune.data.chat import Encoded, Rendered, ends_turn, render, supervised, tokenize
-from slimtune.data.read import Faults, Row
-from slimtune.errors import DataError, UsageError, listed, nearest
-from slimtune.units import count_text
+import numpy as np
 
-Example = dict[str, Any]
+from ..errors import DataError, UsageError, listed, nearest
+from ..units import count_text
+from .chat import Encoded, Rendered, ends_turn, render, render_text, special_tokens, supervised, tokenize
+from .read import MOST_FAULTS, Faults, Refusal, Row, RowFile
+from .store import Example, Examples, Writer
+from .workers import in_order
+
+__all__ = ["LEARN", "TOO_LONG", "Example", "Examples", "RowReport", "batches", "encode_rows", "encoded"]
+
 TOO_LONG = ("error", "drop", "truncate")
-IGNORED = -100
-_BATCH = 512
+LEARN = ("all", "last")
+BATCH = 512
+PREFERENCE = "is a preference pair (chosen, rejected), which nothing trains on yet"
 
 
 @dataclass(frozen=True)
@@ -58,87 +70,217 @@ class RowReport:
         return asdict(self)
 
 
+def encoded(rows: Iterable[Row], tokenizer: Any, *, learn: str = "all") -> list[tuple[Rendered, Encoded] | Refusal]:
+    """Return each row's text with the spans that are learned, and its tokens with their mask, or why there are none.
+
+    Args:
+        rows: a batch; all of it is in memory at once.
+        tokenizer: a fast tokenizer, with a chat template where rows are conversations.
+        learn: "all" assistant turns, or the "last" one alone.
+
+    Raises:
+        ModelError: no chat template, or one that hides the assistant's turns; no end-of-text token for texts.
+    """
+    rows = list(rows)
+    ends = special_tokens(tokenizer)
+    drawn = [_rendered(row, tokenizer, learn, ends) for row in rows]
+    ids, offsets = tokenize(tokenizer, [one.text for one in drawn if isinstance(one, Rendered)])
+    tokens = zip(ids, offsets, strict=True)
+    return [
+        one if isinstance(one, Refusal) else (one, Encoded((t := next(tokens))[0], supervised(one, t[1])))
+        for one in drawn
+    ]
+
+
+def batches(rows: Iterable[Row], size: int = BATCH) -> Iterator[tuple[Row, ...]]:
+    """Yield rows in batches, the last one shorter."""
+    left = iter(rows)
+    return iter(lambda: tuple(itertools.islice(left, size)), ())
+
+
 def encode_rows(
-    rows: list[Row], tokenizer: Any, *, max_seq_len: int, too_long: str = "drop", path: str | Path
-) -> tuple[list[Example], RowReport]:
+    rows: RowFile | Iterable[Row],
+    tokenizer: Any,
+    *,
+    max_seq_len: int,
+    too_long: str = "drop",
+    learn: str = "all",
+    path: str | Path,
+    processes: int = 1,
+) -> tuple[Examples, RowReport]:
     """Return the rows as examples, in their order, and the report.
 
     Args:
-        rows: chat rows as `read_rows` gives them.
-        tokenizer: a fast tokenizer with a chat template.
+        rows: what `open_rows` or `read_rows` give.
+        tokenizer: a fast tokenizer, with a chat template where rows are conversations.
         max_seq_len: most tokens of a row (≥ 2).
         too_long: what happens to longer rows: "error", "drop" or "truncate".
+        learn: "all" assistant turns, or the "last" one alone.
         path: the file the rows came from, for messages.
+        processes: how many encode at once; with more than one, a script of your own has to guard what it runs by
+            `if __name__ == "__main__":`.
 
     Raises:
-        UsageError: an unknown `too_long`, or a `max_seq_len` under 2.
-        DataError: the template refuses rows, rows are too long under "error", none is left, or some have nothing to
-            learn.
+        UsageError: an unknown `too_long` or `learn`, or a `max_seq_len` under 2.
+        DataError: rows are faulty, the template refuses some, rows are too long under "error", none is left, or some
+            have nothing to learn.
         ModelError: no chat template, or one that hides the assistant's turns.
     """
     if too_long not in TOO_LONG:
         raise UsageError(f"too_long is {too_long!r}{nearest(too_long, TOO_LONG)}", wanted=listed(TOO_LONG))
+    if learn not in LEARN:
+        raise UsageError(f"learn is {learn!r}{nearest(learn, LEARN)}", wanted=listed(LEARN))
     if max_seq_len < 2:
         raise UsageError(f"max_seq_len is {max_seq_len}", wanted="2 tokens or more: one to read, one to say")
-    encoded = _encoded(rows, tokenizer, path)
-    long = [row for row, one in zip(rows, encoded, strict=True) if len(one.input_ids) > max_seq_len]
-    longest = max((len(one.input_ids) for one in encoded), default=0)
-    if long and too_long == "error":
-        raise _too_long(path, long, longest, max_seq_len)
-    examples: list[Example] = []
-    mute: list[int] = []
-    unended = 0
-    for row, one in zip(rows, encoded, strict=True):
-        if len(one.input_ids) > max_seq_len and too_long == "drop":
-            continue
-        example = _example(row, one, max_seq_len)
-        examples.append(example)
-        if not _learned(example):
-            mute.append(row.line)
-        unended += not _ended(tokenizer, one)
-    if mute:
-        raise _mute(path, mute, max_seq_len, cut=bool(long) and too_long == "truncate")
-    if not examples:
-        raise _none_left(path, len(rows), longest, max_seq_len)
+    if isinstance(rows, RowFile) and rows.format == "preference":
+        raise _preference(path)
+    sound = rows.rows() if isinstance(rows, RowFile) else rows
+    refused = Faults(path, fix="change these rows, or give another template (data.chat_template)")
+    blocks = in_order(_Encoder(tokenizer, max_seq_len, too_long, learn), batches(sound), processes)
+    examples, sums = _written(blocks, refused)
+    refused.check()
+    if sums.long and too_long == "error":
+        raise _too_long(path, sums.long, sums.longest, max_seq_len)
+    if sums.mute:
+        raise _mute(path, sums.mute, max_seq_len, cut=bool(sums.long) and too_long == "truncate")
+    if not sums.kept:
+        raise _none_left(path, sums.rows, sums.longest, max_seq_len)
     return examples, RowReport(
-        rows=len(rows),
-        kept=len(examples),
-        dropped=len(rows) - len(examples),
-        truncated=len(long) if too_long == "truncate" else 0,
-        tokens=sum(len(e["input_ids"]) for e in examples),
-        supervised_tokens=sum(_learned(e) for e in examples),
-        longest=longest,
+        rows=sums.rows,
+        kept=sums.kept,
+        dropped=sums.rows - sums.kept,
+        truncated=len(sums.long) if too_long == "truncate" else 0,
+        tokens=sums.tokens,
+        supervised_tokens=sums.learned,
+        longest=sums.longest,
         max_seq_len=max_seq_len,
-        unended=unended,
+        unended=sums.unended,
     )
 
 
-def _encoded(rows: list[Row], tokenizer: Any, path: str | Path) -> list[Encoded]:
-    rendered: list[Rendered] = []
-    faults = Faults(path, fix="change these rows, or give another template (data.chat_template)")
-    for row in rows:
-        try:
-            rendered.append(render(tokenizer, row.messages))
-        except DataError as fault:
-            faults.add(row.line, fault.got)
-            if faults.full:
+@dataclass
+class _Block:
+    """A batch of rows, encoded.
+
+    Args:
+        coded: int32 [T], the kept rows' tokens as `store` holds them.
+        lengths: int64 [n], of each kept row.
+        lines: int64 [n].
+        rows: rows read.
+        learned: supervised tokens that have one before them.
+        longest: tokens of the longest row, before any cut.
+        unended: kept rows that no special token closes.
+        long: lines of rows that are too long.
+        mute: lines of kept rows with nothing to learn.
+        refused: rows that the template refuses.
+    """
+
+    coded: np.ndarray
+    lengths: np.ndarray
+    lines: np.ndarray
+    rows: int
+    learned: int = 0
+    longest: int = 0
+    unended: int = 0
+    long: list[int] = field(default_factory=list)
+    mute: list[int] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Makes a block of a batch of rows; is sent to other processes."""
+
+    tokenizer: Any
+    max_seq_len: int
+    too_long: str
+    learn: str
+
+    def __call__(self, rows: tuple[Row, ...]) -> _Block:
+        none = np.zeros(0, np.int64)
+        block = _Block(none.astype(np.int32), none, none, len(rows))
+        kept: list[np.ndarray] = []
+        lines: list[int] = []
+        for row, one in zip(rows, encoded(rows, self.tokenizer, learn=self.learn), strict=True):
+            if isinstance(one, Refusal):
+                block.refused.append(one)
+                continue
+            tokens = one[1]
+            block.longest = max(block.longest, len(tokens.input_ids))
+            if len(tokens.input_ids) > self.max_seq_len:
+                block.long.append(row.line)
+                if self.too_long == "drop":
+                    continue
+            block.unended += not _ended(self.tokenizer, tokens)
+            ids = np.array(tokens.input_ids[: self.max_seq_len], np.int32)
+            said = np.array(tokens.supervised[: self.max_seq_len], bool)
+            kept.append(np.where(said, ~ids, ids))
+            lines.append(row.line)
+            learned = int(said[1:].sum())
+            block.learned += learned
+            if not learned:
+                block.mute.append(row.line)
+        if kept:
+            block.coded = np.concatenate(kept)
+            block.lengths = np.array([len(k) for k in kept], np.int64)
+            block.lines = np.array(lines, np.int64)
+        return block
+
+
+@dataclass
+class _Sums:
+    rows: int = 0
+    kept: int = 0
+    tokens: int = 0
+    learned: int = 0
+    longest: int = 0
+    unended: int = 0
+    long: list[int] = field(default_factory=list)
+    mute: list[int] = field(default_factory=list)
+
+    def add(self, block: _Block) -> None:
+        self.rows += block.rows
+        self.kept += len(block.lengths)
+        self.tokens += len(block.coded)
+        self.learned += block.learned
+        self.longest = max(self.longest, block.longest)
+        self.unended += block.unended
+        self.long += block.long
+        self.mute += block.mute
+
+
+def _written(blocks: Iterable[_Block], refused: Faults) -> tuple[Examples, _Sums]:
+    """Write the blocks and add up what they hold, until as many rows are refused as one message shows."""
+    sums = _Sums()
+    with Writer() as writer:
+        for block in blocks:
+            writer.add(block.coded, block.lengths, block.lines)
+            sums.add(block)
+            for one in block.refused[: MOST_FAULTS - len(refused.found)]:
+                refused.add(one.line, one.cause, one.file)
+            if refused.full:
                 break
-    faults.check()
-    encoded: list[Encoded] = []
-    for at in range(0, len(rendered), _BATCH):
-        some = rendered[at : at + _BATCH]
-        ids, offsets = tokenize(tokenizer, [one.text for one in some])
-        encoded += [Encoded(i, supervised(one, o)) for one, i, o in zip(some, ids, offsets, strict=True)]
-    return encoded
+        return writer.done(), sums
 
 
-def _example(row: Row, one: Encoded, most: int) -> Example:
-    labels = [t if said else IGNORED for t, said in zip(one.input_ids, one.supervised, strict=True)]
-    return {"input_ids": one.input_ids[:most], "labels": labels[:most], "line": row.line}
+def _rendered(row: Row, tokenizer: Any, learn: str, ends: re.Pattern[str]) -> Rendered | Refusal:
+    if row.chosen is not None:
+        return Refusal(row.line, PREFERENCE, "preference", row.file)
+    if row.completion is not None:
+        return render_text(tokenizer, row.prompt or "", row.completion)
+    try:
+        return render(tokenizer, row.messages, row.tools, _learned(row, learn), ends)
+    except DataError as fault:
+        code = "template-leaves-out" if "leaves out" in fault.got else "template-refuses"
+        return Refusal(row.line, fault.got, code, row.file)
 
 
-def _learned(example: Example) -> int:
-    return sum(label != IGNORED for label in example["labels"][1:])
+def _learned(row: Row, learn: str) -> tuple[bool, ...] | None:
+    """Return for each message whether it is learned; None: each of the assistant's is."""
+    if learn == "all":
+        return row.learned
+    last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
+    return tuple(i == last and (row.learned is None or row.learned[i]) for i in range(len(row.messages)))
 
 
 def _ended(tokenizer: Any, one: Encoded) -> bool:
@@ -151,9 +293,9 @@ def _lines(lines: list[int], most: int = 12) -> str:
     return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:most]))}{more}"
 
 
-def _too_long(path: str | Path, long: list[Row], longest: int, most: int) -> DataError:
+def _too_long(path: str | Path, long: list[int], longest: int, most: int) -> DataError:
     return DataError(
-        f"{path}: longer than {most} tokens: {_lines([r.line for r in long])}; the longest has {longest}",
+        f"{path}: longer than {most} tokens: {_lines(long)}; the longest has {longest}",
         wanted=f"rows of at most max_seq_len = {most} tokens",
         fix=f"--max-seq-len {longest}, or --too-long drop or truncate",
     )
@@ -174,4 +316,13 @@ def _mute(path: str | Path, lines: list[int], most: int, *, cut: bool) -> DataEr
         f"{path}: no token to learn in {_lines(lines)}",
         wanted=f"an assistant's token within the first {most}" if cut else "an assistant's token after the first one",
         fix="a larger --max-seq-len, or --too-long drop" if cut else "remove these rows",
+    )
+
+
+def _preference(path: str | Path) -> DataError:
+    return DataError(
+        f"{path} holds preference pairs (chosen, rejected), which nothing trains on yet",
+        "rows of another format: chat, instruction, sharegpt, prompt-completion or text",
+        "to learn the better answers, write them as prompt-completion: --format prompt-completion --map "
+        "completion=chosen",
     )

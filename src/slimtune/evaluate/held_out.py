@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..build import Loaded, adapter_folder, collator_of, held_out, load_run, rows_of
+from ..build import Loaded, adapter_folder, collator_of, held_out, load_run, rows_file, rows_of
 from ..data.collate import Example
-from ..data.read import read_rows
-from ..data.rows import RowReport
+from ..data.rows import Examples, RowReport
 from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, listed, nearest
 from ..recipe import Recipe
 from ..runs import RunFolder, json_text, write_atomic
@@ -55,11 +55,12 @@ def evaluate(
     folder = None if adapter_folder(run) == run else RunFolder.open(run)
     path = _rows_file(folder, run, split, data)
     if path is not None:
-        read_rows(path)  # a fault of the file is said before the model is loaded
+        # A fault of the file is said before the model is loaded.
+        deque(rows_file(folder.recipe() if folder else None, path).rows(), maxlen=0)
     loaded = load_run(run)
     recipe = loaded.recipe or _stand_in(loaded, run, path)
     examples, report = _rows(recipe, loaded, path)
-    longest = max(len(e["input_ids"]) for e in examples)
+    longest = int(examples.lengths.max())
     collator = collator_of(recipe, loaded.model, loaded.base.tokenizer, longest)
     tuned = score(loaded.model, examples, collator)
     with loaded.model.disable_adapter():
@@ -131,7 +132,7 @@ def _stand_in(loaded: Loaded, run: Path, path: Path | None) -> Recipe:
     )
 
 
-def _rows(recipe: Recipe, loaded: Loaded, path: Path | None) -> tuple[list[Example], RowReport]:
+def _rows(recipe: Recipe, loaded: Loaded, path: Path | None) -> tuple[Examples, RowReport]:
     if path is not None:
         return held_out(recipe, loaded.base.tokenizer, path)
     rows = rows_of(recipe, loaded.base.tokenizer)

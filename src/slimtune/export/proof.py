@@ -7,6 +7,7 @@ something only beside it, since rounding merged weights to 16 bits can swallow a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from jinja2 import TemplateError
 from safetensors import safe_open
 from torch import Tensor
 
-from ..data.read import read_rows
+from ..build import rows_file
 from ..errors import RunError
 from ..recipe import Recipe
 
@@ -53,8 +54,9 @@ def talks(recipe: Recipe | None, rows: Path | None = None) -> list[list[dict[str
     """
     found = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS]
     held = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
-    if file := rows or next((f for f in held if f is not None and f.is_file()), None):
-        found += [row.messages for row in read_rows(file)[:MOST_ROWS]]
+    if file := rows or next((f for f in held if f is not None and f.exists()), None):
+        some = itertools.islice(rows_file(recipe if rows is None else None, file).rows(), MOST_ROWS)
+        found += [row.messages for row in some if row.messages]
     return found
 
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from ..contract.config import PeftConfig
 from ..errors import ConfigError, RecipeError, nearest
 from ..methods import config_class
+from ..ops.dataset_id import dataset_id
 from .faults import Fault, faults_of, fields_of, raise_all, shown
 from .method import known_fields, method_section
 from .reading import absolute, expand, put, read_override, read_tree, set_path
@@ -82,7 +83,7 @@ class Recipe(Section):
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
     def require_files(self) -> None:
-        """Look at every data file the recipe names.
+        """Look at every data file the recipe names; what can only be a dataset of the Hub is not looked for.
 
         Raises:
             RecipeError: some are not there; all are named, each with the nearest name in its folder.
@@ -94,6 +95,7 @@ class Recipe(Section):
                 Fault(f"data.{name}", f"there is no file {str(path)!r}{nearest(path.name, _beside(path))}")
                 for name, path in files.items()
                 if path is not None and not path.is_file()
+                if name == "chat_template" or not (path.is_dir() or dataset_id(path))
             ],
             "the recipe",
         )

@@ -15,6 +15,7 @@ import yaml
 from yaml.composer import ComposerError
 
 from ..errors import RecipeError, UsageError, nearest
+from ..ops.dataset_id import dataset_id
 from .faults import shown
 
 SHORT = {"model": "name", "data": "train", "method": "name"}
@@ -160,7 +161,7 @@ def absolute(tree: dict[str, Any], folder: Path | None = None) -> None:
         for name in DATA_FILES:
             if isinstance(path := data.get(name), str) and path:
                 placed = os.path.abspath(os.path.join(folder or "", os.path.expanduser(path)))
-                if folder is None or os.path.exists(placed):
+                if os.path.exists(placed) or (folder is None and dataset_id(path) is None):
                     data[name] = placed
     if isinstance(model, dict) and isinstance(path := model.get("name"), str):
         # A bare word is an alias even where a folder of that name happens to stand here; a Hub id is no path.

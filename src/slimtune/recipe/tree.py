@@ -69,12 +69,25 @@ class ModelSettings(Section):
 class DataSettings(Section):
     """The rows to learn from, and how they become tokens."""
 
-    train: PathLike = setting(..., "a JSONL file of training rows", "--data")
-    validation: PathLike | None = setting(None, "a JSONL file of validation rows, or null", "--validation")
+    train: PathLike = setting(
+        ...,
+        "training rows: a file (JSONL, JSON, CSV, TSV, Parquet, text), a folder of such files, or a dataset of the Hub",
+        "--data",
+    )
+    validation: PathLike | None = setting(None, "validation rows, as train, or null", "--validation")
     validation_fraction: Number = setting(
         0.05, "where validation is null: share of the training rows set aside for it, 0 (none) to 0.5", ge=0, le=0.5
     )
-    test: PathLike | None = setting(None, "a JSONL file of rows kept for `slimtune eval`, or null")
+    test: PathLike | None = setting(None, "rows kept for `slimtune eval`, as train, or null")
+    format: Literal["chat", "instruction", "sharegpt", "prompt-completion", "text", "preference"] | None = setting(
+        None,
+        "what a row is: chat, instruction, sharegpt, prompt-completion, text or preference; null: told by its columns",
+        "--format",
+    )
+    map: dict[str, str] = setting({}, "a format's columns: the names they have in the rows", "--map")
+    learn: Literal["all", "last"] = setting(
+        "all", "the assistant's turns that are learned: all, or the last of each row", "--learn"
+    )
     max_seq_len: int = setting(1024, "longest row in tokens, a whole number from 2", "--max-seq-len", ge=2)
     too_long: Literal["error", "drop", "truncate"] = setting(
         "drop", "what happens to a longer row: error, drop or truncate", "--too-long"

@@ -13,10 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..contract.layout import laid_out
 from ..data.collate import Collator, Example
+from ..data.store import Examples
 from ..ops.dropout import unseen_draws
 from ..step import accumulated, on_device
 from ..units import bytes_text
@@ -89,7 +91,8 @@ def probe(model: Any, collator: Collator, examples: Sequence[Example], rows_a_st
 
 def longest(examples: Sequence[Example], rows_a_step: int) -> list[Example]:
     """Return the rows of the step that takes most."""
-    return sorted(examples, key=lambda e: len(e["input_ids"]))[-rows_a_step:]
+    lengths = examples.lengths if isinstance(examples, Examples) else [len(e["input_ids"]) for e in examples]
+    return [examples[i] for i in np.argsort(lengths, kind="stable")[-rows_a_step:]]
 
 
 def planned_bytes(plan: Mapping, device: torch.device) -> tuple[int, int]:

@@ -88,7 +88,7 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
         recipe = continuing(recipe, continue_from)
     began = time.perf_counter()
     rows = processes.together(lambda: _rows(recipe))
-    plan = processes.by_first(lambda: planner(recipe, [len(e["input_ids"]) for e in rows.train + rows.validation]))
+    plan = processes.by_first(lambda: planner(recipe, rows.lengths().tolist()))
     divide = recipe.train.shard_base and processes.count() > 1
     mesh = init_device_mesh(_device(recipe).type, (processes.count(),)) if divide else None
     base, model = processes.together(lambda: _loaded(recipe, continue_from, mesh), in_turns=divide)
@@ -299,7 +299,7 @@ def _trainer(
     if base.device.type == "cuda" and base.device.index is not None:
         vars(args)["_setup_devices"] = base.device  # found once and kept; it would say the first card
         torch.cuda.set_device(base.device)
-    most = max(len(e["input_ids"]) for e in rows.train + rows.validation)
+    most = int(rows.lengths().max())
     collator = collator_of(recipe, model, base.tokenizer, most)
     if plan is not None and collator.room is not None:
         collator.room = min(collator.room, max(most, plan["tokens_at_once"]))

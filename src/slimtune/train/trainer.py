@@ -101,7 +101,7 @@ class SlimTrainer(Trainer):
             # By class: by name the Trainer lets bitsandbytes remember every embedding for as long as the process lives.
             optimizer_cls_and_kwargs=(adamw_8bit.theirs(), how) if optimizer == "adamw-8bit" else None,
         )
-        self.validation, self.collator, self.keep, self.say = list(validation), collator, keep, say
+        self.validation, self.collator, self.keep, self.say = validation, collator, keep, say
         self.trained_tokens = self.supervised_tokens = 0
         self.train_seconds = 0.0
         self.relief = relief

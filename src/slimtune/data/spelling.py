@@ -1,0 +1,107 @@
+"""Messages as a chat template takes them, with nothing of them left out.
+
+Templates differ in how they want a call: arguments as an object or as JSON text, no content or an empty one. Each way
+is tried until every call stands in the text; what no way brings into it is an error that names the message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jinja2 import TemplateError
+
+from ..errors import DataError
+
+Messages = list[dict[str, Any]]
+_FIX = "remove {}, or give another template (data.chat_template)"
+
+
+def spelled(
+    messages: Messages, tools: list[dict[str, Any]] | None, render: Callable[[Messages], str]
+) -> tuple[Messages, str]:
+    """Return the messages as the template takes them, and their text.
+
+    Raises:
+        DataError: the template leaves out a message, a call or a tool.
+        TemplateError: it refuses the messages, however they are spelled.
+    """
+    refused: TemplateError | TypeError | None = None
+    texts: list[str] = []
+    for some in _spellings(messages):
+        try:
+            text = render(some)
+        except (TemplateError, TypeError) as error:  # `"…" + an object`, in a template
+            refused = refused or error
+            continue
+        if _uncalled(some, text) is None:
+            _require_whole(some, tools, text)
+            return some, text
+        texts.append(text)
+    if not texts:
+        raise refused if isinstance(refused, TemplateError) else TemplateError(str(refused))
+    i = _uncalled(messages, texts[0])
+    raise DataError(f"the chat template leaves out the tool calls of messages[{i}]", fix=_FIX.format("that message"))
+
+
+def _spellings(messages: Messages) -> Iterator[Messages]:
+    yield messages
+    if not any(m.get("tool_calls") for m in messages):
+        return
+    silent = [_without_content(m) for m in messages]
+    yield silent
+    yield [_as_text(m) for m in messages]
+    yield [_as_text(m) for m in silent]
+
+
+def _without_content(message: dict[str, Any]) -> dict[str, Any]:
+    blank = message.get("tool_calls") and not message.get("content")
+    return {k: v for k, v in message.items() if k != "content"} if blank else message
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}}
+        for c in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _uncalled(messages: Messages, text: str) -> int | None:
+    """Return the number of a message some call of which is not in the text."""
+    for i, message in enumerate(messages):
+        for call in message.get("tool_calls", ()):
+            arguments = call["function"]["arguments"]
+            said = arguments if isinstance(arguments, dict) else json.loads(arguments)
+            # The names stand in the tools' schemas, too; what they are called with does not.
+            words = [call["function"]["name"], *said, *(v for v in said.values() if isinstance(v, str))]
+            if not all(_holds(text, word) for word in words):
+                return i
+    return None
+
+
+def _require_whole(messages: Messages, tools: list[dict[str, Any]] | None, text: str) -> None:
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant" or message.get("tool_calls"):
+            content = message.get("content", "").strip()
+            if content not in text and not (message["role"] == "tool" and _holds(text, content)):
+                got = f"the chat template leaves out messages[{i}] ({message['role']})"
+                raise DataError(got, fix=_FIX.format("that message"))
+    for tool in tools or ():
+        if tool["function"]["name"] not in text:
+            raise DataError(
+                f"the chat template leaves out the tool {tool['function']['name']!r}", fix=_FIX.format("the tools")
+            )
+
+
+def _holds(text: str, word: str) -> bool:
+    """Return whether a text holds a word: as it is, as JSON writes it, or as JSON that the template has spaced anew."""
+    forms = [word, *(json.dumps(word, ensure_ascii=ascii)[1:-1] for ascii in (False, True))]
+    if word.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            forms += [json.dumps(json.loads(word), ensure_ascii=ascii) for ascii in (False, True)]
+    return any(form in text for form in forms)
