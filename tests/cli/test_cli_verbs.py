@@ -143,7 +143,7 @@ def test_train_from_flags_alone(room, rows, tmp_path):
     assert done.exit_code == 0, done.stderr
     ((recipe,), how), = calls  # fmt: skip
     assert callable(how.pop("planner"))
-    assert how == {"resume": False, "continue_from": None}
+    assert how == {"resume": False, "continue_from": None, "force": False}
     config = recipe.method_config()
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 6, ["q_proj"])
     train, data, model = recipe.train, recipe.data, recipe.model
@@ -171,8 +171,8 @@ def test_resume_and_continue(room, rows, tmp_path):
     assert slimtune(*base, "--resume").exit_code == 0
     assert slimtune(*base, "--continue", "runs/a").exit_code == 0
     assert [{k: v for k, v in how.items() if k != "planner"} for _, how in calls] == [
-        {"resume": True, "continue_from": None},
-        {"resume": False, "continue_from": Path("runs/a")},
+        {"resume": True, "continue_from": None, "force": False},
+        {"resume": False, "continue_from": Path("runs/a"), "force": False},
     ]
     done = slimtune(*base, "--resume", "--continue", "runs/a")
     assert done.exit_code == 2

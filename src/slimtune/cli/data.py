@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from .common import Json, Refused, console, error_console, table
+from .common import Json, MapOption, Refused, console, error_console, mapped, table
 
 COLOURS = {"fault": "bold red", "warning": "yellow", "faulty": "bold red", "warnings": "yellow", "sound": "bold green"}
 _BAR = 40
@@ -24,6 +24,13 @@ class TooLong(StrEnum):
     truncate = "truncate"
 
 
+class Learn(StrEnum):
+    """The assistant's turns that are learned."""
+
+    all = "all"
+    last = "last"
+
+
 def data_report(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file or folder of rows.", show_default=False)],
     model: Annotated[
@@ -33,10 +40,9 @@ def data_report(
     max_seq_len: Annotated[int, typer.Option(help="Longest row in tokens, from 2.")] = 1024,
     too_long: Annotated[TooLong, typer.Option(help="What happens to a longer row.")] = TooLong.drop,
     batch_size: Annotated[int, typer.Option(help="Rows that a step lays together, from 1.")] = 8,
-    format: Annotated[str | None, typer.Option(help="Of the rows; recognised where it is not given.")] = None,
-    map: Annotated[
-        list[str] | None, typer.Option("--map", metavar="ROLE=COLUMN", help="A column under another name. Repeatable.")
-    ] = None,
+    format: Annotated[str | None, typer.Option(help="What a row is (chat, instruction, text …), where its columns do not say.")] = None,
+    map: MapOption = None,
+    learn: Annotated[Learn, typer.Option(help="The assistant's turns that are learned.")] = Learn.all,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file, in place of the base's template.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page there.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are faults.")] = False,
@@ -59,7 +65,8 @@ def data_report(
         tokenizer,
         model=model,
         format=format,
-        columns=dict(_pair(text) for text in map or []),
+        columns={path.removeprefix("data.map."): column for path, column in mapped(map).items()},
+        learn=learn.value,
         max_seq_len=max_seq_len,
         too_long=too_long.value,
         rows_a_step=batch_size,
@@ -100,9 +107,3 @@ def show(report: Mapping[str, Any]) -> None:
         screen.print(f"  fix: {found['fix']}", markup=False)
     screen.print(Text(f"\n{verdict_text(report)}", COLOURS[report["verdict"]]))
 
-
-def _pair(text: str) -> tuple[str, str]:
-    role, found, column = text.partition("=")
-    if not found or not role or not column:
-        raise typer.BadParameter(f"--map {text!r} is not ROLE=COLUMN, for example --map messages=dialog")
-    return role.strip(), column.strip()

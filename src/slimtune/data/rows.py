@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -31,6 +31,19 @@ TOO_LONG = ("error", "drop", "truncate")
 LEARN = ("all", "last")
 BATCH = 512
 PREFERENCE = "is a preference pair (chosen, rejected), which nothing trains on yet"
+
+
+Pair = tuple[Row, Encoded | Refusal]
+"""A row and its tokens, or why it has none."""
+
+
+class Watch(Protocol):
+    """Sees rows as they are encoded: `look` at a batch, wherever that is done; `add` what it gave, in order."""
+
+    look: Callable[[Sequence[Pair]], Any]
+
+    def add(self, seen: Any, /) -> None:
+        """Take what a look gave."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +120,7 @@ def encode_rows(
     learn: str = "all",
     path: str | Path,
     processes: int = 1,
+    watch: Watch | None = None,
 ) -> tuple[Examples, RowReport]:
     """Return the rows as examples, in their order, and the report.
 
@@ -119,6 +133,7 @@ def encode_rows(
         path: the file the rows came from, for messages.
         processes: how many encode at once; with more than one, a script of your own has to guard what it runs by
             `if __name__ == "__main__":`.
+        watch: sees every batch too, in the process that encodes it.
 
     Raises:
         UsageError: an unknown `too_long` or `learn`, or a `max_seq_len` under 2.
@@ -136,8 +151,8 @@ def encode_rows(
         raise _preference(path)
     sound = rows.rows() if isinstance(rows, RowFile) else rows
     refused = Faults(path, fix="change these rows, or give another template (data.chat_template)")
-    blocks = in_order(_Encoder(tokenizer, max_seq_len, too_long, learn), batches(sound), processes)
-    examples, sums = _written(blocks, refused)
+    encoder = _Encoder(tokenizer, max_seq_len, too_long, learn, None if watch is None else watch.look)
+    examples, sums = _written(in_order(encoder, batches(sound), processes), refused, watch)
     refused.check()
     if sums.long and too_long == "error":
         raise _too_long(path, sums.long, sums.longest, max_seq_len)
@@ -173,6 +188,7 @@ class _Block:
         long: lines of rows that are too long.
         mute: lines of kept rows with nothing to learn.
         refused: rows that the template refuses.
+        seen: what a `Watch` saw.
     """
 
     coded: np.ndarray
@@ -185,6 +201,7 @@ class _Block:
     long: list[int] = field(default_factory=list)
     mute: list[int] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    seen: Any = None
 
 
 @dataclass(frozen=True)
@@ -195,13 +212,18 @@ class _Encoder:
     max_seq_len: int
     too_long: str
     learn: str
+    look: Callable[[Sequence[Pair]], Any] | None = None
 
     def __call__(self, rows: tuple[Row, ...]) -> _Block:
         none = np.zeros(0, np.int64)
         block = _Block(none.astype(np.int32), none, none, len(rows))
         kept: list[np.ndarray] = []
         lines: list[int] = []
-        for row, one in zip(rows, encoded(rows, self.tokenizer, learn=self.learn), strict=True):
+        made = encoded(rows, self.tokenizer, learn=self.learn)
+        if self.look is not None:
+            pairs = zip(rows, made, strict=True)
+            block.seen = self.look([(row, one if isinstance(one, Refusal) else one[1]) for row, one in pairs])
+        for row, one in zip(rows, made, strict=True):
             if isinstance(one, Refusal):
                 block.refused.append(one)
                 continue
@@ -249,13 +271,15 @@ class _Sums:
         self.mute += block.mute
 
 
-def _written(blocks: Iterable[_Block], refused: Faults) -> tuple[Examples, _Sums]:
+def _written(blocks: Iterable[_Block], refused: Faults, watch: Watch | None) -> tuple[Examples, _Sums]:
     """Write the blocks and add up what they hold, until as many rows are refused as one message shows."""
     sums = _Sums()
     with Writer() as writer:
         for block in blocks:
             writer.add(block.coded, block.lengths, block.lines)
             sums.add(block)
+            if watch is not None:
+                watch.add(block.seen)
             for one in block.refused[: MOST_FAULTS - len(refused.found)]:
                 refused.add(one.line, one.cause, one.file)
             if refused.full:

@@ -8,6 +8,6 @@ One pass, each row's text gone after it; of a row stay about 200 bytes, so that 
 from __future__ import annotations
 
 from .survey import Survey
-from .words import refuse_faulty
+from .words import finding_text, refuse_faulty, verdict_text
 
-__all__ = ["Survey", "refuse_faulty"]
+__all__ = ["Survey", "finding_text", "refuse_faulty", "verdict_text"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from ...errors import UsageError
 from ..formats import Row
 from ..read import Refusal, RowFile, open_rows
-from ..rows import BATCH, encoded
+from ..rows import batches, encoded
 from ..workers import cores, in_order
 from .look import Lens, Look
 from .survey import Survey
@@ -57,10 +56,9 @@ def survey_report(
 
     def seen(rows: RowFile, like: Survey | None = None) -> Survey:
         survey = Survey(tokenizer, max_seq_len=max_seq_len, too_long=too_long, rows_a_step=rows_a_step, like=like)
+        survey.format = rows.format
         work = _Looker(tokenizer, survey.look, learn)
-        waiting = iter(rows)
-        batches = iter(lambda: tuple(itertools.islice(waiting, BATCH)), ())
-        for one in in_order(work, batches, cores() if processes is None else processes):
+        for one in in_order(work, batches(rows), cores() if processes is None else processes):
             survey.add(one)
         return survey
 
@@ -68,7 +66,7 @@ def survey_report(
     held = None if validation is None else open_rows(validation, format=format, columns=columns)
     survey = seen(rows)
     other = None if held is None else (str(validation), seen(held, survey))
-    return survey.report(file=path, format=rows.format, model=model, validation=other)
+    return survey.report(file=path, model=model, validation=other)
 
 
 @dataclass(frozen=True)

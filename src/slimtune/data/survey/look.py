@@ -19,10 +19,10 @@ from ..chat import Encoded
 from ..files import Refusal
 from ..formats import Row
 from ..packs import lay
+from ..rows import Pair
 from .alike import Array, common, key, signatures
 from .text import PLAIN, hollow, rendered_as, text_marks
 
-Pair = tuple[Row, Encoded | Refusal]
 MOST_REFUSED = 100
 SAMPLES = 3
 

@@ -30,6 +30,8 @@ class Survey:
         tokenizer: of the base that will read the rows.
         max_seq_len, too_long, rows_a_step: see `Lens`.
         like: a survey to compare with later.
+
+    `format` is that of the rows; who opened the file says it.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Survey:
         self.look: Lens = lens_of(tokenizer, max_seq_len=max_seq_len, too_long=too_long, rows_a_step=rows_a_step)
         if like is not None:
             self.look.known = like.look.known
+        self.format = ""
         self.rows = self.refused_count = self.laid = 0
         self.tally = Tally()
         self.refused: list[Refusal] = []
@@ -98,13 +101,12 @@ class Survey:
         return np.flatnonzero(np.frombuffer(self._judged, np.bool_))
 
     def report(
-        self, *, file: str | Path, format: str, model: str, validation: tuple[str, Survey] | None = None
+        self, *, file: str | Path, model: str, validation: tuple[str, Survey] | None = None
     ) -> dict[str, Any]:
         """Return the report, as JSON takes it.
 
         Args:
             file: the file's path.
-            format: of its rows.
             model: the base's name.
             validation: the validation file's path and survey, to be compared with.
         """
@@ -127,7 +129,7 @@ class Survey:
         prefix = self.prefix or []
         return {
             "file": str(file),
-            "format": format,
+            "format": self.format,
             "model": model,
             "rows": self.rows,
             "refused": [{"line": r.line, "cause": r.cause, "code": r.code} for r in self.refused],
