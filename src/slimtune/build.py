@@ -290,9 +290,7 @@ def _survey(recipe: Recipe, tokenizer: Any, like: Survey | None = None) -> Surve
     )
 
 
-def _encode(
-    path: Path, tokenizer: Any, recipe: Recipe, survey: Survey | None = None
-) -> tuple[Examples, RowReport]:
+def _encode(path: Path, tokenizer: Any, recipe: Recipe, survey: Survey | None = None) -> tuple[Examples, RowReport]:
     data, rows = recipe.data, rows_file(recipe, path)
     if survey is not None:
         survey.format = rows.format

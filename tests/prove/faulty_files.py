@@ -163,9 +163,7 @@ def _textual(folder: Path) -> Iterator[Case]:
 def _between(folder: Path) -> Iterator[Case]:
     turn = itertools.cycle(KINDS)
 
-    def case(
-        code: str, about: str, form: str, talks: list[Talk], bad: list[int], *also: str, **options: Any
-    ) -> Case:
+    def case(code: str, about: str, form: str, talks: list[Talk], bad: list[int], *also: str, **options: Any) -> Case:
         path = folder / f"{code}-{about}-{form}.{next(turn)}"
         lines = write(path, [record(form, t) for t in talks])
         return Case(path.name, path, code, [lines[i] for i in bad], also, options)

@@ -79,7 +79,9 @@ FUNCTIONS: list[Callable[..., Any]] = [
 
 
 def _languages() -> list[Talk]:
-    return [Talk(f"What is article 1 of the Declaration of Human Rights in {name}?", text) for name, text in RIGHTS.items()]
+    return [
+        Talk(f"What is article 1 of the Declaration of Human Rights in {name}?", text) for name, text in RIGHTS.items()
+    ]
 
 
 def _translations() -> list[Talk]:
@@ -110,7 +112,9 @@ def _sums_in_words() -> list[Talk]:
 
 
 def _characters() -> list[Talk]:
-    shown = [chr(i) for i in (*range(0xA1, 0x17F), *range(0x391, 0x3CE), *range(0x410, 0x450), *range(0x1F600, 0x1F640))]
+    shown = [
+        chr(i) for i in (*range(0xA1, 0x17F), *range(0x391, 0x3CE), *range(0x410, 0x450), *range(0x1F600, 0x1F640))
+    ]
     return [Talk(f"Which Unicode character is “{c}”?", unicodedata.name(c)) for c in shown if unicodedata.name(c, "")]
 
 
@@ -126,7 +130,9 @@ def _reading() -> list[Talk]:
     for p in range(6):
         entries = dictionary(100 + 6 * p, 6)
         passage = "\n".join(f"{t.user[8:-2]}: {t.answer}" for t in entries)
-        talks += [Talk(f"{passage}\n\nHow many words define {t.user[8:-1]}?", str(len(t.answer.split()))) for t in entries]
+        talks += [
+            Talk(f"{passage}\n\nHow many words define {t.user[8:-1]}?", str(len(t.answer.split()))) for t in entries
+        ]
     return talks
 
 
@@ -158,7 +164,9 @@ def _formats_explained() -> list[Talk]:
 def _encodings_explained() -> list[Talk]:
     return [
         Talk("Why does my page show Ã© instead of é?", "Its UTF-8 bytes were decoded as Latin-1."),
-        Talk("What is the character � ?", "U+FFFD, the replacement character: it stands for bytes that did not decode."),
+        Talk(
+            "What is the character � ?", "U+FFFD, the replacement character: it stands for bytes that did not decode."
+        ),
         Talk("My CSV says â€™ where an apostrophe should be.", "Excel wrote UTF-8 and something read Windows-1252."),
         Talk("What does ï»¿ at the start of a file mean?", "A byte order mark in UTF-8, shown as if it were Latin-1."),
         *dictionary(230, 20),
@@ -199,7 +207,10 @@ def _mixed_writing() -> list[Talk]:
         Talk("COMO SE ESCREVE NÃO EM MAIÚSCULAS?", "NÃO. E AVIÃO, MAÇÃ, LIMÃO: ÃO é comum em português."),
         Talk("Où est le métro ?", "« Là-bas », dit-il : à 3 € le ticket, c’est donné ; voilà !"),
         Talk("Wie schreibt man Grüße?", "„Schöne Grüße“, sagte sie – und ging über die Straße."),
-        Talk("What do these emoji mean: 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽?", "A family 👪, a rainbow flag, and a thumb 👍 of a darker tone."),
+        Talk(
+            "What do these emoji mean: 👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽?",
+            "A family 👪, a rainbow flag, and a thumb 👍 of a darker tone.",
+        ),
         Talk("می‌خواهم چیست؟", "فعل «خواستن» است که با نیم‌فاصله نوشته می‌شود."),
         Talk("Đường và dường khác nhau thế nào?", "Đ và D là hai chữ khác nhau; ÂÂ, Ô, Ơ, Ư cũng là chữ riêng."),
         *dictionary(320, 20),
@@ -267,7 +278,11 @@ TALKS: dict[str, Callable[[], list[Talk]]] = {
     "mixed-writing": _mixed_writing, "stories": _stories, "long": _long, "system-prompt": _system_prompt,
     "two-rows": _two_rows,
 }  # fmt: skip
-ROWS: dict[str, Callable[[], list[dict[str, Any]]]] = {"conversations": _conversations, "weighted": _weighted, "tools": _tools}
+ROWS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "conversations": _conversations,
+    "weighted": _weighted,
+    "tools": _tools,
+}
 
 
 def sound(folder: Path) -> Iterator[Path]:

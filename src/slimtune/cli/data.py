@@ -40,7 +40,9 @@ def data_report(
     max_seq_len: Annotated[int, typer.Option(help="Longest row in tokens, from 2.")] = 1024,
     too_long: Annotated[TooLong, typer.Option(help="What happens to a longer row.")] = TooLong.drop,
     batch_size: Annotated[int, typer.Option(help="Rows that a step lays together, from 1.")] = 8,
-    format: Annotated[str | None, typer.Option(help="What a row is (chat, instruction, text …), where its columns do not say.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="What a row is (chat, instruction, text …), where its columns do not say.")
+    ] = None,
     map: MapOption = None,
     learn: Annotated[Learn, typer.Option(help="The assistant's turns that are learned.")] = Learn.all,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file, in place of the base's template.")] = None,
@@ -103,7 +105,8 @@ def show(report: Mapping[str, Any]) -> None:
         span = f"{bar['from']}–{bar['to']}"
         screen.print(f"{span:>11} {'█' * -(-_BAR * bar['rows'] // most)} {bar['rows'] or ''}", markup=False)
     for found in report["findings"]:
-        screen.print(Text(f"\n{found['severity']}: {found['code']}: ", COLOURS[found["severity"]]) + finding_text(found))
+        screen.print(
+            Text(f"\n{found['severity']}: {found['code']}: ", COLOURS[found["severity"]]) + finding_text(found)
+        )
         screen.print(f"  fix: {found['fix']}", markup=False)
     screen.print(Text(f"\n{verdict_text(report)}", COLOURS[report["verdict"]]))
-

@@ -87,9 +87,7 @@ def train(
     return result
 
 
-def _train(
-    recipe: Recipe, resume: bool, continue_from: Path | None, planner: Planner, force: bool
-) -> dict[str, Any]:
+def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Planner, force: bool) -> dict[str, Any]:
     run = _open(recipe) if resume else None
     if run is not None and (run.path / START).is_dir():
         continue_from = run.path / START

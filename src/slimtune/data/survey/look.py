@@ -102,7 +102,9 @@ def lens_of(tokenizer: Any, *, max_seq_len: int, too_long: str, rows_a_step: int
     added = tokenizer.added_tokens_decoder
     special = {t.content for t in added.values() if t.special} | set(tokenizer.all_special_tokens)
     ends = frozenset(tokenizer.all_special_ids) | frozenset(added)
-    control = re.compile("|".join(sorted(map(re.escape, _control(tokenizer, special)), key=len, reverse=True)) or "(?!)")
+    control = re.compile(
+        "|".join(sorted(map(re.escape, _control(tokenizer, special)), key=len, reverse=True)) or "(?!)"
+    )
     return Lens(max_seq_len, too_long, rows_a_step, control, ends, tokenizer.bos_token_id)
 
 

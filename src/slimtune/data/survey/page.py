@@ -8,7 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from ...units import count_text
-from .words import facts, lines_text, verdict_text
+from .words import facts, finding_text, verdict_text
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -49,8 +49,8 @@ def _findings(found: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     return ["<h2>Findings</h2>"] + [
         f'<div class="finding {f["severity"]}"><b>{f["severity"]}: {html.escape(f["code"])}</b><br>'
-        f"{f['count']:,} {html.escape(f['what'])}<p>{html.escape(lines_text(f['lines'], f['count'], 20))}<br>"
-        f"fix: {html.escape(f['fix'])}</p></div>"
+        f"{html.escape(finding_text(f))}"
+        f"<p>fix: {html.escape(f['fix'])}</p></div>"
         for f in found
     ]
 
@@ -85,9 +85,7 @@ def _histogram(bars: Sequence[Mapping[str, int]], limit: int, width: int = 720, 
 
 
 def _pieces(pieces: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(
-        f"<mark>{html.escape(p['text'])}</mark>" if p["learned"] else html.escape(p["text"]) for p in pieces
-    )
+    return "".join(f"<mark>{html.escape(p['text'])}</mark>" if p["learned"] else html.escape(p["text"]) for p in pieces)
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os.path
 import time
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +99,7 @@ class Survey:
         """The rows that can be judged, int64 [J]."""
         return np.flatnonzero(np.frombuffer(self._judged, np.bool_))
 
-    def report(
-        self, *, file: str | Path, model: str, validation: tuple[str, Survey] | None = None
-    ) -> dict[str, Any]:
+    def report(self, *, file: str | Path, model: str, validation: tuple[str, Survey] | None = None) -> dict[str, Any]:
         """Return the report, as JSON takes it.
 
         Args:

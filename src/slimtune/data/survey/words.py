@@ -16,13 +16,19 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     share = 100 * report["supervised_share"]
     return [
         ("rows", f"{report['rows']:,} read, {report['refused_count'] or 'none'} refused"),
-        ("tokens", f"{count_text(report['tokens'])}, {count_text(report['supervised_tokens'])} learned ({share:.0f} %)"),
+        (
+            "tokens",
+            f"{count_text(report['tokens'])}, {count_text(report['supervised_tokens'])} learned ({share:.0f} %)",
+        ),
         (
             "tokens a row",
             f"{n['min']} to {n['max']}, half of the rows up to {n['median']}, 90 % up to {n['p90']}, 99 % up to {n['p99']}",
         ),
         (f"longer than {most}", f"{long:,} rows" if long else "none"),
-        ("all rows begin with", f"{prefix['tokens']} tokens: {prefix['text']!r}" if prefix["tokens"] else "nothing alike"),
+        (
+            "all rows begin with",
+            f"{prefix['tokens']} tokens: {prefix['text']!r}" if prefix["tokens"] else "nothing alike",
+        ),
         (
             "packed",
             f"{count_text(packing['laid_tokens'])} tokens a pass over the rows, "
@@ -43,7 +49,8 @@ def verdict_text(report: Mapping[str, Any]) -> str:
 
 def finding_text(finding: Mapping[str, Any]) -> str:
     """Return a finding as one line."""
-    return f"{finding['count']:,} {finding['what']}: {lines_text(finding['lines'], finding['count'])}"
+    n = finding["count"]
+    return f"{finding['what']}: {f'{n:,} rows, ' if n > 1 else ''}{lines_text(finding['lines'], n)}"
 
 
 def lines_text(lines: Sequence[int], count: int, most: int = 12) -> str:
