@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from .ops.processes import is_divided
 GOOD_ON_CPU, GOOD_ON_GPU = 1024, 8192
 """Tokens in one pass from which on more of them compute no faster."""
 PROBE = 64
+SCORED = 4096
+"""Rows that are divided into passes at once where rows are scored."""
 
 
 def collator_for(model: Any, pad_token_id: int, *, packing: bool = True, share: bool = True, **sizes: Any) -> Collator:
@@ -168,8 +170,17 @@ def score(model: Any, examples: Sequence[Example], collator: Collator) -> list[t
         examples: encoded rows, each with a token to learn.
         collator: the collator of training; its `room` is what lies in one pass.
     """
-    found = scored(model, examples, collator, collator.groups(examples))
-    return [found[i] for i in range(len(examples))]
+    found: list[tuple[float, int]] = []
+    for some in windows(examples):
+        done = scored(model, some, collator, collator.groups(some))
+        found += [done[i] for i in range(len(some))]
+    return found
+
+
+def windows(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """Yield so many of the examples, in order, as are divided into passes at once: each is in memory until then."""
+    for at in range(0, len(examples), SCORED):
+        yield examples[at : at + SCORED]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ class Split(StrEnum):
 
 def eval_run(
     run: Run,
-    data: Annotated[Path | None, typer.Option(help="JSONL file to measure on, in place of the recipe's split.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Rows to measure on, in place of the recipe's split.")] = None,
     split: Annotated[Split, typer.Option(help="The recipe's rows to measure on.")] = Split.test,
     as_json: Json = False,
 ) -> dict[str, Any]:

@@ -77,7 +77,7 @@ PackingOption = Annotated[
     bool | None,
     typer.Option("--packing/--no-packing", help="Lay rows in one sequence; else pad.", show_default=False),
 ]
-DataOption = Annotated[str | None, typer.Option("--data", help="JSONL file of training rows: its longest count.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="Training rows: their longest count.")]
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,8 @@ def tokenize(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[li
     if not getattr(tokenizer, "is_fast", False):
         got = f"{type(tokenizer).__name__} is not a fast tokenizer: it does not say where its tokens lie in the text"
         raise ModelError(got, wanted="a tokenizer.json beside the model", fix="convert it to the fast format")
+    if not texts:
+        return [], []
     out = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return out["input_ids"], out["offset_mapping"]
 

@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..errors import DataError
+from .turns import MARK, Messages, with_arguments
 
-Messages = list[dict[str, Any]]
 _FIX = "remove {}, or give another template (data.chat_template)"
 
 
@@ -29,21 +29,20 @@ def spelled(
         TemplateError: it refuses the messages, however they are spelled.
     """
     refused: TemplateError | TypeError | None = None
-    texts: list[str] = []
+    lost: int | None = None
     for some in _spellings(messages):
         try:
             text = render(some)
+            lost = _uncalled(some, render)
         except (TemplateError, TypeError) as error:  # `"…" + an object`, in a template
             refused = refused or error
             continue
-        if _uncalled(some, text) is None:
+        if lost is None:
             _require_whole(some, tools, text)
             return some, text
-        texts.append(text)
-    if not texts:
-        raise refused if isinstance(refused, TemplateError) else TemplateError(str(refused))
-    i = _uncalled(messages, texts[0])
-    raise DataError(f"the chat template leaves out the tool calls of messages[{i}]", fix=_FIX.format("that message"))
+    if lost is not None:
+        raise DataError(f"the chat template leaves out tool calls of messages[{lost}]", fix=_FIX.format("them"))
+    raise refused if isinstance(refused, TemplateError) else TemplateError(str(refused))
 
 
 def _spellings(messages: Messages) -> Iterator[Messages]:
@@ -71,17 +70,19 @@ def _as_text(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def _uncalled(messages: Messages, text: str) -> int | None:
-    """Return the number of a message some call of which is not in the text."""
-    for i, message in enumerate(messages):
-        for call in message.get("tool_calls", ()):
-            arguments = call["function"]["arguments"]
-            said = arguments if isinstance(arguments, dict) else json.loads(arguments)
-            # The names stand in the tools' schemas, too; what they are called with does not.
-            words = [call["function"]["name"], *said, *(v for v in said.values() if isinstance(v, str))]
-            if not all(_holds(text, word) for word in words):
-                return i
-    return None
+def _uncalled(messages: Messages, render: Callable[[Messages], str]) -> int | None:
+    """Return the number of a message some call of which the template does not write."""
+    calling = [i for i, m in enumerate(messages) if m.get("tool_calls")]
+    if not calling:
+        return None
+    marked = list(messages)
+    for i in calling:
+        calls = messages[i]["tool_calls"]
+        marked[i] = {**messages[i], "tool_calls": [with_arguments(c, f"{MARK}{i}x{k}x") for k, c in enumerate(calls)]}
+    text = render(marked)
+    return next(
+        (i for i in calling for k in range(len(messages[i]["tool_calls"])) if f"{MARK}{i}x{k}x" not in text), None
+    )
 
 
 def _require_whole(messages: Messages, tools: list[dict[str, Any]] | None, text: str) -> None:

@@ -32,6 +32,7 @@ Render = Callable[[Messages, bool], str]
 Span = tuple[int, int]
 
 MARK, MARK_BEFORE = "qZ7slimtuneX1", "qZ7slimtuneX2"
+_APART = "leave out the content beside the call, or give another template (data.chat_template)"
 _TAIL = 40
 """Characters of a turn by which its end is found in another rendering."""
 
@@ -50,11 +51,11 @@ def assistant_spans(full: str, messages: Messages, render: Render, ends: re.Patt
         DataError: it writes a tool's result within a turn.
     """
     spans = [_turn(full, messages, i, render, ends) for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
-        raise _lost("its turns overlap")
     for i, message in enumerate(messages):
         if message["role"] == "tool":
             _require_outside(full, messages, i, spans, render)
+    if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
+        raise _lost("its turns overlap")
     return spans
 
 
@@ -65,7 +66,7 @@ def _require_outside(full: str, messages: Messages, i: int, spans: list[Span], r
     if at is not None and any(start < at < end for start, end in spans):
         raise DataError(
             f"the chat template writes messages[{i}] (tool) within the turn that called it",
-            fix="leave out the content beside the call, or give another template (data.chat_template)",
+            fix=_APART,
         )
 
 
@@ -102,16 +103,16 @@ def _calling(full: str, messages: Messages, i: int, render: Render, ends: re.Pat
     else:
         raise _lost(f"it does not show where the calls of messages[{i}] begin")
     body_end = _calls_end(full, messages, i, start, render, ends)
-    return start, _end(full, messages, i, full[start:body_end][-_TAIL:], body_end, render, ends)
+    end = _end(full, messages, i, full[start:body_end][-_TAIL:], body_end, render, ends)
+    if messages[i].get("content", "").strip() not in full[start:end]:
+        raise DataError(f"the chat template writes the content of messages[{i}] apart from its calls", fix=_APART)
+    return start, end
 
 
 def _calls_end(full: str, messages: Messages, i: int, start: int, render: Render, ends: re.Pattern[str]) -> int:
     calls = messages[i]["tool_calls"]
-    arguments: Any = {MARK: MARK}
-    if isinstance(calls[-1]["function"]["arguments"], str):
-        arguments = json.dumps(arguments)
     # Of the same name, which some templates write once more above the result; some want ids of nine characters.
-    other = {**calls[-1], "function": {**calls[-1]["function"], "arguments": arguments}}
+    other = with_arguments(calls[-1], MARK)
     more = _tried(render, _calling_also(messages, i, [*calls, other]), False)
     if more is not None and MARK in more:
         at = len(_common(full, more))
@@ -124,6 +125,14 @@ def _calls_end(full: str, messages: Messages, i: int, start: int, render: Render
         raise _lost(f"the text before the calls of messages[{i}] changes with them")
     # Where both go on with special tokens, these may begin alike.
     return next((found.start() for found in ends.finditer(full, start) if found.start() < at < found.end()), at)
+
+
+def with_arguments(call: dict[str, Any], mark: str) -> dict[str, Any]:
+    """Return a call with other arguments, spelled as its own are."""
+    arguments: Any = {mark: mark}
+    if isinstance(call["function"]["arguments"], str):
+        arguments = json.dumps(arguments)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _calling_also(messages: Messages, i: int, calls: list[Any]) -> Messages:

@@ -33,7 +33,7 @@ def evaluate(
     Args:
         run: a run folder, or an adapter folder (then `data` is needed).
         split: the recipe's rows to measure on: "test" or "validation".
-        data: JSONL file to measure on, in place of a split; kept as `eval-data-<name>.json`.
+        data: rows to measure on, in place of a split; kept as `eval-data-<name>.json`.
         bootstrap: draws for the interval.
         seed: of the draws.
 
@@ -103,7 +103,7 @@ def _rows_file(folder: RunFolder | None, run: Path, split: str, data: Path | Non
     if folder is None:
         raise UsageError(
             f"{run} is an adapter folder without a recipe, so no held-out rows are known",
-            "a JSONL file of rows that it was not trained on",
+            "rows that it was not trained on",
             "--data FILE",
         )
     settings = folder.recipe().data

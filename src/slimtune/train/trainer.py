@@ -31,7 +31,7 @@ from ..data.shares import Shares
 from ..ops import adamw_8bit, processes
 from ..ops.dropout import put_back, random_states, unseen_draws
 from ..ops.unbroken import unbroken
-from ..step import accumulated, mean_loss, scored
+from ..step import SCORED, accumulated, mean_loss, scored, windows
 from . import checkpoints
 from .relief import LESS, Relief
 
@@ -238,9 +238,12 @@ class SlimTrainer(Trainer):
         """Return what `score` does for the validation rows, each process having run its share of them."""
 
         def work() -> dict[int, tuple[float, int]]:
-            groups, _ = self.shares.turns(self.validation)
+            found: dict[int, tuple[float, int]] = {}
             with processes.no_peer_gone():
-                return scored(self.model, self.validation, self.collator, groups)
+                for number, some in enumerate(windows(self.validation)):
+                    done = scored(self.model, some, self.collator, self.shares.turns(some)[0])
+                    found |= {number * SCORED + i: row for i, row in done.items()}
+            return found
 
         mine = self.relief.passes("evaluation", self.validation, work, lambda: None, grad=False)
         found = {i: row for part in processes.gathered(mine) for i, row in part.items()}

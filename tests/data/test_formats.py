@@ -1,0 +1,251 @@
+"""The six formats: how each is told by its columns, what a row of it becomes, and what each faulty row says."""
+
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+import pytest
+from tiny_tokenizer import make_tokenizer, template_text
+
+from slimtune.data.formats import FORMATS, Row
+from slimtune.data.read import Refusal, open_rows, read_rows
+from slimtune.data.rows import encode_rows, encoded
+from slimtune.errors import DataError, ModelError, UsageError
+from slimtune.recipe import DataSettings
+
+CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOK = make_tokenizer(template_text("smollm2"), CHATML)
+USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A lie."}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def only(tmp_path, row, **how):
+    file = open_rows(write(tmp_path / "a.jsonl", row), **how)
+    (found,) = file
+    return file.format, found
+
+
+GOOD = {
+    "chat": ({"messages": [USER, SAID]}, Row([USER, SAID], 1)),
+    "chat as JSON text": ({"messages": json.dumps([USER, SAID])}, Row([USER, SAID], 1)),
+    "instruction": ({"instruction": "Say", "output": "A"}, Row([{"role": "user", "content": "Say"},
+        {"role": "assistant", "content": "A"}], 1)),
+    "instruction with input and system": ({"instruction": "Say", "input": "it", "output": "A", "system": "S"},
+        Row([{"role": "system", "content": "S"}, {"role": "user", "content": "Say\n\nit"},
+             {"role": "assistant", "content": "A"}], 1)),
+    "instruction with nothing beside": ({"instruction": "Say", "input": "", "output": "A", "system": None},
+        Row([{"role": "user", "content": "Say"}, {"role": "assistant", "content": "A"}], 1)),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A lie."}]},
+        Row([USER, SAID], 1)),
+    "sharegpt with system": ({"system": "S", "conversations": [{"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "A lie."}]}, Row([{"role": "system", "content": "S"}, USER, SAID], 1)),
+    "sharegpt with roles": ({"conversations": [USER, SAID]}, Row([USER, SAID], 1)),
+    "sharegpt with calls": ({"conversations": [{"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "observation", "value": "2"}, {"from": "gpt", "value": "A lie."}]},
+        Row([USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "2"}, SAID],
+            1)),
+    "prompt-completion": ({"prompt": "Once", "completion": " upon"}, Row([], 1, prompt="Once", completion=" upon")),
+    "prompt-completion of messages": ({"prompt": [USER, SAID, USER], "completion": [SAID]},
+        Row([USER, SAID, USER, SAID], 1, learned=(False, False, False, True))),
+    "text": ({"text": "Once upon"}, Row([], 1, completion="Once upon")),
+    "preference": ({"prompt": "Q", "chosen": "a", "rejected": "b"}, Row([], 1, prompt="Q", chosen="a", rejected="b")),
+    "preference of messages": ({"prompt": [USER], "chosen": [SAID], "rejected": [SAID]},
+        Row([USER], 1, chosen=[SAID], rejected=[SAID])),
+    "chat with weights": ({"messages": [USER, {**SAID, "weight": 0}, USER, {**SAID, "weight": 1}]},
+        Row([USER, SAID, USER, SAID], 1, learned=(False, False, False, True))),
+    "chat with tools": ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "123456789", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"role": "tool", "content": "2", "name": "f", "tool_call_id": "123456789"}, SAID],
+        "tools": json.dumps([{"name": "f", "parameters": {}}])},
+        Row([USER, {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "123456789"}]},
+             {"role": "tool", "content": "2", "name": "f", "tool_call_id": "123456789"}, SAID], 1, tools=[TOOL])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_row_of_each_format(tmp_path, name):
+    row, wanted = GOOD[name]
+    assert only(tmp_path, {"id": 7, **row}) == (name.split()[0], wanted)
+    assert only(tmp_path, row, format=name.split()[0])[1] == wanted
+
+
+def turn(**more):
+    return {"messages": [USER, {**SAID, **more}]}
+
+
+FAULTY = {
+    "weight between": (turn(weight=0.5), "bad-weight", "messages[1].weight is 0.5: a turn is learned (1) or not (0)"),
+    "weight true": (turn(weight=True), "bad-weight", "weight is True"),
+    "weight of a user": ({"messages": [{**USER, "weight": 1}, SAID]}, "bad-weight", "a user turn is never learned"),
+    "all weights 0": (turn(weight=0), "nothing-to-learn", "every assistant turn has weight 0"),
+    "call without name": (turn(tool_calls=[{"function": {"nme": "f"}}]), "bad-tool-call", "did you mean 'nme'?"),
+    "call that is no object": (turn(tool_calls=["f"]), "bad-tool-call", "tool_calls[0] is not an object but a string"),
+    "arguments not JSON": (turn(tool_calls=[{"name": "f", "arguments": "{"}]), "bad-tool-call", "not parse as JSON: {"),
+    "arguments a list": (turn(tool_calls=[{"name": "f", "arguments": [1]}]), "bad-tool-call", "an object but a list"),
+    "nameless tool": ({**turn(), "tools": [{"type": "function"}]}, "bad-tool", "tools[0] is not the JSON schema"),
+    "empty content": (turn(content=" "), "empty-content", "messages[1] (assistant) has empty content"),
+    "unknown role": (turn(role="asistant"), "unknown-role", "did you mean 'assistant'?"),
+    "unknown key": (turn(nme="x"), "unknown-key", "messages[1] has keys that are not used: 'nme'"),
+    "unknown speaker": ({"conversations": [{"from": "humn", "value": "a"}]}, "unknown-role", "did you mean 'human'?"),
+    "no speaker": ({"conversations": [{"form": "human", "value": "a"}]}, "missing-key", "did you mean 'form'?"),
+    "sharegpt alone": ({"conversations": [{"from": "human", "value": "a"}]}, "no-assistant-turn", "here: 'user')"),
+    "empty output": ({"instruction": "a", "output": ""}, "empty-content", "'output' is empty"),
+    "number": ({"instruction": 3, "output": "a"}, "wrong-type", "'instruction' is not a string but a number"),
+    "empty completion": ({"prompt": "a", "completion": " \n"}, "empty-content", "'completion' is empty"),
+    "text and list": ({"prompt": "a", "completion": [SAID]}, "wrong-type", "wanted two texts or two lists"),
+    "empty text": ({"text": ""}, "empty-content", "'text' is empty"),
+    "half a character": ({"text": "\ud83d"}, "half-character", "holds half of a character"),
+    "preference without words": ({"chosen": "", "rejected": "b"}, "empty-content", "'chosen' is empty"),
+    "preference of users": ({"chosen": [USER], "rejected": [SAID]}, "no-assistant-turn", "no assistant turn"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_faulty_row_is_refused_with_its_cause(tmp_path, name):
+    row, code, cause = FAULTY[name]
+    _, found = only(tmp_path, row)
+    assert isinstance(found, Refusal)
+    assert (found.line, found.code) == (1, code)
+    assert cause in found.cause
+
+
+def test_a_missing_column_of_a_later_row(tmp_path):
+    file = open_rows(
+        write(tmp_path / "a.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a", "outptu": "b"})
+    )
+    assert list(file)[1] == Refusal(
+        2, "has no 'output'; did you mean 'outptu'? (keys here: 'instruction', 'outptu')", "missing-column"
+    )
+
+
+def test_ambiguous_columns_want_to_be_told(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"instruction": "a", "input": "", "output": "b", "text": "c"})
+    with pytest.raises(DataError, match="may be instruction or text: its rows have 'instruction', 'input'") as fault:
+        open_rows(path)
+    assert "--format instruction" in fault.value.fix
+    assert "prompt-completion: prompt, completion" in fault.value.wanted
+    assert read_rows(path, format="text") == [Row([], 1, completion="c")]
+
+
+def test_unknown_columns_name_every_format_and_the_nearest(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"dialog": [USER, SAID], "converstions": []})
+    with pytest.raises(DataError, match="no known format: its rows have 'dialog', 'converstions'") as fault:
+        open_rows(path)
+    assert "did you mean 'conversations' for 'converstions'?" in fault.value.got
+    assert all(f"{name}: {', '.join(form.needs)}" in fault.value.wanted for name, form in FORMATS.items())
+    assert "--map messages=dialog" in fault.value.fix
+
+
+def test_columns_are_mapped(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"dialog": [USER, SAID], "messages": "of the house"})
+    file = open_rows(path, columns={"messages": "dialog"})
+    assert (file.format, list(file)) == ("chat", [Row([USER, SAID], 1)])
+    path = write(tmp_path / "b.jsonl", {"question": "Say", "text": "A"})
+    file = open_rows(path, columns={"instruction": "question", "output": "text"})
+    assert file.format == "instruction"
+    assert next(iter(file)).messages[1]["content"] == "A"
+
+
+@pytest.mark.parametrize(
+    ("how", "parts"),
+    [
+        ({"columns": {"messages": "dialgo"}}, ["--map messages=dialgo", "did you mean 'dialog'?"]),
+        ({"columns": {"messages": "dialgo"}, "format": "chat"}, ["has no column 'dialgo'"]),
+        ({"columns": {"mesages": "dialog"}}, ["no column of any format", "did you mean 'messages'?"]),
+        ({"columns": {"text": "dialog"}, "format": "chat"}, ["no column of the format chat"]),
+        ({"format": "chatt"}, ["no data format 'chatt'; did you mean 'chat'?", "'sharegpt'"]),
+    ],
+)
+def test_wrong_use_is_told_with_the_nearest_name(tmp_path, how, parts):
+    with pytest.raises(UsageError) as fault:
+        open_rows(write(tmp_path / "a.jsonl", {"dialog": [USER, SAID]}), **how)
+    assert fault.value.exit_code == 2
+    assert all(part in str(fault.value) for part in parts)
+
+
+def test_the_recipe_names_the_same_formats():
+    (names, _) = get_args(DataSettings.model_fields["format"].annotation)
+    assert list(get_args(names)) == list(FORMATS)
+
+
+def said_by(row, learn="all"):
+    ((rendered, tokens),) = encoded([row], TOK, learn=learn)
+    assert len(tokens.input_ids) == len(tokens.supervised)
+    assert TOK.decode(tokens.input_ids) == rendered.text
+    return TOK.decode([t for t, said in zip(tokens.input_ids, tokens.supervised, strict=True) if said])
+
+
+def test_of_a_text_all_is_learned_and_of_a_completion_the_completion():
+    assert said_by(Row([], 1, completion="Once upon a time")) == "Once upon a time<|im_end|>"
+    assert said_by(Row([], 1, prompt="Once upon", completion=" a time")) == " a time<|im_end|>"
+    ((rendered, _),) = encoded([Row([], 1, prompt="Once upon", completion=" a time")], TOK)
+    assert rendered.text == "Once upon a time<|im_end|>"
+    assert rendered.spans == [(9, 26)]
+
+
+def test_what_the_tokenizer_puts_in_front_of_a_text_is_not_learned():
+    from tokenizers.processors import TemplateProcessing
+
+    tok = make_tokenizer(None, CHATML)
+    tok.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tok.bos_token_id)]
+    )
+    ((rendered, tokens),) = encoded([Row([], 1, completion="A lie.")], tok)
+    assert rendered.text == "<|endoftext|>A lie.<|im_end|>"
+    assert tokens.input_ids == [*tok("A lie.")["input_ids"], tok.eos_token_id]
+    assert tokens.supervised == [False] + [True] * (len(tokens.input_ids) - 1)
+
+
+def test_a_text_needs_a_token_that_ends_it():
+    tok = make_tokenizer(None, CHATML)
+    tok.eos_token = None
+    with pytest.raises(ModelError, match="no end-of-text token"):
+        encoded([Row([], 1, completion="A lie.")], tok)
+
+
+LONG = [USER, {**SAID, "content": "One."}, USER, {**SAID, "content": "Two."}, USER, {**SAID, "content": "Three."}]
+
+
+@pytest.mark.parametrize("template", ["smollm2", "qwen3_training"])
+def test_turns_are_learned_as_weights_and_learn_say(template):
+    global TOK
+    kept, TOK = TOK, make_tokenizer(template_text(template), CHATML)
+    try:
+        thought = "<think>\n\n</think>\n\n" if template == "qwen3_training" else ""
+        one, two, three = (f"{thought}{n}.<|im_end|>" for n in ("One", "Two", "Three"))
+        assert said_by(Row(LONG, 1)) == one + two + three
+        assert said_by(Row(LONG, 1), learn="last") == three
+        assert said_by(Row(LONG, 1, learned=(False, True, False, False, False, True))) == one + three
+        assert said_by(Row(LONG, 1, learned=(False, True, False, True, False, False))) == one + two
+        assert said_by(Row(LONG, 1, learned=(False, True, False, True, False, False)), learn="last") == ""
+    finally:
+        TOK = kept
+
+
+def test_preference_pairs_are_read_and_nothing_trains_on_them(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "b"})
+    with pytest.raises(DataError, match=r"holds preference pairs .* nothing trains on yet") as fault:
+        encode_rows(open_rows(path), TOK, max_seq_len=99, path=path)
+    assert "--format prompt-completion --map completion=chosen" in fault.value.fix
+    assert encoded(read_rows(path), TOK)[0].code == "preference"
+    # The way out that it names is one.
+    how = {"format": "prompt-completion", "columns": {"completion": "chosen"}}
+    examples, _ = encode_rows(open_rows(path, **how), TOK, max_seq_len=99, path=path)
+    assert len(examples) == 1
+
+
+def test_what_the_template_refuses_is_a_refusal_of_its_row():
+    gemma = make_tokenizer(template_text("gemma"), ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"])
+    rows = [Row([USER, SAID], 1), Row([USER, USER, SAID], 2), Row([{"role": "system", "content": "S"}, USER, SAID], 3)]
+    one, *others = encoded(rows, gemma)
+    assert one[0].text.endswith("A lie.<end_of_turn>\n")
+    assert [(r.line, r.code) for r in others] == [(2, "template-refuses"), (3, "template-refuses")]
+    assert "System role not supported" in others[1].cause
