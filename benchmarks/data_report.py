@@ -4,7 +4,7 @@
     python benchmarks/data_report.py --rows 100000     # fewer, to try it
 
 Rows are made of words of The Devil's Dictionary: a system prompt that all share, a question, an answer of 20 to 90
-words; one row in 200 repeats an earlier one. `slimtune data --json` runs in a process of its own. Ten times a second the
+words; one row in 200 repeats an earlier one. `slimtune data --json` runs in a process of its own. Twice a second the
 memory and the processor time of it and of all processes it started are read: resident memory (RSS, which counts what
 they share once for each) and proportional memory (PSS, which counts it once).
 
@@ -70,7 +70,7 @@ def watched(command: list[str]) -> tuple[str, dict[str, float]]:
                         "processes": max(most["processes"], len(tree))}  # fmt: skip
             except psutil.Error:
                 pass  # a process ended while it was read
-            time.sleep(0.1)
+            time.sleep(0.5)
         seconds = time.perf_counter() - began
         out.seek(0)
         return out.read(), {**most, "seconds": seconds, "busy": sum(busy.values())}

@@ -19,7 +19,7 @@ from .data.collate import Collator
 from .data.read import RowFile, open_rows
 from .data.rows import RowReport, encode_rows
 from .data.store import Examples
-from .data.survey import Survey
+from .data.survey.survey import Survey
 from .data.workers import cores
 from .errors import AdapterError, UsageError
 from .methods.lora.loftq import replace_lora_weights_loftq
@@ -52,7 +52,7 @@ class Rows:
     validation: Examples
     train_report: RowReport
     validation_report: RowReport | None
-    surveys: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    surveys: dict[str, Any] = field(default_factory=dict)
     """What `slimtune data` reports on the training and the validation file."""
 
     def lengths(self) -> np.ndarray:
@@ -227,7 +227,7 @@ def rows_of(recipe: Recipe, tokenizer: Any) -> Rows:
     if data.validation is not None:
         other = _survey(recipe, tokenizer, like=survey)
         validation, validation_report = _encode(data.validation, tokenizer, recipe, other)
-        surveys = {
+        surveys: dict[str, Any] = {
             "train": survey.report(file=data.train, validation=(str(data.validation), other), **about),
             "validation": other.report(file=data.validation, **about),
         }

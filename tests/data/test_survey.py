@@ -12,13 +12,13 @@ from tiny_tokenizer import make_tokenizer, template_text
 from slimtune.data.packs import lay
 from slimtune.data.read import open_rows
 from slimtune.data.rows import BATCH, encode_rows
-from slimtune.data.survey import Survey, refuse_faulty
+from slimtune.data.survey.survey import Survey
 from slimtune.data.survey.alike import HASHES, common, key, near_pairs, repeats, signatures
 from slimtune.data.survey.file import survey_report
 from slimtune.data.survey.findings import SHOWN, Tally
 from slimtune.data.survey.page import page
 from slimtune.data.survey.text import hollow, rendered_as, text_marks
-from slimtune.data.survey.words import facts, finding_text
+from slimtune.data.survey.words import facts, finding_text, refuse_faulty
 from slimtune.errors import DataError, ModelError, UsageError
 
 CHATML = make_tokenizer(template_text("smollm2"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])

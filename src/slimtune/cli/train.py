@@ -88,7 +88,9 @@ def train_run(
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Let the base run code of its own.", show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Train even if the plan says it does not fit, or on faulty data.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train even if the plan says it does not fit, or on faulty data.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that lies in --out.")] = False,
     continue_from: Annotated[
         Path | None, typer.Option("--continue", metavar="ADAPTER", help="Start from this adapter's weights.")

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,7 @@ BATCH = 512
 PREFERENCE = "is a preference pair (chosen, rejected), which nothing trains on yet"
 
 
+R = TypeVar("R")
 Pair = tuple[Row, Encoded | Refusal]
 """A row and its tokens, or why it has none."""
 
@@ -40,7 +41,9 @@ Pair = tuple[Row, Encoded | Refusal]
 class Watch(Protocol):
     """Sees rows as they are encoded: `look` at a batch, wherever that is done; `add` what it gave, in order."""
 
-    look: Callable[[Sequence[Pair]], Any]
+    @property
+    def look(self) -> Callable[[Sequence[Pair]], Any]:
+        """What looks; can be sent to another process."""
 
     def add(self, seen: Any, /) -> None:
         """Take what a look gave."""
@@ -105,7 +108,7 @@ def encoded(rows: Iterable[Row], tokenizer: Any, *, learn: str = "all") -> list[
     ]
 
 
-def batches(rows: Iterable[Row], size: int = BATCH) -> Iterator[tuple[Row, ...]]:
+def batches(rows: Iterable[R], size: int = BATCH) -> Iterator[tuple[R, ...]]:
     """Yield rows in batches, the last one shorter."""
     left = iter(rows)
     return iter(lambda: tuple(itertools.islice(left, size)), ())

@@ -24,7 +24,7 @@ from ..build import Rows, adapted, base_of, collator_of, continuing, require_pac
 from ..contract.layout import laid_out
 from ..data.collate import Collator
 from ..data.packs import divided, lay
-from ..data.survey import finding_text, refuse_faulty, verdict_text
+from ..data.survey.words import finding_text, refuse_faulty, verdict_text
 from ..errors import DataError, RunError, SlimtuneError, UsageError
 from ..models.dtype import pick_device, pick_dtype
 from ..models.load import Base

@@ -1,13 +1,7 @@
 """A survey of a file of rows: one report before any training, of everything in the data that would spoil it.
 
-    rows → read, rendered, tokenized, masked → look (a batch) → Survey (the file) → report
+    rows → read, rendered, tokenized, masked → `Lens`, a batch at a time → `Survey`, the file → report
 
-One pass, each row's text gone after it; of a row stay about 200 bytes, so that a million rows take 200 MB.
+One pass, each row's text gone after it; of a row stay about 200 bytes, so that a million rows take 200 MB. A process
+that looks at batches imports neither `survey` nor torch.
 """
-
-from __future__ import annotations
-
-from .survey import Survey
-from .words import finding_text, refuse_faulty, verdict_text
-
-__all__ = ["Survey", "finding_text", "refuse_faulty", "verdict_text"]

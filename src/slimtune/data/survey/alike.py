@@ -13,14 +13,16 @@ than `LEAST` others in what it learns is not judged: rows on like facts differ i
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
 from collections import Counter
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 NEAR = 0.8
 LEAST = 16
@@ -44,7 +46,7 @@ def key(*texts: str) -> int:
 
 
 def trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
-    """Return uint32 hashes of all rows' trigrams of tokens, one after another, and int64 [N + 1] where each row's begin."""
+    """Return uint32 hashes of the rows' trigrams of tokens, one row after another, and int64 [N + 1]: where each begins."""
     lengths = np.array([len(r) for r in rows], dtype=np.int64)
     tokens = np.fromiter((t for r in rows for t in r), dtype=np.uint64, count=int(lengths.sum()))
     if len(tokens) < 3:
@@ -65,7 +67,7 @@ def common(rows: list[list[int]]) -> Array:
     """Return the trigrams, sorted, that too many of these rows hold to tell them apart."""
     hashes, starts = trigrams(rows)
     held: Counter[int] = Counter()
-    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+    for begin, end in itertools.pairwise(starts):
         held.update(set(hashes[begin:end].tolist()))
     most = max(COMMON * len(rows), 8) if len(rows) >= 8 else max(len(rows) - 1, 1)
     return np.array(sorted(h for h, n in held.items() if n > most), dtype=np.uint32)

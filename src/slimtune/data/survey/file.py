@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
-from ..formats import Row
-from ..read import Refusal, RowFile, open_rows
-from ..rows import batches, encoded
+from ..read import RowFile, open_rows
+from ..rows import batches
 from ..workers import cores, in_order
-from .look import Lens, Look
+from .looker import Looker
 from .survey import Survey
 
 
@@ -57,7 +54,7 @@ def survey_report(
     def seen(rows: RowFile, like: Survey | None = None) -> Survey:
         survey = Survey(tokenizer, max_seq_len=max_seq_len, too_long=too_long, rows_a_step=rows_a_step, like=like)
         survey.format = rows.format
-        work = _Looker(tokenizer, survey.look, learn)
+        work = Looker(tokenizer, survey.look, learn)
         for one in in_order(work, batches(rows), cores() if processes is None else processes):
             survey.add(one)
         return survey
@@ -67,27 +64,3 @@ def survey_report(
     survey = seen(rows)
     other = None if held is None else (str(validation), seen(held, survey))
     return survey.report(file=path, model=model, validation=other)
-
-
-@dataclass(frozen=True)
-class _Looker:
-    """Looks at a batch of a file; is sent to other processes."""
-
-    tokenizer: Any
-    lens: Lens
-    learn: str
-
-    def __call__(self, batch: tuple[Row | Refusal, ...]) -> Look:
-        rows = [_one_side(row) for row in batch if isinstance(row, Row)]
-        made = encoded(rows, self.tokenizer, learn=self.learn)
-        pairs = [(row, one if isinstance(one, Refusal) else one[1]) for row, one in zip(rows, made, strict=True)]
-        return self.lens(pairs, [row for row in batch if isinstance(row, Refusal)])
-
-
-def _one_side(row: Row) -> Row:
-    """Return a preference pair as a row of its better answer."""
-    if row.chosen is None:
-        return row
-    if isinstance(row.chosen, str):
-        return dataclasses.replace(row, chosen=None, prompt=row.prompt, completion=row.chosen)
-    return dataclasses.replace(row, chosen=None, messages=[*row.messages, *row.chosen])

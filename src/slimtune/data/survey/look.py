@@ -6,7 +6,6 @@ process, and `Survey` adds the looks up in the file's order.
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +17,10 @@ from jinja2 import TemplateError
 from ..chat import Encoded
 from ..files import Refusal
 from ..formats import Row
-from ..packs import lay
 from ..rows import Pair
 from .alike import Array, common, key, signatures
 from .text import PLAIN, hollow, rendered_as, text_marks
 
-MOST_REFUSED = 100
 SAMPLES = 3
 
 
@@ -34,7 +31,6 @@ class Lens:
     Args:
         max_seq_len: most tokens of a row.
         too_long: what happens to longer ones: "error", "drop" or "truncate".
-        rows_a_step: rows that a step lays together.
         control: matches the tokens that structure a conversation of this base, as text.
         ends: ids of the tokens that can end a turn.
         bos: id of the token that begins a sequence; None: there is none.
@@ -43,7 +39,6 @@ class Lens:
 
     max_seq_len: int
     too_long: str
-    rows_a_step: int
     control: re.Pattern[str]
     ends: frozenset[int]
     bos: int | None
@@ -75,8 +70,8 @@ class Look:
         signatures: uint8 [J, 128], of the rows that can be judged by theirs.
         judged: bool [N], which those are.
         marks: `(code, line, example)`.
-        refused: the first of those refused; `refused_count` in all.
-        laid: tokens of the kept rows as steps lay them.
+        refused: those refused.
+        tokens: int32 [T], the kept rows' tokens, one row after another.
         prefix: tokens that all rows begin with; None: there is no row.
         samples: `(line, tokens, learned)` of the first rows.
     """
@@ -91,21 +86,19 @@ class Look:
     judged: Array
     marks: list[tuple[str, int, str]]
     refused: list[Refusal]
-    refused_count: int
-    laid: int
+    tokens: Array
     prefix: list[int] | None
     samples: list[tuple[int, list[int], list[bool]]]
 
 
-def lens_of(tokenizer: Any, *, max_seq_len: int, too_long: str, rows_a_step: int) -> Lens:
+def lens_of(tokenizer: Any, *, max_seq_len: int, too_long: str) -> Lens:
     """Return what rows for this tokenizer are looked at with."""
     added = tokenizer.added_tokens_decoder
     special = {t.content for t in added.values() if t.special} | set(tokenizer.all_special_tokens)
     ends = frozenset(tokenizer.all_special_ids) | frozenset(added)
-    control = re.compile(
-        "|".join(sorted(map(re.escape, _control(tokenizer, special)), key=len, reverse=True)) or "(?!)"
-    )
-    return Lens(max_seq_len, too_long, rows_a_step, control, ends, tokenizer.bos_token_id)
+    typed = sorted(map(re.escape, _control(tokenizer, special)), key=len, reverse=True)
+    control = re.compile("|".join(typed) or "(?!)")
+    return Lens(max_seq_len, too_long, control, ends, tokenizer.bos_token_id)
 
 
 def _look(pairs: Sequence[Pair], refused: Sequence[Refusal], lens: Lens, known: Array) -> Look:
@@ -127,7 +120,6 @@ def _look(pairs: Sequence[Pair], refused: Sequence[Refusal], lens: Lens, known: 
             if not learned[i]:
                 marks.append(("no-learned-token", row.line, ""))
     kept = [one[: lens.max_seq_len] for one, n in zip(ids, learned, strict=True) if n >= 0]
-    step = lens.rows_a_step
     signed, judged = signatures(ids, [one.supervised for _, one in found], known)
     return Look(
         rows=len(pairs) + len(refused),
@@ -139,12 +131,18 @@ def _look(pairs: Sequence[Pair], refused: Sequence[Refusal], lens: Lens, known: 
         signatures=signed[judged],
         judged=judged,
         marks=marks,
-        refused=sorted(refusals, key=lambda r: r.line)[:MOST_REFUSED],
-        refused_count=len(refusals),
-        laid=sum(len(lay(kept[at : at + step]).tokens) for at in range(0, len(kept), step)),
-        prefix=list(os.path.commonprefix(ids)) if ids else None,  # type: ignore[type-var]
+        refused=sorted(refusals, key=lambda r: r.line),
+        tokens=np.fromiter((t for one in kept for t in one), dtype=np.int32),
+        prefix=shared_beginning(ids) if ids else None,
         samples=[(row.line, one.input_ids, one.supervised) for row, one in found[:SAMPLES]],
     )
+
+
+def shared_beginning(rows: Sequence[list[int]]) -> list[int]:
+    """Return the tokens that all rows begin with."""
+    first, last = min(rows), max(rows)  # what these share, all share
+    n = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:n]
 
 
 def _control(tokenizer: Any, special: set[str]) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 import time
 from array import array
 from pathlib import Path
@@ -12,10 +11,12 @@ import numpy as np
 
 from ...units import count_text
 from ..files import Refusal
+from ..packs import lay
 from .alike import HASHES, NEAR, SHORT, Array, near_pairs, repeats
 from .findings import SHOWN, Tally
-from .look import MOST_REFUSED, SAMPLES, Lens, Look, lens_of
+from .look import SAMPLES, Lens, Look, lens_of, shared_beginning
 
+MOST_REFUSED = 100
 _MANY = 10
 _SHARE = 0.1
 _BARS = 16
@@ -27,7 +28,8 @@ class Survey:
 
     Args:
         tokenizer: of the base that will read the rows.
-        max_seq_len, too_long, rows_a_step: see `Lens`.
+        max_seq_len, too_long: see `Lens`.
+        rows_a_step: rows that a step lays together.
         like: a survey to compare with later.
 
     `format` is that of the rows; who opened the file says it.
@@ -44,7 +46,8 @@ class Survey:
     ) -> None:
         self.began = time.perf_counter()
         self.tokenizer = tokenizer
-        self.look: Lens = lens_of(tokenizer, max_seq_len=max_seq_len, too_long=too_long, rows_a_step=rows_a_step)
+        self.look: Lens = lens_of(tokenizer, max_seq_len=max_seq_len, too_long=too_long)
+        self.rows_a_step = rows_a_step
         if like is not None:
             self.look.known = like.look.known
         self.format = ""
@@ -59,16 +62,15 @@ class Survey:
     def add(self, one: Look) -> None:
         """Add what a look at the next batch gave."""
         self.rows += one.rows
-        self.refused_count += one.refused_count
+        self.refused_count += len(one.refused)
         self.refused += one.refused[: MOST_REFUSED - len(self.refused)]
-        self.laid += one.laid
+        self.laid += self._laid(one)
         for refusal in one.refused:
             self.tally.add(refusal.code, [refusal.line], detail=refusal.cause)
         for code, line, example in one.marks:
             self.tally.add(code, [line], detail=example)
         if one.prefix is not None:
-            both = [one.prefix] if self.prefix is None else [self.prefix, one.prefix]
-            self.prefix = list(os.path.commonprefix(both))  # type: ignore[type-var]
+            self.prefix = one.prefix if self.prefix is None else shared_beginning([self.prefix, one.prefix])
         self.samples += one.samples[: SAMPLES - len(self.samples)]
         for kept, new in (
             (self._lines, one.lines), (self._lengths, one.lengths), (self._learned, one.learned),
@@ -78,6 +80,14 @@ class Survey:
         self._keys += one.keys.tobytes()
         self._signatures += one.signatures.tobytes()
         self._judged += one.judged.tobytes()
+
+    def _laid(self, one: Look) -> int:
+        """Return a batch's tokens as steps lay them."""
+        lengths = np.minimum(one.lengths[one.learned >= 0], self.look.max_seq_len)
+        ends = np.cumsum(lengths)
+        rows = [one.tokens[end - n : end].tolist() for n, end in zip(lengths, ends, strict=True)]
+        step = self.rows_a_step
+        return sum(len(lay(rows[at : at + step]).tokens) for at in range(0, len(rows), step))
 
     @property
     def lines(self) -> Array:

@@ -27,7 +27,7 @@ _CONTROL = re.compile("[\x01-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # a form fe
 _ENTITY = re.compile(
     r"\w&(?:#0?39|#x27|apos|[lr]squo);\w|&(?:quot|[lr]dquo|#34|nbsp|#160|hellip|[mn]dash|lt|gt);|\s&amp;\s"
 )
-# A letter that looks like one of the other script, between two letters of it: a Cyrillic ending of a Latin name is none.
+# A letter that looks like one of the other script, between two letters of it: a Cyrillic ending of a name is none.
 _LOOKALIKE = re.compile("[A-Za-z][асеорхуіѕјАВЕКМНОРСТХ]+[A-Za-z]|[а-яёА-ЯЁ][aceopxyABEKMHOPCTX]+[а-яёА-ЯЁ]")
 # The first byte of a UTF-8 sequence and its second, as Latin-1, Windows-1252 and Windows-1251 show them.
 _MAYBE_MOJIBAKE = re.compile("[Â-ôРСГ][\x80-¿€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸЂЃѓЉЊЌЋЏђљњќћџЎўЈҐЁЄЇІіґёєјЅѕї]")
