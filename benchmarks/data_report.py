@@ -95,9 +95,8 @@ def main() -> int:
     found = {f["code"]: f["count"] for f in report["findings"]}
     cores = len(psutil.Process().cpu_affinity())
     print(f"{took['seconds']:.0f} s, {given.rows / took['seconds']:,.0f} rows/s, {report['tokens'] / 1e6:.1f} M tokens")
-    print(
-        f"{took['processes']:.0f} processes, most memory: {took['pss'] / 1e9:.2f} GB (PSS), {took['rss'] / 1e9:.2f} GB (RSS)"
-    )
+    peak = f"{took['pss'] / 1e9:.2f} GB (PSS), {took['rss'] / 1e9:.2f} GB (RSS)"
+    print(f"{took['processes']:.0f} processes, together at most {peak}")
     print(
         f"busy: {took['busy'] / took['seconds']:.2f} of {cores} cores, {1e6 * took['busy'] / given.rows:.0f} µs a row"
     )

@@ -58,14 +58,15 @@ def test_json_is_one_object_and_the_exit_code_is_the_verdict(rows, tiny_folder):
 def test_overlap_with_validation_and_the_page(rows, tiny_folder, tmp_path):
     held = rows((3, talk(70)), (4, talk(5)), n=4, name="held.jsonl")
     train = rows((1, talk(90)), (2, talk(91)), (3, talk(92)))
-    done = slimtune("data", train, "--model", tiny_folder, "--validation", held, "--html", tmp_path / "a.html", "--json")
+    beside = ("data", train, "--model", tiny_folder, "--validation", held, "--json")
+    done = slimtune(*beside, "--html", tmp_path / "a.html")
     report = json.loads(done.stdout)
     assert [(f["code"], f["severity"], f["lines"]) for f in report["findings"]] == [("overlap", "fault", [6])]
     assert "line 6 is line 4" in report["findings"][0]["what"]
     assert "line 6 is line 4" in (tmp_path / "a.html").read_text(encoding="utf-8")
     broken = held.read_text(encoding="utf-8") + "{\n"
     held.write_text(broken.replace("number 5 means", "number 5 is"), encoding="utf-8")
-    done = slimtune("data", train, "--model", tiny_folder, "--validation", held, "--json")
+    done = slimtune(*beside)
     assert [f["code"] for f in json.loads(done.stdout)["findings"]] == ["validation-refused"]
 
 
@@ -115,10 +116,10 @@ def test_training_stops_on_faults_and_goes_on_by_force(rows, tiny_folder, tmp_pa
 
 
 def test_a_sound_run_says_so_in_one_line(rows, tiny_folder, tmp_path):
-    held = rows(n=4, name="held.jsonl", *((i, talk(50 + i)) for i in range(1, 5)))
+    held = rows(*((i, talk(50 + i)) for i in range(1, 5)), n=4, name="held.jsonl")
     done = slimtune(
-        "train", "--model", tiny_folder, "--data", rows(), "--validation", held, "--max-steps", "1", "--batch-size", "4",
-        "--rank", "2", "--dtype", "fp32", "--out", tmp_path / "run",
+        "train", "--model", tiny_folder, "--data", rows(), "--validation", held, "--max-steps", "1",
+        "--batch-size", "4", "--rank", "2", "--dtype", "fp32", "--out", tmp_path / "run",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     log = (tmp_path / "run" / "train.log").read_text()

@@ -12,11 +12,11 @@ from tiny_tokenizer import make_tokenizer, template_text
 from slimtune.data.packs import lay
 from slimtune.data.read import open_rows
 from slimtune.data.rows import BATCH, encode_rows
-from slimtune.data.survey.survey import Survey
 from slimtune.data.survey.alike import HASHES, common, key, near_pairs, repeats, signatures
 from slimtune.data.survey.file import survey_report
 from slimtune.data.survey.findings import SHOWN, Tally
 from slimtune.data.survey.page import page
+from slimtune.data.survey.survey import Survey
 from slimtune.data.survey.text import hollow, rendered_as, text_marks
 from slimtune.data.survey.words import facts, finding_text, refuse_faulty
 from slimtune.errors import DataError, ModelError, UsageError
@@ -82,8 +82,9 @@ def test_the_report_has_the_keys_that_others_read(tmp_path):
     rows = some()
     report = report_of(tmp_path, rows, rows_a_step=4)
     assert list(report) == [
-        "file", "format", "model", "rows", "refused", "refused_count", "tokens", "supervised_tokens", "supervised_share",
-        "lengths", "max_seq_len", "too_long", "shared_prefix", "packing", "findings", "samples", "verdict", "seconds",
+        "file", "format", "model", "rows", "refused", "refused_count", "tokens", "supervised_tokens",
+        "supervised_share", "lengths",
+        "max_seq_len", "too_long", "shared_prefix", "packing", "findings", "samples", "verdict", "seconds",
     ]  # fmt: skip
     assert (report["format"], report["rows"], report["verdict"], report["findings"]) == ("chat", 30, "sound", [])
     examples, counted = encode_rows(open_rows(report["file"]), CHATML, max_seq_len=1024, path="x")
@@ -118,7 +119,7 @@ def test_long_rows_are_counted_and_by_setting_a_fault(tmp_path):
         report = report_of(tmp_path, rows, max_seq_len=400, too_long=too_long)
         assert codes(report) == {"too-long": (severity, [5])}
         assert report["too_long"] == {"rows": 1, "lines": [5]}
-        examples, counted = encode_rows(
+        _, counted = encode_rows(
             open_rows(report["file"]), CHATML, max_seq_len=400, too_long="drop" if too_long == "error" else too_long,
             path="x",
         )  # fmt: skip
@@ -195,7 +196,8 @@ def test_a_token_is_a_control_token_by_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("text", "code"),
     [
-        ("Le cafÃ© est fermÃ©.", "mojibake"), ("Itâ€™s late.", "mojibake"), ("Lost: \ufffd here", "replacement-character"),
+        ("Le cafÃ© est fermÃ©.", "mojibake"), ("Itâ€™s late.", "mojibake"),
+        ("Lost: \ufffd here", "replacement-character"),
         ("a\0b", "null-byte"), ("a\x07b", "control-character"), ("x \ufeffy", "byte-order-mark"),
         ("Smith &amp; Sons", "html-entity"), ("it&#39;s", "html-entity"), ("pаypal", "mixed-script"),
         ("Why Ã© in Latin-1?", None), ("U+FFFD is \ufffd", None), ("In HTML, &amp; is an ampersand", None),
@@ -263,7 +265,7 @@ def test_near_rows_are_those_of_the_true_similarity():
 def test_signatures_judge_what_is_a_rows_own():
     shared, own = list(range(40)), list(range(100, 130))
     known = common([[*shared, 200 + i, 300 + i] for i in range(20)])
-    _, judged = signatures([shared + own, shared + [7, 8, 9]], [[False] * 40 + [True] * 30, [True] * 43], known)
+    _, judged = signatures([shared + own, [*shared, 7, 8, 9]], [[False] * 40 + [True] * 30, [True] * 43], known)
     assert judged.tolist() == [True, False]
     assert len(common([own])) == 0
     assert signatures([], [], known)[0].shape == (0, 2 * HASHES)

@@ -85,6 +85,11 @@ def data_report(
     return report if good else Refused(report)
 
 
+def _piece(piece: Mapping[str, Any], coloured: bool) -> tuple[str, str]:
+    text = piece["text"]
+    return (text if coloured or not piece["learned"] else f"⟦{text}⟧", "green underline" if piece["learned"] else "")
+
+
 def show(report: Mapping[str, Any]) -> None:
     """Print a report."""
     from ..data.survey.words import facts, finding_text, verdict_text
@@ -93,7 +98,7 @@ def show(report: Mapping[str, Any]) -> None:
     screen.print(f"{report['file']}: {report['format']} rows for {report['model']}", markup=False)
     for sample in report["samples"]:
         screen.print(Text(f"\nline {sample['line']}, as the model reads it; what is marked is learned", "dim"))
-        screen.print(Text.assemble(*((p["text"], "green underline" if p["learned"] else "") for p in sample["pieces"])))
+        screen.print(Text.assemble(*(_piece(p, screen.is_terminal) for p in sample["pieces"])))
     rows = table("", "")
     rows.columns[1].justify, rows.columns[1].no_wrap = "left", False
     for name, value in facts(report):

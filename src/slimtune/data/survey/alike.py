@@ -46,7 +46,7 @@ def key(*texts: str) -> int:
 
 
 def trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
-    """Return uint32 hashes of the rows' trigrams of tokens, one row after another, and int64 [N + 1]: where each begins."""
+    """Return uint32 hashes of all trigrams of tokens, row after row, and int64 [N + 1]: where each row's begin."""
     lengths = np.array([len(r) for r in rows], dtype=np.int64)
     tokens = np.fromiter((t for r in rows for t in r), dtype=np.uint64, count=int(lengths.sum()))
     if len(tokens) < 3:

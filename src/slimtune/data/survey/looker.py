@@ -21,6 +21,7 @@ class Looker:
     learn: str
 
     def __call__(self, batch: tuple[Row | Refusal, ...]) -> Look:
+        """Look at rows, and at what was refused before it was a row."""
         rows = [_one_side(row) for row in batch if isinstance(row, Row)]
         made = encoded(rows, self.tokenizer, learn=self.learn)
         pairs = [(row, one if isinstance(one, Refusal) else one[1]) for row, one in zip(rows, made, strict=True)]

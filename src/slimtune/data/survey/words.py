@@ -22,7 +22,8 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "tokens a row",
-            f"{n['min']} to {n['max']}, half of the rows up to {n['median']}, 90 % up to {n['p90']}, 99 % up to {n['p99']}",
+            f"{n['min']} to {n['max']}, half of the rows up to {n['median']}, "
+            f"90 % up to {n['p90']}, 99 % up to {n['p99']}",
         ),
         (f"longer than {most}", f"{long:,} rows" if long else "none"),
         (
