@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from slimtune.data.read import open_rows
 from slimtune.data.rows import BATCH, encode_rows
 from slimtune.data.survey.alike import HASHES, common, key, near_pairs, repeats, signatures
 from slimtune.data.survey.file import survey_report
-from slimtune.data.survey.findings import SHOWN, Tally
+from slimtune.data.survey.findings import KINDS, SHOWN, Tally
 from slimtune.data.survey.page import page
 from slimtune.data.survey.survey import Survey
 from slimtune.data.survey.text import hollow, rendered_as, text_marks
@@ -336,3 +338,13 @@ def test_a_finding_in_words():
     finding = {"count": 3, "what": "rows", "lines": [4, 9, 11], "code": "x"}
     assert finding_text(finding) == "rows: 3 rows, lines 4, 9, 11"
     assert finding_text({**finding, "count": 50}) == "rows: 50 rows, lines 4, 9, 11, … (47 more)"
+
+
+def test_the_documentation_names_every_finding():
+    text = (Path(__file__).parents[2] / "docs" / "data_report.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| (`.*?) \| .* \|(.*)\|$", text, re.MULTILINE))
+    shares = {code: share.strip() for codes, share in table.items() for code in re.findall(r"`([\w-]+)`", codes)}
+    told = {None: "", 0: "1 row"}
+    for code, kind in KINDS.items():
+        if code != "validation-refused":
+            assert shares[code] == told.get(kind.fault_from, f"{100 * (kind.fault_from or 0):g} %"), code
