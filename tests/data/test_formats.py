@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -249,3 +251,20 @@ def test_what_the_template_refuses_is_a_refusal_of_its_row():
     assert one[0].text.endswith("A lie.<end_of_turn>\n")
     assert [(r.line, r.code) for r in others] == [(2, "template-refuses"), (3, "template-refuses")]
     assert "System role not supported" in others[1].cause
+
+
+def test_the_examples_of_the_documentation(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    seen = []
+    for number, block in enumerate(re.findall(r"```json\n(.*?)```", page, re.DOTALL)):
+        rows = [block] if block.startswith('{"tools"') else block.splitlines()
+        for n, row in enumerate(rows):
+            path = write(tmp_path / f"{number}-{n}.jsonl", json.loads(row))
+            file = open_rows(path)
+            (found,) = file
+            assert isinstance(found, Row), found
+            seen.append(file.format)
+            if found.chosen is None and found.tools is None:
+                assert said_by(found)
+    assert set(seen) == set(FORMATS)
+    assert "tools" in page

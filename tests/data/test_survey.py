@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from tiny_tokenizer import make_tokenizer, template_text
 
+from slimtune.data.encoding import BATCH
 from slimtune.data.packs import lay
 from slimtune.data.read import open_rows
-from slimtune.data.rows import BATCH, encode_rows
+from slimtune.data.rows import encode_rows
 from slimtune.data.survey.alike import HASHES, common, key, near_pairs, repeats, signatures
 from slimtune.data.survey.file import survey_report
 from slimtune.data.survey.findings import KINDS, SHOWN, Tally

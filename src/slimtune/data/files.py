@@ -1,56 +1,24 @@
-"""Records of a file, a folder or a dataset, one at a time and any number of times, each with where it stands.
+"""What a path holds: a file, a folder or a dataset, each read any number of times.
 
-    .jsonl .ndjson   one JSON value a line                 .csv .tsv   a header, then one record a row
-    .json            an array of objects, or as .jsonl     .parquet    one record a row
-    .txt             records of text between blank lines   a folder    such files of one kind, by name
-    a folder that `datasets` saved, or a dataset's id      org/name[/config][:split], split train where none is named
-
-A file streams: whatever its size, little of it is in memory. What cannot be read is a `Refusal` in the record's place,
-and the rest goes on: which is why `datasets` reads its own forms alone (of a malformed line it names no number).
+.jsonl .ndjson   one JSON value a line                 .csv .tsv   a header, then one record a row
+.json            an array of objects, or as .jsonl     .parquet    one record a row
+.txt             records of text between blank lines   a folder    such files of one kind, by name
+a folder that `datasets` saved, or a dataset's id      org/name[/config][:split], split train where none is named
 """
 
 from __future__ import annotations
 
-import codecs
-import csv
-import json
 import re
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..errors import DataError, UsageError, listed, nearest
+from ..errors import UsageError, listed, nearest
 from ..ops.dataset_id import dataset_id
-from .messages import kind
+from .records import READERS, Found, arrow, short
 
-CHUNK = 1 << 20
-BATCH = 1024
+Reader = Callable[[], Iterator[Found]]
 SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
           "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A row that cannot be used.
-
-    Args:
-        line: where it stands: the line, or the number of the item, from 1.
-        cause: why, as a person reads it.
-        code: the kind of cause, in kebab case.
-        file: the name of the file, where rows come from several.
-    """
-
-    line: int
-    cause: str
-    code: str
-    file: str | None = None
-
-
-Found = tuple[int, dict[str, Any]] | Refusal
-"""A record and where it stands, or what is wrong there."""
-Reader = Callable[[], Iterator[Found]]
 
 
 def parts(path: Path) -> list[tuple[str | None, Reader]]:
@@ -70,12 +38,6 @@ def parts(path: Path) -> list[tuple[str | None, Reader]]:
     where = "" if folder.is_dir() else f" (there is no folder {folder} either)"
     got = f"no such file: {path}{where}{nearest(path.name, names)}"
     raise UsageError(got, f"a file of rows ({', '.join(READERS)}), or a folder", "check the path given for the data")
-
-
-def short(value: str, most: int = 80) -> str:
-    """Return the beginning of a text, with its length where that is not all."""
-    value = value.strip()
-    return value if len(value) <= most else f"{value[:most]}… ({len(value)} characters)"
 
 
 def _reader(path: Path) -> Reader:
@@ -127,164 +89,11 @@ def _folder(path: Path) -> list[tuple[str | None, Reader]]:
     return [(f.name, _reader(f)) for f in files]
 
 
-def _json_lines(path: Path) -> Iterator[Found]:
-    with open(path, "rb") as file:
-        for line, raw in enumerate(file, start=1):
-            raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
-            if raw.strip():
-                yield _parsed(line, raw)
-
-
-def _parsed(line: int, raw: bytes) -> Found:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        seen = short(raw.decode("utf-8", "replace"))
-        return Refusal(line, f"is not UTF-8 at byte {error.start}: {seen}", "not-utf8")
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        where = f" ({error.msg} at column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        return Refusal(line, f"does not parse as JSON{where}: {short(text)}", "bad-json")
-    return _record(line, value)
-
-
-def _record(line: int, value: Any) -> Found:
-    if isinstance(value, dict):
-        return line, value
-    said = short(json.dumps(value, ensure_ascii=False))
-    return Refusal(line, f"is not a JSON object but {kind(value)}: {said}", "not-an-object")
-
-
-def _json(path: Path) -> Iterator[Found]:
-    """Read an array item by item: what does not parse ends it, since nothing tells where the next item begins."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        text = file.read(CHUNK)
-        while text and not text.strip():
-            text = file.read(CHUNK)
-        if not text.lstrip().startswith("["):
-            yield from _json_lines(path)
-            return
-        decoder, at, number = json.JSONDecoder(), text.index("[") + 1, 1
-        while True:
-            at = _after(text, at, " \t\r\n,")
-            try:
-                if at < len(text) and text[at] == "]":
-                    if rest := text[at + 1 :].strip() or file.read(CHUNK).strip():
-                        yield Refusal(number, f"follows the end of the array: {short(rest)}", "bad-json")
-                    return
-                value, at = decoder.raw_decode(text, at)
-            except (json.JSONDecodeError, RecursionError) as error:
-                more = file.read(max(CHUNK, len(text) - at))  # ever more, so that a long item is tried few times
-                if more:
-                    text, at = text[at:] + more, 0
-                    continue
-                message = getattr(error, "msg", "too deep")
-                where = f"{short(text[at:]) or 'the array has no end'}; what follows is not read"
-                yield Refusal(number, f"does not parse as JSON ({message}): {where}", "bad-json")
-                return
-            yield _record(number, value)
-            number += 1
-
-
-def _after(text: str, at: int, blank: str) -> int:
-    while at < len(text) and text[at] in blank:
-        at += 1
-    return at
-
-
-def _table(delimiter: str) -> Callable[[Path], Iterator[Found]]:
-    def read(path: Path) -> Iterator[Found]:
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            rows = csv.reader(file, delimiter=delimiter, strict=True)
-            header: list[str] | None = None
-            line = 1
-            while True:
-                try:
-                    cells = next(rows)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield Refusal(line, f"does not parse as CSV ({error}); what follows is not read", "bad-csv")
-                    return
-                if cells and header is None:
-                    header = cells
-                    _require_header(path, header, delimiter)
-                elif cells and header is not None:
-                    yield _cells(line, cells, header)
-                line = rows.line_num + 1
-
-    return read
-
-
-def _require_header(path: Path, header: list[str], delimiter: str) -> None:
-    others = [d for d in (",", ";", "\t", "|") if d != delimiter and d in header[0]]
-    if len(header) == 1 and others:
-        raise DataError(
-            f"{path}: its header is one column, {short(header[0])!r}: its cells seem to be parted by {others[0]!r}",
-            f"cells parted by {delimiter!r}",
-            "write it with that delimiter (.csv: a comma, .tsv: a tab)",
-        )
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise DataError(f"{path}: its header names {twice[0]!r} twice", "each column once", "rename one of them")
-
-
-def _cells(line: int, cells: list[str], header: list[str]) -> Found:
-    if len(cells) != len(header):
-        return Refusal(line, f"has {len(cells)} cells, and the header names {len(header)} columns", "bad-csv")
-    if any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
-        return Refusal(line, "is not UTF-8", "not-utf8")
-    return line, dict(zip(header, cells, strict=True))
-
-
-def _paragraphs(path: Path) -> Iterator[Found]:
-    """Yield the pieces between blank lines, without the end of their last line."""
-    with open(path, "rb") as file:
-        held: list[bytes] = []
-        first = 1
-        for line, raw in enumerate(file, start=1):
-            raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
-            if raw.strip():
-                first = first if held else line
-                held.append(raw)
-            elif held:
-                yield _piece(first, held)
-                held = []
-        if held:
-            yield _piece(first, held)
-
-
-def _piece(line: int, held: list[bytes]) -> Found:
-    raw = b"".join(held).rstrip(b"\r\n")
-    try:
-        return line, {"text": raw.decode("utf-8")}
-    except UnicodeDecodeError as error:
-        return Refusal(line, f"is not UTF-8 at byte {error.start}", "not-utf8")
-
-
-def _parquet(path: Path) -> Iterator[Found]:
-    from pyarrow import ArrowException
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(path) as file:
-            number = 1
-            for batch in file.iter_batches(batch_size=BATCH):
-                for number, record in enumerate(batch.to_pylist(), start=number):  # noqa: B020
-                    yield number, _without_nulls(record)
-                number += 1
-    except ArrowException as error:
-        raise DataError(
-            f"{path} is no Parquet file, or a broken one: {str(error).splitlines()[0]}", "a whole Parquet file"
-        ) from error
-
-
 def _saved(path: Path) -> Reader:
     def read() -> Iterator[Found]:
         from datasets import load_from_disk
 
-        yield from _arrow(load_from_disk(str(path)))
+        yield from arrow(load_from_disk(str(path)))
 
     return read
 
@@ -301,32 +110,6 @@ def _hub(name: str, config: str | None, split: str) -> Reader:
                 "a file, a folder, or a dataset as org/name, org/name:split or org/name/config:split",
                 "check the name and the connection",
             ) from error
-        yield from _arrow(data)
+        yield from arrow(data)
 
     return read
-
-
-def _arrow(data: Any) -> Iterator[Found]:
-    number = 1
-    for batch in data.iter(batch_size=BATCH):
-        for values in zip(*batch.values(), strict=True):
-            yield number, _without_nulls(dict(zip(batch, values, strict=True)))
-            number += 1
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a record without the keys that Arrow fills with null: in its tables all records have the same."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
-
-
-READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".csv": _table(","),
-    ".tsv": _table("\t"),
-    ".parquet": _parquet,
-    ".txt": _paragraphs,
-}

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .files import Refusal, parts
+from .files import parts
 from .formats import FORMATS, Row, read_record, recognised, renamed, require_columns, require_known
 from .messages import RowFault
+from .records import Refusal
 
 __all__ = ["Faults", "Refusal", "Row", "RowFile", "open_rows", "read_rows"]
 

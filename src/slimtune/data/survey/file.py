@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError
+from ..encoding import batches
 from ..read import RowFile, open_rows
-from ..rows import batches
 from ..workers import cores, in_order
 from .looker import Looker
 from .survey import Survey

@@ -15,9 +15,9 @@ import numpy as np
 from jinja2 import TemplateError
 
 from ..chat import Encoded
-from ..files import Refusal
+from ..encoding import Pair
 from ..formats import Row
-from ..rows import Pair
+from ..records import Refusal
 from .alike import Array, common, key, signatures
 from .text import PLAIN, hollow, rendered_as, text_marks
 

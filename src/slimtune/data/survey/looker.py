@@ -6,9 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..files import Refusal
+from ..encoding import encoded
 from ..formats import Row
-from ..rows import encoded
+from ..records import Refusal
 from .look import Lens, Look
 
 

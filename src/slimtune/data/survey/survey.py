@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ...units import count_text
-from ..files import Refusal
 from ..packs import lay
+from ..records import Refusal
 from .alike import HASHES, NEAR, SHORT, Array, near_pairs, repeats
 from .findings import SHOWN, Tally
 from .look import SAMPLES, Lens, Look, lens_of, shared_beginning
