@@ -25,7 +25,8 @@ _ON_MARKUP = re.compile(r"</?[a-z][\w-]*(?:\s[^<>]*)?/?>|\b(?:html|xml|svg|jsx|e
 
 _CONTROL = re.compile("[\x01-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # a form feed divides the pages of old sources
 _ENTITY = re.compile(
-    r"\w&(?:#0?39|#x27|apos|[lr]squo);\w|&(?:quot|[lr]dquo|#34|nbsp|#160|hellip|[mn]dash);|(?<!["'`(])&(?:lt|gt);|\s&amp;\s"
+    r"\w&(?:#0?39|#x27|apos|[lr]squo);\w|&(?:quot|[lr]dquo|#34|nbsp|#160|hellip|[mn]dash);|\s&amp;\s"
+    r"|(?<!['\"`(])&(?:lt|gt);"
 )
 # A letter that looks like one of the other script, between two letters of it: a Cyrillic ending of a name is none.
 _LOOKALIKE = re.compile("[A-Za-z][асеорхуіѕјАВЕКМНОРСТХ]+[A-Za-z]|[а-яёА-ЯЁ][aceopxyABEKMHOPCTX]+[а-яёА-ЯЁ]")
