@@ -111,7 +111,7 @@ except SystemExit as e:
 
 
 def test_every_verb_has_help():
-    for verb in ("plan", "gpus", "train", "eval", "generate", "chat", "merge", "methods", "doctor"):
+    for verb in ("plan", "gpus", "data", "train", "eval", "generate", "chat", "merge", "methods", "doctor"):
         done = slimtune(verb, "--help")
         assert done.exit_code == 0
         assert "--json" in done.stdout
@@ -230,6 +230,7 @@ def test_the_flags_are_those_the_recipe_names():
     options = {o for p in get_command(app).commands["train"].params for o in p.opts}
     named = {flag_of(info): path for path, info in fields_of(Recipe) if flag_of(info)}
     assert set(named) <= options
+    assert named.pop("--map") == "data.map"  # its roles are fields of their own
     ours = {f"--{name.replace('_', '-')}": path for name, path in FLAGS.items()}
     assert {f: p for f, p in ours.items() if f not in ("--rank", "--alpha")} == named
 
