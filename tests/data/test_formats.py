@@ -143,7 +143,7 @@ def test_unknown_columns_name_every_format_and_the_nearest(tmp_path):
         open_rows(path)
     assert "did you mean 'conversations' for 'converstions'?" in fault.value.got
     assert all(f"{name}: {', '.join(form.needs)}" in fault.value.wanted for name, form in FORMATS.items())
-    assert "--map messages=dialog" in fault.value.fix
+    assert "--map messages=COLUMN" in fault.value.fix
 
 
 def test_columns_are_mapped(tmp_path):

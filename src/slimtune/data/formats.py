@@ -12,6 +12,7 @@ Other columns of a row are not used. A format is recognised where the first rows
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,16 +203,13 @@ def recognised(path: Path, records: Iterable[Mapping[str, Any]], columns: Mappin
     if fitting:
         got = f"{path} may be {' or '.join(fitting)}: its rows have {listed(there)}"
         raise DataError(got, f"the columns of one format ({wanted})", f"--format {fitting[0]}, or another of them")
-    close = "".join(
-        f"{hint.rstrip('?')} for {column!r}?"
-        for column in there
-        if (hint := nearest(column, [c for f in FORMATS.values() for c in f.needs]))
-    )
-    example = next((c for c in there if c), "column")
+    needed = [column for form in FORMATS.values() for column in form.needs]
+    close = [(column, difflib.get_close_matches(column, needed, 1, 0.7)) for column in there]
+    hints = "".join(f"; did you mean {found[0]!r} for {column!r}?" for column, found in close if found)
     raise DataError(
-        f"{path} is of no known format: its rows have {listed(there) or 'no columns'}{close}",
+        f"{path} is of no known format: its rows have {listed(there) or 'no columns'}{hints}",
         f"the columns of one format ({wanted})",
-        f"name its columns, for example --map messages={example} or --map prompt={example}",
+        "name its columns: --map messages=COLUMN, or --map instruction=COLUMN --map output=COLUMN …",
     )
 
 
