@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .data.collate import Collator, Example
 from .data.read import RowFile, open_rows
 from .data.rows import RowReport, encode_rows
 from .data.store import Examples
+from .data.survey.survey import Survey
 from .data.workers import cores
 from .errors import AdapterError, UsageError
 from .methods.lora.loftq import replace_lora_weights_loftq
@@ -53,6 +54,8 @@ class Rows:
     validation: Examples
     train_report: RowReport
     validation_report: RowReport | None
+    surveys: dict[str, Any] = field(default_factory=dict)
+    """What `slimtune data` reports on the training and the validation file."""
 
     def lengths(self) -> np.ndarray:
         """Return the tokens of each row, training rows first, int64."""
@@ -223,19 +226,30 @@ def optimizer_of(model: Any, name: str = "adamw") -> torch.optim.Optimizer:
 
 
 def rows_of(recipe: Recipe, tokenizer: Any) -> Rows:
-    """Read and encode the recipe's training and validation rows; validation is cut from training if none is given."""
+    """Read, encode and survey the recipe's training and validation rows.
+
+    Validation is cut from training if none is given.
+    """
     data = recipe.data
-    train, train_report = _encode(data.train, tokenizer, recipe)
+    about: dict[str, Any] = {"model": recipe.model.name}
+    survey = _survey(recipe, tokenizer)
+    train, train_report = _encode(data.train, tokenizer, recipe, survey)
     if data.validation is not None:
-        validation, validation_report = _encode(data.validation, tokenizer, recipe)
-        return Rows(train, validation, train_report, validation_report)
+        other = _survey(recipe, tokenizer, like=survey)
+        validation, validation_report = _encode(data.validation, tokenizer, recipe, other)
+        surveys: dict[str, Any] = {
+            "train": survey.report(file=data.train, validation=(str(data.validation), other), **about),
+            "validation": other.report(file=data.validation, **about),
+        }
+        return Rows(train, validation, train_report, validation_report, surveys)
+    surveys = {"train": survey.report(file=data.train, **about), "validation": None}
     held = round(len(train) * data.validation_fraction)
     if not held or held == len(train):
-        return Rows(train, train.select(np.zeros(0, np.int64)), train_report, None)
+        return Rows(train, train.select(np.zeros(0, np.int64)), train_report, None, surveys)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.train.seed))
     apart = np.zeros(len(train), bool)
     apart[order[:held].numpy()] = True
-    return Rows(train.select(np.flatnonzero(~apart)), train.select(np.flatnonzero(apart)), train_report, None)
+    return Rows(train.select(np.flatnonzero(~apart)), train.select(np.flatnonzero(apart)), train_report, None, surveys)
 
 
 def rows_file(recipe: Recipe | None, path: Path) -> RowFile:
@@ -275,16 +289,30 @@ def held_out(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[Examples, RowR
     return _encode(path, tokenizer, recipe)
 
 
-def _encode(path: Path, tokenizer: Any, recipe: Recipe) -> tuple[Examples, RowReport]:
-    data = recipe.data
+def _survey(recipe: Recipe, tokenizer: Any, like: Survey | None = None) -> Survey:
+    data, t = recipe.data, recipe.train
+    return Survey(
+        tokenizer,
+        max_seq_len=data.max_seq_len,
+        too_long=data.too_long,
+        rows_a_step=t.batch_size * t.accumulate,
+        like=like,
+    )
+
+
+def _encode(path: Path, tokenizer: Any, recipe: Recipe, survey: Survey | None = None) -> tuple[Examples, RowReport]:
+    data, rows = recipe.data, rows_file(recipe, path)
+    if survey is not None:
+        survey.format = rows.format
     return encode_rows(
-        rows_file(recipe, path),
+        rows,
         tokenizer,
         max_seq_len=data.max_seq_len,
         too_long=data.too_long,
         learn=data.learn,
         path=path,
         processes=max(1, cores() // processes.beside()),
+        watch=survey,
     )
 
 

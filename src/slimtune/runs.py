@@ -2,6 +2,7 @@
 
     recipe.yaml     the recipe, resolved         train.log     what was said
     plan.json       the plan, and what the longest pass took
+    data.json       what `slimtune data` reports on the training and the validation file
     adapter/        the best adapter             report.html   all of it on one page
     checkpoints/    to resume from               result.json   what `slimtune train --json` printed
     metrics.jsonl   one JSON object a line       tensorboard/  its event files, with train.report_to
@@ -77,6 +78,11 @@ class RunFolder:
     def plan_file(self) -> Path:
         """The plan, and what the longest pass really took."""
         return self.path / "plan.json"
+
+    @property
+    def data_file(self) -> Path:
+        """The reports on the training and the validation file."""
+        return self.path / "data.json"
 
     @property
     def result_file(self) -> Path:

@@ -118,7 +118,7 @@ except SystemExit as e:
 
 
 def test_every_verb_has_help():
-    for verb in ("plan", "gpus", "train", "eval", "generate", "chat", "merge", "methods", "doctor"):
+    for verb in ("plan", "gpus", "data", "train", "eval", "generate", "chat", "merge", "methods", "doctor"):
         done = slimtune(verb, "--help")
         assert done.exit_code == 0
         assert "--json" in done.stdout
@@ -150,7 +150,7 @@ def test_train_from_flags_alone(room, rows, tmp_path):
     assert done.exit_code == 0, done.stderr
     ((recipe,), how), = calls  # fmt: skip
     assert callable(how.pop("planner"))
-    assert how == {"resume": False, "continue_from": None}
+    assert how == {"resume": False, "continue_from": None, "force": False}
     config = recipe.method_config()
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 6, ["q_proj"])
     train, data, model = recipe.train, recipe.data, recipe.model
@@ -178,8 +178,8 @@ def test_resume_and_continue(room, rows, tmp_path):
     assert slimtune(*base, "--resume").exit_code == 0
     assert slimtune(*base, "--continue", "runs/a").exit_code == 0
     assert [{k: v for k, v in how.items() if k != "planner"} for _, how in calls] == [
-        {"resume": True, "continue_from": None},
-        {"resume": False, "continue_from": Path("runs/a")},
+        {"resume": True, "continue_from": None, "force": False},
+        {"resume": False, "continue_from": Path("runs/a"), "force": False},
     ]
     done = slimtune(*base, "--resume", "--continue", "runs/a")
     assert done.exit_code == 2
@@ -237,6 +237,7 @@ def test_the_flags_are_those_the_recipe_names():
     options = {o for p in get_command(app).commands["train"].params for o in p.opts}
     named = {flag_of(info): path for path, info in fields_of(Recipe) if flag_of(info)}
     assert set(named) <= options
+    assert named.pop("--map") == "data.map"  # its roles are fields of their own
     ours = {f"--{name.replace('_', '-')}": path for name, path in FLAGS.items()}
     assert {f: p for f, p in ours.items() if f not in ("--rank", "--alpha")} == named
 

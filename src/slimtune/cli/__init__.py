@@ -16,6 +16,7 @@ from .. import __version__
 from ..errors import UsageError
 from .chat import chat
 from .common import Verbs
+from .data import data_report
 from .doctor import doctor
 from .eval import eval_run
 from .export import export_run
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command("plan")(plan)
 app.command("gpus")(gpus)
+app.command("data")(data_report)
 app.command("train")(train_run)
 app.command("eval")(eval_run)
 app.command("report")(report_run)

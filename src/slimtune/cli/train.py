@@ -88,7 +88,9 @@ def train_run(
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Let the base run code of its own.", show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Train even if the plan says it does not fit.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train even if the plan says it does not fit, or on faulty data.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that lies in --out.")] = False,
     continue_from: Annotated[
         Path | None, typer.Option("--continue", metavar="ADAPTER", help="Start from this adapter's weights.")
@@ -126,7 +128,7 @@ def train_run(
     from ..ops import processes
     from ..train.run import train
 
-    result = train(settings, resume=resume, continue_from=continue_from, planner=_planner(force))
+    result = train(settings, resume=resume, continue_from=continue_from, planner=_planner(force), force=force)
     if not processes.first():
         raise typer.Exit  # the first process shows it
     if not as_json:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from .formats import Row
 from .records import Refusal
 
 BATCH = 512
+R = TypeVar("R")
+Pair = tuple[Row, Encoded | Refusal]
+"""A row and its tokens, or why it has none."""
 PREFERENCE = "is a preference pair (chosen, rejected), which nothing trains on yet"
 
 
@@ -44,7 +47,7 @@ def encoded(rows: Iterable[Row], tokenizer: Any, *, learn: str = "all") -> list[
     ]
 
 
-def batches(rows: Iterable[Row], size: int = BATCH) -> Iterator[tuple[Row, ...]]:
+def batches(rows: Iterable[R], size: int = BATCH) -> Iterator[tuple[R, ...]]:
     """Yield rows in batches, the last one shorter."""
     left = iter(rows)
     return iter(lambda: tuple(itertools.islice(left, size)), ())
@@ -65,6 +68,7 @@ class Block:
         long: lines of rows that are too long.
         mute: lines of kept rows with nothing to learn.
         refused: rows that the template refuses.
+        seen: what `look` saw, where there is one.
     """
 
     coded: np.ndarray
@@ -77,6 +81,7 @@ class Block:
     long: list[int] = field(default_factory=list)
     mute: list[int] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    seen: Any = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Encoder:
     max_seq_len: int
     too_long: str
     learn: str
+    look: Callable[[Sequence[Pair]], Any] | None = None
 
     def __call__(self, rows: tuple[Row, ...]) -> Block:
         """Return the rows as a block."""
@@ -94,7 +100,11 @@ class Encoder:
         block = Block(none.astype(np.int32), none, none, len(rows))
         kept: list[np.ndarray] = []
         lines: list[int] = []
-        for row, one in zip(rows, encoded(rows, self.tokenizer, learn=self.learn), strict=True):
+        made = encoded(rows, self.tokenizer, learn=self.learn)
+        if self.look is not None:
+            pairs = zip(rows, made, strict=True)
+            block.seen = self.look([(row, one if isinstance(one, Refusal) else one[1]) for row, one in pairs])
+        for row, one in zip(rows, made, strict=True):
             if isinstance(one, Refusal):
                 block.refused.append(one)
                 continue

@@ -9,14 +9,14 @@ in batches, over several processes where there are many, and come to lie outside
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import DataError, UsageError, listed, nearest
 from ..units import count_text
-from .encoding import Block, Encoder, batches, encoded
+from .encoding import Block, Encoder, Pair, batches, encoded
 from .formats import Row
 from .read import MOST_FAULTS, Faults, RowFile
 from .store import Example, Examples, Writer
@@ -26,6 +26,17 @@ __all__ = ["LEARN", "TOO_LONG", "Example", "Examples", "RowReport", "batches", "
 
 TOO_LONG = ("error", "drop", "truncate")
 LEARN = ("all", "last")
+
+
+class Watch(Protocol):
+    """Sees rows as they are encoded: `look` at a batch, wherever that is done; `add` what it gave, in order."""
+
+    @property
+    def look(self) -> Callable[[Sequence[Pair]], Any]:
+        """What looks; can be sent to another process."""
+
+    def add(self, seen: Any, /) -> None:
+        """Take what a look gave."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,7 @@ def encode_rows(
     learn: str = "all",
     path: str | Path,
     processes: int = 1,
+    watch: Watch | None = None,
 ) -> tuple[Examples, RowReport]:
     """Return the rows as examples, in their order, and the report.
 
@@ -86,6 +98,7 @@ def encode_rows(
         path: the file the rows came from, for messages.
         processes: how many encode at once; with more than one, a script of your own has to guard what it runs by
             `if __name__ == "__main__":`.
+        watch: sees every batch too, in the process that encodes it.
 
     Raises:
         UsageError: an unknown `too_long` or `learn`, or a `max_seq_len` under 2.
@@ -103,8 +116,8 @@ def encode_rows(
         raise _preference(path)
     sound = rows.rows() if isinstance(rows, RowFile) else rows
     refused = Faults(path, fix="change these rows, or give another template (data.chat_template)")
-    blocks = in_order(Encoder(tokenizer, max_seq_len, too_long, learn), batches(sound), processes)
-    examples, sums = _written(blocks, refused)
+    encoder = Encoder(tokenizer, max_seq_len, too_long, learn, None if watch is None else watch.look)
+    examples, sums = _written(in_order(encoder, batches(sound), processes), refused, watch)
     refused.check()
     if sums.long and too_long == "error":
         raise _too_long(path, sums.long, sums.longest, max_seq_len)
@@ -147,13 +160,15 @@ class _Sums:
         self.mute += block.mute
 
 
-def _written(blocks: Iterable[Block], refused: Faults) -> tuple[Examples, _Sums]:
+def _written(blocks: Iterable[Block], refused: Faults, watch: Watch | None) -> tuple[Examples, _Sums]:
     """Write the blocks and add up what they hold, until as many rows are refused as one message shows."""
     sums = _Sums()
     with Writer() as writer:
         for block in blocks:
             writer.add(block.coded, block.lengths, block.lines)
             sums.add(block)
+            if watch is not None:
+                watch.add(block.seen)
             for one in block.refused[: MOST_FAULTS - len(refused.found)]:
                 refused.add(one.line, one.cause, one.file)
             if refused.full:

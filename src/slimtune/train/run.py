@@ -26,6 +26,7 @@ from ..build import Rows, adapted, base_of, collator_of, continuing, require_pac
 from ..contract.layout import laid_out
 from ..data.collate import Collator
 from ..data.packs import divided, lay
+from ..data.survey.words import finding_text, refuse_faulty, verdict_text
 from ..errors import DataError, RunError, SlimtuneError, UsageError
 from ..models.dtype import pick_device, pick_dtype
 from ..models.load import Base
@@ -60,7 +61,12 @@ None: it could not be planned."""
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, continue_from: Path | None = None, planner: Planner = lambda *_: None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    continue_from: Path | None = None,
+    planner: Planner = lambda *_: None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe; return what `slimtune train --json` prints.
 
@@ -69,6 +75,7 @@ def train(
         resume: go on from the newest whole checkpoint in the recipe's run folder (from the start if there is none).
         continue_from: start from this adapter's weights (a run or an adapter folder).
         planner: asked before a weight is loaded; training keeps to its plan, and says where it was off.
+        force: train on data that a survey finds faulty.
 
     Raises:
         UsageError: what was asked for cannot be carried out; nothing was written.
@@ -77,20 +84,20 @@ def train(
     """
     joined = processes.join()
     processes.watch_for_the_end(f"slimtune train {RunFolder(Path(recipe.out)).recipe_file} --resume")
-    result = _train(recipe, resume, continue_from, planner)
+    result = _train(recipe, resume, continue_from, planner, force)
     if joined:
         processes.leave()
     return result
 
 
-def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Planner) -> dict[str, Any]:
+def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Planner, force: bool) -> dict[str, Any]:
     run = _open(recipe) if resume else None
     if run is not None and (run.path / START).is_dir():
         continue_from = run.path / START
     if continue_from is not None:
         recipe = continuing(recipe, continue_from)
     began = time.perf_counter()
-    rows = processes.together(lambda: _rows(recipe))
+    rows = processes.together(lambda: _rows(recipe, force))
     plan = processes.by_first(lambda: planner(recipe, rows.lengths().tolist()))
     divide = recipe.train.shard_base and processes.count() > 1
     mesh = init_device_mesh(_device(recipe).type, (processes.count(),)) if divide else None
@@ -98,7 +105,7 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
     fresh = run is None
     if run is None:
         run = RunFolder(Path(recipe.out))
-        processes.by_first(lambda: _begin(recipe, run, model, continue_from))
+        processes.by_first(lambda: _begin(recipe, run, model, rows, continue_from))
     watch = Watch(run, base.device)
     if continue_from is not None:
         watch.say(f"continuing from {continue_from}, with its settings of the method")
@@ -150,10 +157,13 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
     return processes.by_first(lambda: _finish(recipe, run, base, rows, trainer, pace, watch, prepared, most))
 
 
-def _rows(recipe: Recipe) -> Rows:
+def _rows(recipe: Recipe, force: bool) -> Rows:
     require_packages(recipe)
     require_trackers(recipe.train.report_to)
     rows = rows_of(recipe, tokenizer_of(recipe))
+    for report in filter(None, rows.surveys.values()):
+        if not force:
+            refuse_faulty(report)
     if not rows.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     return rows
@@ -194,9 +204,10 @@ def _device(recipe: Recipe) -> torch.device:
     return mine
 
 
-def _begin(recipe: Recipe, run: RunFolder, model: Any, continue_from: Path | None) -> None:
-    """Make the run folder, with the adapter that is continued from."""
+def _begin(recipe: Recipe, run: RunFolder, model: Any, rows: Rows, continue_from: Path | None) -> None:
+    """Make the run folder, with what is known of the data and the adapter that is continued from."""
     RunFolder.create(run.path, recipe)
+    write_atomic(run.data_file, json_text(rows.surveys, indent=2) + "\n")
     if continue_from is not None:
         adapter_files.save(model, run.path / START, "default")
 
@@ -264,6 +275,11 @@ def _describe(watch: Watch, base: Base, rows: Rows, model: Any) -> None:
         f"({100 * trained / every:.2f} %)"
     )
     watch.say(f"rows: {rows.train_report.text()}")
+    for name, report in rows.surveys.items():
+        if report is not None:
+            watch.say(f"{name} data: {verdict_text(report)}")
+            for found in report["findings"]:
+                watch.say(f"  {found['severity']}: {finding_text(found)}")
 
 
 def _trainer(
