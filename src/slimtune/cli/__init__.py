@@ -16,6 +16,7 @@ from .. import __version__
 from ..errors import UsageError
 from .chat import chat
 from .common import Verbs
+from .compare import compare
 from .doctor import doctor
 from .eval import eval_run
 from .export import export_run
@@ -35,6 +36,7 @@ app.command("plan")(plan)
 app.command("gpus")(gpus)
 app.command("train")(train_run)
 app.command("eval")(eval_run)
+app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("merge")(merge_run)

@@ -30,6 +30,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure held-out loss, base against tuned; a run folder keeps the result as `eval-<split>.json`.
 
+    Beside it lies `eval-<split>-rows.json`: of each row its `line` in the file, `tokens` (supervised), and the nats
+    that `base` and `tuned` spend on them.
+
     Args:
         run: a run folder, or an adapter folder (then `data` is needed).
         split: the recipe's rows to measure on: "test" or "validation".
@@ -90,6 +93,11 @@ def evaluate(
     if folder is not None:
         name = split if data is None else f"data-{data.stem}"
         write_atomic(folder.path / f"eval-{name}.json", json_text(result, indent=2) + "\n")
+        each = [
+            {"line": e["line"], "tokens": n, "base": b, "tuned": u}
+            for e, (b, n), (u, _) in zip(examples, base, tuned, strict=True)
+        ]
+        write_atomic(folder.path / f"eval-{name}-rows.json", json_text(each) + "\n")
     return result
 
 
