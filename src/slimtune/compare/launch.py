@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+CELL = (sys.executable, "-m", f"{__package__}.cell")
+"""What a cell's process runs."""
 LOOK = 0.2
 """Seconds between looks at a cell that runs."""
 PATIENCE = 120.0
@@ -47,12 +49,19 @@ def launch(
         KeyboardInterrupt: Ctrl-C; the cell was told, and given the time to write a checkpoint.
     """
     flags = [f for f, on in (("--full", full), ("--trial", trial)) if on]
-    command = [sys.executable, "-m", f"{__package__}.cell", str(recipe_file), *flags]
     began = time.perf_counter()
     with (
         log.open("a") as said,
-        # Its stdin stays open for as long as this process lives: the cell ends when it closes.
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+        # Its stdin stays open for as long as this process lives: the cell ends when it closes. In a session of its own
+        # a terminal's Ctrl-C does not reach it, which would come twice otherwise.
+        subprocess.Popen(
+            [*CELL, str(recipe_file), *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            start_new_session=True,
+        ) as process,
     ):
         try:
             while process.poll() is None:
@@ -79,12 +88,8 @@ def _fault(code: int, told: str, log: Path) -> str:
         return ""
     try:
         error = json.loads(told.strip().splitlines()[-1])
-        parts = [
-            error["got"],
-            error["wanted"] and f"wanted: {error['wanted']}",
-            error["fix"] and f"fix: {error['fix']}",
-        ]
-        return "; ".join(" ".join(p.split()) for p in parts if p)
+        more = [f"{name}: {error[name]}" for name in ("wanted", "fix") if error[name]]
+        return "; ".join(" ".join(part.split()) for part in (error["got"], *more))
     except (IndexError, ValueError, KeyError):
         killed = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         return f"its process {killed}; {log} holds what it said"
