@@ -15,6 +15,8 @@ from slimtune.compare.grid import Grid, grid_of
 from slimtune.compare.launch import Ended
 from slimtune.errors import SlimtuneError
 
+PLANS: dict[str, Any] = {}
+
 
 @pytest.fixture
 def tree(tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
@@ -44,8 +46,20 @@ def grid(tree: dict[str, Any], tmp_path: Path) -> Callable[..., Grid]:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let cells run in this process, which has imported everything; returns the names of those that ran."""
+    """Let cells run in this process, which has imported everything; returns the names of those that ran.
+
+    A method is planned once for all tests, and no picture is drawn: what does either has tests of its own.
+    """
     ran: list[str] = []
+
+    def plan_of(request: Any, method: str, **how: Any) -> Any:
+        if method not in PLANS:
+            PLANS[method] = real(request, method, **how)
+        return PLANS[method]
+
+    real = run.plan_of
+    monkeypatch.setattr(run, "plan_of", plan_of)
+    monkeypatch.setattr(run, "draw", lambda *_: None)
 
     def launch(recipe_file: Path, log: Path, *, full: bool = False, trial: bool = False, stop: Any = None) -> Ended:
         ran.append(recipe_file.stem)

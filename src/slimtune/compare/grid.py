@@ -207,39 +207,34 @@ def grid_of(
         UsageError: no test rows are named, a budget below one step, or nothing to search rates on.
         DataError: the rows are faulty, or none is left.
     """
+    own = Recipe.from_dict({**tree, "out": str(out)})
     plain = {k: v for k, v in tree.items() if k != "method"}
-    least = Grid(plain, tuple(entries), (0,), tokens, 1, trials, (), out)
-    recipes = [least.recipe(e, 0, out) for e in entries]  # faults are said before anything is read
-    recipe = recipes[0]
-    recipe.require_files()
-    if recipe.data.test is None:
+    made = Grid(plain, tuple(entries), tuple(own.train.seed + i for i in range(seeds)), tokens, 1, trials, (), out)
+    for entry in entries:  # faults of their settings are said before anything is read
+        made.recipe(entry, own.train.seed, out)
+    own.require_files()
+    if own.data.test is None:
         raise UsageError("the recipe names no test rows, on which methods are compared", "a JSONL file: data.test")
-    rows = rows_of(recipe, tokenizer_of(recipe))
+    rows = rows_of(own, tokenizer_of(own))
     if not rows.train:
-        raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
+        raise DataError(f"{own.data.train} leaves no row to train on", "at least one row")
     if trials and not rows.validation:
         raise UsageError(
             "there are no validation rows to search learning rates on", "data.validation", "or leave out --tune"
         )
-    section = tree.get("train") or {}
-    rows_a_step = recipe.train.batch_size * recipe.train.accumulate
+    rows_a_step = own.train.batch_size * own.train.accumulate
     lengths = tuple(len(e["input_ids"]) for e in rows.train)
-    a_step = sum(lengths) / len(lengths) * min(rows_a_step, len(lengths))
     if tokens is None:
-        epochs = Recipe.from_dict({**least.tree, "train": {**section, "max_steps": None}, "out": str(out)}).train.epochs
-        steps = section.get("max_steps") or math.ceil(epochs * math.ceil(len(lengths) / rows_a_step))
-    else:
-        steps = math.floor(tokens / a_step)
-    if steps < 1:
+        steps = own.train.max_steps or math.ceil(own.train.epochs * math.ceil(len(lengths) / rows_a_step))
+        return dataclasses.replace(made, steps=steps, lengths=lengths)
+    a_step = sum(lengths) / len(lengths) * min(rows_a_step, len(lengths))
+    if tokens < a_step:
         raise UsageError(
             f"--tokens {tokens} is less than one step: {rows_a_step} rows have {a_step:.0f} tokens on average",
             f"{math.ceil(a_step)} or more",
             "or a smaller --set train.batch_size",
         )
-    first = section.get("seed", recipe.train.model_fields["seed"].default)
-    return dataclasses.replace(
-        least, seeds=tuple(range(first, first + seeds)), steps=steps, lengths=lengths, tree=plain
-    )
+    return dataclasses.replace(made, steps=math.floor(tokens / a_step), lengths=lengths)
 
 
 def room(tree: Mapping[str, Any]) -> int:
