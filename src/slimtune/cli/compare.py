@@ -83,13 +83,16 @@ def _require_packages(tune: bool) -> None:
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    from ..compare.table import COLUMNS, cells, notes, setting
+    from ..compare.table import BRIEF, brief, notes, setting
 
     screen = console()
     screen.print(setting(result), markup=False)
-    rows = table(*COLUMNS)
+    rows = table(*BRIEF)
+    rows.padding = (0, 1, 0, 0)
+    rows.columns[0].no_wrap = True
+    rows.columns[-1].justify, rows.columns[-1].no_wrap = "left", False
     for line in result["methods"]:
-        rows.add_row(*cells(line))
+        rows.add_row(*brief(line))
     screen.print(rows)
     for note in notes(result):
         screen.print(note, markup=False)

@@ -23,7 +23,7 @@ from ..evaluate.statistics import paired, perplexity
 from ..models.load import Base, load_base
 from ..ops.files import disk_full_is_an_error, settle
 from ..ops.master_adamw import MasterAdamW
-from ..ops.unbroken import unbroken
+from ..ops.memory import ran_out
 from ..recipe import Recipe
 from ..runs import RunFolder, json_text, write_atomic
 from ..step import score
@@ -49,7 +49,9 @@ class FullTrainer(SlimTrainer):
             ]
             how: dict[str, Any] = {"lr": a.learning_rate, "betas": (a.adam_beta1, a.adam_beta2), "eps": a.adam_epsilon}
             self.optimizer = MasterAdamW([g for g in groups if g["params"]], **how)
-            unbroken(self.optimizer, self._optimizer_step)
+            # A copy of all that a step changes, as methods keep one, would be as large as the run itself: a step that
+            # memory runs out in is not done again.
+            self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "_steady", False))
         return self.optimizer
 
     def stepped(self) -> None:
@@ -116,6 +118,11 @@ def train_full(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
                 trainer.take_up(start)
             else:
                 trainer.train(resume_from_checkpoint=str(start) if start else None)
+        except Exception as e:
+            if not ran_out(e):
+                raise
+            short = trainer.relief.shortage(e)
+            raise trainer.relief.exhausted("training", short, "the optimizer's step, or what lies between two") from e
         finally:
             watch.close()
     if trainer.stop_asked and trainer.state.global_step < trainer.state.max_steps:

@@ -69,7 +69,7 @@ def advice(lines: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]
     if best["gain_ci95"][0] is None or best["gain_ci95"][0] <= 0:
         return f"Take none of them: the gain of the best, {best['method']}, is not beyond noise ({_gain(best)})."
     if len(lines) == 1:
-        return f"{best['method']} alone was measured: it gains {_gain(best)}."
+        return f"{best['method']} alone was measured: {_gain(best)}."
     apart = {(p["a"], p["b"]) for p in pairs if p["beyond_noise"]}
     level = [best, *(x for x in lines[1:] if (best["method"], x["method"]) not in apart)]
     worse = [x for x in lines if x not in level]
@@ -78,15 +78,15 @@ def advice(lines: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]
     costs = f"{bytes_text(taken['peak_bytes'])}, a file of {bytes_text(taken['file_bytes'])}, {_time(taken)} a run"
     said = [f"Take {taken['method']} ({_gain(taken)}; {costs})"]
     if len(level) > 1:
-        others = [x["method"] for x in level if x is not best]
-        said.append(f"{best['method']} and {_and(others)} do not differ beyond noise")
-        there = [f"{cost} {x['method']}" for cost, x in cheapest.items() if x is not taken]
-        if there:
-            said.append(f"of these the least {_and(there)} needs")
+        same = _and([x["method"] for x in level])
+        said.append(f"{same} do not differ beyond noise" if len(level) == 2 else
+                    f"{same}: none differs from {best['method']} beyond noise")  # fmt: skip
+        said += [f"of these {x['method']} takes the least {cost}" for cost, x in cheapest.items() if x is not taken]
     if worse:
         gaps = [best["gain"] - x["gain"] for x in worse]
         by = f"{min(gaps):.3f}" if len(gaps) == 1 else f"{min(gaps):.3f} to {max(gaps):.3f}"
-        said.append(f"{_and([x['method'] for x in worse])} gain {by} nats a token less than {best['method']}")
+        gain = "gains" if len(worse) == 1 else "gain"
+        said.append(f"{_and([x['method'] for x in worse])} {gain} {by} nats a token less than {best['method']}")
     if len(best["seeds"]) < 2:
         said.append("one seed: what another seed would give is not known")
     return "; ".join(said) + "."

@@ -8,8 +8,9 @@ from typing import Any
 from ..units import bytes_text, seconds_text
 from .report import COSTS
 
-COLUMNS = ("method", "rate", "trains", "file", "peak memory", "time", "held-out loss", "gain [95 %]",
-           "best for its")  # fmt: skip
+COLUMNS = (
+    "method", "rate", "trains", "file", "peak memory", "time", "held-out loss", "gain [95 %]", "best for its",
+)  # fmt: skip
 
 
 def cells(line: Mapping[str, Any]) -> tuple[str, ...]:
@@ -28,6 +29,16 @@ def cells(line: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+BRIEF = ("method", "rate", "trains", "file", "peak\nmemory", "time", "gain ± 95 %", "best for its")
+
+
+def brief(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a method's cells for a terminal of 80 columns, one for each of `BRIEF`."""
+    method, _, trains, file, memory, time, _, _, best = cells(line)
+    gain = f"{line['gain']:.3f} ± {line['gain_ci95'][1] - line['gain']:.3f}"
+    return method, f"{line['rate']:.2g}", trains, file, memory, time, gain, best
+
+
 def setting(result: Mapping[str, Any]) -> str:
     """Return what was compared, in words."""
     lines = result["methods"]
@@ -44,7 +55,11 @@ def setting(result: Mapping[str, Any]) -> str:
 
 def notes(result: Mapping[str, Any]) -> list[str]:
     """Return what has to be known beside the table: what is missing, and what the figures are."""
-    found = [f"Left out: {x['method']} ({x['why']})." for x in result["left_out"]]
+    sources = {"default": "the method's default", "given": "as given", "tuned": "searched on the validation rows"}
+    by = {source: [x["method"] for x in result["methods"] if x["rate_from"] == source] for source in sources}
+    said = [f"{sources[s]} ({', '.join(who)})" for s, who in by.items() if who]
+    found = [f"Rates: {'; '.join(said)}."] if said else []
+    found += [f"Left out: {x['method']} ({x['why']})." for x in result["left_out"]]
     found += [f"Failed: {x['method']}, seed {x['seed']} ({x['why']})." for x in result["failed"]]
     wanted = len(result["seeds"])
     found += [
