@@ -57,6 +57,10 @@ class FullTrainer(SlimTrainer):
     def stepped(self) -> None:
         """Do nothing: no method has a part in the step."""
 
+    def _way_on(self) -> str:
+        super()._way_on()
+        return "free memory, then give the same command again: it goes on from the last checkpoint"
+
     def save_weights(self, folder: Path) -> None:
         """Write every parameter, tied ones once."""
         live = self.model.named_parameters()  # type: ignore[union-attr]

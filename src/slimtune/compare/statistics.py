@@ -9,7 +9,7 @@ Row i has t_i supervised tokens; a cell of seed s differs on it by d_si nats (ba
 v_rows is the variance of g over draws of rows, all seeds on the same draw (the linearised ratio: what a bootstrap of
 rows converges to). Each part has its own degrees of freedom, and half widths add as lengths at a right angle do: one
 number of degrees of freedom by Satterthwaite, estimated from three seeds, holds the truth too seldom where seeds vary
-more than rows do (87 of 100 times with two seeds, 93 with three, in simulation; this: 95 or more). What rows and seeds
+more than rows do (87 of 100 times with two seeds, 93 with three, in simulation; this: 95 to 99). What rows and seeds
 do together is counted in both parts. With one seed v_seeds is not known: the interval then speaks of rows alone.
 """
 
