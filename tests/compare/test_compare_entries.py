@@ -22,7 +22,9 @@ def test_variants_short_names_and_full():
 
 
 def test_all_is_every_method_and_full():
-    assert [e.label for e in entries(["all"], {}, {})] == [*names(), "full"]
+    found = entries(["ia3", "all"], {}, {})
+    assert [e.label for e in found] == ["ia3", *(n for n in names() if n != "ia3"), "full"]
+    assert [e.label for e in found if not e.by_all] == ["ia3"]
 
 
 def test_settings_of_single_methods():

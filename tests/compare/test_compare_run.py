@@ -162,6 +162,20 @@ def test_what_does_not_fit_is_left_out_and_said(grid, here, monkeypatch):
     assert not grid("ia3", out="other").out.exists()
 
 
+def test_what_does_not_go_with_the_base_is_left_out_of_all_and_refused_by_name(grid, here, monkeypatch):
+    made = grid("all", seeds=1)
+    assert "token_indices" in made.unfit["trainable_tokens"]
+    keep = {"lora", "bitfit"}  # Llama has no biases
+    made = dataclasses.replace(made, entries=tuple(e for e in made.entries if e.label in keep))
+    result = compare(made)
+    assert here == ["lora-7"]
+    assert {x["method"] for x in result["left_out"]} == {"bitfit", "trainable_tokens"}
+    with pytest.raises(UsageError, match="bias"):
+        compare(grid("lora", "bitfit", out="named"))
+    with pytest.raises(RecipeError, match="token_indices"):
+        grid("trainable_tokens")
+
+
 def test_one_at_a_time(grid, here):
     made = grid("lora", seeds=1)
     made.out.mkdir()
@@ -179,6 +193,11 @@ def test_what_is_refused_before_anything_is_made(grid, tree, tmp_path):
     (tmp_path / "c" / "thesis.tex").touch()
     with pytest.raises(UsageError, match=r"holds no comparison but 'thesis.tex'"):
         compare(grid("lora"))
+    lines = Path(tree["data"]["test"]).read_text().splitlines()
+    Path(tree["data"]["test"]).write_text(lines[0])
+    with pytest.raises(UsageError, match="leaves 1 rows to compare methods on"):
+        grid("lora")
+    Path(tree["data"]["test"]).write_text("\n".join(lines))
     blind = {**tree["data"], "validation": None, "validation_fraction": 0}
     tree["data"] = blind
     with pytest.raises(UsageError, match="no validation rows to search learning rates on"):

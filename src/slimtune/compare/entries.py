@@ -8,6 +8,7 @@ full                        every weight of the base trains
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -38,6 +39,7 @@ class Entry:
         settings: the method's own, as a recipe has them.
         rate: the learning rate.
         rate_from: where the rate comes from.
+        by_all: it was not named but came by "all": where it does not go with the base it is left out, not an error.
     """
 
     label: str
@@ -45,6 +47,11 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
     rate: float = 0.0
     rate_from: Literal["default", "given", "tuned"] = "default"
+    by_all: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what decides its cells, as plain values."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "by_all"}
 
     @property
     def is_full(self) -> bool:
@@ -68,7 +75,8 @@ def entries(wanted: Iterable[str], tree: Mapping[str, Any], given: Mapping[str, 
     Raises:
         UsageError: names that are not known, all at once, each with the nearest; or settings of what is not compared.
     """
-    labels = [n for name in wanted for n in ((*names(), FULL) if name == "all" else (name,))]
+    asked = list(wanted)
+    labels = [n for name in asked for n in ((*names(), FULL) if name == "all" else (name,))]
     unknown = [n for n in labels if n not in known()]
     if unknown:
         said = "; ".join(f"{n!r}{nearest(n, known()).replace('; ', ', ')}" for n in unknown)
@@ -82,7 +90,8 @@ def entries(wanted: Iterable[str], tree: Mapping[str, Any], given: Mapping[str, 
             f"--set {strays[0]}: {first!r} is neither compared nor a section{nearest(first, [*labels, *SECTIONS])}",
             f"one of {listed([*dict.fromkeys(labels), *SECTIONS])}",
         )
-    return [_entry(label, tree, given) for label in dict.fromkeys(labels)]
+    found = [_entry(label, tree, given) for label in dict.fromkeys(labels)]
+    return [dataclasses.replace(entry, by_all=entry.label not in asked) for entry in found]
 
 
 def _entry(label: str, tree: Mapping[str, Any], given: Mapping[str, Any]) -> Entry:

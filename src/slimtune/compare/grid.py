@@ -17,14 +17,14 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..build import rows_of, tokenizer_of
-from ..errors import DataError, UsageError, listed
+from ..build import held_out, rows_of, tokenizer_of
+from ..errors import DataError, RecipeError, UsageError, listed
 from ..models.dtype import pick_device
 from ..recipe import Recipe
 from ..runs import json_text, write_atomic
@@ -50,6 +50,7 @@ class Grid:
         trials: learning rates tried for each entry; 0: none.
         lengths: tokens of every training row.
         out: the folder of it all.
+        unfit: why methods that came by "all" are left out, by label.
     """
 
     tree: Mapping[str, Any]
@@ -60,6 +61,7 @@ class Grid:
     trials: int
     lengths: tuple[int, ...]
     out: Path
+    unfit: Mapping[str, str] = field(default_factory=dict)
 
     def recipe(self, entry: Entry, seed: int, out: Path, **train: Any) -> Recipe:
         """Return the recipe of a cell or a trial.
@@ -133,7 +135,7 @@ class Grid:
             "tokens": self.tokens,
             "trials": self.trials,
             "rows (SHA-256)": {f: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files},
-            "methods": {e.label: dataclasses.asdict(e) for e in self.entries},
+            "methods": {e.label: e.to_dict() for e in self.entries},
         }
 
     def refuse_another(self) -> None:
@@ -210,12 +212,23 @@ def grid_of(
     own = Recipe.from_dict({**tree, "out": str(out)})
     plain = {k: v for k, v in tree.items() if k != "method"}
     made = Grid(plain, tuple(entries), tuple(own.train.seed + i for i in range(seeds)), tokens, 1, trials, (), out)
+    unfit: dict[str, str] = {}
     for entry in entries:  # faults of their settings are said before anything is read
-        made.recipe(entry, own.train.seed, out)
+        try:
+            made.recipe(entry, own.train.seed, out)
+        except RecipeError as e:
+            if not entry.by_all:
+                raise
+            unfit[entry.label] = " ".join(e.got.split())
+    made = dataclasses.replace(made, entries=tuple(e for e in entries if e.label not in unfit), unfit=unfit)
     own.require_files()
     if own.data.test is None:
         raise UsageError("the recipe names no test rows, on which methods are compared", "a JSONL file: data.test")
-    rows = rows_of(own, tokenizer_of(own))
+    tokenizer = tokenizer_of(own)
+    held, _ = held_out(own, tokenizer, own.data.test)
+    if len(held) < 2:
+        raise UsageError(f"{own.data.test} leaves {len(held)} rows to compare methods on", "two rows or more")
+    rows = rows_of(own, tokenizer)
     if not rows.train:
         raise DataError(f"{own.data.train} leaves no row to train on", "at least one row")
     if trials and not rows.validation:

@@ -70,18 +70,25 @@ def planned(grid: Grid, say: Say) -> tuple[tuple[Entry, ...], list[dict[str, str
     """Return the entries that fit this machine, and why the others do not, before a weight is loaded.
 
     Raises:
-        UsageError: a method's targets match nothing in the base.
+        UsageError: the targets of a method that was named match nothing in the base.
     """
-    fitting, left_out = [], []
+    fitting = []
+    left_out = [{"method": label, "why": why} for label, why in grid.unfit.items()]
     for entry in grid.entries:
-        verdict, why = _planned(grid, entry)
+        try:
+            verdict, why = _planned(grid, entry)
+        except UsageError as e:
+            if not entry.by_all:
+                raise
+            verdict, why = "does not fit", " ".join(e.got.split())
         if verdict == "does not fit":
-            say(f"{entry.label} is left out: it does not fit ({why})")
             left_out.append({"method": entry.label, "why": why})
             continue
         said = {"fits": "fits", "tight": "may fit", None: "is not planned"}[verdict]
         say(f"plan: {entry.label} {said} ({why})")
         fitting.append(entry)
+    for left in left_out:
+        say(f"{left['method']} is left out: {left['why']}")
     return tuple(fitting), left_out
 
 

@@ -60,7 +60,9 @@ def notes(result: Mapping[str, Any]) -> list[str]:
     said = [f"{sources[s]} ({', '.join(who)})" for s, who in by.items() if who]
     found = [f"Rates: {'; '.join(said)}."] if said else []
     found += [f"Left out: {x['method']} ({x['why']})." for x in result["left_out"]]
-    found += [f"Failed: {x['method']}, seed {x['seed']} ({x['why']})." for x in result["failed"]]
+    for x in result["failed"]:
+        what = "the search of its rate" if x["seed"] is None else f"seed {x['seed']}"
+        found.append(f"Failed: {x['method']}, {what} ({x['why']}).")
     wanted = len(result["seeds"])
     found += [
         f"{line['method']} has {len(line['seeds'])} of {wanted} seeds."
