@@ -39,6 +39,11 @@ def test_each_cost_names_its_own_where_several_are_level():
     assert "of these a takes the least size." in said
 
 
+def test_costs_within_a_tenth_are_alike():
+    lines = [line("a", 0.5, time=62, memory=2), line("b", 0.49, time=60, memory=2)]
+    assert advice(lines, [pair("a", "b", False)]).startswith("Take a")
+
+
 def test_where_the_best_is_alone_it_is_taken_whatever_it_costs():
     lines = [line("full", 0.9, memory=5, size=270), line("lora", 0.5), line("ia3", 0.4)]
     said = advice(lines, [pair("full", "lora", True), pair("full", "ia3", True)])

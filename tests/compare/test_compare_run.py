@@ -114,7 +114,7 @@ def test_a_cell_that_fails_is_reported_and_the_others_stand(grid, here, monkeypa
     assert result["failed"] == [{"method": "lora", "seed": 7, "why": "the disk is full"}]
     lines = {line["method"]: line for line in result["methods"]}
     assert (lines["lora"]["seeds"], lines["ia3"]["seeds"]) == ([8], [7, 8])
-    assert result["pairs"][0]["seeds"] == [8]
+    assert (result["pairs"][0]["seeds"], result["pairs"][0]["beyond_noise"]) == ([8], False)
     table = (whole.out / "table.md").read_text()
     assert "Failed: lora, seed 7 (the disk is full)." in table
     assert "lora has 1 of 2 seeds." in table

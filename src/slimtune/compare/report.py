@@ -20,6 +20,8 @@ COSTS = {"memory": "peak_bytes", "size": "file_bytes", "time": "time_seconds"}
 """What quality is held against, and the field that says it."""
 BEYOND = 0.05
 """A difference whose corrected p-value is below this is beyond noise."""
+ALIKE = 1.1
+"""Costs up to so many times the least are as good as it: peaks and times vary by themselves."""
 
 
 def lines_of(grid: Grid) -> list[dict[str, Any]]:
@@ -42,8 +44,12 @@ def lines_of(grid: Grid) -> list[dict[str, Any]]:
 
 
 def pairs_of(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return each pair's difference (a - b, nats per token) over the seeds both have, paired by seed and row."""
-    found = []
+    """Return each pair's difference (a - b, nats per token) over the seeds both have, paired by seed and row.
+
+    Where others have several seeds and a pair shares one, what another seed would do to it is not known: it is not said
+    to differ beyond noise.
+    """
+    found, most = [], max((len(line["seeds"]) for line in lines), default=0)
     for a, b in combinations(lines, 2):
         shared = [s for s in a["seeds"] if s in b["seeds"]]
         if not shared:
@@ -53,7 +59,7 @@ def pairs_of(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         found.append({"a": a["method"], "b": b["method"], "seeds": shared, "difference": d.value,
                       "ci95": [d.low, d.high], "p": d.p})  # fmt: skip
     for pair, p in zip(found, holm([pair["p"] for pair in found]), strict=True):
-        pair |= {"p_corrected": p, "beyond_noise": p < BEYOND}
+        pair |= {"p_corrected": p, "beyond_noise": p < BEYOND and len(pair["seeds"]) >= min(most, 2)}
     return found
 
 
@@ -61,7 +67,7 @@ def advice(lines: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]
     """Return one sentence: what to take, what does not differ from the best beyond noise, and what is worse.
 
     Of the best and what does not differ from it, the one is taken that is cheapest in most of memory, size and time;
-    of several, the one with the higher gain.
+    within a tenth of the cheapest is as cheap; of several, the one with the higher gain.
     """
     if not lines:
         return "No cell was finished, so there is nothing to advise."
@@ -74,14 +80,20 @@ def advice(lines: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]
     level = [best, *(x for x in lines[1:] if (best["method"], x["method"]) not in apart)]
     worse = [x for x in lines if x not in level]
     cheapest = {cost: min(level, key=lambda x: x[name]) for cost, name in COSTS.items()}
-    taken = max(level, key=lambda x: (sum(c is x for c in cheapest.values()), x["gain"]))
+
+    def cheap(x: Mapping[str, Any]) -> list[str]:
+        return [cost for cost, name in COSTS.items() if x[name] <= ALIKE * cheapest[cost][name]]
+
+    taken = max(level, key=lambda x: (len(cheap(x)), x["gain"]))
     costs = f"{bytes_text(taken['peak_bytes'])}, a file of {bytes_text(taken['file_bytes'])}, {_time(taken)} a run"
     said = [f"Take {taken['method']} ({_gain(taken)}; {costs})"]
     if len(level) > 1:
         same = _and([x["method"] for x in level])
         said.append(f"{same} do not differ beyond noise" if len(level) == 2 else
                     f"{same}: none differs from {best['method']} beyond noise")  # fmt: skip
-        said += [f"of these {x['method']} takes the least {cost}" for cost, x in cheapest.items() if x is not taken]
+        said += [
+            f"of these {x['method']} takes the least {cost}" for cost, x in cheapest.items() if cost not in cheap(taken)
+        ]
     if worse:
         gaps = [best["gain"] - x["gain"] for x in worse]
         by = f"{min(gaps):.3f}" if len(gaps) == 1 else f"{min(gaps):.3f} to {max(gaps):.3f}"

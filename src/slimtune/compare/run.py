@@ -75,6 +75,9 @@ def planned(grid: Grid, say: Say) -> tuple[tuple[Entry, ...], list[dict[str, str
     fitting = []
     left_out = [{"method": label, "why": why} for label, why in grid.unfit.items()]
     for entry in grid.entries:
+        if all(grid.done(entry, seed) for seed in grid.seeds):
+            fitting.append(entry)
+            continue
         try:
             verdict, why = _planned(grid, entry)
         except UsageError as e:
