@@ -13,8 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
+from safetensors.torch import load_file, save_file
 
 from ..build import base_of, collator_of, held_out, rows_of, spare, tokenizer_of
 from ..contract.layout import laid_out
@@ -38,6 +37,8 @@ WEIGHTS = "model.safetensors"
 
 class FullTrainer(SlimTrainer):
     """The trainer of a model without an adapter, all of whose parameters train."""
+
+    streams = True
 
     def create_optimizer(self, *_: Any, **__: Any) -> Any:
         """Make AdamW on fp32 masters; matrices decay, vectors do not."""
@@ -64,7 +65,7 @@ class FullTrainer(SlimTrainer):
     def save_weights(self, folder: Path) -> None:
         """Write every parameter, tied ones once."""
         live = self.model.named_parameters()  # type: ignore[union-attr]
-        (folder / WEIGHTS).write_bytes(to_bytes({n: p.detach().to("cpu").contiguous() for n, p in live}))
+        save_file({n: p.detach().to("cpu").contiguous() for n, p in live}, folder / WEIGHTS)
 
     def load_weights(self, folder: Path) -> None:
         """Take up what `save_weights` wrote."""

@@ -11,6 +11,8 @@ from ..ops.files import write_atomic
 from .report import COSTS
 
 MARKS = "osD^vP*Xph<>d8"
+WIDE = 7
+"""Methods in a row of the legend."""
 AXES = {
     "memory": ("peak memory, GiB", 1 << 30, "linear"),
     "size": ("file, MiB", 1 << 20, "log"),
@@ -35,13 +37,13 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     lines = result["methods"]
     # A ground of its own: legible on a dark page, too. Text stays text in an SVG, and equal results give equal files.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slimtune", "font.size": 10}):
-        figure = Figure(figsize=(10, 4.2 + 0.22 * -(-len(lines) // 6)), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(10, 4.2 + 0.22 * -(-len(lines) // WIDE)), layout="constrained", facecolor="white")
         panels: Sequence[Any] = figure.subplots(1, len(AXES), sharey=True)
         for axes, cost in zip(panels, AXES, strict=True):
-            _panel(axes, lines, cost)
+            _panel(axes, lines, cost, on_cpu=result["device"] == "cpu")
         panels[0].set_ylabel("held-out gain, nats a token")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(lines)), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(WIDE, len(lines)), frameon=False)
         figure.suptitle(
             f"{result['model']}, {result['steps']} steps, {len(result['seeds'])} seeds: full marks are on the front, "
             "bars are 95 % intervals", x=0.01, ha="left", fontsize=10,
@@ -51,7 +53,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     write_atomic(path, picture.getvalue())
 
 
-def _panel(axes: Any, lines: Sequence[Mapping[str, Any]], cost: str) -> None:
+def _panel(axes: Any, lines: Sequence[Mapping[str, Any]], cost: str, on_cpu: bool) -> None:
     label, unit, scale = AXES[cost]
     field = COSTS[cost]
     points = sorted((line[field] / unit, line["gain"]) for line in lines if cost in line["front"])
@@ -72,7 +74,9 @@ def _panel(axes: Any, lines: Sequence[Mapping[str, Any]], cost: str) -> None:
             label=line["method"],
         )
     axes.set_xscale(scale)
-    axes.set_xlabel(label)
+    if scale == "log":
+        axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(f"{label} of the processor" if cost == "time" and on_cpu else label)
     axes.axhline(0, color="#333333", linewidth=0.6)
     axes.grid(color="#dddddd", linewidth=0.5)
     axes.set_axisbelow(True)

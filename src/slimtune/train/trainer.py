@@ -74,6 +74,9 @@ class SlimTrainer(Trainer):
         optimizer: "adamw", torch's fused one, or "adamw-8bit", bitsandbytes'.
     """
 
+    streams = False
+    """Whether a checkpoint is written from where its tensors lie, being too large to be put together in memory."""
+
     def __init__(
         self,
         model: Any,
@@ -306,7 +309,8 @@ class SlimTrainer(Trainer):
 
     def _fill(self, folder: Path) -> None:
         self.save_weights(folder)
-        checkpoints.save_optimizer(folder, self.optimizer.state_dict())  # type: ignore[union-attr]
+        state = self.optimizer.state_dict()  # type: ignore[union-attr]
+        checkpoints.save_optimizer(folder, state, stream=self.streams)
         checkpoints.save_random(folder)
         (folder / "scheduler.json").write_text(json.dumps(self.lr_scheduler.state_dict()))  # type: ignore[union-attr]
         progress = {
