@@ -16,6 +16,7 @@ from .. import __version__
 from ..errors import UsageError
 from .chat import chat
 from .common import Verbs
+from .compare import compare
 from .data import data_report
 from .doctor import doctor
 from .eval import eval_run
@@ -39,6 +40,7 @@ app.command("data")(data_report)
 app.command("train")(train_run)
 app.command("eval")(eval_run)
 app.command("report")(report_run)
+app.command("compare")(compare)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("merge")(merge_run)

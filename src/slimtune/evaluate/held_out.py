@@ -50,6 +50,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure base against tuned; a run folder keeps the result as `eval-<split>.json`, whatever the verdict.
 
+    Beside it lies `scores-<split>.json`: of each row its `line` in the file, `tokens` (supervised), and the nats
+    that `base` and `tuned` spend on them.
+
     Args:
         run: a run folder, or an adapter folder (then `data` is needed).
         split: the recipe's rows to measure on: "test" or "validation".
@@ -140,12 +143,17 @@ def evaluate(
         "dtype": str(loaded.base.dtype).removeprefix("torch."),
         "quant": loaded.base.quant,
     }
+    each = [
+        {"line": e["line"], "tokens": b.tokens, "base": b.nats, "tuned": u.nats}
+        for e, b, u in zip(examples, base, tuned, strict=True)
+    ]
 
     def keep() -> None:
         result["seconds"] = round(time.perf_counter() - began, 3)
         if folder is not None:
             name = split if data is None else f"data-{data.stem}"
             write_atomic(folder.path / f"eval-{name}.json", json_text(result, indent=2) + "\n")
+            write_atomic(folder.path / f"scores-{name}.json", json_text(each) + "\n")
             write_report(folder)
 
     keep()  # what is measured by now stays, should answers or tasks fail

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from safetensors.torch import save as to_bytes
 
 from ..errors import RunError, listed
@@ -126,8 +126,14 @@ def rotate(root: Path, keep: int, best: int | None) -> None:
             shutil.rmtree(folder)
 
 
-def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
-    """Write an optimizer's `state_dict()` as tensors and JSON; a tensor that several parameters share, once."""
+def save_optimizer(folder: Path, state: dict[str, Any], *, stream: bool = False) -> None:
+    """Write an optimizer's `state_dict()` as tensors and JSON; a tensor that several parameters share, once.
+
+    Args:
+        folder: of the checkpoint.
+        state: the optimizer's.
+        stream: write from where the tensors lie, where they are too large to be put together in memory first.
+    """
     tensors: dict[str, torch.Tensor] = {}
     rest: dict[str, Any] = {}
     same: dict[str, str] = {}
@@ -144,7 +150,10 @@ def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
             else:
                 same[key] = first[id(value)]
     plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
-    (folder / "optimizer.safetensors").write_bytes(to_bytes(plain))
+    if stream:
+        save_file(plain, folder / "optimizer.safetensors")
+    else:
+        (folder / "optimizer.safetensors").write_bytes(to_bytes(plain))
     (folder / "optimizer.json").write_text(
         json.dumps({"param_groups": state["param_groups"], "state": rest, "same": same})
     )

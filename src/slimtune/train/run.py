@@ -118,7 +118,7 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
     most = peak_bytes(base.device)
     try:
         with processes.unseen():
-            trainer, pace = _trainer(recipe, run, base, rows, model, watch, plan)
+            trainer, pace = trainer_of(recipe, run, base, rows, model, watch, plan)
         start = processes.by_first(lambda: checkpoints.newest_sound(run.checkpoints, watch.say)) if resume else None
         if start is not None:
             trainer.take_room(start)
@@ -282,9 +282,17 @@ def _describe(watch: Watch, base: Base, rows: Rows, model: Any) -> None:
                 watch.say(f"  {found['severity']}: {finding_text(found)}")
 
 
-def _trainer(
-    recipe: Recipe, run: RunFolder, base: Base, rows: Rows, model: Any, watch: Watch, plan: Mapping[str, Any] | None
+def trainer_of(
+    recipe: Recipe,
+    run: RunFolder,
+    base: Base,
+    rows: Rows,
+    model: Any,
+    watch: Watch,
+    plan: Mapping[str, Any] | None,
+    kind: type[SlimTrainer] = SlimTrainer,
 ) -> tuple[SlimTrainer, Pace]:
+    """Return the trainer of a recipe, and what sets its pace; `kind` is the trainer's class."""
     t = recipe.train
     rows_a_step = t.batch_size * t.accumulate
     steps_an_epoch = math.ceil(len(rows.train) / rows_a_step)
@@ -339,7 +347,7 @@ def _trainer(
         # Where the base is divided, a process that failed in a pass has left the others waiting in it.
         agreed=None if processes.is_divided(model) else _agreed,
     )
-    trainer = SlimTrainer(
+    trainer = kind(
         model,
         args,
         train=rows.train,
@@ -431,6 +439,7 @@ def _finish(
         "supervised_tokens": trainer.supervised_tokens,
         "tokens_per_second": round(rate(trainer), 2),
         "train_seconds": round(trainer.train_seconds, 3),
+        "train_cpu_seconds": round(trainer.train_cpu_seconds, 3),
         "load_seconds": round(base.load_seconds, 3),
         "prepare_seconds": round(base.prepare_seconds, 3),
         "start_seconds": round(prepared, 3),

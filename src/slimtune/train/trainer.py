@@ -74,6 +74,9 @@ class SlimTrainer(Trainer):
         optimizer: "adamw", torch's fused one, or "adamw-8bit", bitsandbytes'.
     """
 
+    streams = False
+    """Whether a checkpoint is written from where its tensors lie, being too large to be put together in memory."""
+
     def __init__(
         self,
         model: Any,
@@ -103,17 +106,17 @@ class SlimTrainer(Trainer):
         )
         self.validation, self.collator, self.keep, self.say = validation, collator, keep, say
         self.trained_tokens = self.supervised_tokens = 0
-        self.train_seconds = 0.0
+        self.train_seconds = self.train_cpu_seconds = 0.0
         self.relief = relief
         relief.way_on = self._way_on
         self._rows: Sequence[Example] = ()
         self._whole = False  # the gradients are the step's, neither a part of them nor clipped
         self._steady = True  # the weights are those of `global_step` steps
-        self._begun = 0.0
+        self._begun = self._begun_cpu = 0.0
         self.stop_asked = self._stop_agreed = False
         # The loss below is normalised over the accumulated batch already.
         self.model_accepts_loss_kwargs = True
-        for config in model.peft_config.values():
+        for config in getattr(model, "peft_config", {}).values():
             config.begins(args.max_steps)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,7 +212,7 @@ class SlimTrainer(Trainer):
 
     def step_begins(self) -> None:
         """Start the clock of one optimizer step."""
-        self._begun = time.perf_counter()
+        self._begun, self._begun_cpu = time.perf_counter(), time.process_time()
 
     def stepped(self) -> None:
         """Let the method do its part after an optimizer step, while the gradients are there."""
@@ -220,6 +223,7 @@ class SlimTrainer(Trainer):
         """Stop it: only training counts, not evaluating or saving."""
         self._steady = True
         self.train_seconds += time.perf_counter() - self._begun
+        self.train_cpu_seconds += time.process_time() - self._begun_cpu
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -296,16 +300,27 @@ class SlimTrainer(Trainer):
             f"--resume; or start anew with {LESS}"
         )
 
-    def _fill(self, folder: Path) -> None:
+    def save_weights(self, folder: Path) -> None:
+        """Write what trains into a checkpoint's folder, and what the method goes on from beside it."""
         adapter_files.save(self.model, folder, "default")
         checkpoints.save_progress(folder, self.model)
-        checkpoints.save_optimizer(folder, self.optimizer.state_dict())  # type: ignore[union-attr]
+
+    def load_weights(self, folder: Path) -> None:
+        """Take up what `save_weights` wrote."""
+        self.load_adapter_of(folder)
+        checkpoints.load_progress(folder, self.model)
+
+    def _fill(self, folder: Path) -> None:
+        self.save_weights(folder)
+        state = self.optimizer.state_dict()  # type: ignore[union-attr]
+        checkpoints.save_optimizer(folder, state, stream=self.streams)
         checkpoints.save_random(folder)
         (folder / "scheduler.json").write_text(json.dumps(self.lr_scheduler.state_dict()))  # type: ignore[union-attr]
         progress = {
             "trained_tokens": self.trained_tokens,
             "supervised_tokens": self.supervised_tokens,
             "train_seconds": self.train_seconds,
+            "train_cpu_seconds": self.train_cpu_seconds,
             "room": self.collator.room,
             "rows": self.collator.rows,
             "checkpointing": self.relief.checkpointing,
@@ -314,11 +329,11 @@ class SlimTrainer(Trainer):
         self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.load_adapter_of(Path(resume_from_checkpoint))
-        checkpoints.load_progress(Path(resume_from_checkpoint), self.model)
+        self.load_weights(Path(resume_from_checkpoint))
         progress = json.loads(Path(resume_from_checkpoint, "progress.json").read_text())
         self.trained_tokens, self.supervised_tokens = progress["trained_tokens"], progress["supervised_tokens"]
         self.train_seconds = progress["train_seconds"]
+        self.train_cpu_seconds = progress.get("train_cpu_seconds", 0.0)
 
     def take_room(self, checkpoint: Path) -> None:
         """Divide steps as they were when a checkpoint was written: by what was free then, and by what had run out."""

@@ -1,0 +1,1 @@
+"""Methods side by side: the same rows, the same budget, fair rates, and what the differences are worth."""

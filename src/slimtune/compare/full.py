@@ -1,0 +1,241 @@
+"""Full fine-tuning, so that methods have what they are measured against: every weight of the base trains.
+
+Training computes in the base's dtype as every method does, by the same trainer, passes and rows. AdamW steps on masters
+in fp32 (`ops/master_adamw.py`). What is kept is a plain Hugging Face folder, `model/`, in the base's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from ..build import base_of, collator_of, held_out, rows_of, spare, tokenizer_of
+from ..contract.layout import laid_out
+from ..errors import DataError, RunError, UsageError
+from ..evaluate.statistics import paired, perplexity
+from ..models.load import Base, load_base
+from ..ops.files import disk_full_is_an_error, settle
+from ..ops.master_adamw import MasterAdamW
+from ..ops.memory import ran_out
+from ..recipe import Recipe
+from ..runs import RunFolder, json_text, write_atomic
+from ..step import score
+from ..train import checkpoints
+from ..train.callbacks import Watch, rate, stop_on_interrupt
+from ..train.probe import peak_bytes
+from ..train.run import Interrupted, trainer_of
+from ..train.trainer import SlimTrainer
+
+WEIGHTS = "model.safetensors"
+
+
+class FullTrainer(SlimTrainer):
+    """The trainer of a model without an adapter, all of whose parameters train."""
+
+    streams = True
+
+    def create_optimizer(self, *_: Any, **__: Any) -> Any:
+        """Make AdamW on fp32 masters; matrices decay, vectors do not."""
+        if self.optimizer is None:
+            a, trained = self.args, [p for p in self.model.parameters() if p.requires_grad]  # type: ignore[union-attr]
+            groups = [
+                {"params": [p for p in trained if (p.dim() > 1) is matrices], "weight_decay": a.weight_decay * matrices}
+                for matrices in (True, False)
+            ]
+            how: dict[str, Any] = {"lr": a.learning_rate, "betas": (a.adam_beta1, a.adam_beta2), "eps": a.adam_epsilon}
+            self.optimizer = MasterAdamW([g for g in groups if g["params"]], **how)
+            # A copy of all that a step changes, as methods keep one, would be as large as the run itself: a step that
+            # memory runs out in is not done again.
+            self.optimizer.register_step_pre_hook(lambda *_: setattr(self, "_steady", False))
+        return self.optimizer
+
+    def stepped(self) -> None:
+        """Do nothing: no method has a part in the step."""
+
+    def _way_on(self) -> str:
+        super()._way_on()
+        return "free memory, then give the same command again: it goes on from the last checkpoint"
+
+    def save_weights(self, folder: Path) -> None:
+        """Write every parameter, tied ones once."""
+        live = self.model.named_parameters()  # type: ignore[union-attr]
+        save_file({n: p.detach().to("cpu").contiguous() for n, p in live}, folder / WEIGHTS)
+
+    def load_weights(self, folder: Path) -> None:
+        """Take up what `save_weights` wrote."""
+        kept, own = load_file(folder / WEIGHTS), dict(self.model.named_parameters())  # type: ignore[union-attr]
+        if kept.keys() != own.keys():
+            raise RunError(f"{folder / WEIGHTS} holds other tensors than the model", "a checkpoint of this base")
+        for name, tensor in kept.items():
+            own[name].data.copy_(tensor)
+
+
+def train_full(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
+    """Train every weight of a recipe's base; what the recipe says of a method does not count.
+
+    Args:
+        recipe: the base, the rows and the run.
+        resume: go on from the newest whole checkpoint in the run folder.
+
+    Returns:
+        What `slimtune train --json` prints; `adapter_bytes` is the size of the model's file.
+
+    Raises:
+        UsageError: the base is quantized.
+        DataError: no row is left to train on.
+        RunError: memory or the disk ran out; the best checkpoint is damaged.
+        Interrupted: Ctrl-C; a checkpoint was written.
+    """
+    if recipe.model.quant is not None:
+        raise UsageError(
+            f"full fine-tuning would train weights that are kept in {recipe.model.quant}",
+            "a base in plain floats",
+            "leave full out, or --set model.quant=null",
+        )
+    began = time.perf_counter()
+    rows = rows_of(recipe, tokenizer_of(recipe))
+    if not rows.train:
+        raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
+    base = base_of(recipe)
+    model: Any = base.model.requires_grad_(True)
+    t = recipe.train
+    spare(model, t.gradient_checkpointing, t.offload_checkpoints, t.tile_tokens)
+    run = RunFolder(Path(recipe.out))
+    run.path.mkdir(parents=True, exist_ok=True)
+    watch = Watch(run, base.device)
+    trainer: Any
+    trainer, pace = trainer_of(recipe, run, base, rows, model, watch, None, FullTrainer)
+    start = checkpoints.newest_sound(run.checkpoints, watch.say) if resume else None
+    if start is not None:
+        trainer.take_room(start)
+        kept = [m for m in run.metrics() if m.get("step", 0) <= checkpoints.step_of(start)]
+        write_atomic(run.metrics_file, "".join(json_text(m) + "\n" for m in kept))
+    prepared = time.perf_counter() - began
+    with stop_on_interrupt(pace, watch), disk_full_is_an_error(run.path), laid_out(model):
+        try:
+            if start is not None and checkpoints.step_of(start) >= trainer.args.max_steps:
+                trainer.take_up(start)
+            else:
+                trainer.train(resume_from_checkpoint=str(start) if start else None)
+        except Exception as e:
+            if not ran_out(e):
+                raise
+            short = trainer.relief.shortage(e)
+            raise trainer.relief.exhausted("training", short, "the optimizer's step, or what lies between two") from e
+        finally:
+            watch.close()
+    if trainer.stop_asked and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"stopped at step {trainer.state.global_step}")
+    result = _result(recipe, run, base, trainer, len(rows.train), peak_bytes(base.device), prepared)
+    write_atomic(run.result_file, json_text(result, indent=2) + "\n")
+    return result
+
+
+def evaluate_full(recipe: Recipe) -> dict[str, Any]:
+    """Measure the trained model against its base as `evaluate` does an adapter; kept under the same names.
+
+    Raises:
+        DataError: the test rows are faulty.
+    """
+    began = time.perf_counter()
+    run, path = RunFolder(Path(recipe.out)), recipe.data.test
+    assert path is not None
+    scores, tuned_base = [], None
+    for which in (recipe.model.name, str(run.path / "model")):
+        tuned_base = base_of(recipe) if which == recipe.model.name else load_base(
+            which, dtype=recipe.model.dtype, device=recipe.model.device, chat_template=recipe.data.chat_template
+        )  # fmt: skip
+        examples, report = held_out(recipe, tuned_base.tokenizer, path)
+        longest = int(examples.lengths.max())
+        collator = collator_of(recipe, tuned_base.model, tuned_base.tokenizer, longest)
+        scores.append(score(tuned_base.model, examples, collator))
+    assert tuned_base is not None
+    base, tuned = scores
+    found = paired([s for s, _ in base], [s for s, _ in tuned], [n for _, n in base])
+    result = {
+        "run": str(run.path),
+        "split": "test",
+        "data": str(path),
+        "rows": len(examples),
+        "tokens": sum(n for _, n in base),
+        "base_loss": found.base.value,
+        "tuned_loss": found.tuned.value,
+        "gain": found.difference.value,
+        "gain_ci95": found.difference.interval,
+        "base_perplexity": perplexity(found.base.value),
+        "tuned_perplexity": perplexity(found.tuned.value),
+        "rows_better": found.rows_better,
+        "dropped": report.dropped,
+        "truncated": report.truncated,
+        "dtype": str(tuned_base.dtype).removeprefix("torch."),
+        "quant": None,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    each = [
+        {"line": e["line"], "tokens": n, "base": b, "tuned": u}
+        for e, (b, n), (u, _) in zip(examples, base, tuned, strict=True)
+    ]
+    write_atomic(run.path / "eval-test.json", json_text(result, indent=2) + "\n")
+    write_atomic(run.path / "scores-test.json", json_text(each) + "\n")
+    return result
+
+
+def _result(
+    recipe: Recipe, run: RunFolder, base: Base, trainer: SlimTrainer, rows: int, most: int, prepared: float
+) -> dict[str, Any]:
+    """Take the best weights, write the model, and return the result."""
+    model: Any = trainer.model
+    best = trainer.best_step()
+    if best is not None and best != trainer.state.global_step:
+        folder = run.checkpoints / f"checkpoint-{best}"
+        if fault := checkpoints.fault_in(folder):
+            raise RunError(f"the best checkpoint, {folder}, cannot be taken: {fault}", "a whole checkpoint")
+        trainer.load_weights(folder)
+    size = _save(model, base, run.path / "model")
+    validation = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
+    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+    last = losses[-max(1, len(losses) // 10) :]
+    every = sum(p.numel() for p in model.parameters())
+    t = recipe.train
+    return {
+        "run": str(run.path),
+        "steps": trainer.state.global_step,
+        "best_step": best or trainer.state.global_step,
+        "epochs": round(trainer.state.global_step / math.ceil(rows / (t.batch_size * t.accumulate)), 3),
+        "rows": rows,
+        "trained_tokens": trainer.trained_tokens,
+        "supervised_tokens": trainer.supervised_tokens,
+        "tokens_per_second": round(rate(trainer), 2),
+        "train_seconds": round(trainer.train_seconds, 3),
+        "train_cpu_seconds": round(trainer.train_cpu_seconds, 3),
+        "load_seconds": round(base.load_seconds, 3),
+        "start_seconds": round(prepared, 3),
+        "train_loss": sum(last) / len(last) if last else None,
+        "validation_loss": min(validation) if validation else None,
+        "adapter_bytes": size,
+        "trainable_params": every,
+        "total_params": every,
+        "peak_bytes": most,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quant": None,
+        "device": str(base.device),
+    }
+
+
+def _save(model: Any, base: Base, folder: Path) -> int:
+    """Write a plain Hugging Face folder, whole or absent; return the bytes of its weights."""
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    with disk_full_is_an_error(folder):
+        model.save_pretrained(partial)
+        base.tokenizer.save_pretrained(partial)
+        settle(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))

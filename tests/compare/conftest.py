@@ -1,0 +1,74 @@
+"""A comparison that takes seconds: a tiny base, cells in this very process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train.tiny_run import write_rows
+
+from slimtune.compare import cell, run
+from slimtune.compare.entries import entries
+from slimtune.compare.grid import Grid, grid_of
+from slimtune.compare.launch import Ended
+from slimtune.errors import SlimtuneError
+
+PLANS: dict[str, Any] = {}
+
+
+@pytest.fixture
+def tree(tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe's tree: 24 rows, 6 a step."""
+    rows = {"train": (24, 0), "validation": (6, 100), "test": (8, 200)}
+    return {
+        "model": {"name": str(tiny_folder), "dtype": "float32"},
+        "data": {n: str(write_rows(tmp_path / f"{n}.jsonl", k, start=at)) for n, (k, at) in rows.items()},
+        "method": {"name": "lora", "r": 4},
+        "train": {"batch_size": 6, "seed": 7},
+        "out": str(tmp_path / "run"),
+    }
+
+
+@pytest.fixture
+def grid(tree: dict[str, Any], tmp_path: Path) -> Callable[..., Grid]:
+    """Make a grid: `grid("lora", "ia3", seeds=2, tokens=900)`."""
+
+    def make(*labels: str, out: str = "c", seeds: int = 2, trials: int = 0, **how: Any) -> Grid:
+        tokens, given = how.pop("tokens", 900), how.pop("given", {})
+        assert not how
+        found = entries(labels, tree, given)
+        return grid_of(tree, found, seeds=seeds, tokens=tokens, trials=trials, out=tmp_path / out)
+
+    return make
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let cells run in this process, which has imported everything; returns the names of those that ran.
+
+    A method is planned once for all tests, and no picture is drawn: what does either has tests of its own.
+    """
+    ran: list[str] = []
+
+    def plan_of(request: Any, method: str, **how: Any) -> Any:
+        if method not in PLANS:
+            PLANS[method] = real(request, method, **how)
+        return PLANS[method]
+
+    real = run.plan_of
+    monkeypatch.setattr(run, "plan_of", plan_of)
+    monkeypatch.setattr(run, "draw", lambda *_: None)
+
+    def launch(recipe_file: Path, log: Path, *, full: bool = False, trial: bool = False, stop: Any = None) -> Ended:
+        ran.append(recipe_file.stem)
+        try:
+            cell.run(recipe_file, full=full, trial=trial)
+        except SlimtuneError as e:
+            return Ended(e.got, False, 0.0)
+        return Ended("", False, 0.0)
+
+    monkeypatch.setattr(run, "launch", launch)
+    monkeypatch.setattr("slimtune.compare.tune.launch", launch)
+    return ran
