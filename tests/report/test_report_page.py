@@ -54,7 +54,7 @@ def test_every_figure_is_said(whole):
         "rows": ["faulty", "781, 2 refused; 3 longer than 200 tokens", "36,400 (56.3 %)", "28.7 % saved", "line 17",
                  "lines 4, 8", "near", "(44)", "24 tokens alike"],
         "course": ["training", "validation", "Learning rate", "cosine", "Speed", "Gradient norm"],
-        "compared": ["passed", "4.524 (4.380 to 4.660)", "+0.796 (0.720 to 0.890)", "41.60 (37.00 to 47.00)", "31.8",
+        "compared": ["passed", "4.524 (4.380 to 4.660)", "+0.796 (0.720 to 0.890)", "41.60 (37.00 to 47.00)", "31.8", "+0.024 (−0.010 to 0.060)",
                      "+7.5 (6.1 to 9.0)", "93 rows, 3,868 learned tokens"],
         "samples": ["Define: word 5", "2 more", "ended : yes", "ended : no", "length: 44"],
         "forgetting": ["3.100 before, 3.143 after, over 20,111 tokens", "within the budget", "+0.043", "budget 0.10"],

@@ -51,8 +51,15 @@ def _measures(v: Values) -> list[Measure]:
         _measure(v, "loss", "Loss", "nats a token, lower is better", "gain", 3),
         _measure(v, "perplexity", "Perplexity", "lower is better", "", 2),
         _measure(v, "accuracy", "Accuracy", "% of tokens foretold, higher is better", "accuracy_gain", 1, 100),
+        _measure(_use(v), "use", "Use of the prompt", "nats a token lost after another's prompt", "change_use", 3),
     ]
     return [m for m in measures if m is not None]
+
+
+def _use(v: Values) -> Values:
+    """Return what both models read from the prompt, by the names that other measures have: `base_use_ci95` …"""
+    found = {tuple(name.partition("_")): value for name, value in (v.get("prompt_use") or {}).items()}
+    return {f"{who}_use{bar}{rest}": value for (who, bar, rest), value in found.items()}
 
 
 def _measure(v: Values, key: str, title: str, unit: str, gain: str, digits: int, factor: float = 1.0) -> Measure | None:
