@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.load import Base, load_base, load_tokenizer, weights_folder
 from .models.quantized import require_bitsandbytes, unpacked
 from .ops.adamw_8bit import adamw_8bit
+from .ops.inputs import ROWS, inputs_of
+from .ops.maps import is_quantized
 from .ops.memory import keep_pages
 from .recipe import Recipe
 from .runs import ADAPTER_FILE, RunFolder
@@ -118,8 +120,14 @@ def continuing(recipe: Recipe, adapter: Path) -> Recipe:
     return recipe.model_copy(update={"method": type(recipe.method)(name=config.name, **settings)})
 
 
-def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> PeftModel:
+def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None, rows: Sequence[Example] = ()) -> PeftModel:
     """Attach the recipe's method to the base, or go on from an adapter folder; seeds the adapter's random start.
+
+    Args:
+        base: it is changed in place.
+        recipe: what is attached.
+        continue_from: a run or an adapter folder.
+        rows: to learn from; "loftq" starts from what the base's quantization costs on them.
 
     Raises:
         UsageError: targets match nothing; the adapter to continue from is of another method; "loftq" on a base whose
@@ -139,7 +147,9 @@ def adapted(base: Base, recipe: Recipe, continue_from: Path | None = None) -> Pe
             config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias is no place a tokenizer lies in
         model = get_peft_model(base.model, config)
         if lost:
-            replace_lora_weights_loftq(model, weights_folder(base.source, recipe.model.revision))
+            maps = {n: m for n, m in model._attached.modules().items() if is_quantized(m)}
+            inputs = inputs_of(base.model.eval(), maps, [e["input_ids"] for e in rows[:ROWS]])
+            replace_lora_weights_loftq(model, weights_folder(base.source, recipe.model.revision), inputs=inputs)
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
     t = recipe.train
     if t.offload_checkpoints and base.device.type == "cpu":

@@ -2,9 +2,9 @@
 
     recipe.yaml     the recipe, resolved         train.log     what was said
     plan.json       the plan, and what the longest pass took
-    adapter/        the best adapter             report.html   curves, settings, sizes, versions
+    adapter/        the best adapter             report.html   all of it on one page
     checkpoints/    to resume from               result.json   what `slimtune train --json` printed
-    metrics.jsonl   one JSON object a line
+    metrics.jsonl   one JSON object a line       tensorboard/  its event files, with train.report_to
 
 A file is written beside its place and moved there when it is whole, so a reader never meets half of one.
 """
@@ -67,6 +67,11 @@ class RunFolder:
     def report_file(self) -> Path:
         """The report for people."""
         return self.path / "report.html"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files, where the recipe asks for them."""
+        return self.path / "tensorboard"
 
     @property
     def plan_file(self) -> Path:

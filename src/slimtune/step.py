@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .contract.layout import LAYOUT, laid_out, no_mask, refusal
 from .data.collate import IGNORED, Collator, Example
 from .errors import ModelError, UsageError
-from .models.head import head_of, states
+from .models.head import Head, head_of, states
+from .ops.cross_entropy import nats_and_hits
 from .ops.dropout import unseen_draws
 from .ops.memory import free_bytes
 from .ops.processes import is_divided
@@ -92,6 +93,23 @@ def accumulated(
 
 def supervised_nats(model: Any, batch: dict[str, Any]) -> Tensor:
     """Return −log p of each supervised token `(K)` of a collated batch, in the order of its `targets`."""
+    head, h = _before_targets(model, batch)
+    if head is None:
+        wide = torch.promote_types(h.dtype, torch.float32)
+        return F.cross_entropy(h.to(wide), batch["targets"], reduction="none")
+    return head.nats(h, batch["targets"])
+
+
+def supervised_hits(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the same and, for each, whether it is the likeliest token `(K)`; for measuring: no gradient."""
+    head, h = _before_targets(model, batch)
+    if head is None:
+        return nats_and_hits(h, lambda logits: logits, batch["targets"], h.shape[-1])
+    return head.judge(h, batch["targets"])
+
+
+def _before_targets(model: Any, batch: dict[str, Any]) -> tuple[Head | None, Tensor]:
+    """Return the head and its input `(K, d)` at the supervised positions; a model without a head: None, logits."""
     # With a cache, transformers would let rows in one sequence see each other, silently.
     inputs: dict[str, Any] = {"use_cache": False, "logits_to_keep": batch["logits_to_keep"]}
     inputs |= {k: batch[k] for k in ("input_ids", "position_ids", "attention_mask") if k in batch}
@@ -99,11 +117,8 @@ def supervised_nats(model: Any, batch: dict[str, Any]) -> Tensor:
         inputs |= {LAYOUT: batch["layout"], "attention_mask": no_mask(batch["input_ids"].device)}
     head = head_of(model)
     if head is None:
-        logits = model(**inputs).logits.flatten(0, 1).index_select(0, batch["picked"])
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), batch["targets"], reduction="none")
-    h = states(model, head, inputs).flatten(0, 1).index_select(0, batch["picked"])
-    return head.nats(h, batch["targets"])
+        return None, model(**inputs).logits.flatten(0, 1).index_select(0, batch["picked"])
+    return head, states(model, head, inputs).flatten(0, 1).index_select(0, batch["picked"])
 
 
 @torch.no_grad()
@@ -172,21 +187,58 @@ def score(model: Any, examples: Sequence[Example], collator: Collator) -> list[t
     return [found[i] for i in range(len(examples))]
 
 
-@torch.no_grad()
 def scored(
     model: Any, examples: Sequence[Example], collator: Collator, groups: Iterable[Sequence[int]]
 ) -> dict[int, tuple[float, int]]:
     """Return what `score` does for the rows in some groups of row numbers, each group one pass; by row number."""
+    found = _by_row(lambda batch: supervised_nats(model, batch)[None], model, examples, collator, groups)
+    return {i: (row[0].sum().item(), row.shape[1]) for i, row in found.items()}
+
+
+class Judged(NamedTuple):
+    """One row under one model.
+
+    Args:
+        nats: summed −log p of its supervised tokens.
+        hits: how many of them are the model's likeliest token.
+        tokens: how many there are.
+    """
+
+    nats: float
+    hits: int
+    tokens: int
+
+
+def judged(model: Any, examples: Sequence[Example], collator: Collator) -> list[Judged]:
+    """Return nats and hits of each row, in the order given and from one pass; arguments as for `score`."""
+
+    def measure(batch: dict[str, Any]) -> Tensor:
+        nats, hits = supervised_hits(model, batch)
+        return torch.stack([nats, hits.to(nats.dtype)])
+
+    found = _by_row(measure, model, examples, collator, collator.groups(examples))
+    rows = (found[i] for i in range(len(examples)))
+    return [Judged(row[0].sum().item(), int(row[1].sum().item()), row.shape[1]) for row in rows]
+
+
+@torch.no_grad()
+def _by_row(
+    measure: Callable[[dict[str, Any]], Tensor],
+    model: Any,
+    examples: Sequence[Example],
+    collator: Collator,
+    groups: Iterable[Sequence[int]],
+) -> dict[int, Tensor]:
+    """Return what is measured of each row's tokens, fp64 `(m, tokens)`, by row number; a group is one pass."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    found: dict[int, tuple[float, int]] = {}
+    found: dict[int, Tensor] = {}
     try:
         with laid_out(model):
             for part in groups:
                 batch = on_device(collator([examples[i] for i in part]), device)
                 counts = [targets_in(examples[i]) for i in part]
-                for i, row in zip(part, supervised_nats(model, batch).double().split(counts), strict=True):
-                    found[i] = (row.sum().item(), len(row))
+                found |= zip(part, measure(batch).double().split(counts, dim=1), strict=True)
     finally:
         model.train(was_training)
     return found

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from slimtune.cli import app
 from slimtune.cli.train import FLAGS
+from slimtune.evaluate.forgetting import SHIPPED
 from slimtune.recipe import Recipe
 from slimtune.recipe.faults import fields_of, flag_of
 
@@ -24,7 +25,13 @@ RESULT = {
 }  # fmt: skip
 MEASURED = {
     "base_loss": 4.0, "tuned_loss": 3.0, "gain": 1.0, "gain_ci95": [0.9, 1.1], "base_perplexity": 54.6,
-    "tuned_perplexity": 20.1, "rows": 90, "tokens": 3000,
+    "tuned_perplexity": 20.1, "base_accuracy": 0.25, "tuned_accuracy": 0.375, "accuracy_gain": 0.125, "rows": 90,
+    "tokens": 3000, "prompt_use": {"base": 0.13, "tuned": 0.16, "tuned_ci95": [0.11, 0.22]},
+    "forgetting": {"change": 0.031, "change_ci95": [0.02, 0.04], "budget": 0.1},
+    "generations": [{"prompt": [{"content": "Hi [b]"}], "reference": "Ho", "base": "Hm", "tuned": "Ha"}],
+    "generation_summary": {"ended": {"base": 0.5, "tuned": 1.0}},
+    "tasks": {"odd": {"acc": {"base": 0.25, "base_stderr": 0.04, "tuned": 0.5, "tuned_stderr": None}}},
+    "verdict": {"passed": True, "reasons": []},
 }  # fmt: skip
 MERGED = {
     "out": "m",
@@ -241,16 +248,44 @@ def test_eval(room):
     calls = room("evaluate.held_out", "evaluate", MEASURED)
     done = slimtune("eval", "runs/x")
     assert done.exit_code == 0
-    assert calls == [((Path("runs/x"),), {"split": "test", "data": None})]
-    for part in ("base", "4.0000", "3.0000", "54.60", "0.9000 to 1.1000", "90 rows", "3000 supervised tokens"):
+    plain = {"any_prompt": False, "budget": 0.1, "generate": 0, "max_new_tokens": 128, "checks": [], "tasks": []}
+    plain |= {"split": "test", "data": None, "general": SHIPPED, "tasks_path": None}
+    assert calls == [((Path("runs/x"),), plain)]
+    for part in (
+        "base", "4.0000", "3.0000", "54.60", "37.5 %", "0.9000 to 1.1000", "90 rows", "3000 supervised tokens",
+        "0.1300 nats a token to the base, 0.1600 (0.1100 to 0.2200) to the tuned model",
+        "forgotten on general text: 0.0310 (0.0200 to 0.0400) nats a token, budget 0.1",
+        "Hi [b]\nreference: Ho\nbase: Hm\ntuned: Ha", "0.2500 ± 0.0400", "verdict: the tuned model is better",
+    ):  # fmt: skip
         assert part in done.stdout
     asked = slimtune("eval", "runs/x", "--split", "validation", "--data", "d.jsonl", "--json")
     assert json.loads(asked.stdout) == MEASURED
-    assert calls[1] == ((Path("runs/x"),), {"split": "validation", "data": Path("d.jsonl")})
+    assert calls[1] == ((Path("runs/x"),), {**plain, "split": "validation", "data": Path("d.jsonl")})
+    slimtune("eval", "runs/x", "--any-prompt", "--general", "none", "--forgetting-budget", "0.3", "--generate", "4",
+             "--max-new-tokens", "9", "--check", "json", "--check", "regex:a,b", "--tasks", "a, b",
+             "--tasks-path", "t")  # fmt: skip
+    assert calls[2][1] == {
+        "split": "test", "data": None, "any_prompt": True, "general": None, "budget": 0.3, "generate": 4,
+        "max_new_tokens": 9, "checks": ["json", "regex:a,b"], "tasks": ["a", "b"], "tasks_path": Path("t"),
+    }  # fmt: skip
+    slimtune("eval", "runs/x", "--general", "own.txt")
+    assert calls[3][1]["general"] == Path("own.txt")
     wrong = slimtune("eval", "runs/x", "--split", "tset")
     assert wrong.exit_code == 2
     assert "'tset' is not one of" in wrong.stderr
     assert slimtune("eval").exit_code == 2
+
+
+def test_eval_says_no(room):
+    verdict = {"passed": False, "reasons": ["it is worse", "it forgot"]}
+    room("evaluate.held_out", "evaluate", {**MEASURED, "prompt_use": None, "forgetting": None, "verdict": verdict})
+    done = slimtune("eval", "runs/x")
+    assert done.exit_code == 1
+    assert "verdict: no: it is worse; it forgot" in done.stdout
+    assert done.stderr == ""
+    asked = slimtune("eval", "runs/x", "--json")
+    assert asked.exit_code == 1
+    assert json.loads(asked.stdout)["verdict"] == verdict
 
 
 def test_merge(room):

@@ -17,15 +17,17 @@ from slimtune.errors import AdapterError, UsageError
 from slimtune.evaluate.held_out import evaluate
 
 
-def nats(model, examples) -> list[float]:
-    """Each row alone, with transformers' own loss."""
-    found = []
+def scores(model, examples) -> tuple[list[float], int]:
+    """Nats of each row alone, with transformers' own loss, and how often the likeliest token was the right one."""
+    found, hits = [], 0
     with torch.no_grad():
         for e in examples:
             ids, labels = torch.tensor([e["input_ids"]]), torch.tensor([e["labels"]])
             count = int((labels[0, 1:] != -100).sum())
-            found.append(model(input_ids=ids, labels=labels).loss.item() * count)
-    return found
+            out = model(input_ids=ids, labels=labels)
+            found.append(out.loss.item() * count)
+            hits += int((out.logits[0, :-1].argmax(-1) == labels[0, 1:]).sum())
+    return found, hits
 
 
 def test_the_losses_are_those_of_base_and_tuned_computed_row_by_row(tmp_path, tiny_folder):
@@ -35,8 +37,8 @@ def test_the_losses_are_those_of_base_and_tuned_computed_row_by_row(tmp_path, ti
     file = tmp_path / "run-rows.jsonl"
     examples, _ = encode_rows(read_rows(file), tokenizer, max_seq_len=1024, path=file)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    base = nats(model, examples)
-    tuned = nats(PeftModel.from_pretrained(model, run / "adapter"), examples)
+    base, base_hits = scores(model, examples)
+    tuned, tuned_hits = scores(PeftModel.from_pretrained(model, run / "adapter"), examples)
     tokens = sum(sum(label != -100 for label in e["labels"][1:]) for e in examples)
     assert found["tokens"] == tokens
     assert found["rows"] == len(TALKS)
@@ -46,8 +48,17 @@ def test_the_losses_are_those_of_base_and_tuned_computed_row_by_row(tmp_path, ti
     assert abs(found["gain"]) > 1e-3
     assert found["rows_better"] == sum(u < b for u, b in zip(tuned, base, strict=True))
     assert found["gain_ci95"][0] <= found["gain"] <= found["gain_ci95"][1]
-    assert found["base_perplexity"] == pytest.approx(math.exp(found["base_loss"]))
-    assert found["tuned_perplexity"] == pytest.approx(math.exp(found["tuned_loss"]))
+    assert found["base_accuracy"] == base_hits / tokens
+    assert found["tuned_accuracy"] == tuned_hits / tokens
+    assert found["accuracy_gain"] == pytest.approx((tuned_hits - base_hits) / tokens)
+    for who in ("base", "tuned"):
+        assert found[f"{who}_perplexity"] == pytest.approx(math.exp(found[f"{who}_loss"]))
+        ends = [math.exp(end) for end in found[f"{who}_loss_ci95"]]
+        assert found[f"{who}_perplexity_ci95"] == pytest.approx(ends)
+        for name in ("loss", "perplexity", "accuracy"):
+            low, high = found[f"{who}_{name}_ci95"]
+            assert low <= found[f"{who}_{name}"] <= high
+    assert found["accuracy_gain_ci95"][0] <= found["accuracy_gain"] <= found["accuracy_gain_ci95"][1]
     assert (found["dtype"], found["dropped"], found["truncated"]) == ("float32", 0, 0)
     assert json.loads((run / "eval-test.json").read_text()) == found
 
@@ -133,6 +144,10 @@ def test_wrong_names_are_refused_with_the_nearest(tmp_path, tiny_folder):
     assert "did you mean 'run'?" in str(refused(tmp_path / "rum"))
     assert "did you mean 'run-rows.jsonl'?" in str(refused(run, data=tmp_path / "run-row.jsonl"))
     assert "bootstrap is 0" in str(refused(run, bootstrap=0))
+    assert "the forgetting budget is -0.1" in str(refused(run, budget=-0.1))
+    assert "generate is -1" in str(refused(run, generate=-1))
+    assert "max_new_tokens is 0" in str(refused(run, max_new_tokens=0))
+    assert "did you mean 'exact'?" in str(refused(run, checks=["exakt"]))
 
 
 def test_an_adapter_of_no_numbers_is_named(tmp_path, tiny_folder):

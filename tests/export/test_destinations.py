@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "methods")]
+import pytest
 import torch
 from cases import CASES
 from models_zoo import llama, shake
 
 import slimtune
+from slimtune.adapt.ways import beyond_lora, ways_of
 from slimtune.contract.delta import MergeRefused
 from slimtune.errors import SlimtuneError
 from slimtune.export.gguf import pairs_of
-from slimtune.export.vllm import _form, _never
+from slimtune.export.vllm import _form
 
 PAGE = Path(__file__).parents[2] / "docs/export.md"
 HEAD = (
@@ -49,7 +51,7 @@ def row(name: str) -> str:
     cells = [
         works(lambda: model.merge_adapter() or model.unmerge_adapter()),
         works(lambda: pairs_of(model)),
-        "–" if _never(model.active_peft_config) or _form(model, "default") else "yes",
+        "–" if beyond_lora(model.active_peft_config) or _form(model, "default") else "yes",
         works(lambda: model.to_lora("default", 4)),
     ]
     return f"| {name.replace('+', ', ')} | {' | '.join(cells)} |"
@@ -61,6 +63,15 @@ def table() -> str:
 
 def test_the_page_says_what_the_code_does():
     assert table() in PAGE.read_text()
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_run_notes_the_ways_that_its_adapter_has(name):
+    """What is answered without doing it is what doing it shows."""
+    merged, gguf, vllm, as_lora = (cell.strip() == "yes" for cell in row(name).split("|")[2:6])
+    ways = ways_of(attached(name))
+    assert (ways.merged, ways.gguf, ways.vllm) == (merged, gguf, vllm)
+    assert not ways.as_lora or as_lora
 
 
 if __name__ == "__main__":

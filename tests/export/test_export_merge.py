@@ -182,6 +182,7 @@ def test_a_large_model_is_proven_in_its_own_dtype_on_the_files_that_were_written
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_is_written_is_the_same_however_large_the_model_is(tmp_path, tiny_folder, monkeypatch, dtype):
     run = make_run(tmp_path / "run", tiny_folder, model={"dtype": "bfloat16"})
+    monkeypatch.setattr(room, "rounding_for", lambda *_: None)  # large models are rounded number by number
     merge(run, tmp_path / "small", dtype=dtype)
     monkeypatch.setattr(room, "SMALL", 0)
     monkeypatch.setattr(room, "SHARD", 40_000)

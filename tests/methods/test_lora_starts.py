@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model
 from slimtune.errors import ConfigError, UsageError
+from slimtune.methods.lora.loftq import _largest
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 CLOSE = 1e-5  # fp32: peft refuses to start these in float64
@@ -145,3 +146,20 @@ def test_loftq_on_a_float_base_names_the_way():
     model = get_peft_model(base(), LoraConfig())
     with pytest.raises(UsageError, match="no adapted layer is quantized"):
         slimtune.replace_lora_weights_loftq(model, "anywhere")
+
+
+def test_loftq_with_inputs_makes_up_for_what_products_miss():
+    g = torch.Generator().manual_seed(4)
+    lost, few = torch.randn(24, 32, generator=g), torch.randn(300, 3, generator=g)
+    inputs = few @ torch.randn(3, 32, generator=g) + 0.2 * torch.randn(300, 32, generator=g)
+    (up, down), (plain_up, plain_down) = _largest(lost, 4, inputs), _largest(lost, 4, None)
+    assert (up.shape, down.shape) == ((24, 4), (4, 32))
+    missed, plainly = (((lost - a) @ inputs.t()).norm() for a in (up @ down, plain_up @ plain_down))
+    assert missed < 0.5 * plainly
+    torch.testing.assert_close(up.norm(dim=0), down.norm(dim=1))  # neither has the larger numbers
+
+
+def test_loftq_with_inputs_of_every_direction_alike_is_loftq():
+    lost = torch.randn(24, 32, generator=torch.Generator().manual_seed(4))
+    (up, down), (plain_up, plain_down) = _largest(lost, 4, torch.eye(32)), _largest(lost, 4, None)
+    torch.testing.assert_close(up @ down, plain_up @ plain_down, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 def plan(card: str, processes: int):
     request = Request(outline_of("llama-3.1-8b"), find_card(card), settings={"r": 16}, batch=1, seq_len=1024)
-    return plan_of(dataclasses.replace(request, processes=processes), "lora", quick=True)
+    return plan_of(dataclasses.replace(request, processes=processes, divided=processes > 1), "lora", quick=True)
 
 
 def test_what_one_of_several_processes_holds():
@@ -47,3 +47,10 @@ def test_a_base_too_large_for_a_card_fits_four():
     # The upper end counts what is gathered beside a layer.
     layer = 2 * 218_112_000
     assert four.reserved_bytes.high - four.reserved_bytes.low > 2 * 0.9 * layer
+
+
+def test_a_base_that_is_not_divided_is_whole_in_each():
+    request = Request(outline_of("llama-3.1-8b"), find_card("rtx-3060-12gb"), settings={"r": 16}, batch=1, processes=4)
+    found = plan_of(request, "lora", quick=True, advise=False)
+    assert found.parts == plan("rtx-3060-12gb", 1).parts
+    assert "whole in each of 4 processes" in found.reason

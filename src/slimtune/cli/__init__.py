@@ -26,6 +26,7 @@ from .merge import merge_run
 from .methods import methods
 from .plan import plan
 from .push import push_run
+from .report import report_run
 from .train import train_run
 from .verify import verify_run
 
@@ -37,6 +38,7 @@ app.command("gpus")(gpus)
 app.command("train")(train_run)
 app.command("eval")(eval_run)
 app.command("compare")(compare)
+app.command("report")(report_run)
 app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("merge")(merge_run)

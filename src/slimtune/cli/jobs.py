@@ -77,6 +77,9 @@ PackingOption = Annotated[
     bool | None,
     typer.Option("--packing/--no-packing", help="Lay rows in one sequence; else pad.", show_default=False),
 ]
+ProcessesOption = Annotated[
+    int | None, typer.Option(min=1, help="Processes that train together, one on each card of this kind.")
+]
 DataOption = Annotated[str | None, typer.Option("--data", help="JSONL file of training rows: its longest count.")]
 
 
@@ -177,13 +180,16 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
     )
 
 
-def plans_of(asked: Asked, card: Card, *, quick: bool = False) -> tuple[list[Plan], dict[str, SlimtuneError]]:
+def plans_of(
+    asked: Asked, card: Card, *, quick: bool = False, processes: int = 1
+) -> tuple[list[Plan], dict[str, SlimtuneError]]:
     """Plan every job that was asked for on a card.
 
     Args:
         asked: the jobs.
         card: where they are to run.
         quick: leave out what is not needed for a verdict; always so for several jobs.
+        processes: that train together; a plan says what one of them takes.
 
     Returns:
         The plans, and by method's name why there is none.
@@ -198,7 +204,7 @@ def plans_of(asked: Asked, card: Card, *, quick: bool = False) -> tuple[list[Pla
     unfit = dict(asked.unfit)
     for name, recipe in asked.recipes.items():
         beyond: dict[str, Any] = {"methods": (name,), **asked.beyond}
-        request = dataclasses.replace(request_of(recipe, card, asked.lengths), **beyond)
+        request = dataclasses.replace(request_of(recipe, card, asked.lengths, processes), **beyond)
         error_console().print(f"planning {asked.outline.name}, {name}, on {card.name}", markup=False, style="dim")
         try:
             found.append(plan_of(request, name, quick=quick or len(asked.recipes) > 1))

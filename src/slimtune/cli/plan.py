@@ -54,6 +54,7 @@ def plan(
     tile: jobs.TileOption = None,
     dtype: jobs.DtypeOption = None,
     packing: jobs.PackingOption = None,
+    processes: jobs.ProcessesOption = None,
     data: jobs.DataOption = None,
     sets: SetOption = None,
     write: Annotated[
@@ -92,7 +93,7 @@ def plan(
         _require_recipe(write, asked)
     served = serving_of(asked.outline.config, card=card, **serving) if serve else None
 
-    found, unfit = jobs.plans_of(asked, card)
+    found, unfit = jobs.plans_of(asked, card, processes=processes or 1)
     if write is not None:
         _write(write, asked, found[0])
     if plot is not None:

@@ -140,6 +140,8 @@ class Delta(nn.Module):
 
     optional: ClassVar[frozenset[str]] = frozenset()
     """Names of tensors a file may leave out: the delta knows how to go on without."""
+    has_place: bool = True
+    """Whether the base has a parameter that could hold what `merged` gives."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map the input `x (..., in)` and the frozen output `y (..., out)` to the adapted output `(..., out)`."""

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,21 @@ from ..errors import DataError, ModelError, UsageError
 log = logging.getLogger(__name__)
 
 Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer.
+
+    Args:
+        text: without the tokens that end it.
+        tokens: how many it has, the one that ends it included.
+        ended: it came to its end by itself.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
 
 
 class Speaker:
@@ -91,8 +107,7 @@ class Speaker:
             raise UsageError(f"max_new_tokens is {max_new_tokens}", "1 or more", "leave it out for 128")
         if not 0 <= temperature < float("inf"):
             raise UsageError(f"temperature is {temperature}", "0 (the likeliest token) or a number above it")
-        ids = self._prompt(messages)
-        self._require_room(ids.shape[1], max_new_tokens)
+        ids = self.prompt(messages, max_new_tokens)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         return self._pieces(ids, tuned, seed, {"max_new_tokens": max_new_tokens, **sampling})
 
@@ -100,8 +115,24 @@ class Speaker:
         """Return the whole answer; settings and errors as for `stream`."""
         return "".join(self.stream(messages, **settings))
 
-    def _prompt(self, messages: Sequence[Message]) -> Tensor:
-        """Return the rendered conversation as ids `(1, L)`, ending where the assistant's turn begins."""
+    def answer(self, messages: Sequence[Message], *, tuned: bool = True, max_new_tokens: int = 128) -> Answer:
+        """Return the answer of likeliest tokens, and how it ended; arguments and errors as for `stream`."""
+        ids = self.prompt(messages, max_new_tokens)
+        model: Any = self.model
+        with self._turn, contextlib.nullcontext() if tuned else model.disable_adapter():
+            whole = model.generate(
+                ids, attention_mask=torch.ones_like(ids), use_cache=True, max_new_tokens=max_new_tokens, do_sample=False
+            )
+        said = whole[0, ids.shape[1] :].tolist()
+        text = str(self.tokenizer.decode(said, skip_special_tokens=True))
+        return Answer(text, len(said), bool(said) and said[-1] in self.ends)
+
+    def prompt(self, messages: Sequence[Message], max_new_tokens: int) -> Tensor:
+        """Return the rendered conversation as ids `(1, L)`, ending where the assistant's turn begins.
+
+        Raises:
+            UsageError: nothing is asked, the template refuses the messages, or there is no room for the answer.
+        """
         if not messages or not messages[-1]["content"].strip():
             raise UsageError("the prompt is empty", "a text that says something")
         try:
@@ -114,6 +145,7 @@ class Speaker:
                 "leave the system message out" if messages[0]["role"] == "system" else "",
             ) from e
         ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        self._require_room(ids.shape[1], max_new_tokens)
         return torch.as_tensor(ids, dtype=torch.int64).to(self.device)
 
     def _require_room(self, prompt: int, answer: int) -> None:

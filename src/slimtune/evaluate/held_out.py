@@ -1,7 +1,8 @@
-"""Held-out loss and perplexity, base against tuned.
+"""Held-out loss, perplexity and token accuracy, base against tuned; and what else says whether tuned is better.
 
 Every row is scored twice by one model in one arrangement of rows, with the adapter and without it, so that nothing
-but the adapter makes the difference. What the numbers are stands in statistics.py.
+but the adapter makes the difference. What the numbers are stands in statistics.py, prompts.py and forgetting.py, what
+they have to be in verdict.py.
 """
 
 from __future__ import annotations
@@ -12,23 +13,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..build import Loaded, adapter_folder, collator_of, held_out, load_run, rows_of
+from ..build import adapter_folder, collator_of, load_run
 from ..data.collate import Example
 from ..data.read import read_rows
-from ..data.rows import RowReport
-from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, listed, nearest
-from ..recipe import Recipe
+from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, listed
+from ..report import write_report
 from ..runs import RunFolder, json_text, write_atomic
-from ..step import score
-from .statistics import paired, perplexity
-
-SPLITS = ("test", "validation")
+from ..step import Judged, judged
+from .answers import asked_of, side_by_side, summary
+from .checks import checks_of
+from .forgetting import BUDGET, WINDOW, examples_of, forgetting_of, read_pieces
+from .generate import Speaker
+from .prompts import mismatched, prompt_use
+from .rows import held_out_rows, recipe_for, rows_file
+from .statistics import Estimate, paired, perplexity
+from .tasks import require_tasks, tasks_of
+from .verdict import against, verdict_of
 
 
 def evaluate(
-    run: Path, *, split: str = "test", data: Path | None = None, bootstrap: int = 2000, seed: int = 0
+    run: Path,
+    *,
+    split: str = "test",
+    data: Path | None = None,
+    bootstrap: int = 2000,
+    seed: int = 0,
+    any_prompt: bool = False,
+    general: Path | None = None,
+    budget: float = BUDGET,
+    generate: int = 0,
+    max_new_tokens: int = 128,
+    checks: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    tasks_path: Path | None = None,
 ) -> dict[str, Any]:
-    """Measure held-out loss, base against tuned; a run folder keeps the result as `eval-<split>.json`.
+    """Measure base against tuned; a run folder keeps the result as `eval-<split>.json`, whatever the verdict.
 
     Beside it lies `eval-<split>-rows.json`: of each row its `line` in the file, `tokens` (supervised), and the nats
     that `base` and `tuned` spend on them.
@@ -37,129 +56,139 @@ def evaluate(
         run: a run folder, or an adapter folder (then `data` is needed).
         split: the recipe's rows to measure on: "test" or "validation".
         data: JSONL file to measure on, in place of a split; kept as `eval-data-<name>.json`.
-        bootstrap: draws for the interval.
-        seed: of the draws.
+        bootstrap: draws for the intervals.
+        seed: of the draws, and of which prompts are exchanged.
+        any_prompt: answers need not follow from their prompts.
+        general: text that the adapter never saw, .txt or JSONL (`forgetting.SHIPPED`); None: none measured.
+        budget: nats per token that may be lost on it, from 0.
+        generate: how many held-out prompts base and tuned answer.
+        max_new_tokens: longest answer in tokens (≥ 1).
+        checks: of answers, beside length, repetition and end; as checks.py names them.
+        tasks: of lm-evaluation-harness.
+        tasks_path: a folder of task files of one's own.
 
     Returns:
-        `run`, `split` (None where `data` is given), `data` (the file), `rows`, `tokens` (supervised), `base_loss`,
-        `tuned_loss`, `gain` (base - tuned; all in nats per token), `gain_ci95` ([low, high]), `base_perplexity`,
-        `tuned_perplexity`, `rows_better`, `dropped` and `truncated` (rows of the file), `dtype`, `quant` (what the
-        base was held in, None: in `dtype`), `seconds`.
+        What docs/eval.md lists; losses in nats per supervised token.
 
     Raises:
-        UsageError: no such run, no such rows, or no draws.
-        DataError: the rows are faulty.
+        UsageError: no such run, rows, text, check or task, a number out of its range, or a prompt that leaves no room.
+        DataError: the rows or the text are faulty.
         AdapterError: the adapter does not fit, or gives losses that are no numbers.
+        ModelError: the base cannot be loaded, a package is missing, or the harness fails.
     """
     began = time.perf_counter()
     run = Path(run)
-    if bootstrap < 1:
-        raise UsageError(f"bootstrap is {bootstrap}", "one draw or more", "leave it out for 2000")
+    _require_ranges(bootstrap, budget, generate, max_new_tokens)
+    checking = checks_of(checks)
+    manager = require_tasks(tasks, tasks_path) if tasks else None
     folder = None if adapter_folder(run) == run else RunFolder.open(run)
-    path = _rows_file(folder, run, split, data)
+    path = rows_file(folder, run, split, data)
     if path is not None:
         read_rows(path)  # a fault of the file is said before the model is loaded
+    pieces = [] if general is None else read_pieces(general)
     loaded = load_run(run)
-    recipe = loaded.recipe or _stand_in(loaded, run, path)
-    examples, report = _rows(recipe, loaded, path)
-    longest = max(len(e["input_ids"]) for e in examples)
-    collator = collator_of(recipe, loaded.model, loaded.base.tokenizer, longest)
-    tuned = score(loaded.model, examples, collator)
-    with loaded.model.disable_adapter():
-        base = score(loaded.model, examples, collator)
+    recipe, tokenizer = recipe_for(loaded, run, path), loaded.base.tokenizer
+    examples, report = held_out_rows(recipe, loaded, path)
+    asked, speaker = [], None
+    if generate:
+        speaker = Speaker(loaded)
+        asked = asked_of(read_rows(path or recipe.data.train), examples, generate)
+        for one in asked:
+            speaker.prompt(one.prompt, max_new_tokens)  # one without room is said before anything is scored
+    context = getattr(loaded.base.model.config.get_text_config(), "max_position_embeddings", None) or 4 * WINDOW
+    texts = examples_of(pieces, general, tokenizer, min(context // 2, 2 * WINDOW)) if general is not None else []
+    longest = max(len(e["input_ids"]) for e in [*examples, *texts])
+    collator = collator_of(recipe, loaded.model, tokenizer, longest)
+
+    def judge(rows: Sequence[Example]) -> tuple[list[Judged], list[Judged]]:
+        tuned = judged(loaded.model, rows, collator)
+        with loaded.model.disable_adapter():
+            return judged(loaded.model, rows, collator), tuned
+
+    base, tuned = judge(examples)
     _require_numbers(base, examples, path, ModelError, "base")
     _require_numbers(tuned, examples, path, AdapterError, "tuned model")
-    tokens = [n for _, n in base]
-    found = paired([s for s, _ in base], [s for s, _ in tuned], tokens, draws=bootstrap, seed=seed)
-    result = {
+    tokens, draws = [j.tokens for j in base], {"draws": bootstrap, "seed": seed}
+    loss = paired([j.nats for j in base], [j.nats for j in tuned], tokens, **draws)
+    hits = paired([j.hits for j in tuned], [j.hits for j in base], tokens, **draws)  # more is better
+    result: dict[str, Any] = {
         "run": str(run),
         "split": None if data is not None else split,
         "data": str(path or recipe.data.train),
         "rows": len(examples),
         "tokens": sum(tokens),
-        "base_loss": found.base_loss,
-        "tuned_loss": found.tuned_loss,
-        "gain": found.gain,
-        "gain_ci95": [found.low, found.high],
-        "base_perplexity": perplexity(found.base_loss),
-        "tuned_perplexity": perplexity(found.tuned_loss),
-        "rows_better": found.rows_better,
+        **_figures("loss", loss.base, loss.tuned),
+        "gain": loss.difference.value,
+        "gain_ci95": loss.difference.interval,
+        **_figures("perplexity", _exponential(loss.base), _exponential(loss.tuned)),
+        **_figures("accuracy", hits.tuned, hits.base),
+        "accuracy_gain": hits.difference.value,
+        "accuracy_gain_ci95": hits.difference.interval,
+        "rows_better": loss.rows_better,
+        "prompt_use": None if any_prompt else prompt_use(mismatched(examples, seed), base, tuned, judge, **draws),
+    }
+    result["better"] = not against(result)
+    result["forgetting"] = None
+    if general is not None:
+        result["forgetting"] = {"text": str(general), **forgetting_of(texts, judge, budget, **draws)}
+    result |= {
+        "generations": None,
+        "generation_summary": None,
+        "tasks": None,
+        "verdict": verdict_of(result),
         "dropped": report.dropped,
         "truncated": report.truncated,
         "dtype": str(loaded.base.dtype).removeprefix("torch."),
         "quant": loaded.base.quant,
-        "seconds": round(time.perf_counter() - began, 3),
     }
-    if folder is not None:
-        name = split if data is None else f"data-{data.stem}"
-        write_atomic(folder.path / f"eval-{name}.json", json_text(result, indent=2) + "\n")
-        each = [
-            {"line": e["line"], "tokens": n, "base": b, "tuned": u}
-            for e, (b, n), (u, _) in zip(examples, base, tuned, strict=True)
-        ]
-        write_atomic(folder.path / f"eval-{name}-rows.json", json_text(each) + "\n")
+    each = [
+        {"line": e["line"], "tokens": b.tokens, "base": b.nats, "tuned": u.nats}
+        for e, b, u in zip(examples, base, tuned, strict=True)
+    ]
+
+    def keep() -> None:
+        result["seconds"] = round(time.perf_counter() - began, 3)
+        if folder is not None:
+            name = split if data is None else f"data-{data.stem}"
+            write_atomic(folder.path / f"eval-{name}.json", json_text(result, indent=2) + "\n")
+            write_atomic(folder.path / f"eval-{name}-rows.json", json_text(each) + "\n")
+            write_report(folder)
+
+    keep()  # what is measured by now stays, should answers or tasks fail
+    if speaker is not None:
+        result["generations"] = side_by_side(speaker, asked, checking, max_new_tokens)
+        result["generation_summary"] = summary(result["generations"])
+        keep()
+    if tasks:
+        result["tasks"] = tasks_of(loaded, tasks, manager)
+        keep()
     return result
 
 
-def _rows_file(folder: RunFolder | None, run: Path, split: str, data: Path | None) -> Path | None:
-    """Return the file to measure on; None: the rows that training set aside from its own file."""
-    if data is not None:
-        return Path(data)
-    if split not in SPLITS:
-        raise UsageError(f"there is no split {split!r}{nearest(split, SPLITS)}", f"one of {listed(SPLITS)}")
-    if folder is None:
-        raise UsageError(
-            f"{run} is an adapter folder without a recipe, so no held-out rows are known",
-            "a JSONL file of rows that it was not trained on",
-            "--data FILE",
-        )
-    settings = folder.recipe().data
-    path = settings.test if split == "test" else settings.validation
-    if path is None and split == "validation" and settings.validation_fraction > 0:
-        return None
-    if path is None:
-        there = split == "test" and (settings.validation is not None or settings.validation_fraction > 0)
-        raise UsageError(
-            f"the recipe of {run} names no {split} rows",
-            f"data.{split} in {folder.recipe_file}, or a file",
-            f"--data FILE{', or --split validation' if there else ''}",
-        )
-    return path
+def _figures(name: str, base: Estimate, tuned: Estimate) -> dict[str, Any]:
+    both = {f"base_{name}": base, f"tuned_{name}": tuned}
+    return {k: e.value for k, e in both.items()} | {f"{k}_ci95": e.interval for k, e in both.items()}
 
 
-def _stand_in(loaded: Loaded, run: Path, path: Path | None) -> Recipe:
-    """Return a recipe's defaults for an adapter that has none; unpacked, which every architecture understands."""
-    return Recipe.from_dict(
-        {
-            "model": loaded.base.source.spec,
-            "data": {"train": str(path)},
-            "train": {"packing": False},
-            "out": str(run),
-        }
-    )
+def _exponential(loss: Estimate) -> Estimate:
+    return Estimate(*map(perplexity, (loss.value, loss.low, loss.high)))
 
 
-def _rows(recipe: Recipe, loaded: Loaded, path: Path | None) -> tuple[list[Example], RowReport]:
-    if path is not None:
-        return held_out(recipe, loaded.base.tokenizer, path)
-    rows = rows_of(recipe, loaded.base.tokenizer)
-    if not rows.validation:
-        raise UsageError(
-            f"training set no rows aside: {recipe.data.validation_fraction} of {len(rows.train)} rows is none",
-            "data.validation in the recipe, or a file",
-            "--data FILE",
-        )
-    return rows.validation, rows.train_report
+def _require_ranges(bootstrap: int, budget: float, generate: int, max_new_tokens: int) -> None:
+    if bootstrap < 1:
+        raise UsageError(f"bootstrap is {bootstrap}", "one draw or more", "leave it out for 2000")
+    if not 0 <= budget < math.inf:
+        raise UsageError(f"the forgetting budget is {budget}", "nats per token, from 0", f"leave it out for {BUDGET}")
+    if generate < 0:
+        raise UsageError(f"generate is {generate}", "how many prompts are answered, from 0", "leave it out for 0")
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}", "1 or more", "leave it out for 128")
 
 
 def _require_numbers(
-    scores: Sequence[tuple[float, int]],
-    examples: Sequence[Example],
-    path: Path | None,
-    kind: type[SlimtuneError],
-    who: str,
+    scores: Sequence[Judged], examples: Sequence[Example], path: Path | None, kind: type[SlimtuneError], who: str
 ) -> None:
-    lines = [e["line"] for e, (nats, _) in zip(examples, scores, strict=True) if not math.isfinite(nats)]
+    lines = [e["line"] for e, j in zip(examples, scores, strict=True) if not math.isfinite(j.nats)]
     if lines:
         raise kind(
             f"the {who}'s loss is no number on {len(lines)} of {len(scores)} rows "

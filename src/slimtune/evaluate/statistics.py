@@ -5,8 +5,9 @@ rows, so their difference is taken row by row; how hard a row is falls out of it
 
     gain = Σ (b_i - u_i) / Σ t_i          nats per token, positive is better: the difference of the two mean losses
 
-The interval is the percentile bootstrap of that ratio: rows (not tokens: the tokens of one row belong together) are
-drawn with replacement, numerator and denominator from the same draw.
+Every figure here is such a ratio of sums, and its interval the percentile bootstrap of that ratio: rows (not tokens:
+the tokens of one row belong together) are drawn with replacement, numerator and denominator from the same draw, and
+every figure from the same draws.
 """
 
 from __future__ import annotations
@@ -22,23 +23,39 @@ _BLOCK = 4_000_000
 
 
 @dataclass(frozen=True)
-class Paired:
-    """Base against tuned over the same rows.
+class Estimate:
+    """A figure and its interval.
 
     Args:
-        base_loss: mean nats per supervised token of the base.
-        tuned_loss: the same of the tuned model.
-        gain: base_loss - tuned_loss.
-        low: lower end of the interval of the gain.
+        value: of all rows.
+        low: lower end.
         high: upper end.
-        rows_better: rows on which the tuned model spends fewer nats.
     """
 
-    base_loss: float
-    tuned_loss: float
-    gain: float
+    value: float
     low: float
     high: float
+
+    @property
+    def interval(self) -> list[float]:
+        """`[low, high]`."""
+        return [self.low, self.high]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Base against tuned over the same rows: means per token.
+
+    Args:
+        base: of the base.
+        tuned: of the tuned model.
+        difference: base - tuned.
+        rows_better: rows on which the tuned model has less.
+    """
+
+    base: Estimate
+    tuned: Estimate
+    difference: Estimate
     rows_better: int
 
 
@@ -51,11 +68,11 @@ def paired(
     seed: int = 0,
     level: float = 0.95,
 ) -> Paired:
-    """Compare two models' summed nats per row, each of length R.
+    """Compare two models' sums per row (nats, or hits), each of length R.
 
     Args:
-        base: nats of the base, per row.
-        tuned: nats of the tuned model, per row.
+        base: of the base, per row.
+        tuned: of the tuned model, per row.
         tokens: supervised tokens, per row (≥ 1).
         draws: bootstrap draws (≥ 1).
         seed: of the draws; the same seed gives the same interval.
@@ -67,18 +84,13 @@ def paired(
     b, u, t = np.asarray(base, float), np.asarray(tuned, float), np.asarray(tokens, float)
     if not (b.shape == u.shape == t.shape and b.ndim == 1 and len(b) and (t > 0).all()):
         raise ValueError(f"wanted three rows of numbers of one length, tokens above 0; got {b.shape, u.shape, t.shape}")
-    difference, total = b - u, t.sum()
-    gain = float(difference.sum() / total)
-    low, high = np.quantile(_draws(difference, t, draws, seed), [(1 - level) / 2, (1 + level) / 2])
-    return Paired(
-        base_loss=float(b.sum() / total),
-        tuned_loss=float(u.sum() / total),
-        gain=gain,
-        # Where every row says the same, rounding alone could leave the estimate a hair outside.
-        low=min(float(low), gain),
-        high=max(float(high), gain),
-        rows_better=int((difference > 0).sum()),
-    )
+    sums = np.stack([b, u, b - u], axis=1)
+    found = sums.sum(0) / t.sum()
+    low, high = np.quantile(_draws(sums, t, draws, seed), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    # Where every row says the same, rounding alone could leave the estimate a hair outside.
+    low, high = np.minimum(low, found), np.maximum(high, found)
+    of_base, of_tuned, difference = (Estimate(*map(float, three)) for three in zip(found, low, high, strict=True))
+    return Paired(of_base, of_tuned, difference, rows_better=int((u < b).sum()))
 
 
 def perplexity(loss: float) -> float:
@@ -86,12 +98,12 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def _draws(difference: np.ndarray, tokens: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """Return the gain of each draw, `[draws]`: how often each row came is multinomial."""
+def _draws(sums: np.ndarray, tokens: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Return the ratios of each draw, `[draws, m]`, from sums `[R, m]`: how often each row came is multinomial."""
     rows = len(tokens)
     rng = np.random.default_rng(seed)
     found: list[np.ndarray] = []
     for left in range(draws, 0, -(step := max(1, _BLOCK // rows))):
         counts = rng.multinomial(rows, np.full(rows, 1 / rows), size=min(step, left))
-        found.append(counts @ difference / (counts @ tokens))
+        found.append((counts @ sums) / (counts @ tokens)[:, None])
     return np.concatenate(found)

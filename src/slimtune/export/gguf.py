@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..adapt.ways import low_rank_maps
 from ..errors import AdapterError, UsageError, listed
 from .architectures import facts_of, in_order, names_of, package
 
@@ -107,20 +108,8 @@ def pairs_of(model: Any, adapter: str = "default") -> list[Pair]:
     Raises:
         UsageError: it does something else besides; what, and the ways out, are said.
     """
-    pairs, other = [], []
-    for name, module in model._attached.members[adapter]:
-        kind = model._attached.reports[adapter].kinds.get(name)
-        if adapter in module.owned:
-            other.append(f"{name} ({listed(n for n, _ in module.owned[adapter].named_parameters())} trained whole)")
-        delta = module.adapters[adapter] if adapter in module.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
-        if delta is None:
-            continue
-        factors = delta.factors() if kind == "linear" else None
-        if factors is None:
-            other.append(f"{name} ({type(delta).__name__})")
-        else:
-            A, B, scale = factors
-            pairs.append(Pair(name, A.detach(), B.detach(), scale))
+    maps, other = low_rank_maps(model, adapter)
+    pairs = [Pair(name, A.detach(), B.detach(), scale) for name, (A, B, scale) in maps.items()]
     if other or not pairs:
         method = model.peft_config[adapter].name
         raise UsageError(

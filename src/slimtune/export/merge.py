@@ -37,12 +37,14 @@ from ..runs import ADAPTER_FILE, RunFolder
 from . import proof
 from .card import card
 from .folder import require_free, whole_folder, write_note
+from .rounding import rounding_for
 from .weights import Weights
 
 log = logging.getLogger(__name__)
 
 SMALL = 1_000_000_000
-"""Below this many parameters the proof computes in fp32; above, memory counts, and it computes in the run's dtype."""
+"""Below this many parameters the proof computes in fp32, and 16 bits are rounded with the run's rows in sight; above,
+memory counts: it computes in the run's dtype, and numbers are rounded one by one."""
 SHARD = 5_000_000_000
 """Bytes of a weight file, at most."""
 
@@ -87,10 +89,11 @@ def _write(loaded: Loaded, run: Path, out: Path, store: torch.dtype) -> dict[str
     adapted = proof.log_probabilities(model, rows)
     with model.disable_adapter():
         base = proof.log_probabilities(model, rows)
+    rounding = rounding_for(model, loaded.recipe) if small and store.itemsize == 2 else None
     if packed:
         forget(model)
     with _refusals(run):
-        weights = Weights(model, store)
+        weights = Weights(model, store, rounding=rounding)
     with whole_folder(out, weights.bytes) as folder:
         _write_settings(model, folder, store)
         tokenizer.save_pretrained(folder)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..adapt import checkpoint
 from ..adapt.combine import LoraReport, sizes
+from ..adapt.ways import beyond_lora, no_plain_lora
 from ..build import Loaded, adapter_folder, load_run
 from ..contract.config import CONFIG_FILE
 from ..errors import AdapterError, UsageError, listed, nearest
@@ -94,7 +95,7 @@ def vllm_adapter(
     name = _name(name, out.name, base_name)
     model: Any = loaded.model
     adapter, method, report = model.active_adapter, model.active_peft_config.name, None
-    never = [*_never(model.peft_config[adapter]), *_base_refuses(model, adapter)]
+    never = [*beyond_lora(model.peft_config[adapter]), *_base_refuses(model, adapter)]
     _require(run, model, adapter, never, _form(model, adapter) if as_lora is None else [])
     if as_lora is not None:
         report = model.to_lora(adapter, as_lora)
@@ -163,29 +164,11 @@ def _require(run: Path, model: Any, adapter: str, never: list[str], form: list[s
     )
 
 
-def _never(config: Any) -> list[str]:
-    """Return what no LoRA can stand for."""
-    causes = []
-    if saved := getattr(config, "modules_to_save", None):
-        causes.append(f"modules_to_save is {saved}: vLLM takes no whole modules")
-    if (bias := getattr(config, "bias", "none")) != "none":
-        causes.append(f"bias is {bias!r}: vLLM takes no trained biases")
-    if getattr(config, "lora_bias", False):
-        causes.append("lora_bias is True: vLLM takes no bias on B")
-    if tokens := getattr(config, "trainable_token_indices", None):
-        causes.append(f"trainable_token_indices is {tokens}: vLLM takes no rows of an embedding")
-    if getattr(config, "init_lora_weights", None) == "loftq":
-        causes.append("init_lora_weights is 'loftq': it belongs to the quantized base it makes up for")
-    return causes
-
-
 def _form(model: Any, adapter: str) -> list[str]:
     """Return why vLLM would not take the adapter that another LoRA would not have."""
     config, most = model.peft_config[adapter], known()["ranks"][-1]
-    if not config.ships_as_lora:
-        return [f"its method is {config.name}, and vLLM reads LoRA alone"]
-    if config.use_dora:
-        return ["use_dora is True: vLLM has no DoRA"]
+    if causes := no_plain_lora(config):
+        return causes
     deltas = model._attached.deltas(adapter).values()
     rank = max((d.low_rank()[0].shape[0] for d in deltas if hasattr(d, "low_rank")), default=0)
     if rank <= most:

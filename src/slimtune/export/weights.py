@@ -8,7 +8,7 @@ stacked, fused maps apart), what becomes one tensor of the file, or comes from o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,21 @@ class Weights:
         model: an adapted model; its adapters are merged, one module at a time.
         dtype: what its parameters are stored in; buffers stay as they are.
         adapters: see `MergedState`.
+        rounding: rounds what is stored by the name it has in the checkpoint; else each number goes to its nearest.
 
     Raises:
         MergeRefused: see `MergedState`.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, adapters: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        dtype: torch.dtype,
+        adapters: Sequence[str] | None = None,
+        rounding: Callable[[str, Tensor, torch.dtype], Tensor] | None = None,
+    ) -> None:
         self._model, self._state = model, MergedState(model, adapters)
+        self._rounding = rounding
         ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
         held = {n: self._state.like(n) for n in self._state if n not in ignored}
         outline = {n: _outlined(t, dtype) for n, t in held.items()}
@@ -63,7 +71,10 @@ class Weights:
         """
         shards = Shards(folder, self.outline, largest)
         for key, name in self._renamed.items():
-            shards.write(key, self._state[name])
+            tensor = self._state[name]
+            if self._rounding is not None and self._state.like(name).is_floating_point():
+                tensor = self._rounding(name, tensor, self.outline[key].dtype)
+            shards.write(key, tensor)
         for names in self._converted:
             for key, tensor in revert_weight_conversion(self._model, {n: self._state[n] for n in names}).items():
                 shards.write(key, tensor)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..ops.cross_entropy import token_nats, token_nats_of
+from ..ops.cross_entropy import nats_and_hits, token_nats, token_nats_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Head:
         if frozen and type(module) is nn.Linear and "forward" not in vars(module):
             return token_nats(h, weight, targets, bias=bias, scale=self.scale, cap=self.cap)
         return token_nats_of(h, module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
+
+    def judge(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return −log p of `targets (n)` after `h (n, d)`, and whether each is the likeliest token; no gradient."""
+        return nats_and_hits(h, self.module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
 
 
 def head_of(model: Any) -> Head | None:

@@ -69,6 +69,26 @@ def token_nats_of(
     return torch.cat([checkpoint(part, *p, use_reentrant=False) for p in pieces])
 
 
+@torch.no_grad()
+def nats_and_hits(
+    h: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    vocabulary: int,
+    *,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return −log p of each target `(n)` and whether it is the likeliest token `(n)`: one chunk of logits at a time."""
+    rows = rows_at_once(vocabulary, h.device)
+    nats, hits = [h.new_zeros(0, dtype=_wide(h))], [targets.new_zeros(0, dtype=torch.bool)]
+    for states, wanted in zip(h.split(rows), targets.split(rows), strict=True):
+        logits = _shaped(head(states).to(_wide(states)), scale, cap)
+        nats.append(F.cross_entropy(logits, wanted, reduction="none"))
+        hits.append(logits.argmax(-1) == wanted)
+    return torch.cat(nats), torch.cat(hits)
+
+
 def rows_at_once(vocabulary: int, device: torch.device) -> int:
     """Return how many rows of logits make a chunk."""
     return max(16, (CHUNK_ON_GPU if kind_of_device(device) == "cuda" else CHUNK) // vocabulary)

@@ -64,11 +64,11 @@ def plan_of(request: Request, method: str, *, quick: bool = False, advise: bool 
     writing = writing_bytes(model, request.optimizer, request.card.device)
     disk = run_bytes(model, request.keep, request.optimizer)
     form, state, weights = form_of(job), _state_of(job, model), weights_of(model)
-    held = weights.held(request.processes) if request.processes > 1 else Band(weights.every, weights.every)
+    held = weights.held(request.processes) if request.divided else Band(weights.every, weights.every)
     state -= int(weights.every - held.low)
     job = _divided(request, job, form, state)
     traced = extrapolated(job, model) if quick else trace(job, model)
-    if request.processes > 1:
+    if request.divided:
         traced = divided(traced, weights, request.processes, job.device)
     form = form.corrected(job.lengths, traced)
     state = sum(traced.state.values())
@@ -84,6 +84,7 @@ def plan_of(request: Request, method: str, *, quick: bool = False, advise: bool 
         return verdict(scaled(job, band, peak, now), runtime, usable) == "fits"
 
     said = verdict(band, runtime, usable)
+    host, when = _host(job, traced, band, writing)
     parts = {part: traced.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
     plan = Plan(
         model=request.outline.name,
@@ -104,16 +105,16 @@ def plan_of(request: Request, method: str, *, quick: bool = False, advise: bool 
         runtime_bytes=runtime,
         usable_bytes=usable,
         peaks=_peaks(traced, merge),
-        host_bytes=_host(job, traced, band, writing),
+        host_bytes=host,
         disk_bytes=disk,
         verdict=said,
         reason=_reason(said, parts, band, runtime, usable) + _shared(request),
         max_seq_len=most(lambda n: room((n,) * len(job.lengths)), LONGEST),
         max_batch_size=most(lambda n: room((max(job.lengths),) * n), 1 << 16),
         tokens_per_second=_pace(request, job, traced),
-        evidence=_evidence(request, quick),
+        evidence=_evidence(request, quick, when),
     )
-    if said == "fits" or not advise or request.processes > 1:
+    if said == "fits" or not advise or request.divided:
         return plan
     return dataclasses.replace(plan, advice=advised(request, job, plan, lambda j: verdict_of(j, request.card)))
 
@@ -156,13 +157,15 @@ def _peaks(traced: Trace, merge: int | None) -> dict[str, int]:
     return {"start": start, **traced.peaks, **({"merge": merge} if merge else {})}
 
 
-def _host(job: Job, traced: Trace, band: Band, writing: int) -> int:
-    """Return the most bytes of the machine's own memory while training."""
+def _host(job: Job, traced: Trace, band: Band, writing: int) -> tuple[int, str]:
+    """Return the most bytes of the machine's own memory, and when it holds them."""
     if job.device == "cpu":
-        return int(band.high + RUNTIME["cpu"].high)
+        return int(band.high + RUNTIME["cpu"].high), "in a step"
     # The base is read into the machine's memory and moved from there; a Mac's memory is one.
     loading = traced.state["weights"] if job.device == "cuda" else 0
-    return int(max(loading, writing, traced.host) + RUNTIME["cpu"].high)
+    moments = ((traced.host, "in a step"), (writing, "as a checkpoint is written"), (loading, "as the base is read"))
+    most, when = max(moments)
+    return int(most + RUNTIME["cpu"].high), when
 
 
 def _reason(said: Verdict, parts: Mapping[str, int], band: Band, runtime: Band, usable: Band) -> str:
@@ -179,13 +182,17 @@ def _reason(said: Verdict, parts: Mapping[str, int], band: Band, runtime: Band, 
 
 def _shared(request: Request) -> str:
     n = request.processes
-    return f"; the base is divided over {n} processes, this is what one of them takes" if n > 1 else ""
+    if n == 1:
+        return ""
+    if request.divided:
+        return f"; the base is divided over {n} processes, this is what one of them takes"
+    return f"; the base is whole in each of {n} processes, this is what one of them takes (train.shard_base divides it)"
 
 
-def _evidence(request: Request, quick: bool) -> dict[str, str]:
+def _evidence(request: Request, quick: bool, host: str) -> dict[str, str]:
     card = request.card
     traced = "traced" + (" at two and three layers, which tell of the others" if quick else "")
-    if request.processes > 1:
+    if request.divided:
         traced += "; the divided base: computed, what is gathered beside a layer is guessed"
     return {
         "trainable_params": "computed",
@@ -198,7 +205,7 @@ def _evidence(request: Request, quick: bool) -> dict[str, str]:
         "runtime_bytes": "guessed",
         "usable_bytes": "measured on this machine" if card.kind == "cpu" else f"published ({card.source})",
         "peaks": traced,
-        "host_bytes": "computed; guessed runtime",
+        "host_bytes": f"computed, {host}; guessed runtime",
         "disk_bytes": "computed, an upper bound",
         "max_seq_len": "computed by the formula that the trace corrects",
         "max_batch_size": "computed by the formula that the trace corrects",

@@ -53,7 +53,8 @@ class Request:
         keep: checkpoints that a run keeps beside its best.
         lengths: tokens of the longest rows of the data, where they are known; in place of `batch` and `seq_len`.
         room: most tokens in one pass; a longer row goes alone. None: no limit.
-        processes: the base is divided over so many; 1: it is whole.
+        processes: that train together, one on each card.
+        divided: the base is divided over them; else each holds it whole.
     """
 
     outline: Outline
@@ -75,6 +76,7 @@ class Request:
     lengths: tuple[int, ...] = ()
     room: int | None = None
     processes: int = 1
+    divided: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq_len", "accumulate"):
@@ -168,7 +170,8 @@ def request_of(recipe: Recipe, card: Card, lengths: Sequence[int] = (), processe
         keep=t.keep_checkpoints,
         lengths=tuple(heapq.nlargest(t.batch_size, lengths)),
         room=good if t.tokens_at_once == "auto" else t.tokens_at_once,
-        processes=processes if t.shard_base else 1,
+        processes=processes,
+        divided=t.shard_base and processes > 1,
     )
 
 

@@ -94,7 +94,7 @@ class Event:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a line of metrics.jsonl."""
-        return {"event": EVENT, **asdict(self)}
+        return {"event": EVENT, **asdict(self), "text": self.text()}
 
 
 class Relief:

@@ -12,6 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import TrainingArguments
 
 from ..adapt import checkpoint as adapter_files
+from ..adapt.ways import ways_of
 from ..build import Rows, adapted, base_of, collator_of, continuing, require_packages, rows_of, tokenizer_of
 from ..contract.layout import laid_out
 from ..data.collate import Collator
@@ -31,6 +33,7 @@ from ..ops import processes
 from ..ops.files import disk_full_is_an_error
 from ..ops.memory import ran_out
 from ..recipe import Recipe
+from ..report import versions, write_report
 from ..runs import ADAPTER_FILE, RunFolder, json_text, write_atomic
 from ..step import compile_layers
 from ..thrift import checkpoint_layers
@@ -39,8 +42,8 @@ from . import checkpoints
 from .callbacks import Pace, Watch, rate, stop_on_interrupt
 from .probe import longest, peak_bytes, planned_bytes, probe
 from .relief import EVENT, Relief
-from .report import write_report
 from .sharding import shard_base
+from .trackers import log_beside, require_trackers
 from .trainer import SlimTrainer
 
 START = "start"
@@ -91,7 +94,7 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
     plan = processes.by_first(lambda: planner(recipe, [len(e["input_ids"]) for e in rows.train + rows.validation]))
     divide = recipe.train.shard_base and processes.count() > 1
     mesh = init_device_mesh(_device(recipe).type, (processes.count(),)) if divide else None
-    base, model = processes.together(lambda: _loaded(recipe, continue_from, mesh), in_turns=divide)
+    base, model = processes.together(lambda: _loaded(recipe, continue_from, mesh, rows), in_turns=divide)
     fresh = run is None
     if run is None:
         run = RunFolder(Path(recipe.out))
@@ -149,13 +152,14 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
 
 def _rows(recipe: Recipe) -> Rows:
     require_packages(recipe)
+    require_trackers(recipe.train.report_to)
     rows = rows_of(recipe, tokenizer_of(recipe))
     if not rows.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     return rows
 
 
-def _loaded(recipe: Recipe, continue_from: Path | None, mesh: DeviceMesh | None) -> tuple[Base, Any]:
+def _loaded(recipe: Recipe, continue_from: Path | None, mesh: DeviceMesh | None, rows: Rows) -> tuple[Base, Any]:
     """Load the base and attach the method; with a mesh, divide it, out of the machine's memory."""
     device = _device(recipe)
     dtype = str(pick_dtype(recipe.model.dtype, device)).removeprefix("torch.")
@@ -167,7 +171,7 @@ def _loaded(recipe: Recipe, continue_from: Path | None, mesh: DeviceMesh | None)
             "bfloat16 or float32 for training",
             "--dtype bfloat16 or --dtype float32",
         )
-    model = adapted(base, recipe, continue_from)
+    model = adapted(base, recipe, continue_from, rows.train)
     if mesh is not None:
         base.device = device
         shard_base(model, mesh, device)
@@ -339,6 +343,7 @@ def trainer_of(
         callbacks=[pace, watch],
         optimizer=t.optimizer,
     )
+    log_beside(run, trainer.callback_handler.callbacks)
     for unwanted in ("PrinterCallback", "ProgressCallback"):
         for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == unwanted]:
             trainer.remove_callback(type(callback))
@@ -432,8 +437,21 @@ def _finish(
         "dtype": str(base.dtype).removeprefix("torch."),
         "quant": base.quant,
         "device": str(base.device),
+        "finished": datetime.now(UTC).isoformat(" ", "seconds"),
+        "adapted": str(model.match_report()),
+        "rows_read": {
+            "train": rows.train_report.to_dict(),
+            "validation": rows.validation_report.to_dict() if rows.validation_report else None,
+        },
+        "ships": {"base_kind": base.source.kind, **dataclasses.asdict(ways_of(model, beside=not _is_loftq(recipe)))},
+        "versions": versions(),
     }
     write_atomic(run.result_file, json.dumps(result, indent=2) + "\n")
-    write_report(run, recipe, result, model.match_report(), rows)
+    write_report(run)
     watch.say(f"adapter: {run.adapter} ({bytes_text(result['adapter_bytes'])})")
     return result
+
+
+def _is_loftq(recipe: Recipe) -> bool:
+    """Return whether the adapter started as what quantization took from its base: it belongs to that one."""
+    return recipe.method.settings.get("init_lora_weights") == "loftq"

@@ -2,6 +2,10 @@
 
     s · B A = the r largest singular parts of W − W_q        W: before quantization, W_q: the base's NF4 or int8 weight
 
+With inputs X of the layer, those that its products miss most (QERA, arXiv 2410.06040):
+
+    (1/n) XᵀX + λ I = L Lᵀ,    s · B A = the r largest singular parts of (W − W_q) L, times L⁻¹
+
 The base stays as it is quantized. Paper: https://arxiv.org/abs/2310.08659.
 """
 
@@ -9,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from torch import Tensor
 from ...errors import UsageError, listed
 from ...ops.maps import is_quantized, weight_of
 
+_DAMPING = 0.1
 _INDEX = "model.safetensors.index.json"
 
 
@@ -29,6 +34,7 @@ def replace_lora_weights_loftq(
     model_path: str | os.PathLike,
     adapter_name: str = "default",
     callback: Callable[[Any, str], bool] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Start a LoRA adapter on a quantized base from the difference to the weights before quantization.
 
@@ -39,6 +45,7 @@ def replace_lora_weights_loftq(
         model_path: folder of the base's safetensors files, or such a file.
         adapter_name: the adapter.
         callback: called with the model and a layer's name after each layer; False takes that layer's start back.
+        inputs: a sample `(n, in_features)` of what layers are given, by name; a layer without one goes without.
 
     Raises:
         UsageError: no adapted layer is quantized, or the files do not hold a layer's weight.
@@ -58,14 +65,30 @@ def replace_lora_weights_loftq(
         delta = module.adapters[adapter_name]
         A, B = delta.lora_A.weight, delta.lora_B.weight
         lost = files.weight(f"{name}.weight").to(A.device, torch.float32) - weight_of(module).float()
-        U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
-        root, r = S[: A.shape[0]].sqrt(), A.shape[0]
+        up, down = _largest(lost, A.shape[0], (inputs or {}).get(name))
         before = A.clone(), B.clone()
-        A.copy_(root[:, None] * Vh[:r])
-        B.copy_(U[:, :r] * root / delta.scale)
+        A.copy_(down)
+        B.copy_(up / delta.scale)
         if callback is not None and not callback(model, name):
             A.copy_(before[0])
             B.copy_(before[1])
+
+
+def _largest(lost: Tensor, rank: int, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return `(out, rank)` and `(rank, in)`, whose product is what to make up for; rows and columns are alike long."""
+    if inputs is None:
+        U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
+        root = S[:rank].sqrt()
+        return U[:, :rank] * root, root[:, None] * Vh[:rank]
+    x = inputs.to(lost.device, torch.float64)
+    second = x.t() @ x / len(x)
+    second.diagonal().add_(_DAMPING * second.diagonal().mean() + 1e-12)
+    L = torch.linalg.cholesky(second)
+    U, S, Vh = torch.linalg.svd(lost.double() @ L, full_matrices=False)
+    down = torch.linalg.solve_triangular(L, Vh[:rank], upper=False, left=False)
+    length = down.norm(dim=1)
+    root = (S[:rank] * length).sqrt()
+    return (U[:, :rank] * root).to(lost.dtype), (down * (root / length)[:, None]).to(lost.dtype)
 
 
 class _Files:

@@ -1,0 +1,30 @@
+"""`slimtune report`: the page of a run, written anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import Json, console
+
+
+def report_run(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; by default report.html in the run folder.")
+    ] = None,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Write a run's page from the files in its folder.
+
+    `slimtune train` and `slimtune eval` do so at their end.
+    """
+    from ..report import write_report
+    from ..runs import RunFolder
+
+    file = write_report(RunFolder.open(run, adapter=False), out)
+    if not as_json:
+        console().print(str(file), markup=False)
+    return {"run": str(run), "report": str(file)}

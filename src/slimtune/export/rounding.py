@@ -1,0 +1,106 @@
+"""Merged weights in 16 bits whose products are those of the merged weights: GPTQ's rounding (arXiv 2210.17323).
+
+    W' [out, in] → Q in 16 bits with the least ‖(Q - W') Xᵀ‖,  X [n, in]: what the map is given on the run's own rows
+
+Each number rounded to its nearest leaves an error in every product, and errors add up, since a few directions carry
+most of what a layer is given. So columns are rounded one after another, and what a column's rounding does to the
+products is made up for in the columns still to come:
+
+    H = XᵀX + λ I,   H⁻¹ = UᵀU, U upper triangular:   W[:, j+1:] -= (W[:, j] - Q[:, j]) / U[j, j] · U[j, j+1:]
+
+λ keeps directions that no row showed as they are. The rows are those the run learned from, never those of the proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..build import rows_of, tokenizer_of
+from ..errors import SlimtuneError
+from ..ops.inputs import ROWS, inputs_of
+from ..ops.maps import kind_of, transposed
+from ..recipe import Recipe
+
+_DAMPING = 0.01
+_BLOCK = 64
+
+
+class Rounding:
+    """How the maps of a model are rounded; a map that got no input is rounded number by number.
+
+    Args:
+        inputs: X by module's name.
+        transposed: names of modules that hold their weight as `(in, out)`.
+    """
+
+    def __init__(self, inputs: Mapping[str, Tensor], transposed: Sequence[str] = ()) -> None:
+        self.inputs, self._transposed = inputs, set(transposed)
+
+    def __call__(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a merged parameter as it is to be stored; as it is, if it holds what `dtype` cannot.
+
+        Args:
+            name: of the parameter, `model.layers.0.mlp.up_proj.weight`.
+            weight: in fp32 at least.
+            dtype: what it is stored in.
+        """
+        module, _, leaf = name.rpartition(".")
+        inputs = self.inputs.get(module)
+        nearest = weight.to(dtype)
+        if not torch.isfinite(nearest).all():
+            return weight  # for whoever stores it to refuse by name
+        if leaf != "weight" or inputs is None or torch.equal(nearest, weight):
+            return nearest
+        turned = module in self._transposed
+        found = compensated(weight.t() if turned else weight, inputs, dtype)
+        return found.t() if turned else found
+
+
+def compensated(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a map's weight `(out, in)` to `dtype`, with the least change of its products with `inputs` `(n, in)`."""
+    x = inputs.double()
+    gram = x.t() @ x
+    power = gram.diagonal()
+    gram += torch.eye(len(gram), dtype=gram.dtype) * (_DAMPING * power.mean() + 1e-12)
+    order = power.argsort(descending=True)  # what weighs most while most columns are left to make up for it
+    factor = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order])), upper=True
+    ).float()
+    left, rounded = weight.float()[:, order], torch.empty_like(weight, dtype=dtype)
+    for start in range(0, len(gram), _BLOCK):
+        end = min(start + _BLOCK, len(gram))
+        block, errors = left[:, start:end].clone(), []
+        for j, u in enumerate(factor[start:end, start:end]):
+            column = block[:, j].to(dtype)
+            rounded[:, order[start + j]] = column
+            errors.append((block[:, j] - column.float()) / u[j])
+            block[:, j + 1 :] -= errors[-1][:, None] * u[j + 1 :]
+        left[:, end:] -= torch.stack(errors, 1) @ factor[start:end, end:]
+    return rounded
+
+
+def rounding_for(model: Any, recipe: Recipe | None) -> Rounding:
+    """Run rows that a run learned from, and return how its maps are rounded.
+
+    Without a recipe, or where its rows or tokenizer are not there any more, numbers are rounded one by one.
+
+    Args:
+        model: the adapted model, not merged, in the dtype that inputs are wanted in.
+        recipe: the run's.
+    """
+    try:
+        rows = rows_of(recipe, tokenizer_of(recipe)).train[:ROWS] if recipe is not None else []
+    except SlimtuneError:
+        rows = []
+    head = model.get_output_embeddings()  # often one tensor with the embeddings, which are rounded number by number
+    maps = {n: m for n, m in model.named_modules() if kind_of(m) == "linear" and m is not head and _is_of_base(n)}
+    inputs = inputs_of(model, maps, [row["input_ids"] for row in rows]) if rows else {}
+    return Rounding(inputs, [n for n in inputs if transposed(maps[n])])
+
+
+def _is_of_base(name: str) -> bool:
+    return ".adapters." not in name and ".owned." not in name
