@@ -15,9 +15,10 @@ def test_one_seed_is_what_a_bootstrap_of_rows_says():
     base = rng.gamma(2.0, 2.0, 400) * tokens
     tuned = base - tokens * rng.normal(0.3, 0.5, 400)
     found, boot = estimate([base - tuned], tokens), paired(base, tuned, tokens)
-    assert found.value == pytest.approx(boot.gain)
-    assert found.low == pytest.approx(boot.low, abs=0.1 * (boot.high - boot.low))
-    assert found.high == pytest.approx(boot.high, abs=0.1 * (boot.high - boot.low))
+    width = boot.difference.high - boot.difference.low
+    assert found.value == pytest.approx(boot.difference.value)
+    assert found.low == pytest.approx(boot.difference.low, abs=0.1 * width)
+    assert found.high == pytest.approx(boot.difference.high, abs=0.1 * width)
 
 
 @pytest.mark.parametrize(("seed_sd", "row_sd"), [(0.1, 0.1), (0.1, 1.0), (0.02, 1.0)])

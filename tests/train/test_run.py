@@ -218,11 +218,11 @@ def test_a_fault_leaves_no_run_folder(settings, tmp_path):
 def test_a_full_disk_leaves_the_older_checkpoints(settings, monkeypatch):
     real, calls = checkpoints.save_optimizer, []
 
-    def full(folder, state):
+    def full(folder, state, **how):
         calls.append(folder)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        real(folder, state)
+        real(folder, state, **how)
 
     monkeypatch.setattr(checkpoints, "save_optimizer", full)
     with pytest.raises(RunError, match="the disk is full") as e:

@@ -47,7 +47,7 @@ def run(recipe_file: Path, *, full: bool = False, trial: bool = False) -> None:
         if full:
             evaluate_full(recipe)
         else:
-            evaluate(folder, split="test")
+            evaluate(folder, split="test", any_prompt=True)  # losses alone are compared
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

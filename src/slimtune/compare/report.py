@@ -96,7 +96,7 @@ def advice(lines: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]
         ]
     if worse:
         gaps = [best["gain"] - x["gain"] for x in worse]
-        by = f"{min(gaps):.3f}" if len(gaps) == 1 else f"{min(gaps):.3f} to {max(gaps):.3f}"
+        by = " to ".join(dict.fromkeys(f"{gap:.3f}" for gap in (min(gaps), max(gaps))))
         gain = "gains" if len(worse) == 1 else "gain"
         said.append(f"{_and([x['method'] for x in worse])} {gain} {by} nats a token less than {best['method']}")
     if len(best["seeds"]) < 2:
