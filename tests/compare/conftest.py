@@ -37,9 +37,8 @@ def grid(tree: dict[str, Any], tmp_path: Path) -> Callable[..., Grid]:
 
     def make(*labels: str, out: str = "c", seeds: int = 2, trials: int = 0, **how: Any) -> Grid:
         tokens, given = how.pop("tokens", 900), how.pop("given", {})
-        assert not how
         found = entries(labels, tree, given)
-        return grid_of(tree, found, seeds=seeds, tokens=tokens, trials=trials, out=tmp_path / out)
+        return grid_of(tree, found, seeds=seeds, tokens=tokens, trials=trials, out=tmp_path / out, **how)
 
     return make
 
@@ -61,10 +60,10 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(run, "plan_of", plan_of)
     monkeypatch.setattr(run, "draw", lambda *_: None)
 
-    def launch(recipe_file: Path, log: Path, *, full: bool = False, trial: bool = False, stop: Any = None) -> Ended:
+    def launch(recipe_file: Path, log: Path, **how: Any) -> Ended:
         ran.append(recipe_file.stem)
         try:
-            cell.run(recipe_file, full=full, trial=trial)
+            cell.run(recipe_file, **{k: v for k, v in how.items() if k != "stop"})
         except SlimtuneError as e:
             return Ended(e.got, False, 0.0)
         return Ended("", False, 0.0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from filelock import FileLock
+from train.tiny_run import write_rows
 
 from slimtune.compare import run as run_module
 from slimtune.compare.grid import SETTINGS
@@ -131,7 +132,7 @@ def test_another_comparison_in_the_folder_is_refused_with_what_differs(grid, her
     with pytest.raises(UsageError, match=r"methods\.lora\.settings\.r: 4 then, 8 now"):
         compare(grid("lora", seeds=1, given={"lora.r": 8}))
     with open(tree["data"]["test"], "a") as f:
-        f.write("\n")
+        f.write(Path(tree["data"]["test"]).read_text())
     with pytest.raises(UsageError, match="SHA-256"):
         compare(grid("lora", seeds=1))
     assert here == ["lora-7"]
@@ -235,6 +236,13 @@ def test_faulty_rows_are_said_before_anything_is_made(grid, tree):
     Path(tree["data"]["train"]).write_text("{}\n")
     with pytest.raises(DataError):
         grid("lora")
+
+
+def test_rows_that_would_spoil_every_run_are_refused(grid, tree, here):
+    write_rows(Path(tree["data"]["train"]), 24, answer="#?!")
+    with pytest.raises(DataError, match="answer says nothing"):
+        grid("lora")
+    assert compare(grid("lora", seeds=1, force=True))["failed"] == []
 
 
 @pytest.mark.faults

@@ -19,7 +19,7 @@ def bowl(monkeypatch):
     """Stand in for trials: the loss is a bowl in the rate's logarithm, lowest at `best`; what was tried is `tried`."""
     tried: list[tuple[str, float]] = []
 
-    def launch(recipe_file, log, *, full=False, trial=False, stop=None):
+    def launch(recipe_file, log, *, trial=False, **_):
         assert trial
         recipe = tune_recipe(recipe_file)
         label, rate = recipe_file.parent.name, recipe["train"]["learning_rate"]

@@ -34,6 +34,7 @@ def compare(
             help="A field of the recipe (train.batch_size=4), or of one method (dora.r=8). Repeatable.",
         ),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Train on data that a survey finds faulty.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the picture into this .svg or .png, too.")] = None,
     as_json: Json = False,
 ) -> Any:
@@ -65,7 +66,8 @@ def compare(
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
         say(f"the recipe's learning rate, {rate}, is not used: each method takes its own, which --tune searches")
     folder = out if out is not None else Path(f"{tree.get('out', 'runs/run')}-compare")
-    grid = grid_of(tree, wanted, seeds=seeds, tokens=tokens, trials=trials if tune else 0, out=folder.expanduser())
+    how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
+    grid = grid_of(tree, wanted, out=folder.expanduser(), **how)
     result = carry_out(grid, say, plot=plot)
     if not as_json:
         _show(result)

@@ -1,4 +1,4 @@
-"""One cell of a comparison, in a process of its own: `python -m slimtune.compare.cell RECIPE [--full] [--trial]`.
+"""One cell of a comparison, in a process of its own: `python -m slimtune.compare.cell RECIPE`, and flags.
 
 So the peak memory is the cell's alone, and what ends a cell ends nothing else. It goes on from its newest checkpoint,
 and ends with the process that started it. Whether it worked is its exit code; an error is one JSON object on stdout.
@@ -19,13 +19,14 @@ ROWS = "scores-test.json"
 """What is written last: a folder that holds it is done."""
 
 
-def run(recipe_file: Path, *, full: bool = False, trial: bool = False) -> None:
+def run(recipe_file: Path, *, full: bool = False, trial: bool = False, force: bool = False) -> None:
     """Train what a recipe says and measure it on the test rows; what is done already is not done again.
 
     Args:
         recipe_file: its `out` is the run folder.
         full: every weight of the base trains, whatever the recipe says of a method.
         trial: leave the test rows alone: the validation loss of training is what is asked.
+        force: train on data that a survey finds faulty.
 
     Raises:
         SlimtuneError: the work found a fault.
@@ -42,7 +43,10 @@ def run(recipe_file: Path, *, full: bool = False, trial: bool = False) -> None:
         begun = (folder / "checkpoints").is_dir() or (folder / "recipe.yaml").is_file()
         if folder.is_dir() and not begun:
             shutil.rmtree(folder)  # killed before there was anything to go on from
-        (train_full if full else train)(recipe, resume=begun)
+        if full:
+            train_full(recipe, resume=begun)
+        else:
+            train(recipe, resume=begun, force=force)
     if not trial:
         if full:
             evaluate_full(recipe)
@@ -57,13 +61,14 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--trial", action="store_true")
+    parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     from ..errors import SlimtuneError
 
     code = 0
     try:
-        run(args.recipe, full=args.full, trial=args.trial)
+        run(args.recipe, full=args.full, trial=args.trial, force=args.force)
     except KeyboardInterrupt:
         code = 130
     except SlimtuneError as e:

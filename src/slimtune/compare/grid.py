@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import yaml
 
 from ..build import held_out, rows_of, tokenizer_of
+from ..data.survey.words import refuse_faulty
 from ..errors import DataError, RecipeError, UsageError, listed
 from ..models.dtype import pick_device
 from ..recipe import Recipe
@@ -51,6 +51,8 @@ class Grid:
         lengths: tokens of every training row.
         out: the folder of it all.
         unfit: why methods that came by "all" are left out, by label.
+        force: train on data that a survey finds faulty.
+        digests: SHA-256 of the rows to train on, to validate and to test on.
     """
 
     tree: Mapping[str, Any]
@@ -62,6 +64,8 @@ class Grid:
     lengths: tuple[int, ...]
     out: Path
     unfit: Mapping[str, str] = field(default_factory=dict)
+    force: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def recipe(self, entry: Entry, seed: int, out: Path, **train: Any) -> Recipe:
         """Return the recipe of a cell or a trial.
@@ -125,16 +129,13 @@ class Grid:
     def identity(self) -> dict[str, Any]:
         """Return what must not change where a comparison goes on."""
         recipe = self.recipe(self.entries[0], self.seeds[0], self.out).model_dump(mode="json")
-        train = {k: v for k, v in recipe["train"].items() if k not in ("learning_rate", "seed")}
-        data = recipe["data"]
-        files = [data[n] for n in ("train", "validation", "test") if data[n]]
         return {
             "model": recipe["model"],
-            "data": data,
-            "train": train,
+            "data": recipe["data"],
+            "train": {k: v for k, v in recipe["train"].items() if k not in ("learning_rate", "seed")},
             "tokens": self.tokens,
             "trials": self.trials,
-            "rows (SHA-256)": {f: hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files},
+            "rows (SHA-256)": self.digests,
             "methods": {e.label: e.to_dict() for e in self.entries},
         }
 
@@ -193,6 +194,7 @@ def grid_of(
     tokens: int | None,
     trials: int,
     out: Path,
+    force: bool = False,
 ) -> Grid:
     """Read the rows, and return the cells with their steps.
 
@@ -203,6 +205,7 @@ def grid_of(
         tokens: trained tokens of a cell, on average; None: as long as the recipe says.
         trials: learning rates tried for each entry.
         out: the folder.
+        force: train on data that a survey finds faulty.
 
     Raises:
         RecipeError: the recipe or an entry's settings hold faults.
@@ -229,6 +232,8 @@ def grid_of(
     if len(held) < 2:
         raise UsageError(f"{own.data.test} leaves {len(held)} rows to compare methods on", "two rows or more")
     rows = rows_of(own, tokenizer)
+    for report in filter(None, [] if force else rows.surveys.values()):
+        refuse_faulty(report)
     if not rows.train:
         raise DataError(f"{own.data.train} leaves no row to train on", "at least one row")
     if trials and not rows.validation:
@@ -236,10 +241,12 @@ def grid_of(
             "there are no validation rows to search learning rates on", "data.validation", "or leave out --tune"
         )
     rows_a_step = own.train.batch_size * own.train.accumulate
-    lengths = tuple(len(e["input_ids"]) for e in rows.train)
+    lengths = tuple(rows.train.lengths.tolist())
+    digests = {"train": rows.train.digest(), "validation": rows.validation.digest(), "test": held.digest()}
+    made = dataclasses.replace(made, lengths=lengths, digests=digests, force=force)
     if tokens is None:
         steps = own.train.max_steps or math.ceil(own.train.epochs * math.ceil(len(lengths) / rows_a_step))
-        return dataclasses.replace(made, steps=steps, lengths=lengths)
+        return dataclasses.replace(made, steps=steps)
     a_step = sum(lengths) / len(lengths) * min(rows_a_step, len(lengths))
     if tokens < a_step:
         raise UsageError(
@@ -247,7 +254,7 @@ def grid_of(
             f"{math.ceil(a_step)} or more",
             "or a smaller --set train.batch_size",
         )
-    return dataclasses.replace(made, steps=math.floor(tokens / a_step), lengths=lengths)
+    return dataclasses.replace(made, steps=math.floor(tokens / a_step))
 
 
 def room(tree: Mapping[str, Any]) -> int:

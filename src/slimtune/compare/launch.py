@@ -34,7 +34,13 @@ class Ended(NamedTuple):
 
 
 def launch(
-    recipe_file: Path, log: Path, *, full: bool = False, trial: bool = False, stop: Callable[[], bool] | None = None
+    recipe_file: Path,
+    log: Path,
+    *,
+    full: bool = False,
+    trial: bool = False,
+    force: bool = False,
+    stop: Callable[[], bool] | None = None,
 ) -> Ended:
     """Run a cell in a process of its own and wait for it.
 
@@ -43,12 +49,13 @@ def launch(
         log: what the cell says is appended here.
         full: every weight trains.
         trial: no test rows.
+        force: train on data that a survey finds faulty.
         stop: asked now and then; True ends the cell at once.
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the cell was told, and given the time to write a checkpoint.
     """
-    flags = [f for f, on in (("--full", full), ("--trial", trial)) if on]
+    flags = [f for f, on in (("--full", full), ("--trial", trial), ("--force", force)) if on]
     began = time.perf_counter()
     with (
         log.open("a") as said,

@@ -144,7 +144,7 @@ def _run(grid: Grid, say: Say) -> list[dict[str, Any]]:
         say(f"{name}: {'going on' if folder.is_dir() else 'starting'}")
         file = folder.parent / f"{folder.name}.yaml"
         write_atomic(file, grid.text(grid.cell_recipe(entry, seed), entry))
-        ended = launch(file, folder.parent / f"{folder.name}.log", full=entry.is_full)
+        ended = launch(file, folder.parent / f"{folder.name}.log", full=entry.is_full, force=grid.force)
         if ended.fault:
             say(f"{name}: failed: {ended.fault}")
             failed.append({"method": entry.label, "seed": seed, "why": ended.fault})

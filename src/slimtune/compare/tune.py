@@ -111,7 +111,7 @@ def _try(grid: Grid, entry: Entry, trial: optuna.Trial, folder: Path) -> float |
                 return True
         return False
 
-    ended = launch(file, folder / f"{out.name}.log", full=entry.is_full, trial=True, stop=stop)
+    ended = launch(file, folder / f"{out.name}.log", full=entry.is_full, trial=True, force=grid.force, stop=stop)
     if ended.fault:
         raise RunError(f"the trial of {entry.label} at the rate {rate:.2e} failed: {ended.fault}")
     # Where it ran to its end between two looks, it is judged by the same rule.

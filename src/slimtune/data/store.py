@@ -7,6 +7,7 @@ The file has no name, so nothing is left of it however the process ends; it lies
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,13 @@ class Examples(Sequence[Example]):
     def lengths(self) -> np.ndarray:
         """Tokens of each example, int64 `[m]`."""
         return self._begins[self._chosen + 1] - self._begins[self._chosen]
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the examples' tokens, of which of them are learned, and of their order."""
+        said = hashlib.sha256(self.lengths.tobytes())
+        for row in self._chosen:
+            said.update(self._coded[self._begins[row] : self._begins[row + 1]].tobytes())
+        return said.hexdigest()
 
     def select(self, rows: np.ndarray) -> Examples:
         """Return these of the examples, by number, in the order given; nothing is copied."""
