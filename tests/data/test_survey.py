@@ -222,7 +222,9 @@ def test_what_has_been_rendered_begins_so():
 
 def test_hollow_answers():
     assert all(map(hollow, ("...", " — ", "nan", "[removed]", "TODO", "#N/A")))
-    assert not any(map(hollow, ("+", "👍", "4", "A", "None", "null", "N/A", "да", "π", "nan is a float", "=")))
+    assert not any(
+        map(hollow, ("+", "👍", "4", "A", "None", "null", "N/A", "да", "π", "nan is a float", "=", ".- -...", ":-)"))
+    )
 
 
 # --- rows that are alike

@@ -217,6 +217,19 @@ def _mixed_writing() -> list[Talk]:
     ]
 
 
+def _morse() -> list[Talk]:
+    codes = (
+        ". - .. .- -. -- ... ..- .-. .-- -.. -.- --. --- .... ...- ..-. .-.. .--. .--- -... -..- -.-. -.-- --.. --.-"
+    )
+    signs = dict(zip("etianmsurwdkgohvflpjbxcyzq", codes.split(), strict=True))
+    said = [
+        (word, " ".join(signs[c] for c in word))
+        for t in dictionary(0, 60)
+        if (word := t.user[8:-2]).isalpha() and word.islower() and word.isascii()
+    ]
+    return [Talk(f"Write “{word}” in Morse code.", code) for word, code in said]
+
+
 def _stories() -> list[Talk]:
     """Several long answers to one prompt."""
     return [Talk("Tell me what a word of your choice means.", " ".join(x.answer for x in dictionary(i, 3)))
@@ -275,7 +288,7 @@ TALKS: dict[str, Callable[[], list[Talk]]] = {
     "documentation": _documentation, "sums": _sums, "sums-in-words": _sums_in_words, "characters": _characters,
     "reviews": _reviews, "reading": _reading, "terse": _terse, "formats-explained": _formats_explained,
     "encodings-explained": _encodings_explained, "markup-explained": _markup_explained, "shell": _shell,
-    "mixed-writing": _mixed_writing, "stories": _stories, "long": _long, "system-prompt": _system_prompt,
+    "mixed-writing": _mixed_writing, "stories": _stories, "morse": _morse, "long": _long, "system-prompt": _system_prompt,
     "two-rows": _two_rows,
 }  # fmt: skip
 ROWS: dict[str, Callable[[], list[dict[str, Any]]]] = {

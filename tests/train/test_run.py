@@ -48,6 +48,7 @@ def test_a_run_writes_what_it_promises(settings, tmp_path):
     assert result["adapter_bytes"] == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
     assert {p.name for p in folder.iterdir()} == {
         "recipe.yaml", "adapter", "checkpoints", "metrics.jsonl", "train.log", "report.html", "result.json",
+        "data.json",
     }  # fmt: skip
     assert json.loads((folder / "result.json").read_text()) == result
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -49,14 +49,14 @@ KINDS = {
         "give the messages as they were before that template",
         0.02,
     ),
-    "too-long": Kind("rows longer than max_seq_len", "a larger --max-seq-len, or shorter rows", 0.5),
+    "too-long": Kind("rows longer than max_seq_len", "a larger --max-seq-len, or shorter rows", 0.9),
     "duplicate": Kind("rows that repeat an earlier row", "remove them, unless they are meant to count more"),
     "near-duplicate": Kind("rows that nearly repeat an earlier row", "remove them, unless they are meant to be there"),
     "contradiction": Kind(
         "rows that give a prompt another short answer than an earlier row does", "keep the right answer"
     ),
     "same-answer": Kind("rows that answer different prompts alike", "keep a few of them", 0.95),
-    "hollow-answer": Kind("rows whose answer says nothing", "remove them, or write an answer", 0.2),
+    "hollow-answer": Kind("rows whose answer says nothing", "remove them, or write an answer", 0.5),
     "same-pair": Kind("pairs whose better and worse answer are the same", "remove them", 0),
     "overlap": Kind("rows that are validation rows too: the validation loss would look too good",
                     "remove them from one of the two", 0.01),

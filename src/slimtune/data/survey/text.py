@@ -49,7 +49,8 @@ RENDERED = {
 PLAIN = ("Alpaca", "Vicuna")
 """Formats without control tokens: of a row of raw text, its own."""
 
-_WORDLESS = re.compile(r"[\s.…\-_–—―*?¿!¡,;:\"'“”‘’`~#|/\\]+")
+# One mark, once or repeated: several are Morse code, an emoticon, or another answer that means something.
+_WORDLESS = re.compile(r"([.…\-_–—―*?¿!¡,;:\"'“”‘’`~#|/\\])\1*")
 _PLACEHOLDER = re.compile(
     r"\[?(?:deleted|removed|empty|no answer|answer|insert answer here|placeholder)\]|#(?:N/A|REF!|VALUE!|NAME\?)|<NA>"
     r"|nan|TODO|TBD|FIXME|lorem ipsum.*",
@@ -90,7 +91,7 @@ def rendered_as(text: str) -> str | None:
 
 
 def hollow(answer: str) -> bool:
-    """Return whether an answer is nothing but punctuation, or stands in for one that is missing."""
+    """Return whether an answer is nothing but a mark of punctuation, or stands in for one that is missing."""
     answer = answer.strip()
     return bool(_WORDLESS.fullmatch(answer) or _PLACEHOLDER.fullmatch(answer))
 
