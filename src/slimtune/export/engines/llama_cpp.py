@@ -65,7 +65,7 @@ class LlamaCpp:
         import xllamacpp
 
         self.name = "llama.cpp, base and adapter" if adapter else "llama.cpp"
-        self.likely = likely
+        self.likely, self._began = likely, False
         params: Any = xllamacpp.CommonParams()
         params.model.path = str(model)
         params.n_ctx, params.n_parallel, params.n_gpu_layers = longest, 1, 0
@@ -129,7 +129,12 @@ class LlamaCpp:
         return said["tokens"][:-1] if said["stop_type"] == "eos" else said["tokens"]
 
     def close(self) -> None:
-        """Stop the server."""
+        """Stop the server.
+
+        Stopped before its loop began it would wait for itself for ever, so one that was asked nothing is asked first.
+        """
+        if not self._began:
+            self._next([0])
         self.server = None
         gc.collect()
 
@@ -138,6 +143,7 @@ class LlamaCpp:
 
         Of another text nothing must be taken from the cache: where windows slide, llama.cpp gives wrong numbers then.
         """
+        self._began = True
         asked = {"n_predict": 1, "prompt": list(ids), "temperature": 0.0, "samplers": ["temperature"]}
         return self._ask("/completion", **{**asked, "cache_prompt": follows, **settings})
 
