@@ -239,7 +239,7 @@ def test_faulty_rows_are_said_before_anything_is_made(grid, tree):
 
 
 def test_rows_that_would_spoil_every_run_are_refused(grid, tree, here):
-    write_rows(Path(tree["data"]["train"]), 24, answer="#?!")
+    write_rows(Path(tree["data"]["train"]), 24, answer="!")
     with pytest.raises(DataError, match="answer says nothing"):
         grid("lora")
     assert compare(grid("lora", seeds=1, force=True))["failed"] == []
