@@ -11,16 +11,13 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported, which reads it once
 
 import pytest
+from chatml import CHATML
 from hypothesis import settings
 
 # Machines are shared: a slow moment is no fault.
 settings.register_profile("slimtune", deadline=None)
 settings.load_profile("slimtune")
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHATML
+from chatml import CHATML
 from go_engine import rendered
 from owist_modelfile_lint import lint
 from real_templates import TOKENIZERS, make_tokenizer

@@ -58,11 +58,16 @@ def test_a_finished_optimizer_is_split_and_steps():
 def test_the_trainer_follows_the_rates(tmp_path):
     from transformers import TrainingArguments
 
+    from slimtune.train.relief import Relief
     from slimtune.train.trainer import SlimTrainer
 
     model = get_peft_model(llama(), LoraConfig(**TARGETS, lr_ratio=8))
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, report_to=[])
-    trainer = SlimTrainer(model, args, train=[], validation=[], collator=Collator(0), keep=1, say=print, callbacks=[])
+    collator = Collator(0)
+    relief = Relief(collator, torch.device("cpu"), print, print)
+    trainer = SlimTrainer(
+        model, args, train=[], validation=[], collator=collator, keep=1, say=print, callbacks=[], relief=relief
+    )
     rates = rate_of(trainer.create_optimizer().param_groups, model)
     assert [r for n, r in rates.items() if "_B" in n] == pytest.approx([8e-3] * 3)
 

@@ -196,7 +196,7 @@ def test_a_base_that_wants_remote_code(desk):
 def test_a_full_disk(desk, monkeypatch):
     from slimtune.train import checkpoints
 
-    def full(folder, state):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_optimizer", full)

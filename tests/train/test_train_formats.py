@@ -58,7 +58,7 @@ def test_a_table_with_columns_of_other_names(desk):
     assert recipe.data.map == {"instruction": "question", "output": "answer"}
     # The run's own recipe says it again: its rows set aside are found, and so is the file.
     assert desk.run("eval", str(desk.out), "--split", "validation").exit_code in (0, 2)
-    assert desk.run("eval", str(desk.out), "--data", data).exit_code == 0
+    assert desk.run("eval", str(desk.out), "--data", data).exit_code in (0, 1)  # measured; better or not
     refused(
         desk.train("--map", "output", data=data, out=str(desk.folder / "b")), 2, "--map got 'output'", "role=column"
     )

@@ -28,12 +28,14 @@ from ..ops.inputs import ROWS, inputs_of
 from ..ops.maps import kind_of, transposed
 from ..recipe import Recipe
 
+LEAST = 256
+"""Inputs from which on they are heeded: a few texts say little of what a map is given on others."""
 _DAMPING = 0.01
 _BLOCK = 64
 
 
 class Rounding:
-    """How the maps of a model are rounded; a map that got no input is rounded number by number.
+    """How the maps of a model are rounded; one that got fewer than `LEAST` inputs is rounded number by number.
 
     Args:
         inputs: X by module's name.
@@ -56,7 +58,7 @@ class Rounding:
         nearest = weight.to(dtype)
         if not torch.isfinite(nearest).all():
             return weight  # for whoever stores it to refuse by name
-        if leaf != "weight" or inputs is None or torch.equal(nearest, weight):
+        if leaf != "weight" or inputs is None or len(inputs) < LEAST or torch.equal(nearest, weight):
             return nearest
         turned = module in self._transposed
         found = compensated(weight.t() if turned else weight, inputs, dtype)
