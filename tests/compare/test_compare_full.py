@@ -51,8 +51,8 @@ def test_one_step_is_torchs_own(recipe):
     assert result["trainable_params"] == result["total_params"] == sum(p.numel() for p in own.values())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_goes_on_from_a_checkpoint_bit_for_bit(recipe, monkeypatch, dtype):
+def test_it_goes_on_from_a_checkpoint_bit_for_bit(recipe, monkeypatch):
+    dtype = "bfloat16"
     whole = train_full(recipe("whole", dtype))
     ends = SlimTrainer.step_ends
 

@@ -18,6 +18,7 @@ from train.tiny_run import write_rows
 
 from slimtune.compare import run as run_module
 from slimtune.compare.grid import SETTINGS
+from slimtune.compare.launch import Ended
 from slimtune.compare.picture import draw
 from slimtune.compare.run import compare
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
@@ -99,18 +100,16 @@ def test_killed_in_the_middle_it_ends_with_the_same_numbers(grid, here, monkeypa
     assert here == []
 
 
-def test_a_cell_that_fails_is_reported_and_the_others_stand(grid, here, monkeypatch):
+def test_a_cell_that_fails_is_reported_and_the_others_stand(grid, quick, monkeypatch):
     real = run_module.launch
 
-    def fails_once(recipe_file, log, **how):
+    def fails(recipe_file, log, **how):
         if recipe_file.stem == "lora-7":
-            return real(recipe_file, log, **how)._replace(fault="the disk is full")
+            return Ended("the disk is full", False, 0.0)
         return real(recipe_file, log, **how)
 
-    monkeypatch.setattr(run_module, "launch", fails_once)
+    monkeypatch.setattr(run_module, "launch", fails)
     whole = grid("lora", "ia3")
-    monkeypatch.setattr(type(whole), "done", lambda self, e, s: False if (e.label, s) == ("lora", 7) else
-                        (self.cell(e, s) / "scores-test.json").is_file())  # fmt: skip
     result = compare(whole)
     assert result["failed"] == [{"method": "lora", "seed": 7, "why": "the disk is full"}]
     lines = {line["method"]: line for line in result["methods"]}
@@ -119,9 +118,12 @@ def test_a_cell_that_fails_is_reported_and_the_others_stand(grid, here, monkeypa
     table = (whole.out / "table.md").read_text()
     assert "Failed: lora, seed 7 (the disk is full)." in table
     assert "lora has 1 of 2 seeds." in table
+    monkeypatch.setattr(run_module, "launch", real)
+    assert compare(grid("lora", "ia3"))["failed"] == []
+    assert quick == ["ia3-7", "lora-8", "ia3-8", "lora-7"]
 
 
-def test_another_comparison_in_the_folder_is_refused_with_what_differs(grid, here, tree):
+def test_another_comparison_in_the_folder_is_refused_with_what_differs(grid, quick, tree):
     compare(grid("lora", seeds=1))
     with pytest.raises(UsageError, match="tokens: 900 then, 600 now"):
         compare(grid("lora", seeds=1, tokens=600))
@@ -135,18 +137,18 @@ def test_another_comparison_in_the_folder_is_refused_with_what_differs(grid, her
         f.write(Path(tree["data"]["test"]).read_text())
     with pytest.raises(UsageError, match="SHA-256"):
         compare(grid("lora", seeds=1))
-    assert here == ["lora-7"]
+    assert quick == ["lora-7"]
 
 
-def test_methods_and_seeds_may_be_added(grid, here):
+def test_methods_and_seeds_may_be_added(grid, quick):
     compare(grid("lora", seeds=1))
     result = compare(grid("ia3", "lora", seeds=2))
-    assert here == ["lora-7", "ia3-7", "ia3-8", "lora-8"]
+    assert quick == ["lora-7", "ia3-7", "ia3-8", "lora-8"]
     assert {line["method"]: line["seeds"] for line in result["methods"]} == {"lora": [7, 8], "ia3": [7, 8]}
     assert set(json.loads((grid("lora").out / SETTINGS).read_text())["methods"]) == {"lora", "ia3"}
 
 
-def test_what_does_not_fit_is_left_out_and_said(grid, here, monkeypatch):
+def test_what_does_not_fit_is_left_out_and_said(grid, quick, monkeypatch):
     plan_of = run_module.plan_of
 
     def small(request, method, **how):
@@ -156,20 +158,20 @@ def test_what_does_not_fit_is_left_out_and_said(grid, here, monkeypatch):
     monkeypatch.setattr(run_module, "plan_of", small)
     result = compare(grid("lora", "ia3", seeds=1))
     assert result["left_out"] == [{"method": "ia3", "why": "too big"}]
-    assert here == ["lora-7"]
+    assert quick == ["lora-7"]
     assert "Left out: ia3 (too big)." in (grid("lora").out / "table.md").read_text()
     with pytest.raises(RunError, match="no method fits this machine: too big"):
         compare(grid("ia3", out="other"))
     assert not grid("ia3", out="other").out.exists()
 
 
-def test_what_does_not_go_with_the_base_is_left_out_of_all_and_refused_by_name(grid, here, monkeypatch):
+def test_what_does_not_go_with_the_base_is_left_out_of_all_and_refused_by_name(grid, quick, monkeypatch):
     made = grid("all", seeds=1)
     assert "token_indices" in made.unfit["trainable_tokens"]
     keep = {"lora", "bitfit"}  # Llama has no biases
     made = dataclasses.replace(made, entries=tuple(e for e in made.entries if e.label in keep))
     result = compare(made)
-    assert here == ["lora-7"]
+    assert quick == ["lora-7"]
     assert {x["method"] for x in result["left_out"]} == {"bitfit", "trainable_tokens"}
     with pytest.raises(UsageError, match="bias"):
         compare(grid("lora", "bitfit", out="named"))
@@ -177,12 +179,12 @@ def test_what_does_not_go_with_the_base_is_left_out_of_all_and_refused_by_name(g
         grid("trainable_tokens")
 
 
-def test_one_at_a_time(grid, here):
+def test_one_at_a_time(grid, quick):
     made = grid("lora", seeds=1)
     made.out.mkdir()
     with FileLock(made.out / ".lock"), pytest.raises(UsageError, match="another slimtune compare is at work"):
         compare(made)
-    assert here == []
+    assert quick == []
 
 
 def test_what_is_refused_before_anything_is_made(grid, tree, tmp_path):
@@ -223,7 +225,7 @@ def test_validation_is_left_out_where_it_could_choose_nothing(grid):
     assert longer.cell_recipe(longer.entries[0], 7).data.validation is not None
 
 
-def test_rows_that_differ_are_no_pair(grid, here):
+def test_rows_that_differ_are_no_pair(grid, quick):
     made = grid("lora", "ia3", seeds=1)
     compare(made)
     metrics = made.cell(made.entries[0], 7) / "metrics.jsonl"
@@ -238,8 +240,8 @@ def test_faulty_rows_are_said_before_anything_is_made(grid, tree):
         grid("lora")
 
 
-def test_rows_that_would_spoil_every_run_are_refused(grid, tree, here):
-    write_rows(Path(tree["data"]["train"]), 24, answer="#?!")
+def test_rows_that_would_spoil_every_run_are_refused(grid, tree, quick):
+    write_rows(Path(tree["data"]["train"]), 24, answer="!")
     with pytest.raises(DataError, match="answer says nothing"):
         grid("lora")
     assert compare(grid("lora", seeds=1, force=True))["failed"] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -20,8 +21,9 @@ COSTS = {"memory": "peak_bytes", "size": "file_bytes", "time": "time_seconds"}
 """What quality is held against, and the field that says it."""
 BEYOND = 0.05
 """A difference whose corrected p-value is below this is beyond noise."""
-ALIKE = 1.1
-"""Costs up to so many times the least are as good as it: peaks and times vary by themselves."""
+TENTH = 0.1
+"""What counts as the same: a cost so much above the least, as peaks and times vary by themselves; a gain surely no more
+below the best."""
 
 
 def lines_of(grid: Grid) -> list[dict[str, Any]]:
@@ -66,39 +68,46 @@ def pairs_of(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def advice(lines: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
     """Return one sentence: what to take, what does not differ from the best beyond noise, and what is worse.
 
-    Of the best and what does not differ from it, the one is taken that is cheapest in most of memory, size and time;
-    within a tenth of the cheapest is as cheap; of several, the one with the higher gain.
+    The best is taken, or what is as good and cheaper. As good is what surely gains at most a tenth less: not to be told
+    from the best is no proof of that where the interval is wide. Cheaper is what is cheapest in most of memory, size
+    and time, within a tenth of the cheapest being as cheap; of several, the one with the higher gain.
     """
     if not lines:
         return "No cell was finished, so there is nothing to advise."
-    best = lines[0]
-    if best["gain_ci95"][0] is None or best["gain_ci95"][0] <= 0:
+    best, others = lines[0], lines[1:]
+    if best["gain_ci95"][0] <= 0:
         return f"Take none of them: the gain of the best, {best['method']}, is not beyond noise ({_gain(best)})."
-    if len(lines) == 1:
+    if not others:
         return f"{best['method']} alone was measured: {_gain(best)}."
-    apart = {(p["a"], p["b"]) for p in pairs if p["beyond_noise"]}
-    level = [best, *(x for x in lines[1:] if (best["method"], x["method"]) not in apart)]
-    worse = [x for x in lines if x not in level]
+    behind = {p["b"]: p for p in pairs if p["a"] == best["method"]}
+    furthest = {x["method"]: behind[x["method"]]["ci95"][1] for x in others if x["method"] in behind}
+    alike = [x for x in others if furthest.get(x["method"], math.inf) <= TENTH * best["gain"]]
+    apart = [x for x in others if x not in alike and behind.get(x["method"], {}).get("beyond_noise")]
+    open_ = [x for x in others if x not in alike and x not in apart]
+    level = [best, *alike]
     cheapest = {cost: min(level, key=lambda x: x[name]) for cost, name in COSTS.items()}
 
     def cheap(x: Mapping[str, Any]) -> list[str]:
-        return [cost for cost, name in COSTS.items() if x[name] <= ALIKE * cheapest[cost][name]]
+        return [cost for cost, name in COSTS.items() if x[name] <= (1 + TENTH) * cheapest[cost][name]]
 
     taken = max(level, key=lambda x: (len(cheap(x)), x["gain"]))
     costs = f"{bytes_text(taken['peak_bytes'])}, a file of {bytes_text(taken['file_bytes'])}, {_time(taken)} a run"
     said = [f"Take {taken['method']} ({_gain(taken)}; {costs})"]
-    if len(level) > 1:
-        same = _and([x["method"] for x in level])
-        said.append(f"{same} do not differ beyond noise" if len(level) == 2 else
-                    f"{same}: none differs from {best['method']} beyond noise")  # fmt: skip
+    if alike:
+        said.append(f"{_names(level)} are as good as one another, within a tenth of the gain")
         said += [
             f"of these {x['method']} takes the least {cost}" for cost, x in cheapest.items() if cost not in cheap(taken)
         ]
-    if worse:
-        gaps = [best["gain"] - x["gain"] for x in worse]
+    if open_:
+        most = max((furthest[x["method"]] for x in open_ if x["method"] in furthest), default=None)
+        do, may = ("does", "it may gain") if len(open_) == 1 else ("do", "they may gain")
+        less = "" if most is None else f", but {may} up to {most:.3f} less: more seeds or test rows would tell"
+        said.append(f"{_names(open_)} {do} not differ from {best['method']} beyond noise{less}")
+    if apart:
+        gaps = [best["gain"] - x["gain"] for x in apart]
         by = " to ".join(dict.fromkeys(f"{gap:.3f}" for gap in (min(gaps), max(gaps))))
-        gain = "gains" if len(worse) == 1 else "gain"
-        said.append(f"{_and([x['method'] for x in worse])} {gain} {by} nats a token less than {best['method']}")
+        gain = "gains" if len(apart) == 1 else "gain"
+        said.append(f"{_names(apart)} {gain} {by} nats a token less than {best['method']}")
     if len(best["seeds"]) < 2:
         said.append("one seed: what another seed would give is not known")
     return "; ".join(said) + "."
@@ -183,5 +192,6 @@ def _time(line: Mapping[str, Any]) -> str:
     return seconds_text(line["time_seconds"])
 
 
-def _and(names: Sequence[str]) -> str:
+def _names(lines: Sequence[Mapping[str, Any]]) -> str:
+    names = [line["method"] for line in lines]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
