@@ -29,38 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from merge_memory import MORE, PER_FILE, SIZES
+from merge_memory import make_base
 
 OFF = 0.10
 ROWS = 2
 TOKENS = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def make(base: Path, layers: int, dtype: torch.dtype) -> None:
-    """Write the base file by file, and a tokenizer of bytes."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    from slimtune.export.shards import Shards
-
-    config = LlamaConfig(**SIZES, **MORE, num_hidden_layers=layers, dtype=str(dtype).removeprefix("torch."))
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(base)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*special, *alphabet])}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(t, special=True) for t in special])
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token=special[1], eos_token=special[2]).save_pretrained(base)
-    with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
-    shards, draws = Shards(base, outline, PER_FILE), torch.Generator().manual_seed(0)
-    for name, like in outline.items():
-        values = torch.ones(like.shape) if like.dim() == 1 else torch.randn(like.shape, generator=draws) * 0.02
-        shards.write(name, values.to(dtype))
-    shards.close()
 
 
 def work(base: str, dtype: str) -> None:
@@ -166,7 +140,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder, "base")
-        make(base, given.layers, DTYPES[given.stored])
+        make_base(base, given.layers, DTYPES[given.stored])
         files = [f.stat().st_size for f in base.glob("*.safetensors")]
         print(f"base: {sum(files) / 1e9:.2f} GB of {given.stored} in {len(files)} files, loaded as {given.dtype}")
         plan, start = planned(base, given.dtype), time.perf_counter()

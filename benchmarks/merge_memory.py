@@ -31,17 +31,14 @@ SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "n
 MORE = {"num_key_value_heads": 8, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def make(base: Path, path: Path, layers: int) -> None:
-    """Write the base, file by file, its tokenizer, and a run folder with an adapter of random weights."""
+def make_base(base: Path, layers: int, dtype: torch.dtype) -> torch.Generator:
+    """Write the base file by file, and a tokenizer of bytes; return what drew the weights."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    from slimtune import get_peft_model
     from slimtune.export.shards import Shards
-    from slimtune.recipe import Recipe
-    from slimtune.runs import RunFolder
 
-    config = LlamaConfig(**SIZES, **MORE, num_hidden_layers=layers, dtype="bfloat16")
+    config = LlamaConfig(**SIZES, **MORE, num_hidden_layers=layers, dtype=str(dtype).removeprefix("torch."))
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(base)
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -52,13 +49,24 @@ def make(base: Path, path: Path, layers: int) -> None:
     core.add_special_tokens([AddedToken(t, special=True) for t in special])
     PreTrainedTokenizerFast(tokenizer_object=core, bos_token=special[1], eos_token=special[2]).save_pretrained(base)
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).state_dict()
+        outline = AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
     shards, draws = Shards(base, outline, PER_FILE), torch.Generator().manual_seed(0)
     for name, like in outline.items():
-        size = 1.0 if like.dim() == 1 else 0.02
-        values = torch.ones(like.shape) if like.dim() == 1 else torch.randn(like.shape, generator=draws) * size
-        shards.write(name, values)
+        values = torch.ones(like.shape) if like.dim() == 1 else torch.randn(like.shape, generator=draws) * 0.02
+        shards.write(name, values.to(dtype))
     shards.close()
+    return draws
+
+
+def make(base: Path, path: Path, layers: int) -> None:
+    """Write the base, file by file, its tokenizer, and a run folder with an adapter of random weights."""
+    from transformers import AutoModelForCausalLM
+
+    from slimtune import get_peft_model
+    from slimtune.recipe import Recipe
+    from slimtune.runs import RunFolder
+
+    draws = make_base(base, layers, torch.bfloat16)
     rows = path.with_suffix(".jsonl")
     asked, said = {"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It. " * 40}
     rows.write_text(json.dumps({"messages": [asked, said]}) + "\n")

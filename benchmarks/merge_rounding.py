@@ -33,7 +33,7 @@ def main() -> None:
     adapted = proof.log_probabilities(model, rows)
     with model.disable_adapter():
         effect = (adapted - proof.log_probabilities(model, rows)).abs().mean().item()
-    ways = {"nearest": Rounding({}), "slimtune": rounding_for(model, loaded.recipe)}
+    ways = {"nearest": Rounding({}), "slimtune": rounding_for(model, loaded.recipe, loaded.base.tokenizer)}
     exact = {n: t.clone() for n, t in MergedState(model).items() if t.dim() == 2}
     plain = model.merge_and_unload()
     inputs = ways["slimtune"].inputs

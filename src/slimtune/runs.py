@@ -89,6 +89,14 @@ class RunFolder:
         """What `slimtune train --json` printed."""
         return self.path / "result.json"
 
+    def evaluation(self, name: str) -> Path:
+        """What `slimtune eval` found on rows of that name: "test", "validation", or "data-" and a file's."""
+        return self.path / f"eval-{name}.json"
+
+    def scores(self, name: str) -> Path:
+        """What each of those rows took."""
+        return self.path / f"scores-{name}.json"
+
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe) -> Self:
         """Make a new run folder and write the recipe into it.

@@ -17,6 +17,7 @@ from slimtune.compare.grid import Grid, grid_of
 from slimtune.compare.launch import Ended
 from slimtune.errors import SlimtuneError
 from slimtune.recipe import load_recipe
+from slimtune.runs import RunFolder
 
 PLANS: dict[str, Any] = {}
 
@@ -99,7 +100,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, here: list[str]) -> list[str]:
         (folder / "result.json").write_text(json.dumps(result))
         (folder / "eval-test.json").write_text(json.dumps(measured))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-        (folder / cell.ROWS).write_text(json.dumps(rows))
+        RunFolder(folder).scores("test").write_text(json.dumps(rows))
 
     monkeypatch.setattr(cell, "run", made_up)
     return here

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import slimtune.cli.jobs as jobs
+
 from ..errors import UsageError, listed, nearest
 from ..units import bytes_text
-from . import jobs
 from .common import Json, SetOption, console, table
 from .plan import between, job_text
 

@@ -11,9 +11,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+import slimtune.cli.jobs as jobs
+
 from ..errors import SlimtuneError, UsageError
 from ..units import bytes_text, count_text, seconds_text
-from . import jobs
 from .common import Json, SetOption, console, table
 
 if TYPE_CHECKING:

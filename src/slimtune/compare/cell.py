@@ -15,9 +15,6 @@ import threading
 import traceback
 from pathlib import Path
 
-ROWS = "scores-test.json"
-"""What is written last: a folder that holds it is done."""
-
 
 def run(recipe_file: Path, *, full: bool = False, trial: bool = False, force: bool = False) -> None:
     """Train what a recipe says and measure it on the test rows; what is done already is not done again.

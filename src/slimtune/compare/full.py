@@ -6,7 +6,6 @@ in fp32 (`ops/master_adamw.py`). What is kept is a plain Hugging Face folder, `m
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import time
@@ -27,9 +26,9 @@ from ..recipe import Recipe
 from ..runs import RunFolder, json_text, write_atomic
 from ..step import score
 from ..train import checkpoints
-from ..train.callbacks import Watch, rate, stop_on_interrupt
+from ..train.callbacks import Watch, stop_on_interrupt
 from ..train.probe import peak_bytes
-from ..train.run import Interrupted, trainer_of
+from ..train.run import Interrupted, figures, take_best, trainer_of
 from ..train.trainer import SlimTrainer
 
 WEIGHTS = "model.safetensors"
@@ -183,8 +182,8 @@ def evaluate_full(recipe: Recipe) -> dict[str, Any]:
         {"line": e["line"], "tokens": n, "base": b, "tuned": u}
         for e, (b, n), (u, _) in zip(examples, base, tuned, strict=True)
     ]
-    write_atomic(run.path / "eval-test.json", json_text(result, indent=2) + "\n")
-    write_atomic(run.path / "scores-test.json", json_text(each) + "\n")
+    write_atomic(run.evaluation("test"), json_text(result, indent=2) + "\n")
+    write_atomic(run.scores("test"), json_text(each) + "\n")
     return result
 
 
@@ -192,41 +191,14 @@ def _result(
     recipe: Recipe, run: RunFolder, base: Base, trainer: SlimTrainer, rows: int, most: int, prepared: float
 ) -> dict[str, Any]:
     """Take the best weights, write the model, and return the result."""
+    take_best(run, trainer, trainer.load_weights)
     model: Any = trainer.model
-    best = trainer.best_step()
-    if best is not None and best != trainer.state.global_step:
-        folder = run.checkpoints / f"checkpoint-{best}"
-        if fault := checkpoints.fault_in(folder):
-            raise RunError(f"the best checkpoint, {folder}, cannot be taken: {fault}", "a whole checkpoint")
-        trainer.load_weights(folder)
-    size = _save(model, base, run.path / "model")
-    validation = [h["eval_loss"] for h in trainer.state.log_history if "eval_loss" in h]
-    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    last = losses[-max(1, len(losses) // 10) :]
     every = sum(p.numel() for p in model.parameters())
-    t = recipe.train
     return {
-        "run": str(run.path),
-        "steps": trainer.state.global_step,
-        "best_step": best or trainer.state.global_step,
-        "epochs": round(trainer.state.global_step / math.ceil(rows / (t.batch_size * t.accumulate)), 3),
-        "rows": rows,
-        "trained_tokens": trainer.trained_tokens,
-        "supervised_tokens": trainer.supervised_tokens,
-        "tokens_per_second": round(rate(trainer), 2),
-        "train_seconds": round(trainer.train_seconds, 3),
-        "train_cpu_seconds": round(trainer.train_cpu_seconds, 3),
-        "load_seconds": round(base.load_seconds, 3),
-        "start_seconds": round(prepared, 3),
-        "train_loss": sum(last) / len(last) if last else None,
-        "validation_loss": min(validation) if validation else None,
-        "adapter_bytes": size,
+        **figures(recipe, run, base, trainer, rows, prepared, most),
+        "adapter_bytes": _save(model, base, run.path / "model"),
         "trainable_params": every,
         "total_params": every,
-        "peak_bytes": most,
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "quant": None,
-        "device": str(base.device),
     }
 
 

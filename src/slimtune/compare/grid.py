@@ -27,9 +27,8 @@ from ..data.survey.words import refuse_faulty
 from ..errors import DataError, RecipeError, UsageError, listed
 from ..models.dtype import pick_device
 from ..recipe import Recipe
-from ..runs import json_text, write_atomic
+from ..runs import RunFolder, json_text, write_atomic
 from ..step import GOOD_ON_CPU, GOOD_ON_GPU
-from .cell import ROWS
 from .entries import Entry
 
 SETTINGS = "settings.json"
@@ -124,7 +123,7 @@ class Grid:
 
     def done(self, entry: Entry, seed: int) -> bool:
         """Return whether a cell was trained and measured."""
-        return (self.cell(entry, seed) / ROWS).is_file()
+        return RunFolder(self.cell(entry, seed)).scores("test").is_file()  # what is written last
 
     def identity(self) -> dict[str, Any]:
         """Return what must not change where a comparison goes on."""

@@ -10,8 +10,8 @@ from itertools import combinations
 from typing import Any
 
 from ..errors import RunError
+from ..runs import RunFolder
 from ..units import bytes_text, seconds_text
-from .cell import ROWS
 from .entries import Entry
 from .grid import Grid
 from .statistics import Estimate, estimate, front, holm
@@ -116,10 +116,10 @@ def advice(lines: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]
 def _line(grid: Grid, entry: Entry, seeds: Sequence[int]) -> dict[str, Any]:
     results, measured, rows = [], [], []
     for seed in seeds:
-        folder = grid.cell(entry, seed)
-        results.append(json.loads((folder / "result.json").read_text()))
-        measured.append(json.loads((folder / "eval-test.json").read_text()))
-        rows.append(json.loads((folder / ROWS).read_text()))
+        run = RunFolder(grid.cell(entry, seed))
+        results.append(json.loads(run.result_file.read_text()))
+        measured.append(json.loads(run.evaluation("test").read_text()))
+        rows.append(json.loads(run.scores("test").read_text()))
     tokens = [r["tokens"] for r in rows[0]]
     gains = [m["gain"] for m in measured]
     gain: Estimate = estimate([[r["base"] - r["tuned"] for r in each] for each in rows], tokens)

@@ -20,7 +20,7 @@ from ..plan.cards import this_machine
 from ..plan.plan import plan_of
 from ..plan.request import request_of
 from ..plan.verdict import Verdict
-from ..runs import json_text, write_atomic
+from ..runs import RunFolder, json_text, write_atomic
 from ..units import bytes_text, seconds_text
 from .entries import Entry
 from .grid import Grid
@@ -149,7 +149,8 @@ def _run(grid: Grid, say: Say) -> list[dict[str, Any]]:
             say(f"{name}: failed: {ended.fault}")
             failed.append({"method": entry.label, "seed": seed, "why": ended.fault})
             continue
-        result, measured = (json.loads((folder / f"{n}.json").read_text()) for n in ("result", "eval-test"))
+        done = RunFolder(folder)
+        result, measured = (json.loads(f.read_text()) for f in (done.result_file, done.evaluation("test")))
         say(
             f"{name}: gain {measured['gain']:.4f} ({result['trained_tokens']} tokens, "
             f"{bytes_text(result['peak_bytes'])}, {seconds_text(ended.seconds)})"

@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..build import adapter_folder, collator_of, load_run
-from ..build import rows_file as opened
+from ..build import adapter_folder, collator_of, load_run, rows_file
 from ..data.collate import Example
 from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, listed
 from ..report import write_report
@@ -26,7 +25,7 @@ from .checks import checks_of
 from .forgetting import BUDGET, WINDOW, examples_of, forgetting_of, read_pieces
 from .generate import Speaker
 from .prompts import mismatched, prompt_use
-from .rows import held_out_rows, recipe_for, rows_file
+from .rows import held_out_rows, measured_on, recipe_for
 from .statistics import Estimate, paired, perplexity
 from .tasks import require_tasks, tasks_of
 from .verdict import against, verdict_of
@@ -83,10 +82,10 @@ def evaluate(
     checking = checks_of(checks)
     manager = require_tasks(tasks, tasks_path) if tasks else None
     folder = None if adapter_folder(run) == run else RunFolder.open(run)
-    path = rows_file(folder, run, split, data)
+    path = measured_on(folder, run, split, data)
     if path is not None:
         # A fault of the file is said before the model is loaded.
-        deque(opened(folder.recipe() if folder else None, path).rows(), maxlen=0)
+        deque(rows_file(folder.recipe() if folder else None, path).rows(), maxlen=0)
     pieces = [] if general is None else read_pieces(general)
     loaded = load_run(run)
     recipe, tokenizer = recipe_for(loaded, run, path), loaded.base.tokenizer
@@ -94,7 +93,7 @@ def evaluate(
     asked, speaker = [], None
     if generate:
         speaker = Speaker(loaded)
-        asked = asked_of(opened(recipe, path or recipe.data.train).rows(), examples, generate)
+        asked = asked_of(rows_file(recipe, path or recipe.data.train).rows(), examples, generate)
         for one in asked:
             speaker.prompt(one.prompt, max_new_tokens)  # one without room is said before anything is scored
     context = getattr(loaded.base.model.config.get_text_config(), "max_position_embeddings", None) or 4 * WINDOW
@@ -152,8 +151,8 @@ def evaluate(
         result["seconds"] = round(time.perf_counter() - began, 3)
         if folder is not None:
             name = split if data is None else f"data-{data.stem}"
-            write_atomic(folder.path / f"eval-{name}.json", json_text(result, indent=2) + "\n")
-            write_atomic(folder.path / f"scores-{name}.json", json_text(each) + "\n")
+            write_atomic(folder.evaluation(name), json_text(result, indent=2) + "\n")
+            write_atomic(folder.scores(name), json_text(each) + "\n")
             write_report(folder)
 
     keep()  # what is measured by now stays, should answers or tasks fail

@@ -13,7 +13,7 @@ from ..runs import RunFolder
 SPLITS = ("test", "validation")
 
 
-def rows_file(folder: RunFolder | None, run: Path, split: str, data: Path | None) -> Path | None:
+def measured_on(folder: RunFolder | None, run: Path, split: str, data: Path | None) -> Path | None:
     """Return the file to measure on; None: the rows that training set aside from its own file.
 
     Raises:

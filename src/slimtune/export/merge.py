@@ -89,7 +89,7 @@ def _write(loaded: Loaded, run: Path, out: Path, store: torch.dtype) -> dict[str
     adapted = proof.log_probabilities(model, rows)
     with model.disable_adapter():
         base = proof.log_probabilities(model, rows)
-    rounding = rounding_for(model, loaded.recipe) if small and store.itemsize == 2 else None
+    rounding = rounding_for(model, loaded.recipe, tokenizer) if small and store.itemsize == 2 else None
     if packed:
         forget(model)
     with _refusals(run):

@@ -6,7 +6,7 @@ Each number rounded to its nearest leaves an error in every product, and errors 
 most of what a layer is given. So columns are rounded one after another, and what a column's rounding does to the
 products is made up for in the columns still to come:
 
-    H = XᵀX + λ I,   H⁻¹ = UᵀU, U upper triangular:   W[:, j+1:] -= (W[:, j] - Q[:, j]) / U[j, j] · U[j, j+1:]
+    H = (1/n) XᵀX + λ I,   H⁻¹ = UᵀU, U upper triangular:   W[:, j+1:] -= (W[:, j] - Q[:, j]) / U[j, j] · U[j, j+1:]
 
 λ keeps directions that no row showed as they are. The rows are those the run learned from, never those of the proof.
 """
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..build import rows_file, tokenizer_of
+from ..build import rows_file
 from ..data.read import Refusal
 from ..data.rows import encoded
 from ..errors import SlimtuneError
-from ..ops.inputs import ROWS, inputs_of
+from ..ops.inputs import ROWS, inputs_of, second_moment
 from ..ops.maps import kind_of, transposed
 from ..recipe import Recipe
 
@@ -67,11 +67,8 @@ class Rounding:
 
 def compensated(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
     """Round a map's weight `(out, in)` to `dtype`, with the least change of its products with `inputs` `(n, in)`."""
-    x = inputs.double()
-    gram = x.t() @ x
-    power = gram.diagonal()
-    gram += torch.eye(len(gram), dtype=gram.dtype) * (_DAMPING * power.mean() + 1e-12)
-    order = power.argsort(descending=True)  # what weighs most while most columns are left to make up for it
+    gram = second_moment(inputs, _DAMPING)
+    order = gram.diagonal().argsort(descending=True)  # what weighs most while most columns are left to make up for it
     factor = torch.linalg.cholesky(
         torch.cholesky_inverse(torch.linalg.cholesky(gram[order][:, order])), upper=True
     ).float()
@@ -88,17 +85,18 @@ def compensated(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
     return rounded
 
 
-def rounding_for(model: Any, recipe: Recipe | None) -> Rounding:
+def rounding_for(model: Any, recipe: Recipe | None, tokenizer: Any) -> Rounding:
     """Run rows that a run learned from, and return how its maps are rounded.
 
-    Without a recipe, or where its rows or tokenizer are not there any more, numbers are rounded one by one.
+    Without a recipe, or where its rows are not there any more, numbers are rounded one by one.
 
     Args:
         model: the adapted model, not merged, in the dtype that inputs are wanted in.
         recipe: the run's.
+        tokenizer: of its base.
     """
     try:
-        rows = _rows(recipe) if recipe is not None else []
+        rows = _rows(recipe, tokenizer) if recipe is not None else []
     except SlimtuneError:
         rows = []
     head = model.get_output_embeddings()  # often one tensor with the embeddings, which are rounded number by number
@@ -107,10 +105,10 @@ def rounding_for(model: Any, recipe: Recipe | None) -> Rounding:
     return Rounding(inputs, [n for n in inputs if transposed(maps[n])])
 
 
-def _rows(recipe: Recipe) -> list[list[int]]:
+def _rows(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     """Return the token ids of the first training rows, as long as training took them."""
     some = list(itertools.islice(rows_file(recipe, recipe.data.train).rows(), ROWS))
-    found = (one for one in encoded(some, tokenizer_of(recipe)) if not isinstance(one, Refusal))
+    found = (one for one in encoded(some, tokenizer) if not isinstance(one, Refusal))
     return [one.input_ids[: recipe.data.max_seq_len] for _, one in found]
 
 

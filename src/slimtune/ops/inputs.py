@@ -62,3 +62,14 @@ def inputs_of(model: Any, maps: Mapping[str, nn.Module], rows: Sequence[Sequence
         if sum(map(len, samples)):
             found[name] = joined[same] if same in joined else joined.setdefault(same, torch.cat(samples))
     return found
+
+
+def second_moment(inputs: Tensor, damping: float) -> Tensor:
+    """Return (1/n) XᵀX + λ I of inputs X `(n, in)`, fp64; λ is `damping` times the mean of the diagonal.
+
+    λ makes it definite, and stands for what a sample does not show.
+    """
+    x = inputs.double()
+    found = x.t() @ x / len(x)
+    found.diagonal().add_(damping * found.diagonal().mean() + 1e-12)
+    return found

@@ -83,7 +83,7 @@ def record_of(run: RunFolder) -> Record:
         _read(run.result_file, faults),
         _inner(planned, "plan"),
         _inner(planned, "probe"),
-        _read(run.path / "data.json", faults),
+        _read(run.data_file, faults),
         metrics,
         evaluations,
         faults,

@@ -396,6 +396,62 @@ def _resume_from(run: RunFolder, start: Path | None, watch: Watch) -> None:
     write_atomic(run.metrics_file, "".join(json_text(m) + "\n" for m in kept))
 
 
+def take_best(run: RunFolder, trainer: SlimTrainer, load: Callable[[Path], None]) -> bool:
+    """Load the checkpoint with the lowest validation loss; return False where the last step is it, or there is none.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    best = trainer.best_step()
+    if best is None or best == trainer.state.global_step:
+        return False
+    folder = run.checkpoints / f"checkpoint-{best}"
+    if fault := checkpoints.fault_in(folder):
+        raise RunError(f"the best checkpoint, {folder}, cannot be taken: {fault}", "a whole checkpoint")
+    load(folder)
+    return True
+
+
+def figures(
+    recipe: Recipe, run: RunFolder, base: Base, trainer: SlimTrainer, rows: int, prepared: float, most: int
+) -> dict[str, Any]:
+    """Return what `result.json` says of the course of a run, whatever trained.
+
+    Args:
+        recipe: what was done.
+        run: its folder.
+        base: what it stands on.
+        trainer: after its last step.
+        rows: training rows.
+        prepared: seconds before the first step.
+        most: bytes of memory, at most.
+    """
+    t, steps, history = recipe.train, trainer.state.global_step, trainer.state.log_history
+    losses = [h["loss"] for h in history if "loss" in h]
+    validation = [h["eval_loss"] for h in history if "eval_loss" in h]
+    last = losses[-max(1, len(losses) // 10) :]
+    return {
+        "run": str(run.path),
+        "steps": steps,
+        "best_step": trainer.best_step() or steps,
+        "epochs": round(steps / math.ceil(rows / (t.batch_size * t.accumulate)), 3),
+        "rows": rows,
+        "trained_tokens": trainer.trained_tokens,
+        "supervised_tokens": trainer.supervised_tokens,
+        "tokens_per_second": round(rate(trainer), 2),
+        "train_seconds": round(trainer.train_seconds, 3),
+        "train_cpu_seconds": round(trainer.train_cpu_seconds, 3),
+        "load_seconds": round(base.load_seconds, 3),
+        "start_seconds": round(prepared, 3),
+        "train_loss": sum(last) / len(last) if last else None,
+        "validation_loss": min(validation) if validation else None,
+        "peak_bytes": most,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quant": base.quant,
+        "device": str(base.device),
+    }
+
+
 def _finish(
     recipe: Recipe,
     run: RunFolder,
@@ -408,51 +464,22 @@ def _finish(
     most: int,
 ) -> dict[str, Any]:
     """Take the best adapter, write it with the run's record, and return the result."""
-    best = trainer.best_step()
-    if best is not None and best != trainer.state.global_step:
-        folder = run.checkpoints / f"checkpoint-{best}"
-        if fault := checkpoints.fault_in(folder):
-            raise RunError(f"the best checkpoint, {folder}, cannot be taken: {fault}", "a whole checkpoint")
-        trainer.load_adapter_of(folder)
+    if take_best(run, trainer, trainer.load_adapter_of):
+        best = trainer.best_step()
         watch.say(f"taking the adapter of step {best}, the one with the lowest validation loss")
     model: Any = trainer.model
     adapter_files.save(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
-    history = trainer.state.log_history
-    losses = [h["loss"] for h in history if "loss" in h]
-    validation = [h["eval_loss"] for h in history if "eval_loss" in h]
     trained, every = model.get_nb_trainable_parameters()
-    last = losses[-max(1, len(losses) // 10) :]
     result = {
-        "run": str(run.path),
+        **figures(recipe, run, base, trainer, len(rows.train), prepared, most),
         "adapter": str(run.adapter),
-        "steps": trainer.state.global_step,
-        "best_step": best or trainer.state.global_step,
-        "epochs": round(
-            trainer.state.global_step
-            / math.ceil(len(rows.train) / (recipe.train.batch_size * recipe.train.accumulate)),
-            3,
-        ),
         "stopped_early": pace.stopped_early,
-        "rows": len(rows.train),
-        "trained_tokens": trainer.trained_tokens,
-        "supervised_tokens": trainer.supervised_tokens,
-        "tokens_per_second": round(rate(trainer), 2),
-        "train_seconds": round(trainer.train_seconds, 3),
-        "train_cpu_seconds": round(trainer.train_cpu_seconds, 3),
-        "load_seconds": round(base.load_seconds, 3),
         "prepare_seconds": round(base.prepare_seconds, 3),
-        "start_seconds": round(prepared, 3),
-        "train_loss": sum(last) / len(last) if last else None,
-        "validation_loss": min(validation) if validation else None,
         "adapter_bytes": (run.adapter / ADAPTER_FILE).stat().st_size,
         "trainable_params": trained,
         "total_params": every,
-        "peak_bytes": most,
         "out_of_memory": sum(m.get("event") == EVENT for m in run.metrics()),
-        "dtype": str(base.dtype).removeprefix("torch."),
-        "quant": base.quant,
-        "device": str(base.device),
         "finished": datetime.now(UTC).isoformat(" ", "seconds"),
         "adapted": str(model.match_report()),
         "rows_read": {

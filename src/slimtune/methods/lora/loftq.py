@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import UsageError, listed
+from ...ops.inputs import second_moment
 from ...ops.maps import is_quantized, weight_of
 
 _DAMPING = 0.1
@@ -80,10 +81,7 @@ def _largest(lost: Tensor, rank: int, inputs: Tensor | None) -> tuple[Tensor, Te
         U, S, Vh = torch.linalg.svd(lost, full_matrices=False)
         root = S[:rank].sqrt()
         return U[:, :rank] * root, root[:, None] * Vh[:rank]
-    x = inputs.to(lost.device, torch.float64)
-    second = x.t() @ x / len(x)
-    second.diagonal().add_(_DAMPING * second.diagonal().mean() + 1e-12)
-    L = torch.linalg.cholesky(second)
+    L = torch.linalg.cholesky(second_moment(inputs.to(lost.device), _DAMPING))
     U, S, Vh = torch.linalg.svd(lost.double() @ L, full_matrices=False)
     down = torch.linalg.solve_triangular(L, Vh[:rank], upper=False, left=False)
     length = down.norm(dim=1)
