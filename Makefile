@@ -66,7 +66,7 @@ faults: .venv/.test
 	@touch $@
 
 tasks: .venv-tasks/.done
-	.venv-tasks/bin/python -m pytest tests/evaluate/test_eval_tasks.py $(ARGS)
+	.venv-tasks/bin/python -m pytest tests/evaluation/test_eval_tasks.py $(ARGS)
 
 # The peers, without slimtune, in the releases that the tests run with.
 .venv-peers/.done: .venv/.test

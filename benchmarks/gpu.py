@@ -82,7 +82,7 @@ def main() -> None:
     base, free = args.model or args.size, found.get("free_bytes")
     if free is not None and free < 1.3 * _weights(base):
         need = f"{1.3 * _weights(base) / GIB:.0f} GiB"
-        print(f"got: {free / GIB:.0f} GiB free; wanted: {need} for {base}; fix: --size 1b or 135m", file=sys.stderr)
+        print(f"got: {free / GIB:.0f} GiB free; expected: {need} for {base}; fix: --size 1b or 135m", file=sys.stderr)
         sys.exit(2)
     groups, together = _groups(args.ways, base, found)
     turns: dict[str, dict[str, list[Result]]] = {kind: {} for kind in _kinds()}
@@ -125,7 +125,7 @@ def _arguments() -> argparse.Namespace:
 def _no_device(device: str) -> str:
     """Return why nothing can be run on a device, "" where it can."""
     if importlib.util.find_spec("torch") is None:
-        return f"got: no torch in {sys.executable}; wanted: a CUDA build of torch; fix: PYTHON=… make gpu-bench"
+        return f"got: no torch in {sys.executable}; expected: a CUDA build of torch; fix: PYTHON=… make gpu-bench"
     import torch
 
     if device == "cpu" or (device.startswith("cuda") and torch.cuda.is_available()):

@@ -17,10 +17,10 @@ import json
 from methods import NEEDED
 
 from slimtune import get_peft_model
-from slimtune.contract.registry import built_in, config_class
-from slimtune.models.load import load_base
-from slimtune.recipe.method import resolved
-from slimtune.step import bytes_kept, collator_for
+from slimtune.adapters.registry import built_in_methods, config_class
+from slimtune.config.method import resolved
+from slimtune.models.loader import load_base
+from slimtune.train_step.loss import make_collator, measure_activation_bytes
 
 SHORT, LONG = 128, 256
 VARIANTS = {"lora, DoRA": ("lora", {"use_dora": True}), "lora, dropout": ("lora", {"lora_dropout": 0.1})}
@@ -31,8 +31,8 @@ def counted(base, name: str) -> dict[str, float]:
     method, more = VARIANTS.get(name, (name, NEEDED.get(name, {})))
     cls = config_class(method)
     model = get_peft_model(base, cls(**resolved(more, cls)))
-    collator = collator_for(model, 0)
-    short, long = (bytes_kept(model, collator, n) for n in (SHORT, LONG))
+    collator = make_collator(model, 0)
+    short, long = (measure_activation_bytes(model, collator, n) for n in (SHORT, LONG))
     model.unload()
     each = (long - short) / (LONG - SHORT)
     return {"per_token": each, "each_pass": max(0.0, short - SHORT * each)}
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     base = load_base(args.model, dtype="bfloat16").model
-    names = args.methods or sorted({*built_in(), *VARIANTS} - {"lora"})
+    names = args.methods or sorted({*built_in_methods(), *VARIANTS} - {"lora"})
     found = {n: counted(base, n) for n in ["lora", *names]}
     for row in found.values():
         row["to_lora"] = round(row["per_token"] / found["lora"]["per_token"], 3)

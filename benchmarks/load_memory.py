@@ -40,11 +40,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def work(base: str, dtype: str) -> None:
     """Load, attach, and do one step; say each phase's end on stdout, and wait to be read."""
     from slimtune import LoraConfig, get_peft_model
-    from slimtune.build import optimizer_of
-    from slimtune.contract.layout import laid_out
-    from slimtune.models.load import load_base
-    from slimtune.ops.memory import keep_pages
-    from slimtune.step import accumulated, collator_for, on_device
+    from slimtune.attention.packed_layout import packed_attention
+    from slimtune.models.loader import load_base
+    from slimtune.setup import build_optimizer
+    from slimtune.train_step.loss import forward_backward, make_collator, move_to_device
+    from slimtune.utils.memory import disable_malloc_trim
 
     def said(phase: str) -> None:
         print(phase, flush=True)
@@ -52,17 +52,17 @@ def work(base: str, dtype: str) -> None:
 
     said("imports")
     loaded = load_base(base, dtype=dtype, device="cpu")
-    keep_pages()
+    disable_malloc_trim()
     said("loading")
     torch.manual_seed(0)
     model = get_peft_model(loaded.model, LoraConfig(**method()))
     model.train()
     said("attaching")
     rows = [[(7 * i * i + 11 * r) % 259 for i in range(TOKENS)] for r in range(ROWS)]
-    packs = collator_for(model, 0, share=False).packs([{"input_ids": r, "labels": r} for r in rows])
-    optimizer = optimizer_of(model)
-    with laid_out(model):
-        accumulated(model, [on_device(p, torch.device("cpu")) for p in packs], lambda loss: loss.backward())
+    packs = make_collator(model, 0, share=False).packs([{"input_ids": r, "labels": r} for r in rows])
+    optimizer = build_optimizer(model)
+    with packed_attention(model):
+        forward_backward(model, [move_to_device(p, torch.device("cpu")) for p in packs], lambda loss: loss.backward())
     optimizer.step()
     optimizer.zero_grad()
     said("step")
@@ -118,11 +118,13 @@ def planned(base: Path, dtype: str) -> dict[str, int]:
     from transformers import AutoConfig
 
     from slimtune.methods import config_class
-    from slimtune.plan.job import Job
-    from slimtune.plan.trace import trace
+    from slimtune.planning.memory_trace import trace_memory
+    from slimtune.planning.training_job import TrainingJob
 
     config = config_class("lora")(**method())
-    traced = trace(Job(AutoConfig.from_pretrained(base), config, DTYPES[dtype], (TOKENS,) * ROWS, device="cpu"))
+    traced = trace_memory(
+        TrainingJob(AutoConfig.from_pretrained(base), config, DTYPES[dtype], (TOKENS,) * ROWS, device="cpu")
+    )
     start = traced.state["weights"] + traced.state.get("adapters", 0)
     return {"loading": traced.state["weights"], "attaching": start, "step": traced.peak}
 

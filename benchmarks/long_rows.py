@@ -27,15 +27,15 @@ import transformers as tf
 from plan_ways.referee import measured
 
 from slimtune import LoraConfig
-from slimtune.models.known import outline_of
-from slimtune.ops.device import acting_as
-from slimtune.plan.cards import find_card
-from slimtune.plan.fake import faking, held_by, make_fake
-from slimtune.plan.job import Job
-from slimtune.plan.plan import plan_of
-from slimtune.plan.request import Request
-from slimtune.plan.storage import Storages
-from slimtune.plan.trace import trace
+from slimtune.models.registry import get_model_info
+from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
+from slimtune.planning.gpus import find_gpu
+from slimtune.planning.memory_trace import trace_memory
+from slimtune.planning.planner import make_plan
+from slimtune.planning.request import PlanRequest
+from slimtune.planning.storage import Storages
+from slimtune.planning.training_job import TrainingJob
+from slimtune.utils.simulated_device import simulate_device
 
 MOST, LONGEST, OFF = 19e9, 160_000, 0.5
 TILE = 4096
@@ -46,7 +46,9 @@ ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 def eight() -> bool:
     """Four rows of 2048 tokens in one pass."""
     rows = (2048,) * 4
-    job = Job(outline_of("llama-3.1-8b").config, LoraConfig(r=16, **ALL), torch.bfloat16, rows, device="cuda")
+    job = TrainingJob(
+        get_model_info("llama-3.1-8b").config, LoraConfig(r=16, **ALL), torch.bfloat16, rows, device="cuda"
+    )
     ways = {
         "checkpointed": {},
         "and tiles of 1024": {"tile": 1024},
@@ -55,26 +57,26 @@ def eight() -> bool:
     print("LoRA r = 16 on all linear maps of Llama 3.1 8B, bf16, 4 x 2048 tokens in one pass")
     print(f"  PEFT, checkpointed                        {peers(job) / 1e9:6.2f} GB")
     for name, how in ways.items():
-        found = trace(replace(job, checkpointing=True, **how))
+        found = trace_memory(replace(job, checkpointing=True, **how))
         beside = f", {found.host / 1e9:.2f} GB of the machine's" if found.host else ""
         print(f"  slimtune, {name:32}{found.step / 1e9:6.2f} GB{beside}", flush=True)
     return found.step <= MOST
 
 
-def peers(job: Job) -> int:
+def peers(job: TrainingJob) -> int:
     """Return the most bytes that PEFT's step holds: transformers' own loss, fp32 adapters, a fused AdamW."""
     config = peft.LoraConfig(r=16, lora_alpha=16, **ALL)
     with torch.device("meta"):
         model: Any = tf.AutoModelForCausalLM.from_config(job.base, dtype=job.dtype)
         model = peft.get_peft_model(model, config)
-    with faking(), acting_as("cuda"):
+    with fake_mode(), simulate_device("cuda"):
         make_fake(model)
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
         storages = Storages(512)
         with storages:
-            storages.hold(held_by(model), "weights")
+            storages.hold(all_tensors(model), "weights")
             ids = torch.zeros(len(job.lengths), job.lengths[0], dtype=torch.long)
             for _ in range(2):  # the first makes the optimizer's state
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
@@ -85,12 +87,12 @@ def peers(job: Job) -> int:
 
 def long() -> bool:
     """The longest row on a card of 24 GiB."""
-    request = Request(
-        outline_of("llama-3.1-8b"), find_card("rtx-3090"), settings={"r": 32, **ALL}, seq_len=LONGEST,
+    request = PlanRequest(
+        get_model_info("llama-3.1-8b"), find_gpu("rtx-3090"), settings={"r": 32, **ALL}, seq_len=LONGEST,
         quantization="nf4", checkpointing=True, offload=True, tile=TILE,
     )  # fmt: skip
-    longest = plan_of(request, "lora", advise=False).max_seq_len // 10_000 * 10_000
-    while (found := plan_of(replace(request, seq_len=longest), "lora", advise=False)).verdict != "fits":
+    longest = make_plan(request, "lora", advise=False).max_seq_len // 10_000 * 10_000
+    while (found := make_plan(replace(request, seq_len=longest), "lora", advise=False)).verdict != "fits":
         longest -= 10_000
     print(f"LoRA r = 32 on Llama 3.1 8B in NF4, one row, 24 GiB, tiles of {TILE}")
     print(f"  longest row     {longest} tokens: {found.verdict}, {found.reason}")
@@ -107,9 +109,11 @@ def real() -> bool:
         hidden_size=512, intermediate_size=1792, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2,
         vocab_size=4096, tie_word_embeddings=False,
     )  # fmt: skip
-    job = Job(base, LoraConfig(r=32, **ALL), torch.bfloat16, (8192,), checkpointing=True, offload=True, tile=1024)
+    job = TrainingJob(
+        base, LoraConfig(r=32, **ALL), torch.bfloat16, (8192,), checkpointing=True, offload=True, tile=1024
+    )
     job = replace(job, quantization="nf4")
-    traced, (state, peak) = trace(job), measured(job)
+    traced, (state, peak) = trace_memory(job), measured(job)
     held = sum(traced.state.values())
     error = 100 * (traced.step / peak - 1)
     print("the same made small (6 layers of 512, a row of 8192), real tensors")

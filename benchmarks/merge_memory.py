@@ -63,8 +63,8 @@ def make(base: Path, path: Path, layers: int) -> None:
     from transformers import AutoModelForCausalLM
 
     from slimtune import get_peft_model
-    from slimtune.recipe import Recipe
-    from slimtune.runs import RunFolder
+    from slimtune.config import Recipe
+    from slimtune.run_dir import RunDir
 
     draws = make_base(base, layers, torch.bfloat16)
     rows = path.with_suffix(".jsonl")
@@ -76,7 +76,7 @@ def make(base: Path, path: Path, layers: int) -> None:
         "method": {"name": "lora", "rank": 16, "target_modules": "all-linear"},
         "out": str(path),
     }
-    run = RunFolder.create(path, Recipe.from_dict(recipe))
+    run = RunDir.create(path, Recipe.from_dict(recipe))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     adapted = get_peft_model(model, run.recipe().method_config())
     with torch.no_grad():

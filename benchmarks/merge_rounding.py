@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from slimtune.adapt.merged_state import MergedState
-from slimtune.build import load_run
+from slimtune.adapters.merged_state import MergedState
 from slimtune.export import proof
 from slimtune.export.merge import _trained_dtype
 from slimtune.export.rounding import Rounding, rounding_for
+from slimtune.setup import load_run
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ Every method with its recipe's defaults, LoRA with DoRA, and full fine-tuning, o
 SmolLM2-135M and of GPT-2, and Qwen 2 and Gemma 2 made smaller. Dtype, checkpointing, rows and their lengths, passes and
 the way rows are laid change from case to case. Weights are random: no byte hangs on what they are.
 
-    plan      `slimtune.plan.trace` on fake tensors
+    plan      `slimtune.planning.memory_trace` on fake tensors
     real      what lies there after one optimizer step (state), and at the highest point of the next (peak): sums of the
               `[memory]` events that torch's profiler records while the model is built, adapted and trained
               (`plan_ways/referee.py`)
@@ -33,12 +33,12 @@ import transformers as tf
 from methods import NEEDED
 from plan_ways.referee import measured
 
-from slimtune.contract.registry import built_in, config_class
-from slimtune.models.load import load_config
-from slimtune.plan.job import Job
-from slimtune.plan.trace import trace
-from slimtune.recipe.method import resolved
-from slimtune.units import bytes_text
+from slimtune.adapters.registry import built_in_methods, config_class
+from slimtune.config.method import resolved
+from slimtune.models.loader import load_config
+from slimtune.planning.memory_trace import trace_memory
+from slimtune.planning.training_job import TrainingJob
+from slimtune.utils.formatting import format_bytes
 
 MEAN, WORST = 0.5, 2.0
 """Errors of the peak that are too large, in per cent."""
@@ -57,7 +57,7 @@ BASES: dict[str, Any] = {
 METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "full": (None, {}),
     "lora, DoRA": ("lora", {"use_dora": True}),
-    **{name: (name, NEEDED.get(name, {})) for name in built_in()},
+    **{name: (name, NEEDED.get(name, {})) for name in built_in_methods()},
 }
 OWN = {("bitfit", "gpt2"): {}, ("bitfit", "qwen2"): {}}
 """Settings for bases that have biases."""
@@ -87,8 +87,8 @@ class Case:
     passes: int
     tile: int | None = None
 
-    def job(self) -> Job:
-        return Job(
+    def job(self) -> TrainingJob:
+        return TrainingJob(
             BASES[self.base](), self.config(), self.dtype, self.lengths, self.passes, "cpu", self.checkpointing,
             offload=self.tile is not None, tile=self.tile, packing=self.packing,
         )  # fmt: skip
@@ -118,9 +118,9 @@ def cases(methods: list[str], bases: list[str]) -> Iterator[Case]:
             yield Case(base, method, dtype, True, lengths, packing, next(passes), tile=48)
 
 
-def planned(job: Job) -> tuple[int, int]:
+def planned(job: TrainingJob) -> tuple[int, int]:
     """Return bytes of state, and at the step's highest point."""
-    found = trace(job)
+    found = trace_memory(job)
     return sum(found.state.values()), found.step
 
 
@@ -147,7 +147,7 @@ def text(r: dict[str, Any]) -> str:
     rows = "+".join(map(str, r["lengths"])) + ("" if r["packed"] else " padded") + " × 2" * (r["passes"] == 2)
     how = f"{r['dtype'].replace('float', '')}{', checkpointed' if r['checkpointing'] else ''}"
     how += f", tiles of {r['tile']}" if r["tile"] else ""
-    plan, real = (bytes_text(r["peak_bytes"][k]) for k in ("plan", "real"))
+    plan, real = (format_bytes(r["peak_bytes"][k]) for k in ("plan", "real"))
     return (
         f"{r['base']:13} {r['method']:17} {how:31} {rows:28} {r['state_error_percent']:+9.3f} "
         f"{plan:>10} {real:>10} {r['error_percent']:+8.3f} {r['error_beside_state_percent']:+8.3f}"

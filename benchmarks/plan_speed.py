@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-JOB = {"rank": 16, "seq_len": 2048, "accumulate": 4}
+JOB = {"rank": 16, "seq_len": 2048, "gradient_accumulation_steps": 4}
 PROCESSES = {"llama-3.1-8b": 3, "llama-3.1-70b": 1}
 LIMITS = {"formula": 1.0, "trace": 30.0, "bytes": 2e9}
 
@@ -26,29 +26,31 @@ def measured(name: str) -> dict[str, float]:
     """Plan in this process; return seconds and bytes."""
     import torch
 
-    from slimtune.models.known import outline_of
-    from slimtune.plan.cards import find_card
-    from slimtune.plan.closed import form_of
-    from slimtune.plan.plan import plan_of
-    from slimtune.plan.request import Request
-    from slimtune.plan.trace import trace
+    from slimtune.models.registry import get_model_info
+    from slimtune.planning.extrapolate import fit_memory_model
+    from slimtune.planning.gpus import find_gpu
+    from slimtune.planning.memory_trace import trace_memory
+    from slimtune.planning.planner import make_plan
+    from slimtune.planning.request import PlanRequest
 
     torch.set_num_threads(1)
-    request = Request(
-        outline_of(name),
-        find_card("rtx-3090"),
+    request = PlanRequest(
+        get_model_info(name),
+        find_gpu("rtx-3090"),
         settings={"rank": JOB["rank"]},
         seq_len=JOB["seq_len"],
-        accumulate=JOB["accumulate"],
+        gradient_accumulation_steps=JOB["gradient_accumulation_steps"],
         checkpointing=True,
     )
     job = request.job("lora")
-    form_of(Request(outline_of("smollm2-135m"), find_card("rtx-3090"), seq_len=256).job("lora"))  # what starts up once
+    fit_memory_model(
+        PlanRequest(get_model_info("smollm2-135m"), find_gpu("rtx-3090"), seq_len=256).job("lora")
+    )  # what starts up once
     found: dict[str, float] = {}
     for what, run in (
-        ("formula", lambda: form_of(job)),
-        ("trace", lambda: trace(job)),
-        ("plan", lambda: plan_of(request, "lora")),
+        ("formula", lambda: fit_memory_model(job)),
+        ("trace", lambda: trace_memory(job)),
+        ("plan", lambda: make_plan(request, "lora")),
     ):
         began = time.process_time()
         run()

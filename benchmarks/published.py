@@ -41,15 +41,15 @@ from transformers import masking_utils
 
 import slimtune
 from slimtune.errors import UsageError
-from slimtune.models.known import outline_of
-from slimtune.ops.device import acting_as
-from slimtune.plan.allocator import Allocator
-from slimtune.plan.closed import extrapolated
-from slimtune.plan.fake import faking, held_by, make_fake
-from slimtune.plan.job import Job
-from slimtune.plan.result import Band
-from slimtune.plan.storage import Storages
-from slimtune.plan.verdict import allocation, band_about
+from slimtune.models.registry import get_model_info
+from slimtune.planning.allocator import Allocator
+from slimtune.planning.extrapolate import extrapolate_layers
+from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
+from slimtune.planning.result import Range
+from slimtune.planning.storage import Storages
+from slimtune.planning.training_job import TrainingJob
+from slimtune.planning.verdict import allocation, memory_range
+from slimtune.utils.simulated_device import simulate_device
 
 POINTS = Path(__file__).parent / "data" / "memory_points.json"
 MEAN, WORST, INSIDE = 1.0, 3.0, 90.0
@@ -82,13 +82,13 @@ def pretended() -> Iterator[None]:
     masked = mock.patch.object(masking_utils, "is_tracing", return_value=True)
     # LoKr draws even where it drops nothing.
     drawn = mock.patch.object(torch, "rand", side_effect=lambda *_, **__: torch.tensor([0.5]))
-    with faking(), acting_as("cuda"), masked, drawn:
+    with fake_mode(), simulate_device("cuda"), masked, drawn:
         yield
 
 
 def loaded(model: Any) -> list[torch.Tensor]:
     """Return a model's tensors as they came: the base before what was attached to it."""
-    return [*(p for p in model.parameters() if not p.requires_grad), *held_by(model)]
+    return [*(p for p in model.parameters() if not p.requires_grad), *all_tensors(model)]
 
 
 # -- vramcalc: bench.py of the wheel ---------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def vramcalc(row: dict[str, Any]) -> int:
     # attention), and what only CUDA's keeps in fp32 (powers, roots, softmax) meets nothing else in this model.
     autocast: Callable[[], Any] = (lambda: torch.autocast("cpu", dtype=torch.bfloat16)) if amp else nullcontext
     with torch.device("meta"):
-        base = outline_of(BASES[words[0]]).config
+        base = get_model_info(BASES[words[0]]).config
         model: Any = tf.AutoModelForCausalLM.from_config(base, dtype=dtype, attn_implementation=attention)
         if "lora" in words:
             targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -172,11 +172,11 @@ LONGEST, SHORT = 696, 100
 """Tokens of the longest batch, and of the one before it: each 20 batches begin with the longest of them."""
 
 
-def metamath(row: dict[str, Any], longest: int = LONGEST) -> tuple[int, Band]:
+def metamath(row: dict[str, Any], longest: int = LONGEST) -> tuple[int, Range]:
     """Return the bytes reserved for the longest batch, and the band a plan would give for it."""
     make = EXPERIMENTS[row["method"]]
     with torch.device("meta"):
-        config = outline_of(row["model"]).config
+        config = get_model_info(row["model"]).config
         model: Any = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         base = list(model.parameters())
         if make is not None:
@@ -214,9 +214,9 @@ def metamath(row: dict[str, Any], longest: int = LONGEST) -> tuple[int, Band]:
             storages.hold((t for s in optimizer.state.values() for t in s.values()), "optimizer")
             state = storages.now["weights"] + storages.now["optimizer"]
             allocator = replay.now()
-    job = Job(config, None, torch.bfloat16, (longest,) * row["batch"], device="cuda")
+    job = TrainingJob(config, None, torch.bfloat16, (longest,) * row["batch"], device="cuda")
     peak, reserved = allocator.most_allocated, allocator.most_reserved
-    return reserved, Band(peak, max(reserved, band_about(job, peak, state).high))
+    return reserved, Range(peak, max(reserved, memory_range(job, peak, state).high))
 
 
 # -- Others' engines, beside our own step ----------------------------------------------------------------------------
@@ -228,11 +228,11 @@ NAMES = {
 """Shipped facts of the same shape under another name (Mistral 0.3 has 768 rows of the embedding more than 0.2)."""
 
 
-def job_of(row: dict[str, Any]) -> Job | None:
+def job_of(row: dict[str, Any]) -> TrainingJob | None:
     """Return the job that a row of another engine is; None where it is not one of ours, or the base is not known."""
     name, source, method = row["model"].lower(), row["source"], row["method"]
     try:
-        base = outline_of(NAMES.get(name, name)).config
+        base = get_model_info(NAMES.get(name, name)).config
     except UsageError:
         return None
     rank, quantization, passes = 32, None, 1
@@ -248,7 +248,7 @@ def job_of(row: dict[str, Any]) -> Job | None:
     elif "torchtune" not in source or method not in ("full", "full +chunked CE", "full +activation checkpointing"):
         return None
     lora = slimtune.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
-    return Job(
+    return TrainingJob(
         base, None if "full" in method else lora, torch.bfloat16, lengths, passes, "cuda",
         checkpointing="checkpointing" in method or "unsloth" in source, quantization=quantization,
     )  # fmt: skip
@@ -307,7 +307,7 @@ def ours_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
             continue
         engine = next(e for e in ("litgpt", "torchtune", "unsloth") if e in row["source"])
         published = (row["peak_GB"] if "peak_GB" in row else row["vram_GB"]) * 1e9
-        peak, _ = allocation(job, extrapolated(job))
+        peak, _ = allocation(job, extrapolate_layers(job))
         found.append({"engine": engine, "run": row["method"], "published": published, "ours": peak})
         shape = f"{len(job.lengths)} × {job.lengths[0]}"
         name = row["method"] if row["model"].lower() in row["method"] else f"{row['model']} {row['method']}"

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from slimtune.cli.verify import told
 from slimtune.errors import RunError, SlimtuneError
-from slimtune.export.checks import verify
-from slimtune.export.ship import Wish, export
+from slimtune.export.exporter import ExportOptions, export
+from slimtune.export.verify_formats import verify
 
 ROWS = Path(__file__).parents[1] / "examples/devils-dictionary"
 RECIPE = [ROWS.with_suffix(".yaml")]
@@ -77,14 +77,16 @@ def asked(way: str, flags: list[Any], folder: Path, args: argparse.Namespace) ->
     ]
     if way == "lora":
         with patch("slimtune.export.gguf.in_order", lambda rows, *_: rows):
-            faults += refused(run, "gguf", Wish(), RunError, "the q/k permutation left out", args.threads)
+            faults += refused(run, "gguf", ExportOptions(), RunError, "the q/k permutation left out", args.threads)
     if way not in LORAS:
         for to in ("gguf", "ollama", "vllm"):
-            faults += refused(run, to, Wish(), SlimtuneError, f"{way} to {to}", args.threads)
+            faults += refused(run, to, ExportOptions(), SlimtuneError, f"{way} to {to}", args.threads)
     return faults
 
 
-def refused(run: Path, to: str, wish: Wish, kind: type[Exception], what: str, threads: int | None) -> list[str]:
+def refused(
+    run: Path, to: str, wish: ExportOptions, kind: type[Exception], what: str, threads: int | None
+) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             export(run, to, Path(folder, "out"), wish, threads=threads)  # type: ignore[arg-type]

@@ -39,20 +39,20 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from slimtune.adapt.model import get_peft_model
-from slimtune.build import load_run
-from slimtune.contract.config import CONFIG_FILE
-from slimtune.contract.registry import names
+from slimtune.adapters.config import CONFIG_FILE
+from slimtune.adapters.model import get_peft_model
+from slimtune.adapters.registry import method_names
+from slimtune.config import Recipe
 from slimtune.data.read import read_rows
 from slimtune.errors import RunError, SlimtuneError
 from slimtune.export.engines.vllm import VllmServer
 from slimtune.export.proof import QUESTIONS
 from slimtune.export.verify import Limit, Text, Trained, Verdict, gate
 from slimtune.export.vllm import vllm_adapter
-from slimtune.models.gguf import dequantized
-from slimtune.models.source import resolve
-from slimtune.recipe import Recipe
-from slimtune.train.run import train
+from slimtune.models.gguf import read_dequantized
+from slimtune.models.source import resolve_model
+from slimtune.setup import load_run
+from slimtune.training.train import train
 
 HERE = Path(__file__).parents[1]
 ROWS = HERE / "examples/devils-dictionary"
@@ -201,12 +201,14 @@ def free_port() -> int:
 
 def refused_adapters(folder: Path) -> Iterator[tuple[str, Path]]:
     """Give adapters of SmolLM2 as slimtune saves them, each of a kind that vLLM refuses."""
-    methods = {f"method {n}": {"name": n, **NEEDED.get(n, {})} for n in names() if n != "lora"}
+    methods = {f"method {n}": {"name": n, **NEEDED.get(n, {})} for n in method_names() if n != "lora"}
     for label, settings in {**{k: {"name": "lora", **v} for k, v in REFUSED.items()}, **methods}.items():
         recipe = Recipe.from_dict(
             {"model": {"name": BASE}, "data": {"train": "none"}, "out": "none", "method": settings}
         )
-        model = AutoModelForCausalLM.from_pretrained(dequantized(resolve(BASE).path)[0], dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            read_dequantized(resolve_model(BASE).path)[0], dtype=torch.bfloat16
+        )
         config: Any = recipe.method_config()
         model = get_peft_model(model, config)
         model.active_peft_config.base_model_name_or_path = BASE
@@ -227,7 +229,7 @@ def our_words(adapter: Path, folder: Path) -> str | None:
         folder.mkdir()
         vllm_adapter(adapter, folder)
     except SlimtuneError as error:
-        return error.got.partition(": ")[2]
+        return error.message.partition(": ")[2]
     return None
 
 

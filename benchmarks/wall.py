@@ -33,7 +33,7 @@ WAYS = ("slimtune", "peft-tour", "peft-best", "trl")
 
 def base_folder(folder: Path) -> str:
     """Save the base once as peers load it."""
-    from slimtune.models.load import load_base
+    from slimtune.models.loader import load_base
 
     base = load_base("smollm2-135m", dtype="bfloat16")
     base.model.save_pretrained(folder)

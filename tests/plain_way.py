@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from slimtune.adapt.layer import Adapted
-from slimtune.step import targets_in
+from slimtune.adapters.layer import AdaptedLayer
+from slimtune.train_step.loss import count_targets
 
 Example = dict[str, Any]
 
@@ -54,7 +54,7 @@ def unfused() -> Iterator[None]:
         A, B = lora.lora_A.weight, lora.lora_B.weight
         return base(x) + lora.scale * F.linear(F.linear(F.dropout(x, drop), A), B)
 
-    with patch.object(Adapted, "_run", run):
+    with patch.object(AdaptedLayer, "_run", run):
         yield
 
 
@@ -72,7 +72,7 @@ def loud(model: nn.Module, seed: int = 1) -> None:
 
 def alone(model: nn.Module, rows: Sequence[Example]) -> Tensor:
     """Return the mean loss of all supervised tokens: each row through the model's own forward, with its own loss."""
-    counts = [targets_in(row) for row in rows]
+    counts = [count_targets(row) for row in rows]
     losses = []
     for row, n in zip(rows, counts, strict=True):
         if n:

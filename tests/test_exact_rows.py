@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig, OPTConfig, Qwen2Config
 
 from slimtune.errors import ModelError
-from slimtune.step import collator_for, require_exact
+from slimtune.train_step.loss import check_packing_supported, make_collator
 
 SMALL = {"vocab_size": 96, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 NOT = {
@@ -32,7 +32,7 @@ def make(config):
 def test_refused(name):
     model = make(NOT[name]).train()
     with pytest.raises(ModelError, match="rows laid in one sequence change each other") as e:
-        require_exact(model, collator_for(model, 0))
+        check_packing_supported(model, make_collator(model, 0))
     assert e.value.exit_code == 1
     assert "train.packing=false" in str(e.value)
     assert model.training
@@ -43,4 +43,4 @@ def test_refused(name):
 def test_taken(name, dtype):
     model = make(EXACT[name]).to(dtype)
     for share in (True, False):
-        assert require_exact(model, collator_for(model, 0, share=share)) is None
+        assert check_packing_supported(model, make_collator(model, 0, share=share)) is None

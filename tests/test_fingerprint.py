@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig, T5Config
 
-from slimtune.ops.fingerprint import FACTS, base_facts, config_fingerprint
+from slimtune.utils.fingerprint import FACTS, base_facts, config_fingerprint
 
 SIZE: dict[str, Any] = {
     "hidden_size": 64,

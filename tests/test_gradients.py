@@ -18,10 +18,10 @@ from plain_way import alone, apart, gradients, loud, unfused, wide
 from torch import nn
 
 import slimtune
-from slimtune.adapt.layer import Adapted
-from slimtune.contract.layout import Layout, laid_out
-from slimtune.data.collate import Collator
-from slimtune.step import step_loss
+from slimtune.adapters.layer import AdaptedLayer
+from slimtune.attention.packed_layout import PackedLayout, packed_attention
+from slimtune.data.collator import Collator
+from slimtune.train_step.loss import step_loss
 
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 MODELS = ["llama", "qwen2", "gemma2", "gemma3", "gpt2"]
@@ -68,7 +68,7 @@ def backward(model, rows, **how):
     """Run the packs of one step backwards, as the trainer does."""
     packs = Collator(0, layout=True, **how).packs(rows)
     total = sum(len(p["targets"]) for p in packs)
-    with laid_out(model) as can:
+    with packed_attention(model) as can:
         assert can
         for pack in packs:
             step_loss(model, pack, total).backward()
@@ -133,7 +133,7 @@ def test_what_is_compared_is_fused_here_and_plain_there(name):
                 nodes += [before for before, _ in node.next_functions]
         return sum("LowRank" in node.name() for node in seen)
 
-    assert steps() == sum(isinstance(m, Adapted) for m in model.modules())
+    assert steps() == sum(isinstance(m, AdaptedLayer) for m in model.modules())
     with unfused():
         assert steps() == 0
 
@@ -144,8 +144,8 @@ def test_a_layout_that_is_wrong_would_show():
     want = gradients(model, lambda: alone(model, rows).backward())
     batch = Collator(0, layout=True)(rows)
     assert batch["layout"].parents == (-1, 0, 0, 0)
-    batch["layout"] = Layout(batch["layout"].lengths, (-1, 0, 1, 0))
-    with laid_out(model):
+    batch["layout"] = PackedLayout(batch["layout"].lengths, (-1, 0, 1, 0))
+    with packed_attention(model):
         got = gradients(model, lambda: step_loss(model, batch).backward())
     assert apart(got, want) > 1e-2
 
@@ -232,7 +232,7 @@ def test_checkpointed(name, dtype, drop):
         want = gradients(model, run)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         ran = []
-        handle = next(m for m in model.modules() if isinstance(m, Adapted)).register_forward_hook(
+        handle = next(m for m in model.modules() if isinstance(m, AdaptedLayer)).register_forward_hook(
             lambda *_: ran.append(1)
         )
         differ("checkpointed", dtype, gradients(model, run), want)

@@ -13,7 +13,7 @@ import pytest
 
 import slimtune
 import slimtune.methods
-from slimtune.contract.config import PeftConfig
+from slimtune.adapters.config import PeftConfig
 
 SOURCE = Path(slimtune.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -40,7 +40,7 @@ def test_every_public_name_is_there_and_sorted():
         slimtune.LoraConfi  # noqa: B018
 
 
-@pytest.mark.parametrize("name", slimtune.methods.names())
+@pytest.mark.parametrize("name", slimtune.methods.method_names())
 def test_one_file_is_one_method(name):
     module = importlib.import_module(f"slimtune.methods.{name}")
     configs = [

@@ -9,19 +9,19 @@ import os
 
 import pytest
 
+from slimtune.config import Recipe
 from slimtune.errors import RunError, UsageError
-from slimtune.recipe import Recipe
-from slimtune.runs import RunFolder, json_text, write_atomic
+from slimtune.run_dir import RunDir, to_json, write_atomic
 
 RECIPE = Recipe.from_dict({"model": "m", "data": "/d.jsonl", "out": "runs/x"})
 
 
 @pytest.fixture
-def run(tmp_path) -> RunFolder:
-    return RunFolder.create(tmp_path / "runs/x", RECIPE)
+def run(tmp_path) -> RunDir:
+    return RunDir.create(tmp_path / "runs/x", RECIPE)
 
 
-def finished(run: RunFolder) -> RunFolder:
+def finished(run: RunDir) -> RunDir:
     run.adapter.mkdir()
     (run.adapter / "adapter_model.safetensors").touch()
     return run
@@ -47,59 +47,59 @@ def test_a_new_run_holds_its_recipe(run):
 
 
 def test_an_empty_folder_is_taken(tmp_path):
-    assert RunFolder.create(tmp_path, RECIPE).recipe_file.is_file()
+    assert RunDir.create(tmp_path, RECIPE).recipe_file.is_file()
 
 
 def test_a_folder_with_another_run_is_refused_and_left_alone(run):
     before = run.recipe_file.read_bytes()
     with pytest.raises(UsageError, match=r"already holds another run: 'recipe.yaml'") as e:
-        RunFolder.create(run.path, RECIPE)
+        RunDir.create(run.path, RECIPE)
     assert e.value.exit_code == 2
-    assert "--resume" in e.value.fix
-    assert "another --out" in e.value.fix
+    assert "--resume" in e.value.hint
+    assert "another --out" in e.value.hint
     assert run.recipe_file.read_bytes() == before
 
 
 def test_a_folder_with_any_files_is_refused(tmp_path):
     (tmp_path / "letter.txt").touch()
     with pytest.raises(UsageError, match=r"already holds files: 'letter.txt'") as e:
-        RunFolder.create(tmp_path, RECIPE)
-    assert "--resume" not in e.value.fix
+        RunDir.create(tmp_path, RECIPE)
+    assert "--resume" not in e.value.hint
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_a_file_in_the_way(tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(UsageError, match="is a file"):
-        RunFolder.create(tmp_path / "x", RECIPE)
+        RunDir.create(tmp_path / "x", RECIPE)
     with pytest.raises(UsageError, match=r"cannot be made: (Not a directory|File exists)"):
-        RunFolder.create(tmp_path / "x/y", RECIPE)
+        RunDir.create(tmp_path / "x/y", RECIPE)
 
 
 def test_open(run):
-    assert RunFolder.open(finished(run).path) == run
+    assert RunDir.open(finished(run).path) == run
 
 
 def test_open_names_the_nearest(run):
     with pytest.raises(UsageError, match=r"there is no run folder .*xx'; did you mean 'x'") as e:
-        RunFolder.open(run.path.parent / "xx")
+        RunDir.open(run.path.parent / "xx")
     assert e.value.exit_code == 2
 
 
 def test_open_what_is_no_run_folder(tmp_path):
     with pytest.raises(UsageError, match="it holds nothing"):
-        RunFolder.open(tmp_path)
+        RunDir.open(tmp_path)
     (tmp_path / "a.txt").touch()
     with pytest.raises(UsageError, match=r"it holds 'a.txt'"):
-        RunFolder.open(tmp_path)
+        RunDir.open(tmp_path)
 
 
 def test_open_without_an_adapter_says_how_to_finish(run):
     with pytest.raises(RunError, match="has no adapter yet") as e:
-        RunFolder.open(run.path)
+        RunDir.open(run.path)
     assert e.value.exit_code == 1
-    assert f"slimtune train {run.recipe_file} --resume" in e.value.fix
-    assert RunFolder.open(run.path, adapter=False) == run
+    assert f"slimtune train {run.recipe_file} --resume" in e.value.hint
+    assert RunDir.open(run.path, adapter=False) == run
 
 
 def test_metrics_are_lines_of_json(run):
@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
         write_atomic(tmp_path / "a", "n" * 2048)
     assert e.value.exit_code == 1
     assert "2.0 KiB" in str(e.value)
-    assert e.value.fix
+    assert e.value.hint
     assert (tmp_path / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
@@ -155,5 +155,5 @@ def test_a_full_disk_while_appending(run):
 def test_json_text_takes_scalars_of_torch_and_paths(tmp_path):
     import torch
 
-    text = json_text({"a": torch.tensor(1.5), "b": tmp_path, "c": (1, math.inf), "d": {1: True}})
+    text = to_json({"a": torch.tensor(1.5), "b": tmp_path, "c": (1, math.inf), "d": {1: True}})
     assert json.loads(text) == {"a": 1.5, "b": str(tmp_path), "c": [1, None], "d": {"1": True}}

@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import (
 )
 
 import slimtune
-from slimtune.contract.layout import laid_out
-from slimtune.data.collate import Collator
-from slimtune.step import step_loss
+from slimtune.attention.packed_layout import packed_attention
+from slimtune.data.collator import Collator
+from slimtune.train_step.loss import step_loss
 
 MODELS = ["llama", "qwen2", "gemma2", "gemma3", "gpt2"]
 BEGIN = list(range(3, 14))
@@ -59,7 +59,7 @@ def trace(model, examples=EXAMPLES, **how):
     with FakeTensorMode():
         make_fake(model)
         batch = Collator(0, **{"layout": True, **how})(examples)
-        with laid_out(model) as can:
+        with packed_attention(model) as can:
             assert can
             loss = step_loss(model, batch)
             loss.backward()

@@ -18,12 +18,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.contract import layout
-from slimtune.data.collate import Collator
-from slimtune.ops import tree_attention
-from slimtune.ops.cross_entropy import token_nats
-from slimtune.ops.low_rank_linear import low_rank_linear
-from slimtune.step import step_loss, targets_in
+from slimtune.attention import packed_layout, tree_attention
+from slimtune.data.collator import Collator
+from slimtune.kernels.cross_entropy import chunked_cross_entropy
+from slimtune.kernels.lora_linear import low_rank_linear
+from slimtune.train_step.loss import count_targets, step_loss
 
 LIMIT = 1e-4
 SHAPE = {
@@ -91,7 +90,7 @@ def alone(model: Any) -> Gradients:
         for row in every:
             ids, labels = (torch.tensor([row[k]], device=device) for k in ("input_ids", "labels"))
             mean = model(input_ids=ids, labels=labels, use_cache=False).loss
-            yield mean * targets_in(row) / sum(map(targets_in, every))
+            yield mean * count_targets(row) / sum(map(count_targets, every))
 
     return gradients(model, loss)
 
@@ -105,37 +104,37 @@ def laid(model: Any, room: int | None = None, share: bool = True) -> Gradients:
     def loss() -> Iterator[Tensor]:
         for pack in packs:
             pack = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack.items()}
-            yield step_loss(model, pack, sum(map(targets_in, every)))
+            yield step_loss(model, pack, sum(map(count_targets, every)))
 
-    with layout.laid_out(model):
+    with packed_layout.packed_attention(model):
         return gradients(model, loss)
 
 
 @contextmanager
 def by_segment() -> Iterator[None]:
     """Without flex attention."""
-    runs_here = layout.runs_here
-    layout.runs_here = lambda *_: False  # type: ignore[assignment]
+    runs_here = packed_layout.runs_here
+    packed_layout.runs_here = lambda *_: False  # type: ignore[assignment]
     try:
         yield
     finally:
-        layout.runs_here = runs_here
+        packed_layout.runs_here = runs_here
 
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """Give a list to which each call of flex attention is added."""
-    run, calls = layout.tree_attention, []
+    run, calls = packed_layout.tree_attention, []
 
     def counting(query: Tensor, *rest: Any) -> Tensor:
         calls.append(query.shape[2])
         return run(query, *rest)
 
-    layout.tree_attention = counting
+    packed_layout.tree_attention = counting
     try:
         yield calls
     finally:
-        layout.tree_attention = run
+        packed_layout.tree_attention = run
 
 
 def models(device: torch.device) -> Iterator[tuple[str, float, float]]:
@@ -183,7 +182,7 @@ def parts(device: torch.device) -> Iterator[tuple[str, float, float]]:
     for chunk in (100, None):
         leaf = h.clone().requires_grad_()
         if chunk:
-            nats = token_nats(leaf, head, targets, chunk=chunk)
+            nats = chunked_cross_entropy(leaf, head, targets, chunk=chunk)
         else:
             nats = F.cross_entropy(leaf @ head.t(), targets, reduction="none")
         found.append({"nats": nats.detach(), "h": torch.autograd.grad(nats.sum(), leaf)[0]})
@@ -213,7 +212,7 @@ def _left_out(device: torch.device, dtype: torch.dtype, turned: bool) -> float:
 
 def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Flex attention itself, for the kinds of heads it takes here, beside attention in fp32 under the dense mask."""
-    tree = layout.Layout((300, 130, 222, 41), (-1, 0, 0, 2), 3)
+    tree = packed_layout.PackedLayout((300, 130, 222, 41), (-1, 0, 0, 2), 3)
     seen = tree.seen(None, device)[None, None]
     for dtype, size in [
         (torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 80), (torch.bfloat16, 128), (torch.bfloat16, 256),
@@ -222,7 +221,7 @@ def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
         shapes = ((1, 6, tree.total, size), *[(1, 2, tree.total + 3, size)] * 2)
         full = [torch.randn(*s, device=device).to(dtype).float().requires_grad_() for s in shapes]
         thin = [t.detach().to(dtype).requires_grad_() for t in full]
-        if not tree_attention.runs_here(*thin[:2]):
+        if not tree_attention.flex_attention_supported(*thin[:2]):
             continue
         mask = tree_attention.tree_mask(tree.lengths, tree.parents, tree.positions(), 3, None, device)
         got = tree_attention.tree_attention(*thin, mask, None)

@@ -42,24 +42,24 @@ class Way:
 
 def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) -> Way:
     from slimtune import LoraConfig, get_peft_model
-    from slimtune.contract import layout
-    from slimtune.step import collator_for, require_exact, room_for, step_loss
+    from slimtune.attention import packed_layout
+    from slimtune.train_step.loss import auto_micro_batch_tokens, check_packing_supported, make_collator, step_loss
 
     if by_segment:
-        layout.runs_here = lambda *_: False  # type: ignore[assignment]
+        packed_layout.runs_here = lambda *_: False  # type: ignore[assignment]
     model: Any = get_peft_model(base(spec), LoraConfig(**LORA, target_modules="all-linear"))
     if checkpointing:
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
-    collator = collator_for(model, 0)
-    require_exact(model, collator)
-    room = room_for(model, collator, 1024)
+    collator = make_collator(model, 0)
+    check_packing_supported(model, collator)
+    room = auto_micro_batch_tokens(model, collator, 1024)
 
     def passes(rows: list[Row], parts: int) -> list[Any]:
         collator.room = room // parts
         return collator.packs(rows)
 
-    ExitStack().enter_context(layout.laid_out(model))
+    ExitStack().enter_context(packed_layout.packed_attention(model))
     return Way(model, passes, lambda batch, targets: step_loss(model, batch, targets))
 
 

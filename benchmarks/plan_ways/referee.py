@@ -12,17 +12,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import get_peft_model
-from slimtune.build import optimizer_of, spare
-from slimtune.contract.layout import laid_out
-from slimtune.ops.unbroken import unbroken
-from slimtune.plan.fake import held_by
-from slimtune.plan.job import Job
-from slimtune.step import accumulated, collator_for
+from slimtune.attention.packed_layout import packed_attention
+from slimtune.kernels.unbroken import retry_optimizer_step
+from slimtune.planning.fake_tensors import all_tensors
+from slimtune.planning.training_job import TrainingJob
+from slimtune.setup import apply_memory_savings, build_optimizer
+from slimtune.train_step.loss import forward_backward, make_collator
 
 STEP = "the step that is looked at"
 
 
-def measured(job: Job) -> tuple[int, int]:
+def measured(job: TrainingJob) -> tuple[int, int]:
     """Build, adapt and train for two optimizer steps; return the bytes held after the first, and the second's most.
 
     Weights and rows are random. Everything that the allocator gives and takes from the model's first weight on counts,
@@ -36,11 +36,11 @@ def measured(job: Job) -> tuple[int, int]:
     begin, end = next((e.start_ns(), e.end_ns()) for e in found if e.name() == STEP)
     events = sorted(((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]"), key=lambda e: e[0])
     state = held if job.quantization else sum(size for at, size in events if at < begin)
-    during = itertools.accumulate((size for at, size in events if begin <= at <= end), initial=state)
+    during = itertools.gradient_accumulation_steps((size for at, size in events if begin <= at <= end), initial=state)
     return state, max(during)
 
 
-def _train(job: Job) -> int:
+def _train(job: TrainingJob) -> int:
     """Return the bytes of the model's and the optimizer's tensors."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(job.base, dtype=job.dtype)
@@ -48,32 +48,34 @@ def _train(job: Job) -> int:
         model = _in_nf4(model)
     if job.method is not None:
         model = get_peft_model(model, job.method)
-        job.method.begins(100)
-    spare(model, job.checkpointing, job.offload, job.tile)
+        job.method.on_train_begin(100)
+    apply_memory_savings(model, job.checkpointing, job.offload, job.tile)
     model.train()
-    optimizer = optimizer_of(model, job.optimizer)
+    optimizer = build_optimizer(model, job.optimizer)
     if job.method is not None:
-        unbroken(optimizer, lambda step, _: step())
+        retry_optimizer_step(optimizer, lambda step, _: step())
     trained = [p for p in model.parameters() if p.requires_grad]
-    collator = collator_for(model, 0, packing=job.packing, share=False)
+    collator = make_collator(model, 0, packing=job.packing, share=False)
     vocabulary = model.config.get_text_config().vocab_size
 
     def step(number: int) -> None:
         rows = [[torch.randint(vocabulary, (n,)).tolist() for n in job.lengths] for _ in range(job.passes)]
         packs = [collator([{"input_ids": row, "labels": row} for row in some]) for some in rows]
-        accumulated(model, packs, lambda loss: loss.backward())
+        forward_backward(model, packs, lambda loss: loss.backward())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if job.method is not None:
             model.update_and_allocate(number)
         optimizer.zero_grad()
 
-    with laid_out(model):
+    with packed_attention(model):
         step(1)
         gc.collect()
         moments = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
         inner = [t for m in model.modules() for t in _beside(m)]
-        kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*held_by(model), *inner, *moments]}
+        kept = {
+            t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*all_tensors(model), *inner, *moments]
+        }
         with record_function(STEP):
             step(2)
     return sum(kept.values())

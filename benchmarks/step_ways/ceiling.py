@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from worker import Turns
 
-from slimtune.data.collate import Collator
-from slimtune.step import GOOD_ON_CPU
+from slimtune.data.collator import Collator
+from slimtune.train_step.loss import TOKENS_ON_CPU
 
 FIRST = ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj")
 SQUARE = 2048
@@ -71,7 +71,7 @@ def main() -> None:
     dtype = getattr(torch, spec["dtype"])
     products = Products(AutoModelForCausalLM.from_pretrained(spec["base"], dtype=dtype))
     longest = max(len(row["input_ids"]) for row in spec["rows"])
-    collator = Collator(spec["pad_token_id"], layout=True, share=False, room=max(longest, GOOD_ON_CPU))
+    collator = Collator(spec["pad_token_id"], layout=True, share=False, room=max(longest, TOKENS_ON_CPU))
     passes = [
         [(p["input_ids"].numel(), len(p["targets"])) for step in steps for p in collator.packs(step)]
         for steps in turns.rounds

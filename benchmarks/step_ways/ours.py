@@ -5,7 +5,7 @@
 
 One lever off at a time, for its share:
 
-    no-sharing        what rows begin with alike is laid for each of them (`--set train.share_beginnings=false`)
+    no-sharing        what rows begin with alike is laid for each of them (`--set train.share_prefix=false`)
     no-layout         and rows in one sequence are kept apart by a dense mask that transformers makes of `position_ids`
     all-logits        logits and their softmax at every position, as a model's own loss has them
     plain-maps        low-rank maps by plain operations in the adapters' dtype, as PEFT has them
@@ -24,12 +24,12 @@ from torch import Tensor
 from worker import Row, Turns, serve
 
 import slimtune
-from slimtune.contract.delta import Frozen
-from slimtune.contract.layout import LAYOUT, laid_out, no_mask
-from slimtune.data.collate import Collator
-from slimtune.models.load import load_base
-from slimtune.ops.memory import keep_pages
-from slimtune.step import collator_for, room_for, step_loss
+from slimtune.adapters.base import BaseForward
+from slimtune.attention.packed_layout import LAYOUT_KWARG, empty_mask, packed_attention
+from slimtune.data.collator import Collator
+from slimtune.models.loader import load_base
+from slimtune.train_step.loss import auto_micro_batch_tokens, make_collator, step_loss
+from slimtune.utils.memory import disable_malloc_trim
 
 OFF = {
     "ours": (),
@@ -47,7 +47,7 @@ def all_logits_loss(model: Any, batch: dict[str, Any], supervised: int) -> Tenso
     """The loss as a model's own has it: logits of every position in fp32, then cross-entropy over all of them."""
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     if "layout" in batch:
-        inputs |= {LAYOUT: batch["layout"], "attention_mask": no_mask(batch["input_ids"].device)}
+        inputs |= {LAYOUT_KWARG: batch["layout"], "attention_mask": empty_mask(batch["input_ids"].device)}
     logits = model(**inputs, use_cache=False).logits[0].float()
     columns = batch["logits_to_keep"][batch["picked"]]
     assert len(columns.unique()) == len(columns), "a position has two targets: labels cannot say so"
@@ -59,12 +59,12 @@ def plain_maps() -> list[int]:
     """Compute every low-rank map by plain operations from now on; return a list that grows with each."""
     ran: list[int] = []
 
-    def plus_low_rank(self: Frozen, x: Tensor, A: Tensor, B: Tensor, scale: float, drop: float = 0.0) -> Tensor:
+    def plus_low_rank(self: BaseForward, x: Tensor, A: Tensor, B: Tensor, scale: float, drop: float = 0.0) -> Tensor:
         ran.append(1)
         y = self(x)
         return (y + F.linear(F.linear(F.dropout(x.to(A.dtype), drop), A), B) * scale).to(y.dtype)
 
-    Frozen.plus_low_rank = plus_low_rank  # type: ignore[method-assign]
+    BaseForward.plus_low_rank = plus_low_rank  # type: ignore[method-assign]
     return ran
 
 
@@ -73,14 +73,14 @@ def main() -> None:
     spec, off = turns.spec, OFF[turns.way]
     base = load_base(spec["base"], dtype=spec["dtype"], device="cpu")
     if "pages" not in off:
-        keep_pages()
+        disable_malloc_trim()
     config = slimtune.LoraConfig(**spec["lora"])
     model = slimtune.get_peft_model(base.model, config, autocast_adapter_dtype="autocast" not in off)
     ran = plain_maps() if "maps" in off else None
     pad, longest = base.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in spec["rows"])
-    collator = Collator(pad) if "layout" in off else collator_for(model, pad, share="share" not in off)
+    collator = Collator(pad) if "layout" in off else make_collator(model, pad, share="share" not in off)
     assert collator.layout != ("layout" in off)
-    collator.room = room_for(model, collator, longest)
+    collator.room = auto_micro_batch_tokens(model, collator, longest)
     assert ran is None or ran, "plain maps were asked for and others ran"
 
     def passes(rows: list[Row]) -> list[tuple[dict[str, Any], int]]:
@@ -88,7 +88,7 @@ def main() -> None:
 
     loss_of = all_logits_loss if "logits" in off else step_loss
     dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
-    with contextlib.nullcontext() if "layout" in off else laid_out(model):
+    with contextlib.nullcontext() if "layout" in off else packed_attention(model):
         facts = {"adapters": str(dtype).removeprefix("torch."), "room": collator.room}
         serve(turns, model, passes, loss_of, **facts)
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import transformers
 
-from slimtune.data.packs import LEAST
+from slimtune.data.dataset import tokenize_dataset
+from slimtune.data.packing import LEAST
 from slimtune.data.read import Row, read_rows
-from slimtune.data.rows import encode_rows
-from slimtune.models.load import load_base
+from slimtune.models.loader import load_base
 
 FILE = Path(__file__).parents[2] / "examples/devils-dictionary/train.jsonl"
 NO_SYSTEM_TURN = (
@@ -43,7 +43,7 @@ def encoded(tokenizer, conversations: list[Row], kind: str) -> list[dict]:
         conversations = [Row([first, *row.messages], row.line) for row in conversations]
     own = tokenizer.chat_template
     tokenizer.chat_template = NO_SYSTEM_TURN if kind == "plain" else own
-    found, _ = encode_rows(conversations, tokenizer, max_seq_len=1024, too_long="error", path=FILE)
+    found, _ = tokenize_dataset(conversations, tokenizer, max_seq_len=1024, on_overlong="error", path=FILE)
     tokenizer.chat_template = own
     rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in found]
     return unlike(rows) if kind == "plain" else rows

@@ -7,8 +7,8 @@ import json
 import sys
 import time
 
-from slimtune.recipe import Recipe
-from slimtune.train.run import train
+from slimtune.config import Recipe
+from slimtune.training.train import train
 
 
 def main() -> None:

@@ -140,7 +140,7 @@ def main() -> int:
     ask.add_argument("--out", type=Path, default=HERE, help="folder for train.jsonl, validation.jsonl, test.jsonl")
     given = ask.parse_args()
     if not given.dict.is_file():
-        print(f"{given.dict} is not there\n  fix: apt-get install dict-devil, or give --dict PATH", file=sys.stderr)
+        print(f"{given.dict} is not there\n  hint: apt-get install dict-devil, or give --dict PATH", file=sys.stderr)
         return 2
     with gzip.open(given.dict, "rt", encoding="utf-8") as file:
         made = rows(file.read())

@@ -8,43 +8,43 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .contract.registry import config_names
+from .adapters.registry import config_class_paths
 
 __version__ = "0.1.0"
 
 _HOME: dict[str, str] = {
-    "AutoPeftModel": "adapt.auto",
-    "AutoPeftModelForCausalLM": "adapt.auto",
-    "AutoPeftModelForFeatureExtraction": "adapt.auto",
-    "AutoPeftModelForQuestionAnswering": "adapt.auto",
-    "AutoPeftModelForSeq2SeqLM": "adapt.auto",
-    "AutoPeftModelForSequenceClassification": "adapt.auto",
-    "AutoPeftModelForTokenClassification": "adapt.auto",
+    "AutoPeftModel": "adapters.auto",
+    "AutoPeftModelForCausalLM": "adapters.auto",
+    "AutoPeftModelForFeatureExtraction": "adapters.auto",
+    "AutoPeftModelForQuestionAnswering": "adapters.auto",
+    "AutoPeftModelForSeq2SeqLM": "adapters.auto",
+    "AutoPeftModelForSequenceClassification": "adapters.auto",
+    "AutoPeftModelForTokenClassification": "adapters.auto",
     "EvaConfig": "methods.lora.eva",
     "PromptEncoderReparameterizationType": "methods.p_tuning",
     "PromptTuningInit": "methods.prompt_tuning",
-    "PeftConfig": "contract.config",
-    "PeftModel": "adapt.model",
-    "TaskType": "contract.config",
-    "convert_to_lora": "adapt.combine",
-    "create_loraplus_optimizer": "adapt.rates",
+    "PeftConfig": "adapters.config",
+    "PeftModel": "adapters.model",
+    "TaskType": "adapters.config",
+    "convert_to_lora": "adapters.conversion",
+    "create_loraplus_optimizer": "adapters.optimizer",
     "get_eva_state_dict": "methods.lora.eva",
-    "get_peft_model": "adapt.model",
-    "get_peft_model_state_dict": "adapt.checkpoint",
-    "hotswap_adapter": "adapt.hotswap",
+    "get_peft_model": "adapters.model",
+    "get_peft_model_state_dict": "adapters.state_dict",
+    "hotswap_adapter": "adapters.hotswap",
     "initialize_kv_prefix_from_past_key_values": "methods.prefix_tuning.from_text",
     "initialize_kv_prefix_from_text": "methods.prefix_tuning.from_text",
     "initialize_lora_eva_weights": "methods.lora.eva",
-    "load_run": "build",
-    "parameter_groups": "adapt.rates",
-    "prepare_model_for_compiled_hotswap": "adapt.hotswap",
-    "prepare_model_for_kbit_training": "adapt.quantized",
+    "load_run": "setup",
+    "parameter_groups": "adapters.optimizer",
+    "prepare_model_for_compiled_hotswap": "adapters.hotswap",
+    "prepare_model_for_kbit_training": "adapters.quantized",
     "replace_lora_weights_loftq": "methods.lora.loftq",
-    "save_as_lora": "adapt.combine",
-    "set_peft_model_state_dict": "adapt.checkpoint",
+    "save_as_lora": "adapters.conversion",
+    "set_peft_model_state_dict": "adapters.state_dict",
 }
 
-_HOME |= config_names()  # a method's file is its own entry
+_HOME |= config_class_paths()  # a method's file is its own entry
 
 __all__ = sorted(_HOME)
 

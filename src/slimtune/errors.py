@@ -14,20 +14,22 @@ class SlimtuneError(Exception):
     """The work found a fault.
 
     Args:
-        got: what was found, with its numbers and names, as one sentence.
-        wanted: what would have been right.
-        fix: what to do about it.
+        message: what was found, with its numbers and names, as one sentence.
+        expected: what would have been right.
+        hint: what to do about it.
     """
 
     exit_code = 1
 
-    def __init__(self, got: str, wanted: str = "", fix: str = "") -> None:
-        self.got, self.wanted, self.fix = got, wanted, fix
-        super().__init__("\n".join(p for p in (got, wanted and f"  wanted: {wanted}", fix and f"  fix: {fix}") if p))
+    def __init__(self, message: str, expected: str = "", hint: str = "") -> None:
+        self.message, self.expected, self.hint = message, expected, hint
+        super().__init__(
+            "\n".join(p for p in (message, expected and f"  expected: {expected}", hint and f"  hint: {hint}") if p)
+        )
 
     def __reduce__(self) -> tuple[type[SlimtuneError], tuple[str, str, str]]:
         """Be the same error after a copy, in another process too."""
-        return type(self), (self.got, self.wanted, self.fix)
+        return type(self), (self.message, self.expected, self.hint)
 
 
 class UsageError(SlimtuneError):
@@ -70,7 +72,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
-def listed(names: Iterable[object], most: int = 12) -> str:
+def format_names(names: Iterable[object], most: int = 12) -> str:
     """Return names as a short readable list: `'a', 'b', … (14 more)`."""
     every = [str(n) for n in names]
     rest = f", … ({len(every) - most} more)" if len(every) > most else ""

@@ -9,10 +9,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from slimtune.cli.common import Json, Verbs, explained
+from slimtune.cli.common import CommandGroup, Json, to_cli_error
 from slimtune.errors import DataError, RecipeError
 
-app = typer.Typer(cls=Verbs, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(cls=CommandGroup, rich_markup_mode=None, pretty_exceptions_enable=False)
 thrown: list[BaseException] = []
 
 
@@ -69,13 +69,13 @@ def test_an_exception_becomes_a_message_and_a_code(error, code, kind, says):
     assert asked.exit_code == code
     said = json.loads(asked.stdout)["error"]
     assert said["kind"] == kind
-    assert says in said["got"]
+    assert says in said["message"]
     assert says in asked.stderr
 
 
 def test_the_message_says_wanted_and_fix():
     lines = call("work", error=DataError("got this", "that", "do so")).stderr.splitlines()
-    assert lines == ["error: got this", "  wanted: that", "  fix: do so"]
+    assert lines == ["error: got this", "  expected: that", "  hint: do so"]
 
 
 def test_only_a_fault_of_ours_shows_a_traceback():
@@ -104,4 +104,4 @@ def test_wrong_use_is_exit_code_2(args, says):
 
 
 def test_what_only_a_developer_understands_is_not_explained():
-    assert explained(KeyError("x")) is None
+    assert to_cli_error(KeyError("x")) is None

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from train.tiny_run import write_rows
+from training.tiny_run import write_rows
 from typer.testing import CliRunner
 
-import slimtune.compare.run as room
+import slimtune.comparison.compare as room
 from slimtune.cli import app
 
 verb = sys.modules["slimtune.cli.compare"]  # by attribute it is the function
 
 LINE = {
-    "method": "lora", "gain": 0.5, "gain_ci95": [0.4, 0.6], "peak_bytes": 2**31, "file_bytes": 2**20,
+    "method": "lora", "loss_reduction": 0.5, "loss_reduction_ci95": [0.4, 0.6], "peak_bytes": 2**31, "file_bytes": 2**20,
     "time_seconds": 60, "seeds": [7], "rate": 2e-4, "rate_from": "default",
     "trained_percent": 1.25, "tuned_loss": 4.0, "front": ["size"],
     "trained_tokens": [1000], "out_of_memory": 0,

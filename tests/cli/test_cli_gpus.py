@@ -8,10 +8,10 @@ import pytest
 from hand_plan import hand_plan
 from typer.testing import CliRunner
 
-import slimtune.plan.plan as planner
+import slimtune.planning.planner as planner
 from slimtune.cli import app
 from slimtune.cli.plan import between
-from slimtune.plan.cards import cards, find_card
+from slimtune.planning.gpus import all_gpus, find_gpu
 
 
 def gpus(*args: str):
@@ -36,7 +36,7 @@ def asked(monkeypatch) -> list:
         weights = 56.0 if card.device == "mps" else 15.0 if card.bf16 else 30.0
         return hand_plan(method, card, sizes=(weights, 0.25, 0.25, 0.5, 1.5, 0.5, 0.5))
 
-    monkeypatch.setattr(planner, "plan_of", plan_of)
+    monkeypatch.setattr(planner, "make_plan", plan_of)
     return requests
 
 
@@ -45,7 +45,7 @@ def test_the_table(asked):
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["card", "memory", "GB/s", "bf16", "flash", "watts", "kind"]
-    assert [line.split()[0] for line in lines[1:]] == [c.name for c in cards()]
+    assert [line.split()[0] for line in lines[1:]] == [c.name for c in all_gpus()]
     by_name = {line.split()[0]: line.split()[1:] for line in lines}
     assert by_name["rtx-3090"] == ["24.0", "GiB", "936", "yes", "yes", "350", "desktop"]
     assert by_name["t4"] == ["16.0", "GiB", "320", "no", "no", "70", "datacentre"]
@@ -63,9 +63,9 @@ def test_kinds():
 
 def test_json_has_every_card_with_its_source():
     told = {c["name"]: c for c in said()["cards"]}
-    assert len(told) == len(cards())
+    assert len(told) == len(all_gpus())
     assert all(c["source"] for c in told.values())
-    card = find_card("rtx-3090")
+    card = find_gpu("rtx-3090")
     assert told["rtx-3090"]["memory_bytes"] == card.memory
     assert told["rtx-3090"]["usable_bytes"] == {"low": card.usable[0], "high": card.usable[1]}
     assert told["rtx-3090"]["flops"] == card.rates
@@ -83,23 +83,23 @@ def test_the_cards_that_run_a_job_smallest_first(asked):
     names = [line.split()[0] for line in shown]
     memory = [float(line.split()[1]) for line in shown]
     assert memory == sorted(memory)
-    usable = between(*find_card("rx-7900-xt").usable)
+    usable = between(*find_gpu("rx-7900-xt").usable)
     assert shown[0].split() == ["rx-7900-xt", "20.0", "GiB", *usable.split(), "fits", "desktop"]
     assert "rtx-4080" not in names  # 16 GiB
     assert "v100-32gb" not in names  # no bf16: twice the weights, 34 GiB
     assert "m1-max-64gb" not in names  # 48 GiB usable
     assert "m3-max-128gb" in names
     assert "rtx-a6000" not in names  # of another kind
-    every = [c for c in cards() if c.kind in ("desktop", "datacentre", "mac")]
+    every = [c for c in all_gpus() if c.kind in ("desktop", "datacentre", "mac")]
     assert lines[-1] == f"{len(every) - len(shown)} of {len(every)} cards are too small"
 
 
 def test_a_job_is_planned_once_for_each_sort_of_card(asked):
     gpus("--for", "llama-3.1-8b")
     sorts = [(r.card.device, r.card.bf16) for r in asked]
-    assert sorted(sorts) == sorted({(c.device, c.bf16) for c in cards()})
+    assert sorted(sorts) == sorted({(c.device, c.bf16) for c in all_gpus()})
     for request in asked:
-        alike = [c for c in cards() if (c.device, c.bf16) == (request.card.device, request.card.bf16)]
+        alike = [c for c in all_gpus() if (c.device, c.bf16) == (request.card.device, request.card.bf16)]
         assert request.card.memory == max(c.memory for c in alike)
 
 
@@ -112,7 +112,7 @@ def test_with_a_dtype_the_card_does_not_choose(asked):
 def test_json_says_the_verdict_of_every_card():
     told = said("--for", "llama-3.1-8b", "--kind", "desktop")
     verdicts = {c["name"]: c["verdict"] for c in told["cards"]}
-    assert set(verdicts) == {c.name for c in cards() if c.kind == "desktop"}
+    assert set(verdicts) == {c.name for c in all_gpus() if c.kind == "desktop"}
     assert (verdicts["rtx-3090"], verdicts["rtx-4080"]) == ("fits", "does not fit")
     needs = {c["name"]: c["need_bytes"]["high"] for c in told["cards"]}
     assert needs["gtx-1080-ti"] > needs["rtx-3090"]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import slimtune.methods
 from slimtune import get_peft_model
 from slimtune.cli import app
-from slimtune.recipe.method import resolved
+from slimtune.config.method import resolved
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 
@@ -43,12 +43,12 @@ def every() -> dict:
 
 
 def test_every_method_is_there_as_its_class_says(every):
-    assert list(every) == list(slimtune.methods.names())
+    assert list(every) == list(slimtune.methods.method_names())
     for name, method in every.items():
         cls = slimtune.methods.config_class(name)
         assert method["summary"]
         assert method["sites"] == list(cls.kinds)
-        ships = method["ships"]
+        ships = method["export_formats"]
         assert (ships["merged_model"], ships["ollama_merged"]) == (cls.mergeable, cls.mergeable)
         assert (ships["ollama_adapter"], ships["vllm_adapter"]) == (cls.ships_as_lora, cls.ships_as_lora)
         assert ships["hugging_face_file"] is True
@@ -61,8 +61,8 @@ def test_every_field_says_what_it_is(every):
 
 def test_one_table_without_a_name():
     lines = methods().stdout.splitlines()
-    assert lines[0].split() == ["method", "sites", "ships", "as", "what", "it", "changes"]
-    assert {line.split()[0] for line in lines[1:] if line and line[0] != " "} > set(slimtune.methods.names())
+    assert lines[0].split() == ["method", "sites", "export_formats", "as", "what", "it", "changes"]
+    assert {line.split()[0] for line in lines[1:] if line and line[0] != " "} > set(slimtune.methods.method_names())
     row = next(line for line in lines if line.startswith("lora "))
     assert re.split(r"\s{2,}", row.strip()) == [
         "lora", "linear, embedding", "file; merged; adapter in Ollama, vLLM",
@@ -117,7 +117,7 @@ def test_sizes_of_all_methods_in_one_table(base):
     assert lines[0].split()[:4] == ["method", "trains", "%", "adapter"]
     row = next(line for line in lines if line.startswith("lora "))
     assert row.split()[1:3] == ["14.8", "k"]
-    assert {line.split()[0] for line in lines if line and line[0] != " "} > set(slimtune.methods.names())
+    assert {line.split()[0] for line in lines if line and line[0] != " "} > set(slimtune.methods.method_names())
 
 
 def test_a_method_that_does_not_fit_says_so_in_its_row(tmp_path):
@@ -139,6 +139,6 @@ def test_a_base_that_does_not_exist():
 
 def test_the_index_page_has_a_line_for_each_method(every):
     lines = [line for line in (DOCS / "README.md").read_text().splitlines() if line.startswith("- [")]
-    built_in = slimtune.methods.built_in()
+    built_in = slimtune.methods.built_in_methods()
     assert lines == [f"- [{name}]({name}.md): {every[name]['summary']}" for name in built_in]
     assert [name for name in built_in if not (DOCS / f"{name}.md").is_file()] == [], "pages that are missing"

@@ -11,19 +11,19 @@ from hand_plan import FULL, GIB, hand_plan
 from typer.testing import CliRunner
 
 import slimtune.methods
-import slimtune.plan.plan as planner
-from slimtune.build import rows_of
+import slimtune.planning.planner as planner
 from slimtune.cli import app
 from slimtune.cli.plan import between
+from slimtune.config import load_recipe
 from slimtune.errors import UsageError
-from slimtune.models.load import load_tokenizer
-from slimtune.plan.cards import find_card, memory_card, this_machine
-from slimtune.plan.request import request_of
-from slimtune.recipe import load_recipe
-from slimtune.units import seconds_text
+from slimtune.models.loader import load_tokenizer
+from slimtune.planning.gpus import detect_gpu, find_gpu, gpu_with_memory
+from slimtune.planning.request import build_request
+from slimtune.setup import load_datasets
+from slimtune.utils.formatting import format_duration
 
 TALK = '{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "%s"}]}\n'
-CARD = find_card("rtx-3090")
+CARD = find_gpu("rtx-3090")
 BASE = ("llama-3.1-8b", "--gpu", "rtx 3090")
 
 
@@ -50,7 +50,7 @@ def asked(monkeypatch) -> list:
             raise UsageError("found 0 of the 2 layers")
         return hand_plan(method, request.card, **made.get(method, {}))
 
-    monkeypatch.setattr(planner, "plan_of", plan_of)
+    monkeypatch.setattr(planner, "make_plan", plan_of)
     return requests
 
 
@@ -67,7 +67,7 @@ def recipe(tmp_path, rows) -> Path:
     file.write_text(
         "model: {name: llama-3.1-8b, dtype: bf16}\ndata: {train: rows.jsonl, max_seq_len: 512}\nout: o\n"
         "method: {name: lora, r: 4, targets: [q_proj]}\n"
-        "train: {batch_size: 3, accumulate: 2, packing: false, gradient_checkpointing: true}\n"
+        "train: {batch_size: 3, gradient_accumulation_steps: 2, packing: false, gradient_checkpointing: true}\n"
     )
     return file
 
@@ -81,24 +81,24 @@ def test_a_model_alone_is_planned_as_training_would_run_it(asked):
     trained = load_recipe(None, {"model.name": "llama-3.1-8b", "data.train": "d.jsonl", "out": "o"})
     assert (request.outline.spec, request.methods) == ("meta-llama/Llama-3.1-8B", ("lora",))
     assert request.settings == trained.method.settings
-    assert request == request_of(trained, request.card)
+    assert request == build_request(trained, request.card)
     assert (request.dtype, request.optimizer, request.quantization) == ("auto", "adamw", None)
-    assert request.card.name == this_machine().name
+    assert request.card.name == detect_gpu().name
 
 
 def test_flags(asked):
     said(
         *BASE, "--method", "LoRA", "--rank", "8", "--alpha", "12", "--batch-size", "2", "--seq-len", "99",
         "--accumulate", "4", "--optimizer", "sgd", "--quant", "nf4", "--checkpointing", "--dtype", "bf16",
-        "--no-packing", "--set", "method.targets=[q_proj]", "--set", "train.accumulate=5",
-        "--set", "train.keep_checkpoints=7",
+        "--no-packing", "--set", "method.targets=[q_proj]", "--set", "train.gradient_accumulation_steps=5",
+        "--set", "train.save_total_limit=7",
     )  # fmt: skip
     (request,) = asked
     assert request.card is CARD
     assert request.methods == ("lora",)
     assert (request.settings["r"], request.settings["lora_alpha"]) == (8, 12)
     assert request.settings["target_modules"] == ["q_proj"]
-    assert (request.batch, request.accumulate, request.seq_len) == (2, 5, 99)
+    assert (request.batch, request.gradient_accumulation_steps, request.seq_len) == (2, 5, 99)
     assert (request.optimizer, request.quantization, request.checkpointing) == ("sgd", "nf4", True)
     assert (request.dtype, request.packing, request.keep) == ("bfloat16", False, 7)
 
@@ -108,9 +108,9 @@ def test_a_recipe_and_flags_over_it(asked, recipe):
     assert done.exit_code == 0, done.stderr
     assert "the tokenizer of meta-llama/Llama-3.1-8B is not on this disk: taken to be up to 300 tokens" in done.stderr
     (request,) = asked
-    assert request.card == memory_card("16GiB")
+    assert request.card == gpu_with_memory("16GiB")
     assert (request.settings["r"], request.settings["target_modules"]) == (6, ["q_proj"])
-    assert (request.batch, request.accumulate, request.seq_len) == (3, 2, 300)
+    assert (request.batch, request.gradient_accumulation_steps, request.seq_len) == (3, 2, 300)
     assert (request.packing, request.checkpointing, request.dtype) == (False, True, "bfloat16")
     assert request.lengths == ()
 
@@ -121,7 +121,7 @@ def test_other_methods_than_the_recipes_start_from_their_own_defaults(asked, rec
     assert list(by_name) == ["lora", "vera", "full"]
     assert by_name["lora"].settings["target_modules"] == ["q_proj"]
     assert by_name["vera"].settings["target_modules"] == "all-linear"
-    assert {(r.batch, r.accumulate) for r in asked} == {(3, 2)}
+    assert {(r.batch, r.gradient_accumulation_steps) for r in asked} == {(3, 2)}
 
 
 def test_rows_give_the_longest_and_the_tokens_of_the_run(asked, tiny_folder, tmp_path):
@@ -131,7 +131,7 @@ def test_rows_give_the_longest_and_the_tokens_of_the_run(asked, tiny_folder, tmp
     told = said(str(tiny_folder), *how, "--set", "train.epochs=2")
     (request,) = asked
     tokenizer = load_tokenizer(str(tiny_folder))
-    rows = rows_of(load_recipe(None, {"model": str(tiny_folder), "data.train": str(file), "out": "o",
+    rows = load_datasets(load_recipe(None, {"model": str(tiny_folder), "data.train": str(file), "out": "o",
                                       "data.validation_fraction": 0}), tokenizer).train  # fmt: skip
     lengths = [len(row["input_ids"]) for row in rows]
     assert len(set(lengths)) == 3
@@ -172,7 +172,7 @@ def test_all_methods_and_those_that_cannot_be_planned(asked):
     told = said(*BASE, "--method", "all,full")
     planned = [p["method"] for p in told["plans"]]
     unfit = {u["method"]: u["why"] for u in told["unfit"]}
-    assert set(planned) | set(unfit) == {*slimtune.methods.names(), "full"}
+    assert set(planned) | set(unfit) == {*slimtune.methods.method_names(), "full"}
     assert unfit["bottleneck"] == "found 0 of the 2 layers"
     assert "token_indices is []" in unfit["trainable_tokens"]
     lines = plan(*BASE, "--method", "all,full").stdout.splitlines()
@@ -298,7 +298,7 @@ def test_one_plan():
 )
 def test_a_plan_is_an_answer_whatever_it_says(monkeypatch, verdict, sentence):
     fields = {"verdict": verdict, "max_seq_len": 0, "max_batch_size": 0, "tokens_per_second": None, "advice": []}
-    monkeypatch.setattr(planner, "plan_of", lambda request, method, quick: hand_plan(method, request.card, **fields))
+    monkeypatch.setattr(planner, "make_plan", lambda request, method, quick: hand_plan(method, request.card, **fields))
     done = plan(*BASE, "--method", "full")
     assert done.exit_code == 0
     assert done.stdout.splitlines()[0] == sentence
@@ -361,7 +361,7 @@ def test_between():
     assert between(900 << 20, 1.5 * GIB) == "900.0 MiB to 1.5 GiB"
     assert between(GIB, GIB + 1) == "1.0 GiB"
     assert between(1, 2, "{:.0f}".format) == "1 to 2"
-    assert between(500, 1000, seconds_text) == "8 min 20 s to 16 min 40 s"
+    assert between(500, 1000, format_duration) == "8 min 20 s to 16 min 40 s"
 
 
 # --- what is written

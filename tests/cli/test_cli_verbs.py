@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from slimtune.cli import app
 from slimtune.cli.train import FLAGS
-from slimtune.evaluate.forgetting import SHIPPED
-from slimtune.recipe import Recipe
-from slimtune.recipe.faults import fields_of, flag_of
+from slimtune.config import Recipe
+from slimtune.config.errors import fields_of, flag_of
+from slimtune.evaluation.forgetting import SHIPPED
 
 RESULT = {
     "run": "runs/x", "steps": 3, "trained_tokens": 4000, "supervised_tokens": 2000, "tokens_per_second": 200.0,
@@ -24,9 +24,9 @@ RESULT = {
     "peak_bytes": 2**30, "load_seconds": 1.0, "prepare_seconds": 2.0,
 }  # fmt: skip
 MEASURED = {
-    "base_loss": 4.0, "tuned_loss": 3.0, "gain": 1.0, "gain_ci95": [0.9, 1.1], "base_perplexity": 54.6,
+    "base_loss": 4.0, "tuned_loss": 3.0, "loss_reduction": 1.0, "loss_reduction_ci95": [0.9, 1.1], "base_perplexity": 54.6,
     "tuned_perplexity": 20.1, "base_accuracy": 0.25, "tuned_accuracy": 0.375, "accuracy_gain": 0.125, "rows": 90,
-    "tokens": 3000, "prompt_use": {"base": 0.13, "tuned": 0.16, "tuned_ci95": [0.11, 0.22]},
+    "tokens": 3000, "prompt_dependence": {"base": 0.13, "tuned": 0.16, "tuned_ci95": [0.11, 0.22]},
     "forgetting": {"change": 0.031, "change_ci95": [0.02, 0.04], "budget": 0.1},
     "generations": [{"prompt": [{"content": "Hi [b]"}], "reference": "Ho", "base": "Hm", "tuned": "Ha"}],
     "generation_summary": {"ended": {"base": 0.5, "tuned": 1.0}},
@@ -83,9 +83,9 @@ def speaker(monkeypatch):
             told = " / ".join(m["content"] for m in messages)
             yield from ["tuned" if tuned else "base", f" heard {told}"]
 
-    fake = types.ModuleType("slimtune.evaluate.generate")
+    fake = types.ModuleType("slimtune.evaluation.generate")
     fake.Speaker = Speaker
-    monkeypatch.setitem(sys.modules, "slimtune.evaluate.generate", fake)
+    monkeypatch.setitem(sys.modules, "slimtune.evaluation.generate", fake)
     return opened
 
 
@@ -156,7 +156,7 @@ def test_train_from_flags_alone(room, rows, tmp_path):
     train, data, model = recipe.train, recipe.data, recipe.model
     assert (train.epochs, train.max_steps, train.learning_rate, train.batch_size) == (2.0, 9, 1e-3, 2)
     assert (train.seed, train.packing, recipe.out) == (7, False, Path("o"))
-    assert (data.max_seq_len, data.too_long, data.train, data.validation) == (99, "error", rows, rows)
+    assert (data.max_seq_len, data.on_overlong, data.train, data.validation) == (99, "error", rows, rows)
     assert (model.name, model.dtype, model.trust_remote_code) == ("m", "float32", True)
     for part in ("1.5000", "1.0 MiB", "1.00 %", "runs/x/adapter", "slimtune eval runs/x"):
         assert part in done.stdout
@@ -214,7 +214,7 @@ def test_train_says_all_that_is_missing():
         (["nowhere.yaml"], "there is no recipe file 'nowhere.yaml'"),
         (["--data", "no/rows.jsonl"], "data.train: there is no file"),
         (["--dtype", "bf17"], "model.dtype: got 'bf17'"),
-        (["--too-long", "cut"], "data.too_long: got 'cut'"),
+        (["--too-long", "cut"], "data.on_overlong: got 'cut'"),
         (["--method", "lore"], "did you mean 'lora'"),
         (["--set", "train.epocs=1"], "did you mean 'epochs'"),
         (["--set", "nonsense"], "path.to.field=value"),
@@ -279,7 +279,9 @@ def test_eval(room):
 
 def test_eval_says_no(room):
     verdict = {"passed": False, "reasons": ["it is worse", "it forgot"]}
-    room("evaluate.held_out", "evaluate", {**MEASURED, "prompt_use": None, "forgetting": None, "verdict": verdict})
+    room(
+        "evaluate.held_out", "evaluate", {**MEASURED, "prompt_dependence": None, "forgetting": None, "verdict": verdict}
+    )
     done = slimtune("eval", "runs/x")
     assert done.exit_code == 1
     assert "verdict: no: it is worse; it forgot" in done.stdout
@@ -368,6 +370,6 @@ def test_doctor():
     assert said["devices"][0] == "cpu"
     assert said["memory_free_bytes"] > 0
     assert said["disk_free_bytes"] > 0
-    assert {"demo", "quant", "test"} <= set(said["extras"])
+    assert {"demo", "quantization", "test"} <= set(said["extras"])
     assert said["dtype"] in ("float32", "bfloat16")
     assert "chosen" in slimtune("doctor").stdout

@@ -17,10 +17,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from slimtune.contract.layout import laid_out
-from slimtune.data.collate import Collator
+from slimtune.attention.packed_layout import packed_attention
+from slimtune.data.collator import Collator
 from slimtune.errors import DataError
-from slimtune.step import step_loss, supervised_nats
+from slimtune.train_step.loss import step_loss, token_nll
 
 V = 61
 SHAPE = {
@@ -80,7 +80,7 @@ WAYS = {
 
 
 def loss_of(model, batch):
-    with torch.no_grad(), laid_out(model):
+    with torch.no_grad(), packed_attention(model):
         return step_loss(model, batch).item()
 
 
@@ -109,8 +109,8 @@ def test_loss_is_that_of_the_rows_alone(model, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_each_token_costs_what_it_costs_alone(model, way):
     batch = Collator(0, **WAYS[way])(ROWS)
-    with torch.no_grad(), laid_out(model):
-        got = supervised_nats(model, batch)
+    with torch.no_grad(), packed_attention(model):
+        got = token_nll(model, batch)
     want = [
         -out.logits[0, t - 1].log_softmax(-1)[label]
         for one, out in zip(ROWS, alone(model, ROWS), strict=True)

@@ -12,9 +12,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from slimtune.data.read import Refusal, Row, open_rows, read_rows
+from slimtune.data.read import InvalidRow, Row, open_rows, read_rows
 from slimtune.errors import DataError, UsageError
-from slimtune.ops.dataset_id import dataset_id
+from slimtune.utils.dataset_id import parse_dataset_id
 
 ROWS = [{"instruction": f"Define {i}, please", "output": f"Größe\n{i} 嘘"} for i in range(5)]
 
@@ -118,16 +118,16 @@ def test_a_dataset_by_its_id(tmp_path, monkeypatch):
     assert set(asked) == {("org/name", None, "train"), ("org/name", None, "test")}
     with pytest.raises(UsageError, match=r"no file 'org/name' is here, and as a dataset of the Hub .*tset") as fault:
         read_rows("org/name:tset")
-    assert "org/name/config:split" in fault.value.wanted
+    assert "org/name/config:split" in fault.value.expected
 
 
 def test_which_paths_may_name_a_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
-    assert dataset_id("org/name") == ("org/name", None, "train")
-    assert dataset_id("org/name/main:test[:10%]") == ("org/name", "main", "test[:10%]")
+    assert parse_dataset_id("org/name") == ("org/name", None, "train")
+    assert parse_dataset_id("org/name/main:test[:10%]") == ("org/name", "main", "test[:10%]")
     for path in ("rows.jsonl", "org/rows.jsonl", "data/rows", "name", "/org/name", "./org/name", "a/b/c/d"):
-        assert dataset_id(path) is None, path
+        assert parse_dataset_id(path) is None, path
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt"])
@@ -147,7 +147,7 @@ def test_tables_without_a_row(tmp_path):
 
 
 def faults(path):
-    return [(found.line, found.code) for found in open_rows(path) if isinstance(found, Refusal)]
+    return [(found.line, found.code) for found in open_rows(path) if isinstance(found, InvalidRow)]
 
 
 def test_malformed_lines_are_named_and_the_rest_is_read(tmp_path):

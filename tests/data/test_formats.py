@@ -10,11 +10,12 @@ from typing import get_args
 import pytest
 from tiny_tokenizer import make_tokenizer, template_text
 
+from slimtune.config import DataSettings
+from slimtune.data.dataset import tokenize_dataset
 from slimtune.data.formats import FORMATS, Row
-from slimtune.data.read import Refusal, open_rows, read_rows
-from slimtune.data.rows import encode_rows, encoded
+from slimtune.data.read import InvalidRow, open_rows, read_rows
+from slimtune.data.tokenize import tokenize_rows
 from slimtune.errors import DataError, ModelError, UsageError
-from slimtune.recipe import DataSettings
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TOK = make_tokenizer(template_text("smollm2"), CHATML)
@@ -114,7 +115,7 @@ FAULTY = {
 def test_a_faulty_row_is_refused_with_its_cause(tmp_path, name):
     row, code, cause = FAULTY[name]
     _, found = only(tmp_path, row)
-    assert isinstance(found, Refusal)
+    assert isinstance(found, InvalidRow)
     assert (found.line, found.code) == (1, code)
     assert cause in found.cause
 
@@ -123,7 +124,7 @@ def test_a_missing_column_of_a_later_row(tmp_path):
     file = open_rows(
         write(tmp_path / "a.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a", "outptu": "b"})
     )
-    assert list(file)[1] == Refusal(
+    assert list(file)[1] == InvalidRow(
         2, "has no 'output'; did you mean 'outptu'? (keys here: 'instruction', 'outptu')", "missing-column"
     )
 
@@ -132,8 +133,8 @@ def test_ambiguous_columns_want_to_be_told(tmp_path):
     path = write(tmp_path / "a.jsonl", {"instruction": "a", "input": "", "output": "b", "text": "c"})
     with pytest.raises(DataError, match="may be instruction or text: its rows have 'instruction', 'input'") as fault:
         open_rows(path)
-    assert "--format instruction" in fault.value.fix
-    assert "prompt-completion: prompt, completion" in fault.value.wanted
+    assert "--format instruction" in fault.value.hint
+    assert "prompt-completion: prompt, completion" in fault.value.expected
     assert read_rows(path, format="text") == [Row([], 1, completion="c")]
 
 
@@ -141,9 +142,9 @@ def test_unknown_columns_name_every_format_and_the_nearest(tmp_path):
     path = write(tmp_path / "a.jsonl", {"dialog": [USER, SAID], "converstions": []})
     with pytest.raises(DataError, match="no known format: its rows have 'dialog', 'converstions'") as fault:
         open_rows(path)
-    assert "did you mean 'conversations' for 'converstions'?" in fault.value.got
-    assert all(f"{name}: {', '.join(form.needs)}" in fault.value.wanted for name, form in FORMATS.items())
-    assert "--map messages=COLUMN" in fault.value.fix
+    assert "did you mean 'conversations' for 'converstions'?" in fault.value.message
+    assert all(f"{name}: {', '.join(form.needs)}" in fault.value.expected for name, form in FORMATS.items())
+    assert "--map messages=COLUMN" in fault.value.hint
 
 
 def test_columns_are_mapped(tmp_path):
@@ -179,7 +180,7 @@ def test_the_recipe_names_the_same_formats():
 
 
 def said_by(row, learn="all"):
-    ((rendered, tokens),) = encoded([row], TOK, learn=learn)
+    ((rendered, tokens),) = tokenize_rows([row], TOK, learn=learn)
     assert len(tokens.input_ids) == len(tokens.supervised)
     assert TOK.decode(tokens.input_ids) == rendered.text
     return TOK.decode([t for t, said in zip(tokens.input_ids, tokens.supervised, strict=True) if said])
@@ -188,7 +189,7 @@ def said_by(row, learn="all"):
 def test_of_a_text_all_is_learned_and_of_a_completion_the_completion():
     assert said_by(Row([], 1, completion="Once upon a time")) == "Once upon a time<|im_end|>"
     assert said_by(Row([], 1, prompt="Once upon", completion=" a time")) == " a time<|im_end|>"
-    ((rendered, _),) = encoded([Row([], 1, prompt="Once upon", completion=" a time")], TOK)
+    ((rendered, _),) = tokenize_rows([Row([], 1, prompt="Once upon", completion=" a time")], TOK)
     assert rendered.text == "Once upon a time<|im_end|>"
     assert rendered.spans == [(9, 26)]
 
@@ -200,7 +201,7 @@ def test_what_the_tokenizer_puts_in_front_of_a_text_is_not_learned():
     tok.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tok.bos_token_id)]
     )
-    ((rendered, tokens),) = encoded([Row([], 1, completion="A lie.")], tok)
+    ((rendered, tokens),) = tokenize_rows([Row([], 1, completion="A lie.")], tok)
     assert rendered.text == "<|endoftext|>A lie.<|im_end|>"
     assert tokens.input_ids == [*tok("A lie.")["input_ids"], tok.eos_token_id]
     assert tokens.supervised == [False] + [True] * (len(tokens.input_ids) - 1)
@@ -210,7 +211,7 @@ def test_a_text_needs_a_token_that_ends_it():
     tok = make_tokenizer(None, CHATML)
     tok.eos_token = None
     with pytest.raises(ModelError, match="no end-of-text token"):
-        encoded([Row([], 1, completion="A lie.")], tok)
+        tokenize_rows([Row([], 1, completion="A lie.")], tok)
 
 
 LONG = [USER, {**SAID, "content": "One."}, USER, {**SAID, "content": "Two."}, USER, {**SAID, "content": "Three."}]
@@ -235,19 +236,19 @@ def test_turns_are_learned_as_weights_and_learn_say(template):
 def test_preference_pairs_are_read_and_nothing_trains_on_them(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "b"})
     with pytest.raises(DataError, match=r"holds preference pairs .* nothing trains on yet") as fault:
-        encode_rows(open_rows(path), TOK, max_seq_len=99, path=path)
-    assert "--format prompt-completion --map completion=chosen" in fault.value.fix
-    assert encoded(read_rows(path), TOK)[0].code == "preference"
+        tokenize_dataset(open_rows(path), TOK, max_seq_len=99, path=path)
+    assert "--format prompt-completion --map completion=chosen" in fault.value.hint
+    assert tokenize_rows(read_rows(path), TOK)[0].code == "preference"
     # The way out that it names is one.
     how = {"format": "prompt-completion", "columns": {"completion": "chosen"}}
-    examples, _ = encode_rows(open_rows(path, **how), TOK, max_seq_len=99, path=path)
+    examples, _ = tokenize_dataset(open_rows(path, **how), TOK, max_seq_len=99, path=path)
     assert len(examples) == 1
 
 
 def test_what_the_template_refuses_is_a_refusal_of_its_row():
     gemma = make_tokenizer(template_text("gemma"), ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"])
     rows = [Row([USER, SAID], 1), Row([USER, USER, SAID], 2), Row([{"role": "system", "content": "S"}, USER, SAID], 3)]
-    one, *others = encoded(rows, gemma)
+    one, *others = tokenize_rows(rows, gemma)
     assert one[0].text.endswith("A lie.<end_of_turn>\n")
     assert [(r.line, r.code) for r in others] == [(2, "template-refuses"), (3, "template-refuses")]
     assert "System role not supported" in others[1].cause

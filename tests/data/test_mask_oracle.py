@@ -13,7 +13,7 @@ import pytest
 import trl
 from tiny_tokenizer import make_tokenizer, template_text
 
-from slimtune.data.chat import encode
+from slimtune.data.chat_template import encode_chat
 from slimtune.data.messages import conversation
 from slimtune.errors import DataError, SlimtuneError
 
@@ -130,7 +130,7 @@ def compared(tok, name, oracle):
     """Compare with an oracle; return whether it had a say."""
     messages, more = talk(name)
     try:
-        got = encode(tok, messages, more.get("tools"))
+        got = encode_chat(tok, messages, more.get("tools"))
     except SlimtuneError as refusal:  # the template's own limits; `LEAST` says how many are left
         if not any(part in str(refusal) for part in LEFT_OUT):
             raise
@@ -176,7 +176,7 @@ def test_calls_by_hand():
     """Its prompt opens a thought that no finished turn holds, and it takes arguments as JSON text."""
     tok = make_tokenizer(text_of("trl/deepseekv3"), DEEPSEEK)
     messages, more = talk("call")
-    found = encode(tok, messages, more["tools"])
+    found = encode_chat(tok, messages, more["tools"])
     said = tok.decode([t for t, learned in zip(found.input_ids, found.supervised, strict=True) if learned])
     assert said == (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
@@ -188,16 +188,16 @@ def test_calls_by_hand():
 def test_what_a_template_moves_away_from_its_turn_is_refused():
     messages, more = talk("call said")
     with pytest.raises(DataError, match=r"writes the content of messages\[1\] apart from its calls"):
-        encode(make_tokenizer(text_of("trl/gemma4"), GEMMA4), messages, more["tools"])
+        encode_chat(make_tokenizer(text_of("trl/gemma4"), GEMMA4), messages, more["tools"])
     # The same, where `<|tool_response>` is plain text to the tokenizer: then the turn seems to go on.
     few = [t for t in GEMMA4 if "tool" not in t]
     with pytest.raises(DataError, match=r"writes messages\[2\] \(tool\) within the turn that called it"):
-        encode(make_tokenizer(text_of("trl/gemma4"), few), messages, more["tools"])
+        encode_chat(make_tokenizer(text_of("trl/gemma4"), few), messages, more["tools"])
 
 
 def test_calls_that_a_template_leaves_out_are_refused():
     messages, more = talk("call")
     with pytest.raises(DataError, match=r"leaves out tool calls of messages\[1\]"):
-        encode(make_tokenizer(text_of("trl/lfm2"), LFM2), messages, more["tools"])
+        encode_chat(make_tokenizer(text_of("trl/lfm2"), LFM2), messages, more["tools"])
     with pytest.raises(DataError, match="leaves out the tool 'weather'"):
-        encode(make_tokenizer(text_of("smollm2"), CHATML), [ASKED, {"role": "assistant", "content": "No."}], TOOLS)
+        encode_chat(make_tokenizer(text_of("smollm2"), CHATML), [ASKED, {"role": "assistant", "content": "No."}], TOOLS)

@@ -11,8 +11,8 @@ import re
 import pytest
 from tiny_tokenizer import make_tokenizer, template_text
 
-from slimtune.data import chat
-from slimtune.data.chat import encode
+from slimtune.data import chat_template
+from slimtune.data.chat_template import encode_chat
 from slimtune.errors import DataError, ModelError
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -98,7 +98,7 @@ def check(tok, turns, marked):
     for piece in re.findall(r"«[^»]*»|[^«»]+", marked):
         some = tok(piece.strip("«»"), add_special_tokens=False)["input_ids"]
         ids, mask = ids + some, mask + [piece.startswith("«")] * len(some)
-    got = encode(tok, messages(turns))
+    got = encode_chat(tok, messages(turns))
     assert got.input_ids == tok.apply_chat_template(messages(turns))["input_ids"] == ids
     tokens = tok.convert_ids_to_tokens(ids)
     assert list(zip(tokens, got.supervised, strict=True)) == list(zip(tokens, mask, strict=True))
@@ -113,7 +113,7 @@ def test_mask_token_by_token(name, trim):
 
 def test_gpt_oss_says_its_channel_and_ends_turns_in_two_ways():
     tok = make_tokenizer(template_text("gptoss"), GPTOSS)
-    got = encode(tok, messages(TWO))
+    got = encode_chat(tok, messages(TWO))
     said = [t for t, s in zip(got.input_ids, got.supervised, strict=True) if s]
     assert tok.decode(said) == (
         "<|channel|>final<|message|>A minor form of despair.<|end|><|channel|>final<|message|>Größe, 嘘 🙂!<|return|>"
@@ -146,9 +146,9 @@ def test_a_token_that_begins_in_the_prompt():
     template += "{{ 'A: ' if add_generation_prompt }}"
     turns = [("user", "Define patience."), ("assistant", "a minor form")]
     check(make_tokenizer(template, ["</s>"]), turns, "Define patience.</s>A:« a minor form</s>»")
-    rendered = chat.Rendered("A: b]c!", [(3, 4), (5, 6)])
+    rendered = chat_template.RenderedChat("A: b]c!", [(3, 4), (5, 6)])
     offsets = [(0, 2), (2, 4), (4, 6), (6, 7)]  # "A:", " b", "]c" holds a piece of the header, "!"
-    assert chat.supervised(rendered, offsets) == [False, True, False, False]
+    assert chat_template.supervised(rendered, offsets) == [False, True, False, False]
 
 
 def test_header_is_not_learned_without_a_generation_prompt():
@@ -198,7 +198,7 @@ def test_repeated_turns_with_a_template_that_rewrites_them():
 
 def test_no_chat_template_says_how_to_give_one():
     with pytest.raises(ModelError, match="no chat template") as fault:
-        encode(make_tokenizer(None, CHATML), messages(ONE))
+        encode_chat(make_tokenizer(None, CHATML), messages(ONE))
     assert "data.chat_template: FILE.jinja" in str(fault.value)
     assert "--set data.chat_template=" in str(fault.value)
     assert fault.value.exit_code == 1
@@ -206,22 +206,22 @@ def test_no_chat_template_says_how_to_give_one():
 
 def test_several_templates_without_default():
     with pytest.raises(ModelError, match="several chat templates and no default"):
-        encode(make_tokenizer({"rag": PLAIN, "tools": PLAIN}, CHATML), messages(ONE))
+        encode_chat(make_tokenizer({"rag": PLAIN, "tools": PLAIN}, CHATML), messages(ONE))
 
 
 def test_the_templates_own_refusals_are_shown():
     tok = make_tokenizer(template_text("gemma"), GEMMA)
     with pytest.raises(DataError, match="refuses these messages: System role not supported"):
-        encode(tok, messages(SYSTEM))
+        encode_chat(tok, messages(SYSTEM))
     with pytest.raises(DataError, match="roles must alternate"):
-        encode(tok, messages([("user", "a"), ("user", "b"), ("assistant", "c")]))
+        encode_chat(tok, messages([("user", "a"), ("user", "b"), ("assistant", "c")]))
 
 
 def test_a_message_the_template_leaves_out():
     # A real one: Mixtral's writes the system message into the last message if that is the user's, and else nowhere.
     tok = make_tokenizer(template_text("mixtral_8x22b"), MISTRAL)
     with pytest.raises(DataError, match=r"leaves out messages\[0\] \(system\)"):
-        encode(tok, messages(SYSTEM))
+        encode_chat(tok, messages(SYSTEM))
 
 
 def test_templates_that_hide_the_turns():
@@ -230,13 +230,13 @@ def test_templates_that_hide_the_turns():
         "{% for m in messages %}{{ m.role }}{{ m.content | length }}{{ m.content | upper }}{% endfor %}",
     ):
         with pytest.raises(ModelError, match="does not show which tokens the assistant says") as fault:
-            encode(make_tokenizer(template, CHATML), messages([("user", "A"), ("assistant", "b")]))
+            encode_chat(make_tokenizer(template, CHATML), messages([("user", "A"), ("assistant", "b")]))
         assert "{% generation %}" in str(fault.value)
 
 
 def test_broken_template():
     with pytest.raises(ModelError, match="not valid Jinja"):
-        encode(make_tokenizer("{% for %}", CHATML), messages(ONE))
+        encode_chat(make_tokenizer("{% for %}", CHATML), messages(ONE))
 
 
 def test_a_slow_tokenizer_is_refused():
@@ -244,4 +244,4 @@ def test_a_slow_tokenizer_is_refused():
         is_fast = False
 
     with pytest.raises(ModelError, match="Slow is not a fast tokenizer"):
-        chat.tokenize(Slow(), ["a"])
+        chat_template.tokenize(Slow(), ["a"])

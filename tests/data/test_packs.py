@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimtune.contract.layout import Layout
-from slimtune.data.packs import LEAST, divided, lay
+from slimtune.attention.packed_layout import PackedLayout
+from slimtune.data.packing import LEAST, bin_pack, pack_sequences
 
 CPU = torch.device("cpu")
 
@@ -24,12 +24,12 @@ def rows(draw, most=9):
 
 
 def laid_tokens(some, share=True):
-    return len(lay(some, share=share).tokens)
+    return len(pack_sequences(some, share=share).tokens)
 
 
 @given(rows=rows(), share=st.booleans())
 def test_each_row_is_found_again(rows, share):
-    laid = lay(rows, share=share)
+    laid = pack_sequences(rows, share=share)
     positions = laid.layout.positions()
     assert len(laid.pieces) == len(rows)
     assert len(laid.tokens) == laid.layout.total
@@ -43,7 +43,7 @@ def test_each_row_is_found_again(rows, share):
 @settings(max_examples=50)
 @given(rows=rows(), share=st.booleans())
 def test_each_token_sees_its_row_up_to_itself(rows, share):
-    laid = lay(rows, share=share)
+    laid = pack_sequences(rows, share=share)
     seen = laid.layout.seen(None, CPU)
     for r in range(len(rows)):
         columns = laid.columns(r)
@@ -53,15 +53,15 @@ def test_each_token_sees_its_row_up_to_itself(rows, share):
 
 @given(rows=rows())
 def test_unshared_every_token_is_laid_once_a_row(rows):
-    laid = lay(rows, share=False)
+    laid = pack_sequences(rows, share=False)
     assert laid.tokens == [t for row in rows for t in row]
-    assert laid.layout == Layout(tuple(map(len, rows)), (-1,) * len(rows))
+    assert laid.layout == PackedLayout(tuple(map(len, rows)), (-1,) * len(rows))
 
 
 @given(rows=rows())
 def test_sharing_is_of_long_beginnings_alone(rows):
     """What is shared is never short, no token is laid that belongs to no row, and none is laid in vain."""
-    laid = lay(rows)
+    laid = pack_sequences(rows)
     assert len(laid.tokens) <= sum(map(len, rows))
     assert {c for r in range(len(rows)) for c in laid.columns(r)} == set(range(len(laid.tokens)))
     above = set(laid.layout.parents) - {-1}
@@ -71,12 +71,12 @@ def test_sharing_is_of_long_beginnings_alone(rows):
 def test_by_hand():
     begin, more = list(range(10)), list(range(20, 28))
     some = [[*begin, 50], [*begin, *more, 51], [*begin, *more, 52, 53], begin, [60, 61], [*begin[: LEAST - 1], 62]]
-    laid = lay(some)
-    assert laid.layout == Layout((10, 8, 1, 2, 1, 8, 2), (-1, 0, 1, 1, 0, -1, -1))
+    laid = pack_sequences(some)
+    assert laid.layout == PackedLayout((10, 8, 1, 2, 1, 8, 2), (-1, 0, 1, 1, 0, -1, -1))
     shared = [(0, 10), (10, 8)]
     assert laid.pieces[:3] == [[(0, 10), (21, 1)], [*shared, (18, 1)], [*shared, (19, 2)]]
     assert laid.pieces[3:] == [[(0, 10)], [(30, 2)], [(22, 8)]]
-    assert len(lay([begin, begin, begin]).tokens) == 10
+    assert len(pack_sequences([begin, begin, begin]).tokens) == 10
 
 
 rooms = st.integers(4, 60)
@@ -84,7 +84,7 @@ rooms = st.integers(4, 60)
 
 @given(rows=rows(most=14), room=rooms, share=st.booleans())
 def test_each_row_goes_into_one_pack_that_keeps_to_the_room(rows, room, share):
-    packs = divided(rows, room, share=share)
+    packs = bin_pack(rows, room, share=share)
     assert sorted(r for pack in packs for r in pack) == list(range(len(rows)))
     assert all(pack == sorted(pack) for pack in packs)
     for pack in packs:
@@ -94,14 +94,14 @@ def test_each_row_goes_into_one_pack_that_keeps_to_the_room(rows, room, share):
 @given(rows=rows(most=14), room=rooms, share=st.booleans())
 def test_no_two_packs_would_go_into_one_that_is_half_empty(rows, room, share):
     """A row goes where it fits."""
-    sizes = [laid_tokens([rows[r] for r in pack], share) for pack in divided(rows, room, share=share)]
+    sizes = [laid_tokens([rows[r] for r in pack], share) for pack in bin_pack(rows, room, share=share)]
     assert sum(2 * n <= room for n in sizes) <= 1
 
 
 @given(rows=rows(most=14), room=rooms)
 def test_sharing_lays_fewer_tokens(rows, room):
     def total(share):
-        return sum(laid_tokens([rows[r] for r in pack], share) for pack in divided(rows, room, share=share))
+        return sum(laid_tokens([rows[r] for r in pack], share) for pack in bin_pack(rows, room, share=share))
 
     assert total(True) <= total(False) == sum(map(len, rows))
 
@@ -109,7 +109,7 @@ def test_sharing_lays_fewer_tokens(rows, room):
 def test_rows_that_begin_alike_go_together():
     prompts = [[p] * 20 for p in range(4)]
     some = [[*prompts[i % 4], *range(100 + 10 * i, 105 + 10 * i)] for i in range(16)]
-    packs = divided(some, 40)
+    packs = bin_pack(some, 40)
     assert sorted(map(len, packs)) == [4, 4, 4, 4]
     assert all(len({r % 4 for r in pack}) == 1 for pack in packs)
 
@@ -117,11 +117,11 @@ def test_rows_that_begin_alike_go_together():
 @settings(max_examples=30)
 @given(rows=rows(), room=rooms, share=st.booleans())
 def test_the_same_rows_are_laid_the_same(rows, room, share):
-    first, again = (divided([list(r) for r in rows], room, share=share) for _ in range(2))
+    first, again = (bin_pack([list(r) for r in rows], room, share=share) for _ in range(2))
     assert first == again
-    assert lay(rows, share=share) == lay([list(r) for r in rows], share=share)
+    assert pack_sequences(rows, share=share) == pack_sequences([list(r) for r in rows], share=share)
 
 
 def test_no_room_named_is_one_pack():
-    assert divided([[1], [2, 3]], None) == [[0, 1]]
-    assert divided([[1] * 50, [2]], 10) == [[0], [1]]
+    assert bin_pack([[1], [2, 3]], None) == [[0, 1]]
+    assert bin_pack([[1] * 50, [2]], 10) == [[0], [1]]

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from tiny_tokenizer import make_tokenizer, template_text
 
-from slimtune.data.encoding import BATCH
-from slimtune.data.packs import lay
+from slimtune.data.dataset import tokenize_dataset
+from slimtune.data.packing import pack_sequences
 from slimtune.data.read import open_rows
-from slimtune.data.rows import encode_rows
-from slimtune.data.survey.alike import HASHES, common, key, near_pairs, repeats, signatures
-from slimtune.data.survey.file import survey_report
-from slimtune.data.survey.findings import KINDS, SHOWN, Tally
-from slimtune.data.survey.page import page
-from slimtune.data.survey.survey import Survey
-from slimtune.data.survey.text import hollow, rendered_as, text_marks
-from slimtune.data.survey.words import facts, finding_text, refuse_faulty
+from slimtune.data.tokenize import BATCH
+from slimtune.data.validation.html_report import render_html
+from slimtune.data.validation.issues import KINDS, SHOWN, IssueCounter
+from slimtune.data.validation.near_duplicates import HASHES, common, key, near_pairs, repeats, signatures
+from slimtune.data.validation.report import DatasetReport
+from slimtune.data.validation.summary import format_issue, raise_if_invalid, report_facts
+from slimtune.data.validation.text_checks import is_placeholder, rendered_as, text_marks
+from slimtune.data.validation.validate_file import validate_file
 from slimtune.errors import DataError, ModelError, UsageError
 
 CHATML = make_tokenizer(template_text("smollm2"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -71,7 +71,7 @@ def written(path, rows):
 
 def report_of(tmp_path, rows, tokenizer=CHATML, **options):
     path = written(tmp_path / "rows.jsonl", rows)
-    return survey_report(path, tokenizer, model="tiny", processes=1, **options)
+    return validate_file(path, tokenizer, model="tiny", processes=1, **options)
 
 
 def codes(report):
@@ -87,10 +87,10 @@ def test_the_report_has_the_keys_that_others_read(tmp_path):
     assert list(report) == [
         "file", "format", "model", "rows", "refused", "refused_count", "tokens", "supervised_tokens",
         "supervised_share", "lengths",
-        "max_seq_len", "too_long", "shared_prefix", "packing", "findings", "samples", "verdict", "seconds",
+        "max_seq_len", "on_overlong", "shared_prefix", "packing", "findings", "samples", "verdict", "seconds",
     ]  # fmt: skip
     assert (report["format"], report["rows"], report["verdict"], report["findings"]) == ("chat", 30, "sound", [])
-    examples, counted = encode_rows(open_rows(report["file"]), CHATML, max_seq_len=1024, path="x")
+    examples, counted = tokenize_dataset(open_rows(report["file"]), CHATML, max_seq_len=1024, path="x")
     ids = [e["input_ids"] for e in examples]
     assert (report["tokens"], report["supervised_tokens"]) == (counted.tokens, counted.supervised_tokens)
     assert report["supervised_share"] == counted.supervised_tokens / counted.tokens
@@ -99,7 +99,7 @@ def test_the_report_has_the_keys_that_others_read(tmp_path):
     assert sum(b["rows"] for b in report["lengths"]["histogram"]) == 30
     for b in report["lengths"]["histogram"]:
         assert b["rows"] == sum(b["from"] <= len(row) <= b["to"] for row in ids)
-    laid = sum(len(lay(ids[at : at + 4]).tokens) for at in range(0, 30, 4))
+    laid = sum(len(pack_sequences(ids[at : at + 4]).tokens) for at in range(0, 30, 4))
     assert report["packing"] == {"laid_tokens": laid, "saved_share": 1 - laid / counted.tokens}
     shared = report["shared_prefix"]
     assert all(CHATML.decode(row[: shared["tokens"]]) == shared["text"] for row in ids)
@@ -118,12 +118,12 @@ def test_samples_show_what_is_learned(tmp_path):
 def test_long_rows_are_counted_and_by_setting_a_fault(tmp_path):
     rows = some()
     rows[4] = talk("Why?", words(random.Random(5), 200))
-    for too_long, severity in (("drop", "warning"), ("truncate", "warning"), ("error", "fault")):
-        report = report_of(tmp_path, rows, max_seq_len=400, too_long=too_long)
+    for on_overlong, severity in (("drop", "warning"), ("truncate", "warning"), ("error", "fault")):
+        report = report_of(tmp_path, rows, max_seq_len=400, on_overlong=on_overlong)
         assert codes(report) == {"too-long": (severity, [5])}
-        assert report["too_long"] == {"rows": 1, "lines": [5]}
-        _, counted = encode_rows(
-            open_rows(report["file"]), CHATML, max_seq_len=400, too_long="drop" if too_long == "error" else too_long,
+        assert report["on_overlong"] == {"rows": 1, "lines": [5]}
+        _, counted = tokenize_dataset(
+            open_rows(report["file"]), CHATML, max_seq_len=400, on_overlong="drop" if on_overlong == "error" else on_overlong,
             path="x",
         )  # fmt: skip
         assert report["tokens"] == counted.tokens
@@ -133,7 +133,7 @@ def test_long_rows_are_counted_and_by_setting_a_fault(tmp_path):
 def test_refused_rows_are_faults_with_their_cause(tmp_path):
     path = written(tmp_path / "a.jsonl", some())
     path.write_text(path.read_text() + "{\n" + json.dumps({"messages": []}) + "\n")
-    report = survey_report(path, CHATML, model="m", processes=1)
+    report = validate_file(path, CHATML, model="m", processes=1)
     assert codes(report) == {"bad-json": ("fault", [31]), "no-assistant-turn": ("fault", [32])}
     assert [(r["line"], r["code"]) for r in report["refused"]] == [(31, "bad-json"), (32, "no-assistant-turn")]
     assert "does not parse as JSON" in report["refused"][0]["cause"]
@@ -145,7 +145,7 @@ def test_a_setting_out_of_range_and_no_file(tmp_path):
         with pytest.raises(UsageError):
             report_of(tmp_path, some(), **options)
     with pytest.raises(UsageError, match="no such file"):
-        survey_report(tmp_path / "none.jsonl", CHATML, model="m")
+        validate_file(tmp_path / "none.jsonl", CHATML, model="m")
 
 
 # --- what is the template's fault
@@ -221,9 +221,12 @@ def test_what_has_been_rendered_begins_so():
 
 
 def test_hollow_answers():
-    assert all(map(hollow, ("...", " — ", "nan", "[removed]", "TODO", "#N/A")))
+    assert all(map(is_placeholder, ("...", " — ", "nan", "[removed]", "TODO", "#N/A")))
     assert not any(
-        map(hollow, ("+", "👍", "4", "A", "None", "null", "N/A", "да", "π", "nan is a float", "=", ".- -...", ":-)"))
+        map(
+            is_placeholder,
+            ("+", "👍", "4", "A", "None", "null", "N/A", "да", "π", "nan is a float", "=", ".- -...", ":-)"),
+        )
     )
 
 
@@ -284,7 +287,7 @@ def test_repeats_name_the_first():
 
 def test_a_severity_is_a_share_of_the_rows():
     for count, severity in ((1, "warning"), (10, "fault")):
-        tally = Tally()
+        tally = IssueCounter()
         tally.add("mojibake", range(1, count + 1))
         (found,) = tally.findings(100)
         assert (found.severity, found.count) == (severity, count)
@@ -297,10 +300,10 @@ def test_the_watch_of_training_reports_the_same(tmp_path):
     rows = some(2 * BATCH + 40)
     rows[BATCH + 3] = rows[1]
     path = written(tmp_path / "a.jsonl", rows)
-    alone = survey_report(path, CHATML, model="m", processes=1)
-    survey = Survey(CHATML, max_seq_len=1024)
+    alone = validate_file(path, CHATML, model="m", processes=1)
+    survey = DatasetReport(CHATML, max_seq_len=1024)
     survey.format = "chat"
-    encode_rows(open_rows(path), CHATML, max_seq_len=1024, path=path, watch=survey)
+    tokenize_dataset(open_rows(path), CHATML, max_seq_len=1024, path=path, watch=survey)
     beside = survey.report(file=path, model="m")
     assert codes(alone) == {"duplicate": ("warning", [BATCH + 4])}
     assert {**alone, "seconds": 0} == {**beside, "seconds": 0}
@@ -310,10 +313,10 @@ def test_faults_stop_training_and_say_how_to_go_on(tmp_path):
     rows = some()
     rows[4] = talk("Hi", "So<|im_end|>")
     with pytest.raises(DataError) as stopped:
-        refuse_faulty(report_of(tmp_path, rows))
-    assert stopped.value.got.endswith("('<|im_end|>', assistant): line 5")
-    assert "--force" in stopped.value.fix
-    refuse_faulty(report_of(tmp_path, some()))
+        raise_if_invalid(report_of(tmp_path, rows))
+    assert stopped.value.message.endswith("('<|im_end|>', assistant): line 5")
+    assert "--force" in stopped.value.hint
+    raise_if_invalid(report_of(tmp_path, some()))
 
 
 # --- as people see it
@@ -324,7 +327,7 @@ def test_the_page_is_one_file_and_escapes_what_rows_say(tmp_path):
     rows[0] = talk("<script>alert(1)</script>", "a & b <b>")
     rows[5] = rows[4]
     report = report_of(tmp_path, rows)
-    text = page(report)
+    text = render_html(report)
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     for outside in ("http://", "https://", "src=", "@import", "url("):
@@ -333,14 +336,14 @@ def test_the_page_is_one_file_and_escapes_what_rows_say(tmp_path):
     assert "prefers-color-scheme:dark" in text
     assert "<mark>" in text
     assert "line 6 as line 5" in text
-    for _, value in facts(report):
+    for _, value in report_facts(report):
         assert value
 
 
 def test_a_finding_in_words():
     finding = {"count": 3, "what": "rows", "lines": [4, 9, 11], "code": "x"}
-    assert finding_text(finding) == "rows: 3 rows, lines 4, 9, 11"
-    assert finding_text({**finding, "count": 50}) == "rows: 50 rows, lines 4, 9, 11, … (47 more)"
+    assert format_issue(finding) == "rows: 3 rows, lines 4, 9, 11"
+    assert format_issue({**finding, "count": 50}) == "rows: 50 rows, lines 4, 9, 11, … (47 more)"
 
 
 def test_the_documentation_names_every_finding():

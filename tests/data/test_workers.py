@@ -13,9 +13,9 @@ from light_work import dies, refuses
 from tiny_tokenizer import make_tokenizer, template_text
 
 from slimtune.data import workers
+from slimtune.data.dataset import tokenize_dataset
 from slimtune.data.formats import Row
 from slimtune.data.read import open_rows
-from slimtune.data.rows import encode_rows
 from slimtune.data.workers import in_order
 from slimtune.errors import ModelError, RunError
 
@@ -30,7 +30,7 @@ def row(i, **more):
 
 
 def encoded(rows, processes, tok=TOK):
-    return encode_rows(rows, tok, max_seq_len=99, path="a.jsonl", processes=processes)
+    return tokenize_dataset(rows, tok, max_seq_len=99, path="a.jsonl", processes=processes)
 
 
 def left():
@@ -51,7 +51,7 @@ def test_several_processes_give_what_one_gives(monkeypatch):
 def test_an_error_in_a_process_is_the_same_error():
     with pytest.raises(ModelError) as fault:
         list(in_order(refuses, range(9), 2, alone=0))
-    assert str(fault.value) == "got it\n  wanted: wanted it\n  fix: fix it"
+    assert str(fault.value) == "got it\n  expected: wanted it\n  hint: fix it"
     assert left() == []
 
 

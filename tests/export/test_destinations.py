@@ -18,8 +18,8 @@ from cases import CASES
 from models_zoo import llama, shake
 
 import slimtune
-from slimtune.adapt.ways import beyond_lora, ways_of
-from slimtune.contract.delta import MergeRefused
+from slimtune.adapters.base import MergeUnsupported
+from slimtune.adapters.export_formats import get_export_formats, lora_incompatibilities
 from slimtune.errors import SlimtuneError
 from slimtune.export.gguf import pairs_of
 from slimtune.export.vllm import _form
@@ -40,7 +40,7 @@ def attached(name: str) -> Any:
 
 
 def works(what: Any) -> str:
-    with suppress(SlimtuneError, MergeRefused):
+    with suppress(SlimtuneError, MergeUnsupported):
         what()
         return "yes"
     return "–"
@@ -51,7 +51,7 @@ def row(name: str) -> str:
     cells = [
         works(lambda: model.merge_adapter() or model.unmerge_adapter()),
         works(lambda: pairs_of(model)),
-        "–" if beyond_lora(model.active_peft_config) or _form(model, "default") else "yes",
+        "–" if lora_incompatibilities(model.active_peft_config) or _form(model, "default") else "yes",
         works(lambda: model.to_lora("default", 4)),
     ]
     return f"| {name.replace('+', ', ')} | {' | '.join(cells)} |"
@@ -69,7 +69,7 @@ def test_the_page_says_what_the_code_does():
 def test_a_run_notes_the_ways_that_its_adapter_has(name):
     """What is answered without doing it is what doing it shows."""
     merged, gguf, vllm, as_lora = (cell.strip() == "yes" for cell in row(name).split("|")[2:6])
-    ways = ways_of(attached(name))
+    ways = get_export_formats(attached(name))
     assert (ways.merged, ways.gguf, ways.vllm) == (merged, gguf, vllm)
     assert not ways.as_lora or as_lora
 

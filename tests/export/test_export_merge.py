@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimtune.export.merge as room
-from slimtune.adapt.model import PeftModel
-from slimtune.contract.delta import MergeRefused
+from slimtune.adapters.base import MergeUnsupported
+from slimtune.adapters.model import PeftModel
 from slimtune.errors import AdapterError, RunError, UsageError
 from slimtune.export.folder import read_note
 from slimtune.export.merge import merge
@@ -293,11 +293,11 @@ def test_wrong_use_is_refused_before_the_model_is_loaded(tmp_path, tiny_folder, 
     out.mkdir()
     (out / "mine.txt").write_text("keep")
     said = refused(UsageError, run, out, held=["mine.txt"])
-    assert "already holds files: 'mine.txt'" in said.got
-    assert said.fix == "give another --out"
-    assert "is a file" in refused(UsageError, run, out / "mine.txt").got
-    assert "did you mean 'bfloat16'?" in refused(UsageError, run, tmp_path / "new", dtype="bfloat61").got
-    assert "did you mean 'run'?" in refused(UsageError, tmp_path / "rum", tmp_path / "new").got
+    assert "already holds files: 'mine.txt'" in said.message
+    assert said.hint == "give another --out"
+    assert "is a file" in refused(UsageError, run, out / "mine.txt").message
+    assert "did you mean 'bfloat16'?" in refused(UsageError, run, tmp_path / "new", dtype="bfloat61").message
+    assert "did you mean 'run'?" in refused(UsageError, tmp_path / "rum", tmp_path / "new").message
 
 
 def test_an_empty_folder_is_taken_and_missing_parents_are_made(tmp_path, tiny_folder):
@@ -315,37 +315,37 @@ def test_an_adapter_of_no_numbers_is_refused(tmp_path, tiny_folder):
         next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 
     said = refused(AdapterError, make_run(tmp_path / "run", tiny_folder, change=spoil), tmp_path / "merged")
-    assert "not finite after merging" in said.got
-    assert "older checkpoint" in said.fix
+    assert "not finite after merging" in said.message
+    assert "older checkpoint" in said.hint
 
 
 def test_weights_that_16_bits_cannot_hold_are_refused_by_name(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder, size=900.0, method={"target_modules": ["v_proj"]})
     said = refused(AdapterError, run, tmp_path / "merged", dtype="float16")
-    assert "model.layers.0.self_attn.v_proj.weight holds numbers that float16 cannot hold" in said.got
-    assert said.wanted == "numbers up to 6.55e+04"
-    assert "bfloat16" in said.fix
+    assert "model.layers.0.self_attn.v_proj.weight holds numbers that float16 cannot hold" in said.message
+    assert said.expected == "numbers up to 6.55e+04"
+    assert "bfloat16" in said.hint
 
 
 def test_a_method_that_cannot_be_merged_says_the_way_out(tmp_path, tiny_folder, monkeypatch):
     def refuse(self, weight, bias):
-        raise MergeRefused("this change is no change of a weight")
+        raise MergeUnsupported("this change is no change of a weight")
 
     run = make_run(tmp_path / "run", tiny_folder)
     monkeypatch.setattr(LinearLora, "merged", refuse)
     said = refused(AdapterError, run, tmp_path / "merged")
-    assert "cannot be merged: this change is no change of a weight" in said.got
-    assert "use it beside its base" in said.fix
+    assert "cannot be merged: this change is no change of a weight" in said.message
+    assert "use it beside its base" in said.hint
 
 
 def test_a_merge_that_is_not_the_trained_model_is_noticed(tmp_path, tiny_folder, monkeypatch):
     run = make_run(tmp_path / "run", tiny_folder)
     whole = LinearLora.merged
     monkeypatch.setattr(LinearLora, "merged", lambda self, W, b: (whole(self, W, b)[0] * 1.01, b))
-    assert "is not the trained one" in refused(RunError, run, tmp_path / "merged").got
+    assert "is not the trained one" in refused(RunError, run, tmp_path / "merged").message
     monkeypatch.setattr(LinearLora, "merged", lambda self, W, b: (W.clone(), b))
     said = refused(RunError, run, tmp_path / "merged", dtype="bfloat16")
-    assert "--dtype float32" in said.fix
+    assert "--dtype float32" in said.hint
 
 
 def test_a_file_that_lost_a_tensor_is_noticed(tmp_path, tiny_folder, monkeypatch):
@@ -357,7 +357,7 @@ def test_a_file_that_lost_a_tensor_is_noticed(tmp_path, tiny_folder, monkeypatch
 
     run = make_run(tmp_path / "run", tiny_folder)
     monkeypatch.setattr(Shards, "write", lossy)
-    assert "the saved checkpoint holds" in refused(RunError, run, tmp_path / "merged").got
+    assert "the saved checkpoint holds" in refused(RunError, run, tmp_path / "merged").message
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -375,5 +375,5 @@ def test_a_full_disk_leaves_nothing(tmp_path, tiny_folder, monkeypatch, when):
 
         monkeypatch.setattr(Shards, "write", full)
     said = refused(RunError, run, tmp_path / "merged")
-    assert "the disk is full" in said.got
-    assert "free some space" in said.fix
+    assert "the disk is full" in said.message
+    assert "free some space" in said.hint

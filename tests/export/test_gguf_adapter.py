@@ -57,11 +57,11 @@ def test_the_file_holds_each_update_in_llama_cpps_order(kind, tuned, tmp_path):
     model = adapted(kind, PATTERNS[tuned])
     facts = write_adapter(tmp_path / "a.gguf", model)
     _, found = updates(tmp_path / "a.gguf")
-    names = architectures.names_of(model.config)
+    names = architectures.get_tensor_names(model.config)
     pairs = pairs_of(model)
     assert len(found) == len(pairs) == facts["tensors"] // 2 > 0
     for pair in pairs:
-        wanted = architectures.in_order(pair.scale * pair.B @ pair.A, pair.module, model.config)
+        wanted = architectures.permute_rope_rows(pair.scale * pair.B @ pair.A, pair.module, model.config)
         torch.testing.assert_close(found[f"{names.get_name(pair.module)}.weight"], wanted, rtol=1e-5, atol=1e-6)
 
 

@@ -49,12 +49,12 @@ def test_the_adapter_is_the_converters(kind, tmp_path):
 def test_a_whole_model_is_the_converters(smollm2_folder, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from slimtune.models.source import resolve
+    from slimtune.models.source import resolve_model
 
     assert found(CONVERTER)
     converted(smollm2_folder, tmp_path / "its.gguf", "f16")
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    like(Path(resolve("smollm2-135m").path), model, tmp_path / "ours.gguf", "f16")
+    like(Path(resolve_model("smollm2-135m").path), model, tmp_path / "ours.gguf", "f16")
     ours, its = (tensors(tmp_path / f"{name}.gguf") for name in ("ours", "its"))
     assert set(ours) == set(its)
     assert all(np.array_equal(ours[n], its[n]) for n in its)

@@ -22,22 +22,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import slimtune.methods
-from slimtune.adapt.model import PeftModel
-from slimtune.build import load_run
+from slimtune.adapters.config import PeftConfig
+from slimtune.adapters.model import PeftModel
+from slimtune.adapters.registry import built_in_methods
 from slimtune.cli import app
-from slimtune.contract.config import PeftConfig
-from slimtune.contract.registry import built_in
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
-from slimtune.export.card import OURS_ALONE, adapter_card
+from slimtune.export.base_model_info import BaseModelInfo, Licence
 from slimtune.export.folder import write_note
 from slimtune.export.hub import push
 from slimtune.export.merge import merge
-from slimtune.export.origin import Licence, Origin
-from slimtune.export.story import Story
+from slimtune.export.model_card import OURS_ALONE, adapter_card
+from slimtune.export.story import RunResults
+from slimtune.setup import load_run
 
 EVAL = {
     "split": "test", "data": "/home/ada/rows/held.jsonl", "rows": 93, "tokens": 5000, "base_loss": 4.52,
-    "tuned_loss": 3.73, "gain": 0.79, "gain_ci95": [0.72, 0.89],
+    "tuned_loss": 3.73, "loss_reduction": 0.79, "loss_reduction_ci95": [0.72, 0.89],
 }  # fmt: skip
 RESULT = {
     "rows": 779, "steps": 24, "epochs": 0.245, "supervised_tokens": 9699, "validation_loss": 3.898,
@@ -356,15 +356,15 @@ def test_a_gguf_folder(hub, run, tmp_path):
 # --- the card's words ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(built_in()))
+@pytest.mark.parametrize("name", sorted(built_in_methods()))
 def test_what_peft_reads(name):
     assert (name.upper() in peft.PeftType.__members__) == (name not in OURS_ALONE)
 
 
-def told(config: PeftConfig, origin: Origin | None = None) -> str:
-    origin = origin or Origin("ada/tiny", "ada/tiny")
+def told(config: PeftConfig, origin: BaseModelInfo | None = None) -> str:
+    origin = origin or BaseModelInfo("ada/tiny", "ada/tiny")
     facts = {"repo_id": "ada/words", "size": 9, "parameters": 9, "tokenizer": False, "chat": False}
-    return adapter_card(config, origin, Story(), **facts)
+    return adapter_card(config, origin, RunResults(), **facts)
 
 
 def test_use_differs_by_method():
@@ -382,7 +382,7 @@ def test_use_differs_by_method():
 
 def test_names_cannot_leave_their_cell():
     sly = Licence("a | b\n<script>", "x", {"license": "a: b\n---\n"})
-    text = told(slimtune.methods.config_class("lora")(), Origin("x`|y\n# z", None, None, sly, "q`.gguf"))
+    text = told(slimtune.methods.config_class("lora")(), BaseModelInfo("x`|y\n# z", None, None, sly, "q`.gguf"))
     assert front(text)["license"] == "a: b\n---\n"
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
@@ -425,7 +425,7 @@ def test_the_verb_without_a_token_and_at_faults(hub, run, monkeypatch):
     def bug(*_, **__):
         raise LookupError("a fault of ours")
 
-    monkeypatch.setattr("slimtune.ops.hub.CommitOperationAdd", bug)
+    monkeypatch.setattr("slimtune.utils.hub.CommitOperationAdd", bug)
     done = slim("push", str(run), "ada/words", "--json")
     assert done.exit_code == 1
     assert "LookupError: a fault of ours" in done.output

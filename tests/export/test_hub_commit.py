@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils._runtime import is_xet_available
 
 from slimtune.errors import RunError, SlimtuneError, UsageError
-from slimtune.ops.hub import commit_files
+from slimtune.utils.hub import commit_files
 
 FILES = {"README.md": b"---\ntags:\n- a\n---\n# A\n", "a.json": b"{}", "b.safetensors": b"\0" * 999}
 
@@ -56,7 +56,7 @@ XET = """
 import os, sys
 from hub_server import Hub, TOKEN, serving
 from slimtune.errors import RunError
-from slimtune.ops.hub import commit_files
+from slimtune.utils.hub import commit_files
 
 large = {
     "random": os.urandom(270_000),
@@ -77,7 +77,7 @@ with serving(Hub({TOKEN: ("ada",)})) as hub:
         try:
             commit_files({"a.safetensors": b"1" * 99}, "ada/failed", message="m", token=TOKEN, endpoint=hub.url)
         except RunError as e:
-            assert str(status) in e.got and e.__context__ is None
+            assert str(status) in e.message and e.__context__ is None
             print(e)
         assert set(hub.repos["ada/failed"].files) == {".gitattributes"}
 print("done")
@@ -162,7 +162,7 @@ def test_a_web_address_is_no_id(hub):
 def test_no_token(hub, token):
     with pytest.raises(UsageError, match="hf auth login") as raised:
         push(hub, token=token)
-    assert "HF_TOKEN" in raised.value.fix
+    assert "HF_TOKEN" in raised.value.hint
     assert hub.asked == []
 
 
@@ -184,7 +184,7 @@ def test_a_wrong_token(hub, there):
         hub.make("ada/words")
     with pytest.raises(UsageError, match="does not know this token") as raised:
         push(hub, token="hf_wrong")
-    assert "hf auth login" in raised.value.fix
+    assert "hf auth login" in raised.value.hint
     assert raised.value.__context__ is None
     assert "a.json" not in (hub.repos["ada/words"].files if there else {})
 
@@ -228,14 +228,14 @@ def test_a_hub_that_fails_leaves_nothing_half_done(hub, where, fault):
     repo = hub.repos.get("ada/words")
     assert repo is None or set(repo.files) == {".gitattributes"}
     if repo is not None and fault not in ("hang",):
-        assert "was made and has none of the files" in raised.value.got
+        assert "was made and has none of the files" in raised.value.message
     if fault == "hang":
-        assert "no answer for 0.4 s" in raised.value.got
+        assert "no answer for 0.4 s" in raised.value.message
     if fault == "drop":
-        assert "cannot be reached" in raised.value.got
+        assert "cannot be reached" in raised.value.message
     if fault in (500, 503):
-        assert f"error {fault}" in raised.value.got
-    assert len(raised.value.got) < 600
+        assert f"error {fault}" in raised.value.message
+    assert len(raised.value.message) < 600
 
 
 def test_a_busy_hub_is_asked_again(hub, monkeypatch):

@@ -13,10 +13,10 @@ from peft import PeftModel as TheirModel
 from peft import get_peft_model as their_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slimtune.adapt.model import PeftModel
+from slimtune.adapters.model import PeftModel
+from slimtune.config import Recipe
 from slimtune.export.merge import merge
-from slimtune.recipe import Recipe
-from slimtune.runs import RunFolder
+from slimtune.run_dir import RunDir
 
 TEXTS = [
     "Define hope. Desire and expectation rolled into one.",
@@ -73,7 +73,7 @@ def test_a_merge_costs_no_more_than_pefts(tmp_path, smollm2_folder, adapter, dty
         "method": {"name": "lora"},
         "out": str(tmp_path / "run"),
     }
-    run = RunFolder.create(tmp_path / "run", Recipe.from_dict(recipe))
+    run = RunDir.create(tmp_path / "run", Recipe.from_dict(recipe))
     run.adapter.symlink_to(adapter)
     merge(run.path, tmp_path / "merged")
     ours, _ = log_p(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer)

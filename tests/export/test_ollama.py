@@ -275,10 +275,10 @@ def test_bases_that_ollama_cannot_read(export, tmp_path):
 @pytest.mark.real
 def test_smollm2s_own_file(export):
     """The file says that no token is put before a prompt; the text is the chat template's to the last character."""
-    from slimtune.models.load import load_config, load_tokenizer
-    from slimtune.models.source import resolve
+    from slimtune.models.loader import load_config, load_tokenizer
+    from slimtune.models.source import resolve_model
 
-    base = resolve("smollm2-135m")
+    base = resolve_model("smollm2-135m")
     tokenizer, model = load_tokenizer(base.spec), load_config(base.spec)
     made, lines = export(base.path, tokenizer=tokenizer, config=model)
     assert not adds_bos(Path(base.path), tokenizer)

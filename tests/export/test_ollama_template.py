@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_templates import CHATML, TOKENIZERS, make_tokenizer
 
-from slimtune.export.chat_grammar import Chat, messages_of
 from slimtune.export.chat_template import turn
 from slimtune.export.go_writer import literal
+from slimtune.export.infer_template import Chat, messages_of
 
 SHAPES = ["u", "uau", "uauau", "uauauau", "su", "suau", "suauau", "suauauau"]
 WORDS = ["Define patience.", " a \n", "{{ .Role }}", '"""', "Größe 嘘 🙂", "system\n\nuser", "<|im_end|>", "[/INST]"]

@@ -10,9 +10,9 @@ import pytest
 from hand_run import make_run
 
 from slimtune.errors import AdapterError
-from slimtune.export import checks
-from slimtune.export.checks import verify
-from slimtune.export.ship import Wish, export
+from slimtune.export import verify_formats
+from slimtune.export.exporter import ExportOptions, export
+from slimtune.export.verify_formats import verify
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from tiny_gguf import write_gguf
@@ -22,12 +22,12 @@ pytestmark = [
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
-NF4 = {"quant": "nf4"}
+NF4 = {"quantization": "nf4"}
 
 
 @pytest.fixture
 def few_positions(monkeypatch):
-    monkeypatch.setattr(checks, "POSITIONS", 60)
+    monkeypatch.setattr(verify_formats, "POSITIONS", 60)
 
 
 def test_an_adapter_is_read_back_on_its_own_base_and_says_what_16_bits_change(tiny_folder, tmp_path):
@@ -54,7 +54,7 @@ def test_a_loftq_start_does_not_ship_beside_another_base(to, tiny_folder, tmp_pa
     file.write_text(file.read_text().replace("method:\n", "method:\n  init_lora_weights: loftq\n"))
     with pytest.raises(AdapterError, match="started as what nf4 took from the base") as said:
         export(run, to, tmp_path / "out")
-    assert said.value.fix == f"slimtune merge {run} --out FOLDER, or --merged"
+    assert said.value.hint == f"slimtune merge {run} --out FOLDER, or --merged"
     assert not (tmp_path / "out").exists()
 
 
@@ -65,14 +65,14 @@ def test_every_way_to_ship_a_run_on_a_gguf_in_4_bits_is_proven(tiny_llama, tiny_
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
     base = write_gguf(tmp_path / "tiny.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
-    from slimtune.models.gguf import dequantized
+    from slimtune.models.gguf import read_dequantized
 
-    run = make_run(tmp_path / "run", dequantized(base)[0], model=NF4)
+    run = make_run(tmp_path / "run", read_dequantized(base)[0], model=NF4)
     file = run / "recipe.yaml"
-    file.write_text(file.read_text().replace(f"name: {dequantized(base)[0]}", f"name: {base}"))
+    file.write_text(file.read_text().replace(f"name: {read_dequantized(base)[0]}", f"name: {base}"))
     said = verify(run, threads=1)
     assert said["passed"], said["checks"]
     assert [c["passed"] for c in said["checks"]] == [True, True, True]
-    merged = export(run, "gguf", tmp_path / "out", Wish(merged=True, precision="f32"), threads=1)
+    merged = export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision="f32"), threads=1)
     assert merged["check"]["max_difference"] < 0.01
     assert not [n for n in merged["notes"] if "16 bits" in n]

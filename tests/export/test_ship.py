@@ -15,10 +15,10 @@ import slimtune
 from slimtune.cli import app
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
 from slimtune.export import gguf_model
-from slimtune.export.checks import verify
+from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.folder import NOTE, read_note
-from slimtune.export.ship import Wish, export
-from slimtune.models.load import load_base
+from slimtune.export.verify_formats import verify
+from slimtune.models.loader import load_base
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from models_zoo import shake
@@ -67,14 +67,14 @@ def test_an_adapter_gguf_is_written_and_llama_cpp_agrees(run, tmp_path):
 
 @pytest.mark.parametrize("precision", ["f32", "f16", "q8_0"])
 def test_a_merged_gguf_needs_nothing_beside_it(run, precision, tmp_path):
-    found = export(run, "gguf", tmp_path / "out", Wish(merged=True, precision=precision), threads=1)
+    found = export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision=precision), threads=1)
     assert set(found["files"]) == {"model.gguf", NOTE}
     assert found["check"]["passed"] is True
     assert found["check"]["engine"] == "llama.cpp, merged GGUF"
 
 
 def test_a_folder_for_ollama(run, base, tmp_path):
-    found = export(run, "ollama", tmp_path / "my model", Wish(name="mine", system='Say "ho".'), threads=1)
+    found = export(run, "ollama", tmp_path / "my model", ExportOptions(name="mine", system='Say "ho".'), threads=1)
     text = (tmp_path / "my model" / "Modelfile").read_text()
     assert str(base) in text
     assert "ADAPTER ./adapter.gguf" in text
@@ -83,7 +83,7 @@ def test_a_folder_for_ollama(run, base, tmp_path):
 
 
 def test_a_merged_model_for_ollama_stands_on_itself(run, tmp_path):
-    found = export(run, "ollama", tmp_path / "out", Wish(merged=True, name="mine"), threads=1)
+    found = export(run, "ollama", tmp_path / "out", ExportOptions(merged=True, name="mine"), threads=1)
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert "FROM ./model.gguf" in text
     assert "ADAPTER" not in text
@@ -132,11 +132,11 @@ def test_what_is_no_lora_ships_merged_or_is_refused_by_name(config, merges, base
         assert config.name in str(refused.value) or "dora" in str(refused.value).lower()
         assert not (tmp_path / to).exists()
     if merges:
-        assert export(run, "ollama", tmp_path / "m", Wish(merged=True, name="m"), threads=1)["check"]["passed"]
-        assert export(run, "gguf", tmp_path / "l", Wish(as_lora=16), threads=1)["conversion"]["error"] < 1
+        assert export(run, "ollama", tmp_path / "m", ExportOptions(merged=True, name="m"), threads=1)["check"]["passed"]
+        assert export(run, "gguf", tmp_path / "l", ExportOptions(as_lora=16), threads=1)["conversion"]["error"] < 1
     else:
         with pytest.raises((UsageError, AdapterError)):
-            export(run, "gguf", tmp_path / "m", Wish(merged=True), threads=1)
+            export(run, "gguf", tmp_path / "m", ExportOptions(merged=True), threads=1)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
@@ -171,17 +171,17 @@ def test_wrong_use_is_told_before_anything_is_loaded(run, tmp_path):
     with pytest.raises(UsageError, match="did you mean 'ollama'"):
         export(run, "olama", tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--merged takes every precision"):
-        export(run, "gguf", tmp_path / "out", Wish(precision="q8_0"))
+        export(run, "gguf", tmp_path / "out", ExportOptions(precision="q8_0"))
     with pytest.raises(UsageError, match="no adapter left"):
-        export(run, "gguf", tmp_path / "out", Wish(merged=True, as_lora=4))
+        export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, as_lora=4))
     with pytest.raises(UsageError, match="--system, --dtype: nothing reads that in an export to gguf"):
-        export(run, "gguf", tmp_path / "out", Wish(system="Be brief.", dtype="float32"))
+        export(run, "gguf", tmp_path / "out", ExportOptions(system="Be brief.", dtype="float32"))
     with pytest.raises(UsageError, match="--precision: nothing reads that in an export to vllm"):
-        export(run, "vllm", tmp_path / "out", Wish(precision="f16"))
+        export(run, "vllm", tmp_path / "out", ExportOptions(precision="f16"))
     with pytest.raises(UsageError, match="stands on nothing"):
-        export(run, "ollama", tmp_path / "out", Wish(merged=True, base_from="llama3.1:8b"))
+        export(run, "ollama", tmp_path / "out", ExportOptions(merged=True, base_from="llama3.1:8b"))
     with pytest.raises(UsageError, match="slimtune merge"):
-        export(run, "vllm", tmp_path / "out", Wish(merged=True))
+        export(run, "vllm", tmp_path / "out", ExportOptions(merged=True))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "x").touch()
     with pytest.raises(UsageError, match="already holds files"):
@@ -194,7 +194,7 @@ def test_a_precision_of_llama_quantizes_needs_it(run, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_model.shutil, "which", lambda _: None)
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     with pytest.raises(ModelError, match="llama-quantize, which is not here"):
-        export(run, "gguf", tmp_path / "out", Wish(merged=True, precision="Q4_K_M"))
+        export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision="Q4_K_M"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -204,7 +204,7 @@ def test_llama_quantize_is_called_where_it_is(run, tmp_path, monkeypatch):
     program.write_text('#!/bin/sh\n[ "$3" = Q4_K_M ] && cp "$1" "$2"\n')
     program.chmod(0o755)
     monkeypatch.setenv("LLAMA_CPP", str(program.parent))
-    wish = Wish(merged=True, precision="Q4_K_M")
+    wish = ExportOptions(merged=True, precision="Q4_K_M")
     assert export(run, "gguf", tmp_path / "out", wish, threads=1)["check"]["precision"] == "Q4_K_M"
     program.write_text("#!/bin/sh\necho no such type >&2; exit 3\n")
     with pytest.raises(RunError, match="no such type"):
@@ -219,10 +219,10 @@ def test_a_base_that_is_no_gguf_asks_for_llama_cpps_converter(tiny_folder, tmp_p
     assert found["check"]["passed"] is None
     assert "convert_hf_to_gguf.py, which is not here" in found["check"]["reason"]
     with pytest.raises(ModelError, match="convert_hf_to_gguf"):
-        export(run, "gguf", tmp_path / "m", Wish(merged=True))
+        export(run, "gguf", tmp_path / "m", ExportOptions(merged=True))
     with pytest.raises(UsageError, match="--from NAME"):
         export(run, "ollama", tmp_path / "o")
-    named = export(run, "ollama", tmp_path / "o", Wish(base_from="llama3.1:8b"), prove=False)
+    named = export(run, "ollama", tmp_path / "o", ExportOptions(base_from="llama3.1:8b"), prove=False)
     assert "FROM llama3.1:8b" in (tmp_path / "o" / "Modelfile").read_text()
     assert named["template"] is False
 

@@ -14,12 +14,12 @@ from methods.cases import CASES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from slimtune.adapt.model import PeftModel, get_peft_model
-from slimtune.build import load_run
-from slimtune.contract.registry import names
+from slimtune.adapters.model import PeftModel, get_peft_model
+from slimtune.adapters.registry import method_names
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export.vllm import SCRIPT, TEMPLATE, known, vllm_adapter
 from slimtune.methods.lora import LoraConfig
+from slimtune.setup import load_run
 
 IDS = torch.tensor([[1, 5, 9, 200, 31, 7, 64, 2, 90]])
 PATTERNS = {"rank_pattern": {"q_proj": 2, "1.mlp.down_proj": 6}, "alpha_pattern": {"up_proj": 3, "q_proj": 5}}
@@ -126,8 +126,8 @@ def test_what_vllm_refuses_is_refused_by_name_with_the_ways_left(exported, tmp_p
     given = {"r": 4, **method}
     with pytest.raises(AdapterError, match=cause) as caught:
         exported({"rank": given.pop("r"), **given})
-    assert "slimtune merge" in caught.value.fix
-    assert ("--as-lora" in caught.value.fix) is convertible
+    assert "slimtune merge" in caught.value.hint
+    assert ("--as-lora" in caught.value.hint) is convertible
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -148,15 +148,15 @@ def adapter_of(folder, base, config):
     return folder
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n != "lora"])
+@pytest.mark.parametrize("name", [n for n in method_names() if n != "lora"])
 def test_every_method_but_lora_is_refused_with_the_ways_left(tmp_path, tiny_folder, name):
     case = CASES[name]
     adapter = adapter_of(tmp_path / "adapter", tiny_folder, case())
     with pytest.raises(AdapterError, match=f"its method is {name}, and vLLM reads LoRA alone") as caught:
         vllm_adapter(adapter, tmp_path)
-    assert ("slimtune merge" in caught.value.fix) is case.cls.mergeable
+    assert ("slimtune merge" in caught.value.hint) is case.cls.mergeable
     if not case.cls.mergeable:
-        assert caught.value.fix == "use it with slimtune generate and slimtune chat: it is no change of weights"
+        assert caught.value.hint == "use it with slimtune generate and slimtune chat: it is no change of weights"
 
 
 @pytest.mark.parametrize("config", [LoraConfig(use_dora=True, target_modules="all-linear"), CASES["ia3"]()])
@@ -188,8 +188,8 @@ def test_an_architecture_that_vllm_serves_no_lora_on_is_refused(tmp_path, tiny_t
     adapter = adapter_of(tmp_path / "adapter", base, LoraConfig(target_modules=["c_attn"]))
     with pytest.raises(AdapterError, match="the base is a GPT2LMHeadModel, which vLLM serves no LoRA on") as caught:
         vllm_adapter(adapter, tmp_path)
-    assert "slimtune merge" in caught.value.fix
-    assert "--as-lora" not in caught.value.fix
+    assert "slimtune merge" in caught.value.hint
+    assert "--as-lora" not in caught.value.hint
 
 
 def test_a_head_is_refused_where_vllms_class_takes_none(tmp_path, tiny_tokenizer):

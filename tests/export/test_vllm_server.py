@@ -109,7 +109,7 @@ def test_a_key_goes_along_and_into_no_message(server):
 def test_an_unknown_model_is_refused_with_the_nearest(server):
     with pytest.raises(UsageError, match="serves no model 'devill'; did you mean 'devil'") as caught:
         VllmServer(server.url, "devill")
-    assert "'base', 'devil'" in caught.value.wanted
+    assert "'base', 'devil'" in caught.value.expected
 
 
 def test_the_servers_own_words_are_passed_on(server):
@@ -133,7 +133,7 @@ def test_no_server_is_said_with_how_to_start_one():
         port = s.getsockname()[1]
     with pytest.raises(RunError, match=f"no vLLM server answers at http://127.0.0.1:{port}: .*refused") as caught:
         VllmServer(f"http://127.0.0.1:{port}", "devil")
-    assert "serve.sh" in caught.value.fix
+    assert "serve.sh" in caught.value.hint
 
 
 def test_a_server_that_hangs_is_given_up():

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers as tf
 
-from slimtune.export.architectures import as_llama_cpp, facts_of, names_of
+from slimtune.export.architectures import as_llama_cpp, get_architecture, get_tensor_names
 
 SIZES = {
     "hidden_size": 64,
@@ -60,7 +60,7 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     import gguf
 
     config = model.config
-    w = gguf.GGUFWriter(str(file), facts_of(config).arch)
+    w = gguf.GGUFWriter(str(file), get_architecture(config).arch)
     w.add_block_count(config.num_hidden_layers)
     w.add_context_length(config.max_position_embeddings)
     w.add_embedding_length(config.hidden_size)
@@ -72,7 +72,7 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     else:
         _rotary(w, config)
     _vocabulary(w, tokenizer, config.vocab_size)
-    names = names_of(config)
+    names = get_tensor_names(config)
     for name, parameter in model.named_parameters():
         module, _, what = name.rpartition(".")
         tensor = as_llama_cpp(parameter.detach(), name, config).float().contiguous()

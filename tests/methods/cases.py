@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import slimtune.methods
-from slimtune.contract.config import PeftConfig
+from slimtune.adapters.config import PeftConfig
 
 
 @dataclass(frozen=True)
@@ -91,4 +91,6 @@ CASES: dict[str, Case] = {
     "adalora": Case("AdaLoraConfig", {"init_r": 5, "target_r": 2, "lora_alpha": 16, **ALL}, {"init_r": 3}),
 }
 # A third party's method runs with its own defaults.
-CASES |= {name: Case(name, ALL) for name in set(slimtune.methods.names()) - set(slimtune.methods.built_in())}
+CASES |= {
+    name: Case(name, ALL) for name in set(slimtune.methods.method_names()) - set(slimtune.methods.built_in_methods())
+}

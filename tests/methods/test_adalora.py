@@ -46,25 +46,25 @@ def test_without_a_number_of_steps_there_is_no_schedule():
     model = model_of()
     with pytest.raises(ConfigError, match="total_step is None"):
         model.update_and_allocate(1)
-    model.active_peft_config.begins(20)
+    model.active_peft_config.on_train_begin(20)
     assert model.active_peft_config.total_step == 20
-    model.active_peft_config.begins(30)
+    model.active_peft_config.on_train_begin(30)
     assert model.active_peft_config.total_step == 20
     with pytest.raises(ConfigError, match="total_step is 3"):
-        AdaLoraConfig(tinit=2, tfinal=1).begins(3)
+        AdaLoraConfig(tinit=2, tfinal=1).on_train_begin(3)
 
 
 def test_the_penalty_is_on_the_loss_while_training_alone():
     model = model_of(orth_reg_weight=0.5)
     ids = tokens()
-    penalty = model.penalty()
+    penalty = model.regularization_loss()
     sides = [P for d in deltas(model) for P in (d.lora_A, d.lora_B.t())]
     expected = [torch.linalg.matrix_norm(P @ P.t() - torch.eye(4)).item() for P in sides]
     assert penalty.item() == pytest.approx(0.5 * sum(expected) / len(sides))
     with_it = model.train()(input_ids=ids, labels=ids).loss.item()
     without = model.eval()(input_ids=ids, labels=ids).loss.item()
     assert with_it - without == pytest.approx(penalty.item(), rel=1e-5)
-    assert model_of(orth_reg_weight=0.0).penalty() is None
+    assert model_of(orth_reg_weight=0.0).regularization_loss() is None
 
 
 def test_a_rank_that_is_out_can_come_back():

@@ -7,7 +7,7 @@ import torch
 from models_zoo import bert_classifier, gpt2, llama, qwen2, run, shake, snapshot
 
 from slimtune import HiraConfig, LoraConfig, MissConfig, get_peft_model
-from slimtune.contract.delta import MergeRefused
+from slimtune.adapters.base import MergeUnsupported
 from slimtune.errors import TargetError
 from slimtune.methods.bitfit import BitFitConfig
 
@@ -50,7 +50,7 @@ def test_new_biases_are_everywhere_but_at_the_head_and_not_merged():
     model = get_peft_model(llama(), BitFitConfig(new_biases=True))
     assert len(model.match_report().adapted) == 2 * 7 + 5
     assert "lm_head" in model.match_report().left
-    with pytest.raises(MergeRefused, match=r"layers\.0\.self_attn\.q_proj has no bias"):
+    with pytest.raises(MergeUnsupported, match=r"layers\.0\.self_attn\.q_proj has no bias"):
         model.merge_adapter()
 
 
@@ -82,5 +82,5 @@ def test_below_one_that_reads_the_weight(base, above):
 
 def test_a_norm_that_has_no_room_for_a_bias_is_not_merged():
     model = get_peft_model(llama(), BitFitConfig(new_biases=True, target_modules=["norm"]))
-    with pytest.raises(MergeRefused, match=r"model\.norm has no bias"):
+    with pytest.raises(MergeUnsupported, match=r"model\.norm has no bias"):
         model.merge_adapter()

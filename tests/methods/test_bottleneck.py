@@ -12,7 +12,7 @@ from models_zoo import bert_classifier, distilbert_classifier, gpt2, llama, run,
 from safetensors import safe_open
 
 from slimtune import BottleneckConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from slimtune.contract.delta import MergeRefused
+from slimtune.adapters.base import MergeUnsupported
 from slimtune.errors import ConfigError, TargetError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "bottleneck_golden.safetensors"
@@ -134,7 +134,9 @@ def test_each_layer_has_its_own_size():
     model = get_peft_model(llama(), BottleneckConfig(reduction_factor={1: 4, "default": 32}))
     sizes = [t.shape[0] for n, t in model.named_parameters() if n.endswith("adapter_down.weight")]
     assert sizes == [1, 8]
-    with pytest.raises(TargetError, match=r"reduction_factor: '7' matches no adapted layer\n  wanted: one of '0', '1'"):
+    with pytest.raises(
+        TargetError, match=r"reduction_factor: '7' matches no adapted layer\n  expected: one of '0', '1'"
+    ):
         get_peft_model(llama(), BottleneckConfig(reduction_factor={7: 4, "default": 32}))
     with pytest.raises(ConfigError, match="no value for layer 1"):
         get_peft_model(llama(), BottleneckConfig(reduction_factor={0: 4}))
@@ -192,5 +194,5 @@ def test_what_the_file_holds(tmp_path):
 
 def test_merging_is_refused_by_name():
     model = get_peft_model(llama(), BottleneckConfig())
-    with pytest.raises(MergeRefused, match=r"bottleneck adapter at model\.layers\.0 is not linear"):
+    with pytest.raises(MergeUnsupported, match=r"bottleneck adapter at model\.layers\.0 is not linear"):
         model.merge_adapter()

@@ -36,7 +36,7 @@ def test_a_lora_below_gets_its_gradient_through_the_weight():
     trained = [p for p in layer.adapters.parameters() if p.requires_grad]
     found = torch.autograd.grad(layer(x).square().sum(), trained)
     low, high = layer.adapters["default"], layer.adapters["above"]
-    A, B, scale = low.factors()
+    A, B, scale = low.low_rank_factors()
     weight = layer.weight + scale * B @ A
     expected = torch.autograd.grad((x @ (weight * (1 + high.hira_B @ high.hira_A)).t()).square().sum(), trained)
     assert len(trained) == 4

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slimtune import LoHaConfig
-from slimtune.contract.delta import Site
+from slimtune.adapters.base import Site
 from slimtune.errors import ConfigError
 
 
@@ -21,14 +21,14 @@ def test_the_factors_are_the_product(r):
     delta = delta_of(r)
     change = delta.merged(torch.zeros(20, 24, dtype=torch.float64), None)[0]
     delta.low_rank = True
-    A, B, scale = delta.factors()
+    A, B, scale = delta.low_rank_factors()
     assert A.shape == (r * r, 24)
     assert (scale * B @ A - change).abs().max() < 1e-14
 
 
 def test_at_a_large_rank_no_factors_are_handed_on():
-    assert delta_of(3).factors() is not None
-    assert delta_of(4).factors() is None
+    assert delta_of(3).low_rank_factors() is not None
+    assert delta_of(4).low_rank_factors() is None
 
 
 def test_the_weight_is_not_kept_for_the_backward_pass():
@@ -51,7 +51,7 @@ def test_rank_dropout_drops_outputs_and_keeps_the_mean(r):
     torch.manual_seed(4)
     mask = (torch.rand(20) > 0.5).double()
     assert (dropped - delta.eval()(x, y) * mask / mask.mean()).abs().max() < 1e-6
-    assert delta.train().factors() is None
+    assert delta.train().low_rank_factors() is None
 
 
 def test_module_dropout_leaves_the_layer_out():

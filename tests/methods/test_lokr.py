@@ -7,7 +7,7 @@ import torch
 from peft.tuners.lokr.layer import factorization
 
 from slimtune import LoKrConfig
-from slimtune.contract.delta import Site
+from slimtune.adapters.base import Site
 from slimtune.errors import ConfigError
 from slimtune.methods.lokr import factorized
 

@@ -13,9 +13,9 @@ from torch import nn
 
 import slimtune
 from slimtune import LoraConfig, create_loraplus_optimizer, get_peft_model, parameter_groups
-from slimtune.adapt.rates import split_by_rate
-from slimtune.contract.delta import Site
-from slimtune.data.collate import Collator
+from slimtune.adapters.base import Site
+from slimtune.adapters.optimizer import group_by_learning_rate
+from slimtune.data.collator import Collator
 from slimtune.errors import ConfigError
 
 TARGETS = {"target_modules": ["q_proj", "embed_tokens"]}
@@ -43,7 +43,7 @@ def test_a_finished_optimizer_is_split_and_steps():
     model = get_peft_model(llama(), LoraConfig(**TARGETS, lr_ratio=4))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-2)
-    split_by_rate(optimizer, model)
+    group_by_learning_rate(optimizer, model)
     rates = rate_of(optimizer.param_groups, model)
     assert set(rates.values()) == {1e-2, 4e-2}
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(trained)
@@ -58,13 +58,13 @@ def test_a_finished_optimizer_is_split_and_steps():
 def test_the_trainer_follows_the_rates(tmp_path):
     from transformers import TrainingArguments
 
-    from slimtune.train.relief import Relief
-    from slimtune.train.trainer import SlimTrainer
+    from slimtune.training.oom_recovery import OomRecovery
+    from slimtune.training.trainer import SlimTrainer
 
     model = get_peft_model(llama(), LoraConfig(**TARGETS, lr_ratio=8))
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, report_to=[])
     collator = Collator(0)
-    relief = Relief(collator, torch.device("cpu"), print, print)
+    relief = OomRecovery(collator, torch.device("cpu"), print, print)
     trainer = SlimTrainer(
         model, args, train=[], validation=[], collator=collator, keep=1, say=print, callbacks=[], relief=relief
     )

@@ -13,12 +13,18 @@ from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import slimtune.methods
-import slimtune.step
+import slimtune.train_step.loss
 from slimtune import get_peft_model
-from slimtune.contract.layout import LAYOUT, Layout, laid_out
-from slimtune.data.packs import lay
+from slimtune.attention.packed_layout import LAYOUT_KWARG, PackedLayout, packed_attention
+from slimtune.data.packing import pack_sequences
 from slimtune.errors import UsageError
-from slimtune.step import bytes_kept, collator_for, require_exact, room_for, step_loss
+from slimtune.train_step.loss import (
+    auto_micro_batch_tokens,
+    check_packing_supported,
+    make_collator,
+    measure_activation_bytes,
+    step_loss,
+)
 
 
 def gemma3(dtype=torch.float64):
@@ -87,11 +93,11 @@ def loss_and_gradients(model, loss):
 
 def through_the_step(model):
     def loss():
-        penalty = model.penalty()
-        laid = step_loss(model, collator_for(model, 0)(ROWS))
+        penalty = model.regularization_loss()
+        laid = step_loss(model, make_collator(model, 0)(ROWS))
         return laid if penalty is None else laid + penalty
 
-    with laid_out(model) as taken:
+    with packed_attention(model) as taken:
         assert taken
         return loss_and_gradients(model, loss)
 
@@ -104,7 +110,7 @@ def assert_rows_are_as_alone(model, most):
 
 
 def test_these_rows_share_and_nest():
-    laid = lay([r["input_ids"] for r in ROWS])
+    laid = pack_sequences([r["input_ids"] for r in ROWS])
     assert len(laid.tokens) == sum(len(r["input_ids"]) for r in ROWS) - 3 * len(BEGUN) - len(NESTED)
     assert max(len(laid.layout.path(i)) for i in range(len(laid.layout.lengths))) == 2
 
@@ -162,7 +168,7 @@ def test_checkpointed_is_plain(method):
 @EVERY_METHOD
 def test_is_found_exact_before_training(method):
     model = adapted(method, dtype=torch.bfloat16)
-    assert require_exact(model, collator_for(model, 0)) is None
+    assert check_packing_supported(model, make_collator(model, 0)) is None
     assert model.training
 
 
@@ -170,14 +176,14 @@ def test_is_found_exact_before_training(method):
 def test_a_pass_is_as_long_as_free_memory_allows(method, monkeypatch):
     base = llama(dtype=torch.float32, hidden_size=128, intermediate_size=192)
     model = prepared(get_peft_model(base, config(method, "llama")))
-    collator = collator_for(model, 0)
-    allowed = bytes_kept(model, collator, 120)
-    monkeypatch.setattr(slimtune.step, "free_bytes", lambda device: 2 * allowed)
-    assert room_for(model, collator, 9) == pytest.approx(120, rel=0.05)
+    collator = make_collator(model, 0)
+    allowed = measure_activation_bytes(model, collator, 120)
+    monkeypatch.setattr(slimtune.train_step.loss, "free_bytes", lambda device: 2 * allowed)
+    assert auto_micro_batch_tokens(model, collator, 9) == pytest.approx(120, rel=0.05)
 
 
 def test_layers_share_the_masks_behind_a_prefix():
-    layout = Layout((4, 3), (-1, 0))
+    layout = PackedLayout((4, 3), (-1, 0))
     assert layout.behind_keys(5) is layout.behind_keys(5)
     assert (layout.behind_keys(5).keys_before, layout.behind_keys(2).keys_before, layout.keys_before) == (5, 2, 0)
     assert layout.behind_keys(5).behind_keys(2) == layout.behind_keys(7)
@@ -186,9 +192,9 @@ def test_layers_share_the_masks_behind_a_prefix():
 @pytest.mark.parametrize("names", [["default"], ["default", "__base__", "default", "default", "default"]])
 def test_rows_in_one_sequence_have_one_adapter(names):
     model = adapted("prompt_tuning")
-    batch = collator_for(model, 0)(ROWS)
-    with laid_out(model), pytest.raises(UsageError, match="one row of the batch"):
-        model(input_ids=batch["input_ids"], adapter_names=names, use_cache=False, **{LAYOUT: batch["layout"]})
+    batch = make_collator(model, 0)(ROWS)
+    with packed_attention(model), pytest.raises(UsageError, match="one row of the batch"):
+        model(input_ids=batch["input_ids"], adapter_names=names, use_cache=False, **{LAYOUT_KWARG: batch["layout"]})
 
 
 @pytest.mark.parametrize("method", [m for m, c in sorted(CASES.items()) if c.settings.get("target_modules")])
@@ -203,4 +209,4 @@ def test_so_at_a_head_that_is_tied(method):
 
 def test_the_page_says_of_each_method_what_it_uses():
     page = (Path(__file__).parents[2] / "docs/step.md").read_text()
-    assert {m for m in slimtune.methods.built_in() if f"\n| [{m}](methods/{m}.md)" not in page} == set()
+    assert {m for m in slimtune.methods.built_in_methods() if f"\n| [{m}](methods/{m}.md)" not in page} == set()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slimtune import LoraConfig, MissConfig
-from slimtune.contract.delta import Frozen, Site
+from slimtune.adapters.base import BaseForward, Site
 from slimtune.errors import ConfigError
 
 
@@ -29,7 +29,7 @@ def test_a_size_the_layer_does_not_allow_is_refused(settings, got):
 
 def test_factors_are_the_merge_where_r_does_not_divide_the_inputs():
     delta = MissConfig(r=7, init_weights=False).build(site())
-    A, B, scale = delta.factors()
+    A, B, scale = delta.low_rank_factors()
     assert torch.equal(scale * B @ A, delta.merged(torch.zeros(20, 24, dtype=torch.float64), None)[0])
 
 
@@ -45,7 +45,7 @@ def test_bat_keeps_no_weight_of_its_own():
     module, delta, x = bat()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = delta.around(Frozen(module, module.forward), x)
+        y = delta.forward_with_base(BaseForward(module, module.forward), x)
     large = [t for t in kept if t.numel() >= module.weight.numel()]
     assert all(t.untyped_storage().data_ptr() == module.weight.untyped_storage().data_ptr() for t in large)
     y.sum().backward()
@@ -56,8 +56,8 @@ def test_bat_passes_gradients_to_the_adapter_below():
     """The weight it reads is the one that adapter made."""
     module, delta, x = bat()
     below = LoraConfig(r=2, init_lora_weights=False).build(site((40, 80)))
-    one = Frozen(module, module.forward)
-    y = delta.around(Frozen(module, lambda x: below.around(one, x), [below]), x)
+    one = BaseForward(module, module.forward)
+    y = delta.forward_with_base(BaseForward(module, lambda x: below.forward_with_base(one, x), [below]), x)
     whole = delta.merged(below.merged(module.weight, None)[0], None)[0]
     parameters = [*below.parameters(), *delta.parameters()]
     found, expected = (torch.autograd.grad(out.square().sum(), parameters) for out in (y, x @ whole.t()))

@@ -7,7 +7,7 @@ import torch
 from peft.tuners.oft.layer import OFTLayer
 
 from slimtune import OFTConfig
-from slimtune.contract.delta import Frozen, Site
+from slimtune.adapters.base import BaseForward, Site
 from slimtune.errors import ConfigError
 from slimtune.methods.oft import divisor
 
@@ -17,7 +17,7 @@ def site(size=(24, 20), dtype=torch.float64):
 
 
 def turned(delta, x):
-    return delta.around(Frozen(torch.nn.Identity(), lambda x: x), x)
+    return delta.forward_with_base(BaseForward(torch.nn.Identity(), lambda x: x), x)
 
 
 def test_block_sizes_are_adjusted_as_in_peft():

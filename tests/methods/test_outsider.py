@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.runs import RunFolder
+from slimtune.run_dir import RunDir
 
 HERE = Path(__file__).parent
 INFO = "slimtune_tilt-1.0.dist-info"
@@ -60,9 +60,9 @@ def test_it_trains_and_its_checkpoint_loads(installed, tiny_folder, tmp_path):
     out = tmp_path / "run"
     ran(["slimtune", "train", "--model", tiny_folder, "--data", rows, "--method", "tilt", "--out", out,
          "--lr", "0.01", "--epochs", "2", "--json"], installed)  # fmt: skip
-    adapter = RunFolder.open(out).adapter
+    adapter = RunDir.open(out).adapter
     assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "TILT"
-    code = "import sys, slimtune.build as b; m = b.load_run(sys.argv[1]).model; print(m.peft_type, m.match_report())"
+    code = "import sys, slimtune.setup as b; m = b.load_run(sys.argv[1]).model; print(m.peft_type, m.match_report())"
     done = subprocess.run([sys.executable, "-c", code, str(out)], env=installed, capture_output=True, text=True)
     assert done.stdout.startswith("TILT adapted 14 modules"), done.stdout + done.stderr
     # Where it is not installed, the file names what is missing.

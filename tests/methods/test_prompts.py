@@ -11,12 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import slimtune
 from slimtune import PeftModel, get_peft_model
+from slimtune.config.method import resolved
 from slimtune.errors import AdapterError, ConfigError, ModelError, TargetError, UsageError
 from slimtune.methods.prefix_tuning.from_text import (
     initialize_kv_prefix_from_past_key_values,
     initialize_kv_prefix_from_text,
 )
-from slimtune.recipe.method import resolved
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 CLOSE = 1e-9

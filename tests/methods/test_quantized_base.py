@@ -11,9 +11,9 @@ from cases import CASES
 from models_zoo import llama, run, tokens
 
 from slimtune import PeftModel, get_peft_model
-from slimtune.adapt.merged_state import MergedState
-from slimtune.models.quantized import KINDS, keep_layout, loading, unpacked
-from slimtune.ops.maps import is_quantized
+from slimtune.adapters.merged_state import MergedState
+from slimtune.models.quantization import KINDS, dequantize_model, keep_layout, quantization_config
+from slimtune.utils.linear_layers import is_quantized
 
 pytestmark = [
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
@@ -29,7 +29,7 @@ def bases(tmp_path_factory):
 
     def make(kind):
         model = llama(dtype=torch.float32)
-        _, told = loading(model.config, kind, torch.float32, torch.device("cpu"), "tiny")
+        _, told = quantization_config(model.config, kind, torch.float32, torch.device("cpu"), "tiny")
         model = type(model).from_pretrained(folder, dtype=torch.float32, **told).eval()
         keep_layout(model)
         return model
@@ -42,7 +42,7 @@ def trained(model):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     model.train()
     losses = []
-    model.peft_config["default"].begins(5)
+    model.peft_config["default"].on_train_begin(5)
     for _ in range(5):
         logits = model(input_ids=tokens(), use_cache=False).logits
         losses.append(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens()[:, 1:].flatten()))
@@ -78,7 +78,7 @@ def test_it_merges_out_of_4_bits_as_out_of_the_values_they_stand_for(method, bas
     model = get_peft_model(bases("nf4"), CASES[method]())
     trained(model)
     model.save_pretrained(tmp_path)
-    plain = PeftModel.from_pretrained(unpacked(bases("nf4"), torch.float32), tmp_path)
+    plain = PeftModel.from_pretrained(dequantize_model(bases("nf4"), torch.float32), tmp_path)
     assert not any(map(is_quantized, plain.modules()))
     assert (run(plain) - run(model)).abs().max() < 2e-5
     config = model.peft_config["default"]

@@ -12,12 +12,12 @@ from plain_way import apart, gradients, wide
 from test_methods_step import ROWS, adapted
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.build import spare
-from slimtune.contract.layout import laid_out
+from slimtune.attention.packed_layout import packed_attention
 from slimtune.errors import UsageError
-from slimtune.ops import offload
-from slimtune.step import collator_for, step_loss, supervised_nats
-from slimtune.thrift import checkpoint_layers, tile_layers
+from slimtune.kernels import activation_offload
+from slimtune.setup import apply_memory_savings
+from slimtune.train_step.loss import make_collator, step_loss, token_nll
+from slimtune.train_step.memory_savings import enable_activation_checkpointing, enable_tiled_mlp
 
 WAYS = {
     "checkpointed": {"checkpointing": True},
@@ -30,11 +30,11 @@ EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 @pytest.fixture(autouse=True)
 def everything_goes(monkeypatch):
-    monkeypatch.setattr(offload, "LEAST", 1)
+    monkeypatch.setattr(activation_offload, "LEAST", 1)
 
 
 def spared(model, *, checkpointing=False, offload=False, tile=None):
-    spare(model, checkpointing, offload, tile)
+    apply_memory_savings(model, checkpointing, offload, tile)
     return model
 
 
@@ -42,13 +42,13 @@ def loss_and_gradients(model):
     losses = []
 
     def backward():
-        loss = step_loss(model, collator_for(model, 0)(ROWS))
-        penalty = model.penalty()
+        loss = step_loss(model, make_collator(model, 0)(ROWS))
+        penalty = model.regularization_loss()
         loss = loss if penalty is None else loss + penalty
         losses.append(loss.item())
         loss.backward()
 
-    with laid_out(model):
+    with packed_attention(model):
         return gradients(model, backward), losses[0]
 
 
@@ -77,7 +77,7 @@ def test_two_passes_add_up():
     with wide():
         model, other = adapted("lora"), spared(adapted("lora"), **WAYS["all"])
         want, got = (
-            gradients(m, lambda m=m: [step_loss(m, collator_for(m, 0)(r)).backward() for r in (ROWS, ROWS[:2])])
+            gradients(m, lambda m=m: [step_loss(m, make_collator(m, 0)(r)).backward() for r in (ROWS, ROWS[:2])])
             for m in (model, other)
         )
     assert apart(got, want) < 1e-12
@@ -95,9 +95,9 @@ def test_what_is_dropped_is_dropped_in_the_recomputed_forward_too():
 
     def loss():
         torch.manual_seed(5)
-        return step_loss(model, collator_for(model, 0)(ROWS))
+        return step_loss(model, make_collator(model, 0)(ROWS))
 
-    with wide(), laid_out(model):
+    with wide(), packed_attention(model):
         loss().backward()
         slope = (weight.grad * direction).sum().item()
         ends = []
@@ -113,15 +113,15 @@ def test_what_is_dropped_is_dropped_in_the_recomputed_forward_too():
 def test_a_tiled_model_scores_as_before():
     model = adapted("lora").eval()
     with torch.no_grad(), wide():
-        before = supervised_nats(model, collator_for(model, 0)(ROWS))
-        assert tile_layers(model, 5) == 7  # two norms and a feed-forward in each of two layers, and the last norm
-        after = supervised_nats(model, collator_for(model, 0)(ROWS))
+        before = token_nll(model, make_collator(model, 0)(ROWS))
+        assert enable_tiled_mlp(model, 5) == 7  # two norms and a feed-forward in each of two layers, and the last norm
+        after = token_nll(model, make_collator(model, 0)(ROWS))
     assert (before - after).abs().max() < 1e-12
 
 
 def test_a_copy_of_a_tiled_model_runs_its_own_modules():
     model = adapted("lora")
-    tile_layers(model, 5)
+    enable_tiled_mlp(model, 5)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         for p in model.parameters():
@@ -135,8 +135,8 @@ def test_the_feed_forward_runs_twice_not_three_times():
     seen = []
     inner = model.get_submodule("model.layers.1.mlp.up_proj")
     inner.register_forward_hook(lambda *_: seen.append(1))
-    with laid_out(model):
-        batch = collator_for(model, 0)(ROWS)
+    with packed_attention(model):
+        batch = make_collator(model, 0)(ROWS)
         step_loss(model, batch).backward()
     tiles = -(-batch["input_ids"].shape[1] // 7)
     assert len(seen) == 2 * tiles
@@ -144,6 +144,6 @@ def test_the_feed_forward_runs_twice_not_three_times():
 
 def test_models_without_layers_are_refused():
     with pytest.raises(UsageError, match="no layers"):
-        tile_layers(torch.nn.Linear(2, 2), 4)
+        enable_tiled_mlp(torch.nn.Linear(2, 2), 4)
     with pytest.raises(UsageError, match="twice"):
-        checkpoint_layers(torch.nn.Linear(2, 2))
+        enable_activation_checkpointing(torch.nn.Linear(2, 2))

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from slimtune.errors import ModelError, RunError, SlimtuneError
 from slimtune.models import gguf as room
-from slimtune.models.gguf import cache_root, dequantized
+from slimtune.models.gguf import cache_root, read_dequantized
 from slimtune.models.gguf_facts import llama3_divisors
-from slimtune.models.load import load_base, load_config, load_tokenizer
-from slimtune.models.source import resolve
-from slimtune.ops.fingerprint import config_fingerprint
+from slimtune.models.loader import load_base, load_config, load_tokenizer
+from slimtune.models.source import resolve_model
+from slimtune.utils.fingerprint import config_fingerprint
 
 pytest.importorskip("gguf")
 
@@ -51,7 +51,7 @@ def file(tmp_path: Path, model: Any, tokenizer: Any) -> Path:
 
 def refused(file: Path, kind: type[SlimtuneError], *words: str) -> None:
     with pytest.raises(kind) as caught:
-        dequantized(file)
+        read_dequantized(file)
     assert caught.value.exit_code == 1
     for word in words:
         assert word in str(caught.value)
@@ -101,7 +101,7 @@ def test_a_gguf_becomes_the_same_model(
 
 
 def test_the_folder_is_plain_and_stamped(file: Path, model: Any) -> None:
-    folder, _ = dequantized(file)
+    folder, _ = read_dequantized(file)
     stamp = json.loads((folder / "slimtune.json").read_text())
     assert stamp["source"] == "tiny.gguf"
     assert stamp["dtype"] == "float32"
@@ -129,7 +129,7 @@ def test_digits_are_split_as_the_vocabulary_was_made(
 def test_an_unknown_splitting_is_said_aloud(
     tmp_path: Path, model: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dequantized(write_gguf(tmp_path / "tiny.gguf", model, tokenizer, pre="of-tomorrow"))
+    read_dequantized(write_gguf(tmp_path / "tiny.gguf", model, tokenizer, pre="of-tomorrow"))
     assert "splits text as 'of-tomorrow'" in caplog.text
 
 
@@ -206,7 +206,7 @@ def test_a_full_disk_leaves_nothing_behind(
         patch.setattr(PreTrainedModel, "save_pretrained", save)
         refused(file, RunError, "the disk is full", "MiB free", "wanted:")
     assert left(cache) == []
-    assert dequantized(file)[0].is_dir()
+    assert read_dequantized(file)[0].is_dir()
 
 
 def test_a_nearly_full_disk_is_noticed_before_writing(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,10 +223,10 @@ def test_a_cache_that_cannot_be_written(file: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_damaged_cache_is_made_again(file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder, _ = dequantized(file)
+    folder, _ = read_dequantized(file)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:100])
-    same, seconds = dequantized(file)
+    same, seconds = read_dequantized(file)
     assert same == folder
     assert seconds > 0
     assert "damaged" in caplog.text
@@ -234,11 +234,11 @@ def test_a_damaged_cache_is_made_again(file: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_leftovers_of_a_killed_process_are_cleared(file: Path, cache: Path) -> None:
-    folder, _ = dequantized(file)
+    folder, _ = read_dequantized(file)
     shutil.rmtree(folder)
     (cache / f".{folder.name}.tmp-killed").mkdir()
     (cache / ".other-base.tmp-running").mkdir()
-    dequantized(file)
+    read_dequantized(file)
     assert left(cache) == sorted([folder.name, ".other-base.tmp-running"])
 
 
@@ -252,7 +252,7 @@ def test_two_at_once_do_the_work_once(file: Path, cache: Path, monkeypatch: pyte
         real(*args)
 
     monkeypatch.setattr(room, "_make", counted)
-    threads = [threading.Thread(target=lambda: found.append(dequantized(file)[0])) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(read_dequantized(file)[0])) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -266,12 +266,12 @@ def test_two_at_once_do_the_work_once(file: Path, cache: Path, monkeypatch: pyte
 def test_another_content_under_the_same_name_is_another_base(
     file: Path, tiny_llama: Callable[..., Any], tokenizer: Any
 ) -> None:
-    first, _ = dequantized(file)
+    first, _ = read_dequantized(file)
     size = file.stat().st_size
     write_gguf(file, tiny_llama(seed=1, vocab_size=261, head_dim=8, tie_word_embeddings=True), tokenizer)
     os.utime(file, ns=(1, 1))
     assert file.stat().st_size == size
-    second, _ = dequantized(file)
+    second, _ = read_dequantized(file)
     assert first != second
     one, two = (AutoModelForCausalLM.from_pretrained(f).model.embed_tokens.weight for f in (first, second))
     assert not torch.equal(one, two)
@@ -282,7 +282,7 @@ def test_smollm2_survives_the_cache(smollm2_folder: Path) -> None:
     import gguf
 
     base = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    reader = gguf.GGUFReader(resolve("smollm2-135m").path)
+    reader = gguf.GGUFReader(resolve_model("smollm2-135m").path)
     by_name = {t.name: t for t in reader.tensors}
     for name, weight in (
         ("token_embd.weight", base.model.embed_tokens.weight),

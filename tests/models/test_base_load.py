@@ -15,9 +15,9 @@ from huggingface_hub import errors as hub
 from transformers.utils import logging as theirs
 
 from slimtune.errors import ModelError, RunError, SlimtuneError, UsageError
-from slimtune.models import load as room
-from slimtune.models.faults import explained
-from slimtune.models.load import load_base, load_config, load_tokenizer
+from slimtune.models import loader as room
+from slimtune.models.errors import translate_load_errors
+from slimtune.models.loader import load_base, load_config, load_tokenizer
 
 
 def load(spec: Path | str, **options: Any) -> Any:
@@ -69,7 +69,7 @@ def test_config_and_tokenizer_need_no_weights(tiny_folder: Path) -> None:
 def test_settings_around_the_load_are_put_back(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
     before = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    with explained("x"):
+    with translate_load_errors("x"):
         print("a remark")
         assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
         assert not theirs.is_progress_bar_enabled()
@@ -78,7 +78,7 @@ def test_settings_around_the_load_are_put_back(tiny_folder: Path, monkeypatch: p
 
 
 def test_remarks_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with explained("x"):
+    with translate_load_errors("x"):
         print("a remark")
     assert capsys.readouterr() == ("", "a remark\n")
 

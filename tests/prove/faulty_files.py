@@ -198,7 +198,7 @@ def _between(folder: Path) -> Iterator[Case]:
     for form in TURNS:
         talks = dictionary()
         talks[14] = Talk(" ".join(t.answer for t in dictionary(50, 30)), "A long story.")
-        yield case("no-learned-token", "cut", form, talks, [14], "too-long", max_seq_len=512, too_long="truncate")
+        yield case("no-learned-token", "cut", form, talks, [14], "too-long", max_seq_len=512, on_overlong="truncate")
 
 
 # --- faults of the file and of its records: what is read, not what is said

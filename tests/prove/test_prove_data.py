@@ -8,9 +8,9 @@ import pytest
 from faulty_files import faulty
 from sound_files import sound
 
-from slimtune.data.survey.file import survey_report
-from slimtune.data.survey.findings import KINDS
-from slimtune.models.load import load_tokenizer
+from slimtune.data.validation.issues import KINDS
+from slimtune.data.validation.validate_file import validate_file
+from slimtune.models.loader import load_tokenizer
 
 pytestmark = pytest.mark.real
 TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
@@ -37,7 +37,7 @@ def missed(cases, tokenizer):
     """Of each file in which something else was found than there is: what is there, and what was found."""
     wrong = {}
     for case in cases:
-        report = survey_report(case.path, tokenizer, model="smollm2-135m", processes=1, **case.options)
+        report = validate_file(case.path, tokenizer, model="smollm2-135m", processes=1, **case.options)
         found = {f["code"]: f["lines"] for f in report["findings"]}
         wanted = {case.code: case.lines} | {code: found.get(code) for code in case.also}
         if found != wanted or report["verdict"] == "sound":
@@ -52,7 +52,7 @@ def alarms(paths, tokenizer):
         own = tokenizer.chat_template
         if path.name == "tools.jsonl":  # SmolLM2's own template leaves tools out
             tokenizer.chat_template = (TEMPLATES / "qwen2_5.jinja").read_text(encoding="utf-8")
-        report = survey_report(path, tokenizer, model="smollm2-135m", max_seq_len=4096, processes=1)
+        report = validate_file(path, tokenizer, model="smollm2-135m", max_seq_len=4096, processes=1)
         tokenizer.chat_template = own
         assert 0 < report["supervised_tokens"] < report["tokens"]
         if report["verdict"] != "sound" or report["findings"] or report["refused"]:

@@ -15,7 +15,7 @@ import typer
 from .. import __version__
 from ..errors import UsageError
 from .chat import chat
-from .common import Verbs
+from .common import CommandGroup
 from .compare import compare
 from .data import data_report
 from .doctor import doctor
@@ -32,7 +32,7 @@ from .train import train_run
 from .verify import verify_run
 
 app = typer.Typer(
-    cls=Verbs, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False
+    cls=CommandGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False
 )
 app.command("plan")(plan)
 app.command("gpus")(gpus)

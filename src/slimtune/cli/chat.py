@@ -24,9 +24,9 @@ def chat(
 
     /new starts over; /exit or the end of the input (Ctrl-D) leaves.
     """
-    from ..evaluate.generate import Speaker
+    from ..evaluation.generate import Generator
 
-    speaker = Speaker.open(run)
+    speaker = Generator.open(run)
     screen = error_console() if as_json else console()
     speaking = voices(side_by_side)
     # Each remembers its own answers: the base must not be led by what the tuned model said.

@@ -24,7 +24,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from ..errors import RunError, SlimtuneError, UsageError
-from ..ops.files import disk_full, disk_is_full
+from ..utils.files import disk_full_error, is_disk_full
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
@@ -45,13 +45,13 @@ INTERRUPTED = 130
 ClickError = typer.BadParameter.__mro__[2]
 
 
-class Refused(NamedTuple):
+class NegativeResult(NamedTuple):
     """What a verb returns whose work is done and whose answer is no: exit code 1, the result printed all the same."""
 
     result: Any
 
 
-class Verbs(TyperGroup):
+class CommandGroup(TyperGroup):
     """The verbs, inside the one place that turns results and exceptions into output and an exit code."""
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
@@ -75,25 +75,25 @@ class Verbs(TyperGroup):
             if os.environ.get("RANK", "0") == "0":
                 error_console().print("interrupted", style="bold")
             if as_json:
-                _print_json({"error": {"kind": "Interrupted", "got": "interrupted"}}, out)
+                _print_json({"error": {"kind": "Interrupted", "message": "interrupted"}}, out)
         if isinstance(result, int):
             sys.exit(result)
         code = 0
-        if isinstance(result, Refused):
+        if isinstance(result, NegativeResult):
             result, code = result.result, 1
         if as_json and result is not None:
             _print_json(result, out)
         sys.exit(code)
 
 
-def explained(e: BaseException) -> SlimtuneError | None:
+def to_cli_error(e: BaseException) -> SlimtuneError | None:
     """Return an exception as one the user understands; None for what only a developer can."""
     if isinstance(e, SlimtuneError):
         return e
     text = str(e)
-    if disk_is_full(e):
+    if is_disk_full(e):
         where = getattr(e, "filename", None)
-        return disk_full(Path(where) if isinstance(where, str | Path) else Path.cwd() / "the run's files")
+        return disk_full_error(Path(where) if isinstance(where, str | Path) else Path.cwd() / "the run's files")
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         return RunError(
             f"there is not enough memory: {text.strip() or 'an allocation failed'}",
@@ -103,7 +103,7 @@ def explained(e: BaseException) -> SlimtuneError | None:
     if isinstance(e, ClickError):
         context = getattr(e, "ctx", None)
         fix = f"see `{context.command_path} --help`" if context is not None else ""
-        return UsageError(e.format_message(), fix=fix)  # type: ignore[attr-defined]
+        return UsageError(e.format_message(), hint=fix)  # type: ignore[attr-defined]
     if isinstance(e, PermissionError):
         return UsageError(
             f"no permission: {e.filename or text}", "a file that may be read, a folder that may be written"
@@ -111,7 +111,7 @@ def explained(e: BaseException) -> SlimtuneError | None:
     return None
 
 
-def mapped(pairs: Sequence[str] | None) -> dict[str, str]:
+def parse_column_map(pairs: Sequence[str] | None) -> dict[str, str]:
     """Return what `--map role=column` sets in a recipe.
 
     Raises:
@@ -154,23 +154,23 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def _fail(e: BaseException, as_json: bool, out: Any) -> int:
-    known = explained(e)
+    known = to_cli_error(e)
     if known is None:
         traceback.print_exception(e, file=sys.stderr)
         known = SlimtuneError(
-            f"a fault inside slimtune: {type(e).__name__}: {e}", fix="please report it with the lines above"
+            f"a fault inside slimtune: {type(e).__name__}: {e}", hint="please report it with the lines above"
         )
     if not _ours_to_say(known):
         return known.exit_code
-    lines = [Text("error: ", style="bold red") + Text(known.got)]
-    lines += [Text(f"  {name}: {text}") for name, text in (("wanted", known.wanted), ("fix", known.fix)) if text]
+    lines = [Text("error: ", style="bold red") + Text(known.message)]
+    lines += [Text(f"  {name}: {text}") for name, text in (("expected", known.expected), ("hint", known.hint)) if text]
     for line in lines:
         error_console().print(line)
     if as_json:
-        said = {"kind": type(known).__name__, "got": known.got, "wanted": known.wanted, "fix": known.fix}
+        said = {"kind": type(known).__name__, "message": known.message, "expected": known.expected, "hint": known.hint}
         _print_json({"error": {**said, "exit_code": known.exit_code}}, out)
     if "RANK" in os.environ:
-        from ..ops.processes import said as let_know
+        from ..utils.distributed import mark_error_printed as let_know
 
         let_know(known)
     return known.exit_code
@@ -180,13 +180,13 @@ def _ours_to_say(error: SlimtuneError) -> bool:
     """Return whether this process of a run says the error: what all meet alike is said once."""
     if "RANK" not in os.environ:
         return True
-    from ..ops.processes import say_once
+    from ..utils.distributed import should_print_error
 
-    return say_once(error)
+    return should_print_error(error)
 
 
 def _print_json(values: Any, out: Any) -> None:
-    from ..runs import json_text
+    from ..run_dir import to_json
 
-    out.write(json_text(values) + "\n")
+    out.write(to_json(values) + "\n")
     out.flush()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .common import Json, Refused, console, error_console, table
+from .common import Json, NegativeResult, console, error_console, table
 
 PACKAGES = ("scipy", "matplotlib")
 
@@ -43,11 +43,11 @@ def compare(
     Killed, it goes on with the same command. Exit code 1: a run failed; the others are reported.
     """
     _require_packages(tune)
-    from ..compare.entries import entries, split_settings
-    from ..compare.grid import grid_of
-    from ..compare.run import compare as carry_out
-    from ..plan.picture import require_plot
-    from ..recipe.reading import put, read_override, read_tree
+    from ..comparison.candidates import build_candidates, split_settings
+    from ..comparison.compare import compare as carry_out
+    from ..comparison.grid import grid_of
+    from ..config.loading import read_override, read_tree, set_field
+    from ..planning.bars import require_plot
 
     if plot is not None:
         plot = require_plot(plot)
@@ -59,10 +59,10 @@ def compare(
     tree = read_tree(recipe.expanduser())
     of_recipe, single = split_settings(read_override(text) for text in sets or [])
     for path, value in of_recipe.items():
-        put(tree, path, value)
+        set_field(tree, path, value)
     if not isinstance(tree.get("method", {}), Mapping) or not isinstance(tree.get("train") or {}, Mapping):
         raise UsageError(f"{recipe}: method and train are sections", "a mapping each")
-    wanted = entries([n.strip() for n in methods.split(",") if n.strip()], tree, single)
+    wanted = build_candidates([n.strip() for n in methods.split(",") if n.strip()], tree, single)
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
         say(f"the recipe's learning rate, {rate}, is not used: each method takes its own, which --tune searches")
     folder = out if out is not None else Path(f"{tree.get('out', 'runs/run')}-compare")
@@ -71,7 +71,7 @@ def compare(
     result = carry_out(grid, say, plot=plot)
     if not as_json:
         _show(result)
-    return Refused(result) if result["failed"] or not result["methods"] else result
+    return NegativeResult(result) if result["failed"] or not result["methods"] else result
 
 
 def _require_packages(tune: bool) -> None:
@@ -80,12 +80,12 @@ def _require_packages(tune: bool) -> None:
     lacking = [p for p in (*PACKAGES, *(["optuna"] if tune else [])) if importlib.util.find_spec(p) is None]
     if lacking:
         raise UsageError(
-            f"compare needs {' and '.join(lacking)}, not installed here", fix="pip install 'slimtune[compare]'"
+            f"compare needs {' and '.join(lacking)}, not installed here", hint="pip install 'slimtune[compare]'"
         )
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    from ..compare.table import BRIEF, brief, notes, setting
+    from ..comparison.table import BRIEF, brief, notes, setting
 
     screen = console()
     screen.print(setting(result), markup=False)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from .common import Json, MapOption, Refused, console, error_console, mapped, table
+from .common import Json, MapOption, NegativeResult, console, error_console, parse_column_map, table
 
 COLOURS = {"fault": "bold red", "warning": "yellow", "faulty": "bold red", "warnings": "yellow", "sound": "bold green"}
 _BAR = 40
@@ -38,7 +38,7 @@ def data_report(
     ],
     validation: Annotated[str | None, typer.Option(help="Validation rows, which must not be among these.")] = None,
     max_seq_len: Annotated[int, typer.Option(help="Longest row in tokens, from 2.")] = 1024,
-    too_long: Annotated[TooLong, typer.Option(help="What happens to a longer row.")] = TooLong.drop,
+    on_overlong: Annotated[TooLong, typer.Option(help="What happens to a longer row.")] = TooLong.drop,
     batch_size: Annotated[int, typer.Option(help="Rows that a step lays together, from 1.")] = 8,
     format: Annotated[
         str | None, typer.Option(help="What a row is (chat, instruction, text …), where its columns do not say.")
@@ -57,32 +57,32 @@ def data_report(
 
     Lengths, what is learned, what is refused, doubled or broken. Exit code 1 where training would be spoiled.
     """
-    from ..data.survey.file import survey_report
-    from ..models.load import load_tokenizer
-    from ..runs import write_atomic
+    from ..data.validation.validate_file import validate_file
+    from ..models.loader import load_tokenizer
+    from ..run_dir import write_atomic
 
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, chat_template=chat_template)
-    report = survey_report(
+    report = validate_file(
         file,
         tokenizer,
         model=model,
         format=format,
-        columns={path.removeprefix("data.map."): column for path, column in mapped(map).items()},
+        columns={path.removeprefix("data.map."): column for path, column in parse_column_map(map).items()},
         learn=learn.value,
         max_seq_len=max_seq_len,
-        too_long=too_long.value,
+        on_overlong=on_overlong.value,
         rows_a_step=batch_size,
         validation=validation,
     )
     if html is not None:
-        from ..data.survey.page import page
+        from ..data.validation.html_report import render_html
 
-        write_atomic(html, page(report))
+        write_atomic(html, render_html(report))
         error_console().print(f"page: {html}", markup=False)
     if not as_json:
         show(report)
     good = report["verdict"] == "sound" or (report["verdict"] == "warnings" and not strict)
-    return report if good else Refused(report)
+    return report if good else NegativeResult(report)
 
 
 def _piece(piece: Mapping[str, Any], coloured: bool) -> tuple[str, str]:
@@ -92,7 +92,7 @@ def _piece(piece: Mapping[str, Any], coloured: bool) -> tuple[str, str]:
 
 def show(report: Mapping[str, Any]) -> None:
     """Print a report."""
-    from ..data.survey.words import facts, finding_text, verdict_text
+    from ..data.validation.summary import format_issue, format_verdict, report_facts
 
     screen = console()
     screen.print(f"{report['file']}: {report['format']} rows for {report['model']}", markup=False)
@@ -101,7 +101,7 @@ def show(report: Mapping[str, Any]) -> None:
         screen.print(Text.assemble(*(_piece(p, screen.is_terminal) for p in sample["pieces"])))
     rows = table("", "")
     rows.columns[1].justify, rows.columns[1].no_wrap = "left", False
-    for name, value in facts(report):
+    for name, value in report_facts(report):
         rows.add_row(name, value)
     screen.print()
     screen.print(rows)
@@ -111,7 +111,7 @@ def show(report: Mapping[str, Any]) -> None:
         screen.print(f"{span:>11} {'█' * -(-_BAR * bar['rows'] // most)} {bar['rows'] or ''}", markup=False)
     for found in report["findings"]:
         screen.print(
-            Text(f"\n{found['severity']}: {found['code']}: ", COLOURS[found["severity"]]) + finding_text(found)
+            Text(f"\n{found['severity']}: {found['code']}: ", COLOURS[found["severity"]]) + format_issue(found)
         )
-        screen.print(f"  fix: {found['fix']}", markup=False)
-    screen.print(Text(f"\n{verdict_text(report)}", COLOURS[report["verdict"]]))
+        screen.print(f"  hint: {found['fix']}", markup=False)
+    screen.print(Text(f"\n{format_verdict(report)}", COLOURS[report["verdict"]]))

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..units import bytes_text
+from ..utils.formatting import format_bytes
 from .common import Json, console, table
 
 LIBRARIES = (
@@ -59,8 +59,8 @@ def _show(result: dict[str, Any]) -> None:
     rows.add_row("cpu", f"{cpu['cores']} cores, torch uses {cpu['threads']}")
     rows.add_row("cpu flags", ", ".join(cpu["flags"]) or "none that matter")
     rows.add_row("devices", ", ".join(result["devices"]))
-    rows.add_row("free memory", bytes_text(result["memory_free_bytes"]))
-    rows.add_row("free disk here", bytes_text(result["disk_free_bytes"]))
+    rows.add_row("free memory", format_bytes(result["memory_free_bytes"]))
+    rows.add_row("free disk here", format_bytes(result["disk_free_bytes"]))
     for name, lacking in result["extras"].items():
         rows.add_row(f"extra {name}", f"lacks {', '.join(lacking)}" if lacking else "installed")
     rows.add_row("chosen", f"{result['device']}, frozen weights in {result['dtype']}")

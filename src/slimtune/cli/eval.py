@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Json, Refused, Run, console, table
+from .common import Json, NegativeResult, Run, console, table
 
 
 class Split(StrEnum):
@@ -39,13 +39,13 @@ def eval_run(
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, with commas between.")] = None,
     tasks_path: Annotated[Path | None, typer.Option(help="A folder of task files of your own.")] = None,
     as_json: Json = False,
-) -> dict[str, Any] | Refused:
+) -> dict[str, Any] | NegativeResult:
     """Measure base against tuned on held-out rows; exit code 1 where tuned is not better, or forgot too much.
 
     Loss, perplexity and token accuracy, row by row in pairs, with bootstrap 95 % intervals; then answers and tasks.
     """
-    from ..evaluate.forgetting import SHIPPED
-    from ..evaluate.held_out import evaluate
+    from ..evaluation.evaluate import evaluate
+    from ..evaluation.forgetting import SHIPPED
 
     text = None if general == "none" else SHIPPED if general == "shipped" else Path(general)
     result = evaluate(
@@ -63,7 +63,7 @@ def eval_run(
     )
     if not as_json:
         _show(result)
-    return dict(result) if result["verdict"]["passed"] else Refused(dict(result))
+    return dict(result) if result["verdict"]["passed"] else NegativeResult(dict(result))
 
 
 def _show(result: Mapping[str, Any]) -> None:
@@ -71,15 +71,15 @@ def _show(result: Mapping[str, Any]) -> None:
     for who in ("base", "tuned"):
         loss, perplexity, accuracy = (result[f"{who}_{figure}"] for figure in ("loss", "perplexity", "accuracy"))
         rows.add_row(who, f"{loss:.4f}", f"{perplexity:.2f}", f"{100 * accuracy:.1f} %")
-    rows.add_row("gain", f"{result['gain']:.4f}", "", f"{100 * result['accuracy_gain']:.1f} %")
+    rows.add_row("loss_reduction", f"{result['loss_reduction']:.4f}", "", f"{100 * result['accuracy_gain']:.1f} %")
     screen = console()
     screen.print(rows)
-    low, high = result["gain_ci95"]
+    low, high = result["loss_reduction_ci95"]
     screen.print(
         f"gain in 95 % of bootstrap draws: {low:.4f} to {high:.4f}, over {result['rows']} rows, "
         f"{result['tokens']} supervised tokens"
     )
-    if (use := result["prompt_use"]) is not None:
+    if (use := result["prompt_dependence"]) is not None:
         screen.print(
             f"what a prompt tells of its answer: {use['base']:.4f} nats a token to the base, "
             f"{_spread(use, 'tuned')} to the tuned model"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..units import bytes_text
+from ..utils.formatting import format_bytes
 from .common import Json, Run, console, error_console
 from .verify import told
 
@@ -39,9 +39,9 @@ def export_run(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Write a run as Ollama, llama.cpp or vLLM takes it, and prove it by the engine."""
-    from ..export.ship import Wish, export
+    from ..export.exporter import ExportOptions, export
 
-    wish = Wish(merged, precision, _rank(as_lora), base_from, name, system, num_ctx, dtype)
+    wish = ExportOptions(merged, precision, _rank(as_lora), base_from, name, system, num_ctx, dtype)
     said = error_console().print
     where: Any = to  # an unknown one is named with the nearest
 
@@ -52,7 +52,7 @@ def export_run(
     if not as_json:
         screen = console()
         for file, size in found["files"].items():
-            screen.print(f"{found['out']}/{file}  {bytes_text(size)}", markup=False)
+            screen.print(f"{found['out']}/{file}  {format_bytes(size)}", markup=False)
         if conversion := found.get("conversion"):
             screen.print(f"as a LoRA: {conversion['error']:.2%} of the change is lost", markup=False)
         for note in found["notes"]:

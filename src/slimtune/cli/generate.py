@@ -28,9 +28,9 @@ def generate(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Answer one prompt."""
-    from ..evaluate.generate import Speaker
+    from ..evaluation.generate import Generator
 
-    speaker = Speaker.open(run)
+    speaker = Generator.open(run)
     messages = [*opening(system), {"role": "user", "content": prompt}]
     screen = error_console() if as_json else console()
     answers = {

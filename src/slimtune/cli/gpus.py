@@ -9,14 +9,14 @@ import typer
 
 import slimtune.cli.jobs as jobs
 
-from ..errors import UsageError, listed, nearest
-from ..units import bytes_text
+from ..errors import UsageError, format_names, nearest
+from ..utils.formatting import format_bytes
 from .common import Json, SetOption, console, table
 from .plan import between, job_text
 
 if TYPE_CHECKING:
-    from ..plan.cards import Card
-    from ..plan.result import Plan
+    from ..planning.gpus import Gpu
+    from ..planning.result import Plan
 
 
 def gpus(
@@ -34,7 +34,7 @@ def gpus(
     seq_len: jobs.LengthOption = None,
     accumulate: jobs.AccumulateOption = None,
     optimizer: jobs.OptimizerOption = None,
-    quant: jobs.QuantOption = None,
+    quantization: jobs.QuantOption = None,
     checkpointing: jobs.CheckpointingOption = None,
     offload: jobs.OffloadOption = None,
     tile: jobs.TileOption = None,
@@ -49,14 +49,14 @@ def gpus(
     stray = [name for name, value in given.items() if name not in ("job", "kind", "as_json") and value is not None]
     if job is None and stray:
         flag = "set" if stray[0] == "sets" else stray[0].replace("_", "-")
-        raise UsageError(f"--{flag} says how a job runs", fix="say which job: --for MODEL")
+        raise UsageError(f"--{flag} says how a job runs", hint="say which job: --for MODEL")
     shown = _of_kind(kind)
     if job is None:
         if not as_json:
             console().print(_table(shown))
         return {"cards": [_told(c) for c in shown]}
 
-    from ..plan.verdict import verdict_on
+    from ..planning.verdict import judge_plan
 
     asked = jobs.asked_for(job, given)
     if len(asked.recipes) > 1 or asked.unfit:
@@ -65,7 +65,7 @@ def gpus(
     runs = []
     for card in sorted(shown, key=lambda c: c.memory):  # those of the same memory stay as the table has them
         plan = planned[_sort(card, asked)]
-        runs.append((card, plan, verdict_on(plan, card)))
+        runs.append((card, plan, judge_plan(plan, card)))
     if not as_json:
         _show(planned, runs)
     return {
@@ -75,37 +75,37 @@ def gpus(
     }
 
 
-def _of_kind(text: str | None) -> list[Card]:
-    from ..plan.cards import cards
+def _of_kind(text: str | None) -> list[Gpu]:
+    from ..planning.gpus import all_gpus
 
-    known = list(dict.fromkeys(c.kind for c in cards()))
+    known = list(dict.fromkeys(c.kind for c in all_gpus()))
     kinds = known if text is None else [part.strip().lower() for part in text.split(",")]
     for kind in kinds:
         if kind not in known:
             raise UsageError(
-                f"there are no cards of the kind {kind!r}{nearest(kind, known)}", f"one of {listed(known)}"
+                f"there are no cards of the kind {kind!r}{nearest(kind, known)}", f"one of {format_names(known)}"
             )
-    return [c for c in cards() if c.kind in kinds]
+    return [c for c in all_gpus() if c.kind in kinds]
 
 
-def _sort(card: Card, asked: jobs.Asked) -> tuple[str, bool]:
+def _sort(card: Gpu, asked: jobs.Asked) -> tuple[str, bool]:
     """Return what a plan hangs on beside the memory: the kind of device, and the dtype where the card decides it."""
     return card.device, card.bf16 or asked.dtype != "auto"
 
 
-def _planned(asked: jobs.Asked, shown: Sequence[Card]) -> dict[tuple[str, bool], Plan]:
+def _planned(asked: jobs.Asked, shown: Sequence[Gpu]) -> dict[tuple[str, bool], Plan]:
     """Plan the job once for each sort of card, on its largest."""
     largest = {_sort(card, asked): card for card in sorted(shown, key=lambda c: c.memory)}
     return {sort: jobs.plans_of(asked, card, quick=True)[0][0] for sort, card in largest.items()}
 
 
-def _table(shown: Sequence[Card]) -> Any:
+def _table(shown: Sequence[Gpu]) -> Any:
     rows = table("card", "memory", "GB/s", "bf16", "flash", "watts", "kind")
     rows.columns[-1].justify = "left"
     for c in shown:
         rows.add_row(
             c.name,
-            bytes_text(c.memory),
+            format_bytes(c.memory),
             f"{c.bandwidth / 1e9:.0f}" if c.bandwidth is not None else "-",
             "yes" if c.bf16 else "no",
             "yes" if c.flash else "no",
@@ -115,7 +115,7 @@ def _table(shown: Sequence[Card]) -> Any:
     return rows
 
 
-def _show(planned: Mapping[tuple[str, bool], Plan], runs: Sequence[tuple[Card, Plan, str]]) -> None:
+def _show(planned: Mapping[tuple[str, bool], Plan], runs: Sequence[tuple[Gpu, Plan, str]]) -> None:
     screen = console()
     for (device, bf16), plan in planned.items():
         where = ("Macs" if device == "mps" else "GPUs") + ("" if bf16 else " without bf16")
@@ -126,14 +126,14 @@ def _show(planned: Mapping[tuple[str, bool], Plan], runs: Sequence[tuple[Card, P
         rows = table("card", "memory", "usable", "verdict", "kind")
         rows.columns[3].justify = rows.columns[4].justify = "left"
         for card, verdict in able:
-            rows.add_row(card.name, bytes_text(card.memory), between(*card.usable), verdict, card.kind)
+            rows.add_row(card.name, format_bytes(card.memory), between(*card.usable), verdict, card.kind)
         screen.print(rows)
     small = len(runs) - len(able)
     if small:
         screen.print(f"\n{small} of {len(runs)} cards are too small", markup=False)
 
 
-def _told(card: Card) -> dict[str, Any]:
+def _told(card: Gpu) -> dict[str, Any]:
     return {
         "name": card.name,
         "kind": card.kind,

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import SlimtuneError, UsageError, listed, nearest
+from ..errors import SlimtuneError, UsageError, format_names, nearest
 from .common import error_console
 
 if TYPE_CHECKING:
-    from ..models.known import Outline
-    from ..plan.cards import Card
-    from ..plan.result import Plan
-    from ..recipe import Recipe
+    from ..config import Recipe
+    from ..models.registry import ModelInfo
+    from ..planning.gpus import Gpu
+    from ..planning.result import Plan
 
 FULL = "full"
 FLAGS = {
@@ -29,12 +29,12 @@ FLAGS = {
     "alpha": "method.alpha",
     "batch_size": "train.batch_size",
     "seq_len": "data.max_seq_len",
-    "accumulate": "train.accumulate",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
     "checkpointing": "train.gradient_checkpointing",
-    "offload": "train.offload_checkpoints",
-    "tile": "train.tile_tokens",
+    "offload": "train.offload_activations",
+    "tile": "train.mlp_tile_size",
     "dtype": "model.dtype",
-    "quant": "model.quant",
+    "quantization": "model.quantization",
     "optimizer": "train.optimizer",
     "packing": "train.packing",
 }
@@ -99,7 +99,7 @@ class Asked:
 
     recipes: dict[str, Recipe]
     unfit: dict[str, SlimtuneError]
-    outline: Outline
+    outline: ModelInfo
     with_data: bool
     lengths: list[int]
     tokens: int | None
@@ -123,21 +123,21 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
         ModelError: the base's config or its tokenizer cannot be read.
         DataError: the rows are faulty.
     """
-    from ..build import TRAINED
-    from ..models.known import outline_of
-    from ..models.quantized import KINDS as QUANTS
-    from ..plan.quantize import KINDS
-    from ..recipe import load_recipe
-    from ..recipe.reading import read_override, read_tree
+    from ..config import load_recipe
+    from ..config.loading import read_override, read_tree
+    from ..models.quantization import KINDS as QUANTS
+    from ..models.registry import get_model_info
+    from ..planning.fake_quantization import KINDS
+    from ..setup import TRAINABLE_OPTIMIZERS
 
-    if (quant := given["quant"]) is not None and quant not in KINDS:
-        raise UsageError(f"--quant got {quant!r}{nearest(quant, KINDS)}", f"one of {listed(KINDS)}")
+    if (quantization := given["quantization"]) is not None and quantization not in KINDS:
+        raise UsageError(f"--quant got {quantization!r}{nearest(quantization, KINDS)}", f"one of {format_names(KINDS)}")
     path = Path(job) if job.endswith((".yaml", ".yml")) else None
     section = (read_tree(path) if path is not None else {}).get("method")
     own = str(section.get("name", "lora") if isinstance(section, dict) else "lora").lower()
 
     said = {field: given[flag] for flag, field in FLAGS.items() if given[flag] is not None}
-    trained = {"model.quant": ("quantization", QUANTS), "train.optimizer": ("optimizer", TRAINED)}
+    trained = {"model.quantization": ("quantization", QUANTS), "train.optimizer": ("optimizer", TRAINABLE_OPTIMIZERS)}
     beyond = {name: said.pop(f) for f, (name, known) in trained.items() if f in said and said[f] not in known}
     said.update(read_override(text) for text in given["sets"] or [])
     names = _methods(said.pop("method.name", said.pop("method", own)) if given["method"] is None else given["method"])
@@ -165,10 +165,14 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
     if with_data:
         recipe.require_files()
     model = recipe.model
-    outline = outline_of(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    outline = get_model_info(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     lengths = _lengths(recipe, outline) if with_data else []
     t = recipe.train
-    rounds = t.epochs if t.max_steps is None else t.max_steps * t.batch_size * t.accumulate / max(len(lengths), 1)
+    rounds = (
+        t.epochs
+        if t.max_steps is None
+        else t.max_steps * t.batch_size * t.gradient_accumulation_steps / max(len(lengths), 1)
+    )
     return Asked(
         recipes=recipes,
         unfit=unfit,
@@ -181,7 +185,7 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
 
 
 def plans_of(
-    asked: Asked, card: Card, *, quick: bool = False, processes: int = 1
+    asked: Asked, card: Gpu, *, quick: bool = False, processes: int = 1
 ) -> tuple[list[Plan], dict[str, SlimtuneError]]:
     """Plan every job that was asked for on a card.
 
@@ -197,17 +201,17 @@ def plans_of(
     Raises:
         SlimtuneError: none can be planned.
     """
-    from ..plan.plan import plan_of
-    from ..plan.request import request_of
+    from ..planning.planner import make_plan
+    from ..planning.request import build_request
 
     found: list[Plan] = []
     unfit = dict(asked.unfit)
     for name, recipe in asked.recipes.items():
         beyond: dict[str, Any] = {"methods": (name,), **asked.beyond}
-        request = dataclasses.replace(request_of(recipe, card, asked.lengths, processes), **beyond)
+        request = dataclasses.replace(build_request(recipe, card, asked.lengths, processes), **beyond)
         error_console().print(f"planning {asked.outline.name}, {name}, on {card.name}", markup=False, style="dim")
         try:
-            found.append(plan_of(request, name, quick=quick or len(asked.recipes) > 1))
+            found.append(make_plan(request, name, quick=quick or len(asked.recipes) > 1))
         except SlimtuneError as e:
             unfit[name] = e
     if not found:
@@ -215,13 +219,13 @@ def plans_of(
     return found, unfit
 
 
-def _lengths(recipe: Recipe, outline: Outline) -> list[int]:
+def _lengths(recipe: Recipe, outline: ModelInfo) -> list[int]:
     """Return the tokens of every training row.
 
     Empty where the base's tokenizer is not on this disk: nothing is downloaded for a plan.
     """
-    from ..build import rows_of
-    from ..models.load import load_tokenizer
+    from ..models.loader import load_tokenizer
+    from ..setup import load_datasets
 
     m, screen = recipe.model, error_console()
     if not _is_here(outline.spec):
@@ -229,7 +233,7 @@ def _lengths(recipe: Recipe, outline: Outline) -> list[int]:
         screen.print(f"rows are not read, {why}: taken to be up to {recipe.data.max_seq_len} tokens long", markup=False)
         return []
     how: dict[str, Any] = {"trust_remote_code": m.trust_remote_code, "revision": m.revision}
-    rows = rows_of(recipe, load_tokenizer(outline.spec, chat_template=recipe.data.chat_template, **how))
+    rows = load_datasets(recipe, load_tokenizer(outline.spec, chat_template=recipe.data.chat_template, **how))
     screen.print(f"rows: {rows.train_report.text()}", markup=False, style="dim")
     return rows.train.lengths.tolist()
 
@@ -238,10 +242,10 @@ def _is_here(spec: str) -> bool:
     """Return whether a base's tokenizer lies on this disk."""
     from huggingface_hub import try_to_load_from_cache
 
-    from ..models.source import resolve
+    from ..models.source import resolve_model
 
     try:
-        source = resolve(spec)
+        source = resolve_model(spec)
     except SlimtuneError:
         return False  # a config.json alone
     return source.kind != "hub" or isinstance(try_to_load_from_cache(source.path, "tokenizer_config.json"), str)
@@ -249,19 +253,19 @@ def _is_here(spec: str) -> bool:
 
 def _methods(text: Any) -> list[str]:
     """Return the methods that `lora,ia3`, `all` or `full` names, each once."""
-    from ..methods import config_class, names
+    from ..methods import config_class, method_names
 
     named = [part.strip().lower() for part in str(text).split(",") if part.strip()]
     if not named:
         raise UsageError("--method names none", "methods as lora,ia3, or all, or full")
-    spread = (n for part in named for n in (names() if part == "all" else (part,)))
+    spread = (n for part in named for n in (method_names() if part == "all" else (part,)))
     return list(dict.fromkeys(n if n == FULL else config_class(n).name for n in spread))
 
 
 def _fields(name: str) -> list[str]:
     """Return the fields of a method as a recipe may spell them."""
+    from ..config.method import known_fields
     from ..methods import config_class
-    from ..recipe.method import known_fields
 
     if name == FULL:
         return []
@@ -279,5 +283,5 @@ def _require_taken(settings: Iterable[str], names: Sequence[str]) -> None:
         if field not in taken:
             raise UsageError(
                 f"none of the methods planned has a setting {field!r}{nearest(field, taken)}",
-                f"one of {listed(sorted(taken))}" if taken else f"no setting of a method: {FULL} has none",
+                f"one of {format_names(sorted(taken))}" if taken else f"no setting of a method: {FULL} has none",
             )

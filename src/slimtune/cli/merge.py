@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..units import bytes_text, seconds_text
+from ..utils.formatting import format_bytes, format_duration
 from .common import Json, Run, console
 
 
@@ -23,7 +23,7 @@ def merge_run(
     result = merge(run, out, dtype=dtype)
     if not as_json:
         console().print(
-            f"{result['out']}: {bytes_text(result['bytes'])} in {result['dtype']}, {seconds_text(result['seconds'])}; "
+            f"{result['out']}: {format_bytes(result['bytes'])} in {result['dtype']}, {format_duration(result['seconds'])}; "
             f"merged and adapted model differ by {result['mean_difference']:.2g} nats on average "
             f"({result['max_difference']:.2g} at most), where the adapter moves the base by {result['effect']:.2g}",
             markup=False,

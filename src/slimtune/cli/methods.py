@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..units import bytes_text, count_text
+from ..utils.formatting import format_bytes, format_count
 from .common import Json, console, table
 from .train import FLAGS
 
@@ -32,9 +32,9 @@ def methods(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the methods, or show the fields of one."""
-    from ..methods import config_class, names
+    from ..methods import config_class, method_names
 
-    classes = {c.name: c for c in map(config_class, [name] if name else names())}
+    classes = {c.name: c for c in map(config_class, [name] if name else method_names())}
     found = [_described(n, c) for n, c in classes.items()]
     if model is not None:
         for method, size in zip(found, _sizes(classes.values(), model, trust_remote_code), strict=True):
@@ -51,7 +51,7 @@ def methods(
 
 
 def _described(name: str, cls: Any) -> dict[str, Any]:
-    from ..recipe.method import known_fields, resolved
+    from ..config.method import known_fields, resolved
 
     short = {full: s for s, full in cls.short_names.items()}
     defaults = resolved({}, cls)
@@ -63,7 +63,7 @@ def _described(name: str, cls: Any) -> dict[str, Any]:
         "summary": re.sub(r"; PEFT's [^;]*$", "", (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")),
         "sites": list(cls.kinds),
         "mergeable": cls.mergeable,
-        "ships": {
+        "export_formats": {
             "hugging_face_file": True,
             "merged_model": cls.mergeable,
             "ollama_merged": cls.mergeable,
@@ -91,17 +91,17 @@ def _sizes(classes: Iterable[Any], spec: str, trust_remote_code: bool) -> list[d
     import torch
     from transformers import AutoModelForCausalLM
 
-    from ..adapt.checkpoint import tensors
-    from ..adapt.model import get_peft_model
+    from ..adapters.model import get_peft_model
+    from ..adapters.state_dict import get_adapter_tensors
+    from ..config.method import resolved
     from ..errors import SlimtuneError
-    from ..models.faults import explained
-    from ..models.load import load_config
-    from ..recipe.method import resolved
+    from ..models.errors import translate_load_errors
+    from ..models.loader import load_config
 
     config = load_config(spec, trust_remote_code=trust_remote_code)
     found = []
     with torch.device("meta"):
-        with explained(spec):
+        with translate_load_errors(spec):
             # As training holds it: what follows the base's dtype is half as large then.
             how: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": trust_remote_code}
             base: Any = AutoModelForCausalLM.from_config(config, **how)
@@ -111,10 +111,10 @@ def _sizes(classes: Iterable[Any], spec: str, trust_remote_code: bool) -> list[d
                 with warnings.catch_warnings(action="ignore"):  # training says them
                     adapted = get_peft_model(base, cls(**settings))
             except (SlimtuneError, ValueError) as e:
-                found.append({"unfit": getattr(e, "got", str(e))})
+                found.append({"unfit": getattr(e, "message", str(e))})
                 continue
             trained, every = adapted.get_nb_trainable_parameters()
-            size = sum(t.numel() * t.element_size() for t in tensors(adapted, "default").values())
+            size = sum(t.numel() * t.element_size() for t in get_adapter_tensors(adapted, "default").values())
             found.append(
                 {"trainable_params": trained, "trainable_percent": 100 * trained / every, "adapter_bytes": size}
             )
@@ -133,11 +133,15 @@ def _overview(found: list[dict[str, Any]], *, sized: bool) -> Any:
             rows.add_row(method["name"], "-", "-", "-", "", "", escape(why))
             continue
         size = (
-            (count_text(method["trainable_params"]), f"{method['trainable_percent']:.3f}",
-             bytes_text(method["adapter_bytes"])) if sized else ()
+            (format_count(method["trainable_params"]), f"{method['trainable_percent']:.3f}",
+             format_bytes(method["adapter_bytes"])) if sized else ()
         )  # fmt: skip
         rows.add_row(
-            method["name"], *size, ", ".join(method["sites"]), _ships(method["ships"]), escape(method["summary"])
+            method["name"],
+            *size,
+            ", ".join(method["sites"]),
+            _ships(method["export_formats"]),
+            escape(method["summary"]),
         )
     return rows
 

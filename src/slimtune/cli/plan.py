@@ -14,14 +14,14 @@ from rich.text import Text
 import slimtune.cli.jobs as jobs
 
 from ..errors import SlimtuneError, UsageError
-from ..units import bytes_text, count_text, seconds_text
+from ..utils.formatting import format_bytes, format_count, format_duration
 from .common import Json, SetOption, console, table
 
 if TYPE_CHECKING:
-    from ..plan.cards import Card
-    from ..plan.pace import Cost
-    from ..plan.result import Plan
-    from ..plan.serve import Served
+    from ..planning.gpus import Gpu
+    from ..planning.result import Plan
+    from ..planning.serving import ServingPlan
+    from ..planning.throughput import Cost
 
 MILLION = 1_000_000
 VERDICTS = {
@@ -49,7 +49,7 @@ def plan(
     seq_len: jobs.LengthOption = None,
     accumulate: jobs.AccumulateOption = None,
     optimizer: jobs.OptimizerOption = None,
-    quant: jobs.QuantOption = None,
+    quantization: jobs.QuantOption = None,
     checkpointing: jobs.CheckpointingOption = None,
     offload: jobs.OffloadOption = None,
     tile: jobs.TileOption = None,
@@ -79,12 +79,12 @@ def plan(
     given = dict(locals())
     serving = {name: given[name] for name in ("engine", "precision", "context") if given[name] is not None}
     if serving and not serve:
-        raise UsageError(f"--{next(iter(serving))} says how the tuned model is served", fix="add --serve")
+        raise UsageError(f"--{next(iter(serving))} says how the tuned model is served", hint="add --serve")
     if price == 0:
         raise UsageError("--price is 0", "dollars an hour, above 0", "leave it out: the table's prices are taken")
-    from ..plan.picture import bars, require_plot
-    from ..plan.picture import plot as draw
-    from ..plan.serve import serve as serving_of
+    from ..planning.bars import draw_bars, require_plot
+    from ..planning.bars import write_plot as draw
+    from ..planning.serving import plan_serving as serving_of
 
     card = _card(gpu, vram)
     if plot is not None:
@@ -107,7 +107,7 @@ def plan(
         for name, e in unfit.items():
             screen.print(f"{name} is not planned: {_line(e)}", markup=False)
         screen.print()
-        screen.print(bars(found, card))
+        screen.print(draw_bars(found, card))
         for shown in _served(served) if served is not None else []:
             screen.print(shown)
         if write is not None:
@@ -129,7 +129,7 @@ def verdict_text(plan: Plan) -> str:
     return VERDICTS[plan.verdict].format(job_text(plan), plan.card)
 
 
-def between(low: float, high: float, text: Callable[[float], str] = bytes_text) -> str:
+def between(low: float, high: float, text: Callable[[float], str] = format_bytes) -> str:
     """Return two ends as people read them: `17.9 to 18.6 GiB`."""
     first, last = text(low), text(high)
     if first == last:
@@ -139,12 +139,12 @@ def between(low: float, high: float, text: Callable[[float], str] = bytes_text) 
     return f"{number if shared else first} to {last}"
 
 
-def _card(gpu: str | None, vram: str | None) -> Card:
-    from ..plan.cards import find_card, memory_card, this_machine
+def _card(gpu: str | None, vram: str | None) -> Gpu:
+    from ..planning.gpus import detect_gpu, find_gpu, gpu_with_memory
 
     if gpu is not None and vram is not None:
         raise UsageError("--gpu and --vram are both given", "one of them: --gpu names a card, --vram its memory alone")
-    return find_card(gpu) if gpu is not None else memory_card(vram) if vram is not None else this_machine()
+    return find_gpu(gpu) if gpu is not None else gpu_with_memory(vram) if vram is not None else detect_gpu()
 
 
 def _require_recipe(path: Path, asked: jobs.Asked) -> None:
@@ -153,9 +153,9 @@ def _require_recipe(path: Path, asked: jobs.Asked) -> None:
         raise UsageError(f"--write got {', '.join(asked.recipes)}", "one method that trains", "--method lora")
     if asked.beyond:
         given = ", ".join(f"{name} {value}" for name, value in asked.beyond.items())
-        raise UsageError(f"no recipe trains with {given}", fix="leave it out, or --write")
+        raise UsageError(f"no recipe trains with {given}", hint="leave it out, or --write")
     if not asked.with_data:
-        raise UsageError("--write needs the rows that the recipe trains on", fix="--data rows.jsonl")
+        raise UsageError("--write needs the rows that the recipe trains on", hint="--data rows.jsonl")
     if path.suffix not in (".yaml", ".yml"):
         raise UsageError(f"{str(path)!r} is no name of a recipe", "one that ends in .yaml")
     if path.exists():
@@ -165,7 +165,7 @@ def _require_recipe(path: Path, asked: jobs.Asked) -> None:
 
 
 def _write(path: Path, asked: jobs.Asked, plan: Plan) -> None:
-    from ..ops.files import write_atomic
+    from ..utils.files import write_atomic
 
     (recipe,) = asked.recipes.values()
     # A plan knows names of bases that nothing can be loaded by: the recipe says where the weights are.
@@ -188,14 +188,14 @@ def _told(
     }
 
 
-def _cost(plan: Plan, card: Card, tokens: int | None, price: float | None) -> tuple[int, Cost] | None:
+def _cost(plan: Plan, card: Gpu, tokens: int | None, price: float | None) -> tuple[int, Cost] | None:
     """Return tokens, and what training on them takes: the run's, or a million where the rows were not read."""
-    from ..plan.pace import cost
+    from ..planning.throughput import estimate_cost
 
     if plan.tokens_per_second is None:
         return None
     tokens = MILLION if tokens is None else tokens
-    return tokens, cost(plan.tokens_per_second, tokens, card, dollars_per_hour=price)
+    return tokens, estimate_cost(plan.tokens_per_second, tokens, card, dollars_per_hour=price)
 
 
 def _one(plan: Plan, cost: tuple[int, Cost] | None) -> Iterator[Any]:
@@ -210,7 +210,7 @@ def _one(plan: Plan, cost: tuple[int, Cost] | None) -> Iterator[Any]:
         rows = table("to save memory", "saves", "then it")
         rows.columns[2].justify = "left"
         for advice in plan.advice:
-            rows.add_row(Text(advice.change), bytes_text(advice.saves), advice.verdict)
+            rows.add_row(Text(advice.change), format_bytes(advice.saves), advice.verdict)
         yield rows
 
 
@@ -225,9 +225,9 @@ def _memory(plan: Plan) -> Table:
     rows, evidence = _evidenced("memory", ""), plan.evidence
     for part, size in plan.parts.items():
         if part != "runtime":
-            rows.add_row(part, bytes_text(size), _kind(evidence, "parts").partition(";")[0])
+            rows.add_row(part, format_bytes(size), _kind(evidence, "parts").partition(";")[0])
     for name, text, field in (
-        ("tensors, at most", bytes_text(plan.allocated_bytes), "allocated_bytes"),
+        ("tensors, at most", format_bytes(plan.allocated_bytes), "allocated_bytes"),
         ("reserved for them", between(*plan.reserved_bytes), "reserved_bytes"),
         ("runtime", between(*plan.runtime_bytes), "runtime_bytes"),
         ("needed", between(*plan.need), "need_bytes"),
@@ -247,14 +247,14 @@ def _figures(plan: Plan, cost: tuple[int, Cost] | None) -> Table:
     share = f"{100 * plan.trainable_fraction:.3g} %"
     at_most = "at most " if plan.adapter_bytes_at_most else ""
     for name, text, field in (
-        ("in a pass", f"{_some(plan.batch, 'rows')}, {plan.tokens_at_once} tokens", "batch"),
+        ("in a pass", f"{_some(plan.batch, 'rows')}, {plan.max_tokens_per_micro_batch} tokens", "batch"),
         ("longest of them", f"{plan.seq_len} tokens", "seq_len"),
         ("passes in a step", str(plan.passes), "passes"),
         ("weights held in", plan.dtype, "dtype"),
-        ("trained parameters", f"{count_text(plan.trainable_params)} ({share})", "trainable_params"),
-        ("adapter's file", at_most + bytes_text(plan.adapter_bytes), "adapter_bytes"),
-        ("machine's memory", bytes_text(plan.host_bytes), "host_bytes"),
-        ("disk", bytes_text(plan.disk_bytes), "disk_bytes"),
+        ("trained parameters", f"{format_count(plan.trainable_params)} ({share})", "trainable_params"),
+        ("adapter's file", at_most + format_bytes(plan.adapter_bytes), "adapter_bytes"),
+        ("machine's memory", format_bytes(plan.host_bytes), "host_bytes"),
+        ("disk", format_bytes(plan.disk_bytes), "disk_bytes"),
         (f"longest row, {plan.batch} in a pass", _some(plan.max_seq_len, "tokens"), "max_seq_len"),
         (f"most rows of {plan.seq_len} in a pass", _some(plan.max_batch_size, "rows"), "max_batch_size"),
     ):
@@ -265,8 +265,8 @@ def _figures(plan: Plan, cost: tuple[int, Cost] | None) -> Table:
     speed = between(*plan.tokens_per_second, "{:.0f}".format)
     rows.add_row("tokens in a second", speed, _kind(plan.evidence, "tokens_per_second"))
     tokens, takes = cost
-    name = "a million tokens" if tokens == MILLION else f"the run, {count_text(tokens)} tokens"
-    rows.add_row(name, between(3600 * takes.hours.low, 3600 * takes.hours.high, seconds_text), "computed from these")
+    name = "a million tokens" if tokens == MILLION else f"the run, {format_count(tokens)} tokens"
+    rows.add_row(name, between(3600 * takes.hours.low, 3600 * takes.hours.high, format_duration), "computed from these")
     if takes.kwh is not None:
         rows.add_row("", between(*takes.kwh, "{:.2g} kWh".format), "computed from the board's power")
     if takes.rent is not None:
@@ -281,7 +281,7 @@ def _prices(cost: Cost) -> str:
 
 
 def _line(e: SlimtuneError) -> str:
-    return " ".join(e.got.split())
+    return " ".join(e.message.split())
 
 
 def _some(n: int, what: str) -> str:
@@ -298,8 +298,8 @@ def _several(plans: Sequence[Plan]) -> Table:
         speed = plan.tokens_per_second
         rows.add_row(
             plan.method,
-            count_text(plan.trainable_params),
-            bytes_text(plan.adapter_bytes),
+            format_count(plan.trainable_params),
+            format_bytes(plan.adapter_bytes),
             _gib(plan.allocated_bytes),
             between(*plan.reserved_bytes, _gib).replace(" to ", "–"),
             plan.verdict,
@@ -313,20 +313,20 @@ def _gib(n: float) -> str:
     return f"{n / 2**30:.{1 if n >= 10 * 2**30 else 2}f}"
 
 
-def _served(served: Served) -> Iterator[Any]:
+def _served(served: ServingPlan) -> Iterator[Any]:
     """Yield what people see of the tuned model in use."""
     how = "the adapter merged" if served.merged else "the adapter beside it"
     yield Text(f"\nserved by {served.engine}: {served.verdict}", style="bold")
     yield Text(f"{served.precision}, {how}, {served.context} tokens of context: {served.reason}\n")
     rows, evidence = _evidenced("memory", ""), served.evidence
     for part, size in served.parts.items():
-        rows.add_row(part, bytes_text(size), _kind(evidence, part))
+        rows.add_row(part, format_bytes(size), _kind(evidence, part))
     for name, text, field in (
         ("buffers", between(*served.compute_bytes), "compute_bytes"),
         ("runtime", between(*served.runtime_bytes), "runtime_bytes"),
         ("needed", between(*served.need), "need_bytes"),
-        ("machine's memory", bytes_text(served.host_bytes), "host_bytes"),
-        ("file", bytes_text(served.file_bytes), "file_bytes"),
+        ("machine's memory", format_bytes(served.host_bytes), "host_bytes"),
+        ("file", format_bytes(served.file_bytes), "file_bytes"),
         ("longest context", _some(served.max_context or 0, "tokens"), "max_context"),
     ):
         rows.add_row(name, text, _kind(evidence, field))

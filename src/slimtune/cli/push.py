@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..units import bytes_text
+from ..utils.formatting import format_bytes
 from .common import Json, Run, console
 
 
@@ -57,7 +57,7 @@ def push_run(
 def _show(result: dict[str, Any]) -> None:
     screen = console()
     for name, size in result["files"].items():
-        screen.print(f"{name}  {bytes_text(size)}", markup=False)
+        screen.print(f"{name}  {format_bytes(size)}", markup=False)
     if result["left"]:
         screen.print(f"stays here: {', '.join(result['left'])}", markup=False)
     if "card" in result:
@@ -66,6 +66,6 @@ def _show(result: dict[str, Any]) -> None:
     seen = "private" if result["private"] else "public"
     screen.print(
         f"{result['url']} ({seen}), {result['revision']} at {result['commit'][:8]}: "
-        f"{len(result['files'])} files, {bytes_text(result['bytes'])}",
+        f"{len(result['files'])} files, {format_bytes(result['bytes'])}",
         markup=False,
     )

@@ -21,10 +21,10 @@ def report_run(
 
     `slimtune train` and `slimtune eval` do so at their end.
     """
-    from ..report import write_report
-    from ..runs import RunFolder
+    from ..reporting import write_report
+    from ..run_dir import RunDir
 
-    file = write_report(RunFolder.open(run, adapter=False), out)
+    file = write_report(RunDir.open(run, adapter=False), out)
     if not as_json:
         console().print(str(file), markup=False)
     return {"run": str(run), "report": str(file)}

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ModelError, RunError, UsageError
-from ..units import bytes_text, count_text, seconds_text
-from .common import Json, MapOption, SetOption, be_quiet, console, error_console, mapped, table
+from ..utils.formatting import format_bytes, format_count, format_duration
+from .common import Json, MapOption, SetOption, be_quiet, console, error_console, parse_column_map, table
 
 if TYPE_CHECKING:
-    from ..recipe import Recipe
+    from ..config import Recipe
 
 FLAGS = {
     "model": "model.name",
@@ -32,9 +32,9 @@ FLAGS = {
     "format": "data.format",
     "learn": "data.learn",
     "max_seq_len": "data.max_seq_len",
-    "too_long": "data.too_long",
+    "on_overlong": "data.on_overlong",
     "dtype": "model.dtype",
-    "quant": "model.quant",
+    "quantization": "model.quantization",
     "optimizer": "train.optimizer",
     "seed": "train.seed",
     "out": "out",
@@ -72,11 +72,13 @@ def train_run(
     map: MapOption = None,
     learn: Annotated[str | None, typer.Option(help="The assistant's turns that are learned: all or last.")] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="Longest row in tokens.")] = None,
-    too_long: Annotated[str | None, typer.Option(help="What happens to a longer row: error, drop or truncate.")] = None,
+    on_overlong: Annotated[
+        str | None, typer.Option(help="What happens to a longer row: error, drop or truncate.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the frozen weights: auto, float32, bfloat16, float16, float64.")
     ] = None,
-    quant: Annotated[
+    quantization: Annotated[
         str | None, typer.Option(help="Hold the base's linear layers in nf4 (4 bits) or int8; needs bitsandbytes.")
     ] = None,
     optimizer: Annotated[
@@ -109,12 +111,12 @@ def train_run(
         )
     if os.environ.get("RANK", "0") != "0":
         be_quiet()
-    from ..recipe import load_recipe
-    from ..recipe.reading import read_override
-    from ..runs import RunFolder
+    from ..config import load_recipe
+    from ..config.loading import read_override
+    from ..run_dir import RunDir
 
     overrides = {path: given[flag] for flag, path in FLAGS.items() if given[flag] is not None}
-    overrides.update(mapped(map))
+    overrides.update(parse_column_map(map))
     overrides.update(read_override(text) for text in sets or [])
     if resume and recipe is None and "model.name" not in overrides and "out" in overrides:
         recipe = Path(str(overrides["out"])) / "recipe.yaml"
@@ -123,13 +125,13 @@ def train_run(
     settings = load_recipe(recipe, overrides)
     settings.require_files()
     if not resume:
-        RunFolder.new(settings.out)  # refused at once, not after the base is loaded
+        RunDir.new(settings.out)  # refused at once, not after the base is loaded
 
-    from ..ops import processes
-    from ..train.run import train
+    from ..training.train import train
+    from ..utils import distributed
 
     result = train(settings, resume=resume, continue_from=continue_from, planner=_planner(force), force=force)
-    if not processes.first():
+    if not distributed.is_main_process():
         raise typer.Exit  # the first process shows it
     if not as_json:
         _show(result, settings.data)
@@ -140,21 +142,21 @@ def _planner(force: bool) -> Callable[[Recipe, Sequence[int]], dict[str, Any] | 
     """Return what plans a run on this machine, says it, and refuses what does not fit."""
 
     def ask(recipe: Recipe, lengths: Sequence[int]) -> dict[str, Any] | None:
-        from ..ops import processes
-        from ..plan.cards import this_machine
-        from ..plan.plan import plan_of
-        from ..plan.request import request_of
+        from ..planning.gpus import detect_gpu
+        from ..planning.planner import make_plan
+        from ..planning.request import build_request
+        from ..utils import distributed
 
         screen = error_console()
         try:
-            request = request_of(recipe, this_machine(recipe.model.device), lengths, processes.count())
-            plan = plan_of(request, recipe.method.name, quick=True, advise=not force)
+            request = build_request(recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size())
+            plan = make_plan(request, recipe.method.name, quick=True, advise=not force)
         except ModelError as e:
-            screen.print(f"not planned: {e.got}", markup=False)
+            screen.print(f"not planned: {e.message}", markup=False)
             return None
         screen.print(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})", markup=False)
         if plan.verdict == "does not fit" and not force:
-            best = [f"{a.change} saves {bytes_text(a.saves)} ({a.verdict})" for a in plan.advice[:4]]
+            best = [f"{a.change} saves {format_bytes(a.saves)} ({a.verdict})" for a in plan.advice[:4]]
             raise RunError(
                 f"this run does not fit: {plan.reason}",
                 "; or ".join(best),
@@ -170,15 +172,15 @@ def _show(result: Mapping[str, Any], data: Any) -> None:
     run = result["run"]
     share = 100 * result["trainable_params"] / max(result["total_params"], 1)
     rows.add_row("steps", f"{result['steps']}")
-    rows.add_row("trained tokens", f"{count_text(result['trained_tokens'])} ({result['tokens_per_second']:.0f} /s)")
+    rows.add_row("trained tokens", f"{format_count(result['trained_tokens'])} ({result['tokens_per_second']:.0f} /s)")
     rows.add_row("training loss", _loss(result.get("train_loss")))
     rows.add_row("validation loss", _loss(result.get("validation_loss")))
-    rows.add_row("trained parameters", f"{count_text(result['trainable_params'])} ({share:.2f} %)")
-    rows.add_row("adapter", bytes_text(result["adapter_bytes"]))
-    rows.add_row("peak memory", bytes_text(result["peak_bytes"]))
+    rows.add_row("trained parameters", f"{format_count(result['trainable_params'])} ({share:.2f} %)")
+    rows.add_row("adapter", format_bytes(result["adapter_bytes"]))
+    rows.add_row("peak memory", format_bytes(result["peak_bytes"]))
     for name in ("load", "prepare"):
         if (seconds := result.get(f"{name}_seconds")) is not None:
-            rows.add_row(f"time to {name}", seconds_text(seconds))
+            rows.add_row(f"time to {name}", format_duration(seconds))
     screen = console()
     screen.print(rows)
     validated = data.validation is not None or data.validation_fraction > 0

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Json, Refused, console, error_console, table
+from .common import Json, NegativeResult, console, error_console, table
 
 
 def verify_run(
@@ -23,7 +23,7 @@ def verify_run(
     as_json: Json = False,
 ) -> Any:
     """Compare what ships with the trained adapter, engine by engine; exit code 1 where it is another model."""
-    from ..export.checks import verify
+    from ..export.verify_formats import verify
 
     say = error_console().print
     found = verify(
@@ -45,7 +45,7 @@ def verify_run(
     unasked = [c["engine"] for c in found["checks"] if c["passed"] is None]
     why = f"not what was trained: {', '.join(failed)}" if failed else f"not checked: {', '.join(unasked)}"
     error_console().print(f"error: {why}", style="bold red", markup=False)
-    return Refused(found)
+    return NegativeResult(found)
 
 
 def told(checks: Sequence[Mapping[str, Any]]) -> Any:

@@ -12,9 +12,9 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import UsageError, listed, nearest
-from ..ops.dataset_id import dataset_id
-from .records import READERS, Found, arrow, short
+from ..errors import UsageError, format_names, nearest
+from ..utils.dataset_id import parse_dataset_id
+from .records import READERS, Found, read_arrow, shorten
 
 Reader = Callable[[], Iterator[Found]]
 SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
@@ -31,7 +31,7 @@ def parts(path: Path) -> list[tuple[str | None, Reader]]:
         return [(None, _reader(path))]
     if path.is_dir():
         return _folder(path)
-    if (named := dataset_id(path)) is not None:
+    if (named := parse_dataset_id(path)) is not None:
         return [(None, _hub(*named))]
     folder = path.parent
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
@@ -54,7 +54,7 @@ def _reader(path: Path) -> Reader:
             yield from READERS[suffix](path)
         except OSError as error:
             raise UsageError(
-                f"{path} cannot be read: {error.strerror or error}", fix="check its permissions"
+                f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
             ) from error
 
     return read
@@ -64,25 +64,27 @@ def _folder(path: Path) -> list[tuple[str | None, Reader]]:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
         raise UsageError(
-            f"{path} holds the splits {listed(splits)}", "one of them", f"name it: {path / (splits or ['train'])[0]}"
+            f"{path} holds the splits {format_names(splits)}",
+            "one of them",
+            f"name it: {path / (splits or ['train'])[0]}",
         )
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return [(None, _saved(path))]
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS and not p.name.startswith("."))
     kinds = sorted({f.suffix.lower() for f in files})
     if not files:
-        held = listed(sorted(p.name for p in path.iterdir())) or "nothing"
+        held = format_names(sorted(p.name for p in path.iterdir())) or "nothing"
         raise UsageError(f"{path} is a folder without a file of rows: it holds {held}", f"one of {', '.join(READERS)}")
     if len(kinds) > 1:
         raise UsageError(
-            f"{path} is a folder of several kinds of files: {listed(f.name for f in files)}",
+            f"{path} is a folder of several kinds of files: {format_names(f.name for f in files)}",
             "files of one kind",
             "name one of its files, or move the others away",
         )
     split = {SPLITS[word] for f in files if (word := re.split(r"[-_.\d]", f.stem.lower())[0]) in SPLITS}
     if len(split) > 1:
         raise UsageError(
-            f"{path} is a folder of several splits: {listed(f.name for f in files)}",
+            f"{path} is a folder of several splits: {format_names(f.name for f in files)}",
             "rows to train on apart from rows to measure on",
             f"name one of its files: {files[-1]}",
         )
@@ -93,7 +95,7 @@ def _saved(path: Path) -> Reader:
     def read() -> Iterator[Found]:
         from datasets import load_from_disk
 
-        yield from arrow(load_from_disk(str(path)))
+        yield from read_arrow(load_from_disk(str(path)))
 
     return read
 
@@ -106,10 +108,10 @@ def _hub(name: str, config: str | None, split: str) -> Reader:
             data = load_dataset(name, config, split=split)
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(
-                f"no file {name!r} is here, and as a dataset of the Hub it cannot be had: {short(str(error), 300)}",
+                f"no file {name!r} is here, and as a dataset of the Hub it cannot be had: {shorten(str(error), 300)}",
                 "a file, a folder, or a dataset as org/name, org/name:split or org/name/config:split",
                 "check the name and the connection",
             ) from error
-        yield from arrow(data)
+        yield from read_arrow(data)
 
     return read

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, UsageError, listed, nearest
-from .messages import Messages, RowFault, conversation, from_sharegpt, listing, require_assistant, text
+from ..errors import DataError, UsageError, format_names, nearest
+from .messages import Messages, RowError, conversation, from_sharegpt, listing, require_assistant, text
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _prompt_completion(record: Mapping[str, Any]) -> dict[str, Any]:
         said = text(completion, "'completion'")
         return {"messages": [], "prompt": text(prompt, "'prompt'", empty=True), "completion": said}
     if isinstance(prompt, str) or isinstance(completion, str):
-        raise RowFault("'prompt' and 'completion' are a text and a list: wanted two texts or two lists", "wrong-type")
+        raise RowError("'prompt' and 'completion' are a text and a list: wanted two texts or two lists", "wrong-type")
     before, _ = conversation(prompt, "prompt", learns=False)
     after, learned = conversation(completion, "completion")
     return _talk(before + after, (False,) * len(before) + learned, record)
@@ -126,7 +126,7 @@ def _tools(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     for i, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowFault(f"tools[{i}] is not the JSON schema of a function: it has no name", "bad-tool")
+            raise RowError(f"tools[{i}] is not the JSON schema of a function: it has no name", "bad-tool")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
@@ -151,8 +151,8 @@ def read_record(record: Any, form: str, line: int, file: str | None = None) -> R
     form_of = FORMATS[form]
     for column in form_of.needs:
         if column not in record:
-            here = listed(record) or "none"
-            raise RowFault(f"has no {column!r}{nearest(column, record)} (keys here: {here})", "missing-column")
+            here = format_names(record) or "none"
+            raise RowError(f"has no {column!r}{nearest(column, record)} (keys here: {here})", "missing-column")
     return Row(line=line, file=file, **form_of.read(record))
 
 
@@ -167,14 +167,16 @@ def require_known(form: str | None, columns: Mapping[str, str]) -> None:
     """Raise UsageError for a format or a role of `--map` that there is not."""
     if form is not None and form not in FORMATS:
         raise UsageError(
-            f"there is no data format {form!r}{nearest(form, FORMATS)}", f"one of {listed(FORMATS)}", "see docs/data.md"
+            f"there is no data format {form!r}{nearest(form, FORMATS)}",
+            f"one of {format_names(FORMATS)}",
+            "see docs/data.md",
         )
     known = ROLES if form is None else (*FORMATS[form].needs, *FORMATS[form].may)
     if unknown := [role for role in columns if role not in known]:
         of = f"the format {form}" if form else "any format"
         raise UsageError(
-            f"--map names {listed(unknown)}, which is no column of {of}{nearest(unknown[0], known)}",
-            f"role=column, a role of {listed(known, most=20)}",
+            f"--map names {format_names(unknown)}, which is no column of {of}{nearest(unknown[0], known)}",
+            f"role=column, a role of {format_names(known, most=20)}",
         )
 
 
@@ -185,7 +187,7 @@ def require_columns(path: Path, records: Iterable[Mapping[str, Any]], columns: M
         if column not in seen:
             raise UsageError(
                 f"--map {role}={column}: {path} has no column {column!r}{nearest(column, seen)}",
-                f"one of {listed(seen)}",
+                f"one of {format_names(seen)}",
             )
 
 
@@ -201,13 +203,13 @@ def recognised(path: Path, records: Iterable[Mapping[str, Any]], columns: Mappin
         return fitting[0]
     wanted = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in FORMATS.items())
     if fitting:
-        got = f"{path} may be {' or '.join(fitting)}: its rows have {listed(there)}"
+        got = f"{path} may be {' or '.join(fitting)}: its rows have {format_names(there)}"
         raise DataError(got, f"the columns of one format ({wanted})", f"--format {fitting[0]}, or another of them")
     needed = [column for form in FORMATS.values() for column in form.needs]
     close = [(column, difflib.get_close_matches(column, needed, 1, 0.7)) for column in there]
     hints = "".join(f"; did you mean {found[0]!r} for {column!r}?" for column, found in close if found)
     raise DataError(
-        f"{path} is of no known format: its rows have {listed(there) or 'no columns'}{hints}",
+        f"{path} is of no known format: its rows have {format_names(there) or 'no columns'}{hints}",
         f"the columns of one format ({wanted})",
         "name its columns: --map messages=COLUMN, or --map instruction=COLUMN --map output=COLUMN …",
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..errors import listed, nearest
+from ..errors import format_names, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
 KEYS = {"assistant": ("tool_calls", "weight"), "tool": ("name", "tool_call_id", "weight")}
@@ -28,7 +28,7 @@ SPEAKERS = {
 Messages = list[dict[str, Any]]
 
 
-class RowFault(ValueError):
+class RowError(ValueError):
     """What is wrong with one row.
 
     Args:
@@ -59,7 +59,7 @@ def conversation(value: Any, name: str = "messages", *, learns: bool = True) -> 
         require_assistant(messages)
     weights = tuple(weight for _, weight in checked)
     if learns and not any(weights):
-        raise RowFault("every assistant turn has weight 0, so there is nothing to learn", "nothing-to-learn")
+        raise RowError("every assistant turn has weight 0, so there is nothing to learn", "nothing-to-learn")
     return messages, weights
 
 
@@ -75,8 +75,8 @@ def from_sharegpt(value: Any, name: str = "conversations") -> Messages:
 def require_assistant(messages: Messages) -> None:
     """Raise RowFault where no assistant speaks."""
     if not any(m["role"] == "assistant" for m in messages):
-        roles = listed(m["role"] for m in messages) or "none"
-        raise RowFault(
+        roles = format_names(m["role"] for m in messages) or "none"
+        raise RowError(
             f"has no assistant turn, so there is nothing to learn (roles here: {roles})", "no-assistant-turn"
         )
 
@@ -90,7 +90,7 @@ def listing(value: Any, name: str) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _json(value, name)
     if not isinstance(value, list):
-        raise RowFault(f"{name!r} is not a list but {kind(value)}", "wrong-type")
+        raise RowError(f"{name!r} is not a list but {kind(value)}", "wrong-type")
     return value
 
 
@@ -101,9 +101,9 @@ def text(value: Any, name: str, *, empty: bool = False) -> str:
         RowFault: it is no text, blank (unless `empty` says it may be), or holds half of a character.
     """
     if not isinstance(value, str):
-        raise RowFault(f"{name} is not a string but {kind(value)}", "wrong-type")
+        raise RowError(f"{name} is not a string but {kind(value)}", "wrong-type")
     if not empty and not value.strip():
-        raise RowFault(f"{name} is empty", "empty-content")
+        raise RowError(f"{name} is empty", "empty-content")
     whole(value, name)
     return value
 
@@ -111,7 +111,7 @@ def text(value: Any, name: str, *, empty: bool = False) -> str:
 def whole(value: str, name: str) -> None:
     """Raise RowFault where a text holds half of a character."""
     if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise RowFault(f"{name} holds half of a character (a lone \\ud8xx or \\udcxx escape)", "half-character")
+        raise RowError(f"{name} holds half of a character (a lone \\ud8xx or \\udcxx escape)", "half-character")
 
 
 def kind(value: Any) -> str:
@@ -122,26 +122,29 @@ def kind(value: Any) -> str:
 
 def _message(message: Any, name: str) -> tuple[dict[str, Any], bool]:
     if not isinstance(message, dict):
-        raise RowFault(f"{name} is not an object but {kind(message)}", "wrong-type")
+        raise RowError(f"{name} is not an object but {kind(message)}", "wrong-type")
     role, calls = message.get("role"), message.get("tool_calls")
     for key in ("role", "content"):
         if key == "content" and role == "assistant" and calls and message.get(key) is None:
             continue  # it calls, and says nothing
         if key not in message:
-            raise RowFault(f"{name} has no {key!r}{nearest(key, message)}", "missing-key")
+            raise RowError(f"{name} has no {key!r}{nearest(key, message)}", "missing-key")
         if not isinstance(message[key], str):
-            raise RowFault(f"{name}.{key} is not a string but {kind(message[key])}", "wrong-type")
+            raise RowError(f"{name}.{key} is not a string but {kind(message[key])}", "wrong-type")
     known = ("role", "content", *KEYS.get(str(role), ("weight",)))
     # An unknown key would never reach the model, or change what the template makes of the turn: neither silently.
     if len(message) > 2 and (unknown := [k for k in message if k not in known and message[k] is not None]):
-        raise RowFault(f"{name} has keys that are not used: {listed(unknown)} (known: {listed(known)})", "unknown-key")
+        raise RowError(
+            f"{name} has keys that are not used: {format_names(unknown)} (known: {format_names(known)})", "unknown-key"
+        )
     if role not in ROLES:
-        raise RowFault(
-            f"{name} has the unknown role {role!r}{nearest(str(role), ROLES)} (known: {listed(ROLES)})", "unknown-role"
+        raise RowError(
+            f"{name} has the unknown role {role!r}{nearest(str(role), ROLES)} (known: {format_names(ROLES)})",
+            "unknown-role",
         )
     content = message.get("content") or ""
     if not content.strip() and not calls and role != "tool":  # a tool may well have nothing to say
-        raise RowFault(f"{name} ({role}) has empty content", "empty-content")
+        raise RowError(f"{name} ({role}) has empty content", "empty-content")
     whole(content, f"{name} ({role})")
     made: dict[str, Any] = {"role": role, "content": content}
     if calls is not None and calls != []:
@@ -156,9 +159,9 @@ def _weight(value: Any, role: str, name: str) -> bool:
     if value is None:
         return role == "assistant"
     if isinstance(value, bool) or value not in (0, 1):
-        raise RowFault(f"{name}.weight is {value!r}: a turn is learned (1) or not (0), nothing between", "bad-weight")
+        raise RowError(f"{name}.weight is {value!r}: a turn is learned (1) or not (0), nothing between", "bad-weight")
     if value == 1 and role != "assistant":
-        raise RowFault(f"{name}.weight is 1, but a {role} turn is never learned", "bad-weight")
+        raise RowError(f"{name}.weight is 1, but a {role} turn is never learned", "bad-weight")
     return bool(value)
 
 
@@ -169,14 +172,14 @@ def _calls(value: Any, name: str) -> list[dict[str, Any]]:
 def _call(call: Any, name: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(function, dict):
-        raise RowFault(f"{name} is not an object but {kind(function)}", "bad-tool-call")
+        raise RowError(f"{name} is not an object but {kind(function)}", "bad-tool-call")
     if not isinstance(function.get("name"), str) or not function["name"]:
-        raise RowFault(f"{name} names no function{nearest('name', function)}", "bad-tool-call")
+        raise RowError(f"{name} names no function{nearest('name', function)}", "bad-tool-call")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _json(arguments or "{}", f"{name}.arguments", "bad-tool-call")
     if not isinstance(arguments, dict):
-        raise RowFault(f"{name}.arguments is not an object but {kind(arguments)}", "bad-tool-call")
+        raise RowError(f"{name}.arguments is not an object but {kind(arguments)}", "bad-tool-call")
     made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     if call.get("id") is not None:
         made["id"] = text(call["id"], f"{name}.id")
@@ -185,18 +188,18 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 
 def _turn(turn: Any, name: str) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        raise RowFault(f"{name} is not an object but {kind(turn)}", "wrong-type")
+        raise RowError(f"{name} is not an object but {kind(turn)}", "wrong-type")
     if "role" in turn and "from" not in turn:
         return turn
     for key in ("from", "value"):
         if key not in turn:
-            raise RowFault(f"{name} has no {key!r}{nearest(key, turn)}", "missing-key")
+            raise RowError(f"{name} has no {key!r}{nearest(key, turn)}", "missing-key")
         if not isinstance(turn[key], str):
-            raise RowFault(f"{name}.{key} is not a string but {kind(turn[key])}", "wrong-type")
+            raise RowError(f"{name}.{key} is not a string but {kind(turn[key])}", "wrong-type")
     if turn["from"] not in SPEAKERS:
-        raise RowFault(
+        raise RowError(
             f"{name} is from the unknown {turn['from']!r}{nearest(turn['from'], SPEAKERS)} "
-            f"(known: {listed(SPEAKERS, most=20)})",
+            f"(known: {format_names(SPEAKERS, most=20)})",
             "unknown-role",
         )
     rest = {k: v for k, v in turn.items() if k not in ("from", "value")}
@@ -210,4 +213,4 @@ def _json(value: str, name: str, code: str = "bad-json") -> Any:
     try:
         return json.loads(value)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise RowFault(f"{name} does not parse as JSON: {value[:80]}", code) from error
+        raise RowError(f"{name} does not parse as JSON: {value[:80]}", code) from error

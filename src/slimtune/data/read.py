@@ -17,22 +17,22 @@ from typing import Any
 from ..errors import DataError
 from .files import parts
 from .formats import FORMATS, Row, read_record, recognised, renamed, require_columns, require_known
-from .messages import RowFault
-from .records import Refusal
+from .messages import RowError
+from .records import InvalidRow
 
-__all__ = ["Faults", "Refusal", "Row", "RowFile", "open_rows", "read_rows"]
+__all__ = ["InvalidRow", "RowErrors", "Row", "RowFile", "open_rows", "read_rows"]
 
-MOST_FAULTS = 10
+MAX_ERRORS = 10
 FIRST = 20
 """Records by which a format is recognised."""
 SHAPE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 
 
-class Faults:
+class RowErrors:
     """Collects faults of one file; `check` raises them all as one error."""
 
-    def __init__(self, path: str | Path, wanted: str = "", fix: str = "") -> None:
-        self.path, self.wanted, self.fix = Path(path), wanted, fix
+    def __init__(self, path: str | Path, expected: str = "", hint: str = "") -> None:
+        self.path, self.expected, self.hint = Path(path), expected, hint
         self.found: list[str] = []
 
     def add(self, line: int, what: str, file: str | None = None) -> None:
@@ -42,7 +42,7 @@ class Faults:
     @property
     def full(self) -> bool:
         """Whether as many faults are kept as one message shows."""
-        return len(self.found) >= MOST_FAULTS
+        return len(self.found) >= MAX_ERRORS
 
     def check(self) -> None:
         """Raise what was found.
@@ -53,8 +53,8 @@ class Faults:
         if self.found:
             got = list(self.found)
             if self.full:
-                got.append(f"(the first {MOST_FAULTS} faults; the rest of the file was not checked)")
-            raise DataError("\n".join(got), wanted=self.wanted, fix=self.fix)
+                got.append(f"(the first {MAX_ERRORS} faults; the rest of the file was not checked)")
+            raise DataError("\n".join(got), expected=self.expected, hint=self.hint)
 
 
 class RowFile:
@@ -70,7 +70,7 @@ class RowFile:
     def __init__(self, path: Path, form: str, columns: Mapping[str, str], found: Any) -> None:
         self.path, self.format, self._columns, self._parts = path, form, columns, found
 
-    def __iter__(self) -> Iterator[Row | Refusal]:
+    def __iter__(self) -> Iterator[Row | InvalidRow]:
         for file, read in self._parts:
             for found in read():
                 yield self._row(found, file)
@@ -91,20 +91,20 @@ class RowFile:
                 break
         faults.check()
 
-    def _faults(self) -> Faults:
+    def _faults(self) -> RowErrors:
         wanted = f"one JSON object per line: {SHAPE}"
         if self.format not in ("chat", "unknown") or self.path.suffix != ".jsonl":
             wanted = f"rows of the format {self.format}: {', '.join(FORMATS.get(self.format, FORMATS['chat']).needs)}"
-        return Faults(self.path, wanted, "repair or remove these lines")
+        return RowErrors(self.path, wanted, "repair or remove these lines")
 
-    def _row(self, found: Any, file: str | None) -> Row | Refusal:
-        if isinstance(found, Refusal):
-            return Refusal(found.line, found.cause, found.code, file)
+    def _row(self, found: Any, file: str | None) -> Row | InvalidRow:
+        if isinstance(found, InvalidRow):
+            return InvalidRow(found.line, found.cause, found.code, file)
         line, record = found
         try:
             return read_record(renamed(record, self._columns) if self._columns else record, self.format, line, file)
-        except RowFault as fault:
-            return Refusal(line, str(fault), fault.code, file)
+        except RowError as fault:
+            return InvalidRow(line, str(fault), fault.code, file)
 
 
 def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> RowFile:
@@ -130,7 +130,7 @@ def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[s
             require_columns(where, records, columns)
             forms.setdefault(format or recognised(where, records, columns), file)
     if not forms and not any(True for _, read in found for _ in read()):
-        raise DataError(f"{path} is empty: it holds no row", wanted=f"one JSON object per line: {SHAPE}")
+        raise DataError(f"{path} is empty: it holds no row", expected=f"one JSON object per line: {SHAPE}")
     if len(forms) > 1:
         (one, first), (other, second) = list(forms.items())[:2]
         raise DataError(
@@ -152,4 +152,4 @@ def read_rows(path: str | Path, *, format: str | None = None, columns: Mapping[s
 
 
 def _records(found: Iterator[Any]) -> Iterator[dict[str, Any]]:
-    return (record for one in found if not isinstance(one, Refusal) for record in [one[1]])
+    return (record for one in found if not isinstance(one, InvalidRow) for record in [one[1]])

@@ -25,7 +25,7 @@ BATCH = 1024
 
 
 @dataclass(frozen=True)
-class Refusal:
+class InvalidRow:
     """A row that cannot be used.
 
     Args:
@@ -41,11 +41,11 @@ class Refusal:
     file: str | None = None
 
 
-Found = tuple[int, dict[str, Any]] | Refusal
+Found = tuple[int, dict[str, Any]] | InvalidRow
 """A record and where it stands, or what is wrong there."""
 
 
-def short(value: str, most: int = 80) -> str:
+def shorten(value: str, most: int = 80) -> str:
     """Return the beginning of a text, with its length where that is not all."""
     value = value.strip()
     return value if len(value) <= most else f"{value[:most]}… ({len(value)} characters)"
@@ -63,21 +63,21 @@ def _parsed(line: int, raw: bytes) -> Found:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        seen = short(raw.decode("utf-8", "replace"))
-        return Refusal(line, f"is not UTF-8 at byte {error.start}: {seen}", "not-utf8")
+        seen = shorten(raw.decode("utf-8", "replace"))
+        return InvalidRow(line, f"is not UTF-8 at byte {error.start}: {seen}", "not-utf8")
     try:
         value = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         where = f" ({error.msg} at column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        return Refusal(line, f"does not parse as JSON{where}: {short(text)}", "bad-json")
+        return InvalidRow(line, f"does not parse as JSON{where}: {shorten(text)}", "bad-json")
     return _record(line, value)
 
 
 def _record(line: int, value: Any) -> Found:
     if isinstance(value, dict):
         return line, value
-    said = short(json.dumps(value, ensure_ascii=False))
-    return Refusal(line, f"is not a JSON object but {kind(value)}: {said}", "not-an-object")
+    said = shorten(json.dumps(value, ensure_ascii=False))
+    return InvalidRow(line, f"is not a JSON object but {kind(value)}: {said}", "not-an-object")
 
 
 def _json(path: Path) -> Iterator[Found]:
@@ -95,7 +95,7 @@ def _json(path: Path) -> Iterator[Found]:
             try:
                 if at < len(text) and text[at] == "]":
                     if rest := text[at + 1 :].strip() or file.read(CHUNK).strip():
-                        yield Refusal(number, f"follows the end of the array: {short(rest)}", "bad-json")
+                        yield InvalidRow(number, f"follows the end of the array: {shorten(rest)}", "bad-json")
                     return
                 value, at = decoder.raw_decode(text, at)
             except (json.JSONDecodeError, RecursionError) as error:
@@ -104,8 +104,8 @@ def _json(path: Path) -> Iterator[Found]:
                     text, at = text[at:] + more, 0
                     continue
                 message = getattr(error, "msg", "too deep")
-                where = f"{short(text[at:]) or 'the array has no end'}; what follows is not read"
-                yield Refusal(number, f"does not parse as JSON ({message}): {where}", "bad-json")
+                where = f"{shorten(text[at:]) or 'the array has no end'}; what follows is not read"
+                yield InvalidRow(number, f"does not parse as JSON ({message}): {where}", "bad-json")
                 return
             yield _record(number, value)
             number += 1
@@ -130,7 +130,7 @@ def _table(delimiter: str) -> Callable[[Path], Iterator[Found]]:
                 except StopIteration:
                     return
                 except csv.Error as error:
-                    yield Refusal(line, f"does not parse as CSV ({error}); what follows is not read", "bad-csv")
+                    yield InvalidRow(line, f"does not parse as CSV ({error}); what follows is not read", "bad-csv")
                     return
                 if cells and header is None:
                     header = cells
@@ -146,7 +146,7 @@ def _require_header(path: Path, header: list[str], delimiter: str) -> None:
     others = [d for d in (",", ";", "\t", "|") if d != delimiter and d in header[0]]
     if len(header) == 1 and others:
         raise DataError(
-            f"{path}: its header is one column, {short(header[0])!r}: its cells seem to be parted by {others[0]!r}",
+            f"{path}: its header is one column, {shorten(header[0])!r}: its cells seem to be parted by {others[0]!r}",
             f"cells parted by {delimiter!r}",
             "write it with that delimiter (.csv: a comma, .tsv: a tab)",
         )
@@ -156,9 +156,9 @@ def _require_header(path: Path, header: list[str], delimiter: str) -> None:
 
 def _cells(line: int, cells: list[str], header: list[str]) -> Found:
     if len(cells) != len(header):
-        return Refusal(line, f"has {len(cells)} cells, and the header names {len(header)} columns", "bad-csv")
+        return InvalidRow(line, f"has {len(cells)} cells, and the header names {len(header)} columns", "bad-csv")
     if any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
-        return Refusal(line, "is not UTF-8", "not-utf8")
+        return InvalidRow(line, "is not UTF-8", "not-utf8")
     return line, dict(zip(header, cells, strict=True))
 
 
@@ -184,7 +184,7 @@ def _piece(line: int, held: list[bytes]) -> Found:
     try:
         return line, {"text": raw.decode("utf-8")}
     except UnicodeDecodeError as error:
-        return Refusal(line, f"is not UTF-8 at byte {error.start}", "not-utf8")
+        return InvalidRow(line, f"is not UTF-8 at byte {error.start}", "not-utf8")
 
 
 def _parquet(path: Path) -> Iterator[Found]:
@@ -204,7 +204,7 @@ def _parquet(path: Path) -> Iterator[Found]:
         ) from error
 
 
-def arrow(data: Any) -> Iterator[Found]:
+def read_arrow(data: Any) -> Iterator[Found]:
     """Yield the records of a dataset of `datasets`."""
     number = 1
     for batch in data.iter(batch_size=BATCH):

@@ -15,7 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ..ops.files import disk_full_is_an_error
+from ..utils.files import translate_disk_full
 
 Example = dict[str, Any]
 IGNORED = -100
@@ -98,7 +98,7 @@ class Writer:
         Raises:
             RunError: the disk is full.
         """
-        with disk_full_is_an_error(
+        with translate_disk_full(
             Path(tempfile.gettempdir()) / "slimtune-rows", coded.nbytes, "let TMPDIR name a folder on another disk"
         ):
             self._file.write(coded.astype(np.int32, copy=False).tobytes())

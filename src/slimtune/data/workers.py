@@ -26,7 +26,7 @@ ALONE = 16
 _work: Callable[[Any], Any]
 
 
-def cores() -> int:
+def cpu_count() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ModelError, UsageError, listed, nearest
+from ..errors import ModelError, UsageError, format_names, nearest
 
 _CONV1D = ("c_attn", "c_proj", "c_fc")
 _ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -52,7 +52,7 @@ FACTS = {
 }
 
 
-def facts_of(config: Any) -> Facts:
+def get_architecture(config: Any) -> Facts:
     """Return the facts of a model's architecture.
 
     Raises:
@@ -63,20 +63,20 @@ def facts_of(config: Any) -> Facts:
         raise UsageError(
             f"an adapter of a {kind!r} model cannot be written as GGUF: nothing is known of how llama.cpp names and "
             f"orders its weights{nearest(kind, FACTS)}",
-            f"one of {listed(FACTS)}",
+            f"one of {format_names(FACTS)}",
             "add a line to slimtune/export/architectures.py (it says how), or ship it merged: slimtune merge",
         )
     return FACTS[kind]
 
 
-def names_of(config: Any) -> Any:
+def get_tensor_names(config: Any) -> Any:
     """Return gguf's map of an architecture's names: `.get_name("model.layers.0.mlp.up_proj")` is "blk.0.ffn_up".
 
     Raises:
         UsageError: as `facts_of`.
         ModelError: the package gguf is not installed.
     """
-    arch = facts_of(config).arch
+    arch = get_architecture(config).arch
     gguf = package()
     known = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     return gguf.get_tensor_name_map(known, config.get_text_config().num_hidden_layers)
@@ -89,7 +89,7 @@ def package() -> Any:
         ModelError: it is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("writing a GGUF needs the package gguf, which is not installed", fix="pip install gguf")
+        raise ModelError("writing a GGUF needs the package gguf, which is not installed", hint="pip install gguf")
     import gguf
 
     return gguf
@@ -103,16 +103,16 @@ def as_llama_cpp(weight: Tensor, name: str, config: Any) -> Tensor:
         name: its name there, with `.weight` or `.bias`.
         config: the model's.
     """
-    facts = facts_of(config)
+    facts = get_architecture(config)
     module, _, what = name.rpartition(".")
     if what == "weight" and module.rpartition(".")[2] in facts.transposed:
         weight = weight.t()
     if facts.shift and weight.dim() == 1 and module.endswith("norm"):
         weight = weight + facts.shift
-    return in_order(weight, module, config)
+    return permute_rope_rows(weight, module, config)
 
 
-def in_order(rows: Tensor, module: str, config: Any) -> Tensor:
+def permute_rope_rows(rows: Tensor, module: str, config: Any) -> Tensor:
     """Return the output rows of a map, `(out, …)`, in llama.cpp's order.
 
     Args:
@@ -120,7 +120,7 @@ def in_order(rows: Tensor, module: str, config: Any) -> Tensor:
         module: the map's name in the model.
         config: the model's.
     """
-    heads = facts_of(config).permuted.get(module.rpartition(".")[2])
+    heads = get_architecture(config).permuted.get(module.rpartition(".")[2])
     if heads is None:
         return rows
     parts = rows.reshape(getattr(config.get_text_config(), heads), 2, -1, *rows.shape[1:])

@@ -20,9 +20,9 @@ from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from .chat_grammar import LATE, PLAIN, ROLES, Chat, Grammar, Messages, NotTurned, learn, messages_of
 from .go_template import GoTemplateError, render
 from .go_writer import go
+from .infer_template import LATE, PLAIN, ROLES, Chat, Grammar, Messages, NotTurned, learn, messages_of
 
 _DAY = datetime.date(2031, 3, 9)
 _CONTENTS = (

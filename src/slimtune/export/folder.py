@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError, listed
-from ..ops.files import disk_full_is_an_error, fsync_folder, settle
-from ..runs import json_text
+from ..errors import UsageError, format_names
+from ..run_dir import to_json
+from ..utils.files import fsync_folder, fsync_tree, translate_disk_full
 
 NOTE = "slimtune_export.json"
 
@@ -32,7 +32,7 @@ def require_free(out: Path) -> None:
         raise UsageError(f"{out} is a file", "a folder that does not exist yet", "give another --out")
     if out.is_dir() and (held := sorted(p.name for p in out.iterdir())):
         raise UsageError(
-            f"{out} already holds files: {listed(held)}",
+            f"{out} already holds files: {format_names(held)}",
             "a folder that is empty or does not exist yet",
             "give another --out",
         )
@@ -50,14 +50,14 @@ def whole_folder(out: Path, need: int) -> Iterator[Path]:
         RunError: the disk is full.
     """
     place = out.resolve()
-    with disk_full_is_an_error(place, need):
+    with translate_disk_full(place, need):
         place.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(place.parent).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         try:
             yield folder
-            settle(folder)
+            fsync_tree(folder)
             os.replace(folder, place)
             fsync_folder(place.parent)
         except BaseException:
@@ -75,7 +75,7 @@ def write_note(folder: Path, kind: str, run: Path, facts: Mapping[str, Any]) -> 
         facts: what else to know, as JSON has it.
     """
     note = {"kind": kind, "run": str(run.resolve()), **facts}
-    (folder / NOTE).write_text(json_text(note, indent=2) + "\n", encoding="utf-8")
+    (folder / NOTE).write_text(to_json(note, indent=2) + "\n", encoding="utf-8")
 
 
 def read_note(folder: Path) -> dict[str, Any] | None:

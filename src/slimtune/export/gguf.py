@@ -4,7 +4,7 @@
 
 llama.cpp has one alpha for the whole file and divides it by each tensor's own rank. Where the adapter's scales ask for
 several (rank and alpha patterns), what is left over is multiplied into B. Every method that is low-rank at this moment
-can be written: the deltas say so by their `factors()`.
+can be written: the deltas say so by their `low_rank_factors()`.
 
 Format: llama.cpp, `src/llama-adapter.cpp` and `convert_lora_to_gguf.py`.
 """
@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..adapt.ways import low_rank_maps
-from ..errors import AdapterError, UsageError, listed
-from .architectures import facts_of, in_order, names_of, package
+from ..adapters.export_formats import collect_low_rank_factors
+from ..errors import AdapterError, UsageError, format_names
+from .architectures import get_architecture, get_tensor_names, package, permute_rope_rows
 
 Precision = Literal["f32", "f16"]
 DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
@@ -69,9 +69,9 @@ def write_adapter(file: Path, model: Any, *, adapter: str = "default", precision
         ModelError: the package gguf is not installed.
     """
     if precision not in DTYPES:
-        raise UsageError(f"an adapter GGUF in {precision!r}", listed(DTYPES), "--precision f32")
-    gguf, facts = package(), facts_of(model.config)
-    names, pairs = names_of(model.config), pairs_of(model, adapter)
+        raise UsageError(f"an adapter GGUF in {precision!r}", format_names(DTYPES), "--precision f32")
+    gguf, facts = package(), get_architecture(model.config)
+    names, pairs = get_tensor_names(model.config), pairs_of(model, adapter)
     writer = gguf.GGUFWriter(str(file), facts.arch)
     alpha = _common([p.alpha for p in pairs])
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -108,12 +108,12 @@ def pairs_of(model: Any, adapter: str = "default") -> list[Pair]:
     Raises:
         UsageError: it does something else besides; what, and the ways out, are said.
     """
-    maps, other = low_rank_maps(model, adapter)
+    maps, other = collect_low_rank_factors(model, adapter)
     pairs = [Pair(name, A.detach(), B.detach(), scale) for name, (A, B, scale) in maps.items()]
     if other or not pairs:
         method = model.peft_config[adapter].name
         raise UsageError(
-            f"the {method} adapter is no LoRA of linear maps alone: {listed(other, 4) or 'it changes none'}",
+            f"the {method} adapter is no LoRA of linear maps alone: {format_names(other, 4) or 'it changes none'}",
             "scale · B A beside linear maps, which is all that llama.cpp adds to a base",
             _way_out(model, adapter),
         )
@@ -132,7 +132,7 @@ def _tensors(pair: Pair, alpha: float, config: Any) -> Iterator[tuple[str, Tenso
     if pair.alpha != alpha:
         B = B * (pair.alpha / alpha)
     yield "lora_a", pair.A
-    yield "lora_b", in_order(B, pair.module, config)
+    yield "lora_b", permute_rope_rows(B, pair.module, config)
 
 
 def _common(alphas: list[float]) -> float:

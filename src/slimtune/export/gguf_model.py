@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from ..errors import ModelError, RunError, listed
-from .architectures import as_llama_cpp, facts_of, names_of, package
+from ..errors import ModelError, RunError, format_names
+from .architectures import as_llama_cpp, get_architecture, get_tensor_names, package
 
 PRECISIONS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 """What can be written here, with gguf's name for it."""
-_ADAPTERS = re.compile(r"(^|\.)(adapters|owned)\.")
+_ADAPTERS = re.compile(r"(^|\.)(adapters|trained_copies)\.")
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 _WHERE = "put a checkout of llama.cpp on the disk and set LLAMA_CPP to its folder"
 
@@ -47,7 +47,7 @@ def like(template: Path, model: Any, file: Path, precision: str = "f16") -> int:
         UsageError: the architecture is not known.
         ModelError: template and model do not have the same tensors.
     """
-    gguf, facts, names = package(), facts_of(model.config), names_of(model.config)
+    gguf, facts, names = package(), get_architecture(model.config), get_tensor_names(model.config)
     kind = gguf.GGMLQuantizationType[PRECISIONS[precision]]
     reader = gguf.GGUFReader(str(template))
     own = {_named(names, n): (n, p) for n, p in model.named_parameters() if not _ADAPTERS.search(n)}
@@ -56,7 +56,7 @@ def like(template: Path, model: Any, file: Path, precision: str = "f16") -> int:
     if lacking or None in own:
         unnamed = [own[None][0]] if None in own else []
         raise ModelError(
-            f"the model and {template.name} do not hold the same tensors: {listed([*lacking, *unnamed], 4)}",
+            f"the model and {template.name} do not hold the same tensors: {format_names([*lacking, *unnamed], 4)}",
             f"a GGUF of the architecture {facts.arch}, and the model that was loaded from it",
         )
     words, rows = reader.fields.get(gguf.Keys.Tokenizer.LIST), model.get_input_embeddings().weight.shape[0]
@@ -145,7 +145,7 @@ def quantizer(kind: str) -> str:
     if program is None:
         raise ModelError(
             f"{kind} is made by llama.cpp's {QUANTIZER}, which is not here",
-            f"{QUANTIZER} on the PATH or in $LLAMA_CPP, or one of {listed(PRECISIONS)}",
+            f"{QUANTIZER} on the PATH or in $LLAMA_CPP, or one of {format_names(PRECISIONS)}",
             f"{_WHERE}; or --quantize q8_0",
         )
     return program

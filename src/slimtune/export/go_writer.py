@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Sequence
 
-from .chat_grammar import DATE, ROLES, Grammar, NotTurned
+from .infer_template import DATE, ROLES, Grammar, NotTurned
 from .modelfile import printable
 
 _MONTHS = [datetime.date(2000, m, 1).strftime("%b %B").split() for m in range(1, 13)]

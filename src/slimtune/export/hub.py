@@ -19,20 +19,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..adapt import checkpoint
-from ..adapt.model import PeftModel
-from ..adapt.publishing import outward
-from ..build import adapter_folder, outline
-from ..contract.config import CONFIG_FILE, PeftConfig
-from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, listed
+from ..adapters import state_dict
+from ..adapters.config import CONFIG_FILE, PeftConfig
+from ..adapters.model import PeftModel
+from ..adapters.publishing import strip_local_paths
+from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, format_names
 from ..models.gguf_facts import read_facts
-from ..models.load import load_config
-from ..ops.hub import Committed, commit_files, require_repo_id
-from ..runs import ADAPTER_FILE, RunFolder
-from .card import adapter_card
+from ..models.loader import load_config
+from ..run_dir import ADAPTER_FILE, RunDir
+from ..setup import build_meta_model, find_adapter_folder
+from ..utils.hub import Committed, commit_files, require_repo_id
+from .base_model_info import get_base_model_info
 from .folder import read_note
-from .origin import origin_of
-from .story import Story, story_of
+from .model_card import adapter_card
+from .story import RunResults, load_run_results
 
 log = logging.getLogger(__name__)
 
@@ -183,11 +183,11 @@ def parcel_of(
         return _gguf(run, base)
     if note is not None:
         raise UsageError(
-            f"{run} is an export for {note['kind']} and holds no weights: {listed(sorted(names))}",
+            f"{run} is an export for {note['kind']} and holds no weights: {format_names(sorted(names))}",
             "a run, an adapter, a merged folder or one with GGUF files",
             f"push the run it was made from: {note['run']}",
         )
-    RunFolder.open(run)
+    RunDir.open(run)
     raise AssertionError("unreachable")
 
 
@@ -195,9 +195,9 @@ def parcel_of(
 
 
 def _adapter(run: Path, repo_id: str, base: str | None, token: str | bool | None, endpoint: str | None) -> Parcel:
-    folder = adapter_folder(run)
-    story = story_of(_home(run, folder))
-    tensors, fingerprint = checkpoint.read(folder)
+    folder = find_adapter_folder(run)
+    story = load_run_results(_home(run, folder))
+    tensors, fingerprint = state_dict.read(folder)
     config = PeftConfig.from_pretrained(folder)
     _require_numbers(folder, tensors)
     spec = story.recipe.model.name if story.recipe is not None else config.base_model_name_or_path
@@ -205,9 +205,11 @@ def _adapter(run: Path, repo_id: str, base: str | None, token: str | bool | None
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
     notes = _require_fit(folder, spec, story)
     pinned = story.recipe.model.revision if story.recipe is not None else config.revision
-    origin = origin_of(spec, given=base, fingerprint=fingerprint, revision=pinned, token=token, endpoint=endpoint)
+    origin = get_base_model_info(
+        spec, given=base, fingerprint=fingerprint, revision=pinned, token=token, endpoint=endpoint
+    )
     raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    told = outward(raw, origin.name) | {"base_model_name_or_path": origin.name, "revision": origin.revision}
+    told = strip_local_paths(raw, origin.name) | {"base_model_name_or_path": origin.name, "revision": origin.revision}
     files: dict[str, Path | bytes] = {
         CONFIG_FILE: (json.dumps(told, indent=2, sort_keys=True) + "\n").encode(),
         ADAPTER_FILE: folder / ADAPTER_FILE,
@@ -237,8 +239,8 @@ def _home(run: Path, folder: Path) -> Path | None:
     """Return the run folder that tells of an adapter: its own, the one it lies in, the one it was exported from."""
     note = read_note(folder)
     places = [run, note["run"] if note else folder.resolve().parent]
-    found = (p for p in places if RunFolder(p).recipe_file.is_file())
-    return next((p for p in found if note or RunFolder(p).adapter.resolve() == folder.resolve()), None)
+    found = (p for p in places if RunDir(p).recipe_file.is_file())
+    return next((p for p in found if note or RunDir(p).adapter.resolve() == folder.resolve()), None)
 
 
 def _require_numbers(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -248,13 +250,13 @@ def _require_numbers(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     if bad:
         raise AdapterError(
             f"{folder / ADAPTER_FILE} holds numbers that are none in {len(bad)} of {len(tensors)} tensors, "
-            f"such as {listed(bad, 2)}",
+            f"such as {format_names(bad, 2)}",
             "finite numbers",
             "take an older checkpoint, or train at a lower learning rate",
         )
 
 
-def _require_fit(folder: Path, spec: str, story: Story) -> list[str]:
+def _require_fit(folder: Path, spec: str, story: RunResults) -> list[str]:
     """Attach the adapter to its base without weights; return a note where the base cannot be had."""
     config = PeftConfig.from_pretrained(folder)
     if story.recipe is None and config.task_type not in (None, "CAUSAL_LM"):
@@ -263,7 +265,7 @@ def _require_fit(folder: Path, spec: str, story: Story) -> list[str]:
     if story.recipe is not None:
         how = {"trust_remote_code": story.recipe.model.trust_remote_code, "revision": story.recipe.model.revision}
     try:
-        base = outline(load_config(spec, **how), None, torch.float32)
+        base = build_meta_model(load_config(spec, **how), None, torch.float32)
     except (SlimtuneError, ValueError, OSError) as e:
         return [f"the adapter's file was read, not held against its base, which is not to be had: {type(e).__name__}"]
     PeftModel.from_pretrained(base, folder, config=config)
@@ -288,7 +290,7 @@ def _checkpoint(folder: Path, base: str | None) -> Parcel:
         missing = set(_json(index).get("weight_map", {}).values()) - set(weights)
         if missing:
             raise ModelError(
-                f"{folder} lacks {listed(sorted(missing))}", "every file its index names", "merge it again"
+                f"{folder} lacks {format_names(sorted(missing))}", "every file its index names", "merge it again"
             )
     if not weights:
         raise ModelError(
@@ -305,7 +307,7 @@ def _checkpoint(folder: Path, base: str | None) -> Parcel:
         notes.append("its config names code of its own (auto_map), which is not uploaded")
     files: dict[str, Path | bytes] = {**found}
     for name in ("config.json", "tokenizer_config.json"):
-        if name in found and (told := outward(values := _json(found[name]))) != values:
+        if name in found and (told := strip_local_paths(values := _json(found[name]))) != values:
             files[name] = (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
     if CARD in found:
         text = found[CARD].read_text(encoding="utf-8")
@@ -320,7 +322,7 @@ def _gguf(folder: Path, base: str | None) -> Parcel:
         try:
             read_facts(file)
         except ImportError as e:
-            raise ModelError("checking a GGUF file needs the package gguf", fix="pip install gguf") from e
+            raise ModelError("checking a GGUF file needs the package gguf", hint="pip install gguf") from e
         except Exception as e:  # whatever the reader stumbles over
             raise ModelError(f"{file} is damaged: {type(e).__name__}", "a whole GGUF file", "export again") from e
     notes = _about_card(folder, files, base)
@@ -360,12 +362,12 @@ def _json(file: Path) -> dict[str, Any]:
 def _of_the_repository(done: Committed, parcel: Parcel) -> list[str]:
     notes = []
     if done.kept:
-        notes.append(f"{listed(done.kept)} of the repository was left as it is")
+        notes.append(f"{format_names(done.kept)} of the repository was left as it is")
     elif CARD in done.replaced and done.changed:
         notes.append(f"{CARD} of the repository was replaced (its history has the old one; --keep-card leaves it)")
     weights = [n for n in done.beside if n.endswith((".safetensors", ".bin", ".gguf", ".pt"))]
     if weights:
-        notes.append(f"other weights lie in the repository, too: {listed(weights, 4)}")
+        notes.append(f"other weights lie in the repository, too: {format_names(weights, 4)}")
     if not done.changed:
         notes.append("all of it was there already: there is no new commit")
     return notes

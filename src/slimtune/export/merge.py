@@ -23,20 +23,20 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..adapt.model import PeftModel
-from ..build import Loaded, adapter_folder, load_run
-from ..contract.config import PeftConfig
-from ..contract.delta import MergeRefused
+from ..adapters.base import MergeUnsupported
+from ..adapters.config import PeftConfig
+from ..adapters.model import PeftModel
 from ..errors import AdapterError
 from ..models.dtype import pick_dtype
-from ..models.faults import quiet
-from ..models.load import load_base, load_config
-from ..models.quantized import forget, stored_in
-from ..ops.files import disk_full_is_an_error
-from ..runs import ADAPTER_FILE, RunFolder
+from ..models.errors import silence_libraries
+from ..models.loader import load_base, load_config
+from ..models.quantization import remove_quantization, stored_quantization
+from ..run_dir import ADAPTER_FILE, RunDir
+from ..setup import TrainedModel, find_adapter_folder, load_run
+from ..utils.files import translate_disk_full
 from . import proof
-from .card import card
 from .folder import require_free, whole_folder, write_note
+from .model_card import card
 from .rounding import rounding_for
 from .weights import Weights
 
@@ -76,7 +76,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     return {"run": str(run), "out": str(out), **found, "seconds": round(time.perf_counter() - began, 3)}
 
 
-def _write(loaded: Loaded, run: Path, out: Path, store: torch.dtype) -> dict[str, Any]:
+def _write(loaded: TrainedModel, run: Path, out: Path, store: torch.dtype) -> dict[str, Any]:
     """Write the checkpoint in `store` and prove it; return what there is to say."""
     model: Any = loaded.model
     config, tokenizer = model.active_peft_config, loaded.base.tokenizer
@@ -91,7 +91,7 @@ def _write(loaded: Loaded, run: Path, out: Path, store: torch.dtype) -> dict[str
         base = proof.log_probabilities(model, rows)
     rounding = rounding_for(model, loaded.recipe, tokenizer) if small and store.itemsize == 2 else None
     if packed:
-        forget(model)
+        remove_quantization(model)
     with _refusals(run):
         weights = Weights(model, store, rounding=rounding)
     with whole_folder(out, weights.bytes) as folder:
@@ -114,20 +114,22 @@ def _write(loaded: Loaded, run: Path, out: Path, store: torch.dtype) -> dict[str
 
 
 @contextmanager
-def _as_trained(run: Path, out: Path) -> Iterator[Loaded]:
+def _as_trained(run: Path, out: Path) -> Iterator[TrainedModel]:
     """Load a run on its base as it was trained on.
 
     transformers makes views of a checkpoint's files where it is stored in the dtype asked for, and copies elsewhere.
     There a large base is first written in that dtype beside `out`, for as long as it is needed.
     """
     kind = _trained_dtype(run)
-    recipe = RunFolder.open(run).recipe() if adapter_folder(run) != run else None
+    recipe = RunDir.open(run).recipe() if find_adapter_folder(run) != run else None
     stored = None
     if recipe is not None:
         m = recipe.model
         kind = _name(pick_dtype(kind or m.dtype, "cpu"))
         told = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
-        if m.quant is None and stored_in(told) is None:  # a quantized base is held in few bits as it is
+        if (
+            m.quantization is None and stored_quantization(told) is None
+        ):  # a quantized base is held in few bits as it is
             stored = _name(told.dtype or torch.float32)
     if stored in (None, kind) or _is_small((loaded := load_run(run, dtype=stored, device="cpu")).model):
         yield load_run(run, dtype=kind, device="cpu")
@@ -136,7 +138,7 @@ def _as_trained(run: Path, out: Path) -> Iterator[Loaded]:
     held: Any = pick_dtype(kind)
     weights = Weights(loaded.model, held, adapters=())
     place = out.resolve()
-    with disk_full_is_an_error(place, 2 * weights.bytes):
+    with translate_disk_full(place, 2 * weights.bytes):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.base.", dir=place.parent) as beside:
             _write_settings(loaded.model, Path(beside), held)
@@ -149,9 +151,9 @@ def _as_trained(run: Path, out: Path) -> Iterator[Loaded]:
 
 def _trained_dtype(run: Path) -> str | None:
     """Return the dtype the run held its base in; for an adapter folder, the one the base's checkpoint is stored in."""
-    folder = adapter_folder(run)
+    folder = find_adapter_folder(run)
     if folder != run:
-        result = RunFolder.open(run).result_file
+        result = RunDir.open(run).result_file
         # "auto" in the recipe may have meant another dtype on the machine that trained.
         return json.loads(result.read_text()).get("dtype") if result.is_file() else None
     name = PeftConfig.from_pretrained(folder).base_model_name_or_path
@@ -163,7 +165,7 @@ def _is_small(model: Any) -> bool:
     return sum(p.numel() for p in model.parameters()) < SMALL
 
 
-def _trusts(loaded: Loaded) -> bool:
+def _trusts(loaded: TrainedModel) -> bool:
     return loaded.recipe is not None and loaded.recipe.model.trust_remote_code
 
 
@@ -176,7 +178,7 @@ def _refusals(run: Path) -> Iterator[None]:
     """Turn the refusal of a merge into an error that says the way out."""
     try:
         yield
-    except MergeRefused as e:
+    except MergeUnsupported as e:
         raise AdapterError(
             f"the adapter of {run} cannot be merged: {e}",
             "finite changes of plain weights",
@@ -195,7 +197,7 @@ def _write_settings(model: Any, folder: Path, dtype: torch.dtype) -> None:
             # Some checkpoints name a temperature and forget that it asks for sampling; transformers saves no such file.
             log.warning("the base's generation settings ask for sampling without do_sample: it is set")
             settings.do_sample = True
-    with quiet():
+    with silence_libraries():
         # transformers' own, not the adapter's.
         PreTrainedModel.save_pretrained(model, folder, state_dict={})
         for weights in folder.glob("*.safetensors"):  # of no tensors

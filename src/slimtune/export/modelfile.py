@@ -13,7 +13,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from ..errors import UsageError, listed
+from ..errors import UsageError, format_names
 
 Line = tuple[str, str]
 """Instruction in capitals ("PARAMETER stop" for a parameter), and its value."""
@@ -44,14 +44,14 @@ def written(lines: Sequence[Line]) -> str:
     """
     text = "".join(f"{name} {_quoted(name, value)}\n" for name, value in lines)
     if read(text) != list(lines):
-        raise UsageError("these values do not come out of the Modelfile as they went in", fix="change their quotes")
+        raise UsageError("these values do not come out of the Modelfile as they went in", hint="change their quotes")
     return text
 
 
 def _quoted(name: str, value: str) -> str:
     if lost := sorted({c for c in value if not _kept(c)}):
         raise UsageError(
-            f"{name} holds characters that Ollama drops from a Modelfile: {listed(f'U+{ord(c):04X}' for c in lost)}",
+            f"{name} holds characters that Ollama drops from a Modelfile: {format_names(f'U+{ord(c):04X}' for c in lost)}",
             "printable characters, spaces, tabs and line ends",
             "replace them (a no-break space by a space)",
         )

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, UsageError, listed
-from ..models.faults import explained
+from ..errors import ModelError, UsageError, format_names
+from ..models.errors import translate_load_errors
 from .chat_template import Turned, turn
 from .modelfile import Line, written
 
@@ -132,13 +132,13 @@ def adds_bos(base: Path, tokenizer: Any) -> bool:
     """
     if base.is_dir():
         file = base / "tokenizer_config.json"
-        with explained(str(base), "model folder"):
+        with translate_load_errors(str(base), "model folder"):
             return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") is True
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"reading {base.name} needs the package gguf, which is not installed", fix="pip install gguf")
+        raise ModelError(f"reading {base.name} needs the package gguf, which is not installed", hint="pip install gguf")
     from gguf import GGUFReader  # heavy, optional
 
-    with explained(str(base), "GGUF file"):
+    with translate_load_errors(str(base), "GGUF file"):
         said = GGUFReader(str(base)).fields.get("tokenizer.ggml.add_bos_token")
         if said is not None:
             return bool(said.contents())
@@ -168,7 +168,7 @@ def _base_path(base_from: str) -> Path | None:
             raise UsageError(f"{path} is no model that Ollama reads", wanted, "slimtune merge RUN --out FOLDER")
         if out := [f.name for f in sorted(path.iterdir()) if not f.resolve().is_relative_to(path.resolve())]:
             # A snapshot in the Hub's cache is such a folder.
-            got = f"{path} holds links to files elsewhere, which Ollama refuses: {listed(out)}"
+            got = f"{path} holds links to files elsewhere, which Ollama refuses: {format_names(out)}"
             raise UsageError(got, "the files themselves", f"cp -rL {shlex.quote(str(path))} FOLDER")
         return path
     with path.open("rb") as file:

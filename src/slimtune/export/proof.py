@@ -18,9 +18,9 @@ from jinja2 import TemplateError
 from safetensors import safe_open
 from torch import Tensor
 
-from ..build import rows_file
+from ..config import Recipe
 from ..errors import RunError
-from ..recipe import Recipe
+from ..setup import open_rows_from_recipe
 
 MOST_ROWS, MOST_TOKENS = 8, 256
 QUESTIONS = (
@@ -55,7 +55,7 @@ def talks(recipe: Recipe | None, rows: Path | None = None) -> list[list[dict[str
     found = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS]
     held = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
     if file := rows or next((f for f in held if f is not None and f.exists()), None):
-        some = itertools.islice(rows_file(recipe if rows is None else None, file).rows(), MOST_ROWS)
+        some = itertools.islice(open_rows_from_recipe(recipe if rows is None else None, file).rows(), MOST_ROWS)
         found += [row.messages for row in some if row.messages]
     return found
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..build import rows_file
-from ..data.read import Refusal
-from ..data.rows import encoded
+from ..config import Recipe
+from ..data.records import InvalidRow
+from ..data.tokenize import tokenize_rows
 from ..errors import SlimtuneError
-from ..ops.inputs import ROWS, inputs_of, second_moment
-from ..ops.maps import kind_of, transposed
-from ..recipe import Recipe
+from ..setup import open_rows_from_recipe
+from ..utils.calibration import ROWS, collect_layer_inputs, second_moment
+from ..utils.linear_layers import is_transposed, layer_kind
 
 LEAST = 256
 """Inputs from which on they are heeded: a few texts say little of what a map is given on others."""
@@ -106,17 +106,17 @@ def rounding_for(model: Any, recipe: Recipe | None, tokenizer: Any) -> Rounding:
     except SlimtuneError:
         rows = []
     head = model.get_output_embeddings()  # often one tensor with the embeddings, which are rounded number by number
-    maps = {n: m for n, m in model.named_modules() if kind_of(m) == "linear" and m is not head and _is_of_base(n)}
-    inputs = inputs_of(model, maps, rows) if rows else {}
-    return Rounding(inputs, [n for n in inputs if transposed(maps[n])])
+    maps = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and m is not head and _is_of_base(n)}
+    inputs = collect_layer_inputs(model, maps, rows) if rows else {}
+    return Rounding(inputs, [n for n in inputs if is_transposed(maps[n])])
 
 
 def _rows(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     """Return the token ids of the first training rows, as long as training took them."""
-    some = list(itertools.islice(rows_file(recipe, recipe.data.train).rows(), ROWS))
-    found = (one for one in encoded(some, tokenizer) if not isinstance(one, Refusal))
+    some = list(itertools.islice(open_rows_from_recipe(recipe, recipe.data.train).rows(), ROWS))
+    found = (one for one in tokenize_rows(some, tokenizer) if not isinstance(one, InvalidRow))
     return [one.input_ids[: recipe.data.max_seq_len] for _, one in found]
 
 
 def _is_of_base(name: str) -> bool:
-    return ".adapters." not in name and ".owned." not in name
+    return ".adapters." not in name and ".trained_copies." not in name

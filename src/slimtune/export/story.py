@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config import Recipe
 from ..errors import UsageError
-from ..recipe import Recipe
-from ..runs import RunFolder
+from ..run_dir import RunDir
 
 
 @dataclass(frozen=True)
-class Story:
+class RunResults:
     """What is known of a run; each part may be missing.
 
     Args:
@@ -35,7 +35,7 @@ class Story:
     told_by: str = ""
 
 
-def story_of(folder: Path | None) -> Story:
+def load_run_results(folder: Path | None) -> RunResults:
     """Return what a run folder tells; None: nothing.
 
     Raises:
@@ -43,13 +43,13 @@ def story_of(folder: Path | None) -> Story:
         RecipeError: its recipe is.
     """
     if folder is None:
-        return Story()
-    run = RunFolder.open(folder, adapter=False)
+        return RunResults()
+    run = RunDir.open(folder, adapter=False)
     recipe, result = run.recipe(), _read(run.result_file)
     evaluation, told_by = _best(run.path, str(recipe.data.train))
     if not told_by and result.get("validation_loss") is not None:
         told_by = run.result_file.name
-    return Story(recipe, result, _read(run.plan_file), evaluation, told_by)
+    return RunResults(recipe, result, _read(run.plan_file), evaluation, told_by)
 
 
 def _best(folder: Path, trained_on: str) -> tuple[Mapping[str, Any], str]:
@@ -58,7 +58,11 @@ def _best(folder: Path, trained_on: str) -> tuple[Mapping[str, Any], str]:
         found = _read(file)
         # Rows that validation set aside are named by the training file, and were not trained on.
         seen = found.get("data") == trained_on and found.get("split") != "validation"
-        if found and not seen and {"base_loss", "tuned_loss", "gain", "gain_ci95", "rows"} <= set(found):
+        if (
+            found
+            and not seen
+            and {"base_loss", "tuned_loss", "loss_reduction", "loss_reduction_ci95", "rows"} <= set(found)
+        ):
             return found, file.name
     return {}, ""
 

@@ -24,17 +24,17 @@ from typing import Any
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ..adapt import checkpoint
-from ..adapt.combine import LoraReport, sizes
-from ..adapt.ways import beyond_lora, no_plain_lora
-from ..build import Loaded, adapter_folder, load_run
-from ..contract.config import CONFIG_FILE
-from ..errors import AdapterError, UsageError, listed, nearest
+from ..adapters import state_dict
+from ..adapters.config import CONFIG_FILE
+from ..adapters.conversion import LoraReport, rank_settings
+from ..adapters.export_formats import lora_incompatibilities, plain_lora_incompatibilities
+from ..errors import AdapterError, UsageError, format_names, nearest
 from ..methods.lora.starts import is_in_weight
-from ..models.gguf import dequantized
-from ..models.load import load_tokenizer
-from ..ops.files import write_atomic
-from ..runs import RunFolder
+from ..models.gguf import read_dequantized
+from ..models.loader import load_tokenizer
+from ..run_dir import RunDir
+from ..setup import TrainedModel, find_adapter_folder, load_run
+from ..utils.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -89,13 +89,13 @@ def vllm_adapter(
     """
     run, out = Path(run), Path(out or folder).expanduser().resolve()
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}", f"one of {listed(DTYPES)}")
+        raise UsageError(f"dtype is {dtype!r}{nearest(dtype, DTYPES)}", f"one of {format_names(DTYPES)}")
     loaded = load_run(run, dtype=dtype, device="cpu")
     base, base_name = _base(loaded)
     name = _name(name, out.name, base_name)
     model: Any = loaded.model
     adapter, method, report = model.active_adapter, model.active_peft_config.name, None
-    never = [*beyond_lora(model.peft_config[adapter]), *_base_refuses(model, adapter)]
+    never = [*lora_incompatibilities(model.peft_config[adapter]), *_base_refuses(model, adapter)]
     _require(run, model, adapter, never, _form(model, adapter) if as_lora is None else [])
     if as_lora is not None:
         report = model.to_lora(adapter, as_lora)
@@ -103,7 +103,7 @@ def vllm_adapter(
         _require(run, model, adapter, [], _form(model, adapter))
     config = model.peft_config[adapter]
     # What is left is plain LoRA, which has factors everywhere.
-    layers: Factors = {n: d.factors() for n, d in model._attached.deltas(adapter).items()}
+    layers: Factors = {n: d.low_rank_factors() for n, d in model._attached.deltas(adapter).items()}
     folded = _is_mixed(config, layers)
     held = _held(run) or str(loaded.base.dtype).removeprefix("torch.")
     served = dtype or (held if held in DTYPES else "float32")  # vLLM has no float64
@@ -167,7 +167,7 @@ def _require(run: Path, model: Any, adapter: str, never: list[str], form: list[s
 def _form(model: Any, adapter: str) -> list[str]:
     """Return why vLLM would not take the adapter that another LoRA would not have."""
     config, most = model.peft_config[adapter], known()["ranks"][-1]
-    if causes := no_plain_lora(config):
+    if causes := plain_lora_incompatibilities(config):
         return causes
     deltas = model._attached.deltas(adapter).values()
     rank = max((d.low_rank()[0].shape[0] for d in deltas if hasattr(d, "low_rank")), default=0)
@@ -192,8 +192,8 @@ def _base_refuses(model: Any, adapter: str) -> list[str]:
     deltas = model._attached.deltas(adapter)
     ends = [n for n in deltas if kinds[n] == "embedding" or model.get_submodule(n) is head]
     if odd := [n for n in ends if n.rpartition(".")[2] not in takes]:
-        what = f"only {listed(takes)}" if takes else "no embedding and no head"
-        causes.append(f"it changes {listed(odd)}, and of a {architecture} vLLM takes {what}")
+        what = f"only {format_names(takes)}" if takes else "no embedding and no head"
+        causes.append(f"it changes {format_names(odd)}, and of a {architecture} vLLM takes {what}")
     return causes
 
 
@@ -237,13 +237,13 @@ def _write(model: Any, adapter: str, layers: Factors, folder: Path, folded: bool
         if folded:
             A, B = A.float(), (B.double() * scale).float()
         tensors |= {at + a: A.detach().contiguous(), at + b: B.detach().contiguous()}
-    settings = {k: v for k, v in config.to_dict().items() if k not in config.ours}
+    settings = {k: v for k, v in config.to_dict().items() if k not in config.extension_fields}
     settings |= {"inference_mode": True, "init_lora_weights": True, "eva_config": None, "rank_pattern": {}}
     if folded:
-        settings |= sizes({n: A.shape[0] for n, (A, _, _) in layers.items()})
+        settings |= rank_settings({n: A.shape[0] for n, (A, _, _) in layers.items()})
     write_atomic(folder / CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    write_atomic(folder / checkpoint.WEIGHTS_FILE, to_bytes(tensors, checkpoint.contents(model, adapter)[1]))
-    return sum((folder / f).stat().st_size for f in (CONFIG_FILE, checkpoint.WEIGHTS_FILE))
+    write_atomic(folder / state_dict.WEIGHTS_FILE, to_bytes(tensors, state_dict.adapter_tensor_info(model, adapter)[1]))
+    return sum((folder / f).stat().st_size for f in (CONFIG_FILE, state_dict.WEIGHTS_FILE))
 
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
@@ -254,7 +254,7 @@ def _conversion(method: str, report: LoraReport) -> dict[str, Any]:
     return {"method": method, "rank": max(report.ranks.values()), "error": report.error, "worst": worst}
 
 
-def _template(loaded: Loaded) -> str | None:
+def _template(loaded: TrainedModel) -> str | None:
     """Return the chat template the adapter was trained with where the base does not bring that one."""
     source, recipe = loaded.base.source, loaded.recipe
     options: dict[str, Any] = {}
@@ -267,13 +267,13 @@ def _template(loaded: Loaded) -> str | None:
 # --- the line --------------------------------------------------------------------------------------------------------
 
 
-def _base(loaded: Loaded) -> tuple[str, str]:
+def _base(loaded: TrainedModel) -> tuple[str, str]:
     """Return what vLLM loads the base from, and the name it serves it by."""
     source = loaded.base.source
     if source.kind == "hub":
         return source.path, source.path
     # vLLM takes no GGUF beside a LoRA here: the base is what was trained on, the folder it was dequantized into.
-    path = dequantized(source.path)[0] if source.kind == "gguf" else Path(source.path)
+    path = read_dequantized(source.path)[0] if source.kind == "gguf" else Path(source.path)
     return str(path.expanduser().resolve()), _plain(source.name)
 
 
@@ -297,7 +297,7 @@ def _name(given: str | None, folder: str, base: str) -> str:
 
 def _held(run: Path) -> str | None:
     """Return the dtype a run held its base in, which "auto" may not name on this machine; None for an adapter alone."""
-    result = RunFolder.open(run).result_file if adapter_folder(run) != run else None
+    result = RunDir.open(run).result_file if find_adapter_folder(run) != run else None
     return json.loads(result.read_text()).get("dtype") if result is not None and result.is_file() else None
 
 
@@ -306,7 +306,7 @@ def _room(rank: int) -> int:
     return next(r for r in known()["ranks"] if r >= max(rank, 8))
 
 
-def _arguments(facts: dict[str, Any], loaded: Loaded, folder: str, template: bool) -> list[str]:
+def _arguments(facts: dict[str, Any], loaded: TrainedModel, folder: str, template: bool) -> list[str]:
     """Return what comes after `vllm serve`."""
     recipe = loaded.recipe
     served = ["--served-model-name", facts["base_name"]] if facts["base_name"] != facts["base"] else []

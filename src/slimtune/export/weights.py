@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..adapt.merged_state import MergedState
+from ..adapters.merged_state import MergedState
 from .shards import Shards
 
 

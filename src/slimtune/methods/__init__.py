@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ..contract.registry import built_in, config_class, names
+from ..adapters.registry import built_in_methods, config_class, method_names
 
-__all__ = ["built_in", "config_class", "names"]
+__all__ = ["built_in_methods", "config_class", "method_names"]

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract.attention import Attention, Prefix, attention_modules, gated
-from ..contract.config import PeftConfig
-from ..contract.delta import Frozen, Kind, Rows, Site
-from ..errors import TargetError, listed, nearest
-from ..ops.maps import weight_of
+from ..adapters.base import BaseForward, RowMask, Site, SiteKind
+from ..adapters.config import PeftConfig
+from ..attention.prefix import AttentionModule, AttentionPrefix, attention_modules, gated_prefix_attention
+from ..errors import TargetError, format_names, nearest
+from ..utils.linear_layers import get_weight
 
 
 @dataclass
@@ -38,7 +38,7 @@ class AdaptionPromptConfig(PeftConfig):
 
     name: ClassVar[str] = "adaption_prompt"
     mergeable: ClassVar[bool] = False
-    kinds: ClassVar[tuple[Kind, ...]] = ("attention",)
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("attention",)
     learning_rate: ClassVar[float] = 9e-3
     recipe_defaults: ClassVar[dict[str, Any]] = {"adapter_len": 10}
     short_names: ClassVar[dict[str, str]] = {"tokens": "adapter_len", "layers": "adapter_layers"}
@@ -58,20 +58,22 @@ class AdaptionPromptConfig(PeftConfig):
         self.require_whole("adapter_len")
         self.require_whole("adapter_layers", none=True)
 
-    def fill(self, model: Any) -> None:
+    def infer_from_model(self, model: Any) -> None:
         """Fill in the modules' name and how many layers there are."""
         found = attention_modules(model)
         self.target_modules = self.target_modules or found[0].rpartition(".")[2]
         self.adapter_layers = self.adapter_layers or len(found)
 
-    def further_targets(self, model: Any) -> dict[str, Kind]:
+    def further_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the attention modules of the top layers."""
         found = attention_modules(model)
         named = [n for n in found if n.endswith(f".{self.target_modules}")]
         if not named:
             tails = sorted({n.rpartition(".")[2] for n in found})
             near = nearest(str(self.target_modules), tails)
-            raise TargetError(f"target_modules={self.target_modules!r} names no attention module{near}", listed(tails))
+            raise TargetError(
+                f"target_modules={self.target_modules!r} names no attention module{near}", format_names(tails)
+            )
         if (self.adapter_layers or 0) > len(named):
             raise TargetError(f"adapter_layers is {self.adapter_layers}", f"at most the model's {len(named)} layers")
         return dict.fromkeys(named[-(self.adapter_layers or len(named)) :], "attention")
@@ -92,35 +94,35 @@ class AdaptionPromptConfig(PeftConfig):
         return GatedPrompt(site, m)
 
 
-class GatedPrompt(Attention):
+class GatedPrompt(AttentionModule):
     """Learned tokens beside the sequence of one layer."""
 
     def __init__(self, site: Site, m: int) -> None:
         super().__init__()
-        self.adaption_prompt = nn.Parameter(torch.empty(1, m, site.in_features, device=site.near).normal_())
-        self.adaption_gate = nn.Parameter(torch.zeros(1, device=site.near))
+        self.adaption_prompt = nn.Parameter(torch.empty(1, m, site.in_features, device=site.init_device).normal_())
+        self.adaption_gate = nn.Parameter(torch.zeros(1, device=site.init_device))
         self.to(site.device, site.dtype)
 
-    def prefix(self, module: nn.Module, rows: Rows) -> Prefix:
+    def prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return `Wk P`, `Wv P` and the gate."""
         projections = (self._through(module.get_submodule(n), rows) for n in ("k_proj", "v_proj"))
         keys, values = (t.unflatten(1, (-1, module.head_dim)).transpose(0, 1) for t in projections)
-        return Prefix(keys, values, self.adaption_gate)
+        return AttentionPrefix(keys, values, self.adaption_gate)
 
-    def _through(self, linear: nn.Module, rows: Rows) -> Tensor:
+    def _through(self, linear: nn.Module, rows: RowMask) -> Tensor:
         """Return the learned tokens through a frozen map, `(m, out)`."""
         weight: Any = linear.weight
         P = self.adaption_prompt[0].to(weight.dtype if weight.is_floating_point() else self.adaption_prompt.dtype)
         if rows is None:
             return linear(P)
         # In a mixed batch the map may be adapted for other rows: these ones' is the base's.
-        return F.linear(P, weight_of(linear).to(P.dtype), linear.bias)  # type: ignore[arg-type]
+        return F.linear(P, get_weight(linear).to(P.dtype), linear.bias)  # type: ignore[arg-type]
 
 
 class Gpt2Prompt(GatedPrompt):
     """The same for GPT-2, whose keys and values come from one map; added behind the output projection, as in PEFT."""
 
-    def around(self, frozen: Frozen, *args: Any, rows: Rows = None, **kwargs: Any) -> Any:
+    def forward_with_base(self, frozen: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the attention and add the second one to its output."""
         module: Any = frozen.module
         x = args[0] if args else kwargs["hidden_states"]
@@ -130,5 +132,7 @@ class Gpt2Prompt(GatedPrompt):
         _, keys, values = (
             t.unflatten(1, heads).transpose(0, 1) for t in self._through(module.c_attn, rows).chunk(3, 1)
         )
-        more = gated(query, Prefix(keys, values, self.adaption_gate), rows, module.head_dim**-0.5)
+        more = gated_prefix_attention(
+            query, AttentionPrefix(keys, values, self.adaption_gate), rows, module.head_dim**-0.5
+        )
         return (out[0] + more.flatten(2), *out[1:])

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract.config import TargetedConfig
-from ..contract.delta import Delta, Frozen, Kind, Site
-from ..contract.patterns import value_for
-from ..ops.dropout import dropout
-from ..ops.maps import is_quantized
+from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
+from ..adapters.config import TargetedConfig
+from ..adapters.patterns import get_pattern_value
+from ..kernels.dropout import dropout
+from ..utils.linear_layers import is_quantized
 
 
 @dataclass
@@ -40,7 +40,7 @@ class HiraConfig(TargetedConfig):
 
     name: ClassVar[str] = "hira"
     learning_rate: ClassVar[float] = 3e-3
-    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding")
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("linear", "embedding")
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "hira_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
 
@@ -64,20 +64,23 @@ class HiraConfig(TargetedConfig):
         """The fields that map layer patterns to values; each pattern must match a target."""
         return {"rank_pattern": self.rank_pattern}
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the change of the weight at `site`, with the layer's own rank."""
-        r = value_for(self.rank_pattern, site.name, self.r)
+        r = get_pattern_value(self.rank_pattern, site.name, self.r)
         return (EmbeddingHira if site.kind == "embedding" else LinearHira)(site, r, self)
 
 
-class LinearHira(Delta):
+class LinearHira(AdapterModule):
     """`W x + b + (W ⊙ (B A)) dropout(x)`."""
 
     def __init__(self, site: Site, r: int, config: HiraConfig) -> None:
         super().__init__()
         self.hira_dropout = dropout(config.hira_dropout)
         # Made and filled in PEFT's order, so that one seed gives the same adapter in both.
-        A, B = torch.randn(r, site.in_features, device=site.near), torch.randn(site.out_features, r, device=site.near)
+        A, B = (
+            torch.randn(r, site.in_features, device=site.init_device),
+            torch.randn(site.out_features, r, device=site.init_device),
+        )
         if config.init_weights:
             gaussian = config.init_weights == "gaussian"
             nn.init.normal_(A, std=1 / r) if gaussian else nn.init.kaiming_uniform_(A, a=math.sqrt(5))
@@ -85,7 +88,7 @@ class LinearHira(Delta):
         self.hira_A = nn.Parameter(A.to(site.device, site.dtype))
         self.hira_B = nn.Parameter(B.to(site.device, site.dtype))
 
-    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., in)` to `(..., out)`."""
         y, weight = frozen(x), frozen.weight()
         # A dequantized weight is made again for the backward pass; another is the base's own tensor.
@@ -94,17 +97,20 @@ class LinearHira(Delta):
         A, B = self.hira_A.to(y.dtype), self.hira_B.to(y.dtype)
         return y + _Hadamard.apply(self.hira_dropout(x).to(y.dtype), A, B, weight, again)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W ⊙ (1 + B A)` and the bias as it is."""
         return weight + weight * (self.hira_B.to(weight.dtype) @ self.hira_A.to(weight.dtype)), bias
 
 
-class EmbeddingHira(Delta):
+class EmbeddingHira(AdapterModule):
     """`y ⊙ (1 + (B A)[:, x])` for an embedding whose rows `x` numbers."""
 
     def __init__(self, site: Site, r: int, config: HiraConfig) -> None:
         super().__init__()
-        A, B = torch.randn(r, site.in_features, device=site.near), torch.randn(site.out_features, r, device=site.near)
+        A, B = (
+            torch.randn(r, site.in_features, device=site.init_device),
+            torch.randn(site.out_features, r, device=site.init_device),
+        )
         if config.init_weights:
             A.zero_()
             nn.init.normal_(B)
@@ -115,7 +121,7 @@ class EmbeddingHira(Delta):
         """Map row numbers `x (...)` and their rows `y (..., dim)` to `(..., dim)`."""
         return y + y * F.linear(F.embedding(x, self.hira_embedding_A.t()), self.hira_embedding_B).to(y.dtype)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W ⊙ (1 + B A)` for `W (dim, rows)`."""
         A, B = self.hira_embedding_A.to(weight.dtype), self.hira_embedding_B.to(weight.dtype)
         return weight + weight * (B @ A), bias

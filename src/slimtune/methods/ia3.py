@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..contract.architectures import model_type
-from ..contract.config import TargetedConfig
-from ..contract.delta import Delta, Frozen, Site
-from ..contract.patterns import named
-from ..errors import ConfigError, TargetError, listed, nearest
+from ..adapters.architectures import model_type
+from ..adapters.base import AdapterModule, BaseForward, Site
+from ..adapters.config import TargetedConfig
+from ..adapters.patterns import matches_name
+from ..errors import ConfigError, TargetError, format_names, nearest
 
 _FUSED = ["query_key_value"], ["dense_4h_to_h"]
 _BERT = ["key", "value"], ["output.dense"]
@@ -58,7 +58,7 @@ class IA3Config(TargetedConfig):
     """
 
     name: ClassVar[str] = "ia3"
-    ours: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
+    extension_fields: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar[float] = 1e-2
     short_names: ClassVar[dict[str, str]] = {"targets": "target_modules", "feedforward": "feedforward_modules"}
 
@@ -74,7 +74,7 @@ class IA3Config(TargetedConfig):
         if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
             strange = [n for n in self.feedforward_modules if n not in self.target_modules]
             self.require(
-                not strange, "feedforward_modules", f"names from target_modules: {listed(self.target_modules)}"
+                not strange, "feedforward_modules", f"names from target_modules: {format_names(self.target_modules)}"
             )
 
     @classmethod
@@ -82,7 +82,7 @@ class IA3Config(TargetedConfig):
         """Return both kinds of target together."""
         return {kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()}
 
-    def fill(self, model: Any) -> None:
+    def infer_from_model(self, model: Any) -> None:
         """Take PEFT's choice of feed-forward layers where none is given."""
         if self.feedforward_modules is not None:
             return
@@ -95,11 +95,11 @@ class IA3Config(TargetedConfig):
             )
         self.feedforward_modules = list(SCALED[kind][1])
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the factors at `site`."""
         return (ScaledInput if self._is_feedforward(site.name) else ScaledOutput)(site, self.init_ia3_weights)
 
-    def build_all(self, sites: Sequence[Site]) -> list[Delta]:
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the factors everywhere; each feed-forward layer that was asked for must be among the sites."""
         names = [s.name for s in sites]
         asked: Any = self.feedforward_modules or []
@@ -107,22 +107,22 @@ class IA3Config(TargetedConfig):
         default = SCALED.get(model_type(sites[0].model), ([], []))[1] if sites else asked
         if asked != default and not any(s.loading for s in sites):
             ending = isinstance(self.feedforward_modules, list)
-            vain = [a for a in asked if not any(n.endswith(a) if ending else named(a, n) for n in names)]
+            vain = [a for a in asked if not any(n.endswith(a) if ending else matches_name(a, n) for n in names)]
             if vain:
                 tails = sorted({n.rsplit(".", 1)[-1] for n in names})
                 raise TargetError(
-                    f"feedforward_modules: {listed(vain)} is no target{nearest(vain[0], [*tails, *names])}",
-                    f"targets are {listed(tails)}",
+                    f"feedforward_modules: {format_names(vain)} is no target{nearest(vain[0], [*tails, *names])}",
+                    f"targets are {format_names(tails)}",
                 )
         return super().build_all(sites)
 
     def _is_feedforward(self, name: str) -> bool:
         given = self.feedforward_modules or []
         # Plain endings, as in PEFT.
-        return named(given, name) if isinstance(given, str) else any(name.endswith(g) for g in given)
+        return matches_name(given, name) if isinstance(given, str) else any(name.endswith(g) for g in given)
 
 
-class ScaledOutput(Delta):
+class ScaledOutput(AdapterModule):
     """`l ⊙ y`."""
 
     def __init__(self, site: Site, init: bool) -> None:
@@ -134,29 +134,29 @@ class ScaledOutput(Delta):
         # In the factors' own dtype: near one, 16 bits would round what was learned away.
         return (y * self.ia3_l.flatten()).to(y.dtype)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `diag(l) W` and `l ⊙ b`."""
         l = self.ia3_l.to(weight.dtype)  # noqa: E741 (the paper's letter)
         return weight * l, None if bias is None else bias * l.flatten()
 
 
-class ScaledInput(Delta):
+class ScaledInput(AdapterModule):
     """`W (l ⊙ x) + b`."""
 
     def __init__(self, site: Site, init: bool) -> None:
         super().__init__()
         self.ia3_l = _factors(site, init, 1, site.in_features)
 
-    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., in)` to `(..., out)`."""
         return frozen((x * self.ia3_l.flatten()).to(x.dtype))
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W diag(l)` and the bias as it is."""
         return weight * self.ia3_l.to(weight.dtype), bias
 
 
 def _factors(site: Site, init: bool, rows: int, columns: int) -> nn.Parameter:
     # Drawn even where it starts at one, as PEFT does: one seed gives the same adapter in both.
-    start = torch.randn(rows, columns, device=site.near)
+    start = torch.randn(rows, columns, device=site.init_device)
     return nn.Parameter((torch.ones_like(start) if init else start).to(site.device, site.dtype))

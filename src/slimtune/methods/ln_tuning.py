@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..contract.config import TargetedConfig
-from ..contract.delta import Delta, Frozen, Kind, Site
-from ..ops.maps import kind_of
+from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
+from ..adapters.config import TargetedConfig
+from ..utils.linear_layers import layer_kind
 
 _LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
 _GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -49,9 +49,9 @@ class LNTuningConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "ln_tuning"
-    ours: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
+    extension_fields: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar[float] = 5e-3
-    kinds: ClassVar[tuple[Kind, ...]] = ("norm",)
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("norm",)
     short_names: ClassVar[dict[str, str]] = {"targets": "target_modules"}
 
     @classmethod
@@ -61,15 +61,15 @@ class LNTuningConfig(TargetedConfig):
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return PEFT's choice for the architecture, else every normalisation there is."""
-        every = [n for n, m in model.named_modules() if kind_of(m) == "norm"]
+        every = [n for n, m in model.named_modules() if layer_kind(m) == "norm"]
         return super().default_targets(model) or every or None
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the copies for the normalisation at `site`."""
         return OwnNorm(site)
 
 
-class OwnNorm(Delta):
+class OwnNorm(AdapterModule):
     """`w' ⊙ n(x) + b'`."""
 
     def __init__(self, site: Site) -> None:
@@ -82,7 +82,7 @@ class OwnNorm(Delta):
                 self.ln_tuning_layers.register_parameter(name, nn.Parameter(start))
                 self.register_buffer(f"base_{name}", start.clone(), persistent=False)
 
-    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., d)` to `(..., d)`."""
         own = dict(self.ln_tuning_layers.named_parameters())
         # The copies keep their own dtype, since 16 bits would round away what they learn; torch's LayerNorm takes one.
@@ -94,7 +94,7 @@ class OwnNorm(Delta):
             return (frozen(x) + (y - frozen.alone_with(base, given))).to(x.dtype)
         return y.to(x.dtype)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight and bias `(d)`, each with what the copy differs by."""
         given = {"weight": weight, "bias": bias}
         wide = {n: p.to(weight.dtype) for n, p in self.ln_tuning_layers.named_parameters()}

@@ -23,10 +23,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..contract.config import PatternedConfig
-from ..contract.delta import Delta, Site
-from ..ops.dropout import kept
-from ..ops.remade import linear_remade
+from ..adapters.base import AdapterModule, Site
+from ..adapters.config import PatternedConfig
+from ..kernels.dropout import output_dropout_mask
+from ..kernels.recompute_linear import recompute_linear
 
 
 @dataclass
@@ -43,7 +43,7 @@ class LoHaConfig(PatternedConfig):
 
     name: ClassVar[str] = "loha"
     learning_rate: ClassVar[float] = 5e-3
-    elsewhere: ClassVar[dict[str, Any]] = {"use_effective_conv2d": False}
+    unsupported_peft_fields: ClassVar[dict[str, Any]] = {"use_effective_conv2d": False}
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {
         "r": 8,
@@ -64,13 +64,13 @@ class LoHaConfig(PatternedConfig):
         self.require_share("module_dropout")
         self.require(self.init_weights in (True, False), "init_weights", "True or False")
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the delta at `site`, with the layer's own rank and alpha."""
         r, alpha = self.rank_of(site.name), self.alpha_of(site.name)
         return LinearLoHa(site, r, alpha / r, self)
 
 
-class LinearLoHa(Delta):
+class LinearLoHa(AdapterModule):
     """`y + s · ((W1a W1b) ∘ (W2a W2b)) x` for a linear map."""
 
     def __init__(self, site: Site, r: int, scale: float, config: LoHaConfig) -> None:
@@ -78,8 +78,8 @@ class LinearLoHa(Delta):
         self.scale, self.rank_dropout, self.module_dropout = scale, config.rank_dropout, config.module_dropout
         out, in_ = site.out_features, site.in_features
         self.low_rank = r * r * (in_ + out) <= in_ * out
-        self.hada_w1_a, self.hada_w2_a = (nn.Parameter(torch.empty(out, r, device=site.near)) for _ in range(2))
-        self.hada_w1_b, self.hada_w2_b = (nn.Parameter(torch.empty(r, in_, device=site.near)) for _ in range(2))
+        self.hada_w1_a, self.hada_w2_a = (nn.Parameter(torch.empty(out, r, device=site.init_device)) for _ in range(2))
+        self.hada_w1_b, self.hada_w2_b = (nn.Parameter(torch.empty(r, in_, device=site.init_device)) for _ in range(2))
         # Filled in PEFT's order, so that one seed gives the same adapter in both.
         for p in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a):
             nn.init.kaiming_uniform_(p, a=math.sqrt(5))
@@ -101,18 +101,18 @@ class LinearLoHa(Delta):
             A, B = _factors(*parts)
             update = x @ A.t() @ B.t()
         else:
-            update = linear_remade(_product, x, *parts)
+            update = recompute_linear(_product, x, *parts)
         if self.training and self.rank_dropout:
-            update = update * kept(update.shape[-1], self.rank_dropout, rescale=True).to(update)
+            update = update * output_dropout_mask(update.shape[-1], self.rank_dropout, rescale=True).to(update)
         return torch.add(y, update, alpha=self.scale)
 
-    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return `(A (r², in), B (out, r²), scale)` where r² is small and nothing is being dropped."""
         if not self.low_rank or (self.training and (self.rank_dropout or self.module_dropout)):
             return None
         return *_factors(*self._parts(self.hada_w1_a.dtype)), self.scale
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + s · (W1a W1b) ∘ (W2a W2b)` and the bias as it is."""
         return weight + self.scale * _product(*self._parts(weight.dtype)), bias
 

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..contract.config import PatternedConfig
-from ..contract.delta import Delta, Site
-from ..ops.dropout import kept
+from ..adapters.base import AdapterModule, Site
+from ..adapters.config import PatternedConfig
+from ..kernels.dropout import output_dropout_mask
 
 
 @dataclass
@@ -42,7 +42,7 @@ class LoKrConfig(PatternedConfig):
 
     name: ClassVar[str] = "lokr"
     learning_rate: ClassVar[float] = 3e-3
-    elsewhere: ClassVar[dict[str, Any]] = {"use_effective_conv2d": False}
+    unsupported_peft_fields: ClassVar[dict[str, Any]] = {"use_effective_conv2d": False}
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {
         "r": 8,
@@ -68,13 +68,13 @@ class LoKrConfig(PatternedConfig):
         self.require(factor == -1 or factor > 0, "decompose_factor", "-1, or a whole number, 1 and up")
         self.require(self.init_weights in (True, False, "lycoris"), "init_weights", "True, 'lycoris' or False")
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the delta at `site`, with the layer's own rank and alpha."""
         r, alpha = self.rank_of(site.name), self.alpha_of(site.name)
         return LinearLoKr(site, r, alpha / r, self)
 
 
-class LinearLoKr(Delta):
+class LinearLoKr(AdapterModule):
     """`y + s · (W1 ⊗ W2) x` for a linear map."""
 
     lokr_w1: nn.Parameter
@@ -105,7 +105,7 @@ class LinearLoKr(Delta):
         rows, columns = size
         parts = {name: size} if whole else {f"{name}_a": (rows, r), f"{name}_b": (r, columns)}
         for part, shape in parts.items():
-            self.register_parameter(part, nn.Parameter(torch.empty(shape, device=site.near)))
+            self.register_parameter(part, nn.Parameter(torch.empty(shape, device=site.init_device)))
         return [getattr(self, part) for part in parts]
 
     def _first(self, dtype: torch.dtype) -> Tensor:
@@ -136,10 +136,10 @@ class LinearLoKr(Delta):
             update = _left(first, _right(X, second[0]))
         update = update.reshape(y.shape)
         if self.training and self.rank_dropout:
-            update = update * kept(update.shape[-1], self.rank_dropout, rescale=self.rescale).to(update)
+            update = update * output_dropout_mask(update.shape[-1], self.rank_dropout, rescale=self.rescale).to(update)
         return y + update
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + s · W1 ⊗ W2` and the bias as it is."""
         second = self._second(weight.dtype)
         return weight + torch.kron(self._first(weight.dtype), second[0] @ second[1] if second[1:] else second[0]), bias

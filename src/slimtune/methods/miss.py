@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract.config import TargetedConfig
-from ..contract.delta import Delta, Frozen, Site
+from ..adapters.base import AdapterModule, BaseForward, Site
+from ..adapters.config import TargetedConfig
 from ..errors import ConfigError
-from ..ops.dropout import dropout
-from ..ops.maps import is_quantized
-from ..ops.remade import linear_remade
+from ..kernels.dropout import dropout
+from ..kernels.recompute_linear import recompute_linear
+from ..utils.linear_layers import is_quantized
 
 
 @dataclass
@@ -63,7 +63,7 @@ class MissConfig(TargetedConfig):
         self.require(not (self.init_weights == "bat" and self.miss_dropout), "miss_dropout", "0 with 'bat'")
         self.require(self.bias in ("none", "all", "MiSS_only"), "bias", "'none', 'MiSS_only' or 'all'")
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the delta at `site`; a size that the layer's do not allow is refused by name."""
         in_, out, r, bat = site.in_features, site.out_features, self.r, self.init_weights == "bat"
         at = f"{site.name} ({in_} inputs, {out} outputs)"
@@ -76,7 +76,7 @@ class MissConfig(TargetedConfig):
         return (Bat if bat else LinearMiss)(site, self)
 
 
-class LinearMiss(Delta):
+class LinearMiss(AdapterModule):
     """`y + Dᵀ S x` for a linear map."""
 
     def __init__(self, site: Site, config: MissConfig) -> None:
@@ -84,7 +84,7 @@ class LinearMiss(Delta):
         self.in_features, self.out_features = site.in_features, site.out_features
         self.miss_dropout = dropout(config.miss_dropout)
         width = config.mini_r if config.init_weights == "mini" else site.out_features
-        self.miss_block = nn.Parameter(torch.zeros(config.r, width, device=site.near))
+        self.miss_block = nn.Parameter(torch.zeros(config.r, width, device=site.init_device))
         if config.init_weights is False:
             nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
         self.to(site.device, site.dtype)
@@ -99,37 +99,37 @@ class LinearMiss(Delta):
             return y + update
         return (y.unflatten(-1, (-1, width)) + update.unsqueeze(-2)).flatten(-2)
 
-    def factors(self) -> tuple[Tensor, Tensor, float]:
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(S (r, in), Dᵀ (out, r), 1)`."""
         r, width = self.miss_block.shape
         S = torch.eye(r, dtype=self.miss_block.dtype, device=self.miss_block.device)
         S = S.repeat(1, -(-self.in_features // r))[:, : self.in_features]
         return S, self.miss_block.repeat(1, self.out_features // width).t(), 1.0
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + Dᵀ S` and the bias as it is."""
         r, width = self.miss_block.shape
         columns = self.miss_block.to(weight.dtype).repeat(1, self.out_features // width).t()
         return weight + columns.repeat(1, -(-self.in_features // r))[:, : self.in_features], bias
 
 
-class Bat(Delta):
+class Bat(AdapterModule):
     """`y + (W D + D) x`, block by block."""
 
     def __init__(self, site: Site, config: MissConfig) -> None:
         super().__init__()
         r = config.r
-        self.miss_block = nn.Parameter(torch.zeros(site.out_features // r, r, r, device=site.near))
+        self.miss_block = nn.Parameter(torch.zeros(site.out_features // r, r, r, device=site.init_device))
         self.to(site.device, site.dtype)
 
-    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., in)` to `(..., out)`; the weight's change is made again in the backward pass, not kept."""
         y = frozen(x)
         if is_quantized(frozen.module) and not frozen.below:  # nor is a dequantized weight
-            return y + linear_remade(lambda D: _change(frozen.weight(), D), x, self.miss_block)
-        return y + linear_remade(_change, x, frozen.weight(), self.miss_block)
+            return y + recompute_linear(lambda D: _change(frozen.weight(), D), x, self.miss_block)
+        return y + recompute_linear(_change, x, frozen.weight(), self.miss_block)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + W D + D`, block by block, and the bias as it is."""
         return weight + _change(weight, self.miss_block), bias
 

@@ -24,8 +24,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..contract.config import TargetedConfig
-from ..contract.delta import Delta, Frozen, Kind, Site
+from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
+from ..adapters.config import TargetedConfig
 from ..errors import ConfigError
 
 
@@ -51,7 +51,7 @@ class OFTConfig(TargetedConfig):
 
     name: ClassVar[str] = "oft"
     learning_rate: ClassVar[float] = 4e-4
-    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding")
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("linear", "embedding")
     short_names: ClassVar[dict[str, str]] = {"block_size": "oft_block_size", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
 
@@ -82,7 +82,7 @@ class OFTConfig(TargetedConfig):
         self.require(self.init_weights in (True, False), "init_weights", "True or False")
         self.require_above_zero("eps")
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the turn at `site`.
 
         Raises:
@@ -119,7 +119,7 @@ class Turn(nn.Module):
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.eps, self.dropout = config.eps if config.coft else None, config.module_dropout
         count = 1 if config.block_share else width // self.block
-        values = torch.zeros(count, self.block * (self.block - 1) // 2, device=site.near)
+        values = torch.zeros(count, self.block * (self.block - 1) // 2, device=site.init_device)
         self.weight = nn.Parameter(values if config.init_weights else values.normal_(std=0.1))
         self.to(site.device, site.dtype)
 
@@ -178,23 +178,23 @@ class Turn(nn.Module):
         return near + (self.weight - self.weight.detach())  # its values, the gradient of the weight
 
 
-class LinearOft(Delta):
+class LinearOft(AdapterModule):
     """The map of a turned input."""
 
     def __init__(self, site: Site, block: int, config: OFTConfig) -> None:
         super().__init__()
         self.oft_R = Turn(site.in_features, block, site, config)
 
-    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Turn `x (..., in)`, then map it."""
         return frozen(self.oft_R(x))
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W Rᵀ` and the bias as it is."""
         return self.oft_R.turned(weight), bias
 
 
-class EmbeddingOft(Delta):
+class EmbeddingOft(AdapterModule):
     """The turned rows of an embedding."""
 
     def __init__(self, site: Site, block: int, config: OFTConfig) -> None:
@@ -205,7 +205,7 @@ class EmbeddingOft(Delta):
         """Turn the rows `y (..., dim)`."""
         return self.oft_embedding_R(y)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight `(dim, rows)` with its rows turned."""
         return self.oft_embedding_R(weight.t()).t(), bias
 

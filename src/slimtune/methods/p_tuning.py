@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..contract.delta import Site
-from ..contract.learned import Learned
-from ..contract.prompt import Prompt, PromptLearningConfig
+from ..adapters.base import Site
+from ..adapters.learned_embeddings import LearnedEmbeddings
+from ..adapters.prompt import PromptLearningConfig, PromptModule
 
 
 class PromptEncoderReparameterizationType(StrEnum):
@@ -65,9 +65,9 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.require_whole("encoder_num_layers")
         self.require_share("encoder_dropout")
 
-    def fill(self, model: Any) -> None:
+    def infer_from_model(self, model: Any) -> None:
         """Fill in the sizes from the model's config."""
-        super().fill(model)
+        super().infer_from_model(model)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
     def build(self, site: Site) -> EncodedPrompt:
@@ -77,13 +77,13 @@ class PromptEncoderConfig(PromptLearningConfig):
         assert self.encoder_hidden_size is not None
         sizes = self.num_virtual_tokens, site.in_features, self.encoder_hidden_size
         if self.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP:
-            return EncodedPrompt(site, MlpEncoder(*sizes, site.near))
+            return EncodedPrompt(site, MlpEncoder(*sizes, site.init_device))
         return EncodedPrompt(
-            site, LstmEncoder(*sizes, site.near, layers=self.encoder_num_layers, dropout=self.encoder_dropout)
+            site, LstmEncoder(*sizes, site.init_device, layers=self.encoder_num_layers, dropout=self.encoder_dropout)
         )
 
 
-class EncodedPrompt(Learned, Prompt):
+class EncodedPrompt(LearnedEmbeddings, PromptModule):
     """Learned positions that a small network gives."""
 
     def virtual(self) -> Tensor:

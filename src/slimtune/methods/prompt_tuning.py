@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..contract.delta import Site
-from ..contract.learned import Learned, frozen_base, token_ids
-from ..contract.prompt import Prompt, PromptLearningConfig
+from ..adapters.base import Site
+from ..adapters.learned_embeddings import LearnedEmbeddings, frozen_base, token_ids
+from ..adapters.prompt import PromptLearningConfig, PromptModule
 
 
 class PromptTuningInit(StrEnum):
@@ -79,7 +79,7 @@ class PromptTuningConfig(PromptLearningConfig):
         n = self.num_virtual_tokens
         assert n is not None
         # Drawn whatever the start is, as in PEFT, so that one seed gives the same adapter in both.
-        random = nn.Embedding(n, site.in_features, device=site.near).weight
+        random = nn.Embedding(n, site.in_features, device=site.init_device).weight
         if self.prompt_tuning_init == PromptTuningInit.RANDOM or site.loading or site.device.type == "meta":
             return random
         table: Any = site.model.get_input_embeddings()  # type: ignore[operator]
@@ -95,7 +95,7 @@ class PromptTuningConfig(PromptLearningConfig):
         return rows
 
 
-class SoftPrompt(Learned, Prompt):
+class SoftPrompt(LearnedEmbeddings, PromptModule):
     """Learned embeddings in front of the sequence."""
 
     def virtual(self) -> Tensor:

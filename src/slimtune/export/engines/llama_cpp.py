@@ -60,7 +60,7 @@ class LlamaCpp:
     ) -> None:
         if not installed():
             raise ModelError(
-                f"llama.cpp is not here: the package {PACKAGE} is not installed", fix="pip install xllamacpp"
+                f"llama.cpp is not here: the package {PACKAGE} is not installed", hint="pip install xllamacpp"
             )
         import xllamacpp
 

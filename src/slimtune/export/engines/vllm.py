@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from ...errors import RunError, UsageError, listed, nearest
+from ...errors import RunError, UsageError, format_names, nearest
 from . import Scores
 
 LIKELY = 20
@@ -60,7 +60,7 @@ class VllmServer:
         if model not in (names := self.models()):
             raise UsageError(
                 f"the vLLM server at {self.url} serves no model {model!r}{nearest(model, names)}",
-                f"one of {listed(names)}",
+                f"one of {format_names(names)}",
                 f"start it with --enable-lora --lora-modules {model}=FOLDER",
             )
 

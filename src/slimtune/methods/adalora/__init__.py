@@ -29,9 +29,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ...contract.architectures import DEFAULT_TARGETS
-from ...contract.config import TargetedConfig
-from ...contract.delta import Delta, Site
+from ...adapters.architectures import DEFAULT_TARGETS
+from ...adapters.base import AdapterModule, Site
+from ...adapters.config import TargetedConfig
 from ...errors import ConfigError
 from ..lora import LoraConfig
 from .layer import LinearAdaLora, skewness
@@ -71,8 +71,8 @@ class AdaLoraConfig(TargetedConfig):
 
     name: ClassVar[str] = "adalora"
     learning_rate: ClassVar[float] = 5e-3
-    elsewhere: ClassVar[dict[str, Any]] = {
-        **LoraConfig.elsewhere,
+    unsupported_peft_fields: ClassVar[dict[str, Any]] = {
+        **LoraConfig.unsupported_peft_fields,
         **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False),
         **dict.fromkeys(("trainable_token_indices", "eva_config")),
         "loftq_config": {},
@@ -88,7 +88,7 @@ class AdaLoraConfig(TargetedConfig):
         "lora_alpha": lambda given: 2 * given.get("init_r", 12),
         "target_modules": "all-linear",
     }
-    written: ClassVar[frozenset[str]] = frozenset({"rank_pattern", "total_step"})
+    training_written_fields: ClassVar[frozenset[str]] = frozenset({"rank_pattern", "total_step"})
 
     target_r: int = 8
     init_r: int = 12
@@ -131,22 +131,22 @@ class AdaLoraConfig(TargetedConfig):
         if self.r != 8:
             warnings.warn(f"AdaLoRA does not use r (given {self.r}): init_r is the rank", stacklevel=4)
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the delta at `site`; for a file's tensors with the ranks that are left."""
         left = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.loading else None
         return LinearAdaLora(site, self, self.init_r if left is None else sum(left))
 
-    def may_grow(self, deltas: Mapping[str, Delta]) -> int:
+    def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int:
         """Return 0: training only takes ranks away."""
         return 0
 
-    def begins(self, total_steps: int) -> None:
+    def on_train_begin(self, total_steps: int) -> None:
         """Take the run's number of steps where none is given."""
         if self.total_step is None:
             self.total_step = total_steps
             self.check()
 
-    def stepped(self, deltas: Mapping[str, Delta], step: int) -> None:
+    def on_step_end(self, deltas: Mapping[str, AdapterModule], step: int) -> None:
         """Score the ranks by the step's gradients, and put those beyond the budget to zero."""
         if self.total_step is None:
             raise ConfigError("total_step is None", "the steps of the whole training", "AdaLoraConfig(total_step=…)")
@@ -184,7 +184,7 @@ class AdaLoraConfig(TargetedConfig):
         which = iter((every > threshold).tolist())
         self.rank_pattern = {delta.at: [next(which) for _ in delta.left] for delta in deltas.values()}
 
-    def penalty(self, deltas: Mapping[str, Delta]) -> Tensor | None:
+    def regularization_loss(self, deltas: Mapping[str, AdapterModule]) -> Tensor | None:
         """Return orth_reg_weight · mean ‖P Pᵀ - I‖ (Frobenius) over every A and Bᵀ."""
         if not self.orth_reg_weight or not deltas:
             return None

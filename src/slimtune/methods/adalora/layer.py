@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...contract.delta import Delta, Frozen, Site
-from ...ops.dropout import chance, dropout
-from ...ops.low_rank import add_low_rank
+from ...adapters.base import AdapterModule, BaseForward, Site
+from ...kernels.dropout import active_dropout_p, dropout
+from ...kernels.low_rank import add_low_rank
 
 _NAMES = ("lora_A", "lora_E", "lora_B")
 
 
-class LinearAdaLora(Delta):
+class LinearAdaLora(AdapterModule):
     """`y + s · B diag(E) A dropout(x)` for a linear map.
 
     Beside its parameters: `left`, which ranks the last allocation left (None: all), and `averages`, the smoothed
@@ -29,10 +29,10 @@ class LinearAdaLora(Delta):
         self.config, self.at = config, f"{site.name}.lora_E"
         self.lora_dropout = dropout(config.lora_dropout)
         # Drawn in PEFT's order, so that one seed gives the same adapter in both.
-        self.lora_A = nn.Parameter(torch.randn(r, site.in_features, device=site.near))
-        self.lora_E = nn.Parameter(torch.randn(r, 1, device=site.near))
-        self.lora_B = nn.Parameter(torch.randn(site.out_features, r, device=site.near))
-        torch.randn(1, device=site.near)  # PEFT's count of ranks
+        self.lora_A = nn.Parameter(torch.randn(r, site.in_features, device=site.init_device))
+        self.lora_E = nn.Parameter(torch.randn(r, 1, device=site.init_device))
+        self.lora_B = nn.Parameter(torch.randn(site.out_features, r, device=site.init_device))
+        torch.randn(1, device=site.init_device)  # PEFT's count of ranks
         if config.init_lora_weights:
             nn.init.zeros_(self.lora_E)
             nn.init.normal_(self.lora_A, std=0.02)
@@ -41,17 +41,17 @@ class LinearAdaLora(Delta):
         self.left: Tensor | None = None
         self.averages: dict[str, Tensor] = {}
 
-    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., in)` to `(..., out)`."""
-        return frozen.plus_low_rank(x, *self.factors(), chance(self.lora_dropout))
+        return frozen.plus_low_rank(x, *self.low_rank_factors(), active_dropout_p(self.lora_dropout))
 
-    def factors(self) -> tuple[Tensor, Tensor, float]:
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(diag(E) A (r, in), B (out, r), scale)`."""
         return self.lora_A * self.lora_E, self.lora_B, self.scale
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + s · B diag(E) A` and the bias as it is."""
-        return add_low_rank(weight, *self.factors()), bias
+        return add_low_rank(weight, *self.low_rank_factors()), bias
 
     # --- ranks ------------------------------------------------------------------------------------------------------
 
@@ -89,7 +89,7 @@ class LinearAdaLora(Delta):
         left = self.left.to(self.lora_A.device)
         return {"lora_A": self.lora_A[left], "lora_E": self.lora_E[left], "lora_B": self.lora_B[:, left]}
 
-    def accept(self, given: Mapping[str, Tensor], site: Site) -> None:
+    def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
         """Take the file's number of ranks."""
         if not all(n in given and given[n].dim() == 2 for n in ("lora_A", "lora_B")):
             return
@@ -101,7 +101,7 @@ class LinearAdaLora(Delta):
         if rank != (most if noted is None else sum(noted)):
             self._note([at < rank for at in range(most)])
 
-    def progress(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """Return what training goes on from beside the file: every rank, which are left, and the averages."""
         own, left, averages = dict(self.named_parameters()), self.left, self.averages
         if self.lora_A.is_meta:
@@ -109,8 +109,8 @@ class LinearAdaLora(Delta):
             averages = {f"{n}.{what}": p for n, p in own.items() for what in ("mean", "spread")}
         return dict(averages) if left is None else {**own, "left": left, **averages}
 
-    def resume(self, kept: Mapping[str, Tensor]) -> None:
-        """Go on from what `progress` returned."""
+    def load_extra_state(self, kept: Mapping[str, Tensor]) -> None:
+        """Go on from what `extra_state` returned."""
         device = self.lora_A.device
         self._put({n: kept[n] for n in _NAMES if n in kept})
         self.averages = {n: t.to(device) for n, t in kept.items() if n.endswith((".mean", ".spread"))}

@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ...contract.config import TargetedConfig
-from ...contract.delta import Block, Delta, Kind, MergeRefused, Site
-from ...errors import ConfigError, TargetError, listed, nearest
-from ...ops.dropout import dropout
-from ...ops.maps import kind_of, sizes_of
+from ...adapters.base import AdapterModule, Block, MergeUnsupported, Site, SiteKind
+from ...adapters.config import TargetedConfig
+from ...errors import ConfigError, TargetError, format_names, nearest
+from ...kernels.dropout import dropout
+from ...utils.linear_layers import layer_kind, layer_sizes
 from .places import ATTENTION, FEED_FORWARD, layers_of, number, place
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -71,14 +71,14 @@ class BottleneckConfig(TargetedConfig):
 
     name: ClassVar[str] = "bottleneck"
     # The rest of the `adapters` library's fields.
-    elsewhere: ClassVar[dict[str, Any]] = {
+    unsupported_peft_fields: ClassVar[dict[str, Any]] = {
         **dict.fromkeys(("ln_before", "ln_after", "use_gating", "adapter_residual_before_ln", "cross_adapter"), False),
         **dict.fromkeys(("inv_adapter", "inv_adapter_reduction_factor", "init_weights_seed"), None),
         **dict.fromkeys(("original_ln_after", "residual_before_ln"), True),
         "phm_layer": False,
         "stochastic_depth": 0.0,
     }
-    kinds: ClassVar[tuple[Kind, ...]] = ("block",)
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("block",)
     mergeable: ClassVar[bool] = False
     short_names: ClassVar[dict[str, str]] = {
         "rank": "bottleneck_size",
@@ -102,7 +102,7 @@ class BottleneckConfig(TargetedConfig):
     def check(self) -> None:
         """Fill in the style and check ranges, and that the flags go together."""
         super().check()
-        self.require(self.style in STYLES, "style", f"one of {listed(STYLES)}{nearest(self.style, STYLES)}")
+        self.require(self.style in STYLES, "style", f"one of {format_names(STYLES)}{nearest(self.style, STYLES)}")
         self._check_size()
         for name, value in STYLES[self.style].items():
             if getattr(self, name) is None and (name != "reduction_factor" or self.bottleneck_size is None):
@@ -120,7 +120,7 @@ class BottleneckConfig(TargetedConfig):
         number = isinstance(self.scaling, int | float) and not isinstance(self.scaling, bool)
         self.require(number or self.scaling in ("learned", "channel"), "scaling", "a number, 'learned' or 'channel'")
         self.require_share("dropout")
-        self.require(self.init_weights in _STARTS, "init_weights", f"one of {listed(_STARTS)}")
+        self.require(self.init_weights in _STARTS, "init_weights", f"one of {format_names(_STARTS)}")
         self.leave_out = sorted(self.leave_out or [])
         whole = all(isinstance(i, int) and i >= 0 for i in self.leave_out)
         self.require(whole, "leave_out", "numbers of layers, from 0")
@@ -153,7 +153,7 @@ class BottleneckConfig(TargetedConfig):
         numbers = {n for name in layers for n in [number(name)] if n is not None}
         vain = [i for i in self.leave_out if i not in numbers]
         if vain:
-            raise TargetError(f"leave_out: {listed(vain)} matches no layer", f"layers 0 to {max(numbers)}")
+            raise TargetError(f"leave_out: {format_names(vain)} matches no layer", f"layers 0 to {max(numbers)}")
         for name, layer in layers.items():
             if number(name) in self.leave_out:
                 continue
@@ -165,21 +165,21 @@ class BottleneckConfig(TargetedConfig):
                 found.append(place(name, layer, "feed-forward", FEED_FORWARD, bool(self.is_parallel)))
         return found
 
-    def build_all(self, sites: Sequence[Site]) -> list[Delta]:
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the adapters; each layer number in reduction_factor must be one of an adapted layer."""
         if isinstance(self.reduction_factor, dict):
             have = [str(n) for n in sorted({number(s.name) for s in sites} - {None})]  # type: ignore[type-var]
             vain = [k for k in self.reduction_factor if k not in have and k != "default"]
             if vain:
                 raise TargetError(
-                    f"reduction_factor: {listed(vain)} matches no adapted layer", f"one of {listed(have)}"
+                    f"reduction_factor: {format_names(vain)} matches no adapted layer", f"one of {format_names(have)}"
                 )
         return [self.build(site) for site in sites]
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the adapter at `site`, with its layer's own size."""
         module = site.module
-        widths = sizes_of(module) if kind_of(module) == "linear" else (site.in_features, site.out_features)
+        widths = layer_sizes(module) if layer_kind(module) == "linear" else (site.in_features, site.out_features)
         if not all(widths):
             raise TargetError(f"the size of what {site.name} gives is unknown", "a model whose config has hidden_size")
         if self.bottleneck_size is not None:
@@ -207,14 +207,16 @@ class Bottleneck(Block):
         self.f = F.leaky_relu if config.non_linearity == "leakyrelu" else ACT2FN[config.non_linearity]
         self.dropout = dropout(config.dropout)
         # Made and filled in the order of the `adapters` library.
-        self.adapter_down = nn.Linear(reads, size, device=site.near)
-        self.adapter_up = nn.Linear(size, gives, device=site.near)
+        self.adapter_down = nn.Linear(reads, size, device=site.init_device)
+        self.adapter_up = nn.Linear(size, gives, device=site.init_device)
         for linear in (self.adapter_down, self.adapter_up):
             nn.init.zeros_(linear.bias)
             _STARTS[config.init_weights](linear.weight, linear is self.adapter_up)
         self.scaling: Any = config.scaling
         if isinstance(config.scaling, str):
-            self.scaling = nn.Parameter(torch.ones(gives if config.scaling == "channel" else 1, device=site.near))
+            self.scaling = nn.Parameter(
+                torch.ones(gives if config.scaling == "channel" else 1, device=site.init_device)
+            )
         self.to(site.device, site.dtype)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -223,9 +225,9 @@ class Bottleneck(Block):
         scale = self.scaling.to(y.dtype) if isinstance(self.scaling, Tensor) else self.scaling
         return y + self.dropout(_linear(h, self.adapter_up)) * scale
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Refuse: between the two maps stands a non-linearity."""
-        raise MergeRefused(f"the bottleneck adapter at {self.place} is not linear, so that no weight can hold it")
+        raise MergeUnsupported(f"the bottleneck adapter at {self.place} is not linear, so that no weight can hold it")
 
 
 def _linear(x: Tensor, linear: nn.Linear) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ...contract.architectures import ATTENTION, FEED_FORWARD
-from ...errors import TargetError, listed
-from ...ops.maps import kind_of
+from ...adapters.architectures import ATTENTION, FEED_FORWARD
+from ...errors import TargetError, format_names
+from ...utils.linear_layers import layer_kind
 
 # The output map of a sub-layer that adds its residual itself (BERT's attention, BLOOM, MPT).
 _INSIDE = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_proj")
@@ -44,13 +44,13 @@ def place(name: str, layer: nn.Module, what: str, paths: Sequence[str], parallel
         inside = _first(module, _INSIDE)
         path, module = f"{path}.{inside}", module.get_submodule(inside) if inside else None
     if module is None:
-        have = listed(n for n, _ in layer.named_children())
+        have = format_names(n for n, _ in layer.named_children())
         raise TargetError(
             f"the layer {name} ({type(layer).__name__}) has no {what} that is known here; it has {have}",
-            f"one of {listed(paths)}",
+            f"one of {format_names(paths)}",
             "name the modules to adapt in target_modules",
         )
-    if parallel and kind_of(module) is not None:
+    if parallel and layer_kind(module) is not None:
         raise TargetError(
             f"the {what} of {name} is no module of its own ({path} gives its output), so that what it reads is unknown",
             "style 'houlsby' or 'pfeiffer'",

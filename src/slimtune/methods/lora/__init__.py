@@ -21,8 +21,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from ...contract.config import PatternedConfig
-from ...contract.delta import Delta, Kind, Site
+from ...adapters.base import AdapterModule, Site, SiteKind
+from ...adapters.config import PatternedConfig
 from ...errors import ConfigError
 from ..trainable_tokens.places import Place, places, row_numbers
 from ..trainable_tokens.rows import token_delta
@@ -64,8 +64,8 @@ class LoraConfig(PatternedConfig):
 
     name: ClassVar[str] = "lora"
     alpha_name: ClassVar[str] = "lora_alpha"
-    ours: ClassVar[frozenset[str]] = frozenset(["freeze_a", "lr_ratio"])
-    elsewhere: ClassVar[dict[str, Any]] = {
+    extension_fields: ClassVar[frozenset[str]] = frozenset(["freeze_a", "lr_ratio"])
+    unsupported_peft_fields: ClassVar[dict[str, Any]] = {
         **dict.fromkeys(("use_qalora", "ensure_weight_tying"), False),
         **dict.fromkeys(
             (
@@ -85,7 +85,7 @@ class LoraConfig(PatternedConfig):
         "megatron_core": "megatron.core",
         "qalora_group_size": 16,
     }
-    kinds: ClassVar[tuple[Kind, ...]] = ("linear", "embedding")
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("linear", "embedding")
     ships_as_lora: ClassVar[bool] = True
     short_names: ClassVar[dict[str, str]] = {
         "rank": "r",
@@ -141,20 +141,20 @@ class LoraConfig(PatternedConfig):
             right = bool(lists) and all(row_numbers(t) for t in lists)
             self.require(right, "trainable_token_indices", "token numbers, 0 and up, each once")
 
-    def further_targets(self, model: nn.Module) -> dict[str, Kind]:
+    def further_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         """Return the embeddings of which rows train, and what is tied to them."""
         return {name: place.kind for name, place in self._token_places(model).items()}
 
-    def build_all(self, sites: Sequence[Site]) -> list[Delta]:
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the deltas; those of trained tokens share their rows where they are tied."""
         tokens = self._token_places(sites[0].model) if sites else {}
-        made: dict[str, Delta] = {}
+        made: dict[str, AdapterModule] = {}
         for site in sites:
             place = tokens.get(site.name)
             made[site.name] = self.build(site) if place is None else token_delta(site, place, made)
         return list(made.values())
 
-    def build(self, site: Site) -> Delta:
+    def build(self, site: Site) -> AdapterModule:
         """Return the low-rank delta at `site`, with the layer's own rank and alpha.
 
         Raises:
@@ -180,9 +180,9 @@ class LoraConfig(PatternedConfig):
             return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
         return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
 
-    def may_grow(self, deltas: Mapping[str, Delta]) -> int | None:
+    def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int | None:
         """Return what EVA may add: it hands the ranks out anew, and a large layer's take more."""
-        return eva.may_grow(deltas, self) if self.init_lora_weights == "eva" else None
+        return eva.max_size_increase(deltas, self) if self.init_lora_weights == "eva" else None
 
     def file_key(self, key: str) -> str:
         """Return PEFT's key: trained tokens lie one name deeper."""

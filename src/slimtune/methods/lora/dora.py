@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...contract.delta import Delta, Frozen, Site
-from ...ops.low_rank import add_low_rank
-from ...ops.maps import weight_of
+from ...adapters.base import AdapterModule, BaseForward, Site
+from ...kernels.low_rank import add_low_rank
+from ...utils.linear_layers import get_weight
 from .plain import EmbeddingLora, LinearLora
 
 
-class _Magnitude(Delta):
+class _Magnitude(AdapterModule):
     """What both kinds share; beside a class with `low_rank` and `scale`."""
 
     scale: float
@@ -43,7 +43,7 @@ class _Magnitude(Delta):
         if site.loading:
             lengths = torch.ones(site.out_features, device=site.device, dtype=site.dtype)
         else:
-            weight = weight_of(site.module).detach()
+            weight = get_weight(site.module).detach()
             A, B = self.low_rank()
             lengths = row_lengths(self._squares_of(site.module, weight), weight, A, B, self.scale)
         self.lora_magnitude_vector = nn.Parameter(lengths.to(site.dtype))
@@ -56,7 +56,7 @@ class _Magnitude(Delta):
             self._kept = (key, _squares(weight.detach()))
         return self._kept[1]
 
-    def _scaled(self, frozen: Frozen, y: Tensor, z: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def _scaled(self, frozen: BaseForward, y: Tensor, z: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Map the frozen output `y (..., out)` and `z = A x (..., r)` to the adapted output."""
         weight, bias = frozen.weight_and_bias()
         weight = weight.detach()
@@ -67,10 +67,10 @@ class _Magnitude(Delta):
         rows, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]).to(y.dtype)
         return _Scaled.apply(rows, z, B, m, n, bias, self.scale).view(y.shape)
 
-    def factors(self) -> None:
+    def low_rank_factors(self) -> None:
         """Return None: the change is no update of low rank."""
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `c ⊙ (W + s · B A)` and the bias as it is."""
         A, B = self.low_rank()
         magnitude = self.lora_magnitude_vector
@@ -86,7 +86,7 @@ class LinearDora(_Magnitude, LinearLora):
         LinearLora.__init__(self, site, config, r, scale)
         self._measure(site)
 
-    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., in)` to `(..., out)`."""
         A, B = self.low_rank()
         return self._scaled(frozen, frozen(x), F.linear(self.lora_dropout(x), A.to(x.dtype)), A, B)
@@ -99,7 +99,7 @@ class EmbeddingDora(_Magnitude, EmbeddingLora):
         EmbeddingLora.__init__(self, site, config, r, scale)
         self._measure(site)
 
-    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Map row numbers `x (...)` to `(..., dim)`."""
         A, B = self.low_rank()
         return self._scaled(frozen, frozen(x), F.embedding(x, A.t()), A, B)

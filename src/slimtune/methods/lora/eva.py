@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, UsageError
-from ...ops.pca import Pca
+from ...kernels.pca import Pca
 
 
 @dataclass
@@ -140,7 +140,7 @@ def get_eva_state_dict(
         model.train(was_training)
 
 
-def may_grow(deltas: Mapping[str, Any], config: Any) -> int:
+def max_size_increase(deltas: Mapping[str, Any], config: Any) -> int:
     """Return how many bytes larger than now EVA can make an adapter, whatever the data: large layers get the ranks.
 
     Args:

@@ -21,9 +21,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ...errors import UsageError, listed
-from ...ops.inputs import second_moment
-from ...ops.maps import is_quantized, weight_of
+from ...errors import UsageError, format_names
+from ...utils.calibration import second_moment
+from ...utils.linear_layers import get_weight, is_quantized
 
 _DAMPING = 0.1
 _INDEX = "model.safetensors.index.json"
@@ -65,7 +65,7 @@ def replace_lora_weights_loftq(
     for name, module in layers.items():
         delta = module.adapters[adapter_name]
         A, B = delta.lora_A.weight, delta.lora_B.weight
-        lost = files.weight(f"{name}.weight").to(A.device, torch.float32) - weight_of(module).float()
+        lost = files.weight(f"{name}.weight").to(A.device, torch.float32) - get_weight(module).float()
         up, down = _largest(lost, A.shape[0], (inputs or {}).get(name))
         before = A.clone(), B.clone()
         A.copy_(down)
@@ -107,6 +107,6 @@ class _Files:
         """Return a tensor; a file of the backbone alone leaves the first part of the name out."""
         key = next((k for k in (name, name.partition(".")[2]) if k in self.where), None)
         if key is None:
-            raise UsageError(f"the files hold no {name}", f"one of {listed(self.where, 4)}")
+            raise UsageError(f"the files hold no {name}", f"one of {format_names(self.where, 4)}")
         with safe_open(str(self.where[key]), framework="pt") as f:
             return f.get_tensor(key)

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...contract.delta import Delta, Frozen, Site
-from ...ops.dropout import chance, dropout
-from ...ops.low_rank import add_low_rank
-from ...ops.low_rank_linear import plus_low_rank
+from ...adapters.base import AdapterModule, BaseForward, Site
+from ...kernels.dropout import active_dropout_p, dropout
+from ...kernels.lora_linear import plus_low_rank
+from ...kernels.low_rank import add_low_rank
 from .starts import fill, from_weight, is_in_weight, stacked
 
 
-class LinearLora(Delta):
+class LinearLora(AdapterModule):
     """`y + s · B A dropout(x)` for a linear map; with a start taken from the weight `y + s · (B A − B₀ A₀) …`."""
 
     optional: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
@@ -30,8 +30,8 @@ class LinearLora(Delta):
         self.scale, self.init, self.lr_ratio = scale, config.init_lora_weights, config.lr_ratio
         self.lora_dropout = dropout(config.lora_dropout)
         # Made and filled in PEFT's order, so that one seed gives the same adapter in both.
-        self.lora_A = nn.Linear(site.in_features, r, bias=False, device=site.near)
-        self.lora_B = nn.Linear(r, site.out_features, bias=config.lora_bias, device=site.near)
+        self.lora_A = nn.Linear(site.in_features, r, bias=False, device=site.init_device)
+        self.lora_B = nn.Linear(r, site.out_features, bias=config.lora_bias, device=site.init_device)
         fill(self.init, self.lora_A, self.lora_B)
         self.to(site.device, site.dtype)
         self.fixed = {"lora_A.weight"} if config.freeze_a else {"lora_B.weight"} if self.init == "mica" else set()
@@ -54,25 +54,25 @@ class LinearLora(Delta):
         A, B = self.lora_A.weight, self.lora_B.weight
         return stacked(A, B, self.start_A, self.start_B) if "start_A" in self._buffers else (A, B)
 
-    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., in)` to `(..., out)`; computes in x's dtype whatever the adapter is kept in."""
         A, B = self.low_rank()
-        return self._biased(frozen.plus_low_rank(x, A, B, self.scale, chance(self.lora_dropout)))
+        return self._biased(frozen.plus_low_rank(x, A, B, self.scale, active_dropout_p(self.lora_dropout)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map `x (..., in)` and the frozen output `y (..., out)` to `(..., out)`."""
         A, B = self.low_rank()
-        return self._biased(plus_low_rank(y, x, A, B, self.scale, chance(self.lora_dropout)))
+        return self._biased(plus_low_rank(y, x, A, B, self.scale, active_dropout_p(self.lora_dropout)))
 
     def _biased(self, y: Tensor) -> Tensor:
         bias: Tensor | None = self.lora_B.bias
         return y if bias is None else y + bias.to(y.dtype) * self.scale
 
-    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return `(A, B, scale)`: the update is `scale · B A`; None with a bias on B."""
         return (*self.low_rank(), self.scale) if self.lora_B.bias is None else None
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + s · B A` and the bias, plus `s · b_B` where B has one."""
         own: Tensor | None = self.lora_B.bias
         if own is not None:
@@ -80,7 +80,7 @@ class LinearLora(Delta):
             bias = own if bias is None else bias + own
         return add_low_rank(weight, *self.low_rank(), self.scale), bias
 
-    def accept(self, given: Mapping[str, Tensor], site: Site) -> None:
+    def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
         """Find the start again where the file does not have it: PEFT's files leave it in a changed base."""
         if "start_A" in self._buffers and "start_A" not in given:
             if "niter" in str(self.init):
@@ -93,24 +93,24 @@ class LinearLora(Delta):
             self.start_A.copy_(A)
             self.start_B.copy_(B)
 
-    def trained(self) -> Iterable[nn.Parameter]:
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """Return what trains: all but a fixed A or B."""
         return [p for n, p in self.named_parameters() if n not in self.fixed]
 
-    def rates(self) -> dict[str, float]:
+    def lr_multipliers(self) -> dict[str, float]:
         """Return B's factor on the learning rate (LoRA+)."""
         return {n: self.lr_ratio for n, _ in self.named_parameters() if n.startswith("lora_B") and self.lr_ratio != 1}
 
 
-class EmbeddingLora(Delta):
+class EmbeddingLora(AdapterModule):
     """`y + s · (B A)[:, x]` for an embedding whose rows `x` numbers; A starts at zero, B normal."""
 
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         super().__init__()
         init = config.init_lora_weights
         self.scale, self.lr_ratio = scale, config.lr_ratio
-        self.lora_embedding_A = nn.Parameter(torch.randn(r, site.in_features, device=site.near))
-        self.lora_embedding_B = nn.Parameter(torch.randn(site.out_features, r, device=site.near))
+        self.lora_embedding_A = nn.Parameter(torch.randn(r, site.in_features, device=site.init_device))
+        self.lora_embedding_B = nn.Parameter(torch.randn(site.out_features, r, device=site.init_device))
         if init:
             nn.init.zeros_(self.lora_embedding_A)
             nn.init.normal_(self.lora_embedding_B)
@@ -132,18 +132,18 @@ class EmbeddingLora(Delta):
         A, B = self.low_rank()
         return y + F.linear(F.embedding(x, A.t()), B).to(y.dtype) * self.scale
 
-    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return `(A (r, rows), B (dim, r), scale)`."""
         return (*self.low_rank(), self.scale)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + s · B A` for `W (dim, rows)`."""
         return add_low_rank(weight, *self.low_rank(), self.scale), bias
 
-    def trained(self) -> Iterable[nn.Parameter]:
+    def trainable_parameters(self) -> Iterable[nn.Parameter]:
         """Return what trains: all but a fixed B."""
         return [p for n, p in self.named_parameters() if n not in self.fixed]
 
-    def rates(self) -> dict[str, float]:
+    def lr_multipliers(self) -> dict[str, float]:
         """Return B's factor on the learning rate (LoRA+)."""
         return {"lora_embedding_B": self.lr_ratio} if self.lr_ratio != 1 else {}

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...contract.delta import Site
+from ...adapters.base import Site
 from ...errors import ConfigError
 
 NAMED = ("gaussian", "eva", "pissa", "olora", "orthogonal", "mica", "loftq")

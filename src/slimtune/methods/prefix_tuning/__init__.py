@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...contract.architectures import text_config
-from ...contract.attention import Attention, Prefix, attention_modules
-from ...contract.delta import Delta, Kind, Rows, Site
-from ...contract.learned import Learned, token_ids
-from ...contract.prompt import PromptLearningConfig, Shift, backbone_name
+from ...adapters.architectures import text_config
+from ...adapters.base import AdapterModule, RowMask, Site, SiteKind
+from ...adapters.learned_embeddings import LearnedEmbeddings, token_ids
+from ...adapters.prompt import PositionShift, PromptLearningConfig, find_backbone_name
+from ...attention.prefix import AttentionModule, AttentionPrefix, attention_modules
 from .from_text import keys_and_values, laid_out
 
 
@@ -43,8 +43,8 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     name: ClassVar[str] = "prefix_tuning"
-    kinds: ClassVar[tuple[Kind, ...]] = ("model", "attention")
-    ours: ClassVar[frozenset[str]] = frozenset(
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("model", "attention")
+    extension_fields: ClassVar[frozenset[str]] = frozenset(
         ["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"]
     )
     learning_rate: ClassVar[float] = 1e-2
@@ -76,7 +76,7 @@ class PrefixTuningConfig(PromptLearningConfig):
                      "a tokenizer, for prefix_tuning_init_text")  # fmt: skip
         self.require("trust_remote_code" not in settings, "tokenizer_kwargs", "no trust_remote_code: it runs any code")
 
-    def fill(self, model: Any) -> None:
+    def infer_from_model(self, model: Any) -> None:
         """Fill in the sizes from the model's config, heads and size being those of the keys."""
         config = text_config(model)
         heads = getattr(config, "num_key_value_heads", None)
@@ -84,14 +84,14 @@ class PrefixTuningConfig(PromptLearningConfig):
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             self.num_attention_heads = self.num_attention_heads or heads
             self.token_dim = self.token_dim or size * heads
-        super().fill(model)
+        super().infer_from_model(model)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
-    def further_targets(self, model: Any) -> dict[str, Kind]:
+    def further_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the backbone, where the prefix is kept, and every attention module."""
-        return {backbone_name(model): "model", **dict.fromkeys(attention_modules(model), "attention")}
+        return {find_backbone_name(model): "model", **dict.fromkeys(attention_modules(model), "attention")}
 
-    def build_all(self, sites: Sequence[Site]) -> list[Delta]:
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the prefix at the backbone, and each layer's view of it."""
         assert self.token_dim is not None
         assert self.num_attention_heads is not None
@@ -107,7 +107,7 @@ class PrefixTuningConfig(PromptLearningConfig):
         assert h is not None
         width = shape[0] * 2 * dim
         if self.prefix_projection:
-            return Projection(n, dim, h, width, self.init_weights, site.near)
+            return Projection(n, dim, h, width, self.init_weights, site.init_device)
         if not site.loading and site.device.type != "meta":
             ids = None
             if self.prefix_tuning_init_text is not None:
@@ -117,11 +117,11 @@ class PrefixTuningConfig(PromptLearningConfig):
                 ids = torch.randint(site.config.vocab_size, (n,)).tolist()
             if ids is not None:
                 return laid_out(keys_and_values(site.model, torch.tensor([ids[:n]])), n)
-        start = nn.Embedding(n, width, device=site.near).weight
+        start = nn.Embedding(n, width, device=site.init_device).weight
         return torch.zeros_like(start) if self.init_weights == "zero" else start
 
 
-class HeldPrefix(Learned, Shift):
+class HeldPrefix(LearnedEmbeddings, PositionShift):
     """The keys and values of all layers, kept at the backbone; a row's own positions start behind them."""
 
     def __init__(self, site: Site, start: Tensor | nn.Module, shape: tuple[int, int, int]) -> None:
@@ -135,7 +135,7 @@ class HeldPrefix(Learned, Shift):
         encoder: Any = self.prompt_encoder
         return len(self.prompt_embeddings if encoder is None else encoder.embedding.weight)
 
-    def layer(self, at: int) -> Prefix:
+    def layer(self, at: int) -> AttentionPrefix:
         """Return the keys and values of layer `at`: a graph of its own, so that checkpoints may run it again."""
         _, heads, size = self.shape
         width = 2 * heads * size
@@ -143,17 +143,17 @@ class HeldPrefix(Learned, Shift):
         encoder: Any = self.prompt_encoder
         part = self.prompt_embeddings[:, columns] if encoder is None else encoder(columns)
         keys, values = part.view(-1, 2, heads, size).permute(1, 2, 0, 3)
-        return Prefix(keys, values)
+        return AttentionPrefix(keys, values)
 
 
-class LayerPrefix(Attention):
+class LayerPrefix(AttentionModule):
     """A layer's part of the prefix."""
 
     def __init__(self, held: HeldPrefix, at: int) -> None:
         super().__init__()
         self.held, self.at = (held,), at
 
-    def prefix(self, module: nn.Module, rows: Rows) -> Prefix:
+    def prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return this layer's keys and values."""
         return self.held[0].layer(self.at)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ...contract.learned import frozen_base
+from ...adapters.learned_embeddings import frozen_base
 from ...errors import ConfigError, UsageError
 
 

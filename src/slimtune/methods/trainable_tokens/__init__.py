@@ -20,10 +20,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from ...contract.config import TargetedConfig
-from ...contract.delta import Delta, Kind, Site
-from ...contract.patterns import named
-from ...ops.maps import kind_of
+from ...adapters.base import AdapterModule, Site, SiteKind
+from ...adapters.config import TargetedConfig
+from ...adapters.patterns import matches_name
+from ...utils.linear_layers import layer_kind
 from .places import Place, input_embedding, places, row_numbers
 from .rows import token_delta
 
@@ -40,10 +40,10 @@ class TrainableTokensConfig(TargetedConfig):
 
     name: ClassVar[str] = "trainable_tokens"
     learning_rate: ClassVar[float] = 1e-2
-    ours: ClassVar[frozenset[str]] = frozenset(
+    extension_fields: ClassVar[frozenset[str]] = frozenset(
         ["exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"]
     )
-    kinds: ClassVar[tuple[Kind, ...]] = ("embedding", "linear")
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("embedding", "linear")
     short_names: ClassVar[dict[str, str]] = {"tokens": "token_indices", "targets": "target_modules"}
 
     token_indices: list[int] = field(default_factory=list)
@@ -54,27 +54,27 @@ class TrainableTokensConfig(TargetedConfig):
         super().check()
         self.require(row_numbers(self.token_indices), "token_indices", "token numbers, 0 and up, each once")
 
-    def fill(self, model: nn.Module) -> None:
+    def infer_from_model(self, model: nn.Module) -> None:
         """Fill in the name of the input embedding, as PEFT does."""
         if self.target_modules is None:
             self.target_modules = input_embedding(model)
 
-    def further_targets(self, model: nn.Module) -> dict[str, Kind]:
+    def further_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         """Return what is tied to the targets."""
         return {n: p.kind for n, p in self._places(model).items() if not self._is_target(n)}
 
-    def build_all(self, sites: Sequence[Site]) -> list[Delta]:
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the deltas; tied ones share their rows."""
         found = self._places(sites[0].model) if sites else {}
-        made: dict[str, Delta] = {}
+        made: dict[str, AdapterModule] = {}
         for site in sorted(sites, key=lambda s: found[s.name].owner is not None):
             made[site.name] = token_delta(site, found[site.name], made, self.init_weights)
         return [made[site.name] for site in sites]
 
     def _is_target(self, name: str) -> bool:
-        excluded = self.exclude_modules and named(self.exclude_modules, name)
-        return bool(self.target_modules and named(self.target_modules, name) and not excluded)
+        excluded = self.exclude_modules and matches_name(self.exclude_modules, name)
+        return bool(self.target_modules and matches_name(self.target_modules, name) and not excluded)
 
     def _places(self, model: nn.Module) -> dict[str, Place]:
-        chosen = {n: self.token_indices for n, m in model.named_modules() if kind_of(m) and self._is_target(n)}
+        chosen = {n: self.token_indices for n, m in model.named_modules() if layer_kind(m) and self._is_target(n)}
         return places(model, chosen, self.modules_to_save or (), told_twice=True)

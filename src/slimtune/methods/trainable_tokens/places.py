@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ...contract.delta import Kind
-from ...contract.patterns import named
+from ...adapters.base import SiteKind
+from ...adapters.patterns import matches_name
 from ...errors import TargetError, nearest
-from ...ops.maps import kind_of, weight_of
+from ...utils.linear_layers import get_weight, layer_kind
 
 
 class Place(NamedTuple):
@@ -23,7 +23,7 @@ class Place(NamedTuple):
         told: whether a file holds the shared rows under this name, too (PEFT's method does, its LoRA does not).
     """
 
-    kind: Kind
+    kind: SiteKind
     rows: list[int]
     owner: str | None
     told: bool
@@ -45,10 +45,10 @@ def places(
     """
     if not isinstance(tokens, Mapping):
         tokens = {input_embedding(model): tokens}
-    modules: dict[str, Any] = {n: m for n, m in model.named_modules() if kind_of(m) in ("embedding", "linear")}
+    modules: dict[str, Any] = {n: m for n, m in model.named_modules() if layer_kind(m) in ("embedding", "linear")}
     chosen: dict[str, list[int]] = {}
     for key, rows in tokens.items():
-        found = [n for n in modules if named([key], n)]
+        found = [n for n in modules if matches_name([key], n)]
         if not found:
             raise TargetError(
                 f"trainable_token_indices: {key!r} matches no embedding{nearest(key, modules)}",
@@ -63,11 +63,11 @@ def places(
                 "either in modules_to_save or by its tokens",
                 "take it out of one",
             )
-        size = weight_of(modules[name]).shape[1 if kind_of(modules[name]) == "embedding" else 0]
+        size = get_weight(modules[name]).shape[1 if layer_kind(modules[name]) == "embedding" else 0]
         if max(rows) >= size:
             raise TargetError(f"trainable tokens: {name} has no row {max(rows)}", f"numbers below {size}")
     owners: dict[int, str] = {}
-    for name in sorted(chosen, key=lambda n: kind_of(modules[n]) != "embedding"):
+    for name in sorted(chosen, key=lambda n: layer_kind(modules[n]) != "embedding"):
         owners.setdefault(id(modules[name]._parameters["weight"]), name)
     found_places = {}
     for name, module in modules.items():
@@ -75,7 +75,7 @@ def places(
         rows = chosen.get(name) or (chosen[owner] if owner else [])
         tied = owner is not None and owner != name and rows == chosen[owner]
         if rows:
-            found_places[name] = Place(kind_of(module), rows, owner if tied else None, told_twice)  # type: ignore[arg-type]
+            found_places[name] = Place(layer_kind(module), rows, owner if tied else None, told_twice)  # type: ignore[arg-type]
     return dict(sorted(found_places.items(), key=lambda item: item[1].owner is not None))
 
 

@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...contract.delta import Delta, Frozen, Site
-from ...ops.maps import weight_of
+from ...adapters.base import AdapterModule, BaseForward, Site
+from ...utils.linear_layers import get_weight
 from .places import Place
 
 
-def token_delta(site: Site, place: Place, made: Mapping[str, Delta], start: bool = True) -> Delta:
+def token_delta(site: Site, place: Place, made: Mapping[str, AdapterModule], start: bool = True) -> AdapterModule:
     """Return the delta at one place; `made` holds those of the owners, by name."""
     owner: Any = None if place.owner is None else made[place.owner]
     return (TokenEmbedding if site.kind == "embedding" else TokenHead)(site, place, start, owner)
 
 
-class _Rows(Delta):
+class _Rows(AdapterModule):
     """Holds the rows `V (k, d)` and their numbers, in V's order and sorted.
 
     Args:
@@ -39,13 +39,13 @@ class _Rows(Delta):
             return
         rows = place.rows
         numbers = torch.tensor(rows, device=site.device)
-        weight = weight_of(site.module).detach()
+        weight = get_weight(site.module).detach()
         if site.kind == "embedding":
             weight = weight.t()
         if start:
             values = weight[numbers].to(site.dtype)
         else:
-            values = torch.randn(len(rows), weight.shape[1], dtype=weight.dtype, device=site.near)
+            values = torch.randn(len(rows), weight.shape[1], dtype=weight.dtype, device=site.init_device)
         self.trainable_tokens_delta = nn.Parameter(values.to(site.device, site.dtype, copy=True))
         order = torch.tensor(sorted(range(len(rows)), key=rows.__getitem__), device=site.device)
         self.register_buffer("numbers", numbers, persistent=False)
@@ -73,7 +73,7 @@ class TokenEmbedding(_Rows):
         mine = F.embedding(own.order[at], V).to(y.dtype)
         return torch.where((own.ascending[at] == x)[..., None], mine, y)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W (d, rows)` with its chosen columns replaced."""
         V, own = self.values()
         return weight.index_copy(1, own.numbers, V.to(weight.dtype).t()), bias
@@ -82,13 +82,13 @@ class TokenEmbedding(_Rows):
 class TokenHead(_Rows):
     """Chosen rows of a linear map."""
 
-    def around(self, frozen: Frozen, x: Tensor) -> Tensor:
+    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., d)` to logits `(..., rows)`."""
         V, own = self.values()
         change = V - frozen.weight().detach()[own.numbers].to(V.dtype)
         return frozen(x).index_add(-1, own.numbers, F.linear(x, change.to(x.dtype)))
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W (rows, d)` with its chosen rows replaced."""
         V, own = self.values()
         return weight.index_copy(0, own.numbers, V.to(weight.dtype)), bias

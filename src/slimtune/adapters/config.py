@@ -1,0 +1,403 @@
+"""What every method's config has: PEFT's common fields, PEFT's JSON form, and strictness about what it is given.
+
+A config is a dataclass with PEFT's field names and defaults, so that a changed import changes no result. A field that
+PEFT has and we have not is ignored at PEFT's default and refused by name at any other value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from ..errors import AdapterError, ConfigError, UsageError, format_names, nearest
+from ..peft_compat import register_as_peft_subclass
+from ..utils.files import write_atomic
+from .architectures import DEFAULT_TARGETS, model_type
+from .base import AdapterModule, Site, SiteKind
+from .patterns import get_pattern_value
+from .registry import config_class
+
+CONFIG_FILE = "adapter_config.json"
+
+
+class TaskType(StrEnum):
+    """What the model is tuned for (PEFT's names)."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class _Strict(type):
+    """Checks the keyword arguments of a config, then lets peft's `isinstance` know it."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        at_default = getattr(cls, "unsupported_peft_fields", {})
+        for name in [k for k in kwargs if k not in known]:
+            value = kwargs.pop(name)
+            if name == "peft_type" or (name in at_default and value == at_default[name]):
+                continue
+            raise ConfigError(
+                f"{cls.__name__} has no field {name!r} (given {value!r}){nearest(name, known)}",
+                f"fields: {format_names(sorted(known), 40)}",
+                f"it is called {cls.short_names[name]} here"  # type: ignore[attr-defined]
+                if name in getattr(cls, "short_names", {})
+                else "leave the field out, or train this adapter with the library that has it",
+            )
+        return type.__call__(register_as_peft_subclass(cls, "PeftConfig"), *args, **kwargs)
+
+
+@dataclass
+class PeftConfig(metaclass=_Strict):
+    """The fields all methods share.
+
+    Args:
+        task_type: what the model is tuned for; see `TaskType`. None leaves the model as it is.
+        base_model_name_or_path: name or path of the base, filled in when attached.
+        revision: revision of the base on the Hub.
+        inference_mode: attach frozen.
+        auto_mapping: PEFT's note of the base's class, for bases that are not transformers models.
+        peft_version: version of the library that wrote the file.
+    """
+
+    name: ClassVar[str] = ""
+    """The method's name: the name of its file."""
+    unsupported_peft_fields: ClassVar[dict[str, Any]] = {}
+    """PEFT's fields that we have not, with PEFT's defaults: taken at the default, refused at any other value."""
+    recipe_defaults: ClassVar[dict[str, Any]] = {}
+    """What recipes and the command line start from where the class keeps PEFT's default; callables get the settings."""
+    short_names: ClassVar[dict[str, str]] = {}
+    """Names for recipes and flags: `{"rank": "r"}`."""
+    learning_rate: ClassVar[float] = 2e-4
+    """The learning rate recipes start from."""
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("linear",)
+    """The kinds of site the method can change."""
+    mergeable: ClassVar[bool] = True
+    """Whether its deltas define `merge_into`: then it ships as a merged model, too."""
+    ships_as_lora: ClassVar[bool] = False
+    """Whether its files are what vLLM and llama.cpp read as a LoRA."""
+    extension_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that PEFT's config of the method has not: left out of the file where they are at their default."""
+    training_written_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that training writes: two adapters of the same settings differ in them."""
+
+    task_type: str | TaskType | None = field(default=None, kw_only=True)
+    base_model_name_or_path: str | None = field(default=None, kw_only=True)
+    revision: str | None = field(default=None, kw_only=True)
+    inference_mode: bool = field(default=False, kw_only=True)
+    auto_mapping: dict | None = field(default=None, kw_only=True)
+    peft_version: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            if self.task_type not in list(TaskType):
+                raise ConfigError(
+                    f"task_type is {self.task_type!r}{nearest(self.task_type, TaskType)}",
+                    f"one of {format_names(TaskType)}",
+                )
+            self.task_type = str(TaskType(self.task_type))
+        self.check()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By the class that has a name in its module: the one joined with peft's has none.
+        plain = next(c for c in type(self).__mro__ if "_joined" not in vars(c))
+        return _again, (plain, dict(vars(self)))
+
+    def check(self) -> None:
+        """Raise ConfigError where a field is out of its range. A method extends this."""
+
+    def require(self, right: bool, name: str, wanted: str) -> None:
+        """Raise ConfigError that says what field `name` holds and what it should."""
+        if not right:
+            raise ConfigError(f"{name} is {getattr(self, name)!r}", wanted)
+
+    def require_whole(self, name: str, least: int | None = 1, *, none: bool = False) -> None:
+        """Require a whole number, `least` and up (None: any); with `none` None will do, too."""
+        value = getattr(self, name)
+        wanted = "a whole number" + ("" if least is None else f", {least} and up") + (", or None" if none else "")
+        self.require((none and value is None) or _is_whole(value, least), name, wanted)
+
+    def require_ranks(self, name: str) -> None:
+        """Require whole numbers, 1 and up, as the values of a dictionary."""
+        self.require(all(_is_whole(v, 1) for v in getattr(self, name).values()), name, "ranks of 1 and up")
+
+    def require_share(self, name: str) -> None:
+        """Require a probability."""
+        value = getattr(self, name)
+        self.require(_is_number(value) and 0 <= value < 1, name, "a probability in [0, 1)")
+
+    def require_above_zero(self, name: str) -> None:
+        """Require a number above 0, or a dictionary of them."""
+        value = getattr(self, name)
+        numbers = value.values() if isinstance(value, Mapping) else [value]
+        self.require(all(_is_number(n) and n > 0 for n in numbers), name, "above 0")
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method: `"LORA"`."""
+        return self.name.upper()
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method puts learned positions in front of the sequence."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the method is PEFT's LLaMA-Adapter."""
+        return False
+
+    # --- what a method adds: it defines `build`, and of the others what it needs -------------------------------------
+
+    def infer_from_model(self, model: nn.Module) -> None:
+        """Fill in, when attached, the fields that say how large the model is."""
+
+    def default_targets(self, model: nn.Module) -> list[str] | None:
+        """Return the names of the modules to change where no target is given; None: there is no default."""
+        return None
+
+    def further_targets(self, model: nn.Module) -> dict[str, SiteKind]:
+        """Return full names of modules that the method changes beside its targets, and the kind of site of each."""
+        return {}
+
+    def build(self, site: Site) -> AdapterModule:
+        """Return the delta this method adds at `site`. A method defines this."""
+        raise ConfigError(f"{type(self).__name__} adds nothing to a layer", "a method's own config, such as LoraConfig")
+
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+        """Return the deltas for all its sites, where they share something; else `build` alone is defined."""
+        return [self.build(site) for site in sites]
+
+    def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int | None:
+        """Return how many bytes larger than now training, or a start from data, can make the deltas' tensors in a file.
+
+        None where their shapes stay as they are, 0 where they only get smaller. Plans say "at most" of all but None.
+
+        Args:
+            deltas: the adapter's deltas by site name, as they were attached.
+        """
+        return None
+
+    def file_key(self, key: str) -> str:
+        """Return a tensor's key in PEFT's file, `base_model.model.<site>.<name>` being the key it would have."""
+        return key
+
+    def on_train_begin(self, total_steps: int) -> None:
+        """Fill in, before the first step, the fields that say how long training is.
+
+        Args:
+            total_steps: optimizer steps of the whole run.
+        """
+
+    def on_step_end(self, deltas: Mapping[str, AdapterModule], step: int) -> None:
+        """Do what the method does after optimizer step number `step`, while the gradients are still there.
+
+        Args:
+            deltas: the adapter's deltas by site name.
+            step: the step that was taken, from 1.
+        """
+
+    def regularization_loss(self, deltas: Mapping[str, AdapterModule]) -> Tensor | None:
+        """Return what the method adds to a training loss, None for nothing."""
+        return None
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as PEFT writes them: plain JSON values, sets as sorted lists."""
+        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in dataclasses.asdict(self).items()}
+        idle = {
+            f.name for f in dataclasses.fields(self) if f.name in self.extension_fields and plain[f.name] == f.default
+        }
+        return {**{k: v for k, v in plain.items() if k not in idle}, "peft_type": self.peft_type}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **_: Any) -> None:
+        """Write `adapter_config.json` into the folder."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / CONFIG_FILE, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Return the config a PEFT JSON object describes: the class is found by its `peft_type`."""
+        kind = values.get("peft_type") or cls.name
+        if not kind:
+            raise ConfigError("the config names no peft_type", "an adapter_config.json with a peft_type")
+        found = config_class(getattr(kind, "value", kind))
+        known = {f.name for f in dataclasses.fields(found)} | set(found.unsupported_peft_fields)
+        # A newer PEFT writes fields nobody here knows: empty ones ask for nothing.
+        asked = {k: v for k, v in values.items() if k not in ("peft_type", "runtime_config") and (k in known or v)}
+        return found(**asked)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Self:
+        """Read the config of an adapter folder or Hub repository.
+
+        Raises:
+            UsageError: there is no such folder or repository, or it holds no adapter_config.json.
+            AdapterError: it is not sound, its method is unknown, or a field that we have not is not at its default.
+        """
+        file = find_file(path, CONFIG_FILE, subfolder, **hub)
+        try:
+            values = json.loads(file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as e:
+            raise AdapterError(f"{file} is not JSON: {e}", "what save_pretrained wrote") from None
+        if not isinstance(values, dict):
+            raise AdapterError(f"{file} holds a {type(values).__name__}", "an object: names and values")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as e:
+            raise AdapterError(f"{file}: {e.message}", e.expected, e.hint) from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any, least: int | None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
+
+
+def _again(cls: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
+    made = object.__new__(register_as_peft_subclass(cls, "PeftConfig"))
+    made.__dict__.update(values)
+    return made
+
+
+@dataclass
+class TargetedConfig(PeftConfig):
+    """The fields of methods that change chosen layers.
+
+    Args:
+        target_modules: names or dotted suffixes of modules, a regular expression for the full name (a string), or
+            `"all-linear"`: every linear map except the output head. None: what PEFT selects for the architecture.
+        exclude_modules: names, suffixes or a regular expression taken out again.
+        layers_to_transform: index or indexes, from 0, of the layers to change; None: all.
+        layers_pattern: name of the list the layers are in, where there are several numbered lists.
+        modules_to_save: modules trained whole beside the adapter (a new head), saved with it.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def default_targets(self, model: nn.Module) -> list[str] | None:
+        """Return PEFT's choice for the model's architecture, None where it has none."""
+        return self.targets_by_architecture().get(model_type(model))
+
+    @classmethod
+    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
+        """Return the default targets by `model_type`; LoRA's, unless a method has others."""
+        return DEFAULT_TARGETS
+
+    def check(self) -> None:
+        """Check the targets' types; a set becomes a sorted list."""
+        super().check()
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, set | tuple):
+                setattr(self, name, sorted(value))
+            elif isinstance(value, str) and name == "modules_to_save":
+                raise ConfigError(f"modules_to_save is the string {value!r}", "a list of names", f"[{value!r}]")
+        strings = isinstance(self.target_modules, str)
+        self.require(
+            not (strings and self.layers_to_transform is not None),
+            "layers_to_transform",
+            "None where target_modules is a pattern: put the layer numbers into the pattern",
+        )
+        self.require(
+            not (strings and self.layers_pattern is not None),
+            "layers_pattern",
+            "None where target_modules is a pattern",
+        )
+        self.require(
+            not (self.layers_pattern and self.layers_to_transform is None),
+            "layers_pattern",
+            "only beside layers_to_transform",
+        )
+
+
+@dataclass
+class PatternedConfig(TargetedConfig):
+    """The fields of methods with a rank `r` and an alpha that single layers may have their own of.
+
+    Args:
+        rank_pattern: name or pattern of a layer → its own rank; ranks, 1 and up.
+        alpha_pattern: name or pattern of a layer → its own alpha, above 0.
+    """
+
+    alpha_name: ClassVar[str] = "alpha"
+    """The field that holds alpha where no pattern says another."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict, kw_only=True)
+    alpha_pattern: dict[str, float] = field(default_factory=dict, kw_only=True)
+
+    def check(self) -> None:
+        """Check the ranks and alphas; PEFT's files may hold null for none."""
+        super().check()
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self.require_whole("r")
+        self.require_ranks("rank_pattern")
+        self.require_above_zero(self.alpha_name)
+        self.require_above_zero("alpha_pattern")
+
+    @property
+    def patterns(self) -> dict[str, dict]:
+        """The fields that map layer patterns to values; each pattern must match a target."""
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+
+    def rank_of(self, name: str) -> int:
+        """Return a layer's own rank."""
+        return get_pattern_value(self.rank_pattern, name, getattr(self, "r"))  # noqa: B009 (a method's own field)
+
+    def alpha_of(self, name: str) -> float:
+        """Return a layer's own alpha."""
+        return get_pattern_value(self.alpha_pattern, name, getattr(self, self.alpha_name))
+
+
+def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:
+    """Return the local path of one file of an adapter's or run's folder, or of a Hub repository (then downloaded).
+
+    Raises:
+        UsageError: it is neither a folder that holds the file nor a repository that can be reached.
+    """
+    folder = Path(path, subfolder) if subfolder else Path(path)
+    if folder.is_dir():
+        # A run's folder holds its adapter one deeper.
+        if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
+            folder = folder / "adapter"
+        if (folder / name).is_file():
+            return folder / name
+        raise UsageError(
+            f"{folder} holds no {name}; it holds {format_names(sorted(p.name for p in folder.iterdir()))}",
+            "an adapter folder as save_pretrained writes it",
+        )
+    text = str(path)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UsageError(f"there is no folder {text!r}{nearest(folder.name, beside)}", f"a folder with {name}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(text, name, subfolder=subfolder, **hub))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise UsageError(
+            f"{text!r} is no folder here, and the Hub did not give {name}: {type(e).__name__}",
+            f"an adapter folder or a Hub repository with {name}",
+            "check the name; log in for a private one; without network give a local folder",
+        ) from e

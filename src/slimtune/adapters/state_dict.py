@@ -1,0 +1,230 @@
+"""PEFT's files: `adapter_config.json` and `adapter_model.safetensors`, read strictly and written whole.
+
+A key is `base_model.model.<module>.<tensor>`: `…q_proj.lora_A.weight`. A trained bias of an adapted module lies under
+`<module>.base_layer.bias`, a module trained whole under its own name. The file's metadata hold a fingerprint of the
+base's config. Nothing is left out of account: a missing, unexpected or wrongly shaped tensor is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ..errors import AdapterError, UsageError, format_names, nearest
+from ..utils.files import write_atomic
+from ..utils.fingerprint import config_fingerprint
+from .config import CONFIG_FILE, PeftConfig, find_file
+from .layer import get_site
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_PREFIX = "base_model.model."
+_FINGERPRINT = "base_config"
+
+
+class LoadResult(NamedTuple):
+    """What `set_peft_model_state_dict` left over; both are empty, or it raised."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+def get_adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
+    """Return what a file holds of an adapter: its own live tensors by their keys in the file."""
+    found: dict[str, Tensor] = {}
+    for name, module in model._attached.members.get(adapter, []):
+        at = f"{_PREFIX}{name}." if name else _PREFIX
+        delta: Any = module.adapters[adapter] if adapter in module.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
+        if delta is not None:
+            found.update({at + n: p for n, p in delta.tensors().items()})
+        if adapter in module.trained_copies:
+            inner = f"{at}base_layer." if delta is not None else at
+            found.update({inner + n: p for n, p in module.trained_copies[adapter].named_parameters()})
+    config = model.peft_config.get(adapter)
+    return {config.file_key(k): t for k, t in found.items()} if config else found
+
+
+def _accept(model: Any, adapter: str, given: Mapping[str, Tensor]) -> set[str]:
+    """Let each delta get ready for a file's tensors; return the keys that the file may leave out."""
+    config, optional = model.peft_config[adapter], set()
+    for name, module in model._attached.members[adapter]:
+        if adapter not in module.adapters:
+            continue
+        delta: Any = module.adapters[adapter]
+        at = f"{_PREFIX}{name}." if name else _PREFIX
+        # By the names a file may have, which need not be those the delta holds now.
+        mine = {k.removeprefix(at): t for k, t in given.items() if k.startswith(at)}
+        mine |= {n: given[k] for n in delta.tensors() for k in [config.file_key(at + n)] if k in given}
+        delta.prepare_load(mine, get_site(name, model._attached.reports[adapter].kinds[name], model))
+        optional |= {config.file_key(at + n) for n in delta.optional}
+    return optional
+
+
+def get_peft_model_state_dict(
+    model: Any, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **_: Any
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors by their keys in a file; from `state_dict` (names of the live model) where given."""
+    own = get_adapter_tensors(model, model._known(adapter_name))
+    if state_dict is None:
+        return {k: p.detach() for k, p in own.items()}
+    names = {id(p): n for n, p in model.state_dict(keep_vars=True).items()}
+    return {k: state_dict[names[id(p)]] if id(p) in names else p.detach() for k, p in own.items()}
+
+
+def set_peft_model_state_dict(
+    model: Any, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default", **_: Any
+) -> LoadResult:
+    """Copy tensors, by their keys in a file, into an attached adapter; raises AdapterError where they do not fit."""
+    load(model, model._known(adapter_name), peft_model_state_dict, where="the state dict")
+    return LoadResult([], [])
+
+
+def load(model: Any, adapter: str, given: Mapping[str, Tensor], where: str) -> None:
+    """Copy a file's tensors into an attached adapter, all or none.
+
+    Raises:
+        AdapterError: missing or unexpected keys, wrong shapes, or a copy of a base weight that is not this base's.
+    """
+    optional = _accept(model, adapter, given)
+    own = get_adapter_tensors(model, adapter)
+    given = {_our_key(k, own): t for k, t in given.items()}
+    missing = [k for k in own if k not in given and k not in optional]
+    unexpected = [k for k in given if k not in own and not _is_this_bases(model, k, given[k])]
+    shapes = [
+        f"{k}: {tuple(given[k].shape)} in the file, {tuple(own[k].shape)} here"
+        for k in own
+        if k in given and given[k].shape != own[k].shape
+    ]
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} of {len(own)} tensors are missing, such as {format_names(missing, 2)}")
+    if unexpected:
+        faults.append(
+            f"{len(unexpected)} tensors fit nothing here, such as {format_names(unexpected, 2)}{nearest(unexpected[0], own)}"
+        )
+    if shapes:
+        faults.append(f"{len(shapes)} tensors have another shape: {'; '.join(shapes[:2])}")
+    if faults:
+        raise AdapterError(
+            f"{where} does not fit this model: " + "; ".join(faults),
+            "an adapter of this base and these targets",
+            "load the base named in its adapter_config.json",
+        )
+    with torch.no_grad():
+        for key, parameter in own.items():
+            if key in given:
+                parameter.copy_(given[key])
+
+
+def read(path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> tuple[dict[str, Tensor], str | None]:
+    """Return an adapter file's tensors and the fingerprint of the base it was made for (None: not by us).
+
+    Raises:
+        UsageError: there is no such adapter.
+        AdapterError: it is a pickle, or no sound safetensors file.
+    """
+    folder = Path(path, subfolder or "")
+    pickles = [p for p in PICKLES if (folder / p).is_file()]
+    if pickles and not (folder / WEIGHTS_FILE).is_file():
+        raise AdapterError(
+            f"{folder / pickles[0]} is a pickle, which can run any code when it is read",
+            WEIGHTS_FILE,
+            "save the adapter anew with safetensors where it was trained",
+        )
+    file = find_file(path, WEIGHTS_FILE, subfolder, **hub)
+    try:
+        with safe_open(str(file), framework="pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get(_FINGERPRINT)  # noqa: SIM118
+    except SafetensorError as e:
+        raise AdapterError(
+            f"{file} ({file.stat().st_size} bytes) is no sound safetensors file: {e}",
+            "a whole file",
+            "copy it again, or take an older checkpoint",
+        ) from None
+
+
+def adapter_tensor_info(
+    model: Any, adapter: str, state_dict: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return what an adapter's file holds: tensors by their keys, where they lie now, and the metadata."""
+    made_for = fingerprint(model)
+    metadata = {"format": "pt", **({_FINGERPRINT: made_for} if made_for else {})}
+    return get_peft_model_state_dict(model, state_dict, adapter), metadata
+
+
+def save(model: Any, folder: Path, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write one adapter's two files and a model card into `folder`; each file is whole or absent."""
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file", "a folder")
+    live, metadata = adapter_tensor_info(model, adapter, state_dict)
+    plain = {k: t.detach().to("cpu").contiguous() for k, t in live.items()}
+    config = model.peft_config[adapter]
+    # A file is for use: PEFT, too, writes inference_mode so that it loads frozen.
+    described = {**config.to_dict(), "inference_mode": True}
+    if config.task_type is None:
+        base = model._attached.base_class
+        described["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / CONFIG_FILE, json.dumps(described, indent=2, sort_keys=True) + "\n")
+    write_atomic(folder / WEIGHTS_FILE, to_bytes(plain, metadata))
+    write_model_card(config, folder)
+
+
+def fingerprint(model: Any) -> str | None:
+    """Return the fingerprint of a transformers model's config, None for other modules."""
+    config = getattr(model, "config", None)
+    return config_fingerprint(config) if hasattr(config, "to_dict") else None
+
+
+def check_same_base(model: Any, made_for: str | None, where: str | os.PathLike) -> None:
+    """Raise AdapterError where an adapter was made for a base with another config."""
+    here = fingerprint(model)
+    if made_for and here and made_for != here:
+        raise AdapterError(
+            f"{where} was made for another base: its config has the fingerprint {made_for}, this one {here}",
+            "the base the adapter was trained on",
+            "see base_model_name_or_path in its adapter_config.json",
+        )
+
+
+def write_model_card(config: PeftConfig, folder: Path) -> None:
+    """Write a README.md with the Hub's front matter into an adapter folder, unless there is one."""
+    if (folder / "README.md").exists():
+        return
+    base = config.base_model_name_or_path
+    front = [f"base_model: {json.dumps(base)}"] if base else []
+    front += ["library_name: peft", "tags:", f"- {config.name}", "- slimtune"]
+    front += ["pipeline_tag: text-generation"] if config.task_type == "CAUSAL_LM" else []
+    text = f"# An adapter ({config.peft_type})" + (f" for `{base}`" if base else "")
+    use = "from slimtune import PeftModel\n\nmodel = PeftModel.from_pretrained(base, folder)  # `peft` reads it, too"
+    card = "\n".join(["---", *front, "---", "", text, "", "```python", use, "```", ""])
+    write_atomic(folder / "README.md", card)
+
+
+def _our_key(key: str, own: Mapping[str, Any]) -> str:
+    """Take both of PEFT's places for a bias, and keys written without the prefix."""
+    # With bias="all" PEFT writes the biases of a module trained whole a second time, under its wrapper's names.
+    key = key.replace(".modules_to_save.", ".")
+    for form in (key, _PREFIX + key, key.replace(".base_layer.", "."), key.replace(".bias", ".base_layer.bias")):
+        if form in own:
+            return form
+    return key
+
+
+def _is_this_bases(model: Any, key: str, tensor: Tensor) -> bool:
+    """PEFT also saves embeddings it did not train; they must be this base's own."""
+    name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+    module, _, leaf = name.rpartition(".")
+    try:
+        base = model.get_submodule(module)._parameters.get(leaf)
+    except AttributeError:
+        return False
+    return base is not None and base.shape == tensor.shape and torch.equal(base.detach().cpu(), tensor.to(base.dtype))

@@ -1,0 +1,1 @@
+"""Tensor code: fused linear layers, losses, optimizers, activation memory."""

@@ -1,0 +1,377 @@
+"""Recipe × machine → model, rows and how they are laid: what training, evaluation and (later) the plan stand on."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from .adapters.config import PeftConfig
+from .adapters.model import PeftModel, get_peft_model
+from .config import Recipe
+from .data.collator import Collator, Example
+from .data.dataset import RowReport, tokenize_dataset
+from .data.read import RowFile, open_rows
+from .data.store import Examples
+from .data.validation.report import DatasetReport
+from .data.workers import cpu_count
+from .errors import AdapterError, UsageError
+from .kernels.adamw_8bit import adamw_8bit
+from .methods.lora.loftq import replace_lora_weights_loftq
+from .models.loader import Base, load_base, load_tokenizer, weights_folder
+from .models.quantization import dequantize_model, require_bitsandbytes
+from .run_dir import ADAPTER_FILE, RunDir
+from .train_step.loss import auto_micro_batch_tokens, check_packing_supported, make_collator
+from .train_step.memory_savings import enable_activation_checkpointing, enable_tiled_mlp
+from .utils import distributed
+from .utils.calibration import ROWS, collect_layer_inputs
+from .utils.linear_layers import is_quantized
+from .utils.memory import disable_malloc_trim
+
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "adamw": (torch.optim.AdamW, {"fused": True}),
+    "adamw-8bit": (adamw_8bit, {}),
+    "adamw-foreach": (torch.optim.AdamW, {"foreach": True}),
+    "sgd": (torch.optim.SGD, {}),
+}
+"""Optimizers that can be planned. Training takes those of `TRAINED`; PyTorch's own default, `foreach`, takes temporary
+tensors of all parameters at once."""
+TRAINABLE_OPTIMIZERS = ("adamw", "adamw-8bit")
+
+
+@dataclass
+class Datasets:
+    """The encoded rows of a run, and what became of the rows read."""
+
+    train: Examples
+    validation: Examples
+    train_report: RowReport
+    validation_report: RowReport | None
+    surveys: dict[str, Any] = field(default_factory=dict)
+    """What `slimtune data` reports on the training and the validation file."""
+
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of each row, training rows first, int64."""
+        return np.concatenate([self.train.lengths, self.validation.lengths])
+
+
+@dataclass
+class TrainedModel:
+    """A trained adapter on its base.
+
+    Args:
+        model: the adapted model, in evaluation mode.
+        base: the base it stands on, with tokenizer, dtype and device.
+        adapter: the adapter's folder.
+        recipe: the run's recipe; None where an adapter folder alone was given.
+    """
+
+    model: PeftModel
+    base: Base
+    adapter: Path
+    recipe: Recipe | None
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Raise ModelError where a recipe asks for what a missing package does, before anything is loaded."""
+    if recipe.model.quantization is not None:
+        require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
+    if recipe.train.optimizer == "adamw-8bit":
+        require_bitsandbytes("train.optimizer adamw-8bit")
+
+
+def load_base_from_recipe(recipe: Recipe) -> Base:
+    """Load the recipe's base and tokenizer."""
+    m = recipe.model
+    base = load_base(
+        m.name,
+        dtype=m.dtype,
+        device=m.device,
+        trust_remote_code=m.trust_remote_code,
+        revision=m.revision,
+        chat_template=recipe.data.chat_template,
+        quantization=m.quantization,
+    )
+    if base.device.type == "cpu":
+        disable_malloc_trim()
+    return base
+
+
+def load_tokenizer_from_recipe(recipe: Recipe) -> Any:
+    """Load the tokenizer of the recipe's base, no weights."""
+    m = recipe.model
+    return load_tokenizer(
+        m.name, trust_remote_code=m.trust_remote_code, revision=m.revision, chat_template=recipe.data.chat_template
+    )
+
+
+def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
+    """Return the recipe with the method's settings of the adapter it continues from: those are what trains.
+
+    Raises:
+        UsageError: the adapter is of another method than the recipe's.
+    """
+    folder = find_adapter_folder(adapter)
+    config = PeftConfig.from_pretrained(folder)
+    if config.name != recipe.method.name:
+        raise UsageError(
+            f"{folder} is a {config.name} adapter, the recipe's method is {recipe.method.name}",
+            f"an adapter of the method {recipe.method.name}",
+            f"--method {config.name}",
+        )
+    shared = {f.name for f in dataclasses.fields(PeftConfig)} | {"peft_type"}
+    settings = {k: v for k, v in config.to_dict().items() if k not in shared and v is not None}
+    return recipe.model_copy(update={"method": type(recipe.method)(name=config.name, **settings)})
+
+
+def attach_adapter(
+    base: Base, recipe: Recipe, continue_from: Path | None = None, rows: Sequence[Example] = ()
+) -> PeftModel:
+    """Attach the recipe's method to the base, or go on from an adapter folder; seeds the adapter's random start.
+
+    Args:
+        base: it is changed in place.
+        recipe: what is attached.
+        continue_from: a run or an adapter folder.
+        rows: to learn from; "loftq" starts from what the base's quantization costs on them.
+
+    Raises:
+        UsageError: targets match nothing; the adapter to continue from is of another method; "loftq" on a base whose
+            weights before quantization are not to be had.
+        AdapterError: the adapter to continue from does not fit this base.
+    """
+    torch.manual_seed(recipe.train.seed)
+    if continue_from is not None:
+        folder = find_adapter_folder(continue_from)
+        model = PeftModel.from_pretrained(base.model, folder, is_trainable=True)
+    else:
+        config: Any = recipe.method_config()
+        lost = getattr(config, "init_lora_weights", None) == "loftq"
+        if lost:
+            config.init_lora_weights = True  # PEFT's note of it: read back, an adapter does not start again
+        if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
+            config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias is no place a tokenizer lies in
+        model = get_peft_model(base.model, config)
+        if lost:
+            maps = {n: m for n, m in model._attached.modules().items() if is_quantized(m)}
+            inputs = collect_layer_inputs(base.model.eval(), maps, [e["input_ids"] for e in rows[:ROWS]])
+            replace_lora_weights_loftq(model, weights_folder(base.source, recipe.model.revision), inputs=inputs)
+    model.peft_config["default"].base_model_name_or_path = recipe.model.name
+    t = recipe.train
+    if t.offload_activations and base.device.type == "cpu":
+        raise UsageError(
+            "train.offload_activations would move activations from the machine's memory to the machine's memory",
+            "a GPU to train on",
+            "--set train.offload_activations=false",
+        )
+    apply_memory_savings(model, t.gradient_checkpointing, t.offload_activations, t.mlp_tile_size)
+    return model
+
+
+def apply_memory_savings(model: Any, checkpointing: bool, offload: bool, tile: int | None) -> None:
+    """Make an adapted model hold less at once, in place, as a recipe's `train` says it (see `thrift`)."""
+    if checkpointing:
+        enable_activation_checkpointing(model, offload=offload)
+    if tile is not None:
+        enable_tiled_mlp(model, tile)
+
+
+def build_meta_model(
+    config: PreTrainedConfig,
+    method: PeftConfig | None,
+    dtype: torch.dtype,
+    *,
+    checkpointing: bool = False,
+    offload: bool = False,
+    tile: int | None = None,
+    first: Callable[[Any], None] | None = None,
+) -> Any:
+    """Return the model that training would have, on `meta`: every shape and dtype, no weight.
+
+    Args:
+        config: the base's.
+        method: the method's config; None: nothing is adapted, and every weight trains.
+        dtype: of the base's weights.
+        checkpointing: activations are computed twice.
+        offload: what checkpointing keeps lies in the machine's memory.
+        tile: tokens that norms and feed-forwards run at once; None: all.
+        first: changes the base before the method is attached (quantizes it).
+
+    Raises:
+        UsageError: targets match nothing.
+    """
+    config, method = copy.deepcopy((config, method))  # in which what a model is made with gets noted
+    if getattr(method, "init_lora_weights", None) == "loftq":
+        method.init_lora_weights = True  # type: ignore[union-attr]  # another start of the same tensors
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if first is not None:
+            first(model)
+        if method is not None:
+            model = get_peft_model(model, method)
+    apply_memory_savings(model, checkpointing, offload, tile)
+    return model
+
+
+def build_optimizer(model: Any, name: str = "adamw") -> torch.optim.Optimizer:
+    """Return a model's optimizer: the one of `OPTIMIZERS` that transformers' Trainer makes in training."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kind, settings = OPTIMIZERS[name]
+    return kind(trained, lr=1e-4, **settings)
+
+
+def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
+    """Read, encode and survey the recipe's training and validation rows.
+
+    Validation is cut from training if none is given.
+    """
+    data = recipe.data
+    about: dict[str, Any] = {"model": recipe.model.name}
+    survey = _survey(recipe, tokenizer)
+    train, train_report = _encode(data.train, tokenizer, recipe, survey)
+    if data.validation is not None:
+        other = _survey(recipe, tokenizer, like=survey)
+        validation, validation_report = _encode(data.validation, tokenizer, recipe, other)
+        surveys: dict[str, Any] = {
+            "train": survey.report(file=data.train, validation=(str(data.validation), other), **about),
+            "validation": other.report(file=data.validation, **about),
+        }
+        return Datasets(train, validation, train_report, validation_report, surveys)
+    surveys = {"train": survey.report(file=data.train, **about), "validation": None}
+    held = round(len(train) * data.validation_fraction)
+    if not held or held == len(train):
+        return Datasets(train, train.select(np.zeros(0, np.int64)), train_report, None, surveys)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.train.seed))
+    apart = np.zeros(len(train), bool)
+    apart[order[:held].numpy()] = True
+    return Datasets(
+        train.select(np.flatnonzero(~apart)), train.select(np.flatnonzero(apart)), train_report, None, surveys
+    )
+
+
+def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
+    """Open a file of rows, in the format and with the columns that the recipe says.
+
+    Raises:
+        UsageError, DataError: as `open_rows`.
+    """
+    if recipe is None:
+        return open_rows(path)
+    return open_rows(path, format=recipe.data.format, columns=recipe.data.map)
+
+
+def build_collator(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> Collator:
+    """Return the collator that lays the recipe's rows for this model, and how many tokens go at once.
+
+    Args:
+        recipe: the recipe.
+        model: the adapted model.
+        tokenizer: the base's.
+        longest: tokens of the longest row.
+
+    Raises:
+        ModelError: the model cannot take rows in one sequence, or its loss is not what its config says.
+    """
+    t = recipe.train
+    collator = make_collator(model, tokenizer.pad_token_id, packing=t.packing, share=t.share_prefix, rows=t.batch_size)
+    check_packing_supported(model, collator)
+    collator.room = (
+        auto_micro_batch_tokens(model, collator, longest)
+        if t.max_tokens_per_micro_batch == "auto"
+        else t.max_tokens_per_micro_batch
+    )
+    return collator
+
+
+def load_eval_dataset(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[Examples, RowReport]:
+    """Read and encode rows to evaluate on, with the run's length rule."""
+    return _encode(path, tokenizer, recipe)
+
+
+def _survey(recipe: Recipe, tokenizer: Any, like: DatasetReport | None = None) -> DatasetReport:
+    data, t = recipe.data, recipe.train
+    return DatasetReport(
+        tokenizer,
+        max_seq_len=data.max_seq_len,
+        on_overlong=data.on_overlong,
+        rows_a_step=t.batch_size * t.gradient_accumulation_steps,
+        like=like,
+    )
+
+
+def _encode(
+    path: Path, tokenizer: Any, recipe: Recipe, survey: DatasetReport | None = None
+) -> tuple[Examples, RowReport]:
+    data, rows = recipe.data, open_rows_from_recipe(recipe, path)
+    if survey is not None:
+        survey.format = rows.format
+    return tokenize_dataset(
+        rows,
+        tokenizer,
+        max_seq_len=data.max_seq_len,
+        on_overlong=data.on_overlong,
+        learn=data.learn,
+        path=path,
+        processes=max(1, cpu_count() // distributed.local_world_size()),
+        watch=survey,
+    )
+
+
+def find_adapter_folder(path: str | Path) -> Path:
+    """Return the adapter folder a run folder, or an adapter folder itself, stands for."""
+    path = Path(path)
+    if (path / ADAPTER_FILE).is_file() or (path / "adapter_config.json").is_file():
+        return path
+    return RunDir.open(path).adapter
+
+
+def load_run(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    quantization: str | None = None,
+    unpack: bool = False,
+) -> TrainedModel:
+    """Load a run's adapter, or a bare adapter folder, on its base.
+
+    Args:
+        path: a run folder or an adapter folder.
+        dtype: dtype of the base's weights; None: as the run had it (a bare adapter: "auto").
+        device: likewise.
+        quantization: what the base is held in, "nf4" or "int8"; "none": plain floats; None: as the run had it.
+        unpack: make a quantized base an ordinary one, of the values it multiplies by.
+
+    Raises:
+        UsageError: there is neither a run nor an adapter.
+        AdapterError: the adapter names no base, or does not fit it.
+    """
+    folder = find_adapter_folder(path)
+    recipe = RunDir.open(path).recipe() if folder != Path(path) else None
+    config = PeftConfig.from_pretrained(folder)
+    if recipe is not None:
+        said = {"dtype": dtype, "device": device, "quantization": quantization}
+        m = recipe.model.model_copy(update={k: None if v == "none" else v for k, v in said.items() if v})
+        base = load_base_from_recipe(recipe.model_copy(update={"model": m}))
+    elif config.base_model_name_or_path:
+        template = folder / "chat_template.jinja"
+        base = load_base(
+            config.base_model_name_or_path,
+            dtype=dtype or "auto",
+            device=device or "auto",
+            chat_template=template if template.is_file() else None,
+            quantization=None if quantization == "none" else quantization,
+        )
+    else:
+        raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
+    if unpack and base.quantization is not None:
+        base.model = dequantize_model(base.model, base.dtype)
+    model = PeftModel.from_pretrained(base.model, folder, config=config)
+    return TrainedModel(model, base, folder, recipe)

@@ -1,0 +1,1 @@
+"""One training step: loss, evaluation of rows, activation memory savings."""

@@ -1,0 +1,222 @@
+"""What a file may say that is not known here, run folders, and one call for base and adapter: by their messages."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from models_zoo import ENCODER, bert_classifier, bert_encoder, llama, run, same_base, shake, snapshot
+from safetensors.torch import load_file, save_file
+
+import slimtune
+from slimtune import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from slimtune.errors import AdapterError, ConfigError, UsageError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def made(base, folder, **settings):
+    model = get_peft_model(base, LoraConfig(**settings))
+    shake(model)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def edit_config(folder, **values):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | values))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}], ids=repr)
+def test_a_field_of_a_newer_peft_that_asks_for_nothing_is_taken(value, tmp_path):
+    model = made(llama(), tmp_path)
+    edit_config(tmp_path, lora_magic=value, peft_version="9.9.9", runtime_config={"ephemeral_gpu_offload": True})
+    again = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(run(again), run(model))
+    assert not hasattr(again.peft_config["default"], "lora_magic")
+
+
+@pytest.mark.parametrize("value", [True, 3, 0.5, "on", ["x"], {"a": 1}], ids=repr)
+def test_a_field_of_a_newer_peft_that_asks_for_something_is_refused_by_name(value, tmp_path):
+    made(llama(), tmp_path)
+    edit_config(tmp_path, lora_magic=value)
+    with pytest.raises(AdapterError, match="LoraConfig has no field 'lora_magic'") as e:
+        PeftModel.from_pretrained(llama(), tmp_path)
+    assert CONFIG in str(e.value)
+    assert f"(given {value!r})" in str(e.value)
+    assert "train this adapter with the library that has it" in str(e.value)
+
+
+def test_a_near_name_is_given(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'lora_alpha'"):
+        LoraConfig.from_dict({"peft_type": "LORA", "lora_alhpa": 3})
+    assert LoraConfig.from_dict({"peft_type": "LORA", "lora_alhpa": None}) == LoraConfig()
+
+
+@pytest.mark.parametrize("name", ["megatron_core", "qalora_group_size"])
+def test_a_field_that_is_not_here_is_taken_at_pefts_default_alone(name):
+    default = LoraConfig.unsupported_peft_fields[name]
+    assert PeftConfig.from_dict({"peft_type": "LORA", name: default}) == LoraConfig()
+    with pytest.raises(ConfigError, match=f"LoraConfig has no field '{name}'"):
+        PeftConfig.from_dict({"peft_type": "LORA", name: "another"})
+    with pytest.raises(ConfigError, match=f"LoraConfig has no field '{name}'"):
+        LoraConfig(**{name: "another"})
+
+
+def test_what_pefts_own_config_writes_is_read(tmp_path):
+    peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert (config.r, config.target_modules, config.task_type) == (3, ["q_proj"], "CAUSAL_LM")
+
+
+def key(at, name="q_proj", leaf="lora_A.weight"):
+    return f"base_model.model.model.layers.{at}.self_attn.{name}.{leaf}"
+
+
+SPOILED = [
+    (lambda t: t.pop(key(1)), ["1 of 8 tensors are missing, such as", key(1)]),
+    (lambda t: [t.pop(k) for k in list(t) if "lora_B" in k], ["4 of 8 tensors are missing", "… (2 more)"]),
+    (lambda t: t.update({key(5): torch.zeros(8, 32)}), ["1 tensors fit nothing here", key(5), "did you mean"]),
+    (lambda t: t.update({key(1): torch.zeros(4, 32)}), [f"{key(1)}: (4, 32) in the file, (8, 32) here"]),
+    (
+        lambda t: [t.pop(key(0)), t.update({key(1): torch.zeros(1, 1), "x": torch.zeros(1)})],
+        ["1 of 8 tensors are missing", "1 tensors fit nothing here", "1 tensors have another shape"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "said"), SPOILED, ids=lambda v: v[0] if isinstance(v, list) else "")
+def test_tensors_that_do_not_fit_are_told_all_at_once(spoil, said, tmp_path):
+    made(llama(), tmp_path)
+    edit_tensors(tmp_path, spoil)
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(AdapterError) as e:
+        PeftModel.from_pretrained(model, tmp_path)
+    assert all(part in str(e.value) for part in said), str(e.value)
+    assert "load the base named in its adapter_config.json" in str(e.value)
+    assert same_base(model, before)
+    assert not isinstance(model, PeftModel)
+
+
+def test_another_base_is_told_by_its_fingerprint(tmp_path):
+    made(llama(), tmp_path)
+    said = r"was made for another base: its config has the fingerprint [0-9a-f]{16}, this one [0-9a-f]{16}"
+    for other in (llama(tie=True), llama(intermediate_size=64), llama(hidden_act="gelu")):
+        with pytest.raises(AdapterError, match=said):
+            PeftModel.from_pretrained(other, tmp_path)
+    # peft's files tell nothing of the base's config: names and shapes alone speak.
+    edit_tensors(tmp_path, lambda t: None)
+    assert PeftModel.from_pretrained(llama(hidden_act="gelu"), tmp_path)
+
+
+def test_a_runs_folder_is_taken_for_the_adapter_in_it(tmp_path):
+    model = made(llama(), tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "recipe.yaml").write_text("")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "run")
+    assert torch.equal(run(again), run(model))
+    again.load_adapter(tmp_path / "run", "second")
+    assert PeftConfig.from_pretrained(tmp_path / "run") == PeftConfig.from_pretrained(tmp_path / "run" / "adapter")
+    made(llama(), tmp_path / "run", r=2)
+    assert PeftModel.from_pretrained(llama(), tmp_path / "run").peft_config["default"].r == 2
+    (tmp_path / "empty" / "adapter").mkdir(parents=True)
+    with pytest.raises(UsageError, match=f"empty holds no {WEIGHTS}; it holds 'adapter'"):
+        PeftModel.from_pretrained(llama(), tmp_path / "empty")
+
+
+# --- one call for base and adapter -----------------------------------------------------------------------------------
+
+
+def bert_reader():
+    torch.manual_seed(0)
+    return tf.BertForQuestionAnswering(tf.BertConfig(**ENCODER)).double().eval()
+
+
+BASES = [
+    (llama, "CAUSAL_LM", "AutoPeftModelForCausalLM"),
+    (bert_classifier, "SEQ_CLS", "AutoPeftModelForSequenceClassification"),
+    (bert_encoder, "FEATURE_EXTRACTION", "AutoPeftModelForFeatureExtraction"),
+    (bert_reader, "QUESTION_ANS", "AutoPeftModelForQuestionAnswering"),
+]
+
+
+def from_disk(make, folder):
+    base = make()
+    base.save_pretrained(folder)
+    return type(base).from_pretrained(folder, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("make", "task", "name"), BASES, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("told", [True, False], ids=["task", "class"])
+def test_the_adapter_tells_the_class_of_its_base(make, task, name, told, tmp_path):
+    base = from_disk(make, tmp_path / "base")
+    made(base, tmp_path / "adapter", **({"task_type": task} if told else {"target_modules": "all-linear"}))
+    for auto in (AutoPeftModel, getattr(slimtune, name)):
+        again = auto.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
+        assert isinstance(again, make().__class__)
+        assert isinstance(again, PeftModel)
+        mine = slimtune.get_peft_model_state_dict(again)
+        theirs = load_file(tmp_path / "adapter" / WEIGHTS)
+        assert all(torch.equal(mine[k], t) for k, t in theirs.items())
+    if told:
+        other = "AutoPeftModelForCausalLM" if task != "CAUSAL_LM" else "AutoPeftModelForSeq2SeqLM"
+        with pytest.raises(UsageError, match=f"is an adapter for {task}") as e:
+            getattr(slimtune, other).from_pretrained(tmp_path / "adapter")
+        assert name.replace("ForFeatureExtraction", "") in str(e.value)
+    else:
+        theirs = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
+        assert isinstance(theirs.get_base_model(), make().__class__)
+
+
+def test_an_adapter_that_tells_no_class_is_refused(tmp_path):
+    made(from_disk(llama, tmp_path / "base"), tmp_path / "adapter")
+    for mapping in (None, {"base_model_class": "system", "parent_library": "os"}):
+        edit_config(tmp_path / "adapter", auto_mapping=mapping)
+        with pytest.raises(AdapterError, match="tells neither its task nor a class of transformers"):
+            AutoPeftModel.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_base_by_slimtunes_own_name_is_told_what_knows_it(tmp_path):
+    made(from_disk(llama, tmp_path / "base"), tmp_path / "adapter", task_type="CAUSAL_LM")
+    edit_config(tmp_path / "adapter", base_model_name_or_path="smollm2-135m")
+    with pytest.raises(AdapterError, match="names the base 'smollm2-135m', which is no folder here") as e:
+        slimtune.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert "slimtune.load_run(" in str(e.value)
+
+
+# --- while an adapter is merged --------------------------------------------------------------------------------------
+
+
+def test_the_life_of_adapters_beside_a_merged_one(tmp_path):
+    model = made(llama(), tmp_path)
+    expected, base = run(model), run(llama())
+    model.merge_adapter()
+    merged = run(model)
+    model.add_adapter("other", LoraConfig(r=2, init_lora_weights=False))
+    model.load_adapter(tmp_path, "loaded")
+    model.rename_adapter("other", "another")
+    model.rename_adapter("default", "renamed")
+    assert torch.equal(run(model), merged)
+    for act in (lambda: model.delete_adapter("another"), lambda: model.set_adapter("another")):
+        with pytest.raises(UsageError, match="'renamed' is merged into the base"):
+            act()
+    with pytest.raises(UsageError, match="'renamed' is merged into the base"):
+        model.load_adapter(tmp_path, "renamed")
+    assert torch.equal(run(model), merged)
+    model.unmerge_adapter()
+    assert torch.equal(run(model), expected)
+    model.set_adapter("loaded")
+    assert torch.equal(run(model), expected)
+    model.delete_adapter("renamed")
+    assert list(model.peft_config) == ["another", "loaded"]
+    assert torch.equal(run(model.unload()), base)

@@ -1,0 +1,256 @@
+"""Which modules are adapted, name for name as peft chooses them; and what matches nothing is said."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from models_zoo import DECODER, ENCODER, VOCAB, bert_classifier, gpt2, llama, roberta_classifier, run, shake
+from torch import nn
+
+from slimtune import LoraConfig, get_peft_model
+from slimtune.adapters.architectures import DEFAULT_TARGETS
+from slimtune.adapters.targets import select_targets
+from slimtune.errors import ConfigError, TargetError
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 32}
+ARCHITECTURES = {
+    "llama": tf.LlamaConfig(**DECODER),
+    "qwen2": tf.Qwen2Config(**DECODER),
+    "qwen3": tf.Qwen3Config(**DECODER, head_dim=8),
+    "mistral": tf.MistralConfig(**DECODER),
+    "gemma2": tf.Gemma2Config(**DECODER, head_dim=8),
+    "gemma3_text": tf.Gemma3TextConfig(**DECODER, head_dim=8),
+    "phi": tf.PhiConfig(**DECODER),
+    "gpt2": tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32),
+    "gpt_neox": tf.GPTNeoXConfig(**SMALL, intermediate_size=24),
+    "bloom": tf.BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=32),
+    "opt": tf.OPTConfig(**SMALL, ffn_dim=24, word_embed_proj_dim=16),
+    "falcon": tf.FalconConfig(**SMALL),
+    "t5": tf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=32),
+    "bart": tf.BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                          decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, vocab_size=64),
+    "bert": tf.BertConfig(**ENCODER),
+    "roberta": tf.RobertaConfig(**ENCODER),
+}  # fmt: skip
+
+
+def build(config):
+    kind = tf.AutoModelForCausalLM if type(config) in tf.MODEL_FOR_CAUSAL_LM_MAPPING else tf.AutoModel
+    if config.is_encoder_decoder:
+        kind = tf.AutoModelForSeq2SeqLM
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def ours(model, **settings):
+    return set(select_targets(model, LoraConfig(**settings)).adapted)
+
+
+def theirs(model, **settings):
+    return set(peft.get_peft_model(model, peft.LoraConfig(**settings)).base_model.targeted_module_names)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_the_choice_per_architecture_is_pefts(kind, targets):
+    found = ours(build(ARCHITECTURES[kind]), target_modules=targets)
+    assert found
+    assert found == theirs(build(ARCHITECTURES[kind]), target_modules=targets)
+
+
+def test_the_table_of_defaults_is_pefts():
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+
+    shared = set(DEFAULT_TARGETS) & set(table)
+    assert {k: sorted(DEFAULT_TARGETS[k]) for k in shared} == {k: sorted(table[k]) for k in shared}
+    assert len(shared) > 25
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": {"q_proj"}},
+        {"target_modules": ["self_attn.q_proj"]},
+        {"target_modules": ["model.layers.0.mlp.up_proj"]},
+        {"target_modules": ["lm_head", "embed_tokens"]},
+        {"target_modules": r".*\.(up|down)_proj"},
+        {"target_modules": r"model\.layers\.1\..*_proj"},
+        {"target_modules": "All-Linear"},
+        {"target_modules": "all-linear", "exclude_modules": ["q_proj", "layers.0.mlp.up_proj"]},
+        {"target_modules": ["q_proj"], "exclude_modules": r".*layers\.0.*"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [2]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 0},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["layers", "h"]},
+    ],
+    ids=str,
+)
+def test_selection_is_pefts(settings):
+    assert ours(llama(layers=3), **settings) == theirs(llama(layers=3), **settings)
+
+
+def test_the_report_says_what_was_adapted_and_left():
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]))
+    report = model.match_report()
+    assert report.trained_whole == ("lm_head",)
+    assert "model.layers.0.self_attn.k_proj" in report.left
+    assert "adapted 4 modules (q_proj × 2, v_proj × 2); trained whole: 'lm_head'; left 11" in str(report)
+    assert str(get_peft_model(gpt2(), LoraConfig(bias="all")).match_report()).count("biases train") == 1
+
+
+class Pair(nn.Module):
+    """A layer that reads a Linear's weight past its forward, and one that is no map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.norm = nn.LayerNorm(8)
+        self.batch = nn.BatchNorm1d(8)
+        self.out = nn.Linear(8, 8)
+
+
+def moe():
+    sizes = {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    with torch.device("meta"):
+        return tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**sizes))
+
+
+FAULTS = [
+    (llama, {"target_modules": ["q_porj"]}, ["target_modules: 'q_porj' matches no module", "did you mean 'q_proj'",
+                                             "'up_proj'"]),
+    (llama, {"target_modules": ["q_proj", "c_attn"]}, ["target_modules: 'c_attn' matches no module"]),
+    (llama, {"target_modules": r".*\.nothing"}, ["target_modules='.*\\\\.nothing' matches no module"]),
+    (llama, {"target_modules": []}, ["matches no module"]),
+    (llama, {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, ["matches no module"]),
+    (llama, {"target_modules": ["q_proj"], "exclude_modules": ["k_porj"]}, ["exclude_modules: 'k_porj'", "'k_proj'"]),
+    (llama, {"target_modules": ["q_proj"], "layers_to_transform": [0, 7]}, ["layers_to_transform: '7'",
+                                                                           "layers 0 to 1"]),
+    (llama, {"target_modules": ["lm_head"], "layers_to_transform": [0]}, ["no numbered layers"]),
+    (llama, {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"}, ["matches no"]),
+    (llama, {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 4}}, ["rank_pattern: 'v_proj'", "'q_proj'"]),
+    (llama, {"target_modules": ["q_proj"], "alpha_pattern": {"q_porj": 4}}, ["alpha_pattern: 'q_porj'",
+                                                                            "did you mean 'q_proj'"]),
+    (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, ["modules_to_save: 'lm_haed'",
+                                                                            "did you mean 'lm_head'"]),
+    (llama, {"target_modules": ["input_layernorm"]}, ["LlamaRMSNorm", "lora cannot change"]),
+    (llama, {"target_modules": ["self_attn"]}, ["LlamaAttention", "name the linear modules inside it"]),
+    (Pair, {"target_modules": ["norm"]}, ["LayerNorm", "lora cannot change"]),
+    (Pair, {"target_modules": ["out_proj"]}, ["attention.out_proj lies in a torch MultiheadAttention"]),
+    (Pair, {"target_modules": ["out"], "modules_to_save": ["batch"]}, ["batch has buffers"]),
+    (Pair, {}, ["there is no default for 'Pair'", 'target_modules="all-linear"']),
+    (moe, {"target_modules": "all-linear"}, ["expert", "3-dimensional"]),
+    (lambda: build(ARCHITECTURES["opt"]), {"target_modules": ["embed_positions"]}, ["OPTLearnedPositionalEmbedding"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "settings", "said"), FAULTS, ids=lambda v: getattr(v, "__name__", str(v)[:60]))
+def test_what_matches_nothing_is_said(make, settings, said):
+    model = make()
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    with pytest.raises(TargetError) as fault:
+        get_peft_model(model, LoraConfig(**settings))
+    assert all(part in str(fault.value) for part in said), str(fault.value)
+    assert fault.value.exit_code == 2
+    assert isinstance(fault.value, ValueError)  # peft's class for the same fault
+    assert {n: type(m) for n, m in model.named_modules()} == kinds
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"r": 0}, "r is 0"),
+        ({"r": True}, "r is True"),
+        ({"r": 2.5}, "r is 2.5"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"bias": "some"}, "bias is 'some'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
+        ({"rank_pattern": {"q_proj": 0}}, "ranks of 1 and up"),
+        ({"task_type": "CAUSAL"}, "did you mean 'CAUSAL_LM'"),
+        ({"modules_to_save": "lm_head"}, "['lm_head']"),
+        ({"target_modules": "x", "layers_to_transform": [0]}, "layers_to_transform is [0]"),
+        ({"target_modules": ["x"], "layers_pattern": "h"}, "only beside layers_to_transform"),
+        ({"use_qalora": True}, "LoraConfig has no field 'use_qalora' (given True)"),
+        ({"lora_alhpa": 3}, "did you mean 'lora_alpha'"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "'target_parameters'"),
+    ],
+    ids=str,
+)
+def test_a_setting_out_of_range_is_said(settings, said):
+    with pytest.raises(ConfigError) as fault:
+        LoraConfig(**settings)
+    assert said in str(fault.value)
+    assert fault.value.exit_code == 2
+
+
+def test_pefts_fields_are_taken_at_their_defaults():
+    import dataclasses
+
+    for field in dataclasses.fields(peft.LoraConfig):
+        if field.name != "runtime_config":
+            LoraConfig(**{field.name: getattr(peft.LoraConfig(), field.name)})
+
+
+def test_a_plain_module():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.look = nn.Embedding(11, 8)
+            self.model = tf.pytorch_utils.Conv1D(6, 8)
+            self.end = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.end(torch.relu(self.model(self.look(x))))
+
+    torch.manual_seed(0)
+    net, x = Net().double(), torch.tensor([[1, 5, 10]])
+    before = net(x)
+    model = get_peft_model(net, LoraConfig(target_modules=["look", "model", "end"], r=2, bias="all"))
+    assert model is net
+    assert isinstance(model, Net)
+    assert torch.equal(model(x), before)
+    shake(model)
+    after = model(x)
+    assert (after - before).abs().max() > 1e-3
+    assert (model.merge_and_unload()(x) - after).abs().max() < 1e-12
+
+
+def test_heads_of_a_new_task_are_trained_whole():
+    model = get_peft_model(bert_classifier(), LoraConfig(task_type="SEQ_CLS"))
+    assert model.match_report().trained_whole == ("classifier",)
+    model = get_peft_model(roberta_classifier(), LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+    assert model.modules_to_save == {"classifier"}
+    assert not any(n.startswith("classifier") for n in model.match_report().adapted)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_transformers_own_lookups_go_on_working(kind):
+    plain, model = build(ARCHITECTURES[kind]), build(ARCHITECTURES[kind])
+    bare = dict(model.named_modules())
+    get_peft_model(model, LoraConfig())
+    assert model.base_model.model is model  # peft's idiom
+    for inner in [model, *(m for m in bare.values() if isinstance(m, tf.PreTrainedModel))]:
+        for lookup in ("get_decoder", "get_encoder", "get_input_embeddings", "get_output_embeddings"):
+            other = plain if inner is model else dict(plain.named_modules())[_name(bare, inner)]
+            try:
+                expected = getattr(other, lookup)()
+            except (AttributeError, NotImplementedError):
+                continue
+            found = getattr(inner, lookup)()
+            assert _name(dict(model.named_modules()), found) == _name(dict(plain.named_modules()), expected)
+    assert torch.device("meta") == model.device
+
+
+def _name(modules, wanted):
+    return next((n for n, m in modules.items() if m is wanted), None)
+
+
+def test_vocabulary_can_grow_around_an_adapter():
+    model = get_peft_model(llama(), LoraConfig())
+    model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
+    assert run(model).shape[-1] == VOCAB + 8

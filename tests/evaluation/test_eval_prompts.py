@@ -1,0 +1,64 @@
+"""Rows after the prompts of others: what is exchanged, what stays, and what it tells."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimtune.evaluation.prompt_dependence import prompt_dependence, shuffle_prompts
+from slimtune.train_step.loss import RowScore
+
+TOKENS = st.lists(st.integers(0, 4), min_size=1, max_size=4)
+
+
+def row(prompt: list[int], answer: list[int], line: int = 1) -> dict:
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "line": line}
+
+
+@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=12), st.integers(0, 9))
+def test_each_answer_stands_whole_after_a_prompt_of_another_row_that_differs(pairs, seed):
+    rows = [row(p, a, i) for i, (p, a) in enumerate(pairs)]
+    found = shuffle_prompts(rows, seed)
+    assert len(set(found.rows)) == len(found.rows) == len(found.examples)
+    for i, example in zip(found.rows, found.examples, strict=True):
+        prompt, answer = pairs[i]
+        ids, labels = example["input_ids"], example["labels"]
+        cut = len(ids) - len(answer)
+        assert ids[cut:] == labels[cut:] == answer
+        assert set(labels[:cut]) == {-100}
+        assert ids[:cut] != prompt
+        assert ids[:cut] in [p for p, _ in pairs]
+        assert len(ids) <= max(len(r["input_ids"]) for r in rows)
+        assert example["line"] == i
+    left = set(range(len(rows))) - set(found.rows)
+    longest = max(len(p) + len(a) for p, a in pairs)
+    for i in left:
+        assert all(q == pairs[i][0] or len(q) + len(pairs[i][1]) > longest for q, _ in pairs)
+
+
+def test_the_seed_decides_who_gets_whose_prompt_and_many_rows_are_drawn_from(monkeypatch):
+    rows = [row([i], [9, i % 3], i) for i in range(40)]
+    assert shuffle_prompts(rows, 1) == shuffle_prompts(rows, 1)
+    assert shuffle_prompts(rows, 1) != shuffle_prompts(rows, 2)
+    monkeypatch.setattr("slimtune.evaluation.prompt_dependence.MOST", 7)
+    assert len(shuffle_prompts(rows).rows) == 7
+
+
+def test_rows_that_all_ask_the_same_are_not_measured():
+    swapped = shuffle_prompts([row([1, 2], [3]), row([1, 2], [4])])
+    assert swapped.rows == []
+    assert prompt_dependence(swapped, [], [], lambda rows: pytest.fail("nothing is to be scored")) is None
+
+
+def test_use_is_what_another_prompt_costs_in_nats_a_token():
+    rows = [row([i], [9, 9], i) for i in range(8)]
+    swapped = shuffle_prompts(rows)
+    own = [RowScore(4.0, 0, 2)] * 8
+
+    def judge(examples):
+        return [RowScore(5.0, 0, 2)] * len(examples), [RowScore(7.0, 0, 2)] * len(examples)
+
+    found = prompt_dependence(swapped, own, own, judge)
+    assert (found["base"], found["tuned"], found["change"], found["rows"]) == (0.5, 1.5, 1.0, 8)
+    assert found["tuned_ci95"] == [1.5, 1.5]

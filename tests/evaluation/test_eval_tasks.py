@@ -1,0 +1,91 @@
+"""Tasks of lm-evaluation-harness: a task of one's own on local data, both sides; and what cannot be run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from hand_run import TALKS, make_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slimtune.adapters.model import PeftModel
+from slimtune.errors import ModelError, UsageError
+from slimtune.evaluation.evaluate import evaluate
+
+needs_harness = pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="the package lm-eval is not installed (make tasks)"
+)
+TASK = """
+task: which_one
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A task: of two answers, which belongs to the question."""
+    made = tmp_path / "tasks"
+    made.mkdir()
+    rows = [{"question": q, "choices": [a, TALKS[i - 1][1]], "answer": 0} for i, (q, a) in enumerate(TALKS)]
+    (made / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (made / "which_one.yaml").write_text(TASK.format(file=made / "rows.jsonl"))
+    return made
+
+
+@needs_harness
+def test_both_sides_get_the_score_of_the_likelier_answer(tmp_path, tiny_folder, folder):
+    run = make_run(tmp_path / "run", tiny_folder, size=0.4)
+    found = evaluate(run, tasks=["which_one"], tasks_path=folder)["tasks"]["which_one"]["acc"]
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
+
+    def share(model) -> float:
+        right = 0
+        for i, (q, a) in enumerate(TALKS):
+            ask = [{"role": "user", "content": q}]
+            start = tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
+            likelihoods = []
+            for answer in (a, TALKS[i - 1][1]):
+                ids = torch.tensor([tokenizer(start + answer, add_special_tokens=False)["input_ids"]])
+                with torch.no_grad():
+                    log_p = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+                likelihoods.append(log_p[-len(answer.encode()) :].sum().item())
+            right += likelihoods[0] > likelihoods[1]
+        return right / len(TALKS)
+
+    assert found["base"] == pytest.approx(share(model))
+    assert found["tuned"] == pytest.approx(share(PeftModel.from_pretrained(model, run / "adapter")))
+    assert found["base_stderr"] > 0
+    assert found["higher_is_better"] is True
+    kept = json.loads((run / "eval-test.json").read_text())
+    assert kept["tasks"]["which_one"]["acc"] == found
+
+
+@needs_harness
+def test_a_task_that_is_not_there_and_one_that_fails(tmp_path, tiny_folder, folder):
+    run = make_run(tmp_path / "run", tiny_folder)
+    with pytest.raises(UsageError, match=r"there is no task 'which_on'; did you mean 'which_one'\?"):
+        evaluate(run, tasks=["which_on"], tasks_path=folder)
+    with pytest.raises(UsageError, match="is no folder"):
+        evaluate(run, tasks=["which_one"], tasks_path=folder / "none")
+    assert not (run / "eval-test.json").exists()
+    (folder / "rows.jsonl").unlink()
+    with pytest.raises(ModelError, match="lm-eval could not run which_one"):
+        evaluate(run, tasks=["which_one"], tasks_path=folder)
+    assert json.loads((run / "eval-test.json").read_text())["tasks"] is None  # what was measured before stays
+
+
+def test_without_the_package_it_says_how_to_get_it(tmp_path, tiny_folder, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else real(name, *a))
+    with pytest.raises(ModelError, match="needs the package lm-eval") as caught:
+        evaluate(make_run(tmp_path / "run", tiny_folder), tasks=["which_one"])
+    assert caught.value.hint == "pip install 'slimtune[tasks]'"

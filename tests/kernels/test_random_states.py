@@ -1,0 +1,42 @@
+"""What dropout left out is drawn again, from the generator of the device that drew it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from slimtune.kernels.dropout import fork_rng, get_rng_state, preserve_rng_state
+
+CPU = torch.device("cpu")
+
+
+def test_the_same_is_drawn_again_and_nothing_else_changes():
+    state = get_rng_state(CPU)
+    first, second = torch.rand(5), torch.rand(5)
+    torch.set_rng_state(state)
+    torch.rand(5)
+    with fork_rng(state, CPU):
+        assert torch.equal(torch.rand(5), first)
+    assert torch.equal(torch.rand(5), second)
+
+
+def test_draws_that_leave_no_trace():
+    state = get_rng_state(CPU)
+    with preserve_rng_state(CPU):
+        torch.rand(5)
+    assert torch.equal(get_rng_state(CPU), state)
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps:0", "xpu:0"])
+def test_each_device_has_its_own_generator(name, monkeypatch):
+    device, log = torch.device(name), []
+    own = SimpleNamespace(
+        get_rng_state=lambda where: log.append(("get", where)) or "now",
+        set_rng_state=lambda state, where: log.append((state, where)),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda where: own)
+    with fork_rng("then", device):
+        assert log == [("get", device), ("then", device)]
+    assert log[2:] == [("now", device)]

@@ -1,0 +1,97 @@
+"""A method that changes with the steps (AdaLoRA) in a run: steps filled in, penalty on the loss, exact resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import recipe_of
+
+from slimtune.errors import SlimtuneError
+from slimtune.training import checkpoint
+from slimtune.training.callbacks import EvalSaveSchedule
+from slimtune.training.train import Interrupted, train
+from slimtune.training.trainer import SlimTrainer
+
+
+@pytest.fixture
+def adalora(settings):
+    return {**settings, "method": {"name": "adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2}}
+
+
+def written(folder: Path) -> tuple[dict, dict]:
+    adapter = folder / "adapter"
+    return load_file(adapter / "adapter_model.safetensors"), json.loads((adapter / "adapter_config.json").read_text())
+
+
+def test_a_run_fills_in_its_steps_and_ends_at_the_target(adalora, tmp_path):
+    data = {k: v for k, v in adalora["data"].items() if k != "validation"} | {"validation_fraction": 0}
+    train(recipe_of({**adalora, "data": data}))
+    tensors, config = written(Path(adalora["out"]))
+    assert config["total_step"] == 8
+    left = [sum(ranks) for ranks in config["rank_pattern"].values()]
+    assert sum(left) == 2 * len(left)
+    assert len(set(left)) > 1
+    assert [len(t) for k, t in sorted(tensors.items()) if k.endswith("lora_A")] == [
+        sum(ranks) for _, ranks in sorted(config["rank_pattern"].items())
+    ]
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(adalora, tmp_path, monkeypatch):
+    train(recipe_of({**adalora, "out": str(tmp_path / "whole")}))
+    begin = EvalSaveSchedule.on_step_begin
+
+    def interrupt(self, args, state, control, **more):
+        begin(self, args, state, control, **more)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", interrupt)
+    with pytest.raises(Interrupted):
+        train(recipe_of(adalora))
+    folder = Path(adalora["out"])
+    (newest,) = checkpoint.folders(folder / "checkpoints")
+    kept = load_file(newest / checkpoint.METHOD)
+    assert any(k.endswith(":left") and not t.all() for k, t in kept.items())
+    monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", begin)
+    train(recipe_of(adalora), resume=True)
+    (whole, config), (resumed, again) = written(tmp_path / "whole"), written(folder)
+    assert config["rank_pattern"] == again["rank_pattern"]
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_the_penalty_counts_once_a_step(adalora, tmp_path, monkeypatch):
+    """However many micro-batches a step has."""
+    seen = []
+    monkeypatch.setattr(SlimTrainer, "log", lambda self, logs, *_: seen.append(logs.get("loss")))
+    method = {**adalora["method"], "orth_reg_weight": 7.0}
+    plain = {**adalora, "method": method}
+    for name, train_settings in {
+        "one": {"batch_size": 6},
+        "many": {"batch_size": 2, "gradient_accumulation_steps": 3},
+    }.items():
+        train(recipe_of({**plain, "out": str(tmp_path / name)}, max_steps=4, logging_steps=1, **train_settings))
+    losses = [loss for loss in seen if loss is not None]
+    assert len(losses) == 8
+    assert losses[0] > 7
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
+
+
+def test_a_plain_method_leaves_no_file_of_its_own(settings):
+    train(recipe_of(settings, max_steps=2))
+    newest = checkpoint.folders(Path(settings["out"]) / "checkpoints")[-1]
+    assert not (newest / checkpoint.METHOD).exists()
+
+
+def test_a_setting_refused_late_leaves_the_folder_free(settings):
+    """AdaLoRA learns how long the run is when the run is ready to start."""
+    late = {**settings, "method": {"name": "adalora", "tfinal": 100}}
+    with pytest.raises(SlimtuneError, match="total_step"):
+        train(recipe_of(late))
+    assert not Path(settings["out"]).exists()

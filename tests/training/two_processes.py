@@ -1,0 +1,183 @@
+"""What `test_processes.py` runs in each of two processes over gloo; the first one writes what was found as JSON.
+
+RANK=0 WORLD_SIZE=2 … python two_processes.py CHECK SETTINGS.json OUT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
+
+from slimtune import LoraConfig, get_peft_model
+from slimtune.attention.packed_layout import packed_attention
+from slimtune.config import Recipe
+from slimtune.data.collator import Collator
+from slimtune.data.step_sharding import StepSharder
+from slimtune.methods import config_class
+from slimtune.models.loader import load_base
+from slimtune.train_step.loss import forward_backward
+from slimtune.training.fsdp import apply_fsdp
+from slimtune.training.train import train
+from slimtune.utils import distributed
+
+METHODS = {
+    "lora": {"r": 4},
+    "lora, DoRA": {"r": 4, "use_dora": True},
+    "hira": {},
+    "oft": {},
+    "ia3": {},
+    "bottleneck": {},
+    "prefix_tuning": {"num_virtual_tokens": 3},
+    "lora on the head": {"r": 2, "modules_to_save": ["lm_head"]},
+}
+
+
+def rows_of_step(n: int) -> list[dict[str, Any]]:
+    start = [(5 * i) % 250 for i in range(9)]
+    rows = [[*start, *((7 * i * i + 3 + 11 * r) % 250 for i in range(3 + 4 * r))] for r in range(n)]
+    return [{"input_ids": row, "labels": [-100] * 4 + row[4:]} for row in rows]
+
+
+def gradients(name: str, base: str, rows: int, *, divide: bool | None, checkpointing: bool) -> dict[str, torch.Tensor]:
+    """Return a step's gradients by parameter's name, all processes' summed; `divide` None: of this process alone."""
+    model: Any = load_base(base, dtype="float32", device="cpu").model
+    torch.manual_seed(0)
+    config = config_class(name.split()[0].strip(","))(task_type="CAUSAL_LM", **METHODS[name])
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.05 * torch.randn_like(p))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    n, hand = (distributed.world_size(), distributed.rank()) if divide is not None else (1, 0)
+    if divide:
+        apply_fsdp(model, init_device_mesh("cpu", (n,)), torch.device("cpu"))
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        parts = sum(p.to_local().numel() for p in frozen if isinstance(p, DTensor))
+        assert 2 * parts == sum(p.numel() for p in frozen if isinstance(p, DTensor)) > 0
+    collator = Collator(0, layout=True, room=30)
+    share = StepSharder(collator, 32, n, hand)(rows_of_step(rows))
+    how = {"targets": share["targets"], "weights": share["weights"], "penalized": hand == 0}
+    with packed_attention(model.train()):
+        for _ in range(2):  # what the first pass left must not trouble the second
+            model.zero_grad()
+            forward_backward(model, share["packs"], lambda loss: loss.backward(), **how)
+    if n > 1:
+        distributed.sum_gradients(p for p in model.parameters() if p.requires_grad)
+    return {k: p.grad for k, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def check_gradients(settings: dict[str, Any]) -> dict[str, float]:
+    distributed.init_distributed()
+    found = {}
+    for name in METHODS:
+        for rows in (7, 1):  # one row: the other process has none
+            one = gradients(name, settings["model"]["name"], rows, divide=None, checkpointing=False)
+            for divide in (False, True):
+                for checkpointing in (False, True) if rows == 7 else (False,):
+                    how = {"divide": divide, "checkpointing": checkpointing}
+                    both = gradients(name, settings["model"]["name"], rows, **how)
+                    assert both.keys() == one.keys()
+                    apart = max(((both[k] - g).norm() / g.norm().clamp_min(1e-8)).item() for k, g in one.items())
+                    found[f"{name}, {rows} rows, {how}"] = apart
+    return found
+
+
+def check_runs(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train whole, divided, and stopped half way to be gone on with by one process."""
+    distributed.init_distributed()
+    out = Path(settings["out"])
+    found = {}
+    for name, more in settings.pop("runs").items():
+        recipe = Recipe.from_dict({**settings, "train": {**settings["train"], **more["train"]}, "out": str(out / name)})
+        found[name] = train(recipe, resume=more.get("resume", False))
+    return found
+
+
+def own_trainer(base: str, out: str, rows: int) -> dict[str, Any]:
+    """Train by transformers' own Trainer, which wraps the model in DDP, with so many rows a process."""
+    torch.manual_seed(3)
+    model = get_peft_model(load_base(base, dtype="float32", device="cpu").model, LoraConfig(r=4, task_type="CAUSAL_LM"))
+    args = TrainingArguments(
+        out,
+        max_steps=10,
+        per_device_train_batch_size=rows,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+        data_seed=3,
+        dataloader_pin_memory=False,
+    )
+
+    def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        size = max(len(e["input_ids"]) for e in examples)
+        fill = {"input_ids": 0, "labels": -100}
+        return {k: torch.tensor([e[k] + [v] * (size - len(e[k])) for e in examples]) for k, v in fill.items()}
+
+    trainer = Trainer(model, args, train_dataset=rows_of_step(24), data_collator=padded)
+    trainer.train()
+    if trainer.is_world_process_zero():
+        model.save_pretrained(out)
+    wrapped = type(trainer.model_wrapped).__name__
+    return {"losses": [h["loss"] for h in trainer.state.log_history if "loss" in h], "wrapped": wrapped}
+
+
+def check_own_trainer(settings: dict[str, Any]) -> dict[str, Any]:
+    return own_trainer(settings["model"]["name"], settings["out"], 3)
+
+
+def check_faults(settings: dict[str, Any]) -> dict[str, Any]:
+    """Meet a fault in one process, a fault in all, and what is agreed on."""
+    distributed.init_distributed()
+    from slimtune.errors import DataError, UsageError
+
+    def fails(kind, ranks):
+        def work():
+            if distributed.rank() in ranks:
+                raise kind("message", "expected", "hint")
+            return 1
+
+        return work
+
+    found = {}
+    for name, how, ranks in (
+        ("the second's", distributed.run_on_all_ranks, [1]),
+        ("all's", distributed.run_on_all_ranks, [0, 1]),
+        ("the first's", distributed.run_on_main, [0]),
+    ):
+        try:
+            how(fails(UsageError if name == "all's" else DataError, ranks))
+        except (DataError, UsageError) as e:
+            found[name] = [type(e).__name__, e.message, e.expected, e.hint, e.exit_code]
+    faults = distributed.all_gather_object(found)
+    assert faults[0].keys() == faults[1].keys()
+    some, none, half = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
+    some.grad = torch.full((2, 3), 1.0 + distributed.rank())
+    if distributed.rank() == 1:
+        half.grad = torch.ones(2, 3)
+    distributed.sum_gradients([some, none, half])
+    found["sums"] = [some.grad.tolist(), none.grad, half.grad.tolist()]
+    found["stays"] = distributed.run_on_main(lambda: distributed.rank())
+    return found
+
+
+if __name__ == "__main__":
+    checks, given, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    settings = json.loads(Path(given).read_text())
+    result = {check: globals()[f"check_{check}"](settings) for check in checks.split(",")}
+    if distributed.is_main_process():
+        Path(out).write_text(json.dumps(result))
+    distributed.shutdown()
