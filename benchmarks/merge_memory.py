@@ -78,7 +78,7 @@ def make(base: Path, path: Path, layers: int) -> None:
     }
     run = RunDir.create(path, Recipe.from_dict(recipe))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    adapted = get_peft_model(model, run.recipe().method_config())
+    adapted = get_peft_model(model, run.load_recipe().method_config())
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if parameter.requires_grad and "lora_B" in name:

@@ -1,13 +1,13 @@
-"""A run folder: what one run writes, by name.
+"""The folder of one run: the names of its files, and how they are written and read.
 
-    recipe.yaml     the recipe, resolved         train.log     what was said
-    plan.json       the plan, and what the longest pass took
-    data.json       what `slimtune data` reports on the training and the validation file
-    adapter/        the best adapter             report.html   all of it on one page
-    checkpoints/    to resume from               result.json   what `slimtune train --json` printed
-    metrics.jsonl   one JSON object a line       tensorboard/  its event files, with train.report_to
+    recipe.yaml     the resolved recipe              train.log          log messages of the training
+    plan.json       the plan and the memory probe    report.html        everything on one page
+    data.json       `slimtune data` on its rows      result.json        what `slimtune train --json` printed
+    adapter/        the best adapter                 eval-<name>.json   what `slimtune eval --json` printed
+    checkpoints/    to resume from                   scores-<name>.json losses of each evaluated row
+    metrics.jsonl   one JSON object per line         tensorboard/       event files, with train.report_to
 
-A file is written beside its place and moved there when it is whole, so a reader never meets half of one.
+Files are written under a temporary name and then renamed, so a reader never sees half a file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,14 +24,89 @@ from .config import Recipe, load_recipe
 from .errors import RunError, UsageError, format_names, nearest
 from .utils.files import translate_disk_full, write_atomic
 
-__all__ = ["RunDir", "to_json", "write_atomic"]
+__all__ = ["Evaluation", "RunDir", "RunResults", "read_json", "to_json", "write_atomic", "write_json"]
 
 ADAPTER_FILE = "adapter_model.safetensors"
+RENAMED_KEYS = {
+    "gain": "loss_reduction",
+    "gain_ci95": "loss_reduction_ci95",
+    "better": "improved",
+    "prompt_use": "prompt_dependence",
+    "ships": "export_formats",
+    "adapted": "target_summary",
+    "rows_read": "data_report",
+}
+"""Keys of result.json and eval-*.json as earlier releases wrote them, and what they are called now."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One `eval-<name>.json`.
+
+    Args:
+        name: "test", "validation", or "data-" and the name of the evaluated file.
+        values: what `slimtune eval --json` printed.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file in the run folder."""
+        return f"eval-{self.name}.json"
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What the files of a run contain. A part whose file does not exist is empty.
+
+    Args:
+        recipe: the resolved recipe; None where there is no run.
+        result: what `slimtune train --json` printed.
+        plan: the plan.
+        probe: the memory that the longest micro-batch took.
+        data: the data reports of "train" and "validation".
+        metrics: the lines of metrics.jsonl.
+        evaluations: test rows first, validation rows last, the newest of the others first.
+        errors: one message for each file that cannot be read.
+    """
+
+    recipe: Recipe | None = None
+    result: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    probe: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    @property
+    def held_out(self) -> Evaluation | None:
+        """The first complete evaluation on rows that were not trained on."""
+        needed = {"base_loss", "tuned_loss", "loss_reduction", "loss_reduction_ci95", "rows"}
+        trained_on = str(self.recipe.data.train) if self.recipe is not None else None
+        for e in self.evaluations:
+            # Validation rows split off the training file carry its name, although they were not trained on.
+            seen = e.values.get("data") == trained_on and e.values.get("split") != "validation"
+            if needed <= set(e.values) and not seen:
+                return e
+        return None
+
+
+class _Entry:
+    """Attribute of RunDir: the path of a file or folder in it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunDir, owner: type) -> Path:
+        return run.path / self.name
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """One run's folder.
+    """The folder of one run.
 
     Args:
         path: the folder.
@@ -39,122 +114,85 @@ class RunDir:
 
     path: Path
 
-    @property
-    def recipe_file(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.yaml"
+    recipe_file = _Entry("recipe.yaml")
+    plan_file = _Entry("plan.json")
+    data_file = _Entry("data.json")
+    metrics_file = _Entry("metrics.jsonl")
+    log_file = _Entry("train.log")
+    result_file = _Entry("result.json")
+    report_file = _Entry("report.html")
+    adapter = _Entry("adapter")
+    checkpoints = _Entry("checkpoints")
+    tensorboard = _Entry("tensorboard")
 
-    @property
-    def adapter(self) -> Path:
-        """The folder of the best adapter."""
-        return self.path / "adapter"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints to resume from."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics_file(self) -> Path:
-        """One JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log_file(self) -> Path:
-        """What was said while training."""
-        return self.path / "train.log"
-
-    @property
-    def report_file(self) -> Path:
-        """The report for people."""
-        return self.path / "report.html"
-
-    @property
-    def tensorboard(self) -> Path:
-        """The folder of TensorBoard's event files, where the recipe asks for them."""
-        return self.path / "tensorboard"
-
-    @property
-    def plan_file(self) -> Path:
-        """The plan, and what the longest pass really took."""
-        return self.path / "plan.json"
-
-    @property
-    def data_file(self) -> Path:
-        """The reports on the training and the validation file."""
-        return self.path / "data.json"
-
-    @property
-    def result_file(self) -> Path:
-        """What `slimtune train --json` printed."""
-        return self.path / "result.json"
-
-    def evaluation(self, name: str) -> Path:
-        """What `slimtune eval` found on rows of that name: "test", "validation", or "data-" and a file's."""
+    def evaluation_file(self, name: str) -> Path:
+        """Return the file of an evaluation: "test", "validation", or "data-" and the name of the evaluated file."""
         return self.path / f"eval-{name}.json"
 
-    def scores(self, name: str) -> Path:
-        """What each of those rows took."""
+    def scores_file(self, name: str) -> Path:
+        """Return the file with the losses of each row of an evaluation."""
         return self.path / f"scores-{name}.json"
 
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe) -> Self:
-        """Make a new run folder and write the recipe into it.
+        """Create a run folder and write the recipe into it.
 
         Raises:
-            UsageError: something lies at the path already, or the folder cannot be made there.
+            UsageError: the folder is not empty, or cannot be created.
             RunError: the disk is full.
         """
-        run = cls.new(path)
+        run = cls.require_free(path)
         try:
             with translate_disk_full(run.path):
                 run.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise UsageError(
-                f"{run.path} cannot be made: {e.strerror}", "a writable place", "give another --out"
+                f"{run.path} cannot be created: {e.strerror}", "a writable place", "give another --out"
             ) from e
         write_atomic(run.recipe_file, recipe.to_yaml())
         return run
 
     @classmethod
-    def new(cls, path: str | Path) -> Self:
-        """Return the run folder to be made at the path; nothing is written yet.
+    def require_free(cls, path: str | Path) -> Self:
+        """Return the run folder that can be created at `path`; writes nothing.
 
         Raises:
-            UsageError: a file, another run or other files lie there.
+            UsageError: a file, another run, or other files exist there.
         """
         run = cls(Path(path))
         if run.path.exists() and not run.path.is_dir():
             raise UsageError(f"{run.path} is a file", "a folder that does not exist yet", "give another --out")
-        if run.path.is_dir() and (held := sorted(p.name for p in run.path.iterdir())):
-            is_run = run.recipe_file.name in held
+        if run.path.is_dir() and (names := sorted(p.name for p in run.path.iterdir())):
+            is_run = run.recipe_file.name in names
             raise UsageError(
-                f"{run.path} already holds {'another run' if is_run else 'files'}: {format_names(held)}",
+                f"{run.path} already contains {'another run' if is_run else 'files'}: {format_names(names)}",
                 "a folder that is empty or does not exist yet",
-                f"{'go on with that run: --resume; or ' if is_run else ''}give another --out",
+                f"{'continue that run with --resume, or ' if is_run else ''}give another --out",
             )
         return run
 
     @classmethod
-    def open(cls, path: str | Path, adapter: bool = True) -> Self:
-        """Return the run folder that lies at the path.
+    def open(cls, path: str | Path, require_adapter: bool = True) -> Self:
+        """Return the run folder at `path`.
 
         Args:
             path: the folder.
-            adapter: whether it has to hold a trained adapter already.
+            require_adapter: whether it must contain a trained adapter already.
 
         Raises:
-            UsageError: there is no such folder (the nearest name beside it is given), or it is no run folder.
+            UsageError: there is no such folder (the error gives the nearest name), or it is not a run folder.
             RunError: the run has no adapter yet.
         """
         run = cls(Path(path))
         if not run.path.is_dir():
-            beside = [p.name for p in run.path.parent.iterdir() if p.is_dir()] if run.path.parent.is_dir() else []
-            raise UsageError(f"there is no run folder {str(run.path)!r}{nearest(run.path.name, beside)}")
+            siblings = [p.name for p in run.path.parent.iterdir() if p.is_dir()] if run.path.parent.is_dir() else []
+            raise UsageError(f"there is no run folder {str(run.path)!r}{nearest(run.path.name, siblings)}")
         if not run.recipe_file.is_file():
-            held = format_names(sorted(p.name for p in run.path.iterdir()))
-            raise UsageError(f"{run.path} is no run folder: it holds {held or 'nothing'}", "a folder with recipe.yaml")
-        if adapter and not (run.adapter / ADAPTER_FILE).is_file():
+            names = format_names(sorted(p.name for p in run.path.iterdir()))
+            raise UsageError(
+                f"{run.path} is not a run folder: it contains {names or 'nothing'}", "a folder with recipe.yaml"
+            )
+        if require_adapter and not (run.adapter / ADAPTER_FILE).is_file():
             raise RunError(
                 f"the run in {run.path} has no adapter yet",
                 f"{run.adapter / ADAPTER_FILE}",
@@ -162,69 +200,132 @@ class RunDir:
             )
         return run
 
-    def recipe(self) -> Recipe:
-        """Return the recipe the run was made from, `out` being where the folder lies now.
+    def load_recipe(self) -> Recipe:
+        """Return the recipe of the run, with `out` set to where the folder is now.
 
         Raises:
             UsageError: there is none.
-            RecipeError: it holds faults.
+            RecipeError: it has errors.
         """
         return load_recipe(self.recipe_file, {"out": str(self.path)})
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Append one JSON line to the metrics; what a killed run left of its last line goes first.
+        """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished.
 
         Raises:
             RunError: the disk is full.
         """
         line = to_json(values).encode() + b"\n"
         with translate_disk_full(self.metrics_file, len(line)), open(self.metrics_file, "ab+") as f:
-            if f.seek(0, os.SEEK_END) and not _ends_whole(self.metrics_file):
-                f.truncate(_whole_length(self.metrics_file))
+            if f.seek(0, os.SEEK_END):
+                f.seek(-1, os.SEEK_END)
+                if f.read(1) != b"\n":
+                    f.truncate(self.metrics_file.read_bytes().rfind(b"\n") + 1)
             f.write(line)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics, oldest first; a last line without its end is what a killed run left, and is no metric.
+    def load_metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics, oldest first. A last line without its line end is what a killed run left; it is ignored.
 
         Raises:
-            RunError: a line is not JSON; its number and text are given.
+            RunError: a line is not JSON; the error gives its number and text.
         """
         if not self.metrics_file.is_file():
             return []
-        found = []
-        text = self.metrics_file.read_bytes()[: _whole_length(self.metrics_file)].decode("utf-8", "replace")
-        for number, line in enumerate(text.splitlines(), 1):
+        metrics = []
+        content = self.metrics_file.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1].decode("utf-8", "replace").splitlines()
+        for number, line in enumerate(lines, 1):
             try:
-                found.append(json.loads(line))
+                metrics.append(json.loads(line))
             except json.JSONDecodeError as e:
                 raise RunError(
                     f"{self.metrics_file}, line {number} is not JSON ({e.msg}): {line[:80]!r}",
-                    "one JSON object a line",
-                    "take the line out",
+                    "one JSON object per line",
+                    "delete the line",
                 ) from None
-        return found
+        return metrics
+
+    def load_results(self, strict: bool = True) -> RunResults:
+        """Read all results of the run.
+
+        Args:
+            strict: raise at the first damaged file; False: leave it out and put the message into `errors`.
+
+        Raises:
+            UsageError: there is no recipe.
+            RecipeError: the recipe has errors.
+            RunError: a file is damaged.
+        """
+        errors: list[str] = []
+
+        def load(read: Any, empty: Any) -> Any:
+            try:
+                return read()
+            except RunError as e:
+                if strict:
+                    raise
+                errors.append(e.message)
+                return empty
+
+        def load_json(file: Path) -> dict[str, Any]:
+            values = load(lambda: read_json(file), {}) if file.is_file() else {}
+            return {RENAMED_KEYS.get(k, k): v for k, v in values.items()}
+
+        def position(file: Path) -> tuple[int, float, str]:
+            return {"eval-test": 0, "eval-validation": 2}.get(file.stem, 1), -file.stat().st_mtime, file.name
+
+        plan = load_json(self.plan_file)
+        evaluations = [
+            Evaluation(file.stem.removeprefix("eval-"), values)
+            for file in sorted(self.path.glob("eval-*.json"), key=position)
+            if "base_loss" in (values := load_json(file))
+        ]
+        return RunResults(
+            recipe=self.load_recipe(),
+            result=load_json(self.result_file),
+            plan=plan.get("plan") or {},
+            probe=plan.get("probe") or {},
+            data=load_json(self.data_file),
+            metrics=load(self.load_metrics, []),
+            evaluations=evaluations,
+            errors=errors,
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        RunError: the file is damaged, or contains something else.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise RunError(f"{file} is damaged: {e}", "a JSON object", "delete the file, or create it again") from None
+    if not isinstance(values, dict):
+        raise RunError(
+            f"{file} is damaged: it contains a {type(values).__name__}",
+            "a JSON object",
+            "delete the file, or create it again",
+        )
+    return values
+
+
+def write_json(file: Path, values: Any, indent: int | None = 2) -> None:
+    """Write values as JSON; the file is replaced atomically. Arguments and errors as `to_json` and `write_atomic`."""
+    write_atomic(file, to_json(values, indent) + "\n")
 
 
 def to_json(values: Any, indent: int | None = None) -> str:
-    """Return JSON of plain values, mappings, lists and paths; a number that is not finite becomes null."""
-    return json.dumps(_plain(values), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
+    """Return JSON of plain values, mappings, lists, paths and scalar tensors; NaN and Inf become null."""
+    return json.dumps(_to_plain(values), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
 
 
-def _ends_whole(file: Path) -> bool:
-    with open(file, "rb") as f:
-        f.seek(-1, os.SEEK_END)
-        return f.read(1) == b"\n"
-
-
-def _whole_length(file: Path) -> int:
-    return file.read_bytes().rfind(b"\n") + 1
-
-
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
+        return [_to_plain(v) for v in value]
     if hasattr(value, "item") and not isinstance(value, str | int | float):
         value = value.item()  # a scalar of numpy or torch
     return None if isinstance(value, float) and not math.isfinite(value) else value

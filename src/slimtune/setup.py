@@ -354,7 +354,7 @@ def load_run(
         AdapterError: the adapter names no base, or does not fit it.
     """
     folder = find_adapter_folder(path)
-    recipe = RunDir.open(path).recipe() if folder != Path(path) else None
+    recipe = RunDir.open(path).load_recipe() if folder != Path(path) else None
     config = PeftConfig.from_pretrained(folder)
     if recipe is not None:
         said = {"dtype": dtype, "device": device, "quantization": quantization}

@@ -100,7 +100,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, here: list[str]) -> list[str]:
         (folder / "result.json").write_text(json.dumps(result))
         (folder / "eval-test.json").write_text(json.dumps(measured))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-        RunDir(folder).scores("test").write_text(json.dumps(rows))
+        RunDir(folder).scores_file("test").write_text(json.dumps(rows))
 
     monkeypatch.setattr(worker, "run", made_up)
     return here

@@ -114,7 +114,7 @@ def test_resumed_with_states_in_8_bits_it_is_the_same_run(settings, tmp_path):
     expected = load_file(run.adapter / "adapter_model.safetensors")
     shutil.rmtree(run.checkpoints / "checkpoint-6")
     shutil.rmtree(run.adapter)
-    train(run.recipe(), resume=True)
+    train(run.load_recipe(), resume=True)
     again = load_file(run.adapter / "adapter_model.safetensors")
     assert all(torch.equal(again[n], t) for n, t in expected.items())
 

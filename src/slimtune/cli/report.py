@@ -24,7 +24,7 @@ def report_run(
     from ..reporting import write_report
     from ..run_dir import RunDir
 
-    file = write_report(RunDir.open(run, adapter=False), out)
+    file = write_report(RunDir.open(run, require_adapter=False), out)
     if not as_json:
         console().print(str(file), markup=False)
     return {"run": str(run), "report": str(file)}

@@ -125,7 +125,7 @@ def train_run(
     settings = load_recipe(recipe, overrides)
     settings.require_files()
     if not resume:
-        RunDir.new(settings.out)  # refused at once, not after the base is loaded
+        RunDir.require_free(settings.out)  # refused at once, not after the base is loaded
 
     from ..training.train import train
     from ..utils import distributed

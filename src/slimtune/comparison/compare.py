@@ -150,7 +150,7 @@ def _run(grid: Grid, say: Say) -> list[dict[str, Any]]:
             failed.append({"method": entry.label, "seed": seed, "why": ended.fault})
             continue
         done = RunDir(folder)
-        result, measured = (json.loads(f.read_text()) for f in (done.result_file, done.evaluation("test")))
+        result, measured = (json.loads(f.read_text()) for f in (done.result_file, done.evaluation_file("test")))
         say(
             f"{name}: gain {measured['loss_reduction']:.4f} ({result['trained_tokens']} tokens, "
             f"{format_bytes(result['peak_bytes'])}, {format_duration(ended.seconds)})"

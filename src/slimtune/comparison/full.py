@@ -120,7 +120,7 @@ def train_full(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     start = checkpoint.newest_sound(run.checkpoints, watch.say) if resume else None
     if start is not None:
         trainer.take_room(start)
-        kept = [m for m in run.metrics() if m.get("step", 0) <= checkpoint.step_of(start)]
+        kept = [m for m in run.load_metrics() if m.get("step", 0) <= checkpoint.step_of(start)]
         write_atomic(run.metrics_file, "".join(to_json(m) + "\n" for m in kept))
     prepared = time.perf_counter() - began
     with stop_on_interrupt(pace, watch), translate_disk_full(run.path), packed_attention(model):
@@ -189,8 +189,8 @@ def evaluate_full(recipe: Recipe) -> dict[str, Any]:
         {"line": e["line"], "tokens": n, "base": b, "tuned": u}
         for e, (b, n), (u, _) in zip(examples, base, tuned, strict=True)
     ]
-    write_atomic(run.evaluation("test"), to_json(result, indent=2) + "\n")
-    write_atomic(run.scores("test"), to_json(each) + "\n")
+    write_atomic(run.evaluation_file("test"), to_json(result, indent=2) + "\n")
+    write_atomic(run.scores_file("test"), to_json(each) + "\n")
     return result
 
 

@@ -123,7 +123,7 @@ class Grid:
 
     def done(self, entry: Candidate, seed: int) -> bool:
         """Return whether a cell was trained and measured."""
-        return RunDir(self.cell(entry, seed)).scores("test").is_file()  # what is written last
+        return RunDir(self.cell(entry, seed)).scores_file("test").is_file()  # what is written last
 
     def identity(self) -> dict[str, Any]:
         """Return what must not change where a comparison goes on."""

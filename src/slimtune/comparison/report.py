@@ -118,8 +118,8 @@ def _line(grid: Grid, entry: Candidate, seeds: Sequence[int]) -> dict[str, Any]:
     for seed in seeds:
         run = RunDir(grid.cell(entry, seed))
         results.append(json.loads(run.result_file.read_text()))
-        measured.append(json.loads(run.evaluation("test").read_text()))
-        rows.append(json.loads(run.scores("test").read_text()))
+        measured.append(json.loads(run.evaluation_file("test").read_text()))
+        rows.append(json.loads(run.scores_file("test").read_text()))
     tokens = [r["tokens"] for r in rows[0]]
     gains = [m["loss_reduction"] for m in measured]
     gain: Estimate = estimate([[r["base"] - r["tuned"] for r in each] for each in rows], tokens)

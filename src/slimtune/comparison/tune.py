@@ -99,7 +99,7 @@ def _try(grid: Grid, entry: Candidate, trial: optuna.Trial, folder: Path) -> flo
 
     def stop() -> bool:
         nonlocal seen
-        found = [m for m in run.metrics() if "validation_loss" in m]
+        found = [m for m in run.load_metrics() if "validation_loss" in m]
         for m in found[seen:]:
             seen += 1
             if m["step"] >= steps:
@@ -116,7 +116,7 @@ def _try(grid: Grid, entry: Candidate, trial: optuna.Trial, folder: Path) -> flo
         raise RunError(f"the trial of {entry.label} at the rate {rate:.2e} failed: {ended.fault}")
     # Where it ran to its end between two looks, it is judged by the same rule.
     early = ended.stopped or stop()
-    losses = [m["validation_loss"] for m in run.metrics() if m.get("validation_loss") is not None]
+    losses = [m["validation_loss"] for m in run.load_metrics() if m.get("validation_loss") is not None]
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     shutil.rmtree(out / "model", ignore_errors=True)
     return None if early or not losses else min(losses)

@@ -29,7 +29,7 @@ def measured_on(folder: RunDir | None, run: Path, split: str, data: Path | None)
             "rows that it was not trained on",
             "--data FILE",
         )
-    settings = folder.recipe().data
+    settings = folder.load_recipe().data
     path = settings.test if split == "test" else settings.validation
     if path is None and split == "validation" and settings.validation_fraction > 0:
         return None

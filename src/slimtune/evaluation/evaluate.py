@@ -85,7 +85,7 @@ def evaluate(
     path = measured_on(folder, run, split, data)
     if path is not None:
         # A fault of the file is said before the model is loaded.
-        deque(open_rows_from_recipe(folder.recipe() if folder else None, path).rows(), maxlen=0)
+        deque(open_rows_from_recipe(folder.load_recipe() if folder else None, path).rows(), maxlen=0)
     pieces = [] if general is None else read_pieces(general)
     loaded = load_run(run)
     recipe, tokenizer = recipe_for(loaded, run, path), loaded.base.tokenizer
@@ -153,8 +153,8 @@ def evaluate(
         result["seconds"] = round(time.perf_counter() - began, 3)
         if folder is not None:
             name = split if data is None else f"data-{data.stem}"
-            write_atomic(folder.evaluation(name), to_json(result, indent=2) + "\n")
-            write_atomic(folder.scores(name), to_json(each) + "\n")
+            write_atomic(folder.evaluation_file(name), to_json(result, indent=2) + "\n")
+            write_atomic(folder.scores_file(name), to_json(each) + "\n")
             write_report(folder)
 
     keep()  # what is measured by now stays, should answers or tasks fail

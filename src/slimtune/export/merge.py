@@ -121,7 +121,7 @@ def _as_trained(run: Path, out: Path) -> Iterator[TrainedModel]:
     There a large base is first written in that dtype beside `out`, for as long as it is needed.
     """
     kind = _trained_dtype(run)
-    recipe = RunDir.open(run).recipe() if find_adapter_folder(run) != run else None
+    recipe = RunDir.open(run).load_recipe() if find_adapter_folder(run) != run else None
     stored = None
     if recipe is not None:
         m = recipe.model

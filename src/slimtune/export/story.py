@@ -44,8 +44,8 @@ def load_run_results(folder: Path | None) -> RunResults:
     """
     if folder is None:
         return RunResults()
-    run = RunDir.open(folder, adapter=False)
-    recipe, result = run.recipe(), _read(run.result_file)
+    run = RunDir.open(folder, require_adapter=False)
+    recipe, result = run.load_recipe(), _read(run.result_file)
     evaluation, told_by = _best(run.path, str(recipe.data.train))
     if not told_by and result.get("validation_loss") is not None:
         told_by = run.result_file.name

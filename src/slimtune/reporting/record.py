@@ -73,13 +73,13 @@ def load_record(run: RunDir) -> Record:
         if "base_loss" in (values := _read(f, faults))
     ]
     try:
-        metrics = run.metrics()
+        metrics = run.load_metrics()
     except RunError as e:
         metrics = []
         faults.append(e.message)
     return Record(
         run.path,
-        run.recipe(),
+        run.load_recipe(),
         _read(run.result_file, faults),
         _inner(planned, "plan"),
         _inner(planned, "probe"),

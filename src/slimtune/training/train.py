@@ -227,8 +227,8 @@ def _begin(recipe: Recipe, run: RunDir, model: Any, rows: Datasets, continue_fro
 
 def _open(recipe: Recipe) -> RunDir:
     """Open the run to resume; a recipe that changed since is refused, since the steps would not line up."""
-    run = RunDir.open(recipe.out, adapter=False)
-    then, now = run.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+    run = RunDir.open(recipe.out, require_adapter=False)
+    then, now = run.load_recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
     changed = [k for k in then if k != "out" and then[k] != now.get(k)]
     if changed:
         parts = [
@@ -405,7 +405,7 @@ def _resume_from(run: RunDir, start: Path | None, watch: ProgressLogger) -> None
     """Say where the run goes on, and take back the metrics of steps that will be done again."""
     step = checkpoint.step_of(start) if start else 0
     watch.say(f"resuming at step {step}" if start else "there is no checkpoint yet: starting from the beginning")
-    kept = [m for m in run.metrics() if m.get("step", 0) <= step]
+    kept = [m for m in run.load_metrics() if m.get("step", 0) <= step]
     write_atomic(run.metrics_file, "".join(to_json(m) + "\n" for m in kept))
 
 
@@ -492,7 +492,7 @@ def _finish(
         "adapter_bytes": (run.adapter / ADAPTER_FILE).stat().st_size,
         "trainable_params": trained,
         "total_params": every,
-        "out_of_memory": sum(m.get("event") == EVENT for m in run.metrics()),
+        "out_of_memory": sum(m.get("event") == EVENT for m in run.load_metrics()),
         "finished": datetime.now(UTC).isoformat(" ", "seconds"),
         "adapted": str(model.match_report()),
         "data_report": {

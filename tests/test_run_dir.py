@@ -1,0 +1,189 @@
+"""The run folder refuses to overwrite anything, opens what exists, and never leaves half a file."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+
+import pytest
+import torch
+
+from slimtune.config import Recipe
+from slimtune.errors import RunError, UsageError
+from slimtune.run_dir import RunDir, read_json, to_json, write_atomic, write_json
+
+RECIPE = Recipe.from_dict({"model": "m", "data": "/d.jsonl", "out": "runs/x"})
+EVALUATION = {
+    "data": "/test.jsonl", "rows": 3, "base_loss": 4.5, "tuned_loss": 3.7, "loss_reduction": 0.8,
+    "loss_reduction_ci95": [0.7, 0.9],
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    return RunDir.create(tmp_path / "runs/x", RECIPE)
+
+
+def test_a_new_run_contains_its_recipe(run):
+    assert [p.name for p in run.path.iterdir()] == ["recipe.yaml"]
+    assert run.load_recipe() == RECIPE.model_copy(update={"out": run.path})
+
+
+def test_an_empty_folder_is_accepted(tmp_path):
+    assert RunDir.create(tmp_path, RECIPE).recipe_file.is_file()
+
+
+def test_a_folder_with_another_run_is_refused(run):
+    before = run.recipe_file.read_bytes()
+    with pytest.raises(UsageError, match=r"another run: 'recipe.yaml'") as e:
+        RunDir.create(run.path, RECIPE)
+    assert "--resume" in e.value.hint
+    assert run.recipe_file.read_bytes() == before
+
+
+def test_a_folder_with_files_is_refused(tmp_path):
+    (tmp_path / "letter.txt").touch()
+    with pytest.raises(UsageError, match=r"contains files: 'letter.txt'") as e:
+        RunDir.create(tmp_path, RECIPE)
+    assert "--resume" not in e.value.hint
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        RunDir.create(tmp_path / "x", RECIPE)
+    with pytest.raises(UsageError, match="cannot be created"):
+        RunDir.create(tmp_path / "x/y", RECIPE)
+
+
+def test_opening_a_missing_folder_names_the_nearest(run, tmp_path):
+    with pytest.raises(UsageError, match=r"did you mean 'x'") as e:
+        RunDir.open(run.path.parent / "xx")
+    assert e.value.exit_code == 2
+    with pytest.raises(UsageError, match=r"not a run folder: it contains 'runs'"):
+        RunDir.open(tmp_path)
+
+
+def test_opening_a_run_without_an_adapter_says_how_to_finish(run):
+    with pytest.raises(RunError, match="has no adapter yet") as e:
+        RunDir.open(run.path)
+    assert f"slimtune train {run.recipe_file} --resume" in e.value.hint
+    assert RunDir.open(run.path, require_adapter=False) == run
+    run.adapter.mkdir()
+    (run.adapter / "adapter_model.safetensors").touch()
+    assert RunDir.open(run.path) == run
+
+
+def test_metrics_are_lines_of_json(run):
+    assert run.load_metrics() == []
+    run.append_metrics({"step": 1, "loss": 2.5})
+    run.append_metrics({"step": 2, "loss": math.nan, "note": "ö"})
+    assert run.load_metrics() == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": None, "note": "ö"}]
+
+
+def test_an_unfinished_last_line_is_ignored_and_removed_before_the_next(run):
+    run.append_metrics({"step": 1})
+    with open(run.metrics_file, "a") as f:
+        f.write('{"step": 2, "lo')
+    assert run.load_metrics() == [{"step": 1}]
+    run.append_metrics({"step": 2})
+    assert run.load_metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_faulty_line_is_named(run):
+    run.metrics_file.write_text('{"step": 1}\n{step}\n{"step": 3}\n')
+    with pytest.raises(RunError, match=r"metrics.jsonl, line 2 is not JSON .*'\{step\}'"):
+        run.load_metrics()
+
+
+def test_results_of_a_bare_run_are_empty(run):
+    found = run.load_results()
+    assert found.recipe is not None
+    assert (found.result, found.plan, found.metrics, found.evaluations) == ({}, {}, [], [])
+
+
+def test_results_contain_every_file(run):
+    write_json(run.plan_file, {"plan": {"method": "lora"}, "probe": {"bytes": 3}})
+    write_json(run.data_file, {"train": {"rows": 9}})
+    write_json(run.result_file, {"steps": 4})
+    run.append_metrics({"step": 1})
+    write_json(run.evaluation_file("test"), EVALUATION)
+    found = run.load_results()
+    assert (found.plan, found.probe) == ({"method": "lora"}, {"bytes": 3})
+    assert (found.data, found.result) == ({"train": {"rows": 9}}, {"steps": 4})
+    assert found.metrics == [{"step": 1}]
+    assert found.evaluations[0].values == EVALUATION
+
+
+def test_keys_of_earlier_releases_are_read(run):
+    write_json(run.result_file, {"ships": {"merged": True}, "rows_read": {"train": {}}, "adapted": "all"})
+    old = {k.replace("loss_reduction", "gain"): v for k, v in EVALUATION.items()}
+    write_json(run.evaluation_file("test"), old | {"better": True})
+    found = run.load_results()
+    assert found.result == {"export_formats": {"merged": True}, "data_report": {"train": {}}, "target_summary": "all"}
+    assert found.evaluations[0].values == EVALUATION | {"improved": True}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"validation": {}}, "validation"),
+        ({"validation": {}, "data-x": {}}, "data-x"),
+        ({"data-x": {}, "test": {}}, "test"),
+        ({"data-x": {"data": "/d.jsonl"}}, None),
+        ({"validation": {"data": "/d.jsonl", "split": "validation"}}, "validation"),
+    ],
+)
+def test_the_held_out_result_was_not_trained_on(run, files, expected):
+    for name, values in files.items():
+        write_json(run.evaluation_file(name), EVALUATION | values)
+    write_json(run.evaluation_file("data-incomplete"), {"base_loss": 1.0})
+    found = run.load_results().held_out
+    assert (found and found.name) == expected
+
+
+@pytest.mark.parametrize("text", ['{"steps": 4', "[1]", ""])
+def test_a_damaged_file_is_one_error(run, text):
+    write_json(run.plan_file, {"plan": {"method": "lora"}})
+    run.result_file.write_text(text)
+    with pytest.raises(RunError, match=r"result\.json is damaged") as e:
+        run.load_results()
+    found = run.load_results(strict=False)
+    assert found.errors == [e.value.message]
+    assert found.plan == {"method": "lora"}
+
+
+def test_an_atomic_write_leaves_only_the_file(tmp_path):
+    write_atomic(tmp_path / "a", "text ö")
+    write_atomic(tmp_path / "a", b"bytes")
+    assert (tmp_path / "a").read_bytes() == b"bytes"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, code):
+    write_atomic(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(code, "full")))
+    with pytest.raises(RunError, match="the disk is full") as e:
+        write_atomic(tmp_path / "a", "n" * 2048)
+    assert "2.0 KiB" in str(e.value)
+    assert (tmp_path / "a").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_while_appending(run):
+    run.metrics_file.symlink_to("/dev/full")
+    with pytest.raises(RunError, match="the disk is full"):
+        run.append_metrics({"step": 1})
+
+
+def test_json_of_scalar_tensors_and_paths(tmp_path):
+    text = to_json({"a": torch.tensor(1.5), "b": tmp_path, "c": (1, math.inf), "d": {1: True}})
+    assert json.loads(text) == {"a": 1.5, "b": str(tmp_path), "c": [1, None], "d": {"1": True}}
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert read_json(tmp_path / "x.json") == {"a": 1}
