@@ -1,7 +1,7 @@
-"""What every method's config has: PEFT's common fields, PEFT's JSON form, and strictness about what it is given.
+"""The fields and methods every method's config has: PEFT's common fields and JSON form.
 
-A config is a dataclass with PEFT's field names and defaults, so that a changed import changes no result. A field that
-PEFT has and we have not is ignored at PEFT's default and refused by name at any other value.
+A config is a dataclass with PEFT's field names and defaults, so that existing PEFT code gives the same result. A field
+that PEFT has and this library lacks is ignored at PEFT's default and refused by name at any other value.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,6 +22,7 @@ from ..peft_compat import register_as_peft_subclass
 from ..utils.files import write_atomic
 from .architectures import DEFAULT_TARGETS, model_type
 from .base import AdapterModule, Site, SiteKind
+from .config_fields import check_fields, setting
 from .patterns import get_pattern_value
 from .registry import config_class
 
@@ -39,89 +40,82 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class _Strict(type):
-    """Checks the keyword arguments of a config, then lets peft's `isinstance` know it."""
+class _ConfigMeta(type):
+    """Checks a config's keyword arguments; makes it an instance of `peft.PeftConfig` where peft is installed."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-        at_default = getattr(cls, "unsupported_peft_fields", {})
+        unsupported = getattr(cls, "unsupported_peft_fields", {})
         for name in [k for k in kwargs if k not in known]:
             value = kwargs.pop(name)
-            if name == "peft_type" or (name in at_default and value == at_default[name]):
+            if name == "peft_type" or (name in unsupported and value == unsupported[name]):
                 continue
+            full_name = getattr(cls, "short_names", {}).get(name)
             raise ConfigError(
                 f"{cls.__name__} has no field {name!r} (given {value!r}){nearest(name, known)}",
                 f"fields: {format_names(sorted(known), 40)}",
-                f"it is called {cls.short_names[name]} here"  # type: ignore[attr-defined]
-                if name in getattr(cls, "short_names", {})
+                f"its name is {full_name} here"
+                if full_name
                 else "leave the field out, or train this adapter with the library that has it",
             )
         return type.__call__(register_as_peft_subclass(cls, "PeftConfig"), *args, **kwargs)
 
 
 @dataclass
-class PeftConfig(metaclass=_Strict):
+class PeftConfig(metaclass=_ConfigMeta):
     """The fields all methods share.
 
-    Args:
-        task_type: what the model is tuned for; see `TaskType`. None leaves the model as it is.
-        base_model_name_or_path: name or path of the base, filled in when attached.
-        revision: revision of the base on the Hub.
-        inference_mode: attach frozen.
-        auto_mapping: PEFT's note of the base's class, for bases that are not transformers models.
-        peft_version: version of the library that wrote the file.
+    A method's own config declares its fields with `setting`, which holds help and range; `check` adds the rules that
+    involve several fields.
     """
 
     name: ClassVar[str] = ""
     """The method's name: the name of its file."""
     unsupported_peft_fields: ClassVar[dict[str, Any]] = {}
-    """PEFT's fields that we have not, with PEFT's defaults: taken at the default, refused at any other value."""
+    """PEFT's fields that this library lacks, with PEFT's defaults: accepted at the default, refused at other values."""
     recipe_defaults: ClassVar[dict[str, Any]] = {}
-    """What recipes and the command line start from where the class keeps PEFT's default; callables get the settings."""
+    """Defaults of recipes and the command line that differ from PEFT's; a callable gets the other settings."""
     short_names: ClassVar[dict[str, str]] = {}
-    """Names for recipes and flags: `{"rank": "r"}`."""
+    """Short names for recipes and flags: `{"rank": "r"}`."""
     learning_rate: ClassVar[float] = 2e-4
-    """The learning rate recipes start from."""
+    """The default learning rate of recipes."""
     kinds: ClassVar[tuple[SiteKind, ...]] = ("linear",)
     """The kinds of site the method can change."""
     mergeable: ClassVar[bool] = True
-    """Whether its deltas define `merge_into`: then it ships as a merged model, too."""
+    """Whether its adapter modules define `merge_into`, so that it can be exported as a merged model."""
     ships_as_lora: ClassVar[bool] = False
-    """Whether its files are what vLLM and llama.cpp read as a LoRA."""
+    """Whether vLLM and llama.cpp read its files as a LoRA."""
     extension_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that PEFT's config of the method has not: left out of the file where they are at their default."""
+    """Fields that PEFT's config of the method lacks: left out of the file at their default."""
     training_written_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that training writes: two adapters of the same settings differ in them."""
+    """Fields that training writes: two adapters with the same settings may differ in them."""
 
-    task_type: str | TaskType | None = field(default=None, kw_only=True)
-    base_model_name_or_path: str | None = field(default=None, kw_only=True)
-    revision: str | None = field(default=None, kw_only=True)
-    inference_mode: bool = field(default=False, kw_only=True)
-    auto_mapping: dict | None = field(default=None, kw_only=True)
-    peft_version: str | None = field(default=None, kw_only=True)
+    task_type: str | TaskType | None = setting(
+        None, "what the model is tuned for; None leaves the model as it is", choices=tuple(TaskType), kw_only=True
+    )
+    base_model_name_or_path: str | None = dataclasses.field(default=None, kw_only=True)
+    revision: str | None = dataclasses.field(default=None, kw_only=True)
+    inference_mode: bool = setting(False, "attach the adapter frozen", kw_only=True)
+    auto_mapping: dict | None = dataclasses.field(default=None, kw_only=True)
+    peft_version: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_fields(self, _declaring_class(type(self)))
         if self.task_type is not None:
-            if self.task_type not in list(TaskType):
-                raise ConfigError(
-                    f"task_type is {self.task_type!r}{nearest(self.task_type, TaskType)}",
-                    f"one of {format_names(TaskType)}",
-                )
             self.task_type = str(TaskType(self.task_type))
         self.check()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By the class that has a name in its module: the one joined with peft's has none.
-        plain = next(c for c in type(self).__mro__ if "_joined" not in vars(c))
-        return _again, (plain, dict(vars(self)))
+        # The class that its module knows by name: pickle cannot find the one registered with peft.
+        return _restore, (_declaring_class(type(self)), dict(vars(self)))
 
     def check(self) -> None:
-        """Raise ConfigError where a field is out of its range. A method extends this."""
+        """Raise ConfigError where fields do not fit one another. A method extends this."""
 
-    def require(self, right: bool, name: str, wanted: str) -> None:
-        """Raise ConfigError that says what field `name` holds and what it should."""
-        if not right:
-            raise ConfigError(f"{name} is {getattr(self, name)!r}", wanted)
+    def require(self, condition: bool, name: str, expected: str) -> None:
+        """Raise a ConfigError about field `name` unless the condition holds."""
+        if not condition:
+            raise ConfigError(f"{name} is {getattr(self, name)!r}", expected)
 
     def require_whole(self, name: str, least: int | None = 1, *, none: bool = False) -> None:
         """Require a whole number, `least` and up (None: any); with `none` None will do, too."""
@@ -159,7 +153,7 @@ class PeftConfig(metaclass=_Strict):
         """Whether the method is PEFT's LLaMA-Adapter."""
         return False
 
-    # --- what a method adds: it defines `build`, and of the others what it needs -------------------------------------
+    # --- what a method adds: it defines `build`, and those of the others that it needs ------------------------------
 
     def infer_from_model(self, model: nn.Module) -> None:
         """Fill in, when attached, the fields that say how large the model is."""
@@ -270,30 +264,38 @@ def _is_whole(value: Any, least: int | None) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
-def _again(cls: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
-    made = object.__new__(register_as_peft_subclass(cls, "PeftConfig"))
-    made.__dict__.update(values)
-    return made
+def _declaring_class(cls: type) -> type:
+    """Return the config class itself for the subclass that is registered with peft."""
+    return next(c for c in cls.__mro__ if "_joined" not in vars(c))
+
+
+def _restore(cls: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
+    config = object.__new__(register_as_peft_subclass(cls, "PeftConfig"))
+    config.__dict__.update(values)
+    return config
 
 
 @dataclass
 class TargetedConfig(PeftConfig):
-    """The fields of methods that change chosen layers.
+    """The fields of methods that change chosen layers."""
 
-    Args:
-        target_modules: names or dotted suffixes of modules, a regular expression for the full name (a string), or
-            `"all-linear"`: every linear map except the output head. None: what PEFT selects for the architecture.
-        exclude_modules: names, suffixes or a regular expression taken out again.
-        layers_to_transform: index or indexes, from 0, of the layers to change; None: all.
-        layers_pattern: name of the list the layers are in, where there are several numbered lists.
-        modules_to_save: modules trained whole beside the adapter (a new head), saved with it.
-    """
-
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
+    target_modules: list[str] | str | None = setting(
+        None,
+        'names or dotted suffixes of modules, a regular expression for the full name (a string), or "all-linear": '
+        "every linear layer except the output head; None: PEFT's choice for the architecture",
+    )
+    exclude_modules: list[str] | str | None = setting(
+        None, "names, suffixes or a regular expression of modules to leave out of target_modules"
+    )
+    layers_to_transform: list[int] | int | None = setting(
+        None, "index or indexes, from 0, of the layers to change; None: all", ge=0
+    )
+    layers_pattern: list[str] | str | None = setting(
+        None, "name of the list that holds the layers, where a model has several numbered lists"
+    )
+    modules_to_save: list[str] | None = setting(
+        None, "modules trained in full beside the adapter (a new head) and saved with it"
+    )
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return PEFT's choice for the model's architecture, None where it has none."""
@@ -305,55 +307,39 @@ class TargetedConfig(PeftConfig):
         return DEFAULT_TARGETS
 
     def check(self) -> None:
-        """Check the targets' types; a set becomes a sorted list."""
+        """Check that the fields that choose layers fit one another."""
         super().check()
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, name)
-            if isinstance(value, set | tuple):
-                setattr(self, name, sorted(value))
-            elif isinstance(value, str) and name == "modules_to_save":
-                raise ConfigError(f"modules_to_save is the string {value!r}", "a list of names", f"[{value!r}]")
-        strings = isinstance(self.target_modules, str)
+        regex = isinstance(self.target_modules, str)
         self.require(
-            not (strings and self.layers_to_transform is not None),
+            not (regex and self.layers_to_transform is not None),
             "layers_to_transform",
-            "None where target_modules is a pattern: put the layer numbers into the pattern",
+            "None where target_modules is a regular expression: put the layer numbers into it",
         )
         self.require(
-            not (strings and self.layers_pattern is not None),
+            not (regex and self.layers_pattern is not None),
             "layers_pattern",
-            "None where target_modules is a pattern",
+            "None where target_modules is a regular expression",
         )
         self.require(
             not (self.layers_pattern and self.layers_to_transform is None),
             "layers_pattern",
-            "only beside layers_to_transform",
+            "None unless layers_to_transform is given",
         )
 
 
 @dataclass
 class PatternedConfig(TargetedConfig):
-    """The fields of methods with a rank `r` and an alpha that single layers may have their own of.
-
-    Args:
-        rank_pattern: name or pattern of a layer → its own rank; ranks, 1 and up.
-        alpha_pattern: name or pattern of a layer → its own alpha, above 0.
-    """
+    """The fields of methods with a rank `r` and an alpha that can differ by layer."""
 
     alpha_name: ClassVar[str] = "alpha"
-    """The field that holds alpha where no pattern says another."""
+    """The field that holds the alpha of layers that no pattern matches."""
 
-    rank_pattern: dict[str, int] = field(default_factory=dict, kw_only=True)
-    alpha_pattern: dict[str, float] = field(default_factory=dict, kw_only=True)
-
-    def check(self) -> None:
-        """Check the ranks and alphas; PEFT's files may hold null for none."""
-        super().check()
-        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
-        self.require_whole("r")
-        self.require_ranks("rank_pattern")
-        self.require_above_zero(self.alpha_name)
-        self.require_above_zero("alpha_pattern")
+    rank_pattern: dict[str, int] = setting(
+        default_factory=dict, help="rank of single layers, by their name or pattern", ge=1, kw_only=True
+    )
+    alpha_pattern: dict[str, float] = setting(
+        default_factory=dict, help="alpha of single layers, by their name or pattern", gt=0, kw_only=True
+    )
 
     @property
     def patterns(self) -> dict[str, dict]:
@@ -361,11 +347,11 @@ class PatternedConfig(TargetedConfig):
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
     def rank_of(self, name: str) -> int:
-        """Return a layer's own rank."""
+        """Return a layer's rank."""
         return get_pattern_value(self.rank_pattern, name, getattr(self, "r"))  # noqa: B009 (a method's own field)
 
     def alpha_of(self, name: str) -> float:
-        """Return a layer's own alpha."""
+        """Return a layer's alpha."""
         return get_pattern_value(self.alpha_pattern, name, getattr(self, self.alpha_name))
 
 

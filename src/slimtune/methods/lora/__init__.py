@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from ...adapters.base import AdapterModule, Site, SiteKind
 from ...adapters.config import PatternedConfig
-from ...errors import ConfigError
+from ...adapters.config_fields import setting
+from ...errors import ConfigError, format_names, nearest
 from ..trainable_tokens.places import Place, places, row_numbers
 from ..trainable_tokens.rows import token_delta
 from . import eva, starts
@@ -36,31 +37,7 @@ __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig"]
 
 @dataclass
 class LoraConfig(PatternedConfig):
-    """LoRA: low-rank matrices beside frozen linear maps; PEFT's field names and defaults.
-
-    Args:
-        r: rank, 1 and up; typically 4 to 64.
-        lora_alpha: scale numerator, above 0; the update is scaled by lora_alpha / r.
-        lora_dropout: probability in [0, 1) of dropping an input of A while training.
-        fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
-        bias: which biases of the base train too: "none", "lora_only" (of adapted layers) or "all".
-        use_rslora: scale by lora_alpha / √r instead.
-        init_lora_weights: True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; "pissa",
-            "pissa_niter_N" (N rounds, 0 and up) or "olora": the main parts of the base's weight; "orthogonal": random
-            with B A = 0, for even ranks; "mica": fixed B from the weight's smallest parts, zero A; "eva": zero B, and A
-            by `initialize_lora_eva_weights`; "loftq": in recipes and files, else start one by
-            `replace_lora_weights_loftq`; False: both random, for tests. An embedding has zero A and normal B with each
-            of them but "mica" and False.
-        use_dora: let the rows of the adapted weight have a trained length of their own (DoRA).
-        lora_bias: give B a trained bias; with init_lora_weights True or False, without DoRA.
-        trainable_token_indices: numbers of tokens whose rows of the input embedding train, too; or a dictionary: name
-            of an embedding → numbers. Heads that are tied to it follow.
-        eva_config: settings of "eva", an `EvaConfig`; None: its defaults.
-        loftq_config: PEFT's note of how a "loftq" adapter was made; only beside it.
-        lr_ratio: B's learning rate over A's, above 0 (LoRA+); typically 1 to 16. Ours alone.
-        freeze_a: train B alone; then of a layer's input only A x, r wide, is kept (LoRA-FA). Not at embeddings, whose A
-            starts at zero. Ours alone.
-    """
+    """LoRA: low-rank matrices beside frozen linear layers; PEFT's field names and defaults."""
 
     name: ClassVar[str] = "lora"
     alpha_name: ClassVar[str] = "lora_alpha"
@@ -99,30 +76,55 @@ class LoraConfig(PatternedConfig):
         "target_modules": "all-linear",
     }
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool = False
-    init_lora_weights: bool | str = True
-    use_dora: bool = False
-    lora_bias: bool = False
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    eva_config: EvaConfig | dict | None = None
-    loftq_config: dict[str, Any] = field(default_factory=dict)
-    lr_ratio: float = 1
-    freeze_a: bool = False
+    r: int = setting(8, "rank of the update; typically 4 to 64", ge=1)
+    lora_alpha: float = setting(8, "scale numerator: the update is scaled by lora_alpha / r", gt=0)
+    lora_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
+    fan_in_fan_out: bool = setting(
+        False, "the base stores its weights as (in, out); set automatically for GPT-2's Conv1D"
+    )
+    bias: Literal["none", "all", "lora_only"] = setting(
+        "none", 'which biases of the base train too; "lora_only": those of adapted layers'
+    )
+    use_rslora: bool = setting(False, "scale the update by lora_alpha / √r instead")
+    init_lora_weights: bool | str = setting(
+        True,
+        'how A and B start. True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; "pissa", '
+        '"pissa_niter_N" (N rounds, at least 0) or "olora": the largest parts of the base weight; "orthogonal": random '
+        'with B A = 0, for even ranks; "mica": fixed B from the smallest parts of the weight, zero A; "eva": zero B, '
+        'and A by initialize_lora_eva_weights; "loftq": in recipes and files, else by replace_lora_weights_loftq; '
+        "False: both random, for tests. An embedding starts with zero A and normal B, except with mica and False",
+    )
+    use_dora: bool = setting(False, "also train the length of each row of the adapted weight (DoRA)")
+    lora_bias: bool = setting(
+        False, "give B a trained bias; only with init_lora_weights True or False, and without DoRA"
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
+        None,
+        "ids of tokens whose rows of the input embedding train too, or such lists by the name of an embedding; output "
+        "heads tied to it follow",
+        ge=0,
+    )
+    eva_config: EvaConfig | dict | None = setting(None, 'settings of "eva", an EvaConfig; None: its defaults')
+    loftq_config: dict[str, Any] = setting(
+        default_factory=dict, help='record of how a "loftq" adapter was made; only with init_lora_weights="loftq"'
+    )
+    lr_ratio: float = setting(1, "learning rate of B over that of A (LoRA+), typically 1 to 16; slimtune only", gt=0)
+    freeze_a: bool = setting(
+        False,
+        "train B alone, so that of a layer's input only A x (r wide) is kept (LoRA-FA); not for embeddings, whose A "
+        "starts at zero; slimtune only",
+    )
 
     def check(self) -> None:
-        """Check ranges: ranks of 1 and up, dropout in [0, 1), a known bias and start, and what excludes what."""
+        """Check the initialisation and which options exclude one another."""
         super().check()
-        self.require_share("lora_dropout")
-        self.require(self.bias in ("none", "all", "lora_only"), "bias", "'none', 'all' or 'lora_only'")
-        self.require_above_zero("lr_ratio")
         init = self.init_lora_weights
-        wanted = f"True, False, 'pissa_niter_N' or one of {', '.join(map(repr, starts.NAMED))}"
-        self.require(starts.is_known(init), "init_lora_weights", wanted)
+        named = [*starts.NAMED, "pissa_niter_N"]
+        self.require(
+            starts.is_known(init),
+            "init_lora_weights",
+            f"True, False or one of {format_names(named)}{nearest(str(init), named)}",
+        )
         odd = [r for r in self.rank_pattern.values() if r % 2]
         self.require(init != "orthogonal" or self.r % 2 == 0, "r", "even with init_lora_weights='orthogonal'")
         self.require(init != "orthogonal" or not odd, "rank_pattern", "even with init_lora_weights='orthogonal'")
