@@ -19,8 +19,9 @@ from typing import Any, Literal, get_args
 from ..errors import RunError, UsageError, format_names, nearest
 from ..run_dir import ADAPTER_FILE
 from ..setup import TrainedModel
+from ..utils.files import atomic_folder
 from . import gguf, in_few_bits, verify_formats
-from .folder import read_note, require_free, whole_folder, write_note
+from .folder import read_note, require_free, write_note
 from .gguf_model import PRECISIONS, quantized, quantizer
 from .ollama import write_ollama
 from .verify import Trained, Verdict
@@ -110,7 +111,7 @@ def export(
     if not wish.merged:
         in_few_bits.require_own_base(loaded, run)
     need = _need(loaded, wish)
-    with whole_folder(out, need) as folder:
+    with atomic_folder(out, need) as folder:
         say(f"writing {out}")
         facts = _vllm(run, folder, out, wish) if to == "vllm" else _gguf(loaded, run, folder, out, wish)
         if to == "ollama":

@@ -5,19 +5,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, format_names
 from ..run_dir import to_json
-from ..utils.files import fsync_folder, fsync_tree, translate_disk_full
 
 NOTE = "slimtune_export.json"
 
@@ -36,33 +30,6 @@ def require_free(out: Path) -> None:
             "a folder that is empty or does not exist yet",
             "give another --out",
         )
-
-
-@contextmanager
-def whole_folder(out: Path, need: int) -> Iterator[Path]:
-    """Give a folder to write into that becomes `out` when the block ends well, and is gone when it does not.
-
-    Args:
-        out: where it will lie; missing parents are made.
-        need: bytes that will be written, about.
-
-    Raises:
-        RunError: the disk is full.
-    """
-    place = out.resolve()
-    with translate_disk_full(place, need):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(place.parent).free < need:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        folder = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-        try:
-            yield folder
-            fsync_tree(folder)
-            os.replace(folder, place)
-            fsync_folder(place.parent)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
 
 
 def write_note(folder: Path, kind: str, run: Path, facts: Mapping[str, Any]) -> None:

@@ -33,9 +33,9 @@ from ..models.loader import load_base, load_config
 from ..models.quantization import remove_quantization, stored_quantization
 from ..run_dir import ADAPTER_FILE, RunDir
 from ..setup import TrainedModel, find_adapter_folder, load_run
-from ..utils.files import translate_disk_full
+from ..utils.files import atomic_folder, translate_disk_full
 from . import proof
-from .folder import require_free, whole_folder, write_note
+from .folder import require_free, write_note
 from .model_card import card
 from .rounding import rounding_for
 from .weights import Weights
@@ -94,7 +94,7 @@ def _write(loaded: TrainedModel, run: Path, out: Path, store: torch.dtype) -> di
         remove_quantization(model)
     with _refusals(run):
         weights = Weights(model, store, rounding=rounding)
-    with whole_folder(out, weights.bytes) as folder:
+    with atomic_folder(out, weights.bytes) as folder:
         _write_settings(model, folder, store)
         tokenizer.save_pretrained(folder)
         with _refusals(run):

@@ -58,6 +58,33 @@ def fsync_tree(folder: Path) -> None:
 
 
 @contextmanager
+def atomic_folder(path: Path, needed: int = 0) -> Iterator[Path]:
+    """Give a temporary folder that becomes `path` if the block ends without an error, and is deleted otherwise.
+
+    Args:
+        path: it does not exist yet, or is an empty folder; missing parents are made.
+        needed: bytes that will be written, roughly.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    target = path.resolve()
+    with translate_disk_full(target, needed):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(target.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield folder
+            fsync_tree(folder)
+            os.replace(folder, target)
+            fsync_folder(target.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
 def translate_disk_full(
     path: Path, needed: int | None = None, fix: str = "give a folder on another disk"
 ) -> Iterator[None]:
