@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.attention import packed_layout, tree_attention
+from slimtune.attention import packed_attention, packed_layout
 from slimtune.data.collator import Collator
 from slimtune.kernels.cross_entropy import chunked_cross_entropy
 from slimtune.kernels.lora_linear import low_rank_linear
@@ -142,7 +142,7 @@ def models(device: torch.device) -> Iterator[tuple[str, float, float]]:
     want = alone(model)
     with counted() as calls:
         yield "packed = rows alone", apart(laid(model, share=False), want), LIMIT
-    if device.type == "cuda" and tree_attention._has_kernels(next(model.parameters()).device):
+    if device.type == "cuda" and packed_attention._has_kernels(next(model.parameters()).device):
         yield "its layers that flex attention did not compute", SHAPE["num_hidden_layers"] - len(calls), 0.5
     yield "packed, beginnings shared = rows alone", apart(laid(model), want), LIMIT
     with by_segment():
@@ -221,10 +221,10 @@ def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
         shapes = ((1, 6, tree.total, size), *[(1, 2, tree.total + 3, size)] * 2)
         full = [torch.randn(*s, device=device).to(dtype).float().requires_grad_() for s in shapes]
         thin = [t.detach().to(dtype).requires_grad_() for t in full]
-        if not tree_attention.flex_attention_supported(*thin[:2]):
+        if not packed_attention.flex_attention_supported(*thin[:2]):
             continue
-        mask = tree_attention.tree_mask(tree.lengths, tree.parents, tree.positions(), 3, None, device)
-        got = tree_attention.tree_attention(*thin, mask, None)
+        mask = packed_attention.tree_mask(tree.lengths, tree.parents, tree.positions(), 3, None, device)
+        got = packed_attention.tree_attention(*thin, mask, None)
         want = F.scaled_dot_product_attention(*full, seen, enable_gqa=True)
         weights = torch.randn_like(want).to(dtype)
         a = {"out": got, **dict(zip("qkv", torch.autograd.grad(got, thin, weights), strict=True))}

@@ -23,7 +23,7 @@ from .data.store import Examples
 from .data.validation.report import DatasetReport
 from .data.workers import cpu_count
 from .errors import AdapterError, UsageError
-from .kernels.adamw_8bit import adamw_8bit
+from .kernels.adamw import adamw_8bit
 from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.loader import Base, load_base, load_tokenizer, weights_folder
 from .models.quantization import dequantize_model, require_bitsandbytes
@@ -160,7 +160,7 @@ def attach_adapter(
             config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias is no place a tokenizer lies in
         model = get_peft_model(base.model, config)
         if lost:
-            maps = {n: m for n, m in model._attached.modules().items() if is_quantized(m)}
+            maps = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
             inputs = collect_layer_inputs(base.model.eval(), maps, [e["input_ids"] for e in rows[:ROWS]])
             replace_lora_weights_loftq(model, weights_folder(base.source, recipe.model.revision), inputs=inputs)
     model.peft_config["default"].base_model_name_or_path = recipe.model.name

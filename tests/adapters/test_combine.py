@@ -58,7 +58,7 @@ def as_peft(model, base, folder):
 def change(model, name):
     """What an adapter adds to each weight."""
     found, report = {}, model.match_report(name)
-    for at, delta in model._attached.deltas(name).items():
+    for at, delta in model.adapter_modules(name).items():
         if report.kinds[at] != "model":  # what its deltas share
             weight = get_site(at, report.kinds[at], model).weight()
             with torch.no_grad():
@@ -180,11 +180,11 @@ def test_ranks_that_differ_by_layer_are_written_down(tmp_path):
     config = model.peft_config["sum"]
     assert config.target_modules == ["q_proj", "v_proj", "o_proj"]
     assert config.rank_pattern == config.alpha_pattern
-    ranks = {n: d.low_rank_factors()[0].shape[0] for n, d in model._attached.deltas("sum").items()}
+    ranks = {n: d.low_rank_factors()[0].shape[0] for n, d in model.adapter_modules("sum").items()}
     assert ranks["model.layers.0.self_attn.q_proj"] == 10
     assert ranks["model.layers.1.self_attn.q_proj"] == 5
     assert ranks["model.layers.1.self_attn.v_proj"] == 4
-    assert {d.low_rank_factors()[2] for d in model._attached.deltas("sum").values()} == {1.0}
+    assert {d.low_rank_factors()[2] for d in model.adapter_modules("sum").values()} == {1.0}
     model.set_adapter("sum")
     both = run(model)
     model.save_pretrained(tmp_path)

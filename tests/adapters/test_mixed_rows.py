@@ -99,10 +99,10 @@ def test_a_change_shows_in_the_next_call():
         model.requires_grad_(trains)
         check(model, names)
         with torch.no_grad():
-            model._attached.deltas("one")["model.layers.0.self_attn.q_proj"].lora_A.weight.add_(1)
+            model.adapter_modules("one")["model.layers.0.self_attn.q_proj"].lora_A.weight.add_(1)
         assert (check(model, names)[0] - first[0]).abs().max() > 1e-3
     # Written past torch's count of versions, as some optimizers do, where the adapter trains.
-    model._attached.deltas("two")["model.layers.0.self_attn.q_proj"].lora_A.weight.data.add_(1)
+    model.adapter_modules("two")["model.layers.0.self_attn.q_proj"].lora_A.weight.data.add_(1)
     assert (check(model, names)[1] - first[1]).abs().max() > 1e-3
     model.requires_grad_(False)
     check(model, names)
@@ -115,7 +115,7 @@ def test_a_change_shows_in_the_next_call():
     twin = copy.deepcopy(model)
     shake(twin, seed=9)
     with torch.no_grad():
-        for p in twin._attached.deltas("one").values():
+        for p in twin.adapter_modules("one").values():
             p.lora_A.weight.add_(1)
     check(twin, names)
     check(model, names)
@@ -126,7 +126,7 @@ def test_factors_are_stacked_once_while_nothing_changes(monkeypatch):
     model.requires_grad_(False)
     count = []
     monkeypatch.setattr(
-        "slimtune.adapters.active_adapters.stack_factors", lambda *a: count.append(1) or stack_factors(*a)
+        "slimtune.adapters.mixed_batch.stack_factors", lambda *a: count.append(1) or stack_factors(*a)
     )
     ids = tokens()
     with torch.no_grad():

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from slimtune.attention import packed_attention
 from slimtune.attention import packed_layout as room
-from slimtune.attention import tree_attention
 from slimtune.attention.packed_layout import LAYOUT_KWARG, PackedLayout
 
 CPU = torch.device("cpu")
@@ -154,7 +154,7 @@ def test_flex_attention_is_attention_by_segment(layout, window):
     want = attention("sdpa", layout, window, *given)
     with (
         patch.object(room, "flex_attention_supported", return_value=True),
-        patch.object(tree_attention, "_compiled", lambda function: function),
+        patch.object(packed_attention, "_compiled", lambda function: function),
         patch.object(room, "_by_segment", side_effect=AssertionError("not by flex attention")),
     ):
         got = attention("sdpa", layout, window, *given)

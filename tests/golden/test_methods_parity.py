@@ -93,7 +93,7 @@ def test_saved_here_is_loaded_there(base, cls, settings, notes, tmp_path):
     ours = adapted(slimtune, base, cls, settings)
     shake(ours)
     if "fp32" in notes:
-        for p in ours._attached.trained("default"):
+        for p in ours.trainable_parameters("default"):
             p.data.copy_(p.data.float())
     ours.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(base(), tmp_path).eval()

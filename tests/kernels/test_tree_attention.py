@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as flex
 
-from slimtune.attention import tree_attention
-from slimtune.attention.packed_layout import PackedLayout
-from slimtune.attention.tree_attention import (
+from slimtune.attention import packed_attention
+from slimtune.attention.packed_attention import (
     BLOCK,
     _compiled,
     _fault,
@@ -21,6 +20,7 @@ from slimtune.attention.tree_attention import (
     padded_length,
     tree_mask,
 )
+from slimtune.attention.packed_layout import PackedLayout
 
 CPU = torch.device("cpu")
 
@@ -71,11 +71,11 @@ def test_blocks_that_nobody_sees_are_left_out():
 
 @pytest.mark.parametrize(("front", "window"), [(0, None), (5, None), (0, 40)])
 def test_attention_is_that_of_the_dense_mask(front, window, monkeypatch):
-    monkeypatch.setattr(tree_attention, "_compiled", lambda function: function)
+    monkeypatch.setattr(packed_attention, "_compiled", lambda function: function)
     layout = PackedLayout((150, 40, 90, 60), (-1, 0, 0, 1), front)
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 6, 340, 24), torch.randn(1, 2, front + 340, 24), torch.randn(1, 2, front + 340, 24)
-    got = tree_attention.tree_attention(q, k, v, mask_of(layout, window), 0.3)
+    got = packed_attention.tree_attention(q, k, v, mask_of(layout, window), 0.3)
     seen = layout.seen(window, CPU)[None, None]
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, want)
@@ -107,7 +107,7 @@ def test_gradients_and_kernels(monkeypatch):
         want = torch.nn.functional.scaled_dot_product_attention(
             *leaves, layout.seen(None, CPU)[None, None], enable_gqa=True
         )
-        got = tree_attention.tree_attention(*leaves, mask_of(layout), None)
+        got = packed_attention.tree_attention(*leaves, mask_of(layout), None)
         torch.testing.assert_close(got, want)
         weights = torch.randn_like(want)
         for a, b in zip(
@@ -147,8 +147,10 @@ def test_what_works_has_no_fault(uncompiled):
 
 
 def test_other_numbers_are_a_fault(uncompiled, monkeypatch):
-    right = tree_attention.tree_mask
-    monkeypatch.setattr(tree_attention, "tree_mask", lambda lengths, parents, *rest: right(lengths, (-1, 0, 1), *rest))
+    right = packed_attention.tree_mask
+    monkeypatch.setattr(
+        packed_attention, "tree_mask", lambda lengths, parents, *rest: right(lengths, (-1, 0, 1), *rest)
+    )
     assert "its numbers are" in _fault(*HEADS, {})
 
 
@@ -158,7 +160,7 @@ def test_less_memory_is_tried_before_segments(monkeypatch):
         raise RuntimeError("out of resource: shared memory\nRequired: 101888")
 
     tried = []
-    monkeypatch.setattr(tree_attention, "_compiled", lambda function: out_of_memory)
+    monkeypatch.setattr(packed_attention, "_compiled", lambda function: out_of_memory)
     _options.cache_clear()
     with pytest.warns(
         UserWarning, match=r"4 heads of 16 in torch.float32.*RuntimeError: out of resource: shared memory$"

@@ -25,7 +25,7 @@ def step(model, number):
 
 
 def deltas(model):
-    return list(model._attached.deltas("default").values())
+    return list(model.adapter_modules("default").values())
 
 
 @pytest.mark.parametrize(

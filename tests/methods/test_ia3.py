@@ -12,7 +12,7 @@ from slimtune.methods.ia3 import SCALED, IA3Config, ScaledInput
 
 
 def inputs_scaled(model):
-    return {n.rsplit(".", 1)[-1] for n, d in model._attached.deltas("default").items() if isinstance(d, ScaledInput)}
+    return {n.rsplit(".", 1)[-1] for n, d in model.adapter_modules("default").items() if isinstance(d, ScaledInput)}
 
 
 def test_the_defaults_are_pefts():

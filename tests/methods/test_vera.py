@@ -17,7 +17,7 @@ EVERY = {"r": 8, "target_modules": "all-linear"}
 
 def test_all_layers_share_two_matrices_as_large_as_the_largest_needs(tmp_path):
     model = get_peft_model(llama(), VeraConfig(**EVERY))
-    assert len({id(d.held[0]) for n, d in model._attached.deltas("default").items() if n != "model"}) == 1
+    assert len({id(d.held[0]) for n, d in model.adapter_modules("default").items() if n != "model"}) == 1
     model.save_pretrained(tmp_path)
     file = load_file(tmp_path / "adapter_model.safetensors")
     assert {k for k in file if "lambda" not in k} == SHARED

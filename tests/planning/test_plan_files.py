@@ -32,7 +32,7 @@ def config(method, base="llama"):
 
 
 def written(model, folder: Path) -> int:
-    state_dict.save(model, folder, "default")
+    state_dict.save_adapter(model, folder, "default")
     return (folder / state_dict.WEIGHTS_FILE).stat().st_size
 
 
@@ -90,7 +90,7 @@ def test_ranks_from_data_are_known_at_most(more, tmp_path):
     assert at_most
     # The data that take most give every rank to the largest layers.
     model = get_peft_model(base(), made())
-    layers = {n: d.lora_A.weight for n, d in model._attached.deltas("default").items()}
+    layers = {n: d.lora_A.weight for n, d in model.adapter_modules("default").items()}
     left, found = sum(map(len, layers.values())), {}
     for name in sorted(layers, key=lambda n: ("mlp" in n, "q_proj" in n or "o_proj" in n), reverse=True):
         width = layers[name].shape[1]

@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from slimtune import LoraConfig, get_peft_model
 from slimtune.attention.packed_layout import packed_attention
 from slimtune.errors import ModelError, UsageError
-from slimtune.kernels.adamw_8bit import adamw_8bit
+from slimtune.kernels.adamw import adamw_8bit
 from slimtune.planning.fake_quantization import KINDS, quantization_kind, quantize
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.memory_trace import trace_memory

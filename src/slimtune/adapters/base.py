@@ -140,6 +140,8 @@ class AdapterModule(nn.Module):
 
     optional: ClassVar[frozenset[str]] = frozenset()
     """Names of tensors a file may leave out: the delta knows how to go on without."""
+    uses_attention_prefix: ClassVar[bool] = False
+    """Whether the module passes learned keys and values to the attention function; see `attention/prefix.py`."""
     has_base_parameter: bool = True
     """Whether the base has a parameter that could hold what `merge_into` gives."""
 

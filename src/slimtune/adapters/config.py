@@ -23,8 +23,8 @@ from ..utils.files import write_atomic
 from .architectures import DEFAULT_TARGETS, model_type
 from .base import AdapterModule, Site, SiteKind
 from .config_fields import check_fields, setting
-from .patterns import get_pattern_value
 from .registry import config_class
+from .targets import get_pattern_value
 
 CONFIG_FILE = "adapter_config.json"
 

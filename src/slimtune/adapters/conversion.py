@@ -18,7 +18,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,11 +28,12 @@ from torch import Tensor
 
 from ..errors import TargetError, UsageError, format_names, nearest
 from ..kernels.low_rank import LowRank, nearest_low_rank, weighted_sum
-from ..methods.lora import LoraConfig
 from . import state_dict
+from .base import AdapterModule, MergeUnsupported, SharedParameters, Site
 from .config import PeftConfig
+from .layer import get_site
+from .registry import config_class
 from .targets import select_targets
-from .weight_delta import WeightDelta, base_weights_only, get_weight_deltas
 
 Combination = Literal[
     "svd", "linear", "cat", "ties", "ties_svd", "dare_ties", "dare_linear", "dare_ties_svd", "dare_linear_svd",
@@ -155,7 +156,7 @@ class AdapterCombining:
 
 def convert_to_lora(
     model: Any, rank: float, adapter_name: str = "default", progressbar: bool = False, compile_kwargs: Any = None
-) -> tuple[LoraConfig, dict[str, Tensor]]:
+) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Return a LoRA that stands for an adapter: its config, and its tensors by their keys in a file.
 
     Args:
@@ -186,7 +187,7 @@ def save_as_lora(
     new = _unused(model, adapter_name)
     report = model.to_lora(adapter_name, rank, new)
     try:
-        state_dict.save(model, Path(path), new)
+        state_dict.save_adapter(model, Path(path), new)
     finally:
         model._drop(new)
     return report
@@ -317,7 +318,7 @@ def _attach(model: Any, name: str, sources: Sequence[str], pairs: Mapping[str, P
                     p.copy_(module.trained_copies[owner].get_parameter(n))
 
 
-def _config(model: Any, sources: Sequence[str], ranks: Mapping[str, int]) -> LoraConfig:
+def _config(model: Any, sources: Sequence[str], ranks: Mapping[str, int]) -> PeftConfig:
     configs: list[PeftConfig] = [model.peft_config[s] for s in sources]
     whole = dict.fromkeys(m for c in configs for m in (getattr(c, "modules_to_save", None) or []))
     notes = {n: getattr(configs[0], n) for n in ("base_model_name_or_path", "revision")}
@@ -328,7 +329,7 @@ def _config(model: Any, sources: Sequence[str], ranks: Mapping[str, int]) -> Lor
         **rank_settings(ranks),
     }
     for targets in (*_short_targets(configs), list(ranks), "|".join(map(re.escape, ranks))):
-        config = LoraConfig(target_modules=targets, task_type=task, **same, **notes)
+        config = config_class("lora")(target_modules=targets, task_type=task, **same, **notes)
         with suppress(TargetError):  # as people wrote them, less what they excluded, they may mean more
             if set(select_targets(model, config, strict=False).adapted) == set(ranks):
                 return config
@@ -341,3 +342,86 @@ def _short_targets(configs: list[PeftConfig]) -> list[list[str] | str]:
     if all(isinstance(g, list) for g in given):
         return [list(dict.fromkeys(n for g in given for n in g))]  # type: ignore[union-attr]
     return [given[0]] if isinstance(given[0], str) and all(g == given[0] for g in given) else []
+
+
+@dataclass(frozen=True)
+class WeightDelta:
+    """One adapter's change of one layer's weight, and its factor in the sum."""
+
+    adapter: str
+    weight: float
+    delta: AdapterModule
+    site: Site
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that sums are made in: the adapter's, fp32 at least."""
+        kept = next((p.dtype for p in self.delta.parameters()), torch.float32)
+        return torch.promote_types(kept, torch.float32)
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """`A (r, in), B (out, r), scale`, fp32 at least, None where the change has no such form."""
+        found = self.delta.low_rank_factors()
+        return None if found is None else (found[0].to(self.dtype), found[1].to(self.dtype), float(found[2]))
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        """The same, where it is known to have that form."""
+        found = self.low_rank_factors()
+        assert found is not None
+        return found
+
+    def dense(self) -> Tensor:
+        """`ΔW (out, in)`, without the factor in the sum."""
+        found = self.low_rank_factors()
+        if found is not None:
+            return (found[1] @ found[0]) * found[2]
+        # A small difference of large numbers: float64.
+        before, bias = self.site.weight().double(), self.site.bias()
+        try:
+            after, bias_after = self.delta.merge_into(before, bias)
+        except MergeUnsupported as e:
+            raise no_weight(self.adapter, self.site.name, str(e)) from e
+        if bias_after is not bias:
+            raise no_weight(self.adapter, self.site.name, "it changes the bias")
+        return (after.double() - before).to(self.dtype)
+
+
+def base_weights_only(model: Any) -> AbstractContextManager[None]:
+    """Let the base's own weights stand for a while: no adapter's copies in their place."""
+    model._unmerged()
+    return model.disable_adapter()
+
+
+def get_weight_deltas(model: Any, adapters: Sequence[str], weights: Sequence[float]) -> dict[str, list[WeightDelta]]:
+    """Return for each layer the adapters' changes, in the model's order."""
+    at = model._attached
+    owners: dict[str, str] = {}
+    terms: dict[str, list[WeightDelta]] = {}
+    for adapter, weight in zip(adapters, weights, strict=True):
+        report = at.reports[adapter]
+        if report.biases:
+            raise no_weight(adapter, report.biases[0], "it trains biases")
+        for name, module in at.members[adapter]:
+            if adapter in module.trained_copies and owners.setdefault(name, adapter) != adapter:
+                raise UsageError(
+                    f"adapters {owners[name]!r} and {adapter!r} both train {name} whole",
+                    "at most one that trains a module whole",
+                )
+            delta = module.adapters[adapter] if adapter in module.adapters else None  # noqa: SIM401 (a ModuleDict)
+            if delta is None or isinstance(delta, SharedParameters):
+                continue
+            kind = report.kinds[name]
+            if kind not in ("linear", "embedding"):
+                raise no_weight(adapter, name, f"what it changes is a {kind}")
+            terms.setdefault(name, []).append(WeightDelta(adapter, float(weight), delta, get_site(name, kind, model)))
+    if not terms:
+        raise UsageError(f"{format_names(adapters)} change no layer's weight", "an adapter that does")
+    return {n: terms[n] for n, _ in model.named_modules() if n in terms}
+
+
+def no_weight(adapter: str, name: str, why: str) -> UsageError:
+    """Return the error that says why an adapter is no change of weights alone."""
+    return UsageError(
+        f"adapter {adapter!r} cannot become a LoRA, at {name or 'the model'}: {why}",
+        "an adapter that changes weights of linear maps and embeddings alone",
+    )

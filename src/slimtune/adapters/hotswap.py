@@ -23,8 +23,8 @@ from ..errors import AdapterError, UsageError, format_names
 from . import state_dict
 from .config import PeftConfig
 from .conversion import rank_settings
-from .loading import _only_hub, _read, _same_settings
 from .model import PeftModel
+from .state_dict import _only_hub, _read, _same_settings
 
 _PREPARE = "prepare_model_for_compiled_hotswap(model, target_rank=…) before the model is compiled"
 
@@ -121,7 +121,7 @@ def hotswap_adapter(
     swap = next(n for n in (f"hotswap{i}" for i in range(len(at.configs) + 1)) if n not in at.configs)
     model.add_adapter(swap, config, strict=False)
     try:
-        state_dict.load(model, swap, tensors, where=str(where))
+        state_dict.load_adapter_tensors(model, swap, tensors, where=str(where))
         unknown = [n for n in _places(model, swap) if n not in _places(model, adapter_name)]
         if unknown:
             raise AdapterError(

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.prefix import get_attention_config
+from ..attention.prefix import make_prefix_config_view
 from ..errors import TargetError
 from ..kernels.batched_lora import add_low_rank_rows
 from ..utils.linear_layers import is_quantized, is_transposed, layer_kind, layer_sizes
-from .active_adapters import ActiveAdapters
 from .architectures import text_config
 from .base import BaseForward, MergeUnsupported, Site, SiteKind
+from .mixed_batch import ActiveAdapters
 
 
 def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
@@ -263,6 +263,12 @@ def _merged(name: str, module: AdaptedLayer, deltas: list[Any], given: Mapping[s
     return changed
 
 
+def _get_attention_config(module: AdaptedLayer) -> Any:
+    if any(m.uses_attention_prefix for m in module.adapters.values()):
+        return make_prefix_config_view(module)
+    return vars(module)["config"]
+
+
 def _nest(module: AdaptedLayer, run: Callable[..., Any], deltas: list[Any]) -> Callable[..., Any]:
     for at, delta in enumerate(deltas):
         run = functools.partial(delta.forward_with_base, BaseForward(module, run, deltas[:at]))
@@ -338,7 +344,7 @@ def _adapted_class(base: Any, parameters: tuple[str, ...], configured: bool) -> 
 
     body: dict[str, Any] = {n: own_or_base(n) for n in parameters}
     if configured:
-        body["config"] = property(get_attention_config, lambda self, value: vars(self).update(config=value))
+        body["config"] = property(_get_attention_config, lambda self, value: vars(self).update(config=value))
     body |= {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
     # The base's name: transformers and people read it.
     return type(base.__name__, (AdaptedLayer, base), body)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..utils.linear_layers import get_weight, is_quantized, layer_kind, layer_sizes
 from . import layer
-from .merging import _untie
-from .quantized import keep_differentiable, repacking
+from .model import _untie
+from .quantized import disable_cpu_repacking, find_repacking_layers
 
 
 class MergedState(Mapping[str, Tensor]):
@@ -40,7 +40,7 @@ class MergedState(Mapping[str, Tensor]):
         self._modules: dict[str, layer.AdaptedLayer] = {n: m for a in self._adapters for n, m in at.members[a]}
         self._last: tuple[str, dict[str, Tensor]] | None = None
         # What bitsandbytes laid out anew, its `state_dict` puts back wrongly.
-        keep_differentiable(repacking(model))
+        disable_cpu_repacking(find_repacking_layers(model))
         inside = tuple(f"{n}.{table}.".lstrip(".") for n in at.modules() for table in ("adapters", "trained_copies"))
         self._base: dict[str, Tensor] = {
             n: t for n, t in model.state_dict(keep_vars=True).items() if not n.startswith(inside)

@@ -19,16 +19,77 @@ from torch import nn
 from ..errors import UsageError, format_names, nearest
 from ..peft_compat import register_as_peft_subclass, register_with_transformers
 from . import layer
-from .active_adapters import BASE_ROW
 from .base import AdapterModule
 from .config import PeftConfig
 from .conversion import AdapterCombining
-from .loading import AdapterFiles
-from .merging import AdapterMerging
-from .mixed_batch import AdapterCalls
+from .mixed_batch import BASE_ROW, AdapterCalls
 from .publishing import AdapterPublishing
-from .quantized import count_values, keep_differentiable, repacking
+from .quantized import count_values, disable_cpu_repacking, find_repacking_layers
+from .state_dict import AdapterFiles
 from .targets import MatchReport, select_targets
+
+
+class AdapterMerging:
+    """The part of a `PeftModel` that merges."""
+
+    def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold the active adapters (or these) into the base's weights; `unmerge_adapter` restores them bit for bit.
+
+        Raises:
+            MergeRefused: a method cannot be merged, the base is quantized, or (safe_merge) a result is not finite.
+        """
+        at = self._attached
+        if at.merged:
+            return
+        self._enabled("merge_adapter")
+        names = [self._known(n) for n in dict.fromkeys(adapter_names or at.active)]
+        self._no_module_twice(names)
+        members = {n: m for a in names for n, m in at.members[a]}
+        try:
+            for name, module in members.items():
+                layer.merge(name or type(self).__name__, module, names, check=safe_merge)
+            at.merged = names
+            self._rerun()
+        finally:
+            if not at.merged:
+                for module in members.values():
+                    layer.unmerge(module)
+
+    def unmerge_adapter(self: Any) -> None:
+        """Take a merge out again: the base's parameters are the very objects they were."""
+        at = self._attached
+        for module in at.modules().values():
+            layer.unmerge(module)
+        at.merged = []
+        self._rerun()
+
+    def merge_and_unload(
+        self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> Any:
+        """Merge for good and return the plain base: its own class, no adapters, its weights changed."""
+        del progressbar
+        names: dict[int, list[str]] = {}
+        for n, p in self.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(n)
+        shared = [group for group in names.values() if len(group) > 1]
+        self.unmerge_adapter()
+        self.merge_adapter(adapter_names, safe_merge)
+        after = dict(self.named_parameters(remove_duplicate=False))
+        model = self._strip()
+        if any(len({id(after[n]) for n in group}) > 1 for group in shared):
+            _untie(model)
+        return model
+
+
+def _untie(model: Any) -> None:
+    """Say in the config that embeddings and head are two tensors now, so that saving keeps both."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 @dataclass
@@ -177,6 +238,32 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Ad
         trained, every = self.get_nb_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}")
 
+    # --- what each adapter added, for the rest of the library ---------------------------------------------------
+
+    def adapter_modules(self, adapter_name: str) -> dict[str, AdapterModule]:
+        """Return an adapter's modules by the name of the base module each one adapts."""
+        return self._attached.deltas(self._known(adapter_name))
+
+    def adapted_layers(self, adapter_name: str | None = None) -> dict[str, layer.AdaptedLayer]:
+        """Return the base modules that an adapter (None: any adapter) adapts, by name."""
+        if adapter_name is None:
+            return self._attached.modules()
+        return dict(self._attached.members[self._known(adapter_name)])
+
+    def trainable_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """Return the parameters that train when this adapter is active."""
+        return list(self._attached.trained(self._known(adapter_name)))
+
+    @property
+    def base_model_class(self) -> type[nn.Module]:
+        """Class of the model before adapters were attached."""
+        return self._attached.base_class
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters whose updates are merged into the base's weights now."""
+        return list(self._attached.merged)
+
     # --- the life of adapters -----------------------------------------------------------------------------------
 
     def _first(self, name: str, config: PeftConfig, autocast: bool, *, strict: bool) -> Self:
@@ -254,7 +341,7 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Ad
         self._unmerged()
         before, at.active = at.active, names
         if not inference_mode:
-            keep_differentiable(at.repacking)
+            disable_cpu_repacking(at.repacking)
         for name in {*before, *names}:
             for p in at.trained(name):
                 p.requires_grad_(name in names and not inference_mode)
@@ -263,7 +350,7 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Ad
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """Let the parameters of these adapters train, or not."""
         if requires_grad:
-            keep_differentiable(self._attached.repacking)
+            disable_cpu_repacking(self._attached.repacking)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for p in self._attached.trained(self._known(name)):
                 p.requires_grad_(requires_grad)
@@ -407,7 +494,7 @@ def _become_peft(model: nn.Module) -> PeftModel:
     was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
     model.__class__ = register_as_peft_subclass(_peft_class(base_class), "PeftModel")
-    model.__dict__["_slimtune"] = Attached(base_class, was_trainable, repacking=repacking(model))
+    model.__dict__["_slimtune"] = Attached(base_class, was_trainable, repacking=find_repacking_layers(model))
     assert isinstance(model, PeftModel)
     backbone = model.base_model
     if not hasattr(backbone, "model"):  # PEFT's idiom `base_model.model`; not registered, so no cycle of modules

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from ..errors import UsageError
 
 
-def factors(model: Any) -> dict[int, float]:
+def get_lr_multipliers(model: Any) -> dict[int, float]:
     """Return factors on the learning rate by a parameter's `id`, where a method wants another one than 1."""
     found: dict[int, float] = {}
     for adapter in model.peft_config:
@@ -28,7 +28,7 @@ def parameter_groups(model: Any, lr: float, weight_decay: float = 0.0) -> list[d
         lr: the learning rate; a group's own is this times what its method asks for.
         weight_decay: for matrices; biases, magnitudes and other vectors do not decay.
     """
-    of = factors(model)
+    of = get_lr_multipliers(model)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for p in model.parameters():
         if p.requires_grad:
@@ -41,7 +41,7 @@ def parameter_groups(model: Any, lr: float, weight_decay: float = 0.0) -> list[d
 
 def group_by_learning_rate(optimizer: Optimizer, model: Any) -> None:
     """Give the parameters of an optimizer that has not stepped yet the rates their methods ask for."""
-    of = factors(model) if hasattr(model, "peft_config") else {}
+    of = get_lr_multipliers(model) if hasattr(model, "peft_config") else {}
     for group in list(optimizer.param_groups):
         by_factor: dict[float, list[nn.Parameter]] = {}
         for p in group["params"]:

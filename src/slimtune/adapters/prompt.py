@@ -15,16 +15,21 @@ The positions enter with the backbone's own input and leave behind its output: a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
-from ..attention.prefix import require_decoder
-from ..attention.virtual_tokens import Call, each, inserted, left
-from .base import AdapterModule, BaseForward, MergeUnsupported, RowMask, SiteKind
+from ..attention.packed_layout import SUPPORTED_ATTENTION, original_attention
+from ..attention.prefix import PREFIX_KWARG, AttentionPrefix, require_decoder
+from ..errors import ModelError, UsageError
+from .base import AdapterModule, BaseForward, MergeUnsupported, RowMask, Site, SiteKind
 from .config import PeftConfig
+from .virtual_tokens import BackboneCall, each, inserted, left
 
 
 @dataclass
@@ -93,7 +98,7 @@ class PromptModule(AdapterModule):
 
     def forward_with_base(self, frozen: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the backbone with the learned positions in front, and give the states of the others."""
-        call = Call(frozen.module, args, kwargs)
+        call = BackboneCall(frozen.module, args, kwargs)
         learned = self.virtual()
         n = learned.shape[0]
         call.refuse_what_has_no_room(n)
@@ -117,6 +122,45 @@ class PromptModule(AdapterModule):
         raise MergeUnsupported(f"{type(self).__name__} adds positions, which are no change of a weight")
 
 
+class AttentionModule(AdapterModule):
+    """A delta at the attention module of a layer; a method defines `prefix`."""
+
+    uses_attention_prefix = True
+
+    def prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
+        """Return the learned keys and values of this layer.
+
+        Args:
+            module: the frozen attention module, for methods that use its projections.
+            rows: the rows of a mixed batch that are meant, where no other adapter runs; None: all.
+        """
+        raise TypeError(f"{type(self).__name__} defines no prefix(module, rows)")
+
+    def forward_with_base(self, frozen: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
+        """Run the attention with the prefix in sight."""
+        module: Any = frozen.module
+        chosen = vars(module)["config"]._attn_implementation
+        if original_attention(chosen) not in SUPPORTED_ATTENTION:
+            raise ModelError(
+                f"{type(module).__name__} runs with attn_implementation={chosen!r}, which takes no prefix here",
+                " or ".join(map(repr, SUPPORTED_ATTENTION)),
+                'from_pretrained(..., attn_implementation="sdpa")',
+            )
+        # The innermost stands first, as with learned positions. transformers hands keyword arguments on.
+        seen = ((self.prefix(module, rows), rows), *kwargs.pop(PREFIX_KWARG, ()))
+        return frozen(*args, **{PREFIX_KWARG: seen}, **kwargs)
+
+    def forward_batch_rows(
+        self, frozen: BaseForward, base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The same, in sight of some rows."""
+        return self.forward_with_base(frozen, *args, rows=rows, **kwargs)
+
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Refuse: keys and values are no weights."""
+        raise MergeUnsupported(f"{type(self).__name__} adds keys and values, which are no change of a weight")
+
+
 class PositionShift(AdapterModule):
     """Lets a row's own positions start at `n`: at the backbone, for prefixes that take the first `n`."""
 
@@ -127,7 +171,7 @@ class PositionShift(AdapterModule):
 
     def forward_with_base(self, frozen: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the backbone with positions `n` later."""
-        call = Call(frozen.module, args, kwargs)
+        call = BackboneCall(frozen.module, args, kwargs)
         call.goes_on(self, 0)
         positions = call.positions()
         call.values["position_ids"] = positions + (self.n if rows is None else self.n * rows[:, None])
@@ -148,3 +192,81 @@ def find_backbone_name(model: Any) -> str:
     """Return the name of the module that maps embeddings to hidden states; "" where it is the model itself."""
     name = getattr(model, "base_model_prefix", "")
     return name if name in model._modules else ""
+
+
+class LearnedEmbeddings(AdapterModule):
+    """Mixed into a delta that learns `prompt_embeddings`.
+
+    Args:
+        site: where.
+        start: the parameter's start `(n, width)`, or the encoder: a module that gives them when called.
+    """
+
+    def __init__(self, site: Site, start: Tensor | nn.Module) -> None:
+        super().__init__()
+        if isinstance(start, nn.Module):
+            self.prompt_encoder: nn.Module | None = start.to(site.device, site.dtype)
+            self.register_parameter("prompt_embeddings", None)
+        else:
+            self.prompt_encoder = None
+            self.prompt_embeddings = nn.Parameter(start.detach().to(site.device, site.dtype, copy=True))
+
+    def learned(self) -> Tensor:
+        """Return `prompt_embeddings (n, width)`."""
+        return self.prompt_embeddings if self.prompt_encoder is None else self.prompt_encoder()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the parameters are, or what the encoder gives without dropout, and the encoder's own."""
+        if self.prompt_encoder is None:
+            return super().tensors()
+        with torch.no_grad(), evaluating(self.prompt_encoder):
+            return {"prompt_embeddings": self.learned(), **super().tensors()}
+
+    def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
+        """Let the encoder go where a file holds only what it gave."""
+        if self.prompt_encoder is None or any(k.startswith("prompt_encoder.") for k in given):
+            return
+        there = given.get("prompt_embeddings")
+        now = self.tensors()["prompt_embeddings"]
+        if there is not None and there.shape == now.shape:
+            trains = any(p.requires_grad for p in self.parameters())
+            self.prompt_encoder = None
+            self.prompt_embeddings = nn.Parameter(now, requires_grad=trains)
+
+
+def token_ids(text: str, tokenizer: str, settings: dict[str, Any] | None) -> list[int]:
+    """Return the tokens of a text, special ones included, by a tokenizer's name or folder.
+
+    Raises:
+        UsageError: there is no such tokenizer.
+    """
+    try:
+        loaded = AutoTokenizer.from_pretrained(tokenizer, **(settings or {}))
+    except (OSError, ValueError) as e:
+        raise UsageError(
+            f"tokenizer_name_or_path {tokenizer!r} gives no tokenizer: {str(e).splitlines()[0]}",
+            "a folder with a tokenizer, or a Hub id that can be reached",
+            "name the base's own folder; in a recipe, the model's name means the model's tokenizer",
+        ) from None
+    ids: list[int] = loaded(text)["input_ids"]
+    return ids
+
+
+@contextmanager
+def frozen_base(model: Any) -> Iterator[Any]:
+    """Give a model without its adapters, in evaluation mode and without gradients, for the length of the `with`."""
+    alone = model.disable_adapter() if hasattr(model, "disable_adapter") and hasattr(model, "peft_config") else None
+    with torch.no_grad(), evaluating(model), alone or nullcontext():
+        yield model
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode, and each part of it back into its own after."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

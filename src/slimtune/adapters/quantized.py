@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import UsageError
 from ..utils.linear_layers import dequantize_layout
-from .loading import AdapterFiles
+from .state_dict import AdapterFiles
 
 _LEFT_AS_THEY_ARE = ("gptq", "aqlm", "eetq", "hqq", "torchao")
 
@@ -45,7 +45,7 @@ def prepare_model_for_kbit_training(
             "prepare_model_for_kbit_training(base) first, then get_peft_model(base, config)",
         )
     model.requires_grad_(False)
-    keep_differentiable(repacking(model))
+    disable_cpu_repacking(find_repacking_layers(model))
     kind = str(getattr(getattr(model, "quantization_method", None), "value", getattr(model, "quantization_method", "")))
     if kind not in _LEFT_AS_THEY_ARE:
         for parameter in model.parameters():
@@ -64,7 +64,7 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def repacking(model: nn.Module) -> list[Any]:
+def find_repacking_layers(model: nn.Module) -> list[Any]:
     """Return the 4-bit modules that lay their weight out anew when they first run in evaluation mode.
 
     bitsandbytes does so on CPUs with AVX-512 BF16. From then on it rounds to bf16, and no gradient passes through the
@@ -73,7 +73,7 @@ def repacking(model: nn.Module) -> list[Any]:
     return [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
 
 
-def keep_differentiable(modules: Iterable[Any]) -> None:
+def disable_cpu_repacking(modules: Iterable[Any]) -> None:
     """Let 4-bit modules keep the layout that gradients pass through; put it back where it was left."""
     for module in modules:
         module.support_avx512bf16_for_cpu = False

@@ -7,9 +7,9 @@ every linear map but the output head), and one rule of ours: each name, layer in
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,9 +18,10 @@ from ..errors import TargetError, format_names, nearest
 from ..utils.linear_layers import layer_kind
 from .architectures import HEADS, model_type
 from .base import SiteKind
-from .config import PeftConfig
+
+if TYPE_CHECKING:
+    from .config import PeftConfig
 from .layer import AdaptedLayer
-from .patterns import find_pattern, matches_name
 
 ALL_LINEAR = "all-linear"
 
@@ -306,3 +307,24 @@ def _near(wanted: list[str] | str, modules: dict[str, nn.Module]) -> str:
     first = wanted if isinstance(wanted, str) else (wanted[0] if wanted else "")
     tails = list(dict.fromkeys(n.rsplit(".", 1)[-1] for n in modules))
     return nearest(first, [*tails, *modules])
+
+
+Value = TypeVar("Value")
+
+
+def matches_name(wanted: Iterable[str] | str, name: str) -> bool:
+    """Return whether `name` is meant: a string is a pattern for the whole name, a list holds names or suffixes."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == w or name.endswith(f".{w}") for w in wanted)
+
+
+def find_pattern(patterns: Iterable[str], name: str) -> str | None:
+    """Return the first pattern that matches the end of `name` from a dot on, or None."""
+    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
+
+
+def get_pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """Return the value of the first pattern that matches `name` (see `pattern_key`), or the default."""
+    key = find_pattern(patterns, name)
+    return default if key is None else patterns[key]

@@ -31,8 +31,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
 from ..utils.simulated_device import device_type, is_simulated
-from .segment_attention import Segment, attention_by_segment
-from .tree_attention import MAX_SEGMENT_TOKENS, fake_tree_attention, flex_attention_supported, tree_attention, tree_mask
+from .packed_attention import (
+    MAX_SEGMENT_TOKENS,
+    Segment,
+    attention_by_segment,
+    fake_tree_attention,
+    flex_attention_supported,
+    tree_attention,
+    tree_mask,
+)
 
 LAYOUT_KWARG = "slimtune_layout"
 _MARK = "slimtune_"

@@ -20,12 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..adapters.base import AdapterModule, BaseForward, MergeUnsupported, RowMask
 from ..errors import ModelError
 from .packed_layout import LAYOUT_KWARG, SUPPORTED_ATTENTION, get_attention_function, original_attention
 
 _NAME = "slimtune_prefix"
-_KEY = "slimtune_prefixes"
+PREFIX_KWARG = "slimtune_prefixes"
+
+
+RowMask = Tensor | None
+"""Rows of a batch that a module applies to, as a bool tensor `(batch,)`; None means all rows."""
 
 
 class AttentionPrefix(NamedTuple):
@@ -42,44 +45,7 @@ class AttentionPrefix(NamedTuple):
     gate: Tensor | None = None
 
 
-class AttentionModule(AdapterModule):
-    """A delta at the attention module of a layer; a method defines `prefix`."""
-
-    def prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
-        """Return the learned keys and values of this layer.
-
-        Args:
-            module: the frozen attention module, for methods that use its projections.
-            rows: the rows of a mixed batch that are meant, where no other adapter runs; None: all.
-        """
-        raise TypeError(f"{type(self).__name__} defines no prefix(module, rows)")
-
-    def forward_with_base(self, frozen: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
-        """Run the attention with the prefix in sight."""
-        module: Any = frozen.module
-        chosen = vars(module)["config"]._attn_implementation
-        if original_attention(chosen) not in SUPPORTED_ATTENTION:
-            raise ModelError(
-                f"{type(module).__name__} runs with attn_implementation={chosen!r}, which takes no prefix here",
-                " or ".join(map(repr, SUPPORTED_ATTENTION)),
-                'from_pretrained(..., attn_implementation="sdpa")',
-            )
-        # The innermost stands first, as with learned positions. transformers hands keyword arguments on.
-        seen = ((self.prefix(module, rows), rows), *kwargs.pop(_KEY, ()))
-        return frozen(*args, **{_KEY: seen}, **kwargs)
-
-    def forward_batch_rows(
-        self, frozen: BaseForward, base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The same, in sight of some rows."""
-        return self.forward_with_base(frozen, *args, rows=rows, **kwargs)
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Refuse: keys and values are no weights."""
-        raise MergeUnsupported(f"{type(self).__name__} adds keys and values, which are no change of a weight")
-
-
-def attention_modules(model: Any) -> list[str]:
+def find_attention_modules(model: Any) -> list[str]:
     """Return the names of the self-attention modules that call transformers' attention interface, in layer order.
 
     Raises:
@@ -119,14 +85,11 @@ def require_decoder(model: Any) -> None:
         )
 
 
-def get_attention_config(module: nn.Module) -> Any:
-    """Return what an adapted attention module reads as its config: a view that names our attention function."""
+def make_prefix_config_view(module: nn.Module) -> Any:
+    """Return a copy of an attention module's config that names our attention function, or the config as it is."""
     plain = vars(module)["config"]
     chosen = getattr(plain, "_attn_implementation", None)
-    adapters: Any = module.adapters
-    if original_attention(chosen) not in SUPPORTED_ATTENTION or not any(
-        isinstance(d, AttentionModule) for d in adapters.values()
-    ):
+    if original_attention(chosen) not in SUPPORTED_ATTENTION:
         return plain
     held = vars(module).get("_view")
     if held is None or held[0] is not plain or held[1] != chosen:
@@ -140,7 +103,7 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Stand in for an attention function: `query (batch, heads, q, size)`, `key, value (batch, kv heads, k, size)`."""
-    prefixes = kwargs.pop(_KEY, ())
+    prefixes = kwargs.pop(PREFIX_KWARG, ())
     chosen = vars(module)["config"]._attn_implementation
     for prefix, _ in prefixes:
         _fits(module, prefix, key, kwargs)

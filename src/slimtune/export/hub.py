@@ -197,7 +197,7 @@ def parcel_of(
 def _adapter(run: Path, repo_id: str, base: str | None, token: str | bool | None, endpoint: str | None) -> Parcel:
     folder = find_adapter_folder(run)
     story = load_run_results(_home(run, folder))
-    tensors, fingerprint = state_dict.read(folder)
+    tensors, fingerprint = state_dict.read_adapter_file(folder)
     config = PeftConfig.from_pretrained(folder)
     _require_numbers(folder, tensors)
     spec = story.recipe.model.name if story.recipe is not None else config.base_model_name_or_path

@@ -103,7 +103,7 @@ def vllm_adapter(
         _require(run, model, adapter, [], _form(model, adapter))
     config = model.peft_config[adapter]
     # What is left is plain LoRA, which has factors everywhere.
-    layers: Factors = {n: d.low_rank_factors() for n, d in model._attached.deltas(adapter).items()}
+    layers: Factors = {n: d.low_rank_factors() for n, d in model.adapter_modules(adapter).items()}
     folded = _is_mixed(config, layers)
     held = _held(run) or str(loaded.base.dtype).removeprefix("torch.")
     served = dtype or (held if held in DTYPES else "float32")  # vLLM has no float64
@@ -150,7 +150,7 @@ def _require(run: Path, model: Any, adapter: str, never: list[str], form: list[s
     """
     if not never and not form:
         return
-    config, kinds = model.peft_config[adapter], set(model._attached.reports[adapter].kinds.values())
+    config, kinds = model.peft_config[adapter], set(model.match_report(adapter).kinds.values())
     ways = []
     if config.mergeable:
         merge = shlex.join(["slimtune", "merge", str(run), "--out", "merged"])
@@ -169,7 +169,7 @@ def _form(model: Any, adapter: str) -> list[str]:
     config, most = model.peft_config[adapter], known()["ranks"][-1]
     if causes := plain_lora_incompatibilities(config):
         return causes
-    deltas = model._attached.deltas(adapter).values()
+    deltas = model.adapter_modules(adapter).values()
     rank = max((d.low_rank()[0].shape[0] for d in deltas if hasattr(d, "low_rank")), default=0)
     if rank <= most:
         return []
@@ -188,8 +188,8 @@ def _base_refuses(model: Any, adapter: str) -> list[str]:
     causes, tokens = [], model.config.get_text_config().vocab_size
     if "lm_head" in takes and tokens > MOST_TOKENS:
         causes.append(f"the base has {tokens} tokens: with LoRA vLLM takes {MOST_TOKENS} at most")
-    kinds, head = model._attached.reports[adapter].kinds, model.get_output_embeddings()
-    deltas = model._attached.deltas(adapter)
+    kinds, head = model.match_report(adapter).kinds, model.get_output_embeddings()
+    deltas = model.adapter_modules(adapter)
     ends = [n for n in deltas if kinds[n] == "embedding" or model.get_submodule(n) is head]
     if odd := [n for n in ends if n.rpartition(".")[2] not in takes]:
         what = f"only {format_names(takes)}" if takes else "no embedding and no head"
@@ -199,7 +199,7 @@ def _base_refuses(model: Any, adapter: str) -> list[str]:
 
 def _architecture(model: Any) -> str:
     """Return the name by which vLLM finds its own class: the first in the base's config."""
-    return (getattr(model.config, "architectures", None) or [model._attached.base_class.__name__])[0]
+    return (getattr(model.config, "architectures", None) or [model.base_model_class.__name__])[0]
 
 
 def _warnings(model: Any, held: str, served: str) -> list[str]:
@@ -229,7 +229,7 @@ def _is_mixed(config: Any, layers: Factors) -> bool:
 
 def _write(model: Any, adapter: str, layers: Factors, folder: Path, folded: bool) -> int:
     """Write both files; return their bytes."""
-    config, kinds = model.peft_config[adapter], model._attached.reports[adapter].kinds
+    config, kinds = model.peft_config[adapter], model.match_report(adapter).kinds
     tensors: dict[str, Tensor] = {}
     for module, (A, B, scale) in layers.items():
         at = f"base_model.model.{module}."

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..adapters.base import BaseForward, RowMask, Site, SiteKind
 from ..adapters.config import PeftConfig
-from ..attention.prefix import AttentionModule, AttentionPrefix, attention_modules, gated_prefix_attention
+from ..adapters.prompt import AttentionModule
+from ..attention.prefix import AttentionPrefix, find_attention_modules, gated_prefix_attention
 from ..errors import TargetError, format_names, nearest
 from ..utils.linear_layers import get_weight
 
@@ -60,13 +61,13 @@ class AdaptionPromptConfig(PeftConfig):
 
     def infer_from_model(self, model: Any) -> None:
         """Fill in the modules' name and how many layers there are."""
-        found = attention_modules(model)
+        found = find_attention_modules(model)
         self.target_modules = self.target_modules or found[0].rpartition(".")[2]
         self.adapter_layers = self.adapter_layers or len(found)
 
     def further_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the attention modules of the top layers."""
-        found = attention_modules(model)
+        found = find_attention_modules(model)
         named = [n for n in found if n.endswith(f".{self.target_modules}")]
         if not named:
             tails = sorted({n.rpartition(".")[2] for n in found})

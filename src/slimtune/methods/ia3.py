@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..adapters.architectures import model_type
 from ..adapters.base import AdapterModule, BaseForward, Site
 from ..adapters.config import TargetedConfig
-from ..adapters.patterns import matches_name
+from ..adapters.targets import matches_name
 from ..errors import ConfigError, TargetError, format_names, nearest
 
 _FUSED = ["query_key_value"], ["dense_4h_to_h"]

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Site
-from ..adapters.learned_embeddings import LearnedEmbeddings
-from ..adapters.prompt import PromptLearningConfig, PromptModule
+from ..adapters.prompt import LearnedEmbeddings, PromptLearningConfig, PromptModule
 
 
 class PromptEncoderReparameterizationType(StrEnum):

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Site
-from ..adapters.learned_embeddings import LearnedEmbeddings, frozen_base, token_ids
-from ..adapters.prompt import PromptLearningConfig, PromptModule
+from ..adapters.prompt import LearnedEmbeddings, PromptLearningConfig, PromptModule, frozen_base, token_ids
 
 
 class PromptTuningInit(StrEnum):

@@ -117,7 +117,7 @@ def _checkpoint(model: Any, optimizer: str) -> list[int]:
     # At most: the Trainer sorts parameters into groups, those with weight decay first, and numbers them in that order.
     sizes = [adapter_bytes(model)[0], file_bytes(state, at_most=held + grown)]
     if isinstance(model, PeftModel):
-        deltas = model._attached.deltas(_ADAPTER)
+        deltas = model.adapter_modules(_ADAPTER)
         kept = {f"{at}:{n}": t for at, delta in deltas.items() for n, t in delta.extra_state().items()}
         sizes += [file_bytes(kept)] if kept else []
     return sizes
@@ -143,7 +143,7 @@ def _optimizer_state(model: Any, name: str) -> dict[str, Tensor]:
 def _may_grow(model: Any) -> int | None:
     if not isinstance(model, PeftModel):
         return None
-    return model.peft_config[_ADAPTER].max_size_increase(model._attached.deltas(_ADAPTER))
+    return model.peft_config[_ADAPTER].max_size_increase(model.adapter_modules(_ADAPTER))
 
 
 def _values(tensors: Iterable[Tensor]) -> int:

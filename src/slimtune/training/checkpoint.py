@@ -174,7 +174,7 @@ def load_optimizer(folder: Path) -> dict[str, Any]:
 
 def save_progress(folder: Path, model: Any) -> None:
     """Write what the adapter's method goes on from beside the adapter's own file, where there is anything."""
-    deltas = model._attached.deltas("default")
+    deltas = model.adapter_modules("default")
     kept = {
         f"{at}:{n}": t.detach().to("cpu").contiguous() for at, d in deltas.items() for n, t in d.extra_state().items()
     }
@@ -188,7 +188,7 @@ def load_progress(folder: Path, model: Any) -> None:
     for key, tensor in (load_file(folder / METHOD) if (folder / METHOD).is_file() else {}).items():
         at, _, name = key.rpartition(":")
         kept.setdefault(at, {})[name] = tensor
-    deltas = model._attached.deltas("default")
+    deltas = model.adapter_modules("default")
     for at, tensors in kept.items():
         deltas[at].load_extra_state(tensors)
 

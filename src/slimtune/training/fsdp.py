@@ -54,7 +54,7 @@ def apply_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
 
 def adapters_of(model: Any) -> set[nn.Parameter]:
     """Return the parameters that are the adapter's: trained, kept fixed, and those of the base it has a copy of."""
-    modules = model._attached.modules().values()
+    modules = model.adapted_layers().values()
     kept = {p for m in modules for part in (m.adapters, m.trained_copies) for p in part.parameters()}
     copied = {p for m in modules if m.trained_copies for p in m._parameters.values() if p is not None}
     return kept | copied | {p for p in model.parameters() if p.requires_grad}

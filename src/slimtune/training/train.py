@@ -222,7 +222,7 @@ def _begin(recipe: Recipe, run: RunDir, model: Any, rows: Datasets, continue_fro
     RunDir.create(run.path, recipe)
     write_atomic(run.data_file, to_json(rows.surveys, indent=2) + "\n")
     if continue_from is not None:
-        adapter_files.save(model, run.path / START, "default")
+        adapter_files.save_adapter(model, run.path / START, "default")
 
 
 def _open(recipe: Recipe) -> RunDir:
@@ -481,7 +481,7 @@ def _finish(
         best = trainer.best_step()
         watch.say(f"taking the adapter of step {best}, the one with the lowest validation loss")
     model: Any = trainer.model
-    adapter_files.save(model, run.adapter, "default")
+    adapter_files.save_adapter(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
     trained, every = model.get_nb_trainable_parameters()
     result = {

@@ -28,7 +28,7 @@ from ..adapters.architectures import text_config
 from ..adapters.optimizer import group_by_learning_rate
 from ..data.collator import Collator, Example
 from ..data.step_sharding import StepSharder
-from ..kernels import adamw_8bit
+from ..kernels import adamw
 from ..kernels.dropout import get_rng_states, preserve_rng_state, set_rng_states
 from ..kernels.unbroken import retry_optimizer_step
 from ..train_step.loss import EVAL_TOKENS, batched, forward_backward, mean_loss, score_batch
@@ -103,7 +103,7 @@ class SlimTrainer(Trainer):
             data_collator=rows,
             callbacks=callbacks,
             # By class: by name the Trainer lets bitsandbytes remember every embedding for as long as the process lives.
-            optimizer_cls_and_kwargs=(adamw_8bit.theirs(), how) if optimizer == "adamw-8bit" else None,
+            optimizer_cls_and_kwargs=(adamw.theirs(), how) if optimizer == "adamw-8bit" else None,
         )
         self.validation, self.collator, self.keep, self.say = validation, collator, keep, say
         self.trained_tokens = self.supervised_tokens = 0
@@ -303,7 +303,7 @@ class SlimTrainer(Trainer):
 
     def save_weights(self, folder: Path) -> None:
         """Write what trains into a checkpoint's folder, and what the method goes on from beside it."""
-        adapter_files.save(self.model, folder, "default")
+        adapter_files.save_adapter(self.model, folder, "default")
         checkpoints.save_progress(folder, self.model)
 
     def load_weights(self, folder: Path) -> None:
@@ -345,8 +345,8 @@ class SlimTrainer(Trainer):
 
     def load_adapter_of(self, folder: Path) -> None:
         """Load the adapter of a checkpoint into the model."""
-        tensors, _ = adapter_files.read(folder)
-        adapter_files.load(self.model, "default", tensors, where=str(folder))
+        tensors, _ = adapter_files.read_adapter_file(folder)
+        adapter_files.load_adapter_tensors(self.model, "default", tensors, where=str(folder))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

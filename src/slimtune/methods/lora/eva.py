@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, UsageError
-from ...kernels.pca import Pca
+from ...kernels.low_rank import IncrementalPca
 
 
 @dataclass
@@ -84,7 +84,7 @@ def initialize_lora_eva_weights(
         found = dict(eva_state_dict)
     config = model.peft_config[adapter_name]
     found = {n.removeprefix("base_model.model."): w for n, w in found.items()}
-    layers = model._attached.deltas(adapter_name)
+    layers = model.adapter_modules(adapter_name)
     ranks = {n: found[n].shape[0] if n in found else config.rank_of(n) for n in layers}
     alphas = {n: _alpha(config, n, rank) for n, rank in ranks.items() if rank}
     changed = dataclasses.replace(
@@ -98,7 +98,7 @@ def initialize_lora_eva_weights(
     )
     # A rank is a size: the adapter is made anew, beside the old one, and takes its name.
     model.add_adapter("eva_start", changed)
-    for name, delta in model._attached.deltas("eva_start").items():
+    for name, delta in model.adapter_modules("eva_start").items():
         if name in found:
             delta.lora_A.weight.copy_(found[name])
     model.set_adapter("eva_start")
@@ -129,7 +129,7 @@ def get_eva_state_dict(
         dataloader = list(dataloader)
     if not dataloader:
         raise UsageError("there are no batches", "a dataloader that gives the model's inputs")
-    layers = {n: m for n, m in model._attached.modules().items() if hasattr(m.adapters[adapter_name], "lora_A")}
+    layers = {n: m for n, m in model.adapted_layers().items() if hasattr(m.adapters[adapter_name], "lora_A")}
     seen = _Seen(layers, config, forward_fn or (lambda m, batch: m(**batch)))
     was_training = model.training
     model.eval()
@@ -174,7 +174,7 @@ class _Seen:
 
     def run(self, model: Any, dataloader: Any, max_batches: int | None) -> dict[str, Tensor]:
         self._find_leaders(model, next(iter(dataloader)))
-        parts = {n: Pca(self.most[n]) for n in dict.fromkeys(self.leader.values())}
+        parts = {n: IncrementalPca(self.most[n]) for n in dict.fromkeys(self.leader.values())}
         settled: dict[str, Tensor] = {}
         ranks = dict(self.most)
         again = itertools.chain.from_iterable(itertools.repeat(dataloader))
@@ -232,7 +232,7 @@ class _Seen:
             mask = mask & (batch["labels"] != self.settings.label_mask_value)
         return mask
 
-    def _ranks(self, parts: dict[str, Pca]) -> dict[str, int]:
+    def _ranks(self, parts: dict[str, IncrementalPca]) -> dict[str, int]:
         """Hand the budget out by explained variance."""
         order = [*parts, *(n for n in self.leader if n not in parts)]
         shares = [(n, s) for n in order for s in parts[self.leader[n]].shares[: self.most[n]]]
@@ -245,7 +245,7 @@ class _Seen:
                 ranks[first], ranks[name] = ranks[name], ranks[first]
         return ranks
 
-    def _directions(self, pca: Pca, rank: int) -> Tensor:
+    def _directions(self, pca: IncrementalPca, rank: int) -> Tensor:
         if pca.directions is None:
             raise UsageError(
                 f"a layer needs {pca.most} positions in one batch for EVA, and no batch had them",

@@ -51,7 +51,7 @@ def replace_lora_weights_loftq(
     Raises:
         UsageError: no adapted layer is quantized, or the files do not hold a layer's weight.
     """
-    layers: dict[str, Any] = {n: m for n, m in model._attached.modules().items() if is_quantized(m)}
+    layers: dict[str, Any] = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
     layers = {
         n: m for n, m in layers.items() if adapter_name in m.adapters and hasattr(m.adapters[adapter_name], "lora_A")
     }

@@ -22,9 +22,15 @@ from torch import Tensor, nn
 
 from ...adapters.architectures import text_config
 from ...adapters.base import AdapterModule, RowMask, Site, SiteKind
-from ...adapters.learned_embeddings import LearnedEmbeddings, token_ids
-from ...adapters.prompt import PositionShift, PromptLearningConfig, find_backbone_name
-from ...attention.prefix import AttentionModule, AttentionPrefix, attention_modules
+from ...adapters.prompt import (
+    AttentionModule,
+    LearnedEmbeddings,
+    PositionShift,
+    PromptLearningConfig,
+    find_backbone_name,
+    token_ids,
+)
+from ...attention.prefix import AttentionPrefix, find_attention_modules
 from .from_text import keys_and_values, laid_out
 
 
@@ -89,7 +95,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def further_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the backbone, where the prefix is kept, and every attention module."""
-        return {find_backbone_name(model): "model", **dict.fromkeys(attention_modules(model), "attention")}
+        return {find_backbone_name(model): "model", **dict.fromkeys(find_attention_modules(model), "attention")}
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the prefix at the backbone, and each layer's view of it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from ...adapters.learned_embeddings import frozen_base
+from ...adapters.prompt import frozen_base
 from ...errors import ConfigError, UsageError
 
 
@@ -77,7 +77,7 @@ def initialize_kv_prefix_from_past_key_values(
 
 def _held(model: Any, adapter: str | None) -> Any:
     name = adapter or model.active_adapter
-    found = [d for d in model._attached.deltas(model._known(name)).values() if hasattr(d, "layer")]
+    found = [d for d in model.adapter_modules(name).values() if hasattr(d, "layer")]
     if not found or found[0].prompt_encoder is not None:
         raise UsageError(
             f"adapter {name!r} is no prefix that can be set",

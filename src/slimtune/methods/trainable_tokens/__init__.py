@@ -22,7 +22,7 @@ from torch import nn
 
 from ...adapters.base import AdapterModule, Site, SiteKind
 from ...adapters.config import TargetedConfig
-from ...adapters.patterns import matches_name
+from ...adapters.targets import matches_name
 from ...utils.linear_layers import layer_kind
 from .places import Place, input_embedding, places, row_numbers
 from .rows import token_delta

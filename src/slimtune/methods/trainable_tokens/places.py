@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ...adapters.base import SiteKind
-from ...adapters.patterns import matches_name
+from ...adapters.targets import matches_name
 from ...errors import TargetError, nearest
 from ...utils.linear_layers import get_weight, layer_kind
 

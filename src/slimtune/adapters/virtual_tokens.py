@@ -13,13 +13,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward
+from ..attention.packed_layout import LAYOUT_KWARG, original_attention
+from ..attention.prefix import as_mask
 from ..errors import ModelError, UsageError
-from .packed_layout import LAYOUT_KWARG, original_attention
-from .prefix import as_mask
+from .base import AdapterModule, BaseForward
 
 
-class Call:
+class BackboneCall:
     """One call of a backbone: its inputs by the names of its forward."""
 
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -30,11 +30,11 @@ def theirs() -> type[Optimizer]:
 def adamw_8bit(parameters: Iterable[Any], **settings: Any) -> Optimizer:
     """Return bitsandbytes' AdamW8bit; of fake parameters, `Planned`."""
     trained = list(parameters)
-    kind: Any = Planned if any(isinstance(p, FakeTensor) for p in trained) else theirs()
+    kind: Any = FakeAdamW8bit if any(isinstance(p, FakeTensor) for p in trained) else theirs()
     return kind(trained, **settings)
 
 
-class Planned(Optimizer):
+class FakeAdamW8bit(Optimizer):
     """Holds and takes what AdamW8bit does, of tensors without values.
 
     Args:
