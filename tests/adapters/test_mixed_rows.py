@@ -125,9 +125,7 @@ def test_factors_are_stacked_once_while_nothing_changes(monkeypatch):
     model = several(llama(), {n: LORAS[n] for n in ("one", "two")})
     model.requires_grad_(False)
     count = []
-    monkeypatch.setattr(
-        "slimtune.adapters.mixed_batch.stack_factors", lambda *a: count.append(1) or stack_factors(*a)
-    )
+    monkeypatch.setattr("slimtune.adapters.mixed_batch.stack_factors", lambda *a: count.append(1) or stack_factors(*a))
     ids = tokens()
     with torch.no_grad():
         model(ids, adapter_names=["one", "two"])
