@@ -74,7 +74,7 @@ def make(base: Path, path: Path, layers: int) -> None:
         "model": {"name": str(base), "dtype": "bfloat16", "device": "cpu"},
         "data": {"train": str(rows), "validation": str(rows)},
         "method": {"name": "lora", "rank": 16, "target_modules": "all-linear"},
-        "out": str(path),
+        "output_dir": str(path),
     }
     run = RunDir.create(path, Recipe.from_dict(recipe))
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)

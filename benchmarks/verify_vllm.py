@@ -105,7 +105,7 @@ def tuned(name: str, settings: dict[str, Any], folder: Path) -> Path:
             "data": {"train": str(ROWS / "train.jsonl"), "validation": str(ROWS / "validation.jsonl")},
             "method": {"name": "lora", **settings},
             "train": {"max_steps": STEPS, "learning_rate": 1e-3},
-            "out": str(out),
+            "output_dir": str(out),
         }
         train(Recipe.from_dict(recipe))
     return out
@@ -204,7 +204,7 @@ def refused_adapters(folder: Path) -> Iterator[tuple[str, Path]]:
     methods = {f"method {n}": {"name": n, **NEEDED.get(n, {})} for n in method_names() if n != "lora"}
     for label, settings in {**{k: {"name": "lora", **v} for k, v in REFUSED.items()}, **methods}.items():
         recipe = Recipe.from_dict(
-            {"model": {"name": BASE}, "data": {"train": "none"}, "out": "none", "method": settings}
+            {"model": {"name": BASE}, "data": {"train": "none"}, "output_dir": "none", "method": settings}
         )
         model = AutoModelForCausalLM.from_pretrained(
             read_dequantized(resolve_model(BASE).path)[0], dtype=torch.bfloat16

@@ -48,7 +48,7 @@ def make_run(
             "data": {"train": str(rows), "test": str(rows), **sections.get("data", {})},
             "method": {"name": "lora", "rank": 4, **sections.get("method", {})},
             "train": sections.get("train", {}),
-            "out": str(path),
+            "output_dir": str(path),
         }
     )
     run = RunDir.create(path, recipe)

@@ -16,7 +16,7 @@ from slimtune.config.errors import fields_of, flag_of
 from slimtune.errors import RecipeError, UsageError
 from slimtune.methods.lora import LoraConfig
 
-LEAST = {"model": "smollm2-135m", "data": "rows.jsonl", "out": "runs/x"}
+LEAST = {"model": "smollm2-135m", "data": "rows.jsonl", "output_dir": "runs/x"}
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,7 +39,7 @@ def written(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
 
 def test_the_least_recipe_gets_what_serves():
     recipe = recipe_of()
-    assert (recipe.model.name, recipe.data.train, recipe.out) == (
+    assert (recipe.model.name, recipe.data.train, recipe.output_dir) == (
         "smollm2-135m",
         Path.cwd() / "rows.jsonl",
         Path("runs/x"),
@@ -71,7 +71,7 @@ def test_a_recipe_is_frozen():
 
 def test_all_faults_are_reported_at_once():
     text = said(
-        out=None,
+        output_dir=None,
         epochs=3,
         zzz=1,
         model={"name": "x", "dtype": "bf17"},
@@ -81,9 +81,9 @@ def test_all_faults_are_reported_at_once():
     )
     assert "the recipe holds 12 faults" in text
     for line in (
-        "out: missing (flag --out); expected: the run folder",
+        "output_dir: missing (flag --out); expected: the run folder",
         "epochs: no such field; did you mean 'train.epochs'?",
-        "zzz: no such field; expected: one of 'model', 'data', 'method', 'train', 'out'",
+        "zzz: no such field; expected: one of 'model', 'data', 'method', 'train', 'output_dir'",
         "model.dtype: got 'bf17'; expected: dtype of the frozen weights: auto, float32",
         "data.on_overlong: got 'cut'; expected: what happens to a longer row: error, drop or truncate",
         "method.dropot: no such field; did you mean 'dropout'?",
@@ -95,7 +95,7 @@ def test_all_faults_are_reported_at_once():
         "train.learning_rate: got 'fast'; expected: the highest rate, above 0",
     ):
         assert f"\n  {line}" in text
-    assert "fix: correct it there" in text
+    assert "hint: correct it there" in text
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_all_faults_are_reported_at_once():
         ("train", "batch_size", True),
         ("train", "gradient_accumulation_steps", 0),
         ("train", "packing", "no"),
-        ("train", "scheduler", "cosin"),
+        ("train", "lr_scheduler", "cosin"),
         ("train", "warmup_ratio", 1),
         ("train", "weight_decay", -1),
         ("train", "max_grad_norm", -1),
@@ -138,7 +138,7 @@ def test_a_value_out_of_range_or_type_is_named_with_what_is_wanted(section, fiel
     text = said(**{section: {**needed, field: value}})
     wanted = dict(fields_of(Recipe))[f"{section}.{field}"].description
     assert f"{section}.{field}: got " in text
-    assert f"wanted: {wanted}" in text
+    assert f"expected: {wanted}" in text
 
 
 def test_sections_of_the_wrong_kind():
@@ -193,21 +193,21 @@ def test_stopping_early_needs_validation_rows():
 
 
 def test_numbers_as_people_write_them(tmp_path):
-    path = written(tmp_path, "model: m\ndata: d\nout: o\ntrain: {learning_rate: 2e-4, weight_decay: '1e-2'}\n")
+    path = written(tmp_path, "model: m\ndata: d\noutput_dir: o\ntrain: {learning_rate: 2e-4, weight_decay: '1e-2'}\n")
     assert (load_recipe(path).train.learning_rate, load_recipe(path).train.weight_decay) == (2e-4, 1e-2)
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("model: m\ndata: [a\nout: o\n", ("line 3, column 4", "look at: out: o")),
+        ("model: m\ndata: [a\noutput_dir: o\n", ("line 3, column 11", "look at: output_dir: o")),
         ("model: m\n  data: d\n", ("line 2, column 7", "look at: data: d")),
         ("model: m\nmodel: n\n", ("line 2, column 1: 'model' is given twice", "look at: model: n")),
         ("train:\n  epochs: 1\n  epochs: 2\n", ("line 3, column 3: 'epochs' is given twice",)),
         ("a: [", ("line 1, column 5", "look at: a: [")),
         ("a: \x00", ("is not YAML",)),
         ("a: !!python/object:os.system x\n", ("line 1, column 4", "could not determine a constructor")),
-        ("- model\n", ("holds ['model']", "a mapping with model, data and out")),
+        ("- model\n", ("holds ['model']", "a mapping with model, data and output_dir")),
     ],
 )
 def test_yaml_that_does_not_parse_is_placed(tmp_path, text, parts):
@@ -221,7 +221,7 @@ def test_yaml_that_does_not_parse_is_placed(tmp_path, text, parts):
 
 
 def test_a_key_repeated_through_a_merge_is_no_fault(tmp_path):
-    tree = "model: m\ndata: d\nout: o\ntrain:\n  <<: {epochs: 1, seed: 3}\n  epochs: 2\n"
+    tree = "model: m\ndata: d\noutput_dir: o\ntrain:\n  <<: {epochs: 1, seed: 3}\n  epochs: 2\n"
     recipe = load_recipe(written(tmp_path, tree, "c.yaml"))
     assert (recipe.train.epochs, recipe.train.seed) == (2.0, 3)
 
@@ -231,12 +231,12 @@ def test_an_empty_recipe_says_all_that_is_missing_and_the_flags(tmp_path):
         with pytest.raises(RecipeError) as e:
             load_recipe(recipe)
         for part in (source, "3 faults", "model.name: missing (flag --model)", "data.train: missing (flag --data)",
-                     "out: missing (flag --out)"):  # fmt: skip
+                     "output_dir: missing (flag --out)"):  # fmt: skip
             assert part in str(e.value)
 
 
 def test_empty_sections_are_as_if_not_there(tmp_path):
-    recipe = load_recipe(written(tmp_path, "model: m\ndata: d\nout: o\ntrain:\nmethod:\n"))
+    recipe = load_recipe(written(tmp_path, "model: m\ndata: d\noutput_dir: o\ntrain:\nmethod:\n"))
     assert recipe.train.epochs == 3.0
 
 
@@ -259,12 +259,12 @@ def test_relative_paths_mean_the_file_beside_the_recipe_else_the_working_folder(
     (tmp_path / "recipes/a.jsonl").touch()
     (tmp_path / "recipes/smollm2-135m").mkdir()
     monkeypatch.chdir(tmp_path)
-    path = written(tmp_path / "recipes", "model: ./base\ndata: {train: a.jsonl, validation: b.jsonl}\nout: runs/x\n")
+    path = written(tmp_path / "recipes", "model: ./base\ndata: {train: a.jsonl, validation: b.jsonl}\noutput_dir: runs/x\n")
     recipe = load_recipe(path)
     assert recipe.data.train == tmp_path / "recipes/a.jsonl"
     assert recipe.data.validation == tmp_path / "b.jsonl"
     assert recipe.model.name == str(tmp_path / "recipes/base")
-    assert recipe.out == Path("runs/x")
+    assert recipe.output_dir == Path("runs/x")
     # An alias is no path, and a Hub id that is no folder stays one.
     assert load_recipe(path, {"model": "smollm2-135m"}).model.name == "smollm2-135m"
     assert load_recipe(path, {"model": "org/base"}).model.name == "org/base"
@@ -274,8 +274,8 @@ def test_relative_paths_mean_the_file_beside_the_recipe_else_the_working_folder(
 
 def test_home_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    recipe = load_recipe(None, {**LEAST, "data": "~/rows.jsonl", "out": "~/run"})
-    assert (str(recipe.data.train), str(recipe.out)) == ("/home/someone/rows.jsonl", "/home/someone/run")
+    recipe = load_recipe(None, {**LEAST, "data": "~/rows.jsonl", "output_dir": "~/run"})
+    assert (str(recipe.data.train), str(recipe.output_dir)) == ("/home/someone/rows.jsonl", "/home/someone/run")
 
 
 def test_missing_data_files_are_named_all_at_once(tmp_path):
@@ -295,12 +295,12 @@ def test_missing_data_files_are_named_all_at_once(tmp_path):
 
 
 def test_overrides_win_over_the_file(tmp_path):
-    path = written(tmp_path, "model: m\ndata: d\nout: o\nmethod: {r: 4, dropout: 0.1}\ntrain: {epochs: 2, seed: 1}\n")
+    path = written(tmp_path, "model: m\ndata: d\noutput_dir: o\nmethod: {r: 4, dropout: 0.1}\ntrain: {epochs: 2, seed: 1}\n")
     recipe = load_recipe(
-        path, ["train.epochs=1", "method.rank=8", "model.dtype=fp32", "train.report_to=[wandb]", "out=p"]
+        path, ["train.epochs=1", "method.rank=8", "model.dtype=fp32", "train.report_to=[wandb]", "output_dir=p"]
     )
     config = recipe.method_config()
-    assert (recipe.train.epochs, recipe.train.seed, recipe.out) == (1.0, 1, Path("p"))
+    assert (recipe.train.epochs, recipe.train.seed, recipe.output_dir) == (1.0, 1, Path("p"))
     assert (config.r, config.lora_alpha, config.lora_dropout) == (8, 16, 0.1)
     assert (recipe.model.name, recipe.model.dtype, recipe.train.report_to) == ("m", "float32", ["wandb"])
     assert load_recipe(path, {"method.rank": 8, "model": "n"}).model.name == "n"
@@ -320,7 +320,7 @@ def test_a_patterns_key_may_hold_dots():
         ("train.epochs=zero", "train.epochs: got 'zero'"),
         ("train.epochss=1", "train.epochss: no such field; did you mean 'epochs'?"),
         ("trian.epochs=1", "trian: no such field; did you mean 'train'?"),
-        ("out.x=1", "--set out.x: 'out' is 'runs/x'"),
+        ("output_dir.x=1", "--set output_dir.x: 'output_dir' is 'runs/x'"),
         ("method.rnk=1", "method.rnk: no such field; did you mean 'rank'?"),
         ("method=loraa", "method.name: there is no method 'loraa'; did you mean 'lora'?"),
         ("rank=3", "rank: no such field; did you mean 'method.rank'?"),
@@ -360,7 +360,7 @@ def test_the_given_tree_is_not_changed():
 )
 def test_a_written_recipe_reads_back_equal(rank, rate, fraction, name, steps):
     recipe = Recipe.from_dict(
-        {"model": name, "data": {"train": "t", "validation_fraction": fraction}, "method": {"rank": rank}, "out": "o",
+        {"model": name, "data": {"train": "t", "validation_fraction": fraction}, "method": {"rank": rank}, "output_dir": "o",
          "train": {"learning_rate": rate, "max_steps": steps}}
     )  # fmt: skip
     assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
@@ -368,7 +368,7 @@ def test_a_written_recipe_reads_back_equal(rank, rate, fraction, name, steps):
 
 @pytest.mark.parametrize("name", ["\x85", "a\u2028b", "\u2029 c", "ü", "'\"", "5", "null"])
 def test_awkward_names_read_back_equal(name):
-    recipe = Recipe.from_dict({"model": name, "data": {"train": "t"}, "out": "o"})
+    recipe = Recipe.from_dict({"model": name, "data": {"train": "t"}, "output_dir": "o"})
     assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())).model.name == name
 
 
@@ -384,7 +384,7 @@ def test_the_demos_recipe_is_sound():
     recipe = load_recipe(ROOT / "examples/devils-dictionary.yaml")
     assert recipe.data.train == ROOT / "examples/devils-dictionary/train.jsonl"
     assert (recipe.method_config().r, recipe.method_config().lora_alpha) == (16, 32)
-    assert not os.path.isabs(recipe.out)
+    assert not os.path.isabs(recipe.output_dir)
 
 
 def test_every_field_stands_in_the_documentation():

@@ -14,7 +14,7 @@ from slimtune.config import Recipe
 from slimtune.errors import RunError, UsageError
 from slimtune.run_dir import RunDir, read_json, to_json, write_atomic, write_json
 
-RECIPE = Recipe.from_dict({"model": "m", "data": "/d.jsonl", "out": "runs/x"})
+RECIPE = Recipe.from_dict({"model": "m", "data": "/d.jsonl", "output_dir": "runs/x"})
 EVALUATION = {
     "data": "/test.jsonl", "rows": 3, "base_loss": 4.5, "tuned_loss": 3.7, "loss_reduction": 0.8,
     "loss_reduction_ci95": [0.7, 0.9],
@@ -28,7 +28,7 @@ def run(tmp_path) -> RunDir:
 
 def test_a_new_run_contains_its_recipe(run):
     assert [p.name for p in run.path.iterdir()] == ["recipe.yaml"]
-    assert run.load_recipe() == RECIPE.model_copy(update={"out": run.path})
+    assert run.load_recipe() == RECIPE.model_copy(update={"output_dir": run.path})
 
 
 def test_an_empty_folder_is_accepted(tmp_path):

@@ -19,7 +19,7 @@ def main() -> None:
             "data": {"train": rows, "validation_fraction": 0},
             "method": {"name": "lora", "rank": 16},
             "train": {"epochs": 1, "batch_size": 8},
-            "out": out,
+            "output_dir": out,
         }
     )
     began = time.perf_counter()

@@ -207,7 +207,7 @@ class RunDir:
             UsageError: there is none.
             RecipeError: it has errors.
         """
-        return load_recipe(self.recipe_file, {"out": str(self.path)})
+        return load_recipe(self.recipe_file, {"output_dir": str(self.path)})
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished.

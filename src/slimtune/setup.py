@@ -264,7 +264,7 @@ def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
     """
     if recipe is None:
         return open_rows(path)
-    return open_rows(path, format=recipe.data.format, columns=recipe.data.map)
+    return open_rows(path, format=recipe.data.format, columns=recipe.data.columns)
 
 
 def build_collator(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> Collator:
@@ -317,7 +317,7 @@ def _encode(
         tokenizer,
         max_seq_len=data.max_seq_len,
         on_overlong=data.on_overlong,
-        learn=data.learn,
+        train_on=data.train_on,
         path=path,
         processes=max(1, cpu_count() // distributed.local_world_size()),
         watch=survey,

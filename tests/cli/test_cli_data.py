@@ -73,7 +73,7 @@ def test_overlap_with_validation_and_the_page(rows, tiny_folder, tmp_path):
 def test_another_format_and_names_of_columns(tmp_path, tiny_folder):
     path = tmp_path / "rows.csv"
     path.write_text("question,answer\n" + "".join(f"Define {i},It is {i * 31}\n" for i in range(9)), encoding="utf-8")
-    maps = ("--map", "instruction=question", "--map", "output=answer")
+    maps = ("--column", "instruction=question", "--column", "output=answer")
     report = json.loads(slimtune("data", path, "--model", tiny_folder, *maps, "--json").stdout)
     assert (report["format"], report["rows"], report["verdict"]) == ("instruction", 9, "sound")
     assert slimtune("data", path, "--model", tiny_folder).exit_code == 1
@@ -84,7 +84,7 @@ def test_another_format_and_names_of_columns(tmp_path, tiny_folder):
     [
         (("--max-seq-len", "1"), "max_seq_len is 1"),
         (("--batch-size", "0"), "a step of 0 rows"),
-        (("--map", "messages"), "--map got 'messages'"),
+        (("--column", "messages"), "--column got 'messages'"),
         (("--too-long", "cut"), "cut"),
         (("--validation", "none.jsonl"), "no such file"),
     ],

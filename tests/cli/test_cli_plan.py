@@ -78,7 +78,7 @@ def recipe(tmp_path, rows) -> Path:
 def test_a_model_alone_is_planned_as_training_would_run_it(asked):
     said("llama-3.1-8b")
     (request,) = asked
-    trained = load_recipe(None, {"model.name": "llama-3.1-8b", "data.train": "d.jsonl", "out": "o"})
+    trained = load_recipe(None, {"model.name": "llama-3.1-8b", "data.train": "d.jsonl", "output_dir": "o"})
     assert (request.outline.spec, request.methods) == ("meta-llama/Llama-3.1-8B", ("lora",))
     assert request.settings == trained.method.settings
     assert request == build_request(trained, request.card)
@@ -131,7 +131,7 @@ def test_rows_give_the_longest_and_the_tokens_of_the_run(asked, tiny_folder, tmp
     told = said(str(tiny_folder), *how, "--set", "train.epochs=2")
     (request,) = asked
     tokenizer = load_tokenizer(str(tiny_folder))
-    rows = load_datasets(load_recipe(None, {"model": str(tiny_folder), "data.train": str(file), "out": "o",
+    rows = load_datasets(load_recipe(None, {"model": str(tiny_folder), "data.train": str(file), "output_dir": "o",
                                       "data.validation_fraction": 0}), tokenizer).train  # fmt: skip
     lengths = [len(row["input_ids"]) for row in rows]
     assert len(set(lengths)) == 3
@@ -377,7 +377,7 @@ def test_a_recipe_that_trains_is_written(asked, rows, tmp_path):
     recipe = load_recipe(file)
     assert (recipe.method.settings["r"], recipe.data.max_seq_len, recipe.data.train) == (8, 99, rows)
     assert recipe.model.name == "meta-llama/Llama-3.1-8B", "what the weights are loaded by"
-    assert recipe.out == Path("runs/job")
+    assert recipe.output_dir == Path("runs/job")
     assert f"now: slimtune train {file}" in done.stdout
     again = said(str(file), "--gpu", "t4")
     assert again["method"] == "lora"

@@ -155,7 +155,7 @@ def test_train_from_flags_alone(room, rows, tmp_path):
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 6, ["q_proj"])
     train, data, model = recipe.train, recipe.data, recipe.model
     assert (train.epochs, train.max_steps, train.learning_rate, train.batch_size) == (2.0, 9, 1e-3, 2)
-    assert (train.seed, train.packing, recipe.out) == (7, False, Path("o"))
+    assert (train.seed, train.packing, recipe.output_dir) == (7, False, Path("o"))
     assert (data.max_seq_len, data.on_overlong, data.train, data.validation) == (99, "error", rows, rows)
     assert (model.name, model.dtype, model.trust_remote_code) == ("m", "float32", True)
     for part in ("1.5000", "1.0 MiB", "1.00 %", "runs/x/adapter", "slimtune eval runs/x"):

@@ -31,7 +31,7 @@ def tree(tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
         "data": {n: str(write_rows(tmp_path / f"{n}.jsonl", k, start=at)) for n, (k, at) in rows.items()},
         "method": {"name": "lora", "r": 4},
         "train": {"batch_size": 6, "seed": 7},
-        "out": str(tmp_path / "run"),
+        "output_dir": str(tmp_path / "run"),
     }
 
 
@@ -83,7 +83,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, here: list[str]) -> list[str]:
 
     def made_up(recipe_file: Path, *, full: bool = False, **_: Any) -> None:
         recipe = load_recipe(recipe_file)
-        folder, noise = Path(recipe.out), random.Random(recipe_file.stem)
+        folder, noise = Path(recipe.output_dir), random.Random(recipe_file.stem)
         folder.mkdir(parents=True)
         rows = [
             {"line": i, "tokens": 10 + i, "base": 50.0 + i, "tuned": 45 + i + noise.gauss(0, 1)} for i in range(1, 9)

@@ -36,7 +36,7 @@ def weights(run: str | Path) -> dict[str, torch.Tensor]:
 
 
 def test_one_step_is_torchs_own(recipe):
-    made = recipe("run", max_steps=1, batch_size=24, scheduler="constant", warmup_ratio=0, max_grad_norm=0)
+    made = recipe("run", max_steps=1, batch_size=24, lr_scheduler="constant", warmup_ratio=0, max_grad_norm=0)
     result = train_full(made)
     tokenizer = load_tokenizer_from_recipe(made)
     model = AutoModelForCausalLM.from_pretrained(made.model.name)

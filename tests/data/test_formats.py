@@ -144,7 +144,7 @@ def test_unknown_columns_name_every_format_and_the_nearest(tmp_path):
         open_rows(path)
     assert "did you mean 'conversations' for 'converstions'?" in fault.value.message
     assert all(f"{name}: {', '.join(form.needs)}" in fault.value.expected for name, form in FORMATS.items())
-    assert "--map messages=COLUMN" in fault.value.hint
+    assert "--column messages=COLUMN" in fault.value.hint
 
 
 def test_columns_are_mapped(tmp_path):
@@ -160,7 +160,7 @@ def test_columns_are_mapped(tmp_path):
 @pytest.mark.parametrize(
     ("how", "parts"),
     [
-        ({"columns": {"messages": "dialgo"}}, ["--map messages=dialgo", "did you mean 'dialog'?"]),
+        ({"columns": {"messages": "dialgo"}}, ["--column messages=dialgo", "did you mean 'dialog'?"]),
         ({"columns": {"messages": "dialgo"}, "format": "chat"}, ["has no column 'dialgo'"]),
         ({"columns": {"mesages": "dialog"}}, ["no column of any format", "did you mean 'messages'?"]),
         ({"columns": {"text": "dialog"}, "format": "chat"}, ["no column of the format chat"]),
@@ -179,8 +179,8 @@ def test_the_recipe_names_the_same_formats():
     assert list(get_args(names)) == list(FORMATS)
 
 
-def said_by(row, learn="all"):
-    ((rendered, tokens),) = tokenize_rows([row], TOK, learn=learn)
+def said_by(row, train_on="assistant"):
+    ((rendered, tokens),) = tokenize_rows([row], TOK, train_on=train_on)
     assert len(tokens.input_ids) == len(tokens.supervised)
     assert TOK.decode(tokens.input_ids) == rendered.text
     return TOK.decode([t for t, said in zip(tokens.input_ids, tokens.supervised, strict=True) if said])
@@ -225,10 +225,10 @@ def test_turns_are_learned_as_weights_and_learn_say(template):
         thought = "<think>\n\n</think>\n\n" if template == "qwen3_training" else ""
         one, two, three = (f"{thought}{n}.<|im_end|>" for n in ("One", "Two", "Three"))
         assert said_by(Row(LONG, 1)) == one + two + three
-        assert said_by(Row(LONG, 1), learn="last") == three
+        assert said_by(Row(LONG, 1), train_on="last_assistant") == three
         assert said_by(Row(LONG, 1, learned=(False, True, False, False, False, True))) == one + three
         assert said_by(Row(LONG, 1, learned=(False, True, False, True, False, False))) == one + two
-        assert said_by(Row(LONG, 1, learned=(False, True, False, True, False, False)), learn="last") == ""
+        assert said_by(Row(LONG, 1, learned=(False, True, False, True, False, False)), train_on="last_assistant") == ""
     finally:
         TOK = kept
 
@@ -237,7 +237,7 @@ def test_preference_pairs_are_read_and_nothing_trains_on_them(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "b"})
     with pytest.raises(DataError, match=r"holds preference pairs .* nothing trains on yet") as fault:
         tokenize_dataset(open_rows(path), TOK, max_seq_len=99, path=path)
-    assert "--format prompt-completion --map completion=chosen" in fault.value.hint
+    assert "--format prompt-completion --column completion=chosen" in fault.value.hint
     assert tokenize_rows(read_rows(path), TOK)[0].code == "preference"
     # The way out that it names is one.
     how = {"format": "prompt-completion", "columns": {"completion": "chosen"}}

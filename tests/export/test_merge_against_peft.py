@@ -71,7 +71,7 @@ def test_a_merge_costs_no_more_than_pefts(tmp_path, smollm2_folder, adapter, dty
         "model": {"name": str(smollm2_folder), "dtype": str(dtype).removeprefix("torch."), "device": "cpu"},
         "data": {"train": str(rows)},
         "method": {"name": "lora"},
-        "out": str(tmp_path / "run"),
+        "output_dir": str(tmp_path / "run"),
     }
     run = RunDir.create(tmp_path / "run", Recipe.from_dict(recipe))
     run.adapter.symlink_to(adapter)

@@ -182,7 +182,7 @@ def test_a_run_stays_below_its_plan(method, tiny_folder, tmp_path, monkeypatch):
             },
             "method": method,
             "train": {"epochs": 2, "batch_size": 4, "save_steps": 1, "eval_steps": 1, "save_total_limit": 2},
-            "out": str(tmp_path / "run"),
+            "output_dir": str(tmp_path / "run"),
         }
     )
     model = build_meta_model(AutoConfig.from_pretrained(tiny_folder), recipe.method_config(), FP32)

@@ -146,7 +146,7 @@ def test_a_recipe_is_a_request(tmp_path):
             "data": str(tmp_path / "rows.jsonl"),
             "method": {"name": "lora", "rank": 8},
             "train": {"batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
-            "out": str(tmp_path / "run"),
+            "output_dir": str(tmp_path / "run"),
         }
     )
     ask = build_request(recipe, ROOMY, [10, 300, 20, 40, 50, 60, 70, 80, 90, 100])

@@ -109,7 +109,7 @@ def full_run(path: Path, text: str = "", *, method: str = "lora", steps: int = 4
             "data": {"train": f"/data/{text.replace('/', '')}rows.jsonl", "test": "/data/test.jsonl"},
             "method": method,
             "train": {"max_steps": steps},
-            "out": str(path),
+            "output_dir": str(path),
         }
     )
     run = RunDir.create(path, recipe)

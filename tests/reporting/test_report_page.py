@@ -32,7 +32,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def bare(tmp_path):
-    recipe = Recipe.from_dict({"model": "m", "data": "/d.jsonl", "out": str(tmp_path / "mine")})
+    recipe = Recipe.from_dict({"model": "m", "data": "/d.jsonl", "output_dir": str(tmp_path / "mine")})
     return RunDir.create(tmp_path / "mine", recipe)
 
 

@@ -20,5 +20,5 @@ def settings(tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
         },
         "method": {"name": "lora", "r": 4, "lora_dropout": 0.1},
         "train": {"epochs": 2, "batch_size": 6, "learning_rate": 1e-2},
-        "out": str(tmp_path / "run"),
+        "output_dir": str(tmp_path / "run"),
     }

@@ -32,7 +32,7 @@ def written(folder: Path) -> tuple[dict, dict]:
 def test_a_run_fills_in_its_steps_and_ends_at_the_target(adalora, tmp_path):
     data = {k: v for k, v in adalora["data"].items() if k != "validation"} | {"validation_fraction": 0}
     train(recipe_of({**adalora, "data": data}))
-    tensors, config = written(Path(adalora["out"]))
+    tensors, config = written(Path(adalora["output_dir"]))
     assert config["total_step"] == 8
     left = [sum(ranks) for ranks in config["rank_pattern"].values()]
     assert sum(left) == 2 * len(left)
@@ -43,7 +43,7 @@ def test_a_run_fills_in_its_steps_and_ends_at_the_target(adalora, tmp_path):
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(adalora, tmp_path, monkeypatch):
-    train(recipe_of({**adalora, "out": str(tmp_path / "whole")}))
+    train(recipe_of({**adalora, "output_dir": str(tmp_path / "whole")}))
     begin = EvalSaveSchedule.on_step_begin
 
     def interrupt(self, args, state, control, **more):
@@ -54,7 +54,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(adalora, tmp_path, monkeypatch):
     monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", interrupt)
     with pytest.raises(Interrupted):
         train(recipe_of(adalora))
-    folder = Path(adalora["out"])
+    folder = Path(adalora["output_dir"])
     (newest,) = checkpoint.folders(folder / "checkpoints")
     kept = load_file(newest / checkpoint.METHOD)
     assert any(k.endswith(":left") and not t.all() for k, t in kept.items())
@@ -76,7 +76,7 @@ def test_the_penalty_counts_once_a_step(adalora, tmp_path, monkeypatch):
         "one": {"batch_size": 6},
         "many": {"batch_size": 2, "gradient_accumulation_steps": 3},
     }.items():
-        train(recipe_of({**plain, "out": str(tmp_path / name)}, max_steps=4, logging_steps=1, **train_settings))
+        train(recipe_of({**plain, "output_dir": str(tmp_path / name)}, max_steps=4, logging_steps=1, **train_settings))
     losses = [loss for loss in seen if loss is not None]
     assert len(losses) == 8
     assert losses[0] > 7
@@ -85,7 +85,7 @@ def test_the_penalty_counts_once_a_step(adalora, tmp_path, monkeypatch):
 
 def test_a_plain_method_leaves_no_file_of_its_own(settings):
     train(recipe_of(settings, max_steps=2))
-    newest = checkpoint.folders(Path(settings["out"]) / "checkpoints")[-1]
+    newest = checkpoint.folders(Path(settings["output_dir"]) / "checkpoints")[-1]
     assert not (newest / checkpoint.METHOD).exists()
 
 
@@ -94,4 +94,4 @@ def test_a_setting_refused_late_leaves_the_folder_free(settings):
     late = {**settings, "method": {"name": "adalora", "tfinal": 100}}
     with pytest.raises(SlimtuneError, match="total_step"):
         train(recipe_of(late))
-    assert not Path(settings["out"]).exists()
+    assert not Path(settings["output_dir"]).exists()

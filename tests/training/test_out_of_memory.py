@@ -133,7 +133,7 @@ class Run:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(SlimTrainer, "stepped", stepping)
             patch.setattr(SlimTrainer, "training_step", beginning)
-            self.result = train(recipe_of({**settings, "out": str(out)}), **how)
+            self.result = train(recipe_of({**settings, "output_dir": str(out)}), **how)
         self.adapter = load_file(out / "adapter" / "adapter_model.safetensors")
         self.metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         self.events = [m for m in self.metrics if m.get("event") == "out of memory"]
@@ -303,7 +303,7 @@ def _noted(function: Callable[..., Any], calls: list) -> Callable[..., Any]:
 
 
 def test_giving_up_leaves_a_checkpoint_and_says_how_to_go_on(plain, undisturbed, tmp_path, monkeypatch):
-    settings = {**plain, "out": str(tmp_path / "run"), "train": {**plain["train"], "save_steps": 2, "eval_steps": 3}}
+    settings = {**plain, "output_dir": str(tmp_path / "run"), "train": {**plain["train"], "save_steps": 2, "eval_steps": 3}}
     whole = Run(settings, tmp_path / "whole")
     fault = []
     accumulated = SlimTrainer._gradients
@@ -348,7 +348,7 @@ def test_what_runs_out_between_two_steps_is_told_with_the_last_checkpoint(plain,
     fault.at_call(SlimTrainer, "stepped", 3)
     fault.arm_at(SlimTrainer, "training_step")
     with pytest.raises(RunError, match="not enough memory for what lies between two steps") as e:
-        train(recipe_of({**plain, "out": str(tmp_path / "run")}))
+        train(recipe_of({**plain, "output_dir": str(tmp_path / "run")}))
     assert "checkpoint-2 is whole" in e.value.hint
 
 

@@ -158,15 +158,15 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
     settings["method"]["lora_dropout"] = 0.0
     # 24 rows, 7 a step: the last step of an epoch has 3.
     long = {"max_steps": 50, "batch_size": 7, "eval_steps": 10}
-    one = train(recipe_of({**settings, "out": str(tmp_path / "one")}, **long))
-    half = train(recipe_of({**settings, "out": str(tmp_path / "half")}, **{**long, "save_steps": 10}))
+    one = train(recipe_of({**settings, "output_dir": str(tmp_path / "one")}, **long))
+    half = train(recipe_of({**settings, "output_dir": str(tmp_path / "half")}, **{**long, "save_steps": 10}))
     cut_back(Path(half["run"]), 20)
     runs = {
         "whole": {"train": long},
         "divided": {"train": {**long, "fsdp": True, "gradient_checkpointing": True}},
         "half": {"train": {**long, "save_steps": 10}, "resume": True},
     }
-    settings["out"] = str(tmp_path)
+    settings["output_dir"] = str(tmp_path)
     found = checked("runs", {**settings, "runs": runs}, tmp_path)["runs"]
     for name in ("whole", "divided", "half"):
         run = found[name]["run"]
@@ -180,7 +180,7 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
     # One process goes on where two were.
     run = Path(found["whole"]["run"])
     cut_back(run, checkpoint.step_of(checkpoint.folders(run / "checkpoints")[0]))
-    alone = train(recipe_of({**settings, "out": str(run)}, **long), resume=True)
+    alone = train(recipe_of({**settings, "output_dir": str(run)}, **long), resume=True)
     assert apart(adapter(one["run"]), adapter(alone["run"])) < 1e-4
     # The file is whole, and loads here and in PEFT.
     base = settings["model"]["name"]
@@ -194,7 +194,7 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
 def test_the_trainer_of_transformers_wraps_an_adapted_model(settings, tmp_path):
     """Plain DDP, a script of one's own: two processes of 3 rows are one of 6."""
     one = own_trainer(settings["model"]["name"], str(tmp_path / "one"), 6)
-    settings["out"] = str(tmp_path / "two")
+    settings["output_dir"] = str(tmp_path / "two")
     two = checked("own_trainer", settings, tmp_path)["own_trainer"]
     weights = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two")]
     print(f"losses within {most(one['losses'], two['losses']):.1e}, adapter within {apart(*weights):.1e}")
@@ -225,7 +225,7 @@ def test_a_faulty_recipe_is_said_once(settings, tmp_path):
     assert (code, other) == (2, 2)
     assert "did you mean 'seed'?" in err
     assert (out, nothing, silence) == ("", "", "")
-    assert not Path(settings["out"]).exists()
+    assert not Path(settings["output_dir"]).exists()
 
 
 def test_other_verbs_want_one_process(monkeypatch):
@@ -263,7 +263,7 @@ main()
 def test_a_killed_process_ends_the_run_which_one_process_goes_on_with(settings, tmp_path, rank, divide):
     settings["method"]["lora_dropout"] = 0.0
     settings["train"] |= {"max_steps": 20, "save_steps": 5, "fsdp": divide}
-    whole = train(recipe_of({**settings, "out": str(tmp_path / "whole")}))
+    whole = train(recipe_of({**settings, "output_dir": str(tmp_path / "whole")}))
     program, recipe = tmp_path / "dies.py", tmp_path / "recipe.yaml"
     program.write_text(DIES.format(rank=rank, signal="SIGKILL"))
     recipe.write_text(recipe_of(settings).to_yaml())
@@ -274,7 +274,7 @@ def test_a_killed_process_ends_the_run_which_one_process_goes_on_with(settings, 
     said = " ".join(done.stderr.split())
     assert said.count("error: another process of this run has ended") == 1
     assert f"slimtune train {settings['out']}/recipe.yaml --resume" in said
-    assert [p.name for p in checkpoint.folders(Path(settings["out"]) / "checkpoints")][-1] == "checkpoint-10"
+    assert [p.name for p in checkpoint.folders(Path(settings["output_dir"]) / "checkpoints")][-1] == "checkpoint-10"
     on = train(recipe_of(settings), resume=True)
     assert most(losses(whole["run"]), losses(on["run"])) < 1e-4
     assert apart(adapter(whole["run"]), adapter(on["run"])) < 1e-4
@@ -291,7 +291,7 @@ def test_an_interrupt_of_one_process_stops_all_at_one_step(settings, tmp_path):
     assert "stopped at step 12; go on with: slimtune train" in err
     assert "stop" not in silence
     assert "error" not in silence
-    assert [p.name for p in checkpoint.folders(Path(settings["out"]) / "checkpoints")][-1] == "checkpoint-12"
+    assert [p.name for p in checkpoint.folders(Path(settings["output_dir"]) / "checkpoints")][-1] == "checkpoint-12"
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess:

@@ -43,22 +43,22 @@ def test_a_quantized_run_trains_evaluates_merges_and_is_the_same_again(settings,
     result = train(recipe, planner=_planner(False))
     assert (result["quantization"], result["dtype"]) == (kind, "float32")
     assert (
-        result["validation_loss"] < json.loads(RunDir(recipe.out).metrics_file.read_text().split("\n")[0])["train_loss"]
+        result["validation_loss"] < json.loads(RunDir(recipe.output_dir).metrics_file.read_text().split("\n")[0])["train_loss"]
     )
-    plan = json.loads(RunDir(recipe.out).plan_file.read_text())["plan"]
+    plan = json.loads(RunDir(recipe.output_dir).plan_file.read_text())["plan"]
     assert plan["dtype"] == kind
-    loaded = load_run(recipe.out)
+    loaded = load_run(recipe.output_dir)
     assert loaded.base.quantization == kind
     assert is_quantized(loaded.model.model.layers[0].mlp.up_proj)
-    said = evaluate(recipe.out, split="validation")
+    said = evaluate(recipe.output_dir, split="validation")
     assert said["quantization"] == kind
     assert said["tuned_loss"] == pytest.approx(result["validation_loss"], rel=1e-3)
-    made = merge(recipe.out, tmp_path / "merged")
+    made = merge(recipe.output_dir, tmp_path / "merged")
     assert made["mean_difference"] < 0.1 * made["effect"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert not hasattr(merged.config, "quantization_config")
     # What is merged into is what the run multiplied by, not the base before it was quantized.
-    layer = load_run(recipe.out).model.model.layers[0].mlp.up_proj
+    layer = load_run(recipe.output_dir).model.model.layers[0].mlp.up_proj
     alone = AutoModelForCausalLM.from_pretrained(recipe.model.name).model.layers[0].mlp.up_proj.weight
     delta = layer.adapters["default"]
     change = delta.scale * delta.lora_B.weight @ delta.lora_A.weight
@@ -90,12 +90,12 @@ def test_an_unpacked_run_says_what_the_quantized_one_says(settings):
     train(recipe)
     ids = torch.arange(3, 60)[None]
     with torch.no_grad():
-        quantized_one = load_run(recipe.out).model(ids).logits
-        trained = load_trained(recipe.out)
+        quantized_one = load_run(recipe.output_dir).model(ids).logits
+        trained = load_trained(recipe.output_dir)
         assert trained.base.quantization == "nf4"
         assert not any(is_quantized(m) for m in trained.model.modules())
         assert (trained.model(ids).logits - quantized_one).abs().max() < 1e-4
-        assert (load_run(recipe.out, quantization="none").model(ids).logits - quantized_one).abs().max() > 1e-3
+        assert (load_run(recipe.output_dir, quantization="none").model(ids).logits - quantized_one).abs().max() > 1e-3
         trained.model.merge_adapter()
         assert (trained.model(ids).logits - quantized_one).abs().max() < 1e-4
 
@@ -106,7 +106,7 @@ def test_resumed_with_states_in_8_bits_it_is_the_same_run(settings, tmp_path):
     settings["method"] |= {"r": 128}
     recipe = with_quant(settings, "nf4", max_steps=6, eval_steps=3, optimizer="adamw-8bit")
     train(recipe)
-    run = RunDir(recipe.out)
+    run = RunDir(recipe.output_dir)
     states = load_file(run.checkpoints / "checkpoint-3" / "optimizer.safetensors")
     kinds = {(t.dtype, t.numel() >= 4096) for n, t in states.items() if "state" in n}
     assert kinds == {(torch.uint8, True), (torch.float32, False)}
@@ -141,8 +141,8 @@ def test_a_checkpoint_that_is_quantized_is_loaded_as_it_is(settings, kind, tmp_p
     recipe = recipe_of(settings, max_steps=2)
     result = train(recipe, planner=_planner(False))
     assert result["quantization"] == kind
-    assert json.loads(RunDir(recipe.out).plan_file.read_text())["plan"]["dtype"] == kind
-    assert merge(recipe.out, tmp_path / "merged")["positions"] > 0
+    assert json.loads(RunDir(recipe.output_dir).plan_file.read_text())["plan"]["dtype"] == kind
+    assert merge(recipe.output_dir, tmp_path / "merged")["positions"] > 0
 
 
 @needs_bitsandbytes
@@ -150,11 +150,11 @@ def test_loftq_starts_nearer_to_the_base_before_quantization(settings):
     settings["method"] |= {"init_lora_weights": "loftq", "r": 16}
     recipe = with_quant(settings, "nf4", max_steps=1, learning_rate=1e-12)
     train(recipe)
-    config = json.loads((RunDir(recipe.out).adapter / "adapter_config.json").read_text())
+    config = json.loads((RunDir(recipe.output_dir).adapter / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
     whole, ids = load_base(recipe.model.name, dtype="float32").model, torch.arange(3, 60)[None]
     with torch.no_grad():
-        loaded, wanted = load_run(recipe.out), whole(ids).logits
+        loaded, wanted = load_run(recipe.output_dir), whole(ids).logits
         started = (loaded.model(ids).logits - wanted).norm()
         with loaded.model.disable_adapter():
             plain = (loaded.model(ids).logits - wanted).norm()
@@ -176,7 +176,7 @@ def test_without_bitsandbytes_one_message_names_the_package(settings, monkeypatc
         with pytest.raises(ModelError, match="needs the package bitsandbytes") as said:
             train(recipe)
         assert said.value.hint == "pip install 'slimtune[quant]'"
-        assert not recipe.out.exists()
+        assert not recipe.output_dir.exists()
 
 
 @needs_bitsandbytes

@@ -117,14 +117,16 @@ def test_a_step_in_many_passes_is_the_step_in_one(settings, tmp_path, packing):
     passes = {"one": {"batch_size": 6, "max_tokens_per_micro_batch": 4096}, "many": {"batch_size": 2, "gradient_accumulation_steps": 3,
               "max_tokens_per_micro_batch": 1}}  # fmt: skip
     left, right = (
-        adapter(Path(train(recipe_of({**plain, "out": str(tmp_path / n)}, max_steps=3, packing=packing, **t))["run"]))
+        adapter(
+            Path(train(recipe_of({**plain, "output_dir": str(tmp_path / n)}, max_steps=3, packing=packing, **t))["run"])
+        )
         for n, t in passes.items()
     )
     assert all(torch.allclose(left[k], right[k], atol=1e-5) for k in left)
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(settings, tmp_path, monkeypatch, capfd):
-    whole = recipe_of({**settings, "out": str(tmp_path / "whole")})
+    whole = recipe_of({**settings, "output_dir": str(tmp_path / "whole")})
     train(whole)
     begin = EvalSaveSchedule.on_step_begin
 
@@ -136,7 +138,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(settings, tmp_path, monkeypatch,
     monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", interrupt)
     with pytest.raises(Interrupted):
         train(recipe_of(settings))
-    folder = Path(settings["out"])
+    folder = Path(settings["output_dir"])
     assert [p.name for p in checkpoint.folders(folder / "checkpoints")] == ["checkpoint-3"]
     said = capfd.readouterr().err
     assert "stopped at step 3" in said
@@ -149,11 +151,11 @@ def test_an_interrupted_run_resumes_bit_for_bit(settings, tmp_path, monkeypatch,
 
 
 def test_a_damaged_checkpoint_falls_back_aloud(settings, tmp_path, capfd):
-    reference = recipe_of({**settings, "out": str(tmp_path / "whole")}, save_steps=2)
+    reference = recipe_of({**settings, "output_dir": str(tmp_path / "whole")}, save_steps=2)
     train(reference)
     recipe = recipe_of(settings, save_steps=2)
     train(recipe)
-    folder = Path(settings["out"])
+    folder = Path(settings["output_dir"])
     newest = checkpoint.folders(folder / "checkpoints")[-1]
     weights = newest / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7] + b"garbage")
@@ -168,7 +170,7 @@ def test_a_damaged_checkpoint_falls_back_aloud(settings, tmp_path, capfd):
 
 def test_no_whole_checkpoint_is_an_error(settings):
     train(recipe_of(settings))
-    for folder in checkpoint.folders(Path(settings["out"]) / "checkpoints"):
+    for folder in checkpoint.folders(Path(settings["output_dir"]) / "checkpoints"):
         (folder / "optimizer.safetensors").unlink()
     with pytest.raises(RunError, match=r"no checkpoint in .* is whole") as e:
         train(recipe_of(settings), resume=True)
@@ -184,20 +186,20 @@ def test_resuming_with_another_recipe_is_refused(settings):
 
 def test_a_folder_with_another_run_is_refused_before_any_work(settings):
     train(recipe_of(settings))
-    before = {p: p.read_bytes() for p in Path(settings["out"]).rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in Path(settings["output_dir"]).rglob("*") if p.is_file()}
     with pytest.raises(UsageError, match="already holds another run") as e:
         train(recipe_of(settings))
     assert e.value.exit_code == 2
-    assert {p: p.read_bytes() for p in Path(settings["out"]).rglob("*") if p.is_file()} == before
+    assert {p: p.read_bytes() for p in Path(settings["output_dir"]).rglob("*") if p.is_file()} == before
 
 
 def test_continuing_from_an_adapter(settings, tmp_path):
     first = train(recipe_of(settings))
-    on = {**settings, "out": str(tmp_path / "on")}
+    on = {**settings, "output_dir": str(tmp_path / "on")}
     second = train(recipe_of(on), continue_from=Path(first["run"]))
     assert second["validation_loss"] < first["validation_loss"]
     with pytest.raises(UsageError, match="no run folder") as e:
-        train(recipe_of({**settings, "out": str(tmp_path / "x")}), continue_from=tmp_path / "nothing")
+        train(recipe_of({**settings, "output_dir": str(tmp_path / "x")}), continue_from=tmp_path / "nothing")
     assert e.value.exit_code == 2
     assert not (tmp_path / "x").exists()
 
@@ -207,13 +209,13 @@ def test_a_fault_leaves_no_run_folder(settings, tmp_path):
     with pytest.raises(DataError, match=r"train.jsonl:1") as e:
         train(recipe_of(settings))
     assert e.value.exit_code == 1
-    assert not Path(settings["out"]).exists()
+    assert not Path(settings["output_dir"]).exists()
     write_rows(tmp_path / "train.jsonl", 4)
     nowhere = {**settings, "method": {**settings["method"], "target_modules": ["q_prj"]}}
     with pytest.raises(UsageError, match=r"did you mean 'q_proj'") as e2:
         train(recipe_of(nowhere))
     assert e2.value.exit_code == 2
-    assert not Path(settings["out"]).exists()
+    assert not Path(settings["output_dir"]).exists()
 
 
 def test_a_full_disk_leaves_the_older_checkpoints(settings, monkeypatch):
@@ -229,14 +231,14 @@ def test_a_full_disk_leaves_the_older_checkpoints(settings, monkeypatch):
     with pytest.raises(RunError, match="the disk is full") as e:
         train(recipe_of(settings))
     assert e.value.exit_code == 1
-    root = Path(settings["out"]) / "checkpoints"
+    root = Path(settings["output_dir"]) / "checkpoints"
     assert [p.name for p in root.iterdir()] == ["checkpoint-4"]
     assert checkpoint.fault_in(root / "checkpoint-4") == ""
 
 
 def test_checkpointed_and_plain_runs_agree(settings, tmp_path):
     plain = train(recipe_of(settings, max_steps=2))
-    kept = train(recipe_of({**settings, "out": str(tmp_path / "c")}, max_steps=2, gradient_checkpointing=True))
+    kept = train(recipe_of({**settings, "output_dir": str(tmp_path / "c")}, max_steps=2, gradient_checkpointing=True))
     left, right = adapter(Path(plain["run"])), adapter(Path(kept["run"]))
     assert all(torch.allclose(left[k], right[k], atol=1e-6) for k in left)
 
@@ -276,20 +278,20 @@ def test_float16_is_refused(settings):
     with pytest.raises(UsageError, match="float16") as e:
         train(recipe_of(settings))
     assert e.value.exit_code == 2
-    assert not Path(settings["out"]).exists()
+    assert not Path(settings["output_dir"]).exists()
 
 
 def test_a_continued_run_takes_the_adapters_settings_and_resumes_by_itself(settings, tmp_path, monkeypatch):
     first = train(recipe_of(settings))
     other = {**settings, "method": {"name": "lora", "r": 8}}
-    train(recipe_of({**other, "out": str(tmp_path / "whole")}), continue_from=Path(first["run"]))
+    train(recipe_of({**other, "output_dir": str(tmp_path / "whole")}), continue_from=Path(first["run"]))
     assert "r: 4" in (tmp_path / "whole" / "recipe.yaml").read_text()
     begin = EvalSaveSchedule.on_step_begin
 
     def stop(self, args, state, control, **more):
         raise KeyboardInterrupt
 
-    on = recipe_of({**other, "out": str(tmp_path / "on")})
+    on = recipe_of({**other, "output_dir": str(tmp_path / "on")})
     monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", stop)  # before the first checkpoint
     with pytest.raises(KeyboardInterrupt):
         train(on, continue_from=Path(first["run"]))
@@ -301,7 +303,7 @@ def test_a_continued_run_takes_the_adapters_settings_and_resumes_by_itself(setti
 def test_compiled_and_plain_runs_agree(settings, tmp_path, capfd):
     plain = {**settings, "method": {**settings["method"], "lora_dropout": 0.0}}
     left, right = (
-        adapter(Path(train(recipe_of({**plain, "out": str(tmp_path / str(c))}, max_steps=1, compile=c))["run"]))
+        adapter(Path(train(recipe_of({**plain, "output_dir": str(tmp_path / str(c))}, max_steps=1, compile=c))["run"]))
         for c in (True, False)
     )
     assert "layers will be compiled" in capfd.readouterr().err

@@ -42,7 +42,7 @@ def test_a_tracker_that_is_missing_is_said_before_anything_is_loaded(settings, m
     recipe = recipe_of(settings, report_to=["wandb", "tensorboard", "mlflow"])
     with pytest.raises(UsageError, match=r"'wandb', 'mlflow'.*not installed"):
         train(recipe)
-    assert not Path(settings["out"]).exists()
+    assert not Path(settings["output_dir"]).exists()
     file = Path(settings["data"]["train"]).with_name("recipe.yaml")
     file.write_text(recipe.to_yaml())
     with pytest.raises(SystemExit) as left:

@@ -32,7 +32,7 @@ FORMATS = {
 
 
 def encoded(desk, **settings):
-    flags = {"model": str(desk.base), "out": str(desk.out), "data.validation_fraction": 0}
+    flags = {"model": str(desk.base), "output_dir": str(desk.out), "data.validation_fraction": 0}
     recipe = load_recipe(None, {**flags, **{f"data.{k}": v for k, v in settings.items()}})
     return load_datasets(recipe, load_tokenizer_from_recipe(recipe))
 
@@ -50,27 +50,28 @@ def test_a_table_with_columns_of_other_names(desk):
         out = csv.writer(file)
         out.writerows([["id", "question", "answer"], *([i, f"say {i}", "abc\n" * (1 + i % 3)] for i in range(8))])
     data = str(desk.folder / "rows.csv")
-    refused(desk.train(data=data), 1, "no known format: its rows have 'id', 'question', 'answer'", "--map")
+    refused(desk.train(data=data), 1, "no known format: its rows have 'id', 'question', 'answer'", "--column")
     nothing_written(desk)
-    maps = ("--map", "instruction=question", "--map", "output=answer")
+    maps = ("--column", "instruction=question", "--column", "output=answer")
     assert desk.train(*maps, data=data).exit_code == 0
     recipe = load_recipe(desk.out / "recipe.yaml")
-    assert recipe.data.map == {"instruction": "question", "output": "answer"}
+    assert recipe.data.columns == {"instruction": "question", "output": "answer"}
     # The run's own recipe says it again: its rows set aside are found, and so is the file.
     assert desk.run("eval", str(desk.out), "--split", "validation").exit_code in (0, 2)
     assert desk.run("eval", str(desk.out), "--data", data).exit_code in (0, 1)  # measured; better or not
-    refused(
-        desk.train("--map", "output", data=data, out=str(desk.folder / "b")), 2, "--map got 'output'", "role=column"
-    )
-    refused(desk.train("--map", "output=anser", data=data, out=str(desk.folder / "b")), 2, "did you mean 'answer'?")
+    other = str(desk.folder / "b")
+    refused(desk.train("--column", "output", data=data, out=other), 2, "--column got 'output'", "role=column")
+    refused(desk.train("--column", "output=anser", data=data, out=str(desk.folder / "b")), 2, "did you mean 'answer'?")
 
 
 def test_the_last_turn_alone(desk):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}] * 3
     data = desk.write("rows.jsonl", lines(*[{"messages": turns}] * 4))
-    every, last = (encoded(desk, train=data, learn=learn).train_report.supervised_tokens for learn in ("all", "last"))
-    assert every == 3 * last > 0
-    refused(desk.train("--learn", "lst", data=data), 2, "data.learn: got 'lst'", "all, or the last of each row")
+    def supervised_tokens(train_on):
+        return encoded(desk, train=data, train_on=train_on).train_report.supervised_tokens
+
+    assert supervised_tokens("assistant") == 3 * supervised_tokens("last_assistant") > 0
+    refused(desk.train("--train-on", "last_asistant", data=data), 2, "train_on: got 'last_asistant'")
 
 
 def test_training_on_a_folder_of_texts(desk):
@@ -78,10 +79,10 @@ def test_training_on_a_folder_of_texts(desk):
     for name in "ab":
         desk.write(f"rows/{name}.txt", "abc abc\n\nabcd\n\nabc abc abc\n\nab")
     data = str(desk.folder / "rows")
-    trained = desk.train("--learn", "last", data=data)
+    trained = desk.train("--train-on", "last_assistant", data=data)
     assert trained.exit_code == 0, trained.stderr
     assert "8 of 8 rows" in trained.stderr
-    assert load_recipe(desk.out / "recipe.yaml").data.learn == "last"
+    assert load_recipe(desk.out / "recipe.yaml").data.train_on == "last_assistant"
     measured = desk.run("eval", str(desk.out), "--data", data, "--json")
     assert measured.exit_code == 0, measured.stderr
     assert json.loads(measured.stdout)["rows"] == 8

@@ -61,8 +61,8 @@ def test_a_run_is_planned_probed_and_recorded(settings, tmp_path):
 
 def test_a_plan_changes_no_result(settings, tmp_path):
     """The probe draws dropout, fills gradients and drops them: the run after it is the run without it."""
-    plain = train(recipe_of({**settings, "out": str(tmp_path / "plain")}))
-    probed = train(recipe_of({**settings, "out": str(tmp_path / "probed")}), planner=planned)
+    plain = train(recipe_of({**settings, "output_dir": str(tmp_path / "plain")}))
+    probed = train(recipe_of({**settings, "output_dir": str(tmp_path / "probed")}), planner=planned)
     one, other = (load_file(Path(r["adapter"]) / "adapter_model.safetensors") for r in (plain, probed))
     assert all(torch.equal(one[k], other[k]) for k in one)
     assert plain["train_loss"] == probed["train_loss"]
@@ -75,7 +75,7 @@ def test_what_is_refused_loads_nothing(settings, monkeypatch):
     monkeypatch.setattr(run_module, "load_base_from_recipe", lambda recipe: pytest.fail("the base was loaded"))
     with pytest.raises(RunError, match="does not fit"):
         train(recipe_of(settings), planner=refuse)
-    assert not Path(settings["out"]).exists()
+    assert not Path(settings["output_dir"]).exists()
 
 
 def test_the_command_line_refuses_and_can_be_forced(settings, tmp_path, monkeypatch):
@@ -86,11 +86,11 @@ def test_the_command_line_refuses_and_can_be_forced(settings, tmp_path, monkeypa
     assert done.exit_code == 1
     assert "error: this run does not fit: it needs" in done.stderr
     assert "fix: change it so, or --force" in done.stderr
-    assert not Path(settings["out"]).exists()
+    assert not Path(settings["output_dir"]).exists()
     done = slimtune("train", str(file), "--force")
     assert done.exit_code == 0, done.stderr
     assert "plan: it does not fit" in done.stderr
-    assert (Path(settings["out"]) / "result.json").is_file()
+    assert (Path(settings["output_dir"]) / "result.json").is_file()
 
 
 def test_what_cannot_be_planned_is_trained_all_the_same(settings, tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_what_cannot_be_planned_is_trained_all_the_same(settings, tmp_path, monk
     done = slimtune("train", str(written(settings, tmp_path)))
     assert done.exit_code == 0, done.stderr
     assert "not planned: this model's step hangs on values" in done.stderr
-    assert not (Path(settings["out"]) / "plan.json").exists()
+    assert not (Path(settings["output_dir"]) / "plan.json").exists()
 
 
 def test_a_pass_keeps_to_the_planned_length(settings):
@@ -125,7 +125,7 @@ def test_no_memory_for_the_probe_is_said_before_training(settings, monkeypatch):
     monkeypatch.setattr("slimtune.training.memory_probe.forward_backward", full)
     with pytest.raises(RunError, match=r"not enough memory for \d+ tokens of one row \(the longest pass"):
         train(recipe_of(settings), planner=planned)
-    assert not Path(settings["out"]).exists()
+    assert not Path(settings["output_dir"]).exists()
 
 
 def test_a_probe_outside_the_band_says_so():

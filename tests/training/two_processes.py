@@ -94,10 +94,11 @@ def check_gradients(settings: dict[str, Any]) -> dict[str, float]:
 def check_runs(settings: dict[str, Any]) -> dict[str, Any]:
     """Train whole, divided, and stopped half way to be gone on with by one process."""
     distributed.init_distributed()
-    out = Path(settings["out"])
+    out = Path(settings["output_dir"])
     found = {}
     for name, more in settings.pop("runs").items():
-        recipe = Recipe.from_dict({**settings, "train": {**settings["train"], **more["train"]}, "out": str(out / name)})
+        train_settings = {**settings["train"], **more["train"]}
+        recipe = Recipe.from_dict({**settings, "train": train_settings, "output_dir": str(out / name)})
         found[name] = train(recipe, resume=more.get("resume", False))
     return found
 
@@ -135,7 +136,7 @@ def own_trainer(base: str, out: str, rows: int) -> dict[str, Any]:
 
 
 def check_own_trainer(settings: dict[str, Any]) -> dict[str, Any]:
-    return own_trainer(settings["model"]["name"], settings["out"], 3)
+    return own_trainer(settings["model"]["name"], settings["output_dir"], 3)
 
 
 def check_faults(settings: dict[str, Any]) -> dict[str, Any]:

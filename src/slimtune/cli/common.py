@@ -34,10 +34,10 @@ SetOption = Annotated[
         "--set", metavar="PATH=VALUE", help="Any field of the recipe, for example train.epochs=1. Repeatable."
     ),
 ]
-MapOption = Annotated[
+ColumnOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--map", metavar="ROLE=COLUMN", help="What the rows call a column, for example messages=dialog. Repeatable."
+        "--column", metavar="ROLE=COLUMN", help="What the rows call a column, for example messages=dialog. Repeatable."
     ),
 ]
 INTERRUPTED = 130
@@ -112,7 +112,7 @@ def to_cli_error(e: BaseException) -> SlimtuneError | None:
 
 
 def parse_column_map(pairs: Sequence[str] | None) -> dict[str, str]:
-    """Return what `--map role=column` sets in a recipe.
+    """Return what `--column role=column` sets in a recipe.
 
     Raises:
         UsageError: one of them has no `=`, no role or no column.
@@ -121,8 +121,8 @@ def parse_column_map(pairs: Sequence[str] | None) -> dict[str, str]:
     for pair in pairs or ():
         role, _, column = (part.strip() for part in pair.partition("="))
         if not role or not column:
-            raise UsageError(f"--map got {pair!r}", "role=column", "for example --map messages=dialog")
-        found[f"data.map.{role}"] = column
+            raise UsageError(f"--column got {pair!r}", "role=column", "for example --column messages=dialog")
+        found[f"data.columns.{role}"] = column
     return found
 
 

@@ -25,7 +25,7 @@ def compare(
     ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Search each method's learning rate first.")] = False,
     trials: Annotated[int, typer.Option(min=2, help="With --tune: rates tried for each method.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="The folder; the recipe's out with -compare without it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder; the recipe's output_dir with -compare without it.")] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,7 +65,7 @@ def compare(
     wanted = build_candidates([n.strip() for n in methods.split(",") if n.strip()], tree, single)
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
         say(f"the recipe's learning rate, {rate}, is not used: each method takes its own, which --tune searches")
-    folder = out if out is not None else Path(f"{tree.get('out', 'runs/run')}-compare")
+    folder = out if out is not None else Path(f"{tree.get('output_dir', 'runs/run')}-compare")
     how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
     grid = grid_of(tree, wanted, out=folder.expanduser(), **how)
     result = carry_out(grid, say, plot=plot)

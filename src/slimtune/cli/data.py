@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from .common import Json, MapOption, NegativeResult, console, error_console, parse_column_map, table
+from .common import Json, ColumnOption, NegativeResult, console, error_console, parse_column_map, table
 
 COLOURS = {"fault": "bold red", "warning": "yellow", "faulty": "bold red", "warnings": "yellow", "sound": "bold green"}
 _BAR = 40
@@ -24,11 +24,11 @@ class TooLong(StrEnum):
     truncate = "truncate"
 
 
-class Learn(StrEnum):
+class TrainOn(StrEnum):
     """The assistant's turns that are learned."""
 
-    all = "all"
-    last = "last"
+    assistant = "assistant"
+    last_assistant = "last_assistant"
 
 
 def data_report(
@@ -43,8 +43,8 @@ def data_report(
     format: Annotated[
         str | None, typer.Option(help="What a row is (chat, instruction, text …), where its columns do not say.")
     ] = None,
-    map: MapOption = None,
-    learn: Annotated[Learn, typer.Option(help="The assistant's turns that are learned.")] = Learn.all,
+    column: ColumnOption = None,
+    train_on: Annotated[TrainOn, typer.Option(help="The assistant's turns that are learned.")] = TrainOn.assistant,
     chat_template: Annotated[Path | None, typer.Option(help="A Jinja file, in place of the base's template.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page there.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings are faults.")] = False,
@@ -67,8 +67,8 @@ def data_report(
         tokenizer,
         model=model,
         format=format,
-        columns={path.removeprefix("data.map."): column for path, column in parse_column_map(map).items()},
-        learn=learn.value,
+        columns={path.removeprefix("data.columns."): column for path, column in parse_column_map(column).items()},
+        train_on=train_on.value,
         max_seq_len=max_seq_len,
         on_overlong=on_overlong.value,
         rows_a_step=batch_size,

@@ -29,7 +29,7 @@ FLAGS = {
     "alpha": "method.alpha",
     "batch_size": "train.batch_size",
     "seq_len": "data.max_seq_len",
-    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "accumulate": "train.gradient_accumulation_steps",
     "checkpointing": "train.gradient_checkpointing",
     "offload": "train.offload_activations",
     "tile": "train.mlp_tile_size",
@@ -145,7 +145,7 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
     _require_taken(settings, names)
     # What a plan does not look at must be there all the same for a recipe to be whole.
     out = f"runs/{given['write'].stem if given.get('write') else 'planned'}"
-    rest = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "out": out}
+    rest = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "output_dir": out}
     rest |= {field: value for field, value in said.items() if field not in settings}
 
     recipes: dict[str, Recipe] = {}

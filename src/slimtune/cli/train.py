@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ModelError, RunError, UsageError
 from ..utils.formatting import format_bytes, format_count, format_duration
-from .common import Json, MapOption, SetOption, be_quiet, console, error_console, parse_column_map, table
+from .common import Json, ColumnOption, SetOption, be_quiet, console, error_console, parse_column_map, table
 
 if TYPE_CHECKING:
     from ..config import Recipe
@@ -30,14 +30,14 @@ FLAGS = {
     "packing": "train.packing",
     "compile": "train.compile",
     "format": "data.format",
-    "learn": "data.learn",
+    "train_on": "data.train_on",
     "max_seq_len": "data.max_seq_len",
     "on_overlong": "data.on_overlong",
     "dtype": "model.dtype",
     "quantization": "model.quantization",
     "optimizer": "train.optimizer",
     "seed": "train.seed",
-    "out": "out",
+    "out": "output_dir",
     "trust_remote_code": "model.trust_remote_code",
 }
 """A flag's name → the field of the recipe it sets."""
@@ -69,8 +69,10 @@ def train_run(
         str | None,
         typer.Option(help="What a row is (chat, instruction, text …), where its columns do not say."),
     ] = None,
-    map: MapOption = None,
-    learn: Annotated[str | None, typer.Option(help="The assistant's turns that are learned: all or last.")] = None,
+    column: ColumnOption = None,
+    train_on: Annotated[
+        str | None, typer.Option(help="The turns that are learned: assistant or last_assistant.")
+    ] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="Longest row in tokens.")] = None,
     on_overlong: Annotated[
         str | None, typer.Option(help="What happens to a longer row: error, drop or truncate.")
@@ -116,16 +118,16 @@ def train_run(
     from ..run_dir import RunDir
 
     overrides = {path: given[flag] for flag, path in FLAGS.items() if given[flag] is not None}
-    overrides.update(parse_column_map(map))
+    overrides.update(parse_column_map(column))
     overrides.update(read_override(text) for text in sets or [])
-    if resume and recipe is None and "model.name" not in overrides and "out" in overrides:
-        recipe = Path(str(overrides["out"])) / "recipe.yaml"
+    if resume and recipe is None and "model.name" not in overrides and "output_dir" in overrides:
+        recipe = Path(str(overrides["output_dir"])) / "recipe.yaml"
     if resume and recipe is not None and (recipe.parent / "checkpoints").is_dir():
-        overrides.setdefault("out", str(recipe.parent))  # a run's own recipe: the run lies where the recipe does
+        overrides.setdefault("output_dir", str(recipe.parent))  # a run's own recipe: the run lies where the recipe does
     settings = load_recipe(recipe, overrides)
     settings.require_files()
     if not resume:
-        RunDir.require_free(settings.out)  # refused at once, not after the base is loaded
+        RunDir.require_free(settings.output_dir)  # refused at once, not after the base is loaded
 
     from ..training.train import train
     from ..utils import distributed

@@ -26,7 +26,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rslora": ("lora", {"use_rslora": True}),
     "pissa": ("lora", {"init_lora_weights": "pissa"}),
 }
-SECTIONS = ("model", "data", "method", "train", "out")
+SECTIONS = ("model", "data", "method", "train", "output_dir")
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def train_full(recipe: Recipe, *, resume: bool = False) -> dict[str, Any]:
     model: Any = base.model.requires_grad_(True)
     t = recipe.train
     apply_memory_savings(model, t.gradient_checkpointing, t.offload_activations, t.mlp_tile_size)
-    run = RunDir(Path(recipe.out))
+    run = RunDir(Path(recipe.output_dir))
     run.path.mkdir(parents=True, exist_ok=True)
     watch = ProgressLogger(run, base.device)
     trainer: Any
@@ -150,7 +150,7 @@ def evaluate_full(recipe: Recipe) -> dict[str, Any]:
         DataError: the test rows are faulty.
     """
     began = time.perf_counter()
-    run, path = RunDir(Path(recipe.out)), recipe.data.test
+    run, path = RunDir(Path(recipe.output_dir)), recipe.data.test
     assert path is not None
     scores, tuned_base = [], None
     for which in (recipe.model.name, str(run.path / "model")):

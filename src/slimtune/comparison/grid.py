@@ -88,7 +88,7 @@ class Grid:
         if section.get("max_tokens_per_micro_batch", "auto") == "auto":
             section["max_tokens_per_micro_batch"] = room(tree)
         tree["train"] = {**section, **train}
-        tree["out"] = str(out.absolute())
+        tree["output_dir"] = str(out.absolute())
         if not entry.is_full:
             tree["method"] = {"name": entry.method, **entry.settings}
         return Recipe.from_dict(tree, f"the recipe of {entry.label}")
@@ -211,7 +211,7 @@ def grid_of(
         UsageError: no test rows are named, a budget below one step, or nothing to search rates on.
         DataError: the rows are faulty, or none is left.
     """
-    own = Recipe.from_dict({**tree, "out": str(out)})
+    own = Recipe.from_dict({**tree, "output_dir": str(out)})
     plain = {k: v for k, v in tree.items() if k != "method"}
     made = Grid(plain, tuple(entries), tuple(own.train.seed + i for i in range(seeds)), tokens, 1, trials, (), out)
     unfit: dict[str, str] = {}

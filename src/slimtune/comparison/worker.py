@@ -35,7 +35,7 @@ def run(recipe_file: Path, *, full: bool = False, trial: bool = False, force: bo
     from .full import evaluate_full, train_full
 
     recipe = load_recipe(recipe_file)
-    folder = Path(recipe.out)
+    folder = Path(recipe.output_dir)
     if not (folder / "result.json").is_file():
         begun = (folder / "checkpoints").is_dir() or (folder / "recipe.yaml").is_file()
         if folder.is_dir() and not begun:

@@ -1,6 +1,6 @@
 """A recipe: everything a run is told, as one typed tree, read from YAML, from flags, or from both.
 
-    model ─ data ─ method ─ train ─ out          YAML  ◁─ overridden by ─  flags and `--set train.epochs=1`
+    model ─ data ─ method ─ train ─ output_dir         YAML  ◁─ overridden by ─  flags and `--set train.epochs=1`
 
 The tree is closed (a field nobody knows is a fault) and frozen. All faults are found before any is reported.
 `tree.py` holds the fields, `method.py` asks the method for its own, `reading.py` reads, `faults.py` words the faults.
@@ -21,6 +21,7 @@ from ..adapters.config import PeftConfig
 from ..errors import ConfigError, RecipeError, nearest
 from ..methods import config_class
 from ..utils.dataset_id import parse_dataset_id
+from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, fields_of, format_value, raise_all
 from .loading import expand, read_override, read_tree, resolve_paths, set_field, set_path
 from .method import known_fields, method_section
@@ -32,7 +33,7 @@ __all__ = ["DataSettings", "MethodSettings", "ModelSettings", "Recipe", "TrainSe
 class Recipe(Section):
     """All that a run is told.
 
-    `out` is relative to the working folder; the paths of data and model are made absolute, so that a run is read the
+    `output_dir` is relative to the working folder; the paths of data and model are made absolute, so that a run is read the
     same from any folder.
     """
 
@@ -40,7 +41,7 @@ class Recipe(Section):
     data: DataSettings
     method: MethodSettings = MethodSettings()
     train: TrainSettings = TrainSettings()
-    out: PathLike = setting(
+    output_dir: PathLike = setting(
         ..., "the run folder, relative to the working folder; it must not hold another run", "--out"
     )
 
@@ -56,8 +57,8 @@ class Recipe(Section):
             RecipeError: the tree holds faults; all are named, each with its path, what was got and what is wanted.
         """
         if not isinstance(tree, Mapping):
-            raise RecipeError(f"{source} holds {format_value(tree)}", "a mapping with model, data and out")
-        tree = expand(copy.deepcopy(dict(tree)))
+            raise RecipeError(f"{source} holds {format_value(tree)}", "a mapping with model, data and output_dir")
+        tree = rename_settings(expand(copy.deepcopy(dict(tree))), source)
         resolve_paths(tree)
         method, faults = method_section(tree.get("method", {}))
         _set_rate(tree, method["name"])
@@ -144,7 +145,8 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable
         RecipeError: it is not YAML (line and column are given), or it holds faults (all are named).
     """
     tree = read_tree(Path(path).expanduser()) if path is not None else {}
-    pairs = list(overrides.items()) if isinstance(overrides, Mapping) else [read_override(text) for text in overrides]
+    given = overrides.items() if isinstance(overrides, Mapping) else [read_override(text) for text in overrides]
+    pairs = [rename_setting(where, value) for where, value in given]
     for where, value in pairs:
         if where.startswith("method."):
             _drop_other_spellings(tree, dict(pairs), where.removeprefix("method."))

@@ -16,6 +16,7 @@ from yaml.composer import ComposerError
 
 from ..errors import RecipeError, UsageError, nearest
 from ..utils.dataset_id import parse_dataset_id
+from .aliases import rename_settings
 from .errors import format_value
 
 SHORT = {"model": "name", "data": "train", "method": "name"}
@@ -89,8 +90,8 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read: {e.strerror}") from e
     tree = parse(text, str(path))
     if not isinstance(tree, dict | None):
-        raise RecipeError(f"{path} holds {format_value(tree)}", "a mapping with model, data and out")
-    tree = expand(tree or {})
+        raise RecipeError(f"{path} holds {format_value(tree)}", "a mapping with model, data and output_dir")
+    tree = rename_settings(expand(tree or {}), str(path))
     resolve_paths(tree, path.absolute().parent)
     return tree
 

@@ -84,9 +84,9 @@ class DataSettings(Section):
         "what a row is: chat, instruction, sharegpt, prompt-completion, text or preference; null: told by its columns",
         "--format",
     )
-    map: dict[str, str] = setting({}, "a format's columns: the names they have in the rows", "--map")
-    learn: Literal["all", "last"] = setting(
-        "all", "the assistant's turns that are learned: all, or the last of each row", "--learn"
+    columns: dict[str, str] = setting({}, "a format's columns: the names they have in the rows", "--column")
+    train_on: Literal["assistant", "last_assistant"] = setting(
+        "assistant", "the turns that are learned: assistant (every assistant turn) or last_assistant (the last of each row)", "--train-on"
     )
     max_seq_len: int = setting(1024, "longest row in tokens, a whole number from 2", "--max-seq-len", ge=2)
     on_overlong: Literal["error", "drop", "truncate"] = setting(
@@ -135,7 +135,7 @@ class TrainSettings(Section):
     packing: bool = setting(True, "true lays rows in one sequence, without padding", "--packing")
     share_prefix: bool = setting(True, "packed: true computes once what rows begin with alike")
     compile: bool = setting(False, "true compiles the model's layers by torch.compile first", "--compile")
-    scheduler: Literal["cosine", "linear", "constant", "inverse_sqrt", "polynomial", "cosine_with_restarts"] = setting(
+    lr_scheduler: Literal["cosine", "linear", "constant", "inverse_sqrt", "polynomial", "cosine_with_restarts"] = setting(
         "cosine",
         "course of the rate after the warm-up: cosine, linear, constant, inverse_sqrt, polynomial or "
         "cosine_with_restarts",

@@ -22,10 +22,10 @@ from .store import Example, Examples, Writer
 from .tokenize import BatchTokenizer, EncodedBatch, Pair, batched
 from .workers import in_order
 
-__all__ = ["LEARN", "TOO_LONG", "Example", "Examples", "RowReport", "tokenize_dataset"]
+__all__ = ["TRAIN_ON", "TOO_LONG", "Example", "Examples", "RowReport", "tokenize_dataset"]
 
 TOO_LONG = ("error", "drop", "truncate")
-LEARN = ("all", "last")
+TRAIN_ON = ("assistant", "last_assistant")
 
 
 class Watch(Protocol):
@@ -82,7 +82,7 @@ def tokenize_dataset(
     *,
     max_seq_len: int,
     on_overlong: str = "drop",
-    learn: str = "all",
+    train_on: str = "assistant",
     path: str | Path,
     processes: int = 1,
     watch: Watch | None = None,
@@ -94,14 +94,14 @@ def tokenize_dataset(
         tokenizer: a fast tokenizer, with a chat template where rows are conversations.
         max_seq_len: most tokens of a row (≥ 2).
         on_overlong: what happens to longer rows: "error", "drop" or "truncate".
-        learn: "all" assistant turns, or the "last" one alone.
+        train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
         path: the file the rows came from, for messages.
         processes: how many encode at once; with more than one, a script of your own has to guard what it runs by
             `if __name__ == "__main__":`.
         watch: sees every batch too, in the process that encodes it.
 
     Raises:
-        UsageError: an unknown `on_overlong` or `learn`, or a `max_seq_len` under 2.
+        UsageError: an unknown `on_overlong` or `train_on`, or a `max_seq_len` under 2.
         DataError: rows are faulty, the template refuses some, rows are too long under "error", none is left, or some
             have nothing to learn.
         ModelError: no chat template, or one that hides the assistant's turns.
@@ -110,15 +110,15 @@ def tokenize_dataset(
         raise UsageError(
             f"on_overlong is {on_overlong!r}{nearest(on_overlong, TOO_LONG)}", expected=format_names(TOO_LONG)
         )
-    if learn not in LEARN:
-        raise UsageError(f"learn is {learn!r}{nearest(learn, LEARN)}", expected=format_names(LEARN))
+    if train_on not in TRAIN_ON:
+        raise UsageError(f"train_on is {train_on!r}{nearest(train_on, TRAIN_ON)}", expected=format_names(TRAIN_ON))
     if max_seq_len < 2:
         raise UsageError(f"max_seq_len is {max_seq_len}", expected="2 tokens or more: one to read, one to say")
     if isinstance(rows, RowFile) and rows.format == "preference":
         raise _preference(path)
     sound = rows.rows() if isinstance(rows, RowFile) else rows
     refused = RowErrors(path, hint="change these rows, or give another template (data.chat_template)")
-    encoder = BatchTokenizer(tokenizer, max_seq_len, on_overlong, learn, None if watch is None else watch.look)
+    encoder = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, None if watch is None else watch.look)
     examples, sums = _written(in_order(encoder, batched(sound), processes), refused, watch)
     refused.check()
     if sums.long and on_overlong == "error":
@@ -213,6 +213,6 @@ def _preference(path: str | Path) -> DataError:
     return DataError(
         f"{path} holds preference pairs (chosen, rejected), which nothing trains on yet",
         "rows of another format: chat, instruction, sharegpt, prompt-completion or text",
-        "to learn the better answers, write them as prompt-completion: --format prompt-completion --map "
+        "to learn the better answers, write them as prompt-completion: --format prompt-completion --column "
         "completion=chosen",
     )

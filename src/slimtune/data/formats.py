@@ -139,7 +139,7 @@ FORMATS = {
     "preference": Format(("chosen", "rejected"), ("prompt", "tools"), _preference),
 }
 ROLES = tuple(dict.fromkeys(c for f in FORMATS.values() for c in (*f.needs, *f.may)))
-"""Every column a format knows: what `--map` names."""
+"""Every column a format knows: what `--column` names."""
 
 
 def read_record(record: Any, form: str, line: int, file: str | None = None) -> Row:
@@ -164,7 +164,7 @@ def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
 
 
 def require_known(form: str | None, columns: Mapping[str, str]) -> None:
-    """Raise UsageError for a format or a role of `--map` that there is not."""
+    """Raise UsageError for a format or a role of `--column` that there is not."""
     if form is not None and form not in FORMATS:
         raise UsageError(
             f"there is no data format {form!r}{nearest(form, FORMATS)}",
@@ -175,18 +175,18 @@ def require_known(form: str | None, columns: Mapping[str, str]) -> None:
     if unknown := [role for role in columns if role not in known]:
         of = f"the format {form}" if form else "any format"
         raise UsageError(
-            f"--map names {format_names(unknown)}, which is no column of {of}{nearest(unknown[0], known)}",
+            f"--column names {format_names(unknown)}, which is no column of {of}{nearest(unknown[0], known)}",
             f"role=column, a role of {format_names(known, most=20)}",
         )
 
 
 def require_columns(path: Path, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Raise UsageError where no record has a column that `--map` names."""
+    """Raise UsageError where no record has a column that `--column` names."""
     seen = _columns(records)
     for role, column in columns.items():
         if column not in seen:
             raise UsageError(
-                f"--map {role}={column}: {path} has no column {column!r}{nearest(column, seen)}",
+                f"--column {role}={column}: {path} has no column {column!r}{nearest(column, seen)}",
                 f"one of {format_names(seen)}",
             )
 
@@ -211,7 +211,7 @@ def recognised(path: Path, records: Iterable[Mapping[str, Any]], columns: Mappin
     raise DataError(
         f"{path} is of no known format: its rows have {format_names(there) or 'no columns'}{hints}",
         f"the columns of one format ({wanted})",
-        "name its columns: --map messages=COLUMN, or --map instruction=COLUMN --map output=COLUMN …",
+        "name its columns: --column messages=COLUMN, or --column instruction=COLUMN --column output=COLUMN …",
     )
 
 

@@ -35,21 +35,21 @@ PREFERENCE = "is a preference pair (chosen, rejected), which nothing trains on y
 
 
 def tokenize_rows(
-    rows: Iterable[Row], tokenizer: Any, *, learn: str = "all"
+    rows: Iterable[Row], tokenizer: Any, *, train_on: str = "assistant"
 ) -> list[tuple[RenderedChat, TokenizedRow] | InvalidRow]:
     """Return each row's text with the spans that are learned, and its tokens with their mask, or why there are none.
 
     Args:
         rows: a batch; all of it is in memory at once.
         tokenizer: a fast tokenizer, with a chat template where rows are conversations.
-        learn: "all" assistant turns, or the "last" one alone.
+        train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
 
     Raises:
         ModelError: no chat template, or one that hides the assistant's turns; no end-of-text token for texts.
     """
     rows = list(rows)
     ends = special_tokens(tokenizer)
-    drawn = [_rendered(row, tokenizer, learn, ends) for row in rows]
+    drawn = [_rendered(row, tokenizer, train_on, ends) for row in rows]
     ids, offsets = tokenize(tokenizer, [one.text for one in drawn if isinstance(one, RenderedChat)])
     tokens = zip(ids, offsets, strict=True)
     return [
@@ -102,7 +102,7 @@ class BatchTokenizer:
     tokenizer: Any
     max_seq_len: int
     on_overlong: str
-    learn: str
+    train_on: str
     look: Callable[[Sequence[Pair]], Any] | None = None
 
     def __call__(self, rows: tuple[Row, ...]) -> EncodedBatch:
@@ -111,7 +111,7 @@ class BatchTokenizer:
         block = EncodedBatch(none.astype(np.int32), none, none, len(rows))
         kept: list[np.ndarray] = []
         lines: list[int] = []
-        made = tokenize_rows(rows, self.tokenizer, learn=self.learn)
+        made = tokenize_rows(rows, self.tokenizer, train_on=self.train_on)
         if self.look is not None:
             pairs = zip(rows, made, strict=True)
             block.seen = self.look([(row, one if isinstance(one, InvalidRow) else one[1]) for row, one in pairs])
@@ -141,21 +141,21 @@ class BatchTokenizer:
         return block
 
 
-def _rendered(row: Row, tokenizer: Any, learn: str, ends: re.Pattern[str]) -> RenderedChat | InvalidRow:
+def _rendered(row: Row, tokenizer: Any, train_on: str, ends: re.Pattern[str]) -> RenderedChat | InvalidRow:
     if row.chosen is not None:
         return InvalidRow(row.line, PREFERENCE, "preference", row.file)
     if row.completion is not None:
         return render_text(tokenizer, row.prompt or "", row.completion)
     try:
-        return render_chat(tokenizer, row.messages, row.tools, _learned(row, learn), ends)
+        return render_chat(tokenizer, row.messages, row.tools, _learned(row, train_on), ends)
     except DataError as fault:
         code = "template-leaves-out" if "leaves out" in fault.message else "template-refuses"
         return InvalidRow(row.line, fault.message, code, row.file)
 
 
-def _learned(row: Row, learn: str) -> tuple[bool, ...] | None:
+def _learned(row: Row, train_on: str) -> tuple[bool, ...] | None:
     """Return for each message whether it is learned; None: each of the assistant's is."""
-    if learn == "all":
+    if train_on == "assistant":
         return row.learned
     last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
     return tuple(i == last and (row.learned is None or row.learned[i]) for i in range(len(row.messages)))

@@ -50,7 +50,7 @@ def recipe_for(loaded: TrainedModel, run: Path, path: Path | None) -> Recipe:
             "model": loaded.base.source.spec,
             "data": {"train": str(path)},
             "train": {"packing": False},
-            "out": str(run),
+            "output_dir": str(run),
         }
     )
 

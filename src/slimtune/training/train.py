@@ -92,7 +92,7 @@ def train(
         Interrupted: Ctrl-C; a checkpoint was written.
     """
     joined = distributed.init_distributed()
-    distributed.install_sigterm_watcher(f"slimtune train {RunDir(Path(recipe.out)).recipe_file} --resume")
+    distributed.install_sigterm_watcher(f"slimtune train {RunDir(Path(recipe.output_dir)).recipe_file} --resume")
     result = _train(recipe, resume, continue_from, planner, force)
     if joined:
         distributed.shutdown()
@@ -113,7 +113,7 @@ def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Pl
     base, model = distributed.run_on_all_ranks(lambda: _loaded(recipe, continue_from, mesh, rows), in_turns=divide)
     fresh = run is None
     if run is None:
-        run = RunDir(Path(recipe.out))
+        run = RunDir(Path(recipe.output_dir))
         distributed.run_on_main(lambda: _begin(recipe, run, model, rows, continue_from))
     watch = ProgressLogger(run, base.device)
     if continue_from is not None:
@@ -227,9 +227,9 @@ def _begin(recipe: Recipe, run: RunDir, model: Any, rows: Datasets, continue_fro
 
 def _open(recipe: Recipe) -> RunDir:
     """Open the run to resume; a recipe that changed since is refused, since the steps would not line up."""
-    run = RunDir.open(recipe.out, require_adapter=False)
+    run = RunDir.open(recipe.output_dir, require_adapter=False)
     then, now = run.load_recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
-    changed = [k for k in then if k != "out" and then[k] != now.get(k)]
+    changed = [k for k in then if k != "output_dir" and then[k] != now.get(k)]
     if changed:
         parts = [
             f"{k}.{n}: {then[k][n]!r} then, {now[k].get(n)!r} now"
@@ -318,7 +318,7 @@ def build_trainer(
         max_steps=steps,
         per_device_train_batch_size=rows_a_step,
         learning_rate=t.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if t.scheduler == "constant" else t.scheduler,
+        lr_scheduler_type="constant_with_warmup" if t.lr_scheduler == "constant" else t.lr_scheduler,
         warmup_steps=math.ceil(t.warmup_ratio * steps),
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,

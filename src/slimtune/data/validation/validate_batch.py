@@ -18,12 +18,12 @@ class BatchValidator:
 
     tokenizer: Any
     lens: ValidationSettings
-    learn: str
+    train_on: str
 
     def __call__(self, batch: tuple[Row | InvalidRow, ...]) -> BatchStats:
         """Look at rows, and at what was refused before it was a row."""
         rows = [_one_side(row) for row in batch if isinstance(row, Row)]
-        made = tokenize_rows(rows, self.tokenizer, learn=self.learn)
+        made = tokenize_rows(rows, self.tokenizer, train_on=self.train_on)
         pairs = [(row, one if isinstance(one, InvalidRow) else one[1]) for row, one in zip(rows, made, strict=True)]
         return self.lens(pairs, [row for row in batch if isinstance(row, InvalidRow)])
 

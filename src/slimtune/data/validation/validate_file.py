@@ -23,7 +23,7 @@ def validate_file(
     columns: Mapping[str, str] | None = None,
     max_seq_len: int = 1024,
     on_overlong: str = "drop",
-    learn: str = "all",
+    train_on: str = "assistant",
     rows_a_step: int = 8,
     validation: str | Path | None = None,
     processes: int | None = None,
@@ -37,7 +37,7 @@ def validate_file(
         format, columns: see `open_rows`.
         max_seq_len: most tokens of a row, from 2.
         on_overlong: what happens to longer ones: "error", "drop" or "truncate".
-        learn: "all" assistant turns, or the "last" one alone.
+        train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
         rows_a_step: rows that a step lays together, from 1.
         validation: rows that must not be among these.
         processes: how many look at once; None: as many as there are cores.
@@ -56,7 +56,7 @@ def validate_file(
             tokenizer, max_seq_len=max_seq_len, on_overlong=on_overlong, rows_a_step=rows_a_step, like=like
         )
         survey.format = rows.format
-        work = BatchValidator(tokenizer, survey.look, learn)
+        work = BatchValidator(tokenizer, survey.look, train_on)
         for one in in_order(work, batched(rows), cpu_count() if processes is None else processes):
             survey.add(one)
         return survey

@@ -22,7 +22,7 @@ def section(run: Record) -> Section:
         ("longest row", f"{r.data.max_seq_len:,} tokens; longer ones: {r.data.on_overlong}"),
         ("budget", f"{r.train.max_steps} steps" if r.train.max_steps else passes),
         ("rows in a step", f"{rows_a_step}"),
-        ("learning rate", f"{r.train.learning_rate:g}, {r.train.scheduler}"),
+        ("learning rate", f"{r.train.learning_rate:g}, {r.train.lr_scheduler}"),
         ("seed", f"{r.train.seed}"),
     ]
     return Section("asked", "What was asked", {"asked": asked, "recipe": r.to_yaml()})

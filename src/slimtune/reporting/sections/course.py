@@ -18,7 +18,7 @@ def section(run: Record) -> Section:
         "nats a learned token",
         [("training", "one", of("train_loss"), False), ("validation", "two", of("validation_loss"), True)],
     )
-    scheduler = run.recipe.train.scheduler.replace("_", " ")
+    scheduler = run.recipe.train.lr_scheduler.replace("_", " ")
     others: list[Curves | None] = [
         curves("Learning rate", scheduler, [("learning rate", "one", of("learning_rate"), False)]),
         curves("Speed", "trained tokens a second", [("speed", "one", of("tokens_per_second"), False)]),
