@@ -259,7 +259,9 @@ def test_relative_paths_mean_the_file_beside_the_recipe_else_the_working_folder(
     (tmp_path / "recipes/a.jsonl").touch()
     (tmp_path / "recipes/smollm2-135m").mkdir()
     monkeypatch.chdir(tmp_path)
-    path = written(tmp_path / "recipes", "model: ./base\ndata: {train: a.jsonl, validation: b.jsonl}\noutput_dir: runs/x\n")
+    path = written(
+        tmp_path / "recipes", "model: ./base\ndata: {train: a.jsonl, validation: b.jsonl}\noutput_dir: runs/x\n"
+    )
     recipe = load_recipe(path)
     assert recipe.data.train == tmp_path / "recipes/a.jsonl"
     assert recipe.data.validation == tmp_path / "b.jsonl"
@@ -295,7 +297,9 @@ def test_missing_data_files_are_named_all_at_once(tmp_path):
 
 
 def test_overrides_win_over_the_file(tmp_path):
-    path = written(tmp_path, "model: m\ndata: d\noutput_dir: o\nmethod: {r: 4, dropout: 0.1}\ntrain: {epochs: 2, seed: 1}\n")
+    path = written(
+        tmp_path, "model: m\ndata: d\noutput_dir: o\nmethod: {r: 4, dropout: 0.1}\ntrain: {epochs: 2, seed: 1}\n"
+    )
     recipe = load_recipe(
         path, ["train.epochs=1", "method.rank=8", "model.dtype=fp32", "train.report_to=[wandb]", "output_dir=p"]
     )

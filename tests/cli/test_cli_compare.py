@@ -38,7 +38,13 @@ def recipe(tiny_folder, tmp_path) -> str:
     starts = {"train": 0, "validation": 100, "test": 200}
     rows = {n: str(write_rows(tmp_path / f"{n}.jsonl", 12, start=at)) for n, at in starts.items()}
     train = {"batch_size": 6, "seed": 7, "learning_rate": 1e-2}
-    tree = {"model": str(tiny_folder), "data": rows, "method": {"r": 4}, "train": train, "output_dir": str(tmp_path / "o")}
+    tree = {
+        "model": str(tiny_folder),
+        "data": rows,
+        "method": {"r": 4},
+        "train": train,
+        "output_dir": str(tmp_path / "o"),
+    }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
     return str(tmp_path / "r.yaml")
 

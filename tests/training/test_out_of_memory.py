@@ -303,7 +303,11 @@ def _noted(function: Callable[..., Any], calls: list) -> Callable[..., Any]:
 
 
 def test_giving_up_leaves_a_checkpoint_and_says_how_to_go_on(plain, undisturbed, tmp_path, monkeypatch):
-    settings = {**plain, "output_dir": str(tmp_path / "run"), "train": {**plain["train"], "save_steps": 2, "eval_steps": 3}}
+    settings = {
+        **plain,
+        "output_dir": str(tmp_path / "run"),
+        "train": {**plain["train"], "save_steps": 2, "eval_steps": 3},
+    }
     whole = Run(settings, tmp_path / "whole")
     fault = []
     accumulated = SlimTrainer._gradients

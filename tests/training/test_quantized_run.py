@@ -43,7 +43,8 @@ def test_a_quantized_run_trains_evaluates_merges_and_is_the_same_again(settings,
     result = train(recipe, planner=_planner(False))
     assert (result["quantization"], result["dtype"]) == (kind, "float32")
     assert (
-        result["validation_loss"] < json.loads(RunDir(recipe.output_dir).metrics_file.read_text().split("\n")[0])["train_loss"]
+        result["validation_loss"]
+        < json.loads(RunDir(recipe.output_dir).metrics_file.read_text().split("\n")[0])["train_loss"]
     )
     plan = json.loads(RunDir(recipe.output_dir).plan_file.read_text())["plan"]
     assert plan["dtype"] == kind

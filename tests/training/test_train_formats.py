@@ -67,6 +67,7 @@ def test_a_table_with_columns_of_other_names(desk):
 def test_the_last_turn_alone(desk):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}] * 3
     data = desk.write("rows.jsonl", lines(*[{"messages": turns}] * 4))
+
     def supervised_tokens(train_on):
         return encoded(desk, train=data, train_on=train_on).train_report.supervised_tokens
 

@@ -25,7 +25,9 @@ def compare(
     ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Search each method's learning rate first.")] = False,
     trials: Annotated[int, typer.Option(min=2, help="With --tune: rates tried for each method.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="The folder; the recipe's output_dir with -compare without it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder; the recipe's output_dir with -compare without it.")
+    ] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from .common import Json, ColumnOption, NegativeResult, console, error_console, parse_column_map, table
+from .common import ColumnOption, Json, NegativeResult, console, error_console, parse_column_map, table
 
 COLOURS = {"fault": "bold red", "warning": "yellow", "faulty": "bold red", "warnings": "yellow", "sound": "bold green"}
 _BAR = 40

@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ModelError, RunError, UsageError
 from ..utils.formatting import format_bytes, format_count, format_duration
-from .common import Json, ColumnOption, SetOption, be_quiet, console, error_console, parse_column_map, table
+from .common import ColumnOption, Json, SetOption, be_quiet, console, error_console, parse_column_map, table
 
 if TYPE_CHECKING:
     from ..config import Recipe

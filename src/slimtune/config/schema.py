@@ -86,7 +86,9 @@ class DataSettings(Section):
     )
     columns: dict[str, str] = setting({}, "a format's columns: the names they have in the rows", "--column")
     train_on: Literal["assistant", "last_assistant"] = setting(
-        "assistant", "the turns that are learned: assistant (every assistant turn) or last_assistant (the last of each row)", "--train-on"
+        "assistant",
+        "the turns that are learned: assistant (every assistant turn) or last_assistant (the last of each row)",
+        "--train-on",
     )
     max_seq_len: int = setting(1024, "longest row in tokens, a whole number from 2", "--max-seq-len", ge=2)
     on_overlong: Literal["error", "drop", "truncate"] = setting(
@@ -135,10 +137,12 @@ class TrainSettings(Section):
     packing: bool = setting(True, "true lays rows in one sequence, without padding", "--packing")
     share_prefix: bool = setting(True, "packed: true computes once what rows begin with alike")
     compile: bool = setting(False, "true compiles the model's layers by torch.compile first", "--compile")
-    lr_scheduler: Literal["cosine", "linear", "constant", "inverse_sqrt", "polynomial", "cosine_with_restarts"] = setting(
-        "cosine",
-        "course of the rate after the warm-up: cosine, linear, constant, inverse_sqrt, polynomial or "
-        "cosine_with_restarts",
+    lr_scheduler: Literal["cosine", "linear", "constant", "inverse_sqrt", "polynomial", "cosine_with_restarts"] = (
+        setting(
+            "cosine",
+            "course of the rate after the warm-up: cosine, linear, constant, inverse_sqrt, polynomial or "
+            "cosine_with_restarts",
+        )
     )
     warmup_ratio: Number = setting(0.03, "share of the steps spent warming up, 0 to below 1", ge=0, lt=1)
     weight_decay: Number = setting(0.0, "AdamW's decoupled decay, 0 to 1", ge=0, le=1)
