@@ -1,23 +1,18 @@
-"""A run folder with every file that the page reads, as training and evaluation write them."""
+"""A run folder with every file that the report reads, as training and evaluation write them."""
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from slimtune.config import Recipe
-from slimtune.run_dir import RunDir
+from slimtune.run_dir import RunDir, write_json
 
 GIB = 2**30
 
 
-def write(file: Path, values: Any) -> None:
-    file.write_text(json.dumps(values))
-
-
-def plan_of(device: str = "cpu") -> dict[str, Any]:
+def make_plan() -> dict[str, Any]:
     parts = {"weights": 269030272, "adapters": 19537920, "gradients": 19537920, "optimizer": 39077520,
              "activations": 671368829, "logits": 201129984, "runtime": 800000000}  # fmt: skip
     return {
@@ -32,7 +27,7 @@ def plan_of(device: str = "cpu") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def result_of(path: Path, **changes: Any) -> dict[str, Any]:
+def make_result(path: Path, **changes: Any) -> dict[str, Any]:
     rows = {"rows": 779, "kept": 779, "dropped": 0, "truncated": 0, "tokens": 64700, "supervised_tokens": 36400,
             "longest": 251, "max_seq_len": 1024, "unended": 0}  # fmt: skip
     return {
@@ -42,7 +37,7 @@ def result_of(path: Path, **changes: Any) -> dict[str, Any]:
         "start_seconds": 5.0, "train_loss": 3.95, "validation_loss": 3.91, "adapter_bytes": 19593096,
         "trainable_params": 4884480, "total_params": 139399488, "peak_bytes": 2096062464, "out_of_memory": 1,
         "dtype": "bfloat16", "quantization": None, "device": "cpu", "finished": "2026-11-25 15:04:07+00:00",
-        "adapted": "adapted 210 modules (q_proj × 30); left 2: 'model.embed_tokens', 'lm_head'",
+        "target_summary": "adapted 210 modules (q_proj × 30); left 2: 'model.embed_tokens', 'lm_head'",
         "data_report": {"train": rows, "validation": {**rows, "rows": 92, "kept": 92}},
         "export_formats": {"base_kind": "gguf", "merged": True, "gguf": True, "vllm": True, "as_lora": True},
         "versions": {"python": "3.11.9", "torch": "2.13.0"},
@@ -50,11 +45,11 @@ def result_of(path: Path, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report_of(file: str, text: str) -> dict[str, Any]:
+def make_data_report(file: str, text: str) -> dict[str, Any]:
     """Return a data report as `slimtune data FILE --json` prints it."""
     return {
         "file": file, "format": "chat", "model": "smollm2-135m", "rows": 781, "refused_count": 2,
-        "refused": [{"line": 17, "cause": f"the assistant says nothing {text}", "code": "empty-content"},
+        "refused": [{"line": 17, "cause": f"the assistant's message is empty {text}", "code": "empty-content"},
                     {"line": 90, "cause": "not JSON", "code": "bad-json"}],
         "tokens": 64700, "supervised_tokens": 36400, "supervised_share": 0.5626,
         "lengths": {"min": 31, "median": 74, "p90": 131, "p99": 208, "max": 251, "histogram": [
@@ -64,9 +59,9 @@ def report_of(file: str, text: str) -> dict[str, Any]:
         "shared_prefix": {"tokens": 24, "text": f"system: you define words {text}"},
         "packing": {"laid_tokens": 46100, "saved_share": 0.287},
         "findings": [
-            {"code": "special-token", "severity": "fault", "what": f"a special token stands in a message {text}",
+            {"code": "special-token", "severity": "fault", "what": f"a message contains a special token {text}",
              "lines": [4, 8], "count": 2, "hint": f"take it out {text}"},
-            {"code": "near-duplicates", "severity": "warning", "what": "rows are nearly alike",
+            {"code": "near-duplicates", "severity": "warning", "what": "near duplicates",
              "lines": list(range(20)), "count": 44, "hint": "keep one of each"},
         ],
         "samples": [{"line": 1, "pieces": [
@@ -76,7 +71,7 @@ def report_of(file: str, text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def evaluation_of(path: Path, text: str, generations: int = 6) -> dict[str, Any]:
+def make_evaluation(path: Path, text: str, generations: int = 6) -> dict[str, Any]:
     """Return what `slimtune eval RUN --generate 6 --json` prints."""
     return {
         "run": str(path), "split": "test", "data": "test.jsonl", "rows": 93, "tokens": 3868, "base_loss": 4.524,
@@ -97,17 +92,17 @@ def evaluation_of(path: Path, text: str, generations: int = 6) -> dict[str, Any]
              "checks": {"length": {"base": 31, "tuned": 44}, f"ended {text}": {"base": False, "tuned": True}}}
             for i in range(generations)],
         "generation_summary": {"length": {"base": 31.0, "tuned": 44.0}, "ended": {"base": 0.0, "tuned": 1.0}},
-        "verdict": {"passed": True, "reasons": [f"the gain lies above 0 {text}"]},
+        "verdict": {"passed": True, "reasons": [f"the loss reduction is above 0 {text}"]},
     }  # fmt: skip
 
 
-def full_run(path: Path, text: str = "", *, method: str = "lora", steps: int = 40, **result: Any) -> RunDir:
-    """Write a run with every file; `text` is put wherever a run's words come from."""
+def make_full_run(path: Path, text: str = "", steps: int = 40, **result: Any) -> RunDir:
+    """Write a run with every file; every free text of it contains `text`."""
     recipe = Recipe.from_dict(
         {
             "model": f"smollm2-135m{text}",
             "data": {"train": f"/data/{text.replace('/', '')}rows.jsonl", "test": "/data/test.jsonl"},
-            "method": method,
+            "method": "lora",
             "train": {"max_steps": steps},
             "output_dir": str(path),
         }
@@ -126,8 +121,8 @@ def full_run(path: Path, text: str = "", *, method: str = "lora", steps: int = 4
          "room_after": 455, "checkpointing": False, "held_bytes": 2 * GIB, "planned_bytes": 2 * GIB,
          "error": f"OutOfMemoryError: {text}", "text": f"after step 12 memory ran out in a step {text}"}
     )  # fmt: skip
-    write(run.plan_file, plan_of())
-    write(run.result_file, result_of(path, **result))
-    write(path / "data.json", {"train": report_of("train.jsonl", text), "validation": None})
-    write(path / "eval-test.json", evaluation_of(path, text))
+    write_json(run.plan_file, make_plan())
+    write_json(run.result_file, make_result(path, **result))
+    write_json(run.data_file, {"train": make_data_report("train.jsonl", text), "validation": None})
+    write_json(run.evaluation_file("test"), make_evaluation(path, text))
     return run

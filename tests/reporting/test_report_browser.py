@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from browser import lacking, opened
-from full_run import full_run
+from full_run import make_full_run
 
 from slimtune.reporting import write_report
 from slimtune.run_dir import RunDir
@@ -40,7 +40,7 @@ LONG = "averylongwordwithoutanybreak" * 12
 
 @pytest.fixture(params=["plain", "long words", "bare"])
 def page_file(request, tmp_path):
-    run = full_run(tmp_path / "mine", LONG if request.param == "long words" else "")
+    run = make_full_run(tmp_path / "mine", LONG if request.param == "long words" else "")
     if request.param == "bare":
         for file in run.path.glob("*.json*"):
             file.unlink()
@@ -48,7 +48,7 @@ def page_file(request, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 375])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_it_fits_and_asks_nobody(page_file, tmp_path, width, scheme):
     said, asked = [], []
     with opened(tmp_path / "profile", width, scheme) as page:
@@ -80,10 +80,10 @@ def test_it_prints_dark_on_white_with_what_is_folded(page_file, tmp_path):
 
 
 def test_a_point_says_its_value(tmp_path):
-    page_file = write_report(full_run(tmp_path / "mine"))
+    page_file = write_report(make_full_run(tmp_path / "mine"))
     with opened(tmp_path / "profile", 1280, "light") as page:
         page.goto(page_file.as_uri())
-        page.locator("#course svg .hit").nth(3).hover()
-        assert page.evaluate("document.querySelector('#course .hit:hover title').textContent").startswith(
+        page.locator("#training svg .hit").nth(3).hover()
+        assert page.evaluate("document.querySelector('#training .hit:hover title').textContent").startswith(
             "training, step 4:"
         )

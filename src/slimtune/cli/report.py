@@ -1,4 +1,4 @@
-"""`slimtune report`: the page of a run, written anew."""
+"""`slimtune report`: write the page of a run again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .common import Json, console
 def report_run(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option(help="The file to write; by default report.html in the run folder.")
+        Path | None, typer.Option(help="File to write. Default: report.html in the run folder.")
     ] = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
-    """Write a run's page from the files in its folder.
+    """Write report.html of a run from the files in its folder.
 
-    `slimtune train` and `slimtune eval` do so at their end.
+    `slimtune train` and `slimtune eval` write it when they finish.
     """
     from ..reporting import write_report
     from ..run_dir import RunDir

@@ -1,8 +1,8 @@
-"""report.html: a run on one page, made from its folder's files alone, so that whoever adds one writes it anew."""
+"""report.html: one run on one page. `charts` draws for other pages too."""
 
 from __future__ import annotations
 
-from .page import render_page, write_report
+from .report import render_data_report, render_report, write_report
 from .versions import versions
 
-__all__ = ["render_page", "versions", "write_report"]
+__all__ = ["render_data_report", "render_report", "versions", "write_report"]

@@ -1,150 +1,208 @@
-"""Geometry of the page's pictures: numbers to places, no markup.
+"""Charts: inline SVG for HTML pages, and the common style of matplotlib figures.
 
-A picture's box is 1000 wide and 1000 high, stretched to the room there is; whatever is text stands beside it in HTML,
-placed in per cent, so that it keeps its size on a phone.
+An SVG has a box of 1000 by 1000 units that is stretched to the available space. Text stands beside it in HTML, placed
+in per cent, so that it keeps its size on a phone. The markup is in `charts.html.j2`, the colours are in `report.css`.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeGuard
 
+import jinja2
+from markupsafe import Markup
+
+from ..errors import UsageError
+from ..utils.files import write_atomic
+from ..utils.formatting import format_bytes
+
 BOX = 1000.0
-MOST_POINTS = 300
-"""Points a curve is drawn with; more are averaged in groups."""
-Points = Sequence[tuple[float, float]]
+MAX_POINTS = 300
+"""Most points of a line; more are averaged in groups."""
+FIGURE_SUFFIXES = (".svg", ".png")
 
 
 @dataclass(frozen=True)
-class Tick:
-    """A number on an axis, `at` per cent of its length."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve.
+class Series:
+    """One line of a chart.
 
     Args:
-        name: what it is.
-        tone: its colour's name in report.css.
-        path: corners for `polyline`.
-        points: (x, y, text) of each point.
-        dots: whether the points are drawn.
-        each: logged values that a point is the mean of.
+        name: shown in the legend.
+        color: "one" or "two", a colour of report.css.
+        points: `(x, y)`; values that are not finite are left out.
+        markers: draw the points, not only the line between them.
     """
 
     name: str
-    tone: str
-    path: str
-    points: list[tuple[float, float, str]]
-    dots: bool
-    each: int
+    color: str
+    points: Sequence[tuple[float, float]]
+    markers: bool = False
 
 
 @dataclass(frozen=True)
-class Curves:
-    """Curves over steps."""
+class Estimate:
+    """One value with its interval.
 
-    title: str
-    unit: str
-    lines: list[Line]
-    xs: list[Tick]
-    ys: list[Tick]
-
-    @property
-    def text(self) -> str:
-        """What somebody who does not see it is told."""
-        return "; ".join(f"{line.name} from {line.points[0][2]} to {line.points[-1][2]}" for line in self.lines)
-
-
-@dataclass(frozen=True)
-class Whisker:
-    """One figure with its interval: `dot`, `low` and `high` in the box; the latter None where it is not known."""
+    Args:
+        label: shown before it.
+        color: "one" or "two", a colour of report.css.
+        value: without a number the estimate is left out.
+        interval: `[low, high]`; None where unknown.
+        text: shown below it.
+    """
 
     label: str
-    tone: str
-    dot: float
-    low: float | None
-    high: float | None
+    color: str
+    value: Any
+    interval: Any
     text: str
 
 
-@dataclass(frozen=True)
-class Whiskers:
-    """Figures beside each other on one axis; `marks` are lines that mean something, such as 0."""
+def line_chart(title: str, unit: str, series: Sequence[Series], tall: bool = False) -> Markup:
+    """Return a chart of values over training steps; empty where there is no point."""
+    grouped = [(s, *_average_groups([p for p in s.points if all(map(is_number, p))])) for s in series]
+    points = [p for _, group, _ in grouped for p in group]
+    if not points:
+        return Markup()
+    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+    axis = round_ticks(min(y for _, y in points), max(y for _, y in points), 4)
+    y0, y1 = axis[0], axis[-1]
 
-    rows: list[Whisker]
-    xs: list[Tick]
-    marks: list[Tick] = field(default_factory=list)
-
-
-def curves(title: str, unit: str, series: Sequence[tuple[str, str, Points, bool]]) -> Curves | None:
-    """Return curves over steps; None where there is no point.
-
-    Args:
-        title: of the picture.
-        unit: of its values.
-        series: name, tone, `(step, value)` points and whether they are dots, of each.
-    """
-    kept = [(n, tone, *_grouped(_finite(points)), dots) for n, tone, points, dots in series]
-    every = [p for _, _, points, _, _ in kept for p in points]
-    if not every:
-        return None
-    x0, x1 = min(x for x, _ in every), max(x for x, _ in every)
-    marks = ticks(min(y for _, y in every), max(y for _, y in every), 4)
-    y0, y1 = marks[0], marks[-1]
-
-    def at(x: float, y: float) -> tuple[float, float]:
+    def place(x: float, y: float) -> tuple[float, float, str]:
         across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
-        return round(across * BOX, 1), round((y1 - y) / (y1 - y0) * BOX, 1)
+        return round(across * BOX, 1), round((y1 - y) / (y1 - y0) * BOX, 1), f"step {x:g}: {format_number(y)}"
 
-    lines = []
-    for name, tone, points, each, dots in kept:
-        if points:
-            placed = [(*at(x, y), f"step {x:g}: {number(y)}") for x, y in points]
-            path = " ".join(f"{x},{y}" for x, y, _ in placed)
-            lines.append(Line(name, tone, path, placed, dots or len(placed) == 1, each))
-    ends = [Tick(0, f"step {x0:g}"), Tick(100, f"{x1:g}")] if x1 > x0 else [Tick(50, f"step {x0:g}")]
-    return Curves(title, unit, lines, ends, [Tick(100 * (y1 - y) / (y1 - y0), _short(y, y1)) for y in marks])
-
-
-Figure = tuple[str, str, Any, Any, str]
-"""Label, tone, value, `[low, high]` and text."""
-
-
-def whiskers(rows: Sequence[Figure], marks: Sequence[tuple[float, str]] = ()) -> Whiskers | None:
-    """Return figures with intervals on one axis; None where there is none.
-
-    Args:
-        rows: label, tone, value, `[low, high]` (None: not known) and text, of each; one without a value is left out.
-        marks: values that a line is drawn at, with what they mean.
-    """
-    known = [(n, tone, v, _ends(ci), text) for n, tone, v, ci, text in rows if is_number(v)]
-    if not known:
-        return None
-    every = [x for _, _, v, ci, _ in known for x in (v, *(ci or ()))] + [m for m, _ in marks]
-    axis = ticks(min(every), max(every), 3)
-    low, high = axis[0], axis[-1]
-
-    def at(x: float) -> float:
-        return round((x - low) / (high - low) * BOX, 1)
-
-    made = [
-        Whisker(name, tone, at(v), at(ci[0]) if ci else None, at(ci[1]) if ci else None, text)
-        for name, tone, v, ci, text in known
+    lines = [
+        {
+            "name": s.name,
+            "color": s.color,
+            "points": [place(x, y) for x, y in group],
+            "markers": s.markers or len(group) == 1,
+            "group": size,
+        }
+        for s, group, size in grouped
+        if group
     ]
-    return Whiskers(
-        made, [Tick(at(x) / 10, _short(x, high)) for x in axis], [Tick(at(m) / 10, text) for m, text in marks]
+    return _render(
+        "line_chart",
+        title=title,
+        unit=unit,
+        tall=tall,
+        lines=lines,
+        xs=[(0, f"step {x0:g}"), (100, f"{x1:g}")] if x1 > x0 else [(50, f"step {x0:g}")],
+        ys=[(100 * (y1 - y) / (y1 - y0), _format_tick(y, y1)) for y in axis],
     )
 
 
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Return round numbers in even steps of 1, 2 or 5 times a power of ten, that hold `low` to `high` between them."""
+def interval_chart(estimates: Sequence[Estimate], marks: Sequence[tuple[float, str]] = ()) -> Markup:
+    """Return estimates below each other on one axis; empty where none has a value.
+
+    Args:
+        estimates: the values with their intervals.
+        marks: values with a vertical line, and what they mean.
+    """
+    known = [(e, e.interval if is_interval(e.interval) else ()) for e in estimates if is_number(e.value)]
+    if not known:
+        return Markup()
+    values = [x for e, interval in known for x in (e.value, *interval)] + [x for x, _ in marks]
+    axis = round_ticks(min(values), max(values), 3)
+
+    def place(x: float) -> float:
+        return round((x - axis[0]) / (axis[-1] - axis[0]) * BOX, 1)
+
+    return _render(
+        "interval_chart",
+        rows=[(e, place(e.value), [place(x) for x in interval]) for e, interval in known],
+        marks=[(place(x), text) for x, text in marks],
+        xs=[(place(x) / 10, _format_tick(x, axis[-1])) for x in axis],
+    )
+
+
+def stacked_bar(
+    title: str,
+    parts: Mapping[str, Any],
+    *,
+    note: str = "",
+    predicted: tuple[Any, Any] = (None, None),
+    measured: Any = None,
+    capacity: Any = None,
+    format_value: Callable[[float], str] = format_bytes,
+) -> Markup:
+    """Return one bar of stacked parts; empty where no part has a size.
+
+    Args:
+        title: of the chart.
+        parts: sizes by name; the name is also the CSS class of the colour.
+        note: shown beside the title.
+        predicted: lowest and highest size that was predicted, drawn below the bar.
+        measured: a vertical line.
+        capacity: what the bar may take at most, drawn behind it.
+        format_value: how sizes are written.
+    """
+    shown = {name: size for name, size in parts.items() if is_number(size) and size > 0}
+    full = max([sum(shown.values()), *(x for x in (*predicted, measured, capacity) if is_number(x))])
+    if not shown:
+        return Markup()
+
+    def place(size: Any) -> float | None:
+        return round(size / full * BOX, 1) if is_number(size) else None
+
+    pieces, start = [], 0.0
+    for name, size in shown.items():
+        pieces.append((name, place(start), place(size), format_value(size)))
+        start += size
+    known = [x for x in predicted if is_number(x)]
+    return _render(
+        "stacked_bar",
+        title=title,
+        note=note,
+        pieces=pieces,
+        predicted=[*map(place, known), " to ".join(dict.fromkeys(map(format_value, known)))] if len(known) == 2 else [],
+        measured=(place(measured), format_value(measured)) if is_number(measured) else (),
+        capacity=place(capacity),
+    )
+
+
+def histogram(bins: Sequence[Mapping[str, Any]], limit: Any = None, note: str = "") -> Markup:
+    """Return the number of rows by length in tokens; empty where there is no row.
+
+    Args:
+        bins: `from`, `to` (tokens, inclusive) and `rows`, without gaps.
+        limit: the longest length that is kept, drawn as a line.
+        note: shown beside the title.
+    """
+    bins = [b for b in bins if all(is_number(b.get(k)) for k in ("from", "to", "rows")) and b["to"] >= b["from"]]
+    most = max((b["rows"] for b in bins), default=0)
+    if not most:
+        return Markup()
+    # The last bin is drawn as wide as the gap to the next bin would make it.
+    first, end = bins[0]["from"], bins[-1]["to"] + (bins[1]["from"] - bins[0]["to"] if len(bins) > 1 else 0)
+    ends = [*(b["from"] for b in bins[1:]), end]
+
+    def place(x: float) -> float:
+        return round((x - first) / max(end - first, 1) * BOX, 1)
+
+    columns = [
+        (place(b["from"]), round(max(place(to) - place(b["from"]), 2), 1), round(b["rows"] / most * BOX, 1), b)
+        for b, to in zip(bins, ends, strict=True)
+    ]
+    return _render(
+        "histogram",
+        columns=columns,
+        note=note,
+        limit=(place(limit), limit) if is_number(limit) and first <= limit <= end else (),
+        xs=[(0, f"{first:g} tokens"), (50, f"{math.floor((first + end) / 2):,}"), (100, f"{bins[-1]['to']:,g}")],
+    )
+
+
+def round_ticks(low: float, high: float, about: int) -> list[float]:
+    """Return numbers that enclose `low` to `high`, in equal steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         spread = abs(low) / 2 or 0.5
         low, high = low - spread, high + spread
@@ -155,8 +213,8 @@ def ticks(low: float, high: float, about: int) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def number(value: float) -> str:
-    """Return a value of a curve as text: `0.0005 -> '5e-4'`, `523.4 -> '523'`, `4.0834 -> '4.083'`."""
+def format_number(value: float) -> str:
+    """Return a value as text: `0.0005 -> '5e-4'`, `523.4 -> '523'`, `4.0834 -> '4.083'`."""
     if value and abs(value) < 0.001:
         digits, _, power = f"{value:.2e}".partition("e")
         return f"{float(digits):g}e{int(power)}"
@@ -164,26 +222,72 @@ def number(value: float) -> str:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether it is a number that can be drawn."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _short(value: float, largest: float) -> str:
-    return number(value) if abs(largest) < 0.01 else f"{value:.6g}"
+def is_interval(value: Any) -> TypeGuard[Sequence[float]]:
+    """Return whether a value is `[low, high]` of finite numbers."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(is_number, value))
 
 
-def _finite(points: Points) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if is_number(x) and is_number(y)]
+@cache
+def html_templates() -> jinja2.Environment:
+    """Return the environment of the HTML templates; it escapes all text, and a missing key is empty."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("slimtune.reporting", "."),
+        autoescape=True,
+        undefined=jinja2.ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
-def _grouped(points: list[tuple[float, float]]) -> tuple[list[tuple[float, float]], int]:
-    """Return at most `MOST_POINTS` points, each at the last step of its group, and the size of a group."""
-    each = math.ceil(len(points) / MOST_POINTS) or 1
-    groups = [points[i : i + each] for i in range(0, len(points), each)]
-    return [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups], each
+def _render(macro: str, **values: Any) -> Markup:
+    return getattr(html_templates().get_template("charts.html.j2").module, macro)(**values)
 
 
-def _ends(interval: Any) -> tuple[float, float] | None:
-    if isinstance(interval, list | tuple) and len(interval) == 2 and all(map(is_number, interval)):
-        return interval[0], interval[1]
-    return None
+def _format_tick(value: float, largest: float) -> str:
+    return format_number(value) if abs(largest) < 0.01 else f"{value:.6g}"
+
+
+def _average_groups(points: list[tuple[float, float]]) -> tuple[list[tuple[float, float]], int]:
+    """Return at most `MAX_POINTS` points, each at the last x of its group, and the size of a group."""
+    size = math.ceil(len(points) / MAX_POINTS) or 1
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups], size
+
+
+# --- files drawn by matplotlib ---------------------------------------------------------------------------------------
+
+FIGURE_STYLE: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "slimtune", "font.size": 10}
+"""For `matplotlib.rc_context`: text stays text in an SVG, and equal figures give equal files."""
+
+
+def require_figure_path(path: str | Path) -> Path:
+    """Return the path of a figure, after checking what can be checked before it is drawn.
+
+    Raises:
+        UsageError: a suffix other than .svg or .png, no such folder, or matplotlib is not installed.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in FIGURE_SUFFIXES:
+        raise UsageError(
+            f"{str(path)!r} has the suffix {path.suffix!r}", " or ".join(FIGURE_SUFFIXES), f"{path.with_suffix('.svg')}"
+        )
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {str(path.parent)!r} for {path.name}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("figures need matplotlib, which is not installed", hint="pip install 'slimtune[plot]'")
+    return path
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as .svg or .png, atomically.
+
+    Raises:
+        RunError: the disk is full.
+    """
+    content, kind = io.BytesIO(), path.suffix.lower()[1:]
+    figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    write_atomic(path, content.getvalue())

@@ -1,4 +1,4 @@
-"""What took part in a run: versions and the machine, noted while they are there."""
+"""Versions of Python and packages, and the kind of machine, for the records of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGES = ("slimtune", "torch", "transformers", "accelerate", "tokenizers", "sa
 
 
 def versions() -> dict[str, str]:
-    """Return Python's version, the machine's kind and each package's version, by name."""
+    """Return the versions of Python and of each package, and the kind of machine, by name."""
     found = {"python": platform.python_version(), "machine": f"{platform.machine()}, {platform.system()}"}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""A page as html.parser reads it: its elements, what they hold, and whether they close."""
+"""An HTML page as html.parser reads it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """Reads a page; `tags` are (tag, attributes) in their order, `faults` what does not close."""
+    """Parsed page: `tags` (name, attributes) in order, `errors` (tags that do not close), text by section."""
 
     def __init__(self, text: str) -> None:
         super().__init__(convert_charrefs=True)
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.faults: list[str] = []
+        self.errors: list[str] = []
         self.texts: list[str] = []
-        self.of: dict[str, str] = {}
+        self.sections: dict[str, str] = {}
         self._open: list[str] = []
         self._section = ""
         self.feed(text)
         self.close()
-        self.faults += [f"<{tag}> stays open" for tag in self._open]
+        self.errors += [f"<{tag}> is not closed" for tag in self._open]
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -34,18 +34,21 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag):
         if not self._open or self._open.pop() != tag:
-            self.faults.append(f"</{tag}> at {self.getpos()}")
+            self.errors.append(f"</{tag}> at {self.getpos()}")
         if tag == "section":
             self._section = ""
 
     def handle_data(self, data):
         self.texts.append(data)
         if self._section:
-            self.of[self._section] = self.of.get(self._section, "") + data
+            self.sections[self._section] = self.sections.get(self._section, "") + data
 
     @property
-    def shape(self) -> list[tuple[str, list[str]]]:
-        return [(tag, list(attributes)) for tag, attributes in self.tags]
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
 
-    def all(self, tag: str, kind: str = "") -> list[dict[str, str | None]]:
-        return [a for t, a in self.tags if t == tag and set(kind.split()) <= set((a.get("class") or "").split())]
+    def section(self, key: str) -> str:
+        return " ".join(self.sections[key].split())
+
+    def all(self, tag: str, css_class: str = "") -> list[dict[str, str | None]]:
+        return [a for t, a in self.tags if t == tag and set(css_class.split()) <= set((a.get("class") or "").split())]

@@ -1,0 +1,252 @@
+"""The page is valid and self-contained, shows every figure and every gap, and escapes every text of the run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+import typer
+from full_run import make_data_report, make_evaluation, make_full_run, make_plan, make_result
+from hand_run import make_run
+from html_page import Page
+
+from slimtune.cli import app
+from slimtune.config import Recipe
+from slimtune.evaluation.evaluate import evaluate
+from slimtune.reporting import render_data_report, render_report, write_report
+from slimtune.run_dir import RunDir, write_json
+
+SECTIONS = ["recipe", "plan", "data", "training", "evaluation", "samples", "forgetting", "export", "details"]
+HOSTILE = """<script>alert("x")</script><img src=x onerror='y'>&amp;"' onload=z {{ 7 * 7 }} </style></section>"""
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    return make_full_run(tmp_path_factory.mktemp("runs") / "mine")
+
+
+@pytest.fixture(scope="module")
+def full_page(full_run):
+    return Page(render_report(full_run))
+
+
+@pytest.fixture
+def bare_run(tmp_path):
+    recipe = Recipe.from_dict({"model": "m", "data": "/rows/d.jsonl", "output_dir": str(tmp_path / "mine")})
+    return RunDir.create(tmp_path / "mine", recipe)
+
+
+def test_the_page_is_valid_and_loads_nothing(full_run, full_page):
+    text = render_report(full_run)
+    assert not [mark for mark in ("://", "url(", "@import") if mark in text]
+    assert full_page.errors == []
+    assert [a["id"] for a in full_page.all("section")] == SECTIONS
+    assert [a["href"] for a in full_page.all("a")] == [f"#{key}" for key in SECTIONS]
+    assert not {t for t, _ in full_page.tags} & {"script", "link", "img", "iframe", "object", "form", "base"}
+    attributes = {name for _, found in full_page.tags for name in found}
+    assert not {a for a in attributes if a in ("src", "srcset", "action") or a.startswith("on")}
+    assert all(a.get("role") == "img" and a.get("aria-label") for a in full_page.all("svg"))
+
+
+def test_the_page_contains_no_absolute_path(full_run, tmp_path, monkeypatch):
+    text = render_report(full_run)
+    assert str(full_run.path.parent) not in text
+    assert "/data/" not in text
+    full_run.result_file.write_text("{")
+    assert str(full_run.path.parent) not in render_report(full_run), "nor does an error message"
+    write_json(full_run.result_file, make_result(full_run.path))
+    monkeypatch.chdir(full_run.path.parent.parent)
+    assert f"slimtune verify {full_run.path.parent.name}/mine" in render_report(full_run), "a path that works here"
+
+
+@pytest.mark.parametrize(
+    ("section", "texts"),
+    [
+        ("recipe", ["smollm2-135m", "40 steps", "max_steps: 40", "rows.jsonl"]),
+        ("plan", ["it fits", "1.6 GiB to 2.4 GiB", "2.0 GiB as planned", "504 as planned", "45 s to 1 min 7 s"]),
+        ("data", ["faulty", "781, 2 refused; 3 longer than 200 tokens", "36,400", "56.3 %", "28.7 % saved",
+                  "line 17", "lines 4, 8", "near", "(44)", "prefix24 tokens"]),
+        ("training", ["training", "validation", "Learning rate", "cosine", "Speed", "Gradient norm"]),
+        ("evaluation", ["passed", "4.524 (4.380 to 4.660)", "+0.796 (0.720 to 0.890)", "41.60 (37.00 to 47.00)",
+                        "31.8", "+7.5 (6.1 to 9.0)", "+0.024 (−0.010 to 0.060)", "93 rows, 3,868 supervised tokens"]),
+        ("samples", ["Define: word 5", "2 more", "ended : yes", "ended : no", "length: 44"]),
+        ("forgetting", ["3.100 before, 3.143 after, over 20,111 tokens", "within the budget", "+0.043", "budget 0.10"]),
+        ("details", ["adapted 210 modules", "after step 12 memory ran out", "2.13.0", "19,593,096 bytes"]),
+    ],
+)  # fmt: skip
+def test_every_figure_is_shown(full_page, section, texts):
+    shown = full_page.section(section)
+    assert [t for t in texts if t not in shown] == []
+    assert "not measured" not in shown
+
+
+def test_texts_of_a_run_are_escaped(tmp_path):
+    tame = Page(render_report(make_full_run(tmp_path / "a", "x")))
+    page = Page(render_report(make_full_run(tmp_path / "b", HOSTILE)))
+    assert page.errors == []
+    assert [(tag, list(a)) for tag, a in page.tags] == [(tag, list(a)) for tag, a in tame.tags]
+    assert sum(HOSTILE in text for text in page.texts) > 40
+
+
+def test_names_of_files_and_folders_are_escaped(tmp_path):
+    name = "<b>\"x' onclick=y"
+    run = make_full_run(tmp_path / name, "x")
+    write_json(run.evaluation_file(f"data-{name}"), make_evaluation(run.path, "x"))
+    page = Page(render_report(run))
+    assert page.errors == []
+    assert not [a for _, found in page.tags for a in found if a.startswith("on")]
+    assert f"Rows of {name}" in page.text
+
+
+def test_a_gap_names_the_command_that_fills_it(bare_run):
+    page = Page(render_report(bare_run))
+    assert page.errors == []
+    for section, line in {
+        "plan": "not planned: slimtune plan mine/recipe.yaml",
+        "data": "not validated: slimtune data d.jsonl --model m",
+        "training": "no loss was logged: slimtune train mine/recipe.yaml --resume",
+        "evaluation": "not measured: slimtune eval mine --split validation",
+        "samples": "not generated: slimtune eval mine --split validation --generate 8",
+        "forgetting": "not measured: slimtune eval mine --split validation",
+        "details": "not finished: slimtune train mine/recipe.yaml --resume",
+    }.items():
+        assert line in page.section(section)
+
+
+def test_files_may_lack_keys(tmp_path):
+    run = make_full_run(tmp_path / "mine")
+    keys = ("rows", "tokens", "base_loss", "tuned_loss", "loss_reduction", "loss_reduction_ci95", "base_perplexity")
+    old = {k: v for k, v in make_evaluation(run.path, "").items() if k in keys}
+    write_json(run.evaluation_file("test"), {**old, "forgetting": None, "generations": None})
+    page = Page(render_report(run))
+    assert "accuracy was not measured: slimtune eval" in page.section("evaluation")
+    assert "4.524" in page.section("evaluation")
+    assert "not measured" in page.section("forgetting")
+    write_json(run.evaluation_file("test"), {"base_loss": None})
+    write_json(run.data_file, {"train": {}, "validation": None})
+    write_json(run.plan_file, {"plan": {}, "probe": {}})
+    write_json(run.result_file, {"run": "x"})
+    assert Page(render_report(run)).errors == []
+
+
+def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path):
+    run = make_full_run(tmp_path / "mine")
+    run.evaluation_file("test").write_text('{"base_loss": 4.')
+    write_json(run.plan_file, [1])
+    with run.metrics_file.open("a") as f:
+        f.write("not json\n")
+    page = Page(render_report(run))
+    assert len(page.all("p", "notice bad")) == 3
+    for text in ("eval-test.json is damaged", "plan.json is damaged: it contains a list", "line 46 is not JSON"):
+        assert text in page.text
+    assert "781" in page.section("data")
+
+
+def test_the_memory_bar_shows_parts_plan_and_peak(full_page):
+    parts, plan = full_page.all("rect", "part")[:7], make_plan()["plan"]
+    most = plan["need_bytes"]["high"]
+    for part, size in zip(parts, plan["parts"].values(), strict=True):
+        assert float(part["width"]) == pytest.approx(1000 * size / most, abs=0.1)
+    ends = [float(p["x"]) + float(p["width"]) for p in parts]
+    assert [float(p["x"]) for p in parts[1:]] == pytest.approx(ends[:-1], abs=0.2)
+    assert float(full_page.all("line", "measured")[0]["x1"]) == pytest.approx(1000 * 2096062464 / most, abs=0.1)
+    assert float(full_page.all("rect", "need")[0]["width"]) == pytest.approx(1000 * most / 23e9, abs=0.1)
+
+
+def test_a_peak_above_the_plan_is_off(tmp_path):
+    page = Page(render_report(make_full_run(tmp_path / "mine", peak_bytes=3_000_000_000)))
+    assert "2.8 GiB off" in page.section("plan")
+    assert float(page.all("line", "measured")[0]["x1"]) == 1000
+
+
+def test_on_a_gpu_the_plan_is_of_its_tensors(tmp_path):
+    page = Page(render_report(make_full_run(tmp_path / "mine", device="cuda:0", peak_bytes=1_300_000_000)))
+    assert "peak memory1.1 GiB1.2 GiB longest" in page.section("plan")
+
+
+def test_the_data_report_is_a_page_of_its_own():
+    text = render_data_report(make_data_report("/home/ada/train.jsonl", HOSTILE))
+    page = Page(text)
+    assert page.errors == []
+    assert "/home" not in text
+    for shown in ("train.jsonl", "faulty", "781, 2 refused", "line 17", "near duplicates", "supervised"):
+        assert shown in page.text
+    assert len(page.all("rect", "column")) == 10
+    assert page.all("mark")
+
+
+# --- exports ---------------------------------------------------------------------------------------------------------
+
+
+def export_commands(run: RunDir) -> list[list[str]]:
+    lines = Page(render_report(run)).sections["export"].splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("slimtune ")]
+
+
+LORA = {"base_kind": "gguf", "merged": True, "gguf": True, "vllm": True, "as_lora": True}
+NEVER = {"base_kind": "gguf", "merged": False, "gguf": False, "vllm": False, "as_lora": False}
+
+
+@pytest.mark.parametrize(
+    ("formats", "expected"),
+    [
+        (LORA, ["merge", "gguf", "ollama", "vllm", "push", "verify"]),
+        (LORA | {"base_kind": "hub"}, ["merge", "gguf", "ollama --merged", "vllm", "push", "verify"]),
+        (LORA | {"gguf": False, "vllm": False},
+         ["merge", "gguf --merged", "ollama --merged", "vllm --as-lora 64", "push", "verify"]),
+        (NEVER, ["push"]),
+    ],
+    ids=["lora", "lora on a Hub base", "ia3", "prefix tuning"],
+)  # fmt: skip
+def test_only_supported_exports_are_shown(tmp_path, formats, expected):
+    run = make_full_run(tmp_path / "mine", export_formats=formats)
+    found = []
+    for _, verb, *arguments in export_commands(run)[2:]:
+        to = arguments[arguments.index("--to") + 1] if verb == "export" else verb
+        found.append(" ".join([to, *arguments[5:]]) if verb == "export" else to)
+    assert found == expected
+    assert ("does not change weights" in Page(render_report(run)).section("export")) == (formats is NEVER)
+
+
+@pytest.mark.parametrize("formats", [LORA, LORA | {"base_kind": "folder", "vllm": False}, NEVER])
+def test_the_command_line_accepts_every_command(tmp_path, formats):
+    name = "my run; it's"
+    commands = typer.main.get_command(app).commands
+    lines = export_commands(make_full_run(tmp_path / name, export_formats=formats))
+    assert len(lines) > 2
+    for _, verb, *arguments in lines:
+        commands[verb].make_context(verb, list(arguments))  # raises at an unknown option
+        assert name in arguments
+
+
+def test_a_run_without_recorded_formats_says_where_to_look(tmp_path):
+    run = make_full_run(tmp_path / "mine", export_formats=None)
+    assert "not recorded: slimtune methods lora" in Page(render_report(run)).section("export")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_eval_updates_the_page(tiny_folder, tmp_path):
+    run = RunDir(make_run(tmp_path / "mine", tiny_folder))
+    write_report(run)
+    assert "not measured: slimtune eval" in Page(run.report_file.read_text()).section("evaluation")
+    result = evaluate(run.path)
+    assert f"{result['base_loss']:.3f}" in Page(run.report_file.read_text()).section("evaluation")
+
+
+def test_the_report_command(tmp_path, capsys):
+    run = make_full_run(tmp_path / "mine")
+    other = tmp_path / "other.html"
+    for given, file in (([], run.report_file), (["--out", str(other)], other)):
+        with pytest.raises(SystemExit) as e:
+            app(args=["report", str(run.path), *given, "--json"])
+        assert e.value.code == 0
+        assert json.loads(capsys.readouterr().out) == {"run": str(run.path), "report": str(file)}
+        assert file.read_text() == render_report(run)
+    for bad in ([str(tmp_path)], [str(run.path), "--out", str(tmp_path / "no/x.html")],
+                [str(run.path), "--out", str(tmp_path)]):  # fmt: skip
+        with pytest.raises(SystemExit) as e:
+            app(args=["report", *bad])
+        assert e.value.code == 2
