@@ -12,9 +12,7 @@ from .common import Json, console
 
 def report_run(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
-    out: Annotated[
-        Path | None, typer.Option(help="File to write. Default: report.html in the run folder.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the run folder.")] = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Write report.html of a run from the files in its folder.
