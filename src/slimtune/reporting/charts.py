@@ -260,7 +260,7 @@ def _average_groups(points: list[tuple[float, float]]) -> tuple[list[tuple[float
 
 # --- files drawn by matplotlib ---------------------------------------------------------------------------------------
 
-FIGURE_STYLE: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": "slimtune", "font.size": 10}
+FIGURE_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "slimtune", "font.size": 10}
 """For `matplotlib.rc_context`: text stays text in an SVG, and equal figures give equal files."""
 
 

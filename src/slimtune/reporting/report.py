@@ -91,7 +91,7 @@ def render_data_report(report: Mapping[str, Any]) -> str:
 
 def _render_page(**values: Any) -> str:
     style = files(__package__).joinpath("report.css").read_text(encoding="utf-8")
-    tools = {
+    tools: dict[str, Any] = {
         "fixed": fixed,
         "signed": signed,
         "percent": percent,
@@ -142,7 +142,9 @@ def _range(low: Any, high: Any, to_text: Callable[[Any], str]) -> str:
 
 def _with_interval(value: Any, interval: Any, to_text: Callable[[Any], str], digits: int) -> str:
     text = to_text(value)
-    return f"{text} ({_range(*interval, lambda x: fixed(x, digits))})" if is_interval(interval) else text
+    if not is_interval(interval):
+        return text
+    return f"{text} ({_range(interval[0], interval[1], lambda x: fixed(x, digits))})"
 
 
 def _display_path(path: str | Path) -> str:
@@ -166,7 +168,9 @@ def _headline_figures(r: RunResults) -> list[tuple[str, str, str]]:
     if r.evaluations:
         name, v = r.evaluations[0].name, r.evaluations[0].values
         interval = v.get("loss_reduction_ci95")
-        note = f"{_range(*interval, lambda x: fixed(x, 2))}, {name} rows" if is_interval(interval) else name
+        note = (
+            f"{_range(interval[0], interval[1], lambda x: fixed(x, 2))}, {name} rows" if is_interval(interval) else name
+        )
         figures.append((signed(v.get("loss_reduction"), 2), "loss reduction, nats per token", note))
     if is_number(result.get("validation_loss")):
         figures.append((fixed(result["validation_loss"]), "validation loss", "nats per supervised token"))
@@ -196,7 +200,7 @@ def _missing_parts(r: RunResults, run: RunDir) -> dict[str, list[tuple[str, str]
     model = _display_path(r.recipe.model.name)
     logged = [key for key in ("train_loss", "validation_loss") if any(key in m for m in r.metrics)]
     measured = [e.values for e in r.evaluations]
-    parts = {
+    parts: dict[str, list[tuple[str, str] | None]] = {
         "plan": [
             ("not planned", _command("plan", recipe_file)) if not r.plan else None,
             ("not measured", resume) if r.plan and not r.result else None,
