@@ -42,7 +42,7 @@ def work(base: str, dtype: str) -> None:
     from slimtune import LoraConfig, get_peft_model
     from slimtune.attention.packed_layout import packed_attention
     from slimtune.models.loader import load_base
-    from slimtune.setup import build_optimizer
+    from slimtune.train_step.optimizer import build_optimizer
     from slimtune.train_step.loss import forward_backward, make_collator, move_to_device
     from slimtune.utils.memory import disable_malloc_trim
 
@@ -62,7 +62,7 @@ def work(base: str, dtype: str) -> None:
     packs = make_collator(model, 0, share=False).packs([{"input_ids": r, "labels": r} for r in rows])
     optimizer = build_optimizer(model)
     with packed_attention(model):
-        forward_backward(model, [move_to_device(p, torch.device("cpu")) for p in packs], lambda loss: loss.backward())
+        forward_backward(model, [move_to_device(p, torch.device("cpu")) for p in packs])
     optimizer.step()
     optimizer.zero_grad()
     said("step")

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import get_peft_model
 from slimtune.attention.packed_layout import packed_attention
-from slimtune.kernels.unbroken import retry_optimizer_step
 from slimtune.planning.fake_tensors import all_tensors
 from slimtune.planning.training_job import TrainingJob
-from slimtune.setup import apply_memory_savings, build_optimizer
+from slimtune.train_step.memory_savings import apply_memory_savings
+from slimtune.train_step.optimizer import build_optimizer
 from slimtune.train_step.loss import forward_backward, make_collator
 
 STEP = "the step that is looked at"
@@ -52,8 +52,6 @@ def _train(job: TrainingJob) -> int:
     apply_memory_savings(model, job.checkpointing, job.offload, job.tile)
     model.train()
     optimizer = build_optimizer(model, job.optimizer)
-    if job.method is not None:
-        retry_optimizer_step(optimizer, lambda step, _: step())
     trained = [p for p in model.parameters() if p.requires_grad]
     collator = make_collator(model, 0, packing=job.packing, share=False)
     vocabulary = model.config.get_text_config().vocab_size
@@ -61,7 +59,7 @@ def _train(job: TrainingJob) -> int:
     def step(number: int) -> None:
         rows = [[torch.randint(vocabulary, (n,)).tolist() for n in job.lengths] for _ in range(job.passes)]
         packs = [collator([{"input_ids": row, "labels": row} for row in some]) for some in rows]
-        forward_backward(model, packs, lambda loss: loss.backward())
+        forward_backward(model, packs)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if job.method is not None:

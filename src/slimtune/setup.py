@@ -23,28 +23,16 @@ from .data.store import Examples
 from .data.validation.report import DatasetReport
 from .data.workers import cpu_count
 from .errors import AdapterError, UsageError
-from .kernels.adamw import adamw_8bit
 from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.loader import Base, load_base, load_tokenizer, weights_folder
 from .models.quantization import dequantize_model, require_bitsandbytes
 from .run_dir import ADAPTER_FILE, RunDir
 from .train_step.loss import auto_micro_batch_tokens, check_packing_supported, make_collator
-from .train_step.memory_savings import enable_activation_checkpointing, enable_tiled_mlp
+from .train_step.memory_savings import apply_memory_savings
 from .utils import distributed
 from .utils.calibration import ROWS, collect_layer_inputs
 from .utils.linear_layers import is_quantized
 from .utils.memory import disable_malloc_trim
-
-OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "adamw": (torch.optim.AdamW, {"fused": True}),
-    "adamw-8bit": (adamw_8bit, {}),
-    "adamw-foreach": (torch.optim.AdamW, {"foreach": True}),
-    "sgd": (torch.optim.SGD, {}),
-}
-"""Optimizers that can be planned. Training takes those of `TRAINED`; PyTorch's own default, `foreach`, takes temporary
-tensors of all parameters at once."""
-TRAINABLE_OPTIMIZERS = ("adamw", "adamw-8bit")
-
 
 @dataclass
 class Datasets:
@@ -175,14 +163,6 @@ def attach_adapter(
     return model
 
 
-def apply_memory_savings(model: Any, checkpointing: bool, offload: bool, tile: int | None) -> None:
-    """Make an adapted model hold less at once, in place, as a recipe's `train` says it (see `thrift`)."""
-    if checkpointing:
-        enable_activation_checkpointing(model, offload=offload)
-    if tile is not None:
-        enable_tiled_mlp(model, tile)
-
-
 def build_meta_model(
     config: PreTrainedConfig,
     method: PeftConfig | None,
@@ -218,13 +198,6 @@ def build_meta_model(
             model = get_peft_model(model, method)
     apply_memory_savings(model, checkpointing, offload, tile)
     return model
-
-
-def build_optimizer(model: Any, name: str = "adamw") -> torch.optim.Optimizer:
-    """Return a model's optimizer: the one of `OPTIMIZERS` that transformers' Trainer makes in training."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    kind, settings = OPTIMIZERS[name]
-    return kind(trained, lr=1e-4, **settings)
 
 
 def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:

@@ -150,7 +150,7 @@ def test_train_from_flags_alone(room, rows, tmp_path):
     assert done.exit_code == 0, done.stderr
     ((recipe,), how), = calls  # fmt: skip
     assert callable(how.pop("planner"))
-    assert how == {"resume": False, "continue_from": None, "force": False}
+    assert how == {"resume": False, "init_adapter": None, "force": False}
     config = recipe.method_config()
     assert (config.r, config.lora_alpha, config.target_modules) == (4, 6, ["q_proj"])
     train, data, model = recipe.train, recipe.data, recipe.model
@@ -178,8 +178,8 @@ def test_resume_and_continue(room, rows, tmp_path):
     assert slimtune(*base, "--resume").exit_code == 0
     assert slimtune(*base, "--continue", "runs/a").exit_code == 0
     assert [{k: v for k, v in how.items() if k != "planner"} for _, how in calls] == [
-        {"resume": True, "continue_from": None, "force": False},
-        {"resume": False, "continue_from": Path("runs/a"), "force": False},
+        {"resume": True, "init_adapter": None, "force": False},
+        {"resume": False, "init_adapter": Path("runs/a"), "force": False},
     ]
     done = slimtune(*base, "--resume", "--continue", "runs/a")
     assert done.exit_code == 2

@@ -27,7 +27,8 @@ from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.storage import Storages
 from slimtune.planning.training_job import TrainingJob
-from slimtune.setup import apply_memory_savings, build_optimizer
+from slimtune.train_step.memory_savings import apply_memory_savings
+from slimtune.train_step.optimizer import build_optimizer
 from slimtune.train_step.loss import forward_backward, make_collator, token_nll
 from slimtune.utils.linear_layers import get_weight, is_quantized
 from slimtune.utils.simulated_device import simulate_device
@@ -102,7 +103,7 @@ def measured(job, folder):
     trained = [p for p in model.parameters() if p.requires_grad]
 
     def step():
-        forward_backward(model, [pack], lambda loss: loss.backward())
+        forward_backward(model, [pack])
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -196,10 +196,10 @@ def test_a_folder_with_another_run_is_refused_before_any_work(settings):
 def test_continuing_from_an_adapter(settings, tmp_path):
     first = train(recipe_of(settings))
     on = {**settings, "output_dir": str(tmp_path / "on")}
-    second = train(recipe_of(on), continue_from=Path(first["run"]))
+    second = train(recipe_of(on), init_adapter=Path(first["run"]))
     assert second["validation_loss"] < first["validation_loss"]
     with pytest.raises(UsageError, match="no run folder") as e:
-        train(recipe_of({**settings, "output_dir": str(tmp_path / "x")}), continue_from=tmp_path / "nothing")
+        train(recipe_of({**settings, "output_dir": str(tmp_path / "x")}), init_adapter=tmp_path / "nothing")
     assert e.value.exit_code == 2
     assert not (tmp_path / "x").exists()
 
@@ -284,7 +284,7 @@ def test_float16_is_refused(settings):
 def test_a_continued_run_takes_the_adapters_settings_and_resumes_by_itself(settings, tmp_path, monkeypatch):
     first = train(recipe_of(settings))
     other = {**settings, "method": {"name": "lora", "r": 8}}
-    train(recipe_of({**other, "output_dir": str(tmp_path / "whole")}), continue_from=Path(first["run"]))
+    train(recipe_of({**other, "output_dir": str(tmp_path / "whole")}), init_adapter=Path(first["run"]))
     assert "r: 4" in (tmp_path / "whole" / "recipe.yaml").read_text()
     begin = EvalSaveSchedule.on_step_begin
 
@@ -294,7 +294,7 @@ def test_a_continued_run_takes_the_adapters_settings_and_resumes_by_itself(setti
     on = recipe_of({**other, "output_dir": str(tmp_path / "on")})
     monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", stop)  # before the first checkpoint
     with pytest.raises(KeyboardInterrupt):
-        train(on, continue_from=Path(first["run"]))
+        train(on, init_adapter=Path(first["run"]))
     monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", begin)
     train(load_recipe(tmp_path / "on" / "recipe.yaml"), resume=True)
     assert same(tmp_path / "on", tmp_path / "whole")

@@ -128,7 +128,7 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
     from ..models.quantization import KINDS as QUANTS
     from ..models.registry import get_model_info
     from ..planning.fake_quantization import KINDS
-    from ..setup import TRAINABLE_OPTIMIZERS
+    from ..train_step.optimizer import TRAINABLE_OPTIMIZERS
 
     if (quantization := given["quantization"]) is not None and quantization not in KINDS:
         raise UsageError(f"--quant got {quantization!r}{nearest(quantization, KINDS)}", f"one of {format_names(KINDS)}")

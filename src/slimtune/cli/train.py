@@ -132,7 +132,7 @@ def train_run(
     from ..training.train import train
     from ..utils import distributed
 
-    result = train(settings, resume=resume, continue_from=continue_from, planner=_planner(force), force=force)
+    result = train(settings, resume=resume, init_adapter=continue_from, planner=_planner(force), force=force)
     if not distributed.is_main_process():
         raise typer.Exit  # the first process shows it
     if not as_json:

@@ -8,7 +8,7 @@ Read from bitsandbytes 0.50: optim/optimizer.py and backends/cpu/ops.py. Paper: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +27,11 @@ def theirs() -> type[Optimizer]:
     return AdamW8bit
 
 
-def adamw_8bit(parameters: Iterable[Any], **settings: Any) -> Optimizer:
-    """Return bitsandbytes' AdamW8bit; of fake parameters, `Planned`."""
-    trained = list(parameters)
-    kind: Any = FakeAdamW8bit if any(isinstance(p, FakeTensor) for p in trained) else theirs()
-    return kind(trained, **settings)
+def adamw_8bit(groups: Sequence[dict[str, Any]], **settings: Any) -> Optimizer:
+    """Return bitsandbytes' AdamW8bit for parameter groups; `FakeAdamW8bit` if the parameters are fake tensors."""
+    fake = any(isinstance(p, FakeTensor) for group in groups for p in group["params"])
+    optimizer: Any = FakeAdamW8bit if fake else theirs()
+    return optimizer(groups, **settings)
 
 
 class FakeAdamW8bit(Optimizer):

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..adapters.model import PeftModel
 from ..adapters.state_dict import adapter_tensor_info
-from ..setup import build_optimizer
+from ..train_step.optimizer import build_optimizer
 
 _ADAPTER = "default"
 BESIDE = 2**20

@@ -20,11 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..adapters.base import MergeUnsupported
 from ..attention.packed_layout import packed_attention
 from ..errors import UsageError
-from ..kernels.unbroken import retry_optimizer_step
 from ..models.lm_head import get_lm_head
 from ..setup import build_meta_model as build_outline
-from ..setup import build_optimizer
 from ..train_step.loss import forward_backward, make_collator, token_nll
+from ..train_step.optimizer import build_optimizer
 from ..utils.simulated_device import simulate_device
 from .fake_tensors import all_tensors, fake_mode, make_fake
 from .storage import PARTS, Storages
@@ -109,8 +108,6 @@ def trace_memory(job: TrainingJob, model: Any = None, *, whole: bool = True, cou
             config.on_train_begin(LONG)
         if whole:
             _let_states_be(model, optimizer)
-        if job.method is not None:  # as `slimtune train` steps
-            retry_optimizer_step(optimizer, lambda step, _: step())
         storages = Storages(
             BLOCK.get(job.device, 1), vocabulary, counted, counted, fakes.recalled, host_apart=job.device == "cuda"
         )
@@ -126,7 +123,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, whole: bool = True, cou
             storages.phase("forward")
             storages.work.clear()
             with _phases_of(model, storages):
-                forward_backward(model, [pack], lambda loss: loss.backward())
+                forward_backward(model, [pack])
             work = storages.work.copy()
             state = _hold_state(storages, model, optimizer)  # with what is found once and kept (DoRA's lengths)
             if whole:

@@ -1,14 +1,17 @@
-"""Holding less of a step at once: what is computed twice, in parts, or kept elsewhere, with the same gradients.
+"""Ways to keep less of a step in memory with the same gradients, and compilation of the layers.
 
-    checkpointed   of each layer its input is kept; the layer is run again in the backward pass
-    offloaded      those inputs lie in the machine's memory meanwhile (`kernels/activation_offload.py`)
-    tiled          norms and feed-forwards run a few tokens at a time, in both passes (`kernels/tiled_mlp.py`)
+    activation checkpointing   keep each layer's input; run the layer again in the backward pass
+    offloading                 keep those inputs in CPU memory meanwhile (`kernels/activation_offload.py`)
+    tiling                     run norms and feed-forwards a few tokens at a time, forward and backward
+                               (`kernels/tiled_mlp.py`)
 
-With all three a row takes on the device what one layer's attention takes, and a few hidden states beside it.
+With all three a row takes on the device what one layer's attention takes, and a few hidden states.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,73 +26,119 @@ from ..kernels.tiled_mlp import run_tiled
 from ..utils.linear_layers import layer_kind
 
 
+def apply_memory_savings(model: Any, checkpointing: bool, offload: bool, tile: int | None) -> None:
+    """Turn on what a recipe's `train` section asks for, in place.
+
+    Args:
+        model: the model, adapted before.
+        checkpointing: activation checkpointing.
+        offload: with checkpointing, keep the inputs in CPU memory.
+        tile: tokens that norms and feed-forwards run at a time; None: all.
+    """
+    if checkpointing:
+        enable_activation_checkpointing(model, offload=offload)
+    if tile is not None:
+        enable_tiled_mlp(model, tile)
+
+
 def enable_activation_checkpointing(model: Any, *, offload: bool = False) -> None:
-    """Keep of each layer of a model its input alone, in place.
+    """Keep only the input of each layer for the backward pass, in place.
 
     Args:
         model: a transformers model, adapted or not.
-        offload: keep the inputs in the machine's memory.
+        offload: keep the inputs in CPU memory.
 
     Raises:
-        UsageError: the model's layers cannot be checkpointed.
+        UsageError: the model does not support it.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UsageError(
-            f"a {type(model).__name__} cannot compute its activations twice", hint="leave out the checkpointing"
+            f"a {type(model).__name__} does not support activation checkpointing", hint="turn the checkpointing off"
         )
-    # transformers 5.2x renamed it; the old name warns there, the new one is missing before.
+    # transformers 5.2x renamed it: the old name warns there, earlier releases lack the new one.
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
-    # A leaf that is there for the whole step, and which only reentrant checkpoints need.
+    # This makes the inputs a leaf that exists for the whole step; only reentrant checkpoints need it.
     model.disable_input_require_grads()
     if offload:
-        away = ActivationOffload()
+        storage = ActivationOffload()
         for module in model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
-                module._gradient_checkpointing_func = partial(_offloaded, away, module._gradient_checkpointing_func)
+                checkpoint = module._gradient_checkpointing_func
+                module._gradient_checkpointing_func = partial(_checkpoint_offloaded, storage, checkpoint)
+
+
+def _checkpoint_offloaded(
+    storage: ActivationOffload, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any
+) -> Any:
+    # Hidden states are a layer's first argument; all layers share the others.
+    with storage.keeping():
+        return checkpoint(run, *args)
 
 
 def enable_tiled_mlp(model: Any, tokens: int) -> int:
-    """Run the norms and feed-forwards of a model's layers `tokens` tokens at a time, in place; return how many.
+    """Run the norms and feed-forwards of a model's layers `tokens` tokens at a time, in place.
 
-    A longer pass than that holds what they compute on the way for so many tokens alone. Dropout in them draws other
-    numbers than without tiles.
+    Longer rows then keep the intermediate activations of only so many tokens. Dropout inside draws other numbers than
+    without tiles.
 
     Args:
         model: a transformers model, adapted before.
         tokens: of each row, from 1.
 
+    Returns:
+        The number of modules that are tiled.
+
     Raises:
-        UsageError: the model has no layers that are known as such.
+        UsageError: the model has no transformer layers.
     """
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    inside = [m for layer in layers for m in _by_token(layer)]
-    # The one behind the last layer.
-    inside += [m for m in model.modules() if layer_kind(m) == "norm" and m not in set(inside)]
-    if not layers:
-        raise UsageError(f"a {type(model).__name__} has no layers that are known as such", hint="leave out the tiles")
-    for module in inside:
-        before = vars(module).get("forward")
-        module.forward = partial(_tiled, module, tokens, before)
-    return len(inside)
+    modules = [m for layer in transformer_layers(model, "turn the tiles off") for m in _token_wise_modules(layer)]
+    # The norm after the last layer.
+    modules += [m for m in model.modules() if layer_kind(m) == "norm" and m not in set(modules)]
+    for module in modules:
+        module.forward = partial(_forward_tiled, module, tokens, vars(module).get("forward"))
+    return len(modules)
 
 
-def _by_token(layer: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules of a layer that map each token by itself."""
-    names = {n: m for n, m in layer.named_modules() if n in FEED_FORWARD or layer_kind(m) == "norm"}
-    return [m for n, m in names.items() if not any(n.startswith(f"{o}.") for o in names)]
+def _token_wise_modules(layer: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules of a layer that compute each token by itself."""
+    found = {n: m for n, m in layer.named_modules() if n in FEED_FORWARD or layer_kind(m) == "norm"}
+    return [m for n, m in found.items() if not any(n.startswith(f"{outer}.") for outer in found)]
 
 
-def _tiled(module: Any, tokens: int, before: Callable[..., Any] | None, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for the forward of a module; of what another than the hidden states goes in, nothing is known."""
-    run = before or partial(type(module).forward, module)
+def _forward_tiled(
+    module: Any, tokens: int, replaced: Callable[..., Any] | None, x: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Replacement forward that processes the tokens in chunks; runs the original if it is called with extra inputs."""
+    run = replaced or partial(type(module).forward, module)
     if args or kwargs or not isinstance(x, Tensor) or x.dim() < 3:
         return run(x, *args, **kwargs)
     trained = [p for p in module.parameters() if p.requires_grad]
     return run_tiled(run, x, max(1, tokens // x.shape[0]), trained)
 
 
-def _offloaded(away: ActivationOffload, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
-    # Hidden states are a layer's first argument; what comes after them, all layers share.
-    with away.keeping():
-        return checkpoint(run, *args)
+def compile_layers(model: Any) -> int:
+    """Compile each layer of the backbone with torch.compile, in place; return how many.
+
+    The first steps then take minutes. Attention by segment is not compiled, since it changes with each micro-batch.
+
+    Raises:
+        UsageError: there is no compiler, or the model has no transformer layers.
+    """
+    device = next(model.parameters()).device
+    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise UsageError(
+            "torch.compile needs a C++ compiler on a CPU, and there is none", "g++ or clang++", "leave out --compile"
+        )
+    layers = transformer_layers(model, "leave out --compile")
+    for layer in layers:
+        layer.compile(dynamic=True)
+    return len(layers)
+
+
+def transformer_layers(model: Any, hint: str) -> list[nn.Module]:
+    """Return the layers of a transformers model; raise UsageError with the hint if it has none."""
+    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise UsageError(f"a {type(model).__name__} has no layers of transformers' GradientCheckpointingLayer", hint=hint)
+    return layers

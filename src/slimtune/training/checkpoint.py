@@ -1,16 +1,16 @@
-"""Checkpoints that are whole or absent, without pickle.
+"""Checkpoints: each is complete or absent, in safetensors and JSON.
 
     checkpoint-<step>/
       adapter_config.json, adapter_model.safetensors   the adapter, as PEFT reads it
-      method.safetensors                               what the method goes on from beside it, if anything
-      optimizer.safetensors, optimizer.json            AdamW's moments; its settings
-      rng.safetensors, rng.json                        random numbers of torch, NumPy and Python
-      scheduler.json, trainer_state.json, progress.json
+      method.safetensors                               what the method needs to continue and the adapter's file lacks
+      optimizer.safetensors, optimizer.json            the optimizer's tensors; its settings
+      rng.safetensors, rng.json                        random number generators of torch, NumPy and Python
+      training_state.json                              steps done, losses, learning rate schedule, micro-batch size
       checksums.json                                   SHA-256 of every file above
 
-A checkpoint is written under another name, flushed to the disk and renamed, so that a process killed at any moment
-leaves the ones before it and, at most, a `.partial` folder that the next start removes. A checkpoint whose sums do not
-hold is passed over, aloud, for the one before it.
+A checkpoint is written under another name, flushed to the disk and renamed: a process that is killed leaves the older
+checkpoints and at most a `.partial` folder, which the next start removes. A checkpoint that was damaged later does not
+match its checksums; resuming then takes the one before it and says so.
 """
 
 from __future__ import annotations
@@ -27,46 +27,46 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from safetensors.torch import save as to_bytes
 
 from ..errors import RunError, format_names
-from ..utils.files import fsync_folder, translate_disk_full
+from ..utils.files import fsync_folder, fsync_tree, translate_disk_full
 
-SUMS = "checksums.json"
-METHOD = "method.safetensors"
-_PREFIX = "checkpoint-"
-_PARTIAL = ".partial-"
+CHECKSUMS_FILE = "checksums.json"
+METHOD_FILE = "method.safetensors"
+STATE_FILE = "training_state.json"
+PREFIX = "checkpoint-"
+PARTIAL_PREFIX = ".partial-"
 
-
-def step_of(folder: Path) -> int:
-    """Return the step a checkpoint folder's name says."""
-    return int(folder.name.removeprefix(_PREFIX))
+# --- folders of checkpoints -------------------------------------------------------------------------------------------
 
 
-def folders(root: Path) -> list[Path]:
+def checkpoint_step(folder: Path) -> int:
+    """Return the step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def list_checkpoints(root: Path) -> list[Path]:
     """Return the checkpoint folders under `root`, oldest first."""
-    found = root.glob(f"{_PREFIX}*") if root.is_dir() else []
-    return sorted((p for p in found if p.name.removeprefix(_PREFIX).isdigit()), key=step_of)
+    folders = root.glob(f"{PREFIX}*") if root.is_dir() else []
+    return sorted((p for p in folders if p.name.removeprefix(PREFIX).isdigit()), key=checkpoint_step)
 
 
-def write(root: Path, step: int, fill: Callable[[Path], None]) -> Path:
-    """Write `checkpoint-<step>` under `root` whole: `fill(folder)` puts the files there.
+def write_checkpoint(root: Path, step: int, write_files: Callable[[Path], None]) -> Path:
+    """Write `checkpoint-<step>` under `root`, complete or not at all; `write_files(folder)` writes its files.
 
     Raises:
-        RunError: the disk is full; nothing of this checkpoint is left, the older ones are.
+        RunError: the disk is full; the older checkpoints are left, nothing of this one is.
     """
     root.mkdir(parents=True, exist_ok=True)
-    final, partial = root / f"{_PREFIX}{step}", root / f"{_PARTIAL}{step}"
+    final, partial = root / f"{PREFIX}{step}", root / f"{PARTIAL_PREFIX}{step}"
     shutil.rmtree(partial, ignore_errors=True)
     with translate_disk_full(final):
         try:
             partial.mkdir()
-            fill(partial)
-            sums = {p.name: _sum(p) for p in sorted(partial.iterdir())}
-            (partial / SUMS).write_text(json.dumps(sums, indent=1))
-            for file in partial.iterdir():
-                _flush(file)
-            fsync_folder(partial)
+            write_files(partial)
+            checksums = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
+            (partial / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1))
+            fsync_tree(partial)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             fsync_folder(root)
@@ -76,157 +76,144 @@ def write(root: Path, step: int, fill: Callable[[Path], None]) -> Path:
     return final
 
 
-def fault_in(folder: Path) -> str:
-    """Return what is wrong with a checkpoint, or `""`."""
+def find_damage(folder: Path) -> str:
+    """Return what is wrong with a checkpoint, `""` for nothing."""
     try:
-        sums = json.loads((folder / SUMS).read_text())
-    except (OSError, ValueError) as e:
-        return f"{SUMS} cannot be read ({type(e).__name__})"
-    for name, wanted in sums.items():
+        checksums = json.loads((folder / CHECKSUMS_FILE).read_text()).items()
+    except (OSError, ValueError, AttributeError) as e:
+        return f"{CHECKSUMS_FILE} cannot be read ({type(e).__name__})"
+    for name, checksum in checksums:
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sum(folder / name) != wanted:
+        if _sha256(folder / name) != checksum:
             return f"{name} is damaged (its checksum differs)"
     return ""
 
 
-def newest_sound(root: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that is whole; each one passed over is told to `say`. None: there is none.
+def find_newest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the newest undamaged checkpoint, None if there is no checkpoint; tell `say` about each one passed over.
 
     Raises:
-        RunError: there are checkpoints, and none is whole.
+        RunError: every checkpoint is damaged.
     """
-    for left in root.glob(f"{_PARTIAL}*") if root.is_dir() else ():
-        say(f"{left.name}: a checkpoint that was being written when the run stopped; removed")
-        shutil.rmtree(left)
-    every = folders(root)
+    for partial in root.glob(f"{PARTIAL_PREFIX}*") if root.is_dir() else ():
+        say(f"{partial.name}: a checkpoint that was being written when the run stopped; removed")
+        shutil.rmtree(partial)
+    folders = list_checkpoints(root)
     damaged: list[Path] = []
-    for folder in reversed(every):
-        fault = fault_in(folder)
-        if not fault:
-            for other in damaged:  # out of the count of those kept, and there for whoever wants to look
+    for folder in reversed(folders):
+        damage = find_damage(folder)
+        if not damage:
+            for other in damaged:  # renamed, so that they do not count among those that are kept
                 shutil.rmtree(root / f"damaged-{other.name}", ignore_errors=True)
                 other.rename(root / f"damaged-{other.name}")
             return folder
-        say(f"{folder.name} is passed over: {fault}")
+        say(f"{folder.name} is passed over: {damage}")
         damaged.append(folder)
-    if every:
+    if folders:
         raise RunError(
-            f"no checkpoint in {root} is whole: {format_names(p.name for p in every)}",
-            "at least one",
-            "start anew with another --out",
+            f"every checkpoint in {root} is damaged: {format_names(p.name for p in folders)}",
+            "at least one complete checkpoint",
+            "start again with another --out",
         )
     return None
 
 
-def rotate(root: Path, keep: int, best: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints and the best one."""
-    for folder in folders(root)[:-keep]:
-        if step_of(folder) != best:
+def delete_old_checkpoints(root: Path, keep: int, best_step: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    for folder in list_checkpoints(root)[:-keep]:
+        if checkpoint_step(folder) != best_step:
             shutil.rmtree(folder)
 
 
-def save_optimizer(folder: Path, state: dict[str, Any], *, stream: bool = False) -> None:
-    """Write an optimizer's `state_dict()` as tensors and JSON; a tensor that several parameters share, once.
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
-    Args:
-        folder: of the checkpoint.
-        state: the optimizer's.
-        stream: write from where the tensors lie, where they are too large to be put together in memory first.
-    """
+
+# --- files of a checkpoint --------------------------------------------------------------------------------------------
+
+
+def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
+    """Write an optimizer's `state_dict()` as tensors and JSON; a tensor that several parameters share is written once."""
     tensors: dict[str, torch.Tensor] = {}
-    rest: dict[str, Any] = {}
-    same: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for index, values in state["state"].items():
-        # bitsandbytes hides its tensors from FSDP in a table of their own, and takes them without it, too.
-        inner = [v for v in values.values() if isinstance(v, dict)]
-        for name, value in {**values, **{n: t for table in inner for n, t in table.items()}}.items():
+    values: dict[str, Any] = {}
+    shared: dict[str, str] = {}
+    first_key: dict[int, str] = {}
+    for index, entry in state["state"].items():
+        # bitsandbytes nests its tensors in a table, to hide them from FSDP; it loads them without the table, too.
+        tables = [v for v in entry.values() if isinstance(v, dict)]
+        for name, value in {**entry, **{n: t for table in tables for n, t in table.items()}}.items():
             key = f"{index}.{name}"
             if not isinstance(value, torch.Tensor):
-                rest |= {} if isinstance(value, dict) else {key: value}
-            elif first.setdefault(id(value), key) == key:
-                tensors[key] = value
+                values |= {} if isinstance(value, dict) else {key: value}
+            elif first_key.setdefault(id(value), key) == key:
+                tensors[key] = value.detach().to("cpu").contiguous()
             else:
-                same[key] = first[id(value)]
-    plain = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
-    if stream:
-        save_file(plain, folder / "optimizer.safetensors")
-    else:
-        (folder / "optimizer.safetensors").write_bytes(to_bytes(plain))
-    (folder / "optimizer.json").write_text(
-        json.dumps({"param_groups": state["param_groups"], "state": rest, "same": same})
-    )
+                shared[key] = first_key[id(value)]
+    save_file(tensors, folder / "optimizer.safetensors")
+    settings = {"param_groups": state["param_groups"], "state": values, "same": shared}
+    (folder / "optimizer.json").write_text(json.dumps(settings))
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
     """Return the `state_dict()` that `save_optimizer` wrote."""
-    described = json.loads((folder / "optimizer.json").read_text())
+    settings = json.loads((folder / "optimizer.json").read_text())
     state: dict[int, dict[str, Any]] = {}
     tensors = load_file(folder / "optimizer.safetensors")
-    tensors |= {key: tensors[other] for key, other in described.get("same", {}).items()}
-    for key, value in [*tensors.items(), *described["state"].items()]:
+    tensors |= {key: tensors[other] for key, other in settings["same"].items()}
+    for key, value in [*tensors.items(), *settings["state"].items()]:
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
-    groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in described["param_groups"]]
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in settings["param_groups"]]
     return {"state": state, "param_groups": groups}
 
 
-def save_progress(folder: Path, model: Any) -> None:
-    """Write what the adapter's method goes on from beside the adapter's own file, where there is anything."""
-    deltas = model.adapter_modules("default")
-    kept = {
-        f"{at}:{n}": t.detach().to("cpu").contiguous() for at, d in deltas.items() for n, t in d.extra_state().items()
+def save_method_state(folder: Path, model: Any) -> None:
+    """Write what the adapter's method needs to continue and the adapter's own file lacks, if anything."""
+    state = {
+        f"{site}:{name}": tensor.detach().to("cpu").contiguous()
+        for site, module in model.adapter_modules("default").items()
+        for name, tensor in module.extra_state().items()
     }
-    if kept:
-        (folder / METHOD).write_bytes(to_bytes(kept))
+    if state:
+        save_file(state, folder / METHOD_FILE)
 
 
-def load_progress(folder: Path, model: Any) -> None:
-    """Let the adapter's method go on from what `save_progress` wrote."""
-    kept: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in (load_file(folder / METHOD) if (folder / METHOD).is_file() else {}).items():
-        at, _, name = key.rpartition(":")
-        kept.setdefault(at, {})[name] = tensor
-    deltas = model.adapter_modules("default")
-    for at, tensors in kept.items():
-        deltas[at].load_extra_state(tensors)
+def load_method_state(folder: Path, model: Any) -> None:
+    """Restore what `save_method_state` wrote."""
+    by_site: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in (load_file(folder / METHOD_FILE) if (folder / METHOD_FILE).is_file() else {}).items():
+        site, _, name = key.rpartition(":")
+        by_site.setdefault(site, {})[name] = tensor
+    modules = model.adapter_modules("default")
+    for site, tensors in by_site.items():
+        modules[site].load_extra_state(tensors)
 
 
-def save_random(folder: Path) -> None:
-    """Write where the random number generators of torch (CPU and GPUs), NumPy and Python stand."""
+def save_rng_state(folder: Path) -> None:
+    """Write the states of the random number generators of torch (CPU and GPUs), NumPy and Python."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     if torch.backends.mps.is_available():
         tensors["mps"] = torch.mps.get_rng_state()
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
-    (folder / "rng.safetensors").write_bytes(to_bytes(tensors))
-    version, inner, gauss = random.getstate()
-    (folder / "rng.json").write_text(json.dumps({"numpy": [kind, *rest], "python": [version, list(inner), gauss]}))
+    numpy_name, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
+    tensors["numpy"] = torch.from_numpy(np.asarray(numpy_keys).astype(np.int64))
+    save_file(tensors, folder / "rng.safetensors")
+    (folder / "rng.json").write_text(json.dumps({"numpy": [numpy_name, *numpy_rest], "python": random.getstate()}))
 
 
-def load_random(folder: Path) -> None:
-    """Put the random number generators where `save_random` found them."""
-    tensors, rest = load_file(folder / "rng.safetensors"), json.loads((folder / "rng.json").read_text())
+def load_rng_state(folder: Path) -> None:
+    """Restore the states that `save_rng_state` wrote."""
+    tensors, values = load_file(folder / "rng.safetensors"), json.loads((folder / "rng.json").read_text())
     torch.set_rng_state(tensors["cpu"])
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda{i}" in tensors:
             torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
     if "mps" in tensors and torch.backends.mps.is_available():
         torch.mps.set_rng_state(tensors["mps"])
-    kind, *others = rest["numpy"]
-    np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *others))
-    version, inner, gauss = rest["python"]
-    random.setstate((version, tuple(inner), gauss))
-
-
-def _sum(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
+    numpy_name, *numpy_rest = values["numpy"]
+    np.random.set_state((numpy_name, tensors["numpy"].numpy().astype(np.uint32), *numpy_rest))
+    version, internal, gauss = values["python"]
+    random.setstate((version, tuple(internal), gauss))

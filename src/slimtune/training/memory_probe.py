@@ -1,38 +1,33 @@
-"""The longest pass run once before training: what it really takes, beside what was planned.
+"""Run the longest micro-batch once before training, and compare the memory it takes with the plan.
 
-Nothing of it is left: gradients are dropped, random numbers are drawn as if it had not been, no weight is touched.
+The probe leaves nothing behind: gradients are dropped, random number generators are restored, no weight changes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..attention.packed_layout import packed_attention
 from ..data.collator import Collator, Example
-from ..data.store import Examples
 from ..kernels.dropout import preserve_rng_state
 from ..train_step.loss import forward_backward, move_to_device
 from ..utils.formatting import format_bytes
+from ..utils.memory import peak_memory, reset_peak_memory
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the longest pass took.
+    """The memory that the longest micro-batch takes.
 
     Args:
-        tokens: of the pass, as laid.
-        bytes: most held at once: reserved by the GPU's allocator, or resident in this process.
-        low: what was planned for it, at least.
-        high: at most.
+        tokens: tokens of the micro-batch.
+        bytes: most bytes in use at once: reserved by the GPU's allocator, or resident in this process.
+        low: fewest bytes that were planned.
+        high: most bytes that were planned.
     """
 
     tokens: int
@@ -42,86 +37,51 @@ class Probe:
 
     @property
     def as_planned(self) -> bool:
-        """Whether it is within the band."""
+        """Whether the bytes are within the planned range."""
         return self.low <= self.bytes <= self.high
 
     def text(self) -> str:
-        """Return it as a line for people."""
+        """Return a line for people."""
         planned = f"{format_bytes(self.low)} to {format_bytes(self.high)} were planned"
-        line = f"the longest pass, {self.tokens} tokens, takes {format_bytes(self.bytes)}; {planned}"
+        line = f"the longest micro-batch, {self.tokens} tokens, takes {format_bytes(self.bytes)}; {planned}"
         return line if self.as_planned else f"{line}: the plan is off, please report it with the run's plan.json"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return plain values."""
         return {**asdict(self), "as_planned": self.as_planned}
 
 
-def probe(model: Any, collator: Collator, examples: Sequence[Example], rows_a_step: int, plan: Mapping) -> Probe:
-    """Run the longest pass that training can come to.
+def probe_memory(model: Any, collator: Collator, examples: Sequence[Example], plan: Mapping[str, Any]) -> Probe:
+    """Run the longest micro-batch of some rows, forward and backward.
 
     Args:
         model: the adapted model, as it will train.
-        collator: divides a step's rows into passes.
-        examples: the training rows.
-        rows_a_step: rows in an optimizer step.
+        collator: divides the rows into micro-batches.
+        examples: the rows of the longest step.
         plan: the plan as plain values.
 
     Raises:
-        what torch raises where memory runs out; nothing is left of the pass then, either.
+        torch.OutOfMemoryError, RuntimeError, MemoryError: it does not fit; nothing is left of the attempt.
     """
-    device = next(model.parameters()).device
-    pack = max(collator.packs(longest(examples, rows_a_step)), key=lambda p: p["input_ids"].numel())
-    pack = move_to_device(pack, device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    was_training = model.training
+    device, was_training = next(model.parameters()).device, model.training
+    micro_batch = max(collator.packs(examples), key=lambda batch: batch["input_ids"].numel())
     model.train()
-    reset_peak(device)
+    reset_peak_memory(device)
     try:
         with preserve_rng_state(device), packed_attention(model):
-            forward_backward(model, [pack], lambda loss: loss.backward())
+            forward_backward(model, [move_to_device(micro_batch, device)])
     finally:
-        for parameter in trained:
+        for parameter in model.parameters():
             parameter.grad = None
         model.train(was_training)
-    # The optimizer's state is made by the first step, after this.
     low, high = planned_bytes(plan, device)
-    later = plan["parts"]["optimizer"]
-    return Probe(pack["input_ids"].numel(), peak_bytes(device, reserved=True), low - later, high)
+    # The first optimizer step creates the optimizer's state, after this.
+    low -= plan["parts"]["optimizer"]
+    return Probe(micro_batch["input_ids"].numel(), peak_memory(device, reserved=True), low, high)
 
 
-def longest(examples: Sequence[Example], rows_a_step: int) -> list[Example]:
-    """Return the rows of the step that takes most."""
-    lengths = examples.lengths if isinstance(examples, Examples) else [len(e["input_ids"]) for e in examples]
-    return [examples[i] for i in np.argsort(lengths, kind="stable")[-rows_a_step:]]
-
-
-def planned_bytes(plan: Mapping, device: torch.device) -> tuple[int, int]:
-    """Return what was planned to be held, at least and at most, as `peak_bytes(reserved=True)` counts it."""
-    beside = plan["runtime_bytes"] if device.type == "cuda" else {"low": 0, "high": 0}
-    low, high = (int(plan["need_bytes"][end] - beside[end]) for end in ("low", "high"))
+def planned_bytes(plan: Mapping[str, Any], device: torch.device) -> tuple[int, int]:
+    """Return the fewest and most planned bytes, as `peak_memory(reserved=True)` counts them."""
+    outside_allocator = plan["runtime_bytes"] if device.type == "cuda" else {"low": 0, "high": 0}
+    low, high = (int(plan["need_bytes"][end] - outside_allocator[end]) for end in ("low", "high"))
     return low, high
-
-
-def reset_peak(device: torch.device) -> None:
-    """Let `peak_bytes` count from now on, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: torch.device, *, reserved: bool = False) -> int:
-    """Return the most bytes held at once: by the GPU's allocator, or resident in this process.
-
-    Args:
-        device: where the model lies.
-        reserved: of a GPU, what the allocator took from it, not what tensors took of that.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) if reserved else torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,12 +1,12 @@
-"""Memory that runs out in the middle of a run is an event, not its end: what failed is done again in smaller passes.
+"""Recovery from running out of memory in the middle of a run: the failed work is repeated in smaller micro-batches.
 
-    work ─▶ fails ─▶ drop what it left, give memory back ─▶ room := half the largest pass ─▶ the same rows again
-                                        one row a pass already ─▶ activation checkpointing ─▶ give up, resumable
+    work fails ─▶ drop what it left, release memory ─▶ halve the largest micro-batch ─▶ repeat the same rows
+                             already one row per micro-batch ─▶ activation checkpointing ─▶ give up, resumable
 
-The passes of a step share one normalisation (step.py), so another division of its rows gives the same gradient up to
-rounding; batch, data order and learning rate stay. The work draws its random numbers from where the failed try began:
-divided as before, it draws the very same ones. Divided anew, dropout falls on other inputs, as it would have had the
-run begun with that room. The smaller room is kept for the rest of the run.
+The micro-batches of a step share one normalization (train_step/loss.py), so the gradient stays the same up to rounding;
+batch, order of the rows and learning rate stay, too. The repeated work draws the random numbers of the failed try; if it
+is divided differently, dropout meets other inputs, as it would have if the run had begun with that size. The smaller
+size is kept for the rest of the run.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from ..data.collator import Collator, Example
 from ..errors import RunError
 from ..kernels.dropout import get_rng_states, set_rng_states
 from ..utils.formatting import format_bytes
-from ..utils.memory import is_out_of_memory, release_cached_memory
-from .memory_probe import peak_bytes
+from ..utils.memory import is_out_of_memory, peak_memory, release_cached_memory
 
 T = TypeVar("T")
 EVENT = "out of memory"
-"""What marks the line of such an event in metrics.jsonl."""
-LESS = "a smaller data.max_seq_len, --dtype bf16 or a smaller base"
-"""What takes less where nothing can be divided any more."""
+"""Value of `event` in the lines of metrics.jsonl about running out of memory."""
+LESS_MEMORY = "a smaller data.max_seq_len, --dtype bf16 or a smaller base"
+"""What takes less memory when the micro-batches cannot get smaller."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class OomInfo:
     """One try that ran out of memory.
 
     Args:
-        error: the first line of what was raised; nothing else of it is kept, since a traceback holds a whole pass.
-        held_bytes: most held at once until then: reserved by the GPU's allocator, or resident in this process.
+        error: the first line of the error; the error itself is not kept, since its traceback keeps tensors alive.
+        held_bytes: most bytes in use until then: reserved by the GPU's allocator, or resident in this process.
     """
 
     error: str
@@ -46,74 +45,72 @@ class OomInfo:
 
 @dataclass(frozen=True)
 class OomEvent:
-    """What became of a shortage.
+    """A try that ran out of memory, and how it is repeated.
 
     Args:
         step: optimizer steps done before it.
         where: what was being done.
-        tokens: of the largest pass of what was being done, as laid; None: there were no passes.
-        rows: in that pass.
-        room_before: most tokens in one pass until then.
-        room_after: from then on.
-        checkpointing: whether activations are computed twice from then on.
-        held_bytes: most held at once until then.
-        planned_bytes: what was planned at most; None: there was no plan.
-        error: what was raised.
+        tokens: tokens of the largest micro-batch; None: there were no micro-batches.
+        rows: rows of that micro-batch.
+        max_tokens_before: the limit of tokens in a micro-batch until then.
+        max_tokens_after: the limit from then on.
+        checkpointing: whether activation checkpointing is on from then on.
+        held_bytes: most bytes in use until then.
+        planned_bytes: most bytes that were planned; None: there was no plan.
+        error: the first line of the error.
     """
 
     step: int
     where: str
     tokens: int | None
     rows: int | None
-    room_before: int | None
-    room_after: int | None
+    max_tokens_before: int | None
+    max_tokens_after: int | None
     checkpointing: bool
     held_bytes: int
     planned_bytes: int | None
     error: str
 
     def text(self) -> str:
-        """Return it as a line for people."""
-        size = f", {self.tokens} tokens in {self.rows} row{'s' * (self.rows != 1)} at once" if self.tokens else ""
-        then = "it is done again"
-        if self.room_after != self.room_before:
-            then += f" with at most {self.room_after} tokens in one pass"
+        """Return a line for people."""
+        size = f", {self.tokens} tokens in {self.rows} row{'s' * (self.rows != 1)}" if self.tokens else ""
+        change = ""
+        if self.max_tokens_after != self.max_tokens_before:
+            change = f" with at most {self.max_tokens_after} tokens in a micro-batch"
         elif self.tokens:
-            then += " with activation checkpointing"
-        return f"after step {self.step} memory ran out in {self.where}{size} ({self.held()}): {then}"
-
-    def held(self) -> str:
-        """Return what was held beside what was planned."""
-        line = f"{format_bytes(self.held_bytes)} were held"
-        if self.planned_bytes is None:
-            return line
-        over = self.held_bytes - self.planned_bytes
-        if over > 0:
-            return f"{line}, {format_bytes(over)} ({over / self.planned_bytes:.0%}) more than were planned"
-        return f"{line}, {format_bytes(self.planned_bytes)} were planned: the rest was not to be had here"
+            change = " with activation checkpointing"
+        used = f"{format_bytes(self.held_bytes)} were in use"
+        if self.planned_bytes is not None:
+            excess = self.held_bytes - self.planned_bytes
+            used += (
+                f", {format_bytes(excess)} ({excess / self.planned_bytes:.0%}) more than were planned"
+                if excess > 0
+                else f", {format_bytes(self.planned_bytes)} were planned: other processes use the rest"
+            )
+        return f"after step {self.step} memory ran out in {self.where}{size} ({used}): repeating it{change}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as a line of metrics.jsonl."""
+        """Return a line of metrics.jsonl."""
         return {"event": EVENT, **asdict(self), "text": self.text()}
 
 
 class OomRecovery:
-    """Does work again, in smaller passes, where memory ran out.
+    """Repeats work that ran out of memory.
 
     Args:
-        collator: divides rows into passes; its `room` and `rows` get smaller.
-        device: where the model lies.
-        say: told what a person should know.
-        note: given each event as plain values.
-        checkpoint: turns activation checkpointing on; None: it is on, or the model has none.
-        planned_bytes: what was planned to be held at most.
-        agreed: asked after each try in passes whether it counts as failed, given whether it ran out of memory in this
-            process; several ask each other here. None: they cannot, and where one fails the run ends.
+        collator: divides rows into micro-batches; its limits get smaller.
+        device: the device of the model.
+        say: prints a line for people.
+        record: gets each event as plain values.
+        enable_checkpointing: turns activation checkpointing on; None: it is on, or the model does not support it.
+        planned_bytes: most bytes that were planned.
+        any_failed: called after each try in micro-batches with whether it failed here; returns whether it failed in
+            any process. None: the processes cannot recover together, and a failure in one ends the run.
 
     Attributes:
-        checkpointing: whether it was turned on here.
+        checkpointing: whether activation checkpointing was turned on here.
         step: optimizer steps done, for the events.
-        way_on: saves what can be saved before the run ends, and says how to go on.
+        save_before_exit: saves what can be saved before the run ends; returns how to continue.
     """
 
     def __init__(
@@ -121,132 +118,127 @@ class OomRecovery:
         collator: Collator,
         device: torch.device,
         say: Callable[[str], None],
-        note: Callable[[dict[str, Any]], None],
+        record: Callable[[dict[str, Any]], None],
         *,
-        checkpoint: Callable[[], Any] | None = None,
+        enable_checkpointing: Callable[[], Any] | None = None,
         planned_bytes: int | None = None,
-        agreed: Callable[[bool], bool] | None = bool,
+        any_failed: Callable[[bool], bool] | None = bool,
     ) -> None:
-        self.collator, self.device, self.say, self.note = collator, device, say, note
-        self.checkpoint, self.planned_bytes, self.agreed = checkpoint, planned_bytes, agreed
+        self.collator, self.device, self.say, self.record = collator, device, say, record
+        self._enable_checkpointing, self.planned_bytes, self.any_failed = enable_checkpointing, planned_bytes, any_failed
         self.checkpointing = False
         self.step = 0
-        self.way_on: Callable[[], str] = lambda: ""
+        self.save_before_exit: Callable[[], str] = lambda: ""
 
-    def passes(
+    def run_in_micro_batches(
         self, where: str, rows: Sequence[Example], work: Callable[[], T], undo: Callable[[], Any], *, grad: bool = True
     ) -> T:
-        """Return what `work` gives, divided into as small passes as it takes.
+        """Return what `work` returns; repeat it in smaller micro-batches while it runs out of memory.
 
         Args:
             where: what is done, for the event.
-            rows: the rows that `work` lays by the collator.
-            work: may be called any number of times; lays `rows` anew each time.
+            rows: the rows that `work` divides with the collator.
+            work: may be called any number of times; divides `rows` each time.
             undo: drops what a failed try left.
-            grad: whether passes are run backwards: only then does checkpointing save anything.
+            grad: whether there are backward passes: only then does activation checkpointing save memory.
 
         Raises:
             RunError: a single row does not fit.
         """
         while True:
-            done, short = self._tried(work, undo, self.agreed or bool)
-            if short is None:
-                return done  # type: ignore[return-value]
-            if self.agreed is None:
-                raise self.exhausted(where, short, where)
-            before = self.collator.room
-            tokens, count = self._largest(rows)
+            result, oom = self._try(work, undo, self.any_failed or bool)
+            if oom is None:
+                return result  # type: ignore[return-value]
+            if self.any_failed is None:
+                raise self.give_up(where, oom, where)
+            groups = self.collator.groups(rows)
+            sizes = [self.collator([rows[i] for i in group])["input_ids"].numel() for group in groups]
+            # Among equal sizes take the micro-batch with more rows: it can be divided.
+            tokens, count = max((size, len(group)) for size, group in zip(sizes, groups, strict=True))
+            limit = self.collator.room
             if count > 1:
                 self.collator.room = tokens // 2
                 if not self.collator.packing:
                     self.collator.rows = count // 2
-            elif grad and self.checkpoint is not None:
-                self.turn_on()
+            elif grad and self._enable_checkpointing is not None:
+                self.enable_checkpointing()
             else:
-                raise self.exhausted(where, short, f"{tokens} tokens of one row")
-            self._tell(where, short, tokens, count, before)
+                raise self.give_up(where, oom, f"{tokens} tokens of one row")
+            self._report(where, oom, tokens, count, limit)
 
-    def again(self, where: str, work: Callable[[], T], undo: Callable[[], Any] | None) -> T:
-        """Return what `work` gives, which has no passes: it is tried once more with what could be given back.
+    def retry_once(self, where: str, work: Callable[[], T]) -> T:
+        """Return what `work` returns; if it runs out of memory, release what can be released and call it once more.
 
         Args:
             where: what is done, for the event.
-            work: may be called twice.
-            undo: drops what a failed try left; called once. None: nothing can, so there is one try.
+            work: has no micro-batches, and leaves nothing behind when it fails.
 
         Raises:
-            RunError: memory ran out then, too.
+            RunError: it ran out of memory twice.
         """
-        done, short = self._tried(work, undo or (lambda: None))
-        if short is not None and undo is not None:
-            self._tell(where, short, None, None, self.collator.room)
-            done, short = self._tried(work, lambda: None)
-        if short is not None:
-            raise self.exhausted(where, short, where)
-        return done  # type: ignore[return-value]
+        result, oom = self._try(work, lambda: None)
+        if oom is not None:
+            self._report(where, oom, None, None, self.collator.room)
+            result, oom = self._try(work, lambda: None)
+        if oom is not None:
+            raise self.give_up(where, oom, where)
+        return result  # type: ignore[return-value]
 
-    def turn_on(self) -> None:
-        """Turn activation checkpointing on, where it is not."""
-        if self.checkpoint is not None:
-            self.checkpoint()
-            self.checkpoint, self.checkpointing = None, True
+    def enable_checkpointing(self) -> None:
+        """Turn activation checkpointing on, if it is off."""
+        if self._enable_checkpointing is not None:
+            self._enable_checkpointing()
+            self._enable_checkpointing, self.checkpointing = None, True
 
-    def _tried(
-        self, work: Callable[[], T], undo: Callable[[], Any], agreed: Callable[[bool], bool] = bool
+    def describe(self, error: BaseException) -> OomInfo:
+        """Return what is kept of an error."""
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+        return OomInfo(f"{type(error).__name__}: {line}"[:300], peak_memory(self.device, reserved=True))
+
+    def give_up(self, where: str, oom: OomInfo, what: str) -> RunError:
+        """Save what can be saved; return the error that ends the run."""
+        used = format_bytes(oom.held_bytes)
+        return RunError(
+            f"there is not enough memory for {what} ({where} after step {self.step}; {used} were in use): {oom.error}",
+            "more free memory, or a run that needs less",
+            self.save_before_exit() or LESS_MEMORY,
+        )
+
+    def _try(
+        self, work: Callable[[], T], undo: Callable[[], Any], any_failed: Callable[[bool], bool] = bool
     ) -> tuple[T | None, OomInfo | None]:
-        """Return what `work` gives, or how memory ran out; then nothing is left of the try but that."""
-        found: T | None = None
-        short: OomInfo | None = None
-        start = get_rng_states(self.device)
+        """Return what `work` returns, or what is known of its running out of memory, of which then nothing is left."""
+        result: T | None = None
+        oom: OomInfo | None = None
+        rng_states = get_rng_states(self.device)
         try:
-            found = work()
+            result = work()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            short = self.shortage(error)
-        # Past the `except`: there the error is gone, and with it the frames that held the failed pass.
-        failed = agreed(short is not None) or short is not None
+            oom = self.describe(error)
+        # Outside of `except`: there the error is freed, and with it the frames that keep the failed pass alive.
+        failed = any_failed(oom is not None) or oom is not None
         if not failed:
-            return found, None
-        del found
+            return result, None
+        del result
         undo()
         release_cached_memory(self.device)
-        set_rng_states(start)
-        return None, short or OomInfo("memory ran out in another process", peak_bytes(self.device, reserved=True))
+        set_rng_states(rng_states)
+        return None, oom or OomInfo("another process ran out of memory", peak_memory(self.device, reserved=True))
 
-    def _largest(self, rows: Sequence[Example]) -> tuple[int, int]:
-        """Return the tokens of the largest pass, as laid, and its rows."""
-        groups = self.collator.groups(rows)
-        sizes = [self.collator([rows[i] for i in group])["input_ids"].numel() for group in groups]
-        # Of equal ones the one of more rows: it can be divided.
-        return max((size, len(group)) for size, group in zip(sizes, groups, strict=True))
-
-    def shortage(self, error: BaseException) -> OomInfo:
-        """Return what is kept of an error."""
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        return OomInfo(f"{type(error).__name__}: {line}"[:300], peak_bytes(self.device, reserved=True))
-
-    def _tell(self, where: str, short: OomInfo, tokens: int | None, rows: int | None, before: int | None) -> None:
+    def _report(self, where: str, oom: OomInfo, tokens: int | None, rows: int | None, limit: int | None) -> None:
         event = OomEvent(
             self.step,
             where,
             tokens,
             rows,
-            before,
+            limit,
             self.collator.room,
             self.checkpointing,
-            short.held_bytes,
+            oom.held_bytes,
             self.planned_bytes,
-            short.error,
+            oom.error,
         )
         self.say(event.text())
-        self.note(event.to_dict())
-
-    def exhausted(self, where: str, short: OomInfo, what: str) -> RunError:
-        """Return the error that ends the run, after saving what can be saved."""
-        held = format_bytes(short.held_bytes)
-        return RunError(
-            f"there is not enough memory for {what} ({where} after step {self.step}; {held} were held): {short.error}",
-            "memory that no other process holds, or less to hold",
-            self.way_on() or LESS,
-        )
+        self.record(event.to_dict())

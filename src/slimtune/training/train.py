@@ -1,14 +1,11 @@
-"""One run, from a recipe to an adapter with its record.
+"""One run, from a recipe to an adapter and its report.
 
-load base → attach → read rows → train (transformers' Trainer) → take the best checkpoint → adapter/, report.html
+recipe ─▶ data ─▶ plan ─▶ base ─▶ adapter ─▶ training loop ─▶ best checkpoint ─▶ adapter/, result.json, report.html
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,15 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from transformers import TrainingArguments
+from torch.distributed.device_mesh import init_device_mesh
 
 from ..adapters import state_dict as adapter_files
 from ..adapters.export_formats import get_export_formats
 from ..attention.packed_layout import packed_attention
 from ..config import Recipe
-from ..data.collator import Collator
+from ..data.collator import Collator, Example
 from ..data.packing import bin_pack, pack_sequences
 from ..data.validation.summary import format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, RunError, SlimtuneError, UsageError
@@ -42,475 +39,353 @@ from ..setup import (
     require_packages,
     with_adapter_config,
 )
-from ..train_step.loss import compile_layers
-from ..train_step.memory_savings import enable_activation_checkpointing
+from ..train_step.memory_savings import compile_layers, enable_activation_checkpointing
 from ..utils import distributed
 from ..utils.files import translate_disk_full
 from ..utils.formatting import format_bytes, format_count
-from ..utils.memory import is_out_of_memory
+from ..utils.memory import peak_memory
 from . import checkpoint
-from .callbacks import EvalSaveSchedule, ProgressLogger, rate, stop_on_interrupt
 from .fsdp import apply_fsdp
-from .memory_probe import longest, peak_bytes, planned_bytes, probe
+from .loop import TrainingLoop
+from .memory_probe import planned_bytes, probe_memory
 from .oom_recovery import EVENT, OomRecovery
-from .trackers import log_metrics, require_trackers
-from .trainer import SlimTrainer
+from .progress import ProgressLogger, require_trackers, start_trackers
 
-START = "start"
-"""Folder in a run's that holds the adapter it continues from, so that the run can be resumed by itself."""
+INIT_ADAPTER = "start"
+"""Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
+
+Planner = Callable[[Recipe, Sequence[int]], Mapping[str, Any] | None]
+"""Plans a recipe for rows of these lengths in tokens. Returns the plan as plain values, None if it cannot be planned;
+raises if the run does not fit."""
 
 
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C, with a checkpoint."""
 
 
-Planner = Callable[[Recipe, Sequence[int]], Mapping[str, Any] | None]
-"""Plans a recipe for rows of so many tokens each and gives the plan as plain values, or raises where it will not run;
-None: it could not be planned."""
-
-
 def train(
     recipe: Recipe,
     *,
     resume: bool = False,
-    continue_from: Path | None = None,
+    init_adapter: Path | None = None,
     planner: Planner = lambda *_: None,
     force: bool = False,
 ) -> dict[str, Any]:
     """Run a recipe; return what `slimtune train --json` prints.
 
     Args:
-        recipe: what to do.
-        resume: go on from the newest whole checkpoint in the recipe's run folder (from the start if there is none).
-        continue_from: start from this adapter's weights (a run or an adapter folder).
-        planner: asked before a weight is loaded; training keeps to its plan, and says where it was off.
-        force: train on data that a survey finds faulty.
+        recipe: model, data, method and training settings, and the run folder.
+        resume: continue from the newest undamaged checkpoint in the run folder; from the beginning if there is none.
+        init_adapter: a run or an adapter folder; start from this adapter's weights.
+        planner: called before the base is loaded; training keeps to the plan's micro-batch size.
+        force: train on data even if its validation finds faults.
 
     Raises:
-        UsageError: what was asked for cannot be carried out; nothing was written.
-        SlimtuneError: the work found a fault.
+        UsageError: the recipe cannot be carried out; nothing was written.
+        SlimtuneError: the data, the model or the machine prevents it.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
-    joined = distributed.init_distributed()
-    distributed.install_sigterm_watcher(f"slimtune train {RunDir(Path(recipe.output_dir)).recipe_file} --resume")
-    result = _train(recipe, resume, continue_from, planner, force)
-    if joined:
+    started = time.perf_counter()
+    settings = recipe.train
+    run = RunDir(Path(recipe.output_dir))
+    created_group = distributed.init_distributed()
+    distributed.install_sigterm_watcher(f"slimtune train {run.recipe_file} --resume")
+
+    # Recipe: when resuming it must be the run's own; the adapter to start from brings its method's settings.
+    if resume:
+        check_same_recipe(run, recipe)
+        if (run.path / INIT_ADAPTER).is_dir():
+            init_adapter = run.path / INIT_ADAPTER
+    if init_adapter is not None:
+        recipe = with_adapter_config(recipe, init_adapter)
+
+    # Data and plan, before a weight is loaded.
+    data = distributed.run_on_all_ranks(lambda: load_training_data(recipe, force))
+    plan = distributed.run_on_main(lambda: planner(recipe, data.lengths().tolist()))
+
+    # Base and adapter. A base that is sharded is loaded to CPU memory, by one process of a machine at a time.
+    device = distributed.run_on_all_ranks(lambda: pick_training_device(recipe.model.device))
+    shard = settings.fsdp and distributed.world_size() > 1
+    mesh = init_device_mesh(device.type, (distributed.world_size(),)) if shard else None
+
+    def load_model() -> tuple[Base, Any]:
+        base = load_training_base(recipe, device, to_cpu=shard)
+        model = attach_adapter(base, recipe, init_adapter, data.train)
+        if mesh is not None:
+            apply_fsdp(model, mesh, device)
+            base.device = device
+        return base, model
+
+    base, model = distributed.run_on_all_ranks(load_model, in_turns=shard)
+    loading_peak = peak_memory(device)
+
+    # Run folder and loop. Until the first step nothing is lost: the folder is removed if something fails.
+    if not resume:
+        distributed.run_on_main(lambda: create_run_dir(recipe, data, model if init_adapter else None))
+    logger = ProgressLogger(run, device)
+    try:
+        logger.trackers = start_trackers(recipe, run)
+        if init_adapter is not None:
+            logger.say(f"continuing from {init_adapter}, with its settings of the method")
+        describe_run(logger, recipe, base, model, data)
+        longest = int(data.lengths().max())
+        collator = build_collator(recipe, model, base.tokenizer, longest)
+        if plan is not None and collator.room is not None:
+            collator.room = min(collator.room, max(longest, plan["max_tokens_per_micro_batch"]))
+        collator.room = min(distributed.all_gather_object(collator.room or longest))  # the same in every process
+        can_checkpoint = model.supports_gradient_checkpointing and not settings.gradient_checkpointing
+        recovery = OomRecovery(
+            collator,
+            device,
+            logger.say,
+            logger.record,
+            enable_checkpointing=(lambda: enable_activation_checkpointing(model)) if can_checkpoint else None,
+            planned_bytes=None if plan is None else planned_bytes(plan, device)[1],
+            # With a sharded base the others wait inside the failed pass, and cannot repeat it.
+            any_failed=None if shard else lambda failed: distributed.all_reduce_sum([float(failed)])[0] > 0,
+        )
+        loop = TrainingLoop(model, data.train, data.validation, settings, collator, recovery, run, logger)
+        logger.say(describe_packing(collator, data.train, loop.rows_per_step))
+        if settings.compile:
+            logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
+        newest = None
+        if resume:
+            newest = distributed.run_on_main(lambda: checkpoint.find_newest_checkpoint(run.checkpoints, logger.say))
+        if newest is not None:
+            loop.restore_checkpoint(newest)
+        if plan is not None:
+            compare_with_plan(loop, data, plan)
+    except SlimtuneError:
+        logger.close()
+        if not resume and distributed.is_main_process():
+            shutil.rmtree(run.path)
+        raise
+    if resume:
+        distributed.run_on_main(lambda: drop_later_metrics(loop))
+    start_seconds = time.perf_counter() - started
+
+    # Training. The blocks translate errors and must stay around the whole loop.
+    with translate_disk_full(run.path), packed_attention(model), distributed.translate_peer_errors():
+        loop.run_to_end()
+    distributed.barrier()
+    step = loop.state.step
+    if step < loop.state.max_steps and not loop.stopped_early:
+        logger.say(f"stopped at step {step}; go on with: slimtune train {run.recipe_file} --resume")
+        raise Interrupted(f"stopped at step {step}")
+
+    # Best checkpoint, adapter, result and report.
+    peak = max(distributed.all_gather_object(max(loading_peak, peak_memory(device))))
+    result = distributed.run_on_main(lambda: finish_run(recipe, base, data, loop, start_seconds, peak))
+    if created_group:
         distributed.shutdown()
     return result
 
 
-def _train(recipe: Recipe, resume: bool, continue_from: Path | None, planner: Planner, force: bool) -> dict[str, Any]:
-    run = _open(recipe) if resume else None
-    if run is not None and (run.path / START).is_dir():
-        continue_from = run.path / START
-    if continue_from is not None:
-        recipe = with_adapter_config(recipe, continue_from)
-    began = time.perf_counter()
-    rows = distributed.run_on_all_ranks(lambda: _rows(recipe, force))
-    plan = distributed.run_on_main(lambda: planner(recipe, rows.lengths().tolist()))
-    divide = recipe.train.fsdp and distributed.world_size() > 1
-    mesh = init_device_mesh(_device(recipe).type, (distributed.world_size(),)) if divide else None
-    base, model = distributed.run_on_all_ranks(lambda: _loaded(recipe, continue_from, mesh, rows), in_turns=divide)
-    fresh = run is None
-    if run is None:
-        run = RunDir(Path(recipe.output_dir))
-        distributed.run_on_main(lambda: _begin(recipe, run, model, rows, continue_from))
-    watch = ProgressLogger(run, base.device)
-    if continue_from is not None:
-        watch.say(f"continuing from {continue_from}, with its settings of the method")
-    _describe(watch, base, rows, model)
-    if distributed.world_size() > 1:
-        watch.say(
-            f"{distributed.world_size()} processes, {distributed.local_world_size()} on this machine, share each step's rows"
+# --- recipe, data, base -----------------------------------------------------------------------------------------------
+
+
+def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
+    """Raise UsageError unless the recipe is that of the run: with another one the steps would not line up."""
+    RunDir.open(run.path, require_adapter=False)
+    before, now = run.load_recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
+    changed = [k for k in before if k != "output_dir" and before[k] != now.get(k)]
+    if changed:
+        fields = [
+            f"{k}.{name}: {value!r} then, {now[k].get(name)!r} now"
+            for k in changed
+            if isinstance(before[k], dict)
+            for name, value in before[k].items()
+            if value != now[k].get(name)
+        ]
+        raise UsageError(
+            f"the recipe is not the one that the run in {run.path} was started with: {'; '.join(fields) or changed}",
+            "the same recipe",
+            f"slimtune train {run.recipe_file} --resume, or another --out",
         )
-    if recipe.train.fsdp:
-        alone = "there is one process, which holds the whole base"
-        watch.say(f"train.fsdp: {'each holds its part of the base, and a layer at a time' if divide else alone}")
-    most = peak_bytes(base.device)
-    try:
-        with distributed.hide_launcher_env():
-            trainer, pace = build_trainer(recipe, run, base, rows, model, watch, plan)
-        start = distributed.run_on_main(lambda: checkpoint.newest_sound(run.checkpoints, watch.say)) if resume else None
-        if start is not None:
-            trainer.take_room(start)
-        if plan is not None:
-            _probe(trainer, run, rows, plan, watch)
-    except SlimtuneError:
-        watch.close()
-        if (
-            fresh and distributed.is_main_process()
-        ):  # nothing was trained: the same --out is free for the corrected command
-            shutil.rmtree(run.path)
-        raise
-    if resume:
-        distributed.run_on_main(lambda: _resume_from(run, start, watch))
-    prepared = time.perf_counter() - began
-    with (
-        stop_on_interrupt(pace, watch),
-        translate_disk_full(run.path),
-        packed_attention(model),
-        distributed.translate_peer_errors(),
-    ):
-        try:
-            if start is None or not _over(trainer, pace, start, watch):
-                trainer.train(resume_from_checkpoint=str(start) if start else None)
-        except Exception as e:
-            if not is_out_of_memory(e):
-                raise
-            # Between the parts of a step that can be done again: what holds is the last checkpoint.
-            raise trainer.relief.exhausted("training", trainer.relief.shortage(e), "what lies between two steps") from e
-        finally:
-            watch.close()
-    distributed.barrier()
-    if trainer.stopping() and trainer.state.global_step < trainer.state.max_steps:
-        step = trainer.state.global_step
-        watch.say(f"stopped at step {step}; go on with: slimtune train {run.recipe_file} --resume")
-        raise Interrupted(f"stopped at step {step}")
-    most = max(distributed.all_gather_object(max(most, peak_bytes(base.device))))
-    return distributed.run_on_main(lambda: _finish(recipe, run, base, rows, trainer, pace, watch, prepared, most))
 
 
-def _rows(recipe: Recipe, force: bool) -> Datasets:
+def load_training_data(recipe: Recipe, force: bool) -> Datasets:
+    """Check that the recipe's packages are there, and load its rows; raise DataError for faulty or missing rows."""
     require_packages(recipe)
     require_trackers(recipe.train.report_to)
-    rows = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
-    for report in filter(None, rows.surveys.values()):
+    data = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
+    for report in filter(None, data.surveys.values()):
         if not force:
             raise_if_invalid(report)
-    if not rows.train:
+    if not data.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
-    return rows
+    return data
 
 
-def _loaded(recipe: Recipe, continue_from: Path | None, mesh: DeviceMesh | None, rows: Datasets) -> tuple[Base, Any]:
-    """Load the base and attach the method; with a mesh, divide it, out of the machine's memory."""
-    device = _device(recipe)
+def pick_training_device(name: str) -> torch.device:
+    """Return the device of this process: with several processes on GPUs, each has its own."""
+    device = pick_device(name)
+    if distributed.world_size() == 1 or device.type == "cpu":
+        return device
+    if device.type != "cuda" or device.index is not None:
+        raise UsageError(
+            f"model.device is {name} for {distributed.world_size()} processes",
+            "auto or cuda, where each process takes its own GPU, or cpu",
+            "--set model.device=auto",
+        )
+    torch.cuda.set_device(own := torch.device(distributed.local_device()))
+    return own
+
+
+def load_training_base(recipe: Recipe, device: torch.device, *, to_cpu: bool) -> Base:
+    """Load the recipe's base to its device, or to CPU memory in that device's dtype; raise UsageError for float16."""
     dtype = str(pick_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    there = {"device": str(device if mesh is None else "cpu"), "dtype": dtype}
-    base = load_base_from_recipe(recipe.model_copy(update={"model": recipe.model.model_copy(update=there)}))
+    model = recipe.model.model_copy(update={"device": "cpu" if to_cpu else str(device), "dtype": dtype})
+    base = load_base_from_recipe(recipe.model_copy(update={"model": model}))
     if base.dtype == torch.float16:
         raise UsageError(
             "the weights are float16, in which gradients vanish or overflow without a loss scaler",
             "bfloat16 or float32 for training",
             "--dtype bfloat16 or --dtype float32",
         )
-    model = attach_adapter(base, recipe, continue_from, rows.train)
-    if mesh is not None:
-        base.device = device
-        apply_fsdp(model, mesh, device)
-    return base, model
+    return base
 
 
-def _device(recipe: Recipe) -> torch.device:
-    """Return where this process trains: of several on a machine, each on a GPU of its own."""
-    wanted = recipe.model.device
-    device = pick_device(wanted)
-    if distributed.world_size() == 1 or device.type == "cpu":
-        return device
-    if device.type != "cuda" or device.index is not None:
-        raise UsageError(
-            f"model.device is {wanted} for {distributed.world_size()} processes",
-            "auto or cuda, where each process takes a GPU of its own, or cpu",
-            "--set model.device=auto",
-        )
-    torch.cuda.set_device(mine := torch.device(distributed.local_device()))
-    return mine
+# --- before the first step --------------------------------------------------------------------------------------------
 
 
-def _begin(recipe: Recipe, run: RunDir, model: Any, rows: Datasets, continue_from: Path | None) -> None:
-    """Make the run folder, with what is known of the data and the adapter that is continued from."""
-    RunDir.create(run.path, recipe)
-    write_atomic(run.data_file, to_json(rows.surveys, indent=2) + "\n")
-    if continue_from is not None:
-        adapter_files.save_adapter(model, run.path / START, "default")
+def create_run_dir(recipe: Recipe, data: Datasets, init_model: Any) -> None:
+    """Create the run folder with the recipe, the data report, and the adapter that the run starts from, if any."""
+    run = RunDir.create(recipe.output_dir, recipe)
+    write_atomic(run.data_file, to_json(data.surveys, indent=2) + "\n")
+    if init_model is not None:
+        adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
 
 
-def _open(recipe: Recipe) -> RunDir:
-    """Open the run to resume; a recipe that changed since is refused, since the steps would not line up."""
-    run = RunDir.open(recipe.output_dir, require_adapter=False)
-    then, now = run.load_recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
-    changed = [k for k in then if k != "output_dir" and then[k] != now.get(k)]
-    if changed:
-        parts = [
-            f"{k}.{n}: {then[k][n]!r} then, {now[k].get(n)!r} now"
-            for k in changed
-            if isinstance(then[k], dict)
-            for n in then[k]
-            if then[k][n] != now[k].get(n)
-        ]
-        raise UsageError(
-            f"the recipe is not the one the run in {run.path} was started with: {'; '.join(parts) or changed}",
-            "the same recipe",
-            f"slimtune train {run.recipe_file} --resume, or another --out",
-        )
-    return run
-
-
-def _over(trainer: SlimTrainer, pace: EvalSaveSchedule, start: Path, watch: ProgressLogger) -> bool:
-    """Return whether all steps were done when the run stopped; then the trainer stands at the last one."""
-    state = json.loads((start / "trainer_state.json").read_text())
-    losses = [h for h in state["log_history"] if "eval_loss" in h]
-    if state["global_step"] < state["max_steps"] and not (losses and pace.patience):
-        return False
-    trainer.take_up(start)
-    pace.stopped_early = trainer.state.global_step < trainer.state.max_steps and pace.spent()
-    if trainer.state.global_step < trainer.state.max_steps and not pace.stopped_early:
-        return False
-    watch.say("every step is done already")
-    return True
-
-
-def laid_text(collator: Collator, rows: Datasets, rows_a_step: int) -> str:
-    """Return how the rows of a step will lie, and what that saves, as one line."""
-    most = f"{collator.room} tokens in one pass at most"
-    if not collator.packing:
-        return f"rows are padded, {most}"
-    if not collator.layout:
-        return f"rows lie one after another, {most}"
-    some = [e["input_ids"] for e in rows.train[: 16 * rows_a_step]]
-    steps = [some[at : at + rows_a_step] for at in range(0, len(some), rows_a_step)]
-    laid = sum(
-        len(pack_sequences([step[i] for i in pack], share=collator.share).tokens)
-        for step in steps
-        for pack in bin_pack(step, collator.room, share=collator.share)
-    )
-    saved = 1 - laid / sum(map(len, some))
-    alike = f", what they begin with alike once ({100 * saved:.0f} % fewer tokens)" if saved else ""
-    return f"rows lie in one sequence{alike}; {most}"
-
-
-def _describe(watch: ProgressLogger, base: Base, rows: Datasets, model: Any) -> None:
-    trained, every = model.get_nb_trainable_parameters()
-    held = f"{base.quantization}, computing in " if base.quantization else ""
-    watch.say(f"base: {base.source.name}, {held}{str(base.dtype).removeprefix('torch.')} on {base.device}")
-    watch.say(
-        f"{model.match_report()}; {format_count(trained)} of {format_count(every)} parameters train "
-        f"({100 * trained / every:.2f} %)"
-    )
-    watch.say(f"rows: {rows.train_report.text()}")
-    for name, report in rows.surveys.items():
+def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any, data: Datasets) -> None:
+    """Say what is trained, on which rows, and in how many processes."""
+    trained, total = model.get_nb_trainable_parameters()
+    quantization = f"{base.quantization}, computing in " if base.quantization else ""
+    logger.say(f"base: {base.source.name}, {quantization}{str(base.dtype).removeprefix('torch.')} on {base.device}")
+    share = f"{format_count(trained)} of {format_count(total)} parameters train ({100 * trained / total:.2f} %)"
+    logger.say(f"{model.match_report()}; {share}")
+    logger.say(f"rows: {data.train_report.text()}")
+    for name, report in data.surveys.items():
         if report is not None:
-            watch.say(f"{name} data: {format_verdict(report)}")
-            for found in report["findings"]:
-                watch.say(f"  {found['severity']}: {format_issue(found)}")
+            logger.say(f"{name} data: {format_verdict(report)}")
+            for issue in report["findings"]:
+                logger.say(f"  {issue['severity']}: {format_issue(issue)}")
+    processes = distributed.world_size()
+    if processes > 1:
+        logger.say(f"{processes} processes, {distributed.local_world_size()} on this machine, share each step's rows")
+    if recipe.train.fsdp:
+        sharded = "each process keeps its part of the base and gathers one layer at a time"
+        logger.say(f"train.fsdp: {sharded if processes > 1 else 'there is one process, which keeps the whole base'}")
 
 
-def build_trainer(
-    recipe: Recipe,
-    run: RunDir,
-    base: Base,
-    rows: Datasets,
-    model: Any,
-    watch: ProgressLogger,
-    plan: Mapping[str, Any] | None,
-    kind: type[SlimTrainer] = SlimTrainer,
-) -> tuple[SlimTrainer, EvalSaveSchedule]:
-    """Return the trainer of a recipe, and what sets its pace; `kind` is the trainer's class."""
-    t = recipe.train
-    rows_a_step = t.batch_size * t.gradient_accumulation_steps
-    steps_an_epoch = math.ceil(len(rows.train) / rows_a_step)
-    steps = t.max_steps or math.ceil(t.epochs * steps_an_epoch)
-    pace = EvalSaveSchedule(t.eval_steps or steps_an_epoch, t.save_steps, t.early_stopping_patience)
-    # transformers' own log lines go to the run's log file; warnings of theirs that are none of the user's too.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    args = TrainingArguments(
-        output_dir=str(run.checkpoints),
-        max_steps=steps,
-        per_device_train_batch_size=rows_a_step,
-        learning_rate=t.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if t.lr_scheduler == "constant" else t.lr_scheduler,
-        warmup_steps=math.ceil(t.warmup_ratio * steps),
-        weight_decay=t.weight_decay,
-        max_grad_norm=t.max_grad_norm,
-        optim="adamw_torch_fused",
-        seed=t.seed,
-        data_seed=t.seed,
-        logging_steps=t.logging_steps,
-        logging_strategy="steps",
-        eval_strategy="no",
-        save_strategy="no",
-        report_to=(list(t.report_to) if distributed.is_main_process() else []) or "none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=base.device.type == "cpu",
-        dataloader_pin_memory=base.device.type == "cuda",
-    )
-    # One process trains on one device: with several cards visible, the Trainer would split a pack over them.
-    args._n_gpu = min(1, args._n_gpu)
-    if base.device.type == "cuda" and base.device.index is not None:
-        vars(args)["_setup_devices"] = base.device  # found once and kept; it would say the first card
-        torch.cuda.set_device(base.device)
-    most = int(rows.lengths().max())
-    collator = build_collator(recipe, model, base.tokenizer, most)
-    if plan is not None and collator.room is not None:
-        collator.room = min(collator.room, max(most, plan["max_tokens_per_micro_batch"]))
-    collator.room = min(distributed.all_gather_object(collator.room or most))  # so that all divide a step alike
-    watch.say(laid_text(collator, rows, rows_a_step))
-    if t.compile:
-        watch.say(f"{compile_layers(model)} layers will be compiled as they first run, which takes a while")
-    relief = OomRecovery(
-        collator,
-        base.device,
-        watch.say,
-        run.append_metrics if distributed.is_main_process() else lambda _: None,
-        checkpoint=None
-        if t.gradient_checkpointing or not model.supports_gradient_checkpointing
-        else lambda: enable_activation_checkpointing(model),
-        planned_bytes=None if plan is None else planned_bytes(plan, base.device)[1],
-        # Where the base is divided, a process that failed in a pass has left the others waiting in it.
-        agreed=None if distributed.is_sharded(model) else _agreed,
-    )
-    trainer = kind(
-        model,
-        args,
-        train=rows.train,
-        validation=rows.validation,
-        collator=collator,
-        keep=t.save_total_limit,
-        say=watch.say,
-        relief=relief,
-        callbacks=[pace, watch],
-        optimizer=t.optimizer,
-    )
-    log_metrics(run, trainer.callback_handler.callbacks)
-    for unwanted in ("PrinterCallback", "ProgressCallback"):
-        for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == unwanted]:
-            trainer.remove_callback(type(callback))
-    pace.trainer = watch.trainer = trainer
-    return trainer, pace
+def describe_packing(collator: Collator, rows: Sequence[Example], rows_per_step: int) -> str:
+    """Return how the rows of a step are put together, and how many tokens that saves, as one line."""
+    limit = f"at most {collator.room} tokens in a micro-batch"
+    if not collator.packing:
+        return f"rows are padded, {limit}"
+    if not collator.layout:
+        return f"rows are packed, {limit}"
+    sample = [e["input_ids"] for e in rows[: 16 * rows_per_step]]
+    packed = 0
+    for at in range(0, len(sample), rows_per_step):
+        step = sample[at : at + rows_per_step]
+        for group in bin_pack(step, collator.room, share=collator.share):
+            packed += len(pack_sequences([step[i] for i in group], share=collator.share).tokens)
+    saved = 1 - packed / sum(map(len, sample))
+    shared = f", shared prefixes are computed once ({100 * saved:.0f} % fewer tokens)" if saved else ""
+    return f"rows are packed{shared}; {limit}"
 
 
-def _agreed(failed: bool) -> bool:
-    """Return whether some process failed."""
-    return distributed.all_reduce_sum([float(failed)])[0] > 0
-
-
-def _probe(trainer: SlimTrainer, run: RunDir, rows: Datasets, plan: Mapping[str, Any], watch: ProgressLogger) -> None:
-    """Run the longest pass, say what it takes, and write that beside the plan."""
-    rows_a_step, room = trainer.args.per_device_train_batch_size, trainer.collator.room
-    found = trainer.relief.passes(
-        "the longest pass, run before the first step",
-        longest(rows.train, rows_a_step),
-        lambda: probe(trainer.model, trainer.collator, rows.train, rows_a_step, plan),
+def compare_with_plan(loop: TrainingLoop, data: Datasets, plan: Mapping[str, Any]) -> None:
+    """Run the longest micro-batch once; say what memory it takes, and write that beside the plan."""
+    collator, limit = loop.collator, loop.collator.room
+    rows = [data.train[i] for i in np.argsort(data.train.lengths, kind="stable")[-loop.rows_per_step :]]
+    probe = loop.recovery.run_in_micro_batches(
+        "the longest micro-batch, run before the first step",
+        rows,
+        lambda: probe_memory(loop.model, collator, rows, plan),
         lambda: None,
     )
-    if trainer.collator.room != room:  # smaller than what was planned, for which no least was said
-        found = dataclasses.replace(found, low=0)
-    watch.say(found.text())
+    if collator.room != limit:  # smaller than what was planned: the plan's lower bound does not apply
+        probe = dataclasses.replace(probe, low=0)
+    loop.logger.say(probe.text())
     if distributed.is_main_process():
-        write_atomic(run.plan_file, to_json({"plan": plan, "probe": found.to_dict()}, indent=2) + "\n")
+        write_atomic(loop.run.plan_file, to_json({"plan": plan, "probe": probe.to_dict()}, indent=2) + "\n")
 
 
-def _resume_from(run: RunDir, start: Path | None, watch: ProgressLogger) -> None:
-    """Say where the run goes on, and take back the metrics of steps that will be done again."""
-    step = checkpoint.step_of(start) if start else 0
-    watch.say(f"resuming at step {step}" if start else "there is no checkpoint yet: starting from the beginning")
-    kept = [m for m in run.load_metrics() if m.get("step", 0) <= step]
-    write_atomic(run.metrics_file, "".join(to_json(m) + "\n" for m in kept))
+def drop_later_metrics(loop: TrainingLoop) -> None:
+    """Say where the run continues, and remove the metrics of steps that will be repeated."""
+    state = loop.state
+    if state.step == state.max_steps or loop.stopped_early:
+        loop.logger.say("every step is done already")
+    elif state.step:
+        loop.logger.say(f"resuming at step {state.step}")
+    else:
+        loop.logger.say("there is no checkpoint yet: starting from the beginning")
+    metrics = [m for m in loop.run.load_metrics() if m.get("step", 0) <= state.step]
+    write_atomic(loop.run.metrics_file, "".join(to_json(m) + "\n" for m in metrics))
 
 
-def load_best_checkpoint(run: RunDir, trainer: SlimTrainer, load: Callable[[Path], None]) -> bool:
-    """Load the checkpoint with the lowest validation loss; return False where the last step is it, or there is none.
-
-    Raises:
-        RunError: it is damaged.
-    """
-    best = trainer.best_step()
-    if best is None or best == trainer.state.global_step:
-        return False
-    folder = run.checkpoints / f"checkpoint-{best}"
-    if fault := checkpoint.fault_in(folder):
-        raise RunError(f"the best checkpoint, {folder}, cannot be taken: {fault}", "a whole checkpoint")
-    load(folder)
-    return True
+# --- after the last step ----------------------------------------------------------------------------------------------
 
 
-def figures(
-    recipe: Recipe, run: RunDir, base: Base, trainer: SlimTrainer, rows: int, prepared: float, most: int
+def finish_run(
+    recipe: Recipe, base: Base, data: Datasets, loop: TrainingLoop, start_seconds: float, peak: int
 ) -> dict[str, Any]:
-    """Return what `result.json` says of the course of a run, whatever trained.
+    """Save the best adapter, the result and the report; return the result."""
+    run, state, model = loop.run, loop.state, loop.model
+    if state.best_step is not None and state.best_step != state.step:
+        best = run.checkpoints / f"{checkpoint.PREFIX}{state.best_step}"
+        if damage := checkpoint.find_damage(best):
+            raise RunError(f"the best checkpoint, {best}, cannot be loaded: {damage}", "a complete checkpoint")
+        loop.load_adapter(best)
+        loop.logger.say(f"taking the adapter of step {state.best_step}, which has the lowest validation loss")
+    adapter_files.save_adapter(model, run.adapter, "default")
+    base.tokenizer.save_pretrained(run.adapter)
 
-    Args:
-        recipe: what was done.
-        run: its folder.
-        base: what it stands on.
-        trainer: after its last step.
-        rows: training rows.
-        prepared: seconds before the first step.
-        most: bytes of memory, at most.
-    """
-    t, steps, history = recipe.train, trainer.state.global_step, trainer.state.log_history
-    losses = [h["loss"] for h in history if "loss" in h]
-    validation = [h["eval_loss"] for h in history if "eval_loss" in h]
-    last = losses[-max(1, len(losses) // 10) :]
-    return {
+    trained, total = model.get_nb_trainable_parameters()
+    last_losses = state.train_losses[-max(1, len(state.train_losses) // 10) :]
+    # LoftQ moves part of the base into the adapter, so the adapter belongs to its quantized base alone.
+    changes_base = recipe.method.settings.get("init_lora_weights") == "loftq"
+    result = {
         "run": str(run.path),
-        "steps": steps,
-        "best_step": trainer.best_step() or steps,
-        "epochs": round(steps / math.ceil(rows / (t.batch_size * t.gradient_accumulation_steps)), 3),
-        "rows": rows,
-        "trained_tokens": trainer.trained_tokens,
-        "supervised_tokens": trainer.supervised_tokens,
-        "tokens_per_second": round(rate(trainer), 2),
-        "train_seconds": round(trainer.train_seconds, 3),
-        "train_cpu_seconds": round(trainer.train_cpu_seconds, 3),
+        "steps": state.step,
+        "best_step": state.best_step or state.step,
+        "epochs": round(state.step / loop.steps_per_epoch, 3),
+        "rows": len(data.train),
+        "trained_tokens": state.trained_tokens,
+        "supervised_tokens": state.supervised_tokens,
+        "tokens_per_second": round(state.tokens_per_second, 2),
+        "train_seconds": round(state.train_seconds, 3),
+        "train_cpu_seconds": round(state.train_cpu_seconds, 3),
         "load_seconds": round(base.load_seconds, 3),
-        "start_seconds": round(prepared, 3),
-        "train_loss": sum(last) / len(last) if last else None,
-        "validation_loss": min(validation) if validation else None,
-        "peak_bytes": most,
+        "start_seconds": round(start_seconds, 3),
+        "train_loss": sum(last_losses) / len(last_losses) if last_losses else None,
+        "validation_loss": min((loss for _, loss in state.validation_losses), default=None),
+        "peak_bytes": peak,
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantization": base.quantization,
         "device": str(base.device),
-    }
-
-
-def _finish(
-    recipe: Recipe,
-    run: RunDir,
-    base: Base,
-    rows: Datasets,
-    trainer: SlimTrainer,
-    pace: EvalSaveSchedule,
-    watch: ProgressLogger,
-    prepared: float,
-    most: int,
-) -> dict[str, Any]:
-    """Take the best adapter, write it with the run's record, and return the result."""
-    if load_best_checkpoint(run, trainer, trainer.load_adapter_of):
-        best = trainer.best_step()
-        watch.say(f"taking the adapter of step {best}, the one with the lowest validation loss")
-    model: Any = trainer.model
-    adapter_files.save_adapter(model, run.adapter, "default")
-    base.tokenizer.save_pretrained(run.adapter)
-    trained, every = model.get_nb_trainable_parameters()
-    result = {
-        **figures(recipe, run, base, trainer, len(rows.train), prepared, most),
         "adapter": str(run.adapter),
-        "stopped_early": pace.stopped_early,
+        "stopped_early": loop.stopped_early,
         "prepare_seconds": round(base.prepare_seconds, 3),
         "adapter_bytes": (run.adapter / ADAPTER_FILE).stat().st_size,
         "trainable_params": trained,
-        "total_params": every,
-        "out_of_memory": sum(m.get("event") == EVENT for m in run.load_metrics()),
+        "total_params": total,
+        "oom_events": sum(m.get("event") == EVENT for m in run.load_metrics()),
         "finished": datetime.now(UTC).isoformat(" ", "seconds"),
-        "adapted": str(model.match_report()),
+        "target_summary": str(model.match_report()),
         "data_report": {
-            "train": rows.train_report.to_dict(),
-            "validation": rows.validation_report.to_dict() if rows.validation_report else None,
+            "train": data.train_report.to_dict(),
+            "validation": data.validation_report.to_dict() if data.validation_report else None,
         },
         "export_formats": {
             "base_kind": base.source.kind,
-            **dataclasses.asdict(get_export_formats(model, beside=not _is_loftq(recipe))),
+            **dataclasses.asdict(get_export_formats(model, beside=not changes_base)),
         },
         "versions": versions(),
     }
-    write_atomic(run.result_file, json.dumps(result, indent=2) + "\n")
+    write_atomic(run.result_file, to_json(result, indent=2) + "\n")
     write_report(run)
-    watch.say(f"adapter: {run.adapter} ({format_bytes(result['adapter_bytes'])})")
+    loop.logger.say(f"adapter: {run.adapter} ({format_bytes(result['adapter_bytes'])})")
     return result
-
-
-def _is_loftq(recipe: Recipe) -> bool:
-    """Return whether the adapter started as what quantization took from its base: it belongs to that one."""
-    return recipe.method.settings.get("init_lora_weights") == "loftq"

@@ -1,10 +1,9 @@
-"""The processes of one run, started together by torchrun or `accelerate launch`: who they are, what they agree on.
+"""The processes of one run, started by torchrun or `accelerate launch`: their ranks and what they exchange.
 
-    torchrun sets RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE; without them there is one process, which talks to none
-
-Every process does the same in the same order; the first one alone writes files and speaks. What they exchange is small
-(numbers, a plan, an error) and goes over gloo; gradients go over NCCL where they lie on GPUs. A process that ends takes
-the others with it: each notices within `PATIENCE`, one of them says so.
+torchrun sets RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; without them there is one process and every function
+here returns at once. All processes do the same in the same order; only the main process writes files and prints. Small
+values (numbers, a plan, an error) go over gloo, gradients over NCCL if they are on GPUs. When a process dies, the others
+notice within `TIMEOUT` and exit, and one of them prints why.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
@@ -30,188 +28,162 @@ from torch.distributed.fsdp import FSDPModule
 from ..errors import RunError, SlimtuneError, UsageError
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=10)
-"""How long a process waits for another one: longer than any pass, checkpoint or plan takes, short of an evening."""
-_LAUNCHERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
-_TOLD, _GONE = "slimtune/told", "slimtune/gone"
-_joined = 0
-_on = ["go on with --resume"]
+TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for another one: longer than any micro-batch, checkpoint or plan takes."""
+PRINTED_KEY, PEER_GONE_KEY = "slimtune/printed", "slimtune/peer-gone"
+_groups_created = 0
+_resume_command = "the same command with --resume"
 
 
 class PeerGone(RunError):
-    """Another process of the run ended before its time."""
+    """Another process of the run ended too early."""
 
 
-@dataclass(frozen=True)
-class _Launched:
-    world_size: int
-    rank: int
-    local_world_size: int
-    local: int
-
-
-@cache
-def _launched() -> _Launched:
-    n = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-    if n == 1:
-        return _Launched(1, 0, 1, 0)
-    beside, local = (int(os.environ.get(name, other)) for name, other in (("LOCAL_WORLD_SIZE", n), ("LOCAL_RANK", 0)))
-    return _Launched(n, int(os.environ["RANK"]), beside, local)
+# --- who this process is ----------------------------------------------------------------------------------------------
 
 
 def world_size() -> int:
-    """Return how many processes this run has."""
-    return _launched().world_size
+    """Return the number of processes of this run."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
-    """Return this process's number, from 0."""
-    return _launched().rank
+    """Return this process's number in the run, from 0."""
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def is_main_process() -> bool:
-    """Return whether this is the process that writes and speaks."""
+    """Return whether this process is the one that writes files and prints."""
     return rank() == 0
 
 
 def local_world_size() -> int:
     """Return how many processes of the run share this machine and its memory."""
-    return _launched().local_world_size
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if world_size() > 1 else 1
+
+
+def local_rank() -> int:
+    """Return this process's number on this machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+
+
+def local_device() -> str:
+    """Return this process's own GPU.
+
+    Raises:
+        UsageError: the machine has fewer GPUs than processes.
+    """
+    if local_rank() >= torch.cuda.device_count():
+        raise UsageError(
+            f"{local_world_size()} processes on a machine with {torch.cuda.device_count()} GPUs",
+            "at most one process per GPU",
+            f"--nproc-per-node {torch.cuda.device_count()}, or --set model.device=cpu",
+        )
+    return f"cuda:{local_rank()}"
+
+
+def is_sharded(model: Any) -> bool:
+    """Return whether a model's weights are sharded over the processes (FSDP2)."""
+    return isinstance(model, FSDPModule)
 
 
 def init_distributed() -> bool:
-    """Meet the other processes; return whether this call did so. Alone, or met already, nothing happens.
+    """Create the process group; return whether this call did it.
 
     Raises:
-        UsageError: accelerate was told to do what the recipe says, or does not know.
-        PeerGone: they did not come.
+        UsageError: accelerate is configured to do something that the recipe sets.
+        PeerGone: not all processes came.
     """
-    global _joined
+    global _groups_created
     if world_size() == 1 or dist.is_initialized():
         return False
-    _refuse_settings_of_accelerate()
+    for plugin in ("USE_FSDP", "USE_DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_{plugin}", "").lower() in ("1", "true", "yes"):
+            raise UsageError(
+                f"accelerate's configuration sets {plugin.lower()}, which slimtune train does not read",
+                "train.fsdp: true in the recipe to shard the base",
+                "accelerate launch --multi_gpu (or --cpu), or torchrun",
+            )
+    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")).lower() not in ("", "no"):
+        raise UsageError(
+            f"accelerate's configuration sets mixed precision {precision}",
+            "model.dtype in the recipe, which is the dtype of the computation",
+            "accelerate launch --mixed_precision no",
+        )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        store = dist.PrefixStore(f"slimtune/{_joined}", _store())
-        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=PATIENCE)
+        store = dist.PrefixStore(f"slimtune/{_groups_created}", _store())
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
     except (RuntimeError, dist.DistError) as e:
-        raise PeerGone(f"not all of {world_size()} processes came: {_line(e)}", "all of them, started together") from e
-    _joined += 1
+        message = f"not all of {world_size()} processes came: {_first_sentence(e)}"
+        raise PeerGone(message, "all of them, started together") from e
+    _groups_created += 1
     return True
 
 
 def shutdown() -> None:
-    """Part from the others, when all are done."""
+    """Wait for all processes and destroy the process group."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def local_device() -> str:
-    """Return the device of this process where GPUs train: each process of a machine has its own.
-
-    Raises:
-        UsageError: there are fewer than processes.
-    """
-    mine = _launched().local
-    if mine >= torch.cuda.device_count():
-        raise UsageError(
-            f"{local_world_size()} processes on a machine with {torch.cuda.device_count()} GPUs",
-            "at most one process a GPU",
-            f"--nproc-per-node {torch.cuda.device_count()}, or --set model.device=cpu",
-        )
-    return f"cuda:{mine}"
-
-
-@contextmanager
-def hide_launcher_env() -> Iterator[None]:
-    """Let libraries made inside find no sign of a launcher, so that the Trainer works as if this process were alone."""
-    _launched()  # what is seen here is kept
-    hidden = {n: os.environ.pop(n) for n in list(os.environ) if n in _LAUNCHERS or n.startswith("ACCELERATE_")}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-def is_sharded(model: Any) -> bool:
-    """Return whether a model's weights are divided over the processes (FSDP2)."""
-    return isinstance(model, FSDPModule)
-
-
-def _refuse_settings_of_accelerate() -> None:
-    said = {n: os.environ.get(f"ACCELERATE_{n}", "") for n in ("USE_FSDP", "USE_DEEPSPEED", "MIXED_PRECISION")}
-    for name, instead in (("USE_FSDP", "train.fsdp: true"), ("USE_DEEPSPEED", "train.fsdp: true")):
-        if said[name].lower() in ("1", "true", "yes"):
-            raise UsageError(
-                f"accelerate's configuration sets {name.lower()}, which slimtune train does not read",
-                f"{instead} in the recipe where the base is to be divided",
-                "accelerate launch --multi_gpu (or --cpu), or torchrun",
-            )
-    if said["MIXED_PRECISION"].lower() not in ("", "no"):
-        raise UsageError(
-            f"accelerate's configuration sets mixed precision {said['MIXED_PRECISION']}",
-            "model.dtype in the recipe: what is computed in",
-            "accelerate launch --mixed_precision no",
-        )
-
-
-# --- what they tell each other ----------------------------------------------------------------------------------------
+# --- what the processes exchange --------------------------------------------------------------------------------------
 
 
 def run_on_main(work: Callable[[], T]) -> T:
-    """Let the first process do it; every process gets what it returns, or raises what it raised.
+    """Run `work` in the main process; every process gets what it returns, or raises what it raised.
 
     Args:
-        work: returns plain values.
+        work: returns a value that can be pickled.
     """
     if world_size() == 1:
         return work()
-    told: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]
     if is_main_process():
         try:
-            told[0] = work()
+            outcome[0] = work()
         except SlimtuneError as e:
-            told[1] = e
+            outcome[1] = e
     with translate_peer_errors():
-        dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def run_on_all_ranks(work: Callable[[], T], *, in_turns: bool = False) -> T:
-    """Do the same in every process, `work` without talking; where it fails in one, it fails in all.
+    """Run `work` in every process; if it fails in one, raise in all.
 
     Args:
-        work: what to do.
-        in_turns: the processes of a machine do it one after another, since it takes much of the machine's memory.
+        work: must not communicate.
+        in_turns: the processes of a machine run it one after another, because it takes much CPU memory.
 
     Raises:
-        SlimtuneError: this process's own fault, or the fault of the first process that has one.
+        SlimtuneError: the error of this process, or else of the first process that has one.
     """
     if world_size() == 1:
         return work()
-    made, fault = None, None
+    result, error = None, None
     for turn in range(local_world_size() if in_turns else 1):
-        if not in_turns or turn == _launched().local:
+        if not in_turns or turn == local_rank():
             try:
-                made = work()
+                result = work()
             except SlimtuneError as e:
-                fault = e
+                error = e
         if in_turns:
             barrier()
-    faults = all_gather_object(fault)
-    if fault is not None:
-        raise fault
-    for number, other in enumerate(faults):
+    errors = all_gather_object(error)
+    if error is not None:
+        raise error
+    for number, other in enumerate(errors):
         if other is not None:
             raise type(other)(f"process {number} of {world_size()}: {other.message}", other.expected, other.hint)
-    return made  # type: ignore[return-value]
+    return result  # type: ignore[return-value]
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Return every process's value, by number."""
+    """Return every process's value, by rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -231,129 +203,129 @@ def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Put the sum of all processes' gradients in place of each one's own; bit for bit the same everywhere.
+    """Replace each gradient by the sum over all processes, bit for bit the same everywhere.
 
-    One exchange a dtype. A parameter that no process has a gradient of keeps none.
+    One exchange per dtype. A parameter without a gradient in any process stays without one: an optimizer treats that
+    differently from a gradient of zero.
     """
     trained = list(parameters)
     for dtype in dict.fromkeys(p.dtype for p in trained):
-        mine = [p for p in trained if p.dtype == dtype]
-        # How many have a gradient goes along: an optimizer treats none otherwise than zero.
-        there = mine[0].new_tensor([float(p.grad is not None) for p in mine])
-        flat = torch.cat([there, *((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in mine)])
+        group = [p for p in trained if p.dtype == dtype]
+        has_gradient = group[0].new_tensor([float(p.grad is not None) for p in group])
+        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in group]
+        flat = torch.cat([has_gradient, *gradients])
         with translate_peer_errors():
             dist.all_reduce(flat)
-        some = flat[: len(mine)].tolist() if any(p.grad is None for p in mine) else [1.0] * len(mine)
-        parts = flat[len(mine) :].split([p.numel() for p in mine])
-        for p, part, anywhere in zip(mine, parts, some, strict=True):
-            if anywhere:
-                p.grad = part.view_as(p)
+        counts = flat[: len(group)].tolist() if any(p.grad is None for p in group) else [1.0] * len(group)
+        sums = flat[len(group) :].split([p.numel() for p in group])
+        for parameter, gradient, count in zip(group, sums, counts, strict=True):
+            if count:
+                parameter.grad = gradient.view_as(parameter)
 
 
 def barrier() -> None:
-    """Go on when every process is here."""
+    """Wait until every process is here."""
     if world_size() > 1:
         with translate_peer_errors():
             dist.barrier()
 
 
-# --- when one of them ends --------------------------------------------------------------------------------------------
+# --- when a process ends too early ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def translate_peer_errors() -> Iterator[None]:
-    """Raise `PeerGone` for what fails inside because another process is gone."""
+    """Raise `PeerGone` in place of a communication error inside the block."""
     try:
         yield
     except (RuntimeError, dist.DistError) as e:
-        if world_size() > 1 and _of_talking(e):
-            raise PeerGone(*_ended(_line(e))) from e
+        words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "socket", "recv", "peer")
+        communication = isinstance(e, dist.DistError) or any(w in str(e).lower() for w in words)
+        if world_size() > 1 and communication and not isinstance(e, torch.OutOfMemoryError):
+            raise _peer_gone(_first_sentence(e)) from e
         raise
 
 
-def _of_talking(error: BaseException) -> bool:
-    words = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "socket", "recv", "peer")
-    return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in words)
+def install_sigterm_watcher(resume_command: str) -> None:
+    """Print why and exit when this process gets SIGTERM, which torchrun sends when another process has died.
 
-
-def _ended(why: str) -> tuple[str, str, str]:
-    return (
-        f"another process of this run has ended, and with it the run ({why})",
-        f"all {world_size()} processes to the end",
-        f"see what it said, if it could; the last checkpoint is whole: {_on[0]}, in as many processes as you like",
-    )
-
-
-def install_sigterm_watcher(go_on: str) -> None:
-    """Say why, and end, when this process is told to (SIGTERM): so torchrun does where another one ended.
-
-    A thread waits for it, since a process that waits for another one in NCCL runs no Python.
+    A thread waits for the signal, because a process that waits for another one inside NCCL runs no Python.
 
     Args:
-        go_on: how to go on then, which is part of what is said.
+        resume_command: how to resume the run, for the message.
     """
-    _on[0] = go_on
+    global _resume_command
+    _resume_command = resume_command
     if world_size() == 1 or threading.current_thread() is not threading.main_thread():
         return
-    out, into = os.pipe()
-    os.set_blocking(into, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # so that Python hands the signal on
-    signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # Python passes signals to the pipe only if it handles them
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
-    def wait() -> None:
-        while (heard := os.read(out, 1)) and heard[0] != signal.SIGTERM:
+    def wait_for_sigterm() -> None:
+        while (received := os.read(read_end, 1)) and received[0] != signal.SIGTERM:
             pass
-        end = PeerGone(*_ended("this process was told to end by SIGTERM"))
-        if should_print_error(end):
-            print(f"error: {end}", file=sys.stderr, flush=True)
+        error = _peer_gone("this process got SIGTERM")
+        if should_print_error(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait_for_sigterm, daemon=True).start()
 
 
 def should_print_error(error: SlimtuneError) -> bool:
-    """Return whether this process is the one to say an error; then call `said` after.
+    """Return whether this process is the one that prints an error.
 
-    The first process says its own. Another one waits a little for that, and says its own if it is another. That a
-    process is gone says whoever notices, once, if nothing was said that explains it.
+    The main process prints its own errors. Another process waits for that and prints its error if it is a different
+    one. A lost process is reported once, by the first one to notice, unless an error that explains it was printed.
     """
-    if world_size() == 1 or (is_main_process() and not isinstance(error, PeerGone)):
+    if world_size() == 1:
         return True
     try:
-        store = _store()
+        if is_main_process() and not isinstance(error, PeerGone):
+            return True
         if isinstance(error, PeerGone):
-            return not _told(store, 2) and store.add(_GONE, 1) == 1
-        return _told(store, 10) != str(error)
+            return not _wait_for_printed_error(2) and _store().add(PEER_GONE_KEY, 1) == 1
+        return _wait_for_printed_error(10) != str(error)
     except (RuntimeError, dist.DistError):
-        return True  # whoever kept it is gone
+        return True  # the process with the store is gone
 
 
 def mark_error_printed(error: SlimtuneError) -> None:
-    """Let the others know that an error was said."""
+    """Tell the other processes that an error was printed."""
     if world_size() > 1:
         try:
-            _store().set(_TOLD, str(error))
+            _store().set(PRINTED_KEY, str(error))
         except (RuntimeError, dist.DistError):
-            return  # whoever kept it is gone: nobody is left to know
+            return  # the process with the store is gone, so nobody needs to know
 
 
-def _told(store: Any, seconds: float) -> str:
-    """Return the error that was said, `""` if none was after some seconds."""
+def _wait_for_printed_error(seconds: float) -> str:
     end = time.monotonic() + seconds
-    while not store.check([_TOLD]):
+    while not _store().check([PRINTED_KEY]):
         if time.monotonic() > end:
             return ""
         time.sleep(0.05)
-    return store.get(_TOLD).decode()
+    return _store().get(PRINTED_KEY).decode()
+
+
+def _peer_gone(reason: str) -> PeerGone:
+    return PeerGone(
+        f"another process of this run has ended, and with it the run ({reason})",
+        f"all {world_size()} processes to the end",
+        f"read its message, if it printed one, then resume from the last checkpoint with any number of processes: "
+        f"{_resume_command}",
+    )
 
 
 @cache
 def _store() -> Any:
-    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
     return store
 
 
-def _line(error: BaseException) -> str:
-    """Return what an error says in its first sentence, without where in PyTorch's sources."""
+def _first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error, without the location in PyTorch's sources."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[[^\]]*\]\s*", "", line).partition(". ")[0][:200]

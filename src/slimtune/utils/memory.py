@@ -1,12 +1,15 @@
-"""Memory of a device: what is free, whether it ran out; and a CPU's pages, kept from step to step or given back."""
+"""Memory of a device: how much is free, how much was used, whether an error means it ran out."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
 import gc
+import resource
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -14,82 +17,111 @@ import torch
 from ..errors import SlimtuneError
 from .distributed import local_world_size
 
-_TEXTS = (
+OUT_OF_MEMORY_TEXTS = (
     "can't allocate memory",  # torch's allocator on Linux and macOS
     "not enough memory: you tried to allocate",  # on Windows
     "backend out of memory",  # MPS
     "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS's and cuDNN's own workspaces
+    "CUBLAS_STATUS_ALLOC_FAILED",  # workspaces of cuBLAS and cuDNN
     "CUDNN_STATUS_ALLOC_FAILED",
     "std::bad_alloc",
-    "could not create a primitive",  # oneDNN, which hides why; seen in bf16 on CPUs as memory ran out
+    "could not create a primitive",  # oneDNN hides the reason; seen in bf16 on CPUs when memory ran out
     "could not create a memory object",
     "could not execute a primitive",
-    "Cannot allocate memory",  # strerror(ENOMEM), where a library hands on nothing but its text
+    "Cannot allocate memory",  # strerror(ENOMEM), for libraries that pass on only the text
 )
-"""What is said where memory ran out and the kind of the error does not tell."""
-_MMAP_MAX, _TOP_PAD, _TRIM_THRESHOLD = -4, -2, -1
-"""glibc's parameters of mallopt(3)."""
-_DEFAULTS = {_MMAP_MAX: 1 << 16, _TRIM_THRESHOLD: 1 << 17, _TOP_PAD: 1 << 17}
+"""Substrings of out-of-memory messages that are raised as plain RuntimeError."""
+MMAP_MAX, TOP_PAD, TRIM_THRESHOLD = -4, -2, -1
+"""Parameters of glibc's mallopt(3)."""
+MALLOC_DEFAULTS = {MMAP_MAX: 1 << 16, TRIM_THRESHOLD: 1 << 17, TOP_PAD: 1 << 17}
 
 
 @functools.cache
 def disable_malloc_trim() -> bool:
-    """Let this process keep freed memory for its next use, and return whether it does.
+    """Let this process keep freed memory for its next use; return whether it does.
 
-    By default glibc gives every large tensor back to the system and takes it anew: a step of a small model then
-    spends a tenth of its time on tens of thousands of page faults. The peak is the same; in between less is given back.
-    Nothing is done on systems without glibc.
+    By default glibc returns every large tensor to the system and requests it again: a step of a small model then
+    spends a tenth of its time on page faults. The peak is the same; between peaks less is returned. On systems without
+    glibc nothing changes.
     """
+    return _set_malloc_options({MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, TOP_PAD: 1 << 26})
+
+
+def _set_malloc_options(options: dict[int, int]) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
+    except (OSError, AttributeError):  # another C library, which keeps less
         return False
-    settings = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 1 << 26}
-    return all(mallopt(name, value) == 1 for name, value in settings.items())
+    return all(mallopt(name, value) == 1 for name, value in options.items())
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be taken on a device; of an unknown kind: of the machine, shared by a run's
-    processes on it."""
+    """Return the bytes that can still be allocated on a device.
+
+    CPU memory is shared by the run's processes on this machine, so each gets its part.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch's allocator holds and does not use, it can use again.
+        # What torch's allocator has reserved and does not use is free as well.
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     return int(psutil.virtual_memory().available) // local_world_size()
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes in use now: allocated on the GPU, or this process's resident memory."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from now on, where the system can do that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device, *, reserved: bool = False) -> int:
+    """Return the most bytes in use at once: on the GPU, or this process's resident memory.
+
+    Args:
+        device: the device of the model.
+        reserved: on a GPU, count what the allocator reserved instead of what tensors used of it.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) if reserved else torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, or what caused it, is memory that ran out: a device's or the machine's."""
-    step: BaseException | None = error
+    """Return whether an error, or an error that caused it, means that a device or the machine ran out of memory."""
     seen: set[int] = set()
-    while step is not None and id(step) not in seen and not isinstance(step, SlimtuneError):
-        seen.add(id(step))
-        if isinstance(step, MemoryError | torch.OutOfMemoryError):
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen and not isinstance(cause, SlimtuneError):
+        seen.add(id(cause))
+        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
             return True
-        if isinstance(step, OSError) and step.errno == errno.ENOMEM:
+        if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
             return True
-        if any(text in str(step) for text in _TEXTS):
+        if any(text in str(cause) for text in OUT_OF_MEMORY_TEXTS):
             return True
-        step = step.__cause__ or step.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Give back what this process holds and does not use: unreachable objects, an allocator's cache, freed pages.
+    """Return memory that this process has and does not use: unreachable objects, the allocator's cache, freed pages.
 
-    On Linux `keep_pages` ends with it: kept pages fall into pieces too small for a large tensor, and count as held.
+    On Linux this ends `disable_malloc_trim`: kept pages break into pieces that are too small for a large tensor.
     """
     gc.collect()
     if device.type in ("cuda", "xpu", "mps"):
         torch.get_device_module(device).empty_cache()
-    if sys.platform.startswith("linux"):
-        try:
-            libc = ctypes.CDLL("libc.so.6")
-            for name, value in _DEFAULTS.items():
-                libc.mallopt(name, value)
-            libc.malloc_trim(0)
-        except (OSError, AttributeError):  # another C library, which keeps less
-            return
+    if _set_malloc_options(MALLOC_DEFAULTS):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
