@@ -35,6 +35,7 @@ RENAMED_KEYS = {
     "ships": "export_formats",
     "adapted": "target_summary",
     "rows_read": "data_report",
+    "out_of_memory": "oom_events",
 }
 """Keys of result.json and eval-*.json as earlier releases wrote them, and what they are called now."""
 

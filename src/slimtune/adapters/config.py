@@ -81,6 +81,8 @@ class PeftConfig(metaclass=_ConfigMeta):
     """The default learning rate of recipes."""
     kinds: ClassVar[tuple[SiteKind, ...]] = ("linear",)
     """The kinds of site the method can change."""
+    trains_every_weight: ClassVar[bool] = False
+    """Whether the adapter has a trained copy of every weight of the base; weights that are tied there share one."""
     mergeable: ClassVar[bool] = True
     """Whether its adapter modules define `merge_into`, so that it can be exported as a merged model."""
     ships_as_lora: ClassVar[bool] = False

@@ -170,8 +170,24 @@ def restore(module: AdaptedLayer) -> None:
     _become(module, type(module).__bases__[1])
 
 
-def own(module: AdaptedLayer, adapter: str, names: Iterable[str], *, autocast: bool = True) -> None:
-    """Give an adapter its own trainable copy of the module's parameters `names`."""
+def own(
+    module: AdaptedLayer,
+    adapter: str,
+    names: Iterable[str],
+    *,
+    autocast: bool = True,
+    tied: dict[int, nn.Parameter] | None = None,
+) -> None:
+    """Give an adapter its own trainable copy of the module's parameters `names`.
+
+    Args:
+        module: the adapted module.
+        adapter: name of the adapter.
+        names: names of the parameters.
+        autocast: copies of 16-bit parameters are fp32.
+        tied: the adapter's copies so far, by `id` of the base's parameter, which parameters tied in the base share;
+            None: each copy is separate.
+    """
     copies = nn.Module()
     for name in names:
         base = (module._kept or {}).get(name, module._parameters[name])
@@ -184,7 +200,12 @@ def own(module: AdaptedLayer, adapter: str, names: Iterable[str], *, autocast: b
             )
         half = base.dtype in (torch.float16, torch.bfloat16)
         wide = torch.float32 if autocast and half else base.dtype
-        copies.register_parameter(name, nn.Parameter(base.detach().to(wide, copy=True)))
+        copy = None if tied is None else tied.get(id(base))
+        if copy is None:
+            copy = nn.Parameter(base.detach().to(wide, copy=True))
+        if tied is not None:
+            tied[id(base)] = copy
+        copies.register_parameter(name, copy)
     module.trained_copies[adapter] = copies
 
 

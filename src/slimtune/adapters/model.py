@@ -321,8 +321,9 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Ad
         sites = [layer.get_site(n, kind, self, **how, loading=loading) for n, kind in report.kinds.items()]
         for site, delta in zip(sites, at.configs[adapter].build_all(sites), strict=True):
             adapted(site.name).adapters[adapter] = delta
+        tied: dict[int, nn.Parameter] | None = {} if at.configs[adapter].trains_every_weight else None
         for name, parameters in _owned(report, modules).items():
-            layer.own(adapted(name), adapter, parameters, **how)
+            layer.own(adapted(name), adapter, parameters, tied=tied, **how)
         for parameter in at.trained(adapter):
             parameter.requires_grad_(False)
 

@@ -49,6 +49,9 @@ def get_adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
             inner = f"{at}base_layer." if delta is not None else at
             found.update({inner + n: p for n, p in module.trained_copies[adapter].named_parameters()})
     config = model.peft_config.get(adapter)
+    if config is not None and config.trains_every_weight:  # the copy of tied weights is written once, by its first name
+        first_key = {id(tensor): key for key, tensor in reversed(found.items())}
+        found = {key: tensor for key, tensor in found.items() if first_key[id(tensor)] == key}
     return {config.file_key(k): t for k, t in found.items()} if config else found
 
 

@@ -49,9 +49,9 @@ class MatchReport:
         tails = [next((p for p in reversed(n.split(".")) if not p.isdigit()), "") or "model" for n in self.adapted]
         kinds = {t: tails.count(t) for t in dict.fromkeys(tails)}
         words = "module" if len(tails) == 1 else "modules"
-        parts = [f"adapted {len(tails)} {words} ({', '.join(f'{k} × {n}' for k, n in kinds.items())})"]
+        parts = [f"adapted {len(tails)} {words} ({', '.join(f'{k} × {n}' for k, n in kinds.items())})"] if tails else []
         if self.trained_whole:
-            parts.append(f"trained whole: {format_names(self.trained_whole)}")
+            parts.append(f"trained whole: {format_names(self.trained_whole, 4)}")
         if self.biases:
             parts.append(f"{len(self.biases)} biases train")
         if not self.kinds or set(self.kinds.values()) & {"linear", "embedding"}:  # for others it says nothing
@@ -267,6 +267,8 @@ def _looks_rows_up(module: nn.Module) -> bool:
 
 
 def _trained_whole(modules: dict[str, nn.Module], config: PeftConfig, strict: bool) -> list[str]:
+    if config.trains_every_weight:
+        return [name for name, module in modules.items() if any(p is not None for p in module._parameters.values())]
     asked = list(getattr(config, "modules_to_save", None) or [])
     vain = [a for a in asked if not any(n.endswith(a) for n in modules)]
     if vain and strict:

@@ -151,7 +151,7 @@ def _line(grid: Grid, entry: Candidate, seeds: Sequence[int]) -> dict[str, Any]:
         "loss_reduction_ci95": [gain.low, gain.high],
         "gain_by_seed": gains,
         "gain_sd_seeds": statistics.stdev(gains) if len(gains) > 1 else None,
-        "out_of_memory": sum(r.get("out_of_memory", 0) for r in results),
+        "out_of_memory": sum(r.get("oom_events", 0) for r in results),
         "dtype": results[0]["dtype"],
         "device": results[0]["device"],
         "front": [],

@@ -32,23 +32,18 @@ def run(recipe_file: Path, *, full: bool = False, trial: bool = False, force: bo
     from ..config import load_recipe
     from ..evaluation.evaluate import evaluate
     from ..training.train import train
-    from .full import evaluate_full, train_full
 
     recipe = load_recipe(recipe_file)
+    if full:
+        recipe = recipe.model_copy(update={"method": type(recipe.method)(name="full")})
     folder = Path(recipe.output_dir)
     if not (folder / "result.json").is_file():
         begun = (folder / "checkpoints").is_dir() or (folder / "recipe.yaml").is_file()
         if folder.is_dir() and not begun:
             shutil.rmtree(folder)  # killed before there was anything to go on from
-        if full:
-            train_full(recipe, resume=begun)
-        else:
-            train(recipe, resume=begun, force=force)
+        train(recipe, resume=begun, force=force)
     if not trial:
-        if full:
-            evaluate_full(recipe)
-        else:
-            evaluate(folder, split="test", any_prompt=True)  # losses alone are compared
+        evaluate(folder, split="test", any_prompt=True)  # losses alone are compared
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

@@ -176,4 +176,4 @@ def build_request(recipe: Recipe, card: Gpu, lengths: Sequence[int] = (), proces
 
 def every_method() -> tuple[str, ...]:
     """Return the names of all methods that can be planned, full fine-tuning last."""
-    return (*method_names(), FULL)
+    return (*(n for n in method_names() if n != FULL), FULL)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_parameter_names
 
-from ..adapters.optimizer import factors
+from ..adapters.optimizer import get_lr_multipliers
 from ..kernels.adamw import adamw_8bit
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -39,7 +39,7 @@ def build_optimizer(model: Any, name: str = "adamw", *, lr: float = 1e-4, weight
         weight_decay: decoupled decay.
     """
     optimizer, options = OPTIMIZERS[name]
-    multipliers = factors(model) if hasattr(model, "peft_config") else {}
+    multipliers = get_lr_multipliers(model) if hasattr(model, "peft_config") else {}
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter_name, parameter in model.named_parameters():

@@ -28,7 +28,7 @@ from ..errors import DataError, RunError, SlimtuneError, UsageError
 from ..models.dtype import pick_device, pick_dtype
 from ..models.loader import Base
 from ..reporting import versions, write_report
-from ..run_dir import ADAPTER_FILE, RunDir, to_json, write_atomic
+from ..run_dir import ADAPTER_FILE, RunDir, to_json, write_json
 from ..setup import (
     Datasets,
     attach_adapter,
@@ -41,7 +41,7 @@ from ..setup import (
 )
 from ..train_step.memory_savings import compile_layers, enable_activation_checkpointing
 from ..utils import distributed
-from ..utils.files import translate_disk_full
+from ..utils.files import translate_disk_full, write_atomic
 from ..utils.formatting import format_bytes, format_count
 from ..utils.memory import peak_memory
 from . import checkpoint
@@ -252,7 +252,7 @@ def load_training_base(recipe: Recipe, device: torch.device, *, to_cpu: bool) ->
 def create_run_dir(recipe: Recipe, data: Datasets, init_model: Any) -> None:
     """Create the run folder with the recipe, the data report, and the adapter that the run starts from, if any."""
     run = RunDir.create(recipe.output_dir, recipe)
-    write_atomic(run.data_file, to_json(data.surveys, indent=2) + "\n")
+    write_json(run.data_file, data.surveys)
     if init_model is not None:
         adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
 
@@ -310,7 +310,7 @@ def compare_with_plan(loop: TrainingLoop, data: Datasets, plan: Mapping[str, Any
         probe = dataclasses.replace(probe, low=0)
     loop.logger.say(probe.text())
     if distributed.is_main_process():
-        write_atomic(loop.run.plan_file, to_json({"plan": plan, "probe": probe.to_dict()}, indent=2) + "\n")
+        write_json(loop.run.plan_file, {"plan": plan, "probe": probe.to_dict()})
 
 
 def drop_later_metrics(loop: TrainingLoop) -> None:
@@ -385,7 +385,7 @@ def finish_run(
         },
         "versions": versions(),
     }
-    write_atomic(run.result_file, to_json(result, indent=2) + "\n")
+    write_json(run.result_file, result)
     write_report(run)
     loop.logger.say(f"adapter: {run.adapter} ({format_bytes(result['adapter_bytes'])})")
     return result
