@@ -22,7 +22,7 @@ from slimtune.comparison.grid import SETTINGS
 from slimtune.comparison.launch import Ended
 from slimtune.comparison.picture import draw
 from slimtune.errors import DataError, RecipeError, RunError, UsageError
-from slimtune.training.trainer import SlimTrainer
+from slimtune.training.loop import TrainingLoop
 
 
 def figures(result: dict) -> dict:
@@ -88,7 +88,7 @@ class Killed(BaseException):
 def test_killed_in_the_middle_it_ends_with_the_same_numbers(grid, here, monkeypatch):
     whole = compare(grid("lora", "prompt", out="whole"))
     del here[:]
-    ends, left = SlimTrainer.step_ends, [5]
+    ends, left = TrainingLoop.train_step, [5]
 
     def dies(self):
         ends(self)

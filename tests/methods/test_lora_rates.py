@@ -59,7 +59,7 @@ def test_the_trainer_follows_the_rates(tmp_path):
     from transformers import TrainingArguments
 
     from slimtune.training.oom_recovery import OomRecovery
-    from slimtune.training.trainer import SlimTrainer
+    from slimtune.training.loop import TrainingLoop
 
     model = get_peft_model(llama(), LoraConfig(**TARGETS, lr_ratio=8))
     args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, report_to=[])

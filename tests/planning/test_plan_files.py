@@ -190,7 +190,7 @@ def test_a_run_stays_below_its_plan(method, tiny_folder, tmp_path, monkeypatch):
     rotate = checkpoint.rotate
 
     def watched(root: Path, *args) -> None:
-        newest = checkpoint.folders(root)[-1]
+        newest = checkpoint.list_checkpoints(root)[-1]
         files = sum(p.stat().st_size for p in newest.glob("*.safetensors") if p.name != "rng.safetensors")
         found = {"run": on_disk(root.parent), "files": files, "beside": on_disk(newest) - files}
         most.update({k: max(most[k], v) for k, v in found.items()})

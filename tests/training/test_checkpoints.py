@@ -49,21 +49,21 @@ def test_an_optimizer_goes_on_exactly_where_it_was(tmp_path_factory, steps, lr, 
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
-    checkpoint.save_random(tmp_path)
+    checkpoint.save_rng_state(tmp_path)
     first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
-    checkpoint.load_random(tmp_path)
+    checkpoint.load_rng_state(tmp_path)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
 
 
 def test_writing_is_whole_or_absent(tmp_path):
-    checkpoint.write(tmp_path, 1, fill)
+    checkpoint.write_checkpoint(tmp_path, 1, fill)
 
     def breaks(folder):
         fill(folder)
         raise KeyError("killed here")
 
     with pytest.raises(KeyError):
-        checkpoint.write(tmp_path, 2, breaks)
+        checkpoint.write_checkpoint(tmp_path, 2, breaks)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
@@ -79,30 +79,30 @@ def test_writing_is_whole_or_absent(tmp_path):
 )
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, harm, fault):
     for step in (9, 10):  # by number, not by name
-        checkpoint.write(tmp_path, step, fill)
+        checkpoint.write_checkpoint(tmp_path, step, fill)
     harm(tmp_path / "checkpoint-10")
     said = []
-    assert checkpoint.newest_sound(tmp_path, said.append) == tmp_path / "checkpoint-9"
+    assert checkpoint.find_newest_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-9"
     assert len(said) == 1
     assert fault in said[0]
     harm(tmp_path / "checkpoint-9")
-    with pytest.raises(RunError, match="no checkpoint"):
-        checkpoint.newest_sound(tmp_path, said.append)
+    with pytest.raises(RunError, match="damaged"):
+        checkpoint.find_newest_checkpoint(tmp_path, said.append)
 
 
 def test_what_a_killed_run_was_writing_is_removed(tmp_path):
-    checkpoint.write(tmp_path, 1, fill)
+    checkpoint.write_checkpoint(tmp_path, 1, fill)
     (tmp_path / ".partial-2").mkdir()
     (tmp_path / ".partial-2" / "weights").write_bytes(b"12")
     said = []
-    assert checkpoint.newest_sound(tmp_path, said.append) == tmp_path / "checkpoint-1"
+    assert checkpoint.find_newest_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-1"
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
     assert "was being written when the run stopped" in said[0]
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step in (2, 4, 6, 8, 10):
-        checkpoint.write(tmp_path, step, fill)
-    checkpoint.rotate(tmp_path, keep=2, best=4)
-    assert [checkpoint.step_of(p) for p in checkpoint.folders(tmp_path)] == [4, 8, 10]
+        checkpoint.write_checkpoint(tmp_path, step, fill)
+    checkpoint.delete_old_checkpoints(tmp_path, keep=2, best_step=4)
+    assert [checkpoint.checkpoint_step(p) for p in checkpoint.list_checkpoints(tmp_path)] == [4, 8, 10]
     assert json.loads((tmp_path / "checkpoint-4" / "checksums.json").read_text()).keys() == {"weights", "state.json"}

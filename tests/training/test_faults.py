@@ -40,12 +40,12 @@ main()
 # Slow enough that a parent can hit any step.
 SLOWLY = """
 import time
-from slimtune.training.trainer import SlimTrainer
-ends = SlimTrainer.step_ends
+from slimtune.training.loop import TrainingLoop
+ends = TrainingLoop.train_step
 def slow(self):
     time.sleep(0.1)
     ends(self)
-SlimTrainer.step_ends = slow
+TrainingLoop.train_step = slow
 from slimtune.cli import main
 main()
 """
@@ -135,7 +135,7 @@ def test_killed_twice_and_the_newest_checkpoint_damaged(recipe_file, tmp_path):
     out = tmp_path / "killed"
     killed_at(recipe_file, out, 8)
     killed_at(recipe_file, out, 17, "--resume")
-    newest = checkpoint.folders(out / "checkpoints")[-1]
+    newest = checkpoint.list_checkpoints(out / "checkpoints")[-1]
     (newest / "optimizer.safetensors").write_bytes(b"\0" * 10)
     result = finished(recipe_file, out, "--resume")
     assert f"{newest.name} is passed over: optimizer.safetensors is damaged" in result["said"].replace("\n", " ")

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import recipe_of
+from tiny_run import interrupt_at, recipe_of
 
 from slimtune.errors import SlimtuneError
 from slimtune.training import checkpoint
-from slimtune.training.callbacks import EvalSaveSchedule
 from slimtune.training.train import Interrupted, train
-from slimtune.training.trainer import SlimTrainer
+from slimtune.training.loop import TrainingLoop
 
 
 @pytest.fixture
@@ -44,21 +41,14 @@ def test_a_run_fills_in_its_steps_and_ends_at_the_target(adalora, tmp_path):
 
 def test_an_interrupted_run_resumes_bit_for_bit(adalora, tmp_path, monkeypatch):
     train(recipe_of({**adalora, "output_dir": str(tmp_path / "whole")}))
-    begin = EvalSaveSchedule.on_step_begin
-
-    def interrupt(self, args, state, control, **more):
-        begin(self, args, state, control, **more)
-        if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", interrupt)
-    with pytest.raises(Interrupted):
-        train(recipe_of(adalora))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(Interrupted):
+            train(recipe_of(adalora))
     folder = Path(adalora["output_dir"])
-    (newest,) = checkpoint.folders(folder / "checkpoints")
-    kept = load_file(newest / checkpoint.METHOD)
+    (newest,) = checkpoint.list_checkpoints(folder / "checkpoints")
+    kept = load_file(newest / checkpoint.METHOD_FILE)
     assert any(k.endswith(":left") and not t.all() for k, t in kept.items())
-    monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", begin)
     train(recipe_of(adalora), resume=True)
     (whole, config), (resumed, again) = written(tmp_path / "whole"), written(folder)
     assert config["rank_pattern"] == again["rank_pattern"]
@@ -66,10 +56,8 @@ def test_an_interrupted_run_resumes_bit_for_bit(adalora, tmp_path, monkeypatch):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-def test_the_penalty_counts_once_a_step(adalora, tmp_path, monkeypatch):
+def test_the_penalty_counts_once_a_step(adalora, tmp_path):
     """However many micro-batches a step has."""
-    seen = []
-    monkeypatch.setattr(SlimTrainer, "log", lambda self, logs, *_: seen.append(logs.get("loss")))
     method = {**adalora["method"], "orth_reg_weight": 7.0}
     plain = {**adalora, "method": method}
     for name, train_settings in {
@@ -77,7 +65,8 @@ def test_the_penalty_counts_once_a_step(adalora, tmp_path, monkeypatch):
         "many": {"batch_size": 2, "gradient_accumulation_steps": 3},
     }.items():
         train(recipe_of({**plain, "output_dir": str(tmp_path / name)}, max_steps=4, logging_steps=1, **train_settings))
-    losses = [loss for loss in seen if loss is not None]
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "many")]
+    losses = [m["train_loss"] for line in sum(lines, []) if "train_loss" in (m := json.loads(line))]
     assert len(losses) == 8
     assert losses[0] > 7
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
@@ -85,8 +74,8 @@ def test_the_penalty_counts_once_a_step(adalora, tmp_path, monkeypatch):
 
 def test_a_plain_method_leaves_no_file_of_its_own(settings):
     train(recipe_of(settings, max_steps=2))
-    newest = checkpoint.folders(Path(settings["output_dir"]) / "checkpoints")[-1]
-    assert not (newest / checkpoint.METHOD).exists()
+    newest = checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1]
+    assert not (newest / checkpoint.METHOD_FILE).exists()
 
 
 def test_a_setting_refused_late_leaves_the_folder_free(settings):

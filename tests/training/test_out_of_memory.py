@@ -27,7 +27,7 @@ from slimtune.models.lm_head import LMHead
 from slimtune.training import checkpoint
 from slimtune.training.oom_recovery import OomRecovery
 from slimtune.training.train import train
-from slimtune.training.trainer import SlimTrainer
+from slimtune.training.loop import TrainingLoop
 from slimtune.utils.memory import is_out_of_memory
 
 CPU = (
@@ -204,7 +204,7 @@ def test_a_run_that_ran_out_ends_as_it_would_have(name, plain, undisturbed, tmp_
     assert fault.raised == 1
     run.is_like(undisturbed)
     (event,) = run.events
-    assert run.result["out_of_memory"] == 1
+    assert run.result["oom_events"] == 1
     assert type(fault.kind()).__name__ in event["error"]
     assert "memory ran out in" in capfd.readouterr().err
     assert "Memory ran out" in (tmp_path / "run" / "report.html").read_text()
@@ -253,7 +253,7 @@ def test_room_is_halved_until_it_fits_and_kept_when_resumed(packing, plain, tmp_
     settings = {**plain, "train": {**plain["train"], "packing": packing, "max_tokens_per_micro_batch": 1000}}
     whole = Run(settings, tmp_path / "whole")
     ran = always(monkeypatch, step_module, 100)
-    stop, ends = [], SlimTrainer.step_ends
+    stop, ends = [], TrainingLoop.train_step
 
     def kill(trainer: SlimTrainer) -> None:
         ends(trainer)
@@ -325,7 +325,7 @@ def test_giving_up_leaves_a_checkpoint_and_says_how_to_go_on(plain, undisturbed,
     monkeypatch.setattr(step_module, "step_loss", loss)
     assert "checkpoint-1 is whole" in e.value.hint
     assert f"slimtune train {tmp_path / 'run' / 'recipe.yaml'} --resume" in e.value.hint
-    assert checkpoint.fault_in(tmp_path / "run" / "checkpoints" / "checkpoint-1") == ""
+    assert checkpoint.find_damage(tmp_path / "run" / "checkpoints" / "checkpoint-1") == ""
     run = Run(settings, tmp_path / "run", resume=True)
     assert len(run.gradients) == 2  # nothing is done twice
     assert all(torch.allclose(run.adapter[k], t, atol=1e-5) for k, t in whole.adapter.items())

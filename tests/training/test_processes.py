@@ -179,7 +179,7 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
             assert found[name][figure] == one[figure], figure
     # One process goes on where two were.
     run = Path(found["whole"]["run"])
-    cut_back(run, checkpoint.step_of(checkpoint.folders(run / "checkpoints")[0]))
+    cut_back(run, checkpoint.checkpoint_step(checkpoint.list_checkpoints(run / "checkpoints")[0]))
     alone = train(recipe_of({**settings, "output_dir": str(run)}, **long), resume=True)
     assert apart(adapter(one["run"]), adapter(alone["run"])) < 1e-4
     # The file is whole, and loads here and in PEFT.
@@ -206,8 +206,8 @@ def test_the_trainer_of_transformers_wraps_an_adapted_model(settings, tmp_path):
 
 def cut_back(run: Path, step: int) -> None:
     """Leave a run as it was when it had done so many steps."""
-    for folder in checkpoint.folders(run / "checkpoints"):
-        if checkpoint.step_of(folder) > step:
+    for folder in checkpoint.list_checkpoints(run / "checkpoints"):
+        if checkpoint.checkpoint_step(folder) > step:
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
@@ -245,14 +245,14 @@ def test_other_verbs_want_one_process(monkeypatch):
 # Slow enough to be hit; one process is gone at a step, as if the machine had killed it.
 DIES = """
 import os, signal, time
-from slimtune.training.trainer import SlimTrainer
-ends = SlimTrainer.step_ends
+from slimtune.training.loop import TrainingLoop
+ends = TrainingLoop.train_step
 def dies(self):
     time.sleep(0.05)
     if self.state.global_step == 11 and os.environ["RANK"] == "{rank}":
         os.kill(os.getpid(), signal.{signal})
     ends(self)
-SlimTrainer.step_ends = dies
+TrainingLoop.train_step = dies
 from slimtune.cli import main
 main()
 """
@@ -274,7 +274,7 @@ def test_a_killed_process_ends_the_run_which_one_process_goes_on_with(settings, 
     said = " ".join(done.stderr.split())
     assert said.count("error: another process of this run has ended") == 1
     assert f"slimtune train {settings['out']}/recipe.yaml --resume" in said
-    assert [p.name for p in checkpoint.folders(Path(settings["output_dir"]) / "checkpoints")][-1] == "checkpoint-10"
+    assert [p.name for p in checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")][-1] == "checkpoint-10"
     on = train(recipe_of(settings), resume=True)
     assert most(losses(whole["run"]), losses(on["run"])) < 1e-4
     assert apart(adapter(whole["run"]), adapter(on["run"])) < 1e-4
@@ -291,7 +291,7 @@ def test_an_interrupt_of_one_process_stops_all_at_one_step(settings, tmp_path):
     assert "stopped at step 12; go on with: slimtune train" in err
     assert "stop" not in silence
     assert "error" not in silence
-    assert [p.name for p in checkpoint.folders(Path(settings["output_dir"]) / "checkpoints")][-1] == "checkpoint-12"
+    assert [p.name for p in checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")][-1] == "checkpoint-12"
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import recipe_of, write_rows
+from tiny_run import interrupt_at, recipe_of, write_rows
 
 import slimtune.training.train as run_module
 from slimtune import PeftModel
@@ -21,7 +19,6 @@ from slimtune.models.loader import load_base
 from slimtune.setup import load_datasets, load_run
 from slimtune.train_step.loss import mean_loss, score_rows, step_loss
 from slimtune.training import checkpoint
-from slimtune.training.callbacks import EvalSaveSchedule
 from slimtune.training.train import Interrupted, train
 
 KEYS = {
@@ -128,22 +125,15 @@ def test_a_step_in_many_passes_is_the_step_in_one(settings, tmp_path, packing):
 def test_an_interrupted_run_resumes_bit_for_bit(settings, tmp_path, monkeypatch, capfd):
     whole = recipe_of({**settings, "output_dir": str(tmp_path / "whole")})
     train(whole)
-    begin = EvalSaveSchedule.on_step_begin
-
-    def interrupt(self, args, state, control, **more):
-        begin(self, args, state, control, **more)
-        if state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", interrupt)
-    with pytest.raises(Interrupted):
-        train(recipe_of(settings))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(Interrupted):
+            train(recipe_of(settings))
     folder = Path(settings["output_dir"])
-    assert [p.name for p in checkpoint.folders(folder / "checkpoints")] == ["checkpoint-3"]
+    assert [p.name for p in checkpoint.list_checkpoints(folder / "checkpoints")] == ["checkpoint-3"]
     said = capfd.readouterr().err
     assert "stopped at step 3" in said
     assert f"slimtune train {folder / 'recipe.yaml'} --resume" in said.replace("\n", "")
-    monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", begin)
     train(recipe_of(settings), resume=True)
     assert same(folder, tmp_path / "whole")
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -156,7 +146,7 @@ def test_a_damaged_checkpoint_falls_back_aloud(settings, tmp_path, capfd):
     recipe = recipe_of(settings, save_steps=2)
     train(recipe)
     folder = Path(settings["output_dir"])
-    newest = checkpoint.folders(folder / "checkpoints")[-1]
+    newest = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
     weights = newest / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-7] + b"garbage")
     (folder / "adapter" / "adapter_model.safetensors").unlink()
@@ -170,9 +160,9 @@ def test_a_damaged_checkpoint_falls_back_aloud(settings, tmp_path, capfd):
 
 def test_no_whole_checkpoint_is_an_error(settings):
     train(recipe_of(settings))
-    for folder in checkpoint.folders(Path(settings["output_dir"]) / "checkpoints"):
+    for folder in checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints"):
         (folder / "optimizer.safetensors").unlink()
-    with pytest.raises(RunError, match=r"no checkpoint in .* is whole") as e:
+    with pytest.raises(RunError, match=r"every checkpoint in .* is damaged") as e:
         train(recipe_of(settings), resume=True)
     assert e.value.exit_code == 1
 
@@ -187,7 +177,7 @@ def test_resuming_with_another_recipe_is_refused(settings):
 def test_a_folder_with_another_run_is_refused_before_any_work(settings):
     train(recipe_of(settings))
     before = {p: p.read_bytes() for p in Path(settings["output_dir"]).rglob("*") if p.is_file()}
-    with pytest.raises(UsageError, match="already holds another run") as e:
+    with pytest.raises(UsageError, match="already contains another run") as e:
         train(recipe_of(settings))
     assert e.value.exit_code == 2
     assert {p: p.read_bytes() for p in Path(settings["output_dir"]).rglob("*") if p.is_file()} == before
@@ -221,11 +211,11 @@ def test_a_fault_leaves_no_run_folder(settings, tmp_path):
 def test_a_full_disk_leaves_the_older_checkpoints(settings, monkeypatch):
     real, calls = checkpoint.save_optimizer, []
 
-    def full(folder, state, **how):
+    def full(folder, state):
         calls.append(folder)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        real(folder, state, **how)
+        real(folder, state)
 
     monkeypatch.setattr(checkpoint, "save_optimizer", full)
     with pytest.raises(RunError, match="the disk is full") as e:
@@ -233,7 +223,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(settings, monkeypatch):
     assert e.value.exit_code == 1
     root = Path(settings["output_dir"]) / "checkpoints"
     assert [p.name for p in root.iterdir()] == ["checkpoint-4"]
-    assert checkpoint.fault_in(root / "checkpoint-4") == ""
+    assert checkpoint.find_damage(root / "checkpoint-4") == ""
 
 
 def test_checkpointed_and_plain_runs_agree(settings, tmp_path):
@@ -246,7 +236,7 @@ def test_checkpointed_and_plain_runs_agree(settings, tmp_path):
 def test_the_base_is_as_it_was_after_training(settings):
     base = load_base(settings["model"]["name"], dtype="float32")
     before = {n: p.clone() for n, p in base.model.named_parameters()}
-    model = run_module.adapted(base, recipe_of(settings))
+    model = run_module.attach_adapter(base, recipe_of(settings))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     rows = load_datasets(recipe_of(settings), base.tokenizer).train
     step_loss(model, Collator(base.tokenizer.pad_token_id)(rows[:4])).backward()
@@ -286,16 +276,11 @@ def test_a_continued_run_takes_the_adapters_settings_and_resumes_by_itself(setti
     other = {**settings, "method": {"name": "lora", "r": 8}}
     train(recipe_of({**other, "output_dir": str(tmp_path / "whole")}), init_adapter=Path(first["run"]))
     assert "r: 4" in (tmp_path / "whole" / "recipe.yaml").read_text()
-    begin = EvalSaveSchedule.on_step_begin
-
-    def stop(self, args, state, control, **more):
-        raise KeyboardInterrupt
-
     on = recipe_of({**other, "output_dir": str(tmp_path / "on")})
-    monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", stop)  # before the first checkpoint
-    with pytest.raises(KeyboardInterrupt):
-        train(on, init_adapter=Path(first["run"]))
-    monkeypatch.setattr(EvalSaveSchedule, "on_step_begin", begin)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 0, KeyboardInterrupt)  # before the first checkpoint
+        with pytest.raises(KeyboardInterrupt):
+            train(on, init_adapter=Path(first["run"]))
     train(load_recipe(tmp_path / "on" / "recipe.yaml"), resume=True)
     assert same(tmp_path / "on", tmp_path / "whole")
 

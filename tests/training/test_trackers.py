@@ -12,7 +12,7 @@ from tiny_run import recipe_of
 import slimtune.training.train as run_module
 from slimtune.cli import app
 from slimtune.errors import UsageError
-from slimtune.training.trackers import require_trackers
+from slimtune.training.progress import require_trackers
 from slimtune.training.train import train
 
 # Its events are protobuf classes that Python 3.12 and newer warn of.
@@ -48,7 +48,7 @@ def test_a_tracker_that_is_missing_is_said_before_anything_is_loaded(settings, m
     with pytest.raises(SystemExit) as left:
         app(args=["train", str(file)])
     assert left.value.code == 2
-    assert "fix: pip install wandb mlflow, or --set train.report_to=[]" in capsys.readouterr().err
+    assert "hint: pip install wandb mlflow, or --set train.report_to=[]" in capsys.readouterr().err
 
 
 def test_tensorboardx_will_do(monkeypatch):

@@ -19,7 +19,8 @@ from slimtune.errors import ModelError, RunError
 from slimtune.planning.gpus import Gpu, detect_gpu
 from slimtune.planning.planner import make_plan
 from slimtune.planning.request import build_request
-from slimtune.training.memory_probe import Probe, peak_bytes, reset_peak
+from slimtune.training.memory_probe import Probe
+from slimtune.utils.memory import peak_memory, reset_peak_memory
 from slimtune.training.train import train
 
 
@@ -56,7 +57,7 @@ def test_a_run_is_planned_probed_and_recorded(settings, tmp_path):
     # Of a base this small the process is nearly all there is; the test's own process is larger than a run's.
     assert found["bytes"] > record["plan"]["allocated_bytes"]
     assert found["tokens"] <= record["plan"]["max_tokens_per_micro_batch"]
-    assert "the longest pass" in (Path(result["run"]) / "train.log").read_text()
+    assert "the longest micro-batch" in (Path(result["run"]) / "train.log").read_text()
 
 
 def test_a_plan_changes_no_result(settings, tmp_path):
@@ -85,7 +86,7 @@ def test_the_command_line_refuses_and_can_be_forced(settings, tmp_path, monkeypa
     done = slimtune("train", str(file))
     assert done.exit_code == 1
     assert "error: this run does not fit: it needs" in done.stderr
-    assert "fix: change it so, or --force" in done.stderr
+    assert "hint: change it so, or --force" in done.stderr
     assert not Path(settings["output_dir"]).exists()
     done = slimtune("train", str(file), "--force")
     assert done.exit_code == 0, done.stderr
@@ -123,7 +124,7 @@ def test_no_memory_for_the_probe_is_said_before_training(settings, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("slimtune.training.memory_probe.forward_backward", full)
-    with pytest.raises(RunError, match=r"not enough memory for \d+ tokens of one row \(the longest pass"):
+    with pytest.raises(RunError, match=r"not enough memory for \d+ tokens of one row \(the longest micro-batch"):
         train(recipe_of(settings), planner=planned)
     assert not Path(settings["output_dir"]).exists()
 
@@ -140,6 +141,6 @@ def test_the_peak_counts_from_the_reset_on():
     cpu = torch.device("cpu")
     with mmap.mmap(-1, 2**28) as big:  # past the allocator, which may keep what it was given
         big.write(b"x" * 2**28)
-        with_it = peak_bytes(cpu)
-    reset_peak(cpu)
-    assert peak_bytes(cpu) < with_it - 2**27
+        with_it = peak_memory(cpu)
+    reset_peak_memory(cpu)
+    assert peak_memory(cpu) < with_it - 2**27

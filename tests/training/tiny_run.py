@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from slimtune.config import Recipe
+from slimtune.training.loop import TrainingLoop
 
 
 def write_rows(path: Path, n: int, start: int = 0, answer: str = "abc ") -> Path:
@@ -20,3 +25,17 @@ def write_rows(path: Path, n: int, start: int = 0, answer: str = "abc ") -> Path
 
 def recipe_of(settings: dict[str, Any], **train: Any) -> Recipe:
     return Recipe.from_dict({**settings, "train": {**settings["train"], **train}})
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseException] | None = None) -> None:
+    """Let Ctrl-C, or an error, come as a run begins the step after `step` steps."""
+    train_step = TrainingLoop.train_step
+
+    def interrupted(loop: TrainingLoop, rows: Any) -> Any:
+        if loop.state.step == step:
+            if error is not None:
+                raise error
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(loop, rows)
+
+    monkeypatch.setattr(TrainingLoop, "train_step", interrupted)

@@ -100,6 +100,7 @@ class TrainingLoop:
         recovery: repeats what runs out of memory; has the same collator.
         run: the run folder, which gets the checkpoints.
         logger: shows and logs the run.
+        resume_from: the checkpoint to continue from; None: from the beginning.
 
     Attributes:
         state: what was done so far.
@@ -117,6 +118,7 @@ class TrainingLoop:
         recovery: OomRecovery,
         run: RunDir,
         logger: ProgressLogger,
+        resume_from: Path | None = None,
     ) -> None:
         self.model, self.train, self.validation, self.settings = model, train, validation, settings
         self.collator, self.recovery, self.run, self.logger = collator, recovery, run, logger
@@ -134,6 +136,9 @@ class TrainingLoop:
         random.seed(settings.seed)
         np.random.seed(settings.seed)
         torch.manual_seed(settings.seed)
+        if resume_from is not None:  # before the optimizer is built: loading may replace parameters
+            self.load_adapter(resume_from)
+            checkpoint.load_method_state(resume_from, model)
         for config in model.peft_config.values():
             config.on_train_begin(self.state.max_steps)
         self.optimizer = build_optimizer(
@@ -145,6 +150,8 @@ class TrainingLoop:
             num_warmup_steps=math.ceil(settings.warmup_ratio * self.state.max_steps),
             num_training_steps=self.state.max_steps,
         )
+        if resume_from is not None:
+            self.restore_state(resume_from)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -341,8 +348,8 @@ class TrainingLoop:
         }
         (folder / checkpoint.STATE_FILE).write_text(json.dumps(values))
 
-    def restore_checkpoint(self, folder: Path) -> None:
-        """Continue where a checkpoint was written: state, weights, optimizer, random numbers, micro-batch size."""
+    def restore_state(self, folder: Path) -> None:
+        """Restore everything but the weights from a checkpoint."""
         values = json.loads((folder / checkpoint.STATE_FILE).read_text())
         self.collator.room, self.collator.rows = values.pop("room"), values.pop("rows")
         if values.pop("checkpointing"):
@@ -350,8 +357,6 @@ class TrainingLoop:
         self.scheduler.load_state_dict(values.pop("scheduler"))
         self.unlogged_loss.fill_(values.pop("unlogged_loss"))
         self.state = TrainingState(**{**values, "validation_losses": list(map(tuple, values["validation_losses"]))})
-        self.load_adapter(folder)
-        checkpoint.load_method_state(folder, self.model)
         self.optimizer.load_state_dict(checkpoint.load_optimizer(folder))
         checkpoint.load_rng_state(folder)
         self.stopped_early = self.state.step < self.state.max_steps and self.patience_exhausted()

@@ -144,15 +144,13 @@ def train(
             # With a sharded base the others wait inside the failed pass, and cannot repeat it.
             any_failed=None if shard else lambda failed: distributed.all_reduce_sum([float(failed)])[0] > 0,
         )
-        loop = TrainingLoop(model, data.train, data.validation, settings, collator, recovery, run, logger)
-        logger.say(describe_packing(collator, data.train, loop.rows_per_step))
-        if settings.compile:
-            logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
         newest = None
         if resume:
             newest = distributed.run_on_main(lambda: checkpoint.find_newest_checkpoint(run.checkpoints, logger.say))
-        if newest is not None:
-            loop.restore_checkpoint(newest)
+        loop = TrainingLoop(model, data.train, data.validation, settings, collator, recovery, run, logger, newest)
+        logger.say(describe_packing(collator, data.train, loop.rows_per_step))
+        if settings.compile:
+            logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
         if plan is not None:
             compare_with_plan(loop, data, plan)
     except SlimtuneError:
