@@ -42,8 +42,8 @@ def work(base: str, dtype: str) -> None:
     from slimtune import LoraConfig, get_peft_model
     from slimtune.attention.packed_layout import packed_attention
     from slimtune.models.loader import load_base
-    from slimtune.train_step.optimizer import build_optimizer
     from slimtune.train_step.loss import forward_backward, make_collator, move_to_device
+    from slimtune.train_step.optimizer import build_optimizer
     from slimtune.utils.memory import disable_malloc_trim
 
     def said(phase: str) -> None:

@@ -15,9 +15,9 @@ from slimtune import get_peft_model
 from slimtune.attention.packed_layout import packed_attention
 from slimtune.planning.fake_tensors import all_tensors
 from slimtune.planning.training_job import TrainingJob
+from slimtune.train_step.loss import forward_backward, make_collator
 from slimtune.train_step.memory_savings import apply_memory_savings
 from slimtune.train_step.optimizer import build_optimizer
-from slimtune.train_step.loss import forward_backward, make_collator
 
 STEP = "the step that is looked at"
 

@@ -34,6 +34,7 @@ from .utils.calibration import ROWS, collect_layer_inputs
 from .utils.linear_layers import is_quantized
 from .utils.memory import disable_malloc_trim
 
+
 @dataclass
 class Datasets:
     """The encoded rows of a run, and what became of the rows read."""

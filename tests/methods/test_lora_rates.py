@@ -15,8 +15,8 @@ import slimtune
 from slimtune import LoraConfig, create_loraplus_optimizer, get_peft_model, parameter_groups
 from slimtune.adapters.base import Site
 from slimtune.adapters.optimizer import group_by_learning_rate
-from slimtune.data.collator import Collator
 from slimtune.errors import ConfigError
+from slimtune.train_step.optimizer import build_optimizer
 
 TARGETS = {"target_modules": ["q_proj", "embed_tokens"]}
 
@@ -55,20 +55,9 @@ def test_a_finished_optimizer_is_split_and_steps():
             assert torch.allclose(p, before[n] - rates[n] * p.grad)
 
 
-def test_the_trainer_follows_the_rates(tmp_path):
-    from transformers import TrainingArguments
-
-    from slimtune.training.oom_recovery import OomRecovery
-    from slimtune.training.loop import TrainingLoop
-
+def test_training_follows_the_rates():
     model = get_peft_model(llama(), LoraConfig(**TARGETS, lr_ratio=8))
-    args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, report_to=[])
-    collator = Collator(0)
-    relief = OomRecovery(collator, torch.device("cpu"), print, print)
-    trainer = SlimTrainer(
-        model, args, train=[], validation=[], collator=collator, keep=1, say=print, callbacks=[], relief=relief
-    )
-    rates = rate_of(trainer.create_optimizer().param_groups, model)
+    rates = rate_of(build_optimizer(model, lr=1e-3).param_groups, model)
     assert [r for n, r in rates.items() if "_B" in n] == pytest.approx([8e-3] * 3)
 
 

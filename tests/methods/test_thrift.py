@@ -15,9 +15,8 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.attention.packed_layout import packed_attention
 from slimtune.errors import UsageError
 from slimtune.kernels import activation_offload
-from slimtune.train_step.memory_savings import apply_memory_savings
 from slimtune.train_step.loss import make_collator, step_loss, token_nll
-from slimtune.train_step.memory_savings import enable_activation_checkpointing, enable_tiled_mlp
+from slimtune.train_step.memory_savings import apply_memory_savings, enable_activation_checkpointing, enable_tiled_mlp
 
 WAYS = {
     "checkpointed": {"checkpointing": True},

@@ -187,7 +187,7 @@ def test_a_run_stays_below_its_plan(method, tiny_folder, tmp_path, monkeypatch):
     )
     model = build_meta_model(AutoConfig.from_pretrained(tiny_folder), recipe.method_config(), FP32)
     most: dict[str, int] = {"run": 0, "files": 0, "beside": 0}
-    rotate = checkpoint.rotate
+    rotate = checkpoint.delete_old_checkpoints
 
     def watched(root: Path, *args) -> None:
         newest = checkpoint.list_checkpoints(root)[-1]
@@ -196,7 +196,7 @@ def test_a_run_stays_below_its_plan(method, tiny_folder, tmp_path, monkeypatch):
         most.update({k: max(most[k], v) for k, v in found.items()})
         rotate(root, *args)
 
-    monkeypatch.setattr(checkpoint, "rotate", watched)
+    monkeypatch.setattr(checkpoint, "delete_old_checkpoints", watched)
     folder = Path(train(recipe)["run"])
     large = checkpoint_bytes(model) - BESIDE
     assert most["files"] <= large < 1.05 * most["files"]

@@ -27,9 +27,9 @@ from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.storage import Storages
 from slimtune.planning.training_job import TrainingJob
+from slimtune.train_step.loss import forward_backward, make_collator, token_nll
 from slimtune.train_step.memory_savings import apply_memory_savings
 from slimtune.train_step.optimizer import build_optimizer
-from slimtune.train_step.loss import forward_backward, make_collator, token_nll
 from slimtune.utils.linear_layers import get_weight, is_quantized
 from slimtune.utils.simulated_device import simulate_device
 

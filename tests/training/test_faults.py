@@ -25,14 +25,19 @@ STEPS = 40
 
 KILL_WHILE_WRITING = """
 import os, signal
-from slimtune.training import checkpoints
-flush, left = checkpoints._flush, [{after}]
-def killing(path):
+fsync, left = os.fsync, [{after}]
+def killing(handle):
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    flush(path)
-checkpoints._flush = killing
+    fsync(handle)
+import slimtune.training.checkpoint as checkpoint
+tree = checkpoint.fsync_tree
+def killing_tree(folder):
+    os.fsync = killing
+    tree(folder)
+    os.fsync = fsync
+checkpoint.fsync_tree = killing_tree
 from slimtune.cli import main
 main()
 """
@@ -41,10 +46,10 @@ main()
 SLOWLY = """
 import time
 from slimtune.training.loop import TrainingLoop
-ends = TrainingLoop.train_step
-def slow(self):
+train_step = TrainingLoop.train_step
+def slow(self, rows):
     time.sleep(0.1)
-    ends(self)
+    return train_step(self, rows)
 TrainingLoop.train_step = slow
 from slimtune.cli import main
 main()

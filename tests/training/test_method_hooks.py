@@ -13,7 +13,6 @@ from tiny_run import interrupt_at, recipe_of
 from slimtune.errors import SlimtuneError
 from slimtune.training import checkpoint
 from slimtune.training.train import Interrupted, train
-from slimtune.training.loop import TrainingLoop
 
 
 @pytest.fixture
@@ -65,8 +64,8 @@ def test_the_penalty_counts_once_a_step(adalora, tmp_path):
         "many": {"batch_size": 2, "gradient_accumulation_steps": 3},
     }.items():
         train(recipe_of({**plain, "output_dir": str(tmp_path / name)}, max_steps=4, logging_steps=1, **train_settings))
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "many")]
-    losses = [m["train_loss"] for line in sum(lines, []) if "train_loss" in (m := json.loads(line))]
+    lines = [line for n in ("one", "many") for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+    losses = [m["train_loss"] for line in lines if "train_loss" in (m := json.loads(line))]
     assert len(losses) == 8
     assert losses[0] > 7
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)

@@ -246,13 +246,13 @@ def test_other_verbs_want_one_process(monkeypatch):
 DIES = """
 import os, signal, time
 from slimtune.training.loop import TrainingLoop
-ends = TrainingLoop.train_step
-def dies(self):
+after_step = TrainingLoop.after_step
+def dies(self, values):
     time.sleep(0.05)
-    if self.state.global_step == 11 and os.environ["RANK"] == "{rank}":
+    if self.state.step == 11 and os.environ["RANK"] == "{rank}":
         os.kill(os.getpid(), signal.{signal})
-    ends(self)
-TrainingLoop.train_step = dies
+    return after_step(self, values)
+TrainingLoop.after_step = dies
 from slimtune.cli import main
 main()
 """
@@ -274,7 +274,9 @@ def test_a_killed_process_ends_the_run_which_one_process_goes_on_with(settings, 
     said = " ".join(done.stderr.split())
     assert said.count("error: another process of this run has ended") == 1
     assert f"slimtune train {settings['out']}/recipe.yaml --resume" in said
-    assert [p.name for p in checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")][-1] == "checkpoint-10"
+    assert [p.name for p in checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")][
+        -1
+    ] == "checkpoint-10"
     on = train(recipe_of(settings), resume=True)
     assert most(losses(whole["run"]), losses(on["run"])) < 1e-4
     assert apart(adapter(whole["run"]), adapter(on["run"])) < 1e-4
@@ -291,7 +293,9 @@ def test_an_interrupt_of_one_process_stops_all_at_one_step(settings, tmp_path):
     assert "stopped at step 12; go on with: slimtune train" in err
     assert "stop" not in silence
     assert "error" not in silence
-    assert [p.name for p in checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")][-1] == "checkpoint-12"
+    assert [p.name for p in checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")][
+        -1
+    ] == "checkpoint-12"
 
 
 def torchrun(*command: str) -> subprocess.CompletedProcess:

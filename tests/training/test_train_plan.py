@@ -20,8 +20,8 @@ from slimtune.planning.gpus import Gpu, detect_gpu
 from slimtune.planning.planner import make_plan
 from slimtune.planning.request import build_request
 from slimtune.training.memory_probe import Probe
-from slimtune.utils.memory import peak_memory, reset_peak_memory
 from slimtune.training.train import train
+from slimtune.utils.memory import peak_memory, reset_peak_memory
 
 
 def planned(recipe, lengths):

@@ -22,7 +22,7 @@ from .store import Example, Examples, Writer
 from .tokenize import BatchTokenizer, EncodedBatch, Pair, batched
 from .workers import in_order
 
-__all__ = ["TRAIN_ON", "TOO_LONG", "Example", "Examples", "RowReport", "tokenize_dataset"]
+__all__ = ["TOO_LONG", "TRAIN_ON", "Example", "Examples", "RowReport", "tokenize_dataset"]
 
 TOO_LONG = ("error", "drop", "truncate")
 TRAIN_ON = ("assistant", "last_assistant")

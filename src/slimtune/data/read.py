@@ -20,7 +20,7 @@ from .formats import FORMATS, Row, read_record, recognised, renamed, require_col
 from .messages import RowError
 from .records import InvalidRow
 
-__all__ = ["InvalidRow", "RowErrors", "Row", "RowFile", "open_rows", "read_rows"]
+__all__ = ["InvalidRow", "Row", "RowErrors", "RowFile", "open_rows", "read_rows"]
 
 MAX_ERRORS = 10
 FIRST = 20

@@ -17,8 +17,8 @@ from ..errors import UsageError, format_names, nearest
 from ..methods import config_class, method_names
 from ..models.dtype import pick_dtype
 from ..models.registry import ModelInfo, get_model_info
-from ..train_step.optimizer import OPTIMIZERS
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
+from ..train_step.optimizer import OPTIMIZERS
 from .fake_quantization import quantization_kind
 from .gpus import Gpu
 from .training_job import TrainingJob

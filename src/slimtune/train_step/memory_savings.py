@@ -140,5 +140,7 @@ def transformer_layers(model: Any, hint: str) -> list[nn.Module]:
     """Return the layers of a transformers model; raise UsageError with the hint if it has none."""
     layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise UsageError(f"a {type(model).__name__} has no layers of transformers' GradientCheckpointingLayer", hint=hint)
+        raise UsageError(
+            f"a {type(model).__name__} has no layers of transformers' GradientCheckpointingLayer", hint=hint
+        )
     return layers

@@ -1,7 +1,7 @@
 """The optimizers of a run: AdamW, or AdamW with 8-bit states, in groups by learning rate and weight decay.
 
-    lr of a group       the run's learning rate times the factor its method gives (LoRA+: B learns faster than A)
-    decay of a group    weight_decay, but 0 for biases and for the weights of normalisation layers
+lr of a group       the run's learning rate times the factor its method gives (LoRA+: B learns faster than A)
+decay of a group    weight_decay, but 0 for biases and for the weights of normalisation layers
 """
 
 from __future__ import annotations

@@ -342,8 +342,8 @@ class TrainingLoop:
             **asdict(self.state),
             "unlogged_loss": self.unlogged_loss.item(),
             "scheduler": self.scheduler.state_dict(),
-            "room": self.collator.room,
-            "rows": self.collator.rows,
+            "max_tokens": self.collator.room,
+            "max_rows": self.collator.rows,
             "checkpointing": self.recovery.checkpointing,
         }
         (folder / checkpoint.STATE_FILE).write_text(json.dumps(values))
@@ -351,7 +351,7 @@ class TrainingLoop:
     def restore_state(self, folder: Path) -> None:
         """Restore everything but the weights from a checkpoint."""
         values = json.loads((folder / checkpoint.STATE_FILE).read_text())
-        self.collator.room, self.collator.rows = values.pop("room"), values.pop("rows")
+        self.collator.room, self.collator.rows = values.pop("max_tokens"), values.pop("max_rows")
         if values.pop("checkpointing"):
             self.recovery.enable_checkpointing()
         self.scheduler.load_state_dict(values.pop("scheduler"))

@@ -125,7 +125,11 @@ class OomRecovery:
         any_failed: Callable[[bool], bool] | None = bool,
     ) -> None:
         self.collator, self.device, self.say, self.record = collator, device, say, record
-        self._enable_checkpointing, self.planned_bytes, self.any_failed = enable_checkpointing, planned_bytes, any_failed
+        self._enable_checkpointing, self.planned_bytes, self.any_failed = (
+            enable_checkpointing,
+            planned_bytes,
+            any_failed,
+        )
         self.checkpointing = False
         self.step = 0
         self.save_before_exit: Callable[[], str] = lambda: ""
