@@ -60,7 +60,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             PLANS[method] = real(request, method, **how)
         return PLANS[method]
 
-    real = compare.plan_of
+    real = compare.make_plan
     monkeypatch.setattr(compare, "make_plan", plan_of)
     monkeypatch.setattr(compare, "draw", lambda *_: None)
 

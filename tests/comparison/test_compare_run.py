@@ -161,7 +161,7 @@ def test_methods_and_seeds_may_be_added(grid, quick):
 
 
 def test_what_does_not_fit_is_left_out_and_said(grid, quick, monkeypatch):
-    plan_of = run_module.plan_of
+    plan_of = run_module.make_plan
 
     def small(request, method, **how):
         plan = plan_of(request, method, **how)
