@@ -1,4 +1,4 @@
-"""A run on the Hub: the adapter, a card that tells what is known, and nothing else; loaded back, it says the same."""
+"""`slimtune push`: the adapter, a card with what is known, and nothing else; loaded back, it answers the same."""
 
 from __future__ import annotations
 
@@ -9,30 +9,23 @@ import shutil
 import subprocess
 import sys
 import traceback
-from pathlib import Path
 
-import peft
 import pytest
 import torch
 import yaml
 from hand_run import make_run
-from hub_server import TOKEN, online
+from hub_server import TOKEN, serve_hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-import slimtune.methods
-from slimtune.adapters.config import PeftConfig
 from slimtune.adapters.model import PeftModel
-from slimtune.adapters.registry import built_in_methods
 from slimtune.cli import app
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
-from slimtune.export.base_model_info import BaseModelInfo, Licence
 from slimtune.export.folder import write_note
 from slimtune.export.hub import push
 from slimtune.export.merge import merge
-from slimtune.export.model_card import OURS_ALONE, adapter_card
-from slimtune.export.story import RunResults
+from slimtune.run_dir import write_json
 from slimtune.setup import load_run
 
 EVAL = {
@@ -48,287 +41,266 @@ PLAN = {"plan": {"need_bytes": {"low": 2**30, "high": 3 * 2**30}}, "probe": {"by
 
 @pytest.fixture
 def hub(monkeypatch):
-    with online(monkeypatch) as found:
-        yield found
+    with serve_hub(monkeypatch) as hub:
+        yield hub
 
 
 @pytest.fixture
 def run(tmp_path, tiny_folder):
-    """A run as training leaves it: with a tokenizer, checkpoints, logs and the rest."""
+    """A run with everything that training leaves in it."""
     run = make_run(tmp_path / "my run", tiny_folder)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(run / "adapter")
-    (run / "result.json").write_text(json.dumps(RESULT))
-    (run / "plan.json").write_text(json.dumps(PLAN))
+    write_json(run / "result.json", RESULT)
+    write_json(run / "plan.json", PLAN)
     (run / "metrics.jsonl").write_text("{}\n")
-    (run / "train.log").write_text("said\n")
+    (run / "train.log").touch()
     shutil.copytree(run / "adapter", run / "checkpoints" / "checkpoint-3")
     return run
 
 
-def files(hub, repo_id="ada/words") -> dict[str, bytes]:
-    return {n: c for n, c in hub.repos[repo_id].files.items() if n != ".gitattributes"}
+def get_files(hub, repo_id="ada/words") -> dict[str, bytes]:
+    return {n: c for n, c in hub.repos[repo_id].files().items() if n != ".gitattributes"}
 
 
-def card(hub, repo_id="ada/words") -> str:
-    return files(hub, repo_id)["README.md"].decode()
+def get_card(hub, repo_id="ada/words") -> str:
+    return get_files(hub, repo_id)["README.md"].decode()
 
 
-def front(text: str) -> dict:
-    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
+def get_metadata(card: str) -> dict:
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
 
 
-def test_what_is_uploaded_and_what_is_not(hub, run, tmp_path):
-    found = push(run, "ada/words", token=TOKEN)
-    words = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
-    assert set(files(hub)) == {"README.md", "adapter_config.json", "adapter_model.safetensors"} | words
-    assert files(hub)["adapter_model.safetensors"] == (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    for name, content in files(hub).items():
-        assert str(tmp_path).encode() not in content, f"{name} tells of this disk"
+def test_only_the_adapter_and_its_card_are_uploaded(hub, run, tmp_path):
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    result = push(run, "ada/words", token=TOKEN)
+    files = get_files(hub)
+    tokenizer = {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"} | tokenizer
+    assert files["adapter_model.safetensors"] == (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content, f"{name} contains a local path"
         assert TOKEN.encode() not in content, name
-    assert (found["repo_id"], found["url"], found["kind"]) == ("ada/words", f"{hub.url}/ada/words", "adapter")
-    assert (found["private"], found["revision"], found["made"], found["changed"]) == (False, "main", True, True)
-    assert found["commit"] == hub.repos["ada/words"].branches["main"][-1].sha
-    assert found["files"] == {n: len(c) for n, c in files(hub).items()}
-    assert found["bytes"] == sum(map(len, files(hub).values()))
-    assert TOKEN not in json.dumps(found, default=str)
-    assert [c.message for c in hub.repos["ada/words"].branches["main"]][1:] == ["lora adapter for tiny-base"]
+    assert (result["repo_id"], result["url"], result["kind"]) == ("ada/words", f"{hub.url}/ada/words", "adapter")
+    assert (result["private"], result["revision"]) == (False, "main")
+    assert result["created"]
+    assert result["committed"]
+    assert result["commit"] == hub.repos["ada/words"].sha()
+    assert result["files"] == {n: len(c) for n, c in files.items()}
+    assert result["bytes"] == sum(map(len, files.values()))
+    assert hub.repos["ada/words"].branches["main"][-1][0] == "lora adapter for tiny-base"
+    assert TOKEN not in json.dumps(result, default=str)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before, "the run folder is unchanged"
 
 
-def test_the_card_without_a_hub_id_says_so(hub, run, caplog):
-    found = push(run, "ada/words", token=TOKEN)
-    config = json.loads(files(hub)["adapter_config.json"])
-    assert config["base_model_name_or_path"] == found["base"] == "tiny-base"
-    assert "base_model" not in front(card(hub))
-    assert "license" not in front(card(hub))
-    assert "| licence of the base | unknown |" in card(hub)
-    assert any("--base ORG/NAME" in n for n in found["notes"])
-    assert any("licence" in n for n in found["notes"])
-    assert found["notes"] == [r.message for r in caplog.records if r.name == "slimtune.export.hub"]
+def test_the_card_contains_the_results_of_the_run(hub, run):
+    write_json(run / "eval-test.json", EVAL)
+    result = push(run, "ada/words", token=TOKEN, base="ada/tiny")
+    card = get_card(hub)
+    assert result["eval_file"] == "eval-test.json"
+    assert json.loads(get_files(hub)["adapter_config.json"])["base_model_name_or_path"] == "ada/tiny"
+    metadata = get_metadata(card)
+    assert (metadata["base_model"], metadata["base_model_relation"]) == ("ada/tiny", "adapter")
+    assert {"slimtune", "lora", "base_model:adapter:ada/tiny"} <= set(metadata["tags"])
+    for text in (
+        "| data | `my run-rows.jsonl`, 779 rows; 9699 supervised tokens |",
+        "`held.jsonl`, 93 rows: loss 4.520 before, 3.730 after; lower by 0.790, 95 % interval 0.720 to 0.890",
+        "24 steps, 0.245 epochs, learning rate 0.0002, batches of 8 rows, seed 42, base in bfloat16",
+        "planned 1.0 GiB to 3.0 GiB; the longest micro-batch took 1.5 GiB; the run took at most 2.0 GiB on cpu",
+        "vllm serve ada/tiny --enable-lora --max-lora-rank 8 --lora-modules words=ada/words",
+        '"r": 4',
+    ):
+        assert text in card
 
 
-def test_the_card_tells_what_the_run_does(hub, run):
-    (run / "eval-test.json").write_text(json.dumps(EVAL))
-    found = push(run, "ada/words", token=TOKEN, base="ada/tiny")
-    text = card(hub)
-    assert found["held_out"] == "eval-test.json"
-    assert json.loads(files(hub)["adapter_config.json"])["base_model_name_or_path"] == "ada/tiny"
-    assert front(text)["base_model"] == "ada/tiny"
-    assert front(text)["base_model_relation"] == "adapter"
-    assert front(text)["tags"] == ["slimtune", "lora"]
-    assert "| data | `my run-rows.jsonl`, 779 rows; 9699 tokens learned from |" in text
-    assert (
-        "`held.jsonl`, 93 rows: loss 4.520 before, 3.730 after; better by 0.790, 95 % interval 0.720 to 0.890" in text
-    )
-    assert "24 steps, 0.245 epochs, learning rate 0.0002, batches of 8 rows, seed 42, base in bfloat16" in text
-    assert "planned 1.0 GiB to 3.0 GiB; the longest pass took 1.5 GiB; the run 2.0 GiB at most on cpu" in text
-    assert "vllm serve ada/tiny --enable-lora --max-lora-rank 8 --lora-modules words=ada/words" in text
-    assert '"r": 4' in text
+def test_without_an_evaluation_the_card_shows_the_validation_loss(run):
+    result = push(run, "ada/words", dry_run=True)
+    assert result["eval_file"] == "result.json"
+    assert "loss 3.898 nats per token on the validation rows; the base was not measured" in result["card"]
 
 
-@pytest.mark.parametrize(
-    ("evals", "told_by"),
-    [
-        ({}, "result.json"),
-        ({"eval-validation.json": EVAL}, "eval-validation.json"),
-        ({"eval-validation.json": EVAL, "eval-data-x.json": EVAL}, "eval-data-x.json"),
-        ({"eval-data-x.json": EVAL, "eval-test.json": EVAL}, "eval-test.json"),
-        ({"eval-data-x.json": {**EVAL, "data": "TRAIN"}}, "result.json"),
-        ({"eval-data-x.json": {"rows": 3}}, "result.json"),
-    ],
-)
-def test_which_result_the_card_shows(run, evals, told_by):
-    for name, values in evals.items():
-        trained_on = str(run.with_name("my run-rows.jsonl"))
-        (run / name).write_text(json.dumps(values).replace("TRAIN", trained_on))
-    found = push(run, "ada/words", dry_run=True)
-    assert found["held_out"] == told_by
-    other = "loss 3.898 nats a token on the validation rows; the base was not measured"
-    assert (other in found["card"]) == (told_by == "result.json")
-
-
-def test_a_run_without_any_result(run):
+def test_a_run_without_results(run):
     (run / "result.json").unlink()
     (run / "plan.json").unlink()
-    found = push(run, "ada/words", dry_run=True)
-    assert found["held_out"] is None
-    assert "| held out | not measured |" in found["card"]
-    assert "| memory |" not in found["card"]
+    result = push(run, "ada/words", dry_run=True)
+    assert result["eval_file"] is None
+    assert "| held-out rows | not measured |" in result["card"]
+    assert "| memory |" not in result["card"]
 
 
 def test_a_dry_run_sends_nothing(hub, run):
-    found = push(run, "ada/words", dry_run=True)
-    assert hub.asked == []
-    assert found["card"].startswith("---\n")
-    assert "url" not in found
+    result = push(run, "ada/words", dry_run=True)
+    assert hub.requests == []
+    assert result["card"].startswith("---\n")
+    assert "url" not in result
 
 
-def test_the_licence_is_the_bases_own(hub, run, tiny_folder):
+def test_a_base_without_hub_id_is_noted(hub, run, caplog):
+    result = push(run, "ada/words", token=TOKEN)
+    config = json.loads(get_files(hub)["adapter_config.json"])
+    assert config["base_model_name_or_path"] == result["base"] == "tiny-base"
+    assert not {"base_model", "license"} & set(get_metadata(get_card(hub)))
+    assert "| licence of the base | unknown |" in get_card(hub)
+    assert any("--base ORG/NAME" in n for n in result["notes"])
+    assert any("licence" in n for n in result["notes"])
+    assert result["notes"] == [r.message for r in caplog.records if r.name == "slimtune.export.hub"]
+
+
+def test_the_licence_of_a_local_base(hub, run, tiny_folder):
     (tiny_folder / "README.md").write_text("---\nlicense: other\nlicense_name: words-1\nlicense_link: x\n---\n")
-    push(run, "ada/words", token=TOKEN, base="ada/tiny")
-    assert "| licence of the base | words-1 (says its model card) |" in card(hub)
-    assert {k: v for k, v in front(card(hub)).items() if "license" in k} == {
-        "license": "other",
-        "license_name": "words-1",
-        "license_link": "x",
-    }
+    card = push(run, "ada/words", dry_run=True, base="ada/tiny")["card"]
+    assert "| licence of the base | words-1 (from its model card) |" in card
+    expected = {"license": "other", "license_name": "words-1", "license_link": "x"}
+    assert {k: v for k, v in get_metadata(card).items() if "license" in k} == expected
 
 
-def test_the_licence_by_the_bases_card_on_the_hub(hub, run):
+def test_the_licence_of_a_base_on_the_hub(hub, run):
     hub.make("engines/tiny", **{"README.md": b"---\nlicense: mit\n---\n"})
-    push(run, "ada/words", token=TOKEN, base="engines/tiny")
-    assert front(card(hub))["license"] == "mit"
+    assert get_metadata(push(run, "ada/words", dry_run=True, base="engines/tiny")["card"])["license"] == "mit"
 
 
-@pytest.mark.parametrize("where", ["adapter", "checkpoints/checkpoint-3"])
-def test_an_adapter_folder(hub, run, where):
-    found = push(run / where, "ada/words", token=TOKEN)
-    assert "adapter_model.safetensors" in files(hub)
-    assert ("779 rows" in card(hub)) == (where == "adapter"), "of the run it is the adapter of"
-    assert found["base"] == "tiny-base"
+@pytest.mark.real
+def test_an_alias_is_replaced_by_the_hub_id(smollm2_folder, tmp_path):
+    run = make_run(tmp_path / "run", smollm2_folder)
+    recipe = (run / "recipe.yaml").read_text().replace(str(smollm2_folder), "smollm2-135m")
+    (run / "recipe.yaml").write_text(recipe)
+    result = push(run, "ada/words", dry_run=True)
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert result["base"] == get_metadata(result["card"])["base_model"] == name
+    assert get_metadata(result["card"])["license"] == "apache-2.0"
+    assert "`SmolLM2-135M-Instruct.Q4_1.gguf`, a quantized copy" in result["card"]
+    assert any("in place of 'smollm2-135m'" in n for n in result["notes"])
+    assert any("quantized copy" in n for n in result["notes"])
 
 
-def test_an_export_for_vllm_is_an_adapter(hub, run, tmp_path):
+@pytest.mark.parametrize("folder", ["adapter", "checkpoints/checkpoint-3"])
+def test_an_adapter_folder(run, folder):
+    result = push(run / folder, "ada/words", dry_run=True)
+    assert "adapter_model.safetensors" in result["files"]
+    assert ("779 rows" in result["card"]) == (folder == "adapter"), "a run has one adapter"
+
+
+def test_an_export_for_vllm_is_an_adapter(run, tmp_path):
     out = tmp_path / "vllm"
     shutil.copytree(run / "adapter", out)
     (out / "serve.sh").write_text(f"vllm serve {tmp_path}")
     write_note(out, "vllm", run, {})
-    found = push(out, "ada/words", token=TOKEN)
-    assert found["left"] == ["serve.sh", "slimtune_export.json"]
-    assert "779 rows" in card(hub)
+    result = push(out, "ada/words", dry_run=True)
+    assert result["skipped"] == ["serve.sh", "slimtune_export.json"]
+    assert "779 rows" in result["card"]
 
 
-def test_a_card_written_by_hand_goes_as_it_is(hub, run):
+def test_a_card_of_the_user_is_uploaded_unchanged(run):
     (run / "adapter" / "README.md").write_text("# Mine\n")
-    found = push(run, "ada/words", token=TOKEN)
-    assert card(hub) == "# Mine\n"
-    assert any("uploaded as it is" in n for n in found["notes"])
+    result = push(run, "ada/words", dry_run=True)
+    assert result["card"] == "# Mine\n"
+    assert any("unchanged" in n for n in result["notes"])
 
 
 def test_a_card_on_the_hub_is_replaced_or_kept(hub, run):
     hub.make("ada/words", **{"README.md": b"theirs", "model.safetensors": b"x"})
-    found = push(run, "ada/words", token=TOKEN, keep_card=True)
-    assert card(hub) == "theirs"
-    assert any("left as it is" in n for n in found["notes"])
-    assert any("other weights" in n and "model.safetensors" in n for n in found["notes"])
-    found = push(run, "ada/words", token=TOKEN)
-    assert card(hub) != "theirs"
-    assert any("was replaced" in n for n in found["notes"])
+    result = push(run, "ada/words", token=TOKEN, keep_card=True)
+    assert get_card(hub) == "theirs"
+    assert any("was not replaced" in n for n in result["notes"])
+    assert any("other weights" in n and "model.safetensors" in n for n in result["notes"])
+    result = push(run, "ada/words", token=TOKEN)
+    assert get_card(hub) != "theirs"
+    assert any("was replaced" in n for n in result["notes"])
     again = push(run, "ada/words", token=TOKEN)
-    assert again["changed"] is False
+    assert not again["committed"]
     assert any("no new commit" in n for n in again["notes"])
 
 
-def test_private_and_branch(hub, run):
-    found = push(run, "ada/words", token=TOKEN, private=True, revision="v2", message="second try")
-    repo = hub.repos["ada/words"]
-    assert repo.private
-    assert found["private"]
-    assert repo.branches["v2"][-1].message == "second try"
-    assert found["revision"] == "v2"
-    assert "adapter_config.json" not in repo.files
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
-# --- what is no adapter ----------------------------------------------------------------------------------------------
-
-
-def refused(hub, run, kind, match):
-    with pytest.raises(kind, match=match) as raised:
+def assert_refused(hub, run, error_class, match):
+    with pytest.raises(error_class, match=match) as e:
         push(run, "ada/words", token=TOKEN)
-    assert not [c for c in hub.calls() if not c.startswith("GET")], "nothing was sent"
-    assert TOKEN not in "".join(traceback.format_exception(raised.value))
+    assert not [r for r in hub.requests if not r.startswith("GET")], "nothing was sent"
+    assert TOKEN not in "".join(traceback.format_exception(e.value))
 
 
 def test_a_run_without_an_adapter(hub, run):
     shutil.rmtree(run / "adapter")
-    refused(hub, run, RunError, "has no adapter yet")
+    assert_refused(hub, run, RunError, "has no adapter yet")
 
 
 def test_no_run(hub, run):
-    refused(hub, run.with_name("my rum"), UsageError, "did you mean 'my run'")
+    assert_refused(hub, run.with_name("my rum"), UsageError, "did you mean 'my run'")
     (run.with_name("empty")).mkdir()
-    refused(hub, run.with_name("empty"), UsageError, "no run folder")
+    assert_refused(hub, run.with_name("empty"), UsageError, "not a run folder")
 
 
-def test_a_truncated_adapter(hub, run):
+def test_damaged_adapters(hub, run):
     file = run / "adapter" / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-7])
-    refused(hub, run, AdapterError, "no sound safetensors file")
-
-
-def test_an_adapter_of_other_tensors(hub, run):
-    file = run / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(file)
+    content, tensors = file.read_bytes(), load_file(file)
     first = next(iter(tensors))
     save_file({**tensors, first: torch.zeros(3, 3)}, file)
-    refused(hub, run, AdapterError, "another shape")
+    assert_refused(hub, run, AdapterError, "shape")
     save_file({k: t for k, t in tensors.items() if k != first}, file)
-    refused(hub, run, AdapterError, "missing")
+    assert_refused(hub, run, AdapterError, "missing")
     save_file({**tensors, first: torch.full_like(tensors[first], torch.nan)}, file)
-    refused(hub, run, AdapterError, "numbers that are none in 1 of")
+    assert_refused(hub, run, AdapterError, "NaN or Inf in 1 of")
+    file.write_bytes(content[:-7])
+    assert_refused(hub, run, AdapterError, "safetensors")
 
 
-def test_a_damaged_config_or_result(hub, run):
+def test_damaged_json_files(hub, run):
     (run / "result.json").write_text("{")
-    refused(hub, run, UsageError, "damaged")
-    (run / "adapter" / "adapter_config.json").write_text("{")
+    assert_refused(hub, run, RunError, "result.json is damaged")
     (run / "result.json").unlink()
-    refused(hub, run, AdapterError, "not JSON")
+    (run / "adapter" / "adapter_config.json").write_text("{")
+    assert_refused(hub, run, AdapterError, "not JSON")
 
 
 def test_a_base_that_changed(hub, run, tiny_folder, tiny_llama):
     tiny_llama(rope_theta=77.0, num_hidden_layers=1).save_pretrained(tiny_folder)
-    refused(hub, run, AdapterError, "made for another base")
+    assert_refused(hub, run, AdapterError, "another base")
 
 
-def test_a_base_that_is_gone(hub, run, tiny_folder):
+def test_a_base_that_is_missing_is_noted(run, tiny_folder):
     shutil.rmtree(tiny_folder)
-    found = push(run, "ada/words", token=TOKEN, base="ada/tiny")
-    assert any("not held against its base" in n for n in found["notes"])
-    assert "adapter_config.json" in files(hub)
+    result = push(run, "ada/words", dry_run=True, base="ada/tiny")
+    assert any("not loaded into its base" in n for n in result["notes"])
 
 
-@pytest.mark.parametrize("repo_id", ["words", "a/b/c", "https://huggingface.co/ada/words", "ada/wo rds"])
-def test_the_form_of_an_id(hub, run, repo_id):
-    with pytest.raises(UsageError, match=r"NAME/REPOSITORY|alone"):
-        push(run, repo_id, token=TOKEN)
-    assert hub.asked == []
-
-
-def test_a_base_id_has_a_form_too(run):
-    with pytest.raises(UsageError, match="names no owner"):
-        push(run, "ada/words", base="tiny", dry_run=True)
+@pytest.mark.parametrize("options", [{"repo_id": "words"}, {"repo_id": "a/b/c"}, {"repo_id": "a/b", "base": "tiny"}])
+def test_malformed_ids(run, options):
+    with pytest.raises(UsageError, match="NAME/REPOSITORY|names no owner"):
+        push(run, dry_run=True, **options)
 
 
 # --- whole models ----------------------------------------------------------------------------------------------------
 
 
-def test_a_merged_folder(hub, run, tmp_path):
+def test_a_merged_model(hub, run, tmp_path):
     out = tmp_path / "merged"
     merge(run, out)
-    found = push(out, "ada/whole", token=TOKEN)
-    assert found["kind"] == "checkpoint"
-    assert {"config.json", "README.md", "tokenizer.json"} <= set(files(hub, "ada/whole"))
-    assert any(n.endswith(".safetensors") for n in files(hub, "ada/whole"))
-    assert "slimtune_export.json" not in files(hub, "ada/whole")
-    for name, content in files(hub, "ada/whole").items():
-        assert str(tmp_path).encode() not in content, f"{name} tells of this disk"
-    with pytest.raises(UsageError, match="--base is for an adapter"):
+    result = push(out, "ada/whole", token=TOKEN)
+    files = get_files(hub, "ada/whole")
+    assert result["kind"] == "checkpoint"
+    assert {"config.json", "README.md", "tokenizer.json"} <= set(files)
+    assert any(n.endswith(".safetensors") for n in files)
+    assert "slimtune_export.json" not in files
+    for name, content in files.items():
+        assert str(tmp_path).encode() not in content, f"{name} contains a local path"
+    with pytest.raises(UsageError, match="--base is for adapters"):
         push(out, "ada/whole", base="ada/tiny", token=TOKEN)
 
 
-def test_a_damaged_checkpoint(hub, tiny_folder):
+def test_damaged_checkpoints(hub, tiny_folder):
     file = tiny_folder / "model.safetensors"
-    whole = file.read_bytes()
-    file.write_bytes(whole[:-9])
-    refused(hub, tiny_folder, ModelError, "no sound safetensors file")
+    content = file.read_bytes()
+    file.write_bytes(content[:-9])
+    assert_refused(hub, tiny_folder, ModelError, "is damaged")
     file.unlink()
-    refused(hub, tiny_folder, ModelError, "no weights")
-    file.write_bytes(whole)
+    assert_refused(hub, tiny_folder, ModelError, "has no \\*.safetensors")
+    file.write_bytes(content)
     (tiny_folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
-    refused(hub, tiny_folder, ModelError, "lacks 'model-2.safetensors'")
+    assert_refused(hub, tiny_folder, ModelError, "lacks 'model-2.safetensors'")
 
 
-def test_a_gguf_folder(hub, run, tmp_path):
+def test_gguf_files(run, tmp_path):
     from gguf import GGUFWriter
 
     out = tmp_path / "out"
@@ -341,194 +313,119 @@ def test_a_gguf_folder(hub, run, tmp_path):
     writer.close()
     (out / "Modelfile").write_text(f"FROM {tmp_path}\n")
     write_note(out, "ollama", run, {})
-    found = push(out, "ada/gguf", token=TOKEN)
-    assert set(files(hub, "ada/gguf")) == {"adapter.gguf"}
-    assert found["left"] == ["Modelfile", "slimtune_export.json"]
-    assert any("no README.md" in n for n in found["notes"])
+    result = push(out, "ada/gguf", dry_run=True)
+    assert list(result["files"]) == ["adapter.gguf"]
+    assert result["skipped"] == ["Modelfile", "slimtune_export.json"]
+    assert any("no README.md" in n for n in result["notes"])
     (out / "adapter.gguf").write_bytes((out / "adapter.gguf").read_bytes()[:40])
     with pytest.raises(ModelError, match="is damaged"):
-        push(out, "ada/gguf", token=TOKEN)
+        push(out, "ada/gguf", dry_run=True)
     (out / "adapter.gguf").unlink()
-    with pytest.raises(UsageError, match="holds no weights"):
-        push(out, "ada/gguf", token=TOKEN)
-
-
-# --- the card's words ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(built_in_methods()))
-def test_what_peft_reads(name):
-    assert (name.upper() in peft.PeftType.__members__) == (name not in OURS_ALONE)
-
-
-def told(config: PeftConfig, origin: BaseModelInfo | None = None) -> str:
-    origin = origin or BaseModelInfo("ada/tiny", "ada/tiny")
-    facts = {"repo_id": "ada/words", "size": 9, "parameters": 9, "tokenizer": False, "chat": False}
-    return adapter_card(config, origin, RunResults(), **facts)
-
-
-def test_use_differs_by_method():
-    lora = slimtune.methods.config_class("lora")
-    assert "vllm serve" in told(lora())
-    for settings in ({"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}}, {"r": 600},
-                     {"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}):  # fmt: skip
-        assert "vllm serve" not in told(lora(**settings)), settings
-        assert "merge_and_unload" in told(lora(**settings))
-    bottleneck = told(slimtune.methods.config_class("bottleneck")())
-    assert "peft has no method" in bottleneck
-    assert "no change of weights" in bottleneck
-    assert 'AutoTokenizer.from_pretrained("ada/tiny")' in bottleneck
-
-
-def test_names_cannot_leave_their_cell():
-    sly = Licence("a | b\n<script>", "x", {"license": "a: b\n---\n"})
-    text = told(slimtune.methods.config_class("lora")(), BaseModelInfo("x`|y\n# z", None, None, sly, "q`.gguf"))
-    assert front(text)["license"] == "a: b\n---\n"
-    rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
-    assert "<script>" not in text
-    assert "\n# z" not in text
+    with pytest.raises(UsageError, match="without weights"):
+        push(out, "ada/gguf", dry_run=True)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def slim(*args: str):
+def slimtune(*args: str):
     return CliRunner().invoke(app, list(args))
 
 
-def test_the_verb(hub, run, monkeypatch):
+def test_the_push_command(hub, run, monkeypatch):
+    assert slimtune("push", str(run), "ada/words").exit_code == 2, "without a token"
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    done = slim("push", str(run), "ada/words", "--private", "--branch", "v1", "--message", "m", "--json")
+    done = slimtune("push", str(run), "ada/words", "--private", "--branch", "v1", "--message", "m", "--json")
     assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert (found["repo_id"], found["private"], found["revision"]) == ("ada/words", True, "v1")
+    result = json.loads(done.stdout)
+    assert (result["repo_id"], result["private"], result["revision"]) == ("ada/words", True, "v1")
+    repo = hub.repos["ada/words"]
+    assert (repo.private, repo.branches["v1"][-1][0]) == (True, "m")
+    assert "adapter_config.json" not in repo.files()
     assert TOKEN not in done.output
-    done = slim("push", str(run), "ada/words")
-    assert "(private), main at" in done.stdout
-    assert "stays here" not in done.stdout
-    done = slim("push", str(run), "ada/words", "--dry-run")
-    assert "nothing was sent" in done.stdout
+    assert "(private), main at" in slimtune("push", str(run), "ada/words").stdout
+    assert "nothing was sent" in slimtune("push", str(run), "ada/words", "--dry-run").stdout
 
 
-def test_the_verb_without_a_token_and_at_faults(hub, run, monkeypatch):
-    done = slim("push", str(run), "ada/words")
-    assert done.exit_code == 2
-    assert "hf auth login" in done.stderr
+def test_the_push_command_shows_no_token_at_errors(hub, run, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     hub.fail["POST .*/commit/main"] = "echo"
-    done = slim("push", str(run), "ada/words", "--json")
+    done = slimtune("push", str(run), "ada/words", "--json")
     assert done.exit_code == 1
     assert json.loads(done.stdout)["error"]["kind"] == "RunError"
-    assert TOKEN not in done.output
-
-    def bug(*_, **__):
-        raise LookupError("a fault of ours")
-
-    monkeypatch.setattr("slimtune.utils.hub.CommitOperationAdd", bug)
-    done = slim("push", str(run), "ada/words", "--json")
-    assert done.exit_code == 1
-    assert "LookupError: a fault of ours" in done.output
     assert TOKEN not in done.output
 
 
 # --- push_to_hub -----------------------------------------------------------------------------------------------------
 
 
-def test_the_models_own_push(hub, run, caplog):
+def test_push_to_hub(hub, run, caplog):
     model = load_run(run).model
     model.peft_config["default"].base_model_name_or_path = "ada/tiny"
     model.add_adapter("other", type(model.active_peft_config)(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     info = model.push_to_hub("words", token=TOKEN, private=True, tags=["dictionary"], commit_message="m")
-    assert hub.repos["ada/words"].private
-    assert info.oid == hub.repos["ada/words"].branches["main"][-1].sha
-    assert front(card(hub))["base_model"] == "ada/tiny"
-    assert front(card(hub))["tags"] == ["dictionary", "lora", "slimtune"]
-    theirs = {"adapter_config.json", "adapter_model.safetensors"}
-    assert set(files(hub)) == {"README.md"} | theirs | {f"other/{n}" for n in theirs}
-    hub.repos["ada/words"].files["README.md"] = b"by hand"
+    repo = hub.repos["ada/words"]
+    assert repo.private
+    assert info.oid == repo.sha()
+    metadata = get_metadata(get_card(hub))
+    assert metadata["base_model"] == "ada/tiny"
+    assert {"dictionary", "lora", "slimtune"} <= set(metadata["tags"])
+    own = {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(get_files(hub)) == {"README.md"} | own | {f"other/{n}" for n in own}
+    repo.files()["README.md"] = b"by hand"
     model.push_to_hub("ada/words", token=TOKEN)
-    assert card(hub) == "by hand", "it is left, as PEFT leaves it"
+    assert get_card(hub) == "by hand", "it is kept, as PEFT keeps it"
     assert not [r for r in caplog.records if r.name.startswith("slimtune")]
 
 
-def test_the_models_own_push_names_no_path(hub, run, tmp_path, caplog):
+def test_push_to_hub_uploads_no_path(hub, run, tmp_path, caplog):
     model = load_run(run).model
     model.push_to_hub("ada/words", token=TOKEN)
-    for name, content in files(hub).items():
-        assert str(tmp_path).encode() not in content, f"{name} tells of this disk"
+    for name, content in get_files(hub).items():
+        assert str(tmp_path).encode() not in content, f"{name} contains a local path"
     assert "others cannot find the base 'tiny-base'" in caplog.text
-    assert json.loads(files(hub)["adapter_config.json"])["base_model_name_or_path"] == "tiny-base"
-    with pytest.raises(UsageError, match="does not know this token"):
-        model.push_to_hub("ada/words", token="hf_wrong")
+    assert json.loads(get_files(hub)["adapter_config.json"])["base_model_name_or_path"] == "tiny-base"
 
 
-# --- there and back --------------------------------------------------------------------------------------------------
+# --- loading it back -------------------------------------------------------------------------------------------------
 
-BACK = """
-import json, sys
+LOAD = """
+import json
 import peft, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 import slimtune
 
-def said(model):
+def log_probabilities(model):
     ids = AutoTokenizer.from_pretrained("ada/words")("Define hope.", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         return model(ids).logits.log_softmax(-1).flatten().tolist()
 
-def base():
+def load_base():
     return AutoModelForCausalLM.from_pretrained("ada/tiny")
 
 print(json.dumps({
-    "slimtune": said(slimtune.PeftModel.from_pretrained(base(), "ada/words")),
-    "auto": said(slimtune.AutoPeftModelForCausalLM.from_pretrained("ada/words")),
-    "peft": said(peft.PeftModel.from_pretrained(base(), "ada/words")),
+    "slimtune": log_probabilities(slimtune.PeftModel.from_pretrained(load_base(), "ada/words")),
+    "auto": log_probabilities(slimtune.AutoPeftModelForCausalLM.from_pretrained("ada/words")),
+    "peft": log_probabilities(peft.PeftModel.from_pretrained(load_base(), "ada/words")),
 }))
 """
 
 
-def test_loaded_back_it_says_the_same(hub, run, tiny_folder, tmp_path):
+def test_loaded_from_the_hub_it_answers_the_same(hub, run, tiny_folder, tmp_path):
     push(tiny_folder, "ada/tiny", token=TOKEN, private=True)
     push(run, "ada/words", token=TOKEN, private=True, base="ada/tiny")
-    calls = len(hub.asked)
-    where = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", BACK], capture_output=True, text=True, env={**os.environ, **where}, check=False
+        [sys.executable, "-c", LOAD], capture_output=True, text=True, env={**os.environ, **settings}, check=False
     )
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
-    assert len(hub.asked) > calls
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), run / "adapter")
     ids = AutoTokenizer.from_pretrained(tiny_folder)("Define hope.", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        wanted = model(ids).logits.log_softmax(-1).flatten()
+        expected = model(ids).logits.log_softmax(-1).flatten()
         with model.disable_adapter():
-            effect = (model(ids).logits.log_softmax(-1).flatten() - wanted).abs().max()
+            effect = (model(ids).logits.log_softmax(-1).flatten() - expected).abs().max()
     assert effect > 0.1
-    for way, found in json.loads(done.stdout.splitlines()[-1]).items():
-        assert (torch.tensor(found) - wanted).abs().max() < 1e-5, way
-
-
-@pytest.mark.real
-def test_an_alias_gets_the_id_others_know(hub, smollm2_folder, tmp_path):
-    run = make_run(tmp_path / "run", smollm2_folder)
-    recipe = (run / "recipe.yaml").read_text().replace(str(smollm2_folder), "smollm2-135m")
-    (run / "recipe.yaml").write_text(recipe)
-    found = push(run, "ada/words", token=TOKEN)
-    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert found["base"] == name
-    assert json.loads(files(hub)["adapter_config.json"])["base_model_name_or_path"] == name
-    assert front(card(hub))["base_model"] == name
-    assert front(card(hub))["license"] == "apache-2.0"
-    assert "`SmolLM2-135M-Instruct.Q4_1.gguf`, a quantized copy" in card(hub)
-    assert any("'smollm2-135m' is called" in n for n in found["notes"])
-    assert any("quantized copy" in n for n in found["notes"])
-
-
-def test_nothing_of_the_token_on_the_disk(hub, run, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    before = {p for p in tmp_path.rglob("*") if p.is_file()}
-    push(run, "ada/words")
-    after = {p for p in tmp_path.rglob("*") if p.is_file()}
-    assert after == before, "the run folder is as it was"
-    assert not [p for p in after if TOKEN.encode() in Path(p).read_bytes()]
+    for library, found in json.loads(done.stdout.splitlines()[-1]).items():
+        assert (torch.tensor(found) - expected).abs().max() < 1e-5, library

@@ -23,6 +23,7 @@ from ..utils.files import write_atomic
 from ..utils.fingerprint import config_fingerprint
 from .config import CONFIG_FILE, PeftConfig, find_file
 from .layer import get_site
+from .model_card import write_model_card
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -198,20 +199,6 @@ def check_same_base(model: Any, made_for: str | None, where: str | os.PathLike) 
             "the base the adapter was trained on",
             "see base_model_name_or_path in its adapter_config.json",
         )
-
-
-def write_model_card(config: PeftConfig, folder: Path) -> None:
-    """Write a README.md with the Hub's front matter into an adapter folder, unless there is one."""
-    if (folder / "README.md").exists():
-        return
-    base = config.base_model_name_or_path
-    front = [f"base_model: {json.dumps(base)}"] if base else []
-    front += ["library_name: peft", "tags:", f"- {config.name}", "- slimtune"]
-    front += ["pipeline_tag: text-generation"] if config.task_type == "CAUSAL_LM" else []
-    text = f"# An adapter ({config.peft_type})" + (f" for `{base}`" if base else "")
-    use = "from slimtune import PeftModel\n\nmodel = PeftModel.from_pretrained(base, folder)  # `peft` reads it, too"
-    card = "\n".join(["---", *front, "---", "", text, "", "```python", use, "```", ""])
-    write_atomic(folder / "README.md", card)
 
 
 def _our_key(key: str, own: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`slimtune push`: a run's adapter and its model card on the Hub, in one commit."""
+"""`slimtune push`: upload a run's adapter and a model card to the Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .common import Json, Run, console
 def push_run(
     run: Run,
     repo_id: Annotated[
-        str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME; made if it is not there.", show_default=False)
+        str, typer.Argument(metavar="REPO_ID", help="OWNER/NAME; created if it does not exist.", show_default=False)
     ],
     private: Annotated[
-        bool, typer.Option("--private", help="Only you see it. A repository that is public already is refused.")
+        bool, typer.Option("--private", help="Only you see it. An existing public repository is an error.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option("--revision", "--branch", help="Branch to commit to; made if it is not there.")
+        str | None, typer.Option("--revision", "--branch", help="Branch to commit to; created if it does not exist.")
     ] = None,
     message: Annotated[str | None, typer.Option(help="First line of the commit.")] = None,
     base: Annotated[
-        str | None, typer.Option(metavar="ORG/NAME", help="The base's Hub id, where the run knows it by a path.")
+        str | None, typer.Option(metavar="ORG/NAME", help="Hub id of the base, if the run names it by a path.")
     ] = None,
     keep_card: Annotated[
-        bool, typer.Option("--keep-card", help="Leave a README.md that the repository has already.")
+        bool, typer.Option("--keep-card", help="Do not replace a README.md in the repository.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Send nothing; show the files and the model card.")
@@ -35,7 +35,7 @@ def push_run(
 ) -> dict[str, Any]:
     """Upload the adapter and a model card to the Hub, never checkpoints, logs or rows.
 
-    An export or a merged folder goes as it is. Log in by `hf auth login`, or set HF_TOKEN.
+    Merged models and GGUF files are uploaded as they are. Log in with `hf auth login`, or set HF_TOKEN.
     """
     from ..export.hub import push
 
@@ -55,17 +55,15 @@ def push_run(
 
 
 def _show(result: dict[str, Any]) -> None:
-    screen = console()
-    for name, size in result["files"].items():
-        screen.print(f"{name}  {format_bytes(size)}", markup=False)
-    if result["left"]:
-        screen.print(f"stays here: {', '.join(result['left'])}", markup=False)
+    lines = [f"{name}  {format_bytes(size)}" for name, size in result["files"].items()]
+    if result["skipped"]:
+        lines.append(f"not uploaded: {', '.join(result['skipped'])}")
     if "card" in result:
-        screen.print(f"\nnothing was sent; the model card would be:\n\n{result['card']}", markup=False)
-        return
-    seen = "private" if result["private"] else "public"
-    screen.print(
-        f"{result['url']} ({seen}), {result['revision']} at {result['commit'][:8]}: "
-        f"{len(result['files'])} files, {format_bytes(result['bytes'])}",
-        markup=False,
-    )
+        lines.append(f"\nnothing was sent; the model card would be:\n\n{result['card']}")
+    else:
+        visibility = "private" if result["private"] else "public"
+        lines.append(
+            f"{result['url']} ({visibility}), {result['revision']} at {result['commit'][:8]}: "
+            f"{len(result['files'])} files, {format_bytes(result['bytes'])}"
+        )
+    console().print("\n".join(lines), markup=False)

@@ -1,8 +1,8 @@
-"""A run on the Hub: its adapter, a model card, and nothing else of the folder; in one commit, or not at all.
+"""`slimtune push`: an adapter, a merged model or GGUF files on the Hub, with a model card, in one commit.
 
-    adapter read and held against its base ─ config without paths ─ card ─ one commit
+    read and check the files ─ remove local paths from configs ─ model card ─ one commit
 
-What goes is on a list; what is not on it stays here and is named. An export or a checkpoint goes as its files are.
+Only files on the list are uploaded; the others are named in the result.
 """
 
 from __future__ import annotations
@@ -17,68 +17,59 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..adapters import state_dict
 from ..adapters.config import CONFIG_FILE, PeftConfig
 from ..adapters.model import PeftModel
-from ..adapters.publishing import strip_local_paths
-from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, format_names
+from ..adapters.model_card import CARD_FILE, is_saved_card, strip_local_paths
+from ..errors import AdapterError, ModelError, RunError, SlimtuneError, UsageError, format_names
 from ..models.gguf_facts import read_facts
 from ..models.loader import load_config
-from ..run_dir import ADAPTER_FILE, RunDir
+from ..run_dir import ADAPTER_FILE, RunDir, RunResults, read_json
 from ..setup import build_meta_model, find_adapter_folder
-from ..utils.hub import Committed, commit_files, require_repo_id
+from ..utils.hub import CommitResult, commit_files, require_repo_id
 from .base_model_info import get_base_model_info
 from .folder import read_note
-from .model_card import adapter_card
-from .story import RunResults, load_run_results
+from .model_card import render_adapter_card
 
 log = logging.getLogger(__name__)
 
-CARD = "README.md"
-_WORDS = (
+_TOKENIZER = (
     r"tokenizer\.(json|model)|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|"
     r"merges\.txt|spiece\.model|chat_template\.(jinja|json)|preprocessor_config\.json|processor_config\.json"
 )
-_LEGAL = r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
-_GOES = {
-    "adapter": rf"{_WORDS}|{_LEGAL}",
-    "checkpoint": rf"(config|generation_config)\.json|.+\.safetensors(\.index\.json)?|README\.md|{_WORDS}|{_LEGAL}",
-    "gguf": rf".+\.gguf|README\.md|{_LEGAL}",
+_LICENCE = r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
+ALLOWED_FILES = {
+    "adapter": rf"{_TOKENIZER}|{_LICENCE}",
+    "checkpoint": rf"(config|generation_config)\.json|.+\.safetensors(\.index\.json)?|README\.md|{_TOKENIZER}|{_LICENCE}",
+    "gguf": rf".+\.gguf|README\.md|{_LICENCE}",
 }
-"""What may leave a folder, by the names of its files; of an adapter, besides its two files and its card."""
-
-_PLACE = re.compile(r"`(?:~|\.{1,2})?/[^`\n]*?([^`/\n]+)/?`")
-"""A path in a card that merging wrote; its last part may leave."""
+"""Names of files that may be uploaded; of an adapter also its two files and its card."""
+_PATH_IN_CARD = re.compile(r"`(?:~|\.{1,2})?/[^`\n]*?([^`/\n]+)/?`")
+"""A local path in the card of a merged model; the group is its last part."""
 
 
 @dataclass
-class Parcel:
+class Upload:
     """What is to be uploaded.
 
     Args:
         kind: "adapter", "checkpoint" or "gguf".
-        files: by the names they get.
-        base: what the base is called in them; None where nothing says it.
-        told_by: the file of the run that the card's held-out result is from; "" for none.
-        message: what the commit is called where nobody says.
-        left: files of the folder that stay here.
-        notes: what whoever uploads should know.
+        folder: the local folder.
+        files: contents by their names on the Hub.
+        message: default first line of the commit.
+        base: name of the base in the files; None where unknown.
+        eval_file: file of the run with the held-out result in the card; None where there is none.
+        notes: what the user should know.
     """
 
     kind: str
+    folder: Path
     files: dict[str, Path | bytes]
+    message: str
     base: str | None = None
-    told_by: str = ""
-    message: str = ""
-    left: list[str] = field(default_factory=list)
+    eval_file: str | None = None
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes by file."""
-        return {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in self.files.items()}
 
 
 def push(
@@ -94,285 +85,258 @@ def push(
     token: str | bool | None = None,
     endpoint: str | None = None,
 ) -> dict[str, Any]:
-    """Upload a run's adapter and its model card, or an export, in one commit.
+    """Upload a run's adapter with a model card, or an export, in one commit.
 
     Args:
         run: a run folder, an adapter folder, an export, or a Hugging Face checkpoint.
-        repo_id: `owner/name`; the repository is made if it is not there.
-        private: True: a repository that only its owner sees; None: as the owner's default is, or as it is already.
-        revision: the branch, made if it is not there; None: main.
-        message: the commit's first line; None: what was uploaded.
-        base: the base's Hub id, where the run knows it by a path or an alias.
-        keep_card: a README.md that the repository has is left as it is.
-        dry_run: nothing is sent; the card is in the result.
-        token: None or True: the one that `hf auth login` or HF_TOKEN gives.
+        repo_id: `owner/name`; the repository is created if it does not exist.
+        private: True: only the owner sees the repository; None: the owner's default, or as it is.
+        revision: branch, created if it does not exist; None: main.
+        message: first line of the commit; None: what is uploaded.
+        base: Hub id of the base, where the run names it by a path or an alias.
+        keep_card: do not replace a README.md in the repository.
+        dry_run: send nothing; the result contains the card.
+        token: None or True: the one of `hf auth login` or HF_TOKEN.
         endpoint: of the Hub; None: HF_ENDPOINT, else huggingface.co.
 
     Returns:
-        `run`, `repo_id`, `kind`, `base`, `files` (bytes by name), `bytes`, `held_out` (the run's file the card's result
-        is from), `left` (files that stayed here), `notes`; with `dry_run` `card`, else `url`, `private`, `revision`,
-        `commit`, `commit_url`, `made` (whether the repository is new) and `changed` (whether there is a new commit).
+        `run`, `repo_id`, `kind`, `base`, `files` (bytes by name), `bytes`, `eval_file` (file of the run with the card's
+        held-out result), `skipped` (files that are not uploaded), `notes`; with `dry_run` `card`, else `url`, `private`,
+        `revision`, `commit`, `commit_url`, `created` (whether the repository is new) and `committed` (whether there is
+        a new commit).
 
     Raises:
-        UsageError: no such run, a malformed id, no or a wrong token, a repository that may not be written.
-        RunError: the run has no adapter yet; the Hub cannot be reached, is silent, or refuses.
-        AdapterError: the adapter is damaged, or does not fit its base.
+        UsageError: no such run, a malformed id, no token, an invalid one, or a repository that it may not write to.
+        RunError: the run has no adapter yet, or a damaged file; the Hub cannot be reached, does not answer, or refuses.
+        AdapterError: the adapter is damaged, contains NaN or Inf, or does not fit its base.
         ModelError: a checkpoint is damaged.
     """
     run = Path(run)
-    require_repo_id(repo_id, owner=True)
-    parcel = parcel_of(run, repo_id, base=base, token=token, endpoint=endpoint)
-    sizes = parcel.sizes
-    told: dict[str, Any] = {
+    require_repo_id(repo_id, require_owner=True)
+    upload = prepare_upload(run, repo_id, base=base, token=token, endpoint=endpoint)
+    sizes = {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in upload.files.items()}
+    result: dict[str, Any] = {
         "run": str(run),
         "repo_id": repo_id,
-        "kind": parcel.kind,
-        "base": parcel.base,
+        "kind": upload.kind,
+        "base": upload.base,
         "files": sizes,
         "bytes": sum(sizes.values()),
-        "held_out": parcel.told_by or None,
-        "left": parcel.left,
+        "eval_file": upload.eval_file,
+        "skipped": sorted(p.name for p in upload.folder.iterdir() if p.name not in upload.files),
+        "notes": upload.notes,
     }
     if dry_run:
-        _say(parcel.notes)
-        card = parcel.files.get(CARD)
-        text = card.read_text(encoding="utf-8") if isinstance(card, Path) else (card or b"").decode()
-        return {**told, "notes": parcel.notes, "card": text}
-    done = commit_files(
-        parcel.files,
-        repo_id,
-        message=message if message is not None else parcel.message,
-        private=private,
-        revision=revision,
-        keep=(CARD,) if keep_card else (),
-        token=token,
-        endpoint=endpoint,
-    )
-    notes = [*parcel.notes, *_of_the_repository(done, parcel)]
-    _say(notes)
-    return {
-        **told,
-        "repo_id": done.repo_id,
-        "notes": notes,
-        "url": done.url,
-        "private": done.private,
-        "revision": revision or "main",
-        "commit": done.info.oid,
-        "commit_url": done.info.commit_url,
-        "made": done.made,
-        "changed": done.changed,
-    }
+        card = upload.files.get(CARD_FILE, b"")
+        result["card"] = (card.read_bytes() if isinstance(card, Path) else card).decode()
+    else:
+        done = commit_files(
+            upload.files,
+            repo_id,
+            message=message if message is not None else upload.message,
+            private=private,
+            revision=revision,
+            keep=(CARD_FILE,) if keep_card else (),
+            token=token,
+            endpoint=endpoint,
+        )
+        result["notes"] = [*upload.notes, *_repository_notes(done, upload)]
+        result |= {
+            "repo_id": done.repo_id,
+            "url": done.url,
+            "private": done.private,
+            "revision": revision or "main",
+            "commit": done.info.oid,
+            "commit_url": done.info.commit_url,
+            "created": done.created,
+            "committed": done.committed,
+        }
+    for note in result["notes"]:
+        log.warning(note)
+    return result
 
 
-def parcel_of(
-    run: Path,
-    repo_id: str,
-    *,
-    base: str | None = None,
-    token: str | bool | None = None,
-    endpoint: str | None = None,
-) -> Parcel:
-    """Return what `push` uploads, read and checked; raises as `push` does."""
-    if (run / CONFIG_FILE).is_file() or (run / ADAPTER_FILE).is_file() or (run / "recipe.yaml").is_file():
-        return _adapter(run, repo_id, base, token, endpoint)
+def prepare_upload(
+    run: Path, repo_id: str, *, base: str | None = None, token: str | bool | None = None, endpoint: str | None = None
+) -> Upload:
+    """Return what `push` uploads, after reading and checking it. Arguments and errors are those of `push`."""
+    names = sorted(p.name for p in run.iterdir()) if run.is_dir() else []
+    if {CONFIG_FILE, ADAPTER_FILE, "recipe.yaml"} & set(names):
+        return _prepare_adapter(run, repo_id, base, token, endpoint)
+    is_checkpoint = "config.json" in names
+    if is_checkpoint or any(n.endswith(".gguf") for n in names):
+        if base is not None:
+            raise UsageError(
+                f"--base is for adapters, and {run} is a whole model",
+                "a card that names it",
+                f"write it in {CARD_FILE}",
+            )
+        upload = _prepare_checkpoint(run) if is_checkpoint else _prepare_gguf(run)
+        if CARD_FILE not in upload.files:
+            upload.notes.append(f"{run} has no {CARD_FILE}: the repository gets no model card")
+        return upload
     note = read_note(run) if run.is_dir() else None
-    names = [p.name for p in run.iterdir()] if run.is_dir() else []
-    if "config.json" in names:
-        return _checkpoint(run, base)
-    if any(n.endswith(".gguf") for n in names):
-        return _gguf(run, base)
     if note is not None:
         raise UsageError(
-            f"{run} is an export for {note['kind']} and holds no weights: {format_names(sorted(names))}",
-            "a run, an adapter, a merged folder or one with GGUF files",
+            f"{run} is an export for {note['kind']} without weights: {format_names(names)}",
+            "a run, an adapter, a merged model or GGUF files",
             f"push the run it was made from: {note['run']}",
         )
     RunDir.open(run)
     raise AssertionError("unreachable")
 
 
-# --- an adapter ------------------------------------------------------------------------------------------------------
-
-
-def _adapter(run: Path, repo_id: str, base: str | None, token: str | bool | None, endpoint: str | None) -> Parcel:
+def _prepare_adapter(
+    run: Path, repo_id: str, base: str | None, token: str | bool | None, endpoint: str | None
+) -> Upload:
     folder = find_adapter_folder(run)
-    story = load_run_results(_home(run, folder))
+    file = folder / ADAPTER_FILE
+    run_dir = _find_run_dir(run, folder)
+    results = run_dir.load_results() if run_dir is not None else RunResults()
+    recipe = results.recipe
     tensors, fingerprint = state_dict.read_adapter_file(folder)
     config = PeftConfig.from_pretrained(folder)
-    _require_numbers(folder, tensors)
-    spec = story.recipe.model.name if story.recipe is not None else config.base_model_name_or_path
-    if not spec:
+    if not tensors:
+        raise AdapterError(f"{file} contains no tensors", "the tensors of an adapter", "train it again")
+    broken = [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    if broken:
+        raise AdapterError(
+            f"{file} contains NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as {format_names(broken, 2)}",
+            "finite numbers",
+            "use an older checkpoint, or train with a lower learning rate",
+        )
+    name = recipe.model.name if recipe is not None else config.base_model_name_or_path
+    if not name:
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
-    notes = _require_fit(folder, spec, story)
-    pinned = story.recipe.model.revision if story.recipe is not None else config.revision
-    origin = get_base_model_info(
-        spec, given=base, fingerprint=fingerprint, revision=pinned, token=token, endpoint=endpoint
+    notes = _check_fits_base(folder, config, name, results)
+    info = get_base_model_info(
+        name,
+        hub_id=base,
+        fingerprint=fingerprint,
+        revision=recipe.model.revision if recipe is not None else config.revision,
+        token=token,
+        endpoint=endpoint,
     )
-    raw = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    told = strip_local_paths(raw, origin.name) | {"base_model_name_or_path": origin.name, "revision": origin.revision}
+    values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
+    values |= {"base_model_name_or_path": info.name, "revision": info.revision}
     files: dict[str, Path | bytes] = {
-        CONFIG_FILE: (json.dumps(told, indent=2, sort_keys=True) + "\n").encode(),
-        ADAPTER_FILE: folder / ADAPTER_FILE,
-        **_listed(folder, "adapter"),
+        CONFIG_FILE: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
+        ADAPTER_FILE: file,
+        **_list_allowed(folder, "adapter"),
     }
-    own = _own_card(folder / CARD)
-    if own is not None:
-        files[CARD] = own
-        notes.append(f"{folder / CARD} is uploaded as it is: it is not the one slimtune writes")
+    card = folder / CARD_FILE
+    if card.is_file() and not is_saved_card(card.read_text(encoding="utf-8")):
+        files[CARD_FILE] = card
+        notes.append(f"{card} is uploaded unchanged, because slimtune did not write it")
     else:
-        files[CARD] = adapter_card(
+        files[CARD_FILE] = render_adapter_card(
             config,
-            origin,
-            story,
+            info,
+            results,
             repo_id=repo_id,
-            size=(folder / ADAPTER_FILE).stat().st_size,
+            file_bytes=file.stat().st_size,
             parameters=sum(t.numel() for t in tensors.values()),
-            tokenizer="tokenizer_config.json" in files,
+            has_tokenizer="tokenizer_config.json" in files,
             chat=any(n.startswith("chat_template.") for n in files),
         ).encode()
-    left = sorted(p.name for p in folder.iterdir() if p.name not in files)
-    message = f"{config.name} adapter for {origin.name}"
-    return Parcel("adapter", files, origin.name, story.told_by, message, left, [*notes, *origin.notes])
+    eval_file = None
+    if run_dir is not None and results.held_out is not None:
+        eval_file = results.held_out.file_name
+    elif run_dir is not None and results.result.get("validation_loss") is not None:
+        eval_file = run_dir.result_file.name
+    message = f"{config.name} adapter for {info.name}"
+    return Upload("adapter", folder, files, message, info.name, eval_file, [*notes, *info.notes])
 
 
-def _home(run: Path, folder: Path) -> Path | None:
-    """Return the run folder that tells of an adapter: its own, the one it lies in, the one it was exported from."""
+def _find_run_dir(run: Path, folder: Path) -> RunDir | None:
+    """Return the run of an adapter: `run` itself, the one that contains the folder, or the one it was exported from."""
     note = read_note(folder)
-    places = [run, note["run"] if note else folder.resolve().parent]
-    found = (p for p in places if RunDir(p).recipe_file.is_file())
-    return next((p for p in found if note or RunDir(p).adapter.resolve() == folder.resolve()), None)
+    if note is not None:
+        candidates = [RunDir(run), RunDir(note["run"])]
+    else:
+        candidates = [r for r in map(RunDir, (run, folder.resolve().parent)) if r.adapter.resolve() == folder.resolve()]
+    return next((r for r in candidates if r.recipe_file.is_file()), None)
 
 
-def _require_numbers(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    if not tensors:
-        raise AdapterError(f"{folder / ADAPTER_FILE} holds no tensors", "an adapter's tensors", "train it again")
-    bad = [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if bad:
-        raise AdapterError(
-            f"{folder / ADAPTER_FILE} holds numbers that are none in {len(bad)} of {len(tensors)} tensors, "
-            f"such as {format_names(bad, 2)}",
-            "finite numbers",
-            "take an older checkpoint, or train at a lower learning rate",
-        )
-
-
-def _require_fit(folder: Path, spec: str, story: RunResults) -> list[str]:
-    """Attach the adapter to its base without weights; return a note where the base cannot be had."""
-    config = PeftConfig.from_pretrained(folder)
-    if story.recipe is None and config.task_type not in (None, "CAUSAL_LM"):
-        return [f"the adapter is for {config.task_type}: its file was read, not held against its base"]
-    how: dict[str, Any] = {}
-    if story.recipe is not None:
-        how = {"trust_remote_code": story.recipe.model.trust_remote_code, "revision": story.recipe.model.revision}
+def _check_fits_base(folder: Path, config: PeftConfig, name: str, results: RunResults) -> list[str]:
+    """Load the adapter into its base without weights; return a note where the base cannot be built here."""
+    options: dict[str, Any] = {}
+    if results.recipe is not None:
+        model = results.recipe.model
+        options = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
+    elif config.task_type not in (None, "CAUSAL_LM"):
+        return [f"the adapter is for {config.task_type}: its file was read, but not loaded into its base"]
     try:
-        base = build_meta_model(load_config(spec, **how), None, torch.float32)
+        base = build_meta_model(load_config(name, **options), None, torch.float32)
     except (SlimtuneError, ValueError, OSError) as e:
-        return [f"the adapter's file was read, not held against its base, which is not to be had: {type(e).__name__}"]
+        return [f"the adapter's file was read, but not loaded into its base, which is missing here: {type(e).__name__}"]
     PeftModel.from_pretrained(base, folder, config=config)
     return []
 
 
-def _own_card(file: Path) -> bytes | None:
-    """Return a card that somebody wrote; None where there is none or it is the few lines that saving writes."""
-    if not file.is_file():
-        return None
-    text = file.read_text(encoding="utf-8")
-    return None if "\n# An adapter (" in text and "# `peft` reads it, too" in text else text.encode()
-
-
-# --- exports and checkpoints -----------------------------------------------------------------------------------------
-
-
-def _checkpoint(folder: Path, base: str | None) -> Parcel:
-    found = _listed(folder, "checkpoint")
+def _prepare_checkpoint(folder: Path) -> Upload:
+    found = _list_allowed(folder, "checkpoint")
     weights = {n: f for n, f in found.items() if n.endswith(".safetensors")}
     for index in (f for n, f in found.items() if n.endswith(".index.json")):
-        missing = set(_json(index).get("weight_map", {}).values()) - set(weights)
+        missing = set(_read_config(index).get("weight_map", {}).values()) - set(weights)
         if missing:
-            raise ModelError(
-                f"{folder} lacks {format_names(sorted(missing))}", "every file its index names", "merge it again"
-            )
+            names = format_names(sorted(missing))
+            raise ModelError(f"{folder} lacks {names}", "every file that its index names", "merge it again")
     if not weights:
-        raise ModelError(
-            f"{folder} holds no weights in *.safetensors", "a whole checkpoint", "save it with safetensors"
-        )
+        raise ModelError(f"{folder} has no *.safetensors", "a complete checkpoint", "save it with safetensors")
     for file in weights.values():
         try:
             with safe_open(str(file), framework="pt") as f:
                 f.keys()
         except SafetensorError as e:
-            raise ModelError(f"{file} is no sound safetensors file: {e}", "a whole file", "merge it again") from None
-    notes = _about_card(folder, found, base)
-    if "auto_map" in _json(found["config.json"]):
-        notes.append("its config names code of its own (auto_map), which is not uploaded")
+            raise ModelError(f"{file} is damaged: {e}", "a complete file", "merge it again") from None
     files: dict[str, Path | bytes] = {**found}
     for name in ("config.json", "tokenizer_config.json"):
-        if name in found and (told := strip_local_paths(values := _json(found[name]))) != values:
-            files[name] = (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
-    if CARD in found:
-        text = found[CARD].read_text(encoding="utf-8")
-        if (told_text := _PLACE.sub(r"`\1`", text)) != text:
-            files[CARD] = told_text.encode()
-    return Parcel("checkpoint", files, base, "", f"{folder.resolve().name}: a whole model", _left(folder, files), notes)
+        if name in found and (stripped := strip_local_paths(values := _read_config(found[name]))) != values:
+            files[name] = (json.dumps(stripped, indent=2, ensure_ascii=False) + "\n").encode()
+    if CARD_FILE in found:
+        files[CARD_FILE] = _PATH_IN_CARD.sub(r"`\1`", found[CARD_FILE].read_text(encoding="utf-8")).encode()
+    notes = []
+    if "auto_map" in _read_config(found["config.json"]):
+        notes.append("config.json names code files (auto_map), which are not uploaded")
+    return Upload("checkpoint", folder, files, f"{folder.resolve().name}: a whole model", notes=notes)
 
 
-def _gguf(folder: Path, base: str | None) -> Parcel:
-    files = _listed(folder, "gguf")
+def _prepare_gguf(folder: Path) -> Upload:
+    files = _list_allowed(folder, "gguf")
     for file in (f for n, f in files.items() if n.endswith(".gguf")):
         try:
             read_facts(file)
         except ImportError as e:
             raise ModelError("checking a GGUF file needs the package gguf", hint="pip install gguf") from e
-        except Exception as e:  # whatever the reader stumbles over
-            raise ModelError(f"{file} is damaged: {type(e).__name__}", "a whole GGUF file", "export again") from e
-    notes = _about_card(folder, files, base)
-    return Parcel("gguf", {**files}, base, "", f"{folder.resolve().name} as GGUF", _left(folder, files), notes)
+        except Exception as e:  # the reader fails in many ways
+            raise ModelError(f"{file} is damaged: {type(e).__name__}", "a complete GGUF file", "export again") from e
+    return Upload("gguf", folder, {**files}, f"{folder.resolve().name} as GGUF")
 
 
-def _about_card(folder: Path, files: Mapping[str, Path], base: str | None) -> list[str]:
-    if base is not None:
-        raise UsageError(
-            f"--base is for an adapter, and {folder} is none", "a card that names the base", f"write it in {CARD}"
-        )
-    return [] if CARD in files else [f"{folder} has no {CARD}: the repository will have no model card"]
+def _list_allowed(folder: Path, kind: str) -> dict[str, Path]:
+    """Return the files in a folder that may be uploaded, by name."""
+    return {p.name: p for p in sorted(folder.iterdir()) if p.is_file() and re.fullmatch(ALLOWED_FILES[kind], p.name)}
 
 
-def _listed(folder: Path, kind: str) -> dict[str, Path]:
-    found = sorted(p for p in folder.iterdir() if p.is_file() and re.fullmatch(_GOES[kind], p.name))
-    return {p.name: p for p in found}
-
-
-def _left(folder: Path, files: Mapping[str, Any]) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name not in files)
-
-
-def _json(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> Mapping[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ModelError(f"{file} is not JSON: {e}", "a whole checkpoint", "save it again") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} holds a {type(values).__name__}", "an object: names and values", "save it again")
-    return values
+        return read_json(file)
+    except RunError as e:
+        raise ModelError(e.message, "a complete checkpoint", "save it again") from None
 
 
-# --- what is said ----------------------------------------------------------------------------------------------------
-
-
-def _of_the_repository(done: Committed, parcel: Parcel) -> list[str]:
+def _repository_notes(done: CommitResult, upload: Upload) -> list[str]:
+    """Return what the user should know about the files that were in the repository before."""
     notes = []
     if done.kept:
-        notes.append(f"{format_names(done.kept)} of the repository was left as it is")
-    elif CARD in done.replaced and done.changed:
-        notes.append(f"{CARD} of the repository was replaced (its history has the old one; --keep-card leaves it)")
-    weights = [n for n in done.beside if n.endswith((".safetensors", ".bin", ".gguf", ".pt"))]
-    if weights:
-        notes.append(f"other weights lie in the repository, too: {format_names(weights, 4)}")
-    if not done.changed:
-        notes.append("all of it was there already: there is no new commit")
+        notes.append(f"{format_names(done.kept)} in the repository was not replaced")
+    elif CARD_FILE in done.existing and done.committed:
+        notes.append(f"{CARD_FILE} in the repository was replaced (the history has the old one; --keep-card keeps it)")
+    weights = (".safetensors", ".bin", ".gguf", ".pt")
+    others = sorted(n for n in done.existing - set(upload.files) if n.endswith(weights))
+    if others:
+        notes.append(f"the repository contains other weights, too: {format_names(others, 4)}")
+    if not done.committed:
+        notes.append("the repository has all of the files already: there is no new commit")
     return notes
-
-
-def _say(notes: list[str]) -> None:
-    for note in notes:
-        log.warning(note)

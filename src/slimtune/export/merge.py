@@ -36,7 +36,7 @@ from ..setup import TrainedModel, find_adapter_folder, load_run
 from ..utils.files import atomic_folder, translate_disk_full
 from . import proof
 from .folder import require_free, write_note
-from .model_card import card
+from .model_card import render_merged_card
 from .rounding import rounding_for
 from .weights import Weights
 
@@ -104,7 +104,9 @@ def _write(loaded: TrainedModel, run: Path, out: Path, store: torch.dtype) -> di
         proof.require_whole(folder, merged)
         found = proof.require_same(proof.log_probabilities(merged, rows), adapted, base, store, compute)
         made = {"dtype": _name(store), **found}
-        text = card(loaded.base.source, config, loaded.recipe, made, out.resolve().name, bool(tokenizer.chat_template))
+        text = render_merged_card(
+            loaded.base.source, config, loaded.recipe, made, out.resolve().name, bool(tokenizer.chat_template)
+        )
         (folder / "README.md").write_text(text, encoding="utf-8")
         with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
