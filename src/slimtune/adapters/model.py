@@ -77,11 +77,11 @@ class AdapterMerging:
         after = dict(self.named_parameters(remove_duplicate=False))
         model = self._strip()
         if any(len({id(after[n]) for n in group}) > 1 for group in shared):
-            _untie(model)
+            mark_embeddings_untied(model)
         return model
 
 
-def _untie(model: Any) -> None:
+def mark_embeddings_untied(model: Any) -> None:
     """Say in the config that embeddings and head are two tensors now, so that saving keeps both."""
     config = getattr(model, "config", None)
     if config is None:

@@ -1,10 +1,10 @@
-"""`slimtune export`: a run in the form something serves it in, proven by that engine before the folder appears.
+"""Export a run in the format an engine serves, checked by that engine before the folder appears: `slimtune export`.
 
-    gguf      adapter.gguf, for llama.cpp beside a GGUF of the base; merged: model.gguf, which needs nothing beside it
+    gguf      adapter.gguf, for llama.cpp beside a GGUF of the base; merged: model.gguf, a whole model
     ollama    the same, and a Modelfile
-    vllm      the adapter's two files as vLLM takes them, and serve.sh
+    vllm      the adapter's two files as vLLM reads them, and serve.sh
 
-`slimtune merge` writes the fourth form, a plain Hugging Face folder.
+`slimtune merge` writes the fourth format, a plain Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -16,50 +16,51 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..errors import RunError, UsageError, format_names, nearest
-from ..run_dir import ADAPTER_FILE
-from ..setup import TrainedModel
+from ..errors import AdapterError, RunError, UsageError, format_names, nearest
+from ..run_dir import ADAPTER_FILE, RunDir
+from ..setup import TrainedModel, load_run
 from ..utils.files import atomic_folder
-from . import gguf, in_few_bits, verify_formats
-from .folder import read_note, require_free, write_note
-from .gguf_model import PRECISIONS, quantized, quantizer
+from .gguf import ADAPTER_DTYPES, PRECISIONS, quantize_gguf, require_quantizer, write_adapter_gguf
+from .manifest import read_manifest, write_manifest
+from .merge import load_trained, write_merged_gguf
 from .ollama import write_ollama
-from .verify import Trained, Verdict
-from .vllm import vllm_adapter
+from .reference import Reference, Verdict
+from .verify import ADAPTER_GGUF, MODEL_GGUF, Verifier
+from .vllm import write_vllm_adapter
 
-Destination = Literal["gguf", "ollama", "vllm"]
-
-
-_FLAGS = {
-    "precision": "precision", "from": "base_from", "name": "name", "system": "system", "num-ctx": "num_ctx",
-    "dtype": "dtype",
-}  # fmt: skip
-_READ_BY = {
-    "precision": ("gguf", "ollama"), "base_from": ("ollama",), "name": ("ollama", "vllm"), "system": ("ollama",),
-    "num_ctx": ("ollama",), "dtype": ("vllm",),
-}  # fmt: skip
+Target = Literal["gguf", "ollama", "vllm"]
+OPTION_TARGETS: dict[str, tuple[str, ...]] = {
+    "precision": ("gguf", "ollama"),
+    "ollama_base": ("ollama",),
+    "name": ("ollama", "vllm"),
+    "system": ("ollama",),
+    "num_ctx": ("ollama",),
+    "dtype": ("vllm",),
+}
+"""The targets that read an option; the others are read by all."""
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How a run is to ship.
+    """How to export a run.
 
     Args:
-        merged: base and adapter as one model; else the adapter beside its base.
-        precision: of the tensors written: "f32" or "f16" for an adapter; for a merged model also "bf16", "q8_0", or
-            what llama.cpp's `llama-quantize` makes, such as "Q4_K_M". None: "f32", merged "f16".
-        as_lora: make a LoRA of the adapter first: of this rank (int), or keeping this share of each layer's change.
-        base_from: what Ollama's FROM names; None: the base's own GGUF.
-        name: of the model there; None: the folder's.
-        system: system prompt of every conversation in Ollama that brings none.
+        merged: base and adapter as one model; otherwise the adapter without its base.
+        precision: of the tensors: "f32" or "f16" for an adapter; for a merged model also "bf16", "q8_0", or what
+            llama.cpp's `llama-quantize` makes, such as "Q4_K_M". None: "f32", merged "f16".
+        convert_to_lora: convert the adapter first to the nearest LoRA of this rank (int), or to one that keeps this
+            share of each layer's change (float in (0, 1]).
+        ollama_base: Ollama's FROM; None: the base's own GGUF.
+        name: of the model in the engine; None: the folder's.
+        system: system prompt of every conversation in Ollama that has none.
         num_ctx: tokens of Ollama's window.
         dtype: what vLLM computes in.
     """
 
     merged: bool = False
     precision: str | None = None
-    as_lora: float | None = None
-    base_from: str | None = None
+    convert_to_lora: float | None = None
+    ollama_base: str | None = None
     name: str | None = None
     system: str | None = None
     num_ctx: int | None = None
@@ -68,164 +69,171 @@ class ExportOptions:
 
 def export(
     run: Path,
-    to: Destination,
+    target: Target,
     out: Path,
-    wish: ExportOptions = ExportOptions(),
+    options: ExportOptions = ExportOptions(),
     *,
-    prove: bool = True,
+    verify: bool = True,
     threads: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Write a run as something serves it.
+    """Export a run.
 
     Args:
         run: a run folder, or an adapter folder.
-        to: where it goes.
-        out: folder to write: not there yet, or empty.
-        wish: how.
-        prove: ask the engine, and write nothing where it says something else than the trained adapter.
-        threads: of llama.cpp while proving; None: half of the cores.
-        say: told what is being done.
+        target: "gguf", "ollama" or "vllm".
+        out: folder to write; it does not exist yet, or is empty.
+        options: how.
+        verify: compare the engine with the trained adapter, and write nothing if they differ.
+        threads: of llama.cpp while verifying; None: half of the cores.
+        log: gets progress messages.
 
     Returns:
-        `run`, `out`, `to`, `files` (bytes by name), `commands` (shell lines), `notes` (what to know, each a sentence),
-        `check` (the fields of a `Verdict`; `passed` is None where it could not be checked), and what the form has of
-        its own.
+        `run`, `out`, `to` (the target), `files` (bytes by name), `commands` (shell lines), `notes` (one sentence each),
+        `check` (the fields of a `Verdict`; `passed` is None if it could not be checked), and facts of the target.
 
     Raises:
-        UsageError: a destination, precision or name that cannot be; the method is no LoRA; `out` holds files.
-        AdapterError: the adapter does not fit, or cannot go there; the way out is said.
-        ModelError: a program of llama.cpp's, or a package, is not there.
-        RunError: the disk is full, or the engine says something else than the trained adapter.
+        UsageError: an impossible target, option or name; the adapter is not a LoRA; `out` contains files.
+        AdapterError: the adapter does not fit its base, or the target cannot take it; the alternatives are given.
+        ModelError: a program of llama.cpp, or a package, is not installed.
+        RunError: the disk is full, or the engine differs from the trained adapter.
     """
     run, out = Path(run), Path(out).expanduser()
-    if to not in get_args(Destination):
-        raise UsageError(
-            f"unknown destination {to!r}{nearest(to, get_args(Destination))}", format_names(get_args(Destination))
-        )
-    require_free(out)
-    if wish.precision and wish.precision.lower() in PRECISIONS:
-        wish = replace(wish, precision=wish.precision.lower())
-    _require_sense(to, wish)
-    loaded = verify_formats.load_trained(run)
-    if not wish.merged:
-        in_few_bits.require_own_base(loaded, run)
-    need = _need(loaded, wish)
-    with atomic_folder(out, need) as folder:
-        say(f"writing {out}")
-        facts = _vllm(run, folder, out, wish) if to == "vllm" else _gguf(loaded, run, folder, out, wish)
-        if to == "ollama":
-            facts |= _ollama(loaded, folder, out, wish, facts)
-        write_note(folder, to, run, {k: v for k, v in facts.items() if k not in ("commands", "notes")})
-        verdict, trained = _proof(loaded, run, folder, threads, say) if prove else (_unasked(to), None)
-        if not wish.merged:
-            facts["notes"] += in_few_bits.note(loaded, run, trained)
+    if target not in get_args(Target):
+        names = get_args(Target)
+        raise UsageError(f"unknown target {target!r}{nearest(target, names)}", format_names(names))
+    RunDir.require_free(out)
+    if options.precision and options.precision.lower() in PRECISIONS:
+        options = replace(options, precision=options.precision.lower())
+    _check_options(target, options)
+    loaded = load_trained(run)
+    model: Any = loaded.model
+    if options.merged:
+        needed = 2 * sum(p.numel() for p in model.parameters())
+    else:
+        _refuse_loftq(loaded, run)
+        needed = (loaded.adapter / ADAPTER_FILE).stat().st_size
+    with atomic_folder(out, needed) as folder:
+        log(f"writing {out}")
+        if target == "vllm":
+            facts = _write_vllm(loaded, run, folder, out, options)
+        else:
+            facts = _write_gguf(loaded, run, folder, out, options)
+        if target == "ollama":
+            facts |= _write_ollama(loaded, folder, out, options, facts["notes"])
+        write_manifest(folder, target, run, {k: v for k, v in facts.items() if k not in ("commands", "notes")})
+        verdict, reference = Verdict(target, "", reason="--no-verify"), None
+        if verify:
+            manifest = read_manifest(folder)
+            assert manifest is not None
+            with tempfile.TemporaryDirectory(prefix=".slimtune-verify-", dir=folder.parent) as temporary:
+                verifier = Verifier(loaded, run, Path(temporary), threads=threads, log=log)
+                verdict, reference = next(verifier.verify_export(folder, manifest)), verifier.reference
+        if not options.merged and loaded.base.quantization is not None:
+            facts["notes"].append(_describe_16_bit_base(loaded, run, reference))
         if verdict.passed is False:
             raise RunError(
-                f"{verdict.engine} does not say what the trained adapter says: {verdict.reason}",
+                f"{verdict.engine} differs from the trained adapter: {verdict.reason}",
                 verdict.limit,
-                "please report it; --no-verify writes the folder all the same",
+                "please report it; --no-verify writes the folder without the check",
             )
         files = {f.relative_to(folder).as_posix(): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-    return {"run": str(run), "out": str(out), "to": to, "files": files, **facts, "check": verdict.facts()}
+    return {"run": str(run), "out": str(out), "to": target, "files": files, **facts, "check": verdict.to_dict()}
 
 
-def _require_sense(to: str, wish: ExportOptions) -> None:
-    idle = [
-        f"--{flag}" for flag, field in _FLAGS.items() if getattr(wish, field) is not None and to not in _READ_BY[field]
+def _check_options(target: str, options: ExportOptions) -> None:
+    unread = [
+        f"--{option.replace('_', '-')}"
+        for option, targets in OPTION_TARGETS.items()
+        if getattr(options, option) is not None and target not in targets
     ]
-    if idle:
-        raise UsageError(f"{', '.join(idle)}: nothing reads that in an export to {to}", hint="leave it out")
-    if wish.base_from is not None and wish.merged:
-        raise UsageError("--merged and --from at once", "one of them: a merged model stands on nothing")
-    if to == "vllm" and wish.merged:
+    if unread:
+        raise UsageError(f"{', '.join(unread)} has no effect in an export to {target}", hint="leave it out")
+    if options.ollama_base is not None and options.merged:
+        raise UsageError("--merged and --ollama-base together", "one of them: a merged model contains its base")
+    if target == "vllm" and options.merged:
         raise UsageError("vLLM reads a merged model as a plain folder", hint="slimtune merge RUN --out FOLDER")
-    if wish.merged and wish.as_lora is not None:
-        raise UsageError("--merged and --as-lora at once", "one of them: a merged model has no adapter left")
-    kinds = PRECISIONS if wish.merged else gguf.DTYPES
-    if to != "vllm" and wish.precision and not wish.merged and wish.precision not in kinds:
+    if options.merged and options.convert_to_lora is not None:
+        raise UsageError("--merged and --convert-to-lora together", "one of them: a merged model has no adapter")
+    if target == "vllm" or options.precision is None:
+        return
+    if not options.merged and options.precision not in ADAPTER_DTYPES:
         raise UsageError(
-            f"an adapter in {wish.precision!r}{nearest(wish.precision, kinds)}",
-            format_names(kinds),
+            f"an adapter in {options.precision!r}{nearest(options.precision, ADAPTER_DTYPES)}",
+            format_names(ADAPTER_DTYPES),
             "--merged takes every precision",
         )
+    if options.merged and options.precision not in PRECISIONS:
+        require_quantizer(options.precision)
 
-    if wish.merged and wish.precision and wish.precision not in PRECISIONS:
-        quantizer(wish.precision)
+
+def _refuse_loftq(loaded: TrainedModel, run: Path) -> None:
+    recipe = loaded.recipe
+    if recipe is not None and recipe.method.settings.get("init_lora_weights") == "loftq":
+        raise AdapterError(
+            f"the adapter of {run} started with what quantization to {recipe.model.quantization} removed from the base "
+            "(loftq); a base in 16 bits still has it, and would have it twice",
+            "base and adapter as one model",
+            f"slimtune merge {run} --out FOLDER, or --merged",
+        )
 
 
-def _need(loaded: TrainedModel, wish: ExportOptions) -> int:
-    """Return the bytes that will be written, about."""
-    if not wish.merged:
-        return (loaded.adapter / ADAPTER_FILE).stat().st_size
+def _write_gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
     model: Any = loaded.model
-    return 2 * sum(p.numel() for p in model.parameters())
-
-
-def _gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, wish: ExportOptions) -> dict[str, Any]:
-    model: Any = loaded.model
-    if wish.merged:
-        return _merged_gguf(loaded, run, folder, out, wish.precision or "f16")
-    adapter, made = model.active_adapter, {}
-    if wish.as_lora is not None:
-        report = model.to_lora(adapter, wish.as_lora)
-        made = {"conversion": {"method": model.peft_config[adapter].name, "error": report.error}}
+    if options.merged:
+        file, precision = folder / MODEL_GGUF, options.precision or "f16"
+        if precision in PRECISIONS:
+            write_merged_gguf(loaded, run, file, precision)
+        else:
+            with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=folder.parent) as temporary:
+                whole = Path(temporary, MODEL_GGUF)
+                write_merged_gguf(loaded, run, whole, "f16")
+                quantize_gguf(whole, file, precision)
+        command = shlex.join(["llama-cli", "-m", str(out / MODEL_GGUF)])
+        return {"precision": precision, "commands": [command], "notes": []}
+    adapter, conversion = model.active_adapter, {}
+    if options.convert_to_lora is not None:
+        report = model.to_lora(adapter, options.convert_to_lora)
+        conversion = {"conversion": {"method": model.peft_config[adapter].name, "error": report.error}}
         adapter = report.adapter
-    precision = wish.precision or "f32"
-    facts = gguf.write_adapter(folder / verify_formats.ADAPTER, model, adapter=adapter, precision=precision)  # type: ignore[arg-type]
-    ranks = sorted(set(facts.pop("ranks").values()))
-    base = loaded.base.source
-    beside = base.path if base.kind == "gguf" else "BASE.gguf"
-    command = shlex.join(["llama-cli", "-m", beside, "--lora", str(out / verify_formats.ADAPTER)])
-    return {**facts, **made, "precision": precision, "ranks": ranks, "commands": [command], "notes": []}
+    precision = options.precision or "f32"
+    facts = write_adapter_gguf(folder / ADAPTER_GGUF, model, adapter, precision)
+    base = loaded.base.source.path if loaded.base.source.kind == "gguf" else "BASE.gguf"
+    command = shlex.join(["llama-cli", "-m", base, "--lora", str(out / ADAPTER_GGUF)])
+    return {**facts, **conversion, "precision": precision, "commands": [command], "notes": []}
 
 
-def _merged_gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, precision: str) -> dict[str, Any]:
-    file = folder / verify_formats.MODEL
-    if precision in PRECISIONS:
-        verify_formats.merged_gguf(loaded, run, file, precision)
-    else:
-        with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=folder.parent) as beside:
-            verify_formats.merged_gguf(loaded, run, Path(beside, file.name), "f16")
-            quantized(Path(beside, file.name), file, precision)
-    return {"precision": precision, "commands": [shlex.join(["llama-cli", "-m", str(out / file.name)])], "notes": []}
-
-
-def _ollama(
-    loaded: TrainedModel, folder: Path, out: Path, wish: ExportOptions, facts: dict[str, Any]
+def _write_ollama(
+    loaded: TrainedModel, folder: Path, out: Path, options: ExportOptions, notes: list[str]
 ) -> dict[str, Any]:
     source = loaded.base.source
-    adapter = None if wish.merged else folder / verify_formats.ADAPTER
-    if wish.merged:
-        base = str(folder / verify_formats.MODEL)
-    elif wish.base_from or source.kind == "gguf":
-        base = wish.base_from or source.path
-    else:
+    adapter = None if options.merged else folder / ADAPTER_GGUF
+    base = options.ollama_base or (source.path if source.kind == "gguf" else None)
+    if options.merged:
+        base = str(folder / MODEL_GGUF)
+    if base is None:
         raise UsageError(
-            f"the base {source.spec} is no GGUF, and Ollama needs one for an adapter to stand on",
+            f"the base {source.spec} is not a GGUF, which Ollama needs to add an adapter to",
             "a name from Ollama's library, or a GGUF of the same base",
-            "--from NAME (such as llama3.1:8b), or --merged",
+            "--ollama-base NAME (such as llama3.1:8b), or --merged",
         )
-    rows = loaded.recipe.data.max_seq_len if loaded.recipe is not None else None
     written = write_ollama(
         folder,
-        base_from=base,
+        base=base,
         adapter=adapter,
         tokenizer=loaded.base.tokenizer,
         config=loaded.model.config,  # type: ignore[attr-defined]
-        name=wish.name or out.resolve().name.lower(),
-        system=wish.system,
-        max_seq_len=rows,
-        num_ctx=wish.num_ctx,
+        name=options.name or out.resolve().name.lower(),
+        system=options.system,
+        max_seq_len=loaded.recipe.data.max_seq_len if loaded.recipe is not None else None,
+        num_ctx=options.num_ctx,
         out=out,
     )
-    notes = [*facts["notes"], *written.notes]
-    if wish.base_from:
-        notes.append(f"asked beside the base the run was trained on; {wish.base_from} itself was not asked")
+    notes = [*notes, *written.notes]
+    if options.ollama_base:
+        notes.append(f"checked beside the base the run was trained on; {options.ollama_base} itself was not checked")
     elif adapter is not None and loaded.base.quantization is None:
-        notes.append(
-            "the adapter was trained on this base in 16 or 32 bits, Ollama adds it to the base as the file has it"
-        )
+        notes.append("the adapter was trained on this base in 16 or 32 bits; Ollama adds it to the base as the file has it")
     return {
         "commands": [written.create, written.run],
         "notes": notes,
@@ -235,24 +243,37 @@ def _ollama(
     }
 
 
-def _vllm(run: Path, folder: Path, out: Path, wish: ExportOptions) -> dict[str, Any]:
-    facts = vllm_adapter(run, folder, out=out, name=wish.name, as_lora=wish.as_lora, dtype=wish.dtype)
+def _write_vllm(loaded: TrainedModel, run: Path, folder: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
+    facts = write_vllm_adapter(
+        loaded,
+        run,
+        folder,
+        out=out,
+        name=options.name,
+        convert_to_lora=options.convert_to_lora,
+        dtype=options.dtype,
+    )
     command, notes = facts.pop("command"), facts.pop("warnings")
-    again = shlex.join(["slimtune", "verify", str(out), "--vllm", "http://127.0.0.1:8000"])
-    notes = [*notes, f"read back here; vLLM itself was not asked: start it, then {again}"]
+    verify = shlex.join(["slimtune", "verify", str(out), "--vllm", "http://127.0.0.1:8000"])
+    notes = [*notes, f"the files were read back here; to check vLLM itself, start it, then {verify}"]
     return {**facts, "precision": "f32", "commands": [command], "notes": notes}
 
 
-def _unasked(to: str) -> Verdict:
-    return Verdict(to, "", reason="not asked for")
+def _describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference | None) -> str:
+    """Return what it means that an adapter trained on a quantized base is served beside one in 16 bits.
 
-
-def _proof(
-    loaded: TrainedModel, run: Path, folder: Path, threads: int | None, say: Callable[[str], None]
-) -> tuple[Verdict, Trained]:
-    """Ask what was written; return the verdict, and what it was compared with."""
-    with tempfile.TemporaryDirectory(prefix=".slimtune-verify-", dir=folder.parent) as made:
-        bench = verify_formats.Bench(loaded, run, Path(made), threads=threads, say=say)
-        note = read_note(folder)
-        assert note is not None
-        return next(bench.export(folder, note)), bench.trained
+    There it is added to W instead of the dequantized W_q. How far that moves its answers is measured if possible.
+    """
+    quantization = loaded.base.quantization
+    trained = f"the adapter was trained on the base in {quantization}; beside the base in 16 bits"
+    merged = f"merged they are what was trained: slimtune merge {run} --out FOLDER"
+    if reference is None:
+        return f"{trained} answers differ; {merged}"
+    dtype = str(loaded.base.dtype).removeprefix("torch.")
+    model: Any = load_run(run, dtype=dtype, device="cpu", quantization="none").model
+    plain = Reference(model.to(reference.engine.model.dtype), reference.engine.tokenizer, reference.texts)
+    moved = reference.differences(plain.log_probs()).mean().item()
+    return (
+        f"{trained} log p differs by {moved:.2g} nats on average, where the adapter changes it by "
+        f"{reference.effect():.2g}; {merged}"
+    )

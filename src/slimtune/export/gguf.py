@@ -1,154 +1,384 @@
-"""A LoRA as llama.cpp and Ollama read it beside its base: an adapter GGUF.
+"""Write GGUF files: a LoRA that llama.cpp and Ollama add to a base, or a whole model.
 
-    y = W x + (alpha / r) · B (A x)        `blk.0.attn_q.weight.lora_a` (r, in), `….lora_b` (out, r)
+**Adapter.** y = W x + (alpha / r) · B (A x): tensors `blk.0.attn_q.weight.lora_a` `(r, in)` and `….lora_b` `(out, r)`.
+llama.cpp has one alpha for the whole file and divides it by each tensor's rank. If the adapter's layers need different
+alphas (rank and alpha patterns), the rest of the scale is multiplied into B. Every method that is low-rank at this
+moment can be written. Format: llama.cpp, `src/llama-adapter.cpp` and `convert_lora_to_gguf.py`.
 
-llama.cpp has one alpha for the whole file and divides it by each tensor's own rank. Where the adapter's scales ask for
-several (rank and alpha patterns), what is left over is multiplied into B. Every method that is low-rank at this moment
-can be written: the deltas say so by their `low_rank_factors()`.
+**Whole model.** If the base was a GGUF, its metadata and tokenizer are copied and its tensors replaced. Any other base is
+converted by llama.cpp's `convert_hf_to_gguf.py`, which knows how each tokenizer splits text. Both write `PRECISIONS`;
+other precisions (Q4_K_M, …) are made by llama.cpp's `llama-quantize`.
 
-Format: llama.cpp, `src/llama-adapter.cpp` and `convert_lora_to_gguf.py`.
+**A new architecture** is one line in `ARCHITECTURES`. Tensor names are gguf's own (`TensorNameMap`). What they do not say
+is where llama.cpp's converter changes the weights (`undo_permute` in `conversion/`): Hugging Face rotates halves (x₀ with
+x_{d/2}), llama.cpp's Llama rotates neighbours (x₀ with x₁), so row (h, i, j) of q and k, i < 2 and j < d/2, becomes
+row (h, j, i).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adapters.export_formats import collect_low_rank_factors
-from ..errors import AdapterError, UsageError, format_names
-from .architectures import get_architecture, get_tensor_names, package, permute_rope_rows
+from ..adapters.export_formats import Factors, collect_low_rank_factors
+from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, nearest
 
-Precision = Literal["f32", "f16"]
-DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
-LARGEST = torch.finfo(torch.float16).max
+ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
+PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+"""Precisions of a whole model that are written here, with gguf's name of the file type."""
+CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
+_INSTALL_HINT = "put a checkout of llama.cpp on the disk and set LLAMA_CPP to its folder"
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One map's update, `scale · B A`.
+class GgufArchitecture:
+    """How llama.cpp stores one architecture.
 
     Args:
-        module: the map's name in the model.
-        A: `(r, in)`.
-        B: `(out, r)`, its rows as in the model.
-        scale: the update's.
+        name: its name in gguf.
+        permuted: last names of linear layers whose output rows are permuted, with the config's number of heads.
+        norm_shift: added to the weights of norms: Gemma multiplies by 1 + w, llama.cpp by what the file says.
+        transposed: last names of layers that store their weight as `(in, out)`.
     """
 
-    module: str
-    A: Tensor
-    B: Tensor
-    scale: float
-
-    @property
-    def alpha(self) -> float:
-        """The alpha that gives this scale at this rank."""
-        return self.scale * self.A.shape[0]
+    name: str
+    permuted: dict[str, str] = field(default_factory=dict)
+    norm_shift: float = 0.0
+    transposed: tuple[str, ...] = ()
 
 
-def write_adapter(file: Path, model: Any, *, adapter: str = "default", precision: Precision = "f32") -> dict[str, Any]:
+_ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+ARCHITECTURES = {
+    "llama": GgufArchitecture("llama", _ROTATED),  # Llama 1 to 3, SmolLM, TinyLlama
+    "mistral": GgufArchitecture("llama", _ROTATED),
+    "qwen2": GgufArchitecture("qwen2"),
+    "qwen3": GgufArchitecture("qwen3"),
+    "gemma": GgufArchitecture("gemma", norm_shift=1.0),
+    "gemma2": GgufArchitecture("gemma2", norm_shift=1.0),
+    "gemma3_text": GgufArchitecture("gemma3", norm_shift=1.0),
+    "phi3": GgufArchitecture("phi3"),
+    "gpt2": GgufArchitecture("gpt2", transposed=("c_attn", "c_proj", "c_fc")),
+}
+"""By `model_type` in Hugging Face's config."""
+
+
+def import_gguf() -> Any:
+    """Return the package gguf.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError("the package gguf, which reads and writes GGUF files, is not installed", hint="pip install gguf")
+    import gguf
+
+    return gguf
+
+
+def get_architecture(config: Any) -> GgufArchitecture:
+    """Return how llama.cpp stores a model's architecture.
+
+    Raises:
+        UsageError: it is not in the table.
+    """
+    kind = config.model_type
+    if kind not in ARCHITECTURES:
+        raise UsageError(
+            f"cannot write a {kind!r} model as GGUF: how llama.cpp names and orders its weights is not known"
+            f"{nearest(kind, ARCHITECTURES)}",
+            f"one of {format_names(ARCHITECTURES)}",
+            "add a line to slimtune/export/gguf.py (it says how), or export it merged: slimtune merge",
+        )
+    return ARCHITECTURES[kind]
+
+
+def get_tensor_names(config: Any) -> Any:
+    """Return gguf's name map: `.get_name("model.layers.0.mlp.up_proj")` is "blk.0.ffn_up".
+
+    Raises:
+        UsageError: the architecture is not in the table.
+        ModelError: the package gguf is not installed.
+    """
+    name = get_architecture(config).name
+    gguf = import_gguf()
+    architecture = next(key for key, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+    return gguf.get_tensor_name_map(architecture, config.get_text_config().num_hidden_layers)
+
+
+def to_llama_cpp_layout(weight: Tensor, name: str, config: Any) -> Tensor:
+    """Return a parameter as llama.cpp stores it.
+
+    Args:
+        weight: the parameter.
+        name: its name in the model, with `.weight` or `.bias`.
+        config: the model's.
+    """
+    architecture = get_architecture(config)
+    module, _, leaf = name.rpartition(".")
+    if leaf == "weight" and module.rpartition(".")[2] in architecture.transposed:
+        weight = weight.t()
+    if architecture.norm_shift and weight.dim() == 1 and module.endswith("norm"):
+        weight = weight + architecture.norm_shift
+    return permute_rope_rows(weight, module, config)
+
+
+def permute_rope_rows(rows: Tensor, module: str, config: Any) -> Tensor:
+    """Return the output rows of a linear layer in llama.cpp's order.
+
+    Args:
+        rows: a weight or a LoRA's B, `(out, …)`.
+        module: the layer's name in the model.
+        config: the model's.
+    """
+    heads = get_architecture(config).permuted.get(module.rpartition(".")[2])
+    if heads is None:
+        return rows
+    halves = rows.reshape(getattr(config.get_text_config(), heads), 2, -1, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+# --- adapter ---------------------------------------------------------------------------------------------------------
+
+
+def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precision: str = "f32") -> dict[str, Any]:
     """Write an adapter as GGUF.
 
     Args:
-        file: what to write, in a folder that is not yet in use: it is not written atomically.
+        file: in a folder that is not in use yet: the write is not atomic.
         model: the adapted model.
         adapter: the adapter's name.
         precision: of the tensors, "f32" or "f16".
 
     Returns:
-        `architecture`, `alpha`, `ranks` (each map's), `tensors`, `bytes`.
+        `architecture`, `alpha`, `ranks` (the different ones, ascending), `tensors`, `bytes`.
 
     Raises:
-        UsageError: the architecture is not known, the precision is neither, or the adapter does more than add a
-            low-rank product to linear maps; what to do instead is said.
-        AdapterError: a number is not finite, or too large for the precision.
+        UsageError: the architecture or precision is unknown, or the adapter is not a LoRA of linear layers only.
+        AdapterError: a value is NaN or Inf, or too large for the precision.
         ModelError: the package gguf is not installed.
     """
-    if precision not in DTYPES:
-        raise UsageError(f"an adapter GGUF in {precision!r}", format_names(DTYPES), "--precision f32")
-    gguf, facts = package(), get_architecture(model.config)
-    names, pairs = get_tensor_names(model.config), pairs_of(model, adapter)
-    writer = gguf.GGUFWriter(str(file), facts.arch)
-    alpha = _common([p.alpha for p in pairs])
+    if precision not in ADAPTER_DTYPES:
+        raise UsageError(f"an adapter GGUF in {precision!r}", format_names(ADAPTER_DTYPES), "--precision f32")
+    gguf, architecture = import_gguf(), get_architecture(model.config)
+    names, layers = get_tensor_names(model.config), get_lora_factors(model, adapter)
+    alphas = {module: scale * A.shape[0] for module, (A, _, scale) in layers.items()}
+    alpha = max(sorted(set(alphas.values())), key=list(alphas.values()).count)  # the most common one
+    writer = gguf.GGUFWriter(str(file), architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(file.stem)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if precision == "f32" else gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType[PRECISIONS[precision]])
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for pair in pairs:
-        name = names.get_name(pair.module)
+    for module, (A, B, _) in layers.items():
+        name = names.get_name(module)
         if name is None:
             raise UsageError(
-                f"{pair.module} has no name in GGUF for the architecture {facts.arch}",
-                "adapters at the maps of attention and MLP",
-                "ship it merged: slimtune merge",
+                f"{module} has no name in GGUF for the architecture {architecture.name}",
+                "adapters on the linear layers of attention and MLP",
+                "export it merged: --merged, or slimtune merge",
             )
-        for part, tensor in _tensors(pair, alpha, model.config):
-            writer.add_tensor(f"{name}.weight.{part}", _stored(tensor, pair.module, precision))
+        B = B.to(torch.promote_types(B.dtype, torch.float32))
+        if alphas[module] != alpha:
+            B = B * (alphas[module] / alpha)
+        B = permute_rope_rows(B, module, model.config)
+        for part, tensor in (("lora_a", A), ("lora_b", B)):
+            writer.add_tensor(f"{name}.weight.{part}", _to_finite_array(tensor, module, precision))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return {
-        "architecture": facts.arch,
+        "architecture": architecture.name,
         "alpha": alpha,
-        "ranks": {p.module: p.A.shape[0] for p in pairs},
-        "tensors": 2 * len(pairs),
+        "ranks": sorted({A.shape[0] for A, _, _ in layers.values()}),
+        "tensors": 2 * len(layers),
         "bytes": file.stat().st_size,
     }
 
 
-def pairs_of(model: Any, adapter: str = "default") -> list[Pair]:
-    """Return an adapter's updates at the linear maps of a model, in the model's order.
+def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]:
+    """Return A `(r, in)`, B `(out, r)` and the scale of an adapter's update of each linear layer, in the model's order.
 
     Raises:
-        UsageError: it does something else besides; what, and the ways out, are said.
+        UsageError: the adapter does anything else; what, and the alternatives, are given.
     """
-    maps, other = collect_low_rank_factors(model, adapter)
-    pairs = [Pair(name, A.detach(), B.detach(), scale) for name, (A, B, scale) in maps.items()]
-    if other or not pairs:
-        method = model.peft_config[adapter].name
-        raise UsageError(
-            f"the {method} adapter is no LoRA of linear maps alone: {format_names(other, 4) or 'it changes none'}",
-            "scale · B A beside linear maps, which is all that llama.cpp adds to a base",
-            _way_out(model, adapter),
-        )
-    return pairs
-
-
-def _way_out(model: Any, adapter: str) -> str:
+    layers, other = collect_low_rank_factors(model, adapter)
+    if layers and not other:
+        return {name: (A.detach(), B.detach(), scale) for name, (A, B, scale) in layers.items()}
     config = model.peft_config[adapter]
+    hint = "export it merged: --merged, or slimtune merge; or turn it into a LoRA: --convert-to-lora RANK"
     if not config.mergeable:
-        return f"{config.name} cannot be merged either: use it from slimtune (generate, chat) or Python"
-    return "ship it merged: --merged, or slimtune merge; or turn it into a LoRA: --as-lora RANK"
+        hint = f"{config.name} cannot be merged either: use it from slimtune (generate, chat) or Python"
+    raise UsageError(
+        f"the {config.name} adapter is not a LoRA of linear layers only: {format_names(other, 4) or 'it changes none'}",
+        "scale · B A on linear layers: llama.cpp adds nothing else to a base",
+        hint,
+    )
 
 
-def _tensors(pair: Pair, alpha: float, config: Any) -> Iterator[tuple[str, Tensor]]:
-    B = pair.B.to(torch.promote_types(pair.B.dtype, torch.float32))
-    if pair.alpha != alpha:
-        B = B * (pair.alpha / alpha)
-    yield "lora_a", pair.A
-    yield "lora_b", permute_rope_rows(B, pair.module, config)
-
-
-def _common(alphas: list[float]) -> float:
-    """Return the alpha most of the maps have."""
-    return max(sorted(set(alphas)), key=alphas.count)
-
-
-def _stored(tensor: Tensor, module: str, precision: Precision) -> Any:
-    made = tensor.detach().cpu().to(DTYPES[precision])
-    if not torch.isfinite(made).all():
-        largest = tensor.abs().max().item()
+def _to_finite_array(tensor: Tensor, module: str, precision: str) -> Any:
+    rounded = tensor.detach().cpu().to(ADAPTER_DTYPES[precision])
+    if not torch.isfinite(rounded).all():
+        too_large = precision == "f16" and bool(torch.isfinite(tensor).all())
+        largest = f"values up to {tensor.abs().max().item():.3g}, too large for f16" if too_large else "NaN or Inf"
         raise AdapterError(
-            f"the adapter at {module} holds numbers that {precision} cannot hold (up to {largest:.3g})",
-            f"numbers up to {LARGEST:.3g}" if precision == "f16" else "finite numbers",
-            "--precision f32"
-            if precision == "f16" and torch.isfinite(tensor).all()
-            else "an older checkpoint of the run",
+            f"the adapter at {module} contains {largest}",
+            f"values up to {torch.finfo(torch.float16).max:.3g}" if too_large else "finite values",
+            "--precision f32" if too_large else "an older checkpoint of the run",
         )
-    return made.contiguous().numpy()
+    return rounded.contiguous().numpy()
+
+
+# --- whole model -----------------------------------------------------------------------------------------------------
+
+
+def write_gguf_from_template(template: Path, model: Any, file: Path, precision: str = "f16") -> None:
+    """Write a model as the GGUF its base came from: metadata and tokenizer from there, tensors from the model.
+
+    One tensor is in memory at a time, beside the model's own.
+
+    Args:
+        template: the base's GGUF file.
+        model: of the same architecture. An adapted one is written without its adapters, except those merged into it.
+        file: in a folder that is not in use yet.
+        precision: one of `PRECISIONS`; vectors stay in f32.
+
+    Raises:
+        UsageError: the architecture is unknown.
+        ModelError: template and model do not have the same tensors.
+    """
+    gguf, architecture, names = import_gguf(), get_architecture(model.config), get_tensor_names(model.config)
+    reader = gguf.GGUFReader(str(template))
+    parameters: dict[str, tuple[str, Tensor]] = {}
+    unknown = []
+    for name, parameter in model.named_parameters():
+        if re.search(r"(^|\.)(adapters|trained_copies)\.", name):
+            continue
+        module, _, leaf = name.rpartition(".")
+        gguf_module = names.get_name(module)
+        if gguf_module is None:
+            unknown.append(name)
+        else:
+            parameters[f"{gguf_module}.{leaf}"] = name, parameter
+    template_tensors = {t.name: t for t in reader.tensors}
+    missing = [n for n in template_tensors if n not in parameters and not n.startswith("rope")]
+    if missing or unknown:
+        raise ModelError(
+            f"the model and {template.name} have different tensors: {format_names([*missing, *unknown], 4)}",
+            f"a GGUF of the architecture {architecture.name}, and the model that was loaded from it",
+        )
+    tokens, rows = reader.fields.get(gguf.Keys.Tokenizer.LIST), model.get_input_embeddings().weight.shape[0]
+    if tokens is not None and len(tokens.data) != rows:
+        raise ModelError(
+            f"the model embeds {rows} tokens, the tokenizer in {template.name} has {len(tokens.data)}",
+            "the tokens of the base: a GGUF's tokenizer is copied unchanged",
+            "slimtune merge, and llama.cpp's converter",
+        )
+    writer = gguf.GGUFWriter(str(file), architecture.name)
+    skipped = (gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE, "general.alignment")
+    for f in reader.fields.values():
+        if f.name not in skipped and not f.name.startswith(("GGUF.", "split.")):
+            item_type = f.types[-1] if f.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(f.name, f.contents(), f.types[0], item_type)
+    writer.add_file_type(gguf.LlamaFileType[PRECISIONS[precision]])
+
+    def encode(name: str) -> tuple[Any, Any]:
+        if name not in parameters:
+            return template_tensors[name].data, template_tensors[name].tensor_type
+        own_name, parameter = parameters[name]
+        tensor = to_llama_cpp_layout(parameter.detach(), own_name, model.config)
+        values = tensor.to(torch.float32).cpu().contiguous().numpy()
+        kind = gguf.GGMLQuantizationType[precision.upper()]
+        if values.ndim == 1:
+            kind = gguf.GGMLQuantizationType.F32
+        elif values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = gguf.GGMLQuantizationType.F16  # a row is not a whole number of blocks
+        return gguf.quants.quantize(values, kind), kind
+
+    # A head that was tied in the base and is not any more is a new tensor.
+    order = [*template_tensors, *(n for n in parameters if n not in template_tensors)]
+    for name in order:
+        data, kind = encode(name)
+        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name in order:
+        writer.write_tensor_data(encode(name)[0])
+    writer.close()
+
+
+def convert_hf_to_gguf(folder: Path, file: Path, precision: str = "f16") -> None:
+    """Write a Hugging Face folder as GGUF by llama.cpp's own converter.
+
+    Raises:
+        ModelError: the converter is not installed.
+        RunError: it failed; its last lines are given.
+    """
+    script = find_llama_cpp_tool(CONVERTER)
+    if script is None:
+        raise ModelError(
+            f"llama.cpp's {CONVERTER}, which makes a GGUF of a Hugging Face folder, is not installed",
+            f"{CONVERTER} on the PATH or in $LLAMA_CPP",
+            f"{_INSTALL_HINT}; or export the adapter without its base",
+        )
+    _run_tool([sys.executable, script, str(folder), "--outfile", str(file), "--outtype", precision])
+
+
+def quantize_gguf(file: Path, out: Path, precision: str) -> None:
+    """Write a GGUF in another precision by llama.cpp's `llama-quantize`.
+
+    Args:
+        file: an f32, f16 or bf16 GGUF.
+        out: the new file.
+        precision: llama.cpp's name of it: "Q4_K_M".
+
+    Raises:
+        ModelError: the program is not installed.
+        RunError: it failed; its last lines are given.
+    """
+    _run_tool([require_quantizer(precision), str(file), str(out), precision])
+
+
+def require_quantizer(precision: str) -> str:
+    """Return the path of `llama-quantize`.
+
+    Raises:
+        ModelError: it is not installed.
+    """
+    program = find_llama_cpp_tool(QUANTIZER)
+    if program is None:
+        raise ModelError(
+            f"llama.cpp's {QUANTIZER}, which makes {precision}, is not installed",
+            f"{QUANTIZER} on the PATH or in $LLAMA_CPP, or one of {format_names(PRECISIONS)}",
+            f"{_INSTALL_HINT}; or --precision q8_0",
+        )
+    return program
+
+
+def find_llama_cpp_tool(name: str) -> str | None:
+    """Return the path of a program of llama.cpp: in `$LLAMA_CPP`, in its build folder, or on the PATH."""
+    root = os.environ.get("LLAMA_CPP")
+    places = [Path(root, below, name) for below in ("", "build/bin")] if root else []
+    return next((str(p) for p in places if p.is_file()), None) or shutil.which(name)
+
+
+def _run_tool(command: Sequence[str]) -> None:
+    done = subprocess.run([*command], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        last_lines = "\n".join((done.stderr or done.stdout).strip().splitlines()[-6:])
+        raise RunError(
+            f"llama.cpp failed: {shlex.join(command)}\n{last_lines}", "an architecture and tokenizer that it knows"
+        )

@@ -1,17 +1,16 @@
-"""Base and adapter as one plain Hugging Face checkpoint: W' = W + ΔW, and the proof that it is the trained model.
+"""Merge base and adapter into one plain Hugging Face checkpoint, W' = W + ΔW, and check that it is the trained model.
 
-    log p with the adapter ─ each module merged in fp32, rounded once, written beside `out` ─ read back ─ log p ─ rename
+    log-probabilities with the adapter → each module merged in float32, rounded once, written beside `out` → loaded back →
+    log-probabilities compared → renamed to `out`
 
-The base is taken as it was trained on: rounded to the run's dtype. Its weights are views of the files they lie in, and
-one module's are merged at a time, so memory is that of a module, not of a model. Whatever fails on the way, `out` is
-not there. The work is done on the CPU, whose memory is the larger one.
+The base is taken as the run had it: rounded to the run's dtype. The work is done in CPU memory; `merged_weights.py`
+says how little of it is used.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import logging
 import tempfile
 import time
@@ -26,27 +25,28 @@ from transformers import PreTrainedModel
 from ..adapters.base import MergeUnsupported
 from ..adapters.config import PeftConfig
 from ..adapters.model import PeftModel
-from ..errors import AdapterError
+from ..errors import AdapterError, RunError
 from ..models.dtype import pick_dtype
 from ..models.errors import silence_libraries
 from ..models.loader import load_base, load_config
-from ..models.quantization import remove_quantization, stored_quantization
-from ..run_dir import ADAPTER_FILE, RunDir
+from ..models.quantization import dequantize_model, remove_quantization, stored_quantization
+from ..run_dir import ADAPTER_FILE, RunDir, read_json
 from ..setup import TrainedModel, find_adapter_folder, load_run
 from ..utils.files import atomic_folder, translate_disk_full
-from . import proof
-from .folder import require_free, write_note
+from . import gguf
+from .engines import TransformersEngine
+from .manifest import write_manifest
+from .merged_weights import MergedCheckpoint
 from .model_card import render_merged_card
-from .rounding import rounding_for
-from .weights import Weights
+from .reference import PRECISIONS, Reference, find_faults, get_tolerance, make_texts
+from .rounding import collect_rounding_inputs
 
 log = logging.getLogger(__name__)
 
-SMALL = 1_000_000_000
-"""Below this many parameters the proof computes in fp32, and 16 bits are rounded with the run's rows in sight; above,
-memory counts: it computes in the run's dtype, and numbers are rounded one by one."""
-SHARD = 5_000_000_000
-"""Bytes of a weight file, at most."""
+SMALL_MODEL = 1_000_000_000
+"""Below this many parameters the check computes in float32, and 16-bit weights are rounded with the run's rows. Larger
+models are checked in the run's dtype and rounded to the nearest, to save memory."""
+SHARD_BYTES = 1_000_000_000
 
 
 def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
@@ -54,155 +54,218 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
 
     Args:
         run: a run folder, or an adapter folder.
-        out: folder for the checkpoint: not there yet, or empty.
-        dtype: of the weights written; "auto": what the run held the base in (an adapter folder: what the base's
+        out: folder for the checkpoint; it does not exist yet, or is empty.
+        dtype: of the weights; "auto": the dtype the run held the base in (an adapter folder: the dtype its base's
             checkpoint is stored in).
 
     Returns:
-        `run`, `out`, `bytes` (all files), `dtype`, `parameters`, `seconds`, and over `positions` of text, in nats:
+        `run`, `out`, `bytes` (of all files), `dtype`, `parameters`, `seconds`, and over `positions` next tokens, in nats:
         `max_difference` and `mean_difference` (merged against adapter) and `effect` (adapter against base, on average).
 
     Raises:
-        UsageError: no such run, an unknown dtype, or `out` holds something.
+        UsageError: no such run, an unknown dtype, or `out` contains something.
         AdapterError: the adapter does not fit, or cannot be merged.
         RunError: the disk is full, or the merged model is not the trained one.
     """
-    began = time.perf_counter()
+    start = time.perf_counter()
     run, out = Path(run), Path(out).expanduser()
-    asked = None if dtype == "auto" else pick_dtype(dtype)
-    require_free(out)
-    with _as_trained(run, out) as loaded:
-        found = _write(loaded, run, out, asked or loaded.base.dtype)
-    return {"run": str(run), "out": str(out), **found, "seconds": round(time.perf_counter() - began, 3)}
+    stored = None if dtype == "auto" else pick_dtype(dtype)
+    RunDir.require_free(out)
+    with _load_memory_mapped(run, out) as loaded:
+        result = _merge_loaded(loaded, run, out, stored or loaded.base.dtype)
+    return {"run": str(run), "out": str(out), **result, "seconds": round(time.perf_counter() - start, 3)}
 
 
-def _write(loaded: TrainedModel, run: Path, out: Path, store: torch.dtype) -> dict[str, Any]:
-    """Write the checkpoint in `store` and prove it; return what there is to say."""
+def _merge_loaded(loaded: TrainedModel, run: Path, out: Path, stored: torch.dtype) -> dict[str, Any]:
+    """Write the checkpoint in the dtype `stored`, check it, and return what `merge` reports."""
     model: Any = loaded.model
     config, tokenizer = model.active_peft_config, loaded.base.tokenizer
-    packed = getattr(model, "is_quantized", False)
-    small = _is_small(model)
-    if small and not packed:
+    quantized, small = getattr(model, "is_quantized", False), _is_small(model)
+    if small and not quantized:
         model.to(torch.promote_types(loaded.base.dtype, torch.float32))
-    compute = model.dtype
-    rows = proof.texts(tokenizer, loaded.recipe, model.config.get_text_config())
-    adapted = proof.log_probabilities(model, rows)
-    with model.disable_adapter():
-        base = proof.log_probabilities(model, rows)
-    rounding = rounding_for(model, loaded.recipe, tokenizer) if small and store.itemsize == 2 else None
-    if packed:
+    computed = model.dtype
+    texts = make_texts(tokenizer, loaded.recipe, model.config.get_text_config())
+    reference = Reference(model, tokenizer, texts)
+    effect = reference.effect()
+    inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
+    if quantized:
         remove_quantization(model)
-    with _refusals(run):
-        weights = Weights(model, store, rounding=rounding)
-    with atomic_folder(out, weights.bytes) as folder:
-        _write_settings(model, folder, store)
+    with translate_merge_errors(run):
+        checkpoint = MergedCheckpoint(model, stored, inputs=inputs)
+    with atomic_folder(out, checkpoint.bytes) as folder:
+        _save_config(model, folder, stored)
         tokenizer.save_pretrained(folder)
-        with _refusals(run):
-            weights.write(folder, SHARD)
-        held = compute if small else store
-        merged = load_base(str(folder), dtype=held, device="cpu", trust_remote_code=_trusts(loaded)).model
-        proof.require_whole(folder, merged)
-        found = proof.require_same(proof.log_probabilities(merged, rows), adapted, base, store, compute)
-        made = {"dtype": _name(store), **found}
-        text = render_merged_card(
-            loaded.base.source, config, loaded.recipe, made, out.resolve().name, bool(tokenizer.chat_template)
-        )
+        with translate_merge_errors(run):
+            checkpoint.save(folder, SHARD_BYTES)
+        trust = _trusts_remote_code(loaded)
+        merged = load_base(str(folder), dtype=computed if small else stored, device="cpu", trust_remote_code=trust).model
+        engine = TransformersEngine("merged", merged, tokenizer)
+        differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
+        tolerance = get_tolerance(PRECISIONS[stored], PRECISIONS[computed])
+        noise = 0.05 if computed.itemsize == 2 else 0.005
+        if faults := find_faults(differences, effect, tolerance, noise):
+            raise RunError(
+                f"the merged model is not the trained one: {'; '.join(faults)} (over {len(differences)} next tokens; "
+                f"the adapter changes them by {effect:.3g} on average)",
+                str(tolerance),
+                "--dtype float32: 16 bits cannot hold so small a change" if stored.itemsize == 2 else "",
+            )
+        report = {
+            "dtype": _dtype_name(stored),
+            "max_difference": differences.max().item(),
+            "mean_difference": differences.mean().item(),
+            "effect": effect,
+            "positions": len(differences),
+        }
+        text = render_merged_card(loaded.base.source, config, loaded.recipe, report, out.resolve().name, bool(tokenizer.chat_template))
         (folder / "README.md").write_text(text, encoding="utf-8")
         with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        write_note(folder, "merged", run, {**made, "fingerprint": loaded.base.fingerprint, "adapter_sha256": sha256})
+        facts = {**report, "fingerprint": loaded.base.fingerprint, "adapter_sha256": sha256}
+        write_manifest(folder, "merged", run, facts)
         written = sum(f.stat().st_size for f in folder.iterdir())
-    return {"bytes": written, "parameters": weights.parameters, **made}
+    return {"bytes": written, "parameters": checkpoint.parameters, **report}
 
 
 @contextmanager
-def _as_trained(run: Path, out: Path) -> Iterator[TrainedModel]:
-    """Load a run on its base as it was trained on.
+def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
+    """Load a run with the base as it was trained on, its weights mapped from files if the model is large.
 
-    transformers makes views of a checkpoint's files where it is stored in the dtype asked for, and copies elsewhere.
-    There a large base is first written in that dtype beside `out`, for as long as it is needed.
+    transformers maps a checkpoint's files if it is stored in the dtype asked for, and copies them otherwise. A large
+    base that is stored in another dtype is first written in the run's dtype beside `out`, and deleted afterwards.
     """
-    kind = _trained_dtype(run)
+    dtype = get_trained_dtype(run)
     recipe = RunDir.open(run).load_recipe() if find_adapter_folder(run) != run else None
     stored = None
     if recipe is not None:
         m = recipe.model
-        kind = _name(pick_dtype(kind or m.dtype, "cpu"))
-        told = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
-        if (
-            m.quantization is None and stored_quantization(told) is None
-        ):  # a quantized base is held in few bits as it is
-            stored = _name(told.dtype or torch.float32)
-    if stored in (None, kind) or _is_small((loaded := load_run(run, dtype=stored, device="cpu")).model):
-        yield load_run(run, dtype=kind, device="cpu")
+        dtype = _dtype_name(pick_dtype(dtype or m.dtype, "cpu"))
+        config = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
+        if m.quantization is None and stored_quantization(config) is None:  # a quantized base stays quantized in memory
+            stored = _dtype_name(config.dtype or torch.float32)
+    if stored in (None, dtype) or _is_small((loaded := load_run(run, dtype=stored, device="cpu")).model):
+        yield load_run(run, dtype=dtype, device="cpu")
         return
-    assert kind is not None
-    held: Any = pick_dtype(kind)
-    weights = Weights(loaded.model, held, adapters=())
+    trained: Any = pick_dtype(str(dtype))
+    base = MergedCheckpoint(loaded.model, trained, adapters=())
     place = out.resolve()
-    with translate_disk_full(place, 2 * weights.bytes):
+    with translate_disk_full(place, 2 * base.bytes):
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.base.", dir=place.parent) as beside:
-            _write_settings(loaded.model, Path(beside), held)
-            loaded.base.tokenizer.save_pretrained(beside)
-            weights.write(Path(beside), SHARD)
-            model = load_base(beside, dtype=held, device="cpu", trust_remote_code=_trusts(loaded)).model
-            base = dataclasses.replace(loaded.base, model=model, dtype=held)
-            yield dataclasses.replace(loaded, model=PeftModel.from_pretrained(model, loaded.adapter), base=base)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.base.", dir=place.parent) as folder:
+            _save_config(loaded.model, Path(folder), trained)
+            loaded.base.tokenizer.save_pretrained(folder)
+            base.save(Path(folder), SHARD_BYTES)
+            model = load_base(
+                folder, dtype=trained, device="cpu", trust_remote_code=_trusts_remote_code(loaded)
+            ).model
+            yield dataclasses.replace(
+                loaded,
+                model=PeftModel.from_pretrained(model, loaded.adapter),
+                base=dataclasses.replace(loaded.base, model=model, dtype=trained),
+            )
 
 
-def _trained_dtype(run: Path) -> str | None:
-    """Return the dtype the run held its base in; for an adapter folder, the one the base's checkpoint is stored in."""
+def get_trained_dtype(run: Path) -> str | None:
+    """Return the dtype a run held its base in; for an adapter folder, the one the base's checkpoint is stored in."""
     folder = find_adapter_folder(run)
     if folder != run:
-        result = RunDir.open(run).result_file
+        file = RunDir.open(run).result_file
         # "auto" in the recipe may have meant another dtype on the machine that trained.
-        return json.loads(result.read_text()).get("dtype") if result.is_file() else None
+        return read_json(file).get("dtype") if file.is_file() else None
     name = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    stored = load_config(name).dtype if name else None
-    return _name(stored or torch.float32)
+    return _dtype_name((load_config(name).dtype if name else None) or torch.float32)
 
 
-def _is_small(model: Any) -> bool:
-    return sum(p.numel() for p in model.parameters()) < SMALL
+def load_trained(run: Path, dtype: str | None = None) -> TrainedModel:
+    """Load a run's adapter on its base on the CPU: in float32 if the model is small, dequantized if it is quantized.
+
+    Args:
+        run: a run folder, or an adapter folder.
+        dtype: that the base's weights are rounded to, without quantization; None: as in training.
+    """
+    quantization = None if dtype is None else "none"
+    loaded = load_run(run, dtype=dtype or get_trained_dtype(run), device="cpu", quantization=quantization, unpack=True)
+    model: Any = loaded.model
+    if _is_small(model):
+        model.to(torch.promote_types(loaded.base.dtype, torch.float32))
+    return loaded
 
 
-def _trusts(loaded: TrainedModel) -> bool:
-    return loaded.recipe is not None and loaded.recipe.model.trust_remote_code
+def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: str) -> None:
+    """Write base and adapter as one GGUF; the loaded model is unchanged afterwards.
+
+    Raises:
+        AdapterError: the adapter cannot be merged.
+        UsageError, ModelError, RunError: as `write_gguf_from_template` and `convert_hf_to_gguf`.
+    """
+    source, model = loaded.base.source, loaded.model
+    if source.kind != "gguf":
+        with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
+            merge(run, Path(folder, "merged"))
+            gguf.convert_hf_to_gguf(Path(folder, "merged"), file, precision)
+        return
+    with translate_merge_errors(run):
+        model.merge_adapter(safe_merge=True)
+    try:
+        gguf.write_gguf_from_template(Path(source.path), model, file, precision)
+    finally:
+        model.unmerge_adapter()
 
 
-def _name(dtype: torch.dtype | str) -> str:
-    return str(dtype).removeprefix("torch.")
+def write_base_gguf(loaded: TrainedModel, file: Path) -> None:
+    """Write the base an adapter was trained on as one GGUF in f32."""
+    source = loaded.base.source
+    if source.kind == "gguf":
+        gguf.write_gguf_from_template(Path(source.path), loaded.model, file, "f32")
+        return
+    with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
+        base = load_base(source.spec, dtype=loaded.base.dtype, device="cpu", quantization=loaded.base.quantization)
+        if base.quantization is not None:
+            dequantize_model(base.model, base.dtype)
+        base.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+        gguf.convert_hf_to_gguf(Path(folder), file, "f32")
 
 
 @contextmanager
-def _refusals(run: Path) -> Iterator[None]:
-    """Turn the refusal of a merge into an error that says the way out."""
+def translate_merge_errors(run: Path) -> Iterator[None]:
+    """Turn MergeUnsupported into an AdapterError that gives the alternatives."""
     try:
         yield
     except MergeUnsupported as e:
+        older = ", or an older checkpoint of it" if "not finite" in str(e) else ""
         raise AdapterError(
             f"the adapter of {run} cannot be merged: {e}",
             "finite changes of plain weights",
-            "use it beside its base (slimtune generate, chat; PeftModel.from_pretrained)"
-            + (", or an older checkpoint of it" if "not finite" in str(e) else ""),
+            f"use it beside its base (slimtune generate, chat; PeftModel.from_pretrained){older}",
         ) from e
 
 
-def _write_settings(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write what a checkpoint has beside its weights: config, generation settings, code that the base brought."""
-    settings = getattr(model, "generation_config", None)
-    if settings is not None:
+def _save_config(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Write what a checkpoint has beside its weights: config, generation settings, and the base's own code."""
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
         try:
-            settings.validate(strict=True)
+            generation.validate(strict=True)
         except ValueError:
-            # Some checkpoints name a temperature and forget that it asks for sampling; transformers saves no such file.
-            log.warning("the base's generation settings ask for sampling without do_sample: it is set")
-            settings.do_sample = True
+            # Some checkpoints set a temperature without do_sample, which transformers refuses to save.
+            log.warning("the base's generation settings have sampling parameters without do_sample: it is set")
+            generation.do_sample = True
     with silence_libraries():
-        # transformers' own, not the adapter's.
-        PreTrainedModel.save_pretrained(model, folder, state_dict={})
-        for weights in folder.glob("*.safetensors"):  # of no tensors
-            weights.unlink()
-        model.config.dtype = _name(dtype)  # the model is in the run's
+        PreTrainedModel.save_pretrained(model, folder, state_dict={})  # transformers' own, not the adapter's
+        for empty in folder.glob("*.safetensors"):
+            empty.unlink()
+        model.config.dtype = _dtype_name(dtype)
         model.config.save_pretrained(folder)
+
+
+def _is_small(model: Any) -> bool:
+    return sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+
+
+def _trusts_remote_code(loaded: TrainedModel) -> bool:
+    return loaded.recipe is not None and loaded.recipe.model.trust_remote_code
+
+
+def _dtype_name(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,18 +1,17 @@
-"""What Ollama needs to serve a trained model: a Modelfile, and the two lines that build and start it.
+"""Write what Ollama needs to serve a trained model: a Modelfile, and the two commands that build and start it.
 
     FROM      a name from Ollama's library (it keeps its own TEMPLATE), a GGUF file, or a merged Hugging Face folder
     ADAPTER   the adapter's GGUF beside the Modelfile, unless it is merged
-    TEMPLATE  the run's chat template in Ollama's syntax, proven equal to it (chat_template.py)
+    TEMPLATE  the run's chat template in Ollama's syntax (ollama_template.py)
     SYSTEM, PARAMETER stop (the tokens that end an answer), PARAMETER num_ctx (tokens of the window)
 
-**The beginning-of-sequence token.** Ollama puts it before the prompt itself where the weights say so: a GGUF by
+**The beginning-of-sequence token.** Ollama puts it before the prompt if the weights say so: a GGUF by
 `tokenizer.ggml.add_bos_token`, a folder by `add_bos_token` in tokenizer_config.json. The TEMPLATE then leaves it out;
-twice there, it costs quality without a word of warning to the user.
+two of them would silently cost quality.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -21,34 +20,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, UsageError, format_names
+from ..errors import UsageError, format_names
 from ..models.errors import translate_load_errors
-from .chat_template import Turned, turn
-from .modelfile import Line, written
+from .gguf import import_gguf
+from .ollama_template import ConvertedTemplate, convert_chat_template, is_printable
 
-WINDOW = 4096
-"""Tokens: Ollama's own window where a Modelfile names none; never less here, unless the model holds less."""
-_NAME = re.compile(  # host, namespace, model, tag
+DEFAULT_WINDOW = 4096
+"""Tokens of Ollama's own window when a Modelfile sets none; the smallest set here unless the model has less."""
+_MODEL_NAME = re.compile(  # host, namespace, model, tag
     r"(?:(?:[a-z0-9_][\w.:-]{0,349}/)?[a-z0-9_][\w-]{0,79}/)?[a-z0-9_][\w.-]{0,79}(?::[a-z0-9_][\w.-]{0,79})?",
     re.I | re.A,
 )
 
 
 @dataclass(frozen=True)
-class OllamaFolder:
-    """What was written.
+class OllamaExport:
+    """What `write_ollama` wrote.
 
     Args:
-        modelfile: where the Modelfile will lie.
-        create: the shell line that builds the model.
-        run: the shell line that starts it.
+        create, run: the commands that build and start the model.
         template: the TEMPLATE; None: the base keeps its own, or none could be made (`notes` says why).
-        stops: the stop tokens written.
+        stops: the stop tokens.
         num_ctx: tokens of the window.
-        notes: what a user must know, each a sentence.
+        notes: what a user must know, one sentence each.
     """
 
-    modelfile: Path
     create: str
     run: str
     template: str | None
@@ -60,7 +56,7 @@ class OllamaFolder:
 def write_ollama(
     folder: Path,
     *,
-    base_from: str,
+    base: str,
     adapter: Path | None,
     tokenizer: Any,
     config: Any,
@@ -69,152 +65,190 @@ def write_ollama(
     max_seq_len: int | None = None,
     num_ctx: int | None = None,
     out: Path | None = None,
-) -> OllamaFolder:
+) -> OllamaExport:
     """Write `Modelfile` into an export folder.
 
     Args:
-        folder: of the export, open for writing.
-        base_from: a name from Ollama's library or another registry (`llama3.1:8b`, `hf.co/…`), the path of a GGUF file,
-            or of a merged Hugging Face folder; what lies at that path counts before a name that reads the same. A path
-            inside `folder` is written relative to it.
-        adapter: the adapter's GGUF, inside `folder`; None: the base has it merged.
+        folder: the export folder while it is written.
+        base: a name from a registry (`llama3.1:8b`, `hf.co/…`), or the path of a GGUF file or of a merged Hugging Face
+            folder; an existing path wins over a name. A path inside `folder` is written relative to it.
+        adapter: the adapter's GGUF inside `folder`; None: it is merged into the base.
         tokenizer: of the run, with the chat template it was trained with.
         config: of the model.
         name: of the new model in Ollama: `[host/][namespace/]model[:tag]`.
-        system: system prompt of every conversation that brings none.
-        max_seq_len: tokens of the longest row that the run took.
-        num_ctx: tokens of the window; None: as many as Ollama takes by itself and the run's rows need, no more than the
-            model holds.
-        out: where `folder` will lie when it is finished; None: where it lies now.
+        system: system prompt of every conversation that has none.
+        max_seq_len: tokens of the longest row that the run accepted.
+        num_ctx: tokens of the window; None: the larger of Ollama's default and `max_seq_len`, up to the model's limit.
+        out: the final path of `folder`; None: `folder` itself.
 
     Raises:
-        UsageError: the name, a path or the system prompt cannot be in a Modelfile, the base is not there, the window is
-            larger than the model's, or the chat template knows no system prompt.
-        ModelError: the base is damaged, or a GGUF file cannot be read here.
+        UsageError: the name, a path or the system prompt cannot be in a Modelfile, the base does not exist, the window
+            is larger than the model's, or the chat template takes no system prompt.
+        ModelError: the base is damaged, or the package gguf is missing.
     """
-    if not _NAME.fullmatch(name):
-        wanted = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (none of them first but _)"
-        raise UsageError(f"{name!r} is no name that Ollama takes", wanted, "give another --name")
-    base = _base_path(base_from)
-    turned = Turned(None) if base is None else turn(tokenizer, adds_bos(base, tokenizer))
-    _require_system(system, turned)
-    window = _window(config, max_seq_len, num_ctx)
-    stops = _stops(tokenizer, config, turned) if base else ()
-    lines: list[Line] = [("FROM", base_from if base is None else _place(base, folder))]
+    if not _MODEL_NAME.fullmatch(name):
+        expected = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (only _ at the beginning)"
+        raise UsageError(f"Ollama does not accept the name {name!r}", expected, "give another --name")
+    if adapter is not None and not adapter.is_file():
+        raise UsageError(f"the adapter {adapter} does not exist", "a GGUF file in the export folder")
+    path = _find_base(base)
+    converted = ConvertedTemplate(None)
+    if path is not None:
+        converted = convert_chat_template(tokenizer, engine_adds_bos(path, tokenizer))
+    if system is not None and not system.strip():
+        raise UsageError("the system prompt is empty", "some text", "leave out --system")
+    if system is not None and converted.system is False:
+        raise UsageError(
+            "the chat template of this model takes no system prompt",
+            "a conversation of user and assistant only",
+            "leave out --system",
+        )
+    window = _choose_window(config, max_seq_len, num_ctx)
+    stops = _list_stop_tokens(tokenizer, config, converted) if path else ()
+    lines = [("FROM", base if path is None else _relative_path(path, folder))]
     if adapter is not None:
-        lines.append(("ADAPTER", _place(_existing(adapter), folder)))
-    if turned.template is not None:
-        lines.append(("TEMPLATE", turned.template))
+        lines.append(("ADAPTER", _relative_path(adapter, folder)))
+    if converted.template is not None:
+        lines.append(("TEMPLATE", converted.template))
     if system is not None:
         lines.append(("SYSTEM", system))
     lines += [("PARAMETER stop", token) for token in stops]
     lines.append(("PARAMETER num_ctx", str(window)))
-    (folder / "Modelfile").write_bytes(written(lines).encode("utf-8"))
-    modelfile = (out or folder) / "Modelfile"
-    notes = turned.notes if base else (_keeps_its_own(base_from),)
-    create = shlex.join(["ollama", "create", name, "-f", _no_flag(modelfile)])
-    return OllamaFolder(modelfile, create, shlex.join(["ollama", "run", name]), turned.template, stops, window, notes)
+    (folder / "Modelfile").write_bytes(format_modelfile(lines).encode("utf-8"))
+    notes = converted.notes
+    if path is None:
+        show = shlex.join(["ollama", "show", "--template", base])
+        notes = (f"{base} keeps its own TEMPLATE and stop tokens; compare: {show}",)
+    modelfile = str((out or folder) / "Modelfile")
+    if modelfile.startswith("-"):
+        modelfile = f"./{modelfile}"
+    create = shlex.join(["ollama", "create", name, "-f", modelfile])
+    return OllamaExport(create, shlex.join(["ollama", "run", name]), converted.template, stops, window, notes)
 
 
-def _keeps_its_own(name: str) -> str:
-    return f"{name} keeps its own TEMPLATE and stop tokens; compare: ollama show --template {shlex.quote(name)}"
-
-
-def adds_bos(base: Path, tokenizer: Any) -> bool:
-    """Return whether Ollama puts the beginning-of-sequence token before a prompt itself.
+def engine_adds_bos(base: Path, tokenizer: Any) -> bool:
+    """Return whether Ollama puts the beginning-of-sequence token before a prompt.
 
     Args:
         base: a GGUF file, or a folder that Ollama converts.
-        tokenizer: what counts where a GGUF file does not say.
+        tokenizer: decides if a GGUF file does not say.
 
     Raises:
-        ModelError: the base is damaged, or cannot be read here.
+        ModelError: the base is damaged, or the package gguf is missing.
     """
     if base.is_dir():
         file = base / "tokenizer_config.json"
         with translate_load_errors(str(base), "model folder"):
             return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("add_bos_token") is True
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"reading {base.name} needs the package gguf, which is not installed", hint="pip install gguf")
-    from gguf import GGUFReader  # heavy, optional
-
+    gguf = import_gguf()
     with translate_load_errors(str(base), "GGUF file"):
-        said = GGUFReader(str(base)).fields.get("tokenizer.ggml.add_bos_token")
-        if said is not None:
-            return bool(said.contents())
-    first = tokenizer("a")["input_ids"][:1]
-    return tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+        setting = gguf.GGUFReader(str(base)).fields.get("tokenizer.ggml.add_bos_token")
+        if setting is not None:
+            return bool(setting.contents())
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _base_path(base_from: str) -> Path | None:
-    """Return where a base lies, None for a name from a registry.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    path = Path(base_from).expanduser()
+def _find_base(base: str) -> Path | None:
+    """Return the path of a base, None for a name from a registry."""
+    path = Path(base).expanduser()
     try:
-        there = bool(base_from) and path.exists()
+        exists = bool(base) and path.exists()
     except (OSError, ValueError):
-        there = False
-    if not there and _NAME.fullmatch(base_from) and not base_from.endswith(".gguf"):
-        return None
-    if not there:
-        wanted = "a name such as llama3.1:8b, a GGUF file, or a merged Hugging Face folder"
-        raise UsageError(f"the base {base_from!r} is not there", wanted, "give another --from")
-    if path.is_dir():
-        if not (path / "config.json").is_file() or not any(path.glob("model*.safetensors")):
-            wanted = "config.json and model*.safetensors in it, as slimtune merge writes them"
-            raise UsageError(f"{path} is no model that Ollama reads", wanted, "slimtune merge RUN --out FOLDER")
-        if out := [f.name for f in sorted(path.iterdir()) if not f.resolve().is_relative_to(path.resolve())]:
-            # A snapshot in the Hub's cache is such a folder.
-            got = f"{path} holds links to files elsewhere, which Ollama refuses: {format_names(out)}"
-            raise UsageError(got, "the files themselves", f"cp -rL {shlex.quote(str(path))} FOLDER")
+        exists = False
+    if not exists:
+        if _MODEL_NAME.fullmatch(base) and not base.endswith(".gguf"):
+            return None
+        expected = "a name such as llama3.1:8b, a GGUF file, or a merged Hugging Face folder"
+        raise UsageError(f"the base {base!r} does not exist", expected, "give another --ollama-base")
+    if not path.is_dir():
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UsageError(f"{path} is not a GGUF file", "a file that begins with GGUF", "another --ollama-base")
         return path
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UsageError(f"{path} is no GGUF file", "a file that begins with GGUF", "give another --from")
+    if not (path / "config.json").is_file() or not any(path.glob("model*.safetensors")):
+        expected = "config.json and model*.safetensors in it, as slimtune merge writes them"
+        raise UsageError(f"Ollama cannot read the folder {path}", expected, "slimtune merge RUN --out FOLDER")
+    if linked := [f.name for f in sorted(path.iterdir()) if not f.resolve().is_relative_to(path.resolve())]:
+        # A snapshot in the Hub's cache is such a folder.
+        message = f"{path} contains links to files elsewhere, which Ollama refuses: {format_names(linked)}"
+        raise UsageError(message, "the files themselves", f"cp -rL {shlex.quote(str(path))} FOLDER")
     return path
 
 
-def _existing(adapter: Path) -> Path:
-    if not adapter.is_file():
-        raise UsageError(f"the adapter {adapter} is not there", "a GGUF file in the export's folder")
-    return adapter
-
-
-def _place(path: Path, folder: Path) -> str:
-    """Return a path as a Modelfile in `folder` names it; Ollama expands ~ and takes names for a registry's."""
+def _relative_path(path: Path, folder: Path) -> str:
+    """Return a path as a Modelfile in `folder` names it: absolute, or with ./ (Ollama expands ~, and reads names)."""
     full, home = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
     return f"./{full.relative_to(home).as_posix()}" if full.is_relative_to(home) else full.as_posix()
 
 
-def _no_flag(path: Path) -> str:
-    return f"./{path}" if str(path).startswith("-") else str(path)
+def _choose_window(config: Any, max_seq_len: int | None, num_ctx: int | None) -> int:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if num_ctx is not None and (num_ctx < 1 or (limit and num_ctx > limit)):
+        raise UsageError(f"a window of {num_ctx} tokens", f"1 to {limit or 'the limit of the model'}", "--num-ctx")
+    window = num_ctx or max(DEFAULT_WINDOW, max_seq_len or 0)
+    return min(window, limit) if limit else window
 
 
-def _require_system(system: str | None, turned: Turned) -> None:
-    if system is not None and not system.strip():
-        raise UsageError("the system prompt is empty", "some text", "leave --system out")
-    if system is not None and turned.system is False:
-        raise UsageError(
-            "the chat template of this model has no place for a system prompt",
-            "a conversation of user and assistant alone",
-            "leave --system out",
-        )
-
-
-def _window(config: Any, max_seq_len: int | None, num_ctx: int | None) -> int:
-    holds = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if num_ctx is not None and (num_ctx < 1 or (holds and num_ctx > holds)):
-        raise UsageError(f"a window of {num_ctx} tokens", f"1 to {holds or 'as many as the model holds'}", "--num-ctx")
-    asked = num_ctx or max(WINDOW, max_seq_len or 0)
-    return min(asked, holds) if holds else asked
-
-
-def _stops(tokenizer: Any, config: Any, turned: Turned) -> tuple[str, ...]:
-    """Return the tokens that end an answer: the one the template writes after it, and those the model ends with."""
+def _list_stop_tokens(tokenizer: Any, config: Any, converted: ConvertedTemplate) -> tuple[str, ...]:
+    """Return the tokens that end an answer: the one the template writes after it, and the model's own."""
     ids = getattr(config.get_text_config(), "eos_token_id", None)
     ids = ids if isinstance(ids, list) else [ids]
-    known = tokenizer.convert_ids_to_tokens([i for i in (*ids, tokenizer.eos_token_id) if i is not None])
-    return tuple(dict.fromkeys([*turned.stops, *(t for t in known if t)]))
+    tokens = tokenizer.convert_ids_to_tokens([i for i in (*ids, tokenizer.eos_token_id) if i is not None])
+    return tuple(dict.fromkeys([*converted.stops, *(t for t in tokens if t)]))
+
+
+# --- Modelfile -------------------------------------------------------------------------------------------------------
+
+
+def format_modelfile(lines: list[tuple[str, str]]) -> str:
+    """Return the text of a Modelfile, so quoted that Ollama reads back exactly these values.
+
+    A value is bare to the end of the line, or between " " or triple quotes over several lines. Quotes have no escape: a
+    quoted value ends at the first line end that has its closing quotes before it. Ollama drops characters that Go does
+    not call printable. So each quoting is tried until one carries the value, and a value that none carries is refused:
+    no value can become an instruction.
+
+    Args:
+        lines: instruction ("PARAMETER stop" for a parameter) and value, `FROM` among them.
+
+    Raises:
+        UsageError: no quoting carries a value.
+    """
+    text = ""
+    for name, value in lines:
+        if dropped := sorted({c for c in value if not is_printable(c) and c not in "\t\n\r"}):
+            raise UsageError(
+                f"{name} contains characters that Ollama drops from a Modelfile: "
+                f"{format_names(f'U+{ord(c):04X}' for c in dropped)}",
+                "printable characters, spaces, tabs and line ends",
+                "replace them (a no-break space by a space)",
+            )
+        forms = [f'"""{value}"""', f'"{value}"']
+        if name not in ("TEMPLATE", "SYSTEM"):
+            bare = value and value == value.strip() and value[0] not in "\"'#" and not set("\r\n") & set(value)
+            forms = [*([value] if bare and name != "PARAMETER stop" else ()), *reversed(forms)]
+        form = next((f for f in forms if _reads_back(f, value)), None)
+        if form is None:
+            raise UsageError(
+                f"{name} cannot be quoted in a Modelfile: {value!r}",
+                "no line that ends in double quotes, since a Modelfile has no escape for them",
+                "end that line with another character, or rename the file",
+            )
+        text += f"{name} {form}\n"
+    return text
+
+
+def _reads_back(form: str, value: str) -> bool:
+    """Return whether Ollama reads `value` from a quoted form: no earlier line end closes it, and its own end does."""
+    line_ends = (i for i, char in enumerate(form) if char in "\r\n")
+    return all(_unquote(form[:i]) is None for i in line_ends) and _unquote(form) == value
+
+
+def _unquote(text: str) -> str | None:
+    """Return the value, None while its quotes are open."""
+    text = text.strip(" \t\r\n")
+    for quotes in ('"""', '"'):
+        if text.startswith(quotes):
+            closed = len(text) >= 2 * len(quotes) and text.endswith(quotes)
+            return text[len(quotes) : -len(quotes)] if closed else None
+    return text

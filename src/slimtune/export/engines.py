@@ -1,0 +1,359 @@
+"""Engines that can say how likely a text is: transformers, llama.cpp (which Ollama runs, too) and vLLM."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError, RunError, UsageError, format_names, nearest
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an engine gives for the tokens of one text except the first, each given those before it.
+
+    Args:
+        token_log_probs: natural log-probability of the token that follows `(n - 1)`, float64.
+        top_ids: ids of the likeliest tokens at each position `(n - 1, k)`.
+        top_log_probs: their log-probabilities `(n - 1, k)`, float64.
+    """
+
+    token_log_probs: Tensor
+    top_ids: Tensor
+    top_log_probs: Tensor
+
+    @classmethod
+    def from_lists(cls, token: list[float], ids: list[list[int]], values: list[list[float]]) -> Scores:
+        """Make tensors of plain numbers."""
+        return cls(
+            torch.tensor(token, dtype=torch.float64), torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
+        )
+
+
+class Engine(Protocol):
+    """A model as an engine serves it."""
+
+    name: str
+    """As tables show it: "merged folder", "llama.cpp", "vLLM"."""
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the engine's ids of a rendered prompt, its beginning-of-sequence token included."""
+
+    def score(self, ids: Sequence[int]) -> Scores:
+        """Return log-probabilities of all tokens of a text but the first."""
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy continuation of a prompt, without its end-of-text token."""
+
+    def close(self) -> None:
+        """Release the model."""
+
+
+class TransformersEngine:
+    """A model in this process: the adapted model, or a merged folder loaded back.
+
+    Args:
+        name: as tables show it.
+        model: adapted or plain, in evaluation mode.
+        tokenizer: its own.
+        top_k: how many of the likeliest tokens `score` gives.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, top_k: int = 64) -> None:
+        self.name, self.model, self.tokenizer, self.top_k = name, model, tokenizer, top_k
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a rendered prompt; the chat template wrote its beginning-of-sequence token."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def score(self, ids: Sequence[int]) -> Scores:
+        """Return log-probabilities of all tokens of a text but the first."""
+        following = torch.tensor(ids[1:])[:, None]
+        own, top_ids, top = [], [], []
+        for part, log_probs in self._log_probs(ids):
+            own.append(log_probs.gather(1, following[part])[:, 0])
+            values, indices = log_probs.topk(min(self.top_k, log_probs.shape[1]))
+            top_ids.append(indices)
+            top.append(values)
+        return Scores(torch.cat(own), torch.cat(top_ids), torch.cat(top))
+
+    def score_at(self, ids: Sequence[int], tokens: Tensor) -> Tensor:
+        """Return the log-probabilities of given tokens `(n - 1, k)` at each position but the last, float64."""
+        return torch.cat([log_probs.gather(1, tokens[part]) for part, log_probs in self._log_probs(ids)])
+
+    @torch.no_grad()
+    def _log_probs(self, ids: Sequence[int]) -> Any:
+        """Yield slices of positions and log-probabilities of every token: 256 × 128,000 in float64 would be 262 MB."""
+        logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, :-1]
+        for start in range(0, len(logits), 32):
+            part = slice(start, start + 32)
+            yield part, logits[part].double().log_softmax(-1).cpu()
+
+    @torch.no_grad()
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy continuation of a prompt, without its end-of-text token."""
+        prompt = torch.tensor([ids], device=self.model.device)
+        settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        settings |= {"repetition_penalty": 1.0, "max_new_tokens": max_new_tokens}
+        output = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+        new = output[0, len(ids) :].tolist()
+        ends = self.model.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id}
+        return new[:-1] if new and new[-1] in ends else new
+
+    def close(self) -> None:
+        """Release the model."""
+        self.model = None
+
+
+def is_llama_cpp_installed() -> bool:
+    """Return whether the package that brings llama.cpp is installed."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+class LlamaCppEngine:
+    """A GGUF in llama.cpp: its own server, started in this process by the package xllamacpp.
+
+    The server gives probabilities only for tokens it samples. So each token of a text is forced by a large logit bias,
+    and its log-probability is read, which the server takes from the logits before the bias. Keys and values are cached
+    in float32, so that a difference comes from the file and not from the cache.
+
+    Args:
+        model: a GGUF of the whole model.
+        adapter: a GGUF of an adapter; None: without.
+        max_tokens: of the longest text, answers included.
+        top_k: how many of the likeliest tokens `score` gives.
+        threads: None: half of the cores. The threads wait for one another, so one on a busy core slows all.
+
+    Raises:
+        ModelError: xllamacpp is not installed.
+        RunError: llama.cpp cannot load the files.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        adapter: Path | None = None,
+        *,
+        max_tokens: int = 1024,
+        top_k: int = 64,
+        threads: int | None = None,
+    ) -> None:
+        if not is_llama_cpp_installed():
+            raise ModelError("the package xllamacpp is not installed", "llama.cpp", "pip install xllamacpp")
+        import xllamacpp
+
+        self.name = "llama.cpp, base and adapter" if adapter else "llama.cpp"
+        self.top_k, self._started = top_k, False
+        params: Any = xllamacpp.CommonParams()
+        params.model.path = str(model)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = max_tokens, 1, 0
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or max(1, (os.cpu_count() or 1) // 2)
+        params.verbosity, params.warmup, params.fit_params = -1, False, False
+        # With sliding windows llama.cpp would restore states of an earlier text and give wrong numbers.
+        params.n_ctx_checkpoints = params.cache_ram_mib = 0
+        if adapter is not None:
+            lora = xllamacpp.CommonAdapterLoraInfo()
+            lora.path, lora.scale = str(adapter), 1.0
+            params.lora_adapters = [lora]
+        try:
+            self.server: Any = xllamacpp.Server(params)
+        except Exception as error:
+            files = f"{model} with {adapter}" if adapter else str(model)
+            raise RunError(
+                f"llama.cpp cannot load {files}: {error}", "a GGUF, and an adapter of the same base"
+            ) from error
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return llama.cpp's ids of a rendered prompt, with the beginning-of-sequence token that it adds.
+
+        If the template wrote one and llama.cpp adds another, its chat endpoint removes the template's, and so does this.
+        """
+        both, plain = (
+            self._post("/tokenize", content=text, add_special=special, parse_special=True)["tokens"]
+            for special in (True, False)
+        )
+        return plain if both[1:] == plain and both[:1] == plain[:1] else both
+
+    def score(self, ids: Sequence[int]) -> Scores:
+        """Return log-probabilities of all tokens of a text but the first."""
+        own, top_ids, top = [], [], []
+        for at in range(1, len(ids)):
+            log_prob, candidates = self._score_next(ids[:at], ids[at])
+            own.append(log_prob)
+            top_ids.append([c["id"] for c in candidates[: self.top_k]])
+            top.append([c["logprob"] for c in candidates[: self.top_k]])
+        return Scores.from_lists(own, top_ids, top)
+
+    def _score_next(self, before: Sequence[int], token: int) -> tuple[float, list[dict[str, Any]]]:
+        """Return the log-probability of a token, and the likeliest tokens."""
+        if entry := self._force(before, token, self.top_k):
+            return entry["logprob"], entry["top_logprobs"]
+        # The server omits a token that ends inside a character. So another token is forced, and all are listed.
+        entry = self._force(before, self.tokenize("a")[-1], 1 << 22)
+        found = {c["id"]: c["logprob"] for c in entry["top_logprobs"]} if entry else {}
+        if entry is None or token not in found:
+            raise RunError(f"llama.cpp gives no probability of token {token}", "a token of its vocabulary")
+        return found[token], entry["top_logprobs"]
+
+    def _force(self, before: Sequence[int], token: int, top_k: int) -> dict[str, Any] | None:
+        answer = self._complete(before, cache_prompt=len(before) > 1, n_probs=top_k, logit_bias=[[token, 1e5]])
+        entries = answer.get("completion_probabilities")
+        return entries[0] if entries and entries[0]["id"] == token else None
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy continuation of a prompt, without its end-of-text token."""
+        answer = self._complete(ids, n_predict=max_new_tokens, return_tokens=True)
+        return answer["tokens"][:-1] if answer["stop_type"] == "eos" else answer["tokens"]
+
+    def close(self) -> None:
+        """Stop the server; one that was never used would wait for itself, so it gets a request first."""
+        if not self._started:
+            self._complete([0])
+        self.server = None
+        gc.collect()
+
+    def _complete(self, ids: Sequence[int], **settings: Any) -> dict[str, Any]:
+        """Continue a prompt; the cache is used only for a longer part of the same text (see `n_ctx_checkpoints`)."""
+        self._started = True
+        request = {"n_predict": 1, "prompt": list(ids), "temperature": 0.0, "samplers": ["temperature"]}
+        return self._post("/completion", **{**request, "cache_prompt": False, **settings})
+
+    def _post(self, path: str, **body: Any) -> dict[str, Any]:
+        try:
+            return _request_json(urllib.request.urlopen, self.server.listening_address + path, body, 300)
+        except urllib.error.HTTPError as error:
+            raise RunError(f"llama.cpp refused {path}: {error.read().decode(errors='replace')[:300]}") from error
+        except OSError as error:
+            raise RunError(f"llama.cpp did not answer {path}: {error}") from error
+
+
+class VllmEngine:
+    """A running vLLM server, asked over HTTP for the base or for an adapter by its name.
+
+    Every sampling setting is sent, because a base's generation_config.json would change the server's defaults.
+
+    Args:
+        url: the server's address, `http://127.0.0.1:8000`; a final `/v1` is accepted.
+        model: the name it serves the model by.
+        top_k: how many of the likeliest tokens `score` gives; above 20 the server needs a larger --max-logprobs.
+        timeout: seconds an answer may take.
+        key: the server's --api-key.
+
+    Raises:
+        UsageError: the address is invalid, or the server does not know the model (the nearest name is given).
+        RunError: no vLLM answers there.
+    """
+
+    name = "vLLM"
+
+    def __init__(
+        self, url: str, model: str, *, top_k: int = 20, timeout: float = 300, key: str | None = None
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"{url!r} is not the address of a server", "such as http://127.0.0.1:8000")
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.model, self.top_k, self.timeout = model, top_k, timeout
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # A proxy for the outside must not get requests to this machine.
+        is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        self._open = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else [])).open
+        if model not in (names := self.list_models()):
+            raise UsageError(
+                f"the vLLM server at {self.url} serves no model {model!r}{nearest(model, names)}",
+                f"one of {format_names(names)}",
+                f"start it with --enable-lora --lora-modules {model}=FOLDER",
+            )
+
+    def list_models(self) -> list[str]:
+        """Return the names the server serves models by."""
+        return [each["id"] for each in self._post("/v1/models")["data"]]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a rendered prompt as a chat request gets them: the template wrote its first token."""
+        return self._post("/tokenize", model=self.model, prompt=text, add_special_tokens=False)["tokens"]
+
+    def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Return the ids of a chat that the server renders by its own template, ready for an answer."""
+        return self._post("/tokenize", model=self.model, messages=list(messages))["tokens"]
+
+    def score(self, ids: Sequence[int]) -> Scores:
+        """Return log-probabilities of all tokens of a text but the first."""
+        positions = self._complete(ids, 1, prompt_logprobs=self.top_k)["prompt_logprobs"]
+        if positions is None or len(positions) != len(ids):
+            raise RunError(f"the vLLM server at {self.url} gave no log-probabilities of the prompt", "prompt_logprobs")
+        own, top_ids, top = [], [], []
+        for token, entries in zip(ids[1:], positions[1:], strict=True):
+            own.append(entries[str(token)]["logprob"])
+            # The token itself is included even where it is not among the likeliest.
+            best = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items() if e["rank"] <= self.top_k)
+            top_ids.append([i for _, i, _ in best[: self.top_k]])
+            top.append([value for _, _, value in best[: self.top_k]])
+        return Scores.from_lists(own, top_ids, top)
+
+    def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
+        """Return the greedy continuation of a prompt, without its end-of-text token."""
+        choice = self._complete(ids, max_new_tokens, return_token_ids=True)
+        tokens = choice.get("token_ids")
+        if tokens is None:
+            raise RunError(f"the vLLM server at {self.url} returns no token ids", "vLLM 0.11 or newer")
+        return tokens[:-1] if choice["finish_reason"] == "stop" else tokens
+
+    def close(self) -> None:
+        """Do nothing: the server keeps running."""
+
+    def _complete(self, ids: Sequence[int], max_tokens: int, **settings: Any) -> dict[str, Any]:
+        neutral = {"temperature": 0.0, "top_p": 1.0, "repetition_penalty": 1.0}
+        neutral |= {"presence_penalty": 0.0, "frequency_penalty": 0.0}
+        request = {"model": self.model, "prompt": list(ids), "max_tokens": max_tokens, **neutral, **settings}
+        return self._post("/v1/completions", **request)["choices"][0]
+
+    def _post(self, path: str, **body: Any) -> dict[str, Any]:
+        try:
+            return _request_json(self._open, self.url + path, body, self.timeout, self._headers)
+        except urllib.error.HTTPError as error:
+            raise RunError(f"the vLLM server at {self.url} refused {path}: {_read_error(error)}") from error
+        except TimeoutError as error:
+            raise RunError(f"the vLLM server at {self.url} did not answer {path} in {self.timeout:g} s") from error
+        except json.JSONDecodeError as error:
+            raise RunError(f"what answers at {self.url}{path} is not a vLLM server: it sends no JSON") from error
+        except OSError as error:
+            raise RunError(
+                f"no vLLM server answers at {self.url}: {getattr(error, 'reason', error)}",
+                "a running server",
+                "start it (sh serve.sh in the export folder), and wait until it says that startup is complete",
+            ) from error
+
+
+def _request_json(
+    open_url: Callable[..., Any], url: str, body: dict[str, Any], timeout: float, headers: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Send JSON by POST (without a body: by GET), and return the JSON of the answer."""
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
+    with open_url(request, timeout=timeout) as answer:
+        return json.loads(answer.read())
+
+
+def _read_error(error: urllib.error.HTTPError) -> str:
+    """Return a vLLM server's own message, which is inside the JSON of its answer."""
+    text = error.read().decode(errors="replace")
+    try:
+        answer = json.loads(text)
+        return f"{error.code}, {answer['error']['message'] if 'error' in answer else answer.get('detail', text)}"[:600]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return f"{error.code}, {text[:300]}"

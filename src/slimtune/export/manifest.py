@@ -1,0 +1,40 @@
+"""The manifest of an export folder: what it is and which run it was made from. `slimtune verify FOLDER` reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..run_dir import read_json, write_json
+
+EXPORT_MANIFEST = "export_manifest.json"
+
+
+def write_manifest(folder: Path, kind: str, run: Path, facts: Mapping[str, Any]) -> None:
+    """Write the manifest.
+
+    Args:
+        folder: the export folder.
+        kind: "merged", "gguf", "ollama" or "vllm".
+        run: the run or adapter folder it was made from.
+        facts: further JSON values.
+    """
+    write_json(folder / EXPORT_MANIFEST, {"kind": kind, "run": str(run.resolve()), **facts})
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest, with `run` as a path; None if the folder has none.
+
+    Raises:
+        RunError: it is damaged.
+        UsageError: it does not say what it was made from.
+    """
+    file = folder / EXPORT_MANIFEST
+    if not file.is_file():
+        return None
+    manifest = read_json(file)
+    if not {"kind", "run"} <= manifest.keys():
+        raise UsageError(f"{file} has no kind and run", "the manifest that an export writes", "export again")
+    return {**manifest, "run": Path(manifest["run"])}
