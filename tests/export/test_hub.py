@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from slimtune.adapters.model import PeftModel
 from slimtune.cli import app
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
-from slimtune.export.folder import write_note
+from slimtune.export.manifest import write_manifest
 from slimtune.export.hub import push
 from slimtune.export.merge import merge
 from slimtune.run_dir import write_json
@@ -183,9 +183,9 @@ def test_an_export_for_vllm_is_an_adapter(run, tmp_path):
     out = tmp_path / "vllm"
     shutil.copytree(run / "adapter", out)
     (out / "serve.sh").write_text(f"vllm serve {tmp_path}")
-    write_note(out, "vllm", run, {})
+    write_manifest(out, "vllm", run, {})
     result = push(out, "ada/words", dry_run=True)
-    assert result["skipped"] == ["serve.sh", "slimtune_export.json"]
+    assert result["skipped"] == ["serve.sh", "export_manifest.json"]
     assert "779 rows" in result["card"]
 
 
@@ -281,7 +281,7 @@ def test_a_merged_model(hub, run, tmp_path):
     assert result["kind"] == "checkpoint"
     assert {"config.json", "README.md", "tokenizer.json"} <= set(files)
     assert any(n.endswith(".safetensors") for n in files)
-    assert "slimtune_export.json" not in files
+    assert "export_manifest.json" not in files
     for name, content in files.items():
         assert str(tmp_path).encode() not in content, f"{name} contains a local path"
     with pytest.raises(UsageError, match="--base is for adapters"):
@@ -312,10 +312,10 @@ def test_gguf_files(run, tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     (out / "Modelfile").write_text(f"FROM {tmp_path}\n")
-    write_note(out, "ollama", run, {})
+    write_manifest(out, "ollama", run, {})
     result = push(out, "ada/gguf", dry_run=True)
     assert list(result["files"]) == ["adapter.gguf"]
-    assert result["skipped"] == ["Modelfile", "slimtune_export.json"]
+    assert result["skipped"] == ["Modelfile", "export_manifest.json"]
     assert any("no README.md" in n for n in result["notes"])
     (out / "adapter.gguf").write_bytes((out / "adapter.gguf").read_bytes()[:40])
     with pytest.raises(ModelError, match="is damaged"):

@@ -1,4 +1,4 @@
-"""The folder that Ollama builds from: what its Modelfile names, whose template and whose BOS, and what is refused."""
+"""The folder that Ollama builds from: its Modelfile, the template and the BOS in it, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from types import SimpleNamespace
 import pytest
 from chatml import CHATML
 from go_engine import rendered
+from hypothesis import given
+from hypothesis import strategies as st
+from modelfile_reader import read_modelfile
 from owist_modelfile_lint import lint
 from real_templates import TOKENIZERS, make_tokenizer
 
 from slimtune.errors import ModelError, UsageError
-from slimtune.export.engines import llama_cpp
-from slimtune.export.modelfile import read
-from slimtune.export.ollama import adds_bos, write_ollama
+from slimtune.export.engines import LlamaCppEngine, is_llama_cpp_installed
+from slimtune.export.ollama import engine_adds_bos, format_modelfile, write_ollama
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 
@@ -59,20 +61,20 @@ def export(tmp_path):
 
     def make(base, name="smollm2", linted=True, **more):
         given = {"adapter": adapter, "tokenizer": TOKENIZERS[name], "config": config(), "name": "devil", **more}
-        made = write_ollama(folder, base_from=str(base), **given)
+        made = write_ollama(folder, base=str(base), **given)
         file = folder / "Modelfile"
         if linted:
             found = lint(file, estimate_resources=False)
             # It looks for {{ .Prompt }}, the older way; this TEMPLATE goes over .Messages.
             assert found.ok
             assert [str(i) for i in found.issues if i.code != "TPL004"] == []
-        return made, read(file.read_bytes().decode())
+        return made, read_modelfile(file.read_bytes().decode())
 
     make.folder = folder
     return make
 
 
-def test_a_gguf_with_an_adapter_beside(export, tmp_path):
+def test_a_gguf_and_an_adapter(export, tmp_path):
     base = gguf_file(tmp_path / "base.gguf", add_bos=False)
     made, lines = export(base, system='Be "brief".\nAlways.', max_seq_len=512)
     assert lines == [
@@ -108,20 +110,20 @@ def test_a_merged_folder(export, tmp_path):
     assert "ADAPTER" not in dict(lines)
 
 
-def test_what_lies_in_the_export_is_named_relative_to_it(export):
+def test_files_in_the_export_have_relative_paths(export):
     gguf_file(export.folder / "model.gguf")
     _, lines = export(export.folder / "model.gguf", adapter=None)
     assert lines[0] == ("FROM", "./model.gguf")
 
 
-def test_the_linter_sees_faults(tmp_path):
+def test_the_linter_finds_faults(tmp_path):
     (tmp_path / "Modelfile").write_text("FROM ./none.gguf\nPARAMETER temprature 1\n")
     assert len(lint(tmp_path / "Modelfile").errors) == 2
 
 
 @pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("kind", ["gguf", "folder"])
-def test_the_beginning_of_sequence_token_stands_there_once(export, tmp_path, kind, add):
+def test_one_beginning_of_sequence_token(export, tmp_path, kind, add):
     if kind == "gguf":
         base = gguf_file(tmp_path / "base.gguf", add_bos=add)
     else:
@@ -135,11 +137,11 @@ def test_the_beginning_of_sequence_token_stands_there_once(export, tmp_path, kin
 
 
 @pytest.mark.parametrize("add", [True, False])
-def test_llama_cpp_reads_the_prompt_as_the_run_did(export, tmp_path, monkeypatch, tiny_llama, tiny_tokenizer, add):
-    """Ollama's engine itself: the ids of the prompt, the one token in front included, are those of the training."""
+def test_llama_cpp_makes_the_training_tokens(export, tmp_path, monkeypatch, tiny_llama, tiny_tokenizer, add):
+    """Ollama's engine itself: the ids of the prompt, its first token included, are those of training."""
     import gguf
 
-    if not llama_cpp.installed():
+    if not is_llama_cpp_installed():
         pytest.skip("no llama.cpp here: pip install xllamacpp")
 
     class Writer(gguf.GGUFWriter):
@@ -153,24 +155,24 @@ def test_llama_cpp_reads_the_prompt_as_the_run_did(export, tmp_path, monkeypatch
     made, _ = export(base, tokenizer=tokenizer)
     chat = [{"role": r, "content": f"{r} says\n“ä”."} for r in ("system", "user", "assistant", "user")]
     text = rendered([{"Template": made.template, "Messages": chat}])[0]["Text"]
-    engine = llama_cpp.LlamaCpp(base, longest=64, threads=1)
+    engine = LlamaCppEngine(base, max_tokens=64, threads=1)
     try:
-        ids = engine.tokens(text)
+        ids = engine.tokenize(text)
     finally:
         engine.close()
     assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_gguf_that_does_not_say_is_taken_as_the_tokenizer_does(tmp_path, tiny_tokenizer):
+def test_the_tokenizer_decides_if_a_gguf_does_not_say(tmp_path, tiny_tokenizer):
     base = gguf_file(tmp_path / "base.gguf")
     tokenizer = tiny_tokenizer()
-    assert not adds_bos(base, tokenizer)
+    assert not engine_adds_bos(base, tokenizer)
     from tokenizers.processors import TemplateProcessing
 
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    assert adds_bos(base, tokenizer)
+    assert engine_adds_bos(base, tokenizer)
 
 
 HOSTILE = ["a b", 'a"b', "a'b", "$(touch x)", "a\nFROM evil", "@sha256", "~", "-f", "#x", "`x`", 'ends in quote"']
@@ -182,19 +184,19 @@ def test_hostile_paths_are_quoted(tmp_path, part):
     folder = tmp_path / "out" / part
     folder.mkdir(parents=True)
     given = {"adapter": None, "tokenizer": TOKENIZERS["smollm2"], "config": config(), "name": "x"}
-    made = write_ollama(folder, base_from=str(base), **given)
-    lines = read((folder / "Modelfile").read_bytes().decode())
+    made = write_ollama(folder, base=str(base), **given)
+    lines = read_modelfile((folder / "Modelfile").read_bytes().decode())
     assert lines[0] == ("FROM", str(base))
     assert sum(name == "FROM" for name, _ in lines) == 1
     assert shlex.split(made.create)[-1] == str(folder / "Modelfile")
 
 
-def test_a_path_that_no_quotes_carry_is_refused(tmp_path):
+def test_a_path_that_cannot_be_quoted_is_refused(tmp_path):
     base = gguf_file(tmp_path / 'a"\nFROM evil' / 'b"""\n' / "base.gguf")
     given = {"adapter": None, "tokenizer": TOKENIZERS["smollm2"], "config": config(), "name": "x"}
     (tmp_path / "out").mkdir()
     with pytest.raises(UsageError, match="FROM cannot be quoted in a Modelfile"):
-        write_ollama(tmp_path / "out", base_from=str(base), **given)
+        write_ollama(tmp_path / "out", base=str(base), **given)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -223,7 +225,7 @@ def test_stop_tokens_are_the_templates_and_the_models(export, tmp_path):
     assert export(base, "llama3", config=config(eos_token_id=None))[0].stops == ("<|eot_id|>",)
 
 
-def test_a_template_that_cannot_be_turned_is_left_out_and_said(export, tmp_path):
+def test_an_unsupported_template_is_left_out_with_a_note(export, tmp_path):
     base = gguf_file(tmp_path / "base.gguf")
     odd = make_tokenizer("{% for m in messages %}{{ m.content | upper }}{% endfor %}", ["<s>", "</s>"])
     made, lines = export(base, tokenizer=odd, system="Be brief.", linted=False)
@@ -233,33 +235,33 @@ def test_a_template_that_cannot_be_turned_is_left_out_and_said(export, tmp_path)
 
 
 REFUSED = {
-    "no name of a model": ({"name": "my model"}, "'my model' is no name that Ollama takes"),
-    "a flag for a name": ({"name": "-rf"}, "is no name that Ollama takes"),
-    "a name with a line end": ({"name": "x\nFROM y"}, "is no name that Ollama takes"),
-    "no such file": ({"base_from": "./none.gguf"}, "the base './none.gguf' is not there"),
-    "nothing": ({"base_from": ""}, "the base '' is not there"),
-    "an instruction": ({"base_from": "x\nADAPTER y"}, "is not there"),
-    "no adapter": ({"adapter": Path("none.gguf")}, "the adapter none.gguf is not there"),
+    "invalid name": ({"name": "my model"}, "Ollama does not accept the name 'my model'"),
+    "a flag for a name": ({"name": "-rf"}, "does not accept the name"),
+    "a name with a line end": ({"name": "x\nFROM y"}, "does not accept the name"),
+    "no such file": ({"base": "./none.gguf"}, "the base './none.gguf' does not exist"),
+    "nothing": ({"base": ""}, "the base '' does not exist"),
+    "an instruction": ({"base": "x\nADAPTER y"}, "does not exist"),
+    "no adapter": ({"adapter": Path("none.gguf")}, "the adapter none.gguf does not exist"),
     "no system prompt": ({"system": " "}, "the system prompt is empty"),
-    "a no-break space": ({"system": "a\u00a0b"}, "SYSTEM holds characters that Ollama drops"),
+    "a no-break space": ({"system": "a\u00a0b"}, "SYSTEM contains characters that Ollama drops"),
 }
 
 
 @pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
 def test_refusals(tmp_path, given, message):
-    usual = {"base_from": "smollm2", "adapter": None, "tokenizer": None, "config": config(), "name": "x"}
+    usual = {"base": "smollm2", "adapter": None, "tokenizer": None, "config": config(), "name": "x"}
     with pytest.raises(UsageError) as error:
         write_ollama(tmp_path, **{**usual, **given})
     assert message in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bases_that_ollama_cannot_read(export, tmp_path):
+def test_unreadable_bases(export, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.gguf").write_text("no")
-    with pytest.raises(UsageError, match="no model that Ollama reads"):
+    with pytest.raises(UsageError, match="Ollama cannot read the folder"):
         export(tmp_path / "empty")
-    with pytest.raises(UsageError, match="no GGUF file"):
+    with pytest.raises(UsageError, match="is not a GGUF file"):
         export(tmp_path / "text.gguf")
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(gguf_file(tmp_path / "whole.gguf", add_bos=True).read_bytes()[:30])
@@ -281,7 +283,7 @@ def test_smollm2s_own_file(export):
     base = resolve_model("smollm2-135m")
     tokenizer, model = load_tokenizer(base.spec), load_config(base.spec)
     made, lines = export(base.path, tokenizer=tokenizer, config=model)
-    assert not adds_bos(Path(base.path), tokenizer)
+    assert not engine_adds_bos(Path(base.path), tokenizer)
     assert made.stops == ("<|im_end|>",)
     chat = [{"role": r, "content": f"{r} {i}"} for i, r in enumerate(["system", "user", "assistant", "user"])]
     for messages in (chat, chat[1:], chat[:2], chat[3:]):
@@ -289,9 +291,61 @@ def test_smollm2s_own_file(export):
         assert rendered([{"Template": dict(lines)["TEMPLATE"], "Messages": messages}])[0]["Text"] == wanted
 
 
-def test_a_system_prompt_for_a_template_that_knows_none(export, tmp_path):
+def test_a_system_prompt_for_a_template_without_one(export, tmp_path):
     base = gguf_file(tmp_path / "base.gguf", add_bos=True)
-    with pytest.raises(UsageError, match="no place for a system prompt"):
+    with pytest.raises(UsageError, match="takes no system prompt"):
         export(base, "gemma", system="Be brief.")
     made, _ = export(base, "gemma")
     assert "refuses system messages" in made.notes[0]
+
+
+# --- Modelfile: values are read back as they were, and none becomes an instruction -----------------------------------
+
+
+def written(name: str, value: str) -> str:
+    lines = [("FROM", "base"), (name, value), ("PARAMETER num_ctx", "4096")]
+    text = format_modelfile(lines)
+    assert read_modelfile(text) == lines
+    return text.split("\n", 1)[1].removesuffix("PARAMETER num_ctx 4096\n")
+
+
+VALUES = ["plain", "two words", " blanks at the ends ", 'a "quoted" word', '"', '""', '"""', 'ends in "', '"begins', ""]
+VALUES += ["@x", "#x", "it's", "a\nFROM evil\nb", 'a"\nFROM evil', 'say """x""" y\nz', "\n", "\\n", "C:\\x", "a\r\nb"]
+
+
+@pytest.mark.parametrize("name", ["SYSTEM", "TEMPLATE", "FROM", "ADAPTER", "PARAMETER stop"])
+def test_values_are_read_back(name):
+    for value in VALUES:
+        written(name, value)
+
+
+def test_values_look_as_a_person_would_write_them():
+    assert written("SYSTEM", "Be brief.") == 'SYSTEM """Be brief."""\n'
+    assert written("PARAMETER stop", "<|im_end|>") == 'PARAMETER stop "<|im_end|>"\n'
+    assert written("ADAPTER", "./my adapter.gguf") == "ADAPTER ./my adapter.gguf\n"
+    assert written("FROM", "/a\n/b") == 'FROM "/a\n/b"\n'
+
+
+@pytest.mark.parametrize("value", ['a"""\nFROM evil', '"""\nFROM evil\n', 'x"\ny"""\nADAPTER ./evil\n'])
+def test_a_value_that_would_end_early_is_refused(value):
+    with pytest.raises(UsageError, match="SYSTEM cannot be quoted in a Modelfile"):
+        written("SYSTEM", value)
+
+
+@pytest.mark.parametrize(("char", "name"), [("\u00a0", "U\\+00A0"), ("\u200d", "U\\+200D"), ("\x00", "U\\+0000")])
+def test_characters_that_ollama_drops_are_refused(char, name):
+    with pytest.raises(UsageError, match=f"FROM contains characters that Ollama drops from a Modelfile: '{name}'"):
+        written("FROM", f"a{char}b")
+
+
+EVIL = ['"', '"""', "\n", "\r", " ", "#", "FROM evil", 'PARAMETER stop "a"', "ADAPTER ./x", "é", "@", "\\", "'", "\u00a0"]
+
+
+@given(values=st.lists(st.lists(st.sampled_from(EVIL), max_size=9).map("".join), min_size=3, max_size=3))
+def test_nothing_is_injected(values):
+    lines = list(zip(["FROM", "SYSTEM", "PARAMETER stop"], values, strict=True))
+    try:
+        text = format_modelfile(lines)
+    except UsageError:
+        return
+    assert read_modelfile(text) == lines

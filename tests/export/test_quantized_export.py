@@ -1,4 +1,4 @@
-"""What a run on a base in 4 bits ships as: proven on its own base, and what another base changes is said."""
+"""Exports of a run on a base in 4 bits: checked on its own base, and a note says what another base changes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hand_run import make_run
 
 from slimtune.errors import AdapterError
-from slimtune.export import verify_formats
+from slimtune.export import reference
 from slimtune.export.exporter import ExportOptions, export
-from slimtune.export.verify_formats import verify
+from slimtune.export.verify import verify
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from tiny_gguf import write_gguf
@@ -27,10 +27,10 @@ NF4 = {"quantization": "nf4"}
 
 @pytest.fixture
 def few_positions(monkeypatch):
-    monkeypatch.setattr(verify_formats, "POSITIONS", 60)
+    monkeypatch.setattr(reference, "MAX_POSITIONS", 60)
 
 
-def test_an_adapter_is_read_back_on_its_own_base_and_says_what_16_bits_change(tiny_folder, tmp_path):
+def test_a_note_says_what_a_16_bit_base_changes(tiny_folder, tmp_path):
     run = make_run(tmp_path / "run", tiny_folder, model=NF4)
     found = export(run, "vllm", tmp_path / "out")
     assert found["check"]["passed"]
@@ -38,21 +38,21 @@ def test_an_adapter_is_read_back_on_its_own_base_and_says_what_16_bits_change(ti
     (note,) = [n for n in found["notes"] if "nf4" in n]
     assert "beside the base in 16 bits log p differs by 0." in note
     assert f"slimtune merge {run} --out FOLDER" in note
-    (unmeasured,) = [n for n in export(run, "vllm", tmp_path / "two", prove=False)["notes"] if "nf4" in n]
+    (unmeasured,) = [n for n in export(run, "vllm", tmp_path / "two", verify=False)["notes"] if "nf4" in n]
     assert "beside the base in 16 bits answers differ" in unmeasured
     plain = make_run(tmp_path / "plain", tiny_folder)
-    assert not [n for n in export(plain, "vllm", tmp_path / "three", prove=False)["notes"] if "16 bits" in n]
+    assert not [n for n in export(plain, "vllm", tmp_path / "three", verify=False)["notes"] if "16 bits" in n]
 
 
 @pytest.mark.parametrize("to", ["vllm", "gguf"])
-def test_a_loftq_start_does_not_ship_beside_another_base(to, tiny_folder, tmp_path):
+def test_a_loftq_start_is_not_exported_beside_another_base(to, tiny_folder, tmp_path):
     def started(model):
         model.peft_config["default"].init_lora_weights = True
 
     run = make_run(tmp_path / "run", tiny_folder, model=NF4, change=started)
     file = run / "recipe.yaml"
     file.write_text(file.read_text().replace("method:\n", "method:\n  init_lora_weights: loftq\n"))
-    with pytest.raises(AdapterError, match="started as what nf4 took from the base") as said:
+    with pytest.raises(AdapterError, match="started with what quantization to nf4 removed") as said:
         export(run, to, tmp_path / "out")
     assert said.value.hint == f"slimtune merge {run} --out FOLDER, or --merged"
     assert not (tmp_path / "out").exists()
@@ -60,7 +60,7 @@ def test_a_loftq_start_does_not_ship_beside_another_base(to, tiny_folder, tmp_pa
 
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 @pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed")
-def test_every_way_to_ship_a_run_on_a_gguf_in_4_bits_is_proven(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
+def test_all_formats_of_a_run_on_a_gguf_in_4_bits(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make

@@ -1,4 +1,4 @@
-"""The adapter as vLLM takes it: the same model, refused by name where vLLM would refuse it, served by a right line."""
+"""The adapter as vLLM reads it: the same model, refused where vLLM would refuse it, served by a correct command."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 from slimtune.adapters.model import PeftModel, get_peft_model
-from slimtune.adapters.registry import method_names
 from slimtune.errors import AdapterError, UsageError
-from slimtune.export.vllm import SCRIPT, TEMPLATE, known, vllm_adapter
+from slimtune.export.merge import load_trained
+from slimtune.export.vllm import SCRIPT, TEMPLATE, load_vllm_rules, write_vllm_adapter
 from slimtune.methods.lora import LoraConfig
 from slimtune.setup import load_run
+
+
+def export_vllm(run, folder, **options):
+    return write_vllm_adapter(load_trained(run), run, folder, **options)
+
 
 IDS = torch.tensor([[1, 5, 9, 200, 31, 7, 64, 2, 90]])
 PATTERNS = {"rank_pattern": {"q_proj": 2, "1.mlp.down_proj": 6}, "alpha_pattern": {"up_proj": 3, "q_proj": 5}}
@@ -44,7 +49,7 @@ def exported(tmp_path, tiny_folder):
         run = make_run(tmp_path / "run", base, method=method or {}, change=change, **(more or {}))
         out = tmp_path / "out"
         out.mkdir()
-        return run, out, vllm_adapter(run, out, **asked)
+        return run, out, export_vllm(run, out, **asked)
 
     return make
 
@@ -69,7 +74,7 @@ def as_vllm_reads(out, base):
 
 
 @pytest.mark.parametrize("method", SHIPS.values(), ids=SHIPS)
-def test_slimtune_peft_and_vllms_own_rule_read_the_trained_model(exported, tiny_folder, method):
+def test_every_reader_reads_the_trained_model(exported, tiny_folder, method):
     run, out, facts = exported(method)
     trained = logits(load_run(run).model)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
@@ -87,7 +92,7 @@ def test_slimtune_peft_and_vllms_own_rule_read_the_trained_model(exported, tiny_
     )
 
 
-def test_what_needs_no_folding_is_written_as_it_is(exported):
+def test_a_uniform_lora_is_written_unchanged(exported):
     run, out, facts = exported({"use_rslora": True})
     before, after = (load_file(f / "adapter_model.safetensors") for f in (run / "adapter", out))
     assert before.keys() == after.keys()
@@ -96,7 +101,7 @@ def test_what_needs_no_folding_is_written_as_it_is(exported):
     assert json.loads((out / "adapter_config.json").read_text())["use_rslora"] is True
 
 
-def test_folded_scales_are_one_with_and_without_patterns(exported):
+def test_folded_scales_are_1_with_and_without_patterns(exported):
     _, out, facts = exported({**PATTERNS, "use_rslora": True})
     config = json.loads((out / "adapter_config.json").read_text())
     assert facts["folded"]
@@ -105,7 +110,7 @@ def test_folded_scales_are_one_with_and_without_patterns(exported):
     assert facts["rank"] == 6
 
 
-def test_a_pissa_start_becomes_a_plain_lora_of_twice_the_rank(exported):
+def test_pissa_becomes_a_lora_of_twice_the_rank(exported):
     _, out, facts = exported({"init_lora_weights": "pissa"})
     config = json.loads((out / "adapter_config.json").read_text())
     assert (facts["rank"], config["r"], config["init_lora_weights"]) == (8, 8, True)
@@ -117,21 +122,21 @@ REFUSED = {
     "bias": ({"bias": "all"}, "bias is 'all': vLLM takes no trained biases", False),
     "lora_bias": ({"lora_bias": True}, "lora_bias is True", False),
     "tokens": ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices is \[1, 2\]", False),
-    "rank": ({"r": 600}, "its rank is 600: vLLM's --max-lora-rank ends at 512", True),
+    "rank": ({"r": 600}, "its rank is 600; vLLM's --max-lora-rank ends at 512", True),
 }
 
 
 @pytest.mark.parametrize(("method", "cause", "convertible"), REFUSED.values(), ids=REFUSED)
-def test_what_vllm_refuses_is_refused_by_name_with_the_ways_left(exported, tmp_path, method, cause, convertible):
+def test_what_vllm_refuses_is_refused_with_the_alternatives(exported, tmp_path, method, cause, convertible):
     given = {"r": 4, **method}
     with pytest.raises(AdapterError, match=cause) as caught:
         exported({"rank": given.pop("r"), **given})
     assert "slimtune merge" in caught.value.hint
-    assert ("--as-lora" in caught.value.hint) is convertible
+    assert ("--convert-to-lora" in caught.value.hint) is convertible
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_all_causes_are_named_at_once(exported):
+def test_all_causes_are_named(exported):
     with pytest.raises(AdapterError, match=r"modules_to_save.*bias is 'all'.*use_dora"):
         exported({"use_dora": True, "bias": "all", "modules_to_save": ["lm_head"]})
 
@@ -148,26 +153,26 @@ def adapter_of(folder, base, config):
     return folder
 
 
-@pytest.mark.parametrize("name", [n for n in method_names() if n != "lora"])
-def test_every_method_but_lora_is_refused_with_the_ways_left(tmp_path, tiny_folder, name):
+@pytest.mark.parametrize("name", ["adalora", "ia3", "bottleneck", "prefix_tuning"])
+def test_other_methods_are_refused_with_the_alternatives(tmp_path, tiny_folder, name):
     case = CASES[name]
     adapter = adapter_of(tmp_path / "adapter", tiny_folder, case())
     with pytest.raises(AdapterError, match=f"its method is {name}, and vLLM reads LoRA alone") as caught:
-        vllm_adapter(adapter, tmp_path)
+        export_vllm(adapter, tmp_path)
     assert ("slimtune merge" in caught.value.hint) is case.cls.mergeable
     if not case.cls.mergeable:
-        assert caught.value.hint == "use it with slimtune generate and slimtune chat: it is no change of weights"
+        assert caught.value.hint == "use it with slimtune generate and slimtune chat: it does not change weights"
 
 
 @pytest.mark.parametrize("config", [LoraConfig(use_dora=True, target_modules="all-linear"), CASES["ia3"]()])
-def test_a_method_that_changes_weights_ships_as_the_lora_nearest_to_it(tmp_path, tiny_folder, config):
+def test_conversion_to_the_nearest_lora(tmp_path, tiny_folder, config):
     adapter = adapter_of(tmp_path / "adapter", tiny_folder, config)
     trained = logits(load_run(adapter, dtype="float32").model)
     apart = []
     for rank in (4, 32):
         out = tmp_path / f"out{rank}"
         out.mkdir()
-        found = vllm_adapter(adapter, out, as_lora=rank, dtype="float32")
+        found = export_vllm(adapter, out, convert_to_lora=rank, dtype="float32")
         apart.append((logits(as_vllm_reads(out, tiny_folder)) - trained).abs().max().item())
         assert found["conversion"]["method"] == config.name
         assert found["rank"] == found["conversion"]["rank"] == rank
@@ -175,44 +180,44 @@ def test_a_method_that_changes_weights_ships_as_the_lora_nearest_to_it(tmp_path,
     assert found["conversion"]["error"] < 1e-5
 
 
-def test_biases_become_no_lora(tmp_path, tiny_folder):
+def test_biases_cannot_be_converted(tmp_path, tiny_folder):
     adapter = adapter_of(tmp_path / "adapter", tiny_folder, LoraConfig(bias="all", target_modules=["q_proj"]))
     with pytest.raises(AdapterError, match="bias is 'all'"):
-        vllm_adapter(adapter, tmp_path, as_lora=4)
+        export_vllm(adapter, tmp_path, convert_to_lora=4)
 
 
-def test_an_architecture_that_vllm_serves_no_lora_on_is_refused(tmp_path, tiny_tokenizer):
+def test_an_architecture_without_lora_is_refused(tmp_path, tiny_tokenizer):
     base = tmp_path / "gpt2"
     GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=320, n_positions=64)).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     adapter = adapter_of(tmp_path / "adapter", base, LoraConfig(target_modules=["c_attn"]))
-    with pytest.raises(AdapterError, match="the base is a GPT2LMHeadModel, which vLLM serves no LoRA on") as caught:
-        vllm_adapter(adapter, tmp_path)
+    with pytest.raises(AdapterError, match="the base is a GPT2LMHeadModel, on which vLLM serves no LoRA") as caught:
+        export_vllm(adapter, tmp_path)
     assert "slimtune merge" in caught.value.hint
-    assert "--as-lora" not in caught.value.hint
+    assert "--convert-to-lora" not in caught.value.hint
 
 
-def test_a_head_is_refused_where_vllms_class_takes_none(tmp_path, tiny_tokenizer):
+def test_an_adapted_head_is_refused_by_architecture(tmp_path, tiny_tokenizer):
     base = tmp_path / "qwen2"
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     Qwen2ForCausalLM(Qwen2Config(**sizes, intermediate_size=48, vocab_size=320)).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
     config = LoraConfig(target_modules=["q_proj", "lm_head"])
-    with pytest.raises(AdapterError, match="it changes 'lm_head', and of a Qwen2ForCausalLM vLLM takes no embedding"):
-        vllm_adapter(adapter_of(tmp_path / "adapter", base, config), tmp_path)
+    with pytest.raises(AdapterError, match="it changes 'lm_head'; on a Qwen2ForCausalLM vLLM accepts no embedding"):
+        export_vllm(adapter_of(tmp_path / "adapter", base, config), tmp_path)
 
 
-def test_a_class_that_nothing_is_known_of_is_said(exported, tiny_folder):
+def test_an_unknown_architecture_gives_a_warning(exported, tiny_folder):
     config = json.loads((tiny_folder / "config.json").read_text())
     (tiny_folder / "config.json").write_text(json.dumps({**config, "architectures": ["NewForCausalLM"]}))
     _, _, facts = exported()
-    assert "nothing is known of a NewForCausalLM in vLLM" in facts["warnings"][0]
+    assert "has no class of its own for a NewForCausalLM" in facts["warnings"][0]
 
 
 # --- the line --------------------------------------------------------------------------------------------------------
 
 
-def as_vllm_parses(item):
+def parse_lora_module(item):
     """vLLM's own rule for what follows --lora-modules."""
     if "=" in item and "," not in item:
         return tuple(item.split("=", 1))
@@ -221,17 +226,17 @@ def as_vllm_parses(item):
 
 
 @pytest.mark.parametrize("folder", ["out", "it's a, b=c", 'a\nb $(touch x) "c"', "-o"])
-def test_the_line_means_the_same_to_the_shell_and_to_vllm_whatever_the_path(tmp_path, tiny_folder, folder):
+def test_the_command_survives_the_shell_whatever_the_path(tmp_path, tiny_folder, folder):
     run = make_run(tmp_path / "run", tiny_folder)
     out = tmp_path / folder
     out.mkdir()
-    facts = vllm_adapter(run, out, name="mine")
+    facts = export_vllm(run, out, name="mine")
     words = shlex.split(facts["command"])
     assert words[:3] == ["vllm", "serve", str(tiny_folder)]
     assert words[3:] == facts["arguments"][1:]
     options = dict(zip(words[3::2], words[4::2], strict=False))
     assert options["--dtype"] == "float32"
-    assert as_vllm_parses(words[words.index("--lora-modules") + 1]) == ("mine", str(out))
+    assert parse_lora_module(words[words.index("--lora-modules") + 1]) == ("mine", str(out))
     assert words[words.index("--max-lora-rank") + 1] == "8"
     # The script gives the same from wherever the folder lies, to whatever `vllm` is.
     moved = out.rename(tmp_path / "moved, = 'there'")
@@ -251,31 +256,47 @@ def test_the_line_means_the_same_to_the_shell_and_to_vllm_whatever_the_path(tmp_
     assert not (tmp_path / "x").exists()
 
 
-def test_rank_decides_the_room_in_the_server(exported):
+def test_max_lora_rank_is_rounded_up(exported):
     assert exported({"rank": 20})[2]["max_lora_rank"] == 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, True),
+        ({"use_rslora": True, "init_lora_weights": "gaussian"}, True),
+        ({"use_dora": True}, False),
+        ({"rank_pattern": {"q_proj": 2}}, False),
+        ({"init_lora_weights": "pissa"}, False),
+        ({"bias": "all"}, False),
+        ({"r": 600}, False),
+    ],
+)
+def test_which_adapter_files_every_release_reads(settings, expected):
+    assert is_served_unchanged(LoraConfig(**settings)) is expected
 
 
 def test_names_that_cannot_be_served_are_refused(exported):
     run, out, _ = exported()
     for name in ("a=b", "a,b", "", "two words", "-x", "a\nb"):
-        with pytest.raises(UsageError, match="is no name vLLM can serve"):
-            vllm_adapter(run, out, name=name)
+        with pytest.raises(UsageError, match="vLLM cannot serve the adapter by the name"):
+            export_vllm(run, out, name=name)
 
 
-def test_the_bases_own_name_is_not_the_adapters(exported):
+def test_the_adapter_cannot_have_the_bases_name(exported):
     run, out, facts = exported()
     with pytest.raises(UsageError, match="the base itself is served as 'tiny-base'"):
-        vllm_adapter(run, out, name="tiny-base")
-    assert vllm_adapter(run, out, out=out.with_name("tiny-base"))["name"] == "tiny-base-tuned"
+        export_vllm(run, out, name="tiny-base")
+    assert export_vllm(run, out, out=out.with_name("tiny-base"))["name"] == "tiny-base-tuned"
     assert facts["base_name"] == "tiny-base"
 
 
-def test_the_line_names_where_the_folder_will_lie(exported, tmp_path):
+def test_the_command_names_the_final_folder(exported, tmp_path):
     _, _, facts = exported(out=tmp_path / "later")
     assert facts["arguments"][-1] == f"later={tmp_path / 'later'}"
 
 
-def test_a_chat_template_of_the_runs_own_goes_along(exported, tmp_path):
+def test_the_runs_own_chat_template_is_included(exported, tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
     _, out, facts = exported(more={"data": {"chat_template": str(template)}})
@@ -284,24 +305,24 @@ def test_a_chat_template_of_the_runs_own_goes_along(exported, tmp_path):
     assert f"./{TEMPLATE}" in (out / SCRIPT).read_text()
 
 
-def test_the_bases_own_chat_template_stays_there(exported):
+def test_the_bases_chat_template_is_not_included(exported):
     _, out, facts = exported()
     assert not (out / TEMPLATE).exists()
     assert "--chat-template" not in facts["arguments"]
 
 
-def test_float64_runs_are_served_in_float32_and_it_is_said(exported):
+def test_float64_runs_are_served_in_float32_with_a_warning(exported):
     facts = exported(more={"model": {"dtype": "float64"}})[2]
     assert facts["dtype"] == "float32"
-    assert "held its base in float64, and vLLM is to compute in float32" in facts["warnings"][0]
+    assert "held its base in float64, and vLLM will compute in float32" in facts["warnings"][0]
 
 
-def test_the_dtype_is_what_the_run_found_whatever_auto_means_here(exported, tmp_path):
+def test_the_dtype_is_the_one_the_run_had(exported, tmp_path):
     run, out, facts = exported()
     assert (facts["dtype"], facts["warnings"]) == ("float32", [])
     (run / "result.json").write_text(json.dumps({"dtype": "bfloat16"}))
-    assert vllm_adapter(run, out)["dtype"] == "bfloat16"
-    assert "held its base in bfloat16" in vllm_adapter(run, out, dtype="float32")["warnings"][0]
+    assert export_vllm(run, out)["dtype"] == "bfloat16"
+    assert "held its base in bfloat16" in export_vllm(run, out, dtype="float32")["warnings"][0]
 
 
 def test_an_unknown_dtype_is_refused(exported):
@@ -309,7 +330,7 @@ def test_an_unknown_dtype_is_refused(exported):
         exported(dtype="int8")
 
 
-def test_what_is_known_of_vllm_is_whole():
-    assert known()["ranks"] == [1, 8, 16, 32, 64, 128, 256, 320, 512]
-    assert known()["architectures"]["LlamaForCausalLM"] == ["embed_tokens", "lm_head"]
-    assert known()["architectures"]["GPT2LMHeadModel"] is None
+def test_vllm_rules():
+    assert load_vllm_rules()["ranks"] == [1, 8, 16, 32, 64, 128, 256, 320, 512]
+    assert load_vllm_rules()["architectures"]["LlamaForCausalLM"] == ["embed_tokens", "lm_head"]
+    assert load_vllm_rules()["architectures"]["GPT2LMHeadModel"] is None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers as tf
 
-from slimtune.export.architectures import as_llama_cpp, get_architecture, get_tensor_names
+from slimtune.export.gguf import get_architecture, get_tensor_names, to_llama_cpp_layout
 
 SIZES = {
     "hidden_size": 64,
@@ -60,7 +60,7 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     import gguf
 
     config = model.config
-    w = gguf.GGUFWriter(str(file), get_architecture(config).arch)
+    w = gguf.GGUFWriter(str(file), get_architecture(config).name)
     w.add_block_count(config.num_hidden_layers)
     w.add_context_length(config.max_position_embeddings)
     w.add_embedding_length(config.hidden_size)
@@ -75,7 +75,7 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     names = get_tensor_names(config)
     for name, parameter in model.named_parameters():
         module, _, what = name.rpartition(".")
-        tensor = as_llama_cpp(parameter.detach(), name, config).float().contiguous()
+        tensor = to_llama_cpp_layout(parameter.detach(), name, config).float().contiguous()
         w.add_tensor(f"{names.get_name(module)}.{what}", tensor.numpy())
     w.write_header_to_file()
     w.write_kv_data_to_file()

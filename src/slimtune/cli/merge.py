@@ -13,7 +13,9 @@ from .common import Json, Run, console
 
 def merge_run(
     run: Run,
-    out: Annotated[Path, typer.Option(help="Folder for the checkpoint; it must not hold files.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="Folder for the checkpoint; it must not contain files.", show_default=False)
+    ],
     dtype: Annotated[str, typer.Option(help="Dtype of the checkpoint: auto, float32, bfloat16, float16.")] = "auto",
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -23,9 +25,10 @@ def merge_run(
     result = merge(run, out, dtype=dtype)
     if not as_json:
         console().print(
-            f"{result['out']}: {format_bytes(result['bytes'])} in {result['dtype']}, {format_duration(result['seconds'])}; "
-            f"merged and adapted model differ by {result['mean_difference']:.2g} nats on average "
-            f"({result['max_difference']:.2g} at most), where the adapter moves the base by {result['effect']:.2g}",
+            f"{result['out']}: {format_bytes(result['bytes'])} in {result['dtype']}, "
+            f"{format_duration(result['seconds'])}; merged and adapted model differ by {result['mean_difference']:.2g} "
+            f"nats on average ({result['max_difference']:.2g} at most), where the adapter changes the base by "
+            f"{result['effect']:.2g}",
             markup=False,
         )
-    return dict(result)
+    return result

@@ -1,4 +1,4 @@
-"""`slimtune verify`: does what ships say what was trained?"""
+"""`slimtune verify`: check that exported and merged models are the trained one."""
 
 from __future__ import annotations
 
@@ -22,43 +22,42 @@ def verify_run(
     threads: Annotated[int | None, typer.Option(help="Threads of llama.cpp; by default half of the cores.")] = None,
     as_json: Json = False,
 ) -> Any:
-    """Compare what ships with the trained adapter, engine by engine; exit code 1 where it is another model."""
-    from ..export.verify_formats import verify
+    """Compare exported models with the trained adapter, engine by engine; exit code 1 if one differs."""
+    from ..export.verify import verify
 
-    say = error_console().print
-    found = verify(
+    screen = error_console()
+    result = verify(
         path,
         rows=data,
         vllm=vllm,
         vllm_model=vllm_model,
         threads=threads,
-        say=lambda text: say(text, style="dim", markup=False),
+        log=lambda text: screen.print(text, style="dim", markup=False),
     )
     if not as_json:
-        console().print(told(found["checks"]))
-        for check in found["checks"]:
+        console().print(format_verdicts(result["checks"]))
+        for check in result["checks"]:
             if check["reason"]:
                 console().print(f"{check['engine']}: {check['reason']}", markup=False)
-    if found["passed"]:
-        return found
-    failed = [c["engine"] for c in found["checks"] if c["passed"] is False]
-    unasked = [c["engine"] for c in found["checks"] if c["passed"] is None]
-    why = f"not what was trained: {', '.join(failed)}" if failed else f"not checked: {', '.join(unasked)}"
-    error_console().print(f"error: {why}", style="bold red", markup=False)
-    return NegativeResult(found)
+    if result["passed"]:
+        return result
+    failed = [c["engine"] for c in result["checks"] if c["passed"] is False]
+    unchecked = [c["engine"] for c in result["checks"] if c["passed"] is None]
+    reason = f"not the trained model: {', '.join(failed)}" if failed else f"not checked: {', '.join(unchecked)}"
+    screen.print(f"error: {reason}", style="bold red", markup=False)
+    return NegativeResult(result)
 
 
-def told(checks: Sequence[Mapping[str, Any]]) -> Any:
+def format_verdicts(checks: Sequence[Mapping[str, Any]]) -> Any:
     """Return the verdicts as a table."""
-    rows = table("engine", "weights", "prompts", "positions", "d max", "d mean", "KL", "greedy", "gate")
+    rows = table("engine", "weights", "prompts", "positions", "d max", "d mean", "KL", "greedy", "verdict")
     rows.columns[0].no_wrap = True
     for c in checks:
+        numbers = ["-"] * 6
         if c["positions"]:
-            figures = [f"{c['prompts_equal']}/{c['prompts']}", str(c["positions"])]
-            figures += [f"{c[k]:.2g}" for k in ("max_difference", "mean_difference", "kl")]
-            figures += [f"{c['answers_equal']}/{c['answers']}"]
-        else:
-            figures = ["-"] * 6
-        gate = {True: "passed", False: "FAILED", None: "not checked"}[c["passed"]]
-        rows.add_row(c["engine"], c["precision"], *figures, gate)
+            numbers = [f"{c['prompts_equal']}/{c['prompts']}", str(c["positions"])]
+            numbers += [f"{c[k]:.2g}" for k in ("max_difference", "mean_difference", "kl")]
+            numbers += [f"{c['answers_equal']}/{c['answers']}"]
+        verdict = {True: "passed", False: "FAILED", None: "not checked"}[c["passed"]]
+        rows.add_row(c["engine"], c["precision"], *numbers, verdict)
     return rows

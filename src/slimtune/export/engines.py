@@ -260,9 +260,7 @@ class VllmEngine:
 
     name = "vLLM"
 
-    def __init__(
-        self, url: str, model: str, *, top_k: int = 20, timeout: float = 300, key: str | None = None
-    ) -> None:
+    def __init__(self, url: str, model: str, *, top_k: int = 20, timeout: float = 300, key: str | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is not the address of a server", "such as http://127.0.0.1:8000")

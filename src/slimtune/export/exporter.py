@@ -233,7 +233,9 @@ def _write_ollama(
     if options.ollama_base:
         notes.append(f"checked beside the base the run was trained on; {options.ollama_base} itself was not checked")
     elif adapter is not None and loaded.base.quantization is None:
-        notes.append("the adapter was trained on this base in 16 or 32 bits; Ollama adds it to the base as the file has it")
+        notes.append(
+            "the adapter was trained on this base in 16 or 32 bits; Ollama adds it to the base as the file has it"
+        )
     return {
         "commands": [written.create, written.run],
         "notes": notes,

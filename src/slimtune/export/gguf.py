@@ -81,7 +81,9 @@ def import_gguf() -> Any:
         ModelError: it is not installed.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError("the package gguf, which reads and writes GGUF files, is not installed", hint="pip install gguf")
+        raise ModelError(
+            "the package gguf, which reads and writes GGUF files, is not installed", hint="pip install gguf"
+        )
     import gguf
 
     return gguf

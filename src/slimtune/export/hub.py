@@ -29,7 +29,7 @@ from ..run_dir import ADAPTER_FILE, RunDir, RunResults, read_json
 from ..setup import build_meta_model, find_adapter_folder
 from ..utils.hub import CommitResult, commit_files, require_repo_id
 from .base_model_info import get_base_model_info
-from .folder import read_note
+from .manifest import read_manifest
 from .model_card import render_adapter_card
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ def prepare_upload(
         if CARD_FILE not in upload.files:
             upload.notes.append(f"{run} has no {CARD_FILE}: the repository gets no model card")
         return upload
-    note = read_note(run) if run.is_dir() else None
+    note = read_manifest(run) if run.is_dir() else None
     if note is not None:
         raise UsageError(
             f"{run} is an export for {note['kind']} without weights: {format_names(names)}",
@@ -250,7 +250,7 @@ def _prepare_adapter(
 
 def _find_run_dir(run: Path, folder: Path) -> RunDir | None:
     """Return the run of an adapter: `run` itself, the one that contains the folder, or the one it was exported from."""
-    note = read_note(folder)
+    note = read_manifest(folder)
     if note is not None:
         candidates = [RunDir(run), RunDir(note["run"])]
     else:

@@ -11,7 +11,6 @@ conversation has it, or into the last user message (as Mistral's templates do).
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,9 +26,7 @@ OPTIONAL_SHAPES = ("s", "sau", "au", "usu", "uasu", "uas")
 """Rarer conversations, which many templates refuse."""
 DATE_MARKERS = ("\ue010", "\ue011")
 """Enclose the strftime format of a date, in place of the date."""
-_STRFTIME_MACRO = (
-    f"{{% macro strftime_now(style) %}}{{{{ '{DATE_MARKERS[0]}' + style + '{DATE_MARKERS[1]}' }}}}{{% endmacro %}}{{{{ '' }}}}"
-)
+_STRFTIME_MACRO = f"{{% macro strftime_now(style) %}}{{{{ '{DATE_MARKERS[0]}' + style + '{DATE_MARKERS[1]}' }}}}{{% endmacro %}}{{{{ '' }}}}"
 _CONTENT_MARKER = "\ue000{}\ue001"
 _PADDING = ("\n\n \t\r", "\r \t\n\n")
 _STRIPPED_CHARACTERS = ("", "\n", " \n\t\r\v\f")  # the last: the ASCII whitespace that Python's strip() removes
@@ -222,7 +219,9 @@ def list_differences(template: JinjaTemplate, chat: ChatFormat) -> list[str]:
     if differs("u", plain[:1], tools=[{"type": "function", "function": clock}]):
         notes.append("the TEMPLATE has no tools: Ollama will say that the model does not support them")
     if differs("uau", thought):
-        notes.append("the chat template removes thoughts (<think>…</think>) from earlier answers; the TEMPLATE does not")
+        notes.append(
+            "the chat template removes thoughts (<think>…</think>) from earlier answers; the TEMPLATE does not"
+        )
     if any(differs("u", plain[:1], enable_thinking=on) for on in (True, False)):
         notes.append("the TEMPLATE has no enable_thinking: it writes what the chat template writes without it")
     optional = [s for s in OPTIONAL_SHAPES if chat.system == "in order" or s == "au"]

@@ -98,7 +98,9 @@ def _merge_loaded(loaded: TrainedModel, run: Path, out: Path, stored: torch.dtyp
         with translate_merge_errors(run):
             checkpoint.save(folder, SHARD_BYTES)
         trust = _trusts_remote_code(loaded)
-        merged = load_base(str(folder), dtype=computed if small else stored, device="cpu", trust_remote_code=trust).model
+        merged = load_base(
+            str(folder), dtype=computed if small else stored, device="cpu", trust_remote_code=trust
+        ).model
         engine = TransformersEngine("merged", merged, tokenizer)
         differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
         tolerance = get_tolerance(PRECISIONS[stored], PRECISIONS[computed])
@@ -117,7 +119,9 @@ def _merge_loaded(loaded: TrainedModel, run: Path, out: Path, stored: torch.dtyp
             "effect": effect,
             "positions": len(differences),
         }
-        text = render_merged_card(loaded.base.source, config, loaded.recipe, report, out.resolve().name, bool(tokenizer.chat_template))
+        text = render_merged_card(
+            loaded.base.source, config, loaded.recipe, report, out.resolve().name, bool(tokenizer.chat_template)
+        )
         (folder / "README.md").write_text(text, encoding="utf-8")
         with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
             sha256 = hashlib.file_digest(f, "sha256").hexdigest()
@@ -155,9 +159,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
             _save_config(loaded.model, Path(folder), trained)
             loaded.base.tokenizer.save_pretrained(folder)
             base.save(Path(folder), SHARD_BYTES)
-            model = load_base(
-                folder, dtype=trained, device="cpu", trust_remote_code=_trusts_remote_code(loaded)
-            ).model
+            model = load_base(folder, dtype=trained, device="cpu", trust_remote_code=_trusts_remote_code(loaded)).model
             yield dataclasses.replace(
                 loaded,
                 model=PeftModel.from_pretrained(model, loaded.adapter),

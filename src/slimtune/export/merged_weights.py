@@ -178,7 +178,8 @@ class MergedCheckpoint:
         for name in outline:
             prefix = re.match(r".*?\.\d+\.", name)
             layers.setdefault(prefix[0] if prefix else "", []).append(name)
-        groups, shapes = [], {}
+        groups: list[tuple[list[str], list[str]]] = []
+        shapes: dict[str, torch.Size] = {}
         for names in layers.values():
             result = revert_weight_conversion(self._model, {n: outline[n] for n in names})
             shapes |= {key: t.shape for key, t in result.items()}
@@ -208,7 +209,7 @@ class MergedCheckpoint:
                 used = 0
             shards[-1].append(group)
             used += size
-        files = {}
+        files: dict[str, str] = {}
         for number, groups in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             tensors: dict[str, Tensor] = {}

@@ -257,11 +257,10 @@ def compare_engine(
     if unlike:
         ours, theirs = unlike[0]
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(map(len, unlike[0])))
-        faults.insert(
-            0,
-            f"{len(unlike)} of {len(prompts)} rendered prompts become other tokens "
-            f"(the first from token {at}: {theirs[at : at + 4]} for {ours[at : at + 4]})",
-        )
+        where = f"the first from token {at}: {theirs[at : at + 4]} for {ours[at : at + 4]}"
+        if theirs[1:] == ours:
+            where = f"a second beginning-of-sequence token, {theirs[0]}?"
+        faults.insert(0, f"{len(unlike)} of {len(prompts)} rendered prompts become other tokens ({where})")
     return Verdict(
         engine.name,
         precision,

@@ -36,11 +36,12 @@ def round_with_inputs(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Ten
 
     An output row whose numbers serve it better when rounded to their nearest is rounded so.
     """
+    weight = weight.float()
     hessian = second_moment(inputs, damping=0.01)
     order = hessian.diagonal().argsort(descending=True)  # the most important while most columns can still compensate
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
-    left, rounded = weight.float()[:, order], torch.empty_like(weight, dtype=dtype)
+    left, rounded = weight[:, order], torch.empty_like(weight, dtype=dtype)
     for start in range(0, len(hessian), 64):
         end = min(start + 64, len(hessian))
         block, errors = left[:, start:end].clone(), []
@@ -64,7 +65,9 @@ def collect_rounding_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -
     layers = {
         name: module
         for name, module in model.named_modules()
-        if layer_kind(module) == "linear" and module is not head and not {"adapters", "trained_copies"} & {*name.split(".")}
+        if layer_kind(module) == "linear"
+        and module is not head
+        and not {"adapters", "trained_copies"} & {*name.split(".")}
     }
     try:
         rows = list(itertools.islice(open_rows_from_recipe(recipe, recipe.data.train).rows(), ROWS)) if recipe else []

@@ -109,8 +109,9 @@ class Verifier:
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.loaded, self.run, self.folder, self.threads, self.log = loaded, run, folder, threads, log
-        self.model: Any = loaded.model
-        texts = make_texts(loaded.base.tokenizer, loaded.recipe, self.model.config.get_text_config(), rows)
+        model: Any = loaded.model
+        self.model = model
+        texts = make_texts(loaded.base.tokenizer, loaded.recipe, model.config.get_text_config(), rows)
         self.reference = Reference(self.model, loaded.base.tokenizer, texts)
 
     def verify_all_formats(self) -> Iterator[Verdict]:

@@ -76,7 +76,9 @@ def list_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
         factors = [m.low_rank_factors() for m in model.adapter_modules(adapter).values()]
         rank = max((f[0].shape[0] for f in factors if f is not None), default=0)
         if rank > max_rank:
-            start = ", twice the config's because its start is subtracted" if is_in_weight(config.init_lora_weights) else ""
+            start = (
+                ", twice the config's because its start is subtracted" if is_in_weight(config.init_lora_weights) else ""
+            )
             form = [f"its rank is {rank}{start}; vLLM's --max-lora-rank ends at {max_rank}"]
     return fixed, form
 

@@ -1,4 +1,4 @@
-"""A run shipped every way on a tiny base, each asked by the engine that serves it; and what is refused."""
+"""A run exported to every target on a tiny base, each checked by the engine that serves it; and what is refused."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 import slimtune
 from slimtune.cli import app
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
-from slimtune.export import gguf_model
+from slimtune.export import gguf as gguf_module
 from slimtune.export.exporter import ExportOptions, export
-from slimtune.export.folder import NOTE, read_note
-from slimtune.export.verify_formats import verify
+from slimtune.export.manifest import EXPORT_MANIFEST, read_manifest
+from slimtune.export.verify import verify
 from slimtune.models.loader import load_base
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
@@ -56,24 +56,24 @@ def run(base, tmp_path_factory) -> Path:
     return adapter_on(base, tmp_path_factory.mktemp("runs") / "lora", slimtune.LoraConfig(**LORA))
 
 
-def test_an_adapter_gguf_is_written_and_llama_cpp_agrees(run, tmp_path):
+def test_adapter_gguf(run, tmp_path):
     found = export(run, "gguf", tmp_path / "out", threads=1)
-    assert set(found["files"]) == {"adapter.gguf", NOTE}
+    assert set(found["files"]) == {"adapter.gguf", EXPORT_MANIFEST}
     assert found["check"]["passed"] is True
     assert found["check"]["prompts_equal"] == found["check"]["prompts"] > 0
-    assert read_note(tmp_path / "out")["kind"] == "gguf"  # type: ignore[index]
+    assert read_manifest(tmp_path / "out")["kind"] == "gguf"  # type: ignore[index]
     assert verify(tmp_path / "out", threads=1)["passed"]
 
 
 @pytest.mark.parametrize("precision", ["f32", "f16", "q8_0"])
-def test_a_merged_gguf_needs_nothing_beside_it(run, precision, tmp_path):
+def test_merged_gguf(run, precision, tmp_path):
     found = export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision=precision), threads=1)
-    assert set(found["files"]) == {"model.gguf", NOTE}
+    assert set(found["files"]) == {"model.gguf", EXPORT_MANIFEST}
     assert found["check"]["passed"] is True
     assert found["check"]["engine"] == "llama.cpp, merged GGUF"
 
 
-def test_a_folder_for_ollama(run, base, tmp_path):
+def test_ollama_with_an_adapter(run, base, tmp_path):
     found = export(run, "ollama", tmp_path / "my model", ExportOptions(name="mine", system='Say "ho".'), threads=1)
     text = (tmp_path / "my model" / "Modelfile").read_text()
     assert str(base) in text
@@ -82,7 +82,7 @@ def test_a_folder_for_ollama(run, base, tmp_path):
     assert found["check"]["passed"] is True
 
 
-def test_a_merged_model_for_ollama_stands_on_itself(run, tmp_path):
+def test_ollama_with_a_merged_model(run, tmp_path):
     found = export(run, "ollama", tmp_path / "out", ExportOptions(merged=True, name="mine"), threads=1)
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert "FROM ./model.gguf" in text
@@ -91,7 +91,7 @@ def test_a_merged_model_for_ollama_stands_on_itself(run, tmp_path):
     assert found["check"]["passed"] is True
 
 
-def test_a_folder_for_vllm_is_read_back(run, tmp_path):
+def test_vllm_is_read_back(run, tmp_path):
     found = export(run, "vllm", tmp_path / "out", threads=1)
     assert {"adapter_config.json", "adapter_model.safetensors", "serve.sh"} <= set(found["files"])
     assert found["commands"][0].startswith("vllm serve ")
@@ -103,7 +103,7 @@ def test_a_folder_for_vllm_is_read_back(run, tmp_path):
     assert "not checked" in nobody["checks"][-1]["reason"]
 
 
-def test_everything_a_run_can_ship_as_is_asked(run):
+def test_verify_checks_all_formats_of_a_run(run):
     found = verify(run, threads=1)
     assert [c["engine"] for c in found["checks"]] == [
         "merged folder",
@@ -124,7 +124,7 @@ def test_everything_a_run_can_ship_as_is_asked(run):
     ],
     ids=["ia3", "dora", "bottleneck", "prefix", "prompt"],
 )
-def test_what_is_no_lora_ships_merged_or_is_refused_by_name(config, merges, base, tmp_path):
+def test_what_is_not_a_lora_is_exported_merged_or_refused_by_name(config, merges, base, tmp_path):
     run = adapter_on(base, tmp_path / "run", config)
     for to in ("gguf", "ollama", "vllm"):
         with pytest.raises((UsageError, AdapterError), match=r"(?i)merge|slimtune \(?generate") as refused:
@@ -133,67 +133,67 @@ def test_what_is_no_lora_ships_merged_or_is_refused_by_name(config, merges, base
         assert not (tmp_path / to).exists()
     if merges:
         assert export(run, "ollama", tmp_path / "m", ExportOptions(merged=True, name="m"), threads=1)["check"]["passed"]
-        assert export(run, "gguf", tmp_path / "l", ExportOptions(as_lora=16), threads=1)["conversion"]["error"] < 1
+        assert export(run, "gguf", tmp_path / "l", ExportOptions(convert_to_lora=16), threads=1)["conversion"]["error"] < 1
     else:
         with pytest.raises((UsageError, AdapterError)):
             export(run, "gguf", tmp_path / "m", ExportOptions(merged=True), threads=1)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_an_export_that_says_something_else_is_not_written(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimtune.export.gguf.in_order", lambda rows, *_: rows)
-    with pytest.raises(RunError, match="does not say what the trained adapter says"):
+def test_a_wrong_export_is_not_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("slimtune.export.gguf.permute_rope_rows", lambda rows, *_: rows)
+    with pytest.raises(RunError, match="differs from the trained adapter"):
         export(run, "gguf", tmp_path / "out", threads=1)
     assert list(tmp_path.iterdir()) == []
-    written = export(run, "gguf", tmp_path / "out", prove=False)
+    written = export(run, "gguf", tmp_path / "out", verify=False)
     assert written["check"]["passed"] is None
     assert verify(tmp_path / "out", threads=1)["passed"] is False
 
 
-def test_a_damaged_adapter_file_is_told(run, tmp_path):
+def test_a_damaged_adapter_file_is_reported(run, tmp_path):
     out = tmp_path / "out"
-    export(run, "gguf", out, prove=False)
+    export(run, "gguf", out, verify=False)
     (out / "adapter.gguf").write_bytes((out / "adapter.gguf").read_bytes()[:2000])
     found = verify(out, threads=1)
     assert found["passed"] is False
     assert "cannot load" in found["checks"][0]["reason"]
 
 
-def test_without_llama_cpp_nothing_counts_as_proven(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimtune.export.engines.llama_cpp.installed", lambda: False)
+def test_without_llama_cpp_nothing_counts_as_verified(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("slimtune.export.engines.is_llama_cpp_installed", lambda: False)
     found = export(run, "gguf", tmp_path / "out")
     assert found["check"]["passed"] is None
     assert "xllamacpp is not installed" in found["check"]["reason"]
     assert verify(tmp_path / "out")["passed"] is False
 
 
-def test_wrong_use_is_told_before_anything_is_loaded(run, tmp_path):
+def test_wrong_use_is_refused(run, tmp_path):
     with pytest.raises(UsageError, match="did you mean 'ollama'"):
         export(run, "olama", tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="--merged takes every precision"):
         export(run, "gguf", tmp_path / "out", ExportOptions(precision="q8_0"))
-    with pytest.raises(UsageError, match="no adapter left"):
-        export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, as_lora=4))
-    with pytest.raises(UsageError, match="--system, --dtype: nothing reads that in an export to gguf"):
+    with pytest.raises(UsageError, match="has no adapter"):
+        export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, convert_to_lora=4))
+    with pytest.raises(UsageError, match="--system, --dtype has no effect in an export to gguf"):
         export(run, "gguf", tmp_path / "out", ExportOptions(system="Be brief.", dtype="float32"))
-    with pytest.raises(UsageError, match="--precision: nothing reads that in an export to vllm"):
+    with pytest.raises(UsageError, match="--precision has no effect in an export to vllm"):
         export(run, "vllm", tmp_path / "out", ExportOptions(precision="f16"))
-    with pytest.raises(UsageError, match="stands on nothing"):
-        export(run, "ollama", tmp_path / "out", ExportOptions(merged=True, base_from="llama3.1:8b"))
+    with pytest.raises(UsageError, match="contains its base"):
+        export(run, "ollama", tmp_path / "out", ExportOptions(merged=True, ollama_base="llama3.1:8b"))
     with pytest.raises(UsageError, match="slimtune merge"):
         export(run, "vllm", tmp_path / "out", ExportOptions(merged=True))
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "x").touch()
-    with pytest.raises(UsageError, match="already holds files"):
+    with pytest.raises(UsageError, match="already contains files"):
         export(run, "gguf", tmp_path / "used")
     with pytest.raises(UsageError, match="there is no run folder"):
         export(tmp_path / "nothing", "gguf", tmp_path / "out")
 
 
-def test_a_precision_of_llama_quantizes_needs_it(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_model.shutil, "which", lambda _: None)
+def test_a_precision_of_llama_quantize_needs_it(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_module.shutil, "which", lambda _: None)
     monkeypatch.delenv("LLAMA_CPP", raising=False)
-    with pytest.raises(ModelError, match="llama-quantize, which is not here"):
+    with pytest.raises(ModelError, match="llama-quantize.* is not installed"):
         export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision="Q4_K_M"))
     assert list(tmp_path.iterdir()) == []
 
@@ -204,30 +204,30 @@ def test_llama_quantize_is_called_where_it_is(run, tmp_path, monkeypatch):
     program.write_text('#!/bin/sh\n[ "$3" = Q4_K_M ] && cp "$1" "$2"\n')
     program.chmod(0o755)
     monkeypatch.setenv("LLAMA_CPP", str(program.parent))
-    wish = ExportOptions(merged=True, precision="Q4_K_M")
-    assert export(run, "gguf", tmp_path / "out", wish, threads=1)["check"]["precision"] == "Q4_K_M"
+    options = ExportOptions(merged=True, precision="Q4_K_M")
+    assert export(run, "gguf", tmp_path / "out", options, threads=1)["check"]["precision"] == "Q4_K_M"
     program.write_text("#!/bin/sh\necho no such type >&2; exit 3\n")
     with pytest.raises(RunError, match="no such type"):
-        export(run, "gguf", tmp_path / "again", wish)
+        export(run, "gguf", tmp_path / "again", options)
 
 
-def test_a_base_that_is_no_gguf_asks_for_llama_cpps_converter(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_model.shutil, "which", lambda _: None)
+def test_a_base_that_is_not_a_gguf_needs_the_converter(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_module.shutil, "which", lambda _: None)
     monkeypatch.delenv("LLAMA_CPP", raising=False)
     run = adapter_on(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
     found = export(run, "gguf", tmp_path / "out")
     assert found["check"]["passed"] is None
-    assert "convert_hf_to_gguf.py, which is not here" in found["check"]["reason"]
+    assert "convert_hf_to_gguf.py" in found["check"]["reason"]
     with pytest.raises(ModelError, match="convert_hf_to_gguf"):
         export(run, "gguf", tmp_path / "m", ExportOptions(merged=True))
-    with pytest.raises(UsageError, match="--from NAME"):
+    with pytest.raises(UsageError, match="--ollama-base NAME"):
         export(run, "ollama", tmp_path / "o")
-    named = export(run, "ollama", tmp_path / "o", ExportOptions(base_from="llama3.1:8b"), prove=False)
+    named = export(run, "ollama", tmp_path / "o", ExportOptions(ollama_base="llama3.1:8b"), verify=False)
     assert "FROM llama3.1:8b" in (tmp_path / "o" / "Modelfile").read_text()
     assert named["template"] is False
 
 
-def test_the_command_line_prints_one_object_and_exits_by_the_gate(run, tmp_path):
+def test_command_line(run, tmp_path):
     def slimtune_(*args: str) -> Any:
         return CliRunner().invoke(app, [*args, "--threads", "1", "--json"])
 
@@ -238,4 +238,14 @@ def test_the_command_line_prints_one_object_and_exits_by_the_gate(run, tmp_path)
     done = slimtune_("verify", str(tmp_path / "o"))
     assert done.exit_code == 1
     assert json.loads(done.stdout)["passed"] is False
-    assert "not what was trained" in done.stderr
+    assert "not the trained model" in done.stderr
+
+
+def test_old_flags_still_work_and_warn(run, tmp_path):
+    flags = ["--to", "ollama", "--out", str(tmp_path / "o"), "--no-verify", "--from", "llama3.1:8b", "--as-lora", "2"]
+    done = CliRunner().invoke(app, ["export", str(run), *flags, "--json"])
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["ranks"] == [2]
+    assert "FROM llama3.1:8b" in (tmp_path / "o" / "Modelfile").read_text()
+    assert "--as-lora is now called --convert-to-lora" in done.stderr
+    assert "--from is now called --ollama-base" in done.stderr

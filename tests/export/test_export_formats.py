@@ -1,6 +1,6 @@
-"""The table method × destination of docs/export.md, made by attaching each method to a tiny Llama and asking the code.
+"""The table of docs/export.md, method × export format, made by attaching each method to a tiny Llama.
 
-python tests/export/test_destinations.py        prints it
+python tests/export/test_export_formats.py        prints it
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from models_zoo import llama, shake
 
 import slimtune
 from slimtune.adapters.base import MergeUnsupported
-from slimtune.adapters.export_formats import get_export_formats, lora_incompatibilities
+from slimtune.adapters.export_formats import get_export_formats
 from slimtune.errors import SlimtuneError
-from slimtune.export.gguf import pairs_of
-from slimtune.export.vllm import _form
+from slimtune.export.gguf import get_lora_factors
+from slimtune.export.vllm import list_vllm_refusals
 
 PAGE = Path(__file__).parents[2] / "docs/export.md"
 HEAD = (
@@ -50,8 +50,8 @@ def row(name: str) -> str:
     model = attached(name)
     cells = [
         works(lambda: model.merge_adapter() or model.unmerge_adapter()),
-        works(lambda: pairs_of(model)),
-        "–" if lora_incompatibilities(model.active_peft_config) or _form(model, "default") else "yes",
+        works(lambda: get_lora_factors(model)),
+        "–" if any(list_vllm_refusals(model, "default")) else "yes",
         works(lambda: model.to_lora("default", 4)),
     ]
     return f"| {name.replace('+', ', ')} | {' | '.join(cells)} |"
@@ -61,13 +61,12 @@ def table() -> str:
     return "\n".join([HEAD, *map(row, sorted(SHOWN))])
 
 
-def test_the_page_says_what_the_code_does():
+def test_the_docs_table():
     assert table() in PAGE.read_text()
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_a_run_notes_the_ways_that_its_adapter_has(name):
-    """What is answered without doing it is what doing it shows."""
+def test_get_export_formats_without_exporting(name):
     merged, gguf, vllm, as_lora = (cell.strip() == "yes" for cell in row(name).split("|")[2:6])
     ways = get_export_formats(attached(name))
     assert (ways.merged, ways.gguf, ways.vllm) == (merged, gguf, vllm)

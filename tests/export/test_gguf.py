@@ -1,0 +1,183 @@
+"""Adapter and model GGUFs: right in llama.cpp for every architecture, and equal to what llama.cpp's own converters write.
+
+The converters ignore rsLoRA and alpha patterns, and exchange A and B for GPT-2; llama.cpp itself is the judge there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models_zoo import shake
+from tiny_ggufs import MAKERS, model_of, write
+
+from slimtune import BottleneckConfig, IA3Config, LoraConfig, get_peft_model
+from slimtune.errors import AdapterError, UsageError
+from slimtune.export.engines import LlamaCppEngine
+from slimtune.export.gguf import (
+    CONVERTER,
+    convert_hf_to_gguf,
+    find_llama_cpp_tool,
+    get_lora_factors,
+    get_tensor_names,
+    permute_rope_rows,
+    write_adapter_gguf,
+    write_gguf_from_template,
+)
+from slimtune.export.reference import Reference, Text, compare_engine
+
+gguf = pytest.importorskip("gguf")
+needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+LORA_CONVERTER = Path(os.environ.get("LLAMA_CPP", "."), "convert_lora_to_gguf.py")
+needs_converters = pytest.mark.skipif(not LORA_CONVERTER.is_file(), reason="LLAMA_CPP has no converters")
+VOCABULARY = 320
+PATTERNS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"o_proj": 8, "c_attn": 8}, "alpha_pattern": {"down_proj": 4, "c_fc": 4}},
+}
+
+
+def adapted(kind: str, settings: dict[str, Any] | None = None) -> Any:
+    settings = dict(settings or {})
+    for name in ("rank_pattern", "alpha_pattern"):  # those of the names that this architecture has
+        if name in settings:
+            settings[name] = {k: v for k, v in settings[name].items() if k.startswith("c_") == (kind == "gpt2")}
+    lora = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(model_of(kind, VOCABULARY), LoraConfig(**lora | settings))
+    shake(model)
+    return model.eval()
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    return {t.name: np.array(t.data) for t in gguf.GGUFReader(str(file)).tensors}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [*((kind, "patterns") for kind in MAKERS), ("llama", "plain"), ("llama", "rslora"), ("gpt2", "rslora")],
+)
+def test_each_update_is_in_llama_cpps_order_and_scale(kind, settings, tmp_path):
+    model = adapted(kind, PATTERNS[settings])
+    facts = write_adapter_gguf(tmp_path / "a.gguf", model)
+    alpha = gguf.GGUFReader(str(tmp_path / "a.gguf")).fields["adapter.lora.alpha"].contents()
+    tensors = {n: torch.tensor(t) for n, t in read_tensors(tmp_path / "a.gguf").items()}
+    names, layers = get_tensor_names(model.config), get_lora_factors(model)
+    assert len(tensors) == 2 * len(layers) == facts["tensors"] > 0
+    for module, (A, B, scale) in layers.items():
+        name = f"{names.get_name(module)}.weight"
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        expected = permute_rope_rows(scale * B @ A, module, model.config)
+        torch.testing.assert_close(alpha / a.shape[0] * b @ a, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_alpha_for_all_layers_leaves_B_unscaled(tmp_path):
+    model = adapted("llama", {"use_rslora": True})
+    assert write_adapter_gguf(tmp_path / "a.gguf", model)["alpha"] == pytest.approx(16 * 2)  # alpha / √r · r
+    B = read_tensors(tmp_path / "a.gguf")["blk.0.ffn_up.weight.lora_b"]
+    own = model.model.layers[0].mlp.up_proj.adapters["default"].lora_B.weight
+    assert torch.equal(torch.tensor(B), own.detach())
+
+
+def compare(model: Any, tokenizer: Any, base: Path, adapter: Path) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 259, (40,), generator=generator).tolist() for _ in range(2)]
+    reference = Reference(model, tokenizer, [Text("Say something<|im_end|>", ids) for ids in rows])
+    engine = LlamaCppEngine(base, adapter, max_tokens=128, threads=1)
+    try:
+        return compare_engine(reference, engine, "f32", answers=1)
+    finally:
+        engine.close()
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", MAKERS)
+def test_llama_cpp_agrees_with_the_adapter(kind, tmp_path, tiny_tokenizer):
+    tokenizer, model = tiny_tokenizer(), adapted(kind, PATTERNS["patterns"])
+    base = write(tmp_path / "base.gguf", model_of(kind, VOCABULARY), tokenizer)
+    write_adapter_gguf(tmp_path / "a.gguf", model)
+    verdict = compare(model, tokenizer, base, tmp_path / "a.gguf")
+    assert verdict.passed, verdict.reason
+    assert verdict.max_difference < 0.01
+    assert verdict.effect > 0.1
+
+
+@needs_llama_cpp
+def test_a_missing_permutation_is_noticed(tmp_path, tiny_tokenizer, monkeypatch):
+    tokenizer, model = tiny_tokenizer(), adapted("llama")
+    base = write(tmp_path / "base.gguf", model_of("llama", VOCABULARY), tokenizer)
+    monkeypatch.setattr("slimtune.export.gguf.permute_rope_rows", lambda rows, *_: rows)
+    write_adapter_gguf(tmp_path / "a.gguf", model)
+    assert compare(model, tokenizer, base, tmp_path / "a.gguf").passed is False
+
+
+@needs_converters
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_adapters_equal_the_converters(kind, tmp_path):
+    model = adapted(kind)
+    model.config.architectures = [model.base_model_class.__name__]
+    model.config.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    write_adapter_gguf(tmp_path / "ours.gguf", model)
+    command = [sys.executable, LORA_CONVERTER, "--base", tmp_path / "base", "--outfile", tmp_path / "its.gguf"]
+    done = subprocess.run([*map(str, command), str(tmp_path / "adapter")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    ours, its = (read_tensors(tmp_path / f"{name}.gguf") for name in ("ours", "its"))
+    assert set(ours) == set(its)
+    assert all(np.array_equal(ours[n], its[n]) for n in its)
+
+
+@needs_converters
+@pytest.mark.real
+def test_a_whole_model_equals_the_converters(smollm2_folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from slimtune.models.source import resolve_model
+
+    assert find_llama_cpp_tool(CONVERTER)
+    convert_hf_to_gguf(smollm2_folder, tmp_path / "its.gguf", "f16")
+    model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
+    write_gguf_from_template(Path(resolve_model("smollm2-135m").path), model, tmp_path / "ours.gguf", "f16")
+    ours, its = (read_tensors(tmp_path / f"{name}.gguf") for name in ("ours", "its"))
+    assert set(ours) == set(its)
+    assert all(np.array_equal(ours[n], its[n]) for n in its)
+
+
+def test_f16_refuses_values_it_cannot_hold(tmp_path):
+    model = adapted("llama")
+    write_adapter_gguf(tmp_path / "a.gguf", model, precision="f16")
+    assert {t.tensor_type.name for t in gguf.GGUFReader(str(tmp_path / "a.gguf")).tensors} == {"F16"}
+    B = model.model.layers[0].mlp.up_proj.adapters["default"].lora_B.weight
+    for value, words in ((1e6, "too large for f16"), (float("nan"), "NaN or Inf")):
+        with torch.no_grad():
+            B[0, 0] = value
+        with pytest.raises(AdapterError, match=words):
+            write_adapter_gguf(tmp_path / "b.gguf", model, precision="f16")
+
+
+NOT_LORA = {
+    r"ia3 adapter is not a LoRA(.|\n)*merged": IA3Config(),
+    r"bottleneck cannot be merged either": BottleneckConfig(),
+    r"lm_head \('weight' trained whole\)": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    r"not a LoRA of linear layers only": LoraConfig(target_modules=["q_proj"], use_dora=True),
+}
+
+
+@pytest.mark.parametrize(("words", "config"), NOT_LORA.items(), ids=["ia3", "bottleneck", "head", "dora"])
+def test_what_is_not_a_lora_is_refused_with_the_alternative(words, config, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        write_adapter_gguf(tmp_path / "a.gguf", get_peft_model(model_of("llama", VOCABULARY), config))
+
+
+def test_an_unknown_architecture_is_named_with_how_to_add_it(tmp_path):
+    model = adapted("llama")
+    model.config.model_type = "granite"
+    with pytest.raises(UsageError, match=r"'granite' model(.|\n)*gguf\.py"):
+        write_adapter_gguf(tmp_path / "a.gguf", model)

@@ -1,0 +1,104 @@
+"""The weights a merge writes are those that merging in place leaves, for every method; nothing in the model changes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from methods.cases import CASES
+from models_zoo import llama, shake
+from safetensors.torch import load_file
+
+from slimtune import LoraConfig, get_peft_model
+from slimtune.adapters.base import MergeUnsupported
+from slimtune.export.merged_weights import MergedCheckpoint, MergedWeights
+from slimtune.export.rounding import round_with_inputs
+
+
+def adapted(config, base=None):
+    model = get_peft_model(llama() if base is None else base, config)
+    shake(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_equals_merging_in_place(name):
+    model = adapted(CASES[name]())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    try:
+        merged = {n: t.clone() for n, t in MergedWeights(model).items()}
+    except MergeUnsupported:
+        with pytest.raises(MergeUnsupported):
+            model.merge_and_unload()
+        return
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    expected = model.merge_and_unload().state_dict()
+    assert merged.keys() <= expected.keys()
+    assert all(torch.equal(merged[n], expected[n]) for n in merged)
+    omitted = expected.keys() - merged.keys()  # tied to tensors that are included
+    assert {expected[n].data_ptr() for n in omitted} <= {expected[n].data_ptr() for n in merged}
+
+
+def test_merged_tensors_are_not_rounded_and_unchanged_ones_not_copied():
+    model = adapted(LoraConfig(r=4, target_modules=["q_proj"]), llama().bfloat16())
+    weights = MergedWeights(model)
+    changed, unchanged = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.k_proj.weight"
+    assert (weights[changed].dtype, weights[unchanged].dtype) == (torch.float32, torch.bfloat16)
+    assert weights[unchanged].data_ptr() == dict(model.named_parameters())[unchanged].data_ptr()
+    assert torch.equal(weights[changed], copy.deepcopy(model).float().merge_and_unload().state_dict()[changed])
+
+
+def test_without_adapters_it_is_the_base():
+    base = llama()
+    expected = {n: t.clone() for n, t in base.state_dict().items()}
+    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"])
+    weights = MergedWeights(adapted(config, base), [])
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(t, expected[n]) for n, t in weights.items())
+
+
+def correlated_inputs(n, width, seed):
+    """Inputs dominated by a few directions, as a layer's are."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 4, generator=g) @ torch.randn(4, width, generator=g) + 0.1 * torch.randn(n, width, generator=g)
+
+
+def output_error(rounded, weight, x):
+    return ((rounded.double() - weight.double()) @ x.double().t()).square().sum().item()
+
+
+@given(st.integers(1, 40), st.integers(2, 150), st.integers(1, 200), st.sampled_from([torch.bfloat16, torch.float16]))
+@settings(max_examples=25)
+def test_rounding_with_inputs_is_never_worse_than_to_nearest(out, width, n, dtype):
+    weight = torch.randn(out, width, generator=torch.Generator().manual_seed(out * width))
+    x = correlated_inputs(n, width, n)
+    rounded = round_with_inputs(weight, x, dtype)
+    assert (rounded.dtype, rounded.shape) == (dtype, weight.shape)
+    assert output_error(rounded, weight, x) <= output_error(weight.to(dtype), weight, x) * 1.01
+    assert (rounded.float() - weight).abs().max() <= 0.05 * weight.abs().max()
+
+
+def test_rounding_with_correlated_inputs_keeps_outputs():
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    x = correlated_inputs(512, 128, 2)
+    error = output_error(round_with_inputs(weight, x, torch.bfloat16), weight, x)
+    assert error < 0.1 * output_error(weight.bfloat16(), weight, x)
+
+
+def test_a_checkpoint_uses_inputs_only_for_the_weights_they_belong_to(tmp_path):
+    model = adapted(LoraConfig(r=4, target_modules="all-linear"))
+    width = model.config.hidden_size
+    name = "model.layers.0.mlp.up_proj"
+    inputs = {name: correlated_inputs(512, width, 1), "model.layers.1.mlp.up_proj": torch.randn(3, width)}
+    for folder, given_inputs in (("nearest", {}), ("inputs", inputs)):
+        (tmp_path / folder).mkdir()
+        MergedCheckpoint(model, torch.bfloat16, inputs=given_inputs).save(tmp_path / folder, 10**9)
+    nearest, rounded = (load_file(tmp_path / f / "model.safetensors") for f in ("nearest", "inputs"))
+    assert {n for n in nearest if not torch.equal(nearest[n], rounded[n])} == {f"{name}.weight"}
+    exact = MergedWeights(model)[f"{name}.weight"]
+    assert output_error(rounded[f"{name}.weight"], exact, inputs[name]) < 0.5 * output_error(
+        nearest[f"{name}.weight"], exact, inputs[name]
+    )

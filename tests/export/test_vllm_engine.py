@@ -1,0 +1,137 @@
+"""The engine that asks a vLLM server: its requests, what it reads from answers, and its errors."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+from slimtune.errors import RunError, UsageError
+from slimtune.export.engines import VllmEngine
+
+
+class Vllm(BaseHTTPRequestHandler):
+    """Gives answers of vLLM 0.32, as they were recorded."""
+
+    def do_GET(self):
+        self.answer({"object": "list", "data": [{"id": "base", "parent": None}, {"id": "devil", "parent": "base"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, body, self.headers.get("Authorization")))
+        if self.server.error:
+            self.send_response(self.server.error[0])
+            self.end_headers()
+            self.wfile.write(self.server.error[1])
+        elif self.path == "/tokenize":
+            self.answer({"count": 3, "max_model_len": 1024, "tokens": [1, 4093, 198], "token_strs": None})
+        else:
+            self.answer({"choices": [self.complete(body)]})
+
+    def complete(self, body):
+        likely = {"7": {"logprob": -0.5, "rank": 1}, "8": {"logprob": -1.0, "rank": 2}}
+        positions = [None, *({str(i): {"logprob": -9.0, "rank": 4000}, **likely} for i in body["prompt"][1:])]
+        ends = body["max_tokens"] > 3
+        return {
+            "token_ids": [11, 12, 2] if ends else [11, 12, 13][: body["max_tokens"]],
+            "finish_reason": "stop" if ends else "length",
+            "prompt_logprobs": positions if body.get("prompt_logprobs") else None,
+        }
+
+    def answer(self, values):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(values).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Vllm)
+    server.requests, server.error = [], None
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_tokens_of_a_rendered_prompt_and_of_a_chat(server):
+    engine, messages = VllmEngine(server.url + "/v1/", "devil"), [{"role": "user", "content": "Hello"}]
+    assert engine.tokenize("<|im_start|>user\n") == engine.tokenize_chat(messages) == [1, 4093, 198]
+    prompt = {"model": "devil", "prompt": "<|im_start|>user\n", "add_special_tokens": False}
+    assert [r[:2] for r in server.requests] == [
+        ("/tokenize", prompt),
+        ("/tokenize", {"model": "devil", "messages": messages}),
+    ]
+
+
+def test_scores_of_every_token_but_the_first(server):
+    scores = VllmEngine(server.url, "devil", top_k=2).score([5, 6, 8])
+    assert torch.equal(scores.token_log_probs, torch.tensor([-9.0, -1.0], dtype=torch.float64))
+    assert scores.top_ids.tolist() == [[7, 8], [7, 8]]
+    path, body, _ = server.requests[0]
+    assert path == "/v1/completions"
+    assert (body["model"], body["prompt"], body["prompt_logprobs"]) == ("devil", [5, 6, 8], 2)
+    assert (body["max_tokens"], body["temperature"], body["repetition_penalty"]) == (1, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("most", "expected"), [(2, [11, 12]), (3, [11, 12, 13]), (9, [11, 12])])
+def test_an_answer_has_no_end_of_text_token(server, most, expected):
+    assert VllmEngine(server.url, "devil").generate([5, 6], most) == expected
+
+
+def test_a_key_is_sent_and_in_no_message(server):
+    engine = VllmEngine(server.url, "devil", key="very-secret")
+    server.error = 401, b'{"error": "Unauthorized"}'
+    with pytest.raises(RunError, match=r"refused /tokenize: 401, \{\"error\": \"Unauthorized\"\}") as caught:
+        engine.tokenize("x")
+    assert server.requests[0][2] == "Bearer very-secret"
+    assert "very-secret" not in str(caught.value)
+
+
+def test_an_unknown_model_is_refused_with_the_nearest(server):
+    with pytest.raises(UsageError, match="serves no model 'devill'; did you mean 'devil'"):
+        VllmEngine(server.url, "devill")
+
+
+def test_errors_of_the_server_are_passed_on(server):
+    engine = VllmEngine(server.url, "devil")
+    message = "Requested prompt logprobs of 30, which is greater than max allowed: 20"
+    server.error = 400, json.dumps({"error": {"message": message, "code": 400}}).encode()
+    with pytest.raises(RunError, match=message):
+        engine.score([1, 2])
+    server.error = 200, b"<html>"
+    with pytest.raises(RunError, match="is not a vLLM server"):
+        engine.tokenize("x")
+
+
+def test_no_server_and_one_that_hangs():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{s.getsockname()[1]}"
+        with pytest.raises(RunError, match=r"no vLLM server answers at .*refused") as caught:
+            VllmEngine(url, "devil")
+        assert "serve.sh" in caught.value.hint
+        s.listen()
+        with pytest.raises(RunError, match=r"did not answer /v1/models in 0.2 s"):
+            VllmEngine(url, "devil", timeout=0.2)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", ""])
+def test_what_is_not_an_address_is_refused(url):
+    with pytest.raises(UsageError, match="is not the address of a server"):
+        VllmEngine(url, "devil")
+
+
+def test_local_requests_ignore_a_proxy(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert VllmEngine(server.url, "devil").list_models() == ["base", "devil"]
