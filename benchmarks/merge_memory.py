@@ -1,6 +1,6 @@
 """How much memory `slimtune merge` takes on a model that is large beside one of its files.
 
-    python benchmarks/merge_memory.py            # 4.6 GB of bfloat16 in 10 files, made in a temporary folder
+    python benchmarks/merge_memory.py            # 4.6 GB of bfloat16 in 5 files, made in a temporary folder
     python benchmarks/merge_memory.py --layers 4 # a small one, to try it
 
 Makes a checkpoint shaped as a Llama (random weights; hidden 2048, 32 heads, MLP 8192, 32,000 tokens, untied) with a
@@ -23,10 +23,12 @@ from pathlib import Path
 from threading import Thread
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 
 MOST = 1.5
 """Shards over the baseline."""
-PER_FILE = 500_000_000
+PER_FILE = 1_000_000_000
 SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32}
 MORE = {"num_key_value_heads": 8, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -35,8 +37,6 @@ def make_base(base: Path, layers: int, dtype: torch.dtype) -> torch.Generator:
     """Write the base file by file, and a tokenizer of bytes; return what drew the weights."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
-    from slimtune.export.shards import Shards
 
     config = LlamaConfig(**SIZES, **MORE, num_hidden_layers=layers, dtype=str(dtype).removeprefix("torch."))
     config.architectures = ["LlamaForCausalLM"]
@@ -50,11 +50,20 @@ def make_base(base: Path, layers: int, dtype: torch.dtype) -> torch.Generator:
     PreTrainedTokenizerFast(tokenizer_object=core, bos_token=special[1], eos_token=special[2]).save_pretrained(base)
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
-    shards, draws = Shards(base, outline, PER_FILE), torch.Generator().manual_seed(0)
-    for name, like in outline.items():
-        values = torch.ones(like.shape) if like.dim() == 1 else torch.randn(like.shape, generator=draws) * 0.02
-        shards.write(name, values.to(dtype))
-    shards.close()
+    split = split_torch_state_dict_into_shards(
+        outline, filename_pattern="model{suffix}.safetensors", max_shard_size=PER_FILE
+    )
+    draws = torch.Generator().manual_seed(0)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            shape = outline[name].shape
+            values = torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=draws) * 0.02
+            tensors[name] = values.to(dtype)
+        save_file(tensors, base / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
     return draws
 
 

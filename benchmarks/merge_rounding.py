@@ -2,9 +2,9 @@
 
     python benchmarks/merge_rounding.py RUN [--dtype bfloat16]
 
-|log p(next token | merged) - log p(next token | base with adapter)| over the rows of the merge's proof, which the run
-was not trained on; both computed in fp32. `products` is what rounding changes in the maps' products on rows it was
-trained on: the sum of squares, beside that of rounding to the nearest.
+|log p(next token | merged) - log p(next token | base with adapter)| on the texts of the merge's check, which the run
+was not trained on; both computed in float32. `outputs` is what rounding changes in the layers' outputs on rows the run
+was trained on: the sum of squares, relative to rounding to the nearest.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from slimtune.adapters.merged_state import MergedState
-from slimtune.export import proof
-from slimtune.export.merge import _trained_dtype
-from slimtune.export.rounding import Rounding, rounding_for
-from slimtune.setup import load_run
+from slimtune.export.engines import TransformersEngine
+from slimtune.export.merge import load_trained
+from slimtune.export.merged_weights import MergedWeights
+from slimtune.export.reference import Reference, make_texts
+from slimtune.export.rounding import collect_rounding_inputs, round_with_inputs
 
 
 def main() -> None:
@@ -27,29 +27,29 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    loaded = load_run(args.run, dtype=_trained_dtype(args.run), device="cpu")
-    model = loaded.model.to(torch.float32)
-    rows = proof.texts(loaded.base.tokenizer, loaded.recipe, model.config.get_text_config())
-    adapted = proof.log_probabilities(model, rows)
-    with model.disable_adapter():
-        effect = (adapted - proof.log_probabilities(model, rows)).abs().mean().item()
-    ways = {"nearest": Rounding({}), "slimtune": rounding_for(model, loaded.recipe, loaded.base.tokenizer)}
-    exact = {n: t.clone() for n, t in MergedState(model).items() if t.dim() == 2}
+    loaded = load_trained(args.run)
+    model, tokenizer = loaded.model.to(torch.float32), loaded.base.tokenizer
+    reference = Reference(model, tokenizer, make_texts(tokenizer, loaded.recipe, model.config.get_text_config()))
+    effect, positions = reference.effect(), sum(map(len, reference.log_probs()))
+    inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer)
+    exact = {n: t.clone() for n, t in MergedWeights(model).items() if t.dim() == 2}
     plain = model.merge_and_unload()
-    inputs = ways["slimtune"].inputs
-    nearest = 0.0
-    print(f"{args.run}: {len(adapted)} positions, on which the adapter moves log-probabilities by {effect:.2f} nats")
-    print(f"{'rounding':9} {'mean |d|':>9} {'largest':>9} {'products':>9}")
-    for way, rounding in ways.items():
-        products = 0.0
+    nearest_outputs = 0.0
+    print(f"{args.run}: {positions} positions, on which the adapter changes log-probabilities by {effect:.2f} nats")
+    print(f"{'rounding':9} {'mean |d|':>9} {'largest':>9} {'outputs':>9}")
+    for way in ("nearest", "slimtune"):
+        outputs = 0.0
         for name, weight in exact.items():
-            stored = rounding(name, weight, dtype).float()
-            plain.get_parameter(name).data.copy_(stored)
-            if (x := inputs.get(name.removesuffix(".weight"))) is not None:
-                products += ((stored - weight) @ x.t()).square().sum().item()
-        nearest = nearest or products
-        apart = (proof.log_probabilities(plain, rows) - adapted).abs()
-        print(f"{way:9} {apart.mean():9.4f} {apart.max():9.4f} {products / nearest:9.3f}", flush=True)
+            x = inputs.get(name.removesuffix(".weight"))
+            rounded = round_with_inputs(weight, x, dtype) if way == "slimtune" and x is not None else weight.to(dtype)
+            plain.get_parameter(name).data.copy_(rounded)
+            if x is not None:
+                outputs += ((rounded.float() - weight) @ x.t()).square().sum().item()
+        nearest_outputs = nearest_outputs or outputs
+        engine = TransformersEngine(way, plain, tokenizer)
+        differences = reference.differences(engine.score(text.ids).token_log_probs for text in reference.texts)
+        ratio = outputs / nearest_outputs
+        print(f"{way:9} {differences.mean():9.4f} {differences.max():9.4f} {ratio:9.3f}", flush=True)
 
 
 if __name__ == "__main__":

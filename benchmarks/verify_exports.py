@@ -20,10 +20,10 @@ from unittest.mock import patch
 
 from rich.console import Console
 
-from slimtune.cli.verify import told
+from slimtune.cli.verify import format_verdicts
 from slimtune.errors import RunError, SlimtuneError
 from slimtune.export.exporter import ExportOptions, export
-from slimtune.export.verify_formats import verify
+from slimtune.export.verify import verify
 
 ROWS = Path(__file__).parents[1] / "examples/devils-dictionary"
 RECIPE = [ROWS.with_suffix(".yaml")]
@@ -65,7 +65,7 @@ def asked(way: str, flags: list[Any], folder: Path, args: argparse.Namespace) ->
         subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found = verify(run, threads=args.threads)
     screen = Console(width=140)
-    screen.print(f"\n[bold]{way}[/]", told(found["checks"]), sep="\n")
+    screen.print(f"\n[bold]{way}[/]", format_verdicts(found["checks"]), sep="\n")
     for check in found["checks"]:
         if check["reason"]:
             screen.print(f"{check['engine']}: {check['reason']}", markup=False)
@@ -76,7 +76,7 @@ def asked(way: str, flags: list[Any], folder: Path, args: argparse.Namespace) ->
         f"{way}: {name} is {passed[name]}, not {want}" for name, want in wanted.items() if passed[name] is not want
     ]
     if way == "lora":
-        with patch("slimtune.export.gguf.in_order", lambda rows, *_: rows):
+        with patch("slimtune.export.gguf.permute_rope_rows", lambda rows, *_: rows):
             faults += refused(run, "gguf", ExportOptions(), RunError, "the q/k permutation left out", args.threads)
     if way not in LORAS:
         for to in ("gguf", "ollama", "vllm"):

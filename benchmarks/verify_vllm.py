@@ -3,11 +3,11 @@
     make verify-vllm [ARGS="RUN ..."]      (.venv/bin/python benchmarks/verify_vllm.py [RUN ...] [--keep FOLDER])
 
 SmolLM2-135M is tuned for a few steps in five ways (or the given runs are taken, which must stand on one base), each is
-exported by `vllm_adapter`, and one server is started by the printed command in its CPU form:
+exported by `write_vllm_adapter`, and one server is started by the printed command in its CPU form:
 
     vllm serve BASE …     becomes     .venv-vllm/bin/python -m vllm.entrypoints.openai.api_server --model BASE …
 
-with all adapters, in float32. Every adapter then goes through the gate (`export/verify.py`): token ids of rendered
+with all adapters, in float32. Every adapter then goes through the gate (`export/reference.py`): token ids of rendered
 prompts, log p under teacher forcing over 200 positions at least, within 0.01 nats at the worst, and greedy answers.
 One adapter, "control", is written wrong on purpose: with rank and alpha patterns left out, as releases that do not know
 them read it; the gate must refuse it. Then adapters that vLLM refuses are offered to it, and its own words stand beside
@@ -45,10 +45,10 @@ from slimtune.adapters.registry import method_names
 from slimtune.config import Recipe
 from slimtune.data.read import read_rows
 from slimtune.errors import RunError, SlimtuneError
-from slimtune.export.engines.vllm import VllmServer
-from slimtune.export.proof import QUESTIONS
-from slimtune.export.verify import Limit, Text, Trained, Verdict, gate
-from slimtune.export.vllm import vllm_adapter
+from slimtune.export.engines import VllmEngine
+from slimtune.export.merge import load_trained
+from slimtune.export.reference import QUESTIONS, Reference, Text, Tolerance, Verdict, compare_engine
+from slimtune.export.vllm import write_vllm_adapter
 from slimtune.models.gguf import read_dequantized
 from slimtune.models.source import resolve_model
 from slimtune.setup import load_run
@@ -59,7 +59,7 @@ ROWS = HERE / "examples/devils-dictionary"
 PYTHON = HERE / ".venv-vllm/bin/python"
 FACTS = HERE / "benchmarks/vllm_ways/facts.py"
 BASE = "smollm2-135m"
-LIMIT = Limit(worst=0.01)
+LIMIT = Tolerance(max_difference=0.01, mean_difference=0.01)
 HELD, LONGEST, ANSWERS = 4, 200, 2
 STEPS = 10
 """Optimizer steps of 8 rows."""
@@ -127,13 +127,14 @@ def judged(run: Path, url: str, facts: dict[str, Any]) -> Verdict:
     """Compare one adapter that the server serves with the run it was exported from, both in float32."""
     loaded = load_run(run, dtype="float32", device="cpu")
     texts = texts_of(loaded.base.tokenizer)
-    server = VllmServer(url, facts["name"])
+    server = VllmEngine(url, facts["name"])
     for text, (question, _) in zip(texts, QUESTIONS, strict=False):
         ours = loaded.base.tokenizer(text.prompt, add_special_tokens=False)["input_ids"]
-        theirs = server.chat_tokens([{"role": "user", "content": question}])
+        theirs = server.tokenize_chat([{"role": "user", "content": question}])
         if ours != theirs:
             raise RunError(f"vLLM's own chat template renders {question!r} as {theirs}", f"{ours}")
-    return gate(Trained(loaded.model, loaded.base.tokenizer, texts), server, "f32", limit=LIMIT, answers=ANSWERS)
+    reference = Reference(loaded.model, loaded.base.tokenizer, texts)
+    return compare_engine(reference, server, "f32", tolerance=LIMIT, answers=ANSWERS)
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def serving(command: list[str], port: int, log: Path) -> Iterator[str]:
                 raise RunError(f"vLLM did not start in {START_SECONDS} s:\n{_tail(log)}", "a server that starts")
             with contextlib.suppress(SlimtuneError), contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                VllmServer(url, _first_name(command), timeout=10)
+                VllmEngine(url, _first_name(command), timeout=10)
                 break
             time.sleep(1)
         print(f"vLLM is up after {time.monotonic() - began:.0f} s", flush=True)
@@ -227,7 +228,7 @@ def our_words(adapter: Path, folder: Path) -> str | None:
     """Export an adapter; return why it is refused, None where it is written."""
     try:
         folder.mkdir()
-        vllm_adapter(adapter, folder)
+        write_vllm_adapter(load_trained(adapter), adapter, folder)
     except SlimtuneError as error:
         return error.message.partition(": ")[2]
     return None
@@ -286,7 +287,7 @@ def verify(given: list[Path], folder: Path, exports: Path, refusals: bool) -> in
     facts = {}
     for name, run in runs.items():
         (exports / name).mkdir()
-        facts[name] = vllm_adapter(run, exports / name, dtype="float32")
+        facts[name] = write_vllm_adapter(load_trained(run), run, exports / name, dtype="float32")
         print(f"{name}: {facts[name]['command']}", flush=True)
     port = free_port()
     command = cpu_command(list(facts.values()), port)

@@ -133,7 +133,9 @@ def test_what_is_not_a_lora_is_exported_merged_or_refused_by_name(config, merges
         assert not (tmp_path / to).exists()
     if merges:
         assert export(run, "ollama", tmp_path / "m", ExportOptions(merged=True, name="m"), threads=1)["check"]["passed"]
-        assert export(run, "gguf", tmp_path / "l", ExportOptions(convert_to_lora=16), threads=1)["conversion"]["error"] < 1
+        assert (
+            export(run, "gguf", tmp_path / "l", ExportOptions(convert_to_lora=16), threads=1)["conversion"]["error"] < 1
+        )
     else:
         with pytest.raises((UsageError, AdapterError)):
             export(run, "gguf", tmp_path / "m", ExportOptions(merged=True), threads=1)

@@ -65,7 +65,14 @@ TARGETS = {
 
 @pytest.mark.parametrize(
     ("target", "tied"),
-    [("all-linear", True), ("head", True), ("head", False), ("embedding", True), ("embedding", False), ("whole head", True)],
+    [
+        ("all-linear", True),
+        ("head", True),
+        ("head", False),
+        ("embedding", True),
+        ("embedding", False),
+        ("whole head", True),
+    ],
 )
 def test_plain_transformers_loads_the_trained_model(tmp_path, make_base, target, tied):
     method, unties = TARGETS[target]
@@ -277,7 +284,9 @@ def refused(kind, run, out, existing=(), **options):
     with pytest.raises(kind) as caught:
         merge(run, out, **options)
     assert not [p for p in out.parent.iterdir() if p.name.startswith(f".{out.name}")]
-    assert sorted(p.name for p in out.iterdir()) == list(existing) if out.is_dir() else not out.exists() or out.is_file()
+    assert (
+        sorted(p.name for p in out.iterdir()) == list(existing) if out.is_dir() else not out.exists() or out.is_file()
+    )
     return caught.value
 
 

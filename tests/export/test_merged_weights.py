@@ -63,7 +63,9 @@ def test_without_adapters_it_is_the_base():
 def correlated_inputs(n, width, seed):
     """Inputs dominated by a few directions, as a layer's are."""
     g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 4, generator=g) @ torch.randn(4, width, generator=g) + 0.1 * torch.randn(n, width, generator=g)
+    return torch.randn(n, 4, generator=g) @ torch.randn(4, width, generator=g) + 0.1 * torch.randn(
+        n, width, generator=g
+    )
 
 
 def output_error(rounded, weight, x):

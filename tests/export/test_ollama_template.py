@@ -139,7 +139,9 @@ def test_any_order_of_roles_and_any_content(name, data):
 
 @pytest.mark.parametrize("style", ["%Y-%m-%d", "%F", "%d %b %Y", "%B %d, %Y", "%d.%m.%y", "100%% %Y"])
 def test_date_formats(style):
-    template = "{{ bos_token }}{{ strftime_now('STYLE') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template = (
+        "{{ bos_token }}{{ strftime_now('STYLE') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
     made = convert_chat_template(make_tokenizer(template.replace("STYLE", style), ["<s>", "</s>"]), adds_bos=True)
     result = rendered([{"Template": made.template, "Messages": make_messages("u", ["Hi."])}])
     assert result[0]["Text"] == f"{datetime.date.fromisoformat(DAY):{style}}<user>Hi."

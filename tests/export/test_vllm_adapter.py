@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen
 from slimtune.adapters.model import PeftModel, get_peft_model
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export.merge import load_trained
-from slimtune.export.vllm import SCRIPT, TEMPLATE, load_vllm_rules, write_vllm_adapter
+from slimtune.export.vllm import SCRIPT, TEMPLATE, is_served_unchanged, load_vllm_rules, write_vllm_adapter
 from slimtune.methods.lora import LoraConfig
 from slimtune.setup import load_run
 

@@ -11,7 +11,7 @@ from cases import CASES
 from models_zoo import llama, run, tokens
 
 from slimtune import PeftModel, get_peft_model
-from slimtune.adapters.merged_state import MergedState
+from slimtune.export.merged_weights import MergedWeights
 from slimtune.models.quantization import KINDS, dequantize_model, keep_layout, quantization_config
 from slimtune.utils.linear_layers import is_quantized
 
@@ -86,6 +86,6 @@ def test_it_merges_out_of_4_bits_as_out_of_the_values_they_stand_for(method, bas
         return
     plain.merge_adapter()
     there = dict(plain.named_parameters())
-    state = MergedState(model)
+    state = MergedWeights(model)
     for name in (n for n in state if n.endswith("_proj.weight")):
         assert torch.allclose(state[name], there[name], atol=1e-5), name

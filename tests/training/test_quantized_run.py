@@ -17,8 +17,7 @@ from slimtune.cli.train import _planner
 from slimtune.config import Recipe
 from slimtune.errors import ModelError, RecipeError, UsageError
 from slimtune.evaluation.evaluate import evaluate
-from slimtune.export.merge import merge
-from slimtune.export.verify_formats import load_trained
+from slimtune.export.merge import load_trained, merge
 from slimtune.models import quantization
 from slimtune.models.loader import load_base
 from slimtune.run_dir import RunDir

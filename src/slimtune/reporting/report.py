@@ -409,7 +409,7 @@ def _export_commands(r: RunResults, run: RunDir) -> list[tuple[str, list[str], s
         add("vLLM, adapter beside the base", "vllm")
     elif formats.get("as_lora"):
         note = "The command measures what the approximation loses."
-        add("vLLM, as the nearest LoRA", "vllm", "--as-lora", "64", note=note)
+        add("vLLM, as the nearest LoRA", "vllm", "--convert-to-lora", "64", note=note)
     exports.append(("Hugging Face Hub", [_command("push", folder, f"YOUR_NAME/{name}")], ""))
     if merged or as_gguf:
         exports.append(("Check that every export equals the trained adapter", [_command("verify", folder)], ""))
