@@ -296,7 +296,7 @@ def test_merge(room):
     done = slimtune("merge", "runs/x", "--out", "m", "--dtype", "float32")
     assert calls == [((Path("runs/x"), Path("m")), {"dtype": "float32"})]
     assert "m: 1.0 MiB in float32, 2.0 s; merged and adapted model differ by 1e-07 nats on average" in done.stdout
-    assert "(1e-06 at most), where the adapter moves the base by 0.5" in done.stdout
+    assert "(1e-06 at most), where the adapter changes the base by 0.5" in done.stdout
     assert json.loads(slimtune("merge", "runs/x", "--out", "m", "--json").stdout) == MERGED
     missing = slimtune("merge", "runs/x")
     assert missing.exit_code == 2
