@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 from slimtune.adapters.model import PeftModel
 from slimtune.cli import app
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
-from slimtune.export.manifest import write_manifest
 from slimtune.export.hub import push
+from slimtune.export.manifest import write_manifest
 from slimtune.export.merge import merge
 from slimtune.run_dir import write_json
 from slimtune.setup import load_run
@@ -185,7 +185,7 @@ def test_an_export_for_vllm_is_an_adapter(run, tmp_path):
     (out / "serve.sh").write_text(f"vllm serve {tmp_path}")
     write_manifest(out, "vllm", run, {})
     result = push(out, "ada/words", dry_run=True)
-    assert result["skipped"] == ["serve.sh", "export_manifest.json"]
+    assert result["skipped"] == ["export_manifest.json", "serve.sh"]
     assert "779 rows" in result["card"]
 
 

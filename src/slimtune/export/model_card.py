@@ -9,16 +9,12 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from ..adapters.config import PeftConfig
-from ..adapters.export_formats import lora_incompatibilities, plain_lora_incompatibilities
 from ..adapters.model_card import make_card_data, render_card
 from ..config import Recipe
 from ..models.source import ModelSource
 from ..run_dir import RunResults
 from .base_model_info import BaseModelInfo
-
-MAX_VLLM_RANK = 512
-STARTS_FROM_BASE = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base's weights as they are."""
+from .vllm import is_served_unchanged, round_up_rank
 
 
 def render_merged_card(
@@ -98,14 +94,8 @@ def render_adapter_card(
 
 def _vllm_command(config: Any, base: BaseModelInfo, repo_id: str) -> str:
     """Return the command that serves the adapter beside its base; "" where vLLM refuses or misreads it."""
-    if lora_incompatibilities(config) or plain_lora_incompatibilities(config):
+    if not is_served_unchanged(config):
         return ""
-    # vLLM reads one rank and one alpha, and does not know that some inits changed the base.
-    if config.rank_pattern or config.alpha_pattern or config.init_lora_weights not in STARTS_FROM_BASE:
-        return ""
-    if config.r > MAX_VLLM_RANK:
-        return ""
-    max_rank = max(8, 1 << (config.r - 1).bit_length())
     name = repo_id.rpartition("/")[2]
-    lora = ["--enable-lora", "--max-lora-rank", str(max_rank), "--lora-modules", f"{name}={repo_id}"]
+    lora = ["--enable-lora", "--max-lora-rank", str(round_up_rank(config.r)), "--lora-modules", f"{name}={repo_id}"]
     return shlex.join(["vllm", "serve", " ".join(base.name.split()), *lora])
