@@ -8,7 +8,7 @@ import json
 import pytest
 
 from slimtune.errors import ModelError, UsageError
-from slimtune.evaluation.answer_checks import build_checks, repetition
+from slimtune.evaluation.answers import build_checks, measure_repetition
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,11 @@ from slimtune.evaluation.answer_checks import build_checks, repetition
         ("regex:^day", "a dull day", False),
     ],
 )
-def test_what_holds_of_an_answer(name, answer, found):
+def test_check_result(name, answer, found):
     assert build_checks([name])[name](answer, "a dull day") is found
 
 
-def test_a_schema_admits_what_it_says(tmp_path):
+def test_json_schema(tmp_path):
     pytest.importorskip("jsonschema")
     file = tmp_path / "s.json"
     file.write_text(json.dumps({"type": "object", "required": ["word"], "properties": {"word": {"type": "string"}}}))
@@ -35,13 +35,13 @@ def test_a_schema_admits_what_it_says(tmp_path):
     answers = ('{"word": "a"}', '{"word": 1}', "{}", "word")
     assert [check(a, "") for a in answers] == [True, False, False, False]
     file.write_text('{"type": "objekt"}')
-    with pytest.raises(UsageError, match="no JSON schema that can be read: 'objekt'"):
+    with pytest.raises(UsageError, match="not a valid JSON schema: 'objekt'"):
         build_checks([f"json-schema:{file}"])
     with pytest.raises(UsageError, match="No such file"):
         build_checks([f"json-schema:{tmp_path / 'none.json'}"])
 
 
-def test_chrf_is_sacrebleus():
+def test_chrf_equals_sacrebleu():
     sacrebleu = pytest.importorskip("sacrebleu")
     check = build_checks(["chrf"])["chrf"]
     assert check("a dull day", "a dull day") == pytest.approx(100)
@@ -54,8 +54,8 @@ def test_chrf_is_sacrebleus():
     ("text", "share"),
     [("", 0), ("one two three", 0), ("a b c d e f", 0), ("a b c d a b c d", 1 / 5), ("no " * 100, 96 / 97)],
 )
-def test_repetition_is_the_share_of_runs_of_four_words_that_came_before(text, share):
-    assert repetition(text) == pytest.approx(share)
+def test_repetition(text, share):
+    assert measure_repetition(text) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,16 @@ def test_repetition_is_the_share_of_runs_of_four_words_that_came_before(text, sh
         ("exakt", r"no check 'exakt'; did you mean 'exact'"),
         ("regex", r"no check 'regex'; did you mean 'regex:PATTERN'"),
         ("exact:x", "no check"),
-        ("regex:(", r"'\(' is no regular expression"),
+        ("regex:(", r"'\(' is not a regular expression"),
     ],
 )
-def test_unknown_checks_are_wrong_use(name, said):
+def test_bad_check(name, said):
     with pytest.raises(UsageError, match=said):
         build_checks([name])
 
 
 @pytest.mark.parametrize(("name", "package"), [("chrf", "sacrebleu"), ("json-schema:x", "jsonschema")])
-def test_a_missing_package_says_how_to_get_it(monkeypatch, name, package):
+def test_missing_package(monkeypatch, name, package):
     real = builtins.__import__
 
     def missing(module, *rest):

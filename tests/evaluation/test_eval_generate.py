@@ -14,7 +14,7 @@ from transformers.utils import logging as theirs
 
 from slimtune.adapters.model import PeftModel
 from slimtune.errors import ModelError, UsageError
-from slimtune.evaluation.generate import Generator, ends_of
+from slimtune.evaluation.generate import Generator, find_end_tokens
 
 ASK = [{"role": "user", "content": "Define hope."}]
 
@@ -38,35 +38,35 @@ def plain(model, tokenizer, tokens: int) -> str:
 
 
 def test_base_and_tuned_say_what_greedy_without_a_cache_says(run, tiny_folder):
-    speaker = Generator.open(run)
+    generator = Generator.open(run)
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
     base = plain(model, tokenizer, 24)
     tuned = plain(PeftModel.from_pretrained(model, run / "adapter"), tokenizer, 24)
     assert base != tuned
-    assert speaker.say(ASK, max_new_tokens=24) == tuned
-    assert speaker.say(ASK, max_new_tokens=24, tuned=False) == base
-    assert speaker.say(ASK, max_new_tokens=24) == tuned
+    assert generator.generate(ASK, max_new_tokens=24) == tuned
+    assert generator.generate(ASK, max_new_tokens=24, tuned=False) == base
+    assert generator.generate(ASK, max_new_tokens=24) == tuned
 
 
-def test_pieces_come_before_the_answer_is_done_and_make_up_the_whole(run):
-    speaker = Generator.open(run)
-    pieces = list(speaker.stream(ASK, max_new_tokens=60))
+def test_pieces_are_streamed(run):
+    generator = Generator.open(run)
+    pieces = list(generator.stream(ASK, max_new_tokens=60))
     assert len(pieces) > 1
     assert all(pieces)
-    assert "".join(pieces) == speaker.say(ASK, max_new_tokens=60)
+    assert "".join(pieces) == generator.generate(ASK, max_new_tokens=60)
 
 
-def test_a_seed_repeats_an_answer_and_leaves_the_processs_own_alone(run):
-    speaker = Generator.open(run)
+def test_seed_repeats_an_answer(run):
+    generator = Generator.open(run)
     before = torch.get_rng_state()
-    one = speaker.say(ASK, temperature=1.5, seed=1, max_new_tokens=30)
-    assert speaker.say(ASK, temperature=1.5, seed=1, max_new_tokens=30) == one
-    assert speaker.say(ASK, temperature=1.5, seed=2, max_new_tokens=30) != one
+    one = generator.generate(ASK, temperature=1.5, seed=1, max_new_tokens=30)
+    assert generator.generate(ASK, temperature=1.5, seed=1, max_new_tokens=30) == one
+    assert generator.generate(ASK, temperature=1.5, seed=2, max_new_tokens=30) != one
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_checkpoints_sampling_settings_are_not_taken_over_and_nobody_warns(tmp_path, tiny_folder, caplog):
-    wanted = Generator.open(make_run(tmp_path / "plain", tiny_folder)).say(ASK, max_new_tokens=20)
+def test_generation_config_is_not_inherited(tmp_path, tiny_folder, caplog):
+    wanted = Generator.open(make_run(tmp_path / "plain", tiny_folder)).generate(ASK, max_new_tokens=20)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.generation_config.update(do_sample=True, temperature=0.3, top_p=0.5, top_k=3, repetition_penalty=9.0)
     model.save_pretrained(tiny_folder)
@@ -74,82 +74,82 @@ def test_the_checkpoints_sampling_settings_are_not_taken_over_and_nobody_warns(t
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            speaker = Generator.open(make_run(tmp_path / "run", tiny_folder))
-            said = speaker.say(ASK, max_new_tokens=20)
-            speaker.say(ASK, max_new_tokens=20, temperature=0.7)
+            generator = Generator.open(make_run(tmp_path / "run", tiny_folder))
+            said = generator.generate(ASK, max_new_tokens=20)
+            generator.generate(ASK, max_new_tokens=20, temperature=0.7)
     finally:
         theirs.disable_propagation()
     assert said == wanted
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-def test_an_answer_ends_where_the_template_ends_a_turn_though_the_checkpoint_names_another_end(
+def test_answer_ends_at_the_end_of_turn_of_the_template(
     tmp_path, tiny_folder, tiny_tokenizer
 ):
     tiny_tokenizer(eos_token="<|endoftext|>").save_pretrained(tiny_folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.generation_config.eos_token_id = 1
     model.save_pretrained(tiny_folder)
-    speaker = Generator.open(make_run(tmp_path / "run", tiny_folder))
-    assert speaker.ends == (0, 1, 2)
+    generator = Generator.open(make_run(tmp_path / "run", tiny_folder))
+    assert generator.end_tokens == (0, 1, 2)
     steps = []
 
     def say_the_end(module, args, kwargs, out):
         steps.append(1)
         out.logits[..., 65 if len(steps) < 3 else 2] = 1e4
 
-    speaker.model.register_forward_hook(say_the_end, with_kwargs=True)
-    assert len(speaker.say(ASK, max_new_tokens=50)) == 2
+    generator.model.register_forward_hook(say_the_end, with_kwargs=True)
+    assert len(generator.generate(ASK, max_new_tokens=50)) == 2
     assert len(steps) == 3
 
 
-def test_ends_of_a_checkpoint_that_names_several(tiny_tokenizer):
+def test_find_end_tokens_a_checkpoint_that_names_several(tiny_tokenizer):
     class Settings:
         eos_token_id = [7, 9]
 
-    assert ends_of(Settings, tiny_tokenizer()) == (2, 7, 9)
-    assert ends_of(Settings, tiny_tokenizer(chat_template="{{ messages[0]['content'] }}")) == (2, 7, 9)
+    assert find_end_tokens(Settings, tiny_tokenizer()) == (2, 7, 9)
+    assert find_end_tokens(Settings, tiny_tokenizer(chat_template="{{ messages[0]['content'] }}")) == (2, 7, 9)
 
 
-def test_whoever_leaves_early_stops_the_work_and_gets_the_adapter_back(run):
-    speaker = Generator.open(run)
-    wanted = speaker.say(ASK, max_new_tokens=10)
-    steps, letter = [], speaker.tokenizer.convert_tokens_to_ids("a")
+def test_closing_the_stream_stops_generation(run):
+    generator = Generator.open(run)
+    wanted = generator.generate(ASK, max_new_tokens=10)
+    steps, letter = [], generator.tokenizer.convert_tokens_to_ids("a")
 
     def say_a_letter_slowly(module, args, out):
         steps.append(1)
         time.sleep(0.01)
         out.logits[..., letter] = 1e4
 
-    hook = speaker.model.register_forward_hook(say_a_letter_slowly)
-    pieces = speaker.stream(ASK, tuned=False, max_new_tokens=300)
+    hook = generator.model.register_forward_hook(say_a_letter_slowly)
+    pieces = generator.stream(ASK, tuned=False, max_new_tokens=300)
     next(pieces)
     pieces.close()
     hook.remove()
     assert len(steps) < 100
     assert "slimtune-answer" not in [t.name for t in threading.enumerate()]
-    assert speaker.say(ASK, max_new_tokens=10) == wanted
+    assert generator.generate(ASK, max_new_tokens=10) == wanted
 
 
 def test_two_answers_at_once_do_not_disturb_each_other(run):
-    speaker = Generator.open(run)
-    tuned, base = (speaker.say(ASK, tuned=t, max_new_tokens=30) for t in (True, False))
-    one, other = (speaker.stream(ASK, tuned=t, max_new_tokens=30) for t in (True, False))
+    generator = Generator.open(run)
+    tuned, base = (generator.generate(ASK, tuned=t, max_new_tokens=30) for t in (True, False))
+    one, other = (generator.stream(ASK, tuned=t, max_new_tokens=30) for t in (True, False))
     first, second = [next(one)], [next(other)]
     assert ("".join(first + list(one)), "".join(second + list(other))) == (tuned, base)
 
 
 def test_a_fault_while_generating_reaches_the_caller(run):
-    speaker = Generator.open(run)
+    generator = Generator.open(run)
 
     def broken(*_):
         raise MemoryError("no room for the cache")
 
-    hook = speaker.model.register_forward_pre_hook(broken)
+    hook = generator.model.register_forward_pre_hook(broken)
     with pytest.raises(MemoryError, match="no room for the cache"):
-        speaker.say(ASK, tuned=False)
+        generator.generate(ASK, tuned=False)
     hook.remove()
-    assert speaker.say(ASK, max_new_tokens=5)
+    assert generator.generate(ASK, max_new_tokens=5)
 
 
 @pytest.mark.parametrize(
@@ -162,20 +162,20 @@ def test_a_fault_while_generating_reaches_the_caller(run):
         (ASK, {"temperature": float("nan")}, "temperature is nan"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_before_anything_runs(run, messages, settings, said):
+def test_bad_prompts(run, messages, settings, said):
     with pytest.raises(UsageError, match=said) as caught:
         Generator.open(run).stream(messages, **settings)
     assert caught.value.exit_code == 2
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers(run):
-    speaker = Generator.open(run)
+def test_prompt_without_room(run):
+    generator = Generator.open(run)
     with pytest.raises(UsageError) as caught:
-        speaker.stream([{"role": "user", "content": "x" * 600}])
+        generator.stream([{"role": "user", "content": "x" * 600}])
     assert "the answer may have 128, the model's context holds 512" in caught.value.message
     assert "a shorter prompt" in caught.value.hint
     with pytest.raises(UsageError) as caught:
-        speaker.stream(ASK, max_new_tokens=500)
+        generator.stream(ASK, max_new_tokens=500)
     prompt = 512 - int(caught.value.hint.removeprefix("--max-new-tokens "))
     assert f"the prompt has {prompt} tokens" in caught.value.message
 
@@ -185,9 +185,9 @@ def test_a_template_that_refuses_the_messages_is_quoted(tmp_path, tiny_folder, t
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = refuses + tokenizer.chat_template
     tokenizer.save_pretrained(tiny_folder)
-    speaker = Generator.open(make_run(tmp_path / "run", tiny_folder))
+    generator = Generator.open(make_run(tmp_path / "run", tiny_folder))
     with pytest.raises(UsageError, match="System role not supported") as caught:
-        speaker.stream([{"role": "system", "content": "Be brief."}, *ASK])
+        generator.stream([{"role": "system", "content": "Be brief."}, *ASK])
     assert "system, user" in caught.value.message
     assert caught.value.hint == "leave the system message out"
 

@@ -1,4 +1,4 @@
-"""Rows after the prompts of others: what is exchanged, what stays, and what it tells."""
+"""Answers after the prompts of other rows, and the dependence measured from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def row(prompt: list[int], answer: list[int], line: int = 1) -> dict:
 
 
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=12), st.integers(0, 9))
-def test_each_answer_stands_whole_after_a_prompt_of_another_row_that_differs(pairs, seed):
+def test_answers_are_whole_after_a_different_prompt(pairs, seed):
     rows = [row(p, a, i) for i, (p, a) in enumerate(pairs)]
     found = shuffle_prompts(rows, seed)
     assert len(set(found.rows)) == len(found.rows) == len(found.examples)
@@ -37,28 +37,28 @@ def test_each_answer_stands_whole_after_a_prompt_of_another_row_that_differs(pai
         assert all(q == pairs[i][0] or len(q) + len(pairs[i][1]) > longest for q, _ in pairs)
 
 
-def test_the_seed_decides_who_gets_whose_prompt_and_many_rows_are_drawn_from(monkeypatch):
+def test_seed_and_limit(monkeypatch):
     rows = [row([i], [9, i % 3], i) for i in range(40)]
     assert shuffle_prompts(rows, 1) == shuffle_prompts(rows, 1)
     assert shuffle_prompts(rows, 1) != shuffle_prompts(rows, 2)
-    monkeypatch.setattr("slimtune.evaluation.prompt_dependence.MOST", 7)
+    monkeypatch.setattr("slimtune.evaluation.prompt_dependence.MAX_ROWS", 7)
     assert len(shuffle_prompts(rows).rows) == 7
 
 
-def test_rows_that_all_ask_the_same_are_not_measured():
-    swapped = shuffle_prompts([row([1, 2], [3]), row([1, 2], [4])])
-    assert swapped.rows == []
-    assert prompt_dependence(swapped, [], [], lambda rows: pytest.fail("nothing is to be scored")) is None
+def test_rows_that_all_ask_the_same():
+    shuffled = shuffle_prompts([row([1, 2], [3]), row([1, 2], [4])])
+    assert shuffled.rows == []
+    assert prompt_dependence(shuffled, [], [], lambda rows: pytest.fail("nothing is to be scored")) is None
 
 
-def test_use_is_what_another_prompt_costs_in_nats_a_token():
+def test_dependence_is_the_increase_in_nats_per_token():
     rows = [row([i], [9, 9], i) for i in range(8)]
-    swapped = shuffle_prompts(rows)
+    shuffled = shuffle_prompts(rows)
     own = [RowScore(4.0, 0, 2)] * 8
 
-    def judge(examples):
+    def score_both(examples):
         return [RowScore(5.0, 0, 2)] * len(examples), [RowScore(7.0, 0, 2)] * len(examples)
 
-    found = prompt_dependence(swapped, own, own, judge)
+    found = prompt_dependence(shuffled, own, own, score_both)
     assert (found["base"], found["tuned"], found["change"], found["rows"]) == (0.5, 1.5, 1.0, 8)
     assert found["tuned_ci95"] == [1.5, 1.5]

@@ -24,7 +24,7 @@ def figures(one):
 
 @QUICK
 @given(ROWS)
-def test_the_gain_is_the_difference_of_the_mean_losses_and_lies_in_its_interval(rows):
+def test_difference_of_means_is_inside_its_interval(rows):
     found = of(rows)
     base, tuned, gain = found.base, found.tuned, found.difference
     assert gain.value == pytest.approx(base.value - tuned.value, abs=1e-9)
@@ -64,7 +64,7 @@ def test_one_row_leaves_no_spread():
     assert figures(found.difference) == (1.0, 1.0, 1.0)
 
 
-def test_a_constant_gain_per_token_leaves_no_spread_whatever_the_rows_lengths():
+def test_constant_difference_has_no_spread():
     tokens = np.arange(1, 50)
     found = paired_bootstrap(tokens * 4.0, tokens * 3.5, tokens).difference
     assert found.low == pytest.approx(0.5) == found.high
@@ -77,7 +77,7 @@ def test_the_seed_decides_the_interval():
     assert paired_bootstrap(base, tuned, tokens, seed=1) != paired_bootstrap(base, tuned, tokens, seed=2)
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_coverage_of_the_interval():
     rng, hits = np.random.default_rng(0), 0
     for i in range(300):
         tokens = rng.integers(5, 80, 60)
@@ -88,11 +88,12 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.89 <= hits / 300 <= 0.98
 
 
-def test_draws_in_several_blocks_are_as_many_as_asked(monkeypatch):
-    import slimtune.evaluation.statistics as room
-
-    monkeypatch.setattr(room, "_BLOCK", 70)
-    assert room._draws(np.ones((20, 3)), np.ones(20), 100, 0).shape == (100, 3)
+def test_draws_in_blocks_equal_draws_at_once(monkeypatch):
+    rows = np.arange(1.0, 21.0)
+    at_once = paired_bootstrap(rows, rows**0.5, np.ones(20), draws=100)
+    monkeypatch.setattr("slimtune.evaluation.statistics.MAX_COUNTS", 140)
+    in_blocks = paired_bootstrap(rows, rows**0.5, np.ones(20), draws=100)
+    assert in_blocks.difference.low == pytest.approx(at_once.difference.low)
 
 
 @pytest.mark.parametrize("rows", [([], [], []), ([1.0], [1.0], [0]), ([1.0, 2.0], [1.0], [1])])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.adapters.model import PeftModel
 from slimtune.errors import ModelError, UsageError
-from slimtune.evaluation.evaluate import evaluate
+from slimtune.evaluation.evaluate import EvalSettings, evaluate
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="the package lm-eval is not installed (make tasks)"
@@ -44,7 +44,7 @@ def folder(tmp_path):
 @needs_harness
 def test_both_sides_get_the_score_of_the_likelier_answer(tmp_path, tiny_folder, folder):
     run = make_run(tmp_path / "run", tiny_folder, size=0.4)
-    found = evaluate(run, tasks=["which_one"], tasks_path=folder)["tasks"]["which_one"]["acc"]
+    found = evaluate(run, EvalSettings(tasks=["which_one"], tasks_path=folder))["tasks"]["which_one"]["acc"]
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
 
     def share(model) -> float:
@@ -73,13 +73,13 @@ def test_both_sides_get_the_score_of_the_likelier_answer(tmp_path, tiny_folder, 
 def test_a_task_that_is_not_there_and_one_that_fails(tmp_path, tiny_folder, folder):
     run = make_run(tmp_path / "run", tiny_folder)
     with pytest.raises(UsageError, match=r"there is no task 'which_on'; did you mean 'which_one'\?"):
-        evaluate(run, tasks=["which_on"], tasks_path=folder)
+        evaluate(run, EvalSettings(tasks=["which_on"], tasks_path=folder))
     with pytest.raises(UsageError, match="is no folder"):
-        evaluate(run, tasks=["which_one"], tasks_path=folder / "none")
+        evaluate(run, EvalSettings(tasks=["which_one"], tasks_path=folder / "none"))
     assert not (run / "eval-test.json").exists()
     (folder / "rows.jsonl").unlink()
     with pytest.raises(ModelError, match="lm-eval could not run which_one"):
-        evaluate(run, tasks=["which_one"], tasks_path=folder)
+        evaluate(run, EvalSettings(tasks=["which_one"], tasks_path=folder))
     assert json.loads((run / "eval-test.json").read_text())["tasks"] is None  # what was measured before stays
 
 
@@ -87,5 +87,5 @@ def test_without_the_package_it_says_how_to_get_it(tmp_path, tiny_folder, monkey
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else real(name, *a))
     with pytest.raises(ModelError, match="needs the package lm-eval") as caught:
-        evaluate(make_run(tmp_path / "run", tiny_folder), tasks=["which_one"])
+        evaluate(make_run(tmp_path / "run", tiny_folder), EvalSettings(tasks=["which_one"]))
     assert caught.value.hint == "pip install 'slimtune[tasks]'"

@@ -1,4 +1,4 @@
-"""Better or not, of runs that really learned: what belongs to a prompt, style alone, or what costs other text."""
+"""Verdicts on runs that were trained on proper answers, on shuffled answers, and at the cost of other text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trained_runs import KNOWN, knowing_base, shuffled, talks, trained_run
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.evaluation.evaluate import evaluate
+from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.evaluation.verdict import make_verdict
 
 
@@ -29,53 +29,53 @@ def style(base):
     return trained_run(base.with_name("style"), base, shuffled(talks(200)))
 
 
-def test_what_belongs_to_its_prompt_is_better(proper):
+def test_proper_run_is_improved(proper):
     found = evaluate(proper)
     use = found["prompt_dependence"]
     assert found["tuned_accuracy"] > 0.95 > 0.5 > found["base_accuracy"]
-    assert use["kept"]
+    assert use["passed"]
     assert use["tuned_ci95"][0] > 0.1 > use["base"]
     assert found["improved"]
     assert found["verdict"] == {"passed": True, "reasons": []}
 
 
-def test_answers_that_belonged_to_other_prompts_lower_the_loss_and_are_not_better(style):
+def test_style_from_shuffled_answers_is_not_improved(style):
     found = evaluate(style)
     assert found["loss_reduction_ci95"][0] > 0.3
     assert found["accuracy_gain_ci95"][0] > 0.3
     assert abs(found["prompt_dependence"]["tuned"]) < 0.01
     assert not found["improved"]
     (reason,) = found["verdict"]["reasons"]
-    assert "a prompt is not shown to tell the tuned model anything of its answer" in reason
-    allowed = evaluate(style, any_prompt=True)
+    assert "the prompt is not shown to help the tuned model" in reason
+    allowed = evaluate(style, EvalSettings(skip_prompt_test=True))
     assert allowed["prompt_dependence"] is None
     assert allowed["verdict"]["passed"]
 
 
-def test_forgetting_over_the_budget_fails_the_verb_and_the_result_stays(proper):
+def test_forgetting_over_the_budget_fails(proper):
     text = proper.with_name("known.txt")
     text.write_text(KNOWN)
     done = slimtune("eval", str(proper), "--general", str(text), "--json")
     assert done.exit_code == 1, done.stderr
-    said = json.loads(done.stdout)
-    assert said["improved"]
-    assert said["forgetting"]["base_loss"] < 2 < said["forgetting"]["tuned_loss"]
-    assert said["forgetting"]["change_ci95"][0] > 0.1
-    assert said["forgetting"]["within"] is False
-    assert said["verdict"]["passed"] is False
-    assert "forgot more than its budget of 0.1 nats a token on general text" in said["verdict"]["reasons"][0]
-    assert json.loads((proper / "eval-test.json").read_text()) == said
+    printed = json.loads(done.stdout)
+    assert printed["improved"]
+    assert printed["forgetting"]["base_loss"] < 2 < printed["forgetting"]["tuned_loss"]
+    assert printed["forgetting"]["change_ci95"][0] > 0.1
+    assert printed["forgetting"]["within"] is False
+    assert printed["verdict"]["passed"] is False
+    assert "forgot more than its budget of 0.1 nats per token on general text" in printed["verdict"]["reasons"][0]
+    assert json.loads((proper / "eval-test.json").read_text()) == printed
     enough = slimtune("eval", str(proper), "--general", str(text), "--forgetting-budget", "20")
     assert enough.exit_code == 0, enough.stderr
-    assert "verdict: the tuned model is better" in enough.stdout
+    assert "the tuned model is better" in enough.stdout
 
 
 def result(**figures: Any) -> dict[str, Any]:
-    use = {"base": 0.2, "tuned": 0.2, "tuned_ci95": [0.1, 0.3], "change_ci95": [-0.1, 0.1], "kept": True}
+    use = {"base": 0.2, "tuned": 0.2, "tuned_ci95": [0.1, 0.3], "change_ci95": [-0.1, 0.1], "passed": True}
     return {"loss_reduction_ci95": [0.1, 0.2], "prompt_dependence": use, "forgetting": None, **figures}
 
 
-LOST = {"base": 0.13, "tuned": 0.05, "tuned_ci95": [0.03, 0.08], "change_ci95": [-0.13, -0.04], "kept": False}
+LOST = {"base": 0.13, "tuned": 0.05, "tuned_ci95": [0.03, 0.08], "change_ci95": [-0.13, -0.04], "passed": False}
 OVER = {"change": 0.3, "change_ci95": [0.2, 0.4], "budget": 0.1, "within": False}
 
 
@@ -86,18 +86,18 @@ OVER = {"change": 0.3, "change_ci95": [0.2, 0.4], "budget": 0.1, "within": False
         ({"prompt_dependence": None}, []),
         ({"forgetting": {**OVER, "within": True}}, []),
         ({"loss_reduction_ci95": [0.0, 0.0]}, ["is not shown to be better than the base"]),
-        ({"loss_reduction_ci95": [-0.2, 0.1]}, ["between -0.2000 and 0.1000 nats a token"]),
+        ({"loss_reduction_ci95": [-0.2, 0.1]}, ["between -0.2000 and 0.1000 nats per token"]),
         ({"loss_reduction_ci95": [-0.2, -0.1]}, ["is worse than the base"]),
-        ({"prompt_dependence": LOST}, ["fell from 0.1300 to 0.0500 nats a token, by 0.0400 to 0.1300"]),
-        ({"prompt_dependence": LOST, "forgetting": OVER}, ["past the prompt", "0.3000, between 0.2000 and 0.4000"]),
+        ({"prompt_dependence": LOST}, ["from 0.1300 to 0.0500 nats per token, by 0.0400 to 0.1300"]),
+        ({"prompt_dependence": LOST, "forgetting": OVER}, ["depends less on its prompts", "0.3000, between 0.2000 and 0.4000"]),
     ],
 )
-def test_a_verdict_says_each_reason(figures, reasons):
+def test_verdict_gives_each_reason(figures, reasons):
     found = make_verdict(result(**figures))
     assert found["passed"] is (not reasons)
     assert len(found["reasons"]) == len(reasons)
-    for said, wanted in zip(found["reasons"], reasons, strict=True):
-        assert wanted in said
+    for reason, expected in zip(found["reasons"], reasons, strict=True):
+        assert expected in reason
 
 
 def slimtune(*arguments: str):

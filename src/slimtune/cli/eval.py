@@ -44,22 +44,24 @@ def eval_run(
 
     Loss, perplexity and token accuracy, row by row in pairs, with bootstrap 95 % intervals; then answers and tasks.
     """
-    from ..evaluation.evaluate import evaluate
-    from ..evaluation.forgetting import SHIPPED
+    from ..evaluation.evaluate import EvalSettings, evaluate
+    from ..evaluation.forgetting import BUILT_IN_TEXT
 
-    text = None if general == "none" else SHIPPED if general == "shipped" else Path(general)
+    built_in = {"none": None, "shipped": BUILT_IN_TEXT}
     result = evaluate(
         run,
-        split=split.value,
-        data=data,
-        any_prompt=any_prompt,
-        general=text,
-        budget=forgetting_budget,
-        generate=generate,
-        max_new_tokens=max_new_tokens,
-        checks=check or [],
-        tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
-        tasks_path=tasks_path,
+        EvalSettings(
+            split=split.value,
+            data=data,
+            skip_prompt_test=any_prompt,
+            general_text=built_in[general] if general in built_in else Path(general),
+            forgetting_budget=forgetting_budget,
+            generate=generate,
+            max_new_tokens=max_new_tokens,
+            checks=check or [],
+            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+            tasks_path=tasks_path,
+        ),
     )
     if not as_json:
         _show(result)
@@ -71,22 +73,22 @@ def _show(result: Mapping[str, Any]) -> None:
     for who in ("base", "tuned"):
         loss, perplexity, accuracy = (result[f"{who}_{figure}"] for figure in ("loss", "perplexity", "accuracy"))
         rows.add_row(who, f"{loss:.4f}", f"{perplexity:.2f}", f"{100 * accuracy:.1f} %")
-    rows.add_row("loss_reduction", f"{result['loss_reduction']:.4f}", "", f"{100 * result['accuracy_gain']:.1f} %")
+    rows.add_row("loss reduction", f"{result['loss_reduction']:.4f}", "", f"{100 * result['accuracy_gain']:.1f} %")
     screen = console()
     screen.print(rows)
     low, high = result["loss_reduction_ci95"]
     screen.print(
-        f"gain in 95 % of bootstrap draws: {low:.4f} to {high:.4f}, over {result['rows']} rows, "
+        f"loss reduction in 95 % of bootstrap draws: {low:.4f} to {high:.4f}, over {result['rows']} rows, "
         f"{result['tokens']} supervised tokens"
     )
     if (use := result["prompt_dependence"]) is not None:
         screen.print(
-            f"what a prompt tells of its answer: {use['base']:.4f} nats a token to the base, "
-            f"{_spread(use, 'tuned')} to the tuned model"
+            f"prompt dependence: {use['base']:.4f} nats per token for the base, "
+            f"{_spread(use, 'tuned')} for the tuned model"
         )
     if (forgot := result["forgetting"]) is not None:
         screen.print(
-            f"forgotten on general text: {_spread(forgot, 'change')} nats a token, budget {forgot['budget']:g}"
+            f"forgotten on general text: {_spread(forgot, 'change')} nats per token, budget {forgot['budget']:g}"
         )
     for answer in result["generations"] or []:
         screen.print(f"\n{answer['prompt'][-1]['content']}", style="bold", markup=False)

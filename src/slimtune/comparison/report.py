@@ -14,7 +14,7 @@ from ..run_dir import RunDir
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
 from .grid import Grid
-from .statistics import Estimate, estimate, front, holm
+from ..evaluation.statistics import SeedEstimate as Estimate, estimate_over_seeds as estimate, holm_correction as holm, pareto_front as front
 
 # On a CPU the processor's time, which hangs less on what else the machine does than the clock's.
 COSTS = {"memory": "peak_bytes", "size": "file_bytes", "time": "time_seconds"}

@@ -30,7 +30,7 @@ def run(recipe_file: Path, *, full: bool = False, trial: bool = False, force: bo
         KeyboardInterrupt: Ctrl-C; a checkpoint was written.
     """
     from ..config import load_recipe
-    from ..evaluation.evaluate import evaluate
+    from ..evaluation.evaluate import EvalSettings, evaluate
     from ..training.train import train
 
     recipe = load_recipe(recipe_file)
@@ -43,7 +43,7 @@ def run(recipe_file: Path, *, full: bool = False, trial: bool = False, force: bo
             shutil.rmtree(folder)  # killed before there was anything to go on from
         train(recipe, resume=begun, force=force)
     if not trial:
-        evaluate(folder, split="test", any_prompt=True)  # losses alone are compared
+        evaluate(folder, EvalSettings(split="test", skip_prompt_test=True))  # only losses are compared
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 

@@ -1,79 +1,191 @@
-"""Base and tuned answer the same held-out prompts; each answer with its checks.
+"""Base and tuned model answer the same held-out prompts, and checks measure the answers.
 
-Every prompt is answered alone, each token the likeliest, so an answer is the one that `slimtune generate` prints. Laid
-together, answers would depend on their neighbours: in bf16 a product of other shape rounds otherwise, and one token
-that turns changes all that follow.
+Every prompt is answered alone with greedy decoding, so an answer equals what `slimtune generate` prints. In a batch an
+answer would depend on its neighbours: matrix products of another shape round differently in bf16, and one different
+token changes all that follow.
+
+    tokens          number of tokens, including the one that ends the answer      (always measured)
+    repetition      share of 4-word sequences that occurred before in the answer  (always measured)
+    ended           the answer ended before --max-new-tokens                      (always measured)
+    exact           the answer equals the reference, apart from surrounding white space
+    chrf            chrF against the reference, 0 to 100 (sacrebleu)
+    json            the answer is JSON and nothing else
+    regex:PATTERN   PATTERN occurs in the answer
+    json-schema:F   the answer is JSON that satisfies the schema in file F (jsonschema)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..data.collator import Example
 from ..data.read import Row
-from ..errors import UsageError
-from .answer_checks import Check, repetition
+from ..errors import ModelError, UsageError, nearest
 from .generate import Generator, Message
 
+Check = Callable[[str, str], bool | float]
+"""Maps answer and reference to a measurement."""
+CHECK_NAMES = ("exact", "chrf", "json", "regex:PATTERN", "json-schema:FILE")
 
-@dataclass(frozen=True)
-class Asked:
-    """A held-out prompt: the messages before a row's last answer, that answer, and the row's line."""
 
-    prompt: list[Message]
+class EvalPrompt(NamedTuple):
+    """A held-out prompt.
+
+    Args:
+        messages: the messages before the row's last answer.
+        reference: that answer.
+        line: the row's line in its file.
+    """
+
+    messages: list[Message]
     reference: str
     line: int
 
 
-def sample_prompts(rows: Iterable[Row], examples: Sequence[Example], most: int) -> list[Asked]:
-    """Return up to `most` prompts, spread evenly over the rows that were measured.
+def sample_prompts(rows: Iterable[Row], examples: Sequence[Example], count: int) -> list[EvalPrompt]:
+    """Return up to `count` prompts, spread evenly over the evaluated rows.
 
     Raises:
-        UsageError: the rows are no conversations that end in words.
+        UsageError: a row is no conversation that ends with an answer in words.
     """
-    places = np.unique(np.linspace(0, len(examples) - 1, min(most, len(examples))).round().astype(int))
-    lines = {examples[int(i)]["line"] for i in places}
-    found = []
+    indices = np.unique(np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int))
+    lines = {examples[int(i)]["line"] for i in indices}
+    prompts = []
     for row in rows:
         if row.line not in lines:
             continue
-        said = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("content")]
-        if not said or row.tools:
+        answers = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("content")]
+        if not answers or row.tools:
             raise UsageError(
-                f"the row of line {row.line} is no conversation that can be asked again",
-                "messages that end in the assistant's words, without tools",
+                f"the row of line {row.line} cannot be asked again",
+                "messages that end with an assistant's answer in words, without tools",
                 "leave --generate out",
             )
-        found.append(Asked(row.messages[: said[-1]], row.messages[said[-1]]["content"], row.line))
-    return found
+        prompts.append(EvalPrompt(row.messages[: answers[-1]], row.messages[answers[-1]]["content"], row.line))
+    return prompts
 
 
-def side_by_side(
-    speaker: Generator, asked: Sequence[Asked], checks: Mapping[str, Check], max_new_tokens: int
+def generate_answers(
+    generator: Generator, prompts: Sequence[EvalPrompt], checks: Mapping[str, Check], max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Return of each prompt `line`, `prompt`, `reference`, `base`, `tuned`, `checks` (`{name: {"base", "tuned"}}`)."""
-    found = []
-    for one in asked:
-        said = {}
-        checked: dict[str, dict[str, bool | float]] = {}
+    """Return for each prompt `line`, `prompt`, `reference`, `base`, `tuned` and `checks` (`{name: {"base", "tuned"}}`)."""
+    results = []
+    for prompt in prompts:
+        texts: dict[str, str] = {}
+        measured: dict[str, dict[str, bool | float]] = {}
         for who in ("base", "tuned"):
-            answer = speaker.answer(one.prompt, tuned=who == "tuned", max_new_tokens=max_new_tokens)
-            said[who] = answer.text
-            every = {"tokens": answer.tokens, "repetition": repetition(answer.text), "ended": answer.ended}
-            every |= {name: check(answer.text, one.reference) for name, check in checks.items()}
-            for name, value in every.items():
-                checked.setdefault(name, {})[who] = value
-        found.append({"line": one.line, "prompt": one.prompt, "reference": one.reference, **said, "checks": checked})
-    return found
+            answer = generator.answer(prompt.messages, tuned=who == "tuned", max_new_tokens=max_new_tokens)
+            texts[who] = answer.text
+            values: dict[str, bool | float] = {
+                "tokens": answer.tokens,
+                "repetition": measure_repetition(answer.text),
+                "ended": answer.ended,
+                **{name: check(answer.text, prompt.reference) for name, check in checks.items()},
+            }
+            for name, value in values.items():
+                measured.setdefault(name, {})[who] = value
+        results.append(
+            {
+                "line": prompt.line,
+                "prompt": prompt.messages,
+                "reference": prompt.reference,
+                **texts,
+                "checks": measured,
+            }
+        )
+    return results
 
 
-def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the mean of each check over answers, of base and tuned; of what is true or false, the share."""
+def summarize_checks(answers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the mean of each check for base and tuned model; for checks that are true or false, the share."""
     return {
         name: {who: float(np.mean([a["checks"][name][who] for a in answers])) for who in ("base", "tuned")}
         for name in answers[0]["checks"]
     }
+
+
+def measure_repetition(text: str) -> float:
+    """Return the share of a text's 4-word sequences that occurred in it before, 0 to 1."""
+    words = text.split()
+    sequences = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
+
+
+def build_checks(names: Sequence[str]) -> dict[str, Check]:
+    """Return the checks that the names stand for.
+
+    Raises:
+        UsageError: a name is unknown, or a pattern or schema is invalid.
+        ModelError: a package is missing.
+    """
+    return {name: _build_check(name) for name in names}
+
+
+def _build_check(name: str) -> Check:
+    kind, _, argument = name.partition(":")
+    match kind, bool(argument):
+        case "exact", False:
+            return lambda answer, reference: answer.strip() == reference.strip()
+        case "json", False:
+            return lambda answer, _: _parse_json(answer) is not None
+        case "regex", True:
+            try:
+                pattern = re.compile(argument)
+            except re.error as e:
+                raise UsageError(f"{argument!r} is not a regular expression: {e}", "Python's re syntax") from e
+            return lambda answer, _: pattern.search(answer) is not None
+        case "chrf", False:
+            try:
+                from sacrebleu.metrics.chrf import CHRF
+            except ImportError as e:
+                raise _missing_package("sacrebleu", "chrf") from e
+            metric = CHRF()
+            return lambda answer, reference: metric.sentence_score(answer, [reference]).score
+        case "json-schema", True:
+            return _build_schema_check(Path(argument))
+    raise UsageError(
+        f"there is no check {name!r}{nearest(kind, CHECK_NAMES)}", f"one of {', '.join(CHECK_NAMES)}"
+    )
+
+
+def _build_schema_check(file: Path) -> Check:
+    try:
+        from jsonschema import SchemaError
+        from jsonschema.validators import validator_for
+    except ImportError as e:
+        raise _missing_package("jsonschema", "json-schema") from e
+    try:
+        schema = json.loads(file.read_text())
+        validator_class = validator_for(schema)
+        validator_class.check_schema(schema)
+    except (OSError, ValueError, SchemaError) as e:
+        first_line = str(e).partition("\n")[0]
+        raise UsageError(f"{file} is not a valid JSON schema: {first_line}", "a file with one JSON schema") from e
+    validator = validator_class(schema)
+
+    def check(answer: str, _: str) -> bool:
+        parsed = _parse_json(answer)
+        return parsed is not None and validator.is_valid(parsed[0])
+
+    return check
+
+
+def _parse_json(answer: str) -> tuple[Any] | None:
+    """Return the parsed value in a tuple (it may be null), or None if the answer is not JSON."""
+    try:
+        return (json.loads(answer),)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+
+
+def _missing_package(package: str, check: str) -> ModelError:
+    return ModelError(
+        f"the check {check} needs the package {package}, which is not installed",
+        hint="pip install 'slimtune[eval]'",
+    )

@@ -1,8 +1,7 @@
-"""Held-out loss, perplexity and token accuracy, base against tuned; and what else says whether tuned is better.
+"""Compare the tuned model with its base: held-out loss, perplexity and accuracy with intervals, and a verdict.
 
-Every row is scored twice by one model in one arrangement of rows, with the adapter and without it, so that nothing
-but the adapter makes the difference. What the numbers are stands in statistics.py, prompts.py and forgetting.py, what
-they have to be in verdict.py.
+The same model in the same arrangement of rows scores every row twice, with the adapter and without it, so nothing but
+the adapter makes the difference.
 """
 
 from __future__ import annotations
@@ -11,191 +10,262 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config import Recipe
 from ..data.collator import Example
-from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, format_names
+from ..data.dataset import Examples, RowReport
+from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, format_names, nearest
 from ..reporting import write_report
 from ..run_dir import RunDir, to_json, write_atomic
-from ..setup import build_collator, find_adapter_folder, load_run, open_rows_from_recipe
+from ..setup import (
+    TrainedModel,
+    build_collator,
+    find_adapter_folder,
+    load_datasets,
+    load_eval_dataset,
+    load_run,
+    open_rows_from_recipe,
+)
 from ..train_step.loss import RowScore, evaluate_rows
-from .answer_checks import build_checks
-from .answers import sample_prompts, side_by_side, summary
-from .eval_rows import held_out_rows, measured_on, recipe_for
-from .forgetting import BUDGET, WINDOW, examples_of, measure_forgetting, read_pieces
+from .answers import build_checks, generate_answers, sample_prompts, summarize_checks
+from .forgetting import DEFAULT_BUDGET, WINDOW, measure_forgetting, read_general_text, tokenize_general_text
 from .generate import Generator
-from .lm_eval import require_tasks, run_tasks
+from .lm_eval import find_tasks, run_tasks
 from .prompt_dependence import prompt_dependence, shuffle_prompts
 from .statistics import Estimate, paired_bootstrap, perplexity
-from .verdict import against, make_verdict
+from .verdict import list_failures, make_verdict
+
+SPLITS = ("test", "validation")
 
 
-def evaluate(
-    run: Path,
-    *,
-    split: str = "test",
-    data: Path | None = None,
-    bootstrap: int = 2000,
-    seed: int = 0,
-    any_prompt: bool = False,
-    general: Path | None = None,
-    budget: float = BUDGET,
-    generate: int = 0,
-    max_new_tokens: int = 128,
-    checks: Sequence[str] = (),
-    tasks: Sequence[str] = (),
-    tasks_path: Path | None = None,
-) -> dict[str, Any]:
-    """Measure base against tuned; a run folder keeps the result as `eval-<split>.json`, whatever the verdict.
-
-    Beside it lies `scores-<split>.json`: of each row its `line` in the file, `tokens` (supervised), and the nats
-    that `base` and `tuned` spend on them.
+@dataclass(frozen=True)
+class EvalSettings:
+    """What to measure.
 
     Args:
-        run: a run folder, or an adapter folder (then `data` is needed).
-        split: the recipe's rows to measure on: "test" or "validation".
-        data: rows to measure on, in place of a split; kept as `eval-data-<name>.json`.
-        bootstrap: draws for the intervals.
-        seed: of the draws, and of which prompts are exchanged.
-        any_prompt: answers need not follow from their prompts.
-        general: text that the adapter never saw, .txt or JSONL (`forgetting.SHIPPED`); None: none measured.
-        budget: nats per token that may be lost on it, from 0.
-        generate: how many held-out prompts base and tuned answer.
-        max_new_tokens: longest answer in tokens (≥ 1).
-        checks: of answers, beside length, repetition and end; as checks.py names them.
-        tasks: of lm-evaluation-harness.
-        tasks_path: a folder of task files of one's own.
-
-    Returns:
-        What docs/eval.md lists; losses in nats per supervised token.
+        split: rows of the recipe to measure on: "test" or "validation".
+        data: a file of rows to measure on instead of a split.
+        bootstrap: draws for the intervals, 1 or more.
+        seed: of the draws and of the shuffled prompts.
+        skip_prompt_test: do not test whether answers depend on their prompts.
+        general_text: text the adapter never saw, `.txt` or JSONL (`forgetting.BUILT_IN_TEXT`); None: not measured.
+        forgetting_budget: nats per token that may be lost on the general text, 0 or more.
+        generate: number of held-out prompts that base and tuned model answer, 0 or more.
+        max_new_tokens: longest answer in tokens, 1 or more.
+        checks: of the answers, by the names in `answers.py`.
+        tasks: names of lm-evaluation-harness tasks.
+        tasks_path: a folder of the user's task files.
 
     Raises:
-        UsageError: no such run, rows, text, check or task, a number out of its range, or a prompt that leaves no room.
+        UsageError: a number is out of its range.
+    """
+
+    split: str = "test"
+    data: Path | None = None
+    bootstrap: int = 2000
+    seed: int = 0
+    skip_prompt_test: bool = False
+    general_text: Path | None = None
+    forgetting_budget: float = DEFAULT_BUDGET
+    generate: int = 0
+    max_new_tokens: int = 128
+    checks: Sequence[str] = ()
+    tasks: Sequence[str] = ()
+    tasks_path: Path | None = None
+
+    def __post_init__(self) -> None:
+        ranges: dict[str, tuple[bool, str]] = {
+            "bootstrap": (self.bootstrap >= 1, "one draw or more"),
+            "forgetting_budget": (0 <= self.forgetting_budget < math.inf, "nats per token, 0 or more"),
+            "generate": (self.generate >= 0, "a number of prompts, 0 or more"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+        }
+        for name, (is_valid, expected) in ranges.items():
+            if not is_valid:
+                raise UsageError(f"{name} is {getattr(self, name)}", expected)
+
+
+def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
+    """Compare base and tuned model and return what `slimtune eval --json` prints (docs/eval.md lists the fields).
+
+    A run folder keeps the result as `eval-<split>.json` (`eval-data-<name>.json` for a file) whatever the verdict, and
+    beside it `scores-<split>.json`: for each row its `line`, its supervised `tokens`, and the loss in nats of `base`
+    and `tuned`. Losses are in nats per supervised token.
+
+    Args:
+        run: a run folder, or an adapter folder (then `data` is required).
+        settings: what to measure.
+
+    Raises:
+        UsageError: the run, rows, text, check or task does not exist, or a prompt leaves no room for an answer.
         DataError: the rows or the text are faulty.
-        AdapterError: the adapter does not fit, or gives losses that are no numbers.
+        AdapterError: the adapter does not fit, or its loss is NaN or Inf.
         ModelError: the base cannot be loaded, a package is missing, or the harness fails.
     """
-    began = time.perf_counter()
-    run = Path(run)
-    _require_ranges(bootstrap, budget, generate, max_new_tokens)
-    checking = build_checks(checks)
-    manager = require_tasks(tasks, tasks_path) if tasks else None
-    folder = None if find_adapter_folder(run) == run else RunDir.open(run)
-    path = measured_on(folder, run, split, data)
-    if path is not None:
-        # A fault of the file is said before the model is loaded.
-        deque(open_rows_from_recipe(folder.load_recipe() if folder else None, path).rows(), maxlen=0)
-    pieces = [] if general is None else read_pieces(general)
-    loaded = load_run(run)
-    recipe, tokenizer = recipe_for(loaded, run, path), loaded.base.tokenizer
-    examples, report = held_out_rows(recipe, loaded, path)
-    asked, speaker = [], None
-    if generate:
-        speaker = Generator(loaded)
-        asked = sample_prompts(open_rows_from_recipe(recipe, path or recipe.data.train).rows(), examples, generate)
-        for one in asked:
-            speaker.prompt(one.prompt, max_new_tokens)  # one without room is said before anything is scored
-    context = getattr(loaded.base.model.config.get_text_config(), "max_position_embeddings", None) or 4 * WINDOW
-    texts = examples_of(pieces, general, tokenizer, min(context // 2, 2 * WINDOW)) if general is not None else []
-    longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in texts), 0)
-    collator = build_collator(recipe, loaded.model, tokenizer, longest)
+    start = time.perf_counter()
+    run, settings = Path(run), settings or EvalSettings()
+    checks = build_checks(settings.checks)
+    task_manager = find_tasks(settings.tasks, settings.tasks_path) if settings.tasks else None
+    run_dir = None if find_adapter_folder(run) == run else RunDir.open(run)
+    file = _find_eval_file(run_dir, run, settings)
+    if file is not None:  # report faulty rows before the model is loaded
+        deque(open_rows_from_recipe(run_dir.load_recipe() if run_dir else None, file).rows(), maxlen=0)
+    pieces = [] if settings.general_text is None else read_general_text(settings.general_text)
 
-    def judge(rows: Sequence[Example]) -> tuple[list[RowScore], list[RowScore]]:
-        tuned = evaluate_rows(loaded.model, rows, collator)
-        with loaded.model.disable_adapter():
-            return evaluate_rows(loaded.model, rows, collator), tuned
+    trained = load_run(run)
+    model, tokenizer = trained.model, trained.base.tokenizer
+    recipe = trained.recipe or Recipe.from_dict(
+        {
+            "model": trained.base.source.spec,
+            "data": {"train": str(file)},
+            "train": {"packing": False},  # without a recipe the architecture may be any
+            "output_dir": str(run),
+        }
+    )
+    examples, row_report = _load_eval_rows(recipe, trained, file)
+    prompts, generator = [], None
+    if settings.generate:
+        generator = Generator(trained)
+        rows = open_rows_from_recipe(recipe, file or recipe.data.train).rows()
+        prompts = sample_prompts(rows, examples, settings.generate)
+        for prompt in prompts:  # check that each has room for an answer before anything is scored
+            generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
+    general: list[Example] = []
+    if settings.general_text is not None:
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4 * WINDOW
+        general = tokenize_general_text(pieces, settings.general_text, tokenizer, min(context // 2, 2 * WINDOW))
+    longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
+    collator = build_collator(recipe, model, tokenizer, longest)
 
-    base, tuned = judge(examples)
-    _require_numbers(base, examples, path, ModelError, "base")
-    _require_numbers(tuned, examples, path, AdapterError, "tuned model")
-    tokens, draws = [j.tokens for j in base], {"draws": bootstrap, "seed": seed}
-    loss = paired_bootstrap([j.nats for j in base], [j.nats for j in tuned], tokens, **draws)
-    hits = paired_bootstrap([j.hits for j in tuned], [j.hits for j in base], tokens, **draws)  # more is better
+    def score_both(rows: Sequence[Example]) -> tuple[list[RowScore], list[RowScore]]:
+        tuned = evaluate_rows(model, rows, collator)
+        with model.disable_adapter():
+            return evaluate_rows(model, rows, collator), tuned
+
+    base, tuned = score_both(examples)
+    _check_finite(base, examples, file, ModelError, "base")
+    _check_finite(tuned, examples, file, AdapterError, "tuned model")
+    tokens = [score.tokens for score in base]
+    draws = {"draws": settings.bootstrap, "seed": settings.seed}
+    loss = paired_bootstrap([s.nats for s in base], [s.nats for s in tuned], tokens, **draws)
+    hits = paired_bootstrap([s.hits for s in tuned], [s.hits for s in base], tokens, **draws)  # more is better
     result: dict[str, Any] = {
         "run": str(run),
-        "split": None if data is not None else split,
-        "data": str(path or recipe.data.train),
+        "split": None if settings.data is not None else settings.split,
+        "data": str(file or recipe.data.train),
         "rows": len(examples),
         "tokens": sum(tokens),
-        **_figures("loss", loss.base, loss.tuned),
+        **_format_pair("loss", loss.base, loss.tuned),
         "loss_reduction": loss.difference.value,
         "loss_reduction_ci95": loss.difference.interval,
-        **_figures("perplexity", _exponential(loss.base), _exponential(loss.tuned)),
-        **_figures("accuracy", hits.tuned, hits.base),
+        **_format_pair("perplexity", *(Estimate(*map(perplexity, e)) for e in (loss.base, loss.tuned))),
+        **_format_pair("accuracy", hits.tuned, hits.base),
         "accuracy_gain": hits.difference.value,
         "accuracy_gain_ci95": hits.difference.interval,
         "rows_better": loss.rows_better,
         "prompt_dependence": None
-        if any_prompt
-        else prompt_dependence(shuffle_prompts(examples, seed), base, tuned, judge, **draws),
+        if settings.skip_prompt_test
+        else prompt_dependence(shuffle_prompts(examples, settings.seed), base, tuned, score_both, **draws),
+        "forgetting": None
+        if settings.general_text is None
+        else {
+            "text": str(settings.general_text),
+            **measure_forgetting(general, score_both, settings.forgetting_budget, **draws),
+        },
     }
-    result["improved"] = not against(result)
-    result["forgetting"] = None
-    if general is not None:
-        result["forgetting"] = {"text": str(general), **measure_forgetting(texts, judge, budget, **draws)}
     result |= {
+        "improved": not list_failures(result),
         "generations": None,
         "generation_summary": None,
         "tasks": None,
         "verdict": make_verdict(result),
-        "dropped": report.dropped,
-        "truncated": report.truncated,
-        "dtype": str(loaded.base.dtype).removeprefix("torch."),
-        "quantization": loaded.base.quantization,
+        "dropped": row_report.dropped,
+        "truncated": row_report.truncated,
+        "dtype": str(trained.base.dtype).removeprefix("torch."),
+        "quantization": trained.base.quantization,
     }
-    each = [
-        {"line": e["line"], "tokens": b.tokens, "base": b.nats, "tuned": u.nats}
-        for e, b, u in zip(examples, base, tuned, strict=True)
+    scores = [
+        {"line": example["line"], "tokens": b.tokens, "base": b.nats, "tuned": t.nats}
+        for example, b, t in zip(examples, base, tuned, strict=True)
     ]
 
-    def keep() -> None:
-        result["seconds"] = round(time.perf_counter() - began, 3)
-        if folder is not None:
-            name = split if data is None else f"data-{data.stem}"
-            write_atomic(folder.evaluation_file(name), to_json(result, indent=2) + "\n")
-            write_atomic(folder.scores_file(name), to_json(each) + "\n")
-            write_report(folder)
+    def save() -> None:
+        result["seconds"] = round(time.perf_counter() - start, 3)
+        if run_dir is not None:
+            name = settings.split if settings.data is None else f"data-{settings.data.stem}"
+            write_atomic(run_dir.evaluation_file(name), to_json(result, indent=2) + "\n")
+            write_atomic(run_dir.scores_file(name), to_json(scores) + "\n")
+            write_report(run_dir)
 
-    keep()  # what is measured by now stays, should answers or tasks fail
-    if speaker is not None:
-        result["generations"] = side_by_side(speaker, asked, checking, max_new_tokens)
-        result["generation_summary"] = summary(result["generations"])
-        keep()
-    if tasks:
-        result["tasks"] = run_tasks(loaded, tasks, manager)
-        keep()
+    save()  # the figures stay if generation or a task fails
+    if generator is not None:
+        result["generations"] = generate_answers(generator, prompts, checks, settings.max_new_tokens)
+        result["generation_summary"] = summarize_checks(result["generations"])
+        save()
+    if settings.tasks:
+        result["tasks"] = run_tasks(trained, settings.tasks, task_manager)
+        save()
     return result
 
 
-def _figures(name: str, base: Estimate, tuned: Estimate) -> dict[str, Any]:
-    both = {f"base_{name}": base, f"tuned_{name}": tuned}
-    return {k: e.value for k, e in both.items()} | {f"{k}_ci95": e.interval for k, e in both.items()}
+def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -> Path | None:
+    """Return the file to measure on, or None for the rows that training set aside from its own file.
+
+    Raises:
+        UsageError: the split is unknown, or the run names no rows for it.
+    """
+    split = settings.split
+    if settings.data is not None:
+        return Path(settings.data)
+    if split not in SPLITS:
+        raise UsageError(f"there is no split {split!r}{nearest(split, SPLITS)}", f"one of {format_names(SPLITS)}")
+    if run_dir is None:
+        raise UsageError(
+            f"{run} is an adapter folder without a recipe, so its held-out rows are unknown",
+            "rows the adapter was not trained on",
+            "--data FILE",
+        )
+    data = run_dir.load_recipe().data
+    file = data.test if split == "test" else data.validation
+    has_validation = data.validation is not None or data.validation_fraction > 0
+    if file is None and not (split == "validation" and has_validation):
+        raise UsageError(
+            f"the recipe of {run} names no {split} rows",
+            f"data.{split} in {run_dir.recipe_file}, or a file",
+            f"--data FILE{', or --split validation' if split == 'test' and has_validation else ''}",
+        )
+    return file
 
 
-def _exponential(loss: Estimate) -> Estimate:
-    return Estimate(*map(perplexity, (loss.value, loss.low, loss.high)))
+def _load_eval_rows(recipe: Recipe, trained: TrainedModel, file: Path | None) -> tuple[Examples, RowReport]:
+    if file is not None:
+        return load_eval_dataset(recipe, trained.base.tokenizer, file)
+    datasets = load_datasets(recipe, trained.base.tokenizer)
+    if not datasets.validation:
+        raise UsageError(
+            f"training set no rows aside: {recipe.data.validation_fraction} of {len(datasets.train)} rows is none",
+            "data.validation in the recipe, or a file",
+            "--data FILE",
+        )
+    return datasets.validation, datasets.train_report
 
 
-def _require_ranges(bootstrap: int, budget: float, generate: int, max_new_tokens: int) -> None:
-    if bootstrap < 1:
-        raise UsageError(f"bootstrap is {bootstrap}", "one draw or more", "leave it out for 2000")
-    if not 0 <= budget < math.inf:
-        raise UsageError(f"the forgetting budget is {budget}", "nats per token, from 0", f"leave it out for {BUDGET}")
-    if generate < 0:
-        raise UsageError(f"generate is {generate}", "how many prompts are answered, from 0", "leave it out for 0")
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}", "1 or more", "leave it out for 128")
-
-
-def _require_numbers(
-    scores: Sequence[RowScore], examples: Sequence[Example], path: Path | None, kind: type[SlimtuneError], who: str
+def _check_finite(
+    scores: Sequence[RowScore], examples: Sequence[Example], file: Path | None, error: type[SlimtuneError], who: str
 ) -> None:
-    lines = [e["line"] for e, j in zip(examples, scores, strict=True) if not math.isfinite(j.nats)]
+    lines = [e["line"] for e, score in zip(examples, scores, strict=True) if not math.isfinite(score.nats)]
     if lines:
-        raise kind(
-            f"the {who}'s loss is no number on {len(lines)} of {len(scores)} rows "
-            f"(lines {format_names(lines)} of {path or 'the training file'})",
+        raise error(
+            f"the loss of the {who} is NaN or Inf on {len(lines)} of {len(scores)} rows "
+            f"(lines {format_names(lines)} of {file or 'the training file'})",
             "finite losses",
             "evaluate in float32, or take an older checkpoint",
         )
+
+
+def _format_pair(name: str, base: Estimate, tuned: Estimate) -> dict[str, Any]:
+    both = {f"base_{name}": base, f"tuned_{name}": tuned}
+    return {k: e.value for k, e in both.items()} | {f"{k}_ci95": e.interval for k, e in both.items()}

@@ -1,20 +1,20 @@
-"""Does an answer still follow from its prompt? The loss after another row's prompt, against the loss after its own.
+"""Does an answer still depend on its prompt? The loss after another row's prompt against the loss after its own.
 
-    use = (Σ nats(answer i | prompt π(i)) - Σ nats(answer i | prompt i)) / Σ tokens          nats per token
+    dependence = (Σ nats(answer i | prompt π(i)) - Σ nats(answer i | prompt i)) / Σ tokens        nats per token
 
-π takes each row to another whose prompt differs. What of a loss is style, length or vocabulary is the same after both
-prompts and falls out; what is left is what the model reads from the prompt. An adapter that learned style alone, from
-answers that do not belong to their prompts, lowers the loss and loses this: the base's own use is the measure, since a
-loss of it shows long before nothing is left.
+π maps each row to another row with a different prompt. The part of the loss that comes from style, length or vocabulary
+is the same after both prompts and cancels; what remains is what the model reads from the prompt. An adapter that only
+learned style, from answers that do not belong to their prompts, lowers the loss but loses this. The base's own
+dependence is the reference, because a decrease shows long before nothing remains.
 
-    kept    the interval of the tuned model's use lies above LEAST, and that of its change reaches -TOLERATED · base
+    passed = the interval of the tuned model's dependence is above MIN_DEPENDENCE, and the interval of its change reaches
+             up to -TOLERATED_LOSS · base
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,79 +22,87 @@ from ..data.collator import IGNORED, Example
 from ..train_step.loss import RowScore
 from .statistics import paired_bootstrap
 
-MOST = 256
-"""Rows that are scored after another's prompt, drawn at random where there are more."""
-LEAST = 0.01
-"""Nats a token: with less a prompt tells nothing of its answer, however sure that little is."""
-TOLERATED = 0.1
-"""Share of the base's use that may be lost."""
+MAX_ROWS = 256
+"""Rows that are scored after another row's prompt, drawn at random if there are more."""
+MIN_DEPENDENCE = 0.01
+"""Nats per token: below this the prompt says practically nothing about the answer."""
+TOLERATED_LOSS = 0.1
+"""Share of the base's dependence that may be lost."""
 
 
-@dataclass(frozen=True)
-class Mismatched:
-    """Rows after the prompts of others.
+class ShuffledRows(NamedTuple):
+    """Answers after the prompts of other rows.
 
     Args:
-        rows: numbers of the rows whose answers they hold.
-        examples: another row's tokens before its first answer, then this row's from there on.
+        rows: index of the row that each answer belongs to.
+        examples: another row's tokens before its first answer, followed by this row's from its first answer on.
     """
 
     rows: list[int]
     examples: list[Example]
 
 
-def shuffle_prompts(examples: Sequence[Example], seed: int = 0) -> Mismatched:
-    """Return rows after the prompt of another row, drawn at random, none longer than the longest of `examples`.
+def shuffle_prompts(examples: Sequence[Example], seed: int = 0) -> ShuffledRows:
+    """Return answers after randomly drawn prompts of other rows, none longer than the longest of `examples`.
 
-    A row for which no other prompt is found (all rows ask the same) is left out.
+    A row is left out if no different prompt fits, for example because all rows ask the same.
     """
     order = [int(i) for i in np.random.default_rng(seed).permutation(len(examples))]
-    begins = [_answer(e) for e in examples]
-    prompts = [tuple(e["input_ids"][:begin]) for e, begin in zip(examples, begins, strict=True)]
-    longest = max(len(e["input_ids"]) for e in examples)
-    rows, found = [], []
-    for place, i in enumerate(order[:MOST]):
-        answer = {key: examples[i][key][begins[i] :] for key in ("input_ids", "labels")}
-        others = (prompts[j] for j in order[place + 1 :] + order[:place])
-        room = longest - len(answer["input_ids"])
-        other = next((p for p in others if p and p != prompts[i] and len(p) <= room), None)
-        if other is not None:
-            ids, labels = list(other) + answer["input_ids"], [IGNORED] * len(other) + answer["labels"]
-            rows.append(i)
-            found.append({"input_ids": ids, "labels": labels, "line": examples[i]["line"]})
-    return Mismatched(rows, found)
-
-
-def _answer(example: Example) -> int:
-    """Return where the first answer begins."""
-    return next(t for t, label in enumerate(example["labels"]) if label != IGNORED and t > 0)
+    starts = [
+        next(t for t, label in enumerate(example["labels"]) if label != IGNORED and t > 0) for example in examples
+    ]
+    prompts = [tuple(example["input_ids"][:start]) for example, start in zip(examples, starts, strict=True)]
+    longest = max(len(example["input_ids"]) for example in examples)
+    shuffled = ShuffledRows([], [])
+    for position, i in enumerate(order[:MAX_ROWS]):
+        ids, labels = (examples[i][key][starts[i] :] for key in ("input_ids", "labels"))
+        candidates = (prompts[j] for j in order[position + 1 :] + order[:position])
+        prompt = next((p for p in candidates if p and p != prompts[i] and len(p) + len(ids) <= longest), None)
+        if prompt is not None:
+            shuffled.rows.append(i)
+            shuffled.examples.append(
+                {
+                    "input_ids": [*prompt, *ids],
+                    "labels": [IGNORED] * len(prompt) + labels,
+                    "line": examples[i]["line"],
+                }
+            )
+    return shuffled
 
 
 def prompt_dependence(
-    swapped: Mismatched,
+    shuffled: ShuffledRows,
     base: Sequence[RowScore],
     tuned: Sequence[RowScore],
-    judge: Callable[[Sequence[Example]], tuple[list[RowScore], list[RowScore]]],
+    score_both: Callable[[Sequence[Example]], tuple[list[RowScore], list[RowScore]]],
     **bootstrap: int,
 ) -> dict[str, Any] | None:
-    """Return `rows`, `base`, `tuned` and `change` (nats per token; each with `_ci95`), `kept`; None: all ask the same.
+    """Return how much base and tuned model depend on the prompts, or None if all rows ask the same.
 
     Args:
-        swapped: rows after the prompts of others.
-        base: every row after its own prompt, under the base.
-        tuned: the same under the tuned model.
-        judge: what base and tuned make of rows.
+        shuffled: answers after the prompts of other rows.
+        base: scores of every row after its own prompt, by the base.
+        tuned: the same by the tuned model.
+        score_both: scores rows by base and tuned model.
         bootstrap: `draws` and `seed`.
+
+    Returns:
+        `rows`; `base`, `tuned` and `change` in nats per token, each with `_ci95`; `passed`.
     """
-    if not swapped.rows:
+    if not shuffled.rows:
         return None
-    others = judge(swapped.examples)
-    uses = [
-        [other.nats - own[i].nats for i, other in zip(swapped.rows, side, strict=True)]
-        for side, own in zip(others, (base, tuned), strict=True)
-    ]
-    found = paired_bootstrap(uses[1], uses[0], [base[i].tokens for i in swapped.rows], **bootstrap)
-    every = {"base": found.tuned, "tuned": found.base, "change": found.difference}
-    figures = {name: e.value for name, e in every.items()} | {f"{name}_ci95": e.interval for name, e in every.items()}
-    kept = found.base.low > LEAST and found.difference.high >= -TOLERATED * max(0.0, found.tuned.value)
-    return {"rows": len(swapped.rows), **figures, "kept": kept}
+    base_increase, tuned_increase = (
+        [after.nats - own[i].nats for i, after in zip(shuffled.rows, shuffled_scores, strict=True)]
+        for shuffled_scores, own in zip(score_both(shuffled.examples), (base, tuned), strict=True)
+    )
+    tokens = [base[i].tokens for i in shuffled.rows]
+    # The bootstrap subtracts its second argument from its first: tuned - base.
+    found = paired_bootstrap(tuned_increase, base_increase, tokens, **bootstrap)
+    estimates = {"base": found.tuned, "tuned": found.base, "change": found.difference}
+    return {
+        "rows": len(shuffled.rows),
+        **{name: e.value for name, e in estimates.items()},
+        **{f"{name}_ci95": e.interval for name, e in estimates.items()},
+        "passed": estimates["tuned"].low > MIN_DEPENDENCE
+        and estimates["change"].high >= -TOLERATED_LOSS * max(0.0, estimates["base"].value),
+    }

@@ -1,7 +1,7 @@
-"""Is it better? What the figures have to say together, and why not where they do not.
+"""The verdict: is the tuned model better than its base, and if not, why.
 
-Better is an adapter whose gain lies above 0 with its whole interval and whose answers still follow from their prompts
-(prompts.py); it passes if it also forgot no more than its budget.
+A model is improved if the whole interval of its loss reduction is above 0 and its answers still depend on their prompts.
+It passes if it also forgot no more than its budget.
 """
 
 from __future__ import annotations
@@ -9,44 +9,43 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .prompt_dependence import LEAST
-
-Result = Mapping[str, Any]
+from .prompt_dependence import MIN_DEPENDENCE
 
 
-def against(result: Result) -> list[str]:
-    """Return why the tuned model is not better than the base, a sentence each; none: it is."""
+def list_failures(result: Mapping[str, Any]) -> list[str]:
+    """Return why the tuned model is not better than the base, one sentence each; empty if it is better."""
+    failures = []
     low, high = result["loss_reduction_ci95"]
-    found = []
     if low <= 0:
         what = "is worse than the base" if high < 0 else "is not shown to be better than the base"
-        found.append(f"the tuned model {what}: its gain lies between {low:.4f} and {high:.4f} nats a token")
-    use = result.get("prompt_dependence")
-    if use is not None and not use["kept"]:
-        found.append(_unprompted(use))
-    return found
+        failures.append(
+            f"the tuned model {what}: its loss reduction is between {low:.4f} and {high:.4f} nats per token"
+        )
+    dependence = result["prompt_dependence"]
+    if dependence is not None and not dependence["passed"]:
+        low, high = dependence["tuned_ci95"]
+        if low <= MIN_DEPENDENCE:
+            failures.append(
+                "the prompt is not shown to help the tuned model predict its answer: by "
+                f"{low:.4f} to {high:.4f} nats per token, where more than {MIN_DEPENDENCE} is required"
+            )
+        else:
+            low, high = dependence["change_ci95"]
+            failures.append(
+                "the tuned model depends less on its prompts: the help of a prompt fell from "
+                f"{dependence['base']:.4f} to {dependence['tuned']:.4f} nats per token, by {-high:.4f} to {-low:.4f}"
+            )
+    return failures
 
 
-def make_verdict(result: Result) -> dict[str, Any]:
+def make_verdict(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return `{"passed": bool, "reasons": [sentence, …]}` of a whole result."""
-    reasons = against(result)
-    forgot = result.get("forgetting")
-    if forgot is not None and not forgot["within"]:
-        low, high = forgot["change_ci95"]
+    reasons = list_failures(result)
+    forgetting = result["forgetting"]
+    if forgetting is not None and not forgetting["within"]:
+        low, high = forgetting["change_ci95"]
         reasons.append(
-            f"it forgot more than its budget of {forgot['budget']:g} nats a token on general text: "
-            f"{forgot['change']:.4f}, between {low:.4f} and {high:.4f}"
+            f"it forgot more than its budget of {forgetting['budget']:g} nats per token on general text: "
+            f"{forgetting['change']:.4f}, between {low:.4f} and {high:.4f}"
         )
     return {"passed": not reasons, "reasons": reasons}
-
-
-def _unprompted(use: Result) -> str:
-    low, high = use["tuned_ci95"]
-    if low <= LEAST:
-        told = f"between {low:.4f} and {high:.4f} nats a token, of which {LEAST} are wanted"
-        return f"a prompt is not shown to tell the tuned model anything of its answer: {told}"
-    low, high = use["change_ci95"]
-    return (
-        "the tuned model learned to answer past the prompt: what a prompt tells of its answer fell from "
-        f"{use['base']:.4f} to {use['tuned']:.4f} nats a token, by {-high:.4f} to {-low:.4f}"
-    )

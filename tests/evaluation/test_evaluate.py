@@ -1,4 +1,4 @@
-"""Held-out loss, base against tuned: the numbers by another way, what is written, and every refusal."""
+"""Held-out loss of base and tuned model: figures against transformers, files, and bad input."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from slimtune.adapters.model import PeftModel
 from slimtune.data.dataset import tokenize_dataset
 from slimtune.data.read import read_rows
 from slimtune.errors import AdapterError, UsageError
-from slimtune.evaluation.evaluate import evaluate
+from slimtune.evaluation.evaluate import EvalSettings, evaluate
 
 
 def scores(model, examples) -> tuple[list[float], int]:
-    """Nats of each row alone, with transformers' own loss, and how often the likeliest token was the right one."""
+    """Loss of each row in nats with transformers' own loss, and the number of correct greedy tokens."""
     found, hits = [], 0
     with torch.no_grad():
         for e in examples:
@@ -30,7 +30,7 @@ def scores(model, examples) -> tuple[list[float], int]:
     return found, hits
 
 
-def test_the_losses_are_those_of_base_and_tuned_computed_row_by_row(tmp_path, tiny_folder):
+def test_figures_equal_transformers_row_by_row(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder)
     found = evaluate(run)
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
@@ -63,60 +63,60 @@ def test_the_losses_are_those_of_base_and_tuned_computed_row_by_row(tmp_path, ti
     assert json.loads((run / "eval-test.json").read_text()) == found
 
 
-def test_an_adapter_that_changes_nothing_gains_exactly_nothing(tmp_path, tiny_folder):
+def test_zero_adapter_reduces_the_loss_by_exactly_zero(tmp_path, tiny_folder):
     found = evaluate(make_run(tmp_path / "run", tiny_folder, size=0.0))
     assert (found["loss_reduction"], found["loss_reduction_ci95"], found["rows_better"]) == (0.0, [0.0, 0.0], 0)
 
 
-def test_packed_and_unpacked_runs_measure_the_same(tmp_path, tiny_folder):
+def test_packed_equals_unpacked(tmp_path, tiny_folder):
     packed = evaluate(make_run(tmp_path / "a", tiny_folder))
     padded = evaluate(make_run(tmp_path / "b", tiny_folder, train={"packing": False}))
     for name in ("base_loss", "tuned_loss"):
         assert packed[name] == pytest.approx(padded[name], abs=1e-5)
 
 
-def test_a_bare_adapter_is_measured_on_a_file_and_writes_nothing(tmp_path, tiny_folder):
+def test_adapter_folder_needs_a_file_and_stays_unchanged(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder)
     wanted = evaluate(run)
     before = sorted(p.name for p in (run / "adapter").iterdir())
-    found = evaluate(run / "adapter", data=tmp_path / "run-rows.jsonl")
+    found = evaluate(run / "adapter", EvalSettings(data=tmp_path / "run-rows.jsonl"))
     assert found["tuned_loss"] == pytest.approx(wanted["tuned_loss"], abs=0.05)  # the machine's dtype may be bf16
     assert found["split"] is None
     assert sorted(p.name for p in (run / "adapter").iterdir()) == before
 
 
-def test_another_file_is_kept_under_its_own_name(tmp_path, tiny_folder):
+def test_result_of_a_file_has_its_own_name(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder)
     other = write_rows(tmp_path / "other.jsonl", TALKS[:2])
-    found = evaluate(run, data=other)
+    found = evaluate(run, EvalSettings(data=other))
     assert (found["rows"], found["data"]) == (2, str(other))
     assert json.loads((run / "eval-data-other.json").read_text())["rows"] == 2
     assert not (run / "eval-test.json").exists()
 
 
-def test_validation_rows_that_training_set_aside_are_the_ones_measured(tmp_path, tiny_folder):
+def test_validation_rows_set_aside_by_training(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder, data={"validation_fraction": 0.4})
-    found = evaluate(run, split="validation")
+    found = evaluate(run, EvalSettings(split="validation"))
     assert found["rows"] == 2
     assert found["data"].endswith("run-rows.jsonl")
     assert (run / "eval-validation.json").is_file()
 
 
-def test_rows_over_the_runs_length_are_dropped_and_counted(tmp_path, tiny_folder):
+def test_overlong_rows_are_dropped_and_counted(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder, data={"max_seq_len": 82})
     found = evaluate(run)
     assert found["dropped"] > 0
     assert found["rows"] + found["dropped"] == len(TALKS)
 
 
-def refused(*args, **kwargs) -> UsageError:
+def refused(run, **settings) -> UsageError:
     with pytest.raises(UsageError) as caught:
-        evaluate(*args, **kwargs)
+        evaluate(run, EvalSettings(**settings))
     assert caught.value.exit_code == 2
     return caught.value
 
 
-def test_a_recipe_without_test_rows_says_which_field_and_which_flag(tmp_path, tiny_folder):
+def test_no_test_rows(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder, data={"test": None, "validation_fraction": 0.4})
     said = str(refused(run))
     assert "names no test rows" in said
@@ -124,38 +124,38 @@ def test_a_recipe_without_test_rows_says_which_field_and_which_flag(tmp_path, ti
     assert "--data FILE, or --split validation" in said
 
 
-def test_a_recipe_without_any_validation_says_so(tmp_path, tiny_folder):
+def test_no_validation_rows(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder, data={"validation_fraction": 0})
     assert "names no validation rows" in str(refused(run, split="validation"))
     none = make_run(tmp_path / "none", tiny_folder, data={"validation_fraction": 0.01})
     assert "set no rows aside: 0.01 of 5 rows is none" in str(refused(none, split="validation"))
 
 
-def test_a_bare_adapter_needs_a_file(tmp_path, tiny_folder):
+def test_adapter_folder_without_a_file(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder)
     said = refused(run / "adapter")
     assert "without a recipe" in said.message
     assert said.hint == "--data FILE"
 
 
-def test_wrong_names_are_refused_with_the_nearest(tmp_path, tiny_folder):
+def test_bad_settings(tmp_path, tiny_folder):
     run = make_run(tmp_path / "run", tiny_folder)
     assert "did you mean 'validation'?" in str(refused(run, split="validatoin"))
     assert "did you mean 'run'?" in str(refused(tmp_path / "rum"))
     assert "did you mean 'run-rows.jsonl'?" in str(refused(run, data=tmp_path / "run-row.jsonl"))
     assert "bootstrap is 0" in str(refused(run, bootstrap=0))
-    assert "the forgetting budget is -0.1" in str(refused(run, budget=-0.1))
+    assert "forgetting_budget is -0.1" in str(refused(run, forgetting_budget=-0.1))
     assert "generate is -1" in str(refused(run, generate=-1))
     assert "max_new_tokens is 0" in str(refused(run, max_new_tokens=0))
     assert "did you mean 'exact'?" in str(refused(run, checks=["exakt"]))
 
 
-def test_an_adapter_of_no_numbers_is_named(tmp_path, tiny_folder):
+def test_nan_adapter(tmp_path, tiny_folder):
     def spoil(model):
         next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 
     run = make_run(tmp_path / "run", tiny_folder, change=spoil)
-    with pytest.raises(AdapterError, match=r"no number on 5 of 5 rows \(lines '1', '2'") as caught:
+    with pytest.raises(AdapterError, match=r"NaN or Inf on 5 of 5 rows \(lines '1', '2'") as caught:
         evaluate(run)
     assert caught.value.exit_code == 1
     assert not (run / "eval-test.json").exists()

