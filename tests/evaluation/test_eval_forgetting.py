@@ -12,7 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slimtune.adapters.model import PeftModel
 from slimtune.errors import DataError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.evaluation.forgetting import BUILT_IN_TEXT, WINDOW, tokenize_general_text, measure_forgetting, read_general_text
+from slimtune.evaluation.forgetting import (
+    BUILT_IN_TEXT,
+    WINDOW,
+    measure_forgetting,
+    read_general_text,
+    tokenize_general_text,
+)
 from slimtune.train_step.loss import RowScore
 
 
@@ -106,7 +112,9 @@ def test_the_change_is_the_one_computed_window_by_window(tmp_path, tiny_folder):
     assert found["base_loss"] == pytest.approx(base, abs=1e-5)
     assert found["change"] == pytest.approx(tuned - base, abs=1e-5)
     assert (found["text"], found["tokens"]) == (str(file), sum(len(w) - 1 for w in ids))
-    nothing = evaluate(make_run(tmp_path / "nothing", tiny_folder, size=0.0), EvalSettings(general_text=file, forgetting_budget=0.0))
+    nothing = evaluate(
+        make_run(tmp_path / "nothing", tiny_folder, size=0.0), EvalSettings(general_text=file, forgetting_budget=0.0)
+    )
     assert nothing["forgetting"]["change_ci95"] == [0.0, 0.0]
     assert nothing["forgetting"]["within"]
     assert nothing["verdict"]["passed"] is False  # it forgot nothing, and gained nothing

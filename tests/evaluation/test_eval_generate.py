@@ -83,9 +83,7 @@ def test_generation_config_is_not_inherited(tmp_path, tiny_folder, caplog):
     assert [r.getMessage() for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
 
 
-def test_answer_ends_at_the_end_of_turn_of_the_template(
-    tmp_path, tiny_folder, tiny_tokenizer
-):
+def test_answer_ends_at_the_end_of_turn_of_the_template(tmp_path, tiny_folder, tiny_tokenizer):
     tiny_tokenizer(eos_token="<|endoftext|>").save_pretrained(tiny_folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.generation_config.eos_token_id = 1

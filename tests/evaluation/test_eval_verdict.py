@@ -89,7 +89,10 @@ OVER = {"change": 0.3, "change_ci95": [0.2, 0.4], "budget": 0.1, "within": False
         ({"loss_reduction_ci95": [-0.2, 0.1]}, ["between -0.2000 and 0.1000 nats per token"]),
         ({"loss_reduction_ci95": [-0.2, -0.1]}, ["is worse than the base"]),
         ({"prompt_dependence": LOST}, ["from 0.1300 to 0.0500 nats per token, by 0.0400 to 0.1300"]),
-        ({"prompt_dependence": LOST, "forgetting": OVER}, ["depends less on its prompts", "0.3000, between 0.2000 and 0.4000"]),
+        (
+            {"prompt_dependence": LOST, "forgetting": OVER},
+            ["depends less on its prompts", "0.3000, between 0.2000 and 0.4000"],
+        ),
     ],
 )
 def test_verdict_gives_each_reason(figures, reasons):

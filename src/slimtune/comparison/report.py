@@ -10,11 +10,22 @@ from itertools import combinations
 from typing import Any
 
 from ..errors import RunError
+from ..evaluation.statistics import (
+    SeedEstimate as Estimate,
+)
+from ..evaluation.statistics import (
+    estimate_over_seeds as estimate,
+)
+from ..evaluation.statistics import (
+    holm_correction as holm,
+)
+from ..evaluation.statistics import (
+    pareto_front as front,
+)
 from ..run_dir import RunDir
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
 from .grid import Grid
-from ..evaluation.statistics import SeedEstimate as Estimate, estimate_over_seeds as estimate, holm_correction as holm, pareto_front as front
 
 # On a CPU the processor's time, which hangs less on what else the machine does than the clock's.
 COSTS = {"memory": "peak_bytes", "size": "file_bytes", "time": "time_seconds"}

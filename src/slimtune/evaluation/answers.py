@@ -149,9 +149,7 @@ def _build_check(name: str) -> Check:
             return lambda answer, reference: metric.sentence_score(answer, [reference]).score
         case "json-schema", True:
             return _build_schema_check(Path(argument))
-    raise UsageError(
-        f"there is no check {name!r}{nearest(kind, CHECK_NAMES)}", f"one of {', '.join(CHECK_NAMES)}"
-    )
+    raise UsageError(f"there is no check {name!r}{nearest(kind, CHECK_NAMES)}", f"one of {', '.join(CHECK_NAMES)}")
 
 
 def _build_schema_check(file: Path) -> Check:

@@ -168,6 +168,5 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Return for each `(cost, quality)` whether no other point costs at most as much and is at least as good."""
     return [
-        not any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points)
-        for cost, quality in points
+        not any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points) for cost, quality in points
     ]
