@@ -116,7 +116,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     pieces = [] if settings.general_text is None else read_general_text(settings.general_text)
 
     trained = load_run(run)
-    model, tokenizer = trained.model, trained.base.tokenizer
+    model: Any = trained.model
+    tokenizer = trained.base.tokenizer
     recipe = trained.recipe or Recipe.from_dict(
         {
             "model": trained.base.source.spec,

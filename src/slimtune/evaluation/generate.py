@@ -54,12 +54,13 @@ class Generator:
     """
 
     def __init__(self, trained: TrainedModel) -> None:
-        self.model: Any = trained.model
+        model: Any = trained.model
+        self.model: Any = model
         self.tokenizer, self.device = trained.base.tokenizer, trained.base.device
         get_chat_template(self.tokenizer)
-        self.end_tokens = find_end_tokens(self.model.generation_config, self.tokenizer)
-        self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        self.model.generation_config = GenerationConfig(
+        self.end_tokens = find_end_tokens(model.generation_config, self.tokenizer)
+        self.context: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        model.generation_config = GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=list(self.end_tokens) or None,
             pad_token_id=self.tokenizer.pad_token_id,
