@@ -16,7 +16,7 @@ from slimtune.cli import app
 from slimtune.cli.train import FLAGS
 from slimtune.config import Recipe
 from slimtune.config.errors import fields_of, flag_of
-from slimtune.evaluation.forgetting import SHIPPED
+from slimtune.evaluation.forgetting import BUILT_IN_TEXT
 
 RESULT = {
     "run": "runs/x", "steps": 3, "trained_tokens": 4000, "supervised_tokens": 2000, "tokens_per_second": 200.0,
@@ -250,7 +250,7 @@ def test_eval(room):
     done = slimtune("eval", "runs/x")
     assert done.exit_code == 0
     plain = {"any_prompt": False, "budget": 0.1, "generate": 0, "max_new_tokens": 128, "checks": [], "tasks": []}
-    plain |= {"split": "test", "data": None, "general": SHIPPED, "tasks_path": None}
+    plain |= {"split": "test", "data": None, "general": BUILT_IN_TEXT, "tasks_path": None}
     assert calls == [((Path("runs/x"),), plain)]
     for part in (
         "base", "4.0000", "3.0000", "54.60", "37.5 %", "0.9000 to 1.1000", "90 rows", "3000 supervised tokens",
