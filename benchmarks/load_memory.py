@@ -40,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def work(base: str, dtype: str) -> None:
     """Load, attach, and do one step; say each phase's end on stdout, and wait to be read."""
     from slimtune import LoraConfig, get_peft_model
-    from slimtune.attention.packed_layout import packed_attention
+    from slimtune.attention.register import packed_attention
     from slimtune.models.loader import load_base
     from slimtune.train_step.loss import forward_backward, make_collator, move_to_device
     from slimtune.train_step.optimizer import build_optimizer

@@ -54,7 +54,7 @@ def unfused() -> Iterator[None]:
         A, B = lora.lora_A.weight, lora.lora_B.weight
         return base(x) + lora.scale * F.linear(F.linear(F.dropout(x, drop), A), B)
 
-    with patch.object(AdaptedLayer, "_run", run):
+    with patch.object(AdaptedLayer, "run_adapted", run):
         yield
 
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 import slimtune
-from slimtune.attention.packed_layout import packed_attention
+from slimtune.attention.register import packed_attention
 from slimtune.data.collator import Collator
 from slimtune.train_step.loss import step_loss
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.attention import packed_attention, packed_layout
+from slimtune.attention import packed_attention, packed_layout, register
 from slimtune.data.collator import Collator
 from slimtune.kernels.cross_entropy import chunked_cross_entropy
 from slimtune.kernels.lora_linear import low_rank_linear
@@ -106,35 +106,35 @@ def laid(model: Any, room: int | None = None, share: bool = True) -> Gradients:
             pack = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in pack.items()}
             yield step_loss(model, pack, sum(map(count_targets, every)))
 
-    with packed_layout.packed_attention(model):
+    with register.packed_attention(model):
         return gradients(model, loss)
 
 
 @contextmanager
 def by_segment() -> Iterator[None]:
     """Without flex attention."""
-    runs_here = packed_layout.runs_here
-    packed_layout.runs_here = lambda *_: False  # type: ignore[assignment]
+    runs_here = register.flex_attention_supported
+    register.flex_attention_supported = lambda *_: False  # type: ignore[assignment]
     try:
         yield
     finally:
-        packed_layout.runs_here = runs_here
+        register.flex_attention_supported = runs_here
 
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """Give a list to which each call of flex attention is added."""
-    run, calls = packed_layout.tree_attention, []
+    run, calls = register.tree_attention, []
 
     def counting(query: Tensor, *rest: Any) -> Tensor:
         calls.append(query.shape[2])
         return run(query, *rest)
 
-    packed_layout.tree_attention = counting
+    register.tree_attention = counting
     try:
         yield calls
     finally:
-        packed_layout.tree_attention = run
+        register.tree_attention = run
 
 
 def models(device: torch.device) -> Iterator[tuple[str, float, float]]:
@@ -142,7 +142,7 @@ def models(device: torch.device) -> Iterator[tuple[str, float, float]]:
     want = alone(model)
     with counted() as calls:
         yield "packed = rows alone", apart(laid(model, share=False), want), LIMIT
-    if device.type == "cuda" and packed_attention._has_kernels(next(model.parameters()).device):
+    if device.type == "cuda" and packed_attention._gpu_has_flex_attention(next(model.parameters()).device):
         yield "its layers that flex attention did not compute", SHAPE["num_hidden_layers"] - len(calls), 0.5
     yield "packed, beginnings shared = rows alone", apart(laid(model), want), LIMIT
     with by_segment():
@@ -223,7 +223,7 @@ def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
         thin = [t.detach().to(dtype).requires_grad_() for t in full]
         if not packed_attention.flex_attention_supported(*thin[:2]):
             continue
-        mask = packed_attention.tree_mask(tree.lengths, tree.parents, tree.positions(), 3, None, device)
+        mask = packed_attention.make_tree_mask(tree.lengths, tree.parents, tree.positions(), 3, None, device)
         got = packed_attention.tree_attention(*thin, mask, None)
         want = F.scaled_dot_product_attention(*full, seen, enable_gqa=True)
         weights = torch.randn_like(want).to(dtype)

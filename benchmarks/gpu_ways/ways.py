@@ -42,11 +42,11 @@ class Way:
 
 def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) -> Way:
     from slimtune import LoraConfig, get_peft_model
-    from slimtune.attention import packed_layout
+    from slimtune.attention import register
     from slimtune.train_step.loss import auto_micro_batch_tokens, check_packing_supported, make_collator, step_loss
 
     if by_segment:
-        packed_layout.runs_here = lambda *_: False  # type: ignore[assignment]
+        register.flex_attention_supported = lambda *_: False  # type: ignore[assignment]
     model: Any = get_peft_model(base(spec), LoraConfig(**LORA, target_modules="all-linear"))
     if checkpointing:
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
@@ -59,7 +59,7 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
         collator.room = room // parts
         return collator.packs(rows)
 
-    ExitStack().enter_context(packed_layout.packed_attention(model))
+    ExitStack().enter_context(register.packed_attention(model))
     return Way(model, passes, lambda batch, targets: step_loss(model, batch, targets))
 
 

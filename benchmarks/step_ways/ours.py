@@ -25,7 +25,7 @@ from worker import Row, Turns, serve
 
 import slimtune
 from slimtune.adapters.base import BaseForward
-from slimtune.attention.packed_layout import LAYOUT_KWARG, empty_mask, packed_attention
+from slimtune.attention.register import LAYOUT_KWARG, empty_mask, packed_attention
 from slimtune.data.collator import Collator
 from slimtune.models.loader import load_base
 from slimtune.train_step.loss import auto_micro_batch_tokens, make_collator, step_loss

@@ -164,7 +164,7 @@ def test_methods_mix_and_full_rank_is_exact(cls, settings):
 @pytest.mark.parametrize("kind", ["cat", "linear", "ties"])
 def test_what_has_no_factors_has_no_rank_to_add_up(kind):
     model = several(llama, METHODS[0], {"use_dora": True})
-    with pytest.raises(UsageError, match=f"combination_type='{kind}' combines A and B, and adapter 'two' has none"):
+    with pytest.raises(UsageError, match=f"combination_type='{kind}' needs A and B, which adapter 'two' does not have"):
         model.add_weighted_adapter(["default", "two"], [1, 1], "sum", kind, density=0.5)
 
 
@@ -213,7 +213,7 @@ def test_a_head_trained_whole_comes_along():
     model.set_adapter(["default", "two"])
     assert (run(model) - once).abs().max() < CLOSE
     model.add_adapter("head", LoraConfig(task_type="SEQ_CLS"))
-    with pytest.raises(UsageError, match="'default' and 'head' both train classifier whole"):
+    with pytest.raises(UsageError, match="'default' and 'head' both train classifier in full"):
         model.add_weighted_adapter(["default", "head"], [1, 1], "none")
 
 
@@ -245,7 +245,7 @@ def test_what_cannot_be_is_refused_and_leaves_no_trace(given, how, said):
     with pytest.raises(UsageError, match=said):
         model.add_weighted_adapter(*given, "sum", **how)
     assert list(model.peft_config) == NAMES
-    with pytest.raises(UsageError, match="'two' cannot name a new adapter"):
+    with pytest.raises(UsageError, match="'two' cannot be the name of a new adapter"):
         model.add_weighted_adapter(["default"], [1], "two")
 
 

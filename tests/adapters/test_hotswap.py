@@ -93,7 +93,7 @@ def test_without_preparing_ranks_up_to_the_own_fit(tmp_path):
     assert (run(model) - said_first).abs().max() < CLOSE
     small = PeftModel.from_pretrained(llama(), second)
     before = values(small)
-    with pytest.raises(AdapterError, match=r"has rank 6 and scale 0.5 at .*q_proj, 'default' has room for rank 2") as e:
+    with pytest.raises(AdapterError, match=r"has rank 6 and scale 0.5 at .*q_proj, 'default' has space for rank 2") as e:
         hotswap_adapter(small, first, "default")
     assert "prepare_model_for_compiled_hotswap" in str(e.value)
     assert all(torch.equal(t, dict(small.named_parameters())[n]) for n, t in before.items())
@@ -106,7 +106,7 @@ def test_a_head_trained_whole_is_swapped_with_it(tmp_path):
     model = PeftModel.from_pretrained(bert_classifier(), first)
     hotswap_adapter(model, second, "default")
     assert (run(model) - said).abs().max() < CLOSE
-    with pytest.raises(AdapterError, match=r"trains whole nothing, 'default' 'classifier.weight'"):
+    with pytest.raises(AdapterError, match=r"trains in full nothing, 'default' 'classifier.weight'"):
         hotswap_adapter(model, bare, "default")
     assert (run(model) - said).abs().max() < CLOSE
 
@@ -123,7 +123,7 @@ def test_methods_without_factors_swap_with_their_like(tmp_path):
     assert objects == {n: id(p) for n, p in model.named_parameters()}
     with pytest.raises(AdapterError, match="trained with other settings: lora_alpha is 99"):
         hotswap_adapter(model, other, "default")
-    with pytest.raises(UsageError, match=r"is no plain LoRA at .*LinearDora"):
+    with pytest.raises(UsageError, match=r"is not a plain LoRA at .*LinearDora"):
         prepare_model_for_compiled_hotswap(model, target_rank=8)
     assert torch.equal(run(model), said)
 
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path):
     spoil_config(lying, r=2)
     cases = [
         (wider, "default", AdapterError, "changes 2 modules that 'default' does not, such as"),
-        (other_base, "default", AdapterError, "made for another base"),
+        (other_base, "default", AdapterError, "trained on another base"),
         (lying, "default", AdapterError, "tensors have another shape"),
         (tmp_path / "none", "default", UsageError, "there is no folder"),
         (first, "defaults", UsageError, "did you mean 'default'"),
@@ -162,14 +162,14 @@ def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path):
 
 def test_room_is_made_once_and_before_compiling(tmp_path):
     model = get_peft_model(llama(), LoraConfig(**LARGE))
-    with pytest.raises(UsageError, match="target_rank is 4, and adapter 'default' has rank 6"):
+    with pytest.raises(UsageError, match="target_rank is 4, but adapter 'default' has rank 6"):
         prepare_model_for_compiled_hotswap(model, target_rank=4)
     with pytest.raises(UsageError, match="a LlamaForCausalLM has no adapters"):
         prepare_model_for_compiled_hotswap(llama(), target_rank=4)
     compiled = torch.compile(model, backend="eager")
-    with pytest.raises(UsageError, match="compiled already"):
+    with pytest.raises(UsageError, match="already compiled"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=8)
-    with pytest.warns(UserWarning, match="compiled already"):
+    with pytest.warns(UserWarning, match="already compiled"):
         prepare_model_for_compiled_hotswap(compiled, target_rank=8, check_compiled="warn")
     assert model.peft_config["default"].r == model.peft_config["default"].lora_alpha == 8
     with pytest.raises(UsageError, match="check_compiled is 'no'"):

@@ -148,8 +148,8 @@ def test_a_copy_of_a_layer_brings_no_others_along():
     with torch.no_grad():
         model(tokens(), adapter_names=["one", "two"])
     copied = copy.deepcopy(model.model.layers[0].self_attn.q_proj)
-    assert not copied._running._stacks
-    assert model._attached.running._stacks
+    assert not copied.active_state._stacks
+    assert model._adapter_state.active_state._stacks
 
 
 def test_gradients_reach_each_rows_adapter():

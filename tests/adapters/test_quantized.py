@@ -214,5 +214,5 @@ def test_a_base_that_is_not_quantized_is_frozen_and_put_into_fp32():
     base = prepare_model_for_kbit_training(llama(dtype=torch.bfloat16))
     assert {(p.dtype, p.requires_grad) for p in base.parameters()} == {(torch.float32, False)}
     assert not base.is_gradient_checkpointing
-    with pytest.raises(UsageError, match="has adapters already"):
+    with pytest.raises(UsageError, match="already has adapters"):
         prepare_model_for_kbit_training(get_peft_model(llama(), LoraConfig()))

@@ -37,7 +37,7 @@ def test_a_prefix_in_several_threads_is_each_call_alone():
 def test_a_name_that_cannot_be_is_refused_and_leaves_nothing(name):
     model = llama()
     before, kinds = snapshot(model), {n: type(m) for n, m in model.named_modules()}
-    with pytest.raises(UsageError, match="cannot name a new adapter"):
+    with pytest.raises(UsageError, match="cannot be the name of a new adapter"):
         get_peft_model(model, LoraConfig(**QV), name)
     assert same_base(model, before)
     assert {n: type(m) for n, m in model.named_modules()} == kinds
@@ -55,7 +55,7 @@ def test_an_adapter_that_fails_half_way_leaves_nothing():
 
 
 def test_containers_and_fast_paths_are_refused_by_name():
-    with pytest.raises(TargetError, match="TransformerEncoderLayer, which reads its weight past its forward"):
+    with pytest.raises(TargetError, match="TransformerEncoderLayer, which reads the weight without calling the module"):
         get_peft_model(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), LoraConfig(target_modules=["linear1"]))
 
 

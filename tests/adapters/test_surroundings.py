@@ -96,10 +96,10 @@ def test_two_adapters_cannot_own_one_module(tiny_llama):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, modules_to_save=["lm_head"]))
     model.add_adapter("second", LoraConfig(r=2, modules_to_save=["lm_head"]))
     for act in (model.set_adapter, model.merge_adapter):
-        with pytest.raises(UsageError, match="both train lm_head whole"):
+        with pytest.raises(UsageError, match="both have their own copy of lm_head"):
             act(["default", "second"])
     assert model.active_adapters == ["default"]
-    with pytest.raises(UsageError, match="no adapter is named"):
+    with pytest.raises(UsageError, match="no adapter is given"):
         model.set_adapter([])
 
 

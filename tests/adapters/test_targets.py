@@ -98,8 +98,8 @@ def test_the_report_says_what_was_adapted_and_left():
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]))
     report = model.match_report()
     assert report.trained_whole == ("lm_head",)
-    assert "model.layers.0.self_attn.k_proj" in report.left
-    assert "adapted 4 modules (q_proj × 2, v_proj × 2); trained whole: 'lm_head'; left 11" in str(report)
+    assert "model.layers.0.self_attn.k_proj" in report.unadapted
+    assert "adapted 4 modules (q_proj × 2, v_proj × 2); trained in full: 'lm_head'; not adapted: 11" in str(report)
     assert str(get_peft_model(gpt2(), LoraConfig(bias="all")).match_report()).count("biases train") == 1
 
 
@@ -137,10 +137,10 @@ FAULTS = [
                                                                             "did you mean 'q_proj'"]),
     (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, ["modules_to_save: 'lm_haed'",
                                                                             "did you mean 'lm_head'"]),
-    (llama, {"target_modules": ["input_layernorm"]}, ["LlamaRMSNorm", "lora cannot change"]),
+    (llama, {"target_modules": ["input_layernorm"]}, ["LlamaRMSNorm", "lora cannot adapt"]),
     (llama, {"target_modules": ["self_attn"]}, ["LlamaAttention", "name the linear modules inside it"]),
-    (Pair, {"target_modules": ["norm"]}, ["LayerNorm", "lora cannot change"]),
-    (Pair, {"target_modules": ["out_proj"]}, ["attention.out_proj lies in a torch MultiheadAttention"]),
+    (Pair, {"target_modules": ["norm"]}, ["LayerNorm", "lora cannot adapt"]),
+    (Pair, {"target_modules": ["out_proj"]}, ["attention.out_proj is part of a torch MultiheadAttention"]),
     (Pair, {"target_modules": ["out"], "modules_to_save": ["batch"]}, ["batch has buffers"]),
     (Pair, {}, ["there is no default for 'Pair'", 'target_modules="all-linear"']),
     (moe, {"target_modules": "all-linear"}, ["expert", "3-dimensional"]),

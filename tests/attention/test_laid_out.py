@@ -13,14 +13,9 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import slimtune
-from slimtune.attention import packed_layout as room
-from slimtune.attention.packed_layout import (
-    LAYOUT_KWARG,
-    PackedLayout,
-    empty_mask,
-    packed_attention,
-    packing_unsupported_reason,
-)
+from slimtune.attention import register as room
+from slimtune.attention.packed_layout import (PackedLayout)
+from slimtune.attention.register import LAYOUT_KWARG, empty_mask, packed_attention, packing_unsupported_reason
 from slimtune.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -49,7 +44,7 @@ def laid(model, layout=TREE, **more):
 
 def dense_masks(model, layout):
     def mask(window):
-        seen = layout.seen(window, CPU)[None, None]
+        seen = layout.dense_mask(window, CPU)[None, None]
         eager = model.config._attn_implementation == "eager"
         return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min) if eager else seen
 
@@ -138,7 +133,7 @@ def test_checkpointing_keeps_the_layout(name):
 
     want = gradients(model, run)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with patch.object(room, "_require_plain", side_effect=room._require_plain) as attended:
+    with patch.object(room, "_check_call", side_effect=room._check_call) as attended:
         assert apart(gradients(model, run), want) == 0
     assert attended.call_count == 4  # two layers, forwards and again backwards
     assert all(c.args[1] is TREE for c in attended.call_args_list)
@@ -199,7 +194,7 @@ def test_models_that_cannot():
     model = build("llama")
     assert packing_unsupported_reason(model) == ""
     model.config.layer_types = ["full_attention", "linear_attention"]
-    assert "not plain attention (linear_attention)" in packing_unsupported_reason(model)
+    assert "without plain attention (linear_attention)" in packing_unsupported_reason(model)
     del model.config.layer_types
     model.config.attention_chunk_size = 8
     assert "(chunked)" in packing_unsupported_reason(model)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from slimtune.attention import packed_attention
-from slimtune.attention import packed_layout as room
-from slimtune.attention.packed_layout import LAYOUT_KWARG, PackedLayout
+from slimtune.attention import register as room
+from slimtune.attention.packed_layout import (PackedLayout)
+from slimtune.attention.register import LAYOUT_KWARG
 
 CPU = torch.device("cpu")
 TREE = PackedLayout((5, 3, 2, 4, 1, 6), (-1, 0, 1, 0, -1, 4))
@@ -47,31 +48,31 @@ def seen_by_hand(layout, window):
         for t in range(n):
             way, at, last = [], i, t
             while at >= 0:
-                way += [layout.keys_before + first[at] + u for u in range(last, -1, -1)]
+                way += [layout.prefix_keys + first[at] + u for u in range(last, -1, -1)]
                 at = layout.parents[at]
                 last = layout.lengths[at] - 1
-            way += range(layout.keys_before - 1, -1, -1)
+            way += range(layout.prefix_keys - 1, -1, -1)
             rows.append(set(way[:window]))
     return rows
 
 
 @given(layout=layouts(), window=windows)
 def test_seen(layout, window):
-    seen = layout.seen(window, CPU)
-    assert seen.shape == (layout.total, layout.keys_before + layout.total)
+    seen = layout.dense_mask(window, CPU)
+    assert seen.shape == (layout.total, layout.prefix_keys + layout.total)
     assert [set(row.nonzero()[:, 0].tolist()) for row in seen] == seen_by_hand(layout, window)
 
 
 @given(layout=layouts(), window=windows)
 def test_masks_by_segment(layout, window):
     """Each segment's mask over `[keys before, segments above, own]` is the dense one's part; nothing else is seen."""
-    seen, first = layout.seen(window, CPU), [sum(layout.lengths[:i]) for i in range(len(layout.lengths))]
+    seen, first = layout.dense_mask(window, CPU), [sum(layout.lengths[:i]) for i in range(len(layout.lengths))]
     for i, n in enumerate(layout.lengths):
-        columns = list(range(layout.keys_before))
-        for a in [*layout.path(i), i]:
-            columns += [layout.keys_before + first[a] + t for t in range(layout.lengths[a])]
+        columns = list(range(layout.prefix_keys))
+        for a in [*layout.ancestors(i), i]:
+            columns += [layout.prefix_keys + first[a] + t for t in range(layout.lengths[a])]
         own = seen[first[i] : first[i] + n]
-        mask = layout.mask(i, window, torch.float32, CPU)
+        mask = layout.segment_mask(i, window, torch.float32, CPU)
         if mask is None:
             assert torch.equal(own[:, columns], torch.ones(n, n, dtype=torch.bool).tril())
         else:
@@ -84,10 +85,10 @@ def test_masks_by_segment(layout, window):
 
 def test_by_hand():
     assert TREE.total == 21
-    assert TREE.path(2) == [0, 1]
+    assert TREE.ancestors(2) == [0, 1]
     assert TREE.starts() == [0, 5, 8, 5, 0, 1]
     assert TREE.positions() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 5, 6, 7, 8, 0, 1, 2, 3, 4, 5, 6]
-    assert PackedLayout((3,), (-1,)).seen(2, CPU).tolist() == [
+    assert PackedLayout((3,), (-1,)).dense_mask(2, CPU).tolist() == [
         [True, False, False],
         [True, True, False],
         [False, True, True],
@@ -97,13 +98,13 @@ def test_by_hand():
 @given(layout=layouts(), n=st.integers(1, 4), window=windows)
 def test_behind_keys_and_behind_tokens(layout, n, window):
     """Learned keys and learned tokens before all rows are seen alike, and the tokens are laid first."""
-    keys, tokens = layout.behind_keys(n), layout.behind_tokens(n)
+    keys, tokens = layout.with_prefix_keys(n), layout.with_leading_tokens(n)
     assert tokens.total == layout.total + n
-    assert keys.keys_before == layout.keys_before + n
-    at = [layout.keys_before + n + t for t in range(layout.total)]  # columns: keys before, n tokens, the rest
-    assert torch.equal(tokens.seen(window, CPU)[n:][:, at], keys.seen(window, CPU)[:, at])
-    assert tokens.seen(window, CPU)[n:].sum(1).tolist() == keys.seen(window, CPU).sum(1).tolist()
-    assert keys.mask(0, window, torch.float32, CPU) is None or keys.mask(0, window, torch.float32, CPU).shape[3] > n
+    assert keys.prefix_keys == layout.prefix_keys + n
+    at = [layout.prefix_keys + n + t for t in range(layout.total)]  # columns: keys before, n tokens, the rest
+    assert torch.equal(tokens.dense_mask(window, CPU)[n:][:, at], keys.dense_mask(window, CPU)[:, at])
+    assert tokens.dense_mask(window, CPU)[n:].sum(1).tolist() == keys.dense_mask(window, CPU).sum(1).tolist()
+    assert keys.segment_mask(0, window, torch.float32, CPU) is None or keys.segment_mask(0, window, torch.float32, CPU).shape[3] > n
 
 
 @pytest.mark.parametrize("parents", [(-1, 1), (0, 0), (-1, -2), (-1,)])
@@ -122,14 +123,14 @@ def attention(chosen, layout, window, q, k, v):
 
 
 def inputs(layout, dtype=torch.float64):
-    keys = layout.keys_before + layout.total
+    keys = layout.prefix_keys + layout.total
     shapes = (1, 4, layout.total, 16), (1, 2, keys, 16), (1, 2, keys, 16)
     return [normal(*shape, seed=i, dtype=dtype).requires_grad_() for i, shape in enumerate(shapes)]
 
 
 def dense(layout, window, q, k, v):
     k, v = (t.repeat_interleave(2, dim=1) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, layout.seen(window, CPU), scale=0.3).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, layout.dense_mask(window, CPU), scale=0.3).transpose(1, 2)
 
 
 @pytest.mark.parametrize("chosen", ["sdpa", "eager"])
@@ -154,8 +155,8 @@ def test_flex_attention_is_attention_by_segment(layout, window):
     want = attention("sdpa", layout, window, *given)
     with (
         patch.object(room, "flex_attention_supported", return_value=True),
-        patch.object(packed_attention, "_compiled", lambda function: function),
-        patch.object(room, "_by_segment", side_effect=AssertionError("not by flex attention")),
+        patch.object(packed_attention, "_compile", lambda function: function),
+        patch.object(room, "attend_by_segment", side_effect=AssertionError("not by flex attention")),
     ):
         got = attention("sdpa", layout, window, *given)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

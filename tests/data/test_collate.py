@@ -17,7 +17,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from slimtune.attention.packed_layout import packed_attention
+from slimtune.attention.register import packed_attention
 from slimtune.data.collator import Collator
 from slimtune.errors import DataError
 from slimtune.train_step.loss import step_loss, token_nll

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimtune.attention.packed_layout import PackedLayout
+from slimtune.attention.packed_layout import (PackedLayout)
 from slimtune.data.packing import LEAST, bin_pack, pack_sequences
 
 CPU = torch.device("cpu")

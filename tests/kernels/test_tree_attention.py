@@ -13,14 +13,14 @@ from torch.nn.attention import flex_attention as flex
 from slimtune.attention import packed_attention
 from slimtune.attention.packed_attention import (
     BLOCK,
-    _compiled,
-    _fault,
-    _options,
+    _compile,
+    _find_kernel_options,
+    _test_kernel,
     flex_attention_supported,
+    make_tree_mask,
     padded_length,
-    tree_mask,
 )
-from slimtune.attention.packed_layout import PackedLayout
+from slimtune.attention.packed_layout import (PackedLayout)
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def layouts(draw):
 
 
 def mask_of(layout, window=None):
-    return tree_mask(layout.lengths, layout.parents, layout.positions(), layout.keys_before, window, CPU)
+    return make_tree_mask(layout.lengths, layout.parents, layout.positions(), layout.prefix_keys, window, CPU)
 
 
 def dense(mask):
@@ -56,7 +56,7 @@ def dense(mask):
 @settings(max_examples=60, deadline=None)
 @given(layouts(), st.sampled_from([None, 1, 5, 64, 200]))
 def test_the_mask_is_the_layouts(layout, window):
-    got, want = dense(mask_of(layout, window)), layout.seen(window, CPU)
+    got, want = dense(mask_of(layout, window)), layout.dense_mask(window, CPU)
     assert torch.equal(got[: layout.total, : want.shape[1]], want)
     assert not got[: layout.total, want.shape[1] :].any()  # nobody sees what is filled in
     assert got.any(1).all()  # a query that sees nothing would divide by nothing
@@ -71,12 +71,12 @@ def test_blocks_that_nobody_sees_are_left_out():
 
 @pytest.mark.parametrize(("front", "window"), [(0, None), (5, None), (0, 40)])
 def test_attention_is_that_of_the_dense_mask(front, window, monkeypatch):
-    monkeypatch.setattr(packed_attention, "_compiled", lambda function: function)
+    monkeypatch.setattr(packed_attention, "_compile", lambda function: function)
     layout = PackedLayout((150, 40, 90, 60), (-1, 0, 0, 1), front)
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 6, 340, 24), torch.randn(1, 2, front + 340, 24), torch.randn(1, 2, front + 340, 24)
     got = packed_attention.tree_attention(q, k, v, mask_of(layout, window), 0.3)
-    seen = layout.seen(window, CPU)[None, None]
+    seen = layout.dense_mask(window, CPU)[None, None]
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(got, want)
 
@@ -84,7 +84,7 @@ def test_attention_is_that_of_the_dense_mask(front, window, monkeypatch):
 def by_operators(monkeypatch, backend):
     """Compile to torch's operators, which have a backward pass on a CPU too."""
     torch._dynamo.reset()
-    _compiled.cache_clear()
+    _compile.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
 
@@ -105,7 +105,7 @@ def test_gradients_and_kernels(monkeypatch):
         n = layout.total
         leaves = [torch.randn(1, h, n, 16, requires_grad=True) for h in (4, 2, 2)]
         want = torch.nn.functional.scaled_dot_product_attention(
-            *leaves, layout.seen(None, CPU)[None, None], enable_gqa=True
+            *leaves, layout.dense_mask(None, CPU)[None, None], enable_gqa=True
         )
         got = packed_attention.tree_attention(*leaves, mask_of(layout), None)
         torch.testing.assert_close(got, want)
@@ -115,7 +115,7 @@ def test_gradients_and_kernels(monkeypatch):
         ):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 3  # 512, 1024 and 256
-    _compiled.cache_clear()
+    _compile.cache_clear()
 
 
 def test_lengths_are_powers_of_two():
@@ -135,23 +135,23 @@ HEADS = (CPU, torch.float32, 4, 2, 16)
 @pytest.fixture
 def uncompiled(monkeypatch):
     by_operators(monkeypatch, "aot_eager")
-    _options.cache_clear()
+    _find_kernel_options.cache_clear()
     yield
-    _options.cache_clear()
-    _compiled.cache_clear()
+    _find_kernel_options.cache_clear()
+    _compile.cache_clear()
 
 
 def test_what_works_has_no_fault(uncompiled):
     with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: 1 / 0):
-        assert _options(*HEADS) == {}  # whatever the caller is in the middle of
+        assert _find_kernel_options(*HEADS) == {}  # whatever the caller is in the middle of
 
 
 def test_other_numbers_are_a_fault(uncompiled, monkeypatch):
-    right = packed_attention.tree_mask
+    right = packed_attention.make_tree_mask
     monkeypatch.setattr(
-        packed_attention, "tree_mask", lambda lengths, parents, *rest: right(lengths, (-1, 0, 1), *rest)
+        packed_attention, "make_tree_mask", lambda lengths, parents, *rest: right(lengths, (-1, 0, 1), *rest)
     )
-    assert "its numbers are" in _fault(*HEADS, {})
+    assert "its values are" in _test_kernel(*HEADS, {})
 
 
 def test_less_memory_is_tried_before_segments(monkeypatch):
@@ -160,16 +160,16 @@ def test_less_memory_is_tried_before_segments(monkeypatch):
         raise RuntimeError("out of resource: shared memory\nRequired: 101888")
 
     tried = []
-    monkeypatch.setattr(packed_attention, "_compiled", lambda function: out_of_memory)
-    _options.cache_clear()
+    monkeypatch.setattr(packed_attention, "_compile", lambda function: out_of_memory)
+    _find_kernel_options.cache_clear()
     with pytest.warns(
-        UserWarning, match=r"4 heads of 16 in torch.float32.*RuntimeError: out of resource: shared memory$"
+        UserWarning, match=r"4 heads of size 16 in torch.float32.*RuntimeError: out of resource: shared memory$"
     ):
-        assert _options(*HEADS) is None
+        assert _find_kernel_options(*HEADS) is None
     assert tried[:2] == [None, {"num_stages": 1}]
     assert len(tried) == 3
-    _options.cache_clear()
+    _find_kernel_options.cache_clear()
 
 
 def test_compiled_once():
-    assert _compiled(flex.flex_attention) is _compiled(flex.flex_attention)
+    assert _compile(flex.flex_attention) is _compile(flex.flex_attention)

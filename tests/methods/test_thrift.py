@@ -12,7 +12,7 @@ from plain_way import apart, gradients, wide
 from test_methods_step import ROWS, adapted
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.attention.packed_layout import packed_attention
+from slimtune.attention.register import packed_attention
 from slimtune.errors import UsageError
 from slimtune.kernels import activation_offload
 from slimtune.train_step.loss import make_collator, step_loss, token_nll

@@ -10,7 +10,7 @@ from plain_way import alone, apart, gradients, loud, unfused, wide
 from torch import nn
 
 import slimtune
-from slimtune.attention.packed_layout import packed_attention
+from slimtune.attention.register import packed_attention
 from slimtune.errors import ModelError
 from slimtune.kernels import cross_entropy
 from slimtune.models.lm_head import get_hidden_states, get_lm_head

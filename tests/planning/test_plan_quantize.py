@@ -19,7 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.attention.packed_layout import packed_attention
+from slimtune.attention.register import packed_attention
 from slimtune.errors import ModelError, UsageError
 from slimtune.kernels.adamw import adamw_8bit
 from slimtune.planning.fake_quantization import KINDS, quantization_kind, quantize

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
 from slimtune import LoraConfig, get_peft_model
-from slimtune.attention.packed_layout import packed_attention
+from slimtune.attention.register import packed_attention
 from slimtune.config import Recipe
 from slimtune.data.collator import Collator
 from slimtune.data.step_sharding import StepSharder

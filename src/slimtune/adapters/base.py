@@ -1,19 +1,20 @@
-"""The contract between a method and the one adapted layer.
+"""The contract between a method and the adapted layer.
 
-A method puts a **delta** at a **site**, one place in the frozen base. Deltas nest: each sees what lies below it, the
-base's module and the deltas put there before, as one frozen function. So several adapters, of whatever methods, mean
-the same run one after the other, and merged one after the other.
+A method adds an **adapter module** at a **site**, one place in the frozen base model. Adapter modules at one site nest:
+each sees everything inside it (the base module and the adapter modules added before) as one frozen function. So
+several adapters of different methods run, and merge, in the order in which they are active.
 
-    kind of site    the base's module there             what a delta defines
-    "linear"        y = W x + b                         `forward(x, y)`; or `forward_with_base(frozen, x)` where it changes the
-    "embedding"     y = W[:, x]                         input or reads the weight; `merge_into(W, b)`; `low_rank_factors()`
-    "norm"          a normalisation with a weight       the same
-    "block"         any module that gives (..., d)      `forward(x, y)` on hidden states: see `Block`
-    "attention"     the attention of a layer            `prefix(module, rows)`: see `attention/prefix.py`
-    "model"         the whole backbone                  `virtual()`: see `adapters/prompt.py`; or a `Holder`
+    site kind     base module at the site           what an adapter module defines
+    "linear"      y = W x + b                       `forward(x, y)`, or `forward_with_base(base, x)` if it changes the
+    "embedding"   y = W[:, x]                       input or reads W; `merge_into(W, b)`; `low_rank_factors()`
+    "norm"        a normalisation with a weight     the same
+    "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `Block`
+    "attention"   the attention module of a layer   `prefix(module, rows)`: see `adapters/prompt.py`
+    "model"       the whole backbone                `virtual_embeddings()`: see `adapters/prompt.py`;
+                                                    or `SharedParameters`
 
-A delta never sees another adapter, a quantized weight or a transposed layout: the adapted layer (`adapters/layer.py`) and
-`Frozen` own those. Shapes: `x (..., in)`, `y (..., out)`, `W (out, in)`, `b (out)`.
+An adapter module never sees another adapter, a quantized weight or a transposed weight layout: the adapted layer
+(`adapters/layer.py`) and `BaseForward` handle those. Shapes: `x (..., in)`, `y (..., out)`, `W (out, in)`, `b (out)`.
 """
 
 from __future__ import annotations
@@ -25,29 +26,28 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..attention.prefix import RowMask as RowMask  # methods import it from here
 from ..kernels.lora_linear import low_rank_linear, plus_low_rank
 from ..utils.linear_layers import get_weight, is_plain_forward
 from .architectures import text_config
 
 SiteKind = Literal["linear", "embedding", "norm", "block", "attention", "model"]
-RowMask = Tensor | None
-"""Which rows of a batch a delta is for, as a bool `(batch,)`; None: all."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One place in the base where a method may add a delta.
+    """One place in the base model where a method may add an adapter module.
 
     Args:
         name: dotted name of the module in the base; "" is the model itself.
-        kind: what is there; see the top of this file. For an embedding `x (...)` holds row numbers below `in_features`.
-        in_features: columns of `W`; elsewhere the model's hidden size.
-        out_features: rows of `W`; elsewhere the model's hidden size.
-        device: where the base's weight lies.
-        dtype: dtype the adapter's parameters get.
-        module: the module itself, to be read and never kept.
-        model: the whole model, to be read and never kept.
-        loading: a file's tensors will be copied in: a costly start need not be computed.
+        kind: kind of module there; see the table above. An embedding's `x (...)` contains row indices.
+        in_features: columns of `W`; for blocks, attention and the model: the model's hidden size.
+        out_features: rows of `W`; for blocks, attention and the model: the model's hidden size.
+        device: device of the base's weight.
+        dtype: dtype of the adapter's parameters.
+        module: the base module, for reading only; do not keep a reference.
+        model: the whole model, for reading only; do not keep a reference.
+        loading: True if a file's tensors will overwrite the parameters, so a costly initialisation can be skipped.
     """
 
     name: str
@@ -62,209 +62,212 @@ class Site:
 
     @property
     def init_device(self) -> torch.device:
-        """Where random numbers are drawn: on the CPU, as PEFT draws them, except on meta where there are none."""
+        """Device on which to draw random numbers: the CPU, as PEFT does, or meta for a model without values."""
         return self.device if self.device.type == "meta" else torch.device("cpu")
 
     @property
     def config(self) -> Any:
-        """The text model's config, None for a model that is not transformers'."""
+        """Config of the model's text part, None if the model is not a transformers model."""
         return text_config(self.model)
 
     def weight(self) -> Tensor:
-        """Return the frozen weight `(out, in)`, dequantized, in fp32 at least."""
+        """Return the frozen weight `(out, in)`, dequantized, in fp32 or wider."""
         weight = get_weight(self.module).detach()
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def bias(self) -> Tensor | None:
-        """Return the frozen bias `(out)`, None where there is none."""
+        """Return the frozen bias `(out)`, or None."""
         return getattr(self.module, "bias", None)
 
 
 class BaseForward:
-    """What lies below a delta at its site: call it to run it. Made anew for each call; keep nothing of it."""
+    """Callable that runs everything inside an adapter module at its site. Valid for one forward call; do not keep it.
 
-    __slots__ = ("below", "module", "run")
+    Args:
+        module: the base module.
+        run: runs the base module with `inner_modules` around it.
+        inner_modules: adapter modules that were added before this one, innermost first.
+    """
 
-    def __init__(self, module: nn.Module, run: Callable[..., Any], below: Sequence[AdapterModule] = ()) -> None:
-        self.module, self.run, self.below = module, run, below
+    __slots__ = ("inner_modules", "module", "run")
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any], inner_modules: Sequence[AdapterModule] = ()) -> None:
+        self.module, self.run, self.inner_modules = module, run, inner_modules
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base's module with the deltas below."""
+        """Run the base module with the inner adapter modules."""
         return self.run(*args, **kwargs)
 
     def weight(self) -> Tensor:
-        """Return the weight `(out, in)` that `self` multiplies by: the base's own tensor where nothing lies below."""
+        """Return the weight `(out, in)` that a call uses: the base's own tensor if there are no inner modules."""
         return self.weight_and_bias()[0]
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """Return what lies below as one weight `(out, in)` and one bias `(out)`, None where there is none."""
+        """Return the base and the inner modules merged into one weight `(out, in)` and one bias `(out)` or None."""
         weight, bias = get_weight(self.module), self.bias()
-        if self.below:
+        if self.inner_modules:
             wide = torch.promote_types(weight.dtype, torch.float32)
             weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
-        for delta in self.below:
-            weight, bias = delta.merge_into(weight, bias)
+        for inner in self.inner_modules:
+            weight, bias = inner.merge_into(weight, bias)
         return weight, bias
 
     def bias(self) -> Tensor | None:
-        """Return the base's bias `(out)`, None where there is none."""
+        """Return the base's bias `(out)`, or None."""
         return getattr(self.module, "bias", None)
 
-    def plus_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, drop: float = 0.0) -> Tensor:
-        """Run what lies below and add `scale · B A d(x)`: one step of autograd where that is a plain frozen map.
+    def plus_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+        """Return `base(x) + scale · B A dropout(x)`, fused into one autograd step if the base is a plain linear layer.
 
         Args:
             x: `(..., in)`.
             A: `(r, in)`.
             B: `(out, r)`.
-            scale: the update's.
-            drop: probability of leaving out an input of A.
+            scale: factor on the low-rank update.
+            dropout: probability in [0, 1) of dropping an input of A.
         """
-        if not self.below and is_plain_forward(self.run):
+        if not self.inner_modules and is_plain_forward(self.run):
             weight = get_weight(self.module)
             if not weight.requires_grad:
-                return low_rank_linear(x, weight, self.bias(), A, B, scale, drop)
-        return plus_low_rank(self(x), x, A, B, scale, drop)
+                return low_rank_linear(x, weight, self.bias(), A, B, scale, dropout)
+        return plus_low_rank(self(x), x, A, B, scale, dropout)
 
-    def alone_with(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
-        """Run the base's module alone, with other tensors in place of its parameters; the module is not touched."""
-        twin: Any = object.__new__(type(self.module))
-        # `_kept`, as after a merge: an adapted module runs its base's forward with the parameters that stand there.
-        own = {**self.module._parameters, **parameters}
-        twin.__dict__ = {**vars(self.module), "_parameters": own, "_kept": {}}
-        return type(twin).forward(twin, *args)
+    def run_base_with(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
+        """Run the base module's own forward with other tensors in place of its parameters, without modifying it."""
+        # A shallow copy of the module that shares everything but the table of parameters. An entry in
+        # `original_parameters` makes an adapted module run its base's forward with the parameters as they are.
+        module_copy: Any = object.__new__(type(self.module))
+        table = {**self.module._parameters, **parameters}
+        module_copy.__dict__ = {**vars(self.module), "_parameters": table, "original_parameters": {}}
+        return type(module_copy).forward(module_copy, *args)
 
 
 class AdapterModule(nn.Module):
-    """What a method adds at one site; see the top of this file for what a subclass defines."""
+    """What a method adds at one site; the table at the top of this file says what a subclass defines."""
 
     optional: ClassVar[frozenset[str]] = frozenset()
-    """Names of tensors a file may leave out: the delta knows how to go on without."""
+    """Names of tensors that a file may leave out."""
     uses_attention_prefix: ClassVar[bool] = False
     """Whether the module passes learned keys and values to the attention function; see `attention/prefix.py`."""
     has_base_parameter: bool = True
-    """Whether the base has a parameter that could hold what `merge_into` gives."""
+    """Whether the base has a parameter that can store the result of `merge_into`."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map the input `x (..., in)` and the frozen output `y (..., out)` to the adapted output `(..., out)`."""
-        raise TypeError(f"{type(self).__name__} defines no forward(x, y)")
+        raise TypeError(f"{type(self).__name__} does not define forward(x, y)")
 
-    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Any:
-        """Run what lies below and change its answer: `x (..., in)` to `(..., out)`."""
-        return self(x, frozen(x))
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Any:
+        """Run the base and adapt its output: `x (..., in)` to `(..., out)`."""
+        return self(x, base(x))
 
-    def forward_batch_rows(self, frozen: BaseForward, base: BaseForward, rows: Tensor, x: Tensor) -> Any:
-        """The same where only some rows of the batch are this delta's.
+    def forward_batch_rows(self, base: BaseForward, plain_base: BaseForward, rows: Tensor, x: Tensor) -> Any:
+        """Run a batch of which only some rows use this adapter.
 
         Args:
-            frozen: what lies below, with other rows' deltas in it.
-            base: the base's module alone, which is what lies below the rows meant here.
-            rows: bool `(batch,)`.
+            base: the base with the adapter modules of the other rows.
+            plain_base: the base module alone, which is the base of the rows in `rows`.
+            rows: which rows use this adapter, bool `(batch,)`.
             x: `(batch, ..., in)`.
         """
-        y = frozen(x)
-        mine = (
-            self(x[rows], y[rows])
-            if type(self).forward_with_base is AdapterModule.forward_with_base
-            else self.forward_with_base(base, x[rows])
-        )
-        return y.index_put((rows,), mine.to(y.dtype))
+        y = base(x)
+        if type(self).forward_with_base is AdapterModule.forward_with_base:
+            adapted = self(x[rows], y[rows])
+        else:
+            adapted = self.forward_with_base(plain_base, x[rows])
+        return y.index_put((rows,), adapted.to(y.dtype))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight `(out, in)` and bias that alone do what these and this delta do together, as new tensors.
+        """Return a new weight `(out, in)` and bias that include this module's change.
 
         Args:
-            weight: the frozen weight, in fp32 or wider; the caller rounds the result once.
-            bias: the frozen bias, None where there is none. Return it as it is where the delta does not change it.
+            weight: the weight without it, in fp32 or wider; the caller rounds the result once.
+            bias: the bias without it, or None. Return the same object if the module does not change it.
 
         Raises:
-            MergeRefused: the method's change is no change of a weight.
+            MergeUnsupported: the method does not change weights.
         """
         raise MergeUnsupported(f"{type(self).__name__} cannot be merged into a weight")
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """Return `(A (r, in), B (out, r), scale)` where this delta is `y + scale · B A x` at this moment, else None.
+        """Return `(A (r, in), B (out, r), scale)` if this module computes `y + scale · B A x` now, else None.
 
-        Batched rows, weighted merges, hot-swapping and export to LoRA's formats come with it.
+        Mixed batches, weighted merges, hot-swapping and export as LoRA work for modules that return factors.
         """
         return None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a file holds of this delta, by name below its site: its parameters and persistent buffers."""
+        """Return the tensors that a file stores, by name relative to the site: parameters and persistent buffers."""
         return dict(self.state_dict(keep_vars=True))
 
     def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
-        """Get ready for a file's tensors, by their names below the site, before they are copied into `tensors()`."""
+        """Prepare for a file's tensors, by name relative to the site, before they are copied into `tensors()`."""
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Return what training goes on from that a file does not hold, by name; a run's checkpoints keep it.
+        """Return state that training needs to resume but an adapter file does not store, by name.
 
-        On meta, where nothing trains, all it can come to be: plans ask how large checkpoints get.
+        On the meta device, return everything the state can contain: the planner computes checkpoint sizes from it.
         """
         return {}
 
-    def load_extra_state(self, kept: Mapping[str, Tensor]) -> None:
-        """Go on from what `extra_state` returned, after the file's tensors were copied in."""
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `extra_state` returned, after the file's tensors were loaded."""
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters that train; all, unless a method keeps some as they are."""
+        """Return the parameters that train: all of them, unless a method freezes some."""
         return self.parameters()
 
     def lr_multipliers(self) -> dict[str, float]:
-        """Return factors on the learning rate, by parameter name, where they are not 1."""
+        """Return factors on the learning rate, by parameter name; parameters that are not listed have factor 1."""
         return {}
 
 
 class SharedParameters(AdapterModule):
-    """Holds, at the model, parameters that deltas at other sites share; runs what lies below as it is.
+    """Parameters at the model's site that adapter modules at other sites share; its own forward changes nothing.
 
-    Deltas keep it as `self.held = (holder,)`: a tuple, so that its parameters are registered once.
+    The other modules keep it in a tuple, `self.shared = (module,)`, so that PyTorch registers its parameters once.
     """
 
-    def forward_with_base(self, frozen: BaseForward, *args: Any, **kwargs: Any) -> Any:
-        """Run what lies below."""
-        return frozen(*args, **kwargs)
+    def forward_with_base(self, base: BaseForward, *args: Any, **kwargs: Any) -> Any:
+        """Run the base."""
+        return base(*args, **kwargs)
 
     def forward_batch_rows(
-        self, frozen: BaseForward, base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
+        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """Run what lies below."""
-        return frozen(*args, **kwargs)
+        """Run the base."""
+        return base(*args, **kwargs)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return both as they are."""
+        """Return both unchanged."""
         return weight, bias
 
 
 class Block(AdapterModule):
-    """A delta after a sub-layer: `forward(x, y)` maps its hidden states in and out, `(..., d)` each, to `(..., d)`.
+    """Adapter module after a sub-layer: `forward(x, y)` maps its input and output `(..., d)` to `(..., d)`.
 
-    The sub-layer may return a tuple, of which the first is meant (attention and its weights).
+    If the sub-layer returns a tuple (such as attention output and weights), the first element is adapted.
     """
 
-    def forward_with_base(self, frozen: BaseForward, *args: Any, **kwargs: Any) -> Any:
-        """Run the sub-layer and change the hidden states it gives."""
-        return _first_changed(frozen(*args, **kwargs), lambda y: self(_hidden(args, kwargs), y))
+    def forward_with_base(self, base: BaseForward, *args: Any, **kwargs: Any) -> Any:
+        """Run the sub-layer and adapt the hidden states it returns."""
+        x = _get_hidden_states(args, kwargs)
+        return _map_first(base(*args, **kwargs), lambda y: self(x, y))
 
     def forward_batch_rows(
-        self, frozen: BaseForward, base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
+        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """The same for some rows."""
-        x = _hidden(args, kwargs)
-
-        def change(y: Tensor) -> Tensor:
-            return y.index_put((rows,), self(x[rows], y[rows]).to(y.dtype))
-
-        return _first_changed(frozen(*args, **kwargs), change)
+        """Run the sub-layer and adapt the hidden states of some rows."""
+        x = _get_hidden_states(args, kwargs)
+        return _map_first(base(*args, **kwargs), lambda y: y.index_put((rows,), self(x[rows], y[rows]).to(y.dtype)))
 
 
 class MergeUnsupported(ValueError):
-    """A delta is no change of a weight."""
+    """An adapter module's change cannot be merged into a weight."""
 
 
-def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def _get_hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
 
 
-def _first_changed(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+def _map_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)

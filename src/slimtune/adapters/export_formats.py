@@ -1,6 +1,6 @@
-"""Where an adapter can go: what each way out asks of it. Its deltas and its config answer, no list of methods does.
+"""Which export formats an adapter supports, judged by its modules and config rather than by a list of methods.
 
-What a way asks of the base (an architecture that llama.cpp or vLLM knows) is asked when it is gone.
+Requirements on the base model (an architecture that llama.cpp or vLLM knows) are checked at export time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Factors = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True)
 class ExportFormats:
-    """What an adapter can become.
+    """The export formats that an adapter supports.
 
     Args:
         merged: base and adapter as one model.
-        gguf: a GGUF that llama.cpp, and so Ollama, adds to the base.
+        gguf: a GGUF file that llama.cpp (and Ollama) adds to the base.
         vllm: a LoRA that vLLM adds to the base.
-        as_lora: the nearest LoRA, which vLLM takes.
+        as_lora: a LoRA that approximates the adapter, for vLLM.
     """
 
     merged: bool
@@ -34,67 +34,66 @@ class ExportFormats:
 
 
 def get_export_formats(model: Any, adapter: str = "default", *, beside: bool = True) -> ExportFormats:
-    """Return the ways of a model's adapter.
+    """Return the export formats of a model's adapter.
 
     Args:
         model: the adapted model.
         adapter: the adapter's name.
-        beside: whether it may stand beside another base than the one in memory; a LoftQ start may not.
+        beside: whether the adapter can be added to the base as it was published; False after a LoftQ initialisation,
+            which changed the base in memory.
     """
     config = model.peft_config[adapter]
-    kinds = set(model._attached.reports[adapter].kinds.values())
-    maps, other = collect_low_rank_factors(model, adapter)
-    taken = beside and not lora_incompatibilities(config)
-    merged = config.mergeable and all(d.has_base_parameter for d in model._attached.deltas(adapter).values())
+    factors, other = collect_low_rank_factors(model, adapter)
+    can_be_lora = beside and not lora_incompatibilities(config)
+    merged = config.mergeable and all(m.has_base_parameter for m in model.adapter_modules(adapter).values())
     return ExportFormats(
         merged=merged,
-        gguf=beside and bool(maps) and not other,
-        vllm=taken and not plain_lora_incompatibilities(config),
-        as_lora=taken and merged and kinds <= {"linear", "embedding"},
+        gguf=beside and bool(factors) and not other,
+        vllm=can_be_lora and not plain_lora_incompatibilities(config),
+        as_lora=can_be_lora and merged and set(model.match_report(adapter).kinds.values()) <= {"linear", "embedding"},
     )
 
 
 def collect_low_rank_factors(model: Any, adapter: str = "default") -> tuple[dict[str, Factors], list[str]]:
-    """Return an adapter's updates at linear maps by module, in the model's order, and what else it does."""
-    maps: dict[str, Factors] = {}
+    """Return an adapter's updates of linear layers by module, in the model's order, and a list of its other changes."""
+    factors: dict[str, Factors] = {}
     other: list[str] = []
-    for name, module in model._attached.members[adapter]:
-        kind = model._attached.reports[adapter].kinds.get(name)
-        if adapter in module.trained_copies:
-            other.append(
-                f"{name} ({format_names(n for n, _ in module.trained_copies[adapter].named_parameters())} trained whole)"
-            )
-        delta = module.adapters[adapter] if adapter in module.adapters else None  # noqa: SIM401 (a ModuleDict has no get)
-        if delta is None:
+    kinds = model.match_report(adapter).kinds
+    for name, layer in model.adapted_layers(adapter).items():
+        if adapter in layer.trained_copies:
+            parameters = format_names(n for n, _ in layer.trained_copies[adapter].named_parameters())
+            other.append(f"{name} ({parameters} trained in full)")
+        if adapter not in layer.adapters:
             continue
-        factors = delta.low_rank_factors() if kind == "linear" else None
-        if factors is None:
-            other.append(f"{name} ({type(delta).__name__})")
+        module = layer.adapters[adapter]
+        found = module.low_rank_factors() if kinds.get(name) == "linear" else None
+        if found is None:
+            other.append(f"{name} ({type(module).__name__})")
         else:
-            maps[name] = factors
-    return maps, other
+            factors[name] = found
+    return factors, other
 
 
 def lora_incompatibilities(config: Any) -> list[str]:
-    """Return what of an adapter no LoRA can stand for in vLLM, each as a sentence's part."""
-    causes = []
+    """Return the parts of an adapter that no LoRA can express in vLLM, one clause each."""
+    reasons = []
     if saved := getattr(config, "modules_to_save", None):
-        causes.append(f"modules_to_save is {saved}: vLLM takes no whole modules")
+        reasons.append(f"modules_to_save is {saved}: vLLM does not load modules trained in full")
     if (bias := getattr(config, "bias", "none")) != "none":
-        causes.append(f"bias is {bias!r}: vLLM takes no trained biases")
+        reasons.append(f"bias is {bias!r}: vLLM does not load trained biases")
     if getattr(config, "lora_bias", False):
-        causes.append("lora_bias is True: vLLM takes no bias on B")
+        reasons.append("lora_bias is True: vLLM does not support a bias on B")
     if tokens := getattr(config, "trainable_token_indices", None):
-        causes.append(f"trainable_token_indices is {tokens}: vLLM takes no rows of an embedding")
+        reasons.append(f"trainable_token_indices is {tokens}: vLLM does not load single rows of an embedding")
     if getattr(config, "init_lora_weights", None) == "loftq":
-        causes.append("init_lora_weights is 'loftq': it belongs to the quantized base it makes up for")
-    return causes
+        reasons.append("init_lora_weights is 'loftq': the adapter belongs to the quantized base it compensates")
+    return reasons
 
 
 def plain_lora_incompatibilities(config: Any) -> list[str]:
-    """Return why vLLM would not take an adapter as it is, though it may take the nearest LoRA."""
+    """Return why vLLM cannot load an adapter as it is, although it may load a LoRA that approximates it."""
     if not config.ships_as_lora:
-        return [f"its method is {config.name}, and vLLM reads LoRA alone"]
+        return [f"its method is {config.name}, and vLLM only loads LoRA"]
     if config.use_dora:
-        return ["use_dora is True: vLLM has no DoRA"]
+        return ["use_dora is True: vLLM does not support DoRA"]
     return []

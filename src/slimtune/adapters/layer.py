@@ -1,15 +1,19 @@
-"""The ONE adapted layer: a module of the base, adapted where it stands.
+"""The adapted layer: one class for every kind of base module and every method.
 
-Attaching changes a module's class, not the module: `q_proj` stays the same object with the same parameters under the
-same names, its class becomes a subclass of the old one whose forward runs the active deltas around the old forward.
-(torch does the same in `parametrize` and FSDP2.) Detaching gives the class back. So tied heads, `module.weight`,
-checkpoints of the base and `isinstance(q_proj, nn.Linear)` go on working.
+**Class swap.** Attaching an adapter changes the class of a module, not the module. `q_proj` stays the same object with
+the same parameters under the same names; its class becomes a subclass of its old class, created here, whose forward
+runs the active adapter modules around the old forward. (PyTorch does the same in `parametrize` and FSDP2.) Removing
+the last adapter sets the old class again. Therefore tied heads, references to `q_proj`, `q_proj.weight`, checkpoints of
+the base and `isinstance(q_proj, nn.Linear)` keep working, and the base comes back bit for bit.
 
-Beside its parameters an adapted module holds, by adapter name:
-    `adapters.<name>`   a method's delta
-    `trained_copies.<name>`      the adapter's own copy of some of the module's parameters (a new head, a trained bias)
-and, shared by every adapted module of a model, one `Running`: which adapters run. So changing it costs the same
-whatever is loaded.
+In addition to its own parameters, an adapted module contains, by adapter name:
+
+    `adapters.<name>`          the method's adapter module
+    `trained_copies.<name>`    the adapter's own copy of some of the module's parameters (`modules_to_save`, biases)
+
+The subclass turns each parameter (`weight`, `bias`) into a property: it returns the active adapter's trained copy if
+there is one, else the base's own parameter. All adapted modules of a model share one `ActiveAdapters`, so switching
+adapters costs the same no matter how many are loaded.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from .mixed_batch import ActiveAdapters
 
 
 def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
-    """Return the site a delta is built for; its parameters are fp32 above a 16-bit base unless `autocast` is off."""
+    """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
     module = model.get_submodule(name)
     if layer_kind(module) is not None and kind in ("linear", "embedding", "norm"):
         in_features, out_features = layer_sizes(module)
@@ -45,11 +49,11 @@ def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = Tr
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     if autocast and dtype in (torch.float16, torch.bfloat16):
         dtype = torch.float32
-    # An offloaded weight lies on meta until its hook brings it to where it is computed.
+    # accelerate keeps an offloaded weight on meta until its hook moves it to the execution device.
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None) if weight.is_meta and hook is not None else None
     device = weight.device if device is None else torch.device(device)
-    loading = loading or device.type == "meta"  # there is nothing to start from
+    loading = loading or device.type == "meta"  # meta tensors have no values to initialise from
     return Site(name, kind, in_features, out_features, device, dtype, module, model, loading)
 
 
@@ -58,119 +62,115 @@ class AdaptedLayer(nn.Module):
 
     adapters: nn.ModuleDict
     trained_copies: nn.ModuleDict
-    _running: ActiveAdapters
-    _kept: dict[str, nn.Parameter | None] | None
+    active_state: ActiveAdapters
+    original_parameters: dict[str, nn.Parameter | None] | None
+    """The base's parameters that a merge replaced; None if nothing is merged."""
     current_copy: str | None
-    """Set while rows are run apart: the adapter whose copies stand for the module's parameters."""
+    """Adapter whose trained copies are in use while the rows of a mixed batch run one adapter at a time."""
 
-    def _run(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the base's forward with the active deltas around it."""
-        running = self._running
-        if self._kept is not None or not (running.active or running.rows):
+    def run_adapted(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the base module's forward `base` with the active adapter modules around it."""
+        active = self.active_state
+        if self.original_parameters is not None or not (active.names or active.row_adapters):
             return base(*args, **kwargs)
-        kind = layer_kind(self)
-        if kind is not None and not args:
+        if layer_kind(self) is not None and not args:
             args = (kwargs.pop(next(iter(kwargs))),)
-        if running.rows is not None:
-            return self._run_rows(base, args, kwargs)
-        deltas = [self.adapters[n] for n in running.active if n in self.adapters]
-        if not deltas:
+        if active.row_adapters is not None:
+            return self._run_mixed_rows(base, args, kwargs)
+        modules = [self.adapters[n] for n in active.names if n in self.adapters]
+        if not modules:
             return base(*args, **kwargs)
-        return _unscaled(self, base, lambda run: _nest(self, run, deltas), args, kwargs)
+        return _run_without_embed_scale(self, base, lambda run: _nest(self, run, modules), args, kwargs)
 
-    def _run_rows(self, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        first: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
-        kept = self._running.kept(self, first)
-        if kept is not None:
-            return add_low_rank_rows(base(*args, **kwargs), first, *kept)
-        masks = self._running.masks(first.shape[0], first.device)
-        mine = [n for n in masks if n in self.adapters]
-        owners = [n for n in masks if n in self.trained_copies]
-        plain = base
-        if owners:
-            base = self._owned_rows(base, {n: masks[n] for n in owners})
-        if not mine:
+    def _run_mixed_rows(self, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        x: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
+        cached = self.active_state.get_cached_factors(self, x)
+        if cached is not None:
+            return add_low_rank_rows(base(*args, **kwargs), x, *cached)
+        masks = self.active_state.get_row_masks(x.shape[0], x.device)
+        with_copies = {n: rows for n, rows in masks.items() if n in self.trained_copies}
+        modules: dict[str, Any] = {n: self.adapters[n] for n in masks if n in self.adapters}
+        plain_base = base
+        if with_copies:
+            base = functools.partial(self._run_trained_copies, plain_base, with_copies)
+        if not modules:
             return base(*args, **kwargs)
-        deltas: dict[str, Any] = {n: self.adapters[n] for n in mine}
-        if layer_kind(self) == "linear" and not owners and not any(map(_drops, deltas.values())):
-            factors = {n: d.low_rank_factors() for n, d in deltas.items()}
+        if layer_kind(self) == "linear" and not with_copies and not any(map(_drops_inputs, modules.values())):
+            factors = {n: m.low_rank_factors() for n, m in modules.items()}
             if all(f is not None for f in factors.values()):
-                return add_low_rank_rows(base(*args, **kwargs), first, *self._running.stack(self, first, factors))
+                stacked = self.active_state.stack_row_factors(self, x, factors)
+                return add_low_rank_rows(base(*args, **kwargs), x, *stacked)
 
         def nest(run: Callable[..., Any]) -> Callable[..., Any]:
-            alone = BaseForward(self, plain if run is base else run)
-            for name, delta in deltas.items():
-                run = functools.partial(self._in_rows, name, delta, BaseForward(self, run), alone, masks[name])
+            plain = BaseForward(self, plain_base if run is base else run)
+            for name, module in modules.items():
+                run = functools.partial(self._run_rows, name, module, BaseForward(self, run), plain, masks[name])
             return run
 
-        return _unscaled(self, base, nest, args, kwargs)
+        return _run_without_embed_scale(self, base, nest, args, kwargs)
 
-    def _in_rows(
-        self, name: str, delta: Any, frozen: BaseForward, alone: BaseForward, rows: Tensor, *args: Any, **kw: Any
+    def _run_rows(
+        self, name: str, module: Any, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kw: Any
     ) -> Any:
-        """Run one adapter's delta on its rows, its own copies of parameters standing for the module's."""
+        """Run one adapter on its rows, with its trained copies in place of the module's parameters."""
         if name not in self.trained_copies:
-            return delta.forward_batch_rows(frozen, alone, rows, *args, **kw)
-        y = frozen(*args, **kw)
-        with _set(self, current_copy=name):
-            mine = delta.forward_with_base(alone, *(a[rows] for a in args), **kw)
-        return y.index_put((rows,), mine.to(y.dtype))
+            return module.forward_batch_rows(base, plain_base, rows, *args, **kw)
+        y = base(*args, **kw)
+        with _use_copies(self, name):
+            adapted = module.forward_with_base(plain_base, *(a[rows] for a in args), **kw)
+        return y.index_put((rows,), adapted.to(y.dtype))
 
-    def _owned_rows(self, base: Callable[..., Any], masks: Mapping[str, Tensor]) -> Callable[..., Any]:
-        """Return the base's forward with each row run by its own adapter's copies of the parameters."""
-
-        def run(x: Tensor, **kwargs: Any) -> Tensor:
-            y = base(x, **kwargs)
-            for name, rows in masks.items():
-                with _set(self, current_copy=name):
-                    y = y.index_put((rows,), base(x[rows], **kwargs))
-            return y
-
-        return run
+    def _run_trained_copies(
+        self, base: Callable[..., Any], masks: Mapping[str, Tensor], x: Tensor, **kwargs: Any
+    ) -> Tensor:
+        y = base(x, **kwargs)
+        for name, rows in masks.items():
+            with _use_copies(self, name):
+                y = y.index_put((rows,), base(x[rows], **kwargs))
+        return y
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # What a merge put by must follow the model to another device or dtype.
-        self._running.forget()
-        for parameter in (self._kept or {}).values():
+        # Parameters that a merge replaced must follow the model to another device or dtype.
+        self.active_state.clear_cache()
+        for parameter in (self.original_parameters or {}).values():
             if parameter is not None:
                 parameter.data = fn(parameter.data)
         return super()._apply(fn, recurse)
 
 
-def make_adapted(module: nn.Module, running: ActiveAdapters) -> AdaptedLayer:
-    """Make `module` adapted, in place; one that is adapted already is returned as it is."""
+def make_adapted(module: nn.Module, active: ActiveAdapters) -> AdaptedLayer:
+    """Swap the class of `module` for its adapted subclass; an adapted module is returned unchanged."""
     if not isinstance(module, AdaptedLayer):
+        base: Any = type(module)
         if "forward" in vars(module) and "_old_forward" not in vars(module):
             raise TargetError(
-                f"the forward of a {type(module).__name__} was replaced on the object, so that an adapter there would "
-                "never be called",
-                "a module with its own class's forward",
+                f"the forward of a {base.__name__} was replaced on the object, so an adapter would never be called",
+                "a module that uses its class's forward",
                 "attach the adapter before the forward is replaced",
             )
-        base: Any = type(module)
         if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or hasattr(module, "adapters"):
             raise TargetError(
-                f"a {base.__name__} keeps children of its own where adapters would be put",
-                "a module that is no container and has no `adapters`",
+                f"a {base.__name__} cannot be adapted: it already has children where the adapters would go",
+                "a module that is not a container and has no attribute `adapters`",
                 "name the modules inside it",
             )
-        _become(module, _adapted_class(base, tuple(module._parameters), "config" in vars(module)))
+        _set_class(module, _make_adapted_class(base, tuple(module._parameters), "config" in vars(module)))
         module.adapters, module.trained_copies = nn.ModuleDict(), nn.ModuleDict()
-        # Past nn.Module's __setattr__, which would register some of these.
-        module.__dict__.update(_running=running, _kept=None, current_copy=None)
+        # Bypasses nn.Module.__setattr__, which would register parameters.
+        module.__dict__.update(active_state=active, original_parameters=None, current_copy=None)
     assert isinstance(module, AdaptedLayer)
     return module
 
 
-def restore(module: AdaptedLayer) -> None:
-    """Give `module` its own class back and drop every adapter; a merge that was made stays."""
+def restore_base_class(module: AdaptedLayer) -> None:
+    """Set the module's own class again and drop all adapters; merged weights stay merged."""
     del module.adapters, module.trained_copies
-    for name in ("_running", "_kept", "current_copy", "_view"):
+    for name in ("active_state", "original_parameters", "current_copy", "_prefix_config"):
         module.__dict__.pop(name, None)
-    _become(module, type(module).__bases__[1])
+    _set_class(module, type(module).__bases__[1])
 
 
-def own(
+def copy_parameters(
     module: AdaptedLayer,
     adapter: str,
     names: Iterable[str],
@@ -190,92 +190,92 @@ def own(
     """
     copies = nn.Module()
     for name in names:
-        base = (module._kept or {}).get(name, module._parameters[name])
+        base = (module.original_parameters or {}).get(name, module._parameters[name])
         assert base is not None
         if base.is_meta and getattr(module, "_hf_hook", None) is not None:
             raise TargetError(
-                f"the {name} of a {type(module).__name__} is offloaded, and cannot be copied to be trained whole",
-                "a module that lies in memory",
+                f"the {name} of a {type(module).__name__} is offloaded, so it cannot be copied for training",
+                "a module whose weights are in memory",
                 "leave it out of modules_to_save, or keep it on a device in the device_map",
             )
         half = base.dtype in (torch.float16, torch.bfloat16)
-        wide = torch.float32 if autocast and half else base.dtype
+        dtype = torch.float32 if autocast and half else base.dtype
         copy = None if tied is None else tied.get(id(base))
         if copy is None:
-            copy = nn.Parameter(base.detach().to(wide, copy=True))
+            copy = nn.Parameter(base.detach().to(dtype, copy=True))
         if tied is not None:
             tied[id(base)] = copy
         copies.register_parameter(name, copy)
     module.trained_copies[adapter] = copies
 
 
-def remove(module: AdaptedLayer, adapter: str) -> None:
-    """Drop one adapter; the last one gives the module its own class back."""
+def remove_adapter(module: AdaptedLayer, adapter: str) -> None:
+    """Drop one adapter; without any adapter left, the module gets its own class back."""
     for table in (module.adapters, module.trained_copies):
         if adapter in table:
             del table[adapter]
     if not module.adapters and not module.trained_copies:
-        restore(module)
+        restore_base_class(module)
 
 
-def rename(module: AdaptedLayer, old: str, new: str) -> None:
-    """Give an adapter another name."""
+def rename_adapter(module: AdaptedLayer, old: str, new: str) -> None:
+    """Rename one adapter."""
     for table in (module.adapters, module.trained_copies):
         if old in table:
             table[new] = table[old]
             del table[old]
 
 
-def merge(name: str, module: AdaptedLayer, adapters: Iterable[str], *, check: bool = False) -> None:
-    """Fold adapters into the module's own parameters; the originals are kept, object for object, for `unmerge`.
+def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, check: bool = False) -> None:
+    """Merge adapters into the module's parameters; the replaced parameter objects are kept for `unmerge_adapters`.
 
     Raises:
-        MergeRefused: a method cannot be merged, the base is quantized, or (with `check`) the result is not finite.
+        MergeUnsupported: a method cannot be merged, the base is quantized, or (with `check`) the result is not finite.
     """
-    if module._kept is not None:
+    if module.original_parameters is not None:
         return
     merged: dict[str, Tensor] = {}
     owner = next((a for a in adapters if a in module.trained_copies), None)
-    for n, p in module.trained_copies[owner].named_parameters() if owner else ():
-        merged[n] = p.detach()
-    deltas: list[Any] = [module.adapters[a] for a in adapters if a in module.adapters]
-    if deltas:
-        merged |= _merged(name, module, deltas, merged)
-    kept = {n: module._parameters[n] for n in merged}
+    if owner is not None:
+        merged = {n: p.detach() for n, p in module.trained_copies[owner].named_parameters()}
+    modules: list[Any] = [module.adapters[a] for a in adapters if a in module.adapters]
+    if modules:
+        merged |= _compute_merged_parameters(name, module, modules, merged)
+    replaced = {n: module._parameters[n] for n in merged}
     for n, tensor in merged.items():
-        like = kept[n] if kept[n] is not None else module._parameters["weight"]
+        base = replaced[n]
+        if base is None:
+            raise MergeUnsupported(f"{name} has no bias, so the adapter's bias cannot be merged")
         if check and not torch.isfinite(tensor).all():
-            raise MergeUnsupported(f"{name}.{n} is not finite after merging: the adapter holds NaN or infinity")
-        if kept[n] is None:
-            raise MergeUnsupported(f"{name} has no bias in the base to merge one into")
-        # A new parameter object, so that a module tied to this one keeps what it had.
-        assert like is not None
-        module._parameters[n] = nn.Parameter(tensor.to(like.dtype, copy=True), requires_grad=False)
-    module.__dict__["_kept"] = kept
+            raise MergeUnsupported(f"{name}.{n} contains NaN or Inf after merging")
+        # A new parameter object: modules tied to this one keep the old one.
+        module._parameters[n] = nn.Parameter(tensor.to(base.dtype, copy=True), requires_grad=False)
+    module.__dict__["original_parameters"] = replaced
 
 
-def unmerge(module: AdaptedLayer) -> None:
+def unmerge_adapters(module: AdaptedLayer) -> None:
     """Put the original parameters back, bit for bit."""
-    if module._kept is not None:
-        module._parameters.update(module._kept)
-        module.__dict__["_kept"] = None
+    if module.original_parameters is not None:
+        module._parameters.update(module.original_parameters)
+        module.__dict__["original_parameters"] = None
 
 
-def _merged(name: str, module: AdaptedLayer, deltas: list[Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters that deltas change, with what they are after."""
+def _compute_merged_parameters(
+    name: str, module: AdaptedLayer, modules: list[Any], copies: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the parameters that adapter modules change, as they are after the merge."""
     if is_quantized(module):
         raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
-    before = {n: given.get(n, module._parameters.get(n)) for n in ("weight", "bias")}
-    weight, bias = before["weight"], before["bias"]
+    weight, bias = (copies.get(n, module._parameters.get(n)) for n in ("weight", "bias"))
     if weight is not None:
-        # fp32 at least, rounded once at the end.
+        # Compute in fp32 or wider; `merge_adapters` rounds once.
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight, bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
         weight = weight.t() if is_transposed(module) else weight
     start = weight, bias
     with torch.no_grad():
-        for delta in deltas:
-            weight, bias = delta.merge_into(weight, bias)
+        for adapter_module in modules:
+            weight, bias = adapter_module.merge_into(weight, bias)
     changed: dict[str, Tensor] = {}
     if weight is not start[0] and weight is not None:
         changed["weight"] = weight.t().contiguous() if is_transposed(module) else weight
@@ -284,88 +284,90 @@ def _merged(name: str, module: AdaptedLayer, deltas: list[Any], given: Mapping[s
     return changed
 
 
-def _get_attention_config(module: AdaptedLayer) -> Any:
-    if any(m.uses_attention_prefix for m in module.adapters.values()):
-        return make_prefix_config_view(module)
-    return vars(module)["config"]
-
-
-def _nest(module: AdaptedLayer, run: Callable[..., Any], deltas: list[Any]) -> Callable[..., Any]:
-    for at, delta in enumerate(deltas):
-        run = functools.partial(delta.forward_with_base, BaseForward(module, run, deltas[:at]))
+def _nest(module: AdaptedLayer, run: Callable[..., Any], modules: list[Any]) -> Callable[..., Any]:
+    for i, adapter_module in enumerate(modules):
+        run = functools.partial(adapter_module.forward_with_base, BaseForward(module, run, modules[:i]))
     return run
 
 
-def _drops(delta: nn.Module) -> bool:
-    """Return whether a delta drops inputs by chance at this moment: then it is no plain low-rank map."""
-    return delta.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in delta.modules())
+def _drops_inputs(module: nn.Module) -> bool:
+    """Return whether dropout is active in an adapter module, so that its factors do not describe its forward."""
+    return module.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
 
 
-def _unscaled(module: Any, base: Any, nest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _run_without_embed_scale(module: Any, base: Any, nest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run nested adapter modules; for an embedding that returns `scale · W[x]` they see the unscaled `W[x]`."""
     scale = getattr(module, "embed_scale", None) if isinstance(module, nn.Embedding) else None
     if scale is None:
         return nest(base)(*args, **kwargs)
-    # A scaled embedding gives `scale · W[x]`; a delta changes W.
     rows = nn.functional.embedding(args[0], module.weight)
-    return base(*args, **kwargs) + (nest(lambda x: nn.functional.embedding(x, module.weight))(*args) - rows) * scale
+    adapted = nest(lambda x: nn.functional.embedding(x, module.weight))(*args)
+    return base(*args, **kwargs) + (adapted - rows) * scale
 
 
 @contextmanager
-def _set(module: nn.Module, **values: Any) -> Iterator[None]:
-    before = {n: module.__dict__[n] for n in values}
-    module.__dict__.update(values)
+def _use_copies(module: AdaptedLayer, adapter: str) -> Iterator[None]:
+    before = module.current_copy
+    module.__dict__["current_copy"] = adapter
     try:
         yield
     finally:
-        module.__dict__.update(before)
+        module.__dict__["current_copy"] = before
 
 
-def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
     if "_old_forward" in vars(module):
-        # accelerate's hooks (device_map, offload) call what they found there; let them find the new class's.
+        # accelerate's hooks (device_map, offload) saved the bound forward of the old class.
         module.__dict__["_old_forward"] = cls.forward.__get__(module)
 
 
 @cache
-def _adapted_class(base: Any, parameters: tuple[str, ...], configured: bool) -> type[AdaptedLayer]:
-    # With the base's signature: transformers reads from it which columns of a dataset a model takes.
+def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool) -> type[AdaptedLayer]:
+    """Return the adapted subclass of `base`; it has the name and the forward signature of `base`."""
+
+    # transformers reads the signature to find out which dataset columns a model takes.
     @functools.wraps(base.forward)
     def forward(self: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
-        if "_running" not in vars(self):  # unloaded, and something kept this forward
+        if "active_state" not in vars(self):  # a hook kept this forward after the adapters were removed
             return base.forward(self, *args, **kwargs)
-        return self._run(functools.partial(base.forward, self), *args, **kwargs)
+        return self.run_adapted(functools.partial(base.forward, self), *args, **kwargs)
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-
-    def own_or_base(name: str) -> property:
-        set_plainly = f"_plain_{name}"
-
-        def get(self: AdaptedLayer) -> Any:
-            if name in self._parameters:
-                plain = self._parameters[name]
-            elif set_plainly in vars(self):
-                plain = vars(self)[set_plainly]
-            else:
-                raise AttributeError(f"{base.__name__!r} has no {name!r}")
-            if not self.trained_copies or self._kept is not None or plain is None:
-                return plain
-            owner = self.current_copy
-            if owner is None and self._running.rows is None:
-                owner = next((n for n in self._running.active if n in self.trained_copies), None)
-            mine = getattr(self.trained_copies[owner], name, None) if owner else None
-            # The module computes in the dtype of its base whatever the copy is kept in.
-            return plain if mine is None else mine.to(plain.dtype)
-
-        def put(self: AdaptedLayer, value: Any) -> None:
-            # DataParallel and FSDP set plain tensors in place of parameters.
-            self.__dict__[set_plainly] = value
-
-        return property(get, put)
-
-    body: dict[str, Any] = {n: own_or_base(n) for n in parameters}
-    if configured:
+    body: dict[str, Any] = {n: _make_parameter_property(base, n) for n in parameters}
+    if has_config:
         body["config"] = property(_get_attention_config, lambda self, value: vars(self).update(config=value))
     body |= {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
-    # The base's name: transformers and people read it.
     return type(base.__name__, (AdaptedLayer, base), body)
+
+
+def _make_parameter_property(base: type, name: str) -> property:
+    plain_tensor = f"_plain_{name}"
+
+    def get(self: AdaptedLayer) -> Any:
+        if name in self._parameters:
+            own = self._parameters[name]
+        elif plain_tensor in vars(self):
+            own = vars(self)[plain_tensor]
+        else:
+            raise AttributeError(f"{base.__name__!r} object has no attribute {name!r}")
+        if not self.trained_copies or self.original_parameters is not None or own is None:
+            return own
+        adapter = self.current_copy
+        if adapter is None and self.active_state.row_adapters is None:
+            adapter = next((n for n in self.active_state.names if n in self.trained_copies), None)
+        copy = getattr(self.trained_copies[adapter], name, None) if adapter else None
+        # The module computes in the base's dtype, whatever the dtype of the copy.
+        return own if copy is None else copy.to(own.dtype)
+
+    def put(self: AdaptedLayer, value: Any) -> None:
+        # DataParallel and FSDP replace parameters by plain tensors.
+        self.__dict__[plain_tensor] = value
+
+    return property(get, put)
+
+
+def _get_attention_config(module: AdaptedLayer) -> Any:
+    if any(m.uses_attention_prefix for m in module.adapters.values()):
+        return make_prefix_config_view(module)
+    return vars(module)["config"]

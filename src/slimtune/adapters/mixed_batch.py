@@ -1,4 +1,4 @@
-"""Calling a PeftModel: rows of one batch through different adapters, and what a method adds to a loss."""
+"""Which adapters run: one selection for the whole batch, or a different adapter for each row of a mixed batch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,126 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attention.packed_layout import LAYOUT_KWARG
+from ..attention.register import LAYOUT_KWARG
 from ..errors import UsageError, format_names, nearest
 from ..kernels.batched_lora import group_names, stack_factors
 
+BASE_ROW = "__base__"
+"""PEFT's name for a row of a mixed batch that runs the base without an adapter."""
 
-class AdapterCalls:
-    """The part of a `PeftModel` that is called."""
 
-    def __call__(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Run the model as its base's forward is run.
+class StackedFactors(NamedTuple):
+    """The low-rank factors of one layer's rows, stacked, and what they were built from.
+
+    Args:
+        call_id: the call that used them last.
+        batch: batch size of that call.
+        A: `(groups, r, in)`.
+        B: `(groups, out, r)`, scale included.
+        key: identifies the row groups and the state of the source tensors; equal keys mean equal stacks.
+        sources: the source tensors, kept alive so that their `id` in `key` is not reused.
+    """
+
+    call_id: int
+    batch: int
+    A: Tensor
+    B: Tensor
+    key: tuple
+    sources: list[Tensor]
+
+
+@dataclass
+class ActiveAdapters:
+    """The adapters that run now; all adapted layers of a model share one object.
+
+    Args:
+        names: active adapters, in the order in which they are applied.
+        row_adapters: during a mixed batch: each row's adapter, `BASE_ROW` for none.
+        call_id: number of the current mixed call.
+    """
+
+    names: tuple[str, ...] = ()
+    row_adapters: tuple[str, ...] | None = None
+    call_id: int = 0
+    _masks: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
+    _stacks: dict[nn.Module, StackedFactors] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copying one layer must not copy the others through the cache.
+        return {**vars(self), "_masks": {}, "_stacks": {}}
+
+    def _expand_row_adapters(self, batch: int) -> list[str]:
+        """Return each row's adapter in a batch; beam search repeats every row."""
+        names = self.row_adapters
+        assert names is not None
+        if not names or batch % len(names):
+            raise UsageError(
+                f"adapter_names has {len(names)} names for a batch of {batch} rows",
+                "one name per row",
+                f"use {BASE_ROW!r} for a row without an adapter",
+            )
+        return [n for n in names for _ in range(batch // len(names))]
+
+    def get_row_masks(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """Return for each adapter of a mixed batch which rows use it, as a bool `(batch,)`."""
+        key = (self.row_adapters, batch, device)
+        if key not in self._masks:
+            names = self._expand_row_adapters(batch)
+            self._masks.clear()
+            with torch.inference_mode(False):  # later calls may need gradients
+                self._masks[key] = {
+                    n: torch.tensor([m == n for m in names], device=device)
+                    for n in dict.fromkeys(names)
+                    if n != BASE_ROW
+                }
+        return self._masks[key]
+
+    def get_cached_factors(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the factors stacked for a layer earlier in this call (generation runs it often), or None."""
+        if torch.is_grad_enabled() or (stack := self._stacks.get(layer)) is None:
+            return None
+        same = (stack.call_id, stack.batch, stack.A.dtype) == (self.call_id, x.shape[0], x.dtype)
+        return (stack.A, stack.B) if same else None
+
+    def stack_row_factors(self, layer: nn.Module, x: Tensor, factors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the stacked factors for the rows of `x`; without gradients, reuse an earlier stack if nothing changed.
 
         Args:
-            args, kwargs: the base's own.
-            adapter_names: each row's adapter, for a batch whose rows use different ones; "__base__" for none.
+            layer: the adapted layer.
+            x: its input `(batch, ..., in)`.
+            factors: by adapter name `(A, B, scale)`.
         """
-        with self._mixed(adapter_names, args, kwargs):
+        groups = group_names(self._expand_row_adapters(x.shape[0]))
+        if torch.is_grad_enabled():
+            return stack_factors([factors.get(n) for n in groups], x)
+        sources = [t for A, B, _ in factors.values() for t in (A, B)]
+        # Fused optimizers do not raise a tensor's version counter: factors that train are stacked for every call.
+        frozen = not any(t.requires_grad or t.is_inference() for t in sources)
+        versions = [(id(t), t._version, t.data_ptr()) for t in sources] if frozen else [self.call_id]
+        key = (groups, x.dtype, list(factors), [s for _, _, s in factors.values()], versions)
+        stack = self._stacks.get(layer)
+        if stack is None or stack.key != key:
+            A, B = stack_factors([factors.get(n) for n in groups], x)
+            stack = StackedFactors(self.call_id, x.shape[0], A, B, key, sources)
+        self._stacks[layer] = stack._replace(call_id=self.call_id, batch=x.shape[0])
+        return stack.A, stack.B
+
+    def clear_cache(self) -> None:
+        """Drop stacked factors; call it after adapters were added, removed or moved."""
+        self._stacks.clear()
+
+
+class CallMixin:
+    """The part of `PeftModel` that runs the model."""
+
+    def __call__(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the model like its base; in training, the methods' regularization is added to the loss.
+
+        Args:
+            args, kwargs: arguments of the base's forward.
+            adapter_names: one adapter per row for a mixed batch; "__base__" for a row without an adapter.
+        """
+        with self._select_row_adapters(adapter_names, args, kwargs):
             out = super().__call__(*args, **kwargs)  # type: ignore[misc]
         if self.training and getattr(out, "loss", None) is not None:
             penalty = self.regularization_loss()
@@ -34,186 +138,95 @@ class AdapterCalls:
         return out
 
     def generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Generate as the base does; `adapter_names` as in a call. Beams share their row's adapter."""
-        with self._mixed(adapter_names, args, kwargs):
+        """Generate like the base; `adapter_names` as in a call. All beams of a row use the row's adapter."""
+        with self._select_row_adapters(adapter_names, args, kwargs):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def regularization_loss(self: Any) -> Tensor | None:
-        """Return what the active adapters' methods add to a training loss, None for nothing."""
-        at = self._attached
-        parts = [at.configs[n].regularization_loss(at.deltas(n)) for n in (at.active if at.enabled else [])]
-        parts = [p for p in parts if p is not None]
-        return sum(parts[1:], parts[0]) if parts else None
+        """Return the sum of what the active adapters' methods add to a training loss, or None."""
+        state = self._adapter_state
+        names = state.active if state.enabled else []
+        terms = [state.configs[n].regularization_loss(self.adapter_modules(n)) for n in names]
+        terms = [t for t in terms if t is not None]
+        return sum(terms[1:], terms[0]) if terms else None
 
     def update_and_allocate(self: Any, global_step: int) -> None:
-        """Let the active adapters' methods do what they do after an optimizer step (AdaLoRA moves rank).
+        """Run the active methods' step hooks (AdaLoRA reallocates rank).
 
         Call it after `optimizer.step()` and before the gradients are cleared.
 
         Args:
-            global_step: the step taken, from 1.
+            global_step: number of the optimizer step that was just taken, from 1.
         """
-        for name in self._attached.active:
-            self._attached.configs[name].on_step_end(self._attached.deltas(name), global_step)
+        for name in self.active_adapters:
+            self.peft_config[name].on_step_end(self.adapter_modules(name), global_step)
 
     def _set_gradient_checkpointing(self: Any, enable: bool = True, **kwargs: Any) -> None:
-        # Both of transformers' public names come here. A frozen embedding's output must carry a gradient, or the
-        # reentrant kind of checkpointing would train nothing; the other kind would keep it for nothing.
+        # Both public functions of transformers call this one. Reentrant checkpointing computes no gradients unless
+        # an input requires one, so the frozen embedding's output must; the other kind does not need that.
         super()._set_gradient_checkpointing(enable=enable, **kwargs)  # type: ignore[misc]
         settings = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
         if enable and settings.get("use_reentrant", True):
-            self._inputs_carry_gradients()
+            self._require_input_gradients()
 
-    def _inputs_carry_gradients(self: Any) -> None:
-        if not self._attached.input_grads and hasattr(self, "enable_input_require_grads"):
+    def _require_input_gradients(self: Any) -> None:
+        if not self._adapter_state.input_gradients and hasattr(self, "enable_input_require_grads"):
             self.enable_input_require_grads()
-            self._attached.input_grads = True
+            self._adapter_state.input_gradients = True
 
     @contextmanager
-    def _mixed(self: Any, names: Sequence[str] | None, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-        at = self._attached
+    def _select_row_adapters(
+        self: Any, names: Sequence[str] | None, args: tuple, kwargs: dict[str, Any]
+    ) -> Iterator[None]:
         if names is None:
             yield
             return
-        if LAYOUT_KWARG in kwargs:
-            raise UsageError(
-                "adapter_names for rows laid in one sequence, which is one row of the batch",
-                "rows of a padded batch, each with its name",
-                "collator_for(model, pad_token_id, packing=False), or set_adapter and one adapter for all",
-            )
-        rows = _rows(args, kwargs)
-        if isinstance(names, str) or (rows is not None and len(names) != rows):
-            given = repr(names) if isinstance(names, str) else f"{len(names)} names"
-            raise UsageError(
-                f"adapter_names is {given} for a batch of {rows} rows",
-                "a list: one name a row",
-                f"{BASE_ROW!r} for a row of the base",
-            )
-        for name in dict.fromkeys(names):
-            if name != BASE_ROW and name not in at.configs:
-                raise UsageError(
-                    f"adapter_names: there is no adapter {name!r}{nearest(name, [*at.configs, BASE_ROW])}",
-                    f"one of {format_names([*at.configs, BASE_ROW])}",
-                )
-        self._unmerged()
-        self._enabled("adapter_names")
-        if at.running.rows is not None:
-            raise UsageError("another call with adapter_names is still running", "one such call of a model at a time")
-        if self.training and torch.is_grad_enabled() and _checkpoints(self):
-            raise UsageError(
-                "adapter_names while training with activation checkpointing: the recomputed forward would not know",
-                "either of the two",
-                "gradient_checkpointing_disable(), or set_adapter and batches of one adapter",
-            )
-        at.running.rows = tuple(names)
-        at.running.turn += 1
+        active = self._adapter_state.active_state
+        self._check_row_adapters(names, args, kwargs)
+        active.row_adapters = tuple(names)
+        active.call_id += 1
         try:
             yield
         finally:
-            at.running.rows = None
+            active.row_adapters = None
 
-
-def _checkpoints(model: Any) -> bool:
-    return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-
-def _rows(args: tuple, kwargs: dict[str, Any]) -> int | None:
-    """Return how many rows a call's batch has, None where that is not to be seen."""
-    known = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "attention_mask")
-    found = [*args[:1], *(kwargs.get(n) for n in known)]
-    return next((int(v.shape[0]) for v in found if isinstance(v, Tensor) and v.dim()), None)
-
-
-BASE_ROW = "__base__"
-"""The name that leaves a row of a mixed batch to the base (PEFT's)."""
-
-
-class Stack(NamedTuple):
-    """The factors of one module's rows, stacked; the call and batch they were last used for; what they are made of."""
-
-    turn: int
-    batch: int
-    A: Tensor
-    B: Tensor
-    made_of: tuple
-    held: list[Tensor]
-    """Those factors: while they are held, no other tensor gets their `id`."""
-
-
-@dataclass
-class ActiveAdapters:
-    """What the adapted modules of one model run with.
-
-    Args:
-        active: adapters whose deltas run and whose copies stand for the module's parameters, in order.
-        rows: where the rows of the batch use different adapters: each row's adapter, `BASE_ROW` for none.
-        turn: counts the calls with rows.
-    """
-
-    active: tuple[str, ...] = ()
-    rows: tuple[str, ...] | None = None
-    turn: int = 0
-    _masks: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
-    _stacks: dict[nn.Module, Stack] = field(default_factory=dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of one module must not bring the others along.
-        return {**vars(self), "_masks": {}, "_stacks": {}}
-
-    def names(self, batch: int) -> list[str]:
-        """Return each row's adapter in a batch; beams repeat their row."""
-        assert self.rows is not None
-        if not self.rows or batch % len(self.rows):
+    def _check_row_adapters(self: Any, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> None:
+        if LAYOUT_KWARG in kwargs:
             raise UsageError(
-                f"adapter_names names {len(self.rows)} adapters for a batch of {batch} rows",
-                "one name a row",
-                f"{BASE_ROW!r} for a row of the base",
+                "adapter_names is given for a packed batch, which is a single row",
+                "a padded batch with one name per row",
+                "make_collator(model, pad_token_id, packing=False), or set_adapter for one adapter for all rows",
             )
-        return [n for n in self.rows for _ in range(batch // len(self.rows))]
+        batch = _get_batch_size(args, kwargs)
+        if isinstance(names, str) or (batch is not None and len(names) != batch):
+            given = repr(names) if isinstance(names, str) else f"{len(names)} names"
+            raise UsageError(
+                f"adapter_names is {given} for a batch of {batch} rows",
+                "a list with one name per row",
+                f"use {BASE_ROW!r} for a row without an adapter",
+            )
+        known = [*self.peft_config, BASE_ROW]
+        for name in dict.fromkeys(names):
+            if name not in known:
+                raise UsageError(
+                    f"adapter_names: there is no adapter {name!r}{nearest(name, known)}",
+                    f"one of {format_names(known)}",
+                )
+        self._require_unmerged()
+        self._require_enabled("adapter_names")
+        if self._adapter_state.active_state.row_adapters is not None:
+            raise UsageError("another call with adapter_names is still running", "one such call at a time per model")
+        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
+        if self.training and torch.is_grad_enabled() and checkpointing:
+            raise UsageError(
+                "adapter_names cannot be used while training with activation checkpointing, whose recomputed forward "
+                "would not know the rows' adapters",
+                "one of the two",
+                "gradient_checkpointing_disable(), or set_adapter and batches that use one adapter",
+            )
 
-    def masks(self, batch: int, device: torch.device) -> dict[str, Tensor]:
-        """Return for each adapter in `rows` its rows as a bool `(batch,)`."""
-        key = (self.rows, batch, device)
-        if key not in self._masks:
-            names = self.names(batch)
-            self._masks.clear()
-            with torch.inference_mode(False):  # kept for calls that may want gradients
-                self._masks[key] = {
-                    n: torch.tensor([m == n for m in names], device=device)
-                    for n in dict.fromkeys(names)
-                    if n != BASE_ROW
-                }
-        return self._masks[key]
 
-    def kept(self, module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the factors that were stacked for a module earlier in this call, None where there are none."""
-        stack = self._stacks.get(module)
-        good = stack is not None and (stack.turn, stack.batch, stack.A.dtype) == (self.turn, x.shape[0], x.dtype)
-        return (stack.A, stack.B) if good and not torch.is_grad_enabled() else None  # type: ignore[union-attr]
-
-    def stack(self, module: nn.Module, x: Tensor, factors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the factors for the rows of `x`: while gradients are off those of an earlier call, where none changed.
-
-        Args:
-            module: the adapted module.
-            x: its input `(batch, ..., in)`.
-            factors: by adapter name `(A, B, scale)`.
-        """
-        groups = group_names(self.names(x.shape[0]))
-        if torch.is_grad_enabled():
-            return stack_factors([factors.get(n) for n in groups], x)
-        tensors = [t for A, B, _ in factors.values() for t in (A, B)]
-        # Optimizers may write past torch's count of versions: what trains is stacked anew for each call.
-        frozen = not any(t.requires_grad or t.is_inference() for t in tensors)
-        marks = [(id(t), t._version, t.data_ptr()) for t in tensors] if frozen else [self.turn]
-        made_of = (groups, x.dtype, list(factors), [s for _, _, s in factors.values()], marks)
-        last = self._stacks.get(module)
-        if last is None or last.made_of != made_of:
-            A, B = stack_factors([factors.get(n) for n in groups], x)
-            last = Stack(self.turn, x.shape[0], A, B, made_of, tensors)
-        self._stacks[module] = last._replace(turn=self.turn, batch=x.shape[0])
-        return last.A, last.B
-
-    def forget(self) -> None:
-        """Let go of what was stacked: adapters came, went or moved."""
-        self._stacks.clear()
+def _get_batch_size(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    names = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "attention_mask")
+    candidates = [*args[:1], *(kwargs.get(n) for n in names)]
+    return next((int(v.shape[0]) for v in candidates if isinstance(v, Tensor) and v.dim()), None)

@@ -1,9 +1,9 @@
-"""PeftModel: a base with adapters, in place.
+"""PeftModel: a base model with adapters.
 
-`get_peft_model(model, config)` returns the same object, adapted: its class becomes a subclass of its own class and of
-`PeftModel` (torch's FSDP2 and `parametrize` do so, too), the matched modules become adapted layers, the rest freezes.
-So the adapted model still is a `LlamaForCausalLM` and a `PreTrainedModel`: generate, Trainer, pipelines and TRL take it
-as it is. `unload()` gives back the very base that came in.
+`get_peft_model(model, config)` returns the same object. Its class becomes a subclass of its own class and of
+`PeftModel`, the matched modules become adapted layers (see `layer.py` for the class swap), and the base's parameters
+are frozen. So an adapted model still is a `LlamaForCausalLM` and a `PreTrainedModel`: generate, Trainer, pipelines and
+TRL accept it unchanged. `unload()` returns the base as it was.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
@@ -21,107 +21,47 @@ from ..peft_compat import register_as_peft_subclass, register_with_transformers
 from . import layer
 from .base import AdapterModule
 from .config import PeftConfig
-from .conversion import AdapterCombining
-from .mixed_batch import BASE_ROW, AdapterCalls
+from .conversion import ConversionMixin
+from .mixed_batch import BASE_ROW, ActiveAdapters, CallMixin
 from .publishing import AdapterPublishing
 from .quantized import count_values, disable_cpu_repacking, find_repacking_layers
-from .state_dict import AdapterFiles
+from .state_dict import SaveLoadMixin
 from .targets import MatchReport, select_targets
 
 
-class AdapterMerging:
-    """The part of a `PeftModel` that merges."""
-
-    def merge_adapter(self: Any, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold the active adapters (or these) into the base's weights; `unmerge_adapter` restores them bit for bit.
-
-        Raises:
-            MergeRefused: a method cannot be merged, the base is quantized, or (safe_merge) a result is not finite.
-        """
-        at = self._attached
-        if at.merged:
-            return
-        self._enabled("merge_adapter")
-        names = [self._known(n) for n in dict.fromkeys(adapter_names or at.active)]
-        self._no_module_twice(names)
-        members = {n: m for a in names for n, m in at.members[a]}
-        try:
-            for name, module in members.items():
-                layer.merge(name or type(self).__name__, module, names, check=safe_merge)
-            at.merged = names
-            self._rerun()
-        finally:
-            if not at.merged:
-                for module in members.values():
-                    layer.unmerge(module)
-
-    def unmerge_adapter(self: Any) -> None:
-        """Take a merge out again: the base's parameters are the very objects they were."""
-        at = self._attached
-        for module in at.modules().values():
-            layer.unmerge(module)
-        at.merged = []
-        self._rerun()
-
-    def merge_and_unload(
-        self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> Any:
-        """Merge for good and return the plain base: its own class, no adapters, its weights changed."""
-        del progressbar
-        names: dict[int, list[str]] = {}
-        for n, p in self.named_parameters(remove_duplicate=False):
-            names.setdefault(id(p), []).append(n)
-        shared = [group for group in names.values() if len(group) > 1]
-        self.unmerge_adapter()
-        self.merge_adapter(adapter_names, safe_merge)
-        after = dict(self.named_parameters(remove_duplicate=False))
-        model = self._strip()
-        if any(len({id(after[n]) for n in group}) > 1 for group in shared):
-            mark_embeddings_untied(model)
-        return model
-
-
-def mark_embeddings_untied(model: Any) -> None:
-    """Say in the config that embeddings and head are two tensors now, so that saving keeps both."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        part.tie_word_embeddings = False
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-
-
 @dataclass
-class Attached:
-    """What is attached to a model: configs, reports and adapted modules by adapter name, and what is active."""
+class AdapterState:
+    """The adapters of one model.
+
+    Args:
+        base_class: the model's class without adapters.
+        was_trainable: `requires_grad` of the base's parameters before the first adapter.
+        configs: by adapter name, as are `reports` and `layers`.
+        reports: what each adapter matched.
+        layers: names and modules that each adapter adapts.
+        active: names of the active adapters, in order.
+        merged: names of the merged adapters.
+        enabled: False inside `disable_adapter()`.
+        input_gradients: whether attaching made the embedding output require gradients, for activation checkpointing.
+        repacking_layers: 4-bit modules whose CPU repacking is off; see `find_repacking_layers`.
+        active_state: what the adapted layers read; all of them share this object.
+    """
 
     base_class: type[nn.Module]
     was_trainable: dict[str, bool]
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     reports: dict[str, MatchReport] = field(default_factory=dict)
-    members: dict[str, list[tuple[str, layer.AdaptedLayer]]] = field(default_factory=dict)
+    layers: dict[str, list[tuple[str, layer.AdaptedLayer]]] = field(default_factory=dict)
     active: list[str] = field(default_factory=list)
     merged: list[str] = field(default_factory=list)
     enabled: bool = True
-    input_grads: bool = False
-    """Whether attaching made the embeddings' output carry a gradient, for activation checkpointing."""
-    repacking: list[Any] = field(default_factory=list)
-    """4-bit modules that would leave the layout gradients pass through, if they were let."""
-    running: layer.ActiveAdapters = field(default_factory=layer.ActiveAdapters)
-    """What the adapted modules run with; each of them holds this object."""
+    input_gradients: bool = False
+    repacking_layers: list[Any] = field(default_factory=list)
+    active_state: ActiveAdapters = field(default_factory=ActiveAdapters)
 
-    def modules(self) -> dict[str, layer.AdaptedLayer]:
-        """Every adapted module by name."""
-        return {n: m for members in self.members.values() for n, m in members}
-
-    def deltas(self, adapter: str) -> dict[str, AdapterModule]:
-        """An adapter's deltas by the names of their modules."""
-        return {n: m.adapters[adapter] for n, m in self.members[adapter] if adapter in m.adapters}  # type: ignore[misc]
-
-    def trained(self, adapter: str) -> Iterator[nn.Parameter]:
-        """The parameters an adapter trains."""
-        for _, module in self.members.get(adapter, []):
+    def trainable_parameters(self, adapter: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters that an adapter trains."""
+        for _, module in self.layers.get(adapter, []):
             if adapter in module.adapters:
                 yield from module.adapters[adapter].trainable_parameters()  # type: ignore[operator]
             if adapter in module.trained_copies:
@@ -137,68 +77,68 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """Adapt `model` in place and return it; its own weights are frozen and never written.
+    """Add an adapter to `model` in place and return it; the base's weights are frozen and never written.
 
     Args:
         model: a transformers model, or any module with Linear, Conv1D or Embedding layers.
         peft_config: the method's config.
         adapter_name: name of the adapter.
-        mixed: taken for PEFT's sake; adapters of different methods mix in any case.
+        mixed: accepted for PEFT compatibility; ignored, since adapters of different methods always mix.
         autocast_adapter_dtype: keep the adapter in fp32 above a 16-bit base.
-        revision: revision of the base, noted in the config.
-        low_cpu_mem_usage: taken for PEFT's sake; an adapter is made once, where it belongs.
+        revision: revision of the base, written to the config.
+        low_cpu_mem_usage: accepted for PEFT compatibility; ignored, since adapters are created on their device.
 
     Raises:
         TargetError: a target, layer index, pattern or module to save matches nothing.
-        UsageError: the model has adapters already.
+        UsageError: the model already has adapters.
     """
     del mixed, low_cpu_mem_usage
     if isinstance(model, PeftModel):
         raise UsageError(
             f"the model already has adapters: {format_names(model.peft_config)}",
             "a base without adapters",
-            "model.add_adapter(name, config) for another one, or model.unload() first",
+            "model.add_adapter(name, config) adds another one; model.unload() removes all",
         )
     peft_config.revision = revision or peft_config.revision
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
-    return PeftModel._adopt(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
+    return PeftModel._attach_first_adapter(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
 
 
-class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, AdapterPublishing):
-    """Mixed into the class of a base that has adapters; PEFT's names.
+class PeftModel(CallMixin, ConversionMixin, SaveLoadMixin, AdapterPublishing):
+    """A base model with adapters, with PEFT's method names; mixed into the base's class.
 
     `PeftModel(model, config)` is `get_peft_model(model, config)`.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Adapt the model given; without arguments (copying) make a bare object."""
+        """Add an adapter to the given model; without arguments (copying) create an empty object."""
         if not args and not kwargs:
             return object.__new__(cls)
         return get_peft_model(*args, **kwargs)
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        """Do nothing: the base was initialised when it was made."""
+        """Do nothing: the base is already initialised."""
 
-    # --- what is attached ---------------------------------------------------------------------------------------
+    # --- properties ---------------------------------------------------------------------------------------------
 
     @property
-    def _attached(self) -> Attached:
+    def _adapter_state(self) -> AdapterState:
         return self.__dict__["_slimtune"]
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """Configs by adapter name."""
-        return self._attached.configs
+        return self._adapter_state.configs
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters, in the order they are applied."""
-        return list(self._attached.active)
+        """Names of the active adapters, in the order in which they are applied."""
+        return list(self._adapter_state.active)
 
     @property
     def active_adapter(self) -> str:
         """Name of the (first) active adapter."""
-        return self._attached.active[0]
+        return self._adapter_state.active[0]
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -211,71 +151,74 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Ad
         return self.active_peft_config.peft_type
 
     @property
+    def merged_adapters(self) -> list[str]:
+        """Names of the adapters that are merged into the base's weights."""
+        return list(self._adapter_state.merged)
+
+    @property
     def modules_to_save(self) -> set[str]:
-        """Names of the modules trained whole."""
-        return {n for r in self._attached.reports.values() for n in r.trained_whole}
+        """Names of the modules that adapters train in full."""
+        return {n for r in self._adapter_state.reports.values() for n in r.trained_whole}
 
     @property
     def base_model(self) -> Any:
-        """The base's backbone, as transformers means it; `base_model.model` is the whole model, as PEFT means it."""
+        """The backbone, as in transformers; `base_model.model` is the whole model, as in PEFT."""
         return getattr(self, getattr(self, "base_model_prefix", "") or "\0", self)
 
     def get_base_model(self) -> Any:
-        """Return the base: this very object, since adapting happens in place."""
+        """Return the base model, which is this object."""
         return self
-
-    def match_report(self, adapter_name: str | None = None) -> MatchReport:
-        """Return what an adapter changes and what it leaves."""
-        return self._attached.reports[self._known(adapter_name or self.active_adapter)]
-
-    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
-        """Return (trained parameters, all parameters)."""
-        counts = [(count_values(p), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many parameters train, in PEFT's words."""
-        trained, every = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}")
-
-    # --- what each adapter added, for the rest of the library ---------------------------------------------------
-
-    def adapter_modules(self, adapter_name: str) -> dict[str, AdapterModule]:
-        """Return an adapter's modules by the name of the base module each one adapts."""
-        return self._attached.deltas(self._known(adapter_name))
-
-    def adapted_layers(self, adapter_name: str | None = None) -> dict[str, layer.AdaptedLayer]:
-        """Return the base modules that an adapter (None: any adapter) adapts, by name."""
-        if adapter_name is None:
-            return self._attached.modules()
-        return dict(self._attached.members[self._known(adapter_name)])
-
-    def trainable_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        """Return the parameters that train when this adapter is active."""
-        return list(self._attached.trained(self._known(adapter_name)))
 
     @property
     def base_model_class(self) -> type[nn.Module]:
-        """Class of the model before adapters were attached."""
-        return self._attached.base_class
+        """Class of the model without adapters."""
+        return self._adapter_state.base_class
 
-    @property
-    def merged_adapters(self) -> list[str]:
-        """Names of the adapters whose updates are merged into the base's weights now."""
-        return list(self._attached.merged)
+    def match_report(self, adapter_name: str | None = None) -> MatchReport:
+        """Return which modules an adapter (None: the active one) changes, and which it does not."""
+        return self._adapter_state.reports[self._require_adapter(adapter_name or self.active_adapter)]
 
-    # --- the life of adapters -----------------------------------------------------------------------------------
+    def adapter_modules(self, adapter_name: str) -> dict[str, AdapterModule]:
+        """Return an adapter's modules by the name of the base module that each one adapts."""
+        members = self._adapter_state.layers[self._require_adapter(adapter_name)]
+        return {n: m.adapters[adapter_name] for n, m in members if adapter_name in m.adapters}  # type: ignore[misc]
 
-    def _first(self, name: str, config: PeftConfig, autocast: bool, *, strict: bool) -> Self:
+    def adapted_layers(self, adapter_name: str | None = None) -> dict[str, layer.AdaptedLayer]:
+        """Return the base modules that an adapter (None: any adapter) adapts, by name."""
+        if adapter_name is not None:
+            return dict(self._adapter_state.layers[self._require_adapter(adapter_name)])
+        return {n: m for members in self._adapter_state.layers.values() for n, m in members}
+
+    def trainable_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """Return the parameters that train while this adapter is active."""
+        return list(self._adapter_state.trainable_parameters(self._require_adapter(adapter_name)))
+
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        """Return (number of trainable parameters, number of all parameters)."""
+        counts = [(count_values(p), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters train, in PEFT's format."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    # --- adding, choosing and removing adapters -----------------------------------------------------------------
+
+    @classmethod
+    def _attach_first_adapter(
+        cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, *, strict: bool
+    ) -> Any:
+        peft_model = _make_peft_model(model)
         try:
-            self.add_adapter(name, config, autocast_adapter_dtype=autocast, strict=strict)
+            peft_model.add_adapter(name, config, autocast_adapter_dtype=autocast, strict=strict)
         except BaseException:
-            self.unload()
+            peft_model.unload()
             raise
-        self.set_adapter(name, inference_mode=config.inference_mode)
-        if any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):  # type: ignore[attr-defined]
-            self._inputs_carry_gradients()
-        return self
+        peft_model.set_adapter(name, inference_mode=config.inference_mode)
+        if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+            peft_model._require_input_gradients()
+        return peft_model
 
     def add_adapter(
         self: Any,
@@ -285,253 +228,310 @@ class PeftModel(AdapterCalls, AdapterMerging, AdapterCombining, AdapterFiles, Ad
         autocast_adapter_dtype: bool = True,
         strict: bool = True,
     ) -> MatchReport:
-        """Attach one more adapter, inactive, and return what it matched.
+        """Add another adapter, inactive, and return what it matched.
 
         Raises:
-            UsageError: the name is taken or cannot be a module's name.
+            UsageError: the name is taken or cannot be the name of a module.
             TargetError: see `get_peft_model`.
         """
         del low_cpu_mem_usage
-        at = self._attached
-        self._free(adapter_name)
+        state = self._adapter_state
+        self._require_free_name(adapter_name)
         if not peft_config.name:
-            raise UsageError(f"{type(peft_config).__name__} adds nothing to layers", "a method's config: LoraConfig")
+            raise UsageError(f"{type(peft_config).__name__} is not the config of a method", "such as LoraConfig")
         peft_config.infer_from_model(self)
         report = select_targets(self, peft_config, strict=strict)
-        at.configs[adapter_name], at.reports[adapter_name], at.members[adapter_name] = peft_config, report, []
+        state.configs[adapter_name], state.reports[adapter_name] = peft_config, report
+        state.layers[adapter_name] = []
         try:
-            with self.disable_adapter():  # what is copied and read is the base's own
-                self._attach(adapter_name, {"autocast": autocast_adapter_dtype}, loading=not strict)
+            with self.disable_adapter():  # modules read and copy the base's own weights
+                self._add_modules(adapter_name, autocast=autocast_adapter_dtype, loading=not strict)
         except BaseException:
-            self._drop(adapter_name)
+            self._remove_adapter(adapter_name)
             raise
         return report
 
-    def _attach(self: Any, adapter: str, how: dict[str, bool], *, loading: bool) -> None:
-        at, modules = self._attached, dict(self.named_modules())
-        report, members = at.reports[adapter], at.members[adapter]
-        placed: dict[str, layer.AdaptedLayer] = {}
+    def _add_modules(self: Any, adapter: str, *, autocast: bool, loading: bool) -> None:
+        state, modules = self._adapter_state, dict(self.named_modules())
+        report, members = state.reports[adapter], state.layers[adapter]
+        adapted: dict[str, layer.AdaptedLayer] = {}
 
-        def adapted(name: str) -> layer.AdaptedLayer:
-            if name not in placed:
-                placed[name] = layer.make_adapted(modules[name], at.running)
-                members.append((name, placed[name]))  # at once: what fails later is taken back by them
-            return placed[name]
+        def get_adapted(name: str) -> layer.AdaptedLayer:
+            if name not in adapted:
+                adapted[name] = layer.make_adapted(modules[name], state.active_state)
+                members.append((name, adapted[name]))  # immediately, so that a later failure can be undone
+            return adapted[name]
 
-        sites = [layer.get_site(n, kind, self, **how, loading=loading) for n, kind in report.kinds.items()]
-        for site, delta in zip(sites, at.configs[adapter].build_all(sites), strict=True):
-            adapted(site.name).adapters[adapter] = delta
-        tied: dict[int, nn.Parameter] | None = {} if at.configs[adapter].trains_every_weight else None
-        for name, parameters in _owned(report, modules).items():
-            layer.own(adapted(name), adapter, parameters, tied=tied, **how)
-        for parameter in at.trained(adapter):
+        sites = [layer.get_site(n, k, self, autocast=autocast, loading=loading) for n, k in report.kinds.items()]
+        for site, module in zip(sites, state.configs[adapter].build_all(sites), strict=True):
+            get_adapted(site.name).adapters[adapter] = module
+        tied: dict[int, nn.Parameter] | None = {} if state.configs[adapter].trains_every_weight else None
+        for name, parameters in _find_copied_parameters(report, modules).items():
+            layer.copy_parameters(get_adapted(name), adapter, parameters, autocast=autocast, tied=tied)
+        for parameter in state.trainable_parameters(adapter):
             parameter.requires_grad_(False)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter (or several) the active one: it alone is applied, and it alone trains."""
-        at = self._attached
-        given = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        names = [self._known(n) for n in dict.fromkeys(given)]
+        """Activate one adapter (or several) and deactivate the others; only active adapters run and train."""
+        state = self._adapter_state
+        requested = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        names = [self._require_adapter(n) for n in dict.fromkeys(requested)]
         if not names:
             raise UsageError(
-                "no adapter is named",
-                f"one or more of {format_names(at.configs)}",
+                "no adapter is given",
+                f"one or more of {format_names(state.configs)}",
                 "`with model.disable_adapter():` runs the base alone",
             )
-        self._no_module_twice(names)
-        self._unmerged()
-        before, at.active = at.active, names
+        self._require_different_copies(names)
+        self._require_unmerged()
+        before, state.active = state.active, names
         if not inference_mode:
-            disable_cpu_repacking(at.repacking)
+            disable_cpu_repacking(state.repacking_layers)
         for name in {*before, *names}:
-            for p in at.trained(name):
+            for p in state.trainable_parameters(name):
                 p.requires_grad_(name in names and not inference_mode)
-        self._rerun()
+        self._update_active_state()
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Let the parameters of these adapters train, or not."""
+        """Set whether the parameters of these adapters train."""
         if requires_grad:
-            disable_cpu_repacking(self._attached.repacking)
+            disable_cpu_repacking(self._adapter_state.repacking_layers)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for p in self._attached.trained(self._known(name)):
+            for p in self.trainable_parameters(name):
                 p.requires_grad_(requires_grad)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the base alone inside the `with`; a merge is taken out and put back."""
-        at = self._attached
-        merged, was = list(at.merged), at.enabled
+        """Run the base alone inside the `with`; a merge is undone before and made again after."""
+        state = self._adapter_state
+        merged, was_enabled = list(state.merged), state.enabled
         self.unmerge_adapter()
-        at.enabled = False
-        self._rerun()
+        state.enabled = False
+        self._update_active_state()
         try:
             yield
         finally:
-            at.enabled = was
-            self._rerun()
+            state.enabled = was_enabled
+            self._update_active_state()
             if merged:
-                self.merge_adapter(merged)  # which is refused while disabled
+                self.merge_adapter(merged)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was the active one, the first that is left becomes active."""
-        at = self._attached
-        self._known(adapter_name)
-        self._enabled("delete_adapter")
-        if len(at.configs) == 1:
+        """Remove an adapter; if it was the active one, the first remaining adapter becomes active."""
+        state = self._adapter_state
+        self._require_adapter(adapter_name)
+        self._require_enabled("delete_adapter")
+        if len(state.configs) == 1:
             raise UsageError(
-                f"{adapter_name!r} is the only adapter", "at least one is left", "model.unload() gives the base"
+                f"{adapter_name!r} is the only adapter", "at least one adapter remains", "model.unload() removes it"
             )
-        self._unmerged()
-        self._drop(adapter_name)
-        if not at.active:
-            first, config = next(iter(at.configs.items()))
+        self._require_unmerged()
+        self._remove_adapter(adapter_name)
+        if not state.active:
+            first, config = next(iter(state.configs.items()))
             self.set_adapter(first, inference_mode=config.inference_mode)
 
     def rename_adapter(self, adapter_name: str, new_name: str) -> None:
-        """Give an adapter another name; what is active and merged stays so."""
-        at = self._attached
-        self._known(adapter_name)
-        self._free(new_name)
-        for _, module in at.members[adapter_name]:
-            layer.rename(module, adapter_name, new_name)
-        for table in (at.configs, at.reports, at.members):
-            named = [(new_name if n == adapter_name else n, v) for n, v in table.items()]
+        """Rename an adapter; it stays active or merged if it was."""
+        state = self._adapter_state
+        self._require_adapter(adapter_name)
+        self._require_free_name(new_name)
+        for _, module in state.layers[adapter_name]:
+            layer.rename_adapter(module, adapter_name, new_name)
+        for table in (state.configs, state.reports, state.layers):
+            items = [(new_name if n == adapter_name else n, v) for n, v in table.items()]
             table.clear()
-            table.update(named)  # type: ignore[arg-type]
-        at.active, at.merged = ([new_name if n == adapter_name else n for n in ns] for ns in (at.active, at.merged))
-        self._rerun()
+            table.update(items)  # type: ignore[arg-type]
+        for names in (state.active, state.merged):
+            names[:] = [new_name if n == adapter_name else n for n in names]
+        self._update_active_state()
 
     def unload(self) -> Any:
-        """Remove every adapter and return the plain base, bit for bit as it was attached to."""
-        self._enabled("unload")
+        """Remove all adapters and return the plain base, bit for bit as it was."""
+        self._require_enabled("unload")
         self.unmerge_adapter()
-        return self._strip()
+        return self._restore_base_class()
 
-    # --- inside -------------------------------------------------------------------------------------------------
+    # --- merging ------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def _adopt(cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, *, strict: bool) -> Any:
-        return _become_peft(model)._first(name, config, autocast, strict=strict)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge the active adapters (or these) into the base's weights; `unmerge_adapter` restores them bit for bit.
 
-    def _known(self, name: str) -> str:
-        if name not in self._attached.configs:
-            raise UsageError(
-                f"there is no adapter {name!r}{nearest(name, self._attached.configs)}",
-                f"one of {format_names(self._attached.configs)}",
-            )
+        Raises:
+            MergeUnsupported: a method has no merge, the base is quantized, or (safe_merge) the result is not finite.
+        """
+        state = self._adapter_state
+        if state.merged:
+            return
+        self._require_enabled("merge_adapter")
+        names = [self._require_adapter(n) for n in dict.fromkeys(adapter_names or state.active)]
+        self._require_different_copies(names)
+        layers = {n: m for a in names for n, m in state.layers[a]}
+        try:
+            for name, module in layers.items():
+                layer.merge_adapters(name or type(self).__name__, module, names, check=safe_merge)
+            state.merged = names
+            self._update_active_state()
+        finally:
+            if not state.merged:
+                for module in layers.values():
+                    layer.unmerge_adapters(module)
+
+    def unmerge_adapter(self) -> None:
+        """Undo a merge: the base gets its original parameter objects back."""
+        for module in self.adapted_layers().values():
+            layer.unmerge_adapters(module)
+        self._adapter_state.merged = []
+        self._update_active_state()
+
+    def merge_and_unload(
+        self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> Any:
+        """Merge for good and return the plain base: its own class, no adapters, changed weights."""
+        del progressbar
+        names: dict[int, list[str]] = {}
+        for n, p in self.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(n)
+        tied = [group for group in names.values() if len(group) > 1]
+        self.unmerge_adapter()
+        self.merge_adapter(adapter_names, safe_merge)
+        merged = dict(self.named_parameters(remove_duplicate=False))
+        model = self._restore_base_class()
+        if any(len({id(merged[n]) for n in group}) > 1 for group in tied):
+            mark_untied(model)
+        return model
+
+    # --- internals ----------------------------------------------------------------------------------------------
+
+    def _require_adapter(self, name: str) -> str:
+        configs = self._adapter_state.configs
+        if name not in configs:
+            raise UsageError(f"there is no adapter {name!r}{nearest(name, configs)}", f"one of {format_names(configs)}")
         return name
 
-    def _free(self, name: str) -> None:
-        taken = name in self._attached.configs or name == BASE_ROW or hasattr(nn.ModuleDict(), name)
-        if taken or not name or "." in name:
+    def _require_free_name(self, name: str) -> None:
+        configs = self._adapter_state.configs
+        if not name or "." in name or name == BASE_ROW or name in configs or hasattr(nn.ModuleDict(), name):
             raise UsageError(
-                f"{name!r} cannot name a new adapter",
-                f"a name without dots, no method of a ModuleDict, other than {format_names(self._attached.configs)}",
+                f"{name!r} cannot be the name of a new adapter",
+                f"a name without dots that is not a method of ModuleDict and not one of {format_names(configs)}",
                 "delete_adapter(name) first to replace one",
             )
 
-    def _unmerged(self) -> None:
-        merged = self._attached.merged
-        if merged:
+    def _require_unmerged(self) -> None:
+        if self._adapter_state.merged:
             raise UsageError(
-                f"{format_names(merged)} is merged into the base", "an unmerged model", "unmerge_adapter() first"
+                f"{format_names(self._adapter_state.merged)} is merged into the base",
+                "an unmerged model",
+                "unmerge_adapter() first",
             )
 
-    def _enabled(self, what: str) -> None:
-        if not self._attached.enabled:
-            raise UsageError(f"{what} inside disable_adapter()", "a call after the `with`")
+    def _require_enabled(self, what: str) -> None:
+        if not self._adapter_state.enabled:
+            raise UsageError(f"{what} is called inside disable_adapter()", "a call after the `with` block")
 
-    def _no_module_twice(self, names: list[str]) -> None:
-        """Deltas add up; two whole copies of one module do not."""
+    def _require_different_copies(self, names: list[str]) -> None:
+        """Raise if two adapters train copies of one module: their updates cannot be added."""
         owners: dict[str, str] = {}
         for adapter in names:
-            for name, module in self._attached.members[adapter]:
+            for name, module in self._adapter_state.layers[adapter]:
                 if adapter in module.trained_copies and owners.setdefault(name, adapter) != adapter:
                     raise UsageError(
-                        f"adapters {owners[name]!r} and {adapter!r} both train {name} whole",
-                        "active adapters that own different modules",
+                        f"adapters {owners[name]!r} and {adapter!r} both have their own copy of {name}",
+                        "active adapters with copies of different modules",
                         "activate one of them at a time",
                     )
 
-    def _drop(self, name: str) -> None:
-        """Take one adapter out; the others keep what they are, trained or frozen, merged or not."""
-        at = self._attached
-        for _, module in at.members.pop(name):
-            layer.remove(module, name)
-        del at.configs[name], at.reports[name]
-        at.active = [n for n in at.active if n != name]
-        self._rerun()
+    def _remove_adapter(self, name: str) -> None:
+        state = self._adapter_state
+        for _, module in state.layers.pop(name):
+            layer.remove_adapter(module, name)
+        del state.configs[name], state.reports[name]
+        state.active = [n for n in state.active if n != name]
+        self._update_active_state()
 
-    def _rerun(self) -> None:
-        """Let the adapted modules run with what is active now."""
-        at = self._attached
-        at.running.active = tuple(at.merged or at.active) if at.enabled else ()
-        at.running.forget()
+    def _update_active_state(self) -> None:
+        """Tell the adapted layers which adapters run now."""
+        state = self._adapter_state
+        state.active_state.names = tuple(state.merged or state.active) if state.enabled else ()
+        state.active_state.clear_cache()
 
-    def _strip(self: Any) -> Any:
-        at = self._attached
-        if at.input_grads:
+    def _restore_base_class(self: Any) -> Any:
+        state = self._adapter_state
+        if state.input_gradients:
             self.disable_input_require_grads()
-        for module in at.repacking:
+        for module in state.repacking_layers:
             module.support_avx512bf16_for_cpu = True
-        for module in at.modules().values():
-            layer.restore(module)
+        for module in self.adapted_layers().values():
+            layer.restore_base_class(module)
         for name, parameter in self.named_parameters():
-            # A name that is new: a tied tensor that a merge made two.
-            parameter.requires_grad_(at.was_trainable.get(name, any(at.was_trainable.values())))
+            # A name may be new: a merge splits a tied tensor into two.
+            parameter.requires_grad_(state.was_trainable.get(name, any(state.was_trainable.values())))
         backbone = self.base_model
-        if backbone.__dict__.pop("_whole", None) is not None:
+        if backbone.__dict__.pop("_whole_model", None) is not None:
             backbone.__class__ = type(backbone).__bases__[0]
         elif backbone.__dict__.get("model") is self:
             del backbone.__dict__["model"]
         del self.__dict__["_slimtune"]
-        self.__class__ = at.base_class
+        self.__class__ = state.base_class
         return self
 
 
-def _become_peft(model: nn.Module) -> PeftModel:
+def mark_untied(model: Any) -> None:
+    """Record in the config that input and output embeddings are two tensors, so that saving writes both."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _make_peft_model(model: nn.Module) -> PeftModel:
+    """Swap the class of a base for a PeftModel subclass and freeze its parameters."""
     register_with_transformers(PeftModel)
     base_class: Any = type(model)
     was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
-    model.__class__ = register_as_peft_subclass(_peft_class(base_class), "PeftModel")
-    model.__dict__["_slimtune"] = Attached(base_class, was_trainable, repacking=find_repacking_layers(model))
+    model.__class__ = register_as_peft_subclass(_make_peft_class(base_class), "PeftModel")
+    model.__dict__["_slimtune"] = AdapterState(base_class, was_trainable, repacking_layers=find_repacking_layers(model))
     assert isinstance(model, PeftModel)
     backbone = model.base_model
-    if not hasattr(backbone, "model"):  # PEFT's idiom `base_model.model`; not registered, so no cycle of modules
+    if not hasattr(backbone, "model"):  # scripts written for PEFT use `base_model.model`
         if backbone is model:
-            model.__dict__["model"] = model
+            model.__dict__["model"] = model  # not a registered submodule, which would be a cycle
         else:
-            backbone.__dict__["_whole"] = model
-            backbone.__class__ = _backbone_class(backbone.__class__)
+            backbone.__dict__["_whole_model"] = model
+            backbone.__class__ = _make_backbone_class(backbone.__class__)
     return model
 
 
 @cache
-def _backbone_class(base: Any) -> Any:
-    # A backbone stays its own `base_model`: transformers looks for that under `model`, and would find the whole again.
-    body = {"model": property(lambda self: self.__dict__["_whole"]), "base_model": property(lambda self: self)}
+def _make_backbone_class(base: Any) -> Any:
+    # transformers looks for a model's backbone under `model`. The backbone's `base_model` stays the backbone itself, so
+    # that the search ends there.
+    body = {"model": property(lambda self: self.__dict__["_whole_model"]), "base_model": property(lambda self: self)}
     return type(base.__name__, (base,), {**body, "__module__": base.__module__, "__doc__": base.__doc__})
 
 
 @cache
-def _peft_class(base: Any) -> Any:
-    # The base's name: transformers' Trainer and its checkpoints go by it.
+def _make_peft_class(base: Any) -> Any:
+    # It has the base's name, which the Trainer and its checkpoints use.
     return type(base.__name__, (PeftModel, base), {"__module__": base.__module__, "__doc__": base.__doc__})
 
 
-def _owned(report: MatchReport, modules: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """Which parameters of which modules an adapter copies: those trained whole, and trained biases."""
-    trained_copies: dict[str, list[str]] = {}
+def _find_copied_parameters(report: MatchReport, modules: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """Return which parameters of which modules an adapter copies: modules it trains in full, and trained biases."""
+    found: dict[str, list[str]] = {}
     for whole in report.trained_whole:
         for name, module in modules.items():
             if name == whole or name.startswith(f"{whole}."):
                 own = [n for n, p in module._parameters.items() if p is not None]
                 if own and not {"adapters", "trained_copies"} & set(name.split(".")):
-                    trained_copies[name] = own
+                    found[name] = own
     for bias in report.biases:
-        name = bias.removesuffix(".bias")
-        trained_copies.setdefault(name, [])
-        if "bias" not in trained_copies[name]:
-            trained_copies[name].append("bias")
-    return trained_copies
+        names = found.setdefault(bias.removesuffix(".bias"), [])
+        if "bias" not in names:
+            names.append("bias")
+    return found

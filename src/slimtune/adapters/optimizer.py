@@ -1,4 +1,4 @@
-"""Learning rates by parameter: a method may want some of its parameters to learn faster (LoRA+)."""
+"""Optimizer parameter groups: methods may train some parameters with another learning rate (LoRA+)."""
 
 from __future__ import annotations
 
@@ -11,78 +11,77 @@ from ..errors import UsageError
 
 
 def get_lr_multipliers(model: Any) -> dict[int, float]:
-    """Return factors on the learning rate by a parameter's `id`, where a method wants another one than 1."""
+    """Return factors on the learning rate by a parameter's `id`; parameters that are not listed have factor 1."""
     found: dict[int, float] = {}
     for adapter in model.peft_config:
-        for delta in model._attached.deltas(adapter).values():
-            wanted = delta.lr_multipliers()
-            found |= {id(p): wanted[n] for n, p in delta.named_parameters() if n in wanted}
-    return {i: f for i, f in found.items() if f != 1}
+        for module in model.adapter_modules(adapter).values():
+            multipliers = module.lr_multipliers()
+            found |= {id(p): multipliers[n] for n, p in module.named_parameters() if n in multipliers}
+    return {i: m for i, m in found.items() if m != 1}
 
 
 def parameter_groups(model: Any, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Return the trained parameters as an optimizer takes them, in groups by rate.
+    """Return the trainable parameters as optimizer groups by learning rate.
 
     Args:
         model: the adapted model.
-        lr: the learning rate; a group's own is this times what its method asks for.
-        weight_decay: for matrices; biases, magnitudes and other vectors do not decay.
+        lr: the learning rate; each group's is multiplied by its method's factor.
+        weight_decay: for matrices only; biases, magnitudes and other vectors do not decay.
     """
-    of = get_lr_multipliers(model)
+    multipliers = get_lr_multipliers(model)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for p in model.parameters():
         if p.requires_grad:
-            groups.setdefault((of.get(id(p), 1.0), p.dim() > 1), []).append(p)
+            groups.setdefault((multipliers.get(id(p), 1.0), p.dim() > 1), []).append(p)
     return [
-        {"params": params, "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0}
-        for (factor, decays), params in groups.items()
+        {"params": params, "lr": lr * multiplier, "weight_decay": weight_decay if is_matrix else 0.0}
+        for (multiplier, is_matrix), params in groups.items()
     ]
 
 
 def group_by_learning_rate(optimizer: Optimizer, model: Any) -> None:
-    """Give the parameters of an optimizer that has not stepped yet the rates their methods ask for."""
-    of = get_lr_multipliers(model) if hasattr(model, "peft_config") else {}
+    """Split the groups of an optimizer that has not stepped yet by the learning rates that the methods define."""
+    multipliers = get_lr_multipliers(model) if hasattr(model, "peft_config") else {}
     for group in list(optimizer.param_groups):
-        by_factor: dict[float, list[nn.Parameter]] = {}
+        by_multiplier: dict[float, list[nn.Parameter]] = {}
         for p in group["params"]:
-            by_factor.setdefault(of.get(id(p), 1.0), []).append(p)
-        rest = {k: v for k, v in group.items() if k not in ("params", "lr")}
-        for at, (factor, params) in enumerate(by_factor.items()):
-            if at == 0:
-                lr = group["lr"]
-                group.update(params=params, lr=lr * factor)
+            by_multiplier.setdefault(multipliers.get(id(p), 1.0), []).append(p)
+        settings, lr = {k: v for k, v in group.items() if k not in ("params", "lr")}, group["lr"]
+        for i, (multiplier, params) in enumerate(by_multiplier.items()):
+            if i == 0:
+                group.update(params=params, lr=lr * multiplier)
             else:
-                optimizer.add_param_group({**rest, "params": params, "lr": lr * factor})
+                optimizer.add_param_group({**settings, "params": params, "lr": lr * multiplier})
 
 
 def create_loraplus_optimizer(
     model: Any, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
-    """Return an optimizer in which B learns `loraplus_lr_ratio` times as fast as A (PEFT's function).
+    """Return an optimizer in which B's learning rate is `loraplus_lr_ratio` times A's (PEFT's function).
 
-    `LoraConfig(lr_ratio=…)` says the same where the config is, and `slimtune train` follows it.
+    `LoraConfig(lr_ratio=…)` sets the same ratio in the config, which `slimtune train` uses.
 
     Args:
         model: the adapted model.
         optimizer_cls: the optimizer's class.
         lr: A's learning rate.
-        loraplus_lr_ratio: B's over A's, 1 and up.
-        kwargs: for the optimizer; `loraplus_weight_decay` (0.0) for matrices, `loraplus_lr_embedding` (1e-6) for
-            A and B of embeddings.
+        loraplus_lr_ratio: B's learning rate divided by A's, typically 1 to 16.
+        kwargs: for the optimizer; also `loraplus_weight_decay` (default 0.0) for matrices and `loraplus_lr_embedding`
+            (default 1e-6) for A and B of embeddings.
     """
     if loraplus_lr_ratio <= 0:
         raise UsageError(f"loraplus_lr_ratio is {loraplus_lr_ratio}", "above 0, typically 1 to 16")
-    decay, embedding = kwargs.pop("loraplus_weight_decay", 0.0), kwargs.pop("loraplus_lr_embedding", 1e-6)
+    decay, embedding_lr = kwargs.pop("loraplus_weight_decay", 0.0), kwargs.pop("loraplus_lr_embedding", 1e-6)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if "lora_embedding_" in name:
-            how = (embedding, decay)
+            settings = (embedding_lr, decay)
         elif "lora_B" in name or p.dim() == 1:
-            how = (lr * loraplus_lr_ratio, 0.0 if "bias" in name else decay)
+            settings = (lr * loraplus_lr_ratio, 0.0 if "bias" in name else decay)
         else:
-            how = (lr, decay)
-        groups.setdefault(how, []).append(p)
+            settings = (lr, decay)
+        groups.setdefault(settings, []).append(p)
     kwargs["lr"] = lr
     return optimizer_cls([{"params": ps, "lr": r, "weight_decay": d} for (r, d), ps in groups.items()], **kwargs)

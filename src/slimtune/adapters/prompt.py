@@ -1,15 +1,16 @@
-"""Learned positions in front of the sequence: what prompt tuning and P-tuning put there, and the config they share.
+"""Base classes of prompt learning: virtual tokens before the sequence, learned keys and values in the attention.
 
-    [v_1 … v_n, x_1 … x_T] → the backbone → hidden states of x_1 … x_T
+    prompt tuning, P-tuning           [v_1 … v_n, x_1 … x_T] → backbone → hidden states of x_1 … x_T     `PromptModule`
+    prefix tuning, LLaMA-Adapter      n learned keys and values in the attention of every layer       `AttentionModule`
 
-The positions enter with the backbone's own input and leave behind its output: above it, in logits, labels, losses and
-`generate`, there are T positions as without them.
+Virtual tokens enter with the backbone's input and are removed from its output: everything above it (logits, labels,
+losses, `generate`) has T positions, as without them. `virtual_tokens.py` changes positions, masks and cache:
 
-    padded left      [pad, v, x]: right before the row's first token, so that sliding windows see what they should
-    laid end to end  [v, row, row, …]: one v for all, since nothing before it changes it; a mask lets each row see v
-                     and itself, and sliding windows count positions
-    in the cache     v stands there like tokens: a mark on the cache says so, and a step that goes on adds none
-    rows mixed       v stands in front of every row and is masked out where it is not the row's
+    left padding      [pad, v, x]: right before the first token, so that sliding windows cover the right tokens
+    packed sequence   [v, row, row, …]: one v for all rows, since nothing before v changes it; the mask shows each row v
+                      and itself, and sliding windows count positions
+    cache             v is stored like tokens; a mark on the cache records it, and later steps add no v
+    mixed batch       v stands before every row, and is masked out in rows that use another adapter
 """
 
 from __future__ import annotations
@@ -24,54 +25,48 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ..attention.packed_layout import SUPPORTED_ATTENTION, original_attention
-from ..attention.prefix import PREFIX_KWARG, AttentionPrefix, require_decoder
+from ..attention.prefix import PREFIX_KWARG, AttentionPrefix, RowMask, require_decoder
+from ..attention.register import SUPPORTED_ATTENTION, original_attention
 from ..errors import ModelError, UsageError
-from .base import AdapterModule, BaseForward, MergeUnsupported, RowMask, Site, SiteKind
+from .base import AdapterModule, BaseForward, MergeUnsupported, Site, SiteKind
 from .config import PeftConfig
-from .virtual_tokens import BackboneCall, each, inserted, left
+from .config_fields import setting
+from .virtual_tokens import BackboneCall, insert_columns, map_hidden_states, remove_columns
 
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
-    """The fields that methods with learned positions share. None of the sizes need be given: the model tells them.
-
-    Args:
-        num_virtual_tokens: learned positions, 1 and up; typically 10 to 100.
-        token_dim: size of a learned position, of the embeddings or of all keys of a layer, 1 and up; None: the model's.
-        num_transformer_submodules: 1, for a decoder; None: the same.
-        num_attention_heads: heads of the keys, 1 and up; None: the model's.
-        num_layers: layers of the model, 1 and up; None: the model's.
-        modules_to_save: modules trained whole beside the adapter (a new head), saved with it.
-    """
+    """The fields that prompt-learning methods share; sizes that are not given are taken from the model."""
 
     mergeable: ClassVar[bool] = False
     kinds: ClassVar[tuple[SiteKind, ...]] = ("model",)
     short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens"}
 
-    num_virtual_tokens: int | None = None
-    token_dim: int | None = None
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
-    modules_to_save: list[str] | None = None
+    num_virtual_tokens: int | None = setting(None, "number of virtual tokens, typically 10 to 100", ge=1)
+    token_dim: int | None = setting(
+        None, "size of a virtual token: of the embeddings, or of all keys of a layer; None: the model's", ge=1
+    )
+    num_transformer_submodules: int | None = setting(None, "1, for a decoder; None: 1")
+    num_attention_heads: int | None = setting(None, "number of key heads; None: the model's", ge=1)
+    num_layers: int | None = setting(None, "number of layers; None: the model's", ge=1)
+    modules_to_save: list[str] | None = setting(
+        None, "modules trained in full beside the adapter (a new head) and saved with it"
+    )
 
     @property
     def is_prompt_learning(self) -> bool:
-        """True: learned positions stand in front of the sequence."""
+        """True: the method learns virtual tokens."""
         return True
 
     def check(self) -> None:
-        """Check the sizes, and that a decoder is meant."""
+        """Check that the number of tokens is given and that the model is a decoder."""
         super().check()
-        self.require_whole("num_virtual_tokens")
-        for name in ("token_dim", "num_attention_heads", "num_layers"):
-            self.require_whole(name, none=True)
-        one = self.num_transformer_submodules in (None, 1)
-        self.require(one, "num_transformer_submodules", "1: a decoder (2 is an encoder and a decoder)")
+        self.require(self.num_virtual_tokens is not None, "num_virtual_tokens", "an integer, at least 1")
+        decoder = self.num_transformer_submodules in (None, 1)
+        self.require(decoder, "num_transformer_submodules", "1: a decoder (2 is an encoder and a decoder)")
 
     def infer_from_model(self, model: Any) -> None:
-        """Fill in the sizes from the model's config."""
+        """Take the sizes that are not given from the model's config."""
         require_decoder(model)
         text = model.config.get_text_config()
         self.num_transformer_submodules = self.num_transformer_submodules or 1
@@ -84,46 +79,75 @@ class PromptLearningConfig(PeftConfig):
         return {find_backbone_name(model): "model"}
 
     def file_key(self, key: str) -> str:
-        """Return PEFT's keys: none of a module for what is learned, and a shorter prefix for modules trained whole."""
-        mine = re.search(r"\.(prompt_embeddings|prompt_encoder\..+)$", key)
-        return mine[1] if mine else key.replace("base_model.model.", "base_model.", 1)
+        """Return PEFT's keys: learned tensors without a module name, modules trained in full with a shorter prefix."""
+        learned = re.search(r"\.(prompt_embeddings|prompt_encoder\..+)$", key)
+        return learned[1] if learned else key.replace("base_model.model.", "base_model.", 1)
 
 
 class PromptModule(AdapterModule):
-    """A delta at the backbone; a method defines `virtual`."""
+    """Adapter module at the backbone that adds virtual tokens; a method defines `virtual_embeddings`."""
 
-    def virtual(self) -> Tensor:
-        """Return the learned positions `(n, hidden)`."""
-        raise TypeError(f"{type(self).__name__} defines no virtual()")
+    def virtual_embeddings(self) -> Tensor:
+        """Return the embeddings of the virtual tokens `(n, hidden)`."""
+        raise TypeError(f"{type(self).__name__} does not define virtual_embeddings()")
 
-    def forward_with_base(self, frozen: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
-        """Run the backbone with the learned positions in front, and give the states of the others."""
-        call = BackboneCall(frozen.module, args, kwargs)
-        learned = self.virtual()
-        n = learned.shape[0]
-        call.refuse_what_has_no_room(n)
-        goes_on, embeds = call.goes_on(self, n), call.embeds()
-        mine = torch.ones(len(embeds), dtype=torch.bool, device=embeds.device) if rows is None else rows
-        start = call.begin_with(n, mine, goes_on, always=rows is not None)
-        if not goes_on:
-            front = learned.to(device=embeds.device, dtype=embeds.dtype).expand(len(embeds), -1, -1)
-            call.values["inputs_embeds"] = inserted(front, embeds, start, 1)
-        out = call.run(frozen, self, n)
-        return call.answer(out if goes_on else each(out, lambda h: left(h, start, n)))
+    def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
+        """Run the backbone with the virtual tokens in front, and return the hidden states of the other tokens."""
+        call = BackboneCall(base.module, args, kwargs)
+        virtual = self.virtual_embeddings()
+        n = virtual.shape[0]
+        call.check_virtual_tokens_fit(n)
+        cached, embeds = call.has_cached_tokens(self, n), call.get_embeddings()
+        own_rows = torch.ones(len(embeds), dtype=torch.bool, device=embeds.device) if rows is None else rows
+        start = call.add_virtual_tokens(n, own_rows, cached, need_mask=rows is not None)
+        if not cached:
+            virtual = virtual.to(device=embeds.device, dtype=embeds.dtype).expand(len(embeds), -1, -1)
+            call.inputs["inputs_embeds"] = insert_columns(virtual, embeds, start, 1)
+        out = call.run(base, self, n)
+        if not cached:
+            out = map_hidden_states(out, lambda h: remove_columns(h, start, n))
+        return call.format_output(out)
 
     def forward_batch_rows(
-        self, frozen: BaseForward, base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
+        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """Run the backbone so; in rows that are not meant the learned positions are masked out."""
-        return self.forward_with_base(frozen, *args, rows=rows, **kwargs)
+        """Run the backbone with the virtual tokens, masked out in rows that use another adapter."""
+        return self.forward_with_base(base, *args, rows=rows, **kwargs)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Refuse: learned positions are no weights."""
-        raise MergeUnsupported(f"{type(self).__name__} adds positions, which are no change of a weight")
+        """Raise: virtual tokens do not change weights."""
+        raise MergeUnsupported(f"{type(self).__name__} adds virtual tokens, which do not change a weight")
+
+
+class PositionShift(AdapterModule):
+    """Adapter module at the backbone that starts the tokens' positions at `n`, for prefixes that take the first `n`."""
+
+    @property
+    def n(self) -> int:
+        """Number of positions that the prefix takes."""
+        raise TypeError(f"{type(self).__name__} does not define n")
+
+    def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
+        """Run the backbone with all positions increased by `n`."""
+        call = BackboneCall(base.module, args, kwargs)
+        call.has_cached_tokens(self, 0)
+        positions = call.get_positions()
+        call.inputs["position_ids"] = positions + (self.n if rows is None else self.n * rows[:, None])
+        return call.format_output(call.run(base, self, 0))
+
+    def forward_batch_rows(
+        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the backbone with positions increased in the rows that use this adapter."""
+        return self.forward_with_base(base, *args, rows=rows, **kwargs)
+
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Raise: positions are not weights."""
+        raise MergeUnsupported("a prefix adds keys and values, which do not change a weight")
 
 
 class AttentionModule(AdapterModule):
-    """A delta at the attention module of a layer; a method defines `prefix`."""
+    """Adapter module at a layer's attention that adds learned keys and values; a method defines `prefix`."""
 
     uses_attention_prefix = True
 
@@ -132,74 +156,45 @@ class AttentionModule(AdapterModule):
 
         Args:
             module: the frozen attention module, for methods that use its projections.
-            rows: the rows of a mixed batch that are meant, where no other adapter runs; None: all.
+            rows: which rows of a mixed batch use this adapter, bool `(batch,)`; None: all.
         """
-        raise TypeError(f"{type(self).__name__} defines no prefix(module, rows)")
+        raise TypeError(f"{type(self).__name__} does not define prefix(module, rows)")
 
-    def forward_with_base(self, frozen: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
-        """Run the attention with the prefix in sight."""
-        module: Any = frozen.module
-        chosen = vars(module)["config"]._attn_implementation
-        if original_attention(chosen) not in SUPPORTED_ATTENTION:
+    def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
+        """Run the attention module with the prefix passed to its attention function."""
+        module: Any = base.module
+        implementation = vars(module)["config"]._attn_implementation
+        if original_attention(implementation) not in SUPPORTED_ATTENTION:
             raise ModelError(
-                f"{type(module).__name__} runs with attn_implementation={chosen!r}, which takes no prefix here",
+                f"{type(module).__name__} runs with attn_implementation={implementation!r}, which cannot take a prefix",
                 " or ".join(map(repr, SUPPORTED_ATTENTION)),
                 'from_pretrained(..., attn_implementation="sdpa")',
             )
-        # The innermost stands first, as with learned positions. transformers hands keyword arguments on.
-        seen = ((self.prefix(module, rows), rows), *kwargs.pop(PREFIX_KWARG, ()))
-        return frozen(*args, **{PREFIX_KWARG: seen}, **kwargs)
+        # The innermost prefix comes first, like virtual tokens. transformers forwards unknown keyword arguments.
+        prefixes = ((self.prefix(module, rows), rows), *kwargs.pop(PREFIX_KWARG, ()))
+        return base(*args, **{PREFIX_KWARG: prefixes}, **kwargs)
 
     def forward_batch_rows(
-        self, frozen: BaseForward, base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
+        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """The same, in sight of some rows."""
-        return self.forward_with_base(frozen, *args, rows=rows, **kwargs)
+        """Run the attention module with a prefix that only some rows attend to."""
+        return self.forward_with_base(base, *args, rows=rows, **kwargs)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Refuse: keys and values are no weights."""
-        raise MergeUnsupported(f"{type(self).__name__} adds keys and values, which are no change of a weight")
-
-
-class PositionShift(AdapterModule):
-    """Lets a row's own positions start at `n`: at the backbone, for prefixes that take the first `n`."""
-
-    @property
-    def n(self) -> int:
-        """How many positions the prefix takes."""
-        raise TypeError(f"{type(self).__name__} defines no n")
-
-    def forward_with_base(self, frozen: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
-        """Run the backbone with positions `n` later."""
-        call = BackboneCall(frozen.module, args, kwargs)
-        call.goes_on(self, 0)
-        positions = call.positions()
-        call.values["position_ids"] = positions + (self.n if rows is None else self.n * rows[:, None])
-        return call.answer(call.run(frozen, self, 0))
-
-    def forward_batch_rows(
-        self, frozen: BaseForward, base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Run the backbone so; rows that are not meant keep their positions."""
-        return self.forward_with_base(frozen, *args, rows=rows, **kwargs)
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Refuse: positions are no weights."""
-        raise MergeUnsupported("a prefix adds keys and values, which are no change of a weight")
-
-
-def find_backbone_name(model: Any) -> str:
-    """Return the name of the module that maps embeddings to hidden states; "" where it is the model itself."""
-    name = getattr(model, "base_model_prefix", "")
-    return name if name in model._modules else ""
+        """Raise: keys and values are not weights."""
+        raise MergeUnsupported(f"{type(self).__name__} adds keys and values, which do not change a weight")
 
 
 class LearnedEmbeddings(AdapterModule):
-    """Mixed into a delta that learns `prompt_embeddings`.
+    """Mixin for modules that learn `prompt_embeddings (n, width)`, as a parameter or as the output of a prompt encoder.
+
+    A file always contains `prompt_embeddings`, which is all that PEFT reads and inference needs. With a prompt encoder,
+    our files also contain the encoder's tensors (`prompt_encoder.…`), so that training can continue. Loaded from a file
+    without them, the embeddings become a parameter.
 
     Args:
-        site: where.
-        start: the parameter's start `(n, width)`, or the encoder: a module that gives them when called.
+        site: the site.
+        start: initial embeddings `(n, width)`, or the prompt encoder: a module that returns them when it is called.
     """
 
     def __init__(self, site: Site, start: Tensor | nn.Module) -> None:
@@ -211,40 +206,45 @@ class LearnedEmbeddings(AdapterModule):
             self.prompt_encoder = None
             self.prompt_embeddings = nn.Parameter(start.detach().to(site.device, site.dtype, copy=True))
 
-    def learned(self) -> Tensor:
+    def get_embeddings(self) -> Tensor:
         """Return `prompt_embeddings (n, width)`."""
         return self.prompt_embeddings if self.prompt_encoder is None else self.prompt_encoder()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the parameters are, or what the encoder gives without dropout, and the encoder's own."""
+        """Return the embeddings, computed without dropout if there is an encoder, and the encoder's tensors."""
         if self.prompt_encoder is None:
             return super().tensors()
-        with torch.no_grad(), evaluating(self.prompt_encoder):
-            return {"prompt_embeddings": self.learned(), **super().tensors()}
+        with torch.no_grad(), evaluation_mode(self.prompt_encoder):
+            return {"prompt_embeddings": self.get_embeddings(), **super().tensors()}
 
     def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
-        """Let the encoder go where a file holds only what it gave."""
+        """Replace the encoder by a parameter if the file contains only the embeddings."""
         if self.prompt_encoder is None or any(k.startswith("prompt_encoder.") for k in given):
             return
-        there = given.get("prompt_embeddings")
-        now = self.tensors()["prompt_embeddings"]
-        if there is not None and there.shape == now.shape:
+        embeddings = self.tensors()["prompt_embeddings"]
+        if "prompt_embeddings" in given and given["prompt_embeddings"].shape == embeddings.shape:
             trains = any(p.requires_grad for p in self.parameters())
             self.prompt_encoder = None
-            self.prompt_embeddings = nn.Parameter(now, requires_grad=trains)
+            self.prompt_embeddings = nn.Parameter(embeddings, requires_grad=trains)
 
 
-def token_ids(text: str, tokenizer: str, settings: dict[str, Any] | None) -> list[int]:
-    """Return the tokens of a text, special ones included, by a tokenizer's name or folder.
+def find_backbone_name(model: Any) -> str:
+    """Return the name of the module that maps embeddings to hidden states; "" if it is the model itself."""
+    name = getattr(model, "base_model_prefix", "")
+    return name if name in model._modules else ""
+
+
+def tokenize_text(text: str, tokenizer: str, settings: dict[str, Any] | None) -> list[int]:
+    """Return the token ids of a text, special tokens included, with the tokenizer of a name or folder.
 
     Raises:
-        UsageError: there is no such tokenizer.
+        UsageError: the tokenizer does not exist.
     """
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer, **(settings or {}))
     except (OSError, ValueError) as e:
         raise UsageError(
-            f"tokenizer_name_or_path {tokenizer!r} gives no tokenizer: {str(e).splitlines()[0]}",
+            f"tokenizer_name_or_path {tokenizer!r} cannot be loaded: {str(e).splitlines()[0]}",
             "a folder with a tokenizer, or a Hub id that can be reached",
             "name the base's own folder; in a recipe, the model's name means the model's tokenizer",
         ) from None
@@ -254,19 +254,19 @@ def token_ids(text: str, tokenizer: str, settings: dict[str, Any] | None) -> lis
 
 @contextmanager
 def frozen_base(model: Any) -> Iterator[Any]:
-    """Give a model without its adapters, in evaluation mode and without gradients, for the length of the `with`."""
-    alone = model.disable_adapter() if hasattr(model, "disable_adapter") and hasattr(model, "peft_config") else None
-    with torch.no_grad(), evaluating(model), alone or nullcontext():
+    """Run a model without its adapters, in evaluation mode and without gradients, inside the `with`."""
+    has_adapters = hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
+    with torch.no_grad(), evaluation_mode(model), model.disable_adapter() if has_adapters else nullcontext():
         yield model
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode, and each part of it back into its own after."""
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Set evaluation mode inside the `with`, and restore each submodule's own mode after it."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
         yield
     finally:
-        for part, mode in modes.items():
-            part.training = mode
+        for submodule, training in modes.items():
+            submodule.training = training

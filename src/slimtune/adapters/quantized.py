@@ -1,7 +1,7 @@
-"""Bases in NF4 and int8: getting one ready to train an adapter on, and counting what it holds.
+"""Bases in NF4 and int8: preparing one for training, and counting its parameters.
 
-The adapted layer runs the quantized module as it is and adds to its output, so that methods need not know. What reads
-the weight gets it dequantized; merging into it is refused by name.
+The adapted layer runs a quantized module as it is and adds to its output, so methods do not have to know. Code that
+reads the weight gets it dequantized; merging into it raises an error.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import nn
 
 from ..errors import UsageError
 from ..utils.linear_layers import dequantize_layout
-from .state_dict import AdapterFiles
+from .state_dict import SaveLoadMixin
 
-_LEFT_AS_THEY_ARE = ("gptq", "aqlm", "eetq", "hqq", "torchao")
+_KEEP_DTYPES = ("gptq", "aqlm", "eetq", "hqq", "torchao")
 
 
 def prepare_model_for_kbit_training(
@@ -25,56 +25,57 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> Any:
-    """Freeze a base, keep what is not quantized in fp32 and checkpoint its activations; return the same model.
+    """Freeze a base, convert what is not quantized to fp32, enable activation checkpointing; return the same model.
 
     Call it before an adapter is attached.
 
     Args:
-        model: a transformers model loaded in 4 or 8 bits; any other is frozen and put into fp32.
-        use_gradient_checkpointing: checkpoint activations; on a quantized base only.
-        gradient_checkpointing_kwargs: passed to `torch.utils.checkpoint`; not reentrant, unless they say so.
-        auto_clear_cache: give the memory that the 16-bit copies had back to the GPU.
+        model: a transformers model loaded in 4 or 8 bits; any other model is frozen and converted to fp32.
+        use_gradient_checkpointing: checkpoint activations (quantized bases only).
+        gradient_checkpointing_kwargs: passed to `torch.utils.checkpoint`; `use_reentrant` defaults to False.
+        auto_clear_cache: release the GPU memory of the 16-bit copies.
 
     Raises:
-        UsageError: the model has adapters already, which this would freeze.
+        UsageError: the model already has adapters, which this would freeze.
     """
-    if isinstance(model, AdapterFiles):
+    if isinstance(model, SaveLoadMixin):
         raise UsageError(
-            "the model has adapters already, which would be frozen with the base",
+            "the model already has adapters, which would be frozen with the base",
             "a base without adapters",
             "prepare_model_for_kbit_training(base) first, then get_peft_model(base, config)",
         )
     model.requires_grad_(False)
     disable_cpu_repacking(find_repacking_layers(model))
-    kind = str(getattr(getattr(model, "quantization_method", None), "value", getattr(model, "quantization_method", "")))
-    if kind not in _LEFT_AS_THEY_ARE:
+    quantization = getattr(model, "quantization_method", None)
+    keep_dtypes = str(getattr(quantization, "value", quantization)) in _KEEP_DTYPES
+    if not keep_dtypes:
         for parameter in model.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16) and not _is_4_bit(parameter):
                 parameter.data = parameter.data.float()
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
-    is_small = kind in _LEFT_AS_THEY_ARE or any(getattr(model, f"is_loaded_in_{n}bit", False) for n in (4, 8))
-    if use_gradient_checkpointing and is_small:
+    quantized = keep_dtypes or any(getattr(model, f"is_loaded_in_{n}bit", False) for n in (4, 8))
+    if use_gradient_checkpointing and quantized:
         settings = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
             model.enable_input_require_grads()
-        # The name from transformers 5.24 on, and the one before.
+        # transformers 5.24 renamed the method.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(settings)
     return model
 
 
 def find_repacking_layers(model: nn.Module) -> list[Any]:
-    """Return the 4-bit modules that lay their weight out anew when they first run in evaluation mode.
+    """Return the 4-bit modules that change their weight's memory layout when they first run in evaluation mode.
 
-    bitsandbytes does so on CPUs with AVX-512 BF16. From then on it rounds to bf16, and no gradient passes through the
-    module, in training neither: adapters below it would stay as they are, silently.
+    bitsandbytes does so on CPUs with AVX-512 BF16. From then on the module rounds to bf16 and no gradient passes
+    through it, also in training: adapters below it would silently stay untrained.
     """
     return [m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
 
 
 def disable_cpu_repacking(modules: Iterable[Any]) -> None:
-    """Let 4-bit modules keep the layout that gradients pass through; put it back where it was left."""
+    """Make 4-bit modules keep the layout that gradients pass through; undo the repacking if it has happened."""
     for module in modules:
         module.support_avx512bf16_for_cpu = False
         weight = module._parameters["weight"]
@@ -84,7 +85,7 @@ def disable_cpu_repacking(modules: Iterable[Any]) -> None:
 
 
 def count_values(parameter: nn.Parameter) -> int:
-    """Return how many values a parameter holds: one in 4 bits holds two a byte."""
+    """Return the number of values in a parameter; a byte of a 4-bit parameter contains two."""
     return parameter.numel() * (2 * parameter.element_size() if _is_4_bit(parameter) else 1)
 
 

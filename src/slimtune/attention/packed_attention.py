@@ -1,17 +1,22 @@
-"""Attention of rows laid as a tree of segments, on a GPU: one flex attention kernel, whatever the tree.
+"""Attention over packed sequences: by segment on a CPU, with one flex attention kernel on a GPU.
 
-A token sees a key where, with every segment followed by those below it,
+**CPU.** Each segment's queries attend to the keys on the segment's path, `softmax(q Kᵀ · s + mask) V`, with the kernel
+that torch's own attention uses, in one autograd step for all segments. It computes in fp32 whatever the dtype of the
+inputs, which on a CPU is faster than bf16 and rounds less. Saved for the backward pass: inputs and output (which others
+save too) and one number per query; no fp32 copy and no concatenated keys.
+
+**GPU.** With the segments of the tree in depth-first order, a token attends to a key if
 
     place(key) ≤ place(token) < end(key)   and   position(key) > position(token) − window
 
-place: where a token then lies; end: the first place behind the segments below the key's own. So five short int32 rows
-say what a mask of tokens² would, and whole blocks of 128 × 128 are skipped or taken from the rows' extremes.
+where place is a token's index in that order and end the first index after all descendants of the key's segment. So five
+int32 vectors replace a mask of tokens² entries, and blocks of 128 × 128 are skipped, or computed without a mask, from
+the extremes of these vectors. Sequences are padded to a power of two, since each length is one compiled kernel (torch
+caches them on disk); a padding token attends only to itself.
 
-Sequences are filled up to a power of two: each length is one compiled kernel (kept on disk by torch), so a run needs a
-few, however its packs' lengths change. What is filled in sees itself alone.
-
-Before heads of a kind are computed so, a small tree is: kernels need a compiler, and for some heads more shared memory
-than some cards have. Where that fails or its numbers are wrong, attention goes segment by segment, and that is said.
+Before the GPU kernel is used for a head shape, a small tree is computed with it: the kernel needs a compiler, and some
+head sizes need more shared memory than some GPUs have. If that fails or its values are wrong, a warning says so and
+attention runs segment by segment.
 """
 
 from __future__ import annotations
@@ -31,302 +36,314 @@ from torch.autograd.function import once_differentiable
 from ..utils.simulated_device import device_type, is_simulated
 
 BLOCK = 128
-SHORTEST = 256
-"""Tokens below which attention by segment is as fast, and no kernel has to be compiled."""
+MIN_FLEX_TOKENS = 256
+"""Below this length attention by segment is as fast and compiles nothing."""
 MAX_SEGMENT_TOKENS = 1 << 16
-"""Tokens above which a row alone, which is plainly causal, goes to flash attention: it fills nothing up."""
-KERNELS = 64
-"""Most kernels torch may compile: lengths × (training, scoring) × kinds of layers."""
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_BACKWARDS = ("M1", "N1", "M2", "N2")
-_OPTIONS: tuple[dict[str, Any], ...] = (
+"""A single causal row above this length uses flash attention, which does not pad."""
+MAX_KERNELS = 64
+"""Largest number of kernels torch may compile: lengths × (training, scoring) × kinds of layers."""
+_FLEX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNEL_OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"num_stages": 1},
-    {"num_stages": 1, "fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, **{f"bwd_BLOCK_{n}": 32 for n in _BACKWARDS}},
+    {
+        "num_stages": 1,
+        "fwd_BLOCK_M": 32,
+        "fwd_BLOCK_N": 32,
+        **{f"bwd_BLOCK_{n}": 32 for n in ("M1", "N1", "M2", "N2")},
+    },
 )
-"""Options of a kernel, each with less shared memory than the one before. At 100 KiB heads of 96 need the second."""
+"""Kernel options, each with less shared memory than the one before. With 100 KiB, heads of size 96 need the second."""
+
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def flex_attention_supported(query: Tensor, key: Tensor, dropout: float = 0.0) -> bool:
-    """Return whether flex attention can train with `query (1, heads, tokens, size)`; it has no dropout."""
-    if device_type(query.device) != "cuda" or dropout or query.shape[2] < SHORTEST:
-        return False
-    if is_simulated():
-        return True
-    # A subclass is a fake or a distributed tensor.
-    if type(query) is not Tensor or not query.is_cuda:
-        return False
-    if query.dtype not in _DTYPES or not _has_kernels(query.device):
-        return False
-    return _options(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]) is not None
-
-
-@functools.cache
-def _has_kernels(device: torch.device) -> bool:
-    # Older torch does not compile every shape; older cards have no bf16 in Triton; Windows has no Triton of its own.
-    there = torch.__version__ >= "2.8" and importlib.util.find_spec("triton") is not None
-    return there and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@functools.cache
-def _options(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int) -> dict[str, Any] | None:
-    """Return the kernel options with which a small tree comes out right; None: with none."""
-    fault = ""
-    for options in _OPTIONS:
-        # In a thread of its own: the caller may be within checkpointing, no_grad or autocast.
-        with ThreadPoolExecutor(1) as thread:
-            fault = thread.submit(_fault, device, dtype, heads, kv_heads, size, options).result()
-        if not fault:
-            return options
-    warnings.warn(
-        f"flex attention does not work here with {heads} heads of {size} in {dtype}, so attention is computed segment "
-        f"by segment, which is slower: {fault}",
-        stacklevel=2,
-    )
-    return None
-
-
-def _fault(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int, options: dict) -> str:
-    """Return what is wrong with attention in a small tree, and with its gradients; "": nothing."""
-    n = SHORTEST
-    mask = tree_mask((n - 90, 50, 40), (-1, 0, 0), [*range(n - 40), *range(n - 90, n - 50)], 0, None, device)
-    shapes = [(1, h, n, size) for h in (heads, kv_heads, kv_heads, heads)]
-    q, k, v, g = (torch.arange(1.0, 1 + n * s[1] * size, device=device).mul(5).sin().view(s).to(dtype) for s in shapes)
-    seen = torch.tril(torch.ones(n, n, dtype=torch.bool, device=device))
-    seen[n - 40 :, n - 90 : n - 40] = False
-    wide = tuple(t.float().requires_grad_() for t in (q, k, v))
-    want = F.scaled_dot_product_attention(wide[0], wide[1], wide[2], seen, enable_gqa=True)
-    try:
-        q, k, v = (t.requires_grad_() for t in (q, k, v))
-        got = tree_attention(q, k, v, mask, None, options)
-        found = [got.detach(), *torch.autograd.grad(got, (q, k, v), g)]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:
-        return f"{type(e).__name__}: {e}".strip().splitlines()[0]
-    right = [want.detach(), *torch.autograd.grad(want, wide, g.float())]
-    apart = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, right, strict=True))
-    return "" if apart < 0.03 else f"its numbers are {100 * apart:.2g} % off"
-
-
-def tree_mask(
-    lengths: Sequence[int],
-    parents: Sequence[int],
-    positions: Sequence[int],
-    keys_before: int,
-    window: int | None,
-    device: torch.device,
-) -> Any:
-    """Return the `BlockMask` of a tree of segments.
-
-    Args:
-        lengths: tokens of each segment, in the order they lie.
-        parents: for each segment the one above it, which lies earlier; -1: none.
-        positions: each token's position in its row.
-        keys_before: keys that stand before every row and are no tokens.
-        window: how many positions a token sees, its own included; None: all.
-        device: where to.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    size = list(lengths)
-    for i in reversed(range(len(size))):
-        if parents[i] >= 0:
-            size[parents[i]] += size[i]
-    free, first = {-1: 0}, []
-    for i, parent in enumerate(parents):
-        first.append(free[parent])
-        free[parent] += size[i]
-        free[i] = first[i] + lengths[i]
-    each = torch.tensor(lengths)
-    laid = each.cumsum(0) - each
-    total, at = int(each.sum()), torch.tensor(positions)
-    place = torch.arange(total) + (torch.tensor(first) - laid).repeat_interleave(each)
-    end = (torch.tensor(first) + torch.tensor(size)).repeat_interleave(each)
-
-    more_q, more_k = padded_length(total) - total, padded_length(keys_before + total) - total - keys_before
-    own = total + torch.arange(max(more_q, more_k))
-    all_see = place.new_full((keys_before,), -1), end.new_full((keys_before,), total + more_q)
-    rows = (
-        torch.cat([place, own[:more_q]]),
-        torch.cat([at - (window or total + keys_before), place.new_full((more_q,), -total - keys_before - 1)]),
-        torch.cat([all_see[0], place, own[:more_k]]),
-        torch.cat([all_see[1], end, own[:more_k] + 1]),
-        torch.cat([torch.arange(-keys_before, 0), at, place.new_zeros(more_k)]),
-    )
-    together = torch.cat(rows).to(torch.int32)
-    if device.type == "cuda":  # from other memory the copy would wait for all that was asked of the card before
-        together = together.pin_memory().to(device, non_blocking=True)
-    place_q, seen_from, place_k, end_k, at_k = together.split([len(r) for r in rows])
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (place_k[k] <= place_q[q]) & (place_q[q] < end_k[k]) & (at_k[k] > seen_from[q])
-
-    def extremes(row: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.aminmax(row.view(-1, BLOCK), dim=1)
-
-    (q0, q1), (f0, f1) = ([x[:, None] for x in extremes(r)] for r in (place_q, seen_from))
-    (k0, k1), (e0, e1), (a0, a1) = extremes(place_k), extremes(end_k), extremes(at_k)
-    some = (k0 <= q1) & (q0 < e1) & (a1 > f0)
-    whole = (k1 <= q0) & (q1 < e0) & (a0 > f1)
-    return BlockMask.from_kv_blocks(*_ordered(some & ~whole), *_ordered(whole), BLOCK_SIZE=BLOCK, mask_mod=sees)
-
-
-def padded_length(tokens: int) -> int:
-    """Return the length a sequence is filled up to."""
-    return max(BLOCK, 1 << (tokens - 1).bit_length())
-
-
-def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how many blocks each row takes, and all columns, those first: `(1, 1, rows)`, `(1, 1, rows, columns)`."""
-    order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
-
-
-def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, options: dict[str, Any] | None = None
-) -> Tensor:
-    """Return attention `(1, heads, tokens, size)` under a `tree_mask`.
-
-    Args:
-        query: `(1, heads, tokens, size)`.
-        key: `(1, kv heads, keys, size)`.
-        value: likewise.
-        mask: what sees what.
-        scale: of the scores; None: 1 / √size.
-        options: of the kernel; None: those that `runs_here` found.
-    """
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if options is None and query.is_cuda:
-        options = _options(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
-    q, k, v = (_fill(t, n) for t, n in zip((query, key, value), (*mask.seq_lengths, mask.seq_lengths[1]), strict=True))
-    # Past torch's own limit it would go on uncompiled, with all scores in memory.
-    with torch._dynamo.config.patch(recompile_limit=KERNELS):
-        out = _compiled(flex_attention)(
-            q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options or None
-        )
-    return out[:, :, : query.shape[2]]
-
-
-def fake_tree_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return a tensor of attention's shape, having taken what the kernel takes: for a plan, which computes nothing.
-
-    The shapes are `tree_attention`'s.
-    """
-    tokens, keys = padded_length(query.shape[2]), padded_length(key.shape[2])
-    return _Outline.apply(_fill(query, tokens), _fill(key, keys), _fill(value, keys))[:, :, : query.shape[2]]
-
-
-class _Outline(torch.autograd.Function):
-    """Kept: inputs, output and, in fp32, a number a query; backwards another, and the gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
-        sums = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
-        ctx.save_for_backward(query, key, value, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        query, key, value, _, sums = ctx.saved_tensors
-        delta = torch.empty_like(sums)
-        found = tuple(torch.empty_like(t) for t in (query, key, value))
-        del delta
-        return found
-
-
-def _fill(t: Tensor, length: int) -> Tensor:
-    return F.pad(t, (0, 0, 0, length - t.shape[2])) if t.shape[2] < length else t.contiguous()
-
-
-@functools.cache
-def _compiled(function: Any) -> Any:
-    return torch.compile(function, dynamic=False)
-
-
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# --- CPU --------------------------------------------------------------------------------------------------------
 
 
 class Segment(NamedTuple):
-    """One segment: its first query, how many, the pieces of keys it sees as `(first, how many)`, and what is added.
+    """One segment of a packed sequence.
 
-    `mask (1, 1, queries, keys)`; None: a query sees all pieces but the last, which is its own segment, up to itself.
-    That is only told without pieces before the last.
+    Args:
+        start: index of its first query.
+        length: number of queries.
+        key_ranges: the keys it attends to, as `(first, count)` ranges; the last range is the segment itself.
+        mask: what is added to the scores `(1, 1, queries, keys)`; None: causal, only with a single range.
     """
 
     start: int
     length: int
-    way: tuple[tuple[int, int], ...]
+    key_ranges: tuple[tuple[int, int], ...]
     mask: Tensor | None
 
 
-def attention_by_segment(
+def attend_by_segment(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float | None
 ) -> Tensor:
-    """Return `(1, tokens, heads, size)` in the query's dtype.
+    """Return attention on a CPU, `(1, tokens, heads, size)` in the query's dtype.
 
     Args:
         query: `(1, heads, tokens, size)`.
-        key: `(1, kv heads, keys, size)`, kv heads dividing heads.
-        value: likewise.
-        segments: of the queries, in order, all of them.
-        scale: of the scores; None: 1 / √size.
+        key, value: `(1, key-value heads, keys, size)`; heads is a multiple of key-value heads.
+        segments: all segments, in the order of the queries.
+        scale: factor on the scores; None: 1 / √size.
     """
-    return _Attention.apply(query, key, value, segments, scale)
+    return _SegmentAttention.apply(query, key, value, segments, scale)
 
 
-class _Attention(torch.autograd.Function):
+class _SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float | None
     ) -> Tensor:
-        q, k, v = (_wide(t) for t in (query, key, value))
+        q, k, v = (_to_fp32(t) for t in (query, key, value))
         _, heads, tokens, size = query.shape
-        out, sums = query.new_empty(1, tokens, heads, size), q.new_empty(1, heads, tokens)
+        out, logsumexp = query.new_empty(1, tokens, heads, size), q.new_empty(1, heads, tokens)
         for s in segments:
-            at = slice(s.start, s.start + s.length)
-            o, sums[:, :, at] = _forward(
-                q[:, :, at], _laid(k, s), _laid(v, s), 0.0, s.mask is None, attn_mask=s.mask, scale=scale
+            span = slice(s.start, s.start + s.length)
+            keys, values = _gather_ranges(k, s), _gather_ranges(v, s)
+            o, logsumexp[:, :, span] = _flash_forward(
+                q[:, :, span], keys, values, 0.0, s.mask is None, attn_mask=s.mask, scale=scale
             )
-            out[:, at] = o.transpose(1, 2)
-        ctx.save_for_backward(query, key, value, out, sums)
+            out[:, span] = o.transpose(1, 2)
+        ctx.save_for_backward(query, key, value, out, logsumexp)
         ctx.segments, ctx.scale = segments, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, sums = ctx.saved_tensors
-        g, o = (_wide(t).transpose(1, 2) for t in (grad, out))
-        q, k, v = (_wide(t) for t in (query, key, value))
-        # Keys that several segments see get a sum of gradients, which is not rounded between.
-        alone = all(len(s.way) == 1 for s in ctx.segments) and k.shape[2] == q.shape[2]
-        gq = torch.empty_like(query)
-        gk, gv = (
-            (torch.empty_like(key), torch.empty_like(value)) if alone else (torch.zeros_like(k), torch.zeros_like(v))
-        )
+        query, key, value, out, logsumexp = ctx.saved_tensors
+        g, o = (_to_fp32(t).transpose(1, 2) for t in (grad, out))
+        q, k, v = (_to_fp32(t) for t in (query, key, value))
+        # Keys that several segments attend to get a sum of gradients, accumulated in fp32.
+        shared_keys = k.shape[2] != q.shape[2] or any(len(s.key_ranges) > 1 for s in ctx.segments)
+        grad_q = torch.empty_like(query)
+        if shared_keys:
+            grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+        else:
+            grad_k, grad_v = torch.empty_like(key), torch.empty_like(value)
         for s in ctx.segments:
-            at = slice(s.start, s.start + s.length)
-            gq[:, :, at], *more = _backward(
-                g[:, :, at], q[:, :, at], _laid(k, s), _laid(v, s), o[:, :, at], sums[:, :, at], 0.0, s.mask is None,
-                attn_mask=s.mask, scale=ctx.scale,
+            span = slice(s.start, s.start + s.length)
+            grad_q[:, :, span], *grads_kv = _flash_backward(
+                g[:, :, span], q[:, :, span], _gather_ranges(k, s), _gather_ranges(v, s), o[:, :, span],
+                logsumexp[:, :, span], 0.0, s.mask is None, attn_mask=s.mask, scale=ctx.scale,
             )  # fmt: skip
-            for total, found in zip((gk, gv), more, strict=True):
-                for (start, n), part in zip(s.way, found.split([n for _, n in s.way], dim=2), strict=True):
-                    if alone:
-                        total[:, :, start : start + n] = part
+            for total, found in zip((grad_k, grad_v), grads_kv, strict=True):
+                parts = found.split([n for _, n in s.key_ranges], dim=2)
+                for (first, n), part in zip(s.key_ranges, parts, strict=True):
+                    if shared_keys:
+                        total[:, :, first : first + n] += part
                     else:
-                        total[:, :, start : start + n] += part
-        return gq, gk.to(key.dtype), gv.to(value.dtype), None, None
+                        total[:, :, first : first + n] = part
+        return grad_q, grad_k.to(key.dtype), grad_v.to(value.dtype), None, None
 
 
-def _wide(t: Tensor) -> Tensor:
+def _to_fp32(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _laid(t: Tensor, segment: Segment) -> Tensor:
-    parts = [t[:, :, start : start + n] for start, n in segment.way]
+def _gather_ranges(t: Tensor, segment: Segment) -> Tensor:
+    parts = [t[:, :, first : first + n] for first, n in segment.key_ranges]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------
+
+
+def flex_attention_supported(query: Tensor, key: Tensor, dropout: float = 0.0) -> bool:
+    """Return whether flex attention works, and is faster, for `query (1, heads, tokens, size)`."""
+    if device_type(query.device) != "cuda" or dropout or query.shape[2] < MIN_FLEX_TOKENS:
+        return False
+    if is_simulated():
+        return True
+    # A subclass is a fake or a distributed tensor.
+    if type(query) is not Tensor or not query.is_cuda or query.dtype not in _FLEX_DTYPES:
+        return False
+    if not _gpu_has_flex_attention(query.device):
+        return False
+    return _find_kernel_options(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]) is not None
+
+
+def tree_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, options: dict[str, Any] | None = None
+) -> Tensor:
+    """Return flex attention `(1, heads, tokens, size)` under a mask from `make_tree_mask`.
+
+    Args:
+        query: `(1, heads, tokens, size)`.
+        key, value: `(1, key-value heads, keys, size)`.
+        mask: the `BlockMask`.
+        scale: factor on the scores; None: 1 / √size.
+        options: kernel options; None: those that `flex_attention_supported` found.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if options is None and query.is_cuda:
+        options = _find_kernel_options(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
+    lengths = (*mask.seq_lengths, mask.seq_lengths[1])
+    q, k, v = (_pad_to(t, n) for t, n in zip((query, key, value), lengths, strict=True))
+    # Above torch's default limit flex attention would run uncompiled and materialise all scores.
+    with torch._dynamo.config.patch(recompile_limit=MAX_KERNELS):
+        out = _compile(flex_attention)(
+            q, k, v, block_mask=mask, scale=scale, enable_gqa=True, kernel_options=options or None
+        )
+    return out[:, :, : query.shape[2]]
+
+
+def make_tree_mask(
+    lengths: Sequence[int],
+    parents: Sequence[int],
+    positions: Sequence[int],
+    prefix_keys: int,
+    window: int | None,
+    device: torch.device,
+) -> Any:
+    """Return the flex attention `BlockMask` of a tree of segments.
+
+    Args:
+        lengths: tokens per segment, in the order of the sequence.
+        parents: index of each segment's parent, which comes earlier; -1: none.
+        positions: each token's position in its row.
+        prefix_keys: keys before the sequence that every token attends to.
+        window: number of positions a token attends to, its own included; None: all.
+        device: where the mask is needed.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    subtree = list(lengths)  # tokens of a segment and all its descendants
+    for i in reversed(range(len(subtree))):
+        if parents[i] >= 0:
+            subtree[parents[i]] += subtree[i]
+    next_free, first = {-1: 0}, []  # depth-first order: index of each segment's first token
+    for i, parent in enumerate(parents):
+        first.append(next_free[parent])
+        next_free[parent] += subtree[i]
+        next_free[i] = first[i] + lengths[i]
+    counts = torch.tensor(lengths)
+    offsets = counts.cumsum(0) - counts
+    total, position = int(counts.sum()), torch.tensor(positions)
+    place = torch.arange(total) + (torch.tensor(first) - offsets).repeat_interleave(counts)
+    end = (torch.tensor(first) + torch.tensor(subtree)).repeat_interleave(counts)
+
+    # Append padding, which attends to itself only, and put the prefix keys in front, which all tokens attend to.
+    pad_q, pad_k = padded_length(total) - total, padded_length(prefix_keys + total) - total - prefix_keys
+    padding = total + torch.arange(max(pad_q, pad_k))
+    vectors = (
+        torch.cat([place, padding[:pad_q]]),
+        torch.cat([position - (window or total + prefix_keys), place.new_full((pad_q,), -total - prefix_keys - 1)]),
+        torch.cat([place.new_full((prefix_keys,), -1), place, padding[:pad_k]]),
+        torch.cat([end.new_full((prefix_keys,), total + pad_q), end, padding[:pad_k] + 1]),
+        torch.cat([torch.arange(-prefix_keys, 0), position, place.new_zeros(pad_k)]),
+    )
+    joined = torch.cat(vectors).to(torch.int32)
+    if device.type == "cuda":  # a copy from unpinned memory would wait for all kernels in the queue
+        joined = joined.pin_memory().to(device, non_blocking=True)
+    place_q, visible_after, place_k, end_k, position_k = joined.split([len(v) for v in vectors])
+
+    def attends(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (place_k[k] <= place_q[q]) & (place_q[q] < end_k[k]) & (position_k[k] > visible_after[q])
+
+    def block_extremes(vector: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.aminmax(vector.view(-1, BLOCK), dim=1)
+
+    (q0, q1), (v0, v1) = ([x[:, None] for x in block_extremes(v)] for v in (place_q, visible_after))
+    (k0, k1), (e0, e1), (p0, p1) = block_extremes(place_k), block_extremes(end_k), block_extremes(position_k)
+    any_visible = (k0 <= q1) & (q0 < e1) & (p1 > v0)
+    all_visible = (k1 <= q0) & (q1 < e0) & (p0 > v1)
+    partial, full = _block_indices(any_visible & ~all_visible), _block_indices(all_visible)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=attends)
+
+
+def padded_length(tokens: int) -> int:
+    """Return the length to which a sequence is padded: a power of two."""
+    return max(BLOCK, 1 << (tokens - 1).bit_length())
+
+
+def fake_tree_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return a tensor of attention's shape and allocate what `tree_attention` does, for the planner's fake tensors."""
+    q, k, v = (_pad_to(t, padded_length(t.shape[2])) for t in (query, key, value))
+    return _FakeAttention.apply(q, k, v)[:, :, : query.shape[2]]
+
+
+class _FakeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
+        logsumexp = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        ctx.save_for_backward(query, key, value, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, logsumexp = ctx.saved_tensors
+        workspace = torch.empty_like(logsumexp)
+        grads = tuple(torch.empty_like(t) for t in (query, key, value))
+        del workspace
+        return grads
+
+
+@functools.cache
+def _gpu_has_flex_attention(device: torch.device) -> bool:
+    # Older torch does not compile every shape; older GPUs have no bf16 in Triton; Triton may be missing on Windows.
+    installed = torch.__version__ >= "2.8" and importlib.util.find_spec("triton") is not None
+    return installed and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _find_kernel_options(
+    device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int
+) -> dict[str, Any] | None:
+    """Return the kernel options with which a small tree is computed correctly; None: none of them."""
+    error = ""
+    for options in _KERNEL_OPTIONS:
+        # In a thread of its own, since the caller may be inside checkpointing, no_grad or autocast.
+        with ThreadPoolExecutor(1) as thread:
+            error = thread.submit(_test_kernel, device, dtype, heads, kv_heads, size, options).result()
+        if not error:
+            return options
+    warnings.warn(
+        f"flex attention does not work here with {heads} heads of size {size} in {dtype}, so attention runs segment by "
+        f"segment, which is slower: {error}",
+        stacklevel=2,
+    )
+    return None
+
+
+def _test_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int, options: dict) -> str:
+    """Return what is wrong with attention in a small tree and its gradients, "" if nothing is."""
+    n = MIN_FLEX_TOKENS
+    mask = make_tree_mask((n - 90, 50, 40), (-1, 0, 0), [*range(n - 40), *range(n - 90, n - 50)], 0, None, device)
+    shapes = [(1, h, n, size) for h in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, g = (torch.arange(1.0, 1 + n * s[1] * size, device=device).mul(5).sin().view(s).to(dtype) for s in shapes)
+    visible = torch.tril(torch.ones(n, n, dtype=torch.bool, device=device))
+    visible[n - 40 :, n - 90 : n - 40] = False
+    wide = tuple(t.float().requires_grad_() for t in (q, k, v))
+    expected = F.scaled_dot_product_attention(wide[0], wide[1], wide[2], visible, enable_gqa=True)
+    try:
+        q, k, v = (t.requires_grad_() for t in (q, k, v))
+        out = tree_attention(q, k, v, mask, None, options)
+        found = [out.detach(), *torch.autograd.grad(out, (q, k, v), g)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:
+        return f"{type(e).__name__}: {e}".strip().splitlines()[0]
+    correct = [expected.detach(), *torch.autograd.grad(expected, wide, g.float())]
+    error = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, correct, strict=True))
+    return "" if error < 0.03 else f"its values are {100 * error:.2g} % off"
+
+
+def _block_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the selected blocks per row `(1, 1, rows)`, and all columns, selected first `(1, 1, rows, cols)`."""
+    order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+    return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+
+def _pad_to(t: Tensor, length: int) -> Tensor:
+    return F.pad(t, (0, 0, 0, length - t.shape[2])) if t.shape[2] < length else t.contiguous()
+
+
+@functools.cache
+def _compile(function: Any) -> Any:
+    return torch.compile(function, dynamic=False)

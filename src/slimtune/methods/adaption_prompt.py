@@ -123,11 +123,11 @@ class GatedPrompt(AttentionModule):
 class Gpt2Prompt(GatedPrompt):
     """The same for GPT-2, whose keys and values come from one map; added behind the output projection, as in PEFT."""
 
-    def forward_with_base(self, frozen: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
+    def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the attention and add the second one to its output."""
-        module: Any = frozen.module
+        module: Any = base.module
         x = args[0] if args else kwargs["hidden_states"]
-        out = frozen(*args, **kwargs)
+        out = base(*args, **kwargs)
         heads = (-1, module.head_dim)
         query = module.c_attn(x).chunk(3, dim=-1)[0].unflatten(-1, heads).transpose(1, 2)
         _, keys, values = (

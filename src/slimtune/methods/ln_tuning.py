@@ -87,11 +87,11 @@ class OwnNorm(AdapterModule):
         own = dict(self.ln_tuning_layers.named_parameters())
         # The copies keep their own dtype, since 16 bits would round away what they learn; torch's LayerNorm takes one.
         given = x.to(own["weight"].dtype) if isinstance(frozen.module, nn.LayerNorm) else x
-        y = frozen.alone_with(own, given)
-        if frozen.below:
+        y = frozen.run_base_with(own, given)
+        if frozen.inner_modules:
             # What lies below adds to the same normalised input: to its answer comes what the copies differ by.
             base = {name: getattr(self, f"base_{name}") for name in own}
-            return (frozen(x) + (y - frozen.alone_with(base, given))).to(x.dtype)
+            return (frozen(x) + (y - frozen.run_base_with(base, given))).to(x.dtype)
         return y.to(x.dtype)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -125,7 +125,7 @@ class Bat(AdapterModule):
     def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., in)` to `(..., out)`; the weight's change is made again in the backward pass, not kept."""
         y = frozen(x)
-        if is_quantized(frozen.module) and not frozen.below:  # nor is a dequantized weight
+        if is_quantized(frozen.module) and not frozen.inner_modules:  # nor is a dequantized weight
             return y + recompute_linear(lambda D: _change(frozen.weight(), D), x, self.miss_block)
         return y + recompute_linear(_change, x, frozen.weight(), self.miss_block)
 

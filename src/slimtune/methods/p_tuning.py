@@ -85,9 +85,9 @@ class PromptEncoderConfig(PromptLearningConfig):
 class EncodedPrompt(LearnedEmbeddings, PromptModule):
     """Learned positions that a small network gives."""
 
-    def virtual(self) -> Tensor:
+    def virtual_embeddings(self) -> Tensor:
         """Return the learned positions `(n, hidden)`."""
-        return self.learned()
+        return self.get_embeddings()
 
 
 class MlpEncoder(nn.Module):

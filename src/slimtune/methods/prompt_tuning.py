@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Site
-from ..adapters.prompt import LearnedEmbeddings, PromptLearningConfig, PromptModule, frozen_base, token_ids
+from ..adapters.prompt import LearnedEmbeddings, PromptLearningConfig, PromptModule, frozen_base, tokenize_text
 
 
 class PromptTuningInit(StrEnum):
@@ -87,7 +87,7 @@ class PromptTuningConfig(PromptLearningConfig):
         else:
             assert self.prompt_tuning_init_text is not None
             assert self.tokenizer_name_or_path is not None
-            text = token_ids(self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
+            text = tokenize_text(self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
             ids = torch.tensor((text * math.ceil(n / len(text)))[:n])
         with frozen_base(site.model):
             rows: Tensor = table(ids.to(table.weight.device))
@@ -97,6 +97,6 @@ class PromptTuningConfig(PromptLearningConfig):
 class SoftPrompt(LearnedEmbeddings, PromptModule):
     """Learned embeddings in front of the sequence."""
 
-    def virtual(self) -> Tensor:
+    def virtual_embeddings(self) -> Tensor:
         """Return the learned positions `(n, hidden)`."""
-        return self.learned()
+        return self.get_embeddings()

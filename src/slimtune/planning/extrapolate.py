@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..attention.packed_attention import MAX_SEGMENT_TOKENS, padded_length
-from ..attention.packed_layout import original_attention, packing_unsupported_reason
+from ..attention.register import original_attention, packing_unsupported_reason
 from ..errors import UsageError
 from .fake_tensors import all_tensors, restore_module
 from .memory_trace import BACKWARD, BLOCK, Trace, trace_memory

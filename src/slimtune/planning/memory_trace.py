@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.base import MergeUnsupported
-from ..attention.packed_layout import packed_attention
+from ..attention.register import packed_attention
 from ..errors import UsageError
 from ..models.lm_head import get_lm_head
 from ..setup import build_meta_model as build_outline

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.packed_layout import LAYOUT_KWARG, empty_mask, packed_attention, packing_unsupported_reason
+from ..attention.register import (LAYOUT_KWARG, empty_mask, packed_attention, packing_unsupported_reason)
 from ..data.collator import IGNORED, Collator, Example
 from ..errors import ModelError
 from ..kernels.cross_entropy import nll_and_accuracy
@@ -133,7 +133,7 @@ def forward_backward(
         # Free this micro-batch before the next one is computed: functions of its graph keep the attention masks, too.
         del loss
         if "layout" in batch:
-            batch["layout"].forget()
+            batch["layout"].clear_cache()
     return total
 
 

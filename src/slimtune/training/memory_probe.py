@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..attention.packed_layout import packed_attention
+from ..attention.register import packed_attention
 from ..data.collator import Collator, Example
 from ..kernels.dropout import preserve_rng_state
 from ..train_step.loss import forward_backward, move_to_device

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..adapters import state_dict as adapter_files
 from ..adapters.export_formats import get_export_formats
-from ..attention.packed_layout import packed_attention
+from ..attention.register import packed_attention
 from ..config import Recipe
 from ..data.collator import Collator, Example
 from ..data.packing import bin_pack, pack_sequences

@@ -60,7 +60,7 @@ class _Magnitude(AdapterModule):
         """Map the frozen output `y (..., out)` and `z = A x (..., r)` to the adapted output."""
         weight, bias = frozen.weight_and_bias()
         weight = weight.detach()
-        squares = _squares(weight) if frozen.below else self._squares_of(frozen.module, weight)
+        squares = _squares(weight) if frozen.inner_modules else self._squares_of(frozen.module, weight)
         m = self.lora_magnitude_vector
         # As m is kept, so that m / n is 1 at the start whatever that dtype is.
         n = row_lengths(squares, weight, A, B, self.scale).to(m.dtype)

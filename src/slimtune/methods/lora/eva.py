@@ -184,7 +184,7 @@ class _Seen:
                 break
             for name, inputs in self._inputs(model, batch, wanted).items():
                 settled[name] = parts[name].add(inputs) >= self.settings.tau
-            if all(p.directions is not None for p in parts.values()):
+            if all(p.components is not None for p in parts.values()):
                 ranks = self._ranks(parts)
             elif seen + 1 == len(dataloader):  # no batch was large enough, and none will be
                 break
@@ -235,7 +235,7 @@ class _Seen:
     def _ranks(self, parts: dict[str, IncrementalPca]) -> dict[str, int]:
         """Hand the budget out by explained variance."""
         order = [*parts, *(n for n in self.leader if n not in parts)]
-        shares = [(n, s) for n in order for s in parts[self.leader[n]].shares[: self.most[n]]]
+        shares = [(n, s) for n in order for s in parts[self.leader[n]].explained_variance_ratio[: self.most[n]]]
         best = torch.stack([s for _, s in shares]).argsort(descending=True)[: self.budget]
         count = Counter(shares[i][0] for i in best.tolist())
         ranks = {n: count.get(n, 0) for n in order}
@@ -246,14 +246,14 @@ class _Seen:
         return ranks
 
     def _directions(self, pca: IncrementalPca, rank: int) -> Tensor:
-        if pca.directions is None:
+        if pca.components is None:
             raise UsageError(
-                f"a layer needs {pca.most} positions in one batch for EVA, and no batch had them",
+                f"a layer needs {pca.n_components} positions in one batch for EVA, and no batch had them",
                 "larger batches",
                 "raise the batch size, lower r or rho, or set use_label_mask=False",
             )
-        found = pca.directions[:rank]
-        return found / pca.sizes[:rank].sqrt()[:, None] if self.settings.whiten else found
+        found = pca.components[:rank]
+        return found / pca.singular_values[:rank].sqrt()[:, None] if self.settings.whiten else found
 
 
 def _alpha(config: Any, name: str, rank: int) -> float:

@@ -28,7 +28,7 @@ from ...adapters.prompt import (
     PositionShift,
     PromptLearningConfig,
     find_backbone_name,
-    token_ids,
+    tokenize_text,
 )
 from ...attention.prefix import AttentionPrefix, find_attention_modules
 from .from_text import keys_and_values, laid_out
@@ -118,7 +118,7 @@ class PrefixTuningConfig(PromptLearningConfig):
             ids = None
             if self.prefix_tuning_init_text is not None:
                 assert self.tokenizer_name_or_path is not None
-                ids = token_ids(self.prefix_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
+                ids = tokenize_text(self.prefix_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
             elif self.init_weights == "vocab":
                 ids = torch.randint(site.config.vocab_size, (n,)).tolist()
             if ids is not None:

@@ -1,0 +1,188 @@
+"""Make a model accept packed layouts: `model(..., slimtune_layout=layout)` inside `packed_attention(model)`.
+
+transformers calls attention through a table of functions by name, and passes unknown keyword arguments of the model's
+call on to it. This module registers a second name for "sdpa" and "eager", whose function reads the layout from the
+keyword arguments and attends segment by segment (with flex attention on CUDA). Without a layout, both names do the
+same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import ModelError
+from ..utils.simulated_device import device_type, is_simulated
+from .packed_attention import (
+    MAX_SEGMENT_TOKENS,
+    attend_by_segment,
+    fake_tree_attention,
+    flex_attention_supported,
+    tree_attention,
+)
+from .packed_layout import PackedLayout
+
+LAYOUT_KWARG = "slimtune_layout"
+_NAME_PREFIX = "slimtune_"
+SUPPORTED_ATTENTION = ("sdpa", "eager")
+"""Attention implementations that can run packed layouts."""
+
+
+@contextmanager
+def packed_attention(model: Any) -> Iterator[bool]:
+    """Let a model accept packed layouts inside the `with`; calls without a layout work as before.
+
+    Yields whether the model can: it must use transformers' attention interface, with full or sliding attention only.
+    """
+    implementation = getattr(model.config, "_attn_implementation", None) or ""
+    if implementation.startswith(_NAME_PREFIX):
+        yield True
+        return
+    if packing_unsupported_reason(model):
+        yield False
+        return
+    model.set_attn_implementation(_NAME_PREFIX + implementation)
+    try:
+        yield True
+    finally:
+        model.set_attn_implementation(implementation)
+
+
+def packing_unsupported_reason(model: Any) -> str:
+    """Return why a model cannot run packed layouts, "" if it can."""
+    implementation = original_attention(getattr(model.config, "_attn_implementation", None))
+    text = model.config.get_text_config()
+    unknown = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"the attention of a {type(model).__name__} does not use transformers' attention interface"
+    if implementation not in SUPPORTED_ATTENTION:
+        return f"attn_implementation is {implementation!r}, not 'sdpa' or 'eager'"
+    if unknown or getattr(text, "attention_chunk_size", None):
+        return f"it has layers without plain attention ({', '.join(sorted(unknown)) or 'chunked'})"
+    return ""
+
+
+def original_attention(implementation: Any) -> Any:
+    """Return the attention implementation that the user chose, inside `packed_attention` too."""
+    return implementation.removeprefix(_NAME_PREFIX) if isinstance(implementation, str) else implementation
+
+
+def get_attention_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """Return an attention function by name; each model's own file defines its eager one."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    files = (vars(sys.modules[c.__module__]) for c in type(module).__mro__)
+    return next(f["eager_attention_forward"] for f in files if "eager_attention_forward" in f)
+
+
+def empty_mask(device: torch.device) -> Tensor:
+    """Return a placeholder mask for calls with a layout: transformers passes a 4-D mask on unchanged."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def _attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention function with packed layouts.
+
+    Args:
+        implementation: the user's choice, "sdpa" or "eager".
+        module: the attention module.
+        query: `(1, heads, tokens, size)`.
+        key, value: `(1, key-value heads, keys, size)`.
+        mask: used only without a layout.
+        kwargs: as for any attention function, and the layout.
+    """
+    layout: PackedLayout | None = kwargs.pop(LAYOUT_KWARG, None)
+    if layout is None:
+        return get_attention_function(module, implementation)(module, query, key, value, mask, **kwargs)
+    _check_call(module, layout, query, key, kwargs)
+    return _attend_packed(implementation, module, query, key, value, layout, **kwargs), None
+
+
+@torch.compiler.disable  # compiled with the model, it would be recompiled for every layout
+def _attend_packed(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    **kwargs: Any,
+) -> Tensor:
+    """Return the attention output `(1, tokens, heads, size)`."""
+    window, scaling, softcap = (kwargs.get(n) for n in ("sliding_window", "scaling", "softcap"))
+    plain_sdpa = implementation == "sdpa" and softcap is None
+    causal = len(layout.lengths) == 1 and not layout.prefix_keys and (window is None or window >= layout.total)
+    long_row = causal and layout.total > MAX_SEGMENT_TOKENS
+    if plain_sdpa and not long_row and flex_attention_supported(query, key, kwargs.get("dropout", 0.0)):
+        if is_simulated():
+            out = fake_tree_attention(query, key, value)
+        else:
+            out = tree_attention(query, key, value, layout.flex_mask(window, query.device), scaling)
+        return out.transpose(1, 2).contiguous()
+    # The CPU kernel supports neither dropout nor values of another size than the queries.
+    same_size = query.shape[-1] == value.shape[-1]
+    if plain_sdpa and device_type(query.device) == "cpu" and not kwargs.get("dropout") and same_size:
+        return attend_by_segment(query, key, value, layout.segments(window, query), scaling)
+    return _attend_segments_with(implementation, module, query, key, value, layout, **kwargs)
+
+
+def _attend_segments_with(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: PackedLayout,
+    **kwargs: Any,
+) -> Tensor:
+    """Run the model's own attention function once per segment, over the keys of the segment's path."""
+    run = get_attention_function(module, implementation)
+    window = kwargs.get("sliding_window")
+    keys, values = (t.split((layout.prefix_keys, *layout.lengths), dim=2) for t in (key, value))
+    outputs = []
+    for i, q in enumerate(query.split(layout.lengths, dim=2)):
+        path = [*([0] if layout.prefix_keys else []), *(a + 1 for a in layout.ancestors(i)), i + 1]
+        k, v = (torch.cat([t[s] for s in path], dim=2) if len(path) > 1 else t[path[0]] for t in (keys, values))
+        mask = layout.segment_mask(i, window, query.dtype, query.device)
+        if mask is None and implementation == "eager":
+            n = q.shape[2]
+            above = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+            mask = q.new_zeros(n, n).masked_fill(above, torch.finfo(q.dtype).min)[None, None]
+        outputs.append(run(module, q, k, v, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+
+
+def _check_call(module: Any, layout: PackedLayout, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    name = type(module).__name__
+    if query.shape[0] != 1 or query.shape[2] != layout.total or key.shape[2] != layout.total + layout.prefix_keys:
+        raise ModelError(
+            f"{name} attends from {query.shape[0]} rows of {query.shape[2]} tokens to {key.shape[2]} keys, but the "
+            f"layout has one row of {layout.total}",
+            "a call without a cache",
+            "--set train.packing=false",
+        )
+    hides_window = getattr(module.config, "sliding_window", None) is not None and "sliding_window" not in kwargs
+    if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True) or hides_window:
+        why = "does not pass on its window" if hides_window else "is not causal, or adds a bias by position"
+        raise ModelError(f"{name} {why}: rows cannot share one sequence", hint="--set train.packing=false")
+
+
+for _implementation in SUPPORTED_ATTENTION:
+    ALL_ATTENTION_FUNCTIONS.register(_NAME_PREFIX + _implementation, partial(_attend, _implementation))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME_PREFIX + _implementation, ALL_MASK_ATTENTION_FUNCTIONS[_implementation])
