@@ -19,7 +19,7 @@ from torch import nn
 
 import slimtune
 from slimtune.adapters.layer import AdaptedLayer
-from slimtune.attention.packed_layout import (PackedLayout)
+from slimtune.attention.packed_layout import PackedLayout
 from slimtune.attention.register import packed_attention
 from slimtune.data.collator import Collator
 from slimtune.train_step.loss import step_loss

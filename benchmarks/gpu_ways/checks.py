@@ -213,7 +213,7 @@ def _left_out(device: torch.device, dtype: torch.dtype, turned: bool) -> float:
 def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Flex attention itself, for the kinds of heads it takes here, beside attention in fp32 under the dense mask."""
     tree = packed_layout.PackedLayout((300, 130, 222, 41), (-1, 0, 0, 2), 3)
-    seen = tree.seen(None, device)[None, None]
+    seen = tree.dense_mask(None, device)[None, None]
     for dtype, size in [
         (torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 80), (torch.bfloat16, 128), (torch.bfloat16, 256),
     ]:  # fmt: skip

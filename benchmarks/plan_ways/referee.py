@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from slimtune import get_peft_model
-from slimtune.attention.register import (packed_attention)
+from slimtune.attention.register import packed_attention
 from slimtune.planning.fake_tensors import all_tensors
 from slimtune.planning.training_job import TrainingJob
 from slimtune.train_step.loss import forward_backward, make_collator

@@ -93,7 +93,9 @@ def test_without_preparing_ranks_up_to_the_own_fit(tmp_path):
     assert (run(model) - said_first).abs().max() < CLOSE
     small = PeftModel.from_pretrained(llama(), second)
     before = values(small)
-    with pytest.raises(AdapterError, match=r"has rank 6 and scale 0.5 at .*q_proj, 'default' has space for rank 2") as e:
+    with pytest.raises(
+        AdapterError, match=r"has rank 6 and scale 0.5 at .*q_proj, 'default' has space for rank 2"
+    ) as e:
         hotswap_adapter(small, first, "default")
     assert "prepare_model_for_compiled_hotswap" in str(e.value)
     assert all(torch.equal(t, dict(small.named_parameters())[n]) for n, t in before.items())

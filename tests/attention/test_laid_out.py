@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import slimtune
 from slimtune.attention import register as room
-from slimtune.attention.packed_layout import (PackedLayout)
+from slimtune.attention.packed_layout import PackedLayout
 from slimtune.attention.register import LAYOUT_KWARG, empty_mask, packed_attention, packing_unsupported_reason
 from slimtune.errors import ModelError
 
@@ -146,7 +146,7 @@ def test_a_layout_of_another_length():
     model = build("llama")
     with (
         packed_attention(model),
-        pytest.raises(ModelError, match="from 1 rows of 21 tokens to 21, the layout has one row of 20"),
+        pytest.raises(ModelError, match="from 1 rows of 21 tokens to 21 keys, but the layout has one row of 20"),
     ):
         call(model, **{LAYOUT_KWARG: PackedLayout((20,), (-1,)), "attention_mask": empty_mask(CPU)})
 
@@ -180,7 +180,7 @@ def test_attention_that_is_not_plain():
     with pytest.raises(ModelError, match="LlamaAttention is not causal, or adds a bias by position"):
         attend(position_bias=torch.zeros(1))
     module.config.sliding_window = 3
-    with pytest.raises(ModelError, match="hides its window"):
+    with pytest.raises(ModelError, match="does not pass on its window"):
         attend()
     attend(sliding_window=3)
     module.is_causal = False
@@ -190,7 +190,7 @@ def test_attention_that_is_not_plain():
 
 def test_models_that_cannot():
     bloom = tf.BloomForCausalLM(tf.BloomConfig(hidden_size=32, n_layer=1, n_head=4, vocab_size=zoo.VOCAB))
-    assert "attention of a BloomForCausalLM does not call" in packing_unsupported_reason(bloom)
+    assert "attention of a BloomForCausalLM does not use" in packing_unsupported_reason(bloom)
     model = build("llama")
     assert packing_unsupported_reason(model) == ""
     model.config.layer_types = ["full_attention", "linear_attention"]

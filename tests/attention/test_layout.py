@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from slimtune.attention import packed_attention
 from slimtune.attention import register as room
-from slimtune.attention.packed_layout import (PackedLayout)
+from slimtune.attention.packed_layout import PackedLayout
 from slimtune.attention.register import LAYOUT_KWARG
 
 CPU = torch.device("cpu")
@@ -104,7 +104,10 @@ def test_behind_keys_and_behind_tokens(layout, n, window):
     at = [layout.prefix_keys + n + t for t in range(layout.total)]  # columns: keys before, n tokens, the rest
     assert torch.equal(tokens.dense_mask(window, CPU)[n:][:, at], keys.dense_mask(window, CPU)[:, at])
     assert tokens.dense_mask(window, CPU)[n:].sum(1).tolist() == keys.dense_mask(window, CPU).sum(1).tolist()
-    assert keys.segment_mask(0, window, torch.float32, CPU) is None or keys.segment_mask(0, window, torch.float32, CPU).shape[3] > n
+    assert (
+        keys.segment_mask(0, window, torch.float32, CPU) is None
+        or keys.segment_mask(0, window, torch.float32, CPU).shape[3] > n
+    )
 
 
 @pytest.mark.parametrize("parents", [(-1, 1), (0, 0), (-1, -2), (-1,)])

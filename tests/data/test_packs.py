@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimtune.attention.packed_layout import (PackedLayout)
+from slimtune.attention.packed_layout import PackedLayout
 from slimtune.data.packing import LEAST, bin_pack, pack_sequences
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_each_row_is_found_again(rows, share):
 @given(rows=rows(), share=st.booleans())
 def test_each_token_sees_its_row_up_to_itself(rows, share):
     laid = pack_sequences(rows, share=share)
-    seen = laid.layout.seen(None, CPU)
+    seen = laid.layout.dense_mask(None, CPU)
     for r in range(len(rows)):
         columns = laid.columns(r)
         for t, column in enumerate(columns):

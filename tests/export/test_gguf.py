@@ -165,7 +165,7 @@ def test_f16_refuses_values_it_cannot_hold(tmp_path):
 NOT_LORA = {
     r"ia3 adapter is not a LoRA(.|\n)*merged": IA3Config(),
     r"bottleneck cannot be merged either": BottleneckConfig(),
-    r"lm_head \('weight' trained whole\)": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    r"lm_head \('weight' trained in full\)": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
     r"not a LoRA of linear layers only": LoraConfig(target_modules=["q_proj"], use_dora=True),
 }
 

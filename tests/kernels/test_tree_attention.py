@@ -20,7 +20,7 @@ from slimtune.attention.packed_attention import (
     make_tree_mask,
     padded_length,
 )
-from slimtune.attention.packed_layout import (PackedLayout)
+from slimtune.attention.packed_layout import PackedLayout
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 import slimtune.methods
 import slimtune.train_step.loss
 from slimtune import get_peft_model
-from slimtune.attention.packed_layout import (PackedLayout)
+from slimtune.attention.packed_layout import PackedLayout
 from slimtune.attention.register import LAYOUT_KWARG, packed_attention
 from slimtune.data.packing import pack_sequences
 from slimtune.errors import UsageError

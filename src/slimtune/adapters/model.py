@@ -398,7 +398,7 @@ class PeftModel(CallMixin, ConversionMixin, SaveLoadMixin, AdapterPublishing):
         merged = dict(self.named_parameters(remove_duplicate=False))
         model = self._restore_base_class()
         if any(len({id(merged[n]) for n in group}) > 1 for group in tied):
-            mark_untied(model)
+            mark_embeddings_untied(model)
         return model
 
     # --- internals ----------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ class PeftModel(CallMixin, ConversionMixin, SaveLoadMixin, AdapterPublishing):
         return self
 
 
-def mark_untied(model: Any) -> None:
+def mark_embeddings_untied(model: Any) -> None:
     """Record in the config that input and output embeddings are two tensors, so that saving writes both."""
     config = getattr(model, "config", None)
     if config is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..attention.packed_layout import (PackedLayout)
+from ..attention.packed_layout import PackedLayout
 
 Tokens = Sequence[int]
 

@@ -127,10 +127,10 @@ def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tenso
                 values = get_weight(module) if leaf == "weight" and is_quantized(module) else parameter
                 values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
                 wide[leaf] = module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
-        layer.merge(name or type(module).__name__, module, adapters, check=True)
+        layer.merge_adapters(name or type(module).__name__, module, adapters, check=True)
         return {n: p.detach() for n, p in module._parameters.items() if p is not None and p is not wide[n]}
     finally:
-        layer.unmerge(module)
+        layer.unmerge_adapters(module)
         module._parameters.update(own)
 
 

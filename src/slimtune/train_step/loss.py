@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.register import (LAYOUT_KWARG, empty_mask, packed_attention, packing_unsupported_reason)
+from ..attention.register import LAYOUT_KWARG, empty_mask, packed_attention, packing_unsupported_reason
 from ..data.collator import IGNORED, Collator, Example
 from ..errors import ModelError
 from ..kernels.cross_entropy import nll_and_accuracy
