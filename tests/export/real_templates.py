@@ -1,4 +1,4 @@
-"""Real chat templates, each with the special tokens it writes: ours (tests/data/templates) and TRL's."""
+"""Real chat templates, each with the special tokens it writes: from tests/data/templates and from TRL."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ ZEPHYR = (
     "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}"
     "\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
-# As Mistral's of 2024, and every content without the white space around it.
+# Like Mistral's of 2024, with every content stripped of whitespace.
 LAST = (
-    "{{ bos_token }}{% set told = messages[0].role == 'system' %}{% for m in (messages[1:] if told else messages) %}"
-    "{% if m.role == 'user' %}[INST] {% if loop.last and told %}{{ messages[0].content | trim }}\n\n{% endif %}"
+    "{{ bos_token }}{% set has_system = messages[0].role == 'system' %}{% for m in (messages[1:] if has_system else messages) %}"
+    "{% if m.role == 'user' %}[INST] {% if loop.last and has_system %}{{ messages[0].content | trim }}\n\n{% endif %}"
     "{{ m.content | trim }}[/INST]{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
 )
 

@@ -137,14 +137,15 @@ def test_adapters_equal_the_converters(kind, tmp_path):
 @needs_converters
 @pytest.mark.real
 def test_a_whole_model_equals_the_converters(smollm2_folder, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from slimtune.models.source import resolve_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert find_llama_cpp_tool(CONVERTER)
-    convert_hf_to_gguf(smollm2_folder, tmp_path / "its.gguf", "f16")
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
-    write_gguf_from_template(Path(resolve_model("smollm2-135m").path), model, tmp_path / "ours.gguf", "f16")
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
+    model.save_pretrained(tmp_path / "two")
+    AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(tmp_path / "two")
+    convert_hf_to_gguf(tmp_path / "two", tmp_path / "its.gguf", "f16")
+    write_gguf_from_template(tmp_path / "its.gguf", model, tmp_path / "ours.gguf", "f16")
     ours, its = (read_tensors(tmp_path / f"{name}.gguf") for name in ("ours", "its"))
     assert set(ours) == set(its)
     assert all(np.array_equal(ours[n], its[n]) for n in its)

@@ -1,6 +1,6 @@
-"""What merging costs, ours beside PEFT's, on SmolLM2-135M: |Δ log p| and KL to the adapter on its base, in nats.
+"""What merging costs compared with PEFT on SmolLM2-135M: |Δ log p| and KL to the adapter on its base, in nats.
 
-All log-probabilities are computed in fp32, so that the figures are those of the weights alone: `pytest -s` prints them.
+All log-probabilities are computed in float32, so the figures are those of the weights: `pytest -s` prints them.
 """
 
 from __future__ import annotations

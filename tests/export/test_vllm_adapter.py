@@ -12,12 +12,12 @@ import torch
 from hand_run import make_run
 from methods.cases import CASES
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from slimtune.adapters.model import PeftModel, get_peft_model
 from slimtune.errors import AdapterError, UsageError
 from slimtune.export.merge import load_trained
-from slimtune.export.vllm import SCRIPT, TEMPLATE, is_served_unchanged, load_vllm_rules, write_vllm_adapter
+from slimtune.export.vllm import SCRIPT, TEMPLATE, is_served_unchanged, write_vllm_adapter
 from slimtune.methods.lora import LoraConfig
 from slimtune.setup import load_run
 
@@ -92,28 +92,25 @@ def test_every_reader_reads_the_trained_model(exported, tiny_folder, method):
     )
 
 
-def test_a_uniform_lora_is_written_unchanged(exported):
+def test_a_uniform_lora_is_written_unchanged_and_other_scales_are_folded(exported, tmp_path):
     run, out, facts = exported({"use_rslora": True})
     before, after = (load_file(f / "adapter_model.safetensors") for f in (run / "adapter", out))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert not facts["folded"]
     assert json.loads((out / "adapter_config.json").read_text())["use_rslora"] is True
-
-
-def test_folded_scales_are_1_with_and_without_patterns(exported):
-    _, out, facts = exported({**PATTERNS, "use_rslora": True})
-    config = json.loads((out / "adapter_config.json").read_text())
-    assert facts["folded"]
-    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 4, False)
-    assert config["rank_pattern"] == config["alpha_pattern"] != {}
-    assert facts["rank"] == 6
-
-
-def test_pissa_becomes_a_lora_of_twice_the_rank(exported):
-    _, out, facts = exported({"init_lora_weights": "pissa"})
-    config = json.loads((out / "adapter_config.json").read_text())
-    assert (facts["rank"], config["r"], config["init_lora_weights"]) == (8, 8, True)
+    for name, method, expected in (
+        ("patterns", {**PATTERNS, "use_rslora": True}, (6, 4, 4, False)),
+        ("pissa", {"init_lora_weights": "pissa"}, (8, 8, 8, False)),
+    ):
+        (tmp_path / name).mkdir()
+        run = make_run(tmp_path / f"{name}-run", tmp_path / "tiny-base", method=method)
+        facts = export_vllm(run, tmp_path / name)
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert facts["folded"]
+        assert (facts["rank"], config["r"], config["lora_alpha"], config["use_rslora"]) == expected
+        assert config["rank_pattern"] == config["alpha_pattern"]
+        assert config["init_lora_weights"] is True
 
 
 REFUSED = {
@@ -122,6 +119,7 @@ REFUSED = {
     "bias": ({"bias": "all"}, "bias is 'all': vLLM takes no trained biases", False),
     "lora_bias": ({"lora_bias": True}, "lora_bias is True", False),
     "tokens": ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices is \[1, 2\]", False),
+    "several": ({"use_dora": True, "bias": "all"}, r"bias is 'all'.*use_dora", False),
     "rank": ({"r": 600}, "its rank is 600; vLLM's --max-lora-rank ends at 512", True),
 }
 
@@ -134,11 +132,6 @@ def test_what_vllm_refuses_is_refused_with_the_alternatives(exported, tmp_path, 
     assert "slimtune merge" in caught.value.hint
     assert ("--convert-to-lora" in caught.value.hint) is convertible
     assert not list((tmp_path / "out").iterdir())
-
-
-def test_all_causes_are_named(exported):
-    with pytest.raises(AdapterError, match=r"modules_to_save.*bias is 'all'.*use_dora"):
-        exported({"use_dora": True, "bias": "all", "modules_to_save": ["lm_head"]})
 
 
 def adapter_of(folder, base, config):
@@ -180,31 +173,24 @@ def test_conversion_to_the_nearest_lora(tmp_path, tiny_folder, config):
     assert found["conversion"]["error"] < 1e-5
 
 
-def test_biases_cannot_be_converted(tmp_path, tiny_folder):
-    adapter = adapter_of(tmp_path / "adapter", tiny_folder, LoraConfig(bias="all", target_modules=["q_proj"]))
-    with pytest.raises(AdapterError, match="bias is 'all'"):
-        export_vllm(adapter, tmp_path, convert_to_lora=4)
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+ARCHITECTURES = {
+    "gpt2": (GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=320, n_positions=64), ["c_attn"], "serves no LoRA"),
+    "qwen2": (Qwen2Config(**SIZES, num_key_value_heads=2, vocab_size=320), ["lm_head"], "accepts no embedding"),
+}
 
 
-def test_an_architecture_without_lora_is_refused(tmp_path, tiny_tokenizer):
-    base = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=320, n_positions=64)).save_pretrained(base)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_an_architecture_that_accepts_no_such_lora(tmp_path, tiny_tokenizer, kind):
+    config, targets, words = ARCHITECTURES[kind]
+    base = tmp_path / kind
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
     tiny_tokenizer().save_pretrained(base)
-    adapter = adapter_of(tmp_path / "adapter", base, LoraConfig(target_modules=["c_attn"]))
-    with pytest.raises(AdapterError, match="the base is a GPT2LMHeadModel, on which vLLM serves no LoRA") as caught:
+    adapter = adapter_of(tmp_path / "adapter", base, LoraConfig(target_modules=targets))
+    with pytest.raises(AdapterError, match=words) as caught:
         export_vllm(adapter, tmp_path)
     assert "slimtune merge" in caught.value.hint
     assert "--convert-to-lora" not in caught.value.hint
-
-
-def test_an_adapted_head_is_refused_by_architecture(tmp_path, tiny_tokenizer):
-    base = tmp_path / "qwen2"
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
-    Qwen2ForCausalLM(Qwen2Config(**sizes, intermediate_size=48, vocab_size=320)).save_pretrained(base)
-    tiny_tokenizer().save_pretrained(base)
-    config = LoraConfig(target_modules=["q_proj", "lm_head"])
-    with pytest.raises(AdapterError, match="it changes 'lm_head'; on a Qwen2ForCausalLM vLLM accepts no embedding"):
-        export_vllm(adapter_of(tmp_path / "adapter", base, config), tmp_path)
 
 
 def test_an_unknown_architecture_gives_a_warning(exported, tiny_folder):
@@ -256,8 +242,11 @@ def test_the_command_survives_the_shell_whatever_the_path(tmp_path, tiny_folder,
     assert not (tmp_path / "x").exists()
 
 
-def test_max_lora_rank_is_rounded_up(exported):
-    assert exported({"rank": 20})[2]["max_lora_rank"] == 32
+def test_the_command_names_rank_and_final_folder(exported, tmp_path):
+    _, out, facts = exported({"rank": 20}, out=tmp_path / "later")
+    assert facts["max_lora_rank"] == 32
+    assert facts["arguments"][-1] == f"later={tmp_path / 'later'}"
+    assert not (out / TEMPLATE).exists()
 
 
 @pytest.mark.parametrize(
@@ -291,11 +280,6 @@ def test_the_adapter_cannot_have_the_bases_name(exported):
     assert facts["base_name"] == "tiny-base"
 
 
-def test_the_command_names_the_final_folder(exported, tmp_path):
-    _, _, facts = exported(out=tmp_path / "later")
-    assert facts["arguments"][-1] == f"later={tmp_path / 'later'}"
-
-
 def test_the_runs_own_chat_template_is_included(exported, tmp_path):
     template = tmp_path / "own.jinja"
     template.write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}")
@@ -303,12 +287,6 @@ def test_the_runs_own_chat_template_is_included(exported, tmp_path):
     assert (out / TEMPLATE).read_text() == template.read_text()
     assert facts["arguments"][-2:] == ["--chat-template", f"{out}/{TEMPLATE}"]
     assert f"./{TEMPLATE}" in (out / SCRIPT).read_text()
-
-
-def test_the_bases_chat_template_is_not_included(exported):
-    _, out, facts = exported()
-    assert not (out / TEMPLATE).exists()
-    assert "--chat-template" not in facts["arguments"]
 
 
 def test_float64_runs_are_served_in_float32_with_a_warning(exported):
@@ -323,14 +301,5 @@ def test_the_dtype_is_the_one_the_run_had(exported, tmp_path):
     (run / "result.json").write_text(json.dumps({"dtype": "bfloat16"}))
     assert export_vllm(run, out)["dtype"] == "bfloat16"
     assert "held its base in bfloat16" in export_vllm(run, out, dtype="float32")["warnings"][0]
-
-
-def test_an_unknown_dtype_is_refused(exported):
     with pytest.raises(UsageError, match="dtype is 'int8'"):
-        exported(dtype="int8")
-
-
-def test_vllm_rules():
-    assert load_vllm_rules()["ranks"] == [1, 8, 16, 32, 64, 128, 256, 320, 512]
-    assert load_vllm_rules()["architectures"]["LlamaForCausalLM"] == ["embed_tokens", "lm_head"]
-    assert load_vllm_rules()["architectures"]["GPT2LMHeadModel"] is None
+        export_vllm(run, out, dtype="int8")
