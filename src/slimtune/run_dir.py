@@ -269,8 +269,7 @@ class RunDir:
                 return empty
 
         def load_json(file: Path) -> dict[str, Any]:
-            values = load(lambda: read_json(file), {}) if file.is_file() else {}
-            return {RENAMED_KEYS.get(k, k): v for k, v in values.items()}
+            return load(lambda: read_json(file, RENAMED_KEYS), {}) if file.is_file() else {}
 
         def position(file: Path) -> tuple[int, float, str]:
             return {"eval-test": 0, "eval-validation": 2}.get(file.stem, 1), -file.stat().st_mtime, file.name
@@ -293,22 +292,25 @@ class RunDir:
         )
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, renamed: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Return the JSON object in a file.
+
+    Args:
+        file: to read.
+        renamed: old names of keys, of the object and the objects in it, and their new names.
 
     Raises:
         RunError: the file is damaged, or contains something else.
     """
+    new_names = renamed or {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(
+            file.read_text(encoding="utf-8"), object_hook=lambda o: {new_names.get(k, k): v for k, v in o.items()}
+        )
+        if not isinstance(values, dict):
+            raise ValueError(f"it contains a {type(values).__name__}")
     except (OSError, ValueError) as e:
         raise RunError(f"{file} is damaged: {e}", "a JSON object", "delete the file, or create it again") from None
-    if not isinstance(values, dict):
-        raise RunError(
-            f"{file} is damaged: it contains a {type(values).__name__}",
-            "a JSON object",
-            "delete the file, or create it again",
-        )
     return values
 
 

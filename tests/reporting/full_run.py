@@ -35,7 +35,7 @@ def make_result(path: Path, **changes: Any) -> dict[str, Any]:
         "stopped_early": False, "rows": 779, "trained_tokens": 26800, "supervised_tokens": 15100,
         "tokens_per_second": 504.08, "train_seconds": 53.2, "load_seconds": 1.0, "prepare_seconds": 0.0,
         "start_seconds": 5.0, "train_loss": 3.95, "validation_loss": 3.91, "adapter_bytes": 19593096,
-        "trainable_params": 4884480, "total_params": 139399488, "peak_bytes": 2096062464, "out_of_memory": 1,
+        "trainable_params": 4884480, "total_params": 139399488, "peak_bytes": 2096062464, "oom_events": 1,
         "dtype": "bfloat16", "quantization": None, "device": "cpu", "finished": "2026-11-25 15:04:07+00:00",
         "target_summary": "adapted 210 modules (q_proj × 30); left 2: 'model.embed_tokens', 'lm_head'",
         "data_report": {"train": rows, "validation": {**rows, "rows": 92, "kept": 92}},
@@ -48,26 +48,26 @@ def make_result(path: Path, **changes: Any) -> dict[str, Any]:
 def make_data_report(file: str, text: str) -> dict[str, Any]:
     """Return a data report as `slimtune data FILE --json` prints it."""
     return {
-        "file": file, "format": "chat", "model": "smollm2-135m", "rows": 781, "refused_count": 2,
-        "refused": [{"line": 17, "cause": f"the assistant's message is empty {text}", "code": "empty-content"},
+        "file": file, "format": "chat", "model": "smollm2-135m", "rows": 781, "invalid_count": 2,
+        "invalid_rows": [{"line": 17, "cause": f"the assistant's message is empty {text}", "code": "empty-content"},
                     {"line": 90, "cause": "not JSON", "code": "bad-json"}],
         "tokens": 64700, "supervised_tokens": 36400, "supervised_share": 0.5626,
         "lengths": {"min": 31, "median": 74, "p90": 131, "p99": 208, "max": 251, "histogram": [
             {"from": 31 + 22 * i, "to": 52 + 22 * i, "rows": n} for i, n in enumerate(
                 [96, 230, 190, 112, 74, 40, 21, 9, 5, 2])]},
-        "max_seq_len": 200, "on_overlong": {"rows": 3, "lines": [101, 202, 303]},
+        "max_seq_len": 200, "overlong": {"rows": 3, "lines": [101, 202, 303]},
         "shared_prefix": {"tokens": 24, "text": f"system: you define words {text}"},
-        "packing": {"laid_tokens": 46100, "saved_share": 0.287},
-        "findings": [
-            {"code": "special-token", "severity": "fault", "what": f"a message contains a special token {text}",
+        "packing": {"packed_tokens": 46100, "saved_share": 0.287},
+        "issues": [
+            {"code": "special-token", "severity": "error", "what": f"a message contains a special token {text}",
              "lines": [4, 8], "count": 2, "hint": f"take it out {text}"},
             {"code": "near-duplicates", "severity": "warning", "what": "near duplicates",
              "lines": list(range(20)), "count": 44, "hint": "keep one of each"},
         ],
         "samples": [{"line": 1, "pieces": [
-            {"text": f"<|im_start|>user\nDefine: love {text}<|im_end|>\n<|im_start|>assistant\n", "learned": False},
-            {"text": f"A temporary insanity curable by marriage. {text}<|im_end|>", "learned": True}]}],
-        "verdict": "faulty", "seconds": 0.8,
+            {"text": f"<|im_start|>user\nDefine: love {text}<|im_end|>\n<|im_start|>assistant\n", "supervised": False},
+            {"text": f"A temporary insanity curable by marriage. {text}<|im_end|>", "supervised": True}]}],
+        "verdict": "errors", "seconds": 0.8,
     }  # fmt: skip
 
 
