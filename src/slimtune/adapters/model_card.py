@@ -20,7 +20,7 @@ from .registry import built_in_methods
 
 CARD_FILE = "README.md"
 SAVED_MARKER = "<!-- Written by slimtune with the adapter. Uploading replaces it, unless you delete this line. -->"
-NOT_IN_PEFT = frozenset({"bottleneck", "bitfit"})
+NOT_IN_PEFT = frozenset({"bitfit", "bottleneck", "full"})
 """Built-in methods that PEFT does not have."""
 _NOT_SETTINGS = frozenset(
     {"base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "inference_mode", "revision"}
