@@ -92,7 +92,7 @@ def main() -> int:
     if "error" in report:
         print(report["error"])
         return 1
-    found = {f["code"]: f["count"] for f in report["findings"]}
+    found = {f["code"]: f["count"] for f in report["issues"]}
     cores = len(psutil.Process().cpu_affinity())
     print(f"{took['seconds']:.0f} s, {given.rows / took['seconds']:,.0f} rows/s, {report['tokens'] / 1e6:.1f} M tokens")
     peak = f"{took['pss'] / 1e9:.2f} GB (PSS), {took['rss'] / 1e9:.2f} GB (RSS)"
@@ -100,7 +100,7 @@ def main() -> int:
     print(
         f"busy: {took['busy'] / took['seconds']:.2f} of {cores} cores, {1e6 * took['busy'] / given.rows:.0f} µs a row"
     )
-    print(f"verdict: {report['verdict']}, findings: {found}; rows that repeat another: {repeated}")
+    print(f"verdict: {report['verdict']}, issues: {found}; rows that repeat another: {repeated}")
     print(f"load of the machine over the last 5 minutes: {psutil.getloadavg()[1]:.1f} on {psutil.cpu_count()} cores")
     return int(found != {"duplicate": repeated} or took["pss"] > given.most * 1e9)
 

@@ -59,7 +59,9 @@ def work(base: str, dtype: str) -> None:
     model.train()
     said("attaching")
     rows = [[(7 * i * i + 11 * r) % 259 for i in range(TOKENS)] for r in range(ROWS)]
-    packs = make_collator(model, 0, share=False).packs([{"input_ids": r, "labels": r} for r in rows])
+    packs = make_collator(model, 0, share_prefix=False).make_micro_batches(
+        [{"input_ids": r, "labels": r} for r in rows]
+    )
     optimizer = build_optimizer(model)
     with packed_attention(model):
         forward_backward(model, [move_to_device(p, torch.device("cpu")) for p in packs])

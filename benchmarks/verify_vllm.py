@@ -43,7 +43,7 @@ from slimtune.adapters.config import CONFIG_FILE
 from slimtune.adapters.model import get_peft_model
 from slimtune.adapters.registry import method_names
 from slimtune.config import Recipe
-from slimtune.data.read import read_rows
+from slimtune.data.dataset import read_rows
 from slimtune.errors import RunError, SlimtuneError
 from slimtune.export.engines import VllmEngine
 from slimtune.export.merge import load_trained

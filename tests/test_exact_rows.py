@@ -43,4 +43,4 @@ def test_refused(name):
 def test_taken(name, dtype):
     model = make(EXACT[name]).to(dtype)
     for share in (True, False):
-        assert check_packing_supported(model, make_collator(model, 0, share=share)) is None
+        assert check_packing_supported(model, make_collator(model, 0, share_prefix=share)) is None

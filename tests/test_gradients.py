@@ -27,10 +27,10 @@ from slimtune.train_step.loss import step_loss
 BOUNDS = {torch.float32: 1e-5, torch.float64: 1e-12}
 MODELS = ["llama", "qwen2", "gemma2", "gemma3", "gpt2"]
 WAYS = {
-    "packed": {"share": False},
+    "packed": {"share_prefix": False},
     "shared": {},
-    "in passes": {"room": 24},
-    "in passes, nothing shared": {"room": 24, "share": False},
+    "in passes": {"max_tokens": 24},
+    "in passes, nothing shared": {"max_tokens": 24, "share_prefix": False},
 }
 WORST: dict[tuple[str, torch.dtype], float] = {}
 
@@ -67,7 +67,7 @@ def some(n, seed):
 
 def backward(model, rows, **how):
     """Run the packs of one step backwards, as the trainer does."""
-    packs = Collator(0, layout=True, **how).packs(rows)
+    packs = Collator(0, layout=True, **how).make_micro_batches(rows)
     total = sum(len(p["targets"]) for p in packs)
     with packed_attention(model) as can:
         assert can

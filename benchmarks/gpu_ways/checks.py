@@ -98,7 +98,7 @@ def alone(model: Any) -> Gradients:
 def laid(model: Any, room: int | None = None, share: bool = True) -> Gradients:
     """As slimtune trains."""
     device, every = next(model.parameters()).device, rows()
-    packs = Collator(0, layout=True, share=share, room=room).packs(every)
+    packs = Collator(0, layout=True, share_prefix=share, max_tokens=room).make_micro_batches(every)
     assert room is None or len(packs) > 1
 
     def loss() -> Iterator[Tensor]:

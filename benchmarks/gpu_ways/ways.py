@@ -56,8 +56,8 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
     room = auto_micro_batch_tokens(model, collator, 1024)
 
     def passes(rows: list[Row], parts: int) -> list[Any]:
-        collator.room = room // parts
-        return collator.packs(rows)
+        collator.max_tokens = room // parts
+        return collator.make_micro_batches(rows)
 
     ExitStack().enter_context(register.packed_attention(model))
     return Way(model, passes, lambda batch, targets: step_loss(model, batch, targets))

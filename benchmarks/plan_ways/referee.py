@@ -53,7 +53,7 @@ def _train(job: TrainingJob) -> int:
     model.train()
     optimizer = build_optimizer(model, job.optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
-    collator = make_collator(model, 0, packing=job.packing, share=False)
+    collator = make_collator(model, 0, packing=job.packing, share_prefix=False)
     vocabulary = model.config.get_text_config().vocab_size
 
     def step(number: int) -> None:

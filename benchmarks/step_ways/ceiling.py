@@ -71,9 +71,9 @@ def main() -> None:
     dtype = getattr(torch, spec["dtype"])
     products = Products(AutoModelForCausalLM.from_pretrained(spec["base"], dtype=dtype))
     longest = max(len(row["input_ids"]) for row in spec["rows"])
-    collator = Collator(spec["pad_token_id"], layout=True, share=False, room=max(longest, TOKENS_ON_CPU))
+    collator = Collator(spec["pad_token_id"], layout=True, share_prefix=False, max_tokens=max(longest, TOKENS_ON_CPU))
     passes = [
-        [(p["input_ids"].numel(), len(p["targets"])) for step in steps for p in collator.packs(step)]
+        [(p["input_ids"].numel(), len(p["targets"])) for step in steps for p in collator.make_micro_batches(step)]
         for steps in turns.rounds
     ]
     every = [pass_ for some in passes for pass_ in some]

@@ -49,7 +49,7 @@ def all_logits_loss(model: Any, batch: dict[str, Any], supervised: int) -> Tenso
     if "layout" in batch:
         inputs |= {LAYOUT_KWARG: batch["layout"], "attention_mask": empty_mask(batch["input_ids"].device)}
     logits = model(**inputs, use_cache=False).logits[0].float()
-    columns = batch["logits_to_keep"][batch["picked"]]
+    columns = batch["logits_to_keep"][batch["hidden_index"]]
     assert len(columns.unique()) == len(columns), "a position has two targets: labels cannot say so"
     labels = torch.full(logits.shape[:1], -100).index_copy_(0, columns, batch["targets"])
     return F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / supervised
@@ -78,18 +78,18 @@ def main() -> None:
     model = slimtune.get_peft_model(base.model, config, autocast_adapter_dtype="autocast" not in off)
     ran = plain_maps() if "maps" in off else None
     pad, longest = base.tokenizer.pad_token_id, max(len(row["input_ids"]) for row in spec["rows"])
-    collator = Collator(pad) if "layout" in off else make_collator(model, pad, share="share" not in off)
+    collator = Collator(pad) if "layout" in off else make_collator(model, pad, share_prefix="share" not in off)
     assert collator.layout != ("layout" in off)
-    collator.room = auto_micro_batch_tokens(model, collator, longest)
+    collator.max_tokens = auto_micro_batch_tokens(model, collator, longest)
     assert ran is None or ran, "plain maps were asked for and others ran"
 
     def passes(rows: list[Row]) -> list[tuple[dict[str, Any], int]]:
-        return [(pack, pack["input_ids"].numel()) for pack in collator.packs(rows)]
+        return [(pack, pack["input_ids"].numel()) for pack in collator.make_micro_batches(rows)]
 
     loss_of = all_logits_loss if "logits" in off else step_loss
     dtype = next(p.dtype for p in model.parameters() if p.requires_grad)
     with contextlib.nullcontext() if "layout" in off else packed_attention(model):
-        facts = {"adapters": str(dtype).removeprefix("torch."), "room": collator.room}
+        facts = {"adapters": str(dtype).removeprefix("torch."), "room": collator.max_tokens}
         serve(turns, model, passes, loss_of, **facts)
 
 

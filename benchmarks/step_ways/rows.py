@@ -19,9 +19,9 @@ from pathlib import Path
 
 import transformers
 
-from slimtune.data.dataset import tokenize_dataset
-from slimtune.data.packing import LEAST
-from slimtune.data.read import Row, read_rows
+from slimtune.data.dataset import Row, read_rows
+from slimtune.data.packing import MIN_SHARED_TOKENS
+from slimtune.data.tokenize import tokenize_dataset
 from slimtune.models.loader import load_base
 
 FILE = Path(__file__).parents[2] / "examples/devils-dictionary/train.jsonl"
@@ -54,7 +54,7 @@ def unlike(rows: list[dict]) -> list[dict]:
     seen: set[tuple[int, ...]] = set()
     kept = []
     for row in rows:
-        first = tuple(row["input_ids"][:LEAST])
+        first = tuple(row["input_ids"][:MIN_SHARED_TOKENS])
         if first not in seen:
             kept.append(row)
         seen.add(first)

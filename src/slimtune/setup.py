@@ -17,11 +17,11 @@ from .adapters.config import PeftConfig
 from .adapters.model import PeftModel, get_peft_model
 from .config import Recipe
 from .data.collator import Collator, Example
-from .data.dataset import RowReport, tokenize_dataset
-from .data.read import RowFile, open_rows
-from .data.store import Examples
+from .data.dataset import RowFile, open_rows
+from .data.parallel import cpu_count
+from .data.tokenize import RowReport, tokenize_dataset
+from .data.tokenized_dataset import TokenizedDataset
 from .data.validation.report import DatasetReport
-from .data.workers import cpu_count
 from .errors import AdapterError, UsageError
 from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.loader import Base, load_base, load_tokenizer, weights_folder
@@ -37,14 +37,14 @@ from .utils.memory import disable_malloc_trim
 
 @dataclass
 class Datasets:
-    """The encoded rows of a run, and what became of the rows read."""
+    """The tokenized rows of a run, and the reports on them."""
 
-    train: Examples
-    validation: Examples
+    train: TokenizedDataset
+    validation: TokenizedDataset
     train_report: RowReport
     validation_report: RowReport | None
-    surveys: dict[str, Any] = field(default_factory=dict)
-    """What `slimtune data` reports on the training and the validation file."""
+    data_reports: dict[str, Any] = field(default_factory=dict)
+    """The reports of `slimtune data` on the training and the validation file."""
 
     def lengths(self) -> np.ndarray:
         """Return the tokens of each row, training rows first, int64."""
@@ -202,36 +202,67 @@ def build_meta_model(
 
 
 def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
-    """Read, encode and survey the recipe's training and validation rows.
+    """Read, tokenize and validate the training and validation rows of a recipe.
 
-    Validation is cut from training if none is given.
+    Without a validation file, validation rows are split from the training rows.
     """
-    data = recipe.data
-    about: dict[str, Any] = {"model": recipe.model.name}
-    survey = _survey(recipe, tokenizer)
-    train, train_report = _encode(data.train, tokenizer, recipe, survey)
+    data, model = recipe.data, recipe.model.name
+    train, train_report, checked = _tokenize_and_validate(recipe, tokenizer, data.train)
     if data.validation is not None:
-        other = _survey(recipe, tokenizer, like=survey)
-        validation, validation_report = _encode(data.validation, tokenizer, recipe, other)
-        surveys: dict[str, Any] = {
-            "train": survey.report(file=data.train, validation=(str(data.validation), other), **about),
-            "validation": other.report(file=data.validation, **about),
+        validation, validation_report, other = _tokenize_and_validate(recipe, tokenizer, data.validation, checked)
+        data_reports: dict[str, Any] = {
+            "train": checked.to_dict(file=data.train, model=model, validation=(str(data.validation), other)),
+            "validation": other.to_dict(file=data.validation, model=model),
         }
-        return Datasets(train, validation, train_report, validation_report, surveys)
-    surveys = {"train": survey.report(file=data.train, **about), "validation": None}
-    held = round(len(train) * data.validation_fraction)
-    if not held or held == len(train):
-        return Datasets(train, train.select(np.zeros(0, np.int64)), train_report, None, surveys)
+        return Datasets(train, validation, train_report, validation_report, data_reports)
+    data_reports = {"train": checked.to_dict(file=data.train, model=model), "validation": None}
+    count = round(len(train) * data.validation_fraction)
+    if count == len(train):
+        count = 0
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.train.seed))
-    apart = np.zeros(len(train), bool)
-    apart[order[:held].numpy()] = True
-    return Datasets(
-        train.select(np.flatnonzero(~apart)), train.select(np.flatnonzero(apart)), train_report, None, surveys
+    held_out = np.zeros(len(train), bool)
+    held_out[order[:count].numpy()] = True
+    validation = train.select(np.flatnonzero(held_out))
+    return Datasets(train.select(np.flatnonzero(~held_out)), validation, train_report, None, data_reports)
+
+
+def _tokenize_and_validate(
+    recipe: Recipe, tokenizer: Any, path: Path, like: DatasetReport | None = None
+) -> tuple[TokenizedDataset, RowReport, DatasetReport]:
+    data, train, rows = recipe.data, recipe.train, open_rows_from_recipe(recipe, path)
+    report = DatasetReport(
+        tokenizer,
+        rows.format,
+        max_seq_len=data.max_seq_len,
+        on_overlong=data.on_overlong,
+        rows_per_step=train.batch_size * train.gradient_accumulation_steps,
+        like=like,
+    )
+    return *_tokenize(recipe, tokenizer, rows, report), report
+
+
+def load_eval_dataset(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[TokenizedDataset, RowReport]:
+    """Read and tokenize rows for evaluation, with the recipe's length policy."""
+    return _tokenize(recipe, tokenizer, open_rows_from_recipe(recipe, path))
+
+
+def _tokenize(
+    recipe: Recipe, tokenizer: Any, rows: RowFile, report: DatasetReport | None = None
+) -> tuple[TokenizedDataset, RowReport]:
+    return tokenize_dataset(
+        rows,
+        tokenizer,
+        max_seq_len=recipe.data.max_seq_len,
+        on_overlong=recipe.data.on_overlong,
+        train_on=recipe.data.train_on,
+        path=rows.path,
+        processes=max(1, cpu_count() // distributed.local_world_size()),
+        reporter=report,
     )
 
 
 def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
-    """Open a file of rows, in the format and with the columns that the recipe says.
+    """Open a data set with the format and the columns of a recipe.
 
     Raises:
         UsageError, DataError: as `open_rows`.
@@ -254,48 +285,16 @@ def build_collator(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> 
         ModelError: the model cannot take rows in one sequence, or its loss is not what its config says.
     """
     t = recipe.train
-    collator = make_collator(model, tokenizer.pad_token_id, packing=t.packing, share=t.share_prefix, rows=t.batch_size)
+    collator = make_collator(
+        model, tokenizer.pad_token_id, packing=t.packing, share_prefix=t.share_prefix, max_rows=t.batch_size
+    )
     check_packing_supported(model, collator)
-    collator.room = (
+    collator.max_tokens = (
         auto_micro_batch_tokens(model, collator, longest)
         if t.max_tokens_per_micro_batch == "auto"
         else t.max_tokens_per_micro_batch
     )
     return collator
-
-
-def load_eval_dataset(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[Examples, RowReport]:
-    """Read and encode rows to evaluate on, with the run's length rule."""
-    return _encode(path, tokenizer, recipe)
-
-
-def _survey(recipe: Recipe, tokenizer: Any, like: DatasetReport | None = None) -> DatasetReport:
-    data, t = recipe.data, recipe.train
-    return DatasetReport(
-        tokenizer,
-        max_seq_len=data.max_seq_len,
-        on_overlong=data.on_overlong,
-        rows_a_step=t.batch_size * t.gradient_accumulation_steps,
-        like=like,
-    )
-
-
-def _encode(
-    path: Path, tokenizer: Any, recipe: Recipe, survey: DatasetReport | None = None
-) -> tuple[Examples, RowReport]:
-    data, rows = recipe.data, open_rows_from_recipe(recipe, path)
-    if survey is not None:
-        survey.format = rows.format
-    return tokenize_dataset(
-        rows,
-        tokenizer,
-        max_seq_len=data.max_seq_len,
-        on_overlong=data.on_overlong,
-        train_on=data.train_on,
-        path=path,
-        processes=max(1, cpu_count() // distributed.local_world_size()),
-        watch=survey,
-    )
 
 
 def find_adapter_folder(path: str | Path) -> Path:

@@ -35,9 +35,9 @@ def rows(tmp_path):
 def test_a_sound_file(rows, tiny_folder):
     done = slimtune("data", rows(), "--model", tiny_folder)
     assert done.exit_code == 0, done.stderr
-    assert "20 read, none refused" in done.stdout
+    assert "20, none invalid" in done.stdout
     assert "<|im_start|>user\nDefine 0.<|im_end|>" in done.stdout
-    assert done.stdout.rstrip().endswith("sound")
+    assert done.stdout.rstrip().endswith("ok")
 
 
 def test_json_is_one_object_and_the_exit_code_is_the_verdict(rows, tiny_folder):
@@ -45,13 +45,13 @@ def test_json_is_one_object_and_the_exit_code_is_the_verdict(rows, tiny_folder):
     done = slimtune("data", path, "--model", tiny_folder, "--json")
     report = json.loads(done.stdout)
     assert (done.exit_code, report["verdict"]) == (0, "warnings")
-    assert [(f["code"], f["lines"]) for f in report["findings"]] == [("duplicate", [7])]
+    assert [(f["code"], f["lines"]) for f in report["issues"]] == [("duplicate", [7])]
     assert slimtune("data", path, "--model", tiny_folder, "--strict", "--json").exit_code == 1
     faulty = slimtune("data", rows((2, talk(2, "So<|im_end|>"))), "--model", tiny_folder, "--json")
-    assert (faulty.exit_code, json.loads(faulty.stdout)["verdict"]) == (1, "faulty")
+    assert (faulty.exit_code, json.loads(faulty.stdout)["verdict"]) == (1, "errors")
     shown = slimtune("data", rows((2, talk(2, "So<|im_end|>"))), "--model", tiny_folder)
     assert shown.exit_code == 1
-    assert "fault: control-token-in-text: " in shown.stdout
+    assert "error: control-token-in-text: " in shown.stdout
     assert "line 2" in shown.stdout
 
 
@@ -61,13 +61,13 @@ def test_overlap_with_validation_and_the_page(rows, tiny_folder, tmp_path):
     beside = ("data", train, "--model", tiny_folder, "--validation", held, "--json")
     done = slimtune(*beside, "--html", tmp_path / "a.html")
     report = json.loads(done.stdout)
-    assert [(f["code"], f["severity"], f["lines"]) for f in report["findings"]] == [("overlap", "fault", [6])]
-    assert "line 6 is line 4" in report["findings"][0]["what"]
+    assert [(f["code"], f["severity"], f["lines"]) for f in report["issues"]] == [("overlap", "error", [6])]
+    assert "line 6 is line 4" in report["issues"][0]["what"]
     assert "line 6 is line 4" in (tmp_path / "a.html").read_text(encoding="utf-8")
     broken = held.read_text(encoding="utf-8") + "{\n"
     held.write_text(broken.replace("number 5 means", "number 5 is"), encoding="utf-8")
     done = slimtune(*beside)
-    assert [f["code"] for f in json.loads(done.stdout)["findings"]] == ["validation-refused"]
+    assert [f["code"] for f in json.loads(done.stdout)["issues"]] == ["validation-invalid"]
 
 
 def test_another_format_and_names_of_columns(tmp_path, tiny_folder):
@@ -75,7 +75,7 @@ def test_another_format_and_names_of_columns(tmp_path, tiny_folder):
     path.write_text("question,answer\n" + "".join(f"Define {i},It is {i * 31}\n" for i in range(9)), encoding="utf-8")
     maps = ("--column", "instruction=question", "--column", "output=answer")
     report = json.loads(slimtune("data", path, "--model", tiny_folder, *maps, "--json").stdout)
-    assert (report["format"], report["rows"], report["verdict"]) == ("instruction", 9, "sound")
+    assert (report["format"], report["rows"], report["verdict"]) == ("instruction", 9, "ok")
     assert slimtune("data", path, "--model", tiny_folder).exit_code == 1
 
 
@@ -85,7 +85,7 @@ def test_another_format_and_names_of_columns(tmp_path, tiny_folder):
         (("--max-seq-len", "1"), "max_seq_len is 1"),
         (("--batch-size", "0"), "a step of 0 rows"),
         (("--column", "messages"), "--column got 'messages'"),
-        (("--too-long", "cut"), "cut"),
+        (("--on-overlong", "cut"), "cut"),
         (("--validation", "none.jsonl"), "no such file"),
     ],
 )
@@ -108,9 +108,9 @@ def test_training_stops_on_faults_and_goes_on_by_force(rows, tiny_folder, tmp_pa
     assert done.exit_code == 0, done.stderr
     kept = json.loads((tmp_path / "run" / "data.json").read_text())
     assert kept["validation"] is None
-    assert kept["train"]["verdict"] == "faulty"
-    assert [f["code"] for f in kept["train"]["findings"]] == ["control-token-in-text", "duplicate"]
-    assert "fault: rows with a control token" in (tmp_path / "run" / "train.log").read_text()
+    assert kept["train"]["verdict"] == "errors"
+    assert [f["code"] for f in kept["train"]["issues"]] == ["control-token-in-text", "duplicate"]
+    assert "error: rows with a control token" in (tmp_path / "run" / "train.log").read_text()
     alone = json.loads(slimtune("data", path, "--model", tiny_folder, "--batch-size", "4", "--json").stdout)
     assert {**alone, "seconds": 0} == {**kept["train"], "seconds": 0, "file": str(path)}
 
@@ -123,6 +123,6 @@ def test_a_sound_run_says_so_in_one_line(rows, tiny_folder, tmp_path):
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     log = (tmp_path / "run" / "train.log").read_text()
-    assert log.count("train data: sound") == log.count("validation data: sound") == 1
+    assert log.count("train data: ok") == log.count("validation data: ok") == 1
     kept = json.loads((tmp_path / "run" / "data.json").read_text())
     assert (kept["train"]["rows"], kept["validation"]["rows"]) == (20, 4)

@@ -73,7 +73,7 @@ ROWS = [example(9, {4, 5, 8}, 1), example(13, set(range(13)), 2), example(2, {1}
 
 WAYS = {
     "laid": {"layout": True},
-    "laid, nothing shared": {"layout": True, "share": False},
+    "laid, nothing shared": {"layout": True, "share_prefix": False},
     "in a row": {},
     "padded": {"packing": False},
 }
@@ -157,7 +157,7 @@ def test_packed_by_hand():
         "input_ids": [[11, 12, 13, 21, 22]],
         "position_ids": [[0, 1, 2, 0, 1]],
         "logits_to_keep": [1, 3],
-        "picked": [0, 1],
+        "hidden_index": [0, 1],
         "targets": [13, 22],
         "tokens": 5,
     }
@@ -171,7 +171,7 @@ def test_padded_by_hand():
         "input_ids": [[11, 12, 13], [21, 22, 7]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
         "logits_to_keep": [0, 1],
-        "picked": [0, 1, 2],
+        "hidden_index": [0, 1, 2],
         "targets": [12, 13, 22],
         "tokens": 5,
     }
@@ -185,5 +185,5 @@ def test_num_items_divides_the_sum(llama):
 
 
 def test_a_batch_without_a_target_is_refused():
-    with pytest.raises(DataError, match=r"no token to learn \(rows of lines 5, 6\)"):
+    with pytest.raises(DataError, match=r"no supervised token \(rows of lines 5, 6\)"):
         Collator(0)([example(4, set(), 5), example(4, {0}, 6)])

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from pyarrow import parquet
 
-from slimtune.data.read import InvalidRow, Row, open_rows, read_rows
+from slimtune.data.dataset import InvalidRow, Row, open_rows, read_rows
 from slimtune.errors import DataError, UsageError
 from slimtune.utils.dataset_id import parse_dataset_id
 
@@ -81,7 +81,7 @@ def test_a_folder_of_several_formats_kinds_or_splits_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"several splits: 'test\.jsonl', 'train-00001\.jsonl'"):
         open_rows(tmp_path / "s")
     (tmp_path / "e").mkdir()
-    with pytest.raises(UsageError, match="without a file of rows: it holds nothing"):
+    with pytest.raises(UsageError, match="without a file of rows; it contains nothing"):
         open_rows(tmp_path / "e")
 
 
@@ -93,7 +93,7 @@ def test_what_datasets_saved(tmp_path):
     assert [(row.line, len(row.messages)) for row in file] == [(1, 2), (2, 1)]
     assert "tool_calls" not in next(iter(file)).messages[1]
     DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "two")
-    with pytest.raises(UsageError, match="holds the splits 'test', 'train'"):
+    with pytest.raises(UsageError, match="contains the splits 'test', 'train'"):
         open_rows(tmp_path / "two")
     assert answers(read_rows(tmp_path / "two" / "train")) == [row["output"] for row in ROWS]
 
@@ -116,7 +116,9 @@ def test_a_dataset_by_its_id(tmp_path, monkeypatch):
     assert answers(read_rows("org/name")) == [row["output"] for row in ROWS]
     assert len(read_rows("org/name:test")) == 1
     assert set(asked) == {("org/name", None, "train"), ("org/name", None, "test")}
-    with pytest.raises(UsageError, match=r"no file 'org/name' is here, and as a dataset of the Hub .*tset") as fault:
+    with pytest.raises(
+        UsageError, match=r"there is no file 'org/name', and it cannot be loaded from the Hub: .*tset"
+    ) as fault:
         read_rows("org/name:tset")
     assert "org/name/config:split" in fault.value.expected
 
@@ -133,7 +135,7 @@ def test_which_paths_may_name_a_dataset(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt"])
 def test_an_empty_file(tmp_path, kind):
     (tmp_path / f"a{kind}").write_text("" if kind != ".json" else "[ ]")
-    with pytest.raises(DataError, match="is empty: it holds no row"):
+    with pytest.raises(DataError, match="is empty: it has no row"):
         open_rows(tmp_path / f"a{kind}")
 
 
@@ -174,7 +176,7 @@ def test_an_item_longer_than_what_is_read_at_once(tmp_path):
 
 def test_tables_that_are_none(tmp_path):
     (tmp_path / "a.csv").write_text("instruction;output\na;b\n")
-    with pytest.raises(DataError, match=r"one column, 'instruction;output': its cells seem to be parted by ';'"):
+    with pytest.raises(DataError, match=r"one column, 'instruction;output': the delimiter seems to be ';'"):
         open_rows(tmp_path / "a.csv")
     (tmp_path / "b.csv").write_text("instruction,output,output\na,b,c\n")
     with pytest.raises(DataError, match="names 'output' twice"):
@@ -184,17 +186,17 @@ def test_tables_that_are_none(tmp_path):
     (tmp_path / "d.csv").write_bytes(b'instruction,output\na,\xff\n"a,b\n')
     assert faults(tmp_path / "d.csv") == [(2, "not-utf8"), (3, "bad-csv")]
     (tmp_path / "a.parquet").write_text("instruction,output\n")
-    with pytest.raises(DataError, match=r"a\.parquet is no Parquet file, or a broken one"):
+    with pytest.raises(DataError, match=r"a\.parquet is not a Parquet file, or is incomplete"):
         open_rows(tmp_path / "a.parquet")
     whole = written(tmp_path, ".parquet").read_bytes()
     (tmp_path / "b.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="no Parquet file, or a broken one"):
+    with pytest.raises(DataError, match="not a Parquet file, or is incomplete"):
         open_rows(tmp_path / "b.parquet")
 
 
 def test_an_unknown_kind_names_the_known(tmp_path):
     (tmp_path / "a.jsnl").write_text("{}")
-    with pytest.raises(UsageError, match=r"unknown kind '\.jsnl'; did you mean '\.jsonl'\?"):
+    with pytest.raises(UsageError, match=r"unknown suffix '\.jsnl'; did you mean '\.jsonl'\?"):
         open_rows(tmp_path / "a.jsnl")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slimtune.data.read import read_rows
+from slimtune.data.dataset import read_rows
 
 FOLDER = Path(__file__).parents[2] / "examples" / "devils-dictionary"
 SPLITS = {split: read_rows(FOLDER / f"{split}.jsonl") for split in ("train", "validation", "test")}

@@ -8,8 +8,8 @@ import pytest
 from tiny_tokenizer import make_tokenizer, template_text
 
 from slimtune.data.chat_template import encode_chat
-from slimtune.data.dataset import tokenize_dataset
-from slimtune.data.read import Row
+from slimtune.data.dataset import Row
+from slimtune.data.tokenize import tokenize_dataset
 from slimtune.errors import DataError, ModelError, UsageError
 
 TOK = make_tokenizer(template_text("gemma"), ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"])
@@ -35,7 +35,7 @@ def test_labels_are_the_supervised_tokens():
     assert report.to_dict() == {
         "rows": 3, "kept": 3, "dropped": 0, "truncated": 0, "tokens": sum(LENGTHS),
         "supervised_tokens": sum(t != -100 for e in examples for t in e["labels"]),
-        "longest": LENGTHS[1], "max_seq_len": 1000, "unended": 0,
+        "longest": LENGTHS[1], "max_seq_len": 1000, "missing_eos": 0,
     }  # fmt: skip
     json.dumps(report.to_dict())
     assert report.text().startswith(f"3 of 3 rows, {sum(LENGTHS)} tokens, ")
@@ -56,7 +56,7 @@ def test_long_rows_are_cut_and_said():
     assert [len(e["input_ids"]) for e in examples] == [len(e["labels"]) for e in examples] == [
         LENGTHS[0], most, LENGTHS[2]]  # fmt: skip
     assert (report.kept, report.dropped, report.truncated) == (3, 0, 1)
-    assert f"1 cut at {most} tokens" in report.text()
+    assert f"1 truncated to {most} tokens" in report.text()
 
 
 def test_long_rows_as_an_error_name_lines_and_the_longest():
@@ -76,13 +76,13 @@ def test_all_dropped_and_no_rows():
 
 
 def test_rows_whose_tokens_are_all_masked():
-    with pytest.raises(DataError, match="no token to learn in") as fault:
+    with pytest.raises(DataError, match="no supervised token in") as fault:
         tokenize_dataset(ROWS, TOK, max_seq_len=6, on_overlong="truncate", path="a.jsonl")
     assert "lines 1, 2, 4" in str(fault.value)
     assert "--max-seq-len" in str(fault.value)
     # The marked part is empty: the template gives the model nothing to say.
     silent = "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}"
-    with pytest.raises(DataError, match="no token to learn in line 1"):
+    with pytest.raises(DataError, match="no supervised token in line 1"):
         tokenize_dataset(ROWS[:1], make_tokenizer(silent, ["<s>"]), max_seq_len=99, path="a.jsonl")
 
 
@@ -97,8 +97,8 @@ def test_rows_the_template_refuses_are_all_named():
 def test_turns_without_an_end_token_are_counted():
     plain = make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", ["<s>"])
     _, report = tokenize_dataset(ROWS, plain, max_seq_len=999, path="a.jsonl")
-    assert report.unended == 3
-    assert "3 of them end without an end-of-turn token" in report.text()
+    assert report.missing_eos == 3
+    assert "3 of them without an end-of-turn token at the end" in report.text()
 
 
 def test_settings_out_of_range():

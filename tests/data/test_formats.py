@@ -9,12 +9,13 @@ from typing import get_args
 
 import pytest
 from tiny_tokenizer import make_tokenizer, template_text
+from tokenizers.processors import TemplateProcessing
 
 from slimtune.config import DataSettings
-from slimtune.data.dataset import tokenize_dataset
+from slimtune.data.chat_template import render_text
+from slimtune.data.dataset import InvalidRow, open_rows, read_rows
 from slimtune.data.formats import FORMATS, Row
-from slimtune.data.read import InvalidRow, open_rows, read_rows
-from slimtune.data.tokenize import tokenize_rows
+from slimtune.data.tokenize import tokenize_dataset, tokenize_rows
 from slimtune.errors import DataError, ModelError, UsageError
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -105,14 +106,14 @@ FAULTY = {
     "empty completion": ({"prompt": "a", "completion": " \n"}, "empty-content", "'completion' is empty"),
     "text and list": ({"prompt": "a", "completion": [SAID]}, "wrong-type", "wanted two texts or two lists"),
     "empty text": ({"text": ""}, "empty-content", "'text' is empty"),
-    "half a character": ({"text": "\ud83d"}, "half-character", "holds half of a character"),
+    "half a character": ({"text": "\ud83d"}, "half-character", "contains half of a character"),
     "preference without words": ({"chosen": "", "rejected": "b"}, "empty-content", "'chosen' is empty"),
     "preference of users": ({"chosen": [USER], "rejected": [SAID]}, "no-assistant-turn", "no assistant turn"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAULTY)
-def test_a_faulty_row_is_refused_with_its_cause(tmp_path, name):
+def test_an_invalid_row_has_a_cause_and_a_code(tmp_path, name):
     row, code, cause = FAULTY[name]
     _, found = only(tmp_path, row)
     assert isinstance(found, InvalidRow)
@@ -129,7 +130,7 @@ def test_a_missing_column_of_a_later_row(tmp_path):
     )
 
 
-def test_ambiguous_columns_want_to_be_told(tmp_path):
+def test_ambiguous_columns_need_a_format(tmp_path):
     path = write(tmp_path / "a.jsonl", {"instruction": "a", "input": "", "output": "b", "text": "c"})
     with pytest.raises(DataError, match="may be instruction or text: its rows have 'instruction', 'input'") as fault:
         open_rows(path)
@@ -143,7 +144,7 @@ def test_unknown_columns_name_every_format_and_the_nearest(tmp_path):
     with pytest.raises(DataError, match="no known format: its rows have 'dialog', 'converstions'") as fault:
         open_rows(path)
     assert "did you mean 'conversations' for 'converstions'?" in fault.value.message
-    assert all(f"{name}: {', '.join(form.needs)}" in fault.value.expected for name, form in FORMATS.items())
+    assert all(f"{name}: {', '.join(form.required)}" in fault.value.expected for name, form in FORMATS.items())
     assert "--column messages=COLUMN" in fault.value.hint
 
 
@@ -162,12 +163,12 @@ def test_columns_are_mapped(tmp_path):
     [
         ({"columns": {"messages": "dialgo"}}, ["--column messages=dialgo", "did you mean 'dialog'?"]),
         ({"columns": {"messages": "dialgo"}, "format": "chat"}, ["has no column 'dialgo'"]),
-        ({"columns": {"mesages": "dialog"}}, ["no column of any format", "did you mean 'messages'?"]),
-        ({"columns": {"text": "dialog"}, "format": "chat"}, ["no column of the format chat"]),
+        ({"columns": {"mesages": "dialog"}}, ["not a column of any format", "did you mean 'messages'?"]),
+        ({"columns": {"text": "dialog"}, "format": "chat"}, ["not a column of the format chat"]),
         ({"format": "chatt"}, ["no data format 'chatt'; did you mean 'chat'?", "'sharegpt'"]),
     ],
 )
-def test_wrong_use_is_told_with_the_nearest_name(tmp_path, how, parts):
+def test_wrong_use_names_the_nearest_name(tmp_path, how, parts):
     with pytest.raises(UsageError) as fault:
         open_rows(write(tmp_path / "a.jsonl", {"dialog": [USER, SAID]}), **how)
     assert fault.value.exit_code == 2
@@ -179,35 +180,30 @@ def test_the_recipe_names_the_same_formats():
     assert list(get_args(names)) == list(FORMATS)
 
 
-def said_by(row, train_on="assistant"):
-    ((rendered, tokens),) = tokenize_rows([row], TOK, train_on=train_on)
-    assert len(tokens.input_ids) == len(tokens.supervised)
-    assert TOK.decode(tokens.input_ids) == rendered.text
-    return TOK.decode([t for t, said in zip(tokens.input_ids, tokens.supervised, strict=True) if said])
+def supervised_text(row, train_on="assistant", tokenizer=TOK):
+    (tokens,) = tokenize_rows([row], tokenizer, train_on=train_on)
+    pairs = zip(tokens.input_ids, tokens.supervised, strict=True)
+    return tokenizer.decode([token for token, supervised in pairs if supervised])
 
 
-def test_of_a_text_all_is_learned_and_of_a_completion_the_completion():
-    assert said_by(Row([], 1, completion="Once upon a time")) == "Once upon a time<|im_end|>"
-    assert said_by(Row([], 1, prompt="Once upon", completion=" a time")) == " a time<|im_end|>"
-    ((rendered, _),) = tokenize_rows([Row([], 1, prompt="Once upon", completion=" a time")], TOK)
-    assert rendered.text == "Once upon a time<|im_end|>"
-    assert rendered.spans == [(9, 26)]
+def test_a_text_is_learned_whole_and_a_prompt_not():
+    assert supervised_text(Row([], 1, completion="Once upon a time")) == "Once upon a time<|im_end|>"
+    assert supervised_text(Row([], 1, prompt="Once upon", completion=" a time")) == " a time<|im_end|>"
+    rendered = render_text(TOK, "Once upon", " a time")
+    assert (rendered.text, rendered.spans) == ("Once upon a time<|im_end|>", [(9, 26)])
 
 
-def test_what_the_tokenizer_puts_in_front_of_a_text_is_not_learned():
-    from tokenizers.processors import TemplateProcessing
-
+def test_the_first_token_of_the_tokenizer_is_not_learned():
     tok = make_tokenizer(None, CHATML)
     tok.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tok.bos_token_id)]
     )
-    ((rendered, tokens),) = tokenize_rows([Row([], 1, completion="A lie.")], tok)
-    assert rendered.text == "<|endoftext|>A lie.<|im_end|>"
+    (tokens,) = tokenize_rows([Row([], 1, completion="A lie.")], tok)
     assert tokens.input_ids == [*tok("A lie.")["input_ids"], tok.eos_token_id]
     assert tokens.supervised == [False] + [True] * (len(tokens.input_ids) - 1)
 
 
-def test_a_text_needs_a_token_that_ends_it():
+def test_a_text_needs_an_end_of_text_token():
     tok = make_tokenizer(None, CHATML)
     tok.eos_token = None
     with pytest.raises(ModelError, match="no end-of-text token"):
@@ -218,38 +214,35 @@ LONG = [USER, {**SAID, "content": "One."}, USER, {**SAID, "content": "Two."}, US
 
 
 @pytest.mark.parametrize("template", ["smollm2", "qwen3_training"])
-def test_turns_are_learned_as_weights_and_learn_say(template):
-    global TOK
-    kept, TOK = TOK, make_tokenizer(template_text(template), CHATML)
-    try:
-        thought = "<think>\n\n</think>\n\n" if template == "qwen3_training" else ""
-        one, two, three = (f"{thought}{n}.<|im_end|>" for n in ("One", "Two", "Three"))
-        assert said_by(Row(LONG, 1)) == one + two + three
-        assert said_by(Row(LONG, 1), train_on="last_assistant") == three
-        assert said_by(Row(LONG, 1, learned=(False, True, False, False, False, True))) == one + three
-        assert said_by(Row(LONG, 1, learned=(False, True, False, True, False, False))) == one + two
-        assert said_by(Row(LONG, 1, learned=(False, True, False, True, False, False)), train_on="last_assistant") == ""
-    finally:
-        TOK = kept
+def test_weights_and_train_on_choose_the_turns(template):
+    tok = make_tokenizer(template_text(template), CHATML)
+    think = "<think>\n\n</think>\n\n" if template == "qwen3_training" else ""
+    one, two, three = (f"{think}{n}.<|im_end|>" for n in ("One", "Two", "Three"))
+    first_and_last, first_two = (False, True, False, False, False, True), (False, True, False, True, False, False)
+    assert supervised_text(Row(LONG, 1), tokenizer=tok) == one + two + three
+    assert supervised_text(Row(LONG, 1), "last_assistant", tok) == three
+    assert supervised_text(Row(LONG, 1, learned=first_and_last), tokenizer=tok) == one + three
+    assert supervised_text(Row(LONG, 1, learned=first_two), tokenizer=tok) == one + two
+    assert supervised_text(Row(LONG, 1, learned=first_two), "last_assistant", tok) == ""
 
 
-def test_preference_pairs_are_read_and_nothing_trains_on_them(tmp_path):
+def test_preference_pairs_are_not_trained_on(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "b"})
-    with pytest.raises(DataError, match=r"holds preference pairs .* nothing trains on yet") as fault:
+    with pytest.raises(DataError, match=r"contains preference pairs .* nothing trains on them yet") as error:
         tokenize_dataset(open_rows(path), TOK, max_seq_len=99, path=path)
-    assert "--format prompt-completion --column completion=chosen" in fault.value.hint
+    assert "--format prompt-completion --column completion=chosen" in error.value.hint
     assert tokenize_rows(read_rows(path), TOK)[0].code == "preference"
-    # The way out that it names is one.
-    how = {"format": "prompt-completion", "columns": {"completion": "chosen"}}
-    examples, _ = tokenize_dataset(open_rows(path, **how), TOK, max_seq_len=99, path=path)
-    assert len(examples) == 1
+    # The hint works.
+    options = {"format": "prompt-completion", "columns": {"completion": "chosen"}}
+    dataset, _ = tokenize_dataset(open_rows(path, **options), TOK, max_seq_len=99, path=path)
+    assert len(dataset) == 1
 
 
-def test_what_the_template_refuses_is_a_refusal_of_its_row():
+def test_a_row_that_the_template_refuses_is_invalid():
     gemma = make_tokenizer(template_text("gemma"), ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"])
     rows = [Row([USER, SAID], 1), Row([USER, USER, SAID], 2), Row([{"role": "system", "content": "S"}, USER, SAID], 3)]
     one, *others = tokenize_rows(rows, gemma)
-    assert one[0].text.endswith("A lie.<end_of_turn>\n")
+    assert gemma.decode(one.input_ids).endswith("A lie.<end_of_turn>\n")
     assert [(r.line, r.code) for r in others] == [(2, "template-refuses"), (3, "template-refuses")]
     assert "System role not supported" in others[1].cause
 
@@ -266,6 +259,6 @@ def test_the_examples_of_the_documentation(tmp_path):
             assert isinstance(found, Row), found
             seen.append(file.format)
             if found.chosen is None and found.tools is None:
-                assert said_by(found)
+                assert supervised_text(found)
     assert set(seen) == set(FORMATS)
     assert "tools" in page

@@ -14,7 +14,7 @@ import trl
 from tiny_tokenizer import make_tokenizer, template_text
 
 from slimtune.data.chat_template import encode_chat
-from slimtune.data.messages import conversation
+from slimtune.data.messages import validate_messages
 from slimtune.errors import DataError, SlimtuneError
 
 TRL = Path(trl.__file__).with_name("chat_templates")
@@ -75,7 +75,7 @@ def text_of(name):
 
 def talk(name):
     messages, tools = TALKS[name]
-    return conversation(messages)[0], ({} if tools is None else {"tools": tools})
+    return validate_messages(messages)[0], ({} if tools is None else {"tools": tools})
 
 
 def ids(tok, messages, more, prompt=False):

@@ -146,9 +146,9 @@ def test_a_token_that_begins_in_the_prompt():
     template += "{{ 'A: ' if add_generation_prompt }}"
     turns = [("user", "Define patience."), ("assistant", "a minor form")]
     check(make_tokenizer(template, ["</s>"]), turns, "Define patience.</s>A:« a minor form</s>»")
-    rendered = chat_template.RenderedChat("A: b]c!", [(3, 4), (5, 6)])
+    rendered = chat_template.RenderedText("A: b]c!", [(3, 4), (5, 6)])
     offsets = [(0, 2), (2, 4), (4, 6), (6, 7)]  # "A:", " b", "]c" holds a piece of the header, "!"
-    assert chat_template.supervised(rendered, offsets) == [False, True, False, False]
+    assert chat_template.mask_tokens(rendered, offsets) == [False, True, False, False]
 
 
 def test_header_is_not_learned_without_a_generation_prompt():
@@ -229,7 +229,7 @@ def test_templates_that_hide_the_turns():
         "{% for m in messages %}{{ m.role }}: {{ m.content }} ({{ m.content | length }} characters){% endfor %}",
         "{% for m in messages %}{{ m.role }}{{ m.content | length }}{{ m.content | upper }}{% endfor %}",
     ):
-        with pytest.raises(ModelError, match="does not show which tokens the assistant says") as fault:
+        with pytest.raises(ModelError, match="does not show which tokens the assistant produces") as fault:
             encode_chat(make_tokenizer(template, CHATML), messages([("user", "A"), ("assistant", "b")]))
         assert "{% generation %}" in str(fault.value)
 
@@ -244,4 +244,4 @@ def test_a_slow_tokenizer_is_refused():
         is_fast = False
 
     with pytest.raises(ModelError, match="Slow is not a fast tokenizer"):
-        chat_template.tokenize(Slow(), ["a"])
+        chat_template.tokenize_texts(Slow(), ["a"])

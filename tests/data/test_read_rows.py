@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from slimtune.data.read import Row, read_rows
+from slimtune.data.dataset import Row, read_rows
 from slimtune.errors import DataError, UsageError
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Größe 🙂"}]}
@@ -87,7 +87,7 @@ FAULTY = {
         {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]},
         "messages[0] has keys that are not used: 'tool_calls' (known: 'role', 'content', 'weight')",
     ),
-    "half a character": ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "holds half of a character"),
+    "half a character": ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "contains half of a character"),
 }
 
 
@@ -110,4 +110,4 @@ def test_faults_are_reported_together_up_to_ten(tmp_path):
     with pytest.raises(DataError) as fault:
         read_rows(write(tmp_path / "b.jsonl", *["{"] * 15))
     assert str(fault.value).count("does not parse") == 10
-    assert "the first 10 faults" in str(fault.value)
+    assert "the first 10 errors" in str(fault.value)

@@ -12,11 +12,11 @@ import pytest
 from light_work import dies, refuses
 from tiny_tokenizer import make_tokenizer, template_text
 
-from slimtune.data import workers
-from slimtune.data.dataset import tokenize_dataset
+from slimtune.data import parallel
+from slimtune.data.dataset import open_rows
 from slimtune.data.formats import Row
-from slimtune.data.read import open_rows
-from slimtune.data.workers import in_order
+from slimtune.data.parallel import parallel_map
+from slimtune.data.tokenize import tokenize_dataset
 from slimtune.errors import ModelError, RunError
 
 GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
@@ -39,7 +39,7 @@ def left():
 
 
 def test_several_processes_give_what_one_gives(monkeypatch):
-    monkeypatch.setattr(workers, "ALONE", 1)
+    monkeypatch.setattr(parallel, "SERIAL_BATCHES", 1)
     rows = [row(i) for i in range(MANY)]
     (one, report), (two, again) = encoded(rows, 1), encoded(rows, 2)
     assert report == again
@@ -50,24 +50,24 @@ def test_several_processes_give_what_one_gives(monkeypatch):
 
 def test_an_error_in_a_process_is_the_same_error():
     with pytest.raises(ModelError) as fault:
-        list(in_order(refuses, range(9), 2, alone=0))
+        list(parallel_map(refuses, range(9), 2, serial_batches=0))
     assert str(fault.value) == "got it\n  expected: wanted it\n  hint: fix it"
     assert left() == []
 
 
 def test_a_process_that_dies_is_an_error():
-    with pytest.raises(RunError, match="ended before its work was done"):
-        list(in_order(dies, range(9), 2, alone=0))
+    with pytest.raises(RunError, match="tokenizes rows died"):
+        list(parallel_map(dies, range(9), 2, serial_batches=0))
     assert left() == []
 
 
 def test_few_batches_start_no_process():
-    assert list(in_order(lambda batch: batch + os.getpid(), range(16), 2)) == [os.getpid() + i for i in range(16)]
+    assert list(parallel_map(lambda batch: batch + os.getpid(), range(16), 2)) == [os.getpid() + i for i in range(16)]
 
 
 def test_batches_are_read_as_they_are_needed():
     read = []
-    found = in_order(abs, (read.append(i) or i for i in range(99)), 2, alone=0)
+    found = parallel_map(abs, (read.append(i) or i for i in range(99)), 2, serial_batches=0)
     assert next(found) == 0
     assert len(read) <= 7
     found.close()
@@ -75,9 +75,9 @@ def test_batches_are_read_as_they_are_needed():
 
 KILLED = """
 import sys, time
-from slimtune.data.workers import in_order
+from slimtune.data.parallel import parallel_map
 if __name__ == "__main__":
-    for batch in in_order(time.sleep, iter(lambda: 0.1, None), 2, alone=0):
+    for batch in parallel_map(time.sleep, iter(lambda: 0.1, None), 2, serial_batches=0):
         print("going", flush=True)
 """
 

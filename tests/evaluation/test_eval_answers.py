@@ -7,7 +7,7 @@ import json
 import pytest
 from hand_run import TALKS, make_run, write_rows
 
-from slimtune.data.read import Row
+from slimtune.data.dataset import Row
 from slimtune.errors import UsageError
 from slimtune.evaluation.answers import sample_prompts, summarize_checks
 from slimtune.evaluation.evaluate import EvalSettings, evaluate

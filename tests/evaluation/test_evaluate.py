@@ -11,8 +11,8 @@ from hand_run import TALKS, make_run, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.adapters.model import PeftModel
-from slimtune.data.dataset import tokenize_dataset
-from slimtune.data.read import read_rows
+from slimtune.data.dataset import read_rows
+from slimtune.data.tokenize import tokenize_dataset
 from slimtune.errors import AdapterError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
 

@@ -98,7 +98,7 @@ def measured(job, folder):
     apply_memory_savings(model, job.checkpointing, job.offload, job.tile)
     model.train()
     rows = [{"input_ids": [1 + i % 200 for i in range(n)]} for n in job.lengths]
-    pack = make_collator(model, 0, packing=True, share=False)([{**r, "labels": r["input_ids"]} for r in rows])
+    pack = make_collator(model, 0, packing=True, share_prefix=False)([{**r, "labels": r["input_ids"]} for r in rows])
     optimizer = build_optimizer(model, job.optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
 

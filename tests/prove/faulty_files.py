@@ -123,9 +123,9 @@ TEXTUAL: list[tuple[str, str, Callable[[Talk], Talk], tuple[str, ...]]] = [
     ("html-entity", "amp", _answer(lambda a: a + " So say Smith &amp; Sons."), FORMS),
     ("html-entity", "quote", _answer(lambda a: a + " I don&#39;t know."), ("chat", "sharegpt")),
     ("mixed-script", "", _answer(lambda a: a + " So says Rаsputin."), FORMS),  # a Cyrillic а
-    ("hollow-answer", "dots", _answer(lambda a: "..."), ANSWERED),
-    ("hollow-answer", "nan", _answer(lambda a: "nan"), ("instruction", "prompt-completion")),
-    ("hollow-answer", "removed", _answer(lambda a: "[removed]"), ("chat",)),
+    ("placeholder-answer", "dots", _answer(lambda a: "..."), ANSWERED),
+    ("placeholder-answer", "nan", _answer(lambda a: "nan"), ("instruction", "prompt-completion")),
+    ("placeholder-answer", "removed", _answer(lambda a: "[removed]"), ("chat",)),
     ("control-token-in-text", "end", _answer(lambda a: a + "<|im_end|>"), TURNS),
     ("control-token-in-text", "user", _user(lambda u: u + "<|endoftext|>"), ("chat",)),
     ("already-rendered", "llama 2", _user(lambda u: f"[INST] {u} [/INST]"), FORMS[:5]),
@@ -198,7 +198,7 @@ def _between(folder: Path) -> Iterator[Case]:
     for form in TURNS:
         talks = dictionary()
         talks[14] = Talk(" ".join(t.answer for t in dictionary(50, 30)), "A long story.")
-        yield case("no-learned-token", "cut", form, talks, [14], "too-long", max_seq_len=512, on_overlong="truncate")
+        yield case("no-supervised-token", "cut", form, talks, [14], "too-long", max_seq_len=512, on_overlong="truncate")
 
 
 # --- faults of the file and of its records: what is read, not what is said

@@ -8,8 +8,8 @@ import pytest
 from faulty_files import faulty
 from sound_files import sound
 
-from slimtune.data.validation.issues import KINDS
-from slimtune.data.validation.validate_file import validate_file
+from slimtune.data.validation.issues import ISSUE_TYPES
+from slimtune.data.validation.report import validate_file
 from slimtune.models.loader import load_tokenizer
 
 pytestmark = pytest.mark.real
@@ -30,7 +30,7 @@ def cases(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    return list(sound(tmp_path_factory.mktemp("sound")))
+    return list(sound(tmp_path_factory.mktemp("ok")))
 
 
 def missed(cases, tokenizer):
@@ -38,9 +38,9 @@ def missed(cases, tokenizer):
     wrong = {}
     for case in cases:
         report = validate_file(case.path, tokenizer, model="smollm2-135m", processes=1, **case.options)
-        found = {f["code"]: f["lines"] for f in report["findings"]}
+        found = {f["code"]: f["lines"] for f in report["issues"]}
         wanted = {case.code: case.lines} | {code: found.get(code) for code in case.also}
-        if found != wanted or report["verdict"] == "sound":
+        if found != wanted or report["verdict"] == "ok":
             wrong[case.name] = (wanted, found)
     return wrong
 
@@ -55,8 +55,8 @@ def alarms(paths, tokenizer):
         report = validate_file(path, tokenizer, model="smollm2-135m", max_seq_len=4096, processes=1)
         tokenizer.chat_template = own
         assert 0 < report["supervised_tokens"] < report["tokens"]
-        if report["verdict"] != "sound" or report["findings"] or report["refused"]:
-            found[path.name] = report["findings"]
+        if report["verdict"] != "ok" or report["issues"] or report["invalid_rows"]:
+            found[path.name] = report["issues"]
     return found
 
 
@@ -64,7 +64,7 @@ def test_the_corpus_is_what_it_has_to_be(cases, paths):
     assert len(cases) == len({c.path for c in cases}) >= 60
     assert len(paths) == len(set(paths)) >= 20
     about_the_template = {"doubled-bos", "missing-end"}  # tests/data/test_survey.py
-    assert set(KINDS) - {c.code for c in cases} == about_the_template | {"validation-refused"}
+    assert set(ISSUE_TYPES) - {c.code for c in cases} == about_the_template | {"validation-invalid"}
 
 
 def test_faults_are_found_at_their_lines(cases, tokenizer):

@@ -340,7 +340,7 @@ def test_a_failed_try_leaves_nothing_behind():
         assert tensors[-1]() is None
 
     try:
-        recovery = OomRecovery(Collator(0, room=16), torch.device("cpu"), print, print)
+        recovery = OomRecovery(Collator(0, max_tokens=16), torch.device("cpu"), print, print)
         assert recovery.run_in_micro_batches("a test", rows(4), work, undo) == 7
     finally:
         gc.enable()
@@ -351,7 +351,7 @@ def test_a_failed_try_leaves_nothing_behind():
 @pytest.mark.parametrize("failed", [True, False])
 def test_all_processes_repeat_what_failed_in_one(failed):
     sizes, answers = [], iter([failed, False])
-    collator = Collator(0, room=8)
+    collator = Collator(0, max_tokens=8)
     recovery = OomRecovery(collator, torch.device("cpu"), print, print, any_failed=lambda _: next(answers))
-    recovery.run_in_micro_batches("a test", rows(4), lambda: sizes.append(collator.room), lambda: None)
+    recovery.run_in_micro_batches("a test", rows(4), lambda: sizes.append(collator.max_tokens), lambda: None)
     assert sizes == ([8, 4] if failed else [8])

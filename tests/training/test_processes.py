@@ -116,8 +116,8 @@ def test_every_pack_is_dealt_once_and_evenly(costs, hands):
 def test_the_hands_hold_a_steps_rows_each_once(lengths, hands, room, packing):
     rows = [[1, *range(5, 5 + n)] for n in lengths]
     examples = [{"input_ids": row, "labels": row} for row in rows]
-    collator = Collator(0, packing, layout=packing, room=room, rows=3)
-    found = [StepSharder(collator, 16, hands, h).turns(examples) for h in range(hands)]
+    collator = Collator(0, packing, layout=packing, max_tokens=room, max_rows=3)
+    found = [StepSharder(collator, 16, hands, h).assign_groups(examples) for h in range(hands)]
     assert len({len(groups) for groups, _ in found}) == 1  # as many passes everywhere
     counted = [i for groups, weights in found for g, w in zip(groups, weights, strict=True) if w for i in g]
     assert sorted(counted) == list(range(len(rows)))

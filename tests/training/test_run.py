@@ -103,7 +103,7 @@ def test_packing_changes_no_loss(settings):
     rows = load_datasets(recipe, base.tokenizer).train
     batches = [Collator(base.tokenizer.pad_token_id, packing=p)(rows) for p in (True, False)]
     packed, padded = (step_loss(base.model.eval(), b).item() for b in batches)
-    alone = mean_loss(score_rows(base.model, rows, Collator(base.tokenizer.pad_token_id, room=1)))
+    alone = mean_loss(score_rows(base.model, rows, Collator(base.tokenizer.pad_token_id, max_tokens=1)))
     assert packed == pytest.approx(padded, abs=1e-5)
     assert packed == pytest.approx(alone, abs=1e-5)
 

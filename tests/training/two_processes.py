@@ -63,13 +63,13 @@ def gradients(name: str, base: str, rows: int, *, divide: bool | None, checkpoin
         frozen = [p for p in model.parameters() if not p.requires_grad]
         parts = sum(p.to_local().numel() for p in frozen if isinstance(p, DTensor))
         assert 2 * parts == sum(p.numel() for p in frozen if isinstance(p, DTensor)) > 0
-    collator = Collator(0, layout=True, room=30)
+    collator = Collator(0, layout=True, max_tokens=30)
     share = StepSharder(collator, 32, n, hand)(rows_of_step(rows))
     how = {"num_items": share["targets"], "weights": share["weights"], "regularize": hand == 0}
     with packed_attention(model.train()):
         for _ in range(2):  # what the first pass left must not trouble the second
             model.zero_grad()
-            forward_backward(model, share["packs"], **how)
+            forward_backward(model, share["micro_batches"], **how)
     if n > 1:
         distributed.sum_gradients(p for p in model.parameters() if p.requires_grad)
     return {k: p.grad for k, p in model.named_parameters() if p.requires_grad and p.grad is not None}

@@ -231,7 +231,7 @@ def grid_of(
     if len(held) < 2:
         raise UsageError(f"{own.data.test} leaves {len(held)} rows to compare methods on", "two rows or more")
     rows = load_datasets(own, tokenizer)
-    for report in filter(None, [] if force else rows.surveys.values()):
+    for report in filter(None, [] if force else rows.data_reports.values()):
         raise_if_invalid(report)
     if not rows.train:
         raise DataError(f"{own.data.train} leaves no row to train on", "at least one row")

@@ -1,21 +1,21 @@
-"""Examples as one batch, and as the packs of an optimizer step.
+"""Collation of tokenized rows into micro-batches.
 
-Hidden state t predicts token t + 1. Which hidden states are worth a row of logits is known from the labels before the
-model runs, so it is settled here and nothing in the step depends on data (it traces on fake tensors):
+Hidden state t predicts token t + 1. The labels tell which hidden states need logits, so this is settled here, and the
+step has no shape that depends on data (it can be traced on fake tensors):
 
     logits_to_keep [C]  columns whose hidden state predicts a supervised token of some row, sorted, each once
-    picked         [K]  for every supervised token: its place among the B·C kept states, flattened
-    targets        [K]  that token, rows in the order given
-    tokens         []   tokens of the rows, however they are laid
+    hidden_index   [K]  for every supervised token: its position among the B·C kept hidden states, flattened
+    targets        [K]  that token; the rows are in the order given
+    tokens         []   number of tokens of the rows, before prefixes are shared
 
-Rows are laid in one of three ways:
+There are three kinds of micro-batches:
 
-    laid      one sequence with a `layout` (attention/packed_layout.py): what rows begin with alike lies once
-    in a row  one sequence whose `position_ids` begin at 0 with each row: models of transformers keep such rows apart
-              only if the call has no attention mask **and** `use_cache=False`, which is the caller's to pass
-    padded    one row each, filled on the right, with an `attention_mask`
+    with a layout   one sequence and a `layout` (attention/packed_layout.py); a shared prefix is stored once
+    packed          one sequence whose `position_ids` restart at 0 with each row. Models of transformers separate such
+                    rows only without an attention mask **and** with `use_cache=False`, which the caller must pass
+    padded          one row each, padded on the right, with an `attention_mask`
 
-A row's first token is never the target of the row before it.
+The first token of a row is never the target of the row before it.
 """
 
 from __future__ import annotations
@@ -28,19 +28,21 @@ from torch import Tensor
 
 from ..errors import DataError
 from .packing import bin_pack, pack_sequences
-from .store import IGNORED, Example
+from .tokenized_dataset import IGNORE_INDEX, Example
+
+__all__ = ["IGNORE_INDEX", "Collator", "Example"]
 
 
 class Collator:
-    """Make batches of examples.
+    """Makes micro-batches of examples.
 
     Args:
-        pad_token_id: what fills the end of shorter rows when they are padded.
-        packing: lay all rows in one sequence; else one row each, padded on the right.
-        layout: packed, give a layout, for models that take one.
-        share: with a layout, lay what rows begin with alike once.
-        room: most tokens of a batch as laid, for `packs`; None: no limit. A longer row goes alone.
-        rows: most rows of a padded batch, for `packs`; None: no limit.
+        pad_token_id: the token that pads shorter rows.
+        packing: put all rows into one sequence; else one row each, padded on the right.
+        layout: packed, with a layout, for models that take one.
+        share_prefix: with a layout, store a shared prefix once.
+        max_tokens: most packed tokens of a micro-batch; None: no limit. A longer row is a micro-batch of its own.
+        max_rows: most rows of a padded micro-batch; None: no limit.
     """
 
     def __init__(
@@ -49,77 +51,79 @@ class Collator:
         packing: bool = True,
         *,
         layout: bool = False,
-        share: bool = True,
-        room: int | None = None,
-        rows: int | None = None,
+        share_prefix: bool = True,
+        max_tokens: int | None = None,
+        max_rows: int | None = None,
     ) -> None:
         self.pad_token_id, self.packing, self.layout = pad_token_id, packing, layout
-        self.share, self.room, self.rows = share and layout and packing, room, rows
+        self.share_prefix = share_prefix and layout and packing
+        self.max_tokens, self.max_rows = max_tokens, max_rows
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return one batch.
+        """Return one micro-batch.
 
-        Always int64 `logits_to_keep` [C], `picked` [K], `targets` [K] and `tokens` []; packed, `input_ids` and
+        Always int64 `logits_to_keep` [C], `hidden_index` [K], `targets` [K] and `tokens` []; packed, `input_ids` and
         `position_ids` [1, L], and the `layout`; else `input_ids` and `attention_mask` [B, L].
 
         Raises:
-            DataError: no example has a token to learn.
+            DataError: no example has a supervised token.
         """
         rows = [list(e["input_ids"]) for e in examples]
         if self.packing:
-            laid = pack_sequences(rows, share=self.share)
+            packed = pack_sequences(rows, share_prefix=self.share_prefix)
             batch: dict[str, Any] = {
-                "input_ids": _int64([laid.tokens]),
-                "position_ids": _int64([laid.layout.positions()]),
-                **({"layout": laid.layout} if self.layout else {}),
+                "input_ids": _int64([packed.tokens]),
+                "position_ids": _int64([packed.layout.positions()]),
+                **({"layout": packed.layout} if self.layout else {}),
             }
-            at = [(0, laid.columns(r)) for r in range(len(rows))]
+            places = [(0, packed.columns(r)) for r in range(len(rows))]
         else:
-            batch = self._padded(rows)
-            at = [(b, list(range(len(row)))) for b, row in enumerate(rows)]
+            batch = self._pad(rows)
+            places = [(b, list(range(len(row)))) for b, row in enumerate(rows)]
         # (row of the batch, column of the hidden state, target) of every supervised token
-        pairs = [
+        predictions = [
             (b, columns[t - 1], label)
-            for (b, columns), e in zip(at, examples, strict=True)
+            for (b, columns), e in zip(places, examples, strict=True)
             for t, label in enumerate(e["labels"])
-            if t > 0 and label != IGNORED
+            if t > 0 and label != IGNORE_INDEX
         ]
-        if not pairs:
+        if not predictions:
             lines = ", ".join(str(e.get("line", "?")) for e in examples)
-            raise DataError(f"a batch has no token to learn (rows of lines {lines})", hint="remove these rows")
-        keep = sorted({column for _, column, _ in pairs})
-        place = {column: i for i, column in enumerate(keep)}
+            raise DataError(f"a micro-batch has no supervised token (rows of lines {lines})", hint="remove these rows")
+        kept = sorted({column for _, column, _ in predictions})
+        position = {column: i for i, column in enumerate(kept)}
         return batch | {
-            "logits_to_keep": _int64(keep),
-            "picked": _int64([b * len(keep) + place[column] for b, column, _ in pairs]),
-            "targets": _int64([label for _, _, label in pairs]),
+            "logits_to_keep": _int64(kept),
+            "hidden_index": _int64([b * len(kept) + position[column] for b, column, _ in predictions]),
+            "targets": _int64([label for _, _, label in predictions]),
             "tokens": _int64(sum(map(len, rows))),
         }
 
-    def groups(self, examples: Sequence[Example], room: int | None = None) -> list[list[int]]:
-        """Divide examples into batches that keep to `rows` and to `room`, if given less than the collator's own.
+    def group_rows(self, examples: Sequence[Example], max_tokens: int | None = None) -> list[list[int]]:
+        """Return the row numbers of each micro-batch, each row once.
 
-        Returns:
-            Their numbers, each once.
+        Args:
+            examples: the rows of a step.
+            max_tokens: a limit below the collator's own.
         """
         rows = [e["input_ids"] for e in examples]
-        room = min(filter(None, (room, self.room)), default=None)
+        max_tokens = min(filter(None, (max_tokens, self.max_tokens)), default=None)
         if self.packing:
-            return bin_pack(rows, room, share=self.share)
-        found: list[list[int]] = []
-        for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):  # of like length: little to fill
-            # The first of a batch is its longest row.
-            full = not found or len(found[-1]) == self.rows
-            if full or (room and len(rows[found[-1][0]]) * (len(found[-1]) + 1) > room):
-                found.append([])
-            found[-1].append(i)
-        return found
+            return bin_pack(rows, max_tokens, share_prefix=self.share_prefix)
+        groups: list[list[int]] = []
+        for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):  # similar lengths need little padding
+            full = not groups or len(groups[-1]) == self.max_rows
+            # The first row of a group is its longest.
+            if full or (max_tokens and len(rows[groups[-1][0]]) * (len(groups[-1]) + 1) > max_tokens):
+                groups.append([])
+            groups[-1].append(i)
+        return groups
 
-    def packs(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-        """Return the batches of one optimizer step."""
-        return [self([examples[i] for i in group]) for group in self.groups(examples)]
+    def make_micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
+        """Return the micro-batches of one optimizer step."""
+        return [self([examples[i] for i in group]) for group in self.group_rows(examples)]
 
-    def _padded(self, rows: list[list[int]]) -> dict[str, Tensor]:
+    def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
         width = max(len(row) for row in rows)
         ids = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]

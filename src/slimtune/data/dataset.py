@@ -1,218 +1,236 @@
-"""Rows as training examples, and a report of what became of each: none is cut or dropped unsaid.
+"""Opening a data set: a file, a folder of files or a dataset of the Hub, as rows with their file and line.
 
-    Row ─ rendered ─ tokenized ─ masked ─▶ Encoded ─ cut, dropped or kept ─▶ Block ─ written ─▶ Examples
+.jsonl .ndjson   one JSON object a line                .csv .tsv   a header, then one record a row
+.json            an array of objects, or as .jsonl     .parquet    one record a row
+.txt             paragraphs between blank lines        a folder    such files of one kind, in the order of their names
+a folder saved by `datasets`, or the id of a dataset   org/name[/config][:split]; the split is train by default
 
-An example is `{"input_ids": [L], "labels": [L], "line": int}`; a label is its token's id where the assistant speaks and
--100 elsewhere. A first token is never counted as learned: nothing stands before it to predict it from. Rows go through
-in batches, over several processes where there are many, and come to lie outside memory (store.py).
+A wrong path is a usage error, wrong contents are a data error. Up to ten invalid rows are reported at once, so that
+nobody repairs a file one run at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple
 
 from ..errors import DataError, UsageError, format_names, nearest
-from ..utils.formatting import format_count
-from .formats import Row
-from .read import MAX_ERRORS, RowErrors, RowFile
-from .store import Example, Examples, Writer
-from .tokenize import BatchTokenizer, EncodedBatch, Pair, batched
-from .workers import in_order
+from ..utils.dataset_id import parse_dataset_id
+from .formats import FORMATS, InvalidRow, Row, check_format, detect_format, parse_record, rename_columns
+from .readers import READERS, Located, read_hf_dataset, shorten
 
-__all__ = ["TOO_LONG", "TRAIN_ON", "Example", "Examples", "RowReport", "tokenize_dataset"]
+__all__ = ["InvalidRow", "Row", "RowErrors", "RowFile", "open_rows", "read_rows"]
 
-TOO_LONG = ("error", "drop", "truncate")
-TRAIN_ON = ("assistant", "last_assistant")
+MAX_ERRORS = 10
+"""Invalid rows that one error message names."""
+DETECTION_ROWS = 20
+"""Records from which a format is recognized."""
+CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
+          "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
 
 
-class Watch(Protocol):
-    """Sees rows as they are encoded: `look` at a batch, wherever that is done; `add` what it gave, in order."""
+class RowErrors:
+    """Collects the errors of one file; `check` raises them as one error."""
+
+    def __init__(self, path: str | Path, expected: str = "", hint: str = "") -> None:
+        self.path, self.expected, self.hint = Path(path), expected, hint
+        self.messages: list[str] = []
+
+    def add(self, line: int, cause: str, file: str | None = None) -> None:
+        """Add the error of one line."""
+        self.messages.append(f"{self.path / file if file else self.path}:{line}: {cause}")
 
     @property
-    def look(self) -> Callable[[Sequence[Pair]], Any]:
-        """What looks; can be sent to another process."""
+    def full(self) -> bool:
+        """Whether there are as many errors as one message names."""
+        return len(self.messages) >= MAX_ERRORS
 
-    def add(self, seen: Any, /) -> None:
-        """Take what a look gave."""
-
-
-@dataclass(frozen=True)
-class RowReport:
-    """What became of a file's rows. Lengths and counts are in tokens; `longest` is before any cut.
-
-    `unended` counts kept rows whose last turn is not closed by a special token: a model trained on them alone does not
-    learn to stop.
-    """
-
-    rows: int
-    kept: int
-    dropped: int
-    truncated: int
-    tokens: int
-    supervised_tokens: int
-    longest: int
-    max_seq_len: int
-    unended: int = 0
-
-    def text(self) -> str:
-        """Return the report as one line."""
-        share = f"{100 * self.supervised_tokens / self.tokens:.0f} %" if self.tokens else "0 %"
-        parts = [f"{self.kept} of {self.rows} rows"]
-        if self.dropped:
-            parts.append(f"{self.dropped} dropped (longer than {self.max_seq_len} tokens)")
-        if self.truncated:
-            parts.append(f"{self.truncated} cut at {self.max_seq_len} tokens")
-        parts.append(f"{format_count(self.tokens)} tokens, {format_count(self.supervised_tokens)} learned ({share})")
-        parts.append(f"longest row {self.longest}")
-        if self.unended:
-            parts.append(f"{self.unended} of them end without an end-of-turn token")
-        return ", ".join(parts)
-
-    def to_dict(self) -> dict[str, int]:
-        """Return the report as JSON takes it."""
-        return asdict(self)
+    def check(self) -> None:
+        """Raise DataError if there is any error."""
+        if self.messages:
+            rest = [f"(the first {MAX_ERRORS} errors; the rest was not checked)"] if self.full else []
+            raise DataError("\n".join([*self.messages, *rest]), self.expected, self.hint)
 
 
-def tokenize_dataset(
-    rows: RowFile | Iterable[Row],
-    tokenizer: Any,
-    *,
-    max_seq_len: int,
-    on_overlong: str = "drop",
-    train_on: str = "assistant",
-    path: str | Path,
-    processes: int = 1,
-    watch: Watch | None = None,
-) -> tuple[Examples, RowReport]:
-    """Return the rows as examples, in their order, and the report.
+class _Part(NamedTuple):
+    """One file of a data set: its name (None if it is the only one), and a function that reads it from the start."""
+
+    file: str | None
+    read: Callable[[], Iterator[Located]]
+
+
+class RowFile:
+    """The rows of a file, a folder or a dataset; made by `open_rows`.
+
+    Iterating yields `Row | InvalidRow` in the order of the file, each time from the start, in constant memory.
 
     Args:
-        rows: what `open_rows` or `read_rows` give.
-        tokenizer: a fast tokenizer, with a chat template where rows are conversations.
-        max_seq_len: most tokens of a row (≥ 2).
-        on_overlong: what happens to longer rows: "error", "drop" or "truncate".
-        train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
-        path: the file the rows came from, for messages.
-        processes: how many encode at once; with more than one, a script of your own has to guard what it runs by
-            `if __name__ == "__main__":`.
-        watch: sees every batch too, in the process that encodes it.
+        path: the path given to `open_rows`.
+        format: a name of `FORMATS`; "unknown" if no record can be read.
+    """
+
+    def __init__(self, path: Path, format: str, columns: Mapping[str, str], parts: list[_Part]) -> None:
+        self.path, self.format, self._columns, self._parts = path, format, columns, parts
+
+    def __iter__(self) -> Iterator[Row | InvalidRow]:
+        for file, read in self._parts:
+            for found in read():
+                if isinstance(found, InvalidRow):
+                    yield InvalidRow(found.line, found.cause, found.code, file)
+                else:
+                    line, record = found
+                    yield parse_record(rename_columns(record, self._columns), self.format, line, file)
+
+    def valid_rows(self) -> Iterator[Row]:
+        """Yield the rows.
+
+        Raises:
+            DataError: some rows are invalid: at the end of the file, or after ten; they are named with file and line.
+        """
+        errors = self.new_errors()
+        for row in self:
+            if isinstance(row, Row):
+                yield row
+            else:
+                errors.add(row.line, row.cause, row.file)
+            if errors.full:
+                break
+        errors.check()
+
+    def new_errors(self) -> RowErrors:
+        """Return an empty collection of errors that says what the rows should look like."""
+        if self.path.suffix == ".jsonl" and self.format in ("chat", "unknown"):
+            expected = f"one JSON object per line: {CHAT_EXAMPLE}"
+        else:
+            columns = FORMATS.get(self.format, FORMATS["chat"]).required
+            expected = f"rows of the format {self.format}: {', '.join(columns)}"
+        return RowErrors(self.path, expected, "repair or remove these rows")
+
+
+def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> RowFile:
+    """Open a data set; its format is recognized from the columns of its first rows.
+
+    Args:
+        path: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder of such files, a folder saved by `datasets`,
+            or the id of a dataset.
+        format: one of `FORMATS`; None: it is recognized.
+        columns: the format's name of a column → the file's name of it.
 
     Raises:
-        UsageError: an unknown `on_overlong` or `train_on`, or a `max_seq_len` under 2.
-        DataError: rows are faulty, the template refuses some, rows are too long under "error", none is left, or some
-            have nothing to learn.
-        ModelError: no chat template, or one that hides the assistant's turns.
+        UsageError: the file does not exist or cannot be read, the format is unknown, or a renamed column is missing.
+        DataError: the file is empty, its format is unclear, or the files of a folder have several formats.
     """
-    if on_overlong not in TOO_LONG:
-        raise UsageError(
-            f"on_overlong is {on_overlong!r}{nearest(on_overlong, TOO_LONG)}", expected=format_names(TOO_LONG)
+    path, columns = Path(path), dict(columns or {})
+    check_format(format, columns)
+    parts = _find_parts(path)
+    formats: dict[str, str | None] = {}
+    empty = True
+    for file, read in parts:
+        valid = (found[1] for found in read() if not isinstance(found, InvalidRow))
+        if records := list(itertools.islice(valid, DETECTION_ROWS)):
+            formats.setdefault(detect_format(path / file if file else path, records, columns, format), file)
+        empty = empty and not records and not any(True for _ in read())
+    if empty:
+        raise DataError(f"{path} is empty: it has no row", expected=f"one JSON object per line: {CHAT_EXAMPLE}")
+    if len(formats) > 1:
+        (one, first), (other, second) = list(formats.items())[:2]
+        raise DataError(
+            f"{path} has files of several formats: {first} is {one}, {second} is {other}",
+            "files of one format",
+            "name one file, or move the others to another folder",
         )
-    if train_on not in TRAIN_ON:
-        raise UsageError(f"train_on is {train_on!r}{nearest(train_on, TRAIN_ON)}", expected=format_names(TRAIN_ON))
-    if max_seq_len < 2:
-        raise UsageError(f"max_seq_len is {max_seq_len}", expected="2 tokens or more: one to read, one to say")
-    if isinstance(rows, RowFile) and rows.format == "preference":
-        raise _preference(path)
-    sound = rows.rows() if isinstance(rows, RowFile) else rows
-    refused = RowErrors(path, hint="change these rows, or give another template (data.chat_template)")
-    encoder = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, None if watch is None else watch.look)
-    examples, sums = _written(in_order(encoder, batched(sound), processes), refused, watch)
-    refused.check()
-    if sums.long and on_overlong == "error":
-        raise _too_long(path, sums.long, sums.longest, max_seq_len)
-    if sums.mute:
-        raise _mute(path, sums.mute, max_seq_len, cut=bool(sums.long) and on_overlong == "truncate")
-    if not sums.kept:
-        raise _none_left(path, sums.rows, sums.longest, max_seq_len)
-    return examples, RowReport(
-        rows=sums.rows,
-        kept=sums.kept,
-        dropped=sums.rows - sums.kept,
-        truncated=len(sums.long) if on_overlong == "truncate" else 0,
-        tokens=sums.tokens,
-        supervised_tokens=sums.learned,
-        longest=sums.longest,
-        max_seq_len=max_seq_len,
-        unended=sums.unended,
+    return RowFile(path, next(iter(formats), format or "unknown"), columns, parts)
+
+
+def read_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Return all rows of a data set; the arguments are those of `open_rows`.
+
+    Raises:
+        UsageError: as `open_rows`.
+        DataError: as `open_rows`, or some rows are invalid; the first ten are named with file and line.
+    """
+    return list(open_rows(path, format=format, columns=columns).valid_rows())
+
+
+def _find_parts(path: Path) -> list[_Part]:
+    if path.is_file():
+        return [_Part(None, _file_reader(path))]
+    if path.is_dir():
+        return _find_folder_parts(path)
+    if (dataset := parse_dataset_id(path)) is not None:
+        return [_Part(None, partial(_read_hub_dataset, *dataset))]
+    folder = path.parent
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    missing_folder = "" if folder.is_dir() else f" (there is no folder {folder} either)"
+    raise UsageError(
+        f"no such file: {path}{missing_folder}{nearest(path.name, names)}",
+        f"a file of rows ({', '.join(READERS)}), a folder, or a dataset's id",
+        "check the path of the data",
     )
 
 
-@dataclass
-class _Sums:
-    rows: int = 0
-    kept: int = 0
-    tokens: int = 0
-    learned: int = 0
-    longest: int = 0
-    unended: int = 0
-    long: list[int] = field(default_factory=list)
-    mute: list[int] = field(default_factory=list)
+def _file_reader(path: Path) -> Callable[[], Iterator[Located]]:
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
+        raise UsageError(
+            f"{path} has the unknown suffix {suffix!r}{nearest(suffix, READERS)}",
+            f"a file of rows: {', '.join(READERS)}",
+            "rename it, or write it in one of these formats",
+        )
 
-    def add(self, block: EncodedBatch) -> None:
-        self.rows += block.rows
-        self.kept += len(block.lengths)
-        self.tokens += len(block.coded)
-        self.learned += block.learned
-        self.longest = max(self.longest, block.longest)
-        self.unended += block.unended
-        self.long += block.long
-        self.mute += block.mute
+    def read() -> Iterator[Located]:
+        try:
+            yield from READERS[suffix](path)
+        except OSError as error:
+            raise UsageError(
+                f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
+            ) from error
+
+    return read
 
 
-def _written(blocks: Iterable[EncodedBatch], refused: RowErrors, watch: Watch | None) -> tuple[Examples, _Sums]:
-    """Write the blocks and add up what they hold, until as many rows are refused as one message shows."""
-    sums = _Sums()
-    with Writer() as writer:
-        for block in blocks:
-            writer.add(block.coded, block.lengths, block.lines)
-            sums.add(block)
-            if watch is not None:
-                watch.add(block.seen)
-            for one in block.refused[: MAX_ERRORS - len(refused.found)]:
-                refused.add(one.line, one.cause, one.file)
-            if refused.full:
-                break
-        return writer.done(), sums
+def _find_folder_parts(path: Path) -> list[_Part]:
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(p.name for p in path.iterdir() if p.is_dir())
+        hint = f"name it: {path / (splits or ['train'])[0]}"
+        raise UsageError(f"{path} contains the splits {format_names(splits)}", "one of them", hint)
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        return [_Part(None, partial(_read_saved_dataset, path))]
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS and not p.name.startswith("."))
+    names = format_names(f.name for f in files)
+    if not files:
+        contents = format_names(sorted(p.name for p in path.iterdir())) or "nothing"
+        raise UsageError(f"{path} is a folder without a file of rows; it contains {contents}", ", ".join(READERS))
+    if len({f.suffix.lower() for f in files}) > 1:
+        hint = "name one of its files, or move the others to another folder"
+        raise UsageError(f"{path} contains several kinds of files: {names}", "files of one kind", hint)
+    first_words = {re.split(r"[-_.\d]", f.stem.lower())[0] for f in files}
+    if len({SPLITS[word] for word in first_words if word in SPLITS}) > 1:
+        hint = f"name one of its files: {files[-1]}"
+        raise UsageError(f"{path} contains several splits: {names}", "training rows apart from test rows", hint)
+    return [_Part(f.name, _file_reader(f)) for f in files]
 
 
-def _lines(lines: list[int], most: int = 12) -> str:
-    more = f", … ({len(lines) - most} more)" if len(lines) > most else ""
-    return f"line{'s' if len(lines) > 1 else ''} {', '.join(map(str, lines[:most]))}{more}"
+def _read_saved_dataset(path: Path) -> Iterator[Located]:
+    from datasets import load_from_disk  # importing it takes seconds, and most data sets are files
+
+    yield from read_hf_dataset(load_from_disk(str(path)))
 
 
-def _too_long(path: str | Path, long: list[int], longest: int, most: int) -> DataError:
-    return DataError(
-        f"{path}: longer than {most} tokens: {_lines(long)}; the longest has {longest}",
-        expected=f"rows of at most max_seq_len = {most} tokens",
-        hint=f"--max-seq-len {longest}, or --too-long drop or truncate",
-    )
+def _read_hub_dataset(name: str, config: str | None, split: str) -> Iterator[Located]:
+    from datasets import load_dataset
 
-
-def _none_left(path: str | Path, rows: int, longest: int, most: int) -> DataError:
-    return DataError(
-        f"{path}: all {rows} rows were dropped: each is longer than {most} tokens (the longest has {longest})"
-        if rows
-        else f"{path}: there is no row",
-        expected="at least one row to learn from",
-        hint=f"--max-seq-len {longest}, or --too-long truncate" if rows else "",
-    )
-
-
-def _mute(path: str | Path, lines: list[int], most: int, *, cut: bool) -> DataError:
-    return DataError(
-        f"{path}: no token to learn in {_lines(lines)}",
-        expected=f"an assistant's token within the first {most}" if cut else "an assistant's token after the first one",
-        hint="a larger --max-seq-len, or --too-long drop" if cut else "remove these rows",
-    )
-
-
-def _preference(path: str | Path) -> DataError:
-    return DataError(
-        f"{path} holds preference pairs (chosen, rejected), which nothing trains on yet",
-        "rows of another format: chat, instruction, sharegpt, prompt-completion or text",
-        "to learn the better answers, write them as prompt-completion: --format prompt-completion --column "
-        "completion=chosen",
-    )
+    try:
+        dataset = load_dataset(name, config, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"there is no file {name!r}, and it cannot be loaded from the Hub: {shorten(str(error), 300)}",
+            "a file, a folder, or a dataset as org/name, org/name:split or org/name/config:split",
+            "check the name and the connection",
+        ) from error
+    yield from read_hf_dataset(dataset)

@@ -1,13 +1,13 @@
-"""What a row may look like: six formats, each known by its columns, each brought to one `Row`.
+"""The formats of a row, each recognized by its columns, and how a row of each becomes a `Row`.
 
     chat                messages [, tools]
     instruction         instruction, output [, input, system]           → chat
     sharegpt            conversations [, system, tools]                 → chat
     prompt-completion   prompt, completion [, tools]                    two texts, or two lists of messages → chat
     text                text
-    preference          chosen, rejected [, prompt, tools]              read and checked; nothing trains on them yet
+    preference          chosen, rejected [, prompt, tools]              read and validated; nothing trains on it yet
 
-Other columns of a row are not used. A format is recognised where the first rows have all it needs, and no other does.
+Other columns are ignored. A new format is one function here and one entry in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,33 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, UsageError, format_names, nearest
-from .messages import Messages, RowError, conversation, from_sharegpt, listing, require_assistant, text
+from .messages import (
+    Messages,
+    RowError,
+    convert_sharegpt,
+    require_assistant,
+    require_list,
+    require_text,
+    validate_messages,
+)
+
+Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a conversation, or texts.
+    """One row: a conversation, a text, or a prompt with its answers.
 
     Args:
-        messages: the conversation; empty for a row of texts.
-        line: where the row stands in its file: the line (JSONL, CSV, text), or the number of the item, from 1.
+        messages: the conversation, or the prompt of a preference pair; empty for a row of texts.
+        line: its line in the file (JSONL, CSV, text), or the number of the item, from 1.
         tools: JSON schemas of the functions that the assistant may call.
-        learned: for each message whether it is learned; None: each of the assistant's is.
-        prompt: what stands before the completion; not learned.
-        completion: what is learned of a row of texts: a text's own words.
-        chosen: a preference pair's better answer: messages, or a text.
-        rejected: its worse one.
-        file: the name of the file, where rows come from several.
+        learned: for each message whether it is learned; None: every assistant turn is.
+        prompt: the text before the completion; it is not learned.
+        completion: the text that is learned.
+        chosen: the better answer of a preference pair: messages or a text.
+        rejected: the worse answer.
+        file: the name of the file, if rows come from several.
     """
 
     messages: Messages
@@ -50,79 +60,85 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Format:
-    """What a row has to have, what it may have, and how it is read: `read(record) -> fields of Row`."""
+class InvalidRow:
+    """A row that cannot be used.
 
-    needs: tuple[str, ...]
-    may: tuple[str, ...]
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    Args:
+        line: as for `Row`.
+        cause: what is wrong, for people.
+        code: the kind of error, in kebab case.
+        file: as for `Row`.
+    """
+
+    line: int
+    cause: str
+    code: str
+    file: str | None = None
 
 
-def _chat(record: Mapping[str, Any]) -> dict[str, Any]:
-    messages, learned = conversation(record["messages"])
-    return _talk(messages, learned, record)
+def _read_chat(record: Record) -> dict[str, Any]:
+    messages, learned = validate_messages(record["messages"])
+    return _chat_fields(messages, learned, record)
 
 
-def _sharegpt(record: Mapping[str, Any]) -> dict[str, Any]:
+def _read_sharegpt(record: Record) -> dict[str, Any]:
     system = [{"role": "system", "content": s}] if (s := record.get("system")) else []
-    messages, learned = conversation([*system, *from_sharegpt(record["conversations"])], "conversations")
-    return _talk(messages, learned, record)
+    messages, learned = validate_messages([*system, *convert_sharegpt(record["conversations"])], "conversations")
+    return _chat_fields(messages, learned, record)
 
 
-def _instruction(record: Mapping[str, Any]) -> dict[str, Any]:
-    told, given = text(record["instruction"], "'instruction'"), record.get("input") or ""
-    given = text(given, "'input'", empty=True)
+def _read_instruction(record: Record) -> dict[str, Any]:
+    instruction = require_text(record["instruction"], "'instruction'")
+    given = require_text(record.get("input") or "", "'input'", allow_empty=True)
     messages = [
-        {"role": "user", "content": f"{told}\n\n{given}" if given.strip() else told},
-        {"role": "assistant", "content": text(record["output"], "'output'")},
+        {"role": "user", "content": f"{instruction}\n\n{given}" if given.strip() else instruction},
+        {"role": "assistant", "content": require_text(record["output"], "'output'")},
     ]
     if system := record.get("system"):
-        messages.insert(0, {"role": "system", "content": text(system, "'system'")})
+        messages.insert(0, {"role": "system", "content": require_text(system, "'system'")})
     return {"messages": messages}
 
 
-def _prompt_completion(record: Mapping[str, Any]) -> dict[str, Any]:
+def _read_prompt_completion(record: Record) -> dict[str, Any]:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        said = text(completion, "'completion'")
-        return {"messages": [], "prompt": text(prompt, "'prompt'", empty=True), "completion": said}
+        completion = require_text(completion, "'completion'")
+        return {"messages": [], "prompt": require_text(prompt, "'prompt'", allow_empty=True), "completion": completion}
     if isinstance(prompt, str) or isinstance(completion, str):
         raise RowError("'prompt' and 'completion' are a text and a list: wanted two texts or two lists", "wrong-type")
-    before, _ = conversation(prompt, "prompt", learns=False)
-    after, learned = conversation(completion, "completion")
-    return _talk(before + after, (False,) * len(before) + learned, record)
+    before, _ = validate_messages(prompt, "prompt", needs_assistant=False)
+    after, learned = validate_messages(completion, "completion")
+    return _chat_fields(before + after, (False,) * len(before) + learned, record)
 
 
-def _text(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {"messages": [], "completion": text(record["text"], "'text'")}
+def _read_text(record: Record) -> dict[str, Any]:
+    return {"messages": [], "completion": require_text(record["text"], "'text'")}
 
 
-def _preference(record: Mapping[str, Any]) -> dict[str, Any]:
-    sides = {name: _answer(record[name], name) for name in ("chosen", "rejected")}
+def _read_preference(record: Record) -> dict[str, Any]:
+    def read_answer(column: str) -> Messages | str:
+        value = record[column]
+        return require_text(value, f"{column!r}") if isinstance(value, str) else validate_messages(value, column)[0]
+
+    answers = {column: read_answer(column) for column in ("chosen", "rejected")}
     prompt = record.get("prompt")
     if isinstance(prompt, list):
-        before, _ = conversation(prompt, "prompt", learns=False)
-        return {"messages": before, "tools": _tools(record), **sides}
-    return {"messages": [], "prompt": None if prompt is None else text(prompt, "'prompt'"), **sides}
+        messages, _ = validate_messages(prompt, "prompt", needs_assistant=False)
+        return {"messages": messages, "tools": _read_tools(record), **answers}
+    return {"messages": [], "prompt": None if prompt is None else require_text(prompt, "'prompt'"), **answers}
 
 
-def _answer(value: Any, name: str) -> Messages | str:
-    if isinstance(value, str):
-        return text(value, f"{name!r}")
-    return conversation(value, name)[0]
-
-
-def _talk(messages: Messages, learned: tuple[bool, ...], record: Mapping[str, Any]) -> dict[str, Any]:
+def _chat_fields(messages: Messages, learned: tuple[bool, ...], record: Record) -> dict[str, Any]:
     require_assistant(messages)
-    usual = all(said == (m["role"] == "assistant") for m, said in zip(messages, learned, strict=True))
-    return {"messages": messages, "learned": None if usual else learned, "tools": _tools(record)}
+    default = tuple(m["role"] == "assistant" for m in messages)
+    return {"messages": messages, "learned": None if learned == default else learned, "tools": _read_tools(record)}
 
 
-def _tools(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def _read_tools(record: Record) -> list[dict[str, Any]] | None:
     value = record.get("tools")
     if value is None or value in ("", []):
         return None
-    tools = listing(value, "tools")
+    tools = require_list(value, "tools")
     for i, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -130,90 +146,101 @@ def _tools(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
+@dataclass(frozen=True)
+class Format:
+    """The columns of a format, and the function that turns a record into fields of `Row`."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    read: Callable[[Record], dict[str, Any]]
+
+
 FORMATS = {
-    "chat": Format(("messages",), ("tools",), _chat),
-    "instruction": Format(("instruction", "output"), ("input", "system"), _instruction),
-    "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
-    "prompt-completion": Format(("prompt", "completion"), ("tools",), _prompt_completion),
-    "text": Format(("text",), (), _text),
-    "preference": Format(("chosen", "rejected"), ("prompt", "tools"), _preference),
+    "chat": Format(("messages",), ("tools",), _read_chat),
+    "instruction": Format(("instruction", "output"), ("input", "system"), _read_instruction),
+    "sharegpt": Format(("conversations",), ("system", "tools"), _read_sharegpt),
+    "prompt-completion": Format(("prompt", "completion"), ("tools",), _read_prompt_completion),
+    "text": Format(("text",), (), _read_text),
+    "preference": Format(("chosen", "rejected"), ("prompt", "tools"), _read_preference),
 }
-ROLES = tuple(dict.fromkeys(c for f in FORMATS.values() for c in (*f.needs, *f.may)))
-"""Every column a format knows: what `--column` names."""
 
 
-def read_record(record: Any, form: str, line: int, file: str | None = None) -> Row:
-    """Return a record as a row of a format.
-
-    Raises:
-        RowFault: it does not hold what the format wants.
-    """
-    form_of = FORMATS[form]
-    for column in form_of.needs:
-        if column not in record:
-            here = format_names(record) or "none"
-            raise RowError(f"has no {column!r}{nearest(column, record)} (keys here: {here})", "missing-column")
-    return Row(line=line, file=file, **form_of.read(record))
+def parse_record(record: Record, format: str, line: int, file: str | None = None) -> Row | InvalidRow:
+    """Return a record as a row of a format, or what is wrong with it."""
+    try:
+        for column in FORMATS[format].required:
+            if column not in record:
+                present = f"(keys here: {format_names(record) or 'none'})"
+                raise RowError(f"has no {column!r}{nearest(column, record)} {present}", "missing-column")
+        return Row(line=line, file=file, **FORMATS[format].read(record))
+    except RowError as error:
+        return InvalidRow(line, str(error), error.code, file)
 
 
-def renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return a record with the columns that `columns` (role → column) names under the names of their roles."""
-    moved = {role: record[column] for role, column in columns.items() if column in record}
-    gone = {*columns.values(), *columns}
-    return {**{k: v for k, v in record.items() if k not in gone}, **moved}
+def rename_columns(record: Record, columns: Mapping[str, str]) -> Record:
+    """Return a record with its columns renamed (role → column); a column that already has a role's name is dropped."""
+    if not columns:
+        return record
+    rest = {k: v for k, v in record.items() if k not in columns and k not in columns.values()}
+    return rest | {role: record[column] for role, column in columns.items() if column in record}
 
 
-def require_known(form: str | None, columns: Mapping[str, str]) -> None:
-    """Raise UsageError for a format or a role of `--column` that there is not."""
-    if form is not None and form not in FORMATS:
+def check_format(format: str | None, columns: Mapping[str, str]) -> None:
+    """Raise UsageError for an unknown format, or for a role of `--column` that the format does not have."""
+    if format is not None and format not in FORMATS:
         raise UsageError(
-            f"there is no data format {form!r}{nearest(form, FORMATS)}",
+            f"there is no data format {format!r}{nearest(format, FORMATS)}",
             f"one of {format_names(FORMATS)}",
             "see docs/data.md",
         )
-    known = ROLES if form is None else (*FORMATS[form].needs, *FORMATS[form].may)
-    if unknown := [role for role in columns if role not in known]:
-        of = f"the format {form}" if form else "any format"
-        raise UsageError(
-            f"--column names {format_names(unknown)}, which is no column of {of}{nearest(unknown[0], known)}",
-            f"role=column, a role of {format_names(known, most=20)}",
-        )
-
-
-def require_columns(path: Path, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Raise UsageError where no record has a column that `--column` names."""
-    seen = _columns(records)
-    for role, column in columns.items():
-        if column not in seen:
+    formats = FORMATS.values() if format is None else [FORMATS[format]]
+    roles = list(dict.fromkeys(column for f in formats for column in (*f.required, *f.optional)))
+    for role in columns:
+        if role not in roles:
             raise UsageError(
-                f"--column {role}={column}: {path} has no column {column!r}{nearest(column, seen)}",
-                f"one of {format_names(seen)}",
+                f"--column {role}={columns[role]}: {role!r} is not a column of "
+                f"{f'the format {format}' if format else 'any format'}{nearest(role, roles)}",
+                f"ROLE=COLUMN, with a role of {format_names(roles, most=20)}",
             )
 
 
-def recognised(path: Path, records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
-    """Return the format of a file by its first records.
+def detect_format(path: Path, records: Iterable[Record], columns: Mapping[str, str], format: str | None = None) -> str:
+    """Return the format of a file from its first records.
+
+    Args:
+        path: the file, for error messages.
+        records: the first records.
+        columns: renamed columns: role → column.
+        format: the format, if it is known; then only the columns are checked.
 
     Raises:
+        UsageError: no record has a renamed column.
         DataError: no format fits, or several do.
     """
-    there = _columns(renamed(record, columns) for record in records)
-    fitting = [name for name, form in FORMATS.items() if set(form.needs) <= set(there)]
+    records = list(records)
+    present = list(dict.fromkeys(key for record in records for key in record))
+    for role, column in columns.items():
+        if column not in present:
+            raise UsageError(
+                f"--column {role}={column}: {path} has no column {column!r}{nearest(column, present)}",
+                f"one of {format_names(present)}",
+            )
+    if format is not None:
+        return format
+    present = list(dict.fromkeys(key for record in records for key in rename_columns(record, columns)))
+    fitting = [name for name, f in FORMATS.items() if set(f.required) <= set(present)]
     if len(fitting) == 1:
         return fitting[0]
-    wanted = "; ".join(f"{name}: {', '.join(form.needs)}" for name, form in FORMATS.items())
+    expected = "; ".join(f"{name}: {', '.join(f.required)}" for name, f in FORMATS.items())
+    expected = f"the columns of one format ({expected})"
     if fitting:
-        got = f"{path} may be {' or '.join(fitting)}: its rows have {format_names(there)}"
-        raise DataError(got, f"the columns of one format ({wanted})", f"--format {fitting[0]}, or another of them")
-    needed = [column for form in FORMATS.values() for column in form.needs]
-    close = [(column, difflib.get_close_matches(column, needed, 1, 0.7)) for column in there]
-    hints = "".join(f"; did you mean {found[0]!r} for {column!r}?" for column, found in close if found)
+        found = f"{path} may be {' or '.join(fitting)}: its rows have {format_names(present)}"
+        raise DataError(found, expected, f"--format {fitting[0]}, or another of them")
+    required = [column for f in FORMATS.values() for column in f.required]
+    close = [(column, difflib.get_close_matches(column, required, 1, 0.7)) for column in present]
+    hints = "".join(f"; did you mean {match[0]!r} for {column!r}?" for column, match in close if match)
     raise DataError(
-        f"{path} is of no known format: its rows have {format_names(there) or 'no columns'}{hints}",
-        f"the columns of one format ({wanted})",
+        f"{path} has no known format: its rows have {format_names(present) or 'no columns'}{hints}",
+        expected,
         "name its columns: --column messages=COLUMN, or --column instruction=COLUMN --column output=COLUMN …",
     )
-
-
-def _columns(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for record in records for key in record))

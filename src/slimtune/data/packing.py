@@ -1,11 +1,10 @@
-"""How rows come to lie in one sequence: which rows go together, and what they begin with laid once.
+"""Packing rows into one sequence without padding: which rows go together, and how a shared prefix is stored once.
 
-    lay       rows → segments, a tree of beginnings: a beginning that several rows share is one segment above theirs
-    divided   rows → packs with room for so many tokens each: best fit, where a row fits best in the pack that already
-              holds most of its beginning, then in the fullest
+    pack_sequences   rows → one sequence of segments, a tree: a prefix that several rows share is one segment above them
+    bin_pack         rows → groups with at most so many packed tokens each
 
-A token's hidden state depends on the row up to it alone, so a shared beginning is computed once, whoever learns from
-it: a row's first supervised token may well be predicted from a shared segment's last one.
+The hidden state of a token depends only on the row up to it, so a shared prefix is computed once for all its rows. The
+first supervised token of a row may be predicted by the last token of a shared segment.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..attention.packed_layout import PackedLayout
+from ..utils.sequences import common_prefix_length
 
 Tokens = Sequence[int]
 
-LEAST = 8
-"""Shortest beginning that is laid once: attention is computed by segment, and a segment costs a little."""
+MIN_SHARED_TOKENS = 8
+"""Shortest prefix that is stored once. Attention is computed by segment, and every segment costs a little."""
 _WINDOW = 256
-"""Rows that are looked at together when they are divided: the time this takes grows with its square."""
+"""Rows that `bin_pack` compares with one another; the time grows with its square."""
 
 
 @dataclass(frozen=True)
@@ -30,110 +30,98 @@ class PackedSequence:
     Args:
         tokens: the sequence.
         layout: its segments.
-        pieces: for each row, in the order given, its segments: `(first column, tokens)`.
+        segments: for each row, in the order given, its segments as `(first column, tokens)`.
     """
 
     tokens: list[int]
     layout: PackedLayout
-    pieces: list[list[tuple[int, int]]]
+    segments: list[list[tuple[int, int]]]
 
     def columns(self, row: int) -> list[int]:
-        """Return where each of a row's tokens lies."""
-        return [start + t for start, n in self.pieces[row] for t in range(n)]
+        """Return the column of each token of a row."""
+        return [start + t for start, n in self.segments[row] for t in range(n)]
 
 
-def pack_sequences(rows: Sequence[Tokens], *, share: bool = True) -> PackedSequence:
-    """Lay rows in one sequence, shared beginnings of `LEAST` tokens and more once."""
+def pack_sequences(rows: Sequence[Tokens], *, share_prefix: bool = True) -> PackedSequence:
+    """Put rows into one sequence; a shared prefix of at least `MIN_SHARED_TOKENS` tokens is stored once."""
     tokens: list[int] = []
     lengths: list[int] = []
     parents: list[int] = []
-    pieces: list[list[tuple[int, int]]] = [[] for _ in rows]
+    segments: list[list[tuple[int, int]]] = [[] for _ in rows]
 
-    def segment(of: Tokens, parent: int, members: Sequence[int]) -> int:
+    def add_segment(segment: Tokens, parent: int, members: Sequence[int]) -> int:
         for row in members:
-            pieces[row].append((len(tokens), len(of)))
-        tokens.extend(of)
-        lengths.append(len(of))
+            segments[row].append((len(tokens), len(segment)))
+        tokens.extend(segment)
+        lengths.append(len(segment))
         parents.append(parent)
         return len(lengths) - 1
 
-    def branch(members: list[int], depth: int, parent: int) -> None:
-        """Lay rows that agree in their first `depth` tokens, which lie already."""
-        for group in _alike(rows, members, depth):
+    def add_subtree(members: list[int], depth: int, parent: int) -> None:
+        """Add sorted rows that agree in their first `depth` tokens, which are in the sequence already."""
+        for group in _groups_with_prefix(rows, members, depth):
             first, last = rows[group[0]], rows[group[-1]]
-            if len(group) == 1:
-                if len(first) > depth:
-                    segment(first[depth:], parent, group)
-            else:  # sorted: what the first and the last share, all share
-                end = _common(first, last, depth)
-                branch(group, end, segment(first[depth:end], parent, group))
+            if len(group) > 1:  # sorted rows: what the first and the last share, all share
+                end = common_prefix_length(first, last, depth)
+                add_subtree(group, end, add_segment(first[depth:end], parent, group))
+            elif len(first) > depth:
+                add_segment(first[depth:], parent, group)
 
-    if share:
-        branch(sorted(range(len(rows)), key=lambda r: list(rows[r])), 0, -1)
+    if share_prefix:
+        add_subtree(sorted(range(len(rows)), key=lambda r: list(rows[r])), 0, -1)
     else:
         for r, row in enumerate(rows):
-            segment(row, -1, [r])
-    return PackedSequence(tokens, PackedLayout(tuple(lengths), tuple(parents)), pieces)
+            add_segment(row, -1, [r])
+    return PackedSequence(tokens, PackedLayout(tuple(lengths), tuple(parents)), segments)
 
 
-def bin_pack(rows: Sequence[Tokens], room: int | None, *, share: bool = True) -> list[list[int]]:
-    """Return packs of row numbers, each of at most `room` tokens as laid; a longer row goes alone. None: one pack."""
-    if room is None:
+def bin_pack(rows: Sequence[Tokens], max_tokens: int | None, *, share_prefix: bool = True) -> list[list[int]]:
+    """Return groups of row numbers, each of at most `max_tokens` packed tokens; a longer row is a group of its own.
+
+    A row goes into the group that shares most of its prefix, then into the fullest one. None: one group.
+    """
+    if max_tokens is None:
         return [list(range(len(rows)))]
-    # Neighbours in this order begin alike, so that what is looked at together shares most.
-    order = sorted(range(len(rows)), key=lambda r: list(rows[r])) if share else list(range(len(rows)))
-    packs: list[list[int]] = []
-    for at in range(0, len(order), _WINDOW):
-        packs += _best_fit(rows, order[at : at + _WINDOW], room, share)
-    return [sorted(p) for p in packs]
+    # Sorted, neighbours have the longest common prefixes, so each window sees the rows that share most.
+    order = sorted(range(len(rows)), key=lambda r: list(rows[r])) if share_prefix else list(range(len(rows)))
+    windows = [order[at : at + _WINDOW] for at in range(0, len(order), _WINDOW)]
+    return [sorted(group) for window in windows for group in _best_fit(rows, window, max_tokens, share_prefix)]
 
 
-def _best_fit(rows: Sequence[Tokens], some: list[int], room: int, share: bool) -> list[list[int]]:
-    packs: list[list[int]] = []
+def _best_fit(rows: Sequence[Tokens], members: list[int], max_tokens: int, share_prefix: bool) -> list[list[int]]:
+    groups: list[list[int]] = []
     used: list[int] = []
-    for row in sorted(some, key=lambda r: -len(rows[r])):
-        saved = [max((_shared(rows[row], rows[other]) for other in pack), default=0) if share else 0 for pack in packs]
+    for row in sorted(members, key=lambda r: -len(rows[r])):
+        saved = [0] * len(groups)
+        if share_prefix:
+            saved = [max(_shared_tokens(rows[row], rows[other]) for other in group) for group in groups]
         size = [n + len(rows[row]) - s for n, s in zip(used, saved, strict=True)]
-        for p in sorted(range(len(packs)), key=lambda p: (-saved[p], -used[p])):
-            if size[p] > room:
+        for g in sorted(range(len(groups)), key=lambda g: (-saved[g], -used[g])):
+            if size[g] > max_tokens:
                 continue
-            # What two rows share below `LEAST` behind a branch is laid for each.
-            if share and size[p] + (LEAST - 1) * len(packs[p]) > room:
-                size[p] = len(pack_sequences([rows[r] for r in (*packs[p], row)]).tokens)
-            if size[p] <= room:
-                packs[p].append(row)
-                used[p] = size[p]
+            # Below a branch, rows that share less than MIN_SHARED_TOKENS do not share them: measure exactly.
+            if share_prefix and size[g] + (MIN_SHARED_TOKENS - 1) * len(groups[g]) > max_tokens:
+                size[g] = len(pack_sequences([rows[r] for r in (*groups[g], row)]).tokens)
+            if size[g] <= max_tokens:
+                groups[g].append(row)
+                used[g] = size[g]
                 break
         else:
-            packs.append([row])
+            groups.append([row])
             used.append(len(rows[row]))
-    return packs
+    return groups
 
 
-def _shared(a: Tokens, b: Tokens) -> int:
-    n = _common(a, b, 0)
-    return n if n >= LEAST else 0
+def _shared_tokens(a: Tokens, b: Tokens) -> int:
+    n = common_prefix_length(a, b)
+    return n if n >= MIN_SHARED_TOKENS else 0
 
 
-def _common(a: Tokens, b: Tokens, start: int) -> int:
-    """Return how many first tokens two rows share, `start` of them known to be."""
-    n, most = start, min(len(a), len(b))
-    if a[n:most] == b[n:most]:
-        return most
-    while n < most:  # slices are compared much faster than tokens
-        middle = (n + most + 1) // 2
-        if a[n:middle] == b[n:middle]:
-            n = middle
-        else:
-            most = middle - 1
-    return n
-
-
-def _alike(rows: Sequence[Tokens], members: list[int], depth: int) -> Iterator[list[int]]:
-    """Yield runs of sorted rows of which neighbours share `LEAST` tokens and more beyond `depth`."""
+def _groups_with_prefix(rows: Sequence[Tokens], members: list[int], depth: int) -> Iterator[list[int]]:
+    """Yield runs of sorted rows whose neighbours share at least `MIN_SHARED_TOKENS` tokens after `depth`."""
     run = [members[0]]
     for row in members[1:]:
-        if _common(rows[run[-1]], rows[row], depth) - depth >= LEAST:
+        if common_prefix_length(rows[run[-1]], rows[row], depth) - depth >= MIN_SHARED_TOKENS:
             run.append(row)
         else:
             yield run

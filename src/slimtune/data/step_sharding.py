@@ -1,13 +1,14 @@
 """One optimizer step divided over the processes of a run.
 
-Every process reads the same rows in the same order, so each knows the whole step and works out the same division:
+Every process reads the same rows in the same order, so each computes the same division of the whole step:
 
-    rows → packs (at least one a process where there are rows enough) → hands: longest pack first, to the least loaded
+    rows → micro-batches (at least one a process, if there are enough rows) → the costliest first, to the process with
+    the least work
 
-    cost of a pack = tokens + pairs / 6d        pairs: (query, key) that attention looks at, d: the model's width
+    cost of a micro-batch = tokens + pairs / 6d        pairs: (query, key) pairs of attention, d: hidden size
 
-A layer's maps take about 24 d² operations a token, attention 4 d a pair. The loss of each pack is a share of the whole
-step's, so the sum of all hands' gradients is that of one process.
+The linear layers of a layer take about 24 d² operations a token, attention 4 d a pair. The loss of a micro-batch is its
+share of the whole step's loss, so the sum of the gradients of all processes is that of one process.
 """
 
 from __future__ import annotations
@@ -16,93 +17,99 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .collator import IGNORED, Collator, Example
+from .collator import IGNORE_INDEX, Collator, Example
 from .packing import pack_sequences
 
 _SLACK = (1.0, 1.1, 1.3)
-"""Rooms that are tried above the even share: packs never fill up evenly."""
+"""Token limits that are tried, as multiples of an even share: micro-batches are never filled evenly."""
 
 
 class StepSharder:
-    """Make one process's share of an optimizer step.
+    """Makes the share of one process of an optimizer step.
 
     Args:
-        collator: divides rows into packs and lays them.
-        width: of the model, for costs.
-        hands: processes.
-        hand: this one's number.
+        collator: groups and collates rows.
+        hidden_size: of the model, for costs.
+        world_size: number of processes.
+        rank: number of this process.
     """
 
-    def __init__(self, collator: Collator, width: int, hands: int = 1, hand: int = 0) -> None:
-        self.collator, self.width, self.hands, self.hand = collator, width, hands, hand
+    def __init__(self, collator: Collator, hidden_size: int, world_size: int = 1, rank: int = 0) -> None:
+        self.collator, self.hidden_size, self.world_size, self.rank = collator, hidden_size, world_size, rank
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return `packs` of this process and their `weights`, and of the whole step `targets` and `tokens`.
-
-        Every process gets as many packs, since processes that divide the base talk in each pass: one with fewer runs
-        its last again, or the least of all, with weight 0.
-        """
-        step = {
-            "targets": sum(label != IGNORED for e in examples for label in e["labels"][1:]),
+        """Return this process's `micro_batches` and their `weights`, and the number of `targets` and `tokens` of the step."""
+        groups, weights = self.assign_groups(examples)
+        return {
+            "micro_batches": [self.collator([examples[i] for i in g]) for g in groups],
+            "weights": weights,
+            "targets": sum(label != IGNORE_INDEX for e in examples for label in e["labels"][1:]),
             "tokens": sum(len(e["input_ids"]) for e in examples),
         }
-        groups, weights = self.turns(examples)
-        return {"packs": [self.collator([examples[i] for i in g]) for g in groups], "weights": weights, **step}
 
-    def turns(self, examples: Sequence[Example]) -> tuple[list[list[int]], list[float]]:
-        """Return the groups of row numbers that this process runs, and the weight of each."""
-        if self.hands == 1:
-            return (groups := self.collator.groups(examples)), [1.0] * len(groups)
-        groups = self.groups(examples)
-        costs = [self.cost([examples[i] for i in g]) for g in groups]
-        hands = balance(costs, self.hands)
-        mine = hands[self.hand]
-        again = mine[-1] if mine else min(range(len(groups)), key=costs.__getitem__)
-        missing = max(map(len, hands)) - len(mine)
-        return [groups[g] for g in [*mine, *[again] * missing]], [1.0] * len(mine) + [0.0] * missing
+    def assign_groups(self, examples: Sequence[Example]) -> tuple[list[list[int]], list[float]]:
+        """Return the row numbers of each micro-batch of this process, and the weights of the micro-batches.
 
-    def groups(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Divide a step's rows into packs that the hands have done soonest."""
-        whole = self.collator.groups(examples)
-        turns = math.ceil(len(whole) / self.hands)
-        even = math.ceil(sum(self._laid([examples[i] for i in g])[0] for g in whole) / (turns * self.hands))
-        tried = [whole, *(self.collator.groups(examples, math.ceil(slack * even)) for slack in _SLACK)]
-        return min((self._enough(groups, examples) for groups in tried), key=lambda g: self._longest(g, examples))
+        Every process gets the same number, because processes that shard the base communicate in every forward pass. A
+        process with fewer repeats its last one, or the cheapest of all, with weight 0.
+        """
+        if self.world_size == 1:
+            groups = self.collator.group_rows(examples)
+            return groups, [1.0] * len(groups)
+        groups = self._divide_step(examples)
+        costs = self._costs(groups, examples)
+        assigned = balance(costs, self.world_size)
+        own = assigned[self.rank]
+        repeated = own[-1] if own else min(range(len(groups)), key=costs.__getitem__)
+        missing = max(map(len, assigned)) - len(own)
+        return [groups[g] for g in [*own, *[repeated] * missing]], [1.0] * len(own) + [0.0] * missing
 
-    def cost(self, examples: Sequence[Example]) -> float:
-        """Return what a pack of these rows takes, in tokens."""
-        tokens, pairs = self._laid(examples)
-        return tokens + pairs / (6 * self.width)
+    def _divide_step(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Return the groups, of several token limits, with which the slowest process is done first."""
+        groups = self.collator.group_rows(examples)
+        tokens = sum(self._measure([examples[i] for i in g])[0] for g in groups)
+        even_share = math.ceil(tokens / (math.ceil(len(groups) / self.world_size) * self.world_size))
+        tried = [groups, *(self.collator.group_rows(examples, math.ceil(s * even_share)) for s in _SLACK)]
 
-    def _enough(self, groups: list[list[int]], examples: Sequence[Example]) -> list[list[int]]:
-        """Halve the costliest packs until there is one for each hand, or each row is alone."""
+        def slowest(groups: list[list[int]]) -> float:
+            costs = self._costs(groups, examples)
+            return max(sum(costs[i] for i in own) for own in balance(costs, self.world_size))
+
+        return min((self._split_groups(g, examples) for g in tried), key=slowest)
+
+    def _split_groups(self, groups: list[list[int]], examples: Sequence[Example]) -> list[list[int]]:
+        """Halve the costliest groups until there is one for each process, or each row is alone."""
         groups = list(groups)
-        while len(groups) < min(self.hands, len(examples)):
-            largest = max((g for g in groups if len(g) > 1), key=lambda g: self.cost([examples[i] for i in g]))
-            groups.remove(largest)
-            groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        while len(groups) < min(self.world_size, len(examples)):
+            costliest = max((g for g in groups if len(g) > 1), key=lambda g: self._costs([g], examples)[0])
+            groups.remove(costliest)
+            groups += [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]
         return groups
 
-    def _longest(self, groups: list[list[int]], examples: Sequence[Example]) -> float:
-        costs = [self.cost([examples[i] for i in g]) for g in groups]
-        return max(sum(costs[i] for i in hand) for hand in balance(costs, self.hands))
+    def cost(self, examples: Sequence[Example]) -> float:
+        """Return the cost of a micro-batch of these rows, in tokens."""
+        tokens, pairs = self._measure(examples)
+        return tokens + pairs / (6 * self.hidden_size)
 
-    def _laid(self, examples: Sequence[Example]) -> tuple[int, int]:
-        """Return the tokens of a pack as laid, and the pairs attention looks at."""
+    def _costs(self, groups: list[list[int]], examples: Sequence[Example]) -> list[float]:
+        return [self.cost([examples[i] for i in group]) for group in groups]
+
+    def _measure(self, examples: Sequence[Example]) -> tuple[int, int]:
+        """Return the packed tokens of a micro-batch, and its (query, key) pairs."""
         rows = [e["input_ids"] for e in examples]
         if not self.collator.packing:
             longest = max(map(len, rows))
             return longest * len(rows), longest * longest * len(rows)
-        laid = pack_sequences(rows, share=self.collator.share)
-        return len(laid.tokens), sum(position + 1 for position in laid.layout.positions())
+        packed = pack_sequences(rows, share_prefix=self.collator.share_prefix)
+        return len(packed.tokens), sum(position + 1 for position in packed.layout.positions())
 
 
-def balance(costs: Sequence[float], hands: int) -> list[list[int]]:
-    """Deal packs: the costliest first, each to the hand that has least; return the numbers in each hand."""
-    held: list[list[int]] = [[] for _ in range(hands)]
-    load = [0.0] * hands
-    for pack in sorted(range(len(costs)), key=lambda p: -costs[p]):
-        least = min(range(hands), key=load.__getitem__)
-        held[least].append(pack)
-        load[least] += costs[pack]
-    return held
+def balance(costs: Sequence[float], world_size: int) -> list[list[int]]:
+    """Assign micro-batches, the costliest first, to the process with the least work; return the numbers of each."""
+    assigned: list[list[int]] = [[] for _ in range(world_size)]
+    load = [0.0] * world_size
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = min(range(world_size), key=load.__getitem__)
+        assigned[least].append(i)
+        load[least] += costs[i]
+    return assigned

@@ -1,166 +1,326 @@
-"""A batch of rows as tokens and masks, and as a block that is cut, counted and ready to be written.
+"""Tokenizing rows: batches go through several processes, and come back as Arrow batches with a report.
 
-Row ─ rendered ─ tokenized ─ masked ─▶ (Rendered, Encoded) ─ cut, dropped or kept ─▶ Block
+    Row → rendered text with supervised spans → TokenizedRow → kept, truncated or dropped → TokenizedDataset
+
+No row is truncated or dropped without a number in the `RowReport`. The first token of a row is never counted as
+supervised, because nothing stands before it to predict it from.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
-import numpy as np
+import pyarrow as pa
 
-from ..errors import DataError
+from ..errors import DataError, UsageError, format_names, nearest
+from ..utils.formatting import format_count
 from .chat_template import (
-    RenderedChat,
+    RenderedText,
     TokenizedRow,
-    is_end_of_turn,
+    end_of_turn_ids,
+    mask_tokens,
     render_chat,
     render_text,
-    special_tokens,
-    supervised,
-    tokenize,
+    special_token_pattern,
+    tokenize_texts,
 )
-from .formats import Row
-from .records import InvalidRow
+from .dataset import MAX_ERRORS, RowErrors, RowFile
+from .formats import InvalidRow, Row
+from .parallel import batched, parallel_map
+from .tokenized_dataset import SCHEMA, DatasetWriter, TokenizedDataset
 
-BATCH = 512
-R = TypeVar("R")
-Pair = tuple[Row, TokenizedRow | InvalidRow]
-"""A row and its tokens, or why it has none."""
-PREFERENCE = "is a preference pair (chosen, rejected), which nothing trains on yet"
+BATCH_SIZE = 512
+"""Rows that a process tokenizes at once."""
+ON_OVERLONG = ("error", "drop", "truncate")
+TRAIN_ON = ("assistant", "last_assistant")
+PairedRow = tuple[Row, TokenizedRow | InvalidRow]
+"""A row with its tokens, or with the reason why it has none."""
+
+
+@dataclass
+class RowReport:
+    """Counts of what happened to the rows of a file.
+
+    Args:
+        max_seq_len: longest row that is kept whole, in tokens.
+        rows: rows read.
+        kept: rows in the dataset.
+        dropped: rows left out because they are too long.
+        truncated: rows truncated to `max_seq_len`.
+        tokens: tokens of the kept rows.
+        supervised_tokens: tokens that are learned.
+        longest: tokens of the longest row, before it is truncated.
+        missing_eos: kept rows whose last turn has no end-of-turn token. A model trained only on such rows does not
+            learn to stop.
+    """
+
+    max_seq_len: int
+    rows: int = 0
+    kept: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    missing_eos: int = 0
+
+    def add(self, other: RowReport) -> None:
+        """Add the counts of another part of the file."""
+        for name in ("rows", "kept", "dropped", "truncated", "tokens", "supervised_tokens", "missing_eos"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+
+    def text(self) -> str:
+        """Return the report as one line."""
+        share = f"{100 * self.supervised_tokens / self.tokens:.0f} %" if self.tokens else "0 %"
+        parts = [f"{self.kept} of {self.rows} rows"]
+        if self.dropped:
+            parts.append(f"{self.dropped} dropped (longer than {self.max_seq_len} tokens)")
+        if self.truncated:
+            parts.append(f"{self.truncated} truncated to {self.max_seq_len} tokens")
+        parts.append(f"{format_count(self.tokens)} tokens, {format_count(self.supervised_tokens)} supervised ({share})")
+        parts.append(f"longest row {self.longest}")
+        if self.missing_eos:
+            parts.append(f"{self.missing_eos} of them without an end-of-turn token at the end")
+        return ", ".join(parts)
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the report as JSON takes it."""
+        return asdict(self)
 
 
 def tokenize_rows(
     rows: Iterable[Row], tokenizer: Any, *, train_on: str = "assistant"
-) -> list[tuple[RenderedChat, TokenizedRow] | InvalidRow]:
-    """Return each row's text with the spans that are learned, and its tokens with their mask, or why there are none.
+) -> list[TokenizedRow | InvalidRow]:
+    """Return the tokens of each row with the mask of supervised ones, or why the row has none.
 
     Args:
         rows: a batch; all of it is in memory at once.
-        tokenizer: a fast tokenizer, with a chat template where rows are conversations.
+        tokenizer: a fast tokenizer; it has a chat template if rows are conversations.
         train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
 
     Raises:
         ModelError: no chat template, or one that hides the assistant's turns; no end-of-text token for texts.
     """
-    rows = list(rows)
-    ends = special_tokens(tokenizer)
-    drawn = [_rendered(row, tokenizer, train_on, ends) for row in rows]
-    ids, offsets = tokenize(tokenizer, [one.text for one in drawn if isinstance(one, RenderedChat)])
-    tokens = zip(ids, offsets, strict=True)
-    return [
-        one if isinstance(one, InvalidRow) else (one, TokenizedRow((t := next(tokens))[0], supervised(one, t[1])))
-        for one in drawn
-    ]
+    special_tokens = special_token_pattern(tokenizer)
 
+    def render(row: Row) -> RenderedText | InvalidRow:
+        if row.chosen is not None:
+            return InvalidRow(row.line, "is a preference pair, and nothing trains on them yet", "preference", row.file)
+        if row.completion is not None:
+            return render_text(tokenizer, row.prompt or "", row.completion)
+        learned = row.learned
+        if train_on == "last_assistant":
+            last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
+            learned = tuple(i == last and (learned is None or learned[i]) for i in range(len(row.messages)))
+        try:
+            return render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
+        except DataError as error:
+            code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
+            return InvalidRow(row.line, error.message, code, row.file)
 
-def batched(rows: Iterable[R], size: int = BATCH) -> Iterator[tuple[R, ...]]:
-    """Yield rows in batches, the last one shorter."""
-    left = iter(rows)
-    return iter(lambda: tuple(itertools.islice(left, size)), ())
+    rendered = [render(row) for row in rows]
+    texts = [one.text for one in rendered if isinstance(one, RenderedText)]
+    tokens = zip(*tokenize_texts(tokenizer, texts), strict=True)
+    found: list[TokenizedRow | InvalidRow] = []
+    for one in rendered:
+        if isinstance(one, RenderedText):
+            ids, offsets = next(tokens)
+            found.append(TokenizedRow(ids, mask_tokens(one, offsets)))
+        else:
+            found.append(one)
+    return found
 
 
 @dataclass
-class EncodedBatch:
-    """A batch of rows, encoded.
+class TokenizedBatch:
+    """A batch of rows, tokenized.
 
     Args:
-        coded: int32 [T], the kept rows' tokens as `store` holds them.
-        lengths: int64 [n], of each kept row.
-        lines: int64 [n].
-        rows: rows read.
-        learned: supervised tokens that have one before them.
-        longest: tokens of the longest row, before any cut.
-        unended: kept rows that no special token closes.
-        long: lines of rows that are too long.
-        mute: lines of kept rows with nothing to learn.
-        refused: rows that the template refuses.
-        seen: what `look` saw, where there is one.
+        table: the kept rows, with the columns of `SCHEMA`.
+        report: counts of the batch.
+        overlong: lines of the rows that are too long.
+        unsupervised: lines of the kept rows without a supervised token.
+        invalid: rows that cannot be used.
+        stats: what `validate` returned.
     """
 
-    coded: np.ndarray
-    lengths: np.ndarray
-    lines: np.ndarray
-    rows: int
-    learned: int = 0
-    longest: int = 0
-    unended: int = 0
-    long: list[int] = field(default_factory=list)
-    mute: list[int] = field(default_factory=list)
-    refused: list[InvalidRow] = field(default_factory=list)
-    seen: Any = None
+    table: pa.RecordBatch
+    report: RowReport
+    overlong: list[int]
+    unsupervised: list[int]
+    invalid: list[InvalidRow]
+    stats: Any = None
 
 
 @dataclass(frozen=True)
 class BatchTokenizer:
-    """Makes a block of a batch of rows; is sent to other processes."""
+    """Turns a batch of rows into a `TokenizedBatch`; it is sent to other processes.
+
+    Args:
+        tokenizer, max_seq_len, on_overlong, train_on: see `tokenize_dataset`.
+        validate: computes the statistics of a batch from its rows with their tokens.
+    """
 
     tokenizer: Any
     max_seq_len: int
     on_overlong: str
     train_on: str
-    look: Callable[[Sequence[Pair]], Any] | None = None
+    validate: Callable[[Sequence[PairedRow]], Any] | None = None
 
-    def __call__(self, rows: tuple[Row, ...]) -> EncodedBatch:
-        """Return the rows as a block."""
-        none = np.zeros(0, np.int64)
-        block = EncodedBatch(none.astype(np.int32), none, none, len(rows))
-        kept: list[np.ndarray] = []
-        lines: list[int] = []
-        made = tokenize_rows(rows, self.tokenizer, train_on=self.train_on)
-        if self.look is not None:
-            pairs = zip(rows, made, strict=True)
-            block.seen = self.look([(row, one if isinstance(one, InvalidRow) else one[1]) for row, one in pairs])
-        for row, one in zip(rows, made, strict=True):
-            if isinstance(one, InvalidRow):
-                block.refused.append(one)
+    def __call__(self, batch: tuple[Row | InvalidRow, ...]) -> TokenizedBatch:
+        """Tokenize the rows."""
+        rows = [row for row in batch if isinstance(row, Row)]
+        pairs = list(zip(rows, tokenize_rows(rows, self.tokenizer, train_on=self.train_on), strict=True))
+        end_ids = end_of_turn_ids(self.tokenizer)
+        report = RowReport(self.max_seq_len, rows=len(batch))
+        overlong, unsupervised = [], []
+        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        for row, tokens in pairs:
+            if isinstance(tokens, InvalidRow):
                 continue
-            tokens = one[1]
-            block.longest = max(block.longest, len(tokens.input_ids))
-            if len(tokens.input_ids) > self.max_seq_len:
-                block.long.append(row.line)
-                if self.on_overlong == "drop":
+            length = len(tokens.input_ids)
+            report.longest = max(report.longest, length)
+            if length > self.max_seq_len:
+                overlong.append(row.line)
+                if self.on_overlong != "truncate":
+                    report.dropped += 1
                     continue
-            block.unended += not _ended(self.tokenizer, tokens)
-            ids = np.array(tokens.input_ids[: self.max_seq_len], np.int32)
-            said = np.array(tokens.supervised[: self.max_seq_len], bool)
-            kept.append(np.where(said, ~ids, ids))
-            lines.append(row.line)
-            learned = int(said[1:].sum())
-            block.learned += learned
-            if not learned:
-                block.mute.append(row.line)
-        if kept:
-            block.coded = np.concatenate(kept)
-            block.lengths = np.array([len(k) for k in kept], np.int64)
-            block.lines = np.array(lines, np.int64)
-        return block
+                report.truncated += 1
+            supervised = tokens.supervised[: self.max_seq_len]
+            count = sum(supervised[1:])
+            if not count:
+                unsupervised.append(row.line)
+            report.kept += 1
+            report.tokens += len(supervised)
+            report.supervised_tokens += count
+            report.missing_eos += tokens.last_supervised not in (None, *end_ids)
+            for name, value in zip(
+                SCHEMA.names, (tokens.input_ids[: self.max_seq_len], supervised, row.line), strict=True
+            ):
+                columns[name].append(value)
+        invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
+        return TokenizedBatch(
+            pa.record_batch(columns, SCHEMA),
+            report,
+            overlong,
+            unsupervised,
+            sorted(invalid, key=lambda row: row.line),
+            None if self.validate is None else self.validate(pairs),
+        )
 
 
-def _rendered(row: Row, tokenizer: Any, train_on: str, ends: re.Pattern[str]) -> RenderedChat | InvalidRow:
-    if row.chosen is not None:
-        return InvalidRow(row.line, PREFERENCE, "preference", row.file)
-    if row.completion is not None:
-        return render_text(tokenizer, row.prompt or "", row.completion)
-    try:
-        return render_chat(tokenizer, row.messages, row.tools, _learned(row, train_on), ends)
-    except DataError as fault:
-        code = "template-leaves-out" if "leaves out" in fault.message else "template-refuses"
-        return InvalidRow(row.line, fault.message, code, row.file)
+class BatchReporter(Protocol):
+    """Receives each tokenized batch, in order; `validate` runs where the batch is tokenized."""
+
+    @property
+    def validate(self) -> Callable[[Sequence[PairedRow]], Any]:
+        """The function that computes the statistics of a batch; it must be picklable."""
+
+    def add(self, batch: TokenizedBatch, /) -> None:
+        """Add a batch."""
 
 
-def _learned(row: Row, train_on: str) -> tuple[bool, ...] | None:
-    """Return for each message whether it is learned; None: each of the assistant's is."""
-    if train_on == "assistant":
-        return row.learned
-    last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
-    return tuple(i == last and (row.learned is None or row.learned[i]) for i in range(len(row.messages)))
+def tokenize_dataset(
+    rows: RowFile | Iterable[Row],
+    tokenizer: Any,
+    *,
+    max_seq_len: int,
+    on_overlong: str = "drop",
+    train_on: str = "assistant",
+    path: str | Path,
+    processes: int = 1,
+    reporter: BatchReporter | None = None,
+) -> tuple[TokenizedDataset, RowReport]:
+    """Return the tokenized rows in their order, and a report.
+
+    Args:
+        rows: what `open_rows` or `read_rows` return.
+        tokenizer: a fast tokenizer; it has a chat template if rows are conversations.
+        max_seq_len: most tokens of a row (≥ 2).
+        on_overlong: what happens to longer rows: "error", "drop" or "truncate".
+        train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
+        path: the file of the rows, for error messages.
+        processes: how many tokenize at once. With more than one, a script of your own must guard its code with
+            `if __name__ == "__main__":`.
+        reporter: receives every batch.
+
+    Raises:
+        UsageError: an unknown `on_overlong` or `train_on`, or a `max_seq_len` under 2.
+        DataError: rows are invalid, the template refuses some, rows are too long under "error", none is left, or some
+            have no supervised token.
+        ModelError: no chat template, or one that hides the assistant's turns.
+    """
+    for name, value, choices in (("on_overlong", on_overlong, ON_OVERLONG), ("train_on", train_on, TRAIN_ON)):
+        if value not in choices:
+            raise UsageError(f"{name} is {value!r}{nearest(value, choices)}", expected=format_names(choices))
+    if max_seq_len < 2:
+        raise UsageError(f"max_seq_len is {max_seq_len}", expected="at least 2 tokens: one to read, one to predict")
+    if isinstance(rows, RowFile) and rows.format == "preference":
+        raise DataError(
+            f"{path} contains preference pairs (chosen, rejected), and nothing trains on them yet",
+            "rows of another format: chat, instruction, sharegpt, prompt-completion or text",
+            "to learn the better answers, read them as prompt-completion: --format prompt-completion --column "
+            "completion=chosen",
+        )
+    if isinstance(rows, RowFile):
+        errors = rows.new_errors()
+    else:
+        errors = RowErrors(path, hint="change these rows, or use another chat template (data.chat_template)")
+    function = BatchTokenizer(
+        tokenizer, max_seq_len, on_overlong, train_on, None if reporter is None else reporter.validate
+    )
+    total, overlong, unsupervised = RowReport(max_seq_len), [], []
+    with DatasetWriter() as writer:
+        for batch in parallel_map(function, batched(rows, BATCH_SIZE), processes):
+            writer.write(batch.table)
+            total.add(batch.report)
+            overlong += batch.overlong
+            unsupervised += batch.unsupervised
+            if reporter is not None:
+                reporter.add(batch)
+            for row in batch.invalid[: MAX_ERRORS - len(errors.messages)]:
+                errors.add(row.line, row.cause, row.file)
+            if errors.full:
+                break
+        errors.check()
+        dataset = writer.finish()
+    if overlong and on_overlong == "error":
+        raise DataError(
+            f"{path}: longer than {max_seq_len} tokens: {format_lines(overlong)}; the longest has {total.longest}",
+            expected=f"rows of at most max_seq_len = {max_seq_len} tokens",
+            hint=f"--max-seq-len {total.longest}, or --set data.on_overlong=drop or truncate",
+        )
+    if unsupervised:
+        cut = total.truncated > 0
+        where = f"within the first {max_seq_len}" if cut else "after the first one"
+        raise DataError(
+            f"{path}: no supervised token in {format_lines(unsupervised)}",
+            expected=f"an assistant's token {where}",
+            hint="a larger --max-seq-len, or --set data.on_overlong=drop" if cut else "remove these rows",
+        )
+    if not total.kept:
+        longest = f"each is longer than {max_seq_len} tokens (the longest has {total.longest})"
+        raise DataError(
+            f"{path}: all {total.rows} rows were dropped: {longest}" if total.rows else f"{path}: there is no row",
+            expected="at least one row to learn from",
+            hint=f"--max-seq-len {total.longest}, or --set data.on_overlong=truncate" if total.rows else "",
+        )
+    return dataset, total
 
 
-def _ended(tokenizer: Any, one: TokenizedRow) -> bool:
-    last = next((t for t, said in zip(one.input_ids[::-1], one.supervised[::-1], strict=True) if said), None)
-    return last is None or is_end_of_turn(tokenizer, last)
+def format_lines(lines: Sequence[int], count: int | None = None, most: int = 12) -> str:
+    """Return line numbers as text: `lines 3, 9, … (40 more)`.
+
+    Args:
+        lines: the first lines.
+        count: how many there are in all; None: as many as are given.
+        most: lines that are shown.
+    """
+    count = len(lines) if count is None else count
+    shown = lines[:most]
+    more = f", … ({count - len(shown):,} more)" if count > len(shown) else ""
+    return f"line{'s' if count > 1 else ''} {', '.join(map(str, shown))}{more}"

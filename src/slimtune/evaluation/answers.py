@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.collator import Example
-from ..data.read import Row
+from ..data.dataset import Row
 from ..errors import ModelError, UsageError, nearest
 from .generate import Generator, Message
 

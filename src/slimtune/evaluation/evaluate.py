@@ -16,7 +16,8 @@ from typing import Any
 
 from ..config import Recipe
 from ..data.collator import Example
-from ..data.dataset import Examples, RowReport
+from ..data.tokenize import RowReport
+from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, format_names, nearest
 from ..reporting import write_report
 from ..run_dir import RunDir, to_json, write_atomic
@@ -112,7 +113,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     run_dir = None if find_adapter_folder(run) == run else RunDir.open(run)
     file = _find_eval_file(run_dir, run, settings)
     if file is not None:  # report faulty rows before the model is loaded
-        deque(open_rows_from_recipe(run_dir.load_recipe() if run_dir else None, file).rows(), maxlen=0)
+        deque(open_rows_from_recipe(run_dir.load_recipe() if run_dir else None, file).valid_rows(), maxlen=0)
     pieces = [] if settings.general_text is None else read_general_text(settings.general_text)
 
     trained = load_run(run)
@@ -130,7 +131,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     prompts, generator = [], None
     if settings.generate:
         generator = Generator(trained)
-        rows = open_rows_from_recipe(recipe, file or recipe.data.train).rows()
+        rows = open_rows_from_recipe(recipe, file or recipe.data.train).valid_rows()
         prompts = sample_prompts(rows, examples, settings.generate)
         for prompt in prompts:  # check that each has room for an answer before anything is scored
             generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
@@ -241,7 +242,7 @@ def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -
     return file
 
 
-def _load_eval_rows(recipe: Recipe, trained: TrainedModel, file: Path | None) -> tuple[Examples, RowReport]:
+def _load_eval_rows(recipe: Recipe, trained: TrainedModel, file: Path | None) -> tuple[TokenizedDataset, RowReport]:
     if file is not None:
         return load_eval_dataset(recipe, trained.base.tokenizer, file)
     datasets = load_datasets(recipe, trained.base.tokenizer)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.chat_template import encode_chat
-from ..data.collator import IGNORED, Example
-from ..data.read import RowErrors
+from ..data.collator import IGNORE_INDEX, Example
+from ..data.dataset import RowErrors
 from ..errors import DataError, UsageError, nearest
 from ..train_step.loss import RowScore
 from .statistics import paired_bootstrap
@@ -110,12 +110,12 @@ def tokenize_general_text(
             except DataError as e:
                 errors.add(line, e.message)
                 continue
-            labels = [t if learn else IGNORED for t, learn in zip(chat.input_ids, chat.supervised, strict=True)]
+            labels = [t if learn else IGNORE_INDEX for t, learn in zip(chat.input_ids, chat.supervised, strict=True)]
             rows = [(chat.input_ids[:max_tokens], labels[:max_tokens])]
         examples += [
             {"input_ids": ids, "labels": labels, "line": line, "kind": kind}
             for ids, labels in rows
-            if any(label != IGNORED for label in labels[1:])
+            if any(label != IGNORE_INDEX for label in labels[1:])
         ]
     if not examples and not errors.found:
         errors.add(1, "contains nothing to predict: too little text, or no message of an assistant")

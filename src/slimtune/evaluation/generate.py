@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from ..data.chat_template import encode_chat, get_chat_template, is_end_of_turn
+from ..data.chat_template import encode_chat, end_of_turn_ids, get_chat_template
 from ..errors import DataError, ModelError, UsageError
 from ..kernels.dropout import preserve_rng_state
 from ..setup import TrainedModel, load_run
@@ -213,5 +213,5 @@ def find_end_tokens(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:
         log.debug("the chat template does not show how a turn ends: %s", e)
     else:
         learned = [token for token, learn in zip(chat.input_ids, chat.supervised, strict=True) if learn]
-        ends |= {token for token in learned[-1:] if is_end_of_turn(tokenizer, token)}
+        ends |= {token for token in learned[-1:] if token in end_of_turn_ids(tokenizer)}
     return tuple(sorted(end for end in ends if end is not None))

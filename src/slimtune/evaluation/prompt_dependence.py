@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.collator import IGNORED, Example
+from ..data.collator import IGNORE_INDEX, Example
 from ..train_step.loss import RowScore
 from .statistics import paired_bootstrap
 
@@ -49,7 +49,7 @@ def shuffle_prompts(examples: Sequence[Example], seed: int = 0) -> ShuffledRows:
     """
     order = [int(i) for i in np.random.default_rng(seed).permutation(len(examples))]
     starts = [
-        next(t for t, label in enumerate(example["labels"]) if label != IGNORED and t > 0) for example in examples
+        next(t for t, label in enumerate(example["labels"]) if label != IGNORE_INDEX and t > 0) for example in examples
     ]
     prompts = [tuple(example["input_ids"][:start]) for example, start in zip(examples, starts, strict=True)]
     longest = max(len(example["input_ids"]) for example in examples)
@@ -63,7 +63,7 @@ def shuffle_prompts(examples: Sequence[Example], seed: int = 0) -> ShuffledRows:
             shuffled.examples.append(
                 {
                     "input_ids": [*prompt, *ids],
-                    "labels": [IGNORED] * len(prompt) + labels,
+                    "labels": [IGNORE_INDEX] * len(prompt) + labels,
                     "line": examples[i]["line"],
                 }
             )

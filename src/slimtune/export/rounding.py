@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config import Recipe
-from ..data.records import InvalidRow
+from ..data.formats import InvalidRow
 from ..data.tokenize import tokenize_rows
 from ..errors import SlimtuneError
 from ..setup import open_rows_from_recipe
@@ -70,9 +70,13 @@ def collect_rounding_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -
         and not {"adapters", "trained_copies"} & {*name.split(".")}
     }
     try:
-        rows = list(itertools.islice(open_rows_from_recipe(recipe, recipe.data.train).rows(), ROWS)) if recipe else []
+        rows = (
+            list(itertools.islice(open_rows_from_recipe(recipe, recipe.data.train).valid_rows(), ROWS))
+            if recipe
+            else []
+        )
         encoded = [row for row in tokenize_rows(rows, tokenizer) if not isinstance(row, InvalidRow)]
     except SlimtuneError:
         return {}
-    ids = [row.input_ids[: recipe.data.max_seq_len] for _, row in encoded] if recipe else []
+    ids = [row.input_ids[: recipe.data.max_seq_len] for row in encoded] if recipe else []
     return collect_layer_inputs(model, layers, ids) if ids else {}

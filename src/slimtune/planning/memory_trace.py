@@ -99,7 +99,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, whole: bool = True, cou
     with fake_mode() as fakes, simulate_device(job.device):
         make_fake(model)
         model.train()
-        collator = make_collator(model, 0, packing=job.packing, share=False)
+        collator = make_collator(model, 0, packing=job.packing, share_prefix=False)
         rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in job.lengths]
         pack = collator(rows)
         others = [torch.empty(t.shape, dtype=t.dtype) for _ in range(job.passes - 1) for t in _tensors_in(pack)]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention.register import LAYOUT_KWARG, empty_mask, packed_attention, packing_unsupported_reason
-from ..data.collator import IGNORED, Collator, Example
+from ..data.collator import IGNORE_INDEX, Collator, Example
 from ..errors import ModelError
 from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
@@ -32,18 +32,18 @@ EVAL_ROWS = 4096
 """Rows that are divided into micro-batches together in evaluation."""
 
 
-def make_collator(model: Any, pad_token_id: int, *, packing: bool = True, share: bool = True, **sizes: Any) -> Collator:
+def make_collator(model: Any, pad_token_id: int, *, packing: bool = True, share_prefix: bool = True, **sizes: Any) -> Collator:
     """Return the collator that packs rows as well as this model supports.
 
     Args:
         model: the model, adapted or not.
         pad_token_id: fills shorter rows where rows are padded.
         packing: put rows into one sequence.
-        share: compute a prefix that rows share once.
+        share_prefix: compute a prefix that rows share once.
         sizes: limits of a micro-batch, as `Collator` has them.
     """
     layout = packing and not packing_unsupported_reason(model)
-    return Collator(pad_token_id, packing, layout=layout, share=share, **sizes)
+    return Collator(pad_token_id, packing, layout=layout, share_prefix=share_prefix, **sizes)
 
 
 def move_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -89,8 +89,8 @@ def _head_and_inputs(model: Any, batch: dict[str, Any]) -> tuple[LMHead | None, 
         inputs |= {LAYOUT_KWARG: batch["layout"], "attention_mask": empty_mask(batch["input_ids"].device)}
     head = get_lm_head(model)
     if head is None:
-        return None, model(**inputs).logits.flatten(0, 1).index_select(0, batch["picked"])
-    return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, batch["picked"])
+        return None, model(**inputs).logits.flatten(0, 1).index_select(0, batch["hidden_index"])
+    return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, batch["hidden_index"])
 
 
 def step_loss(model: Any, batch: dict[str, Any], num_items: Tensor | int | None = None) -> Tensor:
@@ -163,7 +163,7 @@ def evaluate_rows(model: Any, examples: Sequence[Example], collator: Collator) -
 
     scores: list[RowScore] = []
     for some in batched(examples):
-        by_row = _measure_rows(measure, model, some, collator, collator.groups(some))
+        by_row = _measure_rows(measure, model, some, collator, collator.group_rows(some))
         rows = (by_row[i] for i in range(len(some)))
         scores += [RowScore(row[0].sum().item(), int(row[1].sum().item()), row.shape[1]) for row in rows]
     return scores
@@ -179,7 +179,7 @@ def score_rows(model: Any, examples: Sequence[Example], collator: Collator) -> l
     """
     scores: list[tuple[float, int]] = []
     for some in batched(examples):
-        by_row = score_batch(model, some, collator, collator.groups(some))
+        by_row = score_batch(model, some, collator, collator.group_rows(some))
         scores += [by_row[i] for i in range(len(some))]
     return scores
 
@@ -223,7 +223,7 @@ def _measure_rows(
 
 def count_targets(example: Example) -> int:
     """Return how many of a row's tokens are supervised; the first token has nothing to be predicted from."""
-    return sum(1 for label in example["labels"][1:] if label != IGNORED)
+    return sum(1 for label in example["labels"][1:] if label != IGNORE_INDEX)
 
 
 def mean_loss(scores: Iterable[tuple[float, int]]) -> float:
@@ -278,7 +278,7 @@ def check_packing_supported(model: Any, collator: Collator) -> None:
             "a head that multiplies, adds a bias, scales and soft-caps",
             "train it with transformers' Trainer, which uses the model's own loss",
         )
-    if packing_error > tolerance and len(collator.groups(examples)) == 1 and collator.packing:
+    if packing_error > tolerance and len(collator.group_rows(examples)) == 1 and collator.packing:
         raise ModelError(
             f"packed rows change each other in a {name} (by {100 * packing_error.item():.2g} % of the loss's spread)",
             "an architecture that separates rows by position_ids",

@@ -244,7 +244,7 @@ class TrainingLoop:
 
         def work() -> tuple[Tensor, Tensor | None, int, int]:
             part = self.sharder(rows)
-            micro_batches = [move_to_device(b, self.device) for b in part["packs"]]
+            micro_batches = [move_to_device(b, self.device) for b in part["micro_batches"]]
             with self.own_dropout_seed(), distributed.translate_peer_errors():
                 loss = forward_backward(
                     self.model,
@@ -306,7 +306,7 @@ class TrainingLoop:
             scores: dict[int, tuple[float, int]] = {}
             with distributed.translate_peer_errors():
                 for number, some in enumerate(batched(self.validation)):
-                    part = score_batch(self.model, some, self.collator, self.sharder.turns(some)[0])
+                    part = score_batch(self.model, some, self.collator, self.sharder.assign_groups(some)[0])
                     scores |= {number * EVAL_ROWS + i: score for i, score in part.items()}
             return scores
 
@@ -342,8 +342,8 @@ class TrainingLoop:
             **asdict(self.state),
             "unlogged_loss": self.unlogged_loss.item(),
             "scheduler": self.scheduler.state_dict(),
-            "max_tokens": self.collator.room,
-            "max_rows": self.collator.rows,
+            "max_tokens": self.collator.max_tokens,
+            "max_rows": self.collator.max_rows,
             "checkpointing": self.recovery.checkpointing,
         }
         (folder / checkpoint.STATE_FILE).write_text(json.dumps(values))
@@ -351,7 +351,7 @@ class TrainingLoop:
     def restore_state(self, folder: Path) -> None:
         """Restore everything but the weights from a checkpoint."""
         values = json.loads((folder / checkpoint.STATE_FILE).read_text())
-        self.collator.room, self.collator.rows = values.pop("max_tokens"), values.pop("max_rows")
+        self.collator.max_tokens, self.collator.max_rows = values.pop("max_tokens"), values.pop("max_rows")
         if values.pop("checkpointing"):
             self.recovery.enable_checkpointing()
         self.scheduler.load_state_dict(values.pop("scheduler"))

@@ -64,7 +64,7 @@ def probe_memory(model: Any, collator: Collator, examples: Sequence[Example], pl
         torch.OutOfMemoryError, RuntimeError, MemoryError: it does not fit; nothing is left of the attempt.
     """
     device, was_training = next(model.parameters()).device, model.training
-    micro_batch = max(collator.packs(examples), key=lambda batch: batch["input_ids"].numel())
+    micro_batch = max(collator.make_micro_batches(examples), key=lambda batch: batch["input_ids"].numel())
     model.train()
     reset_peak_memory(device)
     try:

@@ -155,15 +155,15 @@ class OomRecovery:
                 return result  # type: ignore[return-value]
             if self.any_failed is None:
                 raise self.give_up(where, oom, where)
-            groups = self.collator.groups(rows)
+            groups = self.collator.group_rows(rows)
             sizes = [self.collator([rows[i] for i in group])["input_ids"].numel() for group in groups]
             # Among equal sizes take the micro-batch with more rows: it can be divided.
             tokens, count = max((size, len(group)) for size, group in zip(sizes, groups, strict=True))
-            limit = self.collator.room
+            limit = self.collator.max_tokens
             if count > 1:
-                self.collator.room = tokens // 2
+                self.collator.max_tokens = tokens // 2
                 if not self.collator.packing:
-                    self.collator.rows = count // 2
+                    self.collator.max_rows = count // 2
             elif grad and self._enable_checkpointing is not None:
                 self.enable_checkpointing()
             else:
@@ -182,7 +182,7 @@ class OomRecovery:
         """
         result, oom = self._try(work, lambda: None)
         if oom is not None:
-            self._report(where, oom, None, None, self.collator.room)
+            self._report(where, oom, None, None, self.collator.max_tokens)
             result, oom = self._try(work, lambda: None)
         if oom is not None:
             raise self.give_up(where, oom, where)
@@ -238,7 +238,7 @@ class OomRecovery:
             tokens,
             rows,
             limit,
-            self.collator.room,
+            self.collator.max_tokens,
             self.checkpointing,
             oom.held_bytes,
             self.planned_bytes,

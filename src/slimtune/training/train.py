@@ -130,9 +130,11 @@ def train(
         describe_run(logger, recipe, base, model, data)
         longest = int(data.lengths().max())
         collator = build_collator(recipe, model, base.tokenizer, longest)
-        if plan is not None and collator.room is not None:
-            collator.room = min(collator.room, max(longest, plan["max_tokens_per_micro_batch"]))
-        collator.room = min(distributed.all_gather_object(collator.room or longest))  # the same in every process
+        if plan is not None and collator.max_tokens is not None:
+            collator.max_tokens = min(collator.max_tokens, max(longest, plan["max_tokens_per_micro_batch"]))
+        collator.max_tokens = min(
+            distributed.all_gather_object(collator.max_tokens or longest)
+        )  # the same in every process
         can_checkpoint = model.supports_gradient_checkpointing and not settings.gradient_checkpointing
         recovery = OomRecovery(
             collator,
@@ -207,7 +209,7 @@ def load_training_data(recipe: Recipe, force: bool) -> Datasets:
     require_packages(recipe)
     require_trackers(recipe.train.report_to)
     data = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
-    for report in filter(None, data.surveys.values()):
+    for report in filter(None, data.data_reports.values()):
         if not force:
             raise_if_invalid(report)
     if not data.train:
@@ -250,7 +252,7 @@ def load_training_base(recipe: Recipe, device: torch.device, *, to_cpu: bool) ->
 def create_run_dir(recipe: Recipe, data: Datasets, init_model: Any) -> None:
     """Create the run folder with the recipe, the data report, and the adapter that the run starts from, if any."""
     run = RunDir.create(recipe.output_dir, recipe)
-    write_json(run.data_file, data.surveys)
+    write_json(run.data_file, data.data_reports)
     if init_model is not None:
         adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
 
@@ -263,10 +265,10 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
     share = f"{format_count(trained)} of {format_count(total)} parameters train ({100 * trained / total:.2f} %)"
     logger.say(f"{model.match_report()}; {share}")
     logger.say(f"rows: {data.train_report.text()}")
-    for name, report in data.surveys.items():
+    for name, report in data.data_reports.items():
         if report is not None:
             logger.say(f"{name} data: {format_verdict(report)}")
-            for issue in report["findings"]:
+            for issue in report["issues"]:
                 logger.say(f"  {issue['severity']}: {format_issue(issue)}")
     processes = distributed.world_size()
     if processes > 1:
@@ -278,7 +280,7 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
 
 def describe_packing(collator: Collator, rows: Sequence[Example], rows_per_step: int) -> str:
     """Return how the rows of a step are put together, and how many tokens that saves, as one line."""
-    limit = f"at most {collator.room} tokens in a micro-batch"
+    limit = f"at most {collator.max_tokens} tokens in a micro-batch"
     if not collator.packing:
         return f"rows are padded, {limit}"
     if not collator.layout:
@@ -287,8 +289,8 @@ def describe_packing(collator: Collator, rows: Sequence[Example], rows_per_step:
     packed = 0
     for at in range(0, len(sample), rows_per_step):
         step = sample[at : at + rows_per_step]
-        for group in bin_pack(step, collator.room, share=collator.share):
-            packed += len(pack_sequences([step[i] for i in group], share=collator.share).tokens)
+        for group in bin_pack(step, collator.max_tokens, share_prefix=collator.share_prefix):
+            packed += len(pack_sequences([step[i] for i in group], share_prefix=collator.share_prefix).tokens)
     saved = 1 - packed / sum(map(len, sample))
     shared = f", shared prefixes are computed once ({100 * saved:.0f} % fewer tokens)" if saved else ""
     return f"rows are packed{shared}; {limit}"
@@ -296,7 +298,7 @@ def describe_packing(collator: Collator, rows: Sequence[Example], rows_per_step:
 
 def compare_with_plan(loop: TrainingLoop, data: Datasets, plan: Mapping[str, Any]) -> None:
     """Run the longest micro-batch once; say what memory it takes, and write that beside the plan."""
-    collator, limit = loop.collator, loop.collator.room
+    collator, limit = loop.collator, loop.collator.max_tokens
     rows = [data.train[i] for i in np.argsort(data.train.lengths, kind="stable")[-loop.rows_per_step :]]
     probe = loop.recovery.run_in_micro_batches(
         "the longest micro-batch, run before the first step",
@@ -304,7 +306,7 @@ def compare_with_plan(loop: TrainingLoop, data: Datasets, plan: Mapping[str, Any
         lambda: probe_memory(loop.model, collator, rows, plan),
         lambda: None,
     )
-    if collator.room != limit:  # smaller than what was planned: the plan's lower bound does not apply
+    if collator.max_tokens != limit:  # smaller than what was planned: the plan's lower bound does not apply
         probe = dataclasses.replace(probe, low=0)
     loop.logger.say(probe.text())
     if distributed.is_main_process():

@@ -1,7 +1,6 @@
-"""A survey of a file of rows: one report before any training, of everything in the data that would spoil it.
+"""Validation of a data set before training: one report with everything in it that would spoil a run.
 
-    rows → read, rendered, tokenized, masked → `Lens`, a batch at a time → `Survey`, the file → report
+    rows → `BatchTokenizer` → `validate_batch`, one batch at a time → `DatasetReport`, the whole file
 
-One pass, each row's text gone after it; of a row stay about 200 bytes, so that a million rows take 200 MB. A process
-that looks at batches imports neither `survey` nor torch.
+It takes one pass. About 200 bytes of each row are kept, so a million rows take 200 MB.
 """

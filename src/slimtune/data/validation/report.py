@@ -1,232 +1,291 @@
-"""Looks at all batches of a file, added up, and the report made of them."""
+"""The report on a data set: the statistics of all batches, and the issues of the whole file."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from array import array
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...errors import UsageError
 from ...utils.formatting import format_count
+from ..dataset import RowFile, open_rows
+from ..formats import InvalidRow, Row
 from ..packing import pack_sequences
-from ..records import InvalidRow
-from .batch_stats import SAMPLES, BatchStats, ValidationSettings, fit_settings, shared_beginning
-from .issues import SHOWN, IssueCounter
-from .near_duplicates import HASHES, NEAR, SHORT, Array, near_pairs, repeats
+from ..parallel import batched, cpu_count, parallel_map
+from ..tokenize import BATCH_SIZE, BatchTokenizer, RowReport, TokenizedBatch
+from .batch_stats import SAMPLES, BatchStats, BatchValidator, find_shared_prefix
+from .issues import SHOWN_LINES, IssueCounter
+from .near_duplicates import HASHES, SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats
 
-MOST_REFUSED = 100
-_MANY = 10
-_SHARE = 0.1
-_BARS = 16
-_SAMPLE_CHARACTERS = 1500
+SHOWN_INVALID_ROWS = 100
+SAMPLE_CHARACTERS = 1500
+HISTOGRAM_BARS = 16
+SAME_ANSWER_ROWS = 10
+"""Fewest rows with the same answer that are an issue."""
+COLUMNS: dict[str, tuple[Any, int]] = {
+    "lines": (np.int64, 1),
+    "lengths": (np.int64, 1),
+    "hashes": (np.uint64, 3),
+    "words": (np.uint8, 1),
+    "signatures": (np.uint8, 2 * HASHES),
+    "comparable": (np.bool_, 1),
+}
+"""Columns of `BatchStats` that are kept for the whole file: type and width."""
+
+
+def validate_file(
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    model: str,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_seq_len: int = 1024,
+    on_overlong: str = "drop",
+    train_on: str = "assistant",
+    rows_per_step: int = 8,
+    validation: str | Path | None = None,
+    processes: int | None = None,
+) -> dict[str, Any]:
+    """Return the report on a data set, as JSON takes it.
+
+    Args:
+        path: a file, a folder or a dataset's id, see `open_rows`.
+        tokenizer: of the base that will read the rows.
+        model: the base's name.
+        format, columns: see `open_rows`.
+        max_seq_len: most tokens of a row, from 2.
+        on_overlong: what happens to longer ones: "error", "drop" or "truncate".
+        train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
+        rows_per_step: rows of an optimizer step, from 1; they are packed together.
+        validation: validation rows, which must not be among these.
+        processes: how many validate at once; None: as many as there are cores.
+
+    Raises:
+        UsageError: the file does not exist, or a setting is out of its range.
+        DataError: the file has no known format, or is empty.
+        ModelError: no chat template, or one that hides the assistant's turns.
+    """
+    if max_seq_len < 2 or rows_per_step < 1:
+        problem = f"max_seq_len is {max_seq_len}" if max_seq_len < 2 else f"a step of {rows_per_step} rows"
+        raise UsageError(problem, "at least 2 tokens, and at least 1 row per step")
+
+    def validate(rows: RowFile, like: DatasetReport | None = None) -> DatasetReport:
+        report = DatasetReport(
+            tokenizer,
+            rows.format,
+            max_seq_len=max_seq_len,
+            on_overlong=on_overlong,
+            rows_per_step=rows_per_step,
+            like=like,
+        )
+        function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, report.validate)
+        batches = batched(map(_with_chosen_answer, rows), BATCH_SIZE)
+        for batch in parallel_map(function, batches, cpu_count() if processes is None else processes):
+            report.add(batch)
+        return report
+
+    rows = open_rows(path, format=format, columns=columns)
+    if validation is None:
+        return validate(rows).to_dict(file=path, model=model)
+    other = open_rows(validation, format=format, columns=columns)
+    report = validate(rows)
+    return report.to_dict(file=path, model=model, validation=(str(validation), validate(other, report)))
+
+
+def _with_chosen_answer(row: Row | InvalidRow) -> Row | InvalidRow:
+    """Return a preference pair as a row of its better answer, so that its text can be tokenized and validated."""
+    if isinstance(row, InvalidRow) or row.chosen is None:
+        return row
+    if isinstance(row.chosen, str):
+        return dataclasses.replace(row, chosen=None, completion=row.chosen)
+    return dataclasses.replace(row, chosen=None, messages=[*row.messages, *row.chosen])
 
 
 class DatasetReport:
-    """What was seen of one file, and the report on it: `survey.add(survey.look(batch))`, then `survey.report(…)`.
+    """Collects tokenized batches with `add`, then makes the report with `to_dict`.
+
+    `validate` is the function that computes the statistics of a batch, possibly in another process.
 
     Args:
         tokenizer: of the base that will read the rows.
-        max_seq_len, on_overlong: see `Lens`.
-        rows_a_step: rows that a step lays together.
-        like: a survey to compare with later.
-
-    `format` is that of the rows; who opened the file says it.
+        format: of the rows.
+        max_seq_len: most tokens of a row.
+        on_overlong: what happens to longer ones.
+        rows_per_step: rows of an optimizer step.
+        like: a report with which this one will be compared.
     """
 
     def __init__(
         self,
         tokenizer: Any,
+        format: str,
         *,
         max_seq_len: int,
         on_overlong: str = "drop",
-        rows_a_step: int = 8,
+        rows_per_step: int = 8,
         like: DatasetReport | None = None,
     ) -> None:
-        self.began = time.perf_counter()
-        self.tokenizer = tokenizer
-        self.look: ValidationSettings = fit_settings(tokenizer, max_seq_len=max_seq_len, on_overlong=on_overlong)
-        self.rows_a_step = rows_a_step
+        self.start = time.perf_counter()
+        self.tokenizer, self.format, self.on_overlong = tokenizer, format, on_overlong
+        self.rows_per_step = rows_per_step
+        self.validate = BatchValidator.from_tokenizer(tokenizer, max_seq_len)
         if like is not None:
-            self.look.known = like.look.known
-        self.format = ""
-        self.rows = self.refused_count = self.laid = 0
-        self.tally = IssueCounter()
-        self.refused: list[InvalidRow] = []
+            self.validate.common_trigrams = like.validate.common_trigrams
+        self.total = RowReport(max_seq_len)
+        self.invalid_count = self.packed_tokens = self.overlong_count = 0
+        self.issues = IssueCounter()
+        self.invalid: list[InvalidRow] = []
+        self.overlong: list[int] = []
         self.prefix: list[int] | None = None
         self.samples: list[tuple[int, list[int], list[bool]]] = []
-        self._lines, self._lengths, self._learned, self._words = array("q"), array("q"), array("q"), array("B")
-        self._keys, self._signatures, self._judged = bytearray(), bytearray(), bytearray()
+        self._columns = {name: bytearray() for name in COLUMNS}
 
-    def add(self, one: BatchStats) -> None:
-        """Add what a look at the next batch gave."""
-        self.rows += one.rows
-        self.refused_count += len(one.refused)
-        self.refused += one.refused[: MOST_REFUSED - len(self.refused)]
-        self.laid += self._laid(one)
-        for refusal in one.refused:
-            self.tally.add(refusal.code, [refusal.line], detail=refusal.cause)
-        for code, line, example in one.marks:
-            self.tally.add(code, [line], detail=example)
-        if one.prefix is not None:
-            self.prefix = one.prefix if self.prefix is None else shared_beginning([self.prefix, one.prefix])
-        self.samples += one.samples[: SAMPLES - len(self.samples)]
-        for kept, new in (
-            (self._lines, one.lines), (self._lengths, one.lengths), (self._learned, one.learned),
-            (self._words, one.words),
-        ):  # fmt: skip
-            kept.frombytes(new.tobytes())
-        self._keys += one.keys.tobytes()
-        self._signatures += one.signatures.tobytes()
-        self._judged += one.judged.tobytes()
+    def add(self, batch: TokenizedBatch) -> None:
+        """Add the next batch."""
+        stats: BatchStats = batch.stats
+        self.total.add(batch.report)
+        self.invalid_count += len(batch.invalid)
+        self.invalid += batch.invalid[: SHOWN_INVALID_ROWS - len(self.invalid)]
+        self.overlong_count += len(batch.overlong)
+        self.overlong += batch.overlong[: SHOWN_LINES - len(self.overlong)]
+        for row in batch.invalid:
+            self.issues.add(row.code, [row.line], example=row.cause)
+        for code, line, example in stats.issues:
+            self.issues.add(code, [line], example=example)
+        self.issues.add("no-supervised-token", batch.unsupervised)
+        rows = batch.table["input_ids"].to_pylist()
+        for at in range(0, len(rows), self.rows_per_step):
+            self.packed_tokens += len(pack_sequences(rows[at : at + self.rows_per_step]).tokens)
+        if stats.prefix is not None:
+            self.prefix = stats.prefix if self.prefix is None else find_shared_prefix([self.prefix, stats.prefix])
+        self.samples += stats.samples[: SAMPLES - len(self.samples)]
+        for name, values in self._columns.items():
+            values += getattr(stats, name).tobytes()
 
-    def _laid(self, one: BatchStats) -> int:
-        """Return a batch's tokens as steps lay them."""
-        lengths = np.minimum(one.lengths[one.learned >= 0], self.look.max_seq_len)
-        ends = np.cumsum(lengths)
-        rows = [one.tokens[end - n : end].tolist() for n, end in zip(lengths, ends, strict=True)]
-        step = self.rows_a_step
-        return sum(len(pack_sequences(rows[at : at + step]).tokens) for at in range(0, len(rows), step))
+    def column(self, name: str) -> Array:
+        """Return a column of `COLUMNS` for the whole file, [N] or [N, width]."""
+        dtype, width = COLUMNS[name]
+        values = np.frombuffer(self._columns[name], dtype)
+        return values if width == 1 else values.reshape(-1, width)
 
-    @property
-    def lines(self) -> Array:
-        """Lines of the rows that have tokens, int64 [N]."""
-        return np.frombuffer(self._lines, np.int64)
-
-    @property
-    def keys(self) -> Array:
-        """Their keys, uint64 [N, 3]."""
-        return np.frombuffer(self._keys, np.uint64).reshape(-1, 3)
-
-    @property
-    def signatures(self) -> Array:
-        """Signatures of the rows that can be judged, uint8 [J, 128]."""
-        return np.frombuffer(self._signatures, np.uint8).reshape(-1, 2 * HASHES)
-
-    @property
-    def judged(self) -> Array:
-        """The rows that can be judged, int64 [J]."""
-        return np.flatnonzero(np.frombuffer(self._judged, np.bool_))
-
-    def report(
+    def to_dict(
         self, *, file: str | Path, model: str, validation: tuple[str, DatasetReport] | None = None
     ) -> dict[str, Any]:
         """Return the report, as JSON takes it.
 
         Args:
-            file: the file's path.
+            file: the path of the data set.
             model: the base's name.
-            validation: the validation file's path and survey, to be compared with.
+            validation: path and report of the validation rows, to compare with.
         """
-        lengths = np.frombuffer(self._lengths, np.int64)
-        learned = np.frombuffer(self._learned, np.int64)
-        tokens = int(np.minimum(lengths[learned >= 0], self.look.max_seq_len).sum())
-        supervised = int(learned[learned >= 0].sum())
-        long = self.lines[lengths > self.look.max_seq_len]
-        self._compare()
-        if len(long):
-            self.tally.add("too-long", long[:SHOWN].tolist(), len(long), f"{self.look.max_seq_len} tokens; "
-                           f"{_FATE[self.look.on_overlong]}; the longest has {int(lengths.max())}")  # fmt: skip
+        self._find_similar_rows()
         if validation is not None:
-            self._overlap(*validation)
-        if not self.rows:
-            self.tally.add("empty-file", [0], detail="the file holds no row")
-        always = ("too-long",) if self.look.on_overlong == "error" else ()
-        found = self.tally.findings(self.rows, always)
-        faulty = any(f.severity == "fault" for f in found)
+            self._find_overlap(*validation)
+        max_seq_len, total = self.total.max_seq_len, self.total
+        if self.overlong_count:
+            consequence = {"error": "training refuses them", "drop": "left out", "truncate": "truncated at the end"}
+            example = f"{max_seq_len} tokens; {consequence[self.on_overlong]}; the longest has {total.longest}"
+            self.issues.add("too-long", self.overlong, self.overlong_count, example)
+        issues = self.issues.to_list(total.rows, ["too-long"] if self.on_overlong == "error" else [])
+        severities = {issue["severity"] for issue in issues}
         prefix = self.prefix or []
         return {
             "file": str(file),
             "format": self.format,
             "model": model,
-            "rows": self.rows,
-            "refused": [{"line": r.line, "cause": r.cause, "code": r.code} for r in self.refused],
-            "refused_count": self.refused_count,
-            "tokens": tokens,
-            "supervised_tokens": supervised,
-            "supervised_share": supervised / tokens if tokens else 0.0,
-            "lengths": _lengths(lengths),
-            "max_seq_len": self.look.max_seq_len,
-            "on_overlong": {"rows": len(long), "lines": long[:SHOWN].tolist()},
-            "shared_prefix": {"tokens": len(prefix), "text": self._decoded(prefix)[:_SAMPLE_CHARACTERS]},
-            "packing": {"laid_tokens": self.laid, "saved_share": 1 - self.laid / tokens if tokens else 0.0},
-            "findings": [f.to_dict() for f in found],
-            "samples": [self._sample(*sample) for sample in self.samples],
-            "verdict": "faulty" if faulty else "warnings" if found else "sound",
-            "seconds": round(time.perf_counter() - self.began, 3),
+            "rows": total.rows,
+            "invalid_rows": [{"line": r.line, "cause": r.cause, "code": r.code} for r in self.invalid],
+            "invalid_count": self.invalid_count,
+            "tokens": total.tokens,
+            "supervised_tokens": total.supervised_tokens,
+            "supervised_share": total.supervised_tokens / total.tokens if total.tokens else 0.0,
+            "lengths": _length_statistics(self.column("lengths")),
+            "max_seq_len": max_seq_len,
+            "overlong": {"rows": self.overlong_count, "lines": self.overlong},
+            "shared_prefix": {"tokens": len(prefix), "text": self._decode(prefix)[:SAMPLE_CHARACTERS]},
+            "packing": {
+                "packed_tokens": self.packed_tokens,
+                "saved_share": 1 - self.packed_tokens / total.tokens if total.tokens else 0.0,
+            },
+            "issues": issues,
+            "samples": [self._show_sample(*sample) for sample in self.samples],
+            "verdict": "errors" if "error" in severities else "warnings" if issues else "ok",
+            "seconds": round(time.perf_counter() - self.start, 3),
         }
 
-    def _compare(self) -> None:
-        """Count rows that are alike."""
-        lines, keys, words = self.lines, self.keys, np.frombuffer(self._words, np.uint8)
-        whole, prompts, answers = keys.T
-        again, first = repeats(whole)
-        self._pairs("duplicate", lines[again], lines[first])
-        nearly, of = near_pairs(self.signatures)
-        nearly, of = self.judged[nearly], self.judged[of]
-        new = ~np.isin(nearly, again)
-        self._pairs("near-duplicate", lines[nearly[new]], lines[of[new]], f"similarity from {NEAR}")
-        asked, before = repeats(prompts)
-        other = (answers[asked] != answers[before]) & (prompts[asked] != 0)
-        other &= (words[asked] <= SHORT) & (words[before] <= SHORT)
-        self._pairs("contradiction", lines[asked[other]], lines[before[other]])
-        self._same_answer(answers, prompts, words)
+    def _find_similar_rows(self) -> None:
+        lines, words = self.column("lines"), self.column("words")
+        texts, prompts, answers = self.column("hashes").T
+        repeated, first = find_repeats(texts)
+        self._add_pairs("duplicate", lines[repeated], lines[first])
+        comparable = np.flatnonzero(self.column("comparable"))
+        near, match = (comparable[rows] for rows in find_near_duplicates(self.column("signatures")))
+        new = ~np.isin(near, repeated)
+        self._add_pairs("near-duplicate", lines[near[new]], lines[match[new]], f"similarity from {THRESHOLD}: ")
+        again, before = find_repeats(prompts)
+        other = (answers[again] != answers[before]) & (prompts[again] != 0)
+        other &= (words[again] <= SHORT_ANSWER) & (words[before] <= SHORT_ANSWER)
+        self._add_pairs("contradiction", lines[again[other]], lines[before[other]])
+        # A label or a yes may be the answer of half of the rows, a whole sentence not of a tenth.
+        values, first, counts = np.unique(answers, return_index=True, return_counts=True)
+        shares = np.where(words[first] > SHORT_ANSWER, 0.1, 0.95)
+        for i in np.flatnonzero((counts >= np.maximum(shares * len(answers), SAME_ANSWER_ROWS)) & (values != 0)):
+            count, rows = int(counts[i]), np.flatnonzero(answers == values[i])
+            different = len(np.unique(prompts[rows]))
+            if different >= max(SAME_ANSWER_ROWS, count / 2):
+                share = f"{100 * count / len(answers):.0f} % of the rows"
+                example = f"one answer to {format_count(different)} prompts, {share}"
+                self.issues.add("same-answer", lines[rows[:SHOWN_LINES]].tolist(), count, example)
 
-    def _same_answer(self, answers: Array, prompts: Array, words: Array) -> None:
-        said, first, counts = np.unique(answers, return_index=True, return_counts=True)
-        # A label or a yes may stand in half of the rows; a sentence that does is said by rote.
-        least = np.maximum(np.where(words[first] > SHORT, _SHARE, 0.95) * len(answers), _MANY)
-        for i in np.flatnonzero((counts >= least) & (said != 0)):
-            answer, n = said[i], int(counts[i])
-            rows = np.flatnonzero(answers == answer)
-            if (asked := len(np.unique(prompts[rows]))) >= max(_MANY, n / 2):
-                detail = f"one answer to {format_count(asked)} prompts, {100 * n / len(answers):.0f} % of the rows"
-                self.tally.add("same-answer", self.lines[rows[:SHOWN]].tolist(), n, detail)
-
-    def _overlap(self, path: str, other: DatasetReport) -> None:
-        if other.refused_count:
-            lines = [r.line for r in other.refused]
-            self.tally.add("validation-refused", lines, other.refused_count, f"of {path}, line {lines[0]}: "
-                           f"{other.refused[0].cause}")  # fmt: skip
-        mine, theirs = self.keys[:, 0], other.keys[:, 0]
-        order = np.argsort(theirs, kind="stable")
-        at = np.minimum(np.searchsorted(theirs[order], mine), max(len(order) - 1, 0))
-        same = np.flatnonzero(theirs[order][at] == mine) if len(order) else np.zeros(0, np.int64)
-        if len(same):
-            self._pairs("overlap", self.lines[same], other.lines[order[at[same]]], path, "is line")
-        near, of = near_pairs(other.signatures, self.signatures)
-        rows, of = self.judged[near], other.judged[of]
+    def _find_overlap(self, path: str, other: DatasetReport) -> None:
+        """Find rows that are validation rows, and invalid validation rows."""
+        if other.invalid_count:
+            row, invalid_lines = other.invalid[0], [r.line for r in other.invalid]
+            example = f"{path}, line {row.line}: {row.cause}"
+            self.issues.add("validation-invalid", invalid_lines, other.invalid_count, example)
+        lines, other_lines = self.column("lines"), other.column("lines")
+        texts, other_texts = self.column("hashes")[:, 0], other.column("hashes")[:, 0]
+        order = np.argsort(other_texts, kind="stable")
+        same = np.flatnonzero(np.isin(texts, other_texts))
+        match = order[np.searchsorted(other_texts[order], texts[same])]
+        self._add_pairs("overlap", lines[same], other_lines[match], f"{path}: ", "is")
+        near, match = find_near_duplicates(other.column("signatures"), self.column("signatures"))
+        rows = np.flatnonzero(self.column("comparable"))[near]
+        match = np.flatnonzero(other.column("comparable"))[match]
         new = ~np.isin(rows, same)
-        self._pairs("near-overlap", self.lines[rows[new]], other.lines[of[new]], path, "is nearly line")
+        self._add_pairs("near-overlap", lines[rows[new]], other_lines[match[new]], f"{path}: ", "is nearly")
 
-    def _pairs(self, code: str, lines: Array, of: Array, about: str = "", like: str = "as line") -> None:
+    def _add_pairs(self, code: str, lines: Array, matches: Array, prefix: str = "", relation: str = "as") -> None:
         if len(lines):
-            example = f"line {lines[0]} {like} {of[0]}"
-            self.tally.add(code, lines[:SHOWN].tolist(), len(lines), f"{about + ': ' if about else ''}{example}")
+            example = f"{prefix}line {lines[0]} {relation} line {matches[0]}"
+            self.issues.add(code, lines[:SHOWN_LINES].tolist(), len(lines), example)
 
-    def _decoded(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def _sample(self, line: int, ids: list[int], learned: list[bool]) -> dict[str, Any]:
+    def _show_sample(self, line: int, ids: list[int], supervised: list[bool]) -> dict[str, Any]:
+        """Return the beginning of a row as pieces of text that are supervised or not."""
         pieces: list[dict[str, Any]] = []
-        begin, left = 0, _SAMPLE_CHARACTERS
+        begin, left = 0, SAMPLE_CHARACTERS
         for end in range(1, len(ids) + 1):
-            if (end == len(ids) or learned[end] != learned[begin]) and left > 0:
-                text = self._decoded(ids[begin:end])
-                pieces.append({"text": text[:left] + "…" * (len(text) > left), "learned": bool(learned[begin])})
+            if (end == len(ids) or supervised[end] != supervised[begin]) and left > 0:
+                text = self._decode(ids[begin:end])
+                shown = text[:left] + "…" * (len(text) > left)
+                pieces.append({"text": shown, "supervised": bool(supervised[begin])})
                 begin, left = end, left - len(text)
         return {"line": line, "pieces": pieces}
 
 
-_FATE = {"error": "refused", "drop": "left out", "truncate": "cut at the end"}
-
-
-def _lengths(lengths: Array) -> dict[str, Any]:
+def _length_statistics(lengths: Array) -> dict[str, Any]:
     if not len(lengths):
         return {"min": 0, "median": 0, "p90": 0, "p99": 0, "max": 0, "histogram": []}
     low, high = int(lengths.min()), int(lengths.max())
-    width = max(1, -(-(high - low + 1) // _BARS))
+    width = max(1, -(-(high - low + 1) // HISTOGRAM_BARS))
     counts = np.bincount((lengths - low) // width)
     bars = [{"from": low + i * width, "to": low + (i + 1) * width - 1, "rows": int(n)} for i, n in enumerate(counts)]
     median, p90, p99 = (int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 99))

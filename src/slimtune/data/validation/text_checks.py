@@ -1,7 +1,7 @@
-"""What is wrong with the text of a row, whatever the model: how it was decoded, rendered, answered.
+"""Issues in the text of a row that do not depend on the model: wrong decoding, markup, placeholders.
 
-A row that speaks of encodings may hold “Ã©”, one that speaks of markup `&amp;`, one that explains a chat format its
-marks: those are looked for where they can only be accidents, and code is left out.
+A row about encodings may contain “Ã©”, one about markup `&amp;`, one about a chat format its marks. They count only
+where they can be nothing but accidents, and not in code.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from collections.abc import Iterator
 
 import ftfy
 from ftfy.badness import is_bad
-
-Mark = tuple[str, str]
-"""A code of `KINDS` and an example."""
 
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 _ON_ENCODINGS = re.compile(
@@ -28,12 +25,12 @@ _ENTITY = re.compile(
     r"\w&(?:#0?39|#x27|apos|[lr]squo);\w|&(?:quot|[lr]dquo|#34|nbsp|#160|hellip|[mn]dash);|\s&amp;\s"
     r"|(?<!['\"`(])&(?:lt|gt);"
 )
-# A letter that looks like one of the other script, between two letters of it: a Cyrillic ending of a name is none.
+# A letter that looks like one of the other script, between two letters of that script: not a Cyrillic ending of a name.
 _LOOKALIKE = re.compile("[A-Za-z][асеорхуіѕјАВЕКМНОРСТХ]+[A-Za-z]|[а-яёА-ЯЁ][aceopxyABEKMHOPCTX]+[а-яёА-ЯЁ]")
 # The first byte of a UTF-8 sequence and its second, as Latin-1, Windows-1252 and Windows-1251 show them.
 _MAYBE_MOJIBAKE = re.compile("[Â-ôРСГ][\x80-¿€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸЂЃѓЉЊЌЋЏђљњќћџЎўЈҐЁЄЇІіґёєјЅѕї]")
 
-RENDERED = {
+RENDERED_FORMATS = {
     "ChatML": re.compile(r"<\|im_start\|>(?:system|user|assistant|tool)\b"),
     "Llama 2": re.compile(r"(?:<s>\s*)?\[INST\].*\[/INST\]", re.DOTALL),
     "Llama 3": re.compile(r"(?:<\|begin_of_text\|>)?\s*<\|start_header_id\|>\w+<\|end_header_id\|>"),
@@ -45,12 +42,12 @@ RENDERED = {
     ),
     "Vicuna": re.compile(r"(?:Human|USER): [^\n].*?(?:^|\s)(?:Assistant|ASSISTANT):", re.DOTALL),
 }
-"""What a message begins with that has been rendered already; who explains a format does not begin with it so."""
-PLAIN = ("Alpaca", "Vicuna")
-"""Formats without control tokens: of a row of raw text, its own."""
+"""What a rendered message begins with; a text that explains a format does not begin like this."""
+PLAIN_FORMATS = ("Alpaca", "Vicuna")
+"""Formats without control tokens; a row of raw text may be written in them."""
 
-# One mark, once or repeated: several are Morse code, an emoticon, or another answer that means something.
-_WORDLESS = re.compile(r"([.…\-_–—―*?¿!¡,;:\"'“”‘’`~#|/\\])\1*")
+# One punctuation mark, once or repeated; several different ones can be Morse code or an emoticon.
+_PUNCTUATION = re.compile(r"([.…\-_–—―*?¿!¡,;:\"'“”‘’`~#|/\\])\1*")
 _PLACEHOLDER = re.compile(
     r"\[?(?:deleted|removed|empty|no answer|answer|insert answer here|placeholder)\]|#(?:N/A|REF!|VALUE!|NAME\?)|<NA>"
     r"|nan|TODO|TBD|FIXME|lorem ipsum.*",
@@ -58,52 +55,52 @@ _PLACEHOLDER = re.compile(
 )
 
 
-def text_marks(texts: list[str]) -> Iterator[Mark]:
-    """Yield what is wrong with how a row's texts were decoded or escaped."""
+def find_text_issues(texts: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield a code of `ISSUE_TYPES` and an example for each way in which texts are decoded or escaped wrongly."""
     whole = "\n".join(texts)
     if found := _CONTROL.search(whole):
         yield "control-character", f"U+{ord(found[0]):04X}"
     if "\0" in whole:
-        yield "null-byte", _around(whole, whole.index("\0"))
+        yield "null-byte", _excerpt(whole, whole.index("\0"))
     if "&" in whole and (found := _ENTITY.search(_CODE.sub(" ", whole))) and not _ON_MARKUP.search(whole):
         yield "html-entity", repr(found[0].strip())
     if whole.isascii():
         return
     if "\ufeff" in whole:
-        yield "byte-order-mark", _around(whole, whole.index("\ufeff"))
+        yield "byte-order-mark", _excerpt(whole, whole.index("\ufeff"))
     if found := _LOOKALIKE.search(whole):
-        yield "mixed-script", _around(whole, found.start())
-    lost, broken = "\ufffd" in whole, _MAYBE_MOJIBAKE.search(whole)
-    if (not lost and not broken) or _ON_ENCODINGS.search(whole):
+        yield "mixed-script", _excerpt(whole, found.start())
+    replaced, suspect = "\ufffd" in whole, _MAYBE_MOJIBAKE.search(whole)
+    if (not replaced and not suspect) or _ON_ENCODINGS.search(whole):
         return
-    if lost:
-        yield "replacement-character", _around(whole, whole.index("\ufffd"))
-    if broken and (line := _mojibake(_CODE.sub(" ", whole))):
+    if replaced:
+        yield "replacement-character", _excerpt(whole, whole.index("\ufffd"))
+    if suspect and (line := _find_mojibake(_CODE.sub(" ", whole))):
         yield "mojibake", line
 
 
-def rendered_as(text: str) -> str | None:
-    """Return the name of the format that a text was rendered in already."""
+def find_rendered_format(text: str) -> str | None:
+    """Return the name of the chat format in which a text is already rendered; None: it is not."""
     text = text.lstrip()
     if not text.startswith(("<", "[INST]", "### ", "Below is", "Human:", "USER:")):
         return None
-    return next((name for name, pattern in RENDERED.items() if pattern.match(text)), None)
+    return next((name for name, pattern in RENDERED_FORMATS.items() if pattern.match(text)), None)
 
 
 def is_placeholder(answer: str) -> bool:
-    """Return whether an answer is nothing but a mark of punctuation, or stands in for one that is missing."""
+    """Return whether an answer is only a punctuation mark, or a placeholder for a missing one."""
     answer = answer.strip()
-    return bool(_WORDLESS.fullmatch(answer) or _PLACEHOLDER.fullmatch(answer))
+    return bool(_PUNCTUATION.fullmatch(answer) or _PLACEHOLDER.fullmatch(answer))
 
 
-def _mojibake(text: str) -> str:
-    """Return an example: a line that looks wrong, and that decoding again makes look right."""
+def _find_mojibake(text: str) -> str:
+    """Return an example from a line that looks wrong and that looks right when it is decoded again; else empty."""
     for line in text.split("\n"):
-        if not line.isascii() and is_bad(line) and not is_bad(mended := ftfy.fix_encoding(line)) and mended != line:
-            at = next(i for i, (a, b) in enumerate(zip(line, mended + " ", strict=False)) if a != b)
-            return _around(line, at)
+        if not line.isascii() and is_bad(line) and not is_bad(repaired := ftfy.fix_encoding(line)) and repaired != line:
+            at = next(i for i, (a, b) in enumerate(zip(line, repaired + " ", strict=False)) if a != b)
+            return _excerpt(line, at)
     return ""
 
 
-def _around(text: str, at: int, width: int = 12) -> str:
+def _excerpt(text: str, at: int, width: int = 12) -> str:
     return repr(text[max(0, at - width) : at + width])

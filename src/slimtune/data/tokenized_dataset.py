@@ -1,0 +1,111 @@
+"""Tokenized rows in an Arrow file outside memory, which the operating system pages in and out."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import compute, ipc
+
+from ..utils.files import translate_disk_full
+
+Example = dict[str, Any]
+"""`{"input_ids": [L], "labels": [L], "line": int}`; a label is its token, or `IGNORE_INDEX` if it is not learned."""
+IGNORE_INDEX = -100
+SCHEMA = pa.schema(
+    {"input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()), "line": pa.int64()}
+)  # fmt: skip
+"""Columns of a tokenized row. An objective that needs more (a class, the group of a pair) adds its column here."""
+
+
+class TokenizedDataset(Sequence[Example]):
+    """Tokenized rows, read from the Arrow table as they are asked for.
+
+    Args:
+        table: the columns of `SCHEMA`.
+        indices: the rows of the table that are part of the dataset, int64 [N]; None: all.
+    """
+
+    def __init__(self, table: pa.Table, indices: np.ndarray | None = None) -> None:
+        self._table = table
+        self._indices = np.arange(table.num_rows) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Return one example, or a list of them."""
+        if isinstance(index, slice):
+            return [self._read(i) for i in self._indices[index]]
+        return self._read(self._indices[index])
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self._read, self._indices)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each row, int64 [N]."""
+        return compute.list_value_length(self._table["input_ids"]).to_numpy().astype(np.int64)[self._indices]
+
+    def select(self, indices: np.ndarray) -> TokenizedDataset:
+        """Return the dataset of these rows, in this order; nothing is copied."""
+        return TokenizedDataset(self._table, self._indices[indices])
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the tokens, of which of them are learned, and of their order."""
+        digest = hashlib.sha256(self.lengths.tobytes())
+        for i in self._indices:
+            ids, supervised = self._read_arrays(i)
+            digest.update(np.where(supervised, ~ids, ids).tobytes())
+        return digest.hexdigest()
+
+    def _read(self, index: int) -> Example:
+        ids, supervised = self._read_arrays(index)
+        labels = np.where(supervised, ids, IGNORE_INDEX)
+        return {"input_ids": ids.tolist(), "labels": labels.tolist(), "line": self._table["line"][index].as_py()}
+
+    def _read_arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, supervised = (self._table[name][index].values for name in ("input_ids", "supervised"))
+        return ids.to_numpy(), supervised.to_numpy(zero_copy_only=False)
+
+
+class DatasetWriter:
+    """Writes record batches of `SCHEMA` into a temporary file without a name: nothing of it is left after a crash."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="slimtune-rows-")  # noqa: SIM115 closed by __exit__
+        self._stream = ipc.new_stream(pa.PythonFile(self._file, "w"), SCHEMA)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()  # the memory map of it stays valid
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Write tokenized rows.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        path = Path(tempfile.gettempdir()) / "slimtune-rows"
+        with translate_disk_full(path, batch.nbytes, "let TMPDIR name a folder on another disk"):
+            self._stream.write_batch(batch)
+            self._file.flush()
+
+    def finish(self) -> TokenizedDataset:
+        """Return all written rows as a dataset."""
+        self._stream.close()
+        self._file.flush()
+        mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        return TokenizedDataset(ipc.open_stream(pa.py_buffer(mapped)).read_all())

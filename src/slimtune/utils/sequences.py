@@ -1,0 +1,20 @@
+"""Common beginnings of token sequences and of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def common_prefix_length(a: Sequence[Any], b: Sequence[Any], start: int = 0) -> int:
+    """Return how many first items two sequences share; the first `start` are known to be equal."""
+    low, high = start, min(len(a), len(b))
+    if a[low:high] == b[low:high]:
+        return high
+    while low < high:  # a binary search, because Python compares slices much faster than single items
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
