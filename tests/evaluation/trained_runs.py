@@ -12,8 +12,8 @@ from hand_run import make_run, write_rows
 from transformers import AutoTokenizer
 
 from slimtune.attention.register import packed_attention
-from slimtune.data.tokenize import tokenize_dataset
 from slimtune.data.dataset import read_rows
+from slimtune.data.tokenize import tokenize_dataset
 from slimtune.train_step.loss import make_collator, step_loss
 
 WORDS = {

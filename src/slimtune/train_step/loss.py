@@ -32,7 +32,9 @@ EVAL_ROWS = 4096
 """Rows that are divided into micro-batches together in evaluation."""
 
 
-def make_collator(model: Any, pad_token_id: int, *, packing: bool = True, share_prefix: bool = True, **sizes: Any) -> Collator:
+def make_collator(
+    model: Any, pad_token_id: int, *, packing: bool = True, share_prefix: bool = True, **sizes: Any
+) -> Collator:
     """Return the collator that packs rows as well as this model supports.
 
     Args:
