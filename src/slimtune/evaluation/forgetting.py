@@ -65,7 +65,7 @@ def read_general_text(file: Path) -> list[TextPiece]:
                         errors.add(number, str(e))
     except UnicodeDecodeError as e:
         errors.add(1, f"is not UTF-8 at byte {e.start}")
-    if not pieces and not errors.found:
+    if not pieces and not errors.messages:
         errors.add(1, "contains no text")
     errors.check()
     return pieces
@@ -117,7 +117,7 @@ def tokenize_general_text(
             for ids, labels in rows
             if any(label != IGNORE_INDEX for label in labels[1:])
         ]
-    if not examples and not errors.found:
+    if not examples and not errors.messages:
         errors.add(1, "contains nothing to predict: too little text, or no message of an assistant")
     errors.check()
     return examples
