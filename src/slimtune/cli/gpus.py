@@ -56,7 +56,7 @@ def gpus(
             console().print(_table(shown))
         return {"cards": [_told(c) for c in shown]}
 
-    from ..planning.verdict import judge_plan
+    from ..planning.planner import judge_plan
 
     asked = jobs.asked_for(job, given)
     if len(asked.recipes) > 1 or asked.unfit:
@@ -96,7 +96,7 @@ def _sort(card: Gpu, asked: jobs.Asked) -> tuple[str, bool]:
 def _planned(asked: jobs.Asked, shown: Sequence[Gpu]) -> dict[tuple[str, bool], Plan]:
     """Plan the job once for each sort of card, on its largest."""
     largest = {_sort(card, asked): card for card in sorted(shown, key=lambda c: c.memory)}
-    return {sort: jobs.plans_of(asked, card, quick=True)[0][0] for sort, card in largest.items()}
+    return {sort: jobs.plans_of(asked, card)[0][0] for sort, card in largest.items()}
 
 
 def _table(shown: Sequence[Gpu]) -> Any:

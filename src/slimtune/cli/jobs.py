@@ -185,14 +185,13 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
 
 
 def plans_of(
-    asked: Asked, card: Gpu, *, quick: bool = False, processes: int = 1
+    asked: Asked, card: Gpu, *, processes: int = 1
 ) -> tuple[list[Plan], dict[str, SlimtuneError]]:
     """Plan every job that was asked for on a card.
 
     Args:
         asked: the jobs.
         card: where they are to run.
-        quick: leave out what is not needed for a verdict; always so for several jobs.
         processes: that train together; a plan says what one of them takes.
 
     Returns:
@@ -207,11 +206,14 @@ def plans_of(
     found: list[Plan] = []
     unfit = dict(asked.unfit)
     for name, recipe in asked.recipes.items():
-        beyond: dict[str, Any] = {"methods": (name,), **asked.beyond}
-        request = dataclasses.replace(build_request(recipe, card, asked.lengths, processes), **beyond)
+        request = build_request(recipe, card, asked.lengths, processes)
+        if name == FULL:
+            request = dataclasses.replace(request, method=None)
+        if asked.beyond:
+            request = dataclasses.replace(request, **asked.beyond)  # type: ignore[arg-type]
         error_console().print(f"planning {asked.outline.name}, {name}, on {card.name}", markup=False, style="dim")
         try:
-            found.append(make_plan(request, name, quick=quick or len(asked.recipes) > 1))
+            found.append(make_plan(request, advise=len(asked.recipes) == 1))
         except SlimtuneError as e:
             unfit[name] = e
     if not found:

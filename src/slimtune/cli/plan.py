@@ -92,7 +92,7 @@ def plan(
     asked = jobs.asked_for(job, given)
     if write is not None:
         _require_recipe(write, asked)
-    served = serving_of(asked.outline.config, card=card, **serving) if serve else None
+    served = serving_of(asked.outline.config, gpu=card, **serving) if serve else None
 
     found, unfit = jobs.plans_of(asked, card, processes=processes or 1)
     if write is not None:
@@ -249,7 +249,7 @@ def _figures(plan: Plan, cost: tuple[int, Cost] | None) -> Table:
     for name, text, field in (
         ("in a pass", f"{_some(plan.batch, 'rows')}, {plan.max_tokens_per_micro_batch} tokens", "batch"),
         ("longest of them", f"{plan.seq_len} tokens", "seq_len"),
-        ("passes in a step", str(plan.passes), "passes"),
+        ("micro-batches in a step", str(plan.micro_batches), "micro_batches"),
         ("weights held in", plan.dtype, "dtype"),
         ("trained parameters", f"{format_count(plan.trainable_params)} ({share})", "trainable_params"),
         ("adapter's file", at_most + format_bytes(plan.adapter_bytes), "adapter_bytes"),

@@ -152,7 +152,7 @@ def _planner(force: bool) -> Callable[[Recipe, Sequence[int]], dict[str, Any] | 
         screen = error_console()
         try:
             request = build_request(recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size())
-            plan = make_plan(request, recipe.method.name, quick=True, advise=not force)
+            plan = make_plan(request, advise=not force)
         except ModelError as e:
             screen.print(f"not planned: {e.message}", markup=False)
             return None

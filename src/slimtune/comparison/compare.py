@@ -19,7 +19,7 @@ from ..errors import RunError, SlimtuneError, UsageError
 from ..planning.gpus import detect_gpu
 from ..planning.planner import make_plan
 from ..planning.request import build_request
-from ..planning.verdict import Verdict
+from ..planning.result import Verdict
 from ..run_dir import RunDir, to_json, write_atomic
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
@@ -102,9 +102,9 @@ def _planned(grid: Grid, entry: Candidate) -> tuple[Verdict | None, str]:
         # Weights and gradients in 16 bits, masters and moments in 32: as many bytes a value as all of them in fp32.
         if request.quantization:
             return "does not fit", f"full fine-tuning cannot train weights that are kept in {request.quantization}"
-        request = dataclasses.replace(request, dtype="float32")
+        request = dataclasses.replace(request, method=None, dtype="float32")
     try:
-        plan = make_plan(dataclasses.replace(request, methods=(entry.method,)), entry.method, quick=True, advise=False)
+        plan = make_plan(request, advise=False)
     except UsageError:
         raise
     except SlimtuneError as e:

@@ -1,12 +1,13 @@
-"""Which number format the frozen base is held in, and on which device.
+"""Which device a model runs on and which dtype its frozen weights have; training and planning both ask here.
 
-"auto" takes bfloat16 where the machine multiplies it in hardware (AVX-512 BF16 or AMX, a GPU with bf16): there it is
-faster and half as large. Elsewhere bfloat16 is emulated and slower than float32, so "auto" takes float32.
+"auto" is bfloat16 where the hardware multiplies it (AVX-512 BF16 or AMX, a GPU with bf16): there it is faster and half
+as large. Elsewhere bfloat16 is emulated and slower than float32, so "auto" is float32.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -22,6 +23,9 @@ DTYPES = {
     "float64": torch.float64,
     "fp64": torch.float64,
 }
+DEVICES = ("auto", "cpu", "cuda", "mps")
+VENDOR_DEVICES: dict[str, Literal["cuda", "mps"]] = {"nvidia": "cuda", "amd": "cuda", "intel": "cuda", "apple": "mps"}
+"""Kind of device that torch has for a vendor's GPUs. Intel's are called xpu, and their memory is planned as CUDA's."""
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -37,23 +41,29 @@ def pick_device(requested: str | torch.device = "auto") -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    known = ("auto", "cpu", "cuda", "mps")
-    if kind not in known[1:] or (index and not index.isdigit()):
-        raise UsageError(f"unknown device {requested!r}{nearest(kind, known)}", format_names(known))
+    if kind not in DEVICES[1:] or (index and not index.isdigit()):
+        raise UsageError(f"unknown device {requested!r}{nearest(kind, DEVICES)}", format_names(DEVICES))
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("the device 'mps' was asked for, but torch finds no Apple GPU", hint="use --device auto")
+        raise UsageError("the device is 'mps', and torch finds no Apple GPU", hint="use --device auto")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
             raise UsageError(
-                f"the device {name!r} was asked for, but torch {torch.__version__} finds {count} CUDA devices",
+                f"the device is {name!r}, and torch {torch.__version__} finds {count} CUDA devices",
                 hint="use --device auto, or install a torch build for this GPU (`slimtune doctor` shows what is there)",
             )
     return torch.device(name)
 
 
-def pick_dtype(requested: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> torch.dtype:
-    """Return the dtype for `requested` on `device`; "auto" is bfloat16 where the hardware has it, else float32.
+def pick_dtype(
+    requested: str | torch.dtype = "auto", device: str | torch.device = "cpu", *, has_bf16: bool | None = None
+) -> torch.dtype:
+    """Return the dtype for `requested`; "auto" is bfloat16 if the hardware multiplies it, else float32.
+
+    Args:
+        requested: a dtype, its name, or "auto".
+        device: the device of this machine that "auto" asks about.
+        has_bf16: the answer for a device of another machine; None: ask `device`.
 
     Raises:
         UsageError: the name is unknown.
@@ -64,26 +74,29 @@ def pick_dtype(requested: str | torch.dtype = "auto", device: str | torch.device
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
-        raise UsageError(
-            f"unknown dtype {requested!r}{nearest(name, ['auto', *DTYPES])}", format_names(["auto", *DTYPES])
-        )
-    return torch.bfloat16 if _has_bf16(torch.device(device)) else torch.float32
+        names = ["auto", *DTYPES]
+        raise UsageError(f"unknown dtype {requested!r}{nearest(name, names)}", format_names(names))
+    if has_bf16 is None:
+        has_bf16 = multiplies_bf16(torch.device(device))
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def _has_bf16(device: torch.device) -> bool:
+def multiplies_bf16(device: torch.device) -> bool:
+    """Return whether a device of this machine multiplies bfloat16 in hardware."""
     if device.type == "cuda":
-        # Without the second word torch also says yes to GPUs that only emulate it.
+        # By default torch also says yes for GPUs that emulate it.
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
-    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
+    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """Return the names of the CPU's instruction sets."""
     try:
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        # Not Linux. torch >= 2.10 can say; an older one leaves float32, which is right everywhere.
+        # Not Linux. torch knows from 2.10 on; before, the empty set leaves float32, which is right everywhere.
         ask = getattr(torch.cpu, "get_capabilities", None)
-        return {name for name, there in (ask() if ask else {}).items() if there is True}
+        return {name for name, value in (ask() if ask else {}).items() if value is True}
     return set(next((line.split() for line in lines if line.startswith("flags")), []))

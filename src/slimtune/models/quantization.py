@@ -53,7 +53,7 @@ def stored_quantization(config: PreTrainedConfig) -> str | None:
     return "int8" if facts.get("load_in_8bit") else str(getattr(method, "value", method))
 
 
-def stored_twice(config: PreTrainedConfig) -> bool:
+def has_double_quantization(config: PreTrainedConfig) -> bool:
     """Return whether the scales of a checkpoint in 4 bits are quantized, too."""
     return bool(_facts(config).get("bnb_4bit_use_double_quant"))
 

@@ -1,176 +1,144 @@
-"""A step's memory as a formula, found by tracing a model of two layers and one of three.
+"""Extrapolate from models of two and three layers to all layers, and from a few lengths to any length.
 
-Layers are alike, and so are tokens, so what a phase takes beside the state is
+Layers are alike, and so are tokens, so what a phase of the step takes beside the state is
 
     bytes = (a + a' d) + (b + b' d) T + (c + c' d) F + (e + e' d) S      d layers, T tokens, S = Σ (tokens of a row)²
 
-    F: T filled up to a power of two, which counts where flex attention runs (not for one very long row); S counts where
-    attention keeps its scores
-
-The numbers are solved for, not chosen. The formula is exact but for the rounding of blocks, and bounds from above what
-is shorter than a tile; where a whole trace of the job is at hand, `corrected` moves it onto that.
+F is T padded to a power of two, which matters where flex attention runs (not for one very long row). S matters where
+attention keeps its scores. The coefficients follow from traces at as many lengths as there are features. The formula is
+exact up to the rounding of allocations; below the size of an MLP tile it is an upper bound.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..attention.packed_attention import MAX_SEGMENT_TOKENS, padded_length
 from ..attention.register import original_attention, packing_unsupported_reason
 from ..errors import UsageError
-from .fake_tensors import all_tensors, restore_module
-from .memory_trace import BACKWARD, BLOCK, Trace, trace_memory
-from .training_job import TrainingJob
+from .fake_tensors import all_tensors
+from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, Trace, trace_memory, trace_merge
+from .request import TrainingJob
 
 DEPTHS = (2, 3)
 TOKENS = 1024
-PHASES = ("forward", "loss", BACKWARD[0], BACKWARD[2], "optimizer", "evaluation")
+"""Shortest pack that the formula is fitted to."""
+
+
+def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> Trace:
+    """Return the trace of a job, computed from traces of its first two and three layers.
+
+    A model of up to three layers is traced whole. So is one whose targets are not in those layers, and one whose
+    weights do not grow evenly with the layers.
+
+    Args:
+        job: what to train.
+        model: the job's model on meta. If given, the extrapolated weights are checked against it; it may be used up.
+        backward_only: as in `trace_memory`.
+
+    Raises:
+        UsageError: the targets match nothing.
+    """
+    if job.num_layers <= max(DEPTHS):
+        return trace_memory(job, model, backward_only=backward_only)
+    try:
+        two, three = (trace_memory(job.with_num_layers(d), backward_only=backward_only) for d in DEPTHS)
+    except UsageError:
+        return trace_memory(job, model, backward_only=backward_only)
+
+    def extrapolate(a: Mapping[Any, int], b: Mapping[Any, int]) -> dict[Any, int]:
+        return {key: _at_depth(job, a.get(key, 0), b.get(key, 0)) for key in {**a, **b}}
+
+    state = extrapolate(two.state, three.state)
+    if model is not None:
+        block = ALLOCATION_BLOCK.get(job.device, 1)
+        sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in all_tensors(model)}
+        expected = sum(-(-size // block) * block for size in sizes.values())
+        if state["weights"] + state.get("adapters", 0) != expected:
+            return trace_memory(job, model, backward_only=backward_only)
+    phases = {phase: extrapolate(two.phases[phase], three.phases[phase]) for phase in two.phases}
+    return Trace(state, phases, Counter(extrapolate(two.work, three.work)), _at_depth(job, two.host, three.host))
+
+
+def extrapolate_merge(job: TrainingJob, num_params: int) -> int | None:
+    """Return the peak bytes of CPU memory while the adapter is merged into a base; None if it cannot be merged."""
+    dtype = torch.float32 if num_params < FLOAT32_MERGE_PARAMS else job.dtype
+    try:
+        merges = [trace_merge(job.with_num_layers(min(d, job.num_layers)), dtype) for d in DEPTHS]
+    except UsageError:
+        merges = [trace_merge(job, dtype)] * 2
+    (two, three) = merges
+    if two is None or three is None:
+        return None
+    return _at_depth(job, two[0], three[0]) + max(peak - state for state, peak in (two, three))
+
+
+def _at_depth(job: TrainingJob, two: int, three: int) -> int:
+    return two + (job.num_layers - DEPTHS[0]) * (three - two)
 
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Bytes beside the state in each phase, by tokens.
+    """A formula for the memory of a job at any lengths.
 
     Args:
-        rows: for each phase the numbers that `[1, T, F, S]` are multiplied by.
-        off: for each phase what a whole trace took more than the formula.
+        state: bytes that are always allocated.
+        coefficients: for each phase the factors of the features `[1, T, F, S]`.
+        corrections: for each phase the bytes that a trace took more than the formula gives.
     """
 
-    rows: dict[str, tuple[float, ...]]
-    off: dict[str, float]
+    state: int
+    coefficients: dict[str, np.ndarray]
+    corrections: dict[str, float] = field(default_factory=dict)
 
-    def over_state(self, lengths: Sequence[int]) -> int:
-        """Return the most bytes beside the state, over all phases, in a pass of rows of these lengths."""
-        return int(max(0.0, *(self.at(phase, lengths) for phase in self.rows)))
+    def peak(self, lengths: Sequence[int]) -> int:
+        """Return the highest number of bytes in a micro-batch of rows of these lengths."""
+        return self.state + int(max(0.0, *(self._above_state(phase, lengths) for phase in self.coefficients)))
 
-    def at(self, phase: str, lengths: Sequence[int]) -> float:
-        """Return the bytes beside the state in one phase."""
-        found = sum(r * f for r, f in zip(self.rows[phase], _features(lengths), strict=True))
-        return found + self.off.get(phase, 0.0)
+    def correct(self, lengths: Sequence[int], trace: Trace) -> MemoryModel:
+        """Return the formula shifted so that it gives what was traced at these lengths."""
+        plain = replace(self, corrections={})
+        shifts = {p: trace.peaks[p] - trace.state_bytes - plain._above_state(p, lengths) for p in self.coefficients}
+        return replace(self, state=trace.state_bytes, corrections=shifts)
 
-    def corrected(self, lengths: Sequence[int], traced: Trace) -> MemoryModel:
-        """Return the formula moved so that it gives what was traced at these lengths."""
-        state = sum(traced.state.values())
-        off = {p: traced.peaks[p] - state - replace(self, off={}).at(p, lengths) for p in self.rows}
-        return replace(self, off=off)
+    def _above_state(self, phase: str, lengths: Sequence[int]) -> float:
+        return float(self.coefficients[phase] @ _features(lengths)) + self.corrections.get(phase, 0.0)
 
 
-def fit_memory_model(job: TrainingJob) -> MemoryModel:
-    """Find a job's formula.
+def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
+    """Fit the formula of a job.
 
     Args:
-        job: its `lengths` are not looked at.
-
-    Raises:
-        UsageError: as `Job.outline`.
+        job: what to train; its `lengths` are ignored.
+        model: the job's model on meta; it is only read.
     """
-    try:
-        return _solved(job, DEPTHS)
-    except UsageError:
-        # The method names layers that a model of two or three does not have.
-        return _solved(job, (job.depth,))
-
-
-def _solved(job: TrainingJob, depths: Sequence[int]) -> MemoryModel:
-    first, *rest = depths
-    models = {depth: replace(job, base=with_num_layers(job.base, depth)).outline() for depth in depths}
-    columns, shapes = _asked(job, models[first])
-    features = np.array([_features(lengths) for lengths in shapes], dtype=float)[:, columns]
-    found = [_over(job, models[first], lengths) for lengths in shapes]
-    # What hangs on tokens in evaluation, and nothing does in the optimizer's step, is asked of the first depth alone.
-    more = [_over(job, models[depth], lengths, whole=i == 0) for depth in rest for i, lengths in enumerate(shapes)]
-    rows: dict[str, tuple[float, ...]] = {}
-    for phase in [p for p in PHASES if p in found[0]]:  # where no gradient comes, there is no way back
-        y = np.array([over[phase] for over in found], dtype=float)
-        beyond = [over[phase] - a for over, a in zip(more, y, strict=False) if phase in over]
-        y[: len(beyond)] += [(job.depth - first) * each for each in beyond]
-        if len(beyond) == 1:
-            y[1:] += (job.depth - first) * beyond[0]
-        solved = np.zeros(4)
-        solved[columns] = np.linalg.solve(features, y)
-        rows[phase] = tuple(map(float, solved))
-    return MemoryModel(rows, {})
-
-
-def extrapolate_layers(job: TrainingJob, model: Any = None) -> Trace:
-    """Return what `trace` returns, from traces of the first layers; without events.
-
-    Args:
-        job: what is to run.
-        model: the job's model on meta, where it was built already.
-
-    Raises:
-        UsageError: as `Job.outline`.
-    """
-    model = job.outline() if model is None else model
-    block = BLOCK.get(job.device, 1)
-    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in all_tensors(model)}
-    state = sum(-(-size // block) * block for size in sizes.values())
-    if job.depth <= max(DEPTHS):
-        return trace_memory(job, model)
-    try:
-        few, more = (trace_memory(replace(job, base=with_num_layers(job.base, d))) for d in DEPTHS)
-    except UsageError:
-        return trace_memory(job, model)
-
-    def on(a: float, b: float) -> int:
-        return round(a + (job.depth - DEPTHS[0]) * (b - a) / (DEPTHS[1] - DEPTHS[0]))
-
-    def table(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[Any, int]:
-        return {key: on(a.get(key, 0), b.get(key, 0)) for key in {**a, **b}}
-
-    held = table(few.state, more.state)
-    if held["weights"] + held.get("adapters", 0) != state:  # layers differ
-        return trace_memory(job, model)
-    phases = {phase: table(few.phases[phase], more.phases[phase]) for phase in few.phases}
-    return Trace(held, phases, Counter(table(few.work, more.work)), [], on(few.host, more.host))
-
-
-def _asked(job: TrainingJob, model: Any) -> tuple[list[int], list[tuple[int, ...]]]:
-    """Return which features matter to a job, and as many lengths of rows, which tell them apart."""
-    n = max(TOKENS, 2 * min(job.tile or 0, MAX_SEGMENT_TOKENS // 4))  # so many that they lie in tiles
+    tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))  # two MLP tiles at least
     columns: list[int] = [0, 1]
-    shapes: list[tuple[int, ...]] = [(n,), (2 * n,)]
+    shapes: list[tuple[int, ...]] = [(tokens,), (2 * tokens,)]
     if job.device == "cuda" and job.packing:
-        columns, shapes = [*columns, 2], [*shapes, (n + n // 2,)]
-    if (
-        not job.packing
-        or packing_unsupported_reason(model)
-        or original_attention(model.config._attn_implementation) != "sdpa"
-    ):
-        columns, shapes = [*columns, 3], [*shapes, (n, n)]
-    return columns, shapes
+        columns.append(2)
+        shapes.append((tokens + tokens // 2,))
+    attention = original_attention(model.config._attn_implementation)
+    if not job.packing or packing_unsupported_reason(model) or attention != "sdpa":
+        columns.append(3)
+        shapes.append((tokens, tokens))
+    traces = [extrapolate_layers(replace(job, lengths=lengths), backward_only=True) for lengths in shapes]
+    features = np.array([_features(lengths) for lengths in shapes])[:, columns]
+    coefficients = {}
+    for phase in traces[0].phases:
+        solution = np.zeros(4)
+        solution[columns] = np.linalg.solve(features, [t.peaks[phase] - t.state_bytes for t in traces])
+        coefficients[phase] = solution
+    return MemoryModel(traces[0].state_bytes, coefficients)
 
 
-def _features(lengths: Sequence[int]) -> tuple[float, ...]:
+def _features(lengths: Sequence[int]) -> np.ndarray:
     tokens = sum(lengths)
-    return (
-        1.0,
-        tokens,
-        tokens if len(lengths) == 1 and tokens > MAX_SEGMENT_TOKENS else padded_length(tokens),
-        sum(n * n for n in lengths),
-    )
-
-
-def _over(job: TrainingJob, model: Any, lengths: tuple[int, ...], *, whole: bool = True) -> dict[str, int]:
-    """Return the bytes beside the state in each phase, and the model as it was."""
-    with restore_module(model):
-        traced = trace_memory(replace(job, lengths=lengths), model, whole=whole, counted=False)
-    state = sum(traced.state.values())
-    return {phase: peak - state for phase, peak in traced.peaks.items()}
-
-
-def with_num_layers(config: Any, depth: int) -> Any:
-    """Return a config with only so many layers."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = depth
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:depth]
-    return config
+    one_long_row = len(lengths) == 1 and tokens > MAX_SEGMENT_TOKENS
+    return np.array([1, tokens, tokens if one_long_row else padded_length(tokens), sum(n * n for n in lengths)], float)

@@ -1,9 +1,9 @@
-"""A base divided over N processes (`train.fsdp`): what of its weights one process holds.
+"""Memory of one process when the base is sharded over N processes (`train.fsdp`).
 
     W / N  always  +  R  while a step runs  +  k · L      W weights, R those outside layers, L of the largest layer
 
-k: a layer is gathered while it runs (1); its neighbour and the buffer that both are gathered into may lie beside (3).
-On a CPU each process reads the whole base before it is divided, so that dividing saves nothing at that moment.
+k: a layer is gathered while it runs (1); its neighbour and the buffer that both are gathered into may exist too (3).
+On a CPU each process reads the whole base before it is sharded, so sharding saves nothing at that moment.
 """
 
 from __future__ import annotations
@@ -17,51 +17,50 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .memory_trace import Trace
 from .result import Range
 
-_GATHERED = (1, 3)
+GATHERED_LAYERS = (1, 3)
 
 
 @dataclass(frozen=True)
-class Weights:
+class BaseWeights:
     """Bytes of a base's frozen weights.
 
     Args:
-        every: all.
+        total: all.
         layer: of the largest layer.
         rest: outside layers.
     """
 
-    every: int
+    total: int
     layer: int
     rest: int
 
-    def held(self, processes: int) -> Range:
-        """Return what one of the processes holds at the highest point of a step."""
-        low, high = (self.every / processes + self.rest + k * self.layer for k in _GATHERED)
-        return Range(min(low, self.every), min(high, self.every + 2 * self.layer))
+    def per_process(self, processes: int) -> Range:
+        """Return what one process holds at the highest point of a step."""
+        low, high = (self.total / processes + self.rest + k * self.layer for k in GATHERED_LAYERS)
+        return Range(min(low, self.total), min(high, self.total + 2 * self.layer))
 
 
-def weight_bytes(model: Any) -> Weights:
-    """Return the frozen weights of an adapted model on meta, each once; the adapter's own are not among them."""
-    parts = [_bytes(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    every = _bytes(model)
-    return Weights(every, max(parts, default=every), every - sum(parts))
+def weight_bytes(model: Any) -> BaseWeights:
+    """Return the bytes of the frozen weights of a model on meta, without those of adapters."""
+    layers = [_frozen_bytes(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    total = _frozen_bytes(model)
+    return BaseWeights(total, max(layers, default=total), total - sum(layers))
 
 
-def shard_trace(traced: Trace, weights: Weights, processes: int, device: str) -> Trace:
-    """Return what a traced step takes in one of the processes, at least; without events, those of the whole base."""
-    saved = int(weights.every - weights.held(processes).low)
+def shard_trace(trace: Trace, weights: BaseWeights, processes: int, device: str) -> Trace:
+    """Return what a traced step takes in one of the processes, the lower end."""
+    saved = int(weights.total - weights.per_process(processes).low)
 
-    def less(parts: dict[str, int]) -> dict[str, int]:
+    def shard(parts: dict[str, int]) -> dict[str, int]:
         return {**parts, "weights": parts["weights"] - saved}
 
-    phases = {name: less(parts) for name, parts in traced.phases.items()}
+    phases = {name: shard(parts) for name, parts in trace.phases.items()}
     if device == "cpu":
-        empty = dict.fromkeys(next(iter(phases.values())), 0)
-        phases["loading"] = {**empty, "weights": traced.state["weights"]}
-    return dataclasses.replace(traced, state=less(traced.state), phases=phases, events=[])
+        phases["loading"] = {**dict.fromkeys(phases["forward"], 0), "weights": trace.state["weights"]}
+    return dataclasses.replace(trace, state=shard(trace.state), phases=phases)
 
 
-def _bytes(module: Any) -> int:
-    # Adapters are kept whole: only what the base itself has is divided.
+def _frozen_bytes(module: Any) -> int:
+    # Adapters are not sharded: only what the base itself has.
     own = {n: p for n, p in module.named_parameters() if ".adapters." not in n and ".trained_copies." not in n}
     return sum(p.numel() * p.element_size() for p in own.values() if not p.requires_grad)

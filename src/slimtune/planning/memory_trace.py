@@ -1,8 +1,8 @@
-"""The real step on fake tensors: what it takes, by part and by phase, without a weight.
+"""Peak memory of one optimizer step, by part and by phase, from the real training code on fake tensors.
 
-The model is built on `meta` by the code that trains (`build.outline`), its tensors are made fake, and one optimizer
-step runs as training runs it: the rows of each pass forwards and backwards, clipping, AdamW, gradients dropped. The
-optimizer's state is there from the start, as in every step but the first.
+The model is built on `meta` by the code that trains and its tensors are made fake. Then one optimizer step runs as in
+training: forward and backward of the packed rows, gradient clipping, AdamW, zeroing gradients, and one evaluation. The
+optimizer's state exists from the start, as in every step but the first.
 """
 
 from __future__ import annotations
@@ -18,169 +18,167 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.base import MergeUnsupported
-from ..attention.register import packed_attention
+from ..attention.packed_layout import packed_attention
 from ..errors import UsageError
 from ..models.lm_head import get_lm_head
-from ..setup import build_meta_model as build_outline
+from ..setup import build_meta_model, build_optimizer
 from ..train_step.loss import forward_backward, make_collator, token_nll
-from ..train_step.optimizer import build_optimizer
 from ..utils.simulated_device import simulate_device
 from .fake_tensors import all_tensors, fake_mode, make_fake
-from .storage import PARTS, Storages
-from .training_job import TrainingJob
+from .memory_tracker import MemoryTracker
+from .request import TrainingJob
+from .result import PARTS
 
-BLOCK = {"cuda": 512}
-"""What an allocation is rounded up to (PyTorch's CUDA caching allocator)."""
-SMALL = 1_000_000_000
-"""Below so many parameters a merge is done and proven in float32."""
-LONG = 1 << 20
-"""Steps of the run whose first one is traced: a method that changes with time is at its largest."""
-
-
+ALLOCATION_BLOCK = {"cuda": 512}
+"""PyTorch's CUDA allocator rounds each allocation up to this many bytes."""
+FLOAT32_MERGE_PARAMS = 1_000_000_000
+"""Models with fewer parameters are merged in float32."""
+TOTAL_STEPS = 1 << 20
+"""Length of the run whose first step is traced; a method whose rank shrinks during training is at its largest."""
 BACKWARD = ("backward, last layer", "backward, between", "backward, first layer")
-"""Phases of the way back: activations are the most in the first of them, gradients in the last."""
+"""Phases of the backward pass: activations are largest in the first, gradients in the last."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one optimizer step takes.
+    """Memory and work of one optimizer step.
 
     Args:
-        state: bytes that are always there, by part: weights, adapters, optimizer.
+        state: bytes that are always allocated, by part: weights, adapters, optimizer.
         phases: bytes by part at the highest point of each phase: "forward", "loss" (logits and their gradient), those
             of `BACKWARD`, "optimizer", "evaluation".
-        work: how often an operator of (floating point operations, bytes moved, dtype) ran in one pass.
-        events: allocations and releases of the step in order, `(storage, ± bytes)`, the state's first.
-        host: most bytes that lie in the machine's memory instead of the device's at once.
+        work: how often an operator of (floating point operations, bytes moved, dtype) runs in one micro-batch.
+        host: highest number of bytes in CPU memory instead of the device's (offloaded activations).
     """
 
     state: dict[str, int]
     phases: dict[str, dict[str, int]]
     work: Counter[tuple[int, int, torch.dtype]]
-    events: list[tuple[int, int]]
     host: int = 0
 
     @property
     def peaks(self) -> dict[str, int]:
-        """Most bytes live at once in each phase."""
+        """Highest number of bytes in each phase."""
         return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes by part at the highest point of the optimizer step; their sum is `step`."""
-        return max((v for k, v in self.phases.items() if k != "evaluation"), key=lambda held: sum(held.values()))
+        """Bytes by part at the highest point of the optimizer step, without the evaluation."""
+        return max((v for k, v in self.phases.items() if k != "evaluation"), key=lambda parts: sum(parts.values()))
 
     @property
     def step(self) -> int:
-        """Most bytes live at once in an optimizer step."""
+        """Highest number of bytes in the optimizer step."""
         return sum(self.parts.values())
 
     @property
     def peak(self) -> int:
-        """Most bytes live at once in training and evaluating."""
+        """Highest number of bytes in training and evaluation."""
         return max(self.peaks.values())
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that are always allocated."""
+        return sum(self.state.values())
 
-def trace_memory(job: TrainingJob, model: Any = None, *, whole: bool = True, counted: bool = True) -> Trace:
-    """Run a job's step on fake tensors.
+
+def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> Trace:
+    """Run one optimizer step of a job on fake tensors.
 
     Args:
-        job: what is to run.
-        model: the job's model on meta, if it was built already; it is used up.
-        whole: trace the optimizer's part and evaluation, too; without them there is no optimizer's state either.
-        counted: count the work and keep the events.
+        job: what to train.
+        model: the job's model on meta, if it exists already; it is used up.
+        backward_only: stop after the backward pass, and do not count work.
 
     Raises:
-        UsageError: as `build.outline`.
-        ModelError: the step does something that hangs on values, and cannot be traced.
+        UsageError: the targets match nothing.
+        ModelError: the step depends on tensor values.
     """
-    model = job.outline() if model is None else model
-    vocabulary = model.config.get_text_config().vocab_size
-    with fake_mode() as fakes, simulate_device(job.device):
+    model = job.build_model() if model is None else model
+    vocab_size = model.config.get_text_config().vocab_size
+    with fake_mode(), simulate_device(job.device):
         make_fake(model)
         model.train()
-        collator = make_collator(model, 0, packing=job.packing, share_prefix=False)
-        rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in job.lengths]
-        pack = collator(rows)
-        others = [torch.empty(t.shape, dtype=t.dtype) for _ in range(job.passes - 1) for t in _tensors_in(pack)]
+        collator = make_collator(model, 0, packing=job.packing, share=False)
+        pack = collator([{"input_ids": [1] * n, "labels": [1] * n} for n in job.lengths])
+        other_packs = [torch.empty_like(t) for _ in range(job.micro_batches - 1) for t in _nested_tensors(pack)]
         optimizer = build_optimizer(model, job.optimizer)
+        trained = [p for p in model.parameters() if p.requires_grad]
         for config in getattr(model, "peft_config", {}).values():
-            config.on_train_begin(LONG)
-        if whole:
-            _let_states_be(model, optimizer)
-        storages = Storages(
-            BLOCK.get(job.device, 1), vocabulary, counted, counted, fakes.recalled, host_apart=job.device == "cuda"
+            config.on_train_begin(TOTAL_STEPS)
+        _fill_gradients(trained)
+        _optimizer_step(model, optimizer)
+
+        tracker = MemoryTracker(
+            ALLOCATION_BLOCK.get(job.device, 1), vocab_size, not backward_only, separate_host=job.device == "cuda"
         )
-        with storages, packed_attention(model):
-            trained = [p for p in model.parameters() if p.requires_grad]
-            _hold_state(storages, model, optimizer)
-            storages.hold((*_tensors_in(pack), *others), "activations")
+        with tracker, packed_attention(model):
+            _assign_state(tracker, model, optimizer)
+            tracker.assign((*_nested_tensors(pack), *other_packs), "activations")
             for parameter in trained:
-                parameter.register_post_accumulate_grad_hook(lambda p: storages.hold([p.grad], "gradients"))
-            if job.passes > 1:  # beside every pass but the first lie the gradients of those before
+                parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign([p.grad], "gradients"))
+            if job.micro_batches > 1:  # every micro-batch but the first adds to the gradients of those before
                 _fill_gradients(trained)
-                storages.hold((p.grad for p in trained), "gradients")
-            storages.phase("forward")
-            storages.work.clear()
-            with _phases_of(model, storages):
-                forward_backward(model, [pack])
-            work = storages.work.copy()
-            state = _hold_state(storages, model, optimizer)  # with what is found once and kept (DoRA's lengths)
-            if whole:
-                storages.phase("optimizer")
+                tracker.assign((p.grad for p in trained), "gradients")
+            tracker.start_phase("forward")
+            tracker.work.clear()
+            with _mark_phases(model, tracker):
+                forward_backward(model, [pack], lambda loss: loss.backward())
+            work = tracker.work.copy()
+            state = _assign_state(tracker, model, optimizer)  # again: DoRA keeps norms that its first forward computes
+            if not backward_only:
+                tracker.start_phase("optimizer")
                 torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                _stepped(model)
-                optimizer.zero_grad()
-            events = list(storages.events or ())
-            if whole:
-                storages.phase("evaluation")
+                _optimizer_step(model, optimizer)
+                tracker.start_phase("evaluation")
                 model.eval()
                 with torch.no_grad():
                     token_nll(model, pack)
-    parts = {phase: {p: held.get(p, 0) for p in PARTS} for phase, held in storages.at_peaks.items() if phase != "start"}
-    return Trace(state, parts, work, events, storages.host_peak)
+    parts = PARTS[:-1]  # the runtime is no tensor
+    phases = {p: {k: live.get(k, 0) for k in parts} for p, live in tracker.phases.items() if p != "start"}
+    return Trace(state, phases, work, tracker.host_peak)
 
 
-def trace_merge(job: TrainingJob) -> int | None:
-    """Return the most bytes of tensors while an adapter is merged into its base, None where it cannot be.
+def trace_merge(job: TrainingJob, dtype: torch.dtype) -> tuple[int, int] | None:
+    """Return the bytes of a job's model, and the peak while its adapter is merged; None if it cannot be merged.
 
-    It is done on the machine's own memory, in float32 where the model is small (`export.merge`).
+    Args:
+        job: what was trained.
+        dtype: of the merged weights.
     """
     if job.method is None:
         return None
-    size = sum(p.numel() for p in build_outline(job.base, None, job.dtype).parameters())
-    dtype = torch.float32 if size < SMALL else job.dtype
-    model = build_outline(job.base, job.method, dtype)
-    storages = Storages()
+    model = build_meta_model(job.base_config, job.method, dtype)
+    tracker = MemoryTracker()
     with fake_mode(), simulate_device("cpu"):
         make_fake(model)
-        with storages, torch.no_grad():
-            storages.hold(all_tensors(model), "weights")
+        with tracker, torch.no_grad():
+            tracker.assign(all_tensors(model), "weights")
+            state = tracker.peak
             try:
                 model.merge_adapter()
             except (MergeUnsupported, UsageError):
                 return None
-            return max(storages.peaks.values())
+    return state, tracker.peak
 
 
 @contextmanager
-def _phases_of(model: Any, storages: Storages) -> Iterator[None]:
-    """Begin "loss" where hidden states reach the head, and a phase of "backward" where a gradient reaches a layer."""
+def _mark_phases(model: Any, tracker: MemoryTracker) -> Iterator[None]:
+    """Start phase "loss" when hidden states reach the head, and the backward phases when gradients reach a layer."""
     head = get_lm_head(model)
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-    def reached(_: Any, args: tuple) -> None:
-        storages.phase("loss")
-        _when_gradient_comes(args[0], lambda: storages.phase(BACKWARD[0]))
+    def on_head(_: Any, args: tuple) -> None:
+        tracker.start_phase("loss")
+        _on_gradient(args[0], lambda: tracker.start_phase(BACKWARD[0]))
 
-    def begins(phase: str) -> Callable[..., None]:
-        return lambda _, args, out: _when_gradient_comes(out, lambda: storages.phase(phase))
+    def on_layer(phase: str) -> Callable[..., None]:
+        return lambda _, args, out: _on_gradient(out, lambda: tracker.start_phase(phase))
 
-    hooks = [head.module.register_forward_pre_hook(reached)] if head is not None else []
+    hooks = [head.module.register_forward_pre_hook(on_head)] if head is not None else []
     for i, layer in enumerate(layers):
         phase = BACKWARD[0] if i == len(layers) - 1 else BACKWARD[2] if i == 0 else BACKWARD[1]
-        hooks.append(layer.register_forward_hook(begins(phase)))
+        hooks.append(layer.register_forward_hook(on_layer(phase)))
     try:
         yield
     finally:
@@ -188,27 +186,19 @@ def _phases_of(model: Any, storages: Storages) -> Iterator[None]:
             hook.remove()
 
 
-def _when_gradient_comes(out: Any, then: Callable[[], None]) -> None:
+def _on_gradient(out: Any, call: Callable[[], None]) -> None:
     states = out[0] if isinstance(out, tuple) else out
     if states.requires_grad:
-        states.register_hook(lambda _: then())
+        states.register_hook(lambda _: call())
 
 
-def _hold_state(storages: Storages, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """Count what is always there as parts of the state, and return their bytes."""
-    storages.hold(all_tensors(model), "weights")
+def _assign_state(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Assign the model and the optimizer to their parts; return the bytes of each part."""
+    tracker.assign(all_tensors(model), "weights")
     if hasattr(model, "peft_config"):
-        storages.hold((p for p in model.parameters() if p.requires_grad), "adapters")
-    storages.hold(_tensors_in(optimizer.state), "optimizer")
-    return {part: storages.now[part] for part in ("weights", "adapters", "optimizer") if storages.now[part]}
-
-
-def _let_states_be(model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer's state, as the first step does."""
-    _fill_gradients(p for p in model.parameters() if p.requires_grad)
-    optimizer.step()
-    _stepped(model)
-    optimizer.zero_grad()
+        tracker.assign((p for p in model.parameters() if p.requires_grad), "adapters")
+    tracker.assign(_nested_tensors(optimizer.state), "optimizer")
+    return {part: tracker.live[part] for part in ("weights", "adapters", "optimizer") if tracker.live[part]}
 
 
 def _fill_gradients(trained: Iterable[torch.nn.Parameter]) -> None:
@@ -216,15 +206,17 @@ def _fill_gradients(trained: Iterable[torch.nn.Parameter]) -> None:
         parameter.grad = torch.empty_like(parameter)
 
 
-def _stepped(model: Any) -> None:
-    # AdaLoRA chooses ranks by their scores; what it keeps for that was made before.
+def _optimizer_step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.step()
+    # AdaLoRA chooses ranks by the values of its scores; the tensors that it needs for that exist by then.
     with suppress(DataDependentOutputException):
         getattr(model, "update_and_allocate", lambda _: None)(1)
+    optimizer.zero_grad()
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    for held in value.values():
-        if isinstance(held, dict):
-            yield from _tensors_in(held)
-        elif isinstance(held, torch.Tensor):
-            yield held
+def _nested_tensors(value: Any) -> Iterator[torch.Tensor]:
+    for item in value.values():
+        if isinstance(item, dict):
+            yield from _nested_tensors(item)
+        elif isinstance(item, torch.Tensor):
+            yield item

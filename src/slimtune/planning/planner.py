@@ -1,216 +1,355 @@
-"""The plan of a job on a card: will it run, with how much room, and what to change if it does not.
+"""Plan a run on a GPU before any weight is loaded: memory, verdict, largest lengths, speed, and advice.
 
-request ─ outline (config alone) ─ job of each method ─ trace + formula ─ reserved band ─ verdict ─ advice
+request → model on meta → memory formula → micro-batches → trace → allocator range → verdict → advice
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
+
+from ..adapters.model import PeftModel
 from ..adapters.quantized import count_values
-from ..errors import UsageError
+from ..adapters.state_dict import adapter_tensor_info
 from ..utils.formatting import format_bytes
-from .advice import make_advice
-from .extrapolate import MemoryModel, extrapolate_layers, fit_memory_model
-from .file_sizes import adapter_bytes, run_bytes, writing_bytes
+from .extrapolate import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
 from .fsdp import shard_trace, weight_bytes
-from .memory_trace import Trace, trace_memory, trace_merge
-from .request import LONGEST, PlanRequest
-from .result import PARTS, Plan, Range, Verdict
+from .gpus import Gpu
+from .memory_trace import Trace
+from .request import MAX_SEQ_LEN, PlanRequest, TrainingJob
+from .result import PARTS, Advice, Plan, Range, Verdict
 from .throughput import estimate_throughput
-from .training_job import TrainingJob
-from .verdict import RUNTIME, allocation, judge_job, largest_fitting, memory_range, other_bytes, scaled, verdict
+
+RUNTIME = {"cuda": Range(0.25e9, 0.75e9), "mps": Range(0.2e9, 1.0e9), "cpu": Range(0.45e9, 0.8e9)}
+"""Bytes outside tensors: a CUDA context and loaded kernels; on a CPU, Python and its libraries."""
+FRAGMENTATION = {"cuda": 0.12, "mps": 0.2, "cpu": 0.5}
+"""Share of the temporary memory that an allocator may hold in addition, as lengths change from step to step."""
+LIBRARY_WORKSPACES = 64e6
+"""Bytes that matrix products may allocate."""
+CUBLAS_WORKSPACES = 2 * 8_519_680
+"""cuBLAS keeps a workspace for the forward and one for the backward thread (up to compute capability 8.9)."""
+MAX_BATCH_SIZE = 1 << 16
+SPLIT_MARGIN = 1.02
+"""Factor on the formula's bytes when a batch is split into micro-batches."""
+ADVISED_TILE_SIZE = 1024
+"""An MLP tile of 1024 tokens computes as fast as a larger one and holds little beside a long row."""
+TENSOR_HEADER = 120
+"""Bytes of a safetensors header for each tensor."""
+TOKENIZER_ENTRY = 150
+"""Bytes of `tokenizer.json` for each token at most: 134 for Llama 3 and Gemma 2, 75 for Qwen 2.5."""
+SMALL_FILES = 1 << 20
+"""Bytes of settings, random states and logs in a checkpoint, and again in the run folder."""
 
 
-def plans(request: PlanRequest, say: Callable[[str], None] = lambda _: None) -> tuple[list[Plan], dict[str, str]]:
-    """Return the plan of each method asked for, and why a method has none, by its name.
+def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
+    """Plan one run.
 
     Args:
-        request: what is asked.
-        say: told which method is being planned.
+        request: the run.
+        advise: if it does not surely fit, look for changes that save memory.
 
     Raises:
-        UsageError: one method is asked for and is unknown, has faulty settings, or targets that match nothing.
+        UsageError: the targets match nothing, or the settings contradict each other.
+        ModelError: the training step depends on tensor values.
     """
-    found, refused = [], {}
-    for method in request.methods:
-        say(f"planning {method}")
-        try:
-            found.append(make_plan(request, method, quick=len(request.methods) > 1, advise=len(request.methods) == 1))
-        except UsageError as e:
-            if len(request.methods) == 1:
-                raise
-            refused[method] = e.message
-    return found, refused
+    gpu = request.gpu
+    job = request.job()
+    model = job.build_model()
+    trainable_params = sum(count_values(p) for p in model.parameters() if p.requires_grad)
+    total_params = sum(count_values(p) for p in model.parameters())
+    adapter_bytes, extra_bytes, may_be_smaller = _file_bytes(model)
+    base_weights = weight_bytes(model)
+    base_range = base_weights.per_process(request.processes) if request.fsdp else Range(*[base_weights.total] * 2)
 
+    memory_model = fit_memory_model(job, model)
+    memory_model = replace(memory_model, state=memory_model.state - int(base_weights.total - base_range.low))
+    job = split_batch(request, job, memory_model)
+    trace = extrapolate_layers(job, model)
+    if request.fsdp:
+        trace = shard_trace(trace, base_weights, request.processes, job.device)
+    memory_model = memory_model.correct(job.lengths, trace)
 
-def make_plan(request: PlanRequest, method: str, *, quick: bool = False, advise: bool = True) -> Plan:
-    """Return the plan of one method.
+    peak, reserved = reserved_memory(job, trace)
+    reserved = Range(reserved.low, reserved.high + base_range.high - base_range.low)
+    runtime, usable = RUNTIME[job.device], Range(*gpu.usable)
+    verdict = judge_memory(reserved, runtime, usable)
+    parts = {part: trace.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
 
-    Args:
-        request: what is asked.
-        method: a method's name.
-        quick: trace two and three layers and go on from there, in place of all layers: the same to a millionth.
-        advise: where it does not surely fit, look for what to change.
-    """
-    job = request.job(method)
-    model = job.outline()
-    file, at_most = adapter_bytes(model)
-    trained = sum(count_values(p) for p in model.parameters() if p.requires_grad)
-    every = sum(count_values(p) for p in model.parameters())
-    # Asked before the trace, which may use the model up.
-    writing = writing_bytes(model, request.optimizer, request.card.device)
-    disk = run_bytes(model, request.keep, request.optimizer)
-    form, state, weights = fit_memory_model(job), _state_of(job, model), weight_bytes(model)
-    held = weights.held(request.processes) if request.divided else Range(weights.every, weights.every)
-    state -= int(weights.every - held.low)
-    job = _divided(request, job, form, state)
-    traced = extrapolate_layers(job, model) if quick else trace_memory(job, model)
-    if request.divided:
-        traced = shard_trace(traced, weights, request.processes, job.device)
-    form = form.corrected(job.lengths, traced)
-    state = sum(traced.state.values())
-    merge = None if quick else trace_merge(job)
-    peak, band = allocation(job, traced)
-    band = Range(band.low, band.high + held.high - held.low)
-    runtime = RUNTIME[job.device]
-    usable = Range(*request.card.usable)
+    def fits(lengths: Sequence[int]) -> bool:
+        now = memory_model.peak(lengths) + library_bytes(job)
+        high = now + (reserved.high - peak) + FRAGMENTATION[job.device] * max(0, now - peak)
+        return judge_memory(Range(now, high), runtime, usable) == "fits"
 
-    def room(lengths: Sequence[int]) -> bool:
-        """Whether rows of these lengths surely fit."""
-        now = state + form.over_state(lengths) + other_bytes(job)
-        return verdict(scaled(job, band, peak, now), runtime, usable) == "fits"
+    # A checkpoint holds the adapter, the optimizer's state and the method's own state. The best one and those that the
+    # recipe keeps are on disk when the next is written.
+    optimizer_bytes = trace.state.get("optimizer", 0)
+    checkpoint_bytes = adapter_bytes + optimizer_bytes + extra_bytes + SMALL_FILES
+    vocab_size = request.model.config.get_text_config().vocab_size
+    disk_bytes = (request.save_total_limit + 2) * checkpoint_bytes + adapter_bytes + vocab_size * TOKENIZER_ENTRY
+    host_bytes, host_moment = _host_memory(job, trace, reserved, max(adapter_bytes, optimizer_bytes, extra_bytes))
 
-    said = verdict(band, runtime, usable)
-    host, when = _host(job, traced, band, writing)
-    parts = {part: traced.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
     plan = Plan(
-        model=request.outline.name,
-        method=method,
-        card=request.card.name,
-        dtype=request.quantization or str(request.weights).removeprefix("torch."),
+        model=request.model.name,
+        method=request.method_name,
+        card=gpu.name,
+        dtype=request.quantization or str(job.dtype).removeprefix("torch."),
         batch=len(job.lengths),
         seq_len=max(job.lengths),
         max_tokens_per_micro_batch=sum(job.lengths),
-        passes=job.passes,
-        trainable_params=trained,
-        total_params=every,
-        adapter_bytes=file,
-        adapter_bytes_at_most=at_most,
+        micro_batches=job.micro_batches,
+        trainable_params=trainable_params,
+        total_params=total_params,
+        adapter_bytes=adapter_bytes,
+        adapter_bytes_at_most=may_be_smaller,
         parts=parts,
         allocated_bytes=peak,
-        reserved_bytes=band,
+        reserved_bytes=reserved,
         runtime_bytes=runtime,
         usable_bytes=usable,
-        peaks=_peaks(traced, merge),
-        host_bytes=host,
-        disk_bytes=disk,
-        verdict=said,
-        reason=_reason(said, parts, band, runtime, usable) + _shared(request),
-        max_seq_len=largest_fitting(lambda n: room((n,) * len(job.lengths)), LONGEST),
-        max_batch_size=largest_fitting(lambda n: room((max(job.lengths),) * n), 1 << 16),
-        tokens_per_second=_pace(request, job, traced),
-        evidence=_evidence(request, quick, when),
+        peaks=_phase_peaks(job, trace, total_params),
+        host_bytes=host_bytes,
+        disk_bytes=disk_bytes + SMALL_FILES,
+        verdict=verdict,
+        reason=_reason(request, verdict, parts, reserved, runtime, usable),
+        max_seq_len=largest_fitting(lambda n: fits((n,) * len(job.lengths)), MAX_SEQ_LEN),
+        max_batch_size=largest_fitting(lambda n: fits((max(job.lengths),) * n), MAX_BATCH_SIZE),
+        tokens_per_second=_tokens_per_second(job, trace, gpu),
+        evidence=_evidence(request, host_moment),
     )
-    if said == "fits" or not advise or request.divided:
+    if verdict == "fits" or not advise or request.fsdp:
         return plan
-    return dataclasses.replace(plan, advice=make_advice(request, job, plan, lambda j: judge_job(j, request.card)))
+    return replace(plan, advice=make_advice(job, plan, gpu))
 
 
-def _divided(request: PlanRequest, job: TrainingJob, form: MemoryModel, state: int) -> TrainingJob:
-    """Return the job with as many rows in a pass as surely fit, as training divides a batch by itself."""
-    every = job.lengths
-    if len(every) == 1 or not (request.divide or request.room):
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryModel) -> TrainingJob:
+    """Return the job with as many rows in a micro-batch as fit, as training splits a batch."""
+    rows = job.lengths
+    if len(rows) == 1 or not (request.split_batch or request.max_tokens):
         return job
-    runtime, usable = RUNTIME[job.device], Range(*request.card.usable)
+    runtime, usable = RUNTIME[job.device], Range(*request.gpu.usable)
 
-    def fits(rows: int) -> bool:
-        peak = round(1.02 * (state + form.over_state(every[:rows]) + other_bytes(job)))
-        small = request.room is None or sum(every[:rows]) <= request.room
-        return small and (not request.divide or verdict(memory_range(job, peak, state), runtime, usable) == "fits")
+    def fits(count: int) -> bool:
+        if request.max_tokens is not None and sum(rows[:count]) > request.max_tokens:
+            return False
+        peak = round(SPLIT_MARGIN * (memory_model.peak(rows[:count]) + library_bytes(job)))
+        reserved = allocator_range(job.device, peak, memory_model.state)
+        return not request.split_batch or judge_memory(reserved, runtime, usable) == "fits"
 
-    rows = max(1, largest_fitting(fits, len(every)))
-    return dataclasses.replace(
-        job, lengths=every[:rows], passes=-(-len(every) // rows) * request.gradient_accumulation_steps
+    count = max(1, largest_fitting(fits, len(rows)))
+    micro_batches = -(-len(rows) // count) * request.gradient_accumulation_steps
+    return replace(job, lengths=rows[:count], micro_batches=micro_batches)
+
+
+def reserved_memory(job: TrainingJob, trace: Trace) -> tuple[int, Range]:
+    """Return the peak of allocated bytes, and what the allocator reserves for them."""
+    peak = trace.peak + library_bytes(job)
+    return peak, allocator_range(job.device, peak, trace.state_bytes)
+
+
+def library_bytes(job: TrainingJob) -> int:
+    """Return the bytes that libraries allocate beside tensors."""
+    return CUBLAS_WORKSPACES if job.device == "cuda" else 0
+
+
+def allocator_range(device: str, peak: int, state: int) -> Range:
+    """Return what an allocator may reserve for a peak of which `state` bytes are always allocated."""
+    # The state is allocated once and leaves no gaps; tensors that come and go do.
+    return Range(peak, peak + FRAGMENTATION[device] * (peak - state) + LIBRARY_WORKSPACES)
+
+
+def judge_memory(reserved: Range, runtime: Range, usable: Range) -> Verdict:
+    """Return whether a device with `usable` bytes has room for `reserved` and `runtime`."""
+    if reserved.high + runtime.high <= usable.low:
+        return "fits"
+    return "tight" if reserved.low + runtime.low <= usable.high else "does not fit"
+
+
+def judge_plan(plan: Plan, gpu: Gpu) -> Verdict:
+    """Return whether a plan made for one GPU fits another of the same kind of device."""
+    return judge_memory(plan.reserved_bytes, plan.runtime_bytes, Range(*gpu.usable))
+
+
+def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
+    """Return the largest number up to `limit` that fits, 0 if 1 does not."""
+    low, high = 0, 1
+    while high <= limit and fits(high):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _file_bytes(model: Any) -> tuple[int, int, bool]:
+    """Return the bytes of the trained file and of the method's own state, and whether training may leave fewer.
+
+    Training may leave a smaller file if it chooses ranks (AdaLoRA, EVA); then the size is an upper bound.
+    """
+    if not isinstance(model, PeftModel):
+        return _safetensors_bytes(model.parameters()), 0, False
+    adapters = model._attached.deltas("default")
+    growth = model.peft_config["default"].max_size_increase(adapters)
+    tensors, _ = adapter_tensor_info(model, "default")
+    extra = [t for adapter in adapters.values() for t in adapter.extra_state().values()]
+    extra_bytes = _safetensors_bytes(extra) if extra else 0
+    return _safetensors_bytes(tensors.values()) + (growth or 0), extra_bytes, growth is not None
+
+
+def _safetensors_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.nbytes + TENSOR_HEADER for t in {id(t): t for t in tensors}.values())
+
+
+def _phase_peaks(job: TrainingJob, trace: Trace, total_params: int) -> dict[str, int]:
+    peaks = {"start": trace.state["weights"] + trace.state.get("adapters", 0), **trace.peaks}
+    merge = extrapolate_merge(job, total_params)
+    return peaks if merge is None else {**peaks, "merge": merge}
+
+
+def _host_memory(job: TrainingJob, trace: Trace, reserved: Range, largest_file: int) -> tuple[int, str]:
+    """Return the most bytes of CPU memory that the run takes, and when."""
+    runtime = RUNTIME["cpu"].high
+    if job.device == "cpu":
+        return int(reserved.high + runtime), "in a step"
+    # The base is read into CPU memory and moved to the GPU; on a Mac both are the same memory. To write a checkpoint
+    # file its values are copied from the device, and safetensors builds the file in memory twice.
+    loading = trace.state["weights"] if job.device == "cuda" else 0
+    moments = (
+        (trace.host, "in a step"),
+        (3 * largest_file, "as a checkpoint is written"),
+        (loading, "as the base is read"),
+    )
+    size, moment = max(moments)
+    return int(size + runtime), moment
+
+
+def _tokens_per_second(job: TrainingJob, trace: Trace, gpu: Gpu) -> Range | None:
+    trained = trace.state.get("adapters", 0) if job.method is not None else trace.state["weights"]
+    # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
+    step_bytes = 2 * trace.state.get("optimizer", 0) + 3 * trained
+    return estimate_throughput(
+        trace.work, gpu, sum(job.lengths), step_bytes=step_bytes, micro_batches=job.micro_batches
     )
 
 
-def _state_of(job: TrainingJob, model: Any) -> int:
-    """Return the bytes that are always there, from shapes alone."""
-    kept = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    states = {"adamw": 2, "adamw-foreach": 2, "adamw-8bit": 2 * (1 + 4 / 256) / 4}.get(job.optimizer, 0)
-    return round(sum(kept.values()) + trained * (states + (job.passes > 1)))
+# --- advice -----------------------------------------------------------------------------------------------------------
+
+Change = Callable[[TrainingJob], TrainingJob]
 
 
-def _pace(request: PlanRequest, job: TrainingJob, traced: Trace) -> Range | None:
-    """Return trained tokens a second, the optimizer's part with it."""
-    trained = traced.state.get("adapters", 0) if job.method is not None else traced.state["weights"]
-    # Parameter, gradient and states are read, and all but the gradient written.
-    moved = 2 * traced.state.get("optimizer", 0) + 3 * trained
-    return estimate_throughput(traced.work, request.card, sum(job.lengths), step_bytes=moved, passes=job.passes)
+def make_advice(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advice]:
+    """Return changes that save memory, best first.
+
+    Each change is planned alone. If none is enough, the first entry combines as many as are needed.
+    """
+
+    def judge(changed: TrainingJob) -> tuple[int, Verdict]:
+        peak, reserved = reserved_memory(changed, extrapolate_layers(changed))
+        return peak, judge_memory(reserved, RUNTIME[changed.device], Range(*gpu.usable))
+
+    useful, advice = [], []
+    for text, change in _possible_changes(job):
+        peak, verdict = judge(change(job))
+        if peak < plan.allocated_bytes:
+            useful.append((text, change))
+            advice.append(Advice(text, plan.allocated_bytes - peak, verdict))
+    # Of the changes that are enough the cheapest first, which is the order they were tried in.
+    advice.sort(key=lambda a: (a.verdict != "fits", -a.saves if a.verdict != "fits" else 0))
+    if any(a.verdict == "fits" for a in advice):
+        return advice
+    combined, texts = job, []
+    for text, change in useful:
+        combined = change(combined)
+        texts.append(text)
+        if len(texts) > 1:
+            peak, verdict = judge(combined)
+            if verdict == "fits":
+                return [Advice(" and ".join(texts), plan.allocated_bytes - peak, verdict), *advice]
+    return advice
 
 
-def _peaks(traced: Trace, merge: int | None) -> dict[str, int]:
-    """Return the most bytes in each phase of a run, the step's own phases as they are."""
-    start = traced.state["weights"] + traced.state.get("adapters", 0)
-    return {"start": start, **traced.peaks, **({"merge": merge} if merge else {})}
+def _possible_changes(job: TrainingJob) -> list[tuple[str, Change]]:
+    """Return changes to a job, those that cost least first."""
+    changes: list[tuple[str, Change]] = []
+    longest = max(job.lengths)
+    if not job.gradient_checkpointing:
+        changes.append(("--checkpointing (a third slower)", partial(replace, gradient_checkpointing=True)))
+    elif job.device == "cuda" and not job.offload_activations:
+        changes.append(("--offload", partial(replace, offload_activations=True)))
+    if job.mlp_tile_size is None and sum(job.lengths) >= 2 * ADVISED_TILE_SIZE:
+        changes.append((f"--tile {ADVISED_TILE_SIZE}", partial(replace, mlp_tile_size=ADVISED_TILE_SIZE)))
+    if len(job.lengths) > 1:
+        one_row = partial(replace, lengths=job.lengths[:1], micro_batches=2)
+        changes.append(("--batch-size 1, and --accumulate as many", one_row))
+    if job.optimizer != "adamw":
+        changes.append(("--optimizer adamw", partial(replace, optimizer="adamw")))
+    if job.method is None:
+        return changes
+    if job.quantization != "nf4":
+        changes += [(f"--quant {kind}", partial(replace, quantization=kind)) for kind in ("nf4", "int8")]
+    if longest > 256:
+        # Of the job as it is by then: the number of rows may have been changed too.
+        changes.append(
+            (f"--seq-len {longest // 2}",
+             lambda j: replace(j, lengths=tuple(min(n, longest // 2) for n in j.lengths))),
+        )  # fmt: skip
+    return changes
 
 
-def _host(job: TrainingJob, traced: Trace, band: Range, writing: int) -> tuple[int, str]:
-    """Return the most bytes of the machine's own memory, and when it holds them."""
-    if job.device == "cpu":
-        return int(band.high + RUNTIME["cpu"].high), "in a step"
-    # The base is read into the machine's memory and moved from there; a Mac's memory is one.
-    loading = traced.state["weights"] if job.device == "cuda" else 0
-    moments = ((traced.host, "in a step"), (writing, "as a checkpoint is written"), (loading, "as the base is read"))
-    most, when = max(moments)
-    return int(most + RUNTIME["cpu"].high), when
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _reason(said: Verdict, parts: Mapping[str, int], band: Range, runtime: Range, usable: Range) -> str:
-    low, high = band.low + runtime.low, band.high + runtime.high
-    need = f"it needs {format_bytes(low)} to {format_bytes(high)} of {format_bytes(usable.low)}"
-    if said == "fits":
-        return f"{need}, which leaves {format_bytes(usable.low - high)} free"
+def _reason(
+    request: PlanRequest, verdict: Verdict, parts: dict[str, int], reserved: Range, runtime: Range, usable: Range
+) -> str:
+    low, high = reserved.low + runtime.low, reserved.high + runtime.high
+    reason = f"it needs {format_bytes(low)} to {format_bytes(high)} of {format_bytes(usable.low)}"
     largest = sorted(((size, part) for part, size in parts.items()), reverse=True)[:2]
-    most = " and ".join(f"{part} ({format_bytes(size)})" for size, part in largest)
-    if parts["weights"] + runtime.low > usable.high:
-        return f"{need}: the weights alone ({format_bytes(parts['weights'])}) are more than the card has"
-    return f"{need}; the most of it is {most}" + ("" if said == "does not fit" else ": try it, with nothing beside")
+    if verdict == "fits":
+        reason += f", which leaves {format_bytes(usable.low - high)} free"
+    elif parts["weights"] + runtime.low > usable.high:
+        reason += f": the weights alone ({format_bytes(parts['weights'])}) are more than the card has"
+    else:
+        reason += "; the largest parts are " + " and ".join(f"{part} ({format_bytes(n)})" for n, part in largest)
+        if verdict == "tight":
+            reason += ": try it, with nothing else on the card"
+    if request.processes > 1 and request.fsdp:
+        reason += f"; the base is sharded over {request.processes} processes, and this is what one of them takes"
+    elif request.processes > 1:
+        reason += (
+            f"; each of {request.processes} processes holds the whole base, and this is what one of them takes "
+            "(train.fsdp shards it)"
+        )
+    return reason
 
 
-def _shared(request: PlanRequest) -> str:
-    n = request.processes
-    if n == 1:
-        return ""
-    if request.divided:
-        return f"; the base is divided over {n} processes, this is what one of them takes"
-    return f"; the base is whole in each of {n} processes, this is what one of them takes (train.fsdp divides it)"
-
-
-def _evidence(request: PlanRequest, quick: bool, host: str) -> dict[str, str]:
-    card = request.card
-    traced = "traced" + (" at two and three layers, which tell of the others" if quick else "")
-    if request.divided:
-        traced += "; the divided base: computed, what is gathered beside a layer is guessed"
+def _evidence(request: PlanRequest, host_moment: str) -> dict[str, str]:
+    gpu = request.gpu
+    traced = "traced at two and three layers and extrapolated"
+    if request.fsdp:
+        traced += "; the sharded base: computed, what is gathered beside a layer is guessed"
+    fitted = "computed by a formula fitted to traces"
     return {
         "trainable_params": "computed",
         "total_params": "computed",
         "adapter_bytes": "computed",
         "parts": f"{traced}; runtime: guessed",
         "allocated_bytes": traced,
-        "reserved_bytes": "computed by replaying the allocator; the upper end is guessed" if card.device == "cuda"
-        else "guessed",
+        "reserved_bytes": "guessed",
         "runtime_bytes": "guessed",
-        "usable_bytes": "measured on this machine" if card.kind == "cpu" else f"published ({card.source})",
+        "usable_bytes": "measured on this machine" if gpu.kind == "cpu" else f"published ({gpu.source})",
         "peaks": traced,
-        "host_bytes": f"computed, {host}; guessed runtime",
+        "host_bytes": f"computed, {host_moment}; guessed runtime",
         "disk_bytes": "computed, an upper bound",
-        "max_seq_len": "computed by the formula that the trace corrects",
-        "max_batch_size": "computed by the formula that the trace corrects",
-        "tokens_per_second": f"computed from traced work and published rates ({card.source}); the band is guessed",
-        "model": request.outline.source,
-    }  # fmt: skip
+        "max_seq_len": fitted,
+        "max_batch_size": fitted,
+        "tokens_per_second": f"computed from traced work and published rates ({gpu.source}); the range is guessed",
+        "model": request.model.source,
+    }

@@ -1,179 +1,221 @@
-"""What is asked of a plan: a base, a card, methods and the settings of a run."""
+"""What to plan: a base, a GPU, a method and the settings of a run."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import heapq
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..adapters.config import PeftConfig
 from ..config import Recipe
-from ..config.method import method_section
 from ..errors import UsageError, format_names, nearest
-from ..methods import config_class, method_names
 from ..models.dtype import pick_dtype
 from ..models.registry import ModelInfo, get_model_info
+from ..setup import OPTIMIZERS, build_meta_model
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
-from ..train_step.optimizer import OPTIMIZERS
-from .fake_quantization import quantization_kind
+from .fake_quantization import quantization_kind, quantize
 from .gpus import Gpu
-from .training_job import TrainingJob
 
 FULL = "full"
-LONGEST = 1 << 22
-"""No row longer than this is looked for."""
+"""Name of full fine-tuning, for which `PlanRequest.method` is None."""
+MAX_SEQ_LEN = 1 << 22
+"""Longest row that a plan considers."""
+
+Device = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One micro-batch, in the numbers that decide its memory and time.
+
+    Args:
+        base_config: the base's config.
+        method: the method's config; None: every weight of the base is trained.
+        dtype: of the base's weights.
+        lengths: tokens of each row of a micro-batch.
+        micro_batches: micro-batches in an optimizer step.
+        device: kind of device; it decides which kernels run.
+        gradient_checkpointing: recompute activations in the backward pass.
+        offload_activations: keep checkpointed activations in CPU memory.
+        mlp_tile_size: tokens that norms and MLPs process at once; None: all.
+        optimizer: one of `OPTIMIZERS`.
+        quantization: one of `fake_quantization.KINDS` for the base's linear layers, or None.
+        packing: rows in one sequence; else padded.
+    """
+
+    base_config: PreTrainedConfig
+    method: PeftConfig | None
+    dtype: torch.dtype
+    lengths: tuple[int, ...]
+    micro_batches: int = 1
+    device: Device = "cpu"
+    gradient_checkpointing: bool = False
+    offload_activations: bool = False
+    mlp_tile_size: int | None = None
+    optimizer: str = "adamw"
+    quantization: str | None = None
+    packing: bool = True
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the base."""
+        return self.base_config.get_text_config().num_hidden_layers
+
+    def with_num_layers(self, num_layers: int) -> TrainingJob:
+        """Return the job for a base with only its first layers."""
+        config = copy.deepcopy(self.base_config)
+        text = config.get_text_config()
+        text.num_hidden_layers = num_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:num_layers]
+        return replace(self, base_config=config)
+
+    def build_model(self) -> Any:
+        """Return the job's model on `meta`, with its adapter attached.
+
+        Raises:
+            UsageError: the targets match nothing, there is nothing to quantize, or every weight of a quantized base is
+                to be trained.
+        """
+        if self.quantization and self.method is None:
+            raise UsageError(
+                f"full fine-tuning trains every weight, and {self.quantization} weights cannot be trained",
+                "a method that leaves the base as it is",
+                "--method lora, or no quantization",
+            )
+        return build_meta_model(
+            self.base_config,
+            self.method,
+            self.dtype,
+            checkpointing=self.gradient_checkpointing,
+            offload=self.offload_activations,
+            tile=self.mlp_tile_size,
+            first=partial(quantize, kind=self.quantization) if self.quantization else None,
+        )
 
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is asked.
+    """A run to plan.
 
     Args:
-        outline: the base.
-        card: where it is to run.
-        methods: names of methods; "full" trains every weight.
-        settings: the method's own settings, by full or short name; those a method does not have are left out where
-            several methods are asked for.
-        batch: rows at once; with `divide`, at most.
+        model: the base.
+        gpu: where it runs.
+        method: the method's config; None: full fine-tuning.
+        batch_size: rows of a batch.
         seq_len: tokens of the longest row.
         gradient_accumulation_steps: batches in an optimizer step.
-        dtype: of the base's weights, "auto": bfloat16 where the card has it, else float32.
-        optimizer: a name `build.OPTIMIZERS` lists.
-        quantization: one of `quantize.KINDS`, or None.
-        checkpointing: activations are computed twice.
-        offload: what checkpointing keeps lies in the machine's memory.
-        tile: tokens that norms and feed-forwards run at once; None: all.
-        packing: rows in one sequence.
-        divide: a batch may be computed in several passes, as training does by itself.
-        keep: checkpoints that a run keeps beside its best.
-        lengths: tokens of the longest rows of the data, where they are known; in place of `batch` and `seq_len`.
-        room: most tokens in one pass; a longer row goes alone. None: no limit.
-        processes: that train together, one on each card.
-        divided: the base is divided over them; else each holds it whole.
+        dtype: of the base's weights; "auto": bfloat16 where the GPU supports it, else float32.
+        optimizer: one of `OPTIMIZERS`.
+        quantization: one of `fake_quantization.KINDS`, or None.
+        gradient_checkpointing: recompute activations in the backward pass.
+        offload_activations: keep checkpointed activations in CPU memory.
+        mlp_tile_size: tokens that norms and MLPs process at once; None: all.
+        packing: rows in one sequence; else padded.
+        split_batch: training may split a batch into micro-batches that fit.
+        save_total_limit: checkpoints that a run keeps beside its best.
+        lengths: tokens of the longest rows of the data, if known; replaces `batch_size` and `seq_len`.
+        max_tokens: most tokens in a micro-batch; a longer row goes alone. None: no limit.
+        processes: processes that train together, each on a GPU of its own.
+        fsdp: shard the base over the processes; else each holds all of it.
     """
 
-    outline: ModelInfo
-    card: Gpu
-    methods: tuple[str, ...] = ("lora",)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    batch: int = 1
+    model: ModelInfo
+    gpu: Gpu
+    method: PeftConfig | None
+    batch_size: int = 1
     seq_len: int = 1024
     gradient_accumulation_steps: int = 1
     dtype: str = "auto"
     optimizer: str = "adamw"
     quantization: str | None = None
-    checkpointing: bool = False
-    offload: bool = False
-    tile: int | None = None
+    gradient_checkpointing: bool = False
+    offload_activations: bool = False
+    mlp_tile_size: int | None = None
     packing: bool = True
-    divide: bool = True
-    keep: int = 2
+    split_batch: bool = True
+    save_total_limit: int = 2
     lengths: tuple[int, ...] = ()
-    room: int | None = None
+    max_tokens: int | None = None
     processes: int = 1
-    divided: bool = False
+    fsdp: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch", "seq_len", "gradient_accumulation_steps"):
-            if getattr(self, name) < (2 if name == "seq_len" else 1):
-                raise UsageError(
-                    f"{name} is {getattr(self, name)}", f"a whole number from {2 if name == 'seq_len' else 1}"
-                )
-        if self.seq_len > LONGEST:
-            raise UsageError(f"a row of {self.seq_len} tokens", f"at most {LONGEST}", "give the length in tokens")
+        for name, least in (("batch_size", 1), ("seq_len", 2), ("gradient_accumulation_steps", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}", f"a whole number from {least}")
+        if self.seq_len > MAX_SEQ_LEN:
+            raise UsageError(f"a row of {self.seq_len} tokens", f"at most {MAX_SEQ_LEN}", "give the length in tokens")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(
                 f"unknown optimizer {self.optimizer!r}{nearest(self.optimizer, OPTIMIZERS)}", format_names(OPTIMIZERS)
             )
 
     @property
-    def weights(self) -> torch.dtype:
-        """The dtype of the base's weights."""
-        if self.dtype != "auto" or self.card.kind == "cpu":
-            return pick_dtype(self.dtype)
-        return torch.bfloat16 if self.card.bf16 else torch.float32
+    def method_name(self) -> str:
+        """Name of the method."""
+        return FULL if self.method is None else self.method.name
 
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Tokens of the rows of a batch, the longest first."""
-        return tuple(sorted(self.lengths, reverse=True)) or (self.seq_len,) * self.batch
-
-    def job(self, method: str) -> TrainingJob:
-        """Return the job of one method, with every row of the batch in one pass.
-
-        Raises:
-            UsageError: there is no such method, or its settings are faulty.
-        """
+    def job(self) -> TrainingJob:
+        """Return the job with all rows of a batch in one micro-batch, the longest first."""
         return TrainingJob(
-            base=self.outline.config,
-            method=None if method == FULL else self._config(method),
-            dtype=self.weights,
-            lengths=self.rows,
-            passes=self.gradient_accumulation_steps,
-            device=self.card.device,
-            checkpointing=self.checkpointing,
-            offload=self.offload,
-            tile=self.tile,
+            base_config=self.model.config,
+            method=self.method,
+            dtype=pick_dtype(self.dtype, has_bf16=None if self.gpu.kind == "cpu" else self.gpu.bf16),
+            lengths=tuple(sorted(self.lengths, reverse=True)) or (self.seq_len,) * self.batch_size,
+            micro_batches=self.gradient_accumulation_steps,
+            device=self.gpu.device,
+            gradient_checkpointing=self.gradient_checkpointing,
+            offload_activations=self.offload_activations,
+            mlp_tile_size=self.mlp_tile_size,
             optimizer=self.optimizer,
             quantization=self.quantization,
             packing=self.packing,
         )
 
-    def _config(self, method: str) -> PeftConfig:
-        cls = config_class(method)
-        given = dict(self.settings)
-        if len(self.methods) > 1:
-            known = {f.name for f in dataclasses.fields(cls)} | set(getattr(cls, "short_names", {}))
-            given = {k: v for k, v in given.items() if k in known}
-        section, faults = method_section({"name": method, **given})
-        if faults:
-            raise UsageError("; ".join(map(str, faults)))
-        return cls(**{"task_type": "CAUSAL_LM", **{k: v for k, v in section.items() if k != "name"}})
 
-
-def build_request(recipe: Recipe, card: Gpu, lengths: Sequence[int] = (), processes: int = 1) -> PlanRequest:
-    """Return the request that a recipe is.
+def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), processes: int = 1) -> PlanRequest:
+    """Return the request to plan a recipe on a GPU.
 
     Args:
-        recipe: what a run is told.
-        card: where it is to run.
-        lengths: tokens of every row, where the data were read; else all are as long as the recipe lets them be.
-        processes: that train together; each holds the whole base unless the recipe divides it.
+        recipe: the run.
+        gpu: where it runs.
+        lengths: tokens of every row, if the data were read; else every row has the recipe's maximum length.
+        processes: processes that train together.
 
     Raises:
-        UsageError, ModelError: see `outline_of`; the base's checkpoint is quantized in another way.
+        UsageError: the base is unknown, or its checkpoint contradicts `model.quantization`.
+        ModelError: the base's config cannot be read, or its quantization cannot be planned.
     """
-    m, t = recipe.model, recipe.train
-    outline = get_model_info(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
-    good = TOKENS_ON_GPU if card.device == "cuda" else TOKENS_ON_CPU
+    model, train = recipe.model, recipe.train
+    info = get_model_info(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    auto_split = train.max_tokens_per_micro_batch == "auto"
     return PlanRequest(
-        outline=outline,
-        card=card,
-        methods=(recipe.method.name,),
-        settings=recipe.method.settings,
-        batch=t.batch_size,
+        model=info,
+        gpu=gpu,
+        method=recipe.method_config(),
+        batch_size=train.batch_size,
         seq_len=recipe.data.max_seq_len,
-        gradient_accumulation_steps=t.gradient_accumulation_steps,
-        dtype=m.dtype,
-        optimizer=t.optimizer,
-        quantization=quantization_kind(outline.config, m.quantization),
-        checkpointing=t.gradient_checkpointing,
-        offload=t.offload_activations,
-        tile=t.mlp_tile_size,
-        packing=t.packing,
-        divide=t.max_tokens_per_micro_batch == "auto",
-        keep=t.save_total_limit,
-        lengths=tuple(heapq.nlargest(t.batch_size, lengths)),
-        room=good if t.max_tokens_per_micro_batch == "auto" else t.max_tokens_per_micro_batch,
+        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        dtype=model.dtype,
+        optimizer=train.optimizer,
+        quantization=quantization_kind(info.config, model.quantization),
+        gradient_checkpointing=train.gradient_checkpointing,
+        offload_activations=train.offload_activations,
+        mlp_tile_size=train.mlp_tile_size,
+        packing=train.packing,
+        split_batch=auto_split,
+        save_total_limit=train.save_total_limit,
+        lengths=tuple(heapq.nlargest(train.batch_size, lengths)),
+        max_tokens=(TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU)
+        if auto_split
+        else train.max_tokens_per_micro_batch,
         processes=processes,
-        divided=t.fsdp and processes > 1,
+        fsdp=train.fsdp and processes > 1,
     )
-
-
-def every_method() -> tuple[str, ...]:
-    """Return the names of all methods that can be planned, full fine-tuning last."""
-    return (*(n for n in method_names() if n != FULL), FULL)

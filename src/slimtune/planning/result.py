@@ -1,4 +1,4 @@
-"""What a plan says: plain figures, each with the evidence it stands on."""
+"""The result of a plan: numbers, each with the kind of evidence behind it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits
 """The parts of a step's memory, in the order bars are stacked."""
 EVIDENCE = {
     "measured": "a recorded run, or this machine",
-    "traced": "the real step on tensors without values",
+    "traced": "the real training step on fake tensors",
     "computed": "arithmetic on exact shapes",
-    "published": "somebody else's measurement or data sheet",
-    "guessed": "known within the band given",
+    "published": "a measurement or data sheet of somebody else",
+    "guessed": "known within the range given",
 }
 
 
 class Range(NamedTuple):
-    """A figure that is known within two ends."""
+    """A number known to lie between two ends."""
 
     low: float
     high: float
@@ -30,9 +30,9 @@ class Advice:
     """One change that saves memory.
 
     Args:
-        change: what to do, as a flag or a field of the recipe.
+        change: what to do, as a flag.
         saves: bytes less at the highest point.
-        verdict: of the job so changed.
+        verdict: of the changed run.
     """
 
     change: str
@@ -42,36 +42,37 @@ class Advice:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job takes on a card.
+    """What a run takes on a GPU.
 
     Args:
         model: the base's name.
-        method: the method's name; "full": every weight trains.
-        card: the card's name.
-        dtype: of the base's weights; "nf4" or "int8" where it is quantized.
-        batch: rows in one pass.
+        method: the method's name; "full": every weight is trained.
+        card: the GPU's name.
+        dtype: of the base's weights; "nf4" or "int8" if it is quantized.
+        batch: rows in a micro-batch.
         seq_len: tokens of the longest row.
-        max_tokens_per_micro_batch: tokens in one pass.
-        passes: passes in an optimizer step.
-        trainable_params: parameters that train.
-        total_params: all parameters, the adapter's with them.
-        adapter_bytes: size of `adapter_model.safetensors`.
-        adapter_bytes_at_most: training may leave it smaller (ranks chosen from data).
-        parts: bytes by part at the step's highest point (`PARTS`).
-        allocated_bytes: most bytes of tensors at once, over all phases of the run.
-        reserved_bytes: what the allocator takes for them, from the device.
+        max_tokens_per_micro_batch: tokens in a micro-batch.
+        micro_batches: micro-batches in an optimizer step.
+        trainable_params: parameters that are trained.
+        total_params: all parameters, the adapter's included.
+        adapter_bytes: size of `adapter_model.safetensors`, to the MB.
+        adapter_bytes_at_most: training may leave a smaller file (ranks chosen from data).
+        parts: bytes by part (`PARTS`) at the highest point of the step.
+        allocated_bytes: highest number of bytes of tensors over all phases of the run.
+        reserved_bytes: what the allocator takes from the device for them.
         runtime_bytes: what the device's runtime takes beside the allocator.
-        usable_bytes: what the card gives to a job, (surely, at most).
-        peaks: most bytes of tensors in each phase: start, passes, optimizer, evaluation, merge.
-        host_bytes: most bytes of the machine's own memory.
+        usable_bytes: what the GPU gives to a job, (surely, at most).
+        peaks: highest number of bytes of tensors in each phase: start, forward, loss, backward, optimizer, evaluation,
+            merge.
+        host_bytes: highest number of bytes of CPU memory.
         disk_bytes: what a run writes at most: checkpoints and adapter.
-        verdict: whether it runs.
+        verdict: whether it fits.
         reason: why, in one sentence.
         max_seq_len: longest row that fits at this batch; 0: none.
-        max_batch_size: most rows of `seq_len` that fit in one pass; 0: none.
-        tokens_per_second: trained tokens a second; None where the card's rates are not known.
+        max_batch_size: most rows of `seq_len` that fit in a micro-batch; 0: none.
+        tokens_per_second: trained tokens a second; None if the GPU's rates are unknown.
         advice: changes that save memory, the best first.
-        evidence: the kind of evidence by field, see `EVIDENCE`, with a note where there is one.
+        evidence: the kind of evidence (`EVIDENCE`) by field, with a note where there is one.
     """
 
     model: str
@@ -81,7 +82,7 @@ class Plan:
     batch: int
     seq_len: int
     max_tokens_per_micro_batch: int
-    passes: int
+    micro_batches: int
     trainable_params: int
     total_params: int
     adapter_bytes: int
@@ -104,16 +105,16 @@ class Plan:
 
     @property
     def trainable_fraction(self) -> float:
-        """Trained parameters over all."""
+        """Trained parameters divided by all parameters."""
         return self.trainable_params / self.total_params
 
     @property
     def need(self) -> Range:
-        """What the device has to give: reserved bytes and the runtime's."""
+        """Bytes that the device needs: reserved and runtime."""
         return Range(*(r + o for r, o in zip(self.reserved_bytes, self.runtime_bytes, strict=True)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values; bands as `{"low", "high"}`."""
+        """Return the plan as plain values; ranges as `{"low", "high"}`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values |= {"trainable_fraction": self.trainable_fraction, "need_bytes": self.need}
         values["advice"] = [dataclasses.asdict(a) for a in self.advice]

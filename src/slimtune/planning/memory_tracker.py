@@ -1,0 +1,158 @@
+"""Count the bytes of live tensors, and the work done on them, while code runs on real or fake tensors.
+
+`MemoryTracker` is a torch dispatch mode: while it is entered, PyTorch hands it every operator. It runs the operator and
+looks at the storages of what came out. A storage counts from the operator that makes it until Python and autograd drop
+the last reference to it, so views and in-place operators cost nothing, and what autograd saves for the backward pass
+counts as long as it is saved.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..utils.simulated_device import in_host_allocation
+
+_HOST = "host"
+_ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+_IN_PLACE_PRODUCTS = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
+"""torch's FLOP registry has no entry for these."""
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Counts bytes by part and by phase while it is entered.
+
+    Args:
+        block: a storage takes a multiple of this many bytes: 512 on CUDA, 1 on a CPU.
+        vocab_size: tensors whose last dimension has this size count as "logits"; all others as "activations", unless
+            `assign` says otherwise.
+        count_work: also count floating point operations and bytes moved.
+        separate_host: the device has its own memory, so tensors allocated in `host_allocation` count apart.
+
+    Attributes:
+        live: bytes by part now.
+        phases: bytes by part at the highest point of each phase.
+        host_peak: highest number of bytes in CPU memory; 0 unless `separate_host`.
+        work: how often an operator of (floating point operations, bytes read and written, dtype) ran.
+    """
+
+    def __init__(
+        self, block: int = 1, vocab_size: int = 0, count_work: bool = False, separate_host: bool = False
+    ) -> None:
+        super().__init__()
+        self.block, self.vocab_size = block, vocab_size
+        self.count_work, self.separate_host = count_work, separate_host
+        self.live: Counter[str] = Counter()
+        self.phases: dict[str, dict[str, int]] = {}
+        self.host_peak = 0
+        self.work: Counter[tuple[int, int, torch.dtype]] = Counter()
+        self._phase = "start"
+        self._total = self._host = 0
+        self._peaks: Counter[str] = Counter()
+        self._storages: dict[int, tuple[int, str]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # by default torch guards each call against its compiler, which takes as long as an operator
+
+    @property
+    def peak(self) -> int:
+        """Highest number of live bytes over all phases."""
+        return max(self._peaks.values(), default=0)
+
+    def start_phase(self, name: str) -> None:
+        """Begin a phase; it may begin several times."""
+        self._phase = name
+        self._update_peak()
+
+    def assign(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count these tensors as `part` from now on."""
+        for tensor in tensors:
+            self._count(tensor, part)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run an operator and count its results."""
+        kwargs = kwargs or {}
+        if func is _ADD and _accumulates_gradient(*args):
+            func = _ADD_IN_PLACE
+        out = func(*args, **kwargs)
+        results = list(_iterate_tensors(out))
+        for tensor in results:
+            self._count(tensor)
+        if self.count_work and results and not func.is_view:
+            packet = func._overloadpacket
+            flops = flop_registry.get(_IN_PLACE_PRODUCTS.get(packet, packet))
+            operations = flops(*args, **kwargs, out_val=out) if flops else 0
+            moved = sum(t.numel() * t.element_size() for t in _iterate_tensors((args, kwargs, out)))
+            self.work[operations, moved, results[0].dtype] += 1
+        return out
+
+    def _count(self, tensor: Tensor, part: str | None = None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            if part is not None:
+                size, previous = self._storages[key]
+                self.live[previous] -= size
+                self.live[part] += size
+                self._storages[key] = (size, part)
+            return
+        size = -(-storage.nbytes() // self.block) * self.block
+        if self.separate_host and in_host_allocation():
+            self._storages[key] = (size, _HOST)
+            self._host += size
+            self.host_peak = max(self.host_peak, self._host)
+        else:
+            if part is None:
+                is_logits = self.vocab_size and tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size
+                part = "logits" if is_logits else "activations"
+            self._storages[key] = (size, part)
+            self.live[part] += size
+            self._total += size
+            self._update_peak()
+        weakref.finalize(storage, self._release, key).atexit = False
+
+    def _release(self, key: int) -> None:
+        size, part = self._storages.pop(key)
+        if part == _HOST:
+            self._host -= size
+        else:
+            self.live[part] -= size
+            self._total -= size
+
+    def _update_peak(self) -> None:
+        if self._total > self._peaks[self._phase]:
+            self._peaks[self._phase] = self._total
+            self.phases[self._phase] = dict(self.live)
+
+
+def _iterate_tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _iterate_tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _iterate_tensors(item)
+
+
+def _accumulates_gradient(total: Any, gradient: Any) -> bool:
+    """Return whether autograd adds a gradient to a sum that only autograd references.
+
+    With real tensors autograd adds in place here; with tensor subclasses, such as fake tensors, it makes a new tensor.
+    Counting that tensor would plan the gradient of a tied embedding twice. The reference counts are those of a tensor,
+    and of its storage, that autograd hands to an operator and nothing else holds.
+    """
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        return False
+    if not isinstance(gradient, Tensor) or total.shape != gradient.shape:
+        return False
+    return total._use_count() == 4 and torch._C._storage_Use_Count(total.untyped_storage()._cdata) == 2
