@@ -121,7 +121,7 @@ def planned(base: Path, dtype: str) -> dict[str, int]:
 
     from slimtune.methods import config_class
     from slimtune.planning.memory_trace import trace_memory
-    from slimtune.planning.training_job import TrainingJob
+    from slimtune.planning.request import TrainingJob
 
     config = config_class("lora")(**method())
     traced = trace_memory(

@@ -31,10 +31,9 @@ from slimtune.models.registry import get_model_info
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.gpus import find_gpu
 from slimtune.planning.memory_trace import trace_memory
+from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.planner import make_plan
-from slimtune.planning.request import PlanRequest
-from slimtune.planning.storage import Storages
-from slimtune.planning.training_job import TrainingJob
+from slimtune.planning.request import PlanRequest, TrainingJob
 from slimtune.utils.simulated_device import simulate_device
 
 MOST, LONGEST, OFF = 19e9, 160_000, 0.5
@@ -51,13 +50,13 @@ def eight() -> bool:
     )
     ways = {
         "checkpointed": {},
-        "and tiles of 1024": {"tile": 1024},
-        "and sent to the machine's memory": {"tile": 1024, "offload": True},
+        "and tiles of 1024": {"mlp_tile_size": 1024},
+        "and sent to the machine's memory": {"mlp_tile_size": 1024, "offload_activations": True},
     }
     print("LoRA r = 16 on all linear maps of Llama 3.1 8B, bf16, 4 x 2048 tokens in one pass")
     print(f"  PEFT, checkpointed                        {peers(job) / 1e9:6.2f} GB")
     for name, how in ways.items():
-        found = trace_memory(replace(job, checkpointing=True, **how))
+        found = trace_memory(replace(job, gradient_checkpointing=True, **how))
         beside = f", {found.host / 1e9:.2f} GB of the machine's" if found.host else ""
         print(f"  slimtune, {name:32}{found.step / 1e9:6.2f} GB{beside}", flush=True)
     return found.step <= MOST
@@ -67,32 +66,31 @@ def peers(job: TrainingJob) -> int:
     """Return the most bytes that PEFT's step holds: transformers' own loss, fp32 adapters, a fused AdamW."""
     config = peft.LoraConfig(r=16, lora_alpha=16, **ALL)
     with torch.device("meta"):
-        model: Any = tf.AutoModelForCausalLM.from_config(job.base, dtype=job.dtype)
+        model: Any = tf.AutoModelForCausalLM.from_config(job.base_config, dtype=job.dtype)
         model = peft.get_peft_model(model, config)
     with fake_mode(), simulate_device("cuda"):
         make_fake(model)
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-        storages = Storages(512)
-        with storages:
-            storages.hold(all_tensors(model), "weights")
+        with MemoryTracker(512) as tracker:
+            tracker.assign(all_tensors(model), "weights")
             ids = torch.zeros(len(job.lengths), job.lengths[0], dtype=torch.long)
             for _ in range(2):  # the first makes the optimizer's state
                 model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
-    return max(storages.peaks.values())
+    return tracker.peak
 
 
 def long() -> bool:
     """The longest row on a card of 24 GiB."""
     request = PlanRequest(
-        get_model_info("llama-3.1-8b"), find_gpu("rtx-3090"), settings={"r": 32, **ALL}, seq_len=LONGEST,
-        quantization="nf4", checkpointing=True, offload=True, tile=TILE,
+        get_model_info("llama-3.1-8b"), find_gpu("rtx-3090"), LoraConfig(r=32, **ALL), seq_len=LONGEST,
+        quantization="nf4", gradient_checkpointing=True, offload_activations=True, mlp_tile_size=TILE,
     )  # fmt: skip
-    longest = make_plan(request, "lora", advise=False).max_seq_len // 10_000 * 10_000
-    while (found := make_plan(replace(request, seq_len=longest), "lora", advise=False)).verdict != "fits":
+    longest = make_plan(request, advise=False).max_seq_len // 10_000 * 10_000
+    while (found := make_plan(replace(request, seq_len=longest), advise=False)).verdict != "fits":
         longest -= 10_000
     print(f"LoRA r = 32 on Llama 3.1 8B in NF4, one row, 24 GiB, tiles of {TILE}")
     print(f"  longest row     {longest} tokens: {found.verdict}, {found.reason}")
@@ -110,11 +108,17 @@ def real() -> bool:
         vocab_size=4096, tie_word_embeddings=False,
     )  # fmt: skip
     job = TrainingJob(
-        base, LoraConfig(r=32, **ALL), torch.bfloat16, (8192,), checkpointing=True, offload=True, tile=1024
+        base,
+        LoraConfig(r=32, **ALL),
+        torch.bfloat16,
+        (8192,),
+        gradient_checkpointing=True,
+        offload_activations=True,
+        mlp_tile_size=1024,
     )
     job = replace(job, quantization="nf4")
     traced, (state, peak) = trace_memory(job), measured(job)
-    held = sum(traced.state.values())
+    held = traced.state_bytes
     error = 100 * (traced.step / peak - 1)
     print("the same made small (6 layers of 512, a row of 8192), real tensors")
     print(f"  state           counted {held}, torch's allocator {state}")

@@ -37,7 +37,7 @@ from slimtune.adapters.registry import built_in_methods, config_class
 from slimtune.config.method import resolved
 from slimtune.models.loader import load_config
 from slimtune.planning.memory_trace import trace_memory
-from slimtune.planning.training_job import TrainingJob
+from slimtune.planning.request import TrainingJob
 from slimtune.utils.formatting import format_bytes
 
 MEAN, WORST = 0.5, 2.0
@@ -90,7 +90,7 @@ class Case:
     def job(self) -> TrainingJob:
         return TrainingJob(
             BASES[self.base](), self.config(), self.dtype, self.lengths, self.passes, "cpu", self.checkpointing,
-            offload=self.tile is not None, tile=self.tile, packing=self.packing,
+            offload_activations=self.tile is not None, mlp_tile_size=self.tile, packing=self.packing,
         )  # fmt: skip
 
     def config(self) -> Any:
@@ -121,7 +121,7 @@ def cases(methods: list[str], bases: list[str]) -> Iterator[Case]:
 def planned(job: TrainingJob) -> tuple[int, int]:
     """Return bytes of state, and at the step's highest point."""
     found = trace_memory(job)
-    return sum(found.state.values()), found.step
+    return found.state_bytes, found.step
 
 
 def row(case: Case) -> dict[str, Any]:

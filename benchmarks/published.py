@@ -7,15 +7,15 @@
     ours        runs of litgpt, torchtune and Unsloth, which step otherwise, beside our own step for the same job
 
 The figures are in data/memory_points.json. Of the first two the engine is published to the last line, so the peer's own
-step (transformers and PEFT, as installed here) runs on fake tensors under the tracer in that engine's order, and the
-CUDA allocator is replayed from its first tensor on. Nothing is fitted to a row. Three things the step does not tell:
+step (transformers and PEFT, as installed here) runs on fake tensors under the tracer in that engine's order. Nothing is
+fitted to a row. Three things the step does not tell:
 
     cuBLAS      holds a workspace for each thread that multiplies matrices: one forwards and one backwards
     masks       transformers 4.57, vramcalc's, lays a mask for rows that need none; MetaMathQA's rows are padded
     lengths     nobody says how long MetaMathQA's longest batch is. One run that is not scored (marked in the data)
                 reserved what 696 tokens take, and all runs had the same rows: that is the length for the others
 
-A reserved figure counts where it lies in the band that a plan gives the longest training step (`plan.verdict`). It is
+A reserved figure counts where it lies in the band that a plan gives the longest training step (`allocator_range`). It is
 the most of a whole run: prefix tuning's was in its evaluation, where 50 rows of 200 learned keys grow by 300 tokens.
 
 Exit code 1: a mean error of allocated bytes of 1 % or more, a worst of 3 % or more, or less than 90 % of the reserved
@@ -42,38 +42,17 @@ from transformers import masking_utils
 import slimtune
 from slimtune.errors import UsageError
 from slimtune.models.registry import get_model_info
-from slimtune.planning.allocator import Allocator
 from slimtune.planning.extrapolate import extrapolate_layers
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
+from slimtune.planning.memory_tracker import MemoryTracker
+from slimtune.planning.planner import CUBLAS_WORKSPACES, allocator_range, reserved_memory
+from slimtune.planning.request import TrainingJob
 from slimtune.planning.result import Range
-from slimtune.planning.storage import Storages
-from slimtune.planning.training_job import TrainingJob
-from slimtune.planning.verdict import allocation, memory_range
 from slimtune.utils.simulated_device import simulate_device
 
 POINTS = Path(__file__).parent / "data" / "memory_points.json"
 MEAN, WORST, INSIDE = 1.0, 3.0, 90.0
 """Errors of allocated bytes that are too large, and the least share of reserved ones inside the band, in per cent."""
-CUBLAS = 2 * 4096 * 1024 + 8 * 16 * 1024
-"""Bytes of a workspace on cards before Hopper (`parseChosenWorkspaceSize` in ATen's CublasHandlePool.cpp)."""
-
-
-class Replay:
-    """Counts what runs while its storages are entered as a CUDA device's allocator would."""
-
-    def __init__(self) -> None:
-        self.storages, self.allocator = Storages(events=True), Allocator()
-
-    def now(self) -> Allocator:
-        """Return the allocator as it stands after all that ran."""
-        events = self.storages.events or []
-        self.allocator.run(events)
-        events.clear()
-        return self.allocator
-
-    def first_product(self, thread: str) -> None:
-        """Take the workspace that cuBLAS takes at a thread's first product of matrices."""
-        self.now().run([(thread, CUBLAS)])
 
 
 @contextmanager
@@ -111,7 +90,6 @@ def vramcalc(row: dict[str, Any]) -> int:
             targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
             config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
             model = peft.get_peft_model(model, config)
-    replay = Replay()
     with pretended():
         make_fake(model)
         model.train()
@@ -119,29 +97,20 @@ def vramcalc(row: dict[str, Any]) -> int:
         if "ckpt" in words:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
-        with replay.storages:
-            replay.storages.hold(loaded(model), "weights")
+        with MemoryTracker(512) as tracker:
+            tracker.assign(loaded(model), "weights")
             ids = torch.zeros(row["batch"], row["max_seq"], dtype=torch.long)
 
-            def step(first: bool = False) -> None:
-                if first:
-                    replay.first_product("forward")
+            for phase in ("first step", "second step"):
+                tracker.start_phase(phase)
                 with autocast():
                     out = model(input_ids=ids, labels=ids, use_cache=False)
                     loss = out.loss
-                if first:
-                    replay.first_product("backward")
                 loss.backward()
                 del out, loss
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=False)
-                replay.now()
-
-            step(first=True)
-            replay.allocator.empty_cache()
-            replay.allocator.reset_peaks()
-            step()
-    return replay.allocator.most_allocated
+    return sum(tracker.phases["second step"].values()) + CUBLAS_WORKSPACES
 
 
 # -- PEFT: method_comparison/MetaMathQA, run.py and experiments/*/adapter_config.json ---------------------------------
@@ -172,51 +141,37 @@ LONGEST, SHORT = 696, 100
 """Tokens of the longest batch, and of the one before it: each 20 batches begin with the longest of them."""
 
 
-def metamath(row: dict[str, Any], longest: int = LONGEST) -> tuple[int, Range]:
-    """Return the bytes reserved for the longest batch, and the band a plan would give for it."""
+def metamath(row: dict[str, Any], longest: int = LONGEST) -> Range:
+    """Return the range that a plan would give for the bytes reserved for the longest batch."""
     make = EXPERIMENTS[row["method"]]
     with torch.device("meta"):
         config = get_model_info(row["model"]).config
         model: Any = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        base = list(model.parameters())
         if make is not None:
             model = peft.get_peft_model(model, make())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trained != row["trainable"]:
         raise UsageError(f"{row['method']} trains {trained} parameters here", f"{row['trainable']}, as published")
-    replay = Replay()
-    weights = sum({id(p): p.numel() * p.element_size() for p in base}.values())
-    # transformers takes the weights' bytes at once before it loads them, so that they lie in one segment.
-    replay.allocator.run([("weights", weights), ("weights", -weights)])
     with pretended():
         make_fake(model)
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # what it takes on CUDA, unasked
-        with replay.storages as storages:
-            storages.hold(loaded(model), "weights")
+        with MemoryTracker(512) as tracker:
+            tracker.assign(loaded(model), "weights")
             outputs = loss = batch = None
             # What a step leaves lies there until the next makes its own: run.py's variables.
-            for length, first in ((SHORT, True), (longest, False)):
+            for length in (SHORT, longest):
                 batch = {k: torch.ones(row["batch"], length, dtype=torch.long) for k in ("input_ids", "attention_mask")}
                 batch["labels"] = batch["input_ids"].clone()
                 optimizer.zero_grad()
-                if first:
-                    replay.first_product("forward")
                 outputs = model(**batch, num_items_in_batch=row["batch"] * length)
                 loss = outputs.loss
-                if first:
-                    replay.first_product("backward")
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
                 optimizer.step()
-                if first:
-                    replay.now().empty_cache()  # as run.py does every ten steps
-            storages.hold((t for s in optimizer.state.values() for t in s.values()), "optimizer")
-            state = storages.now["weights"] + storages.now["optimizer"]
-            allocator = replay.now()
-    job = TrainingJob(config, None, torch.bfloat16, (longest,) * row["batch"], device="cuda")
-    peak, reserved = allocator.most_allocated, allocator.most_reserved
-    return reserved, Range(peak, max(reserved, memory_range(job, peak, state).high))
+            tracker.assign((t for s in optimizer.state.values() for t in s.values()), "optimizer")
+            state = tracker.live["weights"] + tracker.live["optimizer"]
+    return allocator_range("cuda", tracker.peak + CUBLAS_WORKSPACES, state)
 
 
 # -- Others' engines, beside our own step ----------------------------------------------------------------------------
@@ -250,7 +205,7 @@ def job_of(row: dict[str, Any]) -> TrainingJob | None:
     lora = slimtune.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
     return TrainingJob(
         base, None if "full" in method else lora, torch.bfloat16, lengths, passes, "cuda",
-        checkpointing="checkpointing" in method or "unsloth" in source, quantization=quantization,
+        gradient_checkpointing="checkpointing" in method or "unsloth" in source, quantization=quantization,
     )  # fmt: skip
 
 
@@ -274,24 +229,21 @@ def allocated_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], b
 
 
 def reserved_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
-    print("\n| run | published GB | replayed GB | error % | band GB | inside |")
-    print("| --- | ---: | ---: | ---: | ---: | --- |")
+    print("\n| run | published GB | range GB | inside |")
+    print("| --- | ---: | ---: | --- |")
     found = []
     for row in rows:
         if "MetaMathQA" not in row["source"]:
             continue
         published = row["peak_bytes_reserved_max"]
-        replayed, band = metamath(row)
+        band = metamath(row)
         inside, counts = band.low <= published <= band.high, not row.get("calibrates")
-        error = 100 * (replayed / published - 1)
         found.append({
-            "run": row["method"], "published": published, "replayed": replayed, "error_percent": error,
-            "band": band._asdict(), "inside": inside, "scored": counts,
+            "run": row["method"], "published": published, "band": band._asdict(), "inside": inside, "scored": counts,
         })  # fmt: skip
         said = ("no", "yes")[inside] if counts else "not scored"
         low, high = (f"{end / 1e9:.2f}" for end in band)
-        print(f"| {row['method']} | {published / 1e9:.3f} | {replayed / 1e9:.3f} | {error:+.2f} | {low} to {high} | "
-              f"{said} |", flush=True)  # fmt: skip
+        print(f"| {row['method']} | {published / 1e9:.3f} | {low} to {high} | {said} |", flush=True)
     scored = [r for r in found if r["scored"]]
     share = 100 * sum(r["inside"] for r in scored) / len(scored)
     print(f"\nReserved, {len(scored)} runs: {share:.0f} % inside the band.")
@@ -307,7 +259,7 @@ def ours_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
             continue
         engine = next(e for e in ("litgpt", "torchtune", "unsloth") if e in row["source"])
         published = (row["peak_GB"] if "peak_GB" in row else row["vram_GB"]) * 1e9
-        peak, _ = allocation(job, extrapolate_layers(job))
+        peak, _ = reserved_memory(job, extrapolate_layers(job))
         found.append({"engine": engine, "run": row["method"], "published": published, "ours": peak})
         shape = f"{len(job.lengths)} × {job.lengths[0]}"
         name = row["method"] if row["model"].lower() in row["method"] else f"{row['model']} {row['method']}"

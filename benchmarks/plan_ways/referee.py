@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from slimtune import get_peft_model
 from slimtune.attention.register import packed_attention
 from slimtune.planning.fake_tensors import all_tensors
-from slimtune.planning.training_job import TrainingJob
+from slimtune.planning.request import TrainingJob
 from slimtune.train_step.loss import forward_backward, make_collator
 from slimtune.train_step.memory_savings import apply_memory_savings
 from slimtune.train_step.optimizer import build_optimizer
@@ -36,20 +36,20 @@ def measured(job: TrainingJob) -> tuple[int, int]:
     begin, end = next((e.start_ns(), e.end_ns()) for e in found if e.name() == STEP)
     events = sorted(((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]"), key=lambda e: e[0])
     state = held if job.quantization else sum(size for at, size in events if at < begin)
-    during = itertools.gradient_accumulation_steps((size for at, size in events if begin <= at <= end), initial=state)
+    during = itertools.accumulate((size for at, size in events if begin <= at <= end), initial=state)
     return state, max(during)
 
 
 def _train(job: TrainingJob) -> int:
     """Return the bytes of the model's and the optimizer's tensors."""
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(job.base, dtype=job.dtype)
+    model: Any = AutoModelForCausalLM.from_config(job.base_config, dtype=job.dtype)
     if job.quantization == "nf4":
         model = _in_nf4(model)
     if job.method is not None:
         model = get_peft_model(model, job.method)
         job.method.on_train_begin(100)
-    apply_memory_savings(model, job.checkpointing, job.offload, job.tile)
+    apply_memory_savings(model, job.gradient_checkpointing, job.offload_activations, job.mlp_tile_size)
     model.train()
     optimizer = build_optimizer(model, job.optimizer)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -57,7 +57,7 @@ def _train(job: TrainingJob) -> int:
     vocabulary = model.config.get_text_config().vocab_size
 
     def step(number: int) -> None:
-        rows = [[torch.randint(vocabulary, (n,)).tolist() for n in job.lengths] for _ in range(job.passes)]
+        rows = [[torch.randint(vocabulary, (n,)).tolist() for n in job.lengths] for _ in range(job.micro_batches)]
         packs = [collator([{"input_ids": row, "labels": row} for row in some]) for some in rows]
         forward_backward(model, packs)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -29,14 +29,13 @@ def asked(monkeypatch) -> list:
     """Stand in for the planner: 19 GiB at most on a GPU, twice the weights without bf16, 60 GiB on a Mac."""
     requests: list = []
 
-    def plan_of(request, method, *, quick=False):
+    def fake_make_plan(request, *, advise=True):
         requests.append(request)
-        assert quick
-        card = request.card
+        card = request.gpu
         weights = 56.0 if card.device == "mps" else 15.0 if card.bf16 else 30.0
-        return hand_plan(method, card, sizes=(weights, 0.25, 0.25, 0.5, 1.5, 0.5, 0.5))
+        return hand_plan(request.method_name, card, sizes=(weights, 0.25, 0.25, 0.5, 1.5, 0.5, 0.5))
 
-    monkeypatch.setattr(planner, "make_plan", plan_of)
+    monkeypatch.setattr(planner, "make_plan", fake_make_plan)
     return requests
 
 
@@ -99,14 +98,14 @@ def test_a_job_is_planned_once_for_each_sort_of_card(asked):
     sorts = [(r.card.device, r.card.bf16) for r in asked]
     assert sorted(sorts) == sorted({(c.device, c.bf16) for c in all_gpus()})
     for request in asked:
-        alike = [c for c in all_gpus() if (c.device, c.bf16) == (request.card.device, request.card.bf16)]
-        assert request.card.memory == max(c.memory for c in alike)
+        alike = [c for c in all_gpus() if (c.device, c.bf16) == (request.gpu.device, request.gpu.bf16)]
+        assert request.gpu.memory == max(c.memory for c in alike)
 
 
 def test_with_a_dtype_the_card_does_not_choose(asked):
     gpus("--for", "llama-3.1-8b", "--dtype", "fp16", "--rank", "4", "--set", "method.targets=[q_proj]")
     assert sorted(r.card.device for r in asked) == ["cuda", "mps"]
-    assert {(r.dtype, r.settings["r"]) for r in asked} == {("float16", 4)}
+    assert {(r.dtype, r.method.r) for r in asked} == {("float16", 4)}
 
 
 def test_json_says_the_verdict_of_every_card():

@@ -43,14 +43,14 @@ def asked(monkeypatch) -> list:
     requests: list = []
     made = {"full": {"sizes": FULL, "verdict": "does not fit"}, "ia3": {"verdict": "tight"}}
 
-    def plan_of(request, method, *, quick=False):
+    def fake_make_plan(request, *, advise=True):
         requests.append(request)
-        assert request.methods == (method,)
+        method = request.method_name
         if method == "bottleneck":
             raise UsageError("found 0 of the 2 layers")
-        return hand_plan(method, request.card, **made.get(method, {}))
+        return hand_plan(method, request.gpu, **made.get(method, {}))
 
-    monkeypatch.setattr(planner, "make_plan", plan_of)
+    monkeypatch.setattr(planner, "make_plan", fake_make_plan)
     return requests
 
 
@@ -79,11 +79,10 @@ def test_a_model_alone_is_planned_as_training_would_run_it(asked):
     said("llama-3.1-8b")
     (request,) = asked
     trained = load_recipe(None, {"model.name": "llama-3.1-8b", "data.train": "d.jsonl", "output_dir": "o"})
-    assert (request.outline.spec, request.methods) == ("meta-llama/Llama-3.1-8B", ("lora",))
-    assert request.settings == trained.method.settings
-    assert request == build_request(trained, request.card)
+    assert (request.model.spec, request.method_name) == ("meta-llama/Llama-3.1-8B", "lora")
+    assert request == build_request(trained, request.gpu)
     assert (request.dtype, request.optimizer, request.quantization) == ("auto", "adamw", None)
-    assert request.card.name == detect_gpu().name
+    assert request.gpu.name == detect_gpu().name
 
 
 def test_flags(asked):
@@ -94,13 +93,13 @@ def test_flags(asked):
         "--set", "train.save_total_limit=7",
     )  # fmt: skip
     (request,) = asked
-    assert request.card is CARD
-    assert request.methods == ("lora",)
-    assert (request.settings["r"], request.settings["lora_alpha"]) == (8, 12)
-    assert request.settings["target_modules"] == ["q_proj"]
-    assert (request.batch, request.gradient_accumulation_steps, request.seq_len) == (2, 5, 99)
-    assert (request.optimizer, request.quantization, request.checkpointing) == ("sgd", "nf4", True)
-    assert (request.dtype, request.packing, request.keep) == ("bfloat16", False, 7)
+    assert request.gpu is CARD
+    assert request.method_name == "lora"
+    assert (request.method.r, request.method.lora_alpha) == (8, 12)
+    assert set(request.method.target_modules) == {"q_proj"}
+    assert (request.batch_size, request.gradient_accumulation_steps, request.seq_len) == (2, 5, 99)
+    assert (request.optimizer, request.quantization, request.gradient_checkpointing) == ("sgd", "nf4", True)
+    assert (request.dtype, request.packing, request.save_total_limit) == ("bfloat16", False, 7)
 
 
 def test_a_recipe_and_flags_over_it(asked, recipe):
@@ -108,20 +107,20 @@ def test_a_recipe_and_flags_over_it(asked, recipe):
     assert done.exit_code == 0, done.stderr
     assert "the tokenizer of meta-llama/Llama-3.1-8B is not on this disk: taken to be up to 300 tokens" in done.stderr
     (request,) = asked
-    assert request.card == gpu_with_memory("16GiB")
-    assert (request.settings["r"], request.settings["target_modules"]) == (6, ["q_proj"])
-    assert (request.batch, request.gradient_accumulation_steps, request.seq_len) == (3, 2, 300)
-    assert (request.packing, request.checkpointing, request.dtype) == (False, True, "bfloat16")
+    assert request.gpu == gpu_with_memory("16GiB")
+    assert (request.method.r, set(request.method.target_modules)) == (6, {"q_proj"})
+    assert (request.batch_size, request.gradient_accumulation_steps, request.seq_len) == (3, 2, 300)
+    assert (request.packing, request.gradient_checkpointing, request.dtype) == (False, True, "bfloat16")
     assert request.lengths == ()
 
 
 def test_other_methods_than_the_recipes_start_from_their_own_defaults(asked, recipe):
     said(str(recipe), "--method", "lora,vera,full")
-    by_name = {r.methods[0]: r for r in asked}
+    by_name = {r.method_name: r for r in asked}
     assert list(by_name) == ["lora", "vera", "full"]
-    assert by_name["lora"].settings["target_modules"] == ["q_proj"]
-    assert by_name["vera"].settings["target_modules"] == "all-linear"
-    assert {(r.batch, r.gradient_accumulation_steps) for r in asked} == {(3, 2)}
+    assert set(by_name["lora"].method.target_modules) == {"q_proj"}
+    assert by_name["vera"].method.target_modules == "all-linear"
+    assert {(r.batch_size, r.gradient_accumulation_steps) for r in asked} == {(3, 2)}
 
 
 def test_rows_give_the_longest_and_the_tokens_of_the_run(asked, tiny_folder, tmp_path):
@@ -135,12 +134,12 @@ def test_rows_give_the_longest_and_the_tokens_of_the_run(asked, tiny_folder, tmp
                                       "data.validation_fraction": 0}), tokenizer).train  # fmt: skip
     lengths = [len(row["input_ids"]) for row in rows]
     assert len(set(lengths)) == 3
-    assert request.rows == tuple(sorted(lengths, reverse=True))
+    assert request.job().lengths == tuple(sorted(lengths, reverse=True))
     assert told["cost"]["tokens"] == 2 * sum(lengths)
     assert told["cost"]["hours"]["low"] == pytest.approx(2 * sum(lengths) / 2000 / 3600)
     told = said(str(tiny_folder), *how, "--set", "train.max_steps=6", "--batch-size", "1", "--accumulate", "2")
     assert told["cost"]["tokens"] == round(6 * 2 * sum(lengths) / 3)
-    assert asked[1].rows == asked[0].rows[:1]  # the longest that can come together in a pass
+    assert asked[1].job().lengths == asked[0].job().lengths[:1]  # the longest that can come together in a pass
     shown = plan(str(tiny_folder), *how, "--set", "train.epochs=2").stdout
     assert f"the run, {2 * sum(lengths)} tokens" in shown
 
@@ -150,7 +149,7 @@ def test_a_config_alone_is_planned_by_the_longest_row_it_allows(asked, tiny_fold
     done = plan(str(tiny_folder / "config.json"), "--gpu", "t4", "--data", str(rows))
     assert done.exit_code == 0, done.stderr
     assert "rows are not read" in done.stderr
-    assert asked[0].rows == (1024,) * 8
+    assert asked[0].job().lengths == (1024,) * 8
 
 
 def test_a_recipe_of_a_base_on_this_disk_has_its_rows_read(asked, tiny_folder, tmp_path):
@@ -159,13 +158,13 @@ def test_a_recipe_of_a_base_on_this_disk_has_its_rows_read(asked, tiny_folder, t
     recipe.write_text(f"model: {tiny_folder}\ndata: {{train: rows.jsonl, validation_fraction: 0}}\nout: o\n")
     done = plan(str(recipe), "--gpu", "t4")
     assert done.exit_code == 0, done.stderr
-    assert max(asked[0].rows) < 100
+    assert max(asked[0].job().lengths) < 100
     assert "rows: 1 of 1 rows" in done.stderr
 
 
 def test_a_setting_goes_to_the_methods_that_have_it(asked):
     said(*BASE, "--method", "lora,ia3", "--rank", "3")
-    assert [(r.methods[0], r.settings.get("r")) for r in asked] == [("lora", 3), ("ia3", None)]
+    assert [(r.method_name, getattr(r.method, "r", None)) for r in asked] == [("lora", 3), ("ia3", None)]
 
 
 def test_all_methods_and_those_that_cannot_be_planned(asked):
@@ -270,7 +269,7 @@ def test_one_plan():
         f"usable {between(*CARD.usable)} published; guessed band |",
         "in a pass 1 row, 2048 tokens",
         "longest of them 2048 tokens",
-        "passes in a step 4",
+        "micro-batches in a step 4",
         "trained parameters 41.9 M (0.52 %)",
         "adapter's file 160.0 MiB",
         "machine's memory 3.0 GiB",
@@ -298,7 +297,9 @@ def test_one_plan():
 )
 def test_a_plan_is_an_answer_whatever_it_says(monkeypatch, verdict, sentence):
     fields = {"verdict": verdict, "max_seq_len": 0, "max_batch_size": 0, "tokens_per_second": None, "advice": []}
-    monkeypatch.setattr(planner, "make_plan", lambda request, method, quick: hand_plan(method, request.card, **fields))
+    monkeypatch.setattr(
+        planner, "make_plan", lambda request, advise: hand_plan(request.method_name, request.gpu, **fields)
+    )
     done = plan(*BASE, "--method", "full")
     assert done.exit_code == 0
     assert done.stdout.splitlines()[0] == sentence
@@ -381,8 +382,8 @@ def test_a_recipe_that_trains_is_written(asked, rows, tmp_path):
     assert f"now: slimtune train {file}" in done.stdout
     again = said(str(file), "--gpu", "t4")
     assert again["method"] == "lora"
-    assert asked[1].settings == asked[0].settings
-    assert (asked[1].outline.spec, asked[1].seq_len) == (asked[0].outline.spec, 99)
+    assert asked[1].method == asked[0].method
+    assert (asked[1].model.spec, asked[1].seq_len) == (asked[0].model.spec, 99)
 
 
 @pytest.mark.parametrize(

@@ -55,13 +55,14 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """
     ran: list[str] = []
 
-    def plan_of(request: Any, method: str, **how: Any) -> Any:
+    def cached_make_plan(request: Any, **options: Any) -> Any:
+        method = request.method_name
         if method not in PLANS:
-            PLANS[method] = real(request, method, **how)
+            PLANS[method] = real(request, **options)
         return PLANS[method]
 
     real = compare.make_plan
-    monkeypatch.setattr(compare, "make_plan", plan_of)
+    monkeypatch.setattr(compare, "make_plan", cached_make_plan)
     monkeypatch.setattr(compare, "draw", lambda *_: None)
 
     def launch(recipe_file: Path, log: Path, **how: Any) -> Ended:

@@ -161,11 +161,12 @@ def test_methods_and_seeds_may_be_added(grid, quick):
 
 
 def test_what_does_not_fit_is_left_out_and_said(grid, quick, monkeypatch):
-    plan_of = run_module.make_plan
+    make_plan = run_module.make_plan
 
-    def small(request, method, **how):
-        plan = plan_of(request, method, **how)
-        return dataclasses.replace(plan, verdict="does not fit", reason="too big") if method == "ia3" else plan
+    def small(request, **options):
+        plan = make_plan(request, **options)
+        too_big = request.method_name == "ia3"
+        return dataclasses.replace(plan, verdict="does not fit", reason="too big") if too_big else plan
 
     monkeypatch.setattr(run_module, "make_plan", small)
     result = compare(grid("lora", "ia3", seeds=1))

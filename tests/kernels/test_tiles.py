@@ -7,7 +7,7 @@ import torch
 
 from slimtune.errors import ModelError
 from slimtune.kernels.tiled_mlp import run_tiled
-from slimtune.planning.storage import Storages
+from slimtune.planning.memory_tracker import MemoryTracker
 
 
 def test_one_layer_s_tile_is_all_that_is_held():
@@ -16,10 +16,9 @@ def test_one_layer_s_tile_is_all_that_is_held():
     x = torch.randn(1, 4096, 8, requires_grad=True)
     peaks = []
     for tokens in (4096, 64):
-        storages = Storages()
-        with storages:
+        with MemoryTracker() as tracker:
             run_tiled(wide_map, x, tokens, list(wide_map.parameters())).sum().backward()
-        peaks.append(storages.peaks["start"])
+        peaks.append(tracker.peak)
     assert peaks[1] < peaks[0] / 15
 
 

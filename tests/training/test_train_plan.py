@@ -25,7 +25,7 @@ from slimtune.utils.memory import peak_memory, reset_peak_memory
 
 
 def planned(recipe, lengths):
-    return make_plan(build_request(recipe, detect_gpu("cpu"), lengths), recipe.method.name, quick=True).to_dict()
+    return make_plan(build_request(recipe, detect_gpu("cpu"), lengths)).to_dict()
 
 
 def slimtune(*args):

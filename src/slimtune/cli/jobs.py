@@ -184,9 +184,7 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
     )
 
 
-def plans_of(
-    asked: Asked, card: Gpu, *, processes: int = 1
-) -> tuple[list[Plan], dict[str, SlimtuneError]]:
+def plans_of(asked: Asked, card: Gpu, *, processes: int = 1) -> tuple[list[Plan], dict[str, SlimtuneError]]:
     """Plan every job that was asked for on a card.
 
     Args:

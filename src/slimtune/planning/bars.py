@@ -131,7 +131,7 @@ def require_plot(path: str | Path) -> Path:
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("plots need the package matplotlib, which is not installed", hint="pip install 'slimtune[plot]'")
+        raise UsageError("plots need matplotlib, which is not installed", hint="pip install 'slimtune[plot]'")
     return path
 
 

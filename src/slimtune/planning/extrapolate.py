@@ -70,13 +70,10 @@ def extrapolate_merge(job: TrainingJob, num_params: int) -> int | None:
     """Return the peak bytes of CPU memory while the adapter is merged into a base; None if it cannot be merged."""
     dtype = torch.float32 if num_params < FLOAT32_MERGE_PARAMS else job.dtype
     try:
-        merges = [trace_merge(job.with_num_layers(min(d, job.num_layers)), dtype) for d in DEPTHS]
+        two, three = (trace_merge(job.with_num_layers(d), dtype) for d in DEPTHS)
     except UsageError:
-        merges = [trace_merge(job, dtype)] * 2
-    (two, three) = merges
-    if two is None or three is None:
-        return None
-    return _at_depth(job, two[0], three[0]) + max(peak - state for state, peak in (two, three))
+        two = three = trace_merge(job, dtype)
+    return None if two is None or three is None else _at_depth(job, two, three)
 
 
 def _at_depth(job: TrainingJob, two: int, three: int) -> int:

@@ -42,21 +42,21 @@ class Linear4bit(nn.Linear):
     """`y = x Wᵀ + b` for x `(..., in)`; W is dequantized for each product."""
 
     dtype: torch.dtype
-    double: bool
+    nested: bool
     absmax: Tensor
     nested_absmax: Tensor
     offset: Tensor
 
-    def pack(self, *, double: bool) -> None:
-        """Replace the weight by what its quantized form takes; `double`: its scales are quantized, too."""
+    def pack(self, *, nested: bool) -> None:
+        """Replace the weight by what its quantized form takes; `nested`: its scales are quantized, too."""
         new = partial(torch.empty, dtype=torch.float32, device=self.weight.device)
         values = self.weight.numel()
         scales = -(-values // BLOCK)
-        self.dtype, self.double = self.weight.dtype, double
+        self.dtype, self.nested = self.weight.dtype, nested
         self.weight = Params4bit(new(-(-values // 2), 1, dtype=torch.uint8), requires_grad=False)
         self.code = new(16)
-        self.absmax = new(scales, dtype=torch.uint8 if double else torch.float32)
-        if double:
+        self.absmax = new(scales, dtype=torch.uint8 if nested else torch.float32)
+        if nested:
             self.nested_absmax, self.nested_code = new(-(-scales // SCALE_BLOCK)), new(256)
             self.offset = new(())
 
@@ -68,13 +68,13 @@ class Linear4bit(nn.Linear):
     def dequantized(self) -> Tensor:
         """Return W `(out, in)` as `dequantize_4bit` does."""
         scales = self.scales()
-        if self.double:
+        if self.nested:
             scales += self.offset
         return self.values()
 
     def scales(self) -> Tensor:
         """Return the fp32 scales `(n/64)`, before their mean is added."""
-        return self.absmax.new_empty(self.absmax.shape, dtype=torch.float32) if self.double else self.absmax
+        return self.absmax.new_empty(self.absmax.shape, dtype=torch.float32) if self.nested else self.absmax
 
     def values(self) -> Tensor:
         """Return a new W `(out, in)`; the scales exist beside it meanwhile."""
@@ -90,7 +90,7 @@ class _Matmul4bit(torch.autograd.Function):
         ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype  # x is not saved
         scales = layer.scales()
         # Both variables live until the product is made, as in bitsandbytes.
-        shifted = scales + layer.offset if layer.double else scales  # noqa: F841
+        shifted = scales + layer.offset if layer.nested else scales  # noqa: F841
         return F.linear(x, layer.values(), bias)
 
     @staticmethod
@@ -162,8 +162,8 @@ class _Matmul8bit(torch.autograd.Function):
 
 
 KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
-    "nf4": (Linear4bit, {"double": True}),
-    "nf4-single": (Linear4bit, {"double": False}),
+    "nf4": (Linear4bit, {"nested": True}),
+    "nf4-single": (Linear4bit, {"nested": False}),
     "int8": (Linear8bit, {}),
 }
 

@@ -18,11 +18,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.base import MergeUnsupported
-from ..attention.packed_layout import packed_attention
+from ..attention.register import packed_attention
 from ..errors import UsageError
 from ..models.lm_head import get_lm_head
-from ..setup import build_meta_model, build_optimizer
+from ..setup import build_meta_model
 from ..train_step.loss import forward_backward, make_collator, token_nll
+from ..train_step.optimizer import build_optimizer
 from ..utils.simulated_device import simulate_device
 from .fake_tensors import all_tensors, fake_mode, make_fake
 from .memory_tracker import MemoryTracker
@@ -99,7 +100,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
     with fake_mode(), simulate_device(job.device):
         make_fake(model)
         model.train()
-        collator = make_collator(model, 0, packing=job.packing, share=False)
+        collator = make_collator(model, 0, packing=job.packing, share_prefix=False)
         pack = collator([{"input_ids": [1] * n, "labels": [1] * n} for n in job.lengths])
         other_packs = [torch.empty_like(t) for _ in range(job.micro_batches - 1) for t in _nested_tensors(pack)]
         optimizer = build_optimizer(model, job.optimizer)
@@ -123,7 +124,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
             tracker.start_phase("forward")
             tracker.work.clear()
             with _mark_phases(model, tracker):
-                forward_backward(model, [pack], lambda loss: loss.backward())
+                forward_backward(model, [pack])
             work = tracker.work.copy()
             state = _assign_state(tracker, model, optimizer)  # again: DoRA keeps norms that its first forward computes
             if not backward_only:
@@ -139,8 +140,8 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
     return Trace(state, phases, work, tracker.host_peak)
 
 
-def trace_merge(job: TrainingJob, dtype: torch.dtype) -> tuple[int, int] | None:
-    """Return the bytes of a job's model, and the peak while its adapter is merged; None if it cannot be merged.
+def trace_merge(job: TrainingJob, dtype: torch.dtype) -> int | None:
+    """Return the peak bytes while a job's adapter is merged into its base; None if it cannot be merged.
 
     Args:
         job: what was trained.
@@ -154,12 +155,11 @@ def trace_merge(job: TrainingJob, dtype: torch.dtype) -> tuple[int, int] | None:
         make_fake(model)
         with tracker, torch.no_grad():
             tracker.assign(all_tensors(model), "weights")
-            state = tracker.peak
             try:
                 model.merge_adapter()
             except (MergeUnsupported, UsageError):
                 return None
-    return state, tracker.peak
+    return tracker.peak
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
     model = job.build_model()
     trainable_params = sum(count_values(p) for p in model.parameters() if p.requires_grad)
     total_params = sum(count_values(p) for p in model.parameters())
-    adapter_bytes, extra_bytes, may_be_smaller = _file_bytes(model)
+    adapter_bytes, extra_bytes, may_be_smaller = file_bytes(model)
     base_weights = weight_bytes(model)
     base_range = base_weights.per_process(request.processes) if request.fsdp else Range(*[base_weights.total] * 2)
 
@@ -188,14 +188,14 @@ def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def _file_bytes(model: Any) -> tuple[int, int, bool]:
+def file_bytes(model: Any) -> tuple[int, int, bool]:
     """Return the bytes of the trained file and of the method's own state, and whether training may leave fewer.
 
     Training may leave a smaller file if it chooses ranks (AdaLoRA, EVA); then the size is an upper bound.
     """
     if not isinstance(model, PeftModel):
         return _safetensors_bytes(model.parameters()), 0, False
-    adapters = model._attached.deltas("default")
+    adapters = model.adapter_modules("default")
     growth = model.peft_config["default"].max_size_increase(adapters)
     tensors, _ = adapter_tensor_info(model, "default")
     extra = [t for adapter in adapters.values() for t in adapter.extra_state().values()]
@@ -332,7 +332,7 @@ def _reason(
 
 def _evidence(request: PlanRequest, host_moment: str) -> dict[str, str]:
     gpu = request.gpu
-    traced = "traced at two and three layers and extrapolated"
+    traced = "traced"
     if request.fsdp:
         traced += "; the sharded base: computed, what is gathered beside a layer is guessed"
     fitted = "computed by a formula fitted to traces"

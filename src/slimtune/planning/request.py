@@ -17,8 +17,9 @@ from ..config import Recipe
 from ..errors import UsageError, format_names, nearest
 from ..models.dtype import pick_dtype
 from ..models.registry import ModelInfo, get_model_info
-from ..setup import OPTIMIZERS, build_meta_model
+from ..setup import build_meta_model
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
+from ..train_step.optimizer import OPTIMIZERS
 from .fake_quantization import quantization_kind, quantize
 from .gpus import Gpu
 
@@ -195,7 +196,10 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
     """
     model, train = recipe.model, recipe.train
     info = get_model_info(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
-    auto_split = train.max_tokens_per_micro_batch == "auto"
+    max_tokens = train.max_tokens_per_micro_batch
+    split_batch = max_tokens == "auto"
+    if max_tokens == "auto":
+        max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU
     return PlanRequest(
         model=info,
         gpu=gpu,
@@ -210,12 +214,10 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
         offload_activations=train.offload_activations,
         mlp_tile_size=train.mlp_tile_size,
         packing=train.packing,
-        split_batch=auto_split,
+        split_batch=split_batch,
         save_total_limit=train.save_total_limit,
         lengths=tuple(heapq.nlargest(train.batch_size, lengths)),
-        max_tokens=(TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU)
-        if auto_split
-        else train.max_tokens_per_micro_batch,
+        max_tokens=max_tokens,
         processes=processes,
         fsdp=train.fsdp and processes > 1,
     )

@@ -11,7 +11,7 @@ PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits
 """The parts of a step's memory, in the order bars are stacked."""
 EVIDENCE = {
     "measured": "a recorded run, or this machine",
-    "traced": "the real training step on fake tensors",
+    "traced": "the real training step on fake tensors, of two and three layers and extrapolated",
     "computed": "arithmetic on exact shapes",
     "published": "a measurement or data sheet of somebody else",
     "guessed": "known within the range given",

@@ -11,7 +11,7 @@ from hand_plan import FULL, GIB, hand_plan
 from rich.console import Console
 
 from slimtune.errors import UsageError
-from slimtune.planning.bars import LOOKS, Span, draw_bars, require_plot, spans, write_plot
+from slimtune.planning.bars import LETTERS, Span, bar_spans, draw_bars, require_plot, write_plot
 from slimtune.planning.gpus import find_gpu, gpu_with_memory
 from slimtune.planning.result import PARTS, Range
 from slimtune.utils.formatting import format_bytes
@@ -34,13 +34,15 @@ def cells(row: str) -> str:
 
 
 def test_every_part_has_a_look_of_its_own():
-    assert tuple(LOOKS) == PARTS
-    assert len({letter for letter, _ in LOOKS.values()}) == len({colour for _, colour in LOOKS.values()}) == len(PARTS)
+    assert tuple(LETTERS) == PARTS
+    assert (
+        len({letter for letter, _ in LETTERS.values()}) == len({colour for _, colour in LETTERS.values()}) == len(PARTS)
+    )
 
 
 def test_spans_are_the_parts_in_order_then_what_the_allocator_may_add():
-    found = spans(hand_plan())
-    assert [s.part for s in found] == [*PARTS, "beside"]
+    found = bar_spans(hand_plan())
+    assert [s.part for s in found] == [*PARTS, "allocator"]
     assert [(s.end - s.start) / GIB for s in found[:-1]] == [15.0, 0.25, 0.25, 0.5, 1.5, 0.5, 0.5]
     assert all(a.end == b.start for a, b in pairwise(found))
     assert found[-1].end == hand_plan().need.high == 19.0 * GIB
@@ -48,9 +50,9 @@ def test_spans_are_the_parts_in_order_then_what_the_allocator_may_add():
 
 def test_an_empty_part_and_a_missing_one_take_no_room():
     plan = hand_plan(sizes=FULL)
-    assert "adapters" not in [s.part for s in spans(plan)]
+    assert "adapters" not in [s.part for s in bar_spans(plan)]
     del plan.parts["adapters"]
-    assert spans(plan)[:2] == [Span("weights", 0, 15 * GIB), Span("gradients", 15 * GIB, 30 * GIB)]
+    assert bar_spans(plan)[:2] == [Span("weights", 0, 15 * GIB), Span("gradients", 15 * GIB, 30 * GIB)]
 
 
 # --- in the terminal
@@ -103,7 +105,7 @@ def test_no_line_is_wider_than_the_screen(width):
 
 def test_letters_are_explained_and_a_letter_is_so_many_bytes():
     legend = " ".join(lines([hand_plan()])[-2:])
-    for part, (letter, _) in LOOKS.items():
+    for part, (letter, _) in LETTERS.items():
         assert f"{letter} {part}" in legend
     assert "· the allocator may add" in legend
     assert "│ what the card gives" in legend
@@ -142,7 +144,7 @@ def test_svg_says_everything_in_text(tmp_path):
     text = (tmp_path / "plan.svg").read_text()
     assert text.startswith("<?xml")
     for said in (
-        "llama-3.1-8b: 2048 tokens in a pass, rows of up to 2048", ">lora<", ">ia3<", ">full<", "19.0 GiB, fits",
+        "llama-3.1-8b: 2048 tokens in a micro-batch, rows of up to 2048", ">lora<", ">ia3<", ">full<", "19.0 GiB, fits",
         "19.0 GiB, tight", "63.0 GiB, does not fit", f"rtx-3090: {format_bytes(CARD.usable[0])}", ">W weights<",
         ">R runtime<", "the allocator may add",
     ):  # fmt: skip
@@ -167,7 +169,7 @@ def test_png_and_a_bar_that_is_cut(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("plan.pdf", "kind '.pdf'"), ("plan", "without a suffix"), ("no/plan.svg", "there is no folder")],
+    [("plan.pdf", "suffix '.pdf'"), ("plan", "has no suffix"), ("no/plan.svg", "there is no folder")],
 )
 def test_a_picture_that_cannot_be(tmp_path, name, says):
     with pytest.raises(UsageError, match=says):
@@ -184,4 +186,4 @@ def test_without_matplotlib_the_pip_line_is_given(tmp_path, monkeypatch):
 
 def test_a_band_of_the_runtime_is_part_of_the_need():
     plan = hand_plan(runtime_bytes=Range(0.5 * GIB, 1.5 * GIB))
-    assert spans(plan)[-1].end == 20.0 * GIB
+    assert bar_spans(plan)[-1].end == 20.0 * GIB

@@ -1,0 +1,103 @@
+"""Extrapolated traces and the memory formula, against traces of all layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import models_zoo as zoo
+import pytest
+import torch
+
+import slimtune
+from slimtune.planning.extrapolate import TOKENS, extrapolate_layers, extrapolate_merge, fit_memory_model
+from slimtune.planning.memory_trace import BACKWARD, trace_memory, trace_merge
+from slimtune.planning.request import TrainingJob
+
+LORA = slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def make_job(name="llama", depth=6, **settings):
+    base = getattr(zoo, name)().config
+    text = base.get_text_config()
+    text.num_hidden_layers = depth
+    if getattr(text, "layer_types", None):
+        kinds = ["sliding_attention", "full_attention"] if name.startswith("gemma") else ["full_attention"]
+        text.layer_types = [kinds[i % len(kinds)] for i in range(depth)]
+    defaults = {"method": LORA, "dtype": torch.bfloat16, "lengths": (TOKENS,), "micro_batches": 2, "device": "cuda"}
+    return TrainingJob(base_config=base, **{**defaults, **settings})
+
+
+@pytest.mark.parametrize(
+    ("device", "checkpointing", "method"), [("cuda", True, LORA), ("cuda", False, None), ("cpu", False, LORA)]
+)
+def test_the_formula_gives_what_is_traced(device, checkpointing, method):
+    job = make_job(device=device, gradient_checkpointing=checkpointing, method=method)
+    formula = fit_memory_model(job, job.build_model())
+    for lengths in ((TOKENS,), (3000,), (1000, 1500)):
+        trace = trace_memory(replace(job, lengths=lengths), backward_only=True)
+        assert formula.peak(lengths) == pytest.approx(trace.peak, rel=0.005)
+        assert formula.correct(lengths, trace).peak(lengths) == pytest.approx(trace.peak, abs=1)
+
+
+@pytest.mark.parametrize("lengths", [(1000,), (8000,), (3000, 2000)], ids=str)
+def test_the_formula_covers_tiles_and_offloading(lengths):
+    """Below the size of a tile it is an upper bound."""
+    savings = {"gradient_checkpointing": True, "offload_activations": True, "mlp_tile_size": 2048}
+    job = make_job(**savings, lengths=lengths)
+    trace = trace_memory(job)
+    over = fit_memory_model(job, job.build_model()).peak(lengths) - trace.peak
+    assert over > 0 if sum(lengths) < 2048 else abs(over) < 0.005 * trace.peak
+    assert extrapolate_layers(job).host == trace.host
+
+
+def test_one_very_long_row_is_not_padded():
+    job = make_job(gradient_checkpointing=True, depth=3)
+    formula = fit_memory_model(job, job.build_model())
+    trace = trace_memory(replace(job, lengths=(70_000,)), backward_only=True)
+    assert formula.peak((70_000,)) == pytest.approx(trace.peak, rel=0.1)
+    assert formula.peak((35_000, 35_000)) > formula.peak((70_000,))
+
+
+def test_attention_scores_that_are_kept_grow_with_the_square():
+    """Gemma 2 caps its scores, so they are kept: one long row takes more than two of half its length."""
+    gemma, llama = (fit_memory_model(job, job.build_model()) for job in (make_job("gemma2"), make_job()))
+    assert gemma.peak((4096,)) > 1.5 * gemma.peak((2048, 2048))
+    assert llama.peak((4096,)) == pytest.approx(llama.peak((2048, 2048)), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2"])
+def test_two_and_three_layers_give_all_layers(name):
+    job = make_job(name, lengths=(200,) if name != "gpt2" else (60,))
+    trace, extrapolated = trace_memory(job), extrapolate_layers(job, job.build_model())
+    if name == "gemma3":  # whose kinds of layer alternate, which matters in a model this small
+        assert extrapolated.peak == pytest.approx(trace.peak, rel=0.02)
+        return
+    assert {**extrapolated.phases, BACKWARD[1]: trace.phases[BACKWARD[1]]} == trace.phases
+    assert (extrapolated.state, extrapolated.work) == (trace.state, trace.work)
+
+
+def test_layers_that_differ_are_traced_whole():
+    """A rank for layer 5 alone does not show in the first three."""
+    method = slimtune.LoraConfig(
+        r=4, target_modules=["q_proj"], layers_to_transform=[1, 5], rank_pattern={r"layers\.5\..*": 32},
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    job = make_job(method=method, lengths=(200,))
+    assert extrapolate_layers(job, job.build_model()).phases == trace_memory(job).phases
+
+
+def test_targets_outside_the_first_layers_are_traced_whole():
+    method = slimtune.LoraConfig(target_modules=["q_proj"], layers_to_transform=[5])
+    job = make_job(method=method, lengths=(2000,))
+    trace = trace_memory(job)
+    assert fit_memory_model(job, job.build_model()).peak((2000,)) == pytest.approx(trace.peak, rel=0.005)
+
+
+def test_the_peak_of_a_merge():
+    job = make_job()
+    peak = trace_merge(job, torch.float32)
+    assert extrapolate_merge(job, num_params=1000) == peak  # small models are merged in float32
+    assert extrapolate_merge(job, num_params=10**10) < peak
+    assert extrapolate_merge(replace(job, method=None), 1000) is None
+    bottleneck = slimtune.BottleneckConfig(task_type="CAUSAL_LM")
+    assert extrapolate_merge(replace(job, method=bottleneck), 1000) is None

@@ -1,0 +1,135 @@
+"""MemoryTracker counts each storage while it is alive, by part and phase, on real and on fake tensors."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import _disable_current_modes
+
+from slimtune.planning.memory_tracker import MemoryTracker
+from slimtune.utils.simulated_device import host_allocation
+
+KB = 1024  # bytes of 256 numbers in fp32
+
+
+@pytest.fixture(params=["real", "fake"], autouse=True)
+def tensors(request):
+    """Run with real and with fake tensors."""
+    if request.param == "real":
+        yield
+    else:
+        with FakeTensorMode():
+            yield
+
+
+def live(tracker):
+    return {part: size for part, size in tracker.live.items() if size}
+
+
+def test_a_storage_counts_until_the_last_reference_goes():
+    with MemoryTracker() as tracker:
+        a = torch.empty(256)
+        view, part = a.view(16, 16).t(), a[3:9]
+        a.add_(1)
+        torch.add(a, 1, out=a)
+        assert live(tracker) == {"activations": KB}
+        del a, view
+        assert live(tracker) == {"activations": KB}
+        del part
+        b = torch.empty(256, dtype=torch.bfloat16)
+        assert live(tracker) == {"activations": KB // 2}
+    del b
+    assert live(tracker) == {}
+    assert tracker.peak == KB
+
+
+def test_existing_tensors_count_once_they_are_assigned():
+    a = torch.empty(256)
+    with MemoryTracker() as tracker:
+        assert live(tracker) == {}
+        tracker.assign([a, a.view(16, 16)], "weights")
+        assert live(tracker) == {"weights": KB}
+        tracker.assign([a], "adapters")
+        assert live(tracker) == {"adapters": KB}
+        del a
+        assert live(tracker) == {}
+
+
+def test_sizes_are_rounded_up_to_blocks():
+    with MemoryTracker(block=512) as tracker:
+        kept = torch.empty(1), torch.empty(129), torch.empty(0)
+        assert tracker.live["activations"] == 512 + 1024
+    del kept
+
+
+def test_logits_are_recognised_by_their_last_dimension():
+    with MemoryTracker(vocab_size=100) as tracker:
+        kept = torch.empty(4, 100), torch.empty(100), torch.empty(4, 99)
+        del kept
+    assert tracker.phases["start"] == {"logits": 1600, "activations": 1984}
+
+
+def test_each_phase_has_its_peak():
+    with MemoryTracker() as tracker:
+        a = torch.empty(256)
+        tracker.start_phase("one")
+        b = torch.empty(256)
+        del b
+        tracker.start_phase("two")
+        c = torch.empty(2)
+    assert {p: sum(parts.values()) for p, parts in tracker.phases.items()} == {
+        "start": KB, "one": 2 * KB, "two": KB + 8,
+    }  # fmt: skip
+    del a, c
+
+
+def test_host_allocations_count_apart():
+    with MemoryTracker(separate_host=True) as tracker, host_allocation():
+        torch.empty(256)
+    assert (tracker.host_peak, tracker.peak) == (KB, 0)
+
+
+def test_what_autograd_saves_counts_until_it_is_freed():
+    with MemoryTracker() as tracker:
+        w = nn.Parameter(torch.empty(16, 16))
+        tracker.assign([w], "weights")
+        h = torch.tanh(torch.tanh(w))  # the inner result is saved for the backward pass
+        assert sum(live(tracker).values()) == 3 * KB
+        loss = h.sum()
+        del h
+        loss.backward()
+        tracker.assign([w.grad], "gradients")
+        del loss
+        assert live(tracker) == {"weights": KB, "gradients": KB}
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("use", [lambda w: F.linear(w[:1].detach(), w), lambda w: 2 * w], ids=["view", "whole"])
+def test_gradients_are_accumulated_in_place_as_with_real_tensors(use, calls):
+    def step():
+        w = nn.Parameter(torch.empty(64, 64))
+        sum(use(w).sum() for _ in range(calls)).backward()
+
+    with MemoryTracker() as tracker:
+        step()
+    with _disable_current_modes(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as real:
+        step()
+    sizes = [e.nbytes() for e in real.profiler.kineto_results.events() if e.name() == "[memory]"]
+    size = 64 * 64 * 4
+    assert round(tracker.peak / size) == round(max(accumulate(sizes)) / size)
+
+
+def test_work_is_counted_by_operator():
+    with MemoryTracker(count_work=True) as tracker:
+        a, b = torch.empty(8, 16), torch.empty(16, 4)
+        tracker.work.clear()
+        for _ in range(2):
+            a @ b
+        a.t()
+    assert tracker.work == {(2 * 8 * 16 * 4, 4 * (128 + 64 + 32), torch.float32): 2}

@@ -1,0 +1,145 @@
+"""Whole plans: verdicts, largest sizes, files, advice, and wrong requests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import models_zoo as zoo
+import pytest
+import torch
+from methods.cases import CASES
+
+from slimtune import LoraConfig, get_peft_model
+from slimtune.adapters import state_dict
+from slimtune.config import Recipe
+from slimtune.errors import UsageError
+from slimtune.models.registry import ModelInfo, get_model_info
+from slimtune.planning.gpus import Gpu, find_gpu, gpu_with_memory
+from slimtune.planning.planner import file_bytes, judge_plan, make_plan
+from slimtune.planning.request import PlanRequest, build_request
+from slimtune.planning.result import PARTS
+
+TINY = ModelInfo("tiny", "tiny", zoo.llama(layers=4).config, "a test")
+ROOMY, SMALL = gpu_with_memory("8GiB"), gpu_with_memory("2GiB")
+
+
+def lora(rank=4, **settings):
+    return LoraConfig(r=rank, **{"target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings})
+
+
+def plan_tiny(gpu=ROOMY, advise=False, method=None, **fields):
+    return make_plan(PlanRequest(TINY, gpu, method or lora(), **{"seq_len": 64, **fields}), advise=advise)
+
+
+def test_llama_3_1_8b_on_the_cards_people_ask_about():
+    """LoRA fits 24 GiB, full fine-tuning needs 64 GB, NF4 fits 12 GiB."""
+    request = PlanRequest(
+        get_model_info("llama-3.1-8b"), find_gpu("rtx-3090"), lora(16), seq_len=2048, gradient_accumulation_steps=4,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    plan = make_plan(request)
+    assert plan.verdict == "fits"
+    assert plan.allocated_bytes == pytest.approx(17.86e9, rel=0.005)
+    full = make_plan(replace(request, method=None, gradient_accumulation_steps=1), advise=False)
+    assert full.verdict == "does not fit"
+    assert full.allocated_bytes == pytest.approx(64.3e9, rel=0.005)
+    assert "the largest parts are optimizer" in full.reason
+    small = replace(request, gpu=find_gpu("rtx-3060-12gb"))
+    assert make_plan(replace(small, quantization="nf4")).verdict == "fits"
+    assert make_plan(small, advise=False).reason.endswith("the weights alone (15.0 GiB) are more than the card has")
+
+
+def test_a_plan_adds_up():
+    plan = plan_tiny(batch_size=2, gradient_accumulation_steps=3)
+    assert tuple(plan.parts) == PARTS
+    assert sum(plan.parts.values()) - plan.parts["runtime"] <= plan.allocated_bytes
+    assert max(plan.peaks.values()) <= plan.allocated_bytes
+    assert set(plan.peaks) >= {"start", "forward", "loss", "optimizer", "evaluation", "merge"}
+    assert plan.trainable_fraction == plan.trainable_params / plan.total_params
+    assert plan.reserved_bytes.low == plan.allocated_bytes <= plan.reserved_bytes.high
+    assert (plan.batch, plan.micro_batches, plan.seq_len, plan.max_tokens_per_micro_batch) == (2, 3, 64, 128)
+    assert set(plan.to_dict()) >= {"trainable_fraction", "need_bytes", "verdict", "evidence"}
+
+
+def test_the_largest_row_and_batch_fit_and_no_more():
+    """Planned at the sizes the plan gives, the run fits; beyond them it does not surely."""
+    plan = plan_tiny(SMALL)
+    for name, largest in (("seq_len", plan.max_seq_len), ("batch_size", plan.max_batch_size)):
+        assert largest > 1
+        assert plan_tiny(SMALL, split_batch=False, **{name: int(0.95 * largest)}).verdict == "fits"
+        assert plan_tiny(SMALL, split_batch=False, **{name: int(1.2 * largest)}).verdict != "fits"
+
+
+def test_a_batch_is_split_as_training_splits_it():
+    assert plan_tiny(SMALL, batch_size=4096, split_batch=False).verdict != "fits"
+    split = plan_tiny(SMALL, batch_size=4096)
+    assert split.verdict == "fits"
+    assert split.batch * split.micro_batches >= 4096
+
+
+def test_advice_helps_a_gpu_too_small():
+    base = ModelInfo("wide", "wide", zoo.llama(layers=8, hidden_size=512, intermediate_size=2048).config, "a test")
+    request = PlanRequest(base, Gpu("small", "memory", "", "", 2 << 30, 2 << 30), lora(), seq_len=8192)
+    plan = make_plan(request)
+    assert plan.verdict != "fits"
+    assert all(a.saves > 0 for a in plan.advice)
+    first = plan.advice[0]
+    assert first.change.startswith("--checkpointing")
+    better = make_plan(replace(request, gradient_checkpointing=True), advise=False)
+    assert (first.saves, first.verdict) == (plan.allocated_bytes - better.allocated_bytes, better.verdict)
+
+
+@pytest.mark.parametrize("method", sorted(CASES))
+def test_the_size_of_the_adapter_file(method, tmp_path):
+    """Exact up to the header, or an upper bound if training chooses ranks (AdaLoRA, EVA)."""
+    model = get_peft_model(zoo.llama(dtype=torch.float32), CASES[method]())
+    state_dict.save_adapter(model, tmp_path, "default")
+    written = (tmp_path / state_dict.WEIGHTS_FILE).stat().st_size
+    planned, _, at_most = file_bytes(model)
+    assert at_most == (method.partition("+")[0] in ("adalora", "eva"))
+    assert planned >= written if at_most else abs(planned - written) < 16_000
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": lora(target_modules=["q_prj"])}, "q_prj"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seq_len": 1}, "seq_len is 1"),
+        ({"seq_len": 10**12}, "a row of 1000000000000 tokens"),
+        ({"optimizer": "adam"}, "did you mean 'adamw'"),
+        ({"quantization": "nf5"}, "nf5"),
+    ],
+)
+def test_wrong_requests(fields, message):
+    with pytest.raises(UsageError, match=message):
+        plan_tiny(**fields)
+
+
+def test_a_plan_for_one_gpu_judges_another():
+    plan = plan_tiny()
+    assert judge_plan(plan, ROOMY) == "fits"
+    assert judge_plan(plan, gpu_with_memory("100MiB")) == "does not fit"
+
+
+def test_a_recipe_becomes_a_request(tmp_path):
+    recipe = Recipe.from_dict(
+        {
+            "model": "smollm2-135m",
+            "data": str(tmp_path / "rows.jsonl"),
+            "method": {"name": "lora", "rank": 8},
+            "train": {"batch_size": 4, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    request = build_request(recipe, ROOMY, [10, 300, 20, 40, 50, 60, 70, 80, 90, 100])
+    job = request.job()
+    assert job.lengths == (300, 100, 90, 80)  # the longest rows that can come together
+    assert (job.micro_batches, job.gradient_checkpointing, job.method.r, job.device) == (2, True, 8, "cuda")
+    plan = make_plan(request)
+    assert (plan.max_tokens_per_micro_batch, plan.micro_batches) == (570, 2)
+
+
+@pytest.mark.parametrize(("gpu", "dtype"), [("rtx-3090", "bfloat16"), ("t4", "float32")])
+def test_auto_dtype_follows_the_gpu(gpu, dtype):
+    assert str(PlanRequest(TINY, find_gpu(gpu), lora()).job().dtype) == f"torch.{dtype}"
