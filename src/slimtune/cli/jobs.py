@@ -154,7 +154,7 @@ def asked_for(job: str, given: Mapping[str, Any]) -> Asked:
         mine = {f: v for f, v in settings.items() if len(names) == 1 or f.split(".")[1] in _fields(name)}
         chosen = {} if name == own else {"method": {"name": name}}  # a file's settings are its own method's
         try:
-            recipes[name] = load_recipe(path, rest if name == FULL else {**rest, **chosen, "method.name": name, **mine})
+            recipes[name] = load_recipe(path, {**rest, **chosen, "method.name": name, **mine})
         except UsageError as e:
             unfit[name] = e
     if not recipes:
@@ -205,8 +205,6 @@ def plans_of(asked: Asked, card: Gpu, *, processes: int = 1) -> tuple[list[Plan]
     unfit = dict(asked.unfit)
     for name, recipe in asked.recipes.items():
         request = build_request(recipe, card, asked.lengths, processes)
-        if name == FULL:
-            request = dataclasses.replace(request, method=None)
         if asked.beyond:
             request = dataclasses.replace(request, **asked.beyond)  # type: ignore[arg-type]
         error_console().print(f"planning {asked.outline.name}, {name}, on {card.name}", markup=False, style="dim")
