@@ -65,6 +65,7 @@ CASES: dict[str, Case] = {
         identity=False,
     ),
     "adaption_prompt": Case("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}, {"adapter_len": 3}),
+    "full": Case("FullConfig"),
     "ia3": Case("IA3Config"),
     "ln_tuning": Case("LNTuningConfig"),
     # GPT-2 has biases, all but at the head.

@@ -203,6 +203,10 @@ def test_two_adapters_on_one_model(method):
     assert torch.equal(run(model), run(llama())) is CASES[method].identity
     shake(model, seed=11)
     second = run(model)
+    if CASES[method].cls.trains_every_weight:
+        with pytest.raises(UsageError, match="both train"):
+            model.set_adapter(["default", "second"])
+        return
     model.set_adapter(["default", "second"])
     assert model.active_adapters == ["default", "second"]
     both = run(model)

@@ -98,7 +98,7 @@ def test_all_tokens_masked(desk):
     # Cut to the user's part, nothing is left to learn from.
     long = json.dumps({"messages": [{"role": "user", "content": "x" * 90}, {"role": "assistant", "content": "y"}]})
     data = desk.write("rows.jsonl", long + "\n")
-    result = desk.train("--max-seq-len", "40", "--too-long", "truncate", data=data)
+    result = desk.train("--max-seq-len", "40", "--on-overlong", "truncate", data=data)
     refused(result, 1, "rows.jsonl", "no", "learn")
     nothing_written(desk)
 
@@ -106,14 +106,14 @@ def test_all_tokens_masked(desk):
 def test_rows_that_are_too_long(desk):
     long = json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y" * 200}]})
     data = desk.write("rows.jsonl", CHAT + long + "\n")
-    refused(desk.train("--max-seq-len", "100", "--too-long", "error", data=data), 1, "100", "rows.jsonl", "2")
+    refused(desk.train("--max-seq-len", "100", "--on-overlong", "error", data=data), 1, "100", "rows.jsonl", "2")
     nothing_written(desk)
     dropped = desk.train("--max-seq-len", "100", data=data)
     assert dropped.exit_code == 0
     assert "1 of 2 rows" in dropped.stderr
     assert "dropped" in dropped.stderr
     shutil.rmtree(desk.out)
-    assert "1 cut" in desk.train("--max-seq-len", "100", "--too-long", "truncate", data=data).stderr
+    assert "1 cut" in desk.train("--max-seq-len", "100", "--on-overlong", "truncate", data=data).stderr
 
 
 def test_unknown_recipe_fields_all_at_once(desk):
