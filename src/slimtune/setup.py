@@ -1,4 +1,4 @@
-"""Recipe × machine → model, rows and how they are laid: what training, evaluation and (later) the plan stand on."""
+"""From a recipe to its base, adapted model, rows and collator; from a run folder to its trained model."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ class TrainedModel:
 
     Args:
         model: the adapted model, in evaluation mode.
-        base: the base it stands on, with tokenizer, dtype and device.
+        base: its base, with tokenizer, dtype and device.
         adapter: the adapter's folder.
-        recipe: the run's recipe; None where an adapter folder alone was given.
+        recipe: the run's recipe; None if only an adapter folder was given.
     """
 
     model: PeftModel
@@ -69,7 +69,7 @@ class TrainedModel:
 
 
 def require_packages(recipe: Recipe) -> None:
-    """Raise ModelError where a recipe asks for what a missing package does, before anything is loaded."""
+    """Raise ModelError if a package that the recipe needs is missing, before anything is loaded."""
     if recipe.model.quantization is not None:
         require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
     if recipe.train.optimizer == "adamw-8bit":
@@ -102,7 +102,7 @@ def load_tokenizer_from_recipe(recipe: Recipe) -> Any:
 
 
 def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
-    """Return the recipe with the method's settings of the adapter it continues from: those are what trains.
+    """Return the recipe with the method settings of the adapter that training starts from.
 
     Raises:
         UsageError: the adapter is of another method than the recipe's.
@@ -121,42 +121,42 @@ def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
 
 
 def attach_adapter(
-    base: Base, recipe: Recipe, continue_from: Path | None = None, rows: Sequence[Example] = ()
+    base: Base, recipe: Recipe, init_adapter: Path | None = None, rows: Sequence[Example] = ()
 ) -> PeftModel:
-    """Attach the recipe's method to the base, or go on from an adapter folder; seeds the adapter's random start.
+    """Attach the recipe's method to the base, in place, or load an adapter to continue training.
 
     Args:
-        base: it is changed in place.
-        recipe: what is attached.
-        continue_from: a run or an adapter folder.
-        rows: to learn from; "loftq" starts from what the base's quantization costs on them.
+        base: the loaded base.
+        recipe: the method and its settings; `train.seed` seeds the adapter's initial weights.
+        init_adapter: a run or an adapter folder to start from.
+        rows: training rows; "loftq" initializes from the quantization error on them.
 
     Raises:
-        UsageError: targets match nothing; the adapter to continue from is of another method; "loftq" on a base whose
-            weights before quantization are not to be had.
-        AdapterError: the adapter to continue from does not fit this base.
+        UsageError: targets match nothing; the adapter to start from is of another method; "loftq" on a base whose
+            weights before quantization are not available.
+        AdapterError: the adapter to start from does not fit this base.
     """
     torch.manual_seed(recipe.train.seed)
-    if continue_from is not None:
-        folder = find_adapter_folder(continue_from)
+    if init_adapter is not None:
+        folder = find_adapter_folder(init_adapter)
         model = PeftModel.from_pretrained(base.model, folder, is_trainable=True)
     else:
         config: Any = recipe.method_config()
-        lost = getattr(config, "init_lora_weights", None) == "loftq"
-        if lost:
-            config.init_lora_weights = True  # PEFT's note of it: read back, an adapter does not start again
+        loftq = getattr(config, "init_lora_weights", None) == "loftq"
+        if loftq:
+            config.init_lora_weights = True  # as in PEFT: an adapter that is read back is not initialized again
         if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
-            config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias is no place a tokenizer lies in
+            config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias cannot be loaded by PEFT
         model = get_peft_model(base.model, config)
-        if lost:
-            maps = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
-            inputs = collect_layer_inputs(base.model.eval(), maps, [e["input_ids"] for e in rows[:ROWS]])
+        if loftq:
+            layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
+            inputs = collect_layer_inputs(base.model.eval(), layers, [e["input_ids"] for e in rows[:ROWS]])
             replace_lora_weights_loftq(model, weights_folder(base.source, recipe.model.revision), inputs=inputs)
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
     t = recipe.train
     if t.offload_activations and base.device.type == "cpu":
         raise UsageError(
-            "train.offload_activations would move activations from the machine's memory to the machine's memory",
+            "train.offload_activations moves activations to CPU memory, where they are already",
             "a GPU to train on",
             "--set train.offload_activations=false",
         )
@@ -174,23 +174,23 @@ def build_meta_model(
     tile: int | None = None,
     first: Callable[[Any], None] | None = None,
 ) -> Any:
-    """Return the model that training would have, on `meta`: every shape and dtype, no weight.
+    """Return the model that training would have, on the meta device: shapes and dtypes without weights.
 
     Args:
-        config: the base's.
-        method: the method's config; None: nothing is adapted, and every weight trains.
-        dtype: of the base's weights.
-        checkpointing: activations are computed twice.
-        offload: what checkpointing keeps lies in the machine's memory.
-        tile: tokens that norms and feed-forwards run at once; None: all.
-        first: changes the base before the method is attached (quantizes it).
+        config: the base's config.
+        method: the method's config; None: no adapter, and every weight trains.
+        dtype: dtype of the base's weights.
+        checkpointing: activation checkpointing.
+        offload: with checkpointing, keep the layers' inputs in CPU memory.
+        tile: tokens that norms and feed-forwards run at a time; None: all.
+        first: changes the base before the method is attached, such as quantizing it.
 
     Raises:
         UsageError: targets match nothing.
     """
-    config, method = copy.deepcopy((config, method))  # in which what a model is made with gets noted
+    config, method = copy.deepcopy((config, method))  # building a model writes into both
     if getattr(method, "init_lora_weights", None) == "loftq":
-        method.init_lora_weights = True  # type: ignore[union-attr]  # another start of the same tensors
+        method.init_lora_weights = True  # type: ignore[union-attr]  # the same tensors without data
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if first is not None:
@@ -273,16 +273,16 @@ def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
 
 
 def build_collator(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> Collator:
-    """Return the collator that lays the recipe's rows for this model, and how many tokens go at once.
+    """Return the collator for the recipe's rows and this model, with the limit of tokens in a micro-batch.
 
     Args:
         recipe: the recipe.
         model: the adapted model.
-        tokenizer: the base's.
+        tokenizer: the base's tokenizer.
         longest: tokens of the longest row.
 
     Raises:
-        ModelError: the model cannot take rows in one sequence, or its loss is not what its config says.
+        ModelError: the model does not support packing, or its loss is not what its config says.
     """
     t = recipe.train
     collator = make_collator(
@@ -298,7 +298,7 @@ def build_collator(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> 
 
 
 def find_adapter_folder(path: str | Path) -> Path:
-    """Return the adapter folder a run folder, or an adapter folder itself, stands for."""
+    """Return the adapter folder of a run folder; an adapter folder is returned as it is."""
     path = Path(path)
     if (path / ADAPTER_FILE).is_file() or (path / "adapter_config.json").is_file():
         return path
@@ -317,21 +317,21 @@ def load_run(
 
     Args:
         path: a run folder or an adapter folder.
-        dtype: dtype of the base's weights; None: as the run had it (a bare adapter: "auto").
-        device: likewise.
-        quantization: what the base is held in, "nf4" or "int8"; "none": plain floats; None: as the run had it.
-        unpack: make a quantized base an ordinary one, of the values it multiplies by.
+        dtype: dtype of the base's weights; None: that of the run (for an adapter folder "auto").
+        device: the device; None: that of the run (for an adapter folder "auto").
+        quantization: quantization of the base, "nf4" or "int8"; "none": not quantized; None: that of the run.
+        unpack: dequantize the base.
 
     Raises:
-        UsageError: there is neither a run nor an adapter.
-        AdapterError: the adapter names no base, or does not fit it.
+        UsageError: the folder is neither a run nor an adapter.
+        AdapterError: the adapter does not name its base, or does not fit it.
     """
     folder = find_adapter_folder(path)
     recipe = RunDir.open(path).load_recipe() if folder != Path(path) else None
     config = PeftConfig.from_pretrained(folder)
     if recipe is not None:
-        said = {"dtype": dtype, "device": device, "quantization": quantization}
-        m = recipe.model.model_copy(update={k: None if v == "none" else v for k, v in said.items() if v})
+        given = {"dtype": dtype, "device": device, "quantization": quantization}
+        m = recipe.model.model_copy(update={k: None if v == "none" else v for k, v in given.items() if v})
         base = load_base_from_recipe(recipe.model_copy(update={"model": m}))
     elif config.base_model_name_or_path:
         template = folder / "chat_template.jinja"
