@@ -51,7 +51,7 @@ def launched(*command: str, processes: int = 2) -> list[subprocess.Popen]:
     ]
 
 
-def ended(started: list[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str, str]]:
+def ended(started: list[subprocess.Popen], seconds: float = 500) -> list[tuple[int, str, str]]:
     try:
         said = [p.communicate(timeout=seconds) for p in started]
     finally:
@@ -145,9 +145,9 @@ def test_gradients_are_those_of_one_process_and_faults_are_everyones(settings, t
     gradients, faults = found["gradients"], found["faults"]
     for name, off in gradients.items():
         print(f"{off:.1e}  {name}")
-    assert len(gradients) == 8 * 6
+    assert len(gradients) == 8 * 3
     assert max(gradients.values()) < 1e-5
-    assert faults["the second's"] == ["DataError", "process 1 of 2: got", "expected", "hint", 1]
+    assert faults["the second's"] == ["DataError", "process 1 of 2: message", "expected", "hint", 1]
     assert faults["all's"] == ["UsageError", "message", "expected", "hint", 2]
     assert faults["the first's"] == ["DataError", "message", "expected", "hint", 1]
     assert faults["sums"] == [[[3.0] * 3] * 2, None, [[1.0] * 3] * 2]
@@ -157,14 +157,14 @@ def test_gradients_are_those_of_one_process_and_faults_are_everyones(settings, t
 def test_two_processes_train_what_one_trains(settings, tmp_path):
     settings["method"]["lora_dropout"] = 0.0
     # 24 rows, 7 a step: the last step of an epoch has 3.
-    long = {"max_steps": 50, "batch_size": 7, "eval_steps": 10}
+    long = {"max_steps": 16, "batch_size": 7, "eval_steps": 4}
     one = train(recipe_of({**settings, "output_dir": str(tmp_path / "one")}, **long))
-    half = train(recipe_of({**settings, "output_dir": str(tmp_path / "half")}, **{**long, "save_steps": 10}))
-    cut_back(Path(half["run"]), 20)
+    half = train(recipe_of({**settings, "output_dir": str(tmp_path / "half")}, **{**long, "save_steps": 4}))
+    cut_back(Path(half["run"]), 8)
     runs = {
         "whole": {"train": long},
         "divided": {"train": {**long, "fsdp": True, "gradient_checkpointing": True}},
-        "half": {"train": {**long, "save_steps": 10}, "resume": True},
+        "half": {"train": {**long, "save_steps": 4}, "resume": True},
     }
     settings["output_dir"] = str(tmp_path)
     found = checked("runs", {**settings, "runs": runs}, tmp_path)["runs"]
@@ -172,7 +172,7 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
         run = found[name]["run"]
         off = most(losses(one["run"]), losses(run)), apart(adapter(one["run"]), adapter(run))
         print(f"{name}: losses within {off[0]:.1e}, adapter within {off[1]:.1e} of one process's")
-        assert len(losses(run)) == 50
+        assert len(losses(run)) == 16
         assert max(off) < 1e-4
         assert most(validation(one["run"]), validation(run)) < 1e-4
         for figure in ("trained_tokens", "supervised_tokens", "best_step", "trainable_params", "total_params"):
