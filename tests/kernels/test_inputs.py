@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from models_zoo import llama
 
-from slimtune.utils.calibration import MOST, collect_layer_inputs
+from slimtune.utils.calibration import MAX_INPUTS, collect_layer_inputs
 
 
 def test_inputs_are_those_of_the_maps_and_shared_where_they_are_one():
@@ -26,5 +26,5 @@ def test_inputs_are_those_of_the_maps_and_shared_where_they_are_one():
 def test_no_more_are_kept_than_said():
     model = llama().eval()
     maps = {"up": model.model.layers[0].mlp.up_proj}
-    assert len(collect_layer_inputs(model, maps, [list(range(3, 40))] * 60)["up"]) <= MOST
+    assert len(collect_layer_inputs(model, maps, [list(range(3, 40))] * 60)["up"]) <= MAX_INPUTS
     assert collect_layer_inputs(model, {"unused": torch.nn.Linear(4, 4)}, [[3, 4]]) == {}

@@ -14,7 +14,7 @@ from slimtune.kernels.activation_offload import ActivationOffload
 
 @pytest.fixture(autouse=True)
 def everything_goes(monkeypatch):
-    monkeypatch.setattr(activation_offload, "LEAST", 1)
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
 
 
 def test_what_went_to_the_host_is_not_held():
@@ -22,7 +22,7 @@ def test_what_went_to_the_host_is_not_held():
     x = torch.randn(64, 64, requires_grad=True)
     y = x * 2
     gone = weakref.ref(y.untyped_storage())
-    with away.keeping():
+    with away.offload_first():
         z = y.sin()
     del y
     gc.collect()
@@ -38,7 +38,7 @@ def test_they_come_back_one_ahead():
 
     class Watched(ActivationOffload):
         def _fetch(self, a):
-            if a.back is None:
+            if a.fetched is None:
                 order.append(a.host.shape[0])
             fetch(self, a)
 
@@ -47,7 +47,7 @@ def test_they_come_back_one_ahead():
     total = torch.zeros(())
     for n in (3, 4, 5):
         y = x.expand(n) * 1.0
-        with away.keeping():
+        with away.offload_first():
             total = total + y.cos().sum()
     seen = []
     total.register_hook(lambda _: seen.append(list(order)))
@@ -59,10 +59,10 @@ def test_they_come_back_one_ahead():
 def test_a_forward_that_failed_leaves_nothing_to_fetch():
     away = ActivationOffload()
     x = torch.randn(8, 8, requires_grad=True)
-    with away.keeping():
+    with away.offload_first():
         lost = (x * 2).sin()
     del lost
-    with away.keeping():
+    with away.offload_first():
         y = (x * 3).sin()
     y.sum().backward()
     assert torch.allclose(x.grad, 3 * (3 * x).cos())

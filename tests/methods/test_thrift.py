@@ -29,7 +29,7 @@ EXACT = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 @pytest.fixture(autouse=True)
 def everything_goes(monkeypatch):
-    monkeypatch.setattr(activation_offload, "LEAST", 1)
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
 
 
 def spared(model, *, checkpointing=False, offload=False, tile=None):

@@ -1,10 +1,10 @@
-"""Tensors kept for the backward pass in the machine's memory instead of the device's.
+"""Keep tensors saved for the backward pass in CPU memory instead of on the GPU.
 
-    forward    1 → host   2 → host   3 → host          copied while the next layer is computed
-    backward   3 ← host   2 ← host   1 ← host          each fetched while the one after it is used
+    forward    1 → CPU   2 → CPU   3 → CPU          copied while the next layer is computed
+    backward   3 ← CPU   2 ← CPU   1 ← CPU          each fetched while the one after it is used
 
-They come back in the order opposite to that in which they went, so at each moment one is on its way ahead. On CUDA
-copies run on a stream of their own, into pinned memory; elsewhere they are plain copies, and save nothing on a CPU.
+Tensors come back in reverse order, so one is always prefetched. On CUDA, copies run on their own stream to pinned
+memory. On other devices they are plain copies; on a CPU they save nothing.
 """
 
 from __future__ import annotations
@@ -20,97 +20,105 @@ from torch import Tensor
 
 from ..utils.simulated_device import host_allocation
 
-LEAST = 1 << 16
-"""Bytes below which a tensor stays where it is."""
+MIN_BYTES = 1 << 16
+"""Smaller tensors stay where they are."""
 
 
 @dataclass(eq=False)
-class Away:
-    """One tensor that went: its copy on the host, and the one that is on its way back, or there."""
+class OffloadedTensor:
+    """One offloaded tensor.
+
+    Args:
+        host: its copy in CPU memory.
+        device: where it belongs.
+        fetched: the copy on its way back, or back already.
+        arrived: CUDA event after which `fetched` is complete.
+    """
 
     host: Tensor
     device: torch.device
-    back: Tensor | None = None
+    fetched: Tensor | None = None
     arrived: Any = None
 
 
 class ActivationOffload:
-    """Sends what autograd keeps to the host, and fetches it back."""
+    """Copies what autograd saves to CPU memory, and back."""
 
     def __init__(self) -> None:
-        # Weak: a graph that is dropped halfway takes its own with it.
-        self._away: list[weakref.ref[Away]] = []
-        self._first = False
-        self._leaving: tuple[Tensor, Any] | None = None
+        # Weak references: an autograd graph that is dropped halfway frees its own tensors.
+        self._offloaded: list[weakref.ref[OffloadedTensor]] = []
+        self._is_first = False
+        self._copying: tuple[Tensor, Any] | None = None
         self._streams: dict[torch.device, Any] = {}
 
     @contextmanager
-    def keeping(self) -> Iterator[None]:
-        """Send away the first tensor that is kept for the backward pass in the `with`, if it has `LEAST` bytes."""
-        self._first = True
+    def offload_first(self) -> Iterator[None]:
+        """Offload the first tensor that is saved for the backward pass inside the `with`, from `MIN_BYTES` on."""
+        self._is_first = True
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
             yield
 
-    def _pack(self, tensor: Tensor) -> Tensor | Away:
-        first, self._first = self._first, False
-        if not first or tensor.nbytes < LEAST:
+    def _pack(self, tensor: Tensor) -> Tensor | OffloadedTensor:
+        first, self._is_first = self._is_first, False
+        if not first or tensor.nbytes < MIN_BYTES:
             return tensor
-        self._let_go()
+        self._release_source()
         with host_allocation():
             host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-        away, values = Away(host, tensor.device), tensor.detach()
+        offloaded, values = OffloadedTensor(host, tensor.device), tensor.detach()
         if tensor.is_cuda:
-            stream = self._stream(tensor.device)
+            stream = self._get_stream(tensor.device)
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(stream):
                 host.copy_(values, non_blocking=True)
-                self._leaving = values, stream.record_event()
+                self._copying = values, stream.record_event()
         else:
             host.copy_(values)
-        self._away.append(weakref.ref(away))
-        return away
+        self._offloaded.append(weakref.ref(offloaded))
+        return offloaded
 
-    def _unpack(self, kept: Tensor | Away) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        self._let_go()
-        self._fetch(kept)
-        back, kept.back = kept.back, None
-        assert back is not None
-        if kept.arrived is not None:
-            torch.cuda.current_stream(kept.device).wait_event(kept.arrived)
-        # The one that went before it is wanted next.
-        while self._away and self._away.pop()() is not kept:
+    def _unpack(self, saved: Tensor | OffloadedTensor) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        self._release_source()
+        self._fetch(saved)
+        tensor, saved.fetched = saved.fetched, None
+        assert tensor is not None
+        if saved.arrived is not None:
+            torch.cuda.current_stream(saved.device).wait_event(saved.arrived)
+        # Prefetch the one offloaded before this one, which is needed next.
+        while self._offloaded and self._offloaded.pop()() is not saved:
             pass
-        while self._away and (before := self._away[-1]()) is None:
-            self._away.pop()
-        if self._away and before is not None:
-            self._fetch(before)
-        return back
+        while self._offloaded and (previous := self._offloaded[-1]()) is None:
+            self._offloaded.pop()
+        if self._offloaded and previous is not None:
+            self._fetch(previous)
+        return tensor
 
-    def _fetch(self, away: Away) -> None:
-        """Begin to bring one back, unless that was begun."""
-        if away.back is not None:
+    def _fetch(self, offloaded: OffloadedTensor) -> None:
+        """Start to copy a tensor back, unless that has started."""
+        if offloaded.fetched is not None:
             return
-        away.back = torch.empty(away.host.shape, dtype=away.host.dtype, device=away.device)
-        if away.device.type != "cuda":
-            away.back.copy_(away.host)
+        tensor = torch.empty(offloaded.host.shape, dtype=offloaded.host.dtype, device=offloaded.device)
+        offloaded.fetched = tensor
+        if offloaded.device.type != "cuda":
+            tensor.copy_(offloaded.host)
             return
-        stream = self._stream(away.device)
-        stream.wait_stream(torch.cuda.current_stream(away.device))  # where the memory was in use
+        stream = self._get_stream(offloaded.device)
+        stream.wait_stream(torch.cuda.current_stream(offloaded.device))  # the memory may still be in use there
         with torch.cuda.stream(stream):
-            away.back.copy_(away.host, non_blocking=True)
-            away.arrived = stream.record_event()
-        away.back.record_stream(stream)
+            tensor.copy_(offloaded.host, non_blocking=True)
+            offloaded.arrived = stream.record_event()
+        tensor.record_stream(stream)
 
-    def _let_go(self) -> None:
-        """Let go of the last tensor that went; the device goes on when its copy is whole."""
-        if self._leaving is not None:
-            tensor, done = self._leaving
+    def _release_source(self) -> None:
+        """Free the last offloaded tensor on the device; the device waits for its copy to finish."""
+        if self._copying is not None:
+            tensor, done = self._copying
             torch.cuda.current_stream(tensor.device).wait_event(done)
-            self._leaving = None
+            self._copying = None
 
-    def _stream(self, device: torch.device) -> Any:
+    def _get_stream(self, device: torch.device) -> Any:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]

@@ -1,9 +1,9 @@
-"""Rows of one batch through different low-rank maps, as batched products.
+"""Low-rank updates that differ by row of a batch, as batched matrix products.
 
-    y[b] += s_b · B_b A_b x[b]          A_b (r_b, in), B_b (out, r_b): those of row b's adapter; ranks may differ
+    y[b] += s_b · B_b A_b x[b]          A_b (r_b, in), B_b (out, r_b): the factors of row b's adapter; ranks may differ
 
-Neighbouring rows of one adapter go through its factors together: the batch lies in n groups of equal size, and the
-factors are stacked once for each group, zeros filling the smaller ranks.
+The batch is divided into n groups of equal size whose rows use one adapter. The factors are stacked once per group,
+with zeros in place of missing ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def group_names(names: Sequence[str]) -> list[str]:
-    """Return the names of the groups: the longest ones of equal size whose rows all have one name."""
+    """Return the groups' adapters: the largest groups of equal size in which all rows have the same name."""
     size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(names)))
     return list(names[::size])
 
@@ -27,34 +27,34 @@ def stack_factors(factors: Sequence[tuple[Tensor, Tensor, float] | None], like: 
     """Return `A (n, r, in)` and `B (n, out, r)`, scales included, in the dtype of `like`.
 
     Args:
-        factors: for each group `(A (r, in), B (out, r), scale)`, None where its rows stay as they are.
-        like: the input they are for.
+        factors: `(A (r, in), B (out, r), scale)` per group, None for a group without an update.
+        like: the layer's input.
     """
-    there = [f for f in factors if f is not None]
-    rank, (A0, B0, _) = max(A.shape[0] for A, _, _ in there), there[0]
+    given = [f for f in factors if f is not None]
+    rank, (A0, B0, _) = max(A.shape[0] for A, _, _ in given), given[0]
     if torch.is_grad_enabled():
-        none = A0.new_zeros(rank, A0.shape[1]), B0.new_zeros(B0.shape[0], rank), 1.0
-        full = [none if f is None else f for f in factors]
-        A = torch.stack([F.pad(A.to(like.dtype), (0, 0, 0, rank - A.shape[0])) for A, _, _ in full])
-        return A, torch.stack([F.pad(B.to(like.dtype), (0, rank - B.shape[1])) * scale for _, B, scale in full])
-    # Each value is written once, in its place.
+        zero = A0.new_zeros(rank, A0.shape[1]), B0.new_zeros(B0.shape[0], rank), 1.0
+        filled = [zero if f is None else f for f in factors]
+        A = torch.stack([F.pad(A.to(like.dtype), (0, 0, 0, rank - A.shape[0])) for A, _, _ in filled])
+        return A, torch.stack([F.pad(B.to(like.dtype), (0, rank - B.shape[1])) * scale for _, B, scale in filled])
+    # Without gradients each value is written once, in place.
     A, B = like.new_zeros(len(factors), rank, A0.shape[1]), like.new_zeros(len(factors), B0.shape[0], rank)
-    for at, found in enumerate(factors):
-        if found is not None:
-            r = found[0].shape[0]
-            A[at, :r].copy_(found[0])
-            B[at, :, :r].copy_(found[1])
+    for i, factor in enumerate(factors):
+        if factor is not None:
+            r = factor[0].shape[0]
+            A[i, :r].copy_(factor[0])
+            B[i, :, :r].copy_(factor[1])
     return A, B.mul_(B.new_tensor([1.0 if f is None else f[2] for f in factors]).view(-1, 1, 1))
 
 
 def add_low_rank_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Return `y` with each row's own low-rank update added.
+    """Return `y` plus each row's own low-rank update.
 
     Args:
         y: `(batch, ..., out)`.
         x: `(batch, ..., in)`.
         A: `(n, r, in)` for n groups of rows.
-        B: `(n, out, r)`.
+        B: `(n, out, r)`, scale included.
     """
     n = A.shape[0]
     z = torch.bmm(x.reshape(n, -1, x.shape[-1]), A.transpose(1, 2))

@@ -1,9 +1,10 @@
-"""−log p of chosen tokens from hidden states: the head's product and the softmax in chunks, no logits kept.
+"""Cross-entropy from hidden states, in chunks of rows, without keeping logits.
 
-    z = s · (h Wᵀ + b),  soft-capped z ← c · tanh(z / c),  nats = logsumexp(z) − z[target]
+    z = s · (h Wᵀ + b),  with a soft cap z ← c · tanh(z / c),  loss = logsumexp(z) − z[target]
 
-A token's nats depend on its own hidden state alone, so their gradient is found where the logits are at hand and kept as
-one tensor of h's size; the backward pass only scales its rows. Most bytes at once: a chunk of logits in fp32.
+A token's loss depends only on its own hidden state. So its gradient is computed in the forward pass, while the logits
+exist, and saved as one tensor of h's size; the backward pass only scales its rows. Peak memory: one chunk of fp32
+logits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..utils.simulated_device import device_type
 
 CHUNK, CHUNK_ON_GPU = 1 << 24, 1 << 25
-"""Logits at once. With fewer rows a GPU waits for the head's weight to be read, not for the product."""
+"""Logits per chunk. With smaller chunks a GPU waits for reading the head's weight."""
 
 
 def chunked_cross_entropy(
@@ -33,18 +34,18 @@ def chunked_cross_entropy(
     cap: float | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Return −log p of each target `(n)`, in nats and in fp32 at least.
+    """Return the negative log-likelihood of each target `(n)`, in nats, fp32 or wider.
 
     Args:
         h: hidden states `(n, d)` after the last norm.
-        weight: the head's `(vocabulary, d)`, frozen.
+        weight: the head's weight `(vocabulary, d)`, frozen.
         targets: token ids `(n)`.
-        bias: the head's `(vocabulary)` or None, frozen.
-        scale: logits are multiplied by this.
+        bias: the head's bias `(vocabulary)`, frozen, or None.
+        scale: factor on the logits.
         cap: soft cap on the logits; None: none.
-        chunk: rows at once; None: as `rows_at_once`.
+        chunk: rows per chunk; None: `rows_at_once`.
     """
-    return _Nats.apply(h, weight, targets, bias, scale, cap, chunk or rows_at_once(weight.shape[0], h.device))
+    return _CrossEntropy.apply(h, weight, targets, bias, scale, cap, chunk or rows_at_once(weight.shape[0], h.device))
 
 
 def target_nll(
@@ -56,17 +57,17 @@ def target_nll(
     scale: float = 1.0,
     cap: float | None = None,
 ) -> Tensor:
-    """The same for a head that is adapted or trains: any map of `(n, d)` to `(n, vocabulary)`, run again backwards."""
+    """Return the same for a trained or adapted head: any map `(n, d)` to `(n, vocabulary)`, recomputed backwards."""
 
-    def part(states: Tensor, wanted: Tensor) -> Tensor:
-        logits = _shaped(head(states).to(_wide(states)), scale, cap)
+    def chunk_loss(states: Tensor, wanted: Tensor) -> Tensor:
+        logits = _scale_and_cap(head(states).to(_wide_dtype(states)), scale, cap)
         return F.cross_entropy(logits, wanted, reduction="none")
 
     rows = rows_at_once(vocabulary, h.device)
-    pieces = zip(h.split(rows), targets.split(rows), strict=True)
+    chunks = zip(h.split(rows), targets.split(rows), strict=True)
     if not torch.is_grad_enabled():
-        return torch.cat([part(*p) for p in pieces])
-    return torch.cat([checkpoint(part, *p, use_reentrant=False) for p in pieces])
+        return torch.cat([chunk_loss(*c) for c in chunks])
+    return torch.cat([checkpoint(chunk_loss, *c, use_reentrant=False) for c in chunks])
 
 
 @torch.no_grad()
@@ -79,14 +80,14 @@ def nll_and_accuracy(
     scale: float = 1.0,
     cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return −log p of each target `(n)` and whether it is the likeliest token `(n)`: one chunk of logits at a time."""
+    """Return each target's negative log-likelihood `(n)`, and whether it is the most likely token `(n)`."""
     rows = rows_at_once(vocabulary, h.device)
-    nats, hits = [h.new_zeros(0, dtype=_wide(h))], [targets.new_zeros(0, dtype=torch.bool)]
+    losses, correct = [h.new_zeros(0, dtype=_wide_dtype(h))], [targets.new_zeros(0, dtype=torch.bool)]
     for states, wanted in zip(h.split(rows), targets.split(rows), strict=True):
-        logits = _shaped(head(states).to(_wide(states)), scale, cap)
-        nats.append(F.cross_entropy(logits, wanted, reduction="none"))
-        hits.append(logits.argmax(-1) == wanted)
-    return torch.cat(nats), torch.cat(hits)
+        logits = _scale_and_cap(head(states).to(_wide_dtype(states)), scale, cap)
+        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+        correct.append(logits.argmax(-1) == wanted)
+    return torch.cat(losses), torch.cat(correct)
 
 
 def rows_at_once(vocabulary: int, device: torch.device) -> int:
@@ -94,7 +95,7 @@ def rows_at_once(vocabulary: int, device: torch.device) -> int:
     return max(16, (CHUNK_ON_GPU if device_type(device) == "cuda" else CHUNK) // vocabulary)
 
 
-class _Nats(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -107,26 +108,25 @@ class _Nats(torch.autograd.Function):
         chunk: int,
     ) -> Tensor:
         grad = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        nats = []
-        for at in range(0, h.shape[0], chunk):
-            rows, wanted = h[at : at + chunk], targets[at : at + chunk, None]
-            logits = F.linear(rows, weight, bias).to(_wide(h))
-            logits = _shaped(logits, scale, cap)
-            slope = None if cap is None or grad is None else 1 - (logits / cap).square()
-            # The largest p is at least 1 / vocabulary: its logarithm is safe, and softmax is the one pass needed.
-            highest, there = logits.max(-1, keepdim=True)
+        losses = []
+        for start in range(0, h.shape[0], chunk):
+            rows, wanted = h[start : start + chunk], targets[start : start + chunk, None]
+            logits = _scale_and_cap(F.linear(rows, weight, bias).to(_wide_dtype(h)), scale, cap)
+            cap_slope = None if cap is None or grad is None else 1 - (logits / cap).square()
+            # The largest probability is at least 1 / vocabulary, so its logarithm is safe and softmax is enough.
+            largest, index = logits.max(-1, keepdim=True)
             p = torch.softmax(logits, -1)
-            nats.append((highest - logits.gather(1, wanted) - p.gather(1, there).log())[:, 0])
+            losses.append((largest - logits.gather(1, wanted) - p.gather(1, index).log())[:, 0])
             del logits
             if grad is not None:
                 p.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=p.dtype))
-                if slope is not None:
-                    p *= slope
-                torch.mm(p.to(h.dtype), weight, out=grad[at : at + chunk])
+                if cap_slope is not None:
+                    p *= cap_slope
+                torch.mm(p.to(h.dtype), weight, out=grad[start : start + chunk])
                 if scale != 1:
-                    grad[at : at + chunk] *= scale
+                    grad[start : start + chunk] *= scale
         ctx.save_for_backward(grad)
-        return torch.cat(nats) if nats else h.new_zeros(0, dtype=_wide(h))
+        return torch.cat(losses) if losses else h.new_zeros(0, dtype=_wide_dtype(h))
 
     @staticmethod
     @once_differentiable
@@ -135,11 +135,11 @@ class _Nats(torch.autograd.Function):
         return grad * g[:, None].to(grad.dtype), None, None, None, None, None, None
 
 
-def _wide(h: Tensor) -> torch.dtype:
+def _wide_dtype(h: Tensor) -> torch.dtype:
     return torch.promote_types(h.dtype, torch.float32)
 
 
-def _shaped(logits: Tensor, scale: float, cap: float | None) -> Tensor:
+def _scale_and_cap(logits: Tensor, scale: float, cap: float | None) -> Tensor:
     if scale != 1:
         logits = logits * scale
     return logits if cap is None else torch.tanh(logits / cap) * cap

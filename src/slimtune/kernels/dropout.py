@@ -1,4 +1,4 @@
-"""What is left out by chance while training: single inputs, or whole outputs of an update; and drawing it again."""
+"""Dropout of inputs or of an update's outputs, and random states to draw the same numbers again."""
 
 from __future__ import annotations
 
@@ -11,64 +11,68 @@ from torch import Tensor, nn
 
 
 def dropout(probability: float) -> nn.Module:
-    """Return a dropout of inputs; where the probability is 0 a module that does nothing."""
+    """Return a dropout module; for probability 0 an identity."""
     return nn.Dropout(probability) if probability else nn.Identity()
 
 
 def active_dropout_p(module: nn.Module) -> float:
-    """Return the probability with which a module made by `dropout` leaves out an input at this moment."""
+    """Return the probability with which a module made by `dropout` drops an input in its current mode."""
     return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
 
 def output_dropout_mask(outputs: int, probability: float, *, rescale: bool) -> Tensor:
-    """Draw which outputs of an update stay, as 0 and 1 `(outputs)`; with `rescale` their mean is 1."""
-    # On the CPU, as PEFT draws them.
-    drop = (torch.rand(outputs) > probability).float()
-    return drop / drop.mean().clamp_min(1 / outputs) if rescale else drop
+    """Draw which outputs of an update are kept, as 0 or 1 `(outputs)`; with `rescale` their mean is 1."""
+    # On the CPU, as in PEFT.
+    mask = (torch.rand(outputs) > probability).float()
+    return mask / mask.mean().clamp_min(1 / outputs) if rescale else mask
 
 
 def get_rng_state(device: torch.device) -> Tensor:
-    """Return where a device's random numbers stand; every kind of device draws its own."""
-    return _own(device).get_rng_state(device) if _own(device) else torch.get_rng_state()
+    """Return the random state of a device."""
+    generator = _get_device_module(device)
+    return generator.get_rng_state(device) if generator else torch.get_rng_state()
 
 
 def get_rng_states(device: torch.device) -> list[tuple[Tensor, torch.device]]:
-    """Return where the random numbers of the CPU and of a device stand, for `put_back`."""
+    """Return the random states of the CPU and of a device, for `set_rng_states`."""
     return [(get_rng_state(d), d) for d in {torch.device("cpu"), device}]
 
 
 def set_rng_states(states: list[tuple[Tensor, torch.device]]) -> None:
-    """Put random numbers where `random_states` found them."""
+    """Restore random states from `get_rng_states`."""
     for state, device in states:
-        _set_random_state(state, device)
+        _set_rng_state(state, device)
 
 
 @contextmanager
 def fork_rng(state: Tensor, device: torch.device) -> Iterator[None]:
-    """Draw as from `state` for the length of the `with`; after it as if nothing had been drawn."""
-    now = get_rng_state(device)
-    _set_random_state(state, device)
+    """Draw from random state `state` inside the `with`; restore the current state after it."""
+    current = get_rng_state(device)
+    _set_rng_state(state, device)
     try:
         yield
     finally:
-        _set_random_state(now, device)
+        _set_rng_state(current, device)
 
 
 @contextmanager
 def preserve_rng_state(device: torch.device) -> Iterator[None]:
-    """Draw, on a device and on the CPU, what leaves no trace after the `with`."""
-    cpu = torch.device("cpu")
-    with fork_rng(get_rng_state(cpu), cpu), fork_rng(get_rng_state(device), device):
+    """Restore the random states of a device and of the CPU after the `with`."""
+    states = get_rng_states(device)
+    try:
         yield
+    finally:
+        set_rng_states(states)
 
 
-def _set_random_state(state: Tensor, device: torch.device) -> None:
-    if _own(device):
-        _own(device).set_rng_state(state, device)
+def _set_rng_state(state: Tensor, device: torch.device) -> None:
+    generator = _get_device_module(device)
+    if generator:
+        generator.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
 
 
-def _own(device: torch.device) -> Any:
-    """Return the module of a device that draws by itself, None where the CPU's generator draws."""
+def _get_device_module(device: torch.device) -> Any:
+    """Return `torch.cuda` and the like, None for devices that use the CPU's random numbers."""
     return torch.get_device_module(device) if device.type in ("cuda", "xpu", "mps") else None

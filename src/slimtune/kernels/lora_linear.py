@@ -1,10 +1,10 @@
-"""A frozen linear map with a low-rank update, as one step of autograd.
+"""A frozen linear layer with a low-rank update, as one autograd step.
 
     y = x Wᵀ + b + s · d(x) Aᵀ Bᵀ          x (..., in), W (out, in), A (r, in), B (out, r), d: dropout
 
-Kept for the backward pass: x itself, which its other readers keep too, and the thin `z = d(x) Aᵀ (..., r)`. Scale and
-sum are part of the products; what d left out is drawn again from the random state it was drawn with; A and B may be
-kept in fp32 above a 16-bit x, of which no fp32 copy is made. Gradients are those of the plain way.
+Saved for the backward pass: x, which other layers save too, and the thin product `z = d(x) Aᵀ (..., r)`. Scale and sum
+are part of the matrix products. The dropout mask is not saved but drawn again from the same random state. A and B may
+be fp32 above a 16-bit x, of which no fp32 copy is made. Gradients equal those of the separate operations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .dropout import fork_rng, get_rng_state
 
 
 def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, drop: float = 0.0
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """Return `x Wᵀ + b + s · d(x) Aᵀ Bᵀ`, `(..., out)` in x's dtype.
 
@@ -28,31 +28,31 @@ def low_rank_linear(
         x: `(..., in)`.
         weight: `(out, in)`, frozen.
         bias: `(out)` or None.
-        A: `(r, in)`, in any float dtype.
-        B: `(out, r)`, likewise.
+        A: `(r, in)`, in any floating-point dtype.
+        B: `(out, r)`, in any floating-point dtype.
         scale: s.
-        drop: probability of leaving out an input of A; the others are scaled up.
+        dropout: probability in [0, 1) of dropping an input of A; the others are scaled up.
     """
-    if _traced_or_autocast(x):
-        return plus_low_rank(F.linear(x, weight, bias), x, A, B, scale, drop)
-    return _LowRank.apply(x, None, weight, bias, A, B, scale, drop)
+    if _must_decompose(x):
+        return plus_low_rank(F.linear(x, weight, bias), x, A, B, scale, dropout)
+    return _LowRankLinear.apply(x, None, weight, bias, A, B, scale, dropout)
 
 
-def plus_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, drop: float = 0.0) -> Tensor:
-    """Return `y + s · d(x) Aᵀ Bᵀ` for `y (..., out)` of whatever map; the rest as in `low_rank_linear`."""
-    if not _traced_or_autocast(x):
-        return _LowRank.apply(x, y, None, None, A, B, scale, drop)
-    # Laid flat before A: it may have no row.
-    z = F.linear(F.dropout(x, drop).reshape(-1, x.shape[-1]), A.to(x.dtype))
+def plus_low_rank(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """Return `y + s · d(x) Aᵀ Bᵀ` for any `y (..., out)`; other arguments as in `low_rank_linear`."""
+    if not _must_decompose(x):
+        return _LowRankLinear.apply(x, y, None, None, A, B, scale, dropout)
+    # x is flattened before A, which may have no rows.
+    z = F.linear(F.dropout(x, dropout).reshape(-1, x.shape[-1]), A.to(x.dtype))
     return torch.addmm(y.reshape(-1, y.shape[-1]), z, B.to(x.dtype).t(), alpha=scale).view_as(y)
 
 
-def _traced_or_autocast(x: Tensor) -> bool:
-    # A compiler fuses by itself and cannot draw again; autocast chooses dtypes operator by operator.
+def _must_decompose(x: Tensor) -> bool:
+    # torch.compile fuses on its own and cannot replay random states; autocast chooses a dtype per operation.
     return torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
 
 
-class _LowRank(torch.autograd.Function):
+class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -63,56 +63,58 @@ class _LowRank(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scale: float,
-        drop: float,
+        dropout: float,
     ) -> Tensor:
-        ctx.scale, ctx.drop = scale, drop
-        ctx.random = get_rng_state(x.device) if drop else None
-        z = _flat(_dropped(x, drop) if drop else x) @ A.to(x.dtype).t()
+        ctx.scale, ctx.dropout = scale, dropout
+        ctx.rng_state = get_rng_state(x.device) if dropout else None
+        z = _flatten(_drop(x, dropout) if dropout else x) @ A.to(x.dtype).t()
         if y is None:
             assert weight is not None
             out = F.linear(x, weight, bias)
-            _flat(out).addmm_(z, B.to(x.dtype).t(), alpha=scale)
+            _flatten(out).addmm_(z, B.to(x.dtype).t(), alpha=scale)
         else:
-            out = torch.addmm(_flat(y), z, B.to(y.dtype).t(), alpha=scale).view_as(y)
-        for_A, for_B = ctx.needs_input_grad[4:6]
+            out = torch.addmm(_flatten(y), z, B.to(y.dtype).t(), alpha=scale).view_as(y)
+        need_A, need_B = ctx.needs_input_grad[4:6]
         ctx.shape = x.shape
-        # Where A is fixed, x is not needed any more.
-        ctx.save_for_backward(x if for_A else None, z if for_B else None, weight, A, B)
+        # x is needed for A's gradient only.
+        ctx.save_for_backward(x if need_A else None, z if need_B else None, weight, A, B)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight, A, B = ctx.saved_tensors
-        for_x, for_y, _, for_bias, for_A, for_B, _, _ = ctx.needs_input_grad
-        g = _flat(grad)
-        gx = gA = gB = None
-        if for_x or for_A:
-            gz = (g @ B.to(g.dtype)).mul_(ctx.scale)
-        if for_x:
-            gx = g @ weight if weight is not None else None
-            if ctx.drop:
-                with fork_rng(ctx.random, g.device):
-                    through = _dropped((gz @ A.to(g.dtype)).view(ctx.shape), ctx.drop).view(-1, A.shape[1])
-                gx = through if gx is None else gx.add_(through)
+        need_x, need_y, _, need_bias, need_A, need_B, _, _ = ctx.needs_input_grad
+        g = _flatten(grad)
+        grad_x = grad_A = grad_B = None
+        if need_x or need_A:
+            grad_z = (g @ B.to(g.dtype)).mul_(ctx.scale)
+        if need_x:
+            grad_x = g @ weight if weight is not None else None
+            if ctx.dropout:
+                with fork_rng(ctx.rng_state, g.device):
+                    update = _drop((grad_z @ A.to(g.dtype)).view(ctx.shape), ctx.dropout).view(-1, A.shape[1])
+                grad_x = update if grad_x is None else grad_x.add_(update)
+            elif grad_x is None:
+                grad_x = grad_z @ A.to(g.dtype)
             else:
-                gx = gz @ A.to(g.dtype) if gx is None else gx.addmm_(gz, A.to(g.dtype))
-            gx = gx.view(ctx.shape)
-        if for_A:
-            if ctx.drop:
-                with fork_rng(ctx.random, g.device):
-                    x = _dropped(x, ctx.drop)
-            gA = (gz.t() @ _flat(x)).to(A.dtype)
-        if for_B:
-            # The thin one first: half the time of gᵀ z.
-            gB = (z.t() @ g).mul_(ctx.scale).to(B.dtype).t()
-        return gx, grad if for_y else None, None, g.sum(0) if for_bias else None, gA, gB, None, None
+                grad_x = grad_x.addmm_(grad_z, A.to(g.dtype))
+            grad_x = grad_x.view(ctx.shape)
+        if need_A:
+            if ctx.dropout:
+                with fork_rng(ctx.rng_state, g.device):
+                    x = _drop(x, ctx.dropout)
+            grad_A = (grad_z.t() @ _flatten(x)).to(A.dtype)
+        if need_B:
+            # zᵀ g takes half the time of gᵀ z.
+            grad_B = (z.t() @ g).mul_(ctx.scale).to(B.dtype).t()
+        return grad_x, grad if need_y else None, None, g.sum(0) if need_bias else None, grad_A, grad_B, None, None
 
 
-def _flat(x: Tensor) -> Tensor:
+def _flatten(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _dropped(x: Tensor, probability: float) -> Tensor:
-    # Which random number falls on which value hangs on how they lie, on a GPU: x and its gradient must lie alike.
+def _drop(x: Tensor, probability: float) -> Tensor:
+    # On a GPU the mask depends on the memory layout: x and its gradient must both be contiguous.
     return F.dropout(x.contiguous(), probability)

@@ -1,8 +1,8 @@
-"""A linear map whose weight is made from small tensors, and made again for the backward pass instead of kept.
+"""A linear layer whose weight is computed from small tensors, and recomputed in the backward pass instead of saved.
 
-    y = x M(p)^T        x (..., in), M(p) (out, in)
+    y = x M(p)ᵀ        x (..., in), M(p) (out, in)
 
-Kept for the backward pass: x and the small tensors p. The weight, of the base's own size, lives for one layer's moment.
+Saved for the backward pass: x and the small tensors p. The full weight exists only while the layer runs.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def recompute_linear(make: Callable[..., Tensor], x: Tensor, *given: Tensor) -> Tensor:
-    """Return `x make(*given)^T` in x's dtype.
+def recompute_linear(make_weight: Callable[..., Tensor], x: Tensor, *tensors: Tensor) -> Tensor:
+    """Return `x make_weight(*tensors)ᵀ` in x's dtype.
 
     Args:
-        make: makes the weight `(out, in)` from `given` by differentiable steps, the same each time it is called.
+        make_weight: returns the weight `(out, in)` from `tensors` by differentiable, deterministic operations.
         x: `(..., in)`.
-        given: what the weight is made from; other tensors that `make` knows get no gradient.
+        tensors: what the weight is computed from; other tensors that `make_weight` uses get no gradient.
     """
-    return _Remade.apply(make, x, *given)
+    return _RecomputeLinear.apply(make_weight, x, *tensors)
 
 
-class _Remade(torch.autograd.Function):
+class _RecomputeLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, make: Callable[..., Tensor], x: Tensor, *given: Tensor) -> Tensor:
-        ctx.make = make
-        ctx.save_for_backward(x, *given)
-        return F.linear(x, make(*given).to(x.dtype))
+    def forward(ctx: Any, make_weight: Callable[..., Tensor], x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.make_weight = make_weight
+        ctx.save_for_backward(x, *tensors)
+        return F.linear(x, make_weight(*tensors).to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *given = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2:]
-        given = [t.detach().requires_grad_(want) for t, want in zip(given, wanted, strict=True)]
+        x, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
         with torch.enable_grad():
-            weight = ctx.make(*given)
-        to_x = (grad @ weight.detach().to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
-        found: list[Tensor] = []
-        if any(wanted):
-            to_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)
-            found += torch.autograd.grad(weight, [t for t in given if t.requires_grad], to_weight.to(weight.dtype))
-        return None, to_x, *(found.pop(0) if want else None for want in wanted)
+            weight = ctx.make_weight(*tensors)
+        grad_x = (grad @ weight.detach().to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        grads: list[Tensor] = []
+        if any(needed):
+            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)
+            inputs = [t for t in tensors if t.requires_grad]
+            grads += torch.autograd.grad(weight, inputs, grad_weight.to(weight.dtype))
+        return None, grad_x, *(grads.pop(0) if need else None for need in needed)

@@ -1,10 +1,10 @@
-"""A map of tokens run on a few of them at a time, forwards and backwards, of which only the input is kept.
+"""Run a token-wise map on a few tokens at a time, forwards and backwards, keeping only its input.
 
-    y[:, i] hangs on x[:, i] alone          x (batch, tokens, ...), y (batch, tokens, ...)
+    y[:, i] depends only on x[:, i]          x (batch, tokens, ...), y (batch, tokens, ...)
 
-Norms and feed-forwards are such maps, and what they hold between x and y is up to ten times x. Tile by tile it is held
-for a tile alone, and computed again in the backward pass. Gradients are those of the plain way: a parameter's is summed
-over the tiles.
+Norms and MLPs are such maps, and their activations between x and y take up to ten times the memory of x. In tiles they
+exist for one tile at a time, and are recomputed in the backward pass. Gradients equal those of the untiled map; those
+of parameters are summed over the tiles.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from .dropout import fork_rng, get_rng_state
 
 
 def run_tiled(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, trained: Sequence[Tensor]) -> Tensor:
-    """Return `run(x)`, computed `tokens` of a row at a time.
+    """Return `run(x)`, computed for `tokens` tokens of each row at a time.
 
     Args:
-        run: maps each token by itself.
+        run: a map that treats each token independently.
         x: `(batch, tokens, ...)`.
-        tokens: of each row that are computed at once.
-        trained: the parameters in `run` that get gradients, every one.
+        tokens: tokens per tile and row.
+        trained: all parameters in `run` that need gradients.
 
     Raises:
-        ModelError: in the backward pass, where `run` holds a trained parameter that is not in `trained`.
+        ModelError: in the backward pass, if `run` trains a parameter that is not in `trained`.
     """
     if x.shape[1] <= tokens:
         return run(x)
     if not torch.is_grad_enabled():
-        return _filled(run, x, tokens)
-    kept: list[Any] = []
-    x = _Kept.apply(x, kept) if x.requires_grad else x  # without a gradient it would keep nothing
-    return _Tiled.apply(run, tokens, kept, x, *trained)
+        return _run_tiles(run, x, tokens)
+    saved: list[Any] = []
+    x = _SaveInput.apply(x, saved) if x.requires_grad else x  # without a gradient it would save nothing
+    return _TiledMap.apply(run, tokens, saved, x, *trained)
 
 
-class _Kept(torch.autograd.Function):
-    # Keeps x before the map is run, not after: so a checkpoint that is computed again stops here where nothing behind
-    # the map is wanted, and the map is run twice in all, not three times.
+class _SaveInput(torch.autograd.Function):
+    # Saves x before the map runs instead of after it. If activation checkpointing recomputes this part and needs
+    # nothing behind it, recomputation stops here, and the map runs twice in all instead of three times.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: list[Any]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, saved: list[Any]) -> Tensor:
         ctx.save_for_backward(x)
-        kept.append(ctx)
+        saved.append(ctx)
         return x.view_as(x)
 
     @staticmethod
@@ -56,75 +56,75 @@ class _Kept(torch.autograd.Function):
         return grad, None
 
 
-class _Tiled(torch.autograd.Function):
+class _TiledMap(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[[Tensor], Tensor], tokens: int, kept: list[Any], x: Tensor, *trained: Tensor
+        ctx: Any, run: Callable[[Tensor], Tensor], tokens: int, saved: list[Any], x: Tensor, *trained: Tensor
     ) -> Tensor:
-        ctx.run, ctx.tokens, ctx.kept, ctx.trained = run, tokens, kept, trained
-        ctx.random = get_rng_state(x.device)
-        ctx.save_for_backward(None if kept else x)
-        return _filled(run, x, tokens)
+        ctx.run, ctx.tokens, ctx.saved, ctx.trained = run, tokens, saved, trained
+        ctx.rng_state = get_rng_state(x.device)
+        ctx.save_for_backward(None if saved else x)
+        return _run_tiles(run, x, tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = (ctx.kept.pop() if ctx.kept else ctx).saved_tensors
-        for_x = ctx.needs_input_grad[3]
-        trained = [p for p, want in zip(ctx.trained, ctx.needs_input_grad[4:], strict=True) if want]
-        gx = torch.empty_like(x) if for_x else None
+        (x,) = (ctx.saved.pop() if ctx.saved else ctx).saved_tensors
+        need_x = ctx.needs_input_grad[3]
+        trained = [p for p, need in zip(ctx.trained, ctx.needs_input_grad[4:], strict=True) if need]
+        grad_x = torch.empty_like(x) if need_x else None
         sums: list[Tensor | None] = [None] * len(trained)
-        with fork_rng(ctx.random, x.device):
-            for at in _tiles(x, ctx.tokens):
-                part = x[at].detach().requires_grad_(for_x)
+        with fork_rng(ctx.rng_state, x.device):
+            for tile in _iterate_tiles(x, ctx.tokens):
+                part = x[tile].detach().requires_grad_(need_x)
                 with torch.enable_grad():
                     y = ctx.run(part)
-                if at[1].start == 0:
-                    _require_known(y, [part, *trained])
-                found = torch.autograd.grad(y, [part] * for_x + trained, grad[at], allow_unused=True)
+                if tile[1].start == 0:
+                    _check_no_other_leaf(y, [part, *trained])
+                grads = torch.autograd.grad(y, [part] * need_x + trained, grad[tile], allow_unused=True)
                 del y
-                if gx is not None:
-                    gx[at] = found[0]
-                for i, g in enumerate(found[for_x:]):
-                    so_far = sums[i]
+                if grad_x is not None:
+                    grad_x[tile] = grads[0]
+                for i, g in enumerate(grads[need_x:]):
+                    total = sums[i]
                     if g is not None:  # not added in place: it may be a view of `grad`
-                        sums[i] = g if so_far is None else so_far + g
-                del found, part
-        given = iter(sums)
-        return None, None, None, gx, *(next(given) if want else None for want in ctx.needs_input_grad[4:])
+                        sums[i] = g if total is None else total + g
+                del grads, part
+        found = iter(sums)
+        return None, None, None, grad_x, *(next(found) if need else None for need in ctx.needs_input_grad[4:])
 
 
-def _filled(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Tensor:
+def _run_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Tensor:
     out: Tensor | None = None
     with torch.no_grad():
-        for at in _tiles(x, tokens):
-            y = run(x[at])
+        for tile in _iterate_tiles(x, tokens):
+            y = run(x[tile])
             if out is None:
                 out = y.new_empty(*x.shape[:2], *y.shape[2:])
-            out[at] = y
+            out[tile] = y
             del y
     assert out is not None
     return out
 
 
-def _tiles(x: Tensor, tokens: int) -> Iterator[tuple[slice, slice]]:
+def _iterate_tiles(x: Tensor, tokens: int) -> Iterator[tuple[slice, slice]]:
     for start in range(0, x.shape[1], tokens):
         yield slice(None), slice(start, start + tokens)
 
 
-def _require_known(y: Tensor, known: Sequence[Tensor]) -> None:
-    """Raise where gradients of `y` reach a leaf that is not known: it would get none."""
-    leaves, seen, ahead = {id(t) for t in known}, set(), [y.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
+def _check_no_other_leaf(y: Tensor, known: Sequence[Tensor]) -> None:
+    """Raise if gradients of `y` reach a leaf tensor that is not in `known`, which would silently get no gradient."""
+    known_ids, visited, queue = {id(t) for t in known}, set(), [y.grad_fn]
+    while queue:
+        node = queue.pop()
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in leaves:
+        if leaf is not None and id(leaf) not in known_ids:
             raise ModelError(
-                f"a map that is computed in tiles trains a parameter {tuple(leaf.shape)} that is none of its module's",
+                f"a tiled map trains a parameter {tuple(leaf.shape)} that does not belong to its module",
                 "methods that register what they train",
                 "--set train.mlp_tile_size=null",
             )
-        ahead += [n for n, _ in node.next_functions]
+        queue += [n for n, _ in node.next_functions]

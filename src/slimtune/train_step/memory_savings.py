@@ -72,7 +72,7 @@ def _checkpoint_offloaded(
     storage: ActivationOffload, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any
 ) -> Any:
     # Hidden states are a layer's first argument; all layers share the others.
-    with storage.keeping():
+    with storage.offload_first():
         return checkpoint(run, *args)
 
 

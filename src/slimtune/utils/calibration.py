@@ -1,4 +1,4 @@
-"""What the maps of a model are given when it runs: a sample of each one's inputs."""
+"""Samples of the inputs that a model's layers get, for initialisations and rounding that depend on data."""
 
 from __future__ import annotations
 
@@ -11,65 +11,69 @@ from torch import Tensor, nn
 from .linear_layers import layer_sizes
 
 ROWS = 64
-"""Rows that are worth running for inputs."""
-MOST = 1024
-"""Inputs kept of a map: tokens drawn evenly from all rows."""
+"""Number of rows to run for samples."""
+MAX_INPUTS = 1024
+"""Inputs kept per layer: tokens drawn evenly from all rows."""
 
 
 @torch.no_grad()
-def collect_layer_inputs(model: Any, maps: Mapping[str, nn.Module], rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Run a model over rows, one at a time; return for each map `(n, in_features)` on the CPU, n at most `MOST`.
+def collect_layer_inputs(
+    model: Any, layers: Mapping[str, nn.Module], rows: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """Run a model over rows, one at a time; return each layer's inputs `(n ≤ MAX_INPUTS, in_features)` on the CPU.
 
-    Maps that were called with one tensor (q, k and v) share one. A map that is not called, or is given something else
-    than the row's hidden states (an expert), is left out.
+    Layers that get the same tensor (q, k and v) share one sample. A layer that is not called, or does not get the row's
+    hidden states (an expert), is left out.
 
     Args:
-        model: it is run as it is, in its mode.
-        maps: linear maps in it, by any name.
-        rows: token ids, of one sequence each.
+        model: run as it is, in its mode.
+        layers: linear layers in it, by any name.
+        rows: token ids, one sequence per row.
     """
-    kept: dict[str, list[Tensor]] = {n: [] for n in maps}
+    samples: dict[str, list[Tensor]] = {n: [] for n in layers}
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    given: Tensor | None = None
+    last_input: Tensor | None = None
     sample = torch.zeros(0)
 
-    def keep(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            nonlocal given, sample
-            if arguments[0] is not given:
-                given = arguments[0]
-                flat = given.reshape(-1, layer_sizes(module)[0])
+            nonlocal last_input, sample
+            if arguments[0] is not last_input:
+                last_input = arguments[0]
+                flat = last_input.reshape(-1, layer_sizes(module)[0])
                 sample = flat[drawn].cpu() if len(flat) == length else flat[:0].cpu()
-            kept[name].append(sample)
+            samples[name].append(sample)
 
         return hook
 
-    hooks = [m.register_forward_pre_hook(keep(n)) for n, m in maps.items()]
+    hooks = [m.register_forward_pre_hook(make_hook(n)) for n, m in layers.items()]
     try:
         for row in rows:
             length = len(row)
-            drawn = torch.randperm(length, generator=generator)[: max(1, MOST // len(rows))].to(device)
+            drawn = torch.randperm(length, generator=generator)[: max(1, MAX_INPUTS // len(rows))].to(device)
             model(input_ids=torch.tensor([list(row)], device=device), use_cache=False, logits_to_keep=1)
-            given = None
+            last_input = None
     finally:
         for hook in hooks:
             hook.remove()
-    joined: dict[tuple[int, ...], Tensor] = {}
+    shared: dict[tuple[int, ...], Tensor] = {}
     found = {}
-    for name, samples in kept.items():
-        same = tuple(map(id, samples))
-        if sum(map(len, samples)):
-            found[name] = joined[same] if same in joined else joined.setdefault(same, torch.cat(samples))
+    for name, parts in samples.items():
+        if sum(map(len, parts)):
+            key = tuple(map(id, parts))
+            if key not in shared:
+                shared[key] = torch.cat(parts)
+            found[name] = shared[key]
     return found
 
 
 def second_moment(inputs: Tensor, damping: float) -> Tensor:
-    """Return (1/n) XᵀX + λ I of inputs X `(n, in)`, fp64; λ is `damping` times the mean of the diagonal.
+    """Return (1/n) XᵀX + λ I of inputs X `(n, in)` in float64; λ is `damping` times the mean of the diagonal.
 
-    λ makes it definite, and stands for what a sample does not show.
+    λ makes the matrix positive definite, and accounts for what a sample does not contain.
     """
     x = inputs.double()
-    found = x.t() @ x / len(x)
-    found.diagonal().add_(damping * found.diagonal().mean() + 1e-12)
-    return found
+    moment = x.t() @ x / len(x)
+    moment.diagonal().add_(damping * moment.diagonal().mean() + 1e-12)
+    return moment

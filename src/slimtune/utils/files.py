@@ -1,4 +1,4 @@
-"""Writing files whole: a temporary file beside it, fsync, rename. A reader sees the old file or the new one."""
+"""Write files atomically: temporary file, fsync, rename. A reader sees the old file or the new one."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from pathlib import Path
 from ..errors import RunError, SlimtuneError
 from .formatting import format_bytes
 
+_OTHER_DISK = "give a folder on another disk"
+
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file whole.
+    """Write a file atomically.
 
     Raises:
-        RunError: the disk is full; the old file, if any, is untouched and nothing half-written is left.
+        RunError: the disk is full; an old file is unchanged and no partial file remains.
     """
     data = content.encode() if isinstance(content, str) else content
     with translate_disk_full(path, len(data)):
@@ -45,13 +47,13 @@ def fsync_folder(path: Path) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Make a folder written under a temporary name ready to be renamed: readable as others are, and durable."""
+    """Make a folder and its files durable and readable by others, before it is renamed to its final name."""
     os.chmod(folder, 0o755)
     for file in folder.iterdir():
         if file.is_dir():
             fsync_tree(file)
             continue
-        os.chmod(file, 0o644)  # safetensors and mkdtemp leave them to the owner alone
+        os.chmod(file, 0o644)  # safetensors and mkdtemp create files that only the owner can read
         with file.open("rb") as f:
             os.fsync(f.fileno())
     fsync_folder(folder)
@@ -59,10 +61,10 @@ def fsync_tree(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path, needed: int = 0) -> Iterator[Path]:
-    """Give a temporary folder that becomes `path` if the block ends without an error, and is deleted otherwise.
+    """Yield a temporary folder that becomes `path` if the block ends without an error, and is deleted otherwise.
 
     Args:
-        path: it does not exist yet, or is an empty folder; missing parents are made.
+        path: must not exist, or be an empty folder; missing parents are created.
         needed: bytes that will be written, roughly.
 
     Raises:
@@ -85,10 +87,8 @@ def atomic_folder(path: Path, needed: int = 0) -> Iterator[Path]:
 
 
 @contextmanager
-def translate_disk_full(
-    path: Path, needed: int | None = None, fix: str = "give a folder on another disk"
-) -> Iterator[None]:
-    """Turn "no space left on device" into a RunError that says how much is free and needed (bytes)."""
+def translate_disk_full(path: Path, needed: int | None = None, fix: str = _OTHER_DISK) -> Iterator[None]:
+    """Turn "no space left on device" into a RunError that gives the free and the needed bytes."""
     try:
         yield
     except Exception as e:
@@ -97,23 +97,25 @@ def translate_disk_full(
         raise disk_full_error(path, needed, fix) from e
 
 
-def disk_full_error(path: Path, needed: int | None = None, fix: str = "give a folder on another disk") -> RunError:
-    """Return the error for a file or folder that a full disk did not take."""
+def disk_full_error(path: Path, needed: int | None = None, fix: str = _OTHER_DISK) -> RunError:
+    """Return the error for a file or folder that could not be written to a full disk."""
     free = shutil.disk_usage(path.parent if path.parent.exists() else "/").free
-    wanted = f"{format_bytes(needed)} free" if needed else "more free space"
-    got = f"the disk is full: {path} could not be written ({format_bytes(free)} free)"
-    return RunError(got, wanted, f"free some space, or {fix}")
+    return RunError(
+        f"the disk is full: {path} could not be written ({format_bytes(free)} free)",
+        f"{format_bytes(needed)} free" if needed else "more free space",
+        f"free some space, or {fix}",
+    )
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an error comes from a full disk (safetensors says so only in its text, in an error of its own)."""
-    step: BaseException | None = error
-    while step is not None:
-        if isinstance(step, SlimtuneError):
+    """Return whether a full disk caused an error; safetensors says so only in the text of its own error class."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SlimtuneError):
             return False
-        if isinstance(step, OSError) and step.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if any(t in str(step) for t in ("No space left on device", "os error 28", "Disk quota exceeded")):
+        if any(t in str(cause) for t in ("No space left on device", "os error 28", "Disk quota exceeded")):
             return True
-        step = step.__cause__ or step.__context__
+        cause = cause.__cause__ or cause.__context__
     return False

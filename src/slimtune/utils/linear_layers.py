@@ -1,4 +1,4 @@
-"""The frozen maps of a base, read the same way whatever keeps them: Linear, Conv1D, Embedding, NF4, int8."""
+"""Read the linear layers and embeddings of a base in one way: Linear, Conv1D, Embedding, NF4 and int8."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 def layer_kind(module: nn.Module) -> Literal["linear", "embedding", "norm"] | None:
-    """Return what kind of map `module` is, None where it is none of them."""
+    """Return what kind of layer `module` is, None for other modules."""
     if isinstance(module, nn.Linear | Conv1D):
         return "linear"
     if isinstance(module, nn.Embedding):
@@ -22,31 +22,31 @@ def layer_kind(module: nn.Module) -> Literal["linear", "embedding", "norm"] | No
 
 
 def is_plain_forward(run: Any) -> bool:
-    """Return whether `run`, a partial, is nothing but the product with an unquantized weight and the bias."""
+    """Return whether `run`, a partial, is the forward of an unquantized linear layer and nothing else."""
     return getattr(run, "func", None) in (nn.Linear.forward, Conv1D.forward)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Return whether the module keeps its weight as `(in, out)`, as Conv1D and Embedding do."""
+    """Return whether the module stores its weight as `(in, out)`, as Conv1D and Embedding do."""
     return isinstance(module, Conv1D | nn.Embedding)
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
-    """Return `(in_features, out_features)` of a map; a norm's are both its width."""
-    if isinstance(module, nn.Linear):  # a quantized weight's shape says nothing
+    """Return `(in_features, out_features)` of a layer; both are the width for a norm."""
+    if isinstance(module, nn.Linear):  # the shape of a quantized weight is another one
         return module.in_features, module.out_features
     weight: Any = module.weight
     return (weight.shape[0], weight.shape[-1])
 
 
 def get_weight(module: nn.Module) -> Tensor:
-    """Return a map's weight as `(out, in)`, dequantized where it is quantized; a norm's as `(width,)`.
+    """Return a layer's weight as `(out, in)`, dequantized if it is quantized; a norm's as `(width,)`.
 
-    A plain weight is returned as a view, not a copy.
+    An unquantized weight is returned as a view, not a copy.
     """
-    unpacked = getattr(module, "dequantized", None)
-    if unpacked is not None:  # a plan's stand-in for a quantized layer
-        return unpacked()
+    dequantize = getattr(module, "dequantized", None)
+    if dequantize is not None:  # the planner's fake quantized layer
+        return dequantize()
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
@@ -57,25 +57,25 @@ def get_weight(module: nn.Module) -> Tensor:
     if scales is None and getattr(module, "state", None) is not None:
         scales = getattr(module.state, "SCB", None)
     if scales is not None:
-        # int8 rows times their largest magnitude over 127: what `int8_vectorwise_dequant` does.
+        # What bitsandbytes' `int8_vectorwise_dequant` does: rows times their largest magnitude / 127.
         return weight.data.to(torch.float32) * (scales.view(-1, 1) / 127)
     return weight.t() if is_transposed(module) else weight
 
 
 def dequantize_layout(data: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Return NF4 data and state as `dequantize_4bit` reads them; on some CPUs bitsandbytes lays them out anew."""
+    """Return 4-bit data and state in the layout that `dequantize_4bit` reads; on some CPUs they are repacked."""
     if not getattr(state, "packing_format_for_cpu", False):
         return data, state
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    state = copy.copy(state)  # the inverse writes into it
+    state = copy.copy(state)  # the function below writes into it
     state.absmax, state.original_nested = state.absmax.t().reshape(-1).float(), False
     return _convert_weight_packed_for_cpu_inverse(data, state)
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether the module's weight is kept in fewer bits than a float has."""
+    """Return whether the module's weight is stored in fewer bits than a floating-point number."""
     weight = getattr(module, "weight", None)
-    # 4-bit values may lie in a tensor that calls itself bf16, for FSDP.
+    # For FSDP, 4-bit values may be stored in a tensor of dtype bf16.
     packed = getattr(weight, "quant_state", None) is not None
     return isinstance(weight, Tensor) and (packed or not weight.dtype.is_floating_point)
