@@ -182,14 +182,14 @@ def test_an_adapter_that_tells_no_class_is_refused(tmp_path):
     made(from_disk(llama, tmp_path / "base"), tmp_path / "adapter")
     for mapping in (None, {"base_model_class": "system", "parent_library": "os"}):
         edit_config(tmp_path / "adapter", auto_mapping=mapping)
-        with pytest.raises(AdapterError, match="tells neither its task nor a class of transformers"):
+        with pytest.raises(AdapterError, match="gives neither a task nor a class of transformers"):
             AutoPeftModel.from_pretrained(tmp_path / "adapter")
 
 
 def test_a_base_by_slimtunes_own_name_is_told_what_knows_it(tmp_path):
     made(from_disk(llama, tmp_path / "base"), tmp_path / "adapter", task_type="CAUSAL_LM")
     edit_config(tmp_path / "adapter", base_model_name_or_path="smollm2-135m")
-    with pytest.raises(AdapterError, match="names the base 'smollm2-135m', which is no folder here") as e:
+    with pytest.raises(AdapterError, match="names the base 'smollm2-135m', which is not a local folder") as e:
         slimtune.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert "slimtune.load_run(" in str(e.value)
 

@@ -25,5 +25,5 @@ def test_one_layer_s_tile_is_all_that_is_held():
 def test_a_parameter_that_a_tiled_map_hides_is_an_error():
     hidden = torch.nn.Parameter(torch.ones(8))
     x = torch.randn(1, 9, 8, requires_grad=True)
-    with pytest.raises(ModelError, match="none of its module's"):
+    with pytest.raises(ModelError, match="does not belong to its module"):
         run_tiled(lambda part: part * hidden, x, 4, []).sum().backward()

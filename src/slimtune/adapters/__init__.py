@@ -1,1 +1,1 @@
-"""Attaching adapters to a base: targets, the adapted layer, the PeftModel, PEFT's files."""
+"""Adapters on a base model: configs, adapted layers, PeftModel, PEFT's files."""

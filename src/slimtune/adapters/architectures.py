@@ -1,6 +1,6 @@
-"""Facts about architectures: which layers are adapted when `target_modules` is None, and how layers name their parts.
+"""Model architectures: default target modules, heads of new tasks, names of the two sub-layers of a layer.
 
-Targets are PEFT's choice, name for name, but gemma4, which PEFT has as a pattern.
+The default targets are PEFT's, except for gemma4, for which PEFT has a pattern.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ DEFAULT_TARGETS: dict[str | None, list[str]] = {
 }
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""Heads that are new to a task, and so are trained whole where the model has them (PEFT's lists)."""
+"""Heads that a task adds to a model; they are trained in full (PEFT's lists)."""
 
 ATTENTION = ("self_attn", "attn", "self_attention", "attention", "linear_attn", "layer.0.SelfAttention")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.2.DenseReluDense", "layer.1.DenseReluDense",
                  "fc2", "output.dense")  # fmt: skip
-"""Where a layer keeps its two sub-layers; the first path that is there. The last two have no feed-forward module: there
-the linear map stands for it that gives its output."""
+"""Names of a layer's two sub-layers; the first that exists is used. The last two stand for architectures without an MLP
+module, in which the linear layer at the end of the MLP takes its place."""
 
 
 def model_type(model: Any) -> str | None:
-    """Return transformers' name of a model's architecture, None for other modules."""
+    """Return `config.model_type` of a transformers model, None for other modules."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 
 def text_config(model: Any) -> Any:
-    """Return the config of a model's text part, None for a model without a config."""
+    """Return the config of a model's text part, None if the model has no config."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -1,4 +1,4 @@
-"""AutoPeftModel: an adapter folder names its base, so one call loads both."""
+"""AutoPeftModel: load an adapter and the base that its config names in one call."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _BY_TASK = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""transformers' class for a base by the adapter's task."""
+"""Class of transformers for the base by the adapter's task."""
 
 
 class AutoPeftModel:
-    """An adapter and its base, of the class that the adapter's config tells."""
+    """Loads an adapter and its base; the adapter's config determines the base's class."""
 
     auto_class: ClassVar[str] = ""
-    """Name of transformers' class for the base; "": what the adapter's config says."""
+    """Name of transformers' class for the base; "": take it from the adapter's config."""
 
     @classmethod
     def from_pretrained(
@@ -42,15 +42,15 @@ class AutoPeftModel:
 
         Args:
             pretrained_model_name_or_path: an adapter folder or Hub repository.
-            adapter_name: name the adapter gets.
-            is_trainable: whether it will train on.
-            config: the adapter's config, where it is read already.
+            adapter_name: name of the adapter in the model.
+            is_trainable: True to continue training.
+            config: the adapter's config, if it is already loaded.
             revision: revision of the adapter on the Hub.
-            base_settings: passed to the base's `from_pretrained` (dtype, device_map, …).
+            base_settings: arguments of the base's `from_pretrained` (dtype, device_map, …).
 
         Raises:
             UsageError: the adapter is for another task than this class.
-            AdapterError: the adapter names no base, or one that cannot be loaded here, or does not fit it.
+            AdapterError: the adapter names no base, or one that cannot be loaded, or does not fit it.
         """
         hub: dict[str, Any] = {"revision": revision} if revision else {}
         config = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, **hub)
@@ -68,10 +68,10 @@ class AutoPeftModel:
             if os.path.isdir(base):
                 raise
             raise AdapterError(
-                f"{pretrained_model_name_or_path} names the base {base!r}, which is no folder here, and the Hub did "
-                f"not give it: {type(e).__name__}",
+                f"{pretrained_model_name_or_path} names the base {base!r}, which is not a local folder and could "
+                f"not be loaded from the Hub: {type(e).__name__}",
                 "a folder, or a model on the Hub",
-                f"slimtune.load_run({str(pretrained_model_name_or_path)!r}) knows slimtune's own names of bases; or "
+                f"slimtune.load_run({str(pretrained_model_name_or_path)!r}) resolves short names of bases; or "
                 "load the base yourself, then PeftModel.from_pretrained(base, path)",
             ) from e
         return PeftModel.from_pretrained(
@@ -85,57 +85,57 @@ class AutoPeftModel:
             if by_task not in ("", cls.auto_class):
                 right = f"AutoPeft{by_task.removeprefix('Auto')}"
                 raise UsageError(
-                    f"{where} is an adapter for {config.task_type}", f"{right} or AutoPeftModel", f"{right}.{_CALL}"
+                    f"{where} is an adapter for {config.task_type}",
+                    f"{right} or AutoPeftModel",
+                    f"{right}.from_pretrained(...)",
                 )
             return cls.auto_class
-        noted = config.auto_mapping or {}
-        named = str(noted.get("base_model_class"))
-        # Names alone, and transformers' own: a config must not choose what code runs.
-        if by_task or (
-            str(noted.get("parent_library")).split(".")[0] == "transformers" and hasattr(transformers, named)
-        ):
-            return by_task or named
+        if by_task:
+            return by_task
+        mapping = config.auto_mapping or {}
+        class_name = str(mapping.get("base_model_class"))
+        # Only classes of transformers: a config must not choose which code runs.
+        library = str(mapping.get("parent_library")).split(".")[0]
+        if library == "transformers" and hasattr(transformers, class_name):
+            return class_name
         raise AdapterError(
-            f"{where} tells neither its task nor a class of transformers for its base",
+            f"the config of {where} gives neither a task nor a class of transformers for its base",
             "task_type or auto_mapping in adapter_config.json",
-            f"AutoPeftModelForCausalLM.{_CALL}, or another that names the task",
+            "AutoPeftModelForCausalLM.from_pretrained(...), or another that names the task",
         )
 
 
-_CALL = "from_pretrained(...)"
-
-
 class AutoPeftModelForCausalLM(AutoPeftModel):
-    """An adapter and its causal language model."""
+    """Loads an adapter and its causal language model."""
 
     auto_class = "AutoModelForCausalLM"
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
-    """An adapter and its encoder-decoder."""
+    """Loads an adapter and its encoder-decoder."""
 
     auto_class = "AutoModelForSeq2SeqLM"
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
-    """An adapter and its sequence classifier."""
+    """Loads an adapter and its sequence classifier."""
 
     auto_class = "AutoModelForSequenceClassification"
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
-    """An adapter and its token classifier."""
+    """Loads an adapter and its token classifier."""
 
     auto_class = "AutoModelForTokenClassification"
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
-    """An adapter and its model that finds answers in a text."""
+    """Loads an adapter and its extractive question-answering model."""
 
     auto_class = "AutoModelForQuestionAnswering"
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
-    """An adapter and its encoder."""
+    """Loads an adapter and its encoder."""
 
     auto_class = "AutoModel"

@@ -1,1 +1,1 @@
-"""What a method is made of: configs, sites and deltas, and the registry that finds the methods."""
+"""Attention over packed sequences, and learned keys and values."""

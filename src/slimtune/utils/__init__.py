@@ -1,1 +1,1 @@
-"""Pure functions on tensors."""
+"""Files, memory, processes, layers: helpers without knowledge of the rest."""
