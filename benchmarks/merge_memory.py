@@ -1,6 +1,6 @@
 """How much memory `slimtune merge` takes on a model that is large beside one of its files.
 
-    python benchmarks/merge_memory.py            # 4.6 GB of bfloat16 in 5 files, made in a temporary folder
+    python benchmarks/merge_memory.py            # 4.6 GB of bfloat16 in 10 files, made in a temporary folder
     python benchmarks/merge_memory.py --layers 4 # a small one, to try it
 
 Makes a checkpoint shaped as a Llama (random weights; hidden 2048, 32 heads, MLP 8192, 32,000 tokens, untied) with a
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 MOST = 1.5
 """Shards over the baseline."""
-PER_FILE = 1_000_000_000
+PER_FILE = 500_000_000
 SIZES = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32}
 MORE = {"num_key_value_heads": 8, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2}
 

@@ -114,7 +114,7 @@ def test_other_architectures(tmp_path, tiny_tokenizer, config, monkeypatch):
     dtype, near = (torch.float32, 2e-5) if kind == "mixtral" else (torch.float64, 1e-9)
     attention = {"target_modules": ["c_attn" if kind == "gpt2" else "q_proj"]}
     run = make_run(tmp_path / "run", base, model={"dtype": str(dtype)[6:]}, method=attention)
-    monkeypatch.setattr(module, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr("slimtune.export.merged_weights.MIN_SHARD_BYTES", 60_000)
     result = merge(run, out)
     assert (merged_log_p(out) - adapter_log_p(run, base, dtype)).abs().max() < near
     assert result["max_difference"] < near < result["effect"]
@@ -182,7 +182,7 @@ def test_large_models_give_the_same_files(tmp_path, tiny_folder, monkeypatch, dt
     monkeypatch.setattr(module, "collect_rounding_inputs", lambda *_: {})
     merge(run, tmp_path / "small", dtype=dtype)
     monkeypatch.setattr(module, "SMALL_MODEL", 0)
-    monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr("slimtune.export.merged_weights.MIN_SHARD_BYTES", 40_000)
     assert 0 < merge(run, tmp_path / "large", dtype=dtype)["mean_difference"] < 0.1
     small = load_file(tmp_path / "small" / "model.safetensors")
     large = {n: t for f in (tmp_path / "large").glob("*.safetensors") for n, t in load_file(f).items()}
@@ -203,7 +203,7 @@ def test_rounding_with_the_runs_rows_is_nearer(tmp_path, tiny_llama, tiny_tokeni
 
 
 def test_several_files_are_named_and_indexed_as_transformers_does(tmp_path, tiny_folder, monkeypatch):
-    monkeypatch.setattr(module, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr("slimtune.export.merged_weights.MIN_SHARD_BYTES", 40_000)
     run, out, theirs = make_run(tmp_path / "run", tiny_folder), tmp_path / "merged", tmp_path / "theirs"
     merge(run, out)
     AutoModelForCausalLM.from_pretrained(out).save_pretrained(theirs, max_shard_size=40_000)
@@ -315,7 +315,7 @@ def test_nan_is_refused(tmp_path, tiny_folder):
         next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 
     error = refused(AdapterError, make_run(tmp_path / "run", tiny_folder, change=spoil), tmp_path / "merged")
-    assert "not finite after merging" in error.message
+    assert "NaN or Inf after merging" in error.message
     assert "older checkpoint" in error.hint
 
 

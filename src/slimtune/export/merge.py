@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 SMALL_MODEL = 1_000_000_000
 """Below this many parameters the check computes in float32, and 16-bit weights are rounded with the run's rows. Larger
 models are checked in the run's dtype and rounded to the nearest, to save memory."""
-SHARD_BYTES = 1_000_000_000
 
 
 def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
@@ -96,7 +95,7 @@ def _merge_loaded(loaded: TrainedModel, run: Path, out: Path, stored: torch.dtyp
         _save_config(model, folder, stored)
         tokenizer.save_pretrained(folder)
         with translate_merge_errors(run):
-            checkpoint.save(folder, SHARD_BYTES)
+            checkpoint.save(folder)
         trust = _trusts_remote_code(loaded)
         merged = load_base(
             str(folder), dtype=computed if small else stored, device="cpu", trust_remote_code=trust
@@ -158,7 +157,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.base.", dir=place.parent) as folder:
             _save_config(loaded.model, Path(folder), trained)
             loaded.base.tokenizer.save_pretrained(folder)
-            base.save(Path(folder), SHARD_BYTES)
+            base.save(Path(folder))
             model = load_base(folder, dtype=trained, device="cpu", trust_remote_code=_trusts_remote_code(loaded)).model
             yield dataclasses.replace(
                 loaded,
@@ -235,7 +234,7 @@ def translate_merge_errors(run: Path) -> Iterator[None]:
     try:
         yield
     except MergeUnsupported as e:
-        older = ", or an older checkpoint of it" if "not finite" in str(e) else ""
+        older = ", or an older checkpoint of it" if "NaN or Inf" in str(e) else ""
         raise AdapterError(
             f"the adapter of {run} cannot be merged: {e}",
             "finite changes of plain weights",

@@ -28,6 +28,8 @@ from ..errors import AdapterError
 from ..utils.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
 from .rounding import MIN_INPUTS, round_with_inputs
 
+MIN_SHARD_BYTES, MAX_SHARD_BYTES = 250_000_000, 5_000_000_000
+
 
 class MergedWeights(Mapping[str, Tensor]):
     """The state dict of the merged model, computed on access; the model's own weights stay as they are.
@@ -189,19 +191,21 @@ class MergedCheckpoint:
             return groups
         return [(list(outline), list(together))]
 
-    def save(self, folder: Path, shard_bytes: int) -> None:
+    def save(self, folder: Path) -> None:
         """Write `model.safetensors`, or several files and their index, as transformers names them.
+
+        A file has a twentieth of all bytes, 0.25 to 5 GB, unless one group of tensors is larger; its changed tensors
+        are in memory while it is written.
 
         Args:
             folder: it exists.
-            shard_bytes: size of a file, at most, unless one group of tensors is larger; about as much memory is used.
 
         Raises:
             MergeUnsupported: a result is NaN or Inf.
             AdapterError: the dtype cannot hold a value.
         """
         shards: list[list[tuple[list[str], list[str]]]] = [[]]
-        used = 0
+        shard_bytes, used = min(max(self.bytes // 20, MIN_SHARD_BYTES), MAX_SHARD_BYTES), 0
         for group in self._groups:
             size = sum(self._stored[key].nbytes for key in group[1])
             if shards[-1] and used + size > shard_bytes:

@@ -71,11 +71,10 @@ the change; beside a base in fewer bits the base's own rounding adds to it. "low
 PRECISIONS = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
-def get_tolerance(stored: str, computed: str) -> Tolerance:
-    """Return the looser tolerance of two precisions: of the engine's weights and of the arithmetic."""
-    order = list(TOLERANCES)
-    precisions = [p.lower() if p.lower() in TOLERANCES else "lower" for p in (stored, computed)]
-    return TOLERANCES[max(precisions, key=order.index)]
+def get_tolerance(*precisions: str) -> Tolerance:
+    """Return the loosest tolerance of several precisions, such as that of the weights and that of the arithmetic."""
+    known = [p.lower() if p.lower() in TOLERANCES else "lower" for p in precisions]
+    return TOLERANCES[max(known, key=list(TOLERANCES).index)]
 
 
 def conversion_tolerance(error: float) -> Tolerance:

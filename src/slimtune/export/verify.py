@@ -160,7 +160,7 @@ class Verifier:
         if tolerance is None and self.loaded.base.quantization:
             # Dequantized values amplify an engine's own arithmetic: SmolLM2 in NF4, without an adapter, is 0.0027 nats
             # from llama.cpp on average, where float32 is 3e-6 from float64.
-            tolerance = get_tolerance(precision, "f16")
+            tolerance = get_tolerance(precision, PRECISIONS[self.model.dtype], "f16")
         try:
             with closing(open_engine()) as engine:
                 engine.name = name
