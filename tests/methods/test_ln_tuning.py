@@ -1,4 +1,4 @@
-"""LayerNorm tuning beside the contract: PEFT's table, copies above 16 bits, and several of them at one place."""
+"""LayerNorm tuning beyond the contract: PEFT's table, 16-bit bases, several adapters on one norm."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from slimtune.methods.ln_tuning import NORMS, LNTuningConfig
 BASES = pytest.mark.parametrize("base", [llama, gpt2, gemma2])
 
 
-def test_the_defaults_are_pefts():
+def test_the_defaults_equal_pefts():
     constants = pytest.importorskip("peft.utils.constants")
     theirs = dict(constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING)
-    assert set(NORMS["llava"]) < set(theirs.pop("llava"))  # PEFT's copies whole embeddings and heads there
+    assert set(NORMS["llava"]) < set(theirs.pop("llava"))  # PEFT also trains embeddings and heads there
     ours = {k: sorted(v) for k, v in NORMS.items() if k != "llava"}
     assert ours == {k: sorted(v) for k, v in theirs.items()}
 
 
-def test_elsewhere_every_normalisation():
+def test_other_models_train_every_norm():
     model = llama()
-    model.config.model_type = "unheard-of"
+    model.config.model_type = "unknown"
     assert len(get_peft_model(model, LNTuningConfig()).match_report().adapted) == 5
 
 
-def test_what_is_no_normalisation_is_refused():
+def test_other_layers_are_refused():
     with pytest.raises(TargetError, match="q_proj is a Linear, which ln_tuning cannot change"):
         get_peft_model(llama(), LNTuningConfig(target_modules=["q_proj"]))
 
 
 @BASES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_starts_bit_for_bit_as_the_base_in_any_dtype(base, dtype):
+def test_starts_as_the_base_in_any_dtype(base, dtype):
     assert torch.equal(run(get_peft_model(base(dtype=dtype), LNTuningConfig()).eval()), run(base(dtype=dtype)))
 
 
@@ -51,7 +51,7 @@ def test_a_small_step_is_not_rounded_away():
 
 
 @BASES
-def test_several_add_up_what_each_has_learned(base):
+def test_several_adapters_add_up(base):
     every = {"target_modules": [n for n, m in base().named_modules() if "norm" in type(m).__name__.lower()]}
     model = get_peft_model(base(), LNTuningConfig(**every)).eval()
     shake(model)

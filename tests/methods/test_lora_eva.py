@@ -20,27 +20,27 @@ def base():
     return llama(dtype=torch.float32)
 
 
-def ours(**eva):
+def adapted(**eva):
     torch.manual_seed(1)
     return get_peft_model(base(), LoraConfig(**SETTINGS, eva_config=slimtune.EvaConfig(**eva)))
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])
-def test_ranks_and_directions_are_pefts(rho):
-    mine = ours(rho=rho)
-    initialize_lora_eva_weights(mine, BATCHES)
+def test_ranks_and_directions_equal_pefts(rho):
+    ours = adapted(rho=rho)
+    initialize_lora_eva_weights(ours, BATCHES)
     torch.manual_seed(1)
     theirs = peft.get_peft_model(base(), peft.LoraConfig(**SETTINGS, eva_config=peft.EvaConfig(rho=rho)))
     peft.initialize_lora_eva_weights(theirs, BATCHES, show_progress_bar=False)
-    a, b = slimtune.get_peft_model_state_dict(mine), peft.get_peft_model_state_dict(theirs)
+    a, b = slimtune.get_peft_model_state_dict(ours), peft.get_peft_model_state_dict(theirs)
     assert {k: t.shape for k, t in a.items()} == {k: t.shape for k, t in b.items()}
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
-    assert mine.peft_config["default"].rank_pattern == theirs.peft_config["default"].rank_pattern
-    assert mine.peft_config["default"].alpha_pattern == theirs.peft_config["default"].alpha_pattern
+    assert ours.peft_config["default"].rank_pattern == theirs.peft_config["default"].rank_pattern
+    assert ours.peft_config["default"].alpha_pattern == theirs.peft_config["default"].alpha_pattern
 
 
-def test_the_model_starts_unchanged_trains_and_is_saved(tmp_path):
-    model = ours()
+def test_starts_unchanged_trains_and_is_saved(tmp_path):
+    model = adapted()
     initialize_lora_eva_weights(model, BATCHES)
     assert list(model.peft_config) == ["default"]
     assert torch.equal(run(model.eval()), run(base()))
@@ -50,12 +50,8 @@ def test_the_model_starts_unchanged_trains_and_is_saved(tmp_path):
     assert torch.equal(run(PeftModel.from_pretrained(base(), tmp_path)), run(model))
 
 
-def test_batches_that_are_too_small_are_told():
-    small = [{"input_ids": tokens(1, 3)}]
-    with pytest.raises(UsageError, match="8 positions in one batch"):
-        initialize_lora_eva_weights(ours(), small)
-
-
-def test_an_adapter_not_made_for_it_is_refused():
-    with pytest.raises(UsageError, match="not made for EVA"):
+def test_small_batches_and_other_adapters_are_refused():
+    with pytest.raises(UsageError, match="8 positions"):
+        initialize_lora_eva_weights(adapted(), [{"input_ids": tokens(1, 3)}])
+    with pytest.raises(UsageError, match="EVA"):
         initialize_lora_eva_weights(get_peft_model(base(), LoraConfig()), BATCHES)

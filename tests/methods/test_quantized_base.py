@@ -1,4 +1,4 @@
-"""Every method trains on a base in 4 or 8 bits, or refuses by name; needs bitsandbytes."""
+"""Every method trains on a base in 4 or 8 bits; needs bitsandbytes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def trained(model):
 @pytest.mark.parametrize(
     ("kind", "method"), [(k, m) for k in KINDS for m in sorted(CASES) if k == "nf4" or "+" not in m]
 )
-def test_it_trains_and_comes_back_and_the_base_is_left(method, kind, bases, tmp_path):
+def test_trains_and_loads_on_a_quantized_base(method, kind, bases, tmp_path):
     base = bases(kind)
     assert any(map(is_quantized, base.modules()))
     before = {n: p.detach().clone() for n, p in base.named_parameters()}
@@ -74,7 +74,7 @@ def test_it_trains_and_comes_back_and_the_base_is_left(method, kind, bases, tmp_
 
 
 @pytest.mark.parametrize("method", sorted(CASES))
-def test_it_merges_out_of_4_bits_as_out_of_the_values_they_stand_for(method, bases, tmp_path):
+def test_merges_as_into_the_dequantized_base(method, bases, tmp_path):
     model = get_peft_model(bases("nf4"), CASES[method]())
     trained(model)
     model.save_pretrained(tmp_path)

@@ -1,10 +1,10 @@
-"""SHiRA beside the contract: which entries train, masks of one's own, and no dense matrix in the forward."""
+"""SHiRA beyond the contract: which entries train, custom masks, memory."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from models_zoo import llama, run, shake, snapshot, tokens
+from models_zoo import llama, run, shake, snapshot
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +36,7 @@ def test_the_seed_chooses_the_entries():
     assert not torch.equal(chosen[0], chosen[2])
 
 
-def test_a_mask_of_ones_own_is_kept_in_the_file(tmp_path):
+def test_a_custom_mask_is_saved(tmp_path):
     def largest(layer, r):
         flat = layer.weight.abs().flatten()
         mask = torch.zeros_like(flat).scatter_(0, flat.topk(r * sum(layer.weight.shape)).indices, 1)
@@ -53,22 +53,22 @@ def test_a_mask_of_ones_own_is_kept_in_the_file(tmp_path):
     assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path)), run(model))
 
 
-def test_a_mask_that_is_not_there_or_does_not_fit_is_an_error():
+def test_a_missing_or_wrong_mask_is_refused():
     config = ShiraConfig(mask_type="largest", **Q)
-    with pytest.raises(ConfigError, match="no mask_fn is set"):
+    with pytest.raises(ConfigError, match="mask_fn is not set"):
         get_peft_model(llama(), config)
     config.mask_fn = lambda layer, r: torch.ones_like(layer.weight)
     with pytest.raises(ConfigError, match="1,024 ones"):
         get_peft_model(llama(), config)
 
 
-def test_more_entries_than_the_weight_has_are_an_error():
+def test_more_entries_than_the_weight_are_refused():
     with pytest.raises(ConfigError, match="r up to 16"):
         get_peft_model(llama(), ShiraConfig(target_modules=["q_proj"]))
 
 
 @pytest.mark.parametrize("wrong", ["outside", "twice"])
-def test_places_in_a_file_that_are_none_are_an_error(wrong, tmp_path):
+def test_invalid_indices_in_a_file_are_refused(wrong, tmp_path):
     get_peft_model(llama(), ShiraConfig(**Q)).save_pretrained(tmp_path)
     file = load_file(tmp_path / "adapter_model.safetensors")
     key = next(k for k in file if k.endswith("shira_indices"))
@@ -79,7 +79,7 @@ def test_places_in_a_file_that_are_none_are_an_error(wrong, tmp_path):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest dense tensor that is made."""
+    """Records the size of the largest dense tensor that is allocated."""
 
     most = 0
 
@@ -90,7 +90,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_the_forward_makes_no_dense_matrix_and_keeps_none():
+def test_forward_allocates_no_dense_matrix():
     model = get_peft_model(llama(), ShiraConfig(target_modules=[NAME], r=1))
     delta, kept = model.get_submodule(NAME).adapters["default"], []
     x, y = torch.randn(3, 32, dtype=torch.float64, requires_grad=True), torch.randn(3, 32, dtype=torch.float64)
@@ -98,12 +98,3 @@ def test_the_forward_makes_no_dense_matrix_and_keeps_none():
         delta(x, y)
     assert 0 < made.most < 32 * 32
     assert all(t.numel() < 32 * 32 for t in kept)
-
-
-def test_it_trains_under_autocast():
-    model = get_peft_model(llama(dtype=torch.float32), ShiraConfig(r=2, target_modules="all-linear"))
-    shake(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(input_ids=tokens(), labels=tokens()).loss
-    loss.backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)

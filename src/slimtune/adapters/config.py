@@ -119,27 +119,6 @@ class PeftConfig(metaclass=_ConfigMeta):
         if not condition:
             raise ConfigError(f"{name} is {getattr(self, name)!r}", expected)
 
-    def require_whole(self, name: str, least: int | None = 1, *, none: bool = False) -> None:
-        """Require a whole number, `least` and up (None: any); with `none` None will do, too."""
-        value = getattr(self, name)
-        wanted = "a whole number" + ("" if least is None else f", {least} and up") + (", or None" if none else "")
-        self.require((none and value is None) or _is_whole(value, least), name, wanted)
-
-    def require_ranks(self, name: str) -> None:
-        """Require whole numbers, 1 and up, as the values of a dictionary."""
-        self.require(all(_is_whole(v, 1) for v in getattr(self, name).values()), name, "ranks of 1 and up")
-
-    def require_share(self, name: str) -> None:
-        """Require a probability."""
-        value = getattr(self, name)
-        self.require(_is_number(value) and 0 <= value < 1, name, "a probability in [0, 1)")
-
-    def require_above_zero(self, name: str) -> None:
-        """Require a number above 0, or a dictionary of them."""
-        value = getattr(self, name)
-        numbers = value.values() if isinstance(value, Mapping) else [value]
-        self.require(all(_is_number(n) and n > 0 for n in numbers), name, "above 0")
-
     @property
     def peft_type(self) -> str:
         """PEFT's name of the method: `"LORA"`."""
@@ -158,66 +137,66 @@ class PeftConfig(metaclass=_ConfigMeta):
     # --- what a method adds: it defines `build`, and those of the others that it needs ------------------------------
 
     def infer_from_model(self, model: nn.Module) -> None:
-        """Fill in, when attached, the fields that say how large the model is."""
+        """Fill in the fields that depend on the model, such as sizes; called when the adapter is attached."""
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
-        """Return the names of the modules to change where no target is given; None: there is no default."""
+        """Return the names of the modules to change if no target is given; None: the method has no default."""
         return None
 
-    def further_targets(self, model: nn.Module) -> dict[str, SiteKind]:
-        """Return full names of modules that the method changes beside its targets, and the kind of site of each."""
+    def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
+        """Return the full names, with the kind of site, of modules that the method changes besides its targets."""
         return {}
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the delta this method adds at `site`. A method defines this."""
-        raise ConfigError(f"{type(self).__name__} adds nothing to a layer", "a method's own config, such as LoraConfig")
+        """Return the adapter module for `site`. A method defines this."""
+        raise ConfigError(f"{type(self).__name__} belongs to no method", "a method's config, such as LoraConfig")
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        """Return the deltas for all its sites, where they share something; else `build` alone is defined."""
+        """Return the adapter modules for all sites. A method whose modules share tensors overrides this."""
         return [self.build(site) for site in sites]
 
     def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int | None:
-        """Return how many bytes larger than now training, or a start from data, can make the deltas' tensors in a file.
+        """Return how many bytes training, or an initialization from data, can add to the adapter's tensors at most.
 
-        None where their shapes stay as they are, 0 where they only get smaller. Plans say "at most" of all but None.
+        None: their shapes stay fixed; 0: they can only shrink. Plans report sizes as "at most" unless it is None.
 
         Args:
-            deltas: the adapter's deltas by site name, as they were attached.
+            deltas: the adapter modules by site name, as they were attached.
         """
         return None
 
     def file_key(self, key: str) -> str:
-        """Return a tensor's key in PEFT's file, `base_model.model.<site>.<name>` being the key it would have."""
+        """Return a tensor's key in PEFT's file; `key` is the usual one, `base_model.model.<site>.<name>`."""
         return key
 
     def on_train_begin(self, total_steps: int) -> None:
-        """Fill in, before the first step, the fields that say how long training is.
+        """Fill in the fields that depend on the length of training; called before the first step.
 
         Args:
             total_steps: optimizer steps of the whole run.
         """
 
     def on_step_end(self, deltas: Mapping[str, AdapterModule], step: int) -> None:
-        """Do what the method does after optimizer step number `step`, while the gradients are still there.
+        """Update the method's own state after an optimizer step; the gradients still exist.
 
         Args:
-            deltas: the adapter's deltas by site name.
-            step: the step that was taken, from 1.
+            deltas: the adapter modules by site name.
+            step: number of the step, from 1.
         """
 
     def regularization_loss(self, deltas: Mapping[str, AdapterModule]) -> Tensor | None:
-        """Return what the method adds to a training loss, None for nothing."""
+        """Return a term to add to the training loss; None: nothing."""
         return None
 
     # --- files ------------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as PEFT writes them: plain JSON values, sets as sorted lists."""
-        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in dataclasses.asdict(self).items()}
-        idle = {
-            f.name for f in dataclasses.fields(self) if f.name in self.extension_fields and plain[f.name] == f.default
-        }
-        return {**{k: v for k, v in plain.items() if k not in idle}, "peft_type": self.peft_type}
+        """Return the fields as PEFT writes them, as plain JSON values."""
+        values = {k: sorted(v) if isinstance(v, set) else v for k, v in dataclasses.asdict(self).items()}
+        for field in dataclasses.fields(self):
+            if field.name in self.extension_fields and values[field.name] == field.default:
+                del values[field.name]
+        return {**values, "peft_type": self.peft_type}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **_: Any) -> None:
         """Write `adapter_config.json` into the folder."""
@@ -228,42 +207,34 @@ class PeftConfig(metaclass=_ConfigMeta):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Return the config a PEFT JSON object describes: the class is found by its `peft_type`."""
-        kind = values.get("peft_type") or cls.name
-        if not kind:
-            raise ConfigError("the config names no peft_type", "an adapter_config.json with a peft_type")
-        found = config_class(getattr(kind, "value", kind))
-        known = {f.name for f in dataclasses.fields(found)} | set(found.unsupported_peft_fields)
-        # A newer PEFT writes fields nobody here knows: empty ones ask for nothing.
-        asked = {k: v for k, v in values.items() if k not in ("peft_type", "runtime_config") and (k in known or v)}
-        return found(**asked)
+        peft_type = values.get("peft_type") or cls.name
+        if not peft_type:
+            raise ConfigError("the config has no peft_type", "an adapter_config.json with a peft_type")
+        method_class = config_class(getattr(peft_type, "value", peft_type))
+        known = {f.name for f in dataclasses.fields(method_class)} | set(method_class.unsupported_peft_fields)
+        # Newer versions of PEFT write fields that are unknown here: empty ones change nothing.
+        used = {k: v for k, v in values.items() if k not in ("peft_type", "runtime_config") and (k in known or v)}
+        return method_class(**used)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Self:
         """Read the config of an adapter folder or Hub repository.
 
         Raises:
-            UsageError: there is no such folder or repository, or it holds no adapter_config.json.
-            AdapterError: it is not sound, its method is unknown, or a field that we have not is not at its default.
+            UsageError: there is no such folder or repository, or it has no adapter_config.json.
+            AdapterError: it is invalid, its method is unknown, or an unsupported field is not at its default.
         """
         file = find_file(path, CONFIG_FILE, subfolder, **hub)
         try:
             values = json.loads(file.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise AdapterError(f"{file} is not JSON: {e}", "what save_pretrained wrote") from None
+            raise AdapterError(f"{file} is not JSON: {e}", "a file written by save_pretrained") from None
         if not isinstance(values, dict):
-            raise AdapterError(f"{file} holds a {type(values).__name__}", "an object: names and values")
+            raise AdapterError(f"{file} contains a {type(values).__name__}", "a JSON object")
         try:
             return cls.from_dict(values)
         except ConfigError as e:
             raise AdapterError(f"{file}: {e.message}", e.expected, e.hint) from None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any, least: int | None) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def _declaring_class(cls: type) -> type:
@@ -305,7 +276,7 @@ class TargetedConfig(PeftConfig):
 
     @classmethod
     def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
-        """Return the default targets by `model_type`; LoRA's, unless a method has others."""
+        """Return the default targets by `model_type`: LoRA's, unless a method overrides this."""
         return DEFAULT_TARGETS
 
     def check(self) -> None:
@@ -348,36 +319,36 @@ class PatternedConfig(TargetedConfig):
         """The fields that map layer patterns to values; each pattern must match a target."""
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
-    def rank_of(self, name: str) -> int:
+    def get_rank(self, layer_name: str) -> int:
         """Return a layer's rank."""
-        return get_pattern_value(self.rank_pattern, name, getattr(self, "r"))  # noqa: B009 (a method's own field)
+        return get_pattern_value(self.rank_pattern, layer_name, getattr(self, "r"))  # noqa: B009 (a method's own field)
 
-    def alpha_of(self, name: str) -> float:
+    def get_alpha(self, layer_name: str) -> float:
         """Return a layer's alpha."""
-        return get_pattern_value(self.alpha_pattern, name, getattr(self, self.alpha_name))
+        return get_pattern_value(self.alpha_pattern, layer_name, getattr(self, self.alpha_name))
 
 
 def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:
-    """Return the local path of one file of an adapter's or run's folder, or of a Hub repository (then downloaded).
+    """Return the local path of a file in an adapter's or run's folder, or in a Hub repository (which downloads it).
 
     Raises:
-        UsageError: it is neither a folder that holds the file nor a repository that can be reached.
+        UsageError: the path is neither a folder with the file nor a reachable repository.
     """
     folder = Path(path, subfolder) if subfolder else Path(path)
     if folder.is_dir():
-        # A run's folder holds its adapter one deeper.
+        # A run's folder has its adapter in a subfolder.
         if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
             folder = folder / "adapter"
         if (folder / name).is_file():
             return folder / name
         raise UsageError(
-            f"{folder} holds no {name}; it holds {format_names(sorted(p.name for p in folder.iterdir()))}",
+            f"{folder} has no {name}; it has {format_names(sorted(p.name for p in folder.iterdir()))}",
             "an adapter folder as save_pretrained writes it",
         )
     text = str(path)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        raise UsageError(f"there is no folder {text!r}{nearest(folder.name, beside)}", f"a folder with {name}")
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise UsageError(f"there is no folder {text!r}{nearest(folder.name, siblings)}", f"a folder with {name}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -385,7 +356,7 @@ def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, 
         return Path(hf_hub_download(text, name, subfolder=subfolder, **hub))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
         raise UsageError(
-            f"{text!r} is no folder here, and the Hub did not give {name}: {type(e).__name__}",
+            f"{text!r} is not a folder, and downloading {name} from the Hub failed: {type(e).__name__}",
             f"an adapter folder or a Hub repository with {name}",
-            "check the name; log in for a private one; without network give a local folder",
+            "check the name; log in for a private repository; without a network give a local folder",
         ) from e

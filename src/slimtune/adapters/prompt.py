@@ -74,7 +74,7 @@ class PromptLearningConfig(PeftConfig):
         self.num_attention_heads = self.num_attention_heads or text.num_attention_heads
         self.token_dim = self.token_dim or text.hidden_size
 
-    def further_targets(self, model: Any) -> dict[str, SiteKind]:
+    def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the backbone."""
         return {find_backbone_name(model): "model"}
 

@@ -78,7 +78,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     whole = _select_modules_to_save(modules, config, strict)
     inside_whole = {n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole)}
     kinds: dict[str, SiteKind] = {}
-    further = config.further_targets(model)
+    further = config.extra_targets(model)
     if {"linear", "embedding", "norm", "block"} & set(config.kinds):
         targets = _resolve_targets(model, modules, config)
         matched = [n for n in modules if n not in inside_whole and _is_target(n, config, targets)]

@@ -28,7 +28,7 @@ from ..adapters.config import CONFIG_FILE
 from ..adapters.conversion import rank_settings
 from ..adapters.export_formats import Factors, lora_incompatibilities, plain_lora_incompatibilities
 from ..errors import AdapterError, UsageError, format_names, nearest
-from ..methods.lora.starts import is_in_weight
+from ..methods.lora.init import is_subtracted_init
 from ..models.gguf import read_dequantized
 from ..models.loader import load_tokenizer
 from ..setup import TrainedModel
@@ -62,7 +62,7 @@ def is_served_unchanged(config: Any) -> bool:
         or plain_lora_incompatibilities(config)
         or config.rank_pattern
         or config.alpha_pattern
-        or is_in_weight(config.init_lora_weights)
+        or is_subtracted_init(config.init_lora_weights)
         or config.r > load_vllm_rules()["ranks"][-1]
     )
 
@@ -77,7 +77,9 @@ def list_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
         rank = max((f[0].shape[0] for f in factors if f is not None), default=0)
         if rank > max_rank:
             start = (
-                ", twice the config's because its start is subtracted" if is_in_weight(config.init_lora_weights) else ""
+                ", twice the config's because its start is subtracted"
+                if is_subtracted_init(config.init_lora_weights)
+                else ""
             )
             form = [f"its rank is {rank}{start}; vLLM's --max-lora-rank ends at {max_rank}"]
     return fixed, form
@@ -182,7 +184,7 @@ def write_vllm_adapter(
     shapes = {(A.shape[0], scale) for A, _, scale in layers.values()}
     # Whether one r, alpha and use_rslora describe all layers to every release.
     uniform = len(shapes) == 1 and next(iter(shapes))[0] == config.r
-    folded = not uniform or bool(config.alpha_pattern) or is_in_weight(config.init_lora_weights)
+    folded = not uniform or bool(config.alpha_pattern) or is_subtracted_init(config.init_lora_weights)
     rank = max(A.shape[0] for A, _, _ in layers.values())
     trained = str(loaded.base.dtype).removeprefix("torch.")
     served = dtype or (trained if trained in DTYPES else "float32")  # vLLM has no float64

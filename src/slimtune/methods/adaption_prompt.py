@@ -1,13 +1,13 @@
-"""LLaMA-Adapter: beside the attention of the upper layers a second one, over m learned tokens, through a gate.
+"""LLaMA-Adapter: the attention of the upper layers also attends to m learned tokens, through a gate.
 
     softmax(q Kᵀ · scale) V  +  g · softmax(q Kpᵀ · scale) Vp        Kp = Wk P, Vp = Wv P
 
-P (m, hidden) and the scalar g are learned for each of the top layers; Wk and Wv are the layer's own, frozen and without
-rotation. g starts at zero, so the model starts bit for bit unchanged. Parameters added: (m · hidden + 1) · layers.
-Nothing is merged.
+Each of the top layers learns P (m, hidden) and a scalar g; Wk and Wv are the layer's own, frozen and without rotary
+embeddings. g starts at zero, so the model starts bit for bit unchanged. Parameters added: (m · hidden + 1) · layers. It
+cannot be merged.
 
 Paper: https://arxiv.org/abs/2303.16199. File format: PEFT's `…self_attn.adaption_prompt (1, m, hidden)` and
-`…self_attn.adaption_gate (1)`. In GPT-2 PEFT adds the second part behind the output projection, and so does this.
+`…self_attn.adaption_gate (1)`. In GPT-2 the second term is added after the output projection, as in PEFT.
 """
 
 from __future__ import annotations
@@ -19,23 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.base import BaseForward, RowMask, Site, SiteKind
+from ..adapters.base import BaseForward, Site, SiteKind
 from ..adapters.config import PeftConfig
+from ..adapters.config_fields import setting
 from ..adapters.prompt import AttentionModule
-from ..attention.prefix import AttentionPrefix, find_attention_modules, gated_prefix_attention
+from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules, gated_prefix_attention
 from ..errors import TargetError, format_names, nearest
 from ..utils.linear_layers import get_weight
 
 
 @dataclass
 class AdaptionPromptConfig(PeftConfig):
-    """LLaMA-Adapter: gated attention over learned tokens; PEFT's field names and defaults.
-
-    Args:
-        target_modules: name of the attention modules ("self_attn"); None: what the model calls them.
-        adapter_len: learned tokens m of a layer, 1 and up; the paper's are 10.
-        adapter_layers: how many layers get them, counted from the top, 1 and up; None: all (PEFT wants a number).
-    """
+    """LLaMA-Adapter: gated attention to learned tokens; PEFT's field names and defaults."""
 
     name: ClassVar[str] = "adaption_prompt"
     mergeable: ClassVar[bool] = False
@@ -44,9 +39,9 @@ class AdaptionPromptConfig(PeftConfig):
     recipe_defaults: ClassVar[dict[str, Any]] = {"adapter_len": 10}
     short_names: ClassVar[dict[str, str]] = {"tokens": "adapter_len", "layers": "adapter_layers"}
 
-    target_modules: str | None = None
-    adapter_len: int | None = None
-    adapter_layers: int | None = None
+    target_modules: str | None = setting(None, 'name of the attention modules ("self_attn"); None: found in the model')
+    adapter_len: int | None = setting(None, "learned tokens of a layer, required; 10 in the paper", ge=1)
+    adapter_layers: int | None = setting(None, "how many layers get them, counted from the top; None: all", ge=1)
 
     @property
     def is_adaption_prompt(self) -> bool:
@@ -54,41 +49,41 @@ class AdaptionPromptConfig(PeftConfig):
         return True
 
     def check(self) -> None:
-        """Check that the sizes are whole numbers, 1 and up."""
+        """Check that the number of tokens is given."""
         super().check()
-        self.require_whole("adapter_len")
-        self.require_whole("adapter_layers", none=True)
+        self.require(self.adapter_len is not None, "adapter_len", "an integer, at least 1")
 
     def infer_from_model(self, model: Any) -> None:
-        """Fill in the modules' name and how many layers there are."""
-        found = find_attention_modules(model)
-        self.target_modules = self.target_modules or found[0].rpartition(".")[2]
-        self.adapter_layers = self.adapter_layers or len(found)
+        """Fill in the modules' name and the number of layers."""
+        names = find_attention_modules(model)
+        self.target_modules = self.target_modules or names[0].rpartition(".")[2]
+        self.adapter_layers = self.adapter_layers or len(names)
 
-    def further_targets(self, model: Any) -> dict[str, SiteKind]:
+    def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the attention modules of the top layers."""
-        found = find_attention_modules(model)
-        named = [n for n in found if n.endswith(f".{self.target_modules}")]
-        if not named:
-            tails = sorted({n.rpartition(".")[2] for n in found})
-            near = nearest(str(self.target_modules), tails)
+        names = find_attention_modules(model)
+        matching = [n for n in names if n.endswith(f".{self.target_modules}")]
+        if not matching:
+            endings = sorted({n.rpartition(".")[2] for n in names})
             raise TargetError(
-                f"target_modules={self.target_modules!r} names no attention module{near}", format_names(tails)
+                f"target_modules={self.target_modules!r} names no attention module"
+                f"{nearest(str(self.target_modules), endings)}",
+                format_names(endings),
             )
-        if (self.adapter_layers or 0) > len(named):
-            raise TargetError(f"adapter_layers is {self.adapter_layers}", f"at most the model's {len(named)} layers")
-        return dict.fromkeys(named[-(self.adapter_layers or len(named)) :], "attention")
+        count = self.adapter_layers or len(matching)
+        if count > len(matching):
+            raise TargetError(f"adapter_layers is {count}", f"at most the model's {len(matching)} layers")
+        return dict.fromkeys(matching[-count:], "attention")
 
     def build(self, site: Site) -> GatedPrompt:
         """Return the learned tokens of one layer."""
-        module = site.module
-        m = self.adapter_len
+        module, m = site.module, self.adapter_len
         assert m is not None
         if hasattr(module, "c_attn"):
-            return Gpt2Prompt(site, m)
-        if not all(hasattr(module, n) for n in ("k_proj", "v_proj")) or hasattr(module, "k_norm"):
+            return Gpt2GatedPrompt(site, m)
+        if not hasattr(module, "k_proj") or not hasattr(module, "v_proj") or hasattr(module, "k_norm"):
             raise TargetError(
-                f"{site.name} is a {type(module).__name__}, whose keys are normed, or which has no k_proj and v_proj",
+                f"{site.name} is a {type(module).__name__}, which lacks k_proj and v_proj or normalizes its keys",
                 "attention with k_proj and v_proj (Llama, Mistral, Qwen2, Gemma 2), or GPT-2's",
                 "prefix tuning works on this model",
             )
@@ -96,7 +91,7 @@ class AdaptionPromptConfig(PeftConfig):
 
 
 class GatedPrompt(AttentionModule):
-    """Learned tokens beside the sequence of one layer."""
+    """Learned tokens of one layer, with their gate."""
 
     def __init__(self, site: Site, m: int) -> None:
         super().__init__()
@@ -106,34 +101,32 @@ class GatedPrompt(AttentionModule):
 
     def prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return `Wk P`, `Wv P` and the gate."""
-        projections = (self._through(module.get_submodule(n), rows) for n in ("k_proj", "v_proj"))
+        projections = (self._project_tokens(module.get_submodule(n), rows) for n in ("k_proj", "v_proj"))
         keys, values = (t.unflatten(1, (-1, module.head_dim)).transpose(0, 1) for t in projections)
         return AttentionPrefix(keys, values, self.adaption_gate)
 
-    def _through(self, linear: nn.Module, rows: RowMask) -> Tensor:
-        """Return the learned tokens through a frozen map, `(m, out)`."""
+    def _project_tokens(self, linear: nn.Module, rows: RowMask) -> Tensor:
+        """Return the learned tokens after a frozen linear layer, `(m, out)`."""
         weight: Any = linear.weight
         P = self.adaption_prompt[0].to(weight.dtype if weight.is_floating_point() else self.adaption_prompt.dtype)
         if rows is None:
             return linear(P)
-        # In a mixed batch the map may be adapted for other rows: these ones' is the base's.
+        # In a mixed batch the layer may carry adapters of other rows: use the base's weight only.
         return F.linear(P, get_weight(linear).to(P.dtype), linear.bias)  # type: ignore[arg-type]
 
 
-class Gpt2Prompt(GatedPrompt):
-    """The same for GPT-2, whose keys and values come from one map; added behind the output projection, as in PEFT."""
+class Gpt2GatedPrompt(GatedPrompt):
+    """The same for GPT-2, where one layer gives keys and values; added after the output projection, as in PEFT."""
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
-        """Run the attention and add the second one to its output."""
+        """Run the attention and add the gated attention to its output."""
         module: Any = base.module
         x = args[0] if args else kwargs["hidden_states"]
         out = base(*args, **kwargs)
         heads = (-1, module.head_dim)
         query = module.c_attn(x).chunk(3, dim=-1)[0].unflatten(-1, heads).transpose(1, 2)
-        _, keys, values = (
-            t.unflatten(1, heads).transpose(0, 1) for t in self._through(module.c_attn, rows).chunk(3, 1)
-        )
-        more = gated_prefix_attention(
-            query, AttentionPrefix(keys, values, self.adaption_gate), rows, module.head_dim**-0.5
-        )
-        return (out[0] + more.flatten(2), *out[1:])
+        projections = self._project_tokens(module.c_attn, rows).chunk(3, 1)[1:]
+        keys, values = (t.unflatten(1, heads).transpose(0, 1) for t in projections)
+        prefix = AttentionPrefix(keys, values, self.adaption_gate)
+        gated = gated_prefix_attention(query, prefix, rows, module.head_dim**-0.5)
+        return (out[0] + gated.flatten(2), *out[1:])

@@ -1,9 +1,9 @@
-"""BitFit: y = W x + b + d, with W and b frozen: the biases train, those of linear maps and of normalisations.
+"""BitFit: y = W x + b + d, with W and b frozen: only biases train, of linear layers and of norms.
 
-d (out) starts at zero, so the model starts unchanged. Parameters added per layer: out. Merged: b + d. Llama and its
-relatives have no biases: there `new_biases` adds some, which then have no place to be merged into.
+d (out) starts at zero, so the model starts unchanged. Parameters added per layer: out. Merged: b + d. Llama and similar
+models have no biases: `new_biases` adds some, which the merged model then has no place for.
 
-Paper: https://arxiv.org/abs/2106.10199. File format: as PEFT's, with the key `bitfit_bias`; PEFT has no such method.
+Paper: https://arxiv.org/abs/2106.10199. File format: PEFT's layout with the key `bitfit_bias`; PEFT lacks this method.
 """
 
 from __future__ import annotations
@@ -17,56 +17,58 @@ from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, MergeUnsupported, Site, SiteKind
 from ..adapters.config import TargetedConfig
+from ..adapters.config_fields import setting
 from ..errors import TargetError, format_names
 from ..utils.linear_layers import layer_kind
 
 
 @dataclass
 class BitFitConfig(TargetedConfig):
-    """BitFit: biases train, and nothing else; without target_modules every bias there is.
-
-    Args:
-        new_biases: also where the base has no bias; without target_modules in every linear map but the output head,
-            and in every normalisation. Such an adapter cannot be merged.
-    """
+    """BitFit: train biases only; without target_modules every bias of the model."""
 
     name: ClassVar[str] = "bitfit"
     learning_rate: ClassVar[float] = 1e-3
     kinds: ClassVar[tuple[SiteKind, ...]] = ("linear", "norm")
     short_names: ClassVar[dict[str, str]] = {"targets": "target_modules"}
 
-    new_biases: bool = False
+    new_biases: bool = setting(
+        False,
+        "add a bias where the base has none: without target_modules to every norm and every linear layer except the "
+        "output head; such an adapter cannot be merged",
+    )
 
     def default_targets(self, model: Any) -> list[str] | None:
-        """Return the linear maps and normalisations with a bias; with `new_biases`, the others too."""
-        maps = {n: m for n, m in model.named_modules() if layer_kind(m) in self.kinds}
-        have = [n for n, m in maps.items() if _bias_of(m) is not None]
-        if not have and not self.new_biases:
+        """Return the linear layers and norms that have a bias; with `new_biases` the others too."""
+        layers = {n: m for n, m in model.named_modules() if layer_kind(m) in self.kinds}
+        with_bias = [n for n, m in layers.items() if _has_bias(m)]
+        if not with_bias and not self.new_biases:
             raise TargetError(
-                f"no linear map or normalisation of this {type(model).__name__} has a bias",
+                f"no linear layer or norm of this {type(model).__name__} has a bias",
                 "a base with biases (GPT-2, BERT, OPT; Qwen2 has some)",
-                "new_biases=True adds them; such an adapter cannot be merged",
+                "new_biases=True adds biases; such an adapter cannot be merged",
             )
+        if not self.new_biases:
+            return with_bias
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return [n for n in maps if n in have or maps[n] is not head] if self.new_biases else have
+        return [n for n in layers if n in with_bias or layers[n] is not head]
 
     def build(self, site: Site) -> AdapterModule:
-        """Return what is added to the output at `site`."""
-        return Bias(site)
+        """Return the bias added at `site`."""
+        return AddedBias(site)
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        """Return what is added everywhere; without `new_biases` each target must have a bias."""
-        bare = [s.name for s in sites if _bias_of(s.module) is None]
-        if bare and not self.new_biases:
+        """Return the biases at all sites; without `new_biases` each site must have one."""
+        without_bias = [s.name for s in sites if not _has_bias(s.module)]
+        if without_bias and not self.new_biases:
             raise TargetError(
-                f"{len(bare)} of {len(sites)} targets have no bias, such as {format_names(bare, 2)}",
+                f"{len(without_bias)} of {len(sites)} targets have no bias, such as {format_names(without_bias, 2)}",
                 "targets with a bias",
-                "leave target_modules out for every bias there is; or new_biases=True, which cannot be merged",
+                "leave target_modules out for every bias of the model; or new_biases=True, which cannot be merged",
             )
         return super().build_all(sites)
 
 
-class Bias(AdapterModule):
+class AddedBias(AdapterModule):
     """`y + d`."""
 
     def __init__(self, site: Site) -> None:
@@ -79,12 +81,12 @@ class Bias(AdapterModule):
         return y + self.bitfit_bias.to(y.dtype)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight as it is, and `b + d`, or d where there is no b; refused where no bias can stand."""
+        """Return the unchanged weight and `b + d`; refused where the base's module has no bias parameter."""
         if not self.has_base_parameter:
             raise MergeUnsupported(f"{self.name} has no bias in the base to merge one into")
-        own = self.bitfit_bias.to(weight.dtype)
-        return weight, own if bias is None else bias + own
+        added = self.bitfit_bias.to(weight.dtype)
+        return weight, added if bias is None else bias + added
 
 
-def _bias_of(module: nn.Module) -> Tensor | None:
-    return module._parameters.get("bias")
+def _has_bias(module: nn.Module) -> bool:
+    return module._parameters.get("bias") is not None

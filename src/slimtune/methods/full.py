@@ -2,10 +2,10 @@
 
     W' = round(M)        M: the adapter's own copy of W, fp32; the model computes with M rounded to the base's dtype
 
-The copies are the fp32 masters that AdamW steps on: a step of 1e-5 on a weight of 1 is less than bf16 can represent, and
-would be lost without them (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740). The base itself stays as it is,
-so it can be compared with and comes back when the adapter is disabled. Weights that are tied in the base stay tied. A
-16-bit weight takes 2 + 4 (copy) + 4 (gradient) + 8 (AdamW) bytes per value, and 2 more while a step runs.
+The copies are the fp32 masters that AdamW steps on: a step of 1e-5 on a weight of 1 is less than bf16 can represent,
+and would be lost without them (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740). The base itself stays as it
+is, so it can be compared with and comes back when the adapter is disabled. Weights that are tied in the base stay
+tied. A 16-bit weight takes 2 + 4 (copy) + 4 (gradient) + 8 (AdamW) bytes per value, and 2 more while a step runs.
 
 The file contains every weight whole, under the base's own names.
 """

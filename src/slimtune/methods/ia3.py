@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapters.architectures import model_type
 from ..adapters.base import AdapterModule, BaseForward, Site
 from ..adapters.config import TargetedConfig
+from ..adapters.config_fields import setting
 from ..adapters.targets import matches_name
 from ..errors import ConfigError, TargetError, format_names, nearest
 
@@ -43,55 +44,50 @@ SCALED: dict[str | None, tuple[list[str], list[str]]] = {
     "deberta": (["in_proj"], ["output.dense"]),
     "deberta-v2": (["key_proj", "value_proj"], ["output.dense"]),
 }
-"""By architecture: layers whose output is scaled, and feed-forward layers whose input is (PEFT's choice)."""
+"""PEFT's choice by architecture: layers whose output is scaled, and feed-forward layers whose input is scaled."""
 
 
 @dataclass
 class IA3Config(TargetedConfig):
-    """(IA)³: one factor for each output of a layer, or for each input; PEFT's field names and defaults.
-
-    Args:
-        feedforward_modules: which targets have their input scaled: names or endings, or a pattern for the full name.
-            None: PEFT's choice for the architecture; an empty list: none.
-        fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
-        init_ia3_weights: start at one; False: normal random factors, for tests.
-    """
+    """(IA)³: one factor per output of a layer, or per input; PEFT's field names and defaults."""
 
     name: ClassVar[str] = "ia3"
     extension_fields: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar[float] = 1e-2
     short_names: ClassVar[dict[str, str]] = {"targets": "target_modules", "feedforward": "feedforward_modules"}
 
-    feedforward_modules: list[str] | str | None = None
-    fan_in_fan_out: bool = False
-    init_ia3_weights: bool = True
+    feedforward_modules: list[str] | str | None = setting(
+        None,
+        "targets whose input is scaled: names, endings, or a regular expression for the full name; None: PEFT's choice "
+        "for the architecture; an empty list: none",
+    )
+    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
+    init_ia3_weights: bool = setting(True, "start at one; False: normal random factors, for tests")
 
     def check(self) -> None:
-        """Check that feed-forward layers named are among the targets named."""
+        """Check that feedforward_modules are among target_modules."""
         super().check()
-        if isinstance(self.feedforward_modules, set | tuple):
-            self.feedforward_modules = sorted(self.feedforward_modules)
         if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
-            strange = [n for n in self.feedforward_modules if n not in self.target_modules]
+            unknown = [n for n in self.feedforward_modules if n not in self.target_modules]
             self.require(
-                not strange, "feedforward_modules", f"names from target_modules: {format_names(self.target_modules)}"
+                not unknown, "feedforward_modules", f"names from target_modules: {format_names(self.target_modules)}"
             )
 
     @classmethod
     def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
-        """Return both kinds of target together."""
+        """Return the layers of both kinds together."""
         return {kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()}
 
     def infer_from_model(self, model: Any) -> None:
-        """Take PEFT's choice of feed-forward layers where none is given."""
+        """Fill in PEFT's choice of feed-forward layers if none is given."""
         if self.feedforward_modules is not None:
             return
         kind = model_type(model)
         if kind not in SCALED:
             raise ConfigError(
                 f"feedforward_modules is None, and there is no default for {kind or type(model).__name__!r}",
-                "the targets whose input is to be scaled",
-                'name them, such as ["down_proj"], or give [] for none',
+                "the targets whose input is scaled",
+                'give their names, such as ["down_proj"], or [] for none',
             )
         self.feedforward_modules = list(SCALED[kind][1])
 
@@ -100,26 +96,30 @@ class IA3Config(TargetedConfig):
         return (ScaledInput if self._is_feedforward(site.name) else ScaledOutput)(site, self.init_ia3_weights)
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        """Return the factors everywhere; each feed-forward layer that was asked for must be among the sites."""
-        names = [s.name for s in sites]
-        asked: Any = self.feedforward_modules or []
-        asked = [asked] if isinstance(asked, str) else asked
-        default = SCALED.get(model_type(sites[0].model), ([], []))[1] if sites else asked
-        if asked != default and not any(s.loading for s in sites):
-            ending = isinstance(self.feedforward_modules, list)
-            vain = [a for a in asked if not any(n.endswith(a) if ending else matches_name(a, n) for n in names)]
-            if vain:
-                tails = sorted({n.rsplit(".", 1)[-1] for n in names})
+        """Return the factors at all sites; each of feedforward_modules must match one of them."""
+        given = self.feedforward_modules or []
+        default = SCALED.get(model_type(sites[0].model), ([], []))[1] if sites else given
+        if given != default and not any(s.loading for s in sites):
+            names = [s.name for s in sites]
+            patterns = [given] if isinstance(given, str) else given
+            by_ending = isinstance(given, list)
+            unmatched = [
+                p for p in patterns if not any(n.endswith(p) if by_ending else matches_name(p, n) for n in names)
+            ]
+            if unmatched:
+                endings = sorted({n.rsplit(".", 1)[-1] for n in names})
                 raise TargetError(
-                    f"feedforward_modules: {format_names(vain)} is no target{nearest(vain[0], [*tails, *names])}",
-                    f"targets are {format_names(tails)}",
+                    f"feedforward_modules: {format_names(unmatched)} matches no target"
+                    f"{nearest(unmatched[0], [*endings, *names])}",
+                    f"targets are {format_names(endings)}",
                 )
         return super().build_all(sites)
 
     def _is_feedforward(self, name: str) -> bool:
         given = self.feedforward_modules or []
-        # Plain endings, as in PEFT.
-        return matches_name(given, name) if isinstance(given, str) else any(name.endswith(g) for g in given)
+        if isinstance(given, str):
+            return matches_name(given, name)
+        return name.endswith(tuple(given))  # any ending, as in PEFT, not only one that starts at a dot
 
 
 class ScaledOutput(AdapterModule):
@@ -131,7 +131,7 @@ class ScaledOutput(AdapterModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map `y (..., out)` to `(..., out)`."""
-        # In the factors' own dtype: near one, 16 bits would round what was learned away.
+        # In the dtype of the factors: 16-bit numbers near one would round away what was learned.
         return (y * self.ia3_l.flatten()).to(y.dtype)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -147,16 +147,16 @@ class ScaledInput(AdapterModule):
         super().__init__()
         self.ia3_l = _factors(site, init, 1, site.in_features)
 
-    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., in)` to `(..., out)`."""
-        return frozen((x * self.ia3_l.flatten()).to(x.dtype))
+        return base((x * self.ia3_l.flatten()).to(x.dtype))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W diag(l)` and the bias as it is."""
+        """Return `W diag(l)` and the unchanged bias."""
         return weight * self.ia3_l.to(weight.dtype), bias
 
 
 def _factors(site: Site, init: bool, rows: int, columns: int) -> nn.Parameter:
-    # Drawn even where it starts at one, as PEFT does: one seed gives the same adapter in both.
+    # PEFT draws random numbers even for a start at one: one seed gives the same adapter in both libraries.
     start = torch.randn(rows, columns, device=site.init_device)
     return nn.Parameter((torch.ones_like(start) if init else start).to(site.device, site.dtype))

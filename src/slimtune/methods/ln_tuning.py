@@ -1,9 +1,9 @@
-"""LayerNorm tuning: the normalisations train, all else is frozen.
+"""LayerNorm tuning: only the norms train.
 
-    y = w' ⊙ n(x) + b'        n(x): the input normalised; w' (d), b' (d): the adapter's own copies of w and b
+    y = w' ⊙ n(x) + b'        n(x): the normalised input; w' (d), b' (d): trained copies of the norm's w and b
 
-The copies start as the base's, so the model starts unchanged. Parameters added per normalisation: d, or 2 d with a
-bias. Merged: w + (w' − w), and so for b: several adapters add up what each has learned.
+The copies start equal to the base's, so the model starts unchanged. Parameters added per norm: d, or 2 d with a bias.
+Merged: w + (w' − w), and the same for b, so that several merged adapters add up their changes.
 
 Paper: https://arxiv.org/abs/2312.11420. File format: PEFT's `ln_tuning_layers.weight`, `ln_tuning_layers.bias`.
 """
@@ -38,14 +38,14 @@ NORMS: dict[str | None, list[str]] = {
     "phi": ["input_layernorm", "final_layernorm"],
     "blip-2": ["layernorm", "LayerNorm", "final_layer_norm", "self_attn_layer_norm"],
 }
-"""By architecture: the normalisations that train where none is named (PEFT's choice; of LLaVA's the normalisations)."""
+"""The norms that train by default, by architecture (PEFT's choice; for LLaVA only the norms of it)."""
 
 
 @dataclass
 class LNTuningConfig(TargetedConfig):
-    """LayerNorm tuning: normalisations train copies of their own weights; PEFT's field names and defaults.
+    """LayerNorm tuning: train copies of the norms' weights; PEFT's field names and defaults.
 
-    Without target_modules: PEFT's choice for the architecture, and every normalisation where PEFT has none.
+    Without target_modules: PEFT's choice for the architecture, or every norm where PEFT has no choice.
     """
 
     name: ClassVar[str] = "ln_tuning"
@@ -56,20 +56,20 @@ class LNTuningConfig(TargetedConfig):
 
     @classmethod
     def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
-        """Return the normalisations by architecture."""
+        """Return the default norms by architecture."""
         return NORMS
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
-        """Return PEFT's choice for the architecture, else every normalisation there is."""
-        every = [n for n, m in model.named_modules() if layer_kind(m) == "norm"]
-        return super().default_targets(model) or every or None
+        """Return PEFT's choice for the architecture, else every norm."""
+        norms = [n for n, m in model.named_modules() if layer_kind(m) == "norm"]
+        return super().default_targets(model) or norms or None
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the copies for the normalisation at `site`."""
-        return OwnNorm(site)
+        """Return the trained copies for the norm at `site`."""
+        return TrainedNorm(site)
 
 
-class OwnNorm(AdapterModule):
+class TrainedNorm(AdapterModule):
     """`w' ⊙ n(x) + b'`."""
 
     def __init__(self, site: Site) -> None:
@@ -82,21 +82,21 @@ class OwnNorm(AdapterModule):
                 self.ln_tuning_layers.register_parameter(name, nn.Parameter(start))
                 self.register_buffer(f"base_{name}", start.clone(), persistent=False)
 
-    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         """Map `x (..., d)` to `(..., d)`."""
-        own = dict(self.ln_tuning_layers.named_parameters())
-        # The copies keep their own dtype, since 16 bits would round away what they learn; torch's LayerNorm takes one.
-        given = x.to(own["weight"].dtype) if isinstance(frozen.module, nn.LayerNorm) else x
-        y = frozen.run_base_with(own, given)
-        if frozen.inner_modules:
-            # What lies below adds to the same normalised input: to its answer comes what the copies differ by.
-            base = {name: getattr(self, f"base_{name}") for name in own}
-            return (frozen(x) + (y - frozen.run_base_with(base, given))).to(x.dtype)
+        trained = dict(self.ln_tuning_layers.named_parameters())
+        # The copies keep their dtype, since 16 bits would round away what they learn; nn.LayerNorm allows one dtype.
+        inputs = x.to(trained["weight"].dtype) if isinstance(base.module, nn.LayerNorm) else x
+        y = base.run_base_with(trained, inputs)
+        if base.inner_modules:
+            # Other adapters changed this norm's output already: add what the copies change of the base's output.
+            before = {name: getattr(self, f"base_{name}") for name in trained}
+            return (base(x) + (y - base.run_base_with(before, inputs))).to(x.dtype)
         return y.to(x.dtype)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and bias `(d)`, each with what the copy differs by."""
-        given = {"weight": weight, "bias": bias}
+        """Return the weight and bias `(d)`, each plus the change of its copy."""
+        before = {"weight": weight, "bias": bias}
         wide = {n: p.to(weight.dtype) for n, p in self.ln_tuning_layers.named_parameters()}
-        after = {n: given[n] + (p - getattr(self, f"base_{n}").to(weight.dtype)) for n, p in wide.items()}
+        after = {n: before[n] + (p - getattr(self, f"base_{n}").to(weight.dtype)) for n, p in wide.items()}
         return after["weight"], after.get("bias", bias)

@@ -1,18 +1,18 @@
-"""OFT: y = W Rᵀ x + b, with the input turned by blocks R_i (k, k) that are orthogonal, or nearly so.
+"""OFT: y = W Rᵀ x + b, where R rotates blocks of k inputs; each block R_i (k, k) is orthogonal, or nearly so.
 
-A block is made from a skew-symmetric Q_i, kept as its k (k - 1) / 2 values above the diagonal, by n terms of a series
-or by the Cayley map:
+A block comes from a skew-symmetric Q_i, stored as its k (k - 1) / 2 values above the diagonal, by n terms of a series
+or by the Cayley transform:
 
     R = I + 2 Q + 2 Q² + … + 2 Q^(n-2) + Q^(n-1) ≈ (I + Q) (I - Q)^-1        the default
     R = (I - Q) (I + Q)^-1                                                   use_cayley_neumann=False
 
-The two turn opposite ways for one Q: a file is right only with the setting it was trained with.
+The two rotate in opposite directions for the same Q: a file only works with the setting it was trained with.
 
-A part x_i (k) of the input, as a row, becomes x_i R_i. It is run as x_i + x_i (R_i - I), which rounds the change alone;
-Q starts at zero, so the model starts unchanged. Parameters added per layer: in · (k - 1) / 2. Merged: W Rᵀ.
+A part x_i (k) of the input, as a row, becomes x_i R_i. It is computed as x_i + x_i (R_i - I), so that only the change
+is rounded. Q starts at zero, so the model starts unchanged. Parameters added per layer: in · (k - 1) / 2. Merged: W Rᵀ.
 
 Papers: OFT https://arxiv.org/abs/2306.07280, OFTv2 https://arxiv.org/abs/2506.19847. File format: PEFT's
-`oft_R.weight (in / k, k (k - 1) / 2)`, for an embedding, whose output is turned, `oft_embedding_R.weight`.
+`oft_R.weight (in / k, k (k - 1) / 2)`; for an embedding, whose output is rotated, `oft_embedding_R.weight`.
 """
 
 from __future__ import annotations
@@ -26,28 +26,13 @@ from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
 from ..adapters.config import TargetedConfig
+from ..adapters.config_fields import setting
 from ..errors import ConfigError
 
 
 @dataclass
 class OFTConfig(TargetedConfig):
-    """OFT: an orthogonal, block-diagonal turn of the input of frozen linear maps; PEFT's names and defaults.
-
-    Args:
-        r: number of blocks, 1 and up; 0: `oft_block_size` says it. One of the two is 0.
-        oft_block_size: inputs turned together, 2 and up; 0: `r` says it. Either becomes the nearest number that divides
-            a layer's inputs, with a warning; a block of 1, which turns nothing, is refused.
-        module_dropout: probability in [0, 1): this share of a layer's blocks is the identity for one training step.
-        fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
-        bias: which biases of the base train too: "none", "oft_only" (of adapted layers) or "all".
-        init_weights: True: zeros, the identity; False: normal with std 0.1, for tests.
-        coft: keep the turn small: ‖Q_i‖ at most eps / √(number of blocks).
-        eps: see coft, above 0.
-        block_share: one block for all parts of the input.
-        use_cayley_neumann: the series, faster and orthogonal up to its last term; False: the exact map, which solves a
-            system of k equations for each block, and turns the other way.
-        num_cayley_neumann_terms: terms of the series, 2 and up; 3 are 4, as in PEFT.
-    """
+    """OFT: an orthogonal, block-diagonal rotation of a linear layer's input; PEFT's field names and defaults."""
 
     name: ClassVar[str] = "oft"
     learning_rate: ClassVar[float] = 4e-4
@@ -55,96 +40,103 @@ class OFTConfig(TargetedConfig):
     short_names: ClassVar[dict[str, str]] = {"block_size": "oft_block_size", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
 
-    r: int = 0
-    oft_block_size: int = 32
-    module_dropout: float = 0.0
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "oft_only"] = "none"
-    init_weights: bool = True
-    coft: bool = False
-    eps: float = 6e-5
-    block_share: bool = False
-    use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = 5
+    r: int = setting(0, "number of blocks; 0: oft_block_size gives it; one of the two must be 0", ge=0)
+    oft_block_size: int = setting(
+        32,
+        "inputs rotated together, at least 2; 0: r gives it. Either becomes the nearest number that divides a layer's "
+        "inputs, with a warning; a block of 1, which rotates nothing, is refused",
+        ge=0,
+    )
+    module_dropout: float = setting(
+        0.0, "fraction of a layer's blocks that are the identity in one training step", ge=0, lt=1
+    )
+    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
+    bias: Literal["none", "all", "oft_only"] = setting(
+        "none", 'which biases of the base train too; "oft_only": those of adapted layers'
+    )
+    init_weights: bool = setting(True, "True: zeros, so that R is the identity; False: normal with std 0.1, for tests")
+    coft: bool = setting(False, "keep the rotation small: ‖Q_i‖ at most eps / √(number of blocks)")
+    eps: float = setting(6e-5, "limit of the rotation with coft", gt=0)
+    block_share: bool = setting(False, "one block for all parts of the input")
+    use_cayley_neumann: bool = setting(
+        True,
+        "compute R by the series, which is faster and orthogonal up to its last term; False: by the exact transform, "
+        "which solves a k × k system per block and rotates in the opposite direction",
+    )
+    num_cayley_neumann_terms: int = setting(5, "terms of the series; 3 means 4, as in PEFT", ge=2)
 
     def check(self) -> None:
-        """Check ranges, and that one of `r` and `oft_block_size` is 0."""
+        """Check that exactly one of `r` and `oft_block_size` is 0, and no block is of one input."""
         super().check()
-        # PEFT reads the meaning of the series from this: it was another before 0.18.
+        # PEFT reads the version the file was written with: the series had another meaning before 0.18.
         self.peft_version = self.peft_version or "0.18.0"
-        for name, least in (("r", 0), ("oft_block_size", 0), ("num_cayley_neumann_terms", 2)):
-            self.require_whole(name, least)
-        self.require(self.oft_block_size != 1, "oft_block_size", "0, or 2 and up: one input alone cannot turn")
-        one = (self.r == 0) != (self.oft_block_size == 0)
-        self.require(one, "oft_block_size", f"above 0 where r is 0, and 0 where it is not: r is {self.r}")
-        self.require_share("module_dropout")
-        self.require(self.bias in ("none", "all", "oft_only"), "bias", "'none', 'all' or 'oft_only'")
-        self.require(self.init_weights in (True, False), "init_weights", "True or False")
-        self.require_above_zero("eps")
+        self.require(self.oft_block_size != 1, "oft_block_size", "0, or at least 2: a single input cannot rotate")
+        one_given = (self.r == 0) != (self.oft_block_size == 0)
+        self.require(one_given, "oft_block_size", f"above 0 where r is 0, else 0; r is {self.r}")
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the turn at `site`.
+        """Return the rotation at `site`.
 
         Raises:
-            ConfigError: the nearest block is one of 1, which turns nothing.
+            ConfigError: the nearest possible block size is 1, which rotates nothing.
         """
         width = site.out_features if site.kind == "embedding" else site.in_features
-        block = width // divisor(width, self.r) if self.r else divisor(width, self.oft_block_size)
-        if not site.loading:  # a file is taken as it was trained
-            self._tell(site, width, block)
-        return EmbeddingOft(site, block, self) if site.kind == "embedding" else LinearOft(site, block, self)
+        block_size = width // nearest_divisor(width, self.r) if self.r else nearest_divisor(width, self.oft_block_size)
+        if not site.loading:  # a file keeps the size it was trained with
+            self._check_block_size(site, width, block_size)
+        return (EmbeddingOft if site.kind == "embedding" else LinearOft)(site, block_size, self)
 
-    def _tell(self, site: Site, width: int, block: int) -> None:
-        """Refuse blocks of 1, and warn where they are not of the size asked for."""
-        what = f"{width} {'columns' if site.kind == 'embedding' else 'inputs'}"
-        if block == 1:
-            least = next((d for d in range(2, width + 1) if width % d == 0), None)
-            size = f"{'r=0, ' if self.r else ''}oft_block_size={least}, or " if least else ""
+    def _check_block_size(self, site: Site, width: int, block_size: int) -> None:
+        """Refuse blocks of 1, and warn where blocks have another size than the config says."""
+        layer = f"{site.name} has {width} {'columns' if site.kind == 'embedding' else 'inputs'}"
+        if block_size == 1:
+            smallest = next((d for d in range(2, width + 1) if width % d == 0), None)
+            hint = f"{'r=0, ' if self.r else ''}oft_block_size={smallest}, or " if smallest else ""
             raise ConfigError(
-                f"{site.name} has {what}, of which no block near the size asked for can be made",
-                "a block of 2 and up",
-                f"{size}leave the layer out",
+                f"{layer}, which no block size near the configured one divides",
+                "a block of at least 2",
+                f"{hint}leave the layer out",
             )
-        if block * self.r != width if self.r else block != self.oft_block_size:
-            asked = f"r={self.r}" if self.r else f"oft_block_size={self.oft_block_size}"
-            warnings.warn(f"{site.name} has {what}: its blocks are of {block}, not as {asked} asks", stacklevel=2)
+        if block_size * self.r != width if self.r else block_size != self.oft_block_size:
+            configured = f"r={self.r}" if self.r else f"oft_block_size={self.oft_block_size}"
+            warnings.warn(f"{layer}: its blocks have size {block_size} instead of {configured}", stacklevel=2)
 
 
-class Turn(nn.Module):
-    """Blocks (k, k) that turn the last dimension, `width`, of what it is called with."""
+class BlockRotation(nn.Module):
+    """Blocks (k, k) that rotate the last dimension, `width`, of its input."""
 
-    def __init__(self, width: int, block: int, site: Site, config: OFTConfig) -> None:
+    def __init__(self, width: int, block_size: int, site: Site, config: OFTConfig) -> None:
         super().__init__()
-        self.block = block
+        self.block_size = block_size
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else None
         self.eps, self.dropout = config.eps if config.coft else None, config.module_dropout
-        count = 1 if config.block_share else width // self.block
-        values = torch.zeros(count, self.block * (self.block - 1) // 2, device=site.init_device)
+        blocks = 1 if config.block_share else width // block_size
+        values = torch.zeros(blocks, block_size * (block_size - 1) // 2, device=site.init_device)
         self.weight = nn.Parameter(values if config.init_weights else values.normal_(std=0.1))
         self.to(site.device, site.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `x (..., width)`, parts of k, to `x R`."""
-        change = self.change().to(x.dtype)
-        parts = x.reshape(-1, x.shape[-1] // self.block, self.block)
+        """Map `x (..., width)` to `x R`, block by block."""
+        change = self.rotation_minus_identity().to(x.dtype)
+        parts = x.reshape(-1, x.shape[-1] // self.block_size, self.block_size)
         if len(change) == 1:
-            flat = parts.reshape(-1, self.block)
+            flat = parts.reshape(-1, self.block_size)
             return torch.addmm(flat, flat, change[0]).view_as(x)
         by_block = parts.transpose(0, 1)
         return torch.baddbmm(by_block, by_block, change).transpose(0, 1).reshape(x.shape)
 
-    def turned(self, weight: Tensor) -> Tensor:
+    def rotate_weight(self, weight: Tensor) -> Tensor:
         """Return `W Rᵀ` for `W (..., width)`."""
-        parts, change = weight.unflatten(-1, (-1, self.block)), self.change(weight.dtype)
+        parts, change = weight.unflatten(-1, (-1, self.block_size)), self.rotation_minus_identity(weight.dtype)
         change = change.expand(parts.shape[-2], -1, -1)
         return weight + torch.einsum("orc,rkc->ork", parts, change).flatten(-2)
 
-    def change(self, wide: torch.dtype = torch.float32) -> Tensor:
-        """Return R - I for each block, `(blocks or 1, k, k)`, in this precision at least."""
-        values = self._values()
-        values = values.to(torch.promote_types(values.dtype, wide))
-        rows, columns = torch.triu_indices(self.block, self.block, 1, device=values.device)
-        Q = values.new_zeros(len(values), self.block, self.block)
+    def rotation_minus_identity(self, min_dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return R - I for each block, `(blocks or 1, k, k)`, in `min_dtype` or a wider dtype."""
+        values = self._constrained_values()
+        values = values.to(torch.promote_types(values.dtype, min_dtype))
+        rows, columns = torch.triu_indices(self.block_size, self.block_size, 1, device=values.device)
+        Q = values.new_zeros(len(values), self.block_size, self.block_size)
         Q[:, rows, columns] = values
         change = self._cayley(Q - Q.mT)
         if self.training and self.dropout and len(change) > 1:
@@ -155,7 +147,8 @@ class Turn(nn.Module):
 
     def _cayley(self, Q: Tensor) -> Tensor:
         if self.terms is None:
-            return torch.linalg.solve(torch.eye(self.block, dtype=Q.dtype, device=Q.device) + Q, -2 * Q, left=False)
+            identity = torch.eye(self.block_size, dtype=Q.dtype, device=Q.device)
+            return torch.linalg.solve(identity + Q, -2 * Q, left=False)
         if self.terms == 2:
             return 2 * Q
         change, power = 2 * Q, Q
@@ -164,52 +157,52 @@ class Turn(nn.Module):
             change = change + 2 * power
         return change + power @ Q
 
-    def _values(self) -> Tensor:
-        """Return Q's values; with COFT the nearest that it allows, which training goes on from."""
+    def _constrained_values(self) -> Tensor:
+        """Return Q's values; with COFT the nearest ones within its limit, which replace them while training."""
         if self.eps is None:
             return self.weight
         with torch.no_grad():
-            # Frobenius norms of Q, which holds each value twice.
+            # Frobenius norms of Q, which contains each value twice.
             norm = self.weight.norm(dim=1, keepdim=True) * 2**0.5
-            most = self.eps / len(norm) ** 0.5
-            near = torch.where(norm <= most, self.weight, self.weight * (most / norm))
+            limit = self.eps / len(norm) ** 0.5
+            projected = torch.where(norm <= limit, self.weight, self.weight * (limit / norm))
             if self.training:
-                self.weight.copy_(near)
-        return near + (self.weight - self.weight.detach())  # its values, the gradient of the weight
+                self.weight.copy_(projected)
+        return projected + (self.weight - self.weight.detach())  # the projected values with the weight's gradient
 
 
 class LinearOft(AdapterModule):
-    """The map of a turned input."""
+    """A linear layer with a rotated input."""
 
-    def __init__(self, site: Site, block: int, config: OFTConfig) -> None:
+    def __init__(self, site: Site, block_size: int, config: OFTConfig) -> None:
         super().__init__()
-        self.oft_R = Turn(site.in_features, block, site, config)
+        self.oft_R = BlockRotation(site.in_features, block_size, site, config)
 
-    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
-        """Turn `x (..., in)`, then map it."""
-        return frozen(self.oft_R(x))
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
+        """Rotate `x (..., in)`, then run the layer."""
+        return base(self.oft_R(x))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W Rᵀ` and the bias as it is."""
-        return self.oft_R.turned(weight), bias
+        """Return `W Rᵀ` and the unchanged bias."""
+        return self.oft_R.rotate_weight(weight), bias
 
 
 class EmbeddingOft(AdapterModule):
-    """The turned rows of an embedding."""
+    """An embedding with rotated rows."""
 
-    def __init__(self, site: Site, block: int, config: OFTConfig) -> None:
+    def __init__(self, site: Site, block_size: int, config: OFTConfig) -> None:
         super().__init__()
-        self.oft_embedding_R = Turn(site.out_features, block, site, config)
+        self.oft_embedding_R = BlockRotation(site.out_features, block_size, site, config)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Turn the rows `y (..., dim)`."""
+        """Rotate the rows `y (..., dim)`."""
         return self.oft_embedding_R(y)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight `(dim, rows)` with its rows turned."""
+        """Return the weight `(dim, rows)` with its rows rotated."""
         return self.oft_embedding_R(weight.t()).t(), bias
 
 
-def divisor(size: int, near: int) -> int:
-    """Return the divisor of `size` next to `near`, the smaller of two as near (PEFT's rule)."""
-    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - near), d))
+def nearest_divisor(size: int, target: int) -> int:
+    """Return the divisor of `size` nearest to `target`; of two the smaller one (PEFT's rule)."""
+    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - target), d))

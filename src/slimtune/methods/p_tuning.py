@@ -1,31 +1,32 @@
-"""P-tuning: prompt tuning whose n embeddings a small network gives, which trains in their place.
+"""P-tuning: prompt tuning whose n embeddings are the output of a small network, which trains in their place.
 
     [P_1 … P_n, x_1 … x_T] → the frozen model,   P = f(E),   E (n, hidden)
 
     MLP    f = W3 relu(W2 relu(W1 E))                  W1 (h, hidden), W2 (h, h), W3 (hidden, h), with biases
-    LSTM   f = W2 relu(W1 LSTM(E)), both directions    W1 (2h, 2h), W2 (hidden, 2h), with biases
+    LSTM   f = W2 relu(W1 LSTM(E)), bidirectional      W1 (2h, 2h), W2 (hidden, 2h), with biases
 
-Parameters added: n · hidden and f's own, which use needs no more: P is a table once trained. Nothing is merged.
+Parameters added: n · hidden and f's own, which only training needs: afterwards P is a table. It cannot be merged.
 
 Paper: https://arxiv.org/abs/2103.10385. File format: PEFT's `prompt_embeddings (n, hidden)`, which is P, and beside it
-E and f as `prompt_encoder.…`, by which training goes on. A file without them (PEFT's) loads as a table P.
+E and f as `prompt_encoder.…`, so that training can continue. A file without them (PEFT's) loads as a table P.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.base import Site
+from ..adapters.config_fields import setting
 from ..adapters.prompt import LearnedEmbeddings, PromptLearningConfig, PromptModule
 
 
 class PromptEncoderReparameterizationType(StrEnum):
-    """What the small network is (PEFT's names)."""
+    """The kind of the small network (PEFT's names)."""
 
     MLP = "MLP"
     LSTM = "LSTM"
@@ -33,36 +34,26 @@ class PromptEncoderReparameterizationType(StrEnum):
 
 @dataclass
 class PromptEncoderConfig(PromptLearningConfig):
-    """P-tuning: learned embeddings by way of a small network; PEFT's field names and defaults.
-
-    Args:
-        encoder_reparameterization_type: "MLP" (three linear maps) or "LSTM" (both directions, then two linear maps).
-        encoder_hidden_size: width h of the network, 1 and up; None: the model's hidden size.
-        encoder_num_layers: layers of the LSTM, 1 and up; an MLP always has its three maps.
-        encoder_dropout: probability in [0, 1) of dropping what goes from one layer of the LSTM to the next.
-    """
+    """P-tuning: learned embeddings from a small network; PEFT's field names and defaults."""
 
     name: ClassVar[str] = "p_tuning"
     learning_rate: ClassVar[float] = 3e-3
     recipe_defaults: ClassVar[dict[str, Any]] = {"num_virtual_tokens": 20}
     short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens", "hidden": "encoder_hidden_size"}
 
-    encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
+    encoder_reparameterization_type: PromptEncoderReparameterizationType | Literal["MLP", "LSTM"] = setting(
+        "MLP", 'the network: "MLP" (three linear layers) or "LSTM" (bidirectional, then two linear layers)'
+    )
+    encoder_hidden_size: int | None = setting(None, "width of the network; None: the model's hidden size", ge=1)
+    encoder_num_layers: int = setting(2, "layers of the LSTM; an MLP always has three", ge=1)
+    encoder_dropout: float = setting(
+        0.0, "probability of dropping an activation between two layers of the LSTM", ge=0, lt=1
+    )
 
     def check(self) -> None:
-        """Check the network's kind and sizes."""
+        """Replace the enum by its string, as files store it."""
         super().check()
-        kinds = list(PromptEncoderReparameterizationType)
-        self.require(
-            self.encoder_reparameterization_type in kinds, "encoder_reparameterization_type", "'MLP' or 'LSTM'"
-        )
-        self.encoder_reparameterization_type = str(self.encoder_reparameterization_type)
-        self.require_whole("encoder_hidden_size", none=True)
-        self.require_whole("encoder_num_layers")
-        self.require_share("encoder_dropout")
+        self.encoder_reparameterization_type = str(self.encoder_reparameterization_type)  # type: ignore[assignment]
 
     def infer_from_model(self, model: Any) -> None:
         """Fill in the sizes from the model's config."""
@@ -75,7 +66,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         assert self.num_virtual_tokens is not None
         assert self.encoder_hidden_size is not None
         sizes = self.num_virtual_tokens, site.in_features, self.encoder_hidden_size
-        if self.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP:
+        if self.encoder_reparameterization_type == "MLP":
             return EncodedPrompt(site, MlpEncoder(*sizes, site.init_device))
         return EncodedPrompt(
             site, LstmEncoder(*sizes, site.init_device, layers=self.encoder_num_layers, dropout=self.encoder_dropout)
@@ -83,15 +74,15 @@ class PromptEncoderConfig(PromptLearningConfig):
 
 
 class EncodedPrompt(LearnedEmbeddings, PromptModule):
-    """Learned positions that a small network gives."""
+    """Virtual tokens that a small network computes."""
 
     def virtual_embeddings(self) -> Tensor:
-        """Return the learned positions `(n, hidden)`."""
+        """Return the virtual tokens `(n, hidden)`."""
         return self.get_embeddings()
 
 
 class MlpEncoder(nn.Module):
-    """`n` embeddings through three linear maps. Made in PEFT's order, so that one seed gives the same in both."""
+    """`n` embeddings through three linear layers, created in PEFT's order: one seed gives the same in both."""
 
     def __init__(self, n: int, hidden: int, h: int, device: torch.device) -> None:
         super().__init__()
@@ -106,13 +97,14 @@ class MlpEncoder(nn.Module):
 
 
 class LstmEncoder(nn.Module):
-    """`n` embeddings through an LSTM in both directions and two linear maps."""
+    """`n` embeddings through a bidirectional LSTM and two linear layers."""
 
     def __init__(self, n: int, hidden: int, h: int, device: torch.device, *, layers: int, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(n, hidden, device=device)
-        how: dict[str, Any] = {"bidirectional": True, "batch_first": True, "device": device}
-        self.lstm_head = nn.LSTM(hidden, h, layers, dropout=dropout, **how)
+        self.lstm_head = nn.LSTM(
+            hidden, h, layers, dropout=dropout, bidirectional=True, batch_first=True, device=device
+        )
         first, second = nn.Linear(2 * h, 2 * h, device=device), nn.Linear(2 * h, hidden, device=device)
         self.mlp_head = nn.Sequential(first, nn.ReLU(), second)
 

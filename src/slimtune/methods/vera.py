@@ -1,8 +1,8 @@
-"""VeRA: y = W x + b + λ_b ⊙ B (λ_d ⊙ A x), with W frozen, and A and B random, frozen and shared by all layers.
+"""VeRA: y = W x + b + λ_b ⊙ B (λ_d ⊙ A x), with W frozen, and random frozen A and B that all layers share.
 
-A (r, in), B (out, r): the first columns of one A and the first rows of one B, as large as the largest layer needs,
-drawn from a seed. λ_d (r) and λ_b (out) train. λ_b starts at zero, so the model starts unchanged. Parameters added per
-layer: r + out. Merged: W + diag(λ_b) B diag(λ_d) A.
+A (r, in) is the first columns of one shared A, B (out, r) the first rows of one shared B; both are as large as the
+largest layer needs and drawn from a seed. λ_d (r) and λ_b (out) train. λ_b starts at zero, so the model starts
+unchanged. Parameters added per layer: r + out. Merged: W + diag(λ_b) B diag(λ_d) A.
 
 Paper: https://arxiv.org/abs/2310.11454. File format: PEFT's `vera_lambda_d`, `vera_lambda_b`, and, unless
 `save_projection` is off, `base_model.vera_A`, `base_model.vera_B`.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..adapters.architectures import DEFAULT_TARGETS
 from ..adapters.base import AdapterModule, SharedParameters, Site, SiteKind
 from ..adapters.config import TargetedConfig
+from ..adapters.config_fields import setting
 from ..adapters.prompt import find_backbone_name
 from ..errors import TargetError
 from ..kernels.dropout import dropout
@@ -29,19 +30,7 @@ from ..kernels.dropout import dropout
 
 @dataclass
 class VeraConfig(TargetedConfig):
-    """VeRA: two trained vectors a layer around random matrices that all layers share; PEFT's field names and defaults.
-
-    Args:
-        r: rank, 1 and up; larger than LoRA's, typically 128 to 1024.
-        projection_prng_key: seed of A and B, a whole number.
-        save_projection: write A and B into the file; off, they are drawn again from the seed, which another version of
-            torch might do otherwise.
-        vera_dropout: probability in [0, 1) of dropping an input of A while training.
-        d_initial: what λ_d starts at, any number; 0.1 and below are usual.
-        fan_in_fan_out: the base stores its weights as (in, out); known by itself for GPT-2's Conv1D.
-        bias: which biases of the base train too: "none", "vera_only" (of adapted layers) or "all".
-        init_weights: False: λ_d normal and λ_b one at the start, for tests.
-    """
+    """VeRA: two trained vectors per layer around random matrices shared by all; PEFT's field names and defaults."""
 
     name: ClassVar[str] = "vera"
     extension_fields: ClassVar[frozenset[str]] = frozenset(["exclude_modules"])
@@ -49,45 +38,43 @@ class VeraConfig(TargetedConfig):
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "vera_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
 
-    r: int = 256
-    projection_prng_key: int = 0
-    save_projection: bool = True
-    vera_dropout: float = 0.0
-    d_initial: float = 0.1
-    fan_in_fan_out: bool = False
-    bias: Literal["none", "all", "vera_only"] = "none"
-    init_weights: bool = True
-
-    def check(self) -> None:
-        """Check ranges: a rank of 1 and up, dropout in [0, 1), a whole seed, a known bias."""
-        super().check()
-        self.require_whole("r")
-        self.require_whole("projection_prng_key", None)
-        self.require_share("vera_dropout")
-        self.require(self.bias in ("none", "all", "vera_only"), "bias", "'none', 'all' or 'vera_only'")
+    r: int = setting(256, "rank; larger than LoRA's, typically 128 to 1024", ge=1)
+    projection_prng_key: int = setting(0, "seed of A and B")
+    save_projection: bool = setting(
+        True,
+        "write A and B into the file; False: loading draws them again from the seed, which another version of torch "
+        "may do differently",
+    )
+    vera_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
+    d_initial: float = setting(0.1, "start of λ_d; usually 0.1 or less")
+    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
+    bias: Literal["none", "all", "vera_only"] = setting(
+        "none", 'which biases of the base train too; "vera_only": those of adapted layers'
+    )
+    init_weights: bool = setting(True, "True: λ_b zero, λ_d d_initial; False: λ_b one, λ_d normal, for tests")
 
     @classmethod
     def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
-        """Return LoRA's targets, and fewer for Phi."""
+        """Return LoRA's targets, with fewer for Phi."""
         return {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
 
-    def further_targets(self, model: Any) -> dict[str, SiteKind]:
-        """Return the backbone, which holds A and B."""
+    def extra_targets(self, model: Any) -> dict[str, SiteKind]:
+        """Return the backbone, where A and B are stored."""
         return {find_backbone_name(model): "model"}
 
     def file_key(self, key: str) -> str:
-        """Return PEFT's keys for A and B, which stand above the model."""
+        """Return PEFT's key; those of A and B name no module of the model."""
         name = key.rpartition(".")[2]
         return f"base_model.{name}" if name in ("vera_A", "vera_B") else key
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        """Return the trained vectors for each layer, and the holder of A and B for the backbone."""
+        """Return the trained vectors of each layer, and A and B at the backbone."""
         layers = [s for s in sites if s.kind != "model"]
         if not layers:
-            raise TargetError(f"target_modules={self.target_modules!r} matches no module", "linear maps")
+            raise TargetError(f"target_modules={self.target_modules!r} matches no module", "linear layers")
         widest = max(s.in_features for s in layers), max(s.out_features for s in layers)
         shared = next(Projections(s, self, *widest) for s in sites if s.kind == "model")
-        return [shared if s.kind == "model" else Vera(s, self, shared) for s in sites]
+        return [shared if s.kind == "model" else LinearVera(s, self, shared) for s in sites]
 
 
 class Projections(SharedParameters):
@@ -95,7 +82,7 @@ class Projections(SharedParameters):
 
     def __init__(self, site: Site, config: VeraConfig, in_features: int, out_features: int) -> None:
         super().__init__()
-        # Kept in the dtype the base computes in, so that no layer makes and holds a copy in it.
+        # In the dtype the base computes in, so that no layer needs a copy in another dtype.
         dtype = next((p.dtype for p in site.module.parameters() if p.dtype.is_floating_point), site.dtype)
         generator = torch.Generator().manual_seed(config.projection_prng_key)
         for name, shape in (("vera_A", (config.r, in_features)), ("vera_B", (out_features, config.r))):
@@ -106,7 +93,7 @@ class Projections(SharedParameters):
             self.register_buffer(name, drawn.to(site.device, dtype), persistent=config.save_projection)
 
 
-class Vera(AdapterModule):
+class LinearVera(AdapterModule):
     """`y + λ_b ⊙ B (λ_d ⊙ A dropout(x))`."""
 
     def __init__(self, site: Site, config: VeraConfig, shared: Projections) -> None:
@@ -114,7 +101,7 @@ class Vera(AdapterModule):
         self.held = (shared,)
         self.sizes = site.in_features, site.out_features
         self.vera_dropout = dropout(config.vera_dropout)
-        # Drawn even where it starts otherwise, as PEFT does: one seed gives the same adapter in both.
+        # PEFT draws λ_d even where it starts constant: one seed gives the same adapter in both libraries.
         b, d = torch.ones(site.out_features, device=site.init_device), torch.randn(config.r, device=site.init_device)
         if config.init_weights:
             b, d = torch.zeros_like(b), torch.full_like(d, config.d_initial)
@@ -133,7 +120,7 @@ class Vera(AdapterModule):
         return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B, 1.0
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + diag(λ_b) B diag(λ_d) A` and the bias as it is."""
+        """Return `W + diag(λ_b) B diag(λ_d) A` and the unchanged bias."""
         A, B, _ = self.low_rank_factors()
         return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias
 
@@ -144,7 +131,7 @@ class Vera(AdapterModule):
 
 
 class _AddScaled(torch.autograd.Function):
-    """`y + λ ⊙ B z`; keeps z `(..., r)` for the backward pass, and nothing of y's size."""
+    """`y + λ ⊙ B z`. It saves z `(..., r)` for the backward pass; autograd would also save a tensor of y's size."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, scale: Tensor, B: Tensor) -> Tensor:
@@ -154,6 +141,6 @@ class _AddScaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         z, scale, B = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
-        of_scale = ((rows.t() @ z.reshape(-1, z.shape[-1])) * B).sum(1)
-        return grad, (grad * scale) @ B, of_scale, None
+        flat_grad = grad.reshape(-1, grad.shape[-1])
+        grad_scale = ((flat_grad.t() @ z.reshape(-1, z.shape[-1])) * B).sum(1)
+        return grad, (grad * scale) @ B, grad_scale, None

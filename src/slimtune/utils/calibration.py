@@ -1,8 +1,9 @@
-"""Samples of the inputs that a model's layers get, for initialisations and rounding that depend on data."""
+"""Samples of the inputs that a model's layers get, for initializations and rounding that depend on data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,67 +12,73 @@ from torch import Tensor, nn
 from .linear_layers import layer_sizes
 
 ROWS = 64
-"""Number of rows to run for samples."""
+"""Number of rows that give a good sample."""
 MAX_INPUTS = 1024
-"""Inputs kept per layer: tokens drawn evenly from all rows."""
+"""Inputs kept for a layer: tokens drawn evenly from all rows."""
+
+
+@contextmanager
+def record_layer_inputs(layers: Mapping[str, nn.Module], receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `receive(name, x)` with a layer's first argument whenever it runs inside the `with` block."""
+
+    def make_hook(name: str) -> Callable[..., None]:
+        return lambda _, arguments: receive(name, arguments[0])
+
+    handles = [layer.register_forward_pre_hook(make_hook(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
 def collect_layer_inputs(
     model: Any, layers: Mapping[str, nn.Module], rows: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Run a model over rows, one at a time; return each layer's inputs `(n ≤ MAX_INPUTS, in_features)` on the CPU.
+    """Run a model on rows, one at a time; return for each layer `(n, in_features)` on the CPU, n at most `MAX_INPUTS`.
 
-    Layers that get the same tensor (q, k and v) share one sample. A layer that is not called, or does not get the row's
-    hidden states (an expert), is left out.
+    Layers that get the same tensor (q, k and v) share one sample. A layer that does not run, or gets something other
+    than the row's hidden states (an expert), is left out.
 
     Args:
-        model: run as it is, in its mode.
-        layers: linear layers in it, by any name.
-        rows: token ids, one sequence per row.
+        model: runs as it is, in its current mode.
+        layers: linear layers of it, by any name.
+        rows: token ids of one sequence each.
     """
     samples: dict[str, list[Tensor]] = {n: [] for n in layers}
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     last_input: Tensor | None = None
-    sample = torch.zeros(0)
+    last_sample = torch.zeros(0)
 
-    def make_hook(name: str) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            nonlocal last_input, sample
-            if arguments[0] is not last_input:
-                last_input = arguments[0]
-                flat = last_input.reshape(-1, layer_sizes(module)[0])
-                sample = flat[drawn].cpu() if len(flat) == length else flat[:0].cpu()
-            samples[name].append(sample)
+    def receive(name: str, x: Tensor) -> None:
+        nonlocal last_input, last_sample
+        if x is not last_input:
+            last_input = x
+            flat = x.reshape(-1, layer_sizes(layers[name])[0])
+            last_sample = flat[positions].cpu() if len(flat) == length else flat[:0].cpu()
+        samples[name].append(last_sample)
 
-        return hook
-
-    hooks = [m.register_forward_pre_hook(make_hook(n)) for n, m in layers.items()]
-    try:
+    with record_layer_inputs(layers, receive):
         for row in rows:
             length = len(row)
-            drawn = torch.randperm(length, generator=generator)[: max(1, MAX_INPUTS // len(rows))].to(device)
+            positions = torch.randperm(length, generator=generator)[: max(1, MAX_INPUTS // len(rows))].to(device)
             model(input_ids=torch.tensor([list(row)], device=device), use_cache=False, logits_to_keep=1)
             last_input = None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    shared: dict[tuple[int, ...], Tensor] = {}
-    found = {}
+    joined: dict[tuple[int, ...], Tensor] = {}
+    inputs = {}
     for name, parts in samples.items():
+        key = tuple(map(id, parts))
         if sum(map(len, parts)):
-            key = tuple(map(id, parts))
-            if key not in shared:
-                shared[key] = torch.cat(parts)
-            found[name] = shared[key]
-    return found
+            inputs[name] = joined[key] if key in joined else joined.setdefault(key, torch.cat(parts))
+    return inputs
 
 
 def second_moment(inputs: Tensor, damping: float) -> Tensor:
-    """Return (1/n) XᵀX + λ I of inputs X `(n, in)` in float64; λ is `damping` times the mean of the diagonal.
+    """Return (1/n) XᵀX + λ I of inputs X `(n, in)`, fp64; λ is `damping` times the mean of the diagonal.
 
-    λ makes the matrix positive definite, and accounts for what a sample does not contain.
+    λ makes the matrix positive definite, and covers directions that the sample misses.
     """
     x = inputs.double()
     moment = x.t() @ x / len(x)

@@ -1,6 +1,7 @@
-"""Tilt: y' = y + g ⊙ y + v, one gain and one shift for each output; the method of a third party, in forty lines.
+"""Tilt: y' = y + g ⊙ y + v, one trained gain and one trained shift per output of a linear layer.
 
-g (out), v (out), both zero at the start. Merged: W' = (1 + g) ⊙ W, b' = (1 + g) ⊙ b + v.
+g (out) and v (out) start at zero, so the model starts unchanged. Merged: W' = (1 + g) ⊙ W, b' = (1 + g) ⊙ b + v.
+An example of a method in a package of its own: see docs/methods/adding_a_method.md.
 """
 
 from dataclasses import dataclass
@@ -11,30 +12,28 @@ from torch import nn
 
 from slimtune.adapters.base import AdapterModule, MergeUnsupported, Site
 from slimtune.adapters.config import TargetedConfig
+from slimtune.adapters.config_fields import setting
 
 
 @dataclass
 class TiltConfig(TargetedConfig):
-    """Tilt: a gain (and a shift) for each output of linear maps.
-
-    Args:
-        shift: also train a shift of each output.
-    """
+    """Tilt: a gain (and a shift) for each output of linear layers."""
 
     name: ClassVar[str] = "tilt"
     recipe_defaults: ClassVar[dict] = {"target_modules": "all-linear"}
-    shift: bool = False
+
+    shift: bool = setting(False, "also train a shift of each output")
 
     def build(self, site: Site) -> AdapterModule:
-        return Tilt(site, self.shift)
+        return LinearTilt(site, self.shift)
 
 
-class Tilt(AdapterModule):
+class LinearTilt(AdapterModule):
     def __init__(self, site: Site, shift: bool) -> None:
         super().__init__()
-        how = {"device": site.device, "dtype": site.dtype}
-        self.tilt_gain = nn.Parameter(torch.zeros(site.out_features, **how))
-        self.tilt_shift = nn.Parameter(torch.zeros(site.out_features, **how)) if shift else None
+        zeros = torch.zeros(site.out_features, device=site.device, dtype=site.dtype)
+        self.tilt_gain = nn.Parameter(zeros)
+        self.tilt_shift = nn.Parameter(zeros.clone()) if shift else None
 
     def forward(self, x, y):
         y = y + self.tilt_gain.to(y.dtype) * y

@@ -1,11 +1,11 @@
 """LoRA: y = W x + b + s · B A x, with W frozen.
 
     A (r, in), B (out, r), s = alpha / r, or alpha / √r with rsLoRA. B starts at zero, so the model starts unchanged.
-    An embedding starts the other way round: A (r, rows) zero and B (dim, r) normal, whatever start is named but "mica".
-    Parameters added per layer: r · (in + out); with DoRA out more. Merged: W + s · B A.
+    At an embedding A (r, rows) starts at zero and B (dim, r) normal, with every init_lora_weights but "mica".
+    Parameters added per layer: r · (in + out), with DoRA also out. Merged: W + s · B A.
 
-`plain.py` holds the deltas, `starts.py` other ways to start (PiSSA, OLoRA, …), `dora.py` DoRA, `eva.py` and `loftq.py`
-starts from data and from the weights before quantization.
+`layers.py` holds the adapter modules, `init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `eva.py` and
+`loftq.py` initialization from data and from the weights before quantization.
 
 Papers: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+
 https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File format: PEFT's `lora_A.weight`,
@@ -25,12 +25,12 @@ from ...adapters.base import AdapterModule, Site, SiteKind
 from ...adapters.config import PatternedConfig
 from ...adapters.config_fields import setting
 from ...errors import ConfigError, format_names, nearest
-from ..trainable_tokens.places import Place, places, row_numbers
-from ..trainable_tokens.rows import token_delta
-from . import eva, starts
+from ..trainable_tokens import TrainedRows, are_token_ids, build_token_module, find_trained_rows
+from . import eva
 from .dora import EmbeddingDora, LinearDora
 from .eva import EvaConfig
-from .plain import EmbeddingLora, LinearLora
+from .init import NAMED_INITS, is_valid_init
+from .layers import EmbeddingLora, LinearLora
 
 __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig"]
 
@@ -79,9 +79,7 @@ class LoraConfig(PatternedConfig):
     r: int = setting(8, "rank of the update; typically 4 to 64", ge=1)
     lora_alpha: float = setting(8, "scale numerator: the update is scaled by lora_alpha / r", gt=0)
     lora_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
-    fan_in_fan_out: bool = setting(
-        False, "the base stores its weights as (in, out); set automatically for GPT-2's Conv1D"
-    )
+    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
     bias: Literal["none", "all", "lora_only"] = setting(
         "none", 'which biases of the base train too; "lora_only": those of adapted layers'
     )
@@ -116,20 +114,18 @@ class LoraConfig(PatternedConfig):
     )
 
     def check(self) -> None:
-        """Check the initialisation and which options exclude one another."""
+        """Check the initialization and which options exclude one another."""
         super().check()
         init = self.init_lora_weights
-        named = [*starts.NAMED, "pissa_niter_N"]
-        self.require(
-            starts.is_known(init),
-            "init_lora_weights",
-            f"True, False or one of {format_names(named)}{nearest(str(init), named)}",
-        )
-        odd = [r for r in self.rank_pattern.values() if r % 2]
-        self.require(init != "orthogonal" or self.r % 2 == 0, "r", "even with init_lora_weights='orthogonal'")
-        self.require(init != "orthogonal" or not odd, "rank_pattern", "even with init_lora_weights='orthogonal'")
-        self.require(init != "mica" or not (self.use_dora or self.freeze_a), "init_lora_weights",
-                     "another than 'mica' with DoRA or freeze_a")  # fmt: skip
+        named = [*NAMED_INITS, "pissa_niter_N"]
+        expected = f"True, False or one of {format_names(named)}{nearest(str(init), named)}"
+        self.require(is_valid_init(init), "init_lora_weights", expected)
+        if init == "orthogonal":
+            self.require(self.r % 2 == 0, "r", "even with init_lora_weights='orthogonal'")
+            even = all(r % 2 == 0 for r in self.rank_pattern.values())
+            self.require(even, "rank_pattern", "even with init_lora_weights='orthogonal'")
+        excluded = init == "mica" and (self.use_dora or self.freeze_a)
+        self.require(not excluded, "init_lora_weights", "a value other than 'mica' with DoRA or freeze_a")
         plain = isinstance(init, bool) and not self.use_dora
         self.require(not self.lora_bias or plain, "lora_bias", "False with DoRA or a named init_lora_weights")
         self.require(not self.loftq_config or init == "loftq", "loftq_config", "only with init_lora_weights='loftq'")
@@ -140,57 +136,58 @@ class LoraConfig(PatternedConfig):
         if self.trainable_token_indices is not None:
             tokens = self.trainable_token_indices
             lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
-            right = bool(lists) and all(row_numbers(t) for t in lists)
-            self.require(right, "trainable_token_indices", "token numbers, 0 and up, each once")
+            valid = bool(lists) and all(are_token_ids(ids) for ids in lists)
+            self.require(valid, "trainable_token_indices", "token ids, each once")
 
-    def further_targets(self, model: nn.Module) -> dict[str, SiteKind]:
-        """Return the embeddings of which rows train, and what is tied to them."""
-        return {name: place.kind for name, place in self._token_places(model).items()}
+    def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
+        """Return the embeddings with trained rows, and the modules tied to them."""
+        return {name: rows.kind for name, rows in self._trained_rows(model).items()}
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        """Return the deltas; those of trained tokens share their rows where they are tied."""
-        tokens = self._token_places(sites[0].model) if sites else {}
-        made: dict[str, AdapterModule] = {}
+        """Return the adapter modules; trained token rows are shared between tied modules."""
+        trained = self._trained_rows(sites[0].model) if sites else {}
+        built: dict[str, AdapterModule] = {}
         for site in sites:
-            place = tokens.get(site.name)
-            made[site.name] = self.build(site) if place is None else token_delta(site, place, made)
-        return list(made.values())
+            rows = trained.get(site.name)
+            built[site.name] = self.build(site) if rows is None else build_token_module(site, rows, built)
+        return list(built.values())
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the low-rank delta at `site`, with the layer's own rank and alpha.
+        """Return the adapter module at `site`, with the layer's own rank and alpha.
 
         Raises:
-            ConfigError: "loftq" on a base whose original weights are not to be had, or what an embedding cannot have.
+            ConfigError: "loftq" on a base whose original weights are not available, or an option that embeddings lack.
         """
         if self.init_lora_weights == "loftq" and not site.loading:
             raise ConfigError(
-                "init_lora_weights='loftq' starts from weights before quantization, which the model no longer has",
-                "a base in NF4 or int8 and another start",
+                "init_lora_weights='loftq' needs the weights before quantization, which the model no longer has",
+                "a base in NF4 or int8 and another initialization",
                 "leave init_lora_weights out, then slimtune.replace_lora_weights_loftq(model, folder of the weights)",
             )
-        r, alpha = self.rank_of(site.name), self.alpha_of(site.name)
+        r, alpha = self.get_rank(site.name), self.get_alpha(site.name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        if site.kind == "embedding":
-            if self.lora_bias:
-                raise ConfigError(f"lora_bias is True, and {site.name} is an embedding", "linear maps alone")
-            if self.freeze_a:
+        if site.kind != "embedding":
+            return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
+        for name in ("lora_bias", "freeze_a"):
+            if getattr(self, name):
                 raise ConfigError(
-                    f"freeze_a is True, and {site.name} is an embedding, whose A starts at zero",
-                    "linear maps alone",
+                    f"{name} is True, and {site.name} is an embedding",
+                    "linear layers only",
                     "take it out of target_modules",
                 )
-            return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
-        return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
+        return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
 
     def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int | None:
-        """Return what EVA may add: it hands the ranks out anew, and a large layer's take more."""
+        """Return what EVA can add: it redistributes the ranks, and those of a large layer take more bytes."""
         return eva.max_size_increase(deltas, self) if self.init_lora_weights == "eva" else None
 
     def file_key(self, key: str) -> str:
-        """Return PEFT's key: trained tokens lie one name deeper."""
+        """Return PEFT's key: that of trained tokens has one more name."""
         rows = ".trainable_tokens_delta"
         return f"{key.removesuffix(rows)}.token_adapter{rows}" if key.endswith(rows) else key
 
-    def _token_places(self, model: nn.Module) -> dict[str, Place]:
+    def _trained_rows(self, model: nn.Module) -> dict[str, TrainedRows]:
         tokens = self.trainable_token_indices
-        return {} if tokens is None else places(model, tokens, self.modules_to_save or (), told_twice=False)
+        if tokens is None:
+            return {}
+        return find_trained_rows(model, tokens, self.modules_to_save or (), save_shared=False)

@@ -1,4 +1,4 @@
-"""The low-rank deltas: `y + s · B A x` at a linear map, `y + s · (B A)[:, x]` at an embedding."""
+"""LoRA at one layer: `y + s · B A x` for a linear layer, `y + s · (B A)[:, x]` for an embedding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ...adapters.base import AdapterModule, BaseForward, Site
 from ...kernels.dropout import active_dropout_p, dropout
 from ...kernels.lora_linear import plus_low_rank
 from ...kernels.low_rank import add_low_rank
-from .starts import fill, from_weight, is_in_weight, stacked
+from .init import init_from_base_weight, init_weights, is_subtracted_init
 
 
 class LinearLora(AdapterModule):
-    """`y + s · B A dropout(x)` for a linear map; with a start taken from the weight `y + s · (B A − B₀ A₀) …`."""
+    """`y + s · B A dropout(x)` for a linear layer; with a subtracted start `y + s · (B A − B₀ A₀) dropout(x)`."""
 
     optional: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
-    """PEFT's files do not have them: they are found again from the base."""
+    """A₀ and B₀. PEFT's files lack them: they are computed from the base again."""
     start_A: Tensor
     start_B: Tensor
 
@@ -29,42 +29,43 @@ class LinearLora(AdapterModule):
         super().__init__()
         self.scale, self.init, self.lr_ratio = scale, config.init_lora_weights, config.lr_ratio
         self.lora_dropout = dropout(config.lora_dropout)
-        # Made and filled in PEFT's order, so that one seed gives the same adapter in both.
+        # In PEFT's order: one seed gives the same adapter in both libraries.
         self.lora_A = nn.Linear(site.in_features, r, bias=False, device=site.init_device)
         self.lora_B = nn.Linear(r, site.out_features, bias=config.lora_bias, device=site.init_device)
-        fill(self.init, self.lora_A, self.lora_B)
+        init_weights(self.init, self.lora_A, self.lora_B)
         self.to(site.device, site.dtype)
-        self.fixed = {"lora_A.weight"} if config.freeze_a else {"lora_B.weight"} if self.init == "mica" else set()
-        for name in self.fixed:
+        self.frozen_names = (
+            {"lora_A.weight"} if config.freeze_a else {"lora_B.weight"} if self.init == "mica" else set()
+        )
+        for name in self.frozen_names:
             self.get_parameter(name).requires_grad_(False)
-        if is_in_weight(self.init) or self.init == "mica":
-            if not site.loading and site.device.type != "meta":
-                self._start(*from_weight(str(self.init), site, r, scale))
-            if self.init != "mica":
-                self.register_buffer("start_A", self.lora_A.weight.detach().clone())
-                self.register_buffer("start_B", self.lora_B.weight.detach().clone())
-
-    @torch.no_grad()
-    def _start(self, A: Tensor, B: Tensor) -> None:
-        self.lora_A.weight.copy_(A)
-        self.lora_B.weight.copy_(B)
+        if (is_subtracted_init(self.init) or self.init == "mica") and not site.loading and site.device.type != "meta":
+            A, B = init_from_base_weight(str(self.init), site, r, scale)
+            with torch.no_grad():
+                self.lora_A.weight.copy_(A)
+                self.lora_B.weight.copy_(B)
+        if is_subtracted_init(self.init):
+            self.register_buffer("start_A", self.lora_A.weight.detach().clone())
+            self.register_buffer("start_B", self.lora_B.weight.detach().clone())
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """Return `A` and `B` of the whole update; of rank 2r where the start is taken out."""
+        """Return `A` and `B` of the whole update; with a subtracted start of rank 2r, see `init.py`."""
         A, B = self.lora_A.weight, self.lora_B.weight
-        return stacked(A, B, self.start_A, self.start_B) if "start_A" in self._buffers else (A, B)
+        if "start_A" not in self._buffers:
+            return A, B
+        return torch.cat([A, A - self.start_A]), torch.cat([B - self.start_B, self.start_B], dim=1)
 
-    def forward_with_base(self, frozen: BaseForward, x: Tensor) -> Tensor:
-        """Map `x (..., in)` to `(..., out)`; computes in x's dtype whatever the adapter is kept in."""
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
+        """Map `x (..., in)` to `(..., out)`; computes in x's dtype."""
         A, B = self.low_rank()
-        return self._biased(frozen.plus_low_rank(x, A, B, self.scale, active_dropout_p(self.lora_dropout)))
+        return self._add_bias(base.plus_low_rank(x, A, B, self.scale, active_dropout_p(self.lora_dropout)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map `x (..., in)` and the frozen output `y (..., out)` to `(..., out)`."""
         A, B = self.low_rank()
-        return self._biased(plus_low_rank(y, x, A, B, self.scale, active_dropout_p(self.lora_dropout)))
+        return self._add_bias(plus_low_rank(y, x, A, B, self.scale, active_dropout_p(self.lora_dropout)))
 
-    def _biased(self, y: Tensor) -> Tensor:
+    def _add_bias(self, y: Tensor) -> Tensor:
         bias: Tensor | None = self.lora_B.bias
         return y if bias is None else y + bias.to(y.dtype) * self.scale
 
@@ -74,28 +75,28 @@ class LinearLora(AdapterModule):
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `W + s · B A` and the bias, plus `s · b_B` where B has one."""
-        own: Tensor | None = self.lora_B.bias
-        if own is not None:
-            own = own.to(weight.dtype) * self.scale
-            bias = own if bias is None else bias + own
+        added: Tensor | None = self.lora_B.bias
+        if added is not None:
+            added = added.to(weight.dtype) * self.scale
+            bias = added if bias is None else bias + added
         return add_low_rank(weight, *self.low_rank(), self.scale), bias
 
     def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
-        """Find the start again where the file does not have it: PEFT's files leave it in a changed base."""
+        """Compute A₀ and B₀ from the base where the file lacks them: PEFT's files rely on a changed base instead."""
         if "start_A" in self._buffers and "start_A" not in given:
             if "niter" in str(self.init):
                 warnings.warn(
-                    f"{site.name}: the file leaves out how this adapter started, which {self.init!r} found with random "
-                    "numbers; found again it is a little different, in PEFT, too",
+                    f"{site.name}: the file lacks the start of this adapter, which {self.init!r} computed with random "
+                    "numbers; computed again, in PEFT as well, it differs a little",
                     stacklevel=2,
                 )
-            A, B = from_weight(str(self.init), site, self.lora_A.out_features, self.scale)
+            A, B = init_from_base_weight(str(self.init), site, self.lora_A.out_features, self.scale)
             self.start_A.copy_(A)
             self.start_B.copy_(B)
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """Return what trains: all but a fixed A or B."""
-        return [p for n, p in self.named_parameters() if n not in self.fixed]
+        """Return the parameters that train: not a frozen A or B."""
+        return [p for n, p in self.named_parameters() if n not in self.frozen_names]
 
     def lr_multipliers(self) -> dict[str, float]:
         """Return B's factor on the learning rate (LoRA+)."""
@@ -103,7 +104,7 @@ class LinearLora(AdapterModule):
 
 
 class EmbeddingLora(AdapterModule):
-    """`y + s · (B A)[:, x]` for an embedding whose rows `x` numbers; A starts at zero, B normal."""
+    """`y + s · (B A)[:, x]` for an embedding, `x` being token ids; A starts at zero, B normal."""
 
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         super().__init__()
@@ -115,12 +116,12 @@ class EmbeddingLora(AdapterModule):
             nn.init.zeros_(self.lora_embedding_A)
             nn.init.normal_(self.lora_embedding_B)
         self.to(site.device, site.dtype)
-        # A file needs no start; the weight of an offloaded embedding could not be read here.
+        # Loading a file needs no start, and could not read the weight of an offloaded embedding here.
         if init == "mica" and not site.loading and site.device.type != "meta":
             with torch.no_grad():
-                self.lora_embedding_B.copy_(from_weight("mica", site, r, scale)[1])
-        self.fixed = {"lora_embedding_B"} if init == "mica" else set()
-        for name in self.fixed:
+                self.lora_embedding_B.copy_(init_from_base_weight("mica", site, r, scale)[1])
+        self.frozen_names = {"lora_embedding_B"} if init == "mica" else set()
+        for name in self.frozen_names:
             self.get_parameter(name).requires_grad_(False)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
@@ -128,7 +129,7 @@ class EmbeddingLora(AdapterModule):
         return self.lora_embedding_A, self.lora_embedding_B
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map row numbers `x (...)` and the frozen rows `y (..., dim)` to `(..., dim)`."""
+        """Map token ids `x (...)` and the frozen rows `y (..., dim)` to `(..., dim)`."""
         A, B = self.low_rank()
         return y + F.linear(F.embedding(x, A.t()), B).to(y.dtype) * self.scale
 
@@ -141,8 +142,8 @@ class EmbeddingLora(AdapterModule):
         return add_low_rank(weight, *self.low_rank(), self.scale), bias
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """Return what trains: all but a fixed B."""
-        return [p for n, p in self.named_parameters() if n not in self.fixed]
+        """Return the parameters that train: not a frozen B."""
+        return [p for n, p in self.named_parameters() if n not in self.frozen_names]
 
     def lr_multipliers(self) -> dict[str, float]:
         """Return B's factor on the learning rate (LoRA+)."""

@@ -1,4 +1,4 @@
-"""LoRA+ and LoRA-FA: who learns how fast, and what is kept for those who do not learn."""
+"""LoRA+ and LoRA-FA: learning rates of A and B, and the memory a frozen A saves."""
 
 from __future__ import annotations
 

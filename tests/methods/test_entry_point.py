@@ -1,4 +1,4 @@
-"""The plug-in door: a third party's package is installed, and its method is there like one of ours."""
+"""A method from a package of its own, registered by an entry point, works like a built-in one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INFO = "slimtune_tilt-1.0.dist-info"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> dict[str, str]:
-    """Install the package with pip from a wheel; return the environment in which it is."""
+    """Install the package from a wheel with pip; return an environment that has it."""
     folder = tmp_path_factory.mktemp("outsider")
     wheel = folder / "slimtune_tilt-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as z:
@@ -31,41 +31,42 @@ def installed(tmp_path_factory) -> dict[str, str]:
     site = folder / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", site, wheel]
     subprocess.run(pip, check=True)
-    return {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def ran(arguments, environment):
+def run_python(arguments, environment):
     done = subprocess.run([sys.executable, "-m", *map(str, arguments)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_it_keeps_the_contract(installed):
-    said = ran(["pytest", HERE / "test_contract.py", "-k", "tilt", "-vv"], installed)
-    assert "test_merged_is_the_forward_or_refused_by_name[gpt2-tilt] PASSED" in said
-    assert " passed" in said
-    assert "skipped" not in said
+def test_keeps_the_contract(installed):
+    output = run_python(["pytest", HERE / "test_contract.py", "-k", "tilt", "-vv"], installed)
+    assert "test_merged_equals_the_forward[gpt2-tilt] PASSED" in output
+    assert " passed" in output
+    assert "skipped" not in output
 
 
-def test_the_command_line_shows_it(installed):
-    methods = {m["name"]: m for m in json.loads(ran(["slimtune", "methods", "--json"], installed))["methods"]}
-    assert methods["tilt"]["summary"] == "Tilt: a gain (and a shift) for each output of linear maps"
-    assert "tilt" not in {m["name"] for m in json.loads(ran(["slimtune", "methods", "--json"], None))["methods"]}
+def test_the_command_line_lists_it(installed):
+    methods = {m["name"]: m for m in json.loads(run_python(["slimtune", "methods", "--json"], installed))["methods"]}
+    assert methods["tilt"]["summary"] == "Tilt: a gain (and a shift) for each output of linear layers"
+    assert "tilt" not in {m["name"] for m in json.loads(run_python(["slimtune", "methods", "--json"], None))["methods"]}
 
 
-def test_it_trains_and_its_checkpoint_loads(installed, tiny_folder, tmp_path):
+def test_trains_and_loads(installed, tiny_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     row = {"messages": [{"role": "user", "content": "say a"}, {"role": "assistant", "content": "abc abc"}]}
     rows.write_text(f"{json.dumps(row)}\n" * 12)
     out = tmp_path / "run"
-    ran(["slimtune", "train", "--model", tiny_folder, "--data", rows, "--method", "tilt", "--out", out,
+    run_python(["slimtune", "train", "--model", tiny_folder, "--data", rows, "--method", "tilt", "--out", out,
          "--lr", "0.01", "--epochs", "2", "--json"], installed)  # fmt: skip
     adapter = RunDir.open(out).adapter
     assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "TILT"
     code = "import sys, slimtune.setup as b; m = b.load_run(sys.argv[1]).model; print(m.peft_type, m.match_report())"
     done = subprocess.run([sys.executable, "-c", code, str(out)], env=installed, capture_output=True, text=True)
     assert done.stdout.startswith("TILT adapted 14 modules"), done.stdout + done.stderr
-    # Where it is not installed, the file names what is missing.
+    # Without the package, loading names the missing method.
     done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True)
     assert done.returncode != 0
     assert "there is no method 'tilt'" in done.stderr

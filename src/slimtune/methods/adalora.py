@@ -1,0 +1,288 @@
+"""AdaLoRA: y = W x + b + s · B diag(E) A x, whose ranks move to the layers that need them.
+
+A (r, in), E (r, 1), B (out, r), s = alpha / init_r: singular values E between singular vectors, which a regularization
+loss, mean ‖P Pᵀ - I‖ over every A and Bᵀ, keeps nearly orthogonal. E starts at zero, so the model starts unchanged.
+Parameters added per layer: init_r · (in + out + 1). Merged: W + s · B diag(E) A.
+
+After each training step the ranks with the lowest scores, over all layers together, are set to zero:
+
+    up to step tinit                none: n layers keep n · init_r ranks
+    up to total_step - tfinal       every deltaT steps the budget falls, along a cubic curve, to n · target_r
+    after it                        the pruned ranks stay pruned; before, a pruned rank can return
+
+The score of a rank adds that of E's value and the means over A's row and B's column. The score of a value is
+|parameter · gradient| smoothed with beta1, times its deviation smoothed with beta2.
+
+Paper: https://arxiv.org/abs/2303.10512. File format: PEFT's `lora_A`, `lora_E`, `lora_B` of the kept ranks; the
+config's `rank_pattern` says which ranks these are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.architectures import DEFAULT_TARGETS
+from ..adapters.base import AdapterModule, BaseForward, Site
+from ..adapters.config import TargetedConfig
+from ..adapters.config_fields import setting
+from ..errors import ConfigError
+from ..kernels.dropout import active_dropout_p, dropout
+from ..kernels.low_rank import add_low_rank
+from .lora import LoraConfig
+
+_ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+_TARGETS = DEFAULT_TARGETS | {
+    **dict.fromkeys(("bart", "opt"), _ENCODER_TARGETS),
+    "t5": ["q", "k", "v", "o", "wi", "wo"],
+    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+    "roberta": ["query", "key", "value", "dense"],
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+}
+
+
+@dataclass
+class AdaLoraConfig(TargetedConfig):
+    """AdaLoRA: low-rank updates whose ranks are reallocated in training; PEFT's field names and defaults."""
+
+    name: ClassVar[str] = "adalora"
+    learning_rate: ClassVar[float] = 5e-3
+    unsupported_peft_fields: ClassVar[dict[str, Any]] = {
+        **LoraConfig.unsupported_peft_fields,
+        **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False),
+        **dict.fromkeys(("trainable_token_indices", "eva_config")),
+        "loftq_config": {},
+        "alpha_pattern": {},
+    }
+    short_names: ClassVar[dict[str, str]] = {
+        "rank": "init_r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "targets": "target_modules",
+    }
+    recipe_defaults: ClassVar[dict[str, Any]] = {
+        "lora_alpha": lambda given: 2 * given.get("init_r", 12),
+        "target_modules": "all-linear",
+    }
+    training_written_fields: ClassVar[frozenset[str]] = frozenset({"rank_pattern", "total_step"})
+
+    target_r: int = setting(8, "average rank of a layer at the end", ge=1)
+    init_r: int = setting(12, "rank each layer starts with, at least target_r; typically 1.5 times target_r", ge=1)
+    tinit: int = setting(0, "steps before the first rank is pruned", ge=0)
+    tfinal: int = setting(0, "steps at the end during which the ranks stay fixed", ge=0)
+    deltaT: int = setting(1, "steps between two reallocations", ge=1)
+    beta1: float = setting(0.85, "smoothing of the sensitivities", gt=0, lt=1)
+    beta2: float = setting(0.85, "smoothing of their deviations", gt=0, lt=1)
+    orth_reg_weight: float = setting(0.5, "factor of the regularization loss", ge=0)
+    total_step: int | None = setting(
+        None, "optimizer steps of the whole training, above tinit + tfinal; None: slimtune train fills it in", ge=1
+    )
+    rank_pattern: dict[str, list[bool]] | None = setting(None, "which ranks each layer keeps; training writes it")
+    lora_alpha: float = setting(8, "scale numerator: the update is scaled by lora_alpha / init_r", gt=0)
+    lora_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
+    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
+    bias: Literal["none", "all", "lora_only"] = setting(
+        "none", 'which biases of the base train too; "lora_only": those of adapted layers'
+    )
+    init_lora_weights: bool = setting(
+        True, "True: normal A and B with std 0.02, zero E; False: all normal with std 1, for tests"
+    )
+    r: int = setting(8, "not used, as in PEFT: init_r is the rank")
+
+    @classmethod
+    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
+        """Return LoRA's default targets, with more of them in some encoders."""
+        return _TARGETS
+
+    def check(self) -> None:
+        """Check that ranks can shrink, and that the schedule has steps in which they do."""
+        super().check()
+        self.rank_pattern = self.rank_pattern or None
+        self.require(self.init_r >= self.target_r, "init_r", f"at least target_r ({self.target_r})")
+        has_steps = self.total_step is None or self.tinit < self.total_step - self.tfinal
+        self.require(has_steps, "total_step", f"above tinit + tfinal ({self.tinit} + {self.tfinal})")
+        if self.r != 8:
+            warnings.warn(f"AdaLoRA does not use r (given {self.r}): init_r is the rank", stacklevel=4)
+
+    def build(self, site: Site) -> AdapterModule:
+        """Return the adapter module at `site`; when loading a file, with the ranks that it keeps."""
+        kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.loading else None
+        return LinearAdaLora(site, self, self.init_r if kept is None else sum(kept))
+
+    def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int:
+        """Return 0: training only removes ranks."""
+        return 0
+
+    def on_train_begin(self, total_steps: int) -> None:
+        """Fill in the number of steps if none is given."""
+        if self.total_step is None:
+            self.total_step = total_steps
+            self.check()
+
+    def on_step_end(self, deltas: Mapping[str, AdapterModule], step: int) -> None:
+        """Update the scores from this step's gradients, and set the ranks beyond the budget to zero."""
+        if self.total_step is None:
+            raise ConfigError("total_step is None", "the steps of the whole training", "AdaLoraConfig(total_step=…)")
+        modules: dict[str, Any] = dict(deltas)
+        last = self.total_step - self.tfinal
+        if step > last:
+            for module in modules.values():
+                module.zero_pruned_ranks()
+            return
+        if step < last:
+            for module in modules.values():
+                module.update_averages(self.beta1, self.beta2)
+        if step == last or (step > self.tinit and step % self.deltaT == 0):
+            self._allocate_ranks(modules, step)
+        if step == last:
+            for module in modules.values():
+                module.averages.clear()
+
+    def _allocate_ranks(self, modules: dict[str, Any], step: int) -> None:
+        """Keep the ranks with the highest scores over all layers, as many as the budget allows."""
+        if not all(module.averages for module in modules.values()):
+            return  # there are no scores yet
+        assert self.total_step is not None
+        scores = {name: module.rank_scores() for name, module in modules.items()}
+        device = next(iter(scores.values())).device
+        all_scores = torch.cat([s.to(device) for s in scores.values()])
+        target = self.target_r * len(modules)
+        remaining = 1 - (step - self.tinit) / (self.total_step - self.tfinal - self.tinit)
+        surplus = len(all_scores) - int((len(all_scores) - target) * remaining**3 + target)
+        if surplus < 1:
+            return
+        threshold = all_scores.kthvalue(surplus).values
+        for name, module in modules.items():
+            module.kept_ranks = scores[name] > threshold.to(scores[name].device)
+            module.zero_pruned_ranks()
+        kept = iter((all_scores > threshold).tolist())
+        self.rank_pattern = {m.pattern_key: [next(kept) for _ in m.kept_ranks] for m in modules.values()}
+
+    def regularization_loss(self, deltas: Mapping[str, AdapterModule]) -> Tensor | None:
+        """Return orth_reg_weight · mean ‖P Pᵀ - I‖ (Frobenius) over every A and Bᵀ."""
+        if not self.orth_reg_weight or not deltas:
+            return None
+        modules: list[Any] = list(deltas.values())
+        distances = [distance_from_orthogonal(P) for m in modules for P in (m.lora_A, m.lora_B.t())]
+        return self.orth_reg_weight * torch.stack([d.to(distances[0].device) for d in distances]).mean()
+
+
+class LinearAdaLora(AdapterModule):
+    """`y + s · B diag(E) A dropout(x)` for a linear layer.
+
+    Besides its parameters it has `kept_ranks`, the ranks that the last reallocation kept (None: all), and `averages`,
+    the smoothed sensitivities and deviations of each parameter.
+    """
+
+    _NAMES = ("lora_A", "lora_E", "lora_B")
+
+    def __init__(self, site: Site, config: Any, r: int) -> None:
+        super().__init__()
+        # PEFT's divisor; by the rank a layer starts with, not the rank it keeps.
+        self.scale = config.lora_alpha / (config.init_r + 1e-5)
+        self.config, self.pattern_key = config, f"{site.name}.lora_E"
+        self.lora_dropout = dropout(config.lora_dropout)
+        # In PEFT's order: one seed gives the same adapter in both libraries.
+        self.lora_A = nn.Parameter(torch.randn(r, site.in_features, device=site.init_device))
+        self.lora_E = nn.Parameter(torch.randn(r, 1, device=site.init_device))
+        self.lora_B = nn.Parameter(torch.randn(site.out_features, r, device=site.init_device))
+        torch.randn(1, device=site.init_device)  # PEFT also draws its count of ranks
+        if config.init_lora_weights:
+            nn.init.zeros_(self.lora_E)
+            nn.init.normal_(self.lora_A, std=0.02)
+            nn.init.normal_(self.lora_B, std=0.02)
+        self.to(site.device, site.dtype)
+        self.kept_ranks: Tensor | None = None
+        self.averages: dict[str, Tensor] = {}
+
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
+        """Map `x (..., in)` to `(..., out)`."""
+        return base.plus_low_rank(x, *self.low_rank_factors(), active_dropout_p(self.lora_dropout))
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return `(diag(E) A (r, in), B (out, r), scale)`."""
+        return self.lora_A * self.lora_E, self.lora_B, self.scale
+
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return `W + s · B diag(E) A` and the unchanged bias."""
+        return add_low_rank(weight, *self.low_rank_factors()), bias
+
+    # --- ranks ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update_averages(self, beta1: float, beta2: float) -> None:
+        """Smooth each value's sensitivity |parameter · gradient| and its deviation from the average."""
+        for name, p in self.named_parameters():
+            sensitivity = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
+            mean = self.averages.setdefault(f"{name}.mean", torch.zeros_like(p))
+            deviation = self.averages.setdefault(f"{name}.spread", torch.zeros_like(p))
+            mean.mul_(beta1).add_(sensitivity, alpha=1 - beta1)
+            deviation.mul_(beta2).add_((sensitivity - mean).abs(), alpha=1 - beta2)
+
+    def rank_scores(self) -> Tensor:
+        """Return each rank's score `(r)`."""
+        A, E, B = (self.averages[f"{n}.mean"] * self.averages[f"{n}.spread"] for n in self._NAMES)
+        return E[:, 0] + (A.mean(1) + B.mean(0))
+
+    @torch.no_grad()
+    def zero_pruned_ranks(self) -> None:
+        """Set E to zero for the pruned ranks."""
+        if self.kept_ranks is not None:
+            self.lora_E.masked_fill_(~self.kept_ranks.to(self.lora_E.device)[:, None], 0)
+
+    # --- files hold the kept ranks only ------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return A, E and B of the kept ranks."""
+        if self.kept_ranks is None:
+            return super().tensors()
+        kept = self.kept_ranks.to(self.lora_A.device)
+        return {"lora_A": self.lora_A[kept], "lora_E": self.lora_E[kept], "lora_B": self.lora_B[:, kept]}
+
+    def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
+        """Change to the file's number of ranks."""
+        if not all(n in given and given[n].dim() == 2 for n in ("lora_A", "lora_B")):
+            return
+        self.kept_ranks = None
+        self.averages.clear()
+        rank, max_rank = len(given["lora_A"]), self.config.init_r
+        if rank != len(self.lora_A) and rank <= max_rank:
+            self._replace_parameters({n: given[n] for n in self._NAMES if n in given})
+        noted = (self.config.rank_pattern or {}).get(self.pattern_key)
+        if rank != (max_rank if noted is None else sum(noted)):
+            self._note_kept_ranks([i < rank for i in range(max_rank)])
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """Return what training needs besides the file: all ranks, which are kept, and the averages."""
+        parameters, kept, averages = dict(self.named_parameters()), self.kept_ranks, self.averages
+        if self.lora_A.is_meta:
+            kept = torch.empty(len(self.lora_A), dtype=torch.bool, device="meta")
+            averages = {f"{n}.{what}": p for n, p in parameters.items() for what in ("mean", "spread")}
+        return dict(averages) if kept is None else {**parameters, "left": kept, **averages}
+
+    def load_extra_state(self, kept: Mapping[str, Tensor]) -> None:
+        """Continue from what `extra_state` returned."""
+        device = self.lora_A.device
+        self._replace_parameters({n: kept[n] for n in self._NAMES if n in kept})
+        self.averages = {n: t.to(device) for n, t in kept.items() if n.endswith((".mean", ".spread"))}
+        if "left" in kept:
+            self.kept_ranks = kept["left"].to(device)
+            self._note_kept_ranks(self.kept_ranks.tolist())
+
+    def _note_kept_ranks(self, kept: list[bool]) -> None:
+        self.config.rank_pattern = {**(self.config.rank_pattern or {}), self.pattern_key: kept}
+
+    def _replace_parameters(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            old = getattr(self, name)
+            setattr(self, name, nn.Parameter(value.to(old.device, old.dtype, copy=True), old.requires_grad))
+
+
+def distance_from_orthogonal(P: Tensor) -> Tensor:
+    """Return `‖P Pᵀ - I‖` (Frobenius) for `P (r, n)`: 0 where its rows are orthonormal."""
+    return torch.linalg.matrix_norm(P @ P.t() - torch.eye(len(P), dtype=P.dtype, device=P.device))

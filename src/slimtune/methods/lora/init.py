@@ -1,0 +1,95 @@
+"""How A and B of a LoRA start: `init_lora_weights`.
+
+    True, "gaussian"    A random, B = 0: the model starts unchanged
+    "eva"               B = 0, and `initialize_lora_eva_weights` sets A from data
+    "pissa"             s · B A = the r largest singular components of W; "pissa_niter_N": by N rounds of iteration
+    "olora"             B A = Q[:, :r] R[:r] of W = Q R
+    "orthogonal"        A and B random, with B A = 0 up to rounding
+    "mica"              B = the r smallest left singular vectors of W, and does not train; A = 0
+    False               both random, for tests
+
+PiSSA and OLoRA start with B₀ A₀ ≠ 0, which PEFT subtracts from the base's weight. Here the base never changes: A₀ and
+B₀ are stored beside it, and the update is
+
+    B A − B₀ A₀ = (B − B₀) A + B₀ (A − A₀) = [B − B₀, B₀] [A; A − A₀]
+
+one product of rank 2r, exactly zero at the start. The gradients are those of B A.
+
+Papers: PiSSA https://arxiv.org/abs/2404.02948, OLoRA https://arxiv.org/abs/2406.01775,
+MiCA https://arxiv.org/abs/2604.01694; orthogonal: https://datta0.github.io/posts/rethink-lora-init/
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.base import Site
+from ...errors import ConfigError
+
+NAMED_INITS = ("gaussian", "eva", "pissa", "olora", "orthogonal", "mica", "loftq")
+_PISSA_NITER = re.compile(r"pissa_niter_(\d+)")
+
+
+def is_valid_init(init: Any) -> bool:
+    """Return whether `init` is a value that init_lora_weights accepts."""
+    return isinstance(init, bool) or init in NAMED_INITS or bool(_PISSA_NITER.fullmatch(init))
+
+
+def is_subtracted_init(init: Any) -> bool:
+    """Return whether A and B start as a part of the base's weight, which has to be subtracted again."""
+    return isinstance(init, str) and (init.startswith("pissa") or init == "olora")
+
+
+@torch.no_grad()
+def init_weights(init: bool | str, A: nn.Linear, B: nn.Linear) -> None:
+    """Initialize A `(r, in)` and B `(out, r)` where the base's weight is not needed, with PEFT's random numbers."""
+    if init is True:
+        nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+    elif init == "gaussian":
+        nn.init.normal_(A.weight, std=1 / A.out_features)
+    elif init == "orthogonal":
+        r, device = A.out_features, A.weight.device
+        rows, _ = torch.linalg.qr(torch.randn(r, r, device=device))
+        A.weight.copy_((torch.randn(A.in_features, r // 2, device=device) @ rows[0::2]).t() / 10)
+        B.weight.copy_(torch.randn(r // 2, B.out_features, device=device).t() @ rows[1::2] / 10)
+        return
+    if init:
+        nn.init.zeros_(B.weight)
+        if B.bias is not None:
+            nn.init.zeros_(B.bias)
+
+
+@torch.no_grad()
+def init_from_base_weight(init: str, site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return `A (r, in)` and `B (out, r)` of an initialization that is computed from the frozen weight.
+
+    Raises:
+        ConfigError: the rank is larger than the weight's.
+    """
+    max_rank = min(site.in_features, site.out_features)
+    if r > max_rank:
+        raise ConfigError(
+            f"r is {r} at {site.name}, whose weight has rank {max_rank}",
+            f"a rank of at most {max_rank} with init_lora_weights={init!r}",
+            "give this layer its own rank by rank_pattern",
+        )
+    weight = site.weight()
+    if init == "olora":
+        Q, R = torch.linalg.qr(weight)
+        return R[:r], Q[:, :r]
+    if init == "mica":
+        U, _, _ = torch.linalg.svd(weight, full_matrices=False)
+        return weight.new_zeros(r, site.in_features), U[:, -r:]
+    iterations = _PISSA_NITER.fullmatch(init)
+    if iterations:
+        U, S, V = torch.svd_lowrank(weight, r, niter=int(iterations[1]))
+        Vh = V.t()
+    else:
+        U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (S[:r] / scale).sqrt()
+    return root[:, None] * Vh[:r], U[:, :r] * root

@@ -1,0 +1,294 @@
+"""Prefix tuning: in every layer the queries also attend to n learned keys and values.
+
+    softmax([q Kpᵀ, q Kᵀ] · scale) [Vp, V]      Kp, Vp (kv heads, n, head size), one pair per layer
+
+Parameters added: n · layers · 2 · kv heads · head size; with `prefix_projection` a small network computes them: a
+linear layer, tanh, another linear layer. The tokens' positions start at n, as if the prefix had been read; so a prefix
+can start as the keys and values of a text, and the model then answers as after that text. It cannot be merged.
+
+Paper: https://arxiv.org/abs/2101.00190. File format: PEFT's `prompt_embeddings (n, layers · 2 · kv heads · head size)`;
+with a projection also the network's own tensors, as `prompt_encoder.…`, so that training can continue.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from ..adapters.architectures import text_config
+from ..adapters.base import AdapterModule, Site, SiteKind
+from ..adapters.config_fields import setting
+from ..adapters.prompt import (
+    AttentionModule,
+    LearnedEmbeddings,
+    PositionShift,
+    PromptLearningConfig,
+    find_backbone_name,
+    frozen_base,
+    tokenize_text,
+)
+from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules
+from ..errors import ConfigError, UsageError
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning: learned keys and values in every layer; PEFT's field names and defaults, and a start from text."""
+
+    name: ClassVar[str] = "prefix_tuning"
+    kinds: ClassVar[tuple[SiteKind, ...]] = ("model", "attention")
+    extension_fields: ClassVar[frozenset[str]] = frozenset(
+        ["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"]
+    )
+    learning_rate: ClassVar[float] = 1e-2
+    recipe_defaults: ClassVar[dict[str, Any]] = {
+        "num_virtual_tokens": 20,
+        "init_weights": lambda given: (
+            None if given.get("prefix_projection") or given.get("prefix_tuning_init_text") else "vocab"
+        ),
+    }
+
+    init_weights: Literal["zero", "vocab"] | None = setting(
+        None,
+        'how keys and values start: None: normal with std 1; "zero"; "vocab" (slimtune only): as those of random '
+        "tokens of the vocabulary, which is near the base instead of far from it",
+    )
+    encoder_hidden_size: int | None = setting(
+        None, "width of the projection; None: the size of all keys of a layer", ge=1
+    )
+    prefix_projection: bool = setting(False, "train a small network that computes the keys and values")
+    prefix_tuning_init_text: str | None = setting(
+        None, "start as the keys and values of this text's first num_virtual_tokens tokens; slimtune only"
+    )
+    tokenizer_name_or_path: str | None = setting(None, "the tokenizer for that text")
+    tokenizer_kwargs: dict | None = setting(None, "arguments for loading the tokenizer; trust_remote_code is refused")
+
+    def check(self) -> None:
+        """Check that at most one start is chosen, and that a text comes with its tokenizer."""
+        super().check()
+        self.require(
+            not (self.init_weights == "vocab" and self.prefix_projection),
+            "init_weights",
+            "None or 'zero' with prefix_projection",
+        )
+        if self.prefix_tuning_init_text is not None:
+            self.require(
+                not self.prefix_projection and self.init_weights is None,
+                "prefix_tuning_init_text",
+                "None with prefix_projection or init_weights",
+            )
+            self.require(
+                bool(self.tokenizer_name_or_path), "tokenizer_name_or_path", "a tokenizer, for prefix_tuning_init_text"
+            )
+        options = self.tokenizer_kwargs or {}
+        self.require("trust_remote_code" not in options, "tokenizer_kwargs", "no trust_remote_code: it runs any code")
+
+    def infer_from_model(self, model: Any) -> None:
+        """Fill in the sizes from the model's config; heads and head size are those of the keys."""
+        config = text_config(model)
+        heads = getattr(config, "num_key_value_heads", None)
+        if config is not None and heads is not None:
+            size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            self.num_attention_heads = self.num_attention_heads or heads
+            self.token_dim = self.token_dim or size * heads
+        super().infer_from_model(model)
+        self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
+
+    def extra_targets(self, model: Any) -> dict[str, SiteKind]:
+        """Return the backbone, where the prefix is stored, and every attention module."""
+        return {find_backbone_name(model): "model", **dict.fromkeys(find_attention_modules(model), "attention")}
+
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+        """Return the prefix at the backbone, and each layer's part of it."""
+        assert self.token_dim is not None
+        assert self.num_attention_heads is not None
+        layers = len(sites) - 1
+        self.require(self.num_layers == layers, "num_layers", f"{layers}, as the model")
+        shape = layers, self.num_attention_heads, self.token_dim // self.num_attention_heads
+        prefix = StoredPrefix(sites[0], self._initial_prefix(sites[0], layers), shape)
+        return [prefix, *(LayerPrefix(prefix, layer) for layer in range(layers))]
+
+    def _initial_prefix(self, site: Site, layers: int) -> Tensor | nn.Module:
+        n, dim, h = self.num_virtual_tokens, self.token_dim, self.encoder_hidden_size
+        assert n is not None
+        assert dim is not None
+        assert h is not None
+        width = layers * 2 * dim
+        if self.prefix_projection:
+            return PrefixProjection(n, dim, h, width, self.init_weights, site.init_device)
+        ids = None
+        if not site.loading and site.device.type != "meta":
+            if self.prefix_tuning_init_text is not None:
+                assert self.tokenizer_name_or_path is not None
+                ids = tokenize_text(self.prefix_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
+            elif self.init_weights == "vocab":
+                ids = torch.randint(site.config.vocab_size, (n,)).tolist()
+        if ids is not None:
+            return prefix_from_cache(compute_kv_cache(site.model, torch.tensor([ids[:n]])), n)
+        random = nn.Embedding(n, width, device=site.init_device).weight
+        return torch.zeros_like(random) if self.init_weights == "zero" else random
+
+
+class StoredPrefix(LearnedEmbeddings, PositionShift):
+    """The keys and values of all layers, stored at the backbone; the tokens' own positions start after them."""
+
+    def __init__(self, site: Site, start: Tensor | nn.Module, shape: tuple[int, int, int]) -> None:
+        super().__init__(site, start)
+        self.shape = shape
+        """Layers, key-value heads, head size."""
+
+    @property
+    def n(self) -> int:
+        """The number of positions that the prefix takes."""
+        encoder: Any = self.prompt_encoder
+        return len(self.prompt_embeddings if encoder is None else encoder.embedding.weight)
+
+    def layer_prefix(self, layer: int) -> AttentionPrefix:
+        """Return the keys and values of one layer.
+
+        Each call builds a graph of its own, so that activation checkpointing can run a layer again.
+        """
+        _, heads, size = self.shape
+        width = 2 * heads * size
+        columns = slice(layer * width, (layer + 1) * width)
+        encoder: Any = self.prompt_encoder
+        part = self.prompt_embeddings[:, columns] if encoder is None else encoder(columns)
+        keys, values = part.view(-1, 2, heads, size).permute(1, 2, 0, 3)
+        return AttentionPrefix(keys, values)
+
+
+class LayerPrefix(AttentionModule):
+    """A layer's part of the prefix."""
+
+    def __init__(self, stored: StoredPrefix, layer: int) -> None:
+        super().__init__()
+        self.held, self.layer = (stored,), layer
+
+    def prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
+        """Return this layer's keys and values."""
+        return self.held[0].layer_prefix(self.layer)
+
+
+class PrefixProjection(nn.Module):
+    """`n` embeddings through a linear layer, tanh and another one, created in PEFT's order.
+
+    In that order one seed gives the same adapter in both libraries.
+    """
+
+    def __init__(self, n: int, dim: int, h: int, width: int, init: str | None, device: torch.device) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n, dim, device=device)
+        first, last = nn.Linear(dim, h, device=device), nn.Linear(h, width, device=device)
+        self.transform = nn.Sequential(first, nn.Tanh(), last)
+        if init == "zero":
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, columns: slice = slice(None)) -> Tensor:
+        """Return `(n, width)`, or some of its columns."""
+        last: Any = self.transform[2]
+        return F.linear(self.transform[:2](self.embedding.weight), last.weight[columns], last.bias[columns])
+
+
+# --- a start from a text or a cache -----------------------------------------------------------------------------------
+
+
+def initialize_kv_prefix_from_text(
+    model: Any,
+    tokenizer: Any,
+    *,
+    text: str,
+    adapter_name: str | None = None,
+    num_virtual_tokens: int | None = None,
+    use_chat_template: bool = True,
+    max_length: int | None = None,
+) -> Tensor:
+    """Start a prefix as the keys and values of the first tokens of a text; PEFT's name and arguments.
+
+    Args:
+        model: a model with a prefix-tuning adapter.
+        tokenizer: the model's tokenizer.
+        text: at least num_virtual_tokens tokens long.
+        adapter_name: None: the active adapter.
+        num_virtual_tokens: None: the adapter's own.
+        use_chat_template: read the text as a system message, if the tokenizer has a chat template.
+        max_length: use at most this many tokens of the text.
+
+    Returns:
+        The new prefix, `(n, layers · 2 · kv heads · head size)`.
+    """
+    if use_chat_template and getattr(tokenizer, "chat_template", None):
+        chat = [{"role": "system", "content": text}]
+        ids = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=False, return_dict=False)
+    else:
+        ids = tokenizer(text)["input_ids"]
+    n = num_virtual_tokens or _find_stored_prefix(model, adapter_name).n
+    cache = compute_kv_cache(model, torch.tensor([ids[:max_length][:n]]))
+    return initialize_kv_prefix_from_past_key_values(
+        model, adapter_name=adapter_name, past_key_values=cache, num_virtual_tokens=n
+    )
+
+
+def initialize_kv_prefix_from_past_key_values(
+    model: Any, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
+) -> Tensor:
+    """Start a prefix as the first keys and values of a cache of one row; PEFT's name and arguments.
+
+    Args:
+        model: a model with a prefix-tuning adapter.
+        adapter_name: None: the active adapter.
+        past_key_values: a transformers cache, or keys and values `(1, kv heads, length, head size)` by layer.
+        num_virtual_tokens: None: the adapter's own.
+
+    Returns:
+        The new prefix, `(n, layers · 2 · kv heads · head size)`.
+    """
+    stored = _find_stored_prefix(model, adapter_name)
+    start = prefix_from_cache(past_key_values, num_virtual_tokens or stored.n)
+    if start.shape != stored.prompt_embeddings.shape:
+        raise UsageError(
+            f"the cache gives a prefix of {tuple(start.shape)}",
+            f"{tuple(stored.prompt_embeddings.shape)}, as the adapter",
+        )
+    with torch.no_grad():
+        stored.prompt_embeddings.copy_(start)
+    return start
+
+
+def _find_stored_prefix(model: Any, adapter: str | None) -> Any:
+    name = adapter or model.active_adapter
+    found = [d for d in model.adapter_modules(name).values() if isinstance(d, StoredPrefix)]
+    if not found or found[0].prompt_encoder is not None:
+        raise UsageError(f"adapter {name!r} has no prefix that can be set", "prefix tuning without prefix_projection")
+    return found[0]
+
+
+def compute_kv_cache(model: Any, ids: Tensor) -> DynamicCache:
+    """Return the cache after the frozen model has read `ids (1, length)`, complete also with sliding windows."""
+    cache = DynamicCache()
+    with frozen_base(model):
+        # transformers 5.2x calls the argument cache, earlier versions past_key_values.
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        model(input_ids=ids.to(model.device), use_cache=True, **{name: cache})
+    return cache
+
+
+def prefix_from_cache(cache: Any, n: int) -> Tensor:
+    """Return the first `n` positions of a cache of one row as `(n, layers · 2 · kv heads · head size)`."""
+    layers = [(c.keys, c.values) for c in cache.layers] if hasattr(cache, "layers") else [kv[:2] for kv in cache]
+    rows, length = layers[0][0].shape[0], min(t.shape[2] for kv in layers for t in kv)
+    if rows != 1 or length < n:
+        raise ConfigError(
+            f"the start has {length} tokens in {rows} rows, for a prefix of num_virtual_tokens={n}",
+            f"one row of at least {n} tokens",
+            f"num_virtual_tokens={length}, or a longer text",
+        )
+    # (layers · 2, kv heads, n, head size) to (n, layers · 2, kv heads, head size)
+    return torch.stack([t[0, :, :n] for kv in layers for t in kv]).permute(2, 0, 1, 3).reshape(n, -1)

@@ -1,0 +1,121 @@
+"""Settings of every method: what is refused, with the field's name; dropout; fields that differ by layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models_zoo import llama, run, shake
+
+import slimtune
+from slimtune import LoraConfig, get_peft_model
+from slimtune.adapters.config_fields import field_specs
+from slimtune.errors import ConfigError, TargetError
+from slimtune.methods import config_class, method_names
+
+BAD_SETTINGS = [
+    ("adalora", {"init_r": 4}, "init_r is 4"),
+    ("adalora", {"tinit": 5, "tfinal": 5, "total_step": 10}, "total_step is 10"),
+    ("adalora", {"beta1": 1.0}, "beta1 is 1.0"),
+    ("adalora", {"use_rslora": True}, "no field 'use_rslora'"),
+    ("bottleneck", {"style": "houlsbi"}, "did you mean 'houlsby'"),
+    ("bottleneck", {"non_linearity": "rleu"}, "did you mean 'relu'"),
+    ("bottleneck", {"reduction_factor": 0}, "reduction_factor is 0"),
+    ("bottleneck", {"reduction_factor": 4, "bottleneck_size": 8}, "bottleneck_size is 8"),
+    ("bottleneck", {"scaling": "learnt"}, "scaling is 'learnt'"),
+    ("bottleneck", {"output_adapter": False}, "output_adapter is False"),
+    ("bottleneck", {"mh_adapter": True, "original_ln_before": True}, "original_ln_before is True"),
+    ("bottleneck", {"leave_out": [1], "target_modules": ["mlp"]}, "leave_out is"),
+    ("bottleneck", {"phm_layer": True}, "no field 'phm_layer'"),
+    ("hira", {"r": 0}, "r is 0"),
+    ("hira", {"hira_dropout": 1}, "hira_dropout is 1"),
+    ("hira", {"init_weights": "pissa"}, "init_weights is 'pissa'"),
+    ("hira", {"init_weights": None}, "init_weights is None"),
+    ("hira", {"rank_pattern": {"q": 0}}, "rank_pattern is"),
+    ("ia3", {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}, "feedforward_modules is"),
+    ("loha", {"rank_dropout": 1}, "rank_dropout is 1"),
+    ("lokr", {"decompose_factor": 0}, "decompose_factor is 0"),
+    ("lora", {"r": True}, "r is True"),
+    ("lora", {"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
+    ("lora", {"init_lora_weights": "pissa_niter_x"}, "pissa_niter_x"),
+    ("lora", {"init_lora_weights": "orthogonal", "r": 3}, "r is 3"),
+    ("lora", {"init_lora_weights": "orthogonal", "rank_pattern": {"q": 3}}, "rank_pattern is"),
+    ("lora", {"rank_pattern": {"q": True}}, "rank_pattern is"),
+    ("lora", {"lora_alpha": 0}, "lora_alpha is 0"),
+    ("lora", {"lora_alpha": float("inf")}, "lora_alpha is inf"),
+    ("lora", {"alpha_pattern": {"q": -1}}, "alpha_pattern is"),
+    ("lora", {"lora_dropout": "0.1"}, "lora_dropout is '0.1'"),
+    ("lora", {"bias": "lora"}, "did you mean 'lora_only'"),
+    ("lora", {"modules_to_save": "lm_head"}, "modules_to_save is 'lm_head'"),
+    ("lora", {"task_type": "CAUSAL"}, "did you mean 'CAUSAL_LM'"),
+    ("lora", {"loftq_config": {"loftq_bits": 4}}, "loftq_config is"),
+    ("lora", {"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias is"),
+    ("lora", {"lora_bias": True, "use_dora": True}, "lora_bias is"),
+    ("lora", {"init_lora_weights": "mica", "use_dora": True}, "init_lora_weights is 'mica'"),
+    ("lora", {"lr_ratio": 0}, "lr_ratio is 0"),
+    ("lora", {"trainable_token_indices": [3, 3]}, "trainable_token_indices is"),
+    ("oft", {"r": 4}, "oft_block_size is 32"),
+    ("trainable_tokens", {"token_indices": []}, "token_indices is"),
+    ("trainable_tokens", {"token_indices": [-1]}, "token_indices is"),
+    ("trainable_tokens", {"token_indices": [3, 3]}, "token_indices is"),
+    ("trainable_tokens", {"token_indices": [True]}, "token_indices is"),
+    ("vera", {"projection_prng_key": None}, "projection_prng_key is None"),
+    ("vera", {"vera_dropout": 1}, "vera_dropout is 1"),
+    ("vera", {"bias": "lora_only"}, "bias is 'lora_only'"),
+]
+
+
+@pytest.mark.parametrize(("method", "settings", "message"), BAD_SETTINGS)
+def test_bad_settings_are_refused(method, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        config_class(method)(**settings)
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_field_is_declared_once(method):
+    """Every field has its help, and its default is in its range."""
+    shared = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+    for spec in field_specs(config_class(method)):
+        assert spec.name in shared or spec.help, spec.name
+        required = spec.default is None and "required" in spec.help
+        assert required or spec.find_error(spec.default) is None, spec.name
+
+
+def test_pefts_nulls_and_sets_become_lists():
+    config = LoraConfig(target_modules={"v_proj", "q_proj"}, rank_pattern=None, layers_to_transform=range(2))
+    assert (config.target_modules, config.rank_pattern, config.layers_to_transform) == (
+        ["q_proj", "v_proj"],
+        {},
+        [0, 1],
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ("LoraConfig", "lora_dropout"),
+        ("AdaLoraConfig", "lora_dropout"),
+        ("HiraConfig", "hira_dropout"),
+        ("MissConfig", "miss_dropout"),
+        ("VeraConfig", "vera_dropout"),
+        ("BottleneckConfig", "dropout"),
+    ],
+)
+def test_dropout_is_active_in_training_only(config, field):
+    rank = {} if config in ("AdaLoraConfig", "BottleneckConfig") else {"r": 4}
+    model = get_peft_model(llama(), getattr(slimtune, config)(**{field: 0.5}, **rank)).eval()
+    shake(model)
+    assert torch.equal(run(model), run(model))
+    model.train()
+    assert not torch.equal(run(model), run(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "tensor"), [("LoraConfig", "lora_A.weight"), ("HiraConfig", "hira_A"), ("LoHaConfig", "hada_w1_b")]
+)
+def test_a_layer_has_its_own_rank(config, tensor):
+    make = getattr(slimtune, config)
+    model = get_peft_model(llama(), make(target_modules=["q_proj", "v_proj"], r=4, rank_pattern={"v_proj": 2}))
+    layer = model.get_submodule("model.layers.1.self_attn.v_proj")
+    assert dict(layer.adapters["default"].named_parameters())[tensor].shape == (2, 32)
+    with pytest.raises(TargetError, match="rank_pattern"):
+        get_peft_model(llama(), make(target_modules=["q_proj"], rank_pattern={"v_proj": 2}))

@@ -1,0 +1,59 @@
+"""The pages in docs/methods: each method has one, with its fields as the config declares them.
+
+`python tests/methods/test_docs.py` writes the list of methods and the tables of fields into the pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from slimtune.adapters.config import PeftConfig, TargetedConfig
+from slimtune.adapters.config_fields import field_specs
+from slimtune.adapters.prompt import PromptLearningConfig
+from slimtune.methods import built_in_methods, config_class
+
+DOCS = Path(__file__).parents[2] / "docs/methods"
+TABLE = re.compile(r"\| field \| default \| meaning \|\n(\|[^\n]*\n)+")
+
+
+def method_list() -> str:
+    lines = []
+    for name in built_in_methods():
+        summary = (inspect.getdoc(config_class(name)) or "").partition("\n")[0].rstrip(".")
+        lines.append(f"- [{name}]({name}.md): {re.sub(r'; PEFT.s [^;]*$', '', summary)}\n")
+    return "".join(lines)
+
+
+def field_table(name: str) -> str:
+    """The fields that the method declares, without those every method has."""
+    cls = config_class(name)
+    common = PromptLearningConfig if issubclass(cls, PromptLearningConfig) else PeftConfig
+    shared = {f.name for base in (common, TargetedConfig) for f in dataclasses.fields(base)} - {"num_virtual_tokens"}
+    rows = ["| field | default | meaning |", "| --- | --- | --- |"]
+    for spec in field_specs(cls):
+        if spec.name not in shared:
+            meaning = "; ".join(part for part in (spec.help, spec.range) if part).replace("|", "\\|")
+            rows.append(f"| `{spec.name}` | `{spec.default!r}` | {meaning} |")
+    return "\n".join(rows) + "\n" if len(rows) > 2 else ""
+
+
+def test_the_index_lists_every_method():
+    assert method_list() in (DOCS / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", built_in_methods())
+def test_the_page_has_the_fields(name):
+    assert field_table(name) in (DOCS / f"{name}.md").read_text()
+
+
+if __name__ == "__main__":
+    index = DOCS / "README.md"
+    index.write_text(re.sub(r"(- \[[^\n]*\n)+", lambda _: method_list(), index.read_text()))
+    for method in built_in_methods():
+        page = DOCS / f"{method}.md"
+        page.write_text(TABLE.sub(lambda _, method=method: field_table(method), page.read_text()))

@@ -1,0 +1,634 @@
+"""Virtual tokens and prefixes with padding, packing, sliding windows, caches, mixed batches, starts from text, PEFT."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from models_zoo import DECODER, VOCAB, bert_classifier, gemma2, gpt2, llama, qwen2, run, shake, t5, tokens
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import slimtune
+from slimtune import PeftModel, get_peft_model
+from slimtune.config.method import resolved
+from slimtune.errors import AdapterError, ConfigError, ModelError, TargetError, UsageError
+from slimtune.methods.prefix_tuning import initialize_kv_prefix_from_past_key_values, initialize_kv_prefix_from_text
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+CLOSE = 1e-9
+
+
+@pytest.fixture(autouse=True)
+def softmax_in_float64(monkeypatch):
+    """Eager attention, and peft's, round their softmax to fp32 whatever the model's dtype is."""
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim=dim))
+
+
+KINDS = {
+    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 5}),
+    "p_tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 5}),
+    "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 5}),
+    "projection": ("PrefixTuningConfig", {"num_virtual_tokens": 3, "prefix_projection": True}),
+    "adaption": ("AdaptionPromptConfig", {"adapter_len": 4}),
+}
+
+
+def mistral():
+    torch.manual_seed(0)
+    return tf.MistralForCausalLM(tf.MistralConfig(**DECODER, sliding_window=4)).double().eval()
+
+
+BASES = {"llama": llama, "qwen2": qwen2, "gpt2": gpt2, "gemma2": gemma2, "mistral": mistral}
+SHAPES = [(b, a) for b in BASES for a in ("sdpa", "eager") if (b, a) != ("gemma2", "sdpa")]
+EVERY_SHAPE = pytest.mark.parametrize(("base", "attention"), SHAPES)
+EVERY_KIND = pytest.mark.parametrize("kind", sorted(KINDS))
+# Every shape, every kind on a sliding window, both sides of padding, both attentions of every kind.
+PAIRS = [
+    ("prompt", "llama", "sdpa", "left"),
+    ("prompt", "gpt2", "eager", "left"),
+    ("prompt", "gemma2", "eager", "right"),
+    ("prompt", "mistral", "sdpa", "left"),
+    ("p_tuning", "qwen2", "eager", "left"),
+    ("p_tuning", "mistral", "sdpa", "right"),
+    ("prefix", "llama", "eager", "left"),
+    ("prefix", "gpt2", "sdpa", "right"),
+    ("prefix", "gemma2", "eager", "left"),
+    ("prefix", "mistral", "eager", "right"),
+    ("projection", "qwen2", "sdpa", "right"),
+    ("projection", "gemma2", "eager", "left"),
+    ("adaption", "llama", "sdpa", "right"),
+    ("adaption", "gpt2", "eager", "left"),
+    ("adaption", "mistral", "sdpa", "left"),
+]
+EVERY_PAIR = pytest.mark.parametrize(("kind", "base", "attention", "side"), PAIRS)
+
+
+def config(kind, **more):
+    cls, settings = KINDS[kind]
+    return getattr(slimtune, cls)(**{**settings, **more})
+
+
+def adapted(kind, base="llama", attention=None, **more):
+    model = BASES[base]()
+    if attention:
+        model.set_attn_implementation(attention)
+    model = get_peft_model(model, config(kind, **more))
+    shake(model)
+    return model.eval()
+
+
+def logits(model, ids, **inputs):
+    with torch.no_grad():
+        return model(input_ids=ids, **inputs).logits
+
+
+def pad(rows, side):
+    """Rows as one batch, padded to one length, and its mask."""
+    width = max(r.shape[1] for r in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(width - row.shape[1], width) if side == "left" else slice(0, row.shape[1])
+        ids[i, where], mask[i, where] = row[0], 1
+    return ids, mask
+
+
+def learned(model, name="default"):
+    return slimtune.get_peft_model_state_dict(model, adapter_name=name)["prompt_embeddings"]
+
+
+ROWS = [tokens(1, n, seed=n) for n in (9, 3, 6)]
+GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+# --- a batch is each row alone ----------------------------------------------------------------------------------------
+
+
+@EVERY_PAIR
+@pytest.mark.parametrize("positions_given", [True, False])
+def test_padded_rows_equal_rows_alone(kind, base, attention, side, positions_given):
+    if kind == "adaption" and not positions_given:
+        pytest.skip(
+            "its keys are not rotated: the output depends on positions, which transformers counts from the pads"
+        )
+    model = adapted(kind, base, attention)
+    ids, mask = pad(ROWS, side)
+    # The position of a pad should not matter.
+    positions = {"position_ids": (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)} if positions_given else {}
+    together = logits(model, ids, attention_mask=mask, **positions)
+    for i, row in enumerate(ROWS):
+        assert (together[i][mask[i].bool()] - logits(model, row)[0]).abs().max() < CLOSE
+
+
+@EVERY_PAIR
+def test_packed_rows_equal_rows_alone(kind, base, attention, side):
+    model = adapted(kind, base, attention)
+    packs = [ROWS, [tokens(1, n, seed=n) for n in (4, 14)]]
+    ids = torch.cat([torch.cat(rows, dim=1) for rows in packs])
+    positions = torch.stack([torch.cat([torch.arange(r.shape[1]) for r in rows]) for rows in packs])
+    together = logits(model, ids, position_ids=positions, use_cache=False)
+    for i, rows in enumerate(packs):
+        assert (together[i] - torch.cat([logits(model, r) for r in rows], dim=1)[0]).abs().max() < CLOSE
+
+
+def test_packed_rows_trace_on_fake_tensors():
+    model = adapted("prompt")
+    inputs = {"input_ids": torch.ones(1, 9, dtype=torch.long), "position_ids": torch.arange(9)[None]}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        parameters = {n: mode.from_tensor(p) for n, p in model.named_parameters()}
+        fake = torch.func.functional_call(model, parameters, (), {**inputs, "use_cache": False})
+    assert fake.logits.shape == (1, 9, VOCAB)
+
+
+MIXED = ["prefix2", "default", "__base__", "lora", "prefix", "prompt2", "adaption"]
+
+
+def mixed(base, attention=None):
+    """A model with two prompts, two prefixes, gated prompts and a LoRA."""
+    model = adapted("prompt", base, attention)
+    more = {
+        "prompt2": config("prompt", num_virtual_tokens=2),
+        "prefix": config("prefix"),
+        "prefix2": config("projection"),
+        "adaption": config("adaption"),
+        "lora": slimtune.LoraConfig(target_modules="all-linear"),
+    }
+    for seed, (name, adapter) in enumerate(more.items()):
+        model.add_adapter(name, adapter)
+        model.set_adapter(name)
+        shake(model, seed=seed)
+    return model.eval()
+
+
+def with_adapter(model, name, call):
+    if name == "__base__":
+        with model.disable_adapter():
+            return call()
+    model.set_adapter(name)
+    return call()
+
+
+@pytest.mark.parametrize(("base", "attention", "side"), [(*s, ("left", "right")[i % 2]) for i, s in enumerate(SHAPES)])
+def test_mixed_rows_equal_rows_alone(base, attention, side):
+    model = mixed(base, attention)
+    rows = [tokens(1, n, seed=n) for n in (9, 3, 6, 8, 2, 7, 5)]
+    ids, mask = pad(rows, side)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    together = logits(model, ids, attention_mask=mask, position_ids=positions, adapter_names=MIXED)
+    packed = torch.cat(ROWS, dim=1).expand(len(MIXED), -1)
+    packed_positions = torch.cat([torch.arange(r.shape[1]) for r in ROWS]).expand(len(MIXED), -1)
+    packs = logits(model, packed, position_ids=packed_positions, use_cache=False, adapter_names=MIXED)
+    for i, (row, name) in enumerate(zip(rows, MIXED, strict=True)):
+        alone = with_adapter(model, name, lambda row=row: logits(model, row)[0])
+        assert (together[i][mask[i].bool()] - alone).abs().max() < CLOSE, name
+        alone = with_adapter(model, name, lambda: torch.cat([logits(model, r) for r in ROWS], dim=1)[0])
+        assert (packs[i] - alone).abs().max() < CLOSE, name
+
+
+@pytest.mark.parametrize("base", ["llama", "gpt2", "gemma2"])
+def test_mixed_rows_generate_as_alone(base):
+    model = mixed(base)
+    ids, mask = tokens(7, 5), torch.ones(7, 5, dtype=torch.long)
+    mask[1::2, :2] = 0
+    settings = {"max_new_tokens": 4, "num_beams": 2, **GREEDY}
+    together = model.generate(input_ids=ids, attention_mask=mask, adapter_names=MIXED, **settings)
+    for i, name in enumerate(MIXED):
+        row, seen = ids[i : i + 1, 2 * (i % 2) :], mask[i : i + 1, 2 * (i % 2) :]
+        alone = with_adapter(
+            model, name, lambda row=row, seen=seen: model.generate(input_ids=row, attention_mask=seen, **settings)
+        )
+        assert torch.equal(together[i, 5:], alone[0, row.shape[1] :]), name
+
+
+# --- a cache changes nothing ------------------------------------------------------------------------------------------
+
+
+@EVERY_PAIR
+def test_step_by_step_equals_at_once(kind, base, attention, side):
+    model = adapted(kind, base, attention)
+    ids, mask = pad([tokens(1, 12, seed=4), tokens(1, 9, seed=5)], "left")
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = logits(model, ids, attention_mask=mask, position_ids=positions)
+    cache, parts = tf.DynamicCache(config=model.config), []
+    for a, b in [(0, 5), (5, 6), (6, 9), (9, 10), (10, 12)]:
+        inputs = {"attention_mask": mask[:, :b], "position_ids": positions[:, a:b]}
+        parts.append(logits(model, ids[:, a:b], **inputs, past_key_values=cache, use_cache=True))
+    assert (torch.cat(parts, dim=1) - whole)[mask.bool()].abs().max() < CLOSE
+
+
+@EVERY_KIND
+def test_steps_without_mask_or_positions(kind):
+    model = adapted(kind)
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        first = model(input_ids=ids[:, :5], use_cache=True)
+        second = model(input_ids=ids[:, 5:], past_key_values=first.past_key_values)
+    assert (torch.cat([first.logits, second.logits], dim=1) - logits(model, ids)).abs().max() < CLOSE
+
+
+@EVERY_PAIR
+def test_generate_with_a_cache_equals_without(kind, base, attention, side):
+    model = adapted(kind, base, attention)
+    ids, mask = pad([tokens(1, 6, seed=4), tokens(1, 4, seed=5)], "left")
+    settings = {"max_new_tokens": 6, "num_beams": 3 if side == "left" else 1, **GREEDY}
+    with_cache, without = (
+        model.generate(
+            ids, attention_mask=mask, use_cache=c, output_scores=True, return_dict_in_generate=True, **settings
+        )
+        for c in (True, False)
+    )
+    assert torch.equal(with_cache.sequences, without.sequences)
+    assert (torch.stack(with_cache.scores) - torch.stack(without.scores)).abs().max() < CLOSE
+
+
+@EVERY_KIND
+def test_generate_continues_from_its_cache(kind):
+    model = adapted(kind)
+    ids, more = tokens(1, 5), tokens(1, 4, seed=9)
+    first = model.generate(input_ids=ids, max_new_tokens=3, **GREEDY, return_dict_in_generate=True)
+    whole = torch.cat([first.sequences, more], dim=1)
+    expected = model.generate(input_ids=whole, max_new_tokens=3, **GREEDY)
+    new = whole[:, first.sequences.shape[1] - 1 :]
+    cached = {"attention_mask": torch.ones_like(whole), "past_key_values": first.past_key_values}
+    continued = model.generate(input_ids=new, **cached, max_new_tokens=3, **GREEDY)
+    assert torch.equal(continued[:, new.shape[1] :], expected[:, whole.shape[1] :])
+
+
+@EVERY_KIND
+def test_prompt_lookup_is_greedy(kind):
+    """Prompt lookup decoding gives several tokens at once and removes some from the cache again."""
+    model = adapted(kind)
+    ids, settings = tokens(1, 4).repeat(1, 3), {"max_new_tokens": 12, **GREEDY}
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **settings), model.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning"])
+def test_whole_sequence_beside_a_cache_is_refused(kind):
+    model = adapted(kind)
+    first = model.generate(input_ids=tokens(1, 5), max_new_tokens=2, **GREEDY, return_dict_in_generate=True)
+    whole = torch.cat([first.sequences, tokens(1, 12)], dim=1)
+    with pytest.raises(UsageError):
+        model.generate(input_ids=whole, past_key_values=first.past_key_values, max_new_tokens=2, **GREEDY)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "prefix", "projection"])
+def test_cache_from_the_base_is_refused(kind):
+    model = adapted(kind)
+    with model.disable_adapter(), torch.no_grad():
+        cache = model(input_ids=tokens(2, 5), use_cache=True).past_key_values
+    with pytest.raises(UsageError, match="without this adapter"):
+        model(input_ids=tokens(2, 1), past_key_values=cache)
+
+
+@EVERY_KIND
+@pytest.mark.parametrize(("base", "lengths"), [("llama", (6, 4)), ("gemma2", (6, 6)), ("gemma2", (6, 4))])
+def test_static_cache_works_or_is_refused(kind, base, lengths):
+    model = adapted(kind, base)
+    ids, mask = pad([tokens(1, n, seed=n) for n in lengths], "left")
+    settings = {"max_new_tokens": 5, "attention_mask": mask, **GREEDY, "output_logits": True}
+    settings["return_dict_in_generate"] = True
+    if kind in ("prompt", "p_tuning"):
+        with pytest.raises(UsageError, match="fixed length"):
+            model.generate(input_ids=ids, cache_implementation="static", **settings)
+        return
+    static, dynamic = (model.generate(input_ids=ids, cache_implementation=c, **settings) for c in ("static", None))
+    assert torch.equal(static.sequences, dynamic.sequences)
+    assert (torch.stack(static.logits) - torch.stack(dynamic.logits)).abs().max() < CLOSE
+
+
+# --- several adapters, masks, outputs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize(("base", "attention"), [("llama", "sdpa"), ("gpt2", "eager"), ("mistral", "sdpa")])
+def test_two_adapters_equal_one_with_both_prompts(kind, base, attention):
+    model = adapted(kind, base, attention)
+    model.add_adapter("second", config(kind, num_virtual_tokens=2))
+    model.set_adapter(["default", "second"])
+    together = logits(model, ROWS[0])
+    joined = torch.cat([learned(model), learned(model, "second")])
+    one = adapted(kind, base, attention, num_virtual_tokens=7)
+    slimtune.set_peft_model_state_dict(one, {"prompt_embeddings": joined})
+    assert (together - logits(one, ROWS[0])).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("base", ["llama", "gemma2"])
+def test_prefix_comes_before_a_prompt(base):
+    """Both together equal a prefix alone over the prompt's embeddings and the tokens'."""
+    model = mixed(base)
+    model.set_adapter(["prefix", "default"])
+    together = logits(model, ROWS[0])
+    model.set_adapter(["default", "prefix"])
+    assert (logits(model, ROWS[0]) - together).abs().max() < CLOSE
+    prompt = learned(model)
+    embeds = torch.cat([prompt[None], model.get_input_embeddings()(ROWS[0])], dim=1)
+    model.set_adapter("prefix")
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds).logits[:, len(prompt) :]
+    assert (together - expected).abs().max() < CLOSE
+
+
+@EVERY_KIND
+def test_a_lora_beside_equals_the_lora_merged(kind):
+    model = adapted(kind)
+    model.add_adapter("lora", slimtune.LoraConfig(target_modules="all-linear"))
+    model.set_adapter("lora")
+    shake(model)
+    model.set_adapter(["lora", "default"])
+    together = logits(model, ROWS[0])
+    assert (together - logits(adapted(kind), ROWS[0])).abs().max() > 1e-4
+    lora = get_peft_model(llama(), slimtune.LoraConfig(target_modules="all-linear"))
+    slimtune.set_peft_model_state_dict(lora, slimtune.get_peft_model_state_dict(model, adapter_name="lora"))
+    merged = get_peft_model(lora.merge_and_unload(), config(kind)).eval()
+    slimtune.set_peft_model_state_dict(merged, slimtune.get_peft_model_state_dict(model))
+    assert (together - logits(merged, ROWS[0])).abs().max() < CLOSE
+
+
+@EVERY_KIND
+def test_outputs_have_no_virtual_positions(kind):
+    model = adapted(kind)
+    ids, mask = pad(ROWS, "left")
+    with torch.no_grad():
+        out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, labels=ids)
+        as_tuple = model(input_ids=ids, attention_mask=mask, return_dict=False)
+        backbone = model.model(input_ids=ids, attention_mask=mask, return_dict=False)
+        last = model(input_ids=ids, attention_mask=mask, logits_to_keep=torch.tensor([4, 8])).logits
+    assert {s.shape[:2] for s in out.hidden_states} == {ids.shape}
+    assert torch.equal(as_tuple[0], out.logits)
+    assert torch.equal(backbone[0], out.hidden_states[-1])
+    assert (last - out.logits[:, [4, 8]]).abs().max() < CLOSE
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert (out.loss - expected).abs() < 1e-5  # transformers computes it in fp32
+
+
+@EVERY_KIND
+def test_four_dimensional_mask_is_used(kind):
+    model = adapted(kind)
+    seen = torch.ones(9, 9, dtype=torch.bool).tril()
+    expected = logits(model, ROWS[0])
+    assert (logits(model, ROWS[0], attention_mask=seen[None, None]) - expected).abs().max() < CLOSE
+    model.set_attn_implementation("eager")
+    additive = torch.zeros(9, 9, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)
+    assert (logits(model, ROWS[0], attention_mask=additive[None, None]) - expected).abs().max() < CLOSE
+    seen[:, 4] = False
+    seen[4, 4] = True
+    model.set_attn_implementation("sdpa")
+    assert (logits(model, ROWS[0], attention_mask=seen[None, None]) - expected)[:, 5:].abs().max() > 1e-6
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("make", [tf.LlamaForSequenceClassification, tf.GPT2ForSequenceClassification])
+def test_a_classifier_reads_the_last_token(kind, make, tmp_path):
+    sizes = {"vocab_size": VOCAB, "pad_token_id": 0, "num_labels": 3}
+    sizes |= DECODER if "Llama" in make.__name__ else {"n_embd": 32, "n_layer": 2, "n_head": 4}
+    base = lambda: (torch.manual_seed(0), make(make.config_class(**sizes)).double().eval())[1]  # noqa: E731
+    model = get_peft_model(base(), config(kind, task_type="SEQ_CLS")).eval()
+    shake(model)
+    ids, mask = pad(ROWS, "right")
+    together = logits(model, ids, attention_mask=mask)
+    for i, row in enumerate(ROWS):
+        assert (together[i] - logits(model, row)[0]).abs().max() < CLOSE
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path), ids, attention_mask=mask), together)
+
+
+@EVERY_KIND
+def test_encoders_are_refused(kind):
+    for base in (t5(), bert_classifier()):
+        with pytest.raises(ModelError, match=type(base).__name__):
+            get_peft_model(base, config(kind))
+        assert not isinstance(base, PeftModel)
+
+
+@EVERY_KIND
+def test_a_bare_backbone_is_adapted(kind):
+    model = get_peft_model(llama().model, config(kind)).eval()
+    whole = adapted(kind)
+    state = slimtune.get_peft_model_state_dict(whole)
+    state = {k.replace("model.model.layers", "model.layers"): t for k, t in state.items()}
+    slimtune.set_peft_model_state_dict(model, state)
+    with torch.no_grad():
+        assert torch.equal(model(ROWS[0]).last_hidden_state, whole.model(ROWS[0]).last_hidden_state)
+    assert type(model.unload()) is tf.LlamaModel
+
+
+def test_an_attention_without_prefixes_is_refused():
+    model = adapted("prefix")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ModelError, match="flash_attention_2"):
+        logits(model, ROWS[0])
+
+
+# --- starts from text -------------------------------------------------------------------------------------------------
+
+TEXT = "lexicographer"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def logits_after_text(model, tokenizer, ids):
+    text = tf.AutoTokenizer.from_pretrained(tokenizer)(TEXT, return_tensors="pt")["input_ids"].expand(len(ids), -1)
+    return logits(model, torch.cat([text, ids], dim=1))[:, text.shape[1] :]
+
+
+@EVERY_SHAPE
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_start_from_text_answers_as_after_it(kind, base, attention, tokenizer):
+    plain = BASES[base]()
+    plain.set_attn_implementation(attention)
+    expected = logits_after_text(plain, tokenizer, tokens())
+    init = {"num_virtual_tokens": len(TEXT), "tokenizer_name_or_path": tokenizer}
+    if kind == "prompt":
+        init |= {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": TEXT}
+    else:
+        init |= {"prefix_tuning_init_text": TEXT}
+    model = get_peft_model(plain, config(kind, **init)).eval()
+    assert (logits(model, tokens()) - expected).abs().max() < CLOSE
+    assert (logits(model, tokens()) - run(BASES[base]())).abs().max() > 1e-4
+
+
+def test_prefix_is_set_from_text_and_cache(tokenizer):
+    plain = llama()
+    expected = logits_after_text(plain, tokenizer, tokens())
+    words = tf.AutoTokenizer.from_pretrained(tokenizer)
+    with torch.no_grad():
+        cache = plain(words(TEXT, return_tensors="pt")["input_ids"], use_cache=True).past_key_values
+    model = get_peft_model(plain, config("prefix", num_virtual_tokens=len(TEXT))).train()
+    shake(model)
+    initialize_kv_prefix_from_text(model, words, text=TEXT, use_chat_template=False)
+    assert model.training
+    assert (logits(model, tokens()) - expected).abs().max() < CLOSE
+    shake(model)
+    loaded = initialize_kv_prefix_from_past_key_values(model, past_key_values=cache)
+    assert torch.equal(loaded, learned(model))
+    assert (logits(model, tokens()) - expected).abs().max() < CLOSE
+    with pytest.raises(ConfigError, match="13 tokens"):
+        initialize_kv_prefix_from_text(model, words, text=TEXT, use_chat_template=False, num_virtual_tokens=14)
+    with pytest.raises(UsageError, match="no prefix"):
+        initialize_kv_prefix_from_text(adapted("projection"), words, text=TEXT)
+
+
+@pytest.mark.parametrize("init", ["TEXT", "SAMPLE_VOCAB"])
+def test_starts_equal_pefts(init, tokenizer):
+    settings = {"prompt_tuning_init": init, "num_virtual_tokens": 7, "task_type": "CAUSAL_LM"}
+    if init == "TEXT":
+        settings |= {"prompt_tuning_init_text": "abc", "tokenizer_name_or_path": tokenizer}
+    starts = []
+    for library in (slimtune, peft):
+        torch.manual_seed(1)
+        model = library.get_peft_model(gemma2(), library.PromptTuningConfig(**settings))
+        starts.append(library.get_peft_model_state_dict(model)["prompt_embeddings"])
+    assert torch.equal(starts[0].float(), starts[1])  # peft rounds them to fp32
+
+
+def test_recipes_start_a_prefix_near_the_base():
+    for given, init in (({}, "vocab"), ({"prefix_projection": False}, "vocab"), ({"prefix_projection": True}, None)):
+        assert resolved(given, slimtune.PrefixTuningConfig)["init_weights"] == init
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "error"),
+    [
+        ("prompt", {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a"}, ConfigError),
+        ("prompt", {"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "a"}, ConfigError),
+        ("prompt", {"prompt_tuning_init": "WORDS"}, ConfigError),
+        ("prompt", {"tokenizer_kwargs": {"use_fast": True}}, ConfigError),
+        ("prompt", {"num_virtual_tokens": 0}, ConfigError),
+        ("prompt", {"num_virtual_tokens": None}, ConfigError),
+        ("prompt", {"num_transformer_submodules": 2}, ConfigError),
+        ("prompt", {"token_dim": 16}, ConfigError),
+        ("p_tuning", {"token_dim": 16}, ConfigError),
+        ("prefix", {"num_layers": 3}, ConfigError),
+        ("prefix", {"token_dim": 32}, ModelError),
+        ("projection", {"prefix_tuning_init_text": "a", "tokenizer_name_or_path": "b"}, ConfigError),
+        ("adaption", {"adapter_layers": 3}, TargetError),
+        ("adaption", {"target_modules": "self_atn"}, TargetError),
+    ],
+)
+def test_bad_settings_are_refused(kind, settings, error):
+    with pytest.raises(error):
+        logits(adapted(kind, **settings), ROWS[0])
+
+
+# --- encoders, and peft -----------------------------------------------------------------------------------------------
+
+ENCODERS = {
+    "mlp": ("PromptEncoderConfig", {"encoder_hidden_size": 12}),
+    "lstm": ("PromptEncoderConfig", {"encoder_hidden_size": 12, "encoder_reparameterization_type": "LSTM"}),
+    "projection": ("PrefixTuningConfig", {"encoder_hidden_size": 12, "prefix_projection": True}),
+}
+EVERY_ENCODER = pytest.mark.parametrize("encoder", sorted(ENCODERS))
+
+
+def with_encoder(library, base, encoder):
+    cls, settings = ENCODERS[encoder]
+    torch.manual_seed(1)
+    adapter = getattr(library, cls)(task_type="CAUSAL_LM", num_virtual_tokens=5, **settings)
+    return library.get_peft_model(BASES[base](), adapter).eval()
+
+
+def gradients(model):
+    ids = tokens()
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
+    out.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "base"),
+    [
+        ("mlp", "llama"),
+        ("mlp", "gemma2"),
+        ("lstm", "gpt2"),
+        ("lstm", "qwen2"),
+        ("projection", "llama"),
+        ("projection", "gpt2"),
+        ("projection", "gemma2"),
+    ],
+)
+def test_encoders_equal_pefts(encoder, base, tmp_path):
+    ours, theirs = with_encoder(slimtune, base, encoder), with_encoder(peft, base, encoder)
+    theirs.prompt_encoder.double()
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in (ours, theirs)]
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))
+    ids = tokens()
+    expected = logits(theirs, ids)[:, -ids.shape[1] :]
+    assert (logits(ours, ids) - expected).abs().max() < CLOSE
+    assert all((a - b).abs().max() < CLOSE for a, b in zip(gradients(ours), gradients(theirs), strict=True))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(BASES[base](), tmp_path)
+    assert (logits(loaded, ids) - expected).abs().max() < CLOSE
+    ours.save_pretrained(tmp_path)
+    back = peft.PeftModel.from_pretrained(BASES[base](), tmp_path).eval()
+    assert (logits(back, ids)[:, -ids.shape[1] :] - expected).abs().max() < 1e-6  # fp32 in peft
+
+
+@EVERY_ENCODER
+def test_encoder_trains_on_from_our_file(encoder, tmp_path):
+    model = with_encoder(slimtune, "llama", encoder)
+    shake(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), gradients(loaded), strict=True))
+
+
+@EVERY_ENCODER
+def test_without_its_encoder_a_table_trains(encoder, tmp_path):
+    with_encoder(peft, "llama", encoder).save_pretrained(tmp_path, save_embedding_layers=False)
+    model = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == 1
+    assert trained[0].endswith("prompt_embeddings")
+    assert gradients(model)[0].abs().max() > 0
+    assert not any(p.requires_grad for p in PeftModel.from_pretrained(llama(), tmp_path).parameters())
+    with pytest.raises(AdapterError, match="missing"):
+        slimtune.set_peft_model_state_dict(model, {})
+
+
+def test_encoder_dropout_does_not_reach_the_file():
+    model = with_encoder(slimtune, "llama", "lstm")
+    model.train()
+    encoder = model.model.adapters["default"].prompt_encoder
+    encoder.lstm_head.dropout = 0.5
+    assert torch.equal(learned(model), learned(model))
+    assert encoder.training
+
+
+@pytest.mark.parametrize("base", ["llama", "mistral", "gpt2"])
+def test_adaption_prompts_equal_pefts(base, tmp_path):
+    settings = {"adapter_len": 4, "adapter_layers": 1, "task_type": "CAUSAL_LM"}
+    ours, theirs = (
+        library.get_peft_model(BASES[base](), library.AdaptionPromptConfig(**settings)).eval()
+        for library in (slimtune, peft)
+    )
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours.load_adapter(tmp_path / "theirs", "default", is_trainable=True)
+    assert (logits(ours, tokens()) - run(BASES[base]())).abs().max() > 1e-3
+    assert (logits(ours, tokens()) - logits(theirs, tokens())).abs().max() < CLOSE
+    assert all((a - b).abs().max() < CLOSE for a, b in zip(gradients(ours), gradients(theirs), strict=True))
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(BASES[base](), tmp_path / "ours").eval()
+    assert (logits(ours, tokens()) - logits(back, tokens())).abs().max() < CLOSE
+
+
+def test_pefts_classifier_is_read_and_written(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return tf.LlamaForSequenceClassification(tf.LlamaConfig(**DECODER, pad_token_id=0, num_labels=3)).eval()
+
+    theirs = peft.get_peft_model(make(), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)).eval()
+    shake(theirs)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    ours = PeftModel.from_pretrained(make(), tmp_path)
+    inputs = {"attention_mask": torch.ones_like(tokens())}
+    assert (logits(ours, tokens(), **inputs) - logits(theirs, tokens(), **inputs)).abs().max() < 1e-5
+    ours.save_pretrained(tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+    assert (logits(ours, tokens(), **inputs) - logits(back, tokens(), **inputs)).abs().max() < 1e-5
