@@ -79,7 +79,6 @@ CASES: dict[str, Case] = {
     "miss+mini": Case("MissConfig", {"r": 4, "mini_r": 4, "init_weights": "mini", **ALL}, {"r": 2}),
     "miss+bat": Case("MissConfig", {"r": 4, "init_weights": "bat", **ALL}, {"r": 2}),
     "vera": Case("VeraConfig", {"r": 8, **ALL}, {"r": 5}),
-    "full": Case("FullConfig"),
     "hira": Case("HiraConfig", {"r": 4, **ALL}, {"r": 2}),
     "shira": Case("ShiraConfig", {"r": 4, **ALL}, {"r": 2}),
     "bottleneck": Case("BottleneckConfig", {"reduction_factor": 4}, {"reduction_factor": 8}),
