@@ -85,7 +85,17 @@ def turn(**more):
     return {"messages": [USER, {**SAID, **more}]}
 
 
-FAULTY = {
+INVALID = {
+    "messages wrong": ({"messages": "hi"}, "wrong-type", "'messages' is not a list but a string"),
+    "no turns": ({"messages": []}, "no-assistant-turn", "so there is nothing to learn (roles here: none)"),
+    "no assistant": ({"messages": [USER]}, "no-assistant-turn", "so there is nothing to learn (roles here: 'user')"),
+    "message wrong": ({"messages": ["hi"]}, "wrong-type", "messages[0] is not an object but a string"),
+    "role missing": ({"messages": [{"content": "a"}]}, "missing-key", "messages[0] has no 'role'"),
+    "content missing": ({"messages": [{"role": "user", "contents": ""}]}, "missing-key", "did you mean 'contents'?"),
+    "role number": ({"messages": [{"role": 3, "content": "a"}]}, "wrong-type", "messages[0].role is not a string"),
+    "content null": ({"messages": [{"role": "user", "content": None}]}, "wrong-type", "not a string but null"),
+    "content parts": ({"messages": [{"role": "user", "content": [{}]}]}, "wrong-type", "not a string but a list"),
+    "calls of a user": ({"messages": [{**USER, "tool_calls": [1]}]}, "unknown-key", "(known: 'role', 'content'"),
     "weight between": (turn(weight=0.5), "bad-weight", "messages[1].weight is 0.5: a turn is learned (1) or not (0)"),
     "weight true": (turn(weight=True), "bad-weight", "weight is True"),
     "weight of a user": ({"messages": [{**USER, "weight": 1}, SAID]}, "bad-weight", "a user turn is never learned"),
@@ -112,9 +122,9 @@ FAULTY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAULTY)
+@pytest.mark.parametrize("name", INVALID)
 def test_an_invalid_row_has_a_cause_and_a_code(tmp_path, name):
-    row, code, cause = FAULTY[name]
+    row, code, cause = INVALID[name]
     _, found = only(tmp_path, row)
     assert isinstance(found, InvalidRow)
     assert (found.line, found.code) == (1, code)

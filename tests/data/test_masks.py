@@ -111,7 +111,7 @@ def test_mask_token_by_token(name, trim):
     check(make_tokenizer(template_text(name.split()[0]), specials, trim), turns, marked)
 
 
-def test_gpt_oss_says_its_channel_and_ends_turns_in_two_ways():
+def test_gpt_oss_learns_its_channel_and_both_ends():
     tok = make_tokenizer(template_text("gptoss"), GPTOSS)
     got = encode_chat(tok, messages(TWO))
     said = [t for t, s in zip(got.input_ids, got.supervised, strict=True) if s]
@@ -120,7 +120,7 @@ def test_gpt_oss_says_its_channel_and_ends_turns_in_two_ways():
     )
 
 
-def test_an_end_for_the_last_turn_and_another_for_earlier_ones():
+def test_the_last_turn_may_end_differently():
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{{ eos_token if loop.last else '[E]' }}{% endfor %}"
@@ -151,25 +151,25 @@ def test_a_token_that_begins_in_the_prompt():
     assert chat_template.mask_tokens(rendered, offsets) == [False, True, False, False]
 
 
-def test_header_is_not_learned_without_a_generation_prompt():
+def test_no_generation_prompt():
     marked = "<|im_start|>user\nDefine patience.<|im_end|>\n<|im_start|>assistant\n"
     marked += "«A minor form of despair.<|im_end|>»\n"
     check(make_tokenizer(NO_PROMPT, CHATML), ONE, marked)
 
 
-def test_end_of_turn_that_is_plain_text_to_the_tokenizer():
+def test_end_of_turn_as_plain_text():
     marked = "<|im_start|>user\nDefine patience.<|im_end|>\n<|im_start|>assistant\n"
     marked += "«A minor form of despair.<|im_end|>»\n"
     check(make_tokenizer(NO_PROMPT, ["<s>", "</s>"]), ONE, marked)
 
 
-def test_no_end_of_turn_at_all_learns_the_content_alone():
+def test_no_end_of_turn():
     marked = "### user:\nHi there\n### assistant:\n«A lie»\n### user:\nMore?\n### assistant:\n«No»\n"
     turns = [("user", "Hi there"), ("assistant", "A lie"), ("user", "More?"), ("assistant", "No")]
     check(make_tokenizer(PLAIN, ["<s>", "</s>"]), turns, marked)
 
 
-def test_white_space_of_the_content_is_the_assistants():
+def test_white_space_of_the_content_is_learned():
     marked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«  A lie. \n<|im_end|>»\n"
     check(make_tokenizer(NO_PROMPT, CHATML), BLANK, marked)
     trimmed = "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n«A lie.<end_of_turn>»\n"
@@ -177,7 +177,7 @@ def test_white_space_of_the_content_is_the_assistants():
 
 
 @pytest.mark.parametrize("word", ["assistant", "user", "<|im_end|>", "Define patience."])
-def test_answers_that_repeat_what_stands_around_them(word):
+def test_answers_that_repeat_their_context(word):
     marked = SMOL + f"<|im_start|>user\nDefine patience.<|im_end|>\n<|im_start|>assistant\n«{word}<|im_end|>»\n"
     check(make_tokenizer(template_text("smollm2"), CHATML), [ONE[0], ("assistant", word)], marked)
 
@@ -189,7 +189,7 @@ REWRITING = (
 )
 
 
-def test_repeated_turns_with_a_template_that_rewrites_them():
+def test_a_template_that_rewrites_earlier_turns():
     """The system message moves to the last question, so no rendering of earlier turns is a prefix of the whole."""
     turns = [("system", "no"), *[("user", "Ö"), ("assistant", "Ö")] * 3]
     marked = "<s>[INST] Ö[/INST]« Ö</s>»[INST] Ö[/INST]« Ö</s>»[INST] no\n\nÖ[/INST]« Ö</s>»"

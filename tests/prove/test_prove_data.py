@@ -63,7 +63,7 @@ def alarms(paths, tokenizer):
 def test_the_corpus_is_what_it_has_to_be(cases, paths):
     assert len(cases) == len({c.path for c in cases}) >= 60
     assert len(paths) == len(set(paths)) >= 20
-    about_the_template = {"doubled-bos", "missing-end"}  # tests/data/test_survey.py
+    about_the_template = {"doubled-bos", "missing-end"}  # tests/data/test_validation.py
     assert set(ISSUE_TYPES) - {c.code for c in cases} == about_the_template | {"validation-invalid"}
 
 

@@ -25,7 +25,8 @@ def data_report(
     validation: Annotated[str | None, typer.Option(help="Validation rows, which must not be among these.")] = None,
     max_seq_len: Annotated[int, typer.Option(help="Most tokens of a row, from 2.")] = 1024,
     on_overlong: Annotated[
-        Literal["error", "drop", "truncate"], typer.Option(help="What happens to a longer row.")
+        Literal["error", "drop", "truncate"],
+        typer.Option("--on-overlong", "--too-long", help="What happens to a longer row."),
     ] = "drop",
     batch_size: Annotated[int, typer.Option(help="Rows per optimizer step, from 1; they are packed together.")] = 8,
     format: Annotated[

@@ -38,7 +38,7 @@ class StepSharder:
         self.collator, self.hidden_size, self.world_size, self.rank = collator, hidden_size, world_size, rank
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return this process's `micro_batches` and their `weights`, and the number of `targets` and `tokens` of the step."""
+        """Return this process's `micro_batches` with `weights`, and how many `targets` and `tokens` the step has."""
         groups, weights = self.assign_groups(examples)
         return {
             "micro_batches": [self.collator([examples[i] for i in g]) for g in groups],

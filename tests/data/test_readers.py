@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import json
+import re
 import tracemalloc
 
 import pyarrow
@@ -16,6 +17,7 @@ from slimtune.data.dataset import InvalidRow, Row, open_rows, read_rows
 from slimtune.errors import DataError, UsageError
 from slimtune.utils.dataset_id import parse_dataset_id
 
+TEXT = {"text": "Größe 🙂"}
 ROWS = [{"instruction": f"Define {i}, please", "output": f"Größe\n{i} 嘘"} for i in range(5)]
 
 
@@ -150,6 +152,46 @@ def test_tables_without_a_row(tmp_path):
 
 def faults(path):
     return [(found.line, found.code) for found in open_rows(path) if isinstance(found, InvalidRow)]
+
+
+def write_lines(path, *lines):
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines), encoding="utf-8")
+    return path
+
+
+def test_byte_order_mark_blank_lines_and_crlf(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", "\ufeff" + json.dumps(TEXT), "", {**TEXT, "id": 7}, "  ")
+    assert [row.line for row in read_rows(path)] == [1, 3]
+    (tmp_path / "crlf.jsonl").write_bytes(f"{json.dumps(TEXT)}\r\n".encode())
+    assert read_rows(str(tmp_path / "crlf.jsonl")) == [Row([], 1, completion="Größe 🙂")]
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    write_lines(tmp_path / "train.jsonl", TEXT)
+    with pytest.raises(UsageError, match=r"no such file: .*trian\.jsonl; did you mean 'train\.jsonl'"):
+        read_rows(tmp_path / "trian.jsonl")
+    with pytest.raises(UsageError, match="there is no folder"):
+        read_rows(tmp_path / "nowhere" / "train.jsonl")
+
+
+def test_a_line_that_does_not_parse_is_shown_shortened(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", TEXT, '{"messages": [oops' + "x" * 200)
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    assert error.value.exit_code == 1
+    assert f"{path}:2: does not parse as JSON (Expecting value at column 15)" in error.value.message
+    assert '{"messages": [oopsxxx' in error.value.message
+    assert error.value.message.endswith("… (218 characters)")
+
+
+def test_up_to_ten_errors_are_reported_together(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", "{", TEXT, {"text": ""}, "[1]")
+    with pytest.raises(DataError) as error:
+        read_rows(path)
+    assert re.findall(r"a\.jsonl:(\d)", error.value.message) == ["1", "3", "4"]
+    with pytest.raises(DataError, match="the first 10 errors") as error:
+        read_rows(write_lines(tmp_path / "b.jsonl", *["{"] * 15), format="text")
+    assert error.value.message.count("does not parse") == 10
 
 
 def test_malformed_lines_are_named_and_the_rest_is_read(tmp_path):

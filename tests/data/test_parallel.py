@@ -9,7 +9,7 @@ import sys
 
 import psutil
 import pytest
-from light_work import dies, refuses
+from parallel_functions import dies, refuses
 from tiny_tokenizer import make_tokenizer, template_text
 
 from slimtune.data import parallel
