@@ -23,8 +23,8 @@ from slimtune.errors import DataError, ModelError, UsageError
 
 CHATML = make_tokenizer(template_text("smollm2"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
 GEMMA = make_tokenizer(template_text("gemma"), ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"])
-WORDS = ["sage", "oak", "river", "lamp", "stone", "cloud", "fern", "hill", "iron", "jar", "kite", "leaf", "moon", "nest",
-         "owl", "pine", "quill", "rope", "sand", "tent"]  # fmt: skip
+WORDS = ["sage", "oak", "river", "lamp", "stone", "cloud", "fern", "hill", "iron", "jar", "kite", "leaf", "moon",
+         "nest", "owl", "pine", "quill", "rope", "sand", "tent"]  # fmt: skip
 
 
 def chat(user, answer, system=None):

@@ -288,6 +288,15 @@ def tokenize_dataset(
                 break
         errors.check()
         dataset = writer.finish()
+    _check_lengths(path, total, on_overlong, overlong, unsupervised)
+    return dataset, total
+
+
+def _check_lengths(
+    path: str | Path, total: RowReport, on_overlong: str, overlong: list[int], unsupervised: list[int]
+) -> None:
+    """Raise DataError if rows are too long under "error", have no supervised token, or are all dropped."""
+    max_seq_len = total.max_seq_len
     if overlong and on_overlong == "error":
         raise DataError(
             f"{path}: longer than {max_seq_len} tokens: {format_lines(overlong)}; the longest has {total.longest}",
@@ -309,7 +318,6 @@ def tokenize_dataset(
             expected="at least one row to learn from",
             hint=f"--max-seq-len {total.longest}, or --set data.on_overlong=truncate" if total.rows else "",
         )
-    return dataset, total
 
 
 def format_lines(lines: Sequence[int], count: int | None = None, most: int = 12) -> str:
