@@ -41,11 +41,10 @@ class TokenizedRow:
     input_ids: list[int]
     supervised: list[bool]
 
-    @property
-    def last_supervised(self) -> int | None:
-        """The last supervised token; None if there is none."""
+    def is_open(self, end_ids: frozenset[int]) -> bool:
+        """Return whether the last supervised token does not end a turn."""
         pairs = zip(reversed(self.input_ids), reversed(self.supervised), strict=True)
-        return next((token for token, supervised in pairs if supervised), None)
+        return next((token not in end_ids for token, supervised in pairs if supervised), False)
 
 
 def encode_chat(tokenizer: Any, messages: Messages, tools: Tools = None) -> TokenizedRow:

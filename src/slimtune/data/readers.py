@@ -14,9 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-from pyarrow.parquet import ParquetFile
-
 from ..errors import DataError
 from .formats import InvalidRow
 from .messages import json_type
@@ -181,12 +178,15 @@ def read_parquet(path: Path) -> Iterator[Located]:
     Raises:
         DataError: it is not a Parquet file, or is incomplete.
     """
+    from pyarrow import ArrowException  # 50 MB that the other readers do not need
+    from pyarrow.parquet import ParquetFile
+
     try:
         with ParquetFile(path) as file:
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=TABLE_BATCH))
             records = (record for batch in batches for record in batch)
             yield from ((item, _drop_nulls(record)) for item, record in enumerate(records, start=1))
-    except pyarrow.ArrowException as error:
+    except ArrowException as error:
         problem = f"{path} is not a Parquet file, or is incomplete: {str(error).splitlines()[0]}"
         raise DataError(problem, "a complete Parquet file") from error
 

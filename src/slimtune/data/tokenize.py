@@ -197,7 +197,7 @@ class BatchTokenizer:
             report.kept += 1
             report.tokens += len(supervised)
             report.supervised_tokens += count
-            report.missing_eos += tokens.last_supervised not in (None, *end_ids)
+            report.missing_eos += tokens.is_open(end_ids)
             for name, value in zip(
                 SCHEMA.names, (tokens.input_ids[: self.max_seq_len], supervised, row.line), strict=True
             ):

@@ -115,7 +115,7 @@ class BatchValidator:
         if self.bos_id is not None and tokens.input_ids[:2] == [self.bos_id, self.bos_id]:
             yield "doubled-bos", ""
         # A longer row is truncated or dropped, and its end with it.
-        if len(tokens.input_ids) <= self.max_seq_len and tokens.last_supervised not in (None, *self.end_ids):
+        if len(tokens.input_ids) <= self.max_seq_len and tokens.is_open(self.end_ids):
             yield "missing-end", ""
         for role, text in texts:
             format = find_rendered_format(text)

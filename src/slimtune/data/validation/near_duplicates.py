@@ -93,8 +93,8 @@ def compute_signatures(rows: list[list[int]], supervised: list[list[bool]], comm
     counted = np.ones(len(hashes), dtype=bool)
     if len(common):
         counted = common[np.minimum(np.searchsorted(common, hashes), len(common) - 1)] != hashes
-    trigrams = (trigram for row in supervised for trigram in zip(row, row[1:], row[2:], strict=False))
-    in_answer = counted & np.fromiter(map(all, trigrams), bool, len(hashes))
+    masks = [np.array(row, dtype=bool) for row in supervised]
+    in_answer = counted & np.concatenate([m[:-2] & m[1:-1] & m[2:] for m in masks])
     totals = np.concatenate([[0], np.cumsum(in_answer)])
     comparable = totals[starts[1:]] - totals[starts[:-1]] >= MIN_TRIGRAMS
     if comparable.any():

@@ -158,7 +158,8 @@ class DatasetReport:
         for code, line, example in stats.issues:
             self.issues.add(code, [line], example=example)
         self.issues.add("no-supervised-token", batch.unsupervised)
-        rows = batch.table["input_ids"].to_pylist()
+        ids = batch.table["input_ids"]
+        rows = [row.tolist() for row in np.split(ids.flatten().to_numpy(), ids.offsets.to_numpy()[1:-1])]
         for at in range(0, len(rows), self.rows_per_step):
             self.packed_tokens += len(pack_sequences(rows[at : at + self.rows_per_step]).tokens)
         if stats.prefix is not None:
