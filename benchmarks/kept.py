@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from methods import NEEDED
+from plan import NEEDED
 
 from slimtune import get_peft_model
 from slimtune.adapters.registry import built_in_methods, config_class

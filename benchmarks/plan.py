@@ -30,16 +30,20 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: 
 
 import torch
 import transformers as tf
-from methods import NEEDED
 from plan_ways.referee import measured
 
 from slimtune.adapters.registry import built_in_methods, config_class
 from slimtune.config.method import resolved
-from slimtune.models.loader import load_config
+from slimtune.models.registry import load_config
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.request import TrainingJob
 from slimtune.utils.formatting import format_bytes
 
+NEEDED = {
+    "bitfit": {"new_biases": True},  # Llama has none
+    "trainable_tokens": {"token_indices": [1, 2, 198, 520, 4093, 9690]},  # those of SmolLM2's chat template
+}
+"""Settings of methods whose defaults train nothing on such a base."""
 MEAN, WORST = 0.5, 2.0
 """Errors of the peak that are too large, in per cent."""
 BASES: dict[str, Any] = {
@@ -57,7 +61,7 @@ BASES: dict[str, Any] = {
 METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "full": (None, {}),
     "lora, DoRA": ("lora", {"use_dora": True}),
-    **{name: (name, NEEDED.get(name, {})) for name in built_in_methods()},
+    **{name: (name, NEEDED.get(name, {})) for name in built_in_methods() if name != "full"},
 }
 OWN = {("bitfit", "gpt2"): {}, ("bitfit", "qwen2"): {}}
 """Settings for bases that have biases."""

@@ -50,7 +50,7 @@ from slimtune.export.merge import load_trained
 from slimtune.export.reference import QUESTIONS, Reference, Text, Tolerance, Verdict, compare_engine
 from slimtune.export.vllm import write_vllm_adapter
 from slimtune.models.gguf import read_dequantized
-from slimtune.models.source import resolve_model
+from slimtune.models.registry import resolve_model
 from slimtune.setup import load_run
 from slimtune.training.train import train
 

@@ -277,8 +277,8 @@ def test_unreadable_bases(export, tmp_path):
 @pytest.mark.real
 def test_smollm2s_own_file(export):
     """The file says that no token is put before a prompt; the text is the chat template's to the last character."""
-    from slimtune.models.loader import load_config, load_tokenizer
-    from slimtune.models.source import resolve_model
+    from slimtune.models.loader import load_tokenizer
+    from slimtune.models.registry import load_config, resolve_model
 
     base = resolve_model("smollm2-135m")
     tokenizer, model = load_tokenizer(base.spec), load_config(base.spec)

@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from slimtune.errors import ModelError, RunError, SlimtuneError
 from slimtune.models import gguf as room
-from slimtune.models.gguf import cache_root, read_dequantized
-from slimtune.models.gguf_facts import llama3_divisors
-from slimtune.models.loader import load_base, load_config, load_tokenizer
-from slimtune.models.source import resolve_model
+from slimtune.models.gguf import cache_root, llama3_divisors, read_dequantized
+from slimtune.models.loader import load_base, load_tokenizer
+from slimtune.models.registry import load_config, resolve_model
 from slimtune.utils.fingerprint import config_fingerprint
 
 pytest.importorskip("gguf")
@@ -204,7 +203,7 @@ def test_a_full_disk_leaves_nothing_behind(
 
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "save_pretrained", save)
-        refused(file, RunError, "the disk is full", "MiB free", "wanted:")
+        refused(file, RunError, "the disk is full", "MiB free", "expected:")
     assert left(cache) == []
     assert read_dequantized(file)[0].is_dir()
 

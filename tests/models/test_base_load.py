@@ -15,9 +15,10 @@ from huggingface_hub import errors as hub
 from transformers.utils import logging as theirs
 
 from slimtune.errors import ModelError, RunError, SlimtuneError, UsageError
-from slimtune.models import loader as room
+from slimtune.models import registry
 from slimtune.models.errors import translate_load_errors
-from slimtune.models.loader import load_base, load_config, load_tokenizer
+from slimtune.models.loader import load_base, load_tokenizer
+from slimtune.models.registry import load_config
 
 
 def load(spec: Path | str, **options: Any) -> Any:
@@ -154,7 +155,7 @@ def test_wrong_shapes(tiny_folder: Path) -> None:
 def test_unused_weights_are_said_aloud(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit(tiny_folder / "config.json", num_hidden_layers=1)
     load(tiny_folder)
-    assert "left unused: 'model.layers.1" in caplog.text
+    assert "unused weights of the checkpoint: 'model.layers.1" in caplog.text
 
 
 def test_a_folder_without_tokenizer(tiny_folder: Path) -> None:
@@ -167,7 +168,7 @@ def test_a_tokenizer_that_is_too_large(tiny_folder: Path, tiny_tokenizer: Callab
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<{i}>" for i in range(80)])
     tokenizer.save_pretrained(tiny_folder)
-    refused(tiny_folder, ModelError, 1, "ids up to 338", "the model embeds 320")
+    refused(tiny_folder, ModelError, 1, "ids up to 338", "the model has 320 embeddings")
 
 
 def test_no_memory(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +271,7 @@ def test_what_the_hub_answers(
         answer = {"response": MagicMock(headers={})} if issubclass(error, hub.HfHubHTTPError) else {}
         raise OSError("cannot be had") from error("said no", **answer)
 
-    monkeypatch.setattr(room.PreTrainedConfig, "get_config_dict", fail)
+    monkeypatch.setattr(registry.PreTrainedConfig, "get_config_dict", fail)
     refused("org/base", kind, kind.exit_code, "'org/base'", *words)
 
 
@@ -282,7 +283,7 @@ def test_a_full_disk_while_downloading(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(room.PreTrainedConfig, "get_config_dict", fail)
+    monkeypatch.setattr(registry.PreTrainedConfig, "get_config_dict", fail)
     refused("org/base", RunError, 1, "disk is full", "HF_HOME")
 
 

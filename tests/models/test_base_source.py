@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slimtune.errors import ModelError, SlimtuneError, UsageError
-from slimtune.models.source import ALIASES, ModelSource, resolve_model
+from slimtune.models.registry import ALIASES, ModelSource, resolve_model
 
 
 def refused(spec: str, kind: type[SlimtuneError], code: int, *words: str) -> None:

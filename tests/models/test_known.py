@@ -9,8 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slimtune.errors import ModelError, UsageError
-from slimtune.models.registry import get_model_info, load_known_configs
-from slimtune.models.source import resolve_model
+from slimtune.models.registry import get_model_info, load_known_configs, resolve_model
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -240,7 +240,7 @@ def _is_here(spec: str) -> bool:
     """Return whether a base's tokenizer lies on this disk."""
     from huggingface_hub import try_to_load_from_cache
 
-    from ..models.source import resolve_model
+    from ..models.registry import resolve_model
 
     try:
         source = resolve_model(spec)

@@ -96,7 +96,7 @@ def _sizes(classes: Iterable[Any], spec: str, trust_remote_code: bool) -> list[d
     from ..config.method import resolved
     from ..errors import SlimtuneError
     from ..models.errors import translate_load_errors
-    from ..models.loader import load_config
+    from ..models.registry import load_config
 
     config = load_config(spec, trust_remote_code=trust_remote_code)
     found = []

@@ -23,8 +23,8 @@ from ..adapters.config import CONFIG_FILE, PeftConfig
 from ..adapters.model import PeftModel
 from ..adapters.model_card import CARD_FILE, is_saved_card, strip_local_paths
 from ..errors import AdapterError, ModelError, RunError, SlimtuneError, UsageError, format_names
-from ..models.gguf_facts import read_facts
-from ..models.loader import load_config
+from ..models.gguf import read_facts
+from ..models.registry import load_config
 from ..run_dir import ADAPTER_FILE, RunDir, RunResults, read_json
 from ..setup import build_meta_model, find_adapter_folder
 from ..utils.hub import CommitResult, commit_files, require_repo_id

@@ -28,8 +28,9 @@ from ..adapters.model import PeftModel
 from ..errors import AdapterError, RunError
 from ..models.dtype import pick_dtype
 from ..models.errors import silence_libraries
-from ..models.loader import load_base, load_config
+from ..models.loader import load_base
 from ..models.quantization import dequantize_model, remove_quantization, stored_quantization
+from ..models.registry import load_config
 from ..run_dir import ADAPTER_FILE, RunDir, read_json
 from ..setup import TrainedModel, find_adapter_folder, load_run
 from ..utils.files import atomic_folder, translate_disk_full

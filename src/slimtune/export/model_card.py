@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from ..adapters.config import PeftConfig
 from ..adapters.model_card import make_card_data, render_card
 from ..config import Recipe
-from ..models.source import ModelSource
+from ..models.registry import ModelSource
 from ..run_dir import RunResults
 from .base_model_info import BaseModelInfo
 from .vllm import is_served_unchanged, round_up_rank

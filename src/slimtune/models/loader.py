@@ -1,9 +1,7 @@
 """Load a base: model, tokenizer, and what a run has to know about them.
 
-    spec ─ resolve ─▶ Source ─ a GGUF is dequantized once ─▶ folder or Hub id ─ transformers' Auto classes ─▶ Base
-
-Weights come from safetensors only, and code that a base brings along runs only when it was asked for. A weight that
-the checkpoint lacks is an error, because transformers would fill it at random.
+Weights come from safetensors only, and a base's own Python code runs only if the user trusts it. A weight that the
+checkpoint lacks is an error, because transformers would fill it at random.
 """
 
 from __future__ import annotations
@@ -19,26 +17,22 @@ import torch
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateSyntaxError
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.fingerprint import config_fingerprint
 from .dtype import pick_device, pick_dtype
-from .errors import remote_code_error, translate_load_errors
-from .gguf import read_dequantized
+from .errors import translate_load_errors
 from .quantization import keep_layout, quantization_config
-from .source import ModelSource, resolve_model
+from .registry import ModelSource, load_config_from, load_options, prepare_source, resolve_model
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +43,7 @@ TASKS: dict[str, Any] = {
     "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
     "FEATURE_EXTRACTION": AutoModel,
 }
-# A classification head is new by nature; a language model has nothing to be new.
+# A classification head is new; nothing in a language model is.
 _NEW_HEAD = {"SEQ_CLS", "TOKEN_CLS"}
 
 
@@ -59,14 +53,14 @@ class Base:
 
     Args:
         model: in evaluation mode, on `device`.
-        tokenizer: has a pad token, and the chat template that was given or its own.
-        source: where it came from.
-        dtype: of the weights, and of what those in fewer bits compute in.
-        device: where they lie.
-        load_seconds: seconds for reading model and tokenizer.
-        prepare_seconds: seconds for dequantizing a GGUF for the first time, 0 otherwise.
+        tokenizer: with a pad token, and the given chat template or its own.
+        source: where it is from.
+        dtype: of the weights; quantized ones compute in it.
+        device: where the weights are.
+        load_seconds: seconds spent on reading model and tokenizer.
+        prepare_seconds: seconds spent on dequantizing a GGUF for the first time, else 0.
         fingerprint: 16 hex digits that name the base (see `config_fingerprint`).
-        quantization: what its linear layers are held in: "nf4", "int8", …; None: in `dtype`.
+        quantization: of its linear layers: "nf4", "int8", …; None: they are in `dtype`.
     """
 
     model: PreTrainedModel
@@ -92,69 +86,62 @@ def load_base(
     task: str = "CAUSAL_LM",
     quantization: str | None = None,
 ) -> Base:
-    """Load the base that `spec` names (see `resolve`).
+    """Load the base that `spec` names (see `registry.resolve_model`).
 
     Args:
         spec: alias, GGUF file, Hugging Face folder or Hub id.
-        dtype: of the frozen weights, "auto" for what the hardware multiplies fastest.
+        dtype: of the frozen weights, "auto": what the hardware multiplies fastest.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        trust_remote_code: run code that the base brings along.
+        trust_remote_code: run the base's own Python code.
         chat_template: a Jinja file, or Jinja text, that replaces the tokenizer's template.
-        attn_implementation: transformers' name of the attention kernel; None: sdpa, or eager where it must be.
+        attn_implementation: transformers' name of the attention kernel; None: sdpa, or eager if the model needs it.
         revision: branch, tag or commit on the Hub.
         task: one of `TASKS`.
-        quantization: hold linear layers in "nf4" or "int8"; None: as the checkpoint is stored.
+        quantization: of the linear layers, "nf4" or "int8"; None: as the checkpoint is stored.
 
     Raises:
-        UsageError: a name, device, dtype, task or file that does not exist, remote code that was not allowed, or a
-            `quantization` that the checkpoint contradicts.
+        UsageError: a name, device, dtype, task or file that does not exist, untrusted code, or a `quantization` that the
+            checkpoint contradicts.
         ModelError: the base cannot be found, reached or read, lacks weights or a tokenizer, or needs bitsandbytes.
         RunError: the disk or the memory is full.
     """
     auto = TASKS.get(task)
     if auto is None:
         raise UsageError(f"unknown task {task!r}{nearest(task, TASKS)}", format_names(TASKS))
-    place = pick_device(device)
-    kind = pick_dtype(dtype, place)
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
     template = read_template(chat_template)
     source = resolve_model(spec)
-    where, prepare_seconds = _prepared(source)
+    where, prepare_seconds = prepare_source(source)
     start = time.perf_counter()
-    options = _options(source, trust_remote_code, revision)
-    config = _config(where, source, options)
+    options = load_options(source, trust_remote_code, revision)
+    config = load_config_from(where, source, options)
     tokenizer = _tokenizer(where, source, options, template)
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    held, told = quantization_config(config, quantization, kind, place, spec)
+    stored, quantized = quantization_config(config, quantization, dtype, device, spec)
     with translate_load_errors(spec):
         model, info = auto.from_pretrained(
-            where, config=config, dtype=kind, use_safetensors=True, output_loading_info=True, **options, **told
+            where, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **quantized
         )
-        if not told:  # else it was loaded there, and cannot be moved in 8 bits
-            model.to(place)
-    if held is not None:
+        if not quantized:  # a quantized model is loaded onto its device, and int8 cannot be moved
+            model.to(device)
+    if stored is not None:
         keep_layout(model)
     _check_weights(info, source, task)
     _check_vocabulary(model, tokenizer, source)
-    _tell_pad(model, tokenizer)
+    _set_model_pad(model, tokenizer)
     return Base(
         model=model.eval(),
         tokenizer=tokenizer,
         source=source,
-        dtype=kind,
-        device=place,
+        dtype=dtype,
+        device=device,
         load_seconds=time.perf_counter() - start,
         prepare_seconds=prepare_seconds,
         fingerprint=config_fingerprint(model.config),
-        quantization=held,
+        quantization=stored,
     )
-
-
-def load_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
-    """Load a base's config alone; raises as `load_base` does."""
-    source = resolve_model(spec)
-    where, _ = _prepared(source)
-    return _config(where, source, _options(source, trust_remote_code, revision))
 
 
 def load_tokenizer(
@@ -167,22 +154,22 @@ def load_tokenizer(
     """Load a base's tokenizer alone, no weights; raises as `load_base` does."""
     template = read_template(chat_template)
     source = resolve_model(spec)
-    where, _ = _prepared(source)
-    options = _options(source, trust_remote_code, revision)
-    _config(where, source, options)
+    where, _ = prepare_source(source)
+    options = load_options(source, trust_remote_code, revision)
+    load_config_from(where, source, options)
     return _tokenizer(where, source, options, template)
 
 
 def weights_folder(source: ModelSource, revision: str | None = None) -> Path:
-    """Return the folder that holds a base's weight files, as they are stored; what a Hub id lacks here is fetched."""
+    """Return the folder that holds a base's weight files, as they are stored; for a Hub id, missing files are downloaded."""
     if source.kind != "hub":
-        return Path(_prepared(source)[0])
+        return Path(prepare_source(source)[0])
     with translate_load_errors(source.spec):
         return Path(snapshot_download(source.path, revision=revision, allow_patterns=["*.safetensors*", "*.json"]))
 
 
 def read_template(given: str | Path | None) -> str | None:
-    """Return the Jinja text of a chat template given as text or as a file; None stays None.
+    """Return the Jinja text of a chat template given as text or as a file; for None, None.
 
     Raises:
         UsageError: there is no such file, or it is empty.
@@ -193,9 +180,9 @@ def read_template(given: str | Path | None) -> str | None:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        others = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UsageError(
-            f"there is no chat template file {str(path)!r}{nearest(path.name, beside)}", "a file of Jinja text"
+            f"there is no chat template file {str(path)!r}{nearest(path.name, others)}", "a file of Jinja text"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
@@ -204,35 +191,6 @@ def read_template(given: str | Path | None) -> str | None:
     if not text.strip():
         raise UsageError(f"the chat template {str(path)!r} is empty", "a file of Jinja text")
     return text
-
-
-def _prepared(source: ModelSource) -> tuple[str, float]:
-    """Return what transformers loads from (folder or Hub id), and the seconds spent on preparing it."""
-    if source.kind != "gguf":
-        return source.path, 0.0
-    folder, seconds = read_dequantized(source.path)
-    return str(folder), seconds
-
-
-def _options(source: ModelSource, trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
-    if revision and source.kind != "hub":
-        raise UsageError(
-            f"a revision ({revision!r}) was given for {source.spec!r}, which is on this disk",
-            "a revision only with a Hub id",
-        )
-    # Said outright, never left out: left out, transformers asks on the terminal.
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    return options | ({"revision": revision} if revision else {})
-
-
-def _config(where: str, source: ModelSource, options: dict[str, Any]) -> PreTrainedConfig:
-    revision = {k: v for k, v in options.items() if k == "revision"}
-    with translate_load_errors(source.spec):
-        raw, _ = PreTrainedConfig.get_config_dict(where, **revision)
-        foreign = "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING
-        if foreign and not options["trust_remote_code"]:
-            raise remote_code_error(source.spec)
-        return AutoConfig.from_pretrained(where, **options)
 
 
 def _tokenizer(
@@ -261,16 +219,16 @@ def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
             f"the chat template is not valid Jinja: line {error.lineno}: {error.message}", "Jinja text"
         ) from error
     except Exception as error:
-        # It may want a system turn, or tools: that is found when the data are rendered, with the row at hand.
+        # It may need a system message or tools; then rendering the data reports the row.
         log.debug("the chat template does not render a lone user turn: %s", error)
 
 
 def _set_pad(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
-    """Give the tokenizer a pad token: one made for it, else a reserved one, else the end of text."""
+    """Give the tokenizer a pad token: one made for padding, else a reserved one, else the end of text."""
     if tokenizer.pad_token_id is not None:
         return
     added = [str(t) for t in tokenizer.added_tokens_decoder.values()]
-    # Not just any `…pad`: `<|image_pad|>` and `<|fim_pad|>` have work to do.
+    # Not any `…pad`: `<|image_pad|>` and `<|fim_pad|>` have a meaning.
     pad = r"[<\[]\|?(finetune_)?((right|left)_)?pad(ding)?(_id|_token)?\|?[>\]]"
     for pattern in (pad, r"<\|reserved_special_token_0\|>|<unused0>"):
         if found := next((t for t in added if re.fullmatch(pattern, t, re.IGNORECASE)), None):
@@ -295,7 +253,7 @@ def _check_weights(info: dict[str, Any], source: ModelSource, task: str) -> None
             )
         log.warning("%s: new weights, to be trained: %s", source.name, format_names(missing, 8))
     if unused := sorted(info["unexpected_keys"]):
-        log.warning("%s: weights of the checkpoint left unused: %s", source.name, format_names(unused, 8))
+        log.warning("%s: unused weights of the checkpoint: %s", source.name, format_names(unused, 8))
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> None:
@@ -304,14 +262,14 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         raise ModelError(
-            f"the tokenizer of {source.spec!r} makes ids up to {highest}, the model embeds {rows}",
+            f"the tokenizer of {source.spec!r} has ids up to {highest}, and the model has {rows} embeddings",
             "a tokenizer whose ids the model knows",
             "use the tokenizer of the same checkpoint, or resize the embeddings and save the base",
         )
 
 
-def _tell_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tell the model the pad token, which classification heads and `generate` read."""
+def _set_model_pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model the pad token, which classification heads and `generate` read."""
     for config in (model.config, getattr(model, "generation_config", None)):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id

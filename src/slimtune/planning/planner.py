@@ -251,7 +251,9 @@ def make_advice(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advice]:
     """
 
     def judge(changed: TrainingJob) -> tuple[int, Verdict]:
-        peak, reserved = reserved_memory(changed, extrapolate_layers(changed))
+        # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
+        trace = extrapolate_layers(changed, backward_only=changed.optimizer == "adamw")
+        peak, reserved = reserved_memory(changed, trace)
         return peak, judge_memory(reserved, RUNTIME[changed.device], Range(*gpu.usable))
 
     useful, advice = [], []
