@@ -60,7 +60,7 @@ class Tolerance:
 
 TOLERANCES = {
     "f64": Tolerance(1e-5, 1e-6),
-    "f32": Tolerance(0.02, 0.005),
+    "f32": Tolerance(0.02, 0.01),
     "f16": Tolerance(0.1, 0.01),
     "bf16": Tolerance(3.0, 0.05, 0.25),
     "q8_0": Tolerance(3.0, 0.05, 0.25),
