@@ -1,4 +1,4 @@
-"""A comparison that takes seconds: a tiny base, cells in this very process."""
+"""Comparisons that take seconds: a tiny base, and workers that run in this process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from training.tiny_run import write_rows
 
 from slimtune.comparison import compare, worker
 from slimtune.comparison.candidates import build_candidates
-from slimtune.comparison.grid import Grid, grid_of
-from slimtune.comparison.launch import Ended
+from slimtune.comparison.grid import Grid, build_grid
+from slimtune.comparison.worker import WorkerResult
 from slimtune.config import load_recipe
 from slimtune.errors import SlimtuneError
 from slimtune.run_dir import RunDir
@@ -24,7 +24,7 @@ PLANS: dict[str, Any] = {}
 
 @pytest.fixture
 def tree(tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """A recipe's tree: 24 rows, 6 a step."""
+    """A recipe as a tree: 24 training rows, 6 per step."""
     rows = {"train": (24, 0), "validation": (6, 100), "test": (8, 200)}
     return {
         "model": {"name": str(tiny_folder), "dtype": "float32"},
@@ -39,50 +39,48 @@ def tree(tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
 def grid(tree: dict[str, Any], tmp_path: Path) -> Callable[..., Grid]:
     """Make a grid: `grid("lora", "ia3", seeds=2, tokens=900)`."""
 
-    def make(*labels: str, out: str = "c", seeds: int = 2, trials: int = 0, **how: Any) -> Grid:
-        tokens, given = how.pop("tokens", 900), how.pop("given", {})
-        found = build_candidates(labels, tree, given)
-        return grid_of(tree, found, seeds=seeds, tokens=tokens, trials=trials, out=tmp_path / out, **how)
+    def make(*labels: str, out: str = "c", seeds: int = 2, trials: int = 0, **settings: Any) -> Grid:
+        tokens, overrides = settings.pop("tokens", 900), settings.pop("overrides", {})
+        candidates = build_candidates(labels, tree, overrides)
+        return build_grid(
+            tree, candidates, seeds=seeds, tokens=tokens, trials=trials, output_dir=tmp_path / out, **settings
+        )
 
     return make
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let cells run in this process, which has imported everything; returns the names of those that ran.
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run workers in this process and plan each method once; returns the names of the runs, in order."""
+    started: list[str] = []
+    make_plan = compare.make_plan
 
-    A method is planned once for all tests, and no picture is drawn: what does either has tests of its own.
-    """
-    ran: list[str] = []
-
-    def cached_make_plan(request: Any, **options: Any) -> Any:
+    def plan_once(request: Any, **settings: Any) -> Any:
         method = request.method_name
         if method not in PLANS:
-            PLANS[method] = real(request, **options)
+            PLANS[method] = make_plan(request, **settings)
         return PLANS[method]
 
-    real = compare.make_plan
-    monkeypatch.setattr(compare, "make_plan", cached_make_plan)
-    monkeypatch.setattr(compare, "draw", lambda *_: None)
-
-    def launch(recipe_file: Path, log: Path, **how: Any) -> Ended:
-        ran.append(recipe_file.stem)
+    def launch_worker(recipe_file: Path, log_file: Path, **settings: Any) -> WorkerResult:
+        started.append(recipe_file.stem)
         try:
-            worker.run(recipe_file, **{k: v for k, v in how.items() if k != "stop"})
+            worker.run_cell(recipe_file, **{k: v for k, v in settings.items() if k != "should_stop"})
         except SlimtuneError as e:
-            return Ended(e.message, False, 0.0)
-        return Ended("", False, 0.0)
+            return WorkerResult(e.message, False, 0.0)
+        return WorkerResult("", False, 0.0)
 
-    monkeypatch.setattr(compare, "launch", launch)
-    monkeypatch.setattr("slimtune.comparison.tune.launch", launch)
-    return ran
+    monkeypatch.setattr(compare, "make_plan", plan_once)
+    monkeypatch.setattr(compare, "draw_comparison", lambda *_: None)
+    monkeypatch.setattr(compare, "launch_worker", launch_worker)
+    monkeypatch.setattr("slimtune.comparison.tune.launch_worker", launch_worker)
+    return started
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, here: list[str]) -> list[str]:
-    """As `here`, with cells that train nothing: they write what a cell leaves, in numbers made up from its name."""
+def without_training(monkeypatch: pytest.MonkeyPatch, in_process: list[str]) -> list[str]:
+    """Like `in_process`, but a run trains nothing: it writes a run's files with numbers drawn from its name."""
 
-    def made_up(recipe_file: Path, *, full: bool = False, **_: Any) -> None:
+    def write_results(recipe_file: Path, **_: Any) -> None:
         recipe = load_recipe(recipe_file)
         folder, noise = Path(recipe.output_dir), random.Random(recipe_file.stem)
         folder.mkdir(parents=True)
@@ -103,5 +101,5 @@ def quick(monkeypatch: pytest.MonkeyPatch, here: list[str]) -> list[str]:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
         RunDir(folder).scores_file("test").write_text(json.dumps(rows))
 
-    monkeypatch.setattr(worker, "run", made_up)
-    return here
+    monkeypatch.setattr(worker, "run_cell", write_results)
+    return in_process

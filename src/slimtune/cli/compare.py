@@ -40,14 +40,14 @@ def compare(
     plot: Annotated[Path | None, typer.Option(help="Draw the picture into this .svg or .png, too.")] = None,
     as_json: Json = False,
 ) -> Any:
-    """Train methods on the same rows with the same budget, and say which is worth what.
+    """Train several methods on the same rows with the same budget and compare them.
 
-    Killed, it goes on with the same command. Exit code 1: a run failed; the others are reported.
+    The same command resumes a comparison that was killed. Exit code 1: a run failed; the others are reported.
     """
     _require_packages(tune)
     from ..comparison.candidates import build_candidates, split_settings
-    from ..comparison.compare import compare as carry_out
-    from ..comparison.grid import grid_of
+    from ..comparison.compare import compare as run_comparison
+    from ..comparison.grid import build_grid
     from ..config.loading import read_override, read_tree, set_field
     from ..planning.bars import require_plot
 
@@ -66,11 +66,11 @@ def compare(
         raise UsageError(f"{recipe}: method and train are sections", "a mapping each")
     wanted = build_candidates([n.strip() for n in methods.split(",") if n.strip()], tree, single)
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
-        say(f"the recipe's learning rate, {rate}, is not used: each method takes its own, which --tune searches")
+        say(f"the recipe's learning rate, {rate}, is not used: each method has its own, which --tune searches")
     folder = out if out is not None else Path(f"{tree.get('output_dir', 'runs/run')}-compare")
     how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
-    grid = grid_of(tree, wanted, out=folder.expanduser(), **how)
-    result = carry_out(grid, say, plot=plot)
+    grid = build_grid(tree, wanted, output_dir=folder.expanduser(), **how)
+    result = run_comparison(grid, say, plot=plot)
     if not as_json:
         _show(result)
     return NegativeResult(result) if result["failed"] or not result["methods"] else result
@@ -87,18 +87,18 @@ def _require_packages(tune: bool) -> None:
 
 
 def _show(result: Mapping[str, Any]) -> None:
-    from ..comparison.table import BRIEF, brief, notes, setting
+    from ..comparison.report import TERMINAL_COLUMNS, describe_comparison, format_terminal_row, list_notes
 
     screen = console()
-    screen.print(setting(result), markup=False)
-    rows = table(*BRIEF)
+    screen.print(describe_comparison(result), markup=False)
+    rows = table(*TERMINAL_COLUMNS)
     rows.padding = (0, 1, 0, 0)
     rows.columns[0].no_wrap = True
     rows.columns[-1].justify, rows.columns[-1].no_wrap = "left", False
     for line in result["methods"]:
-        rows.add_row(*brief(line))
+        rows.add_row(*format_terminal_row(line))
     screen.print(rows)
-    for note in notes(result):
+    for note in list_notes(result):
         screen.print(note, markup=False)
     screen.print(f"\n{result['advice']}", markup=False, style="bold")
-    screen.print(f"kept in {result['out']}: compare.json, table.md, compare.svg", markup=False)
+    screen.print(f"Files in {result['output_dir']}: compare.json, table.md, compare.svg", markup=False)

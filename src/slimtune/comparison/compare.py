@@ -1,15 +1,14 @@
-"""A comparison from a recipe to its table: plan every cell, search rates where asked, train and measure, report.
+"""Compare fine-tuning methods: plan each run, search learning rates if asked, train, measure, report.
 
-What is finished is kept. A killed comparison goes on with the same command: finished cells stand, an interrupted one
-goes on from its checkpoint, one that failed is tried again.
+Finished runs are kept. The same command resumes a comparison that was killed: finished runs stand, an interrupted run
+resumes from its checkpoint, a failed run is tried again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,170 +18,157 @@ from ..errors import RunError, SlimtuneError, UsageError
 from ..planning.gpus import detect_gpu
 from ..planning.planner import make_plan
 from ..planning.request import build_request
-from ..planning.result import Verdict
-from ..run_dir import RunDir, to_json, write_atomic
+from ..run_dir import read_json, write_json
+from ..utils.files import write_atomic
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
 from .grid import Grid
-from .launch import launch
-from .picture import draw
-from .report import advice, lines_of, pairs_of
-from .table import markdown
+from .picture import draw_comparison
+from .report import compare_pairs, format_markdown, make_advice, summarize_candidates
+from .worker import launch_worker
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def compare(grid: Grid, say: Say = lambda _: None, *, plot: Path | None = None) -> dict[str, Any]:
-    """Carry a comparison out, or what is missing of it; return what `slimtune compare --json` prints.
+def compare(grid: Grid, log: Log = lambda _: None, *, plot: Path | None = None) -> dict[str, Any]:
+    """Run a comparison, or what is left of it, and return what `slimtune compare --json` prints.
 
     Args:
-        grid: the cells.
-        say: told what happens.
-        plot: where the picture goes, too.
+        grid: the runs.
+        log: receives progress lines.
+        plot: an additional file for the chart (`.svg` or `.png`).
 
     Raises:
-        UsageError: the folder holds another comparison or something else, or another process is at it.
+        UsageError: the folder holds another comparison or something else, or another process works in it.
         RunError: no method fits this machine, or the disk is full.
-        KeyboardInterrupt: Ctrl-C; what is finished stands, and the running cell has a checkpoint.
+        KeyboardInterrupt: Ctrl-C; finished runs stand, and the current run has a checkpoint.
     """
-    began = time.perf_counter()
-    # Looked at before the folder is made, claimed once it is known that something can run in it.
-    grid.refuse_another()
-    fitting, left_out = planned(grid, say)
+    start = time.perf_counter()
+    grid.check_same_settings()  # before planning; the folder is only made when something can run in it
+    fitting, left_out = _plan_candidates(grid, log)
     if not fitting:
-        raise RunError(f"no method fits this machine: {left_out[0]['why']}", "at least one that does")
-    whole, grid = grid, dataclasses.replace(grid, entries=fitting)
-    grid.out.mkdir(parents=True, exist_ok=True)
+        raise RunError(f"no method fits this machine: {left_out[0]['why']}", "at least one method that fits")
+    grid.output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(grid.out / ".lock", timeout=0):
-            whole.claim()
-            grid, searched, failed = _searched(grid, say)
-            failed += _run(grid, say)
-            result = {**_report(grid), "searched": searched, "left_out": left_out, "failed": failed}
-            result["seconds"] = round(time.perf_counter() - began, 3)
-            _write(grid.out, result, plot)
+        with FileLock(grid.output_dir / ".lock", timeout=0):
+            grid.record_settings()
+            grid = dataclasses.replace(grid, candidates=tuple(fitting))
+            grid, searched, failed = _search_learning_rates(grid, log)
+            failed += _run_cells(grid, log)
+            result = {
+                **_build_result(grid),
+                "searched": searched,
+                "left_out": left_out,
+                "failed": failed,
+                "seconds": round(time.perf_counter() - start, 3),
+            }
+            write_json(grid.output_dir / "compare.json", result)
+            write_atomic(grid.output_dir / "table.md", format_markdown(result))
+            if result["methods"]:
+                draw_comparison(result, grid.output_dir / "compare.svg")
+                if plot is not None:
+                    draw_comparison(result, plot)
     except Timeout:
-        raise UsageError(f"another slimtune compare is at work in {grid.out}", "one at a time") from None
+        raise UsageError(f"another slimtune compare works in {grid.output_dir}", "one at a time") from None
     return result
 
 
-def planned(grid: Grid, say: Say) -> tuple[tuple[Candidate, ...], list[dict[str, str]]]:
-    """Return the entries that fit this machine, and why the others do not, before a weight is loaded.
+def _plan_candidates(grid: Grid, log: Log) -> tuple[list[Candidate], list[dict[str, str]]]:
+    """Return the candidates that fit this machine and why the others are left out; no weight is loaded.
 
     Raises:
-        UsageError: the targets of a method that was named match nothing in the base.
+        UsageError: the targets of a method the user named match nothing in the base.
     """
     fitting = []
-    left_out = [{"method": label, "why": why} for label, why in grid.unfit.items()]
-    for entry in grid.entries:
-        if all(grid.done(entry, seed) for seed in grid.seeds):
-            fitting.append(entry)
+    left_out = [{"method": label, "why": why} for label, why in grid.excluded.items()]
+    for candidate in grid.candidates:
+        if all(grid.is_done(candidate, seed) for seed in grid.seeds):
+            fitting.append(candidate)
             continue
+        recipe = grid.build_recipe(candidate, grid.seeds[0], grid.output_dir)
+        request = build_request(recipe, detect_gpu(recipe.model.device), grid.lengths)
         try:
-            verdict, why = _planned(grid, entry)
+            plan = make_plan(request, advise=False)
+            verdict, reason = plan.verdict, plan.reason
         except UsageError as e:
-            if not entry.by_all:
+            if not candidate.from_all:
                 raise
-            verdict, why = "does not fit", " ".join(e.message.split())
+            verdict, reason = "does not fit", " ".join(e.message.split())
+        except SlimtuneError as e:
+            verdict, reason = None, e.message
         if verdict == "does not fit":
-            left_out.append({"method": entry.label, "why": why})
-            continue
-        said = {"fits": "fits", "tight": "may fit", None: "is not planned"}[verdict]
-        say(f"plan: {entry.label} {said} ({why})")
-        fitting.append(entry)
-    for left in left_out:
-        say(f"{left['method']} is left out: {left['why']}")
-    return tuple(fitting), left_out
+            left_out.append({"method": candidate.label, "why": reason})
+        else:
+            text = {"fits": "fits", "tight": "may fit", None: "cannot be planned"}[verdict]
+            log(f"plan: {candidate.label} {text} ({reason})")
+            fitting.append(candidate)
+    for entry in left_out:
+        log(f"{entry['method']} is left out: {entry['why']}")
+    return fitting, left_out
 
 
-def _planned(grid: Grid, entry: Candidate) -> tuple[Verdict | None, str]:
-    recipe = grid.recipe(entry, grid.seeds[0], grid.out)
-    request = build_request(recipe, detect_gpu(recipe.model.device), grid.lengths)
-    if entry.is_full:
-        # Weights and gradients in 16 bits, masters and moments in 32: as many bytes a value as all of them in fp32.
-        if request.quantization:
-            return "does not fit", f"full fine-tuning cannot train weights that are kept in {request.quantization}"
-        request = dataclasses.replace(request, method=None, dtype="float32")
-    try:
-        plan = make_plan(request, advise=False)
-    except UsageError:
-        raise
-    except SlimtuneError as e:
-        return None, e.message
-    return plan.verdict, plan.reason
-
-
-def _searched(grid: Grid, say: Say) -> tuple[Grid, dict[str, Any], list[dict[str, Any]]]:
-    """Return the grid with the rates that were found, what was tried, and which searches failed."""
+def _search_learning_rates(grid: Grid, log: Log) -> tuple[Grid, dict[str, Any], list[dict[str, Any]]]:
+    """Return the grid with the rates found, the trials by candidate, and the searches that failed."""
     if not grid.trials:
         return grid, {}, []
-    from .tune import search
+    from .tune import search_learning_rate  # optuna is optional
 
-    found, searched, failed = [], {}, []
-    for entry in grid.entries:
+    candidates, searched, failed = [], {}, []
+    for candidate in grid.candidates:
         try:
-            tried = search(grid, entry, say)
+            search = search_learning_rate(grid, candidate, log)
         except RunError as e:
-            say(f"{entry.label}: {e.message}")
-            failed.append({"method": entry.label, "seed": None, "why": e.message})
+            log(f"{candidate.label}: {e.message}")
+            failed.append({"method": candidate.label, "seed": None, "why": e.message})
             continue
-        searched[entry.label] = tried
-        found.append(dataclasses.replace(entry, rate=tried["rate"], rate_from="tuned"))
-    return dataclasses.replace(grid, entries=tuple(found)), searched, failed
+        searched[candidate.label] = search
+        candidates.append(dataclasses.replace(candidate, learning_rate=search["rate"], rate_source="tuned"))
+    return dataclasses.replace(grid, candidates=tuple(candidates)), searched, failed
 
 
-def _run(grid: Grid, say: Say) -> list[dict[str, Any]]:
-    """Run the cells that are not done; return those that failed."""
+def _run_cells(grid: Grid, log: Log) -> list[dict[str, Any]]:
+    """Run every cell that is not done and return those that failed."""
     failed = []
     cells = list(grid.cells())
-    for number, (entry, seed) in enumerate(cells, 1):
-        name = f"[{number}/{len(cells)}] {entry.label}, seed {seed}"
-        folder = grid.cell(entry, seed)
-        if grid.done(entry, seed):
-            say(f"{name}: done already")
+    for number, (candidate, seed) in enumerate(cells, 1):
+        name = f"[{number}/{len(cells)}] {candidate.label}, seed {seed}"
+        run = grid.run_dir(candidate, seed)
+        if grid.is_done(candidate, seed):
+            log(f"{name}: already done")
             continue
-        say(f"{name}: {'going on' if folder.is_dir() else 'starting'}")
-        file = folder.parent / f"{folder.name}.yaml"
-        write_atomic(file, grid.text(grid.cell_recipe(entry, seed), entry))
-        ended = launch(file, folder.parent / f"{folder.name}.log", full=entry.is_full, force=grid.force)
-        if ended.fault:
-            say(f"{name}: failed: {ended.fault}")
-            failed.append({"method": entry.label, "seed": seed, "why": ended.fault})
+        log(f"{name}: {'resuming' if run.path.is_dir() else 'starting'}")
+        recipe_file = run.path.with_name(f"{run.path.name}.yaml")
+        write_atomic(recipe_file, grid.cell_recipe(candidate, seed).to_yaml())
+        worker = launch_worker(recipe_file, recipe_file.with_suffix(".log"), force=grid.force)
+        if worker.error:
+            log(f"{name}: failed: {worker.error}")
+            failed.append({"method": candidate.label, "seed": seed, "why": worker.error})
             continue
-        done = RunDir(folder)
-        result, measured = (json.loads(f.read_text()) for f in (done.result_file, done.evaluation_file("test")))
-        say(
-            f"{name}: gain {measured['loss_reduction']:.4f} ({result['trained_tokens']} tokens, "
-            f"{format_bytes(result['peak_bytes'])}, {format_duration(ended.seconds)})"
+        result, measured = read_json(run.result_file), read_json(run.evaluation_file("test"))
+        log(
+            f"{name}: loss reduction {measured['loss_reduction']:.4f} ({result['trained_tokens']} tokens, "
+            f"{format_bytes(result['peak_bytes'])}, {format_duration(worker.seconds)})"
         )
     return failed
 
 
-def _report(grid: Grid) -> dict[str, Any]:
-    lines = lines_of(grid)
-    pairs = pairs_of(lines)
-    said = advice(lines, pairs)
-    first: Mapping[str, Any] = lines[0] if lines else {}
+def _build_result(grid: Grid) -> dict[str, Any]:
+    summaries = summarize_candidates(grid)
+    pairs = compare_pairs(summaries)
+    first = summaries[0] if summaries else None
+    model = grid.tree["model"]
     return {
-        "out": str(grid.out),
-        "model": grid.tree["model"]["name"] if isinstance(grid.tree["model"], Mapping) else grid.tree["model"],
-        "dtype": first.get("dtype"),
-        "device": first.get("device"),
+        "output_dir": str(grid.output_dir),
+        "model": model if isinstance(model, str) else model["name"],
+        "dtype": first and first.fields["dtype"],
+        "device": first and first.fields["device"],
         "tokens": grid.tokens,
         "steps": grid.steps,
         "seeds": list(grid.seeds),
-        "rows": len(first.get("_rows", [])),
-        "test_tokens": sum(first.get("_tokens", [])),
-        "base_loss": first.get("base_loss"),
-        "methods": [{k: v for k, v in line.items() if not k.startswith("_")} for line in lines],
+        "rows": len(first.row_lines) if first else 0,
+        "test_tokens": sum(first.row_tokens) if first else 0,
+        "base_loss": first and first.fields["base_loss"],
+        "methods": [summary.fields for summary in summaries],
         "pairs": pairs,
-        "advice": said,
+        "advice": make_advice([summary.fields for summary in summaries], pairs),
     }
-
-
-def _write(out: Path, result: Mapping[str, Any], plot: Path | None) -> None:
-    write_atomic(out / "compare.json", to_json(result, indent=2) + "\n")
-    write_atomic(out / "table.md", markdown(result))
-    pictures: Sequence[Path] = [out / "compare.svg", *([plot] if plot is not None else [])]
-    for path in pictures if result["methods"] else []:
-        draw(result, path)

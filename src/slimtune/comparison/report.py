@@ -1,4 +1,5 @@
-"""From finished cells to what they say: a line per method, each pair's difference, the fronts, and one sentence."""
+"""From finished runs to the report: a summary per method, the difference of each pair, the Pareto fronts, one sentence
+of advice, and the table in Markdown and for the terminal."""
 
 from __future__ import annotations
 
@@ -6,203 +7,300 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from ..errors import RunError
-from ..evaluation.statistics import (
-    SeedEstimate as Estimate,
-)
-from ..evaluation.statistics import (
-    estimate_over_seeds as estimate,
-)
-from ..evaluation.statistics import (
-    holm_correction as holm,
-)
-from ..evaluation.statistics import (
-    pareto_front as front,
-)
-from ..run_dir import RunDir
+from ..evaluation.statistics import estimate_over_seeds, holm_correction, pareto_front
+from ..run_dir import read_json
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
 from .grid import Grid
 
-# On a CPU the processor's time, which hangs less on what else the machine does than the clock's.
-COSTS = {"memory": "peak_bytes", "size": "file_bytes", "time": "time_seconds"}
-"""What quality is held against, and the field that says it."""
-BEYOND = 0.05
-"""A difference whose corrected p-value is below this is beyond noise."""
-TENTH = 0.1
-"""What counts as the same: a cost so much above the least, as peaks and times vary by themselves; a gain surely no more
-below the best."""
+COST_FIELDS = {"memory": "peak_bytes", "size": "file_bytes", "time": "time_seconds"}
+"""The costs that the loss reduction is weighed against, and the field of each."""
+SIGNIFICANCE = 0.05
+"""A difference with a corrected p-value below this is beyond noise."""
+TOLERANCE = 0.1
+"""Costs within this share of the least count as equal (peaks and times vary by themselves), and so does a loss
+reduction that is surely at most this share below the best."""
+COLUMNS = (
+    "method", "rate", "trains", "file", "peak memory", "time", "held-out loss", "loss reduction [95 %]", "best for its",
+)  # fmt: skip
+TERMINAL_COLUMNS = ("method", "rate", "trains", "file", "peak\nmemory", "time", "loss\nreduction", "best for its")
 
 
-def lines_of(grid: Grid) -> list[dict[str, Any]]:
-    """Return what each entry with a finished cell came to, the highest gain first; means are over its seeds.
+@dataclass
+class Summary:
+    """What the finished runs of one candidate give.
+
+    Args:
+        fields: what `--json` prints of it; means are over its seeds.
+        row_lines: line number of each test row.
+        row_tokens: supervised tokens of each test row.
+        tuned_nats: by seed, the tuned model's loss on each test row in nats.
+        tokens_by_step: by seed, trained tokens after each step; equal lists mean the same rows in the same order.
+    """
+
+    fields: dict[str, Any]
+    row_lines: list[int]
+    row_tokens: list[int]
+    tuned_nats: dict[int, list[float]]
+    tokens_by_step: dict[int, list[int]]
+
+
+def summarize_candidates(grid: Grid) -> list[Summary]:
+    """Return a summary of each candidate with a finished run, the highest loss reduction first.
 
     Raises:
-        RunError: cells were measured on different rows, or cells of one seed learned from different rows.
+        RunError: runs were measured on different rows, or runs with the same seed trained on different rows.
     """
-    found = []
-    for entry in grid.entries:
-        seeds = [s for s in grid.seeds if grid.done(entry, s)]
+    summaries = []
+    for candidate in grid.candidates:
+        seeds = [s for s in grid.seeds if grid.is_done(candidate, s)]
         if seeds:
-            found.append(_line(grid, entry, seeds))
-    _require_alike(found)
-    for cost, name in COSTS.items():
-        marks = front([(line[name], line["loss_reduction"]) for line in found])
-        for line, mark in zip(found, marks, strict=True):
-            line["front"] += [cost] if mark else []
-    return sorted(found, key=lambda line: -line["loss_reduction"])
+            summaries.append(_summarize(grid, candidate, seeds))
+    for other in summaries[1:]:
+        _check_comparable(summaries[0], other)
+    for cost, name in COST_FIELDS.items():
+        on_front = pareto_front([(s.fields[name], s.fields["loss_reduction"]) for s in summaries])
+        for summary, is_on_front in zip(summaries, on_front, strict=True):
+            summary.fields["front"] += [cost] if is_on_front else []
+    return sorted(summaries, key=lambda s: -s.fields["loss_reduction"])
 
 
-def pairs_of(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return each pair's difference (a - b, nats per token) over the seeds both have, paired by seed and row.
-
-    Where others have several seeds and a pair shares one, what another seed would do to it is not known: it is not said
-    to differ beyond noise.
-    """
-    found, most = [], max((len(line["seeds"]) for line in lines), default=0)
-    for a, b in combinations(lines, 2):
-        shared = [s for s in a["seeds"] if s in b["seeds"]]
-        if not shared:
-            continue
-        nats = [[theirs - mine for mine, theirs in zip(a["_tuned"][s], b["_tuned"][s], strict=True)] for s in shared]
-        d = estimate(nats, a["_tokens"])
-        found.append({"a": a["method"], "b": b["method"], "seeds": shared, "difference": d.value,
-                      "ci95": [d.low, d.high], "p": d.p})  # fmt: skip
-    for pair, p in zip(found, holm([pair["p"] for pair in found]), strict=True):
-        pair |= {"p_corrected": p, "beyond_noise": p < BEYOND and len(pair["seeds"]) >= min(most, 2)}
-    return found
-
-
-def advice(lines: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
-    """Return one sentence: what to take, what does not differ from the best beyond noise, and what is worse.
-
-    The best is taken, or what is as good and cheaper. As good is what surely gains at most a tenth less: not to be told
-    from the best is no proof of that where the interval is wide. Cheaper is what is cheapest in most of memory, size
-    and time, within a tenth of the cheapest being as cheap; of several, the one with the higher gain.
-    """
-    if not lines:
-        return "No cell was finished, so there is nothing to advise."
-    best, others = lines[0], lines[1:]
-    if best["loss_reduction_ci95"][0] <= 0:
-        return f"Take none of them: the gain of the best, {best['method']}, is not beyond noise ({_gain(best)})."
-    if not others:
-        return f"{best['method']} alone was measured: {_gain(best)}."
-    behind = {p["b"]: p for p in pairs if p["a"] == best["method"]}
-    furthest = {x["method"]: behind[x["method"]]["ci95"][1] for x in others if x["method"] in behind}
-    alike = [x for x in others if furthest.get(x["method"], math.inf) <= TENTH * best["loss_reduction"]]
-    apart = [x for x in others if x not in alike and behind.get(x["method"], {}).get("beyond_noise")]
-    open_ = [x for x in others if x not in alike and x not in apart]
-    level = [best, *alike]
-    cheapest = {cost: min(level, key=lambda x: x[name]) for cost, name in COSTS.items()}
-
-    def cheap(x: Mapping[str, Any]) -> list[str]:
-        return [cost for cost, name in COSTS.items() if x[name] <= (1 + TENTH) * cheapest[cost][name]]
-
-    taken = max(level, key=lambda x: (len(cheap(x)), x["loss_reduction"]))
-    costs = f"{format_bytes(taken['peak_bytes'])}, a file of {format_bytes(taken['file_bytes'])}, {_time(taken)} a run"
-    said = [f"Take {taken['method']} ({_gain(taken)}; {costs})"]
-    if alike:
-        said.append(f"{_names(level)} are as good as one another, within a tenth of the gain")
-        said += [
-            f"of these {x['method']} takes the least {cost}" for cost, x in cheapest.items() if cost not in cheap(taken)
-        ]
-    if open_:
-        most = max((furthest[x["method"]] for x in open_ if x["method"] in furthest), default=None)
-        do, may = ("does", "it may gain") if len(open_) == 1 else ("do", "they may gain")
-        less = "" if most is None else f", but {may} up to {most:.3f} less: more seeds or test rows would tell"
-        said.append(f"{_names(open_)} {do} not differ from {best['method']} beyond noise{less}")
-    if apart:
-        gaps = [best["loss_reduction"] - x["loss_reduction"] for x in apart]
-        by = " to ".join(dict.fromkeys(f"{gap:.3f}" for gap in (min(gaps), max(gaps))))
-        gain = "gains" if len(apart) == 1 else "loss_reduction"
-        said.append(f"{_names(apart)} {gain} {by} nats a token less than {best['method']}")
-    if len(best["seeds"]) < 2:
-        said.append("one seed: what another seed would give is not known")
-    return "; ".join(said) + "."
-
-
-def _line(grid: Grid, entry: Candidate, seeds: Sequence[int]) -> dict[str, Any]:
-    results, measured, rows = [], [], []
-    for seed in seeds:
-        run = RunDir(grid.cell(entry, seed))
-        results.append(json.loads(run.result_file.read_text()))
-        measured.append(json.loads(run.evaluation_file("test").read_text()))
-        rows.append(json.loads(run.scores_file("test").read_text()))
-    tokens = [r["tokens"] for r in rows[0]]
-    gains = [m["loss_reduction"] for m in measured]
-    gain: Estimate = estimate([[r["base"] - r["tuned"] for r in each] for each in rows], tokens)
-    trained, every = results[0]["trainable_params"], results[0]["total_params"]
+def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Summary:
+    runs = [grid.run_dir(candidate, seed) for seed in seeds]
+    results = [read_json(run.result_file) for run in runs]
+    measured = [read_json(run.evaluation_file("test")) for run in runs]
+    rows = [json.loads(run.scores_file("test").read_text()) for run in runs]
+    row_tokens = [r["tokens"] for r in rows[0]]
+    reduction = estimate_over_seeds([[r["base"] - r["tuned"] for r in run_rows] for run_rows in rows], row_tokens)
+    by_seed = [m["loss_reduction"] for m in measured]
 
     def mean(name: str) -> float:
         return statistics.fmean(r[name] for r in results)
 
-    return {
-        "method": entry.label,
-        "of": entry.method,
-        "settings": entry.settings,
-        "rate": entry.rate,
-        "rate_from": entry.rate_from,
+    first = results[0]
+    fields = {
+        "method": candidate.label,
+        "of": candidate.method,
+        "settings": candidate.settings,
+        "rate": candidate.learning_rate,
+        "rate_from": candidate.rate_source,
         "seeds": list(seeds),
-        "steps": results[0]["steps"],
+        "steps": first["steps"],
         "trained_tokens": [r["trained_tokens"] for r in results],
-        "trainable_params": trained,
-        "total_params": every,
-        "trained_percent": 100 * trained / every,
-        "file_bytes": results[0]["adapter_bytes"],
+        "trainable_params": first["trainable_params"],
+        "total_params": first["total_params"],
+        "trained_percent": 100 * first["trainable_params"] / first["total_params"],
+        "file_bytes": first["adapter_bytes"],
         "peak_bytes": mean("peak_bytes"),
         "train_seconds": mean("train_seconds"),
-        "time_seconds": mean("train_cpu_seconds" if results[0]["device"] == "cpu" else "train_seconds"),
+        # On a CPU the processor time depends less on other work on the machine than the clock does.
+        "time_seconds": mean("train_cpu_seconds" if first["device"] == "cpu" else "train_seconds"),
         "tokens_per_second": mean("tokens_per_second"),
         "base_loss": statistics.fmean(m["base_loss"] for m in measured),
         "tuned_loss": statistics.fmean(m["tuned_loss"] for m in measured),
-        "loss_reduction": gain.value,
-        "loss_reduction_ci95": [gain.low, gain.high],
-        "gain_by_seed": gains,
-        "gain_sd_seeds": statistics.stdev(gains) if len(gains) > 1 else None,
-        "out_of_memory": sum(r.get("oom_events", 0) for r in results),
-        "dtype": results[0]["dtype"],
-        "device": results[0]["device"],
+        "loss_reduction": reduction.value,
+        "loss_reduction_ci95": [reduction.low, reduction.high],
+        "loss_reduction_by_seed": by_seed,
+        "loss_reduction_sd_seeds": statistics.stdev(by_seed) if len(by_seed) > 1 else None,
+        "oom_events": sum(r.get("oom_events", 0) for r in results),
+        "dtype": first["dtype"],
+        "device": first["device"],
         "front": [],
-        "_tokens": tokens,
-        "_tuned": {s: [r["tuned"] for r in each] for s, each in zip(seeds, rows, strict=True)},
-        "_rows": [r["line"] for r in rows[0]],
-        "_steps": {s: _trained(grid, entry, s) for s in seeds},
     }
+    return Summary(
+        fields,
+        row_lines=[r["line"] for r in rows[0]],
+        row_tokens=row_tokens,
+        tuned_nats={seed: [r["tuned"] for r in run_rows] for seed, run_rows in zip(seeds, rows, strict=True)},
+        tokens_by_step={
+            seed: [m["trained_tokens"] for m in run.load_metrics() if m.get("train_loss") is not None]
+            for seed, run in zip(seeds, runs, strict=True)
+        },
+    )
 
 
-def _trained(grid: Grid, entry: Candidate, seed: int) -> list[int]:
-    """Return the tokens trained on after each step, which tell the rows and their order."""
-    said = (grid.cell(entry, seed) / "metrics.jsonl").read_text().splitlines()
-    return [m["trained_tokens"] for m in map(json.loads, said) if m.get("train_loss") is not None]
+def _check_comparable(first: Summary, other: Summary) -> None:
+    names = f"{first.fields['method']} and {other.fields['method']}"
+    if (other.row_lines, other.row_tokens) != (first.row_lines, first.row_tokens):
+        raise RunError(f"{names} were measured on different rows", "the same rows")
+    for seed in first.tokens_by_step.keys() & other.tokens_by_step.keys():
+        if first.tokens_by_step[seed] != other.tokens_by_step[seed]:
+            raise RunError(
+                f"{names} trained on different rows with seed {seed}",
+                "the same rows in the same order",
+                "start again with another --out",
+            )
 
 
-def _require_alike(lines: Sequence[Mapping[str, Any]]) -> None:
-    """Raise where a pairing would be false."""
-    for other in lines[1:]:
-        first = lines[0]
-        if other["_rows"] != first["_rows"] or other["_tokens"] != first["_tokens"]:
-            raise RunError(f"{first['method']} and {other['method']} were measured on different rows", "the same rows")
-        for seed in set(first["seeds"]) & set(other["seeds"]):
-            if first["_steps"][seed] != other["_steps"][seed]:
-                raise RunError(
-                    f"with seed {seed} {first['method']} and {other['method']} learned from different rows",
-                    "the same rows in the same order",
-                    "start anew with another --out",
-                )
+def compare_pairs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    """Return the loss difference (a - b, nats per token) of each pair, paired by seed and row over the shared seeds.
+
+    A pair with one shared seed is never beyond noise when others have several: the effect of another seed is unknown.
+    """
+    pairs: list[dict[str, Any]] = []
+    most_seeds = max((len(s.tuned_nats) for s in summaries), default=0)
+    for a, b in combinations(summaries, 2):
+        seeds = [s for s in a.tuned_nats if s in b.tuned_nats]
+        if seeds:
+            differences = [[nb - na for na, nb in zip(a.tuned_nats[s], b.tuned_nats[s], strict=True)] for s in seeds]
+            difference = estimate_over_seeds(differences, a.row_tokens)
+            pairs.append({
+                "a": a.fields["method"], "b": b.fields["method"], "seeds": seeds, "difference": difference.value,
+                "ci95": [difference.low, difference.high], "p": difference.p,
+            })  # fmt: skip
+    for pair, p in zip(pairs, holm_correction([pair["p"] for pair in pairs]), strict=True):
+        pair |= {"p_corrected": p, "beyond_noise": p < SIGNIFICANCE and len(pair["seeds"]) >= min(most_seeds, 2)}
+    return pairs
 
 
-def _gain(line: Mapping[str, Any]) -> str:
-    low, high = line["loss_reduction_ci95"]
-    return f"gain {line['loss_reduction']:.3f} nats a token, {low:.3f} to {high:.3f}"
+def make_advice(methods: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Return one sentence: which method to take, which do not differ from the best beyond noise, which are worse.
+
+    The advice is the best method or a cheaper one that is as good. A method is as good if the whole interval of its
+    difference stays within a tenth of the best loss reduction; a wide interval around zero proves nothing. Cheaper
+    means cheapest in most of memory, size and time, where costs within a tenth count as equal.
+    """
+    if not methods:
+        return "No run was finished, so there is nothing to advise."
+    best, others = methods[0], methods[1:]
+    if best["loss_reduction_ci95"][0] <= 0:
+        return (
+            f"Take none of them: the loss reduction of the best, {best['method']}, is not beyond noise "
+            f"({_format_reduction(best)})."
+        )
+    if not others:
+        return f"Only {best['method']} was measured: loss reduction {_format_reduction(best)}."
+    pair_with_best = {p["b"]: p for p in pairs if p["a"] == best["method"]}
+    largest_gap = {m["method"]: pair_with_best[m["method"]]["ci95"][1] for m in others if m["method"] in pair_with_best}
+    as_good = [m for m in others if largest_gap.get(m["method"], math.inf) <= TOLERANCE * best["loss_reduction"]]
+    worse = [m for m in others if m not in as_good and pair_with_best.get(m["method"], {}).get("beyond_noise")]
+    undecided = [m for m in others if m not in as_good and m not in worse]
+
+    choices = [best, *as_good]
+    cheapest = {cost: min(choices, key=lambda m: m[name]) for cost, name in COST_FIELDS.items()}
+
+    def low_costs(method: Mapping[str, Any]) -> list[str]:
+        return [
+            cost for cost, name in COST_FIELDS.items() if method[name] <= (1 + TOLERANCE) * cheapest[cost][name]
+        ]
+
+    choice = max(choices, key=lambda m: (len(low_costs(m)), m["loss_reduction"]))
+    parts = [
+        f"Take {choice['method']} (loss reduction {_format_reduction(choice)}; {format_bytes(choice['peak_bytes'])}, "
+        f"a file of {format_bytes(choice['file_bytes'])}, {format_duration(choice['time_seconds'])} per run)"
+    ]
+    if as_good:
+        parts.append(f"{_join_names(choices)} are as good as one another, within a tenth of the loss reduction")
+        parts += [
+            f"of these {method['method']} takes the least {cost}"
+            for cost, method in cheapest.items()
+            if cost not in low_costs(choice)
+        ]
+    if undecided:
+        text = f"{_join_names(undecided)} {'does' if len(undecided) == 1 else 'do'} not differ from {best['method']} "
+        text += "beyond noise"
+        gaps = [largest_gap[m["method"]] for m in undecided if m["method"] in largest_gap]
+        if gaps:
+            text += f", but may be up to {max(gaps):.3f} worse: more seeds or test rows would tell"
+        parts.append(text)
+    if worse:
+        gaps = sorted(best["loss_reduction"] - m["loss_reduction"] for m in worse)
+        span = " to ".join(dict.fromkeys(f"{gap:.3f}" for gap in (gaps[0], gaps[-1])))
+        verb = "is" if len(worse) == 1 else "are"
+        parts.append(f"{_join_names(worse)} {verb} worse than {best['method']} by {span} nats per token")
+    if len(best["seeds"]) < 2:
+        parts.append("with one seed, the effect of another seed is unknown")
+    return "; ".join(parts) + "."
 
 
-def _time(line: Mapping[str, Any]) -> str:
-    return format_duration(line["time_seconds"])
+def _format_reduction(method: Mapping[str, Any]) -> str:
+    low, high = method["loss_reduction_ci95"]
+    return f"{method['loss_reduction']:.3f} nats per token, {low:.3f} to {high:.3f}"
 
 
-def _names(lines: Sequence[Mapping[str, Any]]) -> str:
-    names = [line["method"] for line in lines]
+def _join_names(methods: Sequence[Mapping[str, Any]]) -> str:
+    names = [m["method"] for m in methods]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def format_row(method: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a method's cells, one for each of `COLUMNS`."""
+    low, high = method["loss_reduction_ci95"]
+    return (
+        method["method"],
+        f"{method['rate']:.2g} {method['rate_from']}",
+        f"{method['trained_percent']:.3g} %",
+        format_bytes(method["file_bytes"]),
+        format_bytes(method["peak_bytes"]),
+        format_duration(method["time_seconds"]),
+        f"{method['tuned_loss']:.3f}",
+        f"{method['loss_reduction']:.3f} [{low:.3f}, {high:.3f}]",
+        ", ".join(method["front"]) or "–",
+    )
+
+
+def format_terminal_row(method: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a method's cells for a terminal of 80 columns, one for each of `TERMINAL_COLUMNS`."""
+    name, _, trains, file, memory, time, _, _, best_for = format_row(method)
+    half_width = method["loss_reduction_ci95"][1] - method["loss_reduction"]
+    reduction = f"{method['loss_reduction']:.3f} ± {half_width:.3f}"
+    return name, f"{method['rate']:.2g}", trains, file, memory, time, reduction, best_for
+
+
+def describe_comparison(result: Mapping[str, Any]) -> str:
+    """Return what was compared, in one sentence."""
+    spent = sorted({n for method in result["methods"] for n in method["trained_tokens"]})
+    tokens = f"{spent[0]:,}" if len(spent) == 1 else f"{spent[0]:,} to {spent[-1]:,}" if spent else "no"
+    seeds = len(result["seeds"])
+    base = "" if result["base_loss"] is None else f"; the base has {result['base_loss']:.3f} nats per token on them"
+    return (
+        f"{result['model']} ({result['dtype']}, {result['device']}): {result['steps']} steps, {tokens} trained tokens "
+        f"per run, {seeds} seed{'s' * (seeds != 1)}; {result['rows']} held-out rows, {result['test_tokens']:,} "
+        f"supervised tokens{base}."
+    )
+
+
+def list_notes(result: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the table must know: what is missing, and what the figures mean."""
+    sources = {"default": "the method's default", "given": "as given", "tuned": "searched on the validation rows"}
+    labels = {s: [m["method"] for m in result["methods"] if m["rate_from"] == s] for s in sources}
+    rates = [f"{sources[s]} ({', '.join(names)})" for s, names in labels.items() if names]
+    notes = [f"Learning rates: {'; '.join(rates)}."] if rates else []
+    notes += [f"Left out: {entry['method']} ({entry['why']})." for entry in result["left_out"]]
+    for failure in result["failed"]:
+        what = "search of its learning rate" if failure["seed"] is None else f"seed {failure['seed']}"
+        notes.append(f"Failed: {failure['method']}, {what} ({failure['why']}).")
+    seeds = len(result["seeds"])
+    for method in result["methods"]:
+        if len(method["seeds"]) < seeds:
+            notes.append(f"{method['method']} has {len(method['seeds'])} of {seeds} seeds.")
+        if method["oom_events"]:
+            notes.append(f"{method['method']} ran out of memory; the step was repeated in smaller micro-batches.")
+        if method["method"] == "full":
+            notes.append("full trains every weight; AdamW keeps fp32 copies of 16-bit weights; its file is the model.")
+    for label, search in result["searched"].items():
+        if search["at_the_edge"]:
+            notes.append(f"The rate found for {label} lies at the edge of the searched range.")
+    covered = "seeds and rows" if seeds > 1 else "rows only: with one seed, seed noise is not measured"
+    notes.append(
+        "Loss reduction: the base's held-out loss minus the tuned model's, nats per token, mean over seeds; its 95 % "
+        f"interval covers {covered}. Best for its {', '.join(COST_FIELDS)}: no other method reduces the loss more for "
+        f"as little of it. Time: of the training steps, {'CPU time' if result['device'] == 'cpu' else 'by the clock'}."
+    )
+    return notes
+
+
+def format_markdown(result: Mapping[str, Any]) -> str:
+    """Return `table.md`."""
+    alignment = [" --- " if i in (0, len(COLUMNS) - 1) else " ---: " for i in range(len(COLUMNS))]
+    rows = [
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'|'.join(alignment)}|",
+        *(f"| {' | '.join(format_row(method))} |" for method in result["methods"]),
+    ]
+    return "\n\n".join([describe_comparison(result), "\n".join(rows), *list_notes(result), result["advice"]]) + "\n"

@@ -1,12 +1,12 @@
-"""A learning rate for each method, searched as hard for one as for the other.
+"""Search a learning rate for each method, with the same effort for all.
 
-Every entry gets as many trials (Optuna's TPE), each of half a cell's steps, in the same range around its own default
-rate: default / 10 to default × 10 on a logarithmic scale, the default itself first. What counts is the lowest loss on
-the validation rows; the test rows are not looked at. A trial whose validation loss at a third or two thirds of its
-steps is above the median of those before it is ended there.
+Every candidate gets the same number of trials (Optuna's TPE) in the same range around its own default rate: from a
+tenth to ten times the default on a logarithmic scale, the default first. A trial takes half of a run's steps. The
+objective is the lowest loss on the validation rows; the test rows are not used. A trial is pruned if its validation
+loss at a third or two thirds of its steps is above the median of the earlier trials.
 
-Each trial's draw hangs on the trials before it and its number alone, so a search that was killed goes on as if it had
-not been.
+The sampler of each trial depends only on the earlier trials and on the trial's number, so a search that was killed
+continues with the same rates.
 """
 
 from __future__ import annotations
@@ -24,99 +24,111 @@ from optuna.trial import TrialState
 from ..errors import RunError
 from ..run_dir import RunDir, write_atomic
 from .candidates import Candidate
-from .grid import TRIAL, Grid
-from .launch import launch
+from .grid import Grid
+from .worker import launch_worker
 
-FACTOR = 10.0
-"""A rate is looked for from the default divided by this to the default times this."""
-LOOKS = 3
-"""How often a trial is validated; the last time is its end."""
-DONE = (TrialState.COMPLETE, TrialState.PRUNED)
+RATE_FACTOR = 10.0
+"""The range reaches from the default divided by this to the default times this."""
+TRIAL_SHARE = 0.5
+"""Share of a run's steps that a trial takes."""
+EVALUATIONS_PER_TRIAL = 3
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def search(grid: Grid, entry: Candidate, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the best rate found for an entry, and every trial.
+def search_learning_rate(grid: Grid, candidate: Candidate, log: Callable[[str], None]) -> dict[str, Any]:
+    """Return the best learning rate of a candidate and all its trials.
 
     Args:
         grid: the comparison.
-        entry: its `rate` is the middle of the range.
-        say: told how each trial ended.
+        candidate: its learning rate is the middle of the range.
+        log: receives a line after each trial.
 
     Returns:
-        `rate`; `at_the_edge`: it lies within a tenth of the range from an end; `trials`: `rate`, `loss` (the lowest
-        validation loss, None: pruned or no number), `pruned`.
+        `rate`; `at_the_edge`: whether the rate lies within a tenth of the range from an end; `trials`: `rate`, `loss`
+        (lowest validation loss, None if pruned or not finite) and `pruned` of each.
 
     Raises:
-        RunError: a trial failed, or none gave a loss.
+        RunError: a trial failed, or none gave a finite loss.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    low, high = entry.rate / FACTOR, entry.rate * FACTOR
-    folder = grid.out / "tune" / entry.label
+    low, high = candidate.learning_rate / RATE_FACTOR, candidate.learning_rate * RATE_FACTOR
+    folder = grid.output_dir / "tune" / candidate.label
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(JournalFileBackend(str(grid.out / "tune" / "trials.journal"))),
-        study_name=entry.label,
+        storage=optuna.storages.JournalStorage(JournalFileBackend(str(grid.output_dir / "tune" / "trials.journal"))),
+        study_name=candidate.label,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=0),
         load_if_exists=True,
     )
     if not study.trials:
-        study.enqueue_trial({"rate": entry.rate})
-    for left in study.get_trials(states=[TrialState.RUNNING]):  # killed: the same rate is tried again
-        study.tell(left.number, state=TrialState.FAIL)
-        study.enqueue_trial(left.params)
-    while (number := len(study.get_trials(states=DONE))) < grid.trials:
+        study.enqueue_trial({"rate": candidate.learning_rate})
+    for killed in study.get_trials(states=[TrialState.RUNNING]):  # the same rate is tried again
+        study.tell(killed.number, state=TrialState.FAIL)
+        study.enqueue_trial(killed.params)
+    while (number := len(study.get_trials(states=FINISHED))) < grid.trials:
         study.sampler = optuna.samplers.TPESampler(seed=number, n_startup_trials=min(5, max(2, grid.trials // 2)))
         trial = study.ask({"rate": optuna.distributions.FloatDistribution(low, high, log=True)})
-        loss = _try(grid, entry, trial, folder)
+        loss = _run_trial(grid, candidate, trial, folder)
         study.tell(trial, loss, state=TrialState.PRUNED if loss is None else TrialState.COMPLETE)
-        said = "ended early" if loss is None else f"validation loss {loss:.4f}"
-        say(f"{entry.label}: rate {trial.params['rate']:.2e}, {said} ({number + 1} of {grid.trials})")
-    whole = study.get_trials(states=[TrialState.COMPLETE])
-    if not whole:
-        raise RunError(f"no learning rate of {low:.1e} to {high:.1e} gave a loss", "one that learns")
-    best = min(whole, key=lambda t: (t.value, t.number)).params["rate"]
+        outcome = "pruned" if loss is None else f"validation loss {loss:.4f}"
+        log(f"{candidate.label}: rate {trial.params['rate']:.2e}, {outcome} ({number + 1} of {grid.trials})")
+    complete = study.get_trials(states=[TrialState.COMPLETE])
+    if not complete:
+        raise RunError(f"no learning rate from {low:.1e} to {high:.1e} gave a finite loss", "a rate that trains")
+    best = min(complete, key=lambda t: (t.value, t.number)).params["rate"]
     return {
         "rate": best,
-        "at_the_edge": abs(math.log(best / entry.rate)) > 0.8 * math.log(FACTOR),
+        "at_the_edge": abs(math.log(best / candidate.learning_rate)) > 0.8 * math.log(RATE_FACTOR),
         "trials": [
-            {"rate": t.params["rate"], "loss": t.value if t.state is TrialState.COMPLETE else None,
-             "pruned": t.state is TrialState.PRUNED}
-            for t in study.get_trials(states=DONE)
+            {
+                "rate": t.params["rate"],
+                "loss": t.value if t.state is TrialState.COMPLETE else None,
+                "pruned": t.state is TrialState.PRUNED,
+            }
+            for t in study.get_trials(states=FINISHED)
         ],
-    }  # fmt: skip
+    }
 
 
-def _try(grid: Grid, entry: Candidate, trial: optuna.Trial, folder: Path) -> float | None:
-    """Run one trial; return its lowest validation loss, None where it was ended early or diverged."""
-    rate, steps = trial.params["rate"], max(1, math.ceil(TRIAL * grid.steps))
-    out = folder / f"{rate:.6e}"
-    every = max(1, math.ceil(steps / LOOKS))
-    how = {"learning_rate": rate, "max_steps": steps, "eval_steps": every, "save_steps": steps}
-    recipe = grid.recipe(entry, grid.seeds[0], out, **how)
-    file = folder / f"{out.name}.yaml"
-    write_atomic(file, grid.text(recipe, entry))
-    run, seen = RunDir(out), 0
+def _run_trial(grid: Grid, candidate: Candidate, trial: optuna.Trial, folder: Path) -> float | None:
+    """Run one trial and return its lowest validation loss, or None if it was pruned or diverged."""
+    rate, steps = trial.params["rate"], max(1, math.ceil(TRIAL_SHARE * grid.steps))
+    run = RunDir(folder / f"{rate:.6e}")
+    recipe = grid.build_recipe(
+        candidate,
+        grid.seeds[0],
+        run.path,
+        learning_rate=rate,
+        max_steps=steps,
+        eval_steps=max(1, math.ceil(steps / EVALUATIONS_PER_TRIAL)),
+        save_steps=steps,
+    )
+    recipe_file = folder / f"{run.path.name}.yaml"
+    write_atomic(recipe_file, recipe.to_yaml())
+    reported = 0
 
-    def stop() -> bool:
-        nonlocal seen
-        found = [m for m in run.load_metrics() if "validation_loss" in m]
-        for m in found[seen:]:
-            seen += 1
-            if m["step"] >= steps:
+    def should_stop() -> bool:
+        nonlocal reported
+        evaluations = [m for m in run.load_metrics() if "validation_loss" in m]
+        for metrics in evaluations[reported:]:
+            reported += 1
+            if metrics["step"] >= steps:
                 break
-            if m["validation_loss"] is None or not math.isfinite(m["validation_loss"]):
+            loss = metrics["validation_loss"]
+            if loss is None or not math.isfinite(loss):
                 return True
-            trial.report(m["validation_loss"], m["step"])
+            trial.report(loss, metrics["step"])
             if trial.should_prune():
                 return True
         return False
 
-    ended = launch(file, folder / f"{out.name}.log", full=entry.is_full, trial=True, force=grid.force, stop=stop)
-    if ended.fault:
-        raise RunError(f"the trial of {entry.label} at the rate {rate:.2e} failed: {ended.fault}")
-    # Where it ran to its end between two looks, it is judged by the same rule.
-    early = ended.stopped or stop()
+    log_file = folder / f"{run.path.name}.log"
+    worker = launch_worker(recipe_file, log_file, trial=True, force=grid.force, should_stop=should_stop)
+    if worker.error:
+        raise RunError(f"the trial of {candidate.label} at the rate {rate:.2e} failed: {worker.error}")
+    # A trial that ended between two polls is judged by the same rule.
+    pruned = worker.stopped or should_stop()
     losses = [m["validation_loss"] for m in run.load_metrics() if m.get("validation_loss") is not None]
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    shutil.rmtree(out / "model", ignore_errors=True)
-    return None if early or not losses else min(losses)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    return None if pruned or not losses else min(losses)

@@ -1,0 +1,61 @@
+"""Names of methods, settings of single methods, and every refusal."""
+
+from __future__ import annotations
+
+import pytest
+
+from slimtune.comparison.candidates import build_candidates, split_settings
+from slimtune.errors import ConfigError, UsageError
+from slimtune.methods import config_class, method_names
+
+LORA = {"method": {"name": "lora", "rank": 16}}
+
+
+def test_variants_and_short_names():
+    found = {c.label: c for c in build_candidates(["lora", "dora", "prefix", "full", "lora"], LORA, {})}
+    assert list(found) == ["lora", "dora", "prefix", "full"]
+    assert (found["dora"].method, found["dora"].settings) == ("lora", {"r": 16, "use_dora": True})
+    assert found["lora"].settings == {"r": 16}
+    assert (found["prefix"].method, found["prefix"].settings) == ("prefix_tuning", {})
+    assert found["prefix"].learning_rate == config_class("prefix_tuning").learning_rate
+    assert (found["full"].learning_rate, found["full"].rate_source) == (5e-5, "default")
+
+
+def test_all_is_every_method():
+    found = build_candidates(["ia3", "all"], {}, {})
+    assert {c.label for c in found} == set(method_names())
+    assert [c.label for c in found if not c.from_all] == ["ia3"]
+
+
+def test_overrides_of_single_methods():
+    found = {c.label: c for c in build_candidates(["lora", "dora"], LORA, {"dora.r": 4, "lora.learning_rate": "1e-3"})}
+    assert found["dora"].settings == {"r": 4, "use_dora": True}
+    assert (found["lora"].learning_rate, found["lora"].rate_source) == (1e-3, "given")
+    assert found["dora"].rate_source == "default"
+
+
+def test_set_pairs_are_split():
+    pairs = [("train.batch_size", 4), ("model", "m"), ("dora.r", 4)]
+    assert split_settings(pairs) == ({"train.batch_size": 4, "model": "m"}, {"dora.r": 4})
+
+
+def test_all_unknown_names_are_listed():
+    with pytest.raises(UsageError) as caught:
+        build_candidates(["lore", "lora", "prefixx"], LORA, {})
+    assert "'lore', did you mean 'lora'?" in caught.value.message
+    assert "'prefixx', did you mean 'prefix'?" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("labels", "overrides", "message"),
+    [
+        ([], {}, "--methods names no method"),
+        (["lora"], {"ia3.r": 4}, "'ia3' is neither a compared method nor a section"),
+        (["lora"], {"trian.epochs": 4}, "did you mean 'train'"),
+        (["lora"], {"lora.learning_rate": -1}, "lora.learning_rate is -1"),
+        (["lora"], {"lora.learning_rate": "fast"}, "lora.learning_rate is 'fast'"),
+    ],
+)
+def test_bad_overrides(labels, overrides, message):
+    with pytest.raises((UsageError, ConfigError), match=message):
+        build_candidates(labels, LORA, overrides)

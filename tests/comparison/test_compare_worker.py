@@ -1,0 +1,80 @@
+"""The process of one run, however it ends. Small scripts stand in for runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from slimtune.comparison import worker
+from slimtune.comparison.worker import launch_worker
+
+
+@pytest.fixture
+def launch_script(monkeypatch, tmp_path):
+    """Launch a worker whose process runs this code instead."""
+
+    def launch(code: str, **settings):
+        monkeypatch.setattr(worker, "WORKER_COMMAND", (sys.executable, "-c", code))
+        return launch_worker(tmp_path / "r.yaml", tmp_path / "log", **settings)
+
+    return launch
+
+
+def test_flags_and_log(launch_script, tmp_path):
+    result = launch_script("import sys; print(sys.argv[1:], file=sys.stderr)", trial=True, force=True)
+    assert result[:2] == ("", False)
+    assert (tmp_path / "log").read_text().strip() == str([str(tmp_path / "r.yaml"), "--trial", "--force"])
+
+
+def test_error_is_one_line(launch_script):
+    code = """print('{"message": "no\\\\nrows", "expected": "some", "hint": ""}'); raise SystemExit(1)"""
+    assert launch_script(code).error == "no rows; expected: some"
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "its process was killed by signal 9"),
+        ("raise SystemExit(3)", "its process ended with code 3"),
+    ],
+)
+def test_death_is_named(launch_script, code, error):
+    assert launch_script(code).error.startswith(error)
+
+
+def test_should_stop_ends_the_process(launch_script):
+    start = time.monotonic()
+    assert launch_script("import time; time.sleep(60)", should_stop=lambda: time.monotonic() - start > 0.5).stopped
+    assert time.monotonic() - start < 30
+
+
+def test_interrupt_waits_for_the_checkpoint(launch_script, tmp_path):
+    code = f"""
+import pathlib, time
+try:
+    pathlib.Path({str(tmp_path / "up")!r}).touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    pathlib.Path({str(tmp_path / "checkpoint")!r}).touch()
+    raise SystemExit(130)
+"""
+
+    def interrupt_once_started() -> bool:
+        if (tmp_path / "up").exists():
+            raise KeyboardInterrupt
+        return False
+
+    with pytest.raises(KeyboardInterrupt):
+        launch_script(code, should_stop=interrupt_once_started)
+    assert (tmp_path / "checkpoint").exists()
+
+
+def test_worker_ends_with_its_parent():
+    code = "from slimtune.comparison.worker import _exit_with_parent as wait; wait()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(60) == 1
