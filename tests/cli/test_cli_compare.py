@@ -20,10 +20,10 @@ LINE = {
     "method": "lora", "loss_reduction": 0.5, "loss_reduction_ci95": [0.4, 0.6], "peak_bytes": 2**31, "file_bytes": 2**20,
     "time_seconds": 60, "seeds": [7], "rate": 2e-4, "rate_from": "default",
     "trained_percent": 1.25, "tuned_loss": 4.0, "front": ["size"],
-    "trained_tokens": [1000], "out_of_memory": 0,
+    "trained_tokens": [1000], "oom_events": 0,
 }  # fmt: skip
 RESULT = {
-    "out": "o", "model": "m", "dtype": "bfloat16", "device": "cpu", "steps": 3, "seeds": [7], "rows": 8,
+    "output_dir": "o", "model": "m", "dtype": "bfloat16", "device": "cpu", "steps": 3, "seeds": [7], "rows": 8,
     "test_tokens": 92, "base_loss": 4.5, "methods": [LINE], "pairs": [], "left_out": [], "failed": [], "searched": {},
     "advice": "Take lora.",
 }  # fmt: skip
@@ -69,13 +69,13 @@ def test_flags_and_what_is_shown(recipe, asked, tmp_path):
                     "train.batch_size=3", "--set", "dora.r=2", "--plot", str(tmp_path / "p.svg"))  # fmt: skip
     assert done.exit_code == 0, done.stderr
     grid, plot = asked[1]
-    assert [e.label for e in grid.entries] == ["lora", "dora", "full"]
-    assert grid.entries[1].settings == {"r": 2, "use_dora": True}
-    assert (grid.seeds, grid.tokens, grid.trials, grid.out) == ((7, 8), 500, 0, Path("x"))
-    assert grid.recipe(grid.entries[0], 7, Path("x")).train.batch_size == 3
+    assert [e.label for e in grid.candidates] == ["lora", "dora", "full"]
+    assert grid.candidates[1].settings == {"r": 2, "use_dora": True}
+    assert (grid.seeds, grid.tokens, grid.trials, grid.output_dir) == ((7, 8), 500, 0, Path("x"))
+    assert grid.build_recipe(grid.candidates[0], 7, Path("x")).train.batch_size == 3
     assert plot == tmp_path / "p.svg"
     assert "the recipe's learning rate, 0.01, is not used" in done.stderr
-    for part in ("lora", "0.0002", "0.500 ± 0.100", "size", "Rates: the method's default (lora).", "Take lora."):
+    for part in ("lora", "0.0002", "0.500 ± 0.100", "size", "Learning rates: the method's default (lora).", "Take lora."):
         assert part in done.stdout
 
 
@@ -83,7 +83,7 @@ def test_json_the_default_folder_and_a_search(recipe, asked, tmp_path):
     done = slimtune(recipe, "--methods", "lora", "--tune", "--trials", "3", "--json")
     assert json.loads(done.stdout) == RESULT
     grid, _ = asked[1]
-    assert (grid.trials, grid.out) == (3, tmp_path / "o-compare")
+    assert (grid.trials, grid.output_dir) == (3, tmp_path / "o-compare")
 
 
 def test_a_failed_cell_is_exit_code_1_and_printed(recipe, asked):
@@ -98,12 +98,12 @@ def test_a_failed_cell_is_exit_code_1_and_printed(recipe, asked):
     ("args", "says"),
     [
         (["--methods", "lora,lroa"], "'lroa', did you mean 'lora'?"),
-        (["--methods", ","], "--methods names none"),
+        (["--methods", ","], "--methods names no method"),
         (["--methods", "lora", "--seeds", "0"], "--seeds"),
         (["--methods", "lora", "--tokens", "3"], "--tokens 3 is less than one step"),
-        (["--methods", "lora", "--set", "ia3.r=3"], "'ia3' is neither compared nor a section"),
+        (["--methods", "lora", "--set", "ia3.r=3"], "'ia3' is neither a compared method nor a section"),
         (["--methods", "lora", "--set", "train.epocs=3"], "did you mean 'epochs'"),
-        (["--methods", "lora", "--plot", "p.gif"], "a picture of the kind '.gif'"),
+        (["--methods", "lora", "--plot", "p.gif"], "has the suffix '.gif'"),
     ],
 )
 def test_wrong_use(recipe, asked, args, says):
