@@ -75,7 +75,14 @@ def test_flags_and_what_is_shown(recipe, asked, tmp_path):
     assert grid.build_recipe(grid.candidates[0], 7, Path("x")).train.batch_size == 3
     assert plot == tmp_path / "p.svg"
     assert "the recipe's learning rate, 0.01, is not used" in done.stderr
-    for part in ("lora", "0.0002", "0.500 ± 0.100", "size", "Learning rates: the method's default (lora).", "Take lora."):
+    for part in (
+        "lora",
+        "0.0002",
+        "0.500 ± 0.100",
+        "size",
+        "Learning rates: the method's default (lora).",
+        "Take lora.",
+    ):
         assert part in done.stdout
 
 

@@ -41,7 +41,6 @@ def quadratic(monkeypatch):
     return launch
 
 
-
 def test_finds_a_better_rate_than_the_default(grid, quadratic):
     settings = grid("lora", tokens=2000, trials=8)
     search = search_learning_rate(settings, settings.candidates[0], lambda _: None)

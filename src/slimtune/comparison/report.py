@@ -185,9 +185,7 @@ def make_advice(methods: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[st
     cheapest = {cost: min(choices, key=lambda m: m[name]) for cost, name in COST_FIELDS.items()}
 
     def low_costs(method: Mapping[str, Any]) -> list[str]:
-        return [
-            cost for cost, name in COST_FIELDS.items() if method[name] <= (1 + TOLERANCE) * cheapest[cost][name]
-        ]
+        return [cost for cost, name in COST_FIELDS.items() if method[name] <= (1 + TOLERANCE) * cheapest[cost][name]]
 
     choice = max(choices, key=lambda m: (len(low_costs(m)), m["loss_reduction"]))
     parts = [
