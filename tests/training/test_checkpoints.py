@@ -22,7 +22,7 @@ def fill(folder):
 
 @settings(max_examples=10, deadline=None)
 @given(steps=st.integers(1, 4), lr=st.floats(1e-6, 1e-1), seed=st.integers(0, 1000))
-def test_an_optimizer_goes_on_exactly_where_it_was(tmp_path_factory, steps, lr, seed):
+def test_an_optimizer_is_restored_exactly(tmp_path_factory, steps, lr, seed):
     folder = tmp_path_factory.mktemp("o")
 
     def make():
@@ -48,14 +48,14 @@ def test_an_optimizer_goes_on_exactly_where_it_was(tmp_path_factory, steps, lr, 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_random_numbers_go_on_where_they_were(tmp_path):
+def test_random_number_generators_are_restored(tmp_path):
     checkpoint.save_rng_state(tmp_path)
     first = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())
     checkpoint.load_rng_state(tmp_path)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
 
 
-def test_writing_is_whole_or_absent(tmp_path):
+def test_a_checkpoint_is_complete_or_absent(tmp_path):
     checkpoint.write_checkpoint(tmp_path, 1, fill)
 
     def breaks(folder):
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, harm, fault):
         checkpoint.find_newest_checkpoint(tmp_path, said.append)
 
 
-def test_what_a_killed_run_was_writing_is_removed(tmp_path):
+def test_a_partial_checkpoint_is_removed(tmp_path):
     checkpoint.write_checkpoint(tmp_path, 1, fill)
     (tmp_path / ".partial-2").mkdir()
     (tmp_path / ".partial-2" / "weights").write_bytes(b"12")

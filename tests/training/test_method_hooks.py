@@ -25,7 +25,7 @@ def written(folder: Path) -> tuple[dict, dict]:
     return load_file(adapter / "adapter_model.safetensors"), json.loads((adapter / "adapter_config.json").read_text())
 
 
-def test_a_run_fills_in_its_steps_and_ends_at_the_target(adalora, tmp_path):
+def test_the_run_sets_total_step_and_reaches_the_target_rank(adalora, tmp_path):
     data = {k: v for k, v in adalora["data"].items() if k != "validation"} | {"validation_fraction": 0}
     train(recipe_of({**adalora, "data": data}))
     tensors, config = written(Path(adalora["output_dir"]))
@@ -55,7 +55,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(adalora, tmp_path, monkeypatch):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
 
 
-def test_the_penalty_counts_once_a_step(adalora, tmp_path):
+def test_the_regularization_loss_counts_once_per_step(adalora, tmp_path):
     """However many micro-batches a step has."""
     method = {**adalora["method"], "orth_reg_weight": 7.0}
     plain = {**adalora, "method": method}
@@ -71,13 +71,13 @@ def test_the_penalty_counts_once_a_step(adalora, tmp_path):
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-4)
 
 
-def test_a_plain_method_leaves_no_file_of_its_own(settings):
+def test_other_methods_write_no_file(settings):
     train(recipe_of(settings, max_steps=2))
     newest = checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1]
     assert not (newest / checkpoint.METHOD_FILE).exists()
 
 
-def test_a_setting_refused_late_leaves_the_folder_free(settings):
+def test_a_late_config_error_leaves_no_folder(settings):
     """AdaLoRA learns how long the run is when the run is ready to start."""
     late = {**settings, "method": {"name": "adalora", "tfinal": 100}}
     with pytest.raises(SlimtuneError, match="total_step"):

@@ -96,7 +96,7 @@ def most(left: list[float], right: list[float]) -> float:
 
 
 @given(costs=st.lists(st.floats(1, 100), min_size=1, max_size=20), hands=st.integers(1, 6))
-def test_every_pack_is_dealt_once_and_evenly(costs, hands):
+def test_micro_batches_are_balanced(costs, hands):
     held = balance(costs, hands)
     assert sorted(p for hand in held for p in hand) == list(range(len(costs)))
     load = [sum(costs[p] for p in hand) for hand in held]
@@ -113,7 +113,7 @@ def test_every_pack_is_dealt_once_and_evenly(costs, hands):
     room=st.sampled_from([None, 20, 90]),
     packing=st.booleans(),
 )
-def test_the_hands_hold_a_steps_rows_each_once(lengths, hands, room, packing):
+def test_each_row_of_a_step_is_computed_once(lengths, hands, room, packing):
     rows = [[1, *range(5, 5 + n)] for n in lengths]
     examples = [{"input_ids": row, "labels": row} for row in rows]
     collator = Collator(0, packing, layout=packing, max_tokens=room, max_rows=3)
@@ -139,7 +139,7 @@ def test_long_rows_weigh_more_than_their_tokens():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_gradients_are_those_of_one_process_and_faults_are_everyones(settings, tmp_path):
+def test_gradients_and_errors_are_those_of_one_process(settings, tmp_path):
     """Whole and divided base, checkpointed or not, a process without a row: methods that read weights their own way."""
     found = checked("gradients,faults", settings, tmp_path)
     gradients, faults = found["gradients"], found["faults"]
@@ -218,7 +218,7 @@ def cut_back(run: Path, step: int) -> None:
 
 
 @pytest.mark.faults
-def test_a_faulty_recipe_is_said_once(settings, tmp_path):
+def test_an_error_is_printed_once(settings, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_of(settings).to_yaml().replace("q_proj", "q_prj").replace("seed: 42", "sed: 42"))
     (code, out, err), (other, nothing, silence) = ended(launched("-m", "slimtune", "train", str(file)))
@@ -228,7 +228,7 @@ def test_a_faulty_recipe_is_said_once(settings, tmp_path):
     assert not Path(settings["output_dir"]).exists()
 
 
-def test_other_verbs_want_one_process(monkeypatch):
+def test_other_commands_want_one_process(monkeypatch):
     from typer.testing import CliRunner
 
     from slimtune.cli import app
@@ -260,7 +260,7 @@ main()
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("rank", "divide"), [(0, False), (1, False), (1, True)])
-def test_a_killed_process_ends_the_run_which_one_process_goes_on_with(settings, tmp_path, rank, divide):
+def test_a_killed_process_ends_the_run_resumably(settings, tmp_path, rank, divide):
     settings["method"]["lora_dropout"] = 0.0
     settings["train"] |= {"max_steps": 20, "save_steps": 5, "fsdp": divide}
     whole = train(recipe_of({**settings, "output_dir": str(tmp_path / "whole")}))

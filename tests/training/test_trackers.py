@@ -35,7 +35,7 @@ def test_tensorboard_reads_the_losses(settings):
     assert not (folder / "checkpoints" / "runs").exists()
 
 
-def test_a_tracker_that_is_missing_is_said_before_anything_is_loaded(settings, monkeypatch, capsys):
+def test_a_missing_tracker_is_an_error_before_loading(settings, monkeypatch, capsys):
     monkeypatch.setattr(run_module, "load_base_from_recipe", lambda *_: pytest.fail("the base was loaded"))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n in ("wandb", "mlflow") else find(n, *a))

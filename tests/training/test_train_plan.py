@@ -69,7 +69,7 @@ def test_a_plan_changes_no_result(settings, tmp_path):
     assert plain["train_loss"] == probed["train_loss"]
 
 
-def test_what_is_refused_loads_nothing(settings, monkeypatch):
+def test_a_refused_plan_loads_nothing(settings, monkeypatch):
     def refuse(recipe, lengths):
         raise RunError("this run does not fit")
 
@@ -94,7 +94,7 @@ def test_the_command_line_refuses_and_can_be_forced(settings, tmp_path, monkeypa
     assert (Path(settings["output_dir"]) / "result.json").is_file()
 
 
-def test_what_cannot_be_planned_is_trained_all_the_same(settings, tmp_path, monkeypatch):
+def test_an_unplannable_run_is_trained(settings, tmp_path, monkeypatch):
     def strange(*_, **__):
         raise ModelError("this model's step hangs on values")
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_planned_is_trained_all_the_same(settings, tmp_path, monk
     assert not (Path(settings["output_dir"]) / "plan.json").exists()
 
 
-def test_a_pass_keeps_to_the_planned_length(settings):
+def test_micro_batches_keep_to_the_plan(settings):
     """Free memory may say more than the plan: the plan is what was promised."""
     plan = {}
 
@@ -119,7 +119,7 @@ def test_a_pass_keeps_to_the_planned_length(settings):
     assert record["probe"]["tokens"] <= longest
 
 
-def test_no_memory_for_the_probe_is_said_before_training(settings, monkeypatch):
+def test_the_probe_runs_out_of_memory_before_training(settings, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -129,7 +129,7 @@ def test_no_memory_for_the_probe_is_said_before_training(settings, monkeypatch):
     assert not Path(settings["output_dir"]).exists()
 
 
-def test_a_probe_outside_the_band_says_so():
+def test_a_probe_outside_the_plan_says_so():
     inside, outside = Probe(100, 5, 4, 6), Probe(100, 7, 4, 6)
     assert inside.as_planned
     assert "report" not in inside.text()

@@ -76,7 +76,7 @@ def gradients(name: str, base: str, rows: int, *, divide: bool | None, checkpoin
 
 
 def check_gradients(settings: dict[str, Any]) -> dict[str, float]:
-    """Compare gradients with those of one process: base whole or sharded, checkpointed or not, a process without rows."""
+    """Compare with one process: base whole or sharded, activation checkpointing on or off, a process without rows."""
     distributed.init_distributed()
     base, errors = settings["model"]["name"], {}
     for number, name in enumerate(METHODS):

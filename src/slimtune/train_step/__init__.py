@@ -1,1 +1,1 @@
-"""One training step: loss, evaluation of rows, activation memory savings."""
+"""One training step: loss, evaluation of rows, optimizer, ways to save memory."""

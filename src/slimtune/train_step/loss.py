@@ -275,8 +275,8 @@ def check_packing_supported(model: Any, collator: Collator) -> None:
     name = type(model).__name__
     if head_error > tolerance:
         raise ModelError(
-            f"the loss of a {name} differs from the model's own (by {100 * head_error.item():.2g} % of its spread): its "
-            "head does more to its logits than its config says",
+            f"the loss of a {name} differs from the model's own (by {100 * head_error.item():.2g} % of its spread): "
+            "its head does more to its logits than its config says",
             "a head that multiplies, adds a bias, scales and soft-caps",
             "train it with transformers' Trainer, which uses the model's own loss",
         )

@@ -1,1 +1,1 @@
-"""One training run: transformers' Trainer, our loss, checkpoints that are whole or absent, the record of the run."""
+"""One training run: recipe to adapter, training loop, checkpoints, recovery from running out of memory."""

@@ -135,7 +135,7 @@ def _sha256(path: Path) -> str:
 
 
 def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
-    """Write an optimizer's `state_dict()` as tensors and JSON; a tensor that several parameters share is written once."""
+    """Write an optimizer's `state_dict()` as tensors and JSON; a tensor shared by parameters is written once."""
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
     shared: dict[str, str] = {}

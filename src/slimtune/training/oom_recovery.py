@@ -4,8 +4,8 @@
                              already one row per micro-batch ─▶ activation checkpointing ─▶ give up, resumable
 
 The micro-batches of a step share one normalization (train_step/loss.py), so the gradient stays the same up to rounding;
-batch, order of the rows and learning rate stay, too. The repeated work draws the random numbers of the failed try; if it
-is divided differently, dropout meets other inputs, as it would have if the run had begun with that size. The smaller
+batch, order of the rows and learning rate stay, too. The repeated work draws the random numbers of the failed try; if
+it is divided differently, dropout meets other inputs, as it would have if the run had begun with that size. The smaller
 size is kept for the rest of the run.
 """
 

@@ -2,8 +2,8 @@
 
 torchrun sets RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE; without them there is one process and every function
 here returns at once. All processes do the same in the same order; only the main process writes files and prints. Small
-values (numbers, a plan, an error) go over gloo, gradients over NCCL if they are on GPUs. When a process dies, the others
-notice within `TIMEOUT` and exit, and one of them prints why.
+values (numbers, a plan, an error) go over gloo, gradients over NCCL if they are on GPUs. When a process dies, the
+others notice within `TIMEOUT` and exit, and one of them prints why.
 """
 
 from __future__ import annotations
