@@ -292,7 +292,7 @@ def _possible_changes(job: TrainingJob) -> list[tuple[str, Change]]:
         changes.append(("--batch-size 1, and --accumulate as many", one_row))
     if job.optimizer != "adamw":
         changes.append(("--optimizer adamw", partial(replace, optimizer="adamw")))
-    if job.method is None:
+    if job.method is None or job.method.trains_every_weight:  # which leaves nothing to quantize
         return changes
     if job.quantization != "nf4":
         changes += [(f"--quant {kind}", partial(replace, quantization=kind)) for kind in ("nf4", "int8")]
