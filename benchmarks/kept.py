@@ -18,7 +18,7 @@ from plan import NEEDED
 
 from slimtune import get_peft_model
 from slimtune.adapters.registry import built_in_methods, config_class
-from slimtune.config.method import resolved
+from slimtune.config.method import fill_recipe_defaults
 from slimtune.models.loader import load_base
 from slimtune.train_step.loss import make_collator, measure_activation_bytes
 
@@ -30,7 +30,7 @@ def counted(base, name: str) -> dict[str, float]:
     """Attach a method, count, and take it off again."""
     method, more = VARIANTS.get(name, (name, NEEDED.get(name, {})))
     cls = config_class(method)
-    model = get_peft_model(base, cls(**resolved(more, cls)))
+    model = get_peft_model(base, cls(**fill_recipe_defaults(more, cls)))
     collator = make_collator(model, 0)
     short, long = (measure_activation_bytes(model, collator, n) for n in (SHORT, LONG))
     model.unload()

@@ -33,7 +33,7 @@ import transformers as tf
 from plan_ways.referee import measured
 
 from slimtune.adapters.registry import built_in_methods, config_class
-from slimtune.config.method import resolved
+from slimtune.config.method import fill_recipe_defaults
 from slimtune.models.registry import load_config
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.request import TrainingJob
@@ -102,7 +102,7 @@ class Case:
         if name is None:
             return None
         cls = config_class(name)
-        return cls(**resolved(OWN.get((self.method, self.base), settings), cls))
+        return cls(**fill_recipe_defaults(OWN.get((self.method, self.base), settings), cls))
 
 
 def cases(methods: list[str], bases: list[str]) -> Iterator[Case]:

@@ -19,10 +19,10 @@ HERE = Path(__file__).parents[1]
 RECIPE = HERE / "examples/devils-dictionary.yaml"
 WAYS = {
     "bf16": [],
-    "nf4": ["--quant", "nf4"],
-    "nf4-loftq": ["--quant", "nf4", "--set", "method.init_lora_weights=loftq"],
-    "nf4-8bit": ["--quant", "nf4", "--optimizer", "adamw-8bit"],
-    "int8": ["--quant", "int8"],
+    "nf4": ["--quantization", "nf4"],
+    "nf4-loftq": ["--quantization", "nf4", "--set", "method.init_lora_weights=loftq"],
+    "nf4-8bit": ["--quantization", "nf4", "--optimizer", "adamw-8bit"],
+    "int8": ["--quantization", "int8"],
 }
 
 

@@ -43,7 +43,7 @@ def hand_plan(method: str = "lora", card: Gpu | None = None, sizes: tuple[float,
         "max_seq_len": 6144,
         "max_batch_size": 3,
         "tokens_per_second": Range(1000.0, 2000.0),
-        "advice": [Advice("--quant nf4", 10 * GIB, "fits")],
+        "advice": [Advice("--quantization nf4", 10 * GIB, "fits")],
         "evidence": {
             "parts": "traced; runtime: guessed",
             "usable_bytes": "published (a page (its part)); guessed band",

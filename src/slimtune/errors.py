@@ -1,20 +1,21 @@
-"""One tree of exceptions. Each says what it got, what it wanted, and how to fix it.
+"""The exceptions, and what an exception chain says about memory and disk.
 
-SlimtuneError            exit code 1: what the work found (faulty data, a wrong adapter, no memory, a full disk)
-└── UsageError           exit code 2: what the user typed (flags, a recipe, a missing file, targets)
+SlimtuneError            exit code 1: the work failed (faulty data, a wrong adapter, no memory, a full disk)
+└── UsageError           exit code 2: the user's input is wrong (flags, a recipe, a missing file, targets)
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
 
 
 class SlimtuneError(Exception):
-    """The work found a fault.
+    """The work failed.
 
     Args:
-        message: what was found, with its numbers and names, as one sentence.
+        message: what is wrong, with its numbers and names, as one sentence.
         expected: what would have been right.
         hint: what to do about it.
     """
@@ -23,23 +24,22 @@ class SlimtuneError(Exception):
 
     def __init__(self, message: str, expected: str = "", hint: str = "") -> None:
         self.message, self.expected, self.hint = message, expected, hint
-        super().__init__(
-            "\n".join(p for p in (message, expected and f"  expected: {expected}", hint and f"  hint: {hint}") if p)
-        )
+        lines = (message, expected and f"  expected: {expected}", hint and f"  hint: {hint}")
+        super().__init__("\n".join(filter(None, lines)))
 
     def __reduce__(self) -> tuple[type[SlimtuneError], tuple[str, str, str]]:
-        """Be the same error after a copy, in another process too."""
+        """Pickle the three fields: `Exception` would pickle only the joined text."""
         return type(self), (self.message, self.expected, self.hint)
 
 
 class UsageError(SlimtuneError):
-    """What the user typed cannot be carried out."""
+    """The user's input cannot be carried out."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe or its flags hold faults; all of them are named at once."""
+    """A recipe or its flags have errors; the message names all of them."""
 
 
 class TargetError(UsageError, ValueError):
@@ -47,11 +47,11 @@ class TargetError(UsageError, ValueError):
 
 
 class ConfigError(UsageError, ValueError):
-    """A method's setting is out of its range, or unknown."""
+    """A method's setting is out of range or unknown."""
 
 
 class DataError(SlimtuneError):
-    """Training data are faulty; the file and the line are named."""
+    """Training data are faulty; the message names file and line."""
 
 
 class ModelError(SlimtuneError):
@@ -63,13 +63,13 @@ class AdapterError(SlimtuneError):
 
 
 class RunError(SlimtuneError):
-    """A run could not go on: no valid checkpoint, no memory, a full disk."""
+    """A run cannot go on: no valid checkpoint, no memory, a full disk."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known name nearest to `name`, or `""`."""
-    found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    matches = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def format_names(names: Iterable[object], most: int = 12) -> str:
@@ -77,3 +77,55 @@ def format_names(names: Iterable[object], most: int = 12) -> str:
     every = [str(n) for n in names]
     rest = f", … ({len(every) - most} more)" if len(every) > most else ""
     return ", ".join(repr(n) for n in every[:most]) + rest
+
+
+def exception_chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and its causes, outermost first.
+
+    A SlimtuneError ends the chain: it says already what its cause means.
+    """
+    seen: set[int] = set()
+    step: BaseException | None = error
+    while step is not None and id(step) not in seen and not isinstance(step, SlimtuneError):
+        seen.add(id(step))
+        yield step
+        step = step.__cause__ or step.__context__
+
+
+OUT_OF_MEMORY_TEXTS = (
+    "can't allocate memory",  # torch's allocator on Linux and macOS
+    "not enough memory: you tried to allocate",  # on Windows
+    "backend out of memory",  # MPS
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS's and cuDNN's own workspaces
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "std::bad_alloc",
+    "could not create a primitive",  # oneDNN, which hides the reason; seen in bf16 on CPUs without free memory
+    "could not create a memory object",
+    "could not execute a primitive",
+    "Cannot allocate memory",  # strerror(ENOMEM), where a library passes on only its text
+)
+"""Substrings of out-of-memory messages that are raised as plain RuntimeError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception, or one of its causes, means that a device or the CPU has no memory left."""
+    return any(
+        isinstance(e, MemoryError)
+        or type(e).__name__ == "OutOfMemoryError"  # torch's: this module does not import torch
+        or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
+        or any(text in str(e) for text in OUT_OF_MEMORY_TEXTS)
+        for e in exception_chain(error)
+    )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an exception, or one of its causes, means that the disk is full.
+
+    safetensors raises an error of its own, which says so only in its text.
+    """
+    texts = ("No space left on device", "os error 28", "Disk quota exceeded")
+    return any(
+        (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)) or any(text in str(e) for text in texts)
+        for e in exception_chain(error)
+    )

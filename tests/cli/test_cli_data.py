@@ -82,8 +82,8 @@ def test_another_format_and_names_of_columns(tmp_path, tiny_folder):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (("--max-seq-len", "1"), "max_seq_len is 1"),
-        (("--batch-size", "0"), "a step of 0 rows"),
+        (("--max-seq-len", "1"), "data.max_seq_len: got 1"),
+        (("--batch-size", "0"), "train.batch_size: got 0"),
         (("--column", "messages"), "--column got 'messages'"),
         (("--on-overlong", "cut"), "cut"),
         (("--validation", "none.jsonl"), "no such file"),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import slimtune.planning.planner as planner
 from slimtune.cli import app
-from slimtune.cli.plan import between
+from slimtune.cli.plan import format_range
 from slimtune.planning.gpus import all_gpus, find_gpu
 
 
@@ -43,7 +43,7 @@ def test_the_table(asked):
     done = gpus()
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert lines[0].split() == ["card", "memory", "GB/s", "bf16", "flash", "watts", "kind"]
+    assert lines[0].split() == ["GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind"]
     assert [line.split()[0] for line in lines[1:]] == [c.name for c in all_gpus()]
     by_name = {line.split()[0]: line.split()[1:] for line in lines}
     assert by_name["rtx-3090"] == ["24.0", "GiB", "936", "yes", "yes", "350", "desktop"]
@@ -57,7 +57,7 @@ def test_kinds():
     assert kinds == {"mac", "laptop"}
     done = gpus("--kind", "desktop,labtop")
     assert done.exit_code == 2
-    assert "there are no cards of the kind 'labtop'; did you mean 'laptop'?" in done.stderr
+    assert "there are no GPUs of the kind 'labtop'; did you mean 'laptop'?" in done.stderr
 
 
 def test_json_has_every_card_with_its_source():
@@ -77,12 +77,12 @@ def test_the_cards_that_run_a_job_smallest_first(asked):
     lines = done.stdout.splitlines()
     assert "llama-3.1-8b with lora needs 18.6 to 19.0 GiB on GPUs in bfloat16" in lines
     assert "llama-3.1-8b with lora needs 59.6 to 60.0 GiB on Macs in bfloat16" in lines
-    start = next(i for i, line in enumerate(lines) if line.startswith("card "))
+    start = next(i for i, line in enumerate(lines) if line.startswith("GPU "))
     shown = lines[start + 1 : lines.index("", start)]
     names = [line.split()[0] for line in shown]
     memory = [float(line.split()[1]) for line in shown]
     assert memory == sorted(memory)
-    usable = between(*find_gpu("rx-7900-xt").usable)
+    usable = format_range(*find_gpu("rx-7900-xt").usable)
     assert shown[0].split() == ["rx-7900-xt", "20.0", "GiB", *usable.split(), "fits", "desktop"]
     assert "rtx-4080" not in names  # 16 GiB
     assert "v100-32gb" not in names  # no bf16: twice the weights, 34 GiB
@@ -90,7 +90,7 @@ def test_the_cards_that_run_a_job_smallest_first(asked):
     assert "m3-max-128gb" in names
     assert "rtx-a6000" not in names  # of another kind
     every = [c for c in all_gpus() if c.kind in ("desktop", "datacentre", "mac")]
-    assert lines[-1] == f"{len(every) - len(shown)} of {len(every)} cards are too small"
+    assert lines[-1] == f"{len(every) - len(shown)} of {len(every)} GPUs are too small"
 
 
 def test_a_job_is_planned_once_for_each_sort_of_card(asked):
@@ -123,7 +123,7 @@ def test_no_card_at_all():
     done = gpus("--for", "llama-3.1-8b", "--kind", "laptop", "--method", "full")
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("llama-3.1-8b with every weight trained needs 18.6 to 19.0 GiB")
+    assert lines[0].startswith("llama-3.1-8b with full needs 18.6 to 19.0 GiB")
     runs = [line.split()[0] for line in lines if "laptop" in line and "GiB" in line]
     assert runs == ["rtx-5090-laptop"]
     none = gpus("--for", "llama-3.1-8b", "--kind", "mini", "--dtype", "fp32")
@@ -133,9 +133,9 @@ def test_no_card_at_all():
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--rank", "4"], "--rank says how a job runs"),
-        (["--set", "train.epochs=1"], "--set says how a job runs"),
-        (["--no-packing"], "--packing says how a job runs"),
+        (["--rank", "4"], "method.rank describes a run"),
+        (["--set", "train.epochs=1"], "train.epochs describes a run"),
+        (["--no-packing"], "train.packing describes a run"),
         (["--for", "gpt2", "--method", "lora,ia3"], "--for got several methods"),
         (["--for", "gpt-3"], "there is no base 'gpt-3'"),
         (["--for", "m", "--method", "lore"], "did you mean 'lora'?"),

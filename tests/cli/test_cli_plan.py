@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import slimtune.methods
 import slimtune.planning.planner as planner
 from slimtune.cli import app
-from slimtune.cli.plan import between
+from slimtune.cli.plan import format_range
 from slimtune.config import load_recipe
 from slimtune.errors import UsageError
 from slimtune.models.loader import load_tokenizer
@@ -65,7 +65,7 @@ def rows(tmp_path) -> Path:
 def recipe(tmp_path, rows) -> Path:
     file = tmp_path / "recipe.yaml"
     file.write_text(
-        "model: {name: llama-3.1-8b, dtype: bf16}\ndata: {train: rows.jsonl, max_seq_len: 512}\nout: o\n"
+        "model: {name: llama-3.1-8b, dtype: bf16}\ndata: {train: rows.jsonl, max_seq_len: 512}\noutput_dir: o\n"
         "method: {name: lora, r: 4, targets: [q_proj]}\n"
         "train: {batch_size: 3, gradient_accumulation_steps: 2, packing: false, gradient_checkpointing: true}\n"
     )
@@ -87,8 +87,8 @@ def test_a_model_alone_is_planned_as_training_would_run_it(asked):
 
 def test_flags(asked):
     said(
-        *BASE, "--method", "LoRA", "--rank", "8", "--alpha", "12", "--batch-size", "2", "--seq-len", "99",
-        "--accumulate", "4", "--optimizer", "sgd", "--quant", "nf4", "--checkpointing", "--dtype", "bf16",
+        *BASE, "--method", "LoRA", "--rank", "8", "--alpha", "12", "--batch-size", "2", "--max-seq-len", "99",
+        "--gradient-accumulation-steps", "4", "--optimizer", "sgd", "--quantization", "nf4", "--gradient-checkpointing", "--dtype", "bf16",
         "--no-packing", "--set", "method.targets=[q_proj]", "--set", "train.gradient_accumulation_steps=5",
         "--set", "train.save_total_limit=7",
     )  # fmt: skip
@@ -105,7 +105,10 @@ def test_flags(asked):
 def test_a_recipe_and_flags_over_it(asked, recipe):
     done = plan(str(recipe), "--vram", "16GiB", "--rank", "6", "--max-seq-len", "300")
     assert done.exit_code == 0, done.stderr
-    assert "the tokenizer of meta-llama/Llama-3.1-8B is not on this disk: taken to be up to 300 tokens" in done.stderr
+    assert (
+        "the tokenizer of meta-llama/Llama-3.1-8B is not on this disk: every row is taken to have 300 tokens"
+        in done.stderr
+    )
     (request,) = asked
     assert request.gpu == gpu_with_memory("16GiB")
     assert (request.method.r, set(request.method.target_modules)) == (6, {"q_proj"})
@@ -137,7 +140,9 @@ def test_rows_give_the_longest_and_the_tokens_of_the_run(asked, tiny_folder, tmp
     assert request.job().lengths == tuple(sorted(lengths, reverse=True))
     assert told["cost"]["tokens"] == 2 * sum(lengths)
     assert told["cost"]["hours"]["low"] == pytest.approx(2 * sum(lengths) / 2000 / 3600)
-    told = said(str(tiny_folder), *how, "--set", "train.max_steps=6", "--batch-size", "1", "--accumulate", "2")
+    told = said(
+        str(tiny_folder), *how, "--set", "train.max_steps=6", "--batch-size", "1", "--gradient-accumulation-steps", "2"
+    )
     assert told["cost"]["tokens"] == round(6 * 2 * sum(lengths) / 3)
     assert asked[1].job().lengths == asked[0].job().lengths[:1]  # the longest that can come together in a pass
     shown = plan(str(tiny_folder), *how, "--set", "train.epochs=2").stdout
@@ -155,7 +160,7 @@ def test_a_config_alone_is_planned_by_the_longest_row_it_allows(asked, tiny_fold
 def test_a_recipe_of_a_base_on_this_disk_has_its_rows_read(asked, tiny_folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text(TALK % "Ho")
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"model: {tiny_folder}\ndata: {{train: rows.jsonl, validation_fraction: 0}}\nout: o\n")
+    recipe.write_text(f"model: {tiny_folder}\ndata: {{train: rows.jsonl, validation_fraction: 0}}\noutput_dir: o\n")
     done = plan(str(recipe), "--gpu", "t4")
     assert done.exit_code == 0, done.stderr
     assert max(asked[0].job().lengths) < 100
@@ -203,22 +208,22 @@ def test_help(verb):
         (["--method", ""], "--method names none"),
         (["--rank", "0"], "method.r: got 0"),
         (["--batch-size", "0"], "train.batch_size: got 0"),
-        (["--seq-len", "1"], "data.max_seq_len: got 1"),
-        (["--method", "lora,ia3", "--seq-len", "1"], "data.max_seq_len: got 1"),
+        (["--max-seq-len", "1"], "data.max_seq_len: got 1"),
+        (["--method", "lora,ia3", "--max-seq-len", "1"], "data.max_seq_len: got 1"),
         (["--dtype", "bf17"], "model.dtype: got 'bf17'"),
-        (["--optimizer", "adamv"], "unknown optimizer 'adamv'; did you mean 'adamw'?"),
-        (["--quant", "nf8"], "--quant got 'nf8'; did you mean 'nf4'?"),
-        (["--method", "full", "--rank", "4"], "none of the methods planned has a setting 'rank'"),
+        (["--optimizer", "adamv"], "train.optimizer is 'adamv'; did you mean 'adamw'?"),
+        (["--quantization", "nf8"], "quantization is 'nf8'; did you mean 'nf4'?"),
+        (["--method", "full", "--rank", "4"], "method.rank: no such field"),
         (["--method", "ia3", "--rank", "4"], "method.rank"),
         (["--method", "lora,ia3", "--set", "method.rnk=4"], "a setting 'rnk'; did you mean 'rank'?"),
         (["--set", "train.epocs=1"], "did you mean 'epochs'"),
         (["--data", "no/rows.jsonl"], "data.train: there is no file"),
         (["--plot", "plan.pdf"], "'.pdf'"),
-        (["--context", "4096"], "--context says how the tuned model is served"),
+        (["--context", "4096"], "--context describes how the tuned model is served"),
         (["--price", "-1"], "--price"),
         (["--price", "0"], "--price is 0"),
         (["--serve", "--engine", "olama"], "there is no engine 'olama'; did you mean 'ollama'?"),
-        (["--seq-len", "9000000"], "a row of 9000000 tokens"),
+        (["--max-seq-len", "9000000"], "a row of 9000000 tokens"),
         (["--context", "0", "--serve"], "--context"),
     ],
 )
@@ -266,21 +271,21 @@ def test_one_plan():
         "reserved for them 18.1 to 18.5 GiB",
         "runtime 512.0 MiB",
         "needed 18.6 to 19.0 GiB",
-        f"usable {between(*CARD.usable)} published; guessed band |",
-        "in a pass 1 row, 2048 tokens",
-        "longest of them 2048 tokens",
+        f"usable {format_range(*CARD.usable)} published; guessed band |",
+        "micro-batch 1 row, 2048 tokens",
+        "longest row in it 2048 tokens",
         "micro-batches in a step 4",
         "trained parameters 41.9 M (0.52 %)",
-        "adapter's file 160.0 MiB",
-        "machine's memory 3.0 GiB",
+        "adapter file 160.0 MiB",
+        "CPU memory 3.0 GiB",
         "disk 1.0 GiB",
-        "longest row, 1 in a pass 6144 tokens",
-        "most rows of 2048 in a pass 3 rows",
+        "longest row that fits, 1 at once 6144 tokens",
+        "most rows of 2048 that fit 3 rows",
         "tokens in a second 1000 to 2000",
         "a million tokens 8 min 20 s to 16 min 40 s",
         "0.029 to 0.097 kWh",
         "0.069 to 0.14 $ the price given",
-        "--quant nf4 10.0 GiB fits",
+        "--quantization nf4 10.0 GiB fits",
         "lora WWWW",
     ):
         assert part in text
@@ -290,9 +295,9 @@ def test_one_plan():
 @pytest.mark.parametrize(
     ("verdict", "sentence"),
     [
-        ("fits", "llama-3.1-8b with every weight trained fits on rtx-3090:"),
-        ("tight", "llama-3.1-8b with every weight trained is tight on rtx-3090, it may run out of memory:"),
-        ("does not fit", "llama-3.1-8b with every weight trained does not fit on rtx-3090:"),
+        ("fits", "llama-3.1-8b with full fits on rtx-3090:"),
+        ("tight", "llama-3.1-8b with full is tight on rtx-3090, it may run out of memory:"),
+        ("does not fit", "llama-3.1-8b with full does not fit on rtx-3090:"),
     ],
 )
 def test_a_plan_is_an_answer_whatever_it_says(monkeypatch, verdict, sentence):
@@ -357,12 +362,12 @@ def test_prices_of_the_table_are_shown_with_their_date():
     assert re.search(r"[\d.]+ to [\d.]+ \$ published: RunPod Community Cloud, 20\d\d-\d\d-\d\d", text)
 
 
-def test_between():
-    assert between(17.9 * GIB, 18.6 * GIB) == "17.9 to 18.6 GiB"
-    assert between(900 << 20, 1.5 * GIB) == "900.0 MiB to 1.5 GiB"
-    assert between(GIB, GIB + 1) == "1.0 GiB"
-    assert between(1, 2, "{:.0f}".format) == "1 to 2"
-    assert between(500, 1000, format_duration) == "8 min 20 s to 16 min 40 s"
+def test_ranges():
+    assert format_range(17.9 * GIB, 18.6 * GIB) == "17.9 to 18.6 GiB"
+    assert format_range(900 << 20, 1.5 * GIB) == "900.0 MiB to 1.5 GiB"
+    assert format_range(GIB, GIB + 1) == "1.0 GiB"
+    assert format_range(1, 2, "{:.0f}".format) == "1 to 2"
+    assert format_range(500, 1000, format_duration) == "8 min 20 s to 16 min 40 s"
 
 
 # --- what is written
@@ -370,7 +375,7 @@ def test_between():
 
 def test_a_recipe_that_trains_is_written(asked, rows, tmp_path):
     file = tmp_path / "job.yaml"
-    done = plan(*BASE, "--rank", "8", "--seq-len", "99", "--data", str(rows), "--write", str(file))
+    done = plan(*BASE, "--rank", "8", "--max-seq-len", "99", "--data", str(rows), "--write", str(file))
     assert done.exit_code == 0, done.stderr
     assert file.read_text().startswith(
         "# llama-3.1-8b with lora fits on rtx-3090: it needs 18.6 GiB to 19.0 GiB of 22.9 GiB\n"
@@ -379,7 +384,7 @@ def test_a_recipe_that_trains_is_written(asked, rows, tmp_path):
     assert (recipe.method.settings["r"], recipe.data.max_seq_len, recipe.data.train) == (8, 99, rows)
     assert recipe.model.name == "meta-llama/Llama-3.1-8B", "what the weights are loaded by"
     assert recipe.output_dir == Path("runs/job")
-    assert f"now: slimtune train {file}" in done.stdout
+    assert f"next: slimtune train {file}" in done.stdout
     again = said(str(file), "--gpu", "t4")
     assert again["method"] == "lora"
     assert asked[1].method == asked[0].method
@@ -390,15 +395,15 @@ def test_a_recipe_that_trains_is_written(asked, rows, tmp_path):
     ("args", "says"),
     [
         ([], "--write needs the rows"),
-        (["--method", "full", "DATA"], "--write got full"),
+        (["--method", "lora,full", "DATA"], "--write got lora, full"),
         (["--method", "lora,ia3", "DATA"], "--write got lora, ia3"),
         (
-            ["--optimizer", "sgd", "--quant", "nf4-single", "DATA"],
+            ["--optimizer", "sgd", "--quantization", "nf4-single", "DATA"],
             "no recipe trains with quantization nf4-single, optimizer sgd",
         ),
-        (["DATA", "--write", "job.txt"], "'job.txt' is no name of a recipe"),
+        (["DATA", "--write", "job.txt"], "'job.txt' is not a name for a recipe"),
         (["DATA", "--write", "no/job.yaml"], "there is no folder 'no'"),
-        (["DATA", "--write", "there.yaml"], "there.yaml is there already"),
+        (["DATA", "--write", "there.yaml"], "there.yaml exists"),
     ],
 )
 def test_a_recipe_that_cannot_be(asked, rows, tmp_path, monkeypatch, args, says):

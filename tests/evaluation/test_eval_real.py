@@ -78,7 +78,7 @@ def test_shuffled_answers_do_not_pass(folder):
     run = trained(folder, "style", "--data", rows, "--max-steps", 40, "--batch-size", 4, "--lr", "1e-3")
     right, own = ROWS / "test.jsonl", shuffled(ROWS / "test.jsonl", folder / "shuffled-test.jsonl")
     for file, why in ((right, "past the prompt"), (own, "a prompt is not shown to tell")):
-        code, found = slimtune("eval", run, "--data", file, "--general", "none")
+        code, found = slimtune("eval", run, "--data", file, "--general-text", "none")
         print({k: found[k] for k in ("loss_reduction", "loss_reduction_ci95", "prompt_dependence", "verdict")})
         assert code == 1
         assert found["loss_reduction_ci95"][0] > 0.4  # the loss alone would say yes

@@ -55,7 +55,7 @@ def test_style_from_shuffled_answers_is_not_improved(style):
 def test_forgetting_over_the_budget_fails(proper):
     text = proper.with_name("known.txt")
     text.write_text(KNOWN)
-    done = slimtune("eval", str(proper), "--general", str(text), "--json")
+    done = slimtune("eval", str(proper), "--general-text", str(text), "--json")
     assert done.exit_code == 1, done.stderr
     printed = json.loads(done.stdout)
     assert printed["improved"]
@@ -65,7 +65,7 @@ def test_forgetting_over_the_budget_fails(proper):
     assert printed["verdict"]["passed"] is False
     assert "forgot more than its budget of 0.1 nats per token on general text" in printed["verdict"]["reasons"][0]
     assert json.loads((proper / "eval-test.json").read_text()) == printed
-    enough = slimtune("eval", str(proper), "--general", str(text), "--forgetting-budget", "20")
+    enough = slimtune("eval", str(proper), "--general-text", str(text), "--forgetting-budget", "20")
     assert enough.exit_code == 0, enough.stderr
     assert "the tuned model is better" in enough.stdout
 

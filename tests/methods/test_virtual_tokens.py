@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import slimtune
 from slimtune import PeftModel, get_peft_model
-from slimtune.config.method import resolved
+from slimtune.config.method import fill_recipe_defaults
 from slimtune.errors import AdapterError, ConfigError, ModelError, TargetError, UsageError
 from slimtune.methods.prefix_tuning import initialize_kv_prefix_from_past_key_values, initialize_kv_prefix_from_text
 
@@ -489,7 +489,7 @@ def test_starts_equal_pefts(init, tokenizer):
 
 def test_recipes_start_a_prefix_near_the_base():
     for given, init in (({}, "vocab"), ({"prefix_projection": False}, "vocab"), ({"prefix_projection": True}, None)):
-        assert resolved(given, slimtune.PrefixTuningConfig)["init_weights"] == init
+        assert fill_recipe_defaults(given, slimtune.PrefixTuningConfig)["init_weights"] == init
 
 
 @pytest.mark.parametrize(

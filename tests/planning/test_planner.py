@@ -84,7 +84,7 @@ def test_advice_helps_a_gpu_too_small():
     assert plan.verdict != "fits"
     assert all(a.saves > 0 for a in plan.advice)
     first = plan.advice[0]
-    assert first.change.startswith("--checkpointing")
+    assert first.change.startswith("--gradient-checkpointing")
     better = make_plan(replace(request, gradient_checkpointing=True), advise=False)
     assert (first.saves, first.verdict) == (plan.allocated_bytes - better.allocated_bytes, better.verdict)
 

@@ -118,7 +118,7 @@ def test_rows_that_are_too_long(desk):
 
 def test_unknown_recipe_fields_all_at_once(desk):
     recipe = desk.write("recipe.yaml", f"model: {desk.base}\ndata: {desk.rows}\ntrain: {{epoch: 3, lerning_rate: 1}}\n"
-                        f"method: {{name: lora, rnk: 3}}\nout: {desk.out}\n")  # fmt: skip
+                        f"method: {{name: lora, rnk: 3}}\noutput_dir: {desk.out}\n")  # fmt: skip
     parts = ("did you mean 'epochs'?", "did you mean 'learning_rate'?", "did you mean 'rank'?")
     refused(desk.run("train", recipe), 2, *parts)
     nothing_written(desk)
@@ -139,7 +139,7 @@ def test_unknown_recipe_fields_all_at_once(desk):
             ["method.modules_to_save=[lm_hed]"],
             ["modules_to_save: 'lm_hed' matches no module", "did you mean 'lm_head'?"],
         ),
-        (["method.r=0"], ["r", "0", "1 and up"]),
+        (["method.r=0"], ["r", "0", "at least 1"]),
     ],
 )
 def test_what_matches_nothing(desk, sets, parts):
@@ -159,13 +159,13 @@ def test_an_adapter_for_another_base(trained, tmp_path, tiny_tokenizer):
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
     adapter, out = str(trained.out / "adapter"), str(tmp_path / "next")
-    refused(trained.train("--continue", adapter, model=str(other), out=out), 1, "another base", "fingerprint")
+    refused(trained.train("--init-adapter", adapter, model=str(other), out=out), 1, "another base", "fingerprint")
     assert not Path(out).exists()
 
 
 def test_an_output_folder_with_another_run(trained):
     before = {p: p.read_bytes() for p in trained.out.rglob("*") if p.is_file()}
-    refused(trained.train(), 2, "already holds another run", "--resume", "--out")
+    refused(trained.train(), 2, "already contains another run", "--resume", "--out")
     assert {p: p.read_bytes() for p in trained.out.rglob("*") if p.is_file()} == before
 
 
@@ -173,7 +173,7 @@ def test_a_pickled_adapter(trained, tmp_path):
     pickled = tmp_path / "pickled"
     shutil.copytree(trained.out / "adapter", pickled)
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
-    refused(trained.train("--continue", str(pickled), out=str(tmp_path / "next")), 1, "is a pickle", "safetensors")
+    refused(trained.train("--init-adapter", str(pickled), out=str(tmp_path / "next")), 1, "is a pickle", "safetensors")
     refused(trained.run("generate", str(pickled), "hi"), 1, "is a pickle")
 
 

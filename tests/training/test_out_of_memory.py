@@ -21,13 +21,12 @@ import slimtune.training.loop as loop_module
 import slimtune.training.train as run_module
 from slimtune.adapters import state_dict as adapter_files
 from slimtune.data.collator import Collator
-from slimtune.errors import DataError, RunError
+from slimtune.errors import DataError, RunError, is_out_of_memory
 from slimtune.models.lm_head import LMHead
 from slimtune.training import checkpoint
 from slimtune.training.loop import TrainingLoop
 from slimtune.training.oom_recovery import OomRecovery
 from slimtune.training.train import train
-from slimtune.utils.memory import is_out_of_memory
 
 CPU = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"

@@ -1,6 +1,6 @@
-"""The command line: one thin module per verb (parse → library call → print).
+"""The command line: one thin module for each command (parse, call the library, print).
 
-The heavy rooms are imported inside the verbs, so `slimtune --help` imports no torch.
+Torch and the library's folders are imported inside the commands, so that `slimtune --help` is quick.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
 from .. import __version__
 from ..errors import UsageError
-from .chat import chat
 from .common import CommandGroup
 from .compare import compare
 from .data import data_report
 from .doctor import doctor
 from .eval import eval_run
 from .export import export_run
-from .generate import generate
+from .generate import chat, generate
 from .gpus import gpus
 from .merge import merge_run
 from .methods import methods
@@ -31,27 +31,29 @@ from .report import report_run
 from .train import train_run
 from .verify import verify_run
 
-app = typer.Typer(
-    cls=CommandGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False
-)
-app.command("plan")(plan)
-app.command("gpus")(gpus)
-app.command("data")(data_report)
-app.command("train")(train_run)
-app.command("eval")(eval_run)
-app.command("report")(report_run)
-app.command("compare")(compare)
-app.command("generate")(generate)
-app.command("chat")(chat)
-app.command("merge")(merge_run)
-app.command("export")(export_run)
-app.command("verify")(verify_run)
-app.command("push")(push_run)
-app.command("methods")(methods)
-app.command("doctor")(doctor)
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "plan": plan,
+    "gpus": gpus,
+    "data": data_report,
+    "train": train_run,
+    "eval": eval_run,
+    "report": report_run,
+    "compare": compare,
+    "generate": generate,
+    "chat": chat,
+    "merge": merge_run,
+    "export": export_run,
+    "verify": verify_run,
+    "push": push_run,
+    "methods": methods,
+    "doctor": doctor,
+}
+app = typer.Typer(cls=CommandGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"slimtune {__version__}")
         raise typer.Exit
@@ -61,26 +63,27 @@ def _version(wanted: bool) -> None:
 def _root(
     ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Adapt an LLM by training a small part of it: plan, train, prove, merge, use.
+    """Adapt an LLM by training a small part of it: plan, train, evaluate, export.
 
-    Exit codes: 0 done; 1 the work failed; 2 wrong use (flags, recipe, missing files); 130 interrupted.
+    Exit codes: 0 done; 1 the work failed, or the verdict is negative; 2 wrong use (flags, recipe, missing files); 130
+    interrupted.
     """
-    if ctx.invoked_subcommand not in (None, "train") and "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help(), err=True)
+        raise typer.Exit(2)
+    if ctx.invoked_subcommand != "train" and "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
         raise UsageError(
             f"slimtune {ctx.invoked_subcommand} was started in {os.environ.get('WORLD_SIZE')} processes",
             "one process: only train takes several",
             "run it without torchrun or accelerate launch",
         )
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help(), err=True)
-        raise typer.Exit(2)
 
 
 def main() -> None:
     """Run the command line on `sys.argv` and exit with its code."""
-    # It warns whoever imports it, transformers included, that a kernel for inference could be downloaded.
+    # bitsandbytes warns at import that a kernel for inference could be downloaded; transformers imports it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     app(args=sys.argv[1:])

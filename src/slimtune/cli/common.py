@@ -1,8 +1,8 @@
-"""What every verb shares: results, errors and exit codes, in one place around all of them.
+"""What every command shares: how results and exceptions become output and an exit code.
 
-A verb returns its result as a mapping. With `--json` that is printed as the one object on stdout, and whatever else
-prints goes to stderr; without it the verb shows it to people. An exception becomes one clear message on stderr, the
-exit code of its kind, and with `--json` the object `{"error": {...}}`.
+A command returns its result as a mapping. With `--json` it is printed as the one JSON object on stdout, and all other
+output goes to stderr; without `--json` the command prints it for people. An exception becomes one message on stderr
+and, with `--json`, the object `{"error": {...}}`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -23,121 +23,107 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from ..errors import RunError, SlimtuneError, UsageError
-from ..utils.files import disk_full_error, is_disk_full
+from ..errors import RunError, SlimtuneError, UsageError, is_disk_full, is_out_of_memory
+from ..utils.files import disk_full_error
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="PATH=VALUE", help="Any field of the recipe, for example train.epochs=1. Repeatable."
-    ),
-]
-ColumnOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--column", metavar="ROLE=COLUMN", help="What the rows call a column, for example messages=dialog. Repeatable."
-    ),
-]
 INTERRUPTED = 130
-# Typer carries a copy of click or uses click itself, depending on its version: the class is found through its own.
+PACKAGE = Path(__file__).parents[1]
+# Typer has a copy of click or uses click itself, depending on its version.
 ClickError = typer.BadParameter.__mro__[2]
 
 
 class NegativeResult(NamedTuple):
-    """What a verb returns whose work is done and whose answer is no: exit code 1, the result printed all the same."""
+    """Result of a command that ran, with a negative verdict (exit code 1)."""
 
     result: Any
 
 
 class CommandGroup(TyperGroup):
-    """The verbs, inside the one place that turns results and exceptions into output and an exit code."""
+    """The commands. Its `main` turns their results and exceptions into output and an exit code."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return the command that the arguments name, with the flags of its recipe settings, and its arguments."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if any(arg.startswith("--") and arg not in ("--help", "--json") for arg in rest):
+            from ..config.aliases import rename_flags  # imports pydantic, which `slimtune --help` does without
+
+            rest = rename_flags(rest)
+        build_command = getattr(getattr(command, "callback", None), "build_command", None)
+        return name, build_command(name) if build_command is not None else command, rest
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
-        """Run a verb and exit: 0 done, 1 the work failed, 2 wrong use, 130 interrupted."""
-        given = list(sys.argv[1:] if args is None else args)
-        options = given[: given.index("--")] if "--" in given else given
-        as_json = "--json" in options
-        out = sys.stdout
+        """Run a command and exit: 0 done, 1 the work failed, 2 wrong use, 130 interrupted."""
+        args = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in (args[: args.index("--")] if "--" in args else args)
+        stdout = sys.stdout
         extra.pop("standalone_mode", None)
         try:
-            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-                result = super().main(given, standalone_mode=False, **extra)
+            with _print_warnings(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                result = super().main(args, standalone_mode=False, **extra)
         except (KeyboardInterrupt, typer.Abort):
             result = INTERRUPTED
+        except SystemExit:
+            raise
         except BaseException as e:
-            if isinstance(e, SystemExit):
-                raise
-            sys.exit(_fail(e, as_json, out))
-        # Typer hands back the code of an Exit, and 130 for Ctrl-C, as an int.
+            sys.exit(_report_error(e, stdout if as_json else None))
+        # Typer returns the code of an Exit, and 130 for Ctrl-C, as an int.
         if result == INTERRUPTED:
             if os.environ.get("RANK", "0") == "0":
                 error_console().print("interrupted", style="bold")
             if as_json:
-                _print_json({"error": {"kind": "Interrupted", "message": "interrupted"}}, out)
+                _print_json({"error": {"kind": "Interrupted", "message": "interrupted"}}, stdout)
         if isinstance(result, int):
             sys.exit(result)
         code = 0
         if isinstance(result, NegativeResult):
             result, code = result.result, 1
         if as_json and result is not None:
-            _print_json(result, out)
+            _print_json(result, stdout)
         sys.exit(code)
 
 
-def to_cli_error(e: BaseException) -> SlimtuneError | None:
-    """Return an exception as one the user understands; None for what only a developer can."""
-    if isinstance(e, SlimtuneError):
-        return e
-    text = str(e)
-    if is_disk_full(e):
-        where = getattr(e, "filename", None)
-        return disk_full_error(Path(where) if isinstance(where, str | Path) else Path.cwd() / "the run's files")
-    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+def to_cli_error(error: BaseException) -> SlimtuneError | None:
+    """Return the error to show the user for any exception; None for a bug, which only a developer understands."""
+    if isinstance(error, SlimtuneError):
+        return error
+    if is_disk_full(error):
+        file = getattr(error, "filename", None)
+        return disk_full_error(Path(file) if isinstance(file, str | Path) else Path.cwd() / "the run's files")
+    if is_out_of_memory(error):
         return RunError(
-            f"there is not enough memory: {text.strip() or 'an allocation failed'}",
-            "room for the model and a micro-batch",
-            "a smaller --batch-size or --max-seq-len, --dtype bf16, or --set train.gradient_checkpointing=true",
+            f"there is not enough memory: {str(error).strip() or 'an allocation failed'}",
+            "memory for the model and a micro-batch",
+            "a smaller --batch-size or --max-seq-len, --dtype bf16, or --gradient-checkpointing",
         )
-    if isinstance(e, ClickError):
-        context = getattr(e, "ctx", None)
-        fix = f"see `{context.command_path} --help`" if context is not None else ""
-        return UsageError(e.format_message(), hint=fix)  # type: ignore[attr-defined]
-    if isinstance(e, PermissionError):
+    if isinstance(error, ClickError):
+        ctx = getattr(error, "ctx", None)
+        return UsageError(error.format_message(), hint=f"see `{ctx.command_path} --help`" if ctx is not None else "")  # type: ignore[attr-defined]
+    if isinstance(error, PermissionError):
         return UsageError(
-            f"no permission: {e.filename or text}", "a file that may be read, a folder that may be written"
+            f"no permission: {error.filename or error}", "a file that may be read, a folder that may be written"
         )
     return None
 
 
-def parse_column_map(pairs: Sequence[str] | None) -> dict[str, str]:
-    """Return what `--column role=column` sets in a recipe.
-
-    Raises:
-        UsageError: one of them has no `=`, no role or no column.
-    """
-    found = {}
-    for pair in pairs or ():
-        role, _, column = (part.strip() for part in pair.partition("="))
-        if not role or not column:
-            raise UsageError(f"--column got {pair!r}", "role=column", "for example --column messages=dialog")
-        found[f"data.columns.{role}"] = column
-    return found
-
-
 def console() -> Console:
-    """Return a console on the stdout of now."""
-    return Console(highlight=False, soft_wrap=True)
+    """Return a console on the current stdout."""
+    return Console(highlight=False, soft_wrap=True, markup=False)
 
 
 def error_console() -> Console:
     """Return a console on stderr."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def be_quiet() -> None:
-    """Let libraries say nothing in this process of a run: the first one lets them."""
+def print_progress(text: str) -> None:
+    """Print a line about the work in progress on stderr."""
+    error_console().print(text, style="dim")
+
+
+def silence_process() -> None:
+    """Turn off warnings, log messages and progress bars: with several processes only the first one shows them."""
     from transformers.utils.logging import disable_progress_bar
 
     logging.disable(logging.WARNING)
@@ -145,48 +131,72 @@ def be_quiet() -> None:
     disable_progress_bar()
 
 
-def table(*columns: str, title: str | None = None) -> Table:
-    """Return an empty table: the first column holds names, the others values."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=any(columns))
+def table(*columns: str, left: Sequence[int] = ()) -> Table:
+    """Return an empty table. Its first column and the columns in `left` are text, which wraps; the others are numbers.
+
+    Args:
+        columns: headings; without any text no heading is shown.
+        left: numbers of further text columns, from 0.
+    """
+    made = Table(box=None, pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", no_wrap=bool(number))
+        is_text = number in left
+        made.add_column(column, justify="left" if is_text or not number else "right", no_wrap=not is_text)
     return made
 
 
-def _fail(e: BaseException, as_json: bool, out: Any) -> int:
-    known = to_cli_error(e)
-    if known is None:
-        traceback.print_exception(e, file=sys.stderr)
-        known = SlimtuneError(
-            f"a fault inside slimtune: {type(e).__name__}: {e}", hint="please report it with the lines above"
-        )
-    if not _ours_to_say(known):
-        return known.exit_code
-    lines = [Text("error: ", style="bold red") + Text(known.message)]
-    lines += [Text(f"  {name}: {text}") for name, text in (("expected", known.expected), ("hint", known.hint)) if text]
-    for line in lines:
-        error_console().print(line)
-    if as_json:
-        said = {"kind": type(known).__name__, "message": known.message, "expected": known.expected, "hint": known.hint}
-        _print_json({"error": {**said, "exit_code": known.exit_code}}, out)
-    if "RANK" in os.environ:
-        from ..utils.distributed import mark_error_printed as let_know
+def print_fields(screen: Console, fields: Sequence[tuple[str, str]]) -> None:
+    """Print labels and values in two columns; long values wrap."""
+    rows = table("", "", left=[1])
+    for label, value in fields:
+        rows.add_row(Text(label), Text(value))
+    screen.print(rows)
 
-        let_know(known)
+
+@contextlib.contextmanager
+def _print_warnings() -> Iterator[None]:
+    """Print warnings of this package as one line, without file and line number."""
+    with warnings.catch_warnings():
+        default = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+            if Path(filename).is_relative_to(PACKAGE):
+                error_console().print(f"warning: {message}", style="yellow")
+            else:
+                default(message, category, filename, *rest)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+def _report_error(error: BaseException, json_output: Any | None) -> int:
+    """Print an exception on stderr, and as JSON if asked, and return its exit code."""
+    known = to_cli_error(error)
+    if known is None:
+        traceback.print_exception(error, file=sys.stderr)
+        message = f"a bug in slimtune: {type(error).__name__}: {error}"
+        known = SlimtuneError(message, hint="please report it with the lines above")
+    several = "RANK" in os.environ
+    if several:
+        from ..utils import distributed
+
+        if not distributed.should_print_error(known):
+            return known.exit_code
+    screen = error_console()
+    screen.print(Text("error: ", style="bold red") + Text(known.message))
+    for name in ("expected", "hint"):
+        if text := getattr(known, name):
+            screen.print(f"  {name}: {text}")
+    if json_output is not None:
+        fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")}
+        _print_json({"error": {"kind": type(known).__name__, **fields}}, json_output)
+    if several:
+        distributed.mark_error_printed(known)
     return known.exit_code
 
 
-def _ours_to_say(error: SlimtuneError) -> bool:
-    """Return whether this process of a run says the error: what all meet alike is said once."""
-    if "RANK" not in os.environ:
-        return True
-    from ..utils.distributed import should_print_error
-
-    return should_print_error(error)
-
-
-def _print_json(values: Any, out: Any) -> None:
+def _print_json(values: Any, stdout: Any) -> None:
     from ..run_dir import to_json
 
-    out.write(to_json(values) + "\n")
-    out.flush()
+    stdout.write(to_json(values) + "\n")
+    stdout.flush()

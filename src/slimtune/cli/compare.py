@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,84 +22,75 @@ def compare(
     ] = "lora,dora,ia3,bottleneck,prefix,prompt,full",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method: the recipe's seed and those after it.")] = 3,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Trained tokens of a run; the recipe's own length without it.")
+        int | None, typer.Option(min=1, help="Trained tokens of a run. Default: the recipe's length.")
     ] = None,
     tune: Annotated[bool, typer.Option("--tune", help="Search each method's learning rate first.")] = False,
-    trials: Annotated[int, typer.Option(min=2, help="With --tune: rates tried for each method.")] = 8,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder; the recipe's output_dir with -compare without it.")
-    ] = None,
+    trials: Annotated[int, typer.Option(min=2, help="With --tune: learning rates tried for each method.")] = 8,
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: the recipe's output_dir with -compare.")] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="PATH=VALUE",
-            help="A field of the recipe (train.batch_size=4), or of one method (dora.r=8). Repeatable.",
+            help="A setting of the recipe (train.batch_size=4), or of one method (dora.r=8). Repeatable.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Train on data that a survey finds faulty.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the picture into this .svg or .png, too.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Train on faulty data.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the chart into this .svg or .png.")] = None,
     as_json: Json = False,
 ) -> Any:
-    """Train several methods on the same rows with the same budget and compare them.
+    """Train methods on the same rows with the same budget, and compare them.
 
-    The same command resumes a comparison that was killed. Exit code 1: a run failed; the others are reported.
+    If it is killed, the same command continues it. Exit code 1: a run failed; the others are reported.
     """
-    _require_packages(tune)
+    missing = [p for p in (*PACKAGES, *(["optuna"] if tune else [])) if importlib.util.find_spec(p) is None]
+    if missing:
+        raise UsageError(
+            f"compare needs {' and '.join(missing)}, not installed here", hint="pip install 'slimtune[compare]'"
+        )
+    from ..comparison import compare as comparison
     from ..comparison.candidates import build_candidates, split_settings
-    from ..comparison.compare import compare as run_comparison
     from ..comparison.grid import build_grid
+    from ..config.aliases import rename_setting
     from ..config.loading import read_override, read_tree, set_field
     from ..planning.bars import require_plot
 
     if plot is not None:
         plot = require_plot(plot)
     screen = error_console()
-
-    def say(text: str) -> None:
-        screen.print(text, markup=False)
-
     tree = read_tree(recipe.expanduser())
-    of_recipe, single = split_settings(read_override(text) for text in sets or [])
-    for path, value in of_recipe.items():
+    overrides = (rename_setting(*read_override(text)) for text in sets or [])
+    recipe_settings, method_settings = split_settings(overrides)
+    for path, value in recipe_settings.items():
         set_field(tree, path, value)
     if not isinstance(tree.get("method", {}), Mapping) or not isinstance(tree.get("train") or {}, Mapping):
         raise UsageError(f"{recipe}: method and train are sections", "a mapping each")
-    wanted = build_candidates([n.strip() for n in methods.split(",") if n.strip()], tree, single)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    candidates = build_candidates(names, tree, method_settings)
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
-        say(f"the recipe's learning rate, {rate}, is not used: each method has its own, which --tune searches")
+        screen.print(
+            f"the recipe's learning rate, {rate}, is not used: each method has its own default, or --tune searches it"
+        )
     folder = out if out is not None else Path(f"{tree.get('output_dir', 'runs/run')}-compare")
     how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
-    grid = build_grid(tree, wanted, output_dir=folder.expanduser(), **how)
-    result = run_comparison(grid, say, plot=plot)
+    grid = build_grid(tree, candidates, output_dir=folder.expanduser(), **how)
+    result = comparison.compare(grid, screen.print, plot=plot)
     if not as_json:
-        _show(result)
+        _print_result(result)
     return NegativeResult(result) if result["failed"] or not result["methods"] else result
 
 
-def _require_packages(tune: bool) -> None:
-    import importlib.util
-
-    lacking = [p for p in (*PACKAGES, *(["optuna"] if tune else [])) if importlib.util.find_spec(p) is None]
-    if lacking:
-        raise UsageError(
-            f"compare needs {' and '.join(lacking)}, not installed here", hint="pip install 'slimtune[compare]'"
-        )
-
-
-def _show(result: Mapping[str, Any]) -> None:
+def _print_result(result: Mapping[str, Any]) -> None:
     from ..comparison.report import TERMINAL_COLUMNS, describe_comparison, format_terminal_row, list_notes
 
     screen = console()
-    screen.print(describe_comparison(result), markup=False)
-    rows = table(*TERMINAL_COLUMNS)
+    screen.print(describe_comparison(result))
+    rows = table(*TERMINAL_COLUMNS, left=[len(TERMINAL_COLUMNS) - 1])
     rows.padding = (0, 1, 0, 0)
-    rows.columns[0].no_wrap = True
-    rows.columns[-1].justify, rows.columns[-1].no_wrap = "left", False
-    for line in result["methods"]:
-        rows.add_row(*format_terminal_row(line))
+    for method in result["methods"]:
+        rows.add_row(*format_terminal_row(method))
     screen.print(rows)
     for note in list_notes(result):
-        screen.print(note, markup=False)
-    screen.print(f"\n{result['advice']}", markup=False, style="bold")
-    screen.print(f"Files in {result['output_dir']}: compare.json, table.md, compare.svg", markup=False)
+        screen.print(note)
+    screen.print(f"\n{result['advice']}", style="bold")
+    screen.print(f"files in {result['output_dir']}: compare.json, table.md, compare.svg")

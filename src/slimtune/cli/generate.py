@@ -1,7 +1,8 @@
-"""`slimtune generate`: one answer to one prompt, by the tuned model, or by base and tuned side by side."""
+"""`slimtune generate` and `slimtune chat`: answers of the tuned model, or of base and tuned model side by side."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -10,16 +11,17 @@ from rich.console import Console
 
 from .common import Json, Run, console, error_console
 
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token; higher is more random.")]
-SideBySide = Annotated[bool, typer.Option("--side-by-side", help="Show the base's answer too.")]
-System = Annotated[str | None, typer.Option(help="A system message put first.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the random choices at a temperature above 0.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: the most likely token; higher: more random.")]
+SideBySide = Annotated[bool, typer.Option("--side-by-side", help="Show the base's answer, too.")]
+System = Annotated[str | None, typer.Option(help="System message.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the random choices.")]
+QUIT = ("/exit", "/quit")
 
 
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What the user says.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The user's message.", show_default=False)],
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     side_by_side: SideBySide = False,
@@ -30,40 +32,77 @@ def generate(
     """Answer one prompt."""
     from ..evaluation.generate import Generator
 
-    speaker = Generator.open(run)
-    messages = [*opening(system), {"role": "user", "content": prompt}]
+    generator = Generator.open(run)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    messages = [*_system_messages(system), {"role": "user", "content": prompt}]
     screen = error_console() if as_json else console()
-    answers = {
-        voice: say(
-            speaker.stream(
-                messages, tuned=voice == "tuned", max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-            ),
-            voice if side_by_side else "",
-            screen,
-        )
-        for voice in voices(side_by_side)
-    }
+    answers = {}
+    for model in ("base", "tuned") if side_by_side else ("tuned",):
+        pieces = generator.stream(messages, tuned=model == "tuned", **settings)
+        answers[model] = _print_stream(pieces, model if side_by_side else "", screen)
     return {"prompt": prompt, "system": system, "temperature": temperature, "seed": seed, **answers}
 
 
-def voices(side_by_side: bool) -> tuple[str, ...]:
-    """Return who speaks, in order."""
-    return ("base", "tuned") if side_by_side else ("tuned",)
+def chat(
+    run: Run,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    side_by_side: SideBySide = False,
+    system: System = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> dict[str, Any]:
+    """Hold a conversation, one line at a time.
+
+    /new starts over; /exit or the end of the input (Ctrl-D) leaves.
+    """
+    from ..evaluation.generate import Generator
+
+    generator = Generator.open(run)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    screen = error_console() if as_json else console()
+    models = ("base", "tuned") if side_by_side else ("tuned",)
+    # Each model remembers its own answers: the base must not continue what the tuned model said.
+    messages = {model: _system_messages(system) for model in models}
+    turns: list[dict[str, str]] = []
+    while (line := _read_line()) is not None:
+        if line == "/new":
+            messages = {model: _system_messages(system) for model in models}
+            continue
+        turn = {"user": line}
+        for model in models:
+            messages[model].append({"role": "user", "content": line})
+            pieces = generator.stream(messages[model], tuned=model == "tuned", **settings)
+            turn[model] = _print_stream(pieces, model if side_by_side else "", screen)
+            messages[model].append({"role": "assistant", "content": turn[model]})
+        turns.append(turn)
+    return {"system": system, "temperature": temperature, "seed": seed, "turns": turns}
 
 
-def opening(system: str | None) -> list[dict[str, str]]:
-    """Return the messages a conversation starts with."""
+def _system_messages(system: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def say(pieces: Iterable[str], name: str, screen: Console) -> str:
-    """Show pieces of text as they come, after the speaker's name where there is one; return the whole."""
+def _print_stream(pieces: Iterable[str], name: str, screen: Console) -> str:
+    """Print pieces of text as they come, after the model's name if there is one; return the whole text."""
     if name:
         screen.print(f"{name}: ", style="bold", end="")
-    whole = []
+    text = []
     for piece in pieces:
-        whole.append(piece)
+        text.append(piece)
         screen.file.write(piece)
         screen.file.flush()
     screen.print()
-    return "".join(whole)
+    return "".join(text)
+
+
+def _read_line() -> str | None:
+    """Return the next line that is not blank, or None to leave."""
+    while True:
+        if sys.stdin.isatty():
+            error_console().print("you: ", style="bold", end="")
+        line = sys.stdin.readline()
+        if not line or line.strip() in QUIT:
+            return None
+        if line.strip():
+            return line.strip()

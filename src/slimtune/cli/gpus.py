@@ -1,4 +1,4 @@
-"""`slimtune gpus`: the cards people own or rent, and which of them run a job."""
+"""`slimtune gpus`: the GPUs people own or rent, and which of them can train a run."""
 
 from __future__ import annotations
 
@@ -7,75 +7,59 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import slimtune.cli.jobs as jobs
-
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_bytes
-from .common import Json, SetOption, console, table
-from .plan import between, job_text
+from .common import Json, console, table
+from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans
+from .options import recipe_flags
+from .plan import format_range, run_text
 
 if TYPE_CHECKING:
     from ..planning.gpus import Gpu
     from ..planning.result import Plan
 
 
+@recipe_flags(*JOB_SETTINGS)
 def gpus(
+    settings: dict[str, Any],
     job: Annotated[
         str | None,
-        typer.Option("--for", metavar="MODEL|RECIPE.yaml", help="Show the cards that run this job, smallest first."),
+        typer.Option("--for", metavar="MODEL|RECIPE.yaml", help="Show the GPUs that can train this, smallest first."),
     ] = None,
     kind: Annotated[
-        str | None, typer.Option(help="These alone: desktop,laptop,workstation,datacentre,mac,mini.")
+        str | None, typer.Option(help="Kinds to show: desktop,laptop,workstation,datacentre,mac,mini.")
     ] = None,
-    method: jobs.MethodOption = None,
-    rank: jobs.RankOption = None,
-    alpha: jobs.AlphaOption = None,
-    batch_size: jobs.BatchOption = None,
-    seq_len: jobs.LengthOption = None,
-    accumulate: jobs.AccumulateOption = None,
-    optimizer: jobs.OptimizerOption = None,
-    quantization: jobs.QuantOption = None,
-    checkpointing: jobs.CheckpointingOption = None,
-    offload: jobs.OffloadOption = None,
-    tile: jobs.TileOption = None,
-    dtype: jobs.DtypeOption = None,
-    packing: jobs.PackingOption = None,
-    data: jobs.DataOption = None,
-    sets: SetOption = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
-    """List the cards that plans know, or those that run a job (with the job's flags, as `slimtune plan` takes them)."""
-    given = dict(locals())
-    stray = [name for name, value in given.items() if name not in ("job", "kind", "as_json") and value is not None]
-    if job is None and stray:
-        flag = "set" if stray[0] == "sets" else stray[0].replace("_", "-")
-        raise UsageError(f"--{flag} says how a job runs", hint="say which job: --for MODEL")
-    shown = _of_kind(kind)
+    """List the GPUs that plans know, or those that can train a run (with the flags of `slimtune plan`)."""
+    if job is None and settings:
+        raise UsageError(f"{next(iter(settings))} describes a run", "a run to plan", "--for MODEL or --for RECIPE.yaml")
+    cards = _select_kinds(kind)
     if job is None:
         if not as_json:
-            console().print(_table(shown))
-        return {"cards": [_told(c) for c in shown]}
+            console().print(_gpus_table(cards))
+        return {"cards": [_to_dict(card) for card in cards]}
 
     from ..planning.planner import judge_plan
 
-    asked = jobs.asked_for(job, given)
-    if len(asked.recipes) > 1 or asked.unfit:
-        raise UsageError("--for got several methods", "one job", "--method lora, or see `slimtune plan --method all`")
-    planned = _planned(asked, shown)
-    runs = []
-    for card in sorted(shown, key=lambda c: c.memory):  # those of the same memory stay as the table has them
-        plan = planned[_sort(card, asked)]
-        runs.append((card, plan, judge_plan(plan, card)))
+    jobs = load_jobs(job, settings)
+    if len(jobs.recipes) > 1 or jobs.errors:
+        raise UsageError("--for got several methods", "one run", "--method lora, or see `slimtune plan --method all`")
+    plans = _plan_by_class(jobs, cards)
+    verdicts = []
+    for card in sorted(cards, key=lambda c: c.memory):  # those of the same memory stay in the table's order
+        plan = plans[_gpu_class(card, jobs)]
+        verdicts.append((card, plan, judge_plan(plan, card)))
     if not as_json:
-        _show(planned, runs)
+        _print_verdicts(plans, verdicts)
     return {
-        "model": asked.outline.name,
-        "plans": [p.to_dict() for p in planned.values()],
-        "cards": [{**_told(c), "verdict": verdict, "need_bytes": p.need._asdict()} for c, p, verdict in runs],
+        "model": jobs.model.name,
+        "plans": [plan.to_dict() for plan in plans.values()],
+        "cards": [{**_to_dict(c), "verdict": verdict, "need_bytes": p.need._asdict()} for c, p, verdict in verdicts],
     }
 
 
-def _of_kind(text: str | None) -> list[Gpu]:
+def _select_kinds(text: str | None) -> list[Gpu]:
     from ..planning.gpus import all_gpus
 
     known = list(dict.fromkeys(c.kind for c in all_gpus()))
@@ -83,26 +67,25 @@ def _of_kind(text: str | None) -> list[Gpu]:
     for kind in kinds:
         if kind not in known:
             raise UsageError(
-                f"there are no cards of the kind {kind!r}{nearest(kind, known)}", f"one of {format_names(known)}"
+                f"there are no GPUs of the kind {kind!r}{nearest(kind, known)}", f"one of {format_names(known)}"
             )
     return [c for c in all_gpus() if c.kind in kinds]
 
 
-def _sort(card: Gpu, asked: jobs.Asked) -> tuple[str, bool]:
-    """Return what a plan hangs on beside the memory: the kind of device, and the dtype where the card decides it."""
-    return card.device, card.bf16 or asked.dtype != "auto"
+def _gpu_class(card: Gpu, jobs: Jobs) -> tuple[str, bool]:
+    """Return what a plan depends on beside the memory: the kind of device, and the dtype if the GPU decides it."""
+    return card.device, card.bf16 or jobs.dtype != "auto"
 
 
-def _planned(asked: jobs.Asked, shown: Sequence[Gpu]) -> dict[tuple[str, bool], Plan]:
-    """Plan the job once for each sort of card, on its largest."""
-    largest = {_sort(card, asked): card for card in sorted(shown, key=lambda c: c.memory)}
-    return {sort: jobs.plans_of(asked, card)[0][0] for sort, card in largest.items()}
+def _plan_by_class(jobs: Jobs, cards: Sequence[Gpu]) -> dict[tuple[str, bool], Plan]:
+    """Plan the run once for each class of GPUs, on its largest."""
+    largest = {_gpu_class(card, jobs): card for card in sorted(cards, key=lambda c: c.memory)}
+    return {key: make_plans(jobs, card, advise=False)[0][0] for key, card in largest.items()}
 
 
-def _table(shown: Sequence[Gpu]) -> Any:
-    rows = table("card", "memory", "GB/s", "bf16", "flash", "watts", "kind")
-    rows.columns[-1].justify = "left"
-    for c in shown:
+def _gpus_table(cards: Sequence[Gpu]) -> Any:
+    rows = table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6])
+    for c in cards:
         rows.add_row(
             c.name,
             format_bytes(c.memory),
@@ -115,38 +98,28 @@ def _table(shown: Sequence[Gpu]) -> Any:
     return rows
 
 
-def _show(planned: Mapping[tuple[str, bool], Plan], runs: Sequence[tuple[Gpu, Plan, str]]) -> None:
+def _print_verdicts(plans: Mapping[tuple[str, bool], Plan], verdicts: Sequence[tuple[Gpu, Plan, str]]) -> None:
     screen = console()
-    for (device, bf16), plan in planned.items():
+    for (device, bf16), plan in plans.items():
         where = ("Macs" if device == "mps" else "GPUs") + ("" if bf16 else " without bf16")
-        screen.print(f"{job_text(plan)} needs {between(*plan.need)} on {where} in {plan.dtype}", markup=False)
-    able = [(card, verdict) for card, _, verdict in runs if verdict != "does not fit"]
-    if able:
+        screen.print(f"{run_text(plan)} needs {format_range(*plan.need)} on {where} in {plan.dtype}")
+    fitting = [(card, verdict) for card, _, verdict in verdicts if verdict != "does not fit"]
+    if fitting:
         screen.print()
-        rows = table("card", "memory", "usable", "verdict", "kind")
-        rows.columns[3].justify = rows.columns[4].justify = "left"
-        for card, verdict in able:
-            rows.add_row(card.name, format_bytes(card.memory), between(*card.usable), verdict, card.kind)
+        rows = table("GPU", "memory", "usable", "verdict", "kind", left=[3, 4])
+        for card, verdict in fitting:
+            rows.add_row(card.name, format_bytes(card.memory), format_range(*card.usable), verdict, card.kind)
         screen.print(rows)
-    small = len(runs) - len(able)
-    if small:
-        screen.print(f"\n{small} of {len(runs)} cards are too small", markup=False)
+    if too_small := len(verdicts) - len(fitting):
+        screen.print(f"\n{too_small} of {len(verdicts)} GPUs are too small")
 
 
-def _told(card: Gpu) -> dict[str, Any]:
-    return {
-        "name": card.name,
-        "kind": card.kind,
-        "vendor": card.vendor,
-        "architecture": card.architecture,
+def _to_dict(card: Gpu) -> dict[str, Any]:
+    names = ("name", "kind", "vendor", "architecture", "bf16", "flash", "watts", "unified", "source")
+    return {name: getattr(card, name) for name in names} | {
         "memory_bytes": card.memory,
         "visible_bytes": card.visible,
         "usable_bytes": dict(zip(("low", "high"), card.usable, strict=True)),
         "bytes_per_second": card.bandwidth,
         "flops": card.rates,
-        "bf16": card.bf16,
-        "flash": card.flash,
-        "watts": card.watts,
-        "unified": card.unified,
-        "source": card.source,
     }

@@ -1,33 +1,34 @@
-"""`slimtune methods`: what can be trained, and each method's fields, read from the classes."""
+"""`slimtune methods`: what can be trained, and each method's fields, read from the methods' config classes."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import re
 import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from ..utils.formatting import format_bytes, format_count
 from .common import Json, console, table
-from .train import FLAGS
+from .options import METHOD_FLAGS
 
-_LEGEND = """file: an adapter beside its base, in Hugging Face form; merged: one plain model, for Ollama and vLLM, too
-fields, ranges and defaults of one: slimtune methods NAME"""
+LEGEND = """file: an adapter in Hugging Face form; merged: one plain model, also for
+Ollama and vLLM; lora: an adapter in Ollama and vLLM.
+Fields of one method: slimtune methods NAME"""
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this method's fields.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this method's fields.")] = None,
     model: Annotated[
-        str | None,
-        typer.Option(help="A base, as `slimtune train --model` takes it: adds what each method trains on it."),
+        str | None, typer.Option(help="A base, as for `slimtune train`: adds what each method trains on it.")
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the base run code of its own.", show_default=False)
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.", show_default=False)
     ] = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -35,32 +36,32 @@ def methods(
     from ..methods import config_class, method_names
 
     classes = {c.name: c for c in map(config_class, [name] if name else method_names())}
-    found = [_described(n, c) for n, c in classes.items()]
+    described = [_describe_method(method_name, cls) for method_name, cls in classes.items()]
     if model is not None:
-        for method, size in zip(found, _sizes(classes.values(), model, trust_remote_code), strict=True):
+        for method, size in zip(described, _measure_sizes(classes.values(), model, trust_remote_code), strict=True):
             method.update(size)
     if not as_json:
         screen = console()
-        screen.print(_overview(found, sized=model is not None))
+        screen.print(_methods_table(described, sized=model is not None))
         if name:
-            screen.print(f"\nlearning rate: recipes start from {found[0]['learning_rate']:g}", markup=False)
-            _show_fields(screen, found[0]["fields"])
+            screen.print(f"\ndefault learning rate: {described[0]['learning_rate']:g}")
+            _print_fields(screen, described[0]["fields"])
         else:
-            screen.print(f"\n{_LEGEND}", markup=False)
-    return {"model": model, "methods": found}
+            screen.print(f"\n{LEGEND}")
+    return {"model": model, "methods": described}
 
 
-def _described(name: str, cls: Any) -> dict[str, Any]:
-    from ..config.method import known_fields, resolved
+def _describe_method(name: str, cls: Any) -> dict[str, Any]:
+    from ..config.method import fill_recipe_defaults, method_fields
 
-    short = {full: s for s, full in cls.short_names.items()}
-    defaults = resolved({}, cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    told, own = _told(cls), vars(cls).get("__annotations__", {})
+    short_names = {full: short for short, full in cls.short_names.items()}
+    flags = {cls.short_names.get(short, short): f"--{short}" for short in METHOD_FLAGS}
+    defaults = fill_recipe_defaults({}, cls)
+    own = vars(cls).get("__annotations__", {})
     return {
         "name": name,
-        # Whose field names they are is for those who look the fields up.
-        "summary": re.sub(r"; PEFT's [^;]*$", "", (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")),
+        # The first line without the note on whose field names it uses.
+        "summary": (inspect.getdoc(cls) or "").partition("\n")[0].partition("; PEFT's ")[0].rstrip("."),
         "sites": list(cls.kinds),
         "mergeable": cls.mergeable,
         "export_formats": {
@@ -73,118 +74,91 @@ def _described(name: str, cls: Any) -> dict[str, Any]:
         "learning_rate": cls.learning_rate,
         "fields": [
             {
-                "name": n,
-                "type": str(fields[n].type),
-                "default": repr(_default(fields[n])),
-                "recipe_default": repr(defaults.get(n, _default(fields[n]))),
-                "short_name": short.get(n),
-                "flag": _flag(n, short.get(n)),
-                "about": told.get(n, ""),
+                "name": field.name,
+                "expected": field.expected,
+                "default": repr(field.default),
+                "recipe_default": repr(defaults.get(field.name, field.default)),
+                "short_name": short_names.get(field.name),
+                "flag": flags.get(field.name),
+                "help": field.help,
             }
-            for n in sorted(known_fields(cls), key=lambda n: n not in own)
+            for field in sorted(method_fields(cls).values(), key=lambda field: field.name not in own)
         ],
     }
 
 
-def _sizes(classes: Iterable[Any], spec: str, trust_remote_code: bool) -> list[dict[str, Any]]:
-    """Return what each method trains on a base with the recipe's defaults; the base is built on meta, no weights."""
+def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) -> list[dict[str, Any]]:
+    """Return what each method trains on a base with the recipe's defaults. The base is on meta, without weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from ..adapters.model import get_peft_model
     from ..adapters.state_dict import get_adapter_tensors
-    from ..config.method import resolved
+    from ..config.method import fill_recipe_defaults
     from ..errors import SlimtuneError
     from ..models.errors import translate_load_errors
     from ..models.registry import load_config
 
-    config = load_config(spec, trust_remote_code=trust_remote_code)
-    found = []
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    sizes: list[dict[str, Any]] = []
     with torch.device("meta"):
-        with translate_load_errors(spec):
-            # As training holds it: what follows the base's dtype is half as large then.
+        with translate_load_errors(model):
+            # bf16, as in training: adapter tensors in the base's dtype are half as large then.
             how: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": trust_remote_code}
             base: Any = AutoModelForCausalLM.from_config(config, **how)
         for cls in classes:
+            settings = {"task_type": "CAUSAL_LM", **fill_recipe_defaults({}, cls)}
             try:
-                settings = {"task_type": "CAUSAL_LM", **resolved({}, cls)}
-                with warnings.catch_warnings(action="ignore"):  # training says them
+                with warnings.catch_warnings(action="ignore"):  # training shows them
                     adapted = get_peft_model(base, cls(**settings))
             except (SlimtuneError, ValueError) as e:
-                found.append({"unfit": getattr(e, "message", str(e))})
+                sizes.append({"unfit": getattr(e, "message", str(e))})
                 continue
-            trained, every = adapted.get_nb_trainable_parameters()
-            size = sum(t.numel() * t.element_size() for t in get_adapter_tensors(adapted, "default").values())
-            found.append(
-                {"trainable_params": trained, "trainable_percent": 100 * trained / every, "adapter_bytes": size}
+            trained, total = adapted.get_nb_trainable_parameters()
+            file_bytes = sum(t.numel() * t.element_size() for t in get_adapter_tensors(adapted, "default").values())
+            sizes.append(
+                {
+                    "trainable_params": trained,
+                    "trainable_percent": 100 * trained / total,
+                    "adapter_bytes": file_bytes,
+                }
             )
             base = adapted.unload()
-    return found
+    return sizes
 
 
-def _overview(found: list[dict[str, Any]], *, sized: bool) -> Any:
-    rows = table("method", *(("trains", "%", "adapter") if sized else ()), "sites", "ships as", "what it changes")
-    rows.columns[0].no_wrap, rows.columns[0].min_width = True, max(len(m["name"]) for m in found)
-    for column in rows.columns[-3:]:
-        column.justify, column.no_wrap = "left", False
-    for method in found:
+def _methods_table(described: list[dict[str, Any]], *, sized: bool) -> Table:
+    headings = (
+        ("method", "trains", "%", "adapter", "what it is") if sized else ("method", "changes", "exports", "what it is")
+    )
+    rows = table(*headings, left=[4] if sized else [1, 2, 3])
+    rows.padding = (0, 2, 0, 0)
+    rows.columns[0].min_width = max(len(m["name"]) for m in described)
+    for method in described:
         if "unfit" in method:
-            why = f"not with its defaults on this base: {method['unfit']}"
-            rows.add_row(method["name"], "-", "-", "-", "", "", escape(why))
-            continue
-        size = (
-            (format_count(method["trainable_params"]), f"{method['trainable_percent']:.3f}",
-             format_bytes(method["adapter_bytes"])) if sized else ()
-        )  # fmt: skip
-        rows.add_row(
-            method["name"],
-            *size,
-            ", ".join(method["sites"]),
-            _ships(method["export_formats"]),
-            escape(method["summary"]),
-        )
+            cells = ["-", "-", "-", f"not with its defaults on this base: {method['unfit']}"]
+        elif sized:
+            percent, file_bytes = method["trainable_percent"], method["adapter_bytes"]
+            cells = [
+                format_count(method["trainable_params"]),
+                f"{percent:.3f}",
+                format_bytes(file_bytes),
+                method["summary"],
+            ]
+        else:
+            formats = method["export_formats"]
+            exports = {"file": True, "merged": formats["merged_model"], "lora": formats["ollama_adapter"]}
+            names = ", ".join(name for name, possible in exports.items() if possible)
+            cells = [", ".join(method["sites"]), names, method["summary"]]
+        rows.add_row(method["name"], *cells)
     return rows
 
 
-def _ships(ships: dict[str, bool]) -> str:
-    merged = "merged" if ships["merged_model"] else ""
-    adapter = "adapter in Ollama, vLLM" if ships["ollama_adapter"] else ""
-    return "; ".join(t for t in ("file", merged, adapter) if t)
-
-
-def _show_fields(screen: Any, fields: list[dict[str, Any]]) -> None:
-    for f in fields:
-        other = ", ".join(n for n in (f["short_name"], f["flag"]) if n)
-        start = "" if f["recipe_default"] == f["default"] else f"; recipes start from {f['recipe_default']}"
-        screen.print(f"\n{f['name']}", style="bold", end="", markup=False)
-        screen.print(f"{f' ({other})' if other else ''}   default {f['default']}{start}", markup=False)
-        screen.print(f"    {f['about']}", markup=False)
-
-
-def _flag(name: str, short: str | None) -> str | None:
-    flags = {path: f"--{flag.replace('_', '-')}" for flag, path in FLAGS.items()}
-    return flags.get(f"method.{name}") or flags.get(f"method.{short}")
-
-
-def _told(cls: type) -> dict[str, str]:
-    """Return what the docstrings' Args say of each field, a class's own words before its parents'."""
-    told: dict[str, str] = {}
-    for c in cls.__mro__:
-        lines = inspect.cleandoc(vars(c).get("__doc__") or "").partition("Args:\n")[2].splitlines()
-        entry = None
-        for line in lines:
-            if line.strip() and not line.startswith(" "):
-                break  # the next section
-            if new := re.match(r" {4}(\w+): (.*)", line):
-                entry = new[1] if new[1] not in told else None
-                if entry:
-                    told[entry] = new[2]
-            elif entry and line.strip():
-                told[entry] += f" {line.strip()}"
-    return told
-
-
-def _default(field: dataclasses.Field) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else "needed"
+def _print_fields(screen: Console, fields: list[dict[str, Any]]) -> None:
+    for field in fields:
+        other_names = ", ".join(n for n in (field["short_name"], field["flag"]) if n)
+        recipes = f"; recipes: {field['recipe_default']}" if field["recipe_default"] != field["default"] else ""
+        title = Text(f"\n{field['name']}", "bold") + Text(f" ({other_names})" if other_names else "", "not bold")
+        screen.print(title + f"   {field['expected']}; default {field['default']}{recipes}")
+        if field["help"]:
+            screen.print(Padding(Text(field["help"]), (0, 0, 0, 4)), soft_wrap=False)

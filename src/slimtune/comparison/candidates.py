@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..config.loading import SHORT
+from ..config.loading import SHORT_SECTIONS
 from ..errors import ConfigError, UsageError, format_names, nearest
 from ..methods import config_class, method_names
 
@@ -118,6 +118,6 @@ def split_settings(pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], di
     of_candidates: dict[str, Any] = {}
     for path, value in pairs:
         section, dot, _ = path.partition(".")
-        is_recipe = section in SECTIONS or (not dot and path in SHORT)
+        is_recipe = section in SECTIONS or (not dot and path in SHORT_SECTIONS)
         (of_recipe if is_recipe else of_candidates)[path] = value
     return of_recipe, of_candidates

@@ -1,4 +1,4 @@
-"""Old names of settings, values and flags. Each still works for one release and warns with its new name."""
+"""Old names of settings, values and flags. Each works for one release and warns with its new name."""
 
 from __future__ import annotations
 
@@ -26,55 +26,83 @@ SETTINGS = {
     "train.keep_checkpoints": "train.save_total_limit",
     "train.early_stopping": "train.early_stopping_patience",
 }
-"""Old dotted path of a setting → its path now."""
+"""Dotted paths of settings: old to new."""
 
 VALUES = {("data.train_on", "all"): "assistant", ("data.train_on", "last"): "last_assistant"}
-"""(path now, old value) → the value now."""
+"""Values: (path, old value) to new value."""
+
+FLAGS = {
+    "--quant": "--quantization",
+    "--learn": "--train-on",
+    "--map": "--column",
+    "--too-long": "--on-overlong",
+    "--accumulate": "--gradient-accumulation-steps",
+    "--checkpointing": "--gradient-checkpointing",
+    "--no-checkpointing": "--no-gradient-checkpointing",
+    "--offload": "--offload-activations",
+    "--no-offload": "--no-offload-activations",
+    "--tile": "--mlp-tile-size",
+    "--seq-len": "--max-seq-len",
+    "--continue": "--init-adapter",
+    "--any-prompt": "--skip-prompt-test",
+    "--general": "--general-text",
+}
+"""Flags of all commands: old to new."""
+
+
+def rename_flags(args: list[str]) -> list[str]:
+    """Return command-line arguments with old flags replaced; warn for each."""
+    renamed = []
+    end = args.index("--") if "--" in args else len(args)
+    for number, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if number < end and flag in FLAGS:
+            _warn(flag, FLAGS[flag])
+            arg = FLAGS[flag] + equals + value
+        renamed.append(arg)
+    return renamed
 
 
 def rename_setting(path: str, value: Any, source: str = "") -> tuple[str, Any]:
-    """Return the path and the value of a setting by their names now; warn where one of them was an old name.
+    """Return the path and the value of a setting by their current names; warn for each old name.
 
     Args:
-        path: a dotted path; what follows an old name is kept (`data.map.messages`).
-        value: the value given for it.
-        source: the file it stands in, for the warning.
+        path: a dotted path; what follows an old name stays (`data.map.messages` becomes `data.columns.messages`).
+        value: its value.
+        source: the file that contains it, for the warning.
     """
     old = next((name for name in SETTINGS if path == name or path.startswith(f"{name}.")), None)
-    now = path if old is None else SETTINGS[old] + path[len(old) :]
     if old is not None:
         _warn(old, SETTINGS[old], source)
-    if isinstance(value, str) and (now, value) in VALUES:
-        _warn(f"{now}={value}", f"{now}={VALUES[now, value]}", source)
-        value = VALUES[now, value]
-    return now, value
+        path = SETTINGS[old] + path[len(old) :]
+    if isinstance(value, str) and (path, value) in VALUES:
+        _warn(f"{path}={value}", f"{path}={VALUES[path, value]}", source)
+        value = VALUES[path, value]
+    return path, value
 
 
 def rename_settings(tree: dict[str, Any], source: str = "") -> dict[str, Any]:
-    """Return a recipe's tree (sections in long form) with every old name replaced; warn for each.
+    """Return a recipe's tree (sections in long form) with old names replaced; warn for each.
 
     Raises:
         RecipeError: a setting is given by its old name and by its new one.
     """
     renamed: dict[str, Any] = {}
     for section, content in tree.items():
-        if not isinstance(content, dict) or section in SETTINGS:
-            name, renamed_value = rename_setting(str(section), content, source)
-            _add(renamed, name, renamed_value, str(section), source)
-            continue
-        renamed[section] = {}
-        for name, value in content.items():
-            path, new_value = rename_setting(f"{section}.{name}", value, source)
-            _add(renamed[section], path.partition(".")[2], new_value, f"{section}.{name}", source)
+        is_section = isinstance(content, dict) and section not in SETTINGS
+        pairs = {f"{section}.{name}": value for name, value in content.items()} if is_section else {section: content}
+        if is_section:
+            renamed[section] = {}
+        fields = renamed[section] if is_section else renamed
+        for old_path, old_value in pairs.items():
+            path, value = rename_setting(str(old_path), old_value, source)
+            name = path.partition(".")[2] if is_section else path
+            if name in fields:
+                raise RecipeError(f"{source}: {old_path} and its new name {path} are both given", "one of the two")
+            fields[name] = value
     return renamed
 
 
-def _add(fields: dict[str, Any], name: str, value: Any, old: str, source: str) -> None:
-    if name in fields:
-        raise RecipeError(f"{source}: {old} and its new name {name} are both given", "one of the two")
-    fields[name] = value
-
-
-def _warn(old: str, new: str, source: str) -> None:
+def _warn(old: str, new: str, source: str = "") -> None:
     where = f"{source}: " if source else ""
-    warnings.warn(f"{where}{old!r} is an old name; use {new!r}", FutureWarning, stacklevel=2)
+    warnings.warn(f"{where}{old} is an old name; use {new}", FutureWarning, stacklevel=2)

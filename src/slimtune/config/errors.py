@@ -1,117 +1,97 @@
-"""Faults of a recipe: each with its dotted path, what was got and what is wanted; all are reported in one error."""
+"""Errors in a recipe. All of them are found first, then raised as one RecipeError."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from ..errors import RecipeError, format_names, nearest
+from .schema import Setting, iterate_settings
 
 
 @dataclass(frozen=True)
 class FieldError:
-    """One fault at `path`: what was got, and what is wanted there."""
+    """An error in one setting: its dotted path, what is wrong, and what it takes."""
 
     path: str
-    got: str
+    message: str
     expected: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.got}" + (f"; expected: {self.expected}" if self.expected else "")
+        return f"{self.path}: {self.message}" + (f"; expected: {self.expected}" if self.expected else "")
 
 
-def raise_all(faults: Iterable[FieldError], source: str) -> None:
-    """Raise one RecipeError that names every fault; nothing where there is none."""
-    every = list(faults)
-    if every:
-        number = "a fault" if len(every) == 1 else f"{len(every)} faults"
-        lines = "".join(f"\n  {fault}" for fault in every)
+def raise_errors(errors: Iterable[FieldError], source: str) -> None:
+    """Raise one RecipeError with every error; do nothing if there is none."""
+    found = list(errors)
+    if found:
+        number = "1 problem" if len(found) == 1 else f"{len(found)} problems"
+        lines = "".join(f"\n  {error}" for error in found)
         raise RecipeError(
-            f"{source} holds {number}:{lines}", hint="correct it there, or override it: --set path.to.field=value"
+            f"{source}: {number}:{lines}", hint="correct it there, or override it: --set path.to.field=value"
         )
 
 
-def fields_of(tree: type[BaseModel], under: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield `(dotted path, field)` for every field of a tree that is no section itself."""
-    for name, info in tree.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from fields_of(kind, f"{under}{name}.")
-        else:
-            yield f"{under}{name}", info
-
-
-def flag_of(info: FieldInfo) -> str:
-    """Return the flag of `slimtune train` that sets this field, or `""`."""
-    extra = info.json_schema_extra
-    return str(extra.get("flag", "")) if isinstance(extra, dict) else ""
-
-
-def format_value(value: object, most: int = 60) -> str:
-    """Return a value as one short piece of text."""
+def format_value(value: object, limit: int = 60) -> str:
+    """Return a value as short text."""
     text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def unknown(name: str, section: str, here: Iterable[str], everywhere: Iterable[str]) -> FieldError:
-    """Return the fault of a field that is not in `section`: its like in another section, else the nearest here.
+def unknown_field_error(path: str, names: Iterable[str], paths: Iterable[str]) -> FieldError:
+    """Return the error for an unknown field, with the nearest known name.
 
     Args:
-        name: the field that is not known.
-        section: the dotted path it stands in; `""` for the root.
-        here: the names the section knows.
-        everywhere: the dotted paths of every field.
+        path: dotted path of the unknown field.
+        names: names that its section has.
+        paths: dotted paths of all settings; one with the same name in another section is suggested.
     """
-    elsewhere = {path.rpartition(".")[2]: path for path in everywhere}
-    near = f"; did you mean {elsewhere[name]!r}?" if name in elsewhere else nearest(name, here)
-    wanted = "" if near else f"one of {format_names(here, 40)}"
-    return FieldError(f"{section}.{name}" if section else name, f"no such field{near}", wanted)
+    name = path.rpartition(".")[2]
+    elsewhere = {known.rpartition(".")[2]: known for known in paths}
+    suggestion = f"; did you mean {elsewhere[name]!r}?" if name in elsewhere else nearest(name, names)
+    return FieldError(path, f"no such field{suggestion}", "" if suggestion else f"one of {format_names(names, 40)}")
 
 
-def collect_field_errors(error: ValidationError, tree: type[BaseModel], everywhere: Iterable[str]) -> list[FieldError]:
-    """Return pydantic's errors as faults, in the words of the fields' descriptions."""
-    known = dict(fields_of(tree))
-    found = []
-    for e in error.errors():
-        parts = [str(p) for p in e["loc"]]
-        # An item of a list is at fault for its field.
-        path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in known), ".".join(parts))
-        if e["type"] == "extra_forbidden":
-            section = ".".join(parts[:-1])
-            here = _names_in(tree, parts[:-1])
-            found.append(unknown(parts[-1], section, here, everywhere))
-        elif e["type"] == "missing":
-            found += [_missing(p, info) for p, info in known.items() if _required_at(p, info, path)]
-        elif path in known:
-            found.append(FieldError(path, f"got {format_value(e['input'])}", known[path].description or ""))
-        else:
-            found.append(
-                FieldError(
-                    path,
-                    f"got {format_value(e['input'])}",
-                    f"a section with {format_names(_names_in(tree, parts), 40)}",
-                )
+def collect_field_errors(error: ValidationError, recipe: type[BaseModel], paths: Iterable[str]) -> list[FieldError]:
+    """Return pydantic's errors as FieldErrors in the words of the settings.
+
+    Args:
+        error: what pydantic raised.
+        recipe: the model that it validated.
+        paths: dotted paths of all settings, for suggestions.
+    """
+    settings = {s.path: s for s in iterate_settings(recipe)}
+    found: dict[str, FieldError] = {}  # by path: a union reports each of its members
+    for detail in error.errors():
+        parts = [str(part) for part in detail["loc"]]
+        location = ".".join(parts)
+        # An error in an item of a list is an error in the list's setting.
+        path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in settings), location)
+        got = f"got {format_value(detail['input'])}"
+        if detail["type"] == "extra_forbidden":
+            found[location] = unknown_field_error(location, _field_names(recipe, parts[:-1]), paths)
+        elif detail["type"] == "missing":
+            missing = [s for s in settings.values() if s.required and f"{s.path}.".startswith(f"{location}.")]
+            found |= {s.path: FieldError(s.path, f"missing (flag {s.flag})", s.help) for s in missing}
+        elif path in settings:
+            found[path] = FieldError(
+                path, got + _nearest_choice(settings[path], detail["input"]), settings[path].expected
             )
-    return found
+        else:
+            found[path] = FieldError(path, got, f"a section with {format_names(_field_names(recipe, parts), 40)}")
+    return list(found.values())
 
 
-def _names_in(tree: type[BaseModel], parts: list[str]) -> list[str]:
+def _nearest_choice(setting: Setting, value: object) -> str:
+    options = [setting.annotation, *typing.get_args(setting.annotation)]
+    choices = [c for option in options if typing.get_origin(option) is typing.Literal for c in typing.get_args(option)]
+    return nearest(value, choices) if isinstance(value, str) else ""
+
+
+def _field_names(section: type[BaseModel], parts: Iterable[str]) -> list[str]:
     for part in parts:
-        inner = tree.model_fields[part].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        tree = inner
-    return list(tree.model_fields)
-
-
-def _required_at(path: str, info: FieldInfo, missing: str) -> bool:
-    # A whole section that is missing is said by the fields in it that are needed.
-    return info.is_required() and (path == missing or path.startswith(f"{missing}."))
-
-
-def _missing(path: str, info: FieldInfo) -> FieldError:
-    flag = flag_of(info)
-    return FieldError(path, "missing" + (f" (flag {flag})" if flag else ""), info.description or "")
+        section = section.model_fields[part].annotation  # type: ignore[assignment]
+    return list(section.model_fields)

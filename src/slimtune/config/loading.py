@@ -1,6 +1,6 @@
-"""From text to a plain tree: YAML with its faults placed, `path=value` overrides, and paths made absolute.
+"""Reads YAML and `path=value` overrides into a plain tree, and makes its paths absolute.
 
-A relative path in a YAML file means the file beside that YAML if there is one, else the one in the working folder.
+A relative path in a YAML file means the file beside it if there is one, else the file in the working folder.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from ..utils.dataset_id import parse_dataset_id
 from .aliases import rename_settings
 from .errors import format_value
 
-SHORT = {"model": "name", "data": "train", "method": "name"}
-"""Sections that may be written as one plain value, and the field that value is."""
-DATA_FILES = ("train", "validation", "test", "chat_template")
+SHORT_SECTIONS = {"model": "name", "data": "train", "method": "name"}
+"""Sections that may be given as one plain value, and the field that the value sets."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `2e-4` is a number, and a key given twice is a fault, not silently the last."""
+    """Reads `2e-4` as a number, and raises for a key that is given twice."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -38,17 +37,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# YAML 1.1 wants a dot in a float, and PyYAML follows it.
+# YAML 1.1 requires a dot in a float, and PyYAML follows it.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
-def parse(text: str, source: str) -> Any:
-    """Return what a YAML text says.
+def parse_yaml(text: str, source: str) -> Any:
+    """Return the value of a YAML text.
 
     Raises:
-        RecipeError: it does not parse; source, line, column and the text of the line are given.
+        RecipeError: it does not parse; the message gives source, line, column and the text of the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -57,7 +56,7 @@ def parse(text: str, source: str) -> Any:
         if mark is None:
             raise RecipeError(f"{source} is not YAML: {e}") from None
         lines = text.splitlines()
-        # At the end of the text the mark stands one line past it.
+        # At the end of the text the mark is one line past it.
         line = lines[min(mark.line, len(lines) - 1)] if lines else ""
         raise RecipeError(
             f"{source}, line {mark.line + 1}, column {mark.column + 1}: {e.problem or e.context}",
@@ -69,103 +68,102 @@ def parse(text: str, source: str) -> Any:
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """Return the tree of a recipe file, its sections in long form and its paths placed.
+    """Return the tree of a recipe file: current names, sections in long form, absolute paths.
 
     Raises:
-        UsageError: there is no such file; the nearest name beside it is given.
+        UsageError: there is no such file; the message gives the nearest name beside it.
         RecipeError: it is not YAML, or not a mapping.
     """
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", "a recipe file", f"name the file: {path}/recipe.yaml")
     if not path.is_file():
-        if path.is_dir():
-            raise UsageError(f"{path} is a folder", "a recipe file", f"say which file: {path}/recipe.yaml")
-        beside = (
-            [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")] if path.parent.is_dir() else []
-        )
-        raise UsageError(f"there is no recipe file {str(path)!r}{nearest(path.name, beside)}", "a YAML file")
+        siblings = path.parent.iterdir() if path.parent.is_dir() else []
+        recipes = [p.name for p in siblings if p.suffix in (".yaml", ".yml")]
+        raise UsageError(f"there is no recipe file {str(path)!r}{nearest(path.name, recipes)}", "a YAML file")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise RecipeError(f"{path} is not text: {e}", "a YAML file in UTF-8") from None
     except OSError as e:
         raise UsageError(f"{path} cannot be read: {e.strerror}") from e
-    tree = parse(text, str(path))
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict | None):
-        raise RecipeError(f"{path} holds {format_value(tree)}", "a mapping with model, data and output_dir")
+        raise RecipeError(f"{path} is {format_value(tree)}", "a mapping with model, data and output_dir")
     tree = rename_settings(expand(tree or {}), str(path))
     resolve_paths(tree, path.absolute().parent)
     return tree
 
 
 def expand(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree with `model: x` written as `model: {name: x}`, and sections that hold nothing left out."""
+    """Return the tree with `model: x` written as `model: {name: x}` and without empty sections."""
     return {
-        name: {SHORT[name]: value} if name in SHORT and not isinstance(value, Mapping) else value
+        name: {SHORT_SECTIONS[name]: value} if name in SHORT_SECTIONS and not isinstance(value, Mapping) else value
         for name, value in tree.items()
         if value is not None
     }
 
 
 def read_override(text: str) -> tuple[str, Any]:
-    """Return `(path, value)` of `"path.to.field=value"`; the value is read as YAML.
+    """Return path and value of `"path.to.field=value"`; the value is read as YAML.
 
     Raises:
-        RecipeError: there is no `=`, no path, or the value is not YAML.
+        RecipeError: there is no `=` or no path, or the value is not YAML.
     """
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise RecipeError(f"--set got {text!r}", "path.to.field=value", "for example --set train.epochs=1")
-    return path.strip(), parse(value, f"--set {path.strip()}")
+    return path.strip(), parse_yaml(value, f"--set {path.strip()}")
 
 
 def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
     """Set `tree["a"]["b"]` for the path `"a.b"`, in place; a text value is read as YAML (`"3"` is a number).
 
     Raises:
-        RecipeError: the value is not YAML, or the path goes through a field that is no section.
+        RecipeError: the value is not YAML, or the path goes through a field that is not a section.
     """
-    set_field(tree, path, parse(value, f"--set {path}") if isinstance(value, str) else value)
+    set_field(tree, path, parse_yaml(value, f"--set {path}") if isinstance(value, str) else value)
 
 
 def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at a dotted path as it is, in place; sections are made as needed.
+    """Set the value at a dotted path, in place; missing sections are created.
 
     Raises:
-        RecipeError: the path goes through a field that is no section.
+        RecipeError: the path goes through a field that is not a section.
     """
-    if path in SHORT and not isinstance(value, Mapping):
-        path = f"{path}.{SHORT[path]}"
-    # A third part is a key of a mapping and may hold dots itself: method.rank_pattern.layers.0.q_proj
+    if path in SHORT_SECTIONS and not isinstance(value, Mapping):
+        path = f"{path}.{SHORT_SECTIONS[path]}"
+    # A third part is a key of a mapping and may contain dots: method.rank_pattern.layers.0.q_proj
     *sections, name = path.split(".", 2)
-    at = tree
+    parent = tree
     for section in sections:
-        inner = at.get(section)
+        inner = parent.get(section)
         if inner is None:
             inner = {}
         elif not isinstance(inner, Mapping):
-            inner = {SHORT[section]: inner} if at is tree and section in SHORT else inner
+            inner = {SHORT_SECTIONS[section]: inner} if parent is tree and section in SHORT_SECTIONS else inner
         if not isinstance(inner, Mapping):
             raise RecipeError(f"--set {path}: {section!r} is {format_value(inner)}", "a path through sections")
-        at[section] = dict(inner)
-        at = at[section]
-    at[name] = value
+        parent[section] = dict(inner)
+        parent = parent[section]
+    parent[name] = value
 
 
 def resolve_paths(tree: dict[str, Any], folder: Path | None = None) -> None:
-    """Make the paths of data and model absolute, in place, so that a run is read the same from any working folder.
+    """Make the paths of data and model absolute, in place.
 
     Args:
         tree: sections in long form.
-        folder: look here; paths that do not exist here are left as they are. None: they are the working folder's.
+        folder: look here; paths that do not exist here stay as they are. None: the working folder.
     """
     data, model = tree.get("data"), tree.get("model")
     if isinstance(data, dict):
-        for name in DATA_FILES:
+        for name in ("train", "validation", "test", "chat_template"):
             if isinstance(path := data.get(name), str) and path:
-                placed = os.path.abspath(os.path.join(folder or "", os.path.expanduser(path)))
-                if os.path.exists(placed) or (folder is None and parse_dataset_id(path) is None):
-                    data[name] = placed
+                absolute = os.path.abspath(os.path.join(folder or "", os.path.expanduser(path)))
+                if os.path.exists(absolute) or (folder is None and parse_dataset_id(path) is None):
+                    data[name] = absolute
     if isinstance(model, dict) and isinstance(path := model.get("name"), str):
-        # A bare word is an alias even where a folder of that name happens to stand here; a Hub id is no path.
-        placed = os.path.abspath(os.path.join(folder or "", os.path.expanduser(path)))
-        if ("/" in path or path.endswith(".gguf")) and os.path.exists(placed):
-            model["name"] = placed
+        # A bare word is an alias even if a folder has that name. A Hub id stays as it is if no such folder exists.
+        absolute = os.path.abspath(os.path.join(folder or "", os.path.expanduser(path)))
+        if ("/" in path or path.endswith(".gguf")) and os.path.exists(absolute):
+            model["name"] = absolute

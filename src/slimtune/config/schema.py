@@ -1,100 +1,110 @@
-"""The settings: four sections, every field with what it wants (unit and range) and its flag.
+"""The recipe's settings, each declared once: type, range, default and help.
 
-What a field wants stands once, in its `description`; messages and `docs/recipe.md` say it in the same words.
+YAML, `--set`, the flags of the commands, the error messages and the tables in `docs/recipe.md` all read them from here.
+`iterate_settings` lists them. This module imports no torch, so that `slimtune train --help` is quick.
 """
 
 from __future__ import annotations
 
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+"""Short names of the data types."""
 
 
-def _number(value: Any) -> Any:
-    # YAML leaves "1e-4" in quotes, and JSON from elsewhere, as text.
+def _to_number(value: Any) -> Any:
+    # YAML reads '1e-4' in quotes as text.
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
 
 
-def _path(value: Any) -> Any:
+def _to_path(value: Any) -> Any:
     return Path(value).expanduser() if isinstance(value, str) and value else value
 
 
-Number = Annotated[float, BeforeValidator(_number)]
-PathLike = Annotated[Path, BeforeValidator(_path)]
+Number = Annotated[float, BeforeValidator(_to_number)]
+PathLike = Annotated[Path, BeforeValidator(_to_path)]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16", "float64"],
     BeforeValidator(lambda v: DTYPES.get(v, v) if isinstance(v, str) else v),
 ]
 
 
-def setting(default: Any, wanted: str, flag: str = "", **limits: Any) -> Any:
-    """Return a field with what it wants in words, the flag that sets it, and pydantic's limits."""
-    return Field(default, description=wanted, json_schema_extra={"flag": flag}, **limits)
+def setting(default: Any, help: str, *, flag: str = "", expected: str = "", **limits: Any) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: its default; `...` where it must be given.
+        help: what it does, with its unit.
+        flag: the command-line flag; by default its name, `--batch-size`.
+        expected: what it takes, where its type and limits do not say it.
+        limits: pydantic's limits, such as `ge=1`.
+    """
+    return Field(default, description=help, json_schema_extra={"flag": flag, "expected": expected}, **limits)
 
 
 class Section(BaseModel):
-    """A part of the recipe: closed, frozen, strict about types."""
+    """A section of the recipe: frozen, strict about types, and without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelSettings(Section):
-    """The base, and how it is loaded."""
+    """The base model and how it is loaded."""
 
     name: str = setting(
         ...,
-        "the base: an alias (smollm2-135m), a GGUF file, a Hugging Face folder or a Hub id",
-        "--model",
+        "base model: an alias (smollm2-135m), a GGUF file, a Hugging Face folder or a Hub id",
+        flag="--model",
         min_length=1,
     )
-    dtype: Dtype = setting(
-        "auto", "dtype of the frozen weights: auto, float32, bfloat16, float16 or float64", "--dtype"
-    )
+    dtype: Dtype = setting("auto", "data type of the frozen weights; auto: bfloat16 if the device computes in it")
     quantization: Literal["nf4", "int8"] | None = setting(
-        None,
-        "hold the base's linear layers in nf4 (4 bits) or int8; null: as dtype says, or as the checkpoint is stored",
-        "--quant",
+        None, "hold the base's linear layers in 4 bits (nf4) or 8 bits; null: as dtype or the checkpoint says"
     )
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    trust_remote_code: bool = setting(False, "true lets the base run code of its own", "--trust-remote-code")
-    revision: str | None = setting(None, "branch, tag or commit on the Hub, as text; null: the newest")
+    device: str = setting(
+        "auto",
+        "device to run on; auto: a GPU if there is one",
+        expected="auto, cpu, cuda, cuda:N or mps",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+    )
+    trust_remote_code: bool = setting(False, "run Python code that comes with the base")
+    revision: str | None = setting(None, "branch, tag or commit on the Hub; null: the newest")
 
 
 class DataSettings(Section):
-    """The rows to learn from, and how they become tokens."""
+    """The rows to train on and how they become tokens."""
 
     train: PathLike = setting(
         ...,
         "training rows: a file (JSONL, JSON, CSV, TSV, Parquet, text), a folder of such files, or a dataset of the Hub",
-        "--data",
+        flag="--data",
     )
-    validation: PathLike | None = setting(None, "validation rows, as train, or null", "--validation")
+    validation: PathLike | None = setting(None, "validation rows, in the same forms")
     validation_fraction: Number = setting(
-        0.05, "where validation is null: share of the training rows set aside for it, 0 (none) to 0.5", ge=0, le=0.5
+        0.05, "share of the training rows set aside for validation, if validation is null", ge=0, le=0.5
     )
-    test: PathLike | None = setting(None, "rows kept for `slimtune eval`, as train, or null")
+    test: PathLike | None = setting(None, "rows for `slimtune eval`, in the same forms")
     format: Literal["chat", "instruction", "sharegpt", "prompt-completion", "text", "preference"] | None = setting(
-        None,
-        "what a row is: chat, instruction, sharegpt, prompt-completion, text or preference; null: told by its columns",
-        "--format",
+        None, "format of a row; null: inferred from its columns"
     )
-    columns: dict[str, str] = setting({}, "a format's columns: the names they have in the rows", "--column")
+    columns: dict[str, str] = setting({}, "names of the format's columns in these rows", flag="--column")
     train_on: Literal["assistant", "last_assistant"] = setting(
-        "assistant",
-        "the turns that are learned: assistant (every assistant turn) or last_assistant (the last of each row)",
-        "--train-on",
+        "assistant", "turns that contribute to the loss: every assistant turn, or the last one of each row"
     )
-    max_seq_len: int = setting(1024, "longest row in tokens, a whole number from 2", "--max-seq-len", ge=2)
-    on_overlong: Literal["error", "drop", "truncate"] = setting(
-        "drop", "what happens to a longer row: error, drop or truncate", "--too-long"
-    )
-    chat_template: PathLike | None = setting(None, "a Jinja file used for the chat template, or null: the base's own")
+    max_seq_len: int = setting(1024, "longest row, in tokens", ge=2)
+    on_overlong: Literal["error", "drop", "truncate"] = setting("drop", "what happens to a longer row")
+    chat_template: PathLike | None = setting(None, "Jinja file with a chat template; null: the base's own")
 
 
 class MethodSettings(BaseModel):
@@ -102,81 +112,123 @@ class MethodSettings(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = setting("lora", "a name that `slimtune methods` lists", "--method")
+    name: str = setting("lora", "method to train, as `slimtune methods` lists them", flag="--method")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The method's own fields by their full names, defaults that serve filled in."""
+        """The method's own fields by their full names, with the defaults of recipes."""
         return dict(self.model_extra or {})
 
 
 class TrainSettings(Section):
-    """The run: how long, how fast, how much at once, and what is written."""
+    """How long to train, how fast, with how much at once, and what is written."""
 
-    epochs: Number = setting(3.0, "passes over the training rows, above 0", "--epochs", gt=0, allow_inf_nan=False)
-    max_steps: int | None = setting(
-        None, "optimizer steps, a whole number from 1, in place of epochs; null: epochs count", "--max-steps", ge=1
-    )
+    epochs: Number = setting(3.0, "passes over the training rows", gt=0, allow_inf_nan=False)
+    max_steps: int | None = setting(None, "optimizer steps, in place of epochs", ge=1)
     learning_rate: Number = setting(
-        2e-4,
-        "the highest rate, above 0; methods other than LoRA have their own default",
-        "--lr",
-        gt=0,
-        allow_inf_nan=False,
+        2e-4, "highest learning rate; every method has its own default", flag="--lr", gt=0, allow_inf_nan=False
     )
-    batch_size: int = setting(
-        8, "rows in a batch, a whole number from 1; times accumulate they make an optimizer step", "--batch-size", ge=1
-    )
-    gradient_accumulation_steps: int = setting(1, "batches in an optimizer step, a whole number from 1", ge=1)
-    max_tokens_per_micro_batch: Literal["auto"] | int = setting(
+    batch_size: int = setting(8, "rows in a batch", ge=1)
+    gradient_accumulation_steps: int = setting(1, "batches in an optimizer step", ge=1)
+    max_tokens_per_micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = setting(
         "auto",
-        "most tokens computed in one pass, a whole number from 1: a step's rows are divided into passes, which changes "
-        "memory and speed, not the gradient; auto: as free memory allows",
+        "most tokens in a micro-batch; changes memory and speed, not the gradient; auto: as many as fit in memory",
         union_mode="left_to_right",
     )
-    packing: bool = setting(True, "true lays rows in one sequence, without padding", "--packing")
-    share_prefix: bool = setting(True, "packed: true computes once what rows begin with alike")
-    compile: bool = setting(False, "true compiles the model's layers by torch.compile first", "--compile")
+    packing: bool = setting(True, "pack rows into one sequence without padding")
+    share_prefix: bool = setting(True, "with packing: compute a prefix that rows share only once")
+    compile: bool = setting(False, "compile the model's layers with torch.compile")
     lr_scheduler: Literal["cosine", "linear", "constant", "inverse_sqrt", "polynomial", "cosine_with_restarts"] = (
-        setting(
-            "cosine",
-            "course of the rate after the warm-up: cosine, linear, constant, inverse_sqrt, polynomial or "
-            "cosine_with_restarts",
-        )
+        setting("cosine", "learning-rate schedule after the warm-up")
     )
-    warmup_ratio: Number = setting(0.03, "share of the steps spent warming up, 0 to below 1", ge=0, lt=1)
-    weight_decay: Number = setting(0.0, "AdamW's decoupled decay, 0 to 1", ge=0, le=1)
-    max_grad_norm: Number = setting(
-        1.0, "the gradient's norm is clipped to this; 0: not clipped", ge=0, allow_inf_nan=False
-    )
+    warmup_ratio: Number = setting(0.03, "share of the steps with a rising learning rate", ge=0, lt=1)
+    weight_decay: Number = setting(0.0, "AdamW's decoupled weight decay", ge=0, le=1)
+    max_grad_norm: Number = setting(1.0, "largest norm of the gradient; 0: no clipping", ge=0, allow_inf_nan=False)
     optimizer: Literal["adamw", "adamw-8bit"] = setting(
-        "adamw", "adamw, or adamw-8bit: its states in 8 bits, by bitsandbytes", "--optimizer"
+        "adamw", "optimizer; adamw-8bit holds its states in 8 bits and needs bitsandbytes"
     )
-    gradient_checkpointing: bool = setting(False, "true computes activations twice to keep fewer in memory")
-    offload_activations: bool = setting(
-        False, "true keeps what gradient_checkpointing keeps in the machine's memory, not the GPU's"
-    )
+    gradient_checkpointing: bool = setting(False, "compute activations twice to keep fewer in memory")
+    offload_activations: bool = setting(False, "keep checkpointed activations in CPU memory")
     mlp_tile_size: int | None = setting(
-        None,
-        "tokens of a row that norms and feed-forwards compute at once, a whole number from 1, which holds less of long "
-        "rows; null: all",
-        ge=1,
+        None, "tokens that norms and MLPs compute at once, which saves memory on long rows; null: all", ge=1
     )
-    fsdp: bool = setting(
-        False, "several processes: true divides the frozen base among them, false keeps it whole in each"
-    )
-    seed: int = setting(42, "a whole number from 0 to 4294967295", "--seed", ge=0, le=2**32 - 1)
-    eval_steps: int | None = setting(
-        None, "optimizer steps between evaluations, a whole number from 1; null: after each epoch", ge=1
-    )
-    save_steps: int | None = setting(
-        None, "optimizer steps between checkpoints, a whole number from 1; null: at each evaluation", ge=1
-    )
-    save_total_limit: int = setting(2, "checkpoints kept beside the best, a whole number from 1", ge=1)
+    fsdp: bool = setting(False, "with several processes: shard the frozen base among them")
+    seed: int = setting(42, "seed of all random numbers", ge=0, le=2**32 - 1)
+    eval_steps: int | None = setting(None, "optimizer steps between evaluations; null: after each epoch", ge=1)
+    save_steps: int | None = setting(None, "optimizer steps between checkpoints; null: at each evaluation", ge=1)
+    save_total_limit: int = setting(2, "checkpoints kept beside the best", ge=1)
     early_stopping_patience: int | None = setting(
-        None, "evaluations without improvement after which the run ends, a whole number from 1; null: never", ge=1
+        None, "evaluations without improvement before the run stops; null: never", ge=1
     )
-    logging_steps: int = setting(1, "optimizer steps between lines of metrics, a whole number from 1", ge=1)
+    logging_steps: int = setting(1, "optimizer steps between lines of metrics", ge=1)
     report_to: list[
         Literal["clearml", "comet_ml", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"]
-    ] = setting([], "a list of trackers: clearml, comet_ml, mlflow, neptune, swanlab, tensorboard, trackio, wandb")
+    ] = setting([], "experiment trackers")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of the recipe, as commands, messages and the documentation show it.
+
+    Args:
+        path: dotted path, `"train.epochs"`.
+        annotation: its type.
+        help: what it does.
+        flag: its command-line flag.
+        expected: what it takes, `"an integer, at least 1"`.
+        limits: its range alone, `"at least 1"`.
+        default: its default; None also where it is required.
+        required: whether it must be given.
+    """
+
+    path: str
+    annotation: Any
+    help: str
+    flag: str
+    expected: str
+    limits: str
+    default: Any
+    required: bool
+
+
+def iterate_settings(section: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
+    """Yield every setting of a section and of the sections in it."""
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from iterate_settings(annotation, f"{prefix}{name}.")
+            continue
+        declared: Any = field.json_schema_extra
+        limits = _range(field)
+        yield Setting(
+            path=f"{prefix}{name}",
+            annotation=annotation,
+            help=field.description or "",
+            flag=declared["flag"] or f"--{name.replace('_', '-')}",
+            expected=declared["expected"] or ", ".join(filter(None, (describe_type(annotation), limits))),
+            limits=limits,
+            default=None if field.is_required() else field.default,
+            required=field.is_required(),
+        )
+
+
+def describe_type(annotation: Any) -> str:
+    """Return a type in words, `"an integer or null"`."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        limits = [m for m in arguments[1:] if isinstance(m, FieldInfo)]
+        return ", ".join([describe_type(arguments[0]), *map(_range, limits)])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(a) for a in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}" if len(arguments) > 1 else str(arguments[0])
+    if origin is list:
+        return f"a list of {describe_type(arguments[0]).removeprefix('one of ')}"
+    words = {bool: "true or false", int: "an integer", float: "a number", str: "text", Path: "a path"}
+    return {**words, dict: "a mapping of text to text", type(None): "null"}[origin or annotation]
+
+
+def _range(field: FieldInfo) -> str:
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    limits = [(word, getattr(m, name, None)) for m in field.metadata for name, word in words.items()]
+    return " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)

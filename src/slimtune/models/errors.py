@@ -18,21 +18,17 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import logging as theirs
 
-from ..errors import ModelError, RunError, SlimtuneError, UsageError
-from ..utils.files import is_disk_full
-from ..utils.memory import is_out_of_memory
+from ..errors import (
+    ModelError,
+    RunError,
+    SlimtuneError,
+    UsageError,
+    exception_chain,
+    is_disk_full,
+    is_out_of_memory,
+)
 
 _FOLDER = "give a local folder that holds the checkpoint"
-
-
-def chain(error: BaseException) -> list[BaseException]:
-    """Return `error` and what caused it, outermost first."""
-    found: list[BaseException] = []
-    step: BaseException | None = error
-    while step is not None and step not in found:
-        found.append(step)
-        step = step.__cause__ or step.__context__
-    return found
 
 
 @contextlib.contextmanager
@@ -94,12 +90,12 @@ def _space(error: Exception, spec: str) -> SlimtuneError | None:
 
 
 def _code(error: Exception, spec: str) -> SlimtuneError | None:
-    texts = [str(e) for e in chain(error)]
+    texts = [str(e) for e in exception_chain(error)]
     return remote_code_error(spec) if any("custom code" in t or "trust_remote_code" in t for t in texts) else None
 
 
 def _hub(error: Exception, spec: str) -> SlimtuneError | None:
-    found = chain(error)
+    found = list(exception_chain(error))
 
     def there(*kinds: type[BaseException]) -> bool:
         return any(isinstance(e, kinds) for e in found)

@@ -84,7 +84,7 @@ def quantization_config(
         raise UsageError(
             f"the checkpoint {spec!r} is stored in {stored}, and {kind} was asked for",
             f"{stored}, or nothing: a quantized checkpoint is loaded as it is",
-            "leave out --quant, or take the base's checkpoint in 16 or 32 bits",
+            "leave out --quantization, or take the base's checkpoint in 16 or 32 bits",
         )
     held = stored or kind
     if held is None or held not in STORED:

@@ -282,24 +282,24 @@ def _possible_changes(job: TrainingJob) -> list[tuple[str, Change]]:
     changes: list[tuple[str, Change]] = []
     longest = max(job.lengths)
     if not job.gradient_checkpointing:
-        changes.append(("--checkpointing (a third slower)", partial(replace, gradient_checkpointing=True)))
+        changes.append(("--gradient-checkpointing (a third slower)", partial(replace, gradient_checkpointing=True)))
     elif job.device == "cuda" and not job.offload_activations:
-        changes.append(("--offload", partial(replace, offload_activations=True)))
+        changes.append(("--offload-activations", partial(replace, offload_activations=True)))
     if job.mlp_tile_size is None and sum(job.lengths) >= 2 * ADVISED_TILE_SIZE:
-        changes.append((f"--tile {ADVISED_TILE_SIZE}", partial(replace, mlp_tile_size=ADVISED_TILE_SIZE)))
+        changes.append((f"--mlp-tile-size {ADVISED_TILE_SIZE}", partial(replace, mlp_tile_size=ADVISED_TILE_SIZE)))
     if len(job.lengths) > 1:
         one_row = partial(replace, lengths=job.lengths[:1], micro_batches=2)
-        changes.append(("--batch-size 1, and --accumulate as many", one_row))
+        changes.append(("--batch-size 1, and --gradient-accumulation-steps as many", one_row))
     if job.optimizer != "adamw":
         changes.append(("--optimizer adamw", partial(replace, optimizer="adamw")))
     if job.method is None or job.method.trains_every_weight:  # which leaves nothing to quantize
         return changes
     if job.quantization != "nf4":
-        changes += [(f"--quant {kind}", partial(replace, quantization=kind)) for kind in ("nf4", "int8")]
+        changes += [(f"--quantization {kind}", partial(replace, quantization=kind)) for kind in ("nf4", "int8")]
     if longest > 256:
         # Of the job as it is by then: the number of rows may have been changed too.
         changes.append(
-            (f"--seq-len {longest // 2}",
+            (f"--max-seq-len {longest // 2}",
              lambda j: replace(j, lengths=tuple(min(n, longest // 2) for n in j.lengths))),
         )  # fmt: skip
     return changes

@@ -30,12 +30,12 @@ from ..adapters.architectures import text_config
 from ..config.schema import TrainSettings
 from ..data.collator import Collator, Example
 from ..data.step_sharding import StepSharder
+from ..errors import is_out_of_memory
 from ..kernels.dropout import preserve_rng_state
 from ..run_dir import RunDir
 from ..train_step.loss import EVAL_ROWS, batched, forward_backward, mean_loss, move_to_device, score_batch
 from ..train_step.optimizer import build_optimizer
 from ..utils import distributed
-from ..utils.memory import is_out_of_memory
 from . import checkpoint
 from .oom_recovery import LESS_MEMORY, OomRecovery
 from .progress import ProgressLogger

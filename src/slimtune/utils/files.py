@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import RunError, SlimtuneError
+from ..errors import RunError, is_disk_full
 from .formatting import format_bytes
 
 _OTHER_DISK = "give a folder on another disk"
@@ -105,17 +105,3 @@ def disk_full_error(path: Path, needed: int | None = None, fix: str = _OTHER_DIS
         f"{format_bytes(needed)} free" if needed else "more free space",
         f"free some space, or {fix}",
     )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Return whether a full disk caused an error; safetensors says so only in the text of its own error class."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, SlimtuneError):
-            return False
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(t in str(cause) for t in ("No space left on device", "os error 28", "Disk quota exceeded")):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False

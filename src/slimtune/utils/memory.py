@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import functools
 import gc
 import resource
@@ -14,23 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from ..errors import SlimtuneError
 from .distributed import local_world_size
 
-OUT_OF_MEMORY_TEXTS = (
-    "can't allocate memory",  # torch's allocator on Linux and macOS
-    "not enough memory: you tried to allocate",  # on Windows
-    "backend out of memory",  # MPS
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",  # workspaces of cuBLAS and cuDNN
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "std::bad_alloc",
-    "could not create a primitive",  # oneDNN hides the reason; seen in bf16 on CPUs when memory ran out
-    "could not create a memory object",
-    "could not execute a primitive",
-    "Cannot allocate memory",  # strerror(ENOMEM), for libraries that pass on only the text
-)
-"""Substrings of out-of-memory messages that are raised as plain RuntimeError."""
 MMAP_MAX, TOP_PAD, TRIM_THRESHOLD = -4, -2, -1
 """Parameters of glibc's mallopt(3)."""
 MALLOC_DEFAULTS = {MMAP_MAX: 1 << 16, TRIM_THRESHOLD: 1 << 17, TOP_PAD: 1 << 17}
@@ -97,22 +81,6 @@ def peak_memory(device: torch.device, *, reserved: bool = False) -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, or an error that caused it, means that a device or the machine ran out of memory."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen and not isinstance(cause, SlimtuneError):
-        seen.add(id(cause))
-        if isinstance(cause, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(cause, OSError) and cause.errno == errno.ENOMEM:
-            return True
-        if any(text in str(cause) for text in OUT_OF_MEMORY_TEXTS):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
 
 
 def release_cached_memory(device: torch.device) -> None:

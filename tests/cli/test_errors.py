@@ -1,26 +1,30 @@
-"""One place turns results and exceptions into output and an exit code."""
+"""Results and exceptions become output and an exit code; exception chains say what ran out."""
 
 from __future__ import annotations
 
 import errno
 import json
+import warnings
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from slimtune.cli.common import CommandGroup, Json, to_cli_error
-from slimtune.errors import DataError, RecipeError
+from slimtune.cli.common import PACKAGE, CommandGroup, Json
+from slimtune.errors import DataError, RecipeError, exception_chain, is_out_of_memory
 
 app = typer.Typer(cls=CommandGroup, rich_markup_mode=None, pretty_exceptions_enable=False)
-thrown: list[BaseException] = []
+errors: list[BaseException] = []
+texts: list[str] = []
 
 
 @app.command()
 def work(size: int = 1, as_json: Json = False) -> dict:
     print("noise from a library")
-    if thrown:
-        raise thrown[0]
+    for text in texts:
+        warnings.warn_explicit(text, FutureWarning, str(PACKAGE / "config/aliases.py"), 1)
+    for error in errors:
+        raise error
     return {"size": size, "loss": float("nan")}
 
 
@@ -29,8 +33,9 @@ def other() -> None:
     pass
 
 
-def call(*args: str, error: BaseException | None = None):
-    thrown[:] = [error] if error else []
+def call(*args: str, error: BaseException | None = None, warning: str = ""):
+    errors[:] = [error] if error else []
+    texts[:] = [warning] if warning else []
     return CliRunner().invoke(app, list(args))
 
 
@@ -56,7 +61,7 @@ def test_json_is_exactly_one_object_on_stdout():
         (MemoryError(), 1, "RunError", "there is not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "RunError", "not enough memory"),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "UsageError", "no permission: /root/x"),
-        (KeyError("surprise"), 1, "SlimtuneError", "a fault inside slimtune: KeyError: 'surprise'"),
+        (KeyError("surprise"), 1, "SlimtuneError", "a bug in slimtune: KeyError: 'surprise'"),
         (KeyboardInterrupt(), 130, "Interrupted", "interrupted"),
     ],
 )
@@ -73,12 +78,12 @@ def test_an_exception_becomes_a_message_and_a_code(error, code, kind, says):
     assert says in asked.stderr
 
 
-def test_the_message_says_wanted_and_fix():
+def test_the_message_has_expected_and_hint():
     lines = call("work", error=DataError("got this", "that", "do so")).stderr.splitlines()
     assert lines == ["error: got this", "  expected: that", "  hint: do so"]
 
 
-def test_only_a_fault_of_ours_shows_a_traceback():
+def test_only_a_bug_shows_a_traceback():
     assert "Traceback" in call("work", error=KeyError("x")).stderr
     assert "Traceback" not in call("work", error=DataError("x")).stderr
 
@@ -103,5 +108,16 @@ def test_wrong_use_is_exit_code_2(args, says):
     assert json.loads(asked.stdout)["error"]["kind"] == "UsageError"
 
 
-def test_what_only_a_developer_understands_is_not_explained():
-    assert to_cli_error(KeyError("x")) is None
+def test_a_warning_is_one_line():
+    lines = call("work", warning="old is an old name").stderr.splitlines()
+    assert lines == ["warning: old is an old name"]
+
+
+def test_exception_chain_ends_at_an_error_that_explains_its_cause():
+    outer, middle, inner = ValueError("outer"), DataError("a row is faulty"), MemoryError()
+    outer.__cause__, middle.__cause__ = middle, inner
+    assert list(exception_chain(outer)) == [outer]
+    assert not is_out_of_memory(outer)
+    outer.__cause__, inner.__cause__ = inner, outer  # a cycle ends, too
+    assert list(exception_chain(outer)) == [outer, inner]
+    assert is_out_of_memory(outer)

@@ -1,0 +1,40 @@
+"""Write the tables of settings in docs/recipe.md from the recipe's schema: `python docs/make_reference.py`.
+
+A table stands between `<!-- settings: SECTION -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from slimtune.config import Recipe
+from slimtune.config.schema import iterate_settings
+
+PAGE = Path(__file__).parent / "recipe.md"
+
+
+def settings_table(section: str) -> str:
+    """Return the table of a section's settings."""
+    lines = ["| setting | flag | takes | default | what it does |", "| --- | --- | --- | --- | --- |"]
+    for s in iterate_settings(Recipe):
+        if s.path == section or s.path.startswith(f"{section}."):
+            default = "required" if s.required else yaml.safe_dump(s.default).splitlines()[0]
+            lines.append(f"| `{s.path}` | `{s.flag}` | {s.expected} | {default} | {s.help} |")
+    return "\n".join(lines)
+
+
+def update_page(text: str) -> str:
+    """Return the page with its tables written again."""
+    return re.sub(
+        r"(<!-- settings: (\w+) -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{settings_table(m[2])}\n{m[3]}",
+        text,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(update_page(PAGE.read_text()))

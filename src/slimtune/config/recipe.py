@@ -1,0 +1,171 @@
+"""Reads a recipe and checks it: all errors are found before any is reported."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import yaml
+from pydantic import ValidationError
+
+from ..errors import ConfigError, RecipeError, nearest
+from ..methods import config_class
+from ..utils.dataset_id import parse_dataset_id
+from .aliases import rename_setting, rename_settings
+from .errors import FieldError, collect_field_errors, format_value, raise_errors
+from .loading import expand, read_override, read_tree, resolve_paths, set_field
+from .method import accepted_names, resolve_method
+from .schema import (
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    PathLike,
+    Section,
+    TrainSettings,
+    iterate_settings,
+    setting,
+)
+
+if TYPE_CHECKING:
+    from ..adapters.config import PeftConfig
+
+
+class Recipe(Section):
+    """All settings of a run.
+
+    `output_dir` is relative to the working folder. The paths of data and model are absolute, so that the run reads the
+    same from any folder.
+    """
+
+    model: ModelSettings
+    data: DataSettings
+    method: MethodSettings = MethodSettings()
+    train: TrainSettings = TrainSettings()
+    output_dir: PathLike = setting(
+        ..., "run folder, relative to the working folder; it must not hold another run", flag="--out"
+    )
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any], source: str = "the recipe") -> Self:
+        """Return the recipe that a plain tree describes.
+
+        Args:
+            tree: sections and fields, as YAML has them; `model: x` is short for `model: {name: x}`.
+            source: name of the tree in messages.
+
+        Raises:
+            RecipeError: the tree has errors; the message names each with its path and what is expected.
+        """
+        if not isinstance(tree, Mapping):
+            raise RecipeError(f"{source} is {format_value(tree)}", "a mapping with model, data and output_dir")
+        tree = rename_settings(expand(copy.deepcopy(dict(tree))), source)
+        resolve_paths(tree)
+        method, errors = resolve_method(tree.get("method", {}))
+        paths = [s.path for s in iterate_settings(cls)] + [f"method.{n}" for n in accepted_names(method["name"])]
+        train = tree.setdefault("train", {})
+        if isinstance(train, dict) and "method.name" not in [e.path for e in errors]:
+            train.setdefault("learning_rate", config_class(method["name"]).learning_rate)
+        try:
+            recipe = cls.model_validate({**tree, "method": method})
+        except ValidationError as e:
+            raise_errors(collect_field_errors(e, cls, paths) + errors, source)
+            raise AssertionError("unreachable") from e
+        raise_errors([*errors, *recipe._find_contradictions()], source)
+        return recipe
+
+    def method_config(self) -> PeftConfig:
+        """Return the method's config."""
+        return config_class(self.method.name)(**{"task_type": "CAUSAL_LM", **self.method.settings})
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML, with every default written out; `load_recipe` reads an equal recipe from it."""
+        return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+    def require_files(self) -> None:
+        """Require that every data file exists. A path that can only be a dataset of the Hub is not looked up.
+
+        Raises:
+            RecipeError: files are missing; the message names each, with the nearest name in its folder.
+        """
+        errors = []
+        for name in ("train", "validation", "test", "chat_template"):
+            path: Path | None = getattr(self.data, name)
+            is_rows = name != "chat_template"
+            if path is None or path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
+                continue
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{nearest(path.name, siblings)}"))
+        raise_errors(errors, "the recipe")
+
+    def _find_contradictions(self) -> list[FieldError]:
+        """Return the errors that involve several settings."""
+        t, errors = self.train, []
+        if t.offload_activations and not t.gradient_checkpointing:
+            errors.append(
+                FieldError(
+                    "train.offload_activations",
+                    "got true, but no activations are checkpointed",
+                    "train.gradient_checkpointing true, too",
+                )
+            )
+        if t.compile and t.fsdp:
+            errors.append(FieldError("train.compile", "got true, and train.fsdp is true", "only one of the two"))
+        if self.method.settings.get("init_lora_weights") == "loftq" and self.model.quantization is None:
+            errors.append(
+                FieldError(
+                    "method.init_lora_weights",
+                    "got 'loftq', which starts from the error of quantization, and model.quantization is null",
+                    "model.quantization nf4 or int8, or another initialization",
+                )
+            )
+        if self.data.validation is None and self.data.validation_fraction == 0:
+            for name in ("early_stopping_patience", "eval_steps"):
+                if (value := getattr(t, name)) is not None:
+                    message = f"got {value}, but there are no validation rows"
+                    errors.append(FieldError(f"train.{name}", message, f"data.validation, or {name} null"))
+        return errors
+
+
+def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
+    """Read a recipe file and apply overrides.
+
+    Args:
+        path: a YAML file; None: the overrides hold everything.
+        overrides: `{"train.epochs": 1}`, whose values are used as they are, or `["train.epochs=1"]`, whose values are
+            read as YAML.
+
+    Raises:
+        UsageError: there is no such file.
+        RecipeError: the file is not YAML (the message gives line and column), or has errors (all are named).
+    """
+    tree = read_tree(Path(path).expanduser()) if path is not None else {}
+    given = overrides.items() if isinstance(overrides, Mapping) else [read_override(text) for text in overrides]
+    settings = dict(rename_setting(where, value) for where, value in given)
+    for where, value in settings.items():
+        if where.startswith("method.") and isinstance(tree.get("method"), dict):
+            _drop_other_spellings(tree["method"], settings, where.removeprefix("method."))
+        set_field(tree, where, value)
+    return Recipe.from_dict(tree, str(path) if path is not None else "the flags")
+
+
+def _drop_other_spellings(method: dict[str, Any], overrides: Mapping[str, Any], name: str) -> None:
+    # `--rank 8` overrides a file's `r: 16`. Without this the field would be given twice.
+    method_name = overrides.get("method.name", overrides.get("method", method.get("name", "lora")))
+    try:
+        short_names = config_class(method_name).short_names
+    except ConfigError:
+        return  # Recipe.from_dict reports it with the other errors
+    full_name = short_names.get(name, name)
+    for spelling in [full_name, *(short for short, full in short_names.items() if full == full_name)]:
+        method.pop(spelling, None)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that contains Unicode's line breaks, which YAML would otherwise fold into spaces."""
+
+
+_Dumper.add_representer(
+    str, lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, '"' if set(s) & set("\x85\u2028\u2029") else None)
+)
