@@ -95,7 +95,7 @@ def test_the_cards_that_run_a_job_smallest_first(asked):
 
 def test_a_job_is_planned_once_for_each_sort_of_card(asked):
     gpus("--for", "llama-3.1-8b")
-    sorts = [(r.card.device, r.card.bf16) for r in asked]
+    sorts = [(r.gpu.device, r.gpu.bf16) for r in asked]
     assert sorted(sorts) == sorted({(c.device, c.bf16) for c in all_gpus()})
     for request in asked:
         alike = [c for c in all_gpus() if (c.device, c.bf16) == (request.gpu.device, request.gpu.bf16)]
@@ -104,7 +104,7 @@ def test_a_job_is_planned_once_for_each_sort_of_card(asked):
 
 def test_with_a_dtype_the_card_does_not_choose(asked):
     gpus("--for", "llama-3.1-8b", "--dtype", "fp16", "--rank", "4", "--set", "method.targets=[q_proj]")
-    assert sorted(r.card.device for r in asked) == ["cuda", "mps"]
+    assert sorted(r.gpu.device for r in asked) == ["cuda", "mps"]
     assert {(r.dtype, r.method.r) for r in asked} == {("float16", 4)}
 
 
