@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_run import recipe_of
 from transformers import AutoModelForCausalLM
 
-from slimtune.cli.train import _planner
+from slimtune.cli.train import make_planner
 from slimtune.config import Recipe
 from slimtune.errors import ModelError, RecipeError, UsageError
 from slimtune.evaluation.evaluate import evaluate
@@ -39,7 +39,7 @@ def with_quant(settings, kind, **train):
 @KINDS
 def test_a_quantized_run_trains_evaluates_merges_and_is_the_same_again(settings, kind, tmp_path):
     recipe = with_quant(settings, kind)
-    result = train(recipe, planner=_planner(False))
+    result = train(recipe, planner=make_planner(False))
     assert (result["quantization"], result["dtype"]) == (kind, "float32")
     assert (
         result["validation_loss"]
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_is_quantized_is_loaded_as_it_is(settings, kind, tmp_p
         load_base(str(folder), quantization=other)
     settings["model"]["name"] = str(folder)
     recipe = recipe_of(settings, max_steps=2)
-    result = train(recipe, planner=_planner(False))
+    result = train(recipe, planner=make_planner(False))
     assert result["quantization"] == kind
     assert json.loads(RunDir(recipe.output_dir).plan_file.read_text())["plan"]["dtype"] == kind
     assert merge(recipe.output_dir, tmp_path / "merged")["positions"] > 0

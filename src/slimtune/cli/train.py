@@ -59,7 +59,7 @@ def train_run(
     from ..training.train import train
     from ..utils import distributed
 
-    result = train(loaded, resume=resume, init_adapter=init_adapter, planner=_make_planner(force), force=force)
+    result = train(loaded, resume=resume, init_adapter=init_adapter, planner=make_planner(force), force=force)
     if not distributed.is_main_process():
         raise typer.Exit  # the first process prints the result
     if not as_json:
@@ -67,7 +67,7 @@ def train_run(
     return dict(result)
 
 
-def _make_planner(force: bool) -> Callable[[Recipe, Sequence[int]], dict[str, Any] | None]:
+def make_planner(force: bool) -> Callable[[Recipe, Sequence[int]], dict[str, Any] | None]:
     """Return a function that plans a run on this machine, prints the verdict, and refuses a run that does not fit."""
 
     def plan_run(recipe: Recipe, lengths: Sequence[int]) -> dict[str, Any] | None:
