@@ -83,7 +83,7 @@ def test_tiles_and_offloading(base):
 
 def test_offloaded_activations_count_as_cpu_memory(monkeypatch):
     """The input of each layer is offloaded from a GPU; two are on the device at the peak."""
-    monkeypatch.setattr(activation_offload, "LEAST", 1)
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
     kept, offloaded, cpu = (
         trace_memory(make_job("llama", "lora", ROWS[4], sizes={"num_hidden_layers": 8}, gradient_checkpointing=True,
                               device=device, offload_activations=offload))
