@@ -94,7 +94,7 @@ THIN = {"density": 0.5}
     ],
     ids=str,
 )
-def test_it_is_what_peft_makes(settings, how, tmp_path):
+def test_weighted_sum_equals_peft(settings, how, tmp_path):
     base = gpt2 if settings is GPT2 else llama
     ours = several(base, *settings)
     theirs = as_peft(ours, base, tmp_path)
@@ -110,7 +110,7 @@ def test_it_is_what_peft_makes(settings, how, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd"])
-def test_what_is_thinned_by_chance_is_what_peft_makes_of_the_same_draws(kind, tmp_path):
+def test_dare_equals_peft_for_the_same_draws(kind, tmp_path):
     ours = several(llama, ONE, TWO)
     theirs = as_peft(ours, llama, tmp_path)
     made = []
@@ -126,7 +126,7 @@ def test_what_is_thinned_by_chance_is_what_peft_makes_of_the_same_draws(kind, tm
     assert (made[0] - made[1]).abs().max() < CLOSE
 
 
-def test_thinning_by_chance_keeps_the_mean():
+def test_dare_keeps_the_mean():
     part = torch.randn(200, 200)
     torch.manual_seed(0)
     thinned = weighted_sum([part], [1.0], "dare_linear", 0.25)
@@ -162,19 +162,19 @@ def test_methods_mix_and_full_rank_is_exact(cls, settings):
 
 
 @pytest.mark.parametrize("kind", ["cat", "linear", "ties"])
-def test_what_has_no_factors_has_no_rank_to_add_up(kind):
+def test_factor_sums_need_factors(kind):
     model = several(llama, METHODS[0], {"use_dora": True})
     with pytest.raises(UsageError, match=f"combination_type='{kind}' needs A and B, which adapter 'two' does not have"):
         model.add_weighted_adapter(["default", "two"], [1, 1], "sum", kind, density=0.5)
 
 
-def test_a_rank_must_be_said_where_a_method_has_none():
+def test_svd_rank_is_required_without_factors():
     model = several(llama, METHODS[0], {"use_dora": True})
     with pytest.raises(UsageError, match="svd_rank is not given, and adapter 'two' has no rank"):
         model.add_weighted_adapter(["default", "two"], [1, 1], "sum")
 
 
-def test_ranks_that_differ_by_layer_are_written_down(tmp_path):
+def test_ranks_by_layer_are_saved(tmp_path):
     model = several(llama, ONE, {**WIDER, "rank_pattern": {"layers.1.self_attn.q_proj": 1}})
     model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "sum", "cat")
     config = model.peft_config["sum"]
@@ -193,7 +193,7 @@ def test_ranks_that_differ_by_layer_are_written_down(tmp_path):
     assert (run(model) - both).abs().max() < CLOSE
 
 
-def test_the_sum_is_inactive_and_the_others_stay_as_they_are():
+def test_sum_is_inactive_and_others_unchanged():
     model = several(llama, ONE, TWO)
     before, said = {n: p.clone() for n, p in model.named_parameters()}, run(model)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -205,7 +205,7 @@ def test_the_sum_is_inactive_and_the_others_stay_as_they_are():
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
 
 
-def test_a_head_trained_whole_comes_along():
+def test_trained_head_is_copied():
     model = several(bert_classifier, {"task_type": "SEQ_CLS"}, {"r": 2, "target_modules": ["key"]})
     model.add_weighted_adapter(["two", "default"], [1, 1], "sum", svd_rank=12)
     model.set_adapter("sum")
@@ -237,7 +237,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("given", "how", "said"), REFUSED, ids=lambda v: v if isinstance(v, str) else "")
-def test_what_cannot_be_is_refused_and_leaves_no_trace(given, how, said):
+def test_invalid_arguments_leave_model_unchanged(given, how, said):
     if "c_attn" in said:
         model = several(gpt2, {}, {}, {"bias": "lora_only"})
     else:
@@ -258,7 +258,7 @@ def test_what_cannot_be_is_refused_and_leaves_no_trace(given, how, said):
         ("BottleneckConfig", {}),
     ],
 )
-def test_what_is_no_weight_is_refused_by_name(cls, settings):
+def test_methods_without_weight_change_are_rejected(cls, settings):
     there(cls)
     model = several(llama, ONE, getattr(slimtune, cls)(**settings))
     with pytest.raises(UsageError, match="adapter 'two' cannot become a LoRA, at"):
@@ -267,7 +267,7 @@ def test_what_is_no_weight_is_refused_by_name(cls, settings):
         model.to_lora("two", 8)
 
 
-def test_a_merged_adapter_is_not_read():
+def test_merged_adapter_is_rejected():
     model = several(llama, ONE, TWO)
     model.merge_adapter()
     with pytest.raises(UsageError, match="is merged into the base"):
@@ -305,7 +305,7 @@ def test_an_adapter_becomes_a_lora(cls, settings, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [3, 0.8])
-def test_the_lora_is_the_one_peft_makes(rank, tmp_path):
+def test_convert_to_lora_equals_peft(rank, tmp_path):
     there("LoHaConfig")
     model = several(llama, slimtune.LoHaConfig(r=4, target_modules=["q_proj", "v_proj"]))
     theirs = as_peft(model, llama, tmp_path)
@@ -322,7 +322,7 @@ def test_the_lora_is_the_one_peft_makes(rank, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, 0.0, True])
-def test_a_rank_that_cannot_be(rank):
+def test_invalid_rank(rank):
     model = several(llama, ONE)
     with pytest.raises(SlimtuneError, match="rank is"):
         model.to_lora("default", rank)

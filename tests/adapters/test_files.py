@@ -8,8 +8,7 @@ import os
 import peft
 import pytest
 import torch
-from models_zoo import bert_classifier, llama, run, same_base, shake, snapshot
-from safetensors import safe_open
+from models_zoo import llama, run, same_base, shake, snapshot
 from safetensors.torch import load_file, save_file
 
 from slimtune import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -131,7 +130,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("spoil", "error", "said"), FAULTS, ids=lambda v: getattr(v, "__name__", ""))
 @pytest.mark.parametrize("door", ["from_pretrained", "load_adapter"])
-def test_a_faulty_adapter_is_refused_and_leaves_no_trace(folder, spoil, error, said, door):
+def test_invalid_adapter_raises_and_leaves_model_unchanged(folder, spoil, error, said, door):
     spoil(folder)
     model = llama()
     if door == "load_adapter":
@@ -148,20 +147,7 @@ def test_a_faulty_adapter_is_refused_and_leaves_no_trace(folder, spoil, error, s
     assert same_base(model, before)
 
 
-def test_an_adapter_of_another_base_is_refused(folder):
-    other = llama(intermediate_size=64)  # every adapted shape fits
-    kind = type(other)
-    with pytest.raises(AdapterError, match="trained on another base") as fault:
-        PeftModel.from_pretrained(other, folder)
-    assert fault.value.exit_code == 1
-    assert type(other) is kind
-    with pytest.raises(AdapterError, match="trained on another base"):
-        PeftModel.from_pretrained(bert_classifier(), folder)
-    with safe_open(folder / WEIGHTS, framework="pt") as f:
-        assert len(f.metadata()["base_config"]) == 16
-
-
-def test_a_missing_folder_is_said_with_the_nearest(folder):
+def test_missing_folder_names_the_nearest(folder):
     with pytest.raises(UsageError, match="did you mean 'adapter'") as fault:
         PeftModel.from_pretrained(llama(), folder.parent / "adaptor")
     assert fault.value.exit_code == 2
@@ -169,7 +155,7 @@ def test_a_missing_folder_is_said_with_the_nearest(folder):
         PeftModel.from_pretrained(llama(), "no-such-adapter")
 
 
-def test_an_argument_nobody_knows_is_refused(folder):
+def test_unknown_argument_is_rejected(folder):
     model = llama()
     with pytest.raises(UsageError, match="unknown argument 'subfoldr'; did you mean 'subfolder'") as fault:
         PeftModel.from_pretrained(model, folder, subfoldr="x")
@@ -178,7 +164,7 @@ def test_an_argument_nobody_knows_is_refused(folder):
 
 
 @pytest.mark.parametrize("setting", [{"lora_alpha": 99}, {"use_rslora": True}])
-def test_tensors_of_other_settings_do_not_replace_an_adapters(folder, setting):
+def test_loading_into_an_adapter_needs_same_settings(folder, setting):
     model = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
     before = snapshot(model)
     edit_config(folder, **setting)
@@ -189,12 +175,7 @@ def test_tensors_of_other_settings_do_not_replace_an_adapters(folder, setting):
     assert same_base(model, before)
 
 
-def test_an_empty_field_of_a_newer_peft_is_taken(folder):
-    edit_config(folder, lora_magic=None, more_magic={}, use_magic=False)
-    assert PeftModel.from_pretrained(llama(), folder).peft_config["default"].name == "lora"
-
-
-def test_no_pickle_is_written(tmp_path):
+def test_save_writes_safetensors_only(tmp_path):
     model = get_peft_model(llama(), LoraConfig())
     with pytest.raises(UsageError, match="requests a pickle"):
         model.save_pretrained(tmp_path, safe_serialization=False)
@@ -206,7 +187,7 @@ def test_no_pickle_is_written(tmp_path):
     assert sorted(os.listdir(tmp_path / "new" / "deep")) == ["README.md", CONFIG, WEIGHTS]
 
 
-def test_names_become_folders(tmp_path):
+def test_named_adapters_are_saved_in_subfolders(tmp_path):
     model = get_peft_model(llama(), LoraConfig())
     model.add_adapter("poet", LoraConfig(r=2))
     model.save_pretrained(tmp_path)
@@ -225,7 +206,7 @@ def test_names_become_folders(tmp_path):
             again.add_adapter(wrong, LoraConfig())
 
 
-def test_a_model_is_adapted_once(folder):
+def test_get_peft_model_twice_raises(folder):
     model = get_peft_model(llama(), LoraConfig())
     with pytest.raises(UsageError, match="already has adapters: 'default'"):
         get_peft_model(model, LoraConfig())
@@ -233,7 +214,7 @@ def test_a_model_is_adapted_once(folder):
         get_peft_model(llama(), PeftConfig())
 
 
-def test_trained_on_from_a_file(folder):
+def test_is_trainable_continues_training(folder):
     model = PeftModel.from_pretrained(llama(), folder, is_trainable=True)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, _ in model.named_parameters() if ".default." in n
@@ -246,7 +227,7 @@ def test_trained_on_from_a_file(folder):
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
-def test_state_dicts_are_pefts(folder):
+def test_state_dict_equals_peft(folder):
     model = PeftModel.from_pretrained(llama(), folder)
     theirs = peft.PeftModel.from_pretrained(llama(), folder)
     ours, expected = get_state(model), peft.get_peft_model_state_dict(theirs)

@@ -43,7 +43,7 @@ def values(model):
     ],
     ids=str,
 )
-def test_a_compiled_model_is_not_compiled_again(other, tmp_path):
+def test_swap_does_not_recompile(other, tmp_path):
     first, said_first = saved(tmp_path / "a", SMALL)
     second, said_second = saved(tmp_path / "b", other, seed=2)
     model = PeftModel.from_pretrained(llama(), first)
@@ -65,7 +65,7 @@ def test_a_compiled_model_is_not_compiled_again(other, tmp_path):
     assert objects == {n: id(p) for n, p in model.named_parameters()}
 
 
-def test_a_swapped_adapter_is_saved_as_what_it_is(tmp_path):
+def test_swapped_adapter_saves_correctly(tmp_path):
     first, _ = saved(tmp_path / "a", SMALL)
     second, said = saved(tmp_path / "b", LARGE, seed=2)
     model = PeftModel.from_pretrained(llama(), first, is_trainable=True)
@@ -82,7 +82,7 @@ def test_a_swapped_adapter_is_saved_as_what_it_is(tmp_path):
     assert list(model.peft_config) == ["default", "beside"]
 
 
-def test_without_preparing_ranks_up_to_the_own_fit(tmp_path):
+def test_swap_without_preparation_needs_smaller_rank(tmp_path):
     first, said_first = saved(tmp_path / "a", LARGE)
     second, said = saved(tmp_path / "b", SMALL, seed=2)
     model = PeftModel.from_pretrained(llama(), first)
@@ -101,7 +101,7 @@ def test_without_preparing_ranks_up_to_the_own_fit(tmp_path):
     assert all(torch.equal(t, dict(small.named_parameters())[n]) for n, t in before.items())
 
 
-def test_a_head_trained_whole_is_swapped_with_it(tmp_path):
+def test_trained_head_is_swapped(tmp_path):
     first, _ = saved(tmp_path / "a", {"task_type": "SEQ_CLS"}, bert_classifier)
     second, said = saved(tmp_path / "b", {"task_type": "SEQ_CLS", "r": 4}, bert_classifier, seed=2)
     bare, _ = saved(tmp_path / "c", {"r": 4}, bert_classifier, seed=2)
@@ -113,7 +113,7 @@ def test_a_head_trained_whole_is_swapped_with_it(tmp_path):
     assert (run(model) - said).abs().max() < CLOSE
 
 
-def test_methods_without_factors_swap_with_their_like(tmp_path):
+def test_methods_without_factors_need_same_settings(tmp_path):
     dora = {"r": 3, "use_dora": True, "target_modules": QV}
     first, _ = saved(tmp_path / "a", dora)
     second, said = saved(tmp_path / "b", dora, seed=2)
@@ -135,7 +135,7 @@ def spoil_config(folder, **values):
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path):
+def test_misfit_raises_and_copies_nothing(tmp_path):
     first, said = saved(tmp_path / "a", SMALL)
     model = PeftModel.from_pretrained(llama(), first)
     before, kinds = values(model), {n: type(m) for n, m in model.named_modules()}
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_copied(tmp_path):
         hotswap_adapter(model, first, "default")
 
 
-def test_room_is_made_once_and_before_compiling(tmp_path):
+def test_prepare_must_precede_compile(tmp_path):
     model = get_peft_model(llama(), LoraConfig(**LARGE))
     with pytest.raises(UsageError, match="target_rank is 4, but adapter 'default' has rank 6"):
         prepare_model_for_compiled_hotswap(model, target_rank=4)

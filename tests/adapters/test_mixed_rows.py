@@ -67,7 +67,7 @@ def check(model, names, grad=False):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
-def test_each_row_is_its_own_adapters(grad):
+def test_each_row_uses_its_adapter(grad):
     model = several(llama(), LORAS)
     before = run(model)
     mixed = check(model, ["one", "two", BASE, "words", "dora", "one", "pissa", "head", "two"], grad)
@@ -91,7 +91,7 @@ def test_other_methods_mix_in():
     check(model, ["scaled", "one", BASE, "scaled"])
 
 
-def test_a_change_shows_in_the_next_call():
+def test_changed_factors_are_not_cached():
     model = several(llama(), {n: LORAS[n] for n in ("one", "two")})
     names = ["one", "two"]
     first = check(model, names)
@@ -121,7 +121,7 @@ def test_a_change_shows_in_the_next_call():
     check(model, names)
 
 
-def test_factors_are_stacked_once_while_nothing_changes(monkeypatch):
+def test_factors_are_stacked_once(monkeypatch):
     model = several(llama(), {n: LORAS[n] for n in ("one", "two")})
     model.requires_grad_(False)
     count = []
@@ -143,7 +143,7 @@ def test_factors_are_stacked_once_while_nothing_changes(monkeypatch):
     assert len(count) == 3 * once
 
 
-def test_a_copy_of_a_layer_brings_no_others_along():
+def test_copy_of_a_layer_copies_no_other():
     model = several(llama(), {n: LORAS[n] for n in ("one", "two")})
     with torch.no_grad():
         model(tokens(), adapter_names=["one", "two"])
@@ -168,7 +168,7 @@ def test_gradients_reach_each_rows_adapter():
                 assert (p.grad - found[n]).abs().max() < CLOSE
 
 
-def test_dropout_in_training_drops_each_adapters_inputs():
+def test_dropout_applies_per_adapter():
     model = several(llama(), {"one": {**LORAS["one"], "lora_dropout": 0.5}, "two": LORAS["two"]})
     ids = tokens()
     check(model, ["one", "two"])
@@ -210,7 +210,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("names", "said"), WRONG)
 @pytest.mark.parametrize("door", ["call", "generate", "embeddings"])
-def test_wrong_names_are_said(names, said, door):
+def test_wrong_names_are_rejected(names, said, door):
     model = several(llama(), {n: LORAS[n] for n in ("one", "two")})
     before = run(model)
     ids = tokens()
@@ -224,14 +224,14 @@ def test_wrong_names_are_said(names, said, door):
     assert torch.equal(run(model), before)
 
 
-def test_a_merged_adapter_has_no_rows():
+def test_merged_adapter_is_rejected():
     model = several(llama(), {n: LORAS[n] for n in ("one", "two")})
     model.merge_adapter()
     with pytest.raises(UsageError, match="is merged into the base"):
         model(tokens(), adapter_names=["one", "two"])
 
 
-def test_neighbours_share_their_factors():
+def test_row_groups():
     assert group_names(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
     assert group_names(["a", "b", "b"]) == ["a", "b", "b"]
     assert group_names(["a"] * 5) == ["a"]

@@ -56,13 +56,13 @@ def theirs(model, **settings):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("targets", [None, "all-linear"])
-def test_the_choice_per_architecture_is_pefts(kind, targets):
+def test_default_targets_equal_peft(kind, targets):
     found = ours(build(ARCHITECTURES[kind]), target_modules=targets)
     assert found
     assert found == theirs(build(ARCHITECTURES[kind]), target_modules=targets)
 
 
-def test_the_table_of_defaults_is_pefts():
+def test_default_table_equals_peft():
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
 
     shared = set(DEFAULT_TARGETS) & set(table)
@@ -90,11 +90,11 @@ def test_the_table_of_defaults_is_pefts():
     ],
     ids=str,
 )
-def test_selection_is_pefts(settings):
+def test_selection_equals_peft(settings):
     assert ours(llama(layers=3), **settings) == theirs(llama(layers=3), **settings)
 
 
-def test_the_report_says_what_was_adapted_and_left():
+def test_match_report():
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]))
     report = model.match_report()
     assert report.trained_whole == ("lm_head",)
@@ -149,7 +149,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("make", "settings", "said"), FAULTS, ids=lambda v: getattr(v, "__name__", str(v)[:60]))
-def test_what_matches_nothing_is_said(make, settings, said):
+def test_no_match_raises(make, settings, said):
     model = make()
     kinds = {n: type(m) for n, m in model.named_modules()}
     with pytest.raises(TargetError) as fault:
@@ -181,14 +181,14 @@ def test_what_matches_nothing_is_said(make, settings, said):
     ],
     ids=str,
 )
-def test_a_setting_out_of_range_is_said(settings, said):
+def test_invalid_setting_raises(settings, said):
     with pytest.raises(ConfigError) as fault:
         LoraConfig(**settings)
     assert said in str(fault.value)
     assert fault.value.exit_code == 2
 
 
-def test_pefts_fields_are_taken_at_their_defaults():
+def test_peft_fields_are_accepted_at_defaults():
     import dataclasses
 
     for field in dataclasses.fields(peft.LoraConfig):
@@ -220,7 +220,7 @@ def test_a_plain_module():
     assert (model.merge_and_unload()(x) - after).abs().max() < 1e-12
 
 
-def test_heads_of_a_new_task_are_trained_whole():
+def test_task_heads_train_in_full():
     model = get_peft_model(bert_classifier(), LoraConfig(task_type="SEQ_CLS"))
     assert model.match_report().trained_whole == ("classifier",)
     model = get_peft_model(roberta_classifier(), LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
@@ -229,7 +229,7 @@ def test_heads_of_a_new_task_are_trained_whole():
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_transformers_own_lookups_go_on_working(kind):
+def test_transformers_lookups_keep_working(kind):
     plain, model = build(ARCHITECTURES[kind]), build(ARCHITECTURES[kind])
     bare = dict(model.named_modules())
     get_peft_model(model, LoraConfig())
@@ -250,7 +250,7 @@ def _name(modules, wanted):
     return next((n for n, m in modules.items() if m is wanted), None)
 
 
-def test_vocabulary_can_grow_around_an_adapter():
+def test_resize_token_embeddings():
     model = get_peft_model(llama(), LoraConfig())
     model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
     assert run(model).shape[-1] == VOCAB + 8
