@@ -12,9 +12,9 @@ from slimtune.utils.memory import disable_malloc_trim
 
 TAKE = """
 import resource, sys, torch
-from slimtune.utils.memory import keep_pages
+from slimtune.utils.memory import disable_malloc_trim
 if sys.argv[1] == "keeping":
-    assert keep_pages() and keep_pages()
+    assert disable_malloc_trim() and disable_malloc_trim()
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

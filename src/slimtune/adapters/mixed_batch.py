@@ -216,8 +216,8 @@ class CallMixin:
         self._require_enabled("adapter_names")
         if self._adapter_state.active_state.row_adapters is not None:
             raise UsageError("another call with adapter_names is still running", "one such call at a time per model")
-        checkpointing = any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
-        if self.training and torch.is_grad_enabled() and checkpointing:
+        trains = self.training and torch.is_grad_enabled()
+        if trains and any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):
             raise UsageError(
                 "adapter_names cannot be used while training with activation checkpointing, whose recomputed forward "
                 "would not know the rows' adapters",
