@@ -1,0 +1,107 @@
+"""Rules for the source tree that no linter checks."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import slimtune
+
+SOURCE = Path(slimtune.__file__).parent
+TREES = {file: ast.parse(file.read_text()) for file in sorted(SOURCE.rglob("*.py"))}
+OPTIONAL_PACKAGES = {
+    "bitsandbytes", "gguf", "jsonschema", "lm_eval", "matplotlib", "optuna", "sacrebleu", "scipy", "sentencepiece",
+    "tensorboard", "xllamacpp", "vllm",
+}  # fmt: skip
+SLOW_PACKAGES = {"datasets", "huggingface_hub", "pyarrow", "torch", "transformers"}
+
+
+def folder_of(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0]
+
+
+def imported_modules(node: ast.AST, file: Path) -> list[str]:
+    """Absolute names of what an import statement imports; ours begin with "slimtune."."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    if not node.level:
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    package = ["slimtune", *file.relative_to(SOURCE).parts[:-1]]
+    base = ".".join(package[: len(package) - node.level + 1] + ([node.module] if node.module else []))
+    return [f"{base}.{alias.name}" for alias in node.names]
+
+
+def private_definitions(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                yield target.attr if isinstance(target, ast.Attribute) else getattr(target, "id", "")
+
+
+def test_import_loads_no_heavy_package():
+    heavy = ["torch", "transformers", "peft", "datasets", "accelerate"]
+    check = f"import sys, slimtune, slimtune.cli; dir(slimtune); print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_public_names_exist_and_are_sorted():
+    assert slimtune.__all__ == sorted(set(slimtune.__all__))
+    assert [n for n in slimtune.__all__ if not getattr(slimtune, n).__doc__] == []
+    assert set(slimtune.__all__) <= set(dir(slimtune))
+    with pytest.raises(AttributeError, match="no attribute 'LoraConfi'"):
+        slimtune.LoraConfi  # noqa: B018
+
+
+def test_no_pickle():
+    pickles = {"pickle", "dill", "cloudpickle", "joblib", "shelve"}
+    found = []
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            found += [f"{file}: {m}" for m in imported_modules(node, file) if m.partition(".")[0] in pickles]
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.save", "torch.load"):
+                found.append(f"{file}:{node.lineno}")
+    assert found == []
+
+
+def test_imports_stand_at_the_top():
+    """Functions import optional packages only; the command line may also import what loads torch."""
+    found = []
+    for file, tree in TREES.items():
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef) or folder_of(file) == "cli":
+                continue
+            for node in ast.walk(function):
+                for module in imported_modules(node, file):
+                    package = module.partition(".")[0]
+                    if package not in OPTIONAL_PACKAGES | SLOW_PACKAGES | {"slimtune"}:
+                        found.append(f"{file}:{node.lineno} {module}")
+    assert found == []
+
+
+def test_no_private_name_of_another_folder():
+    defined = defaultdict(set)
+    for file, tree in TREES.items():
+        defined[folder_of(file)] |= {n for n in private_definitions(tree) if n.startswith("_") and n[:2] != "__"}
+    found = []
+    for file, tree in TREES.items():
+        elsewhere = set().union(*(names for folder, names in defined.items() if folder != folder_of(file)))
+        foreign = elsewhere - defined[folder_of(file)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in foreign:
+                found.append(f"{file}:{node.lineno} {ast.unparse(node)}")
+            for module in imported_modules(node, file):
+                name = module.rpartition(".")[2]
+                if module.startswith("slimtune.") and name in foreign:
+                    found.append(f"{file}:{node.lineno} {module}")
+    assert found == []
