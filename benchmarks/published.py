@@ -15,8 +15,8 @@ fitted to a row. Three things the step does not tell:
     lengths     nobody says how long MetaMathQA's longest batch is. One run that is not scored (marked in the data)
                 reserved what 696 tokens take, and all runs had the same rows: that is the length for the others
 
-A reserved figure counts where it lies in the band that a plan gives the longest training step (`allocator_range`). It is
-the most of a whole run: prefix tuning's was in its evaluation, where 50 rows of 200 learned keys grow by 300 tokens.
+A reserved figure counts where it lies in the band that a plan gives the longest training step (`allocator_range`). It
+is the most of a whole run: prefix tuning's was in its evaluation, where 50 rows of 200 learned keys grow by 300 tokens.
 
 Exit code 1: a mean error of allocated bytes of 1 % or more, a worst of 3 % or more, or less than 90 % of the reserved
 figures inside.

@@ -17,8 +17,8 @@ from slimtune.cli import app
 verb = sys.modules["slimtune.cli.compare"]  # by attribute it is the function
 
 LINE = {
-    "method": "lora", "loss_reduction": 0.5, "loss_reduction_ci95": [0.4, 0.6], "peak_bytes": 2**31, "file_bytes": 2**20,
-    "time_seconds": 60, "seeds": [7], "rate": 2e-4, "rate_from": "default",
+    "method": "lora", "loss_reduction": 0.5, "loss_reduction_ci95": [0.4, 0.6], "peak_bytes": 2**31,
+    "file_bytes": 2**20, "time_seconds": 60, "seeds": [7], "rate": 2e-4, "rate_from": "default",
     "trained_percent": 1.25, "tuned_loss": 4.0, "front": ["size"],
     "trained_tokens": [1000], "oom_events": 0,
 }  # fmt: skip

@@ -88,8 +88,9 @@ def test_a_model_alone_is_planned_as_training_would_run_it(asked):
 def test_flags(asked):
     said(
         *BASE, "--method", "LoRA", "--rank", "8", "--alpha", "12", "--batch-size", "2", "--max-seq-len", "99",
-        "--gradient-accumulation-steps", "4", "--optimizer", "sgd", "--quantization", "nf4", "--gradient-checkpointing", "--dtype", "bf16",
-        "--no-packing", "--set", "method.targets=[q_proj]", "--set", "train.gradient_accumulation_steps=5",
+        "--gradient-accumulation-steps", "4", "--optimizer", "sgd", "--quantization", "nf4", "--gradient-checkpointing",
+        "--dtype", "bf16", "--no-packing", "--set", "method.targets=[q_proj]",
+        "--set", "train.gradient_accumulation_steps=5",
         "--set", "train.save_total_limit=7",
     )  # fmt: skip
     (request,) = asked

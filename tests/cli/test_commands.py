@@ -125,7 +125,8 @@ def test_train_from_flags_alone(stand_in, rows):
     done = slimtune(
         "train", "--model", "m", "--data", str(rows), "--out", "o", "--method", "lora", "--rank", "4", "--alpha", "6",
         "--epochs", "2", "--max-steps", "9", "--lr", "1e-3", "--batch-size", "2", "--max-seq-len", "99",
-        "--on-overlong", "error", "--dtype", "fp32", "--seed", "7", "--validation", str(rows), "--trust-remote-code", "--no-packing",
+        "--on-overlong", "error", "--dtype", "fp32", "--seed", "7", "--validation", str(rows), 
+        "--trust-remote-code", "--no-packing",
         "--column", "messages=talk", "--report-to", "wandb", "--revision", "null", "--set", "method.targets=[q_proj]",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr

@@ -133,7 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "POST" and not repo_id.startswith("ada/"):
             return 403, {"error": "no rights"}
         if action == "branch":
-            return {} if repo.branches.setdefault(branch, list(repo.branches["main"])) else {}
+            repo.branches.setdefault(branch, list(repo.branches["main"]))
+            return {}
         branch = branch if branch in repo.branches else "main"
         files = repo.files(branch)
         if action == "resolve":

@@ -1,10 +1,13 @@
-"""Ollama's Modelfile parser (parser/parser.go), character by character: the oracle for what `slimtune export` writes."""
+"""Ollama's Modelfile parser (parser/parser.go), character by character: the oracle for what `slimtune export`
+writes."""
 
 from __future__ import annotations
 
 import unicodedata
 
-INSTRUCTIONS = "FROM LICENSE TEMPLATE SYSTEM ADAPTER RENDERER PARSER PARAMETER MESSAGE REQUIRES".split()
+INSTRUCTIONS = [
+    "FROM", "LICENSE", "TEMPLATE", "SYSTEM", "ADAPTER", "RENDERER", "PARSER", "PARAMETER", "MESSAGE", "REQUIRES",
+]  # fmt: skip
 GO_SPACE = "".join(chr(c) for c in range(0x110000) if chr(c).isspace() and chr(c) not in "\x1c\x1d\x1e\x1f")
 
 

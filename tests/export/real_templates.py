@@ -38,7 +38,8 @@ ZEPHYR = (
 )
 # Like Mistral's of 2024, with every content stripped of whitespace.
 LAST = (
-    "{{ bos_token }}{% set has_system = messages[0].role == 'system' %}{% for m in (messages[1:] if has_system else messages) %}"
+    "{{ bos_token }}{% set has_system = messages[0].role == 'system' %}"
+    "{% for m in (messages[1:] if has_system else messages) %}"
     "{% if m.role == 'user' %}[INST] {% if loop.last and has_system %}{{ messages[0].content | trim }}\n\n{% endif %}"
     "{{ m.content | trim }}[/INST]{% else %} {{ m.content | trim }}</s>{% endif %}{% endfor %}"
 )

@@ -195,7 +195,7 @@ def test_wrong_use_is_refused(run, tmp_path):
 def test_a_precision_of_llama_quantize_needs_it(run, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_module.shutil, "which", lambda _: None)
     monkeypatch.delenv("LLAMA_CPP", raising=False)
-    with pytest.raises(ModelError, match="llama-quantize.* is not installed"):
+    with pytest.raises(ModelError, match=r"llama-quantize.* is not installed"):
         export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision="Q4_K_M"))
     assert list(tmp_path.iterdir()) == []
 

@@ -1,4 +1,5 @@
-"""Adapter and model GGUFs: right in llama.cpp for every architecture, and equal to what llama.cpp's own converters write.
+"""Adapter and model GGUFs: right in llama.cpp for every architecture, and equal to what llama.cpp's own converters
+write.
 
 The converters ignore rsLoRA and alpha patterns, and exchange A and B for GPT-2; llama.cpp itself is the judge there.
 """

@@ -266,7 +266,7 @@ def test_a_base_that_is_missing_is_noted(run, tiny_folder):
 
 @pytest.mark.parametrize("options", [{"repo_id": "words"}, {"repo_id": "a/b/c"}, {"repo_id": "a/b", "base": "tiny"}])
 def test_malformed_ids(run, options):
-    with pytest.raises(UsageError, match="NAME/REPOSITORY|names no owner"):
+    with pytest.raises(UsageError, match=r"NAME/REPOSITORY|names no owner"):
         push(run, dry_run=True, **options)
 
 

@@ -1,4 +1,5 @@
-"""Maps of tokens in tiles: what is held, and what they may not hide. That gradients are the same: test_memory_savings."""
+"""Maps of tokens in tiles: what is held, and what they may not hide. That gradients are the same:
+test_memory_savings."""
 
 from __future__ import annotations
 

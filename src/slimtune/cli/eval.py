@@ -88,7 +88,8 @@ def _print_result(result: Mapping[str, Any]) -> None:
         )
     if (forgotten := result["forgetting"]) is not None:
         screen.print(
-            f"forgotten on general text: {_interval(forgotten, 'change')} nats per token, budget {forgotten['budget']:g}"
+            f"forgotten on general text: {_interval(forgotten, 'change')} nats per token, "
+            f"budget {forgotten['budget']:g}"
         )
     for answer in result["generations"] or []:
         screen.print(f"\n{answer['prompt'][-1]['content']}", style="bold")

@@ -62,7 +62,8 @@ def build_candidates(
         overrides: settings of single candidates: `{"lora.r": 8, "full.learning_rate": 1e-4}`.
 
     Raises:
-        UsageError: some names are unknown (all are listed, each with the nearest), or a setting belongs to no candidate.
+        UsageError: some names are unknown (all are listed, each with the nearest), or a setting belongs to no
+            candidate.
     """
     names = list(names)
     known = sorted({*method_names(), *ALIASES, *VARIANTS})

@@ -266,7 +266,8 @@ def _count_steps(recipe: Recipe, lengths: Sequence[int], tokens: int | None) -> 
     tokens_per_step = sum(lengths) / len(lengths) * min(rows_per_step, len(lengths))
     if tokens < tokens_per_step:
         raise UsageError(
-            f"--tokens {tokens} is less than one step: {rows_per_step} rows have {tokens_per_step:.0f} tokens on average",
+            f"--tokens {tokens} is less than one step: {rows_per_step} rows have {tokens_per_step:.0f} tokens "
+            "on average",
             f"{math.ceil(tokens_per_step)} or more",
             "or a smaller --set train.batch_size",
         )

@@ -74,7 +74,7 @@ def sample_prompts(rows: Iterable[Row], examples: Sequence[Example], count: int)
 def generate_answers(
     generator: Generator, prompts: Sequence[EvalPrompt], checks: Mapping[str, Check], max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Return for each prompt `line`, `prompt`, `reference`, `base`, `tuned` and `checks` (`{name: {"base", "tuned"}}`)."""
+    """Return `line`, `prompt`, `reference`, `base`, `tuned`, `checks` (`{name: {"base", "tuned"}}`) of each prompt."""
     results = []
     for prompt in prompts:
         texts: dict[str, str] = {}

@@ -1,8 +1,8 @@
 """Generate answers with the tuned model or with its base, as a stream of text pieces or as a whole.
 
 The next token is drawn from softmax(logits / temperature) over the whole vocabulary; temperature 0 means greedy
-decoding. The checkpoint's other generation settings (top-p, penalties) are not used, so that base and tuned model follow
-one rule. An answer ends at any token that ends a turn for the checkpoint, the tokenizer or the chat template.
+decoding. The checkpoint's other generation settings (top-p, penalties) are not used, so that base and tuned model
+follow one rule. An answer ends at any token that ends a turn for the checkpoint, the tokenizer or the chat template.
 """
 
 from __future__ import annotations
@@ -200,6 +200,7 @@ class CancelCriteria(StoppingCriteria):
         self.cancelled = cancelled
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Return for each row whether the generation stops, as bool `(batch,)`."""
         return torch.full((len(input_ids),), self.cancelled.is_set(), dtype=torch.bool, device=input_ids.device)
 
 

@@ -7,8 +7,8 @@ is the same after both prompts and cancels; what remains is what the model reads
 learned style, from answers that do not belong to their prompts, lowers the loss but loses this. The base's own
 dependence is the reference, because a decrease shows long before nothing remains.
 
-    passed = the interval of the tuned model's dependence is above MIN_DEPENDENCE, and the interval of its change reaches
-             up to -TOLERATED_LOSS · base
+    passed = the interval of the tuned model's dependence is above MIN_DEPENDENCE,
+             and the interval of its change reaches up to -TOLERATED_LOSS · base
 """
 
 from __future__ import annotations

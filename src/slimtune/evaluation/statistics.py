@@ -12,11 +12,11 @@ Several seeds s with g_s = Σ_i d_si / Σ_i t_i and g = mean of the g_s:
 
     interval: g ± √(t²(R-1) v_rows + t²(S-1) v_seeds)      v_seeds = var(g_s) / S,  t: Student's at 0.975
 
-v_rows is the variance of g over draws of rows, all seeds on the same draw (the linearised ratio, to which a bootstrap of
-rows converges). Each part has its own degrees of freedom, and the half widths add in quadrature. One common number of
-degrees of freedom (Satterthwaite), estimated from three seeds, covers the truth too rarely if seeds vary more than rows
-(87 of 100 times with two seeds, 93 with three, in simulation; this: 95 to 99). With one seed v_seeds is unknown, and
-the interval covers rows only.
+v_rows is the variance of g over draws of rows, all seeds on the same draw (the linearised ratio, to which a bootstrap
+of rows converges). Each part has its own degrees of freedom, and the half widths add in quadrature. One common number
+of degrees of freedom (Satterthwaite), estimated from three seeds, covers the truth too rarely if seeds vary more than
+rows (87 of 100 times with two seeds, 93 with three, in simulation; this: 95 to 99). With one seed v_seeds is unknown,
+and the interval covers rows only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The verdict: is the tuned model better than its base, and if not, why.
 
-A model is improved if the whole interval of its loss reduction is above 0 and its answers still depend on their prompts.
-It passes if it also forgot no more than its budget.
+A model is improved if the whole interval of its loss reduction is above 0 and its answers still depend on their
+prompts. It passes if it also forgot no more than its budget.
 """
 
 from __future__ import annotations

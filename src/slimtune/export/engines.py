@@ -180,7 +180,8 @@ class LlamaCppEngine:
     def tokenize(self, text: str) -> list[int]:
         """Return llama.cpp's ids of a rendered prompt, with the beginning-of-sequence token that it adds.
 
-        If the template wrote one and llama.cpp adds another, its chat endpoint removes the template's, and so does this.
+        If the template wrote one and llama.cpp adds another, its chat endpoint removes the template's, and so does
+        this.
         """
         both, plain = (
             self._post("/tokenize", content=text, add_special=special, parse_special=True)["tokens"]

@@ -5,14 +5,14 @@ llama.cpp has one alpha for the whole file and divides it by each tensor's rank.
 alphas (rank and alpha patterns), the rest of the scale is multiplied into B. Every method that is low-rank at this
 moment can be written. Format: llama.cpp, `src/llama-adapter.cpp` and `convert_lora_to_gguf.py`.
 
-**Whole model.** If the base was a GGUF, its metadata and tokenizer are copied and its tensors replaced. Any other base is
-converted by llama.cpp's `convert_hf_to_gguf.py`, which knows how each tokenizer splits text. Both write `PRECISIONS`;
-other precisions (Q4_K_M, …) are made by llama.cpp's `llama-quantize`.
+**Whole model.** If the base was a GGUF, its metadata and tokenizer are copied and its tensors replaced. Any other base
+is converted by llama.cpp's `convert_hf_to_gguf.py`, which knows how each tokenizer splits text. Both write
+`PRECISIONS`; other precisions (Q4_K_M, …) are made by llama.cpp's `llama-quantize`.
 
-**A new architecture** is one line in `ARCHITECTURES`. Tensor names are gguf's own (`TensorNameMap`). What they do not say
-is where llama.cpp's converter changes the weights (`undo_permute` in `conversion/`): Hugging Face rotates halves (x₀ with
-x_{d/2}), llama.cpp's Llama rotates neighbours (x₀ with x₁), so row (h, i, j) of q and k, i < 2 and j < d/2, becomes
-row (h, j, i).
+**A new architecture** is one line in `ARCHITECTURES`. Tensor names are gguf's own (`TensorNameMap`). What they do not
+say is where llama.cpp's converter changes the weights (`undo_permute` in `conversion/`): Hugging Face rotates halves
+(x₀ with x_{d/2}), llama.cpp's Llama rotates neighbours (x₀ with x₁), so row (h, i, j) of q and k, i < 2 and j < d/2,
+becomes row (h, j, i).
 """
 
 from __future__ import annotations

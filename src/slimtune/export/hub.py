@@ -41,7 +41,8 @@ _TOKENIZER = (
 _LICENCE = r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
 ALLOWED_FILES = {
     "adapter": rf"{_TOKENIZER}|{_LICENCE}",
-    "checkpoint": rf"(config|generation_config)\.json|.+\.safetensors(\.index\.json)?|README\.md|{_TOKENIZER}|{_LICENCE}",
+    "checkpoint": r"(config|generation_config)\.json|.+\.safetensors(\.index\.json)?|README\.md"
+    rf"|{_TOKENIZER}|{_LICENCE}",
     "gguf": rf".+\.gguf|README\.md|{_LICENCE}",
 }
 """Names of files that may be uploaded; of an adapter also its two files and its card."""
@@ -101,9 +102,9 @@ def push(
 
     Returns:
         `run`, `repo_id`, `kind`, `base`, `files` (bytes by name), `bytes`, `eval_file` (file of the run with the card's
-        held-out result), `skipped` (files that are not uploaded), `notes`; with `dry_run` `card`, else `url`, `private`,
-        `revision`, `commit`, `commit_url`, `created` (whether the repository is new) and `committed` (whether there is
-        a new commit).
+        held-out result), `skipped` (files that are not uploaded), `notes`; with `dry_run` `card`, else `url`,
+        `private`, `revision`, `commit`, `commit_url`, `created` (whether the repository is new) and `committed`
+        (whether there is a new commit).
 
     Raises:
         UsageError: no such run, a malformed id, no token, an invalid one, or a repository that it may not write to.

@@ -26,7 +26,10 @@ OPTIONAL_SHAPES = ("s", "sau", "au", "usu", "uasu", "uas")
 """Rarer conversations, which many templates refuse."""
 DATE_MARKERS = ("\ue010", "\ue011")
 """Enclose the strftime format of a date, in place of the date."""
-_STRFTIME_MACRO = f"{{% macro strftime_now(style) %}}{{{{ '{DATE_MARKERS[0]}' + style + '{DATE_MARKERS[1]}' }}}}{{% endmacro %}}{{{{ '' }}}}"
+_STRFTIME_MACRO = (
+    f"{{% macro strftime_now(style) %}}{{{{ '{DATE_MARKERS[0]}' + style + '{DATE_MARKERS[1]}' }}}}"
+    "{% endmacro %}{{ '' }}"
+)
 _CONTENT_MARKER = "\ue000{}\ue001"
 _PADDING = ("\n\n \t\r", "\r \t\n\n")
 _STRIPPED_CHARACTERS = ("", "\n", " \n\t\r\v\f")  # the last: the ASCII whitespace that Python's strip() removes

@@ -1,7 +1,7 @@
 """Merge base and adapter into one plain Hugging Face checkpoint, W' = W + ΔW, and check that it is the trained model.
 
-    log-probabilities with the adapter → each module merged in float32, rounded once, written beside `out` → loaded back →
-    log-probabilities compared → renamed to `out`
+    log-probabilities with the adapter → each module merged in float32, rounded once, written beside `out` → loaded
+    back → log-probabilities compared → renamed to `out`
 
 The base is taken as the run had it: rounded to the run's dtype. The work is done in CPU memory; `merged_weights.py`
 says how little of it is used.
@@ -59,8 +59,9 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
             checkpoint is stored in).
 
     Returns:
-        `run`, `out`, `bytes` (of all files), `dtype`, `parameters`, `seconds`, and over `positions` next tokens, in nats:
-        `max_difference` and `mean_difference` (merged against adapter) and `effect` (adapter against base, on average).
+        `run`, `out`, `bytes` (of all files), `dtype`, `parameters`, `seconds`, and over `positions` next tokens, in
+        nats: `max_difference` and `mean_difference` (merged against adapter) and `effect` (adapter against base, on
+            average).
 
     Raises:
         UsageError: no such run, an unknown dtype, or `out` contains something.

@@ -1,7 +1,7 @@
 """Write the weights of base and adapters merged, one shard of the checkpoint at a time.
 
-No second model is ever in memory: transformers maps the base's weights from their files, one module's update is computed
-when its tensors are written, and a shard's changed tensors are released when its file is complete.
+No second model is ever in memory: transformers maps the base's weights from their files, one module's update is
+computed when its tensors are written, and a shard's changed tensors are released when its file is complete.
 
 Most tensors have the same name in the model and in the checkpoint. Where transformers holds them differently (experts
 stacked, fused layers split), the tensors that become one, or come from one, are converted together, as

@@ -3,7 +3,8 @@
 Ollama runs the TEMPLATE on `.Messages` (each with `.Role` and `.Content`; neighbours of one role joined by an empty
 line) and `.System` (all system messages). The TEMPLATE has this form:
 
-    {{ range $i, $_ := .Messages }}{{ if eq .Role "user" }}prefix{{ .Content }}suffix{{ else if … }}{{ end }}prompt{{ end }}
+    {{ range $i, $_ := .Messages }}
+    {{ if eq .Role "user" }}prefix{{ .Content }}suffix{{ else if … }}{{ end }}prompt{{ end }}
 
 No action trims the text around it (`{{-`), so line ends of the prompt stay as they are. An answer at the end of the
 conversation stays open, as with `continue_final_message` in transformers. The inferred form is compared with the chat

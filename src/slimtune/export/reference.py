@@ -6,8 +6,8 @@
 
 For each position d = |log p(next token | engine) − log p(next token | base with adapter)|, in nats. The same distance
 between the base and the base with its adapter is the adapter's effect; a d is large or small relative to it. KL is that
-of the engine's distribution from the adapter's, over the engine's likeliest tokens and all others as one: a lower bound.
-Greedy text alone would not notice most faults: a wrong order of weights often changes no word.
+of the engine's distribution from the adapter's, over the engine's likeliest tokens and all others as one: a lower
+bound. Greedy text alone would not notice most faults: a wrong order of weights often changes no word.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Write a run's adapter as vLLM reads it: PEFT's two files, and a script that serves them beside the base.
 
-vLLM adds s · B A x to each adapted layer, with s from `r`, `lora_alpha` and `use_rslora`. Its releases read `rank_pattern`
-and `alpha_pattern` differently: 0.32 follows them, others use one scale for all layers without a warning. So if a LoRA
-has several ranks or scales, or starts from the base's weight (PiSSA, OLoRA), this is written instead:
+vLLM adds s · B A x to each adapted layer, with s from `r`, `lora_alpha` and `use_rslora`. Its releases read
+`rank_pattern` and `alpha_pattern` differently: 0.32 follows them, others use one scale for all layers without a
+warning. So if a LoRA has several ranks or scales, or starts from the base's weight (PiSSA, OLoRA), this is written
+instead:
 
     B' = s · B,  alpha = r in every layer: the scale is 1 for every reader, with and without patterns
 
@@ -68,7 +69,7 @@ def is_served_unchanged(config: Any) -> bool:
 
 
 def list_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
-    """Return why vLLM would refuse an adapter: causes that no conversion removes, and causes that --convert-to-lora does."""
+    """Return why vLLM would refuse an adapter: causes that no conversion removes, and those --convert-to-lora does."""
     config, max_rank = model.peft_config[adapter], load_vllm_rules()["ranks"][-1]
     fixed = [*lora_incompatibilities(config), *_list_base_refusals(model, adapter)]
     form = plain_lora_incompatibilities(config)
@@ -119,9 +120,10 @@ def _require_served(run: Path, model: Any, adapter: str, fixed: list[str], form:
         hints.append(f"merge it: {merge}, then vllm serve merged")
         if not fixed and set(model.match_report(adapter).kinds.values()) <= {"linear", "embedding"}:
             hints.append("convert it to the nearest LoRA: slimtune export … --to vllm --convert-to-lora 64")
+    rules = load_vllm_rules()
     raise AdapterError(
         f"vLLM would refuse the adapter of {run}: {'; '.join([*fixed, *form])}",
-        f"a LoRA of rank {load_vllm_rules()['ranks'][-1]} at most on linear layers (vLLM {load_vllm_rules()['version']})",
+        f"a LoRA of rank {rules['ranks'][-1]} at most on linear layers (vLLM {rules['version']})",
         "; or ".join(hints) or "use it with slimtune generate and slimtune chat: it does not change weights",
     )
 

@@ -100,8 +100,8 @@ def load_base(
         quantization: of the linear layers, "nf4" or "int8"; None: as the checkpoint is stored.
 
     Raises:
-        UsageError: a name, device, dtype, task or file that does not exist, untrusted code, or a `quantization` that the
-            checkpoint contradicts.
+        UsageError: a name, device, dtype, task or file that does not exist, untrusted code, or a `quantization` that
+            the checkpoint contradicts.
         ModelError: the base cannot be found, reached or read, lacks weights or a tokenizer, or needs bitsandbytes.
         RunError: the disk or the memory is full.
     """
@@ -161,7 +161,7 @@ def load_tokenizer(
 
 
 def weights_folder(source: ModelSource, revision: str | None = None) -> Path:
-    """Return the folder that holds a base's weight files, as they are stored; for a Hub id, missing files are downloaded."""
+    """Return the folder with a base's weight files as they are stored; missing files of a Hub id are downloaded."""
     if source.kind != "hub":
         return Path(prepare_source(source)[0])
     with translate_load_errors(source.spec):

@@ -1,9 +1,9 @@
 """The frozen base sharded over the processes of a run (FSDP2): each keeps 1/N, a layer is gathered where it runs.
 
 FSDP2 gets one group per layer and one for the rest (embeddings, last norm, head); each is gathered before its forward
-and backward passes. The adapter stays whole in every process, and `utils/distributed.py` sums its gradients: it is saved,
-clipped and resumed as in one process. A fused function keeps the gathered weight for its backward pass: FSDP2 frees that
-tensor's storage after the layer's forward pass and fills the same storage again before its backward pass.
+and backward passes. The adapter stays whole in every process, and `utils/distributed.py` sums its gradients: it is
+saved, clipped and resumed as in one process. A fused function keeps the gathered weight for its backward pass: FSDP2
+frees that tensor's storage after the layer's forward pass and fills the same storage again before its backward pass.
 """
 
 from __future__ import annotations
