@@ -147,7 +147,7 @@ def undisturbed(plain: dict[str, Any], home: Path) -> Run:
     return run
 
 
-STEP, EVAL = (TrainingLoop, "train_step"), (TrainingLoop, "evaluate")
+STEP, EVAL = (TrainingLoop, "train_step"), (TrainingLoop, "log_validation_loss")
 SAVE = (TrainingLoop, "save_checkpoint")
 LAYER = llama.LlamaDecoderLayer
 

@@ -136,6 +136,9 @@ class PeftConfig(metaclass=_ConfigMeta):
 
     # --- what a method adds: it defines `build`, and those of the others that it needs ------------------------------
 
+    def check_model(self, model: nn.Module) -> None:
+        """Raise UsageError if the method cannot adapt this model; called before the adapter is attached."""
+
     def infer_from_model(self, model: nn.Module) -> None:
         """Fill in the fields that depend on the model, such as sizes; called when the adapter is attached."""
 

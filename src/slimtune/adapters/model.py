@@ -239,6 +239,7 @@ class PeftModel(CallMixin, ConversionMixin, SaveLoadMixin, AdapterPublishing):
         self._require_free_name(adapter_name)
         if not peft_config.name:
             raise UsageError(f"{type(peft_config).__name__} is not the config of a method", "such as LoraConfig")
+        peft_config.check_model(self)
         peft_config.infer_from_model(self)
         report = select_targets(self, peft_config, strict=strict)
         state.configs[adapter_name], state.reports[adapter_name] = peft_config, report

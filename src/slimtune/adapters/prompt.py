@@ -253,7 +253,7 @@ def tokenize_text(text: str, tokenizer: str, settings: dict[str, Any] | None) ->
 
 
 @contextmanager
-def frozen_base(model: Any) -> Iterator[Any]:
+def disable_adapter_for_inference(model: Any) -> Iterator[Any]:
     """Run a model without its adapters, in evaluation mode and without gradients, inside the `with`."""
     has_adapters = hasattr(model, "disable_adapter") and hasattr(model, "peft_config")
     with torch.no_grad(), evaluation_mode(model), model.disable_adapter() if has_adapters else nullcontext():

@@ -261,7 +261,7 @@ def padded_length(tokens: int) -> int:
     return max(BLOCK, 1 << (tokens - 1).bit_length())
 
 
-def fake_tree_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def simulate_tree_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Return a tensor of attention's shape and allocate what `tree_attention` does, for the planner's fake tensors."""
     q, k, v = (_pad_to(t, padded_length(t.shape[2])) for t in (query, key, value))
     return _FakeAttention.apply(q, k, v)[:, :, : query.shape[2]]

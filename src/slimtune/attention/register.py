@@ -24,7 +24,7 @@ from ..utils.simulated_device import device_type, is_simulated
 from .packed_attention import (
     MAX_SEGMENT_TOKENS,
     attend_by_segment,
-    fake_tree_attention,
+    simulate_tree_attention,
     flex_attention_supported,
     tree_attention,
 )
@@ -131,7 +131,7 @@ def _attend_packed(
     long_row = causal and layout.total > MAX_SEGMENT_TOKENS
     if plain_sdpa and not long_row and flex_attention_supported(query, key, kwargs.get("dropout", 0.0)):
         if is_simulated():
-            out = fake_tree_attention(query, key, value)
+            out = simulate_tree_attention(query, key, value)
         else:
             out = tree_attention(query, key, value, layout.flex_mask(window, query.device), scaling)
         return out.transpose(1, 2).contiguous()

@@ -72,7 +72,7 @@ def verify(
         )
     with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as folder:
         verifier = Verifier(merging.load_trained(run), run, Path(folder), rows, threads, log)
-        checks = [*(verifier.verify_export(path, manifest) if manifest else verifier.verify_all_formats())]
+        checks = [*(verifier.verify_export(path, manifest) if manifest else verifier.export_and_verify_all())]
         if vllm:
             facts = manifest or {}
             dtype, base = facts.get("dtype"), verifier.loaded.base
@@ -114,7 +114,7 @@ class Verifier:
         texts = make_texts(loaded.base.tokenizer, loaded.recipe, model.config.get_text_config(), rows)
         self.reference = Reference(self.model, loaded.base.tokenizer, texts)
 
-    def verify_all_formats(self) -> Iterator[Verdict]:
+    def export_and_verify_all(self) -> Iterator[Verdict]:
         """Export to every format, and check each."""
 
         def merged_folder() -> Engine:

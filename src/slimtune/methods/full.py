@@ -32,7 +32,7 @@ class FullConfig(PeftConfig):
     kinds: ClassVar[tuple[SiteKind, ...]] = ()
     trains_every_weight: ClassVar[bool] = True
 
-    def infer_from_model(self, model: nn.Module) -> None:
+    def check_model(self, model: nn.Module) -> None:
         """Refuse a quantized base, whose weights have no gradients."""
         quantized = [name for name, module in model.named_modules() if is_quantized(module)]
         if quantized:

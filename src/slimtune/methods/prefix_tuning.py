@@ -31,7 +31,7 @@ from ..adapters.prompt import (
     PositionShift,
     PromptLearningConfig,
     find_backbone_name,
-    frozen_base,
+    disable_adapter_for_inference,
     tokenize_text,
 )
 from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules
@@ -273,7 +273,7 @@ def _find_stored_prefix(model: Any, adapter: str | None) -> Any:
 def compute_kv_cache(model: Any, ids: Tensor) -> DynamicCache:
     """Return the cache after the frozen model has read `ids (1, length)`, complete also with sliding windows."""
     cache = DynamicCache()
-    with frozen_base(model):
+    with disable_adapter_for_inference(model):
         # transformers 5.2x calls the argument cache, earlier versions past_key_values.
         name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         model(input_ids=ids.to(model.device), use_cache=True, **{name: cache})

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import Site
 from ..adapters.config_fields import setting
-from ..adapters.prompt import LearnedEmbeddings, PromptLearningConfig, PromptModule, frozen_base, tokenize_text
+from ..adapters.prompt import LearnedEmbeddings, PromptLearningConfig, PromptModule, disable_adapter_for_inference, tokenize_text
 
 
 class PromptTuningInit(StrEnum):
@@ -90,7 +90,7 @@ class PromptTuningConfig(PromptLearningConfig):
             assert self.tokenizer_name_or_path is not None
             text = tokenize_text(self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
             ids = torch.tensor((text * math.ceil(n / len(text)))[:n])
-        with frozen_base(site.model):
+        with disable_adapter_for_inference(site.model):
             embeddings: Tensor = table(ids.to(table.weight.device))
         return embeddings
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..utils.simulated_device import in_host_allocation
+from ..utils.simulated_device import is_host_allocation
 
 _HOST = "host"
 _ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
@@ -105,7 +105,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._storages[key] = (size, part)
             return
         size = -(-storage.nbytes() // self.block) * self.block
-        if self.separate_host and in_host_allocation():
+        if self.separate_host and is_host_allocation():
             self._storages[key] = (size, _HOST)
             self._host += size
             self.host_peak = max(self.host_peak, self._host)

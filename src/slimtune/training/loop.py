@@ -228,7 +228,7 @@ class TrainingLoop:
             self.state.train_losses.append(loss)
             self.logger.log(self.state, {"train_loss": loss, **values})
         if self.validation and (last or step % eval_steps == 0):
-            self.evaluate()
+            self.log_validation_loss()
             save = save or self.state.evaluations_since_best == 0
             self.stopped_early = not last and self.patience_exhausted()
         stop = self.stop_requested if distributed.world_size() == 1 else self.stop_agreed
@@ -292,7 +292,7 @@ class TrainingLoop:
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> None:
+    def log_validation_loss(self) -> None:
         """Compute and log the mean loss per supervised token over the validation rows (nats)."""
         self.recovery.step = self.state.step
         loss = mean_loss(self.score_validation_rows())

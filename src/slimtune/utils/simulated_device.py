@@ -42,6 +42,6 @@ def host_allocation() -> Iterator[None]:
         _host.reset(before)
 
 
-def in_host_allocation() -> bool:
+def is_host_allocation() -> bool:
     """Return whether what is allocated now is marked as the machine's own memory."""
     return _host.get()
