@@ -11,7 +11,7 @@ from models_zoo import bert_classifier, gpt2, llama, run, shake, t5, tokens
 import slimtune
 from slimtune import LoraConfig, get_peft_model
 from slimtune.errors import UsageError
-from slimtune.kernels.batched_lora import add_low_rank_rows, group_names, stack_factors
+from slimtune.kernels.batched_lora import add_low_rank_rows, list_group_adapters, stack_factors
 
 CLOSE = 1e-9
 BASE = "__base__"
@@ -232,9 +232,9 @@ def test_merged_adapter_is_rejected():
 
 
 def test_row_groups():
-    assert group_names(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
-    assert group_names(["a", "b", "b"]) == ["a", "b", "b"]
-    assert group_names(["a"] * 5) == ["a"]
+    assert list_group_adapters(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
+    assert list_group_adapters(["a", "b", "b"]) == ["a", "b", "b"]
+    assert list_group_adapters(["a"] * 5) == ["a"]
     generator = torch.Generator().manual_seed(0)
     x, y, A, B = (torch.randn(s, generator=generator) for s in ((6, 3, 5), (6, 3, 4), (2, 5), (4, 2)))
     out = add_low_rank_rows(y, x, *stack_factors([(A, B, 0.5), None, (A[:1], B[:, :1], 2.0)], x))

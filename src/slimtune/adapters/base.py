@@ -9,7 +9,7 @@ several adapters of different methods run, and merge, in the order in which they
     "embedding"   y = W[:, x]                       input or reads W; `merge_into(W, b)`; `low_rank_factors()`
     "norm"        a normalisation with a weight     the same
     "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `Block`
-    "attention"   the attention module of a layer   `prefix(module, rows)`: see `adapters/prompt.py`
+    "attention"   the attention module of a layer   `compute_prefix(module, rows)`: see `adapters/prompt.py`
     "model"       the whole backbone                `virtual_embeddings()`: see `adapters/prompt.py`;
                                                     or `SharedParameters`
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..attention.register import LAYOUT_KWARG
 from ..errors import UsageError, format_names, nearest
-from ..kernels.batched_lora import group_names, stack_factors
+from ..kernels.batched_lora import list_group_adapters, stack_factors
 
 BASE_ROW = "__base__"
 """PEFT's name for a row of a mixed batch that runs the base without an adapter."""
@@ -99,7 +99,7 @@ class ActiveAdapters:
             x: its input `(batch, ..., in)`.
             factors: by adapter name `(A, B, scale)`.
         """
-        groups = group_names(self._expand_row_adapters(x.shape[0]))
+        groups = list_group_adapters(self._expand_row_adapters(x.shape[0]))
         if torch.is_grad_enabled():
             return stack_factors([factors.get(n) for n in groups], x)
         sources = [t for A, B, _ in factors.values() for t in (A, B)]

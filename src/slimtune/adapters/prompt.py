@@ -131,7 +131,7 @@ class PositionShift(AdapterModule):
         """Run the backbone with all positions increased by `n`."""
         call = BackboneCall(base.module, args, kwargs)
         call.has_cached_tokens(self, 0)
-        positions = call.get_positions()
+        positions = call.get_position_ids()
         call.inputs["position_ids"] = positions + (self.n if rows is None else self.n * rows[:, None])
         return call.format_output(call.run(base, self, 0))
 
@@ -151,14 +151,14 @@ class AttentionModule(AdapterModule):
 
     uses_attention_prefix = True
 
-    def prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
+    def compute_prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return the learned keys and values of this layer.
 
         Args:
             module: the frozen attention module, for methods that use its projections.
             rows: which rows of a mixed batch use this adapter, bool `(batch,)`; None: all.
         """
-        raise TypeError(f"{type(self).__name__} does not define prefix(module, rows)")
+        raise TypeError(f"{type(self).__name__} does not define compute_prefix(module, rows)")
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the attention module with the prefix passed to its attention function."""
@@ -171,7 +171,7 @@ class AttentionModule(AdapterModule):
                 'from_pretrained(..., attn_implementation="sdpa")',
             )
         # The innermost prefix comes first, like virtual tokens. transformers forwards unknown keyword arguments.
-        prefixes = ((self.prefix(module, rows), rows), *kwargs.pop(PREFIX_KWARG, ()))
+        prefixes = ((self.compute_prefix(module, rows), rows), *kwargs.pop(PREFIX_KWARG, ()))
         return base(*args, **{PREFIX_KWARG: prefixes}, **kwargs)
 
     def forward_batch_rows(

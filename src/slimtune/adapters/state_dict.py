@@ -405,5 +405,5 @@ class SaveLoadMixin:
         return LoadResult([], [])
 
     def create_or_update_model_card(self: Any, output_dir: str | os.PathLike) -> None:
-        """Write the README.md of an adapter folder, unless it has one."""
+        """Write the README.md of an adapter folder; a README of the user's keeps its text and gets new metadata."""
         write_model_card(self.active_peft_config, Path(output_dir))

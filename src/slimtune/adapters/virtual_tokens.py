@@ -103,8 +103,8 @@ class BackboneCall:
             self.inputs["inputs_embeds"] = self.module.get_input_embeddings()(ids)  # type: ignore[operator]
         return self.inputs["inputs_embeds"]
 
-    def get_positions(self) -> Tensor:
-        """Return the positions `(…, batch, length)`; if none are given, they count each row's tokens."""
+    def get_position_ids(self) -> Tensor:
+        """Return the position ids `(…, batch, length)` before virtual tokens are added; by default each row counts its tokens."""
         batch, length = self.size
         positions, mask = self.inputs.get("position_ids"), self.inputs.get("attention_mask")
         if positions is None and _is_2d(mask):
@@ -142,7 +142,7 @@ class BackboneCall:
             The column of each row before which they are inserted, `(batch, 1)`; None: before the first.
         """
         batch, length = self.size
-        positions, mask = self.get_positions(), self.inputs.get("attention_mask")
+        positions, mask = self.get_position_ids(), self.inputs.get("attention_mask")
         layout = self.inputs.get(LAYOUT_KWARG)
         if layout is not None:
             # An adapter inside this one may have shifted the first position.

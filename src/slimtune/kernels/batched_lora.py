@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def group_names(names: Sequence[str]) -> list[str]:
-    """Return the groups' adapters: the largest groups of equal size in which all rows have the same name."""
-    size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(names)))
-    return list(names[::size])
+def list_group_adapters(row_adapters: Sequence[str]) -> list[str]:
+    """Return one adapter name per group, after the rows are split, in order, into the largest groups of equal size with
+    one adapter each: `["a", "a", "b", "b", "b", "b"]` gives `["a", "b", "b"]`."""
+    size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(row_adapters)))
+    return list(row_adapters[::size])
 
 
 def stack_factors(factors: Sequence[tuple[Tensor, Tensor, float] | None], like: Tensor) -> tuple[Tensor, Tensor]:

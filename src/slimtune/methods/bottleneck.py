@@ -146,7 +146,7 @@ class BottleneckConfig(TargetedConfig):
         Raises:
             TargetError: a layer or its sub-layer is not found, or leave_out matches no layer.
         """
-        layers, targets = find_layers(model), []
+        layers, targets = find_transformer_layers(model), []
         numbers = {n for name in layers if (n := layer_number(name)) is not None}
         unmatched = [i for i in self.leave_out if i not in numbers]
         if unmatched:
@@ -246,7 +246,7 @@ _OUTPUT_LAYERS = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_pr
 """Names of the last linear layer in a sub-layer that adds its residual itself (BERT's attention, BLOOM, MPT)."""
 
 
-def find_layers(model: Any) -> dict[str, nn.Module]:
+def find_transformer_layers(model: Any) -> dict[str, nn.Module]:
     """Return the model's layers by name: the entries of each outermost module list that contains sub-layers."""
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     lists = {n: m for n, m in lists.items() if any(_first_submodule(layer, ATTENTION + FEED_FORWARD) for layer in m)}

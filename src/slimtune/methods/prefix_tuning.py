@@ -171,7 +171,7 @@ class LayerPrefix(AttentionModule):
         super().__init__()
         self.held, self.layer = (stored,), layer
 
-    def prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
+    def compute_prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return this layer's keys and values."""
         return self.held[0].layer_prefix(self.layer)
 
