@@ -104,7 +104,7 @@ class BackboneCall:
         return self.inputs["inputs_embeds"]
 
     def get_position_ids(self) -> Tensor:
-        """Return the position ids `(…, batch, length)` before virtual tokens are added; by default each row counts its tokens."""
+        """Return the position ids `(…, batch, length)` before virtual tokens; by default each row counts its tokens."""
         batch, length = self.size
         positions, mask = self.inputs.get("position_ids"), self.inputs.get("attention_mask")
         if positions is None and _is_2d(mask):

@@ -24,8 +24,8 @@ from ..utils.simulated_device import device_type, is_simulated
 from .packed_attention import (
     MAX_SEGMENT_TOKENS,
     attend_by_segment,
-    simulate_tree_attention,
     flex_attention_supported,
+    simulate_tree_attention,
     tree_attention,
 )
 from .packed_layout import PackedLayout

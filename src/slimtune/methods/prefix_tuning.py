@@ -30,8 +30,8 @@ from ..adapters.prompt import (
     LearnedEmbeddings,
     PositionShift,
     PromptLearningConfig,
-    find_backbone_name,
     disable_adapter_for_inference,
+    find_backbone_name,
     tokenize_text,
 )
 from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from ..adapters.base import Site
 from ..adapters.config_fields import setting
-from ..adapters.prompt import LearnedEmbeddings, PromptLearningConfig, PromptModule, disable_adapter_for_inference, tokenize_text
+from ..adapters.prompt import (
+    LearnedEmbeddings,
+    PromptLearningConfig,
+    PromptModule,
+    disable_adapter_for_inference,
+    tokenize_text,
+)
 
 
 class PromptTuningInit(StrEnum):
