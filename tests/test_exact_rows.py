@@ -31,7 +31,7 @@ def make(config):
 @pytest.mark.parametrize("name", NOT)
 def test_refused(name):
     model = make(NOT[name]).train()
-    with pytest.raises(ModelError, match="rows laid in one sequence change each other") as e:
+    with pytest.raises(ModelError, match="packed rows change each other") as e:
         check_packing_supported(model, make_collator(model, 0))
     assert e.value.exit_code == 1
     assert "train.packing=false" in str(e.value)

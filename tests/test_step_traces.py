@@ -84,7 +84,7 @@ def test_shared_beginnings(name, drop, checkpointed):
     trace(model)
 
 
-@pytest.mark.parametrize("way", [{"share": False}, {"layout": False}, {"packing": False}], ids=str)
+@pytest.mark.parametrize("way", [{"share_prefix": False}, {"layout": False}, {"packing": False}], ids=str)
 def test_other_ways_to_lay_rows(way):
     trace(on_meta("llama"), **way)
 

@@ -94,7 +94,7 @@ def test_a_run_folder_loads_its_adapter(tmp_path):
     made(llama(), tmp_path / "run", r=2)
     assert PeftModel.from_pretrained(llama(), tmp_path / "run").peft_config["default"].r == 2
     (tmp_path / "empty" / "adapter").mkdir(parents=True)
-    with pytest.raises(UsageError, match=f"empty holds no {WEIGHTS}; it holds 'adapter'"):
+    with pytest.raises(UsageError, match=f"empty has no {WEIGHTS}; it has 'adapter'"):
         PeftModel.from_pretrained(llama(), tmp_path / "empty")
 
 

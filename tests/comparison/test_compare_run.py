@@ -203,7 +203,7 @@ def test_second_process_is_refused(grid, without_training):
 def test_bad_input_is_refused_before_anything_is_written(grid, tree, tmp_path):
     with pytest.raises(UsageError, match="--tokens 100 is less than one step: 6 rows have"):
         grid("lora", tokens=100)
-    with pytest.raises(RecipeError, match="the recipe of lora holds a fault"):
+    with pytest.raises(RecipeError, match="the recipe of lora: 1 problem"):
         grid("lora", overrides={"lora.rnak": 4})
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "thesis.tex").touch()

@@ -114,9 +114,9 @@ def test_a_uniform_lora_is_written_unchanged_and_other_scales_are_folded(exporte
 
 
 REFUSED = {
-    "DoRA": ({"use_dora": True}, "use_dora is True: vLLM has no DoRA", True),
+    "DoRA": ({"use_dora": True}, "use_dora is True: vLLM does not support DoRA", True),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\]", False),
-    "bias": ({"bias": "all"}, "bias is 'all': vLLM takes no trained biases", False),
+    "bias": ({"bias": "all"}, "bias is 'all': vLLM does not load trained biases", False),
     "lora_bias": ({"lora_bias": True}, "lora_bias is True", False),
     "tokens": ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices is \[1, 2\]", False),
     "several": ({"use_dora": True, "bias": "all"}, r"bias is 'all'.*use_dora", False),
@@ -150,7 +150,7 @@ def adapter_of(folder, base, config):
 def test_other_methods_are_refused_with_the_alternatives(tmp_path, tiny_folder, name):
     case = CASES[name]
     adapter = adapter_of(tmp_path / "adapter", tiny_folder, case())
-    with pytest.raises(AdapterError, match=f"its method is {name}, and vLLM reads LoRA alone") as caught:
+    with pytest.raises(AdapterError, match=f"its method is {name}, and vLLM only loads LoRA") as caught:
         export_vllm(adapter, tmp_path)
     assert ("slimtune merge" in caught.value.hint) is case.cls.mergeable
     if not case.cls.mergeable:

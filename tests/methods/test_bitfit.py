@@ -49,7 +49,7 @@ def test_a_target_without_a_bias_is_refused():
 def test_new_biases_are_not_merged():
     model = get_peft_model(llama(), BitFitConfig(new_biases=True))
     assert len(model.match_report().adapted) == 2 * 7 + 5
-    assert "lm_head" in model.match_report().left
+    assert "lm_head" in model.match_report().unadapted
     with pytest.raises(MergeUnsupported, match=r"layers\.0\.self_attn\.q_proj has no bias"):
         model.merge_adapter()
 

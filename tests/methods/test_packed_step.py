@@ -109,7 +109,7 @@ def assert_packed_equals_alone(model, tolerance=1e-12):
 def test_the_rows_share_and_nest():
     packed = pack_sequences([r["input_ids"] for r in ROWS])
     assert len(packed.tokens) == sum(len(r["input_ids"]) for r in ROWS) - 3 * len(SHARED) - len(NESTED)
-    assert max(len(packed.layout.path(i)) for i in range(len(packed.layout.lengths))) == 2
+    assert max(len(packed.layout.ancestors(i)) for i in range(len(packed.layout.lengths))) == 2
 
 
 @EVERY_METHOD
@@ -187,16 +187,16 @@ def test_micro_batches_fill_the_free_memory(method, monkeypatch):
 
 def test_layers_share_the_masks_behind_a_prefix():
     layout = PackedLayout((4, 3), (-1, 0))
-    assert layout.behind_keys(5) is layout.behind_keys(5)
-    assert (layout.behind_keys(5).keys_before, layout.behind_keys(2).keys_before, layout.keys_before) == (5, 2, 0)
-    assert layout.behind_keys(5).behind_keys(2) == layout.behind_keys(7)
+    assert layout.with_prefix_keys(5) is layout.with_prefix_keys(5)
+    assert (layout.with_prefix_keys(5).prefix_keys, layout.with_prefix_keys(2).prefix_keys, layout.prefix_keys) == (5, 2, 0)
+    assert layout.with_prefix_keys(5).with_prefix_keys(2) == layout.with_prefix_keys(7)
 
 
 @pytest.mark.parametrize("names", [["default"], ["default", "__base__", "default", "default", "default"]])
 def test_a_packed_sequence_has_one_adapter(names):
     model = adapted("prompt_tuning")
     batch = make_collator(model, 0)(ROWS)
-    with packed_attention(model), pytest.raises(UsageError, match="one row of the batch"):
+    with packed_attention(model), pytest.raises(UsageError, match="a packed batch, which is a single row"):
         model(input_ids=batch["input_ids"], adapter_names=names, use_cache=False, **{LAYOUT_KWARG: batch["layout"]})
 
 

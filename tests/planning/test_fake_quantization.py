@@ -192,7 +192,7 @@ def test_states_in_8_bits_take_what_bitsandbytes_takes(dtype, tmp_path):
 def test_a_step_of_the_optimizer_itself_takes_what_bitsandbytes_takes():
     shapes = [(100, 100), (64, 65), (7,)]
     real = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-    optimizer = adamw_8bit(real, lr=1e-3)
+    optimizer = adamw_8bit([{"params": real}], lr=1e-3)
 
     def step():
         optimizer.step()
@@ -206,7 +206,7 @@ def test_a_step_of_the_optimizer_itself_takes_what_bitsandbytes_takes():
     taken = peak_of(step)
     with fake_mode(), simulate_device("cpu"):
         fake = [nn.Parameter(torch.empty(shape)) for shape in shapes]
-        planned = adamw_8bit(fake, lr=1e-3)
+        planned = adamw_8bit([{"params": fake}], lr=1e-3)
         begin(fake)
         planned.step()
         with MemoryTracker() as tracker:

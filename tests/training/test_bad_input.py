@@ -99,7 +99,7 @@ def test_all_tokens_masked(desk):
     long = json.dumps({"messages": [{"role": "user", "content": "x" * 90}, {"role": "assistant", "content": "y"}]})
     data = desk.write("rows.jsonl", long + "\n")
     result = desk.train("--max-seq-len", "40", "--on-overlong", "truncate", data=data)
-    refused(result, 1, "rows.jsonl", "no", "learn")
+    refused(result, 1, "rows.jsonl", "no supervised token")
     nothing_written(desk)
 
 
@@ -113,7 +113,7 @@ def test_rows_that_are_too_long(desk):
     assert "1 of 2 rows" in dropped.stderr
     assert "dropped" in dropped.stderr
     shutil.rmtree(desk.out)
-    assert "1 cut" in desk.train("--max-seq-len", "100", "--on-overlong", "truncate", data=data).stderr
+    assert "1 truncated" in desk.train("--max-seq-len", "100", "--on-overlong", "truncate", data=data).stderr
 
 
 def test_unknown_recipe_fields_all_at_once(desk):
@@ -181,7 +181,7 @@ def test_a_damaged_adapter(trained):
     weights = trained.out / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     refused(
-        trained.run("generate", str(trained.out), "hi"), 1, "adapter_model.safetensors", "no sound safetensors file"
+        trained.run("generate", str(trained.out), "hi"), 1, "adapter_model.safetensors", "incomplete metadata"
     )
 
 

@@ -184,7 +184,7 @@ def test_a_run_recovers(name, plain, undisturbed, tmp_path, monkeypatch, capfd):
     assert run.result["oom_events"] == 1
     assert type(fault.kind()).__name__ in event["error"]
     assert "memory ran out in" in capfd.readouterr().err
-    assert "Memory ran out" in (tmp_path / "run" / "report.html").read_text()
+    assert "<h3>Out of memory</h3>" in (tmp_path / "run" / "report.html").read_text()
     last = json.loads((tmp_path / "run" / "checkpoints" / "checkpoint-3" / checkpoint.STATE_FILE).read_text())
     if event["tokens"]:
         assert event["max_tokens_before"] == MAX_TOKENS

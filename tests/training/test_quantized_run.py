@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from slimtune.cli.train import make_planner
 from slimtune.config import Recipe
 from slimtune.errors import ModelError, RecipeError, UsageError
-from slimtune.evaluation.evaluate import evaluate
+from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.export.merge import load_trained, merge
 from slimtune.models import quantization
 from slimtune.models.loader import load_base
@@ -50,7 +50,7 @@ def test_a_quantized_run_trains_evaluates_merges_and_is_the_same_again(settings,
     loaded = load_run(recipe.output_dir)
     assert loaded.base.quantization == kind
     assert is_quantized(loaded.model.model.layers[0].mlp.up_proj)
-    said = evaluate(recipe.output_dir, split="validation")
+    said = evaluate(recipe.output_dir, EvalSettings(split="validation"))
     assert said["quantization"] == kind
     assert said["tuned_loss"] == pytest.approx(result["validation_loss"], rel=1e-3)
     made = merge(recipe.output_dir, tmp_path / "merged")
@@ -163,7 +163,7 @@ def test_loftq_starts_nearer_to_the_base_before_quantization(settings):
 
 def test_loftq_on_a_plain_base_and_unknown_bits_are_faults_of_the_recipe(settings):
     settings["method"] |= {"init_lora_weights": "loftq"}
-    with pytest.raises(RecipeError, match=r"starts from what quantization lost, and model\.quantization is null"):
+    with pytest.raises(RecipeError, match=r"starts from the error of quantization, and model\.quantization is null"):
         Recipe.from_dict(settings)
     with pytest.raises(RecipeError, match=r"(?s)model\.quantization: got 'nf5'.*train\.optimizer: got 'adamw-4bit'"):
         with_quant(settings, "nf5", optimizer="adamw-4bit")

@@ -40,7 +40,7 @@ def encoded(desk, **settings):
 @pytest.mark.parametrize("name", FORMATS)
 def test_rows_of_each_format(desk, name):
     rows = encoded(desk, train=desk.write("rows.jsonl", lines(*[FORMATS[name]] * 3)))
-    assert (rows.train_report.kept, rows.train_report.unended) == (3, 0)
+    assert (rows.train_report.kept, rows.train_report.missing_eos) == (3, 0)
     assert [e["line"] for e in rows.train] == [1, 2, 3]
     assert 0 < rows.train_report.supervised_tokens < rows.train_report.tokens
 
@@ -90,7 +90,7 @@ def test_training_on_a_folder_of_texts(desk):
 
 
 REFUSED = {
-    "preference": (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), 1, "nothing trains on yet"),
+    "preference": (lines({"prompt": "a", "chosen": "b", "rejected": "c"}), 1, "contains preference pairs"),
     "two formats": (lines({"text": "a", "prompt": "b", "completion": "c"}), 1, "may be prompt-completion or text"),
     "half a row": (lines(FORMATS["text"], {"txt": "a"}), 1, "rows.jsonl:2: has no 'text'; did you mean 'txt'?"),
     "a weight between": (lines({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b",
@@ -109,7 +109,7 @@ def test_a_dataset_that_cannot_be_had(desk, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    refused(desk.train(data="nobody/nothing-here"), 2, "no file 'nobody/nothing-here' is here", "the connection")
+    refused(desk.train(data="nobody/nothing-here"), 2, "there is no file 'nobody/nothing-here'", "the connection")
     nothing_written(desk)
     recipe = CliRunner().invoke(app, ["train", "--model", str(desk.base), "--data", "rws.jsonl", "--out", "o"])
     refused(recipe, 2, "there is no file")

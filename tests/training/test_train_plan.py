@@ -49,7 +49,7 @@ def test_a_run_is_planned_probed_and_recorded(settings, tmp_path):
     result = train(recipe_of(settings), planner=planner)
     assert len(asked[0]) == 30  # 24 rows to train on, 6 to validate
     record = json.loads((Path(result["run"]) / "plan.json").read_text())
-    assert record["plan"]["adapter_bytes"] == result["adapter_bytes"]
+    assert record["plan"]["adapter_bytes"] == pytest.approx(result["adapter_bytes"], rel=0.02)
     assert record["plan"]["trainable_params"] == result["trainable_params"]
     assert record["plan"]["total_params"] == result["total_params"]
     found = record["probe"]

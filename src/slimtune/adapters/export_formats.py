@@ -46,11 +46,12 @@ def get_export_formats(model: Any, adapter: str = "default", *, beside: bool = T
     factors, other = collect_low_rank_factors(model, adapter)
     can_be_lora = beside and not lora_incompatibilities(config)
     merged = config.mergeable and all(m.has_base_parameter for m in model.adapter_modules(adapter).values())
+    kinds = set(model.match_report(adapter).kinds.values())
     return ExportFormats(
         merged=merged,
         gguf=beside and bool(factors) and not other,
         vllm=can_be_lora and not plain_lora_incompatibilities(config),
-        as_lora=can_be_lora and merged and set(model.match_report(adapter).kinds.values()) <= {"linear", "embedding"},
+        as_lora=can_be_lora and merged and bool(kinds) and kinds <= {"linear", "embedding"},
     )
 
 
