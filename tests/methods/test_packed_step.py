@@ -188,7 +188,11 @@ def test_micro_batches_fill_the_free_memory(method, monkeypatch):
 def test_layers_share_the_masks_behind_a_prefix():
     layout = PackedLayout((4, 3), (-1, 0))
     assert layout.with_prefix_keys(5) is layout.with_prefix_keys(5)
-    assert (layout.with_prefix_keys(5).prefix_keys, layout.with_prefix_keys(2).prefix_keys, layout.prefix_keys) == (5, 2, 0)
+    assert (layout.with_prefix_keys(5).prefix_keys, layout.with_prefix_keys(2).prefix_keys, layout.prefix_keys) == (
+        5,
+        2,
+        0,
+    )
     assert layout.with_prefix_keys(5).with_prefix_keys(2) == layout.with_prefix_keys(7)
 
 

@@ -57,9 +57,7 @@ def trained(model):
     return [loss.item() for loss in losses]
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"), [(k, m) for k in KINDS for m in METHODS if k == "nf4" or "+" not in m]
-)
+@pytest.mark.parametrize(("kind", "method"), [(k, m) for k in KINDS for m in METHODS if k == "nf4" or "+" not in m])
 def test_trains_and_loads_on_a_quantized_base(method, kind, bases, tmp_path):
     base = bases(kind)
     assert any(map(is_quantized, base.modules()))

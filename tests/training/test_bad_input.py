@@ -180,9 +180,7 @@ def test_a_pickled_adapter(trained, tmp_path):
 def test_a_damaged_adapter(trained):
     weights = trained.out / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(
-        trained.run("generate", str(trained.out), "hi"), 1, "adapter_model.safetensors", "incomplete metadata"
-    )
+    refused(trained.run("generate", str(trained.out), "hi"), 1, "adapter_model.safetensors", "incomplete metadata")
 
 
 def test_a_base_that_wants_remote_code(desk):

@@ -18,7 +18,7 @@ from ..errors import RunError, SlimtuneError, UsageError
 from ..planning.gpus import detect_gpu
 from ..planning.planner import make_plan
 from ..planning.request import build_request
-from ..run_dir import read_json, write_json
+from ..run_dir import RENAMED_KEYS, read_json, write_json
 from ..utils.files import write_atomic
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
@@ -144,7 +144,7 @@ def _run_cells(grid: Grid, log: Log) -> list[dict[str, Any]]:
             log(f"{name}: failed: {worker.error}")
             failed.append({"method": candidate.label, "seed": seed, "why": worker.error})
             continue
-        result, measured = read_json(run.result_file), read_json(run.evaluation_file("test"))
+        result, measured = (read_json(f, RENAMED_KEYS) for f in (run.result_file, run.evaluation_file("test")))
         log(
             f"{name}: loss reduction {measured['loss_reduction']:.4f} ({result['trained_tokens']} tokens, "
             f"{format_bytes(result['peak_bytes'])}, {format_duration(worker.seconds)})"

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import RunError
 from ..evaluation.statistics import estimate_over_seeds, holm_correction, pareto_front
-from ..run_dir import read_json
+from ..run_dir import RENAMED_KEYS, read_json
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
 from .grid import Grid
@@ -72,8 +72,8 @@ def summarize_candidates(grid: Grid) -> list[Summary]:
 
 def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Summary:
     runs = [grid.run_dir(candidate, seed) for seed in seeds]
-    results = [read_json(run.result_file) for run in runs]
-    measured = [read_json(run.evaluation_file("test")) for run in runs]
+    results = [read_json(run.result_file, RENAMED_KEYS) for run in runs]
+    measured = [read_json(run.evaluation_file("test"), RENAMED_KEYS) for run in runs]
     rows = [json.loads(run.scores_file("test").read_text()) for run in runs]
     row_tokens = [r["tokens"] for r in rows[0]]
     reduction = estimate_over_seeds([[r["base"] - r["tuned"] for r in run_rows] for run_rows in rows], row_tokens)
@@ -280,7 +280,7 @@ def list_notes(result: Mapping[str, Any]) -> list[str]:
         if method["oom_events"]:
             notes.append(f"{method['method']} ran out of memory; the step was repeated in smaller micro-batches.")
         if method["method"] == "full":
-            notes.append("full trains every weight; AdamW keeps fp32 copies of 16-bit weights; its file is the model.")
+            notes.append("full trains an fp32 copy of every weight; its file contains every weight.")
     for label, search in result["searched"].items():
         if search["at_the_edge"]:
             notes.append(f"The rate found for {label} lies at the edge of the searched range.")
