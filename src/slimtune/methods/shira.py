@@ -105,7 +105,7 @@ class SparseUpdate(AdapterModule):
         return weight.index_put((rows, columns), self.shira_weight.to(weight.dtype), accumulate=True), bias
 
     def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
-        """Check that a file's indices lie in the weight and in row-major order, which the products rely on."""
+        """Check that a file's indices are inside the weight and in row-major order, which the products rely on."""
         indices = given.get("shira_indices")
         if indices is None or indices.shape != self.shira_indices.shape:
             return

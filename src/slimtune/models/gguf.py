@@ -317,7 +317,7 @@ def llama3_divisors(theta: float, head_dim: int, factor: float) -> torch.Tensor:
 
 
 def set_splitting(tokenizer: Any, facts: GgufFacts, name: str) -> None:
-    """Make the tokenizer split text as the vocabulary was made; says aloud when that is not known."""
+    """Make the tokenizer split text as the vocabulary expects; logs a warning if that is unknown."""
     if facts.splitting in _DIGITS_ALONE:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [

@@ -105,7 +105,7 @@ def quantization_config(
 def keep_layout(model: nn.Module) -> None:
     """Let 4-bit layers be as they are where their other layout would be wrong or could not be made.
 
-    On CPUs with AVX-512 BF16 bitsandbytes lays a layer's weight out anew when it first runs in evaluation mode, for a
+    On CPUs with AVX-512 BF16 bitsandbytes changes the layout of a layer's weight when it first runs in evaluation mode, for a
     faster kernel. That rounds to bf16 whatever the layer computes in, and fails where a row is no whole number of
     blocks, or the rows no whole number of 32.
     """

@@ -141,7 +141,7 @@ def gpu_with_memory(text: str) -> Gpu:
     """Return a GPU of which only the memory is known, given as `24GiB`, `24GB` or `24` (GiB).
 
     Raises:
-        UsageError: that is no number of bytes above 0.
+        UsageError: the text is not a number of bytes above 0.
     """
     size = parse_bytes(text)
     return Gpu(f"{format_bytes(size)} of GPU memory", "memory", "", "", size, size, source="given")
