@@ -103,11 +103,11 @@ def quantization_config(
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Let 4-bit layers be as they are where their other layout would be wrong or could not be made.
+    """Keep the layout of 4-bit weights where bitsandbytes' other layout would be wrong or could not be made.
 
-    On CPUs with AVX-512 BF16 bitsandbytes changes the layout of a layer's weight when it first runs in evaluation mode, for a
-    faster kernel. That rounds to bf16 whatever the layer computes in, and fails where a row is no whole number of
-    blocks, or the rows no whole number of 32.
+    On CPUs with AVX-512 BF16, bitsandbytes changes the layout of a layer's weight for a faster kernel when the layer
+    first runs in evaluation mode. That rounds to bf16 whatever the layer computes in, and fails if a row is not a whole
+    number of blocks or the number of rows is not a multiple of 32.
     """
     for module in model.modules():
         layer: Any = module
