@@ -7,8 +7,8 @@ same class. Three mechanisms make our models pass. None changes what those libra
    at the end of its method resolution order. `isinstance` and `issubclass` find it there; being last, it overrides
    nothing.
 2. `peft` is installed: `peft.get_peft_model(model, config)` with a slimtune config (TRL calls it) returns a slimtune
-   model, because `peft.PeftModel.__new__` is replaced by a function that passes such calls on. This happens when the first
-   slimtune config is created.
+   model, because `peft.PeftModel.__new__` is replaced by a function that passes such calls on. This happens when
+   the first slimtune config is created.
 3. `peft` is not installed: the Trainer asks functions in `transformers.trainer_utils`, which are replaced.
 """
 
