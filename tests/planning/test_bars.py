@@ -11,9 +11,10 @@ from hand_plan import FULL, GIB, hand_plan
 from rich.console import Console
 
 from slimtune.errors import UsageError
-from slimtune.planning.bars import LETTERS, Span, bar_spans, draw_bars, require_plot, write_plot
+from slimtune.planning.bars import LETTERS, Span, bar_spans, draw_bars, write_plot
 from slimtune.planning.gpus import find_gpu, gpu_with_memory
 from slimtune.planning.result import PARTS, Range
+from slimtune.reporting.charts import require_figure_path
 from slimtune.utils.formatting import format_bytes
 
 CARD = find_gpu("rtx-3090")
@@ -181,7 +182,7 @@ def test_without_matplotlib_the_pip_line_is_given(tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
     with pytest.raises(UsageError, match=r"pip install 'slimtune\[plot\]'"):
-        require_plot(tmp_path / "plan.svg")
+        require_figure_path(tmp_path / "plan.svg")
 
 
 def test_a_band_of_the_runtime_is_part_of_the_need():

@@ -53,10 +53,10 @@ def compare(
     from ..comparison.grid import build_grid
     from ..config.aliases import rename_setting
     from ..config.loading import read_override, read_tree, set_field
-    from ..planning.bars import require_plot
+    from ..reporting.charts import require_figure_path
 
     if plot is not None:
-        plot = require_plot(plot)
+        plot = require_figure_path(plot)
     screen = error_console()
     tree = read_tree(recipe.expanduser())
     overrides = (rename_setting(*read_override(text)) for text in sets or [])

@@ -20,7 +20,7 @@ from ..data.tokenize import RowReport
 from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, format_names, nearest
 from ..reporting import write_report
-from ..run_dir import RunDir, to_json, write_atomic
+from ..run_dir import RunDir, write_json
 from ..setup import (
     TrainedModel,
     build_collator,
@@ -198,8 +198,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         result["seconds"] = round(time.perf_counter() - start, 3)
         if run_dir is not None:
             name = settings.split if settings.data is None else f"data-{settings.data.stem}"
-            write_atomic(run_dir.evaluation_file(name), to_json(result, indent=2) + "\n")
-            write_atomic(run_dir.scores_file(name), to_json(scores) + "\n")
+            write_json(run_dir.evaluation_file(name), result)
+            write_json(run_dir.scores_file(name), scores, indent=None)
             write_report(run_dir)
 
     save()  # the figures stay if generation or a task fails

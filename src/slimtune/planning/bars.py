@@ -8,8 +8,6 @@ A letter is a part of memory (`result.PARTS`), a dot what the allocator may add,
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,8 +18,7 @@ from rich.cells import cell_len
 from rich.style import Style
 from rich.text import Text
 
-from ..errors import UsageError, format_names
-from ..utils.files import write_atomic
+from ..reporting.charts import FIGURE_STYLE, require_figure_path, save_figure
 from ..utils.formatting import format_bytes
 from .gpus import GIB, Gpu
 from .result import PARTS, Plan
@@ -41,7 +38,6 @@ LETTERS = {
 """Letter and colour of each part; black is legible on each."""
 TERMINAL_CUTOFF, PLOT_CUTOFF = 2, 4
 """Bars are cut at this multiple of what the GPU gives, else those that fit would be too short to tell apart."""
-SUFFIXES = (".svg", ".png")
 ALLOCATOR = "the allocator may add"
 MAX_WIDTH = 120
 
@@ -115,26 +111,6 @@ def _style(colour: str) -> Style:
 # --- SVG and PNG ------------------------------------------------------------------------------------------------------
 
 
-def require_plot(path: str | Path) -> Path:
-    """Check that a plot can be written to `path`, before there are plans.
-
-    Raises:
-        UsageError: another suffix than `.svg` or `.png`, no such folder, or matplotlib is not installed.
-    """
-    path = Path(path).expanduser()
-    if path.suffix.lower() not in SUFFIXES:
-        suffix = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
-        raise UsageError(
-            f"the plot {str(path)!r} has {suffix}", f"one of {format_names(SUFFIXES)}",
-            f"--plot {path.with_suffix('.svg')}",
-        )  # fmt: skip
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("plots need matplotlib, which is not installed", hint="pip install 'slimtune[plot]'")
-    return path
-
-
 def write_plot(plans: Sequence[Plan], path: str | Path) -> None:
     """Write one stacked bar per plan, and a line at the GPU's usable bytes, to a file.
 
@@ -143,18 +119,17 @@ def write_plot(plans: Sequence[Plan], path: str | Path) -> None:
         path: ends in `.svg` or `.png`; an existing file is replaced.
 
     Raises:
-        UsageError: as `require_plot`.
+        UsageError: as `require_figure_path`.
         RunError: the disk is full.
     """
-    path = require_plot(path)
+    path = require_figure_path(path)
     import matplotlib
     from matplotlib.figure import Figure
 
     usable = plans[0].usable_bytes
     shown = _full_width(plans, usable, PLOT_CUTOFF) / GIB
     low, high = (b / GIB for b in usable)
-    # Text stays text in an SVG, and equal plans give equal files.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "slimtune", "font.size": 10}):
+    with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(9, 1.9 + 0.42 * len(plans)), layout="constrained")
         axes = figure.add_subplot()
         for row, plan in enumerate(plans):
@@ -172,9 +147,7 @@ def write_plot(plans: Sequence[Plan], path: str | Path) -> None:
         axes.tick_params(axis="y", length=0)
         by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-        picture, kind = io.BytesIO(), path.suffix.lower()[1:]
-        figure.savefig(picture, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-    write_atomic(path, picture.getvalue())
+        save_figure(figure, path)
 
 
 def _plot_bar(axes: Any, row: int, plan: Plan, shown: float) -> None:

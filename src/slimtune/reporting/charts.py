@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 import jinja2
 from markupsafe import Markup
 
-from ..errors import UsageError
+from ..errors import UsageError, format_names
 from ..utils.files import write_atomic
 from ..utils.formatting import format_bytes
 
@@ -272,13 +272,16 @@ def require_figure_path(path: str | Path) -> Path:
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in FIGURE_SUFFIXES:
+        suffix = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise UsageError(
-            f"{str(path)!r} has the suffix {path.suffix!r}", " or ".join(FIGURE_SUFFIXES), f"{path.with_suffix('.svg')}"
+            f"the plot {str(path)!r} has {suffix}",
+            f"one of {format_names(FIGURE_SUFFIXES)}",
+            f"--plot {path.with_suffix('.svg')}",
         )
     if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {str(path.parent)!r} for {path.name}")
+        raise UsageError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("figures need matplotlib, which is not installed", hint="pip install 'slimtune[plot]'")
+        raise UsageError("plots need matplotlib, which is not installed", hint="pip install 'slimtune[plot]'")
     return path
 
 
