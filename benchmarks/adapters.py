@@ -10,8 +10,6 @@ machine that slows down slows all of them; figures are medians over rounds, rati
                 and by HF PEFT; `first`: rows that were not seen before, so that factors are stacked anew
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

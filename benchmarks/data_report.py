@@ -11,8 +11,6 @@ they share once for each) and proportional memory (PSS, which counts it once).
 Exit code 1 where the proportional memory was over `--most` GB, or the repeated rows are not the ones found.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random

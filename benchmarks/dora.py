@@ -9,8 +9,6 @@ before it (base, adapter, optimizer), counted by a dispatch mode: it is exact an
 `--random LAYERS` takes a random Llama of SmolLM2-135M's widths, which needs no download.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

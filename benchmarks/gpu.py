@@ -10,8 +10,6 @@ Figures are medians over rounds, ratios are taken round by round; a first round 
 Exit code 1: a gradient check failed. 2: there is no such device.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import json

@@ -9,8 +9,6 @@ step's forward pass on one row of 128 tokens and on one of 256. What autograd th
     each pass   what a pass takes besides, however long it is: factors in the base's dtype, learned positions
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 

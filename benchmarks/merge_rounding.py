@@ -7,8 +7,6 @@ was not trained on; both computed in float32. `outputs` is what rounding changes
 was trained on: the sum of squares, relative to rounding to the nearest.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -14,8 +14,6 @@ the way rows are laid change from case to case. Weights are random: no byte hang
 Mean and worst are those of the peak's error. Exit code 1: a mean of 0.5 % or more, or a worst of 2 % or more.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

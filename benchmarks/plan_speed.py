@@ -7,8 +7,6 @@ are the least of three processes, since what else runs makes them longer. Exit c
 of the 70B of 18 s or more, or of 2 GB of memory or more.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import resource

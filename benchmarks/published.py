@@ -22,8 +22,6 @@ Exit code 1: a mean error of allocated bytes of 1 % or more, a worst of 3 % or m
 figures inside.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -7,8 +7,6 @@ proves what it writes. What is done already is not done again: stop it, and star
 beside that of bf16.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

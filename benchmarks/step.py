@@ -15,8 +15,6 @@ with one lever off at a time. The ceiling, the frozen weights' bare products, is
 step without sharing. Peak memory is each process's own, the base's weights and the libraries included.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import platform

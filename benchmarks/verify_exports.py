@@ -8,8 +8,6 @@ is then left out on purpose: the gate has to notice. What is no LoRA has to be r
 where it is a change of weights. Exit code 1: something was not as said.
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

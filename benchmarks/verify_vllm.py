@@ -14,8 +14,6 @@ them read it; the gate must refuse it. Then adapters that vLLM refuses are offer
 ours. Exit code 1: a gate failed, the control passed, or something that vLLM refuses was not refused by us.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

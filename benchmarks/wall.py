@@ -13,8 +13,6 @@ which stand beside. The scripts are in `wall_ways/`; what they share with a user
     trl           SFTTrainer with packing, bf16 weights
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """What every room's tests share: no network, tiny random models, and the real SmolLM2 where it is installed."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Plans made by hand, for what shows them: an 8B base, every figure chosen, none traced."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from slimtune.planning.gpus import Gpu, find_gpu

@@ -1,7 +1,5 @@
 """A run folder made by hand: a recipe, an adapter with random weights, and rows; what a training would have left."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

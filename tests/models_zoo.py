@@ -1,7 +1,5 @@
 """Tiny random models of the architectures that matter, the same for the same seed, and inputs for them."""
 
-from __future__ import annotations
-
 import torch
 import transformers as tf
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """The plain way to a gradient, for what is faster to be compared with: each row alone, PyTorch's own autograd."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Ours pass for peft's, and what those libraries do for objects that are not ours stays as it was."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import subprocess

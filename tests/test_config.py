@@ -1,7 +1,5 @@
 """The recipe: read from YAML and flags; all errors are named at once, each with its path and what is expected."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

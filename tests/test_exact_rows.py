@@ -1,7 +1,5 @@
 """Rows laid end to end must be as if alone; an architecture that cannot do that is refused, not trained wrongly."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, MambaConfig, OPTConfig, Qwen2Config

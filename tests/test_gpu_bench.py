@@ -1,7 +1,5 @@
 """`benchmarks/gpu.py` where there is no GPU: its logic, and a whole run on the CPU with a tiny base."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

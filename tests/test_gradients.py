@@ -4,8 +4,6 @@ The plain way is each row alone through the model's own forward and loss, LoRA a
 (plain_way.py). Compared: ‖a − b‖ / ‖b‖ of each trained tensor, the largest of which the last test prints.
 """
 
-from __future__ import annotations
-
 import random
 from contextlib import nullcontext
 

@@ -1,7 +1,5 @@
 """The run folder refuses to overwrite anything, opens what exists, and never leaves half a file."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -3,8 +3,6 @@
 So a plan can run the real step of a model that is too large for the machine it is made on.
 """
 
-from __future__ import annotations
-
 import models_zoo as zoo
 import pytest
 import torch

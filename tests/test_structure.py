@@ -1,7 +1,5 @@
 """Rules for the source tree that no linter checks."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

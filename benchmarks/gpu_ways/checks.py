@@ -3,8 +3,6 @@
 python -m gpu_ways.checks DEVICE        a JSON object a line: the device's facts, then each check
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -3,8 +3,6 @@
 python -m gpu_ways.setting SPEC FOLDER      writes the base and a tokenizer, for a library that loads folders only
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys

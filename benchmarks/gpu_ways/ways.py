@@ -4,8 +4,6 @@ A way gives, for the rows of a step, the batches of its passes, and the loss of 
 begins at 1 and is doubled whenever memory does not suffice.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import subprocess

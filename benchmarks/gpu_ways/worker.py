@@ -6,8 +6,6 @@
 Whatever a library prints goes to stderr.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -1,7 +1,5 @@
 """What a job's real step takes on this machine's CPU: sums of the events of torch's own allocator."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import tempfile

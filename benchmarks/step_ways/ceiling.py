@@ -6,8 +6,6 @@ positions. No attention, norms, adapters or optimizer, no memory taken anew. The
 layer's q, k and v is nobody's need, so it is left out.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -13,8 +13,6 @@ One lever off at a time, for its share:
     all-off           all of these: what is left is PEFT's packed step
 """
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 

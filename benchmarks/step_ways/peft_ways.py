@@ -11,8 +11,6 @@ How many is `--packs`, by default what was fastest for a kind of rows. Adapters 
 weights; `-bf16`: `autocast_adapter_dtype=False`.
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 from typing import Any

@@ -10,8 +10,6 @@ The rows are The Devil's Dictionary's training rows, in an order drawn from the 
     default   as `make demo` has them: the system turn that SmolLM2's template writes where a conversation has none
 """
 
-from __future__ import annotations
-
 import json
 import random
 import sys

@@ -1,7 +1,5 @@
 """The orchestrator's side of `benchmarks/step.py`: a process for each way, and turns among them."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """From what the workers of `benchmarks/step.py` reported to figures, checks and Markdown tables."""
 
-from __future__ import annotations
-
 import statistics
 from typing import Any
 

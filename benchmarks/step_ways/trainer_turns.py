@@ -1,7 +1,5 @@
 """transformers' Trainer in turns: one real `train()` over all rounds, that waits before each and reports after it."""
 
-from __future__ import annotations
-
 import os
 import time
 from typing import Any

@@ -11,8 +11,6 @@ packed by themselves (`trl.pack_dataset`) so that a step has the rows it has eve
 the loss counts the tokens that completion-only loss would.
 """
 
-from __future__ import annotations
-
 import tempfile
 from typing import Any
 

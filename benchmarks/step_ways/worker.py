@@ -7,8 +7,6 @@ While another worker runs, this one waits on stdin. Whatever a library prints go
 imported here: the peers' workers run without it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -6,8 +6,6 @@ An architecture's value is the list of embeddings and heads it takes an adapter 
 One whose file does not import here is not listed.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """One training by `slimtune train`'s own function; prints its seconds without imports and loading the base."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """One training by a peer's script: `python peers.py WAY BASE ROWS.jsonl OUT`; see `benchmarks/wall.py`. No slimtune."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

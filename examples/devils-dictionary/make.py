@@ -8,8 +8,6 @@ answer is the definition itself. The split hangs on a hash of the headword alone
     python make.py [--dict /usr/share/dictd/devil.dict.dz] [--out FOLDER]
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import hashlib

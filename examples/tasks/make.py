@@ -1,7 +1,5 @@
 """Held-out rows as multiple choice: the definition of the word among three of other words, in a drawn order."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -3,8 +3,6 @@
 The public names are sorted and lazy: `import slimtune` and `slimtune --help` import no torch.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

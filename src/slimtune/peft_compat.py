@@ -12,8 +12,6 @@ same class. Three mechanisms make our models pass. None changes what those libra
 3. `peft` is not installed: the Trainer asks functions in `transformers.trainer_utils`, which are replaced.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec

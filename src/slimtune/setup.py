@@ -1,7 +1,5 @@
 """From a recipe to its base, adapted model, rows and collator; from a run folder to its trained model."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence

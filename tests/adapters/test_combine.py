@@ -1,7 +1,5 @@
 """Weighted sums of adapters, and adapters as a LoRA: against peft, against the changes themselves, and refused."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

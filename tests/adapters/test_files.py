@@ -1,7 +1,5 @@
 """An adapter's files: what does not fit is refused by name, and a refused load leaves the model as it was."""
 
-from __future__ import annotations
-
 import json
 import os
 

@@ -1,7 +1,5 @@
 """Hot-swapping: another adapter's values in a running one's place, without compiling again; all or nothing."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows of one batch through different adapters: each row says what its adapter alone says of it."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

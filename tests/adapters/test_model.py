@@ -1,7 +1,5 @@
 """Tied heads, modules trained whole, biases, odd embeddings, AutoPeftModel."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Model cards: what they say of a method, that names cannot break them, and that a user's text is kept."""
 
-from __future__ import annotations
-
 import re
 
 import peft

@@ -1,7 +1,5 @@
 """Adapters on bases in NF4 and int8; needs bitsandbytes, and is skipped by name without it."""
 
-from __future__ import annotations
-
 import copy
 from importlib.util import find_spec
 

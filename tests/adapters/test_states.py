@@ -1,7 +1,5 @@
 """What stays right when calls overlap, fail half way, or come in an odd order."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

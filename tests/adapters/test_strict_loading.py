@@ -1,7 +1,5 @@
 """Unknown config fields, other bases, run folders, AutoPeftModel, adapters beside a merged one."""
 
-from __future__ import annotations
-
 import json
 
 import peft

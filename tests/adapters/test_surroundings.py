@@ -1,7 +1,5 @@
 """Adapted layers under what other libraries do to modules: hooks, replicas, checkpointing, replaced forwards."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from accelerate import dispatch_model

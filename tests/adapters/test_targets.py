@@ -1,7 +1,5 @@
 """Which modules are adapted, name for name as peft chooses them; and what matches nothing is said."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Whole models in `laid_out`: their hidden states, their other calls, what they are afterwards, and who is refused."""
 
-from __future__ import annotations
-
 from unittest.mock import patch
 
 import models_zoo as zoo

@@ -1,7 +1,5 @@
 """What each token of a laid sequence sees: token by token, by segment, and as one dense mask."""
 
-from __future__ import annotations
-
 from unittest.mock import patch
 
 import models_zoo as zoo

@@ -1,7 +1,5 @@
 """`slimtune compare`: its flags, its refusals and its exit codes; the room is stood in for."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

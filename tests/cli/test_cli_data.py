@@ -1,7 +1,5 @@
 """`slimtune data`: what it prints, its exit codes, its page; and training that asks it first."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

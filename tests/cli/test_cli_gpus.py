@@ -1,7 +1,5 @@
 """`slimtune gpus`: the table of cards, and those that run a job. The planner is stood in for."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

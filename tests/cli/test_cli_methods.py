@@ -1,7 +1,5 @@
 """`slimtune methods`: read from config classes, sized on a base that is never loaded; and the index page of methods."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`slimtune plan`: flags to jobs, plans to text and JSON. The planner is stood in for; its own tests prove it."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands parse, call the library and print. The library is replaced by stand-ins: its own tests prove it."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Results and exceptions become output and an exit code; exception chains say what ran out."""
 
-from __future__ import annotations
-
 import errno
 import json
 import warnings

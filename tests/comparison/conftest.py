@@ -1,7 +1,5 @@
 """Comparisons that take seconds: a tiny base, and workers that run in this process."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Names of methods, settings of single methods, and every refusal."""
 
-from __future__ import annotations
-
 import pytest
 
 from slimtune.comparison.candidates import build_candidates, split_settings

@@ -1,7 +1,5 @@
 """The sentence of advice and the table, on results made by hand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

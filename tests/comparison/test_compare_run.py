@@ -1,7 +1,5 @@
 """A comparison from a recipe to its table: complete, killed and resumed, with a failed run, in a foreign folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """The search for learning rates: on validation rows, the same effort for each method, resumable."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """The process of one run, however it ends. Small scripts stand in for runs."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

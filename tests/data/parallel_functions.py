@@ -1,7 +1,5 @@
 """Work for other processes, in a module that imports next to nothing."""
 
-from __future__ import annotations
-
 import os
 
 from slimtune.errors import ModelError

@@ -1,7 +1,5 @@
 """Packed = padded = each row alone, in loss and in logits, on small models with and without sliding windows."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

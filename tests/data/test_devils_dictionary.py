@@ -1,7 +1,5 @@
 """The example's rows: counts, clean text, one split per headword; and the script's rules on a piece of the source."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -1,7 +1,5 @@
 """The six formats: how each is told by its columns, what a row of it becomes, and what each faulty row says."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

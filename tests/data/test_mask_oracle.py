@@ -5,8 +5,6 @@ generation prompt, where both are beginnings of the whole. The marks are those t
 own; what their generation prompt holds is the prompt's, and white space that ends a turn is nobody's, there and here.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

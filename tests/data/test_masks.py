@@ -4,8 +4,6 @@ The oracle is text written by hand: what lies between « and » is to be learned
 each piece is tokenized alone, the ids laid end to end must be those of the template, and the mask is by piece.
 """
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Rows in one sequence: every row is found again whole, and each of its tokens sees what it sees alone."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

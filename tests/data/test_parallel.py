@@ -1,7 +1,5 @@
 """Work over several processes: the results of one, the same errors, and nothing left of it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

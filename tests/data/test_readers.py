@@ -1,7 +1,5 @@
 """What files rows are read from: every kind gives the same rows, and every fault its place and one clear message."""
 
-from __future__ import annotations
-
 import csv
 import gc
 import json

@@ -1,7 +1,5 @@
 """Rows as examples: labels, lengths, what is dropped or cut, and that all of it is said."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

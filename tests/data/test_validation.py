@@ -1,7 +1,5 @@
 """Validation of a data set: the report, issues of templates and texts, similar rows, and what people see."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """A tiny byte-level tokenizer, trained here, that takes any real chat template and its special tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

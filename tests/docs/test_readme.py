@@ -1,7 +1,5 @@
 """The README's quick start, run as it stands, on the real base; and what it links to is there."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

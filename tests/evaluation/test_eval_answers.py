@@ -1,7 +1,5 @@
 """Answers side by side: those of `generate`, how they ended, and their checks."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

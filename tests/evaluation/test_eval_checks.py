@@ -1,7 +1,5 @@
 """Checks of answers, and what cannot be checked."""
 
-from __future__ import annotations
-
 import builtins
 import json
 

@@ -1,7 +1,5 @@
 """General text: what is read, how it becomes rows, and what is said of it."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

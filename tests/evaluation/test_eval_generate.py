@@ -1,7 +1,5 @@
 """Answers: the tokens of plain greedy generation, streamed; base and tuned; ends, seeds, faults and refusals."""
 
-from __future__ import annotations
-
 import threading
 import time
 import warnings

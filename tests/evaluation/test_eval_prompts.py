@@ -1,7 +1,5 @@
 """Answers after the prompts of other rows, and the dependence measured from them."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

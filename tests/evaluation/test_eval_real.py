@@ -3,8 +3,6 @@
 `SLIMTUNE_PROVE=FOLDER` keeps the three runs in FOLDER, and takes those that lie there already.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

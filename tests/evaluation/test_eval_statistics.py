@@ -1,7 +1,5 @@
 """The statistics of a paired comparison, by their properties."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Tasks of lm-evaluation-harness: a task of one's own on local data, both sides; and what cannot be run."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 

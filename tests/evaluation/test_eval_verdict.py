@@ -1,7 +1,5 @@
 """Verdicts on runs that were trained on proper answers, on shuffled answers, and at the cost of other text."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

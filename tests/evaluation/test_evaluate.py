@@ -1,7 +1,5 @@
 """Held-out loss of base and tuned model: figures against transformers, files, and bad input."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """Intervals that hold what they promise, corrections and fronts by hand."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

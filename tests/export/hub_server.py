@@ -3,8 +3,6 @@
 All files are sent inside the commit; the store for large files belongs to the client and is not imitated.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,8 +1,6 @@
 """Ollama's Modelfile parser (parser/parser.go), character by character: the oracle for what `slimtune export`
 writes."""
 
-from __future__ import annotations
-
 import unicodedata
 
 INSTRUCTIONS = [

@@ -1,7 +1,5 @@
 """Real chat templates, each with the special tokens it writes: from tests/data/templates and from TRL."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 python tests/export/test_export_formats.py        prints it
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from contextlib import suppress

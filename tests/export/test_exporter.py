@@ -1,7 +1,5 @@
 """A run exported to every target on a tiny base, each checked by the engine that serves it; and what is refused."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

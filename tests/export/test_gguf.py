@@ -4,8 +4,6 @@ write.
 The converters ignore rsLoRA and alpha patterns, and exchange A and B for GPT-2; llama.cpp itself is the judge there.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import subprocess

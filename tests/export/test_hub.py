@@ -1,7 +1,5 @@
 """`slimtune push`: the adapter, a card with what is known, and nothing else; loaded back, it answers the same."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

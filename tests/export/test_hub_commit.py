@@ -1,7 +1,5 @@
 """One commit through the real client: all files or none, and the token nowhere."""
 
-from __future__ import annotations
-
 import io
 import logging
 import traceback

@@ -1,7 +1,5 @@
 """A merged checkpoint is the trained model in plain transformers, whole or absent."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -3,8 +3,6 @@
 All log-probabilities are computed in float32, so the figures are those of the weights: `pytest -s` prints them.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hand_run import write_rows

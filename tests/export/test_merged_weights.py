@@ -1,7 +1,5 @@
 """The weights a merge writes are those that merging in place leaves, for every method; nothing in the model changes."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """The folder that Ollama builds from: its Modelfile, the template and the BOS in it, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

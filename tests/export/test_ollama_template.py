@@ -1,7 +1,5 @@
 """A TEMPLATE gives the text of the chat template it was made from, in Go's own engine: real templates, many chats."""
 
-from __future__ import annotations
-
 import datetime
 import itertools
 import random

@@ -1,7 +1,5 @@
 """Exports of a run on a base in 4 bits: checked on its own base, and a note says what another base changes."""
 
-from __future__ import annotations
-
 import sys
 from importlib.util import find_spec
 from pathlib import Path

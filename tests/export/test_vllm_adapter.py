@@ -1,7 +1,5 @@
 """The adapter as vLLM reads it: the same model, refused where vLLM would refuse it, served by a correct command."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

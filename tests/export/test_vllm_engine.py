@@ -1,7 +1,5 @@
 """The engine that asks a vLLM server: its requests, what it reads from answers, and its errors."""
 
-from __future__ import annotations
-
 import json
 import socket
 import threading

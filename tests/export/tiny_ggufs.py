@@ -4,8 +4,6 @@ Only the numbers a GGUF's header holds are written here; names, order and shifts
 that what llama.cpp computes from them proves them.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

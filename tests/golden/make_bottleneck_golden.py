@@ -11,8 +11,6 @@ base's config and each case's settings. "parallel": the library lets a parallel 
 stream before the norm. Here it is handed what the feed-forward reads, as in the paper, and computes as it does.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -7,8 +7,6 @@
 `"fp32"`: peft keeps the adapter in fp32 whatever the base is, so that ours is rounded to it before peft reads it.
 """
 
-from __future__ import annotations
-
 QV = {"target_modules": ["q_proj", "v_proj"]}
 ALL = {"target_modules": "all-linear"}
 GPT2 = {"gpt2": {"target_modules": ["c_attn"]}}

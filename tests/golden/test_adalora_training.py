@@ -1,7 +1,5 @@
 """A short AdaLoRA training, step by step beside peft's: losses, penalty included, which ranks go, and the file."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

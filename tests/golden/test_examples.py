@@ -1,7 +1,5 @@
 """Scripts written for peft run with only the import changed, and give the same numbers."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

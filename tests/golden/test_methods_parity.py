@@ -1,7 +1,5 @@
 """Every method that peft has, too, against peft: one seed, files both ways, gradients, merges; float64, 1e-9."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

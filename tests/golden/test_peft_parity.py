@@ -1,7 +1,5 @@
 """slimtune against peft, in numbers: forward, files both ways, merges and training, float64, 1e-9."""
 
-from __future__ import annotations
-
 import json
 import re
 

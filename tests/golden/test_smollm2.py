@@ -3,8 +3,6 @@
 peft against itself: the same rows padded together and one by one, which is the noise fp32 has here in any case.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@ peft against itself: the same rows one by one instead of padded together, and th
 how far fp32 is from what is meant; ours may be no further from peft than that.
 """
 
-from __future__ import annotations
-
 import copy
 
 import peft

@@ -1,7 +1,5 @@
 """transformers' Trainer and TRL take our models for peft's, where peft is installed and where it is not."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

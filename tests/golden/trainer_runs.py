@@ -1,7 +1,5 @@
 """The training runs of test_trainer.py; as a script, without peft: `trainer_runs.py FOLDER` prints what they found."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

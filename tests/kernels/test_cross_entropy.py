@@ -1,7 +1,5 @@
 """−log p in chunks is F.cross_entropy of full logits, gradients and all; and full logits are never made."""
 
-from __future__ import annotations
-
 from unittest.mock import patch
 
 import pytest

@@ -1,7 +1,5 @@
 """What maps are given: a sample of their own inputs, one tensor for maps that are given one."""
 
-from __future__ import annotations
-
 import torch
 from models_zoo import llama
 

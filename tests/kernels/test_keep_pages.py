@@ -1,7 +1,5 @@
 """A process that keeps its pages takes them from the system once, and computes as before."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from unittest.mock import patch

@@ -1,7 +1,5 @@
 """A frozen map with a low-rank update as one step of autograd: its numbers, and the bytes it keeps."""
 
-from __future__ import annotations
-
 from unittest.mock import patch
 
 import peft

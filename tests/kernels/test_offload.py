@@ -1,7 +1,5 @@
 """Tensors kept on the host: gone from the device meanwhile, back when they are wanted, one ahead."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 

@@ -1,7 +1,5 @@
 """What dropout left out is drawn again, from the generator of the device that drew it."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -1,8 +1,6 @@
 """Maps of tokens in tiles: what is held, and what they may not hide. That gradients are the same:
 test_memory_savings."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Flex attention's mask for a tree of segments: the layout's own, token by token, and few kernels for many lengths."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """One line per method: a small config for the tests that run over each; `name+variant` is one more of a method."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

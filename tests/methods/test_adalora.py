@@ -1,7 +1,5 @@
 """AdaLoRA's schedule, penalty and files, which peft cannot check."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from models_zoo import llama, run, shake, tokens

@@ -1,7 +1,5 @@
 """BitFit beyond the contract: which biases train, layers without one, merging."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from models_zoo import bert_classifier, gpt2, llama, qwen2, run, shake, snapshot

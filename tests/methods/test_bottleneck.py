@@ -1,7 +1,5 @@
 """Bottleneck adapters: the `adapters` library's numbers, and the adapted modules of each architecture."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

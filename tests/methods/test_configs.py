@@ -1,7 +1,5 @@
 """Settings of every method: what is refused, with the field's name; dropout; fields that differ by layer."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from models_zoo import llama, run, shake

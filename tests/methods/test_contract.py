@@ -1,7 +1,5 @@
 """What every method promises, run over each of them."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -3,8 +3,6 @@
 `python tests/methods/test_docs.py` writes the list of methods and the tables of fields into the pages.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import re

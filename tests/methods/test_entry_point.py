@@ -1,7 +1,5 @@
 """A method from a package of its own, registered by an entry point, works like a built-in one."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """HiRA beyond the contract: memory, gradients of an adapter below it, embeddings."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from models_zoo import gemma3, gpt2, llama, run, shake

@@ -1,7 +1,5 @@
 """(IA)³ beyond the contract: layers with a scaled input, PEFT's table, small changes on 16-bit bases."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from models_zoo import bert_encoder, llama, run

@@ -1,7 +1,5 @@
 """LayerNorm tuning beyond the contract: PEFT's table, 16-bit bases, several adapters on one norm."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from models_zoo import gemma2, gpt2, llama, run, shake

@@ -1,7 +1,5 @@
 """LoHa: its low-rank form, memory, dropout."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

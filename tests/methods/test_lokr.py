@@ -1,7 +1,5 @@
 """LoKr: PEFT's sizes, memory, dropout."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft.tuners.lokr.layer import factorization

@@ -1,7 +1,5 @@
 """DoRA beyond the contract: memory, 16-bit bases, other adapters below it."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """EVA against peft: the same batches give the same ranks and directions."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

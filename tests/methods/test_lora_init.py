@@ -1,7 +1,5 @@
 """PiSSA, OLoRA, MiCA, LoftQ: the base does not change, and files equal PEFT's. In fp32, which PEFT needs."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """LoRA+ and LoRA-FA: learning rates of A and B, and the memory a frozen A saves."""
 
-from __future__ import annotations
-
 import json
 
 import peft

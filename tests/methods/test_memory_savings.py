@@ -1,7 +1,5 @@
 """Checkpointing, offload and tiling change no gradient, with every method, compared with the plain step."""
 
-from __future__ import annotations
-
 import copy
 
 import models_zoo as zoo

@@ -1,7 +1,5 @@
 """MiSS: sizes that do not fit a layer, "bat" above another adapter, memory."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """OFT: orthogonality, COFT's limit, PEFT's block sizes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft.tuners.oft.layer import OFTLayer

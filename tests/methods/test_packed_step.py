@@ -1,7 +1,5 @@
 """Every method in the packed training step: packed rows give the loss and gradients of each row run alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Every method trains on a base in 4 or 8 bits; needs bitsandbytes."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 import pytest

@@ -1,7 +1,5 @@
 """SHiRA beyond the contract: which entries train, custom masks, memory."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from models_zoo import llama, run, shake, snapshot

@@ -1,7 +1,5 @@
 """Trainable tokens beyond the contract: tied heads, files of a tied model, special embeddings."""
 
-from __future__ import annotations
-
 import copy
 
 import peft

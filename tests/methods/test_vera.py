@@ -1,7 +1,5 @@
 """VeRA beyond the contract: the shared matrices in files and from the seed, memory."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from models_zoo import bert_encoder, llama, run, shake, t5

@@ -1,7 +1,5 @@
 """Virtual tokens and prefixes with padding, packing, sliding windows, caches, mixed batches, starts from text, PEFT."""
 
-from __future__ import annotations
-
 import peft
 import pytest
 import torch

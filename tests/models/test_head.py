@@ -1,7 +1,5 @@
 """The head as its config describes it: the step's loss and gradients are those of the model's own forward and loss."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import transformers as tf

@@ -1,7 +1,5 @@
 """Configs without weights: the shipped facts, and what a config.json must hold."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Write a tiny Llama as a GGUF file, as llama.cpp's converter would: names, permuted q and k rows, vocabulary."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Plans as bars: as long as their bytes, the card's line where it belongs, legible in 80 columns without colour."""
 
-from __future__ import annotations
-
 import importlib.util
 import io
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Extrapolated traces and the memory formula, against traces of all layers."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import models_zoo as zoo

@@ -3,8 +3,6 @@
 The referee is torch's own profiler. What bitsandbytes takes on a GPU is written down by hand, from its source.
 """
 
-from __future__ import annotations
-
 import gc
 import sys
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A base sharded over processes: each plans its share of the weights, whole adapters, and what is gathered."""
 
-from __future__ import annotations
-
 from slimtune import LoraConfig
 from slimtune.models.registry import get_model_info
 from slimtune.planning.fsdp import BaseWeights, weight_bytes

@@ -1,7 +1,5 @@
 """The table of cards, and names and sizes as people write them."""
 
-from __future__ import annotations
-
 import pytest
 
 from slimtune.errors import UsageError

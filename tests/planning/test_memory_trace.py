@@ -1,7 +1,5 @@
 """The traced step against real steps, measured by torch's own allocator events, and fake tensors."""
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import itertools

@@ -1,7 +1,5 @@
 """MemoryTracker counts each storage while it is alive, by part and phase, on real and on fake tensors."""
 
-from __future__ import annotations
-
 from itertools import accumulate
 
 import pytest

@@ -1,7 +1,5 @@
 """Whole plans: verdicts, largest sizes, files, advice, and wrong requests."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import models_zoo as zoo

@@ -1,7 +1,5 @@
 """What serving takes, against published GGUF files and what llama.cpp and vLLM report."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from typing import Any

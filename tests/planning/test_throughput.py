@@ -1,7 +1,5 @@
 """The roofline against published runs, and what follows from it: hours, energy, money."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import replace

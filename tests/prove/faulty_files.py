@@ -3,8 +3,6 @@
 `faulty(folder)` writes them and yields, for each, what a survey has to find: one code, at these lines, and nothing else.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import itertools

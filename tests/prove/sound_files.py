@@ -4,8 +4,6 @@ Text comes from The Devil's Dictionary, from Python's own documentation and sour
 Universal Declaration of Human Rights (article 1, in twenty languages); the rest is written here.
 """
 
-from __future__ import annotations
-
 import argparse
 import calendar
 import collections

@@ -1,7 +1,5 @@
 """The survey against a corpus: every fault in a file is found at its lines, and nothing is found in sound files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

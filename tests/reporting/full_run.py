@@ -1,7 +1,5 @@
 """A run folder with every file that the report reads, as training and evaluation write them."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """An HTML page as html.parser reads it."""
 
-from __future__ import annotations
-
 from html.parser import HTMLParser
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}

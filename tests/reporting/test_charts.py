@@ -1,7 +1,5 @@
 """Axes enclose what they show, points are where the axis says, long curves are thinned, colours are legible."""
 
-from __future__ import annotations
-
 import math
 import re
 from importlib.resources import files

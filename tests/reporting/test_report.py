@@ -1,7 +1,5 @@
 """The page is valid and self-contained, shows every figure and every gap, and escapes every text of the run."""
 
-from __future__ import annotations
-
 import json
 import shlex
 

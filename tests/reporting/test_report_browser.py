@@ -1,7 +1,5 @@
 """report.html in Chromium: it fits desktop and phone, light and dark, logs nothing, and requests nothing else."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 from collections.abc import Iterator

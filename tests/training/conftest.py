@@ -1,7 +1,5 @@
 """A recipe that trains in a second, on the tiny base."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 2: what the user typed. 1: what the work found.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

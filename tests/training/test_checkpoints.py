@@ -1,7 +1,5 @@
 """Checkpoints: what is written comes back exactly, and a checkpoint is whole or absent."""
 
-from __future__ import annotations
-
 import json
 import random
 

@@ -1,7 +1,5 @@
 """Killed at any moment and resumed, a run ends with the adapter it would have had (`make faults`)."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Full fine-tuning through the same training and evaluation as every method."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A method that changes with the steps (AdaLoRA) in a run: steps filled in, penalty on the loss, exact resuming."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Several processes train what one trains: gradients, losses, files, resuming; and what happens when one fails."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

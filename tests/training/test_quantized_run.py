@@ -1,7 +1,5 @@
 """A run on a base in 4 or 8 bits, from recipe to export; needs bitsandbytes, and is skipped by name without it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

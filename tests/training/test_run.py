@@ -1,7 +1,5 @@
 """A run from a recipe to an adapter: what it writes, what it takes, how it goes on."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Trackers are the Trainer's own: TensorBoard's reader finds the losses; what is not installed is said first."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training on each format and kind of file, as a user types it, and what is refused before anything is written."""
 
-from __future__ import annotations
-
 import csv
 import json
 

@@ -1,7 +1,5 @@
 """Training keeps to its plan: planned before a weight is loaded, refused where it does not fit, probed, recorded."""
 
-from __future__ import annotations
-
 import json
 import mmap
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rows and recipes that train in a second."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -3,8 +3,6 @@
 RANK=0 WORLD_SIZE=2 … python two_processes.py CHECK SETTINGS.json OUT.json
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

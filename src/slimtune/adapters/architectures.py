@@ -3,8 +3,6 @@
 The default targets are PEFT's, except for gemma4, for which PEFT has a pattern.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 _QV = ["q_proj", "v_proj"]

@@ -1,7 +1,5 @@
 """AutoPeftModel: load an adapter and the base that its config names in one call."""
 
-from __future__ import annotations
-
 import os
 from typing import Any, ClassVar
 

@@ -4,8 +4,6 @@ A config is a dataclass with PEFT's field names and defaults, so that existing P
 that PEFT has and this library lacks is ignored at PEFT's default and refused by name at any other value.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -5,8 +5,6 @@
 `field_specs(LoraConfig)` yields these declarations, and `check_fields(config)` checks the values against them.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import types

@@ -11,8 +11,6 @@ prune ΔW_i and take the nearest pair of rank r. The result is always a LoRA wit
 Papers: TIES https://arxiv.org/abs/2306.01708, DARE https://arxiv.org/abs/2311.03099.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

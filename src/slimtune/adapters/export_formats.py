@@ -3,8 +3,6 @@
 Requirements on the base model (an architecture that llama.cpp or vLLM knows) are checked at export time.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

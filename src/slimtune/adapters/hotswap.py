@@ -8,8 +8,6 @@ shapes, and a LoRA (A, B, s) of rank r is written into one of rank R ≥ r and s
 `prepare_model_for_compiled_hotswap` pads the live adapter before the model is compiled: rank R everywhere, S = 1.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping

@@ -16,8 +16,6 @@ there is one, else the base's own parameter. All adapted modules of a model shar
 adapters costs the same no matter how many are loaded.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping

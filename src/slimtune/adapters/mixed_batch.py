@@ -1,7 +1,5 @@
 """Which adapters run: one selection for the whole batch, or a different adapter for each row of a mixed batch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

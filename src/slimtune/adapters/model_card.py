@@ -1,7 +1,5 @@
 """Model cards (README.md) of adapters and merged models, from one template; and configs without local paths."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Optimizer parameter groups: methods may train some parameters with another learning rate (LoRA+)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

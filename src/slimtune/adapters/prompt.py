@@ -13,8 +13,6 @@ losses, `generate`) has T positions, as without them. `virtual_tokens.py` change
     mixed batch       v stands before every row, and is masked out in rows that use another adapter
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext

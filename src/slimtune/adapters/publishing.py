@@ -1,7 +1,5 @@
 """`push_to_hub` of a PeftModel."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

@@ -4,8 +4,6 @@ The adapted layer runs a quantized module as it is and adds to its output, so me
 reads the weight gets it dequantized; merging into it raises an error.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

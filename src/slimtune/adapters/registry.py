@@ -4,8 +4,6 @@ A method's file defines a config class (a `PeftConfig`) whose `name` is the file
 Third parties register methods through the entry point group `slimtune.methods`: `name = "package.module"`.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from functools import cache

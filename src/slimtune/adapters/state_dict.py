@@ -6,8 +6,6 @@ fingerprint of the base's config. A missing, unexpected or wrongly shaped tensor
 atomically.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 `adapters/prompt.py` shows where the virtual tokens go.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import replace

@@ -19,8 +19,6 @@ head sizes need more shared memory than some GPUs have. If that fails or its val
 attention runs segment by segment.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import warnings

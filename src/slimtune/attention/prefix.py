@@ -12,8 +12,6 @@ config through a copy that names our function (`make_prefix_config_view`). Ours 
 keyword arguments, extends keys, values and mask, and calls the function that the user chose.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ keyword arguments and attends segment by segment (with flex attention on CUDA). 
 same.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 Torch and the library's folders are imported inside the commands, so that `slimtune --help` is quick.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

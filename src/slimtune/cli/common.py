@@ -5,8 +5,6 @@ output goes to stderr; without `--json` the command prints it for people. An exc
 and, with `--json`, the object `{"error": {...}}`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """`slimtune compare`: methods side by side on one recipe's rows."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`slimtune data`: a report on training rows before any training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`slimtune doctor`: what this machine offers, and what slimtune would choose on it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """`slimtune eval`: whether the tuned model is better than its base, at what price, and how sure that is."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path

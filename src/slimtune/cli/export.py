@@ -1,7 +1,5 @@
 """`slimtune export`: a run as Ollama, llama.cpp or vLLM reads it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """`slimtune generate` and `slimtune chat`: answers of the tuned model, or of base and tuned model side by side."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """`slimtune merge`: base and adapter as one plain Hugging Face checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

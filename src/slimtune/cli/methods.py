@@ -1,7 +1,5 @@
 """`slimtune methods`: what can be trained, and each method's fields, read from the methods' config classes."""
 
-from __future__ import annotations
-
 import inspect
 import warnings
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """`slimtune push`: upload a run's adapter and a model card to the Hub, in one commit."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer

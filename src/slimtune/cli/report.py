@@ -1,7 +1,5 @@
 """`slimtune report`: write the page of a run again."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

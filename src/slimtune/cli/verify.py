@@ -1,7 +1,5 @@
 """`slimtune verify`: check that exported and merged models are the trained one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any

@@ -5,8 +5,6 @@ prefix  prompt                    short for prefix_tuning, prompt_tuning
 dora  rslora  pissa               a method with one setting
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Finished runs are kept. The same command resumes a comparison that was killed: f
 resumes from its checkpoint, a failed run is tried again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Callable

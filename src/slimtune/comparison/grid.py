@@ -9,8 +9,6 @@ All runs take the same number of optimizer steps over the same number of rows. A
 so runs with the same seed train on the same rows in the same order.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

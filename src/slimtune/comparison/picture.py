@@ -1,7 +1,5 @@
 """Chart of a comparison: loss reduction against peak memory, file size and time, with intervals and Pareto fronts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

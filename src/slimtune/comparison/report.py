@@ -1,8 +1,6 @@
 """From finished runs to the report: a summary per method, the difference of each pair, the Pareto fronts, one sentence
 of advice, and the table in Markdown and for the terminal."""
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -9,8 +9,6 @@ The sampler of each trial depends only on the earlier trials and on the trial's 
 continues with the same rates.
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Callable

@@ -4,8 +4,6 @@ The process boundary gives each run its own peak memory, and a crash ends that r
 checkpoint and ends when the process that started it ends. An error is one JSON object on stdout.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

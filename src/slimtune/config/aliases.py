@@ -1,7 +1,5 @@
 """Old names of settings, values and flags. Each works for one release and warns with its new name."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Errors in a recipe. All of them are found first, then raised as one RecipeError."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass

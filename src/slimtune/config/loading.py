@@ -3,8 +3,6 @@
 A relative path in a YAML file means the file beside it if there is one, else the file in the working folder.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ YAML, `--set`, the flags of the commands, the error messages and the tables in `
 `iterate_settings` lists them. This module imports no torch, so that `slimtune train --help` is quick.
 """
 
-from __future__ import annotations
-
 import types
 import typing
 from collections.abc import Iterator

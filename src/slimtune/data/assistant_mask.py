@@ -15,8 +15,6 @@ Tool calls are part of the turn. The last call ends where the rendering with one
 ends like any other.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -6,8 +6,6 @@ white space after the end-of-turn token are never supervised. `{% generation %}`
 are; for every other template `assistant_mask` finds the spans.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from bisect import bisect_left, bisect_right

@@ -18,8 +18,6 @@ There are three kinds of micro-batches:
 The first token of a row is never the target of the row before it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ A wrong path is a usage error, wrong contents are a data error. Up to ten invali
 nobody repairs a file one run at a time.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping

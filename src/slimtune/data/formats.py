@@ -10,8 +10,6 @@
 Other columns are ignored. A new format is one function here and one entry in `FORMATS`.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass

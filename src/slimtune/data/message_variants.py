@@ -4,8 +4,6 @@ Templates differ in how they take a tool call: arguments as an object or as JSON
 one. Each variant is rendered until every call is in the text. What no variant shows is an error that names the message.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable, Iterator

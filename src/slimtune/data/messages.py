@@ -9,8 +9,6 @@ file has an object or JSON text. A message may have a `weight` (1: learned, 0: n
 reaches a template. An unknown key is an error, because it would change the text of the turn or be lost.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

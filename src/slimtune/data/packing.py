@@ -7,8 +7,6 @@ The hidden state of a token depends only on the row up to it, so a shared prefix
 first supervised token of a row may be predicted by the last token of a shared segment.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

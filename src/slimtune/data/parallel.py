@@ -4,8 +4,6 @@
 forks a process that has threads, and it reports an invalid row only after the whole file.
 """
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
 import os

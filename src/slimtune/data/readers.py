@@ -4,8 +4,6 @@ A reader continues after an invalid line, and has little of the file in memory. 
 `datasets` and Arrow name no line for a malformed row and stop at the first one.
 """
 
-from __future__ import annotations
-
 import codecs
 import csv
 import json

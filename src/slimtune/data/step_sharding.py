@@ -11,8 +11,6 @@ The linear layers of a layer take about 24 d² operations a token, attention 4 d
 share of the whole step's loss, so the sum of the gradients of all processes is that of one process.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

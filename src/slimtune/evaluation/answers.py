@@ -14,8 +14,6 @@ token changes all that follow.
     json-schema:F   the answer is JSON that satisfies the schema in file F (jsonschema)
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

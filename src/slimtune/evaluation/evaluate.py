@@ -4,8 +4,6 @@ The same model in the same arrangement of rows scores every row twice, with the 
 the adapter makes the difference.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque

@@ -6,8 +6,6 @@ The text is the built-in one (general/text.jsonl: prose, questions and answers, 
 of the user's. The budget is exceeded if the whole interval of the change is above it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ The harness gets the adapted model; for the base the adapter is disabled around 
 name, or the user's YAML files in a folder, which need no network if their data is on this machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import logging

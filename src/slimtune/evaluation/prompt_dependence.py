@@ -11,8 +11,6 @@ dependence is the reference, because a decrease shows long before nothing remain
              and the interval of its change reaches up to -TOLERATED_LOSS · base
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -19,8 +19,6 @@ rows (87 of 100 times with two seeds, 93 with three, in simulation; this: 95 to 
 and the interval covers rows only.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

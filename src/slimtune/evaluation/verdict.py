@@ -4,8 +4,6 @@ A model is improved if the whole interval of its loss reduction is above 0 and i
 prompts. It passes if it also forgot no more than its budget.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

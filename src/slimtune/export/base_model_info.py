@@ -4,8 +4,6 @@ An alias has no meaning on another machine, and a path is private: an uploaded a
 known, the base's bare name.
 """
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path

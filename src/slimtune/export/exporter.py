@@ -7,8 +7,6 @@
 `slimtune merge` writes the fourth format, a plain Hugging Face folder.
 """
 
-from __future__ import annotations
-
 import shlex
 import tempfile
 from collections.abc import Callable

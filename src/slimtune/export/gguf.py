@@ -15,8 +15,6 @@ say is where llama.cpp's converter changes the weights (`undo_permute` in `conve
 becomes row (h, j, i).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -5,8 +5,6 @@
 Only files on the list are uploaded; the others are named in the result.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -8,8 +8,6 @@ Two more things are inferred: which whitespace is stripped around a content, and
 conversation has it, or into the last user message (as Mistral's templates do).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The manifest of an export folder: what it is and which run it was made from. `slimtune verify FOLDER` reads it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

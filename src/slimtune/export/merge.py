@@ -7,8 +7,6 @@ The base is taken as the run had it: rounded to the run's dtype. The work is don
 says how little of it is used.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import logging

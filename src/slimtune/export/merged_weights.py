@@ -8,8 +8,6 @@ stacked, fused layers split), the tensors that become one, or come from one, are
 `save_pretrained` does: layer by layer unless layers mix.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Cards of uploaded adapters and merged models; the text is in `adapters/model_card.md.j2`."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from typing import Any

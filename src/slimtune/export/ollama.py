@@ -10,8 +10,6 @@
 two of them would silently cost quality.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

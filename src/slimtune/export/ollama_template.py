@@ -11,8 +11,6 @@ conversation stays open, as with `continue_final_message` in transformers. The i
 template before anything is written; the tests run every TEMPLATE in Go's own engine.
 """
 
-from __future__ import annotations
-
 import datetime
 import itertools
 import re

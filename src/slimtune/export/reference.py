@@ -10,8 +10,6 @@ of the engine's distribution from the adapter's, over the engine's likeliest tok
 bound. Greedy text alone would not notice most faults: a wrong order of weights often changes no word.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Sequence

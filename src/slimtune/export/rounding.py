@@ -11,8 +11,6 @@ outputs is compensated in the columns that follow:
 λ leaves directions that no row showed as they are.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -7,8 +7,6 @@
 What cannot be checked is reported with the reason, and never counts as passed.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing

@@ -11,8 +11,6 @@ Ranks stay as they are: vLLM pads A and B with zeros to --max-lora-rank. What vL
 `vllm.json` holds the rules that its classes declare per architecture (written by `benchmarks/vllm_ways/facts.py`).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

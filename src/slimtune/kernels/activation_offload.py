@@ -7,8 +7,6 @@ Tensors come back in reverse order, so one is always prefetched. On CUDA, copies
 memory. On other devices they are plain copies; on a CPU they save nothing.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager

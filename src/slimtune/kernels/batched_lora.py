@@ -6,8 +6,6 @@ The batch is divided into n groups of equal size whose rows use one adapter. The
 with zeros in place of missing ranks.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

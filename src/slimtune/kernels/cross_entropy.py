@@ -7,8 +7,6 @@ exist, and saved as one tensor of h's size; the backward pass only scales its ro
 logits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

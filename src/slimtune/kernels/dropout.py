@@ -1,7 +1,5 @@
 """Dropout of inputs or of an update's outputs, and random states to draw the same numbers again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -7,8 +7,6 @@ are part of the matrix products. The dropout mask is not saved but drawn again f
 be fp32 above a 16-bit x, of which no fp32 copy is made. Gradients equal those of the separate operations.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Low-rank matrices: products, nearest approximation, weighted sums of weight changes, incremental PCA."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@
 Saved for the backward pass: x and the small tensors p. The full weight exists only while the layer runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -7,8 +7,6 @@ exist for one tile at a time, and are recomputed in the backward pass. Gradients
 of parameters are summed over the tiles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -17,8 +17,6 @@ Paper: https://arxiv.org/abs/2303.10512. File format: PEFT's `lora_A`, `lora_E`,
 config's `rank_pattern` says which ranks these are.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass

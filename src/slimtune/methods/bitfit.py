@@ -6,8 +6,6 @@ models have no biases: `new_biases` adds some, which the merged model then has n
 Paper: https://arxiv.org/abs/2106.10199. File format: PEFT's layout with the key `bitfit_bias`; PEFT lacks this method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

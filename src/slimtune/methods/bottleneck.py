@@ -16,8 +16,6 @@ https://arxiv.org/abs/2110.04366. PEFT lacks this method; the file has the tenso
 `adapter_down.weight`, `.bias`, `adapter_up.weight`, `.bias`, and `scaling` where it is learned.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Sequence

@@ -10,8 +10,6 @@ tied. A 16-bit weight takes 2 + 4 (copy) + 4 (gradient) + 8 (AdamW) bytes per va
 The file contains every weight whole, under the base's own names.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

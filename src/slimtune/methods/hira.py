@@ -7,8 +7,6 @@ Paper: https://openreview.net/pdf?id=TwJrTz9cRS. File format: PEFT's `hira_A`, `
 `hira_embedding_A (r, rows)`, `hira_embedding_B (dim, r)`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

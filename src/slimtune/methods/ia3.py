@@ -6,8 +6,6 @@ Parameters added per layer: out, or in. Merged: diag(l) W and l ⊙ b, or W diag
 Paper: https://arxiv.org/abs/2205.05638. File format: PEFT's `ia3_l`, as `(out, 1)` or `(1, in)`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

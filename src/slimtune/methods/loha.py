@@ -14,8 +14,6 @@ Papers: FedPara https://arxiv.org/abs/2108.06098, LyCORIS https://arxiv.org/abs/
 `hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar

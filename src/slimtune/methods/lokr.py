@@ -11,8 +11,6 @@ Papers: LyCORIS https://arxiv.org/abs/2309.14859, FedPara https://arxiv.org/abs/
 `lokr_w1`, `lokr_w2`, or `lokr_w1_a`, `lokr_w1_b`, `lokr_w2_a`, `lokr_w2_b`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal

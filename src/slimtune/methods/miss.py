@@ -11,8 +11,6 @@ in = out. D starts at zero, so the model starts unchanged. Merged: W + Dᵀ S.
 Paper: https://arxiv.org/abs/2409.15371. File format: PEFT's `miss_block`.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal

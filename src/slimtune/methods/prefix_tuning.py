@@ -10,8 +10,6 @@ Paper: https://arxiv.org/abs/2101.00190. File format: PEFT's `prompt_embeddings 
 with a projection also the network's own tensors, as `prompt_encoder.…`, so that training can continue.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass

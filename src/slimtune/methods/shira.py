@@ -7,8 +7,6 @@ Paper: https://arxiv.org/abs/2406.13175. File format: PEFT's `shira_weight (n)` 
 columns of the entries in row-major order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -8,8 +8,6 @@ Paper: https://arxiv.org/abs/2310.11454. File format: PEFT's `vera_lambda_d`, `v
 `save_projection` is off, `base_model.vera_A`, `base_model.vera_B`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 as large. Elsewhere bfloat16 is emulated and slower than float32, so "auto" is float32.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """What transformers and the Hub say when a base cannot be loaded, in one message that names the fix."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

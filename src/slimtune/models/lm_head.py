@@ -8,8 +8,6 @@
 So embeddings, adapters and wrappers of the whole model stay where they are.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ Weights come from safetensors only, and a base's own Python code runs only if th
 checkpoint lacks is an error, because transformers would fill it at random.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import time

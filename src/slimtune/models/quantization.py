@@ -7,8 +7,6 @@ Linear layers alone are held so: the head, what is tied to it, embeddings and no
 layer computes in it.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Mapping
 from typing import Any

@@ -8,8 +8,6 @@ with the nearest name. An alias wins over a folder of the same name; `./name` is
     known.json   alias → Hub ids of that shape, licence, parameters, source of these facts, fields of the config
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from dataclasses import dataclass

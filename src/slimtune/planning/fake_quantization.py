@@ -9,8 +9,6 @@ allocate follows bitsandbytes 0.50: autograd/_functions.py, backends/cuda/ops.py
 They compute in the base's dtype, as with `bnb_4bit_compute_dtype` set to it (the default of transformers is fp32).
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -5,8 +5,6 @@ operator returns a fake result with the right shape, strides, dtype and storage 
 model of fake tensors by `make_fake`. It pretends to lie on the CPU: a fake CUDA tensor aborts on a torch without CUDA.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -6,8 +6,6 @@ k: a layer is gathered while it runs (1); its neighbour and the buffer that both
 On a CPU each process reads the whole base before it is sharded, so sharding saves nothing at that moment.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The GPUs people own or rent (`gpus.csv`, each row with its source), and the memory that a run can have of one."""
 
-from __future__ import annotations
-
 import csv
 import re
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ training: forward and backward of the packed rows, gradient clipping, AdamW, zer
 optimizer's state exists from the start, as in every step but the first.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress

@@ -6,8 +6,6 @@ the last reference to it, so views and in-place operators cost nothing, and what
 counts as long as it is saved.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator

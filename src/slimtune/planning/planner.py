@@ -3,8 +3,6 @@
 request → model on meta → memory formula → micro-batches → trace → allocator range → verdict → advice
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The result of a plan: numbers, each with the kind of evidence behind it."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple

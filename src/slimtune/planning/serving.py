@@ -4,8 +4,6 @@ A GGUF file is planned by bits per weight of its file type, within 3 % of real f
 `2 · kv_heads · head_dim` numbers for each token and layer; a layer with a sliding window holds only the window.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping

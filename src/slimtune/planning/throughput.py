@@ -8,8 +8,6 @@ Real runs take longer. This sum is 0.38 to 0.95 of what published runs took (`UT
 8192, 1B to 70B, Apple's M1 to an H100. That is the range of an estimate.
 """
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 from collections.abc import Mapping

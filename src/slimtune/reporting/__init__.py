@@ -1,7 +1,5 @@
 """report.html: one run on one page. `charts` draws for other pages too."""
 
-from __future__ import annotations
-
 from .report import render_data_report, render_report, write_report
 from .versions import versions
 

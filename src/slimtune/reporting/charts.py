@@ -4,8 +4,6 @@ An SVG has a box of 1000 by 1000 units that is stretched to the available space.
 in per cent, so that it keeps its size on a phone. The markup is in `charts.html.j2`, the colours are in `report.css`.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import io
 import math

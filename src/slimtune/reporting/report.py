@@ -4,8 +4,6 @@ The page is one HTML file without network, scripts or fonts. The template escape
 shown relative to the working directory or by its name alone.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Versions of Python and packages, and the kind of machine, for the records of a run."""
 
-from __future__ import annotations
-
 import platform
 from importlib.metadata import PackageNotFoundError, version
 

@@ -7,8 +7,6 @@ and planning all run these functions. `token_nll` gives −log p of every superv
 objectives other than cross-entropy can build their losses on it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 

@@ -8,8 +8,6 @@
 With all three a row takes on the device what one layer's attention takes, and a few hidden states.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

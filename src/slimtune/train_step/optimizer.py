@@ -4,8 +4,6 @@ lr of a group       the run's learning rate times the factor its method gives (L
 decay of a group    weight_decay, but 0 for biases and for the weights of normalisation layers
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

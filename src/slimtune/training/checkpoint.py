@@ -13,8 +13,6 @@ checkpoints and at most a `.partial` folder, which the next start removes. A che
 match its checksums; resuming then takes the one before it and says so.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -6,8 +6,6 @@ saved, clipped and resumed as in one process. A fused function keeps the gathere
 frees that tensor's storage after the layer's forward pass and fills the same storage again before its backward pass.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

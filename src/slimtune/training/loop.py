@@ -7,8 +7,6 @@ Several processes: each runs this loop over the same rows in the same order and 
 micro-batches (data/step_sharding.py); the gradients are summed before they are clipped. No module is wrapped.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

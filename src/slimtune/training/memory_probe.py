@@ -3,8 +3,6 @@
 The probe leaves nothing behind: gradients are dropped, random number generators are restored, no weight changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

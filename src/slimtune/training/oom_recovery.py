@@ -9,8 +9,6 @@ it is divided differently, dropout meets other inputs, as it would have if the r
 size is kept for the rest of the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar

@@ -3,8 +3,6 @@
 recipe ─▶ data ─▶ plan ─▶ base ─▶ adapter ─▶ training loop ─▶ best checkpoint ─▶ adapter/, result.json, report.html
 """
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import time

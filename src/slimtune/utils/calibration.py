@@ -1,7 +1,5 @@
 """Samples of the inputs that a model's layers get, for initializations and rounding that depend on data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """How a dataset of the Hub is named where a file might be: `org/name[/config][:split]`."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

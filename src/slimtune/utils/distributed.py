@@ -6,8 +6,6 @@ values (numbers, a plan, an error) go over gloo, gradients over NCCL if they are
 others notice within `TIMEOUT` and exit, and one of them prints why.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

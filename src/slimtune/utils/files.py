@@ -1,7 +1,5 @@
 """Write files atomically: temporary file, fsync, rename. A reader sees the old file or the new one."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

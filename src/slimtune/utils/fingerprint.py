@@ -6,8 +6,6 @@ quantization, path, library version) says nothing about which base it is and is 
 a newer transformers, a GGUF round trip and an NF4 load.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

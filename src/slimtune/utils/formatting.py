@@ -1,7 +1,5 @@
 """Bytes, counts and times as people read them."""
 
-from __future__ import annotations
-
 
 def format_bytes(n: float) -> str:
     """Return bytes in binary units: `27262976 -> '26.0 MiB'`."""

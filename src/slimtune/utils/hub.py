@@ -4,8 +4,6 @@ Exceptions of the Hub client contain the request with its Authorization header. 
 a cause or context, so that neither a traceback nor an error reporter finds the header.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import warnings

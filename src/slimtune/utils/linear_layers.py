@@ -1,7 +1,5 @@
 """Read the linear layers and embeddings of a base in one way: Linear, Conv1D, Embedding, NF4 and int8."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Memory of a device: how much is free, how much was used, whether an error means it ran out."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

@@ -1,7 +1,5 @@
 """Common beginnings of token sequences and of texts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

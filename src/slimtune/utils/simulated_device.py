@@ -1,7 +1,5 @@
 """Which kind of device code runs for: where its tensors lie, or the one that a plan pretends they lie on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

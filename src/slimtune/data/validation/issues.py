@@ -1,7 +1,5 @@
 """The issues that a data set can have, and when one would spoil a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any

@@ -13,8 +13,6 @@ Trigrams that more than a quarter of the first rows have (system prompts, header
 fewer than `MIN_TRIGRAMS` others is not compared, because rows about similar facts differ in one word.
 """
 
-from __future__ import annotations
-
 import itertools
 import unicodedata
 from collections import Counter

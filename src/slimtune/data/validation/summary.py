@@ -1,7 +1,5 @@
 """The report as text, for the terminal and for the log of a training run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

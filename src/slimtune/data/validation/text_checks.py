@@ -4,8 +4,6 @@ A row about encodings may contain “Ã©”, one about markup `&amp;`, one abou
 where they can be nothing but accidents, and not in code.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

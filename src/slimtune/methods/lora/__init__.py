@@ -12,8 +12,6 @@ https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File
 `lora_B.weight`; for an embedding `lora_embedding_A (r, rows)`, `lora_embedding_B (dim, r)`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ With dropout only the low-rank part gets dropped inputs; PEFT runs the frozen la
 Paper: https://arxiv.org/abs/2402.09353. File format: PEFT's, LoRA's keys and `lora_magnitude_vector`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

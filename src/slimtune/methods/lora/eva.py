@@ -9,8 +9,6 @@ all layers; a layer can get up to `rho` times its rank, or none, and then it is 
 Paper: https://arxiv.org/abs/2410.07170. The file is a LoRA's, with a `rank_pattern`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections import Counter

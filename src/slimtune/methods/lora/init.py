@@ -19,8 +19,6 @@ Papers: PiSSA https://arxiv.org/abs/2404.02948, OLoRA https://arxiv.org/abs/2406
 MiCA https://arxiv.org/abs/2604.01694; orthogonal: https://datta0.github.io/posts/rethink-lora-init/
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

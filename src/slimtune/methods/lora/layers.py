@@ -1,7 +1,5 @@
 """LoRA at one layer: `y + s · B A x` for a linear layer, `y + s · (B A)[:, x]` for an embedding."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar

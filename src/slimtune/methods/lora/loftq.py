@@ -9,8 +9,6 @@ With inputs X of the layer, those components that change its outputs most (QERA,
 The quantized base does not change. Paper: https://arxiv.org/abs/2310.08659.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping
