@@ -15,7 +15,7 @@ def inputs_scaled(model):
 
 def test_the_defaults_equal_pefts():
     constants = pytest.importorskip("peft.utils.constants")
-    targets = IA3Config.targets_by_architecture()
+    targets = IA3Config.architecture_targets
     theirs = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
     assert {k: sorted(v) for k, v in targets.items()} == {k: sorted(v) for k, v in theirs.items()}
     feedforward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING

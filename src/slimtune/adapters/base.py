@@ -19,7 +19,7 @@ An adapter module never sees another adapter, a quantized weight or a transposed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..attention.prefix import RowMask as RowMask  # methods import it from here
 from ..kernels.lora_linear import low_rank_linear, plus_low_rank
+from ..kernels.low_rank import add_low_rank
 from ..utils.linear_layers import get_weight, is_plain_forward
 from .architectures import text_config
 
@@ -149,6 +150,8 @@ class AdapterModule(nn.Module):
     """Names of tensors that a file may leave out."""
     uses_attention_prefix: ClassVar[bool] = False
     """Whether the module passes learned keys and values to the attention function; see `attention/prefix.py`."""
+    frozen_names: Collection[str] = ()
+    """Names of parameters that do not train."""
     has_base_parameter: bool = True
     """Whether the base has a parameter that can store the result of `merge_into`."""
 
@@ -177,7 +180,7 @@ class AdapterModule(nn.Module):
         return y.index_put((rows,), adapted.to(y.dtype))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return a new weight `(out, in)` and bias that include this module's change.
+        """Return a new weight `(out, in)` and bias that include this module's change: by default its low-rank factors.
 
         Args:
             weight: the weight without it, in fp32 or wider; the caller rounds the result once.
@@ -186,7 +189,10 @@ class AdapterModule(nn.Module):
         Raises:
             MergeUnsupported: the method does not change weights.
         """
-        raise MergeUnsupported(f"{type(self).__name__} cannot be merged into a weight")
+        factors = self.low_rank_factors()
+        if factors is None:
+            raise MergeUnsupported(f"{type(self).__name__} cannot be merged into a weight")
+        return add_low_rank(weight, *factors), bias
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return `(A (r, in), B (out, r), scale)` if this module computes `y + scale · B A x` now, else None.
@@ -213,8 +219,8 @@ class AdapterModule(nn.Module):
         """Restore what `extra_state` returned, after the file's tensors were loaded."""
 
     def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters that train: all of them, unless a method freezes some."""
-        return self.parameters()
+        """Return the parameters that train."""
+        return [p for n, p in self.named_parameters() if n not in self.frozen_names]
 
     def lr_multipliers(self) -> dict[str, float]:
         """Return factors on the learning rate, by parameter name; parameters that are not listed have factor 1."""

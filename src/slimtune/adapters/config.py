@@ -25,6 +25,8 @@ from .registry import config_class
 from .targets import get_pattern_value
 
 CONFIG_FILE = "adapter_config.json"
+BIAS_HELP = "which biases of the base train too: none, all, or only those of adapted layers"
+FAN_IN_FAN_OUT_HELP = "the base stores weights as (in, out); set automatically for Conv1D"
 
 
 class TaskType(StrEnum):
@@ -253,6 +255,9 @@ def _restore(cls: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
 class TargetedConfig(PeftConfig):
     """The fields of methods that change chosen layers."""
 
+    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = DEFAULT_TARGETS
+    """The default targets by `model_type`: PEFT's for LoRA, unless a method has its own."""
+
     target_modules: list[str] | str | None = setting(
         None,
         'names or dotted suffixes of modules, a regular expression for the full name (a string), or "all-linear": '
@@ -273,12 +278,7 @@ class TargetedConfig(PeftConfig):
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return PEFT's choice for the model's architecture, None where it has none."""
-        return self.targets_by_architecture().get(model_type(model))
-
-    @classmethod
-    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
-        """Return the default targets by `model_type`: LoRA's, unless a method overrides this."""
-        return DEFAULT_TARGETS
+        return self.architecture_targets.get(model_type(model))
 
     def check(self) -> None:
         """Check that the fields that choose layers fit one another."""

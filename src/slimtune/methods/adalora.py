@@ -50,6 +50,7 @@ class AdaLoraConfig(TargetedConfig):
 
     name: ClassVar[str] = "adalora"
     learning_rate: ClassVar[float] = 5e-3
+    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = _TARGETS
     unsupported_peft_fields: ClassVar[dict[str, Any]] = {
         **LoraConfig.unsupported_peft_fields,
         **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False),
@@ -91,11 +92,6 @@ class AdaLoraConfig(TargetedConfig):
         True, "True: normal A and B with std 0.02, zero E; False: all normal with std 1, for tests"
     )
     r: int = setting(8, "not used, as in PEFT: init_r is the rank")
-
-    @classmethod
-    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
-        """Return LoRA's default targets, with more of them in some encoders."""
-        return _TARGETS
 
     def check(self) -> None:
         """Check that ranks can shrink, and that the schedule has steps in which they do."""

@@ -52,6 +52,9 @@ class IA3Config(TargetedConfig):
     name: ClassVar[str] = "ia3"
     extension_fields: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar[float] = 1e-2
+    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = {
+        kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()
+    }
     short_names: ClassVar[dict[str, str]] = {"targets": "target_modules", "feedforward": "feedforward_modules"}
 
     feedforward_modules: list[str] | str | None = setting(
@@ -70,11 +73,6 @@ class IA3Config(TargetedConfig):
             self.require(
                 not unknown, "feedforward_modules", f"names from target_modules: {format_names(self.target_modules)}"
             )
-
-    @classmethod
-    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
-        """Return the layers of both kinds together."""
-        return {kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()}
 
     def infer_from_model(self, model: Any) -> None:
         """Fill in PEFT's choice of feed-forward layers if none is given."""

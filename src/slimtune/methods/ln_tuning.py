@@ -49,13 +49,9 @@ class LNTuningConfig(TargetedConfig):
     name: ClassVar[str] = "ln_tuning"
     extension_fields: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar[float] = 5e-3
+    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = NORMS
     kinds: ClassVar[tuple[SiteKind, ...]] = ("norm",)
     short_names: ClassVar[dict[str, str]] = {"targets": "target_modules"}
-
-    @classmethod
-    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
-        """Return the default norms by architecture."""
-        return NORMS
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
         """Return PEFT's choice for the architecture, else every norm."""

@@ -27,6 +27,7 @@ class ShiraConfig(TargetedConfig):
 
     name: ClassVar[str] = "shira"
     learning_rate: ClassVar[float] = 1e-3
+    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
     extension_fields: ClassVar[frozenset[str]] = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "seed": "random_seed", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"r": 16, "target_modules": "all-linear"}
@@ -40,11 +41,6 @@ class ShiraConfig(TargetedConfig):
     random_seed: int | None = setting(None, "seed of the random positions; None: torch's default, the same each time")
     fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
     init_weights: bool = setting(True, "start at zero; False: normal random entries, for tests")
-
-    @classmethod
-    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
-        """Return LoRA's targets, with fewer for Phi."""
-        return {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
 
     def build(self, site: Site) -> AdapterModule:
         """Return the sparse update at `site`."""

@@ -33,6 +33,7 @@ class VeraConfig(TargetedConfig):
     name: ClassVar[str] = "vera"
     extension_fields: ClassVar[frozenset[str]] = frozenset(["exclude_modules"])
     learning_rate: ClassVar[float] = 1e-2
+    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
     short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "vera_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
 
@@ -50,11 +51,6 @@ class VeraConfig(TargetedConfig):
         "none", 'which biases of the base train too; "vera_only": those of adapted layers'
     )
     init_weights: bool = setting(True, "True: λ_b zero, λ_d d_initial; False: λ_b one, λ_d normal, for tests")
-
-    @classmethod
-    def targets_by_architecture(cls) -> Mapping[str | None, list[str]]:
-        """Return LoRA's targets, with fewer for Phi."""
-        return {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the backbone, where A and B are stored."""
