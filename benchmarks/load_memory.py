@@ -42,7 +42,7 @@ def work(base: str, dtype: str) -> None:
     from slimtune.models.loader import load_base
     from slimtune.train_step.loss import forward_backward, make_collator, move_to_device
     from slimtune.train_step.optimizer import build_optimizer
-    from slimtune.utils.memory import disable_malloc_trim
+    from slimtune.utils.device import disable_malloc_trim
 
     def said(phase: str) -> None:
         print(phase, flush=True)

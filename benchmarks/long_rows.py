@@ -32,7 +32,7 @@ from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.planner import make_plan
 from slimtune.planning.request import PlanRequest, TrainingJob
-from slimtune.utils.simulated_device import simulate_device
+from slimtune.utils.device import simulate_device
 
 MOST, LONGEST, OFF = 19e9, 160_000, 0.5
 TILE = 4096

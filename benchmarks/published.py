@@ -46,7 +46,7 @@ from slimtune.planning.memory_tracker import MemoryTracker
 from slimtune.planning.planner import CUBLAS_WORKSPACES, allocator_range, reserved_memory
 from slimtune.planning.request import TrainingJob
 from slimtune.planning.result import Range
-from slimtune.utils.simulated_device import simulate_device
+from slimtune.utils.device import simulate_device
 
 POINTS = Path(__file__).parent / "data" / "memory_points.json"
 MEAN, WORST, INSIDE = 1.0, 3.0, 90.0

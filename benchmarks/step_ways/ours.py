@@ -27,7 +27,7 @@ from slimtune.attention.register import LAYOUT_KWARG, empty_mask, packed_attenti
 from slimtune.data.collator import Collator
 from slimtune.models.loader import load_base
 from slimtune.train_step.loss import auto_micro_batch_tokens, make_collator, step_loss
-from slimtune.utils.memory import disable_malloc_trim
+from slimtune.utils.device import disable_malloc_trim
 
 OFF = {
     "ours": (),

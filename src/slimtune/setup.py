@@ -29,8 +29,8 @@ from .train_step.loss import auto_micro_batch_tokens, check_packing_supported, m
 from .train_step.memory_savings import apply_memory_savings
 from .utils import distributed
 from .utils.calibration import ROWS, collect_layer_inputs
+from .utils.device import disable_malloc_trim
 from .utils.linear_layers import is_quantized
-from .utils.memory import disable_malloc_trim
 
 
 @dataclass

@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from slimtune.data.dataset import InvalidRow, Row, open_rows, read_rows
 from slimtune.errors import DataError, UsageError
-from slimtune.utils.dataset_id import parse_dataset_id
+from slimtune.utils.files import parse_dataset_id
 
 TEXT = {"text": "Größe 🙂"}
 ROWS = [{"instruction": f"Define {i}, please", "output": f"Größe\n{i} 嘘"} for i in range(5)]

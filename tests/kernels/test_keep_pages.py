@@ -6,11 +6,11 @@ from unittest.mock import patch
 
 import pytest
 
-from slimtune.utils.memory import disable_malloc_trim
+from slimtune.utils.device import disable_malloc_trim
 
 TAKE = """
 import resource, sys, torch
-from slimtune.utils.memory import disable_malloc_trim
+from slimtune.utils.device import disable_malloc_trim
 if sys.argv[1] == "keeping":
     assert disable_malloc_trim() and disable_malloc_trim()
 

@@ -28,8 +28,8 @@ from slimtune.planning.request import TrainingJob
 from slimtune.train_step.loss import forward_backward, make_collator, token_nll
 from slimtune.train_step.memory_savings import apply_memory_savings
 from slimtune.train_step.optimizer import build_optimizer
+from slimtune.utils.device import simulate_device
 from slimtune.utils.linear_layers import get_weight, is_quantized
-from slimtune.utils.simulated_device import simulate_device
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

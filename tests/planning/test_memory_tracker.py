@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _disable_current_modes
 
 from slimtune.planning.memory_tracker import MemoryTracker
-from slimtune.utils.simulated_device import host_allocation
+from slimtune.utils.device import host_allocation
 
 KB = 1024  # bytes of 256 numbers in fp32
 

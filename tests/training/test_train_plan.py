@@ -19,7 +19,7 @@ from slimtune.planning.planner import make_plan
 from slimtune.planning.request import build_request
 from slimtune.training.memory_probe import Probe
 from slimtune.training.train import train
-from slimtune.utils.memory import peak_memory, reset_peak_memory
+from slimtune.utils.device import peak_memory, reset_peak_memory
 
 
 def planned(recipe, lengths):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..utils.simulated_device import device_type, is_simulated
+from ..utils.device import device_type, is_simulated
 
 BLOCK = 128
 MIN_FLEX_TOKENS = 256

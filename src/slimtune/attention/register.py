@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
-from ..utils.simulated_device import device_type, is_simulated
+from ..utils.device import device_type, is_simulated
 from .packed_attention import (
     MAX_SEGMENT_TOKENS,
     attend_by_segment,

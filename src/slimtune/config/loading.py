@@ -13,7 +13,7 @@ import yaml
 from yaml.composer import ComposerError
 
 from ..errors import RecipeError, UsageError, nearest
-from ..utils.dataset_id import parse_dataset_id
+from ..utils.files import parse_dataset_id
 from .aliases import rename_settings
 from .errors import format_value
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from ..errors import ConfigError, RecipeError, nearest
 from ..methods import config_class
-from ..utils.dataset_id import parse_dataset_id
+from ..utils.files import parse_dataset_id
 from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, format_value, raise_errors
 from .loading import expand, read_override, read_tree, resolve_paths, set_field

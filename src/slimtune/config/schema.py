@@ -159,9 +159,9 @@ class TrainSettings(Section):
         None, "evaluations without improvement before the run stops; null: never", ge=1
     )
     logging_steps: int = setting(1, "optimizer steps between lines of metrics", ge=1)
-    report_to: list[
-        Literal["clearml", "comet_ml", "mlflow", "neptune", "swanlab", "tensorboard", "trackio", "wandb"]
-    ] = setting([], "experiment trackers")
+    report_to: list[Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]] = setting(
+        [], "experiment trackers"
+    )
 
 
 @dataclass(frozen=True)

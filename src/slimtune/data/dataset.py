@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError, UsageError, format_names, nearest
-from ..utils.dataset_id import parse_dataset_id
+from ..utils.files import parse_dataset_id
 from .formats import FORMATS, InvalidRow, Row, check_format, detect_format, parse_record, rename_columns
 from .readers import READERS, Located, read_hf_dataset, shorten
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..utils.simulated_device import host_allocation
+from ..utils.device import host_allocation
 
 MIN_BYTES = 1 << 16
 """Smaller tensors stay where they are."""

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
-from ..utils.simulated_device import device_type
+from ..utils.device import device_type
 
 BLOCK_SIZE, MIN_8BIT_VALUES = 256, 4096
 

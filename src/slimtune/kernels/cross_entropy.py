@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..utils.simulated_device import device_type
+from ..utils.device import device_type
 
 CHUNK, CHUNK_ON_GPU = 1 << 24, 1 << 25
 """Logits per chunk. With smaller chunks a GPU waits for reading the head's weight."""

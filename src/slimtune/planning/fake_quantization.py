@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, UsageError, format_names, nearest
 from ..models.quantization import STORED, has_double_quantization, stored_quantization
+from ..utils.device import device_type
 from ..utils.linear_layers import layer_sizes
-from ..utils.simulated_device import device_type
 
 BLOCK, SCALE_BLOCK = 64, 256
 OUTLIER = 6.0

@@ -12,9 +12,9 @@ import torch
 
 from ..errors import UsageError, nearest
 from ..models.dtype import VENDOR_DEVICES, pick_device
+from ..utils.device import free_memory
 from ..utils.distributed import local_world_size
 from ..utils.formatting import format_bytes
-from ..utils.memory import free_memory
 
 GIB = 1 << 30
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30,

@@ -22,7 +22,7 @@ from ..models.lm_head import get_lm_head
 from ..setup import build_meta_model
 from ..train_step.loss import forward_backward, make_collator, token_nll
 from ..train_step.optimizer import build_optimizer
-from ..utils.simulated_device import simulate_device
+from ..utils.device import simulate_device
 from .fake_tensors import all_tensors, fake_mode, make_fake
 from .memory_tracker import MemoryTracker
 from .request import TrainingJob

@@ -20,8 +20,8 @@ from ..errors import ModelError
 from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
 from ..models.lm_head import LMHead, get_hidden_states, get_lm_head
+from ..utils.device import free_memory
 from ..utils.distributed import is_sharded
-from ..utils.memory import free_memory
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1024, 8192
 """Tokens in a micro-batch above which more tokens do not compute faster."""

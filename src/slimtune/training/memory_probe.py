@@ -13,8 +13,8 @@ from ..attention.register import packed_attention
 from ..data.collator import Collator, Example
 from ..kernels.dropout import preserve_rng_state
 from ..train_step.loss import forward_backward, move_to_device
+from ..utils.device import peak_memory, reset_peak_memory
 from ..utils.formatting import format_bytes
-from ..utils.memory import peak_memory, reset_peak_memory
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ import torch
 from ..data.collator import Collator, Example
 from ..errors import RunError, is_out_of_memory
 from ..kernels.dropout import get_rng_states, set_rng_states
+from ..utils.device import peak_memory, release_cached_memory
 from ..utils.formatting import format_bytes
-from ..utils.memory import peak_memory, release_cached_memory
 
 T = TypeVar("T")
 EVENT = "out of memory"

@@ -18,8 +18,8 @@ from ..config import Recipe
 from ..errors import UsageError, format_names
 from ..run_dir import RunDir
 from ..utils import distributed
+from ..utils.device import memory_in_use
 from ..utils.formatting import format_bytes, format_duration
-from ..utils.memory import memory_in_use
 
 if TYPE_CHECKING:
     from .loop import TrainingState

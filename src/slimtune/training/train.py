@@ -39,9 +39,9 @@ from ..setup import (
 )
 from ..train_step.memory_savings import compile_layers, enable_activation_checkpointing
 from ..utils import distributed
+from ..utils.device import peak_memory
 from ..utils.files import translate_disk_full, write_atomic
 from ..utils.formatting import format_bytes, format_count
-from ..utils.memory import peak_memory
 from . import checkpoint
 from .fsdp import apply_fsdp
 from .loop import TrainingLoop

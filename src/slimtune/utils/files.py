@@ -1,7 +1,8 @@
-"""Write files atomically: temporary file, fsync, rename. A reader sees the old file or the new one."""
+"""Write files atomically (temporary file, fsync, rename: a reader sees the old file or the new one); dataset paths."""
 
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 from ..errors import RunError, is_disk_full
 from .formatting import format_bytes
 
-_OTHER_DISK = "give a folder on another disk"
+_DATASET_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
+_FILE_NAME = re.compile(r"\.(jsonl?|ndjson|csv|tsv|parquet|txt|gz|zst|zip|arrow|xlsx?|ya?ml|jinja)$", re.IGNORECASE)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -85,8 +87,8 @@ def atomic_folder(path: Path, needed: int = 0) -> Iterator[Path]:
 
 
 @contextmanager
-def translate_disk_full(path: Path, needed: int | None = None, fix: str = _OTHER_DISK) -> Iterator[None]:
-    """Turn "no space left on device" into a RunError that gives the free and the needed bytes."""
+def translate_disk_full(path: Path, needed: int | None = None, fix: str = "") -> Iterator[None]:
+    """Turn "no space left on device" into `disk_full_error`."""
     try:
         yield
     except Exception as e:
@@ -95,11 +97,23 @@ def translate_disk_full(path: Path, needed: int | None = None, fix: str = _OTHER
         raise disk_full_error(path, needed, fix) from e
 
 
-def disk_full_error(path: Path, needed: int | None = None, fix: str = _OTHER_DISK) -> RunError:
-    """Return the error for a file or folder that could not be written to a full disk."""
+def disk_full_error(path: Path, needed: int | None = None, fix: str = "") -> RunError:
+    """Return the error for a file or folder that could not be written to a full disk, with the free and needed bytes."""
     free = shutil.disk_usage(path.parent if path.parent.exists() else "/").free
     return RunError(
         f"the disk is full: {path} could not be written ({format_bytes(free)} free)",
         f"{format_bytes(needed)} free" if needed else "more free space",
-        f"free some space, or {fix}",
+        f"free some space, or {fix or 'give a folder on another disk'}",
     )
+
+
+def parse_dataset_id(path: str | Path) -> tuple[str, str | None, str] | None:
+    """Return repository, configuration and split if `path` is a Hub dataset `org/name[/config][:split]`.
+
+    Returns None for the path of a file: a path that exists on this disk is never a dataset of the Hub.
+    """
+    text = str(path)
+    found = _DATASET_ID.fullmatch(text)
+    if found is None or Path(path).exists() or _FILE_NAME.search(text) or Path(text.split("/")[0]).is_dir():
+        return None
+    return found["name"], found["config"], found["split"] or "train"

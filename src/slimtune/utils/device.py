@@ -1,4 +1,4 @@
-"""Memory of a device: how much is free, how much was used, whether an error means it ran out."""
+"""A device's memory: how much is free or in use; and a simulated device, for code that chooses kernels by device."""
 
 import contextlib
 import ctypes
@@ -6,6 +6,9 @@ import functools
 import gc
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,8 @@ from .distributed import local_world_size
 MMAP_MAX, TOP_PAD, TRIM_THRESHOLD = -4, -2, -1
 """Parameters of glibc's mallopt(3)."""
 MALLOC_DEFAULTS = {MMAP_MAX: 1 << 16, TRIM_THRESHOLD: 1 << 17, TOP_PAD: 1 << 17}
+_simulated: ContextVar[str | None] = ContextVar("simulated", default=None)
+_host: ContextVar[bool] = ContextVar("host", default=False)
 
 
 @functools.cache
@@ -40,10 +45,7 @@ def _set_malloc_options(options: dict[int, int]) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on a device.
-
-    CPU memory is shared by the run's processes on this machine, so each gets its part.
-    """
+    """Return the bytes that can still be allocated; the run's processes on a machine share its CPU memory equally."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What torch's allocator has reserved and does not use is free as well.
@@ -60,9 +62,9 @@ def reset_peak_memory(device: torch.device) -> None:
     """Let `peak_memory` count from now on, where the system can do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device, *, reserved: bool = False) -> int:
@@ -91,3 +93,38 @@ def release_cached_memory(device: torch.device) -> None:
         torch.get_device_module(device).empty_cache()
     if _set_malloc_options(MALLOC_DEFAULTS):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextmanager
+def simulate_device(kind: str) -> Iterator[None]:
+    """Choose kernels and chunks as on a device of this kind ("cpu", "cuda", "mps"), wherever the tensors are."""
+    before = _simulated.set(kind)
+    try:
+        yield
+    finally:
+        _simulated.reset(before)
+
+
+def device_type(device: torch.device) -> str:
+    """Return the kind of a device, or of the simulated one."""
+    return _simulated.get() or device.type
+
+
+def is_simulated() -> bool:
+    """Return whether a device is simulated: then nothing is computed, and tensors have only shapes."""
+    return _simulated.get() is not None
+
+
+@contextmanager
+def host_allocation() -> Iterator[None]:
+    """Count what is allocated in the `with` as CPU memory when a device is simulated."""
+    before = _host.set(True)
+    try:
+        yield
+    finally:
+        _host.reset(before)
+
+
+def is_host_allocation() -> bool:
+    """Return whether what is allocated now counts as CPU memory."""
+    return _host.get()
