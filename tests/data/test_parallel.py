@@ -31,6 +31,11 @@ def encoded(rows, processes, tok=TOK):
     return tokenize_dataset(rows, tok, max_seq_len=99, path="a.jsonl", processes=processes)
 
 
+@pytest.fixture
+def no_serial_batches(monkeypatch):
+    monkeypatch.setattr(parallel, "SERIAL_BATCHES", 0)
+
+
 def left():
     """Processes that are still there; Python's own, which looks after what they share, stays."""
     return [c for c in psutil.Process().children() if "resource_tracker" not in " ".join(c.cmdline())]
@@ -46,16 +51,16 @@ def test_several_processes_give_what_one_gives(monkeypatch):
     assert left() == []
 
 
-def test_an_error_in_a_process_is_the_same_error():
+def test_an_error_in_a_process_is_the_same_error(no_serial_batches):
     with pytest.raises(ModelError) as fault:
-        list(parallel_map(refuses, range(9), 2, serial_batches=0))
+        list(parallel_map(refuses, range(9), 2))
     assert str(fault.value) == "got it\n  expected: wanted it\n  hint: fix it"
     assert left() == []
 
 
-def test_a_process_that_dies_is_an_error():
+def test_a_process_that_dies_is_an_error(no_serial_batches):
     with pytest.raises(RunError, match="tokenizes rows died"):
-        list(parallel_map(dies, range(9), 2, serial_batches=0))
+        list(parallel_map(dies, range(9), 2))
     assert left() == []
 
 
@@ -63,9 +68,9 @@ def test_few_batches_start_no_process():
     assert list(parallel_map(lambda batch: batch + os.getpid(), range(16), 2)) == [os.getpid() + i for i in range(16)]
 
 
-def test_batches_are_read_as_they_are_needed():
+def test_batches_are_read_as_they_are_needed(no_serial_batches):
     read = []
-    found = parallel_map(abs, (read.append(i) or i for i in range(99)), 2, serial_batches=0)
+    found = parallel_map(abs, (read.append(i) or i for i in range(99)), 2)
     assert next(found) == 0
     assert len(read) <= 7
     found.close()
@@ -73,9 +78,10 @@ def test_batches_are_read_as_they_are_needed():
 
 KILLED = """
 import sys, time
-from slimtune.data.parallel import parallel_map
+from slimtune.data import parallel
 if __name__ == "__main__":
-    for batch in parallel_map(time.sleep, iter(lambda: 0.1, None), 2, serial_batches=0):
+    parallel.SERIAL_BATCHES = 0
+    for batch in parallel.parallel_map(time.sleep, iter(lambda: 0.1, None), 2):
         print("going", flush=True)
 """
 

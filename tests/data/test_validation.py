@@ -13,9 +13,14 @@ from slimtune.data.dataset import open_rows
 from slimtune.data.packing import pack_sequences
 from slimtune.data.tokenize import BATCH_SIZE, tokenize_dataset
 from slimtune.data.validation import near_duplicates as near
-from slimtune.data.validation.issues import ISSUE_TYPES, SHOWN_LINES, IssueCounter
-from slimtune.data.validation.report import DatasetReport, validate_file
-from slimtune.data.validation.summary import format_issue, raise_if_invalid
+from slimtune.data.validation.report import (
+    ISSUE_TYPES,
+    SHOWN_LINES,
+    DatasetReport,
+    format_issue,
+    raise_if_invalid,
+    validate_file,
+)
 from slimtune.data.validation.text_checks import find_rendered_format, find_text_issues, is_placeholder
 from slimtune.errors import DataError, ModelError, UsageError
 
@@ -270,9 +275,10 @@ def test_repeats_name_the_first():
 
 def test_severity_depends_on_the_share_of_rows():
     for count, severity in ((1, "warning"), (10, "error")):
-        counter = IssueCounter()
-        counter.add("mojibake", range(1, count + 1))
-        (found,) = counter.to_list(100)
+        report = DatasetReport(CHATML, "chat", max_seq_len=9)
+        report.total.rows = 100
+        report.add_issue("mojibake", range(1, count + 1))
+        (found,) = report.to_dict(file="x", model="m")["issues"]
         assert (found["severity"], found["count"]) == (severity, count)
 
 

@@ -77,7 +77,7 @@ def data_report(
 
 def print_report(report: Mapping[str, Any]) -> None:
     """Print a report for people. Supervised text is colored, or between ⟦ and ⟧ where there are no colors."""
-    from ..data.validation.summary import format_issue, format_verdict, report_facts
+    from ..data.validation.report import format_issue, format_verdict, report_facts
 
     screen = console()
     screen.print(f"{report['file']}: {report['format']} rows for {report['model']}")

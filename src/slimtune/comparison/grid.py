@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
-from ..data.validation.summary import raise_if_invalid
+from ..data.validation.report import raise_if_invalid
 from ..errors import DataError, RecipeError, UsageError, format_names
 from ..models.dtype import pick_device
 from ..run_dir import RunDir, read_json, to_json, write_json

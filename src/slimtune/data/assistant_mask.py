@@ -51,16 +51,18 @@ def find_assistant_spans(full: str, messages: Messages, render: Render, special_
     finder = _SpanFinder(full, messages, render, special_tokens)
     spans = [finder.find_turn(i) for i, m in enumerate(messages) if m["role"] == "assistant"]
     for i, message in enumerate(messages):
-        if message["role"] == "tool":
-            finder.check_outside(i, spans)
+        if message["role"] == "tool":  # some templates move the content of a call after its result
+            marked = finder.render(_replace_content(messages, i, MARK + message["content"]))
+            at = common_prefix_length(full, marked) if marked is not None and MARK in marked else 0
+            if any(start < at < end for start, end in spans):
+                raise _moved(f"the chat template writes messages[{i}] (tool) within the turn that called it")
     if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
         raise _unclear("its turns overlap")
     return spans
 
 
-def replace_arguments(call: dict[str, Any], mark: str) -> dict[str, Any]:
-    """Return a tool call with other arguments, as an object or as JSON text like its own."""
-    arguments: Any = {mark: mark}
+def replace_arguments(call: dict[str, Any], arguments: Any) -> dict[str, Any]:
+    """Return a tool call with other arguments, as JSON text if its own are."""
     if isinstance(call["function"]["arguments"], str):
         arguments = json.dumps(arguments)
     return {**call, "function": {**call["function"], "arguments": arguments}}
@@ -82,9 +84,9 @@ class _SpanFinder:
     def find_turn(self, i: int) -> Span:
         """Return the span of assistant message i."""
         full, messages = self.full, self.messages
-        if messages[i].get("tool_calls"):
-            return self._find_calling_turn(i)
         before = self.render(messages[:i], True)
+        if messages[i].get("tool_calls"):
+            return self._find_calling_turn(i, before)
         content, with_mark = messages[i]["content"].strip(), _replace_content(messages, i, MARK)
         if before is not None and full.startswith(before):
             body = len(full) - len(full[len(before) :].lstrip())
@@ -102,18 +104,8 @@ class _SpanFinder:
             raise _unclear(f"messages[{i}] is rendered as nothing")
         return start, self._find_end(with_mark, i, MARK, body_end)
 
-    def check_outside(self, i: int, spans: list[Span]) -> None:
-        """Raise if the result of a tool is inside an assistant's turn: some templates move the content of a call."""
-        marked = self.render(_replace_content(self.messages, i, MARK + self.messages[i]["content"]))
-        if marked is not None and MARK in marked:
-            at = common_prefix_length(self.full, marked)
-            if any(start < at < end for start, end in spans):
-                raise _moved(f"the chat template writes messages[{i}] (tool) within the turn that called it")
-
-    def _find_calling_turn(self, i: int) -> Span:
-        """Return the span of a turn that calls functions."""
+    def _find_calling_turn(self, i: int, before: str | None) -> Span:
         full, messages = self.full, self.messages
-        before = self.render(messages[:i], True)
         marked = self.render(_replace_content(messages, i, MARK))
         if marked is not None and marked.count(MARK) == 1:
             start = self._find_start(i, marked.split(MARK)[0], before)
@@ -128,15 +120,14 @@ class _SpanFinder:
         return start, end
 
     def _find_calls_end(self, i: int, start: int) -> int:
-        full, messages = self.full, self.messages
-        calls = messages[i]["tool_calls"]
+        full, calls = self.full, self.messages[i]["tool_calls"]
 
         def render_calls(calls: list[Any]) -> str | None:
-            return self.render([{**m, "tool_calls": calls} if j == i else m for j, m in enumerate(messages)])
+            return self.render([{**m, "tool_calls": calls} if j == i else m for j, m in enumerate(self.messages)])
 
         # The other call has the same name and id: some templates repeat the name above the result, and some want ids of
         # nine characters.
-        other = replace_arguments(calls[-1], MARK)
+        other = replace_arguments(calls[-1], {MARK: MARK})
         longer = render_calls([*calls, other])
         if longer is not None and MARK in longer:
             at = common_prefix_length(full, longer)

@@ -4,20 +4,24 @@ The conversation is rendered once and tokenized once. Character spans become a t
 tokenization, so the ids are those of `tokenizer.apply_chat_template` and no token is split. Headers, other roles and
 white space after the end-of-turn token are never supervised. `{% generation %}` marks of a template are used as they
 are; for every other template `assistant_mask` finds the spans.
+
+Templates differ in how they take a tool call: arguments as an object or as JSON text, with an empty content or without
+one. Variants of the messages are rendered until every call is in the text. What no variant shows is an error.
 """
 
+import contextlib
 import itertools
+import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from ..errors import DataError, ModelError
-from .assistant_mask import Span, find_assistant_spans
-from .message_variants import render_complete
+from .assistant_mask import MARK, Span, find_assistant_spans, replace_arguments
 from .messages import Messages
 
 Tools = list[dict[str, Any]] | None
@@ -77,19 +81,19 @@ def render_chat(
         ModelError, DataError: as `encode_chat`.
     """
     template = get_chat_template(tokenizer, tools)
+    special_tokens = special_tokens or special_token_pattern(tokenizer)
     options = {} if tools is None else {"tools": tools}
 
-    def render(some: Messages, generation_prompt: bool) -> str:
+    def render(some: Messages, generation_prompt: bool = False) -> str:
         return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=generation_prompt, **options)
 
     try:
-        messages, text = render_complete(messages, tools, lambda some: render(some, False))
+        messages, text = _render_complete(messages, tools, render)
     except TemplateSyntaxError as error:
         raise ModelError(f"the chat template is not valid Jinja: {error}", hint="repair it") from error
     except TemplateError as error:
         hint = "change the row, or use another chat template (data.chat_template)"
         raise DataError(f"the chat template refuses these messages: {error}", hint=hint) from error
-    special_tokens = special_tokens or special_token_pattern(tokenizer)
     if _GENERATION.search(template):
         spans = _find_generation_spans(tokenizer, messages, options, text, special_tokens)
     else:
@@ -97,12 +101,9 @@ def render_chat(
     if learned is not None:
         turns = [chosen for chosen, m in zip(learned, messages, strict=True) if m["role"] == "assistant"]
         if len(turns) != len(spans):
-            raise ModelError(
-                f"the chat template marks {len(spans)} parts for {len(turns)} assistant turns, so single turns cannot "
-                "be left out",
-                "one {% generation %} block a turn",
-                "use a template without marks (data.chat_template), or learn every turn",
-            )
+            problem = f"the chat template marks {len(spans)} parts for {len(turns)} assistant turns, so single turns "
+            hint = "use a template without marks (data.chat_template), or learn every turn"
+            raise ModelError(f"{problem}cannot be left out", "one {% generation %} block a turn", hint)
         spans = [span for span, chosen in zip(spans, turns, strict=True) if chosen]
     return RenderedText(text, spans)
 
@@ -163,11 +164,9 @@ def get_chat_template(tokenizer: Any, tools: Tools = None) -> str:
         return tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
         several = isinstance(tokenizer.chat_template, dict)
-        raise ModelError(
-            f"this model has {'several chat templates and no default' if several else 'no chat template'}",
-            "one chat template",
-            "give one: data.chat_template: FILE.jinja in the recipe, or --set data.chat_template=FILE.jinja",
-        ) from error
+        problem = f"this model has {'several chat templates and no default' if several else 'no chat template'}"
+        hint = "give one: data.chat_template: FILE.jinja in the recipe, or --set data.chat_template=FILE.jinja"
+        raise ModelError(problem, "one chat template", hint) from error
 
 
 def end_of_turn_ids(tokenizer: Any) -> frozenset[int]:
@@ -198,13 +197,90 @@ def _find_generation_spans(
         **options,
     )
     tokens = zip(out["offset_mapping"], out["assistant_masks"], strict=True)
-    runs = [
-        [offset for offset, _ in run] for marked, run in itertools.groupby(tokens, lambda token: token[1]) if marked
-    ]
     spans = []
-    for run in runs:
-        start, end = run[0][0], run[-1][1]
-        words = text[start:end].rstrip()
-        closed = any(found.end() == len(words) for found in special_tokens.finditer(words))
-        spans.append((start, start + len(words) if closed else end))
+    for marked, run in itertools.groupby(tokens, lambda token: token[1]):
+        if marked:
+            offsets = [offset for offset, _ in run]
+            start, end = offsets[0][0], offsets[-1][1]
+            words = text[start:end].rstrip()
+            closed = any(found.end() == len(words) for found in special_tokens.finditer(words))
+            spans.append((start, start + len(words) if closed else end))
     return spans
+
+
+def _render_complete(messages: Messages, tools: Tools, render: Callable[[Messages], str]) -> tuple[Messages, str]:
+    """Return the variant of the messages that the template renders completely, and its text.
+
+    Raises:
+        DataError: the template leaves out a message, a call or a tool.
+        TemplateError: it refuses every variant.
+    """
+    refusal: TemplateError | TypeError | None = None
+    incomplete: int | None = None
+    for variant in _message_variants(messages):
+        try:
+            text = render(variant)
+            incomplete = _find_missing_call(variant, render)
+        except (TemplateError, TypeError) as error:  # TypeError: `"…" + an object` in a template
+            refusal = refusal or error
+            continue
+        if incomplete is None:
+            _check_complete(variant, tools, text)
+            return variant, text
+    if incomplete is not None:
+        raise _left_out(f"tool calls of messages[{incomplete}]", "them")
+    raise refusal if isinstance(refusal, TemplateError) else TemplateError(str(refusal))
+
+
+def _message_variants(messages: Messages) -> Iterator[Messages]:
+    yield messages
+    if any(m.get("tool_calls") for m in messages):
+        no_content = [
+            {k: v for k, v in m.items() if k != "content" or v} if m.get("tool_calls") else m for m in messages
+        ]
+        yield no_content
+        for variant in (messages, no_content):
+            calls = [[call["function"]["arguments"] for call in m.get("tool_calls", ())] for m in variant]
+            texts = [[json.dumps(arguments, ensure_ascii=False) for arguments in turn] for turn in calls]
+            yield [_replace_all_arguments(m, turn) for m, turn in zip(variant, texts, strict=True)]
+
+
+def _replace_all_arguments(message: dict[str, Any], arguments: list[Any]) -> dict[str, Any]:
+    calls = zip(message.get("tool_calls", ()), arguments, strict=True)
+    return {**message, "tool_calls": list(itertools.starmap(replace_arguments, calls))} if arguments else message
+
+
+def _find_missing_call(messages: Messages, render: Callable[[Messages], str]) -> int | None:
+    """Return the number of a message with a call that the template does not write."""
+    marks = [[f"{MARK}{i}x{k}x" for k, _ in enumerate(m.get("tool_calls", ()))] for i, m in enumerate(messages)]
+    if not any(marks):
+        return None
+    turns = zip(messages, marks, strict=True)
+    text = render([_replace_all_arguments(m, [{mark: mark} for mark in turn]) for m, turn in turns])
+    return next((i for i, turn in enumerate(marks) if any(mark not in text for mark in turn)), None)
+
+
+def _check_complete(messages: Messages, tools: Tools, text: str) -> None:
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and not message.get("tool_calls"):
+            continue  # `find_assistant_spans` checks its content
+        content = message.get("content", "").strip()
+        if content not in text and not (message["role"] == "tool" and _contains_json(text, content)):
+            raise _left_out(f"messages[{i}] ({message['role']})", "that message")
+    for tool in tools or ():
+        if (name := tool["function"]["name"]) not in text:
+            raise _left_out(f"the tool {name!r}", "the tools")
+
+
+def _contains_json(text: str, content: str) -> bool:
+    """Return whether a text contains a tool's result as a JSON string, or as JSON with other white space."""
+    variants = [json.dumps(content, ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
+    if content.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            variants += [json.dumps(json.loads(content), ensure_ascii=ascii) for ascii in (False, True)]
+    return any(variant in text for variant in variants)
+
+
+def _left_out(what: str, remove: str) -> DataError:
+    hint = f"remove {remove}, or use another chat template (data.chat_template)"
+    return DataError(f"the chat template leaves out {what}", hint=hint)

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from ..errors import DataError, UsageError, format_names, nearest
 from ..utils.files import parse_dataset_id
@@ -30,6 +29,8 @@ DETECTION_ROWS = 20
 CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
           "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
+Part = tuple[str | None, Callable[[], Iterator[Located]]]
+"""One file of a data set: its name (None if it is the only one), and a function that reads it from the start."""
 
 
 class RowErrors:
@@ -40,7 +41,6 @@ class RowErrors:
         self.messages: list[str] = []
 
     def add(self, line: int, cause: str, file: str | None = None) -> None:
-        """Add the error of one line."""
         self.messages.append(f"{self.path / file if file else self.path}:{line}: {cause}")
 
     @property
@@ -55,24 +55,14 @@ class RowErrors:
             raise DataError("\n".join([*self.messages, *rest]), self.expected, self.hint)
 
 
-class _Part(NamedTuple):
-    """One file of a data set: its name (None if it is the only one), and a function that reads it from the start."""
-
-    file: str | None
-    read: Callable[[], Iterator[Located]]
-
-
 class RowFile:
     """The rows of a file, a folder or a dataset; made by `open_rows`.
 
     Iterating yields `Row | InvalidRow` in the order of the file, each time from the start, in constant memory.
-
-    Args:
-        path: the path given to `open_rows`.
-        format: a name of `FORMATS`; "unknown" if no record can be read.
+    `format` is a name of `FORMATS`, or "unknown" if no record can be read.
     """
 
-    def __init__(self, path: Path, format: str, columns: Mapping[str, str], parts: list[_Part]) -> None:
+    def __init__(self, path: Path, format: str, columns: Mapping[str, str], parts: list[Part]) -> None:
         self.path, self.format, self._columns, self._parts = path, format, columns, parts
 
     def __iter__(self) -> Iterator[Row | InvalidRow]:
@@ -81,8 +71,7 @@ class RowFile:
                 if isinstance(found, InvalidRow):
                     yield InvalidRow(found.line, found.cause, found.code, file)
                 else:
-                    line, record = found
-                    yield parse_record(rename_columns(record, self._columns), self.format, line, file)
+                    yield parse_record(rename_columns(found[1], self._columns), self.format, found[0], file)
 
     def valid_rows(self) -> Iterator[Row]:
         """Yield the rows.
@@ -137,68 +126,36 @@ def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[s
         raise DataError(f"{path} is empty: it has no row", expected=f"one JSON object per line: {CHAT_EXAMPLE}")
     if len(formats) > 1:
         (one, first), (other, second) = list(formats.items())[:2]
-        raise DataError(
-            f"{path} has files of several formats: {first} is {one}, {second} is {other}",
-            "files of one format",
-            "name one file, or move the others to another folder",
-        )
+        problem = f"{path} has files of several formats: {first} is {one}, {second} is {other}"
+        raise DataError(problem, "files of one format", "name one file, or move the others to another folder")
     return RowFile(path, next(iter(formats), format or "unknown"), columns, parts)
 
 
 def read_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all rows of a data set; the arguments are those of `open_rows`.
-
-    Raises:
-        UsageError: as `open_rows`.
-        DataError: as `open_rows`, or some rows are invalid; the first ten are named with file and line.
-    """
+    """Return all rows of a data set; arguments and errors are those of `open_rows` and `RowFile.valid_rows`."""
     return list(open_rows(path, format=format, columns=columns).valid_rows())
 
 
-def _find_parts(path: Path) -> list[_Part]:
+def _find_parts(path: Path) -> list[Part]:
     if path.is_file():
-        return [_Part(None, _file_reader(path))]
+        return [(None, _make_reader(path))]
     if path.is_dir():
         return _find_folder_parts(path)
     if (dataset := parse_dataset_id(path)) is not None:
-        return [_Part(None, partial(_read_hub_dataset, *dataset))]
-    folder = path.parent
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    missing_folder = "" if folder.is_dir() else f" (there is no folder {folder} either)"
-    raise UsageError(
-        f"no such file: {path}{missing_folder}{nearest(path.name, names)}",
-        f"a file of rows ({', '.join(READERS)}), a folder, or a dataset's id",
-        "check the path of the data",
-    )
+        return [(None, partial(_read_hub_dataset, *dataset))]
+    names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+    missing_folder = "" if path.parent.is_dir() else f" (there is no folder {path.parent} either)"
+    expected = f"a file of rows ({', '.join(READERS)}), a folder, or a dataset's id"
+    raise UsageError(f"no such file: {path}{missing_folder}{nearest(path.name, names)}", expected)
 
 
-def _file_reader(path: Path) -> Callable[[], Iterator[Located]]:
-    suffix = path.suffix.lower()
-    if suffix not in READERS:
-        raise UsageError(
-            f"{path} has the unknown suffix {suffix!r}{nearest(suffix, READERS)}",
-            f"a file of rows: {', '.join(READERS)}",
-            "rename it, or write it in one of these formats",
-        )
-
-    def read() -> Iterator[Located]:
-        try:
-            yield from READERS[suffix](path)
-        except OSError as error:
-            raise UsageError(
-                f"{path} cannot be read: {error.strerror or error}", hint="check its permissions"
-            ) from error
-
-    return read
-
-
-def _find_folder_parts(path: Path) -> list[_Part]:
+def _find_folder_parts(path: Path) -> list[Part]:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
         hint = f"name it: {path / (splits or ['train'])[0]}"
         raise UsageError(f"{path} contains the splits {format_names(splits)}", "one of them", hint)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return [_Part(None, partial(_read_saved_dataset, path))]
+        return [(None, partial(_read_saved_dataset, path))]
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS and not p.name.startswith("."))
     names = format_names(f.name for f in files)
     if not files:
@@ -211,24 +168,37 @@ def _find_folder_parts(path: Path) -> list[_Part]:
     if len({SPLITS[word] for word in first_words if word in SPLITS}) > 1:
         hint = f"name one of its files: {files[-1]}"
         raise UsageError(f"{path} contains several splits: {names}", "training rows apart from test rows", hint)
-    return [_Part(f.name, _file_reader(f)) for f in files]
+    return [(f.name, _make_reader(f)) for f in files]
+
+
+def _make_reader(path: Path) -> Callable[[], Iterator[Located]]:
+    suffix = path.suffix.lower()
+    if suffix not in READERS:
+        problem = f"{path} has the unknown suffix {suffix!r}{nearest(suffix, READERS)}"
+        raise UsageError(problem, f"a file of rows: {', '.join(READERS)}", "rename it, or convert it to one of these")
+
+    def read() -> Iterator[Located]:
+        try:
+            yield from READERS[suffix](path)
+        except OSError as error:
+            problem = f"{path} cannot be read: {error.strerror or error}"
+            raise UsageError(problem, hint="check its permissions") from error
+
+    return read
 
 
 def _read_saved_dataset(path: Path) -> Iterator[Located]:
     from datasets import load_from_disk  # importing it takes seconds, and most data sets are files
 
-    yield from read_hf_dataset(load_from_disk(str(path)))
+    return read_hf_dataset(load_from_disk(str(path)))
 
 
 def _read_hub_dataset(name: str, config: str | None, split: str) -> Iterator[Located]:
     from datasets import load_dataset
 
     try:
-        dataset = load_dataset(name, config, split=split)
+        return read_hf_dataset(load_dataset(name, config, split=split))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(
-            f"there is no file {name!r}, and it cannot be loaded from the Hub: {shorten(str(error), 300)}",
-            "a file, a folder, or a dataset as org/name, org/name:split or org/name/config:split",
-            "check the name and the connection",
-        ) from error
-    yield from read_hf_dataset(dataset)
+        problem = f"there is no file {name!r}, and it cannot be loaded from the Hub: {shorten(str(error), 300)}"
+        expected = "a file, a folder, or a dataset as org/name, org/name:split or org/name/config:split"
+        raise UsageError(problem, expected, "check the name and the connection") from error

@@ -1,4 +1,4 @@
-"""The formats of a row, each recognized by its columns, and how a row of each becomes a `Row`.
+"""The formats of a row, each recognized by its columns, and how a record of each becomes a `Row`.
 
     chat                messages [, tools]
     instruction         instruction, output [, input, system]           → chat
@@ -17,17 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, UsageError, format_names, nearest
-from .messages import (
-    Messages,
-    RowError,
-    convert_sharegpt,
-    require_assistant,
-    require_list,
-    require_text,
-    validate_messages,
-)
+from .messages import Messages, RowError, convert_sharegpt, require_list, require_text, validate_messages
 
 Record = Mapping[str, Any]
+Fields = dict[str, Any]
+"""Fields of `Row`."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +35,7 @@ class Row:
         learned: for each message whether it is learned; None: every assistant turn is.
         prompt: the text before the completion; it is not learned.
         completion: the text that is learned.
-        chosen: the better answer of a preference pair: messages or a text.
-        rejected: the worse answer.
+        chosen, rejected: the better and the worse answer of a preference pair, messages or a text.
         file: the name of the file, if rows come from several.
     """
 
@@ -59,14 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class InvalidRow:
-    """A row that cannot be used.
-
-    Args:
-        line: as for `Row`.
-        cause: what is wrong, for people.
-        code: the kind of error, in kebab case.
-        file: as for `Row`.
-    """
+    """A row that cannot be used: what is wrong, and the kind of error in kebab case; `line` and `file` as for `Row`."""
 
     line: int
     cause: str
@@ -74,18 +60,17 @@ class InvalidRow:
     file: str | None = None
 
 
-def _read_chat(record: Record) -> dict[str, Any]:
-    messages, learned = validate_messages(record["messages"])
-    return _chat_fields(messages, learned, record)
+def _read_chat(record: Record) -> Fields:
+    return _chat_fields(record, *validate_messages(record["messages"]))
 
 
-def _read_sharegpt(record: Record) -> dict[str, Any]:
-    system = [{"role": "system", "content": s}] if (s := record.get("system")) else []
-    messages, learned = validate_messages([*system, *convert_sharegpt(record["conversations"])], "conversations")
-    return _chat_fields(messages, learned, record)
+def _read_sharegpt(record: Record) -> Fields:
+    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+    messages = [*system, *convert_sharegpt(record["conversations"])]
+    return _chat_fields(record, *validate_messages(messages, "conversations"))
 
 
-def _read_instruction(record: Record) -> dict[str, Any]:
+def _read_instruction(record: Record) -> Fields:
     instruction = require_text(record["instruction"], "'instruction'")
     given = require_text(record.get("input") or "", "'input'", allow_empty=True)
     messages = [
@@ -97,7 +82,7 @@ def _read_instruction(record: Record) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def _read_prompt_completion(record: Record) -> dict[str, Any]:
+def _read_prompt_completion(record: Record) -> Fields:
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         completion = require_text(completion, "'completion'")
@@ -106,30 +91,28 @@ def _read_prompt_completion(record: Record) -> dict[str, Any]:
         raise RowError("'prompt' and 'completion' are a text and a list: wanted two texts or two lists", "wrong-type")
     before, _ = validate_messages(prompt, "prompt", needs_assistant=False)
     after, learned = validate_messages(completion, "completion")
-    return _chat_fields(before + after, (False,) * len(before) + learned, record)
+    return _chat_fields(record, before + after, (False,) * len(before) + learned)
 
 
-def _read_text(record: Record) -> dict[str, Any]:
+def _read_text(record: Record) -> Fields:
     return {"messages": [], "completion": require_text(record["text"], "'text'")}
 
 
-def _read_preference(record: Record) -> dict[str, Any]:
-    def read_answer(column: str) -> Messages | str:
-        value = record[column]
-        return require_text(value, f"{column!r}") if isinstance(value, str) else validate_messages(value, column)[0]
-
-    answers = {column: read_answer(column) for column in ("chosen", "rejected")}
+def _read_preference(record: Record) -> Fields:
+    fields: Fields = {"messages": []}
+    for column in ("chosen", "rejected"):
+        value, text = record[column], isinstance(record[column], str)
+        fields[column] = require_text(value, f"{column!r}") if text else validate_messages(value, column)[0]
     prompt = record.get("prompt")
     if isinstance(prompt, list):
-        messages, _ = validate_messages(prompt, "prompt", needs_assistant=False)
-        return {"messages": messages, "tools": _read_tools(record), **answers}
-    return {"messages": [], "prompt": None if prompt is None else require_text(prompt, "'prompt'"), **answers}
+        fields["messages"], _ = validate_messages(prompt, "prompt", needs_assistant=False)
+        return fields | {"tools": _read_tools(record)}
+    return fields if prompt is None else fields | {"prompt": require_text(prompt, "'prompt'")}
 
 
-def _chat_fields(messages: Messages, learned: tuple[bool, ...], record: Record) -> dict[str, Any]:
-    require_assistant(messages)
-    default = tuple(m["role"] == "assistant" for m in messages)
-    return {"messages": messages, "learned": None if learned == default else learned, "tools": _read_tools(record)}
+def _chat_fields(record: Record, messages: Messages, learned: tuple[bool, ...]) -> Fields:
+    every_turn = tuple(m["role"] == "assistant" for m in messages)
+    return {"messages": messages, "learned": None if learned == every_turn else learned, "tools": _read_tools(record)}
 
 
 def _read_tools(record: Record) -> list[dict[str, Any]] | None:
@@ -150,7 +133,7 @@ class Format:
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    read: Callable[[Record], dict[str, Any]]
+    read: Callable[[Record], Fields]
 
 
 FORMATS = {
@@ -186,30 +169,25 @@ def rename_columns(record: Record, columns: Mapping[str, str]) -> Record:
 def check_format(format: str | None, columns: Mapping[str, str]) -> None:
     """Raise UsageError for an unknown format, or for a role of `--column` that the format does not have."""
     if format is not None and format not in FORMATS:
-        raise UsageError(
-            f"there is no data format {format!r}{nearest(format, FORMATS)}",
-            f"one of {format_names(FORMATS)}",
-            "see docs/data.md",
-        )
+        problem = f"there is no data format {format!r}{nearest(format, FORMATS)}"
+        raise UsageError(problem, f"one of {format_names(FORMATS)}", "see docs/data.md")
     formats = FORMATS.values() if format is None else [FORMATS[format]]
     roles = list(dict.fromkeys(column for f in formats for column in (*f.required, *f.optional)))
-    for role in columns:
+    for role, column in columns.items():
         if role not in roles:
-            raise UsageError(
-                f"--column {role}={columns[role]}: {role!r} is not a column of "
-                f"{f'the format {format}' if format else 'any format'}{nearest(role, roles)}",
-                f"ROLE=COLUMN, with a role of {format_names(roles, most=20)}",
-            )
+            owner = f"the format {format}" if format else "any format"
+            problem = f"--column {role}={column}: {role!r} is not a column of {owner}{nearest(role, roles)}"
+            raise UsageError(problem, f"ROLE=COLUMN, with a role of {format_names(roles, most=20)}")
 
 
 def detect_format(path: Path, records: Iterable[Record], columns: Mapping[str, str], format: str | None = None) -> str:
-    """Return the format of a file from its first records.
+    """Return the format of a file from its first records; if it is given, only the renamed columns are checked.
 
     Args:
         path: the file, for error messages.
         records: the first records.
         columns: renamed columns: role → column.
-        format: the format, if it is known; then only the columns are checked.
+        format: the format, if it is known.
 
     Raises:
         UsageError: no record has a renamed column.
@@ -219,26 +197,22 @@ def detect_format(path: Path, records: Iterable[Record], columns: Mapping[str, s
     present = list(dict.fromkeys(key for record in records for key in record))
     for role, column in columns.items():
         if column not in present:
-            raise UsageError(
-                f"--column {role}={column}: {path} has no column {column!r}{nearest(column, present)}",
-                f"one of {format_names(present)}",
-            )
+            problem = f"--column {role}={column}: {path} has no column {column!r}{nearest(column, present)}"
+            raise UsageError(problem, f"one of {format_names(present)}")
     if format is not None:
         return format
     present = list(dict.fromkeys(key for record in records for key in rename_columns(record, columns)))
     fitting = [name for name, f in FORMATS.items() if set(f.required) <= set(present)]
     if len(fitting) == 1:
         return fitting[0]
-    expected = "; ".join(f"{name}: {', '.join(f.required)}" for name, f in FORMATS.items())
-    expected = f"the columns of one format ({expected})"
+    columns_of_formats = "; ".join(f"{name}: {', '.join(f.required)}" for name, f in FORMATS.items())
+    expected = f"the columns of one format ({columns_of_formats})"
     if fitting:
-        found = f"{path} may be {' or '.join(fitting)}: its rows have {format_names(present)}"
-        raise DataError(found, expected, f"--format {fitting[0]}, or another of them")
+        problem = f"{path} may be {' or '.join(fitting)}: its rows have {format_names(present)}"
+        raise DataError(problem, expected, f"--format {fitting[0]}, or another of them")
     required = [column for f in FORMATS.values() for column in f.required]
     close = [(column, difflib.get_close_matches(column, required, 1, 0.7)) for column in present]
     hints = "".join(f"; did you mean {match[0]!r} for {column!r}?" for column, match in close if match)
-    raise DataError(
-        f"{path} has no known format: its rows have {format_names(present) or 'no columns'}{hints}",
-        expected,
-        "name its columns: --column messages=COLUMN, or --column instruction=COLUMN --column output=COLUMN …",
-    )
+    problem = f"{path} has no known format: its rows have {format_names(present) or 'no columns'}{hints}"
+    hint = "name its columns: --column messages=COLUMN, or --column instruction=COLUMN --column output=COLUMN …"
+    raise DataError(problem, expected, hint)

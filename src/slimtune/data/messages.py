@@ -30,12 +30,7 @@ SHAREGPT_ROLES = {
 
 
 class RowError(ValueError):
-    """A row is invalid.
-
-    Args:
-        cause: what is wrong, for people.
-        code: the kind of error, in kebab case.
-    """
+    """A row is invalid: the cause, for people, and the kind of error as a `code` in kebab case."""
 
     def __init__(self, cause: str, code: str) -> None:
         super().__init__(cause)
@@ -55,34 +50,28 @@ def validate_messages(
     Raises:
         RowError: the first error of the row.
     """
-    messages, learned = [], []
-    for i, message in enumerate(require_list(value, column)):
-        messages.append(_validate_message(message, f"{column}[{i}]"))
-        learned.append(_is_learned(message, f"{column}[{i}]"))
-    if needs_assistant:
-        require_assistant(messages)
-        if not any(learned):
-            raise RowError("every assistant turn has weight 0, so there is nothing to learn", "nothing-to-learn")
-    return messages, tuple(learned)
+    given = [(f"{column}[{i}]", message) for i, message in enumerate(require_list(value, column))]
+    messages = [_validate_message(message, name) for name, message in given]
+    learned = tuple(_is_learned(message, name) for name, message in given)
+    if needs_assistant and not any(learned):
+        if not any(m["role"] == "assistant" for m in messages):
+            roles = format_names(m["role"] for m in messages) or "none"
+            cause = f"has no assistant turn, so there is nothing to learn (roles here: {roles})"
+            raise RowError(cause, "no-assistant-turn")
+        raise RowError("every assistant turn has weight 0, so there is nothing to learn", "nothing-to-learn")
+    return messages, learned
 
 
 def _validate_message(message: Any, name: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise RowError(f"{name} is not an object but {json_type(message)}", "wrong-type")
-    role, calls = message.get("role"), message.get("tool_calls")
-    for key in ("role", "content"):
-        if key == "content" and role == "assistant" and calls and message.get(key) is None:
-            continue  # tool calls without a text
-        if key not in message:
-            raise RowError(f"{name} has no {key!r}{nearest(key, message)}", "missing-key")
-        if not isinstance(message[key], str):
-            raise RowError(f"{name}.{key} is not a string but {json_type(message[key])}", "wrong-type")
+    require_strings(message, ("role",), name)
+    role, calls = message["role"], message.get("tool_calls")
+    if role != "assistant" or not calls or message.get("content") is not None:  # calls need no text
+        require_strings(message, ("content",), name)
     if role not in MESSAGE_KEYS:
-        known = f"{nearest(str(role), MESSAGE_KEYS)} (known: {format_names(MESSAGE_KEYS)})"
+        known = f"{nearest(role, MESSAGE_KEYS)} (known: {format_names(MESSAGE_KEYS)})"
         raise RowError(f"{name} has the unknown role {role!r}{known}", "unknown-role")
-    keys = MESSAGE_KEYS[role]
-    if unknown := [k for k in message if k not in keys and message[k] is not None]:
-        known = f"(known: {format_names(keys)})"
+    if unknown := [k for k, v in message.items() if k not in MESSAGE_KEYS[role] and v is not None]:
+        known = f"(known: {format_names(MESSAGE_KEYS[role])})"
         raise RowError(f"{name} has keys that are not used: {format_names(unknown)} {known}", "unknown-key")
     content = message.get("content") or ""
     if not content.strip() and not calls and role != "tool":  # a tool may return an empty text
@@ -109,9 +98,7 @@ def _validate_tool_call(call: Any, name: str) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise RowError(f"{name}.arguments is not an object but {json_type(arguments)}", "bad-tool-call")
     valid = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    if call.get("id") is not None:
-        valid["id"] = require_text(call["id"], f"{name}.id")
-    return valid
+    return valid if call.get("id") is None else valid | {"id": require_text(call["id"], f"{name}.id")}
 
 
 def _is_learned(message: dict[str, Any], name: str) -> bool:
@@ -137,15 +124,9 @@ def convert_sharegpt(value: Any, column: str = "conversations") -> Messages:
 
 
 def _convert_turn(turn: Any, name: str) -> dict[str, Any]:
-    if not isinstance(turn, dict):
-        raise RowError(f"{name} is not an object but {json_type(turn)}", "wrong-type")
-    if "role" in turn and "from" not in turn:
+    if isinstance(turn, dict) and "role" in turn and "from" not in turn:
         return turn
-    for key in ("from", "value"):
-        if key not in turn:
-            raise RowError(f"{name} has no {key!r}{nearest(key, turn)}", "missing-key")
-        if not isinstance(turn[key], str):
-            raise RowError(f"{name}.{key} is not a string but {json_type(turn[key])}", "wrong-type")
+    require_strings(turn, ("from", "value"), name)
     speaker, rest = turn["from"], {k: v for k, v in turn.items() if k not in ("from", "value")}
     if speaker not in SHAREGPT_ROLES:
         known = f"{nearest(speaker, SHAREGPT_ROLES)} (known: {format_names(SHAREGPT_ROLES, most=20)})"
@@ -156,21 +137,19 @@ def _convert_turn(turn: Any, name: str) -> dict[str, Any]:
     return {"role": SHAREGPT_ROLES[speaker], "content": turn["value"], **rest}
 
 
-def require_assistant(messages: Messages) -> None:
-    """Raise RowError if no message is the assistant's."""
-    if not any(m["role"] == "assistant" for m in messages):
-        roles = format_names(m["role"] for m in messages) or "none"
-        raise RowError(
-            f"has no assistant turn, so there is nothing to learn (roles here: {roles})", "no-assistant-turn"
-        )
+def require_strings(value: Any, keys: tuple[str, ...], name: str) -> None:
+    """Raise RowError if a value is not an object, or one of these keys is missing or not a string."""
+    if not isinstance(value, dict):
+        raise RowError(f"{name} is not an object but {json_type(value)}", "wrong-type")
+    for key in keys:
+        if key not in value:
+            raise RowError(f"{name} has no {key!r}{nearest(key, value)}", "missing-key")
+        if not isinstance(value[key], str):
+            raise RowError(f"{name}.{key} is not a string but {json_type(value[key])}", "wrong-type")
 
 
 def require_list(value: Any, name: str) -> list[Any]:
-    """Return a list; tables of text hold lists as JSON.
-
-    Raises:
-        RowError: it is not a list.
-    """
+    """Return a list, which may be given as JSON text as in a CSV file; raise RowError for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(value, name)
     if not isinstance(value, list):
@@ -179,11 +158,7 @@ def require_list(value: Any, name: str) -> list[Any]:
 
 
 def require_text(value: Any, name: str, *, allow_empty: bool = False) -> str:
-    """Return a text.
-
-    Raises:
-        RowError: it is not a text, is blank, or contains half of a character.
-    """
+    """Return a text; raise RowError if it is not a text, is blank, or contains half of a character."""
     if not isinstance(value, str):
         raise RowError(f"{name} is not a string but {json_type(value)}", "wrong-type")
     if not allow_empty and not value.strip():
@@ -194,14 +169,10 @@ def require_text(value: Any, name: str, *, allow_empty: bool = False) -> str:
 
 
 def parse_json(value: str, name: str, code: str = "bad-json") -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        RowError: it does not parse.
-    """
+    """Return the value of a JSON text; raise RowError if it does not parse."""
     try:
         return json.loads(value)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(f"{name} does not parse as JSON: {value[:80]}", code) from error
 
 

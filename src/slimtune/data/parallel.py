@@ -35,24 +35,17 @@ def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
     return iter(lambda: tuple(itertools.islice(left, size)), ())
 
 
-def parallel_map(
-    function: Callable[[T], R], batches: Iterable[T], processes: int = 1, *, serial_batches: int | None = None
-) -> Iterator[R]:
-    """Yield `function(batch)` for each batch, in order.
+def parallel_map(function: Callable[[T], R], batches: Iterable[T], processes: int = 1) -> Iterator[R]:
+    """Yield `function(batch)` for each batch, in order; batches are read only as they are needed.
 
-    Args:
-        function: must be picklable. Every process imports its module and receives it once.
-        batches: read only as they are needed.
-        processes: how many work at once; 1: only this one.
-        serial_batches: batches that this process maps first; None: `SERIAL_BATCHES`.
+    `function` must be picklable: every process imports its module and receives it once.
 
     Raises:
         RunError: a process died.
         Exception: whatever `function` raises.
     """
     left = iter(batches)
-    serial_batches = SERIAL_BATCHES if serial_batches is None else serial_batches
-    yield from map(function, itertools.islice(left, serial_batches if processes > 1 else None))
+    yield from map(function, itertools.islice(left, SERIAL_BATCHES if processes > 1 else None))
     if (first := next(left, None)) is None:
         return
     # Not fork: a forked process would have the locks of threads that it does not have.
@@ -66,11 +59,9 @@ def parallel_map(
         while running:
             yield running.popleft().result()
     except BrokenProcessPool as error:
-        raise RunError(
-            "a process that tokenizes rows died",
-            "processes that can be started, and memory for them",
-            "in a script of your own, put its code under `if __name__ == '__main__':`",
-        ) from error
+        hint = "in a script of your own, put its code under `if __name__ == '__main__':`"
+        expected = "processes that can be started, and memory for them"
+        raise RunError("a process that tokenizes rows died", expected, hint) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

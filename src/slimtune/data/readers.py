@@ -4,13 +4,13 @@ A reader continues after an invalid line, and has little of the file in memory. 
 `datasets` and Arrow name no line for a malformed row and stop at the first one.
 """
 
-import codecs
 import csv
+import itertools
 import json
-import sys
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import DataError
 from .formats import InvalidRow
@@ -22,6 +22,7 @@ JSON_CHUNK = 1 << 20
 """Characters of a JSON array read at once."""
 TABLE_BATCH = 1024
 """Records of a Parquet file or dataset read at once."""
+_WRONG_BYTE = re.compile("[\udc80-\udcff]")
 
 
 def shorten(value: str, limit: int = 80) -> str:
@@ -30,31 +31,39 @@ def shorten(value: str, limit: int = 80) -> str:
     return value if len(value) <= limit else f"{value[:limit]}… ({len(value)} characters)"
 
 
-def read_jsonl(path: Path) -> Iterator[Located]:
-    """Read one JSON object per line; blank lines are skipped."""
-    with open(path, "rb") as file:
-        for line, raw in enumerate(file, start=1):
-            raw = raw.removeprefix(codecs.BOM_UTF8) if line == 1 else raw
-            if not raw.strip():
-                continue
-            try:
-                text = raw.decode("utf-8")
-                yield _require_object(line, json.loads(text))
-            except UnicodeDecodeError as error:
-                shown = shorten(raw.decode("utf-8", "replace"))
-                yield InvalidRow(line, f"is not UTF-8 at byte {error.start}: {shown}", "not-utf8")
-            except json.JSONDecodeError as error:
-                where = f"({error.msg} at column {error.colno})"
-                yield InvalidRow(line, f"does not parse as JSON {where}: {shorten(text)}", "bad-json")
-            except RecursionError:
-                yield InvalidRow(line, f"does not parse as JSON (too deep): {shorten(text)}", "bad-json")
+def _open_text(path: Path, newline: str = "\n") -> IO[str]:
+    """Open a text file; a byte that is not UTF-8 becomes a surrogate, so that the reader names its line and goes on."""
+    return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _require_object(line: int, value: Any) -> Located:
+def _check_utf8(line: int, text: str) -> InvalidRow | None:
+    if text.isascii() or not (wrong := _WRONG_BYTE.search(text)):
+        return None
+    shown = shorten(text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
+    return InvalidRow(line, f"is not UTF-8 at character {wrong.start() + 1}: {shown}", "not-utf8")
+
+
+def _check_object(line: int, value: Any) -> Located:
     if isinstance(value, dict):
         return line, value
     shown = shorten(json.dumps(value, ensure_ascii=False))
     return InvalidRow(line, f"is not a JSON object but {json_type(value)}: {shown}", "not-an-object")
+
+
+def read_jsonl(path: Path) -> Iterator[Located]:
+    """Read one JSON object per line; blank lines are skipped."""
+    with _open_text(path) as file:
+        for line, text in enumerate(file, start=1):
+            if text.isspace():
+                continue
+            if invalid := _check_utf8(line, text):
+                yield invalid
+                continue
+            try:
+                yield _check_object(line, json.loads(text))
+            except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
+                where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                yield InvalidRow(line, f"does not parse as JSON ({where}): {shorten(text)}", "bad-json")
 
 
 def read_json(path: Path) -> Iterator[Located]:
@@ -62,35 +71,33 @@ def read_json(path: Path) -> Iterator[Located]:
 
     Nothing is read after an item that does not parse, because the begin of the next one is unknown.
     """
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+    with _open_text(path) as file:
         text = file.read(JSON_CHUNK)
-        while text and not text.strip():
+        while text.isspace():
             text = file.read(JSON_CHUNK)
-        if not text.lstrip().startswith("["):
+        text = text.lstrip()
+        if not text.startswith("["):
             yield from read_jsonl(path)
             return
-        decoder, item = json.JSONDecoder(), 1
-        text = text.lstrip()[1:]
-        at = 0
+        decode, between_items = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,]*")
+        item, at = 1, 1
         while True:
-            while at < len(text) and text[at] in " \t\r\n,":
-                at += 1
+            at += len(between_items.match(text, at)[0])  # type: ignore[index]  # it always matches
             if text.startswith("]", at):
                 if rest := text[at + 1 :].strip() or file.read(JSON_CHUNK).strip():
                     yield InvalidRow(item, f"follows the end of the array: {shorten(rest)}", "bad-json")
                 return
             try:
-                value, at = decoder.raw_decode(text, at)
-            except (json.JSONDecodeError, RecursionError) as error:
+                value, at = decode(text, at)
+            except (ValueError, RecursionError) as error:
                 # Perhaps the item is not complete. The text doubles, so that a long item is parsed only a few times.
                 if more := file.read(max(JSON_CHUNK, len(text) - at)):
                     text, at = text[at:] + more, 0
                     continue
-                shown = shorten(text[at:]) or "the array has no end"
-                cause = f"does not parse as JSON ({getattr(error, 'msg', 'too deep')}): {shown}"
-                yield InvalidRow(item, f"{cause}; the rest of the file is not read", "bad-json")
+                cause = f"does not parse as JSON ({getattr(error, 'msg', error)}); the rest of the file is not read: "
+                yield InvalidRow(item, cause + (shorten(text[at:]) or "the array has no end"), "bad-json")
                 return
-            yield _require_object(item, value)
+            yield _check_object(item, value)
             item += 1
 
 
@@ -100,17 +107,16 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Located]:
     Raises:
         DataError: the header has one column that contains another delimiter, or a column twice.
     """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    csv.field_size_limit(2**31 - 1)
+    header: list[str] = []
+    with _open_text(path, newline="") as file:
         rows = csv.reader(file, delimiter=delimiter, strict=True)
-        header: list[str] = []
         while True:
             line = rows.line_num + 1
             try:
                 cells = next(rows, None)
             except csv.Error as error:
-                cause = f"does not parse as CSV ({error}); the rest of the file is not read"
-                yield InvalidRow(line, cause, "bad-csv")
+                yield InvalidRow(line, f"does not parse as CSV ({error}); the rest of the file is not read", "bad-csv")
                 return
             if cells is None:
                 return
@@ -122,20 +128,16 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Located]:
             elif len(cells) != len(header):
                 cause = f"has {len(cells)} cells, and the header names {len(header)} columns"
                 yield InvalidRow(line, cause, "bad-csv")
-            elif any("\udc80" <= c <= "\udcff" for cell in cells if not cell.isascii() for c in cell):
-                yield InvalidRow(line, "is not UTF-8", "not-utf8")  # surrogates stand for the wrong bytes
             else:
-                yield line, dict(zip(header, cells, strict=True))
+                yield _check_utf8(line, delimiter.join(cells)) or (line, dict(zip(header, cells, strict=True)))
 
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
     others = [d for d in (",", ";", "\t", "|") if d != delimiter and d in header[0]]
     if len(header) == 1 and others:
-        raise DataError(
-            f"{path}: its header is one column, {shorten(header[0])!r}: the delimiter seems to be {others[0]!r}",
-            f"cells separated by {delimiter!r}",
-            "write it with that delimiter (.csv: a comma, .tsv: a tab)",
-        )
+        problem = f"its header is one column, {shorten(header[0])!r}: the delimiter seems to be {others[0]!r}"
+        hint = "write it with that delimiter (.csv: a comma, .tsv: a tab)"
+        raise DataError(f"{path}: {problem}", f"cells separated by {delimiter!r}", hint)
     if twice := [name for name in header if header.count(name) > 1]:
         raise DataError(f"{path}: its header names {twice[0]!r} twice", "each column once", "rename one of them")
 
@@ -147,27 +149,12 @@ def read_tsv(path: Path) -> Iterator[Located]:
 
 def read_paragraphs(path: Path) -> Iterator[Located]:
     """Read a text file: each paragraph between blank lines is a record with the column `text`."""
-    with open(path, "rb") as file:
-        lines: list[bytes] = []
-        first = 1
-        for number, raw in enumerate(file, start=1):
-            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-            if raw.strip():
-                first = first if lines else number
-                lines.append(raw)
-            elif lines:
-                yield _decode_paragraph(first, lines)
-                lines = []
-        if lines:
-            yield _decode_paragraph(first, lines)
-
-
-def _decode_paragraph(line: int, lines: list[bytes]) -> Located:
-    raw = b"".join(lines).rstrip(b"\r\n")
-    try:
-        return line, {"text": raw.decode("utf-8")}
-    except UnicodeDecodeError as error:
-        return InvalidRow(line, f"is not UTF-8 at byte {error.start}", "not-utf8")
+    with _open_text(path) as file:
+        for blank, numbered in itertools.groupby(enumerate(file, start=1), lambda item: item[1].isspace()):
+            if not blank:
+                numbers, lines = zip(*numbered, strict=True)
+                text = "".join(lines).rstrip("\r\n")
+                yield _check_utf8(numbers[0], text) or (numbers[0], {"text": text})
 
 
 def read_parquet(path: Path) -> Iterator[Located]:
@@ -182,8 +169,7 @@ def read_parquet(path: Path) -> Iterator[Located]:
     try:
         with ParquetFile(path) as file:
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=TABLE_BATCH))
-            records = (record for batch in batches for record in batch)
-            yield from ((item, _drop_nulls(record)) for item, record in enumerate(records, start=1))
+            yield from _number_records(record for batch in batches for record in batch)
     except ArrowException as error:
         problem = f"{path} is not a Parquet file, or is incomplete: {str(error).splitlines()[0]}"
         raise DataError(problem, "a complete Parquet file") from error
@@ -192,10 +178,12 @@ def read_parquet(path: Path) -> Iterator[Located]:
 def read_hf_dataset(dataset: Any) -> Iterator[Located]:
     """Read a `datasets.Dataset`."""
     batches = dataset.iter(batch_size=TABLE_BATCH)
-    records = (
-        dict(zip(batch, values, strict=True)) for batch in batches for values in zip(*batch.values(), strict=True)
-    )
-    yield from ((item, _drop_nulls(record)) for item, record in enumerate(records, start=1))
+    rows = ((batch, values) for batch in batches for values in zip(*batch.values(), strict=True))
+    return _number_records(dict(zip(batch, values, strict=True)) for batch, values in rows)
+
+
+def _number_records(records: Iterator[dict[str, Any]]) -> Iterator[Located]:
+    return ((item, _drop_nulls(record)) for item, record in enumerate(records, start=1))
 
 
 def _drop_nulls(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tokenizing rows: batches go through several processes, and come back as Arrow batches with a report.
+"""Tokenizing rows: batches go through several processes, and come back as flat arrays with a report.
 
     Row → rendered text with supervised spans → TokenizedRow → kept, truncated or dropped → TokenizedDataset
 
@@ -6,31 +6,23 @@ No row is truncated or dropped without a number in the `RowReport`. The first to
 supervised, because nothing stands before it to predict it from.
 """
 
-from __future__ import annotations
-
+import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import pyarrow as pa
+import numpy as np
 
 from ..errors import DataError, UsageError, format_names, nearest
 from ..utils.formatting import format_count
-from .chat_template import (
-    RenderedText,
-    TokenizedRow,
-    end_of_turn_ids,
-    mask_tokens,
-    render_chat,
-    render_text,
-    special_token_pattern,
-    tokenize_texts,
-)
+from . import chat_template
+from .chat_template import RenderedText, TokenizedRow
 from .dataset import MAX_ERRORS, RowErrors, RowFile
 from .formats import InvalidRow, Row
 from .parallel import batched, parallel_map
-from .tokenized_dataset import SCHEMA, DatasetWriter, TokenizedDataset
+from .tokenized_dataset import DatasetWriter, TokenizedDataset
 
 BATCH_SIZE = 512
 """Rows that a process tokenizes at once."""
@@ -46,12 +38,8 @@ class RowReport:
 
     Args:
         max_seq_len: longest row that is kept whole, in tokens.
-        rows: rows read.
-        kept: rows in the dataset.
-        dropped: rows left out because they are too long.
-        truncated: rows truncated to `max_seq_len`.
-        tokens: tokens of the kept rows.
-        supervised_tokens: tokens that are learned.
+        rows: rows read; of these are `kept`, `dropped` (too long) or `truncated` (and kept).
+        tokens, supervised_tokens: of the kept rows.
         longest: tokens of the longest row, before it is truncated.
         missing_eos: kept rows whose last turn has no end-of-turn token. A model trained only on such rows does not
             learn to stop.
@@ -67,7 +55,7 @@ class RowReport:
     longest: int = 0
     missing_eos: int = 0
 
-    def add(self, other: RowReport) -> None:
+    def add(self, other: "RowReport") -> None:
         """Add the counts of another part of the file."""
         for name in ("rows", "kept", "dropped", "truncated", "tokens", "supervised_tokens", "missing_eos"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -88,48 +76,42 @@ class RowReport:
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, int]:
-        """Return the report as JSON takes it."""
-        return asdict(self)
+        return dataclasses.asdict(self)
 
 
 def tokenize_rows(
     rows: Iterable[Row], tokenizer: Any, *, train_on: str = "assistant"
 ) -> list[TokenizedRow | InvalidRow]:
-    """Return the tokens of each row with the mask of supervised ones, or why the row has none.
-
-    Args:
-        rows: a batch; all of it is in memory at once.
-        tokenizer: a fast tokenizer; it has a chat template if rows are conversations.
-        train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
+    """Return the tokens of each row of a batch with the mask of supervised ones, or why the row has none.
 
     Raises:
         ModelError: no chat template, or one that hides the assistant's turns; no end-of-text token for texts.
     """
-    special_tokens = special_token_pattern(tokenizer)
+    special_tokens = chat_template.special_token_pattern(tokenizer)
 
     def render(row: Row) -> RenderedText | InvalidRow:
         if row.chosen is not None:
             return InvalidRow(row.line, "is a preference pair, and nothing trains on them yet", "preference", row.file)
         if row.completion is not None:
-            return render_text(tokenizer, row.prompt or "", row.completion)
+            return chat_template.render_text(tokenizer, row.prompt or "", row.completion)
         learned = row.learned
         if train_on == "last_assistant":
             last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
             learned = tuple(i == last and (learned is None or learned[i]) for i in range(len(row.messages)))
         try:
-            return render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
+            return chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
         except DataError as error:
             code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
             return InvalidRow(row.line, error.message, code, row.file)
 
     rendered = [render(row) for row in rows]
     texts = [one.text for one in rendered if isinstance(one, RenderedText)]
-    tokens = zip(*tokenize_texts(tokenizer, texts), strict=True)
+    tokens = zip(*chat_template.tokenize_texts(tokenizer, texts), strict=True)
     found: list[TokenizedRow | InvalidRow] = []
     for one in rendered:
         if isinstance(one, RenderedText):
             ids, offsets = next(tokens)
-            found.append(TokenizedRow(ids, mask_tokens(one, offsets)))
+            found.append(TokenizedRow(ids, chat_template.mask_tokens(one, offsets)))
         else:
             found.append(one)
     return found
@@ -140,19 +122,23 @@ class TokenizedBatch:
     """A batch of rows, tokenized.
 
     Args:
-        table: the kept rows, with the columns of `SCHEMA`.
         report: counts of the batch.
+        invalid: rows that cannot be used.
+        ids, supervised: tokens of the kept rows one after another, and which of them are learned, int32 and bool [T].
+        lengths, lines: of the kept rows, int64 [N].
         overlong: lines of the rows that are too long.
         unsupervised: lines of the kept rows without a supervised token.
-        invalid: rows that cannot be used.
-        stats: what `validate` returned.
+        stats: what `BatchTokenizer.validate` returned.
     """
 
-    table: pa.RecordBatch
     report: RowReport
-    overlong: list[int]
-    unsupervised: list[int]
     invalid: list[InvalidRow]
+    ids: np.ndarray
+    supervised: np.ndarray
+    lengths: np.ndarray
+    lines: np.ndarray
+    overlong: list[int] = field(default_factory=list)
+    unsupervised: list[int] = field(default_factory=list)
     stats: Any = None
 
 
@@ -160,25 +146,25 @@ class TokenizedBatch:
 class BatchTokenizer:
     """Turns a batch of rows into a `TokenizedBatch`; it is sent to other processes.
 
-    Args:
-        tokenizer, max_seq_len, on_overlong, train_on: see `tokenize_dataset`.
-        validate: computes the statistics of a batch from its rows with their tokens.
+    `validate` computes the statistics of a batch from its rows with their tokens, and from the token ids of the kept
+    rows; the other fields are arguments of `tokenize_dataset`.
     """
 
     tokenizer: Any
     max_seq_len: int
     on_overlong: str
     train_on: str
-    validate: Callable[[Sequence[PairedRow]], Any] | None = None
+    validate: Callable[[Sequence[PairedRow], Sequence[list[int]]], Any] | None = None
 
     def __call__(self, batch: tuple[Row | InvalidRow, ...]) -> TokenizedBatch:
-        """Tokenize the rows."""
         rows = [row for row in batch if isinstance(row, Row)]
         pairs = list(zip(rows, tokenize_rows(rows, self.tokenizer, train_on=self.train_on), strict=True))
-        end_ids = end_of_turn_ids(self.tokenizer)
+        invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
+        end_ids = chat_template.end_of_turn_ids(self.tokenizer)
         report = RowReport(self.max_seq_len, rows=len(batch))
-        overlong, unsupervised = [], []
-        columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        ids: list[list[int]] = []
+        supervised: list[list[bool]] = []
+        lines, overlong, unsupervised = [], [], []
         for row, tokens in pairs:
             if isinstance(tokens, InvalidRow):
                 continue
@@ -190,38 +176,27 @@ class BatchTokenizer:
                     report.dropped += 1
                     continue
                 report.truncated += 1
-            supervised = tokens.supervised[: self.max_seq_len]
-            count = sum(supervised[1:])
+            lines.append(row.line)
+            ids.append(tokens.input_ids[: self.max_seq_len])
+            supervised.append(tokens.supervised[: self.max_seq_len])
+            count = sum(supervised[-1][1:])
             if not count:
                 unsupervised.append(row.line)
-            report.kept += 1
-            report.tokens += len(supervised)
             report.supervised_tokens += count
             report.missing_eos += tokens.is_open(end_ids)
-            for name, value in zip(
-                SCHEMA.names, (tokens.input_ids[: self.max_seq_len], supervised, row.line), strict=True
-            ):
-                columns[name].append(value)
-        invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
+        lengths = np.array([len(row_ids) for row_ids in ids], np.int64)
+        report.kept, report.tokens = len(ids), int(lengths.sum())
         return TokenizedBatch(
-            pa.record_batch(columns, SCHEMA),
             report,
+            sorted(invalid, key=lambda row: row.line),
+            np.fromiter(itertools.chain.from_iterable(ids), np.int32, report.tokens),
+            np.fromiter(itertools.chain.from_iterable(supervised), bool, report.tokens),
+            lengths,
+            np.array(lines, np.int64),
             overlong,
             unsupervised,
-            sorted(invalid, key=lambda row: row.line),
-            None if self.validate is None else self.validate(pairs),
+            None if self.validate is None else self.validate(pairs, ids),
         )
-
-
-class BatchReporter(Protocol):
-    """Receives each tokenized batch, in order; `validate` runs where the batch is tokenized."""
-
-    @property
-    def validate(self) -> Callable[[Sequence[PairedRow]], Any]:
-        """The function that computes the statistics of a batch; it must be picklable."""
-
-    def add(self, batch: TokenizedBatch, /) -> None:
-        """Add a batch."""
 
 
 def tokenize_dataset(
@@ -233,7 +208,7 @@ def tokenize_dataset(
     train_on: str = "assistant",
     path: str | Path,
     processes: int = 1,
-    reporter: BatchReporter | None = None,
+    reporter: Any = None,
 ) -> tuple[TokenizedDataset, RowReport]:
     """Return the tokenized rows in their order, and a report.
 
@@ -246,7 +221,7 @@ def tokenize_dataset(
         path: the file of the rows, for error messages.
         processes: how many tokenize at once. With more than one, a script of your own must guard its code with
             `if __name__ == "__main__":`.
-        reporter: receives every batch.
+        reporter: a `DatasetReport`: `validate` runs where a batch is tokenized, `add` receives every batch in order.
 
     Raises:
         UsageError: an unknown `on_overlong` or `train_on`, or a `max_seq_len` under 2.
@@ -259,24 +234,23 @@ def tokenize_dataset(
             raise UsageError(f"{name} is {value!r}{nearest(value, choices)}", expected=format_names(choices))
     if max_seq_len < 2:
         raise UsageError(f"max_seq_len is {max_seq_len}", expected="at least 2 tokens: one to read, one to predict")
-    if isinstance(rows, RowFile) and rows.format == "preference":
-        raise DataError(
-            f"{path} contains preference pairs (chosen, rejected), and nothing trains on them yet",
-            "rows of another format: chat, instruction, sharegpt, prompt-completion or text",
-            "to learn the better answers, read them as prompt-completion: --format prompt-completion --column "
-            "completion=chosen",
-        )
     if isinstance(rows, RowFile):
         errors = rows.new_errors()
+        if rows.format == "preference":
+            problem = f"{path} contains preference pairs (chosen, rejected), and nothing trains on them yet"
+            expected = "rows of another format: chat, instruction, sharegpt, prompt-completion or text"
+            options = "--format prompt-completion --column completion=chosen"
+            raise DataError(
+                problem, expected, f"to learn the better answers, read them as prompt-completion: {options}"
+            )
     else:
         errors = RowErrors(path, hint="change these rows, or use another chat template (data.chat_template)")
-    function = BatchTokenizer(
-        tokenizer, max_seq_len, on_overlong, train_on, None if reporter is None else reporter.validate
-    )
+    validate = None if reporter is None else reporter.validate
+    function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, validate)
     total, overlong, unsupervised = RowReport(max_seq_len), [], []
     with DatasetWriter() as writer:
         for batch in parallel_map(function, batched(rows, BATCH_SIZE), processes):
-            writer.write(batch.table)
+            writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines)
             total.add(batch.report)
             overlong += batch.overlong
             unsupervised += batch.unsupervised
@@ -296,38 +270,26 @@ def _check_lengths(
     path: str | Path, total: RowReport, on_overlong: str, overlong: list[int], unsupervised: list[int]
 ) -> None:
     """Raise DataError if rows are too long under "error", have no supervised token, or are all dropped."""
-    max_seq_len = total.max_seq_len
+    limit, longer = total.max_seq_len, f"--max-seq-len {total.longest}, or --set data.on_overlong"
     if overlong and on_overlong == "error":
-        raise DataError(
-            f"{path}: longer than {max_seq_len} tokens: {format_lines(overlong)}; the longest has {total.longest}",
-            expected=f"rows of at most max_seq_len = {max_seq_len} tokens",
-            hint=f"--max-seq-len {total.longest}, or --set data.on_overlong=drop or truncate",
-        )
+        problem = f"longer than {limit} tokens: {format_lines(overlong)}; the longest has {total.longest}"
+        expected = f"rows of at most max_seq_len = {limit} tokens"
+        raise DataError(f"{path}: {problem}", expected, f"{longer}=drop or truncate")
     if unsupervised:
         cut = total.truncated > 0
-        where = f"within the first {max_seq_len}" if cut else "after the first one"
-        raise DataError(
-            f"{path}: no supervised token in {format_lines(unsupervised)}",
-            expected=f"an assistant's token {where}",
-            hint="a larger --max-seq-len, or --set data.on_overlong=drop" if cut else "remove these rows",
-        )
+        expected = f"an assistant's token {f'within the first {limit}' if cut else 'after the first one'}"
+        hint = "a larger --max-seq-len, or --set data.on_overlong=drop" if cut else "remove these rows"
+        raise DataError(f"{path}: no supervised token in {format_lines(unsupervised)}", expected, hint)
+    if not total.rows:
+        raise DataError(f"{path}: there is no row", "at least one row to learn from")
     if not total.kept:
-        longest = f"each is longer than {max_seq_len} tokens (the longest has {total.longest})"
-        raise DataError(
-            f"{path}: all {total.rows} rows were dropped: {longest}" if total.rows else f"{path}: there is no row",
-            expected="at least one row to learn from",
-            hint=f"--max-seq-len {total.longest}, or --set data.on_overlong=truncate" if total.rows else "",
-        )
+        longest = f"each is longer than {limit} tokens (the longest has {total.longest})"
+        problem = f"{path}: all {total.rows} rows were dropped: {longest}"
+        raise DataError(problem, "at least one row to learn from", f"{longer}=truncate")
 
 
 def format_lines(lines: Sequence[int], count: int | None = None, most: int = 12) -> str:
-    """Return line numbers as text: `lines 3, 9, … (40 more)`.
-
-    Args:
-        lines: the first lines.
-        count: how many there are in all; None: as many as are given.
-        most: lines that are shown.
-    """
+    """Return line numbers as text: `lines 3, 9, … (40 more)`; `count` if there are more than are given."""
     count = len(lines) if count is None else count
     shown = lines[:most]
     more = f", … ({count - len(shown):,} more)" if count > len(shown) else ""

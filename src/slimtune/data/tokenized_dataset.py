@@ -1,38 +1,28 @@
 """Tokenized rows in an Arrow file outside memory, which the operating system pages in and out."""
 
-from __future__ import annotations
-
 import hashlib
 import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import ipc
 
 from ..utils.files import translate_disk_full
 
 Example = dict[str, Any]
 """`{"input_ids": [L], "labels": [L], "line": int}`; a label is its token, or `IGNORE_INDEX` if it is not learned."""
 IGNORE_INDEX = -100
-SCHEMA = pa.schema(
-    {"input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()), "line": pa.int64()}
-)  # fmt: skip
-"""Columns of a tokenized row. An objective that needs more (a class, the group of a pair) adds its column here."""
 
 
 class TokenizedDataset(Sequence[Example]):
-    """Tokenized rows, read from the Arrow table as they are asked for.
+    """Tokenized rows, read from an Arrow table with the columns of `DatasetWriter` as they are asked for.
 
-    Args:
-        table: the columns of `SCHEMA`.
-        indices: the rows of the table that are part of the dataset, int64 [N]; None: all.
+    `indices` are the rows of the table that are part of the dataset, int64 [N]; None: all.
     """
 
-    def __init__(self, table: pa.Table, indices: np.ndarray | None = None) -> None:
+    def __init__(self, table: Any, indices: np.ndarray | None = None) -> None:
         self._table = table
         self._indices = np.arange(table.num_rows) if indices is None else indices
 
@@ -44,7 +34,6 @@ class TokenizedDataset(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """Return one example, or a list of them."""
         if isinstance(index, slice):
             return [self._read(i) for i in self._indices[index]]
         return self._read(self._indices[index])
@@ -58,7 +47,7 @@ class TokenizedDataset(Sequence[Example]):
         chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self._table["input_ids"].chunks]
         return np.concatenate([np.zeros(0, np.int64), *chunks])[self._indices]
 
-    def select(self, indices: np.ndarray) -> TokenizedDataset:
+    def select(self, indices: np.ndarray) -> "TokenizedDataset":
         """Return the dataset of these rows, in this order; nothing is copied."""
         return TokenizedDataset(self._table, self._indices[indices])
 
@@ -81,24 +70,36 @@ class TokenizedDataset(Sequence[Example]):
 
 
 class DatasetWriter:
-    """Writes record batches of `SCHEMA` into a temporary file without a name: nothing of it is left after a crash."""
+    """Writes tokenized rows into a temporary file without a name: nothing of it is left after a crash.
+
+    An objective that needs more of a row (a class, the group of a pair) adds a column here.
+    """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile(prefix="slimtune-rows-")  # noqa: SIM115 closed by __exit__
-        self._stream = ipc.new_stream(pa.PythonFile(self._file, "w"), SCHEMA)
+        import pyarrow as pa  # 50 MB that the processes that tokenize do not need
+        from pyarrow import ipc
 
-    def __enter__(self) -> DatasetWriter:
+        self._arrow = pa
+        columns = {"input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()), "line": pa.int64()}
+        self._schema = pa.schema(columns)
+        self._file = tempfile.TemporaryFile(prefix="slimtune-rows-")  # noqa: SIM115 closed by __exit__
+        self._stream = ipc.new_stream(pa.PythonFile(self._file, "w"), self._schema)
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()  # the memory map of it stays valid
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Write tokenized rows.
+    def write(self, ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, lines: np.ndarray) -> None:
+        """Write rows: their tokens one after another, int32 [T] and bool [T]; tokens and line of each, int64 [N] twice.
 
         Raises:
             RunError: the disk is full.
         """
+        offsets = self._arrow.array(np.concatenate([[0], np.cumsum(lengths)]), self._arrow.int32())
+        lists = [self._arrow.ListArray.from_arrays(offsets, self._arrow.array(a)) for a in (ids, supervised)]
+        batch = self._arrow.record_batch([*lists, self._arrow.array(lines)], self._schema)
         path = Path(tempfile.gettempdir()) / "slimtune-rows"
         with translate_disk_full(path, batch.nbytes, "let TMPDIR name a folder on another disk"):
             self._stream.write_batch(batch)
@@ -109,4 +110,4 @@ class DatasetWriter:
         self._stream.close()
         self._file.flush()
         mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        return TokenizedDataset(ipc.open_stream(pa.py_buffer(mapped)).read_all())
+        return TokenizedDataset(self._arrow.ipc.open_stream(self._arrow.py_buffer(mapped)).read_all())

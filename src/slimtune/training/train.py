@@ -21,7 +21,7 @@ from ..attention.register import packed_attention
 from ..config import Recipe
 from ..data.collator import Collator, Example
 from ..data.packing import bin_pack, pack_sequences
-from ..data.validation.summary import format_issue, format_verdict, raise_if_invalid
+from ..data.validation.report import format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, RunError, SlimtuneError, UsageError
 from ..models.dtype import pick_device, pick_dtype
 from ..models.loader import Base

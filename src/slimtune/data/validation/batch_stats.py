@@ -4,9 +4,6 @@ They depend only on the batch and on the settings, which the first batch complet
 process, and `DatasetReport` adds them in the order of the file.
 """
 
-from __future__ import annotations
-
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,91 +14,78 @@ from jinja2 import TemplateError
 from ...utils.sequences import common_prefix_length
 from ..chat_template import TokenizedRow, compile_alternatives, end_of_turn_ids
 from ..formats import InvalidRow, Row
+from ..packing import pack_sequences
 from ..tokenize import PairedRow
 from .near_duplicates import Array, compute_signatures, find_common_trigrams, hash_texts
 from .text_checks import PLAIN_FORMATS, find_rendered_format, find_text_issues, is_placeholder
 
 SAMPLES = 3
+ROW_STATS = np.dtype(
+    [("line", np.int64), ("length", np.int64), ("hashes", np.uint64, 3), ("words", np.uint8), ("comparable", np.bool_)]
+)
+"""What is kept of a row that has tokens: its line, its tokens before it is truncated, hashes (see `near_duplicates`; 0:
+the row has no such part), words of the answer (255 for as many or more), and whether it has a signature."""
 
 
 @dataclass
 class BatchStats:
-    """Statistics of a batch: of its rows that have tokens, in order.
+    """Statistics of the rows of a batch that have tokens, in order.
 
     Args:
-        lines: int64 [N].
-        lengths: int64 [N], tokens before a row is truncated.
-        hashes: uint64 [N, 3], see `near_duplicates`; 0: the row has no such part.
-        words: uint8 [N], words of the answer; 255 for as many or more.
-        signatures: uint8 [J, 128], of the rows that can be compared.
-        comparable: bool [N], which rows these are.
+        rows: `ROW_STATS` [N].
+        signatures: uint8 [J, 128], of the comparable rows.
         issues: `(code, line, example)`.
         prefix: tokens that all rows begin with; None: there is no row.
-        samples: line, tokens and supervised mask of the first rows.
+        packed_tokens: tokens of the kept rows after packing.
+        samples: line and tokens of the first rows.
     """
 
-    lines: Array
-    lengths: Array
-    hashes: Array
-    words: Array
+    rows: Array
     signatures: Array
-    comparable: Array
     issues: list[tuple[str, int, str]]
     prefix: list[int] | None
-    samples: list[tuple[int, list[int], list[bool]]]
+    packed_tokens: int
+    samples: list[tuple[int, TokenizedRow]]
 
 
-@dataclass
 class BatchValidator:
-    """Validates batches of rows; it is sent to other processes.
+    """Validates batches of rows for a tokenizer; it is sent to other processes.
 
-    Args:
-        max_seq_len: most tokens of a row.
-        control_tokens: matches the tokens that structure a conversation of this base, as text.
-        end_ids: tokens that can end a turn.
-        bos_id: the token that begins a sequence; None: there is none.
-        common_trigrams: see `near_duplicates`; None: the first batch determines them.
+    `common_trigrams` (see `near_duplicates`) are those of the first batch, if they are not set before it.
     """
 
-    max_seq_len: int
-    control_tokens: re.Pattern[str]
-    end_ids: frozenset[int]
-    bos_id: int | None
-    common_trigrams: Array | None = None
+    def __init__(self, tokenizer: Any, max_seq_len: int, rows_per_step: int) -> None:
+        self.max_seq_len, self.rows_per_step = max_seq_len, rows_per_step
+        self.control_tokens = compile_alternatives(_control_tokens(tokenizer))
+        self.end_ids, self.bos_id = end_of_turn_ids(tokenizer), tokenizer.bos_token_id
+        self.common_trigrams: Array | None = None
 
-    @classmethod
-    def from_tokenizer(cls, tokenizer: Any, max_seq_len: int) -> BatchValidator:
-        """Return the validator of rows for a tokenizer."""
-        control = compile_alternatives(_control_tokens(tokenizer))
-        return cls(max_seq_len, control, end_of_turn_ids(tokenizer), tokenizer.bos_token_id)
-
-    def __call__(self, pairs: Sequence[PairedRow]) -> BatchStats:
-        """Return the statistics of rows with their tokens; rows without tokens are left out."""
+    def __call__(self, pairs: Sequence[PairedRow], kept: Sequence[list[int]]) -> BatchStats:
+        """Return the statistics of rows with their tokens, and of the token ids of the rows that training keeps."""
         found = [(row, tokens) for row, tokens in pairs if not isinstance(tokens, InvalidRow)]
-        ids, supervised = [t.input_ids for _, t in found], [t.supervised for _, t in found]
+        ids = [tokens.input_ids for _, tokens in found]
         if self.common_trigrams is None:
             self.common_trigrams = find_common_trigrams(ids)
+        rows = np.zeros(len(found), ROW_STATS)
         issues: list[tuple[str, int, str]] = []
-        hashes = np.zeros((len(found), 3), dtype=np.uint64)
-        words = np.zeros(len(found), dtype=np.uint8)
         for i, (row, tokens) in enumerate(found):
             prompt, answer, texts = _split_texts(row)
             issues += [(code, row.line, example) for code, example in self._find_issues(row, tokens, answer, texts)]
-            hashes[i, 0] = hash_texts(*(part for text in texts for part in text))
-            hashes[i, 1] = hash_texts(*prompt) if prompt else 0
-            hashes[i, 2] = hash_texts(answer.casefold().rstrip(" .!")) if answer else 0
-            words[i] = min(len(answer.split()), 255)
-        signatures, comparable = compute_signatures(ids, supervised, self.common_trigrams)
+            hashes = (
+                hash_texts(*(part for text in texts for part in text)),
+                hash_texts(*prompt) if prompt else 0,
+                hash_texts(answer.casefold().rstrip(" .!")) if answer else 0,
+            )
+            rows[i] = row.line, len(tokens.input_ids), hashes, min(len(answer.split()), 255), False
+        signatures, rows["comparable"] = compute_signatures(ids, [t.supervised for _, t in found], self.common_trigrams)
+        steps = range(0, len(kept), self.rows_per_step)
         return BatchStats(
-            lines=np.array([row.line for row, _ in found], dtype=np.int64),
-            lengths=np.array([len(one) for one in ids], dtype=np.int64),
-            hashes=hashes,
-            words=words,
-            signatures=signatures[comparable],
-            comparable=comparable,
-            issues=issues,
-            prefix=find_shared_prefix(ids) if ids else None,
-            samples=[(row.line, tokens.input_ids, tokens.supervised) for row, tokens in found[:SAMPLES]],
+            rows,
+            signatures[rows["comparable"]],
+            issues,
+            find_shared_prefix(ids) if ids else None,
+            sum(len(pack_sequences(kept[at : at + self.rows_per_step]).tokens) for at in steps),
+            [(row.line, tokens) for row, tokens in found[:SAMPLES]],
         )
 
     def _find_issues(
@@ -110,7 +94,7 @@ class BatchValidator:
         yield from find_text_issues([text for _, text in texts])
         if answer and is_placeholder(answer):
             yield "placeholder-answer", repr(answer.strip())
-        if row.rejected is not None and _answer_texts(row.rejected)[-1].strip() == (answer or texts[0][1]).strip():
+        if row.rejected is not None and texts[-1][1].strip() == (answer or texts[0][1]).strip():
             yield "same-pair", ""
         if self.bos_id is not None and tokens.input_ids[:2] == [self.bos_id, self.bos_id]:
             yield "doubled-bos", ""
@@ -150,7 +134,8 @@ def _control_tokens(tokenizer: Any) -> set[str]:
 
 def _split_texts(row: Row) -> tuple[list[str], str, list[tuple[str, str]]]:
     """Return the texts before the last answer, that answer, and all texts of the row with their roles."""
-    rejected = [("rejected", text) for text in _answer_texts(row.rejected)]
+    answers = [{"content": row.rejected}] if isinstance(row.rejected, str) else row.rejected or []
+    rejected = [("rejected", m.get("content") or "") for m in answers]
     if row.messages:
         texts = [(m["role"], m.get("content") or "") for m in row.messages]
         calls = [("call", str(m["tool_calls"])) for m in row.messages if m.get("tool_calls")]
@@ -160,9 +145,3 @@ def _split_texts(row: Row) -> tuple[list[str], str, list[tuple[str, str]]]:
     if row.prompt is None:  # a text is not an answer
         return [], "", [("completion", completion), *rejected]
     return [row.prompt], completion, [("prompt", row.prompt), ("completion", completion), *rejected]
-
-
-def _answer_texts(answer: list[dict[str, Any]] | str | None) -> list[str]:
-    if answer is None:
-        return []
-    return [answer] if isinstance(answer, str) else [m.get("content") or "" for m in answer]

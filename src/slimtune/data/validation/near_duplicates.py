@@ -32,7 +32,6 @@ SHORT_ANSWER = 5
 """Most words of an answer that can contradict another; a prompt may have several longer answers."""
 
 _BAND_BYTES = 4
-_BANDS = HASHES // _BAND_BYTES
 _RNG = np.random.default_rng(20_111)
 _ODD = _RNG.integers(0, 2**31, HASHES, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
 _XOR = _RNG.integers(0, 2**32, HASHES, dtype=np.uint32)
@@ -77,12 +76,9 @@ def find_common_trigrams(rows: list[list[int]]) -> Array:
 
 
 def compute_signatures(rows: list[list[int]], supervised: list[list[bool]], common: Array) -> tuple[Array, Array]:
-    """Return the MinHash signatures of rows, uint8 [N, 128], and which rows can be compared, bool [N].
+    """Return the MinHash signatures of token ids, uint8 [N, 128], and which rows can be compared, bool [N].
 
-    Args:
-        rows: token ids.
-        supervised: for each token whether it is learned.
-        common: sorted hashes of trigrams that do not count.
+    `common` are the sorted hashes of trigrams that do not count.
     """
     signatures = np.zeros((len(rows), 2 * HASHES), dtype=np.uint8)
     hashes, starts = hash_trigrams(rows)
@@ -110,29 +106,23 @@ def compute_signatures(rows: list[list[int]], supervised: list[list[bool]], comm
 def find_near_duplicates(a: Array, b: Array | None = None) -> tuple[Array, Array]:
     """Return the rows of `b` that nearly repeat a row of `a`, and which one: int64 [P] twice, each row of `b` once.
 
-    Args:
-        a: signatures uint8 [N, 128].
-        b: signatures; None: those of `a`, each compared with earlier ones.
+    Both are signatures, uint8 [N, 128]. Without `b`, rows of `a` are compared with earlier ones.
     """
-    within = b is None
-    b = a if b is None else b
-    match = np.full(len(b), -1, dtype=np.int64)
-    if not len(a):
-        return match[:0], match[:0]
-    numbers = np.arange(len(b))
-    for band in range(_BANDS):
-        keys_a, keys_b = _band_keys(a, band), _band_keys(b, band)
+    within, b = b is None, a if b is None else b
+    match, numbers = np.full(len(b), -1, dtype=np.int64), np.arange(len(b))
+    for first_byte in range(0, HASHES if len(a) else 0, _BAND_BYTES):
+        band = slice(first_byte, first_byte + _BAND_BYTES)
+        keys_a, keys_b = (np.ascontiguousarray(some[:, band]).view(np.uint32).ravel() for some in (a, b))
         order = np.argsort(keys_a, kind="stable")
         ranked = keys_a[order]
         # Two candidates of the same band: the first row, and the last one (of the same file: the one before).
         first = np.minimum(np.searchsorted(ranked, keys_b), len(a) - 1)
         if within:
-            rank = np.empty(len(a), dtype=np.int64)
-            rank[order] = numbers
-            last = np.maximum(rank - 1, 0)
+            last = np.empty(len(a), dtype=np.int64)
+            last[order] = numbers - 1
         else:
-            last = np.maximum(np.searchsorted(ranked, keys_b, side="right") - 1, 0)
-        for place in (first, last):
+            last = np.searchsorted(ranked, keys_b, side="right") - 1
+        for place in (first, np.maximum(last, 0)):
             candidate = order[place]
             undecided = (match < 0) & (keys_a[candidate] == keys_b)
             if within:
@@ -147,17 +137,13 @@ def find_near_duplicates(a: Array, b: Array | None = None) -> tuple[Array, Array
     return rows, match[rows]
 
 
-def find_repeats(values: Array) -> tuple[Array, Array]:
-    """Return the positions of values that occurred before, and where each occurred first: int64 [R] twice."""
-    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[inverse] != np.arange(len(values)))
-    return again, first[inverse[again]]
-
-
 def _jaccard(equal: Array) -> Array:
     chance = 1 / 256  # that two different bytes are the same
     return (equal.mean(axis=1, dtype=np.float32) - chance) / (1 - chance)
 
 
-def _band_keys(signatures: Array, band: int) -> Array:
-    return np.ascontiguousarray(signatures[:, _BAND_BYTES * band : _BAND_BYTES * (band + 1)]).view(np.uint32).ravel()
+def find_repeats(values: Array) -> tuple[Array, Array]:
+    """Return the positions of values that occurred before, and where each occurred first: int64 [R] twice."""
+    _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[inverse] != np.arange(len(values)))
+    return again, first[inverse[again]]

@@ -1,40 +1,82 @@
-"""The report on a data set: the statistics of all batches, and the issues of the whole file."""
-
-from __future__ import annotations
+"""The report on a data set: the statistics of all batches, the issues of the whole file, and its text for people."""
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...errors import UsageError
+from ...errors import DataError, UsageError
 from ...utils.formatting import format_count
+from ..chat_template import TokenizedRow
 from ..dataset import RowFile, open_rows
 from ..formats import InvalidRow, Row
-from ..packing import pack_sequences
 from ..parallel import batched, cpu_count, parallel_map
-from ..tokenize import BATCH_SIZE, BatchTokenizer, RowReport, TokenizedBatch
-from .batch_stats import SAMPLES, BatchStats, BatchValidator, find_shared_prefix
-from .issues import SHOWN_LINES, IssueCounter
+from ..tokenize import BATCH_SIZE, BatchTokenizer, RowReport, TokenizedBatch, format_lines
+from .batch_stats import ROW_STATS, SAMPLES, BatchStats, BatchValidator, find_shared_prefix
 from .near_duplicates import HASHES, SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats
 
 SHOWN_INVALID_ROWS = 100
+SHOWN_LINES = 20
+"""Lines that an issue names."""
 SAMPLE_CHARACTERS = 1500
 HISTOGRAM_BARS = 16
 SAME_ANSWER_ROWS = 10
 """Fewest rows with the same answer that are an issue."""
-COLUMNS: dict[str, tuple[Any, int]] = {
-    "lines": (np.int64, 1),
-    "lengths": (np.int64, 1),
-    "hashes": (np.uint64, 3),
-    "words": (np.uint8, 1),
-    "signatures": (np.uint8, 2 * HASHES),
-    "comparable": (np.bool_, 1),
-}
-"""Columns of `BatchStats` that are kept for the whole file: type and width."""
+
+
+@dataclass(frozen=True)
+class IssueType:
+    """Which rows have an issue, and what to do about it.
+
+    `error_from` is the share of the file's rows from which it is an error (0: a single row); None: always a warning.
+    """
+
+    description: str
+    hint: str
+    error_from: float | None = None
+
+
+ISSUE_TYPES = {
+    "no-supervised-token": IssueType("rows without a supervised token", "remove these rows", 0),
+    "doubled-bos": IssueType("rows that begin with the beginning-of-sequence token twice",
+        "remove it from the text or from the template", 0),
+    "missing-end": IssueType("rows whose last turn has no end-of-turn token: the model does not learn to stop",
+        "use a chat template that ends turns with a special token (data.chat_template)", 0.5),
+    "control-token-in-text": IssueType(
+        "rows with a control token of this base typed in a message, which the model reads as the token itself",
+        "remove the token from the text, or break it up", 0.001),
+    "already-rendered": IssueType(
+        "rows with a message that a chat template has already rendered: it would be rendered twice",
+        "use the messages from before that template", 0.02),
+    "too-long": IssueType("rows longer than max_seq_len", "a larger --max-seq-len, or shorter rows", 0.9),
+    "duplicate": IssueType("rows that repeat an earlier row", "remove them, unless they should count more"),
+    "near-duplicate": IssueType("rows that nearly repeat an earlier row", "remove them, unless they are intended"),
+    "contradiction": IssueType("rows with another short answer to a prompt than an earlier row",
+        "keep the right answer"),
+    "same-answer": IssueType("rows with the same answer to different prompts", "keep a few of them", 0.95),
+    "placeholder-answer": IssueType("rows with a placeholder as the answer", "remove them, or write an answer", 0.5),
+    "same-pair": IssueType("preference pairs whose two answers are the same", "remove them", 0),
+    "overlap": IssueType("rows that are also validation rows: the validation loss would look too good",
+        "remove them from one of the two files", 0.01),
+    "near-overlap": IssueType("rows that nearly repeat a validation row", "remove them from one of the two files"),
+    "validation-invalid": IssueType("invalid validation rows", "run slimtune data on the validation file", 0),
+    "mojibake": IssueType("rows with text that was decoded with the wrong encoding (“Ã©” for “é”)",
+        "decode the source as UTF-8, or repair it with ftfy", 0.1),
+    "replacement-character": IssueType("rows with U+FFFD, which replaces characters that were lost",
+        "decode the source with its own encoding", 0.1),
+    "null-byte": IssueType("rows with a null character", "read the source with its own encoding (UTF-16?)", 0.1),
+    "control-character": IssueType("rows with control characters", "remove them"),
+    "byte-order-mark": IssueType("rows with a byte order mark inside their text", "remove it"),
+    "html-entity": IssueType("rows of plain text with HTML entities", "unescape them (html.unescape)"),
+    "mixed-script": IssueType("rows with words that mix Latin and Cyrillic letters that look alike",
+        "write each word in one script"),
+}  # fmt: skip
+"""Issues by code, in the order of the report. A code that is not here is the code of an `InvalidRow`: an error."""
+INVALID_ROW = IssueType("", "repair or remove these rows", 0)
 
 
 def validate_file(
@@ -54,13 +96,10 @@ def validate_file(
     """Return the report on a data set, as JSON takes it.
 
     Args:
-        path: a file, a folder or a dataset's id, see `open_rows`.
+        path, format, columns: see `open_rows`.
         tokenizer: of the base that will read the rows.
         model: the base's name.
-        format, columns: see `open_rows`.
-        max_seq_len: most tokens of a row, from 2.
-        on_overlong: what happens to longer ones: "error", "drop" or "truncate".
-        train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
+        max_seq_len, on_overlong, train_on: see `tokenize_dataset`.
         rows_per_step: rows of an optimizer step, from 1; they are packed together.
         validation: validation rows, which must not be among these.
         processes: how many validate at once; None: as many as there are cores.
@@ -75,26 +114,17 @@ def validate_file(
         raise UsageError(problem, "at least 2 tokens, and at least 1 row per step")
 
     def validate(rows: RowFile, like: DatasetReport | None = None) -> DatasetReport:
-        report = DatasetReport(
-            tokenizer,
-            rows.format,
-            max_seq_len=max_seq_len,
-            on_overlong=on_overlong,
-            rows_per_step=rows_per_step,
-            like=like,
-        )
+        report = DatasetReport(tokenizer, rows.format, max_seq_len, on_overlong, rows_per_step, like)
         function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, report.validate)
         batches = batched(map(_with_chosen_answer, rows), BATCH_SIZE)
-        for batch in parallel_map(function, batches, cpu_count() if processes is None else processes):
+        for batch in parallel_map(function, batches, processes or cpu_count()):
             report.add(batch)
         return report
 
-    rows = open_rows(path, format=format, columns=columns)
-    if validation is None:
-        return validate(rows).to_dict(file=path, model=model)
-    other = open_rows(validation, format=format, columns=columns)
-    report = validate(rows)
-    return report.to_dict(file=path, model=model, validation=(str(validation), validate(other, report)))
+    files = [open_rows(p, format=format, columns=columns) for p in (path, validation) if p is not None]
+    report = validate(files[0])
+    other = None if validation is None else (str(validation), validate(files[1], report))
+    return report.to_dict(file=path, model=model, validation=other)
 
 
 def _with_chosen_answer(row: Row | InvalidRow) -> Row | InvalidRow:
@@ -106,44 +136,44 @@ def _with_chosen_answer(row: Row | InvalidRow) -> Row | InvalidRow:
     return dataclasses.replace(row, chosen=None, messages=[*row.messages, *row.chosen])
 
 
+@dataclass
+class FoundIssue:
+    """The rows of a file that have an issue: how many, the first `SHOWN_LINES` of their lines, and one example."""
+
+    count: int = 0
+    lines: list[int] = dataclasses.field(default_factory=list)
+    example: str = ""
+
+
 class DatasetReport:
-    """Collects tokenized batches with `add`, then makes the report with `to_dict`.
+    """Collects tokenized batches with `add`, then makes the report with `to_dict`, once.
 
     `validate` is the function that computes the statistics of a batch, possibly in another process.
 
     Args:
         tokenizer: of the base that will read the rows.
         format: of the rows.
-        max_seq_len: most tokens of a row.
-        on_overlong: what happens to longer ones.
+        max_seq_len, on_overlong: see `tokenize_dataset`.
         rows_per_step: rows of an optimizer step.
         like: a report with which this one will be compared.
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        format: str,
-        *,
-        max_seq_len: int,
-        on_overlong: str = "drop",
-        rows_per_step: int = 8,
-        like: DatasetReport | None = None,
-    ) -> None:
+        self, tokenizer: Any, format: str, max_seq_len: int, on_overlong: str = "drop", rows_per_step: int = 8,
+        like: "DatasetReport | None" = None,
+    ) -> None:  # fmt: skip
         self.start = time.perf_counter()
         self.tokenizer, self.format, self.on_overlong = tokenizer, format, on_overlong
-        self.rows_per_step = rows_per_step
-        self.validate = BatchValidator.from_tokenizer(tokenizer, max_seq_len)
+        self.validate = BatchValidator(tokenizer, max_seq_len, rows_per_step)
         if like is not None:
             self.validate.common_trigrams = like.validate.common_trigrams
         self.total = RowReport(max_seq_len)
-        self.invalid_count = self.packed_tokens = self.overlong_count = 0
-        self.issues = IssueCounter()
+        self.issues: dict[str, FoundIssue] = {}
+        self.invalid_count = self.packed_tokens = 0
         self.invalid: list[InvalidRow] = []
-        self.overlong: list[int] = []
         self.prefix: list[int] | None = None
-        self.samples: list[tuple[int, list[int], list[bool]]] = []
-        self._columns = {name: bytearray() for name in COLUMNS}
+        self.samples: list[tuple[int, TokenizedRow]] = []
+        self._rows, self._signatures = bytearray(), bytearray()
 
     def add(self, batch: TokenizedBatch) -> None:
         """Add the next batch."""
@@ -151,50 +181,53 @@ class DatasetReport:
         self.total.add(batch.report)
         self.invalid_count += len(batch.invalid)
         self.invalid += batch.invalid[: SHOWN_INVALID_ROWS - len(self.invalid)]
-        self.overlong_count += len(batch.overlong)
-        self.overlong += batch.overlong[: SHOWN_LINES - len(self.overlong)]
         for row in batch.invalid:
-            self.issues.add(row.code, [row.line], example=row.cause)
+            self.add_issue(row.code, [row.line], row.cause)
         for code, line, example in stats.issues:
-            self.issues.add(code, [line], example=example)
-        self.issues.add("no-supervised-token", batch.unsupervised)
-        ids = batch.table["input_ids"]
-        rows = [row.tolist() for row in np.split(ids.flatten().to_numpy(), ids.offsets.to_numpy()[1:-1])]
-        for at in range(0, len(rows), self.rows_per_step):
-            self.packed_tokens += len(pack_sequences(rows[at : at + self.rows_per_step]).tokens)
+            self.add_issue(code, [line], example)
+        self.add_issue("no-supervised-token", batch.unsupervised)
+        self.add_issue("too-long", batch.overlong)
+        self.packed_tokens += stats.packed_tokens
         if stats.prefix is not None:
             self.prefix = stats.prefix if self.prefix is None else find_shared_prefix([self.prefix, stats.prefix])
         self.samples += stats.samples[: SAMPLES - len(self.samples)]
-        for name, values in self._columns.items():
-            values += getattr(stats, name).tobytes()
+        self._rows += stats.rows.tobytes()
+        self._signatures += stats.signatures.tobytes()
 
-    def column(self, name: str) -> Array:
-        """Return a column of `COLUMNS` for the whole file, [N] or [N, width]."""
-        dtype, width = COLUMNS[name]
-        values = np.frombuffer(self._columns[name], dtype)
-        return values if width == 1 else values.reshape(-1, width)
+    def add_issue(self, code: str, lines: Sequence[int] | Array, example: str = "") -> None:
+        """Count rows with an issue of `ISSUE_TYPES`, or with an error of an `InvalidRow`."""
+        if len(lines):
+            found = self.issues.setdefault(code, FoundIssue())
+            found.count += len(lines)
+            found.lines += map(int, lines[: SHOWN_LINES - len(found.lines)])
+            found.example = found.example or example
+
+    @property
+    def rows(self) -> Array:
+        """The statistics of all rows that have tokens, `ROW_STATS` [N]."""
+        return np.frombuffer(self._rows, ROW_STATS)
+
+    @property
+    def signatures(self) -> tuple[Array, Array]:
+        """The signatures of the comparable rows, uint8 [J, 128], and their numbers, int64 [J]."""
+        signatures = np.frombuffer(self._signatures, np.uint8).reshape(-1, 2 * HASHES)
+        return signatures, np.flatnonzero(self.rows["comparable"])
 
     def to_dict(
-        self, *, file: str | Path, model: str, validation: tuple[str, DatasetReport] | None = None
+        self, *, file: str | Path, model: str, validation: "tuple[str, DatasetReport] | None" = None
     ) -> dict[str, Any]:
-        """Return the report, as JSON takes it.
-
-        Args:
-            file: the path of the data set.
-            model: the base's name.
-            validation: path and report of the validation rows, to compare with.
-        """
+        """Return the report, as JSON takes it; `validation` is path and report of the rows to compare with."""
         self._find_similar_rows()
         if validation is not None:
             self._find_overlap(*validation)
-        max_seq_len, total = self.total.max_seq_len, self.total
-        if self.overlong_count:
-            consequence = {"error": "training refuses them", "drop": "left out", "truncate": "truncated at the end"}
-            example = f"{max_seq_len} tokens; {consequence[self.on_overlong]}; the longest has {total.longest}"
-            self.issues.add("too-long", self.overlong, self.overlong_count, example)
-        issues = self.issues.to_list(total.rows, ["too-long"] if self.on_overlong == "error" else [])
+        total, prefix = self.total, self.prefix or []
+        overlong = self.issues.get("too-long", FoundIssue())
+        consequence = {"error": "training refuses them", "drop": "left out", "truncate": "truncated at the end"}
+        overlong.example = (
+            f"{total.max_seq_len} tokens; {consequence[self.on_overlong]}; the longest has {total.longest}"
+        )
+        issues = self._list_issues()
         severities = {issue["severity"] for issue in issues}
-        prefix = self.prefix or []
         return {
             "file": str(file),
             "format": self.format,
@@ -205,27 +238,26 @@ class DatasetReport:
             "tokens": total.tokens,
             "supervised_tokens": total.supervised_tokens,
             "supervised_share": total.supervised_tokens / total.tokens if total.tokens else 0.0,
-            "lengths": _length_statistics(self.column("lengths")),
-            "max_seq_len": max_seq_len,
-            "overlong": {"rows": self.overlong_count, "lines": self.overlong},
+            "lengths": _length_statistics(self.rows["length"]),
+            "max_seq_len": total.max_seq_len,
+            "overlong": {"rows": overlong.count, "lines": overlong.lines},
             "shared_prefix": {"tokens": len(prefix), "text": self._decode(prefix)[:SAMPLE_CHARACTERS]},
             "packing": {
                 "packed_tokens": self.packed_tokens,
                 "saved_share": 1 - self.packed_tokens / total.tokens if total.tokens else 0.0,
             },
             "issues": issues,
-            "samples": [self._show_sample(*sample) for sample in self.samples],
+            "samples": [self._show_sample(line, row.input_ids, row.supervised) for line, row in self.samples],
             "verdict": "errors" if "error" in severities else "warnings" if issues else "ok",
             "seconds": round(time.perf_counter() - self.start, 3),
         }
 
     def _find_similar_rows(self) -> None:
-        lines, words = self.column("lines"), self.column("words")
-        texts, prompts, answers = self.column("hashes").T
+        lines, words, (texts, prompts, answers) = self.rows["line"], self.rows["words"], self.rows["hashes"].T
         repeated, first = find_repeats(texts)
         self._add_pairs("duplicate", lines[repeated], lines[first])
-        comparable = np.flatnonzero(self.column("comparable"))
-        near, match = (comparable[rows] for rows in find_near_duplicates(self.column("signatures")))
+        signatures, numbers = self.signatures
+        near, match = (numbers[rows] for rows in find_near_duplicates(signatures))
         new = ~np.isin(near, repeated)
         self._add_pairs("near-duplicate", lines[near[new]], lines[match[new]], f"similarity from {THRESHOLD}: ")
         again, before = find_repeats(prompts)
@@ -234,37 +266,55 @@ class DatasetReport:
         self._add_pairs("contradiction", lines[again[other]], lines[before[other]])
         # A label or a yes may be the answer of half of the rows, a whole sentence not of a tenth.
         values, first, counts = np.unique(answers, return_index=True, return_counts=True)
-        shares = np.where(words[first] > SHORT_ANSWER, 0.1, 0.95)
-        for i in np.flatnonzero((counts >= np.maximum(shares * len(answers), SAME_ANSWER_ROWS)) & (values != 0)):
-            count, rows = int(counts[i]), np.flatnonzero(answers == values[i])
+        least = np.maximum(np.where(words[first] > SHORT_ANSWER, 0.1, 0.95) * len(answers), SAME_ANSWER_ROWS)
+        for value in values[(counts >= least) & (values != 0)]:
+            rows = np.flatnonzero(answers == value)
             different = len(np.unique(prompts[rows]))
-            if different >= max(SAME_ANSWER_ROWS, count / 2):
-                share = f"{100 * count / len(answers):.0f} % of the rows"
-                example = f"one answer to {format_count(different)} prompts, {share}"
-                self.issues.add("same-answer", lines[rows[:SHOWN_LINES]].tolist(), count, example)
+            if different >= max(SAME_ANSWER_ROWS, len(rows) / 2):
+                share = f"{100 * len(rows) / len(answers):.0f} % of the rows"
+                self.add_issue("same-answer", lines[rows], f"one answer to {format_count(different)} prompts, {share}")
 
-    def _find_overlap(self, path: str, other: DatasetReport) -> None:
+    def _find_overlap(self, path: str, other: "DatasetReport") -> None:
         """Find rows that are validation rows, and invalid validation rows."""
         if other.invalid_count:
-            row, invalid_lines = other.invalid[0], [r.line for r in other.invalid]
-            example = f"{path}, line {row.line}: {row.cause}"
-            self.issues.add("validation-invalid", invalid_lines, other.invalid_count, example)
-        lines, other_lines = self.column("lines"), other.column("lines")
-        texts, other_texts = self.column("hashes")[:, 0], other.column("hashes")[:, 0]
+            example = f"{path}, line {other.invalid[0].line}: {other.invalid[0].cause}"
+            self.add_issue("validation-invalid", [r.line for r in other.invalid], example)
+            self.issues["validation-invalid"].count = other.invalid_count
+        lines, other_lines = self.rows["line"], other.rows["line"]
+        texts, other_texts = self.rows["hashes"][:, 0], other.rows["hashes"][:, 0]
         order = np.argsort(other_texts, kind="stable")
         same = np.flatnonzero(np.isin(texts, other_texts))
         match = order[np.searchsorted(other_texts[order], texts[same])]
         self._add_pairs("overlap", lines[same], other_lines[match], f"{path}: ", "is")
-        near, match = find_near_duplicates(other.column("signatures"), self.column("signatures"))
-        rows = np.flatnonzero(self.column("comparable"))[near]
-        match = np.flatnonzero(other.column("comparable"))[match]
-        new = ~np.isin(rows, same)
-        self._add_pairs("near-overlap", lines[rows[new]], other_lines[match[new]], f"{path}: ", "is nearly")
+        (signatures, numbers), (other_signatures, other_numbers) = self.signatures, other.signatures
+        near, match = find_near_duplicates(other_signatures, signatures)
+        new = ~np.isin(numbers[near], same)
+        near, match = numbers[near[new]], other_numbers[match[new]]
+        self._add_pairs("near-overlap", lines[near], other_lines[match], f"{path}: ", "is nearly")
 
     def _add_pairs(self, code: str, lines: Array, matches: Array, prefix: str = "", relation: str = "as") -> None:
         if len(lines):
-            example = f"{prefix}line {lines[0]} {relation} line {matches[0]}"
-            self.issues.add(code, lines[:SHOWN_LINES].tolist(), len(lines), example)
+            self.add_issue(code, lines, f"{prefix}line {lines[0]} {relation} line {matches[0]}")
+
+    def _list_issues(self) -> list[dict[str, Any]]:
+        """Return the issues as JSON takes them: errors first, invalid rows before those of `ISSUE_TYPES`."""
+        issues = []
+        for code in [*sorted(self.issues.keys() - ISSUE_TYPES), *(c for c in ISSUE_TYPES if c in self.issues)]:
+            kind, found = ISSUE_TYPES.get(code, INVALID_ROW), self.issues[code]
+            refused = code == "too-long" and self.on_overlong == "error"
+            error = refused or (kind.error_from is not None and found.count >= kind.error_from * self.total.rows)
+            example = f" ({found.example})" if kind.description and found.example else ""
+            issues.append(
+                {
+                    "code": code,
+                    "severity": "error" if error else "warning",
+                    "what": f"{kind.description}{example}" or found.example,
+                    "lines": found.lines,
+                    "count": found.count,
+                    "hint": kind.hint,
+                }
+            )
+        return sorted(issues, key=lambda issue: issue["severity"])
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -291,3 +341,43 @@ def _length_statistics(lengths: Array) -> dict[str, Any]:
     bars = [{"from": low + i * width, "to": low + (i + 1) * width - 1, "rows": int(n)} for i, n in enumerate(counts)]
     median, p90, p99 = (int(np.percentile(lengths, p, method="higher")) for p in (50, 90, 99))
     return {"min": low, "median": median, "p90": p90, "p99": p99, "max": high, "histogram": bars}
+
+
+def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures of a report with their names."""
+    n, prefix, packing = report["lengths"], report["shared_prefix"], report["packing"]
+    overlong, share = report["overlong"]["rows"], 100 * report["supervised_share"]
+    supervised = f"{format_count(report['supervised_tokens'])} supervised ({share:.0f} %)"
+    quantiles = f"50 % of the rows up to {n['median']}, 90 % up to {n['p90']}, 99 % up to {n['p99']}"
+    saved = f"{100 * packing['saved_share']:.0f} % saved by shared prefixes"
+    return [
+        ("rows", f"{report['rows']:,}, {report['invalid_count'] or 'none'} invalid"),
+        ("tokens", f"{format_count(report['tokens'])}, {supervised}"),
+        ("tokens per row", f"{n['min']} to {n['max']}; {quantiles}"),
+        (f"longer than {report['max_seq_len']}", f"{overlong:,} rows" if overlong else "none"),
+        ("shared prefix", f"{prefix['tokens']} tokens: {prefix['text']!r}" if prefix["tokens"] else "none"),
+        ("packed", f"{format_count(packing['packed_tokens'])} tokens per epoch, {saved}"),
+    ]
+
+
+def format_verdict(report: Mapping[str, Any]) -> str:
+    """Return the verdict as one line."""
+    severities = [issue["severity"] for issue in report["issues"]]
+    counts = [(severities.count(name), name) for name in ("error", "warning")]
+    parts = [f"{n} kind{'s' * (n > 1)} of {name}s" for n, name in counts if n]
+    return f"{report['verdict']}: {' and '.join(parts)}" if parts else report["verdict"]
+
+
+def format_issue(issue: Mapping[str, Any]) -> str:
+    """Return an issue as one line."""
+    rows = f"{issue['count']:,} rows, " if issue["count"] > 1 else ""
+    return f"{issue['what']}: {rows}{format_lines(issue['lines'], issue['count'])}"
+
+
+def raise_if_invalid(report: Mapping[str, Any]) -> None:
+    """Raise DataError with every error of a report, if there is one."""
+    errors = [issue for issue in report["issues"] if issue["severity"] == "error"]
+    if errors:
+        problem = "\n".join(f"{report['file']}: {format_issue(issue)}" for issue in errors)
+        hints = "; ".join(dict.fromkeys(issue["hint"] for issue in errors))
+        raise DataError(problem, "rows that do not spoil the run", f"{hints}; or --force to train all the same")
