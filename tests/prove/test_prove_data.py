@@ -6,8 +6,7 @@ import pytest
 from faulty_files import faulty
 from sound_files import sound
 
-from slimtune.data.validation.report import ISSUE_TYPES
-from slimtune.data.validation.report import validate_file
+from slimtune.data.validation.report import ISSUE_TYPES, validate_file
 from slimtune.models.loader import load_tokenizer
 
 pytestmark = pytest.mark.real
