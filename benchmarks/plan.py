@@ -56,10 +56,9 @@ BASES: dict[str, Any] = {
         head_dim=64, vocab_size=64_000, sliding_window=256,
     ),
 }  # fmt: skip
-METHODS: dict[str, tuple[str | None, dict[str, Any]]] = {
-    "full": (None, {}),
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora, DoRA": ("lora", {"use_dora": True}),
-    **{name: (name, NEEDED.get(name, {})) for name in built_in_methods() if name != "full"},
+    **{name: (name, NEEDED.get(name, {})) for name in built_in_methods()},
 }
 OWN = {("bitfit", "gpt2"): {}, ("bitfit", "qwen2"): {}}
 """Settings for bases that have biases."""
@@ -97,8 +96,6 @@ class Case:
 
     def config(self) -> Any:
         name, settings = METHODS[self.method]
-        if name is None:
-            return None
         cls = config_class(name)
         return cls(**fill_recipe_defaults(OWN.get((self.method, self.base), settings), cls))
 

@@ -38,6 +38,7 @@ import transformers as tf
 from transformers import masking_utils
 
 import slimtune
+from slimtune.adapters.registry import config_class
 from slimtune.errors import UsageError
 from slimtune.models.registry import get_model_info
 from slimtune.planning.extrapolate import extrapolate_layers
@@ -202,7 +203,7 @@ def job_of(row: dict[str, Any]) -> TrainingJob | None:
         return None
     lora = slimtune.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
     return TrainingJob(
-        base, None if "full" in method else lora, torch.bfloat16, lengths, passes, "cuda",
+        base, config_class("full")() if "full" in method else lora, torch.bfloat16, lengths, passes, "cuda",
         gradient_checkpointing="checkpointing" in method or "unsloth" in source, quantization=quantization,
     )  # fmt: skip
 

@@ -44,9 +44,8 @@ def _train(job: TrainingJob) -> int:
     model: Any = AutoModelForCausalLM.from_config(job.base_config, dtype=job.dtype)
     if job.quantization == "nf4":
         model = _in_nf4(model)
-    if job.method is not None:
-        model = get_peft_model(model, job.method)
-        job.method.on_train_begin(100)
+    model = get_peft_model(model, job.method)
+    job.method.on_train_begin(100)
     apply_memory_savings(model, job.gradient_checkpointing, job.offload_activations, job.mlp_tile_size)
     model.train()
     optimizer = build_optimizer(model, job.optimizer)
@@ -60,8 +59,7 @@ def _train(job: TrainingJob) -> int:
         forward_backward(model, packs)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        if job.method is not None:
-            model.update_and_allocate(number)
+        model.update_and_allocate(number)
         optimizer.zero_grad()
 
     with packed_attention(model):

@@ -31,7 +31,7 @@ def asked(monkeypatch) -> list:
         requests.append(request)
         card = request.gpu
         weights = 56.0 if card.device == "mps" else 15.0 if card.bf16 else 30.0
-        return hand_plan(request.method_name, card, sizes=(weights, 0.25, 0.25, 0.5, 1.5, 0.5, 0.5))
+        return hand_plan(request.method.name, card, sizes=(weights, 0.25, 0.25, 0.5, 1.5, 0.5, 0.5))
 
     monkeypatch.setattr(planner, "make_plan", fake_make_plan)
     return requests

@@ -43,7 +43,7 @@ def asked(monkeypatch) -> list:
 
     def fake_make_plan(request, *, advise=True):
         requests.append(request)
-        method = request.method_name
+        method = request.method.name
         if method == "bottleneck":
             raise UsageError("found 0 of the 2 layers")
         return hand_plan(method, request.gpu, **made.get(method, {}))
@@ -77,7 +77,7 @@ def test_a_model_alone_is_planned_as_training_would_run_it(asked):
     said("llama-3.1-8b")
     (request,) = asked
     trained = load_recipe(None, {"model.name": "llama-3.1-8b", "data.train": "d.jsonl", "output_dir": "o"})
-    assert (request.model.spec, request.method_name) == ("meta-llama/Llama-3.1-8B", "lora")
+    assert (request.model.spec, request.method.name) == ("meta-llama/Llama-3.1-8B", "lora")
     assert request == build_request(trained, request.gpu)
     assert (request.dtype, request.optimizer, request.quantization) == ("auto", "adamw", None)
     assert request.gpu.name == detect_gpu().name
@@ -86,18 +86,18 @@ def test_a_model_alone_is_planned_as_training_would_run_it(asked):
 def test_flags(asked):
     said(
         *BASE, "--method", "LoRA", "--rank", "8", "--alpha", "12", "--batch-size", "2", "--max-seq-len", "99",
-        "--gradient-accumulation-steps", "4", "--optimizer", "sgd", "--quantization", "nf4", "--gradient-checkpointing",
-        "--dtype", "bf16", "--no-packing", "--set", "method.targets=[q_proj]",
+        "--gradient-accumulation-steps", "4", "--optimizer", "adamw-8bit", "--quantization", "nf4",
+        "--gradient-checkpointing", "--dtype", "bf16", "--no-packing", "--set", "method.targets=[q_proj]",
         "--set", "train.gradient_accumulation_steps=5",
         "--set", "train.save_total_limit=7",
     )  # fmt: skip
     (request,) = asked
     assert request.gpu is CARD
-    assert request.method_name == "lora"
+    assert request.method.name == "lora"
     assert (request.method.r, request.method.lora_alpha) == (8, 12)
     assert set(request.method.target_modules) == {"q_proj"}
     assert (request.batch_size, request.gradient_accumulation_steps, request.seq_len) == (2, 5, 99)
-    assert (request.optimizer, request.quantization, request.gradient_checkpointing) == ("sgd", "nf4", True)
+    assert (request.optimizer, request.quantization, request.gradient_checkpointing) == ("adamw-8bit", "nf4", True)
     assert (request.dtype, request.packing, request.save_total_limit) == ("bfloat16", False, 7)
 
 
@@ -118,7 +118,7 @@ def test_a_recipe_and_flags_over_it(asked, recipe):
 
 def test_other_methods_than_the_recipes_start_from_their_own_defaults(asked, recipe):
     said(str(recipe), "--method", "lora,vera,full")
-    by_name = {r.method_name: r for r in asked}
+    by_name = {r.method.name: r for r in asked}
     assert list(by_name) == ["lora", "vera", "full"]
     assert set(by_name["lora"].method.target_modules) == {"q_proj"}
     assert by_name["vera"].method.target_modules == "all-linear"
@@ -168,7 +168,7 @@ def test_a_recipe_of_a_base_on_this_disk_has_its_rows_read(asked, tiny_folder, t
 
 def test_a_setting_goes_to_the_methods_that_have_it(asked):
     said(*BASE, "--method", "lora,ia3", "--rank", "3")
-    assert [(r.method_name, getattr(r.method, "r", None)) for r in asked] == [("lora", 3), ("ia3", None)]
+    assert [(r.method.name, getattr(r.method, "r", None)) for r in asked] == [("lora", 3), ("ia3", None)]
 
 
 def test_all_methods_and_those_that_cannot_be_planned(asked):
@@ -210,8 +210,8 @@ def test_help(verb):
         (["--max-seq-len", "1"], "data.max_seq_len: got 1"),
         (["--method", "lora,ia3", "--max-seq-len", "1"], "data.max_seq_len: got 1"),
         (["--dtype", "bf17"], "model.dtype: got 'bf17'"),
-        (["--optimizer", "adamv"], "train.optimizer is 'adamv'; did you mean 'adamw'?"),
-        (["--quantization", "nf8"], "quantization is 'nf8'; did you mean 'nf4'?"),
+        (["--optimizer", "adamv"], "train.optimizer: got 'adamv'"),
+        (["--quantization", "nf8"], "model.quantization: got 'nf8'"),
         (["--method", "full", "--rank", "4"], "method.rank: no such field"),
         (["--method", "ia3", "--rank", "4"], "method.rank"),
         (["--method", "lora,ia3", "--set", "method.rnk=4"], "a setting 'rnk'; did you mean 'rank'?"),
@@ -302,7 +302,7 @@ def test_one_plan():
 def test_a_plan_is_an_answer_whatever_it_says(monkeypatch, verdict, sentence):
     fields = {"verdict": verdict, "max_seq_len": 0, "max_batch_size": 0, "tokens_per_second": None, "advice": []}
     monkeypatch.setattr(
-        planner, "make_plan", lambda request, advise: hand_plan(request.method_name, request.gpu, **fields)
+        planner, "make_plan", lambda request, advise: hand_plan(request.method.name, request.gpu, **fields)
     )
     done = plan(*BASE, "--method", "full")
     assert done.exit_code == 0
@@ -396,10 +396,6 @@ def test_a_recipe_that_trains_is_written(asked, rows, tmp_path):
         ([], "--write needs the rows"),
         (["--method", "lora,full", "DATA"], "--write got lora, full"),
         (["--method", "lora,ia3", "DATA"], "--write got lora, ia3"),
-        (
-            ["--optimizer", "sgd", "--quantization", "nf4-single", "DATA"],
-            "no recipe trains with quantization nf4-single, optimizer sgd",
-        ),
         (["DATA", "--write", "job.txt"], "'job.txt' is not a name for a recipe"),
         (["DATA", "--write", "no/job.yaml"], "there is no folder 'no'"),
         (["DATA", "--write", "there.yaml"], "there.yaml exists"),

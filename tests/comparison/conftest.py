@@ -54,7 +54,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     make_plan = compare.make_plan
 
     def plan_once(request: Any, **settings: Any) -> Any:
-        method = request.method_name
+        method = request.method.name
         if method not in PLANS:
             PLANS[method] = make_plan(request, **settings)
         return PLANS[method]

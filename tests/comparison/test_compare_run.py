@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_left_out(grid, without_training, monkeypatch):
 
     def small(request, **options):
         plan = make_plan(request, **options)
-        too_big = request.method_name == "ia3"
+        too_big = request.method.name == "ia3"
         return dataclasses.replace(plan, verdict="does not fit", reason="too big") if too_big else plan
 
     monkeypatch.setattr(run_module, "make_plan", small)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import models_zoo as zoo
 import pytest
 import torch
+from methods.cases import CASES
 
 import slimtune
 from slimtune.planning.extrapolate import TOKENS, extrapolate_layers, extrapolate_merge, fit_memory_model
@@ -12,6 +13,7 @@ from slimtune.planning.memory_trace import BACKWARD, trace_memory, trace_merge
 from slimtune.planning.request import TrainingJob
 
 LORA = slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+FULL = CASES["full"]()
 
 
 def make_job(name="llama", depth=6, **settings):
@@ -26,7 +28,7 @@ def make_job(name="llama", depth=6, **settings):
 
 
 @pytest.mark.parametrize(
-    ("device", "checkpointing", "method"), [("cuda", True, LORA), ("cuda", False, None), ("cpu", False, LORA)]
+    ("device", "checkpointing", "method"), [("cuda", True, LORA), ("cuda", False, FULL), ("cpu", False, LORA)]
 )
 def test_the_formula_gives_what_is_traced(device, checkpointing, method):
     job = make_job(device=device, gradient_checkpointing=checkpointing, method=method)
@@ -96,6 +98,5 @@ def test_the_peak_of_a_merge():
     peak = trace_merge(job, torch.float32)
     assert extrapolate_merge(job, num_params=1000) == peak  # small models are merged in float32
     assert extrapolate_merge(job, num_params=10**10) < peak
-    assert extrapolate_merge(replace(job, method=None), 1000) is None
     bottleneck = slimtune.BottleneckConfig(task_type="CAUSAL_LM")
     assert extrapolate_merge(replace(job, method=bottleneck), 1000) is None

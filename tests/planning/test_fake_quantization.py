@@ -316,8 +316,8 @@ def test_a_checkpoint_that_is_quantized_is_planned_as_it_is_stored():
 def test_what_cannot_be_quantized_is_refused_by_name():
     with pytest.raises(UsageError, match=r"'nf' is no quantization; did you mean 'nf4'\?"):
         job("nf").build_model()
-    with pytest.raises(UsageError, match="full fine-tuning trains every weight"):
-        TrainingJob(tf.LlamaConfig(**SIZES), None, torch.float32, (8,), quantization="nf4").build_model()
+    with pytest.raises(UsageError, match="full fine-tuning would train weights"):
+        job("nf4", "full").build_model()
     with torch.device("meta"):
         empty = tf.LlamaForCausalLM(tf.LlamaConfig(**{**SIZES, "num_hidden_layers": 0}))
     with pytest.raises(UsageError, match="has no linear layer that int8 could hold"):

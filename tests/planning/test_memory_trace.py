@@ -40,7 +40,7 @@ UNKNOWN_WORKSPACE = {"p_tuning+lstm"}
 
 def make_job(base, method, rows=ROWS[0], dtype=FP32, sizes=None, **settings):
     lengths, packing, micro_batches = rows
-    config = None if method is None else CASES[method](**(CASES[method].on_gpt2 if base == "gpt2" else {}))
+    config = CASES[method](**(CASES[method].on_gpt2 if base == "gpt2" else {}))
     return TrainingJob(BASES[base](**(sizes or {})), config, dtype, lengths, micro_batches, packing=packing, **settings)
 
 
@@ -63,7 +63,7 @@ def test_full_fine_tuning(rows, tied, monkeypatch):
     """The gradients of a tied weight, from the head's chunks and from the embedding, are accumulated in place."""
     monkeypatch.setattr(cross_entropy, "CHUNK", 32 * 8192)
     sizes = {"vocab_size": 8192, "tie_word_embeddings": tied}
-    assert_trace_is_exact(make_job("llama", None, rows, sizes=sizes, gradient_checkpointing=True))
+    assert_trace_is_exact(make_job("llama", "full", rows, sizes=sizes, gradient_checkpointing=True))
 
 
 @pytest.mark.parametrize(("base", "method"), [("llama", "lora"), ("gpt2", "bottleneck"), ("gemma2", "prefix_tuning")])

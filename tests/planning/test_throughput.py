@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig
 
 from slimtune import LoraConfig
+from slimtune.adapters.registry import config_class
 from slimtune.errors import UsageError
 from slimtune.models.registry import load_known_configs
 from slimtune.planning.gpus import find_gpu, gpu_with_memory
@@ -19,6 +20,7 @@ from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.request import TrainingJob
 from slimtune.planning.result import Range
 from slimtune.planning.throughput import UTILIZATION, Work, estimate_cost, estimate_throughput, prices
+from slimtune.setup import build_meta_model
 
 TABLE = json.loads((Path(__file__).parents[2] / "benchmarks/data/pace_points.json").read_text(encoding="utf-8"))
 POINTS: list[dict[str, Any]] = TABLE["points"]
@@ -42,23 +44,19 @@ def _whole(told: str, device: Any, dtype: torch.dtype) -> tuple[Work, int]:
     def traced(depth: int, last: int) -> tuple[Counter, int]:
         """Trace so many layers, the last of them adapted."""
         config = AutoConfig.for_model(**shapes | {"num_hidden_layers": depth, "max_position_embeddings": 16384})
-        method = None
+        method = config_class("full")()
         if "rank" in point:
             only = None if last == depth else list(range(depth))[-last:]
             method = LoraConfig(
                 r=point["rank"], target_modules=point["targets"], layers_to_transform=only, task_type="CAUSAL_LM"
             )
-        found = trace_memory(
-            TrainingJob(
-                config,
-                method,
-                dtype,
-                tuple(point["lengths"]),
-                device=device,
-                gradient_checkpointing=point["checkpointing"],
-                quantization=point.get("quantization"),
-            )
-        )
+        job = TrainingJob(
+            config, method, dtype, tuple(point["lengths"]), device=device,
+            gradient_checkpointing=point["checkpointing"], quantization=point.get("quantization"),
+        )  # fmt: skip
+        # The published full fine-tuning trains the base's own weights, ours fp32 copies of them.
+        plain = None if "rank" in point else build_meta_model(config, None, dtype, checkpointing=point["checkpointing"])
+        found = trace_memory(job, plain)
         trained = found.state.get("adapters") or found.state["weights"]
         return found.work, 2 * found.state["optimizer"] + 5 * trained
 

@@ -5,7 +5,6 @@ Each is the recipe that would train it, so that `slimtune train` runs what was p
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,6 @@ class Jobs:
         has_rows: whether training rows were given.
         lengths: tokens of every training row; empty if no rows were read.
         tokens: tokens of a whole run; None if no rows were read.
-        plan_only: optimizer and quantization, if they can be planned but not trained.
     """
 
     recipes: dict[str, Recipe]
@@ -62,7 +60,6 @@ class Jobs:
     has_rows: bool
     lengths: list[int]
     tokens: int | None
-    plan_only: dict[str, str]
 
     @property
     def dtype(self) -> str:
@@ -90,7 +87,6 @@ def load_jobs(job: str, settings: Mapping[str, Any], output_dir: str = "runs/pla
 
     path = Path(job) if job.endswith((".yaml", ".yml")) else None
     settings = dict(settings)
-    plan_only = _pop_plan_only(settings)
     section = (read_tree(path) if path is not None else {}).get("method")
     own_method = str(section.get("name", "lora") if isinstance(section, dict) else "lora").lower()
     methods = _parse_methods(settings.pop("method.name", settings.pop("method", own_method)))
@@ -131,7 +127,7 @@ def load_jobs(job: str, settings: Mapping[str, Any], output_dir: str = "runs/pla
     if t.max_steps is not None:
         epochs = t.max_steps * t.batch_size * t.gradient_accumulation_steps / max(len(lengths), 1)
     tokens = round(epochs * sum(lengths)) or None
-    return Jobs(recipes, errors, model, has_rows, lengths, tokens, plan_only)
+    return Jobs(recipes, errors, model, has_rows, lengths, tokens)
 
 
 def make_plans(
@@ -158,7 +154,6 @@ def make_plans(
     errors = dict(jobs.errors)
     for method, recipe in jobs.recipes.items():
         request = build_request(recipe, gpu, jobs.lengths, processes)
-        request = dataclasses.replace(request, **jobs.plan_only)  # type: ignore[arg-type]
         print_progress(f"planning {jobs.model.name}, {method}, on {gpu.name}")
         try:
             plans.append(make_plan(request, advise=advise and len(jobs.recipes) == 1))
@@ -167,26 +162,6 @@ def make_plans(
     if not plans:
         raise next(errors[method] for method in jobs.recipes)
     return plans, errors
-
-
-def _pop_plan_only(settings: dict[str, Any]) -> dict[str, str]:
-    """Remove the optimizer and the quantization that can be planned but not trained, and return them by field."""
-    from ..models.quantization import KINDS as TRAINABLE_KINDS
-    from ..planning.fake_quantization import KINDS
-    from ..train_step.optimizer import OPTIMIZERS, TRAINABLE_OPTIMIZERS
-
-    found = {}
-    for path, known, trainable in (
-        ("model.quantization", KINDS, TRAINABLE_KINDS),
-        ("train.optimizer", OPTIMIZERS, TRAINABLE_OPTIMIZERS),
-    ):
-        value = settings.get(path)
-        if value is None or value in trainable:
-            continue
-        if value not in known:
-            raise UsageError(f"{path} is {value!r}{nearest(value, known)}", f"one of {format_names(known)}")
-        found[path.partition(".")[2]] = settings.pop(path)
-    return found
 
 
 def _parse_methods(text: Any) -> list[str]:

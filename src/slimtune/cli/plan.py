@@ -130,9 +130,6 @@ def _require_writable(path: Path, jobs: Jobs) -> None:
     """Check, before anything is planned, that the run can be written as a recipe that trains."""
     if len(jobs.recipes) != 1:
         raise UsageError(f"--write got {', '.join(jobs.recipes)}", "one method", "--method lora")
-    if jobs.plan_only:
-        values = ", ".join(f"{name} {value}" for name, value in jobs.plan_only.items())
-        raise UsageError(f"no recipe trains with {values}", hint="leave it out, or --write")
     if not jobs.has_rows:
         raise UsageError("--write needs the rows that the recipe trains on", hint="--data rows.jsonl")
     if path.suffix not in (".yaml", ".yml"):

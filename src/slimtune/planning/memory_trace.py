@@ -145,8 +145,6 @@ def trace_merge(job: TrainingJob, dtype: torch.dtype) -> int | None:
         job: what was trained.
         dtype: of the merged weights.
     """
-    if job.method is None:
-        return None
     model = build_meta_model(job.base_config, job.method, dtype)
     tracker = MemoryTracker()
     with fake_mode(), simulate_device("cpu"):

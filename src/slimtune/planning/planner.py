@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from ..adapters.model import PeftModel
 from ..adapters.quantized import count_values
 from ..adapters.state_dict import adapter_tensor_info
 from ..utils.formatting import format_bytes
@@ -92,7 +91,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
 
     plan = Plan(
         model=request.model.name,
-        method=request.method_name,
+        method=request.method.name,
         card=gpu.name,
         dtype=request.quantization or str(job.dtype).removeprefix("torch."),
         batch=len(job.lengths),
@@ -191,8 +190,6 @@ def file_bytes(model: Any) -> tuple[int, int, bool]:
 
     Training may leave a smaller file if it chooses ranks (AdaLoRA, EVA); then the size is an upper bound.
     """
-    if not isinstance(model, PeftModel):
-        return _safetensors_bytes(model.parameters()), 0, False
     adapters = model.adapter_modules("default")
     growth = model.peft_config["default"].max_size_increase(adapters)
     tensors, _ = adapter_tensor_info(model, "default")
@@ -229,9 +226,8 @@ def _host_memory(job: TrainingJob, trace: Trace, reserved: Range, largest_file: 
 
 
 def _tokens_per_second(job: TrainingJob, trace: Trace, gpu: Gpu) -> Range | None:
-    trained = trace.state.get("adapters", 0) if job.method is not None else trace.state["weights"]
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
-    step_bytes = 2 * trace.state.get("optimizer", 0) + 3 * trained
+    step_bytes = 2 * trace.state.get("optimizer", 0) + 3 * trace.state.get("adapters", 0)
     return estimate_throughput(
         trace.work, gpu, sum(job.lengths), step_bytes=step_bytes, micro_batches=job.micro_batches
     )
@@ -290,7 +286,7 @@ def _possible_changes(job: TrainingJob) -> list[tuple[str, Change]]:
         changes.append(("--batch-size 1, and --gradient-accumulation-steps as many", one_row))
     if job.optimizer != "adamw":
         changes.append(("--optimizer adamw", partial(replace, optimizer="adamw")))
-    if job.method is None or job.method.trains_every_weight:  # which leaves nothing to quantize
+    if job.method.trains_every_weight:  # which leaves nothing to quantize
         return changes
     if job.quantization != "nf4":
         changes += [(f"--quantization {kind}", partial(replace, quantization=kind)) for kind in ("nf4", "int8")]

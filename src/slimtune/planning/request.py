@@ -1,13 +1,11 @@
 """What to plan: a base, a GPU, a method and the settings of a run."""
 
-from __future__ import annotations
-
 import copy
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from transformers import PreTrainedConfig
@@ -23,12 +21,8 @@ from ..train_step.optimizer import OPTIMIZERS
 from .fake_quantization import quantization_kind, quantize
 from .gpus import Gpu
 
-FULL = "full"
-"""Name of full fine-tuning, for which `PlanRequest.method` is None."""
 MAX_SEQ_LEN = 1 << 22
 """Longest row that a plan considers."""
-
-Device = Literal["cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class TrainingJob:
 
     Args:
         base_config: the base's config.
-        method: the method's config; None: every weight of the base is trained.
+        method: the method's config.
         dtype: of the base's weights.
         lengths: tokens of each row of a micro-batch.
         micro_batches: micro-batches in an optimizer step.
@@ -51,11 +45,11 @@ class TrainingJob:
     """
 
     base_config: PreTrainedConfig
-    method: PeftConfig | None
+    method: PeftConfig
     dtype: torch.dtype
     lengths: tuple[int, ...]
     micro_batches: int = 1
-    device: Device = "cpu"
+    device: Literal["cpu", "cuda", "mps"] = "cpu"
     gradient_checkpointing: bool = False
     offload_activations: bool = False
     mlp_tile_size: int | None = None
@@ -65,10 +59,9 @@ class TrainingJob:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the base."""
         return self.base_config.get_text_config().num_hidden_layers
 
-    def with_num_layers(self, num_layers: int) -> TrainingJob:
+    def with_num_layers(self, num_layers: int) -> Self:
         """Return the job for a base with only its first layers."""
         config = copy.deepcopy(self.base_config)
         text = config.get_text_config()
@@ -84,12 +77,6 @@ class TrainingJob:
             UsageError: the targets match nothing, there is nothing to quantize, or every weight of a quantized base is
                 to be trained.
         """
-        if self.quantization and self.method is None:
-            raise UsageError(
-                f"full fine-tuning trains every weight, and {self.quantization} weights cannot be trained",
-                "a method that leaves the base as it is",
-                "--method lora, or no quantization",
-            )
         return build_meta_model(
             self.base_config,
             self.method,
@@ -103,22 +90,15 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A run to plan.
+    """A run to plan; fields without a line here are those of `TrainingJob`.
 
     Args:
         model: the base.
         gpu: where it runs.
-        method: the method's config; None: full fine-tuning.
         batch_size: rows of a batch.
         seq_len: tokens of the longest row.
         gradient_accumulation_steps: batches in an optimizer step.
-        dtype: of the base's weights; "auto": bfloat16 where the GPU supports it, else float32.
-        optimizer: one of `OPTIMIZERS`.
-        quantization: one of `fake_quantization.KINDS`, or None.
-        gradient_checkpointing: recompute activations in the backward pass.
-        offload_activations: keep checkpointed activations in CPU memory.
-        mlp_tile_size: tokens that norms and MLPs process at once; None: all.
-        packing: rows in one sequence; else padded.
+        dtype: "auto": bfloat16 where the GPU supports it, else float32.
         split_batch: training may split a batch into micro-batches that fit.
         save_total_limit: checkpoints that a run keeps beside its best.
         lengths: tokens of the longest rows of the data, if known; replaces `batch_size` and `seq_len`.
@@ -129,7 +109,7 @@ class PlanRequest:
 
     model: ModelInfo
     gpu: Gpu
-    method: PeftConfig | None
+    method: PeftConfig
     batch_size: int = 1
     seq_len: int = 1024
     gradient_accumulation_steps: int = 1
@@ -154,14 +134,8 @@ class PlanRequest:
         if self.seq_len > MAX_SEQ_LEN:
             raise UsageError(f"a row of {self.seq_len} tokens", f"at most {MAX_SEQ_LEN}", "give the length in tokens")
         if self.optimizer not in OPTIMIZERS:
-            raise UsageError(
-                f"unknown optimizer {self.optimizer!r}{nearest(self.optimizer, OPTIMIZERS)}", format_names(OPTIMIZERS)
-            )
-
-    @property
-    def method_name(self) -> str:
-        """Name of the method."""
-        return FULL if self.method is None else self.method.name
+            close = nearest(self.optimizer, OPTIMIZERS)
+            raise UsageError(f"unknown optimizer {self.optimizer!r}{close}", format_names(OPTIMIZERS))
 
     def job(self) -> TrainingJob:
         """Return the job with all rows of a batch in one micro-batch, the longest first."""
@@ -197,27 +171,21 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
     model, train = recipe.model, recipe.train
     info = get_model_info(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
     max_tokens = train.max_tokens_per_micro_batch
-    split_batch = max_tokens == "auto"
     if max_tokens == "auto":
         max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU
+    same = ("batch_size", "gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",
+            "mlp_tile_size", "packing", "save_total_limit")  # fmt: skip
     return PlanRequest(
         model=info,
         gpu=gpu,
         method=recipe.method_config(),
-        batch_size=train.batch_size,
         seq_len=recipe.data.max_seq_len,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
         dtype=model.dtype,
-        optimizer=train.optimizer,
         quantization=quantization_kind(info.config, model.quantization),
-        gradient_checkpointing=train.gradient_checkpointing,
-        offload_activations=train.offload_activations,
-        mlp_tile_size=train.mlp_tile_size,
-        packing=train.packing,
-        split_batch=split_batch,
-        save_total_limit=train.save_total_limit,
+        split_batch=train.max_tokens_per_micro_batch == "auto",
         lengths=tuple(heapq.nlargest(train.batch_size, lengths)),
         max_tokens=max_tokens,
         processes=processes,
         fsdp=train.fsdp and processes > 1,
+        **{name: getattr(train, name) for name in same},
     )

@@ -17,12 +17,8 @@ from ..kernels.adamw import adamw_8bit
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw": (torch.optim.AdamW, {"fused": True}),
     "adamw-8bit": (adamw_8bit, {}),
-    "adamw-foreach": (torch.optim.AdamW, {"foreach": True}),
-    "sgd": (torch.optim.SGD, {}),
 }
-"""Optimizers that can be planned. PyTorch's default, `foreach`, takes temporary tensors of all parameters at once."""
-TRAINABLE_OPTIMIZERS = ("adamw", "adamw-8bit")
-"""Optimizers that can be trained with."""
+"""PyTorch's default instead of `fused`, `foreach`, takes temporary tensors of all parameters at once."""
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Patterns of the parameter names that transformers' Trainer excludes from weight decay."""
 
