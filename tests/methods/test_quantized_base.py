@@ -10,7 +10,7 @@ from models_zoo import llama, run, tokens
 
 from slimtune import PeftModel, get_peft_model
 from slimtune.export.merged_weights import MergedWeights
-from slimtune.models.quantization import KINDS, dequantize_model, keep_layout, quantization_config
+from slimtune.models.quantization import KINDS, dequantize_model, disable_wrong_repacking, make_quantization_options
 from slimtune.utils.linear_layers import is_quantized
 
 pytestmark = [
@@ -29,9 +29,9 @@ def bases(tmp_path_factory):
 
     def make(kind):
         model = llama(dtype=torch.float32)
-        _, told = quantization_config(model.config, kind, torch.float32, torch.device("cpu"), "tiny")
+        _, told = make_quantization_options(model.config, kind, torch.float32, torch.device("cpu"), "tiny")
         model = type(model).from_pretrained(folder, dtype=torch.float32, **told).eval()
-        keep_layout(model)
+        disable_wrong_repacking(model)
         return model
 
     return make

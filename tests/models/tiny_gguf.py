@@ -5,23 +5,6 @@ from typing import Any
 
 import numpy as np
 
-_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
 
 def write_gguf(
     path: Path,
@@ -55,28 +38,7 @@ def write_gguf(
     w.add_vocab_size(config.vocab_size)
     if scaling:
         w.add_string("llama.rope.scaling.type", scaling)
-    _vocabulary(w, tokenizer, pre)
-    for name, weight in model.state_dict().items():
-        if name == drop or (name == "lm_head.weight" and config.tie_word_embeddings):
-            continue
-        array = weight.numpy().copy()
-        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if part in name:
-                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        if poison and "down_proj" in name:
-            array[0, 0] = np.nan
-        w.add_tensor(_gguf_name(name), array)
-    if rope_freqs is not None:
-        w.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return path
-
-
-def _vocabulary(w: Any, tokenizer: Any, pre: str) -> None:
-    tokens = [t for t, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])]
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre(pre)
     w.add_token_list(tokens)
@@ -87,10 +49,21 @@ def _vocabulary(w: Any, tokenizer: Any, pre: str) -> None:
     w.add_pad_token_id(tokenizer.pad_token_id)
     w.add_add_bos_token(False)
     w.add_chat_template(tokenizer.chat_template)
-
-
-def _gguf_name(name: str) -> str:
-    if name in _NAMES:
-        return _NAMES[name]
-    _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{_LAYER[rest.removesuffix('.weight')]}.weight"
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name == drop or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        array = weight.numpy().copy()
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        if poison and "down_proj" in name:
+            array[0, 0] = np.nan
+        w.add_tensor(names.get_name(name, (".weight",)), array)
+    if rope_freqs is not None:
+        w.add_tensor("rope_freqs.weight", rope_freqs.astype(np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path

@@ -21,7 +21,7 @@ from ..adapters.config import CONFIG_FILE, PeftConfig
 from ..adapters.model import PeftModel
 from ..adapters.model_card import CARD_FILE, is_saved_card, strip_local_paths
 from ..errors import AdapterError, ModelError, RunError, SlimtuneError, UsageError, format_names
-from ..models.gguf import read_facts
+from ..models.gguf import read_gguf
 from ..models.registry import load_config
 from ..run_dir import ADAPTER_FILE, RunDir, RunResults, read_json
 from ..setup import build_meta_model, find_adapter_folder
@@ -305,7 +305,7 @@ def _prepare_gguf(folder: Path) -> Upload:
     files = _list_allowed(folder, "gguf")
     for file in (f for n, f in files.items() if n.endswith(".gguf")):
         try:
-            read_facts(file)
+            read_gguf(file)
         except ImportError as e:
             raise ModelError("checking a GGUF file needs the package gguf", hint="pip install gguf") from e
         except Exception as e:  # the reader fails in many ways

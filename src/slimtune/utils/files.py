@@ -60,18 +60,19 @@ def fsync_tree(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path, needed: int = 0) -> Iterator[Path]:
+def atomic_folder(path: Path, needed: int = 0, fix: str = _OTHER_DISK) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` if the block ends without an error, and is deleted otherwise.
 
     Args:
         path: must not exist, or be an empty folder; missing parents are created.
         needed: bytes that will be written, roughly.
+        fix: what the user can do about a full disk.
 
     Raises:
         RunError: the disk is full.
     """
     target = path.resolve()
-    with translate_disk_full(target, needed):
+    with translate_disk_full(target, needed, fix):
         target.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(target.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,0 +1,177 @@
+"""Loss and gradients from hidden states and the head's config equal those of the model's own forward and loss."""
+
+import pytest
+import torch
+import transformers as tf
+from models_zoo import DECODER, VOCAB, shake
+from plain_way import alone, apart, gradients, loud, unfused, wide
+
+import slimtune
+from slimtune.attention.register import packed_attention
+from slimtune.errors import ModelError
+from slimtune.kernels import cross_entropy
+from slimtune.models.lm_head import get_hidden_states, get_lm_head
+from slimtune.train_step.loss import check_packing_supported, make_collator, step_loss
+
+PLAIN = {**DECODER, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GEMMA = {**PLAIN, "head_dim": 8, "sliding_window": 4}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB, "n_positions": 64, "attn_pdrop": 0.0}
+CONFIGS = {
+    # config, scale and soft cap of its logits
+    "llama": (tf.LlamaConfig(**PLAIN), 1, None),
+    "llama, tied": (tf.LlamaConfig(**PLAIN, tie_word_embeddings=True), 1, None),
+    "gemma2": (tf.Gemma2Config(**GEMMA, final_logit_softcapping=3.0), 1, 3.0),
+    "gemma3": (tf.Gemma3TextConfig(**GEMMA, final_logit_softcapping=3.0), 1, 3.0),
+    "granite": (tf.GraniteConfig(**PLAIN, logits_scaling=7.0, residual_multiplier=0.4), 1 / 7, None),
+    "cohere": (tf.CohereConfig(**PLAIN, logit_scale=0.3), 0.3, None),
+    "cohere2": (tf.Cohere2Config(**PLAIN, logit_scale=0.3, sliding_window=4), 0.3, None),
+    "phi": (tf.PhiConfig(**PLAIN, **NO_DROPOUT), 1, None),
+    "gpt2": (tf.GPT2Config(**GPT2, **NO_DROPOUT, bos_token_id=1, eos_token_id=2), 1, None),
+}
+ADAPTED = {
+    "frozen": {"target_modules": "all-linear"},
+    "adapted": {"target_modules": r".*(q_proj|c_attn|lm_head)"},
+    "trained": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+def random_ids(n, seed):
+    return torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PREFIX = random_ids(9, 0)
+ROWS = [
+    {"input_ids": PREFIX + random_ids(5, 1), "labels": [-100] * 9 + random_ids(5, 1)},
+    {"input_ids": PREFIX + random_ids(3, 2), "labels": [-100] * 9 + random_ids(3, 2)},
+    {"input_ids": random_ids(7, 3), "labels": random_ids(7, 3)},
+]
+
+
+def build(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(CONFIGS[name][0], attn_implementation="eager")
+    loud(model)
+    return model.to(dtype)
+
+
+HEADS = [(name, head) for name in CONFIGS for head in ("frozen", "adapted")]
+HEADS += [(name, "trained") for name in ("llama", "llama, tied", "gemma2", "granite", "phi")]
+
+
+@pytest.mark.parametrize(("name", "head"), HEADS)
+def test_loss_and_gradients(name, head):
+    model = slimtune.get_peft_model(build(name), slimtune.LoraConfig(r=4, **ADAPTED[head]))
+    shake(model)
+    assert any("lm_head" in n for n, p in model.named_parameters() if p.requires_grad) == (head != "frozen")
+    collator = make_collator(model, 0)
+    assert collator.layout
+    losses = []
+
+    def run_rows_alone():
+        losses.append(alone(model, ROWS))
+        losses[-1].backward()
+
+    def run_step():
+        with packed_attention(model):
+            losses.append(step_loss(model, collator(ROWS)))
+            losses[-1].backward()
+
+    with wide():
+        with unfused():
+            expected = gradients(model, run_rows_alone)
+        error = apart(gradients(model, run_step), expected)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+    assert losses[0] > 0.5  # a loss near 0 would prove nothing
+    assert error < 1e-12
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_head_from_config(name):
+    head = get_lm_head(build(name))
+    assert (head.scale, head.cap) == pytest.approx(CONFIGS[name][1:])
+    assert head.vocabulary == VOCAB
+
+
+def test_frozen_head_is_not_called():
+    """Only then the gradient is computed in the forward pass; a trained head is recomputed in the backward pass."""
+    model = build("phi").requires_grad_(False)
+    head, h = get_lm_head(model), torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
+    assert head.target_nll(h, torch.arange(5)).grad_fn.name() == "_CrossEntropyBackward"
+    model.lm_head.bias.requires_grad_(True)
+    assert head.target_nll(h, torch.arange(5)).grad_fn.name() != "_CrossEntropyBackward"
+
+
+def test_adapted_head_runs_in_chunks():
+    model = slimtune.get_peft_model(build("llama"), slimtune.LoraConfig(r=4, **ADAPTED["adapted"]))
+    head, rows = get_lm_head(model), []
+    head.module.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    n = cross_entropy.rows_at_once(VOCAB, torch.device("cpu"))
+    head.target_nll(torch.randn(n + 5, 32, dtype=torch.float64), torch.zeros(n + 5, dtype=torch.int64))
+    assert rows == [n, 5]
+
+
+def test_hidden_states(monkeypatch):
+    model, shapes = build("llama"), []
+    model.lm_head.register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    inputs = {"input_ids": torch.tensor([ROWS[0]["input_ids"]]), "use_cache": False}
+    h = get_hidden_states(model, get_lm_head(model), inputs)
+    assert shapes == [(1, 0, VOCAB)]  # the head computes nothing
+    torch.testing.assert_close(model.lm_head(h), model(**inputs).logits)
+    monkeypatch.setattr(model.model, "forward", lambda **_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        get_hidden_states(model, get_lm_head(model), inputs)
+    assert len(model.lm_head._forward_pre_hooks) == 0
+
+
+# --- check_packing_supported ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_head_supported(name, dtype):
+    model = build(name, dtype)
+    check_packing_supported(model, make_collator(model, 0))
+    check_packing_supported(model, make_collator(model, 0, packing=False))
+
+
+class ScaledLlama(tf.LlamaForCausalLM):
+    """Scales its logits by a factor that is not in its config."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 1.5
+        return out
+
+
+class ShiftedLlama(tf.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits + torch.arange(VOCAB, dtype=out.logits.dtype) / 50
+        return out
+
+
+class HeadlessLlama(tf.LlamaForCausalLM):
+    def get_output_embeddings(self):
+        return None
+
+
+@pytest.mark.parametrize(("cls", "dtype"), [(ScaledLlama, torch.float32), (ShiftedLlama, torch.bfloat16)])
+def test_unknown_head_is_refused(cls, dtype):
+    torch.manual_seed(0)
+    model = cls(CONFIGS["llama"][0])
+    loud(model)
+    model.to(dtype).train()
+    with pytest.raises(ModelError, match=f"the loss of a {cls.__name__} differs from the model's own"):
+        check_packing_supported(model, make_collator(model, 0))
+    assert model.training
+
+
+def test_model_without_head():
+    torch.manual_seed(0)
+    model = HeadlessLlama(CONFIGS["llama"][0]).double()
+    loud(model)
+    assert get_lm_head(model) is None
+    with wide(), torch.no_grad(), packed_attention(model):
+        loss = step_loss(model, make_collator(model, 0)(ROWS))
+        torch.testing.assert_close(loss, alone(model, ROWS), rtol=1e-12, atol=0)

@@ -1,0 +1,264 @@
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import errors as hub
+from transformers.utils import logging as transformers_logging
+
+from slimtune.errors import ModelError, RunError, SlimtuneError, UsageError
+from slimtune.models import registry
+from slimtune.models.errors import translate_load_errors
+from slimtune.models.loader import load_base, load_tokenizer
+from slimtune.models.registry import load_config
+
+
+def load(spec: Path | str, **options: Any) -> Any:
+    return load_base(str(spec), **{"dtype": "fp32", "device": "cpu", **options})
+
+
+def assert_refused(spec: Path | str, kind: type[SlimtuneError], *words: str, **options: Any) -> None:
+    with pytest.raises(kind) as caught:
+        load(spec, **options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def raise_error(error: Exception) -> Callable[..., None]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    return fail
+
+
+def test_folder(tiny_folder: Path, tiny_llama: Callable[..., Any], capsys: Any) -> None:
+    base = load(tiny_folder)
+    assert capsys.readouterr() == ("", "")
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        assert torch.equal(base.model(ids).logits, tiny_llama()(ids).logits)
+    assert not base.model.training
+    assert (base.dtype, base.device, base.source.kind) == (torch.float32, torch.device("cpu"), "folder")
+    assert base.prepare_seconds == 0 < base.load_seconds
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_and_attention(tiny_folder: Path, dtype: torch.dtype) -> None:
+    base = load(tiny_folder, dtype=dtype, attn_implementation="eager")
+    assert {p.dtype for p in base.model.parameters()} == {dtype}
+    assert base.model.config._attn_implementation == "eager"
+    default = load(tiny_folder)
+    assert default.model.config._attn_implementation == "sdpa"
+    assert default.fingerprint == base.fingerprint
+
+
+def test_config_and_tokenizer_need_no_weights(tiny_folder: Path) -> None:
+    (tiny_folder / "model.safetensors").unlink()
+    assert load_config(str(tiny_folder)).hidden_size == 32
+    assert load_tokenizer(str(tiny_folder)).eos_token == "<|im_end|>"
+    assert_refused(tiny_folder, ModelError, "model.safetensors")
+
+
+def test_libraries_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    with translate_load_errors("x"):
+        print("text")
+        assert os.environ["DISABLE_SAFETENSORS_CONVERSION"] == "1"
+        assert not transformers_logging.is_progress_bar_enabled()
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+    assert "DISABLE_SAFETENSORS_CONVERSION" not in os.environ
+    assert capsys.readouterr() == ("", "text\n")
+
+
+# --- remote code ------------------------------------------------------------------------------------------------------
+
+
+def test_remote_code(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tiny_folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    edit_config(tiny_folder, model_type="own", auto_map=code, architectures=["OwnModel"])
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nothing may be asked on the terminal"))
+    for function in (load, load_tokenizer, load_config):
+        with pytest.raises(UsageError, match=r"(?s)code of its own.*--trust-remote-code"):
+            function(str(tiny_folder))
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    assert type(load(tiny_folder, trust_remote_code=True).model).__name__ == "OwnModel"
+
+
+def test_remote_model_of_known_config(tiny_folder: Path) -> None:
+    edit_config(tiny_folder, auto_map={"AutoModelForTokenClassification": "own.Own"}, model_type="mamba")
+    assert_refused(tiny_folder, UsageError, "--trust-remote-code", task="TOKEN_CLS")
+
+
+def test_unused_remote_code(tiny_folder: Path) -> None:
+    edit_config(tiny_folder, auto_map={"AutoModelForCausalLM": "own.Own"})
+    assert type(load(tiny_folder).model).__module__.startswith("transformers.")
+
+
+# --- damaged folders --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "of_tomorrow"}, ["of_tomorrow", "pip install -U transformers"]),
+        ({"num_hidden_layers": 3}, ["lacks 9 weights", "layers.2", "filled at random"]),
+        ({"intermediate_size": 96}, ["cannot be loaded"]),
+    ],
+)
+def test_config_does_not_fit(tiny_folder: Path, changes: dict[str, Any], words: list[str]) -> None:
+    edit_config(tiny_folder, **changes)
+    assert_refused(tiny_folder, ModelError, *words)
+
+
+@pytest.mark.parametrize(("file", "size"), [("config.json", 9), ("model.safetensors", 5000)])
+def test_damaged_file(tiny_folder: Path, file: str, size: int) -> None:
+    (tiny_folder / file).write_bytes((tiny_folder / file).read_bytes()[:size])
+    assert_refused(tiny_folder, ModelError, "cannot be loaded", "undamaged")
+
+
+def test_missing_shard(tiny_folder: Path, tiny_llama: Callable[..., Any]) -> None:
+    (tiny_folder / "model.safetensors").unlink()
+    tiny_llama().save_pretrained(tiny_folder, max_shard_size="30KB")
+    assert load(tiny_folder).model is not None
+    shard = sorted(tiny_folder.glob("model-*.safetensors"))[1]
+    shutil.move(shard, tiny_folder.parent)
+    assert_refused(tiny_folder, ModelError, "cannot be loaded", shard.name)
+
+
+def test_unused_weights_warn(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit_config(tiny_folder, num_hidden_layers=1)
+    load(tiny_folder)
+    assert "unused weights of the checkpoint: 'model.layers.1" in caplog.text
+
+
+def test_no_tokenizer(tiny_folder: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tiny_folder / file).unlink()
+    assert_refused(tiny_folder, ModelError, "tokenizer")
+
+
+def test_tokenizer_exceeds_embeddings(tiny_folder: Path, tiny_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(80)])
+    tokenizer.save_pretrained(tiny_folder)
+    assert_refused(tiny_folder, ModelError, "ids up to 338", "the model has 320 embeddings")
+
+
+def test_no_memory(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", raise_error(error))
+    assert_refused(tiny_folder, RunError, "no memory left", "--dtype bf16")
+
+
+# --- tasks, pad token, template ---------------------------------------------------------------------------------------
+
+
+def test_tasks(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = load(tiny_folder, task="SEQ_CLS")
+    assert type(base.model).__name__ == "LlamaForSequenceClassification"
+    assert base.model.config.pad_token_id == 0
+    assert "new weights, to be trained: 'score.weight'" in caplog.text
+    assert type(load(tiny_folder, task="TOKEN_CLS").model).__name__ == "LlamaForTokenClassification"
+    assert type(load(tiny_folder, task="FEATURE_EXTRACTION").model).__name__ == "LlamaModel"
+    assert_refused(tiny_folder, ModelError, "no model for this task", task="SEQ_2_SEQ_LM")
+    assert_refused(tiny_folder, UsageError, "did you mean 'SEQ_CLS'?", task="SEQ_CLZ")
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        (["<|finetune_right_pad_id|>", "<|reserved_special_token_0|>"], "<|finetune_right_pad_id|>"),
+        (["<pad>"], "<pad>"),
+        (["<|PAD_TOKEN|>"], "<|PAD_TOKEN|>"),
+        (["[PAD]"], "[PAD]"),
+        (["<|reserved_special_token_0|>"], "<|reserved_special_token_0|>"),
+        (["<|image_pad|>", "<|fim_pad|>", "<iPad>"], "<|im_end|>"),
+        ([], "<|im_end|>"),
+    ],
+)
+def test_pad_token(tiny_folder: Path, tiny_tokenizer: Callable[..., Any], extra: list[str], expected: str) -> None:
+    tokenizer = tiny_tokenizer(pad_token=None)
+    tokenizer.add_special_tokens({"additional_special_tokens": extra})
+    tokenizer.save_pretrained(tiny_folder)
+    base = load(tiny_folder)
+    assert base.tokenizer.pad_token == expected
+    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id
+
+
+def test_no_pad_token(tiny_folder: Path, tiny_tokenizer: Callable[..., Any]) -> None:
+    tiny_tokenizer(pad_token=None, eos_token=None).save_pretrained(tiny_folder)
+    assert_refused(tiny_folder, ModelError, "neither a pad token nor an end-of-text token")
+
+
+def test_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
+    text = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    file = tmp_path / "own.jinja"
+    file.write_text(text)
+    for given in (text, file, str(file)):
+        tokenizer = load_tokenizer(str(tiny_folder), chat_template=given)
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[user] hi"
+    strict = "{{ raise_exception('a system turn, please') }}"  # rendering the data will report the row
+    assert load(tiny_folder, chat_template=strict).tokenizer.chat_template == strict
+
+
+def test_wrong_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "chatml.jinja").write_text(" \n")
+    missing = tmp_path / "chatlm.jinja"
+    assert_refused(tiny_folder, UsageError, "no chat template file", "'chatml.jinja'?", chat_template=missing)
+    assert_refused(tiny_folder, UsageError, "is empty", chat_template=tmp_path / "chatml.jinja")
+    assert_refused(tiny_folder, UsageError, "cannot be read", chat_template=tmp_path)
+    assert_refused(tiny_folder, UsageError, "not valid Jinja", "line 2", chat_template="{{ 1 }}\n{% for %}")
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------------------
+
+
+def test_hub_offline() -> None:
+    assert_refused("org/no-such-base", ModelError, "not on this disk", "HF_HUB_OFFLINE", "local folder")
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
+        load_tokenizer("org/no-such-base")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (hub.GatedRepoError, ModelError, ["is gated", "accept its terms", "hf auth login"]),
+        (hub.RepositoryNotFoundError, ModelError, ["has no model", "hf auth login"]),
+        (hub.RevisionNotFoundError, UsageError, ["no such revision"]),
+        (hub.LocalEntryNotFoundError, ModelError, ["not on this disk"]),
+        (hub.RemoteEntryNotFoundError, ModelError, ["lacks a file"]),
+    ],
+)
+def test_hub_errors(monkeypatch: pytest.MonkeyPatch, error: Any, kind: type[SlimtuneError], words: list[str]) -> None:
+    cause = error("no", **({"response": MagicMock(headers={})} if issubclass(error, hub.HfHubHTTPError) else {}))
+    outer = OSError("cannot be loaded")
+    outer.__cause__ = cause
+    monkeypatch.setattr(registry.PreTrainedConfig, "get_config_dict", raise_error(outer))
+    assert_refused("org/base", kind, "'org/base'", *words)
+
+
+def test_full_disk_while_downloading(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OSError(28, "No space left on device")
+    monkeypatch.setattr(registry.PreTrainedConfig, "get_config_dict", raise_error(error))
+    assert_refused("org/base", RunError, "disk is full", "HF_HOME")
+
+
+def test_revision_of_a_folder(tiny_folder: Path) -> None:
+    assert_refused(tiny_folder, UsageError, "a revision ('v2')", "only with a Hub id", revision="v2")

