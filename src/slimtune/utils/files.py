@@ -60,7 +60,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path, needed: int = 0, fix: str = _OTHER_DISK) -> Iterator[Path]:
+def atomic_folder(path: Path, needed: int = 0, fix: str = "") -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` if the block ends without an error, and is deleted otherwise.
 
     Args:
