@@ -38,11 +38,7 @@ TAIL_CHARACTERS = 40
 def find_assistant_spans(full: str, messages: Messages, render: Render, special_tokens: re.Pattern[str]) -> list[Span]:
     """Return the `[start, end)` characters of `full` that the model must produce, one span per assistant turn.
 
-    Args:
-        full: the rendered conversation.
-        messages: its messages.
-        render: `render(messages, add_generation_prompt)`; may raise `jinja2.TemplateError`.
-        special_tokens: matches any special token of the tokenizer.
+    `full` are the rendered messages, `render(messages, add_generation_prompt)` may raise `jinja2.TemplateError`.
 
     Raises:
         ModelError: the template does not show where a turn is.
@@ -160,13 +156,9 @@ class _SpanFinder:
         return len(head) - len(produced) if has_prompt or produced.isspace() else len(head)
 
     def _find_end(self, messages: Messages, i: int, last_words: str, body_end: int) -> int:
-        """Return where turn i ends.
+        """Return where turn i ends, whose content or calls end at `body_end` of the full text.
 
-        Args:
-            messages: the conversation whose renderings have `last_words` at the end of turn i.
-            i: the turn.
-            last_words: the end of its content or calls.
-            body_end: where these end in the full text.
+        Turn i of `messages` ends with `last_words` instead, so that it can be found in their other renderings.
         """
         after = self.full[body_end:].lstrip()
         at = len(self.full) - len(after)

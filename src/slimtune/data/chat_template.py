@@ -50,7 +50,7 @@ class TokenizedRow:
 
 
 def encode_chat(tokenizer: Any, messages: Messages, tools: Tools = None) -> TokenizedRow:
-    """Return the tokens of a conversation with their mask.
+    """Return the tokens of a conversation, in the form of `validate_messages`, with their mask.
 
     Raises:
         ModelError: no chat template, no fast tokenizer, or a template that does not show the assistant's turns.
@@ -71,14 +71,9 @@ def render_chat(
     """Return the rendered conversation with the spans of the assistant's turns, tool calls included.
 
     Args:
-        tokenizer: has a chat template.
-        messages: in the form of `validate_messages`.
-        tools: JSON schemas of the functions that may be called.
+        tokenizer, messages, tools: see `encode_chat`.
         learned: for each message whether it is learned; None: every assistant turn is.
         special_tokens: `special_token_pattern(tokenizer)`, for callers that render many rows.
-
-    Raises:
-        ModelError, DataError: as `encode_chat`.
     """
     template = get_chat_template(tokenizer, tools)
     special_tokens = special_tokens or special_token_pattern(tokenizer)
@@ -109,11 +104,7 @@ def render_chat(
 
 
 def render_text(tokenizer: Any, prompt: str, completion: str) -> RenderedText:
-    """Return a text without a template: the tokenizer's first token (if it adds one), prompt, completion and its end.
-
-    Raises:
-        ModelError: the tokenizer has no token that ends a text.
-    """
+    """Return a text without a template: the tokenizer's first token (if it adds one), prompt, completion, its end."""
     if tokenizer.eos_token is None:
         problem = "the tokenizer has no end-of-text token, so a completion would have no end"
         raise ModelError(problem, "an eos_token", "set one")
@@ -124,11 +115,7 @@ def render_text(tokenizer: Any, prompt: str, completion: str) -> RenderedText:
 
 
 def tokenize_texts(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:
-    """Return ids and character offsets of rendered texts. No special token is added: the template wrote them.
-
-    Raises:
-        ModelError: the tokenizer gives no offsets.
-    """
+    """Return ids and character offsets of rendered texts. No special token is added: the template wrote them."""
     if not getattr(tokenizer, "is_fast", False):
         problem = f"{type(tokenizer).__name__} is not a fast tokenizer: it gives no character offsets of its tokens"
         raise ModelError(problem, expected="a tokenizer.json beside the model", hint="convert it to the fast format")
@@ -155,11 +142,7 @@ def mask_tokens(rendered: RenderedText, offsets: Sequence[Span]) -> list[bool]:
 
 
 def get_chat_template(tokenizer: Any, tools: Tools = None) -> str:
-    """Return the text of the chat template.
-
-    Raises:
-        ModelError: the tokenizer has none, or several and no default.
-    """
+    """Return the text of the chat template; raise ModelError if there is none, or several and no default."""
     try:
         return tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
@@ -211,9 +194,7 @@ def _find_generation_spans(
 def _render_complete(messages: Messages, tools: Tools, render: Callable[[Messages], str]) -> tuple[Messages, str]:
     """Return the variant of the messages that the template renders completely, and its text.
 
-    Raises:
-        DataError: the template leaves out a message, a call or a tool.
-        TemplateError: it refuses every variant.
+    Raise TemplateError if it refuses every variant, and DataError if it leaves out a message, a call or a tool.
     """
     refusal: TemplateError | TypeError | None = None
     incomplete: int | None = None

@@ -69,14 +69,16 @@ class Collator:
         rows = [list(e["input_ids"]) for e in examples]
         if self.packing:
             packed = pack_sequences(rows, share_prefix=self.share_prefix)
-            batch: dict[str, Any] = {
-                "input_ids": _int64([packed.tokens]),
-                "position_ids": _int64([packed.layout.positions()]),
-                **({"layout": packed.layout} if self.layout else {}),
-            }
+            ids, positions = _int64([packed.tokens]), _int64([packed.layout.positions()])
+            batch: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+            if self.layout:
+                batch["layout"] = packed.layout
             places = [(0, packed.columns(r)) for r in range(len(rows))]
         else:
-            batch = self._pad(rows)
+            width = max(map(len, rows))
+            padded = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
+            mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+            batch = {"input_ids": _int64(padded), "attention_mask": _int64(mask)}
             places = [(b, list(range(len(row)))) for b, row in enumerate(rows)]
         # (row of the batch, column of the hidden state, target) of every supervised token
         predictions = [
@@ -98,12 +100,7 @@ class Collator:
         }
 
     def group_rows(self, examples: Sequence[Example], max_tokens: int | None = None) -> list[list[int]]:
-        """Return the row numbers of each micro-batch, each row once.
-
-        Args:
-            examples: the rows of a step.
-            max_tokens: a limit below the collator's own.
-        """
+        """Return the row numbers of each micro-batch of a step, each row once; `max_tokens` may lower the own limit."""
         rows = [e["input_ids"] for e in examples]
         max_tokens = min(filter(None, (max_tokens, self.max_tokens)), default=None)
         if self.packing:
@@ -120,12 +117,6 @@ class Collator:
     def make_micro_batches(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         """Return the micro-batches of one optimizer step."""
         return [self([examples[i] for i in group]) for group in self.group_rows(examples)]
-
-    def _pad(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        width = max(len(row) for row in rows)
-        ids = [row + [self.pad_token_id] * (width - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-        return {"input_ids": _int64(ids), "attention_mask": _int64(mask)}
 
 
 def _int64(values: Any) -> Tensor:

@@ -22,10 +22,8 @@ from .readers import READERS, Located, read_hf_dataset, shorten
 
 __all__ = ["InvalidRow", "Row", "RowErrors", "RowFile", "open_rows", "read_rows"]
 
-MAX_ERRORS = 10
-"""Invalid rows that one error message names."""
-DETECTION_ROWS = 20
-"""Records from which a format is recognized."""
+MAX_ERRORS = 10  # invalid rows that one error message names
+DETECTION_ROWS = 20  # records from which a format is recognized
 CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
           "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
@@ -91,22 +89,16 @@ class RowFile:
 
     def new_errors(self) -> RowErrors:
         """Return an empty collection of errors that says what the rows should look like."""
-        if self.path.suffix == ".jsonl" and self.format in ("chat", "unknown"):
-            expected = f"one JSON object per line: {CHAT_EXAMPLE}"
-        else:
-            columns = FORMATS.get(self.format, FORMATS["chat"]).required
-            expected = f"rows of the format {self.format}: {', '.join(columns)}"
-        return RowErrors(self.path, expected, "repair or remove these rows")
+        if self.format in ("chat", "unknown"):
+            return RowErrors(self.path, f"rows like {CHAT_EXAMPLE}", "repair or remove these rows")
+        columns = ", ".join(FORMATS[self.format].required)
+        return RowErrors(self.path, f"rows of the format {self.format}: {columns}", "repair or remove these rows")
 
 
 def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> RowFile:
-    """Open a data set; its format is recognized from the columns of its first rows.
+    """Open a data set, see the module; its format is recognized from the columns of its first rows, if it is not given.
 
-    Args:
-        path: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a folder of such files, a folder saved by `datasets`,
-            or the id of a dataset.
-        format: one of `FORMATS`; None: it is recognized.
-        columns: the format's name of a column → the file's name of it.
+    `columns` maps the format's name of a column to the file's name of it.
 
     Raises:
         UsageError: the file does not exist or cannot be read, the format is unknown, or a renamed column is missing.
@@ -123,7 +115,7 @@ def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[s
             formats.setdefault(detect_format(path / file if file else path, records, columns, format), file)
         empty = empty and not records and not any(True for _ in read())
     if empty:
-        raise DataError(f"{path} is empty: it has no row", expected=f"one JSON object per line: {CHAT_EXAMPLE}")
+        raise DataError(f"{path} is empty: it has no row", f"rows like {CHAT_EXAMPLE}")
     if len(formats) > 1:
         (one, first), (other, second) = list(formats.items())[:2]
         problem = f"{path} has files of several formats: {first} is {one}, {second} is {other}"
@@ -132,7 +124,7 @@ def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[s
 
 
 def read_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all rows of a data set; arguments and errors are those of `open_rows` and `RowFile.valid_rows`."""
+    """Return all rows of a data set; errors are those of `open_rows` and `RowFile.valid_rows`."""
     return list(open_rows(path, format=format, columns=columns).valid_rows())
 
 

@@ -1,13 +1,7 @@
 """The formats of a row, each recognized by its columns, and how a record of each becomes a `Row`.
 
-    chat                messages [, tools]
-    instruction         instruction, output [, input, system]           → chat
-    sharegpt            conversations [, system, tools]                 → chat
-    prompt-completion   prompt, completion [, tools]                    two texts, or two lists of messages → chat
-    text                text
-    preference          chosen, rejected [, prompt, tools]              read and validated; nothing trains on it yet
-
-Other columns are ignored. A new format is one function here and one entry in `FORMATS`.
+A new format is one function here and one entry in `FORMATS`. Columns that no format names are ignored. Preference
+pairs are read and validated, but nothing trains on them yet.
 """
 
 import difflib
@@ -20,34 +14,22 @@ from ..errors import DataError, UsageError, format_names, nearest
 from .messages import Messages, RowError, convert_sharegpt, require_list, require_text, validate_messages
 
 Record = Mapping[str, Any]
-Fields = dict[str, Any]
-"""Fields of `Row`."""
+Fields = dict[str, Any]  # of a `Row`
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a conversation, a text, or a prompt with its answers.
+    """One row: a conversation, a text, or a prompt with its answers."""
 
-    Args:
-        messages: the conversation, or the prompt of a preference pair; empty for a row of texts.
-        line: its line in the file (JSONL, CSV, text), or the number of the item, from 1.
-        tools: JSON schemas of the functions that the assistant may call.
-        learned: for each message whether it is learned; None: every assistant turn is.
-        prompt: the text before the completion; it is not learned.
-        completion: the text that is learned.
-        chosen, rejected: the better and the worse answer of a preference pair, messages or a text.
-        file: the name of the file, if rows come from several.
-    """
-
-    messages: Messages
-    line: int
-    tools: list[dict[str, Any]] | None = None
-    learned: tuple[bool, ...] | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    chosen: Messages | str | None = None
+    messages: Messages  # the conversation, or the prompt of a preference pair; empty for a row of texts
+    line: int  # in the file (JSONL, CSV, text), or the number of the item, from 1
+    tools: list[dict[str, Any]] | None = None  # JSON schemas of the functions that the assistant may call
+    learned: tuple[bool, ...] | None = None  # for each message whether it is learned; None: every assistant turn is
+    prompt: str | None = None  # the text before the completion; it is not learned
+    completion: str | None = None  # the text that is learned
+    chosen: Messages | str | None = None  # the better answer of a preference pair
     rejected: Messages | str | None = None
-    file: str | None = None
+    file: str | None = None  # its name, if rows come from several
 
 
 @dataclass(frozen=True)
@@ -183,14 +165,8 @@ def check_format(format: str | None, columns: Mapping[str, str]) -> None:
 def detect_format(path: Path, records: Iterable[Record], columns: Mapping[str, str], format: str | None = None) -> str:
     """Return the format of a file from its first records; if it is given, only the renamed columns are checked.
 
-    Args:
-        path: the file, for error messages.
-        records: the first records.
-        columns: renamed columns: role → column.
-        format: the format, if it is known.
-
     Raises:
-        UsageError: no record has a renamed column.
+        UsageError: no record has a renamed column (`columns`: role → column).
         DataError: no format fits, or several do.
     """
     records = list(records)

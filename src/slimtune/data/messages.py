@@ -42,10 +42,7 @@ def validate_messages(
 ) -> tuple[Messages, tuple[bool, ...]]:
     """Return validated messages, and for each whether the model learns it.
 
-    Args:
-        value: a list of messages, or its JSON text.
-        column: the column's name, for error messages.
-        needs_assistant: require an assistant turn that is learned.
+    `value` may be JSON text. `needs_assistant` requires an assistant turn that is learned.
 
     Raises:
         RowError: the first error of the row.
@@ -116,25 +113,25 @@ def convert_sharegpt(value: Any, column: str = "conversations") -> Messages:
     """Return a ShareGPT conversation (`from`, `value`) as messages that are not validated yet.
 
     Turns that have a role instead of `from` stay as they are.
-
-    Raises:
-        RowError: a turn has neither, or an unknown speaker.
     """
-    return [_convert_turn(turn, f"{column}[{i}]") for i, turn in enumerate(require_list(value, column))]
-
-
-def _convert_turn(turn: Any, name: str) -> dict[str, Any]:
-    if isinstance(turn, dict) and "role" in turn and "from" not in turn:
-        return turn
-    require_strings(turn, ("from", "value"), name)
-    speaker, rest = turn["from"], {k: v for k, v in turn.items() if k not in ("from", "value")}
-    if speaker not in SHAREGPT_ROLES:
-        known = f"{nearest(speaker, SHAREGPT_ROLES)} (known: {format_names(SHAREGPT_ROLES, most=20)})"
-        raise RowError(f"{name} is from the unknown {speaker!r}{known}", "unknown-role")
-    if speaker == "function_call":
-        calls = parse_json(turn["value"], f"{name}.value", "bad-tool-call")
-        return {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls], **rest}
-    return {"role": SHAREGPT_ROLES[speaker], "content": turn["value"], **rest}
+    messages = []
+    for i, turn in enumerate(require_list(value, column)):
+        if isinstance(turn, dict) and "role" in turn and "from" not in turn:
+            messages.append(turn)
+            continue
+        name = f"{column}[{i}]"
+        require_strings(turn, ("from", "value"), name)
+        speaker, message = turn["from"], {k: v for k, v in turn.items() if k not in ("from", "value")}
+        if speaker not in SHAREGPT_ROLES:
+            known = f"{nearest(speaker, SHAREGPT_ROLES)} (known: {format_names(SHAREGPT_ROLES, most=20)})"
+            raise RowError(f"{name} is from the unknown {speaker!r}{known}", "unknown-role")
+        if speaker == "function_call":
+            calls = parse_json(turn["value"], f"{name}.value", "bad-tool-call")
+            message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+        else:
+            message["content"] = turn["value"]
+        messages.append({"role": SHAREGPT_ROLES[speaker], **message})
+    return messages
 
 
 def require_strings(value: Any, keys: tuple[str, ...], name: str) -> None:

@@ -18,22 +18,16 @@ Tokens = Sequence[int]
 MIN_SHARED_TOKENS = 8
 """Shortest prefix that is stored once. Attention is computed by segment, and every segment costs a little."""
 _WINDOW = 256
-"""Rows that `bin_pack` compares with one another; the time grows with its square."""
+"""Rows that `bin_pack` compares with one another, because the time grows with its square."""
 
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """Rows in one sequence.
-
-    Args:
-        tokens: the sequence.
-        layout: its segments.
-        segments: for each row, in the order given, its segments as `(first column, tokens)`.
-    """
+    """Rows in one sequence."""
 
     tokens: list[int]
     layout: PackedLayout
-    segments: list[list[tuple[int, int]]]
+    segments: list[list[tuple[int, int]]]  # of each row, in the order given: (first column, tokens)
 
     def columns(self, row: int) -> list[int]:
         """Return the column of each token of a row."""
@@ -92,7 +86,8 @@ def _best_fit(rows: Sequence[Tokens], members: list[int], max_tokens: int, share
     for row in sorted(members, key=lambda r: -len(rows[r])):
         saved = [0] * len(groups)
         if share_prefix:
-            saved = [max(_shared_tokens(rows[row], rows[other]) for other in group) for group in groups]
+            shared = [max(common_prefix_length(rows[row], rows[other]) for other in group) for group in groups]
+            saved = [n if n >= MIN_SHARED_TOKENS else 0 for n in shared]
         size = [n + len(rows[row]) - s for n, s in zip(used, saved, strict=True)]
         for g in sorted(range(len(groups)), key=lambda g: (-saved[g], -used[g])):
             if size[g] > max_tokens:
@@ -108,11 +103,6 @@ def _best_fit(rows: Sequence[Tokens], members: list[int], max_tokens: int, share
             groups.append([row])
             used.append(len(rows[row]))
     return groups
-
-
-def _shared_tokens(a: Tokens, b: Tokens) -> int:
-    n = common_prefix_length(a, b)
-    return n if n >= MIN_SHARED_TOKENS else 0
 
 
 def _groups_with_prefix(rows: Sequence[Tokens], members: list[int], depth: int) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,10 +19,8 @@ from .messages import json_type
 
 Located = tuple[int, dict[str, Any]] | InvalidRow
 """A record with its line or item number, or what is wrong there."""
-JSON_CHUNK = 1 << 20
-"""Characters of a JSON array read at once."""
-TABLE_BATCH = 1024
-"""Records of a Parquet file or dataset read at once."""
+JSON_CHUNK = 1 << 20  # characters of a JSON array read at once
+TABLE_BATCH = 1024  # records of a Parquet file or dataset read at once
 _WRONG_BYTE = re.compile("[\udc80-\udcff]")
 
 
@@ -102,11 +101,7 @@ def read_json(path: Path) -> Iterator[Located]:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[Located]:
-    """Read a table with a header. The line is the one on which a record begins.
-
-    Raises:
-        DataError: the header has one column that contains another delimiter, or a column twice.
-    """
+    """Read a table with a header; the line is the one on which a record begins. Raise DataError for a wrong header."""
     csv.field_size_limit(2**31 - 1)
     header: list[str] = []
     with _open_text(path, newline="") as file:
@@ -142,11 +137,6 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
         raise DataError(f"{path}: its header names {twice[0]!r} twice", "each column once", "rename one of them")
 
 
-def read_tsv(path: Path) -> Iterator[Located]:
-    """Read a table with a header and tabs between its cells."""
-    return read_csv(path, "\t")
-
-
 def read_paragraphs(path: Path) -> Iterator[Located]:
     """Read a text file: each paragraph between blank lines is a record with the column `text`."""
     with _open_text(path) as file:
@@ -158,11 +148,7 @@ def read_paragraphs(path: Path) -> Iterator[Located]:
 
 
 def read_parquet(path: Path) -> Iterator[Located]:
-    """Read a Parquet file.
-
-    Raises:
-        DataError: it is not a Parquet file, or is incomplete.
-    """
+    """Read a Parquet file; raise DataError if it is not one, or is incomplete."""
     from pyarrow import ArrowException  # 50 MB that the other readers do not need
     from pyarrow.parquet import ParquetFile
 
@@ -198,7 +184,7 @@ READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
     ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": read_csv,
-    ".tsv": read_tsv,
+    ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
     ".txt": read_paragraphs,
 }

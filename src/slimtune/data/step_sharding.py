@@ -23,14 +23,7 @@ _SLACK = (1.0, 1.1, 1.3)
 
 
 class StepSharder:
-    """Makes the share of one process of an optimizer step.
-
-    Args:
-        collator: groups and collates rows.
-        hidden_size: of the model, for costs.
-        world_size: number of processes.
-        rank: number of this process.
-    """
+    """Makes the share of process `rank` of `world_size` in an optimizer step; `hidden_size` is the model's."""
 
     def __init__(self, collator: Collator, hidden_size: int, world_size: int = 1, rank: int = 0) -> None:
         self.collator, self.hidden_size, self.world_size, self.rank = collator, hidden_size, world_size, rank
@@ -51,10 +44,10 @@ class StepSharder:
         Every process gets the same number, because processes that shard the base communicate in every forward pass. A
         process with fewer repeats its last one, or the cheapest of all, with weight 0.
         """
+        groups = self.collator.group_rows(examples)
         if self.world_size == 1:
-            groups = self.collator.group_rows(examples)
             return groups, [1.0] * len(groups)
-        groups = self._divide_step(examples)
+        groups = self._divide_step(groups, examples)
         costs = self._costs(groups, examples)
         assigned = balance(costs, self.world_size)
         own = assigned[self.rank]
@@ -62,9 +55,8 @@ class StepSharder:
         missing = max(map(len, assigned)) - len(own)
         return [groups[g] for g in [*own, *[repeated] * missing]], [1.0] * len(own) + [0.0] * missing
 
-    def _divide_step(self, examples: Sequence[Example]) -> list[list[int]]:
+    def _divide_step(self, groups: list[list[int]], examples: Sequence[Example]) -> list[list[int]]:
         """Return the groups, of several token limits, with which the slowest process is done first."""
-        groups = self.collator.group_rows(examples)
         tokens = sum(self._measure([examples[i] for i in g])[0] for g in groups)
         even_share = math.ceil(tokens / (math.ceil(len(groups) / self.world_size) * self.world_size))
         tried = [groups, *(self.collator.group_rows(examples, math.ceil(s * even_share)) for s in _SLACK)]
@@ -84,13 +76,13 @@ class StepSharder:
             groups += [costliest[: len(costliest) // 2], costliest[len(costliest) // 2 :]]
         return groups
 
+    def _costs(self, groups: list[list[int]], examples: Sequence[Example]) -> list[float]:
+        return [self.cost([examples[i] for i in group]) for group in groups]
+
     def cost(self, examples: Sequence[Example]) -> float:
         """Return the cost of a micro-batch of these rows, in tokens."""
         tokens, pairs = self._measure(examples)
         return tokens + pairs / (6 * self.hidden_size)
-
-    def _costs(self, groups: list[list[int]], examples: Sequence[Example]) -> list[float]:
-        return [self.cost([examples[i] for i in group]) for group in groups]
 
     def _measure(self, examples: Sequence[Example]) -> tuple[int, int]:
         """Return the packed tokens of a micro-batch, and its (query, key) pairs."""

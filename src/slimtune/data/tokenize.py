@@ -9,7 +9,7 @@ supervised, because nothing stands before it to predict it from.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from .formats import InvalidRow, Row
 from .parallel import batched, parallel_map
 from .tokenized_dataset import DatasetWriter, TokenizedDataset
 
-BATCH_SIZE = 512
-"""Rows that a process tokenizes at once."""
+BATCH_SIZE = 512  # rows that a process tokenizes at once
 ON_OVERLONG = ("error", "drop", "truncate")
 TRAIN_ON = ("assistant", "last_assistant")
 PairedRow = tuple[Row, TokenizedRow | InvalidRow]
@@ -34,26 +33,17 @@ PairedRow = tuple[Row, TokenizedRow | InvalidRow]
 
 @dataclass
 class RowReport:
-    """Counts of what happened to the rows of a file.
+    """Counts of what happened to the rows of a file."""
 
-    Args:
-        max_seq_len: longest row that is kept whole, in tokens.
-        rows: rows read; of these are `kept`, `dropped` (too long) or `truncated` (and kept).
-        tokens, supervised_tokens: of the kept rows.
-        longest: tokens of the longest row, before it is truncated.
-        missing_eos: kept rows whose last turn has no end-of-turn token. A model trained only on such rows does not
-            learn to stop.
-    """
-
-    max_seq_len: int
-    rows: int = 0
+    max_seq_len: int  # longest row that is kept whole, in tokens
+    rows: int = 0  # rows read
     kept: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    tokens: int = 0
+    dropped: int = 0  # because they are too long
+    truncated: int = 0  # and kept
+    tokens: int = 0  # of the kept rows
     supervised_tokens: int = 0
-    longest: int = 0
-    missing_eos: int = 0
+    longest: int = 0  # tokens of the longest row, before it is truncated
+    missing_eos: int = 0  # kept rows without an end-of-turn token: a model trained on such rows does not learn to stop
 
     def add(self, other: "RowReport") -> None:
         """Add the counts of another part of the file."""
@@ -119,27 +109,14 @@ def tokenize_rows(
 
 @dataclass
 class TokenizedBatch:
-    """A batch of rows, tokenized.
-
-    Args:
-        report: counts of the batch.
-        invalid: rows that cannot be used.
-        ids, supervised: tokens of the kept rows one after another, and which of them are learned, int32 and bool [T].
-        lengths, lines: of the kept rows, int64 [N].
-        overlong: lines of the rows that are too long.
-        unsupervised: lines of the kept rows without a supervised token.
-        stats: what `BatchTokenizer.validate` returned.
-    """
+    """A batch of rows, tokenized; `arrays` are what `DatasetWriter.write` takes of the kept rows."""
 
     report: RowReport
     invalid: list[InvalidRow]
-    ids: np.ndarray
-    supervised: np.ndarray
-    lengths: np.ndarray
-    lines: np.ndarray
-    overlong: list[int] = field(default_factory=list)
-    unsupervised: list[int] = field(default_factory=list)
-    stats: Any = None
+    arrays: tuple[np.ndarray, ...]
+    overlong: list[int]  # lines of the rows that are too long
+    unsupervised: list[int]  # lines of the kept rows without a supervised token
+    stats: Any  # what `BatchTokenizer.validate` returned
 
 
 @dataclass(frozen=True)
@@ -186,17 +163,11 @@ class BatchTokenizer:
             report.missing_eos += tokens.is_open(end_ids)
         lengths = np.array([len(row_ids) for row_ids in ids], np.int64)
         report.kept, report.tokens = len(ids), int(lengths.sum())
-        return TokenizedBatch(
-            report,
-            sorted(invalid, key=lambda row: row.line),
-            np.fromiter(itertools.chain.from_iterable(ids), np.int32, report.tokens),
-            np.fromiter(itertools.chain.from_iterable(supervised), bool, report.tokens),
-            lengths,
-            np.array(lines, np.int64),
-            overlong,
-            unsupervised,
-            None if self.validate is None else self.validate(pairs, ids),
-        )
+        flat_ids = np.fromiter(itertools.chain.from_iterable(ids), np.int32, report.tokens)
+        flat_supervised = np.fromiter(itertools.chain.from_iterable(supervised), bool, report.tokens)
+        arrays = (flat_ids, flat_supervised, lengths, np.array(lines, np.int64))
+        stats = None if self.validate is None else self.validate(pairs, ids)
+        return TokenizedBatch(report, sorted(invalid, key=lambda r: r.line), arrays, overlong, unsupervised, stats)
 
 
 def tokenize_dataset(
@@ -219,12 +190,10 @@ def tokenize_dataset(
         on_overlong: what happens to longer rows: "error", "drop" or "truncate".
         train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
         path: the file of the rows, for error messages.
-        processes: how many tokenize at once. With more than one, a script of your own must guard its code with
-            `if __name__ == "__main__":`.
+        processes: how many tokenize at once; with more than one, a script needs `if __name__ == "__main__":`.
         reporter: a `DatasetReport`: `validate` runs where a batch is tokenized, `add` receives every batch in order.
 
     Raises:
-        UsageError: an unknown `on_overlong` or `train_on`, or a `max_seq_len` under 2.
         DataError: rows are invalid, the template refuses some, rows are too long under "error", none is left, or some
             have no supervised token.
         ModelError: no chat template, or one that hides the assistant's turns.
@@ -250,7 +219,7 @@ def tokenize_dataset(
     total, overlong, unsupervised = RowReport(max_seq_len), [], []
     with DatasetWriter() as writer:
         for batch in parallel_map(function, batched(rows, BATCH_SIZE), processes):
-            writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines)
+            writer.write(*batch.arrays)
             total.add(batch.report)
             overlong += batch.overlong
             unsupervised += batch.unsupervised

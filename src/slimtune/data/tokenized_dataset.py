@@ -5,7 +5,7 @@ import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import Any, Self
 
 import numpy as np
 
@@ -29,14 +29,10 @@ class TokenizedDataset(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self._read(i) for i in self._indices[index]]
-        return self._read(self._indices[index])
+    def __getitem__(self, index: Any) -> Any:
+        """Return one example, or a list of them for a slice."""
+        found = self._indices[index]
+        return list(map(self._read, found)) if isinstance(index, slice) else self._read(found)
 
     def __iter__(self) -> Iterator[Example]:
         return map(self._read, self._indices)

@@ -29,23 +29,14 @@ the row has no such part), words of the answer (255 for as many or more), and wh
 
 @dataclass
 class BatchStats:
-    """Statistics of the rows of a batch that have tokens, in order.
+    """Statistics of the rows of a batch that have tokens, in order."""
 
-    Args:
-        rows: `ROW_STATS` [N].
-        signatures: uint8 [J, 128], of the comparable rows.
-        issues: `(code, line, example)`.
-        prefix: tokens that all rows begin with; None: there is no row.
-        packed_tokens: tokens of the kept rows after packing.
-        samples: line and tokens of the first rows.
-    """
-
-    rows: Array
-    signatures: Array
-    issues: list[tuple[str, int, str]]
-    prefix: list[int] | None
-    packed_tokens: int
-    samples: list[tuple[int, TokenizedRow]]
+    rows: Array  # `ROW_STATS` [N]
+    signatures: Array  # uint8 [J, 128], of the comparable rows
+    issues: list[tuple[str, int, str]]  # code, line, example
+    prefix: list[int] | None  # tokens that all rows begin with; None: there is no row
+    packed_tokens: int  # of the kept rows
+    samples: list[tuple[int, TokenizedRow]]  # line and tokens of the first rows
 
 
 class BatchValidator:
