@@ -10,7 +10,8 @@ import torch
 
 from slimtune.config import Recipe
 from slimtune.errors import RunError, UsageError
-from slimtune.run_dir import RunDir, read_json, to_json, write_atomic, write_json
+from slimtune.run_dir import RunDir, read_json, to_json, write_json
+from slimtune.utils.files import write_atomic
 
 RECIPE = Recipe.from_dict({"model": "m", "data": "/d.jsonl", "output_dir": "runs/x"})
 EVALUATION = {

@@ -24,31 +24,18 @@ from .config import Recipe, load_recipe
 from .errors import RunError, UsageError, format_names, nearest
 from .utils.files import translate_disk_full, write_atomic
 
-__all__ = ["Evaluation", "RunDir", "RunResults", "read_json", "to_json", "write_atomic", "write_json"]
-
 ADAPTER_FILE = "adapter_model.safetensors"
 RENAMED_KEYS = {
-    "gain": "loss_reduction",
-    "gain_ci95": "loss_reduction_ci95",
-    "better": "improved",
-    "prompt_use": "prompt_dependence",
-    "ships": "export_formats",
-    "adapted": "target_summary",
-    "rows_read": "data_report",
-    "out_of_memory": "oom_events",
-    "quant": "quantization",
-}
+    "gain": "loss_reduction", "gain_ci95": "loss_reduction_ci95", "better": "improved", "quant": "quantization",
+    "prompt_use": "prompt_dependence", "ships": "export_formats", "adapted": "target_summary",
+    "rows_read": "data_report", "out_of_memory": "oom_events",
+}  # fmt: skip
 """Keys of result.json and eval-*.json as earlier releases wrote them, and what they are called now."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One `eval-<name>.json`.
-
-    Args:
-        name: "test", "validation", or "data-" and the name of the evaluated file.
-        values: what `slimtune eval --json` printed.
-    """
+    """One `eval-<name>.json` ("test", "validation", "data-<file>"), and what `slimtune eval --json` printed."""
 
     name: str
     values: Mapping[str, Any]
@@ -108,11 +95,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of one run.
-
-    Args:
-        path: the folder.
-    """
+    """The folder of one run."""
 
     path: Path
 
@@ -148,19 +131,14 @@ class RunDir:
             with translate_disk_full(run.path):
                 run.path.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise UsageError(
-                f"{run.path} cannot be created: {e.strerror}", "a writable place", "give another --out"
-            ) from e
+            message = f"{run.path} cannot be created: {e.strerror}"
+            raise UsageError(message, "a writable place", "give another --out") from e
         write_atomic(run.recipe_file, recipe.to_yaml())
         return run
 
     @classmethod
     def require_free(cls, path: str | Path) -> Self:
-        """Return the run folder that can be created at `path`; writes nothing.
-
-        Raises:
-            UsageError: a file, another run, or other files exist there.
-        """
+        """Return the run folder that can be created at `path`, where nothing exists yet; writes nothing."""
         run = cls(Path(path))
         if run.path.exists() and not run.path.is_dir():
             raise UsageError(f"{run.path} is a file", "a folder that does not exist yet", "give another --out")
@@ -177,13 +155,9 @@ class RunDir:
     def open(cls, path: str | Path, require_adapter: bool = True) -> Self:
         """Return the run folder at `path`.
 
-        Args:
-            path: the folder.
-            require_adapter: whether it must contain a trained adapter already.
-
         Raises:
             UsageError: there is no such folder (the error gives the nearest name), or it is not a run folder.
-            RunError: the run has no adapter yet.
+            RunError: `require_adapter`, and the run has no adapter yet.
         """
         run = cls(Path(path))
         if not run.path.is_dir():
@@ -191,32 +165,20 @@ class RunDir:
             raise UsageError(f"there is no run folder {str(run.path)!r}{nearest(run.path.name, siblings)}")
         if not run.recipe_file.is_file():
             names = format_names(sorted(p.name for p in run.path.iterdir()))
-            raise UsageError(
-                f"{run.path} is not a run folder: it contains {names or 'nothing'}", "a folder with recipe.yaml"
-            )
-        if require_adapter and not (run.adapter / ADAPTER_FILE).is_file():
-            raise RunError(
-                f"the run in {run.path} has no adapter yet",
-                f"{run.adapter / ADAPTER_FILE}",
-                f"finish it: slimtune train {run.recipe_file} --resume",
-            )
+            message = f"{run.path} is not a run folder: it contains {names or 'nothing'}"
+            raise UsageError(message, "a folder with recipe.yaml")
+        file = run.adapter / ADAPTER_FILE
+        if require_adapter and not file.is_file():
+            message = f"the run in {run.path} has no adapter yet"
+            raise RunError(message, str(file), f"finish it: slimtune train {run.recipe_file} --resume")
         return run
 
     def load_recipe(self) -> Recipe:
-        """Return the recipe of the run, with `out` set to where the folder is now.
-
-        Raises:
-            UsageError: there is none.
-            RecipeError: it has errors.
-        """
+        """Return the recipe of the run, with `output_dir` set to where the folder is now."""
         return load_recipe(self.recipe_file, {"output_dir": str(self.path)})
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished.
-
-        Raises:
-            RunError: the disk is full.
-        """
+        """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished."""
         line = to_json(values).encode() + b"\n"
         with translate_disk_full(self.metrics_file, len(line)), open(self.metrics_file, "ab+") as f:
             if f.seek(0, os.SEEK_END):
@@ -231,32 +193,22 @@ class RunDir:
         Raises:
             RunError: a line is not JSON; the error gives its number and text.
         """
-        if not self.metrics_file.is_file():
-            return []
         metrics = []
-        content = self.metrics_file.read_bytes()
+        content = self.metrics_file.read_bytes() if self.metrics_file.is_file() else b""
         lines = content[: content.rfind(b"\n") + 1].decode("utf-8", "replace").splitlines()
         for number, line in enumerate(lines, 1):
             try:
                 metrics.append(json.loads(line))
             except json.JSONDecodeError as e:
-                raise RunError(
-                    f"{self.metrics_file}, line {number} is not JSON ({e.msg}): {line[:80]!r}",
-                    "one JSON object per line",
-                    "delete the line",
-                ) from None
+                message = f"{self.metrics_file}, line {number} is not JSON ({e.msg}): {line[:80]!r}"
+                raise RunError(message, "one JSON object per line", "delete the line") from None
         return metrics
 
     def load_results(self, strict: bool = True) -> RunResults:
         """Read all results of the run.
 
         Args:
-            strict: raise at the first damaged file; False: leave it out and put the message into `errors`.
-
-        Raises:
-            UsageError: there is no recipe.
-            RecipeError: the recipe has errors.
-            RunError: a file is damaged.
+            strict: raise RunError at the first damaged file; False: leave it out and put the message into `errors`.
         """
         errors: list[str] = []
 
@@ -303,11 +255,10 @@ def read_json(file: Path, renamed: Mapping[str, str] | None = None) -> dict[str,
     Raises:
         RunError: the file is damaged, or contains something else.
     """
-    new_names = renamed or {}
+    names = renamed or {}
     try:
-        values = json.loads(
-            file.read_text(encoding="utf-8"), object_hook=lambda o: {new_names.get(k, k): v for k, v in o.items()}
-        )
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text, object_hook=lambda o: {names.get(k, k): v for k, v in o.items()})
         if not isinstance(values, dict):
             raise ValueError(f"it contains a {type(values).__name__}")
     except (OSError, ValueError) as e:

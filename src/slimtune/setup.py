@@ -1,9 +1,8 @@
 """From a recipe to its base, adapted model, rows and collator; from a run folder to its trained model."""
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from .data.validation.report import DatasetReport
 from .errors import AdapterError, UsageError
 from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.loader import Base, load_base, load_tokenizer, weights_folder
-from .models.quantization import dequantize_model, require_bitsandbytes
+from .models.quantization import dequantize_model
 from .run_dir import ADAPTER_FILE, RunDir
 from .train_step.loss import auto_micro_batch_tokens, check_packing_supported, make_collator
 from .train_step.memory_savings import apply_memory_savings
@@ -35,14 +34,21 @@ from .utils.linear_layers import is_quantized
 
 @dataclass
 class Datasets:
-    """The tokenized rows of a run, and the reports on them."""
+    """The tokenized rows of a run, and the reports on them.
+
+    Args:
+        train: training rows.
+        validation: validation rows; may be empty.
+        train_report: how many rows and tokens were kept.
+        validation_report: the same for the validation file; None if its rows are split from the training rows.
+        data_reports: the reports of `slimtune data` on the training file ("train") and the validation file.
+    """
 
     train: TokenizedDataset
     validation: TokenizedDataset
     train_report: RowReport
     validation_report: RowReport | None
-    data_reports: dict[str, Any] = field(default_factory=dict)
-    """The reports of `slimtune data` on the training and the validation file."""
+    data_reports: dict[str, Any]
 
     def lengths(self) -> np.ndarray:
         """Return the tokens of each row, training rows first, int64."""
@@ -66,24 +72,100 @@ class TrainedModel:
     recipe: Recipe | None
 
 
-def require_packages(recipe: Recipe) -> None:
-    """Raise ModelError if a package that the recipe needs is missing, before anything is loaded."""
-    if recipe.model.quantization is not None:
-        require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
-    if recipe.train.optimizer == "adamw-8bit":
-        require_bitsandbytes("train.optimizer adamw-8bit")
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
+    """Open a data set with the format and the columns of a recipe."""
+    return open_rows(path, format=recipe.data.format, columns=recipe.data.columns) if recipe else open_rows(path)
+
+
+def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
+    """Read, tokenize and validate the training and validation rows of a recipe.
+
+    Without a validation file, validation rows are split from the training rows.
+    """
+    data, settings, model = recipe.data, recipe.train, recipe.model.name
+    reports: dict[str, Any]
+
+    def load(path: Path, like: DatasetReport | None = None) -> tuple[TokenizedDataset, RowReport, DatasetReport]:
+        rows = open_rows_from_recipe(recipe, path)
+        report = DatasetReport(
+            tokenizer,
+            rows.format,
+            max_seq_len=data.max_seq_len,
+            on_overlong=data.on_overlong,
+            rows_per_step=settings.batch_size * settings.gradient_accumulation_steps,
+            like=like,
+        )
+        return *_tokenize(recipe, tokenizer, rows, report), report
+
+    train, train_report, checked = load(data.train)
+    if data.validation is not None:
+        validation, validation_report, other = load(data.validation, checked)
+        reports = {
+            "train": checked.to_dict(file=data.train, model=model, validation=(str(data.validation), other)),
+            "validation": other.to_dict(file=data.validation, model=model),
+        }
+        return Datasets(train, validation, train_report, validation_report, reports)
+    count = round(len(train) * data.validation_fraction)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
+    held_out = np.zeros(len(train), bool)
+    held_out[order[: count if count < len(train) else 0].numpy()] = True
+    reports = {"train": checked.to_dict(file=data.train, model=model), "validation": None}
+    rest, validation = (train.select(np.flatnonzero(part)) for part in (~held_out, held_out))
+    return Datasets(rest, validation, train_report, None, reports)
+
+
+def load_eval_dataset(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[TokenizedDataset, RowReport]:
+    """Read and tokenize rows for evaluation, with the recipe's length policy."""
+    return _tokenize(recipe, tokenizer, open_rows_from_recipe(recipe, path))
+
+
+def _tokenize(
+    recipe: Recipe, tokenizer: Any, rows: RowFile, report: DatasetReport | None = None
+) -> tuple[TokenizedDataset, RowReport]:
+    return tokenize_dataset(
+        rows,
+        tokenizer,
+        max_seq_len=recipe.data.max_seq_len,
+        on_overlong=recipe.data.on_overlong,
+        train_on=recipe.data.train_on,
+        path=rows.path,
+        processes=max(1, cpu_count() // distributed.local_world_size()),
+        reporter=report,
+    )
+
+
+def build_collator(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> Collator:
+    """Return the collator for the recipe's rows and this model, with the limit of tokens in a micro-batch.
+
+    Raises:
+        ModelError: the model does not support packing, or its loss is not what its config says.
+    """
+    t = recipe.train
+    collator = make_collator(
+        model, tokenizer.pad_token_id, packing=t.packing, share_prefix=t.share_prefix, max_rows=t.batch_size
+    )
+    check_packing_supported(model, collator)
+    limit = t.max_tokens_per_micro_batch
+    collator.max_tokens = auto_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
+    return collator
+
+
+# --- base and adapter -------------------------------------------------------------------------------------------------
 
 
 def load_base_from_recipe(recipe: Recipe) -> Base:
     """Load the recipe's base and tokenizer."""
-    m = recipe.model
+    m, template = recipe.model, recipe.data.chat_template
     base = load_base(
         m.name,
         dtype=m.dtype,
         device=m.device,
         trust_remote_code=m.trust_remote_code,
         revision=m.revision,
-        chat_template=recipe.data.chat_template,
+        chat_template=template,
         quantization=m.quantization,
     )
     if base.device.type == "cpu":
@@ -93,29 +175,8 @@ def load_base_from_recipe(recipe: Recipe) -> Base:
 
 def load_tokenizer_from_recipe(recipe: Recipe) -> Any:
     """Load the tokenizer of the recipe's base, no weights."""
-    m = recipe.model
-    return load_tokenizer(
-        m.name, trust_remote_code=m.trust_remote_code, revision=m.revision, chat_template=recipe.data.chat_template
-    )
-
-
-def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
-    """Return the recipe with the method settings of the adapter that training starts from.
-
-    Raises:
-        UsageError: the adapter is of another method than the recipe's.
-    """
-    folder = find_adapter_folder(adapter)
-    config = PeftConfig.from_pretrained(folder)
-    if config.name != recipe.method.name:
-        raise UsageError(
-            f"{folder} is a {config.name} adapter, the recipe's method is {recipe.method.name}",
-            f"an adapter of the method {recipe.method.name}",
-            f"--method {config.name}",
-        )
-    shared = {f.name for f in dataclasses.fields(PeftConfig)} | {"peft_type"}
-    settings = {k: v for k, v in config.to_dict().items() if k not in shared and v is not None}
-    return recipe.model_copy(update={"method": type(recipe.method)(name=config.name, **settings)})
+    m, template = recipe.model, recipe.data.chat_template
+    return load_tokenizer(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision, chat_template=template)
 
 
 def attach_adapter(
@@ -130,14 +191,12 @@ def attach_adapter(
         rows: training rows; "loftq" initializes from the quantization error on them.
 
     Raises:
-        UsageError: targets match nothing; the adapter to start from is of another method; "loftq" on a base whose
-            weights before quantization are not available.
+        UsageError: targets match nothing, or "loftq" on a base whose weights before quantization are not available.
         AdapterError: the adapter to start from does not fit this base.
     """
     torch.manual_seed(recipe.train.seed)
     if init_adapter is not None:
-        folder = find_adapter_folder(init_adapter)
-        model = PeftModel.from_pretrained(base.model, folder, is_trainable=True)
+        model = PeftModel.from_pretrained(base.model, find_adapter_folder(init_adapter), is_trainable=True)
     else:
         config: Any = recipe.method_config()
         loftq = getattr(config, "init_lora_weights", None) == "loftq"
@@ -178,9 +237,7 @@ def build_meta_model(
         config: the base's config.
         method: the method's config; None: no adapter, and every weight trains.
         dtype: dtype of the base's weights.
-        checkpointing: activation checkpointing.
-        offload: with checkpointing, keep the layers' inputs in CPU memory.
-        tile: tokens that norms and feed-forwards run at a time; None: all.
+        checkpointing, offload, tile: as for `apply_memory_savings`.
         first: changes the base before the method is attached, such as quantizing it.
 
     Raises:
@@ -199,108 +256,14 @@ def build_meta_model(
     return model
 
 
-def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
-    """Read, tokenize and validate the training and validation rows of a recipe.
-
-    Without a validation file, validation rows are split from the training rows.
-    """
-    data, model = recipe.data, recipe.model.name
-    train, train_report, checked = _tokenize_and_validate(recipe, tokenizer, data.train)
-    if data.validation is not None:
-        validation, validation_report, other = _tokenize_and_validate(recipe, tokenizer, data.validation, checked)
-        data_reports: dict[str, Any] = {
-            "train": checked.to_dict(file=data.train, model=model, validation=(str(data.validation), other)),
-            "validation": other.to_dict(file=data.validation, model=model),
-        }
-        return Datasets(train, validation, train_report, validation_report, data_reports)
-    data_reports = {"train": checked.to_dict(file=data.train, model=model), "validation": None}
-    count = round(len(train) * data.validation_fraction)
-    if count == len(train):
-        count = 0
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.train.seed))
-    held_out = np.zeros(len(train), bool)
-    held_out[order[:count].numpy()] = True
-    validation = train.select(np.flatnonzero(held_out))
-    return Datasets(train.select(np.flatnonzero(~held_out)), validation, train_report, None, data_reports)
-
-
-def _tokenize_and_validate(
-    recipe: Recipe, tokenizer: Any, path: Path, like: DatasetReport | None = None
-) -> tuple[TokenizedDataset, RowReport, DatasetReport]:
-    data, train, rows = recipe.data, recipe.train, open_rows_from_recipe(recipe, path)
-    report = DatasetReport(
-        tokenizer,
-        rows.format,
-        max_seq_len=data.max_seq_len,
-        on_overlong=data.on_overlong,
-        rows_per_step=train.batch_size * train.gradient_accumulation_steps,
-        like=like,
-    )
-    return *_tokenize(recipe, tokenizer, rows, report), report
-
-
-def load_eval_dataset(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[TokenizedDataset, RowReport]:
-    """Read and tokenize rows for evaluation, with the recipe's length policy."""
-    return _tokenize(recipe, tokenizer, open_rows_from_recipe(recipe, path))
-
-
-def _tokenize(
-    recipe: Recipe, tokenizer: Any, rows: RowFile, report: DatasetReport | None = None
-) -> tuple[TokenizedDataset, RowReport]:
-    return tokenize_dataset(
-        rows,
-        tokenizer,
-        max_seq_len=recipe.data.max_seq_len,
-        on_overlong=recipe.data.on_overlong,
-        train_on=recipe.data.train_on,
-        path=rows.path,
-        processes=max(1, cpu_count() // distributed.local_world_size()),
-        reporter=report,
-    )
-
-
-def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
-    """Open a data set with the format and the columns of a recipe.
-
-    Raises:
-        UsageError, DataError: as `open_rows`.
-    """
-    if recipe is None:
-        return open_rows(path)
-    return open_rows(path, format=recipe.data.format, columns=recipe.data.columns)
-
-
-def build_collator(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> Collator:
-    """Return the collator for the recipe's rows and this model, with the limit of tokens in a micro-batch.
-
-    Args:
-        recipe: the recipe.
-        model: the adapted model.
-        tokenizer: the base's tokenizer.
-        longest: tokens of the longest row.
-
-    Raises:
-        ModelError: the model does not support packing, or its loss is not what its config says.
-    """
-    t = recipe.train
-    collator = make_collator(
-        model, tokenizer.pad_token_id, packing=t.packing, share_prefix=t.share_prefix, max_rows=t.batch_size
-    )
-    check_packing_supported(model, collator)
-    collator.max_tokens = (
-        auto_micro_batch_tokens(model, collator, longest)
-        if t.max_tokens_per_micro_batch == "auto"
-        else t.max_tokens_per_micro_batch
-    )
-    return collator
+# --- trained models ---------------------------------------------------------------------------------------------------
 
 
 def find_adapter_folder(path: str | Path) -> Path:
     """Return the adapter folder of a run folder; an adapter folder is returned as it is."""
     path = Path(path)
-    if (path / ADAPTER_FILE).is_file() or (path / "adapter_config.json").is_file():
-        return path
-    return RunDir.open(path).adapter
+    is_adapter = any((path / name).is_file() for name in (ADAPTER_FILE, "adapter_config.json"))
+    return path if is_adapter else RunDir.open(path).adapter
 
 
 def load_run(
@@ -325,20 +288,18 @@ def load_run(
         AdapterError: the adapter does not name its base, or does not fit it.
     """
     folder = find_adapter_folder(path)
-    recipe = RunDir.open(path).load_recipe() if folder != Path(path) else None
     config = PeftConfig.from_pretrained(folder)
-    if recipe is not None:
-        given = {"dtype": dtype, "device": device, "quantization": quantization}
-        m = recipe.model.model_copy(update={k: None if v == "none" else v for k, v in given.items() if v})
-        base = load_base_from_recipe(recipe.model_copy(update={"model": m}))
+    changes = {"dtype": dtype, "device": device, "quantization": quantization}
+    given: dict[str, Any] = {k: None if v == "none" else v for k, v in changes.items() if v}
+    recipe = None
+    if folder != Path(path):
+        recipe = RunDir.open(path).load_recipe()
+        settings = recipe.model.model_copy(update=given)
+        base = load_base_from_recipe(recipe.model_copy(update={"model": settings}))
     elif config.base_model_name_or_path:
         template = folder / "chat_template.jinja"
         base = load_base(
-            config.base_model_name_or_path,
-            dtype=dtype or "auto",
-            device=device or "auto",
-            chat_template=template if template.is_file() else None,
-            quantization=None if quantization == "none" else quantization,
+            config.base_model_name_or_path, chat_template=template if template.is_file() else None, **given
         )
     else:
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")

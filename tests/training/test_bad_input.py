@@ -53,7 +53,7 @@ def refused(result, code: int, *parts: str) -> None:
 
 def nothing_written(desk: Desk) -> None:
     assert not desk.out.exists()
-    assert [p for p in desk.folder.rglob("*") if p.name.startswith(".partial") or p.suffix == ".tmp"] == []
+    assert [p for p in desk.folder.rglob("*") if p.name.startswith(".checkpoint") or p.suffix == ".tmp"] == []
 
 
 FAULTY_ROWS = {

@@ -90,8 +90,8 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, harm, fault):
 
 def test_a_partial_checkpoint_is_removed(tmp_path):
     checkpoint.write_checkpoint(tmp_path, 1, fill)
-    (tmp_path / ".partial-2").mkdir()
-    (tmp_path / ".partial-2" / "weights").write_bytes(b"12")
+    (tmp_path / ".checkpoint-2.tmp").mkdir()
+    (tmp_path / ".checkpoint-2.tmp" / "weights").write_bytes(b"12")
     said = []
     assert checkpoint.find_newest_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-1"
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]

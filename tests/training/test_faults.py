@@ -29,13 +29,13 @@ def killing(handle):
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(handle)
-import slimtune.training.checkpoint as checkpoint
-tree = checkpoint.fsync_tree
+import slimtune.utils.files as files
+tree = files.fsync_tree
 def killing_tree(folder):
     os.fsync = killing
     tree(folder)
     os.fsync = fsync
-checkpoint.fsync_tree = killing_tree
+files.fsync_tree = killing_tree
 from slimtune.cli import main
 main()
 """
@@ -126,11 +126,11 @@ def test_killed_while_a_checkpoint_is_written(recipe_file, tmp_path, file):
     # Eleven files a checkpoint: the 2nd and 8th file of the first one, the 4th of the second.
     done = subprocess.run(command(KILL_WHILE_WRITING.format(after=file), recipe_file, out), capture_output=True)
     assert done.returncode == -signal.SIGKILL
-    assert list((out / "checkpoints").glob(".partial-*"))
+    assert list((out / "checkpoints").glob(".checkpoint-*"))
     result = finished(recipe_file, out, "--resume")
     assert "was being written when the run stopped; removed" in result["said"].replace("\n", " ")
     check_same(out, tmp_path / "whole")
-    assert not list((out / "checkpoints").glob(".partial-*"))
+    assert not list((out / "checkpoints").glob(".checkpoint-*"))
 
 
 def test_killed_twice_and_the_newest_checkpoint_damaged(recipe_file, tmp_path):

@@ -8,6 +8,7 @@ import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from transformers.models.llama import modeling_llama as llama
 
 import slimtune.train_step.loss as step_module
 import slimtune.training.loop as loop_module
+import slimtune.training.memory_probe as probe_module
 import slimtune.training.train as run_module
 from slimtune.adapters import state_dict as adapter_files
 from slimtune.data.collator import Collator
@@ -38,6 +40,7 @@ KINDS: list[Callable[[], BaseException]] = [
     lambda: RuntimeError("MPS backend out of memory (MPS allocated: 17.9 GB, other allocations: 1 MB)"),
 ]
 MAX_TOKENS = 150
+SILENT = SimpleNamespace(say=lambda _: None, record=lambda _: None)
 """Tokens in a micro-batch: two micro-batches per step."""
 
 
@@ -305,7 +308,7 @@ def test_giving_up_leaves_a_checkpoint(plain, undisturbed, tmp_path, monkeypatch
 def test_the_probe_recovers_before_training(plain, undisturbed, tmp_path, monkeypatch):
     fault = Fault(monkeypatch, KINDS[1])
     fault.at_call(LAYER, "forward", 1, after=True)
-    fault.arm_at(run_module, "probe_memory")
+    fault.arm_at(probe_module, "probe_memory")
     plan = {"need_bytes": {"low": 1, "high": 1000}, "parts": {"optimizer": 0}, "max_tokens_per_micro_batch": MAX_TOKENS}
     run = Run(plain, tmp_path / "run", planner=lambda *_: plan)
     assert fault.raised == 1
@@ -339,7 +342,7 @@ def test_a_failed_try_leaves_nothing_behind():
         assert tensors[-1]() is None
 
     try:
-        recovery = OomRecovery(Collator(0, max_tokens=16), torch.device("cpu"), print, print)
+        recovery = OomRecovery(Collator(0, max_tokens=16), torch.device("cpu"), SILENT)
         assert recovery.run_in_micro_batches("a test", rows(4), work, undo) == 7
     finally:
         gc.enable()
@@ -351,6 +354,6 @@ def test_a_failed_try_leaves_nothing_behind():
 def test_all_processes_repeat_what_failed_in_one(failed):
     sizes, answers = [], iter([failed, False])
     collator = Collator(0, max_tokens=8)
-    recovery = OomRecovery(collator, torch.device("cpu"), print, print, any_failed=lambda _: next(answers))
+    recovery = OomRecovery(collator, torch.device("cpu"), SILENT, any_failed=lambda _: next(answers))
     recovery.run_in_micro_batches("a test", rows(4), lambda: sizes.append(collator.max_tokens), lambda: None)
     assert sizes == ([8, 4] if failed else [8])

@@ -234,7 +234,6 @@ def test_other_commands_want_one_process(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr("slimtune.utils.distributed.should_print_error", lambda error: True)
-    monkeypatch.setattr("slimtune.utils.distributed.mark_error_printed", lambda error: None)
     done = CliRunner().invoke(app, ["methods"])
     assert done.exit_code == 2
     assert "slimtune methods was started in 4 processes" in done.stderr

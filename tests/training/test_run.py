@@ -15,7 +15,7 @@ from slimtune.data.collator import Collator
 from slimtune.errors import DataError, RunError, UsageError
 from slimtune.models.loader import load_base
 from slimtune.setup import load_datasets, load_run
-from slimtune.train_step.loss import mean_loss, score_rows, step_loss
+from slimtune.train_step.loss import evaluate_rows, mean_loss, step_loss
 from slimtune.training import checkpoint
 from slimtune.training.train import Interrupted, train
 
@@ -70,7 +70,7 @@ def test_validation_loss_is_that_of_the_saved_adapter(settings):
     loaded = load_run(result["run"])
     rows = load_datasets(loaded.recipe, loaded.base.tokenizer)
     collator = Collator(loaded.base.tokenizer.pad_token_id, layout=True)
-    assert mean_loss(score_rows(loaded.model, rows.validation, collator)) == pytest.approx(
+    assert mean_loss(evaluate_rows(loaded.model, rows.validation, collator)) == pytest.approx(
         result["validation_loss"], abs=1e-6
     )
 
@@ -101,7 +101,7 @@ def test_packing_changes_no_loss(settings):
     rows = load_datasets(recipe, base.tokenizer).train
     batches = [Collator(base.tokenizer.pad_token_id, packing=p)(rows) for p in (True, False)]
     packed, padded = (step_loss(base.model.eval(), b).item() for b in batches)
-    alone = mean_loss(score_rows(base.model, rows, Collator(base.tokenizer.pad_token_id, max_tokens=1)))
+    alone = mean_loss(evaluate_rows(base.model, rows, Collator(base.tokenizer.pad_token_id, max_tokens=1)))
     assert packed == pytest.approx(padded, abs=1e-5)
     assert packed == pytest.approx(alone, abs=1e-5)
 

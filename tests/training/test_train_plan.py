@@ -17,7 +17,6 @@ from slimtune.errors import ModelError, RunError
 from slimtune.planning.gpus import Gpu, detect_gpu
 from slimtune.planning.planner import make_plan
 from slimtune.planning.request import build_request
-from slimtune.training.memory_probe import Probe
 from slimtune.training.train import train
 from slimtune.utils.device import peak_memory, reset_peak_memory
 
@@ -125,14 +124,6 @@ def test_the_probe_runs_out_of_memory_before_training(settings, monkeypatch):
     with pytest.raises(RunError, match=r"not enough memory for \d+ tokens of one row \(the longest micro-batch"):
         train(recipe_of(settings), planner=planned)
     assert not Path(settings["output_dir"]).exists()
-
-
-def test_a_probe_outside_the_plan_says_so():
-    inside, outside = Probe(100, 5, 4, 6), Probe(100, 7, 4, 6)
-    assert inside.as_planned
-    assert "report" not in inside.text()
-    assert not outside.as_planned
-    assert "the plan is off" in outside.text()
 
 
 def test_the_peak_counts_from_the_reset_on():

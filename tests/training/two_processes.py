@@ -21,7 +21,7 @@ from slimtune.data.step_sharding import StepSharder
 from slimtune.methods import config_class
 from slimtune.models.loader import load_base
 from slimtune.train_step.loss import forward_backward
-from slimtune.training.fsdp import apply_fsdp
+from slimtune.train_step.memory_savings import apply_fsdp
 from slimtune.training.train import train
 from slimtune.utils import distributed
 

@@ -174,8 +174,7 @@ def _report_error(error: BaseException, json_output: Any | None) -> int:
         traceback.print_exception(error, file=sys.stderr)
         message = f"a bug in slimtune: {type(error).__name__}: {error}"
         known = SlimtuneError(message, hint="please report it with the lines above")
-    several = "RANK" in os.environ
-    if several:
+    if "RANK" in os.environ:
         from ..utils import distributed
 
         if not distributed.should_print_error(known):
@@ -188,8 +187,6 @@ def _report_error(error: BaseException, json_output: Any | None) -> int:
     if json_output is not None:
         fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")}
         _print_json({"error": {"kind": type(known).__name__, **fields}}, json_output)
-    if several:
-        distributed.mark_error_printed(known)
     return known.exit_code
 
 

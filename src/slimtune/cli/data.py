@@ -42,7 +42,7 @@ def data_report(
     from ..config import load_recipe
     from ..data.validation.report import validate_file
     from ..models.loader import load_tokenizer
-    from ..run_dir import write_atomic
+    from ..utils.files import write_atomic
 
     recipe = load_recipe(None, {"data.train": file, "output_dir": "runs/unused", **settings})
     model, data = recipe.model, recipe.data

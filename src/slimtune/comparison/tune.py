@@ -20,7 +20,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from ..errors import RunError
-from ..run_dir import RunDir, write_atomic
+from ..run_dir import RunDir
+from ..utils.files import write_atomic
 from .candidates import Candidate
 from .grid import Grid
 from .worker import launch_worker

@@ -17,7 +17,8 @@ from markupsafe import Markup
 from .. import __version__
 from ..config import Recipe
 from ..errors import UsageError
-from ..run_dir import RunDir, RunResults, write_atomic
+from ..run_dir import RunDir, RunResults
+from ..utils.files import write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
 from .charts import (
     Estimate,

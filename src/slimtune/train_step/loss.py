@@ -7,12 +7,13 @@ and planning all run these functions. `token_nll` gives −log p of every superv
 objectives other than cross-entropy can build their losses on it.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from ..attention.register import LAYOUT_KWARG, empty_mask, packed_attention, packing_unsupported_reason
 from ..data.collator import IGNORE_INDEX, Collator, Example
@@ -21,7 +22,6 @@ from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
 from ..models.lm_head import LMHead, get_hidden_states, get_lm_head
 from ..utils.device import free_memory
-from ..utils.distributed import is_sharded
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1024, 8192
 """Tokens in a micro-batch above which more tokens do not compute faster."""
@@ -112,8 +112,7 @@ def forward_backward(
     Args:
         model: the model in training mode; gradients are added to those it has.
         micro_batches: the step's batches, on the model's device.
-        num_items: supervised tokens of the whole step, if other processes run part of it; None: those of
-            `micro_batches`.
+        num_items: supervised tokens of the whole step, if other processes run part of it.
         weights: 1 for each micro-batch whose loss counts, 0 for one that is only run; None: all count.
         regularize: add the method's regularization loss, which one process of a run does.
     """
@@ -156,69 +155,47 @@ class RowScore(NamedTuple):
 
 def evaluate_rows(model: Any, examples: Sequence[Example], collator: Collator) -> list[RowScore]:
     """Return the score of each row, in the order given; arguments as for `score_rows`."""
-
-    def measure(batch: dict[str, Any]) -> Tensor:
-        nll, hits = token_nll_and_accuracy(model, batch)
-        return torch.stack([nll, hits.to(nll.dtype)])
-
-    scores: list[RowScore] = []
-    for some in batched(examples):
-        by_row = _measure_rows(measure, model, some, collator, collator.group_rows(some))
-        rows = (by_row[i] for i in range(len(some)))
-        scores += [RowScore(row[0].sum().item(), int(row[1].sum().item()), row.shape[1]) for row in rows]
-    return scores
+    scores = score_rows(model, examples, collator, accuracy=True)
+    return [scores[i] for i in range(len(examples))]
 
 
-def score_rows(model: Any, examples: Sequence[Example], collator: Collator) -> list[tuple[float, int]]:
-    """Return for each row its summed −log p over supervised tokens (nats), and their number, in the order given.
+@torch.no_grad()
+def score_rows(
+    model: Any,
+    examples: Sequence[Example],
+    collator: Collator,
+    *,
+    accuracy: bool = False,
+    group_rows: Callable[[Sequence[Example]], Iterable[Sequence[int]]] | None = None,
+) -> dict[int, RowScore]:
+    """Return scores by row number.
 
     Args:
         model: the model; put into evaluation mode here and back after.
         examples: tokenized rows, each with a supervised token.
         collator: the collator of training, which limits the size of a micro-batch.
+        accuracy: also count hits; otherwise they are 0.
+        group_rows: divides rows into micro-batches, and may leave rows to other processes; None: the collator does.
     """
-    scores: list[tuple[float, int]] = []
-    for some in batched(examples):
-        by_row = score_batch(model, some, collator, collator.group_rows(some))
-        scores += [by_row[i] for i in range(len(some))]
-    return scores
-
-
-def batched(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-    """Yield `EVAL_ROWS` examples at a time, in order."""
-    for at in range(0, len(examples), EVAL_ROWS):
-        yield examples[at : at + EVAL_ROWS]
-
-
-def score_batch(
-    model: Any, examples: Sequence[Example], collator: Collator, groups: Iterable[Sequence[int]]
-) -> dict[int, tuple[float, int]]:
-    """Return the scores of the rows in some groups of row numbers, each group one micro-batch; by row number."""
-    by_row = _measure_rows(lambda batch: token_nll(model, batch)[None], model, examples, collator, groups)
-    return {i: (row[0].sum().item(), row.shape[1]) for i, row in by_row.items()}
-
-
-@torch.no_grad()
-def _measure_rows(
-    measure: Callable[[dict[str, Any]], Tensor],
-    model: Any,
-    examples: Sequence[Example],
-    collator: Collator,
-    groups: Iterable[Sequence[int]],
-) -> dict[int, Tensor]:
-    """Return what is measured of each row's supervised tokens, fp64 `(measures, tokens)`, by row number."""
     device, was_training = next(model.parameters()).device, model.training
+    measured: dict[int, Tensor] = {}  # fp64 (measures, tokens): read at the end, so that a GPU need not wait for a CPU
     model.eval()
-    by_row: dict[int, Tensor] = {}
     try:
         with packed_attention(model):
-            for group in groups:
-                batch = move_to_device(collator([examples[i] for i in group]), device)
-                counts = [count_targets(examples[i]) for i in group]
-                by_row |= zip(group, measure(batch).double().split(counts, dim=1), strict=True)
+            for start in range(0, len(examples), EVAL_ROWS):
+                some = examples[start : start + EVAL_ROWS]
+                for group in (group_rows or collator.group_rows)(some):
+                    batch = move_to_device(collator([some[i] for i in group]), device)
+                    values = token_nll_and_accuracy(model, batch) if accuracy else (token_nll(model, batch),)
+                    counts = [count_targets(some[i]) for i in group]
+                    rows = torch.stack([v.double() for v in values]).split(counts, dim=1)
+                    measured |= zip((start + i for i in group), rows, strict=True)
     finally:
         model.train(was_training)
-    return by_row
+    return {
+        i: RowScore(row[0].sum().item(), int(row[1].sum()) if accuracy else 0, row.shape[1])
+        for i, row in measured.items()
+    }
 
 
 def count_targets(example: Example) -> int:
@@ -226,10 +203,10 @@ def count_targets(example: Example) -> int:
     return sum(1 for label in example["labels"][1:] if label != IGNORE_INDEX)
 
 
-def mean_loss(scores: Iterable[tuple[float, int]]) -> float:
+def mean_loss(scores: Iterable[RowScore]) -> float:
     """Return the mean −log p per supervised token over scored rows, in nats."""
     rows = list(scores)
-    return sum(nats for nats, _ in rows) / max(1, sum(tokens for _, tokens in rows))
+    return sum(row.nats for row in rows) / max(1, sum(row.tokens for row in rows))
 
 
 # --- what a model supports and needs ----------------------------------------------------------------------------------
@@ -251,9 +228,6 @@ def check_packing_supported(model: Any, collator: Collator) -> None:
     rows = [[*(prefix if r else []), *((7 * i * i + 3 + 11 * r) % vocabulary for i in range(9 + r))] for r in range(3)]
     examples = [{"input_ids": row, "labels": row} for row in rows]
 
-    def nll(some: Sequence[Example]) -> Tensor:
-        return token_nll(model, move_to_device(collator(some), device))
-
     def plain_nll(row: list[int]) -> Tensor:
         ids = torch.tensor([row], device=device)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
@@ -262,25 +236,25 @@ def check_packing_supported(model: Any, collator: Collator) -> None:
     model.eval()
     try:
         with packed_attention(model):
-            packed = nll(examples)
-            alone = torch.cat([nll([e]) for e in examples])
+            batches = (move_to_device(collator(some), device) for some in (examples, *([e] for e in examples)))
+            packed, *alone = (token_nll(model, batch) for batch in batches)
         plain = torch.cat([plain_nll(row) for row in rows])
     finally:
         model.train(was_training)
     tolerance = 0.05 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
     spread = plain.std().clamp_min(1e-12)
-    packing_error, head_error = ((nll - plain).abs().mean() / spread for nll in (packed, alone))
+    packing_error, head_error = (((nll - plain).abs().mean() / spread).item() for nll in (packed, torch.cat(alone)))
     name = type(model).__name__
     if head_error > tolerance:
         raise ModelError(
-            f"the loss of a {name} differs from the model's own (by {100 * head_error.item():.2g} % of its spread): "
+            f"the loss of a {name} differs from the model's own (by {100 * head_error:.2g} % of its spread): "
             "its head does more to its logits than its config says",
             "a head that multiplies, adds a bias, scales and soft-caps",
             "train it with transformers' Trainer, which uses the model's own loss",
         )
     if packing_error > tolerance and len(collator.group_rows(examples)) == 1 and collator.packing:
         raise ModelError(
-            f"packed rows change each other in a {name} (by {100 * packing_error.item():.2g} % of the loss's spread)",
+            f"packed rows change each other in a {name} (by {100 * packing_error:.2g} % of the loss's spread)",
             "an architecture that separates rows by position_ids",
             "--set train.packing=false",
         )
@@ -299,7 +273,7 @@ def auto_micro_batch_tokens(model: Any, collator: Collator, longest: int) -> int
     """
     device = next(model.parameters()).device
     enough = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
-    if is_sharded(model):  # a trial pass would count gathered weights, too; the plan knows better
+    if isinstance(model, FSDPModule):  # a trial pass would count gathered weights, too; the plan knows better
         return max(longest, enough)
     half, whole = (measure_activation_bytes(model, collator, n) for n in (PROBE_TOKENS // 2, PROBE_TOKENS))
     per_token = max(1.0, (whole - half) / (PROBE_TOKENS - PROBE_TOKENS // 2))
@@ -321,13 +295,10 @@ def measure_activation_bytes(model: Any, collator: Collator, tokens: int = PROBE
 
     vocabulary = model.config.get_text_config().vocab_size
     row = [(7 * i * i + 3) % vocabulary for i in range(tokens)]
-    with (
-        preserve_rng_state(device),
-        packed_attention(model),
-        torch.autograd.graph.saved_tensors_hooks(record, lambda t: t),
-    ):
-        loss = step_loss(model.train(), move_to_device(collator([{"input_ids": row, "labels": row}]), device))
-    total = sum(saved.values())
+    batch = move_to_device(collator([{"input_ids": row, "labels": row}]), device)
+    hooks = torch.autograd.graph.saved_tensors_hooks(record, lambda t: t)
+    with preserve_rng_state(device), packed_attention(model), hooks:
+        loss = step_loss(model.train(), batch)
     del loss
     model.train(was_training)
-    return total
+    return sum(saved.values())

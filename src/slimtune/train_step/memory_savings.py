@@ -4,8 +4,9 @@
     offloading                 keep those inputs in CPU memory meanwhile (`kernels/activation_offload.py`)
     tiling                     run norms and feed-forwards a few tokens at a time, forward and backward
                                (`kernels/tiled_mlp.py`)
+    FSDP2                      shard the frozen base over the processes of a run
 
-With all three a row takes on the device what one layer's attention takes, and a few hidden states.
+With the first three a row takes on the device what one layer's attention takes, and a few hidden states.
 """
 
 import os
@@ -14,11 +15,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.architectures import FEED_FORWARD
-from ..errors import UsageError
+from ..errors import UsageError, format_names
 from ..kernels.activation_offload import ActivationOffload
 from ..kernels.tiled_mlp import run_tiled
 from ..utils.linear_layers import layer_kind
@@ -40,42 +44,35 @@ def apply_memory_savings(model: Any, checkpointing: bool, offload: bool, tile: i
 
 
 def enable_activation_checkpointing(model: Any, *, offload: bool = False) -> None:
-    """Keep only the input of each layer for the backward pass, in place.
-
-    Args:
-        model: a transformers model, adapted or not.
-        offload: keep the inputs in CPU memory.
+    """Keep only the input of each layer for the backward pass, in CPU memory if `offload`, in place.
 
     Raises:
         UsageError: the model does not support it.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UsageError(
-            f"a {type(model).__name__} does not support activation checkpointing", hint="turn the checkpointing off"
-        )
+        message = f"a {type(model).__name__} does not support activation checkpointing"
+        raise UsageError(message, hint="turn the checkpointing off")
     # transformers 5.2x renamed it: the old name warns there, earlier releases lack the new one.
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
     # This makes the inputs a leaf that exists for the whole step; only reentrant checkpoints need it.
     model.disable_input_require_grads()
-    if offload:
-        storage = ActivationOffload()
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                checkpoint = module._gradient_checkpointing_func
-                module._gradient_checkpointing_func = partial(_checkpoint_offloaded, storage, checkpoint)
+    if not offload:
+        return
+    storage = ActivationOffload()
 
+    def checkpoint_offloaded(checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any) -> Any:
+        # Hidden states are a layer's first argument; all layers share the others.
+        with storage.offload_first():
+            return checkpoint(run, *args)
 
-def _checkpoint_offloaded(
-    storage: ActivationOffload, checkpoint: Callable[..., Any], run: Callable[..., Any], *args: Any
-) -> Any:
-    # Hidden states are a layer's first argument; all layers share the others.
-    with storage.offload_first():
-        return checkpoint(run, *args)
+    for module in model.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = partial(checkpoint_offloaded, module._gradient_checkpointing_func)
 
 
 def enable_tiled_mlp(model: Any, tokens: int) -> int:
-    """Run the norms and feed-forwards of a model's layers `tokens` tokens at a time, in place.
+    """Run the norms and feed-forwards of a model's layers `tokens` tokens at a time, in place; return their number.
 
     Longer rows then keep the intermediate activations of only so many tokens. Dropout inside draws other numbers than
     without tiles.
@@ -84,24 +81,18 @@ def enable_tiled_mlp(model: Any, tokens: int) -> int:
         model: a transformers model, adapted before.
         tokens: of each row, from 1.
 
-    Returns:
-        The number of modules that are tiled.
-
     Raises:
         UsageError: the model has no transformer layers.
     """
-    modules = [m for layer in transformer_layers(model, "turn the tiles off") for m in _token_wise_modules(layer)]
+    modules: list[Any] = []
+    for layer in transformer_layers(model, "turn the tiles off"):
+        found = {n: m for n, m in layer.named_modules() if n in FEED_FORWARD or layer_kind(m) == "norm"}
+        modules += [m for n, m in found.items() if not any(n.startswith(f"{outer}.") for outer in found)]
     # The norm after the last layer.
     modules += [m for m in model.modules() if layer_kind(m) == "norm" and m not in set(modules)]
     for module in modules:
         module.forward = partial(_forward_tiled, module, tokens, vars(module).get("forward"))
     return len(modules)
-
-
-def _token_wise_modules(layer: nn.Module) -> list[nn.Module]:
-    """Return the outermost modules of a layer that compute each token by itself."""
-    found = {n: m for n, m in layer.named_modules() if n in FEED_FORWARD or layer_kind(m) == "norm"}
-    return [m for n, m in found.items() if not any(n.startswith(f"{outer}.") for outer in found)]
 
 
 def _forward_tiled(
@@ -115,6 +106,43 @@ def _forward_tiled(
     return run_tiled(run, x, max(1, tokens // x.shape[0]), trained)
 
 
+def apply_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
+    """Shard an adapted model's base over the processes, in place, and move the whole adapter to `device`.
+
+    Each process keeps 1/N. FSDP2 gets one group per layer and one for the rest (embeddings, last norm, head); each is
+    gathered before its forward and backward passes. The adapter stays whole in every process, and
+    `utils/distributed.py` sums its gradients: it is saved, clipped and resumed as in one process. A fused function
+    keeps the gathered weight for its backward pass: FSDP2 frees that tensor's storage after the layer's forward pass
+    and fills the same storage again before its backward pass.
+
+    Args:
+        model: the adapted model, which may be in CPU memory: it is moved layer by layer.
+        mesh: the processes.
+        device: the device of this process.
+
+    Raises:
+        UsageError: the base is quantized, or has no transformer layers.
+    """
+    layers = transformer_layers(model, "--set train.fsdp=false")
+    # The adapter's parameters, trained or fixed, and the base's parameters that it has trained copies of.
+    unsharded = {p for p in model.parameters() if p.requires_grad}
+    for layer in model.adapted_layers().values():
+        unsharded |= {p for part in (layer.adapters, layer.trained_copies) for p in part.parameters()}
+        if layer.trained_copies:
+            unsharded |= {p for p in layer._parameters.values() if p is not None}
+    quantized = [n for n, p in model.named_parameters() if p not in unsharded and not p.is_floating_point()]
+    if quantized:
+        raise UsageError(
+            f"train.fsdp: {len(quantized)} weights are quantized, such as {format_names(quantized, 2)}",
+            "a base in 16 or 32 bits: quantized weights cannot be cut by rows",
+            "--set train.fsdp=false, where each process keeps the whole quantized base",
+        )
+    for parameter in unsharded:
+        parameter.data = parameter.data.to(device)
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, ignored_params=unsharded)
+
+
 def compile_layers(model: Any) -> int:
     """Compile each layer of the backbone with torch.compile, in place; return how many.
 
@@ -125,9 +153,8 @@ def compile_layers(model: Any) -> int:
     """
     device = next(model.parameters()).device
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        raise UsageError(
-            "torch.compile needs a C++ compiler on a CPU, and there is none", "g++ or clang++", "leave out --compile"
-        )
+        message = "torch.compile needs a C++ compiler on a CPU, and there is none"
+        raise UsageError(message, "g++ or clang++", "leave out --compile")
     layers = transformer_layers(model, "leave out --compile")
     for layer in layers:
         layer.compile(dynamic=True)
@@ -138,7 +165,6 @@ def transformer_layers(model: Any, hint: str) -> list[nn.Module]:
     """Return the layers of a transformers model; raise UsageError with the hint if it has none."""
     layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise UsageError(
-            f"a {type(model).__name__} has no layers of transformers' GradientCheckpointingLayer", hint=hint
-        )
+        message = f"a {type(model).__name__} has no layers of transformers' GradientCheckpointingLayer"
+        raise UsageError(message, hint=hint)
     return layers

@@ -24,14 +24,7 @@ NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_no
 
 
 def build_optimizer(model: Any, name: str = "adamw", *, lr: float = 1e-4, weight_decay: float = 0.0) -> Optimizer:
-    """Return the optimizer of a model's trained parameters.
-
-    Args:
-        model: the model, adapted or not; real or fake tensors.
-        name: a key of `OPTIMIZERS`.
-        lr: learning rate.
-        weight_decay: decoupled decay.
-    """
+    """Return the optimizer of a model's trained parameters, real or fake; `name` is a key of `OPTIMIZERS`."""
     optimizer, options = OPTIMIZERS[name]
     multipliers = get_lr_multipliers(model) if hasattr(model, "peft_config") else {}
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
@@ -41,11 +34,8 @@ def build_optimizer(model: Any, name: str = "adamw", *, lr: float = 1e-4, weight
             key = (parameter_name in decayed, multipliers.get(id(parameter), 1.0))
             groups.setdefault(key, []).append(parameter)
     ordered = sorted(groups.items(), key=lambda item: not item[0][0])  # the first group's rate is the one logged
-    return optimizer(
-        [
-            {"params": parameters, "lr": lr * multiplier, "weight_decay": weight_decay if decays else 0.0}
-            for (decays, multiplier), parameters in ordered
-        ],
-        lr=lr,
-        **options,
-    )
+    settings = [
+        {"params": parameters, "lr": lr * multiplier, "weight_decay": weight_decay if decays else 0.0}
+        for (decays, multiplier), parameters in ordered
+    ]
+    return optimizer(settings, lr=lr, **options)

@@ -9,16 +9,17 @@
       checksums.json                                   SHA-256 of every file above
 
 A checkpoint is written under another name, flushed to the disk and renamed: a process that is killed leaves the older
-checkpoints and at most a `.partial` folder, which the next start removes. A checkpoint that was damaged later does not
+checkpoints and at most a temporary folder, which the next start removes. A checkpoint that was damaged later does not
 match its checksums; resuming then takes the one before it and says so.
 """
 
 import hashlib
 import json
-import os
+import math
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,56 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import RunError, format_names
-from ..utils.files import fsync_folder, fsync_tree, translate_disk_full
+from ..utils.files import atomic_folder
 
 CHECKSUMS_FILE = "checksums.json"
 METHOD_FILE = "method.safetensors"
 STATE_FILE = "training_state.json"
 PREFIX = "checkpoint-"
-PARTIAL_PREFIX = ".partial-"
+
+
+@dataclass
+class TrainingState:
+    """What a run has done; every checkpoint contains it.
+
+    Args:
+        max_steps: optimizer steps of the whole run.
+        step: optimizer steps done.
+        epoch: passes over the training rows done.
+        trained_tokens: tokens of the rows trained on, each row as if it were alone.
+        supervised_tokens: how many of them were supervised.
+        train_seconds: time in optimizer steps, without evaluations and checkpoints.
+        train_cpu_seconds: CPU time of this process in them.
+        train_losses: the logged training losses.
+        validation_losses: `(step, loss)` of each evaluation.
+    """
+
+    max_steps: int
+    step: int = 0
+    epoch: float = 0.0
+    trained_tokens: int = 0
+    supervised_tokens: int = 0
+    train_seconds: float = 0.0
+    train_cpu_seconds: float = 0.0
+    train_losses: list[float] = field(default_factory=list)
+    validation_losses: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Trained tokens per second of optimizer steps."""
+        return self.trained_tokens / self.train_seconds if self.train_seconds else 0.0
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss, the first of equal ones; None before there is a finite one."""
+        finite = [(loss, step) for step, loss in self.validation_losses if math.isfinite(loss)]
+        return min(finite)[1] if finite else None
+
+    @property
+    def evaluations_since_best(self) -> int:
+        """Evaluations after the best one."""
+        return sum(step > (self.best_step or 0) for step, _ in self.validation_losses)
+
 
 # --- folders of checkpoints -------------------------------------------------------------------------------------------
 
@@ -45,33 +89,21 @@ def checkpoint_step(folder: Path) -> int:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the checkpoint folders under `root`, oldest first."""
-    folders = root.glob(f"{PREFIX}*") if root.is_dir() else []
-    return sorted((p for p in folders if p.name.removeprefix(PREFIX).isdigit()), key=checkpoint_step)
+    return sorted((p for p in root.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()), key=checkpoint_step)
 
 
-def write_checkpoint(root: Path, step: int, write_files: Callable[[Path], None]) -> Path:
+def write_checkpoint(root: Path, step: int, write_files: Callable[[Path], None]) -> None:
     """Write `checkpoint-<step>` under `root`, complete or not at all; `write_files(folder)` writes its files.
 
     Raises:
         RunError: the disk is full; the older checkpoints are left, nothing of this one is.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    final, partial = root / f"{PREFIX}{step}", root / f"{PARTIAL_PREFIX}{step}"
-    shutil.rmtree(partial, ignore_errors=True)
-    with translate_disk_full(final):
-        try:
-            partial.mkdir()
-            write_files(partial)
-            checksums = {p.name: _sha256(p) for p in sorted(partial.iterdir())}
-            (partial / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1))
-            fsync_tree(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            fsync_folder(root)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    return final
+    final = root / f"{PREFIX}{step}"
+    with atomic_folder(final) as folder:
+        write_files(folder)
+        checksums = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
+        (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1))
+        shutil.rmtree(final, ignore_errors=True)
 
 
 def find_damage(folder: Path) -> str:
@@ -94,7 +126,7 @@ def find_newest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | Non
     Raises:
         RunError: every checkpoint is damaged.
     """
-    for partial in root.glob(f"{PARTIAL_PREFIX}*") if root.is_dir() else ():
+    for partial in root.glob(f".{PREFIX}*"):
         say(f"{partial.name}: a checkpoint that was being written when the run stopped; removed")
         shutil.rmtree(partial)
     folders = list_checkpoints(root)
@@ -109,11 +141,8 @@ def find_newest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | Non
         say(f"{folder.name} is passed over: {damage}")
         damaged.append(folder)
     if folders:
-        raise RunError(
-            f"every checkpoint in {root} is damaged: {format_names(p.name for p in folders)}",
-            "at least one complete checkpoint",
-            "start again with another --out",
-        )
+        message = f"every checkpoint in {root} is damaged: {format_names(p.name for p in folders)}"
+        raise RunError(message, "at least one complete checkpoint", "start again with another --out")
     return None
 
 
@@ -140,11 +169,13 @@ def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
     first_key: dict[int, str] = {}
     for index, entry in state["state"].items():
         # bitsandbytes nests its tensors in a table, to hide them from FSDP; it loads them without the table, too.
-        tables = [v for v in entry.values() if isinstance(v, dict)]
-        for name, value in {**entry, **{n: t for table in tables for n, t in table.items()}}.items():
+        flat = {k: v for k, v in entry.items() if not isinstance(v, dict)}
+        for table in entry.values():
+            flat |= table if isinstance(table, dict) else {}
+        for name, value in flat.items():
             key = f"{index}.{name}"
             if not isinstance(value, torch.Tensor):
-                values |= {} if isinstance(value, dict) else {key: value}
+                values[key] = value
             elif first_key.setdefault(id(value), key) == key:
                 tensors[key] = value.detach().to("cpu").contiguous()
             else:
@@ -206,7 +237,7 @@ def load_rng_state(folder: Path) -> None:
     """Restore the states that `save_rng_state` wrote."""
     tensors, values = load_file(folder / "rng.safetensors"), json.loads((folder / "rng.json").read_text())
     torch.set_rng_state(tensors["cpu"])
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    for i in range(torch.cuda.device_count()):
         if f"cuda{i}" in tensors:
             torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
     if "mps" in tensors and torch.backends.mps.is_available():

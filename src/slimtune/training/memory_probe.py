@@ -1,81 +1,58 @@
-"""Run the longest micro-batch once before training, and compare the memory it takes with the plan.
-
-The probe leaves nothing behind: gradients are dropped, random number generators are restored, no weight changes.
-"""
+"""Run the longest micro-batch once before training, and compare the memory it takes with the plan."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..attention.register import packed_attention
-from ..data.collator import Collator, Example
+from ..data.collator import Example
 from ..kernels.dropout import preserve_rng_state
 from ..train_step.loss import forward_backward, move_to_device
 from ..utils.device import peak_memory, reset_peak_memory
 from ..utils.formatting import format_bytes
+from .loop import TrainingLoop
 
 
-@dataclass(frozen=True)
-class Probe:
-    """The memory that the longest micro-batch takes.
+def compare_with_plan(loop: TrainingLoop, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Run the longest micro-batch once; say what memory it takes, and return it with what was planned.
 
-    Args:
-        tokens: tokens of the micro-batch.
-        bytes: most bytes in use at once: reserved by the GPU's allocator, or resident in this process.
-        low: fewest bytes that were planned.
-        high: most bytes that were planned.
+    The bytes are the most in use at once: reserved by the GPU's allocator, or resident in this process.
     """
-
-    tokens: int
-    bytes: int
-    low: int
-    high: int
-
-    @property
-    def as_planned(self) -> bool:
-        """Whether the bytes are within the planned range."""
-        return self.low <= self.bytes <= self.high
-
-    def text(self) -> str:
-        """Return a line for people."""
-        planned = f"{format_bytes(self.low)} to {format_bytes(self.high)} were planned"
-        line = f"the longest micro-batch, {self.tokens} tokens, takes {format_bytes(self.bytes)}; {planned}"
-        return line if self.as_planned else f"{line}: the plan is off, please report it with the run's plan.json"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {**asdict(self), "as_planned": self.as_planned}
+    collator, limit = loop.collator, loop.collator.max_tokens
+    rows = [loop.train[i] for i in np.argsort(loop.train.lengths, kind="stable")[-loop.rows_per_step :]]
+    tokens, used = loop.recovery.run_in_micro_batches(
+        "the longest micro-batch, run before the first step", rows, lambda: probe_memory(loop, rows), lambda: None
+    )
+    low, high = planned_bytes(plan, loop.device)
+    # The first optimizer step creates the optimizer's state, after this. For a micro-batch that is smaller than what
+    # was planned the lower bound does not apply.
+    low = low - plan["parts"]["optimizer"] if collator.max_tokens == limit else 0
+    line = f"the longest micro-batch, {tokens} tokens, takes {format_bytes(used)}; {format_bytes(low)} to "
+    line += f"{format_bytes(high)} were planned"
+    as_planned = low <= used <= high
+    loop.logger.say(line if as_planned else f"{line}: the plan is off, please report it with the run's plan.json")
+    return {"tokens": tokens, "bytes": used, "low": low, "high": high, "as_planned": as_planned}
 
 
-def probe_memory(model: Any, collator: Collator, examples: Sequence[Example], plan: Mapping[str, Any]) -> Probe:
-    """Run the longest micro-batch of some rows, forward and backward.
+def probe_memory(loop: TrainingLoop, rows: Sequence[Example]) -> tuple[int, int]:
+    """Run the longest micro-batch of some rows, forward and backward; return its tokens and the most bytes in use.
 
-    Args:
-        model: the adapted model, as it will train.
-        collator: divides the rows into micro-batches.
-        examples: the rows of the longest step.
-        plan: the plan as plain values.
-
-    Raises:
-        torch.OutOfMemoryError, RuntimeError, MemoryError: it does not fit; nothing is left of the attempt.
+    Nothing is left of it, even if it runs out of memory: gradients are dropped, random number generators are restored,
+    no weight changes.
     """
-    device, was_training = next(model.parameters()).device, model.training
-    micro_batch = max(collator.make_micro_batches(examples), key=lambda batch: batch["input_ids"].numel())
+    model, was_training = loop.model, loop.model.training
+    micro_batch = max(loop.collator.make_micro_batches(rows), key=lambda batch: batch["input_ids"].numel())
     model.train()
-    reset_peak_memory(device)
+    reset_peak_memory(loop.device)
     try:
-        with preserve_rng_state(device), packed_attention(model):
-            forward_backward(model, [move_to_device(micro_batch, device)])
+        with preserve_rng_state(loop.device), packed_attention(model):
+            forward_backward(model, [move_to_device(micro_batch, loop.device)])
     finally:
-        for parameter in model.parameters():
-            parameter.grad = None
+        model.zero_grad()
         model.train(was_training)
-    low, high = planned_bytes(plan, device)
-    # The first optimizer step creates the optimizer's state, after this.
-    low -= plan["parts"]["optimizer"]
-    return Probe(micro_batch["input_ids"].numel(), peak_memory(device, reserved=True), low, high)
+    return micro_batch["input_ids"].numel(), peak_memory(loop.device, reserved=True)
 
 
 def planned_bytes(plan: Mapping[str, Any], device: torch.device) -> tuple[int, int]:

@@ -10,8 +10,7 @@ size is kept for the rest of the run.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -28,8 +27,7 @@ LESS_MEMORY = "a smaller data.max_seq_len, --dtype bf16 or a smaller base"
 """What takes less memory when the micro-batches cannot get smaller."""
 
 
-@dataclass(frozen=True)
-class OomInfo:
+class OomInfo(NamedTuple):
     """One try that ran out of memory.
 
     Args:
@@ -41,65 +39,13 @@ class OomInfo:
     held_bytes: int
 
 
-@dataclass(frozen=True)
-class OomEvent:
-    """A try that ran out of memory, and how it is repeated.
-
-    Args:
-        step: optimizer steps done before it.
-        where: what was being done.
-        tokens: tokens of the largest micro-batch; None: there were no micro-batches.
-        rows: rows of that micro-batch.
-        max_tokens_before: the limit of tokens in a micro-batch until then.
-        max_tokens_after: the limit from then on.
-        checkpointing: whether activation checkpointing is on from then on.
-        held_bytes: most bytes in use until then.
-        planned_bytes: most bytes that were planned; None: there was no plan.
-        error: the first line of the error.
-    """
-
-    step: int
-    where: str
-    tokens: int | None
-    rows: int | None
-    max_tokens_before: int | None
-    max_tokens_after: int | None
-    checkpointing: bool
-    held_bytes: int
-    planned_bytes: int | None
-    error: str
-
-    def text(self) -> str:
-        """Return a line for people."""
-        size = f", {self.tokens} tokens in {self.rows} row{'s' * (self.rows != 1)}" if self.tokens else ""
-        change = ""
-        if self.max_tokens_after != self.max_tokens_before:
-            change = f" with at most {self.max_tokens_after} tokens in a micro-batch"
-        elif self.tokens:
-            change = " with activation checkpointing"
-        used = f"{format_bytes(self.held_bytes)} were in use"
-        if self.planned_bytes is not None:
-            excess = self.held_bytes - self.planned_bytes
-            used += (
-                f", {format_bytes(excess)} ({excess / self.planned_bytes:.0%}) more than were planned"
-                if excess > 0
-                else f", {format_bytes(self.planned_bytes)} were planned: other processes use the rest"
-            )
-        return f"after step {self.step} memory ran out in {self.where}{size} ({used}): repeating it{change}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a line of metrics.jsonl."""
-        return {"event": EVENT, **asdict(self), "text": self.text()}
-
-
 class OomRecovery:
     """Repeats work that ran out of memory.
 
     Args:
         collator: divides rows into micro-batches; its limits get smaller.
         device: the device of the model.
-        say: prints a line for people.
-        record: gets each event as plain values.
+        logger: `say(text)` prints a line for people, `record(event)` gets each event as plain values.
         enable_checkpointing: turns activation checkpointing on; None: it is on, or the model does not support it.
         planned_bytes: most bytes that were planned.
         any_failed: called after each try in micro-batches with whether it failed here; returns whether it failed in
@@ -108,29 +54,25 @@ class OomRecovery:
     Attributes:
         checkpointing: whether activation checkpointing was turned on here.
         step: optimizer steps done, for the events.
-        save_before_exit: saves what can be saved before the run ends; returns how to continue.
+        save_before_exit: saves what can be saved before the run ends; returns how to continue, "" if nothing is saved.
     """
 
     def __init__(
         self,
         collator: Collator,
         device: torch.device,
-        say: Callable[[str], None],
-        record: Callable[[dict[str, Any]], None],
+        logger: Any,
         *,
         enable_checkpointing: Callable[[], Any] | None = None,
         planned_bytes: int | None = None,
         any_failed: Callable[[bool], bool] | None = bool,
     ) -> None:
-        self.collator, self.device, self.say, self.record = collator, device, say, record
-        self._enable_checkpointing, self.planned_bytes, self.any_failed = (
-            enable_checkpointing,
-            planned_bytes,
-            any_failed,
-        )
+        self.collator, self.device, self.logger = collator, device, logger
+        self._enable_checkpointing, self.any_failed = enable_checkpointing, any_failed
+        self.planned_bytes = planned_bytes
         self.checkpointing = False
         self.step = 0
-        self.save_before_exit: Callable[[], str] = lambda: ""
+        self.save_before_exit: Callable[[], str] = str
 
     def run_in_micro_batches(
         self, where: str, rows: Sequence[Example], work: Callable[[], T], undo: Callable[[], Any], *, grad: bool = True
@@ -162,11 +104,14 @@ class OomRecovery:
                 self.collator.max_tokens = tokens // 2
                 if not self.collator.packing:
                     self.collator.max_rows = count // 2
+                change = f" with at most {tokens // 2} tokens in a micro-batch"
             elif grad and self._enable_checkpointing is not None:
                 self.enable_checkpointing()
+                change = " with activation checkpointing"
             else:
                 raise self.give_up(where, oom, f"{tokens} tokens of one row")
-            self._report(where, oom, tokens, count, limit)
+            size = f", {tokens} tokens in {count} row{'s' * (count != 1)}"
+            self._report(where, oom, size, change, tokens=tokens, rows=count, max_tokens_before=limit)
 
     def retry_once(self, where: str, work: Callable[[], T]) -> T:
         """Return what `work` returns; if it runs out of memory, release what can be released and call it once more.
@@ -178,10 +123,10 @@ class OomRecovery:
         Raises:
             RunError: it ran out of memory twice.
         """
-        result, oom = self._try(work, lambda: None)
+        result, oom = self._try(work)
         if oom is not None:
-            self._report(where, oom, None, None, self.collator.max_tokens)
-            result, oom = self._try(work, lambda: None)
+            self._report(where, oom, tokens=None, rows=None, max_tokens_before=self.collator.max_tokens)
+            result, oom = self._try(work)
         if oom is not None:
             raise self.give_up(where, oom, where)
         return result  # type: ignore[return-value]
@@ -200,14 +145,18 @@ class OomRecovery:
     def give_up(self, where: str, oom: OomInfo, what: str) -> RunError:
         """Save what can be saved; return the error that ends the run."""
         used = format_bytes(oom.held_bytes)
+        saved = self.save_before_exit()
         return RunError(
             f"there is not enough memory for {what} ({where} after step {self.step}; {used} were in use): {oom.error}",
             "more free memory, or a run that needs less",
-            self.save_before_exit() or LESS_MEMORY,
+            f"{saved}; or start again with {LESS_MEMORY}" if saved else LESS_MEMORY,
         )
 
     def _try(
-        self, work: Callable[[], T], undo: Callable[[], Any], any_failed: Callable[[bool], bool] = bool
+        self,
+        work: Callable[[], T],
+        undo: Callable[[], Any] = lambda: None,
+        any_failed: Callable[[bool], bool] = bool,
     ) -> tuple[T | None, OomInfo | None]:
         """Return what `work` returns, or what is known of its running out of memory, of which then nothing is left."""
         result: T | None = None
@@ -229,18 +178,16 @@ class OomRecovery:
         set_rng_states(rng_states)
         return None, oom or OomInfo("another process ran out of memory", peak_memory(self.device, reserved=True))
 
-    def _report(self, where: str, oom: OomInfo, tokens: int | None, rows: int | None, limit: int | None) -> None:
-        event = OomEvent(
-            self.step,
-            where,
-            tokens,
-            rows,
-            limit,
-            self.collator.max_tokens,
-            self.checkpointing,
-            oom.held_bytes,
-            self.planned_bytes,
-            oom.error,
+    def _report(self, where: str, oom: OomInfo, size: str = "", change: str = "", **facts: int | None) -> None:
+        used, planned = f"{format_bytes(oom.held_bytes)} were in use", self.planned_bytes
+        if planned is not None and oom.held_bytes > planned:
+            excess = oom.held_bytes - planned
+            used += f", {format_bytes(excess)} ({excess / planned:.0%}) more than were planned"
+        elif planned is not None:
+            used += f", {format_bytes(planned)} were planned: other processes use the rest"
+        text = f"after step {self.step} memory ran out in {where}{size} ({used}): repeating it{change}"
+        self.logger.say(text)
+        self.logger.record(
+            {"event": EVENT, "step": self.step, "where": where, **facts, "max_tokens_after": self.collator.max_tokens}
+            | {"checkpointing": self.checkpointing, **oom._asdict(), "planned_bytes": planned, "text": text}
         )
-        self.say(event.text())
-        self.record(event.to_dict())

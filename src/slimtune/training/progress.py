@@ -1,13 +1,11 @@
 """What a run shows and logs: a progress line and messages on stderr, train.log, metrics.jsonl, and trackers."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -20,26 +18,19 @@ from ..run_dir import RunDir
 from ..utils import distributed
 from ..utils.device import memory_in_use
 from ..utils.formatting import format_bytes, format_duration
-
-if TYPE_CHECKING:
-    from .loop import TrainingState
+from .checkpoint import TrainingState
 
 PRINT_SECONDS = 15
 """Without a terminal, seconds between printed progress lines."""
 TRACKER_NAMES = {
-    "train_loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "learning_rate": "train/learning_rate",
-    "epoch": "train/epoch",
-    "validation_loss": "eval/loss",
-}
+    "train_loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate",
+    "epoch": "train/epoch", "validation_loss": "eval/loss",
+}  # fmt: skip
 """The names of logged values at the trackers: those of transformers' Trainer."""
 PROJECT_VARIABLES = {
-    "wandb": "WANDB_PROJECT",
-    "comet_ml": "COMET_PROJECT_NAME",
-    "clearml": "CLEARML_PROJECT",
+    "wandb": "WANDB_PROJECT", "comet_ml": "COMET_PROJECT_NAME", "clearml": "CLEARML_PROJECT",
     "swanlab": "SWANLAB_PROJECT",
-}
+}  # fmt: skip
 """The environment variables that name a tracker's project."""
 
 
@@ -49,11 +40,14 @@ class ProgressLogger:
     Args:
         run: the run folder.
         device: the device of the model, for its memory.
+
+    Attributes:
         trackers: get every logged value.
     """
 
-    def __init__(self, run: RunDir, device: torch.device, trackers: Sequence[Any] = ()) -> None:
-        self.run, self.device, self.trackers = run, device, trackers
+    def __init__(self, run: RunDir, device: torch.device) -> None:
+        self.run, self.device = run, device
+        self.trackers: Sequence[Any] = ()
         self.enabled = distributed.is_main_process()
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[line]}"))
@@ -96,28 +90,18 @@ class ProgressLogger:
             values: `train_loss`, `grad_norm`, `learning_rate`; or `validation_loss`.
         """
         self.last_loss = values.get("train_loss", self.last_loss)
-        if not self.enabled:
-            return
-        self.run.append_metrics(
-            {
-                "step": state.step,
-                "epoch": state.epoch,
-                **values,
-                "trained_tokens": state.trained_tokens,
-                "tokens_per_second": state.tokens_per_second,
-                "memory_bytes": memory_in_use(self.device),
-            }
-        )
-        named = {TRACKER_NAMES[k]: v for k, v in {**values, "epoch": state.epoch}.items()}
+        progress = {"step": state.step, "epoch": state.epoch}
+        speed = {"trained_tokens": state.trained_tokens, "tokens_per_second": state.tokens_per_second}
+        self.record({**progress, **values, **speed, "memory_bytes": memory_in_use(self.device)})
         for tracker in self.trackers:
-            tracker.log(named, step=state.step)
+            tracker.log({TRACKER_NAMES[k]: v for k, v in {**values, "epoch": state.epoch}.items()}, step=state.step)
         if "validation_loss" in values:
             self.say(f"step {state.step}: validation loss {values['validation_loss']:.4f}")
 
-    def record(self, event: dict[str, Any]) -> None:
-        """Append an event to metrics.jsonl."""
+    def record(self, values: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
         if self.enabled:
-            self.run.append_metrics(event)
+            self.run.append_metrics(values)
 
     def update(self, state: TrainingState, learning_rate: float) -> None:
         """Show how far the run is; without a terminal, print it every `PRINT_SECONDS`."""

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from ..adapters import state_dict as adapter_files
+from ..adapters.config import PeftConfig
 from ..adapters.export_formats import get_export_formats
 from ..attention.register import packed_attention
 from ..config import Recipe
@@ -25,28 +25,27 @@ from ..data.validation.report import format_issue, format_verdict, raise_if_inva
 from ..errors import DataError, RunError, SlimtuneError, UsageError
 from ..models.dtype import pick_device, pick_dtype
 from ..models.loader import Base
+from ..models.quantization import require_bitsandbytes
 from ..reporting import versions, write_report
 from ..run_dir import ADAPTER_FILE, RunDir, to_json, write_json
 from ..setup import (
     Datasets,
     attach_adapter,
     build_collator,
+    find_adapter_folder,
     load_base_from_recipe,
     load_datasets,
     load_tokenizer_from_recipe,
-    require_packages,
-    with_adapter_config,
 )
-from ..train_step.memory_savings import compile_layers, enable_activation_checkpointing
+from ..train_step.memory_savings import apply_fsdp, compile_layers
 from ..utils import distributed
 from ..utils.device import peak_memory
 from ..utils.files import translate_disk_full, write_atomic
 from ..utils.formatting import format_bytes, format_count
 from . import checkpoint
-from .fsdp import apply_fsdp
 from .loop import TrainingLoop
-from .memory_probe import planned_bytes, probe_memory
-from .oom_recovery import EVENT, OomRecovery
+from .memory_probe import compare_with_plan, planned_bytes
+from .oom_recovery import EVENT
 from .progress import ProgressLogger, require_trackers, start_trackers
 
 INIT_ADAPTER = "start"
@@ -61,6 +60,7 @@ class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C, with a checkpoint."""
 
 
+@distributed.translate_peer_errors()
 def train(
     recipe: Recipe,
     *,
@@ -84,7 +84,6 @@ def train(
         Interrupted: Ctrl-C; a checkpoint was written.
     """
     started = time.perf_counter()
-    settings = recipe.train
     run = RunDir(Path(recipe.output_dir))
     created_group = distributed.init_distributed()
     distributed.install_sigterm_watcher(f"slimtune train {run.recipe_file} --resume")
@@ -96,10 +95,12 @@ def train(
             init_adapter = run.path / INIT_ADAPTER
     if init_adapter is not None:
         recipe = with_adapter_config(recipe, init_adapter)
+    settings = recipe.train
 
     # Data and plan, before a weight is loaded.
     data = distributed.run_on_all_ranks(lambda: load_training_data(recipe, force))
-    plan = distributed.run_on_main(lambda: planner(recipe, data.lengths().tolist()))
+    lengths = data.lengths().tolist()
+    plan = distributed.run_on_main(lambda: planner(recipe, lengths))
 
     # Base and adapter. A base that is sharded is loaded to CPU memory, by one process of a machine at a time.
     device = distributed.run_on_all_ranks(lambda: pick_training_device(recipe.model.device))
@@ -107,7 +108,15 @@ def train(
     mesh = init_device_mesh(device.type, (distributed.world_size(),)) if shard else None
 
     def load_model() -> tuple[Base, Any]:
-        base = load_training_base(recipe, device, to_cpu=shard)
+        dtype = str(pick_dtype(recipe.model.dtype, device)).removeprefix("torch.")
+        if dtype == "float16":
+            raise UsageError(
+                "the weights are float16, in which gradients vanish or overflow without a loss scaler",
+                "bfloat16 or float32 for training",
+                "--dtype bfloat16 or --dtype float32",
+            )
+        place = {"device": "cpu" if shard else str(device), "dtype": dtype}
+        base = load_base_from_recipe(recipe.model_copy(update={"model": recipe.model.model_copy(update=place)}))
         model = attach_adapter(base, recipe, init_adapter, data.train)
         if mesh is not None:
             apply_fsdp(model, mesh, device)
@@ -126,33 +135,24 @@ def train(
         if init_adapter is not None:
             logger.say(f"continuing from {init_adapter}, with its settings of the method")
         describe_run(logger, recipe, base, model, data)
-        longest = int(data.lengths().max())
+        longest = max(lengths)
         collator = build_collator(recipe, model, base.tokenizer, longest)
         if plan is not None and collator.max_tokens is not None:
             collator.max_tokens = min(collator.max_tokens, max(longest, plan["max_tokens_per_micro_batch"]))
-        collator.max_tokens = min(
-            distributed.all_gather_object(collator.max_tokens or longest)
-        )  # the same in every process
-        can_checkpoint = model.supports_gradient_checkpointing and not settings.gradient_checkpointing
-        recovery = OomRecovery(
-            collator,
-            device,
-            logger.say,
-            logger.record,
-            enable_checkpointing=(lambda: enable_activation_checkpointing(model)) if can_checkpoint else None,
-            planned_bytes=None if plan is None else planned_bytes(plan, device)[1],
-            # With a sharded base the others wait inside the failed pass, and cannot repeat it.
-            any_failed=None if shard else lambda failed: distributed.all_reduce_sum([float(failed)])[0] > 0,
-        )
+        # The same in every process:
+        collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))
         newest = None
         if resume:
             newest = distributed.run_on_main(lambda: checkpoint.find_newest_checkpoint(run.checkpoints, logger.say))
-        loop = TrainingLoop(model, data.train, data.validation, settings, collator, recovery, run, logger, newest)
+        planned = None if plan is None else planned_bytes(plan, device)[1]
+        loop = TrainingLoop(model, data.train, data.validation, settings, collator, run, logger, newest, planned)
         logger.say(describe_packing(collator, data.train, loop.rows_per_step))
         if settings.compile:
             logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
         if plan is not None:
-            compare_with_plan(loop, data, plan)
+            probe = compare_with_plan(loop, plan)
+            if distributed.is_main_process():
+                write_json(run.plan_file, {"plan": plan, "probe": probe})
     except SlimtuneError:
         logger.close()
         if not resume and distributed.is_main_process():
@@ -162,53 +162,64 @@ def train(
         distributed.run_on_main(lambda: drop_later_metrics(loop))
     start_seconds = time.perf_counter() - started
 
-    # Training. The blocks translate errors and must stay around the whole loop.
-    with translate_disk_full(run.path), packed_attention(model), distributed.translate_peer_errors():
+    # Training.
+    with translate_disk_full(run.path), packed_attention(model):
         loop.run_to_end()
-    distributed.barrier()
-    step = loop.state.step
-    if step < loop.state.max_steps and not loop.stopped_early:
-        logger.say(f"stopped at step {step}; go on with: slimtune train {run.recipe_file} --resume")
-        raise Interrupted(f"stopped at step {step}")
-
-    # Best checkpoint, adapter, result and report.
+    # Best checkpoint, adapter, result and report. Only the main process writes them, after all have ended the loop.
     peak = max(distributed.all_gather_object(max(loading_peak, peak_memory(device))))
+    if loop.state.step < loop.state.max_steps and not loop.stopped_early:
+        logger.say(f"stopped at step {loop.state.step}; go on with: slimtune train {run.recipe_file} --resume")
+        raise Interrupted(f"stopped at step {loop.state.step}")
     result = distributed.run_on_main(lambda: finish_run(recipe, base, data, loop, start_seconds, peak))
     if created_group:
         distributed.shutdown()
     return result
 
 
-# --- recipe, data, base -----------------------------------------------------------------------------------------------
+# --- before the first step --------------------------------------------------------------------------------------------
 
 
 def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
     """Raise UsageError unless the recipe is that of the run: with another one the steps would not line up."""
     RunDir.open(run.path, require_adapter=False)
     before, now = run.load_recipe().model_dump(mode="json"), recipe.model_dump(mode="json")
-    changed = [k for k in before if k != "output_dir" and before[k] != now.get(k)]
+    changed = [
+        f"{section}.{name}: {before[section].get(name)!r} then, {now[section].get(name)!r} now"
+        for section in before
+        if section != "output_dir"
+        for name in before[section] | now[section]
+        if before[section].get(name) != now[section].get(name)
+    ]
     if changed:
-        fields = [
-            f"{k}.{name}: {value!r} then, {now[k].get(name)!r} now"
-            for k in changed
-            if isinstance(before[k], dict)
-            for name, value in before[k].items()
-            if value != now[k].get(name)
-        ]
+        message = f"the recipe is not the one that the run in {run.path} was started with: {'; '.join(changed)}"
+        raise UsageError(message, "the same recipe", f"slimtune train {run.recipe_file} --resume, or another --out")
+
+
+def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
+    """Return the recipe with the method settings of the adapter that training starts from; raise for another method."""
+    folder = find_adapter_folder(adapter)
+    config = PeftConfig.from_pretrained(folder)
+    if config.name != recipe.method.name:
         raise UsageError(
-            f"the recipe is not the one that the run in {run.path} was started with: {'; '.join(fields) or changed}",
-            "the same recipe",
-            f"slimtune train {run.recipe_file} --resume, or another --out",
+            f"{folder} is a {config.name} adapter, the recipe's method is {recipe.method.name}",
+            f"an adapter of the method {recipe.method.name}",
+            f"--method {config.name}",
         )
+    shared = {f.name for f in dataclasses.fields(PeftConfig)} | {"peft_type"}
+    settings = {k: v for k, v in config.to_dict().items() if k not in shared and v is not None}
+    return recipe.model_copy(update={"method": type(recipe.method)(name=config.name, **settings)})
 
 
 def load_training_data(recipe: Recipe, force: bool) -> Datasets:
     """Check that the recipe's packages are there, and load its rows; raise DataError for faulty or missing rows."""
-    require_packages(recipe)
+    if recipe.model.quantization is not None:
+        require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
+    if recipe.train.optimizer == "adamw-8bit":
+        require_bitsandbytes("train.optimizer adamw-8bit")
     require_trackers(recipe.train.report_to)
     data = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
-    for report in filter(None, data.data_reports.values()):
-        if not force:
+    for report in data.data_reports.values():
+        if report is not None and not force:
             raise_if_invalid(report)
     if not data.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
@@ -217,7 +228,7 @@ def load_training_data(recipe: Recipe, force: bool) -> Datasets:
 
 def pick_training_device(name: str) -> torch.device:
     """Return the device of this process: with several processes on GPUs, each has its own."""
-    device = pick_device(name)
+    device, count = pick_device(name), torch.cuda.device_count()
     if distributed.world_size() == 1 or device.type == "cpu":
         return device
     if device.type != "cuda" or device.index is not None:
@@ -226,25 +237,14 @@ def pick_training_device(name: str) -> torch.device:
             "auto or cuda, where each process takes its own GPU, or cpu",
             "--set model.device=auto",
         )
-    torch.cuda.set_device(own := torch.device(distributed.local_device()))
-    return own
-
-
-def load_training_base(recipe: Recipe, device: torch.device, *, to_cpu: bool) -> Base:
-    """Load the recipe's base to its device, or to CPU memory in that device's dtype; raise UsageError for float16."""
-    dtype = str(pick_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-    model = recipe.model.model_copy(update={"device": "cpu" if to_cpu else str(device), "dtype": dtype})
-    base = load_base_from_recipe(recipe.model_copy(update={"model": model}))
-    if base.dtype == torch.float16:
+    if distributed.local_rank() >= count:
         raise UsageError(
-            "the weights are float16, in which gradients vanish or overflow without a loss scaler",
-            "bfloat16 or float32 for training",
-            "--dtype bfloat16 or --dtype float32",
+            f"{distributed.local_world_size()} processes on a machine with {count} GPUs",
+            "at most one process per GPU",
+            f"--nproc-per-node {count}, or --set model.device=cpu",
         )
-    return base
-
-
-# --- before the first step --------------------------------------------------------------------------------------------
+    torch.cuda.set_device(own := torch.device(f"cuda:{distributed.local_rank()}"))
+    return own
 
 
 def create_run_dir(recipe: Recipe, data: Datasets, init_model: Any) -> None:
@@ -279,48 +279,29 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
 def describe_packing(collator: Collator, rows: Sequence[Example], rows_per_step: int) -> str:
     """Return how the rows of a step are put together, and how many tokens that saves, as one line."""
     limit = f"at most {collator.max_tokens} tokens in a micro-batch"
-    if not collator.packing:
-        return f"rows are padded, {limit}"
     if not collator.layout:
-        return f"rows are packed, {limit}"
+        return f"rows are {'packed' if collator.packing else 'padded'}, {limit}"
+    share = collator.share_prefix
     sample = [e["input_ids"] for e in rows[: 16 * rows_per_step]]
     packed = 0
     for at in range(0, len(sample), rows_per_step):
         step = sample[at : at + rows_per_step]
-        for group in bin_pack(step, collator.max_tokens, share_prefix=collator.share_prefix):
-            packed += len(pack_sequences([step[i] for i in group], share_prefix=collator.share_prefix).tokens)
+        for group in bin_pack(step, collator.max_tokens, share_prefix=share):
+            packed += len(pack_sequences([step[i] for i in group], share_prefix=share).tokens)
     saved = 1 - packed / sum(map(len, sample))
     shared = f", shared prefixes are computed once ({100 * saved:.0f} % fewer tokens)" if saved else ""
     return f"rows are packed{shared}; {limit}"
 
 
-def compare_with_plan(loop: TrainingLoop, data: Datasets, plan: Mapping[str, Any]) -> None:
-    """Run the longest micro-batch once; say what memory it takes, and write that beside the plan."""
-    collator, limit = loop.collator, loop.collator.max_tokens
-    rows = [data.train[i] for i in np.argsort(data.train.lengths, kind="stable")[-loop.rows_per_step :]]
-    probe = loop.recovery.run_in_micro_batches(
-        "the longest micro-batch, run before the first step",
-        rows,
-        lambda: probe_memory(loop.model, collator, rows, plan),
-        lambda: None,
-    )
-    if collator.max_tokens != limit:  # smaller than what was planned: the plan's lower bound does not apply
-        probe = dataclasses.replace(probe, low=0)
-    loop.logger.say(probe.text())
-    if distributed.is_main_process():
-        write_json(loop.run.plan_file, {"plan": plan, "probe": probe.to_dict()})
-
-
 def drop_later_metrics(loop: TrainingLoop) -> None:
     """Say where the run continues, and remove the metrics of steps that will be repeated."""
-    state = loop.state
-    if state.step == state.max_steps or loop.stopped_early:
+    step = loop.state.step
+    if step == loop.state.max_steps or loop.stopped_early:
         loop.logger.say("every step is done already")
-    elif state.step:
-        loop.logger.say(f"resuming at step {state.step}")
     else:
-        loop.logger.say("there is no checkpoint yet: starting from the beginning")
-    metrics = [m for m in loop.run.load_metrics() if m.get("step", 0) <= state.step]
+        start = "there is no checkpoint yet: starting from the beginning"
+        loop.logger.say(f"resuming at step {step}" if step else start)
+    metrics = [m for m in loop.run.load_metrics() if m.get("step", 0) <= step]
     write_atomic(loop.run.metrics_file, "".join(to_json(m) + "\n" for m in metrics))
 
 

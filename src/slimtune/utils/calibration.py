@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ MAX_INPUTS = 1024
 def record_layer_inputs(layers: Mapping[str, nn.Module], receive: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `receive(name, x)` with a layer's first argument whenever it runs inside the `with` block."""
 
-    def make_hook(name: str) -> Callable[..., None]:
-        return lambda _, arguments: receive(name, arguments[0])
+    def hook(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        receive(name, arguments[0])
 
-    handles = [layer.register_forward_pre_hook(make_hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -34,17 +35,12 @@ def record_layer_inputs(layers: Mapping[str, nn.Module], receive: Callable[[str,
 def collect_layer_inputs(
     model: Any, layers: Mapping[str, nn.Module], rows: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Run a model on rows, one at a time; return for each layer `(n, in_features)` on the CPU, n at most `MAX_INPUTS`.
+    """Run a model on rows of token ids; return for each layer `(n, in_features)` on the CPU, n at most `MAX_INPUTS`.
 
     Layers that get the same tensor (q, k and v) share one sample. A layer that does not run, or gets something other
     than the row's hidden states (an expert), is left out.
-
-    Args:
-        model: runs as it is, in its current mode.
-        layers: linear layers of it, by any name.
-        rows: token ids of one sequence each.
     """
-    samples: dict[str, list[Tensor]] = {n: [] for n in layers}
+    samples: dict[str, list[Tensor]] = {name: [] for name in layers}
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     last_input: Tensor | None = None
@@ -55,22 +51,20 @@ def collect_layer_inputs(
         if x is not last_input:
             last_input = x
             flat = x.reshape(-1, layer_sizes(layers[name])[0])
-            last_sample = flat[positions].cpu() if len(flat) == length else flat[:0].cpu()
+            last_sample = flat[positions].cpu() if len(flat) == len(row) else flat[:0].cpu()
         samples[name].append(last_sample)
 
     with record_layer_inputs(layers, receive):
         for row in rows:
-            length = len(row)
-            positions = torch.randperm(length, generator=generator)[: max(1, MAX_INPUTS // len(rows))].to(device)
+            positions = torch.randperm(len(row), generator=generator)[: max(1, MAX_INPUTS // len(rows))].to(device)
             model(input_ids=torch.tensor([list(row)], device=device), use_cache=False, logits_to_keep=1)
             last_input = None
     joined: dict[tuple[int, ...], Tensor] = {}
-    inputs = {}
-    for name, parts in samples.items():
+    for parts in samples.values():
         key = tuple(map(id, parts))
-        if sum(map(len, parts)):
-            inputs[name] = joined[key] if key in joined else joined.setdefault(key, torch.cat(parts))
-    return inputs
+        if key not in joined and any(len(part) for part in parts):
+            joined[key] = torch.cat(parts)
+    return {name: joined[key] for name, parts in samples.items() if (key := tuple(map(id, parts))) in joined}
 
 
 def second_moment(inputs: Tensor, damping: float) -> Tensor:

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from ..errors import RunError, SlimtuneError, UsageError
 
@@ -65,26 +64,6 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
 
 
-def local_device() -> str:
-    """Return this process's own GPU.
-
-    Raises:
-        UsageError: the machine has fewer GPUs than processes.
-    """
-    if local_rank() >= torch.cuda.device_count():
-        raise UsageError(
-            f"{local_world_size()} processes on a machine with {torch.cuda.device_count()} GPUs",
-            "at most one process per GPU",
-            f"--nproc-per-node {torch.cuda.device_count()}, or --set model.device=cpu",
-        )
-    return f"cuda:{local_rank()}"
-
-
-def is_sharded(model: Any) -> bool:
-    """Return whether a model's weights are sharded over the processes (FSDP2)."""
-    return isinstance(model, FSDPModule)
-
-
 def init_distributed() -> bool:
     """Create the process group; return whether this call did it.
 
@@ -110,6 +89,7 @@ def init_distributed() -> bool:
         )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
+        # A second run in these processes must not read the addresses of the first one's group.
         store = dist.PrefixStore(f"slimtune/{_groups_created}", _store())
         dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=TIMEOUT)
     except (RuntimeError, dist.DistError) as e:
@@ -130,11 +110,7 @@ def shutdown() -> None:
 
 
 def run_on_main(work: Callable[[], T]) -> T:
-    """Run `work` in the main process; every process gets what it returns, or raises what it raised.
-
-    Args:
-        work: returns a value that can be pickled.
-    """
+    """Run `work` in the main process; every process gets what it returns (by pickle), or raises what it raised."""
     if world_size() == 1:
         return work()
     outcome: list[Any] = [None, None]
@@ -143,8 +119,7 @@ def run_on_main(work: Callable[[], T]) -> T:
             outcome[0] = work()
         except SlimtuneError as e:
             outcome[1] = e
-    with translate_peer_errors():
-        dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -170,7 +145,7 @@ def run_on_all_ranks(work: Callable[[], T], *, in_turns: bool = False) -> T:
             except SlimtuneError as e:
                 error = e
         if in_turns:
-            barrier()
+            dist.barrier()
     errors = all_gather_object(error)
     if error is not None:
         raise error
@@ -185,8 +160,7 @@ def all_gather_object(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with translate_peer_errors():
-        dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value)
     return values
 
 
@@ -195,8 +169,7 @@ def all_reduce_sum(numbers: Sequence[float]) -> list[float]:
     if world_size() == 1:
         return list(numbers)
     total = torch.tensor(numbers, dtype=torch.float64)
-    with translate_peer_errors():
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
@@ -212,20 +185,12 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         has_gradient = group[0].new_tensor([float(p.grad is not None) for p in group])
         gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in group]
         flat = torch.cat([has_gradient, *gradients])
-        with translate_peer_errors():
-            dist.all_reduce(flat)
+        dist.all_reduce(flat)
         counts = flat[: len(group)].tolist() if any(p.grad is None for p in group) else [1.0] * len(group)
         sums = flat[len(group) :].split([p.numel() for p in group])
         for parameter, gradient, count in zip(group, sums, counts, strict=True):
             if count:
                 parameter.grad = gradient.view_as(parameter)
-
-
-def barrier() -> None:
-    """Wait until every process is here."""
-    if world_size() > 1:
-        with translate_peer_errors():
-            dist.barrier()
 
 
 # --- when a process ends too early ------------------------------------------------------------------------------------
@@ -273,47 +238,36 @@ def install_sigterm_watcher(resume_command: str) -> None:
 
 
 def should_print_error(error: SlimtuneError) -> bool:
-    """Return whether this process is the one that prints an error.
+    """Return whether this process is the one that prints an error, and tell the others what it prints.
 
     The main process prints its own errors. Another process waits for that and prints its error if it is a different
     one. A lost process is reported once, by the first one to notice, unless an error that explains it was printed.
     """
     if world_size() == 1:
         return True
+    peer_gone = isinstance(error, PeerGone)
     try:
-        if is_main_process() and not isinstance(error, PeerGone):
-            return True
-        if isinstance(error, PeerGone):
-            return not _wait_for_printed_error(2) and _store().add(PEER_GONE_KEY, 1) == 1
-        return _wait_for_printed_error(10) != str(error)
+        store = _store()
+        if peer_gone or not is_main_process():
+            end = time.monotonic() + (2 if peer_gone else 10)
+            while not (found := store.check([PRINTED_KEY])) and time.monotonic() < end:
+                time.sleep(0.05)
+            if found and (peer_gone or store.get(PRINTED_KEY).decode() == str(error)):
+                return False
+            if peer_gone and store.add(PEER_GONE_KEY, 1) > 1:
+                return False
+        store.set(PRINTED_KEY, str(error))
     except (RuntimeError, dist.DistError):
         return True  # the process with the store is gone
-
-
-def mark_error_printed(error: SlimtuneError) -> None:
-    """Tell the other processes that an error was printed."""
-    if world_size() > 1:
-        try:
-            _store().set(PRINTED_KEY, str(error))
-        except (RuntimeError, dist.DistError):
-            return  # the process with the store is gone, so nobody needs to know
-
-
-def _wait_for_printed_error(seconds: float) -> str:
-    end = time.monotonic() + seconds
-    while not _store().check([PRINTED_KEY]):
-        if time.monotonic() > end:
-            return ""
-        time.sleep(0.05)
-    return _store().get(PRINTED_KEY).decode()
+    return True
 
 
 def _peer_gone(reason: str) -> PeerGone:
     return PeerGone(
         f"another process of this run has ended, and with it the run ({reason})",
         f"all {world_size()} processes to the end",
-        f"read its message, if it printed one, then resume from the last checkpoint with any number of processes: "
-        f"{_resume_command}",
+        "read its message, if it printed one, then resume from the last checkpoint with any number of processes: "
+        + _resume_command,
     )
 
 

@@ -99,7 +99,7 @@ def translate_disk_full(path: Path, needed: int | None = None, fix: str = "") ->
 
 
 def disk_full_error(path: Path, needed: int | None = None, fix: str = "") -> RunError:
-    """Return the error for a file or folder that could not be written to a full disk, with the free and needed bytes."""
+    """Return the error for a path that could not be written to a full disk, with the free and the needed bytes."""
     free = shutil.disk_usage(path.parent if path.parent.exists() else "/").free
     return RunError(
         f"the disk is full: {path} could not be written ({format_bytes(free)} free)",

@@ -11,44 +11,39 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-# fact -> the names architectures give it; the first one present counts
-FACTS: dict[str, tuple[str, ...]] = {
-    "model_type": ("model_type",),
-    "hidden": ("hidden_size", "d_model", "n_embd", "dim", "hidden_dim"),
-    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "decoder_layers": ("num_decoder_layers", "decoder_layers"),
-    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
-    "head_dim": ("head_dim", "d_kv", "kv_channels"),
-    "intermediate": ("intermediate_size", "n_inner", "d_ff", "ffn_dim", "ffn_hidden_size"),
-    "vocab": ("vocab_size",),
-    "activation": ("hidden_act", "activation_function", "hidden_activation", "feed_forward_proj"),
-    "tied": ("tie_word_embeddings",),
-    "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
-    "experts_per_token": ("num_experts_per_tok", "top_k_experts"),
-    "expert_intermediate": ("moe_intermediate_size", "expert_ffn_hidden_size"),
-    "sliding_window": ("sliding_window",),
-    "layer_types": ("layer_types",),
+FACTS = {
+    "model_type": "model_type",
+    "hidden": "hidden_size d_model n_embd dim hidden_dim",
+    "layers": "num_hidden_layers n_layer n_layers num_layers",
+    "decoder_layers": "num_decoder_layers decoder_layers",
+    "heads": "num_attention_heads n_head n_heads num_heads",
+    "kv_heads": "num_key_value_heads num_kv_heads n_head_kv",
+    "head_dim": "head_dim d_kv kv_channels",
+    "intermediate": "intermediate_size n_inner d_ff ffn_dim ffn_hidden_size",
+    "vocab": "vocab_size",
+    "activation": "hidden_act activation_function hidden_activation feed_forward_proj",
+    "tied": "tie_word_embeddings",
+    "experts": "num_experts num_local_experts n_routed_experts",
+    "experts_per_token": "num_experts_per_tok top_k_experts",
+    "expert_intermediate": "moe_intermediate_size expert_ffn_hidden_size",
+    "sliding_window": "sliding_window",
+    "layer_types": "layer_types",
 }
-_ROPE = ("rope_parameters", "rope_scaling")
+"""The names that architectures give to each fact; the first one that a config has counts."""
 
 
 def config_fingerprint(config: Any) -> str:
-    """Return 16 hex digits that name the base `config` describes.
-
-    Args:
-        config: a transformers config (anything with `to_dict()`), or its dictionary.
-    """
+    """Return 16 hex digits that name the base of a transformers config (anything with `to_dict()`, or a dictionary)."""
     facts = base_facts(config if isinstance(config, Mapping) else config.to_dict())
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def base_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the hashed facts of a config's dictionary under their common names (for saying what differs)."""
+    """Return the hashed facts of a config's dictionary under their common names."""
     facts: dict[str, Any] = {}
     for fact, names in FACTS.items():
-        value = next((config[n] for n in names if config.get(n) is not None), None)
+        value = next((config[n] for n in names.split() if config.get(n) is not None), None)
         if value is not None:
             facts[fact] = _plain(value)
     # Spelled out by some configs and left to the default by others: the same model either way.
@@ -66,15 +61,13 @@ def base_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rotary settings, transformers 4's (`rope_theta` beside `rope_scaling`) spelled as 5's."""
-    settings = next((dict(config[n]) for n in _ROPE if config.get(n)), {})
+    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if settings and all(isinstance(v, Mapping) for v in settings.values()):  # one set per kind of layer
-        return {kind: _plain(dict(v)) for kind, v in settings.items()}
+        return _plain(settings)
     if config.get("rope_theta") is not None:
         settings.setdefault("rope_theta", config["rope_theta"])
-    if "type" in settings:
-        settings.setdefault("rope_type", settings.pop("type"))
     if settings:
-        settings.setdefault("rope_type", "default")
+        settings.setdefault("rope_type", settings.get("type", "default"))
     return _plain({k: v for k, v in settings.items() if v is not None and k != "type"})
 
 
@@ -82,7 +75,7 @@ def _plain(value: Any) -> Any:
     """Return `value` so that 10000, 10000.0 and a float read back from float32 hash alike."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, float):
         return int(value) if value.is_integer() else f"{value:.6g}"

@@ -38,13 +38,9 @@ def layer_sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def get_weight(module: nn.Module) -> Tensor:
-    """Return a layer's weight as `(out, in)`, dequantized if it is quantized; a norm's as `(width,)`.
-
-    An unquantized weight is returned as a view, not a copy.
-    """
-    dequantize = getattr(module, "dequantized", None)
-    if dequantize is not None:  # the planner's fake quantized layer
-        return dequantize()
+    """Return a layer's weight as `(out, in)`, a norm's as `(width,)`: dequantized, or else a view of it, no copy."""
+    if hasattr(module, "dequantized"):  # the planner's fake quantized layer
+        return module.dequantized()  # type: ignore[operator]
     weight: Any = module.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
@@ -52,8 +48,8 @@ def get_weight(module: nn.Module) -> Tensor:
 
         return dequantize_4bit(*dequantize_layout(weight.data, state))
     scales = getattr(weight, "SCB", None)
-    if scales is None and getattr(module, "state", None) is not None:
-        scales = getattr(module.state, "SCB", None)
+    if scales is None:
+        scales = getattr(getattr(module, "state", None), "SCB", None)
     if scales is not None:
         # What bitsandbytes' `int8_vectorwise_dequant` does: rows times their largest magnitude / 127.
         return weight.data.to(torch.float32) * (scales.view(-1, 1) / 127)

@@ -1,4 +1,4 @@
-"""Common beginnings of token sequences and of texts."""
+"""Common prefixes of sequences and texts."""
 
 from collections.abc import Sequence
 from typing import Any
