@@ -1,6 +1,7 @@
 """LoRA+ and LoRA-FA: learning rates of A and B, and the memory a frozen A saves."""
 
 import json
+from functools import partial
 
 import peft
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import slimtune
 from slimtune import LoraConfig, create_loraplus_optimizer, get_peft_model, parameter_groups
-from slimtune.adapters.base import Site
+from slimtune.adapters.base import BaseForward, Site
 from slimtune.adapters.optimizer import group_by_learning_rate
 from slimtune.errors import ConfigError
 from slimtune.train_step.optimizer import build_optimizer
@@ -74,15 +75,16 @@ def test_loraplus_gives_each_parameter_pefts_rate():
 
 
 def test_a_frozen_a_keeps_no_input():
-    site = Site("layer", "linear", 64, 8, torch.device("cpu"), torch.float32, nn.Linear(64, 8))
+    layer = nn.Linear(64, 8).requires_grad_(False)
+    site = Site("layer", "linear", 64, 8, torch.device("cpu"), torch.float32, layer)
     x = torch.randn(100, 64, requires_grad=True)
     kept = {}
     for freeze in (False, True):
         delta, sizes = LoraConfig(r=2, freeze_a=freeze).build(site), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
-            delta(x, torch.zeros(100, 8))
+            delta.forward_with_base(BaseForward(layer, partial(nn.Linear.forward, layer)), x)
         kept[freeze] = max(sizes)
-    assert kept == {False: 100 * 64, True: 100 * 2}
+    assert kept == {False: 100 * 64, True: 8 * 64}  # the input; the weight
 
 
 def test_a_frozen_a_does_not_move():

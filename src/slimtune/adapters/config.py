@@ -89,6 +89,10 @@ class PeftConfig(metaclass=_ConfigMeta):
     """Whether vLLM and llama.cpp read its files as a LoRA."""
     extension_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that PEFT's config of the method lacks: left out of the file at their default."""
+    is_prompt_learning: ClassVar[bool] = False
+    """Whether the method puts learned positions in front of the sequence."""
+    is_adaption_prompt: ClassVar[bool] = False
+    """Whether the method is PEFT's LLaMA-Adapter."""
     training_written_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields that training writes: two adapters with the same settings may differ in them."""
 
@@ -123,16 +127,6 @@ class PeftConfig(metaclass=_ConfigMeta):
     def peft_type(self) -> str:
         """PEFT's name of the method: `"LORA"`."""
         return self.name.upper()
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        """Whether the method puts learned positions in front of the sequence."""
-        return False
-
-    @property
-    def is_adaption_prompt(self) -> bool:
-        """Whether the method is PEFT's LLaMA-Adapter."""
-        return False
 
     # --- what a method adds: it defines `build`, and those of the others that it needs ------------------------------
 

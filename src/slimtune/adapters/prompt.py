@@ -38,6 +38,7 @@ class PromptLearningConfig(PeftConfig):
 
     mergeable: ClassVar[bool] = False
     kinds: ClassVar[tuple[SiteKind, ...]] = ("model",)
+    is_prompt_learning: ClassVar[bool] = True
     short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens"}
 
     num_virtual_tokens: int | None = setting(None, "number of virtual tokens, typically 10 to 100", ge=1)
@@ -50,11 +51,6 @@ class PromptLearningConfig(PeftConfig):
     modules_to_save: list[str] | None = setting(
         None, "modules trained in full beside the adapter (a new head) and saved with it"
     )
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        """True: the method learns virtual tokens."""
-        return True
 
     def check(self) -> None:
         """Check that the number of tokens is given and that the model is a decoder."""

@@ -27,48 +27,38 @@ from torch import Tensor, nn
 
 from ..adapters.architectures import DEFAULT_TARGETS
 from ..adapters.base import AdapterModule, BaseForward, Site
-from ..adapters.config import TargetedConfig
-from ..adapters.config_fields import setting
+from ..adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ..errors import ConfigError
 from ..kernels.dropout import active_dropout_p, dropout
-from ..kernels.low_rank import add_low_rank
 from .lora import LoraConfig
 
 _ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-_TARGETS = DEFAULT_TARGETS | {
-    **dict.fromkeys(("bart", "opt"), _ENCODER_TARGETS),
-    "t5": ["q", "k", "v", "o", "wi", "wo"],
-    "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
-    "roberta": ["query", "key", "value", "dense"],
-    "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
-}
 
 
 @dataclass
 class AdaLoraConfig(TargetedConfig):
     """AdaLoRA: low-rank updates whose ranks are reallocated in training; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "adalora"
-    learning_rate: ClassVar[float] = 5e-3
-    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = _TARGETS
-    unsupported_peft_fields: ClassVar[dict[str, Any]] = {
+    name: ClassVar = "adalora"
+    learning_rate: ClassVar = 5e-3
+    architecture_targets: ClassVar = DEFAULT_TARGETS | {
+        **dict.fromkeys(("bart", "opt"), _ENCODER_TARGETS),
+        "t5": ["q", "k", "v", "o", "wi", "wo"],
+        "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
+        "roberta": ["query", "key", "value", "dense"],
+        "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"],
+    }
+    unsupported_peft_fields: ClassVar = {
         **LoraConfig.unsupported_peft_fields,
         **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False),
-        **dict.fromkeys(("trainable_token_indices", "eva_config")),
-        "loftq_config": {},
-        "alpha_pattern": {},
-    }
-    short_names: ClassVar[dict[str, str]] = {
-        "rank": "init_r",
-        "alpha": "lora_alpha",
-        "dropout": "lora_dropout",
-        "targets": "target_modules",
-    }
-    recipe_defaults: ClassVar[dict[str, Any]] = {
+        "trainable_token_indices": None, "eva_config": None, "loftq_config": {}, "alpha_pattern": {},
+    }  # fmt: skip
+    short_names: ClassVar = {**LoraConfig.short_names, "rank": "init_r"}
+    recipe_defaults: ClassVar = {
         "lora_alpha": lambda given: 2 * given.get("init_r", 12),
         "target_modules": "all-linear",
     }
-    training_written_fields: ClassVar[frozenset[str]] = frozenset({"rank_pattern", "total_step"})
+    training_written_fields: ClassVar = frozenset({"rank_pattern", "total_step"})
 
     target_r: int = setting(8, "average rank of a layer at the end", ge=1)
     init_r: int = setting(12, "rank each layer starts with, at least target_r; typically 1.5 times target_r", ge=1)
@@ -84,17 +74,14 @@ class AdaLoraConfig(TargetedConfig):
     rank_pattern: dict[str, list[bool]] | None = setting(None, "which ranks each layer keeps; training writes it")
     lora_alpha: float = setting(8, "scale numerator: the update is scaled by lora_alpha / init_r", gt=0)
     lora_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
-    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
-    bias: Literal["none", "all", "lora_only"] = setting(
-        "none", 'which biases of the base train too; "lora_only": those of adapted layers'
-    )
+    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
+    bias: Literal["none", "all", "lora_only"] = setting("none", BIAS_HELP)
     init_lora_weights: bool = setting(
         True, "True: normal A and B with std 0.02, zero E; False: all normal with std 1, for tests"
     )
     r: int = setting(8, "not used, as in PEFT: init_r is the rank")
 
     def check(self) -> None:
-        """Check that ranks can shrink, and that the schedule has steps in which they do."""
         super().check()
         self.rank_pattern = self.rank_pattern or None
         self.require(self.init_r >= self.target_r, "init_r", f"at least target_r ({self.target_r})")
@@ -124,14 +111,12 @@ class AdaLoraConfig(TargetedConfig):
             raise ConfigError("total_step is None", "the steps of the whole training", "AdaLoraConfig(total_step=…)")
         modules: dict[str, Any] = dict(deltas)
         last = self.total_step - self.tfinal
-        if step > last:
-            for module in modules.values():
-                module.zero_pruned_ranks()
-            return
-        if step < last:
-            for module in modules.values():
+        for module in modules.values():
+            if step < last:
                 module.update_averages(self.beta1, self.beta2)
-        if step == last or (step > self.tinit and step % self.deltaT == 0):
+            elif step > last:
+                module.zero_pruned_ranks()
+        if step == last or (self.tinit < step < last and step % self.deltaT == 0):
             self._allocate_ranks(modules, step)
         if step == last:
             for module in modules.values():
@@ -170,7 +155,7 @@ class LinearAdaLora(AdapterModule):
     """`y + s · B diag(E) A dropout(x)` for a linear layer.
 
     Besides its parameters it has `kept_ranks`, the ranks that the last reallocation kept (None: all), and `averages`,
-    the smoothed sensitivities and deviations of each parameter.
+    the smoothed sensitivities and deviations of each parameter. Files contain the kept ranks only.
     """
 
     _NAMES = ("lora_A", "lora_E", "lora_B")
@@ -195,18 +180,11 @@ class LinearAdaLora(AdapterModule):
         self.averages: dict[str, Tensor] = {}
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        """Map `x (..., in)` to `(..., out)`."""
         return base.plus_low_rank(x, *self.low_rank_factors(), active_dropout_p(self.lora_dropout))
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(diag(E) A (r, in), B (out, r), scale)`."""
         return self.lora_A * self.lora_E, self.lora_B, self.scale
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + s · B diag(E) A` and the unchanged bias."""
-        return add_low_rank(weight, *self.low_rank_factors()), bias
-
-    # --- ranks ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update_averages(self, beta1: float, beta2: float) -> None:
@@ -225,14 +203,10 @@ class LinearAdaLora(AdapterModule):
 
     @torch.no_grad()
     def zero_pruned_ranks(self) -> None:
-        """Set E to zero for the pruned ranks."""
         if self.kept_ranks is not None:
             self.lora_E.masked_fill_(~self.kept_ranks.to(self.lora_E.device)[:, None], 0)
 
-    # --- files hold the kept ranks only ------------------------------------------------------------------------------
-
     def tensors(self) -> dict[str, Tensor]:
-        """Return A, E and B of the kept ranks."""
         if self.kept_ranks is None:
             return super().tensors()
         kept = self.kept_ranks.to(self.lora_A.device)
@@ -246,9 +220,9 @@ class LinearAdaLora(AdapterModule):
         self.averages.clear()
         rank, max_rank = len(given["lora_A"]), self.config.init_r
         if rank != len(self.lora_A) and rank <= max_rank:
-            self._replace_parameters({n: given[n] for n in self._NAMES if n in given})
-        noted = (self.config.rank_pattern or {}).get(self.pattern_key)
-        if rank != (max_rank if noted is None else sum(noted)):
+            self._replace_parameters(given)
+        noted = (self.config.rank_pattern or {}).get(self.pattern_key, [True] * max_rank)
+        if rank != sum(noted):
             self._note_kept_ranks([i < rank for i in range(max_rank)])
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -259,22 +233,21 @@ class LinearAdaLora(AdapterModule):
             averages = {f"{n}.{what}": p for n, p in parameters.items() for what in ("mean", "spread")}
         return dict(averages) if kept is None else {**parameters, "left": kept, **averages}
 
-    def load_extra_state(self, kept: Mapping[str, Tensor]) -> None:
-        """Continue from what `extra_state` returned."""
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
         device = self.lora_A.device
-        self._replace_parameters({n: kept[n] for n in self._NAMES if n in kept})
-        self.averages = {n: t.to(device) for n, t in kept.items() if n.endswith((".mean", ".spread"))}
-        if "left" in kept:
-            self.kept_ranks = kept["left"].to(device)
+        self._replace_parameters(state)
+        self.averages = {n: t.to(device) for n, t in state.items() if n.endswith((".mean", ".spread"))}
+        if "left" in state:
+            self.kept_ranks = state["left"].to(device)
             self._note_kept_ranks(self.kept_ranks.tolist())
 
     def _note_kept_ranks(self, kept: list[bool]) -> None:
         self.config.rank_pattern = {**(self.config.rank_pattern or {}), self.pattern_key: kept}
 
     def _replace_parameters(self, values: Mapping[str, Tensor]) -> None:
-        for name, value in values.items():
+        for name in [n for n in self._NAMES if n in values]:
             old = getattr(self, name)
-            setattr(self, name, nn.Parameter(value.to(old.device, old.dtype, copy=True), old.requires_grad))
+            setattr(self, name, nn.Parameter(values[name].to(old.device, old.dtype, copy=True), old.requires_grad))
 
 
 def distance_from_orthogonal(P: Tensor) -> Tensor:

@@ -10,8 +10,6 @@ Paper: https://arxiv.org/abs/2303.16199. File format: PEFT's `…self_attn.adapt
 `…self_attn.adaption_gate (1)`. In GPT-2 the second term is added after the output projection, as in PEFT.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.base import BaseForward, Site, SiteKind
-from ..adapters.config import PeftConfig
-from ..adapters.config_fields import setting
+from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
+from ..adapters.config import PeftConfig, setting
 from ..adapters.prompt import AttentionModule
 from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules, gated_prefix_attention
 from ..errors import TargetError, format_names, nearest
@@ -32,29 +29,23 @@ from ..utils.linear_layers import get_weight
 class AdaptionPromptConfig(PeftConfig):
     """LLaMA-Adapter: gated attention to learned tokens; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "adaption_prompt"
-    mergeable: ClassVar[bool] = False
-    kinds: ClassVar[tuple[SiteKind, ...]] = ("attention",)
-    learning_rate: ClassVar[float] = 9e-3
-    recipe_defaults: ClassVar[dict[str, Any]] = {"adapter_len": 10}
-    short_names: ClassVar[dict[str, str]] = {"tokens": "adapter_len", "layers": "adapter_layers"}
+    name: ClassVar = "adaption_prompt"
+    mergeable: ClassVar = False
+    kinds: ClassVar = ("attention",)
+    learning_rate: ClassVar = 9e-3
+    recipe_defaults: ClassVar = {"adapter_len": 10}
+    short_names: ClassVar = {"tokens": "adapter_len", "layers": "adapter_layers"}
+    is_adaption_prompt: ClassVar = True
 
     target_modules: str | None = setting(None, 'name of the attention modules ("self_attn"); None: found in the model')
     adapter_len: int | None = setting(None, "learned tokens of a layer, required; 10 in the paper", ge=1)
     adapter_layers: int | None = setting(None, "how many layers get them, counted from the top; None: all", ge=1)
 
-    @property
-    def is_adaption_prompt(self) -> bool:
-        """True: this is PEFT's LLaMA-Adapter."""
-        return True
-
     def check(self) -> None:
-        """Check that the number of tokens is given."""
         super().check()
         self.require(self.adapter_len is not None, "adapter_len", "an integer, at least 1")
 
     def infer_from_model(self, model: Any) -> None:
-        """Fill in the modules' name and the number of layers."""
         names = find_attention_modules(model)
         self.target_modules = self.target_modules or names[0].rpartition(".")[2]
         self.adapter_layers = self.adapter_layers or len(names)
@@ -65,37 +56,34 @@ class AdaptionPromptConfig(PeftConfig):
         matching = [n for n in names if n.endswith(f".{self.target_modules}")]
         if not matching:
             endings = sorted({n.rpartition(".")[2] for n in names})
-            raise TargetError(
-                f"target_modules={self.target_modules!r} names no attention module"
-                f"{nearest(str(self.target_modules), endings)}",
-                format_names(endings),
-            )
+            similar = nearest(str(self.target_modules), endings)
+            message = f"target_modules={self.target_modules!r} names no attention module{similar}"
+            raise TargetError(message, format_names(endings))
         count = self.adapter_layers or len(matching)
         if count > len(matching):
             raise TargetError(f"adapter_layers is {count}", f"at most the model's {len(matching)} layers")
         return dict.fromkeys(matching[-count:], "attention")
 
-    def build(self, site: Site) -> GatedPrompt:
-        """Return the learned tokens of one layer."""
-        module, m = site.module, self.adapter_len
-        assert m is not None
+    def build(self, site: Site) -> AdapterModule:
+        module: Any = site.module
         if hasattr(module, "c_attn"):
-            return Gpt2GatedPrompt(site, m)
+            return Gpt2GatedPrompt(site, self)
         if not hasattr(module, "k_proj") or not hasattr(module, "v_proj") or hasattr(module, "k_norm"):
             raise TargetError(
                 f"{site.name} is a {type(module).__name__}, which lacks k_proj and v_proj or normalizes its keys",
                 "attention with k_proj and v_proj (Llama, Mistral, Qwen2, Gemma 2), or GPT-2's",
                 "prefix tuning works on this model",
             )
-        return GatedPrompt(site, m)
+        return GatedPrompt(site, self)
 
 
 class GatedPrompt(AttentionModule):
     """Learned tokens of one layer, with their gate."""
 
-    def __init__(self, site: Site, m: int) -> None:
+    def __init__(self, site: Site, config: Any) -> None:
         super().__init__()
-        self.adaption_prompt = nn.Parameter(torch.empty(1, m, site.in_features, device=site.init_device).normal_())
+        tokens = torch.empty(1, config.adapter_len, site.in_features, device=site.init_device).normal_()
+        self.adaption_prompt = nn.Parameter(tokens)
         self.adaption_gate = nn.Parameter(torch.zeros(1, device=site.init_device))
         self.to(site.device, site.dtype)
 
@@ -119,7 +107,6 @@ class Gpt2GatedPrompt(GatedPrompt):
     """The same for GPT-2, where one layer gives keys and values; added after the output projection, as in PEFT."""
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
-        """Run the attention and add the gated attention to its output."""
         module: Any = base.module
         x = args[0] if args else kwargs["hidden_states"]
         out = base(*args, **kwargs)

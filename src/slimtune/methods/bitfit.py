@@ -13,9 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, MergeUnsupported, Site, SiteKind
-from ..adapters.config import TargetedConfig
-from ..adapters.config_fields import setting
+from ..adapters.base import AdapterModule, MergeUnsupported, Site
+from ..adapters.config import TargetedConfig, setting
 from ..errors import TargetError, format_names
 from ..utils.linear_layers import layer_kind
 
@@ -24,10 +23,10 @@ from ..utils.linear_layers import layer_kind
 class BitFitConfig(TargetedConfig):
     """BitFit: train biases only; without target_modules every bias of the model."""
 
-    name: ClassVar[str] = "bitfit"
-    learning_rate: ClassVar[float] = 1e-3
-    kinds: ClassVar[tuple[SiteKind, ...]] = ("linear", "norm")
-    short_names: ClassVar[dict[str, str]] = {"targets": "target_modules"}
+    name: ClassVar = "bitfit"
+    learning_rate: ClassVar = 1e-3
+    kinds: ClassVar = ("linear", "norm")
+    short_names: ClassVar = {"targets": "target_modules"}
 
     new_biases: bool = setting(
         False,
@@ -38,24 +37,22 @@ class BitFitConfig(TargetedConfig):
     def default_targets(self, model: Any) -> list[str] | None:
         """Return the linear layers and norms that have a bias; with `new_biases` the others too."""
         layers = {n: m for n, m in model.named_modules() if layer_kind(m) in self.kinds}
+        if self.new_biases:
+            head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+            return [n for n, m in layers.items() if _has_bias(m) or m is not head]
         with_bias = [n for n, m in layers.items() if _has_bias(m)]
-        if not with_bias and not self.new_biases:
+        if not with_bias:
             raise TargetError(
                 f"no linear layer or norm of this {type(model).__name__} has a bias",
                 "a base with biases (GPT-2, BERT, OPT; Qwen2 has some)",
                 "new_biases=True adds biases; such an adapter cannot be merged",
             )
-        if not self.new_biases:
-            return with_bias
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        return [n for n in layers if n in with_bias or layers[n] is not head]
+        return with_bias
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the bias added at `site`."""
         return AddedBias(site)
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        """Return the biases at all sites; without `new_biases` each site must have one."""
         without_bias = [s.name for s in sites if not _has_bias(s.module)]
         if without_bias and not self.new_biases:
             raise TargetError(
@@ -75,11 +72,9 @@ class AddedBias(AdapterModule):
         self.bitfit_bias = nn.Parameter(torch.zeros(site.out_features, device=site.device, dtype=site.dtype))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `y (..., out)` to `(..., out)`."""
         return y + self.bitfit_bias.to(y.dtype)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the unchanged weight and `b + d`; refused where the base's module has no bias parameter."""
         if not self.has_base_parameter:
             raise MergeUnsupported(f"{self.name} has no bias in the base to merge one into")
         added = self.bitfit_bias.to(weight.dtype)

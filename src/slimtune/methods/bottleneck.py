@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..adapters.architectures import ATTENTION, FEED_FORWARD
-from ..adapters.base import AdapterModule, Block, MergeUnsupported, Site, SiteKind
-from ..adapters.config import TargetedConfig
-from ..adapters.config_fields import setting
+from ..adapters.architectures import ATTENTION, FEED_FORWARD, text_config
+from ..adapters.base import AdapterModule, Block, Site
+from ..adapters.config import TargetedConfig, setting
+from ..adapters.targets import layer_index
 from ..errors import ConfigError, TargetError, format_names
 from ..kernels.dropout import dropout
 from ..utils.linear_layers import layer_kind, layer_sizes
@@ -45,27 +45,24 @@ STYLES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The `adapters` library's DoubleSeqBnConfig, SeqBnConfig and ParBnConfig."""
 
+_OUTPUT_LAYERS = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_proj")
+"""Names of the last linear layer in a sub-layer that adds its residual itself (BERT's attention, BLOOM, MPT)."""
+
 
 @dataclass
 class BottleneckConfig(TargetedConfig):
     """Bottleneck adapters: a small network after, or beside, a sub-layer; Houlsby, Pfeiffer and parallel."""
 
-    name: ClassVar[str] = "bottleneck"
+    name: ClassVar = "bottleneck"
     # Fields of the `adapters` library, with its defaults.
-    unsupported_peft_fields: ClassVar[dict[str, Any]] = {
+    unsupported_peft_fields: ClassVar = {
         **dict.fromkeys(("ln_before", "ln_after", "use_gating", "adapter_residual_before_ln", "cross_adapter"), False),
         **dict.fromkeys(("inv_adapter", "inv_adapter_reduction_factor", "init_weights_seed"), None),
-        **dict.fromkeys(("original_ln_after", "residual_before_ln"), True),
-        "phm_layer": False,
-        "stochastic_depth": 0.0,
-    }
-    kinds: ClassVar[tuple[SiteKind, ...]] = ("block",)
-    mergeable: ClassVar[bool] = False
-    short_names: ClassVar[dict[str, str]] = {
-        "rank": "bottleneck_size",
-        "activation": "non_linearity",
-        "targets": "target_modules",
-    }
+        "original_ln_after": True, "residual_before_ln": True, "phm_layer": False, "stochastic_depth": 0.0,
+    }  # fmt: skip
+    kinds: ClassVar = ("block",)
+    mergeable: ClassVar = False
+    short_names: ClassVar = {"rank": "bottleneck_size", "activation": "non_linearity", "targets": "target_modules"}
 
     style: Literal["houlsby", "pfeiffer", "parallel"] = setting(
         "pfeiffer", '"houlsby", "pfeiffer" or "parallel": sets each of the other fields that is None'
@@ -106,70 +103,54 @@ class BottleneckConfig(TargetedConfig):
     def check(self) -> None:
         """Fill in the style, and check that the fields fit one another."""
         super().check()
-        self.require(
-            self.bottleneck_size is None or self.reduction_factor is None,
-            "bottleneck_size",
-            "None where reduction_factor is given, or the reverse",
-        )
+        one_size = self.bottleneck_size is None or self.reduction_factor is None
+        self.require(one_size, "bottleneck_size", "None where reduction_factor is given, or the reverse")
         if isinstance(self.reduction_factor, dict):
             self.reduction_factor = {str(k): v for k, v in self.reduction_factor.items()}
-        self._apply_style()
+        for name, value in STYLES[self.style].items():
+            if getattr(self, name) is None and not (name == "reduction_factor" and self.bottleneck_size is not None):
+                # No module outputs the sum of the attention and its residual: such an adapter cannot read it.
+                inside = name == "original_ln_before" and (self.mh_adapter or self.is_parallel)
+                setattr(self, name, False if inside else value)
         has_place = self.mh_adapter or self.output_adapter or self.target_modules is not None
         self.require(bool(has_place), "output_adapter", "True, or mh_adapter True, or target_modules")
         self.require(
-            not (self.original_ln_before and self._is_inside_layer()),
+            not (self.original_ln_before and (self.mh_adapter or self.is_parallel)),
             "original_ln_before",
             "False where mh_adapter or is_parallel is True: between a layer's sub-layers there is no module to read",
         )
         self.leave_out = sorted(self.leave_out)
-        self.require(
-            not (self.leave_out and self.target_modules is not None),
-            "leave_out",
-            "empty where target_modules is given: use exclude_modules",
-        )
-
-    def _apply_style(self) -> None:
-        for name, value in STYLES[self.style].items():
-            if getattr(self, name) is not None or (name == "reduction_factor" and self.bottleneck_size is not None):
-                continue
-            # No module outputs the sum of the attention and its residual: such an adapter cannot read it.
-            setattr(self, name, False if name == "original_ln_before" and self._is_inside_layer() else value)
-
-    def _is_inside_layer(self) -> bool:
-        return bool(self.mh_adapter or self.is_parallel)
+        allowed = not self.leave_out or self.target_modules is None
+        self.require(allowed, "leave_out", "empty where target_modules is given: use exclude_modules")
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
-        """Return the names of the chosen sub-layers in every layer.
-
-        Raises:
-            TargetError: a layer or its sub-layer is not found, or leave_out matches no layer.
-        """
+        """Return the names of the chosen sub-layers in every layer."""
         layers, targets = find_transformer_layers(model), []
-        numbers = {n for name in layers if (n := layer_number(name)) is not None}
+        numbers = {layer_index(name, None) for name in layers} - {None}
         unmatched = [i for i in self.leave_out if i not in numbers]
         if unmatched:
-            raise TargetError(f"leave_out: {format_names(unmatched)} matches no layer", f"layers 0 to {max(numbers)}")
+            raise TargetError(
+                f"leave_out: {format_names(unmatched)} matches no layer", f"one of {format_names(numbers)}"
+            )
         for name, layer in layers.items():
-            if layer_number(name) in self.leave_out:
+            if layer_index(name, None) in self.leave_out:
                 continue
             if self.mh_adapter:
-                targets.append(find_sublayer(name, layer, "attention", ATTENTION, bool(self.is_parallel)))
+                targets.append(find_sublayer(name, layer, "attention", bool(self.is_parallel)))
             if self.original_ln_before:
                 targets.append(name)
             elif self.output_adapter:
-                targets.append(find_sublayer(name, layer, "feed-forward", FEED_FORWARD, bool(self.is_parallel)))
+                targets.append(find_sublayer(name, layer, "feed-forward", bool(self.is_parallel)))
         return targets
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the adapters; each layer number in reduction_factor must be that of an adapted layer."""
         if isinstance(self.reduction_factor, dict):
-            numbers = [str(n) for n in sorted({layer_number(s.name) for s in sites} - {None})]  # type: ignore[type-var]
+            numbers = {str(layer_index(s.name, None)) for s in sites}
             unmatched = [k for k in self.reduction_factor if k not in numbers and k != "default"]
             if unmatched:
-                raise TargetError(
-                    f"reduction_factor: {format_names(unmatched)} matches no adapted layer",
-                    f"one of {format_names(numbers)}",
-                )
+                message = f"reduction_factor: {format_names(unmatched)} matches no adapted layer"
+                raise TargetError(message, f"one of {format_names(sorted(numbers))}")
         return [self.build(site) for site in sites]
 
     def build(self, site: Site) -> AdapterModule:
@@ -178,18 +159,14 @@ class BottleneckConfig(TargetedConfig):
         sizes = layer_sizes(module) if layer_kind(module) == "linear" else (site.in_features, site.out_features)
         if not all(sizes):
             raise TargetError(f"the output size of {site.name} is unknown", "a model whose config has hidden_size")
-        size = self.bottleneck_size or max(1, int(sizes[1] // self._get_reduction(layer_number(site.name))))
+        factor, layer = self.reduction_factor, layer_index(site.name, None)
+        if isinstance(factor, dict):
+            factor = factor.get(str(layer), factor.get("default"))
+        if self.bottleneck_size is None and factor is None:
+            message = f"reduction_factor has no value for layer {layer}"
+            raise ConfigError(message, "a value for each layer, or a 'default'")
+        size = self.bottleneck_size or max(1, int(sizes[1] // factor))  # type: ignore[operator]
         return Bottleneck(site, sizes[0] if self.is_parallel else sizes[1], size, sizes[1], self)
-
-    def _get_reduction(self, layer: int | None) -> float:
-        factor = self.reduction_factor
-        if not isinstance(factor, dict):
-            assert factor is not None
-            return factor
-        for key in (str(layer), "default"):
-            if key in factor:
-                return factor[key]
-        raise ConfigError(f"reduction_factor has no value for layer {layer}", "a value for each layer, or a 'default'")
 
 
 class Bottleneck(Block):
@@ -197,7 +174,7 @@ class Bottleneck(Block):
 
     def __init__(self, site: Site, inputs: int, size: int, outputs: int, config: BottleneckConfig) -> None:
         super().__init__()
-        self.is_parallel, self.site_name = config.is_parallel, site.name
+        self.is_parallel = config.is_parallel
         self.activation = F.leaky_relu if config.non_linearity == "leakyrelu" else ACT2FN[config.non_linearity]
         self.dropout = dropout(config.dropout)
         # In the order of the `adapters` library: one seed gives the same adapter in both libraries.
@@ -205,7 +182,14 @@ class Bottleneck(Block):
         self.adapter_up = nn.Linear(size, outputs, device=site.init_device)
         for linear in (self.adapter_down, self.adapter_up):
             nn.init.zeros_(linear.bias)
-            _init_weight(linear.weight, config.init_weights, is_up=linear is self.adapter_up)
+            if config.init_weights == "bert":
+                nn.init.normal_(linear.weight, std=0.02)
+            elif config.init_weights == "houlsby":
+                nn.init.trunc_normal_(linear.weight, std=0.01, a=-0.02, b=0.02)
+            elif linear is self.adapter_up:
+                nn.init.zeros_(linear.weight)
+            else:
+                nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
         self.scaling: Any = config.scaling
         if isinstance(config.scaling, str):
             count = outputs if config.scaling == "channel" else 1
@@ -213,44 +197,21 @@ class Bottleneck(Block):
         self.to(site.device, site.dtype)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `x, y (..., d)` to `(..., d)`; computes in y's dtype."""
-        h = self.activation(_linear(x.to(y.dtype) if self.is_parallel else y, self.adapter_down))
+        h = self.activation(_apply_linear(x.to(y.dtype) if self.is_parallel else y, self.adapter_down))
         scale = self.scaling.to(y.dtype) if isinstance(self.scaling, Tensor) else self.scaling
-        return y + self.dropout(_linear(h, self.adapter_up)) * scale
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Refuse: there is a non-linearity between the two linear layers."""
-        raise MergeUnsupported(f"the bottleneck adapter at {self.site_name} is not linear, so no weight can hold it")
+        return y + self.dropout(_apply_linear(h, self.adapter_up)) * scale
 
 
-def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
+def _apply_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
-
-
-def _init_weight(weight: Tensor, init: str, *, is_up: bool) -> None:
-    if init == "bert":
-        nn.init.normal_(weight, std=0.02)
-    elif init == "houlsby":
-        nn.init.trunc_normal_(weight, std=0.01, a=-0.02, b=0.02)
-    elif is_up:
-        nn.init.zeros_(weight)
-    else:
-        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
-
-
-# --- where a model has its layers and sub-layers: found by structure and by the usual names ---------------------------
-
-_OUTPUT_LAYERS = ("output.dense", "dense", "dense_4h_to_h", "down_proj", "out_proj")
-"""Names of the last linear layer in a sub-layer that adds its residual itself (BERT's attention, BLOOM, MPT)."""
 
 
 def find_transformer_layers(model: Any) -> dict[str, nn.Module]:
     """Return the model's layers by name: the entries of each outermost module list that contains sub-layers."""
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     lists = {n: m for n, m in lists.items() if any(_first_submodule(layer, ATTENTION + FEED_FORWARD) for layer in m)}
     lists = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config, text = getattr(model, "config", None), text_config(model)
     if text is not config and hasattr(model, "get_decoder"):  # a multimodal model: leave its vision or audio tower out
         decoder_modules = set(model.get_decoder().modules())
         lists = {n: m for n, m in lists.items() if m in decoder_modules}
@@ -265,21 +226,23 @@ def find_transformer_layers(model: Any) -> dict[str, nn.Module]:
     return layers
 
 
-def find_sublayer(name: str, layer: nn.Module, what: str, paths: Sequence[str], parallel: bool) -> str:
+def find_sublayer(name: str, layer: nn.Module, what: Literal["attention", "feed-forward"], parallel: bool) -> str:
     """Return the full name of the module whose output is a sub-layer's output, before any residual.
 
     Args:
         name: the layer's full name.
         layer: the layer.
-        what: the sub-layer's kind, for errors.
-        paths: the usual names of such a sub-layer.
+        what: which of its sub-layers.
         parallel: the adapter reads the sub-layer's input.
     """
+    paths = ATTENTION if what == "attention" else FEED_FORWARD
     path = _first_submodule(layer, paths)
     module = layer.get_submodule(path) if path else None
-    if module is not None and path not in ("fc2", "output.dense") and _adds_residual(module):
-        output_layer = _first_submodule(module, _OUTPUT_LAYERS)
-        path, module = f"{path}.{output_layer}", module.get_submodule(output_layer) if output_layer else None
+    if module is not None and path not in ("fc2", "output.dense"):
+        adds_residual = "residual" in inspect.signature(module.forward).parameters
+        if adds_residual or _first_submodule(module, ("output.dense",)):
+            output_layer = _first_submodule(module, _OUTPUT_LAYERS)
+            path, module = f"{path}.{output_layer}", module.get_submodule(output_layer) if output_layer else None
     if module is None:
         raise TargetError(
             f"the layer {name} ({type(layer).__name__}) has no known {what}; it has "
@@ -288,24 +251,11 @@ def find_sublayer(name: str, layer: nn.Module, what: str, paths: Sequence[str], 
             "name the modules to adapt in target_modules",
         )
     if parallel and layer_kind(module) is not None:
-        raise TargetError(
-            f"the {what} of {name} is not a module ({path} gives its output), so its input is unknown",
-            "style 'houlsby' or 'pfeiffer'",
-        )
+        message = f"the {what} of {name} is not a module ({path} gives its output), so its input is unknown"
+        raise TargetError(message, "style 'houlsby' or 'pfeiffer'")
     return f"{name}.{path}"
 
 
 def _first_submodule(module: nn.Module, paths: Sequence[str]) -> str:
     names = {n for n, _ in module.named_modules()}
     return next((p for p in paths if p in names), "")
-
-
-def _adds_residual(module: nn.Module) -> bool:
-    if "residual" in inspect.signature(module.forward).parameters:
-        return True
-    return bool(_first_submodule(module, ("output.dense",)))
-
-
-def layer_number(name: str) -> int | None:
-    """Return the number of the layer a module is in: the first number in its name."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)

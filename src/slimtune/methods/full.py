@@ -15,7 +15,6 @@ from typing import ClassVar
 
 from torch import nn
 
-from ..adapters.base import SiteKind
 from ..adapters.config import PeftConfig
 from ..errors import UsageError
 from ..utils.linear_layers import is_quantized
@@ -25,17 +24,13 @@ from ..utils.linear_layers import is_quantized
 class FullConfig(PeftConfig):
     """Full fine-tuning: trains a copy of every weight of the base. It has no settings of its own."""
 
-    name: ClassVar[str] = "full"
-    learning_rate: ClassVar[float] = 5e-5
-    kinds: ClassVar[tuple[SiteKind, ...]] = ()
-    trains_every_weight: ClassVar[bool] = True
+    name: ClassVar = "full"
+    learning_rate: ClassVar = 5e-5
+    kinds: ClassVar = ()
+    trains_every_weight: ClassVar = True
 
     def check_model(self, model: nn.Module) -> None:
-        """Refuse a quantized base, whose weights have no gradients."""
         quantized = [name for name, module in model.named_modules() if is_quantized(module)]
         if quantized:
-            raise UsageError(
-                f"full fine-tuning would train weights that are quantized, such as {quantized[0]}",
-                "a base in 16 or 32 bits",
-                "--method lora, or --set model.quantization=null",
-            )
+            message = f"full fine-tuning would train weights that are quantized, such as {quantized[0]}"
+            raise UsageError(message, "a base in 16 or 32 bits", "--method lora, or --set model.quantization=null")

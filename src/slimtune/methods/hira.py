@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
-from ..adapters.config import TargetedConfig
-from ..adapters.config_fields import setting
+from ..adapters.base import AdapterModule, BaseForward, Site
+from ..adapters.config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ..adapters.targets import get_pattern_value
 from ..kernels.dropout import dropout
 from ..utils.linear_layers import is_quantized
@@ -28,15 +27,15 @@ from ..utils.linear_layers import is_quantized
 class HiraConfig(TargetedConfig):
     """HiRA: the weight times a low-rank matrix, elementwise; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "hira"
-    learning_rate: ClassVar[float] = 3e-3
-    kinds: ClassVar[tuple[SiteKind, ...]] = ("linear", "embedding")
-    short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "hira_dropout", "targets": "target_modules"}
-    recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
+    name: ClassVar = "hira"
+    learning_rate: ClassVar = 3e-3
+    kinds: ClassVar = ("linear", "embedding")
+    short_names: ClassVar = {"rank": "r", "dropout": "hira_dropout", "targets": "target_modules"}
+    recipe_defaults: ClassVar = {"target_modules": "all-linear"}
 
     r: int = setting(32, "rank of the factors; typically 8 to 64", ge=1)
     hira_dropout: float = setting(0.0, "probability of dropping an input of the update while training", ge=0, lt=1)
-    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
+    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     init_weights: bool | Literal["gaussian"] = setting(
         True,
         'True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; an embedding then has zero A '
@@ -52,31 +51,31 @@ class HiraConfig(TargetedConfig):
         return {"rank_pattern": self.rank_pattern}
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the adapter module at `site`, with the layer's own rank."""
         r = get_pattern_value(self.rank_pattern, site.name, self.r)
-        return (EmbeddingHira if site.kind == "embedding" else LinearHira)(site, r, self)
+        # Random numbers are drawn in PEFT's order: one seed gives the same adapter in both libraries.
+        A = torch.randn(r, site.in_features, device=site.init_device)
+        B = torch.randn(site.out_features, r, device=site.init_device)
+        if site.kind == "embedding" and self.init_weights:
+            A.zero_()
+            nn.init.normal_(B)
+        elif self.init_weights:
+            B.zero_()
+            if self.init_weights == "gaussian":
+                nn.init.normal_(A, std=1 / r)
+            else:
+                nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        A, B = A.to(site.device, site.dtype), B.to(site.device, site.dtype)
+        return EmbeddingHira(A, B) if site.kind == "embedding" else LinearHira(A, B, self.hira_dropout)
 
 
 class LinearHira(AdapterModule):
     """`W x + b + (W ⊙ (B A)) dropout(x)`."""
 
-    def __init__(self, site: Site, r: int, config: HiraConfig) -> None:
+    def __init__(self, A: Tensor, B: Tensor, dropout_p: float) -> None:
         super().__init__()
-        self.hira_dropout = dropout(config.hira_dropout)
-        # Random numbers are drawn in PEFT's order: one seed gives the same adapter in both libraries.
-        A = torch.randn(r, site.in_features, device=site.init_device)
-        B = torch.randn(site.out_features, r, device=site.init_device)
-        if config.init_weights == "gaussian":
-            nn.init.normal_(A, std=1 / r)
-        elif config.init_weights:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if config.init_weights:
-            B.zero_()
-        self.hira_A = nn.Parameter(A.to(site.device, site.dtype))
-        self.hira_B = nn.Parameter(B.to(site.device, site.dtype))
+        self.hira_A, self.hira_B, self.hira_dropout = nn.Parameter(A), nn.Parameter(B), dropout(dropout_p)
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        """Map `x (..., in)` to `(..., out)`."""
         y, weight = base(x), base.weight()
         # A dequantized weight is computed again in the backward pass; a plain one is the base's own tensor.
         recompute = base.weight if is_quantized(base.module) and not weight.requires_grad else None
@@ -85,31 +84,21 @@ class LinearHira(AdapterModule):
         return y + _HadamardLinear.apply(self.hira_dropout(x).to(y.dtype), A, B, weight, recompute)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W ⊙ (1 + B A)` and the unchanged bias."""
         return weight + weight * (self.hira_B.to(weight.dtype) @ self.hira_A.to(weight.dtype)), bias
 
 
 class EmbeddingHira(AdapterModule):
-    """`y ⊙ (1 + (B A)[:, x])` for an embedding, `x` being token ids."""
+    """`y ⊙ (1 + (B A)[:, x])` for an embedding, `x (...)` being token ids."""
 
-    def __init__(self, site: Site, r: int, config: HiraConfig) -> None:
+    def __init__(self, A: Tensor, B: Tensor) -> None:
         super().__init__()
-        A = torch.randn(r, site.in_features, device=site.init_device)
-        B = torch.randn(site.out_features, r, device=site.init_device)
-        if config.init_weights:
-            A.zero_()
-            nn.init.normal_(B)
-        self.hira_embedding_A = nn.Parameter(A.to(site.device, site.dtype))
-        self.hira_embedding_B = nn.Parameter(B.to(site.device, site.dtype))
+        self.hira_embedding_A, self.hira_embedding_B = nn.Parameter(A), nn.Parameter(B)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map token ids `x (...)` and their rows `y (..., dim)` to `(..., dim)`."""
         return y + y * F.linear(F.embedding(x, self.hira_embedding_A.t()), self.hira_embedding_B).to(y.dtype)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W ⊙ (1 + B A)` for `W (dim, rows)`."""
-        A, B = self.hira_embedding_A.to(weight.dtype), self.hira_embedding_B.to(weight.dtype)
-        return weight + weight * (B @ A), bias
+        return weight + weight * (self.hira_embedding_B.to(weight.dtype) @ self.hira_embedding_A.to(weight.dtype)), bias
 
 
 class _HadamardLinear(torch.autograd.Function):

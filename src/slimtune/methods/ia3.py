@@ -6,7 +6,7 @@ Parameters added per layer: out, or in. Merged: diag(l) W and l ⊙ b, or W diag
 Paper: https://arxiv.org/abs/2205.05638. File format: PEFT's `ia3_l`, as `(out, 1)` or `(1, in)`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,22 +15,18 @@ from torch import Tensor, nn
 
 from ..adapters.architectures import model_type
 from ..adapters.base import AdapterModule, BaseForward, Site
-from ..adapters.config import TargetedConfig
-from ..adapters.config_fields import setting
+from ..adapters.config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ..adapters.targets import matches_name
 from ..errors import ConfigError, TargetError, format_names, nearest
 
-_FUSED = ["query_key_value"], ["dense_4h_to_h"]
-_BERT = ["key", "value"], ["output.dense"]
 _QV, _KV, _DOWN = ["q_proj", "v_proj"], ["k_proj", "v_proj"], ["down_proj"]
-_GPT2 = ["c_attn"], ["mlp.c_proj"]
 
 SCALED: dict[str | None, tuple[list[str], list[str]]] = {
     **dict.fromkeys(("llama", "mistral"), (_KV, _DOWN)),
     **dict.fromkeys(("llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), (_QV, _DOWN)),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT2),
-    **dict.fromkeys(("bert", "roberta"), _BERT),
-    **dict.fromkeys(("gpt_neox", "falcon", "RefinedWebModel", "RefinedWeb"), _FUSED),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), (["c_attn"], ["mlp.c_proj"])),
+    **dict.fromkeys(("bert", "roberta"), (["key", "value"], ["output.dense"])),
+    **dict.fromkeys(("gpt_neox", "falcon", "RefinedWebModel", "RefinedWeb"), (["query_key_value"], ["dense_4h_to_h"])),
     **dict.fromkeys(("phi", "bart"), (_QV, ["fc2"])),
     "bloom": (["query_key_value"], ["mlp.dense_4h_to_h"]),
     "mixtral": (_KV, ["w2"]),
@@ -49,47 +45,42 @@ SCALED: dict[str | None, tuple[list[str], list[str]]] = {
 class IA3Config(TargetedConfig):
     """(IA)³: one factor per output of a layer, or per input; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "ia3"
-    extension_fields: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
-    learning_rate: ClassVar[float] = 1e-2
-    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = {
-        kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()
-    }
-    short_names: ClassVar[dict[str, str]] = {"targets": "target_modules", "feedforward": "feedforward_modules"}
+    name: ClassVar = "ia3"
+    extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
+    learning_rate: ClassVar = 1e-2
+    architecture_targets: ClassVar = {kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()}
+    short_names: ClassVar = {"targets": "target_modules", "feedforward": "feedforward_modules"}
 
     feedforward_modules: list[str] | str | None = setting(
         None,
         "targets whose input is scaled: names, endings, or a regular expression for the full name; None: PEFT's choice "
         "for the architecture; an empty list: none",
     )
-    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
+    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     init_ia3_weights: bool = setting(True, "start at one; False: normal random factors, for tests")
 
     def check(self) -> None:
-        """Check that feedforward_modules are among target_modules."""
         super().check()
-        if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
-            unknown = [n for n in self.feedforward_modules if n not in self.target_modules]
-            self.require(
-                not unknown, "feedforward_modules", f"names from target_modules: {format_names(self.target_modules)}"
-            )
+        names, targets = self.feedforward_modules, self.target_modules
+        if isinstance(names, list) and isinstance(targets, list):
+            expected = f"names from target_modules: {format_names(targets)}"
+            self.require(set(names) <= set(targets), "feedforward_modules", expected)
 
     def infer_from_model(self, model: Any) -> None:
         """Fill in PEFT's choice of feed-forward layers if none is given."""
-        if self.feedforward_modules is not None:
-            return
         kind = model_type(model)
-        if kind not in SCALED:
+        if self.feedforward_modules is None and kind not in SCALED:
             raise ConfigError(
                 f"feedforward_modules is None, and there is no default for {kind or type(model).__name__!r}",
                 "the targets whose input is scaled",
                 'give their names, such as ["down_proj"], or [] for none',
             )
-        self.feedforward_modules = list(SCALED[kind][1])
+        if self.feedforward_modules is None:
+            self.feedforward_modules = list(SCALED[kind][1])
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the factors at `site`."""
-        return (ScaledInput if self._is_feedforward(site.name) else ScaledOutput)(site, self.init_ia3_weights)
+        is_feedforward = _matches_ending(self.feedforward_modules or [], site.name)
+        return (ScaledInput if is_feedforward else ScaledOutput)(site, self.init_ia3_weights)
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the factors at all sites; each of feedforward_modules must match one of them."""
@@ -97,25 +88,19 @@ class IA3Config(TargetedConfig):
         default = SCALED.get(model_type(sites[0].model), ([], []))[1] if sites else given
         if given != default and not any(s.loading for s in sites):
             names = [s.name for s in sites]
-            patterns = [given] if isinstance(given, str) else given
-            by_ending = isinstance(given, list)
-            unmatched = [
-                p for p in patterns if not any(n.endswith(p) if by_ending else matches_name(p, n) for n in names)
-            ]
-            if unmatched:
-                endings = sorted({n.rsplit(".", 1)[-1] for n in names})
-                raise TargetError(
-                    f"feedforward_modules: {format_names(unmatched)} matches no target"
-                    f"{nearest(unmatched[0], [*endings, *names])}",
-                    f"targets are {format_names(endings)}",
-                )
+            for pattern in [given] if isinstance(given, str) else given:
+                if not any(_matches_ending(given if isinstance(given, str) else [pattern], n) for n in names):
+                    endings = sorted({n.rsplit(".", 1)[-1] for n in names})
+                    message = (
+                        f"feedforward_modules: {pattern!r} matches no target{nearest(pattern, [*endings, *names])}"
+                    )
+                    raise TargetError(message, f"targets are {format_names(endings)}")
         return super().build_all(sites)
 
-    def _is_feedforward(self, name: str) -> bool:
-        given = self.feedforward_modules or []
-        if isinstance(given, str):
-            return matches_name(given, name)
-        return name.endswith(tuple(given))  # any ending, as in PEFT, not only one that starts at a dot
+
+def _matches_ending(given: list[str] | str, name: str) -> bool:
+    # Any ending matches, as in PEFT, not only one that starts at a dot.
+    return matches_name(given, name) if isinstance(given, str) else name.endswith(tuple(given))
 
 
 class ScaledOutput(AdapterModule):
@@ -123,15 +108,13 @@ class ScaledOutput(AdapterModule):
 
     def __init__(self, site: Site, init: bool) -> None:
         super().__init__()
-        self.ia3_l = _factors(site, init, site.out_features, 1)
+        self.ia3_l = _make_factors(site, init, site.out_features, 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `y (..., out)` to `(..., out)`."""
         # In the dtype of the factors: 16-bit numbers near one would round away what was learned.
         return (y * self.ia3_l.flatten()).to(y.dtype)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `diag(l) W` and `l ⊙ b`."""
         l = self.ia3_l.to(weight.dtype)  # noqa: E741 (the paper's letter)
         return weight * l, None if bias is None else bias * l.flatten()
 
@@ -141,18 +124,16 @@ class ScaledInput(AdapterModule):
 
     def __init__(self, site: Site, init: bool) -> None:
         super().__init__()
-        self.ia3_l = _factors(site, init, 1, site.in_features)
+        self.ia3_l = _make_factors(site, init, 1, site.in_features)
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        """Map `x (..., in)` to `(..., out)`."""
         return base((x * self.ia3_l.flatten()).to(x.dtype))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W diag(l)` and the unchanged bias."""
         return weight * self.ia3_l.to(weight.dtype), bias
 
 
-def _factors(site: Site, init: bool, rows: int, columns: int) -> nn.Parameter:
+def _make_factors(site: Site, init: bool, rows: int, columns: int) -> nn.Parameter:
     # PEFT draws random numbers even for a start at one: one seed gives the same adapter in both libraries.
     start = torch.randn(rows, columns, device=site.init_device)
     return nn.Parameter((torch.ones_like(start) if init else start).to(site.device, site.dtype))

@@ -8,22 +8,19 @@ Merged: w + (w' − w), and the same for b, so that several merged adapters add 
 Paper: https://arxiv.org/abs/2312.11420. File format: PEFT's `ln_tuning_layers.weight`, `ln_tuning_layers.bias`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
+from ..adapters.base import AdapterModule, BaseForward, Site
 from ..adapters.config import TargetedConfig
 from ..utils.linear_layers import layer_kind
 
 _LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
 _GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
-_QWEN = ["post_attention_layernorm"]
-_T5 = ["layer_norm", "final_layer_norm"]
+_QWEN, _T5 = ["post_attention_layernorm"], ["layer_norm", "final_layer_norm"]
 _BLOOM = ["input_layernorm", "post_attention_layernorm", "ln_f"]
-
 NORMS: dict[str | None, list[str]] = {
     **dict.fromkeys(("llama", "mistral", "gemma", "llava"), _LLAMA),
     **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA2),
@@ -46,20 +43,18 @@ class LNTuningConfig(TargetedConfig):
     Without target_modules: PEFT's choice for the architecture, or every norm where PEFT has no choice.
     """
 
-    name: ClassVar[str] = "ln_tuning"
-    extension_fields: ClassVar[frozenset[str]] = frozenset(["layers_to_transform", "layers_pattern"])
-    learning_rate: ClassVar[float] = 5e-3
-    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = NORMS
-    kinds: ClassVar[tuple[SiteKind, ...]] = ("norm",)
-    short_names: ClassVar[dict[str, str]] = {"targets": "target_modules"}
+    name: ClassVar = "ln_tuning"
+    extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
+    learning_rate: ClassVar = 5e-3
+    architecture_targets: ClassVar = NORMS
+    kinds: ClassVar = ("norm",)
+    short_names: ClassVar = {"targets": "target_modules"}
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
-        """Return PEFT's choice for the architecture, else every norm."""
         norms = [n for n, m in model.named_modules() if layer_kind(m) == "norm"]
         return super().default_targets(model) or norms or None
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the trained copies for the norm at `site`."""
         return TrainedNorm(site)
 
 
@@ -77,7 +72,6 @@ class TrainedNorm(AdapterModule):
                 self.register_buffer(f"base_{name}", start.clone(), persistent=False)
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        """Map `x (..., d)` to `(..., d)`."""
         trained = dict(self.ln_tuning_layers.named_parameters())
         # The copies keep their dtype, since 16 bits would round away what they learn; nn.LayerNorm allows one dtype.
         inputs = x.to(trained["weight"].dtype) if isinstance(base.module, nn.LayerNorm) else x
@@ -90,7 +84,7 @@ class TrainedNorm(AdapterModule):
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight and bias `(d)`, each plus the change of its copy."""
-        before = {"weight": weight, "bias": bias}
-        wide = {n: p.to(weight.dtype) for n, p in self.ln_tuning_layers.named_parameters()}
-        after = {n: before[n] + (p - getattr(self, f"base_{n}").to(weight.dtype)) for n, p in wide.items()}
-        return after["weight"], after.get("bias", bias)
+        merged: dict[str, Any] = {"weight": weight, "bias": bias}
+        for name, p in self.ln_tuning_layers.named_parameters():
+            merged[name] = merged[name] + (p.to(weight.dtype) - getattr(self, f"base_{name}").to(weight.dtype))
+        return merged["weight"], merged["bias"]

@@ -16,29 +16,24 @@ Papers: FedPara https://arxiv.org/abs/2108.06098, LyCORIS https://arxiv.org/abs/
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, Site
-from ..adapters.config import PatternedConfig
-from ..adapters.config_fields import setting
+from ..adapters.config import PatternedConfig, setting
 from ..kernels.dropout import output_dropout_mask
 from ..kernels.recompute_linear import recompute_linear
 
 
 @dataclass
-class LycorisFields(PatternedConfig):
+class LycorisConfig(PatternedConfig):
     """The fields that LoHa and LoKr share."""
 
-    unsupported_peft_fields: ClassVar[dict[str, Any]] = {"use_effective_conv2d": False}
-    short_names: ClassVar[dict[str, str]] = {"rank": "r", "targets": "target_modules"}
-    recipe_defaults: ClassVar[dict[str, Any]] = {
-        "r": 8,
-        "alpha": lambda given: 2 * given["r"],
-        "target_modules": "all-linear",
-    }
+    unsupported_peft_fields: ClassVar = {"use_effective_conv2d": False}
+    short_names: ClassVar = {"rank": "r", "targets": "target_modules"}
+    recipe_defaults: ClassVar = {"r": 8, "alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
 
     r: int = setting(
         8, "rank. LoHa: of each product; LoKr: of the factors that are large enough to be products themselves", ge=1
@@ -53,11 +48,12 @@ class LycorisFields(PatternedConfig):
 
 
 class LycorisModule(AdapterModule):
-    """The dropout that LoHa and LoKr share."""
+    """The rank, scale and dropout that LoHa and LoKr share."""
 
-    def __init__(self, scale: float, config: LycorisFields, *, rescale: bool) -> None:
+    def __init__(self, site: Site, config: LycorisConfig, *, rescale: bool) -> None:
         super().__init__()
-        self.scale, self.rescale = scale, rescale
+        self.r, self.rescale = config.get_rank(site.name), rescale
+        self.scale = config.get_alpha(site.name) / self.r
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
 
     def draw_module_dropout(self) -> bool:
@@ -72,65 +68,58 @@ class LycorisModule(AdapterModule):
 
 
 @dataclass
-class LoHaConfig(LycorisFields):
+class LoHaConfig(LycorisConfig):
     """LoHa: the elementwise product of two low-rank matrices beside frozen linear layers; PEFT's names and defaults."""
 
-    name: ClassVar[str] = "loha"
-    learning_rate: ClassVar[float] = 5e-3
+    name: ClassVar = "loha"
+    learning_rate: ClassVar = 5e-3
 
     init_weights: bool = setting(True, "True: Kaiming-uniform, W2b zero; False: all four random, for tests")
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the adapter module at `site`, with the layer's own rank and alpha."""
-        r = self.get_rank(site.name)
-        return LinearLoHa(site, r, self.get_alpha(site.name) / r, self)
+        return LinearLoHa(site, self)
 
 
 class LinearLoHa(LycorisModule):
     """`y + s · ((W1a W1b) ⊙ (W2a W2b)) x` for a linear layer."""
 
-    def __init__(self, site: Site, r: int, scale: float, config: LoHaConfig) -> None:
-        super().__init__(scale, config, rescale=True)
-        out, in_ = site.out_features, site.in_features
+    def __init__(self, site: Site, config: LoHaConfig) -> None:
+        super().__init__(site, config, rescale=True)
+        out, in_, r = site.out_features, site.in_features, self.r
         self.low_rank = r * r * (in_ + out) <= in_ * out
-        self.hada_w1_a, self.hada_w2_a = (nn.Parameter(torch.empty(out, r, device=site.init_device)) for _ in range(2))
-        self.hada_w1_b, self.hada_w2_b = (nn.Parameter(torch.empty(r, in_, device=site.init_device)) for _ in range(2))
         # In PEFT's order: one seed gives the same adapter in both libraries.
-        for p in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a):
-            nn.init.kaiming_uniform_(p, a=math.sqrt(5))
-        if config.init_weights:
-            nn.init.zeros_(self.hada_w2_b)
-        else:
-            nn.init.kaiming_uniform_(self.hada_w2_b, a=math.sqrt(5))
+        for name, shape in {"w1_a": (out, r), "w1_b": (r, in_), "w2_a": (out, r), "w2_b": (r, in_)}.items():
+            factor = nn.Parameter(torch.zeros(shape, device=site.init_device))
+            if name != "w2_b" or not config.init_weights:
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+            self.register_parameter(f"hada_{name}", factor)
         self.to(site.device, site.dtype)
 
-    def _factors(self, dtype: torch.dtype) -> list[Tensor]:
-        return [p.to(dtype) for p in (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)]
-
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `x (..., in)`, `y (..., out)` to `(..., out)`."""
         if self.draw_module_dropout():
             return y
-        factors = self._factors(x.dtype)
+        factors = self._get_factors(x.dtype)
         if self.low_rank:
             A, B = _as_low_rank(*factors)
             update = x @ A.t() @ B.t()
         else:
-            update = recompute_linear(_product, x, *factors)
+            update = recompute_linear(_multiply, x, *factors)
         return torch.add(y, self.drop_outputs(update), alpha=self.scale)
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return `(A (r², in), B (out, r²), scale)` where r² is small and dropout is off."""
         if not self.low_rank or (self.training and (self.rank_dropout or self.module_dropout)):
             return None
-        return *_as_low_rank(*self._factors(self.hada_w1_a.dtype)), self.scale
+        return *_as_low_rank(*self._get_factors(next(self.parameters()).dtype)), self.scale
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + s · (W1a W1b) ⊙ (W2a W2b)` and the unchanged bias."""
-        return weight + self.scale * _product(*self._factors(weight.dtype)), bias
+        return weight + self.scale * _multiply(*self._get_factors(weight.dtype)), bias
+
+    def _get_factors(self, dtype: torch.dtype) -> list[Tensor]:
+        return [getattr(self, f"hada_{name}").to(dtype) for name in ("w1_a", "w1_b", "w2_a", "w2_b")]
 
 
-def _product(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
+def _multiply(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:
     return (w1a @ w1b) * (w2a @ w2b)
 
 

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, Site
-from ..adapters.config_fields import setting
-from .loha import LycorisFields, LycorisModule
+from ..adapters.config import setting
+from .loha import LycorisConfig, LycorisModule
 
 
 @dataclass
-class LoKrConfig(LycorisFields):
+class LoKrConfig(LycorisConfig):
     """LoKr: a Kronecker product beside frozen linear layers; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "lokr"
-    learning_rate: ClassVar[float] = 3e-3
+    name: ClassVar = "lokr"
+    learning_rate: ClassVar = 3e-3
 
     decompose_both: bool = setting(False, "make W1 a product too, where r is below half its larger side")
     decompose_factor: int = setting(
@@ -40,64 +40,51 @@ class LoKrConfig(LycorisFields):
     )
 
     def check(self) -> None:
-        """Check that the factor is not 0."""
         super().check()
         self.require(self.decompose_factor != 0, "decompose_factor", "-1, or at least 1")
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the adapter module at `site`, with the layer's own rank and alpha."""
-        r = self.get_rank(site.name)
-        return LinearLoKr(site, r, self.get_alpha(site.name) / r, self)
+        return LinearLoKr(site, self)
 
 
 class LinearLoKr(LycorisModule):
     """`y + s · (W1 ⊗ W2) x` for a linear layer."""
 
-    lokr_w1: nn.Parameter
-    lokr_w1_a: nn.Parameter
-    lokr_w1_b: nn.Parameter
-
-    def __init__(self, site: Site, r: int, scale: float, config: LoKrConfig) -> None:
-        super().__init__(scale, config, rescale=config.rank_dropout_scale)
+    def __init__(self, site: Site, config: LoKrConfig) -> None:
+        super().__init__(site, config, rescale=config.rank_dropout_scale)
         m, n = factorize(site.in_features, config.decompose_factor)
         p, q = factorize(site.out_features, config.decompose_factor)
         self.shape = (p, q, m, n)
-        w1 = self._register("lokr_w1", (p, m), r, site, whole=not config.decompose_both or r >= max(p, m) / 2)
-        w2 = self._register("lokr_w2", (q, n), r, site, whole=r >= max(q, n) / 2)
+        w1 = {"lokr_w1": (p, m)}
+        if config.decompose_both and self.r < max(p, m) / 2:
+            w1 = {"lokr_w1_a": (p, self.r), "lokr_w1_b": (self.r, m)}
+        w2 = {"lokr_w2": (q, n)}
+        if self.r < max(q, n) / 2:
+            w2 = {"lokr_w2_a": (q, self.r), "lokr_w2_b": (self.r, n)}
+        self.w1_names, self.w2_names = tuple(w1), tuple(w2)
+        zero = {True: self.w1_names[0], "lycoris": self.w2_names[-1], False: None}[config.init_weights]
         # In PEFT's order: one seed gives the same adapter in both libraries.
-        zero = {True: w1[0], "lycoris": w2[-1], False: None}[config.init_weights]
-        for factor in (*w1, *w2):
-            if factor is zero:
-                nn.init.zeros_(factor)
-            else:
+        for name, shape in (w1 | w2).items():
+            factor = nn.Parameter(torch.zeros(shape, device=site.init_device))
+            if name != zero:
                 nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+            self.register_parameter(name, factor)
         self.to(site.device, site.dtype)
 
-    def _register(self, name: str, size: tuple[int, int], r: int, site: Site, *, whole: bool) -> list[nn.Parameter]:
-        """Register a matrix under its name, or as the product `name_a (rows, r) name_b (r, columns)`."""
-        rows, columns = size
-        shapes = {name: size} if whole else {f"{name}_a": (rows, r), f"{name}_b": (r, columns)}
-        for part, shape in shapes.items():
-            self.register_parameter(part, nn.Parameter(torch.empty(shape, device=site.init_device)))
-        return [getattr(self, part) for part in shapes]
+    def _get_factors(self, names: tuple[str, ...], dtype: torch.dtype) -> list[Tensor]:
+        """Return W1 or W2 as the one or two matrices whose product it is."""
+        return [getattr(self, name).to(dtype) for name in names]
 
-    def _scaled_w1(self, dtype: torch.dtype) -> Tensor:
+    def _get_scaled_w1(self, dtype: torch.dtype) -> Tensor:
         """Return `s · W1 (p, m)`."""
-        if "lokr_w1" in self._parameters:
-            return self.lokr_w1.to(dtype) * self.scale
-        return self.lokr_w1_a.to(dtype) @ self.lokr_w1_b.to(dtype) * self.scale
-
-    def _w2_factors(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return W2 `(q, n)` as the one or two matrices whose product it is."""
-        names = ("lokr_w2",) if "lokr_w2" in self._parameters else ("lokr_w2_a", "lokr_w2_b")
-        return tuple(getattr(self, name).to(dtype) for name in names)
+        w1 = self._get_factors(self.w1_names, dtype)
+        return (w1[0] @ w1[1] if len(w1) == 2 else w1[0]) * self.scale
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `x (..., in)`, `y (..., out)` to `(..., out)`."""
         if self.draw_module_dropout():
             return y
         p, q, m, n = self.shape
-        w1, w2 = self._scaled_w1(x.dtype), self._w2_factors(x.dtype)
+        w1, w2 = self._get_scaled_w1(x.dtype), self._get_factors(self.w2_names, x.dtype)
         X = x.reshape(-1, m, n)
         # W1 is applied where the intermediate result is smallest: at rank r, or before a W2 that widens.
         if len(w2) == 2:
@@ -110,9 +97,8 @@ class LinearLoKr(LycorisModule):
         return y + self.drop_outputs(update.reshape(y.shape))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + s · W1 ⊗ W2` and the unchanged bias."""
-        w2 = self._w2_factors(weight.dtype)
-        return weight + torch.kron(self._scaled_w1(weight.dtype), w2[0] @ w2[1] if len(w2) == 2 else w2[0]), bias
+        w2 = self._get_factors(self.w2_names, weight.dtype)
+        return weight + torch.kron(self._get_scaled_w1(weight.dtype), w2[0] @ w2[1] if len(w2) == 2 else w2[0]), bias
 
 
 def _times(W: Tensor, X: Tensor) -> Tensor:

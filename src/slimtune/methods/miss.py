@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, BaseForward, Site
-from ..adapters.config import TargetedConfig
-from ..adapters.config_fields import setting
+from ..adapters.config import BIAS_HELP, TargetedConfig, setting
 from ..errors import ConfigError
 from ..kernels.dropout import dropout
 from ..kernels.recompute_linear import recompute_linear
@@ -32,10 +31,10 @@ from ..utils.linear_layers import is_quantized
 class MissConfig(TargetedConfig):
     """MiSS: one low-rank update shared by every part of the input; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "miss"
-    learning_rate: ClassVar[float] = 5e-4
-    short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "miss_dropout", "targets": "target_modules"}
-    recipe_defaults: ClassVar[dict[str, object]] = {"r": 32, "target_modules": "all-linear"}
+    name: ClassVar = "miss"
+    learning_rate: ClassVar = 5e-4
+    short_names: ClassVar = {"rank": "r", "dropout": "miss_dropout", "targets": "target_modules"}
+    recipe_defaults: ClassVar = {"r": 32, "target_modules": "all-linear"}
 
     r: int = setting(64, "length of a part of the input, and rank; at most the layers' inputs", ge=1)
     miss_dropout: float = setting(
@@ -47,21 +46,13 @@ class MissConfig(TargetedConfig):
         'the form: True: plain; "mini": D repeated along the outputs; "bat": an update that depends on the weight; '
         "False: plain with a random start, for tests",
     )
-    bias: Literal["none", "all", "MiSS_only"] = setting(
-        "none", 'which biases of the base train too; "MiSS_only": those of adapted layers'
-    )
+    bias: Literal["none", "all", "MiSS_only"] = setting("none", BIAS_HELP)
 
     def check(self) -> None:
-        """Check that "bat" has no dropout."""
         super().check()
         self.require(not (self.init_weights == "bat" and self.miss_dropout), "miss_dropout", "0 with 'bat'")
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the adapter module at `site`.
-
-        Raises:
-            ConfigError: `r` or `mini_r` does not fit the layer's size.
-        """
         in_, out, r, bat = site.in_features, site.out_features, self.r, self.init_weights == "bat"
         layer = f"{site.name} ({in_} inputs, {out} outputs)"
         if bat and (in_ % r or out % r):
@@ -89,7 +80,6 @@ class LinearMiss(AdapterModule):
         self.to(site.device, site.dtype)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `x (..., in)`, `y (..., out)` to `(..., out)`."""
         r, width = self.miss_block.shape
         x = F.pad(x, (0, -x.shape[-1] % r)) if x.shape[-1] % r else x
         part_sum = self.miss_dropout(x).unflatten(-1, (-1, r)).sum(-2)
@@ -105,31 +95,24 @@ class LinearMiss(AdapterModule):
         S = S.repeat(1, -(-self.in_features // r))[:, : self.in_features]
         return S, self.miss_block.repeat(1, self.out_features // width).t(), 1.0
 
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + Dᵀ S` and the unchanged bias."""
-        r, width = self.miss_block.shape
-        columns = self.miss_block.to(weight.dtype).repeat(1, self.out_features // width).t()
-        return weight + columns.repeat(1, -(-self.in_features // r))[:, : self.in_features], bias
-
 
 class LinearBat(AdapterModule):
     """`y + (W D + D) x`, block by block."""
 
     def __init__(self, site: Site, config: MissConfig) -> None:
         super().__init__()
-        r = config.r
-        self.miss_block = nn.Parameter(torch.zeros(site.out_features // r, r, r, device=site.init_device))
+        blocks = site.out_features // config.r
+        self.miss_block = nn.Parameter(torch.zeros(blocks, config.r, config.r, device=site.init_device))
         self.to(site.device, site.dtype)
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        """Map `x (..., in)` to `(..., out)`; the backward pass computes the weight's update again."""
         y = base(x)
-        if is_quantized(base.module) and not base.inner_modules:  # then it dequantizes the weight again, too
+        # The backward pass computes the weight's update again; with a quantized base it dequantizes again, too.
+        if is_quantized(base.module) and not base.inner_modules:
             return y + recompute_linear(lambda D: _block_update(base.weight(), D), x, self.miss_block)
         return y + recompute_linear(_block_update, x, base.weight(), self.miss_block)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + W D + D`, block by block, and the unchanged bias."""
         return weight + _block_update(weight, self.miss_block), bias
 
 

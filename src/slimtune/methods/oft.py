@@ -17,14 +17,13 @@ Papers: OFT https://arxiv.org/abs/2306.07280, OFTv2 https://arxiv.org/abs/2506.1
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
-from ..adapters.config import TargetedConfig
-from ..adapters.config_fields import setting
+from ..adapters.base import AdapterModule, BaseForward, Site
+from ..adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ..errors import ConfigError
 
 
@@ -32,11 +31,11 @@ from ..errors import ConfigError
 class OFTConfig(TargetedConfig):
     """OFT: an orthogonal, block-diagonal rotation of a linear layer's input; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "oft"
-    learning_rate: ClassVar[float] = 4e-4
-    kinds: ClassVar[tuple[SiteKind, ...]] = ("linear", "embedding")
-    short_names: ClassVar[dict[str, str]] = {"block_size": "oft_block_size", "targets": "target_modules"}
-    recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
+    name: ClassVar = "oft"
+    learning_rate: ClassVar = 4e-4
+    kinds: ClassVar = ("linear", "embedding")
+    short_names: ClassVar = {"block_size": "oft_block_size", "targets": "target_modules"}
+    recipe_defaults: ClassVar = {"target_modules": "all-linear"}
 
     r: int = setting(0, "number of blocks; 0: oft_block_size gives it; one of the two must be 0", ge=0)
     oft_block_size: int = setting(
@@ -48,10 +47,8 @@ class OFTConfig(TargetedConfig):
     module_dropout: float = setting(
         0.0, "fraction of a layer's blocks that are the identity in one training step", ge=0, lt=1
     )
-    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
-    bias: Literal["none", "all", "oft_only"] = setting(
-        "none", 'which biases of the base train too; "oft_only": those of adapted layers'
-    )
+    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
+    bias: Literal["none", "all", "oft_only"] = setting("none", BIAS_HELP)
     init_weights: bool = setting(True, "True: zeros, so that R is the identity; False: normal with std 0.1, for tests")
     coft: bool = setting(False, "keep the rotation small: ‖Q_i‖ at most eps / √(number of blocks)")
     eps: float = setting(6e-5, "limit of the rotation with coft", gt=0)
@@ -64,7 +61,6 @@ class OFTConfig(TargetedConfig):
     num_cayley_neumann_terms: int = setting(5, "terms of the series; 3 means 4, as in PEFT", ge=2)
 
     def check(self) -> None:
-        """Check that exactly one of `r` and `oft_block_size` is 0, and no block is of one input."""
         super().check()
         # PEFT reads the version the file was written with: the series had another meaning before 0.18.
         self.peft_version = self.peft_version or "0.18.0"
@@ -73,31 +69,20 @@ class OFTConfig(TargetedConfig):
         self.require(one_given, "oft_block_size", f"above 0 where r is 0, else 0; r is {self.r}")
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the rotation at `site`.
-
-        Raises:
-            ConfigError: the nearest possible block size is 1, which rotates nothing.
-        """
+        """Return the rotation at `site`; a block size of 1, which rotates nothing, is refused, and others may warn."""
         width = site.out_features if site.kind == "embedding" else site.in_features
-        block_size = width // nearest_divisor(width, self.r) if self.r else nearest_divisor(width, self.oft_block_size)
-        if not site.loading:  # a file keeps the size it was trained with
-            self._check_block_size(site, width, block_size)
-        return (EmbeddingOft if site.kind == "embedding" else LinearOft)(site, block_size, self)
-
-    def _check_block_size(self, site: Site, width: int, block_size: int) -> None:
-        """Refuse blocks of 1, and warn where blocks have another size than the config says."""
+        size = width // nearest_divisor(width, self.r) if self.r else nearest_divisor(width, self.oft_block_size)
         layer = f"{site.name} has {width} {'columns' if site.kind == 'embedding' else 'inputs'}"
-        if block_size == 1:
+        fits = size * self.r == width if self.r else size == self.oft_block_size
+        if not site.loading and size == 1:  # a file keeps the size it was trained with
             smallest = next((d for d in range(2, width + 1) if width % d == 0), None)
             hint = f"{'r=0, ' if self.r else ''}oft_block_size={smallest}, or " if smallest else ""
-            raise ConfigError(
-                f"{layer}, which no block size near the configured one divides",
-                "a block of at least 2",
-                f"{hint}leave the layer out",
-            )
-        if block_size * self.r != width if self.r else block_size != self.oft_block_size:
+            message = f"{layer}, which no block size near the configured one divides"
+            raise ConfigError(message, "a block of at least 2", f"{hint}leave the layer out")
+        if not site.loading and not fits:
             configured = f"r={self.r}" if self.r else f"oft_block_size={self.oft_block_size}"
-            warnings.warn(f"{layer}: its blocks have size {block_size} instead of {configured}", stacklevel=2)
+            warnings.warn(f"{layer}: its blocks have size {size} instead of {configured}", stacklevel=2)
+        return (EmbeddingOft if site.kind == "embedding" else LinearOft)(BlockRotation(width, size, site, self))
 
 
 class BlockRotation(nn.Module):
@@ -131,7 +116,7 @@ class BlockRotation(nn.Module):
 
     def rotation_minus_identity(self, min_dtype: torch.dtype = torch.float32) -> Tensor:
         """Return R - I for each block, `(blocks or 1, k, k)`, in `min_dtype` or a wider dtype."""
-        values = self._constrained_values()
+        values = self.weight if self.eps is None else self._limit_values(self.eps)
         values = values.to(torch.promote_types(values.dtype, min_dtype))
         rows, columns = torch.triu_indices(self.block_size, self.block_size, 1, device=values.device)
         Q = values.new_zeros(len(values), self.block_size, self.block_size)
@@ -155,14 +140,12 @@ class BlockRotation(nn.Module):
             change = change + 2 * power
         return change + power @ Q
 
-    def _constrained_values(self) -> Tensor:
-        """Return Q's values; with COFT the nearest ones within its limit, which replace them while training."""
-        if self.eps is None:
-            return self.weight
+    def _limit_values(self, eps: float) -> Tensor:
+        """Return COFT's values: Q's nearest ones within its limit, which replace them while training."""
         with torch.no_grad():
             # Frobenius norms of Q, which contains each value twice.
             norm = self.weight.norm(dim=1, keepdim=True) * 2**0.5
-            limit = self.eps / len(norm) ** 0.5
+            limit = eps / len(norm) ** 0.5
             projected = torch.where(norm <= limit, self.weight, self.weight * (limit / norm))
             if self.training:
                 self.weight.copy_(projected)
@@ -172,32 +155,28 @@ class BlockRotation(nn.Module):
 class LinearOft(AdapterModule):
     """A linear layer with a rotated input."""
 
-    def __init__(self, site: Site, block_size: int, config: OFTConfig) -> None:
+    def __init__(self, rotation: BlockRotation) -> None:
         super().__init__()
-        self.oft_R = BlockRotation(site.in_features, block_size, site, config)
+        self.oft_R = rotation
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        """Rotate `x (..., in)`, then run the layer."""
         return base(self.oft_R(x))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W Rᵀ` and the unchanged bias."""
         return self.oft_R.rotate_weight(weight), bias
 
 
 class EmbeddingOft(AdapterModule):
     """An embedding with rotated rows."""
 
-    def __init__(self, site: Site, block_size: int, config: OFTConfig) -> None:
+    def __init__(self, rotation: BlockRotation) -> None:
         super().__init__()
-        self.oft_embedding_R = BlockRotation(site.out_features, block_size, site, config)
+        self.oft_embedding_R = rotation
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Rotate the rows `y (..., dim)`."""
         return self.oft_embedding_R(y)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight `(dim, rows)` with its rows rotated."""
         return self.oft_embedding_R(weight.t()).t(), bias
 
 

@@ -11,8 +11,6 @@ Paper: https://arxiv.org/abs/2103.10385. File format: PEFT's `prompt_embeddings 
 E and f as `prompt_encoder.…`, so that training can continue. A file without them (PEFT's) loads as a table P.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
@@ -20,9 +18,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import Site
-from ..adapters.config_fields import setting
-from ..adapters.prompt import LearnedEmbeddings, PromptLearningConfig, PromptModule
+from ..adapters.base import AdapterModule, Site
+from ..adapters.config import setting
+from ..adapters.prompt import PromptLearningConfig
+from .prompt_tuning import SoftPrompt
 
 
 class PromptEncoderReparameterizationType(StrEnum):
@@ -36,10 +35,10 @@ class PromptEncoderReparameterizationType(StrEnum):
 class PromptEncoderConfig(PromptLearningConfig):
     """P-tuning: learned embeddings from a small network; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "p_tuning"
-    learning_rate: ClassVar[float] = 3e-3
-    recipe_defaults: ClassVar[dict[str, Any]] = {"num_virtual_tokens": 20}
-    short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens", "hidden": "encoder_hidden_size"}
+    name: ClassVar = "p_tuning"
+    learning_rate: ClassVar = 3e-3
+    recipe_defaults: ClassVar = {"num_virtual_tokens": 20}
+    short_names: ClassVar = {"tokens": "num_virtual_tokens", "hidden": "encoder_hidden_size"}
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType | Literal["MLP", "LSTM"] = setting(
         "MLP", 'the network: "MLP" (three linear layers) or "LSTM" (bidirectional, then two linear layers)'
@@ -56,58 +55,31 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.encoder_reparameterization_type = str(self.encoder_reparameterization_type)  # type: ignore[assignment]
 
     def infer_from_model(self, model: Any) -> None:
-        """Fill in the sizes from the model's config."""
         super().infer_from_model(model)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
-    def build(self, site: Site) -> EncodedPrompt:
-        """Return the network at the backbone."""
+    def build(self, site: Site) -> AdapterModule:
         self.require(self.token_dim == site.in_features, "token_dim", f"{site.in_features}, as the model's embeddings")
-        assert self.num_virtual_tokens is not None
-        assert self.encoder_hidden_size is not None
-        sizes = self.num_virtual_tokens, site.in_features, self.encoder_hidden_size
-        if self.encoder_reparameterization_type == "MLP":
-            return EncodedPrompt(site, MlpEncoder(*sizes, site.init_device))
-        return EncodedPrompt(
-            site, LstmEncoder(*sizes, site.init_device, layers=self.encoder_num_layers, dropout=self.encoder_dropout)
-        )
+        return SoftPrompt(site, PromptEncoder(self, site.init_device))
 
 
-class EncodedPrompt(LearnedEmbeddings, PromptModule):
-    """Virtual tokens that a small network computes."""
+class PromptEncoder(nn.Module):
+    """`n` embeddings through a small network, created in PEFT's order: one seed gives the same in both libraries."""
 
-    def virtual_embeddings(self) -> Tensor:
-        """Return the virtual tokens `(n, hidden)`."""
-        return self.get_embeddings()
-
-
-class MlpEncoder(nn.Module):
-    """`n` embeddings through three linear layers, created in PEFT's order: one seed gives the same in both."""
-
-    def __init__(self, n: int, hidden: int, h: int, device: torch.device) -> None:
+    def __init__(self, config: Any, device: torch.device) -> None:
         super().__init__()
+        n, hidden, h = config.num_virtual_tokens, config.token_dim, config.encoder_hidden_size
         self.embedding = nn.Embedding(n, hidden, device=device)
+        self.lstm_head: nn.LSTM | None = None
         sizes = [(hidden, h), (h, h), (h, hidden)]
-        first, second, third = (nn.Linear(*size, device=device) for size in sizes)
-        self.mlp_head = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+        if config.encoder_reparameterization_type == "LSTM":
+            layers, p = config.encoder_num_layers, config.encoder_dropout
+            self.lstm_head = nn.LSTM(hidden, h, layers, dropout=p, bidirectional=True, batch_first=True, device=device)
+            sizes = [(2 * h, 2 * h), (2 * h, hidden)]
+        linears = [nn.Linear(*size, device=device) for size in sizes]
+        self.mlp_head = nn.Sequential(linears[0], *(m for linear in linears[1:] for m in (nn.ReLU(), linear)))
 
     def forward(self) -> Tensor:
         """Return `(n, hidden)`."""
-        return self.mlp_head(self.embedding.weight)
-
-
-class LstmEncoder(nn.Module):
-    """`n` embeddings through a bidirectional LSTM and two linear layers."""
-
-    def __init__(self, n: int, hidden: int, h: int, device: torch.device, *, layers: int, dropout: float) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(n, hidden, device=device)
-        self.lstm_head = nn.LSTM(
-            hidden, h, layers, dropout=dropout, bidirectional=True, batch_first=True, device=device
-        )
-        first, second = nn.Linear(2 * h, 2 * h, device=device), nn.Linear(2 * h, hidden, device=device)
-        self.mlp_head = nn.Sequential(first, nn.ReLU(), second)
-
-    def forward(self) -> Tensor:
-        """Return `(n, hidden)`."""
-        return self.mlp_head(self.lstm_head(self.embedding.weight[None])[0])[0]
+        x = self.embedding.weight
+        return self.mlp_head(x if self.lstm_head is None else self.lstm_head(x[None])[0][0])

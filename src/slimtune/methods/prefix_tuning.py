@@ -20,33 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from ..adapters import prompt
 from ..adapters.architectures import text_config
 from ..adapters.base import AdapterModule, Site, SiteKind
-from ..adapters.config_fields import setting
-from ..adapters.prompt import (
-    AttentionModule,
-    LearnedEmbeddings,
-    PositionShift,
-    PromptLearningConfig,
-    disable_adapter_for_inference,
-    find_backbone_name,
-    tokenize_text,
-)
+from ..adapters.config import setting
 from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules
 from ..errors import ConfigError, UsageError
 
 
 @dataclass
-class PrefixTuningConfig(PromptLearningConfig):
+class PrefixTuningConfig(prompt.PromptLearningConfig):
     """Prefix tuning: learned keys and values in every layer; PEFT's field names and defaults, and a start from text."""
 
-    name: ClassVar[str] = "prefix_tuning"
-    kinds: ClassVar[tuple[SiteKind, ...]] = ("model", "attention")
-    extension_fields: ClassVar[frozenset[str]] = frozenset(
-        ["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"]
-    )
-    learning_rate: ClassVar[float] = 1e-2
-    recipe_defaults: ClassVar[dict[str, Any]] = {
+    name: ClassVar = "prefix_tuning"
+    kinds: ClassVar = ("model", "attention")
+    extension_fields: ClassVar = frozenset(["prefix_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"])
+    learning_rate: ClassVar = 1e-2
+    recipe_defaults: ClassVar = {
         "num_virtual_tokens": 20,
         "init_weights": lambda given: (
             None if given.get("prefix_projection") or given.get("prefix_tuning_init_text") else "vocab"
@@ -69,22 +59,14 @@ class PrefixTuningConfig(PromptLearningConfig):
     tokenizer_kwargs: dict | None = setting(None, "arguments for loading the tokenizer; trust_remote_code is refused")
 
     def check(self) -> None:
-        """Check that at most one start is chosen, and that a text comes with its tokenizer."""
         super().check()
-        self.require(
-            not (self.init_weights == "vocab" and self.prefix_projection),
-            "init_weights",
-            "None or 'zero' with prefix_projection",
-        )
+        vocab_fits = self.init_weights != "vocab" or not self.prefix_projection
+        self.require(vocab_fits, "init_weights", "None or 'zero' with prefix_projection")
         if self.prefix_tuning_init_text is not None:
-            self.require(
-                not self.prefix_projection and self.init_weights is None,
-                "prefix_tuning_init_text",
-                "None with prefix_projection or init_weights",
-            )
-            self.require(
-                bool(self.tokenizer_name_or_path), "tokenizer_name_or_path", "a tokenizer, for prefix_tuning_init_text"
-            )
+            alone = not self.prefix_projection and self.init_weights is None
+            self.require(alone, "prefix_tuning_init_text", "None with prefix_projection or init_weights")
+            expected = "a tokenizer, for prefix_tuning_init_text"
+            self.require(bool(self.tokenizer_name_or_path), "tokenizer_name_or_path", expected)
         options = self.tokenizer_kwargs or {}
         self.require("trust_remote_code" not in options, "tokenizer_kwargs", "no trust_remote_code: it runs any code")
 
@@ -101,68 +83,56 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
         """Return the backbone, where the prefix is stored, and every attention module."""
-        return {find_backbone_name(model): "model", **dict.fromkeys(find_attention_modules(model), "attention")}
+        return {prompt.find_backbone_name(model): "model", **dict.fromkeys(find_attention_modules(model), "attention")}
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the prefix at the backbone, and each layer's part of it."""
-        assert self.token_dim is not None
-        assert self.num_attention_heads is not None
         layers = len(sites) - 1
         self.require(self.num_layers == layers, "num_layers", f"{layers}, as the model")
-        shape = layers, self.num_attention_heads, self.token_dim // self.num_attention_heads
-        prefix = StoredPrefix(sites[0], self._initial_prefix(sites[0], layers), shape)
-        return [prefix, *(LayerPrefix(prefix, layer) for layer in range(layers))]
+        stored = StoredPrefix(sites[0], self._make_start(sites[0]), self)
+        return [stored, *(LayerPrefix(stored, layer) for layer in range(layers))]
 
-    def _initial_prefix(self, site: Site, layers: int) -> Tensor | nn.Module:
-        n, dim, h = self.num_virtual_tokens, self.token_dim, self.encoder_hidden_size
-        assert n is not None
-        assert dim is not None
-        assert h is not None
-        width = layers * 2 * dim
-        if self.prefix_projection:
-            return PrefixProjection(n, dim, h, width, self.init_weights, site.init_device)
+    def _make_start(self, site: Site) -> Tensor | nn.Module:
+        n: Any = self.num_virtual_tokens
         ids = None
-        if not site.loading and site.device.type != "meta":
-            if self.prefix_tuning_init_text is not None:
-                assert self.tokenizer_name_or_path is not None
-                ids = tokenize_text(self.prefix_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
-            elif self.init_weights == "vocab":
-                ids = torch.randint(site.config.vocab_size, (n,)).tolist()
+        if self.prefix_projection:
+            return PrefixProjection(self, site.init_device)
+        if self.prefix_tuning_init_text is not None and not site.loading:
+            settings: Any = (self.prefix_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
+            ids = prompt.tokenize_text(*settings)
+        elif self.init_weights == "vocab" and not site.loading:
+            ids = torch.randint(site.config.vocab_size, (n,)).tolist()
         if ids is not None:
             return prefix_from_cache(compute_kv_cache(site.model, torch.tensor([ids[:n]])), n)
-        random = nn.Embedding(n, width, device=site.init_device).weight
+        random = nn.Embedding(n, self.num_layers * 2 * self.token_dim, device=site.init_device).weight  # type: ignore[operator]
         return torch.zeros_like(random) if self.init_weights == "zero" else random
 
 
-class StoredPrefix(LearnedEmbeddings, PositionShift):
+class StoredPrefix(prompt.LearnedEmbeddings, prompt.PositionShift):
     """The keys and values of all layers, stored at the backbone; the tokens' own positions start after them."""
 
-    def __init__(self, site: Site, start: Tensor | nn.Module, shape: tuple[int, int, int]) -> None:
+    def __init__(self, site: Site, start: Tensor | nn.Module, config: Any) -> None:
         super().__init__(site, start)
-        self.shape = shape
-        """Layers, key-value heads, head size."""
+        self.heads, self.layer_width = config.num_attention_heads, 2 * config.token_dim
 
     @property
     def n(self) -> int:
-        """The number of positions that the prefix takes."""
         encoder: Any = self.prompt_encoder
         return len(self.prompt_embeddings if encoder is None else encoder.embedding.weight)
 
-    def layer_prefix(self, layer: int) -> AttentionPrefix:
+    def get_layer_prefix(self, layer: int) -> AttentionPrefix:
         """Return the keys and values of one layer.
 
         Each call builds a graph of its own, so that activation checkpointing can run a layer again.
         """
-        _, heads, size = self.shape
-        width = 2 * heads * size
-        columns = slice(layer * width, (layer + 1) * width)
+        columns = slice(layer * self.layer_width, (layer + 1) * self.layer_width)
         encoder: Any = self.prompt_encoder
         part = self.prompt_embeddings[:, columns] if encoder is None else encoder(columns)
-        keys, values = part.view(-1, 2, heads, size).permute(1, 2, 0, 3)
+        keys, values = part.view(len(part), 2, self.heads, -1).permute(1, 2, 0, 3)
         return AttentionPrefix(keys, values)
 
 
-class LayerPrefix(AttentionModule):
+class LayerPrefix(prompt.AttentionModule):
     """A layer's part of the prefix."""
 
     def __init__(self, stored: StoredPrefix, layer: int) -> None:
@@ -170,32 +140,29 @@ class LayerPrefix(AttentionModule):
         self.held, self.layer = (stored,), layer
 
     def compute_prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
-        """Return this layer's keys and values."""
-        return self.held[0].layer_prefix(self.layer)
+        return self.held[0].get_layer_prefix(self.layer)
 
 
 class PrefixProjection(nn.Module):
-    """`n` embeddings through a linear layer, tanh and another one, created in PEFT's order.
+    """`n` embeddings through a linear layer, tanh and another one.
 
-    In that order one seed gives the same adapter in both libraries.
+    They are created in PEFT's order, so that one seed gives the same adapter in both libraries.
     """
 
-    def __init__(self, n: int, dim: int, h: int, width: int, init: str | None, device: torch.device) -> None:
+    def __init__(self, config: Any, device: torch.device) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(n, dim, device=device)
-        first, last = nn.Linear(dim, h, device=device), nn.Linear(h, width, device=device)
+        dim, h = config.token_dim, config.encoder_hidden_size
+        self.embedding = nn.Embedding(config.num_virtual_tokens, dim, device=device)
+        first, last = nn.Linear(dim, h, device=device), nn.Linear(h, config.num_layers * 2 * dim, device=device)
         self.transform = nn.Sequential(first, nn.Tanh(), last)
-        if init == "zero":
+        if config.init_weights == "zero":
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
     def forward(self, columns: slice = slice(None)) -> Tensor:
-        """Return `(n, width)`, or some of its columns."""
+        """Return `(n, layers · 2 · kv heads · head size)`, or some of its columns."""
         last: Any = self.transform[2]
         return F.linear(self.transform[:2](self.embedding.weight), last.weight[columns], last.bias[columns])
-
-
-# --- a start from a text or a cache -----------------------------------------------------------------------------------
 
 
 def initialize_kv_prefix_from_text(
@@ -237,24 +204,15 @@ def initialize_kv_prefix_from_text(
 def initialize_kv_prefix_from_past_key_values(
     model: Any, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
 ) -> Tensor:
-    """Start a prefix as the first keys and values of a cache of one row; PEFT's name and arguments.
+    """Start a prefix as the first keys and values of a cache of one row, and return it; PEFT's name and arguments.
 
-    Args:
-        model: a model with a prefix-tuning adapter.
-        adapter_name: None: the active adapter.
-        past_key_values: a transformers cache, or keys and values `(1, kv heads, length, head size)` by layer.
-        num_virtual_tokens: None: the adapter's own.
-
-    Returns:
-        The new prefix, `(n, layers · 2 · kv heads · head size)`.
+    `past_key_values` is a transformers cache, or keys and values `(1, kv heads, length, head size)` by layer.
     """
     stored = _find_stored_prefix(model, adapter_name)
     start = prefix_from_cache(past_key_values, num_virtual_tokens or stored.n)
-    if start.shape != stored.prompt_embeddings.shape:
-        raise UsageError(
-            f"the cache gives a prefix of {tuple(start.shape)}",
-            f"{tuple(stored.prompt_embeddings.shape)}, as the adapter",
-        )
+    have, expected = tuple(start.shape), tuple(stored.prompt_embeddings.shape)
+    if have != expected:
+        raise UsageError(f"the cache gives a prefix of {have}", f"{expected}, as the adapter")
     with torch.no_grad():
         stored.prompt_embeddings.copy_(start)
     return start
@@ -271,7 +229,7 @@ def _find_stored_prefix(model: Any, adapter: str | None) -> Any:
 def compute_kv_cache(model: Any, ids: Tensor) -> DynamicCache:
     """Return the cache after the frozen model has read `ids (1, length)`, complete also with sliding windows."""
     cache = DynamicCache()
-    with disable_adapter_for_inference(model):
+    with prompt.disable_adapter_for_inference(model):
         # transformers 5.2x calls the argument cache, earlier versions past_key_values.
         name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         model(input_ids=ids.to(model.device), use_cache=True, **{name: cache})

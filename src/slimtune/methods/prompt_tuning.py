@@ -9,8 +9,6 @@ Paper: https://arxiv.org/abs/2104.08691. File format: PEFT's one tensor `prompt_
 the logits have no positions for the virtual tokens.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,15 +17,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import Site
-from ..adapters.config_fields import setting
-from ..adapters.prompt import (
-    LearnedEmbeddings,
-    PromptLearningConfig,
-    PromptModule,
-    disable_adapter_for_inference,
-    tokenize_text,
-)
+from ..adapters import prompt
+from ..adapters.base import AdapterModule, Site
+from ..adapters.config import setting
 
 
 class PromptTuningInit(StrEnum):
@@ -39,13 +31,13 @@ class PromptTuningInit(StrEnum):
 
 
 @dataclass
-class PromptTuningConfig(PromptLearningConfig):
+class PromptTuningConfig(prompt.PromptLearningConfig):
     """Prompt tuning: learned embeddings in front of the sequence; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "prompt_tuning"
-    learning_rate: ClassVar[float] = 3e-2
-    recipe_defaults: ClassVar[dict[str, Any]] = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
-    short_names: ClassVar[dict[str, str]] = {"tokens": "num_virtual_tokens", "init": "prompt_tuning_init"}
+    name: ClassVar = "prompt_tuning"
+    learning_rate: ClassVar = 3e-2
+    recipe_defaults: ClassVar = {"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    short_names: ClassVar = {"tokens": "num_virtual_tokens", "init": "prompt_tuning_init"}
 
     prompt_tuning_init: PromptTuningInit | Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = setting(
         "RANDOM",
@@ -59,51 +51,36 @@ class PromptTuningConfig(PromptLearningConfig):
     )
 
     def check(self) -> None:
-        """Check that a start from text has its text and tokenizer, and other starts have no tokenizer settings."""
         super().check()
         self.prompt_tuning_init = str(self.prompt_tuning_init)  # type: ignore[assignment]
-        from_text = self.prompt_tuning_init == "TEXT"
-        if from_text:
-            self.require(
-                bool(self.prompt_tuning_init_text), "prompt_tuning_init_text", "a text, for prompt_tuning_init='TEXT'"
-            )
-            self.require(
-                bool(self.tokenizer_name_or_path),
-                "tokenizer_name_or_path",
-                "a tokenizer, for prompt_tuning_init='TEXT'",
-            )
+        if self.prompt_tuning_init == "TEXT":
+            for name, what in (("prompt_tuning_init_text", "text"), ("tokenizer_name_or_path", "tokenizer")):
+                self.require(bool(getattr(self, name)), name, f"a {what}, for prompt_tuning_init='TEXT'")
         options = self.tokenizer_kwargs or {}
-        self.require(not options or from_text, "tokenizer_kwargs", "None unless prompt_tuning_init='TEXT'")
+        allowed = not options or self.prompt_tuning_init == "TEXT"
+        self.require(allowed, "tokenizer_kwargs", "None unless prompt_tuning_init='TEXT'")
         self.require("trust_remote_code" not in options, "tokenizer_kwargs", "no trust_remote_code: it runs any code")
 
-    def build(self, site: Site) -> SoftPrompt:
-        """Return the learned embeddings at the backbone."""
+    def build(self, site: Site) -> AdapterModule:
         self.require(self.token_dim == site.in_features, "token_dim", f"{site.in_features}, as the model's embeddings")
-        return SoftPrompt(site, self._initial_embeddings(site))
-
-    def _initial_embeddings(self, site: Site) -> Tensor:
-        n = self.num_virtual_tokens
-        assert n is not None
+        n: Any = self.num_virtual_tokens
         # PEFT draws them for every start: one seed gives the same adapter in both libraries.
         random = nn.Embedding(n, site.in_features, device=site.init_device).weight
-        if self.prompt_tuning_init == "RANDOM" or site.loading or site.device.type == "meta":
-            return random
+        if self.prompt_tuning_init == "RANDOM" or site.loading:
+            return SoftPrompt(site, random)
         table: Any = site.model.get_input_embeddings()  # type: ignore[operator]
         if self.prompt_tuning_init == "SAMPLE_VOCAB":
             ids = torch.randint(0, table.num_embeddings, (n,))
         else:
-            assert self.prompt_tuning_init_text is not None
-            assert self.tokenizer_name_or_path is not None
-            text = tokenize_text(self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
+            settings: Any = (self.prompt_tuning_init_text, self.tokenizer_name_or_path, self.tokenizer_kwargs)
+            text = prompt.tokenize_text(*settings)
             ids = torch.tensor((text * math.ceil(n / len(text)))[:n])
-        with disable_adapter_for_inference(site.model):
-            embeddings: Tensor = table(ids.to(table.weight.device))
-        return embeddings
+        with prompt.disable_adapter_for_inference(site.model):
+            return SoftPrompt(site, table(ids.to(table.weight.device)))
 
 
-class SoftPrompt(LearnedEmbeddings, PromptModule):
-    """Learned embeddings in front of the sequence."""
+class SoftPrompt(prompt.LearnedEmbeddings, prompt.PromptModule):
+    """Learned embeddings, or those that a small network computes, in front of the sequence."""
 
     def virtual_embeddings(self) -> Tensor:
-        """Return the virtual tokens `(n, hidden)`."""
         return self.get_embeddings()

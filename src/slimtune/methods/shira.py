@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ..adapters.architectures import DEFAULT_TARGETS
 from ..adapters.base import AdapterModule, Site
-from ..adapters.config import TargetedConfig
-from ..adapters.config_fields import setting
+from ..adapters.config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ..errors import AdapterError, ConfigError
 
 
@@ -25,12 +24,12 @@ from ..errors import AdapterError, ConfigError
 class ShiraConfig(TargetedConfig):
     """SHiRA: trained entries of a weight; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "shira"
-    learning_rate: ClassVar[float] = 1e-3
-    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
-    extension_fields: ClassVar[frozenset[str]] = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
-    short_names: ClassVar[dict[str, str]] = {"rank": "r", "seed": "random_seed", "targets": "target_modules"}
-    recipe_defaults: ClassVar[dict[str, Any]] = {"r": 16, "target_modules": "all-linear"}
+    name: ClassVar = "shira"
+    learning_rate: ClassVar = 1e-3
+    architecture_targets: ClassVar = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
+    extension_fields: ClassVar = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])
+    short_names: ClassVar = {"rank": "r", "seed": "random_seed", "targets": "target_modules"}
+    recipe_defaults: ClassVar = {"r": 16, "target_modules": "all-linear"}
     mask_fn: ClassVar[Callable[..., Tensor] | None] = None
     """`f(layer, r)` returns a mask `(out, in)` of the trained entries; set on a config, as in PEFT, and not saved."""
 
@@ -39,62 +38,58 @@ class ShiraConfig(TargetedConfig):
         "random", 'how entries are chosen: "random", or any other name where config.mask_fn chooses them'
     )
     random_seed: int | None = setting(None, "seed of the random positions; None: torch's default, the same each time")
-    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
+    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     init_weights: bool = setting(True, "start at zero; False: normal random entries, for tests")
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the sparse update at `site`."""
-        entries, size = self.r * (site.in_features + site.out_features), site.in_features * site.out_features
-        if entries > size:
-            raise ConfigError(
-                f"r={self.r} is {entries:,} entries for {site.name}, which has {size:,}",
-                f"r up to {size // (site.in_features + site.out_features)} there",
-            )
-        return SparseUpdate(site, self._choose_entries(site, entries), self.init_weights)
+        inputs, outputs = site.in_features, site.out_features
+        n, size = self.r * (inputs + outputs), inputs * outputs
+        if n > size:
+            message = f"r={self.r} is {n:,} entries for {site.name}, which has {size:,}"
+            raise ConfigError(message, f"r up to {size // (inputs + outputs)} there")
+        indices = torch.zeros(2, n, dtype=torch.int32, device=site.init_device)
+        return SparseUpdate(site, indices if site.loading else self._choose_entries(site, n), self.init_weights)
 
     def _choose_entries(self, site: Site, n: int) -> Tensor:
         """Return the rows and columns of the entries as int32 `(2, n)`, in row-major order."""
-        if site.loading or site.device.type == "meta":
-            return torch.zeros(2, n, dtype=torch.int32, device=site.init_device)
+        shape = (site.out_features, site.in_features)
         if self.mask_fn is not None:
             mask = self.mask_fn(site.module, self.r)
-            shape, ones = tuple(mask.shape), int((mask == 1).sum())
-            if shape != (site.out_features, site.in_features) or ones != n:
+            ones = int((mask == 1).sum())
+            if tuple(mask.shape) != shape or ones != n:
                 raise ConfigError(
-                    f"mask_fn returned a mask {shape} with {ones:,} ones for {site.name}",
-                    f"({site.out_features}, {site.in_features}) with r · (in + out) = {n:,} ones",
+                    f"mask_fn returned a mask {tuple(mask.shape)} with {ones:,} ones for {site.name}",
+                    f"{shape} with r · (in + out) = {n:,} ones",
                 )
             return torch.stack(torch.where(mask == 1)).to(torch.int32)
         if self.mask_type != "random":
-            raise ConfigError(
-                f"mask_type is {self.mask_type!r}, and mask_fn is not set",
-                "'random', or a mask_fn",
-                "config.mask_fn = f, where f(layer, r) returns the mask",
-            )
+            message = f"mask_type is {self.mask_type!r}, and mask_fn is not set"
+            hint = "config.mask_fn = f, where f(layer, r) returns the mask"
+            raise ConfigError(message, "'random', or a mask_fn", hint)
         generator = torch.Generator()
         if self.random_seed is not None:
             generator.manual_seed(self.random_seed)
-        flat = torch.randperm(site.in_features * site.out_features, generator=generator)[:n].sort().values
-        return torch.stack([flat // site.in_features, flat % site.in_features]).to(torch.int32)
+        flat = torch.randperm(shape[0] * shape[1], generator=generator)[:n].sort().values
+        return torch.stack([flat // shape[1], flat % shape[1]]).to(torch.int32)
 
 
 class SparseUpdate(AdapterModule):
     """`y + S x`."""
+
+    shira_indices: Tensor
 
     def __init__(self, site: Site, indices: Tensor, zero: bool) -> None:
         super().__init__()
         self.sizes = site.out_features, site.in_features
         values = (torch.zeros if zero else torch.randn)(indices.shape[1], device=site.init_device)
         self.shira_weight = nn.Parameter(values.to(site.device, site.dtype))
-        self.shira_indices: Tensor
         self.register_buffer("shira_indices", indices.to(site.device))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `x (..., in)`, `y (..., out)` to `(..., out)`; computes in y's dtype, which autocast chooses."""
+        # In y's dtype, which autocast chooses.
         return y + _SparseLinear.apply(x.to(y.dtype), self.shira_weight.to(y.dtype), self.shira_indices, self.sizes)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + S` and the unchanged bias."""
         rows, columns = self.shira_indices.long()
         return weight.index_put((rows, columns), self.shira_weight.to(weight.dtype), accumulate=True), bias
 
@@ -104,9 +99,8 @@ class SparseUpdate(AdapterModule):
         if indices is None or indices.shape != self.shira_indices.shape:
             return
         rows, columns = indices.long()
-        flat = rows * self.sizes[1] + columns
         inside = ((rows >= 0) & (rows < self.sizes[0]) & (columns >= 0) & (columns < self.sizes[1])).all()
-        if not inside or not (flat.diff() > 0).all():
+        if not inside or not ((rows * self.sizes[1] + columns).diff() > 0).all():
             raise AdapterError(
                 f"{site.name}: shira_indices are not distinct entries of a matrix {self.sizes} in row-major order",
                 "the indices as they were saved",

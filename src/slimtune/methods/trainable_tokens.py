@@ -10,8 +10,6 @@ File format: PEFT's `trainable_tokens_delta`, which holds V itself, not a differ
 uses the modules of this file. https://huggingface.co/docs/peft/package_reference/trainable_tokens
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -21,24 +19,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
-from ..adapters.config import TargetedConfig
-from ..adapters.config_fields import setting
+from ..adapters.config import TargetedConfig, setting
 from ..adapters.targets import matches_name
 from ..errors import TargetError, nearest
 from ..utils.linear_layers import get_weight, layer_kind
+
+
+class TrainedRows(NamedTuple):
+    """The trained rows of one embedding or linear layer."""
+
+    kind: SiteKind
+    ids: list[int]
+    owner: str | None
+    """Name of the module it is tied to, whose rows it shares; None: it has its own."""
 
 
 @dataclass
 class TrainableTokensConfig(TargetedConfig):
     """Trainable tokens: chosen rows of the embedding; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "trainable_tokens"
-    learning_rate: ClassVar[float] = 1e-2
-    extension_fields: ClassVar[frozenset[str]] = frozenset(
+    name: ClassVar = "trainable_tokens"
+    learning_rate: ClassVar = 1e-2
+    extension_fields: ClassVar = frozenset(
         ["exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"]
     )
-    kinds: ClassVar[tuple[SiteKind, ...]] = ("embedding", "linear")
-    short_names: ClassVar[dict[str, str]] = {"tokens": "token_indices", "targets": "target_modules"}
+    kinds: ClassVar = ("embedding", "linear")
+    short_names: ClassVar = {"tokens": "token_indices", "targets": "target_modules"}
 
     target_modules: list[str] | str | None = setting(
         None, "names or a regular expression of the embeddings; None: the model's input embedding"
@@ -49,7 +55,6 @@ class TrainableTokensConfig(TargetedConfig):
     init_weights: bool = setting(True, "start as the base's rows; False: random, for tests")
 
     def check(self) -> None:
-        """Check that tokens are given, each once."""
         super().check()
         self.require(are_token_ids(self.token_indices), "token_indices", "a list of token ids, each once")
 
@@ -60,95 +65,25 @@ class TrainableTokensConfig(TargetedConfig):
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         """Return the modules that are tied to the targets."""
-        return {n: rows.kind for n, rows in self._trained_rows(model).items() if not self._is_target(n)}
+        return {n: rows.kind for n, rows in self._find_trained_rows(model).items() if not self._is_target(n)}
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        """Return the adapter modules; tied ones share their rows."""
-        trained = self._trained_rows(sites[0].model) if sites else {}
-        built: dict[str, AdapterModule] = {}
-        for site in sorted(sites, key=lambda s: trained[s.name].owner is not None):
-            built[site.name] = build_token_module(site, trained[site.name], built, self.init_weights)
+        trained = self._find_trained_rows(sites[0].model) if sites else {}
+        built = build_token_modules(sites, trained, save_shared=True, start_as_base=self.init_weights)
         return [built[site.name] for site in sites]
 
     def _is_target(self, name: str) -> bool:
         excluded = self.exclude_modules and matches_name(self.exclude_modules, name)
         return bool(self.target_modules and matches_name(self.target_modules, name) and not excluded)
 
-    def _trained_rows(self, model: nn.Module) -> dict[str, TrainedRows]:
+    def _find_trained_rows(self, model: nn.Module) -> dict[str, TrainedRows]:
         tokens = {n: self.token_indices for n, m in model.named_modules() if layer_kind(m) and self._is_target(n)}
-        return find_trained_rows(model, tokens, self.modules_to_save or (), save_shared=True)
+        return find_trained_rows(model, tokens, self.modules_to_save or ())
 
 
-# --- which modules have trained rows ----------------------------------------------------------------------------------
-
-
-class TrainedRows(NamedTuple):
-    """The trained rows of one module.
-
-    Args:
-        kind: "embedding" or "linear".
-        ids: the numbers of the rows.
-        owner: name of the module it is tied to, whose rows it shares; None: it has its own.
-        save_shared: whether a file also stores shared rows under this module's name (PEFT's method does, its LoRA does
-            not).
-    """
-
-    kind: SiteKind
-    ids: list[int]
-    owner: str | None
-    save_shared: bool
-
-
-def find_trained_rows(
-    model: nn.Module,
-    tokens: list[int] | Mapping[str, list[int]],
-    modules_to_save: Collection[str],
-    *,
-    save_shared: bool,
-) -> dict[str, TrainedRows]:
-    """Return the modules whose rows train, by full name; owners come before the modules tied to them.
-
-    Args:
-        model: the model.
-        tokens: ids of tokens in the input embedding, or such lists by the name, or ending, of an embedding.
-        modules_to_save: names of the modules trained in full, which cannot have trained rows too.
-        save_shared: see `TrainedRows`.
-
-    Raises:
-        TargetError: a name matches nothing or is in modules_to_save, or an id is outside the embedding.
-    """
-    if not isinstance(tokens, Mapping):
-        tokens = {find_input_embedding(model): tokens}
-    modules: dict[str, Any] = {n: m for n, m in model.named_modules() if layer_kind(m) in ("embedding", "linear")}
-    chosen: dict[str, list[int]] = {}
-    for key, ids in tokens.items():
-        names = [n for n in modules if matches_name([key], n)]
-        if not names:
-            raise TargetError(
-                f"trainable_token_indices: {key!r} matches no embedding{nearest(key, modules)}",
-                "the name of an embedding",
-                "for the input embedding give a plain list of ids",
-            )
-        chosen |= dict.fromkeys(names, ids)
-    for name, ids in chosen.items():
-        if any(name.endswith(w) for w in modules_to_save):
-            raise TargetError(
-                f"{name} is in modules_to_save and also has trainable tokens", "one of the two", "take it out of one"
-            )
-        size = get_weight(modules[name]).shape[1 if layer_kind(modules[name]) == "embedding" else 0]
-        if max(ids) >= size:
-            raise TargetError(f"trainable tokens: {name} has no row {max(ids)}", f"ids below {size}")
-    owners: dict[int, str] = {}
-    for name in sorted(chosen, key=lambda n: layer_kind(modules[n]) != "embedding"):
-        owners.setdefault(id(modules[name]._parameters["weight"]), name)
-    trained = {}
-    for name, module in modules.items():
-        owner = owners.get(id(module._parameters["weight"]))
-        ids = chosen.get(name) or (chosen[owner] if owner else [])
-        tied = owner is not None and owner != name and ids == chosen[owner]
-        if ids:
-            trained[name] = TrainedRows(layer_kind(module), ids, owner if tied else None, save_shared)  # type: ignore[arg-type]
-    return dict(sorted(trained.items(), key=lambda item: item[1].owner is not None))
+def are_token_ids(ids: list[int]) -> bool:
+    """Return whether `ids` contains token ids, each once."""
+    return bool(ids) and min(ids) >= 0 and len(set(ids)) == len(ids)
 
 
 def find_input_embedding(model: Any) -> str:
@@ -157,84 +92,116 @@ def find_input_embedding(model: Any) -> str:
     return next((n for n, m in model.named_modules() if m is embedding), "embed_tokens")
 
 
-def are_token_ids(ids: Any) -> bool:
-    """Return whether `ids` is a list of token ids, each once."""
-    valid = isinstance(ids, list) and bool(ids) and len(set(ids)) == len(ids)
-    return valid and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+def find_trained_rows(
+    model: nn.Module, tokens: list[int] | Mapping[str, list[int]], modules_to_save: Collection[str]
+) -> dict[str, TrainedRows]:
+    """Return the modules whose rows train, by full name; owners come before the modules tied to them.
+
+    Args:
+        model: the model.
+        tokens: ids of tokens in the input embedding, or such lists by the name, or ending, of an embedding.
+        modules_to_save: names of the modules trained in full, which cannot have trained rows too.
+    """
+    if not isinstance(tokens, Mapping):
+        tokens = {find_input_embedding(model): tokens}
+    modules: dict[str, Any] = {n: m for n, m in model.named_modules() if layer_kind(m) in ("embedding", "linear")}
+    chosen: dict[str, list[int]] = {}
+    for key, ids in tokens.items():
+        names = [n for n in modules if matches_name([key], n)]
+        if not names:
+            message = f"trainable_token_indices: {key!r} matches no embedding{nearest(key, modules)}"
+            raise TargetError(message, "the name of an embedding", "for the input embedding give a plain list of ids")
+        chosen |= dict.fromkeys(names, ids)
+    owners: dict[int, str] = {}
+    for name in sorted(chosen, key=lambda n: layer_kind(modules[n]) != "embedding"):
+        if name.endswith(tuple(modules_to_save)):
+            raise TargetError(f"{name} is in modules_to_save and also has trainable tokens", "one of the two")
+        size = get_weight(modules[name]).shape[1 if layer_kind(modules[name]) == "embedding" else 0]
+        if max(chosen[name]) >= size:
+            raise TargetError(f"trainable tokens: {name} has no row {max(chosen[name])}", f"ids below {size}")
+        owners.setdefault(id(modules[name]._parameters["weight"]), name)
+    own, shared = {}, {}
+    for name, module in modules.items():
+        kind: Any = layer_kind(module)
+        owner = owners.get(id(module._parameters["weight"]))
+        if owner is not None and owner != name and chosen.get(name, chosen[owner]) == chosen[owner]:
+            shared[name] = TrainedRows(kind, chosen[owner], owner)
+        elif name in chosen:
+            own[name] = TrainedRows(kind, chosen[name], None)
+    return own | shared
 
 
-# --- what trains there ------------------------------------------------------------------------------------------------
+def build_token_modules(
+    sites: Sequence[Site], trained: Mapping[str, TrainedRows], save_shared: bool = False, start_as_base: bool = True
+) -> dict[str, AdapterModule]:
+    """Return the adapter modules of these sites by name; tied ones share their rows.
 
-
-def build_token_module(
-    site: Site, rows: TrainedRows, built: Mapping[str, AdapterModule], start_as_base: bool = True
-) -> AdapterModule:
-    """Return the adapter module of one site; `built` holds those of the owners, by name."""
-    owner: Any = None if rows.owner is None else built[rows.owner]
-    return (TokenEmbedding if site.kind == "embedding" else TokenHead)(site, rows, start_as_base, owner)
+    `save_shared`: files store shared rows under each module's name; PEFT's trainable tokens do, its LoRA does not.
+    """
+    built: dict[str, AdapterModule] = {}
+    for site in sorted(sites, key=lambda s: trained[s.name].owner is not None):
+        cls, owner = TokenEmbedding if site.kind == "embedding" else TokenHead, trained[site.name].owner
+        held = () if owner is None else (built[owner],)
+        built[site.name] = cls(site, trained[site.name].ids, held, save_shared, start_as_base)
+    return built
 
 
 class _TokenRows(AdapterModule):
-    """Holds the rows `V (k, d)` and their ids, unless `owner` holds them."""
+    """Has the rows `V (k, d)` and their ids, unless it shares those of another module, its owner."""
 
-    def __init__(self, site: Site, rows: TrainedRows, start_as_base: bool, owner: _TokenRows | None = None) -> None:
+    def __init__(self, site: Site, token_ids: list[int], held: tuple, save_shared: bool, start_as_base: bool) -> None:
         super().__init__()
-        # In a tuple, so that the owner's parameter is not registered here too.
-        self.held, self.save_shared = () if owner is None else (owner,), rows.save_shared
-        if owner is not None:
+        # The owner is in a tuple, so that its parameter is not registered here too.
+        self.held, self.save_shared = held, save_shared
+        if held:
             self.optional = frozenset({"trainable_tokens_delta"})  # type: ignore[misc]
             return
-        ids = torch.tensor(rows.ids, device=site.device)
         weight = get_weight(site.module).detach()
-        if site.kind == "embedding":
-            weight = weight.t()
+        weight = weight.t() if site.kind == "embedding" else weight
+        ids = torch.tensor(token_ids, device=site.device)
         if start_as_base:
             values = weight[ids].to(site.dtype)
         else:
             values = torch.randn(len(ids), weight.shape[1], dtype=weight.dtype, device=site.init_device)
         self.trainable_tokens_delta = nn.Parameter(values.to(site.device, site.dtype, copy=True))
-        order = torch.tensor(sorted(range(len(ids)), key=rows.ids.__getitem__), device=site.device)
-        self.register_buffer("ids", ids, persistent=False)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("sorted_ids", ids[order], persistent=False)
+        sorted_ids, order = ids.sort()
+        for name, tensor in (("ids", ids), ("order", order), ("sorted_ids", sorted_ids)):
+            self.register_buffer(name, tensor, persistent=False)
 
-    def rows_and_owner(self) -> tuple[Tensor, Any]:
-        """Return V and the module that holds it."""
-        return self.held[0].rows_and_owner() if self.held else (self.trainable_tokens_delta, self)
+    @property
+    def owner(self) -> Any:
+        """The module that has the rows."""
+        return self.held[0] if self.held else self
 
     def tensors(self) -> dict[str, Tensor]:
         """Return V; where it is shared nothing, or a copy if files store it twice (loading ignores the copy)."""
         if not self.held:
             return super().tensors()
-        return {"trainable_tokens_delta": self.rows_and_owner()[0].detach().clone()} if self.save_shared else {}
+        return (
+            {"trainable_tokens_delta": self.owner.trainable_tokens_delta.detach().clone()} if self.save_shared else {}
+        )
 
 
 class TokenEmbedding(_TokenRows):
-    """Trained rows of an embedding."""
+    """Trained rows of an embedding: maps token ids `x (...)` and the frozen rows `y (..., d)` to `(..., d)`."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map token ids `x (...)` and the frozen rows `y (..., d)` to `(..., d)`."""
-        V, owner = self.rows_and_owner()
+        owner = self.owner
         index = torch.searchsorted(owner.sorted_ids, x).clamp(max=len(owner.sorted_ids) - 1)
-        trained = F.embedding(owner.order[index], V).to(y.dtype)
+        trained = F.embedding(owner.order[index], owner.trainable_tokens_delta).to(y.dtype)
         return torch.where((owner.sorted_ids[index] == x)[..., None], trained, y)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W (d, rows)` with its chosen columns replaced."""
-        V, owner = self.rows_and_owner()
-        return weight.index_copy(1, owner.ids, V.to(weight.dtype).t()), bias
+        return weight.index_copy(1, self.owner.ids, self.owner.trainable_tokens_delta.to(weight.dtype).t()), bias
 
 
 class TokenHead(_TokenRows):
-    """Trained rows of a linear layer."""
+    """Trained rows of a linear layer: maps `x (..., d)` to logits `(..., rows)`."""
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        """Map `x (..., d)` to logits `(..., rows)`."""
-        V, owner = self.rows_and_owner()
-        change = V - base.weight().detach()[owner.ids].to(V.dtype)
-        return base(x).index_add(-1, owner.ids, F.linear(x, change.to(x.dtype)))
+        V, ids = self.owner.trainable_tokens_delta, self.owner.ids
+        change = V - base.weight().detach()[ids].to(V.dtype)
+        return base(x).index_add(-1, ids, F.linear(x, change.to(x.dtype)))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W (rows, d)` with its chosen rows replaced."""
-        V, owner = self.rows_and_owner()
-        return weight.index_copy(0, owner.ids, V.to(weight.dtype)), bias
+        return weight.index_copy(0, self.owner.ids, self.owner.trainable_tokens_delta.to(weight.dtype)), bias

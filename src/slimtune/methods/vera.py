@@ -9,7 +9,7 @@ Paper: https://arxiv.org/abs/2310.11454. File format: PEFT's `vera_lambda_d`, `v
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from ..adapters.architectures import DEFAULT_TARGETS
 from ..adapters.base import AdapterModule, SharedParameters, Site, SiteKind
-from ..adapters.config import TargetedConfig
-from ..adapters.config_fields import setting
+from ..adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ..adapters.prompt import find_backbone_name
 from ..errors import TargetError
 from ..kernels.dropout import dropout
@@ -30,12 +29,12 @@ from ..kernels.dropout import dropout
 class VeraConfig(TargetedConfig):
     """VeRA: two trained vectors per layer around random matrices shared by all; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "vera"
-    extension_fields: ClassVar[frozenset[str]] = frozenset(["exclude_modules"])
-    learning_rate: ClassVar[float] = 1e-2
-    architecture_targets: ClassVar[Mapping[str | None, list[str]]] = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
-    short_names: ClassVar[dict[str, str]] = {"rank": "r", "dropout": "vera_dropout", "targets": "target_modules"}
-    recipe_defaults: ClassVar[dict[str, Any]] = {"target_modules": "all-linear"}
+    name: ClassVar = "vera"
+    extension_fields: ClassVar = frozenset(["exclude_modules"])
+    learning_rate: ClassVar = 1e-2
+    architecture_targets: ClassVar = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
+    short_names: ClassVar = {"rank": "r", "dropout": "vera_dropout", "targets": "target_modules"}
+    recipe_defaults: ClassVar = {"target_modules": "all-linear"}
 
     r: int = setting(256, "rank; larger than LoRA's, typically 128 to 1024", ge=1)
     projection_prng_key: int = setting(0, "seed of A and B")
@@ -46,10 +45,8 @@ class VeraConfig(TargetedConfig):
     )
     vera_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
     d_initial: float = setting(0.1, "start of λ_d; usually 0.1 or less")
-    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
-    bias: Literal["none", "all", "vera_only"] = setting(
-        "none", 'which biases of the base train too; "vera_only": those of adapted layers'
-    )
+    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
+    bias: Literal["none", "all", "vera_only"] = setting("none", BIAS_HELP)
     init_weights: bool = setting(True, "True: λ_b zero, λ_d d_initial; False: λ_b one, λ_d normal, for tests")
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
@@ -103,25 +100,19 @@ class LinearVera(AdapterModule):
         self.vera_lambda_d = nn.Parameter(d.to(site.device, site.dtype))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `x (..., in)`, `y (..., out)` to `(..., out)`; computes in x's dtype."""
-        A, B = self._matrices(x)
+        A, B = self._get_projections(x)
         z = F.linear(self.vera_dropout(x), A) * self.vera_lambda_d.to(x.dtype)
         return _AddScaled.apply(y, z.to(y), self.vera_lambda_b.to(y), B.to(y))
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:
         """Return `(diag(λ_d) A (r, in), diag(λ_b) B (out, r), 1)`."""
-        A, B = self._matrices(self.vera_lambda_d)
+        A, B = self._get_projections(self.vera_lambda_d)
         return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B, 1.0
 
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + diag(λ_b) B diag(λ_d) A` and the unchanged bias."""
-        A, B, _ = self.low_rank_factors()
-        return weight + B.to(weight.dtype) @ A.to(weight.dtype), bias
-
-    def _matrices(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _get_projections(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this layer's part of A and B, with the device and dtype of a tensor."""
         held: Any = self.held[0]
-        A, B = held.vera_A[:, : self.sizes[0]], held.vera_B[: self.sizes[1]]
-        return A.to(like.device, like.dtype), B.to(like.device, like.dtype)
+        return held.vera_A[:, : self.sizes[0]].to(like), held.vera_B[: self.sizes[1]].to(like)
 
 
 class _AddScaled(torch.autograd.Function):

@@ -4,7 +4,7 @@
     At an embedding A (r, rows) starts at zero and B (dim, r) normal, with every init_lora_weights but "mica".
     Parameters added per layer: r · (in + out), with DoRA also out. Merged: W + s · B A.
 
-`layers.py` holds the adapter modules, `init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `eva.py` and
+`layers.py` has the adapter modules, `init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `eva.py` and
 `loftq.py` initialization from data and from the weights before quantization.
 
 Papers: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+
@@ -20,13 +20,11 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from ...adapters.base import AdapterModule, Site, SiteKind
-from ...adapters.config import PatternedConfig
-from ...adapters.config_fields import setting
+from ...adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, setting
 from ...errors import ConfigError, format_names, nearest
-from ..trainable_tokens import TrainedRows, are_token_ids, build_token_module, find_trained_rows
+from ..trainable_tokens import TrainedRows, are_token_ids, build_token_modules, find_trained_rows
 from . import eva
 from .dora import EmbeddingDora, LinearDora
-from .eva import EvaConfig
 from .init import NAMED_INITS, is_valid_init
 from .layers import EmbeddingLora, LinearLora
 
@@ -37,50 +35,26 @@ __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig"]
 class LoraConfig(PatternedConfig):
     """LoRA: low-rank matrices beside frozen linear layers; PEFT's field names and defaults."""
 
-    name: ClassVar[str] = "lora"
-    alpha_name: ClassVar[str] = "lora_alpha"
-    extension_fields: ClassVar[frozenset[str]] = frozenset(["freeze_a", "lr_ratio"])
-    unsupported_peft_fields: ClassVar[dict[str, Any]] = {
-        **dict.fromkeys(("use_qalora", "ensure_weight_tying"), False),
-        **dict.fromkeys(
-            (
-                "megatron_config",
-                "corda_config",
-                "lora_ga_config",
-                "velora_config",
-                "alora_invocation_tokens",
-                "monteclora_config",
-                "layer_replication",
-                "target_parameters",
-                "use_bdlora",
-                "arrow_config",
-                "kasa_config",
-            )
-        ),
-        "megatron_core": "megatron.core",
-        "qalora_group_size": 16,
-    }
-    kinds: ClassVar[tuple[SiteKind, ...]] = ("linear", "embedding")
-    ships_as_lora: ClassVar[bool] = True
-    short_names: ClassVar[dict[str, str]] = {
-        "rank": "r",
-        "alpha": "lora_alpha",
-        "dropout": "lora_dropout",
-        "targets": "target_modules",
-    }
-    recipe_defaults: ClassVar[dict[str, Any]] = {
-        "r": 16,
-        "lora_alpha": lambda given: 2 * given["r"],
-        "target_modules": "all-linear",
-    }
+    name: ClassVar = "lora"
+    alpha_name: ClassVar = "lora_alpha"
+    extension_fields: ClassVar = frozenset(["freeze_a", "lr_ratio"])
+    unsupported_peft_fields: ClassVar = {
+        **dict.fromkeys((
+            "megatron_config", "corda_config", "lora_ga_config", "velora_config", "alora_invocation_tokens",
+            "monteclora_config", "layer_replication", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+        )),
+        "use_qalora": False, "ensure_weight_tying": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
+    }  # fmt: skip
+    kinds: ClassVar = ("linear", "embedding")
+    ships_as_lora: ClassVar = True
+    short_names: ClassVar = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+    recipe_defaults: ClassVar = {"r": 16, "lora_alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
 
     r: int = setting(8, "rank of the update; typically 4 to 64", ge=1)
     lora_alpha: float = setting(8, "scale numerator: the update is scaled by lora_alpha / r", gt=0)
     lora_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
-    fan_in_fan_out: bool = setting(False, "the base stores weights as (in, out); set automatically for Conv1D")
-    bias: Literal["none", "all", "lora_only"] = setting(
-        "none", 'which biases of the base train too; "lora_only": those of adapted layers'
-    )
+    fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
+    bias: Literal["none", "all", "lora_only"] = setting("none", BIAS_HELP)
     use_rslora: bool = setting(False, "scale the update by lora_alpha / √r instead")
     init_lora_weights: bool | str = setting(
         True,
@@ -100,7 +74,7 @@ class LoraConfig(PatternedConfig):
         "heads tied to it follow",
         ge=0,
     )
-    eva_config: EvaConfig | dict | None = setting(None, 'settings of "eva", an EvaConfig; None: its defaults')
+    eva_config: eva.EvaConfig | dict | None = setting(None, 'settings of "eva", an EvaConfig; None: its defaults')
     loftq_config: dict[str, Any] = setting(
         default_factory=dict, help='record of how a "loftq" adapter was made; only with init_lora_weights="loftq"'
     )
@@ -112,50 +86,39 @@ class LoraConfig(PatternedConfig):
     )
 
     def check(self) -> None:
-        """Check the initialization and which options exclude one another."""
         super().check()
-        init = self.init_lora_weights
-        named = [*NAMED_INITS, "pissa_niter_N"]
+        init, named = self.init_lora_weights, [*NAMED_INITS, "pissa_niter_N"]
         expected = f"True, False or one of {format_names(named)}{nearest(str(init), named)}"
         self.require(is_valid_init(init), "init_lora_weights", expected)
         if init == "orthogonal":
-            self.require(self.r % 2 == 0, "r", "even with init_lora_weights='orthogonal'")
-            even = all(r % 2 == 0 for r in self.rank_pattern.values())
-            self.require(even, "rank_pattern", "even with init_lora_weights='orthogonal'")
+            for name, ranks in (("r", [self.r]), ("rank_pattern", self.rank_pattern.values())):
+                self.require(all(r % 2 == 0 for r in ranks), name, "even with init_lora_weights='orthogonal'")
         excluded = init == "mica" and (self.use_dora or self.freeze_a)
         self.require(not excluded, "init_lora_weights", "a value other than 'mica' with DoRA or freeze_a")
         plain = isinstance(init, bool) and not self.use_dora
         self.require(not self.lora_bias or plain, "lora_bias", "False with DoRA or a named init_lora_weights")
         self.require(not self.loftq_config or init == "loftq", "loftq_config", "only with init_lora_weights='loftq'")
-        if isinstance(self.eva_config, dict):
-            self.eva_config = EvaConfig(**self.eva_config)
-        if init == "eva" and self.eva_config is None:
-            self.eva_config = EvaConfig()
-        if self.trainable_token_indices is not None:
-            tokens = self.trainable_token_indices
+        if isinstance(self.eva_config, dict) or (init == "eva" and self.eva_config is None):
+            self.eva_config = eva.EvaConfig(**(self.eva_config or {}))
+        tokens = self.trainable_token_indices
+        if tokens is not None:
             lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
             valid = bool(lists) and all(are_token_ids(ids) for ids in lists)
             self.require(valid, "trainable_token_indices", "token ids, each once")
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
-        """Return the embeddings with trained rows, and the modules tied to them."""
-        return {name: rows.kind for name, rows in self._trained_rows(model).items()}
+        return {name: rows.kind for name, rows in self._find_trained_rows(model).items()}
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        """Return the adapter modules; trained token rows are shared between tied modules."""
-        trained = self._trained_rows(sites[0].model) if sites else {}
-        built: dict[str, AdapterModule] = {}
-        for site in sites:
-            rows = trained.get(site.name)
-            built[site.name] = self.build(site) if rows is None else build_token_module(site, rows, built)
-        return list(built.values())
+        trained = self._find_trained_rows(sites[0].model) if sites else {}
+        built = build_token_modules([s for s in sites if s.name in trained], trained)
+        return [built.get(site.name) or self.build(site) for site in sites]
+
+    def _find_trained_rows(self, model: nn.Module) -> dict[str, TrainedRows]:
+        tokens = self.trainable_token_indices
+        return {} if tokens is None else find_trained_rows(model, tokens, self.modules_to_save or ())
 
     def build(self, site: Site) -> AdapterModule:
-        """Return the adapter module at `site`, with the layer's own rank and alpha.
-
-        Raises:
-            ConfigError: "loftq" on a base whose original weights are not available, or an option that embeddings lack.
-        """
         if self.init_lora_weights == "loftq" and not site.loading:
             raise ConfigError(
                 "init_lora_weights='loftq' needs the weights before quantization, which the model no longer has",
@@ -168,11 +131,8 @@ class LoraConfig(PatternedConfig):
             return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
         for name in ("lora_bias", "freeze_a"):
             if getattr(self, name):
-                raise ConfigError(
-                    f"{name} is True, and {site.name} is an embedding",
-                    "linear layers only",
-                    "take it out of target_modules",
-                )
+                message = f"{name} is True, and {site.name} is an embedding"
+                raise ConfigError(message, "linear layers only", "take it out of target_modules")
         return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
 
     def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int | None:
@@ -183,9 +143,3 @@ class LoraConfig(PatternedConfig):
         """Return PEFT's key: that of trained tokens has one more name."""
         rows = ".trainable_tokens_delta"
         return f"{key.removesuffix(rows)}.token_adapter{rows}" if key.endswith(rows) else key
-
-    def _trained_rows(self, model: nn.Module) -> dict[str, TrainedRows]:
-        tokens = self.trainable_token_indices
-        if tokens is None:
-            return {}
-        return find_trained_rows(model, tokens, self.modules_to_save or (), save_shared=False)

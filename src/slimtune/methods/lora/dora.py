@@ -24,26 +24,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...adapters.base import AdapterModule, BaseForward, Site
+from ...adapters.base import BaseForward, Site
 from ...kernels.low_rank import add_low_rank
 from ...utils.linear_layers import get_weight
-from .layers import EmbeddingLora, LinearLora
+from .layers import EmbeddingLora, LinearLora, LoraModule
 
 
-class _MagnitudeModule(AdapterModule):
-    """The part of DoRA that linear layers and embeddings share; mixed into a class with `low_rank` and `scale`."""
+class _Magnitude(LoraModule):
+    """The trained magnitude and what depends on it; mixed into the classes of LoRA."""
 
-    scale: float
-    low_rank: Any
-
-    def _init_magnitude(self, site: Site) -> None:
+    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+        super().__init__(site, config, r, scale)
         self._cached_squares: tuple[Any, Tensor] | None = None
-        if site.loading:
-            norms = torch.ones(site.out_features, device=site.device, dtype=site.dtype)
-        else:
+        norms = torch.ones(site.out_features, device=site.device)
+        if not site.loading:
             weight = get_weight(site.module).detach()
-            A, B = self.low_rank()
-            norms = row_norms(self._base_squares(site.module, weight), weight, A, B, self.scale)
+            norms = row_norms(self._base_squares(site.module, weight), weight, *self.low_rank(), scale).detach()
         self.lora_magnitude_vector = nn.Parameter(norms.to(site.dtype))
 
     def _base_squares(self, module: Any, weight: Tensor) -> Tensor:
@@ -51,15 +47,14 @@ class _MagnitudeModule(AdapterModule):
         stored = module.weight
         key = (id(stored), None if stored.is_inference() else stored._version, stored.dtype, stored.device)
         if self._cached_squares is None or self._cached_squares[0] != key:
-            self._cached_squares = (key, _squared_norms(weight.detach()))
+            self._cached_squares = (key, _squared_norms(weight))
         return self._cached_squares[1]
 
     def _scale_rows(self, base: BaseForward, y: Tensor, z: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Map the frozen output `y (..., out)` and `z = A x (..., r)` to the adapted output."""
-        weight, bias = base.weight_and_bias()
+        m, (weight, bias) = self.lora_magnitude_vector, base.weight_and_bias()
         weight = weight.detach()
         squares = _squared_norms(weight) if base.inner_modules else self._base_squares(base.module, weight)
-        m = self.lora_magnitude_vector
         # In the dtype of m, so that m / n is exactly 1 at the start.
         n = row_norms(squares, weight, A, B, self.scale).to(m.dtype)
         flat_y, flat_z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]).to(y.dtype)
@@ -70,35 +65,24 @@ class _MagnitudeModule(AdapterModule):
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `c ⊙ (W + s · B A)` and the unchanged bias."""
-        A, B = self.low_rank()
-        m = self.lora_magnitude_vector
+        (A, B), m = self.low_rank(), self.lora_magnitude_vector
         norms = row_norms(_squared_norms(weight), weight, A, B, self.scale).to(m.dtype)
         c = m.to(weight.dtype) / norms.to(weight.dtype)
         return add_low_rank(weight, A, B, self.scale) * c[:, None], bias
 
 
-class LinearDora(_MagnitudeModule, LinearLora):
+class LinearDora(_Magnitude, LinearLora):
     """DoRA at a linear layer."""
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
-        LinearLora.__init__(self, site, config, r, scale)
-        self._init_magnitude(site)
-
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        """Map `x (..., in)` to `(..., out)`."""
         A, B = self.low_rank()
         return self._scale_rows(base, base(x), F.linear(self.lora_dropout(x), A.to(x.dtype)), A, B)
 
 
-class EmbeddingDora(_MagnitudeModule, EmbeddingLora):
+class EmbeddingDora(_Magnitude, EmbeddingLora):
     """DoRA at an embedding; m has one entry for each column of its table."""
 
-    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
-        EmbeddingLora.__init__(self, site, config, r, scale)
-        self._init_magnitude(site)
-
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        """Map token ids `x (...)` to `(..., dim)`."""
         A, B = self.low_rank()
         return self._scale_rows(base, base(x), F.embedding(x, A.t()), A, B)
 
@@ -114,8 +98,7 @@ def row_norms(squares: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: floa
 
 
 def _squared_norms(weight: Tensor) -> Tensor:
-    """Return `‖W_i‖² (out)`, in fp32 at least."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
 
 
 class _DoraOutput(torch.autograd.Function):
@@ -165,5 +148,4 @@ def _c_minus_1(m: Tensor, n: Tensor) -> Tensor:
 
 
 def _c_times(B: Tensor, c_minus_1: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `c ⊙ B`."""
     return (B * (c_minus_1 + 1)[:, None]).to(dtype)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...adapters.config_fields import check_fields, setting
 from ...errors import UsageError
@@ -60,29 +60,24 @@ def initialize_lora_eva_weights(
         adapter_name: the adapter.
         max_batches: stop after this many batches and use the directions as they are; None: no limit.
         ignored: PEFT's arguments on progress bars and several processes.
-
-    Raises:
-        UsageError: the adapter was not created for EVA, or there are no batches.
     """
     if [adapter_name] != list(model.active_adapters):
-        raise UsageError(
-            f"the active adapters are {model.active_adapters}", f"{adapter_name!r} alone", "model.set_adapter(name)"
-        )
+        active, expected = f"the active adapters are {model.active_adapters}", f"{adapter_name!r} alone"
+        raise UsageError(active, expected, "model.set_adapter(name)")
     if eva_state_dict is None:
         eva_state_dict = get_eva_state_dict(model, dataloader, forward_fn, adapter_name, max_batches, **ignored)
     directions = {n.removeprefix("base_model.model."): w for n, w in eva_state_dict.items()}
     config = model.peft_config[adapter_name]
-    layers = model.adapter_modules(adapter_name)
-    ranks = {n: directions[n].shape[0] if n in directions else config.get_rank(n) for n in layers}
+    ranks = {
+        n: len(directions[n]) if n in directions else config.get_rank(n) for n in model.adapter_modules(adapter_name)
+    }
     alphas = {n: config.get_alpha(n) for n, rank in ranks.items() if rank}
     if config.eva_config.adjust_scaling_factors:
         alphas = {n: alpha * ranks[n] / config.get_rank(n) for n, alpha in alphas.items()}
     changed = dataclasses.replace(
         config,
         target_modules=list(alphas),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
+        **dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern")),
         rank_pattern={n: r for n, r in ranks.items() if r not in (0, config.r)},
         alpha_pattern={n: a for n, a in alphas.items() if a != config.lora_alpha},
     )
@@ -120,23 +115,100 @@ def get_eva_state_dict(
     if not dataloader:
         raise UsageError("there are no batches", "a dataloader that gives the model's inputs")
     layers = {n: m for n, m in model.adapted_layers().items() if hasattr(m.adapters[adapter_name], "lora_A")}
-    analysis = _InputAnalysis(layers, config, forward_fn or (lambda m, batch: m(**batch)))
+
+    def collect_inputs(batch: Any, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the inputs `(positions, in)` of layers in one batch."""
+        inputs: dict[str, Tensor] = {}
+        mask = _find_positions(batch, config.eva_config)
+
+        def receive(name: str, x: Tensor) -> None:
+            inputs[name] = (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
+
+        with record_layer_inputs({n: layers[n] for n in names}, receive):
+            forward_fn(model, batch) if forward_fn else model(**batch)
+        return inputs
+
     was_training = model.training
     model.eval()
     try:
         with model.disable_adapter():
-            return analysis.run(model, dataloader, max_batches)
+            ranks = {n: config.get_rank(n) for n in layers}
+            return _find_directions(collect_inputs, dataloader, ranks, config.eva_config, max_batches)
     finally:
         model.train(was_training)
 
 
-def max_size_increase(deltas: Mapping[str, Any], config: Any) -> int:
-    """Return how many bytes EVA can add to an adapter at most, whatever the data: the largest layers get the ranks.
+def _find_positions(batch: Any, settings: EvaConfig) -> Tensor | None:
+    """Return which positions of a batch count, bool `(batch, length)`; None: all."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return None
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    if settings.use_label_mask and batch.get("labels") is not None:
+        mask = mask & (batch["labels"] != settings.label_mask_value)
+    return mask
 
-    Args:
-        deltas: the adapter modules by layer name, before EVA.
-        config: the adapter's config.
-    """
+
+def _find_directions(
+    collect_inputs: Callable[..., dict[str, Tensor]],
+    dataloader: Any,
+    ranks: dict[str, int],
+    settings: EvaConfig,
+    max_batches: int | None,
+) -> dict[str, Tensor]:
+    """Run batches until all directions have converged; return them by layer. `ranks` are the configured ones."""
+    # For each layer the first layer with the same inputs; their PCA has its name.
+    leader: dict[str, str] = {}
+    first_inputs: dict[str, Tensor] = {}
+    for name, inputs in collect_inputs(next(iter(dataloader)), ranks).items():
+        same = (n for n, x in first_inputs.items() if x.shape == inputs.shape and torch.equal(x, inputs))
+        leader[name] = next(same, name)
+        first_inputs.setdefault(leader[name], inputs)
+    del first_inputs
+    groups = {first: [n for n in leader if leader[n] == first] for first in dict.fromkeys(leader.values())}
+    analyses = {n: IncrementalPca(round(max(ranks[m] for m in group) * settings.rho)) for n, group in groups.items()}
+    found = {n: analyses[leader[n]].n_components for n in leader}
+    converged: dict[str, Tensor] = {}
+    for count, batch in enumerate(itertools.chain.from_iterable(itertools.repeat(dataloader))):
+        needed = {n: max(found[m] for m in group) for n, group in groups.items()}
+        pending = [n for n in analyses if n not in converged or not converged[n][: needed[n]].all()]
+        if not pending or count == max_batches:
+            break
+        for name, inputs in collect_inputs(batch, pending).items():
+            converged[name] = analyses[name].add(inputs) >= settings.tau
+        if all(pca.components is not None for pca in analyses.values()):
+            found = _allocate_ranks(analyses, leader, sum(ranks.values()))
+        elif count + 1 == len(dataloader):  # no batch was large enough, and none will be
+            break
+    directions = {}
+    for name, rank in found.items():
+        pca = analyses[leader[name]]
+        if pca.components is None:
+            raise UsageError(
+                f"EVA needs {pca.n_components} positions of a layer in one batch, and no batch had so many",
+                "larger batches",
+                "raise the batch size, lower r or rho, or set use_label_mask=False",
+            )
+        scale = pca.singular_values[:rank].sqrt()[:, None] if settings.whiten else 1
+        directions[name] = pca.components[:rank] / scale
+    return directions
+
+
+def _allocate_ranks(analyses: dict[str, IncrementalPca], leader: dict[str, str], budget: int) -> dict[str, int]:
+    """Give the budget to the directions with the highest explained variance."""
+    order = [*analyses, *(n for n in leader if n not in analyses)]
+    shares = [(n, share) for n in order for share in analyses[leader[n]].explained_variance_ratio]
+    best = torch.stack([share for _, share in shares]).argsort(descending=True)[:budget]
+    count = Counter(shares[i][0] for i in best.tolist())
+    ranks = {n: count.get(n, 0) for n in order}
+    for name in order:  # among layers that share a PCA the leader gets the largest rank
+        first = leader[name]
+        if ranks[first] < ranks[name]:
+            ranks[first], ranks[name] = ranks[name], ranks[first]
+    return ranks
+
+
+def max_size_increase(deltas: Mapping[str, Any], config: Any) -> int:
+    """Return how many bytes EVA can add to an adapter at most, whatever the data: the largest layers get the ranks."""
     layers = {n: d for n, d in deltas.items() if hasattr(d, "lora_A")}
     max_rank: dict[int, int] = {}
     for name, module in layers.items():  # layers that share a PCA can each get the largest rank among them
@@ -149,88 +221,3 @@ def max_size_increase(deltas: Mapping[str, Any], config: Any) -> int:
         budget -= rank
         increase += (rank - config.get_rank(name)) * bytes_per_rank[name]
     return increase
-
-
-class _InputAnalysis:
-    """Incremental PCA of every layer's inputs, over batches."""
-
-    def __init__(self, layers: dict[str, nn.Module], config: Any, forward: Callable[[Any, Any], Any]) -> None:
-        self.layers, self.forward = layers, forward
-        self.settings: EvaConfig = config.eva_config
-        self.max_ranks = {n: round(config.get_rank(n) * self.settings.rho) for n in layers}
-        self.budget = sum(config.get_rank(n) for n in layers)
-        self.leader: dict[str, str] = {}
-        """For each layer the first layer with the same inputs; their PCA is stored under its name."""
-
-    def run(self, model: Any, dataloader: Any, max_batches: int | None) -> dict[str, Tensor]:
-        """Run batches until all directions have converged; return the directions by layer."""
-        self._find_leaders(model, next(iter(dataloader)))
-        analyses = {n: IncrementalPca(self.max_ranks[n]) for n in dict.fromkeys(self.leader.values())}
-        converged: dict[str, Tensor] = {}
-        ranks = dict(self.max_ranks)
-        for count, batch in enumerate(itertools.chain.from_iterable(itertools.repeat(dataloader))):
-            needed = {n: max(ranks[f] for f, first in self.leader.items() if first == n) for n in analyses}
-            pending = [n for n in analyses if n not in converged or not converged[n][: needed[n]].all()]
-            if not pending or count == max_batches:
-                break
-            for name, inputs in self._collect_inputs(model, batch, pending).items():
-                converged[name] = analyses[name].add(inputs) >= self.settings.tau
-            if all(pca.components is not None for pca in analyses.values()):
-                ranks = self._allocate_ranks(analyses)
-            elif count + 1 == len(dataloader):  # no batch was large enough, and none will be
-                break
-        return {n: self._get_directions(analyses[self.leader[n]], rank) for n, rank in ranks.items()}
-
-    def _find_leaders(self, model: Any, batch: Any) -> None:
-        leaders: list[tuple[str, Tensor]] = []
-        for name, inputs in self._collect_inputs(model, batch, list(self.layers)).items():
-            same = (n for n, x in leaders if x.shape == inputs.shape and torch.equal(x, inputs))
-            self.leader[name] = next(same, name)
-            if self.leader[name] == name:
-                leaders.append((name, inputs))
-        for leader in set(self.leader.values()):
-            group = [n for n, first in self.leader.items() if first == leader]
-            self.max_ranks |= dict.fromkeys(group, max(self.max_ranks[n] for n in group))
-
-    def _collect_inputs(self, model: Any, batch: Any, names: list[str]) -> dict[str, Tensor]:
-        """Return the inputs `(positions, in)` of layers in one batch."""
-        inputs: dict[str, Tensor] = {}
-        mask = self._position_mask(batch)
-
-        def receive(name: str, x: Tensor) -> None:
-            inputs[name] = (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
-
-        with record_layer_inputs({n: self.layers[n] for n in names}, receive):
-            self.forward(model, batch)
-        return inputs
-
-    def _position_mask(self, batch: Any) -> Tensor | None:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            return None
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        if self.settings.use_label_mask and batch.get("labels") is not None:
-            mask = mask & (batch["labels"] != self.settings.label_mask_value)
-        return mask
-
-    def _allocate_ranks(self, analyses: dict[str, IncrementalPca]) -> dict[str, int]:
-        """Give the budget to the directions with the highest explained variance."""
-        order = [*analyses, *(n for n in self.leader if n not in analyses)]
-        shares = [(n, s) for n in order for s in analyses[self.leader[n]].explained_variance_ratio[: self.max_ranks[n]]]
-        best = torch.stack([s for _, s in shares]).argsort(descending=True)[: self.budget]
-        count = Counter(shares[i][0] for i in best.tolist())
-        ranks = {n: count.get(n, 0) for n in order}
-        for name in order:  # among layers that share a PCA the leader gets the largest rank
-            leader = self.leader[name]
-            if ranks[leader] < ranks[name]:
-                ranks[leader], ranks[name] = ranks[name], ranks[leader]
-        return ranks
-
-    def _get_directions(self, pca: IncrementalPca, rank: int) -> Tensor:
-        if pca.components is None:
-            raise UsageError(
-                f"EVA needs {pca.n_components} positions of a layer in one batch, and no batch had so many",
-                "larger batches",
-                "raise the batch size, lower r or rho, or set use_label_mask=False",
-            )
-        directions = pca.components[:rank]
-        return directions / pca.singular_values[:rank].sqrt()[:, None] if self.settings.whiten else directions

@@ -55,20 +55,14 @@ def init_weights(init: bool | str, A: nn.Linear, B: nn.Linear) -> None:
         rows, _ = torch.linalg.qr(torch.randn(r, r, device=device))
         A.weight.copy_((torch.randn(A.in_features, r // 2, device=device) @ rows[0::2]).t() / 10)
         B.weight.copy_(torch.randn(r // 2, B.out_features, device=device).t() @ rows[1::2] / 10)
-        return
-    if init:
-        nn.init.zeros_(B.weight)
-        if B.bias is not None:
-            nn.init.zeros_(B.bias)
+    if init and init != "orthogonal":
+        for zero in B.parameters():
+            nn.init.zeros_(zero)
 
 
 @torch.no_grad()
 def init_from_base_weight(init: str, site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return `A (r, in)` and `B (out, r)` of an initialization that is computed from the frozen weight.
-
-    Raises:
-        ConfigError: the rank is larger than the weight's.
-    """
+    """Return `A (r, in)` and `B (out, r)` of an initialization that is computed from the frozen weight."""
     max_rank = min(site.in_features, site.out_features)
     if r > max_rank:
         raise ConfigError(
@@ -80,14 +74,13 @@ def init_from_base_weight(init: str, site: Site, r: int, scale: float) -> tuple[
     if init == "olora":
         Q, R = torch.linalg.qr(weight)
         return R[:r], Q[:, :r]
-    if init == "mica":
-        U, _, _ = torch.linalg.svd(weight, full_matrices=False)
-        return weight.new_zeros(r, site.in_features), U[:, -r:]
     iterations = _PISSA_NITER.fullmatch(init)
     if iterations:
         U, S, V = torch.svd_lowrank(weight, r, niter=int(iterations[1]))
         Vh = V.t()
     else:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    if init == "mica":
+        return weight.new_zeros(r, site.in_features), U[:, -r:]
     root = (S[:r] / scale).sqrt()
     return root[:, None] * Vh[:r], U[:, :r] * root

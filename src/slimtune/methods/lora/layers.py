@@ -1,7 +1,7 @@
 """LoRA at one layer: `y + s · B A x` for a linear layer, `y + s · (B A)[:, x]` for an embedding."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,12 +10,34 @@ from torch import Tensor, nn
 
 from ...adapters.base import AdapterModule, BaseForward, Site
 from ...kernels.dropout import active_dropout_p, dropout
-from ...kernels.lora_linear import plus_low_rank
 from ...kernels.low_rank import add_low_rank
 from .init import init_from_base_weight, init_weights, is_subtracted_init
 
 
-class LinearLora(AdapterModule):
+class LoraModule(AdapterModule):
+    """What LoRA at linear layers and at embeddings shares."""
+
+    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+        super().__init__()
+        self.scale, self.init, self.lr_ratio = scale, config.init_lora_weights, config.lr_ratio
+
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        """Return `A (r, in)` and `B (out, r)` of the whole update."""
+        raise NotImplementedError
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
+        return (*self.low_rank(), self.scale)
+
+    def lr_multipliers(self) -> dict[str, float]:
+        """Return B's factor on the learning rate (LoRA+)."""
+        return {n: self.lr_ratio for n, _ in self.named_parameters() if n.startswith(("lora_B", "lora_embedding_B"))}
+
+    def freeze(self, name: str) -> None:
+        self.frozen_names = (name,)
+        self.get_parameter(name).requires_grad_(False)
+
+
+class LinearLora(LoraModule):
     """`y + s · B A dropout(x)` for a linear layer; with a subtracted start `y + s · (B A − B₀ A₀) dropout(x)`."""
 
     optional: ClassVar[frozenset[str]] = frozenset({"start_A", "start_B"})
@@ -24,24 +46,19 @@ class LinearLora(AdapterModule):
     start_B: Tensor
 
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
-        super().__init__()
-        self.scale, self.init, self.lr_ratio = scale, config.init_lora_weights, config.lr_ratio
+        super().__init__(site, config, r, scale)
         self.lora_dropout = dropout(config.lora_dropout)
         # In PEFT's order: one seed gives the same adapter in both libraries.
         self.lora_A = nn.Linear(site.in_features, r, bias=False, device=site.init_device)
         self.lora_B = nn.Linear(r, site.out_features, bias=config.lora_bias, device=site.init_device)
         init_weights(self.init, self.lora_A, self.lora_B)
         self.to(site.device, site.dtype)
-        self.frozen_names = (
-            {"lora_A.weight"} if config.freeze_a else {"lora_B.weight"} if self.init == "mica" else set()
-        )
-        for name in self.frozen_names:
-            self.get_parameter(name).requires_grad_(False)
-        if (is_subtracted_init(self.init) or self.init == "mica") and not site.loading and site.device.type != "meta":
-            A, B = init_from_base_weight(str(self.init), site, r, scale)
-            with torch.no_grad():
-                self.lora_A.weight.copy_(A)
-                self.lora_B.weight.copy_(B)
+        if config.freeze_a or self.init == "mica":
+            self.freeze("lora_A.weight" if config.freeze_a else "lora_B.weight")
+        if (is_subtracted_init(self.init) or self.init == "mica") and not site.loading:
+            A, B = init_from_base_weight(self.init, site, r, scale)
+            self.lora_A.weight.data.copy_(A)
+            self.lora_B.weight.data.copy_(B)
         if is_subtracted_init(self.init):
             self.register_buffer("start_A", self.lora_A.weight.detach().clone())
             self.register_buffer("start_B", self.lora_B.weight.detach().clone())
@@ -54,25 +71,16 @@ class LinearLora(AdapterModule):
         return torch.cat([A, A - self.start_A]), torch.cat([B - self.start_B, self.start_B], dim=1)
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        """Map `x (..., in)` to `(..., out)`; computes in x's dtype."""
         A, B = self.low_rank()
-        return self._add_bias(base.plus_low_rank(x, A, B, self.scale, active_dropout_p(self.lora_dropout)))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map `x (..., in)` and the frozen output `y (..., out)` to `(..., out)`."""
-        A, B = self.low_rank()
-        return self._add_bias(plus_low_rank(y, x, A, B, self.scale, active_dropout_p(self.lora_dropout)))
-
-    def _add_bias(self, y: Tensor) -> Tensor:
+        y = base.plus_low_rank(x, A, B, self.scale, active_dropout_p(self.lora_dropout))
         bias: Tensor | None = self.lora_B.bias
         return y if bias is None else y + bias.to(y.dtype) * self.scale
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """Return `(A, B, scale)`: the update is `scale · B A`; None with a bias on B."""
-        return (*self.low_rank(), self.scale) if self.lora_B.bias is None else None
+        """Return `(A, B, scale)`; None with a bias on B."""
+        return super().low_rank_factors() if self.lora_B.bias is None else None
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + s · B A` and the bias, plus `s · b_B` where B has one."""
         added: Tensor | None = self.lora_B.bias
         if added is not None:
             added = added.to(weight.dtype) * self.scale
@@ -82,67 +90,37 @@ class LinearLora(AdapterModule):
     def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
         """Compute A₀ and B₀ from the base where the file lacks them: PEFT's files rely on a changed base instead."""
         if "start_A" in self._buffers and "start_A" not in given:
-            if "niter" in str(self.init):
+            if "niter" in self.init:
                 warnings.warn(
                     f"{site.name}: the file lacks the start of this adapter, which {self.init!r} computed with random "
                     "numbers; computed again, in PEFT as well, it differs a little",
                     stacklevel=2,
                 )
-            A, B = init_from_base_weight(str(self.init), site, self.lora_A.out_features, self.scale)
+            A, B = init_from_base_weight(self.init, site, self.lora_A.out_features, self.scale)
             self.start_A.copy_(A)
             self.start_B.copy_(B)
 
-    def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters that train: not a frozen A or B."""
-        return [p for n, p in self.named_parameters() if n not in self.frozen_names]
 
-    def lr_multipliers(self) -> dict[str, float]:
-        """Return B's factor on the learning rate (LoRA+)."""
-        return {n: self.lr_ratio for n, _ in self.named_parameters() if n.startswith("lora_B") and self.lr_ratio != 1}
-
-
-class EmbeddingLora(AdapterModule):
-    """`y + s · (B A)[:, x]` for an embedding, `x` being token ids; A starts at zero, B normal."""
+class EmbeddingLora(LoraModule):
+    """`y + s · (B A)[:, x]` for an embedding, `x (...)` being token ids; A starts at zero, B normal."""
 
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
-        super().__init__()
-        init = config.init_lora_weights
-        self.scale, self.lr_ratio = scale, config.lr_ratio
+        super().__init__(site, config, r, scale)
         self.lora_embedding_A = nn.Parameter(torch.randn(r, site.in_features, device=site.init_device))
         self.lora_embedding_B = nn.Parameter(torch.randn(site.out_features, r, device=site.init_device))
-        if init:
+        if self.init:
             nn.init.zeros_(self.lora_embedding_A)
             nn.init.normal_(self.lora_embedding_B)
         self.to(site.device, site.dtype)
-        # Loading a file needs no start, and could not read the weight of an offloaded embedding here.
-        if init == "mica" and not site.loading and site.device.type != "meta":
-            with torch.no_grad():
-                self.lora_embedding_B.copy_(init_from_base_weight("mica", site, r, scale)[1])
-        self.frozen_names = {"lora_embedding_B"} if init == "mica" else set()
-        for name in self.frozen_names:
-            self.get_parameter(name).requires_grad_(False)
+        if self.init == "mica":
+            self.freeze("lora_embedding_B")
+            # Loading a file needs no start, and could not read the weight of an offloaded embedding here.
+            if not site.loading:
+                self.lora_embedding_B.data.copy_(init_from_base_weight("mica", site, r, scale)[1])
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
-        """Return `A (r, rows)` and `B (dim, r)`."""
         return self.lora_embedding_A, self.lora_embedding_B
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Map token ids `x (...)` and the frozen rows `y (..., dim)` to `(..., dim)`."""
         A, B = self.low_rank()
         return y + F.linear(F.embedding(x, A.t()), B).to(y.dtype) * self.scale
-
-    def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """Return `(A (r, rows), B (dim, r), scale)`."""
-        return (*self.low_rank(), self.scale)
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return `W + s · B A` for `W (dim, rows)`."""
-        return add_low_rank(weight, *self.low_rank(), self.scale), bias
-
-    def trainable_parameters(self) -> Iterable[nn.Parameter]:
-        """Return the parameters that train: not a frozen B."""
-        return [p for n, p in self.named_parameters() if n not in self.frozen_names]
-
-    def lr_multipliers(self) -> dict[str, float]:
-        """Return B's factor on the learning rate (LoRA+)."""
-        return {"lora_embedding_B": self.lr_ratio} if self.lr_ratio != 1 else {}

@@ -24,7 +24,6 @@ from ...utils.calibration import second_moment
 from ...utils.linear_layers import get_weight, is_quantized
 
 _DAMPING = 0.1
-_INDEX = "model.safetensors.index.json"
 
 
 @torch.no_grad()
@@ -45,35 +44,31 @@ def replace_lora_weights_loftq(
         adapter_name: the adapter.
         callback: called with the model and a layer's name after each layer; False restores that layer's A and B.
         inputs: a sample `(n, in_features)` of the inputs of layers, by name; other layers use the plain error.
-
-    Raises:
-        UsageError: no adapted layer is quantized, or the files lack a layer's weight.
     """
-    layers: dict[str, Any] = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
-    layers = {
-        n: m for n, m in layers.items() if adapter_name in m.adapters and hasattr(m.adapters[adapter_name], "lora_A")
+    adapted = {
+        n: (m, m.adapters[adapter_name]) for n, m in model.adapted_layers().items() if adapter_name in m.adapters
     }
+    layers = {n: (m, a) for n, (m, a) in adapted.items() if is_quantized(m) and hasattr(a, "lora_A")}
     if not layers:
         raise UsageError(
             "no adapted layer is quantized, so there is no quantization error to start from",
             "a base loaded in NF4 or int8",
             'on a float base use another initialization: init_lora_weights="pissa"',
         )
-    weights = _WeightFiles(Path(model_path))
-    for name, module in layers.items():
-        delta = module.adapters[adapter_name]
-        A, B = delta.lora_A.weight, delta.lora_B.weight
-        error = weights.load(f"{name}.weight").to(A.device, torch.float32) - get_weight(module).float()
-        up, down = _approximate(error, A.shape[0], (inputs or {}).get(name))
+    files = _find_tensor_files(Path(model_path))
+    for name, (module, adapter) in layers.items():
+        A, B = adapter.lora_A.weight, adapter.lora_B.weight
+        error = _load_tensor(files, f"{name}.weight").to(A.device, torch.float32) - get_weight(module).float()
+        up, down = approximate_error(error, A.shape[0], (inputs or {}).get(name))
         before = A.clone(), B.clone()
         A.copy_(down)
-        B.copy_(up / delta.scale)
+        B.copy_(up / adapter.scale)
         if callback is not None and not callback(model, name):
             A.copy_(before[0])
             B.copy_(before[1])
 
 
-def _approximate(error: Tensor, rank: int, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+def approximate_error(error: Tensor, rank: int, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return `(out, rank)` and `(rank, in)`, whose product is nearest to the error; both have columns of equal norm."""
     if inputs is None:
         U, S, Vh = torch.linalg.svd(error, full_matrices=False)
@@ -87,25 +82,22 @@ def _approximate(error: Tensor, rank: int, inputs: Tensor | None) -> tuple[Tenso
     return (U[:, :rank] * root).to(error.dtype), (down * (root / norms)[:, None]).to(error.dtype)
 
 
-class _WeightFiles:
-    """The tensors of one safetensors file, or of several with an index."""
+def _find_tensor_files(path: Path) -> dict[str, Path]:
+    """Return the file of each tensor; `path` is a safetensors file, or a folder of one, or of several with an index."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return {key: path / name for key, name in json.loads(index.read_text())["weight_map"].items()}
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"there is no {file}", "the weights before quantization, as safetensors")
+    with safe_open(str(file), framework="pt") as f:
+        return dict.fromkeys(f.keys(), file)
 
-    def __init__(self, path: Path) -> None:
-        folder = path if path.is_dir() else path.parent
-        if (folder / _INDEX).is_file() and path.is_dir():
-            index = json.loads((folder / _INDEX).read_text())["weight_map"]
-            self.file_by_key = {key: folder / name for key, name in index.items()}
-            return
-        file = folder / "model.safetensors" if path.is_dir() else path
-        if not file.is_file():
-            raise UsageError(f"there is no {file}", "the weights before quantization, as safetensors")
-        with safe_open(str(file), framework="pt") as f:
-            self.file_by_key = dict.fromkeys(f.keys(), file)
 
-    def load(self, name: str) -> Tensor:
-        """Return a tensor; in a file of the backbone alone its name lacks the first part."""
-        key = next((k for k in (name, name.partition(".")[2]) if k in self.file_by_key), None)
-        if key is None:
-            raise UsageError(f"the files lack {name}", f"one of {format_names(self.file_by_key, 4)}")
-        with safe_open(str(self.file_by_key[key]), framework="pt") as f:
-            return f.get_tensor(key)
+def _load_tensor(files: Mapping[str, Path], name: str) -> Tensor:
+    """Return a tensor; in a file of the backbone alone its name lacks the first part."""
+    key = next((k for k in (name, name.partition(".")[2]) if k in files), None)
+    if key is None:
+        raise UsageError(f"the files lack {name}", f"one of {format_names(files, 4)}")
+    with safe_open(str(files[key]), framework="pt") as f:
+        return f.get_tensor(key)
