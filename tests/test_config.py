@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from slimtune.config import Recipe, aliases, load_recipe, set_path
+from slimtune.config import Recipe, aliases, load_recipe
+from slimtune.config.loading import set_field
 from slimtune.config.schema import iterate_settings
 from slimtune.errors import RecipeError, UsageError
 from slimtune.methods.lora import LoraConfig
@@ -320,18 +321,6 @@ def test_wrong_overrides(override, part):
     assert part in str(e.value)
 
 
-def test_set_path_reads_yaml():
-    tree: dict = {"model": "m"}
-    texts = {"train.epochs": "3", "train.packing": "false", "train.learning_rate": "1e-5", "data": "x"}
-    for path, value in {**texts, "train.report_to": "[]", "model.dtype": "fp32", "train.max_steps": "null"}.items():
-        set_path(tree, path, value)
-    assert tree == {
-        "model": {"name": "m", "dtype": "fp32"},
-        "data": {"train": "x"},
-        "train": {"epochs": 3, "packing": False, "learning_rate": 1e-5, "report_to": [], "max_steps": None},
-    }
-
-
 def test_the_given_tree_is_not_changed():
     tree = {**MINIMAL, "method": {"rank": 3}}
     Recipe.from_dict(tree)
@@ -353,7 +342,7 @@ def test_an_old_name_works_and_warns(tmp_path, old, new):
     file = dict(tree)
     if old == "out":
         del file["output_dir"]
-    set_path(file, old, value)
+    set_field(file, old, value)
     with pytest.warns(FutureWarning, match=f"{old} is an old name; use {new}"):
         from_file = load_recipe(write(tmp_path, yaml.safe_dump(file)))
     with pytest.warns(FutureWarning, match=f"{old} is an old name; use {new}"):

@@ -4,21 +4,14 @@ SlimtuneError            exit code 1: the work failed (faulty data, a wrong adap
 └── UsageError           exit code 2: the user's input is wrong (flags, a recipe, a missing file, targets)
 """
 
-from __future__ import annotations
-
 import difflib
 import errno
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class SlimtuneError(Exception):
-    """The work failed.
-
-    Args:
-        message: what is wrong, with its numbers and names, as one sentence.
-        expected: what would have been right.
-        hint: what to do about it.
-    """
+    """The work failed: `message` says what is wrong, `expected` what would be right, `hint` what to do about it."""
 
     exit_code = 1
 
@@ -27,9 +20,8 @@ class SlimtuneError(Exception):
         lines = (message, expected and f"  expected: {expected}", hint and f"  hint: {hint}")
         super().__init__("\n".join(filter(None, lines)))
 
-    def __reduce__(self) -> tuple[type[SlimtuneError], tuple[str, str, str]]:
-        """Pickle the three fields: `Exception` would pickle only the joined text."""
-        return type(self), (self.message, self.expected, self.hint)
+    def __reduce__(self) -> Any:
+        return type(self), (self.message, self.expected, self.hint)  # Exception would pickle only the joined text
 
 
 class UsageError(SlimtuneError):
@@ -66,7 +58,7 @@ class RunError(SlimtuneError):
     """A run cannot go on: no valid checkpoint, no memory, a full disk."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known name nearest to `name`, or `""`."""
     matches = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
     return f"; did you mean {matches[0]!r}?" if matches else ""
@@ -80,10 +72,7 @@ def format_names(names: Iterable[object], most: int = 12) -> str:
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an exception and its causes, outermost first.
-
-    A SlimtuneError ends the chain: it says already what its cause means.
-    """
+    """Yield an exception and its causes, outermost first, up to a SlimtuneError, which explains its own cause."""
     seen: set[int] = set()
     step: BaseException | None = error
     while step is not None and id(step) not in seen and not isinstance(step, SlimtuneError):
@@ -106,26 +95,26 @@ OUT_OF_MEMORY_TEXTS = (
     "Cannot allocate memory",  # strerror(ENOMEM), where a library passes on only its text
 )
 """Substrings of out-of-memory messages that are raised as plain RuntimeError."""
+DISK_FULL_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded")  # safetensors gives only a text
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an exception, or one of its causes, means that a device or the CPU has no memory left."""
-    return any(
-        isinstance(e, MemoryError)
-        or type(e).__name__ == "OutOfMemoryError"  # torch's: this module does not import torch
-        or (isinstance(e, OSError) and e.errno == errno.ENOMEM)
-        or any(text in str(e) for text in OUT_OF_MEMORY_TEXTS)
-        for e in exception_chain(error)
-    )
+    kinds = ("MemoryError", "OutOfMemoryError")  # the second is torch's, which this module does not import
+    return _chain_says(error, (errno.ENOMEM,), OUT_OF_MEMORY_TEXTS, kinds)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether an exception, or one of its causes, means that the disk is full.
+    """Return whether an exception, or one of its causes, means that the disk is full."""
+    return _chain_says(error, (errno.ENOSPC, errno.EDQUOT), DISK_FULL_TEXTS)
 
-    safetensors raises an error of its own, which says so only in its text.
-    """
-    texts = ("No space left on device", "os error 28", "Disk quota exceeded")
+
+def _chain_says(
+    error: BaseException, codes: tuple[int, ...], texts: tuple[str, ...], kinds: tuple[str, ...] = ()
+) -> bool:
     return any(
-        (isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)) or any(text in str(e) for text in texts)
+        (isinstance(e, OSError) and e.errno in codes)
+        or any(kind.__name__ in kinds for kind in type(e).__mro__)
+        or any(text in str(e) for text in texts)
         for e in exception_chain(error)
     )

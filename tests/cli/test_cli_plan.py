@@ -270,7 +270,7 @@ def test_one_plan():
         "reserved for them 18.1 to 18.5 GiB",
         "runtime 512.0 MiB",
         "needed 18.6 to 19.0 GiB",
-        f"usable {format_range(*CARD.usable)} published; guessed band |",
+        f"usable {format_range(*CARD.usable)} published, guessed |",
         "micro-batch 1 row, 2048 tokens",
         "longest row in it 2048 tokens",
         "micro-batches in a step 4",

@@ -6,7 +6,6 @@ Torch and the library's folders are imported inside the commands, so that `slimt
 import logging
 import os
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +28,7 @@ from .report import report_run
 from .train import train_run
 from .verify import verify_run
 
-COMMANDS: dict[str, Callable[..., Any]] = {
+COMMANDS: dict[str, Any] = {
     "plan": plan,
     "gpus": gpus,
     "data": data_report,
@@ -57,13 +56,11 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")]
+
+
 @app.callback(invoke_without_command=True)
-def _root(
-    ctx: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
-    ] = False,
-) -> None:
+def _root(ctx: typer.Context, version: Version = False) -> None:
     """Adapt an LLM by training a small part of it: plan, train, evaluate, export.
 
     Exit codes: 0 done; 1 the work failed, or the verdict is negative; 2 wrong use (flags, recipe, missing files); 130
@@ -73,11 +70,9 @@ def _root(
         typer.echo(ctx.get_help(), err=True)
         raise typer.Exit(2)
     if ctx.invoked_subcommand != "train" and "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1":
-        raise UsageError(
-            f"slimtune {ctx.invoked_subcommand} was started in {os.environ.get('WORLD_SIZE')} processes",
-            "one process: only train takes several",
-            "run it without torchrun or accelerate launch",
-        )
+        message = f"slimtune {ctx.invoked_subcommand} was started in {os.environ.get('WORLD_SIZE')} processes"
+        hint = "run it without torchrun or accelerate launch"
+        raise UsageError(message, "one process: only train takes several", hint)
 
 
 def main() -> None:

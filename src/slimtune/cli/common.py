@@ -6,30 +6,29 @@ and, with `--json`, the object `{"error": {...}}`.
 """
 
 import contextlib
-import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer import Abort, Argument, BadParameter, Option
 from typer.core import TyperGroup
 
 from ..errors import RunError, SlimtuneError, UsageError, is_disk_full, is_out_of_memory
 from ..utils.files import disk_full_error
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
+Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
 INTERRUPTED = 130
 PACKAGE = Path(__file__).parents[1]
 # Typer has a copy of click or uses click itself, depending on its version.
-ClickError = typer.BadParameter.__mro__[2]
+ClickError: Any = BadParameter.__mro__[2]
 
 
 class NegativeResult(NamedTuple):
@@ -55,31 +54,53 @@ class CommandGroup(TyperGroup):
         """Run a command and exit: 0 done, 1 the work failed, 2 wrong use, 130 interrupted."""
         args = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in (args[: args.index("--")] if "--" in args else args)
-        stdout = sys.stdout
+        stdout, code = sys.stdout, 0
         extra.pop("standalone_mode", None)
         try:
             with _print_warnings(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
                 result = super().main(args, standalone_mode=False, **extra)
-        except (KeyboardInterrupt, typer.Abort):
-            result = INTERRUPTED
+            # Typer returns the code of an Exit, and 130 for Ctrl-C, as an int.
+            if result == INTERRUPTED:
+                raise KeyboardInterrupt
+        except (KeyboardInterrupt, Abort):
+            code, result = INTERRUPTED, {"error": {"kind": "Interrupted", "message": "interrupted"}}
+            if os.environ.get("RANK", "0") == "0":
+                error_console().print("interrupted", style="bold")
         except SystemExit:
             raise
         except BaseException as e:
-            sys.exit(_report_error(e, stdout if as_json else None))
-        # Typer returns the code of an Exit, and 130 for Ctrl-C, as an int.
-        if result == INTERRUPTED:
-            if os.environ.get("RANK", "0") == "0":
-                error_console().print("interrupted", style="bold")
-            if as_json:
-                _print_json({"error": {"kind": "Interrupted", "message": "interrupted"}}, stdout)
+            code, result = _report_error(e)
         if isinstance(result, int):
             sys.exit(result)
-        code = 0
         if isinstance(result, NegativeResult):
-            result, code = result.result, 1
+            code, result = 1, result.result
         if as_json and result is not None:
-            _print_json(result, stdout)
+            from ..run_dir import to_json
+
+            stdout.write(to_json(result) + "\n")
+            stdout.flush()
         sys.exit(code)
+
+
+def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
+    """Print an exception on stderr; return its exit code and what `--json` prints."""
+    known = to_cli_error(error)
+    if known is None:
+        traceback.print_exception(error, file=sys.stderr)
+        message = f"a bug in slimtune: {type(error).__name__}: {error}"
+        known = SlimtuneError(message, hint="please report it with the lines above")
+    if "RANK" in os.environ:
+        from ..utils import distributed
+
+        if not distributed.should_print_error(known):
+            return known.exit_code, None
+    screen = error_console()
+    screen.print(Text("error: ", style="bold red") + Text(known.message))
+    for name in ("expected", "hint"):
+        if text := getattr(known, name):
+            screen.print(f"  {name}: {text}")
+    fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")}
+    return known.exit_code, {"error": {"kind": type(known).__name__, **fields}}
 
 
 def to_cli_error(error: BaseException) -> SlimtuneError | None:
@@ -90,65 +111,16 @@ def to_cli_error(error: BaseException) -> SlimtuneError | None:
         file = getattr(error, "filename", None)
         return disk_full_error(Path(file) if isinstance(file, str | Path) else Path.cwd() / "the run's files")
     if is_out_of_memory(error):
-        return RunError(
-            f"there is not enough memory: {str(error).strip() or 'an allocation failed'}",
-            "memory for the model and a micro-batch",
-            "a smaller --batch-size or --max-seq-len, --dtype bf16, or --gradient-checkpointing",
-        )
+        message = f"there is not enough memory: {str(error).strip() or 'an allocation failed'}"
+        hint = "a smaller --batch-size or --max-seq-len, --dtype bf16, or --gradient-checkpointing"
+        return RunError(message, "memory for the model and a micro-batch", hint)
     if isinstance(error, ClickError):
         ctx = getattr(error, "ctx", None)
-        return UsageError(error.format_message(), hint=f"see `{ctx.command_path} --help`" if ctx is not None else "")  # type: ignore[attr-defined]
+        return UsageError(error.format_message(), hint=f"see `{ctx.command_path} --help`" if ctx is not None else "")
     if isinstance(error, PermissionError):
-        return UsageError(
-            f"no permission: {error.filename or error}", "a file that may be read, a folder that may be written"
-        )
+        expected = "a file that may be read, a folder that may be written"
+        return UsageError(f"no permission: {error.filename or error}", expected)
     return None
-
-
-def console() -> Console:
-    """Return a console on the current stdout."""
-    return Console(highlight=False, soft_wrap=True, markup=False)
-
-
-def error_console() -> Console:
-    """Return a console on stderr."""
-    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
-
-
-def print_progress(text: str) -> None:
-    """Print a line about the work in progress on stderr."""
-    error_console().print(text, style="dim")
-
-
-def silence_process() -> None:
-    """Turn off warnings, log messages and progress bars: with several processes only the first one shows them."""
-    from transformers.utils.logging import disable_progress_bar
-
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
-    disable_progress_bar()
-
-
-def table(*columns: str, left: Sequence[int] = ()) -> Table:
-    """Return an empty table. Its first column and the columns in `left` are text, which wraps; the others are numbers.
-
-    Args:
-        columns: headings; without any text no heading is shown.
-        left: numbers of further text columns, from 0.
-    """
-    made = Table(box=None, pad_edge=False, show_header=any(columns))
-    for number, column in enumerate(columns):
-        is_text = number in left
-        made.add_column(column, justify="left" if is_text or not number else "right", no_wrap=not is_text)
-    return made
-
-
-def print_fields(screen: Console, fields: Sequence[tuple[str, str]]) -> None:
-    """Print labels and values in two columns; long values wrap."""
-    rows = table("", "", left=[1])
-    for label, value in fields:
-        rows.add_row(Text(label), Text(value))
-    screen.print(rows)
 
 
 @contextlib.contextmanager
@@ -157,7 +129,7 @@ def _print_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         default = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
             if Path(filename).is_relative_to(PACKAGE):
                 error_console().print(f"warning: {message}", style="yellow")
             else:
@@ -167,31 +139,35 @@ def _print_warnings() -> Iterator[None]:
         yield
 
 
-def _report_error(error: BaseException, json_output: Any | None) -> int:
-    """Print an exception on stderr, and as JSON if asked, and return its exit code."""
-    known = to_cli_error(error)
-    if known is None:
-        traceback.print_exception(error, file=sys.stderr)
-        message = f"a bug in slimtune: {type(error).__name__}: {error}"
-        known = SlimtuneError(message, hint="please report it with the lines above")
-    if "RANK" in os.environ:
-        from ..utils import distributed
-
-        if not distributed.should_print_error(known):
-            return known.exit_code
-    screen = error_console()
-    screen.print(Text("error: ", style="bold red") + Text(known.message))
-    for name in ("expected", "hint"):
-        if text := getattr(known, name):
-            screen.print(f"  {name}: {text}")
-    if json_output is not None:
-        fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")}
-        _print_json({"error": {"kind": type(known).__name__, **fields}}, json_output)
-    return known.exit_code
+def console(stderr: bool = False) -> Console:
+    """Return a console on the current stdout or stderr."""
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
 
 
-def _print_json(values: Any, stdout: Any) -> None:
-    from ..run_dir import to_json
+def error_console() -> Console:
+    """Return a console on the current stderr."""
+    return console(stderr=True)
 
-    stdout.write(to_json(values) + "\n")
-    stdout.flush()
+
+def print_progress(text: str) -> None:
+    """Print a line about the work in progress on stderr."""
+    error_console().print(text, style="dim")
+
+
+def table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]] = ()) -> Table:
+    """Return a table. Its first column and the columns in `left` are text, which wraps; the others are numbers.
+
+    Without any text in `columns`, the headings, no heading is shown. `left` counts from 0.
+    """
+    made = Table(box=None, pad_edge=False, show_header=any(columns))
+    for number, column in enumerate(columns):
+        is_text = number in left
+        made.add_column(column, justify="left" if is_text or not number else "right", no_wrap=not is_text)
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def print_fields(fields: Iterable[tuple[str, str]]) -> None:
+    """Print labels and values in two columns; long values wrap."""
+    console().print(table("", "", left=[1], rows=fields))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from ..errors import UsageError
 from .common import Json, NegativeResult, console, error_console, table
@@ -14,27 +14,25 @@ PACKAGES = ("scipy", "matplotlib")
 
 
 def compare(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The base, the rows and the run.")],
+    recipe: Annotated[Path, Argument(metavar="RECIPE.yaml", help="The base, the rows and the run.")],
     methods: Annotated[
-        str, typer.Option(help="Methods, as lora,dora,ia3,prefix,full; or all. See `slimtune methods`.")
+        str, Option(help="Methods, as lora,dora,ia3,prefix,full; or all. See `slimtune methods`.")
     ] = "lora,dora,ia3,bottleneck,prefix,prompt,full",
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method: the recipe's seed and those after it.")] = 3,
-    tokens: Annotated[
-        int | None, typer.Option(min=1, help="Trained tokens of a run. Default: the recipe's length.")
-    ] = None,
-    tune: Annotated[bool, typer.Option("--tune", help="Search each method's learning rate first.")] = False,
-    trials: Annotated[int, typer.Option(min=2, help="With --tune: learning rates tried for each method.")] = 8,
-    out: Annotated[Path | None, typer.Option(help="Folder. Default: the recipe's output_dir with -compare.")] = None,
+    seeds: Annotated[int, Option(min=1, help="Runs of each method: the recipe's seed and those after it.")] = 3,
+    tokens: Annotated[int | None, Option(min=1, help="Trained tokens of a run. Default: the recipe's length.")] = None,
+    tune: Annotated[bool, Option("--tune", help="Search each method's learning rate first.")] = False,
+    trials: Annotated[int, Option(min=2, help="With --tune: learning rates tried for each method.")] = 8,
+    out: Annotated[Path | None, Option(help="Folder. Default: the recipe's output_dir with -compare.")] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--set",
             metavar="PATH=VALUE",
             help="A setting of the recipe (train.batch_size=4), or of one method (dora.r=8). Repeatable.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Train on faulty data.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the chart into this .svg or .png.")] = None,
+    force: Annotated[bool, Option("--force", help="Train on faulty data.")] = False,
+    plot: Annotated[Path | None, Option(help="Also draw the chart into this .svg or .png.")] = None,
     as_json: Json = False,
 ) -> Any:
     """Train methods on the same rows with the same budget, and compare them.
@@ -43,9 +41,8 @@ def compare(
     """
     missing = [p for p in (*PACKAGES, *(["optuna"] if tune else [])) if importlib.util.find_spec(p) is None]
     if missing:
-        raise UsageError(
-            f"compare needs {' and '.join(missing)}, not installed here", hint="pip install 'slimtune[compare]'"
-        )
+        message = f"compare needs {' and '.join(missing)}, not installed here"
+        raise UsageError(message, hint="pip install 'slimtune[compare]'")
     from ..comparison import compare as comparison
     from ..comparison.candidates import build_candidates, split_settings
     from ..comparison.grid import build_grid
@@ -57,8 +54,7 @@ def compare(
         plot = require_figure_path(plot)
     screen = error_console()
     tree = read_tree(recipe.expanduser())
-    overrides = (rename_setting(*read_override(text)) for text in sets or [])
-    recipe_settings, method_settings = split_settings(overrides)
+    recipe_settings, method_settings = split_settings(rename_setting(*read_override(text)) for text in sets or [])
     for path, value in recipe_settings.items():
         set_field(tree, path, value)
     if not isinstance(tree.get("method", {}), Mapping) or not isinstance(tree.get("train") or {}, Mapping):
@@ -83,11 +79,10 @@ def _print_result(result: Mapping[str, Any]) -> None:
 
     screen = console()
     screen.print(describe_comparison(result))
-    rows = table(*TERMINAL_COLUMNS, left=[len(TERMINAL_COLUMNS) - 1])
-    rows.padding = (0, 1, 0, 0)
-    for method in result["methods"]:
-        rows.add_row(*format_terminal_row(method))
-    screen.print(rows)
+    rows = map(format_terminal_row, result["methods"])
+    methods = table(*TERMINAL_COLUMNS, left=[len(TERMINAL_COLUMNS) - 1], rows=rows)
+    methods.padding = (0, 1, 0, 0)
+    screen.print(methods)
     for note in list_notes(result):
         screen.print(note)
     screen.print(f"\n{result['advice']}", style="bold")

@@ -4,34 +4,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.text import Text
+from typer import Argument, Option
 
-from .common import Json, NegativeResult, console, error_console, print_fields
+from .common import Json, NegativeResult, console, print_fields, print_progress
 from .options import recipe_flags
 
 STYLES = {"error": "bold red", "errors": "bold red", "warning": "yellow", "warnings": "yellow", "ok": "bold green"}
 BAR_WIDTH = 40
+REPORT_SETTINGS = (
+    "model.name", "model.revision", "model.trust_remote_code", "data.validation", "data.format", "data.columns",
+    "data.train_on", "data.max_seq_len", "data.on_overlong", "data.chat_template", "train.batch_size",
+)  # fmt: skip
+"""The settings that change the report."""
 
 
-@recipe_flags(
-    "model.name",
-    "model.revision",
-    "model.trust_remote_code",
-    "data.validation",
-    "data.format",
-    "data.columns",
-    "data.train_on",
-    "data.max_seq_len",
-    "data.on_overlong",
-    "data.chat_template",
-    "train.batch_size",
-)
+@recipe_flags(*REPORT_SETTINGS)
 def data_report(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A file or folder of rows.", show_default=False)],
+    file: Annotated[str, Argument(metavar="FILE", help="A file or folder of rows.", show_default=False)],
     settings: dict[str, Any],
-    html: Annotated[Path | None, typer.Option(help="Write the report as an HTML page to this file.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Treat warnings as errors.")] = False,
+    html: Annotated[Path | None, Option(help="Write the report as an HTML page to this file.")] = None,
+    strict: Annotated[bool, Option("--strict", help="Treat warnings as errors.")] = False,
     as_json: Json = False,
 ) -> Any:
     """Report on rows before any training.
@@ -41,21 +34,14 @@ def data_report(
     """
     from ..config import load_recipe
     from ..data.validation.report import validate_file
-    from ..models.loader import load_tokenizer
-    from ..utils.files import write_atomic
+    from ..setup import load_tokenizer_from_recipe
 
     recipe = load_recipe(None, {"data.train": file, "output_dir": "runs/unused", **settings})
-    model, data = recipe.model, recipe.data
-    tokenizer = load_tokenizer(
-        model.name,
-        trust_remote_code=model.trust_remote_code,
-        revision=model.revision,
-        chat_template=data.chat_template,
-    )
+    data = recipe.data
     report = validate_file(
         file,
-        tokenizer,
-        model=model.name,
+        load_tokenizer_from_recipe(recipe),
+        model=recipe.model.name,
         format=data.format,
         columns=data.columns,
         train_on=data.train_on,
@@ -66,16 +52,17 @@ def data_report(
     )
     if html is not None:
         from ..reporting.report import render_data_report
+        from ..utils.files import write_atomic
 
         write_atomic(html, render_data_report(report))
-        error_console().print(f"page: {html}")
+        print_progress(f"page: {html}")
     if not as_json:
-        print_report(report)
+        _print_report(report)
     good = report["verdict"] == "ok" or (report["verdict"] == "warnings" and not strict)
     return report if good else NegativeResult(report)
 
 
-def print_report(report: Mapping[str, Any]) -> None:
+def _print_report(report: Mapping[str, Any]) -> None:
     """Print a report for people. Supervised text is colored, or between ⟦ and ⟧ where there are no colors."""
     from ..data.validation.report import format_issue, format_verdict, report_facts
 
@@ -89,7 +76,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             text.append(f"⟦{piece['text']}⟧" if marked else piece["text"], "green underline" * piece["supervised"])
         screen.print(text)
     screen.print()
-    print_fields(screen, report_facts(report))
+    print_fields(report_facts(report))
     histogram = report["lengths"]["histogram"]
     most = max((bar["rows"] for bar in histogram), default=0)
     for bar in histogram:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.formatting import format_bytes
-from .common import Json, console, print_fields
+from .common import Json, print_fields
 
 LIBRARIES = (
     "slimtune", "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub", "peft", "trl",
@@ -25,53 +25,43 @@ def doctor(as_json: Json = False) -> dict[str, Any]:
     import psutil
     import torch
 
-    from ..models.dtype import pick_device, pick_dtype
+    from ..models.dtype import cpu_flags, pick_device, pick_dtype
+    from ..reporting.versions import find_version
 
-    device = pick_device("auto")
-    result = {
+    device, flags = pick_device("auto"), cpu_flags()
+    cpu: dict[str, Any] = {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "flags": [flag for flag in CPU_FLAGS if flag in flags],
+    }
+    result: dict[str, Any] = {
         "python": platform.python_version(),
-        "libraries": {name: _find_version(name) for name in LIBRARIES},
-        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "flags": _find_cpu_flags()},
+        "libraries": {name: find_version(name) for name in LIBRARIES},
+        "cpu": cpu,
         "devices": ["cpu", *_find_accelerators(torch)],
         "memory_free_bytes": psutil.virtual_memory().available,
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "extras": _find_missing_packages(),
+        "extras": {
+            extra: [name for name in packages if find_version(name) is None]
+            for extra, packages in _list_extras().items()
+        },
         "device": str(device),
         "dtype": str(pick_dtype("auto", device)).removeprefix("torch."),
     }
     if not as_json:
-        cpu = result["cpu"]
         extras = {f"extra {name}": missing for name, missing in result["extras"].items()}
-        print_fields(
-            console(),
-            [
-                ("python", result["python"]),
-                *((name, version or "not installed") for name, version in result["libraries"].items()),
-                ("CPU", f"{cpu['cores']} cores, torch uses {cpu['threads']} threads"),
-                ("CPU flags", ", ".join(cpu["flags"]) or "none for fast matrix products"),
-                ("devices", ", ".join(result["devices"])),
-                ("free memory", format_bytes(result["memory_free_bytes"])),
-                ("free disk here", format_bytes(result["disk_free_bytes"])),
-                *((name, f"missing: {', '.join(m)}" if m else "installed") for name, m in extras.items()),
-                ("auto chooses", f"{result['device']}, frozen weights in {result['dtype']}"),
-            ],
-        )
+        print_fields([
+            ("python", result["python"]),
+            *((name, version or "not installed") for name, version in result["libraries"].items()),
+            ("CPU", f"{cpu['cores']} cores, torch uses {cpu['threads']} threads"),
+            ("CPU flags", ", ".join(cpu["flags"]) or "none for fast matrix products"),
+            ("devices", ", ".join(result["devices"])),
+            ("free memory", format_bytes(result["memory_free_bytes"])),
+            ("free disk here", format_bytes(result["disk_free_bytes"])),
+            *((name, f"missing: {', '.join(missing)}" if missing else "installed") for name, missing in extras.items()),
+            ("auto chooses", f"{result['device']}, frozen weights in {result['dtype']}"),
+        ])  # fmt: skip
     return result
-
-
-def _find_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _find_cpu_flags() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    line = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    present = set(line.partition(":")[2].split())
-    return [flag for flag in CPU_FLAGS if flag in present]
 
 
 def _find_accelerators(torch: Any) -> list[str]:
@@ -83,19 +73,17 @@ def _find_accelerators(torch: Any) -> list[str]:
     return devices
 
 
-def _find_missing_packages() -> dict[str, list[str]]:
-    """Return the packages of each extra of slimtune that are not installed."""
+def _list_extras() -> dict[str, list[str]]:
+    """Return the packages of each extra of slimtune."""
     from packaging.requirements import Requirement
 
-    requirements = [Requirement(text) for text in importlib.metadata.requires("slimtune") or []]
+    conditional = [r for r in map(Requirement, importlib.metadata.requires("slimtune") or []) if r.marker is not None]
+    extras = importlib.metadata.metadata("slimtune").get_all("Provides-Extra") or []
     return {
         extra: [
             r.name
-            for r in requirements
-            if r.marker is not None
-            and r.marker.evaluate({"extra": extra})
-            and not r.marker.evaluate({"extra": ""})
-            and _find_version(r.name) is None
+            for r in conditional
+            if r.marker is not None and r.marker.evaluate({"extra": extra}) and not r.marker.evaluate({"extra": ""})
         ]
-        for extra in importlib.metadata.metadata("slimtune").get_all("Provides-Extra") or []
+        for extra in extras
     }

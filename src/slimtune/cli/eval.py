@@ -1,43 +1,37 @@
 """`slimtune eval`: whether the tuned model is better than its base, at what price, and how sure that is."""
 
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import typer
+from typer import Option
 
 from .common import Json, NegativeResult, Run, console, table
 
-
-class Split(StrEnum):
-    """Rows of the recipe to measure on."""
-
-    test = "test"
-    validation = "validation"
+MODELS = ("base", "tuned")
 
 
 def eval_run(
     run: Run,
-    data: Annotated[Path | None, typer.Option(help="Rows to measure on, in place of the recipe's split.")] = None,
-    split: Annotated[Split, typer.Option(help="The recipe's rows to measure on.")] = Split.test,
+    data: Annotated[Path | None, Option(help="Rows to measure on, in place of the recipe's split.")] = None,
+    split: Annotated[Literal["test", "validation"], Option(help="The recipe's rows to measure on.")] = "test",
     skip_prompt_test: Annotated[
-        bool, typer.Option("--skip-prompt-test", help="Accept answers that do not depend on their prompts.")
+        bool, Option("--skip-prompt-test", help="Accept answers that do not depend on their prompts.")
     ] = False,
     general_text: Annotated[
-        str, typer.Option(help="General text to measure forgetting on: a .txt or JSONL file, shipped, or none.")
+        str, Option(help="General text to measure forgetting on: a .txt or JSONL file, shipped, or none.")
     ] = "shipped",
-    forgetting_budget: Annotated[float, typer.Option(help="Nats a token that may be lost on it, at least 0.")] = 0.1,
-    generate: Annotated[int, typer.Option(help="Held-out prompts that base and tuned model answer.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 128,
+    forgetting_budget: Annotated[float, Option(help="Nats a token that may be lost on it, at least 0.")] = 0.1,
+    generate: Annotated[int, Option(help="Held-out prompts that base and tuned model answer.")] = 0,
+    max_new_tokens: Annotated[int, Option(help="Longest answer, in tokens.")] = 128,
     check: Annotated[
         list[str] | None,
-        typer.Option(help="Check of the answers: exact, chrf, json, regex:PATTERN or json-schema:FILE. Repeatable."),
+        Option(help="Check of the answers: exact, chrf, json, regex:PATTERN or json-schema:FILE. Repeatable."),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
-    tasks_path: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,
+    tasks: Annotated[str | None, Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
+    tasks_path: Annotated[Path | None, Option(help="A folder with task files of your own.")] = None,
     as_json: Json = False,
-) -> dict[str, Any] | NegativeResult:
+) -> Any:
     """Measure base and tuned model on held-out rows; exit code 1 if tuned is not better, or forgot too much.
 
     Loss, perplexity and token accuracy, paired by row, with bootstrap 95 % intervals; then answers and tasks.
@@ -46,76 +40,70 @@ def eval_run(
     from ..evaluation.forgetting import BUILT_IN_TEXT
 
     built_in = {"none": None, "shipped": BUILT_IN_TEXT}
-    result = evaluate(
-        run,
-        EvalSettings(
-            split=split.value,
-            data=data,
-            skip_prompt_test=skip_prompt_test,
-            general_text=built_in[general_text] if general_text in built_in else Path(general_text),
-            forgetting_budget=forgetting_budget,
-            generate=generate,
-            max_new_tokens=max_new_tokens,
-            checks=check or [],
-            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
-            tasks_path=tasks_path,
-        ),
+    settings = EvalSettings(
+        split=split,
+        data=data,
+        skip_prompt_test=skip_prompt_test,
+        general_text=built_in[general_text] if general_text in built_in else Path(general_text),
+        forgetting_budget=forgetting_budget,
+        generate=generate,
+        max_new_tokens=max_new_tokens,
+        checks=check or [],
+        tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
+        tasks_path=tasks_path,
     )
+    result = dict(evaluate(run, settings))
     if not as_json:
         _print_result(result)
-    return dict(result) if result["verdict"]["passed"] else NegativeResult(dict(result))
+    return result if result["verdict"]["passed"] else NegativeResult(result)
 
 
 def _print_result(result: Mapping[str, Any]) -> None:
     screen = console()
-    rows = table("", "loss (nats/token)", "perplexity", "token accuracy")
-    for model in ("base", "tuned"):
-        loss, perplexity, accuracy = (result[f"{model}_{name}"] for name in ("loss", "perplexity", "accuracy"))
-        rows.add_row(model, f"{loss:.4f}", f"{perplexity:.2f}", f"{100 * accuracy:.1f} %")
-    rows.add_row("loss reduction", f"{result['loss_reduction']:.4f}", "", f"{100 * result['accuracy_gain']:.1f} %")
-    screen.print(rows)
+
+    def interval(figures: Mapping[str, Any], name: str) -> str:
+        low, high = figures[f"{name}_ci95"]
+        return f"{figures[name]:.4f} ({low:.4f} to {high:.4f})"
+
+    def score(scores: Mapping[str, Any], model: str) -> str:
+        error = scores[f"{model}_stderr"]
+        return f"{scores[model]:.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+    rows = [
+        (m, f"{result[f'{m}_loss']:.4f}", f"{result[f'{m}_perplexity']:.2f}", f"{100 * result[f'{m}_accuracy']:.1f} %")
+        for m in MODELS
+    ]
+    rows.append(("loss reduction", f"{result['loss_reduction']:.4f}", "", f"{100 * result['accuracy_gain']:.1f} %"))
+    screen.print(table("", "loss (nats/token)", "perplexity", "token accuracy", rows=rows))
     low, high = result["loss_reduction_ci95"]
     screen.print(
         f"loss reduction in 95 % of bootstrap draws: {low:.4f} to {high:.4f}, over {result['rows']} rows, "
         f"{result['tokens']} supervised tokens"
     )
     if (dependence := result["prompt_dependence"]) is not None:
+        tuned = interval(dependence, "tuned")
         screen.print(
-            f"prompt dependence: {dependence['base']:.4f} nats per token for the base, "
-            f"{_interval(dependence, 'tuned')} for the tuned model"
+            f"prompt dependence: {dependence['base']:.4f} nats per token for the base, {tuned} for the tuned model"
         )
     if (forgotten := result["forgetting"]) is not None:
-        screen.print(
-            f"forgotten on general text: {_interval(forgotten, 'change')} nats per token, "
-            f"budget {forgotten['budget']:g}"
-        )
+        change, budget = interval(forgotten, "change"), forgotten["budget"]
+        screen.print(f"forgotten on general text: {change} nats per token, budget {budget:g}")
     for answer in result["generations"] or []:
         screen.print(f"\n{answer['prompt'][-1]['content']}", style="bold")
-        for model in ("reference", "base", "tuned"):
+        for model in ("reference", *MODELS):
             screen.print(f"{model}: {answer[model]}")
     if summary := result["generation_summary"]:
-        rows = table(f"mean of {len(result['generations'])} answers", "base", "tuned")
-        for name, means in summary.items():
-            rows.add_row(name, f"{means['base']:.3g}", f"{means['tuned']:.3g}")
+        rows = [(name, *(f"{means[model]:.3g}" for model in MODELS)) for name, means in summary.items()]
         screen.print()
-        screen.print(rows)
+        screen.print(table(f"mean of {len(result['generations'])} answers", *MODELS, rows=rows))
     if result["tasks"]:
-        rows = table("task", "metric", "base", "tuned")
-        for task, metrics in result["tasks"].items():
-            for metric, scores in metrics.items():
-                rows.add_row(task, metric, *(_score(scores, model) for model in ("base", "tuned")))
+        rows = [
+            (task, metric, *(score(scores, model) for model in MODELS))
+            for task, metrics in result["tasks"].items()
+            for metric, scores in metrics.items()
+        ]
         screen.print()
-        screen.print(rows)
+        screen.print(table("task", "metric", *MODELS, rows=rows))
     verdict = result["verdict"]
     text = "the tuned model is better" if verdict["passed"] else "no: " + "; ".join(verdict["reasons"])
     screen.print(f"verdict: {text}")
-
-
-def _interval(figures: Mapping[str, Any], name: str) -> str:
-    low, high = figures[f"{name}_ci95"]
-    return f"{figures[name]:.4f} ({low:.4f} to {high:.4f})"
-
-
-def _score(scores: Mapping[str, Any], model: str) -> str:
-    error = scores[f"{model}_stderr"]
-    return f"{scores[model]:.4f}" if error is None else f"{scores[model]:.4f} ± {error:.4f}"

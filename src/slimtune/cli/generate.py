@@ -4,22 +4,22 @@ import sys
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
+from typer import Argument, Option
 
 from .common import Json, Run, console, error_console
 
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0: the most likely token; higher: more random.")]
-SideBySide = Annotated[bool, typer.Option("--side-by-side", help="Show the base's answer, too.")]
-System = Annotated[str | None, typer.Option(help="System message.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the random choices.")]
+MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer, in tokens.")]
+Temperature = Annotated[float, Option(min=0.0, help="0: the most likely token; higher: more random.")]
+SideBySide = Annotated[bool, Option("--side-by-side", help="Show the base's answer, too.")]
+System = Annotated[str | None, Option(help="System message.")]
+Seed = Annotated[int, Option(min=0, help="Seed of the random choices.")]
 QUIT = ("/exit", "/quit")
 
 
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The user's message.", show_default=False)],
+    prompt: Annotated[str, Argument(metavar="PROMPT", help="The user's message.", show_default=False)],
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     side_by_side: SideBySide = False,
@@ -31,12 +31,12 @@ def generate(
     from ..evaluation.generate import Generator
 
     generator = Generator.open(run)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     messages = [*_system_messages(system), {"role": "user", "content": prompt}]
-    screen = error_console() if as_json else console()
+    screen = console(stderr=as_json)
     answers = {}
     for model in ("base", "tuned") if side_by_side else ("tuned",):
-        pieces = generator.stream(messages, tuned=model == "tuned", **settings)
+        pieces = generator.stream(messages, tuned=model == "tuned", **how)
         answers[model] = _print_stream(pieces, model if side_by_side else "", screen)
     return {"prompt": prompt, "system": system, "temperature": temperature, "seed": seed, **answers}
 
@@ -57,8 +57,8 @@ def chat(
     from ..evaluation.generate import Generator
 
     generator = Generator.open(run)
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    screen = error_console() if as_json else console()
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    screen = console(stderr=as_json)
     models = ("base", "tuned") if side_by_side else ("tuned",)
     # Each model remembers its own answers: the base must not continue what the tuned model said.
     messages = {model: _system_messages(system) for model in models}
@@ -70,7 +70,7 @@ def chat(
         turn = {"user": line}
         for model in models:
             messages[model].append({"role": "user", "content": line})
-            pieces = generator.stream(messages[model], tuned=model == "tuned", **settings)
+            pieces = generator.stream(messages[model], tuned=model == "tuned", **how)
             turn[model] = _print_stream(pieces, model if side_by_side else "", screen)
             messages[model].append({"role": "assistant", "content": turn[model]})
         turns.append(turn)
@@ -85,13 +85,13 @@ def _print_stream(pieces: Iterable[str], name: str, screen: Console) -> str:
     """Print pieces of text as they come, after the model's name if there is one; return the whole text."""
     if name:
         screen.print(f"{name}: ", style="bold", end="")
-    text = []
+    text = ""
     for piece in pieces:
-        text.append(piece)
+        text += piece
         screen.file.write(piece)
         screen.file.flush()
     screen.print()
-    return "".join(text)
+    return text
 
 
 def _read_line() -> str | None:

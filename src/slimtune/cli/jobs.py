@@ -20,51 +20,24 @@ if TYPE_CHECKING:
     from ..planning.result import Plan
 
 JOB_SETTINGS = (
-    "model.dtype",
-    "model.quantization",
-    "model.trust_remote_code",
-    "data.train",
-    "data.max_seq_len",
-    "method.name",
-    "train.epochs",
-    "train.max_steps",
-    "train.batch_size",
-    "train.gradient_accumulation_steps",
-    "train.max_tokens_per_micro_batch",
-    "train.packing",
-    "train.optimizer",
-    "train.gradient_checkpointing",
-    "train.offload_activations",
-    "train.mlp_tile_size",
-    "train.fsdp",
-)
+    "model.dtype", "model.quantization", "model.trust_remote_code", "data.train", "data.max_seq_len", "method.name",
+    "train.epochs", "train.max_steps", "train.batch_size", "train.gradient_accumulation_steps",
+    "train.max_tokens_per_micro_batch", "train.packing", "train.optimizer", "train.gradient_checkpointing",
+    "train.offload_activations", "train.mlp_tile_size", "train.fsdp",
+)  # fmt: skip
 """The settings with a flag: those that change a plan. `--set` takes all."""
 
 
 @dataclass(frozen=True)
 class Jobs:
-    """The runs to plan, one for each method.
+    """The runs to plan, one for each method."""
 
-    Args:
-        recipes: by the method's name.
-        errors: why there is no recipe, by the method's name.
-        model: the base.
-        has_rows: whether training rows were given.
-        lengths: tokens of every training row; empty if no rows were read.
-        tokens: tokens of a whole run; None if no rows were read.
-    """
-
-    recipes: dict[str, Recipe]
-    errors: dict[str, SlimtuneError]
+    recipes: dict[str, Recipe]  # by the method's name
+    errors: dict[str, SlimtuneError]  # why there is no recipe, by the method's name
     model: ModelInfo
-    has_rows: bool
-    lengths: list[int]
-    tokens: int | None
-
-    @property
-    def dtype(self) -> str:
-        """Data type of the base's weights; "auto": the GPU's choice."""
-        return next(iter(self.recipes.values())).model.dtype
+    has_rows: bool  # whether training rows were given
+    lengths: list[int]  # tokens of every training row; empty if no rows were read
+    tokens: int | None  # of a whole run; None if no rows were read
 
 
 def load_jobs(job: str, settings: Mapping[str, Any], output_dir: str = "runs/planned") -> Jobs:
@@ -74,22 +47,23 @@ def load_jobs(job: str, settings: Mapping[str, Any], output_dir: str = "runs/pla
         job: a base, or a recipe's file.
         settings: overrides by dotted path; `method.name` may name several methods, or "all".
         output_dir: the run folder of a base's recipe.
-
-    Raises:
-        UsageError: an unknown base, method or quantization; errors in the recipe; a setting that no method has.
-        ModelError: the base's config or its tokenizer cannot be read.
-        DataError: the rows are faulty.
     """
     from ..config import load_recipe
     from ..config.loading import read_tree
     from ..config.method import accepted_names
+    from ..methods import config_class, method_names
     from ..models.registry import get_model_info
 
     path = Path(job) if job.endswith((".yaml", ".yml")) else None
     settings = dict(settings)
     section = (read_tree(path) if path is not None else {}).get("method")
     own_method = str(section.get("name", "lora") if isinstance(section, dict) else "lora").lower()
-    methods = _parse_methods(settings.pop("method.name", settings.pop("method", own_method)))
+    text = str(settings.pop("method.name", settings.pop("method", own_method)))
+    named = [part.strip().lower() for part in text.split(",") if part.strip()]
+    if not named:
+        raise UsageError("--method names none", "methods as lora,ia3, or all")
+    expanded = (name for part in named for name in (method_names() if part == "all" else (part,)))
+    methods = list(dict.fromkeys(config_class(name).name for name in expanded))
 
     of_method = {path: value for path, value in settings.items() if path.startswith("method.")}
     # A plan needs no rows and no run folder, but a complete recipe does.
@@ -99,10 +73,8 @@ def load_jobs(job: str, settings: Mapping[str, Any], output_dir: str = "runs/pla
         accepted = {name for method in methods for name in accepted_names(method)}
         for name in (path.split(".")[1] for path in of_method):
             if name not in accepted:
-                raise UsageError(
-                    f"none of the methods planned has a setting {name!r}{nearest(name, accepted)}",
-                    f"one of {format_names(sorted(accepted))}",
-                )
+                message = f"none of the methods planned has a setting {name!r}{nearest(name, accepted)}"
+                raise UsageError(message, f"one of {format_names(sorted(accepted))}")
     recipes: dict[str, Recipe] = {}
     errors: dict[str, SlimtuneError] = {}
     for method in methods:
@@ -126,26 +98,15 @@ def load_jobs(job: str, settings: Mapping[str, Any], output_dir: str = "runs/pla
     epochs = t.epochs
     if t.max_steps is not None:
         epochs = t.max_steps * t.batch_size * t.gradient_accumulation_steps / max(len(lengths), 1)
-    tokens = round(epochs * sum(lengths)) or None
-    return Jobs(recipes, errors, model, has_rows, lengths, tokens)
+    return Jobs(recipes, errors, model, has_rows, lengths, round(epochs * sum(lengths)) or None)
 
 
 def make_plans(
     jobs: Jobs, gpu: Gpu, *, advise: bool = True, processes: int = 1
 ) -> tuple[list[Plan], dict[str, SlimtuneError]]:
-    """Plan every run on a GPU.
+    """Return the plan of every run on a GPU, for one of `processes` that train together, and why others have none.
 
-    Args:
-        jobs: the runs.
-        gpu: where they run.
-        advise: look for changes that save memory; only for a single run.
-        processes: processes that train together; a plan is for one of them.
-
-    Returns:
-        The plans, and why there is none by the method's name.
-
-    Raises:
-        SlimtuneError: none can be planned.
+    Changes that save memory are only looked for if there is a single run and `advise` is true.
     """
     from ..planning.planner import make_plan
     from ..planning.request import build_request
@@ -164,24 +125,12 @@ def make_plans(
     return plans, errors
 
 
-def _parse_methods(text: Any) -> list[str]:
-    """Return the methods that `lora,ia3` or `all` names, each once."""
-    from ..methods import config_class, method_names
-
-    named = [part.strip().lower() for part in str(text).split(",") if part.strip()]
-    if not named:
-        raise UsageError("--method names none", "methods as lora,ia3, or all")
-    expanded = (name for part in named for name in (method_names() if part == "all" else (part,)))
-    return list(dict.fromkeys(config_class(name).name for name in expanded))
-
-
 def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[int]:
     """Return the tokens of every training row; none if the tokenizer is not on this disk: a plan downloads nothing."""
     from huggingface_hub import try_to_load_from_cache
 
-    from ..models.loader import load_tokenizer
     from ..models.registry import resolve_model
-    from ..setup import load_datasets
+    from ..setup import load_datasets, load_tokenizer_from_recipe
 
     try:
         source = resolve_model(model.spec)
@@ -194,8 +143,8 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[int]:
             f"{recipe.data.max_seq_len} tokens"
         )
         return []
-    m = recipe.model
-    how: dict[str, Any] = {"trust_remote_code": m.trust_remote_code, "revision": m.revision}
-    datasets = load_datasets(recipe, load_tokenizer(model.spec, chat_template=recipe.data.chat_template, **how))
+    # A plan knows more names of bases than training does: `spec` is where the weights are.
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model.spec})})
+    datasets = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
     print_progress(f"rows: {datasets.train_report.text()}")
     return datasets.train.lengths.tolist()

@@ -5,11 +5,10 @@ import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-import typer
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
 from ..utils.formatting import format_bytes, format_count
 from .common import Json, console, table
@@ -21,12 +20,12 @@ Fields of one method: slimtune methods NAME"""
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this method's fields.")] = None,
+    name: Annotated[str | None, Argument(metavar="NAME", help="Show this method's fields.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="A base, as for `slimtune train`: adds what each method trains on it.")
+        str | None, Option(help="A base, as for `slimtune train`: adds what each method trains on it.")
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base.", show_default=False)
+        bool, Option("--trust-remote-code", help="Run Python code that comes with the base.", show_default=False)
     ] = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -41,11 +40,16 @@ def methods(
     if not as_json:
         screen = console()
         screen.print(_methods_table(described, sized=model is not None))
-        if name:
-            screen.print(f"\ndefault learning rate: {described[0]['learning_rate']:g}")
-            _print_fields(screen, described[0]["fields"])
-        else:
-            screen.print(f"\n{LEGEND}")
+        screen.print(f"\ndefault learning rate: {described[0]['learning_rate']:g}" if name else f"\n{LEGEND}")
+        for field in described[0]["fields"] if name else ():
+            other_names = ", ".join(n for n in (field["short_name"], field["flag"]) if n)
+            title = Text(f"\n{field['name']}", "bold") + Text(f" ({other_names})" if other_names else "", "not bold")
+            text = f"   {field['expected']}; default {field['default']}"
+            if field["recipe_default"] != field["default"]:
+                text += f"; recipes: {field['recipe_default']}"
+            screen.print(title + text)
+            if field["help"]:
+                screen.print(Padding(Text(field["help"]), (0, 0, 0, 4)), soft_wrap=False)
     return {"model": model, "methods": described}
 
 
@@ -56,18 +60,19 @@ def _describe_method(name: str, cls: Any) -> dict[str, Any]:
     flags = {cls.short_names.get(short, short): f"--{short}" for short in METHOD_FLAGS}
     defaults = fill_recipe_defaults({}, cls)
     own = vars(cls).get("__annotations__", {})
+    merged, lora = cls.mergeable, cls.ships_as_lora
     return {
         "name": name,
         # The first line without the note on whose field names it uses.
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0].partition("; PEFT's ")[0].rstrip("."),
         "sites": list(cls.kinds),
-        "mergeable": cls.mergeable,
+        "mergeable": merged,
         "export_formats": {
             "hugging_face_file": True,
-            "merged_model": cls.mergeable,
-            "ollama_merged": cls.mergeable,
-            "ollama_adapter": cls.ships_as_lora,
-            "vllm_adapter": cls.ships_as_lora,
+            "merged_model": merged,
+            "ollama_merged": merged,
+            "ollama_adapter": lora,
+            "vllm_adapter": lora,
         },
         "learning_rate": cls.learning_rate,
         "fields": [
@@ -113,50 +118,35 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
                 sizes.append({"unfit": getattr(e, "message", str(e))})
                 continue
             trained, total = adapted.get_nb_trainable_parameters()
-            file_bytes = sum(t.numel() * t.element_size() for t in get_adapter_tensors(adapted, "default").values())
-            sizes.append(
-                {
-                    "trainable_params": trained,
-                    "trainable_percent": 100 * trained / total,
-                    "adapter_bytes": file_bytes,
-                }
-            )
+            tensors = get_adapter_tensors(adapted, "default").values()
+            sizes.append({
+                "trainable_params": trained,
+                "trainable_percent": 100 * trained / total,
+                "adapter_bytes": sum(t.numel() * t.element_size() for t in tensors),
+            })  # fmt: skip
             base = adapted.unload()
     return sizes
 
 
 def _methods_table(described: list[dict[str, Any]], *, sized: bool) -> Table:
-    headings = (
-        ("method", "trains", "%", "adapter", "what it is") if sized else ("method", "changes", "exports", "what it is")
-    )
-    rows = table(*headings, left=[4] if sized else [1, 2, 3])
-    rows.padding = (0, 2, 0, 0)
-    rows.columns[0].min_width = max(len(m["name"]) for m in described)
-    for method in described:
-        if "unfit" in method:
-            cells = ["-", "-", "-", f"not with its defaults on this base: {method['unfit']}"]
+    cells: list[tuple[str, ...]] = []
+    for m in described:
+        if "unfit" in m:
+            cells.append(("-", "-", "-", f"not with its defaults on this base: {m['unfit']}"))
         elif sized:
-            percent, file_bytes = method["trainable_percent"], method["adapter_bytes"]
-            cells = [
-                format_count(method["trainable_params"]),
-                f"{percent:.3f}",
-                format_bytes(file_bytes),
-                method["summary"],
-            ]
+            size = (
+                format_count(m["trainable_params"]),
+                f"{m['trainable_percent']:.3f}",
+                format_bytes(m["adapter_bytes"]),
+            )
+            cells.append((*size, m["summary"]))
         else:
-            formats = method["export_formats"]
-            exports = {"file": True, "merged": formats["merged_model"], "lora": formats["ollama_adapter"]}
+            exports = {"file": True, "merged": m["mergeable"], "lora": m["export_formats"]["ollama_adapter"]}
             names = ", ".join(name for name, possible in exports.items() if possible)
-            cells = [", ".join(method["sites"]), names, method["summary"]]
-        rows.add_row(method["name"], *cells)
-    return rows
-
-
-def _print_fields(screen: Console, fields: list[dict[str, Any]]) -> None:
-    for field in fields:
-        other_names = ", ".join(n for n in (field["short_name"], field["flag"]) if n)
-        recipes = f"; recipes: {field['recipe_default']}" if field["recipe_default"] != field["default"] else ""
-        title = Text(f"\n{field['name']}", "bold") + Text(f" ({other_names})" if other_names else "", "not bold")
-        screen.print(title + f"   {field['expected']}; default {field['default']}{recipes}")
-        if field["help"]:
-            screen.print(Padding(Text(field["help"]), (0, 0, 0, 4)), soft_wrap=False)
+            cells.append((", ".join(m["sites"]), names, m["summary"]))
+    headings = ("trains", "%", "adapter") if sized else ("changes", "exports")
+    rows = ((m["name"], *row) for m, row in zip(described, cells, strict=True))
+    made = table("method", *headings, "what it is", left=[4] if sized else [1, 2, 3], rows=rows)
+    made.padding = (0, 2, 0, 0)
+    made.columns[0].min_width = max(len(m["name"]) for m in described)
+    return made

@@ -7,30 +7,22 @@ The flags are built from `config.schema` when the command runs or shows its help
 schema imports pydantic, which would make `slimtune --help` twice as slow.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from ..errors import UsageError
 
-if TYPE_CHECKING:
-    from ..config.schema import Setting
-
-PANELS = {"model": "Base model", "data": "Data", "method": "Method", "train": "Training"}
+PANELS = {"model": "Base model", "data": "Data", "method": "Method", "train": "Training", "output_dir": "Run"}
 METHOD_FLAGS = {"rank": "rank of the methods that have one", "alpha": "alpha of the methods that have one"}
 """Short names of method settings that have a flag of their own, and their help."""
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Any setting, such as method.dropout=0.1. Repeatable."),
-]
+SET_OPTION = typer.Option("--set", metavar="PATH=VALUE", help="Any setting, such as method.dropout=0.1. Repeatable.")
 
 
 def recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -52,7 +44,11 @@ def recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., An
             return command(settings=_read_settings(flags), **given)
 
         def build_command(name: str) -> Any:
-            run.__signature__ = signature.replace(parameters=[*own, *_flag_parameters(paths)])  # type: ignore[attr-defined]
+            flags = [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+                for name, annotation in _iterate_flags(paths)
+            ]
+            run.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
             app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
             app.command(name, cls=GroupedCommand)(run)
             return typer.main.get_command(app)
@@ -79,74 +75,46 @@ class GroupedCommand(TyperCommand):
                 formatter.write_dl(records)
 
 
-def parse_column_map(pairs: Iterable[str]) -> dict[str, str]:
-    """Return the column names of `--column role=column` by role.
-
-    Raises:
-        UsageError: a pair has no `=`, no role or no column.
-    """
-    columns = {}
-    for pair in pairs:
-        role, _, column = (part.strip() for part in pair.partition("="))
-        if not role or not column:
-            raise UsageError(f"--column got {pair!r}", "role=column", "for example --column messages=dialog")
-        columns[role] = column
-    return columns
-
-
-def _selected_settings(paths: Iterable[str]) -> Iterator[Setting]:
+def _iterate_flags(paths: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Yield name and type of a command's parameter for each setting; the name is the path with `__` for the dots."""
     from ..config import Recipe
     from ..config.schema import iterate_settings
 
     for setting in iterate_settings(Recipe):
-        if any(setting.path == path or setting.path.startswith(f"{path}.") for path in paths):
-            yield setting
-
-
-def _flag_parameters(paths: Iterable[str]) -> Iterator[inspect.Parameter]:
-    """Yield a parameter for each setting, named by its path with `__` for the dots."""
-    for setting in _selected_settings(paths):
+        section = setting.path.partition(".")[0]
+        if setting.path not in paths and section not in paths:
+            continue
         kind, metavar = _flag_type(setting.annotation)
-        names = [setting.flag] if kind is not bool else [f"{setting.flag}/--no-{setting.flag[2:]}"]
-        help = setting.help[0].upper() + setting.help[1:]
         notes = [setting.expected] if metavar == "NAME" else [setting.limits] if setting.limits else []
         if setting.default not in (None, [], {}):
             notes.append(f"default: {str(setting.default).lower() if kind is bool else setting.default}")
-        section = setting.path.partition(".")[0]
         option = typer.Option(
-            *names,
-            help=f"{help}." + (f" [{'; '.join(notes)}]" if notes else ""),
+            setting.flag if kind is not bool else f"{setting.flag}/--no-{setting.flag[2:]}",
+            help=f"{setting.help[0].upper()}{setting.help[1:]}." + (f" [{'; '.join(notes)}]" if notes else ""),
             metavar=metavar,
             show_default=False,
-            rich_help_panel=PANELS.get(section, "Run"),
+            rich_help_panel=PANELS[section],
         )
-        yield _parameter(setting.path.replace(".", "__"), Annotated[kind | None, option])
-        if setting.path == "method.name":
-            for name, text in METHOD_FLAGS.items():
-                option = typer.Option(
-                    f"--{name}", help=f"{text.capitalize()}.", metavar="NUMBER", rich_help_panel=PANELS["method"]
-                )
-                yield _parameter(f"method__{name}", Annotated[str | None, option])
-    yield _parameter("set_", SetOption)
-
-
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        yield setting.path.replace(".", "__"), Annotated[kind | None, option]
+        for name, text in METHOD_FLAGS.items() if setting.path == "method.name" else ():
+            flag: Any = typer.Option(
+                f"--{name}", help=f"{text.capitalize()}.", metavar="NUMBER", rich_help_panel="Method"
+            )
+            yield f"method__{name}", Annotated[str | None, flag]
+    yield "set_", Annotated[list[str] | None, SET_OPTION]
 
 
 def _flag_type(annotation: Any) -> tuple[Any, str | None]:
     """Return the type of a flag for typer, text unless it is a switch or repeatable, and its placeholder."""
+    repeatable = {list: "NAME", dict: "ROLE=COLUMN"}
     if annotation is bool:
         return bool, None
-    if typing.get_origin(annotation) is list:
-        return list[str], "NAME"
-    if typing.get_origin(annotation) is dict:
-        return list[str], "ROLE=COLUMN"
-    types = {annotation, *typing.get_args(annotation)}
-    for known, metavar in ((Path, "PATH"), (str, "TEXT"), (int, "INTEGER"), (float, "NUMBER")):
-        if known in types or any(known in typing.get_args(t) for t in types):
-            return str, metavar
-    return str, "NAME"
+    if (origin := typing.get_origin(annotation)) in repeatable:
+        return list[str], repeatable[origin]
+    members = typing.get_args(annotation)
+    types = {annotation, *members, *(t for member in members for t in typing.get_args(member))}
+    metavars = {Path: "PATH", str: "TEXT", int: "INTEGER", float: "NUMBER"}
+    return str, next((metavar for kind, metavar in metavars.items() if kind in types), "NAME")
 
 
 def _read_settings(flags: dict[str, Any]) -> dict[str, Any]:
@@ -163,10 +131,13 @@ def _read_settings(flags: dict[str, Any]) -> dict[str, Any]:
         path = name.replace("__", ".", 1)
         if value is None or value == []:
             continue
-        annotation = known[path].annotation if path in known else None
-        kind, metavar = _flag_type(annotation)
+        kind, metavar = _flag_type(known[path].annotation if path in known else None)
         if metavar == "ROLE=COLUMN":
-            values |= {f"{path}.{role}": column for role, column in parse_column_map(value).items()}
+            for pair in value:
+                role, _, column = (part.strip() for part in pair.partition("="))
+                if not role or not column:
+                    raise UsageError(f"--column got {pair!r}", "role=column", "for example --column messages=dialog")
+                values[f"{path}.{role}"] = column
         elif kind is not str or (metavar in ("PATH", "TEXT") and value != "null"):
             values[path] = value
         else:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
-from ..errors import SlimtuneError, UsageError
+from ..errors import UsageError
 from ..utils.formatting import format_bytes, format_count, format_duration
 from .common import Json, console, table
 from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans
 from .options import recipe_flags
 
 if TYPE_CHECKING:
-    from ..planning.gpus import Gpu
     from ..planning.result import Plan
     from ..planning.serving import ServingPlan
     from ..planning.throughput import Cost
@@ -29,35 +27,27 @@ VERDICTS = {
     "tight": "{} is tight on {}, it may run out of memory",
     "does not fit": "{} does not fit on {}",
 }
+JOB_HELP = "A base (alias, Hub id, folder, config.json or GGUF file), or a recipe; flags override it."
 
 
 @recipe_flags(*JOB_SETTINGS)
 def plan(
-    job: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|RECIPE.yaml",
-            help="A base (alias, Hub id, folder, config.json or GGUF file), or a recipe; flags override it.",
-            show_default=False,
-        ),
-    ],
+    job: Annotated[str, Argument(metavar="MODEL|RECIPE.yaml", help=JOB_HELP, show_default=False)],
     settings: dict[str, Any],
-    gpu: Annotated[str | None, typer.Option(help="A GPU that `slimtune gpus` lists. Default: this machine.")] = None,
-    vram: Annotated[str | None, typer.Option(help="A GPU of which only the memory is known, such as 24GiB.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes that train together, each on such a GPU.")] = 1,
+    gpu: Annotated[str | None, Option(help="A GPU that `slimtune gpus` lists. Default: this machine.")] = None,
+    vram: Annotated[str | None, Option(help="A GPU of which only the memory is known, such as 24GiB.")] = None,
+    processes: Annotated[int, Option(min=1, help="Processes that train together, each on such a GPU.")] = 1,
     write: Annotated[
-        Path | None, typer.Option(metavar="RECIPE.yaml", help="Write the run as a recipe; needs --data.")
+        Path | None, Option(metavar="RECIPE.yaml", help="Write the run as a recipe; needs --data.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the bars as .svg or .png.")] = None,
-    serve: Annotated[bool, typer.Option("--serve", help="Also plan serving the tuned model on the GPU.")] = False,
-    engine: Annotated[str | None, typer.Option(help="With --serve: llama.cpp, ollama or vllm.")] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE", help="Draw the bars as .svg or .png.")] = None,
+    serve: Annotated[bool, Option("--serve", help="Also plan serving the tuned model on the GPU.")] = False,
+    engine: Annotated[str | None, Option(help="With --serve: llama.cpp, ollama or vllm.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="With --serve: precision of the served weights, such as bf16 or q4_k_m.")
+        str | None, Option(help="With --serve: precision of the served weights, such as bf16 or q4_k_m.")
     ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="With --serve: tokens of the longest conversation.")
-    ] = None,
-    price: Annotated[float | None, typer.Option(min=0, help="Price of the GPU in dollars an hour.")] = None,
+    context: Annotated[int | None, Option(min=1, help="With --serve: tokens of the longest conversation.")] = None,
+    price: Annotated[float | None, Option(min=0, help="Price of the GPU in dollars an hour.")] = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Say whether a run will fit, before a weight is loaded.
@@ -76,6 +66,7 @@ def plan(
     from ..planning.bars import draw_bars, write_plot
     from ..planning.gpus import detect_gpu, find_gpu, gpu_with_memory
     from ..planning.serving import plan_serving
+    from ..planning.throughput import estimate_cost
     from ..reporting.charts import require_figure_path
 
     card = find_gpu(gpu) if gpu is not None else gpu_with_memory(vram) if vram is not None else detect_gpu()
@@ -87,28 +78,36 @@ def plan(
     served = plan_serving(jobs.model.config, gpu=card, **serving) if serve else None
 
     plans, errors = make_plans(jobs, card, processes=processes)
+    tokens = jobs.tokens or MILLION
+    costs = [
+        estimate_cost(p.tokens_per_second, tokens, card, dollars_per_hour=price) if p.tokens_per_second else None
+        for p in plans
+    ]
+    unfit = [{"method": method, "why": " ".join(error.message.split())} for method, error in errors.items()]
     if write is not None:
         _write_recipe(write, jobs, plans[0])
     if plot is not None:
         write_plot(plans, plot)
-    costs = [_estimate_cost(p, card, jobs.tokens, price) for p in plans]
     if not as_json:
         screen = console()
-        for part in _render_plan(plans[0], costs[0]) if len(plans) == 1 else [_plans_table(plans)]:
+        for part in _render_plan(plans[0], tokens, costs[0]) if len(plans) == 1 else [_plans_table(plans)]:
             screen.print(part)
-        for method, error in errors.items():
-            screen.print(f"{method} is not planned: {_one_line(error)}")
+        for error in unfit:
+            screen.print(f"{error['method']} is not planned: {error['why']}")
         screen.print()
         screen.print(draw_bars(plans, card))
         for part in _render_serving(served) if served is not None else []:
             screen.print(part)
         if write is not None:
             screen.print(f"\nnext: slimtune train {write}")
-    return _to_dict(plans, costs, errors) | {
-        "serve": served.to_dict() if served is not None else None,
-        "plot": plot,
-        "recipe": write,
-    }
+    dicts = [
+        {**plan.to_dict(), "cost": {"tokens": tokens, **cost.to_dict()} if cost is not None else None}
+        for plan, cost in zip(plans, costs, strict=True)
+    ]
+    # The fields of a single plan are at the top, too.
+    first = dicts[0] if len(dicts) == 1 else {"model": plans[0].model, "card": plans[0].card}
+    serve_dict = served.to_dict() if served is not None else None
+    return {**first, "plans": dicts, "unfit": unfit, "serve": serve_dict, "plot": plot, "recipe": write}
 
 
 def run_text(plan: Plan) -> str:
@@ -150,30 +149,6 @@ def _write_recipe(path: Path, jobs: Jobs, plan: Plan) -> None:
     write_atomic(path, note + recipe.model_copy(update={"model": model}).to_yaml())
 
 
-def _estimate_cost(plan: Plan, card: Gpu, tokens: int | None, price: float | None) -> tuple[int, Cost] | None:
-    """Return tokens and what training on them takes: the run's tokens, or a million if no rows were read."""
-    from ..planning.throughput import estimate_cost
-
-    if plan.tokens_per_second is None:
-        return None
-    tokens = MILLION if tokens is None else tokens
-    return tokens, estimate_cost(plan.tokens_per_second, tokens, card, dollars_per_hour=price)
-
-
-def _to_dict(
-    plans: Sequence[Plan], costs: Sequence[tuple[int, Cost] | None], errors: Mapping[str, SlimtuneError]
-) -> dict[str, Any]:
-    """Return what `--json` prints; the fields of a single plan are at the top, too."""
-    dicts = [
-        {**plan.to_dict(), "cost": {"tokens": cost[0], **cost[1].to_dict()} if cost is not None else None}
-        for plan, cost in zip(plans, costs, strict=True)
-    ]
-    return (dicts[0] if len(dicts) == 1 else {"model": plans[0].model, "card": plans[0].card}) | {
-        "plans": dicts,
-        "unfit": [{"method": method, "why": _one_line(error)} for method, error in errors.items()],
-    }
-
-
 # --- what people see -------------------------------------------------------------------------------------------------
 
 
@@ -181,90 +156,92 @@ def _verdict_text(plan: Plan) -> str:
     return VERDICTS[plan.verdict].format(run_text(plan), plan.card)
 
 
-def _render_plan(plan: Plan, cost: tuple[int, Cost] | None) -> Iterator[Any]:
+def _evidence_table(heading: str, evidence: Mapping[str, str], rows: Sequence[tuple[str, str, str]]) -> Table:
+    """Return a table of label, value, and the kind of evidence for the field that the value is of."""
+    from ..planning.result import EVIDENCE
+
+    def kinds(field: str) -> str:
+        return ", ".join(kind for kind in EVIDENCE if kind in evidence.get(field, ""))
+
+    cells = [(label, value, kinds(field)) for label, value, field in rows]
+    return table(heading, "", "evidence", left=[2], rows=cells)
+
+
+def _render_plan(plan: Plan, tokens: int, cost: Cost | None) -> Iterator[Any]:
     """Yield the parts of one plan: verdict, memory by part, figures, advice."""
     yield Text(f"{_verdict_text(plan)}:", style="bold")
     yield f"{plan.reason}\n"
-    ranges = {
-        "tensors, at most": (format_bytes(plan.allocated_bytes), "allocated_bytes"),
-        "reserved for them": (format_range(*plan.reserved_bytes), "reserved_bytes"),
-        "runtime": (format_range(*plan.runtime_bytes), "runtime_bytes"),
-        "needed": (format_range(*plan.need), "need_bytes"),
-        "usable": (format_range(*plan.usable_bytes), "usable_bytes"),
-    }
-    rows = table("memory", "", "evidence", left=[2])
-    for part, size in plan.parts.items():
-        if part != "runtime":
-            rows.add_row(part, format_bytes(size), _evidence(plan.evidence, "parts").partition(";")[0])
-    for name, (value, field) in ranges.items():
-        rows.add_row(name, value, _evidence(plan.evidence, field))
-    yield rows
+    evidence = {**plan.evidence, "parts": plan.evidence.get("parts", "").partition(";")[0], "cost": "computed"}
+    parts = [(part, format_bytes(size), "parts") for part, size in plan.parts.items() if part != "runtime"]
+    ranges = [
+        ("tensors, at most", format_bytes(plan.allocated_bytes), "allocated_bytes"),
+        ("reserved for them", format_range(*plan.reserved_bytes), "reserved_bytes"),
+        ("runtime", format_range(*plan.runtime_bytes), "runtime_bytes"),
+        ("needed", format_range(*plan.need), "need_bytes"),
+        ("usable", format_range(*plan.usable_bytes), "usable_bytes"),
+    ]
+    yield _evidence_table("memory", evidence, [*parts, *ranges])
     yield ""
-    yield _figures_table(plan, cost)
-    if plan.advice:
-        yield ""
-        rows = table("to save memory", "saves", "then it", left=[2])
-        for advice in plan.advice:
-            rows.add_row(advice.change, format_bytes(advice.saves), advice.verdict)
-        yield rows
-
-
-def _figures_table(plan: Plan, cost: tuple[int, Cost] | None) -> Table:
     percent = f"{100 * plan.trainable_fraction:.3g} %"
     at_most = "at most " if plan.adapter_bytes_at_most else ""
-    figures = {
-        "micro-batch": (f"{_count(plan.batch, 'rows')}, {plan.max_tokens_per_micro_batch} tokens", "batch"),
-        "longest row in it": (f"{plan.seq_len} tokens", "seq_len"),
-        "micro-batches in a step": (str(plan.micro_batches), "micro_batches"),
-        "weights held in": (plan.dtype, "dtype"),
-        "trained parameters": (f"{format_count(plan.trainable_params)} ({percent})", "trainable_params"),
-        "adapter file": (at_most + format_bytes(plan.adapter_bytes), "adapter_bytes"),
-        "CPU memory": (format_bytes(plan.host_bytes), "host_bytes"),
-        "disk": (format_bytes(plan.disk_bytes), "disk_bytes"),
-        f"longest row that fits, {plan.batch} at once": (_count(plan.max_seq_len, "tokens"), "max_seq_len"),
-        f"most rows of {plan.seq_len} that fit": (_count(plan.max_batch_size, "rows"), "max_batch_size"),
-    }
-    rows = table("run", "", "evidence", left=[2])
-    for name, (value, field) in figures.items():
-        rows.add_row(name, value, _evidence(plan.evidence, field))
-    if plan.tokens_per_second is None or cost is None:
-        rows.add_row("tokens in a second", "not known", "")
-        return rows
-    speed = format_range(*plan.tokens_per_second, "{:.0f}".format)
-    rows.add_row("tokens in a second", speed, _evidence(plan.evidence, "tokens_per_second"))
-    tokens, estimate = cost
-    name = "a million tokens" if tokens == MILLION else f"the run, {format_count(tokens)} tokens"
-    duration = format_range(3600 * estimate.hours.low, 3600 * estimate.hours.high, format_duration)
-    rows.add_row(name, duration, "computed from these")
-    if estimate.kwh is not None:
-        rows.add_row("", format_range(*estimate.kwh, "{:.2g} kWh".format), "computed from the board's power")
-    if estimate.rent is not None:
-        dates = sorted({p.date for p in estimate.prices})
-        providers = ", ".join(dict.fromkeys(p.provider for p in estimate.prices))
-        period = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
-        source = f"published: {providers}, {period}" if dates else "the price given"
-        rows.add_row("", format_range(*estimate.rent, "{:.2g} $".format), source)
-    return rows
+    figures = [
+        ("micro-batch", f"{_count(plan.batch, 'rows')}, {plan.max_tokens_per_micro_batch} tokens", "batch"),
+        ("longest row in it", f"{plan.seq_len} tokens", "seq_len"),
+        ("micro-batches in a step", str(plan.micro_batches), "micro_batches"),
+        ("weights held in", plan.dtype, "dtype"),
+        ("trained parameters", f"{format_count(plan.trainable_params)} ({percent})", "trainable_params"),
+        ("adapter file", at_most + format_bytes(plan.adapter_bytes), "adapter_bytes"),
+        ("CPU memory", format_bytes(plan.host_bytes), "host_bytes"),
+        ("disk", format_bytes(plan.disk_bytes), "disk_bytes"),
+        (f"longest row that fits, {plan.batch} at once", _count(plan.max_seq_len, "tokens"), "max_seq_len"),
+        (f"most rows of {plan.seq_len} that fit", _count(plan.max_batch_size, "rows"), "max_batch_size"),
+    ]
+    if plan.tokens_per_second is None:
+        figures.append(("tokens in a second", "not known", ""))
+    else:
+        speed = format_range(*plan.tokens_per_second, "{:.0f}".format)
+        figures.append(("tokens in a second", speed, "tokens_per_second"))
+    if cost is not None:
+        name = "a million tokens" if tokens == MILLION else f"the run, {format_count(tokens)} tokens"
+        figures.append((name, format_range(3600 * cost.hours.low, 3600 * cost.hours.high, format_duration), "cost"))
+        if cost.kwh is not None:
+            figures.append(("", format_range(*cost.kwh, "{:.2g} kWh".format), "cost"))
+    rows = _evidence_table("run", evidence, figures)
+    if cost is not None and cost.rent is not None:
+        dates = sorted({p.date for p in cost.prices})
+        providers = ", ".join(dict.fromkeys(p.provider for p in cost.prices))
+        source = (
+            f"published: {providers}, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}"
+            if dates
+            else "the price given"
+        )
+        rows.add_row("", format_range(*cost.rent, "{:.2g} $".format), source)
+    yield rows
+    if plan.advice:
+        advice = [(a.change, format_bytes(a.saves), a.verdict) for a in plan.advice]
+        yield ""
+        yield table("to save memory", "saves", "then it", left=[2], rows=advice)
 
 
 def _plans_table(plans: Sequence[Plan]) -> Table:
-    headings = ("method", "trains", "adapter", "allocated\nGiB", "reserved\nGiB", "verdict", "max\nrow", "tokens/s")
-    rows = table(*headings, left=[5])
-    rows.padding = (0, 1, 0, 0)
-    rows.columns[5].min_width = 8  # in 80 columns the verdict may take two lines
-    for plan in plans:
-        speed = plan.tokens_per_second
-        rows.add_row(
-            plan.method,
-            format_count(plan.trainable_params),
-            format_bytes(plan.adapter_bytes),
-            _gib(plan.allocated_bytes),
-            format_range(*plan.reserved_bytes, _gib).replace(" to ", "–"),
-            plan.verdict,
-            str(plan.max_seq_len or "-"),
-            format_range(*speed, "{:.0f}".format).replace(" to ", "–") if speed is not None else "-",
+    rows = [
+        (
+            p.method,
+            format_count(p.trainable_params),
+            format_bytes(p.adapter_bytes),
+            _gib(p.allocated_bytes),
+            format_range(*p.reserved_bytes, _gib).replace(" to ", "–"),
+            p.verdict,
+            str(p.max_seq_len or "-"),
+            format_range(*p.tokens_per_second, "{:.0f}".format).replace(" to ", "–") if p.tokens_per_second else "-",
         )
-    return rows
+        for p in plans
+    ]
+    headings = ("method", "trains", "adapter", "allocated\nGiB", "reserved\nGiB", "verdict", "max\nrow", "tokens/s")
+    made = table(*headings, left=[5], rows=rows)
+    made.padding = (0, 1, 0, 0)
+    made.columns[5].min_width = 8  # in 80 columns the verdict may take two lines
+    return made
 
 
 def _render_serving(served: ServingPlan) -> Iterator[Any]:
@@ -272,29 +249,16 @@ def _render_serving(served: ServingPlan) -> Iterator[Any]:
     adapter = "the adapter merged" if served.merged else "the adapter beside it"
     yield Text(f"\nserved by {served.engine}: {served.verdict}", style="bold")
     yield f"{served.precision}, {adapter}, {served.context} tokens of context: {served.reason}\n"
-    figures = {
-        "buffers": (format_range(*served.compute_bytes), "compute_bytes"),
-        "runtime": (format_range(*served.runtime_bytes), "runtime_bytes"),
-        "needed": (format_range(*served.need), "need_bytes"),
-        "CPU memory": (format_bytes(served.host_bytes), "host_bytes"),
-        "file": (format_bytes(served.file_bytes), "file_bytes"),
-        "longest context": (_count(served.max_context or 0, "tokens"), "max_context"),
-    }
-    rows = table("memory", "", "evidence", left=[2])
-    for part, size in served.parts.items():
-        rows.add_row(part, format_bytes(size), _evidence(served.evidence, part))
-    for name, (value, field) in figures.items():
-        rows.add_row(name, value, _evidence(served.evidence, field))
-    yield rows
-
-
-def _evidence(evidence: Mapping[str, str], field: str) -> str:
-    """Return the evidence for a figure without its source, which `--json` gives."""
-    return re.sub(r" \(.*\)", "", evidence.get(field, ""))
-
-
-def _one_line(error: SlimtuneError) -> str:
-    return " ".join(error.message.split())
+    rows = [(part, format_bytes(size), part) for part, size in served.parts.items()]
+    rows += [
+        ("buffers", format_range(*served.compute_bytes), "compute_bytes"),
+        ("runtime", format_range(*served.runtime_bytes), "runtime_bytes"),
+        ("needed", format_range(*served.need), "need_bytes"),
+        ("CPU memory", format_bytes(served.host_bytes), "host_bytes"),
+        ("file", format_bytes(served.file_bytes), "file_bytes"),
+        ("longest context", _count(served.max_context or 0, "tokens"), "max_context"),
+    ]
+    yield _evidence_table("memory", served.evidence, rows)
 
 
 def _count(n: int, noun: str) -> str:

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from .common import Json, console
 
 
 def report_run(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
-    out: Annotated[Path | None, typer.Option(help="File to write. Default: report.html in the run folder.")] = None,
+    run: Annotated[Path, Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    out: Annotated[Path | None, Option(help="File to write. Default: report.html in the run folder.")] = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Write report.html of a run from the files in its folder.
@@ -22,5 +22,5 @@ def report_run(
 
     file = write_report(RunDir.open(run, require_adapter=False), out)
     if not as_json:
-        console().print(str(file), markup=False)
+        console().print(str(file))
     return {"run": str(run), "report": str(file)}

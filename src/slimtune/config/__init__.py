@@ -2,11 +2,10 @@
 
 schema.py    the settings              loading.py   YAML, `path=value`, paths
 method.py    a method's own settings   aliases.py   old names
-recipe.py    reads and checks them     errors.py    words the errors
+recipe.py    reads and checks them     errors.py    all errors in one message
 """
 
-from .loading import set_path
 from .recipe import Recipe, load_recipe
 from .schema import DataSettings, MethodSettings, ModelSettings, TrainSettings
 
-__all__ = ["DataSettings", "MethodSettings", "ModelSettings", "Recipe", "TrainSettings", "load_recipe", "set_path"]
+__all__ = ["DataSettings", "MethodSettings", "ModelSettings", "Recipe", "TrainSettings", "load_recipe"]

@@ -25,10 +25,8 @@ SETTINGS = {
     "train.early_stopping": "train.early_stopping_patience",
 }
 """Dotted paths of settings: old to new."""
-
 VALUES = {("data.train_on", "all"): "assistant", ("data.train_on", "last"): "last_assistant"}
 """Values: (path, old value) to new value."""
-
 FLAGS = {
     "--quant": "--quantization",
     "--learn": "--train-on",
@@ -44,30 +42,29 @@ FLAGS = {
     "--continue": "--init-adapter",
     "--any-prompt": "--skip-prompt-test",
     "--general": "--general-text",
+    "--as-lora": "--convert-to-lora",
+    "--from": "--ollama-base",
 }
 """Flags of all commands: old to new."""
 
 
 def rename_flags(args: list[str]) -> list[str]:
     """Return command-line arguments with old flags replaced; warn for each."""
-    renamed = []
     end = args.index("--") if "--" in args else len(args)
-    for number, arg in enumerate(args):
+    renamed = []
+    for arg in args[:end]:
         flag, equals, value = arg.partition("=")
-        if number < end and flag in FLAGS:
+        if flag in FLAGS:
             _warn(flag, FLAGS[flag])
-            arg = FLAGS[flag] + equals + value
-        renamed.append(arg)
-    return renamed
+        renamed.append(FLAGS.get(flag, flag) + equals + value)
+    return renamed + args[end:]
 
 
 def rename_setting(path: str, value: Any, source: str = "") -> tuple[str, Any]:
     """Return the path and the value of a setting by their current names; warn for each old name.
 
-    Args:
-        path: a dotted path; what follows an old name stays (`data.map.messages` becomes `data.columns.messages`).
-        value: its value.
-        source: the file that contains it, for the warning.
+    What follows an old name stays: `data.map.messages` becomes `data.columns.messages`. `source` is the file that
+    contains the setting, for the warning.
     """
     old = next((name for name in SETTINGS if path == name or path.startswith(f"{name}.")), None)
     if old is not None:
@@ -87,17 +84,15 @@ def rename_settings(tree: dict[str, Any], source: str = "") -> dict[str, Any]:
     """
     renamed: dict[str, Any] = {}
     for section, content in tree.items():
-        is_section = isinstance(content, dict) and section not in SETTINGS
-        pairs = {f"{section}.{name}": value for name, value in content.items()} if is_section else {section: content}
-        if is_section:
-            renamed[section] = {}
-        fields = renamed[section] if is_section else renamed
-        for old_path, old_value in pairs.items():
-            path, value = rename_setting(str(old_path), old_value, source)
-            name = path.partition(".")[2] if is_section else path
-            if name in fields:
-                raise RecipeError(f"{source}: {old_path} and its new name {path} are both given", "one of the two")
-            fields[name] = value
+        prefix, given = "", {section: content}
+        if isinstance(content, dict) and section not in SETTINGS:
+            prefix, given = f"{section}.", content
+        fields = renamed.setdefault(section, {}) if prefix else renamed
+        for name, old_value in given.items():
+            path, value = rename_setting(f"{prefix}{name}", old_value, source)
+            if path.removeprefix(prefix) in fields:
+                raise RecipeError(f"{source}: {prefix}{name} and its new name {path} are both given", "one of the two")
+            fields[path.removeprefix(prefix)] = value
     return renamed
 
 

@@ -2,35 +2,29 @@
 
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError, format_names, nearest
-from .schema import Setting, iterate_settings
+from .schema import iterate_settings
 
 
-@dataclass(frozen=True)
-class FieldError:
+class FieldError(NamedTuple):
     """An error in one setting: its dotted path, what is wrong, and what it takes."""
 
     path: str
     message: str
     expected: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.path}: {self.message}" + (f"; expected: {self.expected}" if self.expected else "")
-
 
 def raise_errors(errors: Iterable[FieldError], source: str) -> None:
     """Raise one RecipeError with every error; do nothing if there is none."""
-    found = list(errors)
-    if found:
-        number = "1 problem" if len(found) == 1 else f"{len(found)} problems"
-        lines = "".join(f"\n  {error}" for error in found)
-        raise RecipeError(
-            f"{source}: {number}:{lines}", hint="correct it there, or override it: --set path.to.field=value"
-        )
+    lines = [f"\n  {e.path}: {e.message}" + (f"; expected: {e.expected}" if e.expected else "") for e in errors]
+    if lines:
+        number = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        hint = "correct it there, or override it: --set path.to.field=value"
+        raise RecipeError(f"{source}: {number}:{''.join(lines)}", hint=hint)
 
 
 def format_value(value: object, limit: int = 60) -> str:
@@ -39,14 +33,8 @@ def format_value(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def unknown_field_error(path: str, names: Iterable[str], paths: Iterable[str]) -> FieldError:
-    """Return the error for an unknown field, with the nearest known name.
-
-    Args:
-        path: dotted path of the unknown field.
-        names: names that its section has.
-        paths: dotted paths of all settings; one with the same name in another section is suggested.
-    """
+def unknown_field_error(path: str, names: Iterable[str], paths: Iterable[str] = ()) -> FieldError:
+    """Return the error for an unknown field: with a field of the same name in `paths`, else the nearest of `names`."""
     name = path.rpartition(".")[2]
     elsewhere = {known.rpartition(".")[2]: known for known in paths}
     suggestion = f"; did you mean {elsewhere[name]!r}?" if name in elsewhere else nearest(name, names)
@@ -54,39 +42,31 @@ def unknown_field_error(path: str, names: Iterable[str], paths: Iterable[str]) -
 
 
 def collect_field_errors(error: ValidationError, recipe: type[BaseModel], paths: Iterable[str]) -> list[FieldError]:
-    """Return pydantic's errors as FieldErrors in the words of the settings.
-
-    Args:
-        error: what pydantic raised.
-        recipe: the model that it validated.
-        paths: dotted paths of all settings, for suggestions.
-    """
+    """Return pydantic's errors in a recipe in the words of the settings; `paths` of all fields are for suggestions."""
     settings = {s.path: s for s in iterate_settings(recipe)}
     found: dict[str, FieldError] = {}  # by path: a union reports each of its members
     for detail in error.errors():
-        parts = [str(part) for part in detail["loc"]]
+        parts, value = [str(part) for part in detail["loc"]], detail["input"]
         location = ".".join(parts)
         # An error in an item of a list is an error in the list's setting.
         path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in settings), location)
-        got = f"got {format_value(detail['input'])}"
+        got = f"got {format_value(value)}"
         if detail["type"] == "extra_forbidden":
             found[location] = unknown_field_error(location, _field_names(recipe, parts[:-1]), paths)
         elif detail["type"] == "missing":
             missing = [s for s in settings.values() if s.required and f"{s.path}.".startswith(f"{location}.")]
             found |= {s.path: FieldError(s.path, f"missing (flag {s.flag})", s.help) for s in missing}
         elif path in settings:
-            found[path] = FieldError(
-                path, got + _nearest_choice(settings[path], detail["input"]), settings[path].expected
-            )
+            similar = nearest(value, _choices(settings[path].annotation)) if isinstance(value, str) else ""
+            found[path] = FieldError(path, got + similar, settings[path].expected)
         else:
-            found[path] = FieldError(path, got, f"a section with {format_names(_field_names(recipe, parts), 40)}")
+            found[path] = FieldError(path, got, f"a section with {format_names(_field_names(recipe, parts))}")
     return list(found.values())
 
 
-def _nearest_choice(setting: Setting, value: object) -> str:
-    options = [setting.annotation, *typing.get_args(setting.annotation)]
-    choices = [c for option in options if typing.get_origin(option) is typing.Literal for c in typing.get_args(option)]
-    return nearest(value, choices) if isinstance(value, str) else ""
+def _choices(annotation: typing.Any) -> list[str]:
+    options = [annotation, *typing.get_args(annotation)]
+    return [c for option in options if typing.get_origin(option) is typing.Literal for c in typing.get_args(option)]
 
 
 def _field_names(section: type[BaseModel], parts: Iterable[str]) -> list[str]:

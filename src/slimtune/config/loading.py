@@ -19,6 +19,8 @@ from .errors import format_value
 
 SHORT_SECTIONS = {"model": "name", "data": "train", "method": "name"}
 """Sections that may be given as one plain value, and the field that the value sets."""
+DATA_FILES = ("train", "validation", "test", "chat_template")
+"""Fields of `data` that name files."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -36,42 +38,26 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1 requires a dot in a float, and PyYAML follows it.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the value of a YAML text.
-
-    Raises:
-        RecipeError: it does not parse; the message gives source, line, column and the text of the line.
-    """
+    """Return the value of a YAML text; the error for one that does not parse quotes the line."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as e:
-        mark = e.problem_mark or e.context_mark
-        if mark is None:
-            raise RecipeError(f"{source} is not YAML: {e}") from None
-        lines = text.splitlines()
-        # At the end of the text the mark is one line past it.
-        line = lines[min(mark.line, len(lines) - 1)] if lines else ""
-        raise RecipeError(
-            f"{source}, line {mark.line + 1}, column {mark.column + 1}: {e.problem or e.context}",
-            "YAML",
-            f"look at: {line.strip()}",
-        ) from None
     except yaml.YAMLError as e:
-        raise RecipeError(f"{source} is not YAML: {' '.join(str(e).split())}") from None
+        mark = getattr(e, "problem_mark", None) or getattr(e, "context_mark", None)
+        if not isinstance(e, yaml.MarkedYAMLError) or mark is None:
+            raise RecipeError(f"{source} is not YAML: {' '.join(str(e).split())}") from None
+        lines = text.splitlines() or [""]
+        line = lines[min(mark.line, len(lines) - 1)]  # at the end of the text the mark is one line past it
+        place = f"{source}, line {mark.line + 1}, column {mark.column + 1}"
+        raise RecipeError(f"{place}: {e.problem or e.context}", "YAML", f"look at: {line.strip()}") from None
 
 
 def read_tree(path: Path) -> dict[str, Any]:
-    """Return the tree of a recipe file: current names, sections in long form, absolute paths.
-
-    Raises:
-        UsageError: there is no such file; the message gives the nearest name beside it.
-        RecipeError: it is not YAML, or not a mapping.
-    """
+    """Return the tree of a recipe file: current names, sections in long form, absolute paths."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder", "a recipe file", f"name the file: {path}/recipe.yaml")
     if not path.is_file():
@@ -102,32 +88,15 @@ def expand(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_override(text: str) -> tuple[str, Any]:
-    """Return path and value of `"path.to.field=value"`; the value is read as YAML.
-
-    Raises:
-        RecipeError: there is no `=` or no path, or the value is not YAML.
-    """
+    """Return path and value of `"path.to.field=value"`; the value is read as YAML."""
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
         raise RecipeError(f"--set got {text!r}", "path.to.field=value", "for example --set train.epochs=1")
     return path.strip(), parse_yaml(value, f"--set {path.strip()}")
 
 
-def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set `tree["a"]["b"]` for the path `"a.b"`, in place; a text value is read as YAML (`"3"` is a number).
-
-    Raises:
-        RecipeError: the value is not YAML, or the path goes through a field that is not a section.
-    """
-    set_field(tree, path, parse_yaml(value, f"--set {path}") if isinstance(value, str) else value)
-
-
 def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at a dotted path, in place; missing sections are created.
-
-    Raises:
-        RecipeError: the path goes through a field that is not a section.
-    """
+    """Set the value at a dotted path, in place; missing sections are created."""
     if path in SHORT_SECTIONS and not isinstance(value, Mapping):
         path = f"{path}.{SHORT_SECTIONS[path]}"
     # A third part is a key of a mapping and may contain dots: method.rank_pattern.layers.0.q_proj
@@ -137,8 +106,8 @@ def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
         inner = parent.get(section)
         if inner is None:
             inner = {}
-        elif not isinstance(inner, Mapping):
-            inner = {SHORT_SECTIONS[section]: inner} if parent is tree and section in SHORT_SECTIONS else inner
+        elif parent is tree and section in SHORT_SECTIONS and not isinstance(inner, Mapping):
+            inner = {SHORT_SECTIONS[section]: inner}
         if not isinstance(inner, Mapping):
             raise RecipeError(f"--set {path}: {section!r} is {format_value(inner)}", "a path through sections")
         parent[section] = dict(inner)
@@ -149,19 +118,20 @@ def set_field(tree: dict[str, Any], path: str, value: Any) -> None:
 def resolve_paths(tree: dict[str, Any], folder: Path | None = None) -> None:
     """Make the paths of data and model absolute, in place.
 
-    Args:
-        tree: sections in long form.
-        folder: look here; paths that do not exist here stay as they are. None: the working folder.
+    Paths are looked up in `folder`, where those that do not exist stay as they are; None: the working folder.
     """
-    data, model = tree.get("data"), tree.get("model")
-    if isinstance(data, dict):
-        for name in ("train", "validation", "test", "chat_template"):
-            if isinstance(path := data.get(name), str) and path:
-                absolute = os.path.abspath(os.path.join(folder or "", os.path.expanduser(path)))
-                if os.path.exists(absolute) or (folder is None and parse_dataset_id(path) is None):
-                    data[name] = absolute
-    if isinstance(model, dict) and isinstance(path := model.get("name"), str):
-        # A bare word is an alias even if a folder has that name. A Hub id stays as it is if no such folder exists.
-        absolute = os.path.abspath(os.path.join(folder or "", os.path.expanduser(path)))
-        if ("/" in path or path.endswith(".gguf")) and os.path.exists(absolute):
-            model["name"] = absolute
+
+    def locate(path: str) -> str:
+        return os.path.abspath(os.path.join(folder or "", os.path.expanduser(path)))
+
+    data, model = (tree[name] if isinstance(tree.get(name), dict) else {} for name in ("data", "model"))
+    for name in DATA_FILES:
+        path = data.get(name)
+        if not isinstance(path, str) or not path:
+            continue
+        if os.path.exists(locate(path)) or (folder is None and parse_dataset_id(path) is None):
+            data[name] = locate(path)
+    path = model.get("name")
+    # A bare word is an alias even if a folder has that name. A Hub id stays as it is if no such folder exists.
+    if isinstance(path, str) and ("/" in path or path.endswith(".gguf")) and os.path.exists(locate(path)):
+        model["name"] = locate(path)

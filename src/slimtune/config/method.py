@@ -3,25 +3,20 @@
 Nothing here knows a method by name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..adapters.config_fields import FieldSpec, field_specs
 from ..errors import ConfigError
 from ..methods import config_class
 from .errors import FieldError, unknown_field_error
 
-if TYPE_CHECKING:
-    from ..adapters.config import PeftConfig
-
 SET_BY_LIBRARY = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
 """Fields of every config that attaching and saving fill in: a recipe cannot set them."""
 
 
-def method_fields(cls: type[PeftConfig]) -> dict[str, FieldSpec]:
-    """Return the fields of a method that a recipe may set, by name."""
+def method_fields(cls: Any) -> dict[str, FieldSpec]:
+    """Return the fields of a method's config class that a recipe may set, by name."""
     return {s.name: s for s in field_specs(cls) if s.name not in SET_BY_LIBRARY}
 
 
@@ -34,7 +29,7 @@ def accepted_names(name: str) -> list[str]:
     return [*method_fields(cls), *cls.short_names]
 
 
-def fill_recipe_defaults(settings: Mapping[str, Any], cls: type[PeftConfig]) -> dict[str, Any]:
+def fill_recipe_defaults(settings: Mapping[str, Any], cls: Any) -> dict[str, Any]:
     """Return a method's settings with the defaults that recipes use; some are computed from the other settings."""
     defaults = cls.recipe_defaults
     filled = {**{k: v for k, v in defaults.items() if not callable(v)}, **settings}
@@ -58,7 +53,7 @@ def resolve_method(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Field
         if field == "name":
             continue
         if full_name not in known:
-            errors.append(unknown_field_error(f"method.{field}", [*known, *cls.short_names], ()))
+            errors.append(unknown_field_error(f"method.{field}", [*known, *cls.short_names]))
         elif full_name in settings:
             errors.append(FieldError(f"method.{field}", f"given twice, also as {full_name} or its short name"))
         else:
@@ -71,22 +66,19 @@ def resolve_method(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Field
     return {"name": cls.name, **settings}, errors
 
 
-def _find_errors(settings: dict[str, Any], cls: type[PeftConfig]) -> list[FieldError]:
+def _find_errors(settings: dict[str, Any], cls: Any) -> list[FieldError]:
     # The class raises at its first error. Take that field out and try again until no error is left.
     errors: list[FieldError] = []
+    settings = dict(settings)
     while True:
         try:
             cls(**settings)
             return errors
         except ConfigError as e:
-            name = e.message.split(" ", 1)[0]
-            path = f"method.{name}" if name in settings else "method"
-            message = e.message.replace(f"{name} is ", "got ", 1) if name in settings else e.message
-            errors.append(FieldError(path, message, "; ".join(filter(None, (e.expected, e.hint)))))
-            default = cls.recipe_defaults.get(name)
-            if default is not None and not callable(default) and settings.get(name) not in (None, default):
-                settings = {**settings, name: default}  # a required field must stay
-            elif name in settings:
-                settings = {k: v for k, v in settings.items() if k != name}
-            else:
-                return errors
+            name, expected = e.message.split(" ", 1)[0], "; ".join(filter(None, (e.expected, e.hint)))
+            if name not in settings:
+                return [*errors, FieldError("method", e.message, expected)]
+            errors.append(FieldError(f"method.{name}", e.message.replace(f"{name} is ", "got ", 1), expected))
+            default, value = cls.recipe_defaults.get(name), settings.pop(name)
+            if default is not None and not callable(default) and value not in (None, default):
+                settings[name] = default  # a required field must stay

@@ -1,11 +1,9 @@
 """Reads a recipe and checks it: all errors are found before any is reported."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import yaml
 from pydantic import ValidationError
@@ -13,57 +11,42 @@ from pydantic import ValidationError
 from ..errors import ConfigError, RecipeError, nearest
 from ..methods import config_class
 from ..utils.files import parse_dataset_id
+from . import schema
 from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, format_value, raise_errors
-from .loading import expand, read_override, read_tree, resolve_paths, set_field
+from .loading import DATA_FILES, expand, read_override, read_tree, resolve_paths, set_field
 from .method import accepted_names, resolve_method
-from .schema import (
-    DataSettings,
-    MethodSettings,
-    ModelSettings,
-    PathLike,
-    Section,
-    TrainSettings,
-    iterate_settings,
-    setting,
-)
-
-if TYPE_CHECKING:
-    from ..adapters.config import PeftConfig
 
 
-class Recipe(Section):
+class Recipe(schema.Section):
     """All settings of a run.
 
     `output_dir` is relative to the working folder. The paths of data and model are absolute, so that the run reads the
     same from any folder.
     """
 
-    model: ModelSettings
-    data: DataSettings
-    method: MethodSettings = MethodSettings()
-    train: TrainSettings = TrainSettings()
-    output_dir: PathLike = setting(
+    model: schema.ModelSettings
+    data: schema.DataSettings
+    method: schema.MethodSettings = schema.MethodSettings()
+    train: schema.TrainSettings = schema.TrainSettings()
+    output_dir: schema.PathLike = schema.setting(
         ..., "run folder, relative to the working folder; it must not hold another run", flag="--out"
     )
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], source: str = "the recipe") -> Self:
-        """Return the recipe that a plain tree describes.
+        """Return the recipe that a plain tree describes; a RecipeError names every error in it by its path.
 
         Args:
             tree: sections and fields, as YAML has them; `model: x` is short for `model: {name: x}`.
             source: name of the tree in messages.
-
-        Raises:
-            RecipeError: the tree has errors; the message names each with its path and what is expected.
         """
         if not isinstance(tree, Mapping):
             raise RecipeError(f"{source} is {format_value(tree)}", "a mapping with model, data and output_dir")
         tree = rename_settings(expand(copy.deepcopy(dict(tree))), source)
         resolve_paths(tree)
         method, errors = resolve_method(tree.get("method", {}))
-        paths = [s.path for s in iterate_settings(cls)] + [f"method.{n}" for n in accepted_names(method["name"])]
+        paths = [s.path for s in schema.iterate_settings(cls)] + [f"method.{n}" for n in accepted_names(method["name"])]
         train = tree.setdefault("train", {})
         if isinstance(train, dict) and "method.name" not in [e.path for e in errors]:
             train.setdefault("learning_rate", config_class(method["name"]).learning_rate)
@@ -75,8 +58,8 @@ class Recipe(Section):
         raise_errors([*errors, *recipe._find_contradictions()], source)
         return recipe
 
-    def method_config(self) -> PeftConfig:
-        """Return the method's config."""
+    def method_config(self) -> Any:
+        """Return the method's config, a `PeftConfig`."""
         return config_class(self.method.name)(**{"task_type": "CAUSAL_LM", **self.method.settings})
 
     def to_yaml(self) -> str:
@@ -84,13 +67,9 @@ class Recipe(Section):
         return yaml.dump(self.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
     def require_files(self) -> None:
-        """Require that every data file exists. A path that can only be a dataset of the Hub is not looked up.
-
-        Raises:
-            RecipeError: files are missing; the message names each, with the nearest name in its folder.
-        """
+        """Require that every data file exists. A path that can only be a dataset of the Hub is not looked up."""
         errors = []
-        for name in ("train", "validation", "test", "chat_template"):
+        for name in DATA_FILES:
             path: Path | None = getattr(self.data, name)
             is_rows = name != "chat_template"
             if path is None or path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
@@ -103,23 +82,14 @@ class Recipe(Section):
         """Return the errors that involve several settings."""
         t, errors = self.train, []
         if t.offload_activations and not t.gradient_checkpointing:
-            errors.append(
-                FieldError(
-                    "train.offload_activations",
-                    "got true, but no activations are checkpointed",
-                    "train.gradient_checkpointing true, too",
-                )
-            )
+            message = "got true, but no activations are checkpointed"
+            errors.append(FieldError("train.offload_activations", message, "train.gradient_checkpointing true, too"))
         if t.compile and t.fsdp:
             errors.append(FieldError("train.compile", "got true, and train.fsdp is true", "only one of the two"))
         if self.method.settings.get("init_lora_weights") == "loftq" and self.model.quantization is None:
-            errors.append(
-                FieldError(
-                    "method.init_lora_weights",
-                    "got 'loftq', which starts from the error of quantization, and model.quantization is null",
-                    "model.quantization nf4 or int8, or another initialization",
-                )
-            )
+            message = "got 'loftq', which starts from the error of quantization, and model.quantization is null"
+            expected = "model.quantization nf4 or int8, or another initialization"
+            errors.append(FieldError("method.init_lora_weights", message, expected))
         if self.data.validation is None and self.data.validation_fraction == 0:
             for name in ("early_stopping_patience", "eval_steps"):
                 if (value := getattr(t, name)) is not None:
@@ -129,16 +99,10 @@ class Recipe(Section):
 
 
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Recipe:
-    """Read a recipe file and apply overrides.
+    """Read a recipe file and apply overrides; without a file the overrides hold everything.
 
-    Args:
-        path: a YAML file; None: the overrides hold everything.
-        overrides: `{"train.epochs": 1}`, whose values are used as they are, or `["train.epochs=1"]`, whose values are
-            read as YAML.
-
-    Raises:
-        UsageError: there is no such file.
-        RecipeError: the file is not YAML (the message gives line and column), or has errors (all are named).
+    Overrides are `{"train.epochs": 1}`, whose values are used as they are, or `["train.epochs=1"]`, whose values are
+    read as YAML.
     """
     tree = read_tree(Path(path).expanduser()) if path is not None else {}
     given = overrides.items() if isinstance(overrides, Mapping) else [read_override(text) for text in overrides]

@@ -39,11 +39,11 @@ Dtype = Annotated[
 
 
 def setting(default: Any, help: str, *, flag: str = "", expected: str = "", **limits: Any) -> Any:
-    """Declare a setting.
+    """Declare a setting with its help, its unit included; a default of `...` means that it must be given.
 
     Args:
-        default: its default; `...` where it must be given.
-        help: what it does, with its unit.
+        default: its default.
+        help: what it does.
         flag: the command-line flag; by default its name, `--batch-size`.
         expected: what it takes, where its type and limits do not say it.
         limits: pydantic's limits, such as `ge=1`.
@@ -166,33 +166,22 @@ class TrainSettings(Section):
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the recipe, as commands, messages and the documentation show it.
+    """One setting of the recipe, as commands, messages and the documentation show it."""
 
-    Args:
-        path: dotted path, `"train.epochs"`.
-        annotation: its type.
-        help: what it does.
-        flag: its command-line flag.
-        expected: what it takes, `"an integer, at least 1"`.
-        limits: its range alone, `"at least 1"`.
-        default: its default; None also where it is required.
-        required: whether it must be given.
-    """
-
-    path: str
+    path: str  # dotted, "train.epochs"
     annotation: Any
     help: str
     flag: str
-    expected: str
-    limits: str
-    default: Any
+    expected: str  # what it takes, "an integer, at least 1"
+    limits: str  # its range alone, "at least 1"
+    default: Any  # None also where it is required
     required: bool
 
 
 def iterate_settings(section: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
     """Yield every setting of a section and of the sections in it."""
     for name, field in section.model_fields.items():
-        annotation = field.annotation
+        annotation: Any = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             yield from iterate_settings(annotation, f"{prefix}{name}.")
             continue
@@ -214,8 +203,8 @@ def describe_type(annotation: Any) -> str:
     """Return a type in words, `"an integer or null"`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        limits = [m for m in arguments[1:] if isinstance(m, FieldInfo)]
-        return ", ".join([describe_type(arguments[0]), *map(_range, limits)])
+        limits = [_range(m) for m in arguments[1:] if isinstance(m, FieldInfo)]
+        return ", ".join([describe_type(arguments[0]), *limits])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(a) for a in arguments)
     if origin is Literal:
