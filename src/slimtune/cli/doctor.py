@@ -25,10 +25,12 @@ def doctor(as_json: Json = False) -> dict[str, Any]:
     import psutil
     import torch
 
-    from ..models.dtype import cpu_flags, pick_device, pick_dtype
+    from ..models.dtype import pick_device, pick_dtype
     from ..reporting.versions import find_version
 
-    device, flags = pick_device("auto"), cpu_flags()
+    device, info = pick_device("auto"), Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
     cpu: dict[str, Any] = {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
