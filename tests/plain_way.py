@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slimtune.adapters.layer import AdaptedLayer
+from slimtune.attention.packed_layout import PackedLayout
 from slimtune.train_step.loss import count_targets
 
 Example = dict[str, Any]
@@ -94,6 +95,23 @@ def apart(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     """Return the largest ‖a − b‖ / ‖b‖ over all tensors."""
     assert got.keys() == want.keys()
     return max(((got[n] - want[n]).norm() / want[n].norm()).item() for n in want)
+
+
+def dense_mask(layout: PackedLayout, window: int | None = None) -> Tensor:
+    """Return which keys each token of a layout attends to, bool `(tokens, prefix_keys + tokens)`, token by token."""
+    first = [layout.prefix_keys + sum(layout.lengths[:i]) for i in range(len(layout.lengths))]
+    mask = torch.zeros(layout.total, layout.prefix_keys + layout.total, dtype=torch.bool)
+    for segment, n in enumerate(layout.lengths):
+        for t in range(n):
+            # From the token back to the start of its row, then over the prefix keys.
+            keys, at, last = [], segment, t
+            while at >= 0:
+                keys += range(first[at] + last, first[at] - 1, -1)
+                at = layout.parents[at]
+                last = layout.lengths[at] - 1
+            keys += range(layout.prefix_keys - 1, -1, -1)
+            mask[first[segment] - layout.prefix_keys + t, keys[:window]] = True
+    return mask
 
 
 def kept_for_backward(run: Callable[[], Any], apart_from: Sequence[Tensor] = ()) -> list[Tensor]:

@@ -109,7 +109,7 @@ def test_the_cases_share(case):
     assert batch["input_ids"].shape[1] < int(batch["tokens"])
     if case == "nested beginnings":
         layout = batch["layout"]
-        assert max(len(layout.ancestors(i)) for i in range(len(layout.lengths))) == 2
+        assert max(len(layout.path(i)) for i in range(len(layout.lengths))) == 3
 
 
 @every_dtype

@@ -211,7 +211,12 @@ def _left_out(device: torch.device, dtype: torch.dtype, turned: bool) -> float:
 def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Flex attention itself, for the kinds of heads it takes here, beside attention in fp32 under the dense mask."""
     tree = packed_layout.PackedLayout((300, 130, 222, 41), (-1, 0, 0, 2), 3)
-    seen = tree.dense_mask(None, device)[None, None]
+    segments = tree.segments(None, torch.zeros(1))
+    seen = torch.zeros(1, 1, tree.total, tree.prefix_keys + tree.total, dtype=torch.bool, device=device)
+    for s in segments:
+        visible = torch.ones(s.length, s.length).tril() if s.mask is None else (s.mask[0, 0] == 0)
+        columns = torch.cat([torch.arange(first, first + n) for first, n in s.key_ranges])
+        seen[0, 0, s.start : s.start + s.length, columns] = visible.bool().to(device)
     for dtype, size in [
         (torch.float32, 64), (torch.bfloat16, 64), (torch.bfloat16, 80), (torch.bfloat16, 128), (torch.bfloat16, 256),
     ]:  # fmt: skip

@@ -40,17 +40,10 @@ MAX_SEGMENT_TOKENS = 1 << 16
 """A single causal row above this length uses flash attention, which does not pad."""
 MAX_KERNELS = 64
 """Largest number of kernels torch may compile: lengths × (training, scoring) × kinds of layers."""
-_FLEX_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_KERNEL_OPTIONS: tuple[dict[str, Any], ...] = (
-    {},
-    {"num_stages": 1},
-    {
-        "num_stages": 1,
-        "fwd_BLOCK_M": 32,
-        "fwd_BLOCK_N": 32,
-        **{f"bwd_BLOCK_{n}": 32 for n in ("M1", "N1", "M2", "N2")},
-    },
+_SMALL_BLOCKS = dict.fromkeys(
+    ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2"), 32
 )
+_KERNEL_OPTIONS: tuple[dict[str, int], ...] = ({}, {"num_stages": 1}, {"num_stages": 1, **_SMALL_BLOCKS})
 """Kernel options, each with less shared memory than the one before. With 100 KiB, heads of size 96 need the second."""
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -154,18 +147,12 @@ def flex_attention_supported(query: Tensor, key: Tensor, dropout: float = 0.0) -
     """Return whether flex attention works, and is faster, for `query (1, heads, tokens, size)`."""
     if device_type(query.device) != "cuda" or dropout or query.shape[2] < MIN_FLEX_TOKENS:
         return False
-    if is_simulated():
-        return True
     # A subclass is a fake or a distributed tensor.
-    if type(query) is not Tensor or not query.is_cuda or query.dtype not in _FLEX_DTYPES:
-        return False
-    if not _gpu_has_flex_attention(query.device):
-        return False
-    return _find_kernel_options(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]) is not None
+    return is_simulated() or (type(query) is Tensor and _find_kernel_options(*_head_shape(query, key)) is not None)
 
 
 def tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, options: dict[str, Any] | None = None
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, options: dict[str, int] | None = None
 ) -> Tensor:
     """Return flex attention `(1, heads, tokens, size)` under a mask from `make_tree_mask`.
 
@@ -179,7 +166,7 @@ def tree_attention(
     from torch.nn.attention.flex_attention import flex_attention
 
     if options is None and query.is_cuda:
-        options = _find_kernel_options(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
+        options = _find_kernel_options(*_head_shape(query, key))
     lengths = (*mask.seq_lengths, mask.seq_lengths[1])
     q, k, v = (_pad_to(t, n) for t, n in zip((query, key, value), lengths, strict=True))
     # Above torch's default limit flex attention would run uncompiled and materialise all scores.
@@ -246,11 +233,15 @@ def make_tree_mask(
     def block_extremes(vector: Tensor) -> tuple[Tensor, Tensor]:
         return torch.aminmax(vector.view(-1, BLOCK), dim=1)
 
+    def block_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:  # their number per row, and all columns, these first
+        order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
     (q0, q1), (v0, v1) = ([x[:, None] for x in block_extremes(v)] for v in (place_q, visible_after))
     (k0, k1), (e0, e1), (p0, p1) = block_extremes(place_k), block_extremes(end_k), block_extremes(position_k)
     any_visible = (k0 <= q1) & (q0 < e1) & (p1 > v0)
     all_visible = (k1 <= q0) & (q1 < e0) & (p0 > v1)
-    partial, full = _block_indices(any_visible & ~all_visible), _block_indices(all_visible)
+    partial, full = block_indices(any_visible & ~all_visible), block_indices(all_visible)
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=attends)
 
 
@@ -268,8 +259,8 @@ def simulate_tree_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor
 class _FakeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
-        logsumexp = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
+        out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, logsumexp)
         return out
 
@@ -282,18 +273,20 @@ class _FakeAttention(torch.autograd.Function):
         return grads
 
 
-@functools.cache
-def _gpu_has_flex_attention(device: torch.device) -> bool:
-    # Older torch does not compile every shape; older GPUs have no bf16 in Triton; Triton may be missing on Windows.
-    installed = torch.__version__ >= "2.8" and importlib.util.find_spec("triton") is not None
-    return installed and torch.cuda.get_device_capability(device) >= (8, 0)
+def _head_shape(query: Tensor, key: Tensor) -> tuple[torch.device, torch.dtype, int, int, int]:
+    return query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3]
 
 
 @functools.cache
 def _find_kernel_options(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int
-) -> dict[str, Any] | None:
+) -> dict[str, int] | None:
     """Return the kernel options with which a small tree is computed correctly; None: none of them."""
+    if device.type == "cuda":
+        # Older torch does not compile every shape; older GPUs have no bf16 in Triton; Triton may be missing on Windows.
+        installed = torch.__version__ >= "2.8" and importlib.util.find_spec("triton") is not None
+        if not installed or torch.cuda.get_device_capability(device) < (8, 0) or dtype == torch.float64:
+            return None
     error = ""
     for options in _KERNEL_OPTIONS:
         # In a thread of its own, since the caller may be inside checkpointing, no_grad or autocast.
@@ -330,12 +323,6 @@ def _test_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads:
     correct = [expected.detach(), *torch.autograd.grad(expected, wide, g.float())]
     error = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(found, correct, strict=True))
     return "" if error < 0.03 else f"its values are {100 * error:.2g} % off"
-
-
-def _block_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the selected blocks per row `(1, 1, rows)`, and all columns, selected first `(1, 1, rows, cols)`."""
-    order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-    return blocks.sum(1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
 
 
 def _pad_to(t: Tensor, length: int) -> Tensor:

@@ -11,13 +11,10 @@ rounding. A sliding window of w covers a token and the w − 1 positions before 
 `register.py` makes a model accept a layout, as a keyword argument of the call; `packed_attention.py` computes it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .packed_attention import Segment, make_tree_mask
@@ -47,31 +44,32 @@ class PackedLayout:
         """Tokens of the whole sequence."""
         return sum(self.lengths)
 
-    def ancestors(self, segment: int) -> list[int]:
-        """Return the segments above one, the root first."""
-        found: list[int] = []
-        parent = self.parents[segment]
-        while parent >= 0:
-            found.insert(0, parent)
-            parent = self.parents[parent]
-        return found
-
-    def starts(self) -> list[int]:
-        """Return the position of each segment's first token in its row."""
-        return [sum(self.lengths[a] for a in self.ancestors(i)) for i in range(len(self.lengths))]
+    def path(self, segment: int) -> list[int]:
+        """Return the indices of a segment's ancestors, the root first, and its own."""
+        path = [segment]
+        while (parent := self.parents[path[-1]]) >= 0:
+            path.append(parent)
+        return path[::-1]
 
     def positions(self) -> list[int]:
         """Return each token's position in its row."""
-        return [start + t for start, n in zip(self.starts(), self.lengths, strict=True) for t in range(n)]
+        return [start + t for start, n in zip(self._starts(), self.lengths, strict=True) for t in range(n)]
 
-    def with_prefix_keys(self, n: int) -> PackedLayout:
+    def _starts(self) -> list[int]:
+        """Return the position of each segment's first token in its row."""
+        starts: list[int] = []
+        for parent in self.parents:
+            starts.append(starts[parent] + self.lengths[parent] if parent >= 0 else 0)
+        return starts
+
+    def with_prefix_keys(self, n: int) -> Self:
         """Return the layout with `n` more learned keys; one object for all layers, so that they share its masks."""
         key = ("with_prefix_keys", n)
         if key not in self._cache:
             self._cache[key] = replace(self, prefix_keys=self.prefix_keys + n, _cache={})
         return self._cache[key]
 
-    def with_leading_tokens(self, n: int) -> PackedLayout:
+    def with_leading_tokens(self, n: int) -> Self:
         """Return the layout with a new first segment of `n` tokens, an ancestor of all others."""
         parents = (-1, *(p + 1 for p in self.parents))
         return replace(self, lengths=(n, *self.lengths), parents=parents, _cache={})
@@ -80,30 +78,12 @@ class PackedLayout:
         """Free the cached masks; they are made again when needed."""
         self._cache.clear()
 
-    def dense_mask(self, window: int | None, device: torch.device) -> Tensor:
-        """Return which keys each token attends to, as a bool `(tokens, prefix_keys + tokens)`."""
-        segments = len(self.lengths)
-        lengths = torch.tensor(self.lengths, dtype=torch.int64, device=device)
-        segment = torch.arange(segments, device=device).repeat_interleave(lengths)
-        on_path = torch.zeros(segments, segments, dtype=torch.bool)
-        for i in range(segments):
-            on_path[i, [*self.ancestors(i), i]] = True
-        position = torch.tensor(self.positions(), dtype=torch.int64, device=device)
-        visible = on_path.to(device)[segment[:, None], segment[None, :]] & (position[:, None] >= position[None, :])
-        distance = position[:, None] - position[None, :]
-        if self.prefix_keys:
-            prefix = torch.arange(-self.prefix_keys, 0, device=device)
-            distance = torch.cat([position[:, None] - prefix[None, :], distance], dim=1)
-            visible = F.pad(visible, (self.prefix_keys, 0), value=True)
-        return visible if window is None else visible & (distance < window)
-
     def flex_mask(self, window: int | None, device: torch.device) -> Any:
         """Return the `BlockMask` for flex attention; cached."""
         key = ("flex", window, device)
         if key not in self._cache:
-            self._cache[key] = make_tree_mask(
-                self.lengths, self.parents, self.positions(), self.prefix_keys, window, device
-            )
+            positions = self.positions()
+            self._cache[key] = make_tree_mask(self.lengths, self.parents, positions, self.prefix_keys, window, device)
         return self._cache[key]
 
     def segments(self, window: int | None, query: Tensor) -> list[Segment]:
@@ -113,20 +93,17 @@ class PackedLayout:
         if key not in self._cache:
             firsts = [self.prefix_keys + sum(self.lengths[:i]) for i in range(len(self.lengths))]
             prefix = ((0, self.prefix_keys),) if self.prefix_keys else ()
-            self._cache[key] = [
-                Segment(
-                    firsts[i] - self.prefix_keys,
-                    n,
-                    (*prefix, *((firsts[a], self.lengths[a]) for a in (*self.ancestors(i), i))),
-                    self.segment_mask(i, window, dtype, query.device),
-                )
-                for i, n in enumerate(self.lengths)
-            ]
+            segments = []
+            for i, n in enumerate(self.lengths):
+                key_ranges = (*prefix, *((firsts[a], self.lengths[a]) for a in self.path(i)))
+                mask = self.segment_mask(i, window, dtype, query.device)
+                segments.append(Segment(firsts[i] - self.prefix_keys, n, key_ranges, mask))
+            self._cache[key] = segments
         return self._cache[key]
 
     def segment_mask(self, segment: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return what is added to a segment's scores `(1, 1, tokens, keys of its path)`; None: causal without more."""
-        n, above = self.lengths[segment], self.starts()[segment] + self.prefix_keys
+        n, above = self.lengths[segment], self._starts()[segment] + self.prefix_keys
         if window is not None and window >= above + n:
             window = None
         if not above and window is None:

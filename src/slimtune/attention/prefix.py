@@ -25,6 +25,7 @@ from .register import LAYOUT_KWARG, SUPPORTED_ATTENTION, get_attention_function,
 
 PREFIX_KWARG = "slimtune_prefixes"
 _NAME = "slimtune_prefix"
+_DECODERS = "a decoder with transformers' attention interface (Llama, Mistral, Qwen, Gemma, GPT-2 …)"
 _OTHER_METHODS = "tune this model with LoRA, IA3 or bottleneck adapters"
 
 RowMask = Tensor | None
@@ -46,30 +47,24 @@ class AttentionPrefix(NamedTuple):
 
 
 def find_attention_modules(model: Any) -> list[str]:
-    """Return the names of the self-attention modules that use transformers' attention interface, in layer order.
+    """Return the names of the self-attention modules, in layer order.
 
     Raises:
         ModelError: the model's attention cannot take a prefix; the message says why.
     """
     require_decoder(model)
+    name = type(model).__name__
     if not getattr(model, "_supports_attention_backend", False):
-        raise ModelError(
-            f"the attention of a {type(model).__name__} cannot take learned keys and values",
-            "a decoder that uses transformers' attention interface (Llama, Mistral, Qwen, Gemma, GPT-2 …)",
-            _OTHER_METHODS,
-        )
-    found = {}
-    for name, module in model.named_modules():
+        raise ModelError(f"the attention of a {name} cannot take learned keys and values", _DECODERS, _OTHER_METHODS)
+    layers = {}
+    for path, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
         if "config" in vars(module) and isinstance(index, int) and "attention" in type(module).__name__.lower():
-            found[name] = index
-    if sorted(found.values()) != list(range(len(found))) or not found:
-        raise ModelError(
-            f"a {type(model).__name__} has attention modules in layers {sorted(found.values())}",
-            "one attention module in every layer",
-            _OTHER_METHODS,
-        )
-    return sorted(found, key=found.__getitem__)
+            layers[path] = index
+    if not layers or sorted(layers.values()) != list(range(len(layers))):
+        problem = f"a {name} has attention modules in layers {sorted(layers.values())}"
+        raise ModelError(problem, "one attention module in every layer", _OTHER_METHODS)
+    return sorted(layers, key=layers.__getitem__)
 
 
 def require_decoder(model: Any) -> None:
@@ -78,11 +73,7 @@ def require_decoder(model: Any) -> None:
     generates = hasattr(model, "can_generate") and model.can_generate()
     causal = any(getattr(m, "is_causal", False) for m in model.modules() if "attention" in type(m).__name__.lower())
     if config is None or getattr(config, "is_encoder_decoder", False) or not (generates or causal):
-        raise ModelError(
-            f"virtual tokens are not supported for a {type(model).__name__}",
-            "a decoder (Llama, Mistral, Qwen, Gemma, GPT-2 …)",
-            _OTHER_METHODS,
-        )
+        raise ModelError(f"virtual tokens are not supported for a {type(model).__name__}", _DECODERS, _OTHER_METHODS)
 
 
 def make_prefix_config_view(module: nn.Module) -> Any:
@@ -109,7 +100,7 @@ def make_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 def gated_prefix_attention(query: Tensor, prefix: AttentionPrefix, rows: RowMask, scaling: float | None) -> Tensor:
     """Return `g · softmax(q Kpᵀ · scale) Vp` as `(batch, q, heads, size)`."""
     assert prefix.gate is not None
-    keys, values = (_expand_to_batch(t, query.shape[0], query) for t in (prefix.keys, prefix.values))
+    keys, values = (_expand_to_batch(t, query) for t in (prefix.keys, prefix.values))
     out = F.scaled_dot_product_attention(query, keys, values, scale=scaling, enable_gqa=True)
     out = out.transpose(1, 2) * prefix.gate.to(device=query.device, dtype=query.dtype)
     return out if rows is None else out * rows[:, None, None, None]
@@ -121,18 +112,26 @@ def _attend(
     """Attention function with prefixes: `query (batch, heads, q, size)`, `key, value (batch, kv heads, k, size)`."""
     prefixes = kwargs.pop(PREFIX_KWARG, ())
     for prefix, _ in prefixes:
-        _check_prefix(module, prefix, key, kwargs)
+        shape, expected = (prefix.keys.shape[0], prefix.keys.shape[2]), (key.shape[1], key.shape[3])
+        if shape != expected:
+            name = type(module).__name__
+            message = (
+                f"the prefix has heads × size {shape[0]} × {shape[1]}, but {name} has {expected[0]} × {expected[1]}"
+            )
+            raise ModelError(message, "a model whose config gives the shape of its keys")
+        if kwargs.get("position_bias") is not None:
+            message = f"{type(module).__name__} adds a bias by position, which learned keys do not have"
+            raise ModelError(message, "a model that rotates its keys or embeds positions", _OTHER_METHODS)
     joint = [(p, rows) for p, rows in prefixes if p.gate is None]
     keys, values, mask = key, value, attention_mask
     if joint:
-        batch = query.shape[0]
         if LAYOUT_KWARG in kwargs:
             n = sum(p.keys.shape[1] for p, _ in joint)
             kwargs[LAYOUT_KWARG] = kwargs[LAYOUT_KWARG].with_prefix_keys(n)
         else:
             mask = _extend_mask(module, query, keys.shape[2], mask, joint, kwargs)
-        keys = torch.cat([*(_expand_to_batch(p.keys, batch, key) for p, _ in joint), keys], dim=2)
-        values = torch.cat([*(_expand_to_batch(p.values, batch, value) for p, _ in joint), values], dim=2)
+        keys = torch.cat([*(_expand_to_batch(p.keys, key) for p, _ in joint), keys], dim=2)
+        values = torch.cat([*(_expand_to_batch(p.values, value) for p, _ in joint), values], dim=2)
     run = get_attention_function(module, vars(module)["config"]._attn_implementation)
     out, weights = run(module, query, keys, values, mask, **kwargs)
     for prefix, rows in prefixes:
@@ -141,8 +140,8 @@ def _attend(
     return out, weights
 
 
-def _expand_to_batch(prefix: Tensor, batch: int, like: Tensor) -> Tensor:
-    return prefix.to(device=like.device, dtype=like.dtype).expand(batch, *prefix.shape)
+def _expand_to_batch(prefix: Tensor, like: Tensor) -> Tensor:
+    return prefix.to(device=like.device, dtype=like.dtype).expand(like.shape[0], *prefix.shape)
 
 
 def _extend_mask(
@@ -176,22 +175,6 @@ def _extend_mask(
         parts.insert(0, make_mask(visible, mask.dtype))
     mask_batch = batch if any(len(p) > 1 for p in parts) else 1
     return torch.cat([p.expand(mask_batch, mask.shape[1], q, -1) for p in parts], dim=-1)
-
-
-def _check_prefix(module: nn.Module, prefix: AttentionPrefix, key: Tensor, kwargs: dict[str, Any]) -> None:
-    have, expected = (prefix.keys.shape[0], prefix.keys.shape[2]), (key.shape[1], key.shape[3])
-    if have != expected:
-        raise ModelError(
-            f"the prefix has {have[0]} heads of size {have[1]}, but {type(module).__name__} has {expected[0]} "
-            f"of {expected[1]}",
-            "a model whose config gives the shape of its keys",
-        )
-    if kwargs.get("position_bias") is not None:
-        raise ModelError(
-            f"{type(module).__name__} adds a bias by position, which learned keys do not have",
-            "a model that rotates its keys or embeds positions",
-            _OTHER_METHODS,
-        )
 
 
 ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)

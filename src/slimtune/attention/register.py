@@ -29,9 +29,9 @@ from .packed_attention import (
 from .packed_layout import PackedLayout
 
 LAYOUT_KWARG = "slimtune_layout"
-_NAME_PREFIX = "slimtune_"
 SUPPORTED_ATTENTION = ("sdpa", "eager")
 """Attention implementations that can run packed layouts."""
+_NAME_PREFIX = "slimtune_"
 
 
 @contextmanager
@@ -41,11 +41,8 @@ def packed_attention(model: Any) -> Iterator[bool]:
     Yields whether the model can: it must use transformers' attention interface, with full or sliding attention only.
     """
     implementation = getattr(model.config, "_attn_implementation", None) or ""
-    if implementation.startswith(_NAME_PREFIX):
-        yield True
-        return
-    if packing_unsupported_reason(model):
-        yield False
+    if implementation.startswith(_NAME_PREFIX) or packing_unsupported_reason(model):
+        yield implementation.startswith(_NAME_PREFIX)
         return
     model.set_attn_implementation(_NAME_PREFIX + implementation)
     try:
@@ -87,29 +84,17 @@ def empty_mask(device: torch.device) -> Tensor:
 
 
 def _attend(
-    implementation: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    **kwargs: Any,
+    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function with packed layouts.
+    """Attention function with packed layouts: `query (1, heads, tokens, size)`, keys and values `(1, kv heads, …)`.
 
-    Args:
-        implementation: the user's choice, "sdpa" or "eager".
-        module: the attention module.
-        query: `(1, heads, tokens, size)`.
-        key, value: `(1, key-value heads, keys, size)`.
-        mask: used only without a layout.
-        kwargs: as for any attention function, and the layout.
+    Without a layout among `kwargs`, the attention that the user chose, `name` ("sdpa" or "eager"), runs with the mask.
     """
     layout: PackedLayout | None = kwargs.pop(LAYOUT_KWARG, None)
     if layout is None:
-        return get_attention_function(module, implementation)(module, query, key, value, mask, **kwargs)
+        return get_attention_function(module, name)(module, query, key, value, mask, **kwargs)
     _check_call(module, layout, query, key, kwargs)
-    return _attend_packed(implementation, module, query, key, value, layout, **kwargs), None
+    return _attend_packed(name, module, query, key, value, layout, kwargs), None
 
 
 @torch.compiler.disable  # compiled with the model, it would be recompiled for every layout
@@ -120,14 +105,14 @@ def _attend_packed(
     key: Tensor,
     value: Tensor,
     layout: PackedLayout,
-    **kwargs: Any,
+    kwargs: dict[str, Any],
 ) -> Tensor:
     """Return the attention output `(1, tokens, heads, size)`."""
-    window, scaling, softcap = (kwargs.get(n) for n in ("sliding_window", "scaling", "softcap"))
-    plain_sdpa = implementation == "sdpa" and softcap is None
+    window, scaling, dropout = kwargs.get("sliding_window"), kwargs.get("scaling"), kwargs.get("dropout", 0.0)
+    plain_sdpa = implementation == "sdpa" and kwargs.get("softcap") is None
     causal = len(layout.lengths) == 1 and not layout.prefix_keys and (window is None or window >= layout.total)
     long_row = causal and layout.total > MAX_SEGMENT_TOKENS
-    if plain_sdpa and not long_row and flex_attention_supported(query, key, kwargs.get("dropout", 0.0)):
+    if plain_sdpa and not long_row and flex_attention_supported(query, key, dropout):
         if is_simulated():
             out = simulate_tree_attention(query, key, value)
         else:
@@ -135,27 +120,15 @@ def _attend_packed(
         return out.transpose(1, 2).contiguous()
     # The CPU kernel supports neither dropout nor values of another size than the queries.
     same_size = query.shape[-1] == value.shape[-1]
-    if plain_sdpa and device_type(query.device) == "cpu" and not kwargs.get("dropout") and same_size:
+    if plain_sdpa and device_type(query.device) == "cpu" and not dropout and same_size:
         return attend_by_segment(query, key, value, layout.segments(window, query), scaling)
-    return _attend_segments_with(implementation, module, query, key, value, layout, **kwargs)
 
-
-def _attend_segments_with(
-    implementation: str,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: PackedLayout,
-    **kwargs: Any,
-) -> Tensor:
-    """Run the model's own attention function once per segment, over the keys of the segment's path."""
+    # Otherwise: the model's own attention function once per segment, over the keys of the segment's path.
     run = get_attention_function(module, implementation)
-    window = kwargs.get("sliding_window")
     keys, values = (t.split((layout.prefix_keys, *layout.lengths), dim=2) for t in (key, value))
     outputs = []
     for i, q in enumerate(query.split(layout.lengths, dim=2)):
-        path = [*([0] if layout.prefix_keys else []), *(a + 1 for a in layout.ancestors(i)), i + 1]
+        path = [*([0] if layout.prefix_keys else []), *(a + 1 for a in layout.path(i))]
         k, v = (torch.cat([t[s] for s in path], dim=2) if len(path) > 1 else t[path[0]] for t in (keys, values))
         mask = layout.segment_mask(i, window, query.dtype, query.device)
         if mask is None and implementation == "eager":
@@ -167,18 +140,18 @@ def _attend_segments_with(
 
 
 def _check_call(module: Any, layout: PackedLayout, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
-    name = type(module).__name__
+    name, hint = type(module).__name__, "--set train.packing=false"
     if query.shape[0] != 1 or query.shape[2] != layout.total or key.shape[2] != layout.total + layout.prefix_keys:
         raise ModelError(
             f"{name} attends from {query.shape[0]} rows of {query.shape[2]} tokens to {key.shape[2]} keys, but the "
             f"layout has one row of {layout.total}",
             "a call without a cache",
-            "--set train.packing=false",
+            hint,
         )
-    hides_window = getattr(module.config, "sliding_window", None) is not None and "sliding_window" not in kwargs
-    if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True) or hides_window:
-        why = "does not pass on its window" if hides_window else "is not causal, or adds a bias by position"
-        raise ModelError(f"{name} {why}: rows cannot share one sequence", hint="--set train.packing=false")
+    if getattr(module.config, "sliding_window", None) is not None and "sliding_window" not in kwargs:
+        raise ModelError(f"{name} does not pass on its window: rows cannot share one sequence", hint=hint)
+    if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
+        raise ModelError(f"{name} is not causal, or adds a bias by position: rows cannot share one sequence", hint=hint)
 
 
 for _implementation in SUPPORTED_ATTENTION:
