@@ -41,7 +41,6 @@ SLOW_TESTS = {
     "test_methods_that_read_the_weight_are_planned_without_bitsandbytes",
     "test_nine_of_ten_published_runs_lie_in_the_band",
     "test_offloaded_activations_count_as_cpu_memory",
-    "test_pages_are_taken_once",
     "test_smollm2s_own_file",
     "test_swap_does_not_recompile",
     "test_the_command_line_refuses_and_can_be_forced",

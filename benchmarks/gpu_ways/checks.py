@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from slimtune import LoraConfig, get_peft_model
 from slimtune.attention import packed_attention, packed_layout, register
 from slimtune.data.collator import Collator
-from slimtune.kernels.cross_entropy import chunked_cross_entropy
+from slimtune.kernels import cross_entropy
 from slimtune.kernels.lora_linear import low_rank_linear
 from slimtune.train_step.loss import count_targets, step_loss
 
@@ -174,13 +174,14 @@ def parts(device: torch.device) -> Iterator[tuple[str, float, float]]:
         for turned in (False, True):
             how = f"{str(dtype).removeprefix('torch.')}{', x lies turned' if turned else ''}"
             yield f"dropout, forwards ≠ backwards ({how}), values", _left_out(device, dtype, turned), 0.5
-    h, head = torch.randn(700, 64, device=device), torch.randn(9000, 64, device=device)
-    targets = torch.randint(9000, (700,), device=device)
+    vocabulary = cross_entropy.CHUNK_ON_GPU // 100
+    h, head = torch.randn(700, 64, device=device), torch.randn(vocabulary, 64, device=device)
+    targets = torch.randint(vocabulary, (700,), device=device)
     found = []
-    for chunk in (100, None):
+    for chunked in (True, False):
         leaf = h.clone().requires_grad_()
-        if chunk:
-            nats = chunked_cross_entropy(leaf, head, targets, chunk=chunk)
+        if chunked:
+            nats = cross_entropy.chunked_cross_entropy(leaf, head, targets)
         else:
             nats = F.cross_entropy(leaf @ head.t(), targets, reduction="none")
         found.append({"nats": nats.detach(), "h": torch.autograd.grad(nats.sum(), leaf)[0]})

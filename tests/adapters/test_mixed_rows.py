@@ -9,7 +9,7 @@ from models_zoo import bert_classifier, gpt2, llama, run, shake, t5, tokens
 import slimtune
 from slimtune import LoraConfig, get_peft_model
 from slimtune.errors import UsageError
-from slimtune.kernels.batched_lora import add_low_rank_rows, list_group_adapters, stack_factors
+from slimtune.kernels.lora_linear import add_low_rank_rows, list_group_adapters, stack_factors
 
 CLOSE = 1e-9
 BASE = "__base__"

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ..attention.prefix import make_prefix_config_view
 from ..errors import TargetError
-from ..kernels.batched_lora import add_low_rank_rows
+from ..kernels.lora_linear import add_low_rank_rows
 from ..utils.linear_layers import is_quantized, is_transposed, layer_kind, layer_sizes
 from .architectures import text_config
 from .base import BaseForward, MergeUnsupported, Site, SiteKind

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention.register import LAYOUT_KWARG
 from ..errors import UsageError, format_names, nearest
-from ..kernels.batched_lora import list_group_adapters, stack_factors
+from ..kernels.lora_linear import list_group_adapters, stack_factors
 
 BASE_ROW = "__base__"
 """PEFT's name for a row of a mixed batch that runs the base without an adapter."""

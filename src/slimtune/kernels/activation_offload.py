@@ -7,6 +7,7 @@ Tensors come back in reverse order, so one is always prefetched. On CUDA, copies
 memory. On other devices they are plain copies; on a CPU they save nothing.
 """
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,19 +25,12 @@ MIN_BYTES = 1 << 16
 
 @dataclass(eq=False)
 class OffloadedTensor:
-    """One offloaded tensor.
+    """One offloaded tensor."""
 
-    Args:
-        host: its copy in CPU memory.
-        device: where it belongs.
-        fetched: the copy on its way back, or back already.
-        arrived: CUDA event after which `fetched` is complete.
-    """
-
-    host: Tensor
+    host: Tensor  # its copy in CPU memory
     device: torch.device
-    fetched: Tensor | None = None
-    arrived: Any = None
+    fetched: Tensor | None = None  # the copy on its way back, or back already
+    arrived: Any = None  # CUDA event after which `fetched` is complete
 
 
 class ActivationOffload:
@@ -47,7 +41,6 @@ class ActivationOffload:
         self._offloaded: list[weakref.ref[OffloadedTensor]] = []
         self._is_first = False
         self._copying: tuple[Tensor, Any] | None = None
-        self._streams: dict[torch.device, Any] = {}
 
     @contextmanager
     def offload_first(self) -> Iterator[None]:
@@ -65,7 +58,7 @@ class ActivationOffload:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
         offloaded, values = OffloadedTensor(host, tensor.device), tensor.detach()
         if tensor.is_cuda:
-            stream = self._get_stream(tensor.device)
+            stream = _copy_stream(tensor.device)
             stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(stream):
                 host.copy_(values, non_blocking=True)
@@ -102,7 +95,7 @@ class ActivationOffload:
         if offloaded.device.type != "cuda":
             tensor.copy_(offloaded.host)
             return
-        stream = self._get_stream(offloaded.device)
+        stream = _copy_stream(offloaded.device)
         stream.wait_stream(torch.cuda.current_stream(offloaded.device))  # the memory may still be in use there
         with torch.cuda.stream(stream):
             tensor.copy_(offloaded.host, non_blocking=True)
@@ -116,7 +109,7 @@ class ActivationOffload:
             torch.cuda.current_stream(tensor.device).wait_event(done)
             self._copying = None
 
-    def _get_stream(self, device: torch.device) -> Any:
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        return self._streams[device]
+
+@functools.cache
+def _copy_stream(device: torch.device) -> Any:
+    return torch.cuda.Stream(device)

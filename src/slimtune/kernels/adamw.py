@@ -6,7 +6,7 @@
 As in bitsandbytes 0.50: optim/optimizer.py and backends/cpu/ops.py. Paper: https://arxiv.org/abs/2110.02861.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,57 +21,44 @@ BLOCK_SIZE, MIN_8BIT_VALUES = 256, 4096
 def adamw_8bit(groups: Sequence[dict[str, Any]], **settings: Any) -> Optimizer:
     """Return bitsandbytes' AdamW8bit for parameter groups; `FakeAdamW8bit` if the parameters are fake tensors."""
     if any(isinstance(p, FakeTensor) for group in groups for p in group["params"]):
-        return FakeAdamW8bit(groups, **settings)
+        return FakeAdamW8bit(groups, settings)
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(groups, **settings)
 
 
 class FakeAdamW8bit(Optimizer):
-    """Allocates the memory that AdamW8bit does, for parameters without values.
+    """Allocates the memory that AdamW8bit does, for parameters without values."""
 
-    Args:
-        parameters: fake tensors, or groups of them.
-        lr: stored in the groups; has no effect.
-    """
-
-    def __init__(self, parameters: Iterable[Any], lr: float = 1e-3) -> None:
-        super().__init__(parameters, {"lr": lr})
-        self.quantization_maps: tuple[torch.Tensor, torch.Tensor] | None = None
+    quantization_maps: list[torch.Tensor] | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Allocate and free what a step does."""
         del closure
-        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            state = self.state[parameter]
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
             if not state:
-                self._init_state(parameter, state)
-            if device_type(parameter.device) != "cuda":
-                _allocate_cpu_step(parameter, state)
+                self._allocate_state(p, state)
+            if device_type(p.device) == "cuda":
+                continue
+            # bitsandbytes' CPU step is written in tensor operations, and keeps these tensors until its end.
+            quantized = state["state1"].dtype == torch.uint8
+            first, second = (
+                torch.empty_like(p, dtype=torch.float32) if quantized else state[name] for name in ("state1", "state2")
+            )
+            gradient, values = p.grad.float() * 1.0, p.float()
+            divisor = (second.sqrt() / 1.0).add_(1e-8)
+            values.addcdiv_(first, divisor)
+            del gradient, values, divisor, first, second
 
-    def _init_state(self, p: torch.Tensor, state: dict[str, Any]) -> None:
+    def _allocate_state(self, p: torch.Tensor, state: dict[str, Any]) -> None:
         small = p.numel() < MIN_8BIT_VALUES
         dtype = torch.float32 if small else torch.uint8
-        state["step"] = 0
-        state["state1"], state["state2"] = torch.zeros_like(p, dtype=dtype), torch.zeros_like(p, dtype=dtype)
+        state |= {"step": 0, "state1": torch.zeros_like(p, dtype=dtype), "state2": torch.zeros_like(p, dtype=dtype)}
         if small:
             return
         if self.quantization_maps is None:  # one table for all tensors
-            maps = (p.new_empty(BLOCK_SIZE, dtype=torch.float32) for _ in range(2))
-            self.quantization_maps = (next(maps), next(maps))
+            self.quantization_maps = [p.new_empty(BLOCK_SIZE, dtype=torch.float32) for _ in range(2)]
         state["qmap1"], state["qmap2"] = self.quantization_maps
         for name in ("absmax1", "absmax2"):
             state[name] = p.new_zeros(-(-p.numel() // BLOCK_SIZE), dtype=torch.float32)
-
-
-def _allocate_cpu_step(p: torch.Tensor, state: dict[str, Any]) -> None:
-    """Allocate what bitsandbytes' CPU step does for one tensor; it is written in tensor operations."""
-    quantized = state["state1"].dtype == torch.uint8
-    # Named variables, since bitsandbytes keeps these tensors until the end of its function.
-    first = torch.empty_like(p, dtype=torch.float32) if quantized else state["state1"]
-    second = torch.empty_like(p, dtype=torch.float32) if quantized else state["state2"]
-    gradient, values = p.grad.float() * 1.0, p.float()  # type: ignore[union-attr]
-    divisor = (second.sqrt() / 1.0).add_(1e-8)
-    values.addcdiv_(first, divisor)
-    del gradient

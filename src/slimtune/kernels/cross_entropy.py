@@ -18,19 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..utils.device import device_type
 
+Head = Callable[[Tensor], Tensor]
+"""A map of hidden states `(n, d)` to logits `(n, vocabulary)`."""
 CHUNK, CHUNK_ON_GPU = 1 << 24, 1 << 25
 """Logits per chunk. With smaller chunks a GPU waits for reading the head's weight."""
 
 
 def chunked_cross_entropy(
-    h: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    cap: float | None = None,
-    chunk: int | None = None,
+    h: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, scale: float = 1.0, cap: float | None = None
 ) -> Tensor:
     """Return the negative log-likelihood of each target `(n)`, in nats, fp32 or wider.
 
@@ -41,21 +36,14 @@ def chunked_cross_entropy(
         bias: the head's bias `(vocabulary)`, frozen, or None.
         scale: factor on the logits.
         cap: soft cap on the logits; None: none.
-        chunk: rows per chunk; None: `rows_at_once`.
     """
-    return _CrossEntropy.apply(h, weight, targets, bias, scale, cap, chunk or rows_at_once(weight.shape[0], h.device))
+    return _CrossEntropy.apply(h, weight, targets, bias, scale, cap, rows_at_once(weight.shape[0], h.device))
 
 
 def target_nll(
-    h: Tensor,
-    head: Callable[[Tensor], Tensor],
-    targets: Tensor,
-    vocabulary: int,
-    *,
-    scale: float = 1.0,
-    cap: float | None = None,
+    h: Tensor, head: Head, targets: Tensor, vocabulary: int, scale: float = 1.0, cap: float | None = None
 ) -> Tensor:
-    """Return the same for a trained or adapted head: any map `(n, d)` to `(n, vocabulary)`, recomputed backwards."""
+    """Return the same for any trained or adapted head, which runs again in the backward pass."""
 
     def chunk_loss(states: Tensor, wanted: Tensor) -> Tensor:
         logits = _scale_and_cap(head(states).to(_wide_dtype(states)), scale, cap)
@@ -70,13 +58,7 @@ def target_nll(
 
 @torch.no_grad()
 def nll_and_accuracy(
-    h: Tensor,
-    head: Callable[[Tensor], Tensor],
-    targets: Tensor,
-    vocabulary: int,
-    *,
-    scale: float = 1.0,
-    cap: float | None = None,
+    h: Tensor, head: Head, targets: Tensor, vocabulary: int, scale: float = 1.0, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return each target's negative log-likelihood `(n)`, and whether it is the most likely token `(n)`."""
     rows = rows_at_once(vocabulary, h.device)

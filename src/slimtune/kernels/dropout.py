@@ -31,6 +31,15 @@ def get_rng_state(device: torch.device) -> Tensor:
     return generator.get_rng_state(device) if generator else torch.get_rng_state()
 
 
+def set_rng_state(state: Tensor, device: torch.device) -> None:
+    """Restore a random state from `get_rng_state`."""
+    generator = _get_device_module(device)
+    if generator:
+        generator.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
+
+
 def get_rng_states(device: torch.device) -> list[tuple[Tensor, torch.device]]:
     """Return the random states of the CPU and of a device, for `set_rng_states`."""
     return [(get_rng_state(d), d) for d in {torch.device("cpu"), device}]
@@ -39,18 +48,18 @@ def get_rng_states(device: torch.device) -> list[tuple[Tensor, torch.device]]:
 def set_rng_states(states: list[tuple[Tensor, torch.device]]) -> None:
     """Restore random states from `get_rng_states`."""
     for state, device in states:
-        _set_rng_state(state, device)
+        set_rng_state(state, device)
 
 
 @contextmanager
 def fork_rng(state: Tensor, device: torch.device) -> Iterator[None]:
     """Draw from random state `state` inside the `with`; restore the current state after it."""
     current = get_rng_state(device)
-    _set_rng_state(state, device)
+    set_rng_state(state, device)
     try:
         yield
     finally:
-        _set_rng_state(current, device)
+        set_rng_state(current, device)
 
 
 @contextmanager
@@ -61,14 +70,6 @@ def preserve_rng_state(device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_rng_states(states)
-
-
-def _set_rng_state(state: Tensor, device: torch.device) -> None:
-    generator = _get_device_module(device)
-    if generator:
-        generator.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 def _get_device_module(device: torch.device) -> Any:

@@ -87,11 +87,7 @@ def _keep_largest(part: Tensor, density: float) -> Tensor:
 
 
 class IncrementalPca:
-    """Principal components of rows that arrive in batches (Ross et al. 2008; the algorithm of scikit-learn and PEFT).
-
-    Args:
-        n_components: number of components to keep.
-    """
+    """Principal components of rows that arrive in batches (Ross et al. 2008; as PEFT and scikit-learn)."""
 
     def __init__(self, n_components: int) -> None:
         self.n_components, self.count = n_components, 0

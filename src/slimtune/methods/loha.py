@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..adapters.base import AdapterModule, Site
 from ..adapters.config import PatternedConfig, setting
 from ..kernels.dropout import output_dropout_mask
-from ..kernels.recompute_linear import recompute_linear
+from ..kernels.recompute import recompute_linear
 
 
 @dataclass

@@ -23,7 +23,7 @@ from ..adapters.base import AdapterModule, BaseForward, Site
 from ..adapters.config import BIAS_HELP, TargetedConfig, setting
 from ..errors import ConfigError
 from ..kernels.dropout import dropout
-from ..kernels.recompute_linear import recompute_linear
+from ..kernels.recompute import recompute_linear
 from ..utils.linear_layers import is_quantized
 
 

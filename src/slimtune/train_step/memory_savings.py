@@ -3,7 +3,7 @@
     activation checkpointing   keep each layer's input; run the layer again in the backward pass
     offloading                 keep those inputs in CPU memory meanwhile (`kernels/activation_offload.py`)
     tiling                     run norms and feed-forwards a few tokens at a time, forward and backward
-                               (`kernels/tiled_mlp.py`)
+                               (`kernels/recompute.py`)
     FSDP2                      shard the frozen base over the processes of a run
 
 With the first three a row takes on the device what one layer's attention takes, and a few hidden states.
@@ -24,7 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..adapters.architectures import FEED_FORWARD
 from ..errors import UsageError, format_names
 from ..kernels.activation_offload import ActivationOffload
-from ..kernels.tiled_mlp import run_tiled
+from ..kernels.recompute import run_tiled
 from ..utils.linear_layers import layer_kind
 
 

@@ -1,21 +1,64 @@
-"""Run a token-wise map on a few tokens at a time, forwards and backwards, keeping only its input.
+"""Autograd steps that save only their input and recompute the rest in the backward pass.
+
+`recompute_linear`: a linear layer whose weight is computed from small tensors p,
+
+    y = x M(p)ᵀ        x (..., in), M(p) (out, in)
+
+saves x and p; the full weight exists only while the layer runs.
+
+`run_tiled`: a map of tokens, run on a few tokens at a time,
 
     y[:, i] depends only on x[:, i]          x (batch, tokens, ...), y (batch, tokens, ...)
 
-Norms and MLPs are such maps, and their activations between x and y take up to ten times the memory of x. In tiles they
-exist for one tile at a time, and are recomputed in the backward pass. Gradients equal those of the untiled map; those
-of parameters are summed over the tiles.
+saves x. Norms and MLPs are such maps, and their activations between x and y take up to ten times the memory of x; in
+tiles they exist for one tile at a time. Gradients of parameters are summed over the tiles.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ModelError
 from .dropout import fork_rng, get_rng_state
+
+
+def recompute_linear(make_weight: Callable[..., Tensor], x: Tensor, *tensors: Tensor) -> Tensor:
+    """Return `x make_weight(*tensors)ᵀ` in x's dtype.
+
+    Args:
+        make_weight: returns the weight `(out, in)` from `tensors` by differentiable, deterministic operations.
+        x: `(..., in)`.
+        tensors: what the weight is computed from; other tensors that `make_weight` uses get no gradient.
+    """
+    return _RecomputeLinear.apply(make_weight, x, *tensors)
+
+
+class _RecomputeLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, make_weight: Callable[..., Tensor], x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.make_weight = make_weight
+        ctx.save_for_backward(x, *tensors)
+        return F.linear(x, make_weight(*tensors).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        tensors = [t.detach().requires_grad_(need) for t, need in zip(tensors, needed, strict=True)]
+        with torch.enable_grad():
+            weight = ctx.make_weight(*tensors)
+        grad_x = (grad @ weight.detach().to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[1] else None
+        grads: list[Tensor] = []
+        if any(needed):
+            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)
+            inputs = [t for t in tensors if t.requires_grad]
+            grads += torch.autograd.grad(weight, inputs, grad_weight.to(weight.dtype))
+        return None, grad_x, *(grads.pop(0) if need else None for need in needed)
 
 
 def run_tiled(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int, trained: Sequence[Tensor]) -> Tensor:
@@ -68,8 +111,8 @@ class _TiledMap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = (ctx.saved.pop() if ctx.saved else ctx).saved_tensors
-        need_x = ctx.needs_input_grad[3]
-        trained = [p for p, need in zip(ctx.trained, ctx.needs_input_grad[4:], strict=True) if need]
+        need_x, needed = ctx.needs_input_grad[3], ctx.needs_input_grad[4:]
+        trained = [p for p, need in zip(ctx.trained, needed, strict=True) if need]
         grad_x = torch.empty_like(x) if need_x else None
         sums: list[Tensor | None] = [None] * len(trained)
         with fork_rng(ctx.rng_state, x.device):
@@ -88,8 +131,7 @@ class _TiledMap(torch.autograd.Function):
                     if g is not None:  # not added in place: it may be a view of `grad`
                         sums[i] = g if total is None else total + g
                 del grads, part
-        found = iter(sums)
-        return None, None, None, grad_x, *(next(found) if need else None for need in ctx.needs_input_grad[4:])
+        return None, None, None, grad_x, *(sums.pop(0) if need else None for need in needed)
 
 
 def _run_tiles(run: Callable[[Tensor], Tensor], x: Tensor, tokens: int) -> Tensor:
@@ -120,9 +162,6 @@ def _check_no_other_leaf(y: Tensor, known: Sequence[Tensor]) -> None:
         visited.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in known_ids:
-            raise ModelError(
-                f"a tiled map trains a parameter {tuple(leaf.shape)} that does not belong to its module",
-                "methods that register what they train",
-                "--set train.mlp_tile_size=null",
-            )
+            problem = f"a tiled map trains a parameter {tuple(leaf.shape)} that does not belong to its module"
+            raise ModelError(problem, "methods that register what they train", "--set train.mlp_tile_size=null")
         queue += [n for n, _ in node.next_functions]

@@ -1,5 +1,3 @@
-"""What dropout left out is drawn again, from the generator of the device that drew it."""
-
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +8,7 @@ from slimtune.kernels.dropout import fork_rng, get_rng_state, preserve_rng_state
 CPU = torch.device("cpu")
 
 
-def test_the_same_is_drawn_again_and_nothing_else_changes():
+def test_fork_rng():
     state = get_rng_state(CPU)
     first, second = torch.rand(5), torch.rand(5)
     torch.set_rng_state(state)
@@ -20,7 +18,7 @@ def test_the_same_is_drawn_again_and_nothing_else_changes():
     assert torch.equal(torch.rand(5), second)
 
 
-def test_draws_that_leave_no_trace():
+def test_preserve_rng_state():
     state = get_rng_state(CPU)
     with preserve_rng_state(CPU):
         torch.rand(5)
@@ -29,12 +27,12 @@ def test_draws_that_leave_no_trace():
 
 @pytest.mark.parametrize("name", ["cuda:1", "mps:0", "xpu:0"])
 def test_each_device_has_its_own_generator(name, monkeypatch):
-    device, log = torch.device(name), []
-    own = SimpleNamespace(
-        get_rng_state=lambda where: log.append(("get", where)) or "now",
-        set_rng_state=lambda state, where: log.append((state, where)),
+    device, calls = torch.device(name), []
+    generator = SimpleNamespace(
+        get_rng_state=lambda where: calls.append(("get", where)) or "now",
+        set_rng_state=lambda state, where: calls.append((state, where)),
     )
-    monkeypatch.setattr(torch, "get_device_module", lambda where: own)
+    monkeypatch.setattr(torch, "get_device_module", lambda where: generator)
     with fork_rng("then", device):
-        assert log == [("get", device), ("then", device)]
-    assert log[2:] == [("now", device)]
+        assert calls == [("get", device), ("then", device)]
+    assert calls[2:] == [("now", device)]
