@@ -1,4 +1,6 @@
-"""Tied heads, modules trained whole, biases, odd embeddings, AutoPeftModel."""
+"""PeftModel: tied heads, trained copies, biases, merging, generation, and calls in an odd order."""
+
+import threading
 
 import peft
 import pytest
@@ -14,23 +16,26 @@ from models_zoo import (
     roberta_classifier,
     run,
     same_base,
-    shake,
     snapshot,
     t5,
+    tokens,
 )
+from several_adapters import add_adapters
+from torch import nn
 
-import slimtune
-from slimtune import LoraConfig, PeftModel, get_peft_model
+from slimtune import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from slimtune.adapters.base import MergeUnsupported
-from slimtune.errors import AdapterError
+from slimtune.errors import TargetError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+QV = {"target_modules": ["q_proj", "v_proj"]}
 
 
-def shaken(base, **settings):
-    model = get_peft_model(base, LoraConfig(**settings))
-    shake(model)
-    return model.eval()
+def adapt(base, **settings):
+    return add_adapters(base, {"default": settings})
+
+
+# --- tied heads, trained copies, biases ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -38,69 +43,75 @@ def shaken(base, **settings):
     [
         {"target_modules": ["lm_head", "q_proj"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        {"target_modules": ["embed_tokens"]},
         {"target_modules": ["embed_tokens", "lm_head"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     ],
     ids=str,
 )
-def test_a_tied_head_merges_apart_from_the_embedding(settings, tmp_path):
-    model = shaken(llama(tie=True), **settings)
+def test_tied_head_merges_apart_from_the_embedding(settings, tmp_path):
+    model = adapt(llama(tie=True), **settings)
     expected, before = run(model), snapshot(llama(tie=True))
     assert same_base(model, before)
-    touched = {*settings["target_modules"], *settings.get("modules_to_save", [])}
+    changed = {*settings["target_modules"], *settings.get("modules_to_save", [])}
     model.merge_adapter()
     assert (run(model) - expected).abs().max() < 1e-9
     for name, weight in (("embed_tokens", model.model.embed_tokens.weight), ("lm_head", model.lm_head.weight)):
-        assert torch.equal(weight, before["model.embed_tokens.weight"]) != (name in touched)
+        assert torch.equal(weight, before["model.embed_tokens.weight"]) != (name in changed)
     model.unmerge_adapter()
     assert model.lm_head._parameters["weight"] is model.model.embed_tokens._parameters["weight"]
     assert torch.equal(run(model), expected)
     plain = model.merge_and_unload()
     assert plain.config.tie_word_embeddings is False
     plain.save_pretrained(tmp_path)
-    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    assert (run(again) - expected).abs().max() < 1e-9
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert (run(loaded) - expected).abs().max() < 1e-9
 
 
-def test_a_tied_head_stays_tied_where_nothing_touches_it(tmp_path):
-    plain = shaken(llama(tie=True), target_modules=["q_proj"]).merge_and_unload()
-    assert plain.config.tie_word_embeddings is True
-    assert plain.lm_head.weight is plain.model.embed_tokens.weight
-    unloaded = shaken(llama(tie=True), target_modules=["lm_head"], modules_to_save=["embed_tokens"]).unload()
-    assert unloaded.config.tie_word_embeddings is True
-    assert unloaded.lm_head.weight is unloaded.model.embed_tokens.weight
-    assert torch.equal(run(unloaded), run(llama(tie=True)))
+def test_unchanged_head_stays_tied():
+    for plain in (
+        adapt(llama(tie=True), target_modules=["q_proj"]).merge_and_unload(),
+        adapt(llama(tie=True), target_modules=["lm_head"], modules_to_save=["embed_tokens"]).unload(),
+    ):
+        assert plain.config.tie_word_embeddings is True
+        assert plain.lm_head.weight is plain.model.embed_tokens.weight
 
 
-def test_a_scaled_embedding_scales_the_change():
-    model = shaken(gemma3(), target_modules=["embed_tokens"], r=4)
+def test_split_head_of_a_frozen_base_stays_frozen():
+    model = adapt(llama(tie=True).requires_grad_(False), target_modules=["lm_head"])
+    assert not any(p.requires_grad for p in model.merge_and_unload().parameters())
+
+
+def test_scaled_embedding_scales_the_change():
+    settings = {"target_modules": ["embed_tokens"], "init_lora_weights": False}
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(gemma3(), peft.LoraConfig(**settings)).eval()
+    torch.manual_seed(1)
+    model = get_peft_model(gemma3(), LoraConfig(**settings)).eval()
     expected = run(model)
-    assert (expected - run(gemma3())).abs().max() > 1e-3
+    assert (expected - run(theirs)).abs().max() < 1e-9
     model.merge_adapter()
     assert (run(model) - expected).abs().max() < 1e-9
-    model.unmerge_adapter()
     with model.disable_adapter():
         assert torch.equal(run(model), run(gemma3()))
-    torch.manual_seed(1)
-    theirs = peft.get_peft_model(gemma3(), peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
-    torch.manual_seed(1)
-    ours = get_peft_model(gemma3(), LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
-    assert (run(ours.eval()) - run(theirs.eval())).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("make", [bert_classifier, roberta_classifier, bert_tagger])
-def test_a_head_trained_whole(make, tmp_path):
-    kind = "TOKEN_CLS" if make is bert_tagger else "SEQ_CLS"
-    model = shaken(make(), task_type=kind)
+CASES = [
+    (bert_classifier, {"task_type": "SEQ_CLS"}),
+    (roberta_classifier, {"task_type": "SEQ_CLS"}),
+    (bert_tagger, {"task_type": "TOKEN_CLS"}),
+    (gpt2, {"bias": "lora_only"}),
+    (bert_classifier, {"bias": "all"}),
+]
+
+
+@pytest.mark.parametrize(("make", "settings"), CASES)
+def test_trained_heads_and_biases(make, settings):
+    model = adapt(make(), **settings)
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(**settings))
+    assert model.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
     expected, before = run(model), snapshot(make())
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert any(n.startswith("classifier.") and ".trained_copies.default." in n for n in trained)
-    assert same_base(model, before)
     with model.disable_adapter():
         assert torch.equal(run(model), run(make()))
-    model.save_pretrained(tmp_path)
-    assert torch.equal(run(PeftModel.from_pretrained(make(), tmp_path)), expected)
     model.merge_adapter()
     assert (run(model) - expected).abs().max() < 1e-9
     model.unmerge_adapter()
@@ -110,99 +121,141 @@ def test_a_head_trained_whole(make, tmp_path):
     assert (run(plain) - expected).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-@pytest.mark.parametrize("make", [gpt2, bert_classifier])
-def test_biases(make, bias):
-    model = shaken(make(), bias=bias)
-    theirs = peft.get_peft_model(make(), peft.LoraConfig(bias=bias))
-    assert model.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
-    expected, before = run(model), snapshot(make())
-    assert same_base(model, before)
-    with model.disable_adapter():
-        assert torch.equal(run(model), run(make()))
-    model.merge_adapter()
-    assert (run(model) - expected).abs().max() < 1e-9
-    assert same_base(model.unload(), before)
+def test_two_adapters_cannot_copy_one_module():
+    settings = {**QV, "modules_to_save": ["lm_head"]}
+    model = add_adapters(llama(), {"default": settings, "second": settings})
+    for act in (model.set_adapter, model.merge_adapter):
+        with pytest.raises(UsageError, match="both have their own copy of lm_head"):
+            act(["default", "second"])
+    assert model.active_adapters == ["second"]
 
 
-@pytest.mark.parametrize("bias", ["none", "lora_only"])
 @pytest.mark.parametrize("make", [llama, gpt2, t5, bert_encoder])
-def test_the_count_is_printed_in_pefts_words(make, bias, capsys):
+def test_printed_parameters_equal_peft(make, capsys):
     get_peft_model(make(), LoraConfig(r=4)).print_trainable_parameters()
     ours = capsys.readouterr().out
     peft.get_peft_model(make(), peft.LoraConfig(r=4)).print_trainable_parameters()
     assert ours == capsys.readouterr().out
-    assert ours.startswith("trainable params: ")
 
 
-def test_an_adapter_that_is_not_finite_does_not_merge():
-    model = shaken(llama(), target_modules=["q_proj", "v_proj"])
-    before = snapshot(llama())
+# --- merging and disabling -------------------------------------------------------------------------------------------
+
+
+def test_safe_merge_refuses_nan():
+    model = adapt(llama(), **QV)
     next(p for n, p in model.named_parameters() if "layers.1" in n and "lora_B" in n).data.fill_(float("nan"))
     with pytest.raises(MergeUnsupported, match="contains NaN or Inf after merging"):
         model.merge_adapter(safe_merge=True)
-    assert same_base(model, before)
-    assert torch.isnan(run(model)).any()
+    assert same_base(model, snapshot(llama()))
 
 
-def test_what_a_merge_put_by_follows_the_model():
-    model = shaken(llama(tie=True), target_modules=["lm_head", "q_proj"])
+def test_merged_model_keeps_its_own_copies():
+    model = adapt(llama(tie=True), target_modules=["q_proj"], modules_to_save=["lm_head"])
     model.merge_adapter()
-    model.float()
+    head = model.lm_head
+    assert head._parameters["weight"].data_ptr() != head.trained_copies["default"].weight.data_ptr()
+    with pytest.raises(UsageError, match="is merged into the base"):
+        model.set_adapter("default")
+    model.float()  # also what the merge replaced
     model.unmerge_adapter()
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert same_base(model, snapshot(llama(tie=True).float()))
 
 
-def test_an_adapter_added_beside_a_merged_one_starts_from_the_base():
-    model = shaken(llama(), target_modules=["q_proj", "lm_head"])
+def test_adapters_start_from_the_base():
+    """An adapter that reads the weights (DoRA) or copies them sees the base's, whatever is active or merged."""
+    model = adapt(llama(), **QV, modules_to_save=["lm_head"])
+    model.add_adapter("dora", LoraConfig(target_modules=["lm_head", "q_proj"], use_dora=True))
     model.merge_adapter()
-    model.add_adapter("other", LoraConfig(target_modules=["v_proj"], modules_to_save=["lm_head"]))
+    merged = run(model)
+    model.add_adapter("late", LoraConfig(target_modules=["q_proj"], use_dora=True))
+    model.add_adapter("head", LoraConfig(target_modules=["v_proj"], modules_to_save=["lm_head"]))
     model.unmerge_adapter()
-    model.set_adapter("other")
-    assert torch.equal(run(model), run(llama()))
+    for name in ("dora", "late", "head"):
+        model.set_adapter(name)
+        assert torch.equal(run(model), run(llama())), name
+    model.set_adapter("default")
+    assert (run(model) - merged).abs().max() < 1e-9
 
 
-AUTO = [
-    (llama, "CausalLM", "CAUSAL_LM"),
-    (t5, "Seq2SeqLM", "SEQ_2_SEQ_LM"),
-    (bert_classifier, "SequenceClassification", "SEQ_CLS"),
-    (bert_tagger, "TokenClassification", "TOKEN_CLS"),
-    (bert_encoder, "FeatureExtraction", "FEATURE_EXTRACTION"),
-]
+def test_disabled_model_refuses_changes():
+    model = add_adapters(llama(), {"a": QV, "b": QV})
+    with model.disable_adapter():
+        for act in (model.unload, model.merge_adapter, lambda: model.delete_adapter("b")):
+            with pytest.raises(UsageError, match="inside disable_adapter"):
+                act()
+    assert torch.equal(run(model.unload()), run(llama()))
 
 
-@pytest.mark.parametrize(("make", "kind", "task"), AUTO, ids=[a[1] for a in AUTO])
-def test_one_call_loads_base_and_adapter(make, kind, task, tmp_path):
-    make().save_pretrained(tmp_path / "base")
-    loader = tf.AutoModel if kind == "FeatureExtraction" else getattr(tf, f"AutoModelFor{kind}")
-    base = loader.from_pretrained(tmp_path / "base", dtype=torch.float64)
-    model = shaken(base, task_type=task)
-    expected = run(model)
-    model.save_pretrained(tmp_path / "adapter")
-    auto = getattr(slimtune, f"AutoPeftModelFor{kind}")
-    again = auto.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
-    assert isinstance(again, PeftModel)
-    assert torch.equal(run(again), expected)
-    assert again.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
-    theirs = getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(tmp_path / "adapter", dtype=torch.float64)
-    assert (run(theirs.eval()) - expected).abs().max() < 1e-9
+# --- adding and running ----------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_without_a_base_name_is_said(tmp_path):
-    get_peft_model(llama(), LoraConfig()).save_pretrained(tmp_path)
-    with pytest.raises(AdapterError, match="does not name its base"):
-        slimtune.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["train", "items", "", "a.b", "__base__"])
+def test_invalid_adapter_name_leaves_no_trace(name):
+    model = llama()
+    before, classes = snapshot(model), {n: type(m) for n, m in model.named_modules()}
+    with pytest.raises(UsageError, match="cannot be the name of a new adapter"):
+        get_peft_model(model, LoraConfig(**QV), name)
+    assert same_base(model, before)
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+
+
+def test_failed_attachment_leaves_no_trace():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    get_peft_model(model, LoraConfig(target_modules=["2"]))
+    model[1].forward = lambda x: x
+    with pytest.raises(TargetError, match="forward of a Linear was replaced"):
+        model.add_adapter("second", LoraConfig(target_modules=["0", "1"]))
+    assert list(model.peft_config) == ["default"]
+    assert not any("second" in n for n, _ in model.named_parameters())
+    assert type(model[0]) is nn.Linear
+
+
+def test_wrong_calls_are_refused():
+    model = get_peft_model(llama(), LoraConfig())
+    for act, message in [
+        (lambda: get_peft_model(model, LoraConfig()), "already has adapters: 'default'"),
+        (lambda: get_peft_model(llama(), PeftConfig()), "is not the config of a method"),
+        (lambda: model.set_adapter([]), "no adapter is given"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            act()
+
+
+def test_adapter_named_twice_runs_once():
+    model = adapt(llama(), **QV)
+    once = run(model)
+    model.set_adapter(["default", "default"])
+    assert torch.equal(run(model), once)
 
 
 def test_generate_uses_the_adapter():
-    model = shaken(llama(), target_modules="all-linear")
-    ids = torch.tensor([[1, 5, 9]])
-    cached = model.generate(ids, max_new_tokens=6, do_sample=False)
-    plain = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
-    assert torch.equal(cached, plain)
+    model = adapt(llama(), target_modules="all-linear")
+    ids, how = torch.tensor([[1, 5, 9]]), {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **how), model.generate(ids, **how, use_cache=False))
     with model.disable_adapter():
-        assert torch.equal(
-            model.generate(ids, max_new_tokens=6, do_sample=False),
-            llama().generate(ids, max_new_tokens=6, do_sample=False),
-        )
+        assert torch.equal(model.generate(ids, **how), llama().generate(ids, **how))
+
+
+def test_prefix_in_several_threads():
+    model = get_peft_model(llama(), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    expected, different = run(model), []
+
+    def work():
+        different.extend(1 for _ in range(30) if not torch.equal(run(model), expected))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not different
+    assert torch.equal(run(model.unload()), run(llama()))
+
+
+def test_forward_kept_by_a_wrapper_runs_after_unload():
+    config = PromptTuningConfig(num_virtual_tokens=2, task_type="FEATURE_EXTRACTION")
+    model = get_peft_model(llama().model, config)
+    forward = model.forward
+    model.unload()
+    assert torch.equal(forward(input_ids=tokens()).last_hidden_state, run(llama().model))

@@ -6,14 +6,13 @@ from functools import partial
 import peft
 import pytest
 import torch
-from models_zoo import llama, tokens
+from models_zoo import llama
 from peft.optimizers import create_loraplus_optimizer as pefts_loraplus
 from torch import nn
 
 import slimtune
 from slimtune import LoraConfig, create_loraplus_optimizer, get_peft_model, parameter_groups
 from slimtune.adapters.base import BaseForward, Site
-from slimtune.adapters.optimizer import group_by_learning_rate
 from slimtune.errors import ConfigError
 from slimtune.train_step.optimizer import build_optimizer
 
@@ -36,22 +35,6 @@ def test_vectors_do_not_decay():
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], use_dora=True))
     groups = parameter_groups(model, 1e-3, 0.1)
     assert {(g["params"][0].dim(), g["weight_decay"]) for g in groups} == {(2, 0.1), (1, 0.0)}
-
-
-def test_a_finished_optimizer_is_split_and_steps():
-    model = get_peft_model(llama(), LoraConfig(**TARGETS, lr_ratio=4))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-2)
-    group_by_learning_rate(optimizer, model)
-    rates = rate_of(optimizer.param_groups, model)
-    assert set(rates.values()) == {1e-2, 4e-2}
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(trained)
-    model(input_ids=tokens(), labels=tokens()).loss.backward()
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    optimizer.step()
-    for n, p in model.named_parameters():
-        if p.requires_grad:
-            assert torch.allclose(p, before[n] - rates[n] * p.grad)
 
 
 def test_training_follows_the_rates():

@@ -5,46 +5,27 @@ The default targets are PEFT's, except for gemma4, for which PEFT has a pattern.
 
 from typing import Any
 
-_QV = ["q_proj", "v_proj"]
-_BERT = ["query", "value"]
-_FUSED = ["query_key_value"]
-_T5 = ["q", "v"]
-_GPT2 = ["c_attn"]
-
 DEFAULT_TARGETS: dict[str | None, list[str]] = {
-    **dict.fromkeys(
-        (
-            "bart",
-            "opt",
-            "gptj",
-            "gpt_neo",
-            "llama",
-            "llama4",
-            "mistral",
-            "mixtral",
-            "stablelm",
-            "gemma",
-            "gemma2",
-            "gemma3_text",
-            "qwen2",
-            "qwen3",
-        ),
-        _QV,
-    ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), _BERT),
-    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), _FUSED),
-    **dict.fromkeys(("t5", "mt5"), _T5),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT2),
-    "blip-2": ["q", "v", "q_proj", "v_proj"],
-    "deberta-v2": ["query_proj", "value_proj"],
-    "deberta": ["in_proj"],
-    "mpt": ["Wqkv"],
-    "btlm": ["c_proj", "c_attn"],
-    "codegen": ["qkv_proj"],
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"],
-    "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "rwkv": ["key", "value", "receptance", "output"],
-    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
+    architecture: targets.split()
+    for targets, architectures in {
+        "q_proj v_proj": "bart opt gptj gpt_neo llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text "
+        "qwen2 qwen3",
+        "query value": "bert roberta xlm-roberta electra layoutlm",
+        "query_key_value": "bloom gpt_neox chatglm RefinedWebModel RefinedWeb falcon",
+        "q v": "t5 mt5",
+        "c_attn": "gpt2 gpt_bigcode",
+        "q v q_proj v_proj": "blip-2",
+        "query_proj value_proj": "deberta-v2",
+        "in_proj": "deberta",
+        "Wqkv": "mpt",
+        "c_proj c_attn": "btlm",
+        "qkv_proj": "codegen",
+        "q_proj v_proj fc1 fc2": "phi",
+        "q_proj k_proj v_proj o_proj": "nemotron_h",
+        "key value receptance output": "rwkv",
+        "r_proj k_proj v_proj o_proj key value": "rwkv7",
+    }.items()
+    for architecture in architectures.split()
 }
 
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}

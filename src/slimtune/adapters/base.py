@@ -41,13 +41,11 @@ class Site:
 
     Args:
         name: dotted name of the module in the base; "" is the model itself.
-        kind: kind of module there; see the table above. An embedding's `x (...)` contains row indices.
-        in_features: columns of `W`; for blocks, attention and the model: the model's hidden size.
-        out_features: rows of `W`; for blocks, attention and the model: the model's hidden size.
+        kind: see the table above. An embedding's `x (...)` contains row indices.
+        in_features, out_features: columns and rows of `W`; the model's hidden size for blocks, attention and the model.
         device: device of the base's weight.
         dtype: dtype of the adapter's parameters.
-        module: the base module, for reading only; do not keep a reference.
-        model: the whole model, for reading only; do not keep a reference.
+        module, model: the base module and the whole model, for reading only; do not keep a reference.
         loading: True if a file's tensors will overwrite the parameters, so a costly initialisation can be skipped.
     """
 
@@ -77,7 +75,6 @@ class Site:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def bias(self) -> Tensor | None:
-        """Return the frozen bias `(out)`, or None."""
         return getattr(self.module, "bias", None)
 
 
@@ -96,8 +93,11 @@ class BaseForward:
         self.module, self.run, self.inner_modules = module, run, inner_modules
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the base module with the inner adapter modules."""
         return self.run(*args, **kwargs)
+
+    def bias(self) -> Tensor | None:
+        """Return the base's own bias `(out)`, or None."""
+        return getattr(self.module, "bias", None)
 
     def weight(self) -> Tensor:
         """Return the weight `(out, in)` that a call uses: the base's own tensor if there are no inner modules."""
@@ -113,19 +113,10 @@ class BaseForward:
             weight, bias = inner.merge_into(weight, bias)
         return weight, bias
 
-    def bias(self) -> Tensor | None:
-        """Return the base's bias `(out)`, or None."""
-        return getattr(self.module, "bias", None)
-
     def plus_low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
         """Return `base(x) + scale · B A dropout(x)`, fused into one autograd step if the base is a plain linear layer.
 
-        Args:
-            x: `(..., in)`.
-            A: `(r, in)`.
-            B: `(out, r)`.
-            scale: factor on the low-rank update.
-            dropout: probability in [0, 1) of dropping an input of A.
+        Shapes: `x (..., in)`, `A (r, in)`, `B (out, r)`. `dropout` is a probability in [0, 1).
         """
         if not self.inner_modules and is_plain_forward(self.run):
             weight = get_weight(self.module)
@@ -152,27 +143,33 @@ class AdapterModule(nn.Module):
     """Whether the module passes learned keys and values to the attention function; see `attention/prefix.py`."""
     frozen_names: Collection[str] = ()
     """Names of parameters that do not train."""
+    takes_row_mask: ClassVar[bool] = False
+    """Whether `forward_with_base` takes `rows`, the rows of a mixed batch that use this adapter (None: all)."""
     has_base_parameter: bool = True
     """Whether the base has a parameter that can store the result of `merge_into`."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map the input `x (..., in)` and the frozen output `y (..., out)` to the adapted output `(..., out)`."""
-        raise TypeError(f"{type(self).__name__} does not define forward(x, y)")
+        raise NotImplementedError
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Any:
         """Run the base and adapt its output: `x (..., in)` to `(..., out)`."""
         return self(x, base(x))
 
-    def forward_batch_rows(self, base: BaseForward, plain_base: BaseForward, rows: Tensor, x: Tensor) -> Any:
+    def forward_batch_rows(
+        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run a batch of which only some rows use this adapter.
 
         Args:
             base: the base with the adapter modules of the other rows.
             plain_base: the base module alone, which is the base of the rows in `rows`.
             rows: which rows use this adapter, bool `(batch,)`.
-            x: `(batch, ..., in)`.
+            args, kwargs: the base's arguments; the first is the input `(batch, ..., in)`.
         """
-        y = base(x)
+        if self.takes_row_mask:
+            return self.forward_with_base(base, *args, rows=rows, **kwargs)  # type: ignore[call-arg]
+        x, y = args[0], base(*args, **kwargs)
         if type(self).forward_with_base is AdapterModule.forward_with_base:
             adapted = self(x[rows], y[rows])
         else:
@@ -180,18 +177,17 @@ class AdapterModule(nn.Module):
         return y.index_put((rows,), adapted.to(y.dtype))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return a new weight `(out, in)` and bias that include this module's change: by default its low-rank factors.
+        """Return a new weight `(out, in)` and bias `(out)` that include this module's change, by default its factors'.
 
-        Args:
-            weight: the weight without it, in fp32 or wider; the caller rounds the result once.
-            bias: the bias without it, or None. Return the same object if the module does not change it.
+        The weight is in fp32 or wider; the caller rounds the result once. A bias that does not change is returned as
+        the same object.
 
         Raises:
             MergeUnsupported: the method does not change weights.
         """
         factors = self.low_rank_factors()
         if factors is None:
-            raise MergeUnsupported(f"{type(self).__name__} cannot be merged into a weight")
+            raise MergeUnsupported(f"{type(self).__name__} does not change a weight, so it cannot be merged")
         return add_low_rank(weight, *factors), bias
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
@@ -209,10 +205,7 @@ class AdapterModule(nn.Module):
         """Prepare for a file's tensors, by name relative to the site, before they are copied into `tensors()`."""
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Return state that training needs to resume but an adapter file does not store, by name.
-
-        On the meta device, return everything the state can contain: the planner computes checkpoint sizes from it.
-        """
+        """Return state that training needs to resume but an adapter file does not store; on meta: all it can become."""
         return {}
 
     def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
@@ -233,18 +226,12 @@ class SharedParameters(AdapterModule):
     The other modules keep it in a tuple, `self.shared = (module,)`, so that PyTorch registers its parameters once.
     """
 
-    def forward_with_base(self, base: BaseForward, *args: Any, **kwargs: Any) -> Any:
-        """Run the base."""
-        return base(*args, **kwargs)
+    takes_row_mask = True
 
-    def forward_batch_rows(
-        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Run the base."""
+    def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         return base(*args, **kwargs)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return both unchanged."""
         return weight, bias
 
 
@@ -254,26 +241,15 @@ class Block(AdapterModule):
     If the sub-layer returns a tuple (such as attention output and weights), the first element is adapted.
     """
 
-    def forward_with_base(self, base: BaseForward, *args: Any, **kwargs: Any) -> Any:
-        """Run the sub-layer and adapt the hidden states it returns."""
-        x = _get_hidden_states(args, kwargs)
-        return _map_first(base(*args, **kwargs), lambda y: self(x, y))
+    takes_row_mask = True
 
-    def forward_batch_rows(
-        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Run the sub-layer and adapt the hidden states of some rows."""
-        x = _get_hidden_states(args, kwargs)
-        return _map_first(base(*args, **kwargs), lambda y: y.index_put((rows,), self(x[rows], y[rows]).to(y.dtype)))
+    def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
+        output = base(*args, **kwargs)
+        y = output[0] if isinstance(output, tuple) else output
+        adapted = self(x, y) if rows is None else y.index_put((rows,), self(x[rows], y[rows]).to(y.dtype))
+        return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
 
 class MergeUnsupported(ValueError):
     """An adapter module's change cannot be merged into a weight."""
-
-
-def _get_hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
-
-
-def _map_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)

@@ -54,9 +54,7 @@ class _ConfigMeta(type):
             raise ConfigError(
                 f"{cls.__name__} has no field {name!r} (given {value!r}){nearest(name, known)}",
                 f"fields: {format_names(sorted(known), 40)}",
-                f"its name is {full_name} here"
-                if full_name
-                else "leave the field out, or train this adapter with the library that has it",
+                f"use {full_name}" if full_name else "leave it out, or train this adapter with the library that has it",
             )
         return type.__call__(register_as_peft_subclass(cls, "PeftConfig"), *args, **kwargs)
 
@@ -65,8 +63,7 @@ class _ConfigMeta(type):
 class PeftConfig(metaclass=_ConfigMeta):
     """The fields all methods share.
 
-    A method's own config declares its fields with `setting`, which holds help and range; `check` adds the rules that
-    involve several fields.
+    A method's own config declares its fields with `setting`; `check` adds the rules that involve several fields.
     """
 
     name: ClassVar[str] = ""
@@ -113,7 +110,7 @@ class PeftConfig(metaclass=_ConfigMeta):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class that its module knows by name: pickle cannot find the one registered with peft.
-        return _restore, (_declaring_class(type(self)), dict(vars(self)))
+        return _new_config, (_declaring_class(type(self)),), dict(vars(self))
 
     def check(self) -> None:
         """Raise ConfigError where fields do not fit one another. A method extends this."""
@@ -155,10 +152,7 @@ class PeftConfig(metaclass=_ConfigMeta):
     def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int | None:
         """Return how many bytes training, or an initialization from data, can add to the adapter's tensors at most.
 
-        None: their shapes stay fixed; 0: they can only shrink. Plans report sizes as "at most" unless it is None.
-
-        Args:
-            deltas: the adapter modules by site name, as they were attached.
+        `deltas` are the adapter modules by site name. None: shapes stay fixed; 0: tensors can only shrink.
         """
         return None
 
@@ -167,19 +161,10 @@ class PeftConfig(metaclass=_ConfigMeta):
         return key
 
     def on_train_begin(self, total_steps: int) -> None:
-        """Fill in the fields that depend on the length of training; called before the first step.
-
-        Args:
-            total_steps: optimizer steps of the whole run.
-        """
+        """Fill in the fields that depend on the number of optimizer steps; called before the first step."""
 
     def on_step_end(self, deltas: Mapping[str, AdapterModule], step: int) -> None:
-        """Update the method's own state after an optimizer step; the gradients still exist.
-
-        Args:
-            deltas: the adapter modules by site name.
-            step: number of the step, from 1.
-        """
+        """Update the method's own state after optimizer step `step`, from 1; the gradients still exist."""
 
     def regularization_loss(self, deltas: Mapping[str, AdapterModule]) -> Tensor | None:
         """Return a term to add to the training loss; None: nothing."""
@@ -199,7 +184,7 @@ class PeftConfig(metaclass=_ConfigMeta):
         """Write `adapter_config.json` into the folder."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / CONFIG_FILE, json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n")
+        write_config(folder, self.to_dict())
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -218,18 +203,17 @@ class PeftConfig(metaclass=_ConfigMeta):
         """Read the config of an adapter folder or Hub repository.
 
         Raises:
-            UsageError: there is no such folder or repository, or it has no adapter_config.json.
+            UsageError: there is no such folder, repository or file.
             AdapterError: it is invalid, its method is unknown, or an unsupported field is not at its default.
         """
         file = find_file(path, CONFIG_FILE, subfolder, **hub)
         try:
             values = json.loads(file.read_text())
+            if not isinstance(values, dict):
+                raise AdapterError(f"{file} contains a {type(values).__name__}", "a JSON object")
+            return cls.from_dict(values)
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             raise AdapterError(f"{file} is not JSON: {e}", "a file written by save_pretrained") from None
-        if not isinstance(values, dict):
-            raise AdapterError(f"{file} contains a {type(values).__name__}", "a JSON object")
-        try:
-            return cls.from_dict(values)
         except ConfigError as e:
             raise AdapterError(f"{file}: {e.message}", e.expected, e.hint) from None
 
@@ -239,10 +223,8 @@ def _declaring_class(cls: type) -> type:
     return next(c for c in cls.__mro__ if "_joined" not in vars(c))
 
 
-def _restore(cls: type[PeftConfig], values: dict[str, Any]) -> PeftConfig:
-    config = object.__new__(register_as_peft_subclass(cls, "PeftConfig"))
-    config.__dict__.update(values)
-    return config
+def _new_config(cls: type[PeftConfig]) -> PeftConfig:
+    return object.__new__(register_as_peft_subclass(cls, "PeftConfig"))
 
 
 @dataclass
@@ -271,28 +253,16 @@ class TargetedConfig(PeftConfig):
     )
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
-        """Return PEFT's choice for the model's architecture, None where it has none."""
         return self.architecture_targets.get(model_type(model))
 
     def check(self) -> None:
-        """Check that the fields that choose layers fit one another."""
         super().check()
-        regex = isinstance(self.target_modules, str)
-        self.require(
-            not (regex and self.layers_to_transform is not None),
-            "layers_to_transform",
-            "None where target_modules is a regular expression: put the layer numbers into it",
-        )
-        self.require(
-            not (regex and self.layers_pattern is not None),
-            "layers_pattern",
-            "None where target_modules is a regular expression",
-        )
-        self.require(
-            not (self.layers_pattern and self.layers_to_transform is None),
-            "layers_pattern",
-            "None unless layers_to_transform is given",
-        )
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                expected = "None where target_modules is a regular expression: put the layer numbers into it"
+                self.require(getattr(self, name) is None, name, expected)
+        lonely_pattern = self.layers_pattern and self.layers_to_transform is None
+        self.require(not lonely_pattern, "layers_pattern", "None unless layers_to_transform is given")
 
 
 @dataclass
@@ -315,12 +285,15 @@ class PatternedConfig(TargetedConfig):
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
 
     def get_rank(self, layer_name: str) -> int:
-        """Return a layer's rank."""
         return get_pattern_value(self.rank_pattern, layer_name, getattr(self, "r"))  # noqa: B009 (a method's own field)
 
     def get_alpha(self, layer_name: str) -> float:
-        """Return a layer's alpha."""
         return get_pattern_value(self.alpha_pattern, layer_name, getattr(self, self.alpha_name))
+
+
+def write_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Write a config's values as the `adapter_config.json` of a folder."""
+    write_atomic(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:
@@ -329,17 +302,15 @@ def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, 
     Raises:
         UsageError: the path is neither a folder with the file nor a reachable repository.
     """
-    folder = Path(path, subfolder) if subfolder else Path(path)
+    folder = Path(path, subfolder or "")
     if folder.is_dir():
         # A run's folder has its adapter in a subfolder.
         if not (folder / CONFIG_FILE).is_file() and (folder / "adapter" / CONFIG_FILE).is_file():
             folder = folder / "adapter"
         if (folder / name).is_file():
             return folder / name
-        raise UsageError(
-            f"{folder} has no {name}; it has {format_names(sorted(p.name for p in folder.iterdir()))}",
-            "an adapter folder as save_pretrained writes it",
-        )
+        names = format_names(sorted(p.name for p in folder.iterdir()))
+        raise UsageError(f"{folder} has no {name}; it has {names}", "an adapter folder as save_pretrained writes it")
     text = str(path)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []

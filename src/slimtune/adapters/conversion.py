@@ -15,8 +15,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -46,8 +46,7 @@ class LoraReport:
     """How well a LoRA approximates the adapter it was made from.
 
     Args:
-        adapter: name of the LoRA.
-        source: name of the original adapter.
+        adapter, source: names of the LoRA and of the original adapter.
         ranks: rank by layer.
         errors: ‖ΔW − B A‖ / ‖ΔW‖ (Frobenius norm) by layer: 0 is exact, 1 means nothing is left.
         error: the same over all layers together.
@@ -68,31 +67,25 @@ class LoraReport:
         )
 
 
-@dataclass(frozen=True)
 class WeightDelta:
-    """One adapter's change of one layer's weight, and its coefficient in a weighted sum."""
+    """One adapter's change ΔW of one layer's weight, and its coefficient in a weighted sum.
 
-    adapter: str
-    coefficient: float
-    module: AdapterModule
-    site: Site
+    `factors` are `A (r, in)`, `B (out, r)` in fp32 or wider and the scale; None if the change has no such form.
+    """
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype for computing sums: the adapter's, but at least fp32."""
-        own = next((p.dtype for p in self.module.parameters()), torch.float32)
-        return torch.promote_types(own, torch.float32)
-
-    def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """Return `A (r, in), B (out, r), scale` in fp32 or wider, or None if the change has no such form."""
-        factors = self.module.low_rank_factors()
-        return None if factors is None else (factors[0].to(self.dtype), factors[1].to(self.dtype), float(factors[2]))
+    def __init__(self, adapter: str, coefficient: float, module: AdapterModule, site: Site) -> None:
+        self.adapter, self.coefficient, self.module, self.site = adapter, coefficient, module, site
+        own = next((p.dtype for p in module.parameters()), torch.float32)
+        self.dtype = torch.promote_types(own, torch.float32)
+        found = module.low_rank_factors()
+        self.factors: Any = (
+            None if found is None else (found[0].to(self.dtype), found[1].to(self.dtype), float(found[2]))
+        )
 
     def dense(self) -> Tensor:
         """Return `ΔW (out, in)` without the coefficient."""
-        factors = self.low_rank_factors()
-        if factors is not None:
-            return (factors[1] @ factors[0]) * factors[2]
+        if self.factors is not None:
+            return (self.factors[1] @ self.factors[0]) * self.factors[2]
         # float64, since this is a small difference of large numbers.
         before, bias = self.site.weight().double(), self.site.bias()
         try:
@@ -123,29 +116,33 @@ class ConversionMixin:
         """Add a LoRA that computes a weighted sum of adapters, inactive. Modules trained in full are copied.
 
         Args:
-            adapters: names of the adapters.
-            weights: one coefficient per adapter; negative ones subtract.
+            adapters, weights: names of the adapters, and a coefficient for each; negative ones subtract.
             adapter_name: name of the new adapter.
-            combination_type: see the top of `adapters/conversion.py`; a single adapter is always "linear" unless
-                svd_rank is given.
+            combination_type: see the top of `adapters/conversion.py`; one adapter without svd_rank is always "linear".
             svd_rank: rank of the result for "svd" types, 1 and up; None: the largest rank of the adapters.
             svd_clamp: quantile in (0, 1] of the result's values above which they are clamped.
-            svd_full_matrices: accepted for PEFT compatibility; does not change the result.
+            svd_full_matrices: ignored: it does not change the result.
             svd_driver: cuSOLVER method on CUDA; see `torch.linalg.svd`.
             density: fraction in (0, 1] of the values that pruning keeps.
             majority_sign_method: for "ties": the sign of the sum ("total") or the most frequent sign ("frequency").
-
-        Raises:
-            UsageError: an unknown name, an invalid value, or an adapter that does not only change weights.
         """
-        del svd_full_matrices
         names = [self._require_adapter(n) for n in adapters]
         self._require_free_name(adapter_name)
-        _check_arguments(names, weights, combination_type, svd_rank, svd_clamp, density, majority_sign_method)
+        kind, kinds = str(combination_type), get_args(CombinationType)
+        counts = f"{len(names)} adapters and {len(weights)} weights are given"
+        _require(bool(names) and len(names) == len(weights), counts, "one weight for each adapter")
+        _require(kind in kinds, f"combination_type is {kind!r}{nearest(kind, kinds)}", f"one of {format_names(kinds)}")
+        is_rank = svd_rank is None or (isinstance(svd_rank, int) and svd_rank >= 1)
+        _require(is_rank, f"svd_rank is {svd_rank!r}", "a whole number, 1 and up")
+        _require(svd_clamp is None or 0 < svd_clamp <= 1, f"svd_clamp is {svd_clamp!r}", "a quantile in (0, 1]")
+        is_density = not kind.startswith(("ties", "dare", "magnitude")) or (density is not None and 0 < density <= 1)
+        _require(is_density, f"density is {density!r}", f"a fraction in (0, 1], which {kind!r} requires")
+        is_method = majority_sign_method in ("total", "frequency")
+        _require(is_method, f"majority_sign_method is {majority_sign_method!r}", "'total' or 'frequency'")
         self._require_unmerged()
         with self.disable_adapter():
             deltas = get_weight_deltas(self, names, weights)
-            kind = _resolve_type(deltas, combination_type, svd_rank, single=len(names) == 1)
+            kind = _resolve_type(deltas, kind, svd_rank, single=len(names) == 1)
             pruning = kind.removesuffix("svd").removesuffix("_")
             how: dict[str, Any] = {"kind": pruning, "density": density or 1, "sign_by": majority_sign_method}
             pairs: dict[str, LoraPair]
@@ -167,28 +164,20 @@ class ConversionMixin:
             rank: int, 1 and up: rank of the result; or float in (0, 1]: the fraction of ‖ΔW‖² that each layer keeps,
                 with the smallest rank that keeps it.
             new_name: name of the LoRA; None: `<adapter_name>_lora`.
-
-        Raises:
-            UsageError: an invalid rank, or an adapter that does not only change weights.
         """
         new_name = new_name or f"{adapter_name}_lora"
         self._require_adapter(adapter_name)
         self._require_free_name(new_name)
-        valid = 0 < rank <= 1 if isinstance(rank, float) else rank >= 1
-        if isinstance(rank, bool) or not valid:
-            raise UsageError(f"rank is {rank!r}", "a whole number, 1 and up; or a fraction in (0, 1]")
+        is_rank = not isinstance(rank, bool) and (0 < rank <= 1 if isinstance(rank, float) else rank >= 1)
+        _require(is_rank, f"rank is {rank!r}", "a whole number, 1 and up; or a fraction in (0, 1]")
         self._require_unmerged()
         with self.disable_adapter():
             found = {n: _approximate(d, rank) for n, d in get_weight_deltas(self, [adapter_name], [1.0]).items()}
             _add_lora(self, new_name, [adapter_name], {n: f[:2] for n, f in found.items()})
         lost, total = sum(f.squared_error for f in found.values()), sum(f.squared_norm for f in found.values())
-        return LoraReport(
-            new_name,
-            adapter_name,
-            {n: f.A.shape[0] for n, f in found.items()},
-            {n: math.sqrt(f.squared_error / f.squared_norm) if f.squared_norm else 0.0 for n, f in found.items()},
-            math.sqrt(lost / total) if total else 0.0,
-        )
+        ranks = {n: f.A.shape[0] for n, f in found.items()}
+        errors = {n: math.sqrt(f.squared_error / f.squared_norm) if f.squared_norm else 0.0 for n, f in found.items()}
+        return LoraReport(new_name, adapter_name, ranks, errors, math.sqrt(lost / total) if total else 0.0)
 
 
 def convert_to_lora(
@@ -196,19 +185,10 @@ def convert_to_lora(
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Return a LoRA that approximates an adapter: its LoraConfig, and its tensors by their keys in a file.
 
-    Args:
-        model: the model with the adapter; it is not changed.
-        rank: see `PeftModel.to_lora`.
-        adapter_name: the adapter.
-        progressbar, compile_kwargs: accepted for PEFT compatibility; ignored.
+    The model is not changed. `rank` is as in `PeftModel.to_lora`; PEFT's progressbar and compile_kwargs are ignored.
     """
-    del progressbar, compile_kwargs
-    name = _find_unused_name(model, adapter_name)
-    model.to_lora(adapter_name, rank, name)
-    try:
-        return model.peft_config[name], get_peft_model_state_dict(model, adapter_name=name)
-    finally:
-        model._remove_adapter(name)
+    with _temporary_lora(model, adapter_name, rank) as report:
+        return model.peft_config[report.adapter], get_peft_model_state_dict(model, adapter_name=report.adapter)
 
 
 def save_as_lora(
@@ -220,14 +200,19 @@ def save_as_lora(
     compile_kwargs: Any = None,
 ) -> LoraReport:
     """Write a LoRA that approximates an adapter into the folder `path`; see `convert_to_lora`."""
-    del progressbar, compile_kwargs
-    name = _find_unused_name(model, adapter_name)
-    report = model.to_lora(adapter_name, rank, name)
+    with _temporary_lora(model, adapter_name, rank) as report:
+        save_adapter(model, Path(path), report.adapter)
+        return report
+
+
+@contextmanager
+def _temporary_lora(model: Any, adapter: str, rank: float) -> Iterator[LoraReport]:
+    names = (f"{adapter}_as_lora{'_' * n}" for n in range(len(model.peft_config) + 1))
+    report = model.to_lora(adapter, rank, next(n for n in names if n not in model.peft_config))
     try:
-        save_adapter(model, Path(path), name)
+        yield report
     finally:
-        model._remove_adapter(name)
-    return report
+        model._remove_adapter(report.adapter)
 
 
 def get_weight_deltas(
@@ -244,16 +229,13 @@ def get_weight_deltas(
         report = model.match_report(adapter)
         if report.biases:
             raise _not_a_weight_change(adapter, report.biases[0], "it trains biases")
-        for name, layer in model.adapted_layers(adapter).items():
-            if adapter in layer.trained_copies and owners.setdefault(name, adapter) != adapter:
-                raise UsageError(
-                    f"adapters {owners[name]!r} and {adapter!r} both train {name} in full",
-                    "at most one adapter that trains a module in full",
-                )
-            module = layer.adapters[adapter] if adapter in layer.adapters else None  # noqa: SIM401 (a ModuleDict)
-            if module is None or isinstance(module, SharedParameters):
-                continue
+        for name in report.copied:
+            if owners.setdefault(name, adapter) != adapter:
+                raise UsageError(f"adapters {owners[name]!r} and {adapter!r} both train {name} in full")
+        for name, module in model.adapter_modules(adapter).items():
             kind = report.kinds[name]
+            if isinstance(module, SharedParameters):
+                continue
             if kind not in ("linear", "embedding"):
                 raise _not_a_weight_change(adapter, name, f"it changes a {kind}")
             delta = WeightDelta(adapter, float(coefficient), module, get_site(name, kind, model))
@@ -276,96 +258,63 @@ def rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
     return {"r": r, "lora_alpha": r, "rank_pattern": patterns, "alpha_pattern": dict(patterns), "use_rslora": False}
 
 
-def _check_arguments(
-    names: list, weights: list, kind: str, rank: Any, clamp: Any, density: float | None, sign_by: str
-) -> None:
-    if not names or len(names) != len(weights):
-        raise UsageError(f"{len(names)} adapters and {len(weights)} weights are given", "one weight for each adapter")
-    if kind not in get_args(CombinationType):
-        raise UsageError(
-            f"combination_type is {kind!r}{nearest(kind, get_args(CombinationType))}",
-            f"one of {format_names(get_args(CombinationType))}",
-        )
-    if rank is not None and (not isinstance(rank, int) or rank < 1):
-        raise UsageError(f"svd_rank is {rank!r}", "a whole number, 1 and up")
-    if clamp is not None and not 0 < clamp <= 1:
-        raise UsageError(f"svd_clamp is {clamp!r}", "a quantile in (0, 1]")
-    prunes = kind.startswith(("ties", "dare", "magnitude"))
-    if prunes and not (density is not None and 0 < density <= 1):
-        raise UsageError(f"density is {density!r}", f"a fraction in (0, 1], required by combination_type={kind!r}")
-    if sign_by not in ("total", "frequency"):
-        raise UsageError(f"majority_sign_method is {sign_by!r}", "'total' or 'frequency'")
+def _require(condition: bool, message: str, expected: str) -> None:
+    if not condition:
+        raise UsageError(message, expected)
 
 
 def _resolve_type(deltas: Mapping[str, list[WeightDelta]], kind: str, rank: int | None, single: bool) -> str:
     """Return the combination type to use; raise if it needs factors or equal ranks that the adapters do not have."""
-    factors = {n: [d.low_rank_factors() for d in layer] for n, layer in deltas.items()}
-    if single and rank is None and all(f is not None for layer in factors.values() for f in layer):
+    if single and rank is None and all(d.factors is not None for layer in deltas.values() for d in layer):
         return "linear"
     if kind.endswith("svd"):
         return kind
     for name, layer in deltas.items():
         ranks = {}
-        for delta, found in zip(layer, factors[name], strict=True):
-            if found is None:
+        for delta in layer:
+            if delta.factors is None:
                 raise UsageError(
                     f"combination_type={kind!r} needs A and B, which adapter {delta.adapter!r} does not have at {name}",
-                    "low-rank adapters",
-                    'combination_type="svd" with an svd_rank',
+                    hint='combination_type="svd" with an svd_rank',
                 )
-            ranks[delta.adapter] = found[0].shape[0]
+            ranks[delta.adapter] = delta.factors[0].shape[0]
         if kind != "cat" and len(set(ranks.values())) > 1:
-            raise UsageError(
-                f"combination_type={kind!r} adds A and B, whose ranks at {name} are {ranks}",
-                "equal ranks",
-                'combination_type="cat" or "svd"',
-            )
+            message = f"combination_type={kind!r} adds A and B, whose ranks at {name} are {ranks}"
+            raise UsageError(message, "equal ranks", 'combination_type="cat" or "svd"')
     return kind
 
 
 def _get_largest_rank(deltas: Mapping[str, list[WeightDelta]]) -> int:
-    largest = 0
-    for layer in deltas.values():
-        for delta in layer:
-            factors = delta.low_rank_factors()
-            if factors is None:
-                raise UsageError(
-                    f"svd_rank is not given, and adapter {delta.adapter!r} has no rank at {delta.site.name}",
-                    "an svd_rank, such as 32",
-                )
-            largest = max(largest, factors[0].shape[0])
-    return largest
+    every = [d for layer in deltas.values() for d in layer]
+    for delta in every:
+        if delta.factors is None:
+            message = f"svd_rank is not given, and adapter {delta.adapter!r} has no rank at {delta.site.name}"
+            raise UsageError(message, "an svd_rank, such as 32")
+    return max(d.factors[0].shape[0] for d in every if d.factors is not None)
 
 
 def _concatenate(deltas: list[WeightDelta]) -> LoraPair:
-    factors = [d.low_rank_factors() for d in deltas]
-    As = [A * (d.coefficient * s) for d, (A, _, s) in zip(deltas, factors, strict=True)]  # type: ignore[misc]
-    return torch.cat(As), torch.cat([f[1] for f in factors], dim=1)  # type: ignore[index]
+    pairs = [(A * (d.coefficient * s), B) for d in deltas for A, B, s in [d.factors]]
+    return torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs], dim=1)
 
 
 def _sum_factors(deltas: list[WeightDelta], how: dict[str, Any]) -> LoraPair:
-    factors: list[Any] = [d.low_rank_factors() for d in deltas]
-    scales = [d.coefficient * s for d, (_, _, s) in zip(deltas, factors, strict=True)]
+    As, Bs, _ = zip(*[d.factors for d in deltas], strict=True)
+    scales = [d.coefficient * d.factors[2] for d in deltas]
     roots = [math.sqrt(abs(s)) for s in scales]
     # The sign goes into A only: in both factors it would cancel out.
-    A = weighted_sum(
-        [A for A, _, _ in factors], [math.copysign(r, s) for r, s in zip(roots, scales, strict=True)], **how
-    )
-    return A, weighted_sum([B for _, B, _ in factors], roots, **how)
+    signed_roots = [math.copysign(r, s) for r, s in zip(roots, scales, strict=True)]
+    return weighted_sum(As, signed_roots, **how), weighted_sum(Bs, roots, **how)
 
 
 def _approximate(
-    deltas: list[WeightDelta],
-    rank: float,
-    prune: dict[str, Any] | None = None,
-    clamp: float | None = None,
-    driver: str | None = None,
+    deltas: list[WeightDelta], rank: float, prune: dict | None = None, clamp: float | None = None, driver: Any = None
 ) -> LowRank:
     """Return the low-rank pair nearest to a weighted sum of changes, pruned before if `prune` is given."""
-    factors = [d.low_rank_factors() for d in deltas]
-    site = deltas[0].site
-    low_rank = sum(f[0].shape[0] for f in factors if f is not None) < min(site.in_features, site.out_features)
-    if prune is None and clamp is None and low_rank and None not in factors:
+    site, factors = deltas[0].site, [d.factors for d in deltas]
+    total_rank = sum(f[0].shape[0] for f in factors if f is not None)
+    is_low_rank = None not in factors and total_rank < min(site.in_features, site.out_features)
+    if is_low_rank and prune is None and clamp is None:
         return nearest_low_rank(_concatenate(deltas), rank)
     total = weighted_sum([d.dense() for d in deltas], [d.coefficient for d in deltas], **(prune or {}))
     return nearest_low_rank(total, rank, clamp, driver)
@@ -388,7 +337,7 @@ def _add_lora(model: Any, name: str, sources: Sequence[str], pairs: Mapping[str,
 
 
 def _make_lora_config(model: Any, sources: Sequence[str], ranks: Mapping[str, int]) -> PeftConfig:
-    configs: list[PeftConfig] = [model.peft_config[s] for s in sources]
+    configs: list[Any] = [model.peft_config[s] for s in sources]
     copied = dict.fromkeys(m for c in configs for m in (getattr(c, "modules_to_save", None) or []))
     fields: dict[str, Any] = {
         "base_model_name_or_path": configs[0].base_model_name_or_path,
@@ -399,25 +348,18 @@ def _make_lora_config(model: Any, sources: Sequence[str], ranks: Mapping[str, in
         **rank_settings(ranks),
     }
     # The shortest description of the targets that matches exactly the layers in `ranks`.
-    for targets in (*_combine_targets(configs), list(ranks), "|".join(map(re.escape, ranks))):
+    given: list[Any] = [getattr(c, "target_modules", None) for c in configs]
+    candidates: list[Any] = [list(ranks), "|".join(map(re.escape, ranks))]
+    if all(isinstance(t, list) for t in given):
+        candidates.insert(0, list(dict.fromkeys(n for t in given for n in t)))
+    elif isinstance(given[0], str) and all(t == given[0] for t in given):
+        candidates.insert(0, given[0])
+    for targets in candidates:
         config = config_class("lora")(target_modules=targets, **fields)
         with suppress(TargetError):
             if set(select_targets(model, config, strict=False).adapted) == set(ranks):
                 return config
     raise AssertionError("a pattern of all full names matches those names")
-
-
-def _combine_targets(configs: list[PeftConfig]) -> list[list[str] | str]:
-    """Return the union of the adapters' own `target_modules` if it has a short form, as a list of zero or one."""
-    targets = [getattr(c, "target_modules", None) for c in configs]
-    if all(isinstance(t, list) for t in targets):
-        return [list(dict.fromkeys(n for t in targets for n in t))]  # type: ignore[union-attr]
-    return [targets[0]] if isinstance(targets[0], str) and all(t == targets[0] for t in targets) else []
-
-
-def _find_unused_name(model: Any, name: str) -> str:
-    names = (f"{name}_as_lora{'_' * n}" for n in range(len(model.peft_config) + 1))
-    return next(n for n in names if n not in model.peft_config)
 
 
 def _not_a_weight_change(adapter: str, name: str, why: str) -> UsageError:

@@ -16,29 +16,23 @@ Factors = tuple[Tensor, Tensor, float]
 
 @dataclass(frozen=True)
 class ExportFormats:
-    """The export formats that an adapter supports.
-
-    Args:
-        merged: base and adapter as one model.
-        gguf: a GGUF file that llama.cpp (and Ollama) adds to the base.
-        vllm: a LoRA that vLLM adds to the base.
-        as_lora: a LoRA that approximates the adapter, for vLLM.
-    """
+    """The export formats that an adapter supports."""
 
     merged: bool
+    """Base and adapter as one model."""
     gguf: bool
+    """A GGUF file that llama.cpp (and Ollama) adds to the base."""
     vllm: bool
+    """A LoRA that vLLM adds to the base."""
     as_lora: bool
+    """A LoRA that approximates the adapter, for vLLM."""
 
 
 def get_export_formats(model: Any, adapter: str = "default", *, beside: bool = True) -> ExportFormats:
     """Return the export formats of a model's adapter.
 
-    Args:
-        model: the adapted model.
-        adapter: the adapter's name.
-        beside: whether the adapter can be added to the base as it was published; False after a LoftQ initialisation,
-            which changed the base in memory.
+    `beside` says whether the adapter can be added to the base as it was published; False after a LoftQ
+    initialisation, which changed the base in memory.
     """
     config = model.peft_config[adapter]
     factors, other = collect_low_rank_factors(model, adapter)
@@ -56,16 +50,10 @@ def get_export_formats(model: Any, adapter: str = "default", *, beside: bool = T
 def collect_low_rank_factors(model: Any, adapter: str = "default") -> tuple[dict[str, Factors], list[str]]:
     """Return an adapter's updates of linear layers by module, in the model's order, and a list of its other changes."""
     factors: dict[str, Factors] = {}
-    other: list[str] = []
-    kinds = model.match_report(adapter).kinds
-    for name, layer in model.adapted_layers(adapter).items():
-        if adapter in layer.trained_copies:
-            parameters = format_names(n for n, _ in layer.trained_copies[adapter].named_parameters())
-            other.append(f"{name} ({parameters} trained in full)")
-        if adapter not in layer.adapters:
-            continue
-        module = layer.adapters[adapter]
-        found = module.low_rank_factors() if kinds.get(name) == "linear" else None
+    report = model.match_report(adapter)
+    other = [f"{name} ({format_names(parameters)} trained in full)" for name, parameters in report.copied.items()]
+    for name, module in model.adapter_modules(adapter).items():
+        found = module.low_rank_factors() if report.kinds[name] == "linear" else None
         if found is None:
             other.append(f"{name} ({type(module).__name__})")
         else:
@@ -93,6 +81,4 @@ def plain_lora_incompatibilities(config: Any) -> list[str]:
     """Return why vLLM cannot load an adapter as it is, although it may load a LoRA that approximates it."""
     if not config.ships_as_lora:
         return [f"its method is {config.name}, and vLLM only loads LoRA"]
-    if config.use_dora:
-        return ["use_dora is True: vLLM does not support DoRA"]
-    return []
+    return ["use_dora is True: vLLM does not support DoRA"] if config.use_dora else []

@@ -8,6 +8,7 @@ shapes, and a LoRA (A, B, s) of rank r is written into one of rank R ≥ r and s
 `prepare_model_for_compiled_hotswap` pads the live adapter before the model is compiled: rank R everywhere, S = 1.
 """
 
+import itertools
 import os
 import warnings
 from collections.abc import Mapping
@@ -41,42 +42,35 @@ def prepare_model_for_compiled_hotswap(
     Args:
         model: the model with its adapters.
         target_rank: largest rank that will be swapped in; None: ranks stay, scales become 1.
-        config: accepted for PEFT compatibility; ignored, since the adapters' own configs are updated.
-        check_compiled: what to do if the model is already compiled: "error", "warn" or "ignore".
-
-    Raises:
-        UsageError: the model has no LoRA adapters, one has a larger rank, or the model is already compiled.
+        config: ignored: the adapters' own configs are updated.
+        check_compiled: what to do if the model is already compiled.
     """
-    del config
-    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
     if check_compiled not in ("error", "warn", "ignore"):
         raise UsageError(f"check_compiled is {check_compiled!r}", "'error', 'warn' or 'ignore'")
-    if compiled and check_compiled == "error":
-        raise UsageError("the model is already compiled", "a model that is not", _PREPARE)
-    if compiled and check_compiled == "warn":
-        warnings.warn("the model is already compiled and will be compiled again", stacklevel=2)
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        if check_compiled == "error":
+            raise UsageError("the model is already compiled", hint=_PREPARE)
+        if check_compiled == "warn":
+            warnings.warn("the model is already compiled and will be compiled again", stacklevel=2)
     model = _unwrap(model)
     model._require_unmerged()
-    lora_adapters = [a for a, c in model.peft_config.items() if c.ships_as_lora]
+    lora_adapters: dict[str, dict[str, Any]] = {
+        a: model.adapter_modules(a) for a, c in model.peft_config.items() if c.ships_as_lora
+    }
     if not lora_adapters:
         raise UsageError("the model has no LoRA adapter", "a LoRA adapter that others can replace")
-    for adapter in lora_adapters:  # check all before changing any
-        for name, module in model.adapter_modules(adapter).items():
+    for adapter, modules in lora_adapters.items():  # check all before changing any
+        for name, module in modules.items():
             factors = _get_own_factors(module)
             if factors is None:
-                raise UsageError(
-                    f"adapter {adapter!r} is not a plain LoRA at {name}: {type(module).__name__}",
-                    "an adapter of plain low-rank layers",
-                    f"model.to_lora({adapter!r}, rank) makes one",
-                )
-            if target_rank is not None and factors[0].shape[0] > target_rank:
-                raise UsageError(
-                    f"target_rank is {target_rank}, but adapter {adapter!r} has rank {factors[0].shape[0]} at {name}",
-                    "the largest rank of all adapters",
-                )
-    for adapter in lora_adapters:
+                message = f"adapter {adapter!r} is not a plain LoRA at {name}: {type(module).__name__}"
+                raise UsageError(message, hint=f"model.to_lora({adapter!r}, rank) makes one")
+            rank = factors[0].shape[0]
+            if target_rank is not None and rank > target_rank:
+                message = f"target_rank is {target_rank}, but adapter {adapter!r} has rank {rank} at {name}"
+                raise UsageError(message, "the largest rank of all adapters")
+    for adapter, modules in lora_adapters.items():
         ranks = {}
-        modules: dict[str, Any] = model.adapter_modules(adapter)
         for name, module in modules.items():
             A, B, scale = module.low_rank_factors()
             ranks[name] = rank = target_rank or A.shape[0]
@@ -95,40 +89,26 @@ def hotswap_adapter(
 
     The existing adapter keeps its name, its parameter objects and its config, which still describes them. Layers that
     the new adapter does not change are zeroed. Methods without low-rank factors swap only with adapters of the same
-    settings.
-
-    Args:
-        model: the model with the adapter, compiled or not.
-        model_name_or_path: an adapter folder or a Hub repository.
-        adapter_name: the adapter to overwrite.
-        torch_device: accepted for PEFT compatibility; ignored.
-        hub: where on the Hub: subfolder, revision, token, cache_dir.
+    settings. `hub` says where in a Hub repository: subfolder, revision, token.
 
     Raises:
         UsageError: the adapter or folder does not exist, or the adapter is merged.
         AdapterError: the file has another base, other layers, a larger rank or (without factors) other settings.
     """
-    del torch_device
     model = _unwrap(model)
     live_layers = model.adapted_layers(adapter_name)
     model._require_unmerged()
     tensors, config = read_adapter(model, model_name_or_path, None, False, hub)
-    taken = model.peft_config
-    temporary = next(n for n in (f"hotswap{i}" for i in range(len(taken) + 1)) if n not in taken)
+    temporary = next(n for n in map("hotswap{}".format, itertools.count()) if n not in model.peft_config)
     model.add_adapter(temporary, config, strict=False)
     try:
         load_adapter_tensors(model, temporary, tensors, where=str(model_name_or_path))
         unknown = [n for n in model.adapted_layers(temporary) if n not in live_layers]
         if unknown:
-            raise AdapterError(
-                f"{model_name_or_path} changes {len(unknown)} modules that {adapter_name!r} does not, such as "
-                f"{format_names(unknown, 2)}",
-                "an adapter of the same modules, or of fewer",
-                "load_adapter(path, name) under a new name",
-            )
-        copies = _match_tensors(model, adapter_name, temporary, model_name_or_path)
+            names = f"{len(unknown)} modules that {adapter_name!r} does not, such as {format_names(unknown, 2)}"
+            raise AdapterError(f"{model_name_or_path} changes {names}", hint="load_adapter(path, name)")
         with torch.no_grad():
-            for live, new in copies:
+            for live, new in _match_tensors(model, adapter_name, temporary, model_name_or_path):
                 live.copy_(new)
     finally:
         model._remove_adapter(temporary)
@@ -136,48 +116,37 @@ def hotswap_adapter(
 
 def _match_tensors(model: PeftModel, live: str, new: str, where: Any) -> list[tuple[Tensor, Tensor]]:
     """Return each live tensor with the value to copy into it; raise if something does not fit."""
-    live_modules, new_modules = model.adapter_modules(live), model.adapter_modules(new)
-    new_factors = {n: m.low_rank_factors() for n, m in new_modules.items()}
-    if None in new_factors.values() or any(_get_own_factors(m) is None for m in live_modules.values()):
+    live_modules = {n: _get_own_factors(m) for n, m in model.adapter_modules(live).items()}
+    new_modules = {n: m.low_rank_factors() for n, m in model.adapter_modules(new).items()}
+    old_tensors, new_tensors = get_adapter_tensors(model, live), get_adapter_tensors(model, new)
+    if None in new_modules.values() or None in live_modules.values():
         check_same_settings(model.peft_config[live], model.peft_config[new], where)
-        old_tensors, new_tensors = get_adapter_tensors(model, live), get_adapter_tensors(model, new)
         if {k: t.shape for k, t in old_tensors.items()} != {k: t.shape for k, t in new_tensors.items()}:
             raise AdapterError(f"{where} has other tensors than {live!r}", "an adapter of the same modules and sizes")
         return [(old_tensors[k], new_tensors[k]) for k in old_tensors]
     pairs: list[tuple[Tensor, Tensor]] = []
-    for name, module in live_modules.items():
-        A, B, scale = _get_own_factors(module)  # type: ignore[misc]
-        factors = new_factors.get(name)
-        if factors is None:
+    for name, live_factors in live_modules.items():
+        A, B, scale = live_factors  # type: ignore[misc]
+        if name not in new_modules:
             pairs.append((B, torch.zeros_like(B)))
             continue
-        new_A, new_B, new_scale = factors
+        new_A, new_B, new_scale = new_modules[name]  # type: ignore[misc]
         padding = A.shape[0] - new_A.shape[0]
         if padding < 0 or not scale:
-            raise AdapterError(
-                f"{where} has rank {new_A.shape[0]} and scale {new_scale:g} at {name}, {live!r} has space for rank "
-                f"{A.shape[0]} and scale {scale:g}",
-                "a rank that is not larger",
-                _PREPARE,
-            )
+            theirs = f"rank {new_A.shape[0]} and scale {new_scale:g} at {name}"
+            ours = f"space for rank {A.shape[0]} and scale {scale:g}"
+            raise AdapterError(f"{where} has {theirs}, {live!r} has {ours}", hint=_PREPARE)
         pairs += [(A, F.pad(new_A, (0, 0, 0, padding))), (B, F.pad(new_B * (new_scale / scale), (0, padding)))]
     live_copies, new_copies = _get_trained_copies(model, live), _get_trained_copies(model, new)
     if set(live_copies) != set(new_copies):
-        raise AdapterError(
-            f"{where} trains in full {format_names(new_copies) or 'nothing'}, "
-            f"{live!r} {format_names(live_copies) or 'nothing'}",
-            "the same modules trained in full",
-        )
+        theirs, ours = format_names(new_copies) or "nothing", format_names(live_copies) or "nothing"
+        raise AdapterError(f"{where} trains in full {theirs}, {live!r} {ours}", "the same modules trained in full")
     return pairs + [(live_copies[k], new_copies[k]) for k in live_copies]
 
 
 def _get_trained_copies(model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    return {
-        f"{name}.{n}": p
-        for name, layer in model.adapted_layers(adapter).items()
-        if adapter in layer.trained_copies
-        for n, p in layer.trained_copies[adapter].named_parameters()
-    }
+    layers = {n: m.trained_copies for n, m in model.adapted_layers(adapter).items() if adapter in m.trained_copies}
+    return {f"{name}.{n}": p for name, copies in layers.items() for n, p in copies[adapter].named_parameters()}
 
 
 def _get_own_factors(module: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:

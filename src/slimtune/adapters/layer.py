@@ -16,11 +16,10 @@ there is one, else the base's own parameter. All adapted modules of a model shar
 adapters costs the same no matter how many are loaded.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial, wraps
 from typing import Any
 
 import torch
@@ -45,14 +44,12 @@ def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = Tr
         in_features = out_features = getattr(text_config(model), "hidden_size", 0)
         weight = next((p for p in module.parameters() if p.dtype.is_floating_point), next(model.parameters()))
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-    if autocast and dtype in (torch.float16, torch.bfloat16):
-        dtype = torch.float32
     # accelerate keeps an offloaded weight on meta until its hook moves it to the execution device.
     hook = getattr(module, "_hf_hook", None)
     device = getattr(hook, "execution_device", None) if weight.is_meta and hook is not None else None
     device = weight.device if device is None else torch.device(device)
     loading = loading or device.type == "meta"  # meta tensors have no values to initialise from
-    return Site(name, kind, in_features, out_features, device, dtype, module, model, loading)
+    return Site(name, kind, in_features, out_features, device, _trained_dtype(dtype, autocast), module, model, loading)
 
 
 class AdaptedLayer(nn.Module):
@@ -75,10 +72,26 @@ class AdaptedLayer(nn.Module):
             args = (kwargs.pop(next(iter(kwargs))),)
         if active.row_adapters is not None:
             return self._run_mixed_rows(base, args, kwargs)
-        modules = [self.adapters[n] for n in active.names if n in self.adapters]
+        modules: list[Any] = [self.adapters[n] for n in active.names if n in self.adapters]
         if not modules:
             return base(*args, **kwargs)
-        return _run_without_embed_scale(self, base, lambda run: _nest(self, run, modules), args, kwargs)
+
+        def nest(run: Callable[..., Any]) -> Callable[..., Any]:
+            for i, module in enumerate(modules):
+                run = partial(module.forward_with_base, BaseForward(self, run, modules[:i]))
+            return run
+
+        return self._run_nested(nest, base, args, kwargs)
+
+    def _run_nested(self, nest: Callable[[Any], Any], base: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run nested adapter modules; for an embedding that returns `scale · W[x]` they see the unscaled `W[x]`."""
+        module: Any = self
+        scale = getattr(self, "embed_scale", None) if isinstance(self, nn.Embedding) else None
+        if scale is None:
+            return nest(base)(*args, **kwargs)
+        rows = nn.functional.embedding(args[0], module.weight)
+        adapted = nest(lambda x: nn.functional.embedding(x, module.weight))(*args)
+        return base(*args, **kwargs) + (adapted - rows) * scale
 
     def _run_mixed_rows(self, base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         x: Tensor = args[0] if args else next(v for v in kwargs.values() if isinstance(v, Tensor))
@@ -90,7 +103,7 @@ class AdaptedLayer(nn.Module):
         modules: dict[str, Any] = {n: self.adapters[n] for n in masks if n in self.adapters}
         plain_base = base
         if with_copies:
-            base = functools.partial(self._run_trained_copies, plain_base, with_copies)
+            base = partial(self._run_trained_copies, plain_base, with_copies)
         if not modules:
             return base(*args, **kwargs)
         if layer_kind(self) == "linear" and not with_copies and not any(map(_drops_inputs, modules.values())):
@@ -102,30 +115,31 @@ class AdaptedLayer(nn.Module):
         def nest(run: Callable[..., Any]) -> Callable[..., Any]:
             plain = BaseForward(self, plain_base if run is base else run)
             for name, module in modules.items():
-                run = functools.partial(self._run_rows, name, module, BaseForward(self, run), plain, masks[name])
+                run = partial(self._run_rows, name, module, BaseForward(self, run), plain, masks[name])
             return run
 
-        return _run_without_embed_scale(self, base, nest, args, kwargs)
+        return self._run_nested(nest, base, args, kwargs)
 
-    def _run_rows(
-        self, name: str, module: Any, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kw: Any
-    ) -> Any:
-        """Run one adapter on its rows, with its trained copies in place of the module's parameters."""
-        if name not in self.trained_copies:
-            return module.forward_batch_rows(base, plain_base, rows, *args, **kw)
-        y = base(*args, **kw)
-        with _use_copies(self, name):
-            adapted = module.forward_with_base(plain_base, *(a[rows] for a in args), **kw)
-        return y.index_put((rows,), adapted.to(y.dtype))
+    def _run_rows(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._use_copies(name):
+            return module.forward_batch_rows(*args, **kwargs)
 
-    def _run_trained_copies(
-        self, base: Callable[..., Any], masks: Mapping[str, Tensor], x: Tensor, **kwargs: Any
-    ) -> Tensor:
-        y = base(x, **kwargs)
+    def _run_trained_copies(self, base: Callable[..., Any], masks: Mapping[str, Tensor], x: Tensor, **kw: Any) -> Any:
+        with self._use_copies(None):
+            y = base(x, **kw)
         for name, rows in masks.items():
-            with _use_copies(self, name):
-                y = y.index_put((rows,), base(x[rows], **kwargs))
+            with self._use_copies(name):
+                y = y.index_put((rows,), base(x[rows], **kw))
         return y
+
+    @contextmanager
+    def _use_copies(self, adapter: str | None) -> Iterator[None]:
+        """Inside the `with`, the module's parameters are this adapter's trained copies, where it has any."""
+        before, self.__dict__["current_copy"] = self.current_copy, adapter
+        try:
+            yield
+        finally:
+            self.__dict__["current_copy"] = before
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Parameters that a merge replaced must follow the model to another device or dtype.
@@ -136,27 +150,25 @@ class AdaptedLayer(nn.Module):
         return super()._apply(fn, recurse)
 
 
+# --- adding and removing adapters -----------------------------------------------------------------------------------
+
+
 def make_adapted(module: nn.Module, active: ActiveAdapters) -> AdaptedLayer:
     """Swap the class of `module` for its adapted subclass; an adapted module is returned unchanged."""
-    if not isinstance(module, AdaptedLayer):
-        base: Any = type(module)
-        if "forward" in vars(module) and "_old_forward" not in vars(module):
-            raise TargetError(
-                f"the forward of a {base.__name__} was replaced on the object, so an adapter would never be called",
-                "a module that uses its class's forward",
-                "attach the adapter before the forward is replaced",
-            )
-        if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or hasattr(module, "adapters"):
-            raise TargetError(
-                f"a {base.__name__} cannot be adapted: it already has children where the adapters would go",
-                "a module that is not a container and has no attribute `adapters`",
-                "name the modules inside it",
-            )
-        _set_class(module, _make_adapted_class(base, tuple(module._parameters), "config" in vars(module)))
-        module.adapters, module.trained_copies = nn.ModuleDict(), nn.ModuleDict()
-        # Bypasses nn.Module.__setattr__, which would register parameters.
-        module.__dict__.update(active_state=active, original_parameters=None, current_copy=None)
+    if isinstance(module, AdaptedLayer):
+        return module
+    base: Any = type(module)
+    if "forward" in vars(module) and "_old_forward" not in vars(module):
+        message = f"the forward of a {base.__name__} was replaced on the object, so an adapter would never be called"
+        raise TargetError(message, hint="attach the adapter before the forward is replaced")
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or hasattr(module, "adapters"):
+        message = f"a {base.__name__} cannot be adapted: it already has children where the adapters would go"
+        raise TargetError(message, hint="name the modules inside it")
+    _set_class(module, _make_adapted_class(base, tuple(module._parameters), "config" in vars(module)))
     assert isinstance(module, AdaptedLayer)
+    module.adapters, module.trained_copies = nn.ModuleDict(), nn.ModuleDict()
+    # Bypasses nn.Module.__setattr__, which would register parameters.
+    module.__dict__.update(active_state=active, original_parameters=None, current_copy=None)
     return module
 
 
@@ -169,38 +181,23 @@ def restore_base_class(module: AdaptedLayer) -> None:
 
 
 def copy_parameters(
-    module: AdaptedLayer,
-    adapter: str,
-    names: Iterable[str],
-    *,
-    autocast: bool = True,
-    tied: dict[int, nn.Parameter] | None = None,
+    module: AdaptedLayer, adapter: str, names: Iterable[str], autocast: bool, tied: dict[int, nn.Parameter] | None
 ) -> None:
     """Give an adapter its own trainable copy of the module's parameters `names`.
 
-    Args:
-        module: the adapted module.
-        adapter: name of the adapter.
-        names: names of the parameters.
-        autocast: copies of 16-bit parameters are fp32.
-        tied: the adapter's copies so far, by `id` of the base's parameter, which parameters tied in the base share;
-            None: each copy is separate.
+    With `autocast`, copies of 16-bit parameters are fp32. `tied` holds the adapter's copies so far, by `id` of the
+    base's parameter: parameters that are tied in the base share one. None: each copy is separate.
     """
     copies = nn.Module()
     for name in names:
         base = (module.original_parameters or {}).get(name, module._parameters[name])
         assert base is not None
         if base.is_meta and getattr(module, "_hf_hook", None) is not None:
-            raise TargetError(
-                f"the {name} of a {type(module).__name__} is offloaded, so it cannot be copied for training",
-                "a module whose weights are in memory",
-                "leave it out of modules_to_save, or keep it on a device in the device_map",
-            )
-        half = base.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if autocast and half else base.dtype
+            message = f"the {name} of a {type(module).__name__} is offloaded, so it cannot be copied for training"
+            raise TargetError(message, hint="leave it out of modules_to_save, or keep it on a device in the device_map")
         copy = None if tied is None else tied.get(id(base))
         if copy is None:
-            copy = nn.Parameter(base.detach().to(dtype, copy=True))
+            copy = nn.Parameter(base.detach().to(_trained_dtype(base.dtype, autocast), copy=True))
         if tied is not None:
             tied[id(base)] = copy
         copies.register_parameter(name, copy)
@@ -220,8 +217,10 @@ def rename_adapter(module: AdaptedLayer, old: str, new: str) -> None:
     """Rename one adapter."""
     for table in (module.adapters, module.trained_copies):
         if old in table:
-            table[new] = table[old]
-            del table[old]
+            table[new] = table.pop(old)
+
+
+# --- merging --------------------------------------------------------------------------------------------------------
 
 
 def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, check: bool = False) -> None:
@@ -265,52 +264,34 @@ def _compute_merged_parameters(
     if is_quantized(module):
         raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
     weight, bias = (copies.get(n, module._parameters.get(n)) for n in ("weight", "bias"))
+    transposed = is_transposed(module)
     if weight is not None:
         # Compute in fp32 or wider; `merge_adapters` rounds once.
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight, bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
-        weight = weight.t() if is_transposed(module) else weight
+        weight = weight.t() if transposed else weight
     start = weight, bias
     with torch.no_grad():
         for adapter_module in modules:
             weight, bias = adapter_module.merge_into(weight, bias)
     changed: dict[str, Tensor] = {}
     if weight is not start[0] and weight is not None:
-        changed["weight"] = weight.t().contiguous() if is_transposed(module) else weight
+        changed["weight"] = weight.t().contiguous() if transposed else weight
     if bias is not start[1] and bias is not None:
         changed["bias"] = bias
     return changed
 
 
-def _nest(module: AdaptedLayer, run: Callable[..., Any], modules: list[Any]) -> Callable[..., Any]:
-    for i, adapter_module in enumerate(modules):
-        run = functools.partial(adapter_module.forward_with_base, BaseForward(module, run, modules[:i]))
-    return run
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _trained_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype:
+    return torch.float32 if autocast and dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _drops_inputs(module: nn.Module) -> bool:
     """Return whether dropout is active in an adapter module, so that its factors do not describe its forward."""
     return module.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
-
-
-def _run_without_embed_scale(module: Any, base: Any, nest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Run nested adapter modules; for an embedding that returns `scale · W[x]` they see the unscaled `W[x]`."""
-    scale = getattr(module, "embed_scale", None) if isinstance(module, nn.Embedding) else None
-    if scale is None:
-        return nest(base)(*args, **kwargs)
-    rows = nn.functional.embedding(args[0], module.weight)
-    adapted = nest(lambda x: nn.functional.embedding(x, module.weight))(*args)
-    return base(*args, **kwargs) + (adapted - rows) * scale
-
-
-@contextmanager
-def _use_copies(module: AdaptedLayer, adapter: str) -> Iterator[None]:
-    before = module.current_copy
-    module.__dict__["current_copy"] = adapter
-    try:
-        yield
-    finally:
-        module.__dict__["current_copy"] = before
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -325,11 +306,11 @@ def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool
     """Return the adapted subclass of `base`; it has the name and the forward signature of `base`."""
 
     # transformers reads the signature to find out which dataset columns a model takes.
-    @functools.wraps(base.forward)
+    @wraps(base.forward)
     def forward(self: AdaptedLayer, *args: Any, **kwargs: Any) -> Any:
         if "active_state" not in vars(self):  # a hook kept this forward after the adapters were removed
             return base.forward(self, *args, **kwargs)
-        return self.run_adapted(functools.partial(base.forward, self), *args, **kwargs)
+        return self.run_adapted(partial(base.forward, self), *args, **kwargs)
 
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     body: dict[str, Any] = {n: _make_parameter_property(base, n) for n in parameters}
@@ -351,10 +332,10 @@ def _make_parameter_property(base: type, name: str) -> property:
             raise AttributeError(f"{base.__name__!r} object has no attribute {name!r}")
         if not self.trained_copies or self.original_parameters is not None or own is None:
             return own
-        adapter = self.current_copy
+        adapter: Any = self.current_copy
         if adapter is None and self.active_state.row_adapters is None:
             adapter = next((n for n in self.active_state.names if n in self.trained_copies), None)
-        copy = getattr(self.trained_copies[adapter], name, None) if adapter else None
+        copy = getattr(self.trained_copies[adapter], name, None) if adapter in self.trained_copies else None
         # The module computes in the base's dtype, whatever the dtype of the copy.
         return own if copy is None else copy.to(own.dtype)
 

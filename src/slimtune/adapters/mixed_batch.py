@@ -17,38 +17,28 @@ BASE_ROW = "__base__"
 
 
 class StackedFactors(NamedTuple):
-    """The low-rank factors of one layer's rows, stacked, and what they were built from.
+    """The low-rank factors of one layer's rows, stacked, and what they were built from."""
 
-    Args:
-        call_id: the call that used them last.
-        batch: batch size of that call.
-        A: `(groups, r, in)`.
-        B: `(groups, out, r)`, scale included.
-        key: identifies the row groups and the state of the source tensors; equal keys mean equal stacks.
-        sources: the source tensors, kept alive so that their `id` in `key` is not reused.
-    """
-
-    call_id: int
-    batch: int
-    A: Tensor
-    B: Tensor
+    call: tuple
+    """Number of the last call that used them, its batch size and dtype."""
+    factors: tuple[Tensor, Tensor]
+    """`A (groups, r, in)` and `B (groups, out, r)`, scale included."""
     key: tuple
+    """Identifies the row groups and the state of the source tensors; equal keys mean equal stacks."""
     sources: list[Tensor]
+    """The source tensors, kept alive so that their `id` in `key` is not reused."""
 
 
 @dataclass
 class ActiveAdapters:
-    """The adapters that run now; all adapted layers of a model share one object.
-
-    Args:
-        names: active adapters, in the order in which they are applied.
-        row_adapters: during a mixed batch: each row's adapter, `BASE_ROW` for none.
-        call_id: number of the current mixed call.
-    """
+    """The adapters that run now; all adapted layers of a model share one object."""
 
     names: tuple[str, ...] = ()
+    """Active adapters, in the order in which they are applied."""
     row_adapters: tuple[str, ...] | None = None
+    """During a mixed batch: each row's adapter, `BASE_ROW` for none."""
     call_id: int = 0
+    """Number of the current mixed call."""
     _masks: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
     _stacks: dict[nn.Module, StackedFactors] = field(default_factory=dict)
 
@@ -61,41 +51,30 @@ class ActiveAdapters:
         names = self.row_adapters
         assert names is not None
         if not names or batch % len(names):
-            raise UsageError(
-                f"adapter_names has {len(names)} names for a batch of {batch} rows",
-                "one name per row",
-                f"use {BASE_ROW!r} for a row without an adapter",
-            )
+            raise _wrong_row_count(f"{len(names)} names", batch)
         return [n for n in names for _ in range(batch // len(names))]
 
     def get_row_masks(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """Return for each adapter of a mixed batch which rows use it, as a bool `(batch,)`."""
         key = (self.row_adapters, batch, device)
         if key not in self._masks:
-            names = self._expand_row_adapters(batch)
+            rows = self._expand_row_adapters(batch)
             self._masks.clear()
             with torch.inference_mode(False):  # later calls may need gradients
-                self._masks[key] = {
-                    n: torch.tensor([m == n for m in names], device=device)
-                    for n in dict.fromkeys(names)
-                    if n != BASE_ROW
-                }
+                names = [n for n in dict.fromkeys(rows) if n != BASE_ROW]
+                self._masks[key] = {n: torch.tensor([row == n for row in rows], device=device) for n in names}
         return self._masks[key]
 
     def get_cached_factors(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the factors stacked for a layer earlier in this call (generation runs it often), or None."""
         if torch.is_grad_enabled() or (stack := self._stacks.get(layer)) is None:
             return None
-        same = (stack.call_id, stack.batch, stack.A.dtype) == (self.call_id, x.shape[0], x.dtype)
-        return (stack.A, stack.B) if same else None
+        return stack.factors if stack.call == (self.call_id, x.shape[0], x.dtype) else None
 
     def stack_row_factors(self, layer: nn.Module, x: Tensor, factors: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return the stacked factors for the rows of `x`; without gradients, reuse an earlier stack if nothing changed.
+        """Return the stacked factors for the rows of a layer's input `x (batch, ..., in)`.
 
-        Args:
-            layer: the adapted layer.
-            x: its input `(batch, ..., in)`.
-            factors: by adapter name `(A, B, scale)`.
+        `factors` are `(A, B, scale)` by adapter name. Without gradients, an earlier stack is reused if nothing changed.
         """
         groups = list_group_adapters(self._expand_row_adapters(x.shape[0]))
         if torch.is_grad_enabled():
@@ -106,11 +85,9 @@ class ActiveAdapters:
         versions = [(id(t), t._version, t.data_ptr()) for t in sources] if frozen else [self.call_id]
         key = (groups, x.dtype, list(factors), [s for _, _, s in factors.values()], versions)
         stack = self._stacks.get(layer)
-        if stack is None or stack.key != key:
-            A, B = stack_factors([factors.get(n) for n in groups], x)
-            stack = StackedFactors(self.call_id, x.shape[0], A, B, key, sources)
-        self._stacks[layer] = stack._replace(call_id=self.call_id, batch=x.shape[0])
-        return stack.A, stack.B
+        stacked = stack.factors if stack and stack.key == key else stack_factors([factors.get(n) for n in groups], x)
+        self._stacks[layer] = StackedFactors((self.call_id, x.shape[0], x.dtype), stacked, key, sources)
+        return stacked
 
     def clear_cache(self) -> None:
         """Drop stacked factors; call it after adapters were added, removed or moved."""
@@ -123,9 +100,7 @@ class CallMixin:
     def __call__(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the model like its base; in training, the methods' regularization is added to the loss.
 
-        Args:
-            args, kwargs: arguments of the base's forward.
-            adapter_names: one adapter per row for a mixed batch; "__base__" for a row without an adapter.
+        `adapter_names` gives one adapter per row for a mixed batch; "__base__" is a row without an adapter.
         """
         with self._select_row_adapters(adapter_names, args, kwargs):
             out = super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -151,10 +126,7 @@ class CallMixin:
     def update_and_allocate(self: Any, global_step: int) -> None:
         """Run the active methods' step hooks (AdaLoRA reallocates rank).
 
-        Call it after `optimizer.step()` and before the gradients are cleared.
-
-        Args:
-            global_step: number of the optimizer step that was just taken, from 1.
+        Call it after `optimizer.step()` and before the gradients are cleared; `global_step` counts from 1.
         """
         for name in self.active_adapters:
             self.peft_config[name].on_step_end(self.adapter_modules(name), global_step)
@@ -173,14 +145,12 @@ class CallMixin:
             self._adapter_state.input_gradients = True
 
     @contextmanager
-    def _select_row_adapters(
-        self: Any, names: Sequence[str] | None, args: tuple, kwargs: dict[str, Any]
-    ) -> Iterator[None]:
+    def _select_row_adapters(self: Any, names: Sequence[str] | None, args: tuple, kwargs: dict) -> Iterator[None]:
         if names is None:
             yield
             return
-        active = self._adapter_state.active_state
         self._check_row_adapters(names, args, kwargs)
+        active = self._adapter_state.active_state
         active.row_adapters = tuple(names)
         active.call_id += 1
         try:
@@ -188,28 +158,20 @@ class CallMixin:
         finally:
             active.row_adapters = None
 
-    def _check_row_adapters(self: Any, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> None:
+    def _check_row_adapters(self: Any, names: Sequence[str], args: tuple, kwargs: dict) -> None:
         if LAYOUT_KWARG in kwargs:
-            raise UsageError(
-                "adapter_names is given for a packed batch, which is a single row",
-                "a padded batch with one name per row",
-                "make_collator(model, pad_token_id, packing=False), or set_adapter for one adapter for all rows",
-            )
-        batch = _get_batch_size(args, kwargs)
+            hint = "make_collator(model, pad_token_id, packing=False), or set_adapter for one adapter for all rows"
+            raise UsageError("adapter_names is given for a packed batch, which is a single row", hint=hint)
+        inputs = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "attention_mask")
+        candidates = [*args[:1], *(kwargs.get(n) for n in inputs)]
+        batch = next((int(v.shape[0]) for v in candidates if isinstance(v, Tensor) and v.dim()), None)
         if isinstance(names, str) or (batch is not None and len(names) != batch):
-            given = repr(names) if isinstance(names, str) else f"{len(names)} names"
-            raise UsageError(
-                f"adapter_names is {given} for a batch of {batch} rows",
-                "a list with one name per row",
-                f"use {BASE_ROW!r} for a row without an adapter",
-            )
+            raise _wrong_row_count(repr(names) if isinstance(names, str) else f"{len(names)} names", batch)
         known = [*self.peft_config, BASE_ROW]
         for name in dict.fromkeys(names):
             if name not in known:
-                raise UsageError(
-                    f"adapter_names: there is no adapter {name!r}{nearest(name, known)}",
-                    f"one of {format_names(known)}",
-                )
+                message = f"adapter_names: there is no adapter {name!r}{nearest(name, known)}"
+                raise UsageError(message, f"one of {format_names(known)}")
         self._require_unmerged()
         self._require_enabled("adapter_names")
         if self._adapter_state.active_state.row_adapters is not None:
@@ -219,12 +181,10 @@ class CallMixin:
             raise UsageError(
                 "adapter_names cannot be used while training with activation checkpointing, whose recomputed forward "
                 "would not know the rows' adapters",
-                "one of the two",
-                "gradient_checkpointing_disable(), or set_adapter and batches that use one adapter",
+                hint="gradient_checkpointing_disable(), or set_adapter and batches that use one adapter",
             )
 
 
-def _get_batch_size(args: tuple, kwargs: dict[str, Any]) -> int | None:
-    names = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "attention_mask")
-    candidates = [*args[:1], *(kwargs.get(n) for n in names)]
-    return next((int(v.shape[0]) for v in candidates if isinstance(v, Tensor) and v.dim()), None)
+def _wrong_row_count(given: str, batch: int | None) -> UsageError:
+    message = f"adapter_names is {given} for a batch of {batch} rows"
+    return UsageError(message, "a list with one name per row", f"use {BASE_ROW!r} for a row without an adapter")

@@ -20,9 +20,7 @@ CARD_FILE = "README.md"
 SAVED_MARKER = "<!-- Written by slimtune with the adapter. Uploading replaces it, unless you delete this line. -->"
 NOT_IN_PEFT = frozenset({"bitfit", "bottleneck", "full"})
 """Built-in methods that PEFT does not have."""
-_NOT_SETTINGS = frozenset(
-    {"base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "inference_mode", "revision"}
-)
+_NOT_SETTINGS = ("base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "inference_mode", "revision")
 
 
 def write_model_card(config: PeftConfig, folder: Path) -> None:
@@ -31,37 +29,26 @@ def write_model_card(config: PeftConfig, folder: Path) -> None:
     As PEFT does, a README.md that somebody else wrote keeps its text and gets only the metadata that the Hub needs.
     """
     file = folder / CARD_FILE
-    if file.is_file() and not is_saved_card(text := file.read_text(encoding="utf-8")):
-        try:
-            card = ModelCard(text)
-        except (ValueError, yaml.YAMLError):
-            return  # Invalid metadata is the author's to repair.
-        for key, value in make_card_data(config, public_base(config)).to_dict().items():
-            old = card.data.get(key)
-            card.data[key] = [*old, *(t for t in value if t not in old)] if key == "tags" and old else old or value
-        card.data["library_name"] = "peft"
-        write_atomic(file, str(card))
+    if not file.is_file() or is_saved_card(file.read_text(encoding="utf-8")):
+        write_atomic(file, render_saved_card(config))
         return
-    write_atomic(file, render_saved_card(config))
+    try:
+        card = ModelCard(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        return  # Invalid metadata is the author's to repair.
+    for key, value in make_card_data(config, public_base(config)).to_dict().items():
+        old = card.data.get(key)
+        card.data[key] = [*old, *(t for t in value if t not in old)] if key == "tags" and old else old or value
+    card.data["library_name"] = "peft"
+    write_atomic(file, str(card))
 
 
 def render_saved_card(config: PeftConfig, tags: Sequence[str] = ()) -> str:
-    """Return the short card of a saved adapter, of which nothing but its config is known.
-
-    Args:
-        config: of the adapter.
-        tags: further tags.
-    """
-    name, base_id = config.base_model_name_or_path, public_base(config)
-    return render_card(
-        make_card_data(config, base_id, tags=tags),
-        config,
-        title=f"{config.name} adapter",
-        saved=True,
-        saved_marker=SAVED_MARKER,
-        base_id=base_id,
-        base_name=Path(name).name if name else "",
-    )
+    """Return the short card of a saved adapter, of which nothing but its config is known."""
+    base_id = public_base(config)
+    names = {"title": f"{config.name} adapter", "base_name": Path(config.base_model_name_or_path or "").name}
+    data = make_card_data(config, base_id, tags=tags)
+    return render_card(data, config, saved=True, saved_marker=SAVED_MARKER, base_id=base_id, **names)
 
 
 def is_saved_card(text: str) -> bool:
@@ -74,11 +61,8 @@ def make_card_data(
 ) -> ModelCardData:
     """Return the metadata of an adapter's card.
 
-    Args:
-        config: of the adapter.
-        base_id: Hub id of the base; None where it has none: the Hub refuses other names.
-        licence: `license`, `license_name` and `license_link` of the base.
-        tags: further tags.
+    `base_id` is None for a base that is not on the Hub, which refuses other names. `licence` holds `license`,
+    `license_name` and `license_link` of the base.
     """
     base_tags = [f"base_model:adapter:{base_id}", "transformers"] if base_id else []
     return ModelCardData(
@@ -92,29 +76,17 @@ def make_card_data(
 
 
 def render_card(data: ModelCardData, config: PeftConfig, **values: Any) -> str:
-    """Return the text of a card.
-
-    Args:
-        data: its metadata.
-        config: of the adapter.
-        values: further variables of `model_card.md.j2`.
-    """
-    values_of_config = strip_local_paths(config.to_dict()).items()
-    settings = {k: v for k, v in values_of_config if k not in _NOT_SETTINGS and v not in (None, [], {})}
-    text = (
-        _templates()
-        .get_template("model_card.md.j2")
-        .render(
-            {
-                "front": data.to_yaml().rstrip(),
-                "config": config,
-                "settings": json.dumps(settings, indent=2, sort_keys=True, default=str),
-                "peft_supports": config.name in built_in_methods() and config.name not in NOT_IN_PEFT,
-                **values,
-            }
-        )
-    )
-    return re.sub(r"\n{3,}", "\n\n", text).lstrip("\n")
+    """Return the text of a card; `values` are further variables of `model_card.md.j2`."""
+    config_values = strip_local_paths(config.to_dict()).items()
+    settings = {k: v for k, v in config_values if k not in _NOT_SETTINGS and v not in (None, [], {})}
+    values = {
+        "front": data.to_yaml().rstrip(),
+        "config": config,
+        "settings": json.dumps(settings, indent=2, sort_keys=True, default=str),
+        "peft_supports": config.name in built_in_methods() and config.name not in NOT_IN_PEFT,
+        **values,
+    }
+    return re.sub(r"\n{3,}", "\n\n", _template().render(values)).lstrip("\n")
 
 
 def public_base(config: PeftConfig) -> str | None:
@@ -126,9 +98,7 @@ def public_base(config: PeftConfig) -> str | None:
 def strip_local_paths(values: Mapping[str, Any], base_name: str | None = None) -> dict[str, Any]:
     """Return the values of a JSON config with every local path replaced by its last part.
 
-    Args:
-        values: of an adapter_config.json or another config.
-        base_name: replaces the name of the base; None: only a path is replaced.
+    `base_name` replaces the name of the base; None: only a path is replaced.
     """
     stripped = {k: _strip_value(k, v) for k, v in values.items()}
     if base := values.get("base_model_name_or_path"):
@@ -157,7 +127,7 @@ def _escape_text(text: Any) -> str:
 
 
 @cache
-def _templates() -> jinja2.Environment:
+def _template() -> jinja2.Template:
     env = jinja2.Environment(
         loader=jinja2.PackageLoader("slimtune.adapters", "."),
         undefined=jinja2.ChainableUndefined,
@@ -173,4 +143,4 @@ def _templates() -> jinja2.Environment:
         "text": _escape_text,
         "code": lambda text: f"`{_escape_text(text).replace('`', chr(39))}`",
     }
-    return env
+    return env.get_template("model_card.md.j2")

@@ -19,12 +19,9 @@ def get_lr_multipliers(model: Any) -> dict[int, float]:
 
 
 def parameter_groups(model: Any, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Return the trainable parameters as optimizer groups by learning rate.
+    """Return the trainable parameters as optimizer groups; each group's `lr` is multiplied by its method's factor.
 
-    Args:
-        model: the adapted model.
-        lr: the learning rate; each group's is multiplied by its method's factor.
-        weight_decay: for matrices only; biases, magnitudes and other vectors do not decay.
+    Only matrices decay; biases, magnitudes and other vectors do not.
     """
     multipliers = get_lr_multipliers(model)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
@@ -37,35 +34,13 @@ def parameter_groups(model: Any, lr: float, weight_decay: float = 0.0) -> list[d
     ]
 
 
-def group_by_learning_rate(optimizer: Optimizer, model: Any) -> None:
-    """Split the groups of an optimizer that has not stepped yet by the learning rates that the methods define."""
-    multipliers = get_lr_multipliers(model) if hasattr(model, "peft_config") else {}
-    for group in list(optimizer.param_groups):
-        by_multiplier: dict[float, list[nn.Parameter]] = {}
-        for p in group["params"]:
-            by_multiplier.setdefault(multipliers.get(id(p), 1.0), []).append(p)
-        settings, lr = {k: v for k, v in group.items() if k not in ("params", "lr")}, group["lr"]
-        for i, (multiplier, params) in enumerate(by_multiplier.items()):
-            if i == 0:
-                group.update(params=params, lr=lr * multiplier)
-            else:
-                optimizer.add_param_group({**settings, "params": params, "lr": lr * multiplier})
-
-
 def create_loraplus_optimizer(
     model: Any, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
 ) -> Optimizer:
-    """Return an optimizer in which B's learning rate is `loraplus_lr_ratio` times A's (PEFT's function).
+    """Return an optimizer in which B's learning rate is `loraplus_lr_ratio` (typically 1 to 16) times A's, `lr`.
 
-    `LoraConfig(lr_ratio=…)` sets the same ratio in the config, which `slimtune train` uses.
-
-    Args:
-        model: the adapted model.
-        optimizer_cls: the optimizer's class.
-        lr: A's learning rate.
-        loraplus_lr_ratio: B's learning rate divided by A's, typically 1 to 16.
-        kwargs: for the optimizer; also `loraplus_weight_decay` (default 0.0) for matrices and `loraplus_lr_embedding`
-            (default 1e-6) for A and B of embeddings.
+    `LoraConfig(lr_ratio=…)` sets the same ratio in the config, which `slimtune train` uses. `kwargs` are the
+    optimizer's; also `loraplus_weight_decay` (0.0) for matrices and `loraplus_lr_embedding` (1e-6) for embeddings.
     """
     if loraplus_lr_ratio <= 0:
         raise UsageError(f"loraplus_lr_ratio is {loraplus_lr_ratio}", "above 0, typically 1 to 16")

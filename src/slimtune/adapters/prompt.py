@@ -26,10 +26,10 @@ from transformers import AutoTokenizer
 from ..attention.prefix import PREFIX_KWARG, AttentionPrefix, RowMask, require_decoder
 from ..attention.register import SUPPORTED_ATTENTION, original_attention
 from ..errors import ModelError, UsageError
-from .base import AdapterModule, BaseForward, MergeUnsupported, Site, SiteKind
+from .base import AdapterModule, BaseForward, Site, SiteKind
 from .config import PeftConfig
 from .config_fields import setting
-from .virtual_tokens import BackboneCall, insert_columns, map_hidden_states, remove_columns
+from .virtual_tokens import BackboneCall
 
 
 @dataclass
@@ -53,14 +53,12 @@ class PromptLearningConfig(PeftConfig):
     )
 
     def check(self) -> None:
-        """Check that the number of tokens is given and that the model is a decoder."""
         super().check()
         self.require(self.num_virtual_tokens is not None, "num_virtual_tokens", "an integer, at least 1")
         decoder = self.num_transformer_submodules in (None, 1)
         self.require(decoder, "num_transformer_submodules", "1: a decoder (2 is an encoder and a decoder)")
 
     def infer_from_model(self, model: Any) -> None:
-        """Take the sizes that are not given from the model's config."""
         require_decoder(model)
         text = model.config.get_text_config()
         self.num_transformer_submodules = self.num_transformer_submodules or 1
@@ -69,7 +67,6 @@ class PromptLearningConfig(PeftConfig):
         self.token_dim = self.token_dim or text.hidden_size
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
-        """Return the backbone."""
         return {find_backbone_name(model): "model"}
 
     def file_key(self, key: str) -> str:
@@ -81,45 +78,26 @@ class PromptLearningConfig(PeftConfig):
 class PromptModule(AdapterModule):
     """Adapter module at the backbone that adds virtual tokens; a method defines `virtual_embeddings`."""
 
+    takes_row_mask = True
+
     def virtual_embeddings(self) -> Tensor:
         """Return the embeddings of the virtual tokens `(n, hidden)`."""
-        raise TypeError(f"{type(self).__name__} does not define virtual_embeddings()")
+        raise NotImplementedError
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the backbone with the virtual tokens in front, and return the hidden states of the other tokens."""
-        call = BackboneCall(base.module, args, kwargs)
-        virtual = self.virtual_embeddings()
-        n = virtual.shape[0]
-        call.check_virtual_tokens_fit(n)
-        cached, embeds = call.has_cached_tokens(self, n), call.get_embeddings()
-        own_rows = torch.ones(len(embeds), dtype=torch.bool, device=embeds.device) if rows is None else rows
-        start = call.add_virtual_tokens(n, own_rows, cached, need_mask=rows is not None)
-        if not cached:
-            virtual = virtual.to(device=embeds.device, dtype=embeds.dtype).expand(len(embeds), -1, -1)
-            call.inputs["inputs_embeds"] = insert_columns(virtual, embeds, start, 1)
-        out = call.run(base, self, n)
-        if not cached:
-            out = map_hidden_states(out, lambda h: remove_columns(h, start, n))
-        return call.format_output(out)
-
-    def forward_batch_rows(
-        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Run the backbone with the virtual tokens, masked out in rows that use another adapter."""
-        return self.forward_with_base(base, *args, rows=rows, **kwargs)
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Raise: virtual tokens do not change weights."""
-        raise MergeUnsupported(f"{type(self).__name__} adds virtual tokens, which do not change a weight")
+        return BackboneCall(base.module, args, kwargs).run_with_tokens(base, self, self.virtual_embeddings(), rows)
 
 
 class PositionShift(AdapterModule):
     """Adapter module at the backbone that starts the tokens' positions at `n`, for prefixes that take the first `n`."""
 
+    takes_row_mask = True
+
     @property
     def n(self) -> int:
         """Number of positions that the prefix takes."""
-        raise TypeError(f"{type(self).__name__} does not define n")
+        raise NotImplementedError
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the backbone with all positions increased by `n`."""
@@ -129,30 +107,16 @@ class PositionShift(AdapterModule):
         call.inputs["position_ids"] = positions + (self.n if rows is None else self.n * rows[:, None])
         return call.format_output(call.run(base, self, 0))
 
-    def forward_batch_rows(
-        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Run the backbone with positions increased in the rows that use this adapter."""
-        return self.forward_with_base(base, *args, rows=rows, **kwargs)
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Raise: positions are not weights."""
-        raise MergeUnsupported("a prefix adds keys and values, which do not change a weight")
-
 
 class AttentionModule(AdapterModule):
-    """Adapter module at a layer's attention that adds learned keys and values; a method defines `prefix`."""
+    """Adapter module at a layer's attention that adds learned keys and values; a method defines `compute_prefix`."""
 
     uses_attention_prefix = True
+    takes_row_mask = True
 
     def compute_prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
-        """Return the learned keys and values of this layer.
-
-        Args:
-            module: the frozen attention module, for methods that use its projections.
-            rows: which rows of a mixed batch use this adapter, bool `(batch,)`; None: all.
-        """
-        raise TypeError(f"{type(self).__name__} does not define compute_prefix(module, rows)")
+        """Return the learned keys and values of this layer, whose frozen attention is `module`."""
+        raise NotImplementedError
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the attention module with the prefix passed to its attention function."""
@@ -167,16 +131,6 @@ class AttentionModule(AdapterModule):
         # The innermost prefix comes first, like virtual tokens. transformers forwards unknown keyword arguments.
         prefixes = ((self.compute_prefix(module, rows), rows), *kwargs.pop(PREFIX_KWARG, ()))
         return base(*args, **{PREFIX_KWARG: prefixes}, **kwargs)
-
-    def forward_batch_rows(
-        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Run the attention module with a prefix that only some rows attend to."""
-        return self.forward_with_base(base, *args, rows=rows, **kwargs)
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Raise: keys and values are not weights."""
-        raise MergeUnsupported(f"{type(self).__name__} adds keys and values, which do not change a weight")
 
 
 class LearnedEmbeddings(AdapterModule):
@@ -229,20 +183,15 @@ def find_backbone_name(model: Any) -> str:
 
 
 def tokenize_text(text: str, tokenizer: str, settings: dict[str, Any] | None) -> list[int]:
-    """Return the token ids of a text, special tokens included, with the tokenizer of a name or folder.
-
-    Raises:
-        UsageError: the tokenizer does not exist.
-    """
+    """Return the token ids of a text, special tokens included, with the tokenizer of a name or folder."""
     try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer, **(settings or {}))
+        ids: list[int] = AutoTokenizer.from_pretrained(tokenizer, **(settings or {}))(text)["input_ids"]
     except (OSError, ValueError) as e:
         raise UsageError(
             f"tokenizer_name_or_path {tokenizer!r} cannot be loaded: {str(e).splitlines()[0]}",
             "a folder with a tokenizer, or a Hub id that can be reached",
             "name the base's own folder; in a recipe, the model's name means the model's tokenizer",
         ) from None
-    ids: list[int] = loaded(text)["input_ids"]
     return ids
 
 

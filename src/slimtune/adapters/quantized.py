@@ -25,23 +25,13 @@ def prepare_model_for_kbit_training(
 ) -> Any:
     """Freeze a base, convert what is not quantized to fp32, enable activation checkpointing; return the same model.
 
-    Call it before an adapter is attached.
-
-    Args:
-        model: a transformers model loaded in 4 or 8 bits; any other model is frozen and converted to fp32.
-        use_gradient_checkpointing: checkpoint activations (quantized bases only).
-        gradient_checkpointing_kwargs: passed to `torch.utils.checkpoint`; `use_reentrant` defaults to False.
-        auto_clear_cache: release the GPU memory of the 16-bit copies.
-
-    Raises:
-        UsageError: the model already has adapters, which this would freeze.
+    Call it before an adapter is attached. A base that is not quantized is only frozen and converted.
+    `gradient_checkpointing_kwargs` go to `torch.utils.checkpoint`; `use_reentrant` defaults to False.
+    `auto_clear_cache` releases the GPU memory of the 16-bit copies.
     """
     if isinstance(model, SaveLoadMixin):
-        raise UsageError(
-            "the model already has adapters, which would be frozen with the base",
-            "a base without adapters",
-            "prepare_model_for_kbit_training(base) first, then get_peft_model(base, config)",
-        )
+        hint = "prepare_model_for_kbit_training(base) first, then get_peft_model(base, config)"
+        raise UsageError("the model already has adapters, which would be frozen with the base", hint=hint)
     model.requires_grad_(False)
     disable_cpu_repacking(find_repacking_layers(model))
     quantization = getattr(model, "quantization_method", None)

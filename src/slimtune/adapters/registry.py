@@ -21,9 +21,8 @@ _METHODS_PACKAGE = f"{__package__.rpartition('.')[0]}.methods"
 @cache
 def built_in_methods() -> dict[str, Path]:
     """Return the file of each built-in method by the method's name, sorted."""
-    files = [f for f in _METHODS_FOLDER.iterdir() if f.suffix == ".py" and f.stem != "__init__"]
-    files += [f / "__init__.py" for f in _METHODS_FOLDER.iterdir() if (f / "__init__.py").is_file()]
-    return dict(sorted((f.parent.name if f.stem == "__init__" else f.stem, f) for f in files))
+    files = {f.stem: f for f in _METHODS_FOLDER.glob("*.py") if f.stem != "__init__"}
+    return dict(sorted((files | {f.parent.name: f for f in _METHODS_FOLDER.glob("*/__init__.py")}).items()))
 
 
 @cache
@@ -48,16 +47,11 @@ def config_class(name: str) -> Any:
     Raises:
         ConfigError: there is no such method; the error names the known ones and the nearest.
     """
-    method = str(name).lower()
-    external = {e.name: e for e in entry_points(group="slimtune.methods")}
-    if method in external:
-        module = importlib.import_module(external[method].value)
-    elif method in method_names():
-        module = importlib.import_module(f"{_METHODS_PACKAGE}.{method}")
-    else:
-        raise ConfigError(
-            f"there is no method {name!r}{nearest(method, method_names())}", f"one of {format_names(method_names())}"
-        )
+    method, known = str(name).lower(), method_names()
+    external = {e.name: e.value for e in entry_points(group="slimtune.methods")}
+    if method not in known and method not in external:
+        raise ConfigError(f"there is no method {name!r}{nearest(method, known)}", f"one of {format_names(known)}")
+    module = importlib.import_module(external.get(method, f"{_METHODS_PACKAGE}.{method}"))
     # Recognized by attributes: the config base class imports this module, so its class is not available here.
     classes = [c for c in vars(module).values() if hasattr(c, "peft_type") and getattr(c, "name", None) == method]
     if not classes:

@@ -2,17 +2,19 @@
 
 A key is `base_model.model.<module>.<tensor>`, for example `…q_proj.lora_A.weight`. A trained bias of an adapted module
 is stored as `<module>.base_layer.bias`, a module trained in full under its own name. The file's metadata contain a
-fingerprint of the base's config. A missing, unexpected or wrongly shaped tensor is an error. Files are written
-atomically.
+fingerprint of the base's config. A missing, unexpected or wrongly shaped tensor is an error.
 """
 
 import json
+import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -20,9 +22,12 @@ from torch import Tensor, nn
 from ..errors import AdapterError, UsageError, format_names, nearest
 from ..utils.files import write_atomic
 from ..utils.fingerprint import config_fingerprint
-from .config import CONFIG_FILE, PeftConfig, find_file
+from ..utils.hub import commit_files, require_repo_id
+from . import model_card
+from .config import CONFIG_FILE, PeftConfig, find_file, write_config
 from .layer import get_site
-from .model_card import write_model_card
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -30,27 +35,14 @@ _PREFIX = "base_model.model."
 _FINGERPRINT = "base_config"
 _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
 _IGNORED_ARGUMENTS = (
-    "torch_dtype",
-    "dtype",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "offload_dir",
-    "ephemeral_gpu_offload",
-)
+    "torch_dtype", "dtype", "device_map", "max_memory", "offload_folder", "offload_dir", "ephemeral_gpu_offload",
+)  # fmt: skip
 """PEFT's arguments on how to place the base: it is loaded already, and an adapter is placed on its layer's device."""
 _UNCOMPARED_FIELDS = {
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "auto_mapping",
-    "peft_version",
-    "task_type",
-    "target_modules",  # the keys of the tensors tell which modules matched
-    "exclude_modules",
-    "init_lora_weights",
-    "lora_dropout",
-}
+    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version", "task_type",
+    "target_modules", "exclude_modules",  # the keys of the tensors tell which modules matched
+    "init_lora_weights", "lora_dropout",
+}  # fmt: skip
 """Fields of a config that do not change what a trained adapter's tensors mean."""
 
 
@@ -85,13 +77,7 @@ def get_adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
 def get_peft_model_state_dict(
     model: Any, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **_: Any
 ) -> dict[str, Tensor]:
-    """Return an adapter's tensors by their keys in a file.
-
-    Args:
-        model: the model with the adapter.
-        state_dict: take the values from here instead of the model, by the model's own parameter names (for FSDP).
-        adapter_name: the adapter.
-    """
+    """Return an adapter's tensors by their keys in a file; with FSDP, take the values from the model's `state_dict`."""
     own = get_adapter_tensors(model, adapter_name)
     if state_dict is None:
         return {k: p.detach() for k, p in own.items()}
@@ -118,11 +104,8 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
     given = {_normalize_key(k, own): t for k, t in given.items()}
     missing = [k for k in own if k not in given and k not in optional]
     unexpected = [k for k in given if k not in own and not _is_unchanged_base_weight(model, k, given[k])]
-    misshapen = [
-        f"{k}: {tuple(given[k].shape)} in the file, {tuple(own[k].shape)} here"
-        for k in own
-        if k in given and given[k].shape != own[k].shape
-    ]
+    shapes = [(k, tuple(given[k].shape), tuple(own[k].shape)) for k in own if k in given]
+    misshapen = [f"{k}: {there} in the file, {here} here" for k, there, here in shapes if there != here]
     faults = []
     if missing:
         faults.append(f"{len(missing)} of {len(own)} tensors are missing, such as {format_names(missing, 2)}")
@@ -132,11 +115,8 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
     if misshapen:
         faults.append(f"{len(misshapen)} tensors have another shape: {'; '.join(misshapen[:2])}")
     if faults:
-        raise AdapterError(
-            f"{where} does not fit this model: " + "; ".join(faults),
-            "an adapter of this base and these targets",
-            "load the base named in its adapter_config.json",
-        )
+        hint = "load the base named in its adapter_config.json"
+        raise AdapterError(f"{where} does not fit this model: {'; '.join(faults)}", hint=hint)
     with torch.no_grad():
         for key, parameter in own.items():
             if key in given:
@@ -163,10 +143,8 @@ def _normalize_key(key: str, own: Mapping[str, Any]) -> str:
     """Return our key for one of PEFT's variants: both places of a bias, keys without the prefix."""
     # With bias="all" PEFT writes biases of a module trained in full twice, the second time under its wrapper's names.
     key = key.replace(".modules_to_save.", ".")
-    for form in (key, _PREFIX + key, key.replace(".base_layer.", "."), key.replace(".bias", ".base_layer.bias")):
-        if form in own:
-            return form
-    return key
+    forms = (key, _PREFIX + key, key.replace(".base_layer.", "."), key.replace(".bias", ".base_layer.bias"))
+    return next((form for form in forms if form in own), key)
 
 
 def _is_unchanged_base_weight(model: Any, key: str, tensor: Tensor) -> bool:
@@ -193,30 +171,24 @@ def read_adapter_file(
         AdapterError: the file is a pickle, or not a valid safetensors file.
     """
     folder = Path(path, subfolder or "")
-    pickles = [p for p in PICKLES if (folder / p).is_file()]
+    pickles = [folder / p for p in PICKLES if (folder / p).is_file()]
     if pickles and not (folder / WEIGHTS_FILE).is_file():
-        raise AdapterError(
-            f"{folder / pickles[0]} is a pickle, which can run arbitrary code when it is read",
-            WEIGHTS_FILE,
-            "save the adapter again with safetensors where it was trained",
-        )
+        message = f"{pickles[0]} is a pickle, which can run arbitrary code when it is read"
+        raise AdapterError(message, WEIGHTS_FILE, "save the adapter again with safetensors where it was trained")
     file = find_file(path, WEIGHTS_FILE, subfolder, **hub)
     try:
         with safe_open(str(file), framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get(_FINGERPRINT)  # noqa: SIM118
     except SafetensorError as e:
-        raise AdapterError(
-            f"{file} ({file.stat().st_size} bytes) is not a valid safetensors file: {e}",
-            "a complete file",
-            "copy it again, or use an older checkpoint",
-        ) from None
+        message = f"{file} ({file.stat().st_size} bytes) is not a valid safetensors file: {e}"
+        raise AdapterError(message, "a complete file", "copy it again, or use an older checkpoint") from None
 
 
 def adapter_tensor_info(
     model: Any, adapter: str, state_dict: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the content of an adapter's file: tensors by key, on their current device, and the metadata."""
-    fingerprint = base_fingerprint(model)
+    fingerprint = _base_fingerprint(model)
     metadata = {"format": "pt", **({_FINGERPRINT: fingerprint} if fingerprint else {})}
     return get_peft_model_state_dict(model, state_dict, adapter), metadata
 
@@ -234,26 +206,9 @@ def save_adapter(model: Any, folder: Path, adapter: str, state_dict: Mapping[str
         base = model.base_model_class
         values["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_config(folder, values)
     write_atomic(folder / WEIGHTS_FILE, to_bytes(tensors, metadata))
-    write_model_card(config, folder)
-
-
-def base_fingerprint(model: Any) -> str | None:
-    """Return the fingerprint of a transformers model's config, None for other modules."""
-    config = getattr(model, "config", None)
-    return config_fingerprint(config) if hasattr(config, "to_dict") else None
-
-
-def check_same_base(model: Any, fingerprint: str | None, where: str | os.PathLike) -> None:
-    """Raise AdapterError if an adapter's base has another config than `model`."""
-    here = base_fingerprint(model)
-    if fingerprint and here and fingerprint != here:
-        raise AdapterError(
-            f"{where} was trained on another base: its config has fingerprint {fingerprint}, this one has {here}",
-            "the base the adapter was trained on",
-            "see base_model_name_or_path in its adapter_config.json",
-        )
+    model_card.write_model_card(config, folder)
 
 
 def check_same_settings(here: PeftConfig, there: PeftConfig, where: str | os.PathLike) -> None:
@@ -263,22 +218,13 @@ def check_same_settings(here: PeftConfig, there: PeftConfig, where: str | os.Pat
     different = [k for k in ours if k not in ignored and ours[k] != theirs.get(k)]
     if different:
         values = "; ".join(f"{k} is {theirs.get(k)!r} there, {ours[k]!r} here" for k in different)
-        raise AdapterError(
-            f"{where} was trained with other settings: {values}",
-            "an adapter with the same settings",
-            "load it under another name",
-        )
+        raise AdapterError(f"{where} was trained with other settings: {values}", hint="load it under another name")
 
 
 def read_adapter(
     model: Any, path: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict[str, Any]
 ) -> tuple[dict[str, Tensor], PeftConfig]:
-    """Return an adapter's tensors and config after checking that it belongs to this base.
-
-    Raises:
-        UsageError: the adapter does not exist, or `hub` contains an unknown argument.
-        AdapterError: the adapter belongs to another base, or its files are not valid.
-    """
+    """Return an adapter's tensors and config, read from a folder or the Hub, if it belongs to this base."""
     unknown = [k for k in hub if k not in (*_HUB_ARGUMENTS, *_IGNORED_ARGUMENTS)]
     if unknown:
         similar = nearest(unknown[0], _HUB_ARGUMENTS)
@@ -286,13 +232,22 @@ def read_adapter(
     hub = {k: v for k, v in hub.items() if k in _HUB_ARGUMENTS}
     tensors, fingerprint = read_adapter_file(path, **hub)
     config = config or PeftConfig.from_pretrained(path, **hub)
-    check_same_base(model, fingerprint, path)
+    here = _base_fingerprint(model)
+    if fingerprint and here and fingerprint != here:
+        message = f"{path} was trained on another base: its config has fingerprint {fingerprint}, this one has {here}"
+        raise AdapterError(message, hint="see base_model_name_or_path in its adapter_config.json")
     config.inference_mode = not is_trainable
     return tensors, config
 
 
+def _base_fingerprint(model: Any) -> str | None:
+    """Return the fingerprint of a transformers model's config, None for other modules."""
+    config = getattr(model, "config", None)
+    return config_fingerprint(config) if hasattr(config, "to_dict") else None
+
+
 class SaveLoadMixin:
-    """The part of `PeftModel` that saves and loads adapters."""
+    """The part of `PeftModel` that saves, loads and uploads adapters."""
 
     def save_pretrained(
         self: Any,
@@ -305,24 +260,15 @@ class SaveLoadMixin:
         path_initial_model_for_weight_conversion: str | None = None,
         **_: Any,
     ) -> None:
-        """Write the adapters' files; adapters not named "default" go to subfolders.
-
-        Raises:
-            UsageError: a pickle is requested (safe_serialization=False), an adapter is unknown, or the path is a file.
-        """
+        """Write the adapters' files; adapters not named "default" go to subfolders."""
         if not safe_serialization:
             raise UsageError("safe_serialization=False requests a pickle", "safetensors", "omit the argument")
         if save_embedding_layers not in ("auto", False) or path_initial_model_for_weight_conversion is not None:
-            raise UsageError(
-                "save_embedding_layers=True or path_initial_model_for_weight_conversion is not supported",
-                "an adapter's own tensors",
-                'train the embeddings with the adapter: modules_to_save=["embed_tokens"]',
-            )
-        if not is_main_process:
-            return
-        for name in selected_adapters or list(self.peft_config):
-            folder = Path(save_directory) if name == "default" else Path(save_directory, self._require_adapter(name))
-            save_adapter(self, folder, name, state_dict)
+            message = "save_embedding_layers=True or path_initial_model_for_weight_conversion is not supported"
+            raise UsageError(message, hint='train the embeddings with the adapter: modules_to_save=["embed_tokens"]')
+        for name in (selected_adapters or self.peft_config) if is_main_process else []:
+            folder = "" if name == "default" else self._require_adapter(name)
+            save_adapter(self, Path(save_directory, folder), name, state_dict)
 
     @classmethod
     def from_pretrained(
@@ -340,13 +286,11 @@ class SaveLoadMixin:
 
         Args:
             model: the base the adapter was trained on.
-            model_id: an adapter folder or a Hub repository.
+            model_id: an adapter folder or a Hub repository; `hub` says where there: subfolder, revision, token, …
             adapter_name: name of the adapter in the model.
             is_trainable: True to continue training; False freezes the adapter and sets evaluation mode.
             config: the adapter's config, if it is already loaded.
             autocast_adapter_dtype: keep the adapter in fp32 above a 16-bit base.
-            low_cpu_mem_usage: accepted for PEFT compatibility; ignored.
-            hub: where on the Hub: subfolder, revision, token, cache_dir, …
 
         Raises:
             UsageError: the folder or repository does not exist, or an argument is unknown.
@@ -378,17 +322,13 @@ class SaveLoadMixin:
     ) -> LoadResult:
         """Load another adapter, inactive. If the name exists, load the tensors into the existing adapter.
 
-        Raises:
-            UsageError, AdapterError: see `from_pretrained`; or the existing adapter has other settings.
+        That adapter must have the same settings. Other arguments and errors are those of `from_pretrained`.
         """
-        del torch_device, low_cpu_mem_usage
         tensors, config = read_adapter(self, model_id, config, is_trainable, hub)
         if adapter_name in self.peft_config:
             check_same_settings(self.peft_config[adapter_name], config, model_id)
             if adapter_name in self.merged_adapters:
-                raise UsageError(
-                    f"{adapter_name!r} is merged into the base", "an unmerged adapter", "unmerge_adapter() first"
-                )
+                raise UsageError(f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first")
             load_adapter_tensors(self, adapter_name, tensors, where=str(model_id))
             return LoadResult([], [])
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, strict=False)
@@ -404,4 +344,44 @@ class SaveLoadMixin:
 
     def create_or_update_model_card(self: Any, output_dir: str | os.PathLike) -> None:
         """Write the README.md of an adapter folder; a README of the user's keeps its text and gets new metadata."""
-        write_model_card(self.active_peft_config, Path(output_dir))
+        model_card.write_model_card(self.active_peft_config, Path(output_dir))
+
+    def push_to_hub(
+        self: Any,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+        **hub: Any,
+    ) -> CommitInfo:
+        """Upload the adapters, as `save_pretrained` writes them, in one commit.
+
+        A README.md in the repository is not replaced. `slimtune push RUN` writes a longer one.
+
+        Args:
+            repo_id: `owner/name`, or `name` for a repository of your own; it is created if it does not exist.
+            commit_message, commit_description: first line of the commit, and the other lines.
+            max_shard_size: ignored, because an adapter is one file; transformers has it.
+            tags: further tags of a new README.md.
+            hub: private, token, revision and create_pr, as in `utils.hub.commit_files`, which also lists the errors.
+        """
+        require_repo_id(repo_id)
+        config = self.active_peft_config
+        if not model_card.public_base(config):
+            name = Path(config.base_model_name_or_path or "").name
+            hint = "set base_model_name_or_path of the adapter's config to its Hub id"
+            log.warning("others cannot find the base %r: %s", name, hint)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            self.save_pretrained(folder)
+            files: dict[str, Path | bytes] = {}
+            for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != model_card.CARD_FILE):
+                if path.name == CONFIG_FILE:
+                    write_config(path.parent, model_card.strip_local_paths(json.loads(path.read_text())))
+                files[str(path.relative_to(folder))] = path
+            files[model_card.CARD_FILE] = model_card.render_saved_card(config, tags or ()).encode()
+            message = commit_message or f"Upload {config.peft_type} adapter"
+            keep = (model_card.CARD_FILE,)
+            return commit_files(files, repo_id, message=message, description=commit_description, keep=keep, **hub).info

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TargetError, format_names, nearest
 from ..utils.linear_layers import layer_kind
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from .config import PeftConfig
 
 Value = TypeVar("Value")
+Modules = dict[str, nn.Module]
 ALL_LINEAR = "all-linear"
 _KIND_NAMES = {"linear": "linear layers (Linear, Conv1D)", "embedding": "embeddings", "norm": "normalisation layers"}
 
@@ -39,6 +39,7 @@ class MatchReport:
         biases: names of the trained biases.
         unadapted: names of the linear layers and embeddings that are not adapted.
         kinds: site kind of each adapted module.
+        copied: names of the parameters that the adapter trains a copy of, by module.
     """
 
     adapted: tuple[str, ...]
@@ -46,6 +47,7 @@ class MatchReport:
     biases: tuple[str, ...]
     unadapted: tuple[str, ...]
     kinds: dict[str, SiteKind] = field(default_factory=dict)
+    copied: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         # `model.layers.7` counts as `layers`.
@@ -63,18 +65,15 @@ class MatchReport:
 
 
 def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True) -> MatchReport:
-    """Return the modules that `config` selects in `model`.
+    """Return the modules that `config` selects in `model`, a base with or without adapters.
 
-    Args:
-        model: the base, with or without adapters.
-        config: the method's config; `target_modules=None` means the architecture's default.
-        strict: raise if one of several names matches nothing. False for adapters loaded from files, whose tensors
-            determine what belongs to them.
+    `strict=False` accepts names that match nothing as long as one matches: for adapters loaded from files, whose
+    tensors determine what belongs to them.
 
     Raises:
         TargetError: nothing matches, or (strict) a part of the config matches nothing, or a match cannot be adapted.
     """
-    modules = _get_base_modules(model)
+    modules = {n: m for n, m in model.named_modules() if n and not {"adapters", "trained_copies"} & set(n.split("."))}
     whole = _select_modules_to_save(modules, config, strict)
     inside_whole = {n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole)}
     kinds: dict[str, SiteKind] = {}
@@ -86,29 +85,22 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
             _check_every_name_matches(modules, config, targets)
         if not matched and not whole and not further:
             raise _nothing_matches(f"target_modules={targets!r}", targets, modules)
-        for name in matched:
-            kinds[name] = _get_kind(name, model, modules, config)
+        kinds = {n: _get_kind(n, model, modules, config) for n in matched}
         if strict:
             _check_every_pattern_matches(config, matched)
-    twice = [n for n in further if n in kinds]
-    if twice:
+    if twice := [n for n in further if n in kinds]:
         raise TargetError(
             f"{format_names(twice)} is a target and also changed by another field of the config",
-            "one change per module and adapter",
-            "take it out of target_modules, or use two adapters",
+            hint="take it out of target_modules, or use two adapters",
         )
-    trained_biases = getattr(config, "bias", "none")
-    biases = tuple(
-        f"{n}.bias"
-        for n, m in modules.items()
-        if isinstance(m._parameters.get("bias"), torch.Tensor)
-        and (trained_biases == "all" or (trained_biases != "none" and n in kinds))
-    )
+    with_bias = {"none": set(), "all": set(modules)}.get(getattr(config, "bias", "none"), set(kinds))
+    biases = [n for n in modules if n in with_bias and isinstance(modules[n]._parameters.get("bias"), Tensor)]
+    copied = {n: [p for p, tensor in modules[n]._parameters.items() if tensor is not None] for n in inside_whole}
+    copied = {n: copied.get(n) or ["bias"] for n in modules if copied.get(n) or n in {*biases} - inside_whole}
     kinds |= further
-    unadapted = tuple(
-        n for n, m in modules.items() if _is_linear_or_embedding(m) and n not in kinds and n not in inside_whole
-    )
-    return MatchReport(tuple(kinds), tuple(whole), biases, unadapted, kinds)
+    unadapted = [n for n, m in modules.items() if _is_linear_or_embedding(m) and n not in {*kinds, *inside_whole}]
+    bias_names = tuple(f"{n}.bias" for n in biases)
+    return MatchReport(tuple(kinds), tuple(whole), bias_names, tuple(unadapted), kinds, copied)
 
 
 def matches_name(wanted: Iterable[str] | str, name: str) -> bool:
@@ -139,22 +131,15 @@ def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
     return next((int(m[1]) for m in (re.match(r, name) for r in regexes) if m), None)
 
 
-def _get_base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {n: m for n, m in model.named_modules() if n and not {"adapters", "trained_copies"} & set(n.split("."))}
-
-
-def _is_linear_or_embedding(module: nn.Module) -> bool:
-    return layer_kind(module) in ("linear", "embedding")
-
-
-def _resolve_targets(model: Any, modules: dict[str, nn.Module], config: PeftConfig) -> list[str] | str:
+def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[str] | str:
     """Return the config's targets, with defaults and "all-linear" replaced by names."""
     targets = getattr(config, "target_modules", None)
     if targets is None:
         default = config.default_targets(model)
         if default is None:
+            architecture = model_type(model) or type(model).__name__
             raise TargetError(
-                f"target_modules is None, and there is no default for {model_type(model) or type(model).__name__!r}",
+                f"target_modules is None, and there is no default for {architecture!r}",
                 _describe_targets(modules),
                 'name the modules, or set target_modules="all-linear"',
             )
@@ -171,8 +156,7 @@ def _resolve_targets(model: Any, modules: dict[str, nn.Module], config: PeftConf
         raise TargetError(
             f'target_modules="all-linear" would leave out {len(experts)} expert modules '
             f"({format_names(experts, 3)}), whose weights are 3-dimensional parameters, not linear layers",
-            "modules that can be adapted",
-            'name the modules instead, such as target_modules=["q_proj", "v_proj"]',
+            hint='name the modules instead, such as target_modules=["q_proj", "v_proj"]',
         )
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
@@ -181,65 +165,56 @@ def _resolve_targets(model: Any, modules: dict[str, nn.Module], config: PeftConf
     return [n for n, m in modules.items() if layer_kind(m) == "linear" and m is not head]
 
 
-def _is_target(name: str, config: PeftConfig, targets: list[str] | str) -> bool:
+def _is_target(name: str, config: Any, targets: list[str] | str) -> bool:
     excluded, layers = getattr(config, "exclude_modules", None), getattr(config, "layers_to_transform", None)
     if (excluded and matches_name(excluded, name)) or not matches_name(targets, name):
         return False
-    if layers is None or isinstance(targets, str):
-        return True
-    return layer_index(name, config.layers_pattern) in _as_list(layers)  # type: ignore[attr-defined]
+    by_index = layers is not None and not isinstance(targets, str)
+    return not by_index or layer_index(name, config.layers_pattern) in _as_list(layers)
 
 
-def _get_kind(name: str, model: nn.Module, modules: dict[str, nn.Module], config: PeftConfig) -> SiteKind:
+def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig) -> SiteKind:
     """Return the site kind of a target; raise if the method cannot adapt it."""
     if "block" in config.kinds:
         return "block"
     module, kind = modules[name], layer_kind(modules[name])
+    class_name = type(module).__name__
     if kind is None or kind not in config.kinds:
         raise TargetError(
-            f"{name} is a {type(module).__name__}, which {config.name} cannot adapt",
+            f"{name} is a {class_name}, which {config.name} cannot adapt",
             " and ".join(_KIND_NAMES[k] for k in config.kinds if k in _KIND_NAMES),
             f"name the {config.kinds[0]} modules inside it" if kind is None else "",
         )
     if isinstance(module, nn.Embedding) and not hasattr(module, "embed_scale"):
         mro = (c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, AdaptedLayer))
         if vars(next(mro))["forward"] is not nn.Embedding.forward:
-            raise TargetError(
-                f"{name} is a {type(module).__name__}, whose input is not a row index",
-                "an embedding that looks up rows, or a linear layer",
-            )
+            raise TargetError(f"{name} is a {class_name}, whose input is not a row index", "a linear layer")
     parent = modules.get(name.rpartition(".")[0], model)
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         raise TargetError(
             f"{name} is part of a torch {type(parent).__name__}, which reads the weight without calling the module, so "
-            "an adapter would do nothing",
-            "a module whose forward is called",
+            "an adapter would do nothing"
         )
     return kind
 
 
-def _check_every_name_matches(modules: dict[str, nn.Module], config: Any, targets: list[str] | str) -> None:
-    if not isinstance(targets, str) and getattr(config, "target_modules", None) is not None:
-        unmatched = [t for t in targets if not any(matches_name([t], n) for n in modules)]
+def _check_every_name_matches(modules: Modules, config: Any, targets: list[str] | str) -> None:
+    for field_name in ("target_modules", "exclude_modules"):
+        wanted = getattr(config, field_name, None) or []
+        if isinstance(wanted, str) and field_name == "target_modules":
+            continue  # the caller sees when the regular expression matches nothing
+        names: list[Any] = [wanted] if isinstance(wanted, str) else [[name] for name in wanted]
+        unmatched = [w if isinstance(w, str) else w[0] for w in names if not any(matches_name(w, n) for n in modules)]
         if unmatched:
-            raise _nothing_matches(f"target_modules: {format_names(unmatched)}", unmatched, modules)
-    excluded = getattr(config, "exclude_modules", None) or []
-    unmatched = [
-        e
-        for e in _as_list(excluded)
-        if not any(matches_name(e if isinstance(excluded, str) else [e], n) for n in modules)
-    ]
-    if unmatched:
-        raise _nothing_matches(f"exclude_modules: {format_names(unmatched)}", unmatched, modules)
+            raise _nothing_matches(f"{field_name}: {format_names(unmatched)}", unmatched, modules)
     layers = getattr(config, "layers_to_transform", None)
     if layers is not None:
-        indexes = {layer_index(n, config.layers_pattern) for n in modules if matches_name(targets, n)} - {None}
-        missing = [i for i in _as_list(layers) if i not in indexes]
-        if missing:
-            have = f"layers {min(indexes)} to {max(indexes)}" if indexes else "no numbered layers"  # type: ignore[type-var]
-            raise TargetError(
-                f"layers_to_transform: {format_names(missing)} matches no layer", f"the targets are in {have}"
-            )
+        found = {layer_index(n, config.layers_pattern) for n in modules if matches_name(targets, n)}
+        indexes = sorted(i for i in found if i is not None)
+        if missing := [i for i in _as_list(layers) if i not in indexes]:
+            have = f"layers {indexes[0]} to {indexes[-1]}" if indexes else "no numbered layers"
+            message = f"layers_to_transform: {format_names(missing)} matches no layer"
+            raise TargetError(message, f"the targets are in {have}")
 
 
 def _check_every_pattern_matches(config: Any, matched: list[str]) -> None:
@@ -247,13 +222,13 @@ def _check_every_pattern_matches(config: Any, matched: list[str]) -> None:
         for pattern in patterns:
             if not any(find_pattern([pattern], n) for n in matched):
                 last_parts = sorted({n.rsplit(".", 1)[-1] for n in matched})
+                similar = nearest(pattern, [*last_parts, *matched])
                 raise TargetError(
-                    f"{name}: {pattern!r} matches no adapted module{nearest(pattern, [*last_parts, *matched])}",
-                    f"adapted are {format_names(last_parts)}",
+                    f"{name}: {pattern!r} matches no adapted module{similar}", f"adapted are {format_names(last_parts)}"
                 )
 
 
-def _select_modules_to_save(modules: dict[str, nn.Module], config: PeftConfig, strict: bool) -> list[str]:
+def _select_modules_to_save(modules: Modules, config: PeftConfig, strict: bool) -> list[str]:
     if config.trains_every_weight:
         return [name for name, module in modules.items() if any(p is not None for p in module._parameters.values())]
     wanted = list(getattr(config, "modules_to_save", None) or [])
@@ -265,22 +240,23 @@ def _select_modules_to_save(modules: dict[str, nn.Module], config: PeftConfig, s
     found = [n for n in found if not any(n.startswith(f"{outer}.") for outer in found)]
     for name in found:
         if any(True for _ in modules[name].buffers()):
-            raise TargetError(
-                f"modules_to_save: {name} has buffers, of which adapters cannot keep their own copy",
-                "modules with parameters only",
-            )
+            raise TargetError(f"modules_to_save: {name} has buffers, of which adapters cannot keep their own copy")
     return found
 
 
-def _nothing_matches(what: str, wanted: list[str] | str, modules: dict[str, nn.Module]) -> TargetError:
+def _nothing_matches(what: str, wanted: list[str] | str, modules: Modules) -> TargetError:
     first = wanted if isinstance(wanted, str) else (wanted[0] if wanted else "")
     last_parts = dict.fromkeys(n.rsplit(".", 1)[-1] for n in modules)
     return TargetError(f"{what} matches no module{nearest(first, [*last_parts, *modules])}", _describe_targets(modules))
 
 
-def _describe_targets(modules: dict[str, nn.Module]) -> str:
+def _describe_targets(modules: Modules) -> str:
     names = dict.fromkeys(n.rsplit(".", 1)[-1] for n, m in modules.items() if _is_linear_or_embedding(m))
     return f"one of {format_names(names, 16)}" if names else "a model with linear layers or embeddings"
+
+
+def _is_linear_or_embedding(module: nn.Module) -> bool:
+    return layer_kind(module) in ("linear", "embedding")
 
 
 def _as_list(value: Any) -> list:

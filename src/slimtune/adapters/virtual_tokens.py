@@ -4,30 +4,23 @@
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from ..attention.prefix import make_mask
+from ..attention.prefix import RowMask, make_mask
 from ..attention.register import LAYOUT_KWARG, original_attention
 from ..errors import ModelError, UsageError
 from .base import AdapterModule, BaseForward
 
 
 class BackboneCall:
-    """One call of a backbone: `inputs` are its arguments by name.
-
-    Args:
-        module: the backbone.
-        args, kwargs: the call's arguments.
-    """
+    """One call of a backbone `module`: `inputs` are its arguments by name."""
 
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.module = module
-        self.config: Any = module.config
+        self.module: Any = module
         names = [n for n in inspect.signature(type(module).forward).parameters if n != "self"]
         self.inputs: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         # transformers 5.2x renamed past_key_values to cache.
@@ -35,40 +28,57 @@ class BackboneCall:
         if self.cache_name == "cache" and "past_key_values" in self.inputs:
             self.inputs["cache"] = self.inputs.pop("past_key_values")
         return_dict = self.inputs.get("return_dict")
-        self.return_tuple = not (getattr(self.config, "return_dict", True) if return_dict is None else return_dict)
+        self.return_tuple = not (getattr(module.config, "return_dict", True) if return_dict is None else return_dict)
         self.inputs["return_dict"] = True
-
-    # --- cache: a mark on it records which adapter modules' virtual tokens it contains ------------------------------
-
-    @property
-    def _cached_length(self) -> int:
         cache = self.inputs.get(self.cache_name)
-        return int(cache.get_seq_length()) if cache is not None else 0
+        self.cached_length = int(cache.get_seq_length()) if cache is not None else 0
+        # A mark on the cache: the number of virtual tokens that it contains, by `id` of the adapter module.
+        self.cached_virtual_tokens: dict[int, int] = getattr(cache, "_virtual_tokens", {})
+        embeds = self.inputs.get("inputs_embeds")
+        tokens = self.inputs["input_ids"] if embeds is None else embeds
+        self.batch, self.length = tokens.shape[0], tokens.shape[1]
 
-    @property
-    def _cached_virtual_tokens(self) -> dict[int, int]:
-        """Number of virtual tokens in the cache by `id` of the adapter module."""
-        return getattr(self.inputs.get(self.cache_name), "_virtual_tokens", {})
+    def run_with_tokens(self, base: BaseForward, module: AdapterModule, virtual: Tensor, rows: RowMask) -> Any:
+        """Run the backbone with virtual tokens `(n, hidden)` in front; return the hidden states of the other tokens.
+
+        In rows that do not attend to the virtual tokens of `module`, they are masked out.
+        """
+        n = virtual.shape[0]
+        self.inputs.pop("cache_position", None)  # the model recomputes it
+        if getattr(self.inputs.get(self.cache_name), "is_compileable", False):
+            hint = 'generate(..., cache_implementation="dynamic"), or prefix tuning, which needs no space in the cache'
+            raise UsageError(f"the cache has a fixed length, without space for {n} virtual tokens", hint=hint)
+        if self.inputs.get("token_type_ids") is not None:
+            raise UsageError("token_type_ids are given, which virtual tokens do not have", hint="omit token_type_ids")
+        cached, embeds = self.has_cached_tokens(module, n), self._embed_tokens()
+        own_rows = torch.ones(self.batch, dtype=torch.bool, device=embeds.device) if rows is None else rows
+        start = self._extend_positions_and_mask(n, own_rows, cached, need_mask=rows is not None)
+        if not cached:
+            virtual = virtual.to(device=embeds.device, dtype=embeds.dtype).expand(self.batch, -1, -1)
+            self.inputs["inputs_embeds"] = insert_columns(virtual, embeds, start, 1)
+        out = self.run(base, module, n)
+        if not cached:
+            changed: dict[str, Any] = {"last_hidden_state": remove_columns(out.last_hidden_state, start, n)}
+            if getattr(out, "hidden_states", None) is not None:
+                changed["hidden_states"] = tuple(remove_columns(h, start, n) for h in out.hidden_states)
+            out = replace(out, **changed)
+        return self.format_output(out)
 
     def has_cached_tokens(self, module: AdapterModule, n: int) -> bool:
         """Return whether the cache contains the start of the sequence, with the `n` virtual tokens of `module`."""
-        cached, virtual = self._cached_length, self._cached_virtual_tokens
+        cached, virtual = self.cached_length, self.cached_virtual_tokens
         if cached and id(module) not in virtual:
-            raise UsageError(
-                "the cache was filled without this adapter's virtual tokens",
-                "a cache from the same adapter",
-                "start with an empty cache",
-            )
+            message = "the cache was filled without this adapter's virtual tokens"
+            raise UsageError(message, "a cache from the same adapter", "start with an empty cache")
         mask, positions, tokens = self.inputs.get("attention_mask"), self.inputs.get("position_ids"), cached - n
         if cached and n and sum(virtual.values()) == n:
             # generate() counts all cached positions as tokens, and would skip too many of a whole sequence.
-            new = mask.shape[1] - tokens if _is_2d(mask) else self.size[1]
+            new = mask.shape[1] - tokens if _is_2d(mask) else self.length
             first = int(positions.flatten()[0]) if mask is None and _is_2d(positions) else tokens
-            if new != self.size[1] or first != tokens:
+            if new != self.length or first != tokens:
                 raise UsageError(
-                    f"the cache contains {tokens} tokens, and the {self.size[1]} new tokens do not continue them",
-                    "the tokens that follow those in the cache",
-                    "give generate() only the new tokens, and the attention_mask of the whole sequence",
+                    f"the cache contains {tokens} tokens, and the {self.length} new tokens do not continue them",
+                    hint="give generate() only the new tokens, and the attention_mask of the whole sequence",
                 )
         return cached > 0
 
@@ -85,74 +95,45 @@ class BackboneCall:
         """Return the output as a tuple if the caller requested one."""
         return out.to_tuple() if self.return_tuple else out
 
-    # --- tokens and positions ---------------------------------------------------------------------------------------
+    def get_position_ids(self) -> Tensor:
+        """Return the position ids `(…, batch, length)` before virtual tokens; by default each row counts its tokens."""
+        positions, mask = self.inputs.get("position_ids"), self.inputs.get("attention_mask")
+        if positions is None and _is_2d(mask):
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -self.length :]
+        elif positions is None:
+            device = next(v.device for v in self.inputs.values() if isinstance(v, Tensor))
+            positions = torch.arange(self.length, device=device)[None] + self._count_cached_tokens()
+        return positions.expand(*positions.shape[:-2], self.batch, self.length)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """`(batch, length)` of the input."""
-        embeds = self.inputs.get("inputs_embeds")
-        tokens = self.inputs["input_ids"] if embeds is None else embeds
-        return tokens.shape[0], tokens.shape[1]
+    def _count_cached_tokens(self) -> int:
+        return self.cached_length - sum(self.cached_virtual_tokens.values())
 
-    def get_embeddings(self) -> Tensor:
+    def _embed_tokens(self) -> Tensor:
         """Return the input embeddings `(batch, length, hidden)`; token ids are replaced by them in `inputs`."""
         ids = self.inputs.pop("input_ids", None)
         if self.inputs.get("inputs_embeds") is None:
-            self.inputs["inputs_embeds"] = self.module.get_input_embeddings()(ids)  # type: ignore[operator]
+            self.inputs["inputs_embeds"] = self.module.get_input_embeddings()(ids)
         return self.inputs["inputs_embeds"]
 
-    def get_position_ids(self) -> Tensor:
-        """Return the position ids `(…, batch, length)` before virtual tokens; by default each row counts its tokens."""
-        batch, length = self.size
-        positions, mask = self.inputs.get("position_ids"), self.inputs.get("attention_mask")
-        if positions is None and _is_2d(mask):
-            positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
-        elif positions is None:
-            device = next(v.device for v in self.inputs.values() if isinstance(v, Tensor))
-            first = self._cached_length - sum(self._cached_virtual_tokens.values())
-            positions = torch.arange(length, device=device)[None] + first
-        return positions.expand(*positions.shape[:-2], batch, length)
-
-    def check_virtual_tokens_fit(self, n: int) -> None:
-        """Raise if `n` virtual tokens cannot be added to this call."""
-        self.inputs.pop("cache_position", None)  # the model recomputes it
-        if getattr(self.inputs.get(self.cache_name), "is_compileable", False):
-            raise UsageError(
-                f"the cache has a fixed length, without space for {n} virtual tokens",
-                "a cache that grows",
-                'generate(..., cache_implementation="dynamic"), or prefix tuning, which needs no space in the cache',
-            )
-        if self.inputs.get("token_type_ids") is not None:
-            raise UsageError(
-                "token_type_ids are given, which virtual tokens do not have", "none", "omit token_type_ids"
-            )
-
-    def add_virtual_tokens(self, n: int, rows: Tensor, cached: bool, *, need_mask: bool) -> Tensor | None:
-        """Extend positions and mask in `inputs` by `n` virtual tokens.
-
-        Args:
-            n: number of virtual tokens.
-            rows: which rows attend to them, bool `(batch,)`; in the others they are masked out.
-            cached: they are in the cache already.
-            need_mask: make a mask if there is none.
+    def _extend_positions_and_mask(self, n: int, rows: Tensor, cached: bool, *, need_mask: bool) -> Tensor | None:
+        """Extend positions and mask in `inputs` by `n` virtual tokens, which may be in the cache already.
 
         Returns:
             The column of each row before which they are inserted, `(batch, 1)`; None: before the first.
         """
-        batch, length = self.size
         positions, mask = self.get_position_ids(), self.inputs.get("attention_mask")
+        columns = torch.arange(n, device=positions.device)
         layout = self.inputs.get(LAYOUT_KWARG)
         if layout is not None:
             # An adapter inside this one may have shifted the first position.
-            virtual = positions[..., :1] + torch.arange(n, device=positions.device)
-            positions = torch.cat([virtual, positions + n], dim=-1)
+            positions = torch.cat([positions[..., :1] + columns, positions + n], dim=-1)
             self.inputs.update({"position_ids": positions, LAYOUT_KWARG: layout.with_leading_tokens(n)})
             return None
-        if mask is None and _is_2d(self.inputs.get("position_ids")) and length > 1 and not cached:
+        if mask is None and _is_2d(self.inputs.get("position_ids")) and self.length > 1 and not cached:
             mask = self._make_packed_mask(positions)
         if mask is None and need_mask:
-            before = self._cached_length - sum(self._cached_virtual_tokens.values())
-            mask = torch.ones(batch, before + length, dtype=torch.long, device=rows.device)
+            tokens = self._count_cached_tokens() + self.length
+            mask = torch.ones(self.batch, tokens, dtype=torch.long, device=rows.device)
         start = None
         if _is_2d(mask):
             start = mask.long().argmax(1, keepdim=True)
@@ -164,28 +145,23 @@ class BackboneCall:
             first = positions[..., :1]
             if start is not None:
                 first = positions.gather(-1, start.expand(*positions.shape[:-1], 1))
-            shifted = insert_columns(first + torch.arange(n, device=positions.device), shifted, start, -1)
+            shifted = insert_columns(first + columns, shifted, start, -1)
         self.inputs.update(position_ids=shifted, attention_mask=mask)
         return start
-
-    # --- masks ------------------------------------------------------------------------------------------------------
 
     def _make_packed_mask(self, positions: Tensor) -> Any:
         """Return masks that separate the rows of a packed sequence; a row starts where the positions jump.
 
         Shapes do not depend on values, so that the planner can trace this on fake tensors.
         """
-        implementation = original_attention(self.config._attn_implementation)
+        implementation = original_attention(self.module.config._attn_implementation)
         if implementation not in ("eager", "sdpa"):
-            raise UsageError(
-                f"packed rows behind virtual tokens need another attn_implementation than {implementation!r}",
-                "'sdpa' or 'eager'",
-                "or rows of a padded batch",
-            )
+            message = f"packed rows behind virtual tokens need another attn_implementation than {implementation!r}"
+            raise UsageError(message, "'sdpa' or 'eager'", "or rows of a padded batch")
         row = (positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1).cumsum(1)
         visible = (row[:, :, None] == row[:, None, :]).tril()[:, None]
         distance = (positions[:, :, None] - positions[:, None, :])[:, None]
-        dtype = torch.bool if implementation == "sdpa" else self.get_embeddings().dtype
+        dtype = torch.bool if implementation == "sdpa" else self._embed_tokens().dtype
 
         def mask(window: int | None) -> Tensor:
             return make_mask(visible if window is None else visible & (distance < window), dtype)
@@ -207,10 +183,10 @@ class BackboneCall:
 
     def _get_windows(self) -> dict[str, int | None] | int | None:
         """Return the layers' attention window (None: no limit), by layer type if the model has several types."""
-        window = getattr(self.config, "sliding_window", None)
-        kinds = set(getattr(self.config, "layer_types", None) or ())
+        config = self.module.config
+        window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
         unknown = kinds - {"full_attention", "sliding_attention"}
-        if unknown or getattr(self.config, "attention_chunk_size", None):
+        if unknown or getattr(config, "attention_chunk_size", None):
             raise ModelError(
                 f"{type(self.module).__name__} has layers that need special masks: {sorted(unknown) or 'chunked'}",
                 "layers with full or sliding attention",
@@ -239,14 +215,6 @@ def remove_columns(states: Tensor | None, start: Tensor | None, n: int) -> Tenso
     return states.gather(1, _expand_index(torch.where(column < start, column, column + n), states, 1))
 
 
-def map_hidden_states(out: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a backbone's output with `change` applied to all its hidden states."""
-    changed = {"last_hidden_state": change(out.last_hidden_state)}
-    if getattr(out, "hidden_states", None) is not None:
-        changed["hidden_states"] = tuple(change(s) for s in out.hidden_states)
-    return replace(out, **changed)
-
-
 def _is_2d(tensor: Any) -> TypeGuard[Tensor]:
     return isinstance(tensor, Tensor) and tensor.dim() == 2
 
@@ -261,15 +229,10 @@ def _expand_index(index: Tensor, tensor: Tensor, dim: int) -> Tensor:
 def _add_mask_columns(
     mask: Tensor, n: int, rows: Tensor, positions: Tensor, window: int | None, cached: bool
 ) -> Tensor:
-    """Return a mask `(batch, heads, q, k)` with columns for `n` virtual tokens in front.
+    """Return a mask `(batch, heads, q, k)`, boolean or added to scores, with columns for `n` virtual tokens in front.
 
-    Args:
-        mask: bool, or what is added to the scores.
-        n: number of virtual tokens.
-        rows: which rows attend to them, bool `(batch,)`.
-        positions: positions of the queries, `(batch, q)`; virtual tokens have 0 to n - 1.
-        window: attention window; None: no limit.
-        cached: the virtual tokens are in the cache, so they are keys but not queries.
+    Only `rows (batch,)` attend to them. Queries are at `positions (batch, q)`, virtual tokens at 0 to n - 1. If they
+    are `cached`, they are keys but not queries.
     """
     virtual = torch.arange(n, device=mask.device)
     if not cached:
