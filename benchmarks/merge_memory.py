@@ -45,7 +45,9 @@ def make_base(base: Path, layers: int, dtype: torch.dtype) -> torch.Generator:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens([AddedToken(t, special=True) for t in special])
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token=special[1], eos_token=special[2]).save_pretrained(base)
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokens = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[0], "chat_template": template}
+    PreTrainedTokenizerFast(tokenizer_object=core, **tokens).save_pretrained(base)
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
     split = split_torch_state_dict_into_shards(
@@ -95,8 +97,10 @@ def make(base: Path, path: Path, layers: int) -> None:
 
 def merge_it(run: Path, out: Path) -> None:
     """Import everything, say so, merge when told."""
+    from slimtune.export import merge as merging
     from slimtune.export.merge import merge
 
+    merging.SMALL_MODEL = 0  # a small one takes the way of a large one
     print("ready", flush=True)
     sys.stdin.readline()
     print(json.dumps(merge(run, out)), flush=True)

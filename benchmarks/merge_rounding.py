@@ -28,7 +28,7 @@ def main() -> None:
     loaded = load_trained(args.run)
     model, tokenizer = loaded.model.to(torch.float32), loaded.base.tokenizer
     reference = Reference(model, tokenizer, make_texts(tokenizer, loaded.recipe, model.config.get_text_config()))
-    effect, positions = reference.effect(), sum(map(len, reference.log_probs()))
+    effect, positions = reference.effect, sum(map(len, reference.log_probs))
     inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer)
     exact = {n: t.clone() for n, t in MergedWeights(model).items() if t.dim() == 2}
     plain = model.merge_and_unload()

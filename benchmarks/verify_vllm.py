@@ -286,7 +286,7 @@ def verify(given: list[Path], folder: Path, exports: Path, refusals: bool) -> in
     for name, run in runs.items():
         (exports / name).mkdir()
         facts[name] = write_vllm_adapter(load_trained(run), run, exports / name, dtype="float32")
-        print(f"{name}: {facts[name]['command']}", flush=True)
+        print(f"{name}: {facts[name]['commands'][0]}", flush=True)
     port = free_port()
     command = cpu_command(list(facts.values()), port)
     print(f"\nstarted as: {shlex.join(command)}", flush=True)

@@ -9,7 +9,7 @@ import yaml
 from slimtune.adapters.model_card import NOT_IN_PEFT, strip_local_paths, write_model_card
 from slimtune.adapters.registry import built_in_methods, config_class
 from slimtune.export.base_model_info import BaseModelInfo, Licence
-from slimtune.export.model_card import render_adapter_card
+from slimtune.export.hub import render_adapter_card
 from slimtune.run_dir import RunResults
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.adapters.base import MergeUnsupported
-from slimtune.export.merged_weights import MergedCheckpoint, MergedWeights
+from slimtune.export.merged_weights import MergedWeights, save_merged_weights
 from slimtune.export.rounding import round_with_inputs
 
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_uses_inputs_only_for_the_weights_they_belong_to(tmp_path):
     inputs = {name: correlated_inputs(512, width, 1), "model.layers.1.mlp.up_proj": torch.randn(3, width)}
     for folder, given_inputs in (("nearest", {}), ("inputs", inputs)):
         (tmp_path / folder).mkdir()
-        MergedCheckpoint(model, torch.bfloat16, inputs=given_inputs).save(tmp_path / folder)
+        save_merged_weights(MergedWeights(model), tmp_path / folder, torch.bfloat16, given_inputs)
     nearest, rounded = (load_file(tmp_path / f / "model.safetensors") for f in ("nearest", "inputs"))
     assert {n for n in nearest if not torch.equal(nearest[n], rounded[n])} == {f"{name}.weight"}
     exact = MergedWeights(model)[f"{name}.weight"]

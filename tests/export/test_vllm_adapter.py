@@ -195,7 +195,7 @@ def test_an_unknown_architecture_gives_a_warning(exported, tiny_folder):
     config = json.loads((tiny_folder / "config.json").read_text())
     (tiny_folder / "config.json").write_text(json.dumps({**config, "architectures": ["NewForCausalLM"]}))
     _, _, facts = exported()
-    assert "has no class of its own for a NewForCausalLM" in facts["warnings"][0]
+    assert "has no class of its own for a NewForCausalLM" in facts["notes"][0]
 
 
 # --- the line --------------------------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_the_command_survives_the_shell_whatever_the_path(tmp_path, tiny_folder,
     out = tmp_path / folder
     out.mkdir()
     facts = export_vllm(run, out, name="mine")
-    words = shlex.split(facts["command"])
+    words = shlex.split(facts["commands"][0])
     assert words[:3] == ["vllm", "serve", str(tiny_folder)]
     assert words[3:] == facts["arguments"][1:]
     options = dict(zip(words[3::2], words[4::2], strict=False))
@@ -290,14 +290,14 @@ def test_the_runs_own_chat_template_is_included(exported, tmp_path):
 def test_float64_runs_are_served_in_float32_with_a_warning(exported):
     facts = exported(more={"model": {"dtype": "float64"}})[2]
     assert facts["dtype"] == "float32"
-    assert "held its base in float64, and vLLM will compute in float32" in facts["warnings"][0]
+    assert "held its base in float64, and vLLM will compute in float32" in facts["notes"][0]
 
 
 def test_the_dtype_is_the_one_the_run_had(exported, tmp_path):
     run, out, facts = exported()
-    assert (facts["dtype"], facts["warnings"]) == ("float32", [])
+    assert (facts["dtype"], len(facts["notes"])) == ("float32", 1)
     (run / "result.json").write_text(json.dumps({"dtype": "bfloat16"}))
     assert export_vllm(run, out)["dtype"] == "bfloat16"
-    assert "held its base in bfloat16" in export_vllm(run, out, dtype="float32")["warnings"][0]
+    assert "held its base in bfloat16" in export_vllm(run, out, dtype="float32")["notes"][0]
     with pytest.raises(UsageError, match="dtype is 'int8'"):
         export_vllm(run, out, dtype="int8")

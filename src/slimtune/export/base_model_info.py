@@ -27,38 +27,29 @@ TIMEOUT = 10.0
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence, as the base's author names it.
-
-    Args:
-        name: short name on the Hub, such as "apache-2.0".
-        source: what names it.
-        metadata: `license` and, for "other", `license_name` and `license_link`, for the card.
-    """
+    """A licence, as the base's author names it."""
 
     name: str
+    """Its short name on the Hub, such as "apache-2.0"."""
     source: str
+    """What names it."""
     metadata: dict[str, Any]
+    """`license` and, for "other", `license_name` and `license_link`, for the card."""
 
 
 @dataclass(frozen=True)
 class BaseModelInfo:
-    """A base as others can find it.
-
-    Args:
-        name: its Hub id, else its bare name; never a path.
-        hub_id: its Hub id; None where unknown.
-        revision: of the base on the Hub, where the run names one.
-        licence: None where unknown.
-        quantized_file: the quantized file that the run trained on; "" where it used the weights themselves.
-        notes: what the user should know before uploading.
-    """
+    """A base as others can find it; what is unknown is None."""
 
     name: str
+    """Its Hub id, else its bare name; never a path."""
     hub_id: str | None
     revision: str | None = None
     licence: Licence | None = None
     quantized_file: str = ""
+    """The quantized file that the run trained on; "" where it used the weights themselves."""
     notes: list[str] = field(default_factory=list)
+    """What the user should know before uploading."""
 
 
 def get_base_model_info(
@@ -74,14 +65,10 @@ def get_base_model_info(
 
     Args:
         spec: the base's name in the run or the adapter.
-        hub_id: its Hub id, if the user gives it.
+        hub_id: its Hub id, if the user gives it; UsageError if it is malformed.
         fingerprint: of the base that the adapter was trained on.
         revision: of the base on the Hub.
-        token: for reading the base's card on the Hub.
-        endpoint: of the Hub.
-
-    Raises:
-        UsageError: `hub_id` is malformed.
+        token, endpoint: for reading the base's card on the Hub.
     """
     notes: list[str] = []
     source: ModelSource | None = None
@@ -94,7 +81,7 @@ def get_base_model_info(
     if given is not None:
         require_repo_id(given, require_owner=True)
     on_hub = source is not None and source.kind == "hub"
-    own_id = source.path if source is not None and on_hub else _hub_id_of_alias(spec, source, fingerprint)
+    own_id = source.path if source is not None and on_hub else _find_hub_id_of_alias(spec, source, fingerprint)
     hub_id = given or own_id
     revision = revision if on_hub and hub_id == own_id else None
 
@@ -102,7 +89,11 @@ def get_base_model_info(
     if source is not None and source.kind == "gguf":
         licence, quantized_file = _read_gguf(Path(source.path))
     elif source is not None and source.kind == "folder":
-        licence = _read_folder_licence(Path(source.path))
+        licence = _read_card_licence(Path(source.path, "README.md"))
+        try:
+            licence = licence or _make_licence(read_json(Path(source.path, "config.json")), "its config.json")
+        except RunError as e:
+            log.debug("%s", e)
     if licence is None and hub_id is not None:
         licence = _fetch_licence(hub_id, revision, token, endpoint)
 
@@ -112,15 +103,14 @@ def get_base_model_info(
     elif given is None and not on_hub:
         notes.append(f"the upload names the base {hub_id} in place of {spec!r}")
     if quantized_file and hub_id is not None:
-        notes.append(
-            f"trained on {quantized_file}, a quantized copy: with the weights of {hub_id} answers differ a little"
-        )
+        effect = f"with the weights of {hub_id} answers differ a little"
+        notes.append(f"trained on {quantized_file}, a quantized copy: {effect}")
     if licence is None:
         notes.append(f"the licence of {name} is unknown, and the card says so")
     return BaseModelInfo(name, hub_id, revision, licence, quantized_file, notes)
 
 
-def _hub_id_of_alias(spec: str, source: ModelSource | None, fingerprint: str | None) -> str | None:
+def _find_hub_id_of_alias(spec: str, source: ModelSource | None, fingerprint: str | None) -> str | None:
     """Return the Hub id whose name begins the alias's file name, if its config has the fingerprint."""
     configs = load_known_configs()
     if spec not in ALIASES or spec not in configs:
@@ -139,21 +129,10 @@ def _read_gguf(path: Path) -> tuple[Licence | None, str]:
     except ImportError:
         return None, ""
     reader = GGUFReader(str(path))
-    metadata = {}
-    for name in ("license", "license.name", "license.link"):
-        if (entry := reader.fields.get(f"general.{name}")) is not None:
-            metadata[name.replace(".", "_")] = str(entry.contents())
+    fields = {name: reader.fields.get(f"general.{name}") for name in ("license", "license.name", "license.link")}
+    metadata = {name.replace(".", "_"): str(f.contents()) for name, f in fields.items() if f is not None}
     is_quantized = any(t.tensor_type.name not in UNQUANTIZED for t in reader.tensors)
     return _make_licence(metadata, f"the metadata of {path.name}"), path.name if is_quantized else ""
-
-
-def _read_folder_licence(folder: Path) -> Licence | None:
-    """Return the licence in the model card or the config of a local checkpoint."""
-    licence = _read_card_licence(folder / "README.md")
-    try:
-        return licence or _make_licence(read_json(folder / "config.json"), "its config.json")
-    except RunError:
-        return None
 
 
 def _fetch_licence(hub_id: str, revision: str | None, token: str | bool | None, endpoint: str | None) -> Licence | None:

@@ -1,14 +1,12 @@
 """Engines that can say how likely a text is: transformers, llama.cpp (which Ollama runs, too) and vLLM."""
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +23,7 @@ class Scores:
     """What an engine gives for the tokens of one text except the first, each given those before it.
 
     Args:
-        token_log_probs: natural log-probability of the token that follows `(n - 1)`, float64.
+        token_log_probs: natural log-probability of the token that follows `(n - 1,)`, float64.
         top_ids: ids of the likeliest tokens at each position `(n - 1, k)`.
         top_log_probs: their log-probabilities `(n - 1, k)`, float64.
     """
@@ -34,12 +32,12 @@ class Scores:
     top_ids: Tensor
     top_log_probs: Tensor
 
-    @classmethod
-    def from_lists(cls, token: list[float], ids: list[list[int]], values: list[list[float]]) -> Scores:
-        """Make tensors of plain numbers."""
-        return cls(
-            torch.tensor(token, dtype=torch.float64), torch.tensor(ids), torch.tensor(values, dtype=torch.float64)
-        )
+
+def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> Scores:
+    """Make tensors of each position's log-probability and its likeliest tokens with theirs."""
+    own, top = zip(*positions, strict=True)
+    ids, values = ([[pair[i] for pair in each] for each in top] for i in (0, 1))
+    return Scores(torch.tensor(own, dtype=torch.float64), torch.tensor(ids), torch.tensor(values, dtype=torch.float64))
 
 
 class Engine(Protocol):
@@ -62,39 +60,29 @@ class Engine(Protocol):
 
 
 class TransformersEngine:
-    """A model in this process: the adapted model, or a merged folder loaded back.
-
-    Args:
-        name: as tables show it.
-        model: adapted or plain, in evaluation mode.
-        tokenizer: its own.
-        top_k: how many of the likeliest tokens `score` gives.
-    """
+    """A model in this process, in evaluation mode: the adapted model, or a merged folder loaded back."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, top_k: int = 64) -> None:
         self.name, self.model, self.tokenizer, self.top_k = name, model, tokenizer, top_k
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a rendered prompt; the chat template wrote its beginning-of-sequence token."""
+        # The chat template wrote the beginning-of-sequence token.
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def score(self, ids: Sequence[int]) -> Scores:
-        """Return log-probabilities of all tokens of a text but the first."""
         following = torch.tensor(ids[1:])[:, None]
-        own, top_ids, top = [], [], []
+        own, top = [], []
         for part, log_probs in self._log_probs(ids):
             own.append(log_probs.gather(1, following[part])[:, 0])
-            values, indices = log_probs.topk(min(self.top_k, log_probs.shape[1]))
-            top_ids.append(indices)
-            top.append(values)
-        return Scores(torch.cat(own), torch.cat(top_ids), torch.cat(top))
+            top.append(log_probs.topk(min(self.top_k, log_probs.shape[1])))
+        return Scores(torch.cat(own), torch.cat([t.indices for t in top]), torch.cat([t.values for t in top]))
 
     def score_at(self, ids: Sequence[int], tokens: Tensor) -> Tensor:
         """Return the log-probabilities of given tokens `(n - 1, k)` at each position but the last, float64."""
         return torch.cat([log_probs.gather(1, tokens[part]) for part, log_probs in self._log_probs(ids)])
 
     @torch.no_grad()
-    def _log_probs(self, ids: Sequence[int]) -> Any:
+    def _log_probs(self, ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of positions and log-probabilities of every token: 256 × 128,000 in float64 would be 262 MB."""
         logits = self.model(input_ids=torch.tensor([ids], device=self.model.device), use_cache=False).logits[0, :-1]
         for start in range(0, len(logits), 32):
@@ -103,7 +91,6 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the greedy continuation of a prompt, without its end-of-text token."""
         prompt = torch.tensor([ids], device=self.model.device)
         settings: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         settings |= {"repetition_penalty": 1.0, "max_new_tokens": max_new_tokens}
@@ -114,7 +101,6 @@ class TransformersEngine:
         return new[:-1] if new and new[-1] in ends else new
 
     def close(self) -> None:
-        """Release the model."""
         self.model = None
 
 
@@ -134,28 +120,23 @@ class LlamaCppEngine:
         model: a GGUF of the whole model.
         adapter: a GGUF of an adapter; None: without.
         max_tokens: of the longest text, answers included.
-        top_k: how many of the likeliest tokens `score` gives.
         threads: None: half of the cores. The threads wait for one another, so one on a busy core slows all.
+        top_k: how many of the likeliest tokens `score` gives.
 
     Raises:
         ModelError: xllamacpp is not installed.
         RunError: llama.cpp cannot load the files.
     """
 
+    name = "llama.cpp"
+
     def __init__(
-        self,
-        model: Path,
-        adapter: Path | None = None,
-        *,
-        max_tokens: int = 1024,
-        top_k: int = 64,
-        threads: int | None = None,
+        self, model: Path, adapter: Path | None = None, *, max_tokens: int, threads: int | None = None, top_k: int = 64
     ) -> None:
         if not is_llama_cpp_installed():
             raise ModelError("the package xllamacpp is not installed", "llama.cpp", "pip install xllamacpp")
         import xllamacpp
 
-        self.name = "llama.cpp, base and adapter" if adapter else "llama.cpp"
         self.top_k, self._started = top_k, False
         params: Any = xllamacpp.CommonParams()
         params.model.path = str(model)
@@ -173,57 +154,42 @@ class LlamaCppEngine:
             self.server: Any = xllamacpp.Server(params)
         except Exception as error:
             files = f"{model} with {adapter}" if adapter else str(model)
-            raise RunError(
-                f"llama.cpp cannot load {files}: {error}", "a GGUF, and an adapter of the same base"
-            ) from error
+            message = f"llama.cpp cannot load {files}: {error}"
+            raise RunError(message, "a GGUF, and an adapter of the same base") from error
 
     def tokenize(self, text: str) -> list[int]:
-        """Return llama.cpp's ids of a rendered prompt, with the beginning-of-sequence token that it adds.
-
-        If the template wrote one and llama.cpp adds another, its chat endpoint removes the template's, and so does
-        this.
-        """
-        both, plain = (
+        with_bos, plain = (
             self._post("/tokenize", content=text, add_special=special, parse_special=True)["tokens"]
             for special in (True, False)
         )
-        return plain if both[1:] == plain and both[:1] == plain[:1] else both
+        # If the template wrote a beginning-of-sequence token, too, llama.cpp's chat endpoint removes the template's.
+        return plain if with_bos[1:] == plain and with_bos[:1] == plain[:1] else with_bos
 
     def score(self, ids: Sequence[int]) -> Scores:
-        """Return log-probabilities of all tokens of a text but the first."""
-        own, top_ids, top = [], [], []
-        for at in range(1, len(ids)):
-            log_prob, candidates = self._score_next(ids[:at], ids[at])
-            own.append(log_prob)
-            top_ids.append([c["id"] for c in candidates[: self.top_k]])
-            top.append([c["logprob"] for c in candidates[: self.top_k]])
-        return Scores.from_lists(own, top_ids, top)
+        return _make_scores([self._score_next(ids[:at], ids[at]) for at in range(1, len(ids))])
 
-    def _score_next(self, before: Sequence[int], token: int) -> tuple[float, list[dict[str, Any]]]:
-        """Return the log-probability of a token, and the likeliest tokens."""
-        if entry := self._force(before, token, self.top_k):
-            return entry["logprob"], entry["top_logprobs"]
-        # The server omits a token that ends inside a character. So another token is forced, and all are listed.
-        entry = self._force(before, self.tokenize("a")[-1], 1 << 22)
-        found = {c["id"]: c["logprob"] for c in entry["top_logprobs"]} if entry else {}
-        if entry is None or token not in found:
-            raise RunError(f"llama.cpp gives no probability of token {token}", "a token of its vocabulary")
-        return found[token], entry["top_logprobs"]
-
-    def _force(self, before: Sequence[int], token: int, top_k: int) -> dict[str, Any] | None:
-        answer = self._complete(before, cache_prompt=len(before) > 1, n_probs=top_k, logit_bias=[[token, 1e5]])
-        entries = answer.get("completion_probabilities")
-        return entries[0] if entries and entries[0]["id"] == token else None
+    def _score_next(self, before: Sequence[int], token: int) -> tuple[float, list[tuple[int, float]]]:
+        """Return the log-probability of a token, and the likeliest tokens with theirs."""
+        forced, top_k = token, self.top_k
+        for _ in range(2):
+            answer = self._complete(before, cache_prompt=len(before) > 1, n_probs=top_k, logit_bias=[[forced, 1e5]])
+            entries = answer.get("completion_probabilities")
+            if entries and entries[0]["id"] == forced:
+                top = [(c["id"], c["logprob"]) for c in entries[0]["top_logprobs"]]
+                own = entries[0]["logprob"] if forced == token else dict(top).get(token)
+                if own is not None:
+                    return own, top[: self.top_k]
+            # The server omits a token that ends inside a character. So another token is forced, and all are listed.
+            forced, top_k = self.tokenize("a")[-1], 1 << 22
+        raise RunError(f"llama.cpp gives no probability of token {token}", "a token of its vocabulary")
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the greedy continuation of a prompt, without its end-of-text token."""
         answer = self._complete(ids, n_predict=max_new_tokens, return_tokens=True)
         return answer["tokens"][:-1] if answer["stop_type"] == "eos" else answer["tokens"]
 
     def close(self) -> None:
-        """Stop the server; one that was never used would wait for itself, so it gets a request first."""
         if not self._started:
-            self._complete([0])
+            self._complete([0])  # a server that was never used would wait for itself
         self.server = None
         gc.collect()
 
@@ -234,12 +200,7 @@ class LlamaCppEngine:
         return self._post("/completion", **{**request, "cache_prompt": False, **settings})
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
-        try:
-            return _request_json(urllib.request.urlopen, self.server.listening_address + path, body, 300)
-        except urllib.error.HTTPError as error:
-            raise RunError(f"llama.cpp refused {path}: {error.read().decode(errors='replace')[:300]}") from error
-        except OSError as error:
-            raise RunError(f"llama.cpp did not answer {path}: {error}") from error
+        return _request_json("llama.cpp server", self.server.listening_address, path, body)
 
 
 class VllmEngine:
@@ -256,7 +217,7 @@ class VllmEngine:
 
     Raises:
         UsageError: the address is invalid, or the server does not know the model (the nearest name is given).
-        RunError: no vLLM answers there.
+        ModelError: no vLLM answers there.
     """
 
     name = "vLLM"
@@ -266,24 +227,16 @@ class VllmEngine:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UsageError(f"{url!r} is not the address of a server", "such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.model, self.top_k, self.timeout = model, top_k, timeout
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # A proxy for the outside must not get requests to this machine.
-        is_local = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        self._open = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else [])).open
-        if model not in (names := self.list_models()):
+        self.model, self.top_k, self._timeout, self._key = model, top_k, timeout, key
+        names = [each["id"] for each in self._post("/v1/models")["data"]]
+        if model not in names:
             raise UsageError(
                 f"the vLLM server at {self.url} serves no model {model!r}{nearest(model, names)}",
                 f"one of {format_names(names)}",
                 f"start it with --enable-lora --lora-modules {model}=FOLDER",
             )
 
-    def list_models(self) -> list[str]:
-        """Return the names the server serves models by."""
-        return [each["id"] for each in self._post("/v1/models")["data"]]
-
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids of a rendered prompt as a chat request gets them: the template wrote its first token."""
         return self._post("/tokenize", model=self.model, prompt=text, add_special_tokens=False)["tokens"]
 
     def tokenize_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -291,21 +244,17 @@ class VllmEngine:
         return self._post("/tokenize", model=self.model, messages=list(messages))["tokens"]
 
     def score(self, ids: Sequence[int]) -> Scores:
-        """Return log-probabilities of all tokens of a text but the first."""
         positions = self._complete(ids, 1, prompt_logprobs=self.top_k)["prompt_logprobs"]
         if positions is None or len(positions) != len(ids):
             raise RunError(f"the vLLM server at {self.url} gave no log-probabilities of the prompt", "prompt_logprobs")
-        own, top_ids, top = [], [], []
+        scores = []
         for token, entries in zip(ids[1:], positions[1:], strict=True):
-            own.append(entries[str(token)]["logprob"])
             # The token itself is included even where it is not among the likeliest.
             best = sorted((e["rank"], int(i), e["logprob"]) for i, e in entries.items() if e["rank"] <= self.top_k)
-            top_ids.append([i for _, i, _ in best[: self.top_k]])
-            top.append([value for _, _, value in best[: self.top_k]])
-        return Scores.from_lists(own, top_ids, top)
+            scores.append((entries[str(token)]["logprob"], [(i, value) for _, i, value in best[: self.top_k]]))
+        return _make_scores(scores)
 
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
-        """Return the greedy continuation of a prompt, without its end-of-text token."""
         choice = self._complete(ids, max_new_tokens, return_token_ids=True)
         tokens = choice.get("token_ids")
         if tokens is None:
@@ -322,37 +271,43 @@ class VllmEngine:
         return self._post("/v1/completions", **request)["choices"][0]
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
-        try:
-            return _request_json(self._open, self.url + path, body, self.timeout, self._headers)
-        except urllib.error.HTTPError as error:
-            raise RunError(f"the vLLM server at {self.url} refused {path}: {_read_error(error)}") from error
-        except TimeoutError as error:
-            raise RunError(f"the vLLM server at {self.url} did not answer {path} in {self.timeout:g} s") from error
-        except json.JSONDecodeError as error:
-            raise RunError(f"what answers at {self.url}{path} is not a vLLM server: it sends no JSON") from error
-        except OSError as error:
-            raise RunError(
-                f"no vLLM server answers at {self.url}: {getattr(error, 'reason', error)}",
-                "a running server",
-                "start it (sh serve.sh in the export folder), and wait until it says that startup is complete",
-            ) from error
+        return _request_json("vLLM server", self.url, path, body, timeout=self._timeout, key=self._key)
 
 
 def _request_json(
-    open_url: Callable[..., Any], url: str, body: dict[str, Any], timeout: float, headers: dict[str, str] | None = None
+    server: str, url: str, path: str, body: dict[str, Any], timeout: float = 300, key: str | None = None
 ) -> dict[str, Any]:
-    """Send JSON by POST (without a body: by GET), and return the JSON of the answer."""
-    headers = {"Content-Type": "application/json", **(headers or {})}
-    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers)
-    with open_url(request, timeout=timeout) as answer:
-        return json.loads(answer.read())
+    """Send JSON by POST (without a body: by GET), and return the JSON of the answer.
+
+    Raises:
+        RunError: the server refuses the request.
+        ModelError: no such server answers there, or it does not accept the key.
+    """
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(url + path, json.dumps(body).encode() if body else None, headers)
+    # A proxy for the outside must not get requests to this machine.
+    is_local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if is_local else []))
+    try:
+        with opener.open(request, timeout=timeout) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        kind = ModelError if error.code in (401, 403, 404) else RunError
+        raise kind(f"the {server} at {url} refused {path}: {error.code}, {_read_error(error)}") from error
+    except TimeoutError as error:
+        raise ModelError(f"the {server} at {url} did not answer {path} in {timeout:g} s") from error
+    except json.JSONDecodeError as error:
+        raise ModelError(f"what answers at {url}{path} is not a {server}: it sends no JSON") from error
+    except OSError as error:
+        hint = "start it (sh serve.sh in the export folder), and wait until it says that startup is complete"
+        raise ModelError(f"no {server} answers at {url}: {getattr(error, 'reason', error)}", hint=hint) from error
 
 
 def _read_error(error: urllib.error.HTTPError) -> str:
-    """Return a vLLM server's own message, which is inside the JSON of its answer."""
+    """Return a server's own message, which is inside the JSON of its answer."""
     text = error.read().decode(errors="replace")
     try:
         answer = json.loads(text)
-        return f"{error.code}, {answer['error']['message'] if 'error' in answer else answer.get('detail', text)}"[:600]
+        return str(answer["error"]["message"] if "error" in answer else answer.get("detail", text))[:600]
     except (ValueError, TypeError, KeyError, AttributeError):
-        return f"{error.code}, {text[:300]}"
+        return text[:300]

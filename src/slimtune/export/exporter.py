@@ -10,7 +10,7 @@
 import shlex
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,11 +19,11 @@ from ..run_dir import ADAPTER_FILE, RunDir
 from ..setup import TrainedModel, load_run
 from ..utils.files import atomic_folder
 from .gguf import ADAPTER_DTYPES, PRECISIONS, quantize_gguf, require_quantizer, write_adapter_gguf
-from .manifest import read_manifest, write_manifest
+from .manifest import ADAPTER_GGUF, MODEL_GGUF, write_manifest
 from .merge import load_trained, write_merged_gguf
 from .ollama import write_ollama
 from .reference import Reference, Verdict
-from .verify import ADAPTER_GGUF, MODEL_GGUF, Verifier
+from .verify import Verifier
 from .vllm import write_vllm_adapter
 
 Target = Literal["gguf", "ollama", "vllm"]
@@ -40,29 +40,26 @@ OPTION_TARGETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export a run.
-
-    Args:
-        merged: base and adapter as one model; otherwise the adapter without its base.
-        precision: of the tensors: "f32" or "f16" for an adapter; for a merged model also "bf16", "q8_0", or what
-            llama.cpp's `llama-quantize` makes, such as "Q4_K_M". None: "f32", merged "f16".
-        convert_to_lora: convert the adapter first to the nearest LoRA of this rank (int), or to one that keeps this
-            share of each layer's change (float in (0, 1]).
-        ollama_base: Ollama's FROM; None: the base's own GGUF.
-        name: of the model in the engine; None: the folder's.
-        system: system prompt of every conversation in Ollama that has none.
-        num_ctx: tokens of Ollama's window.
-        dtype: what vLLM computes in.
-    """
+    """How to export a run."""
 
     merged: bool = False
+    """Base and adapter as one model; otherwise the adapter without its base."""
     precision: str | None = None
+    """Of the tensors: "f32" or "f16" for an adapter; for a merged model also "bf16", "q8_0", or what llama.cpp's
+    `llama-quantize` makes, such as "Q4_K_M". None: "f32", merged "f16"."""
     convert_to_lora: float | None = None
+    """Convert the adapter first to the nearest LoRA of this rank (int), or to one that keeps this share of each layer's
+    change (float in (0, 1])."""
     ollama_base: str | None = None
+    """Ollama's FROM; None: the base's own GGUF."""
     name: str | None = None
+    """Of the model in the engine; None: the folder's."""
     system: str | None = None
+    """System prompt of every conversation in Ollama that has none."""
     num_ctx: int | None = None
+    """Tokens of Ollama's window."""
     dtype: str | None = None
+    """What vLLM computes in."""
 
 
 def export(
@@ -97,38 +94,47 @@ def export(
         RunError: the disk is full, or the engine differs from the trained adapter.
     """
     run, out = Path(run), Path(out).expanduser()
-    if target not in get_args(Target):
-        names = get_args(Target)
-        raise UsageError(f"unknown target {target!r}{nearest(target, names)}", format_names(names))
-    RunDir.require_free(out)
     if options.precision and options.precision.lower() in PRECISIONS:
         options = replace(options, precision=options.precision.lower())
     _check_options(target, options)
+    RunDir.require_free(out)
     loaded = load_trained(run)
     model: Any = loaded.model
+    needed = (loaded.adapter / ADAPTER_FILE).stat().st_size
     if options.merged:
         needed = 2 * sum(p.numel() for p in model.parameters())
-    else:
-        _refuse_loftq(loaded, run)
-        needed = (loaded.adapter / ADAPTER_FILE).stat().st_size
+    elif loaded.recipe is not None and loaded.recipe.method.settings.get("init_lora_weights") == "loftq":
+        raise AdapterError(
+            f"the adapter of {run} started with what quantization to {loaded.recipe.model.quantization} removed from "
+            "the base (loftq); a base in 16 bits still has it, and would have it twice",
+            "base and adapter as one model",
+            f"slimtune merge {run} --out FOLDER, or --merged",
+        )
     with atomic_folder(out, needed) as folder:
         log(f"writing {out}")
         if target == "vllm":
-            facts = _write_vllm(loaded, run, folder, out, options)
+            facts = write_vllm_adapter(
+                loaded,
+                run,
+                folder,
+                out=out,
+                name=options.name,
+                convert_to_lora=options.convert_to_lora,
+                dtype=options.dtype,
+            )
         else:
             facts = _write_gguf(loaded, run, folder, out, options)
         if target == "ollama":
-            facts |= _write_ollama(loaded, folder, out, options, facts["notes"])
-        write_manifest(folder, target, run, {k: v for k, v in facts.items() if k not in ("commands", "notes")})
+            facts |= _write_ollama(loaded, folder, out, options)
+        commands, notes = facts.pop("commands"), facts.pop("notes", [])
+        write_manifest(folder, target, run, facts)
         verdict, reference = Verdict(target, "", reason="--no-verify"), None
         if verify:
-            manifest = read_manifest(folder)
-            assert manifest is not None
             with tempfile.TemporaryDirectory(prefix=".slimtune-verify-", dir=folder.parent) as temporary:
                 verifier = Verifier(loaded, run, Path(temporary), threads=threads, log=log)
-                verdict, reference = next(verifier.verify_export(folder, manifest)), verifier.reference
+                verdict, reference = next(verifier.verify_export(folder, {"kind": target, **facts})), verifier.reference
         if not options.merged and loaded.base.quantization is not None:
-            facts["notes"].append(_describe_16_bit_base(loaded, run, reference))
+            notes = [*notes, _describe_16_bit_base(loaded, run, reference)]
         if verdict.passed is False:
             raise RunError(
                 f"{verdict.engine} differs from the trained adapter: {verdict.reason}",
@@ -136,10 +142,15 @@ def export(
                 "please report it; --no-verify writes the folder without the check",
             )
         files = {f.relative_to(folder).as_posix(): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-    return {"run": str(run), "out": str(out), "to": target, "files": files, **facts, "check": verdict.to_dict()}
+    result = {"run": str(run), "out": str(out), "to": target, "files": files, **facts}
+    return {**result, "commands": commands, "notes": notes, "check": asdict(verdict)}
 
 
 def _check_options(target: str, options: ExportOptions) -> None:
+    if target not in get_args(Target):
+        raise UsageError(
+            f"unknown target {target!r}{nearest(target, get_args(Target))}", format_names(get_args(Target))
+        )
     unread = [
         f"--{option.replace('_', '-')}"
         for option, targets in OPTION_TARGETS.items()
@@ -147,33 +158,19 @@ def _check_options(target: str, options: ExportOptions) -> None:
     ]
     if unread:
         raise UsageError(f"{', '.join(unread)} has no effect in an export to {target}", hint="leave it out")
-    if options.ollama_base is not None and options.merged:
-        raise UsageError("--merged and --ollama-base together", "one of them: a merged model contains its base")
-    if target == "vllm" and options.merged:
+    if options.merged and target == "vllm":
         raise UsageError("vLLM reads a merged model as a plain folder", hint="slimtune merge RUN --out FOLDER")
+    if options.merged and options.ollama_base is not None:
+        raise UsageError("--merged and --ollama-base together", "one of them: a merged model contains its base")
     if options.merged and options.convert_to_lora is not None:
         raise UsageError("--merged and --convert-to-lora together", "one of them: a merged model has no adapter")
-    if target == "vllm" or options.precision is None:
+    if options.precision is None:
         return
-    if not options.merged and options.precision not in ADAPTER_DTYPES:
-        raise UsageError(
-            f"an adapter in {options.precision!r}{nearest(options.precision, ADAPTER_DTYPES)}",
-            format_names(ADAPTER_DTYPES),
-            "--merged takes every precision",
-        )
     if options.merged and options.precision not in PRECISIONS:
         require_quantizer(options.precision)
-
-
-def _refuse_loftq(loaded: TrainedModel, run: Path) -> None:
-    recipe = loaded.recipe
-    if recipe is not None and recipe.method.settings.get("init_lora_weights") == "loftq":
-        raise AdapterError(
-            f"the adapter of {run} started with what quantization to {recipe.model.quantization} removed from the base "
-            "(loftq); a base in 16 bits still has it, and would have it twice",
-            "base and adapter as one model",
-            f"slimtune merge {run} --out FOLDER, or --merged",
-        )
+    elif not options.merged and options.precision not in ADAPTER_DTYPES:
+        message = f"an adapter in {options.precision!r}{nearest(options.precision, ADAPTER_DTYPES)}"
+        raise UsageError(message, format_names(ADAPTER_DTYPES), "--merged takes every precision")
 
 
 def _write_gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
@@ -187,76 +184,49 @@ def _write_gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, option
                 whole = Path(temporary, MODEL_GGUF)
                 write_merged_gguf(loaded, run, whole, "f16")
                 quantize_gguf(whole, file, precision)
-        command = shlex.join(["llama-cli", "-m", str(out / MODEL_GGUF)])
-        return {"precision": precision, "commands": [command], "notes": []}
-    adapter, conversion = model.active_adapter, {}
+        return {"precision": precision, "commands": [shlex.join(["llama-cli", "-m", str(out / MODEL_GGUF)])]}
+    adapter, facts = model.active_adapter, {}
     if options.convert_to_lora is not None:
         report = model.to_lora(adapter, options.convert_to_lora)
-        conversion = {"conversion": {"method": model.peft_config[adapter].name, "error": report.error}}
+        facts = {"conversion": {"method": model.peft_config[adapter].name, "error": report.error}}
         adapter = report.adapter
     precision = options.precision or "f32"
-    facts = write_adapter_gguf(folder / ADAPTER_GGUF, model, adapter, precision)
+    facts = write_adapter_gguf(folder / ADAPTER_GGUF, model, adapter, precision) | facts
     base = loaded.base.source.path if loaded.base.source.kind == "gguf" else "BASE.gguf"
     command = shlex.join(["llama-cli", "-m", base, "--lora", str(out / ADAPTER_GGUF)])
-    return {**facts, **conversion, "precision": precision, "commands": [command], "notes": []}
+    return {**facts, "precision": precision, "commands": [command]}
 
 
-def _write_ollama(
-    loaded: TrainedModel, folder: Path, out: Path, options: ExportOptions, notes: list[str]
-) -> dict[str, Any]:
-    source = loaded.base.source
-    adapter = None if options.merged else folder / ADAPTER_GGUF
-    base = options.ollama_base or (source.path if source.kind == "gguf" else None)
-    if options.merged:
-        base = str(folder / MODEL_GGUF)
+def _write_ollama(loaded: TrainedModel, folder: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
+    source, model = loaded.base.source, loaded.model
+    base = str(folder / MODEL_GGUF) if options.merged else options.ollama_base
+    if base is None and source.kind == "gguf":
+        base = source.path
     if base is None:
         raise UsageError(
             f"the base {source.spec} is not a GGUF, which Ollama needs to add an adapter to",
             "a name from Ollama's library, or a GGUF of the same base",
             "--ollama-base NAME (such as llama3.1:8b), or --merged",
         )
-    written = write_ollama(
+    facts = write_ollama(
         folder,
         base=base,
-        adapter=adapter,
+        adapter=None if options.merged else folder / ADAPTER_GGUF,
         tokenizer=loaded.base.tokenizer,
-        config=loaded.model.config,  # type: ignore[attr-defined]
+        config=model.config,  # type: ignore[attr-defined]
         name=options.name or out.resolve().name.lower(),
         system=options.system,
         max_seq_len=loaded.recipe.data.max_seq_len if loaded.recipe is not None else None,
         num_ctx=options.num_ctx,
         out=out,
     )
-    notes = [*notes, *written.notes]
     if options.ollama_base:
-        notes.append(f"checked beside the base the run was trained on; {options.ollama_base} itself was not checked")
-    elif adapter is not None and loaded.base.quantization is None:
-        notes.append(
-            "the adapter was trained on this base in 16 or 32 bits; Ollama adds it to the base as the file has it"
-        )
-    return {
-        "commands": [written.create, written.run],
-        "notes": notes,
-        "template": written.template is not None,
-        "stops": list(written.stops),
-        "num_ctx": written.num_ctx,
-    }
-
-
-def _write_vllm(loaded: TrainedModel, run: Path, folder: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
-    facts = write_vllm_adapter(
-        loaded,
-        run,
-        folder,
-        out=out,
-        name=options.name,
-        convert_to_lora=options.convert_to_lora,
-        dtype=options.dtype,
-    )
-    command, notes = facts.pop("command"), facts.pop("warnings")
-    verify = shlex.join(["slimtune", "verify", str(out), "--vllm", "http://127.0.0.1:8000"])
-    notes = [*notes, f"the files were read back here; to check vLLM itself, start it, then {verify}"]
-    return {**facts, "precision": "f32", "commands": [command], "notes": notes}
+        note = f"checked beside the base the run was trained on; {options.ollama_base} itself was not checked"
+    elif not options.merged and loaded.base.quantization is None:
+        note = "the adapter was trained on this base in 16 or 32 bits; Ollama adds it to the base as the file has it"
+    else:
+        note = ""
+    return {**facts, "notes": [*facts["notes"], *filter(None, [note])], "template": facts["template"] is not None}
 
 
 def _describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference | None) -> str:
@@ -264,16 +234,15 @@ def _describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference 
 
     There it is added to W instead of the dequantized W_q. How far that moves its answers is measured if possible.
     """
-    quantization = loaded.base.quantization
-    trained = f"the adapter was trained on the base in {quantization}; beside the base in 16 bits"
+    trained = f"the adapter was trained on the base in {loaded.base.quantization}; beside the base in 16 bits"
     merged = f"merged they are what was trained: slimtune merge {run} --out FOLDER"
     if reference is None:
         return f"{trained} answers differ; {merged}"
     dtype = str(loaded.base.dtype).removeprefix("torch.")
     model: Any = load_run(run, dtype=dtype, device="cpu", quantization="none").model
     plain = Reference(model.to(reference.engine.model.dtype), reference.engine.tokenizer, reference.texts)
-    moved = reference.differences(plain.log_probs()).mean().item()
+    moved = reference.differences(plain.log_probs).mean().item()
     return (
         f"{trained} log p differs by {moved:.2g} nats on average, where the adapter changes it by "
-        f"{reference.effect():.2g}; {merged}"
+        f"{reference.effect:.2g}; {merged}"
     )

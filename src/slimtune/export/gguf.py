@@ -37,24 +37,20 @@ ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.flo
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Precisions of a whole model that are written here, with gguf's name of the file type."""
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
-_INSTALL_HINT = "put a checkout of llama.cpp on the disk and set LLAMA_CPP to its folder"
 
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """How llama.cpp stores one architecture.
-
-    Args:
-        name: its name in gguf.
-        permuted: last names of linear layers whose output rows are permuted, with the config's number of heads.
-        norm_shift: added to the weights of norms: Gemma multiplies by 1 + w, llama.cpp by what the file says.
-        transposed: last names of layers that store their weight as `(in, out)`.
-    """
+    """How llama.cpp stores one architecture."""
 
     name: str
+    """Its name in gguf."""
     permuted: dict[str, str] = field(default_factory=dict)
+    """Last names of linear layers whose output rows are permuted, with the config's number of heads."""
     norm_shift: float = 0.0
+    """Added to the weights of norms: Gemma multiplies by 1 + w, llama.cpp by what the file says."""
     transposed: tuple[str, ...] = ()
+    """Last names of layers that store their weight as `(in, out)`."""
 
 
 _ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -73,26 +69,16 @@ ARCHITECTURES = {
 
 
 def import_gguf() -> Any:
-    """Return the package gguf.
-
-    Raises:
-        ModelError: it is not installed.
-    """
+    """Return the package gguf, or raise ModelError if it is not installed."""
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(
-            "the package gguf, which reads and writes GGUF files, is not installed", hint="pip install gguf"
-        )
+        raise ModelError("the package gguf, for GGUF files, is not installed", hint="pip install gguf")
     import gguf
 
     return gguf
 
 
 def get_architecture(config: Any) -> GgufArchitecture:
-    """Return how llama.cpp stores a model's architecture.
-
-    Raises:
-        UsageError: it is not in the table.
-    """
+    """Return how llama.cpp stores a model's architecture, or raise UsageError if it is not in the table."""
     kind = config.model_type
     if kind not in ARCHITECTURES:
         raise UsageError(
@@ -105,28 +91,15 @@ def get_architecture(config: Any) -> GgufArchitecture:
 
 
 def get_tensor_names(config: Any) -> Any:
-    """Return gguf's name map: `.get_name("model.layers.0.mlp.up_proj")` is "blk.0.ffn_up".
-
-    Raises:
-        UsageError: the architecture is not in the table.
-        ModelError: the package gguf is not installed.
-    """
-    name = get_architecture(config).name
-    gguf = import_gguf()
+    """Return gguf's name map: `.get_name("model.layers.0.mlp.up_proj")` is "blk.0.ffn_up"."""
+    name, gguf = get_architecture(config).name, import_gguf()
     architecture = next(key for key, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     return gguf.get_tensor_name_map(architecture, config.get_text_config().num_hidden_layers)
 
 
 def to_llama_cpp_layout(weight: Tensor, name: str, config: Any) -> Tensor:
-    """Return a parameter as llama.cpp stores it.
-
-    Args:
-        weight: the parameter.
-        name: its name in the model, with `.weight` or `.bias`.
-        config: the model's.
-    """
-    architecture = get_architecture(config)
-    module, _, leaf = name.rpartition(".")
+    """Return a parameter as llama.cpp stores it; `name` is its full name, such as `model.norm.weight`."""
+    architecture, (module, _, leaf) = get_architecture(config), name.rpartition(".")
     if leaf == "weight" and module.rpartition(".")[2] in architecture.transposed:
         weight = weight.t()
     if architecture.norm_shift and weight.dim() == 1 and module.endswith("norm"):
@@ -135,13 +108,7 @@ def to_llama_cpp_layout(weight: Tensor, name: str, config: Any) -> Tensor:
 
 
 def permute_rope_rows(rows: Tensor, module: str, config: Any) -> Tensor:
-    """Return the output rows of a linear layer in llama.cpp's order.
-
-    Args:
-        rows: a weight or a LoRA's B, `(out, …)`.
-        module: the layer's name in the model.
-        config: the model's.
-    """
+    """Return the output rows of a linear layer, of its weight or a LoRA's B `(out, …)`, in llama.cpp's order."""
     heads = get_architecture(config).permuted.get(module.rpartition(".")[2])
     if heads is None:
         return rows
@@ -153,24 +120,16 @@ def permute_rope_rows(rows: Tensor, module: str, config: Any) -> Tensor:
 
 
 def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precision: str = "f32") -> dict[str, Any]:
-    """Write an adapter as GGUF.
-
-    Args:
-        file: in a folder that is not in use yet: the write is not atomic.
-        model: the adapted model.
-        adapter: the adapter's name.
-        precision: of the tensors, "f32" or "f16".
+    """Write an adapter as GGUF in "f32" or "f16".
 
     Returns:
         `architecture`, `alpha`, `ranks` (the different ones, ascending), `tensors`, `bytes`.
 
     Raises:
-        UsageError: the architecture or precision is unknown, or the adapter is not a LoRA of linear layers only.
+        UsageError: the architecture is unknown, or the adapter is not a LoRA of linear layers only.
         AdapterError: a value is NaN or Inf, or too large for the precision.
         ModelError: the package gguf is not installed.
     """
-    if precision not in ADAPTER_DTYPES:
-        raise UsageError(f"an adapter GGUF in {precision!r}", format_names(ADAPTER_DTYPES), "--precision f32")
     gguf, architecture = import_gguf(), get_architecture(model.config)
     names, layers = get_tensor_names(model.config), get_lora_factors(model, adapter)
     alphas = {module: scale * A.shape[0] for module, (A, _, scale) in layers.items()}
@@ -199,13 +158,9 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return {
-        "architecture": architecture.name,
-        "alpha": alpha,
-        "ranks": sorted({A.shape[0] for A, _, _ in layers.values()}),
-        "tensors": 2 * len(layers),
-        "bytes": file.stat().st_size,
-    }
+    ranks = sorted({A.shape[0] for A, _, _ in layers.values()})
+    facts = {"architecture": architecture.name, "alpha": alpha, "ranks": ranks, "tensors": 2 * len(layers)}
+    return {**facts, "bytes": file.stat().st_size}
 
 
 def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]:
@@ -230,13 +185,15 @@ def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]
 
 def _to_finite_array(tensor: Tensor, module: str, precision: str) -> Any:
     rounded = tensor.detach().cpu().to(ADAPTER_DTYPES[precision])
-    if not torch.isfinite(rounded).all():
-        too_large = precision == "f16" and bool(torch.isfinite(tensor).all())
-        largest = f"values up to {tensor.abs().max().item():.3g}, too large for f16" if too_large else "NaN or Inf"
+    if not torch.isfinite(tensor).all():
         raise AdapterError(
-            f"the adapter at {module} contains {largest}",
-            f"values up to {torch.finfo(torch.float16).max:.3g}" if too_large else "finite values",
-            "--precision f32" if too_large else "an older checkpoint of the run",
+            f"the adapter at {module} contains NaN or Inf", "finite values", "an older checkpoint of the run"
+        )
+    if not torch.isfinite(rounded).all():
+        largest = f"values up to {tensor.abs().max().item():.3g}, too large for {precision}"
+        limit = torch.finfo(rounded.dtype).max
+        raise AdapterError(
+            f"the adapter at {module} contains {largest}", f"values up to {limit:.3g}", "--precision f32"
         )
     return rounded.contiguous().numpy()
 
@@ -261,19 +218,18 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     """
     gguf, architecture, names = import_gguf(), get_architecture(model.config), get_tensor_names(model.config)
     reader = gguf.GGUFReader(str(template))
+    base_tensors = {t.name: t for t in reader.tensors}
     parameters: dict[str, tuple[str, Tensor]] = {}
     unknown = []
     for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
         if re.search(r"(^|\.)(adapters|trained_copies)\.", name):
             continue
-        module, _, leaf = name.rpartition(".")
-        gguf_module = names.get_name(module)
-        if gguf_module is None:
+        if (gguf_module := names.get_name(module)) is None:
             unknown.append(name)
         else:
             parameters[f"{gguf_module}.{leaf}"] = name, parameter
-    template_tensors = {t.name: t for t in reader.tensors}
-    missing = [n for n in template_tensors if n not in parameters and not n.startswith("rope")]
+    missing = [n for n in base_tensors if n not in parameters and not n.startswith("rope")]
     if missing or unknown:
         raise ModelError(
             f"the model and {template.name} have different tensors: {format_names([*missing, *unknown], 4)}",
@@ -296,19 +252,16 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
 
     def encode(name: str) -> tuple[Any, Any]:
         if name not in parameters:
-            return template_tensors[name].data, template_tensors[name].tensor_type
+            return base_tensors[name].data, base_tensors[name].tensor_type
         own_name, parameter = parameters[name]
         tensor = to_llama_cpp_layout(parameter.detach(), own_name, model.config)
         values = tensor.to(torch.float32).cpu().contiguous().numpy()
-        kind = gguf.GGMLQuantizationType[precision.upper()]
-        if values.ndim == 1:
-            kind = gguf.GGMLQuantizationType.F32
-        elif values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        kind = gguf.GGMLQuantizationType[precision.upper() if values.ndim > 1 else "F32"]
+        if values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F16  # a row is not a whole number of blocks
         return gguf.quants.quantize(values, kind), kind
 
-    # A head that was tied in the base and is not any more is a new tensor.
-    order = [*template_tensors, *(n for n in parameters if n not in template_tensors)]
+    order = [*base_tensors, *(n for n in parameters if n not in base_tensors)]  # new: a head that is not tied any more
     for name in order:
         data, kind = encode(name)
         writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, raw_dtype=kind)
@@ -321,51 +274,31 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
 
 
 def convert_hf_to_gguf(folder: Path, file: Path, precision: str = "f16") -> None:
-    """Write a Hugging Face folder as GGUF by llama.cpp's own converter.
-
-    Raises:
-        ModelError: the converter is not installed.
-        RunError: it failed; its last lines are given.
-    """
-    script = find_llama_cpp_tool(CONVERTER)
-    if script is None:
-        raise ModelError(
-            f"llama.cpp's {CONVERTER}, which makes a GGUF of a Hugging Face folder, is not installed",
-            f"{CONVERTER} on the PATH or in $LLAMA_CPP",
-            f"{_INSTALL_HINT}; or export the adapter without its base",
-        )
+    """Write a Hugging Face folder as GGUF by llama.cpp's own converter; ModelError if it is missing."""
+    script = require_llama_cpp_tool(CONVERTER, "makes a GGUF of a Hugging Face folder", "export the adapter alone")
     _run_tool([sys.executable, script, str(folder), "--outfile", str(file), "--outtype", precision])
 
 
 def quantize_gguf(file: Path, out: Path, precision: str) -> None:
-    """Write a GGUF in another precision by llama.cpp's `llama-quantize`.
-
-    Args:
-        file: an f32, f16 or bf16 GGUF.
-        out: the new file.
-        precision: llama.cpp's name of it: "Q4_K_M".
-
-    Raises:
-        ModelError: the program is not installed.
-        RunError: it failed; its last lines are given.
-    """
+    """Write an f32, f16 or bf16 GGUF in another precision ("Q4_K_M") by llama.cpp's `llama-quantize`."""
     _run_tool([require_quantizer(precision), str(file), str(out), precision])
 
 
 def require_quantizer(precision: str) -> str:
-    """Return the path of `llama-quantize`.
+    """Return the path of `llama-quantize`, or raise ModelError."""
+    return require_llama_cpp_tool(QUANTIZER, f"makes {precision}", f"--precision {' or '.join(PRECISIONS)}")
 
-    Raises:
-        ModelError: it is not installed.
-    """
-    program = find_llama_cpp_tool(QUANTIZER)
-    if program is None:
+
+def require_llama_cpp_tool(name: str, purpose: str, alternative: str) -> str:
+    """Return the path of a program of llama.cpp, or raise ModelError."""
+    path = find_llama_cpp_tool(name)
+    if path is None:
         raise ModelError(
-            f"llama.cpp's {QUANTIZER}, which makes {precision}, is not installed",
-            f"{QUANTIZER} on the PATH or in $LLAMA_CPP, or one of {format_names(PRECISIONS)}",
-            f"{_INSTALL_HINT}; or --precision q8_0",
+            f"llama.cpp's {name}, which {purpose}, is not installed",
+            f"{name} on the PATH or in $LLAMA_CPP",
+            f"put a checkout of llama.cpp on the disk and set LLAMA_CPP to its folder; or {alternative}",
         )
-    return program
+    return path
 
 
 def find_llama_cpp_tool(name: str) -> str | None:
@@ -379,6 +312,5 @@ def _run_tool(command: Sequence[str]) -> None:
     done = subprocess.run([*command], capture_output=True, text=True, errors="replace")
     if done.returncode:
         last_lines = "\n".join((done.stderr or done.stdout).strip().splitlines()[-6:])
-        raise RunError(
-            f"llama.cpp failed: {shlex.join(command)}\n{last_lines}", "an architecture and tokenizer that it knows"
-        )
+        message = f"llama.cpp failed: {shlex.join(command)}\n{last_lines}"
+        raise RunError(message, "an architecture and tokenizer that it knows")

@@ -8,6 +8,7 @@ Only files on the list are uploaded; the others are named in the result.
 import json
 import logging
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +17,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..adapters import state_dict
+from ..adapters import model_card, state_dict
 from ..adapters.config import CONFIG_FILE, PeftConfig
 from ..adapters.model import PeftModel
-from ..adapters.model_card import CARD_FILE, is_saved_card, strip_local_paths
+from ..adapters.model_card import CARD_FILE, strip_local_paths
 from ..errors import AdapterError, ModelError, RunError, SlimtuneError, UsageError, format_names
 from ..models.gguf import read_gguf
 from ..models.registry import load_config
 from ..run_dir import ADAPTER_FILE, RunDir, RunResults, read_json
 from ..setup import build_meta_model, find_adapter_folder
 from ..utils.hub import CommitResult, commit_files, require_repo_id
-from .base_model_info import get_base_model_info
+from .base_model_info import BaseModelInfo, get_base_model_info
 from .manifest import read_manifest
-from .model_card import render_adapter_card
+from .vllm import is_served_unchanged, round_up_rank
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +38,10 @@ _TOKENIZER = (
     r"merges\.txt|spiece\.model|chat_template\.(jinja|json)|preprocessor_config\.json|processor_config\.json"
 )
 _LICENCE = r"(LICEN[CS]E|NOTICE|USE_POLICY)(\.(md|txt))?"
+_CHECKPOINT = r"(config|generation_config)\.json|.+\.safetensors(\.index\.json)?|README\.md"
 ALLOWED_FILES = {
     "adapter": rf"{_TOKENIZER}|{_LICENCE}",
-    "checkpoint": r"(config|generation_config)\.json|.+\.safetensors(\.index\.json)?|README\.md"
-    rf"|{_TOKENIZER}|{_LICENCE}",
+    "checkpoint": rf"{_CHECKPOINT}|{_TOKENIZER}|{_LICENCE}",
     "gguf": rf".+\.gguf|README\.md|{_LICENCE}",
 }
 """Names of files that may be uploaded; of an adapter also its two files and its card."""
@@ -50,25 +51,21 @@ _PATH_IN_CARD = re.compile(r"`(?:~|\.{1,2})?/[^`\n]*?([^`/\n]+)/?`")
 
 @dataclass
 class Upload:
-    """What is to be uploaded.
-
-    Args:
-        kind: "adapter", "checkpoint" or "gguf".
-        folder: the local folder.
-        files: contents by their names on the Hub.
-        message: default first line of the commit.
-        base: name of the base in the files; None where unknown.
-        eval_file: file of the run with the held-out result in the card; None where there is none.
-        notes: what the user should know.
-    """
+    """What is to be uploaded."""
 
     kind: str
+    """"adapter", "checkpoint" or "gguf"."""
     folder: Path
     files: dict[str, Path | bytes]
+    """Contents by their names on the Hub."""
     message: str
+    """Default first line of the commit."""
     base: str | None = None
+    """Name of the base in the files."""
     eval_file: str | None = None
+    """File of the run with the held-out result in the card."""
     notes: list[str] = field(default_factory=list)
+    """What the user should know."""
 
 
 def push(
@@ -112,7 +109,7 @@ def push(
     """
     run = Path(run)
     require_repo_id(repo_id, require_owner=True)
-    upload = prepare_upload(run, repo_id, base=base, token=token, endpoint=endpoint)
+    upload = _prepare_upload(run, repo_id, base, token, endpoint)
     sizes = {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in upload.files.items()}
     result: dict[str, Any] = {
         "run": str(run),
@@ -139,7 +136,7 @@ def push(
             token=token,
             endpoint=endpoint,
         )
-        result["notes"] = [*upload.notes, *_repository_notes(done, upload)]
+        result["notes"] = [*upload.notes, *_describe_repository(done, upload)]
         result |= {
             "repo_id": done.repo_id,
             "url": done.url,
@@ -155,31 +152,27 @@ def push(
     return result
 
 
-def prepare_upload(
-    run: Path, repo_id: str, *, base: str | None = None, token: str | bool | None = None, endpoint: str | None = None
+def _prepare_upload(
+    run: Path, repo_id: str, base: str | None, token: str | bool | None, endpoint: str | None
 ) -> Upload:
-    """Return what `push` uploads, after reading and checking it. Arguments and errors are those of `push`."""
+    """Return what `push` uploads, after reading and checking it."""
     names = sorted(p.name for p in run.iterdir()) if run.is_dir() else []
     if {CONFIG_FILE, ADAPTER_FILE, "recipe.yaml"} & set(names):
         return _prepare_adapter(run, repo_id, base, token, endpoint)
     is_checkpoint = "config.json" in names
     if is_checkpoint or any(n.endswith(".gguf") for n in names):
         if base is not None:
-            raise UsageError(
-                f"--base is for adapters, and {run} is a whole model",
-                "a card that names it",
-                f"write it in {CARD_FILE}",
-            )
+            hint = f"write it in {CARD_FILE}"
+            raise UsageError(f"--base is for adapters, and {run} is a whole model", "a card that names it", hint)
         upload = _prepare_checkpoint(run) if is_checkpoint else _prepare_gguf(run)
         if CARD_FILE not in upload.files:
             upload.notes.append(f"{run} has no {CARD_FILE}: the repository gets no model card")
         return upload
-    note = read_manifest(run) if run.is_dir() else None
-    if note is not None:
+    if manifest := read_manifest(run):
         raise UsageError(
-            f"{run} is an export for {note['kind']} without weights: {format_names(names)}",
+            f"{run} is an export for {manifest['kind']} without weights: {format_names(names)}",
             "a run, an adapter, a merged model or GGUF files",
-            f"push the run it was made from: {note['run']}",
+            f"push the run it was made from: {manifest['run']}",
         )
     RunDir.open(run)
     raise AssertionError("unreachable")
@@ -189,32 +182,24 @@ def _prepare_adapter(
     run: Path, repo_id: str, base: str | None, token: str | bool | None, endpoint: str | None
 ) -> Upload:
     folder = find_adapter_folder(run)
-    file = folder / ADAPTER_FILE
-    run_dir = _find_run_dir(run, folder)
+    run_dir, file, card = _find_run_dir(run, folder), folder / ADAPTER_FILE, folder / CARD_FILE
     results = run_dir.load_results() if run_dir is not None else RunResults()
     recipe = results.recipe
     tensors, fingerprint = state_dict.read_adapter_file(folder)
     config = PeftConfig.from_pretrained(folder)
     if not tensors:
         raise AdapterError(f"{file} contains no tensors", "the tensors of an adapter", "train it again")
-    broken = [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    if broken:
-        raise AdapterError(
-            f"{file} contains NaN or Inf in {len(broken)} of {len(tensors)} tensors, such as {format_names(broken, 2)}",
-            "finite numbers",
-            "use an older checkpoint, or train with a lower learning rate",
-        )
+    if broken := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
+        names = f"{len(broken)} of {len(tensors)} tensors, such as {format_names(broken, 2)}"
+        hint = "use an older checkpoint, or train with a lower learning rate"
+        raise AdapterError(f"{file} contains NaN or Inf in {names}", "finite numbers", hint)
     name = recipe.model.name if recipe is not None else config.base_model_name_or_path
     if not name:
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
     notes = _check_fits_base(folder, config, name, results)
+    revision = recipe.model.revision if recipe is not None else config.revision
     info = get_base_model_info(
-        name,
-        hub_id=base,
-        fingerprint=fingerprint,
-        revision=recipe.model.revision if recipe is not None else config.revision,
-        token=token,
-        endpoint=endpoint,
+        name, hub_id=base, fingerprint=fingerprint, revision=revision, token=token, endpoint=endpoint
     )
     values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
     values |= {"base_model_name_or_path": info.name, "revision": info.revision}
@@ -223,8 +208,7 @@ def _prepare_adapter(
         ADAPTER_FILE: file,
         **_list_allowed(folder, "adapter"),
     }
-    card = folder / CARD_FILE
-    if card.is_file() and not is_saved_card(card.read_text(encoding="utf-8")):
+    if card.is_file() and not model_card.is_saved_card(card.read_text(encoding="utf-8")):
         files[CARD_FILE] = card
         notes.append(f"{card} is uploaded unchanged, because slimtune did not write it")
     else:
@@ -247,11 +231,54 @@ def _prepare_adapter(
     return Upload("adapter", folder, files, message, info.name, eval_file, [*notes, *info.notes])
 
 
+def render_adapter_card(
+    config: Any,
+    base: BaseModelInfo,
+    results: RunResults,
+    *,
+    repo_id: str,
+    file_bytes: int,
+    parameters: int,
+    has_tokenizer: bool,
+    chat: bool,
+) -> str:
+    """Return the card of an adapter on the Hub.
+
+    Args:
+        config: of the adapter.
+        base: its base, as others can find it.
+        results: of the run.
+        repo_id: where the adapter is uploaded to.
+        file_bytes, parameters: size of the adapter's file, and the number of values in it.
+        has_tokenizer: whether a tokenizer is uploaded with it.
+        chat: whether the tokenizer has a chat template.
+    """
+    name, vllm_command = repo_id.rpartition("/")[2], ""
+    if is_served_unchanged(config):
+        rank, module = str(round_up_rank(config.r)), f"{name}={repo_id}"
+        options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", module]
+        vllm_command = shlex.join(["vllm", "serve", " ".join(base.name.split()), *options])
+    return model_card.render_card(
+        model_card.make_card_data(config, base.hub_id, base.licence.metadata if base.licence else None),
+        config,
+        title=name,
+        base=base,
+        base_id=base.hub_id,
+        base_name=base.name,
+        results=results,
+        repo_id=repo_id,
+        file_bytes=file_bytes,
+        parameters=parameters,
+        tokenizer_id=repo_id if has_tokenizer else base.name,
+        chat=chat,
+        vllm_command=vllm_command,
+    )
+
+
 def _find_run_dir(run: Path, folder: Path) -> RunDir | None:
     """Return the run of an adapter: `run` itself, the one that contains the folder, or the one it was exported from."""
-    note = read_manifest(folder)
-    if note is not None:
-        candidates = [RunDir(run), RunDir(note["run"])]
+    if manifest := read_manifest(folder):
+        candidates = [RunDir(run), RunDir(manifest["run"])]
     else:
         candidates = [r for r in map(RunDir, (run, folder.resolve().parent)) if r.adapter.resolve() == folder.resolve()]
     return next((r for r in candidates if r.recipe_file.is_file()), None)
@@ -277,8 +304,7 @@ def _prepare_checkpoint(folder: Path) -> Upload:
     found = _list_allowed(folder, "checkpoint")
     weights = {n: f for n, f in found.items() if n.endswith(".safetensors")}
     for index in (f for n, f in found.items() if n.endswith(".index.json")):
-        missing = set(_read_config(index).get("weight_map", {}).values()) - set(weights)
-        if missing:
+        if missing := set(_read_config(index).get("weight_map", {}).values()) - set(weights):
             names = format_names(sorted(missing))
             raise ModelError(f"{folder} lacks {names}", "every file that its index names", "merge it again")
     if not weights:
@@ -290,8 +316,8 @@ def _prepare_checkpoint(folder: Path) -> Upload:
         except SafetensorError as e:
             raise ModelError(f"{file} is damaged: {e}", "a complete file", "merge it again") from None
     files: dict[str, Path | bytes] = {**found}
-    for name in ("config.json", "tokenizer_config.json"):
-        if name in found and (stripped := strip_local_paths(values := _read_config(found[name]))) != values:
+    for name in {"config.json", "tokenizer_config.json"} & found.keys():
+        if (stripped := strip_local_paths(values := _read_config(found[name]))) != values:
             files[name] = (json.dumps(stripped, indent=2, ensure_ascii=False) + "\n").encode()
     if CARD_FILE in found:
         files[CARD_FILE] = _PATH_IN_CARD.sub(r"`\1`", found[CARD_FILE].read_text(encoding="utf-8")).encode()
@@ -325,7 +351,7 @@ def _read_config(file: Path) -> Mapping[str, Any]:
         raise ModelError(e.message, "a complete checkpoint", "save it again") from None
 
 
-def _repository_notes(done: CommitResult, upload: Upload) -> list[str]:
+def _describe_repository(done: CommitResult, upload: Upload) -> list[str]:
     """Return what the user should know about the files that were in the repository before."""
     notes = []
     if done.kept:
@@ -333,8 +359,7 @@ def _repository_notes(done: CommitResult, upload: Upload) -> list[str]:
     elif CARD_FILE in done.existing and done.committed:
         notes.append(f"{CARD_FILE} in the repository was replaced (the history has the old one; --keep-card keeps it)")
     weights = (".safetensors", ".bin", ".gguf", ".pt")
-    others = sorted(n for n in done.existing - set(upload.files) if n.endswith(weights))
-    if others:
+    if others := sorted(n for n in done.existing - set(upload.files) if n.endswith(weights)):
         notes.append(f"the repository contains other weights, too: {format_names(others, 4)}")
     if not done.committed:
         notes.append("the repository has all of the files already: there is no new commit")

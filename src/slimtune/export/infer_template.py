@@ -9,8 +9,10 @@ conversation has it, or into the last user message (as Mistral's templates do).
 """
 
 import itertools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -92,33 +94,24 @@ class JinjaTemplate:
         return text.removeprefix(self.bos)
 
 
-@dataclass
+@dataclass(frozen=True)
 class ChatFormat:
-    """The inferred form of a chat template.
+    """The inferred form of a chat template."""
 
-    Args:
-        prefixes: the text before a message, by the roles of its neighbour and of itself; for (role, "prompt"): what
-            asks for an answer.
-        suffixes: the text after a message, by its role, whatever follows.
-        strips: characters stripped from the second message's content.
-        system: "in order", "last" (inside the last user message), "refused" or "left out".
-    """
-
-    prefixes: dict[Neighbours, str] = field(default_factory=dict)
-    suffixes: dict[str, str] = field(default_factory=dict)
-    strips: dict[Neighbours, Strip] = field(default_factory=dict)
-    system: str = "in order"
+    prefixes: dict[Neighbours, str]
+    """The text before a message; for (role, "prompt"): what asks for an answer."""
+    suffixes: dict[str, str]
+    """The text after a message, by its role, whatever follows."""
+    strips: dict[Neighbours, Strip]
+    """What is stripped from the second message's content."""
+    system: str
+    """"in order", "last" (inside the last user message), "refused" or "left out"."""
 
     def choices(self, role: str, after_system: bool = False) -> list[tuple[list[str], str, Strip]]:
-        """Group the roles that can precede `role` by the prefix and the stripping they cause.
+        """Group the roles that can precede `role` by the prefix and the stripping they cause, the largest group last.
 
-        Args:
-            role: of the message.
-            after_system: where the system prompt goes into the last user message: whether it stands in this one.
-
-        Returns:
-            preceding roles, prefix, stripping; the most common last, which is also used for neighbours that the chat
-            template refuses.
+        That one is also used for neighbours that the chat template refuses. Where the system prompt goes into the last
+        user message, `after_system` tells whether it stands in this one.
         """
         groups: dict[tuple[str, Strip], list[str]] = {}
         for (before, this), prefix in self.prefixes.items():
@@ -140,19 +133,16 @@ class ChatFormat:
         text, before = "", ""
         for message in messages:
             role, is_last = message["role"], message is messages[-1]
+            if role == "system" and self.system == "refused":
+                raise UnsupportedTemplate("the chat template refuses system messages")
             if role == "system" and self.system != "in order":
-                if self.system == "refused":
-                    raise UnsupportedTemplate("the chat template refuses system messages")
                 continue
-            if role == "user" and is_last and self.system == "last" and system:
+            with_system = role == "user" and is_last and self.system == "last" and bool(system)
+            if with_system:
                 text += self._render_message("system", before, system) + self.suffixes["system"]
-                text += self._render_message("user", "system", message["content"], after_system=True)
-            else:
-                text += self._render_message(role, before, message["content"])
-            if not (is_last and role == "assistant"):
-                text += self.suffixes[role]
-            if is_last and role != "assistant":
-                text += self.prompt(role)
+            text += self._render_message(role, "system" if with_system else before, message["content"], with_system)
+            text += "" if is_last and role == "assistant" else self.suffixes[role]
+            text += self.prompt(role) if is_last and role != "assistant" else ""
             before = role
         return text
 
@@ -175,25 +165,36 @@ def infer_template(template: JinjaTemplate) -> ChatFormat:
         UnsupportedTemplate: it has another form.
         TemplateError: it refuses a conversation that Ollama can send.
     """
-    found = _Observations()
+    gaps: dict[Neighbours, str] = {}  # texts between two contents: suffix and prefix together
+    strips: dict[Neighbours, Strip] = {}
     for shape in REQUIRED_SHAPES:
-        found.add(template, shape)
-    found.system = _find_system_place(template)
-    takes_system = found.system in ("in order", "last")
-    if takes_system:
-        for shape in REQUIRED_SHAPES:
-            found.add(template, f"s{shape}")
-    for shape in OPTIONAL_SHAPES if found.system == "in order" else ("au",):
-        found.add_if_consistent(template, shape)
-    chat = found.to_format(template)
-    for shape in [*REQUIRED_SHAPES, *(f"s{s}" for s in REQUIRED_SHAPES if takes_system)]:
-        for contents in _TEST_CONTENTS:
-            messages = make_messages(shape, contents[: len(shape)])
-            expected, text = template.render(messages), chat.render(messages)
-            if text != expected:
-                at = len(_common_prefix([expected, text]))
-                here, there = (f"{t[max(0, at - 20) : at + 20]!r}" for t in (expected, text))
-                raise UnsupportedTemplate(f"the chat template gives …{here}… where its inferred form gives …{there}…")
+        _observe(template, shape, gaps, strips)
+    system = _find_system_place(template)
+    with_system = [f"s{shape}" for shape in REQUIRED_SHAPES] if system in ("in order", "last") else []
+    for shape in with_system:
+        _observe(template, shape, gaps, strips, in_order=system == "in order")
+    for shape in OPTIONAL_SHAPES if system == "in order" else ("au",):
+        trial = dict(gaps), dict(strips)
+        with suppress(UnsupportedTemplate, TemplateError):
+            _observe(template, shape, *trial)
+            gaps, strips = trial
+    suffixes: dict[str, str] = {}
+    for role, shape in (("system", "s"), ("user", "u"), ("assistant", "ua")):
+        ends = [gap for (before, _), gap in gaps.items() if before == role]
+        if shape != "s" or ("system", "prompt") in gaps:
+            with suppress(UnsupportedTemplate, TemplateError):  # some templates close a message only at the very end
+                ends.append(_render_markers(template, shape, prompt=False)[2][-1])
+        if ends:
+            suffixes[role] = _common_beginning(ends, template.special_tokens)
+    prefixes = {pair: gap[len(suffixes.get(pair[0], "")) :] for pair, gap in gaps.items()}
+    chat = ChatFormat(prefixes, suffixes, strips, system)
+    for shape, contents in itertools.product([*REQUIRED_SHAPES, *with_system], _TEST_CONTENTS):
+        messages = make_messages(shape, contents[: len(shape)])
+        texts = [template.render(messages), chat.render(messages)]
+        if texts[0] != texts[1]:
+            at = len(_common_prefix(texts))
+            here, there = (f"{t[max(0, at - 20) : at + 20]!r}" for t in texts)
+            raise UnsupportedTemplate(f"the chat template gives …{here}… where its inferred form gives …{there}…")
     return chat
 
 
@@ -212,86 +213,49 @@ def list_differences(template: JinjaTemplate, chat: ChatFormat) -> list[str]:
     plain = _TEST_CONTENTS[0]
     thought = (plain[0], "<think>\nHm.\n</think>\n\nDespair.", plain[2])
     clock = {"name": "clock", "description": "Tell the time.", "parameters": {"type": "object", "properties": {}}}
-    notes = []
-    if chat.system == "refused":
-        notes.append("the chat template refuses system messages; with this TEMPLATE Ollama reports an error for them")
-    if chat.system == "left out":
-        notes.append("the chat template ignores system messages, and so does the TEMPLATE")
-    if differs("u", plain[:1], tools=[{"type": "function", "function": clock}]):
-        notes.append("the TEMPLATE has no tools: Ollama will say that the model does not support them")
-    if differs("uau", thought):
-        notes.append(
-            "the chat template removes thoughts (<think>…</think>) from earlier answers; the TEMPLATE does not"
-        )
-    if any(differs("u", plain[:1], enable_thinking=on) for on in (True, False)):
-        notes.append("the TEMPLATE has no enable_thinking: it writes what the chat template writes without it")
+    tools = [{"type": "function", "function": clock}]
     optional = [s for s in OPTIONAL_SHAPES if chat.system == "in order" or s == "au"]
-    if unlike := [s for s in optional if differs(s, plain[: len(s)])]:
-        orders = ", ".join(" ".join(ROLES[r] for r in s) for s in unlike)
-        notes.append(f"conversations in this order of roles differ from the chat template: {orders}")
-    if template.writes_bos is False:
-        notes.append(f"Ollama writes {template.bos} before the text; the chat template does not")
-    return notes
+    unlike = ", ".join(" ".join(ROLES[r] for r in s) for s in optional if differs(s, plain[: len(s)]))
+    notes = (
+        (
+            chat.system == "refused",
+            "the chat template refuses system messages; with this TEMPLATE Ollama reports an error",
+        ),
+        (chat.system == "left out", "the chat template ignores system messages, and so does the TEMPLATE"),
+        (differs("u", plain[:1], tools=tools), "the TEMPLATE has no tools: Ollama says that the model supports none"),
+        (differs("uau", thought), "only the chat template removes thoughts (<think>…</think>) from earlier answers"),
+        (
+            any(differs("u", plain[:1], enable_thinking=on) for on in (True, False)),
+            "the TEMPLATE has no enable_thinking: it writes what the chat template writes without it",
+        ),
+        (unlike, f"conversations in this order of roles differ from the chat template: {unlike}"),
+        (template.writes_bos is False, f"Ollama writes {template.bos} before the text; the chat template does not"),
+    )
+    return [note for holds, note in notes if holds]
 
 
-@dataclass
-class _Observations:
-    """Texts read off rendered conversations: `gaps` between two contents, suffix and prefix not yet separated."""
-
-    gaps: dict[Neighbours, str] = field(default_factory=dict)
-    strips: dict[Neighbours, Strip] = field(default_factory=dict)
-    system: str = "in order"
-
-    def add(self, template: JinjaTemplate, shape: str) -> None:
-        """Add the gaps and the stripping of one shape.
-
-        Raises:
-            UnsupportedTemplate: they contradict what was seen before.
-        """
-        text, order, gaps = _render_markers(template, shape)
-        if self.system != "last" and order != sorted(order):
-            raise UnsupportedTemplate("the chat template changes the order of messages")
-        pairs = list(itertools.pairwise(["", *(ROLES[shape[i]] for i in order), "prompt"]))
-        for pair, gap in zip(pairs, gaps, strict=True):
-            if self.gaps.setdefault(pair, gap) != gap:
-                place = f"between {format_names(r or 'the beginning' for r in pair)}"
-                raise UnsupportedTemplate(f"the text {place} varies: {self.gaps[pair]!r} and {gap!r}")
-        for pair, i in zip(pairs, order, strict=False):
-            padded = _render_markers(template, shape, padded=i)[0]
-            strip = _find_strip(text, padded, _CONTENT_MARKER.format(i))
-            role = ROLES[shape[i]]
-            if strip is None:
-                raise UnsupportedTemplate(f"the chat template changes {role} messages that have whitespace around them")
-            if self.strips.setdefault(pair, strip) != strip:
-                raise UnsupportedTemplate(f"whitespace around {role} messages is stripped in some places only")
-
-    def add_if_consistent(self, template: JinjaTemplate, shape: str) -> None:
-        """Add a rarer shape unless the template refuses it or it contradicts what was seen before."""
-        trial = _Observations(dict(self.gaps), dict(self.strips), self.system)
-        try:
-            trial.add(template, shape)
-        except (UnsupportedTemplate, TemplateError):
-            return
-        self.gaps, self.strips = trial.gaps, trial.strips
-
-    def to_format(self, template: JinjaTemplate) -> ChatFormat:
-        """Split each gap into the suffix of the message before it and the prefix of the message after it."""
-        chat = ChatFormat(strips=self.strips, system=self.system)
-        for role in ROLES.values():
-            ends = [gap for (before, _), gap in self.gaps.items() if before == role]
-            if ends:
-                chat.suffixes[role] = _common_suffix([*ends, *self._ends(template, role)], template.special_tokens)
-        for (before, role), gap in self.gaps.items():
-            chat.prefixes[before, role] = gap[len(chat.suffixes.get(before, "")) :]
-        return chat
-
-    def _ends(self, template: JinjaTemplate, role: str) -> list[str]:
-        """Return the end of a text that asks for no answer: some templates close a message only there."""
-        shape = {"user": "u", "assistant": "ua", "system": "s" if (role, "prompt") in self.gaps else ""}[role]
-        try:
-            return [_render_markers(template, shape, prompt=False)[2][-1]] if shape else []
-        except (UnsupportedTemplate, TemplateError):
-            return []
+def _observe(
+    template: JinjaTemplate,
+    shape: str,
+    gaps: dict[Neighbours, str],
+    strips: dict[Neighbours, Strip],
+    in_order: bool = True,
+) -> None:
+    """Add the gaps and the stripping of one conversation; UnsupportedTemplate if they contradict those of another."""
+    text, order, texts = _render_markers(template, shape)
+    if in_order and order != sorted(order):
+        raise UnsupportedTemplate("the chat template changes the order of messages")
+    pairs = list(itertools.pairwise(["", *(ROLES[shape[i]] for i in order), "prompt"]))
+    for pair, gap in zip(pairs, texts, strict=True):
+        if gaps.setdefault(pair, gap) != gap:
+            place = f"between {format_names(r or 'the beginning' for r in pair)}"
+            raise UnsupportedTemplate(f"the text {place} varies: {gaps[pair]!r} and {gap!r}")
+    for pair, i in zip(pairs, order, strict=False):
+        role, strip = ROLES[shape[i]], _find_strip(text, _render_markers(template, shape, padded=i)[0], i)
+        if strip is None:
+            raise UnsupportedTemplate(f"the chat template changes {role} messages that have whitespace around them")
+        if strips.setdefault(pair, strip) != strip:
+            raise UnsupportedTemplate(f"whitespace around {role} messages is stripped in some places only")
 
 
 def _render_markers(
@@ -310,11 +274,7 @@ def _render_markers(
             how = "more than once" if count else "not at all, or not as plain text"
             raise UnsupportedTemplate(f"the chat template writes {ROLES[role]} messages {how}")
     order = sorted(range(len(shape)), key=lambda i: text.index(markers[i]))
-    gaps, at = [], 0
-    for i in order:
-        gaps.append(text[at : text.index(markers[i])])
-        at = text.index(markers[i]) + len(markers[i])
-    return text, order, [*gaps, text[at:]]
+    return text, order, re.split("|".join(markers), text)
 
 
 def _find_system_place(template: JinjaTemplate) -> str:
@@ -328,7 +288,9 @@ def _find_system_place(template: JinjaTemplate) -> str:
     return "last" if order == [1, 2, 0, 3] else "in order"
 
 
-def _find_strip(text: str, padded: str, marker: str) -> Strip | None:
+def _find_strip(text: str, padded: str, number: int) -> Strip | None:
+    """Return what was stripped from a padded content, by comparing with the text without padding."""
+    marker = _CONTENT_MARKER.format(number)
     for left, right in itertools.product(_STRIPPED_CHARACTERS, repeat=2):
         before = _PADDING[0].lstrip(left) if left else _PADDING[0]
         after = _PADDING[1].rstrip(right) if right else _PADDING[1]
@@ -337,15 +299,15 @@ def _find_strip(text: str, padded: str, marker: str) -> Strip | None:
     return None
 
 
-def _common_suffix(gaps: list[str], special_tokens: Sequence[str]) -> str:
-    """Return the longest text that all gaps begin with and that does not end inside a special token."""
-    common = _common_prefix(gaps)
-    for size in range(len(common), 0, -1):
-        if not any(t in gap[max(0, size - len(t) + 1) : size + len(t) - 1] for gap in gaps for t in special_tokens):
-            return common[:size]
-    return ""
-
-
 def _common_prefix(texts: Sequence[str]) -> str:
     first, last = min(texts), max(texts)  # all other texts share what these two share
     return next((first[:i] for i, c in enumerate(first) if last[i : i + 1] != c), first)
+
+
+def _common_beginning(texts: list[str], special_tokens: Sequence[str]) -> str:
+    """Return the longest text that all begin with and that does not end inside a special token."""
+    spans = [m.span() for text in texts for t in special_tokens for m in re.finditer(re.escape(t), text)]
+    common = _common_prefix(texts)
+    while any(start < len(common) < end for start, end in spans):
+        common = common[:-1]
+    return common

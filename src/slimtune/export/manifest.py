@@ -7,18 +7,11 @@ from typing import Any
 from ..errors import UsageError
 from ..run_dir import read_json, write_json
 
-EXPORT_MANIFEST = "export_manifest.json"
+EXPORT_MANIFEST, ADAPTER_GGUF, MODEL_GGUF = "export_manifest.json", "adapter.gguf", "model.gguf"
 
 
 def write_manifest(folder: Path, kind: str, run: Path, facts: Mapping[str, Any]) -> None:
-    """Write the manifest.
-
-    Args:
-        folder: the export folder.
-        kind: "merged", "gguf", "ollama" or "vllm".
-        run: the run or adapter folder it was made from.
-        facts: further JSON values.
-    """
+    """Write the manifest: kind ("merged", "gguf", "ollama", "vllm"), the run or adapter folder, and further facts."""
     write_json(folder / EXPORT_MANIFEST, {"kind": kind, "run": str(run.resolve()), **facts})
 
 

@@ -18,26 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel
 
 from ..adapters.base import MergeUnsupported
 from ..adapters.config import PeftConfig
 from ..adapters.model import PeftModel
+from ..adapters.model_card import render_card
 from ..errors import AdapterError, RunError
 from ..models.dtype import pick_dtype
 from ..models.errors import silence_libraries
 from ..models.loader import load_base
-from ..models.quantization import dequantize_model, remove_quantization, stored_quantization
+from ..models.quantization import remove_quantization, stored_quantization
 from ..models.registry import load_config
-from ..run_dir import ADAPTER_FILE, RunDir, read_json
+from ..run_dir import ADAPTER_FILE, RunDir, RunResults, read_json
 from ..setup import TrainedModel, find_adapter_folder, load_run
 from ..utils.files import atomic_folder, translate_disk_full
 from . import gguf
 from .engines import TransformersEngine
 from .manifest import write_manifest
-from .merged_weights import MergedCheckpoint
-from .model_card import render_merged_card
-from .reference import PRECISIONS, Reference, find_faults, get_tolerance, make_texts
+from .merged_weights import MergedWeights, save_merged_weights
+from .reference import PRECISIONS, Reference, get_tolerance, make_texts
 from .rounding import collect_rounding_inputs
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     Returns:
         `run`, `out`, `bytes` (of all files), `dtype`, `parameters`, `seconds`, and over `positions` next tokens, in
         nats: `max_difference` and `mean_difference` (merged against adapter) and `effect` (adapter against base, on
-            average).
+        average).
 
     Raises:
         UsageError: no such run, an unknown dtype, or `out` contains something.
@@ -68,66 +69,72 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     """
     start = time.perf_counter()
     run, out = Path(run), Path(out).expanduser()
-    stored = None if dtype == "auto" else pick_dtype(dtype)
+    requested = None if dtype == "auto" else pick_dtype(dtype)
     RunDir.require_free(out)
     with _load_memory_mapped(run, out) as loaded:
-        result = _merge_loaded(loaded, run, out, stored or loaded.base.dtype)
-    return {"run": str(run), "out": str(out), **result, "seconds": round(time.perf_counter() - start, 3)}
-
-
-def _merge_loaded(loaded: TrainedModel, run: Path, out: Path, stored: torch.dtype) -> dict[str, Any]:
-    """Write the checkpoint in the dtype `stored`, check it, and return what `merge` reports."""
-    model: Any = loaded.model
-    config, tokenizer = model.active_peft_config, loaded.base.tokenizer
-    quantized, small = getattr(model, "is_quantized", False), _is_small(model)
-    if small and not quantized:
-        model.to(torch.promote_types(loaded.base.dtype, torch.float32))
-    computed = model.dtype
-    texts = make_texts(tokenizer, loaded.recipe, model.config.get_text_config())
-    reference = Reference(model, tokenizer, texts)
-    effect = reference.effect()
-    inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
-    if quantized:
-        remove_quantization(model.get_base_model())
-    with translate_merge_errors(run):
-        checkpoint = MergedCheckpoint(model, stored, inputs=inputs)
-    with atomic_folder(out, checkpoint.bytes) as folder:
-        _save_config(model, folder, stored)
-        tokenizer.save_pretrained(folder)
+        model: Any = loaded.model
+        base, tokenizer, config = loaded.base, loaded.base.tokenizer, model.active_peft_config
+        stored = requested or base.dtype
+        quantized, small = getattr(model, "is_quantized", False), _is_small(model)
+        if small and not quantized:
+            model.to(torch.promote_types(base.dtype, torch.float32))
+        texts = make_texts(tokenizer, loaded.recipe, model.config.get_text_config())
+        reference = Reference(model, tokenizer, texts)
+        effect = reference.effect  # measured before the model changes
+        inputs = collect_rounding_inputs(model, loaded.recipe, tokenizer) if small and stored.itemsize == 2 else None
+        if quantized:
+            remove_quantization(model.get_base_model())
         with translate_merge_errors(run):
-            checkpoint.save(folder)
-        trust = _trusts_remote_code(loaded)
-        merged = load_base(
-            str(folder), dtype=computed if small else stored, device="cpu", trust_remote_code=trust
-        ).model
-        engine = TransformersEngine("merged", merged, tokenizer)
-        differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
-        tolerance = get_tolerance(PRECISIONS[stored], PRECISIONS[computed])
-        noise = 0.05 if computed.itemsize == 2 else 0.005
-        if faults := find_faults(differences, effect, tolerance, noise):
-            raise RunError(
-                f"the merged model is not the trained one: {'; '.join(faults)} (over {len(differences)} next tokens; "
-                f"the adapter changes them by {effect:.3g} on average)",
-                str(tolerance),
-                "--dtype float32: 16 bits cannot hold so small a change" if stored.itemsize == 2 else "",
+            weights = MergedWeights(model)
+        with atomic_folder(out, weights.count() * stored.itemsize) as folder:
+            with translate_merge_errors(run):
+                _save_checkpoint(weights, tokenizer, folder, stored, inputs)
+            checked = model.dtype if small else stored
+            merged = load_base(str(folder), dtype=checked, device="cpu", trust_remote_code=_trusts_code(loaded)).model
+            engine = TransformersEngine("merged", merged, tokenizer)
+            differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
+            tolerance = get_tolerance(PRECISIONS[stored], PRECISIONS[model.dtype])
+            if faults := reference.find_faults(differences, tolerance):
+                raise RunError(
+                    f"the merged model is not the trained one: {'; '.join(faults)} (over {len(differences)} next "
+                    f"tokens; the adapter changes them by {effect:.3g} on average)",
+                    str(tolerance),
+                    "--dtype float32: 16 bits cannot hold so small a change" if stored.itemsize == 2 else "",
+                )
+            report = {
+                "dtype": _dtype_name(stored),
+                "max_difference": differences.max().item(),
+                "mean_difference": differences.mean().item(),
+                "effect": effect,
+                "positions": len(differences),
+            }
+            (folder / "README.md").write_text(
+                _render_card(loaded, config, report, out.resolve().name), encoding="utf-8"
             )
-        report = {
-            "dtype": _dtype_name(stored),
-            "max_difference": differences.max().item(),
-            "mean_difference": differences.mean().item(),
-            "effect": effect,
-            "positions": len(differences),
-        }
-        text = render_merged_card(
-            loaded.base.source, config, loaded.recipe, report, out.resolve().name, bool(tokenizer.chat_template)
-        )
-        (folder / "README.md").write_text(text, encoding="utf-8")
-        with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
-            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-        facts = {**report, "fingerprint": loaded.base.fingerprint, "adapter_sha256": sha256}
-        write_manifest(folder, "merged", run, facts)
-        written = sum(f.stat().st_size for f in folder.iterdir())
-    return {"bytes": written, "parameters": checkpoint.parameters, **report}
+            with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
+                sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+            facts = {**report, "fingerprint": base.fingerprint, "adapter_sha256": sha256}
+            write_manifest(folder, "merged", run, facts)
+            written = sum(f.stat().st_size for f in folder.iterdir())
+        result = {"run": str(run), "out": str(out), "bytes": written, "parameters": weights.count(), **report}
+    return {**result, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _render_card(loaded: TrainedModel, config: PeftConfig, merge: dict[str, Any], name: str) -> str:
+    """Return the model card of the merged model."""
+    source = loaded.base.source
+    # The Hub reads `base_model` as an id: a local path would be a dead link.
+    hub_id = source.path if source.kind == "hub" else None
+    data = ModelCardData(
+        base_model=hub_id,
+        base_model_relation="finetune" if hub_id else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["slimtune", config.name],
+    )
+    names = {"title": name, "repo_id": name, "base_id": hub_id, "base_name": source.spec}
+    chat = bool(loaded.base.tokenizer.chat_template)
+    return render_card(data, config, merge=merge, results=RunResults(loaded.recipe), chat=chat, **names)
 
 
 @contextmanager
@@ -137,11 +144,9 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
     transformers maps a checkpoint's files if it is stored in the dtype asked for, and copies them otherwise. A large
     base that is stored in another dtype is first written in the run's dtype beside `out`, and deleted afterwards.
     """
-    dtype = get_trained_dtype(run)
-    recipe = RunDir.open(run).load_recipe() if find_adapter_folder(run) != run else None
-    stored = None
-    if recipe is not None:
-        m = recipe.model
+    dtype, stored = get_trained_dtype(run), None
+    if find_adapter_folder(run) != run:
+        m = RunDir.open(run).load_recipe().model
         dtype = _dtype_name(pick_dtype(dtype or m.dtype, "cpu"))
         config = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
         if m.quantization is None and stored_quantization(config) is None:  # a quantized base stays quantized in memory
@@ -150,19 +155,16 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
         yield load_run(run, dtype=dtype, device="cpu")
         return
     trained: Any = pick_dtype(str(dtype))
-    base = MergedCheckpoint(loaded.model, trained, adapters=())
-    place = out.resolve()
-    with translate_disk_full(place, 2 * base.bytes):
+    weights, place = MergedWeights(loaded.model, adapters=()), out.resolve()
+    with translate_disk_full(place, 2 * weights.count() * trained.itemsize):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.base.", dir=place.parent) as folder:
-            _save_config(loaded.model, Path(folder), trained)
-            loaded.base.tokenizer.save_pretrained(folder)
-            base.save(Path(folder))
-            model = load_base(folder, dtype=trained, device="cpu", trust_remote_code=_trusts_remote_code(loaded)).model
+            _save_checkpoint(weights, loaded.base.tokenizer, Path(folder), trained)
+            base = load_base(folder, dtype=trained, device="cpu", trust_remote_code=_trusts_code(loaded))
             yield dataclasses.replace(
                 loaded,
-                model=PeftModel.from_pretrained(model, loaded.adapter),
-                base=dataclasses.replace(loaded.base, model=model, dtype=trained),
+                model=PeftModel.from_pretrained(base.model, loaded.adapter),
+                base=dataclasses.replace(loaded.base, model=base.model, dtype=trained),
             )
 
 
@@ -215,16 +217,12 @@ def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: st
 
 def write_base_gguf(loaded: TrainedModel, file: Path) -> None:
     """Write the base an adapter was trained on as one GGUF in f32."""
-    source = loaded.base.source
+    source, base = loaded.base.source, loaded.base
     if source.kind == "gguf":
         gguf.write_gguf_from_template(Path(source.path), loaded.model, file, "f32")
         return
     with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
-        base = load_base(source.spec, dtype=loaded.base.dtype, device="cpu", quantization=loaded.base.quantization)
-        if base.quantization is not None:
-            dequantize_model(base.model, base.dtype)
-        base.model.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
+        _save_checkpoint(MergedWeights(loaded.model, adapters=()), base.tokenizer, Path(folder), base.dtype)
         gguf.convert_hf_to_gguf(Path(folder), file, "f32")
 
 
@@ -242,8 +240,11 @@ def translate_merge_errors(run: Path) -> Iterator[None]:
         ) from e
 
 
-def _save_config(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write what a checkpoint has beside its weights: config, generation settings, and the base's own code."""
+def _save_checkpoint(
+    weights: MergedWeights, tokenizer: Any, folder: Path, dtype: torch.dtype, inputs: Any = None
+) -> None:
+    """Write a whole checkpoint: config, generation settings, the base's own code, tokenizer and weights."""
+    model: Any = weights.model
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         try:
@@ -258,13 +259,15 @@ def _save_config(model: Any, folder: Path, dtype: torch.dtype) -> None:
             empty.unlink()
         model.config.dtype = _dtype_name(dtype)
         model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_merged_weights(weights, folder, dtype, inputs)
 
 
 def _is_small(model: Any) -> bool:
     return sum(p.numel() for p in model.parameters()) < SMALL_MODEL
 
 
-def _trusts_remote_code(loaded: TrainedModel) -> bool:
+def _trusts_code(loaded: TrainedModel) -> bool:
     return loaded.recipe is not None and loaded.recipe.model.trust_remote_code
 
 

@@ -1,15 +1,12 @@
-"""Write the weights of base and adapters merged, one shard of the checkpoint at a time.
+"""Compute and write the weights of base and adapters merged, one file of the checkpoint at a time.
 
 No second model is ever in memory: transformers maps the base's weights from their files, one module's update is
-computed when its tensors are written, and a shard's changed tensors are released when its file is complete.
-
-Most tensors have the same name in the model and in the checkpoint. Where transformers holds them differently (experts
-stacked, fused layers split), the tensors that become one, or come from one, are converted together, as
-`save_pretrained` does: layer by layer unless layers mix.
+computed when its tensors are written, and a file's changed tensors are released when the file is complete.
 """
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,47 +21,46 @@ from ..adapters.model import mark_embeddings_untied
 from ..adapters.quantized import disable_cpu_repacking, find_repacking_layers
 from ..errors import AdapterError
 from ..utils.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
-from .rounding import MIN_INPUTS, round_with_inputs
+from .rounding import round_with_inputs
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 250_000_000, 5_000_000_000
+MIN_INPUTS = 256
+"""With fewer inputs weights are rounded to their nearest: a few texts say little about others."""
 
 
 class MergedWeights(Mapping[str, Tensor]):
     """The state dict of the merged model, computed on access; the model's own weights stay as they are.
 
     Unchanged tensors are the base's own, dequantized if it is quantized. Changed ones are in float32 at least, not
-    rounded yet; those of one module are kept until another module's are computed. Of tied tensors only the name
-    that transformers stores is included. If merging gives tied embeddings and head different values, the model's config
-    is changed to say that they are not tied, as `merge_and_unload` does.
+    rounded yet. Of tied tensors only the name that transformers stores is included. If merging gives tied embeddings
+    and head different values, the model's config is changed to say that they are not tied.
 
     Args:
         model: an adapted model, not merged.
         adapters: which to merge; None: the active ones; empty: the result is the base.
 
     Raises:
-        MergeUnsupported: a method cannot be merged, or a result is NaN or Inf: at once if the first module of a kind
-            shows it, otherwise when the tensor is computed.
+        MergeUnsupported: a method cannot be merged, or a result is NaN or Inf; often only when a tensor is computed.
     """
 
     def __init__(self, model: Any, adapters: Sequence[str] | None = None) -> None:
+        self.model = model
         self._adapters = list(model.active_adapters if adapters is None else adapters)
         self._layers = {n: m for a in self._adapters for n, m in model.adapted_layers(a).items()}
         self._cache: tuple[str, dict[str, Tensor]] | None = None
         disable_cpu_repacking(find_repacking_layers(model))  # `state_dict` would restore that layout wrongly
-        inside = tuple(f"{n}.{t}.".lstrip(".") for n in model.adapted_layers() for t in ("adapters", "trained_copies"))
         self._quantized = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and is_quantized(m)}
-        self._base: dict[str, Tensor] = {
-            name: tensor
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if not name.startswith(inside) and not self._is_quantization_state(name)
-        }
-        kinds = set()
+        own = {f"{n}.{leaf}" for n in self._quantized for leaf in ("weight", "bias")}
+        added = [f"{n}.{t}.".lstrip(".") for n in model.adapted_layers() for t in ("adapters", "trained_copies")]
+        added += [f"{n}." for n in self._quantized]  # what dequantizes a weight: `q_proj.weight.absmax`, `q_proj.SCB`
+        state = model.state_dict(keep_vars=True)
+        self._base: dict[str, Tensor] = {n: t for n, t in state.items() if n in own or not n.startswith(tuple(added))}
         for name, module in self._layers.items():
-            kind = (type(module), *(type(module.adapters[a]) for a in self._adapters if a in module.adapters))
-            if kind not in kinds or not module._parameters:  # a module without parameters is never asked for
-                kinds.add(kind)
-                self._compute(name)
-        if self._unties_a_tensor():
+            if not module._parameters:  # nothing will ask for its tensors, and it may be a method without a merge
+                self._merge(name)
+        uses = Counter(map(id, self._base.values()))
+        tied = [name.rpartition(".") for name, tensor in self._base.items() if uses[id(tensor)] > 1]
+        if any(leaf in self._merge(module) for module, _, leaf in tied):
             mark_embeddings_untied(model)
         for name, stored_name in getattr(model, "all_tied_weights_keys", {}).items():
             if name in self._base and self._base[name] is self._base.get(stored_name):
@@ -78,8 +74,9 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         module, _, leaf = name.rpartition(".")
-        if module in self._layers and leaf in self._compute(module):
-            return self._compute(module)[leaf].detach()
+        merged = self._merge(module)
+        if leaf in merged:
+            return merged[leaf].detach()
         is_packed = leaf == "weight" and module in self._quantized
         return (get_weight(self._quantized[module]) if is_packed else self._base[name]).detach()
 
@@ -92,32 +89,24 @@ class MergedWeights(Mapping[str, Tensor]):
         cast = isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
         return torch.empty(tensor.shape, dtype=dtype if cast else tensor.dtype, device="meta")
 
-    def _is_quantization_state(self, name: str) -> bool:
-        """Return whether a name belongs to what dequantizes a weight: `q_proj.weight.absmax`, `q_proj.SCB`."""
-        parts = name.split(".")
-        owner = next((i for i in range(len(parts)) if ".".join(parts[:i]) in self._quantized), None)
-        return owner is not None and parts[owner:] not in (["weight"], ["bias"])
+    def count(self) -> int:
+        """Return the number of values in all tensors."""
+        return sum(self.outline(name, torch.float32).numel() for name in self)
 
-    def _compute(self, name: str) -> dict[str, Tensor]:
+    def _merge(self, name: str) -> dict[str, Tensor]:
         """Return the parameters of a module that the adapters change, merged, by their names in it."""
+        if name not in self._layers:
+            return {}
         if self._cache is None or self._cache[0] != name:
             self._cache = None  # released before the next one is computed
             self._cache = (name, _merge_layer(name, self._layers[name], self._adapters))
         return self._cache[1]
 
-    def _unties_a_tensor(self) -> bool:
-        """Return whether the adapters change a tensor that has several names."""
-        names: dict[int, list[str]] = {}
-        for name, tensor in self._base.items():
-            names.setdefault(id(tensor), []).append(name)
-        tied = [name.rpartition(".") for group in names.values() if len(group) > 1 for name in group]
-        return any(leaf in self._compute(module) for module, _, leaf in tied if module in self._layers)
-
 
 def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tensor]:
     """Return the parameters that merging changes, in float32 at least; the module stays as it is.
 
-    `layer.merge` rounds to the dtype of the module's parameters, so wide copies stand in for them meanwhile.
+    `layer.merge_adapters` rounds to the dtype of the module's parameters, so wide copies stand in for them meanwhile.
     """
     own = dict(module._parameters)
     wide: dict[str, nn.Parameter | None] = {}
@@ -134,120 +123,82 @@ def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tenso
         module._parameters.update(own)
 
 
-class MergedCheckpoint:
-    """The weight files of base and adapters merged; nothing is computed before `save`.
+def save_merged_weights(
+    weights: MergedWeights, folder: Path, dtype: torch.dtype, inputs: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write `model.safetensors`, or several files and their index, as transformers names them.
+
+    A file has a twentieth of all bytes, 0.25 to 5 GB, unless one layer is larger.
 
     Args:
-        model: an adapted model.
+        weights: what to write.
+        folder: it exists.
         dtype: that parameters are stored in; buffers keep theirs.
-        adapters: as for `MergedWeights`.
         inputs: of linear layers, by name, to round with (see `rounding.py`); other weights are rounded to nearest.
 
     Raises:
-        MergeUnsupported: as for `MergedWeights`.
+        MergeUnsupported: a result is NaN or Inf.
+        AdapterError: the dtype cannot hold a value.
     """
+    model, ignored = weights.model, set(getattr(weights.model, "_keys_to_ignore_on_save", None) or ())
+    outline = {n: weights.outline(n, dtype) for n in weights if n not in ignored}
+    total_bytes = sum(t.nbytes for t in outline.values())
+    shard_bytes, used = min(max(total_bytes // 20, MIN_SHARD_BYTES), MAX_SHARD_BYTES), 0
+    plan: list[list[list[str]]] = [[]]  # for each file the groups of names that are converted together
+    for group in _group_names(model, outline):
+        size = sum(outline[name].nbytes for name in group)
+        if plan[-1] and used + size > shard_bytes:
+            plan.append([])
+            used = 0
+        plan[-1].append(group)
+        used += size
+    files: dict[str, str] = {}
+    for number, groups in enumerate(plan, 1):
+        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
+        tensors: dict[str, Tensor] = {}
+        for names in groups:
+            # No variable for these: it would keep one layer in memory while the next file is computed.
+            tensors |= revert_weight_conversion(
+                model, {n: _round(model, n, weights[n], outline[n].dtype, inputs or {}) for n in names}
+            )
+        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / file, metadata={"format": "pt"})
+        files |= dict.fromkeys(tensors, file)
+    if len(plan) > 1:
+        metadata = {"total_parameters": sum(t.numel() for t in outline.values()), "total_size": total_bytes}
+        index = json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True)
+        (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
 
-    def __init__(
-        self,
-        model: Any,
-        dtype: torch.dtype,
-        adapters: Sequence[str] | None = None,
-        inputs: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        self._model, self._weights, self._inputs = model, MergedWeights(model, adapters), inputs or {}
-        ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
-        outline = {n: self._weights.outline(n, dtype) for n in self._weights if n not in ignored}
-        self._stored: dict[str, Tensor] = revert_weight_conversion(model, dict(outline))
-        """Tensors of the files, on `meta`, by their names there."""
-        self.parameters = sum(t.numel() for t in self._stored.values())
-        self.bytes = sum(t.nbytes for t in self._stored.values())
-        # A tensor that is only renamed comes out as the object that went in.
-        names = {id(t): n for n, t in outline.items()}
-        renamed = {key: names[id(t)] for key, t in self._stored.items() if id(t) in names}
-        groups: list[tuple[list[str], list[str]]] = [([name], [key]) for key, name in renamed.items()]
-        converted = {n: t for n, t in outline.items() if n not in set(renamed.values())}
-        order = {key: i for i, key in enumerate(self._stored)}
-        self._groups = sorted([*groups, *self._group_converted(converted)], key=lambda g: order[g[1][0]])
-        """Names in the model and names in the files of tensors that are converted together, in the files' order."""
 
-    def _group_converted(self, outline: dict[str, Tensor]) -> list[tuple[list[str], list[str]]]:
-        """Group tensors that transformers converts: by layer if that gives the same result as all together."""
-        if not outline:
-            return []
-        layers: dict[str, list[str]] = {}
-        for name in outline:
-            prefix = re.match(r".*?\.\d+\.", name)
-            layers.setdefault(prefix[0] if prefix else "", []).append(name)
-        groups: list[tuple[list[str], list[str]]] = []
-        shapes: dict[str, torch.Size] = {}
-        for names in layers.values():
-            result = revert_weight_conversion(self._model, {n: outline[n] for n in names})
-            shapes |= {key: t.shape for key, t in result.items()}
-            groups.append((names, list(result)))
-        together = revert_weight_conversion(self._model, dict(outline))
-        if shapes == {key: t.shape for key, t in together.items()}:
-            return groups
-        return [(list(outline), list(together))]
+def _group_names(model: Any, outline: dict[str, Tensor]) -> list[list[str]]:
+    """Group names by layer, because transformers converts some tensors of a layer together (stacked experts).
 
-    def save(self, folder: Path) -> None:
-        """Write `model.safetensors`, or several files and their index, as transformers names them.
+    If that gives other tensors than converting all together, as `save_pretrained` does, there is one group.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in outline:
+        layer_prefix = re.match(r".*?\.\d+\.", name)
+        groups.setdefault(layer_prefix[0] if layer_prefix else name, []).append(name)
 
-        A file has a twentieth of all bytes, 0.25 to 5 GB, unless one group of tensors is larger; its changed tensors
-        are in memory while it is written.
+    def convert(names: Sequence[str]) -> dict[str, torch.Size]:
+        return {n: t.shape for n, t in revert_weight_conversion(model, {n: outline[n] for n in names}).items()}
 
-        Args:
-            folder: it exists.
+    by_layer: dict[str, torch.Size] = {}
+    for names in groups.values():
+        by_layer |= convert(names)
+    return list(groups.values()) if by_layer == convert(list(outline)) else [list(outline)]
 
-        Raises:
-            MergeUnsupported: a result is NaN or Inf.
-            AdapterError: the dtype cannot hold a value.
-        """
-        shards: list[list[tuple[list[str], list[str]]]] = [[]]
-        shard_bytes, used = min(max(self.bytes // 20, MIN_SHARD_BYTES), MAX_SHARD_BYTES), 0
-        for group in self._groups:
-            size = sum(self._stored[key].nbytes for key in group[1])
-            if shards[-1] and used + size > shard_bytes:
-                shards.append([])
-                used = 0
-            shards[-1].append(group)
-            used += size
-        files: dict[str, str] = {}
-        for number, groups in enumerate(shards, 1):
-            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            tensors: dict[str, Tensor] = {}
-            for names, keys in groups:
-                tensors |= self._compute(names, keys)
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            files |= dict.fromkeys(tensors, file)
-        if len(shards) > 1:
-            metadata = {"total_parameters": self.parameters, "total_size": self.bytes}
-            index = json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True)
-            (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
 
-    def _compute(self, names: list[str], keys: list[str]) -> dict[str, Tensor]:
-        """Return the tensors of one group, rounded as they are stored."""
-        if len(names) == len(keys) == 1:
-            tensors = {keys[0]: self._round_with_inputs(names[0], self._weights[names[0]], self._stored[keys[0]].dtype)}
-        else:
-            tensors = revert_weight_conversion(self._model, {n: self._weights[n] for n in names})
-        for key, tensor in tensors.items():
-            dtype = self._stored[key].dtype
-            stored = tensor.detach().to(dtype).contiguous()
-            if tensor.dtype != dtype and dtype.is_floating_point and not torch.isfinite(stored).all():
-                raise AdapterError(
-                    f"{key} contains values that {str(dtype).removeprefix('torch.')} cannot hold",
-                    f"values up to {torch.finfo(dtype).max:.3g}",
-                    "--dtype bfloat16 or float32",
-                )
-            tensors[key] = stored
-        return tensors
-
-    def _round_with_inputs(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        module, _, leaf = name.rpartition(".")
-        inputs, nearest = self._inputs.get(module), weight.to(dtype)
-        needless = torch.equal(nearest, weight) or not torch.isfinite(nearest).all()
-        if leaf != "weight" or inputs is None or len(inputs) < MIN_INPUTS or needless:
-            return weight
-        transposed = is_transposed(self._model.get_submodule(module))
-        rounded = round_with_inputs(weight.t() if transposed else weight, inputs, dtype)
-        return rounded.t() if transposed else rounded
+def _round(model: Any, name: str, weight: Tensor, dtype: torch.dtype, inputs: Mapping[str, Tensor]) -> Tensor:
+    nearest, (module, _, leaf) = weight.to(dtype), name.rpartition(".")
+    if weight.dtype != dtype and dtype.is_floating_point and not torch.isfinite(nearest).all():
+        raise AdapterError(
+            f"{name} contains values that {str(dtype).removeprefix('torch.')} cannot hold",
+            f"values up to {torch.finfo(dtype).max:.3g}",
+            "--dtype bfloat16 or float32",
+        )
+    x = inputs.get(module)
+    if leaf != "weight" or x is None or len(x) < MIN_INPUTS or torch.equal(nearest, weight):
+        return nearest
+    if is_transposed(model.get_submodule(module)):
+        return round_with_inputs(weight.t(), x, dtype).t()
+    return round_with_inputs(weight, x, dtype)

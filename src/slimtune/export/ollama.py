@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shlex
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +31,6 @@ _MODEL_NAME = re.compile(  # host, namespace, model, tag
 )
 
 
-@dataclass(frozen=True)
-class OllamaExport:
-    """What `write_ollama` wrote.
-
-    Args:
-        create, run: the commands that build and start the model.
-        template: the TEMPLATE; None: the base keeps its own, or none could be made (`notes` says why).
-        stops: the stop tokens.
-        num_ctx: tokens of the window.
-        notes: what a user must know, one sentence each.
-    """
-
-    create: str
-    run: str
-    template: str | None
-    stops: tuple[str, ...]
-    num_ctx: int
-    notes: tuple[str, ...]
-
-
 def write_ollama(
     folder: Path,
     *,
@@ -63,7 +43,7 @@ def write_ollama(
     max_seq_len: int | None = None,
     num_ctx: int | None = None,
     out: Path | None = None,
-) -> OllamaExport:
+) -> dict[str, Any]:
     """Write `Modelfile` into an export folder.
 
     Args:
@@ -79,6 +59,10 @@ def write_ollama(
         num_ctx: tokens of the window; None: the larger of Ollama's default and `max_seq_len`, up to the model's limit.
         out: the final path of `folder`; None: `folder` itself.
 
+    Returns:
+        `commands` (that build and start the model), `template` (the TEMPLATE; None: the base keeps its own, or none
+        could be made), `stops` (the stop tokens), `num_ctx`, and `notes`, one sentence each.
+
     Raises:
         UsageError: the name, a path or the system prompt cannot be in a Modelfile, the base does not exist, the window
             is larger than the model's, or the chat template takes no system prompt.
@@ -87,41 +71,47 @@ def write_ollama(
     if not _MODEL_NAME.fullmatch(name):
         expected = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (only _ at the beginning)"
         raise UsageError(f"Ollama does not accept the name {name!r}", expected, "give another --name")
-    if adapter is not None and not adapter.is_file():
-        raise UsageError(f"the adapter {adapter} does not exist", "a GGUF file in the export folder")
     path = _find_base(base)
-    converted = ConvertedTemplate(None)
-    if path is not None:
-        converted = convert_chat_template(tokenizer, engine_adds_bos(path, tokenizer))
-    if system is not None and not system.strip():
-        raise UsageError("the system prompt is empty", "some text", "leave out --system")
-    if system is not None and converted.system is False:
-        raise UsageError(
-            "the chat template of this model takes no system prompt",
-            "a conversation of user and assistant only",
-            "leave out --system",
-        )
-    window = _choose_window(config, max_seq_len, num_ctx)
-    stops = _list_stop_tokens(tokenizer, config, converted) if path else ()
+    converted, stops = ConvertedTemplate(None), []
     lines = [("FROM", base if path is None else _relative_path(path, folder))]
     if adapter is not None:
         lines.append(("ADAPTER", _relative_path(adapter, folder)))
+    if path is None:
+        show = shlex.join(["ollama", "show", "--template", base])
+        notes = [f"{base} keeps its own TEMPLATE and stop tokens; compare: {show}"]
+    else:
+        converted = convert_chat_template(tokenizer, engine_adds_bos(path, tokenizer))
+        notes = list(converted.notes)
+        # What ends an answer: the token that the template writes after it, and the model's own.
+        ids = getattr(config.get_text_config(), "eos_token_id", None)
+        ids = [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id]
+        own = tokenizer.convert_ids_to_tokens([i for i in ids if i is not None])
+        stops = list(dict.fromkeys([*converted.stops, *filter(None, own)]))
     if converted.template is not None:
         lines.append(("TEMPLATE", converted.template))
     if system is not None:
+        if not system.strip():
+            raise UsageError("the system prompt is empty", "some text", "leave out --system")
+        if converted.system is False:
+            raise UsageError("the chat template of this model takes no system prompt", hint="leave out --system")
         lines.append(("SYSTEM", system))
-    lines += [("PARAMETER stop", token) for token in stops]
-    lines.append(("PARAMETER num_ctx", str(window)))
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if num_ctx is not None and (num_ctx < 1 or (limit and num_ctx > limit)):
+        raise UsageError(f"a window of {num_ctx} tokens", f"1 to {limit or 'the limit of the model'}", "--num-ctx")
+    window = num_ctx or min(max(DEFAULT_WINDOW, max_seq_len or 0), limit or sys.maxsize)
+    lines += [*(("PARAMETER stop", token) for token in stops), ("PARAMETER num_ctx", str(window))]
     (folder / "Modelfile").write_bytes(format_modelfile(lines).encode("utf-8"))
-    notes = converted.notes
-    if path is None:
-        show = shlex.join(["ollama", "show", "--template", base])
-        notes = (f"{base} keeps its own TEMPLATE and stop tokens; compare: {show}",)
     modelfile = str((out or folder) / "Modelfile")
     if modelfile.startswith("-"):
         modelfile = f"./{modelfile}"
-    create = shlex.join(["ollama", "create", name, "-f", modelfile])
-    return OllamaExport(create, shlex.join(["ollama", "run", name]), converted.template, stops, window, notes)
+    commands = [shlex.join(["ollama", "create", name, "-f", modelfile]), shlex.join(["ollama", "run", name])]
+    return {
+        "commands": commands,
+        "template": converted.template,
+        "stops": stops,
+        "num_ctx": window,
+        "notes": notes,
+    }
 
 
 def engine_adds_bos(base: Path, tokenizer: Any) -> bool:
@@ -179,22 +169,6 @@ def _relative_path(path: Path, folder: Path) -> str:
     return f"./{full.relative_to(home).as_posix()}" if full.is_relative_to(home) else full.as_posix()
 
 
-def _choose_window(config: Any, max_seq_len: int | None, num_ctx: int | None) -> int:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if num_ctx is not None and (num_ctx < 1 or (limit and num_ctx > limit)):
-        raise UsageError(f"a window of {num_ctx} tokens", f"1 to {limit or 'the limit of the model'}", "--num-ctx")
-    window = num_ctx or max(DEFAULT_WINDOW, max_seq_len or 0)
-    return min(window, limit) if limit else window
-
-
-def _list_stop_tokens(tokenizer: Any, config: Any, converted: ConvertedTemplate) -> tuple[str, ...]:
-    """Return the tokens that end an answer: the one the template writes after it, and the model's own."""
-    ids = getattr(config.get_text_config(), "eos_token_id", None)
-    ids = ids if isinstance(ids, list) else [ids]
-    tokens = tokenizer.convert_ids_to_tokens([i for i in (*ids, tokenizer.eos_token_id) if i is not None])
-    return tuple(dict.fromkeys([*converted.stops, *(t for t in tokens if t)]))
-
-
 # --- Modelfile -------------------------------------------------------------------------------------------------------
 
 
@@ -215,23 +189,19 @@ def format_modelfile(lines: list[tuple[str, str]]) -> str:
     text = ""
     for name, value in lines:
         if dropped := sorted({c for c in value if not is_printable(c) and c not in "\t\n\r"}):
-            raise UsageError(
-                f"{name} contains characters that Ollama drops from a Modelfile: "
-                f"{format_names(f'U+{ord(c):04X}' for c in dropped)}",
-                "printable characters, spaces, tabs and line ends",
-                "replace them (a no-break space by a space)",
-            )
+            codes = format_names(f"U+{ord(c):04X}" for c in dropped)
+            message = f"{name} contains characters that Ollama drops from a Modelfile: {codes}"
+            expected = "printable characters, spaces, tabs and line ends"
+            raise UsageError(message, expected, "replace them (a no-break space by a space)")
         forms = [f'"""{value}"""', f'"{value}"']
         if name not in ("TEMPLATE", "SYSTEM"):
             bare = value and value == value.strip() and value[0] not in "\"'#" and not set("\r\n") & set(value)
             forms = [*([value] if bare and name != "PARAMETER stop" else ()), *reversed(forms)]
         form = next((f for f in forms if _reads_back(f, value)), None)
         if form is None:
-            raise UsageError(
-                f"{name} cannot be quoted in a Modelfile: {value!r}",
-                "no line that ends in double quotes, since a Modelfile has no escape for them",
-                "end that line with another character, or rename the file",
-            )
+            expected = "no line that ends in double quotes, since a Modelfile has no escape for them"
+            hint = "end that line with another character, or rename the file"
+            raise UsageError(f"{name} cannot be quoted in a Modelfile: {value!r}", expected, hint)
         text += f"{name} {form}\n"
     return text
 

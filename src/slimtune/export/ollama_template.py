@@ -30,27 +30,22 @@ from .infer_template import (
     list_differences,
 )
 
-_NO_TEMPLATE = ": no TEMPLATE is written, and Ollama uses its own"
 _MONTHS = [datetime.date(2000, m, 1).strftime("%b %B").split() for m in range(1, 13)]
 _DATE_SLICES = {"Y": "0 4", "y": "2 4", "m": "5 7", "d": "8 10"}
-_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r", "\v": "\\v", "\f": "\\f"}
 
 
 @dataclass(frozen=True)
 class ConvertedTemplate:
-    """The result of converting a chat template.
-
-    Args:
-        template: in Go's syntax; None: it cannot be converted, `notes` says why.
-        stops: special tokens that end an answer.
-        system: whether the chat template has a place for a system prompt; None: unknown.
-        notes: what the TEMPLATE does differently, one sentence each.
-    """
+    """The result of converting a chat template."""
 
     template: str | None
+    """In Go's syntax; None: it cannot be converted, `notes` says why."""
     stops: tuple[str, ...] = ()
+    """Special tokens that end an answer."""
     system: bool | None = None
+    """Whether the chat template has a place for a system prompt; None: unknown."""
     notes: tuple[str, ...] = ()
+    """What the TEMPLATE does differently, one sentence each."""
 
 
 def convert_chat_template(tokenizer: Any, adds_bos: bool) -> ConvertedTemplate:
@@ -62,30 +57,24 @@ def convert_chat_template(tokenizer: Any, adds_bos: bool) -> ConvertedTemplate:
             it out; otherwise the prompt would begin with two.
     """
     try:
-        tokenizer.get_chat_template()
-    except ValueError:
-        reason = "the tokenizer has no chat template, or several without a default"
-        return ConvertedTemplate(None, notes=(reason + _NO_TEMPLATE,))
-    template = JinjaTemplate(tokenizer, adds_bos)
-    try:
+        template = JinjaTemplate(tokenizer, adds_bos)
         chat = infer_template(template)
         text = write_go_template(chat)
     except UnsupportedTemplate as error:
-        return ConvertedTemplate(None, notes=(f"{error}{_NO_TEMPLATE}",))
+        reason = str(error)
     except TemplateSyntaxError as error:
-        return ConvertedTemplate(None, notes=(f"the chat template is not valid Jinja ({error}){_NO_TEMPLATE}",))
+        reason = f"the chat template is not valid Jinja ({error})"
     except TemplateError as error:
-        return ConvertedTemplate(
-            None, notes=(f"the chat template refuses a plain conversation ({error}){_NO_TEMPLATE}",)
-        )
-    suffix = chat.suffixes.get("assistant", "")
-    ends = sorted((suffix.index(t), -len(t), t) for t in template.special_tokens if t in suffix)
-    return ConvertedTemplate(
-        text,
-        stops=(ends[0][2],) if ends else (),
-        system=chat.system in ("in order", "last"),
-        notes=tuple(list_differences(template, chat)),
-    )
+        reason = f"the chat template refuses a plain conversation ({error})"
+    except ValueError:
+        reason = "the tokenizer has no chat template, or several without a default"
+    else:
+        suffix = chat.suffixes.get("assistant", "")
+        ends = sorted((suffix.index(t), -len(t), t) for t in template.special_tokens if t in suffix)
+        stops = tuple(token for _, _, token in ends[:1])
+        notes = tuple(list_differences(template, chat))
+        return ConvertedTemplate(text, stops, chat.system in ("in order", "last"), notes)
+    return ConvertedTemplate(None, notes=(f"{reason}: no TEMPLATE is written, and Ollama uses its own",))
 
 
 def write_go_template(chat: ChatFormat) -> str:
@@ -98,46 +87,42 @@ def write_go_template(chat: ChatFormat) -> str:
     if chat.system == "refused":
         system = _write_error("the chat template refuses system messages")
     elif chat.system == "in order":
-        system = _write_message(chat, "system") + write_literal(chat.suffixes["system"]) + _write_prompt(chat, "system")
+        system = _write_message(chat, "system") + write_literal(chat.suffixes["system"])
+        system += _write_if("$last", write_literal(chat.prompt("system")))
     user = _write_message(chat, "user")
     if chat.system == "last":
         both = _write_message(chat, "system", "$.System") + write_literal(chat.suffixes["system"])
         both += _write_message(chat, "user", after_system=True)
-        user = f"{{{{ if and $last $.System }}}}{both}{{{{ else }}}}{user}{{{{ end }}}}"
-    user += write_literal(chat.suffixes["user"]) + _write_prompt(chat, "user")
-    suffix = write_literal(chat.suffixes["assistant"])
-    assistant = _write_message(chat, "assistant") + (f"{{{{ if not $last }}}}{suffix}{{{{ end }}}}" if suffix else "")
-    body = (
-        f'{{{{ if eq .Role "system" }}}}{system}{{{{ else if eq .Role "user" }}}}{user}'
-        f'{{{{ else if eq .Role "assistant" }}}}{assistant}'
-        f"{{{{ else }}}}{_write_error('this TEMPLATE knows the roles system, user and assistant only')}{{{{ end }}}}"
-    )
-    before, remember = "", ""
-    if "$before" in body:
-        before, remember = '{{ $before := "" }}', "{{ $before = .Role }}"
-        if chat.system != "in order":
-            remember = f'{{{{ if ne .Role "system" }}}}{remember}{{{{ end }}}}'
+        user = _write_if("and $last $.System", both, user)
+    user += write_literal(chat.suffixes["user"]) + _write_if("$last", write_literal(chat.prompt("user")))
+    assistant = _write_message(chat, "assistant")
+    assistant += _write_if("not $last", write_literal(chat.suffixes["assistant"]))
+    unknown = _write_error("this TEMPLATE knows the roles system, user and assistant only")
+    roles = {"system": system, "user": user, "assistant": assistant}
+    branches = "{{ else ".join(f'if eq .Role "{role}" }}}}{text}' for role, text in roles.items())
+    remember = "{{ $before = .Role }}"
+    if chat.system != "in order":
+        remember = _write_if('ne .Role "system"', remember)
     last = "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
-    return f"{before}{{{{ range $i, $_ := .Messages }}}}{last}{body}{remember}{{{{ end }}}}"
+    body = f"{last}{{{{ {branches}{{{{ else }}}}{unknown}{{{{ end }}}}{remember}"
+    return f'{{{{ $before := "" }}}}{{{{ range $i, $_ := .Messages }}}}{body}{{{{ end }}}}'
+
+
+def _write_if(condition: str, text: str, otherwise: str = "") -> str:
+    if not text and not otherwise:
+        return ""
+    other = f"{{{{ else }}}}{otherwise}" if otherwise else ""
+    return f"{{{{ if {condition} }}}}{text}{other}{{{{ end }}}}"
 
 
 def _write_message(chat: ChatFormat, role: str, value: str = ".Content", after_system: bool = False) -> str:
     """Write the prefix, chosen by the role before, and the content."""
-    *special, (_, default, default_strip) = chat.choices(role, after_system)
-    same_strip = all(strip == default_strip for _, _, strip in special)
-
-    def piece(prefix: str, strip: Strip) -> str:
-        return write_literal(prefix) + ("" if same_strip else _write_content(value, strip))
-
-    text = piece(default, default_strip)
-    if special:
-        branches = "{{ else ".join(
-            f"if eq $before {' '.join(map(_write_string, befores))} }}}}{piece(prefix, strip)}"
-            for befores, prefix, strip in special
-        )
-        otherwise = f"{{{{ else }}}}{text}" if text else ""
-        text = f"{{{{ {branches}{otherwise}{{{{ end }}}}"
-    return text + (_write_content(value, default_strip) if same_strip else "")
+    *special, (_, prefix, strip) = chat.choices(role, after_system)
+    text = write_literal(prefix) + _write_content(value, strip)
+    for befores, prefix, strip in special:
+        condition = f"eq $before {' '.join(map(_write_string, befores))}"
+        text = _write_if(condition, write_literal(prefix) + _write_content(value, strip), text)
+    return text
 
 
 def _write_content(value: str, strip: Strip) -> str:
@@ -155,11 +140,6 @@ def _write_content(value: str, strip: Strip) -> str:
     return f"{{{{ $x := {value} }}}}{loop}{{{{ $x }}}}"
 
 
-def _write_prompt(chat: ChatFormat, role: str) -> str:
-    text = write_literal(chat.prompt(role))
-    return f"{{{{ if $last }}}}{text}{{{{ end }}}}" if text else ""
-
-
 def _write_error(reason: str) -> str:
     """Write an error: Go's templates cannot raise one, and silently dropping a message would be worse."""
     return f'{{{{ slice "{reason}" 99 }}}}'
@@ -168,27 +148,26 @@ def _write_error(reason: str) -> str:
 def write_literal(text: str) -> str:
     """Return a Go template that gives `text`, with characters that a Modelfile can carry.
 
+    Braces, runs of quotes and characters that Ollama drops become Go strings; everything else stays as it is.
+
     Raises:
         UnsupportedTemplate: it contains a date in a format that Go cannot make.
     """
-    pieces = re.split(f"{DATE_MARKERS[0]}(.*?){DATE_MARKERS[1]}", text, flags=re.DOTALL)
-    return "".join(_write_date(p) if i % 2 else _write_plain(p) for i, p in enumerate(pieces))
+    before, *rest = re.split(f"{DATE_MARKERS[0]}(.*?){DATE_MARKERS[1]}", text, flags=re.DOTALL)
+    out = ""
+    for piece in re.findall(r'\{+|"+|[^{"]+', before):
+        quoted = piece[0] == "{" or (piece[0] == '"' and len(piece) > 2)
+        for plain, run in itertools.groupby(piece, key=lambda c: not quoted and (is_printable(c) or c in "\n\t")):
+            part = "".join(run)
+            out += part if plain else f"{{{{ {_write_string(part)} }}}}"
+    for style, after in zip(rest[::2], rest[1::2], strict=True):
+        out += _write_date(style) + write_literal(after)
+    return out
 
 
 def is_printable(char: str) -> bool:
     """Return whether Go calls a character printable (`strconv.IsPrint`); Ollama drops the others."""
     return char == " " or unicodedata.category(char)[0] in "LMNPS"
-
-
-def _write_plain(text: str) -> str:
-    """Write braces, runs of quotes and characters that Ollama drops as Go strings, everything else as it is."""
-    out = ""
-    for piece in re.findall(r'\{+|"+|[^{"]+', text):
-        quoted = piece[0] == "{" or (piece[0] == '"' and len(piece) > 2)
-        for plain, run in itertools.groupby(piece, key=lambda c: not quoted and (is_printable(c) or c in "\n\t")):
-            part = "".join(run)
-            out += part if plain else f"{{{{ {_write_string(part)} }}}}"
-    return out
 
 
 def _write_string(text: str) -> str:
@@ -197,7 +176,7 @@ def _write_string(text: str) -> str:
     def escape(char: str) -> str:
         if " " <= char <= "~" and char not in '"\\':
             return char
-        return _ESCAPES.get(char) or (f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}")
+        return f"\\u{ord(char):04x}" if ord(char) < 0x10000 else f"\\U{ord(char):08x}"
 
     return f'"{"".join(map(escape, text))}"'
 

@@ -13,7 +13,8 @@ bound. Greedy text alone would not notice most faults: a wrong order of weights 
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,11 @@ ANSWER_TOKENS = 24
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an engine may be from the adapter.
-
-    Args:
-        max_difference: d at the worst position, nats.
-        mean_difference: d on average, nats.
-        effect_share: this share of the adapter's effect may be added to `mean_difference`.
-    """
+    """How far an engine may be from the adapter: d at the worst position and on average, nats."""
 
     max_difference: float = math.inf
     mean_difference: float = math.inf
-    effect_share: float = 0.0
+    effect_share: float = 0.0  # of the adapter's effect, added to `mean_difference`
 
     def __str__(self) -> str:
         share = f" + {self.effect_share:.0%} of the effect" if self.effect_share else ""
@@ -75,19 +70,9 @@ def get_tolerance(*precisions: str) -> Tolerance:
     return TOLERANCES[max(known, key=list(TOLERANCES).index)]
 
 
-def conversion_tolerance(error: float) -> Tolerance:
-    """Return the tolerance of an adapter exported as the nearest LoRA, whose relative error is known."""
-    return Tolerance(mean_difference=0.02, effect_share=error)
-
-
 @dataclass(frozen=True)
 class Text:
-    """One text to compare on.
-
-    Args:
-        prompt: the prompt as the chat template renders it; "" without a template.
-        ids: token ids of prompt and answer.
-    """
+    """One text to compare on: token ids of prompt and answer, and the prompt as the chat template renders it or ""."""
 
     prompt: str
     ids: list[int]
@@ -95,74 +80,46 @@ class Text:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of comparing one engine with the trained adapter.
-
-    Args:
-        engine: its name.
-        precision: of its weights.
-        prompts, prompts_equal: rendered prompts, and those with the same token ids.
-        positions: next tokens compared.
-        max_difference, mean_difference: d, nats.
-        kl: nats, on average.
-        effect: mean d between the base and the base with its adapter, nats.
-        answers, answers_equal: greedy answers, and those that are equal token by token.
-        limit: the tolerance.
-        passed: whether the engine is within it; None: it was not checked.
-        reason: why it is not, or why it was not checked.
-    """
+    """The result of comparing one engine with the trained adapter; differences, KL and effect in nats."""
 
     engine: str
-    precision: str
+    precision: str  # of its weights
     prompts: int = 0
-    prompts_equal: int = 0
-    positions: int = 0
+    prompts_equal: int = 0  # with the same token ids
+    positions: int = 0  # next tokens compared
     max_difference: float = math.nan
     mean_difference: float = math.nan
-    kl: float = math.nan
+    kl: float = math.nan  # on average
     effect: float = math.nan
     answers: int = 0
-    answers_equal: int = 0
-    limit: str = ""
-    passed: bool | None = None
-    reason: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values."""
-        return asdict(self)
+    answers_equal: int = 0  # token by token
+    limit: str = ""  # the tolerance
+    passed: bool | None = None  # None: not checked
+    reason: str = ""  # why it did not pass, or was not checked
 
 
 class Reference:
-    """The trained adapter on its base: what every engine is compared with.
-
-    Args:
-        model: the adapted model, in evaluation mode.
-        tokenizer: of its base.
-        texts: what to compare on.
-    """
+    """The trained adapter on its base, in evaluation mode: what every engine is compared with on some texts."""
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[Text]) -> None:
         self.engine, self.texts = TransformersEngine("trained adapter", model, tokenizer), list(texts)
-        self._log_probs: list[Tensor] | None = None
-        self._effect: float | None = None
         self._answers: dict[int, list[int]] = {}
 
+    @cached_property
     def log_probs(self) -> list[Tensor]:
-        """Return the adapter's log-probabilities of each text's next tokens; computed once."""
-        if self._log_probs is None:
-            self._log_probs = [self.engine.score(text.ids).token_log_probs for text in self.texts]
-        return self._log_probs
+        """The adapter's log-probabilities of each text's next tokens."""
+        return [self.engine.score(text.ids).token_log_probs for text in self.texts]
 
+    @cached_property
     def effect(self) -> float:
-        """Return the mean distance between the base and the base with its adapter, nats; computed once."""
-        if self._effect is None:
-            with self.engine.model.disable_adapter():
-                base = [self.engine.score(text.ids).token_log_probs for text in self.texts]
-            self._effect = self.differences(base).mean().item()
-        return self._effect
+        """The mean distance between the base and the base with its adapter, nats."""
+        with self.engine.model.disable_adapter():
+            base = [self.engine.score(text.ids).token_log_probs for text in self.texts]
+        return self.differences(base).mean().item()
 
     def differences(self, log_probs: Iterable[Tensor]) -> Tensor:
-        """Return d at every position of all texts."""
-        return torch.cat([(a - b).abs() for a, b in zip(self.log_probs(), log_probs, strict=True)])
+        """Return d at every position of all texts `(n,)`."""
+        return torch.cat([(a - b).abs() for a, b in zip(self.log_probs, log_probs, strict=True)])
 
     def answer(self, number: int, prompt: Sequence[int]) -> list[int]:
         """Return the adapter's greedy answer to the prompt of a text; computed once."""
@@ -170,15 +127,26 @@ class Reference:
             self._answers[number] = self.engine.generate(prompt, ANSWER_TOKENS)
         return self._answers[number]
 
+    def find_faults(self, differences: Tensor, tolerance: Tolerance) -> list[str]:
+        """Return why an engine with these differences is not the trained adapter, one clause each; [] if it is."""
+        worst, mean = differences.max().item(), differences.mean().item()
+        allowed = tolerance.mean_difference + tolerance.effect_share * self.effect
+        faults = []
+        if not worst <= tolerance.max_difference:
+            faults.append(f"a token's log p differs by {worst:.3g} nats, {tolerance.max_difference:g} are allowed")
+        if not mean <= allowed:
+            faults.append(f"log p differs by {mean:.3g} nats on average, {allowed:.3g} are allowed")
+        # Above what arithmetic alone makes, an engine must be nearer to the adapter than half way to the base.
+        noise = 0.05 if self.engine.model.dtype.itemsize == 2 else 0.005
+        if mean > max(noise, self.effect / 2):
+            faults.append(f"half or more of what the adapter changes ({self.effect:.3g} nats on average) is lost")
+        return faults
+
 
 def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | None = None) -> list[Text]:
-    """Return texts to compare on: fixed questions, then the first rows that the run held out.
+    """Return fixed questions, then the first rows that the run held out (validation, else test), or those of `rows`.
 
-    Args:
-        tokenizer: of the base.
-        recipe: the run's, if there is one: its validation (else test) rows.
-        config: of the model; texts longer than its context are cut.
-        rows: a file of rows to use instead.
+    Texts longer than the context in the model's config are cut.
     """
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS]
     held_out = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
@@ -202,55 +170,23 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
     return texts
 
 
-def find_faults(differences: Tensor, effect: float, tolerance: Tolerance, noise: float = 0.005) -> list[str]:
-    """Return why an engine is not the trained adapter, one sentence part each; [] if it is.
-
-    Args:
-        differences: d at each position `(n,)`.
-        effect: the adapter's.
-        tolerance: how large d may be.
-        noise: mean d that arithmetic alone makes, nats. Above it an engine must be nearer to the adapter than half way
-            to the base, whatever the tolerance.
-    """
-    worst, mean = differences.max().item(), differences.mean().item()
-    allowed = tolerance.mean_difference + tolerance.effect_share * effect
-    faults = []
-    if not worst <= tolerance.max_difference:
-        faults.append(f"a token's log p differs by {worst:.3g} nats, {tolerance.max_difference:g} are allowed")
-    if not mean <= allowed:
-        faults.append(f"log p differs by {mean:.3g} nats on average, {allowed:.3g} are allowed")
-    if mean > max(noise, effect / 2):
-        faults.append(f"half or more of what the adapter changes ({effect:.3g} nats on average) is lost")
-    return faults
-
-
 def compare_engine(
     reference: Reference, engine: Engine, precision: str, *, tolerance: Tolerance | None = None, answers: int = 4
 ) -> Verdict:
-    """Compare an engine with the trained adapter.
+    """Compare an engine, whose weights have a precision ("f32", "q8_0", "Q4_K_M", …), with the trained adapter.
 
-    Args:
-        reference: the adapter.
-        engine: the engine.
-        precision: of its weights: "f32", "f16", "bf16", "q8_0", "Q4_K_M", …
-        tolerance: None: that of the precision.
-        answers: number of greedy answers to compare.
+    The tolerance is by default that of the precision; `answers` is the number of greedy answers to compare.
     """
-    computed = PRECISIONS[reference.engine.model.dtype]
-    tolerance = tolerance or get_tolerance(precision, computed)
+    tolerance = tolerance or get_tolerance(precision, PRECISIONS[reference.engine.model.dtype])
     prompts = [t.prompt for t in reference.texts if t.prompt]
     ids = [reference.engine.tokenize(p) for p in prompts]
-    engine_ids = [engine.tokenize(p) for p in prompts]
+    unlike = [(ours, theirs) for ours, p in zip(ids, prompts, strict=True) if (theirs := engine.tokenize(p)) != ours]
     scores = [engine.score(text.ids) for text in reference.texts]
     differences = reference.differences(s.token_log_probs for s in scores)
-    kl = [
-        kl_divergence(reference.engine.score_at(text.ids, s.top_ids), s)
-        for text, s in zip(reference.texts, scores, strict=True)
-    ]
+    pairs = zip(reference.texts, scores, strict=True)
+    kl = [kl_divergence(reference.engine.score_at(text.ids, s.top_ids), s) for text, s in pairs]
     equal = sum(reference.answer(i, p) == engine.generate(p, ANSWER_TOKENS) for i, p in enumerate(ids[:answers]))
-    effect = reference.effect()
-    faults = find_faults(differences, effect, tolerance, noise=0.05 if computed in ("f16", "bf16") else 0.005)
-    unlike = [(a, b) for a, b in zip(ids, engine_ids, strict=True) if a != b]
+    faults = reference.find_faults(differences, tolerance)
     if unlike:
         ours, theirs = unlike[0]
         at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(map(len, unlike[0])))
@@ -267,7 +203,7 @@ def compare_engine(
         max_difference=differences.max().item(),
         mean_difference=differences.mean().item(),
         kl=torch.cat(kl).mean().item(),
-        effect=effect,
+        effect=reference.effect,
         answers=len(ids[:answers]),
         answers_equal=equal,
         limit=str(tolerance),
@@ -277,11 +213,9 @@ def compare_engine(
 
 
 def kl_divergence(log_probs: Tensor, scores: Scores) -> Tensor:
-    """Return KL(adapter ‖ engine) at each position `(n - 1)`, over the engine's likeliest tokens and the rest as one.
+    """Return KL(adapter ‖ engine) at each position `(n - 1,)`, over the engine's likeliest tokens and the rest as one.
 
-    Args:
-        log_probs: the adapter's log-probabilities of those tokens `(n - 1, k)`.
-        scores: the engine's.
+    `log_probs` `(n - 1, k)` are the adapter's of those tokens.
     """
     p, q = log_probs.exp(), scores.top_log_probs.exp()
     rest_p, rest_q = ((1 - each.sum(1, keepdim=True)).clamp_min(1e-12) for each in (p, q))

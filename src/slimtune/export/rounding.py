@@ -2,13 +2,10 @@
 
     W' [out, in] → Q in 16 bits with small ‖(Q - W') Xᵀ‖,  X [n, in]: the layer's inputs on rows the run trained on
 
-Rounding every number to its nearest leaves an error in every output, and these errors add up because a few directions
-carry most of a layer's input. So columns are rounded one after another, and the error that a column leaves in the
-outputs is compensated in the columns that follow:
+The errors of rounding every number to its nearest add up, because a few directions carry most of a layer's input. So
+columns are rounded one after another, and the columns that follow compensate the error that one leaves in the outputs:
 
     H = (1/n) XᵀX + λ I,   H⁻¹ = UᵀU, U upper triangular:   W[:, j+1:] -= (W[:, j] - Q[:, j]) / U[j, j] · U[j, j+1:]
-
-λ leaves directions that no row showed as they are.
 """
 
 import itertools
@@ -25,31 +22,23 @@ from ..setup import open_rows_from_recipe
 from ..utils.calibration import ROWS, collect_layer_inputs, second_moment
 from ..utils.linear_layers import layer_kind
 
-MIN_INPUTS = 256
-"""With fewer inputs numbers are rounded to their nearest: a few texts say little about others."""
-
 
 def round_with_inputs(weight: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round a linear layer's weight `(out, in)` to `dtype` so that its outputs on `inputs` `(n, in)` change little.
-
-    An output row whose numbers serve it better when rounded to their nearest is rounded so.
-    """
-    weight = weight.float()
+    """Round a linear layer's weight `(out, in)` to `dtype` so that its outputs on `inputs` `(n, in)` change little."""
+    weight, nearest = weight.float(), weight.to(dtype)
     hessian = second_moment(inputs, damping=0.01)
     order = hessian.diagonal().argsort(descending=True)  # the most important while most columns can still compensate
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
-    left, rounded = weight[:, order], torch.empty_like(weight, dtype=dtype)
-    for start in range(0, len(hessian), 64):
+    left, rounded = weight[:, order], torch.empty_like(nearest)
+    for start in range(0, len(hessian), 64):  # in blocks, so that most of the work is a matrix product
         end = min(start + 64, len(hessian))
         block, errors = left[:, start:end].clone(), []
         for j, row in enumerate(factor[start:end, start:end]):
-            column = block[:, j].to(dtype)
-            rounded[:, order[start + j]] = column
+            column = rounded[:, order[start + j]] = block[:, j].to(dtype)
             errors.append((block[:, j] - column.float()) / row[j])
             block[:, j + 1 :] -= errors[-1][:, None] * row[j + 1 :]
         left[:, end:] -= torch.stack(errors, 1) @ factor[start:end, end:]
-    nearest = weight.to(dtype)
     error, nearest_error = (((q.float() - weight) @ inputs.float().t()).square().sum(1) for q in (rounded, nearest))
     return torch.where((error <= nearest_error)[:, None], rounded, nearest)
 
@@ -59,22 +48,14 @@ def collect_rounding_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -
 
     Empty without a recipe, or if its rows are not there any more. The head is left out: it is often tied to embeddings.
     """
-    head = model.get_output_embeddings()
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if layer_kind(module) == "linear"
-        and module is not head
-        and not {"adapters", "trained_copies"} & {*name.split(".")}
-    }
+    if recipe is None:
+        return {}
     try:
-        rows = (
-            list(itertools.islice(open_rows_from_recipe(recipe, recipe.data.train).valid_rows(), ROWS))
-            if recipe
-            else []
-        )
-        encoded = [row for row in tokenize_rows(rows, tokenizer) if not isinstance(row, InvalidRow)]
+        rows = list(itertools.islice(open_rows_from_recipe(recipe, recipe.data.train).valid_rows(), ROWS))
     except SlimtuneError:
         return {}
-    ids = [row.input_ids[: recipe.data.max_seq_len] for row in encoded] if recipe else []
+    encoded = [row for row in tokenize_rows(rows, tokenizer) if not isinstance(row, InvalidRow)]
+    layers = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and "adapters" not in n.split(".")}
+    layers = {n: m for n, m in layers.items() if m is not model.get_output_embeddings()}
+    ids = [row.input_ids[: recipe.data.max_seq_len] for row in encoded]
     return collect_layer_inputs(model, layers, ids) if ids else {}

@@ -10,6 +10,7 @@ What cannot be checked is reported with the reason, and never counts as passed.
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,8 @@ from ..setup import TrainedModel, load_run
 from . import merge as merging
 from .engines import Engine, LlamaCppEngine, TransformersEngine, VllmEngine
 from .gguf import write_adapter_gguf
-from .manifest import read_manifest
-from .reference import (
-    PRECISIONS,
-    Reference,
-    Tolerance,
-    Verdict,
-    compare_engine,
-    conversion_tolerance,
-    get_tolerance,
-    make_texts,
-)
-
-ADAPTER_GGUF, MODEL_GGUF = "adapter.gguf", "model.gguf"
-"""Names of GGUF files in exports."""
+from .manifest import ADAPTER_GGUF, MODEL_GGUF, read_manifest
+from .reference import PRECISIONS, Reference, Tolerance, Verdict, compare_engine, get_tolerance, make_texts
 
 
 def verify(
@@ -62,80 +51,68 @@ def verify(
         AdapterError: the adapter does not fit its base.
     """
     path = Path(path)
-    manifest = read_manifest(path)
-    run = manifest["run"] if manifest else path
-    if manifest and not run.exists():
-        raise UsageError(
-            f"{path} was made from {run}, which does not exist any more", "the run that an export is compared with"
-        )
+    manifest = read_manifest(path) or {}
+    run = manifest.get("run", path)
+    if not run.exists() and manifest:
+        raise UsageError(f"{path} was made from {run}, which does not exist any more", "the run to compare it with")
     with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as folder:
         verifier = Verifier(merging.load_trained(run), run, Path(folder), rows, threads, log)
         checks = [*(verifier.verify_export(path, manifest) if manifest else verifier.export_and_verify_all())]
         if vllm:
-            facts = manifest or {}
-            dtype, base = facts.get("dtype"), verifier.loaded.base
+            dtype, base = manifest.get("dtype"), verifier.loaded.base
             if dtype and (base.quantization or dtype != str(base.dtype).removeprefix("torch.")):
                 # Compare on the base as it is served: its other rounding is not a fault of the adapter.
                 verifier = Verifier(merging.load_trained(run, dtype), run, Path(folder), rows, threads, log)
-            name = vllm_model or str(facts.get("name", run.resolve().name))
-            precision = PRECISIONS[verifier.loaded.base.dtype]
-            checks.append(
-                verifier.verify_engine("vLLM", precision, lambda: _connect(vllm, name), _get_tolerance(facts))
-            )
+            name = vllm_model or str(manifest.get("name", run.resolve().name))
+            precision, tolerance = PRECISIONS[verifier.loaded.base.dtype], _get_conversion_tolerance(manifest)
+            checks.append(verifier.verify_engine("vLLM", precision, lambda: VllmEngine(vllm, name), tolerance))
     checked = [c for c in checks if c.passed is not None]
     passed = bool(checked) and all(c.passed for c in checked) and not (vllm and checks[-1].passed is None)
-    return {"path": str(path), "run": str(run), "passed": passed, "checks": [c.to_dict() for c in checks]}
+    return {"path": str(path), "run": str(run), "passed": passed, "checks": [asdict(c) for c in checks]}
 
 
+@dataclass
 class Verifier:
-    """Opens engines on what a run exports to, and compares each with the trained adapter.
+    """Opens engines on what a run exports to, and compares each with the trained adapter; arguments as for `verify`."""
 
-    Args:
-        loaded: the adapter on its base.
-        run: the run or adapter folder it came from.
-        folder: for temporary files; the caller deletes it.
-        rows, threads, log: as for `verify`.
-    """
+    loaded: TrainedModel
+    run: Path
+    folder: Path  # for temporary files; the caller deletes it
+    rows: Path | None = None
+    threads: int | None = None
+    log: Callable[[str], None] = lambda _: None
 
-    def __init__(
-        self,
-        loaded: TrainedModel,
-        run: Path,
-        folder: Path,
-        rows: Path | None = None,
-        threads: int | None = None,
-        log: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self.loaded, self.run, self.folder, self.threads, self.log = loaded, run, folder, threads, log
-        model: Any = loaded.model
-        self.model = model
-        texts = make_texts(loaded.base.tokenizer, loaded.recipe, model.config.get_text_config(), rows)
-        self.reference = Reference(self.model, loaded.base.tokenizer, texts)
+    def __post_init__(self) -> None:
+        model: Any = self.loaded.model
+        tokenizer = self.loaded.base.tokenizer
+        texts = make_texts(tokenizer, self.loaded.recipe, model.config.get_text_config(), self.rows)
+        self.model, self.reference = model, Reference(model, tokenizer, texts)
 
     def export_and_verify_all(self) -> Iterator[Verdict]:
         """Export to every format, and check each."""
+        merged, adapter, whole = (self.folder / name for name in ("merged", ADAPTER_GGUF, MODEL_GGUF))
 
-        def merged_folder() -> Engine:
+        def open_merged() -> Engine:
             self._require_mergeable()
-            merging.merge(self.run, self.folder / "merged")
-            return self._open_merged(self.folder / "merged")
+            merging.merge(self.run, merged)
+            return self._open_merged(merged)
 
-        def adapter_gguf() -> Engine:
-            write_adapter_gguf(self.folder / ADAPTER_GGUF, self.model)
-            return self._open_beside_base(self.folder / ADAPTER_GGUF)
+        def open_adapter() -> Engine:
+            write_adapter_gguf(adapter, self.model)
+            return self._open_beside_base(adapter)
 
-        def merged_gguf() -> Engine:
+        def open_whole() -> Engine:
             self._require_mergeable()
-            merging.write_merged_gguf(self.loaded, self.run, self.folder / MODEL_GGUF, "f16")
-            return self._open_llama_cpp(self.folder / MODEL_GGUF)
+            merging.write_merged_gguf(self.loaded, self.run, whole, "f16")
+            return self._open_llama_cpp(whole)
 
-        yield self.verify_engine("merged folder", PRECISIONS[self.loaded.base.dtype], merged_folder)
-        yield self.verify_engine("llama.cpp, adapter GGUF", "f32", adapter_gguf)
-        yield self.verify_engine("llama.cpp, merged GGUF", "f16", merged_gguf)
+        yield self.verify_engine("merged folder", PRECISIONS[self.loaded.base.dtype], open_merged)
+        yield self.verify_engine("llama.cpp, adapter GGUF", "f32", open_adapter)
+        yield self.verify_engine("llama.cpp, merged GGUF", "f16", open_whole)
 
     def verify_export(self, path: Path, manifest: dict[str, Any]) -> Iterator[Verdict]:
         """Check what an export folder contains."""
-        precision, tolerance = str(manifest.get("precision", "f32")), _get_tolerance(manifest)
+        precision, tolerance = str(manifest.get("precision", "f32")), _get_conversion_tolerance(manifest)
         adapter, model = path / ADAPTER_GGUF, path / MODEL_GGUF
         if manifest["kind"] == "merged":
             precision = next(p for dtype, p in PRECISIONS.items() if str(dtype) == f"torch.{manifest['dtype']}")
@@ -163,10 +140,11 @@ class Verifier:
             with closing(open_engine()) as engine:
                 engine.name = name
                 return compare_engine(self.reference, engine, precision, tolerance=tolerance)
-        except (ModelError, UsageError) as error:
-            return Verdict(name, precision, reason=f"not checked: {_to_one_line(error)}")
         except SlimtuneError as error:
-            return Verdict(name, precision, passed=False, reason=_to_one_line(error))
+            reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
+            if isinstance(error, ModelError | UsageError):  # says nothing about the adapter
+                return Verdict(name, precision, reason=f"not checked: {reason}")
+            return Verdict(name, precision, passed=False, reason=reason)
 
     def _require_mergeable(self) -> None:
         config = self.model.active_peft_config
@@ -201,16 +179,7 @@ class Verifier:
         return LlamaCppEngine(model, adapter, max_tokens=longest, threads=self.threads)
 
 
-def _get_tolerance(manifest: dict[str, Any]) -> Tolerance | None:
-    return conversion_tolerance(manifest["conversion"]["error"]) if "conversion" in manifest else None
-
-
-def _connect(url: str, model: str) -> Engine:
-    try:
-        return VllmEngine(url, model)
-    except RunError as error:  # no server: says nothing about the adapter
-        raise ModelError(error.message, error.expected, error.hint) from error
-
-
-def _to_one_line(error: SlimtuneError) -> str:
-    return " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
+def _get_conversion_tolerance(manifest: dict[str, Any]) -> Tolerance | None:
+    """Return the tolerance of an adapter exported as the nearest LoRA, whose relative error is known."""
+    error = manifest.get("conversion", {}).get("error")
+    return None if error is None else Tolerance(mean_difference=0.02, effect_share=error)

@@ -68,42 +68,33 @@ def is_served_unchanged(config: Any) -> bool:
 
 def list_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
     """Return why vLLM would refuse an adapter: causes that no conversion removes, and those --convert-to-lora does."""
-    config, max_rank = model.peft_config[adapter], load_vllm_rules()["ranks"][-1]
-    fixed = [*lora_incompatibilities(config), *_list_base_refusals(model, adapter)]
-    form = plain_lora_incompatibilities(config)
+    config, rules = model.peft_config[adapter], load_vllm_rules()
+    modules = model.adapter_modules(adapter)
+    fixed, form = lora_incompatibilities(config), plain_lora_incompatibilities(config)
     if not form:
-        factors = [m.low_rank_factors() for m in model.adapter_modules(adapter).values()]
-        rank = max((f[0].shape[0] for f in factors if f is not None), default=0)
-        if rank > max_rank:
-            start = (
-                ", twice the config's because its start is subtracted"
-                if is_subtracted_init(config.init_lora_weights)
-                else ""
-            )
-            form = [f"its rank is {rank}{start}; vLLM's --max-lora-rank ends at {max_rank}"]
+        rank = max((f[0].shape[0] for m in modules.values() if (f := m.low_rank_factors()) is not None), default=0)
+        twice = ", twice the config's because its start is subtracted"
+        start = twice if is_subtracted_init(config.init_lora_weights) else ""
+        if rank > rules["ranks"][-1]:
+            form = [f"its rank is {rank}{start}; vLLM's --max-lora-rank ends at {rules['ranks'][-1]}"]
+    architecture = _get_architecture(model)
+    accepted = rules["architectures"].get(architecture, ...)
+    if accepted is None:
+        fixed = [*fixed, f"the base is a {architecture}, on which vLLM serves no LoRA"]
+    elif accepted is not ...:
+        vocabulary, head = model.config.get_text_config().vocab_size, model.get_output_embeddings()
+        if "lm_head" in accepted and vocabulary > MAX_VOCABULARY:
+            limit = f"with LoRA vLLM accepts {MAX_VOCABULARY} at most"
+            fixed = [*fixed, f"the base has {vocabulary} tokens; {limit}"]
+        kinds = model.match_report(adapter).kinds
+        ends = [n for n in modules if kinds[n] == "embedding" or model.get_submodule(n) is head]
+        if refused := [n for n in ends if n.rpartition(".")[2] not in accepted]:
+            limit = f"only {format_names(accepted)}" if accepted else "no embedding and no head"
+            fixed = [*fixed, f"it changes {format_names(refused)}; on a {architecture} vLLM accepts {limit}"]
     return fixed, form
 
 
-def _list_base_refusals(model: Any, adapter: str) -> list[str]:
-    architecture = _architecture(model)
-    if architecture not in load_vllm_rules()["architectures"]:
-        return []
-    accepted = load_vllm_rules()["architectures"][architecture]
-    if accepted is None:
-        return [f"the base is a {architecture}, on which vLLM serves no LoRA"]
-    causes, vocabulary = [], model.config.get_text_config().vocab_size
-    if "lm_head" in accepted and vocabulary > MAX_VOCABULARY:
-        causes.append(f"the base has {vocabulary} tokens; with LoRA vLLM accepts {MAX_VOCABULARY} at most")
-    kinds, head = model.match_report(adapter).kinds, model.get_output_embeddings()
-    modules = model.adapter_modules(adapter)
-    ends = [n for n in modules if kinds[n] == "embedding" or model.get_submodule(n) is head]
-    if refused := [n for n in ends if n.rpartition(".")[2] not in accepted]:
-        limit = f"only {format_names(accepted)}" if accepted else "no embedding and no head"
-        causes.append(f"it changes {format_names(refused)}; on a {architecture} vLLM accepts {limit}")
-    return causes
-
-
-def _architecture(model: Any) -> str:
+def _get_architecture(model: Any) -> str:
     """Return the name by which vLLM finds its own class: the first in the base's config."""
     return (getattr(model.config, "architectures", None) or [model.base_model_class.__name__])[0]
 
@@ -149,10 +140,10 @@ def write_vllm_adapter(
         dtype: what vLLM computes in: "float32", "bfloat16" or "float16"; None: the dtype of the run's base.
 
     Returns:
-        `name`, `base` (path or Hub id) and `base_name` (the base's name in requests), `dtype`, `rank`, `max_lora_rank`,
-        `modules`, `folded` (whether scales were multiplied into B), `bytes`, `command` (a shell line), `arguments` (the
-        same after `vllm serve`), `warnings`, and with `convert_to_lora` `conversion`: `method`, `rank`, `error` and
-        `worst` (relative to the change, over all layers and in the worst layer).
+        `name`, `base` (path or Hub id) and `base_name` (the base's name in requests), `dtype`, `precision`, `rank`,
+        `max_lora_rank`, `modules`, `folded` (whether scales were multiplied into B), `bytes`, `commands` (shell lines),
+        `arguments` (the same after `vllm serve`), `notes`, and with `convert_to_lora` `conversion`: `method`, `rank`,
+        `error` and `worst` (relative to the change, over all layers and in the worst layer).
 
     Raises:
         UsageError: an impossible name or dtype.
@@ -168,15 +159,9 @@ def write_vllm_adapter(
     fixed, form = list_vllm_refusals(model, adapter)
     _require_served(run, model, adapter, fixed, form if convert_to_lora is None else [])
     if convert_to_lora is not None:
-        report = model.to_lora(adapter, convert_to_lora)
-        conversion = {
-            "conversion": {
-                "method": model.peft_config[adapter].name,
-                "rank": max(report.ranks.values()),
-                "error": report.error,
-                "worst": max(report.errors.values()),
-            }
-        }
+        report, method = model.to_lora(adapter, convert_to_lora), model.peft_config[adapter].name
+        conversion = {"method": method, "rank": max(report.ranks.values()), "error": report.error}
+        conversion = {"conversion": {**conversion, "worst": max(report.errors.values())}}
         adapter = report.adapter
         _require_served(run, model, adapter, [], list_vllm_refusals(model, adapter)[1])
     config = model.peft_config[adapter]
@@ -188,29 +173,58 @@ def write_vllm_adapter(
     rank = max(A.shape[0] for A, _, _ in layers.values())
     trained = str(loaded.base.dtype).removeprefix("torch.")
     served = dtype or (trained if trained in DTYPES else "float32")  # vLLM has no float64
-    facts: dict[str, Any] = {
+    notes, rules, architecture = [], load_vllm_rules(), _get_architecture(model)
+    if architecture not in rules["architectures"]:
+        fallback = "it may serve it through transformers, or not at all"
+        notes.append(f"vLLM {rules['version']} has no class of its own for a {architecture}: {fallback}")
+    if served != trained:
+        effect = "log-probabilities will differ by this rounding of the base"
+        notes.append(f"the run held its base in {trained}, and vLLM will compute in {served}: {effect}")
+    verify = shlex.join(["slimtune", "verify", str(out), "--vllm", "http://127.0.0.1:8000"])
+    notes.append(f"the files were read back here; to check vLLM itself, start it, then {verify}")
+
+    m = loaded.recipe.model if loaded.recipe is not None else None
+    options: dict[str, Any] = {"trust_remote_code": m.trust_remote_code, "revision": m.revision} if m else {}
+    template = loaded.base.tokenizer.chat_template
+    if template == load_tokenizer(loaded.base.source.spec, **options).chat_template:
+        template = None  # the base's own
+    else:
+        write_atomic(folder / TEMPLATE, template)
+    start = [base] + (["--served-model-name", base_name] if base_name != base else [])
+    start += ["--revision", m.revision] if m and m.revision else []
+    start += ["--trust-remote-code"] if m and m.trust_remote_code else []
+    start += ["--dtype", served, "--enable-lora", "--max-lora-rank", str(round_up_rank(rank)), "--lora-modules"]
+
+    def make_arguments(place: str) -> list[str]:
+        """Return what follows `vllm serve` where the adapter's folder is `place`."""
+        module = f"{name}={place}"
+        if "," in module:  # then vLLM reads JSON
+            module = json.dumps({"name": name, "path": place})
+        return [*start, module, *(["--chat-template", f"{place}/{TEMPLATE}"] if template else [])]
+
+    script = f"""#!/bin/sh
+# Serves the base, and the adapter in this folder as {name}: sh {SCRIPT} [more options of vllm serve]
+cd -- "$(dirname -- "$0")" || exit 1
+exec vllm serve {shlex.join(make_arguments("."))} "$@"
+"""
+    write_atomic(folder / SCRIPT, script)
+    arguments = make_arguments(str(out))
+    return {
         "name": name,
         "base": base,
         "base_name": base_name,
         "dtype": served,
+        "precision": "f32",
         "rank": rank,
         "max_lora_rank": round_up_rank(rank),
         "modules": len(layers),
         "folded": folded,
         "bytes": _write_files(model, adapter, layers, folder, folded),
-        "warnings": _list_warnings(model, trained, served),
+        "commands": [shlex.join(["vllm", "serve", *arguments])],
+        "arguments": arguments,
+        "notes": notes,
+        **conversion,
     }
-    template = _own_chat_template(loaded)
-    if template is not None:
-        write_atomic(folder / TEMPLATE, template)
-    script = f"""#!/bin/sh
-# Serves the base, and the adapter in this folder as {name}: sh {SCRIPT} [more options of vllm serve]
-cd -- "$(dirname -- "$0")" || exit 1
-exec vllm serve {shlex.join(_serve_arguments(facts, loaded, ".", template is not None))} "$@"
-"""
-    write_atomic(folder / SCRIPT, script)
-    arguments = _serve_arguments(facts, loaded, str(out), template is not None)
-    return {**facts, "arguments": arguments, "command": shlex.join(["vllm", "serve", *arguments]), **conversion}
 
 
 def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: Path, folded: bool) -> int:
@@ -233,34 +247,6 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
     return sum((folder / f).stat().st_size for f in (CONFIG_FILE, state_dict.WEIGHTS_FILE))
 
 
-def _list_warnings(model: Any, trained: str, served: str) -> list[str]:
-    architecture, rules, warnings = _architecture(model), load_vllm_rules(), []
-    if architecture not in rules["architectures"]:
-        warnings.append(
-            f"vLLM {rules['version']} has no class of its own for a {architecture}: it may serve it through "
-            "transformers, or not at all"
-        )
-    if served != trained:
-        warnings.append(
-            f"the run held its base in {trained}, and vLLM will compute in {served}: log-probabilities will differ by "
-            "this rounding of the base"
-        )
-    return warnings
-
-
-def _own_chat_template(loaded: TrainedModel) -> str | None:
-    """Return the chat template the adapter was trained with, None if it is the base's own."""
-    options: dict[str, Any] = {}
-    if loaded.recipe is not None:
-        model = loaded.recipe.model
-        options = {"trust_remote_code": model.trust_remote_code, "revision": model.revision}
-    used = loaded.base.tokenizer.chat_template
-    return used if used != load_tokenizer(loaded.base.source.spec, **options).chat_template else None
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
 def _locate_base(loaded: TrainedModel) -> tuple[str, str]:
     """Return what vLLM loads the base from, and the name it serves it by."""
     source = loaded.base.source
@@ -281,26 +267,8 @@ def _check_name(given: str | None, folder: str, base: str) -> str:
         name = _to_plain_name(folder)
         return f"{name}-tuned" if name == base else name
     if not re.fullmatch(r"[A-Za-z0-9._][A-Za-z0-9._/:-]*", given):
-        raise UsageError(
-            f"vLLM cannot serve the adapter by the name {given!r}", "letters, digits and . _ - / : only", "--name"
-        )
+        message = f"vLLM cannot serve the adapter by the name {given!r}"
+        raise UsageError(message, "letters, digits and . _ - / : only", "--name")
     if given == base:
         raise UsageError(f"the base itself is served as {given!r}", "another name for the adapter", "--name")
     return given
-
-
-def _serve_arguments(facts: dict[str, Any], loaded: TrainedModel, folder: str, template: bool) -> list[str]:
-    """Return what follows `vllm serve`."""
-    arguments = [facts["base"]]
-    if facts["base_name"] != facts["base"]:
-        arguments += ["--served-model-name", facts["base_name"]]
-    if loaded.recipe is not None and loaded.recipe.model.revision:
-        arguments += ["--revision", loaded.recipe.model.revision]
-    if loaded.recipe is not None and loaded.recipe.model.trust_remote_code:
-        arguments += ["--trust-remote-code"]
-    module = f"{facts['name']}={folder}"
-    if "," in module:  # then vLLM reads JSON
-        module = json.dumps({"name": facts["name"], "path": folder})
-    arguments += ["--dtype", facts["dtype"], "--enable-lora", "--max-lora-rank", str(facts["max_lora_rank"])]
-    arguments += ["--lora-modules", module]
-    return [*arguments, "--chat-template", f"{folder}/{TEMPLATE}"] if template else arguments

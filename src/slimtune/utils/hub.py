@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_session, 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import RunError, SlimtuneError, UsageError
+from ..errors import RunError, SlimtuneError, UsageError, exception_chain
 
 log = logging.getLogger(__name__)
 
@@ -31,27 +31,22 @@ REPO_ID_FORM = "NAME/REPOSITORY, of letters, digits, '-', '_' and '.', such as `
 
 @dataclass(frozen=True)
 class CommitResult:
-    """What the repository contains after `commit_files`.
-
-    Args:
-        repo_id: of the repository, with its owner.
-        url: its address.
-        private: whether it is private.
-        created: whether the repository is new.
-        committed: whether there is a new commit; False: every file was there already.
-        info: the client's result: `oid`, `commit_url`, `pr_url`.
-        kept: given files that were not uploaded, because the repository had them.
-        existing: files that the repository had before.
-    """
+    """What the repository contains after `commit_files`."""
 
     repo_id: str
+    """With its owner."""
     url: str
     private: bool
     created: bool
+    """Whether the repository is new."""
     committed: bool
+    """Whether there is a new commit; False: every file was there already."""
     info: CommitInfo
+    """The client's result: `oid`, `commit_url`, `pr_url`."""
     kept: list[str]
+    """Given files that were not uploaded, because the repository had them."""
     existing: set[str]
+    """Files that the repository had before."""
 
 
 def require_repo_id(repo_id: str, *, require_owner: bool = False) -> None:
@@ -87,8 +82,7 @@ def commit_files(
     Args:
         files: contents by their names in the repository.
         repo_id: `owner/name`, or `name` for a repository of the token's owner.
-        message: first line of the commit.
-        description: the other lines.
+        message, description: first line of the commit, and the others.
         private: True: only the owner sees the repository; None: the owner's default, or as it is.
         revision: branch, created if it does not exist; None: main.
         create_pr: open a pull request instead of writing to the branch.
@@ -105,8 +99,7 @@ def commit_files(
     require_repo_id(repo_id)
     if not message.strip():
         raise UsageError("the commit message is empty", "a line of text", "omit the option for the default")
-    secret = _require_token(token)
-    _require_no_secret(secret, files)
+    secret = _require_token(token, files)
     api = HfApi(endpoint=endpoint, token=secret, library_name="slimtune")
     created = False
     try:
@@ -120,11 +113,8 @@ def commit_files(
                 created = True
                 repo = api.model_info(repo_id, timeout=timeout)
             if private and not repo.private:
-                raise UsageError(
-                    f"{repo_id} exists already and is public",
-                    "a private repository",
-                    f"make it private at {api.endpoint}/{repo_id}/settings, or give another name",
-                )
+                hint = f"make it private at {api.endpoint}/{repo_id}/settings, or give another name"
+                raise UsageError(f"{repo_id} exists already and is public", "a private repository", hint)
             if revision is not None:
                 if not create_pr and not revision.startswith("refs/pr/"):
                     api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -164,7 +154,8 @@ def _session_timeout(seconds: float) -> Iterator[None]:
         session.timeout = before
 
 
-def _require_token(token: str | bool | None) -> str:
+def _require_token(token: str | bool | None, files: Mapping[str, Path | bytes]) -> str:
+    """Return the token, which no file may contain."""
     secret = token if isinstance(token, str) else None if token is False else get_token()
     secret = (secret or "").strip()
     if not secret:
@@ -172,65 +163,44 @@ def _require_token(token: str | bool | None) -> str:
     if not re.fullmatch(r"[!-~]+", secret):
         # The HTTP client would raise this with the token in its message.
         raise UsageError("the token contains spaces, line ends or other invalid characters", "one word", LOG_IN)
-    return secret
-
-
-def _require_no_secret(secret: str, files: Mapping[str, Path | bytes]) -> None:
     for name, content in files.items():
         if isinstance(content, Path):
-            if content.stat().st_size > MAX_SEARCHED_BYTES:
-                continue
-            content = content.read_bytes()
+            content = content.read_bytes() if content.stat().st_size <= MAX_SEARCHED_BYTES else b""
         if secret.encode() in content:
             raise UsageError(f"{name} contains your token", "files without it", "remove it, and create a new token")
+    return secret
 
 
 def _clean_text(secret: str, text: str) -> str:
     """Return one line of text without the token, of at most 300 characters."""
-    text = re.sub(r"(?i)(bearer )\S+", r"\1…", text.replace(secret, "…"))
-    text = " ".join(text.split())
+    text = " ".join(re.sub(r"(?i)(bearer )\S+", r"\1…", text.replace(secret, "…")).split())
     return text if len(text) < 300 else text[:299] + "…"
 
 
 def _translate_error(error: BaseException, url: str, created: bool, timeout: float, secret: str) -> SlimtuneError:
     """Return an error for what the client raised, without the request and the token."""
-    chain: list[BaseException] = []
-    step: BaseException | None = error
-    while step is not None and step not in chain:
-        chain.append(step)
-        step = step.__cause__ or step.__context__
-    # By name, because the client uses httpx or httpx2, depending on its version.
-    classes = {c.__name__ for e in chain for c in type(e).__mro__}
-    created_note = "; the new repository was created and has none of the files" if created else ""
-    response = next((e for e in chain if isinstance(e, HfHubHTTPError)), None)
+    chain = list(exception_chain(error))
+    classes = {c.__name__ for e in chain for c in type(e).__mro__}  # by name: the client uses httpx or httpx2
+    note = "; the new repository was created and has none of the files" if created else ""
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
         return RunError("HF_HUB_OFFLINE is set", "access to the Hub", "unset HF_HUB_OFFLINE")
-    if response is not None:
+    for response in (e for e in chain if isinstance(e, HfHubHTTPError)):
         status, reason = response.response.status_code, _clean_text(secret, response.server_message or "")
-        detail = f"{f': {reason}' if reason else ''}{created_note}"
+        detail = f"{f': {reason}' if reason else ''}{note}"
         if status == 401:
             return UsageError(f"the Hub does not accept this token{detail}", "a valid token with write access", LOG_IN)
         if status == 403:
-            return UsageError(
-                f"this token may not write to {url}{detail}",
-                "a repository of yours or of your organization, and a token with write access",
-                f"give another REPO_ID, or another token: {LOG_IN}",
-            )
+            hint = f"give a repository of yours or of your organization, or another token: {LOG_IN}"
+            return UsageError(f"this token may not write to {url}{detail}", "a token with write access", hint)
         if status == 404:
             return UsageError(f"{url} has no such repository or branch{detail}", "an existing one")
-        hint = "wait, then push again" if status == 429 else "push again later" if status >= 500 else ""
+        hint = "push again later" if status == 429 or status >= 500 else ""
         return RunError(f"the Hub answered with error {status} to the upload to {url}{detail}", "a commit", hint)
     if "TimeoutException" in classes:
-        return RunError(
-            f"the Hub gave no answer for {timeout:g} s; {url} shows whether the commit was made",
-            "an answer",
-            "push again: files that are there already are not committed twice",
-        )
+        message = f"the Hub gave no answer for {timeout:g} s; {url} shows whether the commit was made"
+        return RunError(message, "an answer", "push again: files that are there already are not committed twice")
     if "TransportError" in classes:
-        return RunError(
-            f"the Hub cannot be reached for {url}: {type(chain[-1]).__name__}{created_note}",
-            "a connection",
-            "check the network, HTTPS_PROXY and HF_ENDPOINT, then push again",
-        )
+        message = f"the Hub cannot be reached for {url}: {type(chain[-1]).__name__}{note}"
+        return RunError(message, "a connection", "check the network, HTTPS_PROXY and HF_ENDPOINT, then push again")
     reason = _clean_text(secret, f"{type(error).__name__}: {chain[-1]}")
-    return RunError(f"the upload to {url} failed: {reason}{created_note}", "one commit", "push again")
+    return RunError(f"the upload to {url} failed: {reason}{note}", "one commit", "push again")
