@@ -25,24 +25,14 @@ SECTIONS = ("model", "data", "method", "train", "output_dir")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One line of the comparison.
+    """One line of the comparison."""
 
-    Args:
-        label: the name the user typed.
-        method: the method's name in the registry.
-        settings: the method's settings, as in a recipe.
-        learning_rate: the peak learning rate, above 0.
-        rate_source: where the learning rate comes from.
-        from_all: the candidate comes from "all" and was not named: if it does not fit the base it is left out instead
-            of raising an error.
-    """
-
-    label: str
-    method: str
-    settings: dict[str, Any] = field(default_factory=dict)
+    label: str  # the name the user typed
+    method: str  # its name in the registry
+    settings: dict[str, Any] = field(default_factory=dict)  # as in a recipe
     learning_rate: float = 0.0
     rate_source: Literal["default", "given", "tuned"] = "default"
-    from_all: bool = False
+    from_all: bool = False  # comes from "all" and was not named: left out, without an error, if it does not fit
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that determine the candidate's runs, as plain values."""
@@ -58,37 +48,27 @@ def build_candidates(
         names: what the user typed; "all" means every method of the registry.
         recipe_tree: the recipe as a plain tree; its method settings apply to that method and its variants.
         overrides: settings of single candidates: `{"lora.r": 8, "full.learning_rate": 1e-4}`.
-
-    Raises:
-        UsageError: some names are unknown (all are listed, each with the nearest), or a setting belongs to no
-            candidate.
     """
     names = list(names)
     known = sorted({*method_names(), *ALIASES, *VARIANTS})
     labels = list(dict.fromkeys(n for name in names for n in (method_names() if name == "all" else (name,))))
-    unknown = [n for n in labels if n not in known]
-    if unknown:
-        listing = "; ".join(f"{n!r}{nearest(n, known).replace('; ', ', ')}" for n in unknown)
-        raise UsageError(
-            f"no method is called {listing}", f"some of {format_names(known, 40)}", "slimtune methods lists them"
-        )
     if not labels:
         raise UsageError("--methods names no method", "methods as lora,ia3,full, or all")
+    if unknown := [n for n in labels if n not in known]:
+        listing = "; ".join(f"{n!r}{nearest(n, known).replace('; ', ', ')}" for n in unknown)
+        expected = f"some of {format_names(known, 40)}"
+        raise UsageError(f"no method is called {listing}", expected, "slimtune methods lists them")
     for path in overrides:
-        label = path.partition(".")[0]
+        label, choices = path.partition(".")[0], [*labels, *SECTIONS]
         if label not in labels:
-            raise UsageError(
-                f"--set {path}: {label!r} is neither a compared method nor a section of the recipe"
-                f"{nearest(label, [*labels, *SECTIONS])}",
-                f"one of {format_names([*labels, *SECTIONS])}",
-            )
-    return [
-        dataclasses.replace(_build_candidate(label, recipe_tree, overrides), from_all=label not in names)
-        for label in labels
-    ]
+            message = f"--set {path}: {label!r} is neither a compared method nor a section of the recipe"
+            raise UsageError(message + nearest(label, choices), f"one of {format_names(choices)}")
+    return [_build_candidate(label, recipe_tree, overrides, from_all=label not in names) for label in labels]
 
 
-def _build_candidate(label: str, recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> Candidate:
+def _build_candidate(
+    label: str, recipe_tree: Mapping[str, Any], overrides: Mapping[str, Any], from_all: bool
+) -> Candidate:
     method, variant_settings = VARIANTS.get(label, (ALIASES.get(label, label), {}))
     cls = config_class(method)
     own = {path.partition(".")[2]: value for path, value in overrides.items() if path.partition(".")[0] == label}
@@ -101,14 +81,14 @@ def _build_candidate(label: str, recipe_tree: Mapping[str, Any], overrides: Mapp
         for name, value in part.items()
     }
     if given_rate is None:
-        return Candidate(label, method, settings, cls.learning_rate)
+        return Candidate(label, method, settings, cls.learning_rate, from_all=from_all)
     try:
         rate = float(given_rate)
     except (TypeError, ValueError):
         rate = 0.0
     if not 0 < rate < float("inf"):
         raise ConfigError(f"{label}.learning_rate is {given_rate!r}", "a number above 0")
-    return Candidate(label, method, settings, rate, "given")
+    return Candidate(label, method, settings, rate, "given", from_all)
 
 
 def split_settings(pairs: Iterable[tuple[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -31,15 +31,8 @@ Log = Callable[[str], None]
 def compare(grid: Grid, log: Log = lambda _: None, *, plot: Path | None = None) -> dict[str, Any]:
     """Run a comparison, or what is left of it, and return what `slimtune compare --json` prints.
 
-    Args:
-        grid: the runs.
-        log: receives progress lines.
-        plot: an additional file for the chart (`.svg` or `.png`).
-
-    Raises:
-        UsageError: the folder holds another comparison or something else, or another process works in it.
-        RunError: no method fits this machine, or the disk is full.
-        KeyboardInterrupt: Ctrl-C; finished runs stand, and the current run has a checkpoint.
+    `plot` is an additional file for the chart (`.svg` or `.png`). After Ctrl-C finished runs stand, and the current run
+    has a checkpoint.
     """
     start = time.perf_counter()
     grid.check_same_settings()  # before planning; the folder is only made when something can run in it
@@ -50,16 +43,11 @@ def compare(grid: Grid, log: Log = lambda _: None, *, plot: Path | None = None) 
     try:
         with FileLock(grid.output_dir / ".lock", timeout=0):
             grid.record_settings()
-            grid = dataclasses.replace(grid, candidates=tuple(fitting))
-            grid, searched, failed = _search_learning_rates(grid, log)
+            grid, searched, failed = _search_learning_rates(dataclasses.replace(grid, candidates=tuple(fitting)), log)
             failed += _run_cells(grid, log)
-            result = {
-                **_build_result(grid),
-                "searched": searched,
-                "left_out": left_out,
-                "failed": failed,
-                "seconds": round(time.perf_counter() - start, 3),
-            }
+            seconds = round(time.perf_counter() - start, 3)
+            how = {"searched": searched, "left_out": left_out, "failed": failed, "seconds": seconds}
+            result = {**_build_result(grid), **how}
             write_json(grid.output_dir / "compare.json", result)
             write_atomic(grid.output_dir / "table.md", format_markdown(result))
             if result["methods"]:
@@ -72,11 +60,7 @@ def compare(grid: Grid, log: Log = lambda _: None, *, plot: Path | None = None) 
 
 
 def _plan_candidates(grid: Grid, log: Log) -> tuple[list[Candidate], list[dict[str, str]]]:
-    """Return the candidates that fit this machine and why the others are left out; no weight is loaded.
-
-    Raises:
-        UsageError: the targets of a method the user named match nothing in the base.
-    """
+    """Return the candidates that fit this machine and why the others are left out; no weight is loaded."""
     fitting = []
     left_out = [{"method": label, "why": why} for label, why in grid.excluded.items()]
     for candidate in grid.candidates:
@@ -87,18 +71,17 @@ def _plan_candidates(grid: Grid, log: Log) -> tuple[list[Candidate], list[dict[s
         request = build_request(recipe, detect_gpu(recipe.model.device), grid.lengths)
         try:
             plan = make_plan(request, advise=False)
-            verdict, reason = plan.verdict, plan.reason
-        except UsageError as e:
+            verdict, reason = str(plan.verdict), plan.reason
+        except UsageError as e:  # its targets match nothing in the base
             if not candidate.from_all:
                 raise
             verdict, reason = "does not fit", " ".join(e.message.split())
         except SlimtuneError as e:
-            verdict, reason = None, e.message
+            verdict, reason = "cannot be planned", e.message
         if verdict == "does not fit":
             left_out.append({"method": candidate.label, "why": reason})
         else:
-            text = {"fits": "fits", "tight": "may fit", None: "cannot be planned"}[verdict]
-            log(f"plan: {candidate.label} {text} ({reason})")
+            log(f"plan: {candidate.label} {verdict.replace('tight', 'may fit')} ({reason})")
             fitting.append(candidate)
     for entry in left_out:
         log(f"{entry['method']} is left out: {entry['why']}")
@@ -127,7 +110,8 @@ def _search_learning_rates(grid: Grid, log: Log) -> tuple[Grid, dict[str, Any], 
 def _run_cells(grid: Grid, log: Log) -> list[dict[str, Any]]:
     """Run every cell that is not done and return those that failed."""
     failed = []
-    cells = list(grid.cells())
+    # All candidates of one seed come first, so that early results can be compared.
+    cells = [(candidate, seed) for seed in grid.seeds for candidate in grid.candidates]
     for number, (candidate, seed) in enumerate(cells, 1):
         name = f"[{number}/{len(cells)}] {candidate.label}, seed {seed}"
         run = grid.run_dir(candidate, seed)
@@ -143,30 +127,30 @@ def _run_cells(grid: Grid, log: Log) -> list[dict[str, Any]]:
             failed.append({"method": candidate.label, "seed": seed, "why": worker.error})
             continue
         result, measured = (read_json(f, RENAMED_KEYS) for f in (run.result_file, run.evaluation_file("test")))
-        log(
-            f"{name}: loss reduction {measured['loss_reduction']:.4f} ({result['trained_tokens']} tokens, "
-            f"{format_bytes(result['peak_bytes'])}, {format_duration(worker.seconds)})"
-        )
+        memory, duration = format_bytes(result["peak_bytes"]), format_duration(worker.seconds)
+        costs = f"{result['trained_tokens']} tokens, {memory}, {duration}"
+        log(f"{name}: loss reduction {measured['loss_reduction']:.4f} ({costs})")
     return failed
 
 
 def _build_result(grid: Grid) -> dict[str, Any]:
     summaries = summarize_candidates(grid)
     pairs = compare_pairs(summaries)
-    first = summaries[0] if summaries else None
+    methods = [summary.fields for summary in summaries]
+    first = methods[0] if methods else {}
     model = grid.tree["model"]
     return {
         "output_dir": str(grid.output_dir),
         "model": model if isinstance(model, str) else model["name"],
-        "dtype": first and first.fields["dtype"],
-        "device": first and first.fields["device"],
+        "dtype": first.get("dtype"),
+        "device": first.get("device"),
         "tokens": grid.tokens,
         "steps": grid.steps,
         "seeds": list(grid.seeds),
-        "rows": len(first.row_lines) if first else 0,
-        "test_tokens": sum(first.row_tokens) if first else 0,
-        "base_loss": first and first.fields["base_loss"],
-        "methods": [summary.fields for summary in summaries],
+        "rows": len(summaries[0].row_lines) if summaries else 0,
+        "test_tokens": sum(summaries[0].row_tokens) if summaries else 0,
+        "base_loss": first.get("base_loss"),
+        "methods": methods,
         "pairs": pairs,
-        "advice": make_advice([summary.fields for summary in summaries], pairs),
+        "advice": make_advice(methods, pairs),
     }

@@ -13,7 +13,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,46 +32,22 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared.
+    """What is compared."""
 
-    Args:
-        tree: the recipe as a plain tree, without its method.
-        candidates: the methods.
-        seeds: one run of each candidate per seed.
-        tokens: the requested budget in trained tokens; None: the recipe's own length.
-        steps: optimizer steps of one run.
-        trials: learning rates tried for each candidate; 0: none.
-        lengths: tokens of each training row.
-        output_dir: the folder of the comparison.
-        excluded: why candidates that came from "all" are left out, by label.
-        force: train on rows that the data report finds faulty.
-        digests: SHA-256 of the training, validation and test rows.
-    """
-
-    tree: Mapping[str, Any]
+    tree: Mapping[str, Any]  # the recipe as a plain tree, without its method
     candidates: tuple[Candidate, ...]
-    seeds: tuple[int, ...]
-    tokens: int | None
-    steps: int
-    trials: int
-    lengths: tuple[int, ...]
+    seeds: tuple[int, ...]  # one run of each candidate per seed
+    tokens: int | None  # the requested budget in trained tokens; None: the recipe's own length
+    steps: int  # optimizer steps of one run
+    trials: int  # learning rates tried for each candidate; 0: none
+    lengths: tuple[int, ...]  # tokens of each training row
     output_dir: Path
-    excluded: Mapping[str, str] = field(default_factory=dict)
-    force: bool = False
-    digests: Mapping[str, str] = field(default_factory=dict)
+    excluded: Mapping[str, str] = field(default_factory=dict)  # why candidates from "all" are left out, by label
+    force: bool = False  # train on rows that the data report finds faulty
+    digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the training, validation and test rows
 
     def build_recipe(self, candidate: Candidate, seed: int, output_dir: Path, **train: Any) -> Recipe:
-        """Return the recipe of one run or one trial.
-
-        Args:
-            candidate: gives the method, its settings and the learning rate.
-            seed: of everything random.
-            output_dir: the run folder.
-            train: fields of the recipe's `train` section that replace the common ones.
-
-        Raises:
-            RecipeError: the candidate's settings are invalid.
-        """
+        """Return the recipe of one run or one trial; `train` replaces common fields of the recipe's section."""
         tree: dict[str, Any] = copy.deepcopy(dict(self.tree))
         section = dict(tree.get("train") or {})
         section.pop("epochs", None)
@@ -91,9 +67,8 @@ class Grid:
             model = tree.get("model")
             device = pick_device(model.get("device", "auto") if isinstance(model, Mapping) else "auto")
             section["max_tokens_per_micro_batch"] = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
-        tree["train"] = section
-        tree["output_dir"] = str(output_dir.absolute())
-        tree["method"] = {"name": candidate.method, **candidate.settings}
+        method = {"name": candidate.method, **candidate.settings}
+        tree |= {"train": section, "output_dir": str(output_dir.absolute()), "method": method}
         return Recipe.from_dict(tree, f"the recipe of {candidate.label}")
 
     def cell_recipe(self, candidate: Candidate, seed: int) -> Recipe:
@@ -106,64 +81,39 @@ class Grid:
         steps_per_epoch = math.ceil(len(self.lengths) / (train.batch_size * train.gradient_accumulation_steps))
         if data.validation is None or train.eval_steps is not None or self.steps > steps_per_epoch:
             return recipe
-        return recipe.model_copy(
-            update={"data": data.model_copy(update={"validation": None, "validation_fraction": 0.0})}
-        )
+        data = data.model_copy(update={"validation": None, "validation_fraction": 0.0})
+        return recipe.model_copy(update={"data": data})
 
     def run_dir(self, candidate: Candidate, seed: int) -> RunDir:
         """Return the run folder of a candidate with a seed."""
         return RunDir(self.output_dir / "cells" / f"{candidate.label}-{seed}")
-
-    def cells(self) -> Iterator[tuple[Candidate, int]]:
-        """Yield candidates and seeds, all candidates of one seed first: early results can be compared."""
-        for seed in self.seeds:
-            for candidate in self.candidates:
-                yield candidate, seed
 
     def is_done(self, candidate: Candidate, seed: int) -> bool:
         """Return whether the run was trained and measured; the scores file is written last."""
         return self.run_dir(candidate, seed).scores_file("test").is_file()
 
     def check_same_settings(self) -> dict[str, Any] | None:
-        """Check that the folder can hold this comparison; nothing is written. Return the recorded settings.
-
-        Raises:
-            UsageError: the folder holds another comparison (the differences are named) or something else.
-        """
+        """Check that the folder can hold this comparison and return the recorded settings; nothing is written."""
+        other = "give another --out"
         if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise UsageError(f"{self.output_dir} is a file", "a folder", "give another --out")
+            raise UsageError(f"{self.output_dir} is a file", "a folder", other)
         file = self.output_dir / SETTINGS_FILE
         if not file.is_file():
-            content = sorted(p.name for p in self.output_dir.glob("*") if p.name != ".lock")
-            if content:
-                raise UsageError(
-                    f"{self.output_dir} contains {format_names(content)}, which belongs to no comparison",
-                    "an empty or new folder, or the folder of a comparison to resume",
-                    "give another --out",
-                )
+            if content := sorted(p.name for p in self.output_dir.glob("*") if p.name != ".lock"):
+                message = f"{self.output_dir} contains {format_names(content)}, which belongs to no comparison"
+                raise UsageError(message, "an empty or new folder, or the folder of a comparison to resume", other)
             return None
-        recorded = read_json(file)
-        current = self._settings()
+        recorded, current = read_json(file), self._settings()
         # Methods and seeds may be added: only methods that both have must agree.
         shared = recorded["methods"].keys() & current["methods"].keys()
-        differences = _list_differences(
-            {**recorded, "methods": {k: recorded["methods"][k] for k in shared}},
-            {**current, "methods": {k: current["methods"][k] for k in shared}},
-        )
-        if differences:
-            raise UsageError(
-                f"{self.output_dir} holds another comparison: {'; '.join(differences[:8])}",
-                "the command that started it; methods and seeds may be added",
-                "give another --out",
-            )
+        before, now = ({**s, "methods": {k: s["methods"][k] for k in shared}} for s in (recorded, current))
+        if differences := _list_differences(before, now):
+            message = f"{self.output_dir} holds another comparison: {'; '.join(differences[:8])}"
+            raise UsageError(message, "the command that started it; methods and seeds may be added", other)
         return recorded
 
     def record_settings(self) -> None:
-        """Write what is compared into the folder, beside the methods recorded before.
-
-        Raises:
-            UsageError: as `check_same_settings`.
-        """
+        """Write what is compared into the folder, beside the methods recorded before; check it as above."""
         recorded, settings = self.check_same_settings() or {"methods": {}}, self._settings()
         settings["methods"] = {**recorded["methods"], **settings["methods"]}
         (self.output_dir / "cells").mkdir(parents=True, exist_ok=True)
@@ -204,11 +154,6 @@ def build_grid(
         trials: learning rates tried for each candidate.
         output_dir: the folder of the comparison.
         force: train on rows that the data report finds faulty.
-
-    Raises:
-        RecipeError: the recipe or a candidate's settings are invalid.
-        UsageError: there are no test rows, the budget is below one step, or there are no rows to search rates on.
-        DataError: the rows are faulty, or none is left.
     """
     recipe = Recipe.from_dict({**tree, "output_dir": str(output_dir)})
     grid = Grid(
@@ -243,9 +188,8 @@ def build_grid(
     if not rows.train:
         raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     if trials and not rows.validation:
-        raise UsageError(
-            "there are no validation rows to search learning rates on", "data.validation", "or leave out --tune"
-        )
+        message = "there are no validation rows to search learning rates on"
+        raise UsageError(message, "data.validation", "or leave out --tune")
     lengths = tuple(rows.train.lengths.tolist())
     return dataclasses.replace(
         grid,
@@ -263,11 +207,10 @@ def _count_steps(recipe: Recipe, lengths: Sequence[int], tokens: int | None) -> 
         return recipe.train.max_steps or math.ceil(recipe.train.epochs * math.ceil(len(lengths) / rows_per_step))
     tokens_per_step = sum(lengths) / len(lengths) * min(rows_per_step, len(lengths))
     if tokens < tokens_per_step:
+        step = f"{rows_per_step} rows have {tokens_per_step:.0f} tokens on average"
+        hint = "or a smaller --set train.batch_size"
         raise UsageError(
-            f"--tokens {tokens} is less than one step: {rows_per_step} rows have {tokens_per_step:.0f} tokens "
-            "on average",
-            f"{math.ceil(tokens_per_step)} or more",
-            "or a smaller --set train.batch_size",
+            f"--tokens {tokens} is less than one step: {step}", f"{math.ceil(tokens_per_step)} or more", hint
         )
     return math.floor(tokens / tokens_per_step)
 
@@ -278,8 +221,7 @@ def _list_differences(recorded: Any, current: Any, path: str = "") -> list[str]:
         return [] if recorded == current else [f"{path}: {recorded!r} before, {current!r} now"]
     # A recipe field that was not recorded is new in this version; the recorded run used its default.
     keys = list(recorded) if path in ("model", "data", "train") else list(dict.fromkeys([*recorded, *current]))
-    return [
-        difference
-        for key in keys
-        for difference in _list_differences(recorded.get(key), current.get(key), f"{path}.{key}" if path else key)
-    ]
+    differences: list[str] = []
+    for key in keys:
+        differences += _list_differences(recorded.get(key), current.get(key), f"{path}.{key}" if path else key)
+    return differences

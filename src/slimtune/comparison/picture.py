@@ -1,6 +1,6 @@
 """Chart of a comparison: loss reduction against peak memory, file size and time, with intervals and Pareto fronts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,7 @@ AXES = {
 
 
 def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
-    """Draw loss reduction against peak memory, file size and time; an existing file is replaced.
-
-    Args:
-        result: what `compare` returns, with at least one method.
-        path: ends in `.svg` or `.png`.
-
-    Raises:
-        RunError: the disk is full.
-    """
+    """Draw loss reduction against each cost into a `.svg` or `.png`; `result` is what `compare` returns."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -34,23 +26,25 @@ def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
     with matplotlib.rc_context(FIGURE_STYLE):
         height = 4.2 + 0.22 * -(-len(methods) // LEGEND_COLUMNS)
         figure = Figure(figsize=(10, height), layout="constrained", facecolor="white")
-        panels: Sequence[Any] = figure.subplots(1, len(AXES), sharey=True)
-        for panel, cost in zip(panels, AXES, strict=True):
-            _draw_panel(panel, methods, cost, cpu_time=result["device"] == "cpu")
+        panels: Any = figure.subplots(1, len(AXES), sharey=True)
+        for panel, (cost, (label, unit, scale)) in zip(panels, AXES.items(), strict=True):
+            cpu_time = cost == "time" and result["device"] == "cpu"
+            panel.set_xlabel(f"{label} of CPU time" if cpu_time else label)
+            panel.set_xscale(scale)
+            if scale == "log":
+                panel.xaxis.set_major_formatter("{x:g}")
+            _draw_methods(panel, methods, cost, unit)
         panels[0].set_ylabel("loss reduction, nats per token")
         handles, labels = panels[0].get_legend_handles_labels()
         columns = min(LEGEND_COLUMNS, len(methods))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-        title = (
-            f"{result['model']}, {result['steps']} steps, {len(result['seeds'])} seeds: "
-            "filled markers are on the Pareto front, bars are 95 % intervals"
-        )
+        legend = "filled markers are on the Pareto front, bars are 95 % intervals"
+        title = f"{result['model']}, {result['steps']} steps, {len(result['seeds'])} seeds: {legend}"
         figure.suptitle(title, x=0.01, ha="left", fontsize=10)
         save_figure(figure, path)
 
 
-def _draw_panel(panel: Any, methods: Sequence[Mapping[str, Any]], cost: str, cpu_time: bool) -> None:
-    label, unit, scale = AXES[cost]
+def _draw_methods(panel: Any, methods: list[Any], cost: str, unit: int) -> None:
     field = COST_FIELDS[cost]
     front = sorted((m[field] / unit, m["loss_reduction"]) for m in methods if cost in m["front"])
     panel.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1, zorder=1)
@@ -69,10 +63,6 @@ def _draw_panel(panel: Any, methods: Sequence[Mapping[str, Any]], cost: str, cpu
             linewidth=1,
             label=method["method"],
         )
-    panel.set_xscale(scale)
-    if scale == "log":
-        panel.xaxis.set_major_formatter("{x:g}")
-    panel.set_xlabel(f"{label} of CPU time" if cost == "time" and cpu_time else label)
     panel.axhline(0, color="#333333", linewidth=0.6)
     panel.grid(color="#dddddd", linewidth=0.5)
     panel.set_axisbelow(True)

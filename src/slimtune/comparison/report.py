@@ -27,25 +27,18 @@ COLUMNS = (
     "method", "rate", "trains", "file", "peak memory", "time", "held-out loss", "loss reduction [95 %]", "best for its",
 )  # fmt: skip
 TERMINAL_COLUMNS = ("method", "rate", "trains", "file", "peak\nmemory", "time", "loss\nreduction", "best for its")
+RATE_SOURCES = {"default": "the method's default", "given": "as given", "tuned": "searched on the validation rows"}
 
 
 @dataclass
 class Summary:
-    """What the finished runs of one candidate give.
+    """What the finished runs of one candidate give."""
 
-    Args:
-        fields: what `--json` prints of it; means are over its seeds.
-        row_lines: line number of each test row.
-        row_tokens: supervised tokens of each test row.
-        tuned_nats: by seed, the tuned model's loss on each test row in nats.
-        tokens_by_step: by seed, trained tokens after each step; equal lists mean the same rows in the same order.
-    """
-
-    fields: dict[str, Any]
-    row_lines: list[int]
-    row_tokens: list[int]
-    tuned_nats: dict[int, list[float]]
-    tokens_by_step: dict[int, list[int]]
+    fields: dict[str, Any]  # what `--json` prints of it; means are over its seeds
+    row_lines: list[int]  # line number of each test row
+    row_tokens: list[int]  # supervised tokens of each test row
+    tuned_nats: dict[int, list[float]]  # by seed: the tuned model's loss on each test row
+    tokens_by_step: dict[int, list[int]]  # by seed: trained tokens after each step; equal for equal rows and order
 
 
 def summarize_candidates(grid: Grid) -> list[Summary]:
@@ -54,13 +47,17 @@ def summarize_candidates(grid: Grid) -> list[Summary]:
     Raises:
         RunError: runs were measured on different rows, or runs with the same seed trained on different rows.
     """
-    summaries = []
-    for candidate in grid.candidates:
-        seeds = [s for s in grid.seeds if grid.is_done(candidate, s)]
-        if seeds:
-            summaries.append(_summarize(grid, candidate, seeds))
+    done = [(candidate, [s for s in grid.seeds if grid.is_done(candidate, s)]) for candidate in grid.candidates]
+    summaries = [_summarize(grid, candidate, seeds) for candidate, seeds in done if seeds]
     for other in summaries[1:]:
-        _check_comparable(summaries[0], other)
+        first = summaries[0]
+        names = f"{first.fields['method']} and {other.fields['method']}"
+        if (other.row_lines, other.row_tokens) != (first.row_lines, first.row_tokens):
+            raise RunError(f"{names} were measured on different rows", "the same rows")
+        for seed in first.tokens_by_step.keys() & other.tokens_by_step.keys():
+            if first.tokens_by_step[seed] != other.tokens_by_step[seed]:
+                message = f"{names} trained on different rows with seed {seed}"
+                raise RunError(message, "the same rows in the same order", "start again with another --out")
     for cost, name in COST_FIELDS.items():
         on_front = pareto_front([(s.fields[name], s.fields["loss_reduction"]) for s in summaries])
         for summary, is_on_front in zip(summaries, on_front, strict=True):
@@ -110,41 +107,25 @@ def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Summar
         "device": first["device"],
         "front": [],
     }
-    return Summary(
-        fields,
-        row_lines=[r["line"] for r in rows[0]],
-        row_tokens=row_tokens,
-        tuned_nats={seed: [r["tuned"] for r in run_rows] for seed, run_rows in zip(seeds, rows, strict=True)},
-        tokens_by_step={
-            seed: [m["trained_tokens"] for m in run.load_metrics() if m.get("train_loss") is not None]
-            for seed, run in zip(seeds, runs, strict=True)
-        },
-    )
-
-
-def _check_comparable(first: Summary, other: Summary) -> None:
-    names = f"{first.fields['method']} and {other.fields['method']}"
-    if (other.row_lines, other.row_tokens) != (first.row_lines, first.row_tokens):
-        raise RunError(f"{names} were measured on different rows", "the same rows")
-    for seed in first.tokens_by_step.keys() & other.tokens_by_step.keys():
-        if first.tokens_by_step[seed] != other.tokens_by_step[seed]:
-            raise RunError(
-                f"{names} trained on different rows with seed {seed}",
-                "the same rows in the same order",
-                "start again with another --out",
-            )
+    tokens_by_step = {}
+    for seed, run in zip(seeds, runs, strict=True):
+        tokens_by_step[seed] = [m["trained_tokens"] for m in run.load_metrics() if m.get("train_loss") is not None]
+    tuned_nats = {seed: [r["tuned"] for r in run_rows] for seed, run_rows in zip(seeds, rows, strict=True)}
+    return Summary(fields, [r["line"] for r in rows[0]], row_tokens, tuned_nats, tokens_by_step)
 
 
 def compare_pairs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    """Return the loss difference (a - b, nats per token) of each pair, paired by seed and row over the shared seeds.
+    """Return the difference of the loss reductions of each pair, a's minus b's in nats per token: above 0, a is better.
 
-    A pair with one shared seed is never beyond noise when others have several: the effect of another seed is unknown.
+    It is paired by seed and row over the shared seeds. A pair with one shared seed is never beyond noise when others
+    have several: the effect of another seed is unknown.
     """
     pairs: list[dict[str, Any]] = []
     most_seeds = max((len(s.tuned_nats) for s in summaries), default=0)
     for a, b in combinations(summaries, 2):
         seeds = [s for s in a.tuned_nats if s in b.tuned_nats]
         if seeds:
+            # The base is the same, so the reductions differ by b's loss minus a's.
             differences = [[nb - na for na, nb in zip(a.tuned_nats[s], b.tuned_nats[s], strict=True)] for s in seeds]
             difference = estimate_over_seeds(differences, a.row_tokens)
             pairs.append({
@@ -167,16 +148,14 @@ def make_advice(methods: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[st
         return "No run was finished, so there is nothing to advise."
     best, others = methods[0], methods[1:]
     if best["loss_reduction_ci95"][0] <= 0:
-        return (
-            f"Take none of them: the loss reduction of the best, {best['method']}, is not beyond noise "
-            f"({_format_reduction(best)})."
-        )
+        reason = f"the loss reduction of the best, {best['method']}, is not beyond noise ({_format_reduction(best)})"
+        return f"Take none of them: {reason}."
     if not others:
         return f"Only {best['method']} was measured: loss reduction {_format_reduction(best)}."
-    pair_with_best = {p["b"]: p for p in pairs if p["a"] == best["method"]}
-    largest_gap = {m["method"]: pair_with_best[m["method"]]["ci95"][1] for m in others if m["method"] in pair_with_best}
+    with_best = {p["b"]: p for p in pairs if p["a"] == best["method"]}
+    largest_gap = {name: pair["ci95"][1] for name, pair in with_best.items()}
     as_good = [m for m in others if largest_gap.get(m["method"], math.inf) <= TOLERANCE * best["loss_reduction"]]
-    worse = [m for m in others if m not in as_good and pair_with_best.get(m["method"], {}).get("beyond_noise")]
+    worse = [m for m in others if m not in as_good and with_best.get(m["method"], {}).get("beyond_noise")]
     undecided = [m for m in others if m not in as_good and m not in worse]
 
     choices = [best, *as_good]
@@ -186,20 +165,16 @@ def make_advice(methods: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[st
         return [cost for cost, name in COST_FIELDS.items() if method[name] <= (1 + TOLERANCE) * cheapest[cost][name]]
 
     choice = max(choices, key=lambda m: (len(low_costs(m)), m["loss_reduction"]))
-    parts = [
-        f"Take {choice['method']} (loss reduction {_format_reduction(choice)}; {format_bytes(choice['peak_bytes'])}, "
-        f"a file of {format_bytes(choice['file_bytes'])}, {format_duration(choice['time_seconds'])} per run)"
-    ]
+    size, duration = format_bytes(choice["file_bytes"]), format_duration(choice["time_seconds"])
+    costs = f"{format_bytes(choice['peak_bytes'])}, a file of {size}, {duration} per run"
+    parts = [f"Take {choice['method']} (loss reduction {_format_reduction(choice)}; {costs})"]
     if as_good:
         parts.append(f"{_join_names(choices)} are as good as one another, within a tenth of the loss reduction")
-        parts += [
-            f"of these {method['method']} takes the least {cost}"
-            for cost, method in cheapest.items()
-            if cost not in low_costs(choice)
-        ]
+        dear = [cost for cost in COST_FIELDS if cost not in low_costs(choice)]
+        parts += [f"of these {cheapest[cost]['method']} takes the least {cost}" for cost in dear]
     if undecided:
-        text = f"{_join_names(undecided)} {'does' if len(undecided) == 1 else 'do'} not differ from {best['method']} "
-        text += "beyond noise"
+        verb = "does" if len(undecided) == 1 else "do"
+        text = f"{_join_names(undecided)} {verb} not differ from {best['method']} beyond noise"
         gaps = [largest_gap[m["method"]] for m in undecided if m["method"] in largest_gap]
         if gaps:
             text += f", but may be up to {max(gaps):.3f} worse: more seeds or test rows would tell"
@@ -222,6 +197,9 @@ def _format_reduction(method: Mapping[str, Any]) -> str:
 def _join_names(methods: Sequence[Mapping[str, Any]]) -> str:
     names = [m["method"] for m in methods]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def format_row(method: Mapping[str, Any]) -> tuple[str, ...]:
@@ -251,21 +229,19 @@ def format_terminal_row(method: Mapping[str, Any]) -> tuple[str, ...]:
 def describe_comparison(result: Mapping[str, Any]) -> str:
     """Return what was compared, in one sentence."""
     spent = sorted({n for method in result["methods"] for n in method["trained_tokens"]})
-    tokens = f"{spent[0]:,}" if len(spent) == 1 else f"{spent[0]:,} to {spent[-1]:,}" if spent else "no"
-    seeds = len(result["seeds"])
+    tokens = " to ".join(dict.fromkeys(f"{n:,}" for n in (spent[0], spent[-1]))) if spent else "no"
+    seeds = f"{len(result['seeds'])} seed{'s' * (len(result['seeds']) != 1)}"
     base = "" if result["base_loss"] is None else f"; the base has {result['base_loss']:.3f} nats per token on them"
     return (
         f"{result['model']} ({result['dtype']}, {result['device']}): {result['steps']} steps, {tokens} trained tokens "
-        f"per run, {seeds} seed{'s' * (seeds != 1)}; {result['rows']} held-out rows, {result['test_tokens']:,} "
-        f"supervised tokens{base}."
+        f"per run, {seeds}; {result['rows']} held-out rows, {result['test_tokens']:,} supervised tokens{base}."
     )
 
 
 def list_notes(result: Mapping[str, Any]) -> list[str]:
     """Return what a reader of the table must know: what is missing, and what the figures mean."""
-    sources = {"default": "the method's default", "given": "as given", "tuned": "searched on the validation rows"}
-    labels = {s: [m["method"] for m in result["methods"] if m["rate_from"] == s] for s in sources}
-    rates = [f"{sources[s]} ({', '.join(names)})" for s, names in labels.items() if names]
+    labels = {s: [m["method"] for m in result["methods"] if m["rate_from"] == s] for s in RATE_SOURCES}
+    rates = [f"{RATE_SOURCES[source]} ({', '.join(names)})" for source, names in labels.items() if names]
     notes = [f"Learning rates: {'; '.join(rates)}."] if rates else []
     notes += [f"Left out: {entry['method']} ({entry['why']})." for entry in result["left_out"]]
     for failure in result["failed"]:

@@ -35,19 +35,11 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def search_learning_rate(grid: Grid, candidate: Candidate, log: Callable[[str], None]) -> dict[str, Any]:
-    """Return the best learning rate of a candidate and all its trials.
-
-    Args:
-        grid: the comparison.
-        candidate: its learning rate is the middle of the range.
-        log: receives a line after each trial.
+    """Search around a candidate's learning rate; return the best rate and all trials.
 
     Returns:
         `rate`; `at_the_edge`: whether the rate lies within a tenth of the range from an end; `trials`: `rate`, `loss`
         (lowest validation loss, None if pruned or not finite) and `pruned` of each.
-
-    Raises:
-        RunError: a trial failed, or none gave a finite loss.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     low, high = candidate.learning_rate / RATE_FACTOR, candidate.learning_rate * RATE_FACTOR
@@ -71,39 +63,27 @@ def search_learning_rate(grid: Grid, candidate: Candidate, log: Callable[[str], 
         study.tell(trial, loss, state=TrialState.PRUNED if loss is None else TrialState.COMPLETE)
         outcome = "pruned" if loss is None else f"validation loss {loss:.4f}"
         log(f"{candidate.label}: rate {trial.params['rate']:.2e}, {outcome} ({number + 1} of {grid.trials})")
-    complete = study.get_trials(states=[TrialState.COMPLETE])
+    trials: list[dict[str, Any]] = []
+    for finished in study.get_trials(states=FINISHED):
+        pruned = finished.state is TrialState.PRUNED
+        loss = None if pruned else finished.value
+        trials.append({"rate": finished.params["rate"], "loss": loss, "pruned": pruned})
+    complete = [t for t in trials if not t["pruned"]]
     if not complete:
         raise RunError(f"no learning rate from {low:.1e} to {high:.1e} gave a finite loss", "a rate that trains")
-    best = min(complete, key=lambda t: (t.value, t.number)).params["rate"]
-    return {
-        "rate": best,
-        "at_the_edge": abs(math.log(best / candidate.learning_rate)) > 0.8 * math.log(RATE_FACTOR),
-        "trials": [
-            {
-                "rate": t.params["rate"],
-                "loss": t.value if t.state is TrialState.COMPLETE else None,
-                "pruned": t.state is TrialState.PRUNED,
-            }
-            for t in study.get_trials(states=FINISHED)
-        ],
-    }
+    best = min(complete, key=lambda t: t["loss"])["rate"]
+    at_the_edge = abs(math.log(best / candidate.learning_rate)) > 0.8 * math.log(RATE_FACTOR)
+    return {"rate": best, "at_the_edge": at_the_edge, "trials": trials}
 
 
 def _run_trial(grid: Grid, candidate: Candidate, trial: optuna.Trial, folder: Path) -> float | None:
     """Run one trial and return its lowest validation loss, or None if it was pruned or diverged."""
     rate, steps = trial.params["rate"], max(1, math.ceil(TRIAL_SHARE * grid.steps))
     run = RunDir(folder / f"{rate:.6e}")
-    recipe = grid.build_recipe(
-        candidate,
-        grid.seeds[0],
-        run.path,
-        learning_rate=rate,
-        max_steps=steps,
-        eval_steps=max(1, math.ceil(steps / EVALUATIONS_PER_TRIAL)),
-        save_steps=steps,
-    )
+    eval_steps = max(1, math.ceil(steps / EVALUATIONS_PER_TRIAL))
+    train = {"learning_rate": rate, "max_steps": steps, "eval_steps": eval_steps, "save_steps": steps}
     recipe_file = folder / f"{run.path.name}.yaml"
-    write_atomic(recipe_file, recipe.to_yaml())
+    write_atomic(recipe_file, grid.build_recipe(candidate, grid.seeds[0], run.path, **train).to_yaml())
     reported = 0
 
     def should_stop() -> bool:

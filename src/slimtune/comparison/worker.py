@@ -27,17 +27,11 @@ CHECKPOINT_SECONDS = 120.0
 
 
 class WorkerResult(NamedTuple):
-    """How a run ended.
+    """How a run ended."""
 
-    Args:
-        error: why it failed, in one line; "" if it did not.
-        stopped: whether `should_stop` ended it.
-        seconds: wall-clock time.
-    """
-
-    error: str
-    stopped: bool
-    seconds: float
+    error: str  # why it failed, in one line; "" if it did not
+    stopped: bool  # whether `should_stop` ended it
+    seconds: float  # wall-clock time
 
 
 def launch_worker(
@@ -46,9 +40,9 @@ def launch_worker(
     *,
     trial: bool = False,
     force: bool = False,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> WorkerResult:
-    """Start a run in its own process and wait for it.
+    """Start a run in its own process and wait for it; on Ctrl-C it gets the time to write a checkpoint.
 
     Args:
         recipe_file: the recipe of the run.
@@ -56,9 +50,6 @@ def launch_worker(
         trial: leave the test rows out.
         force: train on rows that the data report finds faulty.
         should_stop: called every fifth of a second; True ends the run at once.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C; the run got the signal and the time to write a checkpoint.
     """
     flags = [flag for flag, is_set in (("--trial", trial), ("--force", force)) if is_set]
     start = time.perf_counter()
@@ -77,7 +68,7 @@ def launch_worker(
     ):
         try:
             while process.poll() is None:
-                if should_stop is not None and should_stop():
+                if should_stop():
                     process.kill()
                     process.wait()
                     return WorkerResult("", True, time.perf_counter() - start)
@@ -90,34 +81,23 @@ def launch_worker(
                 process.kill()
             raise
         output = process.stdout.read() if process.stdout is not None else ""
-    if process.returncode == 130:
+    code = process.returncode
+    if code == 130:
         raise KeyboardInterrupt
-    error = "" if process.returncode == 0 else _read_error(process.returncode, output, log_file)
+    error = ""
+    if code != 0:
+        try:
+            fields = json.loads(output.strip().splitlines()[-1])
+            parts = [fields["message"], *(f"{name}: {fields[name]}" for name in ("expected", "hint") if fields[name])]
+            error = "; ".join(" ".join(part.split()) for part in parts)
+        except (IndexError, ValueError, KeyError):
+            ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            error = f"its process {ending}; see {log_file}"
     return WorkerResult(error, False, time.perf_counter() - start)
 
 
-def _read_error(exit_code: int, output: str, log_file: Path) -> str:
-    try:
-        error = json.loads(output.strip().splitlines()[-1])
-        parts = [error["message"], *(f"{name}: {error[name]}" for name in ("expected", "hint") if error[name])]
-        return "; ".join(" ".join(part.split()) for part in parts)
-    except (IndexError, ValueError, KeyError):
-        ending = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with code {exit_code}"
-        return f"its process {ending}; see {log_file}"
-
-
 def run_cell(recipe_file: Path, *, trial: bool = False, force: bool = False) -> None:
-    """Train a recipe and evaluate it on the test rows; finished steps are not repeated.
-
-    Args:
-        recipe_file: the recipe; its `output_dir` is the run folder.
-        trial: only train; the caller wants the validation loss.
-        force: train on rows that the data report finds faulty.
-
-    Raises:
-        SlimtuneError: training or evaluation failed.
-        KeyboardInterrupt: Ctrl-C; a checkpoint was written.
-    """
+    """Train a recipe and, unless it is a trial, evaluate it on the test rows; finished steps are not repeated."""
     # Imported here because loading torch takes seconds, and the process must watch its parent from the beginning.
     from ..config import load_recipe
     from ..evaluation.evaluate import EvalSettings, evaluate
@@ -149,13 +129,12 @@ def main() -> None:
         run_cell(args.recipe, trial=args.trial, force=args.force)
     except KeyboardInterrupt:
         code = 130
-    except SlimtuneError as e:
+    except Exception as e:
+        if not isinstance(e, SlimtuneError):
+            traceback.print_exc()
+            e = SlimtuneError(f"{type(e).__name__}: {e}")
         print(json.dumps({"message": e.message, "expected": e.expected, "hint": e.hint}))
         code = e.exit_code
-    except Exception as e:
-        traceback.print_exc()
-        print(json.dumps({"message": f"{type(e).__name__}: {e}", "expected": "", "hint": ""}))
-        code = 1
     sys.stdout.flush()
     os._exit(code)  # a normal exit would wait for the thread that reads stdin
 
