@@ -7,7 +7,7 @@ in per cent, so that it keeps its size on a phone. The markup is in `charts.html
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,49 +22,39 @@ from ..utils.formatting import format_bytes
 
 BOX = 1000.0
 MAX_POINTS = 300
-"""Most points of a line; more are averaged in groups."""
+"""Most points of a line; more are averaged in groups, each drawn at the last x of its group."""
 FIGURE_SUFFIXES = (".svg", ".png")
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart.
+    """One line of a chart."""
 
-    Args:
-        name: shown in the legend.
-        color: "one" or "two", a colour of report.css.
-        points: `(x, y)`; values that are not finite are left out.
-        markers: draw the points, not only the line between them.
-    """
-
-    name: str
-    color: str
-    points: Sequence[tuple[float, float]]
-    markers: bool = False
+    name: str  # shown in the legend
+    color: str  # "one" or "two", a colour of report.css
+    points: Sequence[tuple[float, float]]  # (x, y); values that are not finite are left out
+    markers: bool = False  # draw the points, not only the line between them
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One value with its interval.
+    """One value with its interval."""
 
-    Args:
-        label: shown before it.
-        color: "one" or "two", a colour of report.css.
-        value: without a number the estimate is left out.
-        interval: `[low, high]`; None where unknown.
-        text: shown below it.
-    """
-
-    label: str
-    color: str
-    value: Any
-    interval: Any
-    text: str
+    label: str  # shown before it
+    color: str  # "one" or "two", a colour of report.css
+    value: Any  # without a number the estimate is left out
+    interval: Any  # [low, high]; None where unknown
+    text: str  # shown below it
 
 
 def line_chart(title: str, unit: str, series: Sequence[Series], tall: bool = False) -> Markup:
     """Return a chart of values over training steps; empty where there is no point."""
-    grouped = [(s, *_average_groups([p for p in s.points if all(map(is_number, p))])) for s in series]
+    grouped = []
+    for s in series:
+        points = [p for p in s.points if all(map(is_number, p))]
+        size = math.ceil(len(points) / MAX_POINTS) or 1
+        groups = [points[i : i + size] for i in range(0, len(points), size)]
+        grouped.append((s, [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups], size))
     points = [p for _, group, _ in grouped for p in group]
     if not points:
         return Markup()
@@ -76,17 +66,10 @@ def line_chart(title: str, unit: str, series: Sequence[Series], tall: bool = Fal
         across = (x - x0) / (x1 - x0) if x1 > x0 else 0.5
         return round(across * BOX, 1), round((y1 - y) / (y1 - y0) * BOX, 1), f"step {x:g}: {format_number(y)}"
 
-    lines = [
-        {
-            "name": s.name,
-            "color": s.color,
-            "points": [place(x, y) for x, y in group],
-            "markers": s.markers or len(group) == 1,
-            "group": size,
-        }
-        for s, group, size in grouped
-        if group
-    ]
+    lines = []
+    for s, group, size in filter(lambda g: g[1], grouped):
+        markers, placed = s.markers or len(group) == 1, [place(x, y) for x, y in group]
+        lines.append({"name": s.name, "color": s.color, "points": placed, "markers": markers, "group": size})
     return _render(
         "line_chart",
         title=title,
@@ -101,9 +84,7 @@ def line_chart(title: str, unit: str, series: Sequence[Series], tall: bool = Fal
 def interval_chart(estimates: Sequence[Estimate], marks: Sequence[tuple[float, str]] = ()) -> Markup:
     """Return estimates below each other on one axis; empty where none has a value.
 
-    Args:
-        estimates: the values with their intervals.
-        marks: values with a vertical line, and what they mean.
+    `marks` are values with a vertical line, and what they mean.
     """
     known = [(e, e.interval if is_interval(e.interval) else ()) for e in estimates if is_number(e.value)]
     if not known:
@@ -130,18 +111,15 @@ def stacked_bar(
     predicted: tuple[Any, Any] = (None, None),
     measured: Any = None,
     capacity: Any = None,
-    format_value: Callable[[float], str] = format_bytes,
 ) -> Markup:
     """Return one bar of stacked parts; empty where no part has a size.
 
     Args:
-        title: of the chart.
+        title: of the chart; `note` stands beside it.
         parts: sizes by name; the name is also the CSS class of the colour.
-        note: shown beside the title.
         predicted: lowest and highest size that was predicted, drawn below the bar.
         measured: a vertical line.
         capacity: what the bar may take at most, drawn behind it.
-        format_value: how sizes are written.
     """
     shown = {name: size for name, size in parts.items() if is_number(size) and size > 0}
     full = max([sum(shown.values()), *(x for x in (*predicted, measured, capacity) if is_number(x))])
@@ -153,7 +131,7 @@ def stacked_bar(
 
     pieces, start = [], 0.0
     for name, size in shown.items():
-        pieces.append((name, place(start), place(size), format_value(size)))
+        pieces.append((name, place(start), place(size), format_bytes(size)))
         start += size
     known = [x for x in predicted if is_number(x)]
     return _render(
@@ -161,8 +139,8 @@ def stacked_bar(
         title=title,
         note=note,
         pieces=pieces,
-        predicted=[*map(place, known), " to ".join(dict.fromkeys(map(format_value, known)))] if len(known) == 2 else [],
-        measured=(place(measured), format_value(measured)) if is_number(measured) else (),
+        predicted=[*map(place, known), " to ".join(dict.fromkeys(map(format_bytes, known)))] if len(known) == 2 else [],
+        measured=(place(measured), format_bytes(measured)) if is_number(measured) else (),
         capacity=place(capacity),
     )
 
@@ -170,10 +148,8 @@ def stacked_bar(
 def histogram(bins: Sequence[Mapping[str, Any]], limit: Any = None, note: str = "") -> Markup:
     """Return the number of rows by length in tokens; empty where there is no row.
 
-    Args:
-        bins: `from`, `to` (tokens, inclusive) and `rows`, without gaps.
-        limit: the longest length that is kept, drawn as a line.
-        note: shown beside the title.
+    A bin has `from`, `to` (tokens, inclusive) and `rows`, and there are no gaps. `limit` is the longest length that is
+    kept, drawn as a line; `note` stands beside the title.
     """
     bins = [b for b in bins if all(is_number(b.get(k)) for k in ("from", "to", "rows")) and b["to"] >= b["from"]]
     most = max((b["rows"] for b in bins), default=0)
@@ -249,13 +225,6 @@ def _format_tick(value: float, largest: float) -> str:
     return format_number(value) if abs(largest) < 0.01 else f"{value:.6g}"
 
 
-def _average_groups(points: list[tuple[float, float]]) -> tuple[list[tuple[float, float]], int]:
-    """Return at most `MAX_POINTS` points, each at the last x of its group, and the size of a group."""
-    size = math.ceil(len(points) / MAX_POINTS) or 1
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(g[-1][0], sum(y for _, y in g) / len(g)) for g in groups], size
-
-
 # --- files drawn by matplotlib ---------------------------------------------------------------------------------------
 
 FIGURE_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "slimtune", "font.size": 10}
@@ -263,19 +232,14 @@ FIGURE_STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "slimtune", "font.s
 
 
 def require_figure_path(path: str | Path) -> Path:
-    """Return the path of a figure, after checking what can be checked before it is drawn.
-
-    Raises:
-        UsageError: a suffix other than .svg or .png, no such folder, or matplotlib is not installed.
-    """
+    """Return the path of a figure, after checking its suffix, its folder and matplotlib before it is drawn."""
     path = Path(path).expanduser()
     if path.suffix.lower() not in FIGURE_SUFFIXES:
-        suffix = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
-        raise UsageError(
-            f"the plot {str(path)!r} has {suffix}",
-            f"one of {format_names(FIGURE_SUFFIXES)}",
+        suffix, hint = (
+            f"the suffix {path.suffix!r}" if path.suffix else "no suffix",
             f"--plot {path.with_suffix('.svg')}",
         )
+        raise UsageError(f"the plot {str(path)!r} has {suffix}", f"one of {format_names(FIGURE_SUFFIXES)}", hint)
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
     if importlib.util.find_spec("matplotlib") is None:
@@ -284,11 +248,7 @@ def require_figure_path(path: str | Path) -> Path:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a matplotlib figure as .svg or .png, atomically.
-
-    Raises:
-        RunError: the disk is full.
-    """
+    """Write a matplotlib figure as .svg or .png, atomically."""
     content, kind = io.BytesIO(), path.suffix.lower()[1:]
     figure.savefig(content, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
     write_atomic(path, content.getvalue())

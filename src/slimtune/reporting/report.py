@@ -20,31 +20,12 @@ from ..errors import UsageError
 from ..run_dir import RunDir, RunResults
 from ..utils.files import write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
-from .charts import (
-    Estimate,
-    Series,
-    histogram,
-    html_templates,
-    interval_chart,
-    is_interval,
-    is_number,
-    line_chart,
-    stacked_bar,
-)
+from . import charts
+from .charts import is_interval, is_number
 
 
 def write_report(run: RunDir, out: Path | None = None) -> Path:
-    """Write the page of a run, replacing an earlier one; return its path.
-
-    Args:
-        run: the run.
-        out: the file; None: `report.html` in the run folder.
-
-    Raises:
-        UsageError: there is no recipe, or no folder for `out`.
-        RecipeError: the recipe has errors.
-        RunError: the disk is full.
-    """
+    """Write the page of a run to `out` or `report.html` in its folder, replacing an earlier one; return its path."""
     file = run.report_file if out is None else out.expanduser()
     if file.is_dir() or not file.parent.is_dir():
         problem = "is a folder" if file.is_dir() else f"cannot be written: there is no folder {file.parent}"
@@ -64,6 +45,11 @@ def render_report(run: RunDir) -> str:
     elif recipe.data.validation is not None or recipe.data.validation_fraction > 0:
         eval_options = ["--split", "validation"]
     settings = recipe.method.settings.items()
+    recipe_text = re.sub(  # with absolute paths shortened
+        r"(?m)^((?:[ -]*|[ \w-]*[\w]: )['\"]?)(/[^\n]*?)(['\"]?)$",
+        lambda found: found[1] + _display_path(found[2]) + found[3],
+        recipe.to_yaml(),
+    )
     return _render_page(
         name=run.path.resolve().name,
         folder=folder,
@@ -72,7 +58,7 @@ def render_report(run: RunDir) -> str:
         model=_display_path(recipe.model.name),
         method_settings=", ".join(f"{k} {v}" for k, v in settings if v not in (None, {}, [], False)),
         recipe=recipe,
-        recipe_text=_recipe_text(recipe),
+        recipe_text=recipe_text,
         results=r,
         errors=[e.replace(f"{run.path}{os.sep}", "") for e in r.errors],
         memory=_memory_charts(r),
@@ -106,7 +92,7 @@ def _render_page(**values: Any) -> str:
         "forgetting_chart": _forgetting_chart,
     }
     style = files(__package__).joinpath("report.css").read_text(encoding="utf-8")
-    page = html_templates().get_template("report.html.j2")
+    page = charts.html_templates().get_template("report.html.j2")
     return page.render(**values, **tools, style=Markup(style), version=__version__)
 
 
@@ -145,37 +131,27 @@ def _display_path(path: str | Path) -> str:
     return str(place.relative_to(here)) if place.is_relative_to(here) else place.name
 
 
-def _recipe_text(recipe: Recipe) -> str:
-    """Return the recipe as YAML, with absolute paths shortened."""
-    return re.sub(
-        r"(?m)^((?:[ -]*|[ \w-]*[\w]: )['\"]?)(/[^\n]*?)(['\"]?)$",
-        lambda found: found[1] + _display_path(found[2]) + found[3],
-        recipe.to_yaml(),
-    )
-
-
 # --- plan, data, training, evaluation --------------------------------------------------------------------------------
 
 
 def _peaks(r: RunResults) -> tuple[Any, Any, Any]:
     """Return the lowest and highest planned peak and the measured one: of the process, on a GPU of its tensors."""
+    need = r.plan.get("need_bytes") or {}
     if str(r.result.get("device", "")).startswith("cuda"):
-        low = high = r.plan.get("allocated_bytes")
-    else:
-        low, high = ((r.plan.get("need_bytes") or {}).get(k) for k in ("low", "high"))
-    return low, high, r.result.get("peak_bytes")
+        need = dict.fromkeys(("low", "high"), r.plan.get("allocated_bytes"))
+    return need.get("low"), need.get("high"), r.result.get("peak_bytes")
 
 
 def _memory_charts(r: RunResults) -> list[Markup]:
     low, high, peak = _peaks(r)
     parts = r.plan.get("parts") or {}
-    charts = [stacked_bar("Memory of a step, by part", parts, predicted=(low, high), measured=peak)]
+    bars = [charts.stacked_bar("Memory of a step, by part", parts, predicted=(low, high), measured=peak)]
     usable = (r.plan.get("usable_bytes") or {}).get("low")
     if is_number(usable) and usable and is_number(high):
         title = f"Share of the memory of {r.plan.get('card', 'the machine')}"
         note = f"at most {percent(high / usable)} of {format_bytes(usable)} is planned"
-        charts.append(stacked_bar(title, {"need": high}, note=note, measured=peak, capacity=usable))
-    return [c for c in charts if c]
+        bars.append(charts.stacked_bar(title, {"need": high}, note=note, measured=peak, capacity=usable))
+    return [bar for bar in bars if bar]
 
 
 def _plan_rows(r: RunResults) -> list[tuple[str, str, str, bool | None]]:
@@ -190,14 +166,12 @@ def _plan_rows(r: RunResults) -> list[tuple[str, str, str, bool | None]]:
         name = f"longest micro-batch, {whole(probe.get('tokens'))} tokens"
         planned = _range(probe.get("low"), probe.get("high"), size)
         rows.append((name, planned, size(probe.get("bytes")), probe.get("as_planned")))
-    for name, key, to_text in (
-        ("parameters trained", "trainable_params", whole),
-        ("adapter file", "adapter_bytes", size),
-    ):
-        rows.append((name, to_text(plan.get(key)), to_text(result.get(key)), None))
-    speed = plan.get("tokens_per_second") or {}
-    slow: Any = speed.get("low")
-    fast: Any = speed.get("high")
+    rows.append(
+        ("parameters trained", whole(plan.get("trainable_params")), whole(result.get("trainable_params")), None)
+    )
+    rows.append(("adapter file", size(plan.get("adapter_bytes")), size(result.get("adapter_bytes")), None))
+    speed: Any = plan.get("tokens_per_second") or {}
+    slow, fast = speed.get("low"), speed.get("high")
     tokens, measured = result.get("trained_tokens"), result.get("tokens_per_second")
     planned = _range(slow, fast, whole) if speed else "unknown"
     rows.append(("tokens/s", planned, whole(measured), agrees(measured, slow, fast)))
@@ -209,26 +183,26 @@ def _plan_rows(r: RunResults) -> list[tuple[str, str, str, bool | None]]:
 
 def _length_histogram(report: Mapping[str, Any]) -> Markup:
     lengths = report.get("lengths") or {}
-    shares = {"median": "median", "90 % up to": "p90", "longest": "max"}
-    note = "tokens: " + ", ".join(f"{name} {whole(lengths.get(key))}" for name, key in shares.items())
-    return histogram(lengths.get("histogram") or [], report.get("max_seq_len"), note)
+    quantiles = {"median": "median", "90 % up to": "p90", "longest": "max"}
+    note = "tokens: " + ", ".join(f"{name} {whole(lengths.get(key))}" for name, key in quantiles.items())
+    return charts.histogram(lengths.get("histogram") or [], report.get("max_seq_len"), note)
 
 
 def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
     """Return charts of the losses, which may be empty, and of what else was logged."""
 
-    def series(name: str, key: str, color: str = "one", markers: bool = False) -> Series:
-        return Series(name, color, [(m["step"], m[key]) for m in r.metrics if "step" in m and key in m], markers)
+    def series(name: str, key: str, color: str = "one", markers: bool = False) -> charts.Series:
+        points = [(m["step"], m[key]) for m in r.metrics if "step" in m and key in m]
+        return charts.Series(name, color, points, markers)
 
     losses = [series("training", "train_loss"), series("validation", "validation_loss", "two", markers=True)]
-    scheduler = recipe.train.lr_scheduler.replace("_", " ")
-    charts = [
-        line_chart("Loss", "nats per supervised token", losses, tall=True),
-        line_chart("Learning rate", scheduler, [series("learning rate", "learning_rate")]),
-        line_chart("Speed", "trained tokens/s", [series("speed", "tokens_per_second")]),
-        line_chart("Gradient norm", "before clipping", [series("gradient norm", "grad_norm")]),
+    others = [
+        ("Learning rate", recipe.train.lr_scheduler.replace("_", " "), "learning_rate"),
+        ("Speed", "trained tokens/s", "tokens_per_second"),
+        ("Gradient norm", "before clipping", "grad_norm"),
     ]
-    return [charts[0], *(c for c in charts[1:] if c)]
+    lines = [charts.line_chart(title, unit, [series(title.lower(), key)]) for title, unit, key in others]
+    return [charts.line_chart("Loss", "nats per supervised token", losses, tall=True), *filter(None, lines)]
 
 
 def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Markup]]:
@@ -240,32 +214,30 @@ def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Mar
         ("Accuracy", "% of tokens predicted, higher is better", v, "{}_accuracy", "accuracy_gain", 1, 100),
         ("Prompt dependence", "nats per token lost with another row's prompt", dependence, "{}", "change", 3, 1),
     ]
-    charts = []
+    found = []
     for title, unit, values, key, change_key, digits, factor in measures:
         both = [
             _estimate(label, color, values, key.format(label), fixed, digits, factor)
             for label, color in (("base", "one"), ("tuned", "two"))
         ]
         change = [_estimate("change", "two", values, change_key, signed, digits, factor)] if change_key else []
-        if chart := interval_chart(both):
-            charts.append((title, unit, chart, interval_chart(change, [(0.0, "")])))
-    return charts
+        if chart := charts.interval_chart(both):
+            found.append((title, unit, chart, charts.interval_chart(change, [(0.0, "")])))
+    return found
 
 
 def _estimate(
     label: str, color: str, values: Mapping[str, Any], key: str, to_text: Callable[..., str], digits: int, factor: float
-) -> Estimate:
+) -> charts.Estimate:
     value, interval = values.get(key), values.get(f"{key}_ci95")
     value = value * factor if is_number(value) else None
     interval = [x * factor for x in interval] if is_interval(interval) else None
-    text = to_text(value, digits)
-    if interval:
-        text += f" ({_range_text(interval, digits)})"
-    return Estimate(label, color, value, interval, text)
+    text = to_text(value, digits) + (f" ({_range_text(interval, digits)})" if interval else "")
+    return charts.Estimate(label, color, value, interval, text)
 
 
 def _forgetting_chart(f: Mapping[str, Any]) -> Markup:
     marks = [(0.0, "")]
     if is_number(f.get("budget")):
         marks.append((f["budget"], f"budget {fixed(f['budget'], 2)}"))
-    return interval_chart([_estimate("change", "two", f, "change", signed, 3, 1)], marks)
+    return charts.interval_chart([_estimate("change", "two", f, "change", signed, 3, 1)], marks)
