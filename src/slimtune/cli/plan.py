@@ -95,7 +95,7 @@ def plan(
         for error in unfit:
             screen.print(f"{error['method']} is not planned: {error['why']}")
         screen.print()
-        screen.print(draw_bars(plans, card))
+        screen.print(draw_bars(plans, card, screen))
         for part in _render_serving(served) if served is not None else []:
             screen.print(part)
         if write is not None:

@@ -6,15 +6,12 @@
 A letter is a part of memory (`result.PARTS`), a dot what the allocator may add, `»` a bar that is cut off.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.cells import cell_len
+from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
@@ -23,100 +20,47 @@ from ..utils.formatting import format_bytes
 from .gpus import GIB, Gpu
 from .result import PARTS, Plan
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
-
-LETTERS = {
-    "weights": ("W", "#a6cee3"),
-    "adapters": ("D", "#fdbf6f"),
-    "gradients": ("G", "#fb9a99"),
-    "optimizer": ("O", "#cab2d6"),
-    "activations": ("A", "#b2df8a"),
-    "logits": ("L", "#ffed6f"),
-    "runtime": ("R", "#d9d9d9"),
-}
-"""Letter and colour of each part; black is legible on each."""
-TERMINAL_CUTOFF, PLOT_CUTOFF = 2, 4
-"""Bars are cut at this multiple of what the GPU gives, else those that fit would be too short to tell apart."""
+COLOURS = {"W": "#a6cee3", "D": "#fdbf6f", "G": "#fb9a99", "O": "#cab2d6", "A": "#b2df8a", "L": "#ffed6f",
+           "R": "#d9d9d9"}  # fmt: skip
+"""Letter and colour of each of PARTS; black is legible on each."""
 ALLOCATOR = "the allocator may add"
-MAX_WIDTH = 120
 
 
-class Span(NamedTuple):
-    """One piece of a bar, from byte to byte; `part` is one of `PARTS`, or "allocator"."""
-
-    part: str
-    start: float
-    end: float
+def bar_ends(plan: Plan) -> list[float]:
+    """Return the byte at which each part of a plan's bar ends, and at last what the allocator may add."""
+    return [*accumulate(plan.parts.get(part, 0) for part in PARTS), plan.need.high]
 
 
-def bar_spans(plan: Plan) -> list[Span]:
-    """Return the pieces of a plan's bar, in the order they are stacked."""
-    ends = list(accumulate(plan.parts.get(part, 0) for part in PARTS))
-    spans = [Span(part, start, end) for part, start, end in zip(PARTS, [0, *ends], ends, strict=False)]
-    return [s for s in (*spans, Span("allocator", ends[-1], plan.need.high)) if s.end > s.start]
+def draw_bars(plans: Sequence[Plan], gpu: Gpu, console: Console) -> Text:
+    """Return one stacked bar per plan and a line at the GPU's usable bytes, for a console from 60 columns on."""
+    line, dot, more = ("|", ".", ">") if console.options.ascii_only else ("│", "·", "»")
+    name_width = max(cell_len(p.method) for p in plans)
+    results = [f" {format_bytes(p.need.high):>10}  {p.verdict}" for p in plans]
+    width = max(20, min(console.width, 120) - name_width - 1 - max(map(len, results)))
+    shown = max(1.02 * gpu.usable[1], min(max(p.need.high for p in plans), 2 * gpu.usable[1]))
+    lines = sorted({min(int(b * width / shown), width - 1) for b in gpu.usable})
+    letters = [(letter, Style(color="black", bgcolor=colour)) for letter, colour in COLOURS.items()]
 
-
-def _full_width(plans: Sequence[Plan], usable: Sequence[float], cutoff: int) -> float:
-    """Return the bytes that the longest bar may show."""
-    return max(1.02 * usable[1], min(max(p.need.high for p in plans), cutoff * usable[1]))
-
-
-# --- terminal ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Bars:
-    plans: Sequence[Plan]
-    gpu: Gpu
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        line, dot, more = ("|", ".", ">") if options.ascii_only else ("│", "·", "»")
-        name_width = max(cell_len(p.method) for p in self.plans)
-        results = [f" {format_bytes(p.need.high):>10}  {p.verdict}" for p in self.plans]
-        width = max(20, min(options.max_width, MAX_WIDTH) - name_width - 1 - max(map(len, results)))
-        shown = _full_width(self.plans, self.gpu.usable, TERMINAL_CUTOFF)
-        lines = sorted({min(int(b * width / shown), width - 1) for b in self.gpu.usable})
-
-        gives, left = f"{self.gpu.name}: {format_bytes(self.gpu.usable[0])}", name_width + 1 + lines[0]
-        yield Text(f"{gives} {line}".rjust(left + 1) if len(gives) < left else " " * left + f"{line} {gives}")
-        for plan, result in zip(self.plans, results, strict=True):
-            cells = [(" ", Style())] * width
-            for part, start, end in bar_spans(plan):
-                letter, colour = LETTERS.get(part, (dot, ""))
-                for i in range(round(start * width / shown), min(round(end * width / shown), width)):
-                    cells[i] = (letter, _style(colour))
-            if plan.need.high > shown:
-                cells[-1] = (more, Style(bold=True))
-            for i in lines:
-                cells[i] = (line, Style(bold=True))
-            fits = "bold" if plan.verdict == "fits" else ""
-            yield Text.assemble(f"{plan.method:<{name_width}} ", *cells, (result, fits))
-        yield Text()
-        legend = [Text.assemble((letter, _style(colour)), f" {part}") for part, (letter, colour) in LETTERS.items()]
-        scale = Text(f"{dot} {ALLOCATOR}  {line} what the card gives  1 letter: {format_bytes(shown / width)}")
-        for half in (legend[:6], [*legend[6:], scale]):
-            yield Text("  ").join(half)
-
-
-def draw_bars(plans: Sequence[Plan], gpu: Gpu) -> RenderableType:
-    """Return one stacked bar per plan and a line at the GPU's usable bytes, for a rich console from 60 columns on."""
-    return _Bars(plans, gpu)
-
-
-def _style(colour: str) -> Style:
-    return Style(color="black", bgcolor=colour) if colour else Style()
-
-
-# --- SVG and PNG ------------------------------------------------------------------------------------------------------
+    gives, left = f"{gpu.name}: {format_bytes(gpu.usable[0])}", name_width + 1 + lines[0]
+    rows = [Text(f"{gives} {line}".rjust(left + 1) if len(gives) < left else " " * left + f"{line} {gives}")]
+    for plan, result in zip(plans, results, strict=True):
+        cells = [(" ", Style())] * width
+        for cell, (start, end) in zip([*letters, (dot, Style())], pairwise([0.0, *bar_ends(plan)]), strict=True):
+            for i in range(round(start * width / shown), min(round(end * width / shown), width)):
+                cells[i] = cell
+        for i in lines:
+            cells[i] = (line, Style(bold=True))
+        if plan.need.high > shown:
+            cells[-1] = (more, Style(bold=True))
+        verdict = (result, "bold" if plan.verdict == "fits" else "")
+        rows.append(Text.assemble(f"{plan.method:<{name_width}} ", *cells, verdict))
+    legend = [Text.assemble(cell, f" {part}") for cell, part in zip(letters, PARTS, strict=True)]
+    scale = Text(f"{dot} {ALLOCATOR}  {line} what the card gives  1 letter: {format_bytes(shown / width)}")
+    return Text("\n").join([*rows, Text(), Text("  ").join(legend[:6]), Text("  ").join([*legend[6:], scale])])
 
 
 def write_plot(plans: Sequence[Plan], path: str | Path) -> None:
-    """Write one stacked bar per plan, and a line at the GPU's usable bytes, to a file.
-
-    Args:
-        plans: at least one, all for one GPU.
-        path: ends in `.svg` or `.png`; an existing file is replaced.
+    """Write one stacked bar per plan, and a line at the GPU's usable bytes, to a .svg or .png file, atomically.
 
     Raises:
         UsageError: as `require_figure_path`.
@@ -126,41 +70,33 @@ def write_plot(plans: Sequence[Plan], path: str | Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    usable = plans[0].usable_bytes
-    shown = _full_width(plans, usable, PLOT_CUTOFF) / GIB
-    low, high = (b / GIB for b in usable)
+    low, high = (b / GIB for b in plans[0].usable_bytes)
+    shown = max(1.02 * high, min(max(p.need.high for p in plans) / GIB, 4 * high))
     with matplotlib.rc_context(FIGURE_STYLE):
         figure = Figure(figsize=(9, 1.9 + 0.42 * len(plans)), layout="constrained")
         axes = figure.add_subplot()
+        ends = [[0.0, *(min(end / GIB, shown) for end in bar_ends(p))] for p in plans]
+        looks = [(f"{letter} {part}", {"color": COLOURS[letter]}) for letter, part in zip(COLOURS, PARTS, strict=True)]
+        looks.append((ALLOCATOR, {"facecolor": "white", "edgecolor": "#777777", "hatch": "///"}))
+        for i, (label, look) in enumerate(looks):
+            widths = [e[i + 1] - e[i] for e in ends]
+            bars = axes.barh(range(len(plans)), widths, left=[e[i] for e in ends], height=0.7, label=label, **look)
+            letters = [label[0] if width > 0.02 * shown and label != ALLOCATOR else "" for width in widths]
+            axes.bar_label(bars, letters, label_type="center", fontsize=8, color="#333333")
         for row, plan in enumerate(plans):
-            _plot_bar(axes, row, plan, shown)
+            need = plan.need.high / GIB
+            text = f"{'» ' if need > shown else ''}{format_bytes(plan.need.high)}, {plan.verdict}"
+            box = {"facecolor": "white", "linewidth": 0, "pad": 1}  # the GPU's line may cross the text
+            axes.text(min(need, shown) + 0.012 * shown, row, text, va="center", fontsize=9, bbox=box)
         axes.axvspan(low, high, color="#333333", alpha=0.12, linewidth=0)
         axes.axvline(low, color="#333333", linewidth=1.2, linestyle="--")
-        axes.text(low, -0.62, f"{plans[0].card}: {format_bytes(usable.low)}", ha="center", va="bottom", fontsize=9)
-        axes.set_yticks(range(len(plans)), [p.method for p in plans])
-        axes.set_ylim(len(plans) - 0.4, -0.6)
-        axes.set_xlim(0, 1.3 * shown)
-        axes.set_xlabel("GiB")
+        gives = f"{plans[0].card}: {format_bytes(plans[0].usable_bytes.low)}"
+        axes.text(low, -0.62, gives, ha="center", va="bottom", fontsize=9)
         tokens = f"{plans[0].max_tokens_per_micro_batch} tokens in a micro-batch, rows of up to {plans[0].seq_len}"
         axes.set_title(f"{plans[0].model}: {tokens}", loc="left", pad=18)
+        axes.set(xlim=(0, 1.3 * shown), ylim=(len(plans) - 0.4, -0.6), xlabel="GiB")
+        axes.set_yticks(range(len(plans)), [p.method for p in plans])
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        figure.legend(by_label.values(), by_label, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         save_figure(figure, path)
-
-
-def _plot_bar(axes: Any, row: int, plan: Plan, shown: float) -> None:
-    """Draw one bar; `shown` is where bars are cut, in GiB."""
-    for part, *bytes_ in bar_spans(plan):
-        start, end = (min(b / GIB, shown) for b in bytes_)
-        letter, colour = LETTERS.get(part, ("", ""))
-        look = {"color": colour} if colour else {"facecolor": "white", "edgecolor": "#777777", "hatch": "///"}
-        label = f"{letter} {part}" if letter else ALLOCATOR
-        axes.barh(row, end - start, left=start, height=0.7, linewidth=0.5, label=label, **look)
-        if letter and end - start > 0.02 * shown:
-            axes.text((start + end) / 2, row, letter, ha="center", va="center", fontsize=8, color="#333333")
-    need = plan.need.high / GIB
-    verdict = f"{'» ' if need > shown else ''}{format_bytes(plan.need.high)}, {plan.verdict}"
-    box = {"facecolor": "white", "linewidth": 0, "pad": 1}  # the GPU's line may cross the text
-    axes.text(min(need, shown) + 0.012 * shown, row, verdict, va="center", fontsize=9, bbox=box)

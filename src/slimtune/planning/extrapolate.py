@@ -9,12 +9,10 @@ attention keeps its scores. The coefficients follow from traces at as many lengt
 exact up to the rounding of allocations; below the size of an MLP tile it is an upper bound.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,7 +24,6 @@ from .fake_tensors import all_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, Trace, trace_memory, trace_merge
 from .request import TrainingJob
 
-DEPTHS = (2, 3)
 TOKENS = 1024
 """Shortest pack that the formula is fitted to."""
 
@@ -45,10 +42,10 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
     Raises:
         UsageError: the targets match nothing.
     """
-    if job.num_layers <= max(DEPTHS):
+    if job.num_layers <= 3:
         return trace_memory(job, model, backward_only=backward_only)
     try:
-        two, three = (trace_memory(job.with_num_layers(d), backward_only=backward_only) for d in DEPTHS)
+        two, three = (trace_memory(job.with_num_layers(d), backward_only=backward_only) for d in (2, 3))
     except UsageError:
         return trace_memory(job, model, backward_only=backward_only)
 
@@ -59,8 +56,7 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
     if model is not None:
         block = ALLOCATION_BLOCK.get(job.device, 1)
         sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in all_tensors(model)}
-        expected = sum(-(-size // block) * block for size in sizes.values())
-        if state["weights"] + state.get("adapters", 0) != expected:
+        if state["weights"] + state.get("adapters", 0) != sum(-(-size // block) * block for size in sizes.values()):
             return trace_memory(job, model, backward_only=backward_only)
     phases = {phase: extrapolate(two.phases[phase], three.phases[phase]) for phase in two.phases}
     return Trace(state, phases, Counter(extrapolate(two.work, three.work)), _at_depth(job, two.host, three.host))
@@ -70,14 +66,14 @@ def extrapolate_merge(job: TrainingJob, num_params: int) -> int | None:
     """Return the peak bytes of CPU memory while the adapter is merged into a base; None if it cannot be merged."""
     dtype = torch.float32 if num_params < FLOAT32_MERGE_PARAMS else job.dtype
     try:
-        two, three = (trace_merge(job.with_num_layers(d), dtype) for d in DEPTHS)
+        two, three = (trace_merge(job.with_num_layers(d), dtype) for d in (2, 3))
     except UsageError:
-        two = three = trace_merge(job, dtype)
+        return trace_merge(job, dtype)
     return None if two is None or three is None else _at_depth(job, two, three)
 
 
 def _at_depth(job: TrainingJob, two: int, three: int) -> int:
-    return two + (job.num_layers - DEPTHS[0]) * (three - two)
+    return two + (job.num_layers - 2) * (three - two)
 
 
 @dataclass(frozen=True)
@@ -96,25 +92,20 @@ class MemoryModel:
 
     def peak(self, lengths: Sequence[int]) -> int:
         """Return the highest number of bytes in a micro-batch of rows of these lengths."""
-        return self.state + int(max(0.0, *(self._above_state(phase, lengths) for phase in self.coefficients)))
+        features = _features(lengths)
+        above = (float(c @ features) + self.corrections.get(phase, 0.0) for phase, c in self.coefficients.items())
+        return self.state + int(max(0.0, *above))
 
-    def correct(self, lengths: Sequence[int], trace: Trace) -> MemoryModel:
+    def correct(self, lengths: Sequence[int], trace: Trace) -> Self:
         """Return the formula shifted so that it gives what was traced at these lengths."""
-        plain = replace(self, corrections={})
-        shifts = {p: trace.peaks[p] - trace.state_bytes - plain._above_state(p, lengths) for p in self.coefficients}
+        features = _features(lengths)
+        above = {phase: trace.peaks[phase] - trace.state_bytes for phase in self.coefficients}
+        shifts = {phase: above[phase] - float(c @ features) for phase, c in self.coefficients.items()}
         return replace(self, state=trace.state_bytes, corrections=shifts)
-
-    def _above_state(self, phase: str, lengths: Sequence[int]) -> float:
-        return float(self.coefficients[phase] @ _features(lengths)) + self.corrections.get(phase, 0.0)
 
 
 def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
-    """Fit the formula of a job.
-
-    Args:
-        job: what to train; its `lengths` are ignored.
-        model: the job's model on meta; it is only read.
-    """
+    """Fit the formula of a job; its `lengths` are ignored, and its model on meta is only read."""
     tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))  # two MLP tiles at least
     columns: list[int] = [0, 1]
     shapes: list[tuple[int, ...]] = [(tokens,), (2 * tokens,)]

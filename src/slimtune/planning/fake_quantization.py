@@ -39,10 +39,10 @@ class Params4bit(nn.Parameter):
 class Linear4bit(nn.Linear):
     """`y = x Wᵀ + b` for x `(..., in)`; W is dequantized for each product."""
 
+    keeps_input = False
     dtype: torch.dtype
     nested: bool
     absmax: Tensor
-    nested_absmax: Tensor
     offset: Tensor
 
     def pack(self, *, nested: bool) -> None:
@@ -59,48 +59,34 @@ class Linear4bit(nn.Linear):
             self.offset = new(())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(..., in)` to `(..., out)`."""
         bias = None if self.bias is None else self.bias.to(self.dtype)
-        return _Matmul4bit.apply(x.to(self.dtype), bias, self).to(x.dtype)
+        return _Matmul.apply(x.to(self.dtype), bias, self).to(x.dtype)
 
-    def dequantized(self) -> Tensor:
-        """Return W `(out, in)` as `dequantize_4bit` does."""
-        scales = self.scales()
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        # On a GPU bitsandbytes multiplies a few tokens (some hundred, at most 1536) without dequantizing W; that is
+        # not modelled. All tables of scales live until the product is made.
+        scales = self._scales()
+        shifted = scales + self.offset if self.nested else scales  # noqa: F841
+        return F.linear(x, self._values(), bias)
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return W `(out, in)` as `dequantize_4bit` does, by default in the dtype it computes in."""
+        scales = self._scales()
         if self.nested:
             scales += self.offset
-        return self.values()
+        return self._values().to(dtype or self.dtype)
 
-    def scales(self) -> Tensor:
-        """Return the fp32 scales `(n/64)`, before their mean is added."""
+    def _scales(self) -> Tensor:
         return self.absmax.new_empty(self.absmax.shape, dtype=torch.float32) if self.nested else self.absmax
 
-    def values(self) -> Tensor:
-        """Return a new W `(out, in)`; the scales exist beside it meanwhile."""
+    def _values(self) -> Tensor:
         return self.weight.new_empty(self.out_features, self.in_features, dtype=self.dtype)
-
-
-class _Matmul4bit(torch.autograd.Function):
-    # On a GPU bitsandbytes multiplies a few tokens (some hundred, at most 1536) without dequantizing W; that is not
-    # modelled. The backward pass always dequantizes W.
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear4bit) -> Tensor:
-        ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype  # x is not saved
-        scales = layer.scales()
-        # Both variables live until the product is made, as in bitsandbytes.
-        shifted = scales + layer.offset if layer.nested else scales  # noqa: F841
-        return F.linear(x, layer.values(), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        return grad @ ctx.layer.dequantized().to(grad.dtype) if ctx.needs_input_grad[0] else None, grad_bias, None
 
 
 class Linear8bit(nn.Linear):
     """`y = x Wᵀ + b` for x `(..., in)`; on a GPU a product of integers, with x rounded as W is."""
 
+    keeps_input = True
     row_scales: Tensor
 
     def pack(self) -> None:
@@ -110,15 +96,28 @@ class Linear8bit(nn.Linear):
         self.row_scales = torch.empty(sizes[0], dtype=torch.float32, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `(..., in)` to `(..., out)`."""
-        return _Matmul8bit.apply(x, None if self.bias is None else self.bias.to(x.dtype), self)
+        return _Matmul.apply(x, None if self.bias is None else self.bias.to(x.dtype), self)
 
-    def dequantized(self) -> Tensor:
-        """Return W `(out, in)` in fp32, as `utils.linear_layers.get_weight` does for bitsandbytes' layer."""
-        return self.weight.float() * (self.row_scales.view(-1, 1) / 127)
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        # Columns of x with an outlier are kept once more, in x's dtype. How many depends on the values (about 0.1 %,
+        # https://arxiv.org/abs/2208.07339), so they are not counted. On a CPU bitsandbytes dequantizes W in training.
+        if device_type(x.device) == "cpu":
+            return F.linear(x, self.dequantized(x.dtype), bias)
+        half = x.reshape(-1, self.in_features).to(torch.float16)
+        scales = half.new_empty(len(half), dtype=torch.float32)  # noqa: F841 (lives until the end of the product)
+        rounded = half.new_empty(half.shape, dtype=torch.int8)
+        (half.abs() >= OUTLIER).any()
+        del half
+        sums = torch._int_mm(rounded, self.weight.t())
+        y = sums.to(torch.float16)
+        if bias is not None:
+            y.add_(bias)
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
-    def dequantized_to(self, dtype: torch.dtype) -> Tensor:
-        """Return W `(out, in)` as forward and backward compute it."""
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return W `(out, in)` as forward and backward compute it; by default in fp32, as `get_weight` does."""
+        if dtype is None:
+            return self.weight.float() * (self.row_scales.view(-1, 1) / 127)
         weight, steps = self.weight.to(dtype, copy=True), self.row_scales.unsqueeze(1).mul(1 / 127)
         if device_type(weight.device) == "cpu" and dtype != steps.dtype:
             # On a CPU `mul_` of two dtypes takes an fp32 copy and an fp32 product.
@@ -126,37 +125,20 @@ class Linear8bit(nn.Linear):
         return weight.mul_(steps)
 
 
-class _Matmul8bit(torch.autograd.Function):
-    # Columns of x with an outlier are kept once more, in x's dtype. How many depends on the values (about 0.1 %,
-    # https://arxiv.org/abs/2208.07339), so they are not counted. On a CPU bitsandbytes dequantizes W in training.
-
+class _Matmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear8bit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear4bit | Linear8bit) -> Tensor:
         ctx.layer, ctx.bias_dtype = layer, None if bias is None else bias.dtype
-        # An attribute, as in bitsandbytes, and not `save_for_backward`: gradient checkpointing does not drop it, and it
-        # lives until the loss does.
-        ctx.x = x
-        if device_type(x.device) == "cpu":
-            return F.linear(x, layer.dequantized_to(x.dtype), bias)
-        half = x.reshape(-1, layer.in_features).to(torch.float16)
-        scales = half.new_empty(len(half), dtype=torch.float32)  # noqa: F841 (lives until the end of the product)
-        rounded = half.new_empty(half.shape, dtype=torch.int8)
-        (half.abs() >= OUTLIER).any()
-        del half
-        sums = torch._int_mm(rounded, layer.weight.t())
-        y = sums.to(torch.float16)
-        if bias is not None:
-            y.add_(bias)
-        return y.to(x.dtype).view(*x.shape[:-1], layer.out_features)
+        # int8 keeps its input, as in bitsandbytes in an attribute and not by `save_for_backward`: gradient
+        # checkpointing does not drop it, and it lives until the loss does.
+        ctx.x = x if layer.keeps_input else None
+        return layer.multiply(x, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, grad_bias, None
-        rows, weight = grad.reshape(-1, grad.shape[-1]).contiguous(), ctx.layer.dequantized_to(ctx.x.dtype)
-        return (rows.to(ctx.x.dtype) @ weight).view(ctx.x.shape), grad_bias, None
+        return grad @ ctx.layer.dequantized(grad.dtype) if ctx.needs_input_grad[0] else None, grad_bias, None
 
 
 KINDS: dict[str, tuple[Any, dict[str, bool]]] = {
@@ -179,9 +161,8 @@ def quantization_kind(config: PreTrainedConfig, requested: str | None = None) ->
     if requested not in (None, stored):
         raise UsageError(f"the checkpoint is stored in {stored}, not in {requested}", f"{stored}, or nothing")
     if stored not in STORED:
-        raise ModelError(
-            f"the checkpoint is stored in {stored}, which cannot be planned", f"16 or 32 bits, {format_names(STORED)}"
-        )
+        expected = f"16 or 32 bits, {format_names(STORED)}"
+        raise ModelError(f"the checkpoint is stored in {stored}, which cannot be planned", expected)
     if stored != "int8" and not has_double_quantization(config):
         return "nf4-single"
     return "nf4" if stored == "fp4" else stored  # fp4 takes what nf4 takes
@@ -190,14 +171,10 @@ def quantization_kind(config: PreTrainedConfig, requested: str | None = None) ->
 def quantize(model: Any, kind: str) -> None:
     """Quantize the linear layers of a model in place, those that BitsAndBytesConfig would: no head, none tied.
 
-    Call it before a method is attached. Experts that a model keeps as one 3-D parameter stay as they are.
-
-    Args:
-        model: a transformers model on meta, in the dtype it computes in.
-        kind: one of `KINDS`.
+    Call it before a method is attached, on a model on meta. Experts in one 3-D parameter stay as they are.
 
     Raises:
-        UsageError: the kind is unknown, or the model has no layer to quantize.
+        UsageError: the kind is none of `KINDS`, or the model has no layer to quantize.
     """
     if kind not in KINDS:
         raise UsageError(f"{kind!r} is no quantization{nearest(kind, KINDS)}", f"one of {format_names(KINDS)}")
@@ -206,17 +183,10 @@ def quantize(model: Any, kind: str) -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
-    layers: list[Any] = [
-        module
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skipped)
-    ]
+    linear = {n: m for n, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)}
+    layers: list[Any] = [module for name, module in linear.items() if should_convert_module(name, skipped)]
     if not layers:
-        raise UsageError(
-            f"a {type(model).__name__} has no linear layer that {kind} could hold",
-            "linear layers beside the head",
-            "leave out the quantization",
-        )
+        raise UsageError(f"a {type(model).__name__} has no linear layer beside its head to quantize to {kind}")
     cls, settings = KINDS[kind]
     for layer in layers:
         sizes = layer_sizes(layer)

@@ -5,7 +5,7 @@ operator returns a fake result with the right shape, strides, dtype and storage 
 model of fake tensors by `make_fake`. It pretends to lie on the CPU: a fake CUDA tensor aborts on a torch without CUDA.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from ..errors import ModelError
+from .memory_tracker import iterate_tensors
 
 MAX_KNOWN_INTEGERS = 1 << 20
 """Integer tensors of up to so many elements keep their values."""
@@ -80,37 +81,30 @@ class _KnownIntegers(TorchDispatchMode):
 def make_fake(model: nn.Module) -> None:
     """Replace every meta tensor of a model by a fake CPU tensor; call it inside `fake_mode`.
 
-    Shared and tied tensors stay shared. Tensors are replaced wherever `all_tensors` finds them.
+    Tensors are replaced wherever `all_tensors` finds them; shared and tied tensors stay shared.
     """
     replaced: dict[int, Tensor] = {}
 
-    def fake(tensor: Tensor) -> Tensor:
-        if not tensor.is_meta:
-            return tensor
-        if id(tensor) not in replaced:
-            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            replaced[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-        return replaced[id(tensor)]
+    def convert(value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(convert(v) for v in value)
+        if type(value) is dict:
+            return {k: convert(v) for k, v in value.items()}
+        if not isinstance(value, Tensor) or not value.is_meta:
+            return value
+        if id(value) not in replaced:
+            new = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+            is_parameter = isinstance(value, nn.Parameter)
+            replaced[id(value)] = nn.Parameter(new, value.requires_grad) if is_parameter else new
+        return replaced[id(value)]
 
     for attributes, name, value in _module_attributes(model):
-        attributes[name] = _map_tensors(value, fake)
+        attributes[name] = convert(value)
 
 
 def all_tensors(model: nn.Module) -> list[Tensor]:
-    """Return the parameters and buffers of a model and all other tensors in attributes of its modules.
-
-    Attributes may be lists, tuples and dictionaries of tensors.
-    """
-    tensors: list[Tensor] = []
-
-    def collect(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    for _, _, value in _module_attributes(model):
-        _map_tensors(value, collect)
-    return tensors
+    """Return parameters, buffers, and the tensors in other attributes of a model's modules, also in lists and dicts."""
+    return [tensor for _, _, value in _module_attributes(model) for tensor in iterate_tensors(value)]
 
 
 def _module_attributes(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
@@ -119,13 +113,3 @@ def _module_attributes(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, 
             for name, value in list(attributes.items()):
                 if name not in ("_parameters", "_buffers", "_modules"):
                     yield attributes, name, value
-
-
-def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) in (list, tuple):
-        return type(value)(_map_tensors(v, change) for v in value)
-    if type(value) is dict:
-        return {k: _map_tensors(v, change) for k, v in value.items()}
-    return value

@@ -7,47 +7,33 @@ On a CPU each process reads the whole base before it is sharded, so sharding sav
 """
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .memory_trace import Trace
-from .result import Range
 
 GATHERED_LAYERS = (1, 3)
 
 
-@dataclass(frozen=True)
-class BaseWeights:
-    """Bytes of a base's frozen weights.
-
-    Args:
-        total: all.
-        layer: of the largest layer.
-        rest: outside layers.
-    """
-
-    total: int
-    layer: int
-    rest: int
-
-    def per_process(self, processes: int) -> Range:
-        """Return what one process holds at the highest point of a step."""
-        low, high = (self.total / processes + self.rest + k * self.layer for k in GATHERED_LAYERS)
-        return Range(min(low, self.total), min(high, self.total + 2 * self.layer))
+def shard_base(model: Any, processes: int) -> tuple[int, float]:
+    """Return the bytes that sharding the base of a model on meta saves, and how many fewer it may save."""
+    layers = [_base_bytes(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    total = _base_bytes(model)
+    largest, rest = max(layers, default=total), total - sum(layers)
+    low, high = (total / processes + rest + k * largest for k in GATHERED_LAYERS)
+    low, high = min(low, total), min(high, total + 2 * largest)
+    return int(total - low), high - low
 
 
-def weight_bytes(model: Any) -> BaseWeights:
-    """Return the bytes of the frozen weights of a model on meta, without those of adapters."""
-    layers = [_frozen_bytes(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    total = _frozen_bytes(model)
-    return BaseWeights(total, max(layers, default=total), total - sum(layers))
+def _base_bytes(module: Any) -> int:
+    # Adapters are not sharded: only what the base itself has.
+    own = {n: p for n, p in module.named_parameters() if ".adapters." not in n and ".trained_copies." not in n}
+    return sum(p.numel() * p.element_size() for p in own.values() if not p.requires_grad)
 
 
-def shard_trace(trace: Trace, weights: BaseWeights, processes: int, device: str) -> Trace:
-    """Return what a traced step takes in one of the processes, the lower end."""
-    saved = int(weights.total - weights.per_process(processes).low)
+def shard_trace(trace: Trace, saved: int, device: str) -> Trace:
+    """Return what a traced step takes in one of the processes, if sharding saves so many bytes."""
 
     def shard(parts: dict[str, int]) -> dict[str, int]:
         return {**parts, "weights": parts["weights"] - saved}
@@ -56,9 +42,3 @@ def shard_trace(trace: Trace, weights: BaseWeights, processes: int, device: str)
     if device == "cpu":
         phases["loading"] = {**dict.fromkeys(phases["forward"], 0), "weights": trace.state["weights"]}
     return dataclasses.replace(trace, state=shard(trace.state), phases=phases)
-
-
-def _frozen_bytes(module: Any) -> int:
-    # Adapters are not sharded: only what the base itself has.
-    own = {n: p for n, p in module.named_parameters() if ".adapters." not in n and ".trained_copies." not in n}
-    return sum(p.numel() * p.element_size() for p in own.values() if not p.requires_grad)

@@ -17,41 +17,25 @@ from ..utils.distributed import local_world_size
 from ..utils.formatting import format_bytes
 
 GIB = 1 << 30
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30,
-         "ti": 1 << 40}  # fmt: skip
+UNITS = {"": 1, **{u: 1000**n for n, u in enumerate("kmgt", 1)}, **{f"{u}i": 1024**n for n, u in enumerate("kmgt", 1)}}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, a Mac, or the memory of a machine.
+    """A GPU, a Mac, or the memory of a machine."""
 
-    Args:
-        name: as `slimtune gpus` lists it.
-        kind: desktop, laptop, workstation, datacentre, mac or mini; "memory" if only its size is known; "cpu".
-        vendor: nvidia, amd, intel or apple; "" if unknown.
-        architecture: the vendor's name.
-        memory: bytes as sold.
-        visible: bytes that the driver shows: fewer if error correction takes some.
-        bandwidth: bytes a second, None if unknown.
-        rates: dense floating point operations a second by dtype, those the hardware has.
-        flash: flash attention runs on it.
-        watts: power of the board (of a Mac: of the machine), None if unknown.
-        unified: the memory is the system's, too.
-        source: where these numbers are from.
-    """
-
-    name: str
-    kind: str
-    vendor: str
-    architecture: str
-    memory: int
-    visible: int
-    bandwidth: float | None = None
-    rates: dict[str, float] | None = None
-    flash: bool = True
-    watts: float | None = None
-    unified: bool = False
-    source: str = ""
+    name: str  # as `slimtune gpus` lists it
+    kind: str  # desktop, laptop, workstation, datacentre, mac or mini; "memory" if only its size is known; "cpu"
+    vendor: str  # nvidia, amd, intel or apple; "" if unknown
+    architecture: str  # the vendor's name
+    memory: int  # bytes as sold
+    visible: int  # bytes that the driver shows: fewer if error correction takes some
+    bandwidth: float | None = None  # bytes a second
+    rates: dict[str, float] | None = None  # dense floating point operations a second by dtype, in hardware
+    flash: bool = True  # flash attention runs on it
+    watts: float | None = None  # power of the board (of a Mac: of the machine)
+    unified: bool = False  # the memory is the system's, too
+    source: str = ""  # where these numbers are from
 
     @property
     def device(self) -> Literal["cpu", "cuda", "mps"]:
@@ -93,10 +77,7 @@ def _rows() -> list[tuple[list[str], Gpu]]:
     rows = []
     for row in csv.DictReader(text.splitlines()):
         gpu = Gpu(
-            name=row["name"],
-            kind=row["kind"],
-            vendor=row["vendor"],
-            architecture=row["architecture"],
+            **{name: row[name] for name in ("name", "kind", "vendor", "architecture", "source")},
             memory=int(float(row["memory_gib"]) * GIB),
             visible=int(float(row["visible_gib"] or row["memory_gib"]) * GIB),
             bandwidth=float(row["bandwidth_gbs"]) * 1e9,
@@ -104,7 +85,6 @@ def _rows() -> list[tuple[list[str], Gpu]]:
             flash=row["flash"] == "yes",
             watts=float(row["watts"]) if row["watts"] else None,
             unified=row["unified"] == "yes",
-            source=row["source"],
         )
         rows.append(([row["name"], *filter(None, row["aliases"].split(";"))], gpu))
     return rows
@@ -128,42 +108,25 @@ def find_gpu(name: str) -> Gpu:
     if matches := _with_name(name):
         return matches[0]
     close = nearest(name.lower().replace(" ", "-"), [gpu.name for gpu in all_gpus()])
-    raise UsageError(
-        f"there is no card {name!r} in the table{close}",
-        "a name that `slimtune gpus` lists",
-        "or give its memory alone: --vram 24GiB",
-    )
+    hint = "or give its memory alone: --vram 24GiB"
+    raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)
 
 
 def gpu_with_memory(text: str) -> Gpu:
-    """Return a GPU of which only the memory is known, given as `24GiB`, `24GB` or `24` (GiB).
+    """Return a GPU of which only the memory is known: `24GiB`, `24 GB`, `512MiB`; a number alone means GiB.
 
     Raises:
         UsageError: the text is not a number of bytes above 0.
     """
-    size = parse_bytes(text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b|)\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * UNITS[match[2].lower().removesuffix("b") if match[2] else "gi"]) if match else 0
+    if size < 1:
+        raise UsageError(f"{text!r} is no size of memory", "a number above 0 with a unit, as 24GiB or 24GB")
     return Gpu(f"{format_bytes(size)} of GPU memory", "memory", "", "", size, size, source="given")
 
 
-def parse_bytes(text: str) -> int:
-    """Return the bytes of a text: `24GiB`, `24 GB`, `512MiB`; a number alone means GiB.
-
-    Raises:
-        UsageError: it is no size, or not above 0.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b?|b|)\s*", str(text), re.IGNORECASE)
-    size = float(match[1]) * UNITS[match[2].lower().removesuffix("b") if match[2] else "gi"] if match else 0
-    if size < 1:
-        raise UsageError(f"{text!r} is no size of memory", "a number above 0 with a unit, as 24GiB or 24GB")
-    return int(size)
-
-
 def detect_gpu(device: str = "auto") -> Gpu:
-    """Return this machine's GPU, or its memory if it has none or the CPU is wanted.
-
-    Args:
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-    """
+    """Return this machine's GPU, or its memory if it has none or the CPU is wanted; `device`: as for `pick_device`."""
     kind = pick_device(device).type
     if kind == "cuda":
         name = torch.cuda.get_device_name()

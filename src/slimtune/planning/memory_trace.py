@@ -6,7 +6,7 @@ optimizer's state exists from the start, as in every step but the first.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from ..train_step.loss import forward_backward, make_collator, token_nll
 from ..train_step.optimizer import build_optimizer
 from ..utils.device import simulate_device
 from .fake_tensors import all_tensors, fake_mode, make_fake
-from .memory_tracker import MemoryTracker
+from .memory_tracker import MemoryTracker, iterate_tensors
 from .request import TrainingJob
 from .result import PARTS
 
@@ -77,7 +77,6 @@ class Trace:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that are always allocated."""
         return sum(self.state.values())
 
 
@@ -100,7 +99,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
         model.train()
         collator = make_collator(model, 0, packing=job.packing, share_prefix=False)
         pack = collator([{"input_ids": [1] * n, "labels": [1] * n} for n in job.lengths])
-        other_packs = [torch.empty_like(t) for _ in range(job.micro_batches - 1) for t in _nested_tensors(pack)]
+        other_packs = [torch.empty_like(t) for _ in range(job.micro_batches - 1) for t in iterate_tensors(pack)]
         optimizer = build_optimizer(model, job.optimizer)
         trained = [p for p in model.parameters() if p.requires_grad]
         for config in getattr(model, "peft_config", {}).values():
@@ -113,7 +112,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
         )
         with tracker, packed_attention(model):
             _assign_state(tracker, model, optimizer)
-            tracker.assign((*_nested_tensors(pack), *other_packs), "activations")
+            tracker.assign((*iterate_tensors(pack), *other_packs), "activations")
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: tracker.assign([p.grad], "gradients"))
             if job.micro_batches > 1:  # every micro-batch but the first adds to the gradients of those before
@@ -139,12 +138,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
 
 
 def trace_merge(job: TrainingJob, dtype: torch.dtype) -> int | None:
-    """Return the peak bytes while a job's adapter is merged into its base; None if it cannot be merged.
-
-    Args:
-        job: what was trained.
-        dtype: of the merged weights.
-    """
+    """Return the peak bytes while the adapter is merged into weights of `dtype`; None if it cannot be merged."""
     model = build_meta_model(job.base_config, job.method, dtype)
     tracker = MemoryTracker()
     with fake_mode(), simulate_device("cpu"):
@@ -164,17 +158,19 @@ def _mark_phases(model: Any, tracker: MemoryTracker) -> Iterator[None]:
     head = get_lm_head(model)
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
+    def start_on_gradient(states: Any, phase: str) -> None:
+        states = states[0] if isinstance(states, tuple) else states
+        if states.requires_grad:
+            states.register_hook(lambda _: tracker.start_phase(phase))
+
     def on_head(_: Any, args: tuple) -> None:
         tracker.start_phase("loss")
-        _on_gradient(args[0], lambda: tracker.start_phase(BACKWARD[0]))
-
-    def on_layer(phase: str) -> Callable[..., None]:
-        return lambda _, args, out: _on_gradient(out, lambda: tracker.start_phase(phase))
+        start_on_gradient(args, BACKWARD[0])
 
     hooks = [head.module.register_forward_pre_hook(on_head)] if head is not None else []
     for i, layer in enumerate(layers):
         phase = BACKWARD[0] if i == len(layers) - 1 else BACKWARD[2] if i == 0 else BACKWARD[1]
-        hooks.append(layer.register_forward_hook(on_layer(phase)))
+        hooks.append(layer.register_forward_hook(lambda _, args, out, phase=phase: start_on_gradient(out, phase)))
     try:
         yield
     finally:
@@ -182,18 +178,12 @@ def _mark_phases(model: Any, tracker: MemoryTracker) -> Iterator[None]:
             hook.remove()
 
 
-def _on_gradient(out: Any, call: Callable[[], None]) -> None:
-    states = out[0] if isinstance(out, tuple) else out
-    if states.requires_grad:
-        states.register_hook(lambda _: call())
-
-
 def _assign_state(tracker: MemoryTracker, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Assign the model and the optimizer to their parts; return the bytes of each part."""
     tracker.assign(all_tensors(model), "weights")
     if hasattr(model, "peft_config"):
         tracker.assign((p for p in model.parameters() if p.requires_grad), "adapters")
-    tracker.assign(_nested_tensors(optimizer.state), "optimizer")
+    tracker.assign(iterate_tensors(optimizer.state), "optimizer")
     return {part: tracker.live[part] for part in ("weights", "adapters", "optimizer") if tracker.live[part]}
 
 
@@ -208,11 +198,3 @@ def _optimizer_step(model: Any, optimizer: torch.optim.Optimizer) -> None:
     with suppress(DataDependentOutputException):
         getattr(model, "update_and_allocate", lambda _: None)(1)
     optimizer.zero_grad()
-
-
-def _nested_tensors(value: Any) -> Iterator[torch.Tensor]:
-    for item in value.values():
-        if isinstance(item, dict):
-            yield from _nested_tensors(item)
-        elif isinstance(item, torch.Tensor):
-            yield item

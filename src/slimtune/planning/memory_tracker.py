@@ -18,7 +18,6 @@ from torch.utils.flop_counter import flop_registry
 
 from ..utils.device import is_host_allocation
 
-_HOST = "host"
 _ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
 _IN_PLACE_PRODUCTS = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 """torch's FLOP registry has no entry for these."""
@@ -35,7 +34,7 @@ class MemoryTracker(TorchDispatchMode):
         separate_host: the device has its own memory, so tensors allocated in `host_allocation` count apart.
 
     Attributes:
-        live: bytes by part now.
+        live: bytes by part now; part "host" is not on the device.
         phases: bytes by part at the highest point of each phase.
         host_peak: highest number of bytes in CPU memory; 0 unless `separate_host`.
         work: how often an operator of (floating point operations, bytes read and written, dtype) ran.
@@ -52,7 +51,7 @@ class MemoryTracker(TorchDispatchMode):
         self.host_peak = 0
         self.work: Counter[tuple[int, int, torch.dtype]] = Counter()
         self._phase = "start"
-        self._total = self._host = 0
+        self._total = 0  # on the device
         self._peaks: Counter[str] = Counter()
         self._storages: dict[int, tuple[int, str]] = {}
 
@@ -81,14 +80,14 @@ class MemoryTracker(TorchDispatchMode):
         if func is _ADD and _accumulates_gradient(*args):
             func = _ADD_IN_PLACE
         out = func(*args, **kwargs)
-        results = list(_iterate_tensors(out))
+        results = list(iterate_tensors(out))
         for tensor in results:
             self._count(tensor)
         if self.count_work and results and not func.is_view:
             packet = func._overloadpacket
             flops = flop_registry.get(_IN_PLACE_PRODUCTS.get(packet, packet))
             operations = flops(*args, **kwargs, out_val=out) if flops else 0
-            moved = sum(t.numel() * t.element_size() for t in _iterate_tensors((args, kwargs, out)))
+            moved = sum(t.numel() * t.element_size() for t in iterate_tensors((args, kwargs, out)))
             self.work[operations, moved, results[0].dtype] += 1
         return out
 
@@ -104,25 +103,23 @@ class MemoryTracker(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // self.block) * self.block
         if self.separate_host and is_host_allocation():
-            self._storages[key] = (size, _HOST)
-            self._host += size
-            self.host_peak = max(self.host_peak, self._host)
+            part = "host"
+        elif part is None:
+            is_logits = self.vocab_size and tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size
+            part = "logits" if is_logits else "activations"
+        self._storages[key] = (size, part)
+        self.live[part] += size
+        if part == "host":
+            self.host_peak = max(self.host_peak, self.live["host"])
         else:
-            if part is None:
-                is_logits = self.vocab_size and tensor.dim() > 1 and tensor.shape[-1] == self.vocab_size
-                part = "logits" if is_logits else "activations"
-            self._storages[key] = (size, part)
-            self.live[part] += size
             self._total += size
             self._update_peak()
         weakref.finalize(storage, self._release, key).atexit = False
 
     def _release(self, key: int) -> None:
         size, part = self._storages.pop(key)
-        if part == _HOST:
-            self._host -= size
-        else:
-            self.live[part] -= size
+        self.live[part] -= size
+        if part != "host":
             self._total -= size
 
     def _update_peak(self) -> None:
@@ -131,15 +128,16 @@ class MemoryTracker(TorchDispatchMode):
             self.phases[self._phase] = dict(self.live)
 
 
-def _iterate_tensors(value: Any) -> Iterator[Tensor]:
+def iterate_tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _iterate_tensors(item)
+            yield from iterate_tensors(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _iterate_tensors(item)
+            yield from iterate_tensors(item)
 
 
 def _accumulates_gradient(total: Any, gradient: Any) -> bool:

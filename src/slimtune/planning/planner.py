@@ -14,11 +14,11 @@ from ..adapters.quantized import count_values
 from ..adapters.state_dict import adapter_tensor_info
 from ..utils.formatting import format_bytes
 from .extrapolate import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
-from .fsdp import shard_trace, weight_bytes
+from .fsdp import shard_base, shard_trace
 from .gpus import Gpu
 from .memory_trace import Trace
 from .request import MAX_SEQ_LEN, PlanRequest, TrainingJob
-from .result import PARTS, Advice, Plan, Range, Verdict
+from .result import PARTS, Advice, Plan, Range, Verdict, add_ranges
 from .throughput import estimate_throughput
 
 RUNTIME = {"cuda": Range(0.25e9, 0.75e9), "mps": Range(0.2e9, 1.0e9), "cpu": Range(0.45e9, 0.8e9)}
@@ -34,12 +34,9 @@ SPLIT_MARGIN = 1.02
 """Factor on the formula's bytes when a batch is split into micro-batches."""
 ADVISED_TILE_SIZE = 1024
 """An MLP tile of 1024 tokens computes as fast as a larger one and holds little beside a long row."""
-TENSOR_HEADER = 120
-"""Bytes of a safetensors header for each tensor."""
-TOKENIZER_ENTRY = 150
-"""Bytes of `tokenizer.json` for each token at most: 134 for Llama 3 and Gemma 2, 75 for Qwen 2.5."""
-SMALL_FILES = 1 << 20
-"""Bytes of settings, random states and logs in a checkpoint, and again in the run folder."""
+TENSOR_HEADER, TOKENIZER_ENTRY, SMALL_FILES = 120, 150, 1 << 20
+"""Bytes: of a safetensors header for each tensor; of `tokenizer.json` for each token at most (134 for Llama 3, 75 for
+Qwen 2.5); of settings, random states and logs in a checkpoint, and again in the run folder."""
 
 
 def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
@@ -53,25 +50,22 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
         UsageError: the targets match nothing, or the settings contradict each other.
         ModelError: the training step depends on tensor values.
     """
-    gpu = request.gpu
-    job = request.job()
+    gpu, job = request.gpu, request.job()
     model = job.build_model()
     trainable_params = sum(count_values(p) for p in model.parameters() if p.requires_grad)
     total_params = sum(count_values(p) for p in model.parameters())
-    adapter_bytes, extra_bytes, may_be_smaller = file_bytes(model)
-    base_weights = weight_bytes(model)
-    base_range = base_weights.per_process(request.processes) if request.fsdp else Range(*[base_weights.total] * 2)
-
+    adapter_bytes, extra_bytes, at_most = file_bytes(model)
+    saved, spread = shard_base(model, request.processes) if request.fsdp else (0, 0)
     memory_model = fit_memory_model(job, model)
-    memory_model = replace(memory_model, state=memory_model.state - int(base_weights.total - base_range.low))
+    memory_model = replace(memory_model, state=memory_model.state - saved)
     job = split_batch(request, job, memory_model)
     trace = extrapolate_layers(job, model)
     if request.fsdp:
-        trace = shard_trace(trace, base_weights, request.processes, job.device)
+        trace = shard_trace(trace, saved, job.device)
     memory_model = memory_model.correct(job.lengths, trace)
 
     peak, reserved = reserved_memory(job, trace)
-    reserved = Range(reserved.low, reserved.high + base_range.high - base_range.low)
+    reserved = Range(reserved.low, reserved.high + spread)
     runtime, usable = RUNTIME[job.device], Range(*gpu.usable)
     verdict = judge_memory(reserved, runtime, usable)
     parts = {part: trace.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
@@ -81,14 +75,23 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
         high = now + (reserved.high - peak) + FRAGMENTATION[job.device] * max(0, now - peak)
         return judge_memory(Range(now, high), runtime, usable) == "fits"
 
+    adapters, optimizer_bytes = trace.state.get("adapters", 0), trace.state.get("optimizer", 0)
+    peaks = {"start": trace.state["weights"] + adapters, **trace.peaks}
+    if (merge := extrapolate_merge(job, total_params)) is not None:
+        peaks["merge"] = merge
     # A checkpoint holds the adapter, the optimizer's state and the method's own state. The best one and those that the
     # recipe keeps are on disk when the next is written.
-    optimizer_bytes = trace.state.get("optimizer", 0)
     checkpoint_bytes = adapter_bytes + optimizer_bytes + extra_bytes + SMALL_FILES
     vocab_size = request.model.config.get_text_config().vocab_size
     disk_bytes = (request.save_total_limit + 2) * checkpoint_bytes + adapter_bytes + vocab_size * TOKENIZER_ENTRY
-    host_bytes, host_moment = _host_memory(job, trace, reserved, max(adapter_bytes, optimizer_bytes, extra_bytes))
-
+    # The base is read into CPU memory and moved to the GPU; on a Mac both are the same memory. To write a checkpoint
+    # file its values are copied from the device, and safetensors builds the file in memory twice.
+    loading = trace.state["weights"] if job.device == "cuda" else 0
+    host_moments = [(trace.host, "in a step"), (loading, "as the base is read"),
+                    (3 * max(adapter_bytes, optimizer_bytes, extra_bytes), "as a checkpoint is written")]  # fmt: skip
+    host_bytes, host_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
+    # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
+    step_bytes = 2 * optimizer_bytes + 3 * adapters
     plan = Plan(
         model=request.model.name,
         method=request.method.name,
@@ -101,21 +104,23 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
         trainable_params=trainable_params,
         total_params=total_params,
         adapter_bytes=adapter_bytes,
-        adapter_bytes_at_most=may_be_smaller,
+        adapter_bytes_at_most=at_most,
         parts=parts,
         allocated_bytes=peak,
         reserved_bytes=reserved,
         runtime_bytes=runtime,
         usable_bytes=usable,
-        peaks=_phase_peaks(job, trace, total_params),
-        host_bytes=host_bytes,
+        peaks=peaks,
+        host_bytes=int(host_bytes + RUNTIME["cpu"].high),
         disk_bytes=disk_bytes + SMALL_FILES,
         verdict=verdict,
-        reason=_reason(request, verdict, parts, reserved, runtime, usable),
+        reason=explain_verdict(request, verdict, parts, add_ranges(reserved, runtime), usable),
         max_seq_len=largest_fitting(lambda n: fits((n,) * len(job.lengths)), MAX_SEQ_LEN),
         max_batch_size=largest_fitting(lambda n: fits((max(job.lengths),) * n), MAX_BATCH_SIZE),
-        tokens_per_second=_tokens_per_second(job, trace, gpu),
-        evidence=_evidence(request, host_moment),
+        tokens_per_second=estimate_throughput(
+            trace.work, gpu, sum(job.lengths), step_bytes=step_bytes, micro_batches=job.micro_batches
+        ),
+        evidence=list_evidence(request, host_moment),
     )
     if verdict == "fits" or not advise or request.fsdp:
         return plan
@@ -186,51 +191,19 @@ def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def file_bytes(model: Any) -> tuple[int, int, bool]:
-    """Return the bytes of the trained file and of the method's own state, and whether training may leave fewer.
+    """Return the bytes of the adapter file and of the method's own state, and whether training may leave fewer.
 
     Training may leave a smaller file if it chooses ranks (AdaLoRA, EVA); then the size is an upper bound.
     """
+
+    def size(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(t.nbytes + TENSOR_HEADER for t in {id(t): t for t in tensors}.values())
+
     adapters = model.adapter_modules("default")
     growth = model.peft_config["default"].max_size_increase(adapters)
     tensors, _ = adapter_tensor_info(model, "default")
     extra = [t for adapter in adapters.values() for t in adapter.extra_state().values()]
-    extra_bytes = _safetensors_bytes(extra) if extra else 0
-    return _safetensors_bytes(tensors.values()) + (growth or 0), extra_bytes, growth is not None
-
-
-def _safetensors_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(t.nbytes + TENSOR_HEADER for t in {id(t): t for t in tensors}.values())
-
-
-def _phase_peaks(job: TrainingJob, trace: Trace, total_params: int) -> dict[str, int]:
-    peaks = {"start": trace.state["weights"] + trace.state.get("adapters", 0), **trace.peaks}
-    merge = extrapolate_merge(job, total_params)
-    return peaks if merge is None else {**peaks, "merge": merge}
-
-
-def _host_memory(job: TrainingJob, trace: Trace, reserved: Range, largest_file: int) -> tuple[int, str]:
-    """Return the most bytes of CPU memory that the run takes, and when."""
-    runtime = RUNTIME["cpu"].high
-    if job.device == "cpu":
-        return int(reserved.high + runtime), "in a step"
-    # The base is read into CPU memory and moved to the GPU; on a Mac both are the same memory. To write a checkpoint
-    # file its values are copied from the device, and safetensors builds the file in memory twice.
-    loading = trace.state["weights"] if job.device == "cuda" else 0
-    moments = (
-        (trace.host, "in a step"),
-        (3 * largest_file, "as a checkpoint is written"),
-        (loading, "as the base is read"),
-    )
-    size, moment = max(moments)
-    return int(size + runtime), moment
-
-
-def _tokens_per_second(job: TrainingJob, trace: Trace, gpu: Gpu) -> Range | None:
-    # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
-    step_bytes = 2 * trace.state.get("optimizer", 0) + 3 * trace.state.get("adapters", 0)
-    return estimate_throughput(
-        trace.work, gpu, sum(job.lengths), step_bytes=step_bytes, micro_batches=job.micro_batches
-    )
+    return size(tensors.values()) + (growth or 0), size(extra), growth is not None
 
 
 # --- advice -----------------------------------------------------------------------------------------------------------
@@ -248,26 +221,25 @@ def make_advice(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advice]:
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
         trace = extrapolate_layers(changed, backward_only=changed.optimizer == "adamw")
         peak, reserved = reserved_memory(changed, trace)
-        return peak, judge_memory(reserved, RUNTIME[changed.device], Range(*gpu.usable))
+        return plan.allocated_bytes - peak, judge_memory(reserved, RUNTIME[changed.device], Range(*gpu.usable))
 
     useful, advice = [], []
     for text, change in _possible_changes(job):
-        peak, verdict = judge(change(job))
-        if peak < plan.allocated_bytes:
+        saves, verdict = judge(change(job))
+        if saves > 0:
             useful.append((text, change))
-            advice.append(Advice(text, plan.allocated_bytes - peak, verdict))
+            advice.append(Advice(text, saves, verdict))
     # Of the changes that are enough the cheapest first, which is the order they were tried in.
     advice.sort(key=lambda a: (a.verdict != "fits", -a.saves if a.verdict != "fits" else 0))
     if any(a.verdict == "fits" for a in advice):
         return advice
-    combined, texts = job, []
-    for text, change in useful:
+    combined = job
+    for count, (_, change) in enumerate(useful, 1):
         combined = change(combined)
-        texts.append(text)
-        if len(texts) > 1:
-            peak, verdict = judge(combined)
+        if count > 1:
+            saves, verdict = judge(combined)
             if verdict == "fits":
-                return [Advice(" and ".join(texts), plan.allocated_bytes - peak, verdict), *advice]
+                return [Advice(" and ".join(text for text, _ in useful[:count]), saves, verdict), *advice]
     return advice
 
 
@@ -284,8 +256,6 @@ def _possible_changes(job: TrainingJob) -> list[tuple[str, Change]]:
     if len(job.lengths) > 1:
         one_row = partial(replace, lengths=job.lengths[:1], micro_batches=2)
         changes.append(("--batch-size 1, and --gradient-accumulation-steps as many", one_row))
-    if job.optimizer != "adamw":
-        changes.append(("--optimizer adamw", partial(replace, optimizer="adamw")))
     if job.method.trains_every_weight:  # which leaves nothing to quantize
         return changes
     if job.quantization != "nf4":
@@ -302,36 +272,31 @@ def _possible_changes(job: TrainingJob) -> list[tuple[str, Change]]:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def _reason(
-    request: PlanRequest, verdict: Verdict, parts: dict[str, int], reserved: Range, runtime: Range, usable: Range
-) -> str:
-    low, high = reserved.low + runtime.low, reserved.high + runtime.high
-    reason = f"it needs {format_bytes(low)} to {format_bytes(high)} of {format_bytes(usable.low)}"
-    largest = sorted(((size, part) for part, size in parts.items()), reverse=True)[:2]
+def explain_verdict(request: PlanRequest, verdict: Verdict, parts: dict[str, int], need: Range, usable: Range) -> str:
+    """Return the reason of a verdict in one sentence."""
+    reason = f"it needs {format_bytes(need.low)} to {format_bytes(need.high)} of {format_bytes(usable.low)}"
     if verdict == "fits":
-        reason += f", which leaves {format_bytes(usable.low - high)} free"
-    elif parts["weights"] + runtime.low > usable.high:
+        reason += f", which leaves {format_bytes(usable.low - need.high)} free"
+    elif parts["weights"] + RUNTIME[request.gpu.device].low > usable.high:
         reason += f": the weights alone ({format_bytes(parts['weights'])}) are more than the card has"
     else:
-        reason += "; the largest parts are " + " and ".join(f"{part} ({format_bytes(n)})" for n, part in largest)
-        if verdict == "tight":
-            reason += ": try it, with nothing else on the card"
-    if request.processes > 1 and request.fsdp:
+        largest = sorted(parts, key=lambda part: (parts[part], part), reverse=True)[:2]
+        reason += "; the largest parts are " + " and ".join(f"{p} ({format_bytes(parts[p])})" for p in largest)
+        reason += ": try it, with nothing else on the card" if verdict == "tight" else ""
+    if request.fsdp:
         reason += f"; the base is sharded over {request.processes} processes, and this is what one of them takes"
     elif request.processes > 1:
-        reason += (
-            f"; each of {request.processes} processes holds the whole base, and this is what one of them takes "
-            "(train.fsdp shards it)"
-        )
+        reason += (f"; each of {request.processes} processes holds the whole base, and this is what one of them takes "
+                   "(train.fsdp shards it)")  # fmt: skip
     return reason
 
 
-def _evidence(request: PlanRequest, host_moment: str) -> dict[str, str]:
-    gpu = request.gpu
+def list_evidence(request: PlanRequest, host_moment: str) -> dict[str, str]:
+    """Return the kind of evidence of each figure; `host_moment` is when CPU memory is highest."""
+    gpu, fitted = request.gpu, "computed by a formula fitted to traces"
     traced = "traced"
     if request.fsdp:
         traced += "; the sharded base: computed, what is gathered beside a layer is guessed"
-    fitted = "computed by a formula fitted to traces"
     return {
         "trainable_params": "computed",
         "total_params": "computed",

@@ -27,35 +27,20 @@ MAX_SEQ_LEN = 1 << 22
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One micro-batch, in the numbers that decide its memory and time.
-
-    Args:
-        base_config: the base's config.
-        method: the method's config.
-        dtype: of the base's weights.
-        lengths: tokens of each row of a micro-batch.
-        micro_batches: micro-batches in an optimizer step.
-        device: kind of device; it decides which kernels run.
-        gradient_checkpointing: recompute activations in the backward pass.
-        offload_activations: keep checkpointed activations in CPU memory.
-        mlp_tile_size: tokens that norms and MLPs process at once; None: all.
-        optimizer: one of `OPTIMIZERS`.
-        quantization: one of `fake_quantization.KINDS` for the base's linear layers, or None.
-        packing: rows in one sequence; else padded.
-    """
+    """One micro-batch, in the numbers that decide its memory and time."""
 
     base_config: PreTrainedConfig
     method: PeftConfig
-    dtype: torch.dtype
-    lengths: tuple[int, ...]
-    micro_batches: int = 1
-    device: Literal["cpu", "cuda", "mps"] = "cpu"
+    dtype: torch.dtype  # of the base's weights
+    lengths: tuple[int, ...]  # tokens of each row of a micro-batch
+    micro_batches: int = 1  # in an optimizer step
+    device: Literal["cpu", "cuda", "mps"] = "cpu"  # decides which kernels run
     gradient_checkpointing: bool = False
-    offload_activations: bool = False
-    mlp_tile_size: int | None = None
-    optimizer: str = "adamw"
-    quantization: str | None = None
-    packing: bool = True
+    offload_activations: bool = False  # keep checkpointed activations in CPU memory
+    mlp_tile_size: int | None = None  # tokens that norms and MLPs process at once; None: all
+    optimizer: str = "adamw"  # a key of OPTIMIZERS
+    quantization: str | None = None  # one of fake_quantization.KINDS for the base's linear layers
+    packing: bool = True  # rows in one sequence; else padded
 
     @property
     def num_layers(self) -> int:
@@ -90,42 +75,27 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """A run to plan; fields without a line here are those of `TrainingJob`.
-
-    Args:
-        model: the base.
-        gpu: where it runs.
-        batch_size: rows of a batch.
-        seq_len: tokens of the longest row.
-        gradient_accumulation_steps: batches in an optimizer step.
-        dtype: "auto": bfloat16 where the GPU supports it, else float32.
-        split_batch: training may split a batch into micro-batches that fit.
-        save_total_limit: checkpoints that a run keeps beside its best.
-        lengths: tokens of the longest rows of the data, if known; replaces `batch_size` and `seq_len`.
-        max_tokens: most tokens in a micro-batch; a longer row goes alone. None: no limit.
-        processes: processes that train together, each on a GPU of its own.
-        fsdp: shard the base over the processes; else each holds all of it.
-    """
+    """A run to plan: fields without a comment are those of `TrainingJob`."""
 
     model: ModelInfo
     gpu: Gpu
     method: PeftConfig
     batch_size: int = 1
-    seq_len: int = 1024
+    seq_len: int = 1024  # tokens of the longest row
     gradient_accumulation_steps: int = 1
-    dtype: str = "auto"
+    dtype: str = "auto"  # "auto": bfloat16 where the GPU supports it, else float32
     optimizer: str = "adamw"
     quantization: str | None = None
     gradient_checkpointing: bool = False
     offload_activations: bool = False
     mlp_tile_size: int | None = None
     packing: bool = True
-    split_batch: bool = True
-    save_total_limit: int = 2
-    lengths: tuple[int, ...] = ()
-    max_tokens: int | None = None
-    processes: int = 1
-    fsdp: bool = False
+    split_batch: bool = True  # training may split a batch into micro-batches that fit
+    save_total_limit: int = 2  # checkpoints that a run keeps beside its best
+    lengths: tuple[int, ...] = ()  # of the longest rows of the data, if known; replaces batch_size and seq_len
+    max_tokens: int | None = None  # in a micro-batch, a longer row goes alone; None: no limit
+    processes: int = 1  # that train together, each on a GPU of its own
+    fsdp: bool = False  # shard the base over the processes; else each holds all of it
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("seq_len", 2), ("gradient_accumulation_steps", 1)):

@@ -9,7 +9,6 @@ Real runs take longer. This sum is 0.38 to 0.95 of what published runs took (`UT
 """
 
 import csv
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -20,7 +19,7 @@ import torch
 
 from ..errors import UsageError
 from .gpus import Gpu
-from .result import Range
+from .result import Range, fields_as_dict
 
 UTILIZATION = Range(0.38, 0.95)
 """The roofline's seconds divided by those of published runs (benchmarks/data/pace_points.json), nine in ten of them."""
@@ -45,27 +44,17 @@ class Price(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes in time, energy and money.
+    """What a run takes in time, energy and money."""
 
-    Args:
-        hours: on the GPU.
-        kwh: energy of the GPU (of a Mac: of the machine); None if its power is unknown.
-        rent: dollars; None if no price is known.
-        power: dollars for electricity; None without a price for it.
-        prices: the table's prices that `rent` is based on.
-    """
-
-    hours: Range
-    kwh: Range | None
-    rent: Range | None
-    power: Range | None
-    prices: tuple[Price, ...] = ()
+    hours: Range  # on the GPU
+    kwh: Range | None  # of the GPU (of a Mac: of the machine); None if its power is unknown
+    rent: Range | None  # dollars; None if no price is known
+    power: Range | None  # dollars for electricity; None without a price for it
+    prices: tuple[Price, ...] = ()  # of the table, that `rent` is based on
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values; ranges as `{"low", "high"}`, prices with their date and source."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["prices"] = [p._asdict() for p in self.prices]
-        return {k: v._asdict() if isinstance(v, Range) else v for k, v in values.items()}
+        return fields_as_dict(self, prices=[p._asdict() for p in self.prices])
 
 
 def estimate_throughput(
@@ -79,11 +68,7 @@ def estimate_throughput(
         tokens: trained in one micro-batch.
         step_bytes: bytes that the optimizer moves in a step.
         micro_batches: in an optimizer step.
-
-    Raises:
-        UsageError: a number is out of its range.
     """
-    _require_positive(tokens=tokens, micro_batches=micro_batches)
     if not gpu.rates:
         return None
     bandwidth = gpu.bandwidth or float("inf")
@@ -113,9 +98,12 @@ def estimate_cost(
         dollars_per_kwh: price of electricity, for a GPU of one's own.
 
     Raises:
-        UsageError: a number is not above 0.
+        UsageError: a price or the number of tokens is not above 0.
     """
-    _require_positive(tokens=tokens, dollars_per_hour=dollars_per_hour, dollars_per_kwh=dollars_per_kwh)
+    numbers = {"tokens": tokens, "dollars_per_hour": dollars_per_hour, "dollars_per_kwh": dollars_per_kwh}
+    for name, number in numbers.items():
+        if number is not None and not number > 0:
+            raise UsageError(f"{name} is {number}", "a number above 0")
     hours = Range(*(tokens / rate / 3600 for rate in reversed(speed)))
     kwh = power = rent = None
     if gpu.watts is not None:
@@ -134,9 +122,3 @@ def prices(gpu: str = "") -> tuple[Price, ...]:
     text = (files(__package__) / "prices.csv").read_text(encoding="utf-8")
     rows = [Price(name, float(d), *rest) for name, d, *rest in list(csv.reader(text.splitlines()))[1:]]
     return tuple(p for p in rows if gpu in ("", p.card))
-
-
-def _require_positive(**numbers: float | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and not number > 0:
-            raise UsageError(f"{name} is {number}", "a number above 0")
