@@ -9,6 +9,7 @@ A letter is a part of memory (`result.PARTS`), a dot what the allocator may add,
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -76,6 +77,7 @@ def write_plot(plans: Sequence[Plan], path: str | Path) -> None:
         figure = Figure(figsize=(9, 1.9 + 0.42 * len(plans)), layout="constrained")
         axes = figure.add_subplot()
         ends = [[0.0, *(min(end / GIB, shown) for end in bar_ends(p))] for p in plans]
+        looks: list[tuple[str, dict[str, Any]]]
         looks = [(f"{letter} {part}", {"color": COLOURS[letter]}) for letter, part in zip(COLOURS, PARTS, strict=True)]
         looks.append((ALLOCATOR, {"facecolor": "white", "edgecolor": "#777777", "hatch": "///"}))
         for i, (label, look) in enumerate(looks):

@@ -8,6 +8,9 @@ Verdict = Literal["fits", "tight", "does not fit"]
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "runtime")
 """The parts of a step's memory, in the order bars are stacked."""
 
+EVIDENCE = ("measured", "traced", "computed", "published", "guessed")
+"""Kinds of evidence behind a figure, explained in docs/plan.md."""
+
 
 class Range(NamedTuple):
     """A number known to lie between two ends."""
