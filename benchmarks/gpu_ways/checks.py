@@ -212,7 +212,7 @@ def _left_out(device: torch.device, dtype: torch.dtype, turned: bool) -> float:
 def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
     """Flex attention itself, for the kinds of heads it takes here, beside attention in fp32 under the dense mask."""
     tree = packed_layout.PackedLayout((300, 130, 222, 41), (-1, 0, 0, 2), 3)
-    segments = tree.segments(None, torch.zeros(1))
+    segments = packed_attention.list_segments(tree, None, torch.float32, torch.device("cpu"))
     seen = torch.zeros(1, 1, tree.total, tree.prefix_keys + tree.total, dtype=torch.bool, device=device)
     for s in segments:
         visible = torch.ones(s.length, s.length).tril() if s.mask is None else (s.mask[0, 0] == 0)
@@ -227,7 +227,7 @@ def kernels(device: torch.device) -> Iterator[tuple[str, float, float]]:
         thin = [t.detach().to(dtype).requires_grad_() for t in full]
         if not packed_attention.flex_attention_supported(*thin[:2]):
             continue
-        mask = packed_attention.make_tree_mask(tree.lengths, tree.parents, tree.positions(), 3, None, device)
+        mask = packed_attention.make_tree_mask(tree, None, device)
         got = packed_attention.tree_attention(*thin, mask, None)
         want = F.scaled_dot_product_attention(*full, seen, enable_gqa=True)
         weights = torch.randn_like(want).to(dtype)

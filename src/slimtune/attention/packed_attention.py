@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..utils.device import device_type, is_simulated
+from .packed_layout import PackedLayout
 
 BLOCK = 128
 MIN_FLEX_TOKENS = 256
@@ -54,33 +55,41 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class Segment(NamedTuple):
-    """One segment of a packed sequence.
+    """One segment of a packed sequence."""
 
-    Args:
-        start: index of its first query.
-        length: number of queries.
-        key_ranges: the keys it attends to, as `(first, count)` ranges; the last range is the segment itself.
-        mask: what is added to the scores `(1, 1, queries, keys)`; None: causal, only with a single range.
-    """
-
-    start: int
-    length: int
-    key_ranges: tuple[tuple[int, int], ...]
-    mask: Tensor | None
+    start: int  # index of its first query
+    length: int  # number of queries
+    key_ranges: tuple[tuple[int, int], ...]  # the keys it attends to, as (first, count); the last is the segment itself
+    mask: Tensor | None  # what is added to the scores (1, 1, queries, keys); None: causal, only with a single range
 
 
 def attend_by_segment(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, window: int | None, scale: float | None
 ) -> Tensor:
     """Return attention on a CPU, `(1, tokens, heads, size)` in the query's dtype.
 
     Args:
         query: `(1, heads, tokens, size)`.
         key, value: `(1, key-value heads, keys, size)`; heads is a multiple of key-value heads.
-        segments: all segments, in the order of the queries.
+        layout: the segments.
+        window: number of positions a token attends to, its own included; None: all.
         scale: factor on the scores; None: 1 / √size.
     """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    segments = layout.cached(("segments", window, dtype), lambda: list_segments(layout, window, dtype, query.device))
     return _SegmentAttention.apply(query, key, value, segments, scale)
+
+
+def list_segments(layout: PackedLayout, window: int | None, dtype: torch.dtype, device: torch.device) -> list[Segment]:
+    """Return the segments of a layout in the order of the queries, with masks in `dtype`."""
+    firsts = [layout.prefix_keys + sum(layout.lengths[:i]) for i in range(len(layout.lengths))]
+    prefix = ((0, layout.prefix_keys),) if layout.prefix_keys else ()
+    segments = []
+    for i, n in enumerate(layout.lengths):
+        key_ranges = (*prefix, *((firsts[a], layout.lengths[a]) for a in layout.path(i)))
+        mask = layout.segment_mask(i, window, dtype, device)
+        segments.append(Segment(firsts[i] - layout.prefix_keys, n, key_ranges, mask))
+    return segments
 
 
 class _SegmentAttention(torch.autograd.Function):
@@ -154,13 +163,11 @@ def flex_attention_supported(query: Tensor, key: Tensor, dropout: float = 0.0) -
 def tree_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, options: dict[str, int] | None = None
 ) -> Tensor:
-    """Return flex attention `(1, heads, tokens, size)` under a mask from `make_tree_mask`.
+    """Return flex attention `(1, heads, tokens, size)` under a mask.
 
     Args:
-        query: `(1, heads, tokens, size)`.
-        key, value: `(1, key-value heads, keys, size)`.
-        mask: the `BlockMask`.
-        scale: factor on the scores; None: 1 / √size.
+        query, key, value, scale: as in `attend_by_segment`.
+        mask: from `make_tree_mask`.
         options: kernel options; None: those that `flex_attention_supported` found.
     """
     from torch.nn.attention.flex_attention import flex_attention
@@ -177,26 +184,15 @@ def tree_attention(
     return out[:, :, : query.shape[2]]
 
 
-def make_tree_mask(
-    lengths: Sequence[int],
-    parents: Sequence[int],
-    positions: Sequence[int],
-    prefix_keys: int,
-    window: int | None,
-    device: torch.device,
-) -> Any:
-    """Return the flex attention `BlockMask` of a tree of segments.
+def make_tree_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Any:
+    """Return the flex attention `BlockMask` of a layout; cached in it."""
+    return layout.cached(("flex", window, device), lambda: _make_block_mask(layout, window, device))
 
-    Args:
-        lengths: tokens per segment, in the order of the sequence.
-        parents: index of each segment's parent, which comes earlier; -1: none.
-        positions: each token's position in its row.
-        prefix_keys: keys before the sequence that every token attends to.
-        window: number of positions a token attends to, its own included; None: all.
-        device: where the mask is needed.
-    """
+
+def _make_block_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
+    lengths, parents, prefix_keys = layout.lengths, layout.parents, layout.prefix_keys
     subtree = list(lengths)  # tokens of a segment and all its descendants
     for i in reversed(range(len(subtree))):
         if parents[i] >= 0:
@@ -208,7 +204,7 @@ def make_tree_mask(
         next_free[i] = first[i] + lengths[i]
     counts = torch.tensor(lengths)
     offsets = counts.cumsum(0) - counts
-    total, position = int(counts.sum()), torch.tensor(positions)
+    total, position = int(counts.sum()), torch.tensor(layout.positions())
     place = torch.arange(total) + (torch.tensor(first) - offsets).repeat_interleave(counts)
     end = (torch.tensor(first) + torch.tensor(subtree)).repeat_interleave(counts)
 
@@ -305,7 +301,7 @@ def _find_kernel_options(
 def _test_kernel(device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, size: int, options: dict) -> str:
     """Return what is wrong with attention in a small tree and its gradients, "" if nothing is."""
     n = MIN_FLEX_TOKENS
-    mask = make_tree_mask((n - 90, 50, 40), (-1, 0, 0), [*range(n - 40), *range(n - 90, n - 50)], 0, None, device)
+    mask = make_tree_mask(PackedLayout((n - 90, 50, 40), (-1, 0, 0)), None, device)
     shapes = [(1, h, n, size) for h in (heads, kv_heads, kv_heads, heads)]
     q, k, v, g = (torch.arange(1.0, 1 + n * s[1] * size, device=device).mul(5).sin().view(s).to(dtype) for s in shapes)
     visible = torch.tril(torch.ones(n, n, dtype=torch.bool, device=device))

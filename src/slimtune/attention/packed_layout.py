@@ -11,13 +11,12 @@ rounding. A sliding window of w covers a token and the w − 1 positions before 
 `register.py` makes a model accept a layout, as a keyword argument of the call; `packed_attention.py` computes it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-
-from .packed_attention import Segment, make_tree_mask
 
 
 @dataclass(frozen=True)
@@ -51,68 +50,49 @@ class PackedLayout:
             path.append(parent)
         return path[::-1]
 
-    def positions(self) -> list[int]:
-        """Return each token's position in its row."""
-        return [start + t for start, n in zip(self._starts(), self.lengths, strict=True) for t in range(n)]
-
-    def _starts(self) -> list[int]:
+    def starts(self) -> list[int]:
         """Return the position of each segment's first token in its row."""
         starts: list[int] = []
         for parent in self.parents:
             starts.append(starts[parent] + self.lengths[parent] if parent >= 0 else 0)
         return starts
 
+    def positions(self) -> list[int]:
+        """Return each token's position in its row."""
+        return [start + t for start, n in zip(self.starts(), self.lengths, strict=True) for t in range(n)]
+
     def with_prefix_keys(self, n: int) -> Self:
         """Return the layout with `n` more learned keys; one object for all layers, so that they share its masks."""
-        key = ("with_prefix_keys", n)
-        if key not in self._cache:
-            self._cache[key] = replace(self, prefix_keys=self.prefix_keys + n, _cache={})
-        return self._cache[key]
+        return self.cached(("with_prefix_keys", n), lambda: replace(self, prefix_keys=self.prefix_keys + n, _cache={}))
 
     def with_leading_tokens(self, n: int) -> Self:
         """Return the layout with a new first segment of `n` tokens, an ancestor of all others."""
         parents = (-1, *(p + 1 for p in self.parents))
         return replace(self, lengths=(n, *self.lengths), parents=parents, _cache={})
 
+    def cached(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """Return the cached value of `key`; `make` computes it the first time."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
     def clear_cache(self) -> None:
         """Free the cached masks; they are made again when needed."""
         self._cache.clear()
 
-    def flex_mask(self, window: int | None, device: torch.device) -> Any:
-        """Return the `BlockMask` for flex attention; cached."""
-        key = ("flex", window, device)
-        if key not in self._cache:
-            positions = self.positions()
-            self._cache[key] = make_tree_mask(self.lengths, self.parents, positions, self.prefix_keys, window, device)
-        return self._cache[key]
-
-    def segments(self, window: int | None, query: Tensor) -> list[Segment]:
-        """Return each segment's keys and mask for attention on a CPU, for queries like `query`; cached."""
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        key = ("segments", window, dtype)
-        if key not in self._cache:
-            firsts = [self.prefix_keys + sum(self.lengths[:i]) for i in range(len(self.lengths))]
-            prefix = ((0, self.prefix_keys),) if self.prefix_keys else ()
-            segments = []
-            for i, n in enumerate(self.lengths):
-                key_ranges = (*prefix, *((firsts[a], self.lengths[a]) for a in self.path(i)))
-                mask = self.segment_mask(i, window, dtype, query.device)
-                segments.append(Segment(firsts[i] - self.prefix_keys, n, key_ranges, mask))
-            self._cache[key] = segments
-        return self._cache[key]
-
     def segment_mask(self, segment: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """Return what is added to a segment's scores `(1, 1, tokens, keys of its path)`; None: causal without more."""
-        n, above = self.lengths[segment], self._starts()[segment] + self.prefix_keys
+        n, above = self.lengths[segment], self.starts()[segment] + self.prefix_keys
         if window is not None and window >= above + n:
             window = None
         if not above and window is None:
             return None
-        key = (n, above, window, dtype, device)
-        if key not in self._cache:
+
+        def make() -> Tensor:
             query_position = torch.arange(n, device=device)[:, None] + above
             distance = query_position - torch.arange(above + n, device=device)[None, :]
             hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
             mask = torch.zeros(n, above + n, dtype=dtype, device=device)
-            self._cache[key] = mask.masked_fill(hidden, torch.finfo(dtype).min)[None, None]
-        return self._cache[key]
+            return mask.masked_fill(hidden, torch.finfo(dtype).min)[None, None]
+
+        return self.cached((n, above, window, dtype, device), make)

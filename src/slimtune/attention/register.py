@@ -23,6 +23,7 @@ from .packed_attention import (
     MAX_SEGMENT_TOKENS,
     attend_by_segment,
     flex_attention_supported,
+    make_tree_mask,
     simulate_tree_attention,
     tree_attention,
 )
@@ -116,12 +117,12 @@ def _attend_packed(
         if is_simulated():
             out = simulate_tree_attention(query, key, value)
         else:
-            out = tree_attention(query, key, value, layout.flex_mask(window, query.device), scaling)
+            out = tree_attention(query, key, value, make_tree_mask(layout, window, query.device), scaling)
         return out.transpose(1, 2).contiguous()
     # The CPU kernel supports neither dropout nor values of another size than the queries.
     same_size = query.shape[-1] == value.shape[-1]
     if plain_sdpa and device_type(query.device) == "cpu" and not dropout and same_size:
-        return attend_by_segment(query, key, value, layout.segments(window, query), scaling)
+        return attend_by_segment(query, key, value, layout, window, scaling)
 
     # Otherwise: the model's own attention function once per segment, over the keys of the segment's path.
     run = get_attention_function(module, implementation)

@@ -148,19 +148,10 @@ def stack_factors(factors: Sequence[tuple[Tensor, Tensor, float] | None], like: 
     """
     given = [f for f in factors if f is not None]
     rank, (A0, B0, _) = max(A.shape[0] for A, _, _ in given), given[0]
-    if torch.is_grad_enabled():
-        zero = A0.new_zeros(rank, A0.shape[1]), B0.new_zeros(B0.shape[0], rank), 1.0
-        filled = [zero if f is None else f for f in factors]
-        A = torch.stack([F.pad(A.to(like.dtype), (0, 0, 0, rank - A.shape[0])) for A, _, _ in filled])
-        return A, torch.stack([F.pad(B.to(like.dtype), (0, rank - B.shape[1])) * scale for _, B, scale in filled])
-    # Without gradients each value is written once, in place.
-    A, B = like.new_zeros(len(factors), rank, A0.shape[1]), like.new_zeros(len(factors), B0.shape[0], rank)
-    for i, factor in enumerate(factors):
-        if factor is not None:
-            r = factor[0].shape[0]
-            A[i, :r].copy_(factor[0])
-            B[i, :, :r].copy_(factor[1])
-    return A, B.mul_(B.new_tensor([1.0 if f is None else f[2] for f in factors]).view(-1, 1, 1))
+    zero = A0.new_zeros(rank, A0.shape[1]), B0.new_zeros(B0.shape[0], rank), 1.0
+    filled = [zero if f is None else f for f in factors]
+    A = torch.stack([F.pad(A.to(like.dtype), (0, 0, 0, rank - A.shape[0])) for A, _, _ in filled])
+    return A, torch.stack([F.pad(B.to(like.dtype), (0, rank - B.shape[1])) * scale for _, B, scale in filled])
 
 
 def add_low_rank_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
