@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -17,13 +15,13 @@ from slimtune.models.dtype import pick_device, pick_dtype
         ("", torch.float32),
     ],
 )
-def test_auto_on_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, expected: torch.dtype) -> None:
+def test_auto_on_cpu(tmp_path, monkeypatch, flags, expected):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n")
     monkeypatch.setattr(dtype, "_CPUINFO", tmp_path / "cpuinfo")
     assert pick_dtype("auto", "cpu") is expected
 
 
-def test_auto_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_cpuinfo(tmp_path, monkeypatch):
     monkeypatch.setattr(dtype, "_CPUINFO", tmp_path / "none")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "cpu_name": "x"}, raising=False)
     assert pick_dtype("auto", "cpu") is torch.bfloat16
@@ -32,14 +30,14 @@ def test_auto_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
-def test_auto_on_gpu(monkeypatch: pytest.MonkeyPatch, has_bf16: bool) -> None:
+def test_auto_on_gpu(monkeypatch, has_bf16):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16 or including_emulation)
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: has_bf16)
     expected = torch.bfloat16 if has_bf16 else torch.float32
     assert pick_dtype("auto", "cuda") is pick_dtype("auto", torch.device("mps")) is expected
 
 
-def test_dtype_names() -> None:
+def test_dtype_names():
     assert pick_dtype("fp32") is torch.float32
     assert pick_dtype("BF16") is torch.bfloat16
     assert pick_dtype("torch.float16") is pick_dtype(torch.float16) is torch.float16
@@ -47,13 +45,13 @@ def test_dtype_names() -> None:
         pick_dtype("bfloat61")
 
 
-def set_devices(monkeypatch: pytest.MonkeyPatch, *, gpus: int, mps: bool) -> None:
+def set_devices(monkeypatch, *, gpus, mps):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices(monkeypatch):
     for gpus, mps, best in ((0, False, "cpu"), (0, True, "mps"), (2, True, "cuda")):
         set_devices(monkeypatch, gpus=gpus, mps=mps)
         assert pick_device("auto") == torch.device(best)
@@ -70,7 +68,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         ("mps", "no Apple GPU"),
     ],
 )
-def test_missing_devices(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+def test_missing_devices(monkeypatch, name, message):
     set_devices(monkeypatch, gpus=0, mps=False)
     with pytest.raises(UsageError) as caught:
         pick_device(name)

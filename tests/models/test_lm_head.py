@@ -8,10 +8,9 @@ from plain_way import alone, apart, gradients, loud, unfused, wide
 
 import slimtune
 from slimtune.attention.register import packed_attention
-from slimtune.errors import ModelError
 from slimtune.kernels import cross_entropy
 from slimtune.models.lm_head import get_hidden_states, get_lm_head
-from slimtune.train_step.loss import check_packing_supported, make_collator, step_loss
+from slimtune.train_step.loss import make_collator, step_loss
 
 PLAIN = {**DECODER, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GEMMA = {**PLAIN, "head_dim": 8, "sliding_window": 4}
@@ -124,47 +123,9 @@ def test_hidden_states(monkeypatch):
     assert len(model.lm_head._forward_pre_hooks) == 0
 
 
-# --- check_packing_supported ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_head_supported(name, dtype):
-    model = build(name, dtype)
-    check_packing_supported(model, make_collator(model, 0))
-    check_packing_supported(model, make_collator(model, 0, packing=False))
-
-
-class ScaledLlama(tf.LlamaForCausalLM):
-    """Scales its logits by a factor that is not in its config."""
-
-    def forward(self, *args, **kwargs):
-        out = super().forward(*args, **kwargs)
-        out.logits = out.logits * 1.5
-        return out
-
-
-class ShiftedLlama(tf.LlamaForCausalLM):
-    def forward(self, *args, **kwargs):
-        out = super().forward(*args, **kwargs)
-        out.logits = out.logits + torch.arange(VOCAB, dtype=out.logits.dtype) / 50
-        return out
-
-
 class HeadlessLlama(tf.LlamaForCausalLM):
     def get_output_embeddings(self):
         return None
-
-
-@pytest.mark.parametrize(("cls", "dtype"), [(ScaledLlama, torch.float32), (ShiftedLlama, torch.bfloat16)])
-def test_unknown_head_is_refused(cls, dtype):
-    torch.manual_seed(0)
-    model = cls(CONFIGS["llama"][0])
-    loud(model)
-    model.to(dtype).train()
-    with pytest.raises(ModelError, match=f"the loss of a {cls.__name__} differs from the model's own"):
-        check_packing_supported(model, make_collator(model, 0))
-    assert model.training
 
 
 def test_model_without_head():

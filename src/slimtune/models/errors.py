@@ -11,37 +11,32 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError, RunError, SlimtuneError, UsageError, exception_chain, is_disk_full, is_out_of_memory
 
-_REMOTE_CODE = (
-    "the base {spec!r} brings code of its own, which would run on this machine",
-    "a base of an architecture that transformers knows",
-    "read that code, then pass --trust-remote-code if you trust it",
-)
-_TRANSLATIONS: tuple[tuple[tuple[type[Exception] | str, ...], type[SlimtuneError], str, str, str], ...] = (
-    # Types of exceptions or parts of their texts; the error to raise instead: message, expected, hint. The first match
+_REMOTE_CODE = "the base {spec!r} brings code of its own, which would run on this machine"
+_TRUST = "read that code, then pass --trust-remote-code if you trust it"
+_OFFLINE = "the base {spec!r} is not on this disk (nor in the Hub's cache), and the Hub cannot be reached"
+_DAMAGED = "the {what} {spec!r} cannot be loaded: {kind}: {detail}"
+_TRANSLATIONS: tuple[tuple[tuple[type[Exception] | str, ...], type[SlimtuneError], str, str], ...] = (
+    # Types of exceptions or parts of their texts; the error to raise instead, its message and hint. The first match
     # counts: a GatedRepoError is a RepositoryNotFoundError, too.
-    (("custom code", "trust_remote_code"), UsageError, *_REMOTE_CODE),
-    ((hub.GatedRepoError,), ModelError,
-     "the base {spec!r} is gated on the Hub, and this account may not read it",
-     "", "accept its terms at https://huggingface.co/{spec}, then `hf auth login`"),
+    (("custom code", "trust_remote_code"), UsageError, _REMOTE_CODE, _TRUST),
+    ((hub.GatedRepoError,), ModelError, "the base {spec!r} is gated on the Hub, and this account may not read it",
+     "accept its terms at https://huggingface.co/{spec}, then `hf auth login`"),
     ((hub.RepositoryNotFoundError,), ModelError, "the Hub has no model {spec!r}, or it is private",
-     "", "check the name; for a private one `hf auth login`; or give a local folder"),
+     "check the name; for a private one `hf auth login`; or give a local folder"),
     ((hub.RevisionNotFoundError,), UsageError, "the model {spec!r} has no such revision on the Hub",
-     "a branch, a tag or a commit id", ""),
-    ((hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, "We couldn't connect"), ModelError,
-     "the base {spec!r} is not on this disk (nor in the Hub's cache), and the Hub cannot be reached",
-     "", "check the network and HF_HUB_OFFLINE, or give a local folder"),
+     "give a branch, a tag or a commit id"),
+    ((hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, "We couldn't connect"), ModelError, _OFFLINE,
+     "check the network and HF_HUB_OFFLINE, or give a local folder"),
     ((hub.EntryNotFoundError, "does not appear to have a file named"), ModelError,
-     "the model {spec!r} on the Hub lacks a file: {detail}", "config.json and weights in *.safetensors", ""),
+     "the model {spec!r} on the Hub lacks a file: {detail}", "it needs config.json and weights in *.safetensors"),
     (("Unrecognized configuration class",), ModelError, "{spec!r} is no model for this task: {detail}",
-     "", "choose the task that the base was made for"),
+     "choose the task that the base was made for"),
     (("does not recognize this architecture", "is not supported yet"), ModelError,
-     "the installed transformers does not know the architecture of {spec!r}: {detail}",
-     "", "pip install -U transformers"),
-    ((ImportError,), ModelError, "{spec!r} needs a package that is missing: {detail}", "", "pip install {package}"),
+     "the installed transformers does not know the architecture of {spec!r}: {detail}", "pip install -U transformers"),
+    ((ImportError,), ModelError, "{spec!r} needs a package that is missing: {detail}", "pip install {package}"),
     (("attn_implementation",), ModelError, "{spec!r} has no such attention: {detail}",
-     "", 'use attn_implementation="eager" for this base'),
-    ((Exception,), ModelError, "the {what} {spec!r} cannot be loaded: {kind}: {detail}",
-     "a whole and undamaged {what}", "download or save it again"),
+     'use attn_implementation="eager" for this base'),
+    ((Exception,), ModelError, _DAMAGED, "give a whole and undamaged {what}: download or save it again"),
 )  # fmt: skip
 
 
@@ -86,7 +81,7 @@ def translate_load_errors(spec: str, what: str = "base") -> Iterator[None]:
 
 def remote_code_error(spec: str) -> UsageError:
     """Return the error for a base with Python code of its own."""
-    return UsageError(*(text.format(spec=spec) for text in _REMOTE_CODE))
+    return UsageError(_REMOTE_CODE.format(spec=spec), hint=_TRUST)
 
 
 def _translate(error: Exception, spec: str, what: str) -> SlimtuneError:
@@ -100,8 +95,8 @@ def _translate(error: Exception, spec: str, what: str) -> SlimtuneError:
     detail = detail if len(detail) < 300 else detail[:299] + "…"
     package = next((e.name for e in chain if isinstance(e, ImportError) and e.name), "it")
     values = {"spec": spec, "what": what, "kind": kind, "detail": detail, "package": package}
-    for signs, cls, *texts in _TRANSLATIONS:
+    for signs, cls, message, hint in _TRANSLATIONS:
         types, parts = tuple(s for s in signs if isinstance(s, type)), [s for s in signs if isinstance(s, str)]
         if any(isinstance(e, types) or any(part in str(e) for part in parts) for e in chain):
-            return cls(*(text.format(**values) for text in texts))
+            return cls(message.format(**values), hint=hint.format(**values))
     raise AssertionError  # the last entry matches every exception

@@ -15,17 +15,10 @@ from ..kernels.cross_entropy import chunked_cross_entropy, nll_and_accuracy, tar
 
 @dataclass(frozen=True)
 class LMHead:
-    """The head of a language model.
+    """The head of a language model."""
 
-    Args:
-        module: the module that computes `h Wᵀ + b`.
-        vocabulary: number of logits.
-        scale: factor on them.
-        cap: soft cap on the logits; None: none.
-    """
-
-    module: nn.Module
-    vocabulary: int
+    module: nn.Module  # computes `h Wᵀ + b`
+    vocabulary: int  # number of logits
     scale: float = 1.0
     cap: float | None = None
 

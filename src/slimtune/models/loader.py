@@ -12,18 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateSyntaxError
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.fingerprint import config_fingerprint
@@ -36,40 +28,28 @@ from .registry import ModelSource, OpenModel, open_model
 log = logging.getLogger(__name__)
 
 TASKS: dict[str, Any] = {
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "FEATURE_EXTRACTION": AutoModel,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": transformers.AutoModel,
 }
 _NEW_HEAD = {"SEQ_CLS", "TOKEN_CLS"}  # a classification head is new; nothing in a language model is
 
 
 @dataclass
 class Base:
-    """A loaded base.
+    """A loaded base."""
 
-    Args:
-        model: in evaluation mode, on `device`.
-        tokenizer: with a pad token, and the given chat template or its own.
-        source: where it is from.
-        dtype: of the weights; quantized ones compute in it.
-        device: where the weights are.
-        load_seconds: seconds spent on reading model and tokenizer.
-        prepare_seconds: seconds spent on dequantizing a GGUF for the first time, else 0.
-        fingerprint: 16 hex digits that name the base (see `config_fingerprint`).
-        quantization: of its linear layers: "nf4", "int8", …; None: they are in `dtype`.
-    """
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel  # in evaluation mode
+    tokenizer: PreTrainedTokenizerBase  # with a pad token, and the given chat template or its own
     source: ModelSource
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weights; quantized ones compute in it
     device: torch.device
-    load_seconds: float
-    prepare_seconds: float
-    fingerprint: str
-    quantization: str | None = None
+    load_seconds: float  # spent on reading model and tokenizer
+    prepare_seconds: float  # spent on dequantizing a GGUF for the first time
+    fingerprint: str  # 16 hex digits that name the base
+    quantization: str | None = None  # of its linear layers: "nf4", "int8", …
 
 
 def load_base(

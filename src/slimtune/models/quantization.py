@@ -62,10 +62,6 @@ def make_quantization_options(
         dtype: of what is not quantized, and of every product.
         device: where the base is loaded to.
         spec: name of the base, for messages.
-
-    Raises:
-        UsageError: an unknown kind, one the checkpoint contradicts, or a dtype without kernels.
-        ModelError: bitsandbytes is not installed.
     """
     stored = stored_quantization(config)
     if kind not in (None, stored, *KINDS):

@@ -151,11 +151,6 @@ def _file_names(folder: Path) -> list[str]:
 def open_model(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> OpenModel:
     """Find a base and load its config; a GGUF file is dequantized into the cache.
 
-    Args:
-        spec: alias, GGUF file, Hugging Face folder or Hub id.
-        trust_remote_code: run the base's own Python code.
-        revision: branch, tag or commit on the Hub.
-
     Raises:
         UsageError: nothing has that name, it has code that is not trusted, or a base on this disk gets a revision.
         ModelError: the base cannot be found, reached or read.
@@ -201,8 +196,7 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
     """Return the config of a base; for a base in `known.json` nothing is downloaded.
 
     Args:
-        spec: an alias or Hub id in `known.json`, a config.json, a Hugging Face folder, a GGUF file, or another Hub id,
-            of which only the config is downloaded.
+        spec: an alias or Hub id in `known.json`, a config.json, a Hugging Face folder, a GGUF file, or another Hub id.
         trust_remote_code: run the base's own Python code.
         revision: branch, tag or commit on the Hub.
 
