@@ -50,15 +50,8 @@ class Evaluation:
 class RunResults:
     """What the files of a run contain. A part whose file does not exist is empty.
 
-    Args:
-        recipe: the resolved recipe; None where there is no run.
-        result: what `slimtune train --json` printed.
-        plan: the plan.
-        probe: the memory that the longest micro-batch took.
-        data: the data reports of "train" and "validation".
-        metrics: the lines of metrics.jsonl.
-        evaluations: test rows first, validation rows last, the newest of the others first.
-        errors: one message for each file that cannot be read.
+    Evaluations on test rows come first, on validation rows last, the newest of the others first. `errors` has one
+    message for each file that cannot be read.
     """
 
     recipe: Recipe | None = None
@@ -120,12 +113,7 @@ class RunDir:
 
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe) -> Self:
-        """Create a run folder and write the recipe into it.
-
-        Raises:
-            UsageError: the folder is not empty, or cannot be created.
-            RunError: the disk is full.
-        """
+        """Create a run folder, which must not have files yet, and write the recipe into it."""
         run = cls.require_free(path)
         try:
             with translate_disk_full(run.path):
@@ -153,12 +141,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: str | Path, require_adapter: bool = True) -> Self:
-        """Return the run folder at `path`.
-
-        Raises:
-            UsageError: there is no such folder (the error gives the nearest name), or it is not a run folder.
-            RunError: `require_adapter`, and the run has no adapter yet.
-        """
+        """Return the run folder at `path`; raise if there is none, or if it has no adapter yet and must have one."""
         run = cls(Path(path))
         if not run.path.is_dir():
             siblings = [p.name for p in run.path.parent.iterdir() if p.is_dir()] if run.path.parent.is_dir() else []
@@ -188,11 +171,7 @@ class RunDir:
             f.write(line)
 
     def load_metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics, oldest first. A last line without its line end is what a killed run left; it is ignored.
-
-        Raises:
-            RunError: a line is not JSON; the error gives its number and text.
-        """
+        """Return the metrics, oldest first. A last line that a killed run left unfinished is ignored."""
         metrics = []
         content = self.metrics_file.read_bytes() if self.metrics_file.is_file() else b""
         lines = content[: content.rfind(b"\n") + 1].decode("utf-8", "replace").splitlines()
@@ -205,11 +184,7 @@ class RunDir:
         return metrics
 
     def load_results(self, strict: bool = True) -> RunResults:
-        """Read all results of the run.
-
-        Args:
-            strict: raise RunError at the first damaged file; False: leave it out and put the message into `errors`.
-        """
+        """Read all results of the run; unless `strict`, a damaged file is left out and named in `errors`."""
         errors: list[str] = []
 
         def load(read: Any, empty: Any) -> Any:
@@ -246,15 +221,7 @@ class RunDir:
 
 
 def read_json(file: Path, renamed: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Args:
-        file: to read.
-        renamed: old names of keys, of the object and the objects in it, and their new names.
-
-    Raises:
-        RunError: the file is damaged, or contains something else.
-    """
+    """Return the JSON object in a file, its keys `renamed` at any depth; raise RunError if the file is damaged."""
     names = renamed or {}
     try:
         text = file.read_text(encoding="utf-8")

@@ -34,14 +34,9 @@ from .utils.linear_layers import is_quantized
 
 @dataclass
 class Datasets:
-    """The tokenized rows of a run, and the reports on them.
+    """The tokenized rows of a run, how many were kept, and the reports of `slimtune data`, by "train" and "validation".
 
-    Args:
-        train: training rows.
-        validation: validation rows; may be empty.
-        train_report: how many rows and tokens were kept.
-        validation_report: the same for the validation file; None if its rows are split from the training rows.
-        data_reports: the reports of `slimtune data` on the training file ("train") and the validation file.
+    Without a validation file, its rows are split from the training rows and have no report.
     """
 
     train: TokenizedDataset
@@ -57,14 +52,7 @@ class Datasets:
 
 @dataclass
 class TrainedModel:
-    """A trained adapter on its base.
-
-    Args:
-        model: the adapted model, in evaluation mode.
-        base: its base, with tokenizer, dtype and device.
-        adapter: the adapter's folder.
-        recipe: the run's recipe; None if only an adapter folder was given.
-    """
+    """A trained adapter on its base, in evaluation mode; the recipe is None if only an adapter folder was given."""
 
     model: PeftModel
     base: Base
@@ -81,10 +69,7 @@ def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
 
 
 def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
-    """Read, tokenize and validate the training and validation rows of a recipe.
-
-    Without a validation file, validation rows are split from the training rows.
-    """
+    """Read, tokenize and validate the training and validation rows of a recipe."""
     data, settings, model = recipe.data, recipe.train, recipe.model.name
     reports: dict[str, Any]
 
@@ -138,11 +123,7 @@ def _tokenize(
 
 
 def build_collator(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> Collator:
-    """Return the collator for the recipe's rows and this model, with the limit of tokens in a micro-batch.
-
-    Raises:
-        ModelError: the model does not support packing, or its loss is not what its config says.
-    """
+    """Return the collator for the recipe's rows and this model; raise ModelError if the model does not support it."""
     t = recipe.train
     collator = make_collator(
         model, tokenizer.pad_token_id, packing=t.packing, share_prefix=t.share_prefix, max_rows=t.batch_size
@@ -189,10 +170,6 @@ def attach_adapter(
         recipe: the method and its settings; `train.seed` seeds the adapter's initial weights.
         init_adapter: a run or an adapter folder to start from.
         rows: training rows; "loftq" initializes from the quantization error on them.
-
-    Raises:
-        UsageError: targets match nothing, or "loftq" on a base whose weights before quantization are not available.
-        AdapterError: the adapter to start from does not fit this base.
     """
     torch.manual_seed(recipe.train.seed)
     if init_adapter is not None:
@@ -239,9 +216,6 @@ def build_meta_model(
         dtype: dtype of the base's weights.
         checkpointing, offload, tile: as for `apply_memory_savings`.
         first: changes the base before the method is attached, such as quantizing it.
-
-    Raises:
-        UsageError: targets match nothing.
     """
     config, method = copy.deepcopy((config, method))  # building a model writes into both
     if getattr(method, "init_lora_weights", None) == "loftq":
@@ -282,10 +256,6 @@ def load_run(
         device: the device; None: that of the run (for an adapter folder "auto").
         quantization: quantization of the base, "nf4" or "int8"; "none": not quantized; None: that of the run.
         unpack: dequantize the base.
-
-    Raises:
-        UsageError: the folder is neither a run nor an adapter.
-        AdapterError: the adapter does not name its base, or does not fit it.
     """
     folder = find_adapter_folder(path)
     config = PeftConfig.from_pretrained(folder)

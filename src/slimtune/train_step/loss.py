@@ -33,15 +33,7 @@ EVAL_ROWS = 4096
 def make_collator(
     model: Any, pad_token_id: int, *, packing: bool = True, share_prefix: bool = True, **sizes: Any
 ) -> Collator:
-    """Return the collator that packs rows as well as this model supports.
-
-    Args:
-        model: the model, adapted or not.
-        pad_token_id: fills shorter rows where rows are padded.
-        packing: put rows into one sequence.
-        share_prefix: compute a prefix that rows share once.
-        sizes: limits of a micro-batch, as `Collator` has them.
-    """
+    """Return the collator that packs rows as well as this model supports; `sizes` are `Collator`'s limits."""
     layout = packing and not packing_unsupported_reason(model)
     return Collator(pad_token_id, packing, layout=layout, share_prefix=share_prefix, **sizes)
 
@@ -55,15 +47,9 @@ def move_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any
 
 
 def token_nll(model: Any, batch: dict[str, Any]) -> Tensor:
-    """Return −log p of each supervised token of a collated batch.
+    """Return −log p of each supervised token of a collated batch, `(K,)` in fp32 or wider, in the order of `targets`.
 
-    Args:
-        model: the model, adapted or not.
-        batch: what `Collator` returns; with a `layout`, call this inside `packed_attention(model)`, and leave that
-            only after the backward pass.
-
-    Returns:
-        `(K,)` in fp32 or wider, in the order of the batch's `targets`.
+    If the batch has a `layout`, call this inside `packed_attention(model)`, and leave that after the backward pass.
     """
     head, h = _head_and_inputs(model, batch)
     if head is None:
@@ -140,13 +126,7 @@ def forward_backward(
 
 
 class RowScore(NamedTuple):
-    """One row under one model.
-
-    Args:
-        nats: summed −log p of its supervised tokens.
-        hits: how many of them are the model's likeliest token.
-        tokens: how many there are.
-    """
+    """One row: summed −log p of its supervised tokens, how many are the model's likeliest token, and their number."""
 
     nats: float
     hits: int
@@ -168,12 +148,12 @@ def score_rows(
     accuracy: bool = False,
     group_rows: Callable[[Sequence[Example]], Iterable[Sequence[int]]] | None = None,
 ) -> dict[int, RowScore]:
-    """Return scores by row number.
+    """Return scores by row number, computed in evaluation mode.
 
     Args:
-        model: the model; put into evaluation mode here and back after.
+        model: the model.
         examples: tokenized rows, each with a supervised token.
-        collator: the collator of training, which limits the size of a micro-batch.
+        collator: makes the micro-batches.
         accuracy: also count hits; otherwise they are 0.
         group_rows: divides rows into micro-batches, and may leave rows to other processes; None: the collator does.
     """
@@ -264,12 +244,7 @@ def auto_micro_batch_tokens(model: Any, collator: Collator, longest: int) -> int
     """Return how many tokens to put into a micro-batch: enough to compute fast, if half of the free memory holds them.
 
     The bytes per token are measured in real forward passes of short rows, apart from what a pass takes whatever its
-    length (learned positions, factors in the base's dtype).
-
-    Args:
-        model: the model as it will be trained.
-        collator: collates its rows.
-        longest: tokens of the longest row, which must fit in any case.
+    length (learned positions, factors in the base's dtype). The longest row must fit in any case.
     """
     device = next(model.parameters()).device
     enough = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU

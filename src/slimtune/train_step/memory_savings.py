@@ -29,14 +29,7 @@ from ..utils.linear_layers import layer_kind
 
 
 def apply_memory_savings(model: Any, checkpointing: bool, offload: bool, tile: int | None) -> None:
-    """Turn on what a recipe's `train` section asks for, in place.
-
-    Args:
-        model: the model, adapted before.
-        checkpointing: activation checkpointing.
-        offload: with checkpointing, keep the inputs in CPU memory.
-        tile: tokens that norms and feed-forwards run at a time; None: all.
-    """
+    """Turn on checkpointing, with offloading, and tiles of `tile` tokens in an adapted model, in place."""
     if checkpointing:
         enable_activation_checkpointing(model, offload=offload)
     if tile is not None:
@@ -44,11 +37,7 @@ def apply_memory_savings(model: Any, checkpointing: bool, offload: bool, tile: i
 
 
 def enable_activation_checkpointing(model: Any, *, offload: bool = False) -> None:
-    """Keep only the input of each layer for the backward pass, in CPU memory if `offload`, in place.
-
-    Raises:
-        UsageError: the model does not support it.
-    """
+    """Keep only the input of each layer for the backward pass, in CPU memory if `offload`; raise if unsupported."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         message = f"a {type(model).__name__} does not support activation checkpointing"
         raise UsageError(message, hint="turn the checkpointing off")
@@ -72,17 +61,10 @@ def enable_activation_checkpointing(model: Any, *, offload: bool = False) -> Non
 
 
 def enable_tiled_mlp(model: Any, tokens: int) -> int:
-    """Run the norms and feed-forwards of a model's layers `tokens` tokens at a time, in place; return their number.
+    """Run the norms and feed-forwards of an adapted model `tokens` tokens at a time, in place; return their number.
 
     Longer rows then keep the intermediate activations of only so many tokens. Dropout inside draws other numbers than
     without tiles.
-
-    Args:
-        model: a transformers model, adapted before.
-        tokens: of each row, from 1.
-
-    Raises:
-        UsageError: the model has no transformer layers.
     """
     modules: list[Any] = []
     for layer in transformer_layers(model, "turn the tiles off"):
@@ -113,15 +95,7 @@ def apply_fsdp(model: Any, mesh: DeviceMesh, device: torch.device) -> None:
     gathered before its forward and backward passes. The adapter stays whole in every process, and
     `utils/distributed.py` sums its gradients: it is saved, clipped and resumed as in one process. A fused function
     keeps the gathered weight for its backward pass: FSDP2 frees that tensor's storage after the layer's forward pass
-    and fills the same storage again before its backward pass.
-
-    Args:
-        model: the adapted model, which may be in CPU memory: it is moved layer by layer.
-        mesh: the processes.
-        device: the device of this process.
-
-    Raises:
-        UsageError: the base is quantized, or has no transformer layers.
+    and fills the same storage again before its backward pass. A model in CPU memory is moved layer by layer.
     """
     layers = transformer_layers(model, "--set train.fsdp=false")
     # The adapter's parameters, trained or fixed, and the base's parameters that it has trained copies of.
@@ -147,9 +121,6 @@ def compile_layers(model: Any) -> int:
     """Compile each layer of the backbone with torch.compile, in place; return how many.
 
     The first steps then take minutes. Attention by segment is not compiled, since it changes with each micro-batch.
-
-    Raises:
-        UsageError: there is no compiler, or the model has no transformer layers.
     """
     device = next(model.parameters()).device
     if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):

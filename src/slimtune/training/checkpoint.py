@@ -93,11 +93,7 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def write_checkpoint(root: Path, step: int, write_files: Callable[[Path], None]) -> None:
-    """Write `checkpoint-<step>` under `root`, complete or not at all; `write_files(folder)` writes its files.
-
-    Raises:
-        RunError: the disk is full; the older checkpoints are left, nothing of this one is.
-    """
+    """Write `checkpoint-<step>` under `root`, complete or not at all; `write_files(folder)` writes its files."""
     final = root / f"{PREFIX}{step}"
     with atomic_folder(final) as folder:
         write_files(folder)
@@ -121,17 +117,12 @@ def find_damage(folder: Path) -> str:
 
 
 def find_newest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | None:
-    """Return the newest undamaged checkpoint, None if there is no checkpoint; tell `say` about each one passed over.
-
-    Raises:
-        RunError: every checkpoint is damaged.
-    """
+    """Return the newest undamaged checkpoint, None if there is no checkpoint; tell `say` about each one passed over."""
     for partial in root.glob(f".{PREFIX}*"):
         say(f"{partial.name}: a checkpoint that was being written when the run stopped; removed")
         shutil.rmtree(partial)
-    folders = list_checkpoints(root)
     damaged: list[Path] = []
-    for folder in reversed(folders):
+    for folder in reversed(list_checkpoints(root)):
         damage = find_damage(folder)
         if not damage:
             for other in damaged:  # renamed, so that they do not count among those that are kept
@@ -140,8 +131,8 @@ def find_newest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | Non
             return folder
         say(f"{folder.name} is passed over: {damage}")
         damaged.append(folder)
-    if folders:
-        message = f"every checkpoint in {root} is damaged: {format_names(p.name for p in folders)}"
+    if damaged:
+        message = f"every checkpoint in {root} is damaged: {format_names(p.name for p in reversed(damaged))}"
         raise RunError(message, "at least one complete checkpoint", "start again with another --out")
     return None
 

@@ -28,11 +28,11 @@ from ..adapters.architectures import text_config
 from ..config.schema import TrainSettings
 from ..data.collator import Collator, Example
 from ..data.step_sharding import StepSharder
-from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import is_out_of_memory
 from ..kernels.dropout import preserve_rng_state
 from ..run_dir import RunDir
-from ..train_step.loss import forward_backward, mean_loss, move_to_device, score_rows
+from ..setup import Datasets
+from ..train_step.loss import RowScore, forward_backward, mean_loss, move_to_device, score_rows
 from ..train_step.memory_savings import enable_activation_checkpointing
 from ..train_step.optimizer import build_optimizer
 from ..utils import distributed
@@ -49,8 +49,7 @@ class TrainingLoop:
 
     Args:
         model: the adapted model on its device.
-        train: tokenized training rows.
-        validation: tokenized validation rows; may be empty.
+        data: tokenized rows to train on, and to validate on if there are any.
         settings: the recipe's `train` section.
         collator: divides rows into micro-batches and collates them.
         run: the run folder, which gets the checkpoints.
@@ -67,8 +66,7 @@ class TrainingLoop:
     def __init__(
         self,
         model: Any,
-        train: TokenizedDataset,
-        validation: TokenizedDataset,
+        data: Datasets,
         settings: TrainSettings,
         collator: Collator,
         run: RunDir,
@@ -76,12 +74,12 @@ class TrainingLoop:
         resume_from: Path | None = None,
         planned_bytes: int | None = None,
     ) -> None:
-        self.model, self.train, self.validation, self.settings = model, train, validation, settings
+        self.model, self.train, self.validation, self.settings = model, data.train, data.validation, settings
         self.collator, self.run, self.logger = collator, run, logger
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
         self.processes = distributed.world_size()
         self.rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
-        self.steps_per_epoch = math.ceil(len(train) / self.rows_per_step)
+        self.steps_per_epoch = math.ceil(len(self.train) / self.rows_per_step)
         max_steps = settings.max_steps or math.ceil(settings.epochs * self.steps_per_epoch)
         self.state = checkpoint.TrainingState(max_steps)
         width = getattr(text_config(model), "hidden_size", 1024)
@@ -125,11 +123,7 @@ class TrainingLoop:
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run_to_end(self) -> None:
-        """Train until all steps are done, the run stops early, or it is asked to stop.
-
-        Raises:
-            RunError: memory ran out where the work cannot be repeated; the hint says how to continue.
-        """
+        """Train until all steps are done, the run stops early, or it is asked to stop."""
         self.model.train()
         with self.logger.training(self.state), self.stop_on_interrupt():
             try:
@@ -219,11 +213,7 @@ class TrainingLoop:
         return loss, grad_norm, tokens, targets
 
     def after_step(self, values: dict[str, float]) -> bool:
-        """Log, evaluate and save as far as they are due; return whether the run ends here.
-
-        Args:
-            values: what `train_step` returned, for the log.
-        """
+        """Log, evaluate and save what is due; return whether the run ends here. `values` are `train_step`'s."""
         settings, step = self.settings, self.state.step
         last = step == self.state.max_steps
         eval_steps = settings.eval_steps or self.steps_per_epoch
@@ -243,20 +233,16 @@ class TrainingLoop:
         return stop or self.stopped_early
 
     def log_validation_loss(self) -> None:
-        """Compute and log the mean loss per supervised token over the validation rows (nats).
+        """Compute and log the mean loss per supervised token over the validation rows (nats)."""
 
-        Each process computes its part of the rows.
-        """
+        def work() -> dict[int, RowScore]:
+            def group_rows(some: Sequence[Example]) -> list[list[int]]:
+                return self.sharder.assign_groups(some)[0]  # the part of this process
+
+            return score_rows(self.model, self.validation, self.collator, group_rows=group_rows)
+
         self.recovery.step = self.state.step
-        part = self.recovery.run_in_micro_batches(
-            "evaluation",
-            self.validation,
-            lambda: score_rows(
-                self.model, self.validation, self.collator, group_rows=lambda some: self.sharder.assign_groups(some)[0]
-            ),
-            lambda: None,
-            grad=False,
-        )
+        part = self.recovery.run_in_micro_batches("evaluation", self.validation, work, lambda: None, grad=False)
         scores = {i: score for scores in distributed.all_gather_object(part) for i, score in scores.items()}
         loss = mean_loss(scores[i] for i in range(len(self.validation)))
         self.state.validation_losses.append((self.state.step, loss))

@@ -28,11 +28,9 @@ LESS_MEMORY = "a smaller data.max_seq_len, --dtype bf16 or a smaller base"
 
 
 class OomInfo(NamedTuple):
-    """One try that ran out of memory.
+    """One try that ran out of memory: the first line of its error, and the most bytes in use until then.
 
-    Args:
-        error: the first line of the error; the error itself is not kept, since its traceback keeps tensors alive.
-        held_bytes: most bytes in use until then: reserved by the GPU's allocator, or resident in this process.
+    The error itself is not kept, since its traceback keeps tensors alive.
     """
 
     error: str
@@ -85,9 +83,6 @@ class OomRecovery:
             work: may be called any number of times; divides `rows` each time.
             undo: drops what a failed try left.
             grad: whether there are backward passes: only then does activation checkpointing save memory.
-
-        Raises:
-            RunError: a single row does not fit.
         """
         while True:
             result, oom = self._try(work, undo, self.any_failed or bool)
@@ -114,15 +109,7 @@ class OomRecovery:
             self._report(where, oom, size, change, tokens=tokens, rows=count, max_tokens_before=limit)
 
     def retry_once(self, where: str, work: Callable[[], T]) -> T:
-        """Return what `work` returns; if it runs out of memory, release what can be released and call it once more.
-
-        Args:
-            where: what is done, for the event.
-            work: has no micro-batches, and leaves nothing behind when it fails.
-
-        Raises:
-            RunError: it ran out of memory twice.
-        """
+        """Return what `work` returns, which has no micro-batches; if it runs out of memory, call it once more."""
         result, oom = self._try(work)
         if oom is not None:
             self._report(where, oom, tokens=None, rows=None, max_tokens_before=self.collator.max_tokens)
@@ -187,7 +174,6 @@ class OomRecovery:
             used += f", {format_bytes(planned)} were planned: other processes use the rest"
         text = f"after step {self.step} memory ran out in {where}{size} ({used}): repeating it{change}"
         self.logger.say(text)
-        self.logger.record(
-            {"event": EVENT, "step": self.step, "where": where, **facts, "max_tokens_after": self.collator.max_tokens}
-            | {"checkpointing": self.checkpointing, **oom._asdict(), "planned_bytes": planned, "text": text}
-        )
+        event = {"event": EVENT, "step": self.step, "where": where, **oom._asdict(), "planned_bytes": planned, **facts}
+        after = {"max_tokens_after": self.collator.max_tokens, "checkpointing": self.checkpointing}
+        self.logger.record({**event, **after, "text": text})

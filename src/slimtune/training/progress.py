@@ -35,15 +35,7 @@ PROJECT_VARIABLES = {
 
 
 class ProgressLogger:
-    """Shows and logs a run; only the main process does it.
-
-    Args:
-        run: the run folder.
-        device: the device of the model, for its memory.
-
-    Attributes:
-        trackers: get every logged value.
-    """
+    """Shows and logs a run, with the memory in use on `device`; only the main process does it."""
 
     def __init__(self, run: RunDir, device: torch.device) -> None:
         self.run, self.device = run, device
@@ -83,12 +75,7 @@ class ProgressLogger:
                 f.write(time.strftime("%H:%M:%S ") + text + "\n")
 
     def log(self, state: TrainingState, values: Mapping[str, float]) -> None:
-        """Append values to metrics.jsonl and send them to the trackers.
-
-        Args:
-            state: of the run, after the step that the values belong to.
-            values: `train_loss`, `grad_norm`, `learning_rate`; or `validation_loss`.
-        """
+        """Append a step's values (names as in `TRACKER_NAMES`) to metrics.jsonl and send them to the trackers."""
         self.last_loss = values.get("train_loss", self.last_loss)
         progress = {"step": state.step, "epoch": state.epoch}
         speed = {"trained_tokens": state.trained_tokens, "tokens_per_second": state.tokens_per_second}
@@ -132,10 +119,10 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def start_trackers(recipe: Recipe, run: RunDir) -> list[Any]:
-    """Return accelerate's trackers for the recipe's `report_to`, started, in the main process.
+    """Start accelerate's trackers for the recipe's `report_to`, in the main process.
 
-    The project at the tracker is "slimtune", or what `PROJECT_VARIABLES` say. TensorBoard's
-    files go to the run folder, or where TENSORBOARD_LOGGING_DIR says.
+    The project is "slimtune", or what `PROJECT_VARIABLES` say. TensorBoard's files go to the run folder, or where
+    TENSORBOARD_LOGGING_DIR says.
     """
     trackers: list[Any] = []
     for name in recipe.train.report_to if distributed.is_main_process() else ():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
+from .. import setup
 from ..adapters import state_dict as adapter_files
 from ..adapters.config import PeftConfig
 from ..adapters.export_formats import get_export_formats
@@ -28,15 +29,6 @@ from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
 from ..reporting import versions, write_report
 from ..run_dir import ADAPTER_FILE, RunDir, to_json, write_json
-from ..setup import (
-    Datasets,
-    attach_adapter,
-    build_collator,
-    find_adapter_folder,
-    load_base_from_recipe,
-    load_datasets,
-    load_tokenizer_from_recipe,
-)
 from ..train_step.memory_savings import apply_fsdp, compile_layers
 from ..utils import distributed
 from ..utils.device import peak_memory
@@ -104,20 +96,17 @@ def train(
 
     # Base and adapter. A base that is sharded is loaded to CPU memory, by one process of a machine at a time.
     device = distributed.run_on_all_ranks(lambda: pick_training_device(recipe.model.device))
+    dtype = pick_dtype(recipe.model.dtype, device)
+    if dtype == torch.float16:
+        message = "the weights are float16, in which gradients vanish or overflow without a loss scaler"
+        raise UsageError(message, "bfloat16 or float32 for training", "--dtype bfloat16 or --dtype float32")
     shard = settings.fsdp and distributed.world_size() > 1
     mesh = init_device_mesh(device.type, (distributed.world_size(),)) if shard else None
 
     def load_model() -> tuple[Base, Any]:
-        dtype = str(pick_dtype(recipe.model.dtype, device)).removeprefix("torch.")
-        if dtype == "float16":
-            raise UsageError(
-                "the weights are float16, in which gradients vanish or overflow without a loss scaler",
-                "bfloat16 or float32 for training",
-                "--dtype bfloat16 or --dtype float32",
-            )
-        place = {"device": "cpu" if shard else str(device), "dtype": dtype}
-        base = load_base_from_recipe(recipe.model_copy(update={"model": recipe.model.model_copy(update=place)}))
-        model = attach_adapter(base, recipe, init_adapter, data.train)
+        place = {"device": "cpu" if shard else str(device), "dtype": str(dtype).removeprefix("torch.")}
+        base = setup.load_base_from_recipe(recipe.model_copy(update={"model": recipe.model.model_copy(update=place)}))
+        model = setup.attach_adapter(base, recipe, init_adapter, data.train)
         if mesh is not None:
             apply_fsdp(model, mesh, device)
             base.device = device
@@ -127,8 +116,14 @@ def train(
     loading_peak = peak_memory(device)
 
     # Run folder and loop. Until the first step nothing is lost: the folder is removed if something fails.
+    def create_run_dir() -> None:
+        RunDir.create(run.path, recipe)
+        write_json(run.data_file, data.data_reports)
+        if init_adapter is not None:
+            adapter_files.save_adapter(model, run.path / INIT_ADAPTER, "default")
+
     if not resume:
-        distributed.run_on_main(lambda: create_run_dir(recipe, data, model if init_adapter else None))
+        distributed.run_on_main(create_run_dir)
     logger = ProgressLogger(run, device)
     try:
         logger.trackers = start_trackers(recipe, run)
@@ -136,7 +131,7 @@ def train(
             logger.say(f"continuing from {init_adapter}, with its settings of the method")
         describe_run(logger, recipe, base, model, data)
         longest = max(lengths)
-        collator = build_collator(recipe, model, base.tokenizer, longest)
+        collator = setup.build_collator(recipe, model, base.tokenizer, longest)
         if plan is not None and collator.max_tokens is not None:
             collator.max_tokens = min(collator.max_tokens, max(longest, plan["max_tokens_per_micro_batch"]))
         # The same in every process:
@@ -145,7 +140,7 @@ def train(
         if resume:
             newest = distributed.run_on_main(lambda: checkpoint.find_newest_checkpoint(run.checkpoints, logger.say))
         planned = None if plan is None else planned_bytes(plan, device)[1]
-        loop = TrainingLoop(model, data.train, data.validation, settings, collator, run, logger, newest, planned)
+        loop = TrainingLoop(model, data, settings, collator, run, logger, newest, planned)
         logger.say(describe_packing(collator, data.train, loop.rows_per_step))
         if settings.compile:
             logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
@@ -197,7 +192,7 @@ def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
 
 def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
     """Return the recipe with the method settings of the adapter that training starts from; raise for another method."""
-    folder = find_adapter_folder(adapter)
+    folder = setup.find_adapter_folder(adapter)
     config = PeftConfig.from_pretrained(folder)
     if config.name != recipe.method.name:
         raise UsageError(
@@ -210,14 +205,14 @@ def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
     return recipe.model_copy(update={"method": type(recipe.method)(name=config.name, **settings)})
 
 
-def load_training_data(recipe: Recipe, force: bool) -> Datasets:
+def load_training_data(recipe: Recipe, force: bool) -> setup.Datasets:
     """Check that the recipe's packages are there, and load its rows; raise DataError for faulty or missing rows."""
     if recipe.model.quantization is not None:
         require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
     if recipe.train.optimizer == "adamw-8bit":
         require_bitsandbytes("train.optimizer adamw-8bit")
     require_trackers(recipe.train.report_to)
-    data = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
+    data = setup.load_datasets(recipe, setup.load_tokenizer_from_recipe(recipe))
     for report in data.data_reports.values():
         if report is not None and not force:
             raise_if_invalid(report)
@@ -228,34 +223,20 @@ def load_training_data(recipe: Recipe, force: bool) -> Datasets:
 
 def pick_training_device(name: str) -> torch.device:
     """Return the device of this process: with several processes on GPUs, each has its own."""
-    device, count = pick_device(name), torch.cuda.device_count()
+    device, gpus = pick_device(name), torch.cuda.device_count()
     if distributed.world_size() == 1 or device.type == "cpu":
         return device
-    if device.type != "cuda" or device.index is not None:
+    if device.type != "cuda" or device.index is not None or distributed.local_rank() >= gpus:
         raise UsageError(
-            f"model.device is {name} for {distributed.world_size()} processes",
+            f"model.device is {name} for {distributed.local_world_size()} processes on a machine with {gpus} GPUs",
             "auto or cuda, where each process takes its own GPU, or cpu",
-            "--set model.device=auto",
-        )
-    if distributed.local_rank() >= count:
-        raise UsageError(
-            f"{distributed.local_world_size()} processes on a machine with {count} GPUs",
-            "at most one process per GPU",
-            f"--nproc-per-node {count}, or --set model.device=cpu",
+            "--set model.device=auto (or cpu), and at most one process per GPU (--nproc-per-node)",
         )
     torch.cuda.set_device(own := torch.device(f"cuda:{distributed.local_rank()}"))
     return own
 
 
-def create_run_dir(recipe: Recipe, data: Datasets, init_model: Any) -> None:
-    """Create the run folder with the recipe, the data report, and the adapter that the run starts from, if any."""
-    run = RunDir.create(recipe.output_dir, recipe)
-    write_json(run.data_file, data.data_reports)
-    if init_model is not None:
-        adapter_files.save_adapter(init_model, run.path / INIT_ADAPTER, "default")
-
-
-def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any, data: Datasets) -> None:
+def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any, data: setup.Datasets) -> None:
     """Say what is trained, on which rows, and in how many processes."""
     trained, total = model.get_nb_trainable_parameters()
     quantization = f"{base.quantization}, computing in " if base.quantization else ""
@@ -309,7 +290,7 @@ def drop_later_metrics(loop: TrainingLoop) -> None:
 
 
 def finish_run(
-    recipe: Recipe, base: Base, data: Datasets, loop: TrainingLoop, start_seconds: float, peak: int
+    recipe: Recipe, base: Base, data: setup.Datasets, loop: TrainingLoop, start_seconds: float, peak: int
 ) -> dict[str, Any]:
     """Save the best adapter, the result and the report; return the result."""
     run, state, model = loop.run, loop.state, loop.model

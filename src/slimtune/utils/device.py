@@ -68,12 +68,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device, *, reserved: bool = False) -> int:
-    """Return the most bytes in use at once: on the GPU, or this process's resident memory.
-
-    Args:
-        device: the device of the model.
-        reserved: on a GPU, count what the allocator reserved instead of what tensors used of it.
-    """
+    """Return the most bytes in use at once: resident in this process; on a GPU by tensors, or `reserved` by torch."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) if reserved else torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, StopIteration):

@@ -67,26 +67,18 @@ def local_rank() -> int:
 def init_distributed() -> bool:
     """Create the process group; return whether this call did it.
 
-    Raises:
-        UsageError: accelerate is configured to do something that the recipe sets.
-        PeerGone: not all processes came.
+    Raises UsageError if accelerate is configured to do what the recipe sets, PeerGone if not all processes came.
     """
     global _groups_created
     if world_size() == 1 or dist.is_initialized():
         return False
-    for plugin in ("USE_FSDP", "USE_DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_{plugin}", "").lower() in ("1", "true", "yes"):
+    for name in ("USE_FSDP", "USE_DEEPSPEED", "MIXED_PRECISION"):
+        if (value := os.environ.get(f"ACCELERATE_{name}", "no").lower()) not in ("", "no", "0", "false"):
             raise UsageError(
-                f"accelerate's configuration sets {plugin.lower()}, which slimtune train does not read",
-                "train.fsdp: true in the recipe to shard the base",
-                "accelerate launch --multi_gpu (or --cpu), or torchrun",
+                f"accelerate's configuration sets {name.lower()} to {value}, which slimtune train does not read",
+                "train.fsdp and model.dtype in the recipe",
+                "accelerate launch --multi_gpu (or --cpu) --mixed_precision no, or torchrun",
             )
-    if (precision := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")).lower() not in ("", "no"):
-        raise UsageError(
-            f"accelerate's configuration sets mixed precision {precision}",
-            "model.dtype in the recipe, which is the dtype of the computation",
-            "accelerate launch --mixed_precision no",
-        )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         # A second run in these processes must not read the addresses of the first one's group.
@@ -126,14 +118,10 @@ def run_on_main(work: Callable[[], T]) -> T:
 
 
 def run_on_all_ranks(work: Callable[[], T], *, in_turns: bool = False) -> T:
-    """Run `work` in every process; if it fails in one, raise in all.
+    """Run `work`, which must not communicate, in every process; if it fails in one, raise in all.
 
-    Args:
-        work: must not communicate.
-        in_turns: the processes of a machine run it one after another, because it takes much CPU memory.
-
-    Raises:
-        SlimtuneError: the error of this process, or else of the first process that has one.
+    A process raises its own error, or else that of the first process that has one. With `in_turns` the processes of a
+    machine run it one after another, because it takes much CPU memory.
     """
     if world_size() == 1:
         return work()
@@ -210,12 +198,9 @@ def translate_peer_errors() -> Iterator[None]:
 
 
 def install_sigterm_watcher(resume_command: str) -> None:
-    """Print why and exit when this process gets SIGTERM, which torchrun sends when another process has died.
+    """Print why, and how to resume, and exit on SIGTERM, which torchrun sends when another process has died.
 
     A thread waits for the signal, because a process that waits for another one inside NCCL runs no Python.
-
-    Args:
-        resume_command: how to resume the run, for the message.
     """
     global _resume_command
     _resume_command = resume_command
@@ -238,7 +223,7 @@ def install_sigterm_watcher(resume_command: str) -> None:
 
 
 def should_print_error(error: SlimtuneError) -> bool:
-    """Return whether this process is the one that prints an error, and tell the others what it prints.
+    """Return whether this process prints an error; if so, tell the others.
 
     The main process prints its own errors. Another process waits for that and prints its error if it is a different
     one. A lost process is reported once, by the first one to notice, unless an error that explains it was printed.
