@@ -17,7 +17,7 @@ settings.register_profile("slimtune", deadline=None)
 settings.load_profile("slimtune")
 
 SLOW_FILES = {
-    "test_entry_point", "test_examples", "test_gpu_bench", "test_merge_against_peft", "test_processes", "test_smollm2",
+    "test_entry_point", "test_examples", "test_gpu_bench", "test_merge_against_peft", "test_smollm2",
     "test_smollm2_methods", "test_trainer",
 }  # fmt: skip
 SLOW_TESTS = {
@@ -31,7 +31,6 @@ SLOW_TESTS = {
     "test_advice_helps_a_gpu_too_small",
     "test_all_formats_of_a_run_on_a_gguf_in_4_bits",
     "test_bf16_with_checkpointing",
-    "test_compiled_layers_change_no_adapter",
     "test_every_method_takes_what_its_real_step_takes",
     "test_every_template_of_trl",
     "test_four_processes_shard_the_base",
@@ -42,11 +41,9 @@ SLOW_TESTS = {
     "test_nine_of_ten_published_runs_lie_in_the_band",
     "test_offloaded_activations_count_as_cpu_memory",
     "test_smollm2s_own_file",
-    "test_the_command_line_refuses_and_can_be_forced",
     "test_the_formula_covers_tiles_and_offloading",
     "test_the_formula_gives_what_is_traced",
     "test_the_largest_row_and_batch_fit_and_no_more",
-    "test_the_probe_runs_out_of_memory_before_training",
     "test_the_quick_start_runs_as_written",
     "test_tiles_and_offloading",
 }

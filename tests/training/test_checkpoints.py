@@ -20,30 +20,25 @@ def fill(folder):
 
 @settings(max_examples=10, deadline=None)
 @given(steps=st.integers(1, 4), lr=st.floats(1e-6, 1e-1), seed=st.integers(0, 1000))
-def test_an_optimizer_is_restored_exactly(tmp_path_factory, steps, lr, seed):
+def test_optimizer_is_restored_exactly(tmp_path_factory, steps, lr, seed):
     folder = tmp_path_factory.mktemp("o")
-
-    def make():
-        torch.manual_seed(seed)
-        model = torch.nn.Linear(4, 3)
-        return model, torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95))
+    torch.manual_seed(seed)
+    models = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    first, second = (torch.optim.AdamW(m.parameters(), lr=lr, betas=(0.9, 0.95)) for m in models)
 
     def step(model, optimizer, i):
         model(torch.full((2, 4), float(i))).pow(2).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    model, optimizer = make()
     for i in range(steps):
-        step(model, optimizer, i)
-    checkpoint.save_optimizer(folder, optimizer.state_dict())
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
-    step(model, optimizer, 9)
-    again, resumed = make()
-    again.load_state_dict(weights)
-    resumed.load_state_dict(checkpoint.load_optimizer(folder))
-    step(again, resumed, 9)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+        step(models[0], first, i)
+    checkpoint.save_optimizer(folder, first.state_dict())
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(checkpoint.load_optimizer(folder))
+    step(models[0], first, 9)
+    step(models[1], second, 9)
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
 
 
 def test_random_number_generators_are_restored(tmp_path):
@@ -53,12 +48,12 @@ def test_random_number_generators_are_restored(tmp_path):
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == first
 
 
-def test_a_checkpoint_is_complete_or_absent(tmp_path):
+def test_failed_checkpoint_leaves_nothing(tmp_path):
     checkpoint.write_checkpoint(tmp_path, 1, fill)
 
     def breaks(folder):
         fill(folder)
-        raise KeyError("killed here")
+        raise KeyError
 
     with pytest.raises(KeyError):
         checkpoint.write_checkpoint(tmp_path, 2, breaks)
@@ -66,36 +61,34 @@ def test_a_checkpoint_is_complete_or_absent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("harm", "fault"),
+    ("damage", "message"),
     [
         (lambda f: (f / "weights").write_bytes(b"1235"), "weights is damaged"),
-        (lambda f: (f / "weights").write_bytes(b"12"), "weights is damaged"),
         (lambda f: (f / "state.json").unlink(), "state.json is missing"),
         (lambda f: (f / "checksums.json").write_text("{"), "checksums.json cannot be read"),
         (lambda f: (f / "checksums.json").unlink(), "checksums.json cannot be read"),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, harm, fault):
+def test_damaged_checkpoint_is_passed_over(tmp_path, damage, message):
     for step in (9, 10):  # by number, not by name
         checkpoint.write_checkpoint(tmp_path, step, fill)
-    harm(tmp_path / "checkpoint-10")
-    said = []
-    assert checkpoint.find_newest_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-9"
-    assert len(said) == 1
-    assert fault in said[0]
-    harm(tmp_path / "checkpoint-9")
+    damage(tmp_path / "checkpoint-10")
+    messages = []
+    assert checkpoint.find_newest_checkpoint(tmp_path, messages.append) == tmp_path / "checkpoint-9"
+    assert [message in m for m in messages] == [True]
+    damage(tmp_path / "checkpoint-9")
     with pytest.raises(RunError, match="damaged"):
-        checkpoint.find_newest_checkpoint(tmp_path, said.append)
+        checkpoint.find_newest_checkpoint(tmp_path, messages.append)
 
 
-def test_a_partial_checkpoint_is_removed(tmp_path):
+def test_partial_checkpoint_is_removed(tmp_path):
     checkpoint.write_checkpoint(tmp_path, 1, fill)
     (tmp_path / ".checkpoint-2.tmp").mkdir()
     (tmp_path / ".checkpoint-2.tmp" / "weights").write_bytes(b"12")
-    said = []
-    assert checkpoint.find_newest_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-1"
+    messages = []
+    assert checkpoint.find_newest_checkpoint(tmp_path, messages.append) == tmp_path / "checkpoint-1"
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert "was being written when the run stopped" in said[0]
+    assert "was being written when the run stopped" in messages[0]
 
 
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
+from tiny_run import distance, metrics
 
 from slimtune.training import checkpoint
 
@@ -23,17 +22,16 @@ STEPS = 40
 
 KILL_WHILE_WRITING = """
 import os, signal
-fsync, left = os.fsync, [{after}]
+import slimtune.utils.files as files
+fsync, fsync_tree, left = os.fsync, files.fsync_tree, [{after}]
 def killing(handle):
     left[0] -= 1
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(handle)
-import slimtune.utils.files as files
-tree = files.fsync_tree
 def killing_tree(folder):
     os.fsync = killing
-    tree(folder)
+    fsync_tree(folder)
     os.fsync = fsync
 files.fsync_tree = killing_tree
 from slimtune.cli import main
@@ -46,7 +44,7 @@ import time
 from slimtune.training.loop import TrainingLoop
 train_step = TrainingLoop.train_step
 def slow(self, rows):
-    time.sleep(0.1)
+    time.sleep({seconds})
     return train_step(self, rows)
 TrainingLoop.train_step = slow
 from slimtune.cli import main
@@ -66,80 +64,63 @@ def command(program: str, recipe: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-c", program, "train", str(recipe), "--out", str(out), *more]
 
 
-def finished(recipe: Path, out: Path, *more: str) -> dict:
+def finish(recipe: Path, out: Path, *more: str) -> dict:
     done = subprocess.run(
-        command(SLOWLY.replace("0.1", "0"), recipe, out, "--json", *more), capture_output=True, text=True
+        command(SLOWLY.format(seconds=0), recipe, out, "--json", *more), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return {**json.loads(done.stdout), "said": done.stderr}
+    return {**json.loads(done.stdout), "log": done.stderr.replace("\n", " ")}
 
 
-def adapter(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "adapter" / "adapter_model.safetensors")
-
-
-def check_same(a: Path, b: Path) -> None:
-    left, right = adapter(a), adapter(b)
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[k], right[k]) for k in left)
-
-
-def killed_at(recipe: Path, out: Path, step: int, *more: str) -> int:
-    """Start a run, kill it once `step` steps are logged; return the last logged step."""
-    process = subprocess.Popen(
-        command(SLOWLY, recipe, out, *more), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    metrics = out / "metrics.jsonl"
-    begun = time.monotonic()
-    while process.poll() is None and time.monotonic() - begun < 120:
-        lines = metrics.read_text().splitlines() if metrics.is_file() else []
-        seen = json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
-        if seen >= step:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            return seen
-        time.sleep(0.005)
-    raise AssertionError(f"the run ended (code {process.poll()}) before step {step}")
+def kill_at(recipe: Path, out: Path, step: int, *more: str) -> None:
+    """Start a run, and kill it once `step` steps are logged."""
+    with subprocess.Popen(
+        command(SLOWLY.format(seconds=0.1), recipe, out, *more), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
+        file, started = out / "metrics.jsonl", time.monotonic()
+        while process.poll() is None and time.monotonic() - started < 120:
+            lines = file.read_text().splitlines() if file.is_file() else []
+            if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+                process.kill()
+                return
+            time.sleep(0.005)
+        process.kill()
+    raise AssertionError(f"the run ended (code {process.returncode}) before step {step}")
 
 
 def test_killed_at_ten_random_moments(recipe_file, tmp_path):
-    finished(recipe_file, tmp_path / "whole")
+    finish(recipe_file, tmp_path / "whole")
     seed = int(os.environ.get("SLIMTUNE_FAULT_SEED", time.time_ns() % 10_000))
     print(f"seed {seed}")
-    draw = random.Random(seed)
-    for i, step in enumerate(draw.sample(range(1, STEPS - 2), 9)):
+    for i, step in enumerate(random.Random(seed).sample(range(1, STEPS - 2), 9)):
         out = tmp_path / f"killed-{i}"
-        seen = killed_at(recipe_file, out, step)
-        result = finished(recipe_file, out, "--resume")
-        told = [line for line in result["said"].splitlines() if "resuming" in line or "starting" in line]
-        print(f"killed after step {seen}: {told}")
-        assert result["steps"] == STEPS
-        check_same(out, tmp_path / "whole")
-        steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+        kill_at(recipe_file, out, step)
+        assert finish(recipe_file, out, "--resume")["steps"] == STEPS
+        assert distance(out, tmp_path / "whole") == 0, f"killed at step {step}"
+        steps = metrics(out, "step")
         assert steps == sorted(steps)
 
 
 @pytest.mark.parametrize("file", [2, 8, 15])
 def test_killed_while_a_checkpoint_is_written(recipe_file, tmp_path, file):
-    finished(recipe_file, tmp_path / "whole")
+    finish(recipe_file, tmp_path / "whole")
     out = tmp_path / "killed"
     # Eleven files a checkpoint: the 2nd and 8th file of the first one, the 4th of the second.
     done = subprocess.run(command(KILL_WHILE_WRITING.format(after=file), recipe_file, out), capture_output=True)
     assert done.returncode == -signal.SIGKILL
     assert list((out / "checkpoints").glob(".checkpoint-*"))
-    result = finished(recipe_file, out, "--resume")
-    assert "was being written when the run stopped; removed" in result["said"].replace("\n", " ")
-    check_same(out, tmp_path / "whole")
+    assert "was being written when the run stopped; removed" in finish(recipe_file, out, "--resume")["log"]
+    assert distance(out, tmp_path / "whole") == 0
     assert not list((out / "checkpoints").glob(".checkpoint-*"))
 
 
 def test_killed_twice_and_the_newest_checkpoint_damaged(recipe_file, tmp_path):
-    finished(recipe_file, tmp_path / "whole")
+    finish(recipe_file, tmp_path / "whole")
     out = tmp_path / "killed"
-    killed_at(recipe_file, out, 8)
-    killed_at(recipe_file, out, 17, "--resume")
+    kill_at(recipe_file, out, 8)
+    kill_at(recipe_file, out, 17, "--resume")
     newest = checkpoint.list_checkpoints(out / "checkpoints")[-1]
     (newest / "optimizer.safetensors").write_bytes(b"\0" * 10)
-    result = finished(recipe_file, out, "--resume")
-    assert f"{newest.name} is passed over: optimizer.safetensors is damaged" in result["said"].replace("\n", " ")
-    check_same(out, tmp_path / "whole")
+    log = finish(recipe_file, out, "--resume")["log"]
+    assert f"{newest.name} is passed over: optimizer.safetensors is damaged" in log
+    assert distance(out, tmp_path / "whole") == 0

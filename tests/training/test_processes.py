@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from hypothesis import given
 from hypothesis import settings as cases
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_run import recipe_of
+from tiny_run import distance, metrics, recipe_of
 from transformers import AutoModelForCausalLM
-from two_processes import own_trainer
+from two_processes import run_trainer
+from typer.testing import CliRunner
 
 from slimtune import PeftModel
+from slimtune.cli import app
 from slimtune.data.collator import Collator
 from slimtune.data.step_sharding import StepSharder, balance
 from slimtune.training import checkpoint
@@ -29,101 +32,78 @@ from slimtune.training.train import train
 HERE = Path(__file__).parent
 
 
-def launched(*command: str, processes: int = 2) -> list[subprocess.Popen]:
-    """Start a command as torchrun would, without torchrun, which takes seconds of its own."""
+def run_processes(*command: str, processes: int = 2) -> list[tuple[int, str, str]]:
+    """Run a command as torchrun would, without torchrun, which takes seconds of its own; return codes and outputs."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     paths = os.pathsep.join([str(HERE), *sys.path])
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "PYTHONPATH": paths}
-    return [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [
+        subprocess.Popen([sys.executable, *command], env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, **pipes)
         for r in range(processes)
     ]
-
-
-def ended(started: list[subprocess.Popen], seconds: float = 500) -> list[tuple[int, str, str]]:
     try:
-        said = [p.communicate(timeout=seconds) for p in started]
+        outputs = [p.communicate(timeout=500) for p in started]
     finally:
         for p in started:
             p.kill()
-    return [(p.returncode, out, err) for p, (out, err) in zip(started, said, strict=True)]
+    return [(p.returncode, out, err) for p, (out, err) in zip(started, outputs, strict=True)]
 
 
-def checked(names: str, settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+def run_checks(names: str, settings: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """Run checks of `two_processes.py`, in one launch: to start costs more than to check."""
     file, out = tmp_path / "settings.json", tmp_path / "found.json"
     file.write_text(json.dumps(settings))
-    for code, _, err in ended(launched(str(HERE / "two_processes.py"), names, str(file), str(out))):
+    for code, _, err in run_processes(str(HERE / "two_processes.py"), names, str(file), str(out)):
         assert code == 0, err
     return json.loads(out.read_text())
 
 
-def losses(run: str | Path) -> list[float]:
-    lines = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
-    return [m["train_loss"] for m in lines if "train_loss" in m]
-
-
-def validation(run: str | Path) -> list[float]:
-    lines = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
-    return [m["validation_loss"] for m in lines if "validation_loss" in m]
-
-
-def adapter(run: str | Path) -> dict[str, torch.Tensor]:
-    return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
-
-
-def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max((a[k] - b[k]).abs().max().item() for k in a)
-
-
-def most(left: list[float], right: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(left, right, strict=True))
+def cut_back(run: Path, step: int) -> None:
+    """Leave a run as it was when it had done so many steps."""
+    for folder in checkpoint.list_checkpoints(run / "checkpoints"):
+        if checkpoint.checkpoint_step(folder) > step:
+            shutil.rmtree(folder)
+    (run / "adapter" / "adapter_model.safetensors").unlink()
 
 
 # --- dividing a step --------------------------------------------------------------------------------------------------
 
 
-@given(costs=st.lists(st.floats(1, 100), min_size=1, max_size=20), hands=st.integers(1, 6))
-def test_micro_batches_are_balanced(costs, hands):
-    held = balance(costs, hands)
-    assert sorted(p for hand in held for p in hand) == list(range(len(costs)))
-    load = [sum(costs[p] for p in hand) for hand in held]
-    # No hand has more than another by more than its own last pack.
+@given(costs=st.lists(st.floats(1, 100), min_size=1, max_size=20), processes=st.integers(1, 6))
+def test_micro_batches_are_balanced(costs, processes):
+    assigned = balance(costs, processes)
+    assert sorted(i for own in assigned for i in own) == list(range(len(costs)))
+    load = [sum(costs[i] for i in own) for own in assigned]
+    # No process has more than another by more than its own last micro-batch.
     assert max(load) - min(load) <= max(costs) + 1e-9
-    if len(costs) >= hands:
-        assert all(held)
+    if len(costs) >= processes:
+        assert all(assigned)
 
 
 @cases(max_examples=30)
 @given(
     lengths=st.lists(st.integers(3, 60), min_size=1, max_size=9),
-    hands=st.integers(2, 4),
-    room=st.sampled_from([None, 20, 90]),
+    processes=st.integers(2, 4),
+    max_tokens=st.sampled_from([None, 20, 90]),
     packing=st.booleans(),
 )
-def test_each_row_of_a_step_is_computed_once(lengths, hands, room, packing):
+def test_each_row_of_a_step_is_computed_once(lengths, processes, max_tokens, packing):
     rows = [[1, *range(5, 5 + n)] for n in lengths]
     examples = [{"input_ids": row, "labels": row} for row in rows]
-    collator = Collator(0, packing, layout=packing, max_tokens=room, max_rows=3)
-    found = [StepSharder(collator, 16, hands, h).assign_groups(examples) for h in range(hands)]
+    collator = Collator(0, packing, layout=packing, max_tokens=max_tokens, max_rows=3)
+    found = [StepSharder(collator, 16, processes, r).assign_groups(examples) for r in range(processes)]
     assert len({len(groups) for groups, _ in found}) == 1  # as many passes everywhere
     counted = [i for groups, weights in found for g, w in zip(groups, weights, strict=True) if w for i in g]
     assert sorted(counted) == list(range(len(rows)))
-    if len(rows) >= hands:
+    if len(rows) >= processes:
         assert all(weights[0] == 1 for _, weights in found)
 
 
-def test_long_rows_weigh_more_than_their_tokens():
+def test_long_rows_cost_more_than_their_tokens():
     def cost(*lengths):
         return StepSharder(Collator(0, layout=True), 64).cost([{"input_ids": [*range(n)]} for n in lengths])
 
@@ -137,21 +117,23 @@ def test_long_rows_weigh_more_than_their_tokens():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_gradients_and_errors_are_those_of_one_process(settings, tmp_path):
-    """Whole and divided base, checkpointed or not, a process without a row: methods that read weights their own way."""
-    found = checked("gradients,faults", settings, tmp_path)
-    gradients, faults = found["gradients"], found["faults"]
+    """Whole and sharded base, checkpointed or not, a process without a row: methods that read weights their own way."""
+    found = run_checks("gradients,errors", settings, tmp_path)
+    gradients, errors = found["gradients"], found["errors"]
     for name, off in gradients.items():
         print(f"{off:.1e}  {name}")
     assert len(gradients) == 8 * 3
     assert max(gradients.values()) < 1e-5
-    assert faults["the second's"] == ["DataError", "process 1 of 2: message", "expected", "hint", 1]
-    assert faults["all's"] == ["UsageError", "message", "expected", "hint", 2]
-    assert faults["the first's"] == ["DataError", "message", "expected", "hint", 1]
-    assert faults["sums"] == [[[3.0] * 3] * 2, None, [[1.0] * 3] * 2]
-    assert faults["stays"] == 0
+    assert errors["second"] == ["DataError", "process 1 of 2: message", "expected", "hint", 1]
+    assert errors["all"] == ["UsageError", "message", "expected", "hint", 2]
+    assert errors["first"] == ["DataError", "message", "expected", "hint", 1]
+    assert errors["sums"] == [[[3.0] * 3] * 2, None, [[1.0] * 3] * 2]
+    assert errors["main"] == 0
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(settings, tmp_path):
     settings["method"]["lora_dropout"] = 0.0
     # 24 rows, 7 a step: the last step of an epoch has 3.
@@ -161,82 +143,66 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
     cut_back(Path(half["run"]), 8)
     runs = {
         "whole": {"train": long},
-        "divided": {"train": {**long, "fsdp": True, "gradient_checkpointing": True}},
+        "sharded": {"train": {**long, "fsdp": True, "gradient_checkpointing": True}},
         "half": {"train": {**long, "save_steps": 4}, "resume": True},
     }
-    settings["output_dir"] = str(tmp_path)
-    found = checked("runs", {**settings, "runs": runs}, tmp_path)["runs"]
-    for name in ("whole", "divided", "half"):
+    found = run_checks("runs", {**settings, "output_dir": str(tmp_path), "runs": runs}, tmp_path)["runs"]
+    for name in runs:
         run = found[name]["run"]
-        off = most(losses(one["run"]), losses(run)), apart(adapter(one["run"]), adapter(run))
-        print(f"{name}: losses within {off[0]:.1e}, adapter within {off[1]:.1e} of one process's")
-        assert len(losses(run)) == 16
-        assert max(off) < 1e-4
-        assert most(validation(one["run"]), validation(run)) < 1e-4
-        for figure in ("trained_tokens", "supervised_tokens", "best_step", "trainable_params", "total_params"):
-            assert found[name][figure] == one[figure], figure
+        assert distance(one["run"], run) < 1e-4
+        for value in ("train_loss", "validation_loss"):
+            assert metrics(run, value) == pytest.approx(metrics(one["run"], value), abs=1e-4)
+        for value in ("steps", "trained_tokens", "supervised_tokens", "best_step", "trainable_params", "total_params"):
+            assert found[name][value] == one[value], value
     # One process goes on where two were.
     run = Path(found["whole"]["run"])
     cut_back(run, checkpoint.checkpoint_step(checkpoint.list_checkpoints(run / "checkpoints")[0]))
-    alone = train(recipe_of({**settings, "output_dir": str(run)}, **long), resume=True)
-    assert apart(adapter(one["run"]), adapter(alone["run"])) < 1e-4
+    train(recipe_of({**settings, "output_dir": str(run)}, **long), resume=True)
+    assert distance(one["run"], run) < 1e-4
     # The file is whole, and loads here and in PEFT.
-    base = settings["model"]["name"]
-    ids = torch.arange(5, 25)[None]
-    ours = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), found["divided"]["adapter"])
-    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), found["divided"]["adapter"])
+    base, ids = settings["model"]["name"], torch.arange(5, 25)[None]
+    ours, theirs = (
+        c.from_pretrained(AutoModelForCausalLM.from_pretrained(base), found["sharded"]["adapter"])
+        for c in (PeftModel, peft.PeftModel)
+    )
     with torch.no_grad():
         assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
 
 
-def test_the_trainer_of_transformers_wraps_an_adapted_model(settings, tmp_path):
+@pytest.mark.slow
+def test_trainer_of_transformers_wraps_an_adapted_model(settings, tmp_path):
     """Plain DDP, a script of one's own: two processes of 3 rows are one of 6."""
-    one = own_trainer(settings["model"]["name"], str(tmp_path / "one"), 6)
+    one = run_trainer(settings["model"]["name"], str(tmp_path / "one"), 6)
     settings["output_dir"] = str(tmp_path / "two")
-    two = checked("own_trainer", settings, tmp_path)["own_trainer"]
-    weights = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two")]
-    print(f"losses within {most(one['losses'], two['losses']):.1e}, adapter within {apart(*weights):.1e}")
+    two = run_checks("trainer", settings, tmp_path)["trainer"]
     assert two["wrapped"] == "DistributedDataParallel"
     assert len(two["losses"]) == 10
-    assert most(one["losses"], two["losses"]) < 1e-4
-    assert apart(*weights) < 1e-4
-
-
-def cut_back(run: Path, step: int) -> None:
-    """Leave a run as it was when it had done so many steps."""
-    for folder in checkpoint.list_checkpoints(run / "checkpoints"):
-        if checkpoint.checkpoint_step(folder) > step:
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
-    (run / "adapter" / "adapter_model.safetensors").unlink()
+    assert one["losses"] == pytest.approx(two["losses"], abs=1e-4)
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
 # --- when something fails ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.faults
-def test_an_error_is_printed_once(settings, tmp_path):
-    file = tmp_path / "recipe.yaml"
-    file.write_text(recipe_of(settings).to_yaml().replace("q_proj", "q_prj").replace("seed: 42", "sed: 42"))
-    (code, out, err), (other, nothing, silence) = ended(launched("-m", "slimtune", "train", str(file)))
-    assert (code, other) == (2, 2)
-    assert "did you mean 'seed'?" in err
-    assert (out, nothing, silence) == ("", "", "")
-    assert not Path(settings["output_dir"]).exists()
-
-
 def test_other_commands_want_one_process(monkeypatch):
-    from typer.testing import CliRunner
-
-    from slimtune.cli import app
-
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setattr("slimtune.utils.distributed.should_print_error", lambda error: True)
     done = CliRunner().invoke(app, ["methods"])
     assert done.exit_code == 2
     assert "slimtune methods was started in 4 processes" in done.stderr
+
+
+@pytest.mark.faults
+def test_error_is_printed_once(settings, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipe_of(settings).to_yaml().replace("seed: 42", "sed: 42"))
+    (code, out, err), (other, nothing, silence) = run_processes("-m", "slimtune", "train", str(file))
+    assert (code, other) == (2, 2)
+    assert "did you mean 'seed'?" in err
+    assert (out, nothing, silence) == ("", "", "")
+    assert not Path(settings["output_dir"]).exists()
 
 
 # Slow enough to be hit; one process is gone at a step, as if the machine had killed it.
@@ -255,48 +221,46 @@ main()
 """
 
 
+def write_program(settings: dict[str, Any], tmp_path: Path, rank: int, signal: str) -> tuple[str, str, str]:
+    """Write a program whose process `rank` gets a signal at step 11, and a recipe; return its command."""
+    program, recipe = tmp_path / "dies.py", tmp_path / "recipe.yaml"
+    program.write_text(DIES.format(rank=rank, signal=signal))
+    recipe.write_text(recipe_of(settings).to_yaml())
+    return str(program), "train", str(recipe)
+
+
+def newest_checkpoint(settings: dict[str, Any]) -> str:
+    return checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")[-1].name
+
+
 @pytest.mark.faults
-@pytest.mark.parametrize(("rank", "divide"), [(0, False), (1, False), (1, True)])
-def test_a_killed_process_ends_the_run_resumably(settings, tmp_path, rank, divide):
+@pytest.mark.parametrize(("rank", "fsdp"), [(0, False), (1, False), (1, True)])
+def test_killed_process_ends_the_run_resumably(settings, tmp_path, rank, fsdp):
     settings["method"]["lora_dropout"] = 0.0
-    settings["train"] |= {"max_steps": 20, "save_steps": 5, "fsdp": divide}
+    settings["train"] |= {"max_steps": 20, "save_steps": 5, "fsdp": fsdp}
     whole = train(recipe_of({**settings, "output_dir": str(tmp_path / "whole")}))
-    program, recipe = tmp_path / "dies.py", tmp_path / "recipe.yaml"
-    program.write_text(DIES.format(rank=rank, signal="SIGKILL"))
-    recipe.write_text(recipe_of(settings).to_yaml())
-    began = time.monotonic()
-    done = torchrun(str(program), "train", str(recipe))
+    program = write_program(settings, tmp_path, rank, "SIGKILL")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    start = time.monotonic()
+    done = subprocess.run([*torchrun, *program], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
-    assert time.monotonic() - began < 120
-    said = " ".join(done.stderr.split())
-    assert said.count("error: another process of this run has ended") == 1
-    assert f"slimtune train {settings['out']}/recipe.yaml --resume" in said
-    assert [p.name for p in checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")][
-        -1
-    ] == "checkpoint-10"
-    on = train(recipe_of(settings), resume=True)
-    assert most(losses(whole["run"]), losses(on["run"])) < 1e-4
-    assert apart(adapter(whole["run"]), adapter(on["run"])) < 1e-4
+    assert time.monotonic() - start < 120
+    message = " ".join(done.stderr.split())
+    assert message.count("error: another process of this run has ended") == 1
+    assert f"slimtune train {settings['output_dir']}/recipe.yaml --resume" in message
+    assert newest_checkpoint(settings) == "checkpoint-10"
+    resumed = train(recipe_of(settings), resume=True)
+    assert metrics(resumed["run"], "train_loss") == pytest.approx(metrics(whole["run"], "train_loss"), abs=1e-4)
+    assert distance(whole["run"], resumed["run"]) < 1e-4
 
 
 @pytest.mark.faults
-def test_an_interrupt_of_one_process_stops_all_at_one_step(settings, tmp_path):
+def test_interrupt_of_one_process_stops_all_at_one_step(settings, tmp_path):
     settings["train"] |= {"max_steps": 20, "save_steps": 20}
-    program, recipe = tmp_path / "dies.py", tmp_path / "recipe.yaml"
-    program.write_text(DIES.format(rank=1, signal="SIGINT"))
-    recipe.write_text(recipe_of(settings).to_yaml())
-    (code, _, err), (other, _, silence) = ended(launched(str(program), "train", str(recipe)))
+    (code, _, err), (other, _, silence) = run_processes(*write_program(settings, tmp_path, 1, "SIGINT"))
     assert (code, other) == (130, 130)
     assert "stopped at step 12; go on with: slimtune train" in err
     assert "stop" not in silence
     assert "error" not in silence
-    assert [p.name for p in checkpoint.list_checkpoints(Path(settings["output_dir"]) / "checkpoints")][
-        -1
-    ] == "checkpoint-12"
-
-
-def torchrun(*command: str) -> subprocess.CompletedProcess:
-    """Run a command in two processes by torchrun itself."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    way = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*way, *command], env=env, capture_output=True, text=True, timeout=240)
+    assert newest_checkpoint(settings) == "checkpoint-12"

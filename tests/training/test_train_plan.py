@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_run import recipe_of
+from tiny_run import distance, recipe_of
 from typer.testing import CliRunner
 
-import slimtune.planning.gpus as cards
-import slimtune.training.train as run_module
+import slimtune.planning.gpus as gpus
 from slimtune.cli import app
 from slimtune.errors import ModelError, RunError
 from slimtune.planning.gpus import Gpu, detect_gpu
@@ -21,112 +19,97 @@ from slimtune.training.train import train
 from slimtune.utils.device import peak_memory, reset_peak_memory
 
 
-def planned(recipe, lengths):
+def plan(recipe, lengths):
     return make_plan(build_request(recipe, detect_gpu("cpu"), lengths)).to_dict()
 
 
-def slimtune(*args):
-    return CliRunner().invoke(app, list(args))
-
-
-def written(settings, tmp_path) -> Path:
+def slimtune_train(settings, tmp_path, *flags):
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_of(settings).to_yaml())
-    return file
+    return CliRunner().invoke(app, ["train", str(file), *flags])
 
 
-def test_a_run_is_planned_probed_and_recorded(settings, tmp_path):
-    asked = []
+def test_run_is_planned_probed_and_recorded(settings, whole_run):
+    """The probe draws dropout, fills gradients and drops them: the run after it is the run without it."""
+    calls = []
 
     def planner(recipe, lengths):
-        assert not asked
-        asked.append(lengths)
-        return planned(recipe, lengths)
+        calls.append(lengths)
+        return plan(recipe, lengths)
 
     result = train(recipe_of(settings), planner=planner)
-    assert len(asked[0]) == 30  # 24 rows to train on, 6 to validate
+    assert [len(lengths) for lengths in calls] == [30]  # 24 rows to train on, 6 to validate
     record = json.loads((Path(result["run"]) / "plan.json").read_text())
     assert record["plan"]["adapter_bytes"] == pytest.approx(result["adapter_bytes"], rel=0.02)
     assert record["plan"]["trainable_params"] == result["trainable_params"]
     assert record["plan"]["total_params"] == result["total_params"]
-    found = record["probe"]
-    assert set(found) == {"tokens", "bytes", "low", "high", "as_planned"}
+    probe = record["probe"]
+    assert set(probe) == {"tokens", "bytes", "low", "high", "as_planned"}
     # Of a base this small the process is nearly all there is; the test's own process is larger than a run's.
-    assert found["bytes"] > record["plan"]["allocated_bytes"]
-    assert found["tokens"] <= record["plan"]["max_tokens_per_micro_batch"]
-    assert "the longest micro-batch" in (Path(result["run"]) / "train.log").read_text()
+    assert probe["bytes"] > record["plan"]["allocated_bytes"]
+    assert probe["tokens"] <= record["plan"]["max_tokens_per_micro_batch"]
+    log = (Path(result["run"]) / "train.log").read_text()
+    assert "the longest micro-batch" in log
+    assert ("the plan is off" in log) != probe["as_planned"]
+    assert distance(result["run"], whole_run["run"]) == 0
+    assert result["train_loss"] == whole_run["train_loss"]
 
 
-def test_a_plan_changes_no_result(settings, tmp_path):
-    """The probe draws dropout, fills gradients and drops them: the run after it is the run without it."""
-    plain = train(recipe_of({**settings, "output_dir": str(tmp_path / "plain")}))
-    probed = train(recipe_of({**settings, "output_dir": str(tmp_path / "probed")}), planner=planned)
-    one, other = (load_file(Path(r["adapter"]) / "adapter_model.safetensors") for r in (plain, probed))
-    assert all(torch.equal(one[k], other[k]) for k in one)
-    assert plain["train_loss"] == probed["train_loss"]
-
-
-def test_a_refused_plan_loads_nothing(settings, monkeypatch):
+def test_refused_plan_loads_nothing(settings, monkeypatch):
     def refuse(recipe, lengths):
         raise RunError("this run does not fit")
 
-    monkeypatch.setattr(run_module, "load_base_from_recipe", lambda recipe: pytest.fail("the base was loaded"))
+    monkeypatch.setattr("slimtune.setup.load_base", lambda *_, **__: pytest.fail("the base was loaded"))
     with pytest.raises(RunError, match="does not fit"):
         train(recipe_of(settings), planner=refuse)
     assert not Path(settings["output_dir"]).exists()
 
 
-def test_the_command_line_refuses_and_can_be_forced(settings, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_command_line_refuses_and_can_be_forced(settings, tmp_path, monkeypatch):
     small = Gpu("a small machine", "cpu", "", "", 2**28, 2**28)
-    monkeypatch.setattr(cards, "detect_gpu", lambda device="auto": small)
-    file = written(settings, tmp_path)
-    done = slimtune("train", str(file))
+    monkeypatch.setattr(gpus, "detect_gpu", lambda device="auto": small)
+    done = slimtune_train(settings, tmp_path)
     assert done.exit_code == 1
     assert "error: this run does not fit: it needs" in done.stderr
     assert "hint: change it so, or --force" in done.stderr
     assert not Path(settings["output_dir"]).exists()
-    done = slimtune("train", str(file), "--force")
+    done = slimtune_train(settings, tmp_path, "--force")
     assert done.exit_code == 0, done.stderr
     assert "plan: it does not fit" in done.stderr
-    assert (Path(settings["output_dir"]) / "result.json").is_file()
 
 
-def test_an_unplannable_run_is_trained(settings, tmp_path, monkeypatch):
+def test_unplannable_run_is_trained(settings, tmp_path, monkeypatch):
     def strange(*_, **__):
         raise ModelError("this model's step hangs on values")
 
     monkeypatch.setattr("slimtune.planning.planner.make_plan", strange)
-    done = slimtune("train", str(written(settings, tmp_path)))
+    done = slimtune_train(settings, tmp_path)
     assert done.exit_code == 0, done.stderr
     assert "not planned: this model's step hangs on values" in done.stderr
     assert not (Path(settings["output_dir"]) / "plan.json").exists()
 
 
+@pytest.mark.slow
 def test_micro_batches_keep_to_the_plan(settings):
     """Free memory may say more than the plan: the plan is what was promised."""
-    plan = {}
-
-    def planner(recipe, lengths):
-        plan.update(planned(recipe, lengths), max_tokens_per_micro_batch=40)
-        return plan
-
-    result = train(recipe_of(settings), planner=planner)
+    result = train(recipe_of(settings), planner=lambda *job: {**plan(*job), "max_tokens_per_micro_batch": 40})
     record = json.loads((Path(result["run"]) / "plan.json").read_text())
-    longest = max(plan["seq_len"], 40)
-    assert record["probe"]["tokens"] <= longest
+    assert record["probe"]["tokens"] <= max(record["plan"]["seq_len"], 40)
 
 
-def test_the_probe_runs_out_of_memory_before_training(settings, monkeypatch):
+@pytest.mark.slow
+def test_probe_out_of_memory_leaves_no_folder(settings, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("slimtune.training.memory_probe.forward_backward", full)
     with pytest.raises(RunError, match=r"not enough memory for \d+ tokens of one row \(the longest micro-batch"):
-        train(recipe_of(settings), planner=planned)
+        train(recipe_of(settings), planner=plan)
     assert not Path(settings["output_dir"]).exists()
 
 
-def test_the_peak_counts_from_the_reset_on():
+def test_peak_counts_from_the_reset_on():
     cpu = torch.device("cpu")
     with mmap.mmap(-1, 2**28) as big:  # past the allocator, which may keep what it was given
         big.write(b"x" * 2**28)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from slimtune.config import Recipe
 from slimtune.training.loop import TrainingLoop
@@ -37,3 +39,20 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, error: type[BaseExc
         return train_step(loop, rows)
 
     monkeypatch.setattr(TrainingLoop, "train_step", interrupted)
+
+
+def adapter(run: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
+
+
+def distance(run: str | Path, other: str | Path) -> float:
+    """Largest difference between the adapters of two runs; 0: they are equal bit for bit."""
+    a, b = adapter(run), adapter(other)
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a if a[k].numel())
+
+
+def metrics(run: str | Path, name: str) -> list[float]:
+    """The logged values of one name, such as train_loss."""
+    lines = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
+    return [m[name] for m in lines if name in m]

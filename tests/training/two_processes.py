@@ -1,10 +1,11 @@
 """What `test_processes.py` runs in each of two processes over gloo; the first one writes what was found as JSON.
 
-RANK=0 WORLD_SIZE=2 … python two_processes.py CHECK SETTINGS.json OUT.json
+RANK=0 WORLD_SIZE=2 … python two_processes.py CHECK,CHECK SETTINGS.json OUT.json
 """
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from slimtune.attention.register import packed_attention
 from slimtune.config import Recipe
 from slimtune.data.collator import Collator
 from slimtune.data.step_sharding import StepSharder
+from slimtune.errors import DataError, SlimtuneError, UsageError
 from slimtune.methods import config_class
 from slimtune.models.loader import load_base
 from slimtune.train_step.loss import forward_backward
-from slimtune.train_step.memory_savings import apply_fsdp
+from slimtune.train_step.memory_savings import apply_fsdp, enable_activation_checkpointing
 from slimtune.training.train import train
 from slimtune.utils import distributed
 
@@ -43,8 +45,10 @@ def rows_of_step(n: int) -> list[dict[str, Any]]:
     return [{"input_ids": row, "labels": [-100] * 4 + row[4:]} for row in rows]
 
 
-def gradients(name: str, base: str, rows: int, *, divide: bool | None, checkpointing: bool) -> dict[str, torch.Tensor]:
-    """Return a step's gradients by parameter's name, all processes' summed; `divide` None: of this process alone."""
+def compute_gradients(
+    name: str, base: str, rows: int, *, alone: bool, shard: bool = False, checkpointing: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return a step's gradients by parameter's name, all processes' summed, or those of this process alone."""
     model: Any = load_base(base, dtype="float32", device="cpu").model
     torch.manual_seed(0)
     config = config_class(name.split()[0].strip(","))(task_type="CAUSAL_LM", **METHODS[name])
@@ -54,21 +58,24 @@ def gradients(name: str, base: str, rows: int, *, divide: bool | None, checkpoin
             if p.requires_grad:
                 p.add_(0.05 * torch.randn_like(p))
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    n, hand = (distributed.world_size(), distributed.rank()) if divide is not None else (1, 0)
-    if divide:
-        apply_fsdp(model, init_device_mesh("cpu", (n,)), torch.device("cpu"))
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        parts = sum(p.to_local().numel() for p in frozen if isinstance(p, DTensor))
-        assert 2 * parts == sum(p.numel() for p in frozen if isinstance(p, DTensor)) > 0
-    collator = Collator(0, layout=True, max_tokens=30)
-    share = StepSharder(collator, 32, n, hand)(rows_of_step(rows))
-    how = {"num_items": share["targets"], "weights": share["weights"], "regularize": hand == 0}
+        enable_activation_checkpointing(model)
+    processes, rank = (1, 0) if alone else (distributed.world_size(), distributed.rank())
+    if shard:
+        apply_fsdp(model, init_device_mesh("cpu", (processes,)), torch.device("cpu"))
+        frozen = [p for p in model.parameters() if not p.requires_grad and isinstance(p, DTensor)]
+        assert 2 * sum(p.to_local().numel() for p in frozen) == sum(p.numel() for p in frozen) > 0
+    part = StepSharder(Collator(0, layout=True, max_tokens=30), 32, processes, rank)(rows_of_step(rows))
     with packed_attention(model.train()):
-        for _ in range(2 if divide else 1):  # gathered weights that a pass leaves must not change the next
+        for _ in range(2 if shard else 1):  # gathered weights that a pass leaves must not change the next
             model.zero_grad()
-            forward_backward(model, share["micro_batches"], **how)
-    if n > 1:
+            forward_backward(
+                model,
+                part["micro_batches"],
+                num_items=part["targets"],
+                weights=part["weights"],
+                regularize=rank == 0,
+            )
+    if not alone:
         distributed.sum_gradients(p for p in model.parameters() if p.requires_grad)
     return {k: p.grad for k, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
@@ -78,12 +85,12 @@ def check_gradients(settings: dict[str, Any]) -> dict[str, float]:
     distributed.init_distributed()
     base, errors = settings["model"]["name"], {}
     for number, name in enumerate(METHODS):
-        for rows, divide, checkpointing in ((7, False, number % 2 == 0), (7, True, number % 2 == 1), (1, True, False)):
-            one = gradients(name, base, rows, divide=None, checkpointing=False)
-            both = gradients(name, base, rows, divide=divide, checkpointing=checkpointing)
+        for rows, shard, checkpointing in ((7, False, number % 2 == 0), (7, True, number % 2 == 1), (1, True, False)):
+            one = compute_gradients(name, base, rows, alone=True)
+            both = compute_gradients(name, base, rows, alone=False, shard=shard, checkpointing=checkpointing)
             assert both.keys() == one.keys()
             error = max(((both[k] - g).norm() / g.norm().clamp_min(1e-8)).item() for k, g in one.items())
-            errors[f"{name}, {rows} rows, sharded {divide}, checkpointing {checkpointing}"] = error
+            errors[f"{name}, {rows} rows, sharded {shard}, checkpointing {checkpointing}"] = error
     return errors
 
 
@@ -99,31 +106,21 @@ def check_runs(settings: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def own_trainer(base: str, out: str, rows: int) -> dict[str, Any]:
+def run_trainer(base: str, out: str, rows: int) -> dict[str, Any]:
     """Train by transformers' own Trainer, which wraps the model in DDP, with so many rows a process."""
     torch.manual_seed(3)
     model = get_peft_model(load_base(base, dtype="float32", device="cpu").model, LoraConfig(r=4, task_type="CAUSAL_LM"))
     args = TrainingArguments(
-        out,
-        max_steps=10,
-        per_device_train_batch_size=rows,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=3,
-        data_seed=3,
-        dataloader_pin_memory=False,
-    )
+        out, max_steps=10, per_device_train_batch_size=rows, learning_rate=1e-2, logging_steps=1, save_strategy="no",
+        report_to="none", use_cpu=True, disable_tqdm=True, seed=3, data_seed=3, dataloader_pin_memory=False,
+    )  # fmt: skip
 
-    def padded(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def pad(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         size = max(len(e["input_ids"]) for e in examples)
         fill = {"input_ids": 0, "labels": -100}
         return {k: torch.tensor([e[k] + [v] * (size - len(e[k])) for e in examples]) for k, v in fill.items()}
 
-    trainer = Trainer(model, args, train_dataset=rows_of_step(24), data_collator=padded)
+    trainer = Trainer(model, args, train_dataset=rows_of_step(24), data_collator=pad)
     trainer.train()
     if trainer.is_world_process_zero():
         model.save_pretrained(out)
@@ -131,42 +128,40 @@ def own_trainer(base: str, out: str, rows: int) -> dict[str, Any]:
     return {"losses": [h["loss"] for h in trainer.state.log_history if "loss" in h], "wrapped": wrapped}
 
 
-def check_own_trainer(settings: dict[str, Any]) -> dict[str, Any]:
-    return own_trainer(settings["model"]["name"], settings["output_dir"], 3)
+def check_trainer(settings: dict[str, Any]) -> dict[str, Any]:
+    return run_trainer(settings["model"]["name"], settings["output_dir"], 3)
 
 
-def check_faults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Meet a fault in one process, a fault in all, and what is agreed on."""
+def check_errors(settings: dict[str, Any]) -> dict[str, Any]:
+    """Meet an error in one process, an error in all, and what is summed."""
     distributed.init_distributed()
-    from slimtune.errors import DataError, UsageError
 
-    def fails(kind, ranks):
-        def work():
+    def raise_in(kind: type[SlimtuneError], ranks: list[int]) -> Callable[[], Any]:
+        def work() -> None:
             if distributed.rank() in ranks:
                 raise kind("message", "expected", "hint")
-            return 1
 
         return work
 
-    found = {}
-    for name, how, ranks in (
-        ("the second's", distributed.run_on_all_ranks, [1]),
-        ("all's", distributed.run_on_all_ranks, [0, 1]),
-        ("the first's", distributed.run_on_main, [0]),
+    found: dict[str, Any] = {}
+    for name, run, kind, ranks in (
+        ("second", distributed.run_on_all_ranks, DataError, [1]),
+        ("all", distributed.run_on_all_ranks, UsageError, [0, 1]),
+        ("first", distributed.run_on_main, DataError, [0]),
     ):
         try:
-            how(fails(UsageError if name == "all's" else DataError, ranks))
-        except (DataError, UsageError) as e:
+            run(raise_in(kind, ranks))
+        except SlimtuneError as e:
             found[name] = [type(e).__name__, e.message, e.expected, e.hint, e.exit_code]
-    faults = distributed.all_gather_object(found)
-    assert faults[0].keys() == faults[1].keys()
+    every = distributed.all_gather_object(found)
+    assert every[0].keys() == every[1].keys()
     some, none, half = (torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3))
     some.grad = torch.full((2, 3), 1.0 + distributed.rank())
     if distributed.rank() == 1:
         half.grad = torch.ones(2, 3)
     distributed.sum_gradients([some, none, half])
     found["sums"] = [some.grad.tolist(), none.grad, half.grad.tolist()]
-    found["stays"] = distributed.run_on_main(lambda: distributed.rank())
+    found["main"] = distributed.run_on_main(lambda: distributed.rank())
     return found
 
 
