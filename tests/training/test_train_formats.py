@@ -40,11 +40,8 @@ def test_rows_of_each_format(desk, name):
 
 def test_last_turn_alone(desk):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "bcd"}] * 3}] * 4
-    every, last = (
-        load_rows(desk, rows, train_on=turns).train_report.supervised_tokens
-        for turns in ("assistant", "last_assistant")
-    )
-    assert every == 3 * last > 0
+    every, last = (load_rows(desk, rows, train_on=turns).train_report for turns in ("assistant", "last_assistant"))
+    assert every.supervised_tokens == 3 * last.supervised_tokens > 0
 
 
 def test_table_with_other_column_names(desk):
