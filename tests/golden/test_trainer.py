@@ -14,7 +14,7 @@ from models_zoo import llama, run
 
 import slimtune
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 HERE = Path(__file__).parent
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
 TRAINER = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}

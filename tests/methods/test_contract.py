@@ -379,13 +379,16 @@ def test_trains_under_autocast(method):
 
 
 def test_adapter_is_fp32_on_a_16_bit_base(method):
-    model = get_peft_model(llama(dtype=torch.bfloat16), config(method))
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert run(model).dtype == torch.bfloat16
-    train(model, [tokens()])
-    half = get_peft_model(llama(dtype=torch.bfloat16), config(method), autocast_adapter_dtype=False)
-    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.bfloat16}
-    train(half, [tokens()])
+    plain = run(llama(dtype=torch.bfloat16))
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        base = llama(dtype=torch.bfloat16)
+        before = snapshot(base)
+        model = get_peft_model(base, config(method), autocast_adapter_dtype=autocast).eval()
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+        assert torch.equal(run(model), plain) is CASES[method].identity
+        assert run(model).dtype == torch.bfloat16
+        train(model, [tokens()])
+        assert same_base(model, before)
 
 
 def test_the_config_is_saved_and_loaded(method, tmp_path):

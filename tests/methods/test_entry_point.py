@@ -11,6 +11,7 @@ import pytest
 
 from slimtune.run_dir import RunDir
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 INFO = "slimtune_tilt-1.0.dist-info"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import CASES
 from plain_way import apart, gradients, wide
-from test_packed_step import ROWS, adapted
+from test_packed_step import ROWS, adapted, packed_loss_and_gradients
 
 from slimtune import LoraConfig, get_peft_model
 from slimtune.attention.register import packed_attention
@@ -34,26 +34,12 @@ def with_savings(model, *, checkpointing=False, offload=False, tile=None):
     return model
 
 
-def loss_and_gradients(model):
-    losses = []
-
-    def backward():
-        loss = step_loss(model, make_collator(model, 0)(ROWS))
-        regularization = model.regularization_loss()
-        loss = loss if regularization is None else loss + regularization
-        losses.append(loss.item())
-        loss.backward()
-
-    with packed_attention(model):
-        return gradients(model, backward), losses[0]
-
-
 @pytest.mark.parametrize("method", sorted(CASES))
 @pytest.mark.parametrize("base", ["llama", "gpt2", "gemma3"])
 def test_every_method_has_the_same_gradients(method, base):
     with wide():
-        expected, loss = loss_and_gradients(adapted(method, base))
-        saved, same_loss = loss_and_gradients(with_savings(adapted(method, base), **SAVINGS["all"]))
+        loss, expected = packed_loss_and_gradients(adapted(method, base))
+        same_loss, saved = packed_loss_and_gradients(with_savings(adapted(method, base), **SAVINGS["all"]))
     assert same_loss == pytest.approx(loss, rel=1e-12)
     assert apart(saved, expected) < 1e-12
 
@@ -62,8 +48,8 @@ def test_every_method_has_the_same_gradients(method, base):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_each_saving_alone(saving, dtype, tolerance):
     with wide():
-        expected, _ = loss_and_gradients(adapted("lora", dtype=dtype))
-        saved, _ = loss_and_gradients(with_savings(adapted("lora", dtype=dtype), **SAVINGS[saving]))
+        _, expected = packed_loss_and_gradients(adapted("lora", dtype=dtype))
+        _, saved = packed_loss_and_gradients(with_savings(adapted("lora", dtype=dtype), **SAVINGS[saving]))
     assert apart(saved, expected) < tolerance
 
 
@@ -114,7 +100,7 @@ def test_tiling_changes_no_score():
     assert (before - after).abs().max() < 1e-12
 
 
-def test_a_copy_of_a_tiled_model_has_its_own_modules():
+def test_copy_of_a_tiled_model_has_its_own_modules():
     model = adapted("lora")
     enable_tiled_mlp(model, 5)
     twin = copy.deepcopy(model)

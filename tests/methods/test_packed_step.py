@@ -11,19 +11,13 @@ from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import slimtune.methods
-import slimtune.train_step.loss
 from slimtune import get_peft_model
 from slimtune.attention.packed_layout import PackedLayout
 from slimtune.attention.register import LAYOUT_KWARG, packed_attention
 from slimtune.data.packing import pack_sequences
 from slimtune.errors import UsageError
-from slimtune.train_step.loss import (
-    auto_micro_batch_tokens,
-    check_packing_supported,
-    make_collator,
-    measure_activation_bytes,
-    step_loss,
-)
+from slimtune.train_step import loss as step
+from slimtune.train_step.loss import check_packing_supported, make_collator, step_loss
 
 
 def gemma3(dtype=torch.float64):
@@ -87,6 +81,8 @@ def loss_and_gradients(model, compute_loss):
 
 
 def packed_loss_and_gradients(model):
+    """With the method's regularization loss, which the model's own loss includes in `alone`."""
+
     def compute_loss():
         regularization = model.regularization_loss()
         loss = step_loss(model, make_collator(model, 0)(ROWS))
@@ -98,8 +94,9 @@ def packed_loss_and_gradients(model):
 
 
 def assert_packed_equals_alone(model, tolerance=1e-12):
-    loss, packed = packed_loss_and_gradients(model)
-    expected_loss, expected = loss_and_gradients(model, lambda: alone(model, ROWS))
+    with wide():
+        loss, packed = packed_loss_and_gradients(model)
+        expected_loss, expected = loss_and_gradients(model, lambda: alone(model, ROWS))
     assert loss == pytest.approx(expected_loss, rel=tolerance)
     assert apart(packed, expected) < tolerance
 
@@ -113,14 +110,7 @@ def test_the_rows_share_and_nest():
 @EVERY_METHOD
 @pytest.mark.parametrize("base", BASES)
 def test_packed_equals_alone(method, base):
-    with wide():
-        assert_packed_equals_alone(adapted(method, base))
-
-
-@EVERY_METHOD
-def test_packed_equals_alone_in_fp32(method):
-    # A bias added to all keys of a row nearly cancels in the softmax, which leaves rounding errors.
-    assert_packed_equals_alone(adapted(method, dtype=torch.float32), 1e-4 if method == "bitfit" else 1e-5)
+    assert_packed_equals_alone(adapted(method, base))
 
 
 @pytest.mark.parametrize(
@@ -134,8 +124,7 @@ def test_packed_equals_alone_with_two_prompts(base, inner, outer):
     model = adapted(inner, base)
     model.add_adapter("second", config(outer, base, **CASES[outer].other))
     model.set_adapter(["default", "second"])
-    with wide():
-        assert_packed_equals_alone(prepare(model))
+    assert_packed_equals_alone(prepare(model))
 
 
 @pytest.mark.parametrize("method", PROMPTS)
@@ -143,8 +132,7 @@ def test_packed_equals_alone_with_two_prompts(base, inner, outer):
 def test_packed_equals_alone_with_eager_attention(method, base):
     model = adapted(method, base)
     model.set_attn_implementation("eager")
-    with wide():
-        assert_packed_equals_alone(model)
+    assert_packed_equals_alone(model)
 
 
 @pytest.mark.parametrize("method", [m for m, c in sorted(CASES.items()) if c.settings.get("target_modules")])
@@ -152,18 +140,7 @@ def test_packed_equals_alone_at_a_tied_head(method):
     if method == "lora+tokens":
         pytest.skip("the head follows the embedding's tokens already")
     model = get_peft_model(llama(tie=True), CASES[method](target_modules=["lm_head", "q_proj"]))
-    with wide():
-        assert_packed_equals_alone(prepare(model))
-
-
-@EVERY_METHOD
-def test_activation_checkpointing_changes_no_gradient(method):
-    loss, plain = packed_loss_and_gradients(adapted(method))
-    model = adapted(method)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    same_loss, checkpointed = packed_loss_and_gradients(model)
-    assert same_loss == loss
-    assert apart(checkpointed, plain) < 1e-14
+    assert_packed_equals_alone(prepare(model))
 
 
 @EVERY_METHOD
@@ -178,19 +155,16 @@ def test_micro_batches_fill_the_free_memory(method, monkeypatch):
     base = llama(dtype=torch.float32, hidden_size=128, intermediate_size=192)
     model = prepare(get_peft_model(base, config(method, "llama")))
     collator = make_collator(model, 0)
-    needed = measure_activation_bytes(model, collator, 120)
-    monkeypatch.setattr(slimtune.train_step.loss, "free_memory", lambda device: 2 * needed)
-    assert auto_micro_batch_tokens(model, collator, 9) == pytest.approx(120, rel=0.05)
+    needed = step.measure_activation_bytes(model, collator, 120)
+    monkeypatch.setattr(step, "free_memory", lambda device: 2 * needed)
+    assert step.auto_micro_batch_tokens(model, collator, 9) == pytest.approx(120, rel=0.05)
 
 
 def test_layers_share_the_masks_behind_a_prefix():
     layout = PackedLayout((4, 3), (-1, 0))
     assert layout.with_prefix_keys(5) is layout.with_prefix_keys(5)
-    assert (layout.with_prefix_keys(5).prefix_keys, layout.with_prefix_keys(2).prefix_keys, layout.prefix_keys) == (
-        5,
-        2,
-        0,
-    )
+    assert [layout.with_prefix_keys(n).prefix_keys for n in (5, 2)] == [5, 2]
+    assert layout.prefix_keys == 0
     assert layout.with_prefix_keys(5).with_prefix_keys(2) == layout.with_prefix_keys(7)
 
 

@@ -69,13 +69,6 @@ def test_head_and_embedding_can_train_different_rows():
     assert shapes == [(1, 32), (3, 32)]
 
 
-def test_a_bf16_base_starts_unchanged():
-    expected = run(llama(dtype=torch.bfloat16, tie=True))
-    model = get_peft_model(llama(dtype=torch.bfloat16, tie=True), TrainableTokensConfig(token_indices=CHOSEN)).eval()
-    assert torch.equal(run(model), expected)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-
-
 def test_rows_get_the_gradient_of_input_and_head():
     model = get_peft_model(llama(tie=True), TrainableTokensConfig(token_indices=CHOSEN))
     ids = tokens()

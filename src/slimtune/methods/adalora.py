@@ -54,10 +54,7 @@ class AdaLoraConfig(TargetedConfig):
         "trainable_token_indices": None, "eva_config": None, "loftq_config": {}, "alpha_pattern": {},
     }  # fmt: skip
     short_names: ClassVar = {**LoraConfig.short_names, "rank": "init_r"}
-    recipe_defaults: ClassVar = {
-        "lora_alpha": lambda given: 2 * given.get("init_r", 12),
-        "target_modules": "all-linear",
-    }
+    recipe_defaults: ClassVar = {"lora_alpha": lambda g: 2 * g.get("init_r", 12), "target_modules": "all-linear"}
     training_written_fields: ClassVar = frozenset({"rank_pattern", "total_step"})
 
     target_r: int = setting(8, "average rank of a layer at the end", ge=1)
@@ -69,16 +66,14 @@ class AdaLoraConfig(TargetedConfig):
     beta2: float = setting(0.85, "smoothing of their deviations", gt=0, lt=1)
     orth_reg_weight: float = setting(0.5, "factor of the regularization loss", ge=0)
     total_step: int | None = setting(
-        None, "optimizer steps of the whole training, above tinit + tfinal; None: slimtune train fills it in", ge=1
+        None, "optimizer steps of the whole training; None: slimtune train fills it in", ge=1
     )
     rank_pattern: dict[str, list[bool]] | None = setting(None, "which ranks each layer keeps; training writes it")
     lora_alpha: float = setting(8, "scale numerator: the update is scaled by lora_alpha / init_r", gt=0)
     lora_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
     fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     bias: Literal["none", "all", "lora_only"] = setting("none", BIAS_HELP)
-    init_lora_weights: bool = setting(
-        True, "True: normal A and B with std 0.02, zero E; False: all normal with std 1, for tests"
-    )
+    init_lora_weights: bool = setting(True, "True: A and B normal with std 0.02, E zero; False: all random, for tests")
     r: int = setting(8, "not used, as in PEFT: init_r is the rank")
 
     def check(self) -> None:

@@ -30,8 +30,7 @@ class BitFitConfig(TargetedConfig):
 
     new_biases: bool = setting(
         False,
-        "add a bias where the base has none: without target_modules to every norm and every linear layer except the "
-        "output head; such an adapter cannot be merged",
+        "add biases where the base has none: by default everywhere but at the output head; cannot be merged",
     )
 
     def default_targets(self, model: Any) -> list[str] | None:

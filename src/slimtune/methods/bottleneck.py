@@ -65,38 +65,30 @@ class BottleneckConfig(TargetedConfig):
     short_names: ClassVar = {"rank": "bottleneck_size", "activation": "non_linearity", "targets": "target_modules"}
 
     style: Literal["houlsby", "pfeiffer", "parallel"] = setting(
-        "pfeiffer", '"houlsby", "pfeiffer" or "parallel": sets each of the other fields that is None'
+        "pfeiffer", "sets each of the other fields that is None"
     )
     mh_adapter: bool | None = setting(None, "put an adapter after the attention of each layer; None: by style")
     output_adapter: bool | None = setting(None, "put one after the feed-forward of each layer; None: by style")
     original_ln_before: bool | None = setting(
-        None, "put the feed-forward's adapter after the whole layer, residual included; None: by style"
+        None, "put the feed-forward's adapter after the residual sum; None: by style"
     )
-    is_parallel: bool | None = setting(
-        None, "the adapter reads the sub-layer's input instead of its output; None: by style"
-    )
+    is_parallel: bool | None = setting(None, "the adapter reads the sub-layer's input, not its output; None: by style")
     reduction_factor: float | dict[str | int, float] | None = setting(
         None,
-        "hidden size over bottleneck size, or such factors by layer number, with 'default' for the others: "
-        '{"1": 8, "default": 16}; None: by style, 16 or 2 (parallel)',
+        'hidden size / bottleneck size, or by layer number, such as {"1": 8, "default": 16}; None: by style, 16 or 2',
         gt=0,
     )
     bottleneck_size: int | None = setting(None, "the bottleneck's size in units, instead of reduction_factor", ge=1)
     non_linearity: str | None = setting(
-        None,
-        'a transformers activation: "relu", "gelu", "swish", "tanh" …; None: by style',
-        choices=lambda: [*ACT2FN, "leakyrelu"],
+        None, 'a transformers activation, such as "gelu"; None: by style', choices=lambda: [*ACT2FN, "leakyrelu"]
     )
     scaling: float | Literal["learned", "channel"] | None = setting(
-        None,
-        'factor on the adapter\'s output; "learned": one trained factor per adapter; "channel": one per hidden unit; '
-        "None: by style, 1 or 4 (parallel)",
+        None, 'factor on the output; "learned": one trained, "channel": one per hidden unit; None: by style, 1 or 4'
     )
     dropout: float = setting(0.0, "probability of dropping a unit of the adapter's output while training", ge=0, lt=1)
     init_weights: Literal["mam_adapter", "bert", "houlsby"] = setting(
         "mam_adapter",
-        '"mam_adapter": Kaiming-uniform down, zero up: the model starts unchanged; "bert": both normal with std '
-        '0.02; "houlsby": both truncated normal with std 0.01',
+        '"mam_adapter": Kaiming-uniform down, zero up: starts unchanged; "bert": normal; "houlsby": truncated normal',
     )
     leave_out: list[int] = setting(default_factory=list, help="numbers of the layers without an adapter, from 0", ge=0)
 

@@ -38,12 +38,9 @@ class HiraConfig(TargetedConfig):
     fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     init_weights: bool | Literal["gaussian"] = setting(
         True,
-        'True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; an embedding then has zero A '
-        "and normal B; False: A and B random, for tests",
+        'True: Kaiming-uniform A, zero B; "gaussian": normal A, zero B; False: random; embeddings: zero A, normal B',
     )
-    rank_pattern: dict[str, int] = setting(
-        default_factory=dict, help="rank of single layers, by their name or pattern", ge=1
-    )
+    rank_pattern: dict[str, int] = setting(default_factory=dict, help="rank of single layers, by name or pattern", ge=1)
 
     @property
     def patterns(self) -> dict[str, dict]:

@@ -52,9 +52,7 @@ class IA3Config(TargetedConfig):
     short_names: ClassVar = {"targets": "target_modules", "feedforward": "feedforward_modules"}
 
     feedforward_modules: list[str] | str | None = setting(
-        None,
-        "targets whose input is scaled: names, endings, or a regular expression for the full name; None: PEFT's choice "
-        "for the architecture; an empty list: none",
+        None, "targets whose input is scaled: names, endings, or a regular expression; None: PEFT's choice; []: none"
     )
     fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     init_ia3_weights: bool = setting(True, "start at one; False: normal random factors, for tests")

@@ -35,16 +35,12 @@ class LycorisConfig(PatternedConfig):
     short_names: ClassVar = {"rank": "r", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 8, "alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
 
-    r: int = setting(
-        8, "rank. LoHa: of each product; LoKr: of the factors that are large enough to be products themselves", ge=1
-    )
+    r: int = setting(8, "rank. LoHa: of each product; LoKr: of factors large enough to be products themselves", ge=1)
     alpha: float = setting(8, "scale numerator: the update is scaled by alpha / r", gt=0)
     rank_dropout: float = setting(
-        0.0, "probability of dropping an output of the update while training, the same for all rows", ge=0, lt=1
+        0.0, "probability of dropping an output of the update, the same for all rows", ge=0, lt=1
     )
-    module_dropout: float = setting(
-        0.0, "probability of leaving out a layer's whole update in one training step", ge=0, lt=1
-    )
+    module_dropout: float = setting(0.0, "probability of leaving out a layer's update in one step", ge=0, lt=1)
 
 
 class LycorisModule(AdapterModule):

@@ -31,13 +31,9 @@ class LoKrConfig(LycorisConfig):
     learning_rate: ClassVar = 3e-3
 
     decompose_both: bool = setting(False, "make W1 a product too, where r is below half its larger side")
-    decompose_factor: int = setting(
-        -1, "largest number of rows and columns of W1; -1: as near to a square as the layer's sizes allow", ge=-1
-    )
+    decompose_factor: int = setting(-1, "largest size of W1; -1: as near to a square as the layer allows", ge=-1)
     rank_dropout_scale: bool = setting(False, "rescale the outputs that rank_dropout leaves, so that their mean stays")
-    init_weights: bool | Literal["lycoris"] = setting(
-        True, 'True: Kaiming-uniform, W1 zero; "lycoris": W2 zero instead; False: all random, for tests'
-    )
+    init_weights: bool | Literal["lycoris"] = setting(True, 'W1 starts at zero; "lycoris": W2; False: none, for tests')
 
     def check(self) -> None:
         super().check()

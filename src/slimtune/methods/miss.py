@@ -37,14 +37,11 @@ class MissConfig(TargetedConfig):
     recipe_defaults: ClassVar = {"r": 32, "target_modules": "all-linear"}
 
     r: int = setting(64, "length of a part of the input, and rank; at most the layers' inputs", ge=1)
-    miss_dropout: float = setting(
-        0.0, 'probability of dropping an input of the update while training; not with "bat"', ge=0, lt=1
-    )
+    miss_dropout: float = setting(0.0, 'probability of dropping an input of the update; not with "bat"', ge=0, lt=1)
     mini_r: int = setting(1, 'outputs after which "mini" repeats D; must divide the layers\' outputs', ge=1)
     init_weights: bool | Literal["bat", "mini"] = setting(
         True,
-        'the form: True: plain; "mini": D repeated along the outputs; "bat": an update that depends on the weight; '
-        "False: plain with a random start, for tests",
+        'True: plain; "mini": D repeated along the outputs; "bat": an update that depends on W; False: random start',
     )
     bias: Literal["none", "all", "MiSS_only"] = setting("none", BIAS_HELP)
 

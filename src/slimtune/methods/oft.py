@@ -40,13 +40,10 @@ class OFTConfig(TargetedConfig):
     r: int = setting(0, "number of blocks; 0: oft_block_size gives it; one of the two must be 0", ge=0)
     oft_block_size: int = setting(
         32,
-        "inputs rotated together, at least 2; 0: r gives it. Either becomes the nearest number that divides a layer's "
-        "inputs, with a warning; a block of 1, which rotates nothing, is refused",
+        "inputs rotated together, at least 2; 0: r gives it; becomes the nearest divisor of a layer's inputs",
         ge=0,
     )
-    module_dropout: float = setting(
-        0.0, "fraction of a layer's blocks that are the identity in one training step", ge=0, lt=1
-    )
+    module_dropout: float = setting(0.0, "fraction of the blocks that are the identity in one step", ge=0, lt=1)
     fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     bias: Literal["none", "all", "oft_only"] = setting("none", BIAS_HELP)
     init_weights: bool = setting(True, "True: zeros, so that R is the identity; False: normal with std 0.1, for tests")
@@ -54,9 +51,7 @@ class OFTConfig(TargetedConfig):
     eps: float = setting(6e-5, "limit of the rotation with coft", gt=0)
     block_share: bool = setting(False, "one block for all parts of the input")
     use_cayley_neumann: bool = setting(
-        True,
-        "compute R by the series, which is faster and orthogonal up to its last term; False: by the exact transform, "
-        "which solves a k × k system per block and rotates in the opposite direction",
+        True, "compute R by the series, which is faster; False: by the exact transform, which rotates the opposite way"
     )
     num_cayley_neumann_terms: int = setting(5, "terms of the series; 3 means 4, as in PEFT", ge=2)
 

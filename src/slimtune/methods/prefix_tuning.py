@@ -45,16 +45,11 @@ class PrefixTuningConfig(prompt.PromptLearningConfig):
 
     init_weights: Literal["zero", "vocab"] | None = setting(
         None,
-        'how keys and values start: None: normal with std 1; "zero"; "vocab" (slimtune only): as those of random '
-        "tokens of the vocabulary, which is near the base instead of far from it",
+        'None: keys and values start normal with std 1; "zero"; "vocab" (slimtune only): as those of random tokens',
     )
-    encoder_hidden_size: int | None = setting(
-        None, "width of the projection; None: the size of all keys of a layer", ge=1
-    )
+    encoder_hidden_size: int | None = setting(None, "width of the projection; None: the size of a layer's keys", ge=1)
     prefix_projection: bool = setting(False, "train a small network that computes the keys and values")
-    prefix_tuning_init_text: str | None = setting(
-        None, "start as the keys and values of this text's first num_virtual_tokens tokens; slimtune only"
-    )
+    prefix_tuning_init_text: str | None = setting(None, "start as this text's keys and values; slimtune only")
     tokenizer_name_or_path: str | None = setting(None, "the tokenizer for that text")
     tokenizer_kwargs: dict | None = setting(None, "arguments for loading the tokenizer; trust_remote_code is refused")
 

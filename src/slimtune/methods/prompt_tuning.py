@@ -41,14 +41,11 @@ class PromptTuningConfig(prompt.PromptLearningConfig):
 
     prompt_tuning_init: PromptTuningInit | Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = setting(
         "RANDOM",
-        'how the embeddings start: "RANDOM": normal with std 1; "SAMPLE_VOCAB": as embeddings of random tokens; '
-        '"TEXT": as those of a text, cut or repeated to num_virtual_tokens',
+        'the start. "RANDOM": normal; "SAMPLE_VOCAB": random tokens; "TEXT": a text, cut or repeated',
     )
     prompt_tuning_init_text: str | None = setting(None, 'the text for "TEXT"')
     tokenizer_name_or_path: str | None = setting(None, 'the tokenizer for "TEXT"')
-    tokenizer_kwargs: dict | None = setting(
-        None, 'arguments for loading the tokenizer for "TEXT"; trust_remote_code is refused'
-    )
+    tokenizer_kwargs: dict | None = setting(None, "arguments for loading it; trust_remote_code is refused")
 
     def check(self) -> None:
         super().check()

@@ -34,9 +34,7 @@ class ShiraConfig(TargetedConfig):
     """`f(layer, r)` returns a mask `(out, in)` of the trained entries; set on a config, as in PEFT, and not saved."""
 
     r: int = setting(32, "sets the number of entries, r · (in + out); does not limit the rank of the change", ge=1)
-    mask_type: str = setting(
-        "random", 'how entries are chosen: "random", or any other name where config.mask_fn chooses them'
-    )
+    mask_type: str = setting("random", "how entries are chosen; any other name: by config.mask_fn")
     random_seed: int | None = setting(None, "seed of the random positions; None: torch's default, the same each time")
     fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     init_weights: bool = setting(True, "start at zero; False: normal random entries, for tests")

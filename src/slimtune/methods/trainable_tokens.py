@@ -46,12 +46,8 @@ class TrainableTokensConfig(TargetedConfig):
     kinds: ClassVar = ("embedding", "linear")
     short_names: ClassVar = {"tokens": "token_indices", "targets": "target_modules"}
 
-    target_modules: list[str] | str | None = setting(
-        None, "names or a regular expression of the embeddings; None: the model's input embedding"
-    )
-    token_indices: list[int] = setting(
-        default_factory=list, help="ids of the tokens that train, below the size of the vocabulary", ge=0
-    )
+    target_modules: list[str] | str | None = setting(None, "the embeddings; None: the model's input embedding")
+    token_indices: list[int] = setting(default_factory=list, help="ids of the tokens that train", ge=0)
     init_weights: bool = setting(True, "start as the base's rows; False: random, for tests")
 
     def check(self) -> None:

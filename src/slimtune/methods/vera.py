@@ -39,9 +39,7 @@ class VeraConfig(TargetedConfig):
     r: int = setting(256, "rank; larger than LoRA's, typically 128 to 1024", ge=1)
     projection_prng_key: int = setting(0, "seed of A and B")
     save_projection: bool = setting(
-        True,
-        "write A and B into the file; False: loading draws them again from the seed, which another version of torch "
-        "may do differently",
+        True, "write A and B into the file; False: draw them again from the seed, which may differ in another torch"
     )
     vera_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
     d_initial: float = setting(0.1, "start of λ_d; usually 0.1 or less")

@@ -59,30 +59,22 @@ class LoraConfig(PatternedConfig):
     init_lora_weights: bool | str = setting(
         True,
         'how A and B start. True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; "pissa", '
-        '"pissa_niter_N" (N rounds, at least 0) or "olora": the largest parts of the base weight; "orthogonal": random '
-        'with B A = 0, for even ranks; "mica": fixed B from the smallest parts of the weight, zero A; "eva": zero B, '
-        'and A by initialize_lora_eva_weights; "loftq": in recipes and files, else by replace_lora_weights_loftq; '
+        '"pissa_niter_N" or "olora": the largest parts of the base weight; "orthogonal": random with B A = 0; "mica": '
+        'fixed B from the smallest parts, zero A; "eva": zero B, A from data; "loftq": the error of quantization; '
         "False: both random, for tests. An embedding starts with zero A and normal B, except with mica and False",
     )
     use_dora: bool = setting(False, "also train the length of each row of the adapted weight (DoRA)")
-    lora_bias: bool = setting(
-        False, "give B a trained bias; only with init_lora_weights True or False, and without DoRA"
-    )
+    lora_bias: bool = setting(False, "give B a trained bias; not with a named init_lora_weights or DoRA")
     trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
         None,
-        "ids of tokens whose rows of the input embedding train too, or such lists by the name of an embedding; output "
-        "heads tied to it follow",
+        "ids of tokens whose input embeddings train too, or such lists by embedding; tied output heads follow",
         ge=0,
     )
     eva_config: eva.EvaConfig | dict | None = setting(None, 'settings of "eva", an EvaConfig; None: its defaults')
-    loftq_config: dict[str, Any] = setting(
-        default_factory=dict, help='record of how a "loftq" adapter was made; only with init_lora_weights="loftq"'
-    )
+    loftq_config: dict[str, Any] = setting(default_factory=dict, help='record of how a "loftq" adapter was made')
     lr_ratio: float = setting(1, "learning rate of B over that of A (LoRA+), typically 1 to 16; slimtune only", gt=0)
     freeze_a: bool = setting(
-        False,
-        "train B alone, so that of a layer's input only A x (r wide) is kept (LoRA-FA); not for embeddings, whose A "
-        "starts at zero; slimtune only",
+        False, "train B alone, so that of a layer's input only A x is kept (LoRA-FA); not for embeddings; slimtune only"
     )
 
     def check(self) -> None:

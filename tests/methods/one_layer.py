@@ -1,0 +1,28 @@
+"""One adapter module at one linear layer, and what autograd saves for its backward pass."""
+
+import torch
+
+from slimtune.adapters.base import BaseForward, Site
+
+
+def build(config, size=(24, 20), dtype=torch.float64, layer=None):
+    """The adapter module of a config at a layer of `size` (inputs, outputs)."""
+    torch.manual_seed(0)
+    return config.build(Site("layer", "linear", *size, torch.device("cpu"), dtype, layer))
+
+
+def run_layer(module, x, layer=None):
+    layer = torch.nn.Identity() if layer is None else layer
+    return module.forward_with_base(BaseForward(layer, layer.forward), x)
+
+
+def saved_tensors(compute):
+    """The tensors that autograd saves while `compute` runs."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        compute()
+    return saved
+
+
+def added_weight(module, size=(24, 20)):
+    return module.merge_into(torch.zeros(size[1], size[0], dtype=torch.float64), None)[0]
