@@ -109,11 +109,14 @@ def tokenize_rows(
 
 @dataclass
 class TokenizedBatch:
-    """A batch of rows, tokenized; `arrays` are what `DatasetWriter.write` takes of the kept rows."""
+    """A batch of rows, tokenized, in flat arrays, because Arrow would cost each process that tokenizes 50 MB."""
 
     report: RowReport
     invalid: list[InvalidRow]
-    arrays: tuple[np.ndarray, ...]
+    ids: np.ndarray  # int32 [T]: the tokens of the kept rows, one row after another
+    supervised: np.ndarray  # bool [T]
+    lengths: np.ndarray  # int64 [N], of the kept rows
+    lines: np.ndarray  # int64 [N]
     overlong: list[int]  # lines of the rows that are too long
     unsupervised: list[int]  # lines of the kept rows without a supervised token
     stats: Any  # what `BatchTokenizer.validate` returned
@@ -123,15 +126,15 @@ class TokenizedBatch:
 class BatchTokenizer:
     """Turns a batch of rows into a `TokenizedBatch`; it is sent to other processes.
 
-    `validate` computes the statistics of a batch from its rows with their tokens, and from the token ids of the kept
-    rows; the other fields are arguments of `tokenize_dataset`.
+    `validate` computes the statistics of a batch from its rows with their tokens; the other fields are arguments of
+    `tokenize_dataset`.
     """
 
     tokenizer: Any
     max_seq_len: int
     on_overlong: str
     train_on: str
-    validate: Callable[[Sequence[PairedRow], Sequence[list[int]]], Any] | None = None
+    validate: Callable[[Sequence[PairedRow]], Any] | None = None
 
     def __call__(self, batch: tuple[Row | InvalidRow, ...]) -> TokenizedBatch:
         rows = [row for row in batch if isinstance(row, Row)]
@@ -163,11 +166,17 @@ class BatchTokenizer:
             report.missing_eos += tokens.is_open(end_ids)
         lengths = np.array([len(row_ids) for row_ids in ids], np.int64)
         report.kept, report.tokens = len(ids), int(lengths.sum())
-        flat_ids = np.fromiter(itertools.chain.from_iterable(ids), np.int32, report.tokens)
-        flat_supervised = np.fromiter(itertools.chain.from_iterable(supervised), bool, report.tokens)
-        arrays = (flat_ids, flat_supervised, lengths, np.array(lines, np.int64))
-        stats = None if self.validate is None else self.validate(pairs, ids)
-        return TokenizedBatch(report, sorted(invalid, key=lambda r: r.line), arrays, overlong, unsupervised, stats)
+        return TokenizedBatch(
+            report,
+            sorted(invalid, key=lambda row: row.line),
+            np.fromiter(itertools.chain.from_iterable(ids), np.int32, report.tokens),
+            np.fromiter(itertools.chain.from_iterable(supervised), bool, report.tokens),
+            lengths,
+            np.array(lines, np.int64),
+            overlong,
+            unsupervised,
+            None if self.validate is None else self.validate(pairs),
+        )
 
 
 def tokenize_dataset(
@@ -219,7 +228,7 @@ def tokenize_dataset(
     total, overlong, unsupervised = RowReport(max_seq_len), [], []
     with DatasetWriter() as writer:
         for batch in parallel_map(function, batched(rows, BATCH_SIZE), processes):
-            writer.write(*batch.arrays)
+            writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines)
             total.add(batch.report)
             overlong += batch.overlong
             unsupervised += batch.unsupervised

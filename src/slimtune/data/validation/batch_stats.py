@@ -14,7 +14,6 @@ from jinja2 import TemplateError
 from ...utils.sequences import common_prefix_length
 from ..chat_template import TokenizedRow, compile_alternatives, end_of_turn_ids
 from ..formats import InvalidRow, Row
-from ..packing import pack_sequences
 from ..tokenize import PairedRow
 from .near_duplicates import Array, compute_signatures, find_common_trigrams, hash_texts
 from .text_checks import PLAIN_FORMATS, find_rendered_format, find_text_issues, is_placeholder
@@ -35,7 +34,6 @@ class BatchStats:
     signatures: Array  # uint8 [J, 128], of the comparable rows
     issues: list[tuple[str, int, str]]  # code, line, example
     prefix: list[int] | None  # tokens that all rows begin with; None: there is no row
-    packed_tokens: int  # of the kept rows
     samples: list[tuple[int, TokenizedRow]]  # line and tokens of the first rows
 
 
@@ -45,14 +43,13 @@ class BatchValidator:
     `common_trigrams` (see `near_duplicates`) are those of the first batch, if they are not set before it.
     """
 
-    def __init__(self, tokenizer: Any, max_seq_len: int, rows_per_step: int) -> None:
-        self.max_seq_len, self.rows_per_step = max_seq_len, rows_per_step
+    def __init__(self, tokenizer: Any, max_seq_len: int) -> None:
+        self.max_seq_len = max_seq_len
         self.control_tokens = compile_alternatives(_control_tokens(tokenizer))
         self.end_ids, self.bos_id = end_of_turn_ids(tokenizer), tokenizer.bos_token_id
         self.common_trigrams: Array | None = None
 
-    def __call__(self, pairs: Sequence[PairedRow], kept: Sequence[list[int]]) -> BatchStats:
-        """Return the statistics of rows with their tokens, and of the token ids of the rows that training keeps."""
+    def __call__(self, pairs: Sequence[PairedRow]) -> BatchStats:
         found = [(row, tokens) for row, tokens in pairs if not isinstance(tokens, InvalidRow)]
         ids = [tokens.input_ids for _, tokens in found]
         if self.common_trigrams is None:
@@ -69,13 +66,11 @@ class BatchValidator:
             )
             rows[i] = row.line, len(tokens.input_ids), hashes, min(len(answer.split()), 255), False
         signatures, rows["comparable"] = compute_signatures(ids, [t.supervised for _, t in found], self.common_trigrams)
-        steps = range(0, len(kept), self.rows_per_step)
         return BatchStats(
             rows,
             signatures[rows["comparable"]],
             issues,
             find_shared_prefix(ids) if ids else None,
-            sum(len(pack_sequences(kept[at : at + self.rows_per_step]).tokens) for at in steps),
             [(row.line, tokens) for row, tokens in found[:SAMPLES]],
         )
 

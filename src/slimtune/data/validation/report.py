@@ -14,6 +14,7 @@ from ...utils.formatting import format_count
 from ..chat_template import TokenizedRow
 from ..dataset import RowFile, open_rows
 from ..formats import InvalidRow, Row
+from ..packing import pack_sequences
 from ..parallel import batched, cpu_count, parallel_map
 from ..tokenize import BATCH_SIZE, BatchTokenizer, RowReport, TokenizedBatch, format_lines
 from .batch_stats import ROW_STATS, SAMPLES, BatchStats, BatchValidator, find_shared_prefix
@@ -164,7 +165,7 @@ class DatasetReport:
     ) -> None:  # fmt: skip
         self.start = time.perf_counter()
         self.tokenizer, self.format, self.on_overlong = tokenizer, format, on_overlong
-        self.validate = BatchValidator(tokenizer, max_seq_len, rows_per_step)
+        self.rows_per_step, self.validate = rows_per_step, BatchValidator(tokenizer, max_seq_len)
         if like is not None:
             self.validate.common_trigrams = like.validate.common_trigrams
         self.total = RowReport(max_seq_len)
@@ -187,7 +188,9 @@ class DatasetReport:
             self.add_issue(code, [line], example)
         self.add_issue("no-supervised-token", batch.unsupervised)
         self.add_issue("too-long", batch.overlong)
-        self.packed_tokens += stats.packed_tokens
+        rows = [ids.tolist() for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1])]
+        for at in range(0, len(rows), self.rows_per_step):
+            self.packed_tokens += len(pack_sequences(rows[at : at + self.rows_per_step]).tokens)
         if stats.prefix is not None:
             self.prefix = stats.prefix if self.prefix is None else find_shared_prefix([self.prefix, stats.prefix])
         self.samples += stats.samples[: SAMPLES - len(self.samples)]
