@@ -1,4 +1,4 @@
-"""The six formats: how each is told by its columns, what a row of it becomes, and what each faulty row says."""
+"""The formats: how each is recognized by its columns, what a row becomes, what an invalid row says, what is learned."""
 
 import json
 import re
@@ -10,7 +10,6 @@ from tiny_tokenizer import make_tokenizer, template_text
 from tokenizers.processors import TemplateProcessing
 
 from slimtune.config import DataSettings
-from slimtune.data.chat_template import render_text
 from slimtune.data.dataset import InvalidRow, open_rows, read_rows
 from slimtune.data.formats import FORMATS, Row
 from slimtune.data.tokenize import tokenize_dataset, tokenize_rows
@@ -28,8 +27,8 @@ def write(path, *rows):
     return path
 
 
-def only(tmp_path, row, **how):
-    file = open_rows(write(tmp_path / "a.jsonl", row), **how)
+def read_one(tmp_path, row, **options):
+    file = open_rows(write(tmp_path / "a.jsonl", row), **options)
     (found,) = file
     return file.format, found
 
@@ -73,10 +72,10 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_row_of_each_format(tmp_path, name):
-    row, wanted = GOOD[name]
-    assert only(tmp_path, {"id": 7, **row}) == (name.split()[0], wanted)
-    assert only(tmp_path, row, format=name.split()[0])[1] == wanted
+def test_row(tmp_path, name):
+    row, expected = GOOD[name]
+    assert read_one(tmp_path, {"id": 7, **row}) == (name.split()[0], expected)
+    assert read_one(tmp_path, row, format=name.split()[0])[1] == expected
 
 
 def turn(**more):
@@ -121,70 +120,60 @@ INVALID = {
 
 
 @pytest.mark.parametrize("name", INVALID)
-def test_an_invalid_row_has_a_cause_and_a_code(tmp_path, name):
+def test_invalid_row(tmp_path, name):
     row, code, cause = INVALID[name]
-    _, found = only(tmp_path, row)
-    assert isinstance(found, InvalidRow)
-    assert (found.line, found.code) == (1, code)
+    _, found = read_one(tmp_path, row)
+    assert (type(found), found.line, found.code) == (InvalidRow, 1, code)
     assert cause in found.cause
 
 
-def test_a_missing_column_of_a_later_row(tmp_path):
-    file = open_rows(
-        write(tmp_path / "a.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a", "outptu": "b"})
-    )
-    assert list(file)[1] == InvalidRow(
-        2, "has no 'output'; did you mean 'outptu'? (keys here: 'instruction', 'outptu')", "missing-column"
-    )
+def test_missing_column_of_a_later_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a", "outptu": "b"})
+    cause = "has no 'output'; did you mean 'outptu'? (keys here: 'instruction', 'outptu')"
+    assert list(open_rows(path))[1] == InvalidRow(2, cause, "missing-column")
 
 
 def test_ambiguous_columns_need_a_format(tmp_path):
     path = write(tmp_path / "a.jsonl", {"instruction": "a", "input": "", "output": "b", "text": "c"})
-    with pytest.raises(DataError, match="may be instruction or text: its rows have 'instruction', 'input'") as fault:
+    with pytest.raises(DataError, match="may be instruction or text: its rows have 'instruction', 'input'") as error:
         open_rows(path)
-    assert "--format instruction" in fault.value.hint
-    assert "prompt-completion: prompt, completion" in fault.value.expected
+    assert "--format instruction" in error.value.hint
     assert read_rows(path, format="text") == [Row([], 1, completion="c")]
 
 
-def test_unknown_columns_name_every_format_and_the_nearest(tmp_path):
+def test_unknown_columns(tmp_path):
     path = write(tmp_path / "a.jsonl", {"dialog": [USER, SAID], "converstions": []})
-    with pytest.raises(DataError, match="no known format: its rows have 'dialog', 'converstions'") as fault:
+    with pytest.raises(DataError, match="no known format: its rows have 'dialog', 'converstions'") as error:
         open_rows(path)
-    assert "did you mean 'conversations' for 'converstions'?" in fault.value.message
-    assert all(f"{name}: {', '.join(form.required)}" in fault.value.expected for name, form in FORMATS.items())
-    assert "--column messages=COLUMN" in fault.value.hint
+    assert "did you mean 'conversations' for 'converstions'?" in error.value.message
+    assert all(f"{name}: {', '.join(f.required)}" in error.value.expected for name, f in FORMATS.items())
 
 
-def test_columns_are_mapped(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"dialog": [USER, SAID], "messages": "of the house"})
-    file = open_rows(path, columns={"messages": "dialog"})
-    assert (file.format, list(file)) == ("chat", [Row([USER, SAID], 1)])
-    path = write(tmp_path / "b.jsonl", {"question": "Say", "text": "A"})
-    file = open_rows(path, columns={"instruction": "question", "output": "text"})
-    assert file.format == "instruction"
-    assert next(iter(file)).messages[1]["content"] == "A"
+def test_renamed_columns(tmp_path):
+    row = {"dialog": [USER, SAID], "messages": "of the house"}
+    assert read_one(tmp_path, row, columns={"messages": "dialog"}) == ("chat", Row([USER, SAID], 1))
+    columns = {"instruction": "question", "output": "text"}
+    format, found = read_one(tmp_path, {"question": "Say", "text": "A"}, columns=columns)
+    assert (format, found.messages[1]["content"]) == ("instruction", "A")
 
 
 @pytest.mark.parametrize(
-    ("how", "parts"),
+    ("options", "message"),
     [
-        ({"columns": {"messages": "dialgo"}}, ["--column messages=dialgo", "did you mean 'dialog'?"]),
-        ({"columns": {"messages": "dialgo"}, "format": "chat"}, ["has no column 'dialgo'"]),
-        ({"columns": {"mesages": "dialog"}}, ["not a column of any format", "did you mean 'messages'?"]),
-        ({"columns": {"text": "dialog"}, "format": "chat"}, ["not a column of the format chat"]),
-        ({"format": "chatt"}, ["no data format 'chatt'; did you mean 'chat'?", "'sharegpt'"]),
+        ({"columns": {"messages": "dialgo"}}, "--column messages=dialgo: .*; did you mean 'dialog'?"),
+        ({"columns": {"messages": "dialgo"}, "format": "chat"}, "has no column 'dialgo'"),
+        ({"columns": {"mesages": "dialog"}}, "not a column of any format; did you mean 'messages'?"),
+        ({"columns": {"text": "dialog"}, "format": "chat"}, "not a column of the format chat"),
+        ({"format": "chatt"}, "no data format 'chatt'; did you mean 'chat'?"),
     ],
 )
-def test_wrong_use_names_the_nearest_name(tmp_path, how, parts):
-    with pytest.raises(UsageError) as fault:
-        open_rows(write(tmp_path / "a.jsonl", {"dialog": [USER, SAID]}), **how)
-    assert fault.value.exit_code == 2
-    assert all(part in str(fault.value) for part in parts)
+def test_wrong_format_or_column(tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        read_one(tmp_path, {"dialog": [USER, SAID]}, **options)
 
 
-def test_the_recipe_names_the_same_formats():
-    (names, _) = get_args(DataSettings.model_fields["format"].annotation)
+def test_recipe_names_the_same_formats():
+    names, _ = get_args(DataSettings.model_fields["format"].annotation)
     assert list(get_args(names)) == list(FORMATS)
 
 
@@ -194,14 +183,12 @@ def supervised_text(row, train_on="assistant", tokenizer=TOK):
     return tokenizer.decode([token for token, supervised in pairs if supervised])
 
 
-def test_a_text_is_learned_whole_and_a_prompt_not():
+def test_text_is_learned_whole_and_prompt_is_not():
     assert supervised_text(Row([], 1, completion="Once upon a time")) == "Once upon a time<|im_end|>"
     assert supervised_text(Row([], 1, prompt="Once upon", completion=" a time")) == " a time<|im_end|>"
-    rendered = render_text(TOK, "Once upon", " a time")
-    assert (rendered.text, rendered.spans) == ("Once upon a time<|im_end|>", [(9, 26)])
 
 
-def test_the_first_token_of_the_tokenizer_is_not_learned():
+def test_first_token_of_the_tokenizer_is_not_learned():
     tok = make_tokenizer(None, CHATML)
     tok.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tok.bos_token_id)]
@@ -211,14 +198,11 @@ def test_the_first_token_of_the_tokenizer_is_not_learned():
     assert tokens.supervised == [False] + [True] * (len(tokens.input_ids) - 1)
 
 
-def test_a_text_needs_an_end_of_text_token():
+def test_text_needs_an_end_of_text_token():
     tok = make_tokenizer(None, CHATML)
     tok.eos_token = None
     with pytest.raises(ModelError, match="no end-of-text token"):
         tokenize_rows([Row([], 1, completion="A lie.")], tok)
-
-
-LONG = [USER, {**SAID, "content": "One."}, USER, {**SAID, "content": "Two."}, USER, {**SAID, "content": "Three."}]
 
 
 @pytest.mark.parametrize("template", ["smollm2", "qwen3_training"])
@@ -226,47 +210,30 @@ def test_weights_and_train_on_choose_the_turns(template):
     tok = make_tokenizer(template_text(template), CHATML)
     think = "<think>\n\n</think>\n\n" if template == "qwen3_training" else ""
     one, two, three = (f"{think}{n}.<|im_end|>" for n in ("One", "Two", "Three"))
+    turns = [turn for said in ("One.", "Two.", "Three.") for turn in (USER, {**SAID, "content": said})]
     first_and_last, first_two = (False, True, False, False, False, True), (False, True, False, True, False, False)
-    assert supervised_text(Row(LONG, 1), tokenizer=tok) == one + two + three
-    assert supervised_text(Row(LONG, 1), "last_assistant", tok) == three
-    assert supervised_text(Row(LONG, 1, learned=first_and_last), tokenizer=tok) == one + three
-    assert supervised_text(Row(LONG, 1, learned=first_two), tokenizer=tok) == one + two
-    assert supervised_text(Row(LONG, 1, learned=first_two), "last_assistant", tok) == ""
+    assert supervised_text(Row(turns, 1), tokenizer=tok) == one + two + three
+    assert supervised_text(Row(turns, 1), "last_assistant", tok) == three
+    assert supervised_text(Row(turns, 1, learned=first_and_last), tokenizer=tok) == one + three
+    assert supervised_text(Row(turns, 1, learned=first_two), "last_assistant", tok) == ""
 
 
-def test_preference_pairs_are_not_trained_on(tmp_path):
+def test_preference_pairs_are_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "b"})
     with pytest.raises(DataError, match=r"contains preference pairs .* nothing trains on them yet") as error:
         tokenize_dataset(open_rows(path), TOK, max_seq_len=99, path=path)
     assert "--format prompt-completion --column completion=chosen" in error.value.hint
     assert tokenize_rows(read_rows(path), TOK)[0].code == "preference"
-    # The hint works.
-    options = {"format": "prompt-completion", "columns": {"completion": "chosen"}}
-    dataset, _ = tokenize_dataset(open_rows(path, **options), TOK, max_seq_len=99, path=path)
-    assert len(dataset) == 1
+    rows = open_rows(path, format="prompt-completion", columns={"completion": "chosen"})  # the hint works
+    assert len(tokenize_dataset(rows, TOK, max_seq_len=99, path=path)[0]) == 1
 
 
-def test_a_row_that_the_template_refuses_is_invalid():
-    gemma = make_tokenizer(template_text("gemma"), ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"])
-    rows = [Row([USER, SAID], 1), Row([USER, USER, SAID], 2), Row([{"role": "system", "content": "S"}, USER, SAID], 3)]
-    one, *others = tokenize_rows(rows, gemma)
-    assert gemma.decode(one.input_ids).endswith("A lie.<end_of_turn>\n")
-    assert [(r.line, r.code) for r in others] == [(2, "template-refuses"), (3, "template-refuses")]
-    assert "System role not supported" in others[1].cause
-
-
-def test_the_examples_of_the_documentation(tmp_path):
+def test_examples_of_the_documentation(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    seen = []
-    for number, block in enumerate(re.findall(r"```json\n(.*?)```", page, re.DOTALL)):
-        rows = [block] if block.startswith('{"tools"') else block.splitlines()
-        for n, row in enumerate(rows):
-            path = write(tmp_path / f"{number}-{n}.jsonl", json.loads(row))
-            file = open_rows(path)
-            (found,) = file
-            assert isinstance(found, Row), found
-            seen.append(file.format)
-            if found.chosen is None and found.tools is None:
-                assert supervised_text(found)
-    assert set(seen) == set(FORMATS)
-    assert "tools" in page
+    seen = set()
+    for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL):
+        for row in [block] if block.startswith('{"tools"') else block.splitlines():
+            format, found = read_one(tmp_path, json.loads(row))
+            seen.add(format)
+            assert found.chosen or found.tools or supervised_text(found)
+    assert seen == set(FORMATS)

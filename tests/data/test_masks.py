@@ -1,7 +1,7 @@
-"""The mask, token by token, on real chat templates.
+"""The mask, token by token, on real chat templates and on odd ones.
 
-The oracle is text written by hand: what lies between « and » is to be learned. It shares nothing with the derivation:
-each piece is tokenized alone, the ids laid end to end must be those of the template, and the mask is by piece.
+The oracle is text written by hand: the model learns what is between « and ». It shares nothing with the derivation:
+each piece is tokenized alone, the ids together must be those of the template, and the mask is by piece.
 """
 
 import re
@@ -80,166 +80,130 @@ CASES = {
         "«Größe, 嘘 🙂!<｜end▁of▁sentence｜>»"),
 }  # fmt: skip
 
+# Templates written here: (template, special tokens, turns, marked text)
 PLAIN = "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n{% endfor %}"
 NO_PROMPT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ONE_MARKED = (
+    "<|im_start|>user\nDefine patience.<|im_end|>\n<|im_start|>assistant\n«A minor form of despair.<|im_end|>»\n"
+)
 BLANK = [("user", "Hi"), ("assistant", "  A lie. \n")]
+OWN_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{{ eos_token if loop.last else '[E]' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+OPEN_TURNS = OWN_END.replace("'[E]'", "''")
+ROLE_TOKENS = OPEN_TURNS.replace("<|im_start|>{{ m.role }}", "<|{{ m.role }}|>").replace(
+    "<|im_start|>assistant", "<|assistant|>"
+)
+TWO_MARKED = (
+    "<|im_start|>user\nDefine patience.[E]<|im_start|>assistant\n«A minor form of despair.[E]»"
+    "<|im_start|>user\nAnd lie?[E]<|im_start|>assistant\n«Größe, 嘘 🙂!</s>»"
+)
+OPEN_MARKED = TWO_MARKED.replace("[E]", "")
+ROLE_MARKED = (
+    "<|user|>\nDefine patience.<|assistant|>\n«A minor form of despair.»"
+    "<|user|>\nAnd lie?<|assistant|>\n«Größe, 嘘 🙂!<|end|>»"
+)
+BLANK_PROMPT = (
+    "{% for m in messages %}{{ 'A: ' if m.role == 'assistant' }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{{ 'A: ' if add_generation_prompt }}"
+)
+# The system message moves to the last question, so no rendering of earlier turns is a prefix of the whole.
+REWRITING = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.index > messages | length - 2 %}"
+    "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+ODD = {
+    "last turn ends differently": (OWN_END, ["<|im_start|>", "[E]", "</s>"], TWO, TWO_MARKED),
+    "only the last turn ends": (OPEN_TURNS, ["<|im_start|>", "</s>"], TWO, OPEN_MARKED),
+    "roles are tokens": (ROLE_TOKENS, ["<|user|>", "<|assistant|>", "<|end|>"], TWO, ROLE_MARKED),
+    # The prompt ends with a blank that the first token of the answer takes in.
+    "token begins in the prompt": (BLANK_PROMPT, ["</s>"], [ONE[0], ("assistant", "a minor form")],
+        "Define patience.</s>A:« a minor form</s>»"),
+    "no generation prompt": (NO_PROMPT, CHATML, ONE, ONE_MARKED),
+    "end of turn is plain text": (NO_PROMPT, ["<s>", "</s>"], ONE, ONE_MARKED),
+    "no end of turn": (PLAIN, ["<s>", "</s>"], [("user", "Hi there"), ("assistant", "A lie"), ("user", "More?"),
+        ("assistant", "No")], "### user:\nHi there\n### assistant:\n«A lie»\n### user:\nMore?\n### assistant:\n«No»\n"),
+    "white space is learned": (NO_PROMPT, CHATML, BLANK,
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«  A lie. \n<|im_end|>»\n"),
+    "template trims": (template_text("gemma"), GEMMA, BLANK,
+        "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n«A lie.<end_of_turn>»\n"),
+    "earlier turns change": (REWRITING, MISTRAL, [("system", "no"), *[("user", "Ö"), ("assistant", "Ö")] * 3],
+        "<s>[INST] Ö[/INST]« Ö</s>»[INST] Ö[/INST]« Ö</s>»[INST] no\n\nÖ[/INST]« Ö</s>»"),
+    **{f"answer repeats {word}": (template_text("smollm2"), CHATML, [ONE[0], ("assistant", word)],
+        CASES["smollm2"][2].replace("A minor form of despair.", word))
+        for word in ("assistant", "user", "<|im_end|>", "Define patience.")},
+}  # fmt: skip
 
 
 def messages(turns):
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def check(tok, turns, marked):
+def assert_mask(tok, turns, marked):
     text = marked.replace("«", "").replace("»", "")
     assert tok.apply_chat_template(messages(turns), tokenize=False) == text
     ids, mask = [], []
     for piece in re.findall(r"«[^»]*»|[^«»]+", marked):
         some = tok(piece.strip("«»"), add_special_tokens=False)["input_ids"]
         ids, mask = ids + some, mask + [piece.startswith("«")] * len(some)
-    got = encode_chat(tok, messages(turns))
-    assert got.input_ids == tok.apply_chat_template(messages(turns))["input_ids"] == ids
+    found = encode_chat(tok, messages(turns))
+    assert found.input_ids == tok.apply_chat_template(messages(turns))["input_ids"] == ids
     tokens = tok.convert_ids_to_tokens(ids)
-    assert list(zip(tokens, got.supervised, strict=True)) == list(zip(tokens, mask, strict=True))
+    assert list(zip(tokens, found.supervised, strict=True)) == list(zip(tokens, mask, strict=True))
 
 
 @pytest.mark.parametrize("trim", [False, True], ids=["", "trimmed offsets"])
 @pytest.mark.parametrize("name", CASES)
-def test_mask_token_by_token(name, trim):
+def test_real_template(name, trim):
     specials, turns, marked = CASES[name]
-    check(make_tokenizer(template_text(name.split()[0]), specials, trim), turns, marked)
+    assert_mask(make_tokenizer(template_text(name.split()[0]), specials, trim), turns, marked)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_template(name):
+    template, specials, turns, marked = ODD[name]
+    assert_mask(make_tokenizer(template, specials), turns, marked)
 
 
 def test_gpt_oss_learns_its_channel_and_both_ends():
     tok = make_tokenizer(template_text("gptoss"), GPTOSS)
-    got = encode_chat(tok, messages(TWO))
-    said = [t for t, s in zip(got.input_ids, got.supervised, strict=True) if s]
-    assert tok.decode(said) == (
+    found = encode_chat(tok, messages(TWO))
+    assert tok.decode([t for t, s in zip(found.input_ids, found.supervised, strict=True) if s]) == (
         "<|channel|>final<|message|>A minor form of despair.<|end|><|channel|>final<|message|>Größe, 嘘 🙂!<|return|>"
     )
 
 
-def test_the_last_turn_may_end_differently():
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-        "{{ eos_token if loop.last else '[E]' }}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    head = "<|im_start|>user\nDefine patience.[E]<|im_start|>assistant\n«A minor form of despair."
-    tail = "<|im_start|>user\nAnd lie?[E]<|im_start|>assistant\n«Größe, 嘘 🙂!</s>»"
-    check(make_tokenizer(template, ["<|im_start|>", "[E]", "</s>"]), TWO, f"{head}[E]»{tail}")
-    # Only the whole conversation is closed: what follows an earlier turn is the next one's header.
-    open_ended = template.replace("'[E]'", "''")
-    check(make_tokenizer(open_ended, ["<|im_start|>", "</s>"]), TWO, f"{head}»{tail}".replace("[E]", ""))
-    alike = open_ended.replace("<|im_start|>{{ m.role }}", "<|{{ m.role }}|>").replace(
-        "<|im_start|>assistant", "<|assistant|>"
-    )
-    marked = "<|user|>\nDefine patience.<|assistant|>\n«A minor form of despair.»"
-    marked += "<|user|>\nAnd lie?<|assistant|>\n«Größe, 嘘 🙂!<|end|>»"
-    check(make_tokenizer(alike, ["<|user|>", "<|assistant|>", "<|end|>"]), TWO, marked)
-
-
-def test_a_token_that_begins_in_the_prompt():
-    """The prompt ends with a blank that the first token of the answer takes in."""
-    template = "{% for m in messages %}{{ 'A: ' if m.role == 'assistant' }}{{ m.content }}{{ eos_token }}{% endfor %}"
-    template += "{{ 'A: ' if add_generation_prompt }}"
-    turns = [("user", "Define patience."), ("assistant", "a minor form")]
-    check(make_tokenizer(template, ["</s>"]), turns, "Define patience.</s>A:« a minor form</s>»")
+def test_token_with_a_piece_of_the_header():
     rendered = chat_template.RenderedText("A: b]c!", [(3, 4), (5, 6)])
-    offsets = [(0, 2), (2, 4), (4, 6), (6, 7)]  # "A:", " b", "]c" holds a piece of the header, "!"
+    offsets = [(0, 2), (2, 4), (4, 6), (6, 7)]  # "A:", " b", "]c" contains a piece of the header, "!"
     assert chat_template.mask_tokens(rendered, offsets) == [False, True, False, False]
 
 
-def test_no_generation_prompt():
-    marked = "<|im_start|>user\nDefine patience.<|im_end|>\n<|im_start|>assistant\n"
-    marked += "«A minor form of despair.<|im_end|>»\n"
-    check(make_tokenizer(NO_PROMPT, CHATML), ONE, marked)
+UNUSABLE = {
+    "none": (None, CHATML, ONE, ModelError, r"no chat template[^\0]*data.chat_template: FILE.jinja[^\0]*--set data"),
+    "several": ({"a": PLAIN, "b": PLAIN}, CHATML, ONE, ModelError, "several chat templates and no default"),
+    "broken": ("{% for %}", CHATML, ONE, ModelError, "not valid Jinja"),
+    "with its length": (PLAIN.replace("}\n", "} ({{ m.content | length }} characters)"), CHATML, ONE, ModelError,
+        r"not show which tokens the assistant produces[^\0]*{% generation %}"),
+    "upper case": (PLAIN.replace("m.content", "m.content | upper"), CHATML, [("user", "A"), ("assistant", "b")],
+        ModelError, "not show which tokens the assistant produces"),
+    "system": (template_text("gemma"), GEMMA, SYSTEM, DataError, "refuses these messages: System role not supported"),
+    "two questions": (template_text("gemma"), GEMMA, [ONE[0], *ONE], DataError, "roles must alternate"),
+    # Mixtral's writes the system message into the last message if that is the user's, and else nowhere.
+    "left out": (template_text("mixtral_8x22b"), MISTRAL, SYSTEM, DataError, r"leaves out messages\[0\] \(system\)"),
+}  # fmt: skip
 
 
-def test_end_of_turn_as_plain_text():
-    marked = "<|im_start|>user\nDefine patience.<|im_end|>\n<|im_start|>assistant\n"
-    marked += "«A minor form of despair.<|im_end|>»\n"
-    check(make_tokenizer(NO_PROMPT, ["<s>", "</s>"]), ONE, marked)
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_unusable_template(name):
+    template, specials, turns, error, message = UNUSABLE[name]
+    with pytest.raises(error, match=message):
+        encode_chat(make_tokenizer(template, specials), messages(turns))
 
 
-def test_no_end_of_turn():
-    marked = "### user:\nHi there\n### assistant:\n«A lie»\n### user:\nMore?\n### assistant:\n«No»\n"
-    turns = [("user", "Hi there"), ("assistant", "A lie"), ("user", "More?"), ("assistant", "No")]
-    check(make_tokenizer(PLAIN, ["<s>", "</s>"]), turns, marked)
-
-
-def test_white_space_of_the_content_is_learned():
-    marked = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«  A lie. \n<|im_end|>»\n"
-    check(make_tokenizer(NO_PROMPT, CHATML), BLANK, marked)
-    trimmed = "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n«A lie.<end_of_turn>»\n"
-    check(make_tokenizer(template_text("gemma"), GEMMA), BLANK, trimmed)
-
-
-@pytest.mark.parametrize("word", ["assistant", "user", "<|im_end|>", "Define patience."])
-def test_answers_that_repeat_their_context(word):
-    marked = SMOL + f"<|im_start|>user\nDefine patience.<|im_end|>\n<|im_start|>assistant\n«{word}<|im_end|>»\n"
-    check(make_tokenizer(template_text("smollm2"), CHATML), [ONE[0], ("assistant", word)], marked)
-
-
-REWRITING = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.index > messages | length - 2 %}"
-    "{{ messages[0].content }}\n\n{% endif %}{{ m.content }}[/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-)
-
-
-def test_a_template_that_rewrites_earlier_turns():
-    """The system message moves to the last question, so no rendering of earlier turns is a prefix of the whole."""
-    turns = [("system", "no"), *[("user", "Ö"), ("assistant", "Ö")] * 3]
-    marked = "<s>[INST] Ö[/INST]« Ö</s>»[INST] Ö[/INST]« Ö</s>»[INST] no\n\nÖ[/INST]« Ö</s>»"
-    check(make_tokenizer(REWRITING, MISTRAL), turns, marked)
-
-
-def test_no_chat_template_says_how_to_give_one():
-    with pytest.raises(ModelError, match="no chat template") as fault:
-        encode_chat(make_tokenizer(None, CHATML), messages(ONE))
-    assert "data.chat_template: FILE.jinja" in str(fault.value)
-    assert "--set data.chat_template=" in str(fault.value)
-    assert fault.value.exit_code == 1
-
-
-def test_several_templates_without_default():
-    with pytest.raises(ModelError, match="several chat templates and no default"):
-        encode_chat(make_tokenizer({"rag": PLAIN, "tools": PLAIN}, CHATML), messages(ONE))
-
-
-def test_the_templates_own_refusals_are_shown():
-    tok = make_tokenizer(template_text("gemma"), GEMMA)
-    with pytest.raises(DataError, match="refuses these messages: System role not supported"):
-        encode_chat(tok, messages(SYSTEM))
-    with pytest.raises(DataError, match="roles must alternate"):
-        encode_chat(tok, messages([("user", "a"), ("user", "b"), ("assistant", "c")]))
-
-
-def test_a_message_the_template_leaves_out():
-    # A real one: Mixtral's writes the system message into the last message if that is the user's, and else nowhere.
-    tok = make_tokenizer(template_text("mixtral_8x22b"), MISTRAL)
-    with pytest.raises(DataError, match=r"leaves out messages\[0\] \(system\)"):
-        encode_chat(tok, messages(SYSTEM))
-
-
-def test_templates_that_hide_the_turns():
-    for template in (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }} ({{ m.content | length }} characters){% endfor %}",
-        "{% for m in messages %}{{ m.role }}{{ m.content | length }}{{ m.content | upper }}{% endfor %}",
-    ):
-        with pytest.raises(ModelError, match="does not show which tokens the assistant produces") as fault:
-            encode_chat(make_tokenizer(template, CHATML), messages([("user", "A"), ("assistant", "b")]))
-        assert "{% generation %}" in str(fault.value)
-
-
-def test_broken_template():
-    with pytest.raises(ModelError, match="not valid Jinja"):
-        encode_chat(make_tokenizer("{% for %}", CHATML), messages(ONE))
-
-
-def test_a_slow_tokenizer_is_refused():
-    class Slow:
-        is_fast = False
-
-    with pytest.raises(ModelError, match="Slow is not a fast tokenizer"):
-        chat_template.tokenize_texts(Slow(), ["a"])
+def test_slow_tokenizer_is_refused():
+    with pytest.raises(ModelError, match="object is not a fast tokenizer"):
+        chat_template.tokenize_texts(object(), ["a"])
