@@ -2,18 +2,9 @@
 
 import pytest
 import torch
+import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from slimtune.attention.register import packed_attention
 from slimtune.data.collator import Collator
@@ -26,23 +17,25 @@ SHAPE = {
     "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 128,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+GPT2_SHAPE = {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128}
+LAYERS = ["sliding_attention", "full_attention"]
+MODELS = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE)),
+    "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**GPT2_SHAPE, bos_token_id=1, eos_token_id=2)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**SHAPE, sliding_window=4)),
+    "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**SHAPE, sliding_window=4, layer_types=LAYERS)),
+}
+COLLATORS = {
+    "layout": Collator(0, layout=True),
+    "layout, nothing shared": Collator(0, layout=True, share_prefix=False),
+    "packed": Collator(0),
+    "padded": Collator(0, packing=False),
+}
 
 
 def build(name):
     torch.manual_seed(0)
-    if name == "gpt2":
-        config = GPT2Config(
-            vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=128, bos_token_id=1, eos_token_id=2
-        )
-        model = GPT2LMHeadModel(config)
-    elif name == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    elif name == "gemma2":
-        model = Gemma2ForCausalLM(Gemma2Config(**SHAPE, sliding_window=4))
-    else:
-        model = Gemma3ForCausalLM(
-            Gemma3TextConfig(**SHAPE, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
-        )
+    model = MODELS[name]()
     for p in model.parameters():  # wider than the default, so that a leak between rows shows
         p.data += 0.2 * torch.randn_like(p)
     # Gemma 2 caps its attention scores, which sdpa does not.
@@ -50,7 +43,7 @@ def build(name):
     return model.float().eval()
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2", "gemma3"])
+@pytest.fixture(scope="module", params=MODELS)
 def model(request):
     return build(request.param)
 
@@ -61,7 +54,7 @@ def llama():
 
 
 def example(length, supervised, seed=0):
-    """`supervised`: positions of the learned tokens."""
+    """Make a row of random tokens, learned at the positions `supervised`."""
     ids = torch.randint(3, V, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
     return {"input_ids": ids, "labels": [t if i in supervised else -100 for i, t in enumerate(ids)], "line": seed}
 
@@ -69,65 +62,41 @@ def example(length, supervised, seed=0):
 ROWS = [example(9, {4, 5, 8}, 1), example(13, set(range(13)), 2), example(2, {1}, 3), example(7, {3, 6}, 4)]
 
 
-WAYS = {
-    "laid": {"layout": True},
-    "laid, nothing shared": {"layout": True, "share_prefix": False},
-    "in a row": {},
-    "padded": {"packing": False},
-}
-
-
-def loss_of(model, batch):
-    with torch.no_grad(), packed_attention(model):
-        return step_loss(model, batch).item()
-
-
-def alone(model, rows):
-    """Losses and logits of each row alone, by transformers' own loss."""
-    outs = []
+def nll_of_each_row(model, rows):
+    """The losses of the supervised tokens, from transformers' logits of each row alone."""
+    found = []
     with torch.no_grad():
-        for one in rows:
-            ids, labels = torch.tensor([one["input_ids"]]), torch.tensor([one["labels"]])
-            outs.append(model(input_ids=ids, labels=labels, use_cache=False))
-    return outs
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0]
+            labels = enumerate(row["labels"])
+            found += [-logits[t - 1].log_softmax(-1)[label] for t, label in labels if t and label != -100]
+    return torch.stack(found)
 
 
-def mean_alone(model, rows):
-    counts = [sum(t != -100 for t in r["labels"][1:]) for r in rows]
-    return sum(o.loss.item() * n for o, n in zip(alone(model, rows), counts, strict=True)) / sum(counts)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_loss_is_that_of_the_rows_alone(model, way):
-    collator = Collator(0, **WAYS[way])
-    assert loss_of(model, collator(ROWS)) == pytest.approx(mean_alone(model, ROWS), abs=1e-5)
-    assert loss_of(model, collator(ROWS[:1])) == pytest.approx(alone(model, ROWS[:1])[0].loss.item(), abs=1e-5)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_each_token_costs_what_it_costs_alone(model, way):
-    batch = Collator(0, **WAYS[way])(ROWS)
+@pytest.mark.parametrize("name", COLLATORS)
+def test_loss_is_that_of_the_rows_alone(model, name):
+    expected = nll_of_each_row(model, ROWS)
+    batch = COLLATORS[name](ROWS)
     with torch.no_grad(), packed_attention(model):
-        got = token_nll(model, batch)
-    want = [
-        -out.logits[0, t - 1].log_softmax(-1)[label]
-        for one, out in zip(ROWS, alone(model, ROWS), strict=True)
-        for t, label in enumerate(one["labels"])
-        if t and label != -100
-    ]
-    torch.testing.assert_close(got, torch.stack(want), atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(token_nll(model, batch), expected, atol=2e-5, rtol=1e-4)
+        assert step_loss(model, batch).item() == pytest.approx(expected.mean().item(), abs=1e-5)
+        assert step_loss(model, batch, 8).item() == pytest.approx(expected.sum().item() / 8, abs=1e-5)
+        one = step_loss(model, COLLATORS[name](ROWS[:1])).item()
+    labels = torch.tensor([ROWS[0]["labels"]])
+    own_loss = model(input_ids=torch.tensor([ROWS[0]["input_ids"]]), labels=labels, use_cache=False).loss
+    assert one == pytest.approx(own_loss.item(), abs=1e-5)
 
 
 def test_with_the_cache_rows_see_each_other(llama):
-    """Why the caller has to pass use_cache=False: if this ever fails, the warning can go."""
-    batch = Collator(0)(ROWS)
+    """This is why the caller has to pass use_cache=False: if it ever fails, the warning can go."""
+    batch = COLLATORS["packed"](ROWS)
     with torch.no_grad():
-        out = llama(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=True).logits
-    last = out[0, -1] - alone(llama, ROWS[-1:])[0].logits[0, -1]
-    assert last.abs().max() > 1e-3
+        packed = llama(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=True).logits
+        alone = llama(input_ids=torch.tensor([ROWS[-1]["input_ids"]])).logits
+    assert (packed[0, -1] - alone[0, -1]).abs().max() > 1e-3
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_any_lengths_and_masks(llama, data):
     rows = []
@@ -135,23 +104,20 @@ def test_any_lengths_and_masks(llama, data):
         length = data.draw(st.integers(1, 11))
         rows.append(example(length, data.draw(st.sets(st.integers(0, length - 1))), seed))
     rows.append(example(3, {2}, 9))
-    losses = []
-    for way in WAYS.values():
-        batch = Collator(0, **way)(rows)
+    expected = nll_of_each_row(llama, rows)
+    for collator in COLLATORS.values():
+        batch = collator(rows)
         assert all(v.dtype == torch.int64 for k, v in batch.items() if k != "layout")
         assert batch["logits_to_keep"].tolist() == sorted(set(batch["logits_to_keep"].tolist()))
-        targets = [t for r in rows for t in r["labels"][1:] if t != -100]
-        assert batch["targets"].tolist() == targets
-        losses.append(loss_of(llama, batch))
-    wanted = mean_alone(llama, [r for r in rows if any(t != -100 for t in r["labels"][1:])])
-    assert losses == pytest.approx([wanted] * len(WAYS), abs=1e-5)
+        assert batch["targets"].tolist() == [t for r in rows for t in r["labels"][1:] if t != -100]
+        with torch.no_grad(), packed_attention(llama):
+            torch.testing.assert_close(token_nll(llama, batch), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_packed_by_hand():
-    a = {"input_ids": [11, 12, 13], "labels": [11, -100, 13]}  # a first token that is marked has nothing before it
+def test_by_hand():
+    a = {"input_ids": [11, 12, 13], "labels": [11, -100, 13]}  # nothing stands before a first token that is marked
     b = {"input_ids": [21, 22], "labels": [21, 22]}
-    got = {k: v.tolist() for k, v in Collator(0)([a, b]).items()}
-    assert got == {
+    assert {k: v.tolist() for k, v in Collator(0)([a, b]).items()} == {
         "input_ids": [[11, 12, 13, 21, 22]],
         "position_ids": [[0, 1, 2, 0, 1]],
         "logits_to_keep": [1, 3],
@@ -159,29 +125,16 @@ def test_packed_by_hand():
         "targets": [13, 22],
         "tokens": 5,
     }
-
-
-def test_padded_by_hand():
-    a = {"input_ids": [11, 12, 13], "labels": [-100, 12, 13]}
-    b = {"input_ids": [21, 22], "labels": [-100, 22]}
-    got = {k: v.tolist() for k, v in Collator(7, packing=False)([a, b]).items()}
-    assert got == {
+    assert {k: v.tolist() for k, v in Collator(7, packing=False)([a, b]).items()} == {
         "input_ids": [[11, 12, 13], [21, 22, 7]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
         "logits_to_keep": [0, 1],
-        "hidden_index": [0, 1, 2],
-        "targets": [12, 13, 22],
+        "hidden_index": [1, 2],
+        "targets": [13, 22],
         "tokens": 5,
     }
 
 
-def test_num_items_divides_the_sum(llama):
-    batch = Collator(0)(ROWS)
-    mean, count = step_loss(llama, batch), len(batch["targets"])
-    torch.testing.assert_close(step_loss(llama, batch, 8), mean * count / 8)
-    torch.testing.assert_close(step_loss(llama, batch, torch.tensor(8)), mean * count / 8)
-
-
-def test_a_batch_without_a_target_is_refused():
+def test_batch_without_a_target_is_refused():
     with pytest.raises(DataError, match=r"no supervised token \(rows of lines 5, 6\)"):
         Collator(0)([example(4, set(), 5), example(4, {0}, 6)])

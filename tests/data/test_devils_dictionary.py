@@ -1,4 +1,4 @@
-"""The example's rows: counts, clean text, one split per headword; and the script's rules on a piece of the source."""
+"""The example's rows: counts, clean text, one split per headword; and the script on a piece of the source."""
 
 import gzip
 import json
@@ -46,58 +46,51 @@ ALLAH, n.  The Mahometan Supreme Being.
 """
 
 
-def word(row):
-    return re.fullmatch(r'Define "(.+)"\.', row.messages[0]["content"])[1]
-
-
 def make(*args):
     return subprocess.run([sys.executable, FOLDER / "make.py", *args], capture_output=True, text=True, check=False)
 
 
-def test_counts_and_shares():
-    assert {split: len(rows) for split, rows in SPLITS.items()} == {"train": 779, "validation": 96, "test": 93}
-
-
 def test_headwords_are_in_one_split_only():
-    words = {split: {word(row) for row in rows} for split, rows in SPLITS.items()}
-    assert not words["train"] & (words["validation"] | words["test"])
-    assert not words["validation"] & words["test"]
-    assert {"un-American", "I", "King's evil"} < set().union(*words.values())
+    assert {split: len(rows) for split, rows in SPLITS.items()} == {"train": 779, "validation": 96, "test": 93}
+    questions = {split: {row.messages[0]["content"] for row in rows} for split, rows in SPLITS.items()}
+    assert not questions["train"] & (questions["validation"] | questions["test"])
+    assert not questions["validation"] & questions["test"]
+    words = {re.fullmatch(r'Define "(.+)"\.', question)[1] for some in questions.values() for question in some}
+    assert {"un-American", "I", "King's evil"} < words
 
 
 def test_answers_are_one_clean_paragraph():
     answers = [row.messages[1]["content"] for rows in SPLITS.values() for row in rows]
-    for said in answers:
-        assert said == " ".join(said.split()), "verse keeps its lines and indentation"
-        assert not re.search(r"[\[\]{}_]|\bG\.J\.|\(See ", said), said
-        assert said[0].isupper() or said[0] in '("', said
-        assert said.endswith((".", "!", "?", '"', ")")), said
-        assert len(said) <= 950
+    for answer in answers:
+        assert answer == " ".join(answer.split()), "verse keeps its lines and indentation"
+        assert not re.search(r"[\[\]{}_]|\bG\.J\.|\(See ", answer), answer
+        assert answer[0].isupper() or answer[0] in '("', answer
+        assert answer.endswith((".", "!", "?", '"', ")")), answer
+        assert len(answer) <= 950
     assert len(answers) == len(set(answers))
 
 
-def test_the_public_domain_notice_is_kept():
+def test_public_domain_notice():
     notice = (FOLDER / "NOTICE").read_text()
     assert "A Public Domain Text, Copyright Expired" in notice
     assert "AMBROSE BIERCE" in notice
 
 
-def test_the_script_on_a_piece_of_the_source(tmp_path):
+def test_script_on_a_piece_of_the_source(tmp_path):
     source = tmp_path / "devil.dict.dz"
     source.write_bytes(gzip.compress(SOURCE.encode()))
     done = make("--dict", source, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
-    lines = [x for split in SPLITS for x in (tmp_path / f"{split}.jsonl").read_text().splitlines()]
-    rows = [[m["content"] for m in json.loads(line)["messages"]] for line in lines]
-    assert sorted(rows) == [
+    made = {split: (tmp_path / f"{split}.jsonl").read_text().splitlines() for split in SPLITS}
+    rows = {split: [[m["content"] for m in json.loads(line)["messages"]] for line in made[split]] for split in SPLITS}
+    assert sorted(row for some in rows.values() for row in some) == [
         ['Define "Allah".', "The Mahometan Supreme Being."],
         ['Define "abasement".', "A decent and customary mental attitude in the presence of wealth of power."],
         ['Define "abrupt".', "Sudden, like the arrival of a cannon-shot. Said of another author."],
         ['Define "academy".', "A modern school where football is taught."],
     ]
-    for split in SPLITS:  # the hash alone decides: the same word, the same file
-        got = {json.loads(x)["messages"][0]["content"] for x in (tmp_path / f"{split}.jsonl").read_text().splitlines()}
-        assert got <= {row.messages[0]["content"] for row in SPLITS[split]}
+    for split, some in rows.items():  # only the hash of a word decides about its file
+        assert {question for question, _ in some} <= {row.messages[0]["content"] for row in SPLITS[split]}
 
 
 def test_missing_dictionary(tmp_path):
@@ -108,7 +101,7 @@ def test_missing_dictionary(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/usr/share/dictd/devil.dict.dz").is_file(), reason="dict-devil is not installed")
-def test_the_files_are_what_the_script_makes(tmp_path):
+def test_files_are_what_the_script_makes(tmp_path):
     assert make("--out", tmp_path).returncode == 0
     for split in SPLITS:
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (FOLDER / f"{split}.jsonl").read_bytes()

@@ -1,8 +1,8 @@
 """The mask on real chat templates, with several turns, system and tools, against oracles that share none of our code.
 
 The walk reads tokens one by one: a turn's are those that `messages[:i + 1]` has beyond `messages[:i]` with the
-generation prompt, where both are beginnings of the whole. The marks are those that TRL has put into templates of its
-own; what their generation prompt holds is the prompt's, and white space that ends a turn is nobody's, there and here.
+generation prompt, where both are prefixes of the whole. The marks are those that TRL has put into its templates; what
+their generation prompt contains belongs to the prompt. White space that ends a turn belongs to nobody, there and here.
 """
 
 from pathlib import Path
@@ -67,6 +67,10 @@ MARKED = {
 LEFT_OUT = ("refuses these messages", "leaves out", "does not show where the calls")
 
 
+LEAST = {"two turns": 10, "system": 9, "call": 5, "call said": 4, "calls, the last turn": 4}
+"""Templates that are compared at least: one that refuses, or an oracle that does not know, is no comparison."""
+
+
 def text_of(name):
     return (TRL / f"{name.removeprefix('trl/')}.jinja").read_text() if name.startswith("trl/") else template_text(name)
 
@@ -76,126 +80,109 @@ def talk(name):
     return validate_messages(messages)[0], ({} if tools is None else {"tools": tools})
 
 
-def ids(tok, messages, more, prompt=False):
-    return tok.apply_chat_template(messages, add_generation_prompt=prompt, **more)["input_ids"] if messages else []
+def render(tok, messages, more, **options):
+    """The text of messages, or their ids."""
+    found = tok.apply_chat_template(messages, **more, **options) if messages else ""
+    return found if isinstance(found, str) else found["input_ids"]
 
 
-def text(tok, messages, more, prompt=False):
-    return tok.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False, **more) if messages else ""
-
-
-def without_blanks_at_the_end(tok, row, mask):
+def drop_last_blanks(tok, row, mask):
     """Switch off white space behind the last token of each run that is learned."""
-    mask = list(mask)
     for t in reversed(range(len(row))):
         if mask[t] and not (t + 1 < len(row) and mask[t + 1]) and tok.decode([row[t]]).isspace():
             mask[t] = False
     return mask
 
 
-def walked(tok, messages, more):
-    """The mask by a walk over tokens; None where earlier turns are written anew when later ones are there."""
-    whole = ids(tok, messages, more)
+def walk(template, tok, messages, more):
+    """The mask by a walk over tokens; None where the template writes earlier turns differently when others follow."""
+    whole = render(tok, messages, more)
     mask = [False] * len(whole)
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        given, heard = ids(tok, messages[:i], more, prompt=True), ids(tok, messages[: i + 1], more)
-        if whole[: len(given)] != given or whole[: len(heard)] != heard:
-            return None
-        for t in range(len(given), len(heard)):
-            mask[t] = True
-    return without_blanks_at_the_end(tok, whole, mask)
+        if message["role"] == "assistant":
+            before = render(tok, messages[:i], more, add_generation_prompt=True)
+            after = render(tok, messages[: i + 1], more)
+            if whole[: len(before)] != before or whole[: len(after)] != after:
+                return None
+            mask[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return drop_last_blanks(tok, whole, mask)
 
 
-def marked(tok, oracle, messages, more):
-    """The mask of TRL's marks, less what the generation prompt has written; None where TRL has changed the text."""
+def read_marks(template, tok, messages, more):
+    """The mask of TRL's marks, without what the generation prompt has written; None where TRL has changed the text."""
+    oracle = make_tokenizer(text_of(f"{template}_training"), MARKED[template.removeprefix("trl/")])
     found = oracle.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **more)
     row, mask = found["input_ids"], [bool(m) for m in found["assistant_masks"]]
-    if row != ids(tok, messages, more):
+    if row != render(tok, messages, more):
         return None
-    whole = text(tok, messages, more)
+    whole = render(tok, messages, more, tokenize=False)
     ends = [end for _, end in tok(whole, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            before, given = text(tok, messages[:i], more), text(tok, messages[:i], more, prompt=True)
-            if whole.startswith(given):
-                mask = [m and not len(before) < end <= len(given) for m, end in zip(mask, ends, strict=True)]
-    return without_blanks_at_the_end(tok, row, mask)
+            before = render(tok, messages[:i], more, tokenize=False)
+            prompt = render(tok, messages[:i], more, tokenize=False, add_generation_prompt=True)
+            if whole.startswith(prompt):
+                mask = [m and not len(before) < end <= len(prompt) for m, end in zip(mask, ends, strict=True)]
+    return drop_last_blanks(tok, row, mask)
 
 
-def compared(tok, name, oracle):
-    """Compare with an oracle; return whether it had a say."""
+def compare(template, specials, name, oracle):
+    """Compare with an oracle; return whether it knows the mask."""
+    tok = make_tokenizer(text_of(template), specials)
     messages, more = talk(name)
     try:
-        got = encode_chat(tok, messages, more.get("tools"))
-    except SlimtuneError as refusal:  # the template's own limits; `LEAST` says how many are left
-        if not any(part in str(refusal) for part in LEFT_OUT):
+        found = encode_chat(tok, messages, more.get("tools"))
+    except SlimtuneError as error:  # the template's own limits; `LEAST` says how many templates are left
+        if not any(part in str(error) for part in LEFT_OUT):
             raise
         return False
-    wanted = oracle(messages, more)
-    if wanted is None:
+    expected = oracle(template, tok, messages, more)
+    if expected is None:
         return False
-    tokens = tok.convert_ids_to_tokens(got.input_ids)
-    assert got.input_ids == ids(tok, messages, more)
-    assert list(zip(tokens, got.supervised, strict=True)) == list(zip(tokens, wanted, strict=True))
-    assert any(wanted)
-    return True
-
-
-def by_walk(template, name):
-    tok = make_tokenizer(text_of(template), WALKED[template])
-    return compared(tok, name, lambda messages, more: walked(tok, messages, more))
-
-
-def by_marks(template, name):
-    tok = make_tokenizer(text_of(f"trl/{template}"), MARKED[template])
-    oracle = make_tokenizer(text_of(f"trl/{template}_training"), MARKED[template])
-    return compared(tok, name, lambda messages, more: marked(tok, oracle, messages, more))
-
-
-LEAST = {"two turns": 10, "system": 9, "call": 5, "call said": 4, "calls, the last turn": 4}
-"""Templates to be compared at least: one that refuses, or an oracle without a say, is no comparison."""
+    tokens = tok.convert_ids_to_tokens(found.input_ids)
+    assert found.input_ids == render(tok, messages, more)
+    assert list(zip(tokens, found.supervised, strict=True)) == list(zip(tokens, expected, strict=True))
+    return any(expected)
 
 
 @pytest.mark.parametrize("name", TALKS)
-def test_a_walk_over_tokens(name):
-    seen = [template for template in WALKED if by_walk(template, name)]
-    assert len(seen) >= LEAST[name], seen
+def test_walk_over_tokens(name):
+    compared = [template for template, specials in WALKED.items() if compare(template, specials, name, walk)]
+    assert len(compared) >= LEAST[name], compared
 
 
 @pytest.mark.parametrize("name", TALKS)
-def test_the_marks_of_trl(name):
-    seen = [template for template in MARKED if by_marks(template, name)]
-    assert len(seen) >= LEAST[name], seen
+def test_marks_of_trl(name):
+    compared = [t for t, specials in MARKED.items() if compare(f"trl/{t}", specials, name, read_marks)]
+    assert len(compared) >= LEAST[name], compared
 
 
 def test_calls_by_hand():
-    """Its prompt opens a thought that no finished turn holds, and it takes arguments as JSON text."""
+    """The prompt opens a thought that no finished turn has, and the template takes arguments as JSON text."""
     tok = make_tokenizer(text_of("trl/deepseekv3"), DEEPSEEK)
     messages, more = talk("call")
     found = encode_chat(tok, messages, more["tools"])
-    said = tok.decode([t for t, learned in zip(found.input_ids, found.supervised, strict=True) if learned])
-    assert said == (
+    assert tok.decode([t for t, learned in zip(found.input_ids, found.supervised, strict=True) if learned]) == (
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
         '{"city": "Rome", "days": 2}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>'
         "Blue.<｜end▁of▁sentence｜>"
     )
 
 
-def test_what_a_template_moves_away_from_its_turn_is_refused():
-    messages, more = talk("call said")
-    with pytest.raises(DataError, match=r"writes the content of messages\[1\] apart from its calls"):
-        encode_chat(make_tokenizer(text_of("trl/gemma4"), GEMMA4), messages, more["tools"])
-    # The same, where `<|tool_response>` is plain text to the tokenizer: then the turn seems to go on.
-    few = [t for t in GEMMA4 if "tool" not in t]
-    with pytest.raises(DataError, match=r"writes messages\[2\] \(tool\) within the turn that called it"):
-        encode_chat(make_tokenizer(text_of("trl/gemma4"), few), messages, more["tools"])
+NO_CALL = ([ASKED, {"role": "assistant", "content": "No."}], TOOLS)
 
 
-def test_calls_that_a_template_leaves_out_are_refused():
-    messages, more = talk("call")
-    with pytest.raises(DataError, match=r"leaves out tool calls of messages\[1\]"):
-        encode_chat(make_tokenizer(text_of("trl/lfm2"), LFM2), messages, more["tools"])
-    with pytest.raises(DataError, match="leaves out the tool 'weather'"):
-        encode_chat(make_tokenizer(text_of("smollm2"), CHATML), [ASKED, {"role": "assistant", "content": "No."}], TOOLS)
+@pytest.mark.parametrize(
+    ("template", "specials", "talk", "message"),
+    [
+        ("trl/gemma4", GEMMA4, TALKS["call said"], r"writes the content of messages\[1\] apart from its calls"),
+        # Where `<|tool_response>` is plain text to the tokenizer, the turn seems to go on.
+        ("trl/gemma4", [t for t in GEMMA4 if "tool" not in t], TALKS["call said"],
+         r"writes messages\[2\] \(tool\) within the turn that called it"),
+        ("trl/lfm2", LFM2, TALKS["call"], r"leaves out tool calls of messages\[1\]"),
+        ("smollm2", CHATML, NO_CALL, "leaves out the tool 'weather'"),
+    ],
+)  # fmt: skip
+def test_moved_or_left_out_parts_are_refused(template, specials, talk, message):
+    with pytest.raises(DataError, match=message):
+        encode_chat(make_tokenizer(text_of(template), specials), validate_messages(talk[0])[0], talk[1])

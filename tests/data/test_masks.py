@@ -14,7 +14,6 @@ from slimtune.data.chat_template import encode_chat
 from slimtune.errors import DataError, ModelError
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LLAMA3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 GEMMA = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
 PHI3 = ["<s>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"]
 MISTRAL = ["<s>", "[INST]", "[/INST]", "</s>"]
@@ -23,7 +22,6 @@ GPTOSS = ["<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
 DEEPSEEK = ["<bos>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
 
 SMOL = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-QWEN = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
 ONE = [("user", "Define patience."), ("assistant", "A minor form of despair.")]
 TWO = [*ONE, ("user", "And lie?"), ("assistant", "Größe, 嘘 🙂!")]
 SYSTEM = [("system", "Be brief."), *ONE]
@@ -32,21 +30,6 @@ SYSTEM_TWO = [("system", "Be brief."), *TWO]
 CASES = {
     "smollm2": (CHATML, ONE, SMOL + "<|im_start|>user\nDefine patience.<|im_end|>\n<|im_start|>assistant\n"
         "«A minor form of despair.<|im_end|>»\n"),
-    "smollm2 system, two turns": (CHATML, SYSTEM_TWO, "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\nDefine patience.<|im_end|>\n<|im_start|>assistant\n«A minor form of despair.<|im_end|>»\n"
-        "<|im_start|>user\nAnd lie?<|im_end|>\n<|im_start|>assistant\n«Größe, 嘘 🙂!<|im_end|>»\n"),
-    "qwen2_5": (CHATML, ONE, QWEN + "<|im_start|>user\nDefine patience.<|im_end|>\n<|im_start|>assistant\n"
-        "«A minor form of despair.<|im_end|>»\n"),
-    "llama3": (LLAMA3, SYSTEM, "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nDefine patience.<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n«A minor form of despair.<|eot_id|>»"),
-    "llama3 two turns": (LLAMA3, TWO, "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
-        "Define patience.<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-        "«A minor form of despair.<|eot_id|>»<|start_header_id|>user<|end_header_id|>\n\nAnd lie?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n«Größe, 嘘 🙂!<|eot_id|>»"),
-    "gemma": (GEMMA, TWO, "<bos><start_of_turn>user\nDefine patience.<end_of_turn>\n<start_of_turn>model\n"
-        "«A minor form of despair.<end_of_turn>»\n<start_of_turn>user\nAnd lie?<end_of_turn>\n<start_of_turn>model\n"
-        "«Größe, 嘘 🙂!<end_of_turn>»\n"),
     "gemma3 system": (GEMMA, SYSTEM, "<bos><start_of_turn>user\nBe brief.\n\nDefine patience.<end_of_turn>\n"
         "<start_of_turn>model\n«A minor form of despair.<end_of_turn>»\n"),
     # No generation prompt, and white space after the end-of-turn token.

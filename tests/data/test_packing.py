@@ -1,6 +1,5 @@
-"""Rows in one sequence: every row is found again whole, and each of its tokens sees what it sees alone."""
+"""Rows packed into one sequence: every row is in it whole, and each of its tokens sees what it sees alone."""
 
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_way import dense_mask
@@ -8,12 +7,10 @@ from plain_way import dense_mask
 from slimtune.attention.packed_layout import PackedLayout
 from slimtune.data.packing import MIN_SHARED_TOKENS, bin_pack, pack_sequences
 
-CPU = torch.device("cpu")
-
 
 @st.composite
 def rows(draw, most=9):
-    """Rows of which many go on from the beginning of an earlier one, of few tokens, so that some agree by luck."""
+    """Rows of which many continue a prefix of an earlier one, of few tokens, so that some agree by chance."""
     made = []
     for n in range(draw(st.integers(1, most))):
         start = draw(st.sampled_from(made)) if n and draw(st.integers(0, 3)) else []
@@ -22,112 +19,87 @@ def rows(draw, most=9):
     return made
 
 
-def laid_tokens(some, share=True):
+many_rows, limits = rows(most=14), st.integers(4, 60)
+
+
+def packed_tokens(some, share=True):
     return len(pack_sequences(some, share_prefix=share).tokens)
-
-
-@given(rows=rows(), share=st.booleans())
-def test_each_row_is_found_again(rows, share):
-    laid = pack_sequences(rows, share_prefix=share)
-    positions = laid.layout.positions()
-    assert len(laid.segments) == len(rows)
-    assert len(laid.tokens) == laid.layout.total
-    assert all(n > 0 for n in laid.layout.lengths)
-    for r, row in enumerate(rows):
-        columns = laid.columns(r)
-        assert [laid.tokens[c] for c in columns] == row
-        assert [positions[c] for c in columns] == list(range(len(row)))
 
 
 @settings(max_examples=50)
 @given(rows=rows(), share=st.booleans())
-def test_each_token_sees_its_row_up_to_itself(rows, share):
-    laid = pack_sequences(rows, share_prefix=share)
-    seen = dense_mask(laid.layout)
-    for r in range(len(rows)):
-        columns = laid.columns(r)
+def test_each_row_is_packed_whole_and_sees_only_itself(rows, share):
+    packed = pack_sequences(rows, share_prefix=share)
+    assert packed == pack_sequences([list(row) for row in rows], share_prefix=share)
+    positions, mask = packed.layout.positions(), dense_mask(packed.layout)
+    assert len(packed.segments) == len(rows)
+    assert len(packed.tokens) == packed.layout.total
+    assert all(n > 0 for n in packed.layout.lengths)
+    for r, row in enumerate(rows):
+        columns = packed.columns(r)
+        assert [packed.tokens[c] for c in columns] == row
+        assert [positions[c] for c in columns] == list(range(len(row)))
         for t, column in enumerate(columns):
-            assert seen[column].nonzero()[:, 0].tolist() == sorted(columns[: t + 1])
+            assert mask[column].nonzero()[:, 0].tolist() == sorted(columns[: t + 1])
 
 
 @given(rows=rows())
-def test_unshared_every_token_is_laid_once_a_row(rows):
-    laid = pack_sequences(rows, share_prefix=False)
-    assert laid.tokens == [t for row in rows for t in row]
-    assert laid.layout == PackedLayout(tuple(map(len, rows)), (-1,) * len(rows))
-
-
-@given(rows=rows())
-def test_sharing_is_of_long_beginnings_alone(rows):
-    """What is shared is never short, no token is laid that belongs to no row, and none is laid in vain."""
-    laid = pack_sequences(rows)
-    assert len(laid.tokens) <= sum(map(len, rows))
-    assert {c for r in range(len(rows)) for c in laid.columns(r)} == set(range(len(laid.tokens)))
-    above = set(laid.layout.parents) - {-1}
-    assert all(laid.layout.lengths[s] >= MIN_SHARED_TOKENS for s in above)
+def test_only_long_prefixes_are_shared(rows):
+    """No shared segment is short, and every packed token belongs to a row; unshared, rows follow one another."""
+    packed, unshared = pack_sequences(rows), pack_sequences(rows, share_prefix=False)
+    assert {c for r in range(len(rows)) for c in packed.columns(r)} == set(range(len(packed.tokens)))
+    parents = set(packed.layout.parents) - {-1}
+    assert all(packed.layout.lengths[s] >= MIN_SHARED_TOKENS for s in parents)
+    assert unshared.tokens == [t for row in rows for t in row]
+    assert unshared.layout == PackedLayout(tuple(map(len, rows)), (-1,) * len(rows))
+    assert len(packed.tokens) <= len(unshared.tokens)
 
 
 def test_by_hand():
-    begin, more = list(range(10)), list(range(20, 28))
+    prefix, more = list(range(10)), list(range(20, 28))
     some = [
-        [*begin, 50],
-        [*begin, *more, 51],
-        [*begin, *more, 52, 53],
-        begin,
+        [*prefix, 50],
+        [*prefix, *more, 51],
+        [*prefix, *more, 52, 53],
+        prefix,
         [60, 61],
-        [*begin[: MIN_SHARED_TOKENS - 1], 62],
+        [*prefix[: MIN_SHARED_TOKENS - 1], 62],
     ]
-    laid = pack_sequences(some)
-    assert laid.layout == PackedLayout((10, 8, 1, 2, 1, 8, 2), (-1, 0, 1, 1, 0, -1, -1))
+    packed = pack_sequences(some)
+    assert packed.layout == PackedLayout((10, 8, 1, 2, 1, 8, 2), (-1, 0, 1, 1, 0, -1, -1))
     shared = [(0, 10), (10, 8)]
-    assert laid.segments[:3] == [[(0, 10), (21, 1)], [*shared, (18, 1)], [*shared, (19, 2)]]
-    assert laid.segments[3:] == [[(0, 10)], [(30, 2)], [(22, 8)]]
-    assert len(pack_sequences([begin, begin, begin]).tokens) == 10
+    assert packed.segments[:3] == [[(0, 10), (21, 1)], [*shared, (18, 1)], [*shared, (19, 2)]]
+    assert packed.segments[3:] == [[(0, 10)], [(30, 2)], [(22, 8)]]
+    assert packed_tokens([prefix, prefix, prefix]) == 10
 
 
-rooms = st.integers(4, 60)
+@given(rows=many_rows, limit=limits, share=st.booleans())
+def test_groups_contain_each_row_once_and_keep_the_limit(rows, limit, share):
+    groups = bin_pack(rows, limit, share_prefix=share)
+    assert groups == bin_pack([list(row) for row in rows], limit, share_prefix=share)
+    assert sorted(r for group in groups for r in group) == list(range(len(rows)))
+    assert all(group == sorted(group) for group in groups)
+    sizes = [packed_tokens([rows[r] for r in group], share) for group in groups]
+    assert all(n <= limit or len(group) == 1 for n, group in zip(sizes, groups, strict=True))
+    assert sum(2 * n <= limit for n in sizes) <= 1  # two groups that are half empty would be one
 
 
-@given(rows=rows(most=14), room=rooms, share=st.booleans())
-def test_each_row_goes_into_one_pack_that_keeps_to_the_room(rows, room, share):
-    packs = bin_pack(rows, room, share_prefix=share)
-    assert sorted(r for pack in packs for r in pack) == list(range(len(rows)))
-    assert all(pack == sorted(pack) for pack in packs)
-    for pack in packs:
-        assert laid_tokens([rows[r] for r in pack], share) <= room or len(pack) == 1
-
-
-@given(rows=rows(most=14), room=rooms, share=st.booleans())
-def test_no_two_packs_would_go_into_one_that_is_half_empty(rows, room, share):
-    """A row goes where it fits."""
-    sizes = [laid_tokens([rows[r] for r in pack], share) for pack in bin_pack(rows, room, share_prefix=share)]
-    assert sum(2 * n <= room for n in sizes) <= 1
-
-
-@given(rows=rows(most=14), room=rooms)
-def test_sharing_lays_fewer_tokens(rows, room):
+@given(rows=many_rows, limit=limits)
+def test_sharing_packs_fewer_tokens(rows, limit):
     def total(share):
-        return sum(laid_tokens([rows[r] for r in pack], share) for pack in bin_pack(rows, room, share_prefix=share))
+        groups = bin_pack(rows, limit, share_prefix=share)
+        return sum(packed_tokens([rows[r] for r in group], share) for group in groups)
 
     assert total(True) <= total(False) == sum(map(len, rows))
 
 
-def test_rows_that_begin_alike_go_together():
-    prompts = [[p] * 20 for p in range(4)]
-    some = [[*prompts[i % 4], *range(100 + 10 * i, 105 + 10 * i)] for i in range(16)]
-    packs = bin_pack(some, 40)
-    assert sorted(map(len, packs)) == [4, 4, 4, 4]
-    assert all(len({r % 4 for r in pack}) == 1 for pack in packs)
+def test_rows_with_a_common_prefix_go_together():
+    some = [[*[i % 4] * 20, *range(100 + 10 * i, 105 + 10 * i)] for i in range(16)]
+    groups = bin_pack(some, 40)
+    assert sorted(map(len, groups)) == [4, 4, 4, 4]
+    assert all(len({r % 4 for r in group}) == 1 for group in groups)
 
 
-@settings(max_examples=30)
-@given(rows=rows(), room=rooms, share=st.booleans())
-def test_the_same_rows_are_laid_the_same(rows, room, share):
-    first, again = (bin_pack([list(r) for r in rows], room, share_prefix=share) for _ in range(2))
-    assert first == again
-    assert pack_sequences(rows, share_prefix=share) == pack_sequences([list(r) for r in rows], share_prefix=share)
-
-
-def test_no_room_named_is_one_pack():
+def test_limit_of_a_group():
     assert bin_pack([[1], [2, 3]], None) == [[0, 1]]
     assert bin_pack([[1] * 50, [2]], 10) == [[0], [1]]

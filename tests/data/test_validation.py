@@ -1,4 +1,4 @@
-"""Validation of a data set: the report, issues of templates and texts, similar rows, and what people see."""
+"""Validation of a data set: the report, issues of templates and texts, similar rows."""
 
 import json
 import random
@@ -24,8 +24,10 @@ from slimtune.data.validation.report import (
 from slimtune.data.validation.text_checks import find_rendered_format, find_text_issues, is_placeholder
 from slimtune.errors import DataError, ModelError, UsageError
 
-CHATML = make_tokenizer(template_text("smollm2"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-GEMMA = make_tokenizer(template_text("gemma"), ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"])
+CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+GEMMA_TOKENS = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"]
+CHATML = make_tokenizer(template_text("smollm2"), CHATML_TOKENS)
+GEMMA = make_tokenizer(template_text("gemma"), GEMMA_TOKENS)
 WORDS = ["sage", "oak", "river", "lamp", "stone", "cloud", "fern", "hill", "iron", "jar", "kite", "leaf", "moon",
          "nest", "owl", "pine", "quill", "rope", "sand", "tent"]  # fmt: skip
 
@@ -39,10 +41,12 @@ def random_words(rng, n):
     return " ".join(rng.choices(WORDS, k=n))
 
 
-def make_rows(n=30):
+def make_rows(n=30, **replaced):
+    """Chats of random words; `row3=…` replaces the third."""
     rng = random.Random(0)
     answers = [(random_words(rng, 6), random_words(rng, rng.randint(4, 30))) for _ in range(n)]
-    return [chat(f"Tell {i}: {question}?", f"{answer} {i}.") for i, (question, answer) in enumerate(answers)]
+    rows = [chat(f"Tell {i}: {question}?", f"{answer} {i}.") for i, (question, answer) in enumerate(answers)]
+    return [replaced.get(f"row{i}", row) for i, row in enumerate(rows, 1)]
 
 
 def write(path, rows):
@@ -54,14 +58,11 @@ def validate(tmp_path, rows, tokenizer=CHATML, **options):
     return validate_file(write(tmp_path / "rows.jsonl", rows), tokenizer, model="tiny", processes=1, **options)
 
 
-def issues_of(report):
+def list_issues(report):
     return {issue["code"]: (issue["severity"], issue["lines"]) for issue in report["issues"]}
 
 
-# --- the report
-
-
-def test_report_counts_what_training_would_keep(tmp_path):
+def test_report_counts_what_training_keeps(tmp_path):
     report = validate(tmp_path, make_rows(), rows_per_step=4)
     assert (report["format"], report["rows"], report["verdict"], report["issues"]) == ("chat", 30, "ok", [])
     dataset, counts = tokenize_dataset(open_rows(report["file"]), CHATML, max_seq_len=1024, path="x")
@@ -86,98 +87,79 @@ def test_report_counts_what_training_would_keep(tmp_path):
 def test_training_gets_the_same_report(tmp_path):
     rows = make_rows(2 * BATCH_SIZE + 40)
     rows[BATCH_SIZE + 3] = rows[1]
-    path = write(tmp_path / "a.jsonl", rows)
-    alone = validate_file(path, CHATML, model="m", processes=1)
+    alone = validate(tmp_path, rows)
     report = DatasetReport(CHATML, "chat", max_seq_len=1024)
-    tokenize_dataset(open_rows(path), CHATML, max_seq_len=1024, path=path, reporter=report)
-    assert issues_of(alone) == {"duplicate": ("warning", [BATCH_SIZE + 4])}
-    assert {**alone, "seconds": 0} == {**report.to_dict(file=path, model="m"), "seconds": 0}
+    tokenize_dataset(open_rows(alone["file"]), CHATML, max_seq_len=1024, path="x", reporter=report)
+    assert list_issues(alone) == {"duplicate": ("warning", [BATCH_SIZE + 4])}
+    assert {**alone, "seconds": 0} == {**report.to_dict(file=alone["file"], model="tiny"), "seconds": 0}
 
 
 @pytest.mark.parametrize(("policy", "severity"), [("drop", "warning"), ("truncate", "warning"), ("error", "error")])
 def test_long_rows(tmp_path, policy, severity):
-    rows = make_rows()
-    rows[4] = chat("Why?", random_words(random.Random(5), 200))
+    rows = make_rows(row5=chat("Why?", random_words(random.Random(5), 200)))
     report = validate(tmp_path, rows, max_seq_len=400, on_overlong=policy)
-    assert issues_of(report) == {"too-long": (severity, [5])}
+    assert list_issues(report) == {"too-long": (severity, [5])}
     assert report["overlong"] == {"rows": 1, "lines": [5]}
     if policy != "error":
         rows = open_rows(report["file"])
         _, counts = tokenize_dataset(rows, CHATML, max_seq_len=400, on_overlong=policy, path="x")
         assert report["tokens"] == counts.tokens
+    assert list_issues(validate(tmp_path, make_rows(), max_seq_len=40))["too-long"][0] == "error"  # nearly all are
 
 
-def test_long_rows_are_an_error_if_nearly_all_are(tmp_path):
-    assert issues_of(validate(tmp_path, make_rows(), max_seq_len=40))["too-long"][0] == "error"
-
-
-def test_invalid_rows_are_errors_with_their_cause(tmp_path):
+def test_invalid_rows(tmp_path):
     path = write(tmp_path / "a.jsonl", make_rows())
     path.write_text(path.read_text() + "{\n" + json.dumps({"messages": []}) + "\n")
     report = validate_file(path, CHATML, model="m", processes=1)
-    assert issues_of(report) == {"bad-json": ("error", [31]), "no-assistant-turn": ("error", [32])}
+    assert list_issues(report) == {"bad-json": ("error", [31]), "no-assistant-turn": ("error", [32])}
     assert [(r["line"], r["code"]) for r in report["invalid_rows"]] == [(31, "bad-json"), (32, "no-assistant-turn")]
     assert "does not parse as JSON" in report["invalid_rows"][0]["cause"]
     assert (report["invalid_count"], report["rows"]) == (2, 32)
 
 
-def test_wrong_settings(tmp_path):
-    for options in ({"max_seq_len": 1}, {"rows_per_step": 0}):
-        with pytest.raises(UsageError):
-            validate(tmp_path, make_rows(3), **options)
+@pytest.mark.parametrize("options", [{"max_seq_len": 1}, {"rows_per_step": 0}])
+def test_settings_out_of_range(tmp_path, options):
+    with pytest.raises(UsageError):
+        validate(tmp_path, make_rows(3), **options)
 
 
 def test_errors_stop_training(tmp_path):
-    rows = make_rows()
-    rows[4] = chat("Hi", "So<|im_end|>")
     with pytest.raises(DataError) as error:
-        raise_if_invalid(validate(tmp_path, rows))
+        raise_if_invalid(validate(tmp_path, make_rows(row5=chat("Hi", "So<|im_end|>"))))
     assert error.value.message.endswith("('<|im_end|>', assistant): line 5")
     assert "--force" in error.value.hint
     raise_if_invalid(validate(tmp_path, make_rows()))
 
 
-# --- issues of the template
+SYSTEM = chat("Why?", "So.", system="Be brief.")
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|end|>{% endif %}{% endfor %}"
+)
+NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+NAMED = make_tokenizer(template_text("smollm2"), ["<s>", "<filename>", *CHATML_TOKENS])
+END = chat("What ends a turn?", "It is <end_of_turn>, they say.")
 
 
-def test_rows_that_the_template_refuses_or_leaves_out(tmp_path):
-    rows = make_rows()
-    rows[7] = chat("Why?", "So.", system="Be brief.")
-    report = validate(tmp_path, rows, GEMMA)
-    assert issues_of(report) == {"template-refuses": ("error", [8])}
-    assert "System role not supported" in report["issues"][0]["what"]
-    no_system = make_tokenizer(
-        "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|end|>{% endif %}{% endfor %}",
-        ["<|end|>"],
-    )
-    assert issues_of(validate(tmp_path, rows, no_system)) == {"template-leaves-out": ("error", [8])}
+@pytest.mark.parametrize(
+    ("tokenizer", "row", "issues"),
+    [
+        (GEMMA, SYSTEM, {"template-refuses": ("error", [3])}),
+        (make_tokenizer(NO_SYSTEM, ["<|end|>"]), SYSTEM, {"template-leaves-out": ("error", [3])}),
+        (make_tokenizer("<bos>" + template_text("gemma"), GEMMA_TOKENS), None, {"doubled-bos": ("error", [1, 2, 3])}),
+        (make_tokenizer(NO_END, ["<s>"]), None, {"missing-end": ("error", [1, 2, 3])}),
+        (GEMMA, END, {"control-token-in-text": ("error", [3])}),
+        (CHATML, END, {}),  # another base reads it as text
+        (NAMED, chat("How?", "cat <filename>"), {}),  # people type it
+    ],
+)
+def test_issues_that_depend_on_the_template(tmp_path, tokenizer, row, issues):
+    rows = make_rows(3) if row is None else make_rows(3, row3=row)
+    assert list_issues(validate(tmp_path, rows, tokenizer)) == issues
+
+
+def test_no_chat_template(tmp_path):
     with pytest.raises(ModelError, match="no chat template"):
-        validate(tmp_path, rows, make_tokenizer(None, ["<s>"]))
-
-
-def test_doubled_bos(tmp_path):
-    twice = make_tokenizer("<bos>" + template_text("gemma"), ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"])
-    assert issues_of(validate(tmp_path, make_rows(3), twice)) == {"doubled-bos": ("error", [1, 2, 3])}
-    assert issues_of(validate(tmp_path, make_rows(3), GEMMA)) == {}
-
-
-def test_turns_without_an_end(tmp_path):
-    plain = make_tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", ["<s>"])
-    report = validate(tmp_path, make_rows(), plain)
-    assert issues_of(report) == {"missing-end": ("error", list(range(1, SHOWN_LINES + 1)))}
-    assert report["issues"][0]["count"] == 30
-
-
-def test_control_tokens_depend_on_the_base(tmp_path):
-    rows = make_rows()
-    rows[2] = chat("What ends a turn?", "It is <end_of_turn>, they say.")
-    rows[3] = chat("And usage?", "cat <filename>")
-    assert issues_of(validate(tmp_path, rows, GEMMA)) == {"control-token-in-text": ("error", [3])}
-    named = make_tokenizer(template_text("smollm2"), ["<|endoftext|>", "<filename>", "<|im_start|>", "<|im_end|>"])
-    assert issues_of(validate(tmp_path, rows, named)) == {}
-
-
-# --- issues of texts
+        validate(tmp_path, make_rows(3), make_tokenizer(None, ["<s>"]))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +174,7 @@ def test_control_tokens_depend_on_the_base(tmp_path):
         ("NÃO É MAÇÃ", None), ("« à »", None), ("def f():\n\tpass\n\f", None), ("👩‍👩‍👧 می‌خواهم", None),
     ],
 )  # fmt: skip
-def test_issues_of_a_text(text, code):
+def test_text_issue(text, code):
     assert [c for c, _ in find_text_issues([text])] == ([code] if code else [])
 
 
@@ -206,66 +188,46 @@ def test_rendered_text_begins_with_its_format():
 
 def test_placeholder_answers():
     assert all(map(is_placeholder, ("...", " — ", "nan", "[removed]", "TODO", "#N/A")))
-    assert not any(
-        map(
-            is_placeholder,
-            ("+", "👍", "4", "A", "None", "null", "N/A", "да", "π", "nan is a float", "=", ".- -...", ":-)"),
-        )
-    )
-
-
-# --- rows that are alike
+    answers = ("+", "👍", "4", "A", "None", "null", "N/A", "да", "π", "nan is a float", "=", ".- -...", ":-)")
+    assert not any(map(is_placeholder, answers))
 
 
 def test_hashes_ignore_white_space_and_unicode_form():
     assert near.hash_texts("a  b\n") == near.hash_texts("a b")
     assert near.hash_texts("e\u0301") == near.hash_texts("\u00e9")
-    assert (
-        len({near.hash_texts("a b"), near.hash_texts("A b"), near.hash_texts("a", "b"), near.hash_texts("a b.")}) == 4
-    )
+    assert len({near.hash_texts(*texts) for texts in (["a b"], ["A b"], ["a", "b"], ["a b."])}) == 4
 
 
 def test_near_duplicates_have_the_true_similarity():
-    draw = random.Random(3)
-    rows = [[draw.randrange(5000) for _ in range(120)] for _ in range(200)]
-    pairs = {}
-    for i, changed in enumerate(range(0, 40, 2)):  # token edits, from none to 40 of 120
-        again = list(rows[i])
-        for at in draw.sample(range(120), changed):
-            again[at] = draw.randrange(5000)
-        pairs[len(rows)] = i
-        rows.append(again)
-    masks = [[True] * len(r) for r in rows]
-    signed, judged = near.compute_signatures(rows, masks, np.zeros(0, np.uint32))
-    assert judged.all()
-    found = dict(zip(*(x.tolist() for x in near.find_near_duplicates(signed)), strict=True))
-
-    def grams(row):
-        return set(zip(row, row[1:], row[2:], strict=False))
-
-    for late, early in pairs.items():
-        a, b = grams(rows[late]), grams(rows[early])
-        true = len(a & b) / len(a | b)
-        if true > 0.92:
-            assert found[late] == early, true
-        if true < 0.65:
-            assert late not in found, true
-    assert set(found) <= set(pairs)
-    # The same over two files.
-    late, early = near.find_near_duplicates(signed[:200], signed[200:])
-    assert {(n + 200, of) for n, of in zip(late.tolist(), early.tolist(), strict=True)} == set(found.items())
+    rng = random.Random(3)
+    rows = [[rng.randrange(5000) for _ in range(120)] for _ in range(200)]
+    for i, changed in enumerate(range(0, 40, 2)):  # row 200 + i is row i with that many of its 120 tokens changed
+        rows.append(list(rows[i]))
+        for at in rng.sample(range(120), changed):
+            rows[-1][at] = rng.randrange(5000)
+    signatures, comparable = near.compute_signatures(rows, [[True] * len(r) for r in rows], np.zeros(0, np.uint32))
+    assert comparable.all()
+    found = dict(zip(*(x.tolist() for x in near.find_near_duplicates(signatures)), strict=True))
+    for i in range(20):
+        a, b = (set(zip(row, row[1:], row[2:], strict=False)) for row in (rows[i], rows[200 + i]))
+        similarity = len(a & b) / len(a | b)
+        if similarity > 0.92:
+            assert found[200 + i] == i, similarity
+        if similarity < 0.65:
+            assert 200 + i not in found, similarity
+    assert min(found) >= 200
+    late, early = near.find_near_duplicates(signatures[:200], signatures[200:])  # the same over two files
+    assert dict(zip((late + 200).tolist(), early.tolist(), strict=True)) == found
 
 
 def test_common_trigrams_do_not_count():
     shared, own = list(range(40)), list(range(100, 130))
-    known = near.find_common_trigrams([[*shared, 200 + i, 300 + i] for i in range(20)])
-    _, judged = near.compute_signatures(
-        [shared + own, [*shared, 7, 8, 9]], [[False] * 40 + [True] * 30, [True] * 43], known
-    )
-    assert judged.tolist() == [True, False]
+    common = near.find_common_trigrams([[*shared, 200 + i, 300 + i] for i in range(20)])
+    rows, supervised = [shared + own, [*shared, 7, 8, 9]], [[False] * 40 + [True] * 30, [True] * 43]
+    assert near.compute_signatures(rows, supervised, common)[1].tolist() == [True, False]
     assert len(near.find_common_trigrams([own])) == 0
-    assert near.compute_signatures([], [], known)[0].shape == (0, 2 * near.HASHES)
-    assert near.compute_signatures([[1], [2, 3]], [[True], [True, True]], known)[1].tolist() == [False, False]
+    assert near.compute_signatures([], [], common)[0].shape == (0, 2 * near.HASHES)
+    assert near.compute_signatures([[1], [2, 3]], [[True], [True, True]], common)[1].tolist() == [False, False]
 
 
 def test_repeats_name_the_first():
@@ -273,22 +235,24 @@ def test_repeats_name_the_first():
     assert (again.tolist(), first.tolist()) == ([2, 3, 5], [0, 1, 0])
 
 
-def test_severity_depends_on_the_share_of_rows():
-    for count, severity in ((1, "warning"), (10, "error")):
-        report = DatasetReport(CHATML, "chat", max_seq_len=9)
-        report.total.rows = 100
-        report.add_issue("mojibake", range(1, count + 1))
-        (found,) = report.to_dict(file="x", model="m")["issues"]
-        assert (found["severity"], found["count"]) == (severity, count)
+@pytest.mark.parametrize(("count", "severity"), [(1, "warning"), (10, "error")])
+def test_severity_depends_on_the_share_of_rows(count, severity):
+    report = DatasetReport(CHATML, "chat", max_seq_len=9)
+    report.total.rows = 100
+    report.add_issue("mojibake", range(1, count + 1))
+    (found,) = report.to_dict(file="x", model="m")["issues"]
+    assert (found["severity"], found["count"]) == (severity, count)
 
 
-def test_an_issue_as_text():
-    issue = {"count": 3, "what": "rows", "lines": [4, 9, 11], "code": "x"}
-    assert format_issue(issue) == "rows: 3 rows, lines 4, 9, 11"
-    assert format_issue({**issue, "count": 50}) == "rows: 50 rows, lines 4, 9, 11, … (47 more)"
+def test_an_issue_names_its_first_lines(tmp_path):
+    report = validate(tmp_path, make_rows(30), make_tokenizer(NO_END, ["<s>"]))
+    assert list_issues(report) == {"missing-end": ("error", list(range(1, SHOWN_LINES + 1)))}
+    assert format_issue(report["issues"][0]).endswith(
+        "30 rows, lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, … (18 more)"
+    )
 
 
-def test_the_documentation_names_every_issue():
+def test_documentation_names_every_issue():
     text = (Path(__file__).parents[2] / "docs" / "data_report.md").read_text(encoding="utf-8")
     table = dict(re.findall(r"^\| (`.*?) \| .* \|(.*)\|$", text, re.MULTILINE))
     shares = {code: share.strip() for codes, share in table.items() for code in re.findall(r"`([\w-]+)`", codes)}
