@@ -10,7 +10,7 @@ from several_adapters import add_adapters
 import slimtune
 from slimtune import LoraConfig, PeftModel, convert_to_lora, save_as_lora
 from slimtune.adapters.layer import get_site
-from slimtune.errors import SlimtuneError, UsageError
+from slimtune.errors import UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 CLOSE = 1e-9
@@ -184,7 +184,11 @@ REFUSED = [
     (BOTH, {"svd_clamp": 7}, "svd_clamp is 7"),
     (BOTH, {"majority_sign_method": "most"}, "majority_sign_method is 'most'"),
     ((["default", "three"], [1, 1]), {}, "svd_rank is not given, and adapter 'three' has no rank"),
-    ((["default", "three"], [1, 1]), {"combination_type": "cat"}, "needs A and B, which adapter 'three' does not have"),
+    (
+        (["default", "three"], [1, 1]),
+        {"combination_type": "cat"},
+        "needs A and B, which adapter 'three' does not have",
+    ),
 ]
 
 
@@ -215,13 +219,6 @@ def test_methods_without_weight_change_are_rejected(base, cls, settings):
     ):
         with pytest.raises(UsageError, match="adapter 'two' cannot become a LoRA, at"):
             convert()
-
-
-def test_merged_adapter_is_rejected():
-    model = make_model(llama, ONE, TWO)
-    model.merge_adapter()
-    with pytest.raises(UsageError, match="is merged into the base"):
-        model.to_lora("default", 2)
 
 
 @pytest.mark.parametrize(("cls", "settings"), [("LoraConfig", ONE), *OTHERS], ids=str)
@@ -267,7 +264,11 @@ def test_convert_to_lora_equals_peft(rank, tmp_path):
         assert (tensors[B] @ tensors[A] - expected[B] @ expected[A]).abs().max() < 1e-5  # PEFT computes in float32
 
 
-@pytest.mark.parametrize("rank", [0, -1, 1.5, 0.0, True])
-def test_invalid_rank(rank):
-    with pytest.raises(SlimtuneError, match="rank is"):
-        make_model(llama, ONE).to_lora("default", rank)
+def test_to_lora_refuses_invalid_ranks_and_merged_adapters():
+    model = make_model(llama, ONE)
+    for rank in (0, -1, 1.5, 0.0, True):
+        with pytest.raises(UsageError, match="rank is"):
+            model.to_lora("default", rank)
+    model.merge_adapter()
+    with pytest.raises(UsageError, match="is merged into the base"):
+        model.to_lora("default", 2)

@@ -2,24 +2,12 @@
 
 import threading
 
+import models_zoo as zoo
 import peft
 import pytest
 import torch
 import transformers as tf
-from models_zoo import (
-    bert_classifier,
-    bert_encoder,
-    bert_tagger,
-    gemma3,
-    gpt2,
-    llama,
-    roberta_classifier,
-    run,
-    same_base,
-    snapshot,
-    t5,
-    tokens,
-)
+from models_zoo import gpt2, llama, run, same_base, snapshot, tokens
 from several_adapters import add_adapters
 from torch import nn
 
@@ -84,23 +72,23 @@ def test_split_head_of_a_frozen_base_stays_frozen():
 def test_scaled_embedding_scales_the_change():
     settings = {"target_modules": ["embed_tokens"], "init_lora_weights": False}
     torch.manual_seed(1)
-    theirs = peft.get_peft_model(gemma3(), peft.LoraConfig(**settings)).eval()
+    theirs = peft.get_peft_model(zoo.gemma3(), peft.LoraConfig(**settings)).eval()
     torch.manual_seed(1)
-    model = get_peft_model(gemma3(), LoraConfig(**settings)).eval()
+    model = get_peft_model(zoo.gemma3(), LoraConfig(**settings)).eval()
     expected = run(model)
     assert (expected - run(theirs)).abs().max() < 1e-9
     model.merge_adapter()
     assert (run(model) - expected).abs().max() < 1e-9
     with model.disable_adapter():
-        assert torch.equal(run(model), run(gemma3()))
+        assert torch.equal(run(model), run(zoo.gemma3()))
 
 
 CASES = [
-    (bert_classifier, {"task_type": "SEQ_CLS"}),
-    (roberta_classifier, {"task_type": "SEQ_CLS"}),
-    (bert_tagger, {"task_type": "TOKEN_CLS"}),
+    (zoo.bert_classifier, {"task_type": "SEQ_CLS"}),
+    (zoo.roberta_classifier, {"task_type": "SEQ_CLS"}),
+    (zoo.bert_tagger, {"task_type": "TOKEN_CLS"}),
     (gpt2, {"bias": "lora_only"}),
-    (bert_classifier, {"bias": "all"}),
+    (zoo.bert_classifier, {"bias": "all"}),
 ]
 
 
@@ -130,7 +118,7 @@ def test_two_adapters_cannot_copy_one_module():
     assert model.active_adapters == ["second"]
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, t5, bert_encoder])
+@pytest.mark.parametrize("make", [llama, gpt2, zoo.t5, zoo.bert_encoder])
 def test_printed_parameters_equal_peft(make, capsys):
     get_peft_model(make(), LoraConfig(r=4)).print_trainable_parameters()
     ours = capsys.readouterr().out

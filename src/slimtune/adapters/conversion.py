@@ -142,14 +142,13 @@ class ConversionMixin:
         self._require_unmerged()
         with self.disable_adapter():
             deltas = get_weight_deltas(self, names, weights)
-            kind = _resolve_type(deltas, kind, svd_rank, single=len(names) == 1)
+            kind, rank = _resolve_type(deltas, kind, svd_rank, single=len(names) == 1)
             pruning = kind.removesuffix("svd").removesuffix("_")
             how: dict[str, Any] = {"kind": pruning, "density": density or 1, "sign_by": majority_sign_method}
             pairs: dict[str, LoraPair]
             if kind == "cat":
                 pairs = {n: _concatenate(layer) for n, layer in deltas.items()}
             elif kind.endswith("svd"):
-                rank = svd_rank or _get_largest_rank(deltas)
                 prune = how if pruning else None
                 pairs = {n: _approximate(layer, rank, prune, svd_clamp, svd_driver)[:2] for n, layer in deltas.items()}
             else:
@@ -263,34 +262,30 @@ def _require(condition: bool, message: str, expected: str) -> None:
         raise UsageError(message, expected)
 
 
-def _resolve_type(deltas: Mapping[str, list[WeightDelta]], kind: str, rank: int | None, single: bool) -> str:
-    """Return the combination type to use; raise if it needs factors or equal ranks that the adapters do not have."""
-    if single and rank is None and all(d.factors is not None for layer in deltas.values() for d in layer):
-        return "linear"
+def _resolve_type(
+    deltas: Mapping[str, list[WeightDelta]], kind: str, rank: int | None, single: bool
+) -> tuple[str, int]:
+    """Return the combination type and the svd rank to use; raise if the adapters lack the factors or ranks it needs."""
+    every = [d for layer in deltas.values() for d in layer]
+    without = next((d for d in every if d.factors is None), None)
+    if single and rank is None and without is None:
+        return "linear", 0
+    if without is not None and not kind.endswith("svd"):
+        where = f"which adapter {without.adapter!r} does not have at {without.site.name}"
+        raise UsageError(
+            f"combination_type={kind!r} needs A and B, {where}", hint='combination_type="svd" with an svd_rank'
+        )
+    if without is not None and rank is None:
+        message = f"svd_rank is not given, and adapter {without.adapter!r} has no rank at {without.site.name}"
+        raise UsageError(message, "an svd_rank, such as 32")
     if kind.endswith("svd"):
-        return kind
+        return kind, rank or max(d.factors[0].shape[0] for d in every)
     for name, layer in deltas.items():
-        ranks = {}
-        for delta in layer:
-            if delta.factors is None:
-                raise UsageError(
-                    f"combination_type={kind!r} needs A and B, which adapter {delta.adapter!r} does not have at {name}",
-                    hint='combination_type="svd" with an svd_rank',
-                )
-            ranks[delta.adapter] = delta.factors[0].shape[0]
+        ranks = {d.adapter: d.factors[0].shape[0] for d in layer}
         if kind != "cat" and len(set(ranks.values())) > 1:
             message = f"combination_type={kind!r} adds A and B, whose ranks at {name} are {ranks}"
             raise UsageError(message, "equal ranks", 'combination_type="cat" or "svd"')
-    return kind
-
-
-def _get_largest_rank(deltas: Mapping[str, list[WeightDelta]]) -> int:
-    every = [d for layer in deltas.values() for d in layer]
-    for delta in every:
-        if delta.factors is None:
-            message = f"svd_rank is not given, and adapter {delta.adapter!r} has no rank at {delta.site.name}"
-            raise UsageError(message, "an svd_rank, such as 32")
-    return max(d.factors[0].shape[0] for d in every if d.factors is not None)
+    return kind, 0
 
 
 def _concatenate(deltas: list[WeightDelta]) -> LoraPair:
