@@ -7,6 +7,8 @@ import peft
 import pytest
 import torch
 import transformers as tf
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
 from models_zoo import gpt2, llama, run, same_base, snapshot, tokens
 from several_adapters import add_adapters
 from torch import nn
@@ -247,3 +249,61 @@ def test_forward_kept_by_a_wrapper_runs_after_unload():
     forward = model.forward
     model.unload()
     assert torch.equal(forward(input_ids=tokens()).last_hidden_state, run(llama().model))
+
+
+# --- under other libraries: hooks, replicas, checkpointing ------------------------------------------------------------
+
+
+RANDOM = {"r": 4, "init_lora_weights": False}
+
+
+def attach_random(model):
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(**RANDOM)).eval()
+
+
+def enable_checkpointing(model):
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return model
+
+
+@pytest.mark.parametrize("hooks", ["before", "after"])
+def test_accelerate_hooks(hooks):
+    plain, expected = run(llama()), run(attach_random(llama()))
+    if hooks == "before":
+        model = attach_random(dispatch_model(llama(), {"": "cpu"}, force_hooks=True))
+    else:
+        model = dispatch_model(attach_random(llama()), {"": "cpu"}, force_hooks=True)
+    assert torch.equal(run(model), expected)
+    base = model.unload()
+    assert torch.equal(run(base), plain)
+    remove_hook_from_submodules(base)
+    assert torch.equal(run(base), plain)
+
+
+def test_replica_runs_with_its_own_weights():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"], **RANDOM))
+    layer, weight, x = model[0], torch.ones(4, 4), torch.rand(2, 4)
+    replica = layer._replicate_for_data_parallel()
+    replica.weight, replica.bias = weight, torch.zeros(4)  # as DataParallel sets them
+    assert replica.weight is weight
+    A, B, scale = layer.adapters["default"].low_rank_factors()
+    assert torch.allclose(replica(x), x @ weight.t() + scale * x @ A.t() @ B.t())
+    assert not torch.equal(layer.weight, weight)
+    del layer.weight
+    assert not hasattr(layer, "weight")
+
+
+def test_unload_removes_the_gradient_hook():
+    base = enable_checkpointing(llama())
+    hooks = base.get_input_embeddings()._forward_hooks
+    before = len(hooks)
+    model = attach_random(base)
+    assert len(hooks) > before or before
+    model.unload()
+    assert len(hooks) <= before
+
+
+def test_plain_module_around_a_checkpointed_model():
+    outer = nn.ModuleDict({"inner": enable_checkpointing(llama())})
+    assert get_peft_model(outer, LoraConfig(target_modules=["q_proj"])).match_report().adapted

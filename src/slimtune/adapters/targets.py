@@ -75,7 +75,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     """
     modules = {n: m for n, m in model.named_modules() if n and not {"adapters", "trained_copies"} & set(n.split("."))}
     whole = _select_modules_to_save(modules, config, strict)
-    inside_whole = {n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole)}
+    inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
     kinds: dict[str, SiteKind] = {}
     further = config.extra_targets(model)
     if {"linear", "embedding", "norm", "block"} & set(config.kinds):
@@ -89,18 +89,17 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         if strict:
             _check_every_pattern_matches(config, matched)
     if twice := [n for n in further if n in kinds]:
-        raise TargetError(
-            f"{format_names(twice)} is a target and also changed by another field of the config",
-            hint="take it out of target_modules, or use two adapters",
-        )
+        message = f"{format_names(twice)} is a target and also changed by another field of the config"
+        raise TargetError(message, hint="take it out of target_modules, or use two adapters")
     with_bias = {"none": set(), "all": set(modules)}.get(getattr(config, "bias", "none"), set(kinds))
     biases = [n for n in modules if n in with_bias and isinstance(modules[n]._parameters.get("bias"), Tensor)]
-    copied = {n: [p for p, tensor in modules[n]._parameters.items() if tensor is not None] for n in inside_whole}
-    copied = {n: copied.get(n) or ["bias"] for n in modules if copied.get(n) or n in {*biases} - inside_whole}
+    copied = {n: ["bias"] for n in biases}
+    for name in inside_whole:
+        if own := [p for p, tensor in modules[name]._parameters.items() if tensor is not None]:
+            copied[name] = own
     kinds |= further
-    unadapted = [n for n, m in modules.items() if _is_linear_or_embedding(m) and n not in {*kinds, *inside_whole}]
-    bias_names = tuple(f"{n}.bias" for n in biases)
-    return MatchReport(tuple(kinds), tuple(whole), bias_names, tuple(unadapted), kinds, copied)
+    rest = [n for n, m in modules.items() if _is_linear_or_embedding(m) and n not in kinds and n not in inside_whole]
+    return MatchReport(tuple(kinds), tuple(whole), tuple(f"{n}.bias" for n in biases), tuple(rest), kinds, copied)
 
 
 def matches_name(wanted: Iterable[str] | str, name: str) -> bool:
@@ -137,12 +136,11 @@ def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[s
     if targets is None:
         default = config.default_targets(model)
         if default is None:
-            architecture = model_type(model) or type(model).__name__
-            raise TargetError(
-                f"target_modules is None, and there is no default for {architecture!r}",
-                _describe_targets(modules),
-                'name the modules, or set target_modules="all-linear"',
+            message = (
+                f"target_modules is None, and there is no default for {model_type(model) or type(model).__name__!r}"
             )
+            hint = 'name the modules, or set target_modules="all-linear"'
+            raise TargetError(message, _describe_targets(modules), hint)
         return default
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return targets
