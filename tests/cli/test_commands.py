@@ -1,4 +1,4 @@
-"""The commands parse, call the library and print. The library is replaced by stand-ins: its own tests prove it."""
+"""The commands parse, call the library and print. The library is replaced: its own tests prove it."""
 
 import json
 import subprocess
@@ -7,9 +7,8 @@ import types
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from slimtune.cli import COMMANDS, app
+from slimtune.cli import COMMANDS
 from slimtune.config import Recipe, aliases
 from slimtune.config.schema import iterate_settings
 from slimtune.evaluation.evaluate import EvalSettings
@@ -33,19 +32,15 @@ MEASURED = {
 }  # fmt: skip
 
 
-def slimtune(*args: str, stdin: str = ""):
-    return CliRunner().invoke(app, list(args), input=stdin, env={"COLUMNS": "80"})
-
-
 @pytest.fixture
-def stand_in(monkeypatch):
-    """Return `stand_in(module, name, result) -> calls`: replaces a function by one that records its calls."""
+def replace(monkeypatch):
+    """Return `replace(module, name, result) -> calls`: replaces a function by one that records its calls."""
 
-    def replace(module: str, name: str, result: dict) -> list:
+    def replace_function(module: str, name: str, result: dict) -> list:
         calls: list = []
 
-        def record(*args, **kwargs):
-            calls.append((args, kwargs))
+        def record(*args, **settings):
+            calls.append((args, settings))
             return result
 
         fake = types.ModuleType(f"slimtune.{module}")
@@ -53,14 +48,7 @@ def stand_in(monkeypatch):
         monkeypatch.setitem(sys.modules, f"slimtune.{module}", fake)
         return calls
 
-    return replace
-
-
-@pytest.fixture
-def rows(tmp_path) -> Path:
-    file = tmp_path / "rows.jsonl"
-    file.touch()
-    return file
+    return replace_function
 
 
 # --- all commands
@@ -70,7 +58,7 @@ def rows(tmp_path) -> Path:
     ("args", "code", "seconds"),
     [(["--help"], 0, 0.5), (["trian"], 2, 1), (["train", "--help"], 0, 1.2), (["train", "--rnak", "3"], 2, 1.2)],
 )
-def test_start_up_is_fast_and_imports_no_torch(args, code, seconds):
+def test_start_is_fast_without_torch(args, code, seconds):
     # The seconds of the process: on a busy machine the wall clock counts other work, too.
     script = f"""
 import sys, time
@@ -88,14 +76,14 @@ except SystemExit as e:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_in_80_columns(command):
+def test_help_has_80_columns(slimtune, command):
     done = slimtune(command, "--help")
     assert done.exit_code == 0
     assert "--json" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_every_setting_has_a_flag_with_its_help():
+def test_every_setting_has_a_flag(slimtune):
     text = " ".join(slimtune("train", "--help").stdout.split())
     for setting in iterate_settings(Recipe):
         assert f"{setting.flag} " in text
@@ -103,13 +91,12 @@ def test_every_setting_has_a_flag_with_its_help():
     assert text.index("Base model:") < text.index("Data:") < text.index("Method:") < text.index("Training:")
 
 
-def test_old_flags_lead_to_flags_that_exist():
+def test_old_flags_have_new_ones(slimtune):
     text = "".join(slimtune(command, "--help").stdout for command in COMMANDS)
-    missing = [new for new in aliases.FLAGS.values() if new not in text]
-    assert missing == []
+    assert [new for new in aliases.FLAGS.values() if new not in text] == []
 
 
-def test_no_command_and_version():
+def test_no_command_and_version(slimtune):
     assert slimtune().exit_code == 2
     assert "Usage:" in slimtune().stderr
     assert slimtune("--version").stdout.startswith("slimtune 0.")
@@ -118,17 +105,16 @@ def test_no_command_and_version():
 # --- train
 
 
-def test_train_from_flags_alone(stand_in, rows):
-    calls = stand_in("training.train", "train", RESULT)
+def test_train_from_flags(replace, slimtune, rows_file):
+    calls = replace("training.train", "train", RESULT)
     done = slimtune(
-        "train", "--model", "m", "--data", str(rows), "--out", "o", "--method", "lora", "--rank", "4", "--alpha", "6",
-        "--epochs", "2", "--max-steps", "9", "--lr", "1e-3", "--batch-size", "2", "--max-seq-len", "99",
-        "--on-overlong", "error", "--dtype", "fp32", "--seed", "7", "--validation", str(rows), 
-        "--trust-remote-code", "--no-packing",
+        "train", "--model", "m", "--data", rows_file, "--out", "o", "--method", "lora", "--rank", 4, "--alpha", 6,
+        "--epochs", 2, "--max-steps", 9, "--lr", "1e-3", "--batch-size", 2, "--max-seq-len", 99, "--seed", 7,
+        "--on-overlong", "error", "--dtype", "fp32", "--validation", rows_file, "--trust-remote-code", "--no-packing",
         "--column", "messages=talk", "--report-to", "wandb", "--revision", "null", "--set", "method.targets=[q_proj]",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    ((recipe,), how), = calls  # fmt: skip
+    (((recipe,), how),) = calls
     assert callable(how.pop("planner"))
     assert how == {"resume": False, "init_adapter": None, "force": False}
     config = recipe.method_config()
@@ -136,47 +122,38 @@ def test_train_from_flags_alone(stand_in, rows):
     train, data, model = recipe.train, recipe.data, recipe.model
     assert (train.epochs, train.max_steps, train.learning_rate, train.batch_size) == (2.0, 9, 1e-3, 2)
     assert (train.seed, train.packing, train.report_to, recipe.output_dir) == (7, False, ["wandb"], Path("o"))
-    assert (data.max_seq_len, data.on_overlong, data.train, data.validation) == (99, "error", rows, rows)
+    assert (data.max_seq_len, data.on_overlong, data.train, data.validation) == (99, "error", rows_file, rows_file)
     assert data.columns == {"messages": "talk"}
     assert (model.name, model.dtype, model.trust_remote_code, model.revision) == ("m", "float32", True, None)
     for part in ("1.5000", "1.0 MiB", "1.00 %", "runs/x/adapter", "slimtune eval runs/x"):
         assert part in done.stdout
 
 
-def test_flags_override_the_recipe_and_set_overrides_flags(stand_in, rows, tmp_path):
-    calls = stand_in("training.train", "train", RESULT)
+def test_set_overrides_flags_override_the_recipe(replace, slimtune_json, rows_file, tmp_path):
+    calls = replace("training.train", "train", RESULT)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("model: m\ndata: rows.jsonl\noutput_dir: o\nmethod: {r: 4}\ntrain: {epochs: 5, seed: 1}\n")
-    done = slimtune("train", str(recipe), "--rank", "8", "--epochs", "3", "--set", "train.epochs=2", "--json")
-    assert json.loads(done.stdout) == RESULT
-    ((loaded,), _), = calls  # fmt: skip
-    assert (loaded.method_config().r, loaded.train.epochs, loaded.train.seed, loaded.data.train) == (8, 2.0, 1, rows)
+    assert slimtune_json("train", recipe, "--rank", 8, "--epochs", 3, "--set", "train.epochs=2") == RESULT
+    loaded = calls[0][0][0]
+    assert (loaded.method_config().r, loaded.train.epochs, loaded.train.seed) == (8, 2.0, 1)
+    assert loaded.data.train == rows_file
 
 
-def test_resume_and_init_adapter(stand_in, rows):
-    calls = stand_in("training.train", "train", RESULT)
-    base = ["train", "--model", "m", "--data", str(rows), "--out", "o"]
-    assert slimtune(*base, "--resume").exit_code == 0
-    assert slimtune(*base, "--init-adapter", "runs/a").exit_code == 0
+def test_resume_and_init_adapter(replace, slimtune, rows_file, tmp_path):
+    calls = replace("training.train", "train", RESULT)
+    command = ["train", "--model", "m", "--data", rows_file, "--out", tmp_path]
+    other_run = slimtune(*command)
+    assert (other_run.exit_code, calls) == (2, []), "the folder is not empty"
+    assert slimtune(*command, "--resume").exit_code == 0
+    assert slimtune(*command[:-1], "o", "--init-adapter", "runs/a").exit_code == 0
     assert [(how["resume"], how["init_adapter"]) for _, how in calls] == [(True, None), (False, Path("runs/a"))]
-    done = slimtune(*base, "--resume", "--init-adapter", "runs/a")
-    assert done.exit_code == 2
-    assert "--resume and --init-adapter are both given" in done.stderr
-    assert len(calls) == 2
+    both = slimtune(*command, "--resume", "--init-adapter", "runs/a")
+    assert (both.exit_code, len(calls)) == (2, 2)
+    assert "--resume and --init-adapter are both given" in both.stderr
 
 
-def test_a_folder_with_another_run_is_refused(stand_in, rows, tmp_path):
-    calls = stand_in("training.train", "train", RESULT)
-    base = ["train", "--model", "m", "--data", str(rows), "--out", str(tmp_path)]
-    (tmp_path / "recipe.yaml").touch()
-    done = slimtune(*base)
-    assert (done.exit_code, calls) == (2, [])
-    assert "--resume" in done.stderr
-    assert slimtune(*base, "--resume").exit_code == 0
-
-
-def test_train_lists_all_that_is_missing():
-    done = slimtune("train", "--rank", "0", "--json")
+def test_train_lists_all_that_is_missing(slimtune):
+    done = slimtune("train", "--rank", 0, "--json")
     assert done.exit_code == 2
     for part in ("(flag --model)", "(flag --data)", "(flag --out)", "method.r: got 0"):
         assert part in done.stderr
@@ -184,93 +161,78 @@ def test_train_lists_all_that_is_missing():
 
 
 @pytest.mark.parametrize(
-    ("args", "text"),
+    ("args", "message"),
     [
         (["nowhere.yaml"], "there is no recipe file 'nowhere.yaml'"),
         (["--data", "no/rows.jsonl"], "data.train: there is no file"),
         (["--dtype", "bf17"], "model.dtype: got 'bf17'; did you mean 'bfloat16'?"),
         (["--method", "lore"], "did you mean 'lora'"),
-        (["--set", "train.epocs=1"], "did you mean 'epochs'"),
-        (["--set", "nonsense"], "path.to.field=value"),
         (["--column", "output"], "--column got 'output'"),
         (["--epochs", "many", "--lr", "-1"], "train.epochs: got 'many'; expected: a number, above 0"),
-        (["--epochs", "many", "--lr", "-1"], "train.learning_rate: got -1; expected: a number, above 0"),
         (["--rnak", "3"], "--rank"),
-        (["--targets"], "No such option"),
     ],
 )
-def test_wrong_train_flags(stand_in, rows, args, text):
-    calls = stand_in("training.train", "train", RESULT)
-    done = slimtune("train", "--model", "m", "--data", str(rows), "--out", "o", *args)
-    assert done.exit_code == 2
-    assert text in done.stderr
-    assert (done.stdout, calls) == ("", [])
+def test_wrong_train_flags(replace, slimtune, rows_file, args, message):
+    calls = replace("training.train", "train", RESULT)
+    done = slimtune("train", "--model", "m", "--data", rows_file, "--out", "o", *args)
+    assert (done.exit_code, done.stdout, calls) == (2, "", [])
+    assert message in done.stderr
 
 
 # --- eval, merge
 
 
-def test_eval_passes_its_options_on(monkeypatch):
+def test_eval_options(monkeypatch, slimtune):
     calls: list = []
-
-    def evaluate(run, settings):
-        calls.append((run, settings))
-        return MEASURED
-
-    monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", lambda *args: calls.append(args) or MEASURED)
     slimtune("eval", "runs/x")
-    plain = {"checks": [], "tasks": []}
-    assert calls[0] == (Path("runs/x"), EvalSettings(general_text=BUILT_IN_TEXT, **plain))
     slimtune("eval", "runs/x", "--split", "validation", "--data", "d.jsonl", "--general-text", "own.txt")
-    assert calls[1][1] == EvalSettings(split="validation", data=Path("d.jsonl"), general_text=Path("own.txt"), **plain)
-    slimtune("eval", "runs/x", "--skip-prompt-test", "--general-text", "none", "--forgetting-budget", "0.3",
-             "--generate", "4", "--max-new-tokens", "9", "--check", "json", "--check", "regex:a,b", "--tasks", "a, b",
+    slimtune("eval", "runs/x", "--skip-prompt-test", "--general-text", "none", "--forgetting-budget", 0.3,
+             "--generate", 4, "--max-new-tokens", 9, "--check", "json", "--check", "regex:a,b", "--tasks", "a, b",
              "--tasks-path", "t")  # fmt: skip
-    assert calls[2][1] == EvalSettings(
-        skip_prompt_test=True, general_text=None, forgetting_budget=0.3, generate=4, max_new_tokens=9,
-        checks=["json", "regex:a,b"], tasks=["a", "b"], tasks_path=Path("t"),
-    )  # fmt: skip
+    plain = {"checks": [], "tasks": []}
+    assert calls == [(Path("runs/x"), settings) for settings in (
+        EvalSettings(general_text=BUILT_IN_TEXT, **plain),
+        EvalSettings(split="validation", data=Path("d.jsonl"), general_text=Path("own.txt"), **plain),
+        EvalSettings(skip_prompt_test=True, general_text=None, forgetting_budget=0.3, generate=4, max_new_tokens=9,
+                     checks=["json", "regex:a,b"], tasks=["a", "b"], tasks_path=Path("t")),
+    )]  # fmt: skip
 
 
-def test_eval_prints_its_result(monkeypatch):
+def test_eval_screen(monkeypatch, slimtune, slimtune_json):
     monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", lambda run, settings: MEASURED)
-    done = slimtune("eval", "runs/x")
-    assert done.exit_code == 0
+    shown = slimtune("eval", "runs/x").stdout
     for part in (
         "4.0000", "3.0000", "54.60", "37.5 %", "0.9000 to 1.1000", "90 rows", "3000 supervised tokens",
         "0.1300 nats per token for the base, 0.1600 (0.1100 to 0.2200) for the tuned model",
         "forgotten on general text: 0.0310 (0.0200 to 0.0400) nats per token, budget 0.1",
         "Hi [b]\nreference: Ho\nbase: Hm\ntuned: Ha", "0.2500 ± 0.0400", "verdict: the tuned model is better",
     ):  # fmt: skip
-        assert part in done.stdout
-    assert json.loads(slimtune("eval", "runs/x", "--json").stdout) == MEASURED
+        assert part in shown
+    assert slimtune_json("eval", "runs/x") == MEASURED
 
 
-def test_eval_with_a_negative_verdict(monkeypatch):
+def test_eval_verdict_is_the_exit_code(monkeypatch, slimtune):
     verdict = {"passed": False, "reasons": ["it is worse", "it forgot"]}
     result = {**MEASURED, "prompt_dependence": None, "forgetting": None, "verdict": verdict}
     monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", lambda run, settings: result)
     done = slimtune("eval", "runs/x")
     assert (done.exit_code, done.stderr) == (1, "")
     assert "verdict: no: it is worse; it forgot" in done.stdout
-    asked = slimtune("eval", "runs/x", "--json")
-    assert (asked.exit_code, json.loads(asked.stdout)["verdict"]) == (1, verdict)
+    assert json.loads(slimtune("eval", "runs/x", "--json").stdout)["verdict"] == verdict
     wrong = slimtune("eval", "runs/x", "--split", "tset")
     assert wrong.exit_code == 2
     assert "'tset' is not one of" in wrong.stderr
 
 
-def test_merge(stand_in):
+def test_merge(replace, slimtune, slimtune_json):
     merged = {"out": "m", "bytes": 2**20, "dtype": "float32", "seconds": 2.0, "max_difference": 1e-6,
               "mean_difference": 1e-7, "effect": 0.5}  # fmt: skip
-    calls = stand_in("export.merge", "merge", merged)
-    done = slimtune("merge", "runs/x", "--out", "m", "--dtype", "float32")
+    calls = replace("export.merge", "merge", merged)
+    assert "m: 1.0 MiB in float32, 2.0 s" in slimtune("merge", "runs/x", "--out", "m", "--dtype", "float32").stdout
     assert calls == [((Path("runs/x"), Path("m")), {"dtype": "float32"})]
-    assert "m: 1.0 MiB in float32, 2.0 s" in done.stdout
-    assert json.loads(slimtune("merge", "runs/x", "--out", "m", "--json").stdout) == merged
-    missing = slimtune("merge", "runs/x")
-    assert missing.exit_code == 2
-    assert "--out" in missing.stderr
+    assert slimtune_json("merge", "runs/x", "--out", "m") == merged
+    assert "--out" in slimtune("merge", "runs/x").stderr
 
 
 # --- generate, chat, doctor
@@ -297,40 +259,30 @@ def generator(monkeypatch) -> list:
     return calls
 
 
-def test_generate(generator):
+def test_generate(generator, slimtune, slimtune_json):
     done = slimtune("generate", "runs/x", "What is love?")
     assert (done.exit_code, done.stdout) == (0, "tuned got What is love?\n")
     assert generator == [Path("runs/x"), (128, 0.0, 0)]
-    assert "base" not in json.loads(slimtune("generate", "runs/x", "Hi", "--json").stdout)
-
-
-def test_generate_side_by_side(generator):
-    args = ["generate", "runs/x", "Hi", "--side-by-side", "--system", "Be brief", "--max-new-tokens", "5"]
-    args += ["--temperature", "0.7", "--seed", "3"]
-    assert slimtune(*args).stdout == "base: base got Be brief / Hi\ntuned: tuned got Be brief / Hi\n"
-    assert generator[1:] == [(5, 0.7, 3)] * 2
-    answers = json.loads(slimtune(*args, "--json").stdout)
+    command = ["generate", "runs/x", "Hi", "--side-by-side", "--system", "Be brief", "--max-new-tokens", 5]
+    command += ["--temperature", 0.7, "--seed", 3]
+    assert slimtune(*command).stdout == "base: base got Be brief / Hi\ntuned: tuned got Be brief / Hi\n"
+    assert generator[3:] == [(5, 0.7, 3)] * 2
+    answers = slimtune_json(*command)
     assert (answers["prompt"], answers["base"]) == ("Hi", "base got Be brief / Hi")
 
 
 @pytest.mark.parametrize(
-    ("args", "text"),
-    [
-        (["runs/x"], "PROMPT"),
-        (["runs/x", "Hi", "--temperature", "-1"], "--temperature"),
-        (["runs/x", "Hi", "--max-new-tokens", "0"], "--max-new-tokens"),
-    ],
+    ("args", "message"),
+    [([], "PROMPT"), (["Hi", "--temperature", "-1"], "--temperature"), (["Hi", "--max-new-tokens", "0"], "--max-new")],
 )
-def test_wrong_generate(generator, args, text):
-    done = slimtune("generate", *args)
-    assert done.exit_code == 2
-    assert text in done.stderr
-    assert generator == []
+def test_wrong_generate(generator, slimtune, args, message):
+    done = slimtune("generate", "runs/x", *args)
+    assert (done.exit_code, generator) == (2, [])
+    assert message in done.stderr
 
 
-def test_each_model_of_a_chat_remembers_its_own_answers(generator):
+def test_each_model_of_a_chat_remembers_its_own_answers(generator, slimtune):
     done = slimtune("chat", "runs/x", "--side-by-side", "--json", stdin="one\n\n two \n/new\nthree\n/exit\nfour\n")
-    assert done.exit_code == 0
     assert json.loads(done.stdout)["turns"] == [
         {"user": "one", "base": "base got one", "tuned": "tuned got one"},
         {"user": "two", "base": "base got one / base got one / two", "tuned": "tuned got one / tuned got one / two"},
@@ -338,13 +290,13 @@ def test_each_model_of_a_chat_remembers_its_own_answers(generator):
     ]
 
 
-def test_a_chat_ends_with_its_input(generator):
+def test_chat_ends_with_its_input(generator, slimtune):
     done = slimtune("chat", "runs/x", "--system", "S", stdin="one")
     assert (done.exit_code, done.stdout) == (0, "tuned got S / one\n")
 
 
-def test_doctor():
-    report = json.loads(slimtune("doctor", "--json").stdout)
+def test_doctor(slimtune, slimtune_json):
+    report = slimtune_json("doctor")
     assert report["libraries"]["torch"]
     assert report["devices"][0] == "cpu"
     assert min(report["memory_free_bytes"], report["disk_free_bytes"]) > 0

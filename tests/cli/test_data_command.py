@@ -1,0 +1,119 @@
+"""`slimtune data`: what it prints, its exit codes, its page; and training that runs it first."""
+
+import json
+
+import pytest
+
+BROKEN = "So<|im_end|>"
+
+
+def talk(i, answer=None):
+    text = answer or f"The word number {i} means {'very ' * (i % 4)}{i * 37}."
+    return {"messages": [{"role": "user", "content": f"Define {i}."}, {"role": "assistant", "content": text}]}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Return `rows((line, row), …)`: writes 20 sound rows with these lines replaced."""
+
+    def write(*changed, n=20, name="rows.jsonl"):
+        made = [talk(i) for i in range(n)]
+        for line, row in changed:
+            made[line - 1] = row
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made), encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_sound_file(rows, tiny_folder, slimtune):
+    done = slimtune("data", rows(), "--model", tiny_folder)
+    assert done.exit_code == 0, done.stderr
+    assert "20, none invalid" in done.stdout
+    assert "<|im_start|>user\nDefine 0.<|im_end|>" in done.stdout
+    assert "⟦The word number 0 means 0.<|im_end|>⟧" in done.stdout
+    assert done.stdout.rstrip().endswith("ok")
+
+
+def test_verdict_is_the_exit_code(rows, tiny_folder, slimtune, slimtune_json):
+    command = ("data", rows((7, talk(3))), "--model", tiny_folder)
+    report = slimtune_json(*command)
+    assert report["verdict"] == "warnings"
+    assert [(issue["code"], issue["lines"]) for issue in report["issues"]] == [("duplicate", [7])]
+    assert slimtune(*command, "--strict").exit_code == 1
+    rows((2, talk(2, BROKEN)))
+    faulty = slimtune(*command, "--json")
+    assert (faulty.exit_code, json.loads(faulty.stdout)["verdict"]) == (1, "errors")
+    shown = slimtune(*command).stdout
+    assert "error: control-token-in-text: " in shown
+    assert "line 2" in shown
+
+
+def test_overlap_with_validation_and_page(rows, tiny_folder, tmp_path, slimtune):
+    held_out = rows((3, talk(70)), (4, talk(5)), n=4, name="held.jsonl")
+    train = rows((1, talk(90)), (2, talk(91)), (3, talk(92)))
+    command = ("data", train, "--model", tiny_folder, "--validation", held_out, "--json")
+    (issue,) = json.loads(slimtune(*command, "--html", tmp_path / "a.html").stdout)["issues"]
+    assert (issue["code"], issue["severity"], issue["lines"]) == ("overlap", "error", [6])
+    assert "line 6 is line 4" in issue["what"]
+    assert "line 6 is line 4" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    held_out.write_text(held_out.read_text(encoding="utf-8").replace("number 5 means", "number 5 is") + "{\n")
+    assert [i["code"] for i in json.loads(slimtune(*command).stdout)["issues"]] == ["validation-invalid"]
+
+
+def test_columns(tmp_path, tiny_folder, slimtune, slimtune_json):
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\n" + "".join(f"Define {i},It is {i * 31}\n" for i in range(9)), encoding="utf-8")
+    columns = ("--column", "instruction=question", "--column", "output=answer")
+    report = slimtune_json("data", path, "--model", tiny_folder, *columns)
+    assert (report["format"], report["rows"], report["verdict"]) == ("instruction", 9, "ok")
+    assert slimtune("data", path, "--model", tiny_folder).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--max-seq-len", "1"), "data.max_seq_len: got 1"),
+        (("--batch-size", "0"), "train.batch_size: got 0"),
+        (("--column", "messages"), "--column got 'messages'"),
+        (("--on-overlong", "cut"), "cut"),
+        (("--validation", "none.jsonl"), "no such file"),
+    ],
+)
+def test_wrong_use(rows, tiny_folder, slimtune, args, message):
+    done = slimtune("data", rows(), "--model", tiny_folder, *args)
+    assert done.exit_code == 2
+    assert message in done.stderr
+
+
+def train_flags(rows, base, out):
+    return ("train", "--model", base, "--data", rows, "--max-steps", 1, "--batch-size", 4, "--rank", 2,
+            "--dtype", "fp32", "--out", out)  # fmt: skip
+
+
+def test_training_stops_on_faulty_rows_unless_forced(rows, tiny_folder, tmp_path, slimtune):
+    path, run = rows((2, talk(2, BROKEN)), (9, talk(4))), tmp_path / "run"
+    stopped = slimtune(*train_flags(path, tiny_folder, run))
+    assert stopped.exit_code == 1
+    assert "line 2" in stopped.stderr
+    assert "--force" in stopped.stderr
+    assert not run.exists()
+    done = slimtune(*train_flags(path, tiny_folder, run), "--force")
+    assert done.exit_code == 0, done.stderr
+    recorded = json.loads((run / "data.json").read_text())
+    assert recorded["validation"] is None
+    assert [i["code"] for i in recorded["train"]["issues"]] == ["control-token-in-text", "duplicate"]
+    assert "error: rows with a control token" in (run / "train.log").read_text()
+    alone = json.loads(slimtune("data", path, "--model", tiny_folder, "--batch-size", 4, "--json").stdout)
+    assert {**alone, "seconds": 0} == {**recorded["train"], "seconds": 0, "file": str(path)}
+
+
+def test_training_on_sound_rows_says_so(rows, tiny_folder, tmp_path, slimtune):
+    held_out = rows(*((i, talk(50 + i)) for i in range(1, 5)), n=4, name="held.jsonl")
+    done = slimtune(*train_flags(rows(), tiny_folder, tmp_path / "run"), "--validation", held_out)
+    assert done.exit_code == 0, done.stderr
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert log.count("train data: ok") == log.count("validation data: ok") == 1
+    recorded = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert (recorded["train"]["rows"], recorded["validation"]["rows"]) == (20, 4)

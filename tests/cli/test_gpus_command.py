@@ -1,0 +1,100 @@
+"""`slimtune gpus`: the table of GPUs, and those that run a job. The planner is replaced."""
+
+import pytest
+from hand_plan import hand_plan
+
+from slimtune.cli.plan import format_range
+from slimtune.planning.gpus import all_gpus, find_gpu
+
+
+@pytest.fixture(autouse=True)
+def requests(replace_planner) -> list:
+    """The planner's requests: 19 GiB at most on a GPU, twice the weights without bf16, 60 GiB on a Mac."""
+
+    def make(request):
+        weights = 56.0 if request.gpu.device == "mps" else 15.0 if request.gpu.bf16 else 30.0
+        return hand_plan(request.method.name, request.gpu, sizes=(weights, 0.25, 0.25, 0.5, 1.5, 0.5, 0.5))
+
+    return replace_planner(make)
+
+
+def test_table(slimtune, requests):
+    lines = slimtune("gpus").stdout.splitlines()
+    assert lines[0].split() == ["GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind"]
+    assert [line.split()[0] for line in lines[1:]] == [c.name for c in all_gpus()]
+    by_name = {line.split()[0]: line.split()[1:] for line in lines}
+    assert by_name["rtx-3090"] == ["24.0", "GiB", "936", "yes", "yes", "350", "desktop"]
+    assert by_name["t4"] == ["16.0", "GiB", "320", "no", "no", "70", "datacentre"]
+    assert max(map(len, lines)) <= 80
+    assert requests == []
+
+
+def test_kinds(slimtune_json):
+    assert {c["kind"] for c in slimtune_json("gpus", "--kind", "mac, Laptop")["cards"]} == {"mac", "laptop"}
+
+
+def test_json(slimtune_json):
+    cards = {c["name"]: c for c in slimtune_json("gpus")["cards"]}
+    assert len(cards) == len(all_gpus())
+    assert all(c["source"] for c in cards.values())
+    gpu = find_gpu("rtx-3090")
+    assert cards["rtx-3090"]["memory_bytes"] == gpu.memory
+    assert cards["rtx-3090"]["usable_bytes"] == {"low": gpu.usable[0], "high": gpu.usable[1]}
+    assert cards["rtx-3090"]["flops"] == gpu.rates
+    assert cards["t4"]["bf16"] is False
+
+
+def test_gpus_for_a_job(slimtune):
+    done = slimtune("gpus", "--for", "llama-3.1-8b", "--kind", "desktop,datacentre,mac")
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "llama-3.1-8b with lora needs 18.6 to 19.0 GiB on GPUs in bfloat16" in lines
+    names = [line.split()[0] for line in lines if "fits" in line or "tight" in line]
+    shown = [find_gpu(name) for name in names]
+    assert [g.memory for g in shown] == sorted(g.memory for g in shown), "smallest first"
+    assert {"rtx-3090", "m3-max-128gb"} <= set(names)
+    assert not {"rtx-4080", "v100-32gb"} & set(names), "too small, or too small without bf16"
+    assert format_range(*find_gpu("rtx-3090").usable) in done.stdout
+    known = [g for g in all_gpus() if g.kind in ("desktop", "datacentre", "mac")]
+    assert lines[-1] == f"{len(known) - len(shown)} of {len(known)} GPUs are too small"
+    assert max(map(len, lines)) <= 80
+
+
+def test_job_is_planned_once_for_each_class(slimtune, requests):
+    slimtune("gpus", "--for", "llama-3.1-8b")
+    classes = [(r.gpu.device, r.gpu.bf16) for r in requests]
+    assert sorted(classes) == sorted({(g.device, g.bf16) for g in all_gpus()})
+    for request, of_class in zip(requests, classes, strict=True):
+        assert request.gpu.memory == max(g.memory for g in all_gpus() if (g.device, g.bf16) == of_class)
+
+
+def test_given_dtype_makes_fewer_classes(slimtune, requests):
+    slimtune("gpus", "--for", "llama-3.1-8b", "--dtype", "fp16", "--rank", 4)
+    assert sorted(r.gpu.device for r in requests) == ["cuda", "mps"]
+    assert {(r.dtype, r.method.r) for r in requests} == {("float16", 4)}
+
+
+def test_json_for_a_job(slimtune_json):
+    result = slimtune_json("gpus", "--for", "llama-3.1-8b", "--kind", "desktop")
+    cards = {c["name"]: c for c in result["cards"]}
+    assert set(cards) == {g.name for g in all_gpus() if g.kind == "desktop"}
+    assert (cards["rtx-3090"]["verdict"], cards["rtx-4080"]["verdict"]) == ("fits", "does not fit")
+    assert cards["gtx-1080-ti"]["need_bytes"]["high"] > cards["rtx-3090"]["need_bytes"]["high"]
+    assert (result["model"], {p["method"] for p in result["plans"]}) == ("llama-3.1-8b", {"lora"})
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--kind", "desktop,labtop"], "there are no GPUs of the kind 'labtop'; did you mean 'laptop'?"),
+        (["--rank", "4"], "method.rank describes a run"),
+        (["--set", "train.epochs=1"], "train.epochs describes a run"),
+        (["--for", "gpt2", "--method", "lora,ia3"], "--for got several methods"),
+        (["--for", "gpt-3"], "there is no base 'gpt-3'"),
+        (["--for", "no.yaml"], "there is no recipe file 'no.yaml'"),
+    ],
+)
+def test_wrong_use(slimtune, requests, args, message):
+    done = slimtune("gpus", *args)
+    assert (done.exit_code, done.stdout, requests) == (2, "", [])
+    assert message in done.stderr
