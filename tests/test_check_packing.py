@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as tf
 from models_zoo import DECODER, VOCAB
-from plain_way import loud
+from reference import enlarge_weights
 
 from slimtune.errors import ModelError
 from slimtune.train_step.loss import check_packing_supported, make_collator
@@ -27,7 +27,7 @@ SUPPORTED = {
 def build(cls, config):
     torch.manual_seed(0)
     model = cls(config)
-    loud(model)
+    enlarge_weights(model)
     return model.train()
 
 

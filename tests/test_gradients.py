@@ -1,7 +1,7 @@
 """The step's gradients are the plain ones: fused, packed, beginnings shared, in several passes, checkpointed.
 
 The plain way is each row alone through the model's own forward and loss, LoRA as PEFT computes it, operator by operator
-(plain_way.py). Compared: ‖a − b‖ / ‖b‖ of each trained tensor, the largest of which the last test prints.
+(reference.py). Compared: ‖a − b‖ / ‖b‖ of each trained tensor, the largest of which the last test prints.
 """
 
 import random
@@ -12,7 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_way import alone, apart, gradients, loud, unfused, wide
+from reference import (
+    compute_in_float64,
+    enlarge_weights,
+    get_gradients,
+    largest_relative_error,
+    loss_of_separate_rows,
+    unfused_lora,
+)
 from torch import nn
 
 import slimtune
@@ -43,7 +50,7 @@ def build(name, dtype, *, r=4, alpha=5, drop=0.0):
     for module in model.modules():  # GPT-2's own
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    loud(model)
+    enlarge_weights(model)
     config = slimtune.LoraConfig(r=r, lora_alpha=alpha, lora_dropout=drop, target_modules="all-linear")
     model = slimtune.get_peft_model(model, config)
     zoo.shake(model)
@@ -51,7 +58,7 @@ def build(name, dtype, *, r=4, alpha=5, drop=0.0):
 
 
 def in_full(dtype):
-    return wide() if dtype == torch.float64 else nullcontext()
+    return compute_in_float64() if dtype == torch.float64 else nullcontext()
 
 
 def row(ids, supervised):
@@ -75,18 +82,18 @@ def backward(model, rows, **how):
 
 
 def differ(way, dtype, got, want):
-    found = apart(got, want)
+    found = largest_relative_error(got, want)
     WORST[way, dtype] = max(found, WORST.get((way, dtype), 0))
     assert found < BOUNDS[dtype], way
 
 
 def every_way(model, dtype, rows):
     with in_full(dtype):
-        with unfused():
-            want = gradients(model, lambda: alone(model, rows).backward())
-        differ("fused", dtype, gradients(model, lambda: alone(model, rows).backward()), want)
+        with unfused_lora():
+            want = get_gradients(model, lambda: loss_of_separate_rows(model, rows).backward())
+        differ("fused", dtype, get_gradients(model, lambda: loss_of_separate_rows(model, rows).backward()), want)
         for way, how in WAYS.items():
-            differ(way, dtype, gradients(model, lambda how=how: backward(model, rows, **how)), want)
+            differ(way, dtype, get_gradients(model, lambda how=how: backward(model, rows, **how)), want)
 
 
 # --- rows that begin alike, by hand -----------------------------------------------------------------------------------
@@ -124,7 +131,7 @@ def test_what_is_compared_is_fused_here_and_plain_there(name):
     model = build(name, torch.float32)
 
     def steps():
-        nodes, seen = [alone(model, [row(PROMPT, range(11))]).grad_fn], set()
+        nodes, seen = [loss_of_separate_rows(model, [row(PROMPT, range(11))]).grad_fn], set()
         while nodes:
             node = nodes.pop()
             if node is not None and node not in seen:
@@ -133,20 +140,20 @@ def test_what_is_compared_is_fused_here_and_plain_there(name):
         return sum("LowRank" in node.name() for node in seen)
 
     assert steps() == sum(isinstance(m, AdaptedLayer) for m in model.modules())
-    with unfused():
+    with unfused_lora():
         assert steps() == 0
 
 
 def test_a_layout_that_is_wrong_would_show():
     """The bounds are far below what one token in sight of too much changes."""
     model, rows = build("llama", torch.float32), CASES["answers to one prompt"]
-    want = gradients(model, lambda: alone(model, rows).backward())
+    want = get_gradients(model, lambda: loss_of_separate_rows(model, rows).backward())
     batch = Collator(0, layout=True)(rows)
     assert batch["layout"].parents == (-1, 0, 0, 0)
     batch["layout"] = PackedLayout(batch["layout"].lengths, (-1, 0, 1, 0))
     with packed_attention(model):
-        got = gradients(model, lambda: step_loss(model, batch).backward())
-    assert apart(got, want) > 1e-2
+        got = get_gradients(model, lambda: step_loss(model, batch).backward())
+    assert largest_relative_error(got, want) > 1e-2
 
 
 # --- any rows ---------------------------------------------------------------------------------------------------------
@@ -204,16 +211,16 @@ def test_fused_leaves_out_what_was_drawn(name, dtype, seed, r, drop):
 
     def run():
         torch.manual_seed(seed)
-        alone(model, rows).backward()
+        loss_of_separate_rows(model, rows).backward()
 
     with in_full(dtype):
-        with unfused():
-            want = gradients(model, run)
+        with unfused_lora():
+            want = get_gradients(model, run)
         drawn = torch.get_rng_state()
-        differ("fused, dropout", dtype, gradients(model, run), want)
+        differ("fused, dropout", dtype, get_gradients(model, run), want)
         assert torch.equal(torch.get_rng_state(), drawn)  # and what is drawn next is the same, too
         model.eval()
-        assert apart(gradients(model, run), want) > 1e-3
+        assert largest_relative_error(get_gradients(model, run), want) > 1e-3
 
 
 @every_dtype
@@ -228,19 +235,19 @@ def test_checkpointed(name, dtype, drop):
         backward(model, rows)
 
     with in_full(dtype):
-        want = gradients(model, run)
+        want = get_gradients(model, run)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         ran = []
         handle = next(m for m in model.modules() if isinstance(m, AdaptedLayer)).register_forward_hook(
             lambda *_: ran.append(1)
         )
-        differ("checkpointed", dtype, gradients(model, run), want)
+        differ("checkpointed", dtype, get_gradients(model, run), want)
         handle.remove()
         assert len(ran) == 2  # forwards, and again backwards
         if not drop:
-            with unfused():
-                want = gradients(model, lambda: alone(model, rows).backward())
-            differ("checkpointed, to the plain way", dtype, gradients(model, run), want)
+            with unfused_lora():
+                want = get_gradients(model, lambda: loss_of_separate_rows(model, rows).backward())
+            differ("checkpointed, to the plain way", dtype, get_gradients(model, run), want)
 
 
 def test_worst(capsys):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import layouts
-from plain_way import dense_mask
+from reference import dense_mask
 from torch.nn.attention import flex_attention as flex
 
 from slimtune.attention import packed_attention

@@ -10,7 +10,7 @@ import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import TREE, layouts, windows
-from plain_way import dense_mask
+from reference import dense_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from slimtune.attention import packed_attention, register

@@ -2,7 +2,7 @@
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_way import dense_mask
+from reference import dense_mask
 
 from slimtune.attention.packed_layout import PackedLayout
 from slimtune.data.packing import MIN_SHARED_TOKENS, bin_pack, pack_sequences

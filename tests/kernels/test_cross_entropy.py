@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from plain_way import Made, kept_for_backward, size
+from reference import AllocationRecorder, saved_for_backward, storage_bytes
 from torch import nn
 
 from slimtune.kernels import cross_entropy
@@ -120,24 +120,24 @@ def test_memory(head):
         return chunked_cross_entropy(h, W, targets, cap=30.0 if "capped" in head else None)
 
     with chunks_of(CHUNK):
-        with Made() as made:
+        with AllocationRecorder() as recorder:
             nll = run()
         # A gradient as large as h and the losses; nothing of N × V, or of a chunk.
-        assert made.lives([h, W, targets]) <= size([h]) + 2 * size([nll])
-        assert size(kept_for_backward(run, [h, W, targets])) <= size([h])
-        with Made() as made:
+        assert recorder.live_bytes([h, W, targets]) <= storage_bytes([h]) + 2 * storage_bytes([nll])
+        assert storage_bytes(saved_for_backward(run, [h, W, targets])) <= storage_bytes([h])
+        with AllocationRecorder() as recorder:
             run().sum().backward()
-    assert size([h]) < made.largest <= 4 * CHUNK * V
+    assert storage_bytes([h]) < recorder.largest <= 4 * CHUNK * V
 
 
 def test_memory_of_full_logits():
     """The test above would notice full logits."""
     h, W, _, targets = make_inputs(N, D, V, dtype=torch.float32)
-    with Made() as made:
+    with AllocationRecorder() as recorder:
         nll = F.cross_entropy(F.linear(h, W), targets, reduction="none")
     assert nll.requires_grad
-    assert made.lives([h, W, targets]) >= 4 * N * V
-    assert size(kept_for_backward(lambda: F.cross_entropy(F.linear(h, W), targets), [h, W])) >= 4 * N * V
+    assert recorder.live_bytes([h, W, targets]) >= 4 * N * V
+    assert storage_bytes(saved_for_backward(lambda: F.cross_entropy(F.linear(h, W), targets), [h, W])) >= 4 * N * V
 
 
 def test_rows_at_once():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from plain_way import kept_for_backward, size
+from reference import saved_for_backward, storage_bytes
 from torch import nn
 
 import slimtune
@@ -176,7 +176,7 @@ def test_saved_by_q_k_v(dropout, capsys):
         model = library.get_peft_model(Projections().bfloat16(), config).train()
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
         x = torch.randn(1, 1024, 576).bfloat16().requires_grad_()
-        return size(kept_for_backward(lambda: model(x), list(model.parameters()))) / size([x])
+        return storage_bytes(saved_for_backward(lambda: model(x), list(model.parameters()))) / storage_bytes([x])
 
     ours, theirs = measure(slimtune), measure(peft)
     with capsys.disabled():
@@ -190,14 +190,14 @@ def test_saved_by_q_k_v(dropout, capsys):
 def test_frozen_A_saves_no_x(function, dropout):
     x, W, b, A, B = make_inputs((100,), n=80)
     A.requires_grad_(False)
-    saved = kept_for_backward(lambda: function(x, W, b, A, B, 0.5, dropout), [W, A, B])
+    saved = saved_for_backward(lambda: function(x, W, b, A, B, 0.5, dropout), [W, A, B])
     assert [t.shape for t in saved if t.dtype != torch.uint8] == [(100, 3)]  # z, and random states in uint8
 
 
 def test_frozen_B_saves_no_z():
     x, W, b, A, B = make_inputs((100,), n=80)
     B.requires_grad_(False)
-    saved = kept_for_backward(lambda: low_rank_linear(x, W, b, A, B, 0.5), [W, A, B])
+    saved = saved_for_backward(lambda: low_rank_linear(x, W, b, A, B, 0.5), [W, A, B])
     assert [t.shape for t in saved] == [x.shape]
 
 

@@ -6,7 +6,7 @@ import models_zoo as zoo
 import pytest
 import torch
 from cases import CASES
-from plain_way import apart, gradients, wide
+from reference import compute_in_float64, get_gradients, largest_relative_error
 from test_packed_step import ROWS, adapted, packed_loss_and_gradients
 
 from slimtune import LoraConfig, get_peft_model
@@ -37,20 +37,20 @@ def with_savings(model, *, checkpointing=False, offload=False, tile=None):
 @pytest.mark.parametrize("method", sorted(CASES))
 @pytest.mark.parametrize("base", ["llama", "gpt2", "gemma3"])
 def test_every_method_has_the_same_gradients(method, base):
-    with wide():
+    with compute_in_float64():
         loss, expected = packed_loss_and_gradients(adapted(method, base))
         same_loss, saved = packed_loss_and_gradients(with_savings(adapted(method, base), **SAVINGS["all"]))
     assert same_loss == pytest.approx(loss, rel=1e-12)
-    assert apart(saved, expected) < 1e-12
+    assert largest_relative_error(saved, expected) < 1e-12
 
 
 @pytest.mark.parametrize("saving", SAVINGS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_each_saving_alone(saving, dtype, tolerance):
-    with wide():
+    with compute_in_float64():
         _, expected = packed_loss_and_gradients(adapted("lora", dtype=dtype))
         _, saved = packed_loss_and_gradients(with_savings(adapted("lora", dtype=dtype), **SAVINGS[saving]))
-    assert apart(saved, expected) < tolerance
+    assert largest_relative_error(saved, expected) < tolerance
 
 
 def test_two_micro_batches_accumulate():
@@ -58,10 +58,10 @@ def test_two_micro_batches_accumulate():
         for rows in (ROWS, ROWS[:2]):
             step_loss(model, make_collator(model, 0)(rows)).backward()
 
-    with wide():
+    with compute_in_float64():
         models = adapted("lora"), with_savings(adapted("lora"), **SAVINGS["all"])
-        expected, saved = (gradients(m, lambda m=m: backward(m)) for m in models)
-    assert apart(saved, expected) < 1e-12
+        expected, saved = (get_gradients(m, lambda m=m: backward(m)) for m in models)
+    assert largest_relative_error(saved, expected) < 1e-12
 
 
 def test_recomputing_repeats_the_dropout():
@@ -78,7 +78,7 @@ def test_recomputing_repeats_the_dropout():
         torch.manual_seed(5)
         return step_loss(model, make_collator(model, 0)(ROWS))
 
-    with wide(), packed_attention(model):
+    with compute_in_float64(), packed_attention(model):
         loss().backward()
         slope = (weight.grad * direction).sum().item()
         losses = []
@@ -93,7 +93,7 @@ def test_recomputing_repeats_the_dropout():
 
 def test_tiling_changes_no_score():
     model = adapted("lora").eval()
-    with torch.no_grad(), wide():
+    with torch.no_grad(), compute_in_float64():
         before = token_nll(model, make_collator(model, 0)(ROWS))
         assert enable_tiled_mlp(model, 5) == 7  # two norms and a feed-forward in each of two layers, and the last norm
         after = token_nll(model, make_collator(model, 0)(ROWS))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import CASES
 from models_zoo import DECODER, gpt2, llama, shake, tokens
-from plain_way import alone, apart, gradients, wide
+from reference import compute_in_float64, get_gradients, largest_relative_error, loss_of_separate_rows
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -76,7 +76,7 @@ def loss_and_gradients(model, compute_loss):
         losses.append(compute_loss())
         losses[0].backward()
 
-    found = gradients(model, backward)
+    found = get_gradients(model, backward)
     return losses[0].item(), found
 
 
@@ -94,11 +94,11 @@ def packed_loss_and_gradients(model):
 
 
 def assert_packed_equals_alone(model, tolerance=1e-12):
-    with wide():
+    with compute_in_float64():
         loss, packed = packed_loss_and_gradients(model)
-        expected_loss, expected = loss_and_gradients(model, lambda: alone(model, ROWS))
+        expected_loss, expected = loss_and_gradients(model, lambda: loss_of_separate_rows(model, ROWS))
     assert loss == pytest.approx(expected_loss, rel=tolerance)
-    assert apart(packed, expected) < tolerance
+    assert largest_relative_error(packed, expected) < tolerance
 
 
 def test_the_rows_share_and_nest():

@@ -4,7 +4,14 @@ import pytest
 import torch
 import transformers as tf
 from models_zoo import DECODER, VOCAB, shake
-from plain_way import alone, apart, gradients, loud, unfused, wide
+from reference import (
+    compute_in_float64,
+    enlarge_weights,
+    get_gradients,
+    largest_relative_error,
+    loss_of_separate_rows,
+    unfused_lora,
+)
 
 import slimtune
 from slimtune.attention.register import packed_attention
@@ -50,7 +57,7 @@ ROWS = [
 def build(name, dtype=torch.float64):
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(CONFIGS[name][0], attn_implementation="eager")
-    loud(model)
+    enlarge_weights(model)
     return model.to(dtype)
 
 
@@ -68,7 +75,7 @@ def test_loss_and_gradients(name, head):
     losses = []
 
     def run_rows_alone():
-        losses.append(alone(model, ROWS))
+        losses.append(loss_of_separate_rows(model, ROWS))
         losses[-1].backward()
 
     def run_step():
@@ -76,10 +83,10 @@ def test_loss_and_gradients(name, head):
             losses.append(step_loss(model, collator(ROWS)))
             losses[-1].backward()
 
-    with wide():
-        with unfused():
-            expected = gradients(model, run_rows_alone)
-        error = apart(gradients(model, run_step), expected)
+    with compute_in_float64():
+        with unfused_lora():
+            expected = get_gradients(model, run_rows_alone)
+        error = largest_relative_error(get_gradients(model, run_step), expected)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
     assert losses[0] > 0.5  # a loss near 0 would prove nothing
     assert error < 1e-12
@@ -131,8 +138,8 @@ class HeadlessLlama(tf.LlamaForCausalLM):
 def test_model_without_head():
     torch.manual_seed(0)
     model = HeadlessLlama(CONFIGS["llama"][0]).double()
-    loud(model)
+    enlarge_weights(model)
     assert get_lm_head(model) is None
-    with wide(), torch.no_grad(), packed_attention(model):
+    with compute_in_float64(), torch.no_grad(), packed_attention(model):
         loss = step_loss(model, make_collator(model, 0)(ROWS))
-        torch.testing.assert_close(loss, alone(model, ROWS), rtol=1e-12, atol=0)
+        torch.testing.assert_close(loss, loss_of_separate_rows(model, ROWS), rtol=1e-12, atol=0)

@@ -1,4 +1,4 @@
-"""The plain way to a gradient, for what is faster to be compared with: each row alone, PyTorch's own autograd."""
+"""Slow and simple ways to a result, to compare with: rows alone, plain autograd, dense masks; and counts of memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,17 +16,15 @@ from slimtune.adapters.layer import AdaptedLayer
 from slimtune.attention.packed_layout import PackedLayout
 from slimtune.train_step.loss import count_targets
 
-Example = dict[str, Any]
-
 
 @contextmanager
-def wide() -> Iterator[None]:
-    """Let what transformers computes in fp32 whatever the model's dtype (norms, rotations, softmax) be float64.
+def compute_in_float64() -> Iterator[None]:
+    """Let transformers compute in float64 what it computes in fp32 whatever the model's dtype (norms, softmax).
 
     Without it a float64 model rounds to fp32 here and there, and two exact ways differ by 1e-8.
     """
 
-    def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def widen(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(*args: Any, **kwargs: Any) -> Tensor:
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             return function(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()})
@@ -35,41 +33,39 @@ def wide() -> Iterator[None]:
 
     with (
         patch.object(torch.Tensor, "float", torch.Tensor.double),
-        patch.object(torch.Tensor, "to", widened(torch.Tensor.to)),
-        patch.object(F, "softmax", widened(F.softmax)),
+        patch.object(torch.Tensor, "to", widen(torch.Tensor.to)),
+        patch.object(F, "softmax", widen(F.softmax)),
     ):
         yield
 
 
 @contextmanager
-def unfused() -> Iterator[None]:
-    """Compute LoRA as PEFT does for the length of the `with`: operator by operator, each module for itself."""
+def unfused_lora() -> Iterator[None]:
+    """Compute LoRA as PEFT does inside the `with`: operator by operator, each module for itself."""
 
     def run(module: Any, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if "default" not in module.adapters:  # it has its own copy of the weight
             return base(x)
         lora = module.adapters["default"]
-        drop = lora.lora_dropout.p if isinstance(lora.lora_dropout, nn.Dropout) and module.training else 0.0
-        A, B = lora.lora_A.weight, lora.lora_B.weight
-        return base(x) + lora.scale * F.linear(F.linear(F.dropout(x, drop), A), B)
+        dropout = lora.lora_dropout.p if isinstance(lora.lora_dropout, nn.Dropout) and module.training else 0.0
+        return base(x) + lora.scale * F.linear(F.linear(F.dropout(x, dropout), lora.lora_A.weight), lora.lora_B.weight)
 
     with patch.object(AdaptedLayer, "run_adapted", run):
         yield
 
 
-def loud(model: nn.Module, seed: int = 1) -> None:
-    """Make a new model's weights as large as a trained one's: what one token says to another then shows.
+def enlarge_weights(model: nn.Module) -> None:
+    """Make a new model's weights as large as a trained one's, so that tokens change each other's hidden states.
 
-    And an adapter does not outweigh them: a rank-1 update that is all there is before a norm has a gradient that is
-    zero but for rounding, of which nothing relative can be said.
+    And an adapter does not outweigh them: the gradient of a rank-1 update alone before a norm is zero up to rounding.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_((torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.2).to(p.dtype))
 
 
-def alone(model: nn.Module, rows: Sequence[Example]) -> Tensor:
+def loss_of_separate_rows(model: nn.Module, rows: Sequence[dict[str, Any]]) -> Tensor:
     """Return the mean loss of all supervised tokens: each row through the model's own forward, with its own loss."""
     counts = [count_targets(row) for row in rows]
     losses = []
@@ -80,7 +76,7 @@ def alone(model: nn.Module, rows: Sequence[Example]) -> Tensor:
     return torch.stack(losses).sum() / sum(counts)
 
 
-def gradients(model: nn.Module, backward: Callable[[], None]) -> dict[str, Tensor]:
+def get_gradients(model: nn.Module, backward: Callable[[], None]) -> dict[str, Tensor]:
     """Return the gradient of each trained parameter after `backward`."""
     model.zero_grad()
     backward()
@@ -91,10 +87,10 @@ def gradients(model: nn.Module, backward: Callable[[], None]) -> dict[str, Tenso
     return {n: p.grad.clone() for n, p in trained.items()}
 
 
-def apart(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Return the largest ‖a − b‖ / ‖b‖ over all tensors."""
-    assert got.keys() == want.keys()
-    return max(((got[n] - want[n]).norm() / want[n].norm()).item() for n in want)
+def largest_relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Return the largest ‖a − b‖ / ‖b‖ of all tensors."""
+    assert found.keys() == expected.keys()
+    return max(((found[n] - expected[n]).norm() / expected[n].norm()).item() for n in expected)
 
 
 def dense_mask(layout: PackedLayout, window: int | None = None) -> Tensor:
@@ -114,44 +110,42 @@ def dense_mask(layout: PackedLayout, window: int | None = None) -> Tensor:
     return mask
 
 
-def kept_for_backward(run: Callable[[], Any], apart_from: Sequence[Tensor] = ()) -> list[Tensor]:
-    """Return what `run` leaves for the backward pass, each storage once; random states held by a function count, too.
+def saved_for_backward(run: Callable[[], Any], ignore: Sequence[Tensor] = ()) -> list[Tensor]:
+    """Return the tensors that `run` saves for the backward pass, each storage once, random states included.
 
     Args:
         run: returns a tensor, or several.
-        apart_from: tensors that would be there anyway (parameters).
+        ignore: tensors that would be there anyway (parameters).
     """
     found: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         found.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
         out = run()
-    nodes = [t.grad_fn for t in ([out] if isinstance(out, Tensor) else out)]
-    seen = set()
+    nodes, visited = [t.grad_fn for t in ([out] if isinstance(out, Tensor) else out)], set()
     while nodes:
         node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
+        if node is not None and node not in visited:
+            visited.add(node)
             found += [v for v in getattr(node, "__dict__", {}).values() if isinstance(v, Tensor)]
             nodes += [before for before, _ in node.next_functions]
-    own = {t.untyped_storage().data_ptr() for t in apart_from}
-    return list({p: t for t in found if (p := t.untyped_storage().data_ptr()) not in own}.values())
+    ignored = {t.untyped_storage().data_ptr() for t in ignore}
+    return list({p: t for t in found if (p := t.untyped_storage().data_ptr()) not in ignored}.values())
 
 
-def size(tensors: Sequence[Tensor]) -> int:
-    """Return the bytes of some tensors' storages."""
+def storage_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
-class Made(TorchDispatchMode):
-    """What is made for the length of the `with`: `largest`, in bytes, and what of it `lives`."""
+class AllocationRecorder(TorchDispatchMode):
+    """Records the storages made inside the `with`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = 0
+        self.largest = 0  # bytes
         self._all: list[ref[torch.UntypedStorage]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -163,8 +157,8 @@ class Made(TorchDispatchMode):
                 self._all.append(ref(storage))
         return out
 
-    def lives(self, apart_from: Sequence[Tensor]) -> int:
-        """Return the bytes that are still held, by whomever, apart from those of what was given."""
-        own = {t.untyped_storage().data_ptr() for t in apart_from}
-        held = {s.data_ptr(): s.nbytes() for r in self._all if (s := r()) is not None}
-        return sum(n for at, n in held.items() if at not in own)
+    def live_bytes(self, ignore: Sequence[Tensor]) -> int:
+        """Return the bytes of the storages that still exist, apart from those of `ignore`."""
+        ignored = {t.untyped_storage().data_ptr() for t in ignore}
+        live = {s.data_ptr(): s.nbytes() for r in self._all if (s := r()) is not None}
+        return sum(n for pointer, n in live.items() if pointer not in ignored)
