@@ -117,9 +117,9 @@ def test_invalid_rows(tmp_path):
     assert (report["invalid_count"], report["rows"]) == (2, 32)
 
 
-@pytest.mark.parametrize("options", [{"max_seq_len": 1}, {"rows_per_step": 0}])
+@pytest.mark.parametrize("options", [{"max_seq_len": 1}, {"on_overlong": "cut"}, {"train_on": "all"}])
 def test_settings_out_of_range(tmp_path, options):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=next(iter(options))):
         validate(tmp_path, make_rows(3), **options)
 
 

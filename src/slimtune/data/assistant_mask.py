@@ -38,11 +38,8 @@ TAIL_CHARACTERS = 40
 def find_assistant_spans(full: str, messages: Messages, render: Render, special_tokens: re.Pattern[str]) -> list[Span]:
     """Return the `[start, end)` characters of `full` that the model must produce, one span per assistant turn.
 
-    `full` are the rendered messages, `render(messages, add_generation_prompt)` may raise `jinja2.TemplateError`.
-
-    Raises:
-        ModelError: the template does not show where a turn is.
-        DataError: it writes a tool's result inside a turn.
+    `full` are the rendered messages, `render(messages, add_generation_prompt)` may raise `jinja2.TemplateError`. Raise
+    ModelError if the template does not show where a turn is, DataError if it writes a tool's result inside a turn.
     """
     finder = _SpanFinder(full, messages, render, special_tokens)
     spans = [finder.find_turn(i) for i, m in enumerate(messages) if m["role"] == "assistant"]

@@ -61,10 +61,8 @@ class Collator:
         """Return one micro-batch.
 
         Always int64 `logits_to_keep` [C], `hidden_index` [K], `targets` [K] and `tokens` []; packed, `input_ids` and
-        `position_ids` [1, L], and the `layout`; else `input_ids` and `attention_mask` [B, L].
-
-        Raises:
-            DataError: no example has a supervised token.
+        `position_ids` [1, L], and the `layout`; else `input_ids` and `attention_mask` [B, L]. Raise DataError if no
+        example has a supervised token.
         """
         rows = [list(e["input_ids"]) for e in examples]
         if self.packing:

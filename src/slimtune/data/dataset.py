@@ -72,11 +72,7 @@ class RowFile:
                     yield parse_record(rename_columns(found[1], self._columns), self.format, found[0], file)
 
     def valid_rows(self) -> Iterator[Row]:
-        """Yield the rows.
-
-        Raises:
-            DataError: some rows are invalid: at the end of the file, or after ten; they are named with file and line.
-        """
+        """Yield the rows; at the end, or after ten invalid ones, raise DataError that names them with file and line."""
         errors = self.new_errors()
         for row in self:
             if isinstance(row, Row):

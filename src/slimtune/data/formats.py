@@ -165,9 +165,7 @@ def check_format(format: str | None, columns: Mapping[str, str]) -> None:
 def detect_format(path: Path, records: Iterable[Record], columns: Mapping[str, str], format: str | None = None) -> str:
     """Return the format of a file from its first records; if it is given, only the renamed columns are checked.
 
-    Raises:
-        UsageError: no record has a renamed column (`columns`: role → column).
-        DataError: no format fits, or several do.
+    Raise UsageError if no record has a renamed column (role → column), DataError if no format fits, or several do.
     """
     records = list(records)
     present = list(dict.fromkeys(key for record in records for key in record))

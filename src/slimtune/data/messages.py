@@ -40,12 +40,9 @@ class RowError(ValueError):
 def validate_messages(
     value: Any, column: str = "messages", *, needs_assistant: bool = True
 ) -> tuple[Messages, tuple[bool, ...]]:
-    """Return validated messages, and for each whether the model learns it.
+    """Return validated messages, and for each whether the model learns it; raise RowError for the first error.
 
     `value` may be JSON text. `needs_assistant` requires an assistant turn that is learned.
-
-    Raises:
-        RowError: the first error of the row.
     """
     given = [(f"{column}[{i}]", message) for i, message in enumerate(require_list(value, column))]
     messages = [_validate_message(message, name) for name, message in given]

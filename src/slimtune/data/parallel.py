@@ -38,11 +38,8 @@ def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
 def parallel_map(function: Callable[[T], R], batches: Iterable[T], processes: int = 1) -> Iterator[R]:
     """Yield `function(batch)` for each batch, in order; batches are read only as they are needed.
 
-    `function` must be picklable: every process imports its module and receives it once.
-
-    Raises:
-        RunError: a process died.
-        Exception: whatever `function` raises.
+    `function` must be picklable: every process imports its module and receives it once. Its errors are raised here;
+    RunError means that a process died.
     """
     left = iter(batches)
     yield from map(function, itertools.islice(left, SERIAL_BATCHES if processes > 1 else None))

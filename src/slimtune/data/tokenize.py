@@ -72,11 +72,7 @@ class RowReport:
 def tokenize_rows(
     rows: Iterable[Row], tokenizer: Any, *, train_on: str = "assistant"
 ) -> list[TokenizedRow | InvalidRow]:
-    """Return the tokens of each row of a batch with the mask of supervised ones, or why the row has none.
-
-    Raises:
-        ModelError: no chat template, or one that hides the assistant's turns; no end-of-text token for texts.
-    """
+    """Return the tokens of each row of a batch with the mask of supervised ones, or why the row has none."""
     special_tokens = chat_template.special_token_pattern(tokenizer)
 
     def render(row: Row) -> RenderedText | InvalidRow:
@@ -135,6 +131,13 @@ class BatchTokenizer:
     on_overlong: str
     train_on: str
     validate: Callable[[Sequence[PairedRow]], Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (("on_overlong", ON_OVERLONG), ("train_on", TRAIN_ON)):
+            if (value := getattr(self, name)) not in choices:
+                raise UsageError(f"{name} is {value!r}{nearest(value, choices)}", expected=format_names(choices))
+        if self.max_seq_len < 2:
+            raise UsageError(f"max_seq_len is {self.max_seq_len}", "at least 2 tokens: one to read, one to predict")
 
     def __call__(self, batch: tuple[Row | InvalidRow, ...]) -> TokenizedBatch:
         rows = [row for row in batch if isinstance(row, Row)]
@@ -207,11 +210,8 @@ def tokenize_dataset(
             have no supervised token.
         ModelError: no chat template, or one that hides the assistant's turns.
     """
-    for name, value, choices in (("on_overlong", on_overlong, ON_OVERLONG), ("train_on", train_on, TRAIN_ON)):
-        if value not in choices:
-            raise UsageError(f"{name} is {value!r}{nearest(value, choices)}", expected=format_names(choices))
-    if max_seq_len < 2:
-        raise UsageError(f"max_seq_len is {max_seq_len}", expected="at least 2 tokens: one to read, one to predict")
+    validate = None if reporter is None else reporter.validate
+    function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, validate)
     if isinstance(rows, RowFile):
         errors = rows.new_errors()
         if rows.format == "preference":
@@ -223,8 +223,6 @@ def tokenize_dataset(
             )
     else:
         errors = RowErrors(path, hint="change these rows, or use another chat template (data.chat_template)")
-    validate = None if reporter is None else reporter.validate
-    function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, validate)
     total, overlong, unsupervised = RowReport(max_seq_len), [], []
     with DatasetWriter() as writer:
         for batch in parallel_map(function, batched(rows, BATCH_SIZE), processes):

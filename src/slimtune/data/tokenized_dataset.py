@@ -88,11 +88,7 @@ class DatasetWriter:
         self._file.close()  # the memory map of it stays valid
 
     def write(self, ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, lines: np.ndarray) -> None:
-        """Write rows: their tokens one after another, int32 [T] and bool [T]; tokens and line of each, int64 [N] twice.
-
-        Raises:
-            RunError: the disk is full.
-        """
+        """Write rows: their tokens one after another, int32 [T] and bool [T]; tokens and line of each, int64 [N]."""
         offsets = self._arrow.array(np.concatenate([[0], np.cumsum(lengths)]), self._arrow.int32())
         lists = [self._arrow.ListArray.from_arrays(offsets, self._arrow.array(a)) for a in (ids, supervised)]
         batch = self._arrow.record_batch([*lists, self._arrow.array(lines)], self._schema)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError, UsageError
+from ...errors import DataError
 from ...utils.formatting import format_count
 from ..chat_template import TokenizedRow
 from ..dataset import RowFile, open_rows
@@ -98,21 +98,12 @@ def validate_file(
 
     Args:
         path, format, columns: see `open_rows`.
-        tokenizer: of the base that will read the rows.
-        model: the base's name.
+        tokenizer, model: of the base that will read the rows, and its name.
         max_seq_len, on_overlong, train_on: see `tokenize_dataset`.
         rows_per_step: rows of an optimizer step, from 1; they are packed together.
         validation: validation rows, which must not be among these.
         processes: how many validate at once; None: as many as there are cores.
-
-    Raises:
-        UsageError: the file does not exist, or a setting is out of its range.
-        DataError: the file has no known format, or is empty.
-        ModelError: no chat template, or one that hides the assistant's turns.
     """
-    if max_seq_len < 2 or rows_per_step < 1:
-        problem = f"max_seq_len is {max_seq_len}" if max_seq_len < 2 else f"a step of {rows_per_step} rows"
-        raise UsageError(problem, "at least 2 tokens, and at least 1 row per step")
 
     def validate(rows: RowFile, like: DatasetReport | None = None) -> DatasetReport:
         report = DatasetReport(tokenizer, rows.format, max_seq_len, on_overlong, rows_per_step, like)
@@ -149,14 +140,8 @@ class FoundIssue:
 class DatasetReport:
     """Collects tokenized batches with `add`, then makes the report with `to_dict`, once.
 
-    `validate` is the function that computes the statistics of a batch, possibly in another process.
-
-    Args:
-        tokenizer: of the base that will read the rows.
-        format: of the rows.
-        max_seq_len, on_overlong: see `tokenize_dataset`.
-        rows_per_step: rows of an optimizer step.
-        like: a report with which this one will be compared.
+    Arguments are those of `validate_file`; `like` is a report with which this one will be compared. `validate` computes
+    the statistics of a batch, possibly in another process.
     """
 
     def __init__(
