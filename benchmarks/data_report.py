@@ -26,7 +26,7 @@ DICTIONARY = Path(__file__).parents[1] / "examples" / "devils-dictionary" / "tra
 SYSTEM = "You are the author of a dictionary. Define the word you are given in the manner of Ambrose Bierce."
 
 
-def make(path: Path, rows: int) -> int:
+def write_rows(path: Path, rows: int) -> int:
     """Write the rows; return how many repeat another."""
     said = [json.loads(line)["messages"] for line in DICTIONARY.read_text(encoding="utf-8").splitlines()]
     words = " ".join(m["content"] for messages in said for m in messages).split()
@@ -47,10 +47,10 @@ def make(path: Path, rows: int) -> int:
     return repeated
 
 
-def watched(command: list[str]) -> tuple[str, dict[str, float]]:
+def run_and_measure(command: list[str]) -> tuple[str, dict[str, float]]:
     """Run a command; return its stdout, and the seconds, most memory in bytes and busy seconds of its processes."""
     began = time.perf_counter()
-    busy: dict[int, float] = {}
+    cpu_seconds: dict[int, float] = {}
     most = {"rss": 0.0, "pss": 0.0, "processes": 0.0}
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen(command, stdout=out)
@@ -63,7 +63,7 @@ def watched(command: list[str]) -> tuple[str, dict[str, float]]:
                     rss += p.memory_info().rss
                     pss += p.memory_full_info().pss
                     spent = p.cpu_times()
-                    busy[p.pid] = spent.user + spent.system
+                    cpu_seconds[p.pid] = spent.user + spent.system
                 most = {"rss": max(most["rss"], rss), "pss": max(most["pss"], pss),
                         "processes": max(most["processes"], len(tree))}  # fmt: skip
             except psutil.Error:
@@ -71,7 +71,7 @@ def watched(command: list[str]) -> tuple[str, dict[str, float]]:
             time.sleep(0.5)
         seconds = time.perf_counter() - began
         out.seek(0)
-        return out.read(), {**most, "seconds": seconds, "busy": sum(busy.values())}
+        return out.read(), {**most, "seconds": seconds, "busy": sum(cpu_seconds.values())}
 
 
 def main() -> int:
@@ -82,10 +82,10 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="slimtune-data-") as folder:
         path = Path(folder) / "rows.jsonl"
-        repeated = make(path, given.rows)
+        repeated = write_rows(path, given.rows)
         print(f"{given.rows:,} rows, {path.stat().st_size / 1e6:.0f} MB", flush=True)
         command = [sys.executable, "-m", "slimtune", "data", str(path), "--model", given.model, "--json"]
-        text, took = watched(command)
+        text, took = run_and_measure(command)
     report = json.loads(text)
     if "error" in report:
         print(report["error"])

@@ -48,9 +48,9 @@ def find_assistant_spans(full: str, messages: Messages, render: Render, special_
             marked = finder.render(_replace_content(messages, i, MARK + message["content"]))
             at = common_prefix_length(full, marked) if marked is not None and MARK in marked else 0
             if any(start < at < end for start, end in spans):
-                raise _moved(f"the chat template writes messages[{i}] (tool) within the turn that called it")
+                raise _move_error(f"the chat template writes messages[{i}] (tool) within the turn that called it")
     if any(a[1] > b[0] for a, b in itertools.pairwise(spans)):
-        raise _unclear("its turns overlap")
+        raise _unclear_error("its turns overlap")
     return spans
 
 
@@ -87,14 +87,14 @@ class _SpanFinder:
                 return len(before), self._find_end(with_mark, i, MARK, body + len(content))
         marked = self.render(with_mark)
         if marked is None or marked.count(MARK) != 1:
-            raise _unclear(f"it does not render the content of messages[{i}] exactly once")
+            raise _unclear_error(f"it does not render the content of messages[{i}] exactly once")
         head, tail = marked.split(MARK)
         if not full.endswith(tail):
-            raise _unclear(f"the text after messages[{i}] changes with its content")
+            raise _unclear_error(f"the text after messages[{i}] changes with its content")
         body_end = len(full) - len(tail)
         start = self._find_start(i, head, before)
         if not start < body_end:
-            raise _unclear(f"messages[{i}] is rendered as nothing")
+            raise _unclear_error(f"messages[{i}] is rendered as nothing")
         return start, self._find_end(with_mark, i, MARK, body_end)
 
     def _find_calling_turn(self, i: int, before: str | None) -> Span:
@@ -105,11 +105,11 @@ class _SpanFinder:
         elif before is not None and full.startswith(before) and before != self.render(messages[:i]):
             start = len(before)
         else:
-            raise _unclear(f"it does not show where the calls of messages[{i}] begin")
+            raise _unclear_error(f"it does not show where the calls of messages[{i}] begin")
         body_end = self._find_calls_end(i, start)
         end = self._find_end(messages, i, full[start:body_end][-TAIL_CHARACTERS:], body_end)
         if messages[i].get("content", "").strip() not in full[start:end]:
-            raise _moved(f"the chat template writes the content of messages[{i}] apart from its calls")
+            raise _move_error(f"the chat template writes the content of messages[{i}] apart from its calls")
         return start, end
 
     def _find_calls_end(self, i: int, start: int) -> int:
@@ -127,10 +127,10 @@ class _SpanFinder:
         else:  # the template takes one call at a time: what follows the arguments is the end of the turn
             changed = render_calls([*calls[:-1], other])
             if changed is None or MARK not in changed:
-                raise _unclear(f"it does not show where the calls of messages[{i}] end")
+                raise _unclear_error(f"it does not show where the calls of messages[{i}] end")
             at = max(len(full) - common_prefix_length(full[::-1], changed[::-1]), start)
         if at < start:
-            raise _unclear(f"the text before the calls of messages[{i}] changes with them")
+            raise _unclear_error(f"the text before the calls of messages[{i}] changes with them")
         # If both renderings continue with special tokens, these may share their first characters.
         tokens = self.special_tokens.finditer(full, start)
         return next((found.start() for found in tokens if found.start() < at < found.end()), at)
@@ -141,7 +141,7 @@ class _SpanFinder:
         if has_prompt and before is not None and self.full.startswith(before):
             return len(before)  # the model must produce what the template writes between its prompt and the content
         if not self.full.startswith(head):
-            raise _unclear(f"the text before messages[{i}] changes with its content")
+            raise _unclear_error(f"the text before messages[{i}] changes with its content")
         both = prompt = None
         if i:
             marked = _replace_content(self.messages, i - 1, MARK_BEFORE)
@@ -205,12 +205,12 @@ def _replace_content(messages: Messages, i: int, content: str) -> Messages:
     return [{**m, "content": content} if j == i else m for j, m in enumerate(messages)]
 
 
-def _moved(problem: str) -> DataError:
+def _move_error(problem: str) -> DataError:
     hint = "leave out the content beside the call, or use another chat template (data.chat_template)"
     return DataError(problem, hint=hint)
 
 
-def _unclear(reason: str) -> ModelError:
+def _unclear_error(reason: str) -> ModelError:
     return ModelError(
         f"the chat template does not show which tokens the assistant produces: {reason}",
         expected="a template that renders the content of each message once, in order",

@@ -209,7 +209,7 @@ def _render_complete(messages: Messages, tools: Tools, render: Callable[[Message
             _check_complete(variant, tools, text)
             return variant, text
     if incomplete is not None:
-        raise _left_out(f"tool calls of messages[{incomplete}]", "them")
+        raise _left_out_error(f"tool calls of messages[{incomplete}]", "them")
     raise refusal if isinstance(refusal, TemplateError) else TemplateError(str(refusal))
 
 
@@ -247,10 +247,10 @@ def _check_complete(messages: Messages, tools: Tools, text: str) -> None:
             continue  # `find_assistant_spans` checks its content
         content = message.get("content", "").strip()
         if content not in text and not (message["role"] == "tool" and _contains_json(text, content)):
-            raise _left_out(f"messages[{i}] ({message['role']})", "that message")
+            raise _left_out_error(f"messages[{i}] ({message['role']})", "that message")
     for tool in tools or ():
         if (name := tool["function"]["name"]) not in text:
-            raise _left_out(f"the tool {name!r}", "the tools")
+            raise _left_out_error(f"the tool {name!r}", "the tools")
 
 
 def _contains_json(text: str, content: str) -> bool:
@@ -262,6 +262,6 @@ def _contains_json(text: str, content: str) -> bool:
     return any(variant in text for variant in variants)
 
 
-def _left_out(what: str, remove: str) -> DataError:
+def _left_out_error(what: str, remove: str) -> DataError:
     hint = f"remove {remove}, or use another chat template (data.chat_template)"
     return DataError(f"the chat template leaves out {what}", hint=hint)

@@ -25,7 +25,7 @@ _WRONG_BYTE = re.compile("[\udc80-\udcff]")
 
 
 def shorten(value: str, limit: int = 80) -> str:
-    """Return the beginning of a text, with its length if it is longer than `limit` characters."""
+    """Return a text, or its first `limit` characters and its length if it is longer."""
     value = value.strip()
     return value if len(value) <= limit else f"{value[:limit]}… ({len(value)} characters)"
 
