@@ -8,8 +8,7 @@ from trained_runs import KNOWN, knowing_base, shuffled, talks, trained_run
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.evaluation.verdict import make_verdict
+from slimtune.evaluation.evaluate import EvalSettings, evaluate, make_verdict
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,7 @@ CHECK_NAMES = ("exact", "chrf", "json", "regex:PATTERN", "json-schema:FILE")
 
 
 class EvalPrompt(NamedTuple):
-    """A held-out prompt.
-
-    Args:
-        messages: the messages before the row's last answer.
-        reference: that answer.
-        line: the row's line in its file.
-    """
+    """A held-out prompt: the messages before a row's last answer, and that answer."""
 
     messages: list[Message]
     reference: str
@@ -55,9 +49,7 @@ def sample_prompts(rows: Iterable[Row], examples: Sequence[Example], count: int)
     indices = np.unique(np.linspace(0, len(examples) - 1, min(count, len(examples))).round().astype(int))
     lines = {examples[int(i)]["line"] for i in indices}
     prompts = []
-    for row in rows:
-        if row.line not in lines:
-            continue
+    for row in (row for row in rows if row.line in lines):
         answers = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("content")]
         if not answers or row.tools:
             raise UsageError(
@@ -75,11 +67,11 @@ def generate_answers(
     """Return `line`, `prompt`, `reference`, `base`, `tuned`, `checks` (`{name: {"base", "tuned"}}`) of each prompt."""
     results = []
     for prompt in prompts:
-        texts: dict[str, str] = {}
+        result: dict[str, Any] = {"line": prompt.line, "prompt": prompt.messages, "reference": prompt.reference}
         measured: dict[str, dict[str, bool | float]] = {}
         for who in ("base", "tuned"):
             answer = generator.answer(prompt.messages, tuned=who == "tuned", max_new_tokens=max_new_tokens)
-            texts[who] = answer.text
+            result[who] = answer.text
             values: dict[str, bool | float] = {
                 "tokens": answer.tokens,
                 "repetition": measure_repetition(answer.text),
@@ -88,15 +80,7 @@ def generate_answers(
             }
             for name, value in values.items():
                 measured.setdefault(name, {})[who] = value
-        results.append(
-            {
-                "line": prompt.line,
-                "prompt": prompt.messages,
-                "reference": prompt.reference,
-                **texts,
-                "checks": measured,
-            }
-        )
+        results.append({**result, "checks": measured})
     return results
 
 
@@ -115,17 +99,13 @@ def measure_repetition(text: str) -> float:
     return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0
 
 
-def build_checks(names: Sequence[str]) -> dict[str, Check]:
-    """Return the checks that the names stand for.
+def build_check(name: str) -> Check:
+    """Return the check that a name stands for.
 
     Raises:
-        UsageError: a name is unknown, or a pattern or schema is invalid.
+        UsageError: the name is unknown, or a pattern or schema is invalid.
         ModelError: a package is missing.
     """
-    return {name: _build_check(name) for name in names}
-
-
-def _build_check(name: str) -> Check:
     kind, _, argument = name.partition(":")
     match kind, bool(argument):
         case "exact", False:
@@ -181,7 +161,5 @@ def _parse_json(answer: str) -> tuple[Any] | None:
 
 
 def _missing_package(package: str, check: str) -> ModelError:
-    return ModelError(
-        f"the check {check} needs the package {package}, which is not installed",
-        hint="pip install 'slimtune[eval]'",
-    )
+    message = f"the check {check} needs the package {package}, which is not installed"
+    return ModelError(message, hint="pip install 'slimtune[eval]'")

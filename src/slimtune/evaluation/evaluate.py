@@ -1,26 +1,24 @@
 """Compare the tuned model with its base: held-out loss, perplexity and accuracy with intervals, and a verdict.
 
 The same model in the same arrangement of rows scores every row twice, with the adapter and without it, so nothing but
-the adapter makes the difference.
+the adapter makes the difference. The tuned model is improved if the whole interval of its loss reduction is above 0 and
+its answers still depend on their prompts. It passes if it also forgot no more than its budget.
 """
 
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
 from ..data.collator import Example
-from ..data.tokenize import RowReport
-from ..data.tokenized_dataset import TokenizedDataset
-from ..errors import AdapterError, ModelError, SlimtuneError, UsageError, format_names, nearest
+from ..errors import AdapterError, ModelError, UsageError, format_names, nearest
 from ..reporting import write_report
 from ..run_dir import RunDir, write_json
 from ..setup import (
-    TrainedModel,
     build_collator,
     find_adapter_folder,
     load_datasets,
@@ -29,13 +27,12 @@ from ..setup import (
     open_rows_from_recipe,
 )
 from ..train_step.loss import RowScore, evaluate_rows
-from .answers import build_checks, generate_answers, sample_prompts, summarize_checks
+from .answers import build_check, generate_answers, sample_prompts, summarize_checks
 from .forgetting import DEFAULT_BUDGET, WINDOW, measure_forgetting, read_general_text, tokenize_general_text
 from .generate import Generator
 from .lm_eval import find_tasks, run_tasks
-from .prompt_dependence import prompt_dependence, shuffle_prompts
+from .prompt_dependence import MIN_DEPENDENCE, prompt_dependence, shuffle_prompts
 from .statistics import Estimate, paired_bootstrap, perplexity
-from .verdict import list_failures, make_verdict
 
 SPLITS = ("test", "validation")
 
@@ -44,47 +41,27 @@ SPLITS = ("test", "validation")
 class EvalSettings:
     """What to measure.
 
-    Args:
-        split: rows of the recipe to measure on: "test" or "validation".
-        data: a file of rows to measure on instead of a split.
-        bootstrap: draws for the intervals, 1 or more.
-        seed: of the draws and of the shuffled prompts.
-        skip_prompt_test: do not test whether answers depend on their prompts.
-        general_text: text the adapter never saw, `.txt` or JSONL (`forgetting.BUILT_IN_TEXT`); None: not measured.
-        forgetting_budget: nats per token that may be lost on the general text, 0 or more.
-        generate: number of held-out prompts that base and tuned model answer, 0 or more.
-        max_new_tokens: longest answer in tokens, 1 or more.
-        checks: of the answers, by the names in `answers.py`.
-        tasks: names of lm-evaluation-harness tasks.
-        tasks_path: a folder of the user's task files.
-
     Raises:
         UsageError: a number is out of its range.
     """
 
-    split: str = "test"
-    data: Path | None = None
-    bootstrap: int = 2000
-    seed: int = 0
-    skip_prompt_test: bool = False
-    general_text: Path | None = None
-    forgetting_budget: float = DEFAULT_BUDGET
-    generate: int = 0
-    max_new_tokens: int = 128
-    checks: Sequence[str] = ()
-    tasks: Sequence[str] = ()
-    tasks_path: Path | None = None
+    split: str = "test"  # rows of the recipe to measure on: "test" or "validation"
+    data: Path | None = None  # a file of rows to measure on instead of a split
+    bootstrap: int = 2000  # draws for the intervals, 1 or more
+    seed: int = 0  # of the draws and of the shuffled prompts
+    skip_prompt_test: bool = False  # do not test whether answers depend on their prompts
+    general_text: Path | None = None  # that the adapter never saw, .txt or JSONL (`forgetting.BUILT_IN_TEXT`)
+    forgetting_budget: float = DEFAULT_BUDGET  # nats per token that may be lost on it, 0 or more
+    generate: int = 0  # held-out prompts that base and tuned model answer, 0 or more
+    max_new_tokens: int = 128  # longest answer in tokens, 1 or more
+    checks: Sequence[str] = ()  # of the answers, by the names in `answers.py`
+    tasks: Sequence[str] = ()  # of lm-evaluation-harness
+    tasks_path: Path | None = None  # a folder of the user's task files
 
     def __post_init__(self) -> None:
-        ranges: dict[str, tuple[bool, str]] = {
-            "bootstrap": (self.bootstrap >= 1, "one draw or more"),
-            "forgetting_budget": (0 <= self.forgetting_budget < math.inf, "nats per token, 0 or more"),
-            "generate": (self.generate >= 0, "a number of prompts, 0 or more"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
-        }
-        for name, (is_valid, expected) in ranges.items():
-            if not is_valid:
-                raise UsageError(f"{name} is {getattr(self, name)}", expected)
+        for name, least in (("bootstrap", 1), ("forgetting_budget", 0), ("generate", 0), ("max_new_tokens", 1)):
+            if not least <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}", f"{least} or more")
 
 
 def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
@@ -106,7 +83,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     """
     start = time.perf_counter()
     run, settings = Path(run), settings or EvalSettings()
-    checks = build_checks(settings.checks)
+    checks = {name: build_check(name) for name in settings.checks}
     task_manager = find_tasks(settings.tasks, settings.tasks_path) if settings.tasks else None
     run_dir = None if find_adapter_folder(run) == run else RunDir.open(run)
     file = _find_eval_file(run_dir, run, settings)
@@ -125,7 +102,15 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
             "output_dir": str(run),
         }
     )
-    examples, row_report = _load_eval_rows(recipe, trained, file)
+    if file is not None:
+        examples, row_report = load_eval_dataset(recipe, tokenizer, file)
+    else:
+        datasets = load_datasets(recipe, tokenizer)
+        examples, row_report = datasets.validation, datasets.train_report
+        if not examples:
+            none = f"{recipe.data.validation_fraction} of {len(datasets.train)} rows is none"
+            expected = "data.validation in the recipe, or a file"
+            raise UsageError(f"training set no rows aside: {none}", expected, "--data FILE")
     prompts, generator = [], None
     if settings.generate:
         generator = Generator(trained)
@@ -146,12 +131,25 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
             return evaluate_rows(model, rows, collator), tuned
 
     base, tuned = score_both(examples)
-    _check_finite(base, examples, file, ModelError, "base")
-    _check_finite(tuned, examples, file, AdapterError, "tuned model")
+    for who, scored, error in (("base", base, ModelError), ("tuned model", tuned, AdapterError)):
+        lines = [e["line"] for e, score in zip(examples, scored, strict=True) if not math.isfinite(score.nats)]
+        if lines:
+            raise error(
+                f"the loss of the {who} is NaN or Inf on {len(lines)} of {len(scored)} rows "
+                f"(lines {format_names(lines)} of {file or 'the training file'})",
+                "finite losses",
+                "evaluate in float32, or take an older checkpoint",
+            )
     tokens = [score.tokens for score in base]
     draws = {"draws": settings.bootstrap, "seed": settings.seed}
     loss = paired_bootstrap([s.nats for s in base], [s.nats for s in tuned], tokens, **draws)
     hits = paired_bootstrap([s.hits for s in tuned], [s.hits for s in base], tokens, **draws)  # more is better
+    dependence = forgetting = None
+    if not settings.skip_prompt_test:
+        dependence = prompt_dependence(shuffle_prompts(examples, settings.seed), base, tuned, score_both, **draws)
+    if settings.general_text is not None:
+        forgetting = {"text": str(settings.general_text)}
+        forgetting |= measure_forgetting(general, score_both, settings.forgetting_budget, **draws)
     result: dict[str, Any] = {
         "run": str(run),
         "split": None if settings.data is not None else settings.split,
@@ -166,15 +164,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         "accuracy_gain": hits.difference.value,
         "accuracy_gain_ci95": hits.difference.interval,
         "rows_better": loss.rows_better,
-        "prompt_dependence": None
-        if settings.skip_prompt_test
-        else prompt_dependence(shuffle_prompts(examples, settings.seed), base, tuned, score_both, **draws),
-        "forgetting": None
-        if settings.general_text is None
-        else {
-            "text": str(settings.general_text),
-            **measure_forgetting(general, score_both, settings.forgetting_budget, **draws),
-        },
+        "prompt_dependence": dependence,
+        "forgetting": forgetting,
     }
     result |= {
         "improved": not list_failures(result),
@@ -211,6 +202,43 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     return result
 
 
+def list_failures(result: Mapping[str, Any]) -> list[str]:
+    """Return why the tuned model is not better than the base, one sentence each; empty if it is better."""
+    failures = []
+    low, high = result["loss_reduction_ci95"]
+    if low <= 0:
+        what = "is worse than the base" if high < 0 else "is not shown to be better than the base"
+        interval = f"its loss reduction is between {low:.4f} and {high:.4f} nats per token"
+        failures.append(f"the tuned model {what}: {interval}")
+    dependence = result["prompt_dependence"]
+    if dependence is not None and not dependence["passed"]:
+        low, high = dependence["tuned_ci95"]
+        if low <= MIN_DEPENDENCE:
+            failures.append(
+                "the prompt is not shown to help the tuned model predict its answer: by "
+                f"{low:.4f} to {high:.4f} nats per token, where more than {MIN_DEPENDENCE} is required"
+            )
+        else:
+            low, high = dependence["change_ci95"]
+            failures.append(
+                "the tuned model depends less on its prompts: the help of a prompt fell from "
+                f"{dependence['base']:.4f} to {dependence['tuned']:.4f} nats per token, by {-high:.4f} to {-low:.4f}"
+            )
+    return failures
+
+
+def make_verdict(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `{"passed": bool, "reasons": [sentence, …]}` of a whole result."""
+    reasons, forgetting = list_failures(result), result["forgetting"]
+    if forgetting is not None and not forgetting["within"]:
+        low, high = forgetting["change_ci95"]
+        reasons.append(
+            f"it forgot more than its budget of {forgetting['budget']:g} nats per token on general text: "
+            f"{forgetting['change']:.4f}, between {low:.4f} and {high:.4f}"
+        )
+    return {"passed": not reasons, "reasons": reasons}
+
+
 def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -> Path | None:
     """Return the file to measure on, or None for the rows that training set aside from its own file.
 
@@ -223,11 +251,8 @@ def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -
     if split not in SPLITS:
         raise UsageError(f"there is no split {split!r}{nearest(split, SPLITS)}", f"one of {format_names(SPLITS)}")
     if run_dir is None:
-        raise UsageError(
-            f"{run} is an adapter folder without a recipe, so its held-out rows are unknown",
-            "rows the adapter was not trained on",
-            "--data FILE",
-        )
+        problem = f"{run} is an adapter folder without a recipe, so its held-out rows are unknown"
+        raise UsageError(problem, "rows the adapter was not trained on", "--data FILE")
     data = run_dir.load_recipe().data
     file = data.test if split == "test" else data.validation
     has_validation = data.validation is not None or data.validation_fraction > 0
@@ -238,32 +263,6 @@ def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -
             f"--data FILE{', or --split validation' if split == 'test' and has_validation else ''}",
         )
     return file
-
-
-def _load_eval_rows(recipe: Recipe, trained: TrainedModel, file: Path | None) -> tuple[TokenizedDataset, RowReport]:
-    if file is not None:
-        return load_eval_dataset(recipe, trained.base.tokenizer, file)
-    datasets = load_datasets(recipe, trained.base.tokenizer)
-    if not datasets.validation:
-        raise UsageError(
-            f"training set no rows aside: {recipe.data.validation_fraction} of {len(datasets.train)} rows is none",
-            "data.validation in the recipe, or a file",
-            "--data FILE",
-        )
-    return datasets.validation, datasets.train_report
-
-
-def _check_finite(
-    scores: Sequence[RowScore], examples: Sequence[Example], file: Path | None, error: type[SlimtuneError], who: str
-) -> None:
-    lines = [e["line"] for e, score in zip(examples, scores, strict=True) if not math.isfinite(score.nats)]
-    if lines:
-        raise error(
-            f"the loss of the {who} is NaN or Inf on {len(lines)} of {len(scores)} rows "
-            f"(lines {format_names(lines)} of {file or 'the training file'})",
-            "finite losses",
-            "evaluate in float32, or take an older checkpoint",
-        )
 
 
 def _format_pair(name: str, base: Estimate, tuned: Estimate) -> dict[str, Any]:

@@ -25,17 +25,11 @@ WINDOW = 256
 
 
 class TextPiece(NamedTuple):
-    """A piece of general text.
+    """A piece of general text."""
 
-    Args:
-        line: its line in the file.
-        kind: a label, for figures by kind.
-        content: plain text, or messages.
-    """
-
-    line: int
-    kind: str
-    content: str | list[dict[str, str]]
+    line: int  # in its file
+    kind: str  # a label, for figures by kind
+    content: str | list[dict[str, str]]  # plain text, or messages
 
 
 def read_general_text(file: Path) -> list[TextPiece]:
@@ -52,17 +46,18 @@ def read_general_text(file: Path) -> list[TextPiece]:
     pieces: list[TextPiece] = []
     try:
         text = file.read_text("utf-8-sig")
-        if file.suffix == ".txt":
-            pieces = [TextPiece(1, "text", text)] if text.strip() else []
-        else:
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip() and not errors.full:
-                    try:
-                        pieces.append(_parse_line(number, line))
-                    except ValueError as e:
-                        errors.add(number, str(e))
     except UnicodeDecodeError as e:
+        text = ""
         errors.add(1, f"is not UTF-8 at byte {e.start}")
+    if file.suffix == ".txt":
+        pieces = [TextPiece(1, "text", text)] if text.strip() else []
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip() and not errors.full:
+                try:
+                    pieces.append(_parse_line(number, line))
+                except ValueError as e:
+                    errors.add(number, str(e))
     if not pieces and not errors.messages:
         errors.add(1, "contains no text")
     errors.check()
@@ -74,14 +69,13 @@ def _parse_line(number: int, line: str) -> TextPiece:
         row = json.loads(line)
     except json.JSONDecodeError as e:
         raise ValueError(f"does not parse as JSON ({e.msg} at column {e.colno})") from None
-    kind = str(row.get("kind", "text")) if isinstance(row, dict) else ""
     match row:
-        case {"text": str(text)} if text.strip():
-            return TextPiece(number, kind, text)
+        case {"text": str(content)} if content.strip():
+            return TextPiece(number, str(row.get("kind", "text")), content)
         case {"messages": [_, *_] as messages}:
             keys = ("role", "content")
             if all(isinstance(m, dict) and all(isinstance(m.get(k), str) for k in keys) for m in messages):
-                return TextPiece(number, kind, [{k: m[k] for k in keys} for m in messages])
+                return TextPiece(number, str(row.get("kind", "text")), [{k: m[k] for k in keys} for m in messages])
     raise ValueError(f"is neither a text nor messages: {line.strip()[:80]}")
 
 
@@ -150,9 +144,5 @@ def measure_forgetting(
 
     result = compare(range(len(examples)))
     kinds = dict.fromkeys(e["kind"] for e in examples)
-    return {
-        **result,
-        "budget": budget,
-        "within": result["change_ci95"][0] <= budget,
-        "kinds": {kind: compare([i for i, e in enumerate(examples) if e["kind"] == kind]) for kind in kinds},
-    }
+    by_kind = {kind: compare([i for i, e in enumerate(examples) if e["kind"] == kind]) for kind in kinds}
+    return {**result, "budget": budget, "within": result["change_ci95"][0] <= budget, "kinds": by_kind}

@@ -5,19 +5,17 @@ decoding. The checkpoint's other generation settings (top-p, penalties) are not 
 follow one rule. An answer ends at any token that ends a turn for the checkpoint, the tokenizer or the chat template.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
 
 from ..data.chat_template import encode_chat, end_of_turn_ids, get_chat_template
 from ..errors import DataError, ModelError, UsageError
@@ -30,24 +28,15 @@ Message = dict[str, str]
 
 
 class Answer(NamedTuple):
-    """A whole answer.
+    """A whole answer."""
 
-    Args:
-        text: without the tokens that end it.
-        tokens: number of tokens, including the one that ends it.
-        ended: whether it ended by itself, not by the length limit.
-    """
-
-    text: str
-    tokens: int
-    ended: bool
+    text: str  # without the tokens that end it
+    tokens: int  # including the one that ends it
+    ended: bool  # by itself, not by the length limit
 
 
 class Generator:
     """Generates answers with a loaded run.
-
-    Args:
-        trained: adapter and base.
 
     Raises:
         ModelError: the base has no chat template.
@@ -69,14 +58,8 @@ class Generator:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, run: Path) -> Generator:
-        """Load a run folder or an adapter folder.
-
-        Raises:
-            UsageError: there is no run and no adapter.
-            AdapterError: the adapter does not fit its base.
-            ModelError: the base cannot be loaded, or has no chat template.
-        """
+    def open(cls, run: Path) -> Self:
+        """Load a run folder or an adapter folder; errors as for `load_run`."""
         return cls(load_run(run))
 
     def stream(
@@ -98,8 +81,7 @@ class Generator:
             seed: of the sampling; the process's own random state is preserved.
 
         Raises:
-            UsageError: the prompt is empty, the template rejects the messages, a setting is out of range, or prompt and
-                answer exceed the model's context.
+            UsageError: a setting is out of range, or as for `tokenize_prompt`.
         """
         if max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}", "1 or more", "leave it out for 128")
@@ -116,10 +98,7 @@ class Generator:
     def answer(self, messages: Sequence[Message], *, tuned: bool = True, max_new_tokens: int = 128) -> Answer:
         """Return the greedy answer and how it ended; arguments and errors as for `stream`."""
         ids = self.tokenize_prompt(messages, max_new_tokens)
-        with self._lock, contextlib.nullcontext() if tuned else self.model.disable_adapter():
-            output = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), use_cache=True, max_new_tokens=max_new_tokens, do_sample=False
-            )
+        output = self._generate_ids(ids, tuned, max_new_tokens=max_new_tokens, do_sample=False)
         tokens = output[0, ids.shape[1] :].tolist()
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         return Answer(text, len(tokens), bool(tokens) and tokens[-1] in self.end_tokens)
@@ -153,6 +132,10 @@ class Generator:
             )
         return ids.to(self.device, torch.int64)
 
+    def _generate_ids(self, ids: Tensor, tuned: bool, **settings: Any) -> Tensor:
+        with self._lock, contextlib.nullcontext() if tuned else self.model.disable_adapter():
+            return self.model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **settings)
+
     def _stream_pieces(self, ids: Tensor, tuned: bool, seed: int, settings: dict[str, Any]) -> Iterator[str]:
         """Yield pieces while a thread generates.
 
@@ -162,22 +145,15 @@ class Generator:
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         cancelled, errors = threading.Event(), []
 
+        def is_cancelled(input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            return torch.full((len(input_ids),), cancelled.is_set(), dtype=torch.bool, device=input_ids.device)
+
         def generate() -> None:
+            criteria = StoppingCriteriaList([is_cancelled])  # type: ignore[list-item]  # any callable will do
             try:
-                with (
-                    self._lock,
-                    contextlib.nullcontext() if tuned else self.model.disable_adapter(),
-                    preserve_rng_state(self.device),
-                ):
+                with preserve_rng_state(self.device):
                     torch.manual_seed(seed)
-                    self.model.generate(
-                        ids,
-                        attention_mask=torch.ones_like(ids),
-                        streamer=streamer,
-                        use_cache=True,
-                        stopping_criteria=StoppingCriteriaList([CancelCriteria(cancelled)]),
-                        **settings,
-                    )
+                    self._generate_ids(ids, tuned, streamer=streamer, stopping_criteria=criteria, **settings)
             except BaseException as e:
                 errors.append(e)
                 streamer.text_queue.put(streamer.stop_signal)
@@ -191,17 +167,6 @@ class Generator:
             thread.join()
         if errors:
             raise errors[0]
-
-
-class CancelCriteria(StoppingCriteria):
-    """Stops the generation when the consumer closes the stream."""
-
-    def __init__(self, cancelled: threading.Event) -> None:
-        self.cancelled = cancelled
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Return for each row whether the generation stops, as bool `(batch,)`."""
-        return torch.full((len(input_ids),), self.cancelled.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 def find_end_tokens(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -23,11 +23,8 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
         UsageError: the folder or a task does not exist; the nearest name is given.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise ModelError(
-            "--tasks needs the package lm-eval, which is not installed",
-            "lm-evaluation-harness beside slimtune",
-            "pip install 'slimtune[tasks]'",
-        )
+        message = "--tasks needs the package lm-eval, which is not installed"
+        raise ModelError(message, hint="pip install 'slimtune[tasks]'")
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--tasks-path {folder} is not a folder", "a folder of task YAML files")
     with _errors_only():
@@ -37,70 +34,58 @@ def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
     known = list(manager.all_tasks)
     for name in names:
         if name not in known:
-            raise UsageError(
-                f"there is no task {name!r}{nearest(name, known)}",
-                f"one of the {len(known)} tasks of lm-eval, or the `task:` of a YAML file in --tasks-path",
-                "list them: lm-eval ls tasks",
-            )
+            expected = f"one of the {len(known)} tasks of lm-eval, or the `task:` of a YAML file in --tasks-path"
+            raise UsageError(f"there is no task {name!r}{nearest(name, known)}", expected, "lm-eval ls tasks")
     return manager
 
 
-def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any, limit: int | None = None) -> dict[str, Any]:
+def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict[str, Any]:
     """Return `{task: {metric: {"base", "base_stderr", "tuned", "tuned_stderr", "higher_is_better"}}}`.
 
     Args:
         trained: adapter and base.
         names: tasks or groups.
         manager: from `find_tasks`.
-        limit: most rows of each task; None: all.
 
     Raises:
         ModelError: the harness could not run a task; its message is included.
     """
-    sides = {}
-    for who in ("base", "tuned"):
-        with _errors_only(), trained.model.disable_adapter() if who == "base" else contextlib.nullcontext():
-            sides[who] = _run_harness(trained, names, manager, limit)
-    scores: dict[str, Any] = {}
-    for task, metrics in sides["tuned"]["results"].items():
-        higher_is_better = sides["tuned"].get("higher_is_better", {}).get(task, {})
-        for key, tuned in metrics.items():
-            metric, _, aggregation = key.partition(",")
-            if not aggregation or metric.endswith("_stderr") or not isinstance(tuned, int | float):
-                continue
-            base = sides["base"]["results"][task]
-            error = f"{metric}_stderr,{aggregation}"
-            scores.setdefault(task, {})[metric if aggregation == "none" else f"{metric} ({aggregation})"] = {
-                "base": base[key],
-                "base_stderr": base.get(error) if isinstance(base.get(error), int | float) else None,
-                "tuned": tuned,
-                "tuned_stderr": metrics.get(error) if isinstance(metrics.get(error), int | float) else None,
-                "higher_is_better": higher_is_better.get(metric),
-            }
-    return scores
-
-
-def _run_harness(trained: TrainedModel, names: Sequence[str], manager: Any, limit: int | None) -> dict[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(pretrained=trained.model, tokenizer=trained.base.tokenizer, batch_size=1)
-    try:
-        return simple_evaluate(
-            model,
-            tasks=list(names),
-            task_manager=manager,
-            limit=limit,
-            log_samples=False,
-            bootstrap_iters=1000,
-            apply_chat_template=trained.base.tokenizer.chat_template is not None,
-        )
-    except Exception as e:  # a task's own code and data can raise anything
-        raise ModelError(
-            f"lm-eval could not run {', '.join(names)}: {type(e).__name__}: {e}",
-            "tasks whose data is on this machine, or a network to fetch it",
-            "--tasks-path FOLDER with tasks on local data (docs/eval.md)",
-        ) from e
+    results = {}
+    for who in ("base", "tuned"):
+        with _errors_only(), trained.model.disable_adapter() if who == "base" else contextlib.nullcontext():
+            try:
+                results[who] = simple_evaluate(
+                    HFLM(pretrained=trained.model, tokenizer=trained.base.tokenizer, batch_size=1),
+                    tasks=list(names),
+                    task_manager=manager,
+                    log_samples=False,
+                    bootstrap_iters=1000,
+                    apply_chat_template=trained.base.tokenizer.chat_template is not None,
+                )
+            except Exception as e:  # a task's own code and data can raise anything
+                raise ModelError(
+                    f"lm-eval could not run {', '.join(names)}: {type(e).__name__}: {e}",
+                    "tasks whose data is on this machine, or a network to fetch it",
+                    "--tasks-path FOLDER with tasks on local data (docs/eval.md)",
+                ) from e
+    scores: dict[str, Any] = {}
+    for task, metrics in results["tuned"]["results"].items():
+        higher_is_better = results["tuned"].get("higher_is_better", {}).get(task, {})
+        for key, value in metrics.items():
+            metric, _, aggregation = key.partition(",")
+            if not aggregation or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            found: dict[str, Any] = {}
+            for who in ("base", "tuned"):
+                figures = results[who]["results"][task]
+                error = figures.get(f"{metric}_stderr,{aggregation}")
+                found |= {who: figures[key], f"{who}_stderr": error if isinstance(error, int | float) else None}
+            found["higher_is_better"] = higher_is_better.get(metric)
+            scores.setdefault(task, {})[metric if aggregation == "none" else f"{metric} ({aggregation})"] = found
+    return scores
 
 
 @contextlib.contextmanager

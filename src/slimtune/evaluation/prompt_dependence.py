@@ -12,7 +12,7 @@ dependence is the reference, because a decrease shows long before nothing remain
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,48 +28,29 @@ TOLERATED_LOSS = 0.1
 """Share of the base's dependence that may be lost."""
 
 
-class ShuffledRows(NamedTuple):
-    """Answers after the prompts of other rows.
+def shuffle_prompts(examples: Sequence[Example], seed: int = 0) -> dict[int, Example]:
+    """Return rows, by their index in `examples`, with the prompt of a randomly drawn other row before their answer.
 
-    Args:
-        rows: index of the row that each answer belongs to.
-        examples: another row's tokens before its first answer, followed by this row's from its first answer on.
-    """
-
-    rows: list[int]
-    examples: list[Example]
-
-
-def shuffle_prompts(examples: Sequence[Example], seed: int = 0) -> ShuffledRows:
-    """Return answers after randomly drawn prompts of other rows, none longer than the longest of `examples`.
-
-    A row is left out if no different prompt fits, for example because all rows ask the same.
+    A prompt is what comes before a row's first supervised token. No new row is longer than the longest of `examples`;
+    a row is left out if no different prompt fits, for example because all rows ask the same.
     """
     order = [int(i) for i in np.random.default_rng(seed).permutation(len(examples))]
-    starts = [
-        next(t for t, label in enumerate(example["labels"]) if label != IGNORE_INDEX and t > 0) for example in examples
-    ]
+    starts = [next(t for t, label in enumerate(e["labels"]) if label != IGNORE_INDEX and t > 0) for e in examples]
     prompts = [tuple(example["input_ids"][:start]) for example, start in zip(examples, starts, strict=True)]
     longest = max(len(example["input_ids"]) for example in examples)
-    shuffled = ShuffledRows([], [])
+    shuffled: dict[int, Example] = {}
     for position, i in enumerate(order[:MAX_ROWS]):
         ids, labels = (examples[i][key][starts[i] :] for key in ("input_ids", "labels"))
         candidates = (prompts[j] for j in order[position + 1 :] + order[:position])
         prompt = next((p for p in candidates if p and p != prompts[i] and len(p) + len(ids) <= longest), None)
         if prompt is not None:
-            shuffled.rows.append(i)
-            shuffled.examples.append(
-                {
-                    "input_ids": [*prompt, *ids],
-                    "labels": [IGNORE_INDEX] * len(prompt) + labels,
-                    "line": examples[i]["line"],
-                }
-            )
+            labels = [IGNORE_INDEX] * len(prompt) + labels
+            shuffled[i] = {"input_ids": [*prompt, *ids], "labels": labels, "line": examples[i]["line"]}
     return shuffled
 
 
 def prompt_dependence(
-    shuffled: ShuffledRows,
+    shuffled: dict[int, Example],
     base: Sequence[RowScore],
     tuned: Sequence[RowScore],
     score_both: Callable[[Sequence[Example]], tuple[list[RowScore], list[RowScore]]],
@@ -78,7 +59,7 @@ def prompt_dependence(
     """Return how much base and tuned model depend on the prompts, or None if all rows ask the same.
 
     Args:
-        shuffled: answers after the prompts of other rows.
+        shuffled: from `shuffle_prompts`.
         base: scores of every row after its own prompt, by the base.
         tuned: the same by the tuned model.
         score_both: scores rows by base and tuned model.
@@ -87,18 +68,18 @@ def prompt_dependence(
     Returns:
         `rows`; `base`, `tuned` and `change` in nats per token, each with `_ci95`; `passed`.
     """
-    if not shuffled.rows:
+    if not shuffled:
         return None
     base_increase, tuned_increase = (
-        [after.nats - own[i].nats for i, after in zip(shuffled.rows, shuffled_scores, strict=True)]
-        for shuffled_scores, own in zip(score_both(shuffled.examples), (base, tuned), strict=True)
+        [after.nats - own[i].nats for i, after in zip(shuffled, shuffled_scores, strict=True)]
+        for shuffled_scores, own in zip(score_both(list(shuffled.values())), (base, tuned), strict=True)
     )
-    tokens = [base[i].tokens for i in shuffled.rows]
+    tokens = [base[i].tokens for i in shuffled]
     # The bootstrap subtracts its second argument from its first: tuned - base.
     found = paired_bootstrap(tuned_increase, base_increase, tokens, **bootstrap)
     estimates = {"base": found.tuned, "tuned": found.base, "change": found.difference}
     return {
-        "rows": len(shuffled.rows),
+        "rows": len(shuffled),
         **{name: e.value for name, e in estimates.items()},
         **{f"{name}_ci95": e.interval for name, e in estimates.items()},
         "passed": estimates["tuned"].low > MIN_DEPENDENCE

@@ -40,24 +40,16 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> list[float]:
-        """`[low, high]`."""
         return [self.low, self.high]
 
 
 class PairedEstimate(NamedTuple):
-    """Base against tuned model over the same rows, per token.
-
-    Args:
-        base: mean of the base.
-        tuned: mean of the tuned model.
-        difference: base - tuned.
-        rows_better: number of rows on which the tuned model has less.
-    """
+    """Base against tuned model over the same rows, per token."""
 
     base: Estimate
     tuned: Estimate
-    difference: Estimate
-    rows_better: int
+    difference: Estimate  # base - tuned
+    rows_better: int  # rows on which the tuned model has less
 
 
 class SeedEstimate(NamedTuple):
@@ -70,23 +62,9 @@ class SeedEstimate(NamedTuple):
 
 
 def paired_bootstrap(
-    base: Sequence[float],
-    tuned: Sequence[float],
-    tokens: Sequence[int],
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-    level: float = 0.95,
+    base: Sequence[float], tuned: Sequence[float], tokens: Sequence[int], *, draws: int = 2000, seed: int = 0
 ) -> PairedEstimate:
-    """Compare the sums per row (nats, or hits) of two models, each of length R.
-
-    Args:
-        base: sums of the base, by row.
-        tuned: sums of the tuned model, by row.
-        tokens: supervised tokens of each row, 1 or more.
-        draws: bootstrap draws, 1 or more.
-        seed: of the draws; the same seed gives the same interval.
-        level: share of the draws inside the interval, 0 to 1.
+    """Compare the sums (nats, or hits) by row of two models, with 95 % intervals from `draws` draws of rows.
 
     Raises:
         ValueError: there are no rows, the lengths differ, or a row has no token.
@@ -102,11 +80,11 @@ def paired_bootstrap(
         # How often each row is drawn is multinomial.
         counts = rng.multinomial(len(t), np.full(len(t), 1 / len(t)), size=min(block, draws - done))
         ratios.append((counts @ sums) / (counts @ t)[:, None])
-    low, high = np.quantile(np.concatenate(ratios), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975], axis=0)
     # If every row gives the same value, rounding alone could leave the estimate just outside.
     low, high = np.minimum(low, values), np.maximum(high, values)
-    of_base, of_tuned, difference = (Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True))
-    return PairedEstimate(of_base, of_tuned, difference, rows_better=int((u < b).sum()))
+    estimates = (Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True))
+    return PairedEstimate(*estimates, rows_better=int((u < b).sum()))
 
 
 def perplexity(loss: float) -> float:
