@@ -149,7 +149,7 @@ class Generator:
             return torch.full((len(input_ids),), cancelled.is_set(), dtype=torch.bool, device=input_ids.device)
 
         def generate() -> None:
-            criteria = StoppingCriteriaList([is_cancelled])  # type: ignore[list-item]  # any callable will do
+            criteria = StoppingCriteriaList([is_cancelled])
             try:
                 with preserve_rng_state(self.device):
                     torch.manual_seed(seed)

@@ -83,8 +83,8 @@ def paired_bootstrap(
     low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975], axis=0)
     # If every row gives the same value, rounding alone could leave the estimate just outside.
     low, high = np.minimum(low, values), np.maximum(high, values)
-    estimates = (Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True))
-    return PairedEstimate(*estimates, rows_better=int((u < b).sum()))
+    of_base, of_tuned, difference = (Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True))
+    return PairedEstimate(of_base, of_tuned, difference, int((u < b).sum()))
 
 
 def perplexity(loss: float) -> float:
