@@ -60,7 +60,9 @@ def asked(way: str, flags: list[Any], folder: Path, args: argparse.Namespace) ->
     run = folder / way
     if not run.exists():
         command = [sys.executable, "-m", "slimtune", "train", *flags, "--out", run, "--max-steps", args.steps]
-        subprocess.run([*map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise SystemExit(f"training {way} failed with exit code {done.returncode}:\n{done.stdout[-2000:]}")
     found = verify(run, threads=args.threads)
     screen = Console(width=140)
     screen.print(f"\n[bold]{way}[/]", format_verdicts(found["checks"]), sep="\n")

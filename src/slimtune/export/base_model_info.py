@@ -29,27 +29,21 @@ TIMEOUT = 10.0
 class Licence:
     """A licence, as the base's author names it."""
 
-    name: str
-    """Its short name on the Hub, such as "apache-2.0"."""
-    source: str
-    """What names it."""
-    metadata: dict[str, Any]
-    """`license` and, for "other", `license_name` and `license_link`, for the card."""
+    name: str  # its short name on the Hub, such as "apache-2.0"
+    source: str  # what names it
+    metadata: dict[str, Any]  # `license` and, for "other", `license_name` and `license_link`, for the card
 
 
 @dataclass(frozen=True)
 class BaseModelInfo:
     """A base as others can find it; what is unknown is None."""
 
-    name: str
-    """Its Hub id, else its bare name; never a path."""
+    name: str  # its Hub id, else its bare name; never a path
     hub_id: str | None
     revision: str | None = None
     licence: Licence | None = None
-    quantized_file: str = ""
-    """The quantized file that the run trained on; "" where it used the weights themselves."""
-    notes: list[str] = field(default_factory=list)
-    """What the user should know before uploading."""
+    quantized_file: str = ""  # that the run trained on; "" where it used the weights themselves
+    notes: list[str] = field(default_factory=list)  # what the user should know before uploading
 
 
 def get_base_model_info(
@@ -59,7 +53,6 @@ def get_base_model_info(
     fingerprint: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    endpoint: str | None = None,
 ) -> BaseModelInfo:
     """Return the Hub id and licence of the base that `spec` names.
 
@@ -68,7 +61,7 @@ def get_base_model_info(
         hub_id: its Hub id, if the user gives it; UsageError if it is malformed.
         fingerprint: of the base that the adapter was trained on.
         revision: of the base on the Hub.
-        token, endpoint: for reading the base's card on the Hub.
+        token: for reading the base's card on the Hub.
     """
     notes: list[str] = []
     source: ModelSource | None = None
@@ -95,7 +88,7 @@ def get_base_model_info(
         except RunError as e:
             log.debug("%s", e)
     if licence is None and hub_id is not None:
-        licence = _fetch_licence(hub_id, revision, token, endpoint)
+        licence = _fetch_licence(hub_id, revision, token)
 
     name = hub_id or (source.name if source else Path(spec).name)
     if hub_id is None:
@@ -135,13 +128,13 @@ def _read_gguf(path: Path) -> tuple[Licence | None, str]:
     return _make_licence(metadata, f"the metadata of {path.name}"), path.name if is_quantized else ""
 
 
-def _fetch_licence(hub_id: str, revision: str | None, token: str | bool | None, endpoint: str | None) -> Licence | None:
+def _fetch_licence(hub_id: str, revision: str | None, token: str | bool | None) -> Licence | None:
     """Return the licence in the base's model card, from the cache or the Hub."""
     cached = try_to_load_from_cache(hub_id, "README.md", revision=revision)
     if isinstance(cached, str):
         return _read_card_licence(Path(cached))
     try:
-        info = HfApi(endpoint=endpoint, token=token).model_info(hub_id, revision=revision, timeout=TIMEOUT)
+        info = HfApi(token=token).model_info(hub_id, revision=revision, timeout=TIMEOUT)
     except Exception as e:  # gated, offline or deleted: then the licence is unknown
         log.debug("the card of %s cannot be read: %s", hub_id, type(e).__name__)
         return None

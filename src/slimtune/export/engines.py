@@ -20,17 +20,11 @@ from ..errors import ModelError, RunError, UsageError, format_names, nearest
 
 @dataclass(frozen=True)
 class Scores:
-    """What an engine gives for the tokens of one text except the first, each given those before it.
+    """What an engine gives for the tokens of one text except the first, each given those before it."""
 
-    Args:
-        token_log_probs: natural log-probability of the token that follows `(n - 1,)`, float64.
-        top_ids: ids of the likeliest tokens at each position `(n - 1, k)`.
-        top_log_probs: their log-probabilities `(n - 1, k)`, float64.
-    """
-
-    token_log_probs: Tensor
-    top_ids: Tensor
-    top_log_probs: Tensor
+    token_log_probs: Tensor  # natural log-probability of the token that follows `(n - 1,)`, float64
+    top_ids: Tensor  # ids of the likeliest tokens at each position `(n - 1, k)`
+    top_log_probs: Tensor  # their log-probabilities `(n - 1, k)`, float64
 
 
 def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> Scores:
@@ -43,8 +37,7 @@ def _make_scores(positions: list[tuple[float, list[tuple[int, float]]]]) -> Scor
 class Engine(Protocol):
     """A model as an engine serves it."""
 
-    name: str
-    """As tables show it: "merged folder", "llama.cpp", "vLLM"."""
+    name: str  # as tables show it: "merged folder", "llama.cpp", "vLLM"
 
     def tokenize(self, text: str) -> list[int]:
         """Return the engine's ids of a rendered prompt, its beginning-of-sequence token included."""
@@ -117,8 +110,7 @@ class LlamaCppEngine:
     in float32, so that a difference comes from the file and not from the cache.
 
     Args:
-        model: a GGUF of the whole model.
-        adapter: a GGUF of an adapter; None: without.
+        model, adapter: GGUF files of the whole model and of an adapter.
         max_tokens: of the longest text, answers included.
         threads: None: half of the cores. The threads wait for one another, so one on a busy core slows all.
         top_k: how many of the likeliest tokens `score` gives.
@@ -216,7 +208,7 @@ class VllmEngine:
         key: the server's --api-key.
 
     Raises:
-        UsageError: the address is invalid, or the server does not know the model (the nearest name is given).
+        UsageError: the address is invalid, or the server does not know the model.
         ModelError: no vLLM answers there.
     """
 
@@ -279,9 +271,7 @@ def _request_json(
 ) -> dict[str, Any]:
     """Send JSON by POST (without a body: by GET), and return the JSON of the answer.
 
-    Raises:
-        RunError: the server refuses the request.
-        ModelError: no such server answers there, or it does not accept the key.
+    RunError means that the server refuses the request; ModelError that no such server answers there.
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     request = urllib.request.Request(url + path, json.dumps(body).encode() if body else None, headers)

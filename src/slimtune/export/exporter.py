@@ -40,26 +40,20 @@ OPTION_TARGETS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export a run."""
+    """How to export a run.
 
-    merged: bool = False
-    """Base and adapter as one model; otherwise the adapter without its base."""
+    An adapter's precision is "f32" (the default) or "f16"; a merged model's also "bf16", "q8_0", or what llama.cpp's
+    `llama-quantize` makes, such as "Q4_K_M" (by default "f16").
+    """
+
+    merged: bool = False  # base and adapter as one model; otherwise the adapter without its base
     precision: str | None = None
-    """Of the tensors: "f32" or "f16" for an adapter; for a merged model also "bf16", "q8_0", or what llama.cpp's
-    `llama-quantize` makes, such as "Q4_K_M". None: "f32", merged "f16"."""
-    convert_to_lora: float | None = None
-    """Convert the adapter first to the nearest LoRA of this rank (int), or to one that keeps this share of each layer's
-    change (float in (0, 1])."""
-    ollama_base: str | None = None
-    """Ollama's FROM; None: the base's own GGUF."""
-    name: str | None = None
-    """Of the model in the engine; None: the folder's."""
-    system: str | None = None
-    """System prompt of every conversation in Ollama that has none."""
-    num_ctx: int | None = None
-    """Tokens of Ollama's window."""
-    dtype: str | None = None
-    """What vLLM computes in."""
+    convert_to_lora: float | None = None  # first, to this rank (int) or to keep this share of each change (0 to 1)
+    ollama_base: str | None = None  # Ollama's FROM; None: the base's own GGUF
+    name: str | None = None  # of the model in the engine; None: the folder's
+    system: str | None = None  # prompt of every conversation in Ollama that has none
+    num_ctx: int | None = None  # tokens of Ollama's window
+    dtype: str | None = None  # what vLLM computes in
 
 
 def export(
@@ -113,15 +107,8 @@ def export(
     with atomic_folder(out, needed) as folder:
         log(f"writing {out}")
         if target == "vllm":
-            facts = write_vllm_adapter(
-                loaded,
-                run,
-                folder,
-                out=out,
-                name=options.name,
-                convert_to_lora=options.convert_to_lora,
-                dtype=options.dtype,
-            )
+            lora, name, dtype = options.convert_to_lora, options.name, options.dtype
+            facts = write_vllm_adapter(loaded, run, folder, out=out, name=name, convert_to_lora=lora, dtype=dtype)
         else:
             facts = _write_gguf(loaded, run, folder, out, options)
         if target == "ollama":
@@ -147,14 +134,12 @@ def export(
 
 
 def _check_options(target: str, options: ExportOptions) -> None:
-    if target not in get_args(Target):
-        raise UsageError(
-            f"unknown target {target!r}{nearest(target, get_args(Target))}", format_names(get_args(Target))
-        )
+    if target not in (targets := get_args(Target)):
+        raise UsageError(f"unknown target {target!r}{nearest(target, targets)}", format_names(targets))
     unread = [
         f"--{option.replace('_', '-')}"
-        for option, targets in OPTION_TARGETS.items()
-        if getattr(options, option) is not None and target not in targets
+        for option, readers in OPTION_TARGETS.items()
+        if getattr(options, option) is not None and target not in readers
     ]
     if unread:
         raise UsageError(f"{', '.join(unread)} has no effect in an export to {target}", hint="leave it out")
@@ -200,8 +185,7 @@ def _write_gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, option
 def _write_ollama(loaded: TrainedModel, folder: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
     source, model = loaded.base.source, loaded.model
     base = str(folder / MODEL_GGUF) if options.merged else options.ollama_base
-    if base is None and source.kind == "gguf":
-        base = source.path
+    base = source.path if base is None and source.kind == "gguf" else base
     if base is None:
         raise UsageError(
             f"the base {source.spec} is not a GGUF, which Ollama needs to add an adapter to",
@@ -222,11 +206,11 @@ def _write_ollama(loaded: TrainedModel, folder: Path, out: Path, options: Export
     )
     if options.ollama_base:
         note = f"checked beside the base the run was trained on; {options.ollama_base} itself was not checked"
+        facts["notes"].append(note)
     elif not options.merged and loaded.base.quantization is None:
         note = "the adapter was trained on this base in 16 or 32 bits; Ollama adds it to the base as the file has it"
-    else:
-        note = ""
-    return {**facts, "notes": [*facts["notes"], *filter(None, [note])], "template": facts["template"] is not None}
+        facts["notes"].append(note)
+    return {**facts, "template": facts["template"] is not None}
 
 
 def _describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference | None) -> str:

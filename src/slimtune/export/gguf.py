@@ -41,16 +41,12 @@ CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """How llama.cpp stores one architecture."""
+    """How llama.cpp stores one architecture; layers are given by their last names."""
 
-    name: str
-    """Its name in gguf."""
-    permuted: dict[str, str] = field(default_factory=dict)
-    """Last names of linear layers whose output rows are permuted, with the config's number of heads."""
-    norm_shift: float = 0.0
-    """Added to the weights of norms: Gemma multiplies by 1 + w, llama.cpp by what the file says."""
-    transposed: tuple[str, ...] = ()
-    """Last names of layers that store their weight as `(in, out)`."""
+    name: str  # in gguf
+    permuted: dict[str, str] = field(default_factory=dict)  # output rows permuted, by the config's number of heads
+    norm_shift: float = 0.0  # added to norms' weights: Gemma multiplies by 1 + w, llama.cpp by what the file says
+    transposed: tuple[str, ...] = ()  # weight stored as `(in, out)`
 
 
 _ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -122,13 +118,8 @@ def permute_rope_rows(rows: Tensor, module: str, config: Any) -> Tensor:
 def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precision: str = "f32") -> dict[str, Any]:
     """Write an adapter as GGUF in "f32" or "f16".
 
-    Returns:
-        `architecture`, `alpha`, `ranks` (the different ones, ascending), `tensors`, `bytes`.
-
-    Raises:
-        UsageError: the architecture is unknown, or the adapter is not a LoRA of linear layers only.
-        AdapterError: a value is NaN or Inf, or too large for the precision.
-        ModelError: the package gguf is not installed.
+    Returns `architecture`, `alpha`, `ranks` (the different ones, ascending), `tensors` and `bytes`. AdapterError means
+    that a value is NaN or Inf, or too large for the precision.
     """
     gguf, architecture = import_gguf(), get_architecture(model.config)
     names, layers = get_tensor_names(model.config), get_lora_factors(model, adapter)
@@ -166,8 +157,7 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
 def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]:
     """Return A `(r, in)`, B `(out, r)` and the scale of an adapter's update of each linear layer, in the model's order.
 
-    Raises:
-        UsageError: the adapter does anything else; what, and the alternatives, are given.
+    UsageError names what else the adapter does, and the alternatives.
     """
     layers, other = collect_low_rank_factors(model, adapter)
     if layers and not other:
@@ -204,17 +194,8 @@ def _to_finite_array(tensor: Tensor, module: str, precision: str) -> Any:
 def write_gguf_from_template(template: Path, model: Any, file: Path, precision: str = "f16") -> None:
     """Write a model as the GGUF its base came from: metadata and tokenizer from there, tensors from the model.
 
-    One tensor is in memory at a time, beside the model's own.
-
-    Args:
-        template: the base's GGUF file.
-        model: of the same architecture. An adapted one is written without its adapters, except those merged into it.
-        file: in a folder that is not in use yet.
-        precision: one of `PRECISIONS`; vectors stay in f32.
-
-    Raises:
-        UsageError: the architecture is unknown.
-        ModelError: template and model do not have the same tensors.
+    One tensor is in memory at a time, beside the model's own. Vectors stay in f32. An adapted model is written without
+    its adapters, except those merged into it.
     """
     gguf, architecture, names = import_gguf(), get_architecture(model.config), get_tensor_names(model.config)
     reader = gguf.GGUFReader(str(template))

@@ -53,19 +53,13 @@ _PATH_IN_CARD = re.compile(r"`(?:~|\.{1,2})?/[^`\n]*?([^`/\n]+)/?`")
 class Upload:
     """What is to be uploaded."""
 
-    kind: str
-    """"adapter", "checkpoint" or "gguf"."""
+    kind: str  # "adapter", "checkpoint" or "gguf"
     folder: Path
-    files: dict[str, Path | bytes]
-    """Contents by their names on the Hub."""
-    message: str
-    """Default first line of the commit."""
-    base: str | None = None
-    """Name of the base in the files."""
-    eval_file: str | None = None
-    """File of the run with the held-out result in the card."""
-    notes: list[str] = field(default_factory=list)
-    """What the user should know."""
+    files: dict[str, Path | bytes]  # contents by their names on the Hub
+    message: str  # default first line of the commit
+    base: str | None = None  # name of the base in the files
+    eval_file: str | None = None  # file of the run with the held-out result in the card
+    notes: list[str] = field(default_factory=list)  # what the user should know
 
 
 def push(
@@ -79,7 +73,6 @@ def push(
     keep_card: bool = False,
     dry_run: bool = False,
     token: str | bool | None = None,
-    endpoint: str | None = None,
 ) -> dict[str, Any]:
     """Upload a run's adapter with a model card, or an export, in one commit.
 
@@ -93,7 +86,6 @@ def push(
         keep_card: do not replace a README.md in the repository.
         dry_run: send nothing; the result contains the card.
         token: None or True: the one of `hf auth login` or HF_TOKEN.
-        endpoint: of the Hub; None: HF_ENDPOINT, else huggingface.co.
 
     Returns:
         `run`, `repo_id`, `kind`, `base`, `files` (bytes by name), `bytes`, `eval_file` (file of the run with the card's
@@ -109,7 +101,7 @@ def push(
     """
     run = Path(run)
     require_repo_id(repo_id, require_owner=True)
-    upload = _prepare_upload(run, repo_id, base, token, endpoint)
+    upload = _prepare_upload(run, repo_id, base, token)
     sizes = {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in upload.files.items()}
     result: dict[str, Any] = {
         "run": str(run),
@@ -134,7 +126,6 @@ def push(
             revision=revision,
             keep=(CARD_FILE,) if keep_card else (),
             token=token,
-            endpoint=endpoint,
         )
         result["notes"] = [*upload.notes, *_describe_repository(done, upload)]
         result |= {
@@ -152,13 +143,11 @@ def push(
     return result
 
 
-def _prepare_upload(
-    run: Path, repo_id: str, base: str | None, token: str | bool | None, endpoint: str | None
-) -> Upload:
+def _prepare_upload(run: Path, repo_id: str, base: str | None, token: str | bool | None) -> Upload:
     """Return what `push` uploads, after reading and checking it."""
     names = sorted(p.name for p in run.iterdir()) if run.is_dir() else []
     if {CONFIG_FILE, ADAPTER_FILE, "recipe.yaml"} & set(names):
-        return _prepare_adapter(run, repo_id, base, token, endpoint)
+        return _prepare_adapter(run, repo_id, base, token)
     is_checkpoint = "config.json" in names
     if is_checkpoint or any(n.endswith(".gguf") for n in names):
         if base is not None:
@@ -178,9 +167,7 @@ def _prepare_upload(
     raise AssertionError("unreachable")
 
 
-def _prepare_adapter(
-    run: Path, repo_id: str, base: str | None, token: str | bool | None, endpoint: str | None
-) -> Upload:
+def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | bool | None) -> Upload:
     folder = find_adapter_folder(run)
     run_dir, file, card = _find_run_dir(run, folder), folder / ADAPTER_FILE, folder / CARD_FILE
     results = run_dir.load_results() if run_dir is not None else RunResults()
@@ -198,9 +185,7 @@ def _prepare_adapter(
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
     notes = _check_fits_base(folder, config, name, results)
     revision = recipe.model.revision if recipe is not None else config.revision
-    info = get_base_model_info(
-        name, hub_id=base, fingerprint=fingerprint, revision=revision, token=token, endpoint=endpoint
-    )
+    info = get_base_model_info(name, hub_id=base, fingerprint=fingerprint, revision=revision, token=token)
     values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
     values |= {"base_model_name_or_path": info.name, "revision": info.revision}
     files: dict[str, Path | bytes] = {
@@ -222,11 +207,9 @@ def _prepare_adapter(
             has_tokenizer="tokenizer_config.json" in files,
             chat=any(n.startswith("chat_template.") for n in files),
         ).encode()
-    eval_file = None
-    if run_dir is not None and results.held_out is not None:
-        eval_file = results.held_out.file_name
-    elif run_dir is not None and results.result.get("validation_loss") is not None:
-        eval_file = run_dir.result_file.name
+    eval_file = results.held_out.file_name if results.held_out is not None else None
+    if eval_file is None and results.result.get("validation_loss") is not None:
+        eval_file = RunDir(run).result_file.name
     message = f"{config.name} adapter for {info.name}"
     return Upload("adapter", folder, files, message, info.name, eval_file, [*notes, *info.notes])
 
@@ -242,16 +225,9 @@ def render_adapter_card(
     has_tokenizer: bool,
     chat: bool,
 ) -> str:
-    """Return the card of an adapter on the Hub.
+    """Return the card of an adapter on the Hub; `parameters` is the number of values in its file.
 
-    Args:
-        config: of the adapter.
-        base: its base, as others can find it.
-        results: of the run.
-        repo_id: where the adapter is uploaded to.
-        file_bytes, parameters: size of the adapter's file, and the number of values in it.
-        has_tokenizer: whether a tokenizer is uploaded with it.
-        chat: whether the tokenizer has a chat template.
+    `has_tokenizer` tells whether a tokenizer is uploaded with it, `chat` whether that has a chat template.
     """
     name, vllm_command = repo_id.rpartition("/")[2], ""
     if is_served_unchanged(config):

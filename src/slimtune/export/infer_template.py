@@ -51,12 +51,7 @@ class UnsupportedTemplate(Exception):
 
 
 class JinjaTemplate:
-    """A tokenizer's chat template, rendered to text.
-
-    Args:
-        tokenizer: it has a chat template.
-        cut_bos: remove the beginning-of-sequence token at the front, because the engine adds it.
-    """
+    """A tokenizer's chat template, rendered to text; `cut_bos` where the engine adds the first token."""
 
     def __init__(self, tokenizer: Any, cut_bos: bool) -> None:
         self.tokenizer = tokenizer
@@ -70,14 +65,7 @@ class JinjaTemplate:
     def render(self, messages: Messages, prompt: bool = True, **variables: Any) -> str:
         """Return the text of a conversation; dates appear as their format between `DATE_MARKERS`.
 
-        Args:
-            messages: with `role` and `content`.
-            prompt: whether the text asks for the assistant's next message.
-            variables: further variables of the template.
-
-        Raises:
-            TemplateError: the template refuses the messages.
-            UnsupportedTemplate: the beginning-of-sequence token is written before some conversations only.
+        With `prompt` the text asks for the assistant's next message. TemplateError means that the template refuses.
         """
         options = {"tokenize": False, "add_generation_prompt": prompt, **self.override, **variables}
         try:
@@ -98,14 +86,10 @@ class JinjaTemplate:
 class ChatFormat:
     """The inferred form of a chat template."""
 
-    prefixes: dict[Neighbours, str]
-    """The text before a message; for (role, "prompt"): what asks for an answer."""
-    suffixes: dict[str, str]
-    """The text after a message, by its role, whatever follows."""
-    strips: dict[Neighbours, Strip]
-    """What is stripped from the second message's content."""
-    system: str
-    """"in order", "last" (inside the last user message), "refused" or "left out"."""
+    prefixes: dict[Neighbours, str]  # the text before a message; for (role, "prompt"): what asks for an answer
+    suffixes: dict[str, str]  # the text after a message, by its role, whatever follows
+    strips: dict[Neighbours, Strip]  # what is stripped from the second message's content
+    system: str  # "in order", "last" (inside the last user message), "refused" or "left out"
 
     def choices(self, role: str, after_system: bool = False) -> list[tuple[list[str], str, Strip]]:
         """Group the roles that can precede `role` by the prefix and the stripping they cause, the largest group last.
@@ -263,8 +247,7 @@ def _render_markers(
 ) -> tuple[str, list[int], list[str]]:
     """Render a shape with markers as contents; the content at index `padded` gets whitespace around it.
 
-    Returns:
-        the text, the messages' indices in the order of the text, and the texts around the markers.
+    Returns the text, the messages' indices in the order of the text, and the texts around the markers.
     """
     markers = [_CONTENT_MARKER.format(i) for i in range(len(shape))]
     contents = [f"{_PADDING[0]}{m}{_PADDING[1]}" if i == padded else m for i, m in enumerate(markers)]

@@ -182,9 +182,7 @@ def get_trained_dtype(run: Path) -> str | None:
 def load_trained(run: Path, dtype: str | None = None) -> TrainedModel:
     """Load a run's adapter on its base on the CPU: in float32 if the model is small, dequantized if it is quantized.
 
-    Args:
-        run: a run folder, or an adapter folder.
-        dtype: that the base's weights are rounded to, without quantization; None: as in training.
+    The base's weights are rounded to `dtype`, without quantization; by default as in training.
     """
     quantization = None if dtype is None else "none"
     loaded = load_run(run, dtype=dtype or get_trained_dtype(run), device="cpu", quantization=quantization, unpack=True)
@@ -195,12 +193,7 @@ def load_trained(run: Path, dtype: str | None = None) -> TrainedModel:
 
 
 def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: str) -> None:
-    """Write base and adapter as one GGUF; the loaded model is unchanged afterwards.
-
-    Raises:
-        AdapterError: the adapter cannot be merged.
-        UsageError, ModelError, RunError: as `write_gguf_from_template` and `convert_hf_to_gguf`.
-    """
+    """Write base and adapter as one GGUF; the loaded model is unchanged afterwards."""
     source, model = loaded.base.source, loaded.model
     if source.kind != "gguf":
         with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:

@@ -133,12 +133,8 @@ def save_merged_weights(
     Args:
         weights: what to write.
         folder: it exists.
-        dtype: that parameters are stored in; buffers keep theirs.
+        dtype: that parameters are stored in, AdapterError if it cannot hold a value; buffers keep theirs.
         inputs: of linear layers, by name, to round with (see `rounding.py`); other weights are rounded to nearest.
-
-    Raises:
-        MergeUnsupported: a result is NaN or Inf.
-        AdapterError: the dtype cannot hold a value.
     """
     model, ignored = weights.model, set(getattr(weights.model, "_keys_to_ignore_on_save", None) or ())
     outline = {n: weights.outline(n, dtype) for n in weights if n not in ignored}

@@ -51,8 +51,7 @@ def write_ollama(
         base: a name from a registry (`llama3.1:8b`, `hf.co/…`), or the path of a GGUF file or of a merged Hugging Face
             folder; an existing path wins over a name. A path inside `folder` is written relative to it.
         adapter: the adapter's GGUF inside `folder`; None: it is merged into the base.
-        tokenizer: of the run, with the chat template it was trained with.
-        config: of the model.
+        tokenizer, config: of the run, with the chat template it was trained with, and of the model.
         name: of the new model in Ollama: `[host/][namespace/]model[:tag]`.
         system: system prompt of every conversation that has none.
         max_seq_len: tokens of the longest row that the run accepted.
@@ -62,11 +61,6 @@ def write_ollama(
     Returns:
         `commands` (that build and start the model), `template` (the TEMPLATE; None: the base keeps its own, or none
         could be made), `stops` (the stop tokens), `num_ctx`, and `notes`, one sentence each.
-
-    Raises:
-        UsageError: the name, a path or the system prompt cannot be in a Modelfile, the base does not exist, the window
-            is larger than the model's, or the chat template takes no system prompt.
-        ModelError: the base is damaged, or the package gguf is missing.
     """
     if not _MODEL_NAME.fullmatch(name):
         expected = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (only _ at the beginning)"
@@ -105,24 +99,14 @@ def write_ollama(
     if modelfile.startswith("-"):
         modelfile = f"./{modelfile}"
     commands = [shlex.join(["ollama", "create", name, "-f", modelfile]), shlex.join(["ollama", "run", name])]
-    return {
-        "commands": commands,
-        "template": converted.template,
-        "stops": stops,
-        "num_ctx": window,
-        "notes": notes,
-    }
+    facts = {"template": converted.template, "stops": stops, "num_ctx": window}
+    return {**facts, "commands": commands, "notes": notes}
 
 
 def engine_adds_bos(base: Path, tokenizer: Any) -> bool:
     """Return whether Ollama puts the beginning-of-sequence token before a prompt.
 
-    Args:
-        base: a GGUF file, or a folder that Ollama converts.
-        tokenizer: decides if a GGUF file does not say.
-
-    Raises:
-        ModelError: the base is damaged, or the package gguf is missing.
+    `base` is a GGUF file, or a folder that Ollama converts; the tokenizer decides if a GGUF file does not say.
     """
     if base.is_dir():
         file = base / "tokenizer_config.json"
@@ -178,13 +162,7 @@ def format_modelfile(lines: list[tuple[str, str]]) -> str:
     A value is bare to the end of the line, or between " " or triple quotes over several lines. Quotes have no escape: a
     quoted value ends at the first line end that has its closing quotes before it. Ollama drops characters that Go does
     not call printable. So each quoting is tried until one carries the value, and a value that none carries is refused:
-    no value can become an instruction.
-
-    Args:
-        lines: instruction ("PARAMETER stop" for a parameter) and value, `FROM` among them.
-
-    Raises:
-        UsageError: no quoting carries a value.
+    no value can become an instruction. `lines` are pairs of instruction ("PARAMETER stop" for a parameter) and value.
     """
     text = ""
     for name, value in lines:

@@ -38,23 +38,16 @@ _DATE_SLICES = {"Y": "0 4", "y": "2 4", "m": "5 7", "d": "8 10"}
 class ConvertedTemplate:
     """The result of converting a chat template."""
 
-    template: str | None
-    """In Go's syntax; None: it cannot be converted, `notes` says why."""
-    stops: tuple[str, ...] = ()
-    """Special tokens that end an answer."""
-    system: bool | None = None
-    """Whether the chat template has a place for a system prompt; None: unknown."""
-    notes: tuple[str, ...] = ()
-    """What the TEMPLATE does differently, one sentence each."""
+    template: str | None  # in Go's syntax; None: it cannot be converted, `notes` says why
+    stops: tuple[str, ...] = ()  # special tokens that end an answer
+    system: bool | None = None  # whether the chat template has a place for a system prompt; None: unknown
+    notes: tuple[str, ...] = ()  # what the TEMPLATE does differently, one sentence each
 
 
 def convert_chat_template(tokenizer: Any, adds_bos: bool) -> ConvertedTemplate:
     """Convert a tokenizer's chat template.
 
-    Args:
-        tokenizer: of the trained model.
-        adds_bos: whether Ollama itself puts the beginning-of-sequence token before the text. The TEMPLATE then leaves
-            it out; otherwise the prompt would begin with two.
+    `adds_bos`: Ollama itself puts the beginning-of-sequence token before the text, so the TEMPLATE leaves it out.
     """
     try:
         template = JinjaTemplate(tokenizer, adds_bos)
@@ -78,11 +71,7 @@ def convert_chat_template(tokenizer: Any, adds_bos: bool) -> ConvertedTemplate:
 
 
 def write_go_template(chat: ChatFormat) -> str:
-    """Return a chat format in Go's syntax: for every conversation it gives the text of `chat.render`.
-
-    Raises:
-        UnsupportedTemplate: it writes a date in a format that Go cannot make.
-    """
+    """Return a chat format in Go's syntax: for every conversation it gives the text of `chat.render`."""
     system = ""
     if chat.system == "refused":
         system = _write_error("the chat template refuses system messages")
@@ -149,9 +138,6 @@ def write_literal(text: str) -> str:
     """Return a Go template that gives `text`, with characters that a Modelfile can carry.
 
     Braces, runs of quotes and characters that Ollama drops become Go strings; everything else stays as it is.
-
-    Raises:
-        UnsupportedTemplate: it contains a date in a format that Go cannot make.
     """
     before, *rest = re.split(f"{DATE_MARKERS[0]}(.*?){DATE_MARKERS[1]}", text, flags=re.DOTALL)
     out = ""

@@ -135,8 +135,7 @@ def write_vllm_adapter(
         folder: the export folder; it exists.
         out: the final path of the folder, which the command names; None: `folder` itself.
         name: of the adapter in requests; None: the name of `out`.
-        convert_to_lora: convert the adapter to the nearest LoRA of this rank (int), or to the smallest one that keeps
-            this share of each layer's change (float in (0, 1]); None: it is a LoRA.
+        convert_to_lora: as in `ExportOptions`; None: the adapter is a LoRA.
         dtype: what vLLM computes in: "float32", "bfloat16" or "float16"; None: the dtype of the run's base.
 
     Returns:
@@ -146,7 +145,6 @@ def write_vllm_adapter(
         `error` and `worst` (relative to the change, over all layers and in the worst layer).
 
     Raises:
-        UsageError: an impossible name or dtype.
         AdapterError: vLLM would refuse the adapter: all causes, and the alternatives.
     """
     out = Path(out or folder).expanduser().resolve()
@@ -182,33 +180,7 @@ def write_vllm_adapter(
         notes.append(f"the run held its base in {trained}, and vLLM will compute in {served}: {effect}")
     verify = shlex.join(["slimtune", "verify", str(out), "--vllm", "http://127.0.0.1:8000"])
     notes.append(f"the files were read back here; to check vLLM itself, start it, then {verify}")
-
-    m = loaded.recipe.model if loaded.recipe is not None else None
-    options: dict[str, Any] = {"trust_remote_code": m.trust_remote_code, "revision": m.revision} if m else {}
-    template = loaded.base.tokenizer.chat_template
-    if template == load_tokenizer(loaded.base.source.spec, **options).chat_template:
-        template = None  # the base's own
-    else:
-        write_atomic(folder / TEMPLATE, template)
-    start = [base] + (["--served-model-name", base_name] if base_name != base else [])
-    start += ["--revision", m.revision] if m and m.revision else []
-    start += ["--trust-remote-code"] if m and m.trust_remote_code else []
-    start += ["--dtype", served, "--enable-lora", "--max-lora-rank", str(round_up_rank(rank)), "--lora-modules"]
-
-    def make_arguments(place: str) -> list[str]:
-        """Return what follows `vllm serve` where the adapter's folder is `place`."""
-        module = f"{name}={place}"
-        if "," in module:  # then vLLM reads JSON
-            module = json.dumps({"name": name, "path": place})
-        return [*start, module, *(["--chat-template", f"{place}/{TEMPLATE}"] if template else [])]
-
-    script = f"""#!/bin/sh
-# Serves the base, and the adapter in this folder as {name}: sh {SCRIPT} [more options of vllm serve]
-cd -- "$(dirname -- "$0")" || exit 1
-exec vllm serve {shlex.join(make_arguments("."))} "$@"
-"""
-    write_atomic(folder / SCRIPT, script)
-    arguments = make_arguments(str(out))
+    arguments = _write_script(loaded, folder, out, name, served, rank)
     return {
         "name": name,
         "base": base,
@@ -245,6 +217,36 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
     write_atomic(folder / CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     write_atomic(folder / state_dict.WEIGHTS_FILE, to_bytes(tensors, state_dict.adapter_tensor_info(model, adapter)[1]))
     return sum((folder / f).stat().st_size for f in (CONFIG_FILE, state_dict.WEIGHTS_FILE))
+
+
+def _write_script(loaded: TrainedModel, folder: Path, out: Path, name: str, dtype: str, rank: int) -> list[str]:
+    """Write `serve.sh`, and the chat template if it is not the base's own; return what follows `vllm serve`."""
+    m = loaded.recipe.model if loaded.recipe is not None else None
+    options: dict[str, Any] = {"trust_remote_code": m.trust_remote_code, "revision": m.revision} if m else {}
+    template = loaded.base.tokenizer.chat_template
+    if template == load_tokenizer(loaded.base.source.spec, **options).chat_template:
+        template = None
+    if template is not None:
+        write_atomic(folder / TEMPLATE, template)
+    base, base_name = _locate_base(loaded)
+    start = [base] + (["--served-model-name", base_name] if base_name != base else [])
+    start += ["--revision", m.revision] if m and m.revision else []
+    start += ["--trust-remote-code"] if m and m.trust_remote_code else []
+    start += ["--dtype", dtype, "--enable-lora", "--max-lora-rank", str(round_up_rank(rank)), "--lora-modules"]
+
+    def make_arguments(place: str) -> list[str]:
+        module = f"{name}={place}"
+        if "," in module:  # then vLLM reads JSON
+            module = json.dumps({"name": name, "path": place})
+        return [*start, module, *(["--chat-template", f"{place}/{TEMPLATE}"] if template else [])]
+
+    script = f"""#!/bin/sh
+# Serves the base, and the adapter in this folder as {name}: sh {SCRIPT} [more options of vllm serve]
+cd -- "$(dirname -- "$0")" || exit 1
+exec vllm serve {shlex.join(make_arguments("."))} "$@"
+"""
+    write_atomic(folder / SCRIPT, script)
+    return make_arguments(str(out))
 
 
 def _locate_base(loaded: TrainedModel) -> tuple[str, str]:

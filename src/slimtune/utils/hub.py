@@ -33,20 +33,14 @@ REPO_ID_FORM = "NAME/REPOSITORY, of letters, digits, '-', '_' and '.', such as `
 class CommitResult:
     """What the repository contains after `commit_files`."""
 
-    repo_id: str
-    """With its owner."""
+    repo_id: str  # with its owner
     url: str
     private: bool
-    created: bool
-    """Whether the repository is new."""
-    committed: bool
-    """Whether there is a new commit; False: every file was there already."""
-    info: CommitInfo
-    """The client's result: `oid`, `commit_url`, `pr_url`."""
-    kept: list[str]
-    """Given files that were not uploaded, because the repository had them."""
-    existing: set[str]
-    """Files that the repository had before."""
+    created: bool  # the repository is new
+    committed: bool  # there is a new commit; False: every file was there already
+    info: CommitInfo  # the client's result: `oid`, `commit_url`, `pr_url`
+    kept: list[str]  # given files that were not uploaded, because the repository had them
+    existing: set[str]  # files that the repository had before
 
 
 def require_repo_id(repo_id: str, *, require_owner: bool = False) -> None:
@@ -74,8 +68,6 @@ def commit_files(
     create_pr: bool = False,
     keep: Sequence[str] = (),
     token: str | bool | None = None,
-    endpoint: str | None = None,
-    timeout: float = TIMEOUT,
 ) -> CommitResult:
     """Upload files to a model repository in one commit; the repository is created if it does not exist.
 
@@ -88,8 +80,6 @@ def commit_files(
         create_pr: open a pull request instead of writing to the branch.
         keep: names in `files` that are not uploaded if the repository has them.
         token: None or True: the one of `hf auth login` or HF_TOKEN.
-        endpoint: of the Hub; None: HF_ENDPOINT, else huggingface.co.
-        timeout: seconds until the Hub must answer.
 
     Raises:
         UsageError: a malformed id, no token, one that is invalid or may not write, a public repository where a private
@@ -100,25 +90,24 @@ def commit_files(
     if not message.strip():
         raise UsageError("the commit message is empty", "a line of text", "omit the option for the default")
     secret = _require_token(token, files)
-    api = HfApi(endpoint=endpoint, token=secret, library_name="slimtune")
+    api = HfApi(token=secret, library_name="slimtune")
     created = False
     try:
-        with _session_timeout(timeout), warnings.catch_warnings(record=True) as caught:
+        with _session_timeout(), warnings.catch_warnings(record=True) as caught:
             if "/" not in repo_id:
                 repo_id = f"{api.whoami()['name']}/{repo_id}"
             try:
-                repo = api.model_info(repo_id, timeout=timeout)
+                repo = api.model_info(repo_id, timeout=TIMEOUT)
             except RepositoryNotFoundError:
-                repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-                created = True
-                repo = api.model_info(repo_id, timeout=timeout)
+                repo_id, created = api.create_repo(repo_id, private=private, exist_ok=True).repo_id, True
+                repo = api.model_info(repo_id, timeout=TIMEOUT)
             if private and not repo.private:
                 hint = f"make it private at {api.endpoint}/{repo_id}/settings, or give another name"
                 raise UsageError(f"{repo_id} exists already and is public", "a private repository", hint)
             if revision is not None:
                 if not create_pr and not revision.startswith("refs/pr/"):
                     api.create_branch(repo_id, branch=revision, exist_ok=True)
-                repo = api.model_info(repo_id, revision=revision, timeout=timeout)
+                repo = api.model_info(repo_id, revision=revision, timeout=TIMEOUT)
             existing = {s.rfilename for s in repo.siblings or []}
             kept = [name for name in keep if name in files and name in existing]
             commit = api.create_commit(
@@ -137,17 +126,17 @@ def commit_files(
     except SlimtuneError:
         raise
     except Exception as e:
-        error = _translate_error(e, f"{api.endpoint}/{repo_id}", created, timeout, secret)
+        error = _translate_error(e, f"{api.endpoint}/{repo_id}", created, secret)
     # Raised outside the handler, so that the client's exception is not its context.
     raise error
 
 
 @contextmanager
-def _session_timeout(seconds: float) -> Iterator[None]:
+def _session_timeout() -> Iterator[None]:
     """Set the timeout of the client's shared HTTP session."""
     session: Any = get_session()
     before = session.timeout
-    session.timeout = seconds
+    session.timeout = TIMEOUT
     try:
         yield
     finally:
@@ -177,7 +166,7 @@ def _clean_text(secret: str, text: str) -> str:
     return text if len(text) < 300 else text[:299] + "…"
 
 
-def _translate_error(error: BaseException, url: str, created: bool, timeout: float, secret: str) -> SlimtuneError:
+def _translate_error(error: BaseException, url: str, created: bool, secret: str) -> SlimtuneError:
     """Return an error for what the client raised, without the request and the token."""
     chain = list(exception_chain(error))
     classes = {c.__name__ for e in chain for c in type(e).__mro__}  # by name: the client uses httpx or httpx2
@@ -197,7 +186,7 @@ def _translate_error(error: BaseException, url: str, created: bool, timeout: flo
         hint = "push again later" if status == 429 or status >= 500 else ""
         return RunError(f"the Hub answered with error {status} to the upload to {url}{detail}", "a commit", hint)
     if "TimeoutException" in classes:
-        message = f"the Hub gave no answer for {timeout:g} s; {url} shows whether the commit was made"
+        message = f"the Hub gave no answer for {TIMEOUT:g} s; {url} shows whether the commit was made"
         return RunError(message, "an answer", "push again: files that are there already are not committed twice")
     if "TransportError" in classes:
         message = f"the Hub cannot be reached for {url}: {type(chain[-1]).__name__}{note}"
