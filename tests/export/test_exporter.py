@@ -41,8 +41,7 @@ def base(tmp_path_factory, tiny_llama, tiny_tokenizer) -> Path:
 
 def adapter_on(base: Path, folder: Path, config: Any) -> Path:
     """Write an adapter that does something, of a base that is named by its path."""
-    loaded = load_base(str(base), dtype="float32", device="cpu")
-    model = slimtune.get_peft_model(loaded.model, config)
+    model = slimtune.get_peft_model(load_base(str(base), dtype="float32", device="cpu").model, config)
     shake(model)
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(folder)
@@ -52,6 +51,12 @@ def adapter_on(base: Path, folder: Path, config: Any) -> Path:
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory) -> Path:
     return adapter_on(base, tmp_path_factory.mktemp("runs") / "lora", slimtune.LoraConfig(**LORA))
+
+
+@pytest.fixture
+def no_llama_cpp(monkeypatch):
+    monkeypatch.setattr(gguf_module.shutil, "which", lambda _: None)
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
 
 
 def test_adapter_gguf(run, tmp_path):
@@ -67,11 +72,10 @@ def test_adapter_gguf(run, tmp_path):
 def test_merged_gguf(run, precision, tmp_path):
     found = export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision=precision), threads=1)
     assert set(found["files"]) == {"model.gguf", EXPORT_MANIFEST}
-    assert found["check"]["passed"] is True
-    assert found["check"]["engine"] == "llama.cpp, merged GGUF"
+    assert (found["check"]["engine"], found["check"]["passed"]) == ("llama.cpp, merged GGUF", True)
 
 
-def test_ollama_with_an_adapter(run, base, tmp_path):
+def test_ollama(run, base, tmp_path):
     found = export(run, "ollama", tmp_path / "my model", ExportOptions(name="mine", system='Say "ho".'), threads=1)
     text = (tmp_path / "my model" / "Modelfile").read_text()
     assert str(base) in text
@@ -80,34 +84,31 @@ def test_ollama_with_an_adapter(run, base, tmp_path):
     assert found["check"]["passed"] is True
 
 
-def test_ollama_with_a_merged_model(run, tmp_path):
+def test_ollama_merged(run, tmp_path):
     found = export(run, "ollama", tmp_path / "out", ExportOptions(merged=True, name="mine"), threads=1)
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert "FROM ./model.gguf" in text
-    assert "ADAPTER" not in text
     assert "TEMPLATE" in text
+    assert "ADAPTER" not in text
     assert found["check"]["passed"] is True
 
 
-def test_vllm_is_read_back(run, tmp_path):
+def test_vllm(run, tmp_path):
     found = export(run, "vllm", tmp_path / "out", threads=1)
     assert {"adapter_config.json", "adapter_model.safetensors", "serve.sh"} <= set(found["files"])
     assert found["commands"][0].startswith("vllm serve ")
     assert found["check"]["passed"] is True
     assert found["check"]["max_difference"] < 1e-4
-    nobody = verify(tmp_path / "out", vllm="http://127.0.0.1:9", threads=1)
-    assert nobody["passed"] is False  # what was asked for has no answer
-    assert nobody["checks"][-1]["passed"] is None
-    assert "not checked" in nobody["checks"][-1]["reason"]
+    no_server = verify(tmp_path / "out", vllm="http://127.0.0.1:9", threads=1)
+    assert no_server["passed"] is False  # what was asked for has no answer
+    assert no_server["checks"][-1]["passed"] is None
+    assert "not checked" in no_server["checks"][-1]["reason"]
 
 
-def test_verify_checks_all_formats_of_a_run(run):
+def test_verify_a_run(run):
     found = verify(run, threads=1)
-    assert [c["engine"] for c in found["checks"]] == [
-        "merged folder",
-        "llama.cpp, adapter GGUF",
-        "llama.cpp, merged GGUF",
-    ]
+    expected = ["merged folder", "llama.cpp, adapter GGUF", "llama.cpp, merged GGUF"]
+    assert [c["engine"] for c in found["checks"]] == expected
     assert found["passed"], [c["reason"] for c in found["checks"]]
 
 
@@ -122,66 +123,59 @@ def test_verify_checks_all_formats_of_a_run(run):
     ],
     ids=["ia3", "dora", "bottleneck", "prefix", "prompt"],
 )
-def test_what_is_not_a_lora_is_exported_merged_or_refused_by_name(config, merges, base, tmp_path):
-    run = adapter_on(base, tmp_path / "run", config)
+def test_other_methods_are_merged_or_refused(config, merges, base, tmp_path):
+    run, merged = adapter_on(base, tmp_path / "run", config), ExportOptions(merged=True, name="m")
     for to in ("gguf", "ollama", "vllm"):
         with pytest.raises((UsageError, AdapterError), match=r"(?i)merge|slimtune \(?generate") as refused:
             export(run, to, tmp_path / to, threads=1)
         assert config.name in str(refused.value) or "dora" in str(refused.value).lower()
         assert not (tmp_path / to).exists()
     if merges:
-        assert export(run, "ollama", tmp_path / "m", ExportOptions(merged=True, name="m"), threads=1)["check"]["passed"]
-        assert (
-            export(run, "gguf", tmp_path / "l", ExportOptions(convert_to_lora=16), threads=1)["conversion"]["error"] < 1
-        )
+        assert export(run, "ollama", tmp_path / "m", merged, threads=1)["check"]["passed"]
+        converted = export(run, "gguf", tmp_path / "l", ExportOptions(convert_to_lora=16), threads=1)
+        assert converted["conversion"]["error"] < 1
     else:
         with pytest.raises((UsageError, AdapterError)):
-            export(run, "gguf", tmp_path / "m", ExportOptions(merged=True), threads=1)
+            export(run, "ollama", tmp_path / "m", merged)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_a_wrong_export_is_not_written(run, tmp_path, monkeypatch):
+def test_wrong_export_is_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr("slimtune.export.gguf.permute_rope_rows", lambda rows, *_: rows)
     with pytest.raises(RunError, match="differs from the trained adapter"):
         export(run, "gguf", tmp_path / "out", threads=1)
     assert list(tmp_path.iterdir()) == []
-    written = export(run, "gguf", tmp_path / "out", verify=False)
-    assert written["check"]["passed"] is None
+    assert export(run, "gguf", tmp_path / "out", verify=False)["check"]["passed"] is None
     assert verify(tmp_path / "out", threads=1)["passed"] is False
 
 
-def test_a_damaged_adapter_file_is_reported(run, tmp_path):
-    out = tmp_path / "out"
-    export(run, "gguf", out, verify=False)
-    (out / "adapter.gguf").write_bytes((out / "adapter.gguf").read_bytes()[:2000])
-    found = verify(out, threads=1)
-    assert found["passed"] is False
-    assert "cannot load" in found["checks"][0]["reason"]
-
-
-def test_without_llama_cpp_nothing_counts_as_verified(run, tmp_path, monkeypatch):
+def test_without_llama_cpp_nothing_is_verified(run, tmp_path, monkeypatch):
     monkeypatch.setattr("slimtune.export.engines.is_llama_cpp_installed", lambda: False)
-    found = export(run, "gguf", tmp_path / "out")
-    assert found["check"]["passed"] is None
-    assert "xllamacpp is not installed" in found["check"]["reason"]
+    check = export(run, "gguf", tmp_path / "out")["check"]
+    assert check["passed"] is None
+    assert "xllamacpp is not installed" in check["reason"]
     assert verify(tmp_path / "out")["passed"] is False
 
 
-def test_wrong_use_is_refused(run, tmp_path):
-    with pytest.raises(UsageError, match="did you mean 'ollama'"):
-        export(run, "olama", tmp_path / "out")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="--merged takes every precision"):
-        export(run, "gguf", tmp_path / "out", ExportOptions(precision="q8_0"))
-    with pytest.raises(UsageError, match="has no adapter"):
-        export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, convert_to_lora=4))
-    with pytest.raises(UsageError, match="--system, --dtype has no effect in an export to gguf"):
-        export(run, "gguf", tmp_path / "out", ExportOptions(system="Be brief.", dtype="float32"))
-    with pytest.raises(UsageError, match="--precision has no effect in an export to vllm"):
-        export(run, "vllm", tmp_path / "out", ExportOptions(precision="f16"))
-    with pytest.raises(UsageError, match="contains its base"):
-        export(run, "ollama", tmp_path / "out", ExportOptions(merged=True, ollama_base="llama3.1:8b"))
-    with pytest.raises(UsageError, match="slimtune merge"):
-        export(run, "vllm", tmp_path / "out", ExportOptions(merged=True))
+WRONG = {
+    "did you mean 'ollama'": ("olama", {}),
+    "--merged takes every precision": ("gguf", {"precision": "q8_0"}),
+    "has no adapter": ("gguf", {"merged": True, "convert_to_lora": 4}),
+    "--system, --dtype has no effect in an export to gguf": ("gguf", {"system": "Be brief.", "dtype": "float32"}),
+    "--precision has no effect in an export to vllm": ("vllm", {"precision": "f16"}),
+    "contains its base": ("ollama", {"merged": True, "ollama_base": "llama3.1:8b"}),
+    "slimtune merge": ("vllm", {"merged": True}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_options(run, tmp_path, message):
+    target, options = WRONG[message]
+    with pytest.raises(UsageError, match=message):
+        export(run, target, tmp_path / "out", ExportOptions(**options))
+
+
+def test_wrong_folders(run, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "x").touch()
     with pytest.raises(UsageError, match="already contains files"):
@@ -190,34 +184,26 @@ def test_wrong_use_is_refused(run, tmp_path):
         export(tmp_path / "nothing", "gguf", tmp_path / "out")
 
 
-def test_a_precision_of_llama_quantize_needs_it(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_module.shutil, "which", lambda _: None)
-    monkeypatch.delenv("LLAMA_CPP", raising=False)
+def test_llama_quantize(run, tmp_path, monkeypatch, no_llama_cpp):
+    options, program = ExportOptions(merged=True, precision="Q4_K_M"), tmp_path / "bin" / "llama-quantize"
     with pytest.raises(ModelError, match=r"llama-quantize.* is not installed"):
-        export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision="Q4_K_M"))
+        export(run, "gguf", tmp_path / "out", options)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_llama_quantize_is_called_where_it_is(run, tmp_path, monkeypatch):
-    program = tmp_path / "bin" / "llama-quantize"
     program.parent.mkdir()
     program.write_text('#!/bin/sh\n[ "$3" = Q4_K_M ] && cp "$1" "$2"\n')
     program.chmod(0o755)
     monkeypatch.setenv("LLAMA_CPP", str(program.parent))
-    options = ExportOptions(merged=True, precision="Q4_K_M")
     assert export(run, "gguf", tmp_path / "out", options, threads=1)["check"]["precision"] == "Q4_K_M"
     program.write_text("#!/bin/sh\necho no such type >&2; exit 3\n")
     with pytest.raises(RunError, match="no such type"):
         export(run, "gguf", tmp_path / "again", options)
 
 
-def test_a_base_that_is_not_a_gguf_needs_the_converter(tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_module.shutil, "which", lambda _: None)
-    monkeypatch.delenv("LLAMA_CPP", raising=False)
+def test_base_that_is_not_a_gguf(tiny_folder, tmp_path, no_llama_cpp):
     run = adapter_on(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
-    found = export(run, "gguf", tmp_path / "out")
-    assert found["check"]["passed"] is None
-    assert "convert_hf_to_gguf.py" in found["check"]["reason"]
+    check = export(run, "gguf", tmp_path / "out")["check"]
+    assert check["passed"] is None
+    assert "convert_hf_to_gguf.py" in check["reason"]
     with pytest.raises(ModelError, match="convert_hf_to_gguf"):
         export(run, "gguf", tmp_path / "m", ExportOptions(merged=True))
     with pytest.raises(UsageError, match="--ollama-base NAME"):
@@ -234,18 +220,8 @@ def test_command_line(run, tmp_path):
     done = slimtune_("export", str(run), "--to", "gguf", "--out", str(tmp_path / "o"))
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["check"]["passed"] is True
-    (tmp_path / "o" / "adapter.gguf").write_bytes(b"GGUF")
+    (tmp_path / "o" / "adapter.gguf").write_bytes((tmp_path / "o" / "adapter.gguf").read_bytes()[:2000])
     done = slimtune_("verify", str(tmp_path / "o"))
     assert done.exit_code == 1
-    assert json.loads(done.stdout)["passed"] is False
+    assert "cannot load" in json.loads(done.stdout)["checks"][0]["reason"]
     assert "not the trained model" in done.stderr
-
-
-def test_old_flags_still_work_and_warn(run, tmp_path):
-    flags = ["--to", "ollama", "--out", str(tmp_path / "o"), "--no-verify", "--from", "llama3.1:8b", "--as-lora", "2"]
-    done = CliRunner().invoke(app, ["export", str(run), *flags, "--json"])
-    assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout)["ranks"] == [2]
-    assert "FROM llama3.1:8b" in (tmp_path / "o" / "Modelfile").read_text()
-    assert "--as-lora is now called --convert-to-lora" in done.stderr
-    assert "--from is now called --ollama-base" in done.stderr

@@ -19,17 +19,8 @@ from tiny_ggufs import MAKERS, model_of, write
 
 from slimtune import BottleneckConfig, IA3Config, LoraConfig, get_peft_model
 from slimtune.errors import AdapterError, UsageError
+from slimtune.export import gguf as ours
 from slimtune.export.engines import LlamaCppEngine
-from slimtune.export.gguf import (
-    CONVERTER,
-    convert_hf_to_gguf,
-    find_llama_cpp_tool,
-    get_lora_factors,
-    get_tensor_names,
-    permute_rope_rows,
-    write_adapter_gguf,
-    write_gguf_from_template,
-)
 from slimtune.export.reference import Reference, Text, compare_engine
 
 gguf = pytest.importorskip("gguf")
@@ -46,9 +37,8 @@ PATTERNS = {
 
 def adapted(kind: str, settings: dict[str, Any] | None = None) -> Any:
     settings = dict(settings or {})
-    for name in ("rank_pattern", "alpha_pattern"):  # those of the names that this architecture has
-        if name in settings:
-            settings[name] = {k: v for k, v in settings[name].items() if k.startswith("c_") == (kind == "gpt2")}
+    for name in settings.keys() & {"rank_pattern", "alpha_pattern"}:  # those of the names that this architecture has
+        settings[name] = {k: v for k, v in settings[name].items() if k.startswith("c_") == (kind == "gpt2")}
     lora = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     model = get_peft_model(model_of(kind, VOCABULARY), LoraConfig(**lora | settings))
     shake(model)
@@ -59,27 +49,34 @@ def read_tensors(file: Path) -> dict[str, Any]:
     return {t.name: np.array(t.data) for t in gguf.GGUFReader(str(file)).tensors}
 
 
+def assert_same_tensors(file: Path, expected: Path) -> None:
+    found, its = read_tensors(file), read_tensors(expected)
+    assert set(found) == set(its)
+    assert all(np.array_equal(found[n], its[n]) for n in its)
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [*((kind, "patterns") for kind in MAKERS), ("llama", "plain"), ("llama", "rslora"), ("gpt2", "rslora")],
 )
-def test_each_update_is_in_llama_cpps_order_and_scale(kind, settings, tmp_path):
+def test_order_and_scale_of_each_update(kind, settings, tmp_path):
     model = adapted(kind, PATTERNS[settings])
-    facts = write_adapter_gguf(tmp_path / "a.gguf", model)
+    facts = ours.write_adapter_gguf(tmp_path / "a.gguf", model)
     alpha = gguf.GGUFReader(str(tmp_path / "a.gguf")).fields["adapter.lora.alpha"].contents()
     tensors = {n: torch.tensor(t) for n, t in read_tensors(tmp_path / "a.gguf").items()}
-    names, layers = get_tensor_names(model.config), get_lora_factors(model)
+    names, layers = ours.get_tensor_names(model.config), ours.get_lora_factors(model)
     assert len(tensors) == 2 * len(layers) == facts["tensors"] > 0
     for module, (A, B, scale) in layers.items():
         name = f"{names.get_name(module)}.weight"
         a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
-        expected = permute_rope_rows(scale * B @ A, module, model.config)
+        expected = ours.permute_rope_rows(scale * B @ A, module, model.config)
         torch.testing.assert_close(alpha / a.shape[0] * b @ a, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_one_alpha_for_all_layers_leaves_B_unscaled(tmp_path):
+def test_one_alpha_leaves_B_unscaled(tmp_path):
     model = adapted("llama", {"use_rslora": True})
-    assert write_adapter_gguf(tmp_path / "a.gguf", model)["alpha"] == pytest.approx(16 * 2)  # alpha / √r · r
+    facts = ours.write_adapter_gguf(tmp_path / "a.gguf", model)
+    assert facts["alpha"] == pytest.approx(16 * 2)  # alpha / √r · r
     B = read_tensors(tmp_path / "a.gguf")["blk.0.ffn_up.weight.lora_b"]
     own = model.model.layers[0].mlp.up_proj.adapters["default"].lora_B.weight
     assert torch.equal(torch.tensor(B), own.detach())
@@ -101,7 +98,7 @@ def compare(model: Any, tokenizer: Any, base: Path, adapter: Path) -> Any:
 def test_llama_cpp_agrees_with_the_adapter(kind, tmp_path, tiny_tokenizer):
     tokenizer, model = tiny_tokenizer(), adapted(kind, PATTERNS["patterns"])
     base = write(tmp_path / "base.gguf", model_of(kind, VOCABULARY), tokenizer)
-    write_adapter_gguf(tmp_path / "a.gguf", model)
+    ours.write_adapter_gguf(tmp_path / "a.gguf", model)
     verdict = compare(model, tokenizer, base, tmp_path / "a.gguf")
     assert verdict.passed, verdict.reason
     assert verdict.max_difference < 0.01
@@ -109,57 +106,54 @@ def test_llama_cpp_agrees_with_the_adapter(kind, tmp_path, tiny_tokenizer):
 
 
 @needs_llama_cpp
-def test_a_missing_permutation_is_noticed(tmp_path, tiny_tokenizer, monkeypatch):
+def test_missing_permutation_is_noticed(tmp_path, tiny_tokenizer, monkeypatch):
     tokenizer, model = tiny_tokenizer(), adapted("llama")
     base = write(tmp_path / "base.gguf", model_of("llama", VOCABULARY), tokenizer)
-    monkeypatch.setattr("slimtune.export.gguf.permute_rope_rows", lambda rows, *_: rows)
-    write_adapter_gguf(tmp_path / "a.gguf", model)
+    monkeypatch.setattr(ours, "permute_rope_rows", lambda rows, *_: rows)
+    ours.write_adapter_gguf(tmp_path / "a.gguf", model)
     assert compare(model, tokenizer, base, tmp_path / "a.gguf").passed is False
 
 
+@pytest.mark.slow
 @needs_converters
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_adapters_equal_the_converters(kind, tmp_path):
+def test_adapter_equals_the_converters(kind, tmp_path):
     model = adapted(kind)
     model.config.architectures = [model.base_model_class.__name__]
     model.config.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
-    write_adapter_gguf(tmp_path / "ours.gguf", model)
+    ours.write_adapter_gguf(tmp_path / "ours.gguf", model)
     command = [sys.executable, LORA_CONVERTER, "--base", tmp_path / "base", "--outfile", tmp_path / "its.gguf"]
     done = subprocess.run([*map(str, command), str(tmp_path / "adapter")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    ours, its = (read_tensors(tmp_path / f"{name}.gguf") for name in ("ours", "its"))
-    assert set(ours) == set(its)
-    assert all(np.array_equal(ours[n], its[n]) for n in its)
+    assert_same_tensors(tmp_path / "ours.gguf", tmp_path / "its.gguf")
 
 
+@pytest.mark.slow
 @needs_converters
 @pytest.mark.real
-def test_a_whole_model_equals_the_converters(smollm2_folder, tmp_path):
+def test_model_equals_the_converters(smollm2_folder, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert find_llama_cpp_tool(CONVERTER)
     model = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=torch.float32)
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:2], 2
     model.save_pretrained(tmp_path / "two")
     AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(tmp_path / "two")
-    convert_hf_to_gguf(tmp_path / "two", tmp_path / "its.gguf", "f16")
-    write_gguf_from_template(tmp_path / "its.gguf", model, tmp_path / "ours.gguf", "f16")
-    ours, its = (read_tensors(tmp_path / f"{name}.gguf") for name in ("ours", "its"))
-    assert set(ours) == set(its)
-    assert all(np.array_equal(ours[n], its[n]) for n in its)
+    ours.convert_hf_to_gguf(tmp_path / "two", tmp_path / "its.gguf", "f16")
+    ours.write_gguf_from_template(tmp_path / "its.gguf", model, tmp_path / "ours.gguf", "f16")
+    assert_same_tensors(tmp_path / "ours.gguf", tmp_path / "its.gguf")
 
 
 def test_f16_refuses_values_it_cannot_hold(tmp_path):
     model = adapted("llama")
-    write_adapter_gguf(tmp_path / "a.gguf", model, precision="f16")
+    ours.write_adapter_gguf(tmp_path / "a.gguf", model, precision="f16")
     assert {t.tensor_type.name for t in gguf.GGUFReader(str(tmp_path / "a.gguf")).tensors} == {"F16"}
     B = model.model.layers[0].mlp.up_proj.adapters["default"].lora_B.weight
     for value, words in ((1e6, "too large for f16"), (float("nan"), "NaN or Inf")):
         with torch.no_grad():
             B[0, 0] = value
         with pytest.raises(AdapterError, match=words):
-            write_adapter_gguf(tmp_path / "b.gguf", model, precision="f16")
+            ours.write_adapter_gguf(tmp_path / "b.gguf", model, precision="f16")
 
 
 NOT_LORA = {
@@ -170,14 +164,14 @@ NOT_LORA = {
 }
 
 
-@pytest.mark.parametrize(("words", "config"), NOT_LORA.items(), ids=["ia3", "bottleneck", "head", "dora"])
-def test_what_is_not_a_lora_is_refused_with_the_alternative(words, config, tmp_path):
+@pytest.mark.parametrize("words", NOT_LORA, ids=["ia3", "bottleneck", "head", "dora"])
+def test_refused_adapters(words, tmp_path):
     with pytest.raises(UsageError, match=words):
-        write_adapter_gguf(tmp_path / "a.gguf", get_peft_model(model_of("llama", VOCABULARY), config))
+        ours.write_adapter_gguf(tmp_path / "a.gguf", get_peft_model(model_of("llama", VOCABULARY), NOT_LORA[words]))
 
 
-def test_an_unknown_architecture_is_named_with_how_to_add_it(tmp_path):
+def test_unknown_architecture(tmp_path):
     model = adapted("llama")
     model.config.model_type = "granite"
     with pytest.raises(UsageError, match=r"'granite' model(.|\n)*gguf\.py"):
-        write_adapter_gguf(tmp_path / "a.gguf", model)
+        ours.write_adapter_gguf(tmp_path / "a.gguf", model)

@@ -5,16 +5,14 @@ All log-probabilities are computed in float32, so the figures are those of the w
 
 import pytest
 import torch
-from hand_run import write_rows
+from hand_run import make_run
 from peft import LoraConfig as TheirConfig
 from peft import PeftModel as TheirModel
 from peft import get_peft_model as their_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.adapters.model import PeftModel
-from slimtune.config import Recipe
 from slimtune.export.merge import merge
-from slimtune.run_dir import RunDir
 
 TEXTS = [
     "Define hope. Desire and expectation rolled into one.",
@@ -47,12 +45,7 @@ def log_p(model, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(found), torch.cat([row[0, 1:] for row in rows])
 
 
-def apart(merged, adapted, following) -> dict[str, float]:
-    own = (merged - adapted).gather(-1, following[:, None]).abs()
-    divergence = (adapted.exp() * (adapted - merged)).sum(-1)
-    return {"mean": own.mean().item(), "max": own.max().item(), "kl": divergence.mean().item()}
-
-
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_merge_costs_no_more_than_pefts(tmp_path, smollm2_folder, adapter, dtype):
@@ -61,28 +54,24 @@ def test_a_merge_costs_no_more_than_pefts(tmp_path, smollm2_folder, adapter, dty
     def base():
         return AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype=dtype)
 
+    run = make_run(tmp_path / "run", smollm2_folder, model={"dtype": str(dtype).removeprefix("torch.")})
+    (run / "adapter").rename(tmp_path / "unused")
+    (run / "adapter").symlink_to(adapter)
+    merge(run, tmp_path / "merged")
     adapted, following = log_p(PeftModel.from_pretrained(base(), adapter), tokenizer)
-    alone, _ = log_p(base(), tokenizer)
-    theirs, _ = log_p(TheirModel.from_pretrained(base(), str(adapter)).merge_and_unload(), tokenizer)
-    rows = write_rows(tmp_path / "rows.jsonl")
-    recipe = {
-        "model": {"name": str(smollm2_folder), "dtype": str(dtype).removeprefix("torch."), "device": "cpu"},
-        "data": {"train": str(rows)},
-        "method": {"name": "lora"},
-        "output_dir": str(tmp_path / "run"),
-    }
-    run = RunDir.create(tmp_path / "run", Recipe.from_dict(recipe))
-    run.adapter.symlink_to(adapter)
-    merge(run.path, tmp_path / "merged")
-    ours, _ = log_p(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokenizer)
-    found = {
-        "slimtune": apart(ours, adapted, following),
-        "PEFT": apart(theirs, adapted, following),
-        "no adapter": apart(alone, adapted, following),
+    models = {
+        "slimtune": lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
+        "PEFT": lambda: TheirModel.from_pretrained(base(), str(adapter)).merge_and_unload(),
+        "no adapter": base,
     }
     print(f"\n{dtype}, {len(following)} positions")
-    for name, values in found.items():
-        print(f"{name:>10}: mean {values['mean']:.3g}, max {values['max']:.3g}, KL {values['kl']:.3g}")
+    found = {}
+    for name, load in models.items():
+        merged, _ = log_p(load(), tokenizer)
+        own = (merged - adapted).gather(-1, following[:, None]).abs()
+        kl = (adapted.exp() * (adapted - merged)).sum(-1).mean().item()
+        found[name] = {"mean": own.mean().item(), "max": own.max().item(), "kl": kl}
+        print(f"{name:>10}: mean {own.mean():.3g}, max {own.max():.3g}, KL {kl:.3g}")
     assert found["no adapter"]["mean"] > 0.3
     if dtype == torch.float32:
         assert found["slimtune"]["mean"] <= 2 * found["PEFT"]["mean"]

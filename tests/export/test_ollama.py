@@ -1,4 +1,4 @@
-"""The folder that Ollama builds from: its Modelfile, the template and the BOS in it, and what is refused."""
+"""The folder that Ollama builds from: its Modelfile, the template and the first token in it, and what is refused."""
 
 import json
 import shlex
@@ -52,95 +52,131 @@ def hf_folder(path: Path, **tokenizer_config) -> Path:
 
 
 @pytest.fixture
+def base(tmp_path):
+    return gguf_file(tmp_path / "base.gguf", add_bos=False)
+
+
+@pytest.fixture
 def export(tmp_path):
     """Write into a folder with an adapter; `export(base)` returns what was written and the Modelfile's lines."""
     folder = tmp_path / "an export"
     adapter = gguf_file(folder / "adapter.gguf")
 
-    def make(base, name="smollm2", linted=True, **more):
-        given = {"adapter": adapter, "tokenizer": TOKENIZERS[name], "config": config(), "name": "devil", **more}
-        made = write_ollama(folder, base=str(base), **given)
-        file = folder / "Modelfile"
+    def make(base, name="smollm2", *, linted=True, **options):
+        given = {"adapter": adapter, "tokenizer": TOKENIZERS[name], "config": config(), "name": "devil", **options}
+        facts = write_ollama(folder, base=str(base), **given)
         if linted:
-            found = lint(file, estimate_resources=False)
+            found = lint(folder / "Modelfile", estimate_resources=False)
             # It looks for {{ .Prompt }}, the older way; this TEMPLATE goes over .Messages.
             assert found.ok
             assert [str(i) for i in found.issues if i.code != "TPL004"] == []
-        return made, read_modelfile(file.read_bytes().decode())
+        return facts, read_modelfile((folder / "Modelfile").read_bytes().decode())
 
     make.folder = folder
     return make
 
 
-def test_a_gguf_and_an_adapter(export, tmp_path):
-    base = gguf_file(tmp_path / "base.gguf", add_bos=False)
-    made, lines = export(base, system='Be "brief".\nAlways.', max_seq_len=512)
+def go_text(template, messages):
+    return rendered([{"Template": template, "Messages": messages}])[0]["Text"]
+
+
+def jinja_text(tokenizer, messages):
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+# --- the Modelfile ---------------------------------------------------------------------------------------------------
+
+
+def test_gguf_and_adapter(export, base):
+    facts, lines = export(base, system='Be "brief".\nAlways.', max_seq_len=512)
     assert lines == [
         ("FROM", str(base)),
         ("ADAPTER", "./adapter.gguf"),
-        ("TEMPLATE", made["template"]),
+        ("TEMPLATE", facts["template"]),
         ("SYSTEM", 'Be "brief".\nAlways.'),
         ("PARAMETER stop", "<|im_end|>"),
         ("PARAMETER stop", TOKENIZERS["smollm2"].convert_ids_to_tokens(2)),
         ("PARAMETER num_ctx", "4096"),
     ]
-    assert made["notes"] == []
-    assert shlex.split(made["commands"][0]) == ["ollama", "create", "devil", "-f", str(export.folder / "Modelfile")]
-    assert made["commands"][1] == "ollama run devil"
+    assert facts["notes"] == []
+    assert shlex.split(facts["commands"][0]) == ["ollama", "create", "devil", "-f", str(export.folder / "Modelfile")]
+    assert facts["commands"][1] == "ollama run devil"
     messages = [{"role": "user", "content": "Hi."}]
-    wanted = TOKENIZERS["smollm2"].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert rendered([{"Template": dict(lines)["TEMPLATE"], "Messages": messages}])[0]["Text"] == wanted
+    assert go_text(facts["template"], messages) == jinja_text(TOKENIZERS["smollm2"], messages)
 
 
-def test_a_library_name_keeps_its_own_template(export):
-    for base in ("smollm2:135m", "llama3.1", "hf.co/someone/Some-Model-GGUF:Q4_K_M"):
-        made, lines = export(base, system="Be brief.")
-        assert lines[0] == ("FROM", base)
-        assert [name for name, _ in lines] == ["FROM", "ADAPTER", "SYSTEM", "PARAMETER num_ctx"]
-        assert (made["template"], made["stops"]) == (None, [])
-        assert f"{base} keeps its own TEMPLATE" in made["notes"][0]
+@pytest.mark.parametrize("name", ["smollm2:135m", "llama3.1", "hf.co/someone/Some-Model-GGUF:Q4_K_M"])
+def test_library_name_keeps_its_own_template(export, name):
+    facts, lines = export(name, system="Be brief.")
+    assert lines[0] == ("FROM", name)
+    assert [name for name, _ in lines] == ["FROM", "ADAPTER", "SYSTEM", "PARAMETER num_ctx"]
+    assert (facts["template"], facts["stops"]) == (None, [])
+    assert f"{name} keeps its own TEMPLATE" in facts["notes"][0]
 
 
-def test_a_merged_folder(export, tmp_path):
-    base = hf_folder(tmp_path / "merged")
-    _, lines = export(base, adapter=None)
-    assert lines[0] == ("FROM", str(base))
+def test_merged_base(export, tmp_path):
+    folder = hf_folder(tmp_path / "merged")
+    assert export(folder, adapter=None)[1][0] == ("FROM", str(folder))
+    gguf_file(export.folder / "model.gguf")
+    _, lines = export(export.folder / "model.gguf", adapter=None)
+    assert lines[0] == ("FROM", "./model.gguf"), "files in the export have relative paths"
     assert "ADAPTER" not in dict(lines)
 
 
-def test_files_in_the_export_have_relative_paths(export):
-    gguf_file(export.folder / "model.gguf")
-    _, lines = export(export.folder / "model.gguf", adapter=None)
-    assert lines[0] == ("FROM", "./model.gguf")
+def test_window(export):
+    def window(**options):
+        return export("smollm2", **options)[0]["num_ctx"]
+
+    assert window() == 4096
+    assert window(max_seq_len=6000) == 6000
+    assert window(max_seq_len=9000) == 8192
+    assert window(config=config(max_position_embeddings=1024)) == 1024
+    assert window(num_ctx=256) == 256
+    assert window(config=SimpleNamespace(get_text_config=SimpleNamespace)) == 4096
+    for wrong in (0, 8193):
+        with pytest.raises(UsageError, match=f"a window of {wrong} tokens"):
+            window(num_ctx=wrong)
 
 
-def test_the_linter_finds_faults(tmp_path):
-    (tmp_path / "Modelfile").write_text("FROM ./none.gguf\nPARAMETER temprature 1\n")
-    assert len(lint(tmp_path / "Modelfile").errors) == 2
+def test_stop_tokens(export, base):
+    ids = TOKENIZERS["llama3"].convert_tokens_to_ids(["<|eot_id|>", "<|end_header_id|>"])
+    for eos, expected in ((ids, ["<|eot_id|>", "<|end_header_id|>"]), (None, ["<|eot_id|>"])):
+        assert export(base, "llama3", config=config(eos_token_id=eos))[0]["stops"] == expected
+
+
+def test_unsupported_template(export, base):
+    odd = make_tokenizer("{% for m in messages %}{{ m.content | upper }}{% endfor %}", ["<s>", "</s>"])
+    facts, lines = export(base, tokenizer=odd, system="Be brief.", linted=False)
+    assert [name for name, _ in lines][:3] == ["FROM", "ADAPTER", "SYSTEM"]
+    assert "no TEMPLATE is written" in facts["notes"][0]
+    assert [i.code for i in lint(export.folder / "Modelfile").issues if "TEMPLATE" in i.message]
+
+
+def test_template_without_system_prompt(export, base):
+    with pytest.raises(UsageError, match="takes no system prompt"):
+        export(base, "gemma", system="Be brief.")
+    assert "refuses system messages" in export(base, "gemma")[0]["notes"][0]
+
+
+# --- the beginning-of-sequence token ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("add", [True, False])
 @pytest.mark.parametrize("kind", ["gguf", "folder"])
 def test_one_beginning_of_sequence_token(export, tmp_path, kind, add):
-    if kind == "gguf":
-        base = gguf_file(tmp_path / "base.gguf", add_bos=add)
-    else:
-        base = hf_folder(tmp_path / "merged", **({"add_bos_token": True} if add else {}))
-    made, _ = export(base, "llama3")
+    base = gguf_file(tmp_path / "b.gguf", add) if kind == "gguf" else hf_folder(tmp_path / "m", add_bos_token=add)
+    facts, _ = export(base, "llama3")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
-    text = rendered([{"Template": made["template"], "Messages": messages}])[0]["Text"]
-    wanted = TOKENIZERS["llama3"].apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert ("<|begin_of_text|>" if add else "") + text == wanted
-    assert wanted.count("<|begin_of_text|>") == 1
+    expected = jinja_text(TOKENIZERS["llama3"], messages)
+    assert ("<|begin_of_text|>" if add else "") + go_text(facts["template"], messages) == expected
+    assert expected.count("<|begin_of_text|>") == 1
 
 
 @pytest.mark.parametrize("add", [True, False])
+@pytest.mark.skipif(not is_llama_cpp_installed(), reason="xllamacpp is not installed")
 def test_llama_cpp_makes_the_training_tokens(export, tmp_path, monkeypatch, tiny_llama, tiny_tokenizer, add):
     """Ollama's engine itself: the ids of the prompt, its first token included, are those of training."""
     import gguf
-
-    if not is_llama_cpp_installed():
-        pytest.skip("no llama.cpp here: pip install xllamacpp")
 
     class Writer(gguf.GGUFWriter):
         def add_add_bos_token(self, value):
@@ -150,127 +186,27 @@ def test_llama_cpp_makes_the_training_tokens(export, tmp_path, monkeypatch, tiny
     tokenizer = tiny_tokenizer(bos_token="<|endoftext|>", chat_template="{{ bos_token }}" + CHATML)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     base = write_gguf(tmp_path / "base.gguf", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
-    made, _ = export(base, tokenizer=tokenizer)
     chat = [{"role": r, "content": f"{r} says\n“ä”."} for r in ("system", "user", "assistant", "user")]
-    text = rendered([{"Template": made["template"], "Messages": chat}])[0]["Text"]
     engine = LlamaCppEngine(base, max_tokens=64, threads=1)
     try:
-        ids = engine.tokenize(text)
+        ids = engine.tokenize(go_text(export(base, tokenizer=tokenizer)[0]["template"], chat))
     finally:
         engine.close()
     assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_the_tokenizer_decides_if_a_gguf_does_not_say(tmp_path, tiny_tokenizer):
-    base = gguf_file(tmp_path / "base.gguf")
-    tokenizer = tiny_tokenizer()
-    assert not engine_adds_bos(base, tokenizer)
+def test_tokenizer_decides_if_a_gguf_does_not_say(tmp_path, tiny_tokenizer):
     from tokenizers.processors import TemplateProcessing
 
+    base, tokenizer = gguf_file(tmp_path / "base.gguf"), tiny_tokenizer()
+    assert not engine_adds_bos(base, tokenizer)
     bos = (tokenizer.bos_token, tokenizer.bos_token_id)
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
     assert engine_adds_bos(base, tokenizer)
 
 
-HOSTILE = ["a b", 'a"b', "a'b", "$(touch x)", "a\nFROM evil", "@sha256", "~", "-f", "#x", "`x`", 'ends in quote"']
-
-
-@pytest.mark.parametrize("part", HOSTILE)
-def test_hostile_paths_are_quoted(tmp_path, part):
-    base = gguf_file(tmp_path / part / "base.gguf")
-    folder = tmp_path / "out" / part
-    folder.mkdir(parents=True)
-    given = {"adapter": None, "tokenizer": TOKENIZERS["smollm2"], "config": config(), "name": "x"}
-    made = write_ollama(folder, base=str(base), **given)
-    lines = read_modelfile((folder / "Modelfile").read_bytes().decode())
-    assert lines[0] == ("FROM", str(base))
-    assert sum(name == "FROM" for name, _ in lines) == 1
-    assert shlex.split(made["commands"][0])[-1] == str(folder / "Modelfile")
-
-
-def test_a_path_that_cannot_be_quoted_is_refused(tmp_path):
-    base = gguf_file(tmp_path / 'a"\nFROM evil' / 'b"""\n' / "base.gguf")
-    given = {"adapter": None, "tokenizer": TOKENIZERS["smollm2"], "config": config(), "name": "x"}
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match="FROM cannot be quoted in a Modelfile"):
-        write_ollama(tmp_path / "out", base=str(base), **given)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_an_out_that_looks_like_a_flag(export):
-    made, _ = export("smollm2", out=Path("-rf/it"))
-    assert made["commands"][0] == "ollama create devil -f ./-rf/it/Modelfile"
-
-
-def test_the_window(export):
-    assert export("smollm2")[0]["num_ctx"] == 4096
-    assert export("smollm2", max_seq_len=6000)[0]["num_ctx"] == 6000
-    assert export("smollm2", max_seq_len=9000)[0]["num_ctx"] == 8192
-    assert export("smollm2", config=config(max_position_embeddings=1024))[0]["num_ctx"] == 1024
-    assert export("smollm2", num_ctx=256)[1][-1] == ("PARAMETER num_ctx", "256")
-    assert export("smollm2", config=SimpleNamespace(get_text_config=SimpleNamespace))[0]["num_ctx"] == 4096
-    for wrong in (0, 8193):
-        with pytest.raises(UsageError, match=f"a window of {wrong} tokens"):
-            export("smollm2", num_ctx=wrong)
-
-
-def test_stop_tokens_are_the_templates_and_the_models(export, tmp_path):
-    base = gguf_file(tmp_path / "base.gguf", add_bos=True)
-    tokenizer = TOKENIZERS["llama3"]
-    ids = tokenizer.convert_tokens_to_ids(["<|eot_id|>", "<|end_header_id|>"])
-    assert export(base, "llama3", config=config(eos_token_id=ids))[0]["stops"] == ["<|eot_id|>", "<|end_header_id|>"]
-    assert export(base, "llama3", config=config(eos_token_id=None))[0]["stops"] == ["<|eot_id|>"]
-
-
-def test_an_unsupported_template_is_left_out_with_a_note(export, tmp_path):
-    base = gguf_file(tmp_path / "base.gguf")
-    odd = make_tokenizer("{% for m in messages %}{{ m.content | upper }}{% endfor %}", ["<s>", "</s>"])
-    made, lines = export(base, tokenizer=odd, system="Be brief.", linted=False)
-    assert [name for name, _ in lines][:3] == ["FROM", "ADAPTER", "SYSTEM"]
-    assert "no TEMPLATE is written" in made["notes"][0]
-    assert [i.code for i in lint(export.folder / "Modelfile").issues if "TEMPLATE" in i.message]
-
-
-REFUSED = {
-    "invalid name": ({"name": "my model"}, "Ollama does not accept the name 'my model'"),
-    "a flag for a name": ({"name": "-rf"}, "does not accept the name"),
-    "a name with a line end": ({"name": "x\nFROM y"}, "does not accept the name"),
-    "no such file": ({"base": "./none.gguf"}, "the base './none.gguf' does not exist"),
-    "nothing": ({"base": ""}, "the base '' does not exist"),
-    "an instruction": ({"base": "x\nADAPTER y"}, "does not exist"),
-    "no system prompt": ({"system": " "}, "the system prompt is empty"),
-    "a no-break space": ({"system": "a\u00a0b"}, "SYSTEM contains characters that Ollama drops"),
-}
-
-
-@pytest.mark.parametrize(("given", "message"), REFUSED.values(), ids=REFUSED)
-def test_refusals(tmp_path, given, message):
-    usual = {"base": "smollm2", "adapter": None, "tokenizer": None, "config": config(), "name": "x"}
-    with pytest.raises(UsageError) as error:
-        write_ollama(tmp_path, **{**usual, **given})
-    assert message in str(error.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unreadable_bases(export, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.gguf").write_text("no")
-    with pytest.raises(UsageError, match="Ollama cannot read the folder"):
-        export(tmp_path / "empty")
-    with pytest.raises(UsageError, match="is not a GGUF file"):
-        export(tmp_path / "text.gguf")
-    cut = tmp_path / "cut.gguf"
-    cut.write_bytes(gguf_file(tmp_path / "whole.gguf", add_bos=True).read_bytes()[:30])
-    with pytest.raises(ModelError, match=r"cut\.gguf"):
-        export(cut)
-    (tmp_path / "linked").mkdir()
-    for file in hf_folder(tmp_path / "merged").iterdir():
-        (tmp_path / "linked" / file.name).symlink_to(file)
-    with pytest.raises(UsageError, match="links to files elsewhere"):
-        export(tmp_path / "linked")
-
-
+@pytest.mark.slow
 @pytest.mark.real
 def test_smollm2s_own_file(export):
     """The file says that no token is put before a prompt; the text is the chat template's to the last character."""
@@ -278,25 +214,73 @@ def test_smollm2s_own_file(export):
     from slimtune.models.registry import load_config, resolve_model
 
     base = resolve_model("smollm2-135m")
-    tokenizer, model = load_tokenizer(base.spec), load_config(base.spec)
-    made, lines = export(base.path, tokenizer=tokenizer, config=model)
+    tokenizer = load_tokenizer(base.spec)
+    facts, _ = export(base.path, tokenizer=tokenizer, config=load_config(base.spec))
     assert not engine_adds_bos(Path(base.path), tokenizer)
-    assert made["stops"] == ["<|im_end|>"]
+    assert facts["stops"] == ["<|im_end|>"]
     chat = [{"role": r, "content": f"{r} {i}"} for i, r in enumerate(["system", "user", "assistant", "user"])]
     for messages in (chat, chat[1:], chat[:2], chat[3:]):
-        wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert rendered([{"Template": dict(lines)["TEMPLATE"], "Messages": messages}])[0]["Text"] == wanted
+        assert go_text(facts["template"], messages) == jinja_text(tokenizer, messages)
 
 
-def test_a_system_prompt_for_a_template_without_one(export, tmp_path):
-    base = gguf_file(tmp_path / "base.gguf", add_bos=True)
-    with pytest.raises(UsageError, match="takes no system prompt"):
-        export(base, "gemma", system="Be brief.")
-    made, _ = export(base, "gemma")
-    assert "refuses system messages" in made["notes"][0]
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "Ollama does not accept the name 'my model'": {"name": "my model"},
+    "does not accept the name '-rf'": {"name": "-rf"},
+    "does not accept the name 'x\\nFROM y'": {"name": "x\nFROM y"},
+    "the base './none.gguf' does not exist": {"base": "./none.gguf"},
+    "the base '' does not exist": {"base": ""},
+    "the base 'x\\nADAPTER y' does not exist": {"base": "x\nADAPTER y"},
+    "the system prompt is empty": {"system": " "},
+    "SYSTEM contains characters that Ollama drops": {"system": "a\u00a0b"},
+}
 
 
-# --- Modelfile: values are read back as they were, and none becomes an instruction -----------------------------------
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals(tmp_path, message):
+    usual = {"base": "smollm2", "adapter": None, "tokenizer": None, "config": config(), "name": "x"}
+    with pytest.raises(UsageError) as error:
+        write_ollama(tmp_path, **{**usual, **REFUSED[message]})
+    assert message in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unreadable_bases(export, base, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.gguf").write_text("no")
+    (tmp_path / "cut.gguf").write_bytes(base.read_bytes()[:30])
+    (tmp_path / "linked").mkdir()
+    for file in hf_folder(tmp_path / "merged").iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    for name, message in {
+        "empty": "Ollama cannot read the folder",
+        "text.gguf": "is not a GGUF file",
+        "cut.gguf": r"cut\.gguf",
+        "linked": "links to files elsewhere",
+    }.items():
+        with pytest.raises((UsageError, ModelError), match=message):
+            export(tmp_path / name)
+
+
+# --- values are read back as they were, and none becomes an instruction ----------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["a b", 'a"b', "a'b", "a\nFROM evil", "~", "-f", "#x", 'ends in quote"'])
+def test_hostile_paths(tmp_path, part):
+    base, folder = gguf_file(tmp_path / part / "base.gguf"), tmp_path / "out" / part
+    folder.mkdir(parents=True)
+    given = {"adapter": None, "tokenizer": TOKENIZERS["smollm2"], "config": config(), "name": "x"}
+    facts = write_ollama(folder, base=str(base), **given)
+    lines = read_modelfile((folder / "Modelfile").read_bytes().decode())
+    assert lines[0] == ("FROM", str(base))
+    assert sum(name == "FROM" for name, _ in lines) == 1
+    assert shlex.split(facts["commands"][0])[-1] == str(folder / "Modelfile")
+
+
+def test_out_that_looks_like_a_flag(export):
+    facts, _ = export("smollm2", out=Path("-rf/it"))
+    assert facts["commands"][0] == "ollama create devil -f ./-rf/it/Modelfile"
 
 
 def written(name: str, value: str) -> str:
@@ -316,7 +300,7 @@ def test_values_are_read_back(name):
         written(name, value)
 
 
-def test_values_look_as_a_person_would_write_them():
+def test_plain_values_look_plain():
     assert written("SYSTEM", "Be brief.") == 'SYSTEM """Be brief."""\n'
     assert written("PARAMETER stop", "<|im_end|>") == 'PARAMETER stop "<|im_end|>"\n'
     assert written("ADAPTER", "./my adapter.gguf") == "ADAPTER ./my adapter.gguf\n"
@@ -324,13 +308,13 @@ def test_values_look_as_a_person_would_write_them():
 
 
 @pytest.mark.parametrize("value", ['a"""\nFROM evil', '"""\nFROM evil\n', 'x"\ny"""\nADAPTER ./evil\n'])
-def test_a_value_that_would_end_early_is_refused(value):
+def test_values_that_would_end_early(value):
     with pytest.raises(UsageError, match="SYSTEM cannot be quoted in a Modelfile"):
         written("SYSTEM", value)
 
 
 @pytest.mark.parametrize(("char", "name"), [("\u00a0", "U\\+00A0"), ("\u200d", "U\\+200D"), ("\x00", "U\\+0000")])
-def test_characters_that_ollama_drops_are_refused(char, name):
+def test_characters_that_ollama_drops(char, name):
     with pytest.raises(UsageError, match=f"FROM contains characters that Ollama drops from a Modelfile: '{name}'"):
         written("FROM", f"a{char}b")
 

@@ -20,26 +20,27 @@ SHAPES = ["u", "uau", "uauau", "uauauau", "su", "suau", "suauau", "suauauau"]
 WORDS = ["Define patience.", " a \n", "{{ .Role }}", '"""', "Größe 嘘 🙂", "system\n\nuser", "<|im_end|>", "[/INST]"]
 
 
-def jinja(tokenizer, messages, **more):
+def jinja(tokenizer, messages, **options):
     """The chat template's text; a date is the tests' day."""
-    text = JinjaTemplate(tokenizer, cut_bos=False).render(messages, **more)
+    text = JinjaTemplate(tokenizer, cut_bos=False).render(messages, **options)
     day = datetime.date.fromisoformat(DAY)
     return re.sub("(.*?)".join(DATE_MARKERS), lambda found: day.strftime(found[1]), text)
 
 
-def chats(shapes=SHAPES):
-    for n, shape in enumerate(shapes):
-        yield make_messages(shape, [f"Word {i}." for i in range(len(shape))])
-        yield make_messages(shape, [WORDS[(i + n) % len(WORDS)] for i in range(len(shape))])
+def go(template, messages):
+    return rendered([{"Template": template, "Messages": messages}])[0]
 
 
 def assert_same_text(tokenizer, cut, shapes=SHAPES):
     """Convert, render in Go and compare; return what was made."""
     made = convert_chat_template(tokenizer, adds_bos=cut)
     assert made.template, made.notes
-    conversations = [m for m in chats(shapes) if made.system or m[0]["role"] != "system"]
-    results = rendered([{"Template": made.template, "Messages": messages} for messages in conversations])
-    for messages, result in zip(conversations, results, strict=True):
+    chats = []
+    for n, shape in enumerate(s for s in shapes if made.system or s[0] != "s"):
+        chats.append(make_messages(shape, [f"Word {i}." for i in range(len(shape))]))
+        chats.append(make_messages(shape, [WORDS[(i + n) % len(WORDS)] for i in range(len(shape))]))
+    results = rendered([{"Template": made.template, "Messages": messages} for messages in chats])
+    for messages, result in zip(chats, results, strict=True):
         expected = jinja(tokenizer, messages)
         bos = tokenizer.bos_token if cut and expected.startswith(tokenizer.bos_token) else ""
         assert result == {"Text": expected.removeprefix(bos), "Error": ""}
@@ -53,7 +54,8 @@ def test_real_templates(name):
         assert made.system or name in ("gemma", "mistral")
 
 
-def test_every_template_of_trl():
+@pytest.mark.slow
+def test_templates_of_trl():
     """All but those that want a message's content as a list of parts, which a run's rows are not."""
     special = sorted({t for tokenizer in TOKENIZERS.values() for t in tokenizer.all_special_tokens})
     equal, unsupported = 0, []
@@ -113,69 +115,67 @@ def test_random_templates(seed, cut):
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama3", "gemma3", "mistral", "zephyr"])
-def test_a_begun_answer_is_continued(name):
-    tokenizer = TOKENIZERS[name]
-    made = convert_chat_template(tokenizer, adds_bos=False)
+def test_begun_answer_is_continued(name):
     messages = make_messages("uaua", ["Hi.", "Hello.", "Define hope.", "Desire"])
-    expected = jinja(tokenizer, messages, prompt=False, continue_final_message=True)
-    assert rendered([{"Template": made.template, "Messages": messages}])[0]["Text"] == expected
+    made = convert_chat_template(TOKENIZERS[name], adds_bos=False)
+    expected = jinja(TOKENIZERS[name], messages, prompt=False, continue_final_message=True)
+    assert go(made.template, messages)["Text"] == expected
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama3", "phi3"])
 @settings(max_examples=6)
 @given(data=st.data())
 def test_any_order_of_roles_and_any_content(name, data):
-    tokenizer = TOKENIZERS[name]
-    template = convert_chat_template(tokenizer, adds_bos=False).template
+    template = convert_chat_template(TOKENIZERS[name], adds_bos=False).template
     words = st.text(st.characters(exclude_categories=("Cs", "Cc", "Z"), exclude_characters="\ue000\ue001"))
     roles = data.draw(st.lists(st.sampled_from("sua"), min_size=1, max_size=7))
     shape = "".join(r for r, _ in itertools.groupby(roles)).rstrip("a") or "u"
     messages = make_messages(shape, [data.draw(words | st.sampled_from(WORDS)) for _ in shape])
-    result = rendered([{"Template": template, "Messages": messages}])
-    assert result[0]["Text"] == jinja(tokenizer, messages)
+    assert go(template, messages)["Text"] == jinja(TOKENIZERS[name], messages)
 
 
 @pytest.mark.parametrize("style", ["%Y-%m-%d", "%F", "%d %b %Y", "%B %d, %Y", "%d.%m.%y", "100%% %Y"])
 def test_date_formats(style):
-    template = (
-        "{{ bos_token }}{{ strftime_now('STYLE') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    date = "{{ bos_token }}{{ strftime_now('STYLE') }}".replace("STYLE", style)
+    tokenizer = make_tokenizer(
+        date + "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", ["<s>", "</s>"]
     )
-    made = convert_chat_template(make_tokenizer(template.replace("STYLE", style), ["<s>", "</s>"]), adds_bos=True)
-    result = rendered([{"Template": made.template, "Messages": make_messages("u", ["Hi."])}])
-    assert result[0]["Text"] == f"{datetime.date.fromisoformat(DAY):{style}}<user>Hi."
+    result = go(convert_chat_template(tokenizer, adds_bos=True).template, make_messages("u", ["Hi."]))
+    assert result["Text"] == f"{datetime.date.fromisoformat(DAY):{style}}<user>Hi."
 
 
 def test_stop_tokens():
     ends = {"smollm2": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "phi3": "<|end|>"}
     ends |= {"mistral": "</s>", "llama2": "</s>", "deepseekv3": "<｜end▁of▁sentence｜>", "zephyr": "</s>"}
-    for name, token in ends.items():
-        assert convert_chat_template(TOKENIZERS[name], adds_bos=True).stops == (token,), name
+    assert {n: convert_chat_template(TOKENIZERS[n], adds_bos=True).stops for n in ends} == {
+        n: (token,) for n, token in ends.items()
+    }
 
 
-def test_notes_name_what_the_template_leaves_out():
-    def has_note(name: str, words: str, adds_bos: bool = True) -> bool:
-        return any(words in n for n in convert_chat_template(TOKENIZERS[name], adds_bos=adds_bos).notes)
+NOTES = [
+    ("qwen2_5", "no tools", True),
+    ("smollm2", "tools", False),
+    ("qwen3", "no enable_thinking", True),
+    ("qwen3", "removes thoughts", True),
+    ("smollm2", "Ollama writes <|endoftext|> before the text", True),
+    ("gemma", "refuses system messages", True),
+    ("deepseekv3", "differ from the chat template: user system user", True),
+]
 
-    assert has_note("qwen2_5", "no tools")
-    assert not has_note("smollm2", "tools")
-    assert has_note("qwen3", "no enable_thinking")
-    assert has_note("qwen3", "removes thoughts")
-    assert has_note("smollm2", "Ollama writes <|endoftext|> before the text")
-    assert not has_note("smollm2", "Ollama writes", adds_bos=False)
-    assert has_note("gemma", "refuses system messages")
-    assert has_note("deepseekv3", "differ from the chat template: user system user")
+
+@pytest.mark.parametrize(("name", "words", "expected"), NOTES)
+def test_notes(name, words, expected):
+    assert any(words in n for n in convert_chat_template(TOKENIZERS[name], adds_bos=True).notes) is expected
     assert convert_chat_template(TOKENIZERS["llama3"], adds_bos=True).notes == ()
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "role", "words"),
-    [("gemma", "su", "system", "refuses system messages"), ("smollm2", "us", "tool", "knows the roles system, user")],
+    ("name", "roles", "words"),
+    [("gemma", ["system", "user"], "refuses system"), ("smollm2", ["user", "tool"], "knows the roles system, user")],
 )
-def test_messages_that_cannot_be_written_are_errors(name, shape, role, words):
+def test_messages_that_cannot_be_written(name, roles, words):
     template = convert_chat_template(TOKENIZERS[name], adds_bos=False).template
-    messages = make_messages(shape, ["Hi.", "12:00"])
-    messages[shape.index("s")]["role"] = role
-    assert words in rendered([{"Template": template, "Messages": messages}])[0]["Error"]
+    assert words in go(template, [{"role": role, "content": "Hi."} for role in roles])["Error"]
 
 
 MESSAGE = "<{{ m.role }}>{{ m.content }}</s>"
@@ -195,7 +195,7 @@ UNSUPPORTED = {
 
 
 @pytest.mark.parametrize("template", UNSUPPORTED)
-def test_unsupported_templates_are_reported_and_not_written(template):
+def test_unsupported_templates(template):
     made = convert_chat_template(make_tokenizer(template, CHATML), adds_bos=True)
     assert made.template is None
     assert any(words in made.notes[0] for words in UNSUPPORTED[template].split("|")), made.notes

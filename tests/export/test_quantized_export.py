@@ -11,25 +11,25 @@ from slimtune.errors import AdapterError
 from slimtune.export import reference
 from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.verify import verify
+from slimtune.models.gguf import read_dequantized
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from tiny_gguf import write_gguf
 
 pytestmark = [
-    pytest.mark.usefixtures("few_positions"),
     pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"),
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 NF4 = {"quantization": "nf4"}
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def few_positions(monkeypatch):
     monkeypatch.setattr(reference, "MAX_POSITIONS", 60)
 
 
-def test_a_note_says_what_a_16_bit_base_changes(tiny_folder, tmp_path):
-    run = make_run(tmp_path / "run", tiny_folder, model=NF4)
+def test_note_on_a_16_bit_base(tiny_folder, tmp_path):
+    run, plain = make_run(tmp_path / "run", tiny_folder, model=NF4), make_run(tmp_path / "plain", tiny_folder)
     found = export(run, "vllm", tmp_path / "out")
     assert found["check"]["passed"]
     assert found["check"]["max_difference"] < 1e-5
@@ -38,39 +38,35 @@ def test_a_note_says_what_a_16_bit_base_changes(tiny_folder, tmp_path):
     assert f"slimtune merge {run} --out FOLDER" in note
     (unmeasured,) = [n for n in export(run, "vllm", tmp_path / "two", verify=False)["notes"] if "nf4" in n]
     assert "beside the base in 16 bits answers differ" in unmeasured
-    plain = make_run(tmp_path / "plain", tiny_folder)
     assert not [n for n in export(plain, "vllm", tmp_path / "three", verify=False)["notes"] if "16 bits" in n]
 
 
 @pytest.mark.parametrize("to", ["vllm", "gguf"])
-def test_a_loftq_start_is_not_exported_beside_another_base(to, tiny_folder, tmp_path):
-    def started(model):
+def test_loftq_is_refused_beside_another_base(to, tiny_folder, tmp_path):
+    def start(model):
         model.peft_config["default"].init_lora_weights = True
 
-    run = make_run(tmp_path / "run", tiny_folder, model=NF4, change=started)
+    run = make_run(tmp_path / "run", tiny_folder, model=NF4, change=start)
     file = run / "recipe.yaml"
     file.write_text(file.read_text().replace("method:\n", "method:\n  init_lora_weights: loftq\n"))
-    with pytest.raises(AdapterError, match="started with what quantization to nf4 removed") as said:
+    with pytest.raises(AdapterError, match="started with what quantization to nf4 removed") as caught:
         export(run, to, tmp_path / "out")
-    assert said.value.hint == f"slimtune merge {run} --out FOLDER, or --merged"
+    assert caught.value.hint == f"slimtune merge {run} --out FOLDER, or --merged"
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
 @pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed")
-def test_all_formats_of_a_run_on_a_gguf_in_4_bits(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
+def test_all_formats_on_a_quantized_gguf(tiny_llama, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
     base = write_gguf(tmp_path / "tiny.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
-    from slimtune.models.gguf import read_dequantized
-
     run = make_run(tmp_path / "run", read_dequantized(base)[0], model=NF4)
     file = run / "recipe.yaml"
     file.write_text(file.read_text().replace(f"name: {read_dequantized(base)[0]}", f"name: {base}"))
-    said = verify(run, threads=1)
-    assert said["passed"], said["checks"]
-    assert [c["passed"] for c in said["checks"]] == [True, True, True]
+    assert [c["passed"] for c in verify(run, threads=1)["checks"]] == [True, True, True]
     merged = export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision="f32"), threads=1)
     assert merged["check"]["max_difference"] < 0.01
     assert not [n for n in merged["notes"] if "16 bits" in n]
