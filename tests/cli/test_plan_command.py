@@ -152,7 +152,7 @@ def test_all_methods(slimtune, slimtune_json, requests):
         (["--method", ","], "--method names none"),
         (["--method", "lora,ia3", "--max-seq-len", "1"], "data.max_seq_len: got 1"),
         (["--optimizer", "adamv"], "train.optimizer: got 'adamv'; did you mean 'adamw'?"),
-        (["--method", "lora,ia3", "--set", "method.rnk=4"], "a setting 'rnk'; did you mean 'rank'?"),
+        (["--method", "lora,ia3", "--set", "method.rnk=4"], "method.rnk: no such field; did you mean 'rank'?"),
         (["--data", "no/rows.jsonl"], "data.train: there is no file"),
         (["--plot", "plan.pdf"], "'.pdf'"),
         (["--context", "4096"], "--context describes how the tuned model is served"),

@@ -24,68 +24,53 @@ def doctor(as_json: Json = False) -> dict[str, Any]:
     """
     import psutil
     import torch
+    from packaging.requirements import Requirement
 
     from ..models.dtype import pick_device, pick_dtype
     from ..reporting.versions import find_version
 
-    device, info = pick_device("auto"), Path("/proc/cpuinfo")
+    info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
-    cpu: dict[str, Any] = {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "flags": [flag for flag in CPU_FLAGS if flag in flags],
-    }
+    devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        devices += [f"xpu:{i} ({torch.xpu.get_device_name(i)})" for i in range(torch.xpu.device_count())]
+    missing: dict[str, list[str]] = {}
+    needed = [
+        r for r in map(Requirement, importlib.metadata.requires("slimtune") or []) if find_version(r.name) is None
+    ]
+    for extra in importlib.metadata.metadata("slimtune").get_all("Provides-Extra") or []:
+        markers = [(r.name, r.marker) for r in needed if r.marker is not None and not r.marker.evaluate({"extra": ""})]
+        missing[extra] = [name for name, marker in markers if marker.evaluate({"extra": extra})]
+    device = pick_device("auto")
     result: dict[str, Any] = {
         "python": platform.python_version(),
         "libraries": {name: find_version(name) for name in LIBRARIES},
-        "cpu": cpu,
-        "devices": ["cpu", *_find_accelerators(torch)],
+        "cpu": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "flags": [flag for flag in CPU_FLAGS if flag in flags],
+        },
+        "devices": devices,
         "memory_free_bytes": psutil.virtual_memory().available,
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
-        "extras": {
-            extra: [name for name in packages if find_version(name) is None]
-            for extra, packages in _list_extras().items()
-        },
+        "extras": missing,
         "device": str(device),
         "dtype": str(pick_dtype("auto", device)).removeprefix("torch."),
     }
     if not as_json:
-        extras = {f"extra {name}": missing for name, missing in result["extras"].items()}
+        cpu = result["cpu"]
         print_fields([
             ("python", result["python"]),
             *((name, version or "not installed") for name, version in result["libraries"].items()),
             ("CPU", f"{cpu['cores']} cores, torch uses {cpu['threads']} threads"),
             ("CPU flags", ", ".join(cpu["flags"]) or "none for fast matrix products"),
-            ("devices", ", ".join(result["devices"])),
+            ("devices", ", ".join(devices)),
             ("free memory", format_bytes(result["memory_free_bytes"])),
             ("free disk here", format_bytes(result["disk_free_bytes"])),
-            *((name, f"missing: {', '.join(missing)}" if missing else "installed") for name, missing in extras.items()),
+            *((f"extra {e}", f"missing: {', '.join(m)}" if m else "installed") for e, m in missing.items()),
             ("auto chooses", f"{result['device']}, frozen weights in {result['dtype']}"),
         ])  # fmt: skip
     return result
-
-
-def _find_accelerators(torch: Any) -> list[str]:
-    devices = [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        devices += [f"xpu:{i} ({torch.xpu.get_device_name(i)})" for i in range(torch.xpu.device_count())]
-    return devices
-
-
-def _list_extras() -> dict[str, list[str]]:
-    """Return the packages of each extra of slimtune."""
-    from packaging.requirements import Requirement
-
-    conditional = [r for r in map(Requirement, importlib.metadata.requires("slimtune") or []) if r.marker is not None]
-    extras = importlib.metadata.metadata("slimtune").get_all("Provides-Extra") or []
-    return {
-        extra: [
-            r.name
-            for r in conditional
-            if r.marker is not None and r.marker.evaluate({"extra": extra}) and not r.marker.evaluate({"extra": ""})
-        ]
-        for extra in extras
-    }

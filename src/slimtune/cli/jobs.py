@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import SlimtuneError, UsageError, format_names, nearest
+from ..errors import SlimtuneError, UsageError
 from .common import error_console, print_progress
 
 if TYPE_CHECKING:
@@ -65,24 +65,18 @@ def load_jobs(job: str, settings: Mapping[str, Any], output_dir: str = "runs/pla
     expanded = (name for part in named for name in (method_names() if part == "all" else (part,)))
     methods = list(dict.fromkeys(config_class(name).name for name in expanded))
 
-    of_method = {path: value for path, value in settings.items() if path.startswith("method.")}
     # A plan needs no rows and no run folder, but a complete recipe does.
     base = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "output_dir": output_dir}
-    shared = base | {path: value for path, value in settings.items() if path not in of_method}
-    if len(methods) > 1:  # of one method, load_recipe reports unknown fields better
-        accepted = {name for method in methods for name in accepted_names(method)}
-        for name in (path.split(".")[1] for path in of_method):
-            if name not in accepted:
-                message = f"none of the methods planned has a setting {name!r}{nearest(name, accepted)}"
-                raise UsageError(message, f"one of {format_names(sorted(accepted))}")
+    accepted = {method: set(accepted_names(method)) for method in methods}
     recipes: dict[str, Recipe] = {}
     errors: dict[str, SlimtuneError] = {}
     for method in methods:
-        names = accepted_names(method)
-        taken = {p: v for p, v in of_method.items() if len(methods) == 1 or p.split(".")[1] in names}
+        # A setting goes to the methods that have it; one that none has goes to all, whose errors name it.
+        others = set().union(*accepted.values()) - accepted[method]
+        own = {p: v for p, v in settings.items() if not (p.startswith("method.") and p.split(".")[1] in others)}
         chosen = {} if method == own_method else {"method": {"name": method}}  # a file's settings are its own method's
         try:
-            recipes[method] = load_recipe(path, {**shared, **chosen, "method.name": method, **taken})
+            recipes[method] = load_recipe(path, {**base, **chosen, "method.name": method, **own})
         except UsageError as e:
             errors[method] = e
     if not recipes:

@@ -68,6 +68,7 @@ def plan(
     from ..planning.serving import plan_serving
     from ..planning.throughput import estimate_cost
     from ..reporting.charts import require_figure_path
+    from ..utils.files import write_atomic
 
     card = find_gpu(gpu) if gpu is not None else gpu_with_memory(vram) if vram is not None else detect_gpu()
     if plot is not None:
@@ -85,7 +86,11 @@ def plan(
     ]
     unfit = [{"method": method, "why": " ".join(error.message.split())} for method, error in errors.items()]
     if write is not None:
-        _write_recipe(write, jobs, plans[0])
+        (recipe,) = jobs.recipes.values()
+        # A plan knows names of bases that have no weights here: the recipe says where the weights are.
+        model = recipe.model.model_copy(update={"name": jobs.model.spec})
+        note = f"# {_verdict_text(plans[0])}: {plans[0].reason}\n"
+        write_atomic(write, note + recipe.model_copy(update={"model": model}).to_yaml())
     if plot is not None:
         write_plot(plans, plot)
     if not as_json:
@@ -137,16 +142,6 @@ def _require_writable(path: Path, jobs: Jobs) -> None:
         raise UsageError(f"{path} exists", "a new file: a recipe is not overwritten")
     if not path.parent.is_dir():
         raise UsageError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
-
-
-def _write_recipe(path: Path, jobs: Jobs, plan: Plan) -> None:
-    from ..utils.files import write_atomic
-
-    (recipe,) = jobs.recipes.values()
-    # A plan knows names of bases that have no weights here: the recipe says where the weights are.
-    model = recipe.model.model_copy(update={"name": jobs.model.spec})
-    note = f"# {_verdict_text(plan)}: {plan.reason}\n"
-    write_atomic(path, note + recipe.model_copy(update={"model": model}).to_yaml())
 
 
 # --- what people see -------------------------------------------------------------------------------------------------
@@ -210,11 +205,8 @@ def _render_plan(plan: Plan, tokens: int, cost: Cost | None) -> Iterator[Any]:
     if cost is not None and cost.rent is not None:
         dates = sorted({p.date for p in cost.prices})
         providers = ", ".join(dict.fromkeys(p.provider for p in cost.prices))
-        source = (
-            f"published: {providers}, {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}"
-            if dates
-            else "the price given"
-        )
+        period = " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]]))
+        source = f"published: {providers}, {period}" if dates else "the price given"
         rows.add_row("", format_range(*cost.rent, "{:.2g} $".format), source)
     yield rows
     if plan.advice:
