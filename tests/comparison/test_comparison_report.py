@@ -20,7 +20,7 @@ def pair(a: str, b: str, low: float, high: float, *, beyond: bool):
     return {"a": a, "b": b, "ci95": [low, high], "beyond_noise": beyond}
 
 
-def test_cheaper_of_equally_good_is_taken():
+def test_cheaper_of_equally_good():
     lines = [line("dora", 0.50, memory=3, time=90), line("lora", 0.49), line("ia3", 0.30, size=1)]
     pairs = [pair("dora", "lora", 0.0, 0.02, beyond=False), pair("dora", "ia3", 0.1, 0.3, beyond=True)]
     assert make_advice(lines, pairs) == (
@@ -64,7 +64,7 @@ def test_clear_winner_is_taken_at_any_cost():
     assert advice.endswith("lora and ia3 are worse than full by 0.400 to 0.500 nats per token.")
 
 
-def test_reduction_within_noise_gives_no_advice():
+def test_reduction_within_noise():
     lines = [line("lora", 0.01), line("ia3", 0.0)]
     advice = make_advice(lines, [pair("lora", "ia3", -0.1, 0.1, beyond=False)])
     assert advice.startswith("Take none of them: the loss reduction of the best, lora,")
