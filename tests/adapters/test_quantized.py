@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from models_zoo import llama, run, tokens
+from models_zoo import llama, run, shake, tokens
 
 import slimtune
 from slimtune import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -49,13 +49,6 @@ def bases(tmp_path_factory):
 def compute_gradient_norms(model):
     model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
     return {n: p.grad.norm().item() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def shake(model):
-    for p in model.parameters():
-        if p.requires_grad:
-            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-            p.data.add_(noise.to(p.dtype) * 0.1)
 
 
 @EVERY_KIND

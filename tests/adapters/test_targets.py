@@ -155,9 +155,6 @@ def test_no_match_raises(make, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 0}, "r is 0"),
-        ({"r": 2.5}, "r is 2.5"),
-        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"target_modules": "x", "layers_to_transform": [0]}, "layers_to_transform is [0]"),
         ({"target_modules": ["x"], "layers_pattern": "h"}, "None unless layers_to_transform is given"),
         ({"use_qalora": True}, "LoraConfig has no field 'use_qalora' (given True)"),

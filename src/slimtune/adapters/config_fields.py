@@ -7,6 +7,7 @@
 
 import dataclasses
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -20,6 +21,10 @@ _UNIONS = (typing.Union, types.UnionType)
 _TYPE_NAMES = {
     bool: "True or False", int: "an integer", float: "a number", str: "a string", dict: "a dictionary",
     type(None): "None",
+}  # fmt: skip
+_BOUNDS = {
+    "ge": ("at least", operator.ge), "gt": ("above", operator.gt), "le": ("at most", operator.le),
+    "lt": ("below", operator.lt),
 }  # fmt: skip
 
 
@@ -43,7 +48,8 @@ def setting(
         ge, gt, le, lt: bounds of every number in the value, also of those in a list or among a dictionary's values.
         choices: strings allowed, or a function that returns them; a `Literal` type needs none.
     """
-    metadata = {"help": help, "ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}
+    bounds = {k: v for k, v in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if v is not None}
+    metadata = {"help": help, "bounds": bounds, "choices": choices}
     given = {"default": default} if default_factory is MISSING else {"default_factory": default_factory}
     return dataclasses.field(**given, kw_only=kw_only, metadata=metadata)
 
@@ -59,18 +65,14 @@ class FieldSpec:
     type: Any
     default: Any
     help: str = ""
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
+    bounds: dict[str, float] = dataclasses.field(default_factory=dict)
     choices: tuple[str, ...] = ()
     declared: bool = True
 
     @property
     def range(self) -> str:
         """The range as a phrase, `"at least 1"`; empty without one."""
-        bounds = (("at least", self.ge), ("above", self.gt), ("at most", self.le), ("below", self.lt))
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        return " and ".join(f"{_BOUNDS[name][0]} {bound:g}" for name, bound in self.bounds.items())
 
     @property
     def expected(self) -> str:
@@ -79,21 +81,13 @@ class FieldSpec:
 
     def find_error(self, value: Any) -> ConfigError | None:
         """Return what is wrong with a value, None if nothing is."""
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        numbers = [x for x in items if isinstance(x, int | float) and not isinstance(x, bool)]
+        in_range = all(_BOUNDS[name][1](x, bound) for name, bound in self.bounds.items() for x in numbers)
         is_choice = not self.choices or not isinstance(value, str) or value in self.choices
-        if not self.declared or (_has_type(value, self.type) and is_choice and self._is_in_range(value)):
+        if not self.declared or (_has_type(value, self.type) and is_choice and in_range):
             return None
         return ConfigError(f"{self.name} is {value!r}{nearest(str(value), self.choices)}", self.expected)
-
-    def _is_in_range(self, value: Any) -> bool:
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        return all(
-            (self.ge is None or x >= self.ge)
-            and (self.gt is None or x > self.gt)
-            and (self.le is None or x <= self.le)
-            and (self.lt is None or x < self.lt)
-            for x in items
-            if isinstance(x, int | float) and not isinstance(x, bool)
-        )
 
 
 @cache
