@@ -106,7 +106,9 @@ class AdaptedLayer(nn.Module):
             base = partial(self._run_trained_copies, plain_base, with_copies)
         if not modules:
             return base(*args, **kwargs)
-        if layer_kind(self) == "linear" and not with_copies and not any(map(_drops_inputs, modules.values())):
+        inner = [m for module in modules.values() for m in module.modules()]
+        drops_inputs = any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in inner)
+        if layer_kind(self) == "linear" and not with_copies and not drops_inputs:
             factors = {n: m.low_rank_factors() for n, m in modules.items()}
             if all(f is not None for f in factors.values()):
                 stacked = self.active_state.stack_row_factors(self, x, factors)
@@ -236,8 +238,23 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
     if owner is not None:
         merged = {n: p.detach() for n, p in module.trained_copies[owner].named_parameters()}
     modules: list[Any] = [module.adapters[a] for a in adapters if a in module.adapters]
-    if modules:
-        merged |= _compute_merged_parameters(name, module, modules, merged)
+    if modules and is_quantized(module):
+        raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
+    weight, bias = (merged.get(n, module._parameters.get(n)) for n in ("weight", "bias"))
+    transposed = is_transposed(module)
+    if modules and weight is not None:
+        # Compute in fp32 or wider, and round once below.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
+        weight = weight.t() if transposed else weight
+    start = weight, bias
+    with torch.no_grad():
+        for adapter_module in modules:
+            weight, bias = adapter_module.merge_into(weight, bias)
+    if weight is not start[0] and weight is not None:
+        merged["weight"] = weight.t().contiguous() if transposed else weight
+    if bias is not start[1] and bias is not None:
+        merged["bias"] = bias
     replaced = {n: module._parameters[n] for n in merged}
     for n, tensor in merged.items():
         base = replaced[n]
@@ -257,41 +274,11 @@ def unmerge_adapters(module: AdaptedLayer) -> None:
         module.__dict__["original_parameters"] = None
 
 
-def _compute_merged_parameters(
-    name: str, module: AdaptedLayer, modules: list[Any], copies: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the parameters that adapter modules change, as they are after the merge."""
-    if is_quantized(module):
-        raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
-    weight, bias = (copies.get(n, module._parameters.get(n)) for n in ("weight", "bias"))
-    transposed = is_transposed(module)
-    if weight is not None:
-        # Compute in fp32 or wider; `merge_adapters` rounds once.
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        weight, bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
-        weight = weight.t() if transposed else weight
-    start = weight, bias
-    with torch.no_grad():
-        for adapter_module in modules:
-            weight, bias = adapter_module.merge_into(weight, bias)
-    changed: dict[str, Tensor] = {}
-    if weight is not start[0] and weight is not None:
-        changed["weight"] = weight.t().contiguous() if transposed else weight
-    if bias is not start[1] and bias is not None:
-        changed["bias"] = bias
-    return changed
-
-
-# --- helpers --------------------------------------------------------------------------------------------------------
+# --- the adapted class ----------------------------------------------------------------------------------------------
 
 
 def _trained_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype:
     return torch.float32 if autocast and dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def _drops_inputs(module: nn.Module) -> bool:
-    """Return whether dropout is active in an adapter module, so that its factors do not describe its forward."""
-    return module.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules())
 
 
 def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -312,10 +299,14 @@ def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool
             return base.forward(self, *args, **kwargs)
         return self.run_adapted(partial(base.forward, self), *args, **kwargs)
 
+    def get_config(self: AdaptedLayer) -> Any:
+        takes_prefix = any(m.uses_attention_prefix for m in self.adapters.values())
+        return make_prefix_config_view(self) if takes_prefix else vars(self)["config"]
+
     forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     body: dict[str, Any] = {n: _make_parameter_property(base, n) for n in parameters}
     if has_config:
-        body["config"] = property(_get_attention_config, lambda self, value: vars(self).update(config=value))
+        body["config"] = property(get_config, lambda self, value: vars(self).update(config=value))
     body |= {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
     return type(base.__name__, (AdaptedLayer, base), body)
 
@@ -344,9 +335,3 @@ def _make_parameter_property(base: type, name: str) -> property:
         self.__dict__[plain_tensor] = value
 
     return property(get, put)
-
-
-def _get_attention_config(module: AdaptedLayer) -> Any:
-    if any(m.uses_attention_prefix for m in module.adapters.values()):
-        return make_prefix_config_view(module)
-    return vars(module)["config"]
