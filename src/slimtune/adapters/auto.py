@@ -78,10 +78,9 @@ class AutoPeftModel:
         library = str(mapping.get("parent_library")).split(".")[0]
         if library == "transformers" and hasattr(transformers, class_name):
             return class_name
+        message = f"the config of {path} gives neither a task nor a class of transformers for its base"
         raise AdapterError(
-            f"the config of {path} gives neither a task nor a class of transformers for its base",
-            "task_type or auto_mapping in adapter_config.json",
-            "AutoPeftModelForCausalLM.from_pretrained(...), or another that names the task",
+            message, hint="AutoPeftModelForCausalLM.from_pretrained(...), or another that names the task"
         )
 
 

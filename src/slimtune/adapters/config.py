@@ -321,8 +321,6 @@ def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, 
     try:
         return Path(hf_hub_download(text, name, subfolder=subfolder, **hub))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        raise UsageError(
-            f"{text!r} is not a folder, and downloading {name} from the Hub failed: {type(e).__name__}",
-            f"an adapter folder or a Hub repository with {name}",
-            "check the name; log in for a private repository; without a network give a local folder",
-        ) from e
+        message = f"{text!r} is not a folder, and downloading {name} from the Hub failed: {type(e).__name__}"
+        hint = "check the name; log in for a private repository; without a network give a local folder"
+        raise UsageError(message, f"an adapter folder or a Hub repository with {name}", hint) from e

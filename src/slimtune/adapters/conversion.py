@@ -358,7 +358,5 @@ def _make_lora_config(model: Any, sources: Sequence[str], ranks: Mapping[str, in
 
 
 def _not_a_weight_change(adapter: str, name: str, why: str) -> UsageError:
-    return UsageError(
-        f"adapter {adapter!r} cannot become a LoRA, at {name or 'the model'}: {why}",
-        "an adapter that only changes weights of linear layers and embeddings",
-    )
+    message = f"adapter {adapter!r} cannot become a LoRA, at {name or 'the model'}: {why}"
+    return UsageError(message, "an adapter that only changes weights of linear layers and embeddings")

@@ -178,11 +178,9 @@ class CallMixin:
             raise UsageError("another call with adapter_names is still running", "one such call at a time per model")
         trains = self.training and torch.is_grad_enabled()
         if trains and any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):
-            raise UsageError(
-                "adapter_names cannot be used while training with activation checkpointing, whose recomputed forward "
-                "would not know the rows' adapters",
-                hint="gradient_checkpointing_disable(), or set_adapter and batches that use one adapter",
-            )
+            # The recomputed forward would not know the rows' adapters.
+            hint = "gradient_checkpointing_disable(), or set_adapter and batches that use one adapter"
+            raise UsageError("adapter_names cannot be used while training with activation checkpointing", hint=hint)
 
 
 def _wrong_row_count(given: str, batch: int | None) -> UsageError:

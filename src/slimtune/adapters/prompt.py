@@ -123,11 +123,10 @@ class AttentionModule(AdapterModule):
         module: Any = base.module
         implementation = vars(module)["config"]._attn_implementation
         if original_attention(implementation) not in SUPPORTED_ATTENTION:
-            raise ModelError(
-                f"{type(module).__name__} runs with attn_implementation={implementation!r}, which cannot take a prefix",
-                " or ".join(map(repr, SUPPORTED_ATTENTION)),
-                'from_pretrained(..., attn_implementation="sdpa")',
+            message = (
+                f"{type(module).__name__} runs with attn_implementation={implementation!r}, which cannot take a prefix"
             )
+            raise ModelError(message, " or ".join(map(repr, SUPPORTED_ATTENTION)), 'attn_implementation="sdpa"')
         # The innermost prefix comes first, like virtual tokens. transformers forwards unknown keyword arguments.
         prefixes = ((self.compute_prefix(module, rows), rows), *kwargs.pop(PREFIX_KWARG, ()))
         return base(*args, **{PREFIX_KWARG: prefixes}, **kwargs)
@@ -187,11 +186,9 @@ def tokenize_text(text: str, tokenizer: str, settings: dict[str, Any] | None) ->
     try:
         ids: list[int] = AutoTokenizer.from_pretrained(tokenizer, **(settings or {}))(text)["input_ids"]
     except (OSError, ValueError) as e:
-        raise UsageError(
-            f"tokenizer_name_or_path {tokenizer!r} cannot be loaded: {str(e).splitlines()[0]}",
-            "a folder with a tokenizer, or a Hub id that can be reached",
-            "name the base's own folder; in a recipe, the model's name means the model's tokenizer",
-        ) from None
+        message = f"tokenizer_name_or_path {tokenizer!r} cannot be loaded: {str(e).splitlines()[0]}"
+        hint = "name the base's own folder; in a recipe, the model's name means the model's tokenizer"
+        raise UsageError(message, "a folder with a tokenizer, or a Hub id that can be reached", hint) from None
     return ids
 
 

@@ -189,10 +189,8 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
             raise TargetError(f"{name} is a {class_name}, whose input is not a row index", "a linear layer")
     parent = modules.get(name.rpartition(".")[0], model)
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        raise TargetError(
-            f"{name} is part of a torch {type(parent).__name__}, which reads the weight without calling the module, so "
-            "an adapter would do nothing"
-        )
+        what = f"a torch {type(parent).__name__}, which reads the weight without calling the module"
+        raise TargetError(f"{name} is part of {what}, so an adapter would do nothing")
     return kind
 
 

@@ -76,10 +76,9 @@ class BackboneCall:
             new = mask.shape[1] - tokens if _is_2d(mask) else self.length
             first = int(positions.flatten()[0]) if mask is None and _is_2d(positions) else tokens
             if new != self.length or first != tokens:
-                raise UsageError(
-                    f"the cache contains {tokens} tokens, and the {self.length} new tokens do not continue them",
-                    hint="give generate() only the new tokens, and the attention_mask of the whole sequence",
-                )
+                message = f"the cache contains {tokens} tokens, and the {self.length} new tokens do not continue them"
+                hint = "give generate() only the new tokens, and the attention_mask of the whole sequence"
+                raise UsageError(message, hint=hint)
         return cached > 0
 
     def run(self, base: BaseForward, module: AdapterModule, n: int) -> Any:
@@ -187,11 +186,8 @@ class BackboneCall:
         window, kinds = getattr(config, "sliding_window", None), set(getattr(config, "layer_types", None) or ())
         unknown = kinds - {"full_attention", "sliding_attention"}
         if unknown or getattr(config, "attention_chunk_size", None):
-            raise ModelError(
-                f"{type(self.module).__name__} has layers that need special masks: {sorted(unknown) or 'chunked'}",
-                "layers with full or sliding attention",
-                "rows of a padded batch, with a mask (batch, length)",
-            )
+            message = f"{type(self.module).__name__} has layers that need special masks: {sorted(unknown) or 'chunked'}"
+            raise ModelError(message, "layers with full or sliding attention", "a padded batch with a 2-D mask")
         if len(kinds) == 2:
             return {"full_attention": None, "sliding_attention": window}
         return None if kinds == {"full_attention"} else window
