@@ -77,10 +77,10 @@ class WeightDelta:
         self.adapter, self.coefficient, self.module, self.site = adapter, coefficient, module, site
         own = next((p.dtype for p in module.parameters()), torch.float32)
         self.dtype = torch.promote_types(own, torch.float32)
-        found = module.low_rank_factors()
-        self.factors: Any = (
-            None if found is None else (found[0].to(self.dtype), found[1].to(self.dtype), float(found[2]))
-        )
+        self.factors: Any = module.low_rank_factors()
+        if self.factors is not None:
+            A, B, scale = self.factors
+            self.factors = A.to(self.dtype), B.to(self.dtype), float(scale)
 
     def dense(self) -> Tensor:
         """Return `ΔW (out, in)` without the coefficient."""

@@ -314,7 +314,7 @@ def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool
 def _make_parameter_property(base: type, name: str) -> property:
     plain_tensor = f"_plain_{name}"
 
-    def get(self: AdaptedLayer) -> Any:
+    def get_value(self: AdaptedLayer) -> Any:
         if name in self._parameters:
             own = self._parameters[name]
         elif plain_tensor in vars(self):
@@ -330,8 +330,8 @@ def _make_parameter_property(base: type, name: str) -> property:
         # The module computes in the base's dtype, whatever the dtype of the copy.
         return own if copy is None else copy.to(own.dtype)
 
-    def put(self: AdaptedLayer, value: Any) -> None:
+    def set_value(self: AdaptedLayer, value: Any) -> None:
         # DataParallel and FSDP replace parameters by plain tensors.
         self.__dict__[plain_tensor] = value
 
-    return property(get, put)
+    return property(get_value, set_value)

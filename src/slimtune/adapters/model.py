@@ -286,12 +286,11 @@ class PeftModel(CallMixin, ConversionMixin, SaveLoadMixin):
         for module in self.adapted_layers(adapter_name).values():
             layer.rename_adapter(module, adapter_name, new_name)
 
-        def renamed(name: str) -> str:
-            return new_name if name == adapter_name else name
-
+        names = {adapter_name: new_name}
         for table in ("configs", "reports", "layers"):
-            setattr(state, table, {renamed(n): value for n, value in getattr(state, table).items()})
-        state.active, state.merged = [renamed(n) for n in state.active], [renamed(n) for n in state.merged]
+            setattr(state, table, {names.get(n, n): value for n, value in getattr(state, table).items()})
+        state.active = [names.get(n, n) for n in state.active]
+        state.merged = [names.get(n, n) for n in state.merged]
         self._update_active_state()
 
     def unload(self: Any) -> Any:
