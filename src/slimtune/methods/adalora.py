@@ -91,8 +91,7 @@ class AdaLoraConfig(TargetedConfig):
         return LinearAdaLora(site, self, self.init_r if kept is None else sum(kept))
 
     def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int:
-        """Return 0: training only removes ranks."""
-        return 0
+        return 0  # training only removes ranks
 
     def on_train_begin(self, total_steps: int) -> None:
         """Fill in the number of steps if none is given."""
@@ -104,46 +103,46 @@ class AdaLoraConfig(TargetedConfig):
         """Update the scores from this step's gradients, and set the ranks beyond the budget to zero."""
         if self.total_step is None:
             raise ConfigError("total_step is None", "the steps of the whole training", "AdaLoraConfig(total_step=…)")
-        modules: dict[str, Any] = dict(deltas)
+        modules: list[Any] = list(deltas.values())
         last = self.total_step - self.tfinal
-        for module in modules.values():
+        for module in modules:
             if step < last:
                 module.update_averages(self.beta1, self.beta2)
             elif step > last:
                 module.zero_pruned_ranks()
         if step == last or (self.tinit < step < last and step % self.deltaT == 0):
-            self._allocate_ranks(modules, step)
+            self._allocate_ranks(modules, 1 - (step - self.tinit) / (last - self.tinit))
         if step == last:
-            for module in modules.values():
+            for module in modules:
                 module.averages.clear()
 
-    def _allocate_ranks(self, modules: dict[str, Any], step: int) -> None:
-        """Keep the ranks with the highest scores over all layers, as many as the budget allows."""
-        if not all(module.averages for module in modules.values()):
+    def _allocate_ranks(self, modules: list[Any], remaining: float) -> None:
+        """Keep the ranks with the highest scores over all layers, as many as the budget allows.
+
+        `remaining` is the part of the pruning steps that is left, 1 to 0.
+        """
+        if not all(module.averages for module in modules):
             return  # there are no scores yet
-        assert self.total_step is not None
-        scores = {name: module.rank_scores() for name, module in modules.items()}
-        device = next(iter(scores.values())).device
-        all_scores = torch.cat([s.to(device) for s in scores.values()])
+        scores = [module.rank_scores() for module in modules]
+        all_scores = torch.cat([s.to(scores[0].device) for s in scores])
         target = self.target_r * len(modules)
-        remaining = 1 - (step - self.tinit) / (self.total_step - self.tfinal - self.tinit)
         surplus = len(all_scores) - int((len(all_scores) - target) * remaining**3 + target)
         if surplus < 1:
             return
         threshold = all_scores.kthvalue(surplus).values
-        for name, module in modules.items():
-            module.kept_ranks = scores[name] > threshold.to(scores[name].device)
+        for module, own in zip(modules, scores, strict=True):
+            module.kept_ranks = own > threshold.to(own.device)
             module.zero_pruned_ranks()
-        kept = iter((all_scores > threshold).tolist())
-        self.rank_pattern = {m.pattern_key: [next(kept) for _ in m.kept_ranks] for m in modules.values()}
+        self.rank_pattern = {m.pattern_key: m.kept_ranks.tolist() for m in modules}
 
     def regularization_loss(self, deltas: Mapping[str, AdapterModule]) -> Tensor | None:
         """Return orth_reg_weight · mean ‖P Pᵀ - I‖ (Frobenius) over every A and Bᵀ."""
         if not self.orth_reg_weight or not deltas:
             return None
         modules: list[Any] = list(deltas.values())
-        distances = [distance_from_orthogonal(P) for m in modules for P in (m.lora_A, m.lora_B.t())]
-        return self.orth_reg_weight * torch.stack([d.to(distances[0].device) for d in distances]).mean()
+        sides = [P for m in modules for P in (m.lora_A, m.lora_B.t())]
+        norms = [torch.linalg.matrix_norm(P @ P.t() - torch.eye(len(P)).to(P)) for P in sides]
+        return self.orth_reg_weight * torch.stack([n.to(norms[0].device) for n in norms]).mean()
 
 
 class LinearAdaLora(AdapterModule):
@@ -243,8 +242,3 @@ class LinearAdaLora(AdapterModule):
         for name in [n for n in self._NAMES if n in values]:
             old = getattr(self, name)
             setattr(self, name, nn.Parameter(values[name].to(old.device, old.dtype, copy=True), old.requires_grad))
-
-
-def distance_from_orthogonal(P: Tensor) -> Tensor:
-    """Return `‖P Pᵀ - I‖` (Frobenius) for `P (r, n)`: 0 where its rows are orthonormal."""
-    return torch.linalg.matrix_norm(P @ P.t() - torch.eye(len(P), dtype=P.dtype, device=P.device))

@@ -106,11 +106,8 @@ class BottleneckConfig(TargetedConfig):
                 setattr(self, name, False if inside else value)
         has_place = self.mh_adapter or self.output_adapter or self.target_modules is not None
         self.require(bool(has_place), "output_adapter", "True, or mh_adapter True, or target_modules")
-        self.require(
-            not (self.original_ln_before and (self.mh_adapter or self.is_parallel)),
-            "original_ln_before",
-            "False where mh_adapter or is_parallel is True: between a layer's sub-layers there is no module to read",
-        )
+        readable = not (self.original_ln_before and (self.mh_adapter or self.is_parallel))
+        self.require(readable, "original_ln_before", "False where mh_adapter or is_parallel is True")
         self.leave_out = sorted(self.leave_out)
         allowed = not self.leave_out or self.target_modules is None
         self.require(allowed, "leave_out", "empty where target_modules is given: use exclude_modules")
@@ -210,23 +207,14 @@ def find_transformer_layers(model: Any) -> dict[str, nn.Module]:
     layers = {f"{n}.{i}": layer for n, m in lists.items() for i, layer in enumerate(m)}
     expected = getattr(text, "num_hidden_layers", 1)
     if len(layers) < max(1, expected):
-        raise TargetError(
-            f"found {len(layers)} of the {expected} layers of a {type(model).__name__}",
-            "layers in a module list, with an attention and a feed-forward each",
-            "name the modules to adapt in target_modules",
-        )
+        message = f"found {len(layers)} of the {expected} layers of a {type(model).__name__}"
+        expected_layers = "layers in a module list, with an attention and a feed-forward each"
+        raise TargetError(message, expected_layers, "name the modules to adapt in target_modules")
     return layers
 
 
 def find_sublayer(name: str, layer: nn.Module, what: Literal["attention", "feed-forward"], parallel: bool) -> str:
-    """Return the full name of the module whose output is a sub-layer's output, before any residual.
-
-    Args:
-        name: the layer's full name.
-        layer: the layer.
-        what: which of its sub-layers.
-        parallel: the adapter reads the sub-layer's input.
-    """
+    """Return the full name of the module that returns a sub-layer's output, without its residual."""
     paths = ATTENTION if what == "attention" else FEED_FORWARD
     path = _first_submodule(layer, paths)
     module = layer.get_submodule(path) if path else None
@@ -236,12 +224,9 @@ def find_sublayer(name: str, layer: nn.Module, what: Literal["attention", "feed-
             output_layer = _first_submodule(module, _OUTPUT_LAYERS)
             path, module = f"{path}.{output_layer}", module.get_submodule(output_layer) if output_layer else None
     if module is None:
-        raise TargetError(
-            f"the layer {name} ({type(layer).__name__}) has no known {what}; it has "
-            f"{format_names(n for n, _ in layer.named_children())}",
-            f"one of {format_names(paths)}",
-            "name the modules to adapt in target_modules",
-        )
+        children = format_names(n for n, _ in layer.named_children())
+        message = f"the layer {name} ({type(layer).__name__}) has no known {what}; it has {children}"
+        raise TargetError(message, f"one of {format_names(paths)}", "name the modules to adapt in target_modules")
     if parallel and layer_kind(module) is not None:
         message = f"the {what} of {name} is not a module ({path} gives its output), so its input is unknown"
         raise TargetError(message, "style 'houlsby' or 'pfeiffer'")

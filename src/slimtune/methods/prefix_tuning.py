@@ -38,9 +38,7 @@ class PrefixTuningConfig(prompt.PromptLearningConfig):
     learning_rate: ClassVar = 1e-2
     recipe_defaults: ClassVar = {
         "num_virtual_tokens": 20,
-        "init_weights": lambda given: (
-            None if given.get("prefix_projection") or given.get("prefix_tuning_init_text") else "vocab"
-        ),
+        "init_weights": lambda g: None if g.get("prefix_projection") or g.get("prefix_tuning_init_text") else "vocab",
     }
 
     init_weights: Literal["zero", "vocab"] | None = setting(
@@ -180,9 +178,6 @@ def initialize_kv_prefix_from_text(
         num_virtual_tokens: None: the adapter's own.
         use_chat_template: read the text as a system message, if the tokenizer has a chat template.
         max_length: use at most this many tokens of the text.
-
-    Returns:
-        The new prefix, `(n, layers · 2 · kv heads · head size)`.
     """
     if use_chat_template and getattr(tokenizer, "chat_template", None):
         chat = [{"role": "system", "content": text}]
@@ -234,12 +229,10 @@ def compute_kv_cache(model: Any, ids: Tensor) -> DynamicCache:
 def prefix_from_cache(cache: Any, n: int) -> Tensor:
     """Return the first `n` positions of a cache of one row as `(n, layers · 2 · kv heads · head size)`."""
     layers = [(c.keys, c.values) for c in cache.layers] if hasattr(cache, "layers") else [kv[:2] for kv in cache]
-    rows, length = layers[0][0].shape[0], min(t.shape[2] for kv in layers for t in kv)
+    tensors = [t for keys_and_values in layers for t in keys_and_values]
+    rows, length = len(tensors[0]), min(t.shape[2] for t in tensors)
     if rows != 1 or length < n:
-        raise ConfigError(
-            f"the start has {length} tokens in {rows} rows, for a prefix of num_virtual_tokens={n}",
-            f"one row of at least {n} tokens",
-            f"num_virtual_tokens={length}, or a longer text",
-        )
+        message = f"the start has {length} tokens in {rows} rows, for a prefix of num_virtual_tokens={n}"
+        raise ConfigError(message, f"one row of at least {n} tokens", f"num_virtual_tokens={length}, or a longer text")
     # (layers · 2, kv heads, n, head size) to (n, layers · 2, kv heads, head size)
-    return torch.stack([t[0, :, :n] for kv in layers for t in kv]).permute(2, 0, 1, 3).reshape(n, -1)
+    return torch.stack([t[0, :, :n] for t in tensors]).permute(2, 0, 1, 3).reshape(n, -1)

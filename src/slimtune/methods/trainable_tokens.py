@@ -93,10 +93,7 @@ def find_trained_rows(
 ) -> dict[str, TrainedRows]:
     """Return the modules whose rows train, by full name; owners come before the modules tied to them.
 
-    Args:
-        model: the model.
-        tokens: ids of tokens in the input embedding, or such lists by the name, or ending, of an embedding.
-        modules_to_save: names of the modules trained in full, which cannot have trained rows too.
+    `tokens` are ids of tokens in the input embedding, or such lists by the name, or ending, of an embedding.
     """
     if not isinstance(tokens, Mapping):
         tokens = {find_input_embedding(model): tokens}

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.config_fields import check_fields, setting
+from ...adapters.prompt import disable_adapter_for_inference
 from ...errors import UsageError
 from ...kernels.low_rank import IncrementalPca
 from ...utils.calibration import record_layer_inputs
@@ -53,11 +54,9 @@ def initialize_lora_eva_weights(
     """Set the start and the ranks of a LoRA adapter with `init_lora_weights="eva"` from batches of inputs.
 
     Args:
-        model: the adapted model.
         dataloader: batches, as dictionaries of the model's inputs; repeated until all directions have converged.
         eva_state_dict: the directions by layer name, if `get_eva_state_dict` computed them before.
         forward_fn: `(model, batch)` → anything; runs the model. None: `model(**batch)`.
-        adapter_name: the adapter.
         max_batches: stop after this many batches and use the directions as they are; None: no limit.
         ignored: PEFT's arguments on progress bars and several processes.
     """
@@ -68,9 +67,8 @@ def initialize_lora_eva_weights(
         eva_state_dict = get_eva_state_dict(model, dataloader, forward_fn, adapter_name, max_batches, **ignored)
     directions = {n.removeprefix("base_model.model."): w for n, w in eva_state_dict.items()}
     config = model.peft_config[adapter_name]
-    ranks = {
-        n: len(directions[n]) if n in directions else config.get_rank(n) for n in model.adapter_modules(adapter_name)
-    }
+    ranks = {n: config.get_rank(n) for n in model.adapter_modules(adapter_name)}
+    ranks |= {n: len(w) for n, w in directions.items() if n in ranks}
     alphas = {n: config.get_alpha(n) for n, rank in ranks.items() if rank}
     if config.eva_config.adjust_scaling_factors:
         alphas = {n: alpha * ranks[n] / config.get_rank(n) for n, alpha in alphas.items()}
@@ -91,7 +89,6 @@ def initialize_lora_eva_weights(
     model.rename_adapter("eva_start", adapter_name)
 
 
-@torch.no_grad()
 def get_eva_state_dict(
     model: Any,
     dataloader: Iterable | None,
@@ -115,11 +112,16 @@ def get_eva_state_dict(
     if not dataloader:
         raise UsageError("there are no batches", "a dataloader that gives the model's inputs")
     layers = {n: m for n, m in model.adapted_layers().items() if hasattr(m.adapters[adapter_name], "lora_A")}
+    settings: EvaConfig = config.eva_config
 
     def collect_inputs(batch: Any, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the inputs `(positions, in)` of layers in one batch."""
+        """Return the inputs `(positions, in)` of layers in one batch, without padding and positions without a label."""
         inputs: dict[str, Tensor] = {}
-        mask = _find_positions(batch, config.eva_config)
+        mask: Tensor | None = None
+        if isinstance(batch, Mapping) and "input_ids" in batch:
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            if settings.use_label_mask and batch.get("labels") is not None:
+                mask = mask & (batch["labels"] != settings.label_mask_value)
 
         def receive(name: str, x: Tensor) -> None:
             inputs[name] = (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
@@ -128,24 +130,9 @@ def get_eva_state_dict(
             forward_fn(model, batch) if forward_fn else model(**batch)
         return inputs
 
-    was_training = model.training
-    model.eval()
-    try:
-        with model.disable_adapter():
-            ranks = {n: config.get_rank(n) for n in layers}
-            return _find_directions(collect_inputs, dataloader, ranks, config.eva_config, max_batches)
-    finally:
-        model.train(was_training)
-
-
-def _find_positions(batch: Any, settings: EvaConfig) -> Tensor | None:
-    """Return which positions of a batch count, bool `(batch, length)`; None: all."""
-    if not isinstance(batch, Mapping) or "input_ids" not in batch:
-        return None
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    if settings.use_label_mask and batch.get("labels") is not None:
-        mask = mask & (batch["labels"] != settings.label_mask_value)
-    return mask
+    ranks = {n: config.get_rank(n) for n in layers}
+    with disable_adapter_for_inference(model):
+        return _find_directions(collect_inputs, dataloader, ranks, settings, max_batches)
 
 
 def _find_directions(

@@ -41,22 +41,18 @@ def replace_lora_weights_loftq(
     Args:
         model: the adapted model, its base loaded in NF4 or int8.
         model_path: folder of the base's safetensors files, or such a file.
-        adapter_name: the adapter.
+        adapter_name: name of the adapter.
         callback: called with the model and a layer's name after each layer; False restores that layer's A and B.
         inputs: a sample `(n, in_features)` of the inputs of layers, by name; other layers use the plain error.
     """
-    adapted = {
-        n: (m, m.adapters[adapter_name]) for n, m in model.adapted_layers().items() if adapter_name in m.adapters
-    }
-    layers = {n: (m, a) for n, (m, a) in adapted.items() if is_quantized(m) and hasattr(a, "lora_A")}
+    adapters = {n: a for n, a in model.adapter_modules(adapter_name).items() if hasattr(a, "lora_A")}
+    layers = {n: m for n, m in model.adapted_layers().items() if n in adapters and is_quantized(m)}
     if not layers:
-        raise UsageError(
-            "no adapted layer is quantized, so there is no quantization error to start from",
-            "a base loaded in NF4 or int8",
-            'on a float base use another initialization: init_lora_weights="pissa"',
-        )
+        message = "no adapted layer is quantized, so there is no quantization error to start from"
+        raise UsageError(message, "a base loaded in NF4 or int8", 'on a float base: init_lora_weights="pissa"')
     files = _find_tensor_files(Path(model_path))
-    for name, (module, adapter) in layers.items():
+    for name, module in layers.items():
+        adapter = adapters[name]
         A, B = adapter.lora_A.weight, adapter.lora_B.weight
         error = _load_tensor(files, f"{name}.weight").to(A.device, torch.float32) - get_weight(module).float()
         up, down = approximate_error(error, A.shape[0], (inputs or {}).get(name))
