@@ -38,6 +38,7 @@ class Case:
 
 
 ALL = {"target_modules": "all-linear"}
+FIVE, THREE = {"num_virtual_tokens": 5}, {"num_virtual_tokens": 3}
 CASES: dict[str, Case] = {
     "lora": Case("LoraConfig", {"r": 4, "lora_alpha": 16, **ALL}, {"r": 2}),
     "lora+dora": Case("LoraConfig", {"use_dora": True, "r": 4, **ALL}, {"r": 2}, exact_gradient=False),
@@ -47,21 +48,13 @@ CASES: dict[str, Case] = {
     "lora+fa": Case("LoraConfig", {"freeze_a": True, "lr_ratio": 4, "r": 4, **ALL}, {"r": 2}),
     "lora+tokens": Case("LoraConfig", {"trainable_token_indices": [117, 3, 17, 27], "r": 4, **ALL}, {"r": 2}),
     "trainable_tokens": Case("TrainableTokensConfig", {"token_indices": [117, 3, 17, 27]}, {"token_indices": [94, 14]}),
-    "prompt_tuning": Case("PromptTuningConfig", {"num_virtual_tokens": 5}, {"num_virtual_tokens": 3}, identity=False),
-    "p_tuning": Case("PromptEncoderConfig", {"num_virtual_tokens": 5}, {"num_virtual_tokens": 3}, identity=False),
-    "p_tuning+lstm": Case(
-        "PromptEncoderConfig",
-        {"num_virtual_tokens": 5, "encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12},
-        {"num_virtual_tokens": 3},
-        identity=False,
-    ),
-    "prefix_tuning": Case("PrefixTuningConfig", {"num_virtual_tokens": 5}, {"num_virtual_tokens": 3}, identity=False),
-    "prefix_tuning+projection": Case(
-        "PrefixTuningConfig",
-        {"num_virtual_tokens": 5, "prefix_projection": True, "encoder_hidden_size": 12},
-        {"num_virtual_tokens": 3},
-        identity=False,
-    ),
+    "prompt_tuning": Case("PromptTuningConfig", FIVE, THREE, identity=False),
+    "p_tuning": Case("PromptEncoderConfig", FIVE, THREE, identity=False),
+    "p_tuning+lstm": Case("PromptEncoderConfig", {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 12,
+                          **FIVE}, THREE, identity=False),
+    "prefix_tuning": Case("PrefixTuningConfig", FIVE, THREE, identity=False),
+    "prefix_tuning+projection": Case("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 12,
+                                     **FIVE}, THREE, identity=False),
     "adaption_prompt": Case("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}, {"adapter_len": 3}),
     "full": Case("FullConfig"),
     "ia3": Case("IA3Config"),
@@ -84,11 +77,10 @@ CASES: dict[str, Case] = {
     "bottleneck+parallel": Case("BottleneckConfig", {"style": "parallel", "scaling": "channel"}, {"scaling": 2.0}),
     "oft": Case("OFTConfig", {"oft_block_size": 8, **ALL}, {"oft_block_size": 4}),
     "oft+exact": Case("OFTConfig", {"oft_block_size": 4, "use_cayley_neumann": False, **ALL}, {"block_share": True}),
-    "oft+coft": Case(
-        "OFTConfig", {"r": 4, "oft_block_size": 0, "coft": True, "eps": 0.5, **ALL}, {"r": 2}, exact_gradient=False
-    ),
+    "oft+coft": Case("OFTConfig", {"r": 4, "oft_block_size": 0, "coft": True, "eps": 0.5, **ALL}, {"r": 2},
+                     exact_gradient=False),
     "adalora": Case("AdaLoraConfig", {"init_r": 5, "target_r": 2, "lora_alpha": 16, **ALL}, {"init_r": 3}),
-}
+}  # fmt: skip
 # A third party's method runs with its own defaults.
 CASES |= {
     name: Case(name, ALL) for name in set(slimtune.methods.method_names()) - set(slimtune.methods.built_in_methods())

@@ -89,9 +89,6 @@ def test_sizes_equal_pefts():
             assert n < 0 or nearest_divisor(size, n) == OFTLayer.adjust_oft_parameters(None, size, n), (size, n)
 
 
-# --- HiRA -------------------------------------------------------------------------------------------------------------
-
-
 def test_hira_passes_gradients_to_a_lora_below():
     model = get_peft_model(llama(), LoraConfig(target_modules=[NAME], r=2))
     model.add_adapter("above", HiraConfig(target_modules=[NAME], r=2))
@@ -117,9 +114,6 @@ def test_hira_at_a_scaled_embedding(base):
     assert (expected - run(base())).abs().max() > 1e-3
     model.merge_adapter()
     assert (run(model) - expected).abs().max() < 1e-9
-
-
-# --- MiSS -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -149,9 +143,6 @@ def test_bat_passes_gradients_to_the_adapter_below():
     parameters = [*below.parameters(), *above.parameters()]
     found, expected = (torch.autograd.grad(out.square().sum(), parameters) for out in (y, x @ weight.t()))
     assert all((f - e).abs().max() < 1e-9 * e.abs().max() for f, e in zip(found, expected, strict=True))
-
-
-# --- OFT --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,9 +184,6 @@ def test_oft_block_sizes_that_do_not_divide():
             build(OFTConfig(**settings))
     with pytest.raises(ConfigError, match=r"layer has 25 inputs(?s:.*)hint: oft_block_size=5, or leave the layer out"):
         build(OFTConfig(oft_block_size=2), (25, 20))
-
-
-# --- SHiRA ------------------------------------------------------------------------------------------------------------
 
 
 def shira(**settings):
@@ -252,9 +240,6 @@ def test_shira_refuses_invalid_indices(wrong, tmp_path):
     save_file(file, tmp_path / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="shira_indices"):
         PeftModel.from_pretrained(llama(), tmp_path)
-
-
-# --- VeRA -------------------------------------------------------------------------------------------------------------
 
 
 def vera(folder, **settings):

@@ -16,8 +16,10 @@ from slimtune.attention.packed_layout import PackedLayout
 from slimtune.attention.register import LAYOUT_KWARG, packed_attention
 from slimtune.data.packing import pack_sequences
 from slimtune.errors import UsageError
+from slimtune.kernels import activation_offload
 from slimtune.train_step import loss as step
 from slimtune.train_step.loss import check_packing_supported, make_collator, step_loss
+from slimtune.train_step.memory_savings import apply_memory_savings
 
 
 def gemma3(dtype=torch.float64):
@@ -81,7 +83,7 @@ def loss_and_gradients(model, compute_loss):
 
 
 def packed_loss_and_gradients(model):
-    """With the method's regularization loss, which the model's own loss includes in `alone`."""
+    """With the method's regularization loss, which the model's own loss includes in `loss_of_separate_rows`."""
 
     def compute_loss():
         regularization = model.regularization_loss()
@@ -93,12 +95,13 @@ def packed_loss_and_gradients(model):
         return loss_and_gradients(model, compute_loss)
 
 
-def assert_packed_equals_alone(model, tolerance=1e-12):
+def assert_packed_equals_alone(model):
     with compute_in_float64():
         loss, packed = packed_loss_and_gradients(model)
         expected_loss, expected = loss_and_gradients(model, lambda: loss_of_separate_rows(model, ROWS))
-    assert loss == pytest.approx(expected_loss, rel=tolerance)
-    assert largest_relative_error(packed, expected) < tolerance
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    assert largest_relative_error(packed, expected) < 1e-12
+    return loss, packed
 
 
 def test_the_rows_share_and_nest():
@@ -109,8 +112,16 @@ def test_the_rows_share_and_nest():
 
 @EVERY_METHOD
 @pytest.mark.parametrize("base", BASES)
-def test_packed_equals_alone(method, base):
-    assert_packed_equals_alone(adapted(method, base))
+def test_packed_equals_alone(method, base, monkeypatch):
+    """And checkpointing, offload and tiling together change nothing."""
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
+    model = adapted(method, base)
+    loss, packed = assert_packed_equals_alone(model)
+    apply_memory_savings(model, checkpointing=True, offload=True, tile=7)
+    with compute_in_float64():
+        same_loss, saved = packed_loss_and_gradients(model)
+    assert same_loss == pytest.approx(loss, rel=1e-12)
+    assert largest_relative_error(saved, packed) < 1e-12
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,6 @@ def test_a_small_change_is_not_rounded_away(config, names):
     assert not torch.equal(run(model), start)
 
 
-# --- BitFit -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("base", [gpt2, qwen2])
 def test_bitfit_trains_every_bias_and_nothing_else(base):
     biases = {n for n in snapshot(base()) if n.endswith(".bias")}
@@ -92,9 +89,6 @@ def test_a_new_bias_below_a_method_that_reads_the_weight(base, above):
         assert (run(model) - both).abs().max() < 1e-9
 
 
-# --- (IA)³ ------------------------------------------------------------------------------------------------------------
-
-
 def inputs_scaled(config):
     model = get_peft_model(llama(), config)
     return {n.rsplit(".", 1)[-1] for n, d in model.adapter_modules("default").items() if isinstance(d, ScaledInput)}
@@ -130,9 +124,6 @@ def test_ia3_default_feedforward_modules():
 def test_ia3_feedforward_modules_must_be_targets():
     with pytest.raises(TargetError, match=r"down_prj.*did you mean 'down_proj'"):
         inputs_scaled(IA3Config(target_modules=r".*\.(k|down)_proj", feedforward_modules=["down_prj"]))
-
-
-# --- LayerNorm tuning -------------------------------------------------------------------------------------------------
 
 
 def test_ln_tuning_defaults_equal_pefts():
