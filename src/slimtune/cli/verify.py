@@ -42,7 +42,7 @@ def verify_run(
 
 def format_verdicts(checks: Sequence[Mapping[str, Any]]) -> Table:
     """Return the verdicts as a table of at most 80 columns."""
-    rows = table("engine", "weights", "prompts", "tokens", "d max", "d mean", "KL", "greedy", "verdict")
+    rows = table("engine", "weights", "prompts", "tokens", "d max", "d mean", "KL", "greedy", "verdict", left=[0])
     rows.padding = (0, 1, 0, 0)
     for c in checks:
         numbers = ["-"] * 6
