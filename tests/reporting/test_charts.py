@@ -27,7 +27,7 @@ values = st.floats(-1e9, 1e9, allow_nan=False)
 
 
 @given(values, values, st.integers(2, 8))
-def test_ticks_enclose_the_range_in_round_steps(a, b, about):
+def test_ticks_enclose_the_range(a, b, about):
     low, high = min(a, b), max(a, b)
     if high - low < 1e-6 * max(1, abs(low), abs(high)):
         return
@@ -42,12 +42,12 @@ def test_ticks_enclose_the_range_in_round_steps(a, b, about):
 
 
 @pytest.mark.parametrize("value", [0, 4, -1e-9])
-def test_a_single_value_is_inside_its_axis(value):
+def test_single_value_is_inside_its_axis(value):
     ticks = round_ticks(value, value, 4)
     assert ticks[0] < value < ticks[-1]
 
 
-def test_a_line_is_where_its_axis_says():
+def test_line_is_where_its_axis_says():
     chart = Page(line_chart("Loss", "nats", [Series("training", "one", [(1, 4.0), (2, 3.0), (5, 2.0)])]))
     assert chart.all("polyline")[0]["points"] == "0.0,0.0 250.0,500.0 1000.0,1000.0"
     assert [a["style"] for a in chart.all("span") if "top" in (a.get("style") or "")] == [
@@ -56,7 +56,7 @@ def test_a_line_is_where_its_axis_says():
     assert chart.all("svg")[0]["aria-label"] == "Loss: training from step 1: 4 to step 5: 2"
 
 
-def test_values_that_are_not_finite_are_left_out():
+def test_nan_is_left_out():
     assert not line_chart("Loss", "", [Series("a", "one", [(1, math.nan), (2, math.inf)])])
     chart = Page(line_chart("Loss", "", [Series("a", "one", [(1, math.nan), (2, 3.0)]), Series("b", "two", [])]))
     assert len(chart.all("line", "dot")) == 1, "a single point shows no line, so it gets a marker"
@@ -70,14 +70,14 @@ def test_many_points_are_averaged():
     assert "each point is the mean of 11 logged values" in chart.text
 
 
-def test_an_interval_is_where_its_axis_says():
+def test_interval_is_where_its_axis_says():
     chart = Page(interval_chart([Estimate("loss", "two", 0.8, [0.7, 0.9], "text")], [(0.0, "")]))
     (interval,), (dot,), (mark,) = (chart.all("line", kind) for kind in ("range", "dot", "mark"))
     assert [t for t in chart.texts if t in ("0", "0.5", "1")] == ["0", "0.5", "1"]
     assert [float(x) for x in (interval["x1"], dot["x1"], interval["x2"], mark["x1"])] == [700, 800, 900, 0]
 
 
-def test_columns_of_a_histogram_are_adjacent():
+def test_histogram_columns_are_adjacent():
     bins = [{"from": 31 + 22 * i, "to": 52 + 22 * i, "rows": n} for i, n in enumerate([96, 230, 190, 112])]
     chart = Page(histogram(bins, limit=75))
     columns = [(float(c["x"]), float(c["width"]), float(c["height"])) for c in chart.all("rect", "column")]
@@ -90,11 +90,11 @@ def test_columns_of_a_histogram_are_adjacent():
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0005, "5e-4"), (0, "0"), (523.4, "523"), (4.0834, "4.083"), (-0.00012, "-1.2e-4")]
 )
-def test_numbers_of_curves(value, text):
+def test_format_number(value, text):
     assert format_number(value) == text
 
 
-def test_a_figure_file(tmp_path):
+def test_figure_file(tmp_path):
     figure_class = pytest.importorskip("matplotlib.figure").Figure
     for suffix, start in ((".svg", b"<?xml"), (".png", b"\x89PNG")):
         path = require_figure_path(tmp_path / f"a{suffix}")

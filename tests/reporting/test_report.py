@@ -35,7 +35,7 @@ def bare_run(tmp_path):
     return RunDir.create(tmp_path / "mine", recipe)
 
 
-def test_the_page_is_valid_and_loads_nothing(full_run, full_page):
+def test_page_is_valid_and_loads_nothing(full_run, full_page):
     text = render_report(full_run)
     assert not [mark for mark in ("://", "url(", "@import") if mark in text]
     assert full_page.errors == []
@@ -47,7 +47,7 @@ def test_the_page_is_valid_and_loads_nothing(full_run, full_page):
     assert all(a.get("role") == "img" and a.get("aria-label") for a in full_page.all("svg"))
 
 
-def test_the_page_contains_no_absolute_path(full_run, tmp_path, monkeypatch):
+def test_no_absolute_path(full_run, tmp_path, monkeypatch):
     text = render_report(full_run)
     assert str(full_run.path.parent) not in text
     assert "/data/" not in text
@@ -79,7 +79,7 @@ def test_every_figure_is_shown(full_page, section, texts):
     assert "not measured" not in shown
 
 
-def test_texts_of_a_run_are_escaped(tmp_path):
+def test_texts_are_escaped(tmp_path):
     tame = Page(render_report(make_full_run(tmp_path / "a", "x")))
     page = Page(render_report(make_full_run(tmp_path / "b", HOSTILE)))
     assert page.errors == []
@@ -87,7 +87,7 @@ def test_texts_of_a_run_are_escaped(tmp_path):
     assert sum(HOSTILE in text for text in page.texts) > 40
 
 
-def test_names_of_files_and_folders_are_escaped(tmp_path):
+def test_names_are_escaped(tmp_path):
     name = "<b>\"x' onclick=y"
     run = make_full_run(tmp_path / name, "x")
     write_json(run.evaluation_file(f"data-{name}"), make_evaluation(run.path, "x"))
@@ -97,7 +97,7 @@ def test_names_of_files_and_folders_are_escaped(tmp_path):
     assert f"Rows of {name}" in page.text
 
 
-def test_a_gap_names_the_command_that_fills_it(bare_run):
+def test_gaps_name_a_command(bare_run):
     page = Page(render_report(bare_run))
     assert page.errors == []
     for section, line in {
@@ -112,7 +112,7 @@ def test_a_gap_names_the_command_that_fills_it(bare_run):
         assert line in page.section(section)
 
 
-def test_files_may_lack_keys(tmp_path):
+def test_missing_keys(tmp_path):
     run = make_full_run(tmp_path / "mine")
     keys = ("rows", "tokens", "base_loss", "tuned_loss", "loss_reduction", "loss_reduction_ci95", "base_perplexity")
     old = {k: v for k, v in make_evaluation(run.path, "").items() if k in keys}
@@ -128,7 +128,7 @@ def test_files_may_lack_keys(tmp_path):
     assert Page(render_report(run)).errors == []
 
 
-def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path):
+def test_damaged_files(tmp_path):
     run = make_full_run(tmp_path / "mine")
     run.evaluation_file("test").write_text('{"base_loss": 4.')
     write_json(run.plan_file, [1])
@@ -141,7 +141,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_shown(tmp_path):
     assert "781" in page.section("data")
 
 
-def test_the_memory_bar_shows_parts_plan_and_peak(full_page):
+def test_memory_bar(full_page):
     parts, plan = full_page.all("rect", "part")[:7], make_plan()["plan"]
     most = plan["need_bytes"]["high"]
     for part, size in zip(parts, plan["parts"].values(), strict=True):
@@ -152,18 +152,18 @@ def test_the_memory_bar_shows_parts_plan_and_peak(full_page):
     assert float(full_page.all("rect", "need")[0]["width"]) == pytest.approx(1000 * most / 23e9, abs=0.1)
 
 
-def test_a_peak_above_the_plan_is_off(tmp_path):
+def test_peak_above_the_plan(tmp_path):
     page = Page(render_report(make_full_run(tmp_path / "mine", peak_bytes=3_000_000_000)))
     assert "2.8 GiB off" in page.section("plan")
     assert float(page.all("line", "measured")[0]["x1"]) == 1000
 
 
-def test_on_a_gpu_the_plan_is_of_its_tensors(tmp_path):
+def test_peak_on_a_gpu(tmp_path):
     page = Page(render_report(make_full_run(tmp_path / "mine", device="cuda:0", peak_bytes=1_300_000_000)))
     assert "peak memory1.1 GiB1.2 GiB longest" in page.section("plan")
 
 
-def test_the_data_report_is_a_page_of_its_own():
+def test_data_report_page():
     text = render_data_report(make_data_report("/home/ada/train.jsonl", HOSTILE))
     page = Page(text)
     assert page.errors == []
@@ -197,7 +197,7 @@ NEVER = {"base_kind": "gguf", "merged": False, "gguf": False, "vllm": False, "as
     ],
     ids=["lora", "lora on a Hub base", "ia3", "prefix tuning"],
 )  # fmt: skip
-def test_only_supported_exports_are_shown(tmp_path, formats, expected):
+def test_supported_exports(tmp_path, formats, expected):
     run = make_full_run(tmp_path / "mine", export_formats=formats)
     found = []
     for _, verb, *arguments in export_commands(run)[2:]:
@@ -208,7 +208,7 @@ def test_only_supported_exports_are_shown(tmp_path, formats, expected):
 
 
 @pytest.mark.parametrize("formats", [LORA, LORA | {"base_kind": "folder", "vllm": False}, NEVER])
-def test_the_command_line_accepts_every_command(tmp_path, formats):
+def test_commands_parse(tmp_path, formats):
     name = "my run; it's"
     commands = typer.main.get_command(app).commands
     lines = export_commands(make_full_run(tmp_path / name, export_formats=formats))
@@ -218,7 +218,7 @@ def test_the_command_line_accepts_every_command(tmp_path, formats):
         assert name in arguments
 
 
-def test_a_run_without_recorded_formats_says_where_to_look(tmp_path):
+def test_formats_not_recorded(tmp_path):
     run = make_full_run(tmp_path / "mine", export_formats=None)
     assert "not recorded: slimtune methods lora" in Page(render_report(run)).section("export")
 
@@ -234,7 +234,7 @@ def test_eval_updates_the_page(tiny_folder, tmp_path):
     assert f"{result['base_loss']:.3f}" in Page(run.report_file.read_text()).section("evaluation")
 
 
-def test_the_report_command(tmp_path, capsys):
+def test_report_command(tmp_path, capsys):
     run = make_full_run(tmp_path / "mine")
     other = tmp_path / "other.html"
     for given, file in (([], run.report_file), (["--out", str(other)], other)):

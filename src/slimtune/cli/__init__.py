@@ -6,7 +6,7 @@ Torch and the library's folders are imported inside the commands, so that `slimt
 import logging
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -28,23 +28,12 @@ from .report import report_run
 from .train import train_run
 from .verify import verify_run
 
-COMMANDS: dict[str, Any] = {
-    "plan": plan,
-    "gpus": gpus,
-    "data": data_report,
-    "train": train_run,
-    "eval": eval_run,
-    "report": report_run,
-    "compare": compare,
-    "generate": generate,
-    "chat": chat,
-    "merge": merge_run,
-    "export": export_run,
-    "verify": verify_run,
-    "push": push_run,
-    "methods": methods,
-    "doctor": doctor,
-}
+FUNCTIONS = (
+    plan, gpus, data_report, train_run, eval_run, report_run, compare, generate, chat, merge_run, export_run,
+    verify_run, push_run, methods, doctor,
+)  # fmt: skip
+COMMANDS = {function.__name__.partition("_")[0]: function for function in FUNCTIONS}
+"""Function of each command, in the order of the help: `train_run` is `slimtune train`."""
 app = typer.Typer(cls=CommandGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for name, command in COMMANDS.items():
     app.command(name)(command)

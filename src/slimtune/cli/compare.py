@@ -8,12 +8,15 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from ..errors import UsageError
-from .common import Json, NegativeResult, console, error_console, table
+from .common import Json, NegativeResult, console, print_progress, table
+from .options import recipe_flags
 
 PACKAGES = ("scipy", "matplotlib")
 
 
+@recipe_flags()
 def compare(
+    settings: dict[str, Any],
     recipe: Annotated[Path, Argument(metavar="RECIPE.yaml", help="The base, the rows and the run.")],
     methods: Annotated[
         str, Option(help="Methods, as lora,dora,ia3,prefix,full; or all. See `slimtune methods`.")
@@ -23,21 +26,14 @@ def compare(
     tune: Annotated[bool, Option("--tune", help="Search each method's learning rate first.")] = False,
     trials: Annotated[int, Option(min=2, help="With --tune: learning rates tried for each method.")] = 8,
     out: Annotated[Path | None, Option(help="Folder. Default: the recipe's output_dir with -compare.")] = None,
-    sets: Annotated[
-        list[str] | None,
-        Option(
-            "--set",
-            metavar="PATH=VALUE",
-            help="A setting of the recipe (train.batch_size=4), or of one method (dora.r=8). Repeatable.",
-        ),
-    ] = None,
     force: Annotated[bool, Option("--force", help="Train on faulty data.")] = False,
     plot: Annotated[Path | None, Option(help="Also draw the chart into this .svg or .png.")] = None,
     as_json: Json = False,
 ) -> Any:
     """Train methods on the same rows with the same budget, and compare them.
 
-    If it is killed, the same command continues it. Exit code 1: a run failed; the others are reported.
+    --set changes a setting of the recipe (train.batch_size=4), or of one method (dora.r=8). If it is killed, the same
+    command continues it. Exit code 1: a run failed; the others are reported.
     """
     missing = [p for p in (*PACKAGES, *(["optuna"] if tune else [])) if importlib.util.find_spec(p) is None]
     if missing:
@@ -46,15 +42,13 @@ def compare(
     from ..comparison import compare as comparison
     from ..comparison.candidates import build_candidates, split_settings
     from ..comparison.grid import build_grid
-    from ..config.aliases import rename_setting
-    from ..config.loading import read_override, read_tree, set_field
+    from ..config.loading import read_tree, set_field
     from ..reporting.charts import require_figure_path
 
     if plot is not None:
         plot = require_figure_path(plot)
-    screen = error_console()
     tree = read_tree(recipe.expanduser())
-    recipe_settings, method_settings = split_settings(rename_setting(*read_override(text)) for text in sets or [])
+    recipe_settings, method_settings = split_settings(settings.items())
     for path, value in recipe_settings.items():
         set_field(tree, path, value)
     if not isinstance(tree.get("method", {}), Mapping) or not isinstance(tree.get("train") or {}, Mapping):
@@ -62,13 +56,12 @@ def compare(
     names = [name.strip() for name in methods.split(",") if name.strip()]
     candidates = build_candidates(names, tree, method_settings)
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
-        screen.print(
-            f"the recipe's learning rate, {rate}, is not used: each method has its own default, or --tune searches it"
-        )
+        reason = "each method has its own default, or --tune searches it"
+        print_progress(f"the recipe's learning rate, {rate}, is not used: {reason}")
     folder = out if out is not None else Path(f"{tree.get('output_dir', 'runs/run')}-compare")
     how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
     grid = build_grid(tree, candidates, output_dir=folder.expanduser(), **how)
-    result = comparison.compare(grid, screen.print, plot=plot)
+    result = comparison.compare(grid, print_progress, plot=plot)
     if not as_json:
         _print_result(result)
     return NegativeResult(result) if result["failed"] or not result["methods"] else result

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SlimtuneError, UsageError
-from .common import error_console, print_progress
+from .common import print_progress
 
 if TYPE_CHECKING:
     from ..config import Recipe
@@ -132,10 +132,8 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[int]:
     except SlimtuneError:
         on_disk = False  # only a config.json
     if not on_disk:
-        error_console().print(
-            f"rows are not read, the tokenizer of {model.spec} is not on this disk: every row is taken to have "
-            f"{recipe.data.max_seq_len} tokens"
-        )
+        taken = f"every row is taken to have {recipe.data.max_seq_len} tokens"
+        print_progress(f"rows are not read, the tokenizer of {model.spec} is not on this disk: {taken}")
         return []
     # A plan knows more names of bases than training does: `spec` is where the weights are.
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model.spec})})

@@ -11,7 +11,7 @@ from typer import Argument, Exit, Option
 
 from ..errors import ModelError, RunError, UsageError
 from ..utils.formatting import format_bytes, format_count, format_duration
-from .common import Json, console, error_console, print_fields
+from .common import Json, console, print_fields, print_progress
 from .options import recipe_flags
 
 
@@ -73,14 +73,13 @@ def make_planner(force: bool) -> Callable[..., dict[str, Any] | None]:
         from ..planning.request import build_request
         from ..utils import distributed
 
-        screen = error_console()
         try:
             request = build_request(recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size())
             plan = make_plan(request, advise=not force)
         except ModelError as e:
-            screen.print(f"not planned: {e.message}")
+            print_progress(f"not planned: {e.message}")
             return None
-        screen.print(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})")
+        print_progress(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})")
         if plan.verdict == "does not fit" and not force:
             advice = "; or ".join(f"{a.change} saves {format_bytes(a.saves)} ({a.verdict})" for a in plan.advice[:4])
             raise RunError(f"this run does not fit: {plan.reason}", advice, "change it so, or --force to try anyway")
