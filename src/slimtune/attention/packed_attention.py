@@ -76,7 +76,9 @@ def attend_by_segment(
         scale: factor on the scores; None: 1 / √size.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    segments = layout.cached(("segments", window, dtype), lambda: list_segments(layout, window, dtype, query.device))
+    segments = layout.compute_once(
+        ("segments", window, dtype), lambda: list_segments(layout, window, dtype, query.device)
+    )
     return _SegmentAttention.apply(query, key, value, segments, scale)
 
 
@@ -186,7 +188,7 @@ def tree_attention(
 
 def make_tree_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Any:
     """Return the flex attention `BlockMask` of a layout; cached in it."""
-    return layout.cached(("flex", window, device), lambda: _make_block_mask(layout, window, device))
+    return layout.compute_once(("flex", window, device), lambda: _make_block_mask(layout, window, device))
 
 
 def _make_block_mask(layout: PackedLayout, window: int | None, device: torch.device) -> Any:

@@ -63,15 +63,17 @@ class PackedLayout:
 
     def with_prefix_keys(self, n: int) -> Self:
         """Return the layout with `n` more learned keys; one object for all layers, so that they share its masks."""
-        return self.cached(("with_prefix_keys", n), lambda: replace(self, prefix_keys=self.prefix_keys + n, _cache={}))
+        return self.compute_once(
+            ("with_prefix_keys", n), lambda: replace(self, prefix_keys=self.prefix_keys + n, _cache={})
+        )
 
     def with_leading_tokens(self, n: int) -> Self:
         """Return the layout with a new first segment of `n` tokens, an ancestor of all others."""
         parents = (-1, *(p + 1 for p in self.parents))
         return replace(self, lengths=(n, *self.lengths), parents=parents, _cache={})
 
-    def cached(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """Return the cached value of `key`; `make` computes it the first time."""
+    def compute_once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """Return the value of `key`, which `make` computes the first time."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]
@@ -95,4 +97,4 @@ class PackedLayout:
             mask = torch.zeros(n, above + n, dtype=dtype, device=device)
             return mask.masked_fill(hidden, torch.finfo(dtype).min)[None, None]
 
-        return self.cached((n, above, window, dtype, device), make)
+        return self.compute_once((n, above, window, dtype, device), make)

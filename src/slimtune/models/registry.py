@@ -29,7 +29,7 @@ SIZE_FIELDS = (
 )  # fmt: skip
 """Fields that decide a model's size. transformers fills a missing one with the number of another model, silently."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_EXPECTED = f"an alias ({format_names(ALIASES)}), a GGUF file, a Hugging Face folder or a Hub id `org/name`"
+_EXPECTED = f"an alias ({format_names(ALIASES)}), a GGUF file, a Hugging Face folder or a Hub id as `org/name`"
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,16 @@ def resolve_model(spec: str) -> ModelSource:
         return _resolve_file(path, spec)
     if path.is_dir():
         return _resolve_folder(path, spec)
-    if "://" in spec:
-        raise UsageError(f"{spec!r} is a web address", _EXPECTED, "give the Hub id alone, as `org/name`")
-    suffixes = (".gguf", ".safetensors", ".json", *_PICKLES)
-    if spec[0] in "./~" or spec.endswith("/") or "\\" in spec or spec.count("/") > 1 or path.suffix.lower() in suffixes:
-        missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
-        close = nearest(missing.name, _file_names(missing.parent))
-        raise UsageError(f"there is no file or folder {spec!r}{close}", _EXPECTED)
-    if "/" not in spec:
-        close = nearest(spec, [*ALIASES, *_file_names(Path())])
-        raise UsageError(
-            f"there is no base {spec!r}{close}", _EXPECTED, "a Hub id needs its organisation, as `org/name`"
-        )
     try:
         validate_repo_id(spec)
-    except HFValidationError as error:
-        raise UsageError(f"{spec!r} is neither a path that exists nor a Hub id: {error}", _EXPECTED) from error
-    return ModelSource("hub", spec, path.name, spec)
+        is_hub_id = spec.count("/") == 1 and path.suffix.lower() not in (".gguf", ".safetensors", ".json", *_PICKLES)
+    except HFValidationError:
+        is_hub_id = False
+    if is_hub_id:
+        return ModelSource("hub", spec, path.name, spec)
+    missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
+    close = nearest(missing.name, [*ALIASES, *_file_names(missing.parent)])
+    raise UsageError(f"there is no base {spec!r}{close}", _EXPECTED)
 
 
 def _resolve_alias(spec: str) -> ModelSource:
