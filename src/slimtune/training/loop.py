@@ -28,7 +28,7 @@ from ..adapters.architectures import text_config
 from ..config.schema import TrainSettings
 from ..data.collator import Collator, Example
 from ..data.step_sharding import StepSharder
-from ..errors import is_out_of_memory
+from ..errors import RunError, is_out_of_memory
 from ..kernels.dropout import preserve_rng_state
 from ..run_dir import RunDir
 from ..setup import Datasets
@@ -54,7 +54,7 @@ class TrainingLoop:
         collator: divides rows into micro-batches and collates them.
         run: the run folder, which gets the checkpoints.
         logger: shows and logs the run.
-        resume_from: the checkpoint to continue from; None: from the beginning.
+        resume: continue from the newest undamaged checkpoint; from the beginning if there is none.
         planned_bytes: most bytes that were planned, for messages about memory.
 
     Attributes:
@@ -71,7 +71,7 @@ class TrainingLoop:
         collator: Collator,
         run: RunDir,
         logger: ProgressLogger,
-        resume_from: Path | None = None,
+        resume: bool = False,
         planned_bytes: int | None = None,
     ) -> None:
         self.model, self.train, self.validation, self.settings = model, data.train, data.validation, settings
@@ -103,9 +103,12 @@ class TrainingLoop:
         random.seed(settings.seed)
         np.random.seed(settings.seed)
         torch.manual_seed(settings.seed)
-        if resume_from is not None:  # before the optimizer is built: loading may replace parameters
-            self.load_adapter(resume_from)
-            checkpoint.load_method_state(resume_from, model)
+        newest = None
+        if resume:
+            newest = distributed.run_on_main(lambda: checkpoint.find_newest_checkpoint(run.checkpoints, logger.say))
+        if newest is not None:  # before the optimizer is built: loading may replace parameters
+            self.load_adapter(newest)
+            checkpoint.load_method_state(newest, model)
         for config in model.peft_config.values():
             config.on_train_begin(max_steps)
         self.optimizer = build_optimizer(
@@ -117,8 +120,8 @@ class TrainingLoop:
             num_warmup_steps=math.ceil(settings.warmup_ratio * max_steps),
             num_training_steps=max_steps,
         )
-        if resume_from is not None:
-            self.restore_state(resume_from)
+        if newest is not None:
+            self.restore_state(newest)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -300,6 +303,17 @@ class TrainingLoop:
         """Load the adapter of a checkpoint into the model."""
         tensors, _ = adapter_files.read_adapter_file(folder)
         adapter_files.load_adapter_tensors(self.model, "default", tensors, where=str(folder))
+
+    def load_best_adapter(self) -> None:
+        """Load the adapter with the lowest validation loss, if that is not the last one."""
+        step = self.state.best_step
+        if step is None or step == self.state.step:
+            return
+        folder = self.run.checkpoints / f"{checkpoint.PREFIX}{step}"
+        if damage := checkpoint.find_damage(folder):
+            raise RunError(f"the best checkpoint, {folder}, cannot be loaded: {damage}", "a complete checkpoint")
+        self.load_adapter(folder)
+        self.logger.say(f"taking the adapter of step {step}, which has the lowest validation loss")
 
     def save_before_exit(self) -> str:
         """Write a checkpoint if the weights are those of a whole step; return how to continue, if at all."""

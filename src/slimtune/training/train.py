@@ -21,9 +21,8 @@ from ..adapters.export_formats import get_export_formats
 from ..attention.register import packed_attention
 from ..config import Recipe
 from ..data.collator import Collator, Example
-from ..data.packing import bin_pack, pack_sequences
 from ..data.validation.report import format_issue, format_verdict, raise_if_invalid
-from ..errors import DataError, RunError, SlimtuneError, UsageError
+from ..errors import DataError, SlimtuneError, UsageError
 from ..models.dtype import pick_device, pick_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
@@ -34,7 +33,6 @@ from ..utils import distributed
 from ..utils.device import peak_memory
 from ..utils.files import translate_disk_full, write_atomic
 from ..utils.formatting import format_bytes, format_count
-from . import checkpoint
 from .loop import TrainingLoop
 from .memory_probe import compare_with_plan, planned_bytes
 from .oom_recovery import EVENT
@@ -136,11 +134,8 @@ def train(
             collator.max_tokens = min(collator.max_tokens, max(longest, plan["max_tokens_per_micro_batch"]))
         # The same in every process:
         collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))
-        newest = None
-        if resume:
-            newest = distributed.run_on_main(lambda: checkpoint.find_newest_checkpoint(run.checkpoints, logger.say))
         planned = None if plan is None else planned_bytes(plan, device)[1]
-        loop = TrainingLoop(model, data, settings, collator, run, logger, newest, planned)
+        loop = TrainingLoop(model, data, settings, collator, run, logger, resume, planned)
         logger.say(describe_packing(collator, data.train, loop.rows_per_step))
         if settings.compile:
             logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
@@ -262,14 +257,9 @@ def describe_packing(collator: Collator, rows: Sequence[Example], rows_per_step:
     limit = f"at most {collator.max_tokens} tokens in a micro-batch"
     if not collator.layout:
         return f"rows are {'packed' if collator.packing else 'padded'}, {limit}"
-    share = collator.share_prefix
-    sample = [e["input_ids"] for e in rows[: 16 * rows_per_step]]
-    packed = 0
-    for at in range(0, len(sample), rows_per_step):
-        step = sample[at : at + rows_per_step]
-        for group in bin_pack(step, collator.max_tokens, share_prefix=share):
-            packed += len(pack_sequences([step[i] for i in group], share_prefix=share).tokens)
-    saved = 1 - packed / sum(map(len, sample))
+    steps = [rows[at : at + rows_per_step] for at in range(0, min(len(rows), 16 * rows_per_step), rows_per_step)]
+    batches = [batch for step in steps for batch in collator.make_micro_batches(step)]
+    saved = 1 - sum(b["input_ids"].numel() for b in batches) / sum(int(b["tokens"]) for b in batches)
     shared = f", shared prefixes are computed once ({100 * saved:.0f} % fewer tokens)" if saved else ""
     return f"rows are packed{shared}; {limit}"
 
@@ -294,12 +284,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """Save the best adapter, the result and the report; return the result."""
     run, state, model = loop.run, loop.state, loop.model
-    if state.best_step is not None and state.best_step != state.step:
-        best = run.checkpoints / f"{checkpoint.PREFIX}{state.best_step}"
-        if damage := checkpoint.find_damage(best):
-            raise RunError(f"the best checkpoint, {best}, cannot be loaded: {damage}", "a complete checkpoint")
-        loop.load_adapter(best)
-        loop.logger.say(f"taking the adapter of step {state.best_step}, which has the lowest validation loss")
+    loop.load_best_adapter()
     adapter_files.save_adapter(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
 
