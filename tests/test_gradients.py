@@ -94,7 +94,9 @@ def plain_gradients(model, rows):
 def assert_every_way(model, dtype, rows):
     with computing_in(dtype):
         expected = plain_gradients(model, rows)
-        assert_near("fused", dtype, get_gradients(model, lambda: loss_of_separate_rows(model, rows).backward()), expected)
+        assert_near(
+            "fused", dtype, get_gradients(model, lambda: loss_of_separate_rows(model, rows).backward()), expected
+        )
         for way, sizes in WAYS.items():
             assert_near(way, dtype, get_gradients(model, lambda sizes=sizes: backward(model, rows, **sizes)), expected)
 
