@@ -159,13 +159,9 @@ class AdapterModule(nn.Module):
     def forward_batch_rows(
         self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """Run a batch of which only some rows use this adapter.
+        """Run a batch of which only `rows`, bool `(batch,)`, use this adapter; `args[0]` is `x (batch, ..., in)`.
 
-        Args:
-            base: the base with the adapter modules of the other rows.
-            plain_base: the base module alone, which is the base of the rows in `rows`.
-            rows: which rows use this adapter, bool `(batch,)`.
-            args, kwargs: the base's arguments; the first is the input `(batch, ..., in)`.
+        `base` includes the adapter modules of the other rows; `plain_base`, the base module alone, is that of `rows`.
         """
         if self.takes_row_mask:
             return self.forward_with_base(base, *args, rows=rows, **kwargs)  # type: ignore[call-arg]
@@ -180,10 +176,7 @@ class AdapterModule(nn.Module):
         """Return a new weight `(out, in)` and bias `(out)` that include this module's change, by default its factors'.
 
         The weight is in fp32 or wider; the caller rounds the result once. A bias that does not change is returned as
-        the same object.
-
-        Raises:
-            MergeUnsupported: the method does not change weights.
+        the same object. A method that does not change weights raises MergeUnsupported.
         """
         factors = self.low_rank_factors()
         if factors is None:

@@ -40,7 +40,6 @@ def prepare_model_for_compiled_hotswap(
     new parameters. The model's output does not change.
 
     Args:
-        model: the model with its adapters.
         target_rank: largest rank that will be swapped in; None: ranks stay, scales become 1.
         config: ignored: the adapters' own configs are updated.
         check_compiled: what to do if the model is already compiled.

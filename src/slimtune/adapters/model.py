@@ -63,8 +63,6 @@ def get_peft_model(
 
     Args:
         model: a transformers model, or any module with Linear, Conv1D or Embedding layers.
-        peft_config: the method's config.
-        adapter_name: name of the adapter.
         mixed, low_cpu_mem_usage: ignored: adapters of different methods always mix, and are created on their device.
         autocast_adapter_dtype: keep the adapter in fp32 above a 16-bit base.
         revision: revision of the base, written to the config.

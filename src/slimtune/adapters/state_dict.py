@@ -282,15 +282,13 @@ class SaveLoadMixin:
         low_cpu_mem_usage: bool = False,
         **hub: Any,
     ) -> Any:
-        """Load an adapter from a folder or the Hub onto `model`, in place.
+        """Load an adapter from a folder or a Hub repository onto its base `model`, in place.
 
         Args:
-            model: the base the adapter was trained on.
-            model_id: an adapter folder or a Hub repository; `hub` says where there: subfolder, revision, token, …
-            adapter_name: name of the adapter in the model.
             is_trainable: True to continue training; False freezes the adapter and sets evaluation mode.
             config: the adapter's config, if it is already loaded.
             autocast_adapter_dtype: keep the adapter in fp32 above a 16-bit base.
+            hub: where on the Hub: subfolder, revision, token, …
 
         Raises:
             UsageError: the folder or repository does not exist, or an argument is unknown.
@@ -362,8 +360,7 @@ class SaveLoadMixin:
 
         Args:
             repo_id: `owner/name`, or `name` for a repository of your own; it is created if it does not exist.
-            commit_message, commit_description: first line of the commit, and the other lines.
-            max_shard_size: ignored, because an adapter is one file; transformers has it.
+            max_shard_size: ignored, because an adapter is one file.
             tags: further tags of a new README.md.
             hub: private, token, revision and create_pr, as in `utils.hub.commit_files`, which also lists the errors.
         """
