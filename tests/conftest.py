@@ -16,7 +16,7 @@ from hypothesis import settings
 settings.register_profile("slimtune", deadline=None)
 settings.load_profile("slimtune")
 
-SLOW_FILES = {"test_gpu_bench", "test_merge_against_peft"}
+SLOW_FILES = {"test_gpu_bench"}
 SLOW_TESTS = {
     "test_a_base_too_large_for_one_gpu_fits_four",
     "test_a_batch_is_split_as_training_splits_it",

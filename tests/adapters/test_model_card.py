@@ -14,7 +14,7 @@ from slimtune.run_dir import RunResults
 
 
 def make_card(method, base=None, **settings):
-    facts = {"repo_id": "ada/words", "file_bytes": 9, "parameters": 9, "has_tokenizer": False, "chat": False}
+    facts = {"repo_id": "ada/words", "file_bytes": 9, "parameters": 9, "tokenizer_id": "ada/tiny", "chat": False}
     base = base or BaseModelInfo("ada/tiny", "ada/tiny")
     return render_adapter_card(config_class(method)(**settings), base, RunResults(), **facts)
 

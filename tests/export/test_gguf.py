@@ -88,7 +88,7 @@ def compare(model: Any, tokenizer: Any, base: Path, adapter: Path) -> Any:
     reference = Reference(model, tokenizer, [Text("Say something<|im_end|>", ids) for ids in rows])
     engine = LlamaCppEngine(base, adapter, max_tokens=128, threads=1)
     try:
-        return compare_engine(reference, engine, "f32", answers=1)
+        return compare_engine(reference, engine, "f32")
     finally:
         engine.close()
 

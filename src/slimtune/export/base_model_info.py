@@ -54,14 +54,9 @@ def get_base_model_info(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> BaseModelInfo:
-    """Return the Hub id and licence of the base that `spec` names.
+    """Return the Hub id and licence of the base that a run or an adapter names.
 
-    Args:
-        spec: the base's name in the run or the adapter.
-        hub_id: its Hub id, if the user gives it; UsageError if it is malformed.
-        fingerprint: of the base that the adapter was trained on.
-        revision: of the base on the Hub.
-        token: for reading the base's card on the Hub.
+    `hub_id` is what the user gives; `fingerprint` that of the base that the adapter was trained on.
     """
     notes: list[str] = []
     source: ModelSource | None = None

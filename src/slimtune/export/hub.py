@@ -78,14 +78,11 @@ def push(
 
     Args:
         run: a run folder, an adapter folder, an export, or a Hugging Face checkpoint.
-        repo_id: `owner/name`; the repository is created if it does not exist.
-        private: True: only the owner sees the repository; None: the owner's default, or as it is.
-        revision: branch, created if it does not exist; None: main.
+        repo_id, private, revision, token: as for `commit_files`.
         message: first line of the commit; None: what is uploaded.
         base: Hub id of the base, where the run names it by a path or an alias.
         keep_card: do not replace a README.md in the repository.
         dry_run: send nothing; the result contains the card.
-        token: None or True: the one of `hf auth login` or HF_TOKEN.
 
     Returns:
         `run`, `repo_id`, `kind`, `base`, `files` (bytes by name), `bytes`, `eval_file` (file of the run with the card's
@@ -204,7 +201,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
             repo_id=repo_id,
             file_bytes=file.stat().st_size,
             parameters=sum(t.numel() for t in tensors.values()),
-            has_tokenizer="tokenizer_config.json" in files,
+            tokenizer_id=repo_id if "tokenizer_config.json" in files else info.name,
             chat=any(n.startswith("chat_template.") for n in files),
         ).encode()
     eval_file = results.held_out.file_name if results.held_out is not None else None
@@ -214,41 +211,19 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     return Upload("adapter", folder, files, message, info.name, eval_file, [*notes, *info.notes])
 
 
-def render_adapter_card(
-    config: Any,
-    base: BaseModelInfo,
-    results: RunResults,
-    *,
-    repo_id: str,
-    file_bytes: int,
-    parameters: int,
-    has_tokenizer: bool,
-    chat: bool,
-) -> str:
-    """Return the card of an adapter on the Hub; `parameters` is the number of values in its file.
+def render_adapter_card(config: Any, base: BaseModelInfo, results: RunResults, *, repo_id: str, **facts: Any) -> str:
+    """Return the card of an adapter on the Hub.
 
-    `has_tokenizer` tells whether a tokenizer is uploaded with it, `chat` whether that has a chat template.
+    `facts`: `file_bytes`, `parameters` (values in the file), `tokenizer_id`, and `chat` (it has a chat template).
     """
     name, vllm_command = repo_id.rpartition("/")[2], ""
     if is_served_unchanged(config):
         rank, module = str(round_up_rank(config.r)), f"{name}={repo_id}"
         options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", module]
         vllm_command = shlex.join(["vllm", "serve", " ".join(base.name.split()), *options])
-    return model_card.render_card(
-        model_card.make_card_data(config, base.hub_id, base.licence.metadata if base.licence else None),
-        config,
-        title=name,
-        base=base,
-        base_id=base.hub_id,
-        base_name=base.name,
-        results=results,
-        repo_id=repo_id,
-        file_bytes=file_bytes,
-        parameters=parameters,
-        tokenizer_id=repo_id if has_tokenizer else base.name,
-        chat=chat,
-        vllm_command=vllm_command,
-    )
+    data = model_card.make_card_data(config, base.hub_id, base.licence.metadata if base.licence else None)
+    facts |= {"title": name, "repo_id": repo_id, "results": results, "vllm_command": vllm_command}
+    return model_card.render_card(data, config, base=base, base_id=base.hub_id, base_name=base.name, **facts)
 
 
 def _find_run_dir(run: Path, folder: Path) -> RunDir | None:

@@ -34,7 +34,7 @@ QUESTIONS = (
 )
 MAX_ROWS, MAX_TOKENS, MAX_POSITIONS = 8, 256, 300
 """Held-out rows, tokens of one text, and next tokens in total (llama.cpp gives one at a time)."""
-ANSWER_TOKENS = 24
+MAX_ANSWERS, ANSWER_TOKENS = 4, 24
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Reference:
 
     def __init__(self, model: Any, tokenizer: Any, texts: Sequence[Text]) -> None:
         self.engine, self.texts = TransformersEngine("trained adapter", model, tokenizer), list(texts)
-        self._answers: dict[int, list[int]] = {}
+        self.prompts = [self.engine.tokenize(t.prompt) for t in self.texts if t.prompt]
 
     @cached_property
     def log_probs(self) -> list[Tensor]:
@@ -121,11 +121,10 @@ class Reference:
         """Return d at every position of all texts `(n,)`."""
         return torch.cat([(a - b).abs() for a, b in zip(self.log_probs, log_probs, strict=True)])
 
-    def answer(self, number: int, prompt: Sequence[int]) -> list[int]:
-        """Return the adapter's greedy answer to the prompt of a text; computed once."""
-        if number not in self._answers:
-            self._answers[number] = self.engine.generate(prompt, ANSWER_TOKENS)
-        return self._answers[number]
+    @cached_property
+    def answers(self) -> list[list[int]]:
+        """The adapter's greedy answers to the first prompts."""
+        return [self.engine.generate(ids, ANSWER_TOKENS) for ids in self.prompts[:MAX_ANSWERS]]
 
     def find_faults(self, differences: Tensor, tolerance: Tolerance) -> list[str]:
         """Return why an engine with these differences is not the trained adapter, one clause each; [] if it is."""
@@ -170,22 +169,20 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
     return texts
 
 
-def compare_engine(
-    reference: Reference, engine: Engine, precision: str, *, tolerance: Tolerance | None = None, answers: int = 4
-) -> Verdict:
+def compare_engine(reference: Reference, engine: Engine, precision: str, tolerance: Tolerance | None = None) -> Verdict:
     """Compare an engine, whose weights have a precision ("f32", "q8_0", "Q4_K_M", …), with the trained adapter.
 
-    The tolerance is by default that of the precision; `answers` is the number of greedy answers to compare.
+    The tolerance is by default that of the precision.
     """
     tolerance = tolerance or get_tolerance(precision, PRECISIONS[reference.engine.model.dtype])
-    prompts = [t.prompt for t in reference.texts if t.prompt]
-    ids = [reference.engine.tokenize(p) for p in prompts]
-    unlike = [(ours, theirs) for ours, p in zip(ids, prompts, strict=True) if (theirs := engine.tokenize(p)) != ours]
+    prompts = [engine.tokenize(t.prompt) for t in reference.texts if t.prompt]
+    unlike = [(a, b) for a, b in zip(reference.prompts, prompts, strict=True) if a != b]
     scores = [engine.score(text.ids) for text in reference.texts]
     differences = reference.differences(s.token_log_probs for s in scores)
     pairs = zip(reference.texts, scores, strict=True)
     kl = [kl_divergence(reference.engine.score_at(text.ids, s.top_ids), s) for text, s in pairs]
-    equal = sum(reference.answer(i, p) == engine.generate(p, ANSWER_TOKENS) for i, p in enumerate(ids[:answers]))
+    answers = zip(reference.answers, reference.prompts, strict=False)
+    equal = sum(answer == engine.generate(ids, ANSWER_TOKENS) for answer, ids in answers)
     faults = reference.find_faults(differences, tolerance)
     if unlike:
         ours, theirs = unlike[0]
@@ -204,7 +201,7 @@ def compare_engine(
         mean_difference=differences.mean().item(),
         kl=torch.cat(kl).mean().item(),
         effect=reference.effect,
-        answers=len(ids[:answers]),
+        answers=len(reference.answers),
         answers_equal=equal,
         limit=str(tolerance),
         passed=not faults,

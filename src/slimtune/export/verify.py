@@ -38,17 +38,12 @@ def verify(
     Args:
         path: a run folder, an adapter folder, or a folder that `slimtune export` or `slimtune merge` wrote.
         rows: a file of rows to compare on, after fixed questions; None: the run's validation (else test) rows.
-        vllm: URL of a vLLM server that serves the adapter or the merged model.
-        vllm_model: its name there; None: the export's, or the run folder's.
+        vllm, vllm_model: URL of a vLLM server, and the model's name there (by default the export's or the folder's).
         threads: of llama.cpp; None: half of the cores.
         log: gets progress messages.
 
     Returns:
         `path`, `run`, `passed`, and `checks`: the fields of each `Verdict`.
-
-    Raises:
-        UsageError: `path` is neither a run nor an export, or the export's run does not exist any more.
-        AdapterError: the adapter does not fit its base.
     """
     path = Path(path)
     manifest = read_manifest(path) or {}
@@ -139,7 +134,7 @@ class Verifier:
         try:
             with closing(open_engine()) as engine:
                 engine.name = name
-                return compare_engine(self.reference, engine, precision, tolerance=tolerance)
+                return compare_engine(self.reference, engine, precision, tolerance)
         except SlimtuneError as error:
             reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
             if isinstance(error, ModelError | UsageError):  # says nothing about the adapter
