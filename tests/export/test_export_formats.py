@@ -6,6 +6,7 @@ python tests/export/test_export_formats.py        prints it
 import sys
 import warnings
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +24,46 @@ from slimtune.export.gguf import get_lora_factors
 from slimtune.export.vllm import list_vllm_refusals
 
 PAGE = Path(__file__).parents[2] / "docs/export.md"
-HEAD = (
-    "| method | merged: folder, GGUF, Ollama, vLLM | adapter: llama.cpp, Ollama | adapter: vLLM | nearest LoRA |\n"
-    "| --- | --- | --- | --- | --- |"
-)
+HEAD = "| method | merged: folder, GGUF, Ollama, vLLM | adapter: llama.cpp, Ollama | adapter: vLLM | nearest LoRA |"
 SHOWN = [name for name in CASES if "+" not in name or name in ("lora+dora", "lora+pissa", "lora+tokens")]
 
 
-def attached(name: str) -> Any:
+def works(what: Any) -> bool:
+    with suppress(SlimtuneError, MergeUnsupported):
+        what()
+        return True
+    return False
+
+
+@cache
+def try_formats(name: str) -> tuple[Any, list[bool]]:
+    """Return the formats a method says it supports, and those that work: merged, GGUF, vLLM, nearest LoRA."""
     with warnings.catch_warnings(action="ignore"):
         model: Any = slimtune.get_peft_model(llama(dtype=torch.float32), CASES[name]())
     shake(model)
-    return model
-
-
-def works(what: Any) -> str:
-    with suppress(SlimtuneError, MergeUnsupported):
-        what()
-        return "yes"
-    return "–"
-
-
-def row(name: str) -> str:
-    model = attached(name)
-    cells = [
-        works(lambda: model.merge_adapter() or model.unmerge_adapter()),
-        works(lambda: get_lora_factors(model)),
-        "–" if any(list_vllm_refusals(model, "default")) else "yes",
-        works(lambda: model.to_lora("default", 4)),
-    ]
-    return f"| {name.replace('+', ', ')} | {' | '.join(cells)} |"
+    formats = get_export_formats(model)
+    merges = works(lambda: model.merge_adapter() or model.unmerge_adapter())
+    vllm = not any(list_vllm_refusals(model, "default"))
+    return formats, [merges, works(lambda: get_lora_factors(model)), vllm, works(lambda: model.to_lora("default", 4))]
 
 
 def table() -> str:
-    return "\n".join([HEAD, *map(row, sorted(SHOWN))])
+    rows = [HEAD, "| --- | --- | --- | --- | --- |"]
+    for name in sorted(SHOWN):
+        cells = ["yes" if found else "–" for found in try_formats(name)[1]]
+        rows.append(f"| {name.replace('+', ', ')} | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
-def test_the_docs_table():
+def test_docs_table():
     assert table() in PAGE.read_text()
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_get_export_formats_without_exporting(name):
-    merged, gguf, vllm, as_lora = (cell.strip() == "yes" for cell in row(name).split("|")[2:6])
-    ways = get_export_formats(attached(name))
-    assert (ways.merged, ways.gguf, ways.vllm) == (merged, gguf, vllm)
-    assert not ways.as_lora or as_lora
+def test_get_export_formats(name):
+    formats, (merged, gguf, vllm, as_lora) = try_formats(name)
+    assert (formats.merged, formats.gguf, formats.vllm) == (merged, gguf, vllm)
+    assert not formats.as_lora or as_lora
 
 
 if __name__ == "__main__":

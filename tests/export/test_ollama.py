@@ -206,23 +206,6 @@ def test_tokenizer_decides_if_a_gguf_does_not_say(tmp_path, tiny_tokenizer):
     assert engine_adds_bos(base, tokenizer)
 
 
-@pytest.mark.slow
-@pytest.mark.real
-def test_smollm2s_own_file(export):
-    """The file says that no token is put before a prompt; the text is the chat template's to the last character."""
-    from slimtune.models.loader import load_tokenizer
-    from slimtune.models.registry import load_config, resolve_model
-
-    base = resolve_model("smollm2-135m")
-    tokenizer = load_tokenizer(base.spec)
-    facts, _ = export(base.path, tokenizer=tokenizer, config=load_config(base.spec))
-    assert not engine_adds_bos(Path(base.path), tokenizer)
-    assert facts["stops"] == ["<|im_end|>"]
-    chat = [{"role": r, "content": f"{r} {i}"} for i, r in enumerate(["system", "user", "assistant", "user"])]
-    for messages in (chat, chat[1:], chat[:2], chat[3:]):
-        assert go_text(facts["template"], messages) == jinja_text(tokenizer, messages)
-
-
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -298,13 +281,6 @@ VALUES += ["@x", "#x", "it's", "a\nFROM evil\nb", 'a"\nFROM evil', 'say """x""" 
 def test_values_are_read_back(name):
     for value in VALUES:
         written(name, value)
-
-
-def test_plain_values_look_plain():
-    assert written("SYSTEM", "Be brief.") == 'SYSTEM """Be brief."""\n'
-    assert written("PARAMETER stop", "<|im_end|>") == 'PARAMETER stop "<|im_end|>"\n'
-    assert written("ADAPTER", "./my adapter.gguf") == "ADAPTER ./my adapter.gguf\n"
-    assert written("FROM", "/a\n/b") == 'FROM "/a\n/b"\n'
 
 
 @pytest.mark.parametrize("value", ['a"""\nFROM evil', '"""\nFROM evil\n', 'x"\ny"""\nADAPTER ./evil\n'])

@@ -271,8 +271,10 @@ def require_quantizer(precision: str) -> str:
 
 
 def require_llama_cpp_tool(name: str, purpose: str, alternative: str) -> str:
-    """Return the path of a program of llama.cpp, or raise ModelError."""
-    path = find_llama_cpp_tool(name)
+    """Return the path of a program of llama.cpp, in `$LLAMA_CPP` or on the PATH, or raise ModelError."""
+    root = os.environ.get("LLAMA_CPP")
+    places = [Path(root, below, name) for below in ("", "build/bin")] if root else []
+    path = next((str(p) for p in places if p.is_file()), None) or shutil.which(name)
     if path is None:
         raise ModelError(
             f"llama.cpp's {name}, which {purpose}, is not installed",
@@ -280,13 +282,6 @@ def require_llama_cpp_tool(name: str, purpose: str, alternative: str) -> str:
             f"put a checkout of llama.cpp on the disk and set LLAMA_CPP to its folder; or {alternative}",
         )
     return path
-
-
-def find_llama_cpp_tool(name: str) -> str | None:
-    """Return the path of a program of llama.cpp: in `$LLAMA_CPP`, in its build folder, or on the PATH."""
-    root = os.environ.get("LLAMA_CPP")
-    places = [Path(root, below, name) for below in ("", "build/bin")] if root else []
-    return next((str(p) for p in places if p.is_file()), None) or shutil.which(name)
 
 
 def _run_tool(command: Sequence[str]) -> None:

@@ -29,18 +29,14 @@ MIN_INPUTS = 256
 
 
 class MergedWeights(Mapping[str, Tensor]):
-    """The state dict of the merged model, computed on access; the model's own weights stay as they are.
+    """The state dict of an adapted model, merged; computed on access, and the model's own weights stay as they are.
 
     Unchanged tensors are the base's own, dequantized if it is quantized. Changed ones are in float32 at least, not
     rounded yet. Of tied tensors only the name that transformers stores is included. If merging gives tied embeddings
     and head different values, the model's config is changed to say that they are not tied.
 
-    Args:
-        model: an adapted model, not merged.
-        adapters: which to merge; None: the active ones; empty: the result is the base.
-
-    Raises:
-        MergeUnsupported: a method cannot be merged, or a result is NaN or Inf; often only when a tensor is computed.
+    Without `adapters` the active ones are merged; an empty list gives the base. MergeUnsupported means that a method
+    cannot be merged, or a result is NaN or Inf; it often comes only when a tensor is computed.
     """
 
     def __init__(self, model: Any, adapters: Sequence[str] | None = None) -> None:

@@ -95,9 +95,7 @@ def write_ollama(
     window = num_ctx or min(max(DEFAULT_WINDOW, max_seq_len or 0), limit or sys.maxsize)
     lines += [*(("PARAMETER stop", token) for token in stops), ("PARAMETER num_ctx", str(window))]
     (folder / "Modelfile").write_bytes(format_modelfile(lines).encode("utf-8"))
-    modelfile = str((out or folder) / "Modelfile")
-    if modelfile.startswith("-"):
-        modelfile = f"./{modelfile}"
+    modelfile = re.sub("^-", "./-", str((out or folder) / "Modelfile"))
     commands = [shlex.join(["ollama", "create", name, "-f", modelfile]), shlex.join(["ollama", "run", name])]
     facts = {"template": converted.template, "stops": stops, "num_ctx": window}
     return {**facts, "commands": commands, "notes": notes}
@@ -125,22 +123,21 @@ def _find_base(base: str) -> Path | None:
     path = Path(base).expanduser()
     try:
         exists = bool(base) and path.exists()
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # no path at all
         exists = False
     if not exists:
         if _MODEL_NAME.fullmatch(base) and not base.endswith(".gguf"):
             return None
         expected = "a name such as llama3.1:8b, a GGUF file, or a merged Hugging Face folder"
         raise UsageError(f"the base {base!r} does not exist", expected, "give another --ollama-base")
-    if not path.is_dir():
+    if path.is_file():
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise UsageError(f"{path} is not a GGUF file", "a file that begins with GGUF", "another --ollama-base")
-        return path
-    if not (path / "config.json").is_file() or not any(path.glob("model*.safetensors")):
+    elif not (path / "config.json").is_file() or not any(path.glob("model*.safetensors")):
         expected = "config.json and model*.safetensors in it, as slimtune merge writes them"
         raise UsageError(f"Ollama cannot read the folder {path}", expected, "slimtune merge RUN --out FOLDER")
-    if linked := [f.name for f in sorted(path.iterdir()) if not f.resolve().is_relative_to(path.resolve())]:
+    elif linked := [f.name for f in sorted(path.iterdir()) if not f.resolve().is_relative_to(path.resolve())]:
         # A snapshot in the Hub's cache is such a folder.
         message = f"{path} contains links to files elsewhere, which Ollama refuses: {format_names(linked)}"
         raise UsageError(message, "the files themselves", f"cp -rL {shlex.quote(str(path))} FOLDER")
