@@ -1,4 +1,4 @@
-"""One adapter module at one linear layer, and what autograd saves for its backward pass."""
+"""One adapter module at one linear layer."""
 
 import torch
 
@@ -14,14 +14,6 @@ def build(config, size=(24, 20), dtype=torch.float64, layer=None):
 def run_layer(module, x, layer=None):
     layer = torch.nn.Identity() if layer is None else layer
     return module.forward_with_base(BaseForward(layer, layer.forward), x)
-
-
-def saved_tensors(compute):
-    """The tensors that autograd saves while `compute` runs."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        compute()
-    return saved
 
 
 def added_weight(module, size=(24, 20)):

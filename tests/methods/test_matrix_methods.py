@@ -4,9 +4,10 @@ import pytest
 import torch
 from cases import CASES
 from models_zoo import bert_encoder, gemma3, llama, run, shake, snapshot, t5
-from one_layer import added_weight, build, run_layer, saved_tensors
+from one_layer import added_weight, build, run_layer
 from peft.tuners.lokr.layer import factorization
 from peft.tuners.oft.layer import OFTLayer
+from reference import AllocationRecorder, saved_for_backward
 from safetensors.torch import load_file, save_file
 
 from slimtune import HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, MissConfig, OFTConfig, PeftModel, get_peft_model
@@ -25,30 +26,25 @@ def test_backward_saves_no_matrix(method):
     model = get_peft_model(llama(), CASES[method](target_modules=[NAME]))
     shake(model)
     layer, x = model.get_submodule(NAME), torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
-    saved = saved_tensors(lambda: layer(x))
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    assert saved
-    assert all(t.numel() < 32 * 32 for t in saved if t.untyped_storage().data_ptr() not in own)
+    saved = saved_for_backward(lambda: layer(x), ignore=[*model.parameters(), *model.buffers(), x])
+    assert all(t.numel() < 32 * 32 for t in saved)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"r": 2}, {"r": 99}, {"r": 2, "decompose_both": True}, {"r": 99, "decompose_factor": 3}]
-)
+    "config",
+    [LoKrConfig(r=2), LoKrConfig(r=99), LoKrConfig(r=2, decompose_both=True), LoKrConfig(r=99, decompose_factor=3),
+     ShiraConfig(r=1)],
+    ids=["lokr", "whole", "both", "factor", "shira"],
+)  # fmt: skip
 @pytest.mark.parametrize("size", [(48, 36), (30, 200), (200, 30)])
-def test_lokr_forward_makes_no_matrix(settings, size):
-    module, made = build(LoKrConfig(init_weights=False, **settings), size), []
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            made.append(out.numel() if isinstance(out, torch.Tensor) else 0)
-            return out
-
-    x = torch.randn(2, size[0], dtype=torch.float64)
-    with Watch():
-        y = module(x, torch.zeros(2, size[1], dtype=torch.float64))
+def test_forward_makes_no_matrix(config, size):
+    config.init_weights = False
+    module, x = build(config, size), torch.randn(2, size[0], dtype=torch.float64)
+    zeros = torch.zeros(2, size[1], dtype=torch.float64)
+    with AllocationRecorder() as made:
+        y = module(x, zeros)
     assert (y - x @ added_weight(module, size).t()).abs().max() < 1e-12
-    assert max(made) < size[0] * size[1]
+    assert made.largest < size[0] * size[1] * 8
 
 
 @pytest.mark.parametrize(
