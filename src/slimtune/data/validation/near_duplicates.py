@@ -13,9 +13,7 @@ Trigrams that more than a quarter of the first rows have (system prompts, header
 fewer than `MIN_TRIGRAMS` others is not compared, because rows about similar facts differ in one word.
 """
 
-import itertools
 import unicodedata
-from collections import Counter
 from hashlib import blake2b
 from typing import Any
 
@@ -68,11 +66,10 @@ def hash_trigrams(rows: list[list[int]]) -> tuple[Array, Array]:
 def find_common_trigrams(rows: list[list[int]]) -> Array:
     """Return the hashes, sorted, of the trigrams that more than `COMMON_SHARE` of these rows have."""
     hashes, starts = hash_trigrams(rows)
-    counts: Counter[int] = Counter()
-    for begin, end in itertools.pairwise(starts):
-        counts.update(set(hashes[begin:end].tolist()))
-    most = max(COMMON_SHARE * len(rows), 8) if len(rows) >= 8 else max(len(rows) - 1, 1)
-    return np.array(sorted(h for h, n in counts.items() if n > most), dtype=np.uint32)
+    owners = np.repeat(np.arange(len(rows), dtype=np.uint64), np.diff(starts))
+    once_per_row = np.unique(owners << np.uint64(32) | hashes).astype(np.uint32)  # the lower half is the hash
+    values, counts = np.unique(once_per_row, return_counts=True)
+    return values[counts > (max(COMMON_SHARE * len(rows), 8) if len(rows) >= 8 else max(len(rows) - 1, 1))]
 
 
 def compute_signatures(rows: list[list[int]], supervised: list[list[bool]], common: Array) -> tuple[Array, Array]:
