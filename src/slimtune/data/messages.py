@@ -125,6 +125,8 @@ def convert_sharegpt(value: Any, column: str = "conversations") -> Messages:
         if speaker == "function_call":
             calls = parse_json(turn["value"], f"{name}.value", "bad-tool-call")
             message["tool_calls"] = calls if isinstance(calls, list) else [calls]
+        elif message.get("content") is not None:
+            raise RowError(f"{name} has a 'value' and a 'content'", "unknown-key")
         else:
             message["content"] = turn["value"]
         messages.append({"role": SHAREGPT_ROLES[speaker], **message})
