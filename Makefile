@@ -70,7 +70,7 @@ faults: .venv/.test
 	@touch $@
 
 tasks: .venv-tasks/.done
-	.venv-tasks/bin/python -m pytest tests/evaluation/test_eval_tasks.py $(ARGS)
+	.venv-tasks/bin/python -m pytest tests/evaluation/test_lm_eval.py $(ARGS)
 
 # The peers, without slimtune, in the releases that the tests run with.
 .venv-peers/.done: .venv/.test

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: a task of one's own on local data, both sides; and what cannot be run."""
+"""Tasks of lm-evaluation-harness: the user's own task on local data, for base and tuned model; and errors."""
 
 import importlib.util
 import json
@@ -39,40 +39,40 @@ def folder(tmp_path):
     return made
 
 
+@torch.no_grad()
+def measure_accuracy(model, tokenizer):
+    right = 0
+    for i, (question, answer) in enumerate(TALKS):
+        ask = [{"role": "user", "content": question}]
+        start = tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
+        likelihoods = []
+        for choice in (answer, TALKS[i - 1][1]):
+            ids = torch.tensor([tokenizer(start + choice, add_special_tokens=False)["input_ids"]])
+            log_p = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            likelihoods.append(log_p[-len(choice.encode()) :].sum().item())
+        right += likelihoods[0] > likelihoods[1]
+    return right / len(TALKS)
+
+
 @needs_harness
-def test_both_sides_get_the_score_of_the_likelier_answer(tmp_path, tiny_folder, folder):
+def test_scores_of_base_and_tuned_model(tmp_path, tiny_folder, folder):
     run = make_run(tmp_path / "run", tiny_folder, size=0.4)
     found = evaluate(run, EvalSettings(tasks=["which_one"], tasks_path=folder))["tasks"]["which_one"]["acc"]
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
-
-    def share(model) -> float:
-        right = 0
-        for i, (q, a) in enumerate(TALKS):
-            ask = [{"role": "user", "content": q}]
-            start = tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
-            likelihoods = []
-            for answer in (a, TALKS[i - 1][1]):
-                ids = torch.tensor([tokenizer(start + answer, add_special_tokens=False)["input_ids"]])
-                with torch.no_grad():
-                    log_p = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-                likelihoods.append(log_p[-len(answer.encode()) :].sum().item())
-            right += likelihoods[0] > likelihoods[1]
-        return right / len(TALKS)
-
-    assert found["base"] == pytest.approx(share(model))
-    assert found["tuned"] == pytest.approx(share(PeftModel.from_pretrained(model, run / "adapter")))
+    assert found["base"] == pytest.approx(measure_accuracy(model, tokenizer))
+    tuned = PeftModel.from_pretrained(model, run / "adapter")
+    assert found["tuned"] == pytest.approx(measure_accuracy(tuned, tokenizer))
     assert found["base_stderr"] > 0
     assert found["higher_is_better"] is True
-    kept = json.loads((run / "eval-test.json").read_text())
-    assert kept["tasks"]["which_one"]["acc"] == found
+    assert json.loads((run / "eval-test.json").read_text())["tasks"]["which_one"]["acc"] == found
 
 
 @needs_harness
-def test_a_task_that_is_not_there_and_one_that_fails(tmp_path, tiny_folder, folder):
+def test_unknown_and_failing_tasks(tmp_path, tiny_folder, folder):
     run = make_run(tmp_path / "run", tiny_folder)
     with pytest.raises(UsageError, match=r"there is no task 'which_on'; did you mean 'which_one'\?"):
         evaluate(run, EvalSettings(tasks=["which_on"], tasks_path=folder))
-    with pytest.raises(UsageError, match="is no folder"):
+    with pytest.raises(UsageError, match="is not a folder"):
         evaluate(run, EvalSettings(tasks=["which_one"], tasks_path=folder / "none"))
     assert not (run / "eval-test.json").exists()
     (folder / "rows.jsonl").unlink()
@@ -81,9 +81,8 @@ def test_a_task_that_is_not_there_and_one_that_fails(tmp_path, tiny_folder, fold
     assert json.loads((run / "eval-test.json").read_text())["tasks"] is None  # what was measured before stays
 
 
-def test_without_the_package_it_says_how_to_get_it(tmp_path, tiny_folder, monkeypatch):
+def test_missing_package(tmp_path, tiny_folder, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else real(name, *a))
-    with pytest.raises(ModelError, match="needs the package lm-eval") as caught:
+    with pytest.raises(ModelError, match="needs the package lm-eval"):
         evaluate(make_run(tmp_path / "run", tiny_folder), EvalSettings(tasks=["which_one"]))
-    assert caught.value.hint == "pip install 'slimtune[tasks]'"
