@@ -18,25 +18,7 @@ settings.load_profile("slimtune")
 
 SLOW_FILES = {"test_gpu_bench"}
 SLOW_TESTS = {
-    "test_a_base_too_large_for_one_gpu_fits_four",
-    "test_a_batch_is_split_as_training_splits_it",
-    "test_a_checkpointed_step_in_bf16_takes_what_a_real_step_takes",
-    "test_a_long_row_on_nf4_takes_what_its_real_step_takes",
-    "test_a_step_takes_what_a_real_step_takes",
-    "test_advice_helps_a_gpu_too_small",
-    "test_bf16_with_checkpointing",
-    "test_every_method_takes_what_its_real_step_takes",
-    "test_four_processes_shard_the_base",
-    "test_full_fine_tuning",
-    "test_llama_3_1_8b_on_the_cards_people_ask_about",
-    "test_methods_that_read_the_weight_are_planned_without_bitsandbytes",
-    "test_nine_of_ten_published_runs_lie_in_the_band",
-    "test_offloaded_activations_count_as_cpu_memory",
-    "test_the_formula_covers_tiles_and_offloading",
-    "test_the_formula_gives_what_is_traced",
-    "test_the_largest_row_and_batch_fit_and_no_more",
     "test_the_quick_start_runs_as_written",
-    "test_tiles_and_offloading",
 }
 """Tests of over about six seconds on two cores: `make slow` runs them, and so does CI."""
 

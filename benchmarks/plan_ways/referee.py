@@ -17,21 +17,19 @@ from slimtune.train_step.loss import forward_backward, make_collator
 from slimtune.train_step.memory_savings import apply_memory_savings
 from slimtune.train_step.optimizer import build_optimizer
 
-STEP = "the step that is looked at"
-
 
 def measured(job: TrainingJob) -> tuple[int, int]:
     """Build, adapt and train for two optimizer steps; return the bytes held after the first, and the second's most.
 
     Weights and rows are random. Everything that the allocator gives and takes from the model's first weight on counts,
-    as the profiler's `[memory]` events tell it. Of a base in 4 bits they do not tell all that is given back while it is
+    as the profiler's `[memory]` events tell it. Of a quantized base they do not tell all that is given back while it is
     loaded: there the state is the bytes of the tensors that are there, and the events count from then on.
     """
     gc.collect()  # what is left from before must not be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as done:
         held = _train(job)
     found = done.profiler.kineto_results.events()
-    begin, end = next((e.start_ns(), e.end_ns()) for e in found if e.name() == STEP)
+    begin, end = next((e.start_ns(), e.end_ns()) for e in found if e.name() == "measured step")
     events = sorted(((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]"), key=lambda e: e[0])
     state = held if job.quantization else sum(size for at, size in events if at < begin)
     during = itertools.accumulate((size for at, size in events if begin <= at <= end), initial=state)
@@ -42,8 +40,8 @@ def _train(job: TrainingJob) -> int:
     """Return the bytes of the model's and the optimizer's tensors."""
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(job.base_config, dtype=job.dtype)
-    if job.quantization == "nf4":
-        model = _in_nf4(model)
+    if job.quantization is not None:
+        model = quantized(model, job.quantization)
     model = get_peft_model(model, job.method)
     job.method.on_train_begin(100)
     apply_memory_savings(model, job.gradient_checkpointing, job.offload_activations, job.mlp_tile_size)
@@ -66,30 +64,28 @@ def _train(job: TrainingJob) -> int:
         step(1)
         gc.collect()
         moments = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-        inner = [t for m in model.modules() for t in _beside(m)]
-        kept = {
-            t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*all_tensors(model), *inner, *moments]
-        }
-        with record_function(STEP):
+        inner = [t for m in model.modules() for t in quantization_tensors(m)]
+        every = [*all_tensors(model), *inner, *moments]
+        kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in every}
+        with record_function("measured step"):
             step(2)
     return sum(kept.values())
 
 
-def _beside(module: Any) -> list[torch.Tensor]:
-    """Return what bitsandbytes keeps of a 4-bit layer, beside its parameters."""
-    state = getattr(getattr(module, "weight", None), "quant_state", None)
-    states = [s for s in (state, getattr(state, "state2", None)) if s is not None]
+def quantization_tensors(module: Any) -> list[torch.Tensor]:
+    """Return what bitsandbytes keeps of a quantized layer, beside its parameters."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None) or getattr(module, "state", None)
+    states = [s for s in (state, getattr(state, "state2", None)) if hasattr(s, "__dict__")]
     return [t for s in states for t in vars(s).values() if isinstance(t, torch.Tensor)]
 
 
-def _in_nf4(model: Any) -> Any:
-    """Return the model as transformers and bitsandbytes load it in 4 bits."""
-    how = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=model.dtype,
-    )
+def quantized(model: Any, kind: str) -> Any:
+    """Return the model as transformers and bitsandbytes load it in "nf4", "nf4-single" or "int8"."""
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if kind != "int8":
+        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": model.dtype}
+        settings["bnb_4bit_use_double_quant"] = kind == "nf4"
+    how = BitsAndBytesConfig(**settings)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return type(model).from_pretrained(folder, quantization_config=how, dtype=model.dtype, device_map="cpu")

@@ -13,7 +13,6 @@ from slimtune.planning.memory_trace import BACKWARD, trace_memory, trace_merge
 from slimtune.planning.request import TrainingJob
 
 LORA = slimtune.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-FULL = CASES["full"]()
 
 
 def make_job(name="llama", depth=6, **settings):
@@ -27,10 +26,12 @@ def make_job(name="llama", depth=6, **settings):
     return TrainingJob(base_config=base, **{**defaults, **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("device", "checkpointing", "method"), [("cuda", True, LORA), ("cuda", False, FULL), ("cpu", False, LORA)]
+    ("device", "checkpointing", "method"),
+    [("cuda", True, LORA), ("cuda", False, CASES["full"]()), ("cpu", False, LORA)],
 )
-def test_the_formula_gives_what_is_traced(device, checkpointing, method):
+def test_formula_equals_the_trace(device, checkpointing, method):
     job = make_job(device=device, gradient_checkpointing=checkpointing, method=method)
     formula = fit_memory_model(job, job.build_model())
     for lengths in ((TOKENS,), (3000,), (1000, 1500)):
@@ -39,8 +40,9 @@ def test_the_formula_gives_what_is_traced(device, checkpointing, method):
         assert formula.correct(lengths, trace).peak(lengths) == pytest.approx(trace.peak, abs=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [(1000,), (8000,), (3000, 2000)], ids=str)
-def test_the_formula_covers_tiles_and_offloading(lengths):
+def test_formula_of_tiles_and_offloading(lengths):
     """Below the size of a tile it is an upper bound."""
     savings = {"gradient_checkpointing": True, "offload_activations": True, "mlp_tile_size": 2048}
     job = make_job(**savings, lengths=lengths)
@@ -58,7 +60,7 @@ def test_one_very_long_row_is_not_padded():
     assert formula.peak((35_000, 35_000)) > formula.peak((70_000,))
 
 
-def test_attention_scores_that_are_kept_grow_with_the_square():
+def test_kept_attention_scores_grow_with_the_square():
     """Gemma 2 caps its scores, so they are kept: one long row takes more than two of half its length."""
     gemma, llama = (fit_memory_model(job, job.build_model()) for job in (make_job("gemma2"), make_job()))
     assert gemma.peak((4096,)) > 1.5 * gemma.peak((2048, 2048))
@@ -76,27 +78,22 @@ def test_two_and_three_layers_give_all_layers(name):
     assert (extrapolated.state, extrapolated.work) == (trace.state, trace.work)
 
 
-def test_layers_that_differ_are_traced_whole():
-    """A rank for layer 5 alone does not show in the first three."""
-    method = slimtune.LoraConfig(
-        r=4, target_modules=["q_proj"], layers_to_transform=[1, 5], rank_pattern={r"layers\.5\..*": 32},
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers_to_transform": [1, 5], "rank_pattern": {r"layers\.5\..*": 32}},  # does not show in the first three
+        {"layers_to_transform": [5]},
+    ],
+)
+def test_layers_that_differ_are_traced_whole(settings):
+    method = slimtune.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
     job = make_job(method=method, lengths=(200,))
     assert extrapolate_layers(job, job.build_model()).phases == trace_memory(job).phases
 
 
-def test_targets_outside_the_first_layers_are_traced_whole():
-    method = slimtune.LoraConfig(target_modules=["q_proj"], layers_to_transform=[5])
-    job = make_job(method=method, lengths=(2000,))
-    trace = trace_memory(job)
-    assert fit_memory_model(job, job.build_model()).peak((2000,)) == pytest.approx(trace.peak, rel=0.005)
-
-
-def test_the_peak_of_a_merge():
+def test_peak_of_a_merge():
     job = make_job()
     peak = trace_merge(job, torch.float32)
     assert extrapolate_merge(job, num_params=1000) == peak  # small models are merged in float32
     assert extrapolate_merge(job, num_params=10**10) < peak
-    bottleneck = slimtune.BottleneckConfig(task_type="CAUSAL_LM")
-    assert extrapolate_merge(replace(job, method=bottleneck), 1000) is None
+    assert extrapolate_merge(replace(job, method=slimtune.BottleneckConfig(task_type="CAUSAL_LM")), 1000) is None

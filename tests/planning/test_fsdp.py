@@ -1,5 +1,7 @@
 """A base sharded over processes: each plans its share of the weights, whole adapters, and what is gathered."""
 
+import pytest
+
 from slimtune import LoraConfig
 from slimtune.models.registry import get_model_info
 from slimtune.planning.fsdp import shard_base
@@ -22,6 +24,7 @@ def test_saved_bytes():
     assert spread == 2 * LAYER
 
 
+@pytest.mark.slow
 def test_four_processes_shard_the_base():
     one, four = make_plan(make_request(1, fsdp=False), advise=False), make_plan(make_request(4, fsdp=True))
     assert one.verdict == "does not fit"

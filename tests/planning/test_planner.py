@@ -29,8 +29,9 @@ def plan_tiny(gpu=ROOMY, advise=False, method=None, **fields):
     return make_plan(PlanRequest(TINY, gpu, method or lora(), **{"seq_len": 64, **fields}), advise=advise)
 
 
-def test_llama_3_1_8b_on_the_cards_people_ask_about():
-    """LoRA fits 24 GiB, full fine-tuning needs 64 GB, NF4 fits 12 GiB."""
+@pytest.mark.slow
+def test_llama_3_1_8b():
+    """LoRA fits 24 GiB, NF4 fits 12 GiB, full fine-tuning with fp32 copies needs 146 GB."""
     request = PlanRequest(
         get_model_info("llama-3.1-8b"), find_gpu("rtx-3090"), lora(16), seq_len=2048, gradient_accumulation_steps=4,
         gradient_checkpointing=True,
@@ -47,19 +48,19 @@ def test_llama_3_1_8b_on_the_cards_people_ask_about():
     assert make_plan(small, advise=False).reason.endswith("the weights alone (15.0 GiB) are more than the card has")
 
 
-def test_a_plan_adds_up():
+def test_plan_adds_up():
     plan = plan_tiny(batch_size=2, gradient_accumulation_steps=3)
     assert tuple(plan.parts) == PARTS
     assert sum(plan.parts.values()) - plan.parts["runtime"] <= plan.allocated_bytes
     assert max(plan.peaks.values()) <= plan.allocated_bytes
     assert set(plan.peaks) >= {"start", "forward", "loss", "optimizer", "evaluation", "merge"}
-    assert plan.trainable_fraction == plan.trainable_params / plan.total_params
     assert plan.reserved_bytes.low == plan.allocated_bytes <= plan.reserved_bytes.high
     assert (plan.batch, plan.micro_batches, plan.seq_len, plan.max_tokens_per_micro_batch) == (2, 3, 64, 128)
     assert set(plan.to_dict()) >= {"trainable_fraction", "need_bytes", "verdict", "evidence"}
 
 
-def test_the_largest_row_and_batch_fit_and_no_more():
+@pytest.mark.slow
+def test_largest_row_and_batch():
     """Planned at the sizes the plan gives, the run fits; beyond them it does not surely."""
     plan = plan_tiny(SMALL)
     for name, largest in (("seq_len", plan.max_seq_len), ("batch_size", plan.max_batch_size)):
@@ -68,14 +69,16 @@ def test_the_largest_row_and_batch_fit_and_no_more():
         assert plan_tiny(SMALL, split_batch=False, **{name: int(1.2 * largest)}).verdict != "fits"
 
 
-def test_a_batch_is_split_as_training_splits_it():
+@pytest.mark.slow
+def test_split_batch():
     assert plan_tiny(SMALL, batch_size=4096, split_batch=False).verdict != "fits"
     split = plan_tiny(SMALL, batch_size=4096)
     assert split.verdict == "fits"
     assert split.batch * split.micro_batches >= 4096
 
 
-def test_advice_helps_a_gpu_too_small():
+@pytest.mark.slow
+def test_advice():
     base = ModelInfo("wide", "wide", zoo.llama(layers=8, hidden_size=512, intermediate_size=2048).config, "a test")
     request = PlanRequest(base, Gpu("small", "memory", "", "", 2 << 30, 2 << 30), lora(), seq_len=8192)
     plan = make_plan(request)
@@ -88,7 +91,7 @@ def test_advice_helps_a_gpu_too_small():
 
 
 @pytest.mark.parametrize("method", sorted(CASES))
-def test_the_size_of_the_adapter_file(method, tmp_path):
+def test_size_of_the_adapter_file(method, tmp_path):
     """Exact up to the header, or an upper bound if training chooses ranks (AdaLoRA, EVA)."""
     model = get_peft_model(zoo.llama(dtype=torch.float32), CASES[method]())
     state_dict.save_adapter(model, tmp_path, "default")
@@ -109,18 +112,18 @@ def test_the_size_of_the_adapter_file(method, tmp_path):
         ({"quantization": "nf5"}, "nf5"),
     ],
 )
-def test_wrong_requests(fields, message):
+def test_bad_request(fields, message):
     with pytest.raises(UsageError, match=message):
         plan_tiny(**fields)
 
 
-def test_a_plan_for_one_gpu_judges_another():
+def test_plan_for_one_gpu_judges_another():
     plan = plan_tiny()
     assert judge_plan(plan, ROOMY) == "fits"
     assert judge_plan(plan, gpu_with_memory("100MiB")) == "does not fit"
 
 
-def test_a_recipe_becomes_a_request(tmp_path):
+def test_request_of_a_recipe(tmp_path):
     recipe = Recipe.from_dict(
         {
             "model": "smollm2-135m",

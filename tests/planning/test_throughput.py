@@ -79,6 +79,7 @@ def estimates():
     return found
 
 
+@pytest.mark.slow
 def test_nine_of_ten_published_runs_are_in_range(estimates):
     outside = [(p["source"], e) for p, e in zip(POINTS, estimates, strict=True)
                if not e.low <= p["tokens_per_second"] <= e.high]  # fmt: skip
@@ -86,6 +87,7 @@ def test_nine_of_ten_published_runs_are_in_range(estimates):
     assert all(p["source"] for p in POINTS)
 
 
+@pytest.mark.slow
 def test_range_is_as_narrow_as_the_runs_are(estimates):
     """A range a third narrower loses more than one run in ten."""
     middle, factor = (UTILIZATION.low * UTILIZATION.high) ** 0.5, (UTILIZATION.high / UTILIZATION.low) ** (1 / 3)
