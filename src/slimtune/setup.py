@@ -21,7 +21,7 @@ from .data.tokenized_dataset import TokenizedDataset
 from .data.validation.report import DatasetReport
 from .errors import AdapterError, UsageError
 from .methods.lora.loftq import replace_lora_weights_loftq
-from .models.loader import Base, load_base, load_tokenizer, weights_folder
+from .models.loader import Base, download_weights, load_base, load_tokenizer
 from .models.quantization import dequantize_model
 from .run_dir import ADAPTER_FILE, RunDir
 from .train_step.loss import auto_micro_batch_tokens, check_packing_supported, make_collator
@@ -185,7 +185,7 @@ def attach_adapter(
         if loftq:
             layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
             inputs = collect_layer_inputs(base.model.eval(), layers, [e["input_ids"] for e in rows[:ROWS]])
-            replace_lora_weights_loftq(model, weights_folder(base.source, recipe.model.revision), inputs=inputs)
+            replace_lora_weights_loftq(model, download_weights(base.source, recipe.model.revision), inputs=inputs)
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
     t = recipe.train
     if t.offload_activations and base.device.type == "cpu":

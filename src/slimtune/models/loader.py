@@ -126,8 +126,8 @@ def load_tokenizer(
     return _load_tokenizer(open_model(spec, trust_remote_code=trust_remote_code, revision=revision), template)
 
 
-def weights_folder(source: ModelSource, revision: str | None = None) -> Path:
-    """Return the folder with a base's weight files as they are stored; missing files of a Hub id are downloaded."""
+def download_weights(source: ModelSource, revision: str | None = None) -> Path:
+    """Return the folder with a base's weight files as they are stored; those of a Hub id are downloaded if missing."""
     if source.kind == "gguf":
         return read_dequantized(source.path)[0]
     if source.kind == "folder":
