@@ -184,9 +184,9 @@ def test_unsupported_peft_field_is_accepted_at_its_default(name):
 
 
 def test_peft_config_file_is_read(tmp_path):
-    peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
-    config = PeftConfig.from_pretrained(tmp_path)
-    assert (config.r, config.target_modules, config.task_type) == (3, ["q_proj"], "CAUSAL_LM")
+    settings = {"r": 3, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    peft.LoraConfig(**settings).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path) == LoraConfig(**settings, peft_version=peft.__version__)
 
 
 def test_another_base_is_rejected_by_its_fingerprint(folder):

@@ -150,7 +150,7 @@ class AdapterModule(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map the input `x (..., in)` and the frozen output `y (..., out)` to the adapted output `(..., out)`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define forward(x, y)")
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Any:
         """Run the base and adapt its output: `x (..., in)` to `(..., out)`."""

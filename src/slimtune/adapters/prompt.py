@@ -82,7 +82,7 @@ class PromptModule(AdapterModule):
 
     def virtual_embeddings(self) -> Tensor:
         """Return the embeddings of the virtual tokens `(n, hidden)`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define virtual_embeddings()")
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the backbone with the virtual tokens in front, and return the hidden states of the other tokens."""
@@ -97,7 +97,7 @@ class PositionShift(AdapterModule):
     @property
     def n(self) -> int:
         """Number of positions that the prefix takes."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define n")
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the backbone with all positions increased by `n`."""
@@ -116,7 +116,7 @@ class AttentionModule(AdapterModule):
 
     def compute_prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return the learned keys and values of this layer, whose frozen attention is `module`."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define compute_prefix(module, rows)")
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the attention module with the prefix passed to its attention function."""
