@@ -32,13 +32,6 @@ def edit_config(folder, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def raise_error(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
-
-
 def test_folder(tiny_folder, tiny_llama, capsys):
     base = load(tiny_folder)
     assert capsys.readouterr() == ("", "")
@@ -158,12 +151,6 @@ def test_tokenizer_exceeds_embeddings(tiny_folder, tiny_tokenizer):
     assert_refused(tiny_folder, ModelError, "ids up to 338", "the model has 320 embeddings")
 
 
-def test_no_memory(tiny_folder, monkeypatch):
-    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", raise_error(error))
-    assert_refused(tiny_folder, RunError, "no memory left", "--dtype bf16")
-
-
 # --- tasks, pad token, template ---------------------------------------------------------------------------------------
 
 
@@ -224,37 +211,41 @@ def test_wrong_chat_template(tiny_folder, tmp_path):
     assert_refused(tiny_folder, UsageError, "not valid Jinja", "line 2", chat_template="{{ 1 }}\n{% for %}")
 
 
-# --- the Hub ----------------------------------------------------------------------------------------------------------
+# --- errors of libraries ----------------------------------------------------------------------------------------------
 
 
-def test_hub_offline():
-    assert_refused("org/no-such-base", ModelError, "not on this disk", "HF_HUB_OFFLINE", "local folder")
-    with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
-        load_tokenizer("org/no-such-base")
+def hub_error(cls):
+    """An OSError as transformers raises it, caused by an error of the Hub client."""
+    error = OSError("cannot be loaded")
+    error.__cause__ = cls("no", **({"response": MagicMock(headers={})} if issubclass(cls, hub.HfHubHTTPError) else {}))
+    return error
 
 
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (hub.GatedRepoError, ModelError, ["is gated", "accept its terms", "hf auth login"]),
-        (hub.RepositoryNotFoundError, ModelError, ["has no model", "hf auth login"]),
-        (hub.RevisionNotFoundError, UsageError, ["no such revision"]),
-        (hub.LocalEntryNotFoundError, ModelError, ["not on this disk"]),
-        (hub.RemoteEntryNotFoundError, ModelError, ["lacks a file"]),
+        (hub_error(hub.GatedRepoError), ModelError, ["is gated", "accept its terms", "hf auth login"]),
+        (hub_error(hub.RepositoryNotFoundError), ModelError, ["has no model", "hf auth login"]),
+        (hub_error(hub.RevisionNotFoundError), UsageError, ["no such revision"]),
+        (hub_error(hub.LocalEntryNotFoundError), ModelError, ["not on this disk"]),
+        (hub_error(hub.RemoteEntryNotFoundError), ModelError, ["lacks a file"]),
+        (OSError(28, "No space left on device"), RunError, ["disk is full", "HF_HOME"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RunError, ["no memory left", "--dtype bf16"]),
+        (ImportError("sentencepiece, please", name="sentencepiece"), ModelError, ["pip install sentencepiece"]),
     ],
 )
-def test_hub_errors(monkeypatch, error, kind, words):
-    cause = error("no", **({"response": MagicMock(headers={})} if issubclass(error, hub.HfHubHTTPError) else {}))
-    outer = OSError("cannot be loaded")
-    outer.__cause__ = cause
-    monkeypatch.setattr(registry.PreTrainedConfig, "get_config_dict", raise_error(outer))
+def test_errors_of_libraries(monkeypatch, error, kind, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(registry.PreTrainedConfig, "get_config_dict", fail)
     assert_refused("org/base", kind, "'org/base'", *words)
 
 
-def test_full_disk_while_downloading(monkeypatch):
-    error = OSError(28, "No space left on device")
-    monkeypatch.setattr(registry.PreTrainedConfig, "get_config_dict", raise_error(error))
-    assert_refused("org/base", RunError, "disk is full", "HF_HOME")
+def test_hub_offline():
+    for function in (load, load_tokenizer, load_config):
+        with pytest.raises(ModelError, match=r"(?s)not on this disk.*HF_HUB_OFFLINE.*local folder"):
+            function("org/no-such-base")
 
 
 def test_revision_of_a_folder(tiny_folder):

@@ -43,7 +43,7 @@ def chunked_cross_entropy(
 def target_nll(
     h: Tensor, head: Head, targets: Tensor, vocabulary: int, scale: float = 1.0, cap: float | None = None
 ) -> Tensor:
-    """Return the same for any trained or adapted head, which runs again in the backward pass."""
+    """Return the negative log-likelihoods `(n)` for any head; it runs again in the backward pass, so it may train."""
 
     def chunk_loss(states: Tensor, wanted: Tensor) -> Tensor:
         logits = _scale_and_cap(head(states).to(_wide_dtype(states)), scale, cap)

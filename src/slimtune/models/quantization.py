@@ -114,8 +114,7 @@ def dequantize_model(model: Any, dtype: torch.dtype) -> Any:
     for name, module in list(model.named_modules()):
         if layer_kind(module) != "linear" or not is_quantized(module):
             continue
-        with torch.device("meta"):
-            plain = nn.Linear(*layer_sizes(module), bias=False)
+        plain = nn.Linear(*layer_sizes(module), bias=False, device="meta")
         plain.weight = nn.Parameter(get_weight(module).to(dtype), requires_grad=False)
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.detach().to(dtype), requires_grad=False)
