@@ -29,8 +29,7 @@ class BitFitConfig(TargetedConfig):
     short_names: ClassVar = {"targets": "target_modules"}
 
     new_biases: bool = setting(
-        False,
-        "add biases where the base has none: by default everywhere but at the output head; cannot be merged",
+        False, "add biases where the base has none, by default everywhere but at the output head; cannot be merged"
     )
 
     def default_targets(self, model: Any) -> list[str] | None:

@@ -74,9 +74,7 @@ class BottleneckConfig(TargetedConfig):
     )
     is_parallel: bool | None = setting(None, "the adapter reads the sub-layer's input, not its output; None: by style")
     reduction_factor: float | dict[str | int, float] | None = setting(
-        None,
-        'hidden size / bottleneck size, or by layer number, such as {"1": 8, "default": 16}; None: by style, 16 or 2',
-        gt=0,
+        None, 'hidden size / bottleneck size, or by layer: {"1": 8, "default": 16}; None: by style, 16 or 2', gt=0
     )
     bottleneck_size: int | None = setting(None, "the bottleneck's size in units, instead of reduction_factor", ge=1)
     non_linearity: str | None = setting(
@@ -88,7 +86,7 @@ class BottleneckConfig(TargetedConfig):
     dropout: float = setting(0.0, "probability of dropping a unit of the adapter's output while training", ge=0, lt=1)
     init_weights: Literal["mam_adapter", "bert", "houlsby"] = setting(
         "mam_adapter",
-        '"mam_adapter": Kaiming-uniform down, zero up: starts unchanged; "bert": normal; "houlsby": truncated normal',
+        '"mam_adapter": zero up, so the model starts unchanged; "bert": normal; "houlsby": truncated normal',
     )
     leave_out: list[int] = setting(default_factory=list, help="numbers of the layers without an adapter, from 0", ge=0)
 

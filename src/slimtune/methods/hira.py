@@ -38,7 +38,7 @@ class HiraConfig(TargetedConfig):
     fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     init_weights: bool | Literal["gaussian"] = setting(
         True,
-        'True: Kaiming-uniform A, zero B; "gaussian": normal A, zero B; False: random; embeddings: zero A, normal B',
+        'True: Kaiming-uniform A; "gaussian": normal A; both with zero B (embeddings: zero A, normal B); False: random',
     )
     rank_pattern: dict[str, int] = setting(default_factory=dict, help="rank of single layers, by name or pattern", ge=1)
 

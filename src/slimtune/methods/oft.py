@@ -39,9 +39,7 @@ class OFTConfig(TargetedConfig):
 
     r: int = setting(0, "number of blocks; 0: oft_block_size gives it; one of the two must be 0", ge=0)
     oft_block_size: int = setting(
-        32,
-        "inputs rotated together, at least 2; 0: r gives it; becomes the nearest divisor of a layer's inputs",
-        ge=0,
+        32, "inputs rotated together, at least 2; 0: r gives it; becomes the nearest divisor of the inputs", ge=0
     )
     module_dropout: float = setting(0.0, "fraction of the blocks that are the identity in one step", ge=0, lt=1)
     fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)

@@ -42,8 +42,7 @@ class PrefixTuningConfig(prompt.PromptLearningConfig):
     }
 
     init_weights: Literal["zero", "vocab"] | None = setting(
-        None,
-        'None: keys and values start normal with std 1; "zero"; "vocab" (slimtune only): as those of random tokens',
+        None, 'start of keys and values. None: normal; "zero"; "vocab" (slimtune only): those of random tokens'
     )
     encoder_hidden_size: int | None = setting(None, "width of the projection; None: the size of a layer's keys", ge=1)
     prefix_projection: bool = setting(False, "train a small network that computes the keys and values")

@@ -40,8 +40,7 @@ class PromptTuningConfig(prompt.PromptLearningConfig):
     short_names: ClassVar = {"tokens": "num_virtual_tokens", "init": "prompt_tuning_init"}
 
     prompt_tuning_init: PromptTuningInit | Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = setting(
-        "RANDOM",
-        'the start. "RANDOM": normal; "SAMPLE_VOCAB": random tokens; "TEXT": a text, cut or repeated',
+        "RANDOM", 'the start. "RANDOM": normal; "SAMPLE_VOCAB": random tokens; "TEXT": a text, cut or repeated'
     )
     prompt_tuning_init_text: str | None = setting(None, 'the text for "TEXT"')
     tokenizer_name_or_path: str | None = setting(None, 'the tokenizer for "TEXT"')
