@@ -9,7 +9,7 @@ from ..utils.formatting import format_bytes
 from .common import Json, console, table
 from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans
 from .options import recipe_flags
-from .plan import format_range, run_text
+from .plan import describe_run, format_range
 
 
 @recipe_flags(*JOB_SETTINGS)
@@ -64,7 +64,7 @@ def gpus(
         screen = console()
         for (device, bf16), plan in plans.items():
             where = ("Macs" if device == "mps" else "GPUs") + ("" if bf16 else " without bf16")
-            screen.print(f"{run_text(plan)} needs {format_range(*plan.need)} on {where} in {plan.dtype}")
+            screen.print(f"{describe_run(plan)} needs {format_range(*plan.need)} on {where} in {plan.dtype}")
         fitting = [
             (c.name, format_bytes(c.memory), format_range(*c.usable), verdict, c.kind)
             for c, _, verdict in judged

@@ -121,10 +121,10 @@ def _read_settings(flags: dict[str, Any]) -> dict[str, Any]:
     """Return the values that were given, by dotted path, with old names replaced."""
     from ..config import Recipe
     from ..config.aliases import rename_setting
-    from ..config.loading import parse_yaml, read_override
+    from ..config.loading import parse_override, parse_yaml
     from ..config.schema import iterate_settings
 
-    overrides = [read_override(text) for text in flags.pop("set_", None) or []]
+    overrides = [parse_override(text) for text in flags.pop("set_", None) or []]
     known = {s.path: s for s in iterate_settings(Recipe)}
     values: dict[str, Any] = {}
     for name, value in flags.items():

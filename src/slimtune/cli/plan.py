@@ -115,7 +115,7 @@ def plan(
     return {**first, "plans": dicts, "unfit": unfit, "serve": serve_dict, "plot": plot, "recipe": write}
 
 
-def run_text(plan: Plan) -> str:
+def describe_run(plan: Plan) -> str:
     """Return what is planned: `llama-3.1-8b with lora`."""
     return f"{plan.model} with {plan.method}"
 
@@ -148,7 +148,7 @@ def _require_writable(path: Path, jobs: Jobs) -> None:
 
 
 def _verdict_text(plan: Plan) -> str:
-    return VERDICTS[plan.verdict].format(run_text(plan), plan.card)
+    return VERDICTS[plan.verdict].format(describe_run(plan), plan.card)
 
 
 def _evidence_table(heading: str, evidence: Mapping[str, str], rows: Sequence[tuple[str, str, str]]) -> Table:

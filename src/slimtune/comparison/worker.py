@@ -4,7 +4,6 @@ The process boundary gives each run its own peak memory, and a crash ends that r
 checkpoint and ends when the process that started it ends. An error is one JSON object on stdout.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -118,15 +117,11 @@ def run_cell(recipe_file: Path, *, trial: bool = False, force: bool = False) -> 
 
 def main() -> None:
     """Run the cell that the arguments name and exit: 0 done, 1 or 2 as the error says, 130 interrupted."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--trial", action="store_true")
-    parser.add_argument("--force", action="store_true")
-    args = parser.parse_args()
+    recipe_file, *flags = sys.argv[1:]
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     code = 0
     try:
-        run_cell(args.recipe, trial=args.trial, force=args.force)
+        run_cell(Path(recipe_file), trial="--trial" in flags, force="--force" in flags)
     except KeyboardInterrupt:
         code = 130
     except Exception as e:

@@ -73,12 +73,12 @@ def read_tree(path: Path) -> dict[str, Any]:
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict | None):
         raise RecipeError(f"{path} is {format_value(tree)}", "a mapping with model, data and output_dir")
-    tree = rename_settings(expand(tree or {}), str(path))
+    tree = rename_settings(expand_short_sections(tree or {}), str(path))
     resolve_paths(tree, path.absolute().parent)
     return tree
 
 
-def expand(tree: Mapping[str, Any]) -> dict[str, Any]:
+def expand_short_sections(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tree with `model: x` written as `model: {name: x}` and without empty sections."""
     return {
         name: {SHORT_SECTIONS[name]: value} if name in SHORT_SECTIONS and not isinstance(value, Mapping) else value
@@ -87,7 +87,7 @@ def expand(tree: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
     """Return path and value of `"path.to.field=value"`; the value is read as YAML."""
     path, equals, value = text.partition("=")
     if not equals or not path.strip():

@@ -14,7 +14,7 @@ from ..utils.files import parse_dataset_id
 from . import schema
 from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, format_value, raise_errors
-from .loading import DATA_FILES, expand, read_override, read_tree, resolve_paths, set_field
+from .loading import DATA_FILES, expand_short_sections, parse_override, read_tree, resolve_paths, set_field
 from .method import accepted_names, resolve_method
 
 
@@ -43,7 +43,7 @@ class Recipe(schema.Section):
         """
         if not isinstance(tree, Mapping):
             raise RecipeError(f"{source} is {format_value(tree)}", "a mapping with model, data and output_dir")
-        tree = rename_settings(expand(copy.deepcopy(dict(tree))), source)
+        tree = rename_settings(expand_short_sections(copy.deepcopy(dict(tree))), source)
         resolve_paths(tree)
         method, errors = resolve_method(tree.get("method", {}))
         paths = [s.path for s in schema.iterate_settings(cls)] + [f"method.{n}" for n in accepted_names(method["name"])]
@@ -105,7 +105,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable
     read as YAML.
     """
     tree = read_tree(Path(path).expanduser()) if path is not None else {}
-    given = overrides.items() if isinstance(overrides, Mapping) else [read_override(text) for text in overrides]
+    given = overrides.items() if isinstance(overrides, Mapping) else [parse_override(text) for text in overrides]
     settings = dict(rename_setting(where, value) for where, value in given)
     for where, value in settings.items():
         if where.startswith("method.") and isinstance(tree.get("method"), dict):

@@ -75,25 +75,14 @@ def render_data_report(report: Mapping[str, Any]) -> str:
 
 
 def _render_page(**values: Any) -> str:
-    tools: dict[str, Any] = {
-        "fixed": fixed,
-        "signed": signed,
-        "percent": percent,
-        "whole": whole,
-        "figure": figure,
-        "bytes": size,
-        "count": count,
-        "duration": duration,
-        "range_text": _range_text,
-        "command": lambda *words: shlex.join(["slimtune", *words]),
-        "quote": shlex.quote,
-        "display_path": _display_path,
-        "length_histogram": _length_histogram,
-        "forgetting_chart": _forgetting_chart,
-    }
-    style = files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
     page = charts.html_templates().get_template("report.html.j2")
-    return page.render(**values, **tools, style=Markup(style), version=__version__)
+    return page.render(
+        **values, style=style, version=__version__, fixed=fixed, signed=signed, percent=percent, whole=whole,
+        figure=figure, bytes=size, count=count, duration=duration, range_text=_range_text, display_path=_display_path,
+        command=lambda *words: shlex.join(["slimtune", *words]), quote=shlex.quote, length_histogram=_length_histogram,
+        forgetting_chart=_forgetting_chart,
+    )  # fmt: skip
 
 
 # --- values as text --------------------------------------------------------------------------------------------------
