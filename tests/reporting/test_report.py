@@ -19,6 +19,12 @@ SECTIONS = ["recipe", "plan", "data", "training", "evaluation", "samples", "forg
 HOSTILE = """<script>alert("x")</script><img src=x onerror='y'>&amp;"' onload=z {{ 7 * 7 }} </style></section>"""
 
 
+def read_page(run: RunDir) -> Page:
+    page = Page(render_report(run))
+    assert page.errors == []
+    return page
+
+
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory):
     return make_full_run(tmp_path_factory.mktemp("runs") / "mine")
@@ -26,19 +32,12 @@ def full_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def full_page(full_run):
-    return Page(render_report(full_run))
-
-
-@pytest.fixture
-def bare_run(tmp_path):
-    recipe = Recipe.from_dict({"model": "m", "data": "/rows/d.jsonl", "output_dir": str(tmp_path / "mine")})
-    return RunDir.create(tmp_path / "mine", recipe)
+    return read_page(full_run)
 
 
 def test_page_is_valid_and_loads_nothing(full_run, full_page):
     text = render_report(full_run)
     assert not [mark for mark in ("://", "url(", "@import") if mark in text]
-    assert full_page.errors == []
     assert [a["id"] for a in full_page.all("section")] == SECTIONS
     assert [a["href"] for a in full_page.all("a")] == [f"#{key}" for key in SECTIONS]
     assert not {t for t, _ in full_page.tags} & {"script", "link", "img", "iframe", "object", "form", "base"}
@@ -47,7 +46,7 @@ def test_page_is_valid_and_loads_nothing(full_run, full_page):
     assert all(a.get("role") == "img" and a.get("aria-label") for a in full_page.all("svg"))
 
 
-def test_no_absolute_path(full_run, tmp_path, monkeypatch):
+def test_no_absolute_path(full_run, monkeypatch):
     text = render_report(full_run)
     assert str(full_run.path.parent) not in text
     assert "/data/" not in text
@@ -79,27 +78,22 @@ def test_every_figure_is_shown(full_page, section, texts):
     assert "not measured" not in shown
 
 
-def test_texts_are_escaped(tmp_path):
-    tame = Page(render_report(make_full_run(tmp_path / "a", "x")))
-    page = Page(render_report(make_full_run(tmp_path / "b", HOSTILE)))
-    assert page.errors == []
-    assert [(tag, list(a)) for tag, a in page.tags] == [(tag, list(a)) for tag, a in tame.tags]
+def test_texts_and_names_are_escaped(tmp_path):
+    harmless = read_page(make_full_run(tmp_path / "a", "x"))
+    page = read_page(make_full_run(tmp_path / "b", HOSTILE))
+    assert [(tag, list(a)) for tag, a in page.tags] == [(tag, list(a)) for tag, a in harmless.tags]
     assert sum(HOSTILE in text for text in page.texts) > 40
-
-
-def test_names_are_escaped(tmp_path):
     name = "<b>\"x' onclick=y"
     run = make_full_run(tmp_path / name, "x")
     write_json(run.evaluation_file(f"data-{name}"), make_evaluation(run.path, "x"))
-    page = Page(render_report(run))
-    assert page.errors == []
+    page = read_page(run)
     assert not [a for _, found in page.tags for a in found if a.startswith("on")]
     assert f"Rows of {name}" in page.text
 
 
-def test_gaps_name_a_command(bare_run):
-    page = Page(render_report(bare_run))
-    assert page.errors == []
+def test_gaps_name_a_command(tmp_path):
+    recipe = Recipe.from_dict({"model": "m", "data": "/rows/d.jsonl", "output_dir": str(tmp_path / "mine")})
+    page = read_page(RunDir.create(tmp_path / "mine", recipe))
     for section, line in {
         "plan": "not planned: slimtune plan mine/recipe.yaml",
         "data": "not validated: slimtune data d.jsonl --model m",
@@ -117,7 +111,7 @@ def test_missing_keys(tmp_path):
     keys = ("rows", "tokens", "base_loss", "tuned_loss", "loss_reduction", "loss_reduction_ci95", "base_perplexity")
     old = {k: v for k, v in make_evaluation(run.path, "").items() if k in keys}
     write_json(run.evaluation_file("test"), {**old, "forgetting": None, "generations": None})
-    page = Page(render_report(run))
+    page = read_page(run)
     assert "accuracy was not measured: slimtune eval" in page.section("evaluation")
     assert "4.524" in page.section("evaluation")
     assert "not measured" in page.section("forgetting")
@@ -125,7 +119,7 @@ def test_missing_keys(tmp_path):
     write_json(run.data_file, {"train": {}, "validation": None})
     write_json(run.plan_file, {"plan": {}, "probe": {}})
     write_json(run.result_file, {"run": "x"})
-    assert Page(render_report(run)).errors == []
+    read_page(run)
 
 
 def test_damaged_files(tmp_path):
@@ -134,11 +128,11 @@ def test_damaged_files(tmp_path):
     write_json(run.plan_file, [1])
     with run.metrics_file.open("a") as f:
         f.write("not json\n")
-    page = Page(render_report(run))
+    page = read_page(run)
     assert len(page.all("p", "notice bad")) == 3
     for text in ("eval-test.json is damaged", "plan.json is damaged: it contains a list", "line 46 is not JSON"):
         assert text in page.text
-    assert "781" in page.section("data")
+    assert "781" in page.section("data"), "the rest is shown"
 
 
 def test_memory_bar(full_page):
@@ -152,15 +146,12 @@ def test_memory_bar(full_page):
     assert float(full_page.all("rect", "need")[0]["width"]) == pytest.approx(1000 * most / 23e9, abs=0.1)
 
 
-def test_peak_above_the_plan(tmp_path):
-    page = Page(render_report(make_full_run(tmp_path / "mine", peak_bytes=3_000_000_000)))
+def test_peak_against_the_plan(tmp_path):
+    page = read_page(make_full_run(tmp_path / "cpu", peak_bytes=3_000_000_000))
     assert "2.8 GiB off" in page.section("plan")
     assert float(page.all("line", "measured")[0]["x1"]) == 1000
-
-
-def test_peak_on_a_gpu(tmp_path):
-    page = Page(render_report(make_full_run(tmp_path / "mine", device="cuda:0", peak_bytes=1_300_000_000)))
-    assert "peak memory1.1 GiB1.2 GiB longest" in page.section("plan")
+    page = read_page(make_full_run(tmp_path / "gpu", device="cuda:0", peak_bytes=1_300_000_000))
+    assert "peak memory1.1 GiB1.2 GiB longest" in page.section("plan"), "on a GPU: of its tensors"
 
 
 def test_data_report_page():
@@ -177,11 +168,6 @@ def test_data_report_page():
 # --- exports ---------------------------------------------------------------------------------------------------------
 
 
-def export_commands(run: RunDir) -> list[list[str]]:
-    lines = Page(render_report(run)).sections["export"].splitlines()
-    return [shlex.split(line) for line in lines if line.startswith("slimtune ")]
-
-
 LORA = {"base_kind": "gguf", "merged": True, "gguf": True, "vllm": True, "as_lora": True}
 NEVER = {"base_kind": "gguf", "merged": False, "gguf": False, "vllm": False, "as_lora": False}
 
@@ -191,36 +177,30 @@ NEVER = {"base_kind": "gguf", "merged": False, "gguf": False, "vllm": False, "as
     [
         (LORA, ["merge", "gguf", "ollama", "vllm", "push", "verify"]),
         (LORA | {"base_kind": "hub"}, ["merge", "gguf", "ollama --merged", "vllm", "push", "verify"]),
-        (LORA | {"gguf": False, "vllm": False},
+        (LORA | {"base_kind": "folder", "gguf": False, "vllm": False},
          ["merge", "gguf --merged", "ollama --merged", "vllm --convert-to-lora 64", "push", "verify"]),
         (NEVER, ["push"]),
     ],
     ids=["lora", "lora on a Hub base", "ia3", "prefix tuning"],
 )  # fmt: skip
-def test_supported_exports(tmp_path, formats, expected):
-    run = make_full_run(tmp_path / "mine", export_formats=formats)
-    found = []
-    for _, verb, *arguments in export_commands(run)[2:]:
-        to = arguments[arguments.index("--to") + 1] if verb == "export" else verb
-        found.append(" ".join([to, *arguments[5:]]) if verb == "export" else to)
-    assert found == expected
-    assert ("does not change weights" in Page(render_report(run)).section("export")) == (formats is NEVER)
-
-
-@pytest.mark.parametrize("formats", [LORA, LORA | {"base_kind": "folder", "vllm": False}, NEVER])
-def test_commands_parse(tmp_path, formats):
+def test_supported_exports_parse(tmp_path, formats, expected):
     name = "my run; it's"
+    page = read_page(make_full_run(tmp_path / name, export_formats=formats))
     commands = typer.main.get_command(app).commands
-    lines = export_commands(make_full_run(tmp_path / name, export_formats=formats))
-    assert len(lines) > 2
-    for _, verb, *arguments in lines:
-        commands[verb].make_context(verb, list(arguments))  # raises at an unknown option
+    lines = [shlex.split(x) for x in page.sections["export"].splitlines() if x.startswith("slimtune ")]
+    found = []
+    for _, command, *arguments in lines:
+        commands[command].make_context(command, list(arguments))  # raises at an unknown option
         assert name in arguments
+        to = arguments[arguments.index("--to") + 1] if command == "export" else command
+        found.append(" ".join([to, *arguments[5:]]) if command == "export" else to)
+    assert found[2:] == expected
+    assert ("does not change weights" in page.section("export")) == (formats is NEVER)
 
 
 def test_formats_not_recorded(tmp_path):
-    run = make_full_run(tmp_path / "mine", export_formats=None)
-    assert "not recorded: slimtune methods lora" in Page(render_report(run)).section("export")
+    page = read_page(make_full_run(tmp_path / "mine", export_formats=None))
+    assert "not recorded: slimtune methods lora" in page.section("export")
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -237,14 +217,13 @@ def test_eval_updates_the_page(tiny_folder, tmp_path):
 def test_report_command(tmp_path, capsys):
     run = make_full_run(tmp_path / "mine")
     other = tmp_path / "other.html"
-    for given, file in (([], run.report_file), (["--out", str(other)], other)):
+    for options, file in (([], run.report_file), (["--out", str(other)], other)):
         with pytest.raises(SystemExit) as e:
-            app(args=["report", str(run.path), *given, "--json"])
+            app(args=["report", str(run.path), *options, "--json"])
         assert e.value.code == 0
         assert json.loads(capsys.readouterr().out) == {"run": str(run.path), "report": str(file)}
         assert file.read_text() == render_report(run)
-    for bad in ([str(tmp_path)], [str(run.path), "--out", str(tmp_path / "no/x.html")],
-                [str(run.path), "--out", str(tmp_path)]):  # fmt: skip
+    for wrong in ([tmp_path], [run.path, "--out", tmp_path / "no/x.html"], [run.path, "--out", tmp_path]):
         with pytest.raises(SystemExit) as e:
-            app(args=["report", *bad])
+            app(args=["report", *map(str, wrong)])
         assert e.value.code == 2
