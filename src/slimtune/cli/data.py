@@ -34,14 +34,17 @@ def data_report(
     """
     from ..config import load_recipe
     from ..data.validation.report import validate_file
-    from ..setup import load_tokenizer_from_recipe
+    from ..models.loader import load_tokenizer  # not `setup`, which imports every adapter: 5 s
 
     recipe = load_recipe(None, {"data.train": file, "output_dir": "runs/unused", **settings})
-    data = recipe.data
+    data, m = recipe.data, recipe.model
+    tokenizer = load_tokenizer(
+        m.name, trust_remote_code=m.trust_remote_code, revision=m.revision, chat_template=data.chat_template
+    )
     report = validate_file(
         file,
-        load_tokenizer_from_recipe(recipe),
-        model=recipe.model.name,
+        tokenizer,
+        model=m.name,
         format=data.format,
         columns=data.columns,
         train_on=data.train_on,
