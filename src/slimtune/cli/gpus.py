@@ -50,7 +50,7 @@ def gpus(
             console().print(table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6], rows=rows))
         return {"cards": [_to_dict(card) for card in cards]}
 
-    from ..planning.planner import judge_plan
+    from ..planning.planner import judge_memory
 
     jobs = load_jobs(job, settings)
     if len(jobs.recipes) > 1 or jobs.errors:
@@ -59,7 +59,7 @@ def gpus(
     # The run is planned once for each class of GPUs, on its largest.
     largest = {_gpu_class(card, jobs): card for card in cards}
     plans = {key: make_plans(jobs, card, advise=False)[0][0] for key, card in largest.items()}
-    judged = [(card, plan := plans[_gpu_class(card, jobs)], judge_plan(plan, card)) for card in cards]
+    judged = [(card, plan := plans[_gpu_class(card, jobs)], judge_memory(plan.need, card.usable)) for card in cards]
     if not as_json:
         screen = console()
         for (device, bf16), plan in plans.items():

@@ -15,6 +15,7 @@ from ..models.dtype import VENDOR_DEVICES, pick_device
 from ..utils.device import free_memory
 from ..utils.distributed import local_world_size
 from ..utils.formatting import format_bytes
+from .result import Range
 
 GIB = 1 << 30
 UNITS = {"": 1, **{u: 1000**n for n, u in enumerate("kmgt", 1)}, **{f"{u}i": 1024**n for n, u in enumerate("kmgt", 1)}}
@@ -48,19 +49,19 @@ class Gpu:
         return self.rates is None or "bfloat16" in self.rates
 
     @property
-    def usable(self) -> tuple[int, int]:
+    def usable(self) -> Range:
         """Bytes a run can have, (surely, at most).
 
         A GPU that drives a display gives it up to a twentieth; macOS gives the GPU two thirds of a small memory and
         three quarters of a large one (`recommendedMaxWorkingSetSize`); of a CPU's memory it is what is free.
         """
         if self.kind == "cpu":
-            return self.visible, self.visible
+            return Range(self.visible, self.visible)
         if self.vendor == "apple":
             share = 0.66 if self.memory <= 36 * GIB else 0.75
-            return int(share * self.memory), int(0.75 * self.memory)
+            return Range(int(share * self.memory), int(0.75 * self.memory))
         surely = 0.98 if self.kind == "datacentre" else 0.955
-        return int(surely * self.visible), int(0.99 * self.visible)
+        return Range(int(surely * self.visible), int(0.99 * self.visible))
 
 
 @cache

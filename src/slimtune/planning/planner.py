@@ -29,6 +29,7 @@ LIBRARY_WORKSPACES = 64e6
 """Bytes that matrix products may allocate."""
 CUBLAS_WORKSPACES = 2 * 8_519_680
 """cuBLAS keeps a workspace for the forward and one for the backward thread (up to compute capability 8.9)."""
+LIBRARY_BYTES = {"cuda": CUBLAS_WORKSPACES}
 MAX_BATCH_SIZE = 1 << 16
 SPLIT_MARGIN = 1.02
 """Factor on the formula's bytes when a batch is split into micro-batches."""
@@ -66,14 +67,15 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
 
     peak, reserved = reserved_memory(job, trace)
     reserved = Range(reserved.low, reserved.high + spread)
-    runtime, usable = RUNTIME[job.device], Range(*gpu.usable)
-    verdict = judge_memory(reserved, runtime, usable)
+    runtime, usable = RUNTIME[job.device], gpu.usable
+    need = add_ranges(reserved, runtime)
+    verdict = judge_memory(need, usable)
     parts = {part: trace.parts.get(part, 0) for part in PARTS} | {"runtime": int(runtime.high)}
 
     def fits(lengths: Sequence[int]) -> bool:
-        now = memory_model.peak(lengths) + library_bytes(job)
+        now = memory_model.peak(lengths) + LIBRARY_BYTES.get(job.device, 0)
         high = now + (reserved.high - peak) + FRAGMENTATION[job.device] * max(0, now - peak)
-        return judge_memory(Range(now, high), runtime, usable) == "fits"
+        return judge_memory(add_ranges(Range(now, high), runtime), usable) == "fits"
 
     adapters, optimizer_bytes = trace.state.get("adapters", 0), trace.state.get("optimizer", 0)
     peaks = {"start": trace.state["weights"] + adapters, **trace.peaks}
@@ -114,7 +116,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
         host_bytes=int(host_bytes + RUNTIME["cpu"].high),
         disk_bytes=disk_bytes + SMALL_FILES,
         verdict=verdict,
-        reason=explain_verdict(request, verdict, parts, add_ranges(reserved, runtime), usable),
+        reason=explain_verdict(request, verdict, parts, need, usable),
         max_seq_len=largest_fitting(lambda n: fits((n,) * len(job.lengths)), MAX_SEQ_LEN),
         max_batch_size=largest_fitting(lambda n: fits((max(job.lengths),) * n), MAX_BATCH_SIZE),
         tokens_per_second=estimate_throughput(
@@ -135,14 +137,13 @@ def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryMode
     rows = job.lengths
     if len(rows) == 1 or not (request.split_batch or request.max_tokens):
         return job
-    runtime, usable = RUNTIME[job.device], Range(*request.gpu.usable)
 
     def fits(count: int) -> bool:
         if request.max_tokens is not None and sum(rows[:count]) > request.max_tokens:
             return False
-        peak = round(SPLIT_MARGIN * (memory_model.peak(rows[:count]) + library_bytes(job)))
-        reserved = allocator_range(job.device, peak, memory_model.state)
-        return not request.split_batch or judge_memory(reserved, runtime, usable) == "fits"
+        peak = round(SPLIT_MARGIN * (memory_model.peak(rows[:count]) + LIBRARY_BYTES.get(job.device, 0)))
+        need = add_ranges(allocator_range(job.device, peak, memory_model.state), RUNTIME[job.device])
+        return not request.split_batch or judge_memory(need, request.gpu.usable) == "fits"
 
     count = max(1, largest_fitting(fits, len(rows)))
     micro_batches = -(-len(rows) // count) * request.gradient_accumulation_steps
@@ -151,13 +152,8 @@ def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryMode
 
 def reserved_memory(job: TrainingJob, trace: Trace) -> tuple[int, Range]:
     """Return the peak of allocated bytes, and what the allocator reserves for them."""
-    peak = trace.peak + library_bytes(job)
+    peak = trace.peak + LIBRARY_BYTES.get(job.device, 0)
     return peak, allocator_range(job.device, peak, trace.state_bytes)
-
-
-def library_bytes(job: TrainingJob) -> int:
-    """Return the bytes that libraries allocate beside tensors."""
-    return CUBLAS_WORKSPACES if job.device == "cuda" else 0
 
 
 def allocator_range(device: str, peak: int, state: int) -> Range:
@@ -166,16 +162,11 @@ def allocator_range(device: str, peak: int, state: int) -> Range:
     return Range(peak, peak + FRAGMENTATION[device] * (peak - state) + LIBRARY_WORKSPACES)
 
 
-def judge_memory(reserved: Range, runtime: Range, usable: Range) -> Verdict:
-    """Return whether a device with `usable` bytes has room for `reserved` and `runtime`."""
-    if reserved.high + runtime.high <= usable.low:
+def judge_memory(need: Range, usable: Range) -> Verdict:
+    """Return whether a device with `usable` bytes, (surely, at most), has the bytes that a run needs."""
+    if need.high <= usable.low:
         return "fits"
-    return "tight" if reserved.low + runtime.low <= usable.high else "does not fit"
-
-
-def judge_plan(plan: Plan, gpu: Gpu) -> Verdict:
-    """Return whether a plan made for one GPU fits another of the same kind of device."""
-    return judge_memory(plan.reserved_bytes, plan.runtime_bytes, Range(*gpu.usable))
+    return "tight" if need.low <= usable.high else "does not fit"
 
 
 def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
@@ -221,7 +212,7 @@ def make_advice(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advice]:
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
         trace = extrapolate_layers(changed, backward_only=changed.optimizer == "adamw")
         peak, reserved = reserved_memory(changed, trace)
-        return plan.allocated_bytes - peak, judge_memory(reserved, RUNTIME[changed.device], Range(*gpu.usable))
+        return plan.allocated_bytes - peak, judge_memory(add_ranges(reserved, RUNTIME[changed.device]), gpu.usable)
 
     useful, advice = [], []
     for text, change in _possible_changes(job):
@@ -293,24 +284,18 @@ def explain_verdict(request: PlanRequest, verdict: Verdict, parts: dict[str, int
 
 def list_evidence(request: PlanRequest, host_moment: str) -> dict[str, str]:
     """Return the kind of evidence of each figure; `host_moment` is when CPU memory is highest."""
-    gpu, fitted = request.gpu, "computed by a formula fitted to traces"
-    traced = "traced"
-    if request.fsdp:
-        traced += "; the sharded base: computed, what is gathered beside a layer is guessed"
+    gpu = request.gpu
+    sharded = "; the sharded base: computed, what is gathered beside a layer is guessed" if request.fsdp else ""
+    traced = f"traced{sharded}"
     return {
-        "trainable_params": "computed",
-        "total_params": "computed",
-        "adapter_bytes": "computed",
+        **dict.fromkeys(("trainable_params", "total_params", "adapter_bytes"), "computed"),
+        **dict.fromkeys(("reserved_bytes", "runtime_bytes"), "guessed"),
+        **dict.fromkeys(("allocated_bytes", "peaks"), traced),
+        **dict.fromkeys(("max_seq_len", "max_batch_size"), "computed by a formula fitted to traces"),
         "parts": f"{traced}; runtime: guessed",
-        "allocated_bytes": traced,
-        "reserved_bytes": "guessed",
-        "runtime_bytes": "guessed",
         "usable_bytes": "measured on this machine" if gpu.kind == "cpu" else f"published ({gpu.source})",
-        "peaks": traced,
         "host_bytes": f"computed, {host_moment}; guessed runtime",
         "disk_bytes": "computed, an upper bound",
-        "max_seq_len": fitted,
-        "max_batch_size": fitted,
         "tokens_per_second": f"computed from traced work and published rates ({gpu.source}); the range is guessed",
         "model": request.model.source,
     }

@@ -12,12 +12,11 @@ from transformers import PreTrainedConfig
 
 from ..adapters.config import PeftConfig
 from ..config import Recipe
-from ..errors import UsageError, format_names, nearest
+from ..errors import UsageError
 from ..models.dtype import pick_dtype
 from ..models.registry import ModelInfo, get_model_info
 from ..setup import build_meta_model
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
-from ..train_step.optimizer import OPTIMIZERS
 from .fake_quantization import quantization_kind, quantize
 from .gpus import Gpu
 
@@ -38,7 +37,7 @@ class TrainingJob:
     gradient_checkpointing: bool = False
     offload_activations: bool = False  # keep checkpointed activations in CPU memory
     mlp_tile_size: int | None = None  # tokens that norms and MLPs process at once; None: all
-    optimizer: str = "adamw"  # a key of OPTIMIZERS
+    optimizer: str = "adamw"  # a key of train_step.optimizer.OPTIMIZERS
     quantization: str | None = None  # one of fake_quantization.KINDS for the base's linear layers
     packing: bool = True  # rows in one sequence; else padded
 
@@ -98,14 +97,8 @@ class PlanRequest:
     fsdp: bool = False  # shard the base over the processes; else each holds all of it
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("seq_len", 2), ("gradient_accumulation_steps", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}", f"a whole number from {least}")
         if self.seq_len > MAX_SEQ_LEN:
             raise UsageError(f"a row of {self.seq_len} tokens", f"at most {MAX_SEQ_LEN}", "give the length in tokens")
-        if self.optimizer not in OPTIMIZERS:
-            close = nearest(self.optimizer, OPTIMIZERS)
-            raise UsageError(f"unknown optimizer {self.optimizer!r}{close}", format_names(OPTIMIZERS))
 
     def job(self) -> TrainingJob:
         """Return the job with all rows of a batch in one micro-batch, the longest first."""

@@ -161,7 +161,7 @@ def plan_serving(
         low, high = (int(n * UTILIZATION) if is_vllm else n for n in gpu.usable)
         usable = Range(low, high)
         reason += f", and {gpu.name} gives it {format_bytes(low)} to {format_bytes(high)}"
-        verdict = judge_memory(need, Range(0, 0), usable)
+        verdict = judge_memory(need, usable)
         limit = text.max_position_embeddings
         blocks = largest_fitting(lambda n: need_at(256 * n)[2].high <= low, max(limit // 256, 1))
         max_context = min(256 * blocks, limit)
