@@ -57,16 +57,13 @@ def collect_field_errors(error: ValidationError, recipe: type[BaseModel], paths:
             missing = [s for s in settings.values() if s.required and f"{s.path}.".startswith(f"{location}.")]
             found |= {s.path: FieldError(s.path, f"missing (flag {s.flag})", s.help) for s in missing}
         elif path in settings:
-            similar = nearest(value, _choices(settings[path].annotation)) if isinstance(value, str) else ""
+            members = [settings[path].annotation, *typing.get_args(settings[path].annotation)]
+            choices = [c for m in members if typing.get_origin(m) is typing.Literal for c in typing.get_args(m)]
+            similar = nearest(value, choices) if isinstance(value, str) else ""
             found[path] = FieldError(path, got + similar, settings[path].expected)
         else:
             found[path] = FieldError(path, got, f"a section with {format_names(_field_names(recipe, parts))}")
     return list(found.values())
-
-
-def _choices(annotation: typing.Any) -> list[str]:
-    options = [annotation, *typing.get_args(annotation)]
-    return [c for option in options if typing.get_origin(option) is typing.Literal for c in typing.get_args(option)]
 
 
 def _field_names(section: type[BaseModel], parts: Iterable[str]) -> list[str]:
