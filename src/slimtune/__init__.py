@@ -10,38 +10,27 @@ from .adapters.registry import config_class_paths
 
 __version__ = "0.1.0"
 
-_HOME: dict[str, str] = {
-    "AutoPeftModel": "adapters.auto",
-    "AutoPeftModelForCausalLM": "adapters.auto",
-    "AutoPeftModelForFeatureExtraction": "adapters.auto",
-    "AutoPeftModelForQuestionAnswering": "adapters.auto",
-    "AutoPeftModelForSeq2SeqLM": "adapters.auto",
-    "AutoPeftModelForSequenceClassification": "adapters.auto",
-    "AutoPeftModelForTokenClassification": "adapters.auto",
-    "EvaConfig": "methods.lora.eva",
-    "PromptEncoderReparameterizationType": "methods.p_tuning",
-    "PromptTuningInit": "methods.prompt_tuning",
-    "PeftConfig": "adapters.config",
-    "PeftModel": "adapters.model",
-    "TaskType": "adapters.config",
-    "convert_to_lora": "adapters.conversion",
-    "create_loraplus_optimizer": "adapters.optimizer",
-    "get_eva_state_dict": "methods.lora.eva",
-    "get_peft_model": "adapters.model",
-    "get_peft_model_state_dict": "adapters.state_dict",
-    "hotswap_adapter": "adapters.hotswap",
-    "initialize_kv_prefix_from_past_key_values": "methods.prefix_tuning",
-    "initialize_kv_prefix_from_text": "methods.prefix_tuning",
-    "initialize_lora_eva_weights": "methods.lora.eva",
-    "load_run": "setup",
-    "parameter_groups": "adapters.optimizer",
-    "prepare_model_for_compiled_hotswap": "adapters.hotswap",
-    "prepare_model_for_kbit_training": "adapters.quantized",
-    "replace_lora_weights_loftq": "methods.lora.loftq",
-    "save_as_lora": "adapters.conversion",
-    "set_peft_model_state_dict": "adapters.state_dict",
-}
-
+_NAMES_BY_MODULE = {
+    "adapters.auto": (
+        "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+    "adapters.config": ("PeftConfig", "TaskType"),
+    "adapters.conversion": ("convert_to_lora", "save_as_lora"),
+    "adapters.hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
+    "adapters.model": ("PeftModel", "get_peft_model"),
+    "adapters.optimizer": ("create_loraplus_optimizer", "parameter_groups"),
+    "adapters.quantized": ("prepare_model_for_kbit_training",),
+    "adapters.state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "methods.lora.eva": ("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
+    "methods.lora.loftq": ("replace_lora_weights_loftq",),
+    "methods.p_tuning": ("PromptEncoderReparameterizationType",),
+    "methods.prefix_tuning": ("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
+    "methods.prompt_tuning": ("PromptTuningInit",),
+    "setup": ("load_run",),
+}  # fmt: skip
+_HOME = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 _HOME |= config_class_paths()  # a method's file is its own entry
 
 __all__ = sorted(_HOME)
