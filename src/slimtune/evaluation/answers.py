@@ -14,6 +14,7 @@ token changes all that follow.
     json-schema:F   the answer is JSON that satisfies the schema in file F (jsonschema)
 """
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -52,11 +53,8 @@ def sample_prompts(rows: Iterable[Row], examples: Sequence[Example], count: int)
     for row in (row for row in rows if row.line in lines):
         answers = [i for i, m in enumerate(row.messages) if m["role"] == "assistant" and m.get("content")]
         if not answers or row.tools:
-            raise UsageError(
-                f"the row of line {row.line} cannot be asked again",
-                "messages that end with an assistant's answer in words, without tools",
-                "leave --generate out",
-            )
+            expected = "messages that end with an assistant's answer in words, without tools"
+            raise UsageError(f"the row of line {row.line} cannot be asked again", expected, "leave --generate out")
         prompts.append(EvalPrompt(row.messages[: answers[-1]], row.messages[answers[-1]]["content"], row.line))
     return prompts
 
@@ -67,19 +65,15 @@ def generate_answers(
     """Return `line`, `prompt`, `reference`, `base`, `tuned`, `checks` (`{name: {"base", "tuned"}}`) of each prompt."""
     results = []
     for prompt in prompts:
+        measured: dict[str, dict[str, bool | float]] = {n: {} for n in ("tokens", "repetition", "ended", *checks)}
         result: dict[str, Any] = {"line": prompt.line, "prompt": prompt.messages, "reference": prompt.reference}
-        measured: dict[str, dict[str, bool | float]] = {}
         for who in ("base", "tuned"):
             answer = generator.answer(prompt.messages, tuned=who == "tuned", max_new_tokens=max_new_tokens)
             result[who] = answer.text
-            values: dict[str, bool | float] = {
-                "tokens": answer.tokens,
-                "repetition": measure_repetition(answer.text),
-                "ended": answer.ended,
-                **{name: check(answer.text, prompt.reference) for name, check in checks.items()},
-            }
-            for name, value in values.items():
-                measured.setdefault(name, {})[who] = value
+            measured["tokens"][who], measured["ended"][who] = answer.tokens, answer.ended
+            measured["repetition"][who] = measure_repetition(answer.text)
+            for name, check in checks.items():
+                measured[name][who] = check(answer.text, prompt.reference)
         results.append({**result, "checks": measured})
     return results
 
@@ -119,37 +113,25 @@ def build_check(name: str) -> Check:
                 raise UsageError(f"{argument!r} is not a regular expression: {e}", "Python's re syntax") from e
             return lambda answer, _: pattern.search(answer) is not None
         case "chrf", False:
-            try:
-                from sacrebleu.metrics.chrf import CHRF
-            except ImportError as e:
-                raise _missing_package("sacrebleu", "chrf") from e
-            metric = CHRF()
+            metric = _import("sacrebleu.metrics.chrf", kind).CHRF()
             return lambda answer, reference: metric.sentence_score(answer, [reference]).score
         case "json-schema", True:
-            return _build_schema_check(Path(argument))
+            validator = _load_schema(Path(argument))
+            return lambda answer, _: (parsed := _parse_json(answer)) is not None and validator.is_valid(parsed[0])
     raise UsageError(f"there is no check {name!r}{nearest(kind, CHECK_NAMES)}", f"one of {', '.join(CHECK_NAMES)}")
 
 
-def _build_schema_check(file: Path) -> Check:
-    try:
-        from jsonschema import SchemaError
-        from jsonschema.validators import validator_for
-    except ImportError as e:
-        raise _missing_package("jsonschema", "json-schema") from e
+def _load_schema(file: Path) -> Any:
+    """Return the validator of the JSON schema in a file."""
+    jsonschema = _import("jsonschema", "json-schema")
     try:
         schema = json.loads(file.read_text())
-        validator_class = validator_for(schema)
+        validator_class = jsonschema.validators.validator_for(schema)
         validator_class.check_schema(schema)
-    except (OSError, ValueError, SchemaError) as e:
+    except (OSError, ValueError, jsonschema.SchemaError) as e:
         first_line = str(e).partition("\n")[0]
         raise UsageError(f"{file} is not a valid JSON schema: {first_line}", "a file with one JSON schema") from e
-    validator = validator_class(schema)
-
-    def check(answer: str, _: str) -> bool:
-        parsed = _parse_json(answer)
-        return parsed is not None and validator.is_valid(parsed[0])
-
-    return check
+    return validator_class(schema)
 
 
 def _parse_json(answer: str) -> tuple[Any] | None:
@@ -160,6 +142,9 @@ def _parse_json(answer: str) -> tuple[Any] | None:
         return None
 
 
-def _missing_package(package: str, check: str) -> ModelError:
-    message = f"the check {check} needs the package {package}, which is not installed"
-    return ModelError(message, hint="pip install 'slimtune[eval]'")
+def _import(module: str, check: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        message = f"the check {check} needs the package {module.partition('.')[0]}, which is not installed"
+        raise ModelError(message, hint="pip install 'slimtune[eval]'") from e

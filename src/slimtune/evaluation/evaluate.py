@@ -94,14 +94,10 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     trained = load_run(run)
     model: Any = trained.model
     tokenizer = trained.base.tokenizer
-    recipe = trained.recipe or Recipe.from_dict(
-        {
-            "model": trained.base.source.spec,
-            "data": {"train": str(file)},
-            "train": {"packing": False},  # without a recipe the architecture may be any
-            "output_dir": str(run),
-        }
-    )
+    recipe = trained.recipe
+    if recipe is None:  # then the architecture may be any, so rows are not packed
+        sections = {"data": {"train": str(file)}, "train": {"packing": False}, "output_dir": str(run)}
+        recipe = Recipe.from_dict({"model": trained.base.source.spec, **sections})
     if file is not None:
         examples, row_report = load_eval_dataset(recipe, tokenizer, file)
     else:
