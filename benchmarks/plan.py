@@ -1,14 +1,14 @@
-"""What a plan says a step takes, beside what a real step took: memory by torch's own allocator events.
+"""Memory of a planned step against a real step, measured by torch's own allocator events.
 
     python benchmarks/plan.py [METHOD ...] [--base NAME ...] [--json FILE]
 
 Every method with its recipe's defaults, LoRA with DoRA, and full fine-tuning, on four architectures: the real shapes of
-SmolLM2-135M and of GPT-2, and Qwen 2 and Gemma 2 made smaller. Dtype, checkpointing, rows and their lengths, passes and
-the way rows are laid change from case to case. Weights are random: no byte hangs on what they are.
+SmolLM2-135M and of GPT-2, and Qwen 2 and Gemma 2 made smaller. Dtype, checkpointing, lengths of rows, packing and the
+number of micro-batches change from case to case. Weights are random: memory does not depend on their values.
 
     plan      `slimtune.planning.memory_trace` on fake tensors
-    real      what lies there after one optimizer step (state), and at the highest point of the next (peak): sums of the
-              `[memory]` events that torch's profiler records while the model is built, adapted and trained
+    real      bytes allocated after one optimizer step (state), and at the highest point of the next (peak): sums of
+              the `[memory]` events that torch's profiler records while the model is built, adapted and trained
               (`plan_ways/referee.py`)
 
 Mean and worst are those of the peak's error. Exit code 1: a mean of 0.5 % or more, or a worst of 2 % or more.
@@ -63,7 +63,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 OWN = {("bitfit", "gpt2"): {}, ("bitfit", "qwen2"): {}}
 """Settings for bases that have biases."""
 KINDS = [(d, c) for d in (torch.float32, torch.bfloat16) for c in (False, True)]
-ROWS: list[tuple[tuple[int, ...], bool]] = [  # lengths, and whether they lie in one sequence
+ROWS: list[tuple[tuple[int, ...], bool]] = [  # lengths, and whether they are packed
     ((256,), True),
     ((200, 120, 64), True),
     ((128, 128), False),
@@ -72,9 +72,8 @@ ROWS: list[tuple[tuple[int, ...], bool]] = [  # lengths, and whether they lie in
     ((64,) * 5, True),
     ((640, 128), True),
 ]
-
-THRIFTY = ("lora", "bottleneck", "prefix_tuning", "ia3")
-"""Methods that are tried once more on each base, tiled, and with what is checkpointed sent away."""
+SAVING = ("lora", "bottleneck", "prefix_tuning", "ia3")
+"""Methods that run once more on each base, with tiled MLPs and offloaded activations."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Case:
 
 
 def cases(methods: list[str], bases: list[str]) -> Iterator[Case]:
-    """Each method twice on SmolLM2 and once on the others; what else there is to vary goes round."""
+    """Yield each method twice on SmolLM2 and once on the others; the other settings rotate."""
     rows, passes = itertools.cycle(ROWS), itertools.cycle((1, 1, 2))
     for number, method in enumerate(METHODS):
         for turn, base in enumerate(["smollm2-135m", *BASES]):
@@ -111,20 +110,15 @@ def cases(methods: list[str], bases: list[str]) -> Iterator[Case]:
             case = Case(base, method, dtype, checkpointing, lengths, packing, next(passes))
             if method in methods and base in bases:
                 yield case
-    for turn, (method, base) in enumerate(itertools.product(THRIFTY, BASES)):
+    for turn, (method, base) in enumerate(itertools.product(SAVING, BASES)):
         dtype, (lengths, packing) = KINDS[2 * (turn % 2)][0], next(rows)
         if method in methods and base in bases:
             yield Case(base, method, dtype, True, lengths, packing, next(passes), tile=48)
 
 
-def planned(job: TrainingJob) -> tuple[int, int]:
-    """Return bytes of state, and at the step's highest point."""
-    found = trace_memory(job)
-    return found.state_bytes, found.step
-
-
-def row(case: Case) -> dict[str, Any]:
-    plan, real = planned(case.job()), measured(case.job())
+def compare(case: Case) -> dict[str, Any]:
+    trace, real = trace_memory(case.job()), measured(case.job())
+    plan = trace.state_bytes, trace.step
     return {
         "base": case.base,
         "method": case.method,
@@ -142,7 +136,7 @@ def row(case: Case) -> dict[str, Any]:
     }
 
 
-def text(r: dict[str, Any]) -> str:
+def format_row(r: dict[str, Any]) -> str:
     rows = "+".join(map(str, r["lengths"])) + ("" if r["packed"] else " padded") + " × 2" * (r["passes"] == 2)
     how = f"{r['dtype'].replace('float', '')}{', checkpointed' if r['checkpointing'] else ''}"
     how += f", tiles of {r['tile']}" if r["tile"] else ""
@@ -166,8 +160,8 @@ def main() -> None:
           f"{'error, %':>8} {'no state':>8}")  # fmt: skip
     rows = []
     for case in cases(args.methods or list(METHODS), args.base or list(BASES)):
-        rows.append(row(case))
-        print(text(rows[-1]), flush=True)
+        rows.append(compare(case))
+        print(format_row(rows[-1]), flush=True)
     errors = [abs(r["error_percent"]) for r in rows]
     mean, worst = sum(errors) / len(errors), max(errors)
     print(f"{len(rows)} cases, error of the peak: mean {mean:.3f} %, worst {worst:.3f} %")

@@ -1,22 +1,23 @@
-"""What the tracer says of training runs that others published, beside what they measured on a GPU.
+"""Traced memory of published training runs against what others measured on a GPU.
 
     python benchmarks/published.py [allocated reserved ours] [--json FILE]
 
     allocated   13 runs of vramcalc on an RTX A6000 (Llama 3.2 1B and 3B, Llama 3.1 8B, Qwen 2.5 1.5B), scored
     reserved    12 runs of PEFT's MetaMathQA comparison on an L40S (Llama 3.2 3B, a method each), scored
-    ours        runs of litgpt, torchtune and Unsloth, which step otherwise, beside our own step for the same job
+    ours        runs of litgpt, torchtune and Unsloth, whose steps differ, beside our own step for the same job
 
 The figures are in data/memory_points.json. Of the first two the engine is published to the last line, so the peer's own
 step (transformers and PEFT, as installed here) runs on fake tensors under the tracer in that engine's order. Nothing is
-fitted to a row. Three things the step does not tell:
+fitted to a row. Three facts come from elsewhere:
 
-    cuBLAS      holds a workspace for each thread that multiplies matrices: one forwards and one backwards
-    masks       transformers 4.57, vramcalc's, lays a mask for rows that need none; MetaMathQA's rows are padded
-    lengths     nobody says how long MetaMathQA's longest batch is. One run that is not scored (marked in the data)
-                reserved what 696 tokens take, and all runs had the same rows: that is the length for the others
+    cuBLAS      holds a workspace for each thread that multiplies matrices: one forward and one backward
+    masks       transformers 4.57, vramcalc's, builds a mask for rows that need none; MetaMathQA's rows are padded
+    lengths     the length of MetaMathQA's longest batch is not published. One run that is not scored (marked in the
+                data) reserved what 696 tokens take, and all runs had the same rows: so 696 is used for the others
 
-A reserved figure counts where it lies in the band that a plan gives the longest training step (`allocator_range`). It
-is the most of a whole run: prefix tuning's was in its evaluation, where 50 rows of 200 learned keys grow by 300 tokens.
+A reserved figure counts as inside if it is in the range that a plan gives the longest training step
+(`allocator_range`). It is the peak of a whole run: prefix tuning's was in its evaluation, where 50 rows of 200 learned
+keys grow by 300 tokens.
 
 Exit code 1: a mean error of allocated bytes of 1 % or more, a worst of 3 % or more, or less than 90 % of the reserved
 figures inside.
@@ -55,17 +56,17 @@ MEAN, WORST, INSIDE = 1.0, 3.0, 90.0
 
 
 @contextmanager
-def pretended() -> Iterator[None]:
-    """Let new tensors be fake and lie on a CUDA device, attention have a mask, and no module be dropped by chance."""
+def fake_cuda() -> Iterator[None]:
+    """Make new tensors fake ones on a CUDA device; attention has a mask, and no module is dropped at random."""
     masked = mock.patch.object(masking_utils, "is_tracing", return_value=True)
-    # LoKr draws even where it drops nothing.
+    # LoKr draws random numbers even if it drops nothing.
     drawn = mock.patch.object(torch, "rand", side_effect=lambda *_, **__: torch.tensor([0.5]))
     with fake_mode(), simulate_device("cuda"), masked, drawn:
         yield
 
 
-def loaded(model: Any) -> list[torch.Tensor]:
-    """Return a model's tensors as they came: the base before what was attached to it."""
+def model_tensors(model: Any) -> list[torch.Tensor]:
+    """Return a model's tensors in the order they are made: the base before its adapter."""
     return [*(p for p in model.parameters() if not p.requires_grad), *all_tensors(model)]
 
 
@@ -75,7 +76,7 @@ BASES = {"1b": "llama-3.2-1b", "3b": "llama-3.2-3b", "8b": "llama-3.1-8b", "1.5b
 
 
 def vramcalc(row: dict[str, Any]) -> int:
-    """Return the bytes allocated at most in the second step, after a first one and an emptied cache."""
+    """Return the peak of allocated bytes in the second step, after a first one and an emptied cache."""
     words = row["method"].split()
     amp, attention = "amp" in words, "eager" if "eager" in words else "sdpa"
     dtype = torch.float32 if amp else torch.bfloat16
@@ -89,7 +90,7 @@ def vramcalc(row: dict[str, Any]) -> int:
             targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
             config = peft.LoraConfig(r=16, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
             model = peft.get_peft_model(model, config)
-    with pretended():
+    with fake_cuda():
         make_fake(model)
         model.train()
         model.config.use_cache = False
@@ -97,7 +98,7 @@ def vramcalc(row: dict[str, Any]) -> int:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
         with MemoryTracker(512) as tracker:
-            tracker.assign(loaded(model), "weights")
+            tracker.assign(model_tensors(model), "weights")
             ids = torch.zeros(row["batch"], row["max_seq"], dtype=torch.long)
 
             for phase in ("first step", "second step"):
@@ -137,7 +138,7 @@ EXPERIMENTS: dict[str, Callable[[], Any] | None] = {
     "vera/llama-3.2-3B-default": lambda: peft.VeraConfig(r=256),
 }
 LONGEST, SHORT = 696, 100
-"""Tokens of the longest batch, and of the one before it: each 20 batches begin with the longest of them."""
+"""Tokens of the longest batch, and of the one before it: each group of 20 batches begins with its longest."""
 
 
 def metamath(row: dict[str, Any], longest: int = LONGEST) -> Range:
@@ -151,14 +152,14 @@ def metamath(row: dict[str, Any], longest: int = LONGEST) -> Range:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if trained != row["trainable"]:
         raise UsageError(f"{row['method']} trains {trained} parameters here", f"{row['trainable']}, as published")
-    with pretended():
+    with fake_cuda():
         make_fake(model)
         model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # what it takes on CUDA, unasked
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=True)  # its default on CUDA
         with MemoryTracker(512) as tracker:
-            tracker.assign(loaded(model), "weights")
+            tracker.assign(model_tensors(model), "weights")
             outputs = loss = batch = None
-            # What a step leaves lies there until the next makes its own: run.py's variables.
+            # run.py's variables keep the tensors of a step until the next step replaces them.
             for length in (SHORT, longest):
                 batch = {k: torch.ones(row["batch"], length, dtype=torch.long) for k in ("input_ids", "attention_mask")}
                 batch["labels"] = batch["input_ids"].clone()
@@ -183,7 +184,7 @@ NAMES = {
 
 
 def job_of(row: dict[str, Any]) -> TrainingJob | None:
-    """Return the job that a row of another engine is; None where it is not one of ours, or the base is not known."""
+    """Return our job for a row of another engine; None if we have no such job, or the base is unknown."""
     name, source, method = row["model"].lower(), row["source"], row["method"]
     try:
         base = get_model_info(NAMES.get(name, name)).config

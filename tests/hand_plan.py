@@ -1,4 +1,4 @@
-"""Plans made by hand, for what shows them: an 8B base, every figure chosen, none traced."""
+"""Plans of an 8B base with chosen figures, for tests of what shows plans."""
 
 from typing import Any
 

@@ -75,7 +75,7 @@ def test_host_allocations_count_apart():
     assert (tracker.host_peak, tracker.peak) == (KB, 0)
 
 
-def test_what_autograd_saves_counts_until_it_is_freed():
+def test_tensors_saved_by_autograd():
     with MemoryTracker() as tracker:
         w = nn.Parameter(torch.empty(16, 16))
         tracker.assign([w], "weights")
@@ -91,7 +91,7 @@ def test_what_autograd_saves_counts_until_it_is_freed():
 
 @pytest.mark.parametrize("calls", [1, 3])
 @pytest.mark.parametrize("use", [lambda w: F.linear(w[:1].detach(), w), lambda w: 2 * w], ids=["view", "whole"])
-def test_gradients_are_accumulated_in_place_as_with_real_tensors(use, calls):
+def test_gradient_accumulation_is_in_place(use, calls):
     def step():
         w = nn.Parameter(torch.empty(64, 64))
         sum(use(w).sum() for _ in range(calls)).backward()
