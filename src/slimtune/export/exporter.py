@@ -70,9 +70,8 @@ def export(
 
     Args:
         run: a run folder, or an adapter folder.
-        target: "gguf", "ollama" or "vllm".
+        target, options: what is written, and how.
         out: folder to write; it does not exist yet, or is empty.
-        options: how.
         verify: compare the engine with the trained adapter, and write nothing if they differ.
         threads: of llama.cpp while verifying; None: half of the cores.
         log: gets progress messages.

@@ -54,8 +54,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     Args:
         run: a run folder, or an adapter folder.
         out: folder for the checkpoint; it does not exist yet, or is empty.
-        dtype: of the weights; "auto": the dtype the run held the base in (an adapter folder: the dtype its base's
-            checkpoint is stored in).
+        dtype: of the weights; "auto": as the run held the base, or, for an adapter folder, as its base is stored.
 
     Returns:
         `run`, `out`, `bytes` (of all files), `dtype`, `parameters`, `seconds`, and over `positions` next tokens, in
@@ -108,9 +107,8 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
                 "effect": effect,
                 "positions": len(differences),
             }
-            (folder / "README.md").write_text(
-                _render_card(loaded, config, report, out.resolve().name), encoding="utf-8"
-            )
+            card = _render_card(loaded, config, report, out.resolve().name)
+            (folder / "README.md").write_text(card, encoding="utf-8")
             with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
                 sha256 = hashlib.file_digest(f, "sha256").hexdigest()
             facts = {**report, "fingerprint": base.fingerprint, "adapter_sha256": sha256}

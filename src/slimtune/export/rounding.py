@@ -2,13 +2,14 @@
 
     W' [out, in] → Q in 16 bits with small ‖(Q - W') Xᵀ‖,  X [n, in]: the layer's inputs on rows the run trained on
 
-The errors of rounding every number to its nearest add up, because a few directions carry most of a layer's input. So
-columns are rounded one after another, and the columns that follow compensate the error that one leaves in the outputs:
+Errors of rounding to the nearest add up, because a few directions carry most of a layer's input. So columns are rounded
+one after another, and the columns that follow compensate the error that one leaves in the outputs:
 
     H = (1/n) XᵀX + λ I,   H⁻¹ = UᵀU, U upper triangular:   W[:, j+1:] -= (W[:, j] - Q[:, j]) / U[j, j] · U[j, j+1:]
 """
 
 import itertools
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -48,14 +49,12 @@ def collect_rounding_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -
 
     Empty without a recipe, or if its rows are not there any more. The head is left out: it is often tied to embeddings.
     """
-    if recipe is None:
-        return {}
-    try:
-        rows = list(itertools.islice(open_rows_from_recipe(recipe, recipe.data.train).valid_rows(), ROWS))
-    except SlimtuneError:
-        return {}
-    encoded = [row for row in tokenize_rows(rows, tokenizer) if not isinstance(row, InvalidRow)]
+    rows: list[Any] = []
+    with suppress(SlimtuneError):
+        if recipe is not None:
+            rows = list(itertools.islice(open_rows_from_recipe(recipe, recipe.data.train).valid_rows(), ROWS))
+    ids = [r.input_ids for r in tokenize_rows(rows, tokenizer) if not isinstance(r, InvalidRow)]
     layers = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and "adapters" not in n.split(".")}
     layers = {n: m for n, m in layers.items() if m is not model.get_output_embeddings()}
-    ids = [row.input_ids[: recipe.data.max_seq_len] for row in encoded]
-    return collect_layer_inputs(model, layers, ids) if ids else {}
+    longest = recipe.data.max_seq_len if recipe is not None else None
+    return collect_layer_inputs(model, layers, [row[:longest] for row in ids]) if ids else {}

@@ -134,18 +134,13 @@ def write_vllm_adapter(
         run: the run or adapter folder, for messages.
         folder: the export folder; it exists.
         out: the final path of the folder, which the command names; None: `folder` itself.
-        name: of the adapter in requests; None: the name of `out`.
-        convert_to_lora: as in `ExportOptions`; None: the adapter is a LoRA.
-        dtype: what vLLM computes in: "float32", "bfloat16" or "float16"; None: the dtype of the run's base.
+        name, convert_to_lora, dtype: as in `ExportOptions`.
 
     Returns:
         `name`, `base` (path or Hub id) and `base_name` (the base's name in requests), `dtype`, `precision`, `rank`,
         `max_lora_rank`, `modules`, `folded` (whether scales were multiplied into B), `bytes`, `commands` (shell lines),
         `arguments` (the same after `vllm serve`), `notes`, and with `convert_to_lora` `conversion`: `method`, `rank`,
         `error` and `worst` (relative to the change, over all layers and in the worst layer).
-
-    Raises:
-        AdapterError: vLLM would refuse the adapter: all causes, and the alternatives.
     """
     out = Path(out or folder).expanduser().resolve()
     if dtype is not None and dtype not in DTYPES:
