@@ -103,13 +103,13 @@ class RunDir:
     checkpoints = _Entry("checkpoints")
     tensorboard = _Entry("tensorboard")
 
-    def evaluation_file(self, name: str) -> Path:
+    def evaluation_file(self, evaluation: str) -> Path:
         """Return the file of an evaluation: "test", "validation", or "data-" and the name of the evaluated file."""
-        return self.path / f"eval-{name}.json"
+        return self.path / f"eval-{evaluation}.json"
 
-    def scores_file(self, name: str) -> Path:
+    def scores_file(self, evaluation: str) -> Path:
         """Return the file with the losses of each row of an evaluation."""
-        return self.path / f"scores-{name}.json"
+        return self.path / f"scores-{evaluation}.json"
 
     @classmethod
     def create(cls, path: str | Path, recipe: Recipe) -> Self:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention.register import LAYOUT_KWARG
 from ..errors import UsageError, format_names, nearest
-from ..kernels.lora_linear import list_group_adapters, stack_factors
+from ..kernels.lora_linear import list_group_adapters, stack_group_factors
 
 BASE_ROW = "__base__"
 """PEFT's name for a row of a mixed batch that runs the base without an adapter."""
@@ -78,14 +78,16 @@ class ActiveAdapters:
         """
         groups = list_group_adapters(self._expand_row_adapters(x.shape[0]))
         if torch.is_grad_enabled():
-            return stack_factors([factors.get(n) for n in groups], x)
+            return stack_group_factors([factors.get(n) for n in groups], x)
         sources = [t for A, B, _ in factors.values() for t in (A, B)]
         # Fused optimizers do not raise a tensor's version counter: factors that train are stacked for every call.
         frozen = not any(t.requires_grad or t.is_inference() for t in sources)
         versions = [(id(t), t._version, t.data_ptr()) for t in sources] if frozen else [self.call_id]
         key = (groups, x.dtype, list(factors), [s for _, _, s in factors.values()], versions)
         stack = self._stacks.get(layer)
-        stacked = stack.factors if stack and stack.key == key else stack_factors([factors.get(n) for n in groups], x)
+        stacked = (
+            stack.factors if stack and stack.key == key else stack_group_factors([factors.get(n) for n in groups], x)
+        )
         self._stacks[layer] = StackedFactors((self.call_id, x.shape[0], x.dtype), stacked, key, sources)
         return stacked
 

@@ -86,7 +86,9 @@ class PromptModule(AdapterModule):
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the backbone with the virtual tokens in front, and return the hidden states of the other tokens."""
-        return BackboneCall(base.module, args, kwargs).run_with_tokens(base, self, self.virtual_embeddings(), rows)
+        return BackboneCall(base.module, args, kwargs).run_with_virtual_tokens(
+            base, self, self.virtual_embeddings(), rows
+        )
 
 
 class PositionShift(AdapterModule):
@@ -105,7 +107,7 @@ class PositionShift(AdapterModule):
         call.has_cached_tokens(self, 0)
         positions = call.get_position_ids()
         call.inputs["position_ids"] = positions + (self.n if rows is None else self.n * rows[:, None])
-        return call.format_output(call.run(base, self, 0))
+        return call.format_output(call.run_and_mark_cache(base, self, 0))
 
 
 class AttentionModule(AdapterModule):

@@ -38,7 +38,7 @@ class BackboneCall:
         tokens = self.inputs["input_ids"] if embeds is None else embeds
         self.batch, self.length = tokens.shape[0], tokens.shape[1]
 
-    def run_with_tokens(self, base: BaseForward, module: AdapterModule, virtual: Tensor, rows: RowMask) -> Any:
+    def run_with_virtual_tokens(self, base: BaseForward, module: AdapterModule, virtual: Tensor, rows: RowMask) -> Any:
         """Run the backbone with virtual tokens `(n, hidden)` in front; return the hidden states of the other tokens.
 
         In rows that do not attend to the virtual tokens of `module`, they are masked out.
@@ -56,7 +56,7 @@ class BackboneCall:
         if not cached:
             virtual = virtual.to(device=embeds.device, dtype=embeds.dtype).expand(self.batch, -1, -1)
             self.inputs["inputs_embeds"] = insert_columns(virtual, embeds, start, 1)
-        out = self.run(base, module, n)
+        out = self.run_and_mark_cache(base, module, n)
         if not cached:
             changed: dict[str, Any] = {"last_hidden_state": remove_columns(out.last_hidden_state, start, n)}
             if getattr(out, "hidden_states", None) is not None:
@@ -81,13 +81,13 @@ class BackboneCall:
                 raise UsageError(message, hint=hint)
         return cached > 0
 
-    def run(self, base: BaseForward, module: AdapterModule, n: int) -> Any:
-        """Run the backbone; record on the cache that it starts with `n` virtual tokens of `module`."""
+    def run_and_mark_cache(self, base: BaseForward, module: AdapterModule, num_virtual_tokens: int) -> Any:
+        """Run the backbone; record on the cache that it starts with the virtual tokens of `module`."""
         given = self.inputs.get(self.cache_name)
         out = base(**self.inputs)
         for cache in (given, getattr(out, self.cache_name, None)):
             if cache is not None:
-                cache._virtual_tokens = {**getattr(cache, "_virtual_tokens", {}), id(module): n}
+                cache._virtual_tokens = {**getattr(cache, "_virtual_tokens", {}), id(module): num_virtual_tokens}
         return out
 
     def format_output(self, out: Any) -> Any:

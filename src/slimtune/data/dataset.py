@@ -71,7 +71,7 @@ class RowFile:
                 else:
                     yield parse_record(rename_columns(found[1], self._columns), self.format, found[0], file)
 
-    def valid_rows(self) -> Iterator[Row]:
+    def require_valid_rows(self) -> Iterator[Row]:
         """Yield the rows; at the end, or after ten invalid ones, raise DataError that names them with file and line."""
         errors = self.new_errors()
         for row in self:
@@ -120,8 +120,8 @@ def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[s
 
 
 def read_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all rows of a data set; errors are those of `open_rows` and `RowFile.valid_rows`."""
-    return list(open_rows(path, format=format, columns=columns).valid_rows())
+    """Return all rows of a data set; errors are those of `open_rows` and `RowFile.require_valid_rows`."""
+    return list(open_rows(path, format=format, columns=columns).require_valid_rows())
 
 
 def _find_parts(path: Path) -> list[Part]:

@@ -4,7 +4,7 @@
     {"role": "assistant", "content": str, "tool_calls": [{"type": "function", "function": {"name", "arguments"}}]}
     {"role": "tool", "content": str, "name": str, "tool_call_id": str}
 
-`validate_messages` returns this form, which every chat template takes. Tool arguments are an object here, whether the
+`parse_messages` returns this form, which every chat template takes. Tool arguments are an object here, whether the
 file has an object or JSON text. A message may have a `weight` (1: learned, 0: not); it is returned apart and never
 reaches a template. An unknown key is an error, because it would change the text of the turn or be lost.
 """
@@ -37,7 +37,7 @@ class RowError(ValueError):
         self.code = code
 
 
-def validate_messages(
+def parse_messages(
     value: Any, column: str = "messages", *, needs_assistant: bool = True
 ) -> tuple[Messages, tuple[bool, ...]]:
     """Return validated messages, and for each whether the model learns it; raise RowError for the first error.

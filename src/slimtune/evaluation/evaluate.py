@@ -88,7 +88,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     run_dir = None if find_adapter_folder(run) == run else RunDir.open(run)
     file = _find_eval_file(run_dir, run, settings)
     if file is not None:  # report faulty rows before the model is loaded
-        deque(open_rows_from_recipe(run_dir.load_recipe() if run_dir else None, file).valid_rows(), maxlen=0)
+        deque(open_rows_from_recipe(run_dir.load_recipe() if run_dir else None, file).require_valid_rows(), maxlen=0)
     pieces = [] if settings.general_text is None else read_general_text(settings.general_text)
 
     trained = load_run(run)
@@ -110,7 +110,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     prompts, generator = [], None
     if settings.generate:
         generator = Generator(trained)
-        rows = open_rows_from_recipe(recipe, file or recipe.data.train).valid_rows()
+        rows = open_rows_from_recipe(recipe, file or recipe.data.train).require_valid_rows()
         prompts = sample_prompts(rows, examples, settings.generate)
         for prompt in prompts:  # check that each has room for an answer before anything is scored
             generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
@@ -164,7 +164,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         "forgetting": forgetting,
     }
     result |= {
-        "improved": not list_failures(result),
+        "improved": not list_reasons_not_improved(result),
         "generations": None,
         "generation_summary": None,
         "tasks": None,
@@ -198,7 +198,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     return result
 
 
-def list_failures(result: Mapping[str, Any]) -> list[str]:
+def list_reasons_not_improved(result: Mapping[str, Any]) -> list[str]:
     """Return why the tuned model is not better than the base, one sentence each; empty if it is better."""
     failures = []
     low, high = result["loss_reduction_ci95"]
@@ -225,7 +225,7 @@ def list_failures(result: Mapping[str, Any]) -> list[str]:
 
 def make_verdict(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return `{"passed": bool, "reasons": [sentence, …]}` of a whole result."""
-    reasons, forgetting = list_failures(result), result["forgetting"]
+    reasons, forgetting = list_reasons_not_improved(result), result["forgetting"]
     if forgetting is not None and not forgetting["within"]:
         low, high = forgetting["change_ci95"]
         reasons.append(

@@ -62,12 +62,12 @@ class JinjaTemplate:
         tokens = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
         self.special_tokens = [t for t in tokens if t.strip()]
 
-    def render(self, messages: Messages, prompt: bool = True, **variables: Any) -> str:
+    def render(self, messages: Messages, add_generation_prompt: bool = True, **variables: Any) -> str:
         """Return the text of a conversation; dates appear as their format between `DATE_MARKERS`.
 
-        With `prompt` the text asks for the assistant's next message. TemplateError means that the template refuses.
+        With `add_generation_prompt` the text asks for the assistant's next message. TemplateError means that the template refuses.
         """
-        options = {"tokenize": False, "add_generation_prompt": prompt, **self.override, **variables}
+        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **self.override, **variables}
         try:
             text = self.tokenizer.apply_chat_template(messages, **options)
         except (TypeError, ValueError, LookupError, AttributeError) as error:
@@ -83,7 +83,7 @@ class JinjaTemplate:
 
 
 @dataclass(frozen=True)
-class ChatFormat:
+class InferredChatFormat:
     """The inferred form of a chat template."""
 
     prefixes: dict[Neighbours, str]  # the text before a message; for (role, "prompt"): what asks for an answer
@@ -142,7 +142,7 @@ def make_messages(shape: str, contents: Sequence[str]) -> Messages:
     return [{"role": ROLES[r], "content": c} for r, c in zip(shape, contents, strict=True)]
 
 
-def infer_template(template: JinjaTemplate) -> ChatFormat:
+def infer_template(template: JinjaTemplate) -> InferredChatFormat:
     """Infer a chat template's form, and check it on conversations that it was not inferred from.
 
     Raises:
@@ -171,7 +171,7 @@ def infer_template(template: JinjaTemplate) -> ChatFormat:
         if ends:
             suffixes[role] = _common_beginning(ends, template.special_tokens)
     prefixes = {pair: gap[len(suffixes.get(pair[0], "")) :] for pair, gap in gaps.items()}
-    chat = ChatFormat(prefixes, suffixes, strips, system)
+    chat = InferredChatFormat(prefixes, suffixes, strips, system)
     for shape, contents in itertools.product([*REQUIRED_SHAPES, *with_system], _TEST_CONTENTS):
         messages = make_messages(shape, contents[: len(shape)])
         texts = [template.render(messages), chat.render(messages)]
@@ -182,13 +182,13 @@ def infer_template(template: JinjaTemplate) -> ChatFormat:
     return chat
 
 
-def list_differences(template: JinjaTemplate, chat: ChatFormat) -> list[str]:
+def describe_ollama_differences(jinja_template: JinjaTemplate, inferred_format: InferredChatFormat) -> list[str]:
     """Return what the TEMPLATE does differently from the chat template, one sentence each."""
 
     def differs(shape: str, contents: Sequence[str], **variables: Any) -> bool:
         messages = make_messages(shape, contents)
         try:
-            return template.render(messages, **variables) != chat.render(messages)
+            return jinja_template.render(messages, **variables) != inferred_format.render(messages)
         except TemplateError:
             return False
         except UnsupportedTemplate:
@@ -198,14 +198,14 @@ def list_differences(template: JinjaTemplate, chat: ChatFormat) -> list[str]:
     thought = (plain[0], "<think>\nHm.\n</think>\n\nDespair.", plain[2])
     clock = {"name": "clock", "description": "Tell the time.", "parameters": {"type": "object", "properties": {}}}
     tools = [{"type": "function", "function": clock}]
-    optional = [s for s in OPTIONAL_SHAPES if chat.system == "in order" or s == "au"]
+    optional = [s for s in OPTIONAL_SHAPES if inferred_format.system == "in order" or s == "au"]
     unlike = ", ".join(" ".join(ROLES[r] for r in s) for s in optional if differs(s, plain[: len(s)]))
     notes = (
         (
-            chat.system == "refused",
+            inferred_format.system == "refused",
             "the chat template refuses system messages; with this TEMPLATE Ollama reports an error",
         ),
-        (chat.system == "left out", "the chat template ignores system messages, and so does the TEMPLATE"),
+        (inferred_format.system == "left out", "the chat template ignores system messages, and so does the TEMPLATE"),
         (differs("u", plain[:1], tools=tools), "the TEMPLATE has no tools: Ollama says that the model supports none"),
         (differs("uau", thought), "only the chat template removes thoughts (<think>…</think>) from earlier answers"),
         (
@@ -213,7 +213,10 @@ def list_differences(template: JinjaTemplate, chat: ChatFormat) -> list[str]:
             "the TEMPLATE has no enable_thinking: it writes what the chat template writes without it",
         ),
         (unlike, f"conversations in this order of roles differ from the chat template: {unlike}"),
-        (template.writes_bos is False, f"Ollama writes {template.bos} before the text; the chat template does not"),
+        (
+            jinja_template.writes_bos is False,
+            f"Ollama writes {jinja_template.bos} before the text; the chat template does not",
+        ),
     )
     return [note for holds, note in notes if holds]
 

@@ -22,12 +22,12 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from .infer_template import (
     DATE_MARKERS,
-    ChatFormat,
+    InferredChatFormat,
     JinjaTemplate,
     Strip,
     UnsupportedTemplate,
     infer_template,
-    list_differences,
+    describe_ollama_differences,
 )
 
 _MONTHS = [datetime.date(2000, m, 1).strftime("%b %B").split() for m in range(1, 13)]
@@ -65,12 +65,12 @@ def convert_chat_template(tokenizer: Any, adds_bos: bool) -> ConvertedTemplate:
         suffix = chat.suffixes.get("assistant", "")
         ends = sorted((suffix.index(t), -len(t), t) for t in template.special_tokens if t in suffix)
         stops = tuple(token for _, _, token in ends[:1])
-        notes = tuple(list_differences(template, chat))
+        notes = tuple(describe_ollama_differences(template, chat))
         return ConvertedTemplate(text, stops, chat.system in ("in order", "last"), notes)
     return ConvertedTemplate(None, notes=(f"{reason}: no TEMPLATE is written, and Ollama uses its own",))
 
 
-def write_go_template(chat: ChatFormat) -> str:
+def write_go_template(chat: InferredChatFormat) -> str:
     """Return a chat format in Go's syntax: for every conversation it gives the text of `chat.render`."""
     system = ""
     if chat.system == "refused":
@@ -104,7 +104,7 @@ def _write_if(condition: str, text: str, otherwise: str = "") -> str:
     return f"{{{{ if {condition} }}}}{text}{other}{{{{ end }}}}"
 
 
-def _write_message(chat: ChatFormat, role: str, value: str = ".Content", after_system: bool = False) -> str:
+def _write_message(chat: InferredChatFormat, role: str, value: str = ".Content", after_system: bool = False) -> str:
     """Write the prefix, chosen by the role before, and the content."""
     *special, (_, prefix, strip) = chat.choices(role, after_system)
     text = write_literal(prefix) + _write_content(value, strip)

@@ -150,7 +150,9 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS]
     held_out = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
     if file := rows or next((f for f in held_out if f is not None and f.exists()), None):
-        first = itertools.islice(open_rows_from_recipe(recipe if rows is None else None, file).valid_rows(), MAX_ROWS)
+        first = itertools.islice(
+            open_rows_from_recipe(recipe if rows is None else None, file).require_valid_rows(), MAX_ROWS
+        )
         chats += [row.messages for row in first if row.messages]
     longest = min(getattr(config, "max_position_embeddings", None) or MAX_TOKENS, MAX_TOKENS)
     texts: list[Text] = []

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, Site
 from ..adapters.config import PatternedConfig, setting
-from ..kernels.dropout import output_dropout_mask
+from ..kernels.dropout import draw_output_mask
 from ..kernels.recompute import recompute_linear
 
 
@@ -60,7 +60,7 @@ class LycorisModule(AdapterModule):
         """Return an update `(..., out)` with some outputs set to zero while training."""
         if not (self.training and self.rank_dropout):
             return update
-        return update * output_dropout_mask(update.shape[-1], self.rank_dropout, rescale=self.rescale).to(update)
+        return update * draw_output_mask(update.shape[-1], self.rank_dropout, rescale=self.rescale).to(update)
 
 
 @dataclass

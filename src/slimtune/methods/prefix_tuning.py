@@ -117,9 +117,9 @@ class StoredPrefix(prompt.LearnedEmbeddings, prompt.PositionShift):
 
         Each call builds a graph of its own, so that activation checkpointing can run a layer again.
         """
-        columns = slice(layer * self.layer_width, (layer + 1) * self.layer_width)
+        kv_slice = slice(layer * self.layer_width, (layer + 1) * self.layer_width)
         encoder: Any = self.prompt_encoder
-        part = self.prompt_embeddings[:, columns] if encoder is None else encoder(columns)
+        part = self.prompt_embeddings[:, kv_slice] if encoder is None else encoder(kv_slice)
         keys, values = part.view(len(part), 2, self.heads, -1).permute(1, 2, 0, 3)
         return AttentionPrefix(keys, values)
 
@@ -151,10 +151,10 @@ class PrefixProjection(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, columns: slice = slice(None)) -> Tensor:
+    def forward(self, kv_slice: slice = slice(None)) -> Tensor:
         """Return `(n, layers · 2 · kv heads · head size)`, or some of its columns."""
         last: Any = self.transform[2]
-        return F.linear(self.transform[:2](self.embedding.weight), last.weight[columns], last.bias[columns])
+        return F.linear(self.transform[:2](self.embedding.weight), last.weight[kv_slice], last.bias[kv_slice])
 
 
 def initialize_kv_prefix_from_text(

@@ -25,7 +25,7 @@ from ..errors import TargetError, nearest
 from ..utils.linear_layers import get_weight, layer_kind
 
 
-class TrainedRows(NamedTuple):
+class TrainableTokenRows(NamedTuple):
     """The trained rows of one embedding or linear layer."""
 
     kind: SiteKind
@@ -57,14 +57,14 @@ class TrainableTokensConfig(TargetedConfig):
     def infer_from_model(self, model: nn.Module) -> None:
         """Fill in the name of the input embedding, as PEFT does."""
         if self.target_modules is None:
-            self.target_modules = find_input_embedding(model)
+            self.target_modules = find_input_embedding_name(model)
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         """Return the modules that are tied to the targets."""
-        return {n: rows.kind for n, rows in self._find_trained_rows(model).items() if not self._is_target(n)}
+        return {n: rows.kind for n, rows in self._find_trainable_rows(model).items() if not self._is_target(n)}
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        trained = self._find_trained_rows(sites[0].model) if sites else {}
+        trained = self._find_trainable_rows(sites[0].model) if sites else {}
         built = build_token_modules(sites, trained, save_shared=True, start_as_base=self.init_weights)
         return [built[site.name] for site in sites]
 
@@ -72,9 +72,9 @@ class TrainableTokensConfig(TargetedConfig):
         excluded = self.exclude_modules and matches_name(self.exclude_modules, name)
         return bool(self.target_modules and matches_name(self.target_modules, name) and not excluded)
 
-    def _find_trained_rows(self, model: nn.Module) -> dict[str, TrainedRows]:
+    def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableTokenRows]:
         tokens = {n: self.token_indices for n, m in model.named_modules() if layer_kind(m) and self._is_target(n)}
-        return find_trained_rows(model, tokens, self.modules_to_save or ())
+        return find_trainable_rows(model, tokens, self.modules_to_save or ())
 
 
 def are_token_ids(ids: list[int]) -> bool:
@@ -82,21 +82,21 @@ def are_token_ids(ids: list[int]) -> bool:
     return bool(ids) and min(ids) >= 0 and len(set(ids)) == len(ids)
 
 
-def find_input_embedding(model: Any) -> str:
+def find_input_embedding_name(model: Any) -> str:
     """Return the full name of the model's input embedding; PEFT's guess for models without get_input_embeddings."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     return next((n for n, m in model.named_modules() if m is embedding), "embed_tokens")
 
 
-def find_trained_rows(
+def find_trainable_rows(
     model: nn.Module, tokens: list[int] | Mapping[str, list[int]], modules_to_save: Collection[str]
-) -> dict[str, TrainedRows]:
+) -> dict[str, TrainableTokenRows]:
     """Return the modules whose rows train, by full name; owners come before the modules tied to them.
 
     `tokens` are ids of tokens in the input embedding, or such lists by the name, or ending, of an embedding.
     """
     if not isinstance(tokens, Mapping):
-        tokens = {find_input_embedding(model): tokens}
+        tokens = {find_input_embedding_name(model): tokens}
     modules: dict[str, Any] = {n: m for n, m in model.named_modules() if layer_kind(m) in ("embedding", "linear")}
     chosen: dict[str, list[int]] = {}
     for key, ids in tokens.items():
@@ -118,14 +118,17 @@ def find_trained_rows(
         kind: Any = layer_kind(module)
         owner = owners.get(id(module._parameters["weight"]))
         if owner is not None and owner != name and chosen.get(name, chosen[owner]) == chosen[owner]:
-            shared[name] = TrainedRows(kind, chosen[owner], owner)
+            shared[name] = TrainableTokenRows(kind, chosen[owner], owner)
         elif name in chosen:
-            own[name] = TrainedRows(kind, chosen[name], None)
+            own[name] = TrainableTokenRows(kind, chosen[name], None)
     return own | shared
 
 
 def build_token_modules(
-    sites: Sequence[Site], trained: Mapping[str, TrainedRows], save_shared: bool = False, start_as_base: bool = True
+    sites: Sequence[Site],
+    trained: Mapping[str, TrainableTokenRows],
+    save_shared: bool = False,
+    start_as_base: bool = True,
 ) -> dict[str, AdapterModule]:
     """Return the adapter modules of these sites by name; tied ones share their rows.
 

@@ -22,7 +22,7 @@ from torch import nn
 from ...adapters.base import AdapterModule, Site, SiteKind
 from ...adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, setting
 from ...errors import ConfigError, format_names, nearest
-from ..trainable_tokens import TrainedRows, are_token_ids, build_token_modules, find_trained_rows
+from ..trainable_tokens import TrainableTokenRows, are_token_ids, build_token_modules, find_trainable_rows
 from . import eva
 from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
@@ -99,16 +99,16 @@ class LoraConfig(PatternedConfig):
             self.require(valid, "trainable_token_indices", "token ids, each once")
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
-        return {name: rows.kind for name, rows in self._find_trained_rows(model).items()}
+        return {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
-        trained = self._find_trained_rows(sites[0].model) if sites else {}
+        trained = self._find_trainable_rows(sites[0].model) if sites else {}
         built = build_token_modules([s for s in sites if s.name in trained], trained)
         return [built.get(site.name) or self.build(site) for site in sites]
 
-    def _find_trained_rows(self, model: nn.Module) -> dict[str, TrainedRows]:
+    def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableTokenRows]:
         tokens = self.trainable_token_indices
-        return {} if tokens is None else find_trained_rows(model, tokens, self.modules_to_save or ())
+        return {} if tokens is None else find_trainable_rows(model, tokens, self.modules_to_save or ())
 
     def build(self, site: Site) -> AdapterModule:
         if self.init_lora_weights == "loftq" and not site.loading:
