@@ -34,7 +34,7 @@ def data_report(
     """
     from ..config import load_recipe
     from ..data.validation.report import validate_file
-    from ..models.loader import load_tokenizer  # not `setup`, which imports every adapter: 5 s
+    from ..models.loader import load_tokenizer
 
     recipe = load_recipe(None, {"data.train": file, "output_dir": "runs/unused", **settings})
     data, m = recipe.data, recipe.model

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, UsageError, format_names, nearest
-from .messages import Messages, RowError, convert_sharegpt, require_list, require_text, parse_messages
+from .messages import Messages, RowError, convert_sharegpt, parse_messages, require_list, require_text
 
 Record = Mapping[str, Any]
 Fields = dict[str, Any]  # of a `Row`

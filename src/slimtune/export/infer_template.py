@@ -65,7 +65,7 @@ class JinjaTemplate:
     def render(self, messages: Messages, add_generation_prompt: bool = True, **variables: Any) -> str:
         """Return the text of a conversation; dates appear as their format between `DATE_MARKERS`.
 
-        With `add_generation_prompt` the text asks for the assistant's next message. TemplateError means that the template refuses.
+        With `add_generation_prompt` the text asks for the next answer. TemplateError: the template refuses.
         """
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **self.override, **variables}
         try:

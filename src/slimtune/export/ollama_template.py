@@ -26,8 +26,8 @@ from .infer_template import (
     JinjaTemplate,
     Strip,
     UnsupportedTemplate,
-    infer_template,
     describe_ollama_differences,
+    infer_template,
 )
 
 _MONTHS = [datetime.date(2000, m, 1).strftime("%b %B").split() for m in range(1, 13)]
