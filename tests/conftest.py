@@ -16,7 +16,6 @@ from hypothesis import settings
 settings.register_profile("slimtune", deadline=None)
 settings.load_profile("slimtune")
 
-SLOW_FILES = {"test_gpu_bench"}
 SLOW_TESTS = {
     "test_the_quick_start_runs_as_written",
 }
@@ -94,5 +93,5 @@ def smollm2_folder() -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the slow tests, before `-m` selects."""
     for item in items:
-        if item.path.stem in SLOW_FILES or getattr(item, "originalname", "") in SLOW_TESTS:
+        if getattr(item, "originalname", "") in SLOW_TESTS:
             item.add_marker("slow")

@@ -14,20 +14,17 @@ sys.path.insert(0, str(BENCHMARKS))
 import gpu  # noqa: E402
 from gpu_ways.setting import learned, packed, padded, rows_of  # noqa: E402
 
-SPEC = {"size": "tiny", "model": None, "device": "cpu", "rows": 5, "steps": 1}
+pytestmark = pytest.mark.slow
 
 
 def run(*flags):
     return subprocess.run([sys.executable, BENCHMARKS / "gpu.py", *flags], capture_output=True, text=True, timeout=300)
 
 
-def test_a_whole_run(tmp_path):
+def test_whole_run(tmp_path):
     out = tmp_path / "result.json"
-    ways = "slimtune,peft packed,unsloth packed"
-    done = run(
-        *("--device", "cpu", "--size", "tiny", "--ways", ways, "--rows", "4", "--steps", "1", "--rounds", "1"),
-        *("--out", str(out)),
-    )
+    flags = "--device cpu --size tiny --rows 4 --steps 1 --rounds 1".split()
+    done = run(*flags, "--ways", "slimtune,peft packed,unsloth packed", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
     assert len(result["checks"]) >= 13
@@ -39,7 +36,7 @@ def test_a_whole_run(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line():
+def test_without_a_gpu_it_is_one_message():
     done = run()
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("got: no CUDA device that torch ")
@@ -47,7 +44,7 @@ def test_without_a_gpu_it_says_so_in_one_line():
 
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
-def test_a_failed_check_is_the_exit_code(ok, code, monkeypatch, tmp_path):
+def test_failed_check_is_the_exit_code(ok, code, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--out", str(tmp_path / "result.json")])
     monkeypatch.setattr(gpu, "_checks", lambda *_: ({}, [{"check": "a", "value": 0.0, "limit": 1.0, "ok": ok}]))
     monkeypatch.setattr(gpu, "_run", lambda *_: None)
@@ -56,11 +53,10 @@ def test_a_failed_check_is_the_exit_code(ok, code, monkeypatch, tmp_path):
     assert e.value.code == code
 
 
-def test_ways_share_a_card_only_if_they_fit():
-    ways = ["slimtune", "peft packed", "ceiling"]
-    assert gpu._groups(ways, "1b", {"free_bytes": 78 * gpu.GIB, "total_bytes": 80 * gpu.GIB}) == ([ways], True)
-    alone = [["slimtune"], ["peft packed"], ["ceiling"], ["slimtune"]]
-    assert gpu._groups(ways, "8b", {"free_bytes": 78 * gpu.GIB, "total_bytes": 80 * gpu.GIB}) == (alone, False)
+def test_ways_share_a_gpu_only_if_they_fit():
+    ways, memory = ["slimtune", "peft packed", "ceiling"], {"free_bytes": 78 * gpu.GIB, "total_bytes": 80 * gpu.GIB}
+    assert gpu._groups(ways, "1b", memory) == ([ways], True)
+    assert gpu._groups(ways, "8b", memory) == ([[way] for way in (*ways, "slimtune")], False)
 
 
 def test_ratios_are_taken_round_by_round():
@@ -76,11 +72,12 @@ def test_ratios_are_taken_round_by_round():
 
 @pytest.mark.parametrize("kind", ["no prefix", "prefix 64", "dictionary"])
 def test_every_process_draws_the_same_rows(kind):
-    rows = rows_of(SPEC, kind, 1, 0, 512)
-    assert rows == rows_of(SPEC, kind, 1, 0, 512) != rows_of(SPEC, kind, 2, 0, 512)
+    spec = {"size": "tiny", "model": None, "device": "cpu", "rows": 5, "steps": 1}
+    rows = rows_of(spec, kind, 1, 0, 512)
+    assert rows == rows_of(spec, kind, 1, 0, 512) != rows_of(spec, kind, 2, 0, 512)
     assert all(0 <= t < 512 for r in rows for t in r["input_ids"])
     assert (rows[0]["input_ids"][:64] == rows[1]["input_ids"][:64]) == (kind == "prefix 64")
-    # However they are laid, the same tokens are learned; a row's first is not predicted from the row before it.
+    # However they are laid out, the same tokens are learned; a row's first is not predicted from the row before it.
     targets = sum(map(learned, rows))
     for batch in (packed(rows), padded(rows)):
         assert (batch["labels"][:, 1:] != -100).sum() == targets
