@@ -43,7 +43,7 @@ from slimtune.adapters.registry import method_names
 from slimtune.config import Recipe
 from slimtune.data.dataset import read_rows
 from slimtune.errors import RunError, SlimtuneError
-from slimtune.export.engines import VllmEngine
+from slimtune.export.engines import VllmClient
 from slimtune.export.merge import load_trained
 from slimtune.export.reference import QUESTIONS, Reference, Text, Tolerance, Verdict, compare_engine
 from slimtune.export.vllm import write_vllm_adapter
@@ -125,7 +125,7 @@ def judged(run: Path, url: str, facts: dict[str, Any]) -> Verdict:
     """Compare one adapter that the server serves with the run it was exported from, both in float32."""
     loaded = load_run(run, dtype="float32", device="cpu")
     texts = texts_of(loaded.base.tokenizer)
-    server = VllmEngine(url, facts["name"])
+    server = VllmClient(url, facts["name"])
     for text, (question, _) in zip(texts, QUESTIONS, strict=False):
         ours = loaded.base.tokenizer(text.prompt, add_special_tokens=False)["input_ids"]
         theirs = server.tokenize_chat([{"role": "user", "content": question}])
@@ -168,7 +168,7 @@ def serving(command: list[str], port: int, log: Path) -> Iterator[str]:
                 raise RunError(f"vLLM did not start in {START_SECONDS} s:\n{_tail(log)}", "a server that starts")
             with contextlib.suppress(SlimtuneError), contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                VllmEngine(url, _first_name(command), timeout=10)
+                VllmClient(url, _first_name(command), timeout=10)
                 break
             time.sleep(1)
         print(f"vLLM is up after {time.monotonic() - began:.0f} s", flush=True)

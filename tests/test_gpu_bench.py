@@ -23,7 +23,7 @@ def run(*flags):
 
 def test_whole_run(tmp_path):
     out = tmp_path / "result.json"
-    flags = "--device cpu --size tiny --rows 4 --steps 1 --rounds 1".split()
+    flags = ["--device", "cpu", "--size", "tiny", "--rows", "4", "--steps", "1", "--rounds", "1"]
     done = run(*flags, "--ways", "slimtune,peft packed,unsloth packed", "--out", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from slimtune.comparison.report import format_markdown, format_row, make_advice
+from slimtune.comparison.report import format_markdown, format_row, recommend_method
 
 
 def line(method: str, reduction: float, *, half: float = 0.02, memory=2, size=10, time=60, **more: Any):
@@ -23,7 +23,7 @@ def pair(a: str, b: str, low: float, high: float, *, beyond: bool):
 def test_cheaper_of_equally_good():
     lines = [line("dora", 0.50, memory=3, time=90), line("lora", 0.49), line("ia3", 0.30, size=1)]
     pairs = [pair("dora", "lora", 0.0, 0.02, beyond=False), pair("dora", "ia3", 0.1, 0.3, beyond=True)]
-    assert make_advice(lines, pairs) == (
+    assert recommend_method(lines, pairs) == (
         "Take lora (loss reduction 0.490 nats per token, 0.470 to 0.510; 2.0 GiB, a file of 10.0 MiB, 1 min 0 s per "
         "run); dora and lora are as good as one another, within a tenth of the loss reduction; ia3 is worse than dora "
         "by 0.200 nats per token."
@@ -37,7 +37,7 @@ def test_wide_interval_is_not_as_good():
         pair("lora", "prompt", -0.01, 0.39, beyond=False),
         pair("bottleneck", "prompt", -0.07, 0.33, beyond=False),
     ]
-    advice = make_advice(lines, pairs)
+    advice = recommend_method(lines, pairs)
     assert advice.startswith("Take lora ")
     assert "prompt does not differ from lora beyond noise, but may be up to 0.390 worse: more seeds" in advice
     assert advice.endswith("bottleneck is worse than lora by 0.060 nats per token.")
@@ -45,7 +45,7 @@ def test_wide_interval_is_not_as_good():
 
 def test_least_of_each_cost_is_named():
     lines = [line("a", 0.5, size=1), line("b", 0.49, time=10, memory=1), line("c", 0.48, memory=3)]
-    advice = make_advice(lines, [pair("a", "b", 0, 0.03, beyond=False), pair("a", "c", 0.01, 0.03, beyond=True)])
+    advice = recommend_method(lines, [pair("a", "b", 0, 0.03, beyond=False), pair("a", "c", 0.01, 0.03, beyond=True)])
     assert advice.startswith("Take b")
     assert "a, b and c are as good as one another" in advice
     assert advice.endswith("of these a takes the least size.")
@@ -53,31 +53,33 @@ def test_least_of_each_cost_is_named():
 
 def test_costs_within_a_tenth_are_equal():
     lines = [line("a", 0.5, time=62, memory=2), line("b", 0.49, time=60, memory=2)]
-    assert make_advice(lines, [pair("a", "b", 0, 0.03, beyond=False)]).startswith("Take a")
+    assert recommend_method(lines, [pair("a", "b", 0, 0.03, beyond=False)]).startswith("Take a")
 
 
 def test_clear_winner_is_taken_at_any_cost():
     lines = [line("full", 0.9, memory=5, size=270), line("lora", 0.5), line("ia3", 0.4)]
     pairs = [pair("full", "lora", 0.3, 0.5, beyond=True), pair("full", "ia3", 0.4, 0.6, beyond=True)]
-    advice = make_advice(lines, pairs)
+    advice = recommend_method(lines, pairs)
     assert advice.startswith("Take full")
     assert advice.endswith("lora and ia3 are worse than full by 0.400 to 0.500 nats per token.")
 
 
 def test_reduction_within_noise():
     lines = [line("lora", 0.01), line("ia3", 0.0)]
-    advice = make_advice(lines, [pair("lora", "ia3", -0.1, 0.1, beyond=False)])
+    advice = recommend_method(lines, [pair("lora", "ia3", -0.1, 0.1, beyond=False)])
     assert advice.startswith("Take none of them: the loss reduction of the best, lora,")
-    assert make_advice([], []).startswith("No run was finished")
+    assert recommend_method([], []).startswith("No run was finished")
 
 
 def test_one_method_or_one_seed():
-    assert make_advice([line("lora", 0.5)], []) == (
+    assert recommend_method([line("lora", 0.5)], []) == (
         "Only lora was measured: loss reduction 0.500 nats per token, 0.480 to 0.520."
     )
     lines = [line("lora", 0.5, seeds=[1]), line("ia3", 0.3, seeds=[1])]
-    assert "the effect of another seed is unknown" in make_advice(lines, [pair("lora", "ia3", 0.1, 0.3, beyond=True)])
-    assert "ia3 does not differ from lora beyond noise;" in make_advice(lines, [])  # no seed in common
+    assert "the effect of another seed is unknown" in recommend_method(
+        lines, [pair("lora", "ia3", 0.1, 0.3, beyond=True)]
+    )
+    assert "ia3 does not differ from lora beyond noise;" in recommend_method(lines, [])  # no seed in common
 
 
 @pytest.mark.parametrize("incomplete", [False, True])

@@ -89,7 +89,7 @@ def test_training_gets_the_same_report(tmp_path):
     rows[BATCH_SIZE + 3] = rows[1]
     alone = validate(tmp_path, rows)
     report = DatasetReport(CHATML, "chat", max_seq_len=1024)
-    tokenize_dataset(open_rows(alone["file"]), CHATML, max_seq_len=1024, path="x", reporter=report)
+    tokenize_dataset(open_rows(alone["file"]), CHATML, max_seq_len=1024, path="x", dataset_report=report)
     assert list_issues(alone) == {"duplicate": ("warning", [BATCH_SIZE + 4])}
     assert {**alone, "seconds": 0} == {**report.to_dict(file=alone["file"], model="tiny"), "seconds": 0}
 

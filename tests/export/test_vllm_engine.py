@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slimtune.errors import ModelError, RunError, UsageError
-from slimtune.export.engines import VllmEngine
+from slimtune.export.engines import VllmClient
 
 
 class Vllm(BaseHTTPRequestHandler):
@@ -61,7 +61,7 @@ def server():
 
 
 def test_tokenize(server):
-    engine, messages = VllmEngine(server.url + "/v1/", "devil"), [{"role": "user", "content": "Hello"}]
+    engine, messages = VllmClient(server.url + "/v1/", "devil"), [{"role": "user", "content": "Hello"}]
     assert engine.tokenize("<|im_start|>user\n") == engine.tokenize_chat(messages) == [1, 4093, 198]
     prompt = {"model": "devil", "prompt": "<|im_start|>user\n", "add_special_tokens": False}
     chat = {"model": "devil", "messages": messages}
@@ -69,7 +69,7 @@ def test_tokenize(server):
 
 
 def test_score(server):
-    scores = VllmEngine(server.url, "devil", top_k=2).score([5, 6, 8])
+    scores = VllmClient(server.url, "devil", top_k=2).score([5, 6, 8])
     assert torch.equal(scores.token_log_probs, torch.tensor([-9.0, -1.0], dtype=torch.float64))
     assert scores.top_ids.tolist() == [[7, 8], [7, 8]]
     path, body, _ = server.requests[0]
@@ -81,11 +81,11 @@ def test_score(server):
 
 @pytest.mark.parametrize(("most", "expected"), [(2, [11, 12]), (3, [11, 12, 13]), (9, [11, 12])])
 def test_generate_drops_the_end_token(server, most, expected):
-    assert VllmEngine(server.url, "devil").generate([5, 6], most) == expected
+    assert VllmClient(server.url, "devil").generate([5, 6], most) == expected
 
 
 def test_key_in_no_message(server):
-    engine = VllmEngine(server.url, "devil", key="very-secret")
+    engine = VllmClient(server.url, "devil", key="very-secret")
     server.error = 401, b'{"error": "Unauthorized"}'
     with pytest.raises(ModelError, match=r"refused /tokenize: 401, \{\"error\": \"Unauthorized\"\}") as caught:
         engine.tokenize("x")
@@ -95,8 +95,8 @@ def test_key_in_no_message(server):
 
 def test_errors_of_the_server(server):
     with pytest.raises(UsageError, match="serves no model 'devill'; did you mean 'devil'"):
-        VllmEngine(server.url, "devill")
-    engine = VllmEngine(server.url, "devil")
+        VllmClient(server.url, "devill")
+    engine = VllmClient(server.url, "devil")
     message = "Requested prompt logprobs of 30, which is greater than max allowed: 20"
     server.error = 400, json.dumps({"error": {"message": message, "code": 400}}).encode()
     with pytest.raises(RunError, match=message):
@@ -111,19 +111,19 @@ def test_no_server_and_one_that_hangs():
         s.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{s.getsockname()[1]}"
         with pytest.raises(ModelError, match=r"no vLLM server answers at .*refused") as caught:
-            VllmEngine(url, "devil")
+            VllmClient(url, "devil")
         assert "serve.sh" in caught.value.hint
         s.listen()
         with pytest.raises(ModelError, match=r"did not answer /v1/models in 0.2 s"):
-            VllmEngine(url, "devil", timeout=0.2)
+            VllmClient(url, "devil", timeout=0.2)
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", ""])
 def test_not_an_address(url):
     with pytest.raises(UsageError, match="is not the address of a server"):
-        VllmEngine(url, "devil")
+        VllmClient(url, "devil")
 
 
 def test_local_requests_ignore_a_proxy(server, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    assert VllmEngine(server.url, "devil").tokenize("x")
+    assert VllmClient(server.url, "devil").tokenize("x")

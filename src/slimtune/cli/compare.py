@@ -68,10 +68,10 @@ def compare(
 
 
 def _print_result(result: Mapping[str, Any]) -> None:
-    from ..comparison.report import TERMINAL_COLUMNS, describe_comparison, format_terminal_row, list_notes
+    from ..comparison.report import TERMINAL_COLUMNS, describe_comparison_setup, format_terminal_row, list_notes
 
     screen = console()
-    screen.print(describe_comparison(result))
+    screen.print(describe_comparison_setup(result))
     rows = map(format_terminal_row, result["methods"])
     methods = table(*TERMINAL_COLUMNS, left=[len(TERMINAL_COLUMNS) - 1], rows=rows)
     methods.padding = (0, 1, 0, 0)

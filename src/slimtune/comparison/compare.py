@@ -22,7 +22,7 @@ from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
 from .grid import Grid
 from .picture import draw_comparison
-from .report import compare_pairs, format_markdown, make_advice, summarize_candidates
+from .report import compare_pairs, format_markdown, recommend_method, summarize_candidates
 from .worker import launch_worker
 
 Log = Callable[[str], None]
@@ -152,5 +152,5 @@ def _build_result(grid: Grid) -> dict[str, Any]:
         "base_loss": first.get("base_loss"),
         "methods": methods,
         "pairs": pairs,
-        "advice": make_advice(methods, pairs),
+        "advice": recommend_method(methods, pairs),
     }

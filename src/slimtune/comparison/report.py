@@ -137,7 +137,7 @@ def compare_pairs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     return pairs
 
 
-def make_advice(methods: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
+def recommend_method(methods: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
     """Return one sentence: which method to take, which do not differ from the best beyond noise, which are worse.
 
     The advice is the best method or a cheaper one that is as good. A method is as good if the whole interval of its
@@ -226,7 +226,7 @@ def format_terminal_row(method: Mapping[str, Any]) -> tuple[str, ...]:
     return name, f"{method['rate']:.2g}", trains, file, memory, time, reduction, best_for
 
 
-def describe_comparison(result: Mapping[str, Any]) -> str:
+def describe_comparison_setup(result: Mapping[str, Any]) -> str:
     """Return what was compared, in one sentence."""
     spent = sorted({n for method in result["methods"] for n in method["trained_tokens"]})
     tokens = " to ".join(dict.fromkeys(f"{n:,}" for n in (spent[0], spent[-1]))) if spent else "no"
@@ -275,4 +275,6 @@ def format_markdown(result: Mapping[str, Any]) -> str:
         f"|{'|'.join(alignment)}|",
         *(f"| {' | '.join(format_row(method))} |" for method in result["methods"]),
     ]
-    return "\n\n".join([describe_comparison(result), "\n".join(rows), *list_notes(result), result["advice"]]) + "\n"
+    return (
+        "\n\n".join([describe_comparison_setup(result), "\n".join(rows), *list_notes(result), result["advice"]]) + "\n"
+    )

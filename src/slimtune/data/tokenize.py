@@ -191,7 +191,7 @@ def tokenize_dataset(
     train_on: str = "assistant",
     path: str | Path,
     processes: int = 1,
-    reporter: Any = None,
+    dataset_report: Any = None,
 ) -> tuple[TokenizedDataset, RowReport]:
     """Return the tokenized rows in their order, and a report.
 
@@ -203,14 +203,14 @@ def tokenize_dataset(
         train_on: "assistant" (every assistant turn) or "last_assistant" (the last one of each row).
         path: the file of the rows, for error messages.
         processes: how many tokenize at once; with more than one, a script needs `if __name__ == "__main__":`.
-        reporter: a `DatasetReport`: `validate` runs where a batch is tokenized, `add` receives every batch in order.
+        dataset_report: a `DatasetReport`; its `validate` runs where a batch is tokenized, `add` gets them in order.
 
     Raises:
         DataError: rows are invalid, the template refuses some, rows are too long under "error", none is left, or some
             have no supervised token.
         ModelError: no chat template, or one that hides the assistant's turns.
     """
-    validate = None if reporter is None else reporter.validate
+    validate = None if dataset_report is None else dataset_report.validate
     function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, validate)
     if isinstance(rows, RowFile):
         errors = rows.new_errors()
@@ -230,8 +230,8 @@ def tokenize_dataset(
             total.add(batch.report)
             overlong += batch.overlong
             unsupervised += batch.unsupervised
-            if reporter is not None:
-                reporter.add(batch)
+            if dataset_report is not None:
+                dataset_report.add(batch)
             for row in batch.invalid[: MAX_ERRORS - len(errors.messages)]:
                 errors.add(row.line, row.cause, row.file)
             if errors.full:

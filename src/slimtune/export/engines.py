@@ -195,7 +195,7 @@ class LlamaCppEngine:
         return _request_json("llama.cpp server", self.server.listening_address, path, body)
 
 
-class VllmEngine:
+class VllmClient:
     """A running vLLM server, asked over HTTP for the base or for an adapter by its name.
 
     Every sampling setting is sent, because a base's generation_config.json would change the server's defaults.

@@ -18,7 +18,7 @@ from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..models.loader import load_base
 from ..setup import TrainedModel, load_run
 from . import merge as merging
-from .engines import Engine, LlamaCppEngine, TransformersEngine, VllmEngine
+from .engines import Engine, LlamaCppEngine, TransformersEngine, VllmClient
 from .gguf import write_adapter_gguf
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, read_manifest
 from .reference import PRECISIONS, Reference, Tolerance, Verdict, compare_engine, get_tolerance, make_texts
@@ -60,7 +60,7 @@ def verify(
                 verifier = Verifier(merging.load_trained(run, dtype), run, Path(folder), rows, threads, log)
             name = vllm_model or str(manifest.get("name", run.resolve().name))
             precision, tolerance = PRECISIONS[verifier.loaded.base.dtype], _get_conversion_tolerance(manifest)
-            checks.append(verifier.verify_engine("vLLM", precision, lambda: VllmEngine(vllm, name), tolerance))
+            checks.append(verifier.verify_engine("vLLM", precision, lambda: VllmClient(vllm, name), tolerance))
     checked = [c for c in checks if c.passed is not None]
     passed = bool(checked) and all(c.passed for c in checked) and not (vllm and checks[-1].passed is None)
     return {"path": str(path), "run": str(run), "passed": passed, "checks": [asdict(c) for c in checks]}

@@ -32,9 +32,9 @@ class LoraModule(AdapterModule):
         """Return B's factor on the learning rate (LoRA+)."""
         return {n: self.lr_ratio for n, _ in self.named_parameters() if n.startswith(("lora_B", "lora_embedding_B"))}
 
-    def freeze(self, name: str) -> None:
-        self.frozen_names = (name,)
-        self.get_parameter(name).requires_grad_(False)
+    def freeze_parameter(self, parameter_name: str) -> None:
+        self.frozen_names = (parameter_name,)
+        self.get_parameter(parameter_name).requires_grad_(False)
 
 
 class LinearLora(LoraModule):
@@ -54,7 +54,7 @@ class LinearLora(LoraModule):
         init_weights(self.init, self.lora_A, self.lora_B)
         self.to(site.device, site.dtype)
         if config.freeze_a or self.init == "mica":
-            self.freeze("lora_A.weight" if config.freeze_a else "lora_B.weight")
+            self.freeze_parameter("lora_A.weight" if config.freeze_a else "lora_B.weight")
         if (is_subtracted_init(self.init) or self.init == "mica") and not site.loading:
             A, B = init_from_base_weight(self.init, site, r, scale)
             self.lora_A.weight.data.copy_(A)
@@ -113,7 +113,7 @@ class EmbeddingLora(LoraModule):
             nn.init.normal_(self.lora_embedding_B)
         self.to(site.device, site.dtype)
         if self.init == "mica":
-            self.freeze("lora_embedding_B")
+            self.freeze_parameter("lora_embedding_B")
             # Loading a file needs no start, and could not read the weight of an offloaded embedding here.
             if not site.loading:
                 self.lora_embedding_B.data.copy_(init_from_base_weight("mica", site, r, scale)[1])

@@ -32,7 +32,7 @@ def replace_lora_weights_loftq(
     model_path: str | os.PathLike,
     adapter_name: str = "default",
     callback: Callable[[Any, str], bool] | None = None,
-    inputs: Mapping[str, Tensor] | None = None,
+    calibration_inputs: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Initialize a LoRA adapter on a quantized base from the error of the quantization.
 
@@ -43,7 +43,7 @@ def replace_lora_weights_loftq(
         model_path: folder of the base's safetensors files, or such a file.
         adapter_name: name of the adapter.
         callback: called with the model and a layer's name after each layer; False restores that layer's A and B.
-        inputs: a sample `(n, in_features)` of the inputs of layers, by name; other layers use the plain error.
+        calibration_inputs: samples `(n, in_features)` of layer inputs, by name; other layers use the plain error.
     """
     adapters = {n: a for n, a in model.adapter_modules(adapter_name).items() if hasattr(a, "lora_A")}
     layers = {n: m for n, m in model.adapted_layers().items() if n in adapters and is_quantized(m)}
@@ -55,7 +55,7 @@ def replace_lora_weights_loftq(
         adapter = adapters[name]
         A, B = adapter.lora_A.weight, adapter.lora_B.weight
         error = _load_tensor(files, f"{name}.weight").to(A.device, torch.float32) - get_weight(module).float()
-        up, down = approximate_error(error, A.shape[0], (inputs or {}).get(name))
+        up, down = approximate_error(error, A.shape[0], (calibration_inputs or {}).get(name))
         before = A.clone(), B.clone()
         A.copy_(down)
         B.copy_(up / adapter.scale)
