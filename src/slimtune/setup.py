@@ -185,7 +185,9 @@ def attach_adapter(
         if loftq:
             layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
             inputs = collect_layer_inputs(base.model.eval(), layers, [e["input_ids"] for e in rows[:ROWS]])
-            replace_lora_weights_loftq(model, download_weights(base.source, recipe.model.revision), calibration_inputs=inputs)
+            replace_lora_weights_loftq(
+                model, download_weights(base.source, recipe.model.revision), calibration_inputs=inputs
+            )
     model.peft_config["default"].base_model_name_or_path = recipe.model.name
     t = recipe.train
     if t.offload_activations and base.device.type == "cpu":
