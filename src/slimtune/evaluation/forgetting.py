@@ -53,11 +53,11 @@ def read_general_text(file: Path) -> list[TextPiece]:
         pieces = [TextPiece(1, "text", text)] if text.strip() else []
     else:
         for number, line in enumerate(text.split("\n"), 1):
-            if line.strip() and not errors.full:
-                try:
+            try:
+                if line.strip() and not errors.full:
                     pieces.append(_parse_line(number, line))
-                except ValueError as e:
-                    errors.add(number, str(e))
+            except ValueError as e:
+                errors.add(number, str(e))
     if not pieces and not errors.messages:
         errors.add(1, "contains no text")
     errors.check()
@@ -123,11 +123,7 @@ def measure_forgetting(
 ) -> dict[str, Any]:
     """Return `tokens`, `base_loss`, `tuned_loss`, `change`, `change_ci95`, `budget`, `within` and `kinds`.
 
-    Args:
-        examples: rows of general text.
-        score_both: scores rows by base and tuned model.
-        budget: nats per token that may be lost, 0 or more.
-        bootstrap: `draws` and `seed`.
+    `score_both` scores rows by base and tuned model, `budget` is in nats per token, `bootstrap` is `draws` and `seed`.
     """
     base, tuned = score_both(examples)
 
