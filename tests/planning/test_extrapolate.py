@@ -49,7 +49,7 @@ def test_formula_of_tiles_and_offloading(lengths):
     trace = trace_memory(job)
     over = fit_memory_model(job, job.build_model()).peak(lengths) - trace.peak
     assert over > 0 if sum(lengths) < 2048 else abs(over) < 0.005 * trace.peak
-    assert extrapolate_layers(job).host == trace.host
+    assert extrapolate_layers(job).host_bytes == trace.host_bytes
 
 
 def test_one_very_long_row_is_not_padded():
@@ -75,7 +75,7 @@ def test_two_and_three_layers_give_all_layers(name):
         assert extrapolated.peak == pytest.approx(trace.peak, rel=0.02)
         return
     assert {**extrapolated.phases, BACKWARD[1]: trace.phases[BACKWARD[1]]} == trace.phases
-    assert (extrapolated.state, extrapolated.work) == (trace.state, trace.work)
+    assert (extrapolated.state, extrapolated.operator_counts) == (trace.state, trace.operator_counts)
 
 
 @pytest.mark.parametrize(

@@ -106,10 +106,10 @@ def test_gradient_accumulation_is_in_place(use, calls):
 
 
 def test_work():
-    with MemoryTracker(count_work=True) as tracker:
+    with MemoryTracker(count_operators=True) as tracker:
         a, b = torch.empty(8, 16), torch.empty(16, 4)
-        tracker.work.clear()
+        tracker.operator_counts.clear()
         for _ in range(2):
             a @ b
         a.t()
-    assert tracker.work == {(2 * 8 * 16 * 4, 4 * (128 + 64 + 32), torch.float32): 2}
+    assert tracker.operator_counts == {(2 * 8 * 16 * 4, 4 * (128 + 64 + 32), torch.float32): 2}

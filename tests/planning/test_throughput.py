@@ -50,7 +50,7 @@ def trace_work(point_json, device, dtype):
         plain = None if "rank" in point else build_meta_model(config, None, dtype, checkpointing=point["checkpointing"])
         found = trace_memory(job, plain)
         trained = found.state.get("adapters") or found.state["weights"]
-        return found.work, 2 * found.state["optimizer"] + 5 * trained
+        return found.operator_counts, 2 * found.state["optimizer"] + 5 * trained
 
     # Every adapted layer but the first is alike, and so is every one below them.
     (one, first), (two, second) = trace(1, 1), trace(2, 2)

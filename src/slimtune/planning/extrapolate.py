@@ -21,14 +21,14 @@ from ..attention.packed_attention import MAX_SEGMENT_TOKENS, padded_length
 from ..attention.register import original_attention, packing_unsupported_reason
 from ..errors import UsageError
 from .fake_tensors import all_tensors
-from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, Trace, trace_memory, trace_merge
+from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_memory, trace_merge
 from .request import TrainingJob
 
 TOKENS = 1024
 """Shortest pack that the formula is fitted to."""
 
 
-def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> Trace:
+def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> StepTrace:
     """Return the trace of a job, computed from traces of its first two and three layers.
 
     A model of up to three layers is traced whole. So is one whose targets are not in those layers, and one whose
@@ -59,7 +59,12 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
         if state["weights"] + state.get("adapters", 0) != sum(-(-size // block) * block for size in sizes.values()):
             return trace_memory(job, model, backward_only=backward_only)
     phases = {phase: extrapolate(two.phases[phase], three.phases[phase]) for phase in two.phases}
-    return Trace(state, phases, Counter(extrapolate(two.work, three.work)), _at_depth(job, two.host, three.host))
+    return StepTrace(
+        state,
+        phases,
+        Counter(extrapolate(two.operator_counts, three.operator_counts)),
+        _at_depth(job, two.host_bytes, three.host_bytes),
+    )
 
 
 def extrapolate_merge(job: TrainingJob, num_params: int) -> int | None:
@@ -96,7 +101,7 @@ class MemoryModel:
         above = (float(c @ features) + self.corrections.get(phase, 0.0) for phase, c in self.coefficients.items())
         return self.state + int(max(0.0, *above))
 
-    def correct(self, lengths: Sequence[int], trace: Trace) -> Self:
+    def correct(self, lengths: Sequence[int], trace: StepTrace) -> Self:
         """Return the formula shifted so that it gives what was traced at these lengths."""
         features = _features(lengths)
         above = {phase: trace.peaks[phase] - trace.state_bytes for phase in self.coefficients}

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .memory_trace import Trace
+from .memory_trace import StepTrace
 
 GATHERED_LAYERS = (1, 3)
 
@@ -32,7 +32,7 @@ def _base_bytes(module: Any) -> int:
     return sum(p.numel() * p.element_size() for p in own.values() if not p.requires_grad)
 
 
-def shard_trace(trace: Trace, saved: int, device: str) -> Trace:
+def shard_trace(trace: StepTrace, saved: int, device: str) -> StepTrace:
     """Return what a traced step takes in one of the processes, if sharding saves so many bytes."""
 
     def shard(parts: dict[str, int]) -> dict[str, int]:

@@ -39,21 +39,21 @@ BACKWARD = ("backward, last layer", "backward, between", "backward, first layer"
 
 
 @dataclass(frozen=True)
-class Trace:
-    """Memory and work of one optimizer step.
+class StepTrace:
+    """Memory and operators of one optimizer step.
 
     Args:
         state: bytes that are always allocated, by part: weights, adapters, optimizer.
         phases: bytes by part at the highest point of each phase: "forward", "loss" (logits and their gradient), those
             of `BACKWARD`, "optimizer", "evaluation".
-        work: how often an operator of (floating point operations, bytes moved, dtype) runs in one micro-batch.
-        host: highest number of bytes in CPU memory instead of the device's (offloaded activations).
+        operator_counts: how often an operator of (floating point operations, bytes moved, dtype) runs in one micro-batch.
+        host_bytes: highest number of bytes in CPU memory instead of the device's (offloaded activations).
     """
 
     state: dict[str, int]
     phases: dict[str, dict[str, int]]
-    work: Counter[tuple[int, int, torch.dtype]]
-    host: int = 0
+    operator_counts: Counter[tuple[int, int, torch.dtype]]
+    host_bytes: int = 0
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -80,7 +80,7 @@ class Trace:
         return sum(self.state.values())
 
 
-def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> Trace:
+def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = False) -> StepTrace:
     """Run one optimizer step of a job on fake tensors.
 
     Args:
@@ -119,10 +119,10 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
                 _fill_gradients(trained)
                 tracker.assign((p.grad for p in trained), "gradients")
             tracker.start_phase("forward")
-            tracker.work.clear()
+            tracker.operator_counts.clear()
             with _mark_phases(model, tracker):
                 forward_backward(model, [pack])
-            work = tracker.work.copy()
+            work = tracker.operator_counts.copy()
             state = _assign_state(tracker, model, optimizer)  # again: DoRA keeps norms that its first forward computes
             if not backward_only:
                 tracker.start_phase("optimizer")
@@ -134,7 +134,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
                     token_nll(model, pack)
     parts = PARTS[:-1]  # the runtime is no tensor
     phases = {p: {k: live.get(k, 0) for k in parts} for p, live in tracker.phases.items() if p != "start"}
-    return Trace(state, phases, work, tracker.host_peak)
+    return StepTrace(state, phases, work, tracker.host_peak)
 
 
 def trace_merge(job: TrainingJob, dtype: torch.dtype) -> int | None:

@@ -30,26 +30,26 @@ class MemoryTracker(TorchDispatchMode):
         block: a storage takes a multiple of this many bytes: 512 on CUDA, 1 on a CPU.
         vocab_size: tensors whose last dimension has this size count as "logits"; all others as "activations", unless
             `assign` says otherwise.
-        count_work: also count floating point operations and bytes moved.
+        count_operators: also count floating point operations and bytes moved.
         separate_host: the device has its own memory, so tensors allocated in `host_allocation` count apart.
 
     Attributes:
         live: bytes by part now; part "host" is not on the device.
         phases: bytes by part at the highest point of each phase.
         host_peak: highest number of bytes in CPU memory; 0 unless `separate_host`.
-        work: how often an operator of (floating point operations, bytes read and written, dtype) ran.
+        operator_counts: how often an operator of (floating point operations, bytes read and written, dtype) ran.
     """
 
     def __init__(
-        self, block: int = 1, vocab_size: int = 0, count_work: bool = False, separate_host: bool = False
+        self, block: int = 1, vocab_size: int = 0, count_operators: bool = False, separate_host: bool = False
     ) -> None:
         super().__init__()
         self.block, self.vocab_size = block, vocab_size
-        self.count_work, self.separate_host = count_work, separate_host
+        self.count_operators, self.separate_host = count_operators, separate_host
         self.live: Counter[str] = Counter()
         self.phases: dict[str, dict[str, int]] = {}
         self.host_peak = 0
-        self.work: Counter[tuple[int, int, torch.dtype]] = Counter()
+        self.operator_counts: Counter[tuple[int, int, torch.dtype]] = Counter()
         self._phase = "start"
         self._total = 0  # on the device
         self._peaks: Counter[str] = Counter()
@@ -83,12 +83,12 @@ class MemoryTracker(TorchDispatchMode):
         results = list(iterate_tensors(out))
         for tensor in results:
             self._count(tensor)
-        if self.count_work and results and not func.is_view:
+        if self.count_operators and results and not func.is_view:
             packet = func._overloadpacket
             flops = flop_registry.get(_IN_PLACE_PRODUCTS.get(packet, packet))
             operations = flops(*args, **kwargs, out_val=out) if flops else 0
             moved = sum(t.numel() * t.element_size() for t in iterate_tensors((args, kwargs, out)))
-            self.work[operations, moved, results[0].dtype] += 1
+            self.operator_counts[operations, moved, results[0].dtype] += 1
         return out
 
     def _count(self, tensor: Tensor, part: str | None = None) -> None:

@@ -16,7 +16,7 @@ from ..utils.formatting import format_bytes
 from .extrapolate import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
 from .fsdp import shard_base, shard_trace
 from .gpus import Gpu
-from .memory_trace import Trace
+from .memory_trace import StepTrace
 from .request import MAX_SEQ_LEN, PlanRequest, TrainingJob
 from .result import PARTS, Advice, Plan, Range, Verdict, add_ranges
 from .throughput import estimate_throughput
@@ -89,7 +89,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
     # The base is read into CPU memory and moved to the GPU; on a Mac both are the same memory. To write a checkpoint
     # file its values are copied from the device, and safetensors builds the file in memory twice.
     loading = trace.state["weights"] if job.device == "cuda" else 0
-    host_moments = [(trace.host, "in a step"), (loading, "as the base is read"),
+    host_moments = [(trace.host_bytes, "in a step"), (loading, "as the base is read"),
                     (3 * max(adapter_bytes, optimizer_bytes, extra_bytes), "as a checkpoint is written")]  # fmt: skip
     host_bytes, host_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
@@ -120,13 +120,13 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
         max_seq_len=largest_fitting(lambda n: fits((n,) * len(job.lengths)), MAX_SEQ_LEN),
         max_batch_size=largest_fitting(lambda n: fits((max(job.lengths),) * n), MAX_BATCH_SIZE),
         tokens_per_second=estimate_throughput(
-            trace.work, gpu, sum(job.lengths), step_bytes=step_bytes, micro_batches=job.micro_batches
+            trace.operator_counts, gpu, sum(job.lengths), step_bytes=step_bytes, micro_batches=job.micro_batches
         ),
         evidence=list_evidence(request, host_moment),
     )
     if verdict == "fits" or not advise or request.fsdp:
         return plan
-    return replace(plan, advice=make_advice(job, plan, gpu))
+    return replace(plan, advice=suggest_memory_savings(job, plan, gpu))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryMode
     return replace(job, lengths=rows[:count], micro_batches=micro_batches)
 
 
-def reserved_memory(job: TrainingJob, trace: Trace) -> tuple[int, Range]:
+def reserved_memory(job: TrainingJob, trace: StepTrace) -> tuple[int, Range]:
     """Return the peak of allocated bytes, and what the allocator reserves for them."""
     peak = trace.peak + LIBRARY_BYTES.get(job.device, 0)
     return peak, allocator_range(job.device, peak, trace.state_bytes)
@@ -202,7 +202,7 @@ def file_bytes(model: Any) -> tuple[int, int, bool]:
 Change = Callable[[TrainingJob], TrainingJob]
 
 
-def make_advice(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advice]:
+def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advice]:
     """Return changes that save memory, best first.
 
     Each change is planned alone. If none is enough, the first entry combines as many as are needed.

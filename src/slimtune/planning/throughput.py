@@ -58,12 +58,12 @@ class Cost:
 
 
 def estimate_throughput(
-    work: Work, gpu: Gpu, tokens: int, *, step_bytes: int = 0, micro_batches: int = 1
+    operator_counts: Work, gpu: Gpu, tokens: int, *, step_bytes: int = 0, micro_batches: int = 1
 ) -> Range | None:
     """Return trained tokens a second; None if the GPU's rates are unknown.
 
     Args:
-        work: how often an operator of (operations, bytes moved, dtype) runs in one micro-batch (`Trace.work`).
+        operator_counts: how often an operator of (operations, bytes moved, dtype) runs in one micro-batch (`StepTrace.operator_counts`).
         gpu: where it runs.
         tokens: trained in one micro-batch.
         step_bytes: bytes that the optimizer moves in a step.
@@ -73,7 +73,7 @@ def estimate_throughput(
         return None
     bandwidth = gpu.bandwidth or float("inf")
     seconds = step_bytes / bandwidth / micro_batches
-    for (operations, moved, dtype), count in work.items():
+    for (operations, moved, dtype), count in operator_counts.items():
         # A dtype that the GPU has no units for runs at the rate of float32.
         rate = gpu.rates.get(str(dtype).removeprefix("torch.")) or gpu.rates["float32"]
         seconds += count * max(operations / rate, moved / bandwidth, KERNEL_LAUNCH_S)
