@@ -55,7 +55,7 @@ def eight() -> bool:
     print(f"  PEFT, checkpointed                        {peers(job) / 1e9:6.2f} GB")
     for name, how in ways.items():
         found = trace_memory(replace(job, gradient_checkpointing=True, **how))
-        beside = f", {found.host / 1e9:.2f} GB of the machine's" if found.host else ""
+        beside = f", {found.host_bytes / 1e9:.2f} GB of the machine's" if found.host_bytes else ""
         print(f"  slimtune, {name:32}{found.step / 1e9:6.2f} GB{beside}", flush=True)
     return found.step <= MOST
 

@@ -46,7 +46,7 @@ class StepTrace:
         state: bytes that are always allocated, by part: weights, adapters, optimizer.
         phases: bytes by part at the highest point of each phase: "forward", "loss" (logits and their gradient), those
             of `BACKWARD`, "optimizer", "evaluation".
-        operator_counts: how often an operator of (floating point operations, bytes moved, dtype) runs in one micro-batch.
+        operator_counts: how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch.
         host_bytes: highest number of bytes in CPU memory instead of the device's (offloaded activations).
     """
 

@@ -63,7 +63,7 @@ def estimate_throughput(
     """Return trained tokens a second; None if the GPU's rates are unknown.
 
     Args:
-        operator_counts: how often an operator of (operations, bytes moved, dtype) runs in one micro-batch (`StepTrace.operator_counts`).
+        operator_counts: how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch.
         gpu: where it runs.
         tokens: trained in one micro-batch.
         step_bytes: bytes that the optimizer moves in a step.
