@@ -9,7 +9,7 @@ from several_adapters import add_adapters
 
 from slimtune import IA3Config, LoraConfig, get_peft_model
 from slimtune.errors import UsageError
-from slimtune.kernels.lora_linear import add_low_rank_rows, list_group_adapters, stack_group_factors
+from slimtune.kernels.lora_linear import add_low_rank_rows, list_row_group_adapters, stack_mixed_batch_lora
 
 CLOSE = 1e-9
 BASE = "__base__"
@@ -116,7 +116,8 @@ def test_changed_factors_are_not_cached(model):
 def test_factors_are_stacked_once(model, monkeypatch):
     stacked = []
     monkeypatch.setattr(
-        "slimtune.adapters.mixed_batch.stack_group_factors", lambda *a: stacked.append(1) or stack_group_factors(*a)
+        "slimtune.adapters.mixed_batch.stack_mixed_batch_lora",
+        lambda *a: stacked.append(1) or stack_mixed_batch_lora(*a),
     )
     ids = tokens()
 
@@ -223,12 +224,12 @@ def test_activation_checkpointing_is_rejected_in_training():
 
 
 def test_row_groups():
-    assert list_group_adapters(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
-    assert list_group_adapters(["a", "b", "b"]) == ["a", "b", "b"]
-    assert list_group_adapters(["a"] * 5) == ["a"]
+    assert list_row_group_adapters(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
+    assert list_row_group_adapters(["a", "b", "b"]) == ["a", "b", "b"]
+    assert list_row_group_adapters(["a"] * 5) == ["a"]
     generator = torch.Generator().manual_seed(0)
     x, y, A, B = (torch.randn(s, generator=generator) for s in ((6, 3, 5), (6, 3, 4), (2, 5), (4, 2)))
-    out = add_low_rank_rows(y, x, *stack_group_factors([(A, B, 0.5), None, (A[:1], B[:, :1], 2.0)], x))
+    out = add_low_rank_rows(y, x, *stack_mixed_batch_lora([(A, B, 0.5), None, (A[:1], B[:, :1], 2.0)], x))
     assert torch.equal(out[2:4], y[2:4])
     assert torch.allclose(out[:2], y[:2] + 0.5 * x[:2] @ A.t() @ B.t(), atol=1e-6)
     assert torch.allclose(out[4:], y[4:] + 2.0 * x[4:] @ A[:1].t() @ B[:, :1].t(), atol=1e-6)

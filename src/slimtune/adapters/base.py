@@ -11,7 +11,7 @@ several adapters of different methods run, and merge, in the order in which they
     "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `Block`
     "attention"   the attention module of a layer   `compute_prefix(module, rows)`: see `adapters/prompt.py`
     "model"       the whole backbone                `virtual_embeddings()`: see `adapters/prompt.py`;
-                                                    or `SharedParameters`
+                                                    or `SharedParameterHolder`
 
 An adapter module never sees another adapter, a quantized weight or a transposed weight layout: the adapted layer
 (`adapters/layer.py`) and `BaseForward` handle those. Shapes: `x (..., in)`, `y (..., out)`, `W (out, in)`, `b (out)`.
@@ -213,7 +213,7 @@ class AdapterModule(nn.Module):
         return {}
 
 
-class SharedParameters(AdapterModule):
+class SharedParameterHolder(AdapterModule):
     """Parameters at the model's site that adapter modules at other sites share; its own forward changes nothing.
 
     The other modules keep it in a tuple, `self.shared = (module,)`, so that PyTorch registers its parameters once.

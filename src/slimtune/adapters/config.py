@@ -130,7 +130,7 @@ class PeftConfig(metaclass=_ConfigMeta):
     def check_model(self, model: nn.Module) -> None:
         """Raise UsageError if the method cannot adapt this model; called before the adapter is attached."""
 
-    def infer_from_model(self, model: nn.Module) -> None:
+    def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the fields that depend on the model, such as sizes; called when the adapter is attached."""
 
     def default_targets(self, model: nn.Module) -> list[str] | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import TargetError, UsageError, format_names, nearest
 from ..kernels.low_rank import LowRank, nearest_low_rank, weighted_sum
-from .base import AdapterModule, MergeUnsupported, SharedParameters, Site
+from .base import AdapterModule, MergeUnsupported, SharedParameterHolder, Site
 from .config import PeftConfig
 from .layer import get_site
 from .registry import config_class
@@ -97,7 +97,7 @@ class WeightDelta:
         return (after.double() - before).to(self.dtype)
 
 
-class ConversionMixin:
+class LoraConversionMixin:
     """The part of `PeftModel` that makes a LoRA from other adapters."""
 
     def add_weighted_adapter(
@@ -233,7 +233,7 @@ def get_weight_deltas(
                 raise UsageError(f"adapters {owners[name]!r} and {adapter!r} both train {name} in full")
         for name, module in model.adapter_modules(adapter).items():
             kind = report.kinds[name]
-            if isinstance(module, SharedParameters):
+            if isinstance(module, SharedParameterHolder):
                 continue
             if kind not in ("linear", "embedding"):
                 raise _not_a_weight_change(adapter, name, f"it changes a {kind}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention.register import LAYOUT_KWARG
 from ..errors import UsageError, format_names, nearest
-from ..kernels.lora_linear import list_group_adapters, stack_group_factors
+from ..kernels.lora_linear import list_row_group_adapters, stack_mixed_batch_lora
 
 BASE_ROW = "__base__"
 """PEFT's name for a row of a mixed batch that runs the base without an adapter."""
@@ -76,9 +76,9 @@ class ActiveAdapters:
 
         `factors` are `(A, B, scale)` by adapter name. Without gradients, an earlier stack is reused if nothing changed.
         """
-        groups = list_group_adapters(self._expand_row_adapters(x.shape[0]))
+        groups = list_row_group_adapters(self._expand_row_adapters(x.shape[0]))
         if torch.is_grad_enabled():
-            return stack_group_factors([factors.get(n) for n in groups], x)
+            return stack_mixed_batch_lora([factors.get(n) for n in groups], x)
         sources = [t for A, B, _ in factors.values() for t in (A, B)]
         # Fused optimizers do not raise a tensor's version counter: factors that train are stacked for every call.
         frozen = not any(t.requires_grad or t.is_inference() for t in sources)
@@ -86,7 +86,7 @@ class ActiveAdapters:
         key = (groups, x.dtype, list(factors), [s for _, _, s in factors.values()], versions)
         stack = self._stacks.get(layer)
         stacked = (
-            stack.factors if stack and stack.key == key else stack_group_factors([factors.get(n) for n in groups], x)
+            stack.factors if stack and stack.key == key else stack_mixed_batch_lora([factors.get(n) for n in groups], x)
         )
         self._stacks[layer] = StackedFactors((self.call_id, x.shape[0], x.dtype), stacked, key, sources)
         return stacked

@@ -21,7 +21,7 @@ from ..peft_compat import register_as_peft_subclass, register_with_transformers
 from . import layer
 from .base import AdapterModule
 from .config import PeftConfig
-from .conversion import ConversionMixin
+from .conversion import LoraConversionMixin
 from .mixed_batch import BASE_ROW, ActiveAdapters, CallMixin
 from .quantized import count_values, disable_cpu_repacking, find_repacking_layers
 from .state_dict import SaveLoadMixin
@@ -78,7 +78,7 @@ def get_peft_model(
     return PeftModel._attach_first_adapter(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
 
 
-class PeftModel(CallMixin, ConversionMixin, SaveLoadMixin):
+class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
     """A base model with adapters, with PEFT's method names; mixed into the base's class.
 
     `PeftModel(model, config)` is `get_peft_model(model, config)`.
@@ -203,7 +203,7 @@ class PeftModel(CallMixin, ConversionMixin, SaveLoadMixin):
         if not peft_config.name:
             raise UsageError(f"{type(peft_config).__name__} is not the config of a method", "such as LoraConfig")
         peft_config.check_model(self)
-        peft_config.infer_from_model(self)
+        peft_config.fill_from_model(self)
         report = select_targets(self, peft_config, strict=strict)
         state.configs[adapter_name], state.reports[adapter_name] = peft_config, report
         layers = state.layers[adapter_name] = {}  # filled step by step, so that a failure can be undone

@@ -58,7 +58,7 @@ class PromptLearningConfig(PeftConfig):
         decoder = self.num_transformer_submodules in (None, 1)
         self.require(decoder, "num_transformer_submodules", "1: a decoder (2 is an encoder and a decoder)")
 
-    def infer_from_model(self, model: Any) -> None:
+    def fill_from_model(self, model: Any) -> None:
         require_decoder(model)
         text = model.config.get_text_config()
         self.num_transformer_submodules = self.num_transformer_submodules or 1

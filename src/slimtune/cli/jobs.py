@@ -40,11 +40,11 @@ class Jobs:
     tokens: int | None  # of a whole run; None if no rows were read
 
 
-def load_jobs(job: str, settings: Mapping[str, Any], output_dir: str = "runs/planned") -> Jobs:
+def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str = "runs/planned") -> Jobs:
     """Return the runs that an argument and flags describe.
 
     Args:
-        job: a base, or a recipe's file.
+        model_or_recipe: a base, or a recipe's file.
         settings: overrides by dotted path; `method.name` may name several methods, or "all".
         output_dir: the run folder of a base's recipe.
     """
@@ -54,7 +54,7 @@ def load_jobs(job: str, settings: Mapping[str, Any], output_dir: str = "runs/pla
     from ..methods import config_class, method_names
     from ..models.registry import get_model_info
 
-    path = Path(job) if job.endswith((".yaml", ".yml")) else None
+    path = Path(model_or_recipe) if model_or_recipe.endswith((".yaml", ".yml")) else None
     settings = dict(settings)
     section = (read_tree(path) if path is not None else {}).get("method")
     own_method = str(section.get("name", "lora") if isinstance(section, dict) else "lora").lower()
@@ -66,7 +66,11 @@ def load_jobs(job: str, settings: Mapping[str, Any], output_dir: str = "runs/pla
     methods = list(dict.fromkeys(config_class(name).name for name in expanded))
 
     # A plan needs no rows and no run folder, but a complete recipe does.
-    base = {} if path is not None else {"model.name": job, "data.train": "rows.jsonl", "output_dir": output_dir}
+    base = (
+        {}
+        if path is not None
+        else {"model.name": model_or_recipe, "data.train": "rows.jsonl", "output_dir": output_dir}
+    )
     accepted = {method: set(accepted_names(method)) for method in methods}
     recipes: dict[str, Recipe] = {}
     errors: dict[str, SlimtuneError] = {}

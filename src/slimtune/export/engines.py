@@ -70,9 +70,9 @@ class TransformersEngine:
             top.append(log_probs.topk(min(self.top_k, log_probs.shape[1])))
         return Scores(torch.cat(own), torch.cat([t.indices for t in top]), torch.cat([t.values for t in top]))
 
-    def score_at(self, ids: Sequence[int], tokens: Tensor) -> Tensor:
-        """Return the log-probabilities of given tokens `(n - 1, k)` at each position but the last, float64."""
-        return torch.cat([log_probs.gather(1, tokens[part]) for part, log_probs in self._log_probs(ids)])
+    def score_candidates(self, ids: Sequence[int], candidate_ids: Tensor) -> Tensor:
+        """Return the log-probabilities of candidate tokens `(n - 1, k)`, k for each position but the last, float64."""
+        return torch.cat([log_probs.gather(1, candidate_ids[part]) for part, log_probs in self._log_probs(ids)])
 
     @torch.no_grad()
     def _log_probs(self, ids: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:

@@ -182,7 +182,7 @@ def compare_engine(reference: Reference, engine: Engine, precision: str, toleran
     scores = [engine.score(text.ids) for text in reference.texts]
     differences = reference.differences(s.token_log_probs for s in scores)
     pairs = zip(reference.texts, scores, strict=True)
-    kl = [kl_divergence(reference.engine.score_at(text.ids, s.top_ids), s) for text, s in pairs]
+    kl = [kl_divergence(reference.engine.score_candidates(text.ids, s.top_ids), s) for text, s in pairs]
     answers = zip(reference.answers, reference.prompts, strict=False)
     equal = sum(answer == engine.generate(ids, ANSWER_TOKENS) for answer, ids in answers)
     faults = reference.find_faults(differences, tolerance)

@@ -132,32 +132,32 @@ def _drop(x: Tensor, probability: float) -> Tensor:
 # --- an adapter per row -----------------------------------------------------------------------------------------------
 
 
-def list_group_adapters(row_adapters: Sequence[str]) -> list[str]:
+def list_row_group_adapters(row_adapters: Sequence[str]) -> list[str]:
     """Return one adapter name per group, after the rows are split, in order, into the largest groups of equal size with
     one adapter each: `["a", "a", "b", "b", "b", "b"]` gives `["a", "b", "b"]`."""
     size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(row_adapters)))
     return list(row_adapters[::size])
 
 
-def stack_group_factors(
-    group_factors: Sequence[tuple[Tensor, Tensor, float] | None], layer_input: Tensor
+def stack_mixed_batch_lora(
+    factors_by_row_group: Sequence[tuple[Tensor, Tensor, float] | None], layer_input: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return `A (n, r, in)` and `B (n, out, r)`, scales included, in the dtype of `layer_input`.
 
     Args:
-        group_factors: `(A (r, in), B (out, r), scale)` per group, None for a group without an update.
+        factors_by_row_group: `(A (r, in), B (out, r), scale)` per group, None for a group without an update.
         layer_input: the layer's input.
     """
-    given = [f for f in group_factors if f is not None]
+    given = [f for f in factors_by_row_group if f is not None]
     rank, (A0, B0, _) = max(A.shape[0] for A, _, _ in given), given[0]
     zero = A0.new_zeros(rank, A0.shape[1]), B0.new_zeros(B0.shape[0], rank), 1.0
-    filled = [zero if f is None else f for f in group_factors]
+    filled = [zero if f is None else f for f in factors_by_row_group]
     A = torch.stack([F.pad(A.to(layer_input.dtype), (0, 0, 0, rank - A.shape[0])) for A, _, _ in filled])
     return A, torch.stack([F.pad(B.to(layer_input.dtype), (0, rank - B.shape[1])) * scale for _, B, scale in filled])
 
 
 def add_low_rank_rows(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Return `y (batch, ..., out)` plus each row's own update of `x (batch, ..., in)`; A, B: `stack_group_factors`."""
+    """Return `y (batch, ..., out)` plus each row's own update of `x (batch, ..., in)` (see above)."""
     n = A.shape[0]
     z = torch.bmm(x.reshape(n, -1, x.shape[-1]), A.transpose(1, 2))
     return torch.baddbmm(y.reshape(n, -1, y.shape[-1]), z, B.transpose(1, 2)).view_as(y)

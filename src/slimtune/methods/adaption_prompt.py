@@ -45,7 +45,7 @@ class AdaptionPromptConfig(PeftConfig):
         super().check()
         self.require(self.adapter_len is not None, "adapter_len", "an integer, at least 1")
 
-    def infer_from_model(self, model: Any) -> None:
+    def fill_from_model(self, model: Any) -> None:
         names = find_attention_modules(model)
         self.target_modules = self.target_modules or names[0].rpartition(".")[2]
         self.adapter_layers = self.adapter_layers or len(names)

@@ -64,7 +64,7 @@ class IA3Config(TargetedConfig):
             expected = f"names from target_modules: {format_names(targets)}"
             self.require(set(names) <= set(targets), "feedforward_modules", expected)
 
-    def infer_from_model(self, model: Any) -> None:
+    def fill_from_model(self, model: Any) -> None:
         """Fill in PEFT's choice of feed-forward layers if none is given."""
         kind = model_type(model)
         if self.feedforward_modules is None and kind not in SCALED:

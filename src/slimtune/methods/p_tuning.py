@@ -52,8 +52,8 @@ class PromptEncoderConfig(PromptLearningConfig):
         super().check()
         self.encoder_reparameterization_type = str(self.encoder_reparameterization_type)  # type: ignore[assignment]
 
-    def infer_from_model(self, model: Any) -> None:
-        super().infer_from_model(model)
+    def fill_from_model(self, model: Any) -> None:
+        super().fill_from_model(model)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
     def build(self, site: Site) -> AdapterModule:

@@ -62,7 +62,7 @@ class PrefixTuningConfig(prompt.PromptLearningConfig):
         options = self.tokenizer_kwargs or {}
         self.require("trust_remote_code" not in options, "tokenizer_kwargs", "no trust_remote_code: it runs any code")
 
-    def infer_from_model(self, model: Any) -> None:
+    def fill_from_model(self, model: Any) -> None:
         """Fill in the sizes from the model's config; heads and head size are those of the keys."""
         config = text_config(model)
         heads = getattr(config, "num_key_value_heads", None)
@@ -70,7 +70,7 @@ class PrefixTuningConfig(prompt.PromptLearningConfig):
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             self.num_attention_heads = self.num_attention_heads or heads
             self.token_dim = self.token_dim or size * heads
-        super().infer_from_model(model)
+        super().fill_from_model(model)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:

@@ -54,7 +54,7 @@ class TrainableTokensConfig(TargetedConfig):
         super().check()
         self.require(are_token_ids(self.token_indices), "token_indices", "a list of token ids, each once")
 
-    def infer_from_model(self, model: nn.Module) -> None:
+    def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the name of the input embedding, as PEFT does."""
         if self.target_modules is None:
             self.target_modules = find_input_embedding_name(model)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.architectures import DEFAULT_TARGETS
-from ..adapters.base import AdapterModule, SharedParameters, Site, SiteKind
+from ..adapters.base import AdapterModule, SharedParameterHolder, Site, SiteKind
 from ..adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ..adapters.prompt import find_backbone_name
 from ..errors import TargetError
@@ -66,7 +66,7 @@ class VeraConfig(TargetedConfig):
         return [shared if s.kind == "model" else LinearVera(s, self, shared) for s in sites]
 
 
-class Projections(SharedParameters):
+class Projections(SharedParameterHolder):
     """A `(r, in)` and B `(out, r)`, random and frozen."""
 
     def __init__(self, site: Site, config: VeraConfig, in_features: int, out_features: int) -> None:

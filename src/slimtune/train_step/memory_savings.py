@@ -60,8 +60,8 @@ def enable_activation_checkpointing(model: Any, *, offload: bool = False) -> Non
             module._gradient_checkpointing_func = partial(checkpoint_offloaded, module._gradient_checkpointing_func)
 
 
-def enable_tiled_mlp(model: Any, tokens: int) -> int:
-    """Run the norms and feed-forwards of an adapted model `tokens` tokens at a time, in place; return their number.
+def enable_tiled_mlp(model: Any, tile_size: int) -> int:
+    """Run the norms and feed-forwards of an adapted model `tile_size` tokens at a time, in place; return their number.
 
     Longer rows then keep the intermediate activations of only so many tokens. Dropout inside draws other numbers than
     without tiles.
@@ -73,7 +73,7 @@ def enable_tiled_mlp(model: Any, tokens: int) -> int:
     # The norm after the last layer.
     modules += [m for m in model.modules() if layer_kind(m) == "norm" and m not in set(modules)]
     for module in modules:
-        module.forward = partial(_forward_tiled, module, tokens, vars(module).get("forward"))
+        module.forward = partial(_forward_tiled, module, tile_size, vars(module).get("forward"))
     return len(modules)
 
 

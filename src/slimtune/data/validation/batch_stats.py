@@ -31,7 +31,7 @@ class BatchStats:
     """Statistics of the rows of a batch that have tokens, in order."""
 
     rows: Array  # `ROW_STATS` [N]
-    signatures: Array  # uint8 [J, 128], of the comparable rows
+    minhash_signatures: Array  # uint8 [J, 128], of the comparable rows
     issues: list[tuple[str, int, str]]  # code, line, example
     prefix: list[int] | None  # tokens that all rows begin with; None: there is no row
     samples: list[tuple[int, TokenizedRow]]  # line and tokens of the first rows

@@ -180,7 +180,7 @@ class DatasetReport:
             self.prefix = stats.prefix if self.prefix is None else find_shared_prefix([self.prefix, stats.prefix])
         self.samples += stats.samples[: SAMPLES - len(self.samples)]
         self._rows += stats.rows.tobytes()
-        self._signatures += stats.signatures.tobytes()
+        self._signatures += stats.minhash_signatures.tobytes()
 
     def add_issue(self, code: str, lines: Sequence[int] | Array, example: str = "") -> None:
         """Count rows with an issue of `ISSUE_TYPES`, or with an error of an `InvalidRow`."""
