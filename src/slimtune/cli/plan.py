@@ -125,8 +125,8 @@ def format_range(low: float, high: float, format_number: Callable[[float], str] 
     first, last = format_number(low), format_number(high)
     if first == last:
         return last
-    number, _, unit = first.rpartition(" ")
-    same_unit = number.replace(".", "").isdigit() and last.endswith(f" {unit}")
+    (number, _, unit), (last_number, _, last_unit) = first.rpartition(" "), last.rpartition(" ")
+    same_unit = unit == last_unit and all(n.replace(".", "").isdigit() for n in (number, last_number))
     return f"{number if same_unit else first} to {last}"
 
 

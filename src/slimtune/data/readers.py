@@ -61,7 +61,11 @@ def read_jsonl(path: Path) -> Iterator[Located]:
             try:
                 yield _check_object(line, json.loads(text))
             except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
-                where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                where = (
+                    f"{error.msg.removesuffix(' at')} at column {error.colno}"
+                    if isinstance(error, json.JSONDecodeError)
+                    else error
+                )
                 yield InvalidRow(line, f"does not parse as JSON ({where}): {shorten(text)}", "bad-json")
 
 

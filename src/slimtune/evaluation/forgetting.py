@@ -68,7 +68,7 @@ def _parse_line(number: int, line: str) -> TextPiece:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as e:
-        raise ValueError(f"does not parse as JSON ({e.msg} at column {e.colno})") from None
+        raise ValueError(f"does not parse as JSON ({e.msg.removesuffix(' at')} at column {e.colno})") from None
     match row:
         case {"text": str(content)} if content.strip():
             return TextPiece(number, str(row.get("kind", "text")), content)
