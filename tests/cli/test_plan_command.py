@@ -256,6 +256,8 @@ def test_published_prices_have_a_date(slimtune):
         (900 << 20, 1.5 * GIB, None, "900.0 MiB to 1.5 GiB"),
         (GIB, GIB + 1, None, "1.0 GiB"),
         (500, 1000, format_duration, "8 min 20 s to 16 min 40 s"),
+        (58, 145, format_duration, "58 s to 2 min 25 s"),
+        (20, 40, format_duration, "20 to 40 s"),
     ],
 )
 def test_ranges(low, high, to_text, text):

@@ -186,6 +186,8 @@ def test_up_to_ten_errors_are_reported_together(tmp_path):
     assert re.findall(r"a\.jsonl:(\d)", error.value.message) == ["1", "3", "4"]
     assert f'{path}:4: does not parse as JSON (Expecting value at column 11): {{"text": [oops' in error.value.message
     assert error.value.message.endswith("… (214 characters)")
+    with pytest.raises(DataError, match=r"\(Unterminated string starting at column 10\)"):
+        read_rows(write_bytes(tmp_path / "c.jsonl", '{"text": "cut'), format="text")
     with pytest.raises(DataError, match="the first 10 errors") as error:
         read_rows(write_bytes(tmp_path / "b.jsonl", "{\n" * 15), format="text")
     assert error.value.message.count("does not parse") == 10
