@@ -68,4 +68,4 @@ def test_trains_and_loads(installed, tiny_folder, tmp_path):
     # Without the package, loading names the missing method.
     done = subprocess.run([sys.executable, "-c", code, str(out)], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "there is no method 'tilt'" in done.stderr
+    assert "there is no method 'TILT'" in done.stderr
