@@ -8,7 +8,7 @@ from typing import Any
 
 from .adapters.registry import config_class_paths
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _NAMES_BY_MODULE = {
     "adapters.auto": (
