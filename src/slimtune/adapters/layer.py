@@ -106,8 +106,8 @@ class AdaptedLayer(nn.Module):
             base = partial(self._run_trained_copies, plain_base, with_copies)
         if not modules:
             return base(*args, **kwargs)
-        inner = [m for module in modules.values() for m in module.modules()]
-        drops_inputs = any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in inner)
+        inner = (m for module in modules.values() if module.training for m in module.modules())
+        drops_inputs = any(isinstance(m, nn.Dropout) and m.p > 0 for m in inner)
         if layer_kind(self) == "linear" and not with_copies and not drops_inputs:
             factors = {n: m.low_rank_factors() for n, m in modules.items()}
             if all(f is not None for f in factors.values()):
