@@ -26,12 +26,10 @@ def doctor(as_json: Json = False) -> dict[str, Any]:
     import torch
     from packaging.requirements import Requirement
 
-    from ..models.dtype import pick_device, pick_dtype
+    from ..models.dtype import pick_device, pick_dtype, read_cpu_flags
     from ..reporting.versions import find_version
 
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    flags = read_cpu_flags() or []
     devices = ["cpu", *(f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         devices.append("mps")

@@ -49,6 +49,13 @@ def _check_object(line: int, value: Any) -> Located:
     return InvalidRow(line, f"is not a JSON object but {json_type(value)}: {shown}", "not-an-object")
 
 
+def describe_json_error(error: Exception) -> str:
+    """Return why a text does not parse as JSON, with the column if it is known."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"does not parse as JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
+    return f"does not parse as JSON ({error})"
+
+
 def read_jsonl(path: Path) -> Iterator[Located]:
     """Read one JSON object per line; blank lines are skipped."""
     with _open_text(path) as file:
@@ -61,12 +68,7 @@ def read_jsonl(path: Path) -> Iterator[Located]:
             try:
                 yield _check_object(line, json.loads(text))
             except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
-                where = (
-                    f"{error.msg.removesuffix(' at')} at column {error.colno}"
-                    if isinstance(error, json.JSONDecodeError)
-                    else error
-                )
-                yield InvalidRow(line, f"does not parse as JSON ({where}): {shorten(text)}", "bad-json")
+                yield InvalidRow(line, f"{describe_json_error(error)}: {shorten(text)}", "bad-json")
 
 
 def read_json(path: Path) -> Iterator[Located]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ..data.chat_template import encode_chat
 from ..data.collator import IGNORE_INDEX, Example
 from ..data.dataset import RowErrors
+from ..data.readers import describe_json_error
 from ..errors import DataError, UsageError, nearest
 from ..train_step.loss import RowScore
 from .statistics import paired_bootstrap
@@ -68,7 +69,7 @@ def _parse_line(number: int, line: str) -> TextPiece:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as e:
-        raise ValueError(f"does not parse as JSON ({e.msg.removesuffix(' at')} at column {e.colno})") from None
+        raise ValueError(describe_json_error(e)) from None
     match row:
         case {"text": str(content)} if content.strip():
             return TextPiece(number, str(row.get("kind", "text")), content)

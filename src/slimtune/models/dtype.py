@@ -79,11 +79,17 @@ def _multiplies_bf16(device: torch.device) -> bool:
         return torch.backends.mps.is_macos_or_newer(14, 0)
     if device.type != "cpu":
         return False
+    flags = read_cpu_flags()
+    if flags is None:  # torch knows from 2.10 on; before, float32 is right everywhere
+        get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
+        flags = [name for name, value in get_capabilities().items() if value is True]
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+
+
+def read_cpu_flags() -> list[str] | None:
+    """Return the instruction sets that Linux names for this machine's CPU; None on other systems."""
     try:
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-        flags = set(next((line.split() for line in lines if line.startswith("flags")), []))
     except OSError:
-        # Not Linux. torch knows from 2.10 on; before, float32 is right everywhere.
-        get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
-        flags = {name for name, value in get_capabilities().items() if value is True}
-    return bool({"avx512_bf16", "amx_bf16"} & flags)
+        return None
+    return next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
