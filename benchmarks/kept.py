@@ -15,7 +15,7 @@ import json
 from plan import NEEDED
 
 from slimtune import get_peft_model
-from slimtune.adapters.registry import built_in_methods, config_class
+from slimtune.adapters.registry import config_class, find_built_in_method_files
 from slimtune.config.method import fill_recipe_defaults
 from slimtune.models.loader import load_base
 from slimtune.train_step.loss import make_collator, measure_activation_bytes
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     base = load_base(args.model, dtype="bfloat16").model
-    names = args.methods or sorted({*built_in_methods(), *VARIANTS} - {"lora"})
+    names = args.methods or sorted({*find_built_in_method_files(), *VARIANTS} - {"lora"})
     found = {n: counted(base, n) for n in ["lora", *names]}
     for row in found.values():
         row["to_lora"] = round(row["per_token"] / found["lora"]["per_token"], 3)

@@ -30,7 +30,7 @@ import torch
 import transformers as tf
 from plan_ways.referee import measured
 
-from slimtune.adapters.registry import built_in_methods, config_class
+from slimtune.adapters.registry import config_class, find_built_in_method_files
 from slimtune.config.method import fill_recipe_defaults
 from slimtune.models.registry import load_config
 from slimtune.planning.memory_trace import trace_memory
@@ -58,7 +58,7 @@ BASES: dict[str, Any] = {
 }  # fmt: skip
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora, DoRA": ("lora", {"use_dora": True}),
-    **{name: (name, NEEDED.get(name, {})) for name in built_in_methods()},
+    **{name: (name, NEEDED.get(name, {})) for name in find_built_in_method_files()},
 }
 OWN = {("bitfit", "gpt2"): {}, ("bitfit", "qwen2"): {}}
 """Settings for bases that have biases."""

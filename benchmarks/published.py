@@ -16,8 +16,8 @@ fitted to a row. Three facts come from elsewhere:
                 data) reserved what 696 tokens take, and all runs had the same rows: so 696 is used for the others
 
 A reserved figure counts as inside if it is in the range that a plan gives the longest training step
-(`allocator_range`). It is the peak of a whole run: prefix tuning's was in its evaluation, where 50 rows of 200 learned
-keys grow by 300 tokens.
+(`estimate_reserved_memory`). It is the peak of a whole run: prefix tuning's was in its evaluation, where 50 rows of 200
+learned keys grow by 300 tokens.
 
 Exit code 1: a mean error of allocated bytes of 1 % or more, a worst of 3 % or more, or less than 90 % of the reserved
 figures inside.
@@ -45,7 +45,7 @@ from slimtune.models.registry import get_model_info
 from slimtune.planning.extrapolate import extrapolate_layers
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.memory_tracker import MemoryTracker
-from slimtune.planning.planner import CUBLAS_WORKSPACES, allocator_range, reserved_memory
+from slimtune.planning.planner import CUBLAS_WORKSPACES, estimate_peak_memory, estimate_reserved_memory
 from slimtune.planning.request import TrainingJob
 from slimtune.planning.result import Range
 from slimtune.utils.device import simulate_device
@@ -171,7 +171,7 @@ def metamath(row: dict[str, Any], longest: int = LONGEST) -> Range:
                 optimizer.step()
             tracker.assign((t for s in optimizer.state.values() for t in s.values()), "optimizer")
             state = tracker.live["weights"] + tracker.live["optimizer"]
-    return allocator_range("cuda", tracker.peak + CUBLAS_WORKSPACES, state)
+    return estimate_reserved_memory("cuda", tracker.peak + CUBLAS_WORKSPACES, state)
 
 
 # -- Others' engines, beside our own step ----------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def ours_table(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
             continue
         engine = next(e for e in ("litgpt", "torchtune", "unsloth") if e in row["source"])
         published = (row["peak_GB"] if "peak_GB" in row else row["vram_GB"]) * 1e9
-        peak, _ = reserved_memory(job, extrapolate_layers(job))
+        peak, _ = estimate_peak_memory(job, extrapolate_layers(job))
         found.append({"engine": engine, "run": row["method"], "published": published, "ours": peak})
         shape = f"{len(job.lengths)} × {job.lengths[0]}"
         name = row["method"] if row["model"].lower() in row["method"] else f"{row['model']} {row['method']}"

@@ -327,7 +327,12 @@ def test_old_values_and_flags():
     with pytest.warns(FutureWarning), pytest.raises(RecipeError, match="both given"):
         make_recipe(train={"accumulate": 2, "gradient_accumulation_steps": 3})
     with pytest.warns(FutureWarning, match="--learn is an old name; use --train-on"):
-        assert aliases.rename_flags(["--learn=last", "x", "--", "--map"]) == ["--train-on=last", "x", "--", "--map"]
+        assert aliases.replace_deprecated_flags(["--learn=last", "x", "--", "--map"]) == [
+            "--train-on=last",
+            "x",
+            "--",
+            "--map",
+        ]
 
 
 # --- written recipes, documentation

@@ -89,15 +89,15 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
     if data.validation is not None:
         validation, validation_report, other = load(data.validation, checked)
         reports = {
-            "train": checked.to_dict(file=data.train, model=model, validation=(str(data.validation), other)),
-            "validation": other.to_dict(file=data.validation, model=model),
+            "train": checked.finish(file=data.train, model=model, validation=(str(data.validation), other)),
+            "validation": other.finish(file=data.validation, model=model),
         }
         return Datasets(train, validation, train_report, validation_report, reports)
     count = round(len(train) * data.validation_fraction)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
     held_out = np.zeros(len(train), bool)
     held_out[order[: count if count < len(train) else 0].numpy()] = True
-    reports = {"train": checked.to_dict(file=data.train, model=model), "validation": None}
+    reports = {"train": checked.finish(file=data.train, model=model), "validation": None}
     rest, validation = (train.select(np.flatnonzero(part)) for part in (~held_out, held_out))
     return Datasets(rest, validation, train_report, None, reports)
 

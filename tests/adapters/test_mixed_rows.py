@@ -9,7 +9,7 @@ from several_adapters import add_adapters
 
 from slimtune import IA3Config, LoraConfig, get_peft_model
 from slimtune.errors import UsageError
-from slimtune.kernels.lora_linear import add_low_rank_rows, list_row_group_adapters, stack_mixed_batch_lora
+from slimtune.kernels.lora_linear import add_low_rank_rows, list_equal_group_adapters, stack_mixed_batch_lora
 
 CLOSE = 1e-9
 BASE = "__base__"
@@ -224,9 +224,9 @@ def test_activation_checkpointing_is_rejected_in_training():
 
 
 def test_row_groups():
-    assert list_row_group_adapters(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
-    assert list_row_group_adapters(["a", "b", "b"]) == ["a", "b", "b"]
-    assert list_row_group_adapters(["a"] * 5) == ["a"]
+    assert list_equal_group_adapters(["a", "a", "b", "b", "b", "b"]) == ["a", "b", "b"]
+    assert list_equal_group_adapters(["a", "b", "b"]) == ["a", "b", "b"]
+    assert list_equal_group_adapters(["a"] * 5) == ["a"]
     generator = torch.Generator().manual_seed(0)
     x, y, A, B = (torch.randn(s, generator=generator) for s in ((6, 3, 5), (6, 3, 4), (2, 5), (4, 2)))
     out = add_low_rank_rows(y, x, *stack_mixed_batch_lora([(A, B, 0.5), None, (A[:1], B[:, :1], 2.0)], x))

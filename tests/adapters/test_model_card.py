@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from slimtune.adapters.model_card import NOT_IN_PEFT, strip_local_paths, write_model_card
-from slimtune.adapters.registry import built_in_methods, config_class
+from slimtune.adapters.registry import config_class, find_built_in_method_files
 from slimtune.export.base_model_info import BaseModelInfo, Licence
 from slimtune.export.hub import render_adapter_card
 from slimtune.run_dir import RunResults
@@ -28,7 +28,7 @@ def config():
     return config_class("lora")(base_model_name_or_path="ada/tiny", task_type="CAUSAL_LM")
 
 
-@pytest.mark.parametrize("name", sorted(built_in_methods()))
+@pytest.mark.parametrize("name", sorted(find_built_in_method_files()))
 def test_which_methods_peft_has(name):
     assert (name.upper() in peft.PeftType.__members__) == (name not in NOT_IN_PEFT)
 

@@ -44,7 +44,7 @@ def test_numbers_of_a_tree():
 
 @given(layout=layouts(), n=st.integers(1, 4), window=windows)
 def test_prefix_keys_equal_leading_tokens(layout, n, window):
-    keys, tokens = dense_mask(layout.with_prefix_keys(n), window), layout.with_leading_tokens(n)
+    keys, tokens = dense_mask(layout.with_prefix_keys(n), window), layout.with_shared_prefix(n)
     assert tokens.positions()[n:] == [p + n for p in layout.positions()]
     assert torch.equal(dense_mask(tokens, window)[n:, layout.prefix_keys :], keys[:, layout.prefix_keys :])
 

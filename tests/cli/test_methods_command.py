@@ -11,7 +11,7 @@ from transformers import MambaConfig
 
 from slimtune import get_peft_model
 from slimtune.config.method import fill_recipe_defaults
-from slimtune.methods import built_in_methods, config_class, method_names
+from slimtune.methods import config_class, find_built_in_method_files, method_names
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 
@@ -108,6 +108,6 @@ def test_method_that_does_not_fit_the_base(slimtune, slimtune_json, tmp_path):
 
 def test_index_page_has_a_line_for_each_method(described):
     lines = [line for line in (DOCS / "README.md").read_text().splitlines() if line.startswith("- [")]
-    built_in = built_in_methods()
+    built_in = find_built_in_method_files()
     assert lines == [f"- [{name}]({name}.md): {described[name]['summary']}" for name in built_in]
     assert [name for name in built_in if not (DOCS / f"{name}.md").is_file()] == [], "pages that are missing"

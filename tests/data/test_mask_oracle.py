@@ -12,7 +12,7 @@ import trl
 from tiny_tokenizer import make_tokenizer, template_text
 
 from slimtune.data.chat_template import encode_chat
-from slimtune.data.messages import parse_messages
+from slimtune.data.messages import parse_messages_and_train_mask
 from slimtune.errors import DataError, SlimtuneError
 
 TRL = Path(trl.__file__).with_name("chat_templates")
@@ -77,7 +77,7 @@ def text_of(name):
 
 def talk(name):
     messages, tools = TALKS[name]
-    return parse_messages(messages)[0], ({} if tools is None else {"tools": tools})
+    return parse_messages_and_train_mask(messages)[0], ({} if tools is None else {"tools": tools})
 
 
 def render(tok, messages, more, **options):
@@ -185,4 +185,4 @@ NO_CALL = ([ASKED, {"role": "assistant", "content": "No."}], TOOLS)
 )  # fmt: skip
 def test_moved_or_left_out_parts_are_refused(template, specials, talk, message):
     with pytest.raises(DataError, match=message):
-        encode_chat(make_tokenizer(text_of(template), specials), parse_messages(talk[0])[0], talk[1])
+        encode_chat(make_tokenizer(text_of(template), specials), parse_messages_and_train_mask(talk[0])[0], talk[1])

@@ -36,7 +36,7 @@ def test_each_row_is_packed_whole_and_sees_only_itself(rows, share):
     assert len(packed.tokens) == packed.layout.total
     assert all(n > 0 for n in packed.layout.lengths)
     for r, row in enumerate(rows):
-        columns = packed.columns(r)
+        columns = packed.get_token_indices(r)
         assert [packed.tokens[c] for c in columns] == row
         assert [positions[c] for c in columns] == list(range(len(row)))
         for t, column in enumerate(columns):
@@ -47,7 +47,7 @@ def test_each_row_is_packed_whole_and_sees_only_itself(rows, share):
 def test_only_long_prefixes_are_shared(rows):
     """No shared segment is short, and every packed token belongs to a row; unshared, rows follow one another."""
     packed, unshared = pack_sequences(rows), pack_sequences(rows, share_prefix=False)
-    assert {c for r in range(len(rows)) for c in packed.columns(r)} == set(range(len(packed.tokens)))
+    assert {c for r in range(len(rows)) for c in packed.get_token_indices(r)} == set(range(len(packed.tokens)))
     parents = set(packed.layout.parents) - {-1}
     assert all(packed.layout.lengths[s] >= MIN_SHARED_TOKENS for s in parents)
     assert unshared.tokens == [t for row in rows for t in row]

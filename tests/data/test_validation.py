@@ -91,7 +91,7 @@ def test_training_gets_the_same_report(tmp_path):
     report = DatasetReport(CHATML, "chat", max_seq_len=1024)
     tokenize_dataset(open_rows(alone["file"]), CHATML, max_seq_len=1024, path="x", dataset_report=report)
     assert list_issues(alone) == {"duplicate": ("warning", [BATCH_SIZE + 4])}
-    assert {**alone, "seconds": 0} == {**report.to_dict(file=alone["file"], model="tiny"), "seconds": 0}
+    assert {**alone, "seconds": 0} == {**report.finish(file=alone["file"], model="tiny"), "seconds": 0}
 
 
 @pytest.mark.parametrize(("policy", "severity"), [("drop", "warning"), ("truncate", "warning"), ("error", "error")])
@@ -240,7 +240,7 @@ def test_severity_depends_on_the_share_of_rows(count, severity):
     report = DatasetReport(CHATML, "chat", max_seq_len=9)
     report.total.rows = 100
     report.add_issue("mojibake", range(1, count + 1))
-    (found,) = report.to_dict(file="x", model="m")["issues"]
+    (found,) = report.finish(file="x", model="m")["issues"]
     assert (found["severity"], found["count"]) == (severity, count)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimtune.evaluation import statistics
-from slimtune.evaluation.statistics import estimate_over_seeds, holm_correction, paired_bootstrap, pareto_front
+from slimtune.evaluation.statistics import estimate_over_seeds, holm_correction, mark_pareto_optimal, paired_bootstrap
 
 ROWS = st.lists(st.tuples(st.floats(0, 500), st.floats(0, 500), st.integers(1, 400)), min_size=1, max_size=30)
 QUICK = settings(max_examples=60, deadline=None)
@@ -157,4 +157,4 @@ def test_holm_correction():
 
 def test_pareto_front():
     points = [(1.0, 1.0), (2.0, 3.0), (3.0, 2.0), (2.0, 2.9), (4.0, 3.5), (1.0, 1.0)]
-    assert pareto_front(points) == [True, True, False, False, True, True]
+    assert mark_pareto_optimal(points) == [True, True, False, False, True, True]

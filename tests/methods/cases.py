@@ -83,5 +83,6 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 # A third party's method runs with its own defaults.
 CASES |= {
-    name: Case(name, ALL) for name in set(slimtune.methods.method_names()) - set(slimtune.methods.built_in_methods())
+    name: Case(name, ALL)
+    for name in set(slimtune.methods.method_names()) - set(slimtune.methods.find_built_in_method_files())
 }

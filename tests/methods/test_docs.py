@@ -13,7 +13,7 @@ import pytest
 from slimtune.adapters.config import PeftConfig, TargetedConfig
 from slimtune.adapters.config_fields import field_specs
 from slimtune.adapters.prompt import PromptLearningConfig
-from slimtune.methods import built_in_methods, config_class
+from slimtune.methods import config_class, find_built_in_method_files
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 TABLE = re.compile(r"\| field \| default \| meaning \|\n(\|[^\n]*\n)+")
@@ -21,7 +21,7 @@ TABLE = re.compile(r"\| field \| default \| meaning \|\n(\|[^\n]*\n)+")
 
 def method_list() -> str:
     lines = []
-    for name in built_in_methods():
+    for name in find_built_in_method_files():
         summary = (inspect.getdoc(config_class(name)) or "").partition("\n")[0].rstrip(".")
         lines.append(f"- [{name}]({name}.md): {re.sub(r'; PEFT.s [^;]*$', '', summary)}\n")
     return "".join(lines)
@@ -44,7 +44,7 @@ def test_the_index_lists_every_method():
     assert method_list() in (DOCS / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", built_in_methods())
+@pytest.mark.parametrize("name", find_built_in_method_files())
 def test_the_page_has_the_fields(name):
     assert field_table(name) in (DOCS / f"{name}.md").read_text()
 
@@ -52,6 +52,6 @@ def test_the_page_has_the_fields(name):
 if __name__ == "__main__":
     index = DOCS / "README.md"
     index.write_text(re.sub(r"(- \[[^\n]*\n)+", lambda _: method_list(), index.read_text()))
-    for method in built_in_methods():
+    for method in find_built_in_method_files():
         page = DOCS / f"{method}.md"
         page.write_text(TABLE.sub(lambda _, method=method: field_table(method), page.read_text()))

@@ -18,7 +18,7 @@ from slimtune.planning.gpus import find_gpu, gpu_with_memory
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.request import TrainingJob
 from slimtune.planning.result import Range
-from slimtune.planning.throughput import UTILIZATION, estimate_cost, estimate_throughput, prices
+from slimtune.planning.throughput import UTILIZATION, estimate_cost, estimate_tokens_per_second, prices
 from slimtune.setup import build_meta_model
 
 TABLE = json.loads((Path(__file__).parents[2] / "benchmarks/data/pace_points.json").read_text())
@@ -69,12 +69,12 @@ def estimates():
     for point in POINTS:
         gpu = find_gpu(point["card"])
         key = json.dumps({k: point[k] for k in WORK_FIELDS if k in point})
-        work, step_bytes = trace_work(key, gpu.device, BF16 if gpu.bf16 else torch.float16)
+        work, optimizer_step_bytes = trace_work(key, gpu.device, BF16 if gpu.bf16 else torch.float16)
         if point["compiled"]:  # operators without arithmetic are fused: a fifth of their traffic is left, no launches
             traffic = sum(moved * n for (operations, moved, _), n in work.items() if not operations)
             work = Counter({k: n for k, n in work.items() if k[0]}) + Counter({(0, traffic // 5, BF16): 1})
-        found.append(estimate_throughput(
-            work, gpu, sum(point["lengths"]), step_bytes=step_bytes, micro_batches=point["passes"]
+        found.append(estimate_tokens_per_second(
+            work, gpu, sum(point["lengths"]), optimizer_step_bytes=optimizer_step_bytes, micro_batches=point["passes"]
         ))  # fmt: skip
     return found
 
@@ -104,20 +104,22 @@ def test_range_is_as_narrow_as_the_runs_are(estimates):
     ],
 )
 def test_what_bounds_an_operator(work, seconds):
-    assert estimate_throughput(work, H100, 1000) == pytest.approx([u * 1000 / seconds for u in UTILIZATION])
+    assert estimate_tokens_per_second(work, H100, 1000) == pytest.approx([u * 1000 / seconds for u in UTILIZATION])
 
 
 def test_optimizer_step_counts_once():
-    step_bytes = int(4 * 10 * OPERATIONS / 989e12 * 3.35e12)
-    with_step = estimate_throughput(PRODUCTS, H100, 1000, step_bytes=step_bytes, micro_batches=4)
-    assert with_step.high == pytest.approx(estimate_throughput(PRODUCTS, H100, 1000).high / 2, rel=1e-3)
+    optimizer_step_bytes = int(4 * 10 * OPERATIONS / 989e12 * 3.35e12)
+    with_step = estimate_tokens_per_second(
+        PRODUCTS, H100, 1000, optimizer_step_bytes=optimizer_step_bytes, micro_batches=4
+    )
+    assert with_step.high == pytest.approx(estimate_tokens_per_second(PRODUCTS, H100, 1000).high / 2, rel=1e-3)
 
 
 def test_rates_of_the_gpu():
     half = Counter({(OPERATIONS, MOVED, torch.float16): 10})
-    slow, fast = (estimate_throughput(work, find_gpu("t4"), 1000) for work in (PRODUCTS, half))
+    slow, fast = (estimate_tokens_per_second(work, find_gpu("t4"), 1000) for work in (PRODUCTS, half))
     assert fast.high == pytest.approx(slow.high * 65 / 8.1)  # bf16, which it lacks, runs as float32
-    assert estimate_throughput(PRODUCTS, gpu_with_memory("24GiB"), 1000) is None
+    assert estimate_tokens_per_second(PRODUCTS, gpu_with_memory("24GiB"), 1000) is None
 
 
 def test_hours_energy_and_money():

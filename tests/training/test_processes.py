@@ -188,7 +188,7 @@ def test_trainer_of_transformers_wraps_an_adapted_model(settings, tmp_path):
 def test_other_commands_want_one_process(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr("slimtune.utils.distributed.should_print_error", lambda error: True)
+    monkeypatch.setattr("slimtune.utils.distributed.claim_error_report", lambda error: True)
     done = CliRunner().invoke(app, ["methods"])
     assert done.exit_code == 2
     assert "slimtune methods was started in 4 processes" in done.stderr

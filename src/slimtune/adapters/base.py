@@ -9,7 +9,7 @@ several adapters of different methods run, and merge, in the order in which they
     "embedding"   y = W[:, x]                       input or reads W; `merge_into(W, b)`; `low_rank_factors()`
     "norm"        a normalisation with a weight     the same
     "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `Block`
-    "attention"   the attention module of a layer   `compute_prefix(module, rows)`: see `adapters/prompt.py`
+    "attention"   the attention module of a layer   `compute_prefix_key_values(module, rows)`: see `adapters/prompt.py`
     "model"       the whole backbone                `virtual_embeddings()`: see `adapters/prompt.py`;
                                                     or `SharedParameterHolder`
 
@@ -101,9 +101,9 @@ class BaseForward:
 
     def weight(self) -> Tensor:
         """Return the weight `(out, in)` that a call uses: the base's own tensor if there are no inner modules."""
-        return self.weight_and_bias()[0]
+        return self.merge_weight_and_bias()[0]
 
-    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+    def merge_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """Return the base and the inner modules merged into one weight `(out, in)` and one bias `(out)` or None."""
         weight, bias = get_weight(self.module), self.bias()
         if self.inner_modules:
@@ -194,7 +194,7 @@ class AdapterModule(nn.Module):
         """Return the tensors that a file stores, by name relative to the site: parameters and persistent buffers."""
         return dict(self.state_dict(keep_vars=True))
 
-    def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
         """Prepare for a file's tensors, by name relative to the site, before they are copied into `tensors()`."""
 
     def extra_state(self) -> dict[str, Tensor]:

@@ -149,10 +149,10 @@ class PeftConfig(metaclass=_ConfigMeta):
         """Return the adapter modules for all sites. A method whose modules share tensors overrides this."""
         return [self.build(site) for site in sites]
 
-    def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int | None:
+    def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int | None:
         """Return how many bytes training, or an initialization from data, can add to the adapter's tensors at most.
 
-        `deltas` are the adapter modules by site name. None: shapes stay fixed; 0: tensors can only shrink.
+        `adapter_modules` are the adapter modules by site name. None: shapes stay fixed; 0: tensors can only shrink.
         """
         return None
 
@@ -163,10 +163,10 @@ class PeftConfig(metaclass=_ConfigMeta):
     def on_train_begin(self, total_steps: int) -> None:
         """Fill in the fields that depend on the number of optimizer steps; called before the first step."""
 
-    def on_step_end(self, deltas: Mapping[str, AdapterModule], step: int) -> None:
+    def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
         """Update the method's own state after optimizer step `step`, from 1; the gradients still exist."""
 
-    def regularization_loss(self, deltas: Mapping[str, AdapterModule]) -> Tensor | None:
+    def regularization_loss(self, adapter_modules: Mapping[str, AdapterModule]) -> Tensor | None:
         """Return a term to add to the training loss; None: nothing."""
         return None
 

@@ -141,7 +141,7 @@ class LoraConversionMixin:
         _require(is_method, f"majority_sign_method is {majority_sign_method!r}", "'total' or 'frequency'")
         self._require_unmerged()
         with self.disable_adapter():
-            deltas = get_weight_deltas(self, names, weights)
+            deltas = collect_weight_deltas(self, names, weights)
             kind, rank = _resolve_type(deltas, kind, svd_rank, single=len(names) == 1)
             pruning = kind.removesuffix("svd").removesuffix("_")
             how: dict[str, Any] = {"kind": pruning, "density": density or 1, "sign_by": majority_sign_method}
@@ -171,7 +171,7 @@ class LoraConversionMixin:
         _require(is_rank, f"rank is {rank!r}", "a whole number, 1 and up; or a fraction in (0, 1]")
         self._require_unmerged()
         with self.disable_adapter():
-            found = {n: _approximate(d, rank) for n, d in get_weight_deltas(self, [adapter_name], [1.0]).items()}
+            found = {n: _approximate(d, rank) for n, d in collect_weight_deltas(self, [adapter_name], [1.0]).items()}
             _add_lora(self, new_name, [adapter_name], {n: f[:2] for n, f in found.items()})
         lost, total = sum(f.squared_error for f in found.values()), sum(f.squared_norm for f in found.values())
         ranks = {n: f.A.shape[0] for n, f in found.items()}
@@ -214,7 +214,7 @@ def _temporary_lora(model: Any, adapter: str, rank: float) -> Iterator[LoraRepor
         model._remove_adapter(report.adapter)
 
 
-def get_weight_deltas(
+def collect_weight_deltas(
     model: Any, adapters: Sequence[str], coefficients: Sequence[float]
 ) -> dict[str, list[WeightDelta]]:
     """Return the weight changes of some adapters by layer, in the model's order.

@@ -145,7 +145,7 @@ class AdaptedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Parameters that a merge replaced must follow the model to another device or dtype.
-        self.active_state.clear_cache()
+        self.active_state.clear_stacked_factors()
         for parameter in (self.original_parameters or {}).values():
             if parameter is not None:
                 parameter.data = fn(parameter.data)

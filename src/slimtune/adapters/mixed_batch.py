@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention.register import LAYOUT_KWARG
 from ..errors import UsageError, format_names, nearest
-from ..kernels.lora_linear import list_row_group_adapters, stack_mixed_batch_lora
+from ..kernels.lora_linear import list_equal_group_adapters, stack_mixed_batch_lora
 
 BASE_ROW = "__base__"
 """PEFT's name for a row of a mixed batch that runs the base without an adapter."""
@@ -76,7 +76,7 @@ class ActiveAdapters:
 
         `factors` are `(A, B, scale)` by adapter name. Without gradients, an earlier stack is reused if nothing changed.
         """
-        groups = list_row_group_adapters(self._expand_row_adapters(x.shape[0]))
+        groups = list_equal_group_adapters(self._expand_row_adapters(x.shape[0]))
         if torch.is_grad_enabled():
             return stack_mixed_batch_lora([factors.get(n) for n in groups], x)
         sources = [t for A, B, _ in factors.values() for t in (A, B)]
@@ -91,7 +91,7 @@ class ActiveAdapters:
         self._stacks[layer] = StackedFactors((self.call_id, x.shape[0], x.dtype), stacked, key, sources)
         return stacked
 
-    def clear_cache(self) -> None:
+    def clear_stacked_factors(self) -> None:
         """Drop stacked factors; call it after adapters were added, removed or moved."""
         self._stacks.clear()
 

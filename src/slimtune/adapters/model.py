@@ -386,7 +386,7 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
     def _update_active_state(self) -> None:
         state = self._adapter_state
         state.active_state.names = tuple(state.merged or state.active) if state.enabled else ()
-        state.active_state.clear_cache()
+        state.active_state.clear_stacked_factors()
 
     def _restore_base_class(self: Any) -> Any:
         state = self._adapter_state

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..utils.files import write_atomic
 from ..utils.formatting import format_bytes, format_count
 from .config import PeftConfig
-from .registry import built_in_methods
+from .registry import find_built_in_method_files
 
 CARD_FILE = "README.md"
 SAVED_MARKER = "<!-- Written by slimtune with the adapter. Uploading replaces it, unless you delete this line. -->"
@@ -83,7 +83,7 @@ def render_card(data: ModelCardData, config: PeftConfig, **values: Any) -> str:
         "front": data.to_yaml().rstrip(),
         "config": config,
         "settings": json.dumps(settings, indent=2, sort_keys=True, default=str),
-        "peft_supports": config.name in built_in_methods() and config.name not in NOT_IN_PEFT,
+        "peft_supports": config.name in find_built_in_method_files() and config.name not in NOT_IN_PEFT,
         **values,
     }
     return re.sub(r"\n{3,}", "\n\n", _template().render(values)).lstrip("\n")

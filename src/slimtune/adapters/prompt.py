@@ -111,14 +111,14 @@ class PositionShift(AdapterModule):
 
 
 class AttentionModule(AdapterModule):
-    """Adapter module at a layer's attention that adds learned keys and values; a method defines `compute_prefix`."""
+    """Adds learned keys and values at a layer's attention; a method defines `compute_prefix_key_values`."""
 
     uses_attention_prefix = True
     takes_row_mask = True
 
-    def compute_prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
+    def compute_prefix_key_values(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return the learned keys and values of this layer, whose frozen attention is `module`."""
-        raise TypeError(f"{type(self).__name__} does not define compute_prefix(module, rows)")
+        raise TypeError(f"{type(self).__name__} does not define compute_prefix_key_values(module, rows)")
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the attention module with the prefix passed to its attention function."""
@@ -130,7 +130,7 @@ class AttentionModule(AdapterModule):
             )
             raise ModelError(message, " or ".join(map(repr, SUPPORTED_ATTENTION)), 'attn_implementation="sdpa"')
         # The innermost prefix comes first, like virtual tokens. transformers forwards unknown keyword arguments.
-        prefixes = ((self.compute_prefix(module, rows), rows), *kwargs.pop(PREFIX_KWARG, ()))
+        prefixes = ((self.compute_prefix_key_values(module, rows), rows), *kwargs.pop(PREFIX_KWARG, ()))
         return base(*args, **{PREFIX_KWARG: prefixes}, **kwargs)
 
 
@@ -166,12 +166,12 @@ class LearnedEmbeddings(AdapterModule):
         with torch.no_grad(), evaluation_mode(self.prompt_encoder):
             return {"prompt_embeddings": self.get_embeddings(), **super().tensors()}
 
-    def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
         """Replace the encoder by a parameter if the file contains only the embeddings."""
-        if self.prompt_encoder is None or any(k.startswith("prompt_encoder.") for k in given):
+        if self.prompt_encoder is None or any(k.startswith("prompt_encoder.") for k in state_dict):
             return
         embeddings = self.tensors()["prompt_embeddings"]
-        if "prompt_embeddings" in given and given["prompt_embeddings"].shape == embeddings.shape:
+        if "prompt_embeddings" in state_dict and state_dict["prompt_embeddings"].shape == embeddings.shape:
             trains = any(p.requires_grad for p in self.parameters())
             self.prompt_encoder = None
             self.prompt_embeddings = nn.Parameter(embeddings, requires_grad=trains)

@@ -19,7 +19,7 @@ _METHODS_PACKAGE = f"{__package__.rpartition('.')[0]}.methods"
 
 
 @cache
-def built_in_methods() -> dict[str, Path]:
+def find_built_in_method_files() -> dict[str, Path]:
     """Return the file of each built-in method by the method's name, sorted."""
     files = {f.stem: f for f in _METHODS_FOLDER.glob("*.py") if f.stem != "__init__"}
     return dict(sorted((files | {f.parent.name: f for f in _METHODS_FOLDER.glob("*/__init__.py")}).items()))
@@ -28,7 +28,7 @@ def built_in_methods() -> dict[str, Path]:
 @cache
 def method_names() -> tuple[str, ...]:
     """Return the names of all methods, built-in and registered by entry points, sorted."""
-    return tuple(sorted({*built_in_methods(), *(e.name for e in entry_points(group="slimtune.methods"))}))
+    return tuple(sorted({*find_built_in_method_files(), *(e.name for e in entry_points(group="slimtune.methods"))}))
 
 
 @cache
@@ -36,7 +36,7 @@ def config_class_paths() -> dict[str, str]:
     """Return the module of each built-in config class by the class's name, without importing any."""
     return {
         class_name: f"methods.{name}"
-        for name, file in built_in_methods().items()
+        for name, file in find_built_in_method_files().items()
         for class_name in re.findall(r"^class (\w+Config)\(", file.read_text(), re.MULTILINE)
     }
 

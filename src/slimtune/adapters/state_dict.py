@@ -134,7 +134,7 @@ def _prepare_load(model: Any, adapter: str, given: Mapping[str, Tensor]) -> set[
         for tensor in module.tensors():
             if (key := config.file_key(site + tensor)) in given:
                 tensors[tensor] = given[key]
-        module.prepare_load(tensors, get_site(name, kinds[name], model))
+        module.before_load_state_dict(tensors, get_site(name, kinds[name], model))
         optional |= {config.file_key(site + n) for n in module.optional}
     return optional
 

@@ -126,7 +126,7 @@ class BackboneCall:
         if layout is not None:
             # An adapter inside this one may have shifted the first position.
             positions = torch.cat([positions[..., :1] + columns, positions + n], dim=-1)
-            self.inputs.update({"position_ids": positions, LAYOUT_KWARG: layout.with_leading_tokens(n)})
+            self.inputs.update({"position_ids": positions, LAYOUT_KWARG: layout.with_shared_prefix(n)})
             return None
         if mask is None and _is_2d(self.inputs.get("position_ids")) and self.length > 1 and not cached:
             mask = self._make_packed_mask(positions)

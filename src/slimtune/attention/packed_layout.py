@@ -67,7 +67,7 @@ class PackedLayout:
             ("with_prefix_keys", n), lambda: replace(self, prefix_keys=self.prefix_keys + n, _cache={})
         )
 
-    def with_leading_tokens(self, n: int) -> Self:
+    def with_shared_prefix(self, n: int) -> Self:
         """Return the layout with a new first segment of `n` tokens, an ancestor of all others."""
         parents = (-1, *(p + 1 for p in self.parents))
         return replace(self, lengths=(n, *self.lengths), parents=parents, _cache={})

@@ -44,9 +44,11 @@ class CommandGroup(TyperGroup):
         """Return the command that the arguments name, with the flags of its recipe settings, and its arguments."""
         name, command, rest = super().resolve_command(ctx, args)
         if any(arg.startswith("--") and arg not in ("--help", "--json") for arg in rest):
-            from ..config.aliases import rename_flags  # imports pydantic, which `slimtune --help` does without
+            from ..config.aliases import (
+                replace_deprecated_flags,
+            )  # imports pydantic, which `slimtune --help` does without
 
-            rest = rename_flags(rest)
+            rest = replace_deprecated_flags(rest)
         build_command = getattr(getattr(command, "callback", None), "build_command", None)
         return name, build_command(name) if build_command is not None else command, rest
 
@@ -84,7 +86,7 @@ class CommandGroup(TyperGroup):
 
 def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     """Print an exception on stderr; return its exit code and what `--json` prints."""
-    known = to_cli_error(error)
+    known = to_user_error(error)
     if known is None:
         traceback.print_exception(error, file=sys.stderr)
         message = f"a bug in slimtune: {type(error).__name__}: {error}"
@@ -92,7 +94,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     if "RANK" in os.environ:
         from ..utils import distributed
 
-        if not distributed.should_print_error(known):
+        if not distributed.claim_error_report(known):
             return known.exit_code, None
     screen = error_console()
     screen.print(Text("error: ", style="bold red") + Text(known.message))
@@ -103,7 +105,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     return known.exit_code, {"error": {"kind": type(known).__name__, **fields}}
 
 
-def to_cli_error(error: BaseException) -> SlimtuneError | None:
+def to_user_error(error: BaseException) -> SlimtuneError | None:
     """Return the error to show the user for any exception; None for a bug, which only a developer understands."""
     if isinstance(error, SlimtuneError):
         return error

@@ -42,12 +42,12 @@ def compare(
     from ..comparison import compare as comparison
     from ..comparison.candidates import build_candidates, split_settings
     from ..comparison.grid import build_grid
-    from ..config.loading import read_tree, set_field
+    from ..config.loading import read_recipe_tree, set_field
     from ..reporting.charts import require_figure_path
 
     if plot is not None:
         plot = require_figure_path(plot)
-    tree = read_tree(recipe.expanduser())
+    tree = read_recipe_tree(recipe.expanduser())
     recipe_settings, method_settings = split_settings(settings.items())
     for path, value in recipe_settings.items():
         set_field(tree, path, value)

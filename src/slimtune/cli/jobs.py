@@ -49,14 +49,14 @@ def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str
         output_dir: the run folder of a base's recipe.
     """
     from ..config import load_recipe
-    from ..config.loading import read_tree
+    from ..config.loading import read_recipe_tree
     from ..config.method import accepted_names
     from ..methods import config_class, method_names
     from ..models.registry import get_model_info
 
     path = Path(model_or_recipe) if model_or_recipe.endswith((".yaml", ".yml")) else None
     settings = dict(settings)
-    section = (read_tree(path) if path is not None else {}).get("method")
+    section = (read_recipe_tree(path) if path is not None else {}).get("method")
     own_method = str(section.get("name", "lora") if isinstance(section, dict) else "lora").lower()
     text = str(settings.pop("method.name", settings.pop("method", own_method)))
     named = [part.strip().lower() for part in text.split(",") if part.strip()]

@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from ..errors import RunError
-from ..evaluation.statistics import estimate_over_seeds, holm_correction, pareto_front
+from ..evaluation.statistics import estimate_over_seeds, holm_correction, mark_pareto_optimal
 from ..run_dir import RENAMED_KEYS, read_json
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
@@ -59,7 +59,7 @@ def summarize_candidates(grid: Grid) -> list[Summary]:
                 message = f"{names} trained on different rows with seed {seed}"
                 raise RunError(message, "the same rows in the same order", "start again with another --out")
     for cost, name in COST_FIELDS.items():
-        on_front = pareto_front([(s.fields[name], s.fields["loss_reduction"]) for s in summaries])
+        on_front = mark_pareto_optimal([(s.fields[name], s.fields["loss_reduction"]) for s in summaries])
         for summary, is_on_front in zip(summaries, on_front, strict=True):
             summary.fields["front"] += [cost] if is_on_front else []
     return sorted(summaries, key=lambda s: -s.fields["loss_reduction"])

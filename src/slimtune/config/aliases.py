@@ -48,7 +48,7 @@ FLAGS = {
 """Flags of all commands: old to new."""
 
 
-def rename_flags(args: list[str]) -> list[str]:
+def replace_deprecated_flags(args: list[str]) -> list[str]:
     """Return command-line arguments with old flags replaced; warn for each."""
     end = args.index("--") if "--" in args else len(args)
     renamed = []

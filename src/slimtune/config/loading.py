@@ -56,7 +56,7 @@ def parse_yaml(text: str, source: str) -> Any:
         raise RecipeError(f"{place}: {e.problem or e.context}", "YAML", f"look at: {line.strip()}") from None
 
 
-def read_tree(path: Path) -> dict[str, Any]:
+def read_recipe_tree(path: Path) -> dict[str, Any]:
     """Return the tree of a recipe file: current names, sections in long form, absolute paths."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder", "a recipe file", f"name the file: {path}/recipe.yaml")

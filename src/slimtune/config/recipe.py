@@ -14,7 +14,7 @@ from ..utils.files import parse_dataset_id
 from . import schema
 from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, format_value, raise_errors
-from .loading import DATA_FILES, expand_short_sections, parse_override, read_tree, resolve_paths, set_field
+from .loading import DATA_FILES, expand_short_sections, parse_override, read_recipe_tree, resolve_paths, set_field
 from .method import accepted_names, resolve_method
 
 
@@ -104,7 +104,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable
     Overrides are `{"train.epochs": 1}`, whose values are used as they are, or `["train.epochs=1"]`, whose values are
     read as YAML.
     """
-    tree = read_tree(Path(path).expanduser()) if path is not None else {}
+    tree = read_recipe_tree(Path(path).expanduser()) if path is not None else {}
     given = overrides.items() if isinstance(overrides, Mapping) else [parse_override(text) for text in overrides]
     settings = dict(rename_setting(where, value) for where, value in given)
     for where, value in settings.items():

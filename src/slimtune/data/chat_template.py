@@ -50,7 +50,7 @@ class TokenizedRow:
 
 
 def encode_chat(tokenizer: Any, messages: Messages, tools: Tools = None) -> TokenizedRow:
-    """Return the tokens of a conversation, in the form of `parse_messages`, with their mask.
+    """Return the tokens of a conversation, in the form of `parse_messages_and_train_mask`, with their mask.
 
     Raises:
         ModelError: no chat template, no fast tokenizer, or a template that does not show the assistant's turns.

@@ -71,7 +71,7 @@ class Collator:
             batch: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
             if self.layout:
                 batch["layout"] = packed.layout
-            places = [(0, packed.columns(r)) for r in range(len(rows))]
+            places = [(0, packed.get_token_indices(r)) for r in range(len(rows))]
         else:
             width = max(map(len, rows))
             padded = [row + [self.pad_token_id] * (width - len(row)) for row in rows]

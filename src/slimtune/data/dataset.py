@@ -20,7 +20,7 @@ from ..utils.files import parse_dataset_id
 from .formats import FORMATS, InvalidRow, Row, check_format, detect_format, parse_record, rename_columns
 from .readers import READERS, Located, read_hf_dataset, shorten
 
-__all__ = ["InvalidRow", "Row", "RowErrors", "RowFile", "open_rows", "read_rows"]
+__all__ = ["InvalidRow", "Row", "RowErrorCollector", "RowFile", "open_rows", "read_rows"]
 
 MAX_ERRORS = 10  # invalid rows that one error message names
 DETECTION_ROWS = 20  # records from which a format is recognized
@@ -31,7 +31,7 @@ Part = tuple[str | None, Callable[[], Iterator[Located]]]
 """One file of a data set: its name (None if it is the only one), and a function that reads it from the start."""
 
 
-class RowErrors:
+class RowErrorCollector:
     """Collects the errors of one file; `check` raises them as one error."""
 
     def __init__(self, path: str | Path, expected: str = "", hint: str = "") -> None:
@@ -73,7 +73,7 @@ class RowFile:
 
     def require_valid_rows(self) -> Iterator[Row]:
         """Yield the rows; at the end, or after ten invalid ones, raise DataError that names them with file and line."""
-        errors = self.new_errors()
+        errors = self.create_error_collector()
         for row in self:
             if isinstance(row, Row):
                 yield row
@@ -83,12 +83,14 @@ class RowFile:
                 break
         errors.check()
 
-    def new_errors(self) -> RowErrors:
+    def create_error_collector(self) -> RowErrorCollector:
         """Return an empty collection of errors that says what the rows should look like."""
         if self.format in ("chat", "unknown"):
-            return RowErrors(self.path, f"rows like {CHAT_EXAMPLE}", "repair or remove these rows")
+            return RowErrorCollector(self.path, f"rows like {CHAT_EXAMPLE}", "repair or remove these rows")
         columns = ", ".join(FORMATS[self.format].required)
-        return RowErrors(self.path, f"rows of the format {self.format}: {columns}", "repair or remove these rows")
+        return RowErrorCollector(
+            self.path, f"rows of the format {self.format}: {columns}", "repair or remove these rows"
+        )
 
 
 def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> RowFile:

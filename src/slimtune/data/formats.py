@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, UsageError, format_names, nearest
-from .messages import Messages, RowError, convert_sharegpt, parse_messages, require_list, require_text
+from .messages import Messages, RowError, convert_sharegpt, parse_messages_and_train_mask, require_list, require_text
 
 Record = Mapping[str, Any]
 Fields = dict[str, Any]  # of a `Row`
@@ -43,13 +43,13 @@ class InvalidRow:
 
 
 def _read_chat(record: Record) -> Fields:
-    return _chat_fields(record, *parse_messages(record["messages"]))
+    return _chat_fields(record, *parse_messages_and_train_mask(record["messages"]))
 
 
 def _read_sharegpt(record: Record) -> Fields:
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     messages = [*system, *convert_sharegpt(record["conversations"])]
-    return _chat_fields(record, *parse_messages(messages, "conversations"))
+    return _chat_fields(record, *parse_messages_and_train_mask(messages, "conversations"))
 
 
 def _read_instruction(record: Record) -> Fields:
@@ -71,8 +71,8 @@ def _read_prompt_completion(record: Record) -> Fields:
         return {"messages": [], "prompt": require_text(prompt, "'prompt'", allow_empty=True), "completion": completion}
     if isinstance(prompt, str) or isinstance(completion, str):
         raise RowError("'prompt' and 'completion' are a text and a list: wanted two texts or two lists", "wrong-type")
-    before, _ = parse_messages(prompt, "prompt", needs_assistant=False)
-    after, learned = parse_messages(completion, "completion")
+    before, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
+    after, learned = parse_messages_and_train_mask(completion, "completion")
     return _chat_fields(record, before + after, (False,) * len(before) + learned)
 
 
@@ -84,10 +84,10 @@ def _read_preference(record: Record) -> Fields:
     fields: Fields = {"messages": []}
     for column in ("chosen", "rejected"):
         value, text = record[column], isinstance(record[column], str)
-        fields[column] = require_text(value, f"{column!r}") if text else parse_messages(value, column)[0]
+        fields[column] = require_text(value, f"{column!r}") if text else parse_messages_and_train_mask(value, column)[0]
     prompt = record.get("prompt")
     if isinstance(prompt, list):
-        fields["messages"], _ = parse_messages(prompt, "prompt", needs_assistant=False)
+        fields["messages"], _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
         return fields | {"tools": _read_tools(record)}
     return fields if prompt is None else fields | {"prompt": require_text(prompt, "'prompt'")}
 

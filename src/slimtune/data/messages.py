@@ -4,9 +4,9 @@
     {"role": "assistant", "content": str, "tool_calls": [{"type": "function", "function": {"name", "arguments"}}]}
     {"role": "tool", "content": str, "name": str, "tool_call_id": str}
 
-`parse_messages` returns this form, which every chat template takes. Tool arguments are an object here, whether the
-file has an object or JSON text. A message may have a `weight` (1: learned, 0: not); it is returned apart and never
-reaches a template. An unknown key is an error, because it would change the text of the turn or be lost.
+`parse_messages_and_train_mask` returns this form, which every chat template takes. Tool arguments are an object here,
+whether the file has an object or JSON text. A message may have a `weight` (1: learned, 0: not); it is returned apart
+and never reaches a template. An unknown key is an error, because it would change the text of the turn or be lost.
 """
 
 import json
@@ -37,17 +37,17 @@ class RowError(ValueError):
         self.code = code
 
 
-def parse_messages(
-    value: Any, column: str = "messages", *, needs_assistant: bool = True
+def parse_messages_and_train_mask(
+    value: Any, column: str = "messages", *, require_trained_turn: bool = True
 ) -> tuple[Messages, tuple[bool, ...]]:
     """Return validated messages, and for each whether the model learns it; raise RowError for the first error.
 
-    `value` may be JSON text. `needs_assistant` requires an assistant turn that is learned.
+    `value` may be JSON text. `require_trained_turn` requires an assistant turn that is learned.
     """
     given = [(f"{column}[{i}]", message) for i, message in enumerate(require_list(value, column))]
     messages = [_validate_message(message, name) for name, message in given]
     learned = tuple(_is_learned(message, name) for name, message in given)
-    if needs_assistant and not any(learned):
+    if require_trained_turn and not any(learned):
         if not any(m["role"] == "assistant" for m in messages):
             roles = format_names(m["role"] for m in messages) or "none"
             cause = f"has no assistant turn, so there is nothing to learn (roles here: {roles})"

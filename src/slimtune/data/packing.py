@@ -29,7 +29,7 @@ class PackedSequence:
     layout: PackedLayout
     segments: list[list[tuple[int, int]]]  # of each row, in the order given: (first column, tokens)
 
-    def columns(self, row: int) -> list[int]:
+    def get_token_indices(self, row: int) -> list[int]:
         """Return the column of each token of a row."""
         return [start + t for start, n in self.segments[row] for t in range(n)]
 

@@ -19,7 +19,7 @@ from ..errors import DataError, UsageError, format_names, nearest
 from ..utils.formatting import format_count
 from . import chat_template
 from .chat_template import RenderedText, TokenizedRow
-from .dataset import MAX_ERRORS, RowErrors, RowFile
+from .dataset import MAX_ERRORS, RowErrorCollector, RowFile
 from .formats import InvalidRow, Row
 from .parallel import batched, parallel_map
 from .tokenized_dataset import DatasetWriter, TokenizedDataset
@@ -213,7 +213,7 @@ def tokenize_dataset(
     validate = None if dataset_report is None else dataset_report.validate
     function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, validate)
     if isinstance(rows, RowFile):
-        errors = rows.new_errors()
+        errors = rows.create_error_collector()
         if rows.format == "preference":
             problem = f"{path} contains preference pairs (chosen, rejected), and nothing trains on them yet"
             expected = "rows of another format: chat, instruction, sharegpt, prompt-completion or text"
@@ -222,7 +222,7 @@ def tokenize_dataset(
                 problem, expected, f"to learn the better answers, read them as prompt-completion: {options}"
             )
     else:
-        errors = RowErrors(path, hint="change these rows, or use another chat template (data.chat_template)")
+        errors = RowErrorCollector(path, hint="change these rows, or use another chat template (data.chat_template)")
     total, overlong, unsupervised = RowReport(max_seq_len), [], []
     with DatasetWriter() as writer:
         for batch in parallel_map(function, batched(rows, BATCH_SIZE), processes):

@@ -59,7 +59,7 @@ def sample_prompts(rows: Iterable[Row], examples: Sequence[Example], count: int)
     return prompts
 
 
-def generate_answers(
+def generate_base_and_tuned_answers(
     generator: Generator, prompts: Sequence[EvalPrompt], checks: Mapping[str, Check], max_new_tokens: int
 ) -> list[dict[str, Any]]:
     """Return `line`, `prompt`, `reference`, `base`, `tuned`, `checks` (`{name: {"base", "tuned"}}`) of each prompt."""

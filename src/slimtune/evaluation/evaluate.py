@@ -27,7 +27,7 @@ from ..setup import (
     open_rows_from_recipe,
 )
 from ..train_step.loss import RowScore, evaluate_rows
-from .answers import build_check, generate_answers, sample_prompts, summarize_checks
+from .answers import build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
 from .forgetting import DEFAULT_BUDGET, WINDOW, measure_forgetting, read_general_text, tokenize_general_text
 from .generate import Generator
 from .lm_eval import find_tasks, run_tasks
@@ -189,7 +189,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
 
     save()  # the figures stay if generation or a task fails
     if generator is not None:
-        result["generations"] = generate_answers(generator, prompts, checks, settings.max_new_tokens)
+        result["generations"] = generate_base_and_tuned_answers(generator, prompts, checks, settings.max_new_tokens)
         result["generation_summary"] = summarize_checks(result["generations"])
         save()
     if settings.tasks:

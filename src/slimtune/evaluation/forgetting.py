@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..data.chat_template import encode_chat
 from ..data.collator import IGNORE_INDEX, Example
-from ..data.dataset import RowErrors
+from ..data.dataset import RowErrorCollector
 from ..data.readers import describe_json_error
 from ..errors import DataError, UsageError, nearest
 from ..train_step.loss import RowScore
@@ -43,7 +43,9 @@ def read_general_text(file: Path) -> list[TextPiece]:
     if not file.is_file():
         siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
         raise UsageError(f"there is no file {str(file)!r}{nearest(file.name, siblings)}", "a .txt or .jsonl file")
-    errors = RowErrors(file, expected='UTF-8 text; a JSONL file: {"text": "…"} or {"messages": […]} on each line')
+    errors = RowErrorCollector(
+        file, expected='UTF-8 text; a JSONL file: {"text": "…"} or {"messages": […]} on each line'
+    )
     pieces: list[TextPiece] = []
     try:
         text = file.read_text("utf-8-sig")
@@ -91,7 +93,7 @@ def tokenize_general_text(
         DataError: the chat template rejects messages, or there is nothing to predict.
     """
     examples: list[Example] = []
-    errors = RowErrors(file, hint="change these lines")
+    errors = RowErrorCollector(file, hint="change these lines")
     for line, kind, content in pieces:
         if isinstance(content, str):
             ids = tokenizer(content, verbose=False)["input_ids"]

@@ -141,7 +141,7 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+def mark_pareto_optimal(points: Sequence[tuple[float, float]]) -> list[bool]:
     """Return for each `(cost, quality)` whether no other point costs at most as much and is at least as good."""
     return [
         not any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points) for cost, quality in points

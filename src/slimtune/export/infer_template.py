@@ -104,7 +104,7 @@ class InferredChatFormat:
         ordered = sorted(groups.items(), key=lambda item: (len(item[1]), "assistant" in item[1], "user" in item[1]))
         return [(befores, prefix, strip) for (prefix, strip), befores in ordered]
 
-    def prompt(self, role: str) -> str:
+    def generation_prompt(self, role: str) -> str:
         """Return the text that asks for an answer after a message of this role."""
         return self.prefixes.get((role, "prompt"), self.prefixes["user", "prompt"])
 
@@ -126,7 +126,7 @@ class InferredChatFormat:
                 text += self._render_message("system", before, system) + self.suffixes["system"]
             text += self._render_message(role, "system" if with_system else before, message["content"], with_system)
             text += "" if is_last and role == "assistant" else self.suffixes[role]
-            text += self.prompt(role) if is_last and role != "assistant" else ""
+            text += self.generation_prompt(role) if is_last and role != "assistant" else ""
             before = role
         return text
 

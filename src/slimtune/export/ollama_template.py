@@ -77,13 +77,13 @@ def write_go_template(chat: InferredChatFormat) -> str:
         system = _write_error("the chat template refuses system messages")
     elif chat.system == "in order":
         system = _write_message(chat, "system") + write_literal(chat.suffixes["system"])
-        system += _write_if("$last", write_literal(chat.prompt("system")))
+        system += _write_if("$last", write_literal(chat.generation_prompt("system")))
     user = _write_message(chat, "user")
     if chat.system == "last":
         both = _write_message(chat, "system", "$.System") + write_literal(chat.suffixes["system"])
         both += _write_message(chat, "user", after_system=True)
         user = _write_if("and $last $.System", both, user)
-    user += write_literal(chat.suffixes["user"]) + _write_if("$last", write_literal(chat.prompt("user")))
+    user += write_literal(chat.suffixes["user"]) + _write_if("$last", write_literal(chat.generation_prompt("user")))
     assistant = _write_message(chat, "assistant")
     assistant += _write_if("not $last", write_literal(chat.suffixes["assistant"]))
     unknown = _write_error("this TEMPLATE knows the roles system, user and assistant only")

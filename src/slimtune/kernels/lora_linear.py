@@ -132,7 +132,7 @@ def _drop(x: Tensor, probability: float) -> Tensor:
 # --- an adapter per row -----------------------------------------------------------------------------------------------
 
 
-def list_row_group_adapters(row_adapters: Sequence[str]) -> list[str]:
+def list_equal_group_adapters(row_adapters: Sequence[str]) -> list[str]:
     """Return one adapter name per group, after the rows are split, in order, into the largest groups of equal size with
     one adapter each: `["a", "a", "b", "b", "b", "b"]` gives `["a", "b", "b"]`."""
     size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(row_adapters)))

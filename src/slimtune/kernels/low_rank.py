@@ -94,7 +94,7 @@ class IncrementalPca:
         self.components: Tensor | None = None
         self.singular_values = self.explained_variance_ratio = self.mean = self.variance = torch.empty(0)
 
-    def add(self, rows: Tensor) -> Tensor:
+    def partial_fit(self, rows: Tensor) -> Tensor:
         """Update with `rows (n, in)`; return the cosine of each component with its previous value (0 at first)."""
         n, k = rows.shape[0], self.n_components
         if n < k:

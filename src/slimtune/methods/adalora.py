@@ -90,7 +90,7 @@ class AdaLoraConfig(TargetedConfig):
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.loading else None
         return LinearAdaLora(site, self, self.init_r if kept is None else sum(kept))
 
-    def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int:
+    def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int:
         return 0  # training only removes ranks
 
     def on_train_begin(self, total_steps: int) -> None:
@@ -99,11 +99,11 @@ class AdaLoraConfig(TargetedConfig):
             self.total_step = total_steps
             self.check()
 
-    def on_step_end(self, deltas: Mapping[str, AdapterModule], step: int) -> None:
+    def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
         """Update the scores from this step's gradients, and set the ranks beyond the budget to zero."""
         if self.total_step is None:
             raise ConfigError("total_step is None", "the steps of the whole training", "AdaLoraConfig(total_step=…)")
-        modules: list[Any] = list(deltas.values())
+        modules: list[Any] = list(adapter_modules.values())
         last = self.total_step - self.tfinal
         for module in modules:
             if step < last:
@@ -135,11 +135,11 @@ class AdaLoraConfig(TargetedConfig):
             module.zero_pruned_ranks()
         self.rank_pattern = {m.pattern_key: m.kept_ranks.tolist() for m in modules}
 
-    def regularization_loss(self, deltas: Mapping[str, AdapterModule]) -> Tensor | None:
+    def regularization_loss(self, adapter_modules: Mapping[str, AdapterModule]) -> Tensor | None:
         """Return orth_reg_weight · mean ‖P Pᵀ - I‖ (Frobenius) over every A and Bᵀ."""
-        if not self.orth_reg_weight or not deltas:
+        if not self.orth_reg_weight or not adapter_modules:
             return None
-        modules: list[Any] = list(deltas.values())
+        modules: list[Any] = list(adapter_modules.values())
         sides = [P for m in modules for P in (m.lora_A, m.lora_B.t())]
         norms = [torch.linalg.matrix_norm(P @ P.t() - torch.eye(len(P)).to(P)) for P in sides]
         return self.orth_reg_weight * torch.stack([n.to(norms[0].device) for n in norms]).mean()
@@ -206,15 +206,15 @@ class LinearAdaLora(AdapterModule):
         kept = self.kept_ranks.to(self.lora_A.device)
         return {"lora_A": self.lora_A[kept], "lora_E": self.lora_E[kept], "lora_B": self.lora_B[:, kept]}
 
-    def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
         """Change to the file's number of ranks."""
-        if not all(n in given and given[n].dim() == 2 for n in ("lora_A", "lora_B")):
+        if not all(n in state_dict and state_dict[n].dim() == 2 for n in ("lora_A", "lora_B")):
             return
         self.kept_ranks = None
         self.averages.clear()
-        rank, max_rank = len(given["lora_A"]), self.config.init_r
+        rank, max_rank = len(state_dict["lora_A"]), self.config.init_r
         if rank != len(self.lora_A) and rank <= max_rank:
-            self._replace_parameters(given)
+            self._replace_parameters(state_dict)
         noted = (self.config.rank_pattern or {}).get(self.pattern_key, [True] * max_rank)
         if rank != sum(noted):
             self._note_kept_ranks([i < rank for i in range(max_rank)])

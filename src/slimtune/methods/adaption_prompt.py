@@ -87,7 +87,7 @@ class GatedPrompt(AttentionModule):
         self.adaption_gate = nn.Parameter(torch.zeros(1, device=site.init_device))
         self.to(site.device, site.dtype)
 
-    def compute_prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
+    def compute_prefix_key_values(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return `Wk P`, `Wv P` and the gate."""
         projections = (self._project_tokens(module.get_submodule(n), rows) for n in ("k_proj", "v_proj"))
         keys, values = (t.unflatten(1, (-1, module.head_dim)).transpose(0, 1) for t in projections)

@@ -131,7 +131,7 @@ class LayerPrefix(prompt.AttentionModule):
         super().__init__()
         self.held, self.layer = (stored,), layer
 
-    def compute_prefix(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
+    def compute_prefix_key_values(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         return self.held[0].get_layer_prefix(self.layer)
 
 

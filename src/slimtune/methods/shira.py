@@ -91,9 +91,9 @@ class SparseUpdate(AdapterModule):
         rows, columns = self.shira_indices.long()
         return weight.index_put((rows, columns), self.shira_weight.to(weight.dtype), accumulate=True), bias
 
-    def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
         """Check that a file's indices are inside the weight and in row-major order, which the products rely on."""
-        indices = given.get("shira_indices")
+        indices = state_dict.get("shira_indices")
         if indices is None or indices.shape != self.shira_indices.shape:
             return
         rows, columns = indices.long()

@@ -25,12 +25,12 @@ from ..errors import TargetError, nearest
 from ..utils.linear_layers import get_weight, layer_kind
 
 
-class TrainableTokenRows(NamedTuple):
+class TrainableRowsSpec(NamedTuple):
     """The trained rows of one embedding or linear layer."""
 
     kind: SiteKind
-    ids: list[int]
-    owner: str | None
+    token_indices: list[int]
+    tied_to: str | None
     """Name of the module it is tied to, whose rows it shares; None: it has its own."""
 
 
@@ -52,7 +52,7 @@ class TrainableTokensConfig(TargetedConfig):
 
     def check(self) -> None:
         super().check()
-        self.require(are_token_ids(self.token_indices), "token_indices", "a list of token ids, each once")
+        self.require(are_unique_token_ids(self.token_indices), "token_indices", "a list of token ids, each once")
 
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the name of the input embedding, as PEFT does."""
@@ -72,12 +72,12 @@ class TrainableTokensConfig(TargetedConfig):
         excluded = self.exclude_modules and matches_name(self.exclude_modules, name)
         return bool(self.target_modules and matches_name(self.target_modules, name) and not excluded)
 
-    def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableTokenRows]:
+    def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
         tokens = {n: self.token_indices for n, m in model.named_modules() if layer_kind(m) and self._is_target(n)}
         return find_trainable_rows(model, tokens, self.modules_to_save or ())
 
 
-def are_token_ids(ids: list[int]) -> bool:
+def are_unique_token_ids(ids: list[int]) -> bool:
     """Return whether `ids` contains token ids, each once."""
     return bool(ids) and min(ids) >= 0 and len(set(ids)) == len(ids)
 
@@ -90,7 +90,7 @@ def find_input_embedding_name(model: Any) -> str:
 
 def find_trainable_rows(
     model: nn.Module, tokens: list[int] | Mapping[str, list[int]], modules_to_save: Collection[str]
-) -> dict[str, TrainableTokenRows]:
+) -> dict[str, TrainableRowsSpec]:
     """Return the modules whose rows train, by full name; owners come before the modules tied to them.
 
     `tokens` are ids of tokens in the input embedding, or such lists by the name, or ending, of an embedding.
@@ -118,15 +118,15 @@ def find_trainable_rows(
         kind: Any = layer_kind(module)
         owner = owners.get(id(module._parameters["weight"]))
         if owner is not None and owner != name and chosen.get(name, chosen[owner]) == chosen[owner]:
-            shared[name] = TrainableTokenRows(kind, chosen[owner], owner)
+            shared[name] = TrainableRowsSpec(kind, chosen[owner], owner)
         elif name in chosen:
-            own[name] = TrainableTokenRows(kind, chosen[name], None)
+            own[name] = TrainableRowsSpec(kind, chosen[name], None)
     return own | shared
 
 
 def build_token_modules(
     sites: Sequence[Site],
-    trained: Mapping[str, TrainableTokenRows],
+    trained: Mapping[str, TrainableRowsSpec],
     save_shared: bool = False,
     start_as_base: bool = True,
 ) -> dict[str, AdapterModule]:
@@ -135,10 +135,10 @@ def build_token_modules(
     `save_shared`: files store shared rows under each module's name; PEFT's trainable tokens do, its LoRA does not.
     """
     built: dict[str, AdapterModule] = {}
-    for site in sorted(sites, key=lambda s: trained[s.name].owner is not None):
-        cls, owner = TokenEmbedding if site.kind == "embedding" else TokenHead, trained[site.name].owner
+    for site in sorted(sites, key=lambda s: trained[s.name].tied_to is not None):
+        cls, owner = TokenEmbedding if site.kind == "embedding" else TokenHead, trained[site.name].tied_to
         held = () if owner is None else (built[owner],)
-        built[site.name] = cls(site, trained[site.name].ids, held, save_shared, start_as_base)
+        built[site.name] = cls(site, trained[site.name].token_indices, held, save_shared, start_as_base)
     return built
 
 

@@ -19,7 +19,7 @@ from .gpus import Gpu
 from .memory_trace import StepTrace
 from .request import MAX_SEQ_LEN, PlanRequest, TrainingJob
 from .result import PARTS, Advice, Plan, Range, Verdict, add_ranges
-from .throughput import estimate_throughput
+from .throughput import estimate_tokens_per_second
 
 RUNTIME = {"cuda": Range(0.25e9, 0.75e9), "mps": Range(0.2e9, 1.0e9), "cpu": Range(0.45e9, 0.8e9)}
 """Bytes outside tensors: a CUDA context and loaded kernels; on a CPU, Python and its libraries."""
@@ -55,7 +55,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
     model = job.build_model()
     trainable_params = sum(count_values(p) for p in model.parameters() if p.requires_grad)
     total_params = sum(count_values(p) for p in model.parameters())
-    adapter_bytes, extra_bytes, at_most = file_bytes(model)
+    adapter_bytes, extra_bytes, at_most = estimate_adapter_file_size(model)
     saved, spread = shard_base(model, request.processes) if request.fsdp else (0, 0)
     memory_model = fit_memory_model(job, model)
     memory_model = replace(memory_model, state=memory_model.state - saved)
@@ -65,7 +65,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
         trace = shard_trace(trace, saved, job.device)
     memory_model = memory_model.correct(job.lengths, trace)
 
-    peak, reserved = reserved_memory(job, trace)
+    peak, reserved = estimate_peak_memory(job, trace)
     reserved = Range(reserved.low, reserved.high + spread)
     runtime, usable = RUNTIME[job.device], gpu.usable
     need = add_ranges(reserved, runtime)
@@ -93,7 +93,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
                     (3 * max(adapter_bytes, optimizer_bytes, extra_bytes), "as a checkpoint is written")]  # fmt: skip
     host_bytes, host_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
-    step_bytes = 2 * optimizer_bytes + 3 * adapters
+    optimizer_step_bytes = 2 * optimizer_bytes + 3 * adapters
     plan = Plan(
         model=request.model.name,
         method=request.method.name,
@@ -119,8 +119,12 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
         reason=explain_verdict(request, verdict, parts, need, usable),
         max_seq_len=largest_fitting(lambda n: fits((n,) * len(job.lengths)), MAX_SEQ_LEN),
         max_batch_size=largest_fitting(lambda n: fits((max(job.lengths),) * n), MAX_BATCH_SIZE),
-        tokens_per_second=estimate_throughput(
-            trace.operator_counts, gpu, sum(job.lengths), step_bytes=step_bytes, micro_batches=job.micro_batches
+        tokens_per_second=estimate_tokens_per_second(
+            trace.operator_counts,
+            gpu,
+            sum(job.lengths),
+            optimizer_step_bytes=optimizer_step_bytes,
+            micro_batches=job.micro_batches,
         ),
         evidence=list_evidence(request, host_moment),
     )
@@ -142,7 +146,7 @@ def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryMode
         if request.max_tokens is not None and sum(rows[:count]) > request.max_tokens:
             return False
         peak = round(SPLIT_MARGIN * (memory_model.peak(rows[:count]) + LIBRARY_BYTES.get(job.device, 0)))
-        need = add_ranges(allocator_range(job.device, peak, memory_model.state), RUNTIME[job.device])
+        need = add_ranges(estimate_reserved_memory(job.device, peak, memory_model.state), RUNTIME[job.device])
         return not request.split_batch or judge_memory(need, request.gpu.usable) == "fits"
 
     count = max(1, largest_fitting(fits, len(rows)))
@@ -150,13 +154,13 @@ def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryMode
     return replace(job, lengths=rows[:count], micro_batches=micro_batches)
 
 
-def reserved_memory(job: TrainingJob, trace: StepTrace) -> tuple[int, Range]:
+def estimate_peak_memory(job: TrainingJob, trace: StepTrace) -> tuple[int, Range]:
     """Return the peak of allocated bytes, and what the allocator reserves for them."""
     peak = trace.peak + LIBRARY_BYTES.get(job.device, 0)
-    return peak, allocator_range(job.device, peak, trace.state_bytes)
+    return peak, estimate_reserved_memory(job.device, peak, trace.state_bytes)
 
 
-def allocator_range(device: str, peak: int, state: int) -> Range:
+def estimate_reserved_memory(device: str, peak: int, state: int) -> Range:
     """Return what an allocator may reserve for a peak of which `state` bytes are always allocated."""
     # The state is allocated once and leaves no gaps; tensors that come and go do.
     return Range(peak, peak + FRAGMENTATION[device] * (peak - state) + LIBRARY_WORKSPACES)
@@ -181,7 +185,7 @@ def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def file_bytes(model: Any) -> tuple[int, int, bool]:
+def estimate_adapter_file_size(model: Any) -> tuple[int, int, bool]:
     """Return the bytes of the adapter file and of the method's own state, and whether training may leave fewer.
 
     Training may leave a smaller file if it chooses ranks (AdaLoRA, EVA); then the size is an upper bound.
@@ -191,7 +195,7 @@ def file_bytes(model: Any) -> tuple[int, int, bool]:
         return sum(t.nbytes + TENSOR_HEADER for t in {id(t): t for t in tensors}.values())
 
     adapters = model.adapter_modules("default")
-    growth = model.peft_config["default"].max_size_increase(adapters)
+    growth = model.peft_config["default"].max_added_bytes(adapters)
     tensors, _ = adapter_tensor_info(model, "default")
     extra = [t for adapter in adapters.values() for t in adapter.extra_state().values()]
     return size(tensors.values()) + (growth or 0), size(extra), growth is not None
@@ -211,7 +215,7 @@ def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advic
     def judge(changed: TrainingJob) -> tuple[int, Verdict]:
         # The fused AdamW allocates nothing, so the highest point is not later than the backward pass.
         trace = extrapolate_layers(changed, backward_only=changed.optimizer == "adamw")
-        peak, reserved = reserved_memory(changed, trace)
+        peak, reserved = estimate_peak_memory(changed, trace)
         return plan.allocated_bytes - peak, judge_memory(add_ranges(reserved, RUNTIME[changed.device]), gpu.usable)
 
     useful, advice = [], []

@@ -57,8 +57,8 @@ class Cost:
         return fields_as_dict(self, prices=[p._asdict() for p in self.prices])
 
 
-def estimate_throughput(
-    operator_counts: Work, gpu: Gpu, tokens: int, *, step_bytes: int = 0, micro_batches: int = 1
+def estimate_tokens_per_second(
+    operator_counts: Work, gpu: Gpu, tokens: int, *, optimizer_step_bytes: int = 0, micro_batches: int = 1
 ) -> Range | None:
     """Return trained tokens a second; None if the GPU's rates are unknown.
 
@@ -66,13 +66,13 @@ def estimate_throughput(
         operator_counts: how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch.
         gpu: where it runs.
         tokens: trained in one micro-batch.
-        step_bytes: bytes that the optimizer moves in a step.
+        optimizer_step_bytes: bytes that the optimizer moves in a step.
         micro_batches: in an optimizer step.
     """
     if not gpu.rates:
         return None
     bandwidth = gpu.bandwidth or float("inf")
-    seconds = step_bytes / bandwidth / micro_batches
+    seconds = optimizer_step_bytes / bandwidth / micro_batches
     for (operations, moved, dtype), count in operator_counts.items():
         # A dtype that the GPU has no units for runs at the rate of float32.
         rate = gpu.rates.get(str(dtype).removeprefix("torch.")) or gpu.rates["float32"]

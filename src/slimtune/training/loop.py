@@ -128,7 +128,7 @@ class TrainingLoop:
     def run_to_end(self) -> None:
         """Train until all steps are done, the run stops early, or it is asked to stop."""
         self.model.train()
-        with self.logger.training(self.state), self.stop_on_interrupt():
+        with self.logger.track_training(self.state), self.stop_on_interrupt():
             try:
                 for rows in self.remaining_steps():
                     values = self.train_step(rows)

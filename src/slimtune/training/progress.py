@@ -49,7 +49,7 @@ class ProgressLogger:
         self.last_print = 0.0
 
     @contextmanager
-    def training(self, state: TrainingState) -> Iterator[None]:
+    def track_training(self, state: TrainingState) -> Iterator[None]:
         """Show the progress line while the block runs; finish the trackers after it."""
         self.started, self.first_step = time.perf_counter(), state.step
         if self.live:

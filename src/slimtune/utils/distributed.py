@@ -215,14 +215,14 @@ def install_sigterm_watcher(resume_command: str) -> None:
         while (received := os.read(read_end, 1)) and received[0] != signal.SIGTERM:
             pass
         error = _peer_gone("this process got SIGTERM")
-        if should_print_error(error):
+        if claim_error_report(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=wait_for_sigterm, daemon=True).start()
 
 
-def should_print_error(error: SlimtuneError) -> bool:
+def claim_error_report(error: SlimtuneError) -> bool:
     """Return whether this process prints an error; if so, tell the others.
 
     The main process prints its own errors. Another process waits for that and prints its error if it is a different

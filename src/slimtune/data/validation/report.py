@@ -116,7 +116,7 @@ def validate_file(
     files = [open_rows(p, format=format, columns=columns) for p in (path, validation) if p is not None]
     report = validate(files[0])
     other = None if validation is None else (str(validation), validate(files[1], report))
-    return report.to_dict(file=path, model=model, validation=other)
+    return report.finish(file=path, model=model, validation=other)
 
 
 def _with_chosen_answer(row: Row | InvalidRow) -> Row | InvalidRow:
@@ -201,7 +201,7 @@ class DatasetReport:
         signatures = np.frombuffer(self._signatures, np.uint8).reshape(-1, 2 * HASHES)
         return signatures, np.flatnonzero(self.rows["comparable"])
 
-    def to_dict(
+    def finish(
         self, *, file: str | Path, model: str, validation: "tuple[str, DatasetReport] | None" = None
     ) -> dict[str, Any]:
         """Return the report, as JSON takes it; `validation` is path and report of the rows to compare with."""

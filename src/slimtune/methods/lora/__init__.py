@@ -22,7 +22,7 @@ from torch import nn
 from ...adapters.base import AdapterModule, Site, SiteKind
 from ...adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, setting
 from ...errors import ConfigError, format_names, nearest
-from ..trainable_tokens import TrainableTokenRows, are_token_ids, build_token_modules, find_trainable_rows
+from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
 from . import eva
 from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
@@ -95,7 +95,7 @@ class LoraConfig(PatternedConfig):
         tokens = self.trainable_token_indices
         if tokens is not None:
             lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
-            valid = bool(lists) and all(are_token_ids(ids) for ids in lists)
+            valid = bool(lists) and all(are_unique_token_ids(ids) for ids in lists)
             self.require(valid, "trainable_token_indices", "token ids, each once")
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
@@ -106,7 +106,7 @@ class LoraConfig(PatternedConfig):
         built = build_token_modules([s for s in sites if s.name in trained], trained)
         return [built.get(site.name) or self.build(site) for site in sites]
 
-    def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableTokenRows]:
+    def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
         tokens = self.trainable_token_indices
         return {} if tokens is None else find_trainable_rows(model, tokens, self.modules_to_save or ())
 
@@ -127,9 +127,9 @@ class LoraConfig(PatternedConfig):
                 raise ConfigError(message, "linear layers only", "take it out of target_modules")
         return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
 
-    def max_size_increase(self, deltas: Mapping[str, AdapterModule]) -> int | None:
+    def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int | None:
         """Return what EVA can add: it redistributes the ranks, and those of a large layer take more bytes."""
-        return eva.max_size_increase(deltas, self) if self.init_lora_weights == "eva" else None
+        return eva.max_added_bytes(adapter_modules, self) if self.init_lora_weights == "eva" else None
 
     def file_key(self, key: str) -> str:
         """Return PEFT's key: that of trained tokens has one more name."""

@@ -52,7 +52,7 @@ class _Magnitude(LoraModule):
 
     def _scale_rows(self, base: BaseForward, y: Tensor, z: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Map the frozen output `y (..., out)` and `z = A x (..., r)` to the adapted output."""
-        m, (weight, bias) = self.lora_magnitude_vector, base.weight_and_bias()
+        m, (weight, bias) = self.lora_magnitude_vector, base.merge_weight_and_bias()
         weight = weight.detach()
         squares = _squared_norms(weight) if base.inner_modules else self._base_squares(base.module, weight)
         # In the dtype of m, so that m / n is exactly 1 at the start.

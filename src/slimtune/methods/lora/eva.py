@@ -161,7 +161,7 @@ def _find_directions(
         if not pending or count == max_batches:
             break
         for name, inputs in collect_inputs(batch, pending).items():
-            converged[name] = analyses[name].add(inputs) >= settings.tau
+            converged[name] = analyses[name].partial_fit(inputs) >= settings.tau
         if all(pca.components is not None for pca in analyses.values()):
             found = _allocate_ranks(analyses, leader, sum(ranks.values()))
         elif count + 1 == len(dataloader):  # no batch was large enough, and none will be
@@ -194,9 +194,9 @@ def _allocate_ranks(analyses: dict[str, IncrementalPca], leader: dict[str, str],
     return ranks
 
 
-def max_size_increase(deltas: Mapping[str, Any], config: Any) -> int:
+def max_added_bytes(adapter_modules: Mapping[str, Any], config: Any) -> int:
     """Return how many bytes EVA can add to an adapter at most, whatever the data: the largest layers get the ranks."""
-    layers = {n: d for n, d in deltas.items() if hasattr(d, "lora_A")}
+    layers = {n: d for n, d in adapter_modules.items() if hasattr(d, "lora_A")}
     max_rank: dict[int, int] = {}
     for name, module in layers.items():  # layers that share a PCA can each get the largest rank among them
         width = module.lora_A.in_features

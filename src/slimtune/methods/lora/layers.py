@@ -87,9 +87,9 @@ class LinearLora(LoraModule):
             bias = added if bias is None else bias + added
         return add_low_rank(weight, *self.low_rank(), self.scale), bias
 
-    def prepare_load(self, given: Mapping[str, Tensor], site: Site) -> None:
+    def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
         """Compute A₀ and B₀ from the base where the file lacks them: PEFT's files rely on a changed base instead."""
-        if "start_A" in self._buffers and "start_A" not in given:
+        if "start_A" in self._buffers and "start_A" not in state_dict:
             if "niter" in self.init:
                 warnings.warn(
                     f"{site.name}: the file lacks the start of this adapter, which {self.init!r} computed with random "
