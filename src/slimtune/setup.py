@@ -188,7 +188,7 @@ def attach_adapter(
             replace_lora_weights_loftq(
                 model, download_weights(base.source, recipe.model.revision), calibration_inputs=inputs
             )
-    model.peft_config["default"].base_model_name_or_path = recipe.model.name
+    model.peft_config["default"].base_model_name_or_path = base.source.spec  # the Hub id of an alias
     t = recipe.train
     if t.offload_activations and base.device.type == "cpu":
         raise UsageError(

@@ -54,7 +54,7 @@ def test_model_alone_is_planned_as_it_trains(requests, slimtune_json):
     slimtune_json("plan", "llama-3.1-8b")
     (request,) = requests
     trained = load_recipe(None, {"model.name": "llama-3.1-8b", "data.train": "d.jsonl", "output_dir": "o"})
-    assert (request.model.spec, request.method.name) == ("meta-llama/Llama-3.1-8B", "lora")
+    assert (request.model.spec, request.method.name) == ("meta-llama/Llama-3.1-8B-Instruct", "lora")
     assert request == build_request(trained, request.gpu)
     assert (request.dtype, request.optimizer, request.quantization) == ("auto", "adamw", None)
     assert request.gpu.name == detect_gpu().name
@@ -79,7 +79,7 @@ def test_flags(requests, slimtune_json):
 def test_recipe_and_flags(requests, slimtune, recipe):
     done = slimtune("plan", recipe, "--vram", "16GiB", "--rank", 6, "--max-seq-len", 300)
     assert done.exit_code == 0, done.stderr
-    unread = "the tokenizer of meta-llama/Llama-3.1-8B is not on this disk: every row is taken to have 300 tokens"
+    unread = "the tokenizer of meta-llama/Llama-3.1-8B-Instruct is not on this disk: every row is taken to have 300 tokens"
     assert unread in done.stderr
     (request,) = requests
     assert request.gpu == gpu_with_memory("16GiB")
@@ -145,7 +145,7 @@ def test_all_methods(slimtune, slimtune_json, requests):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--gpu", "rtx-3091"], "there is no card 'rtx-3091' in the table; did you mean 'rtx-3090'?"),
+        (["--gpu", "rtx-5060"], "there is no card 'rtx-5060' in the table; did you mean 'rtx-5060-ti-16gb'?"),
         (["--vram", "0"], "'0' is no size of memory"),
         (["--gpu", "t4", "--vram", "16GiB"], "--gpu and --vram are both given"),
         (["--method", "lore"], "there is no method 'lore'; did you mean 'lora'?"),
@@ -286,7 +286,7 @@ def test_written_recipe_trains(requests, slimtune, slimtune_json, rows_file, tmp
     assert file.read_text().startswith(note)
     recipe = load_recipe(file)
     assert (recipe.method.settings["r"], recipe.data.max_seq_len, recipe.data.train) == (8, 99, rows_file)
-    assert recipe.model.name == "meta-llama/Llama-3.1-8B", "what the weights are loaded by"
+    assert recipe.model.name == "meta-llama/Llama-3.1-8B-Instruct", "what the weights are loaded by"
     assert recipe.output_dir == Path("runs/job")
     slimtune_json("plan", file, "--gpu", "t4")
     first, again = requests

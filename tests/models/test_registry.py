@@ -9,7 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slimtune.errors import ModelError, UsageError
-from slimtune.models.registry import ALIASES, ModelSource, get_model_info, load_known_configs, resolve_model
+from slimtune.models.registry import (
+    ALIASES,
+    OLLAMA_NAMES,
+    ModelSource,
+    find_known,
+    get_model_info,
+    load_known_configs,
+    resolve_model,
+)
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -63,7 +71,7 @@ def test_nearest_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "gpt2", "./none/at/all.gguf", "~/none", "a/b/c", "a/b.bin", "https://huggingface.co/a/b", "org/na me!"]
+    "spec", ["", "gpt-2x", "./none/at/all.gguf", "~/none", "a/b/c", "a/b.bin", "https://huggingface.co/a/b", "org/na me!"]
 )
 def test_unknown_names(spec):
     assert_refused(spec, UsageError, "a Hub id as `org/name`")
@@ -95,6 +103,66 @@ def test_pickled_weights(tmp_path, pickle):
     assert_refused(str(tmp_path / "model.safetensors"), UsageError, "no GGUF file")
 
 
+@pytest.mark.parametrize("alias", load_known_configs())
+def test_alias_names_one_base_for_planning_and_training(alias):
+    hub_id = load_known_configs()[alias]["hub"][0]
+    assert get_model_info(alias).spec == (alias if alias in ALIASES else hub_id)
+    if alias not in ALIASES:
+        assert resolve_model(alias) == ModelSource("hub", hub_id, hub_id.split("/")[1], hub_id)
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [
+        ("llama3.1:8b", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("llama3.1:latest", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("Llama 3.1 8B", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("llama-3-8b", "meta-llama/Meta-Llama-3-8B-Instruct"),
+        ("llama3.3", "meta-llama/Llama-3.3-70B-Instruct"),
+        ("qwen3:8b", "Qwen/Qwen3-8B"),
+        ("qwen3-8b-base", "Qwen/Qwen3-8B-Base"),
+        ("qwen2.5-coder:7b", "Qwen/Qwen2.5-Coder-7B-Instruct"),
+        ("gemma3:4b", "google/gemma-3-4b-it"),
+        ("mistral", "mistralai/Mistral-7B-Instruct-v0.3"),
+        ("deepseek-r1-distill-llama-8b", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"),
+    ],
+)
+def test_other_spellings(name, hub_id):
+    assert resolve_model(name).path == get_model_info(name).spec == hub_id
+
+
+@pytest.mark.parametrize("name", ["gemma:22b", "llama3.1:80b", "llama31:8b", "qwen3:8", "../llama3.1:8b", "mistral/8b"])
+def test_other_sizes_are_other_bases(name):
+    assert find_known(name) is None
+
+
+def test_names_of_ollama_are_known():
+    assert all(find_known(name) for name in OLLAMA_NAMES)
+
+
+def test_folder_wins_over_a_spelling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "llama3.1:8b").mkdir()
+    (tmp_path / "llama3.1:8b/config.json").write_text("{}")
+    assert resolve_model("llama3.1:8b").kind == "folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("lama-3.1-8b", "did you mean 'llama-3.1-8b'?"),
+        ("smollm2-135", "did you mean 'smollm2-135m'?"),
+        ("gpt-oss-20b", None),
+        ("m2", None),
+        ("gemma-3-27b", "'gemma-3-12b'"),
+    ],
+)
+def test_nearest_base(name, nearest):
+    with pytest.raises(UsageError) as caught:
+        resolve_model(name)
+    assert nearest in str(caught.value) if nearest else "did you mean" not in str(caught.value)
+
+
 # --- configs without weights ------------------------------------------------------------------------------------------
 
 
@@ -113,10 +181,19 @@ def test_parameters_of_known_configs(alias):
 def test_hub_id_and_alias_are_equal():
     alias, hub = get_model_info("llama-3.1-8b"), get_model_info("meta-llama/Llama-3.1-8B-Instruct")
     assert alias.config.to_dict() == hub.config.to_dict()
-    assert alias.spec == "meta-llama/Llama-3.1-8B"
+    assert alias.spec == "meta-llama/Llama-3.1-8B-Instruct"
     assert hub.spec == "meta-llama/Llama-3.1-8B-Instruct"
     ids = [i.lower() for facts in load_known_configs().values() for i in facts["hub"]]
     assert len(ids) == len(set(ids))
+
+
+def test_ids_of_one_shape_have_their_own_positions():
+    def positions(name):
+        return get_model_info(name).config.max_position_embeddings
+
+    assert (positions("meta-llama/Meta-Llama-3-8B"), positions("llama-3.1-8b")) == (8192, 131072)
+    assert (positions("Qwen/Qwen2.5-7B"), positions("Qwen/Qwen2.5-7B-Instruct")) == (131072, 32768)
+    assert get_model_info("mistralai/Mistral-7B-Instruct-v0.2").config.sliding_window is None
 
 
 def test_smollm2_config_equals_its_gguf():

@@ -25,9 +25,24 @@ def test_spellings_of_a_name(name):
     assert find_gpu(name).name == "rtx-3090"
 
 
-def test_unknown_name():
-    with pytest.raises(UsageError, match=r"no card 'rtx 3091' in the table; did you mean 'rtx-309"):
-        find_gpu("rtx 3091")
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("rtx 3090 i", None),
+        ("rtx-3091", None),
+        ("rtx-5060", "rtx-5060-ti-16gb"),
+        ("rtx 4070 super", None),
+        ("m2", "m2-pro-16gb"),
+        ("m4 maxx", "m4-max-128gb"),
+        ("GeForce RTX 5060", "rtx-5060-ti-16gb"),
+        ("rtxx 3090", "rtx-3090"),
+    ],
+)
+def test_nearest_card_has_the_same_numbers(name, nearest):
+    with pytest.raises(UsageError) as caught:
+        find_gpu(name)
+    close = f"in the table; did you mean {nearest!r}?" if nearest else "in the table\n"
+    assert close in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,9 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
     from ..config.method import fill_recipe_defaults
     from ..errors import SlimtuneError
     from ..models.errors import translate_load_errors
-    from ..models.registry import load_config
+    from ..models.registry import get_model_info
 
-    config = load_config(model, trust_remote_code=trust_remote_code)
+    config = get_model_info(model, trust_remote_code=trust_remote_code).config
     sizes: list[dict[str, Any]] = []
     with torch.device("meta"):
         with translate_load_errors(model):

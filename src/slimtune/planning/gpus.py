@@ -10,11 +10,12 @@ from typing import Literal
 import psutil
 import torch
 
-from ..errors import UsageError, nearest
+from ..errors import UsageError
 from ..models.dtype import VENDOR_DEVICES, pick_device
 from ..utils.device import free_memory
 from ..utils.distributed import local_world_size
 from ..utils.formatting import format_bytes
+from ..utils.product_names import nearest_product
 from .result import Range
 
 GIB = 1 << 30
@@ -108,7 +109,7 @@ def find_gpu(name: str) -> Gpu:
     """
     if matches := _with_name(name):
         return matches[0]
-    close = nearest(name.lower().replace(" ", "-"), [gpu.name for gpu in all_gpus()])
+    close = nearest_product(name, [gpu.name for gpu in all_gpus()])
     hint = "or give its memory alone: --vram 24GiB"
     raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)
 
