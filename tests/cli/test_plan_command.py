@@ -79,7 +79,9 @@ def test_flags(requests, slimtune_json):
 def test_recipe_and_flags(requests, slimtune, recipe):
     done = slimtune("plan", recipe, "--vram", "16GiB", "--rank", 6, "--max-seq-len", 300)
     assert done.exit_code == 0, done.stderr
-    unread = "the tokenizer of meta-llama/Llama-3.1-8B-Instruct is not on this disk: every row is taken to have 300 tokens"
+    unread = (
+        "the tokenizer of meta-llama/Llama-3.1-8B-Instruct is not on this disk: every row is taken to have 300 tokens"
+    )
     assert unread in done.stderr
     (request,) = requests
     assert request.gpu == gpu_with_memory("16GiB")

@@ -71,7 +71,8 @@ def test_nearest_path(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "gpt-2x", "./none/at/all.gguf", "~/none", "a/b/c", "a/b.bin", "https://huggingface.co/a/b", "org/na me!"]
+    "spec",
+    ["", "gpt-2x", "./none/at/all.gguf", "~/none", "a/b/c", "a/b.bin", "https://huggingface.co/a/b", "org/na me!"],
 )
 def test_unknown_names(spec):
     assert_refused(spec, UsageError, "a Hub id as `org/name`")
