@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from training.tiny_run import write_rows
+from tiny_run import write_rows
 
 import slimtune.comparison.compare as comparison
 

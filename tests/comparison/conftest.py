@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training.tiny_run import write_rows
+from tiny_run import write_rows
 
 from slimtune.comparison import compare, worker
 from slimtune.comparison.candidates import build_candidates

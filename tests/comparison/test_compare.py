@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from filelock import FileLock
-from training.tiny_run import write_rows
+from tiny_run import write_rows
 
 from slimtune.comparison import compare as module
 from slimtune.comparison.compare import compare
