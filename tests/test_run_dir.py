@@ -1,17 +1,13 @@
 """The run folder refuses to overwrite anything, opens what exists, and never leaves half a file."""
 
-import errno
-import json
 import math
-import os
 
 import pytest
-import torch
 
 from slimtune.config import Recipe
 from slimtune.errors import RunError, UsageError
-from slimtune.run_dir import RunDir, read_json, to_json, write_json
-from slimtune.utils.files import atomic_folder, write_atomic
+from slimtune.run_dir import RunDir
+from slimtune.utils.files import write_json
 
 RECIPE = Recipe.from_dict({"model": "m", "data": "/d.jsonl", "output_dir": "runs/x"})
 EVALUATION = {
@@ -42,7 +38,7 @@ def test_occupied_folder_is_refused(run, tmp_path):
     assert "--resume" not in e.value.hint
     with pytest.raises(UsageError, match="is a file"):
         RunDir.create(tmp_path / "letter.txt", RECIPE)
-    with pytest.raises(UsageError, match="cannot be created"):
+    with pytest.raises(UsageError, match="a part of the path is a file"):
         RunDir.create(tmp_path / "letter.txt/run", RECIPE)
 
 
@@ -130,30 +126,3 @@ def test_damaged_file_is_one_error(run, text):
     found = run.load_results(strict=False)
     assert found.errors == [e.value.message]
     assert found.plan == {"method": "lora"}
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, code):
-    write_atomic(tmp_path / "a", "old")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(code, "full")))
-    with pytest.raises(RunError, match="the disk is full") as e:
-        write_atomic(tmp_path / "a", "n" * 2048)
-    assert "2.0 KiB" in str(e.value)
-    with pytest.raises(RunError, match="the disk is full"), atomic_folder(tmp_path / "b") as folder:
-        (folder / "file").touch()
-    assert (tmp_path / "a").read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_disk_while_appending(run):
-    run.metrics_file.symlink_to("/dev/full")
-    with pytest.raises(RunError, match="the disk is full"):
-        run.append_metrics({"step": 1})
-
-
-def test_json_of_scalar_tensors_and_paths(tmp_path):
-    text = to_json({"a": torch.tensor(1.5), "b": tmp_path, "c": (1, math.inf), "d": {1: True}})
-    assert json.loads(text) == {"a": 1.5, "b": str(tmp_path), "c": [1, None], "d": {"1": True}}
-    write_json(tmp_path / "x.json", {"a": 1})
-    assert read_json(tmp_path / "x.json") == {"a": 1}

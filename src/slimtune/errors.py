@@ -6,7 +6,9 @@ SlimtuneError            exit code 1: the work failed (faulty data, a wrong adap
 
 import difflib
 import errno
-from collections.abc import Iterable, Iterator
+import os
+import re
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 
@@ -107,6 +109,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_disk_full(error: BaseException) -> bool:
     """Return whether an exception, or one of its causes, means that the disk is full."""
     return _chain_says(error, (errno.ENOSPC, errno.EDQUOT), DISK_FULL_TEXTS)
+
+
+def find_os_error(error: BaseException, direct: Container[int] = ()) -> tuple[int | None, str | None]:
+    """Return number and file name of the OSError in an exception or its causes; None where there is none.
+
+    Libraries in Rust give the number only in a text. A number in `direct` counts only for the exception itself: a file
+    that is missing may have been handled, and what was raised then is another fault.
+    """
+    for e in exception_chain(error):
+        found = re.search(r"\(os error (\d+)\)", str(e))
+        number = e.errno if isinstance(e, OSError) else int(found[1]) if found else None
+        if str(e).startswith("Symlink loop"):  # pathlib's RuntimeError
+            number = errno.ELOOP
+        if number is not None and (e is error or number not in direct):
+            name = getattr(e, "filename", None)
+            return number, os.fsdecode(name) if isinstance(name, str | bytes) else None
+    return None, None
 
 
 def _chain_says(

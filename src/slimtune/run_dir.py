@@ -13,7 +13,6 @@ Files are written under a temporary name and then renamed, so a reader never see
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from typing import Any, Self
 
 from .config import Recipe, load_recipe
 from .errors import RunError, UsageError, format_names, nearest
-from .utils.files import translate_disk_full, write_atomic
+from .utils.files import read_json, require_regular, to_json, translate_os_errors, write_atomic
 
 ADAPTER_FILE = "adapter_model.safetensors"
 RENAMED_KEYS = {
@@ -115,12 +114,8 @@ class RunDir:
     def create(cls, path: str | Path, recipe: Recipe) -> Self:
         """Create a run folder, which must not have files yet, and write the recipe into it."""
         run = cls.require_free(path)
-        try:
-            with translate_disk_full(run.path):
-                run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            message = f"{run.path} cannot be created: {e.strerror}"
-            raise UsageError(message, "a writable place", "give another --out") from e
+        with translate_os_errors(run.path):
+            run.path.mkdir(parents=True, exist_ok=True)
         write_atomic(run.recipe_file, recipe.to_yaml())
         return run
 
@@ -163,12 +158,14 @@ class RunDir:
     def append_metrics(self, values: Mapping[str, Any]) -> None:
         """Append one JSON line to the metrics, after removing a last line that a killed run left unfinished."""
         line = to_json(values).encode() + b"\n"
-        with translate_disk_full(self.metrics_file, len(line)), open(self.metrics_file, "ab+") as f:
-            if f.seek(0, os.SEEK_END):
-                f.seek(-1, os.SEEK_END)
-                if f.read(1) != b"\n":
-                    f.truncate(self.metrics_file.read_bytes().rfind(b"\n") + 1)
-            f.write(line)
+        with translate_os_errors(self.metrics_file, len(line)):
+            require_regular(self.metrics_file, follow_links=False)
+            with open(self.metrics_file, "ab+") as f:
+                if f.seek(0, os.SEEK_END):
+                    f.seek(-1, os.SEEK_END)
+                    if f.read(1) != b"\n":
+                        f.truncate(self.metrics_file.read_bytes().rfind(b"\n") + 1)
+                f.write(line)
 
     def load_metrics(self) -> list[dict[str, Any]]:
         """Return the metrics, oldest first. A last line that a killed run left unfinished is ignored."""
@@ -218,36 +215,3 @@ class RunDir:
             evaluations=evaluations,
             errors=errors,
         )
-
-
-def read_json(file: Path, renamed: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the JSON object in a file, its keys `renamed` at any depth; raise RunError if the file is damaged."""
-    names = renamed or {}
-    try:
-        text = file.read_text(encoding="utf-8")
-        values = json.loads(text, object_hook=lambda o: {names.get(k, k): v for k, v in o.items()})
-        if not isinstance(values, dict):
-            raise ValueError(f"it contains a {type(values).__name__}")
-    except (OSError, ValueError) as e:
-        raise RunError(f"{file} is damaged: {e}", "a JSON object", "delete the file, or create it again") from None
-    return values
-
-
-def write_json(file: Path, values: Any, indent: int | None = 2) -> None:
-    """Write values as JSON; the file is replaced atomically. Arguments and errors as `to_json` and `write_atomic`."""
-    write_atomic(file, to_json(values, indent) + "\n")
-
-
-def to_json(values: Any, indent: int | None = None) -> str:
-    """Return JSON of plain values, mappings, lists, paths and scalar tensors; NaN and Inf become null."""
-    return json.dumps(_to_plain(values), indent=indent, ensure_ascii=False, allow_nan=False, default=str)
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _to_plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_to_plain(v) for v in value]
-    if hasattr(value, "item") and not isinstance(value, str | int | float):
-        value = value.item()  # a scalar of numpy or torch
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -52,7 +52,7 @@ def test_result():
         (ValueError("I/O error: No space left on device (os error 28)"), 1, "RunError", "the disk is full"),
         (MemoryError(), 1, "RunError", "there is not enough memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "RunError", "not enough memory"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "UsageError", "no permission: /root/x"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 2, "UsageError", "/root/x: no permission"),
         (KeyError("surprise"), 1, "SlimtuneError", "a bug in slimtune: KeyError: 'surprise'"),
         (KeyboardInterrupt(), 130, "Interrupted", "interrupted"),
     ],

@@ -23,8 +23,8 @@ from slimtune.errors import AdapterError, ModelError, RunError, UsageError
 from slimtune.export.hub import push
 from slimtune.export.manifest import write_manifest
 from slimtune.export.merge import merge
-from slimtune.run_dir import write_json
 from slimtune.setup import load_run
+from slimtune.utils.files import write_json
 
 EVAL = {
     "split": "test", "data": "/home/ada/rows/held.jsonl", "rows": 93, "tokens": 5000, "base_loss": 4.52,

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.config import Recipe
-from slimtune.run_dir import RunDir, write_json
+from slimtune.run_dir import RunDir
+from slimtune.utils.files import write_json
 
 GIB = 2**30
 

@@ -13,7 +13,8 @@ from slimtune.cli import app
 from slimtune.config import Recipe
 from slimtune.evaluation.evaluate import evaluate
 from slimtune.reporting import render_data_report, render_report, write_report
-from slimtune.run_dir import RunDir, write_json
+from slimtune.run_dir import RunDir
+from slimtune.utils.files import write_json
 
 SECTIONS = ["recipe", "plan", "data", "training", "evaluation", "samples", "forgetting", "export", "details"]
 HOSTILE = """<script>alert("x")</script><img src=x onerror='y'>&amp;"' onload=z {{ 7 * 7 }} </style></section>"""

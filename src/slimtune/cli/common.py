@@ -20,8 +20,8 @@ from rich.text import Text
 from typer import Abort, Argument, BadParameter, Option
 from typer.core import TyperGroup
 
-from ..errors import RunError, SlimtuneError, UsageError, is_disk_full, is_out_of_memory
-from ..utils.files import disk_full_error
+from ..errors import RunError, SlimtuneError, UsageError, is_out_of_memory
+from ..utils.files import os_error, to_json
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
@@ -77,8 +77,6 @@ class CommandGroup(TyperGroup):
         if isinstance(result, NegativeResult):
             code, result = 1, result.result
         if as_json and result is not None:
-            from ..run_dir import to_json
-
             stdout.write(to_json(result) + "\n")
             stdout.flush()
         sys.exit(code)
@@ -109,9 +107,8 @@ def to_user_error(error: BaseException) -> SlimtuneError | None:
     """Return the error to show the user for any exception; None for a bug, which only a developer understands."""
     if isinstance(error, SlimtuneError):
         return error
-    if is_disk_full(error):
-        file = getattr(error, "filename", None)
-        return disk_full_error(Path(file) if isinstance(file, str | Path) else Path.cwd() / "the run's files")
+    if (refused := os_error(error)) is not None:
+        return refused
     if is_out_of_memory(error):
         message = f"there is not enough memory: {str(error).strip() or 'an allocation failed'}"
         hint = "a smaller --batch-size or --max-seq-len, --dtype bf16, or --gradient-checkpointing"
@@ -119,9 +116,12 @@ def to_user_error(error: BaseException) -> SlimtuneError | None:
     if isinstance(error, ClickError):
         ctx = getattr(error, "ctx", None)
         return UsageError(error.format_message(), hint=f"see `{ctx.command_path} --help`" if ctx is not None else "")
-    if isinstance(error, PermissionError):
-        expected = "a file that may be read, a folder that may be written"
-        return UsageError(f"no permission: {error.filename or error}", expected)
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        start = max(error.start - 40, 0)
+        text = ascii(error.object[start : error.end + 40])
+        return UsageError(f"a name or text is no UTF-8: {text}", "UTF-8", "rename the file, or save it as UTF-8")
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return UsageError("a path contains a NUL character", "a path without it")
     return None
 
 

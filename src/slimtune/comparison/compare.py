@@ -16,8 +16,8 @@ from ..errors import RunError, SlimtuneError, UsageError
 from ..planning.gpus import detect_gpu
 from ..planning.planner import make_plan
 from ..planning.request import build_request
-from ..run_dir import RENAMED_KEYS, read_json, write_json
-from ..utils.files import write_atomic
+from ..run_dir import RENAMED_KEYS
+from ..utils.files import read_json, write_atomic, write_json
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
 from .grid import Grid

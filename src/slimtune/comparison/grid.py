@@ -22,9 +22,10 @@ from ..config import Recipe
 from ..data.validation.report import raise_if_invalid
 from ..errors import DataError, RecipeError, UsageError, format_names
 from ..models.dtype import pick_device
-from ..run_dir import RunDir, read_json, to_json, write_json
+from ..run_dir import RunDir
 from ..setup import load_datasets, load_eval_dataset, load_tokenizer_from_recipe
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
+from ..utils.files import read_json, to_json, write_json
 from .candidates import Candidate
 
 SETTINGS_FILE = "settings.json"

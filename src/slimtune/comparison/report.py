@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import RunError
 from ..evaluation.statistics import estimate_over_seeds, holm_correction, mark_pareto_optimal
-from ..run_dir import RENAMED_KEYS, read_json
+from ..run_dir import RENAMED_KEYS
+from ..utils.files import read_json
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
 from .grid import Grid

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from ..utils.files import translate_disk_full
+from ..utils.files import translate_os_errors
 
 Example = dict[str, Any]
 """`{"input_ids": [L], "labels": [L], "line": int}`; a label is its token, or `IGNORE_INDEX` if it is not learned."""
@@ -93,7 +93,7 @@ class DatasetWriter:
         lists = [self._arrow.ListArray.from_arrays(offsets, self._arrow.array(a)) for a in (ids, supervised)]
         batch = self._arrow.record_batch([*lists, self._arrow.array(lines)], self._schema)
         path = Path(tempfile.gettempdir()) / "slimtune-rows"
-        with translate_disk_full(path, batch.nbytes, "let TMPDIR name a folder on another disk"):
+        with translate_os_errors(path, batch.nbytes, "let TMPDIR name a folder on another disk"):
             self._stream.write_batch(batch)
             self._file.flush()
 

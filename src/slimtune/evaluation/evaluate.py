@@ -17,7 +17,7 @@ from ..config import Recipe
 from ..data.collator import Example
 from ..errors import AdapterError, ModelError, UsageError, format_names, nearest
 from ..reporting import write_report
-from ..run_dir import RunDir, write_json
+from ..run_dir import RunDir
 from ..setup import (
     build_collator,
     find_adapter_folder,
@@ -27,6 +27,7 @@ from ..setup import (
     open_rows_from_recipe,
 )
 from ..train_step.loss import RowScore, evaluate_rows
+from ..utils.files import write_json
 from .answers import build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
 from .forgetting import DEFAULT_BUDGET, WINDOW, measure_forgetting, read_general_text, tokenize_general_text
 from .generate import Generator

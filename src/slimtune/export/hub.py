@@ -24,8 +24,9 @@ from ..adapters.model_card import CARD_FILE, strip_local_paths
 from ..errors import AdapterError, ModelError, RunError, SlimtuneError, UsageError, format_names
 from ..models.gguf import read_gguf
 from ..models.registry import load_config
-from ..run_dir import ADAPTER_FILE, RunDir, RunResults, read_json
+from ..run_dir import ADAPTER_FILE, RunDir, RunResults
 from ..setup import build_meta_model, find_adapter_folder
+from ..utils.files import read_json
 from ..utils.hub import CommitResult, commit_files, require_repo_id
 from .base_model_info import BaseModelInfo, get_base_model_info
 from .manifest import read_manifest

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..run_dir import read_json, write_json
+from ..utils.files import read_json, write_json
 
 EXPORT_MANIFEST, ADAPTER_GGUF, MODEL_GGUF = "export_manifest.json", "adapter.gguf", "model.gguf"
 

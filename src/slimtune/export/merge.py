@@ -31,9 +31,9 @@ from ..models.errors import silence_libraries
 from ..models.loader import load_base
 from ..models.quantization import remove_quantization, stored_quantization
 from ..models.registry import load_config
-from ..run_dir import ADAPTER_FILE, RunDir, RunResults, read_json
+from ..run_dir import ADAPTER_FILE, RunDir, RunResults
 from ..setup import TrainedModel, find_adapter_folder, load_run
-from ..utils.files import atomic_folder, translate_disk_full
+from ..utils.files import atomic_folder, read_json, translate_os_errors
 from . import gguf
 from .engines import TransformersEngine
 from .manifest import write_manifest
@@ -154,7 +154,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
         return
     trained: Any = pick_dtype(str(dtype))
     weights, place = MergedWeights(loaded.model, adapters=()), out.resolve()
-    with translate_disk_full(place, 2 * weights.count() * trained.itemsize):
+    with translate_os_errors(place, 2 * weights.count() * trained.itemsize):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.base.", dir=place.parent) as folder:
             _save_checkpoint(weights, loaded.base.tokenizer, Path(folder), trained)

@@ -27,11 +27,11 @@ from ..models.dtype import pick_device, pick_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
 from ..reporting import versions, write_report
-from ..run_dir import ADAPTER_FILE, RunDir, to_json, write_json
+from ..run_dir import ADAPTER_FILE, RunDir
 from ..train_step.memory_savings import apply_fsdp, compile_layers
 from ..utils import distributed
 from ..utils.device import peak_memory
-from ..utils.files import translate_disk_full, write_atomic
+from ..utils.files import to_json, translate_os_errors, write_atomic, write_json
 from ..utils.formatting import format_bytes, format_count
 from .loop import TrainingLoop
 from .memory_probe import compare_with_plan, planned_bytes
@@ -153,7 +153,7 @@ def train(
     start_seconds = time.perf_counter() - started
 
     # Training.
-    with translate_disk_full(run.path), packed_attention(model):
+    with translate_os_errors(run.path), packed_attention(model):
         loop.run_to_end()
     # Best checkpoint, adapter, result and report. Only the main process writes them, after all have ended the loop.
     peak = max(distributed.all_gather_object(max(loading_peak, peak_memory(device))))
