@@ -30,6 +30,7 @@ from .utils import distributed
 from .utils.calibration import ROWS, collect_layer_inputs
 from .utils.device import disable_malloc_trim
 from .utils.linear_layers import is_quantized
+from .utils.remote_code import allow_remote_code
 
 
 @dataclass
@@ -222,8 +223,10 @@ def build_meta_model(
     config, method = copy.deepcopy((config, method))  # building a model writes into both
     if getattr(method, "init_lora_weights", None) == "loftq":
         method.init_lora_weights = True  # type: ignore[union-attr]  # the same tensors without data
+    # A config class from a base's own code: that code is trusted already, or the class would not be here.
+    trusted = type(config).__module__.startswith("transformers_modules")
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
         if first is not None:
             first(model)
         if method is not None:
@@ -249,6 +252,7 @@ def load_run(
     device: str | None = None,
     quantization: str | None = None,
     unpack: bool = False,
+    trust_remote_code: bool = False,
 ) -> TrainedModel:
     """Load a run's adapter, or a bare adapter folder, on its base.
 
@@ -258,13 +262,18 @@ def load_run(
         device: the device; None: that of the run (for an adapter folder "auto").
         quantization: quantization of the base, "nf4" or "int8"; "none": not quantized; None: that of the run.
         unpack: dequantize the base.
+        trust_remote_code: run the base's own Python code; what the run's recipe says does not count.
     """
+    with allow_remote_code(trust_remote_code):
+        return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, unpack)
+
+
+def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> TrainedModel:
     folder = find_adapter_folder(path)
     config = PeftConfig.from_pretrained(folder)
-    changes = {"dtype": dtype, "device": device, "quantization": quantization}
     given: dict[str, Any] = {k: None if v == "none" else v for k, v in changes.items() if v}
     recipe = None
-    if folder != Path(path):
+    if folder != path:
         recipe = RunDir.open(path).load_recipe()
         settings = recipe.model.model_copy(update=given)
         base = load_base_from_recipe(recipe.model_copy(update={"model": settings}))

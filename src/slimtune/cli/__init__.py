@@ -22,6 +22,7 @@ from .generate import chat, generate
 from .gpus import gpus
 from .merge import merge_run
 from .methods import methods
+from .options import add_trust_flag
 from .plan import plan
 from .push import push_run
 from .report import report_run
@@ -32,11 +33,13 @@ FUNCTIONS = (
     plan, gpus, data_report, train_run, eval_run, report_run, compare, generate, chat, merge_run, export_run,
     verify_run, push_run, methods, doctor,
 )  # fmt: skip
+LOAD_RUN = (eval_run, generate, chat, merge_run, export_run, verify_run, push_run)
+"""The commands that load the base of a run, whose folder may come from somebody else."""
 COMMANDS = {function.__name__.partition("_")[0]: function for function in FUNCTIONS}
 """Function of each command, in the order of the help: `train_run` is `slimtune train`."""
 app = typer.Typer(cls=CommandGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name)(add_trust_flag(command) if command in LOAD_RUN else command)
 
 
 def _print_version(wanted: bool) -> None:

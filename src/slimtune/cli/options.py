@@ -18,10 +18,15 @@ import typer
 from typer.core import TyperCommand
 
 from ..errors import UsageError
+from ..utils.remote_code import allow_remote_code
 
 PANELS = {"model": "Base model", "data": "Data", "method": "Method", "train": "Training", "output_dir": "Run"}
 METHOD_FLAGS = {"rank": "rank of the methods that have one", "alpha": "alpha of the methods that have one"}
 """Short names of method settings that have a flag of their own, and their help."""
+TrustFlag = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with the base.", show_default=False),
+]
 SET_OPTION = typer.Option("--set", metavar="PATH=VALUE", help="Any setting, such as method.dropout=0.1. Repeatable.")
 
 
@@ -41,7 +46,9 @@ def recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., An
         @functools.wraps(command)
         def run(**given: Any) -> Any:
             flags = {name: given.pop(name) for name in list(given) if name not in signature.parameters}
-            return command(settings=_read_settings(flags), **given)
+            settings = _read_settings(flags)
+            with allow_remote_code(settings.get("model.trust_remote_code") is True):
+                return command(settings=settings, **given)
 
         def build_command(name: str) -> Any:
             flags = [
@@ -58,6 +65,22 @@ def recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., An
         return run
 
     return decorate
+
+
+def add_trust_flag(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add `--trust-remote-code` to a command that loads the base of a run: a run folder cannot say so itself."""
+    signature = inspect.signature(command, eval_str=True)
+
+    @functools.wraps(command)
+    def run(trust_remote_code: bool = False, **given: Any) -> Any:
+        with allow_remote_code(trust_remote_code):
+            return command(**given)
+
+    flag = inspect.Parameter("trust_remote_code", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=TrustFlag)
+    *own, as_json = signature.parameters.values()
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, flag, as_json)]
+    run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+    return run
 
 
 class GroupedCommand(TyperCommand):

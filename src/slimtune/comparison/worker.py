@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SlimtuneError
+from ..utils.remote_code import allow_remote_code, remote_code_allowed
 
 WORKER_COMMAND = (sys.executable, "-m", "slimtune.comparison.worker")
 POLL_SECONDS = 0.2
@@ -50,7 +51,8 @@ def launch_worker(
         force: train on rows that the data report finds faulty.
         should_stop: called every fifth of a second; True ends the run at once.
     """
-    flags = [flag for flag, is_set in (("--trial", trial), ("--force", force)) if is_set]
+    trust = remote_code_allowed()
+    flags = [f for f, is_set in (("--trial", trial), ("--force", force), ("--trust-remote-code", trust)) if is_set]
     start = time.perf_counter()
     # The worker's stdin stays open as long as this process lives; the worker ends when it closes. The worker gets a
     # session of its own so that Ctrl-C in the terminal reaches it once, from here, and not twice.
@@ -121,7 +123,8 @@ def main() -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     code = 0
     try:
-        run_cell(Path(recipe_file), trial="--trial" in flags, force="--force" in flags)
+        with allow_remote_code("--trust-remote-code" in flags):
+            run_cell(Path(recipe_file), trial="--trial" in flags, force="--force" in flags)
     except KeyboardInterrupt:
         code = 130
     except Exception as e:

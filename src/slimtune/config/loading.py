@@ -5,6 +5,7 @@ A relative path in a YAML file means the file beside it if there is one, else th
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from yaml.composer import ComposerError
 
 from ..errors import RecipeError, UsageError, nearest
 from ..utils.files import parse_dataset_id
+from ..utils.remote_code import remote_code_allowed
 from .aliases import rename_settings
 from .errors import format_value
 
@@ -75,7 +77,20 @@ def read_recipe_tree(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is {format_value(tree)}", "a mapping with model, data and output_dir")
     tree = rename_settings(expand_short_sections(tree or {}), str(path))
     resolve_paths(tree, path.absolute().parent)
+    _check_trust(tree, path)
     return tree
+
+
+def _check_trust(tree: dict[str, Any], path: Path) -> None:
+    """Set `model.trust_remote_code` to what the user says; what a file says does not count."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or model.get("trust_remote_code") not in (True, None):
+        return
+    if remote_code_allowed():
+        model["trust_remote_code"] = True
+    elif model.pop("trust_remote_code", None):
+        message = f"{path}: model.trust_remote_code does not count in a file; only --trust-remote-code does"
+        warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def expand_short_sections(tree: Mapping[str, Any]) -> dict[str, Any]:

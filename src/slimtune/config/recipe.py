@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from ..errors import ConfigError, RecipeError, nearest
 from ..methods import config_class
 from ..utils.files import parse_dataset_id
+from ..utils.remote_code import allow_remote_code
 from . import schema
 from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, format_value, raise_errors
@@ -104,9 +105,10 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable
     Overrides are `{"train.epochs": 1}`, whose values are used as they are, or `["train.epochs=1"]`, whose values are
     read as YAML.
     """
-    tree = read_recipe_tree(Path(path).expanduser()) if path is not None else {}
     given = overrides.items() if isinstance(overrides, Mapping) else [parse_override(text) for text in overrides]
     settings = dict(rename_setting(where, value) for where, value in given)
+    with allow_remote_code(settings.get("model.trust_remote_code") is True):
+        tree = read_recipe_tree(Path(path).expanduser()) if path is not None else {}
     for where, value in settings.items():
         if where.startswith("method.") and isinstance(tree.get("method"), dict):
             _drop_other_spellings(tree["method"], settings, where.removeprefix("method."))

@@ -25,6 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.product_names import name_tokens, nearest_product, same_family
+from ..utils.remote_code import remote_code_allowed
 from .errors import remote_code_error, translate_load_errors
 from .gguf import read_dequantized
 
@@ -187,6 +188,7 @@ def open_model(spec: str, *, trust_remote_code: bool = False, revision: str | No
         RunError: the disk or the memory is full.
     """
     source, seconds = resolve_model(spec), 0.0
+    trust_remote_code |= remote_code_allowed()
     location = source.path
     if revision and source.kind != "hub":
         expected = "a revision only with a Hub id"
@@ -274,6 +276,7 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
     spec = str(spec).strip()
     path = Path(spec).expanduser()
     file = path / "config.json" if path.is_dir() else path
+    trust_remote_code |= remote_code_allowed()
     if file.suffix == ".json" and file.is_file():
         return ModelInfo(file.resolve().parent.name, spec, _read_config(file, trust_remote_code), str(path))
     if path.is_file() and path.suffix.lower() == ".gguf":
@@ -300,6 +303,8 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
         kind = str(raw.get("model_type") or "")
         if kind in CONFIG_MAPPING and (missing := _missing_fields(raw, CONFIG_MAPPING[kind])):
             raise ModelError(f"{path} lacks {format_names(missing)}", "every field that decides the model's size", hint)
+        if kind not in CONFIG_MAPPING and "auto_map" in raw and not trust_remote_code:
+            raise remote_code_error(str(path))
         if kind not in CONFIG_MAPPING and not (kind and trust_remote_code):
             problem = f"the unknown model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}" if kind else "no model_type"
             raise ModelError(f"{path} has {problem}", "the config.json of a model that transformers knows", hint)
