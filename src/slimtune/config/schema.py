@@ -76,7 +76,9 @@ class ModelSettings(Section):
         expected="auto, cpu, cuda, cuda:N or mps",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
     )
-    trust_remote_code: bool = setting(False, "run Python code that comes with the base; counts only as a flag, not in a file")
+    trust_remote_code: bool = setting(
+        False, "run Python code that comes with the base; counts only as a flag, not in a file"
+    )
     revision: str | None = setting(None, "branch, tag or commit on the Hub; null: the newest")
 
 
