@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from slimtune.adapters.model import PeftModel
 from slimtune.cli import app
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
+from slimtune.export import hub as hub_module
 from slimtune.export.hub import push
 from slimtune.export.manifest import write_manifest
 from slimtune.export.merge import merge
@@ -401,3 +402,35 @@ def test_loaded_from_the_hub(hub, run, tiny_folder, tmp_path):
             assert (model(ids).logits.log_softmax(-1).flatten() - expected).abs().max() > 0.1
     for library, found in json.loads(done.stdout.splitlines()[-1]).items():
         assert (torch.tensor(found) - expected).abs().max() < 1e-5, library
+
+
+def test_a_run_is_uploaded_without_local_paths_and_links(run, tmp_path):
+    file = run / "adapter" / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "name_or_path": str(tmp_path)}))
+    (tmp_path / "secret.txt").write_text("root:x:0:0")
+    for name in ("LICENSE.txt", "special_tokens_map.json"):
+        (run / "adapter" / name).symlink_to(tmp_path / "secret.txt")
+    (run / "adapter" / "vocab.json").write_text('{"a": "password"}')
+    (run / "adapter" / "merges.txt").write_text("my diary of today\n")
+    (run / "adapter" / "tokenizer.model").write_text("my diary")
+    upload = hub_module._prepare_upload(run, "ada/words", None, None)
+    assert str(tmp_path).encode() not in upload.files["tokenizer_config.json"]
+    assert not {"LICENSE.txt", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model"} & set(upload.files)
+    for words in ("LICENSE.txt is a link", "vocab.json is not uploaded", "merges.txt is", "not a sentencepiece model"):
+        assert has_note({"notes": upload.notes}, words)
+
+
+def test_weights_elsewhere_are_refused(run, tmp_path):
+    file = run / "adapter" / "adapter_model.safetensors"
+    file.rename(tmp_path / "weights")
+    file.symlink_to(tmp_path / "weights")
+    with pytest.raises(UsageError, match="link to a file outside the folder") as caught:
+        push(run, "ada/words", dry_run=True)
+    assert caught.value.hint.startswith("cp -rL")
+
+
+@pytest.mark.parametrize("secret", [TOKEN, "hf_" + "a" * 34])
+def test_dry_run_looks_for_a_token(run, secret):
+    (run / "adapter" / "LICENSE").write_text(f"licence {secret} text")
+    with pytest.raises(UsageError, match="LICENSE contains"):
+        push(run, "ada/words", dry_run=True, token=TOKEN)

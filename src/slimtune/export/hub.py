@@ -2,7 +2,8 @@
 
     read and check the files ─ remove local paths from configs ─ model card ─ one commit
 
-Only files on the list are uploaded; the others are named in the result.
+Only files on the list are uploaded, if they are what their names say; the others are named in the result. Links are
+followed only inside the folder.
 """
 
 import json
@@ -27,7 +28,8 @@ from ..models.registry import load_config
 from ..run_dir import ADAPTER_FILE, RunDir, RunResults
 from ..setup import build_meta_model, find_adapter_folder
 from ..utils.files import read_json
-from ..utils.hub import CommitResult, commit_files, require_repo_id
+from ..utils.formatting import format_bytes
+from ..utils.hub import CommitResult, commit_files, refuse_tokens, require_repo_id
 from .base_model_info import BaseModelInfo, get_base_model_info
 from .manifest import read_manifest
 from .vllm import is_served_unchanged, round_up_rank
@@ -46,6 +48,8 @@ ALLOWED_FILES = {
     "gguf": rf".+\.gguf|README\.md|{_LICENCE}",
 }
 """Names of files that may be uploaded; of an adapter also its two files and its card."""
+MAX_TEXT_BYTES = 128 << 20
+"""Largest file of text; the largest tokenizer.json have 40 MB."""
 _PATH_IN_CARD = re.compile(r"`(?:~|\.{1,2})?/[^`\n]*?([^`/\n]+)/?`")
 """A local path in the card of a merged model; the group is its last part."""
 
@@ -83,7 +87,7 @@ def push(
         message: first line of the commit; None: what is uploaded.
         base: Hub id of the base, where the run names it by a path or an alias.
         keep_card: do not replace a README.md in the repository.
-        dry_run: send nothing; the result contains the card.
+        dry_run: check everything, send nothing; the result contains the card.
 
     Returns:
         `run`, `repo_id`, `kind`, `base`, `files` (bytes by name), `bytes`, `eval_file` (file of the run with the card's
@@ -92,7 +96,8 @@ def push(
         (whether there is a new commit).
 
     Raises:
-        UsageError: no such run, a malformed id, no token, an invalid one, or a repository that it may not write to.
+        UsageError: no such run, a malformed id, no token, an invalid one, a repository that it may not write to, a file
+            that contains a token, or weights that are a link to a file outside the folder.
         RunError: the run has no adapter yet, or a damaged file; the Hub cannot be reached, does not answer, or refuses.
         AdapterError: the adapter is damaged, contains NaN or Inf, or does not fit its base.
         ModelError: a checkpoint is damaged.
@@ -113,6 +118,7 @@ def push(
         "notes": upload.notes,
     }
     if dry_run:
+        refuse_tokens(upload.files, token)
         card = upload.files.get(CARD_FILE, b"")
         result["card"] = (card.read_bytes() if isinstance(card, Path) else card).decode()
     else:
@@ -167,6 +173,8 @@ def _prepare_upload(run: Path, repo_id: str, base: str | None, token: str | bool
 
 def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | bool | None) -> Upload:
     folder = find_adapter_folder(run)
+    notes: list[str] = []
+    found = _collect_files(folder, "adapter", notes)
     run_dir, file, card = _find_run_dir(run, folder), folder / ADAPTER_FILE, folder / CARD_FILE
     results = run_dir.load_results() if run_dir is not None else RunResults()
     recipe = results.recipe
@@ -181,7 +189,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     name = recipe.model.name if recipe is not None else config.base_model_name_or_path
     if not name:
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
-    notes = _check_fits_base(folder, config, name, results)
+    notes += _check_fits_base(folder, config, name, results)
     revision = recipe.model.revision if recipe is not None else config.revision
     info = get_base_model_info(name, hub_id=base, fingerprint=fingerprint, revision=revision, token=token)
     values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
@@ -189,9 +197,9 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     files: dict[str, Path | bytes] = {
         CONFIG_FILE: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
         ADAPTER_FILE: file,
-        **_list_allowed(folder, "adapter"),
+        **found,
     }
-    if card.is_file() and not model_card.is_saved_card(card.read_text(encoding="utf-8")):
+    if _is_inside(card, folder) and not model_card.is_saved_card(card.read_text(encoding="utf-8")):
         files[CARD_FILE] = card
         notes.append(f"{card} is uploaded unchanged, because slimtune did not write it")
     else:
@@ -253,10 +261,14 @@ def _check_fits_base(folder: Path, config: PeftConfig, name: str, results: RunRe
 
 
 def _prepare_checkpoint(folder: Path) -> Upload:
-    found = _list_allowed(folder, "checkpoint")
-    weights = {n: f for n, f in found.items() if n.endswith(".safetensors")}
-    for index in (f for n, f in found.items() if n.endswith(".index.json")):
-        if missing := set(_read_config(index).get("weight_map", {}).values()) - set(weights):
+    notes: list[str] = []
+    files = _collect_files(folder, "checkpoint", notes)
+    weights = {n: folder / n for n in files if n.endswith(".safetensors")}
+    for index in (n for n in files if n.endswith(".index.json")):
+        weight_map = _read_config(folder / index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{folder / index} has no weight_map", "the index of a checkpoint", "merge it again")
+        if missing := set(map(str, weight_map.values())) - set(weights):
             names = format_names(sorted(missing))
             raise ModelError(f"{folder} lacks {names}", "every file that its index names", "merge it again")
     if not weights:
@@ -267,33 +279,87 @@ def _prepare_checkpoint(folder: Path) -> Upload:
                 f.keys()
         except SafetensorError as e:
             raise ModelError(f"{file} is damaged: {e}", "a complete file", "merge it again") from None
-    files: dict[str, Path | bytes] = {**found}
-    for name in {"config.json", "tokenizer_config.json"} & found.keys():
-        if (stripped := strip_local_paths(values := _read_config(found[name]))) != values:
-            files[name] = (json.dumps(stripped, indent=2, ensure_ascii=False) + "\n").encode()
-    if CARD_FILE in found:
-        files[CARD_FILE] = _PATH_IN_CARD.sub(r"`\1`", found[CARD_FILE].read_text(encoding="utf-8")).encode()
-    notes = []
-    if "auto_map" in _read_config(found["config.json"]):
+    if CARD_FILE in files:
+        files[CARD_FILE] = _PATH_IN_CARD.sub(r"`\1`", (folder / CARD_FILE).read_text(encoding="utf-8")).encode()
+    if "auto_map" in _read_config(folder / "config.json"):
         notes.append("config.json names code files (auto_map), which are not uploaded")
     return Upload("checkpoint", folder, files, f"{folder.resolve().name}: a whole model", notes=notes)
 
 
 def _prepare_gguf(folder: Path) -> Upload:
-    files = _list_allowed(folder, "gguf")
-    for file in (f for n, f in files.items() if n.endswith(".gguf")):
+    notes: list[str] = []
+    files = _collect_files(folder, "gguf", notes)
+    for file in (folder / n for n in files if n.endswith(".gguf")):
         try:
             read_gguf(file)
         except ImportError as e:
             raise ModelError("checking a GGUF file needs the package gguf", hint="pip install gguf") from e
         except Exception as e:  # the reader fails in many ways
             raise ModelError(f"{file} is damaged: {type(e).__name__}", "a complete GGUF file", "export again") from e
-    return Upload("gguf", folder, {**files}, f"{folder.resolve().name} as GGUF")
+    return Upload("gguf", folder, files, f"{folder.resolve().name} as GGUF", notes=notes)
 
 
-def _list_allowed(folder: Path, kind: str) -> dict[str, Path]:
-    """Return the files in a folder that may be uploaded, by name."""
-    return {p.name: p for p in sorted(folder.iterdir()) if p.is_file() and re.fullmatch(ALLOWED_FILES[kind], p.name)}
+def _collect_files(folder: Path, kind: str, notes: list[str]) -> dict[str, Path | bytes]:
+    """Return the files in a folder that may be uploaded, by name, JSON without local paths; a note for each refused one.
+
+    UsageError means that a file without which there is nothing to upload is a link to a file elsewhere.
+    """
+    files: dict[str, Path | bytes] = {}
+    own = (CONFIG_FILE, ADAPTER_FILE) if kind == "adapter" else ()
+    for file in sorted(folder.iterdir()):
+        name = file.name
+        if not file.is_file() or not (name in own or re.fullmatch(ALLOWED_FILES[kind], name)):
+            continue
+        if not _is_inside(file, folder):
+            if name in (*own, "config.json") or file.suffix in (".safetensors", ".gguf"):
+                message = f"{file} is a link to a file outside the folder"
+                raise UsageError(message, "the file itself", shlex.join(["cp", "-rL", str(folder), "COPY"]))
+            notes.append(f"{name} is a link to a file outside the folder, and is not uploaded")
+        elif fault := _find_content_fault(file):
+            notes.append(f"{name} is not uploaded: {fault}")
+        elif name not in own:
+            files[name] = _strip_json(file)
+    return files
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    return file.is_file() and file.resolve().is_relative_to(folder.resolve())
+
+
+def _find_content_fault(file: Path) -> str:
+    """Return why a file is not what its name says, "" if it is; weights are checked where they are read."""
+    if file.suffix in (".safetensors", ".gguf") or file.name in (CARD_FILE, "config.json"):
+        return ""
+    if file.suffix == ".model":
+        with file.open("rb") as f:  # a sentencepiece model begins with its first piece, field 1 of a protobuf message
+            return "" if f.read(1) == b"\n" else "it is not a sentencepiece model"
+    if file.stat().st_size > MAX_TEXT_BYTES:
+        return f"it has more than {format_bytes(MAX_TEXT_BYTES)}"
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return "it is not UTF-8 text"
+    if file.suffix == ".json":
+        try:
+            values = read_json(file)
+        except RunError:
+            return "it is not a JSON object"
+        if file.name == "vocab.json" and not all(isinstance(v, int) for v in values.values()):
+            return "it does not map tokens to ids"
+    elif file.name == "merges.txt":
+        lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+        if any(len(line.split(" ")) != 2 for line in lines):
+            return "its lines are not pairs of tokens"
+    return ""
+
+
+def _strip_json(file: Path) -> Path | bytes:
+    """Return a JSON file of settings without local paths as bytes, every other file as it is."""
+    if not file.name.endswith("config.json"):
+        return file
+    values = _read_config(file)
+    stripped = strip_local_paths(values)
+    return file if stripped == values else (json.dumps(stripped, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _read_config(file: Path) -> Mapping[str, Any]:

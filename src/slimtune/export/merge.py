@@ -10,15 +10,17 @@ says how little of it is used.
 import dataclasses
 import hashlib
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
 from ..adapters.base import MergeUnsupported
@@ -33,7 +35,7 @@ from ..models.quantization import remove_quantization, stored_quantization
 from ..models.registry import load_config
 from ..run_dir import ADAPTER_FILE, RunDir, RunResults
 from ..setup import TrainedModel, find_adapter_folder, load_run
-from ..utils.files import atomic_folder, read_json, translate_os_errors
+from ..utils.files import atomic_folder, read_json, require_disk_space, translate_os_errors
 from . import gguf
 from .engines import TransformersEngine
 from .manifest import write_manifest
@@ -70,7 +72,8 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     run, out = Path(run), Path(out).expanduser()
     requested = None if dtype == "auto" else pick_dtype(dtype)
     RunDir.require_free(out)
-    with _load_memory_mapped(run, out) as loaded:
+    find_adapter_folder(run)  # raises before any folder is made
+    with atomic_folder(out) as folder, _load_memory_mapped(run, out) as loaded:
         model: Any = loaded.model
         base, tokenizer, config = loaded.base, loaded.base.tokenizer, model.active_peft_config
         stored = requested or base.dtype
@@ -85,35 +88,35 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
             remove_quantization(model.get_base_model())
         with translate_merge_errors(run):
             weights = MergedWeights(model)
-        with atomic_folder(out, weights.count() * stored.itemsize) as folder:
-            with translate_merge_errors(run):
-                _save_checkpoint(weights, tokenizer, folder, stored, inputs)
-            checked = model.dtype if small else stored
-            merged = load_base(str(folder), dtype=checked, device="cpu", trust_remote_code=_trusts_code(loaded)).model
-            engine = TransformersEngine("merged", merged, tokenizer)
-            differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
-            tolerance = get_tolerance(PRECISIONS[stored], PRECISIONS[model.dtype])
-            if faults := reference.find_faults(differences, tolerance):
-                raise RunError(
-                    f"the merged model is not the trained one: {'; '.join(faults)} (over {len(differences)} next "
-                    f"tokens; the adapter changes them by {effect:.3g} on average)",
-                    str(tolerance),
-                    "--dtype float32: 16 bits cannot hold so small a change" if stored.itemsize == 2 else "",
-                )
-            report = {
-                "dtype": _dtype_name(stored),
-                "max_difference": differences.max().item(),
-                "mean_difference": differences.mean().item(),
-                "effect": effect,
-                "positions": len(differences),
-            }
-            card = _render_card(loaded, config, report, out.resolve().name)
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
-                sha256 = hashlib.file_digest(f, "sha256").hexdigest()
-            facts = {**report, "fingerprint": base.fingerprint, "adapter_sha256": sha256}
-            write_manifest(folder, "merged", run, facts)
-            written = sum(f.stat().st_size for f in folder.iterdir())
+        require_disk_space(out, weights.count() * stored.itemsize)
+        with translate_merge_errors(run):
+            _save_checkpoint(loaded, weights, folder, stored, inputs)
+        checked = model.dtype if small else stored
+        merged = load_base(str(folder), dtype=checked, device="cpu", trust_remote_code=_trusts_code(loaded)).model
+        engine = TransformersEngine("merged", merged, tokenizer)
+        differences = reference.differences(engine.score(text.ids).token_log_probs for text in texts)
+        tolerance = get_tolerance(PRECISIONS[stored], PRECISIONS[model.dtype])
+        if faults := reference.find_faults(differences, tolerance):
+            raise RunError(
+                f"the merged model is not the trained one: {'; '.join(faults)} (over {len(differences)} next "
+                f"tokens; the adapter changes them by {effect:.3g} on average)",
+                str(tolerance),
+                "--dtype float32: 16 bits cannot hold so small a change" if stored.itemsize == 2 else "",
+            )
+        report = {
+            "dtype": _dtype_name(stored),
+            "max_difference": differences.max().item(),
+            "mean_difference": differences.mean().item(),
+            "effect": effect,
+            "positions": len(differences),
+        }
+        card = _render_card(loaded, config, report, out.resolve().name)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        with (loaded.adapter / ADAPTER_FILE).open("rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+        facts = {**report, "fingerprint": base.fingerprint, "adapter_sha256": sha256}
+        write_manifest(folder, "merged", run, facts)
+        written = sum(f.stat().st_size for f in folder.iterdir())
         result = {"run": str(run), "out": str(out), "bytes": written, "parameters": weights.count(), **report}
     return {**result, "seconds": round(time.perf_counter() - start, 3)}
 
@@ -157,7 +160,7 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
     with translate_os_errors(place, 2 * weights.count() * trained.itemsize):
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.base.", dir=place.parent) as folder:
-            _save_checkpoint(weights, loaded.base.tokenizer, Path(folder), trained)
+            _save_checkpoint(loaded, weights, Path(folder), trained)
             base = load_base(folder, dtype=trained, device="cpu", trust_remote_code=_trusts_code(loaded))
             yield dataclasses.replace(
                 loaded,
@@ -213,7 +216,7 @@ def write_base_gguf(loaded: TrainedModel, file: Path) -> None:
         gguf.write_gguf_from_template(Path(source.path), loaded.model, file, "f32")
         return
     with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
-        _save_checkpoint(MergedWeights(loaded.model, adapters=()), base.tokenizer, Path(folder), base.dtype)
+        _save_checkpoint(loaded, MergedWeights(loaded.model, adapters=()), Path(folder), base.dtype)
         gguf.convert_hf_to_gguf(Path(folder), file, "f32")
 
 
@@ -232,7 +235,7 @@ def translate_merge_errors(run: Path) -> Iterator[None]:
 
 
 def _save_checkpoint(
-    weights: MergedWeights, tokenizer: Any, folder: Path, dtype: torch.dtype, inputs: Any = None
+    loaded: TrainedModel, weights: MergedWeights, folder: Path, dtype: torch.dtype, inputs: Any = None
 ) -> None:
     """Write a whole checkpoint: config, generation settings, the base's own code, tokenizer and weights."""
     model: Any = weights.model
@@ -250,8 +253,21 @@ def _save_checkpoint(
             empty.unlink()
         model.config.dtype = _dtype_name(dtype)
         model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    loaded.base.tokenizer.save_pretrained(folder)
+    _copy_sentencepiece_model(loaded, folder)
     save_merged_weights(weights, folder, dtype, inputs)
+
+
+def _copy_sentencepiece_model(loaded: TrainedModel, folder: Path) -> None:
+    """Copy the base's tokenizer.model: llama.cpp's converter needs it, and transformers saves only tokenizer.json."""
+    source, name = loaded.base.source, "tokenizer.model"
+    file = Path(source.path, name) if source.kind == "folder" else None
+    if source.kind == "hub":
+        revision = loaded.recipe.model.revision if loaded.recipe is not None else None
+        with suppress(HfHubHTTPError, LocalEntryNotFoundError):  # many bases have none
+            file = Path(hf_hub_download(source.path, name, revision=revision))
+    if file is not None and file.is_file():
+        shutil.copyfile(file, folder / name)
 
 
 def _is_small(model: Any) -> bool:

@@ -225,8 +225,7 @@ def atomic_folder(path: Path, needed: int = 0, fix: str = "") -> Iterator[Path]:
         if target.exists() and not target.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
         target.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(target.parent).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        require_disk_space(target, needed, fix)
         prefix = _temporary_prefix(target)
         for other in target.parent.glob(f"{glob.escape(prefix)}????????"):
             with contextlib.suppress(OSError):  # it ended, or is no folder
@@ -248,6 +247,12 @@ def atomic_folder(path: Path, needed: int = 0, fix: str = "") -> Iterator[Path]:
         finally:
             if lock is not None:
                 os.close(lock)
+
+
+def require_disk_space(path: Path, needed: int, fix: str = "") -> None:
+    """Raise RunError unless `needed` bytes are free in the folder of `path`."""
+    if shutil.disk_usage(Path(os.path.realpath(path)).parent).free < needed:
+        raise disk_full_error(path, needed, fix)
 
 
 def _temporary_prefix(path: Path) -> str:

@@ -143,20 +143,30 @@ def _session_timeout() -> Iterator[None]:
         session.timeout = before
 
 
+def refuse_tokens(files: Mapping[str, Path | bytes], token: str | bool | None = None) -> None:
+    """Raise UsageError if a file contains the token that would be used, or any other token of the Hub."""
+    secret = _find_token(token).encode()
+    for name, content in files.items():
+        if isinstance(content, Path):
+            content = content.read_bytes() if content.stat().st_size <= MAX_SEARCHED_BYTES else b""
+        if (secret and secret in content) or re.search(rb"\bhf_[A-Za-z0-9]{34}\b", content):
+            message = f"{name} contains {'your token' if secret and secret in content else 'a token of the Hub'}"
+            raise UsageError(message, "files without it", "remove it, and create a new token")
+
+
+def _find_token(token: str | bool | None) -> str:
+    return ((token if isinstance(token, str) else None if token is False else get_token()) or "").strip()
+
+
 def _require_token(token: str | bool | None, files: Mapping[str, Path | bytes]) -> str:
     """Return the token, which no file may contain."""
-    secret = token if isinstance(token, str) else None if token is False else get_token()
-    secret = (secret or "").strip()
+    secret = _find_token(token)
     if not secret:
         raise UsageError("you are not logged in to the Hub", "a token with write access", LOG_IN)
     if not re.fullmatch(r"[!-~]+", secret):
         # The HTTP client would raise this with the token in its message.
         raise UsageError("the token contains spaces, line ends or other invalid characters", "one word", LOG_IN)
-    for name, content in files.items():
-        if isinstance(content, Path):
-            content = content.read_bytes() if content.stat().st_size <= MAX_SEARCHED_BYTES else b""
-        if secret.encode() in content:
-            raise UsageError(f"{name} contains your token", "files without it", "remove it, and create a new token")
+    refuse_tokens(files, secret)
     return secret
 
 
