@@ -21,6 +21,7 @@ from slimtune.errors import AdapterError, RunError, UsageError
 from slimtune.export.manifest import read_manifest
 from slimtune.export.merge import merge
 from slimtune.methods.lora import LinearLora
+from slimtune.utils.files import atomic_folder
 
 TEXT = "Define hope. Desire and expectation rolled into one."
 SHARD_BYTES = "slimtune.export.merged_weights.MIN_SHARD_BYTES"
@@ -322,3 +323,27 @@ def test_full_disk_leaves_nothing(tmp_path, tiny_folder, monkeypatch):
     run = make_run(tmp_path / "run", tiny_folder)
     monkeypatch.setattr(module, "save_merged_weights", fail)
     assert "the disk is full" in refused(RunError, run, tmp_path / "merged").message
+
+
+def test_second_merge_into_one_folder_is_refused(tmp_path, make_base):
+    run, out = make_run(tmp_path / "run", make_base()), tmp_path / "merged"
+    with atomic_folder(out) as folder:
+        (folder / "first").touch()
+        with pytest.raises(UsageError, match="another process is writing"):
+            merge(run, out)
+    assert [p.name for p in out.iterdir()] == ["first"]
+
+
+def test_a_folder_that_another_process_wrote_is_kept(tmp_path):
+    with pytest.raises(UsageError, match="another process"), atomic_folder(tmp_path / "out") as folder:
+        (folder / "mine").touch()
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "first").touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "first"]
+
+
+def test_tokenizer_model_is_copied(tmp_path, make_base):
+    base = make_base()
+    (base / "tokenizer.model").write_bytes(b"\nsentencepiece")
+    merge(make_run(tmp_path / "run", base), tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"\nsentencepiece"
