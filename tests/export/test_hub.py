@@ -415,7 +415,9 @@ def test_a_run_is_uploaded_without_local_paths_and_links(run, tmp_path):
     (run / "adapter" / "tokenizer.model").write_text("my diary")
     upload = hub_module._prepare_upload(run, "ada/words", None, None)
     assert str(tmp_path).encode() not in upload.files["tokenizer_config.json"]
-    assert not {"LICENSE.txt", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model"} & set(upload.files)
+    assert not {"LICENSE.txt", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.model"} & set(
+        upload.files
+    )
     for words in ("LICENSE.txt is a link", "vocab.json is not uploaded", "merges.txt is", "not a sentencepiece model"):
         assert has_note({"notes": upload.notes}, words)
 
