@@ -1,5 +1,6 @@
 """The commands parse, call the library and print. The library is replaced: its own tests prove it."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slimtune.cli import COMMANDS
+from slimtune.cli.generate import AnswerPrinter
 from slimtune.config import Recipe, aliases
 from slimtune.config.schema import iterate_settings
 from slimtune.evaluation.evaluate import EvalSettings
@@ -244,6 +246,8 @@ def generator(monkeypatch) -> list:
     calls: list = []
 
     class Generator:
+        description = "tiny with the lora adapter in runs/x/adapter"
+
         @classmethod
         def open(cls, run):
             calls.append(run)
@@ -293,6 +297,22 @@ def test_each_model_of_a_chat_remembers_its_own_answers(generator, slimtune):
 def test_chat_ends_with_its_input(generator, slimtune):
     done = slimtune("chat", "runs/x", "--system", "S", stdin="one")
     assert (done.exit_code, done.stdout) == (0, "tuned got S / one\n")
+
+
+def test_chat_says_what_it_is_and_answers_its_commands(generator, slimtune):
+    done = slimtune("chat", "runs/x", stdin="/help\n/nwe\n//think\n")
+    assert done.stdout == "tuned got /think\n"
+    assert done.stderr.startswith("tiny with the lora adapter in runs/x/adapter\n/new starts over")
+    assert "no command /nwe; did you mean '/new'?" in done.stderr
+
+
+def test_words_are_wrapped_whole(capsys):
+    file = io.StringIO()
+    printer = AnswerPrinter(file, width=12)
+    for piece in ["as", "sist", "ing wi", "th a\n  in", "dent \x1b[31m", "你好你好你好你"]:
+        printer.write(piece)
+    printer.close()
+    assert file.getvalue() == "assisting\nwith a\n  indent\n\ufffd[31m你好你\n好你好你"
 
 
 def test_doctor(slimtune, slimtune_json):

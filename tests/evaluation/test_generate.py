@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from slimtune.adapters.model import PeftModel
-from slimtune.errors import ModelError, UsageError
+from slimtune.errors import AdapterError, ModelError, UsageError
 from slimtune.evaluation.generate import Generator, find_end_tokens
 
 ASK = [{"role": "user", "content": "Define hope."}]
@@ -194,3 +194,15 @@ def test_no_chat_template(tmp_path, tiny_folder, tiny_tokenizer):
     tiny_tokenizer(chat_template=None).save_pretrained(tiny_folder)
     with pytest.raises(ModelError, match="no chat template"):
         Generator.open(make_run(tmp_path / "run", tiny_folder))
+
+
+@pytest.mark.parametrize("spoiled", ["adapter", "base"])
+def test_nan_is_an_error(tmp_path, tiny_folder, spoiled):
+    def spoil(model):
+        next(p for p in model.parameters() if p.requires_grad == (spoiled == "adapter")).data.fill_(float("nan"))
+
+    generator = Generator.open(make_run(tmp_path / "run", tiny_folder, change=spoil if spoiled == "adapter" else id))
+    if spoiled == "base":
+        spoil(generator.model)
+    with pytest.raises(AdapterError if spoiled == "adapter" else ModelError, match="computes NaN or Inf"):
+        generator.generate(ASK, tuned=spoiled == "adapter")

@@ -1,18 +1,27 @@
 """`slimtune generate` and `slimtune chat`: answers of the tuned model, or of base and tuned model side by side."""
 
+import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+from rich.cells import cell_len
+from rich.text import Text
 from typer import Argument, Option
 
+from ..errors import UsageError, nearest
 from .common import Json, Run, console, error_console
 
 MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, Option(min=0.0, help="0: the most likely token; higher: more random.")]
 SideBySide = Annotated[bool, Option("--side-by-side", help="Show the base's answer, too.")]
 System = Annotated[str | None, Option(help="System message.")]
+NAMES = ("/new", "/help", "/exit")
+COMMANDS = "/new starts over, /help shows this, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+PARTS = re.compile(r"\n| *[\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef]| *[^ \n\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef]+| +")
+"""A line end, or a word with the spaces before it; a line may break beside every East Asian character."""
+UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 Seed = Annotated[int, Option(min=0, help="Seed of the random choices.")]
 
 
@@ -28,7 +37,7 @@ def generate(
 ) -> dict[str, Any]:
     """Answer one prompt."""
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    (turn,) = _converse(run, [prompt], system, side_by_side, how, as_json)
+    (turn,) = _converse(run, prompt, system, side_by_side, how, as_json)
     del turn["user"]
     return {"prompt": prompt, "system": system, "temperature": temperature, "seed": seed, **turn}
 
@@ -44,17 +53,18 @@ def chat(
 ) -> dict[str, Any]:
     """Hold a conversation, one line at a time.
 
-    /new starts over; /exit or the end of the input (Ctrl-D) leaves.
+    /new starts over, /help lists the commands, /exit or the end of the input (Ctrl-D) leaves, and Ctrl-C stops an
+    answer. A line that begins with // is sent with one slash.
     """
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    turns = _converse(run, _read_lines(), system, side_by_side, how, as_json)
+    turns = _converse(run, None, system, side_by_side, how, as_json)
     return {"system": system, "temperature": temperature, "seed": seed, "turns": turns}
 
 
 def _converse(
-    run: Path, lines: Iterable[str | None], system: str | None, side_by_side: bool, how: dict[str, Any], as_json: bool
+    run: Path, prompt: str | None, system: str | None, side_by_side: bool, how: dict[str, Any], as_json: bool
 ) -> list[dict[str, str]]:
-    """Answer the user's lines, printing the text as it comes, and return them with the answers; None starts over."""
+    """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
     from ..evaluation.generate import Generator
 
     generator = Generator.open(run)
@@ -63,7 +73,10 @@ def _converse(
     turns: list[dict[str, str]] = []
     # Each model remembers its own answers: the base must not continue what the tuned model said.
     messages: dict[str, list[dict[str, str]]] = {}
-    for line in lines:
+    if prompt is None:
+        _print_note(f"{generator.description}\n{COMMANDS}")
+    is_dialog = prompt is None and sys.stdin.isatty()
+    for line in [prompt] if prompt is not None else _read_lines():
         if line is None:
             messages = {}
             continue
@@ -71,26 +84,95 @@ def _converse(
         for model in models:
             history = messages.setdefault(model, [{"role": "system", "content": system}] if system else [])
             history.append({"role": "user", "content": line})
-            if side_by_side:
-                screen.print(f"{model}: ", style="bold", end="")
-            turn[model] = ""
-            for piece in generator.stream(history, tuned=model == "tuned", **how):
-                turn[model] += piece
-                screen.file.write(piece)
-                screen.file.flush()
+            label = f"{model}: " if side_by_side else ""
+            screen.print(label, style="bold", end="")
+            printer = AnswerPrinter(screen.file, len(label))
+            turn[model], problem = "", ""
+            try:
+                for piece in generator.stream(history, tuned=model == "tuned", **how):
+                    turn[model] += piece
+                    printer.write(piece)
+            except (KeyboardInterrupt, UsageError) as error:
+                if prompt is not None or (isinstance(error, UsageError) and not is_dialog):
+                    raise
+                problem = str(error) or "(stopped)"
+            printer.close()
             screen.print()
-            history.append({"role": "assistant", "content": turn[model]})
+            if problem:
+                _print_note(problem)
+            elif not turn[model].strip():
+                _print_note("(an empty answer: the model ended its turn at once)")
+            if turn[model]:
+                history.append({"role": "assistant", "content": turn[model]})
+            else:
+                history.pop()
+            if problem:
+                break
         turns.append(turn)
     return turns
 
 
 def _read_lines() -> Iterator[str | None]:
-    """Yield the lines of the user that are not blank, None for /new."""
+    """Yield the lines of the user that are not blank, None for /new; other commands are answered here."""
+    interrupted = False
     while True:
-        if sys.stdin.isatty():
-            error_console().print("you: ", style="bold", end="")
-        line = sys.stdin.readline()
-        if not line or line.strip() in ("/exit", "/quit"):
+        try:
+            if sys.stdin.isatty():
+                error_console().print("you: ", style="bold", end="")
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            if interrupted or not sys.stdin.isatty():
+                raise
+            interrupted = True
+            _print_note("\n/exit or Ctrl-D leaves, and so does Ctrl-C once more")
+            continue
+        interrupted, text = False, line.strip()
+        if not line or text in ("/exit", "/quit"):
             return
-        if text := line.strip():
-            yield None if text == "/new" else text
+        if text == "/help":
+            _print_note(COMMANDS)
+        elif re.fullmatch(r"/[a-z]\w*", text) and text != "/new":
+            _print_note(f"there is no command {text}{nearest(text, NAMES)}; {COMMANDS}")
+        elif text:
+            yield None if text == "/new" else text.removeprefix("/") if text.startswith("//") else text
+
+
+def _print_note(text: str) -> None:
+    error_console().print(Text(text, style="dim"))
+
+
+class AnswerPrinter:
+    """Prints pieces of text as they come; on a terminal no word breaks at its edge, and no escape sequence passes.
+
+    A word is printed when it is complete. In a pipe the text stays as it is.
+    """
+
+    def __init__(self, file: Any, column: int = 0, width: int | None = None) -> None:
+        self.file, self.column, self.pending = file, column, ""
+        self.width = width or (console().width if file.isatty() else None)
+
+    def write(self, piece: str) -> None:
+        if self.width is None:
+            self.file.write(piece)
+        else:
+            self.pending += UNPRINTABLE.sub("\ufffd", piece.replace("\t", "    "))
+            *complete, self.pending = PARTS.findall(self.pending) or [""]
+            for part in complete:
+                self._write_part(part)
+        self.file.flush()
+
+    def close(self) -> None:
+        """Print the last word."""
+        if self.pending:
+            self._write_part(self.pending)
+        self.pending = ""
+        self.file.flush()
+
+    def _write_part(self, part: str) -> None:
+        """Print a word with the spaces before it, or a line end."""
+        word = part.lstrip(" ")
+        if part != "\n" and self.column and self.column + cell_len(part) > (self.width or 0):
+            self.file.write("\n")
+            self.column, part = 0, word
+        self.file.write(part)
+        self.column = 0 if part == "\n" else self.column + cell_len(part)

@@ -15,10 +15,16 @@ from typing import Any, NamedTuple, Self
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList, TextIteratorStreamer
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
 
 from ..data.chat_template import encode_chat, end_of_turn_ids, get_chat_template
-from ..errors import DataError, ModelError, UsageError
+from ..errors import AdapterError, DataError, ModelError, UsageError
 from ..kernels.dropout import preserve_rng_state
 from ..setup import TrainedModel, load_run
 
@@ -33,6 +39,21 @@ class Answer(NamedTuple):
     text: str  # without the tokens that end it
     tokens: int  # including the one that ends it
     ended: bool  # by itself, not by the length limit
+
+
+class RequireFiniteLogits(LogitsProcessor):
+    """Raises if logits are NaN or Inf; the most likely token would be any, often the one that ends the answer."""
+
+    def __init__(self, tuned: bool) -> None:
+        self.tuned = tuned
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # The maximum is NaN if any logit is; single logits may be -Inf, which means that the token cannot come.
+        if not torch.isfinite(scores.max()):
+            who, error = ("tuned model", AdapterError) if self.tuned else ("base", ModelError)
+            hint = "take an older checkpoint, or train again with a lower learning rate" if self.tuned else ""
+            raise error(f"the {who} computes NaN or Inf, and has no answer", "finite logits", hint)
+        return scores
 
 
 class Generator:
@@ -54,6 +75,8 @@ class Generator:
             eos_token_id=list(self.end_tokens) or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        method = model.active_peft_config.name
+        self.description = f"{trained.base.source.name} with the {method} adapter in {trained.adapter}"
         # Base and tuned model are one model: two answers at a time would switch each other's adapter.
         self._lock = threading.Lock()
 
@@ -133,6 +156,7 @@ class Generator:
         return ids.to(self.device, torch.int64)
 
     def _generate_ids(self, ids: Tensor, tuned: bool, **settings: Any) -> Tensor:
+        settings["logits_processor"] = LogitsProcessorList([RequireFiniteLogits(tuned)])
         with self._lock, contextlib.nullcontext() if tuned else self.model.disable_adapter():
             return self.model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=True, **settings)
 
