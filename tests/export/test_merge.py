@@ -335,7 +335,7 @@ def test_second_merge_into_one_folder_is_refused(tmp_path, make_base):
 
 
 def test_a_folder_that_another_process_wrote_is_kept(tmp_path):
-    with pytest.raises(UsageError, match="another process"), atomic_folder(tmp_path / "out") as folder:
+    with pytest.raises(RunError, match="another process"), atomic_folder(tmp_path / "out") as folder:
         (folder / "mine").touch()
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "first").touch()

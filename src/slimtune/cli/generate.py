@@ -19,7 +19,8 @@ SideBySide = Annotated[bool, Option("--side-by-side", help="Show the base's answ
 System = Annotated[str | None, Option(help="System message.")]
 NAMES = ("/new", "/help", "/exit")
 COMMANDS = "/new starts over, /help shows this, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
-PARTS = re.compile(r"\n| *[\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef]| *[^ \n\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef]+| +")
+_WIDE = "\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef"
+PARTS = re.compile(rf"\n| *[{_WIDE}]| *[^ \n{_WIDE}]+| +")
 """A line end, or a word with the spaces before it; a line may break beside every East Asian character."""
 UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 Seed = Annotated[int, Option(min=0, help="Seed of the random choices.")]
