@@ -26,12 +26,30 @@ class Case(NamedTuple):
     words: str
 
 
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
 CASES: list[Case] = [
     Case("unknown-base", {}, "plan no-such-base", 2, "there is no base 'no-such-base'"),
     # Data: columns, labels, images, contents that are not understood
     #
     #
     # Rows and templates that are hostile: duplicate keys, huge numbers, deep nesting, endless loops
+    Case(
+        "key-twice",
+        {"a.jsonl": CHAT.replace("{", '{"messages": [], ', 1)},
+        "data a.jsonl --model BASE",
+        1,
+        "has the key 'messages' twice in one object: line 1",
+    ),
+    Case(
+        "5000-digits",
+        {"a.jsonl": CHAT.replace("{", '{"id": ' + "9" * 5000 + ", ", 1)},
+        "data a.jsonl --model BASE",
+        1,
+        "does not parse as JSON (a huge number)",
+    ),
+    Case("utf-16", {"a.jsonl": CHAT.encode("utf-16")}, "data a.jsonl --model BASE", 1, "is UTF-16 text"),
+    Case("gz", {"a.jsonl.gz": b"x"}, "data a.jsonl.gz --model BASE", 2, "gunzip -k a.jsonl.gz"),
     #
     #
     # Plans: positions, devices, families, names of bases

@@ -4,6 +4,7 @@ import csv
 import gc
 import io
 import json
+import os
 import re
 import tracemalloc
 
@@ -12,6 +13,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from slimtune.data import readers
 from slimtune.data.dataset import InvalidRow, Row, open_rows, read_rows
 from slimtune.errors import DataError, UsageError
 from slimtune.utils.files import parse_dataset_id
@@ -155,6 +157,15 @@ UNUSABLE = [
     ("a.parquet", parquet_bytes([]), DataError, EMPTY),
     ("a.parquet", parquet_bytes(ROWS)[:500], DataError, NO_PARQUET),
     ("a.parquet", "instruction,output\n", DataError, NO_PARQUET),
+    ("a.csv", ",".join(f"c{i}" for i in range(20_000)) + "\na", DataError, "names 20,000 columns: 'c0', 'c1', 'c2'"),
+    ("a.csv", "text\nGröße\n".encode("utf-16"), DataError, r"a\.csv is UTF-16 text"),
+    ("a.txt", "Größe\n".encode("utf-32-be"), DataError, r"a\.txt is UTF-32 text"),
+    ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), DataError, "iconv -f UTF-16 -t UTF-8 a.jsonl > utf8.jsonl"),
+    ("a.jsonl.gz", "", UsageError, r"unknown suffix '\.gz'(.|\n)*gunzip -k a\.jsonl\.gz"),
+    ("a.md", "# A", UsageError, r"unknown suffix '\.md'(.|\n)*copy it to a\.txt"),
+    ("a" * 300 + ".jsonl", None, UsageError, "no such file"),
+    ("a\udcff\0.jsonl", None, UsageError, "no such file"),
+    ("org/" + "a" * 300, None, UsageError, "no such file"),
     (
         "a.csv",
         "instruction;output\na;b\n",
@@ -198,6 +209,10 @@ def test_up_to_ten_errors_are_reported_together(tmp_path):
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n\n{"text": "\xff"}\n[1]\n{"text": "b"}\n',
          [(2, "bad-json"), (4, "not-utf8"), (5, "not-an-object")]),
+        ("twice.jsonl", '{"text": "a"}\n{"text": "a", "text": "b"}\n{"text": "a", "x": {"y": 1, "y": 1}}',
+         [(2, "duplicate-key"), (3, "duplicate-key")]),
+        ("twice.json", '[{"text": "a", "text": "b"}, {"text": "c"}]', [(1, "duplicate-key")]),
+        ("rest.jsonl", '{"text": "a"}\n{"text": "b"}x\n{"text": "c"}x', [(2, "bad-json"), (3, "bad-json")]),
         ("digits.jsonl", '{"text": "a"}\n{"text": ' + "1" * 5000 + "}\n", [(2, "bad-json")]),
         ("deep.jsonl", '{"text": "a"}\n' + "[" * 200_000 + "\n", [(2, "bad-json")]),
         ("array.json", '[{"text": "a"}, 3, {"text": "b"}, {"text": oops}, {"text": "c"}]',
@@ -233,3 +248,55 @@ def test_files_stream(tmp_path, kind):
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 3_000_000
     assert file.path.stat().st_size > 10_000_000
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet", ".txt"])
+def test_row_that_is_too_long(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ROW", 3_000)
+    monkeypatch.setattr(readers, "JSON_CHUNK", 100)
+    rows = [{"text": "a"}, {"text": "b" * 100_000}, {"text": "c"}]
+    texts = "\n\n".join(row["text"] for row in rows)
+    path = write(tmp_path, kind, rows) if kind != ".txt" else write_bytes(tmp_path / "a.txt", texts)
+    first, wrong, *rest = open_rows(path, format="text")
+    assert (first.completion, wrong.code) == ("a", "bad-csv" if kind == ".csv" else "too-large" if rest else "bad-json")
+    assert [row.completion for row in rest] == ([] if kind in (".csv", ".json") else ["c"])
+
+
+def test_text_of_many_lines_that_is_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ROW", 3_000)
+    path = write_bytes(tmp_path / "a.txt", "ab\n" * 2_000 + "\n\nc")
+    assert [getattr(row, "code", row.line) for row in open_rows(path)] == ["too-large", 2003]
+
+
+def test_pipes_and_proc_are_not_waited_for(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("/proc/kmsg")
+    with pytest.raises(DataError, match="is empty"):
+        open_rows(tmp_path)
+    os.mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(UsageError, match=r"contains 'b\.jsonl', which"):
+        open_rows(tmp_path)
+    with pytest.raises(UsageError, match="is a pipe or a device"):
+        open_rows(tmp_path / "b.jsonl")
+
+
+def test_parquet_times_that_python_has_no_value_for(tmp_path):
+    times = pyarrow.array([2**60, 1], pyarrow.int64())
+    text = pyarrow.array(["a", "b"])
+    table = pyarrow.table(
+        {"text": text, "when": times.cast(pyarrow.timestamp("us")), "long": times.cast("duration[s]")}
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert [row.completion for row in open_rows(tmp_path / "a.parquet")] == ["a", "b"]
+    wrong = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"\xff", b"b"]).buffers())
+    parquet.write_table(pyarrow.table({"text": text, "name": wrong}), tmp_path / "b.parquet")
+    assert errors_in(tmp_path / "b.parquet") == [(1, "not-utf8")]
+
+
+@pytest.mark.parametrize("column", ["tools", "messages"])
+def test_deep_nesting(tmp_path, column):
+    deep = json.loads('{"a": [' * 240 + "1" + "]}" * 240)
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    row = {"messages": messages, "tools": [{"name": "f", "parameters": deep}]}
+    if column == "messages":
+        messages[1]["tool_calls"], row["tools"] = [{"function": {"name": "f", "arguments": deep}}], None
+    assert errors_in(write(tmp_path, ".jsonl", [row])) == [(1, "too-deep")]

@@ -10,7 +10,9 @@ nobody repairs a file one run at a time.
 """
 
 import itertools
+import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from pathlib import Path
 from ..errors import DataError, UsageError, format_names, nearest
 from ..utils.files import parse_dataset_id
 from .formats import FORMATS, InvalidRow, Row, check_format, detect_format, parse_record, rename_columns
-from .readers import READERS, Located, read_hf_dataset, shorten
+from .readers import READERS, SUFFIX_HINTS, TEXT_HINT, Located, read_hf_dataset, shorten
 
 __all__ = ["InvalidRow", "Row", "RowErrorCollector", "RowFile", "open_rows", "read_rows"]
 
@@ -127,15 +129,18 @@ def read_rows(path: str | Path, *, format: str | None = None, columns: Mapping[s
 
 
 def _find_parts(path: Path) -> list[Part]:
-    if path.is_file():
+    if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
         return [(None, _make_reader(path))]
-    if path.is_dir():
+    if os.path.isdir(path):
         return _find_folder_parts(path)
     if (dataset := parse_dataset_id(path)) is not None:
         return [(None, partial(_read_hub_dataset, *dataset))]
-    names = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-    missing_folder = "" if path.parent.is_dir() else f" (there is no folder {path.parent} either)"
     expected = f"a file of rows ({', '.join(READERS)}), a folder, or a dataset's id"
+    if os.path.exists(path):
+        raise UsageError(f"{path} is a pipe or a device, which cannot be read twice", expected, "write it to a file")
+    has_folder = os.path.isdir(path.parent)
+    names = sorted(p.name for p in path.parent.iterdir()) if has_folder else []
+    missing_folder = "" if has_folder else f" (there is no folder {path.parent} either)"
     raise UsageError(f"no such file: {path}{missing_folder}{nearest(path.name, names)}", expected)
 
 
@@ -148,6 +153,9 @@ def _find_folder_parts(path: Path) -> list[Part]:
         return [(None, partial(_read_saved_dataset, path))]
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS and not p.name.startswith("."))
     names = format_names(f.name for f in files)
+    if special := [f.name for f in files if not f.is_file()]:
+        problem = f"{path} contains {format_names(special)}, which can be read as no file"
+        raise UsageError(problem, "regular files of rows", "remove it: a folder, a pipe or a broken link")
     if not files:
         contents = format_names(sorted(p.name for p in path.iterdir())) or "nothing"
         raise UsageError(f"{path} is a folder without a file of rows; it contains {contents}", ", ".join(READERS))
@@ -165,11 +173,13 @@ def _make_reader(path: Path) -> Callable[[], Iterator[Located]]:
     suffix = path.suffix.lower()
     if suffix not in READERS:
         problem = f"{path} has the unknown suffix {suffix!r}{nearest(suffix, READERS)}"
-        raise UsageError(problem, f"a file of rows: {', '.join(READERS)}", "rename it, or convert it to one of these")
+        hint = SUFFIX_HINTS.get(suffix, TEXT_HINT).format(name=shlex.quote(path.name), stem=path.stem)
+        raise UsageError(problem, f"a file of rows: {', '.join(READERS)}", hint)
 
     def read() -> Iterator[Located]:
         try:
-            yield from READERS[suffix](path)
+            if path.stat().st_size:  # an empty file is not opened: those of /proc wait for ever
+                yield from READERS[suffix](path)
         except OSError as error:
             problem = f"{path} cannot be read: {error.strerror or error}"
             raise UsageError(problem, hint="check its permissions") from error

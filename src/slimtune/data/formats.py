@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, UsageError, format_names, nearest
-from .messages import Messages, RowError, convert_sharegpt, parse_messages_and_train_mask, require_list, require_text
+from .messages import (
+    Messages,
+    RowError,
+    check_depth,
+    convert_sharegpt,
+    parse_messages_and_train_mask,
+    require_list,
+    require_text,
+)
 
 Record = Mapping[str, Any]
 Fields = dict[str, Any]  # of a `Row`
@@ -106,6 +114,7 @@ def _read_tools(record: Record) -> list[dict[str, Any]] | None:
         function = tool.get("function", tool) if isinstance(tool, dict) else {}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"tools[{i}] is not the JSON schema of a function: it has no name", "bad-tool")
+        check_depth(tool, f"tools[{i}]")
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 

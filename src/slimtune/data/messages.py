@@ -10,11 +10,14 @@ and never reaches a template. An unknown key is an error, because it would chang
 """
 
 import json
+from collections import Counter
 from typing import Any
 
 from ..errors import format_names, nearest
 
 Messages = list[dict[str, Any]]
+MAX_DEPTH = 100
+"""Most levels of lists and objects in a tool or its arguments."""
 MESSAGE_KEYS = {
     "system": ("role", "content", "weight"),
     "user": ("role", "content", "weight"),
@@ -91,6 +94,7 @@ def _validate_tool_call(call: Any, name: str) -> dict[str, Any]:
         arguments = parse_json(arguments or "{}", f"{name}.arguments", "bad-tool-call")
     if not isinstance(arguments, dict):
         raise RowError(f"{name}.arguments is not an object but {json_type(arguments)}", "bad-tool-call")
+    check_depth(arguments, f"{name}.arguments")
     valid = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return valid if call.get("id") is None else valid | {"id": require_text(call["id"], f"{name}.id")}
 
@@ -164,10 +168,46 @@ def require_text(value: Any, name: str, *, allow_empty: bool = False) -> str:
     return value
 
 
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):  # json.loads would keep the last one
+        name, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise RowError(f"has the key {name[:80]!r} twice in one object", "duplicate-key")
+    return found
+
+
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_make_object)
+"""Decodes JSON; raises RowError for a key that is given twice."""
+
+
+def load_json(text: str) -> Any:
+    """Return the value of a JSON text; exceptions are those of `STRICT_JSON.decode`, which is slower."""
+    try:
+        value, end = STRICT_JSON.scan_once(text, 0)
+    except RowError:
+        raise
+    except (StopIteration, ValueError):
+        return STRICT_JSON.decode(text)
+    return value if text[end:] in ("", "\n") else STRICT_JSON.decode(text)
+
+
+def check_depth(value: Any, name: str) -> None:
+    """Raise RowError if lists and objects are nested so deep that a template or another process could not take them."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        containers = [v.values() if type(v) is dict else v for v in level if type(v) is dict or type(v) is list]
+        if not containers:
+            return
+        level = [child for container in containers for child in container]
+    raise RowError(f"{name} is nested more than {MAX_DEPTH} deep", "too-deep")
+
+
 def parse_json(value: str, name: str, code: str = "bad-json") -> Any:
     """Return the value of a JSON text; raise RowError if it does not parse."""
     try:
-        return json.loads(value)
+        return load_json(value)
+    except RowError as error:
+        raise RowError(f"{name} {error}", error.code) from error
     except (ValueError, RecursionError) as error:
         raise RowError(f"{name} does not parse as JSON: {value[:80]}", code) from error
 

@@ -8,19 +8,26 @@ import csv
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import DataError
+from ..errors import DataError, format_names
 from .formats import InvalidRow
-from .messages import json_type
+from .messages import STRICT_JSON, RowError, json_type, load_json
 
 Located = tuple[int, dict[str, Any]] | InvalidRow
 """A record with its line or item number, or what is wrong there."""
 JSON_CHUNK = 1 << 20  # characters of a JSON array read at once
-TABLE_BATCH = 1024  # records of a Parquet file or dataset read at once
+TABLE_BATCH = 32  # records of a Parquet file or dataset read at once; a few bytes of a file can be 1 GB of records
+MAX_ROW = 10_000_000
+"""Most characters of a row. The longest contexts take fewer; a row of 60 million would take gigabytes to tokenize."""
+MAX_COLUMNS = 10_000
+_TOO_LONG = f"is longer than {MAX_ROW:,} characters"
+_ENCODINGS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _WRONG_BYTE = re.compile("[\udc80-\udcff]")
 
 
@@ -31,8 +38,30 @@ def shorten(value: str, limit: int = 80) -> str:
 
 
 def _open_text(path: Path, newline: str = "\n") -> IO[str]:
-    """Open a text file; a byte that is not UTF-8 becomes a surrogate, so that the reader names its line and goes on."""
+    """Open a text file; a byte that is not UTF-8 becomes a surrogate, so that the reader names its line and goes on.
+
+    Raise DataError for UTF-16 and UTF-32: with their mark at the begin, or with a zero byte in the first character.
+    """
+    with open(path, "rb") as file:
+        begin = file.read(4)
+    other = next((name for mark, name in _ENCODINGS.items() if begin.startswith(mark)), None)
+    if other or b"\0" in begin:
+        other = other or ("UTF-32" if begin.count(0) > 2 else "UTF-16")
+        hint = f"convert it: iconv -f {other} -t UTF-8 {shlex.quote(path.name)} > utf8{path.suffix}"
+        raise DataError(f"{path} is {other} text", "UTF-8", hint)
     return open(path, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _read_lines(file: IO[str]) -> Iterator[str | None]:
+    """Yield the lines of a file, and None for each that is longer than a row may be, whose rest is skipped."""
+    read = partial(file.readline, MAX_ROW)
+    for text in iter(read, ""):
+        if len(text) < MAX_ROW or text[-1] == "\n":
+            yield text
+        else:
+            while (rest := read()) and rest[-1] != "\n":
+                pass
+            yield None
 
 
 def _check_utf8(line: int, text: str) -> InvalidRow | None:
@@ -53,20 +82,26 @@ def describe_json_error(error: Exception) -> str:
     """Return why a text does not parse as JSON, with the column if it is known."""
     if isinstance(error, json.JSONDecodeError):
         return f"does not parse as JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
-    return f"does not parse as JSON ({error})"
+    return f"does not parse as JSON ({'nested too deep' if isinstance(error, RecursionError) else 'a huge number'})"
 
 
 def read_jsonl(path: Path) -> Iterator[Located]:
     """Read one JSON object per line; blank lines are skipped."""
     with _open_text(path) as file:
-        for line, text in enumerate(file, start=1):
+        for line, text in enumerate(_read_lines(file), start=1):
+            if text is None:
+                yield InvalidRow(line, _TOO_LONG, "too-large")
+                continue
             if text.isspace():
                 continue
             if invalid := _check_utf8(line, text):
                 yield invalid
                 continue
             try:
-                yield _check_object(line, json.loads(text))
+                value = load_json(text)
+                yield (line, value) if type(value) is dict else _check_object(line, value)
+            except RowError as error:
+                yield InvalidRow(line, str(error), error.code)
             except (ValueError, RecursionError) as error:  # ValueError: also an integer of too many digits
                 yield InvalidRow(line, f"{describe_json_error(error)}: {shorten(text)}", "bad-json")
 
@@ -84,7 +119,7 @@ def read_json(path: Path) -> Iterator[Located]:
         if not text.startswith("["):
             yield from read_jsonl(path)
             return
-        decode, between_items = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n,]*")
+        between_items = re.compile(r"[ \t\r\n,]*")
         item, at = 1, 1
         while True:
             at += len(between_items.match(text, at)[0])  # type: ignore[index]  # it always matches
@@ -93,25 +128,36 @@ def read_json(path: Path) -> Iterator[Located]:
                     yield InvalidRow(item, f"follows the end of the array: {shorten(rest)}", "bad-json")
                 return
             try:
-                value, at = decode(text, at)
+                found, end = _decode_item(item, text, at)
             except (ValueError, RecursionError) as error:
                 # Perhaps the item is not complete. The text doubles, so that a long item is parsed only a few times.
-                if more := file.read(max(JSON_CHUNK, len(text) - at)):
+                too_long = len(text) - at > MAX_ROW
+                if not too_long and (more := file.read(max(JSON_CHUNK, len(text) - at))):
                     text, at = text[at:] + more, 0
                     continue
-                cause = f"does not parse as JSON ({getattr(error, 'msg', error)}); the rest of the file is not read: "
-                yield InvalidRow(item, cause + (shorten(text[at:]) or "the array has no end"), "bad-json")
+                cause = _TOO_LONG if too_long else f"{describe_json_error(error)}"
+                shown = shorten(text[at : at + MAX_ROW]) or "the array has no end"
+                yield InvalidRow(item, f"{cause}; the rest of the file is not read: {shown}", "bad-json")
                 return
-            yield _check_object(item, value)
-            item += 1
+            yield found if end - at <= MAX_ROW else InvalidRow(item, _TOO_LONG, "too-large")
+            item, at = item + 1, end
+
+
+def _decode_item(item: int, text: str, at: int) -> tuple[Located, int]:
+    """Return an item of a JSON array that begins at a position, and where it ends."""
+    try:
+        value, end = STRICT_JSON.raw_decode(text, at)
+        return _check_object(item, value), end
+    except RowError as error:
+        return InvalidRow(item, str(error), error.code), json.JSONDecoder().raw_decode(text, at)[1]
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[Located]:
     """Read a table with a header; the line is the one on which a record begins. Raise DataError for a wrong header."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(MAX_ROW)
     header: list[str] = []
     with _open_text(path, newline="") as file:
-        rows = csv.reader(file, delimiter=delimiter, strict=True)
+        rows = csv.reader(_read_csv_lines(file), delimiter=delimiter, strict=True)
         while True:
             line = rows.line_num + 1
             try:
@@ -129,8 +175,17 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Located]:
             elif len(cells) != len(header):
                 cause = f"has {len(cells)} cells, and the header names {len(header)} columns"
                 yield InvalidRow(line, cause, "bad-csv")
+            elif len(text := delimiter.join(cells)) > MAX_ROW:
+                yield InvalidRow(line, _TOO_LONG, "too-large")
             else:
-                yield _check_utf8(line, delimiter.join(cells)) or (line, dict(zip(header, cells, strict=True)))
+                yield _check_utf8(line, text) or (line, dict(zip(header, cells, strict=True)))
+
+
+def _read_csv_lines(file: IO[str]) -> Iterator[str]:
+    for text in _read_lines(file):
+        if text is None:
+            raise csv.Error(f"a line {_TOO_LONG}")
+        yield text
 
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
@@ -139,18 +194,30 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
         problem = f"its header is one column, {shorten(header[0])!r}: the delimiter seems to be {others[0]!r}"
         hint = "write it with that delimiter (.csv: a comma, .tsv: a tab)"
         raise DataError(f"{path}: {problem}", f"cells separated by {delimiter!r}", hint)
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise DataError(f"{path}: its header names {twice[0]!r} twice", "each column once", "rename one of them")
+    if len(header) > MAX_COLUMNS:
+        problem = f"{path}: its header names {len(header):,} columns: {format_names(header, 3)}"
+        raise DataError(problem, f"at most {MAX_COLUMNS:,} columns", "remove the columns that are no text")
+    name, count = Counter(header).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{path}: its header names {shorten(name)!r} twice", "each column once", "rename one of them")
 
 
 def read_paragraphs(path: Path) -> Iterator[Located]:
     """Read a text file: each paragraph between blank lines is a record with the column `text`."""
     with _open_text(path) as file:
-        for blank, numbered in itertools.groupby(enumerate(file, start=1), lambda item: item[1].isspace()):
-            if not blank:
-                numbers, lines = zip(*numbered, strict=True)
-                text = "".join(lines).rstrip("\r\n")
-                yield _check_utf8(numbers[0], text) or (numbers[0], {"text": text})
+        lines = enumerate(_read_lines(file), start=1)
+        for blank, numbered in itertools.groupby(lines, lambda item: item[1] is not None and item[1].isspace()):
+            if blank:
+                continue
+            first, size, parts = 0, 0, []
+            for line, text in numbered:
+                first = first or line
+                size += MAX_ROW + 1 if text is None else len(text)
+                if text is not None and size <= MAX_ROW:
+                    parts.append(text)
+            whole = "".join(parts).rstrip("\r\n")
+            invalid = InvalidRow(first, _TOO_LONG, "too-large") if size > MAX_ROW else _check_utf8(first, whole)
+            yield invalid or (first, {"text": whole})
 
 
 def read_parquet(path: Path) -> Iterator[Located]:
@@ -160,22 +227,63 @@ def read_parquet(path: Path) -> Iterator[Located]:
 
     try:
         with ParquetFile(path) as file:
-            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=TABLE_BATCH))
-            yield from _number_records(record for batch in batches for record in batch)
-    except ArrowException as error:
-        problem = f"{path} is not a Parquet file, or is incomplete: {str(error).splitlines()[0]}"
+            yield from _read_arrow_batches(file.iter_batches(TABLE_BATCH))
+    except (ArrowException, OSError) as error:
+        if isinstance(error, MemoryError) or getattr(error, "errno", None):
+            raise
+        problem = f"{path} is not a Parquet file, or is incomplete: {(str(error) or repr(error)).splitlines()[0]}"
         raise DataError(problem, "a complete Parquet file") from error
 
 
 def read_hf_dataset(dataset: Any) -> Iterator[Located]:
     """Read a `datasets.Dataset`."""
-    batches = dataset.iter(batch_size=TABLE_BATCH)
-    rows = ((batch, values) for batch in batches for values in zip(*batch.values(), strict=True))
-    return _number_records(dict(zip(batch, values, strict=True)) for batch, values in rows)
+    return _read_arrow_batches(dataset.with_format("arrow").iter(batch_size=TABLE_BATCH))
 
 
-def _number_records(records: Iterator[dict[str, Any]]) -> Iterator[Located]:
-    return ((item, _drop_nulls(record)) for item, record in enumerate(records, start=1))
+def _read_arrow_batches(batches: Iterable[Any]) -> Iterator[Located]:
+    """Yield the records of Arrow batches or tables, with their number from 1."""
+    start = 1
+    for batch in batches:
+        yield from _read_arrow_batch(batch, start)
+        start += batch.num_rows
+
+
+def _read_arrow_batch(batch: Any, start: int) -> Iterator[Located]:
+    """Yield the records of an Arrow batch, whose first one has the number `start`."""
+    from pyarrow import types
+
+    # A dictionary's texts are there once, and count for each row.
+    dictionaries = [column for column in batch.columns if types.is_dictionary(column.type)]
+    size = batch.nbytes + sum(len(column) * column.nbytes for column in dictionaries)
+    try:
+        records = batch.to_pylist() if size <= MAX_ROW else None
+    except (ValueError, OverflowError):  # also UnicodeDecodeError
+        records = None
+    if records is not None:
+        yield from ((item, _drop_nulls(record)) for item, record in enumerate(records, start))
+        return
+    for i in range(batch.num_rows):
+        found = _read_arrow_row(batch.slice(i, 1), start + i)
+        yield found if isinstance(found, InvalidRow) else (start + i, _drop_nulls(found))
+
+
+def _read_arrow_row(row: Any, item: int) -> dict[str, Any] | InvalidRow:
+    from pyarrow import types
+
+    record, size = {}, 0
+    for name, column in zip(row.schema.names, row.columns, strict=True):
+        column = column.dictionary_decode() if types.is_dictionary(column.type) else column
+        size += column.nbytes
+        if size > MAX_ROW:
+            return InvalidRow(item, f"takes more than {MAX_ROW:,} bytes", "too-large")
+        try:
+            record[name] = column.to_pylist()[0]
+        except UnicodeDecodeError:
+            return InvalidRow(item, f"is not UTF-8 in the column {shorten(name)!r}", "not-utf8")
+        except (ValueError, OverflowError) as error:  # a time that Python has no value for
+            if not types.is_temporal(column.type):  # no format reads one
+                return InvalidRow(item, f"has an unreadable {shorten(name)!r}: {shorten(str(error))}", "bad-cell")
+    return record
 
 
 def _drop_nulls(value: Any) -> Any:
@@ -194,3 +302,12 @@ READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
     ".parquet": read_parquet,
     ".txt": read_paragraphs,
 }
+SUFFIX_HINTS = {
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "decompress it first: gunzip -k {name} (bunzip2, unxz, unzstd)"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z"), "unpack it, and name the file or the folder"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV in UTF-8"),
+    **dict.fromkeys((".arrow", ".feather"), "name the folder that `datasets` saved, or write it as .parquet"),
+    **dict.fromkeys((".bin", ".pkl", ".pickle", ".pt"), "write it as .jsonl or .parquet: pickles are not read"),
+}
+"""What to do with files that are often given and cannot be read; any other is text that may be renamed."""
+TEXT_HINT = "if it is plain text, copy it to {stem}.txt: each paragraph between blank lines becomes a row"

@@ -331,6 +331,7 @@ def parse_dataset_id(path: str | Path) -> tuple[str, str | None, str] | None:
     """
     text = str(path)
     found = _DATASET_ID.fullmatch(text)
-    if found is None or Path(path).exists() or _FILE_NAME.search(text) or Path(text.split("/")[0]).is_dir():
+    # os.path answers False for a name that no file system has, where Path's methods may raise.
+    if found is None or os.path.exists(path) or _FILE_NAME.search(text) or os.path.isdir(text.split("/")[0]):
         return None
     return found["name"], found["config"], found["split"] or "train"
