@@ -183,10 +183,10 @@ STRICT_JSON = json.JSONDecoder(object_pairs_hook=_make_object)
 def load_json(text: str) -> Any:
     """Return the value of a JSON text; exceptions are those of `STRICT_JSON.decode`, which is slower."""
     try:
-        value, end = STRICT_JSON.scan_once(text, 0)
+        value, end = STRICT_JSON.raw_decode(text)
     except RowError:
         raise
-    except (StopIteration, ValueError):
+    except ValueError:
         return STRICT_JSON.decode(text)
     return value if text[end:] in ("", "\n") else STRICT_JSON.decode(text)
 
