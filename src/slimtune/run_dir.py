@@ -175,9 +175,12 @@ class RunDir:
         for number, line in enumerate(lines, 1):
             try:
                 metrics.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                message = f"{self.metrics_file}, line {number} is not JSON ({e.msg}): {line[:80]!r}"
-                raise RunError(message, "one JSON object per line", "delete the line") from None
+                damage = "" if isinstance(metrics[-1], dict) else f"is a {type(metrics[-1]).__name__}"
+            except (ValueError, RecursionError) as e:
+                damage = f"is not JSON ({getattr(e, 'msg', e)})"
+            if damage:
+                message = f"{self.metrics_file}, line {number} {damage}: {line[:80]!r}"
+                raise RunError(message, "one JSON object per line", "delete the line")
         return metrics
 
     def load_results(self, strict: bool = True) -> RunResults:

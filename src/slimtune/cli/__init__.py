@@ -3,15 +3,17 @@
 Torch and the library's folders are imported inside the commands, so that `slimtune --help` is quick.
 """
 
+import errno
 import logging
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from .. import __version__
 from ..errors import UsageError
+from ..utils.streams import TolerantStream
 from .common import CommandGroup
 from .compare import compare
 from .data import data_report
@@ -71,4 +73,7 @@ def main() -> None:
     """Run the command line on `sys.argv` and exit with its code."""
     # bitsandbytes warns at import that a kernel for inference could be downloaded; transformers imports it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # A terminal that is closed takes both streams away; what a command writes to files must not end with it.
+    streams: Any = sys
+    streams.stderr, streams.stdout = TolerantStream(sys.stderr), TolerantStream(sys.stdout, {errno.EIO})
     app(args=sys.argv[1:])

@@ -97,6 +97,7 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
     print_fields([
         ("steps", f"{result['steps']}"),
         ("trained tokens", f"{format_count(result['trained_tokens'])} ({result['tokens_per_second']:.0f} /s)"),
+        *([("skipped steps", f"{skipped} (loss or gradient NaN or Inf)")] if (skipped := result["skipped_steps"]) else []),
         ("training loss", loss("train_loss")),
         ("validation loss", loss("validation_loss")),
         ("trained parameters", f"{format_count(result['trainable_params'])} ({percent:.2f} %)"),

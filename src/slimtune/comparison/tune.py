@@ -21,6 +21,7 @@ from optuna.trial import TrialState
 
 from ..errors import RunError
 from ..run_dir import RunDir
+from ..training.nonfinite import EVENT as NONFINITE
 from ..utils.files import write_atomic
 from .candidates import Candidate
 from .grid import Grid
@@ -103,10 +104,11 @@ def _run_trial(grid: Grid, candidate: Candidate, trial: optuna.Trial, folder: Pa
 
     log_file = folder / f"{run.path.name}.log"
     worker = launch_worker(recipe_file, log_file, trial=True, force=grid.force, should_stop=should_stop)
-    if worker.error:
+    diverged = any(m.get("event") == NONFINITE for m in run.load_metrics())
+    if worker.error and not diverged:
         raise RunError(f"the trial of {candidate.label} at the rate {rate:.2e} failed: {worker.error}")
     # A trial that ended between two polls is judged by the same rule.
-    pruned = worker.stopped or should_stop()
+    pruned = worker.stopped or diverged or should_stop()
     losses = [m["validation_loss"] for m in run.load_metrics() if m.get("validation_loss") is not None]
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     shutil.rmtree(run.adapter, ignore_errors=True)

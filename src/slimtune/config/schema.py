@@ -144,6 +144,9 @@ class TrainSettings(Section):
     warmup_ratio: Number = setting(0.03, "share of the steps with a rising learning rate", ge=0, lt=1)
     weight_decay: Number = setting(0.0, "AdamW's decoupled weight decay", ge=0, le=1)
     max_grad_norm: Number = setting(1.0, "largest norm of the gradient; 0: no clipping", ge=0, allow_inf_nan=False)
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop", "what happens at a step whose loss or gradient is NaN or Inf: the run stops, or the step is skipped"
+    )
     optimizer: Literal["adamw", "adamw-8bit"] = setting(
         "adamw", "optimizer; adamw-8bit holds its states in 8 bits and needs bitsandbytes"
     )

@@ -10,13 +10,14 @@
 
 A checkpoint is written under another name, flushed to the disk and renamed: a process that is killed leaves the older
 checkpoints and at most a temporary folder, which the next start removes. A checkpoint that was damaged later does not
-match its checksums; resuming then takes the one before it and says so.
+match its checksums; resuming then takes the one before it and says so. Nothing is deleted that is not understood: it
+is renamed to `damaged-<name>`.
 """
 
 import hashlib
 import json
-import math
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +35,10 @@ CHECKSUMS_FILE = "checksums.json"
 METHOD_FILE = "method.safetensors"
 STATE_FILE = "training_state.json"
 PREFIX = "checkpoint-"
+REQUIRED_FILES = frozenset({
+    "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "optimizer.json", "rng.safetensors",
+    "rng.json", STATE_FILE,
+})  # fmt: skip
 
 
 @dataclass
@@ -49,7 +54,8 @@ class TrainingState:
         train_seconds: time in optimizer steps, without evaluations and checkpoints.
         train_cpu_seconds: CPU time of this process in them.
         train_losses: the logged training losses.
-        validation_losses: `(step, loss)` of each evaluation.
+        validation_losses: `(step, loss)` of each evaluation with a finite loss.
+        skipped_steps: steps without an update of the weights, because their loss or gradient was NaN or Inf.
     """
 
     max_steps: int
@@ -61,6 +67,7 @@ class TrainingState:
     train_cpu_seconds: float = 0.0
     train_losses: list[float] = field(default_factory=list)
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
+    skipped_steps: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -69,9 +76,8 @@ class TrainingState:
 
     @property
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss, the first of equal ones; None before there is a finite one."""
-        finite = [(loss, step) for step, loss in self.validation_losses if math.isfinite(loss)]
-        return min(finite)[1] if finite else None
+        """The step with the lowest validation loss, the first of equal ones; None before there is one."""
+        return min(((loss, step) for step, loss in self.validation_losses), default=(0.0, None))[1]
 
     @property
     def evaluations_since_best(self) -> int:
@@ -89,7 +95,8 @@ def checkpoint_step(folder: Path) -> int:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the checkpoint folders under `root`, oldest first."""
-    return sorted((p for p in root.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()), key=checkpoint_step)
+    names = re.compile(PREFIX + "[0-9]+")
+    return sorted((p for p in root.glob(f"{PREFIX}*") if names.fullmatch(p.name)), key=checkpoint_step)
 
 
 def write_checkpoint(root: Path, step: int, write_files: Callable[[Path], None]) -> None:
@@ -99,16 +106,18 @@ def write_checkpoint(root: Path, step: int, write_files: Callable[[Path], None])
         write_files(folder)
         checksums = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
         (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
+        remove(final)
 
 
 def find_damage(folder: Path) -> str:
     """Return what is wrong with a checkpoint, `""` for nothing."""
     try:
-        checksums = json.loads((folder / CHECKSUMS_FILE).read_text()).items()
-    except (OSError, ValueError, AttributeError) as e:
-        return f"{CHECKSUMS_FILE} cannot be read ({type(e).__name__})"
-    for name, checksum in checksums:
+        checksums = read_json(folder / CHECKSUMS_FILE)
+    except RunError as e:
+        return e.message.removeprefix(f"{folder}/")
+    if missing := REQUIRED_FILES - checksums.keys():
+        return f"{CHECKSUMS_FILE} does not name {format_names(sorted(missing), 2)}"
+    for name, checksum in checksums.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if _sha256(folder / name) != checksum:
@@ -120,14 +129,13 @@ def find_newest_checkpoint(root: Path, say: Callable[[str], None]) -> Path | Non
     """Return the newest undamaged checkpoint, None if there is no checkpoint; tell `say` about each one passed over."""
     for partial in root.glob(f".{PREFIX}*"):
         say(f"{partial.name}: a checkpoint that was being written when the run stopped; removed")
-        shutil.rmtree(partial)
+        remove(partial)
     damaged: list[Path] = []
     for folder in reversed(list_checkpoints(root)):
         damage = find_damage(folder)
         if not damage:
             for other in damaged:  # renamed, so that they do not count among those that are kept
-                shutil.rmtree(root / f"damaged-{other.name}", ignore_errors=True)
-                other.rename(root / f"damaged-{other.name}")
+                set_aside(other)
             return folder
         say(f"{folder.name} is passed over: {damage}")
         damaged.append(folder)
@@ -141,7 +149,22 @@ def delete_old_checkpoints(root: Path, keep: int, best_step: int | None) -> None
     """Delete all but the newest `keep` checkpoints and the best one."""
     for folder in list_checkpoints(root)[:-keep]:
         if checkpoint_step(folder) != best_step:
-            shutil.rmtree(folder)
+            remove(folder)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with what it contains, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file or folder to `damaged-<name>`, replacing an older one; return its new path."""
+    damaged = path.with_name(f"damaged-{path.name}")
+    remove(damaged)
+    return path.rename(damaged)
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The training loop: optimizer steps over shuffled rows, with evaluation, checkpoints and early stopping in between.
 
     step    gradients of all micro-batches ─▶ clip ─▶ optimizer ─▶ method's hook ─▶ learning rate schedule
+                                                └─ NaN or Inf: stop the run, or skip the optimizer
     then    log ─▶ evaluate ─▶ save (if due, the best so far, or the run stops)
 
 Several processes: each runs this loop over the same rows in the same order and computes its part of each step's
@@ -10,9 +11,11 @@ micro-batches (data/step_sharding.py); the gradients are summed before they are 
 import json
 import math
 import random
+import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -36,12 +39,17 @@ from ..train_step.loss import RowScore, forward_backward, mean_loss, move_to_dev
 from ..train_step.memory_savings import enable_activation_checkpointing
 from ..train_step.optimizer import build_optimizer
 from ..utils import distributed
-from . import checkpoint
+from ..utils.files import to_json
+from . import checkpoint, nonfinite
 from .oom_recovery import OomRecovery
 from .progress import ProgressLogger
 
 REPEATED_CTRL_C_SECONDS = 2.0
 """A second Ctrl-C within this time is torchrun passing on the first, which the terminal had sent to every process."""
+MAX_SKIPPED_IN_A_ROW = 10
+"""As many skipped steps in a row, or all steps of a shorter run, end the run: the weights are what is wrong."""
+SLOW_STEPS, SLOW_SHARE = 5, 0.5
+"""As many steps in a row that computed for a smaller share of their time mean that other processes have the cores."""
 
 
 class TrainingLoop:
@@ -60,6 +68,7 @@ class TrainingLoop:
     Attributes:
         state: what was done so far.
         stop_requested: ends the run after the current step, with a checkpoint; set it from a signal handler.
+        stop_signal: the signal that asked for it, the highest one that any process got.
         stopped_early: whether the validation loss stopped improving for as long as the recipe waits.
     """
 
@@ -85,8 +94,11 @@ class TrainingLoop:
         width = getattr(text_config(model), "hidden_size", 1024)
         self.sharder = StepSharder(collator, width, self.processes, distributed.rank())
         self.stop_requested = self.stop_agreed = self.stopped_early = False
+        self.stop_signal = 0
+        self.skipped_in_a_row = self.slow_steps = 0
         self.weights_match_state = True  # false from the beginning of an optimizer step until its end
         self.unlogged_loss = torch.zeros((), device=self.device)
+        self.unlogged_steps = 0
         can_checkpoint = model.supports_gradient_checkpointing and not settings.gradient_checkpointing
         self.recovery = OomRecovery(
             collator,
@@ -128,7 +140,7 @@ class TrainingLoop:
     def run_to_end(self) -> None:
         """Train until all steps are done, the run stops early, or it is asked to stop."""
         self.model.train()
-        with self.logger.track_training(self.state), self.stop_on_interrupt():
+        with self.logger.track_training(self.state), self.stop_on_signals():
             try:
                 for rows in self.remaining_steps():
                     values = self.train_step(rows)
@@ -136,6 +148,9 @@ class TrainingLoop:
                     if self.after_step(values):
                         return
             except Exception as error:
+                if distributed.is_main_process() and not self.run.path.is_dir():
+                    message = f"the run folder {self.run.path} was moved or deleted while the run trained"
+                    raise RunError(message, "the folder until the run has ended", self.save_before_exit()) from error
                 if not is_out_of_memory(error):
                     raise
                 what = "work between two steps" if self.weights_match_state else "the optimizer's step"
@@ -156,27 +171,82 @@ class TrainingLoop:
 
     def train_step(self, rows: Sequence[Example]) -> dict[str, float]:
         """Take one optimizer step; return its gradient norm and learning rate."""
-        started, started_cpu = time.perf_counter(), time.process_time()
+        started, started_cpu, started_thread = time.perf_counter(), time.process_time(), time.thread_time()
         state = self.state
         self.recovery.step = state.step
-        loss, grad_norm, tokens, targets = self.compute_gradients(rows)
-        # A check for a loss or gradient norm of NaN or Inf belongs here, before it reaches the weights.
+        loss, norm, tokens, targets = self.compute_gradients(rows)
+        grad_norm = norm.item()  # the step's only wait for a GPU; the loss was computed before
+        skip = not (math.isfinite(grad_norm) and math.isfinite(loss.item()))
+        if skip:
+            self.model.zero_grad()
+            self.stop_or_skip(rows, loss.item(), grad_norm)
         self.weights_match_state = False
-        self.optimizer.step()
+        if not skip:
+            self.optimizer.step()
+            self.unlogged_loss += loss
+            self.unlogged_steps += 1
         self.model.update_and_allocate(state.step + 1)
         learning_rate = self.scheduler.get_last_lr()[0]
-        self.scheduler.step()
+        # torch warns about a schedule that moves before the optimizer, as it does if the first step is skipped.
+        with warnings.catch_warnings(action="ignore") if skip else nullcontext():
+            self.scheduler.step()
         self.model.zero_grad()
-        self.unlogged_loss += loss
         epoch, step_of_epoch = divmod(state.step, self.steps_per_epoch)
         state.step += 1
         state.epoch = epoch + (step_of_epoch + 1) / self.steps_per_epoch
-        state.trained_tokens += tokens
-        state.supervised_tokens += targets
+        state.trained_tokens += 0 if skip else tokens
+        state.supervised_tokens += 0 if skip else targets
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skip else 0
         self.weights_match_state = True
-        state.train_seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        state.train_seconds += seconds
         state.train_cpu_seconds += time.process_time() - started_cpu
-        return {"grad_norm": grad_norm.item(), "learning_rate": learning_rate}
+        self.tell_slow_steps((time.thread_time() - started_thread) / max(seconds, 1e-9))
+        return {"grad_norm": grad_norm, "learning_rate": learning_rate}
+
+    def tell_slow_steps(self, share: float) -> None:
+        """Say once that other processes compete for the cores; `share` of the step's time this thread computed."""
+        if self.device.type != "cpu" or self.processes > 1:  # there the thread waits for a GPU, or for the others
+            return
+        self.slow_steps = self.slow_steps + 1 if share < SLOW_SHARE else min(self.slow_steps, 0)
+        if self.slow_steps == SLOW_STEPS:
+            self.slow_steps = -self.state.max_steps  # once
+            self.logger.say(
+                f"{SLOW_STEPS} steps in a row computed for less than {SLOW_SHARE:.0%} of their time: other processes "
+                f"compete for the cores, on which {torch.get_num_threads()} threads of this run wait for each other; "
+                "OMP_NUM_THREADS=1 in front of the command may be several times faster"
+            )
+
+    def stop_or_skip(self, rows: Sequence[Example], loss: float, grad_norm: float) -> None:
+        """Report a step whose loss or gradient is NaN or Inf, with its rows; raise RunError unless it is skipped."""
+        what, value = ("gradient", grad_norm) if math.isfinite(loss) else ("loss", loss)
+        lines = nonfinite.find_nonfinite_lines(self.model, rows, self.collator)
+        step = self.state.step + 1
+        found = f"the {what} of step {step} is {nonfinite.format_value(value)}: "
+        found += nonfinite.describe_rows(lines, rows, "training")
+        skip = self.settings.on_nonfinite == "skip"
+        in_a_row = self.skipped_in_a_row + 1
+        too_many = in_a_row >= min(MAX_SKIPPED_IN_A_ROW, self.state.max_steps)
+        if too_many and skip:
+            found += f"; {in_a_row} steps in a row were like this"
+        self.report_nonfinite(found, step, what, lines, skip and not too_many)
+        self.state.skipped_steps += 1
+
+    def report_nonfinite(self, found: str, step: int, what: str, lines: list[int], skip: bool) -> None:
+        """Record that something is NaN or Inf, and say it; raise RunError unless it is skipped."""
+        facts = {"event": nonfinite.EVENT, "step": step, "what": what, "lines": lines, "skipped": skip, "text": found}
+        self.logger.record(facts)
+        if skip:
+            self.logger.say(f"skipped: {found}")
+            return
+        newest = checkpoint.list_checkpoints(self.run.checkpoints)[-1:]
+        resume = f"slimtune train {shlex.quote(str(self.run.recipe_file))} --resume --on-nonfinite skip"
+        raise RunError(
+            found,
+            "finite losses and gradients",
+            f"start again with a learning rate below {self.settings.learning_rate:g} or without these rows; "
+            + (f"{newest[0].name} is from before: {resume} goes on from there without such steps" if newest else "")
+        )
 
     def compute_gradients(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor, int, int]:
         """Compute and clip a step's gradients; return its loss, gradient norm, tokens and supervised tokens."""
@@ -211,6 +281,8 @@ class TrainingLoop:
         if grad_norm is None:
             total, stops = distributed.all_reduce_sum([loss.item(), float(self.stop_requested)])
             loss, self.stop_agreed = torch.full_like(loss, total), stops > 0
+            if self.stop_agreed:
+                self.stop_signal = max(distributed.all_gather_object(self.stop_signal))
             distributed.sum_gradients(p for p in self.model.parameters() if p.requires_grad)
             grad_norm = clip()
         return loss, grad_norm, tokens, targets
@@ -221,9 +293,10 @@ class TrainingLoop:
         last = step == self.state.max_steps
         eval_steps = settings.eval_steps or self.steps_per_epoch
         save = last or step % (settings.save_steps or eval_steps) == 0
-        if step % settings.logging_steps == 0:
-            loss = self.unlogged_loss.item() / settings.logging_steps
+        if step % settings.logging_steps == 0 and self.unlogged_steps:
+            loss = self.unlogged_loss.item() / self.unlogged_steps
             self.unlogged_loss.zero_()
+            self.unlogged_steps = 0
             self.state.train_losses.append(loss)
             self.logger.log(self.state, {"train_loss": loss, **values})
         if self.validation and (last or step % eval_steps == 0):
@@ -248,8 +321,15 @@ class TrainingLoop:
         part = self.recovery.run_in_micro_batches("evaluation", self.validation, work, lambda: None, grad=False)
         scores = {i: score for scores in distributed.all_gather_object(part) for i, score in scores.items()}
         loss = mean_loss(scores[i] for i in range(len(self.validation)))
-        self.state.validation_losses.append((self.state.step, loss))
         self.logger.log(self.state, {"validation_loss": loss})
+        if math.isfinite(loss):
+            self.state.validation_losses.append((self.state.step, loss))
+            return
+        lines = nonfinite.nonfinite_lines(self.validation, scores)
+        found = f"the validation loss after step {self.state.step} is {nonfinite.format_value(loss)}: "
+        found += nonfinite.describe_rows(lines, self.validation, "validation")
+        skip = self.settings.on_nonfinite == "skip"
+        self.report_nonfinite(found, self.state.step, "validation loss", lines, skip)
 
     def patience_exhausted(self) -> bool:
         """Return whether the validation loss has not improved for as long as the recipe waits."""
@@ -264,6 +344,9 @@ class TrainingLoop:
             return  # there is one checkpoint of a run; the others wait for it in their next step
         root, step = self.run.checkpoints, self.state.step
         self.recovery.step = step
+        if root.exists() and not root.is_dir():
+            kept = checkpoint.set_aside(root)
+            self.logger.say(f"{root} was replaced by a file, which is now {kept.name}")
         self.recovery.retry_once(
             "writing a checkpoint", lambda: checkpoint.write_checkpoint(root, step, self.write_checkpoint_files)
         )
@@ -278,12 +361,13 @@ class TrainingLoop:
         values = {
             **asdict(self.state),
             "unlogged_loss": self.unlogged_loss.item(),
+            "unlogged_steps": self.unlogged_steps,
             "scheduler": self.scheduler.state_dict(),
             "max_tokens": self.collator.max_tokens,
             "max_rows": self.collator.max_rows,
             "checkpointing": self.recovery.checkpointing,
         }
-        (folder / checkpoint.STATE_FILE).write_text(json.dumps(values))
+        (folder / checkpoint.STATE_FILE).write_text(to_json(values))
 
     def restore_state(self, folder: Path) -> None:
         """Restore everything but the weights from a checkpoint."""
@@ -293,8 +377,10 @@ class TrainingLoop:
             self.recovery.enable_checkpointing()
         self.scheduler.load_state_dict(values.pop("scheduler"))
         self.unlogged_loss.fill_(values.pop("unlogged_loss"))
-        values["validation_losses"] = list(map(tuple, values["validation_losses"]))
-        self.state = checkpoint.TrainingState(**values)
+        done = values["step"] % self.settings.logging_steps
+        self.unlogged_steps = values.pop("unlogged_steps", done)  # 0.2's first checkpoints lack it
+        losses = [(step, loss) for step, loss in values["validation_losses"] if math.isfinite(loss)]
+        self.state = checkpoint.TrainingState(**{**values, "validation_losses": losses})
         self.optimizer.load_state_dict(checkpoint.load_optimizer(folder))
         checkpoint.load_rng_state(folder)
         self.stopped_early = self.state.step < self.state.max_steps and self.patience_exhausted()
@@ -304,16 +390,24 @@ class TrainingLoop:
         tensors, _ = adapter_files.read_adapter_file(folder)
         adapter_files.load_adapter_tensors(self.model, "default", tensors, where=str(folder))
 
-    def load_best_adapter(self) -> None:
-        """Load the adapter with the lowest validation loss, if that is not the last one."""
-        step = self.state.best_step
-        if step is None or step == self.state.step:
-            return
-        folder = self.run.checkpoints / f"{checkpoint.PREFIX}{step}"
-        if damage := checkpoint.find_damage(folder):
-            raise RunError(f"the best checkpoint, {folder}, cannot be loaded: {damage}", "a complete checkpoint")
-        self.load_adapter(folder)
-        self.logger.say(f"taking the adapter of step {step}, which has the lowest validation loss")
+    def load_best_adapter(self) -> tuple[int, float | None]:
+        """Load the adapter with the lowest validation loss, if that is not the last one; return its step and loss.
+
+        If its checkpoint was damaged or deleted, the best one of those that are left is taken, and this is said.
+        """
+        last = self.state.step
+        for loss, step in sorted((loss, step) for step, loss in self.state.validation_losses):
+            if step == last:
+                return step, loss
+            folder = self.run.checkpoints / f"{checkpoint.PREFIX}{step}"
+            if damage := checkpoint.find_damage(folder):
+                if step == self.state.best_step:
+                    self.logger.say(f"the adapter of step {step}, with the lowest validation loss, is lost: {damage}")
+                continue
+            self.load_adapter(folder)
+            self.logger.say(f"taking the adapter of step {step}, which has the validation loss {loss:.4f}")
+            return step, loss
+        return last, None
 
     def save_before_exit(self) -> str:
         """Write a checkpoint if the weights are those of a whole step; return how to continue, if at all."""
@@ -327,31 +421,42 @@ class TrainingLoop:
                 self.logger.say(f"no checkpoint of step {step} could be written: {error}")
         if not newest:
             return ""
-        resume = f"slimtune train {self.run.recipe_file} --resume"
-        return f"checkpoint-{newest[0]} is complete: free memory, then {resume}"
+        resume = f"slimtune train {shlex.quote(str(self.run.recipe_file))} --resume"
+        return f"checkpoint-{newest[0]} is complete: {resume}"
 
     # --- signals ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def stop_on_interrupt(self) -> Iterator[None]:
-        """Let the first Ctrl-C end the run after its step, with a checkpoint, and the second one end it at once."""
+    def stop_on_signals(self) -> Iterator[None]:
+        """Let Ctrl-C, SIGTERM and SIGHUP end the run after its step, with a checkpoint, and a second Ctrl-C at once.
+
+        Schedulers and machines that are taken away send SIGTERM, a terminal that closes sends SIGHUP.
+        """
         first_time = 0.0
 
         def handle(signum: int, frame: Any) -> None:
             nonlocal first_time
             if self.stop_requested:
+                if signum != signal.SIGINT:
+                    return
                 if self.processes > 1 and time.monotonic() - first_time < REPEATED_CTRL_C_SECONDS:
                     return
                 raise KeyboardInterrupt
-            first_time, self.stop_requested = time.monotonic(), True
-            self.logger.say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+            first_time, self.stop_requested, self.stop_signal = time.monotonic(), True, signum
+            again = "; Ctrl-C again stops at once" if signum == signal.SIGINT else ""
+            self.logger.say(f"stopping after this step, with a checkpoint{again}")
 
+        previous: dict[int, Any] = {}
         try:
-            previous: Callable[..., Any] | int | None = signal.signal(signal.SIGINT, handle)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                signum = getattr(signal, name, None)  # Windows has no SIGHUP
+                # nohup ignores SIGHUP, and so do its children.
+                if signum is not None and not (name == "SIGHUP" and signal.getsignal(signum) == signal.SIG_IGN):
+                    previous[signum] = signal.signal(signum, handle)
         except ValueError:  # not in the main thread, where signal handlers cannot be set
-            yield
-            return
+            pass
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)

@@ -136,7 +136,7 @@ class OomRecovery:
         return RunError(
             f"there is not enough memory for {what} ({where} after step {self.step}; {used} were in use): {oom.error}",
             "more free memory, or a run that needs less",
-            f"{saved}; or start again with {LESS_MEMORY}" if saved else LESS_MEMORY,
+            f"free memory, then resume: {saved}; or start again with {LESS_MEMORY}" if saved else LESS_MEMORY,
         )
 
     def _try(

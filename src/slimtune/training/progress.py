@@ -45,6 +45,7 @@ class ProgressLogger:
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[line]}"))
         self.progress = Progress(*columns, console=console, transient=True)
         self.live = console.is_terminal and self.enabled
+        self.log_failed = False
         self.last_loss: float | None = None
         self.last_print = 0.0
 
@@ -68,11 +69,17 @@ class ProgressLogger:
         self.trackers = ()
 
     def say(self, text: str) -> None:
-        """Print a line on stderr and append it to the run's log."""
-        if self.enabled:
-            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Print a line on stderr and append it to the run's log; a log that cannot be written does not end the run."""
+        if not self.enabled:
+            return
+        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        try:
             with self.run.log_file.open("a") as f:
                 f.write(time.strftime("%H:%M:%S ") + text + "\n")
+        except OSError as e:
+            if not self.log_failed:
+                self.log_failed = True
+                self.say(f"{self.run.log_file} cannot be written ({e.strerror}): its messages are on the screen alone")
 
     def log(self, state: TrainingState, values: Mapping[str, float]) -> None:
         """Append a step's values (names as in `TRACKER_NAMES`) to metrics.jsonl and send them to the trackers."""

@@ -4,7 +4,9 @@ recipe ─▶ data ─▶ plan ─▶ base ─▶ adapter ─▶ training loop �
 """
 
 import dataclasses
+import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,7 +24,7 @@ from ..attention.register import packed_attention
 from ..config import Recipe
 from ..data.collator import Collator, Example
 from ..data.validation.report import format_issue, format_verdict, raise_if_invalid
-from ..errors import DataError, SlimtuneError, UsageError
+from ..errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
 from ..models.dtype import pick_device, pick_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
@@ -33,13 +35,19 @@ from ..utils import distributed
 from ..utils.device import peak_memory
 from ..utils.files import to_json, translate_os_errors, write_atomic, write_json
 from ..utils.formatting import format_bytes, format_count
+from . import checkpoint
 from .loop import TrainingLoop
 from .memory_probe import compare_with_plan, planned_bytes
+from .nonfinite import find_nonfinite_weights
 from .oom_recovery import EVENT
 from .progress import ProgressLogger, require_trackers, start_trackers
+from .run_lock import RunLock
 
 INIT_ADAPTER = "start"
 """Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
+
+RUN_NAMES = ("recipe.yaml", "plan.json", "data.json", "metrics.jsonl", "result.json", "report.html", ".writer.json")
+"""Files of a run folder that are written under a temporary name first."""
 
 Planner = Callable[[Recipe, Sequence[int]], Mapping[str, Any] | None]
 """Plans a recipe for rows of these lengths in tokens. Returns the plan as plain values, None if it cannot be planned;
@@ -48,6 +56,14 @@ raises if the run does not fit."""
 
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C, with a checkpoint."""
+
+
+class Terminated(RunError):
+    """A run was stopped by SIGTERM or SIGHUP, with a checkpoint; the exit code is 128 and the signal's number."""
+
+    def __init__(self, message: str, expected: str = "", hint: str = "", exit_code: int = 143) -> None:
+        super().__init__(message, expected, hint)
+        self.exit_code = exit_code
 
 
 @distributed.translate_peer_errors()
@@ -71,16 +87,37 @@ def train(
     Raises:
         UsageError: the recipe cannot be carried out; nothing was written.
         SlimtuneError: the data, the model or the machine prevents it.
+        RunError: a loss or gradient is NaN or Inf, unless `train.on_nonfinite` is "skip".
         Interrupted: Ctrl-C; a checkpoint was written.
+        Terminated: SIGTERM or SIGHUP; a checkpoint was written.
     """
-    started = time.perf_counter()
-    run = RunDir(Path(recipe.output_dir))
     created_group = distributed.init_distributed()
-    distributed.install_sigterm_watcher(f"slimtune train {run.recipe_file} --resume")
+    run = RunDir(Path(recipe.output_dir))
+    distributed.install_sigterm_watcher(resume_command(run))
+    lock = RunLock(run)
+    try:
+        result = _train(recipe, run, lock, resume, init_adapter, planner, force)
+    finally:
+        lock.release()
+    if created_group:
+        distributed.shutdown()
+    return result
+
+
+def _train(
+    recipe: Recipe,
+    run: RunDir,
+    lock: RunLock,
+    resume: bool,
+    init_adapter: Path | None,
+    planner: Planner,
+    force: bool,
+) -> dict[str, Any]:
+    started = time.perf_counter()
 
     # Recipe: when resuming it must be the run's own; the adapter to start from brings its method's settings.
     if resume:
-        check_same_recipe(run, recipe)
+        distributed.run_on_main(lambda: open_run(run, recipe, lock))
         if (run.path / INIT_ADAPTER).is_dir():
             init_adapter = run.path / INIT_ADAPTER
     if init_adapter is not None:
@@ -104,6 +141,8 @@ def train(
     def load_model() -> tuple[Base, Any]:
         place = {"device": "cpu" if shard else str(device), "dtype": str(dtype).removeprefix("torch.")}
         base = setup.load_base_from_recipe(recipe.model_copy(update={"model": recipe.model.model_copy(update=place)}))
+        if not force:
+            require_finite_weights(base)
         model = setup.attach_adapter(base, recipe, init_adapter, data.train)
         if mesh is not None:
             apply_fsdp(model, mesh, device)
@@ -116,6 +155,7 @@ def train(
     # Run folder and loop. Until the first step nothing is lost: the folder is removed if something fails.
     def create_run_dir() -> None:
         RunDir.create(run.path, recipe)
+        lock.acquire()
         write_json(run.data_file, data.data_reports)
         if init_adapter is not None:
             adapter_files.save_adapter(model, run.path / INIT_ADAPTER, "default")
@@ -153,20 +193,41 @@ def train(
     start_seconds = time.perf_counter() - started
 
     # Training.
-    with translate_os_errors(run.path), packed_attention(model):
-        loop.run_to_end()
+    try:
+        with translate_os_errors(run.path), packed_attention(model):
+            loop.run_to_end()
+    finally:
+        if distributed.is_main_process():
+            restore_recipe(run, recipe, logger)
     # Best checkpoint, adapter, result and report. Only the main process writes them, after all have ended the loop.
     peak = max(distributed.all_gather_object(max(loading_peak, peak_memory(device))))
     if loop.state.step < loop.state.max_steps and not loop.stopped_early:
-        logger.say(f"stopped at step {loop.state.step}; go on with: slimtune train {run.recipe_file} --resume")
-        raise Interrupted(f"stopped at step {loop.state.step}")
-    result = distributed.run_on_main(lambda: finish_run(recipe, base, data, loop, start_seconds, peak))
-    if created_group:
-        distributed.shutdown()
-    return result
+        stopped, step = f"stopped at step {loop.state.step}", loop.state.step
+        if loop.stop_signal in (0, signal.SIGINT):
+            logger.say(f"{stopped}; go on with: {resume_command(run)}")
+            raise Interrupted(stopped)
+        name, hint = signal.Signals(loop.stop_signal).name, f"checkpoint-{step} is complete: {resume_command(run)}"
+        raise Terminated(f"{stopped} by {name}", hint=hint, exit_code=128 + loop.stop_signal)
+    return distributed.run_on_main(lambda: finish_run(recipe, base, data, loop, start_seconds, peak))
 
 
 # --- before the first step --------------------------------------------------------------------------------------------
+
+
+def resume_command(run: RunDir) -> str:
+    """Return the command that resumes a run."""
+    return f"slimtune train {shlex.quote(str(run.recipe_file))} --resume"
+
+
+def open_run(run: RunDir, recipe: Recipe, lock: RunLock) -> None:
+    """Open a run folder to resume it: check the recipe, take the lock, and remove what a killed run left."""
+    check_same_recipe(run, recipe)
+    lock.acquire()
+    for leftover in (*run.path.glob(".*.*"), *run.checkpoints.glob(".partial-*")):
+        # Temporary names are `.<name>.<random>`; what a user has hidden here is not called like a file of the run.
+        known = any(leftover.name.startswith(f".{name}.") for name in RUN_NAMES)
+        if known or leftover.parent == run.checkpoints:
+            checkpoint.remove(leftover)
 
 
 def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
@@ -179,10 +240,11 @@ def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
         if section != "output_dir"
         for name in before[section] | now[section]
         if before[section].get(name) != now[section].get(name)
+        and (section, name) != ("train", "on_nonfinite")  # changes no step that is done
     ]
     if changed:
         message = f"the recipe is not the one that the run in {run.path} was started with: {'; '.join(changed)}"
-        raise UsageError(message, "the same recipe", f"slimtune train {run.recipe_file} --resume, or another --out")
+        raise UsageError(message, "the same recipe", f"{resume_command(run)}, or another --out")
 
 
 def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
@@ -198,6 +260,16 @@ def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
     shared = {f.name for f in dataclasses.fields(PeftConfig)} | {"peft_type"}
     settings = {k: v for k, v in config.to_dict().items() if k not in shared and v is not None}
     return recipe.model_copy(update={"method": type(recipe.method)(name=config.name, **settings)})
+
+
+def require_finite_weights(base: Base) -> None:
+    """Raise ModelError if a weight of the base contains NaN or Inf."""
+    if names := find_nonfinite_weights(base.model):
+        raise ModelError(
+            f"{base.source.name} is damaged: {len(names)} of its weights contain NaN or Inf: {format_names(names, 4)}",
+            "finite weights",
+            "download it again, or --force to train on it anyway",
+        )
 
 
 def load_training_data(recipe: Recipe, force: bool) -> setup.Datasets:
@@ -272,8 +344,23 @@ def drop_later_metrics(loop: TrainingLoop) -> None:
     else:
         start = "there is no checkpoint yet: starting from the beginning"
         loop.logger.say(f"resuming at step {step}" if step else start)
-    metrics = [m for m in loop.run.load_metrics() if m.get("step", 0) <= step]
-    write_atomic(loop.run.metrics_file, "".join(to_json(m) + "\n" for m in metrics))
+    file = loop.run.metrics_file
+    try:
+        metrics = loop.run.load_metrics()
+        damage = "is a folder" if file.is_dir() else ""
+    except RunError as e:
+        metrics, damage = [], e.message.removeprefix(f"{file}, ")
+    if damage:  # the log of the steps is not needed to continue them
+        kept = checkpoint.set_aside(file)
+        loop.logger.say(f"{file.name}: {damage}; the log begins again, the old one is now {kept.name}")
+    write_atomic(file, "".join(to_json(m) + "\n" for m in metrics if m.get("step", 0) <= step))
+
+
+def restore_recipe(run: RunDir, recipe: Recipe, logger: ProgressLogger) -> None:
+    """Write the recipe again if it was deleted while the run trained: nothing can be done with a run without it."""
+    if run.path.is_dir() and not run.recipe_file.exists():
+        write_atomic(run.recipe_file, recipe.to_yaml())
+        logger.say(f"{run.recipe_file} was deleted while the run trained; it is written again")
 
 
 # --- after the last step ----------------------------------------------------------------------------------------------
@@ -284,7 +371,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """Save the best adapter, the result and the report; return the result."""
     run, state, model = loop.run, loop.state, loop.model
-    loop.load_best_adapter()
+    best_step, best_loss = loop.load_best_adapter()
     adapter_files.save_adapter(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
 
@@ -295,7 +382,7 @@ def finish_run(
     result = {
         "run": str(run.path),
         "steps": state.step,
-        "best_step": state.best_step or state.step,
+        "best_step": best_step,
         "epochs": round(state.step / loop.steps_per_epoch, 3),
         "rows": len(data.train),
         "trained_tokens": state.trained_tokens,
@@ -306,7 +393,8 @@ def finish_run(
         "load_seconds": round(base.load_seconds, 3),
         "start_seconds": round(start_seconds, 3),
         "train_loss": sum(last_losses) / len(last_losses) if last_losses else None,
-        "validation_loss": min((loss for _, loss in state.validation_losses), default=None),
+        "validation_loss": best_loss,
+        "skipped_steps": state.skipped_steps,
         "peak_bytes": peak,
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantization": base.quantization,
