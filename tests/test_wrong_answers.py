@@ -65,7 +65,10 @@ CASES: list[Case] = [
     #
     #
     # Training: non-finite losses, two writers
-    #
+    Case("diverged", {}, "train --model BASE --data ROWS --out o --lr 1e30 --max-steps 8 --dtype float32", 1, "is NaN"),
+    Case("metrics-list", {"run/metrics.jsonl": "[1]\n"}, "train RUN/recipe.yaml --resume", 0, "line 1 is a list"),
+    Case("no-sums", {"run/checkpoints/checkpoint-1/checksums.json": "{}"}, "train RUN/recipe.yaml --resume", 1, "name"),
+    Case("other-step", {"run/checkpoints/checkpoint-²/x": ""}, "train RUN/recipe.yaml --resume", 0, "done already"),
     #
     # Run folders and reports that are damaged
     #

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +15,13 @@ from slimtune.training import checkpoint
 
 
 def fill(folder):
-    (folder / "weights").write_bytes(b"1234")
-    (folder / "state.json").write_text("{}")
+    for name in checkpoint.REQUIRED_FILES:
+        (folder / name).write_text("1234")
+
+
+def replace_by_file(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.write_text("no folder")
 
 
 @settings(max_examples=10, deadline=None)
@@ -63,10 +69,14 @@ def test_failed_checkpoint_leaves_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "weights").write_bytes(b"1235"), "weights is damaged"),
-        (lambda f: (f / "state.json").unlink(), "state.json is missing"),
-        (lambda f: (f / "checksums.json").write_text("{"), "checksums.json cannot be read"),
-        (lambda f: (f / "checksums.json").unlink(), "checksums.json cannot be read"),
+        (lambda f: (f / "rng.json").write_bytes(b"1235"), "rng.json is damaged"),
+        (lambda f: (f / "rng.json").unlink(), "rng.json is missing"),
+        (lambda f: (f / "checksums.json").write_text("{"), "checksums.json is damaged"),
+        (lambda f: (f / "checksums.json").unlink(), "checksums.json"),
+        (lambda f: (f / "checksums.json").write_text("{}"), "does not name 'adapter_config.json'"),
+        (lambda f: (f / "checksums.json").write_text("[]"), "it contains a list"),
+        (lambda f: (f / "checksums.json").write_text("null"), "it contains a NoneType"),
+        (replace_by_file, "checksums.json"),
     ],
 )
 def test_damaged_checkpoint_is_passed_over(tmp_path, damage, message):
@@ -76,6 +86,7 @@ def test_damaged_checkpoint_is_passed_over(tmp_path, damage, message):
     messages = []
     assert checkpoint.find_newest_checkpoint(tmp_path, messages.append) == tmp_path / "checkpoint-9"
     assert [message in m for m in messages] == [True]
+    assert (tmp_path / "damaged-checkpoint-10").exists()
     damage(tmp_path / "checkpoint-9")
     with pytest.raises(RunError, match="damaged"):
         checkpoint.find_newest_checkpoint(tmp_path, messages.append)
@@ -85,9 +96,11 @@ def test_partial_checkpoint_is_removed(tmp_path):
     checkpoint.write_checkpoint(tmp_path, 1, fill)
     (tmp_path / ".checkpoint-2.tmp").mkdir()
     (tmp_path / ".checkpoint-2.tmp" / "weights").write_bytes(b"12")
+    (tmp_path / ".checkpoint-3.tmp").write_bytes(b"a file")
+    (tmp_path / "checkpoint-²").mkdir()  # a digit for Python, and no number
     messages = []
     assert checkpoint.find_newest_checkpoint(tmp_path, messages.append) == tmp_path / "checkpoint-1"
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-1", "checkpoint-²"}
     assert "was being written when the run stopped" in messages[0]
 
 
@@ -96,4 +109,4 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path):
         checkpoint.write_checkpoint(tmp_path, step, fill)
     checkpoint.delete_old_checkpoints(tmp_path, keep=2, best_step=4)
     assert [checkpoint.checkpoint_step(p) for p in checkpoint.list_checkpoints(tmp_path)] == [4, 8, 10]
-    assert json.loads((tmp_path / "checkpoint-4" / "checksums.json").read_text()).keys() == {"weights", "state.json"}
+    assert json.loads((tmp_path / "checkpoint-4" / "checksums.json").read_text()).keys() == checkpoint.REQUIRED_FILES

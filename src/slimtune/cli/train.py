@@ -94,10 +94,10 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
 
     percent = 100 * result["trainable_params"] / max(result["total_params"], 1)
     seconds = [(name, result.get(f"{name}_seconds")) for name in ("load", "prepare")]
+    skipped = f" ({n} skipped: NaN or Inf)" if (n := result["skipped_steps"]) else ""
     print_fields([
-        ("steps", f"{result['steps']}"),
+        ("steps", f"{result['steps']}{skipped}"),
         ("trained tokens", f"{format_count(result['trained_tokens'])} ({result['tokens_per_second']:.0f} /s)"),
-        *([("skipped steps", f"{skipped} (loss or gradient NaN or Inf)")] if (skipped := result["skipped_steps"]) else []),
         ("training loss", loss("train_loss")),
         ("validation loss", loss("validation_loss")),
         ("trained parameters", f"{format_count(result['trainable_params'])} ({percent:.2f} %)"),

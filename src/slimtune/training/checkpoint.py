@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import RunError, format_names
+from ..run_dir import read_json, to_json
 from ..utils.files import atomic_folder
 
 CHECKSUMS_FILE = "checksums.json"
@@ -196,7 +197,7 @@ def save_optimizer(folder: Path, state: dict[str, Any]) -> None:
                 shared[key] = first_key[id(value)]
     save_file(tensors, folder / "optimizer.safetensors")
     settings = {"param_groups": state["param_groups"], "state": values, "same": shared}
-    (folder / "optimizer.json").write_text(json.dumps(settings))
+    (folder / "optimizer.json").write_text(to_json(settings))
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:

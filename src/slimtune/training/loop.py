@@ -245,7 +245,7 @@ class TrainingLoop:
             found,
             "finite losses and gradients",
             f"start again with a learning rate below {self.settings.learning_rate:g} or without these rows; "
-            + (f"{newest[0].name} is from before: {resume} goes on from there without such steps" if newest else "")
+            + (f"{newest[0].name} is from before: {resume} goes on from there without such steps" if newest else ""),
         )
 
     def compute_gradients(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor, int, int]:

@@ -27,6 +27,8 @@ from ..errors import RunError, SlimtuneError, UsageError
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for another one: longer than any micro-batch, checkpoint or plan takes."""
+SIGTERM_GRACE_SECONDS = 25
+"""How long a process that got SIGTERM tries to end its step and write a checkpoint; torchrun kills it after 30."""
 PRINTED_KEY, PEER_GONE_KEY = "slimtune/printed", "slimtune/peer-gone"
 _groups_created = 0
 _resume_command = "the same command with --resume"
@@ -200,7 +202,9 @@ def translate_peer_errors() -> Iterator[None]:
 def install_sigterm_watcher(resume_command: str) -> None:
     """Print why, and how to resume, and exit on SIGTERM, which torchrun sends when another process has died.
 
-    A thread waits for the signal, because a process that waits for another one inside NCCL runs no Python.
+    A thread waits for the signal, because a process that waits for another one inside NCCL runs no Python. A process
+    that handles SIGTERM itself, as the training loop does, first gets time to end its step: a scheduler sends SIGTERM
+    to all processes, and then none is lost.
     """
     global _resume_command
     _resume_command = resume_command
@@ -208,13 +212,21 @@ def install_sigterm_watcher(resume_command: str) -> None:
         return
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # Python passes signals to the pipe only if it handles them
+
+    def ignore(*_: Any) -> None:  # Python passes signals to the pipe only if it handles them
+        pass
+
+    signal.signal(signal.SIGTERM, ignore)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
 
     def wait_for_sigterm() -> None:
         while (received := os.read(read_end, 1)) and received[0] != signal.SIGTERM:
             pass
-        error = _peer_gone("this process got SIGTERM")
+        reason = "this process got SIGTERM"
+        if signal.getsignal(signal.SIGTERM) is not ignore:
+            time.sleep(SIGTERM_GRACE_SECONDS)
+            reason += f", and its step did not end within {SIGTERM_GRACE_SECONDS} seconds"
+        error = _peer_gone(reason)
         if claim_error_report(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
