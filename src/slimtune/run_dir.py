@@ -171,7 +171,7 @@ class RunDir:
         """Return the metrics, oldest first. A last line that a killed run left unfinished is ignored."""
         metrics = []
         content = self.metrics_file.read_bytes() if self.metrics_file.is_file() else b""
-        lines = content[: content.rfind(b"\n") + 1].decode("utf-8", "replace").splitlines()
+        lines = content.decode("utf-8", "replace").split("\n")[:-1]  # a text may contain other ends of lines
         for number, line in enumerate(lines, 1):
             try:
                 metrics.append(json.loads(line))

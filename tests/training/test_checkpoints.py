@@ -75,7 +75,7 @@ def test_failed_checkpoint_leaves_nothing(tmp_path):
         (lambda f: (f / "checksums.json").unlink(), "checksums.json"),
         (lambda f: (f / "checksums.json").write_text("{}"), "does not name 'adapter_config.json'"),
         (lambda f: (f / "checksums.json").write_text("[]"), "it contains a list"),
-        (lambda f: (f / "checksums.json").write_text("null"), "it contains a NoneType"),
+        (lambda f: (f / "checksums.json").write_text("null"), "it contains null"),
         (replace_by_file, "checksums.json"),
     ],
 )

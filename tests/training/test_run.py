@@ -30,7 +30,8 @@ def test_files_and_result(whole_run):
     assert len(metrics(folder, "train_loss")) == 8
     assert len(metrics(folder, "validation_loss")) == 2
     files = [p for p in folder.rglob("*") if p.is_file()]
-    assert {p.suffix for p in files} <= {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".html", ".log", ".jinja", ""}
+    kinds = {".safetensors", ".json", ".jsonl", ".yaml", ".md", ".html", ".log", ".jinja", ""}
+    assert {p.suffix for p in files} <= kinds
     assert not any(p.read_bytes().startswith(b"PK\x03\x04") for p in files)  # a pickle of torch
     page = (folder / "report.html").read_text()
     assert "<polyline" in page
