@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_processes import run_processes
 from tiny_run import adapter, metrics, recipe_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.errors import ModelError, RunError
 from slimtune.training import checkpoint, loop
@@ -69,8 +69,8 @@ def test_row_is_named(settings, monkeypatch):
     )
     train(recipe_of({**settings, "output_dir": settings["output_dir"] + "-first"}, max_steps=3))
     break_steps(monkeypatch, {3}, line=lines[2])
-    message = rf"the loss of step 3 is NaN: the loss of 1 of 6 rows is NaN or Inf \(line {lines[2]} of the training rows\)"
-    with pytest.raises(RunError, match=message):
+    named = rf"the loss of 1 of 6 rows is NaN or Inf \(line {lines[2]} of the training rows\)"
+    with pytest.raises(RunError, match=f"the loss of step 3 is NaN: {named}"):
         train(recipe_of(settings))
 
 
@@ -99,7 +99,7 @@ def test_skip_can_be_chosen_at_resume(settings, monkeypatch):
 
 def test_run_of_skipped_steps_alone_fails(settings, monkeypatch):
     break_steps(monkeypatch, range(1, 99), value=math.inf)
-    with pytest.raises(RunError, match="the loss of step 8 is Inf.*; 8 steps in a row were like this"):
+    with pytest.raises(RunError, match=r"the loss of step 8 is Inf.*; 8 steps in a row were like this"):
         train(recipe_of(settings, on_nonfinite="skip"))
     assert not Path(settings["output_dir"], "adapter").exists()
 
@@ -132,6 +132,13 @@ def test_base_with_nan_is_refused_before_training(settings, tmp_path):
     for value in (math.nan, math.inf, -math.inf):
         weight.data[3, 5] = value
         assert find_nonfinite_weights(model) == ["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(settings["model"]["name"]).save_pretrained(tmp_path / "base")
+    settings["model"]["name"] = str(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"base is damaged: 1 of its weights contain NaN or Inf: 'model.layers.1.mlp.u"):
+        train(recipe_of(settings))
+    assert not Path(settings["output_dir"]).exists()
+    assert train(recipe_of(settings, on_nonfinite="skip"), force=True)["skipped_steps"]
     weight.data[3, 5] = torch.finfo(torch.float32).max
     assert find_nonfinite_weights(model) == []
 
