@@ -135,7 +135,9 @@ def test_base_with_nan_is_refused_before_training(settings, tmp_path):
     model.save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(settings["model"]["name"]).save_pretrained(tmp_path / "base")
     settings["model"]["name"] = str(tmp_path / "base")
-    with pytest.raises(ModelError, match=r"base is damaged: 1 of its weights contain NaN or Inf: 'model.layers.1.mlp.u"):
+    with pytest.raises(
+        ModelError, match=r"base is damaged: 1 of its weights contain NaN or Inf: 'model.layers.1.mlp.u"
+    ):
         train(recipe_of(settings))
     assert not Path(settings["output_dir"]).exists()
     assert train(recipe_of(settings, on_nonfinite="skip"), force=True)["skipped_steps"]
