@@ -37,11 +37,12 @@ from .utils.remote_code import allow_remote_code
 class Datasets:
     """The tokenized rows of a run, how many were kept, and the reports of `slimtune data`, by "train" and "validation".
 
-    Without a validation file, its rows are split from the training rows and have no report.
+    Without a validation file, its rows are split from the training rows and have no report; so are the test rows.
     """
 
     train: TokenizedDataset
     validation: TokenizedDataset
+    test: TokenizedDataset
     train_report: RowReport
     validation_report: RowReport | None
     data_reports: dict[str, Any]
@@ -66,7 +67,10 @@ class TrainedModel:
 
 def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
     """Open a data set with the format and the columns of a recipe."""
-    return open_rows(path, format=recipe.data.format, columns=recipe.data.columns) if recipe else open_rows(path)
+    if recipe is None:
+        return open_rows(path)
+    data = recipe.data
+    return open_rows(path, format=data.format, columns=data.columns, ignore_columns=data.ignore_columns)
 
 
 def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
@@ -78,7 +82,7 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
         rows = open_rows_from_recipe(recipe, path)
         report = DatasetReport(
             tokenizer,
-            rows.format,
+            rows,
             max_seq_len=data.max_seq_len,
             on_overlong=data.on_overlong,
             rows_per_step=settings.batch_size * settings.gradient_accumulation_steps,
@@ -87,20 +91,34 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
         return *_tokenize(recipe, tokenizer, rows, report), report
 
     train, train_report, checked = load(data.train)
+    train, test = split_test_rows(train, checked.kept_hashes(), data.test_fraction)
     if data.validation is not None:
         validation, validation_report, other = load(data.validation, checked)
         reports = {
             "train": checked.finish(file=data.train, model=model, validation=(str(data.validation), other)),
             "validation": other.finish(file=data.validation, model=model),
         }
-        return Datasets(train, validation, train_report, validation_report, reports)
-    count = round(len(train) * data.validation_fraction)
+        return Datasets(train, validation, test, train_report, validation_report, reports)
+    count = round((len(train) + len(test)) * data.validation_fraction)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
     held_out = np.zeros(len(train), bool)
     held_out[order[: count if count < len(train) else 0].numpy()] = True
     reports = {"train": checked.finish(file=data.train, model=model), "validation": None}
     rest, validation = (train.select(np.flatnonzero(part)) for part in (~held_out, held_out))
-    return Datasets(rest, validation, train_report, None, reports)
+    return Datasets(rest, validation, test, train_report, None, reports)
+
+
+def split_test_rows(
+    rows: TokenizedDataset, hashes: np.ndarray, fraction: float
+) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """Return the rows to train on and those set aside for `slimtune eval`.
+
+    The text of a row decides, by its hash: rows with the same text stay together, and neither the seed nor the base
+    changes which rows are set aside.
+    """
+    count = round(len(rows) * fraction)
+    held_out = hashes <= np.sort(hashes)[count - 1] if count else np.zeros(len(rows), bool)
+    return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 
 def load_eval_dataset(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[TokenizedDataset, RowReport]:

@@ -88,8 +88,9 @@ def test_training_gets_the_same_report(tmp_path):
     rows = make_rows(2 * BATCH_SIZE + 40)
     rows[BATCH_SIZE + 3] = rows[1]
     alone = validate(tmp_path, rows)
-    report = DatasetReport(CHATML, "chat", max_seq_len=1024)
-    tokenize_dataset(open_rows(alone["file"]), CHATML, max_seq_len=1024, path="x", dataset_report=report)
+    file = open_rows(alone["file"])
+    report = DatasetReport(CHATML, file, max_seq_len=1024)
+    tokenize_dataset(file, CHATML, max_seq_len=1024, path="x", dataset_report=report)
     assert list_issues(alone) == {"duplicate": ("warning", [BATCH_SIZE + 4])}
     assert {**alone, "seconds": 0} == {**report.finish(file=alone["file"], model="tiny"), "seconds": 0}
 
@@ -236,8 +237,8 @@ def test_repeats_name_the_first():
 
 
 @pytest.mark.parametrize(("count", "severity"), [(1, "warning"), (10, "error")])
-def test_severity_depends_on_the_share_of_rows(count, severity):
-    report = DatasetReport(CHATML, "chat", max_seq_len=9)
+def test_severity_depends_on_the_share_of_rows(tmp_path, count, severity):
+    report = DatasetReport(CHATML, open_rows(write(tmp_path / "a.jsonl", make_rows(1))), max_seq_len=9)
     report.total.rows = 100
     report.add_issue("mojibake", range(1, count + 1))
     (found,) = report.finish(file="x", model="m")["issues"]

@@ -10,11 +10,17 @@ from typer import Argument, Option
 from .common import Json, NegativeResult, console, print_fields, print_progress
 from .options import recipe_flags
 
-STYLES = {"error": "bold red", "errors": "bold red", "warning": "yellow", "warnings": "yellow", "ok": "bold green"}
+STYLES = {
+    "error": "bold red", "errors": "bold red", "warning": "yellow", "warnings": "yellow", "not checked": "yellow",
+    "ok": "bold green",
+}  # fmt: skip
 BAR_WIDTH = 40
+SAMPLE_CHARACTERS = 480
+"""Characters of a sample on the screen, so that three samples leave room for the verdict; --json has more."""
 REPORT_SETTINGS = (
     "model.name", "model.revision", "model.trust_remote_code", "data.validation", "data.format", "data.columns",
-    "data.train_on", "data.max_seq_len", "data.on_overlong", "data.chat_template", "train.batch_size",
+    "data.ignore_columns", "data.train_on", "data.max_seq_len", "data.on_overlong", "data.chat_template",
+    "train.batch_size",
 )  # fmt: skip
 """The settings that change the report."""
 
@@ -29,24 +35,29 @@ def data_report(
 ) -> Any:
     """Report on rows before any training.
 
-    Lengths, what contributes to the loss, and rows that are invalid, duplicated or broken. Needs --model. Exit code 1
-    if training would fail or be spoiled.
+    Lengths, what contributes to the loss, and rows that are invalid, duplicated or broken. Exit code 1 if training
+    would refuse them. Without --model, only rows and columns are counted.
     """
     from ..config import load_recipe
     from ..data.validation.report import validate_file
     from ..models.loader import load_tokenizer
 
-    recipe = load_recipe(None, {"data.train": file, "output_dir": "runs/unused", **settings})
+    unused = {"model.name": "unused", "data.train": file, "output_dir": "runs/unused"}
+    recipe = load_recipe(None, {**unused, **settings})
     data, m = recipe.data, recipe.model
-    tokenizer = load_tokenizer(
-        m.name, trust_remote_code=m.trust_remote_code, revision=m.revision, chat_template=data.chat_template
-    )
+    tokenizer = model = None
+    if "model.name" in settings or "model" in settings:
+        template, model = data.chat_template, m.name
+        tokenizer = load_tokenizer(
+            m.name, trust_remote_code=m.trust_remote_code, revision=m.revision, chat_template=template
+        )
     report = validate_file(
         file,
         tokenizer,
-        model=m.name,
+        model=model,
         format=data.format,
         columns=data.columns,
+        ignore_columns=data.ignore_columns,
         train_on=data.train_on,
         max_seq_len=data.max_seq_len,
         on_overlong=data.on_overlong,
@@ -61,7 +72,7 @@ def data_report(
         print_progress(f"page: {html}")
     if not as_json:
         _print_report(report)
-    good = report["verdict"] == "ok" or (report["verdict"] == "warnings" and not strict)
+    good = report["verdict"] == "ok" or (report["verdict"] != "errors" and not strict)
     return report if good else NegativeResult(report)
 
 
@@ -70,13 +81,17 @@ def _print_report(report: Mapping[str, Any]) -> None:
     from ..data.validation.report import format_issue, format_verdict, report_facts
 
     screen = console()
-    screen.print(f"{report['file']}: {report['format']} rows for {report['model']}")
+    reader = f" for {report['model']}" if report["model"] is not None else ""
+    screen.print(f"{report['file']}: {report['format']} rows{reader}")
     for sample in report["samples"]:
         screen.print(Text(f"\nline {sample['line']}, as the model reads it; supervised text is marked", "dim"))
-        text = Text()
+        text, left = Text(), SAMPLE_CHARACTERS
         for piece in sample["pieces"]:
             marked = piece["supervised"] and not screen.is_terminal
-            text.append(f"⟦{piece['text']}⟧" if marked else piece["text"], "green underline" * piece["supervised"])
+            shown = piece["text"][:left] + "…" * (0 < left < len(piece["text"]))
+            left = max(0, left - len(piece["text"]))
+            if shown:
+                text.append(f"⟦{shown}⟧" if marked else shown, "green underline" * piece["supervised"])
         screen.print(text)
     screen.print()
     print_fields(report_facts(report))
@@ -88,5 +103,6 @@ def _print_report(report: Mapping[str, Any]) -> None:
     for issue in report["issues"]:
         severity = issue["severity"]
         screen.print(Text(f"\n{severity}: {issue['code']}: ", STYLES[severity]) + format_issue(issue))
-        screen.print(f"  hint: {issue['hint']}")
+        if issue["hint"]:
+            screen.print(f"  hint: {issue['hint']}")
     screen.print(Text(f"\n{format_verdict(report)}", STYLES[report["verdict"]]))

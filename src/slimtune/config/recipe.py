@@ -91,6 +91,13 @@ class Recipe(schema.Section):
             message = "got 'loftq', which starts from the error of quantization, and model.quantization is null"
             expected = "model.quantization nf4 or int8, or another initialization"
             errors.append(FieldError("method.init_lora_weights", message, expected))
+        d = self.data
+        if d.test is not None and d.test_fraction > 0:
+            message = f"got {d.test_fraction}, and data.test names rows for `slimtune eval`"
+            errors.append(FieldError("data.test_fraction", message, "only one of the two"))
+        if d.validation is None and d.validation_fraction + d.test_fraction >= 1:
+            message = f"got {d.test_fraction}, and data.validation_fraction is {d.validation_fraction}: no row is left"
+            errors.append(FieldError("data.test_fraction", message, "less than 1 together"))
         if self.data.validation is None and self.data.validation_fraction == 0:
             for name in ("early_stopping_patience", "eval_steps"):
                 if (value := getattr(t, name)) is not None:

@@ -95,10 +95,16 @@ class DataSettings(Section):
         0.05, "share of the training rows set aside for validation, if validation is null", ge=0, le=0.5
     )
     test: PathLike | None = setting(None, "rows for `slimtune eval`, in the same forms")
+    test_fraction: Number = setting(
+        0.0, "share of the training rows set aside for `slimtune eval`, if test is null", ge=0, le=0.5
+    )
     format: Literal["chat", "instruction", "sharegpt", "prompt-completion", "text", "preference"] | None = setting(
         None, "format of a row; null: inferred from its columns"
     )
     columns: dict[str, str] = setting({}, "names of the format's columns in these rows", flag="--column")
+    ignore_columns: list[str] = setting(
+        [], "columns to leave out although they may change what a row means; messages.KEY: a key of the messages"
+    )
     train_on: Literal["assistant", "last_assistant"] = setting(
         "assistant", "turns that contribute to the loss: every assistant turn, or the last one of each row"
     )

@@ -9,17 +9,20 @@ A wrong path is a usage error, wrong contents are a data error. Up to ten invali
 nobody repairs a file one run at a time.
 """
 
+import dataclasses
 import itertools
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError, UsageError, format_names, nearest
 from ..utils.files import parse_dataset_id
-from .formats import FORMATS, InvalidRow, Row, check_format, detect_format, parse_record, rename_columns
+from .formats import FORMATS, ColumnChoice, InvalidRow, Row, check_format, detect_format, explain_loss, parse_record
 from .readers import READERS, SUFFIX_HINTS, TEXT_HINT, Located, read_hf_dataset, shorten
 
 __all__ = ["InvalidRow", "Row", "RowErrorCollector", "RowFile", "open_rows", "read_rows"]
@@ -27,6 +30,8 @@ __all__ = ["InvalidRow", "Row", "RowErrorCollector", "RowFile", "open_rows", "re
 MAX_ERRORS = 10  # invalid rows that one error message names
 DETECTION_ROWS = 20  # records from which a format is recognized
 CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
+EMPTY = (None, "", [], {})  # values that a row may have in a column without having the column
+MAX_COLUMN_SETS = 1000  # sets of columns whose unused ones are remembered
 SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
           "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
 Part = tuple[str | None, Callable[[], Iterator[Located]]]
@@ -40,8 +45,10 @@ class RowErrorCollector:
         self.path, self.expected, self.hint = Path(path), expected, hint
         self.messages: list[str] = []
 
-    def add(self, line: int, cause: str, file: str | None = None) -> None:
-        self.messages.append(f"{self.path / file if file else self.path}:{line}: {cause}")
+    def add(self, row: InvalidRow) -> None:
+        self.messages.append(f"{self.path / row.file if row.file else self.path}:{row.line}: {row.cause}")
+        if row.hint:
+            self.hint = row.hint
 
     @property
     def full(self) -> bool:
@@ -55,23 +62,82 @@ class RowErrorCollector:
             raise DataError("\n".join([*self.messages, *rest]), self.expected, self.hint)
 
 
+@dataclass
+class UnusedColumn:
+    """A column that the format of a file does not use, and the rows that have a value in it."""
+
+    name: str
+    loss: str  # how the rows change without it; empty: it is metadata
+    rows: int = 0
+    line: int = 0  # the first of them
+    file: str | None = None
+
+
 class RowFile:
     """The rows of a file, a folder or a dataset; made by `open_rows`.
 
     Iterating yields `Row | InvalidRow` in the order of the file, each time from the start, in constant memory.
-    `format` is a name of `FORMATS`, or "unknown" if no record can be read.
+    `format` is a name of `FORMATS`, or "unknown" if no record can be read. Its properties are known after an iteration.
     """
 
-    def __init__(self, path: Path, format: str, columns: Mapping[str, str], parts: list[Part]) -> None:
-        self.path, self.format, self._columns, self._parts = path, format, columns, parts
+    def __init__(self, path: Path, format: str, choice: ColumnChoice, parts: list[Part], given: bool) -> None:
+        self.path, self.format, self._choice, self._parts, self._given = path, format, choice, parts, given
+        self.ignored_columns = sorted(choice.ignored)
+        self._used: dict[str, None] = {}
+        self._unused: dict[str, UnusedColumn] = {}
 
     def __iter__(self) -> Iterator[Row | InvalidRow]:
+        used, unused = self._used, self._unused = {}, {}
+        unused_of: dict[tuple[str, ...], list[UnusedColumn]] = {}  # most records have the same columns
         for file, read in self._parts:
             for found in read():
                 if isinstance(found, InvalidRow):
-                    yield InvalidRow(found.line, found.cause, found.code, file)
-                else:
-                    yield parse_record(rename_columns(found[1], self._columns), self.format, found[0], file)
+                    yield dataclasses.replace(found, file=file)
+                    continue
+                line, record = found
+                if (columns := unused_of.get(present := tuple(record))) is None:
+                    names = self._choice.find_unused(present, self.format)
+                    for name in names:
+                        loss = explain_loss(name, self.format, self._given)
+                        unused.setdefault(name, UnusedColumn(name, loss, 0, line, file))
+                    used |= dict.fromkeys(c for c in present if c not in names and c not in self._choice.ignored)
+                    columns = [unused[name] for name in names]
+                    if len(unused_of) < MAX_COLUMN_SETS:
+                        unused_of[present] = columns
+                for column in columns:
+                    if record[column.name] not in EMPTY:
+                        if not column.rows:
+                            column.line, column.file = line, file
+                        column.rows += 1
+                yield parse_record(self._choice.apply(record), self.format, line, file)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that are used."""
+        return list(self._used)
+
+    @property
+    def unused_columns(self) -> list[UnusedColumn]:
+        """The columns that are not used and have a value in some row."""
+        return [column for column in self._unused.values() if column.rows]
+
+    @property
+    def lossy_columns(self) -> list[UnusedColumn]:
+        """The unused columns without which rows mean something else."""
+        return [column for column in self.unused_columns if column.loss]
+
+    @property
+    def has_paragraphs(self) -> bool:
+        """Whether the rows are the paragraphs of text files."""
+        return Path(self._parts[0][0] or self.path).suffix.lower() == ".txt"
+
+    def check_columns(self) -> None:
+        """Raise DataError for unused columns without which rows mean something else; after an iteration."""
+        if columns := self.lossy_columns:
+            known = FORMATS[self.format]
+            expected = f"columns of the format {self.format}: {', '.join((*known.required, *known.optional))}"
+            problem = f"rows have a column that is not used and changes what they mean: {describe_losses(columns)}"
+            raise DataError(f"{self.path}: {problem}", expected, column_hint(columns))
 
     def require_valid_rows(self) -> Iterator[Row]:
         """Yield the rows; at the end, or after ten invalid ones, raise DataError that names them with file and line."""
@@ -80,10 +146,11 @@ class RowFile:
             if isinstance(row, Row):
                 yield row
             else:
-                errors.add(row.line, row.cause, row.file)
+                errors.add(row)
             if errors.full:
                 break
         errors.check()
+        self.check_columns()
 
     def create_error_collector(self) -> RowErrorCollector:
         """Return an empty collection of errors that says what the rows should look like."""
@@ -95,24 +162,44 @@ class RowFile:
         )
 
 
-def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> RowFile:
+def describe_losses(columns: Collection[UnusedColumn]) -> str:
+    """Return how rows change without columns: `'label': rows that it rates low would be …`."""
+    losses = dict.fromkeys(column.loss for column in columns)
+    return "; ".join(f"{format_names(c.name for c in columns if c.loss == loss)}: {loss}" for loss in losses)
+
+
+def column_hint(columns: Collection[UnusedColumn]) -> str:
+    """Return what to do about unused columns without which rows mean something else."""
+    names = [column.name for column in columns]
+    flags = " ".join(f"--ignore-columns {shlex.quote(name)}" for name in names)
+    return f"use it by another --format or --column, or train without it: {flags} (data.ignore_columns)"
+
+
+def open_rows(
+    path: str | Path,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Collection[str] = (),
+) -> RowFile:
     """Open a data set, see the module; its format is recognized from the columns of its first rows, if it is not given.
 
-    `columns` maps the format's name of a column to the file's name of it.
+    `columns` maps the format's name of a column to the file's name of it. `ignore_columns` are left out, as if the rows
+    did not have them; `messages.key` leaves a key out of messages.
 
     Raises:
         UsageError: the file does not exist or cannot be read, the format is unknown, or a renamed column is missing.
         DataError: the file is empty, its format is unclear, or the files of a folder have several formats.
     """
-    path, columns = Path(path), dict(columns or {})
-    check_format(format, columns)
+    path, choice = Path(path), ColumnChoice(dict(columns or {}), frozenset(ignore_columns))
+    check_format(format, choice.columns)
     parts = _find_parts(path)
     formats: dict[str, str | None] = {}
     empty = True
     for file, read in parts:
         valid = (found[1] for found in read() if not isinstance(found, InvalidRow))
         if records := list(itertools.islice(valid, DETECTION_ROWS)):
-            formats.setdefault(detect_format(path / file if file else path, records, columns, format), file)
+            formats.setdefault(detect_format(path / file if file else path, records, choice, format), file)
         empty = empty and not records and not any(True for _ in read())
     if empty:
         raise DataError(f"{path} is empty: it has no row", f"rows like {CHAT_EXAMPLE}")
@@ -120,12 +207,12 @@ def open_rows(path: str | Path, *, format: str | None = None, columns: Mapping[s
         (one, first), (other, second) = list(formats.items())[:2]
         problem = f"{path} has files of several formats: {first} is {one}, {second} is {other}"
         raise DataError(problem, "files of one format", "name one file, or move the others to another folder")
-    return RowFile(path, next(iter(formats), format or "unknown"), columns, parts)
+    return RowFile(path, next(iter(formats), format or "unknown"), choice, parts, format is not None)
 
 
-def read_rows(path: str | Path, *, format: str | None = None, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all rows of a data set; errors are those of `open_rows` and `RowFile.require_valid_rows`."""
-    return list(open_rows(path, format=format, columns=columns).require_valid_rows())
+def read_rows(path: str | Path, **options: Any) -> list[Row]:
+    """Return all rows of a data set; arguments and errors: `open_rows` and `RowFile.require_valid_rows`."""
+    return list(open_rows(path, **options).require_valid_rows())
 
 
 def _find_parts(path: Path) -> list[Part]:

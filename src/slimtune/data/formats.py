@@ -1,17 +1,20 @@
 """The formats of a row, each recognized by its columns, and how a record of each becomes a `Row`.
 
-A new format is one function here and one entry in `FORMATS`. Columns that no format names are ignored. Preference
-pairs are read and validated, but nothing trains on them yet.
+A new format is one function here and one entry in `FORMATS`. Columns that no format names are not used; the data
+report names them, and one of `COLUMN_MEANINGS` is an error. Preference pairs are read and validated, but nothing
+trains on them yet.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import shlex
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, UsageError, format_names, nearest
 from .messages import (
+    MESSAGE_KEYS,
     Messages,
     RowError,
     check_depth,
@@ -48,6 +51,7 @@ class InvalidRow:
     cause: str
     code: str
     file: str | None = None
+    hint: str = ""  # what to do, if it is more than to repair or remove the row
 
 
 def _read_chat(record: Record) -> Fields:
@@ -146,15 +150,82 @@ def parse_record(record: Record, format: str, line: int, file: str | None = None
                 raise RowError(f"has no {column!r}{nearest(column, record)} {present}", "missing-column")
         return Row(line=line, file=file, **FORMATS[format].read(record))
     except RowError as error:
-        return InvalidRow(line, str(error), error.code, file)
+        return InvalidRow(line, str(error), error.code, file, error.hint)
 
 
-def rename_columns(record: Record, columns: Mapping[str, str]) -> Record:
-    """Return a record with its columns renamed (role → column); a column that already has a role's name is dropped."""
-    if not columns:
-        return record
-    rest = {k: v for k, v in record.items() if k not in columns and k not in columns.values()}
-    return rest | {role: record[column] for role, column in columns.items() if column in record}
+_RATED = "rows that it rates low would be learned like the others"
+_MEDIA = "only text is learned"
+_TREE = "each row is one message of a conversation, not a text of its own"
+_CONTEXT = "the model would not read it"
+COLUMN_MEANINGS = {
+    **dict.fromkeys(("label", "labels", "score", "scores", "rating", "ratings", "reward", "rewards"), _RATED),
+    **dict.fromkeys(("weight", "weights"), "every row would count the same"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("role", "parent_id"), _TREE),
+    **dict.fromkeys(("chosen", "rejected"), "preference pairs have it"),
+    **dict.fromkeys(("system", "system_prompt", "tools", "functions", "history", "context", "documents"), _CONTEXT),
+    **dict.fromkeys(("reasoning", "reasoning_content", "thinking"), "the model would not learn it"),
+}
+"""Columns without which a row means something else, and what would happen to the rows without them."""
+PARTNER_COLUMNS = {
+    "text": ("prompt", "question", "instruction", "input", "answer", "response", "output", "completion", "target",
+             "summary"),
+    "prompt-completion": ("input",),
+}  # fmt: skip
+"""By format, columns that belong to the recognized one; a format that is given by name may leave them out."""
+COLUMN_SYNONYMS = {
+    "messages": ("dialog", "dialogue", "conversation", "chat", "turns"),
+    "instruction": ("prompt", "question", "query", "problem", "user"),
+    "input": ("context", "passage"),
+    "output": ("response", "answer", "completion", "reply", "solution", "assistant", "summary"),
+    "completion": ("response", "answer", "output", "reply"),
+    "text": ("content", "document", "body"),
+}
+"""By role, other names that people give to its column; `suggest_flags` proposes them, nothing is taken by guess."""
+
+
+@dataclass(frozen=True)
+class ColumnChoice:
+    """How the columns of a file are read: renamed (role → column) and left out (a column, or `messages.key`)."""
+
+    columns: Mapping[str, str]
+    ignored: Collection[str] = ()
+
+    def apply(self, record: Record) -> Record:
+        """Return a record with its columns renamed; one that already has a role's name is dropped."""
+        if not self.columns and not self.ignored:
+            return record
+        taken = {*self.columns, *self.columns.values(), *self.ignored}
+        rest = {k: v for k, v in record.items() if k not in taken}
+        chosen = rest | {role: record[column] for role, column in self.columns.items() if column in record}
+        for name in self.ignored:
+            column, dot, key = name.partition(".")
+            if dot and isinstance(turns := chosen.get(column), list):
+                chosen[column] = [_drop_key(turn, key) for turn in turns]
+        return chosen
+
+    def find_unused(self, present: Iterable[str], format: str) -> tuple[str, ...]:
+        """Return those of a record's columns that a format does not use and that are not left out by name."""
+        known = FORMATS[format]
+        used = {self.columns.get(role, role) for role in (*known.required, *known.optional)}
+        return tuple(column for column in present if column not in used and column not in self.ignored)
+
+
+def _drop_key(turn: Any, key: str) -> Any:
+    """Return a message without a key, unless its role has that key."""
+    if not isinstance(turn, dict) or key in MESSAGE_KEYS.get(str(turn.get("role")), ()):
+        return turn
+    return {k: v for k, v in turn.items() if k != key}
+
+
+def explain_loss(column: str, format: str, given: bool) -> str:
+    """Return how rows of a format change without a column; empty: it is metadata.
+
+    `given`: the format was named, not recognized from the columns.
+    """
+    name = column.casefold()
+    partner = not given and name in PARTNER_COLUMNS.get(format, ())
+    return COLUMN_MEANINGS.get(name, "") or ("it seems to belong to each text" if partner else "")
 
 
 def check_format(format: str | None, columns: Mapping[str, str]) -> None:
@@ -171,21 +242,26 @@ def check_format(format: str | None, columns: Mapping[str, str]) -> None:
             raise UsageError(problem, f"ROLE=COLUMN, with a role of {format_names(roles, most=20)}")
 
 
-def detect_format(path: Path, records: Iterable[Record], columns: Mapping[str, str], format: str | None = None) -> str:
+def detect_format(path: Path, records: Iterable[Record], choice: ColumnChoice, format: str | None = None) -> str:
     """Return the format of a file from its first records; if it is given, only the renamed columns are checked.
 
     Raise UsageError if no record has a renamed column (role → column), DataError if no format fits, or several do.
     """
     records = list(records)
     present = list(dict.fromkeys(key for record in records for key in record))
-    for role, column in columns.items():
+    for role, column in choice.columns.items():
         if column not in present:
             problem = f"--column {role}={column}: {path} has no column {column!r}{nearest(column, present)}"
             raise UsageError(problem, f"one of {format_names(present)}")
     if format is not None:
         return format
-    present = list(dict.fromkeys(key for record in records for key in rename_columns(record, columns)))
+    records = list(map(choice.apply, records))
+    present = list(dict.fromkeys(key for record in records for key in record))
     fitting = [name for name, f in FORMATS.items() if set(f.required) <= set(present)]
+    if len(fitting) == 2 and "text" in fitting:  # Alpaca's own rows: the text repeats the other columns
+        (other,) = set(fitting) - {"text"}
+        if all(_is_rendering(record, other) for record in records):
+            return other
     if len(fitting) == 1:
         return fitting[0]
     columns_of_formats = "; ".join(f"{name}: {', '.join(f.required)}" for name, f in FORMATS.items())
@@ -193,9 +269,39 @@ def detect_format(path: Path, records: Iterable[Record], columns: Mapping[str, s
     if fitting:
         problem = f"{path} may be {' or '.join(fitting)}: its rows have {format_names(present)}"
         raise DataError(problem, expected, f"--format {fitting[0]}, or another of them")
-    required = [column for f in FORMATS.values() for column in f.required]
-    close = [(column, difflib.get_close_matches(column, required, 1, 0.7)) for column in present]
-    hints = "".join(f"; did you mean {match[0]!r} for {column!r}?" for column, match in close if match)
+    flags, misspelled = suggest_flags(present)
+    hints = "".join(f"; did you mean {role!r} for {column!r}?" for role, column in misspelled)
     problem = f"{path} has no known format: its rows have {format_names(present) or 'no columns'}{hints}"
     hint = "name its columns: --column messages=COLUMN, or --column instruction=COLUMN --column output=COLUMN …"
-    raise DataError(problem, expected, hint)
+    raise DataError(problem, expected, f"try {', or '.join(flags)}" if flags else hint)
+
+
+def suggest_flags(present: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return flags with which rows of these columns have a format, and columns that are misspelled (role, column)."""
+    names = {column.casefold(): column for column in present}
+    flags: list[str] = []
+    misspelled: list[tuple[str, str]] = []
+    for name, f in FORMATS.items():
+        found: dict[str, str] = {}
+        for role in (*f.required, *f.optional):
+            known = next((n for n in (role, *COLUMN_SYNONYMS.get(role, ())) if n in names), None)
+            if known is not None:
+                found[role] = names[known]
+            elif close := difflib.get_close_matches(role, names, 1, 0.8):
+                found[role] = names[close[0]]
+                misspelled.append((role, found[role]))
+        if name != "preference" and set(f.required) <= set(found):
+            pairs = [f"{role}={column}" for role, column in found.items() if role != column]
+            note = {"instruction": " (a chat)", "prompt-completion": " (texts without a chat template)"}.get(name, "")
+            flags.append(" ".join([f"--format {name}", *(f"--column {shlex.quote(pair)}" for pair in pairs)]) + note)
+    return flags, list(dict.fromkeys(misspelled))
+
+
+def _is_rendering(record: Record, format: str) -> bool:
+    """Return whether the `text` of a record contains every text of its row in another format."""
+    row, text = parse_record(record, format, 1), record.get("text")
+    if isinstance(row, InvalidRow) or not isinstance(text, str):
+        return False
+    texts = [row.prompt or "", row.completion or "", *(m["content"] for m in row.messages)]
+    parts = [part.strip() for whole in texts for part in whole.split("\n\n")]  # an input stands apart in `text`
+    return any(parts) and all(part in text for part in parts)

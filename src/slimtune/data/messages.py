@@ -1,15 +1,20 @@
 """Validation of the messages of one row.
 
-    {"role": "system" | "user", "content": str}
+    {"role": "system" | "developer" | "user", "content": str}
     {"role": "assistant", "content": str, "tool_calls": [{"type": "function", "function": {"name", "arguments"}}]}
     {"role": "tool", "content": str, "name": str, "tool_call_id": str}
 
 `parse_messages_and_train_mask` returns this form, which every chat template takes. Tool arguments are an object here,
-whether the file has an object or JSON text. A message may have a `weight` (1: learned, 0: not); it is returned apart
-and never reaches a template. An unknown key is an error, because it would change the text of the turn or be lost.
+whether the file has an object or JSON text. Content may be a list of text parts; they are joined without a separator,
+as templates that take such a list join them. An assistant's message may have a key of `REASONING_KEYS`, and a role may be
+"developer", if the chat template reads them (`check_template_keys`). A message may have a `weight` (1: learned, 0:
+not); it is returned apart and never reaches a template. An unknown key is an error, because it would change the text
+of the turn or be lost.
 """
 
 import json
+import re
+import shlex
 from collections import Counter
 from typing import Any
 
@@ -18,10 +23,13 @@ from ..errors import format_names, nearest
 Messages = list[dict[str, Any]]
 MAX_DEPTH = 100
 """Most levels of lists and objects in a tool or its arguments."""
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Keys of an assistant's message with what it thinks before it answers; a chat template reads one of them, or none."""
 MESSAGE_KEYS = {
     "system": ("role", "content", "weight"),
+    "developer": ("role", "content", "weight"),
     "user": ("role", "content", "weight"),
-    "assistant": ("role", "content", "tool_calls", "weight"),
+    "assistant": ("role", "content", "tool_calls", "weight", *REASONING_KEYS),
     "tool": ("role", "content", "name", "tool_call_id", "weight"),
 }
 SHAREGPT_ROLES = {
@@ -33,11 +41,11 @@ SHAREGPT_ROLES = {
 
 
 class RowError(ValueError):
-    """A row is invalid: the cause, for people, and the kind of error as a `code` in kebab case."""
+    """A row is invalid: the cause, for people, the kind of error as a `code` in kebab case, and what to do about it."""
 
-    def __init__(self, cause: str, code: str) -> None:
+    def __init__(self, cause: str, code: str, hint: str = "") -> None:
         super().__init__(cause)
-        self.code = code
+        self.code, self.hint = code, hint
 
 
 def parse_messages_and_train_mask(
@@ -62,14 +70,19 @@ def parse_messages_and_train_mask(
 def _validate_message(message: Any, name: str) -> dict[str, Any]:
     require_strings(message, ("role",), name)
     role, calls = message["role"], message.get("tool_calls")
+    if isinstance(message.get("content"), list):
+        message = {**message, "content": join_parts(message["content"], f"{name}.content")}
     if role != "assistant" or not calls or message.get("content") is not None:  # calls need no text
         require_strings(message, ("content",), name)
     if role not in MESSAGE_KEYS:
         known = f"{nearest(role, MESSAGE_KEYS)} (known: {format_names(MESSAGE_KEYS)})"
         raise RowError(f"{name} has the unknown role {role!r}{known}", "unknown-role")
-    if unknown := [k for k, v in message.items() if k not in MESSAGE_KEYS[role] and v is not None]:
+    if unknown := [k for k, v in message.items() if k not in MESSAGE_KEYS[role] and v not in (None, "", [], {})]:
+        column = name.partition("[")[0]
+        flags = " ".join(f"--ignore-columns {shlex.quote(f'{column}.{key}')}" for key in unknown)
+        hint = f"put what they say into the content, or leave them out: {flags} (data.ignore_columns)"
         known = f"(known: {format_names(MESSAGE_KEYS[role])})"
-        raise RowError(f"{name} has keys that are not used: {format_names(unknown)} {known}", "unknown-key")
+        raise RowError(f"{name} has keys that are not used: {format_names(unknown)} {known}", "unknown-key", hint)
     content = message.get("content") or ""
     if not content.strip() and not calls and role != "tool":  # a tool may return an empty text
         raise RowError(f"{name} ({role}) has empty content", "empty-content")
@@ -77,10 +90,47 @@ def _validate_message(message: Any, name: str) -> dict[str, Any]:
     if calls is not None and calls != []:
         found = enumerate(require_list(calls, f"{name}.tool_calls"))
         valid["tool_calls"] = [_validate_tool_call(call, f"{name}.tool_calls[{i}]") for i, call in found]
-    for key in ("name", "tool_call_id"):
-        if message.get(key) is not None:
+    for key in ("name", "tool_call_id", *REASONING_KEYS):
+        if key in message and message[key] not in (None, ""):
             valid[key] = require_text(message[key], f"{name}.{key}")
     return valid
+
+
+def join_parts(parts: list[Any], name: str) -> str:
+    """Return the text of OpenAI's list of content parts; raise RowError for a part that is not text."""
+    texts = []
+    for i, part in enumerate(parts):
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            cause = f"{name}[{i}] is a part of the type {part['type']!r}, and only text is learned"
+            raise RowError(cause, "not-text", "remove such rows, or say in a text part what it shows")
+        require_strings(part, ("text",), f"{name}[{i}]")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def check_template_keys(messages: Messages, template: str) -> None:
+    """Raise RowError for the role "developer" or a key of `REASONING_KEYS` that a chat template does not read."""
+    for i, message in enumerate(messages):
+        name = f"messages[{i}]"
+        if message["role"] == "developer" and not re.search(r"\bdeveloper\b", template):
+            cause = f"{name} has the role 'developer', which the chat template does not know"
+            raise RowError(cause, "template-leaves-out", "call it 'system'")
+        for key in REASONING_KEYS:
+            if key not in message or re.search(rf"\b{key}\b", template):
+                continue
+            other = next((k for k in REASONING_KEYS if re.search(rf"\b{k}\b", template)), None)
+            instead = f"rename it to {other!r}" if other else "put it into the content, such as <think>…</think>"
+            hint = f"{instead}, or leave it out: --ignore-columns messages.{key} (data.ignore_columns)"
+            raise RowError(f"{name} has {key!r}, which the chat template does not read", "template-leaves-out", hint)
+
+
+def check_reasoning_text(messages: Messages, rendered: str) -> None:
+    """Raise RowError if a rendered conversation leaves out what an assistant's message thinks."""
+    for i, message in enumerate(messages):
+        for key in REASONING_KEYS:
+            if message.get(key, "").strip() not in rendered:
+                cause = f"the chat template leaves out {key!r} of messages[{i}]"
+                raise RowError(cause, "template-leaves-out", "make a row of its own that ends with this turn")
 
 
 def _validate_tool_call(call: Any, name: str) -> dict[str, Any]:

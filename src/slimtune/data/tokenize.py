@@ -21,12 +21,18 @@ from . import chat_template
 from .chat_template import RenderedText, TokenizedRow
 from .dataset import MAX_ERRORS, RowErrorCollector, RowFile
 from .formats import InvalidRow, Row
+from .messages import REASONING_KEYS, RowError, check_reasoning_text, check_template_keys
 from .parallel import batched, parallel_map
 from .tokenized_dataset import DatasetWriter, TokenizedDataset
 
 BATCH_SIZE = 512  # rows that a process tokenizes at once
 ON_OVERLONG = ("error", "drop", "truncate")
 TRAIN_ON = ("assistant", "last_assistant")
+PREFERENCE_HINT = (
+    "to learn the better answers, read them as prompt-completion: "
+    "--format prompt-completion --column completion=chosen --ignore-columns rejected"
+)
+PARAGRAPH_HINT = "a row of a .txt file is a paragraph: put a blank line between those that should be rows"
 PairedRow = tuple[Row, TokenizedRow | InvalidRow]
 """A row with its tokens, or with the reason why it has none."""
 
@@ -84,8 +90,16 @@ def tokenize_rows(
         if train_on == "last_assistant":
             last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
             learned = tuple(i == last and (learned is None or learned[i]) for i in range(len(row.messages)))
+        is_special = any(m["role"] == "developer" or not m.keys().isdisjoint(REASONING_KEYS) for m in row.messages)
         try:
-            return chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
+            if is_special:
+                check_template_keys(row.messages, chat_template.get_chat_template(tokenizer, row.tools))
+            rendered = chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
+            if is_special:
+                check_reasoning_text(row.messages, rendered.text)
+            return rendered
+        except RowError as error:
+            return InvalidRow(row.line, str(error), error.code, row.file, error.hint)
         except DataError as error:
             code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
             return InvalidRow(row.line, error.message, code, row.file)
@@ -217,10 +231,7 @@ def tokenize_dataset(
         if rows.format == "preference":
             problem = f"{path} contains preference pairs (chosen, rejected), and nothing trains on them yet"
             expected = "rows of another format: chat, instruction, sharegpt, prompt-completion or text"
-            options = "--format prompt-completion --column completion=chosen"
-            raise DataError(
-                problem, expected, f"to learn the better answers, read them as prompt-completion: {options}"
-            )
+            raise DataError(problem, expected, PREFERENCE_HINT)
     else:
         errors = RowErrorCollector(path, hint="change these rows, or use another chat template (data.chat_template)")
     total, overlong, unsupervised = RowReport(max_seq_len), [], []
@@ -233,10 +244,12 @@ def tokenize_dataset(
             if dataset_report is not None:
                 dataset_report.add(batch)
             for row in batch.invalid[: MAX_ERRORS - len(errors.messages)]:
-                errors.add(row.line, row.cause, row.file)
+                errors.add(row)
             if errors.full:
                 break
         errors.check()
+        if isinstance(rows, RowFile) and dataset_report is None:  # the report has them among its errors
+            rows.check_columns()
         dataset = writer.finish()
     _check_lengths(path, total, on_overlong, overlong, unsupervised)
     return dataset, total
@@ -247,6 +260,8 @@ def _check_lengths(
 ) -> None:
     """Raise DataError if rows are too long under "error", have no supervised token, or are all dropped."""
     limit, longer = total.max_seq_len, f"--max-seq-len {total.longest}, or --set data.on_overlong"
+    if Path(path).suffix.lower() == ".txt":
+        longer = f"{PARAGRAPH_HINT}, or {longer}"
     if overlong and on_overlong == "error":
         problem = f"longer than {limit} tokens: {format_lines(overlong)}; the longest has {total.longest}"
         expected = f"rows of at most max_seq_len = {limit} tokens"
@@ -259,8 +274,8 @@ def _check_lengths(
     if not total.rows:
         raise DataError(f"{path}: there is no row", "at least one row to learn from")
     if not total.kept:
-        longest = f"each is longer than {limit} tokens (the longest has {total.longest})"
-        problem = f"{path}: all {total.rows} rows were dropped: {longest}"
+        rows = f"all {total.rows} rows were dropped: each" if total.rows > 1 else "its only row was dropped: it"
+        problem = f"{path}: {rows} is longer than {limit} tokens (the longest has {total.longest})"
         raise DataError(problem, "at least one row to learn from", f"{longer}=truncate")
 
 

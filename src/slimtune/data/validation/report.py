@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,19 @@ import numpy as np
 from ...errors import DataError
 from ...utils.formatting import format_count
 from ..chat_template import TokenizedRow
-from ..dataset import RowFile, open_rows
+from ..dataset import RowFile, column_hint, describe_losses, open_rows
 from ..formats import InvalidRow, Row
 from ..packing import pack_sequences
 from ..parallel import batched, cpu_count, parallel_map
-from ..tokenize import BATCH_SIZE, BatchTokenizer, RowReport, TokenizedBatch, format_lines
+from ..tokenize import (
+    BATCH_SIZE,
+    PARAGRAPH_HINT,
+    PREFERENCE_HINT,
+    BatchTokenizer,
+    RowReport,
+    TokenizedBatch,
+    format_lines,
+)
 from .batch_stats import ROW_STATS, SAMPLES, BatchStats, BatchValidator, find_shared_prefix
 from .near_duplicates import HASHES, SHORT_ANSWER, THRESHOLD, Array, find_near_duplicates, find_repeats
 
@@ -24,6 +32,8 @@ SHOWN_INVALID_ROWS = 100
 SHOWN_LINES = 20
 """Lines that an issue names."""
 SAMPLE_CHARACTERS = 1500
+SHOWN_PREFIX = 200
+"""Characters of the shared prefix that people see."""
 HISTOGRAM_BARS = 16
 SAME_ANSWER_ROWS = 10
 """Fewest rows with the same answer that are an issue."""
@@ -42,6 +52,8 @@ class IssueType:
 
 
 ISSUE_TYPES = {
+    "unused-column": IssueType("rows with a column that changes what they mean and is not used", "", 0),
+    "preference": IssueType("preference pairs (chosen, rejected), and nothing trains on them yet", PREFERENCE_HINT, 0),
     "no-supervised-token": IssueType("rows without a supervised token", "remove these rows", 0),
     "doubled-bos": IssueType("rows that begin with the beginning-of-sequence token twice",
         "remove it from the text or from the template", 0),
@@ -59,6 +71,8 @@ ISSUE_TYPES = {
     "contradiction": IssueType("rows with another short answer to a prompt than an earlier row",
         "keep the right answer"),
     "same-answer": IssueType("rows with the same answer to different prompts", "keep a few of them", 0.95),
+    "media-placeholder": IssueType("rows with a place for an image or a sound in their text: only text is learned",
+        "remove them, or say in words what it shows", 0.02),
     "placeholder-answer": IssueType("rows with a placeholder as the answer", "remove them, or write an answer", 0.5),
     "same-pair": IssueType("preference pairs whose two answers are the same", "remove them", 0),
     "overlap": IssueType("rows that are also validation rows: the validation loss would look too good",
@@ -84,9 +98,10 @@ def validate_file(
     path: str | Path,
     tokenizer: Any,
     *,
-    model: str,
+    model: str | None,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    ignore_columns: Collection[str] = (),
     max_seq_len: int = 1024,
     on_overlong: str = "drop",
     train_on: str = "assistant",
@@ -97,8 +112,8 @@ def validate_file(
     """Return the report on a data set, as JSON takes it.
 
     Args:
-        path, format, columns: see `open_rows`.
-        tokenizer, model: of the base that will read the rows, and its name.
+        path, format, columns, ignore_columns: see `open_rows`.
+        tokenizer, model: of the base that will read the rows, and its name; None: only rows and columns are counted.
         max_seq_len, on_overlong, train_on: see `tokenize_dataset`.
         rows_per_step: rows of an optimizer step, from 1; they are packed together.
         validation: validation rows, which must not be among these.
@@ -106,14 +121,20 @@ def validate_file(
     """
 
     def validate(rows: RowFile, like: DatasetReport | None = None) -> DatasetReport:
-        report = DatasetReport(tokenizer, rows.format, max_seq_len, on_overlong, rows_per_step, like)
+        report = DatasetReport(tokenizer, rows, max_seq_len, on_overlong, rows_per_step, like)
+        if tokenizer is None:
+            for row in rows:
+                report.total.rows += 1
+                report.add_invalid([row] if isinstance(row, InvalidRow) else [])
+            return report
         function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, report.validate)
         batches = batched(map(_with_chosen_answer, rows), BATCH_SIZE)
         for batch in parallel_map(function, batches, processes or cpu_count()):
             report.add(batch)
         return report
 
-    files = [open_rows(p, format=format, columns=columns) for p in (path, validation) if p is not None]
+    options: dict[str, Any] = {"format": format, "columns": columns, "ignore_columns": ignore_columns}
+    files = [open_rows(p, **options) for p in (path, validation) if p is not None]
     report = validate(files[0])
     other = None if validation is None else (str(validation), validate(files[1], report))
     return report.finish(file=path, model=model, validation=other)
@@ -135,6 +156,7 @@ class FoundIssue:
     count: int = 0
     lines: list[int] = dataclasses.field(default_factory=list)
     example: str = ""
+    hint: str = ""  # in place of the hint of its type
 
 
 class DatasetReport:
@@ -145,13 +167,14 @@ class DatasetReport:
     """
 
     def __init__(
-        self, tokenizer: Any, format: str, max_seq_len: int, on_overlong: str = "drop", rows_per_step: int = 8,
+        self, tokenizer: Any, source: RowFile, max_seq_len: int, on_overlong: str = "drop", rows_per_step: int = 8,
         like: "DatasetReport | None" = None,
     ) -> None:  # fmt: skip
         self.start = time.perf_counter()
-        self.tokenizer, self.format, self.on_overlong = tokenizer, format, on_overlong
-        self.rows_per_step, self.validate = rows_per_step, BatchValidator(tokenizer, max_seq_len)
-        if like is not None:
+        self.tokenizer, self.source, self.on_overlong = tokenizer, source, on_overlong
+        self.rows_per_step = rows_per_step
+        self.validate = None if tokenizer is None else BatchValidator(tokenizer, max_seq_len)
+        if self.validate is not None and like is not None and like.validate is not None:
             self.validate.common_trigrams = like.validate.common_trigrams
         self.total = RowReport(max_seq_len)
         self.issues: dict[str, FoundIssue] = {}
@@ -165,10 +188,7 @@ class DatasetReport:
         """Add the next batch."""
         stats: BatchStats = batch.stats
         self.total.add(batch.report)
-        self.invalid_count += len(batch.invalid)
-        self.invalid += batch.invalid[: SHOWN_INVALID_ROWS - len(self.invalid)]
-        for row in batch.invalid:
-            self.add_issue(row.code, [row.line], row.cause)
+        self.add_invalid(batch.invalid)
         for code, line, example in stats.issues:
             self.add_issue(code, [line], example)
         self.add_issue("no-supervised-token", batch.unsupervised)
@@ -181,6 +201,14 @@ class DatasetReport:
         self.samples += stats.samples[: SAMPLES - len(self.samples)]
         self._rows += stats.rows.tobytes()
         self._signatures += stats.minhash_signatures.tobytes()
+
+    def add_invalid(self, rows: Sequence[InvalidRow]) -> None:
+        """Count invalid rows."""
+        self.invalid_count += len(rows)
+        self.invalid += rows[: SHOWN_INVALID_ROWS - len(self.invalid)]
+        for row in rows:
+            self.add_issue(row.code, [row.line], row.cause)
+            self.issues[row.code].hint = row.hint
 
     def add_issue(self, code: str, lines: Sequence[int] | Array, example: str = "") -> None:
         """Count rows with an issue of `ISSUE_TYPES`, or with an error of an `InvalidRow`."""
@@ -195,6 +223,12 @@ class DatasetReport:
         """The statistics of all rows that have tokens, `ROW_STATS` [N]."""
         return np.frombuffer(self._rows, ROW_STATS)
 
+    def kept_hashes(self) -> Array:
+        """Return the hash of the text of each row that training keeps, uint64 [N]."""
+        rows = self.rows
+        kept = (rows["length"] <= self.total.max_seq_len) | (self.on_overlong == "truncate")
+        return rows["hashes"][kept, 0]
+
     @property
     def signatures(self) -> tuple[Array, Array]:
         """The signatures of the comparable rows, uint8 [J, 128], and their numbers, int64 [J]."""
@@ -202,9 +236,10 @@ class DatasetReport:
         return signatures, np.flatnonzero(self.rows["comparable"])
 
     def finish(
-        self, *, file: str | Path, model: str, validation: "tuple[str, DatasetReport] | None" = None
+        self, *, file: str | Path, model: str | None, validation: "tuple[str, DatasetReport] | None" = None
     ) -> dict[str, Any]:
         """Return the report, as JSON takes it; `validation` is path and report of the rows to compare with."""
+        self._add_file_issues()
         self._find_similar_rows()
         if validation is not None:
             self._find_overlap(*validation)
@@ -214,13 +249,23 @@ class DatasetReport:
         overlong.example = (
             f"{total.max_seq_len} tokens; {consequence[self.on_overlong]}; the longest has {total.longest}"
         )
+        if self.source.has_paragraphs:
+            overlong.hint = f"{PARAGRAPH_HINT}, or a larger --max-seq-len"
         issues = self._list_issues()
         severities = {issue["severity"] for issue in issues}
+        source = self.source
+        verdict = "errors" if "error" in severities else "not checked" if self.validate is None else ""
         return {
             "file": str(file),
-            "format": self.format,
+            "format": source.format,
             "model": model,
             "rows": total.rows,
+            "columns": source.columns,
+            "unused_columns": [
+                {"name": c.name, "rows": c.rows, "changes_meaning": bool(c.loss)} for c in source.unused_columns
+            ],
+            "ignored_columns": source.ignored_columns,
+            "notes": self._list_notes(),
             "invalid_rows": [{"line": r.line, "cause": r.cause, "code": r.code} for r in self.invalid],
             "invalid_count": self.invalid_count,
             "tokens": total.tokens,
@@ -236,9 +281,29 @@ class DatasetReport:
             },
             "issues": issues,
             "samples": [self._show_sample(line, row.input_ids, row.supervised) for line, row in self.samples],
-            "verdict": "errors" if "error" in severities else "warnings" if issues else "ok",
+            "verdict": verdict or ("warnings" if issues else "ok"),
             "seconds": round(time.perf_counter() - self.start, 3),
         }
+
+    def _add_file_issues(self) -> None:
+        """Find what is wrong with all rows: columns that are not used, a format that nothing trains on."""
+        if columns := self.source.lossy_columns:
+            first = max(columns, key=lambda c: c.rows)
+            what, hint = describe_losses(columns), column_hint(columns)
+            self.issues["unused-column"] = FoundIssue(first.rows, [first.line], what, hint)
+        if self.source.format == "preference":
+            self.issues["preference"] = FoundIssue(self.total.rows, [1])
+
+    def _list_notes(self) -> list[str]:
+        """Return what training does with every row of this file, in sentences."""
+        notes = []
+        if self.source.has_paragraphs:
+            blank = "blank lines separate them" if self.total.rows > 1 else "it has no blank line, so it is one row"
+            notes.append(f"each paragraph of a .txt file is a row of its own: {blank}")
+        if self.source.format == "text":
+            end = "the end-of-text token" if self.tokenizer is None else repr(self.tokenizer.eos_token)
+            notes.append(f"a row is learned whole, and {end} after it: the model learns to stop where a row ends")
+        return notes
 
     def _find_similar_rows(self) -> None:
         lines, words, (texts, prompts, answers) = self.rows["line"], self.rows["words"], self.rows["hashes"].T
@@ -264,6 +329,9 @@ class DatasetReport:
 
     def _find_overlap(self, path: str, other: "DatasetReport") -> None:
         """Find rows that are validation rows, and invalid validation rows."""
+        if columns := other.source.lossy_columns:
+            example = f"{path}, line {columns[0].line}: {describe_losses(columns)}"
+            self.issues["validation-invalid"] = FoundIssue(columns[0].rows, [columns[0].line], example)
         if other.invalid_count:
             example = f"{path}, line {other.invalid[0].line}: {other.invalid[0].cause}"
             self.add_issue("validation-invalid", [r.line for r in other.invalid], example)
@@ -299,12 +367,14 @@ class DatasetReport:
                     "what": f"{kind.description}{example}" or found.example,
                     "lines": found.lines,
                     "count": found.count,
-                    "hint": kind.hint,
+                    "hint": found.hint or kind.hint,
                 }
             )
         return sorted(issues, key=lambda issue: issue["severity"])
 
     def _decode(self, ids: list[int]) -> str:
+        if not ids:
+            return ""
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _show_sample(self, line: int, ids: list[int], supervised: list[bool]) -> dict[str, Any]:
@@ -337,19 +407,40 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     overlong, share = report["overlong"]["rows"], 100 * report["supervised_share"]
     supervised = f"{format_count(report['supervised_tokens'])} supervised ({share:.0f} %)"
     quantiles = f"50 % of the rows up to {n['median']}, 90 % up to {n['p90']}, 99 % up to {n['p99']}"
-    saved = f"{100 * packing['saved_share']:.0f} % saved by shared prefixes"
-    return [
+    saved = f": {100 * packing['saved_share']:.0f} % fewer, because a prefix that rows of a step share is computed once"
+    shown = prefix["text"][:SHOWN_PREFIX] + "…" * (len(prefix["text"]) > SHOWN_PREFIX)
+    counts = [
         ("rows", f"{report['rows']:,}, {report['invalid_count'] or 'none'} invalid"),
+        ("columns", format_columns(report)),
+        *(("note", note) for note in report["notes"]),
+    ]
+    if report["model"] is None:
+        return counts
+    return [
+        *counts,
         ("tokens", f"{format_count(report['tokens'])}, {supervised}"),
         ("tokens per row", f"{n['min']} to {n['max']}; {quantiles}"),
         (f"longer than {report['max_seq_len']}", f"{overlong:,} rows" if overlong else "none"),
-        ("shared prefix", f"{prefix['tokens']} tokens: {prefix['text']!r}" if prefix["tokens"] else "none"),
-        ("packed", f"{format_count(packing['packed_tokens'])} tokens per epoch, {saved}"),
+        ("shared prefix", f"{prefix['tokens']} tokens: {shown!r}" if prefix["tokens"] else "none"),
+        (
+            "packed",
+            f"an epoch computes {format_count(packing['packed_tokens'])} tokens{saved * bool(packing['saved_share'])}",
+        ),
     ]
+
+
+def format_columns(report: Mapping[str, Any]) -> str:
+    """Return which columns of a file are used, and which are not."""
+    unused = ", ".join(f"{c['name']} ({c['rows']:,} row{'s' * (c['rows'] != 1)})" for c in report["unused_columns"])
+    parts = [", ".join(report["columns"]) or "none", unused and f"not used: {unused}"]
+    ignored = ", ".join(report["ignored_columns"])
+    return "; ".join(filter(None, [*parts, ignored and f"left out by --ignore-columns: {ignored}"]))
 
 
 def format_verdict(report: Mapping[str, Any]) -> str:
     """Return the verdict as one line."""
+    if report["verdict"] == "not checked":
+        return "not checked: rows and columns are counted; what a base reads of them, --model BASE shows"
     severities = [issue["severity"] for issue in report["issues"]]
     counts = [(severities.count(name), name) for name in ("error", "warning")]
     parts = [f"{n} kind{'s' * (n > 1)} of {name}s" for n, name in counts if n]

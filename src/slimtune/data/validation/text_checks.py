@@ -18,6 +18,8 @@ _ON_ENCODINGS = re.compile(
 )
 _ON_MARKUP = re.compile(r"</?[a-z][\w-]*(?:\s[^<>]*)?/?>|\b(?:html|xml|svg|jsx|entit(?:y|ies)|escap\w*|markup)\b", re.I)
 
+# A text begins or ends with it, or a line is nothing else, as LLaVA's rows have it.
+_MEDIA = re.compile(r"^\s*<(?:image|video|audio)>|<(?:image|video|audio)>\s*$", re.MULTILINE)
 _CONTROL = re.compile("[\x01-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]")  # a form feed divides the pages of old sources
 _ENTITY = re.compile(
     r"\w&(?:#0?39|#x27|apos|[lr]squo);\w|&(?:quot|[lr]dquo|#34|nbsp|#160|hellip|[mn]dash);|\s&amp;\s"
@@ -58,6 +60,8 @@ def find_text_issues(texts: list[str]) -> Iterator[tuple[str, str]]:
     whole = "\n".join(texts)
     if found := _CONTROL.search(whole):
         yield "control-character", f"U+{ord(found[0]):04X}"
+    if "<" in whole and (found := _MEDIA.search(whole)) and f"</{found[0].strip()[1:]}" not in whole:
+        yield "media-placeholder", found[0].strip()
     if "\0" in whole:
         yield "null-byte", _excerpt(whole, whole.index("\0"))
     if "&" in whole and (found := _ENTITY.search(_CODE.sub(" ", whole))) and not _ON_MARKUP.search(whole):
