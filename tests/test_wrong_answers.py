@@ -5,6 +5,7 @@ In files and commands BASE stands for the folder of a tiny Llama, RUN for a fini
 own), ROWS for a file of 24 sound chat rows. What needs more than one command is tested beside the code it is about.
 """
 
+import json
 import shlex
 import shutil
 from collections.abc import Callable
@@ -28,11 +29,86 @@ class Case(NamedTuple):
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
+
+def row(**columns: Any) -> str:
+    return json.dumps(columns) + "\n"
+
+
+def chat(content: Any = "Hi", role: str = "user", **more: Any) -> str:
+    """A row of one turn; `name` belongs to the first message, `thinking` to the last, other columns to the row."""
+    keys = [{k: more.pop(k)} if k in more else {} for k in ("name", "thinking")]
+    turns = [{"role": role, "content": content, **keys[0]}, {"role": "assistant", "content": "Ho.", **keys[1]}]
+    turns[1:1] = [{"role": "user", "content": "Q"}] if role != "user" else []
+    return row(messages=turns, **more)
+
+
+KTO = row(prompt="Say", completion=" so", label=True) + row(prompt="Say", completion=" no", label=False)
+PAIR = row(prompt="Say", chosen=" so", rejected=" no")
+TRAIN = "train --model BASE --data a.jsonl --max-steps 1 --dtype float32 --out out"
 CASES: list[Case] = [
     Case("unknown-base", {}, "plan no-such-base", 2, "there is no base 'no-such-base'"),
     # Data: columns, labels, images, contents that are not understood
-    #
-    #
+    Case("kto-label", {"a.jsonl": KTO}, "data a.jsonl --model BASE", 1, "('label': rows that it rates low"),
+    Case("kto-label-without-a-base", {"a.jsonl": KTO}, "data a.jsonl", 1, "--ignore-columns label"),
+    Case("kto-label-trained", {"a.jsonl": KTO}, TRAIN, 1, "--ignore-columns label"),
+    Case("kto-label-evaluated", {"a.jsonl": KTO}, "eval RUN --data a.jsonl", 1, "--ignore-columns label"),
+    Case("kto-label-ignored", {"a.jsonl": KTO}, "data a.jsonl --model BASE --ignore-columns label", 0, "left out"),
+    Case(
+        "images",
+        {"a.jsonl": chat(images=["cat.png"])},
+        "data a.jsonl --model BASE",
+        1,
+        "'images': only text is learned",
+    ),
+    Case("image-in-text", {"a.jsonl": chat("<image>\nWhat?")}, "data a.jsonl --model BASE", 1, "media-placeholder"),
+    Case(
+        "image-part",
+        {"a.jsonl": chat([{"type": "image_url"}])},
+        "data a.jsonl --model BASE",
+        1,
+        "of the type 'image_url'",
+    ),
+    Case("oasst", {"a.jsonl": row(text="Hi", role="prompter", parent_id="7")}, "data a.jsonl", 1, "one message of a"),
+    Case("scored", {"a.jsonl": chat(score=0.1)}, "data a.jsonl --model BASE", 1, "--ignore-columns score"),
+    Case("summary", {"a.jsonl": row(text="Long.", summary="S.")}, "data a.jsonl", 1, "it seems to belong to each text"),
+    Case("preference", {"a.jsonl": PAIR}, "data a.jsonl --model BASE", 1, "nothing trains on them yet"),
+    Case("preference-trained", {"a.jsonl": PAIR}, TRAIN, 1, "nothing trains on them yet"),
+    Case(
+        "prompt-response",
+        {"a.jsonl": row(prompt="Q", response="A")},
+        "data a.jsonl",
+        1,
+        "completion --column completion=response",
+    ),
+    Case(
+        "dolly",
+        {"a.jsonl": row(instruction="Q", context="C", response="A", category="qa")},
+        "data a.jsonl",
+        1,
+        "try --format instruction --column output=response --column input=context",
+    ),
+    Case(
+        "alpaca",
+        {"a.jsonl": row(instruction="Q", input="", output="A", text="## Q\n## A")},
+        "data a.jsonl",
+        0,
+        "not used: text",
+    ),
+    Case("name-of-a-speaker", {"a.jsonl": chat(name="Ann")}, "data a.jsonl", 1, "--ignore-columns messages.name"),
+    Case("developer", {"a.jsonl": chat(role="developer")}, "data a.jsonl --model BASE", 1, "call it 'system'"),
+    Case("reasoning", {"a.jsonl": chat(thinking="Hm")}, "data a.jsonl --model BASE", 1, "such as <think>"),
+    Case("one-paragraph", {"a.txt": "A night. " * 300}, TRAIN.replace("jsonl", "txt"), 1, "put a blank line between"),
+    Case(
+        "rich-markup",
+        {"a.jsonl": row(text="[INST] Hi [/INST] Ho")},
+        "data a.jsonl --model BASE",
+        1,
+        "⟦[INST] Hi [/INST]",
+    ),
+    Case("escape-in-a-row", {"a.jsonl": chat("\x1b]0;x\x07")}, "data a.jsonl --model BASE", 0, r"\x1b]0;x\x07"),
+    Case("escape-in-bad-json", {"a.jsonl": "{\x1b[2J\n"}, "data a.jsonl --model BASE", 1, r"{\x1b[2J"),
+    Case("escape-in-a-name", {}, "data 'no\x1b[2J\udcff'", 2, r"no\x1b[2J"),
+    Case("both-test-sets", {}, f"{TRAIN} --test ROWS --test-fraction 0.1", 2, "only one of the two"),
     # Rows and templates that are hostile: duplicate keys, huge numbers, deep nesting, endless loops
     Case(
         "key-twice",

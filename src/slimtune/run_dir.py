@@ -66,10 +66,12 @@ class RunResults:
     def held_out(self) -> Evaluation | None:
         """The first complete evaluation on rows that were not trained on."""
         needed = {"base_loss", "tuned_loss", "loss_reduction", "loss_reduction_ci95", "rows"}
-        trained_on = str(self.recipe.data.train) if self.recipe is not None else None
+        data = self.recipe.data if self.recipe is not None else None
         for e in self.evaluations:
-            # Validation rows split off the training file carry its name, although they were not trained on.
-            seen = e.values.get("data") == trained_on and e.values.get("split") != "validation"
+            # Rows split off the training file carry its name, although they were not trained on.
+            split = e.values.get("split")
+            split_off = split in ("validation", "test") and getattr(data, split) is None
+            seen = data is not None and e.values.get("data") == str(data.train) and not split_off
             if needed <= set(e.values) and not seen:
                 return e
         return None

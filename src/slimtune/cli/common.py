@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from rich.console import Console
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 from typer import Abort, Argument, BadParameter, Option
@@ -22,6 +23,7 @@ from typer.core import TyperGroup
 
 from ..errors import RunError, SlimtuneError, UsageError, is_out_of_memory
 from ..utils.files import os_error, to_json
+from ..utils.formatting import escape_controls
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
@@ -86,7 +88,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     """Print an exception on stderr; return its exit code and what `--json` prints."""
     known = to_user_error(error)
     if known is None:
-        traceback.print_exception(error, file=sys.stderr)
+        error_console().print("".join(traceback.format_exception(error)), end="")
         message = f"a bug in slimtune: {type(error).__name__}: {error}"
         known = SlimtuneError(message, hint="please report it with the lines above")
     if "RANK" in os.environ:
@@ -95,7 +97,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
         if not distributed.claim_error_report(known):
             return known.exit_code, None
     screen = error_console()
-    screen.print(Text("error: ", style="bold red") + Text(known.message))
+    screen.print(Text("error: ", style="bold red") + Text(escape_controls(known.message)))
     for name in ("expected", "hint"):
         if text := getattr(known, name):
             screen.print(f"  {name}: {text}")
@@ -141,9 +143,22 @@ def _print_warnings() -> Iterator[None]:
         yield
 
 
+class PlainConsole(Console):
+    """A console that writes control characters out: rows, names and messages of others must not steer a terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a string; rich itself would drop some control characters without a word."""
+        return super().render_str(escape_controls(text), **options)
+
+    def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
+        """Render an object; its segments of text are escaped, its colors are not."""
+        for segment in super().render(*args, **options):
+            yield segment if segment.control else segment._replace(text=escape_controls(segment.text))
+
+
 def console(stderr: bool = False) -> Console:
     """Return a console on the current stdout or stderr."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
+    return PlainConsole(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
 
 
 def error_console() -> Console:
@@ -166,7 +181,7 @@ def table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]]
         is_text = number in left
         made.add_column(column, justify="left" if is_text or not number else "right", no_wrap=not is_text)
     for row in rows:
-        made.add_row(*map(Text, row))
+        made.add_row(*(Text(escape_controls(cell)) for cell in row))
     return made
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from rich.text import Text
 from typer import Argument, Option
 
+from ..utils.formatting import escape_controls
 from .common import Json, NegativeResult, console, print_fields, print_progress
 from .options import recipe_flags
 
@@ -88,7 +89,7 @@ def _print_report(report: Mapping[str, Any]) -> None:
         text, left = Text(), SAMPLE_CHARACTERS
         for piece in sample["pieces"]:
             marked = piece["supervised"] and not screen.is_terminal
-            shown = piece["text"][:left] + "…" * (0 < left < len(piece["text"]))
+            shown = escape_controls(piece["text"][:left]) + "…" * (0 < left < len(piece["text"]))
             left = max(0, left - len(piece["text"]))
             if shown:
                 text.append(f"⟦{shown}⟧" if marked else shown, "green underline" * piece["supervised"])
@@ -102,7 +103,8 @@ def _print_report(report: Mapping[str, Any]) -> None:
         screen.print(f"{lengths:>11} {'█' * -(-BAR_WIDTH * bar['rows'] // most)} {bar['rows'] or ''}")
     for issue in report["issues"]:
         severity = issue["severity"]
-        screen.print(Text(f"\n{severity}: {issue['code']}: ", STYLES[severity]) + format_issue(issue))
+        what = escape_controls(format_issue(issue))
+        screen.print(Text(f"\n{severity}: {issue['code']}: ", STYLES[severity]) + what)
         if issue["hint"]:
             screen.print(f"  hint: {issue['hint']}")
     screen.print(Text(f"\n{format_verdict(report)}", STYLES[report["verdict"]]))

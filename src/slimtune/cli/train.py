@@ -107,5 +107,5 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
     ])  # fmt: skip
     data, run = recipe.data, result["run"]
     validated = data.validation is not None or data.validation_fraction > 0
-    rows = "" if data.test else " --split validation" if validated else " --data held_out.jsonl"
+    rows = "" if data.test or data.test_fraction else " --split validation" if validated else " --data held_out.jsonl"
     console().print(f"adapter: {run}/adapter; next: slimtune eval {run}{rows}, slimtune chat {run}")

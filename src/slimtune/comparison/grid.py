@@ -177,13 +177,17 @@ def build_grid(
                 raise
             excluded[candidate.label] = " ".join(e.message.split())
     recipe.require_files()
-    if recipe.data.test is None:
-        raise UsageError("the recipe names no test rows to compare the methods on", "a file of rows: data.test")
+    test_file = recipe.data.test
+    if test_file is None and recipe.data.test_fraction == 0:
+        expected = "a file of rows, data.test, or a share of the training rows, data.test_fraction"
+        raise UsageError("the recipe names no test rows to compare the methods on", expected)
     tokenizer = load_tokenizer_from_recipe(recipe)
-    test_rows, _ = load_eval_dataset(recipe, tokenizer, recipe.data.test)
-    if len(test_rows) < 2:
-        raise UsageError(f"{recipe.data.test} leaves {len(test_rows)} rows to compare methods on", "two rows or more")
+    test_rows = None if test_file is None else load_eval_dataset(recipe, tokenizer, test_file)[0]
     rows = load_datasets(recipe, tokenizer)
+    test_rows = rows.test if test_rows is None else test_rows
+    if len(test_rows) < 2:
+        source = test_file or "data.test_fraction"
+        raise UsageError(f"{source} leaves {len(test_rows)} rows to compare methods on", "two rows or more")
     for report in filter(None, [] if force else rows.data_reports.values()):
         raise_if_invalid(report)
     if not rows.train:

@@ -6,8 +6,8 @@
 
 `parse_messages_and_train_mask` returns this form, which every chat template takes. Tool arguments are an object here,
 whether the file has an object or JSON text. Content may be a list of text parts; they are joined without a separator,
-as templates that take such a list join them. An assistant's message may have a key of `REASONING_KEYS`, and a role may be
-"developer", if the chat template reads them (`check_template_keys`). A message may have a `weight` (1: learned, 0:
+as templates that take such a list join them. An assistant's message may have a key of `REASONING_KEYS`, and a role may
+be "developer", if the chat template reads them (`check_template_keys`). A message may have a `weight` (1: learned, 0:
 not); it is returned apart and never reaches a template. An unknown key is an error, because it would change the text
 of the turn or be lost.
 """

@@ -103,10 +103,11 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         examples, row_report = load_eval_dataset(recipe, tokenizer, file)
     else:
         datasets = load_datasets(recipe, tokenizer)
-        examples, row_report = datasets.validation, datasets.train_report
+        examples = datasets.validation if settings.split == "validation" else datasets.test
+        row_report = datasets.train_report
         if not examples:
-            none = f"{recipe.data.validation_fraction} of {len(datasets.train)} rows is none"
-            expected = "data.validation in the recipe, or a file"
+            none = f"{getattr(recipe.data, f'{settings.split}_fraction')} of {row_report.kept} rows is none"
+            expected = f"data.{settings.split} in the recipe, or a file"
             raise UsageError(f"training set no rows aside: {none}", expected, "--data FILE")
     prompts, generator = [], None
     if settings.generate:
@@ -253,7 +254,7 @@ def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -
     data = run_dir.load_recipe().data
     file = data.test if split == "test" else data.validation
     has_validation = data.validation is not None or data.validation_fraction > 0
-    if file is None and not (split == "validation" and has_validation):
+    if file is None and not (has_validation if split == "validation" else data.test_fraction > 0):
         raise UsageError(
             f"the recipe of {run} names no {split} rows",
             f"data.{split} in {run_dir.recipe_file}, or a file",

@@ -40,7 +40,7 @@ def render_report(run: RunDir) -> str:
     assert r.recipe is not None
     recipe, folder = r.recipe, _display_path(run.path)
     eval_options = ["--data", "HELD_OUT.jsonl"]
-    if recipe.data.test is not None:
+    if recipe.data.test is not None or recipe.data.test_fraction > 0:
         eval_options = []
     elif recipe.data.validation is not None or recipe.data.validation_fraction > 0:
         eval_options = ["--split", "validation"]

@@ -17,7 +17,7 @@ from ..errors import UsageError, format_names
 from ..run_dir import RunDir
 from ..utils import distributed
 from ..utils.device import memory_in_use
-from ..utils.formatting import format_bytes, format_duration
+from ..utils.formatting import escape_controls, format_bytes, format_duration
 from .checkpoint import TrainingState
 
 PRINT_SECONDS = 15
@@ -72,6 +72,7 @@ class ProgressLogger:
         """Print a line on stderr and append it to the run's log; a log that cannot be written does not end the run."""
         if not self.enabled:
             return
+        text = escape_controls(text)  # of rows and names, for the terminal and whoever shows the log on one
         self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         try:
             with self.run.log_file.open("a") as f:

@@ -23,7 +23,7 @@ from ..adapters.export_formats import get_export_formats
 from ..attention.register import packed_attention
 from ..config import Recipe
 from ..data.collator import Collator, Example
-from ..data.validation.report import format_issue, format_verdict, raise_if_invalid
+from ..data.validation.report import format_columns, format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
 from ..models.dtype import pick_device, pick_dtype
 from ..models.loader import Base
@@ -311,9 +311,13 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
     share = f"{format_count(trained)} of {format_count(total)} parameters train ({100 * trained / total:.2f} %)"
     logger.say(f"{model.match_report()}; {share}")
     logger.say(f"rows: {data.train_report.text()}")
+    for split, rows in (("validation", data.validation), ("test", data.test)):
+        if getattr(recipe.data, split) is None and getattr(recipe.data, f"{split}_fraction") > 0:
+            logger.say(f"{len(rows)} of them set aside for {split}")
     for name, report in data.data_reports.items():
         if report is not None:
             logger.say(f"{name} data: {format_verdict(report)}")
+            logger.say(f"  columns: {format_columns(report)}")
             for issue in report["issues"]:
                 logger.say(f"  {issue['severity']}: {format_issue(issue)}")
     processes = distributed.world_size()

@@ -1,4 +1,19 @@
-"""Bytes, counts and times as people read them."""
+"""Bytes, counts and times as people read them, and text from elsewhere as a terminal may show it."""
+
+import re
+
+_CONTROLS = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape_controls(text: str) -> str:
+    r"""Return a text with its control characters written out: ESC becomes `\x1b`.
+
+    They are what can steer a terminal or turn the direction of its text, except line feeds and tabs, and halves of
+    characters, which cannot be encoded.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def format_bytes(n: float) -> str:
