@@ -63,7 +63,7 @@ def test_no_absolute_path(full_run, monkeypatch):
     [
         ("recipe", ["smollm2-135m", "40 steps", "max_steps: 40", "rows.jsonl"]),
         ("plan", ["it fits", "1.6 GiB to 2.4 GiB", "2.0 GiB as planned", "504 as planned", "45 s to 1 min 7 s"]),
-        ("data", ["errors", "781, 2 invalid; 3 longer than 200 tokens", "36,400", "56.3 %", "28.7 % saved",
+        ("data", ["errors", "781, 2 invalid; 3 longer than 200 tokens", "36,400", "56.3 %", "28.7 % fewer",
                   "line 17", "lines 4, 8", "near", "(44)", "prefix24 tokens"]),
         ("training", ["training", "validation", "Learning rate", "cosine", "Speed", "Gradient norm"]),
         ("evaluation", ["passed", "4.524 (4.380 to 4.660)", "+0.796 (0.720 to 0.890)", "41.60 (37.00 to 47.00)",
