@@ -122,6 +122,7 @@ TEXTUAL: list[tuple[str, str, Change, tuple[str, ...]]] = [
     ("already-rendered", "alpaca", _user(lambda u: "Below is an instruction that describes a task. Write a response.\n\n"
                                           f"### Instruction:\n{u}\n\n### Response:"), TURNS),
     ("already-rendered", "vicuna", _user(lambda u: f"USER: {u} ASSISTANT:"), ("chat", "sharegpt")),
+    ("media-placeholder", "", _user(lambda u: f"<image>\n{u}"), FORMATS),
     ("too-long", "", _answer(lambda a: " ".join([a] * 99)[:4000]), FORMATS),
 ]  # fmt: skip
 
