@@ -30,7 +30,7 @@ __all__ = ["InvalidRow", "Row", "RowErrorCollector", "RowFile", "open_rows", "re
 MAX_ERRORS = 10  # invalid rows that one error message names
 DETECTION_ROWS = 20  # records from which a format is recognized
 CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
-EMPTY = (None, "", [], {})  # values that a row may have in a column without having the column
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # values that a row may have in a column without having the column
 MAX_COLUMN_SETS = 1000  # sets of columns whose unused ones are remembered
 SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
           "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
@@ -45,10 +45,9 @@ class RowErrorCollector:
         self.path, self.expected, self.hint = Path(path), expected, hint
         self.messages: list[str] = []
 
-    def add(self, row: InvalidRow) -> None:
-        self.messages.append(f"{self.path / row.file if row.file else self.path}:{row.line}: {row.cause}")
-        if row.hint:
-            self.hint = row.hint
+    def add(self, line: int, cause: str, file: str | None = None, hint: str = "") -> None:
+        self.messages.append(f"{self.path / file if file else self.path}:{line}: {cause}")
+        self.hint = hint or self.hint
 
     @property
     def full(self) -> bool:
@@ -87,7 +86,9 @@ class RowFile:
         self._unused: dict[str, UnusedColumn] = {}
 
     def __iter__(self) -> Iterator[Row | InvalidRow]:
-        used, unused = self._used, self._unused = {}, {}
+        used: dict[str, None] = {}
+        unused: dict[str, UnusedColumn] = {}
+        self._used, self._unused = used, unused
         unused_of: dict[tuple[str, ...], list[UnusedColumn]] = {}  # most records have the same columns
         for file, read in self._parts:
             for found in read():
@@ -146,7 +147,7 @@ class RowFile:
             if isinstance(row, Row):
                 yield row
             else:
-                errors.add(row)
+                errors.add(row.line, row.cause, row.file, row.hint)
             if errors.full:
                 break
         errors.check()

@@ -244,7 +244,7 @@ def tokenize_dataset(
             if dataset_report is not None:
                 dataset_report.add(batch)
             for row in batch.invalid[: MAX_ERRORS - len(errors.messages)]:
-                errors.add(row)
+                errors.add(row.line, row.cause, row.file, row.hint)
             if errors.full:
                 break
         errors.check()
