@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from .config import Recipe, load_recipe
 from .errors import RunError, UsageError, format_names, nearest
-from .utils.files import read_json, require_regular, to_json, translate_os_errors, write_atomic
+from .utils.files import read_json, require_regular, require_writable, to_json, translate_os_errors, write_atomic
 
 ADAPTER_FILE = "adapter_model.safetensors"
 RENAMED_KEYS = {
@@ -134,6 +134,7 @@ class RunDir:
                 "a folder that is empty or does not exist yet",
                 f"{'continue that run with --resume, or ' if is_run else ''}give another --out",
             )
+        require_writable(run.path)
         return run
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from rich.text import Text
 from typer import Argument, Option
 
+from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import escape_controls
 from .common import Json, NegativeResult, console, print_fields, print_progress
 from .options import recipe_flags
@@ -43,6 +44,8 @@ def data_report(
     from ..data.validation.report import validate_file
     from ..models.loader import load_tokenizer
 
+    if html is not None:
+        html = require_output_file(html.expanduser())
     unused = {"model.name": "unused", "data.train": file, "output_dir": "runs/unused"}
     recipe = load_recipe(None, {**unused, **settings})
     data, m = recipe.data, recipe.model
@@ -67,7 +70,6 @@ def data_report(
     )
     if html is not None:
         from ..reporting.report import render_data_report
-        from ..utils.files import write_atomic
 
         write_atomic(html, render_data_report(report))
         print_progress(f"page: {html}")

@@ -11,6 +11,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from ..errors import UsageError
+from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
 from .common import Json, console, table
 from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans
@@ -68,11 +69,10 @@ def plan(
     from ..planning.serving import plan_serving
     from ..planning.throughput import estimate_cost
     from ..reporting.charts import require_figure_path
-    from ..utils.files import write_atomic
 
     card = find_gpu(gpu) if gpu is not None else gpu_with_memory(vram) if vram is not None else detect_gpu()
     if plot is not None:
-        require_figure_path(plot)
+        plot = require_figure_path(plot)
     jobs = load_jobs(job, settings, output_dir=f"runs/{write.stem if write is not None else 'planned'}")
     if write is not None:
         _require_writable(write, jobs)
@@ -140,8 +140,7 @@ def _require_writable(path: Path, jobs: Jobs) -> None:
         raise UsageError(f"{str(path)!r} is not a name for a recipe", "a name that ends in .yaml")
     if path.exists():
         raise UsageError(f"{path} exists", "a new file: a recipe is not overwritten")
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
+    require_output_file(path)
 
 
 # --- what people see -------------------------------------------------------------------------------------------------

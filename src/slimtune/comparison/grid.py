@@ -25,7 +25,7 @@ from ..models.dtype import pick_device
 from ..run_dir import RunDir
 from ..setup import load_datasets, load_eval_dataset, load_tokenizer_from_recipe
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
-from ..utils.files import read_json, to_json, write_json
+from ..utils.files import read_json, require_writable, to_json, write_json
 from .candidates import Candidate
 
 SETTINGS_FILE = "settings.json"
@@ -98,6 +98,7 @@ class Grid:
         other = "give another --out"
         if self.output_dir.exists() and not self.output_dir.is_dir():
             raise UsageError(f"{self.output_dir} is a file", "a folder", other)
+        require_writable(self.output_dir)
         file = self.output_dir / SETTINGS_FILE
         if not file.is_file():
             if content := sorted(p.name for p in self.output_dir.glob("*") if p.name != ".lock"):

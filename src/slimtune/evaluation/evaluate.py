@@ -27,7 +27,7 @@ from ..setup import (
     open_rows_from_recipe,
 )
 from ..train_step.loss import RowScore, evaluate_rows
-from ..utils.files import write_json
+from ..utils.files import require_writable, write_json
 from .answers import build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
 from .forgetting import DEFAULT_BUDGET, WINDOW, measure_forgetting, read_general_text, tokenize_general_text
 from .generate import Generator
@@ -87,6 +87,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     checks = {name: build_check(name) for name in settings.checks}
     task_manager = find_tasks(settings.tasks, settings.tasks_path) if settings.tasks else None
     run_dir = None if find_adapter_folder(run) == run else RunDir.open(run)
+    if run_dir is not None:
+        require_writable(run_dir.path)
     file = _find_eval_file(run_dir, run, settings)
     if file is not None:  # report faulty rows before the model is loaded
         deque(open_rows_from_recipe(run_dir.load_recipe() if run_dir else None, file).require_valid_rows(), maxlen=0)

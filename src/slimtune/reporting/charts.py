@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from ..errors import UsageError, format_names
-from ..utils.files import write_atomic
+from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes
 
 BOX = 1000.0
@@ -240,11 +240,9 @@ def require_figure_path(path: str | Path) -> Path:
             f"--plot {path.with_suffix('.svg')}",
         )
         raise UsageError(f"the plot {str(path)!r} has {suffix}", f"one of {format_names(FIGURE_SUFFIXES)}", hint)
-    if not path.parent.is_dir():
-        raise UsageError(f"there is no folder {str(path.parent)!r} to write {path.name} into")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("plots need matplotlib, which is not installed", hint="pip install 'slimtune[plot]'")
-    return path
+    return require_output_file(path)
 
 
 def save_figure(figure: Any, path: Path) -> None:

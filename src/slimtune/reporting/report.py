@@ -16,9 +16,8 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..config import Recipe
-from ..errors import UsageError
 from ..run_dir import RunDir, RunResults
-from ..utils.files import write_atomic
+from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
 from . import charts
 from .charts import is_interval, is_number
@@ -26,10 +25,7 @@ from .charts import is_interval, is_number
 
 def write_report(run: RunDir, out: Path | None = None) -> Path:
     """Write the page of a run to `out` or `report.html` in its folder, replacing an earlier one; return its path."""
-    file = run.report_file if out is None else out.expanduser()
-    if file.is_dir() or not file.parent.is_dir():
-        problem = "is a folder" if file.is_dir() else f"cannot be written: there is no folder {file.parent}"
-        raise UsageError(f"{file} {problem}", "a file in an existing folder", "--out report.html")
+    file = run.report_file if out is None else require_output_file(out.expanduser())
     write_atomic(file, render_report(run))
     return file
 

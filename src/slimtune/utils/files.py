@@ -138,6 +138,16 @@ def require_regular(path: Path, follow_links: bool = True) -> None:
         raise OSError(errno.ENXIO, "it is a device, a pipe or a socket", str(path))
 
 
+def require_writable(folder: Path) -> None:
+    """Raise the error of `translate_os_errors` unless files can be written into a folder, which need not exist yet."""
+    with translate_os_errors(folder):
+        place = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(folder)) from e
+
+
 def require_output_file(path: Path) -> Path:
     """Return the file that an output at `path` replaces or creates: for a link what it links to, in the same folder.
 
@@ -152,6 +162,7 @@ def require_output_file(path: Path) -> Path:
         raise UsageError(f"{path} cannot be written: {e.strerror}", expected, hint) from None
     if not parent_exists:
         raise UsageError(f"{path} cannot be written: there is no folder {path.parent}", expected, hint)
+    require_writable(path.parent)
     if not is_link:
         return path
     target = Path(os.path.realpath(path))
@@ -304,14 +315,14 @@ def os_error(
     number, name = find_os_error(error, PATH_ERRORS)
     if (number not in PATH_ERRORS and number not in DISK_ERRORS) or (number in PATH_ERRORS and not (name or path)):
         return None
-    if path is not None and (name is None or path.parent in Path(name).parents):
-        # Of a file in a folder that is written, not of the temporary name beside it:
-        name = f"{name if path in Path(name or '/').parents else path} cannot be written"
-        is_usage = number in PATH_ERRORS and number != errno.ENOENT  # a folder that was there is not
-    else:
-        is_usage = number in PATH_ERRORS
+    written = path is not None and (name is None or path.absolute().parent in Path(name).absolute().parents)
+    if written and (name is None or path.absolute() not in Path(name).absolute().parents):
+        name = str(path)  # not the temporary name beside it
     cause, hint = (DISK_ERRORS | PATH_ERRORS)[number]
-    return (UsageError if is_usage else RunError)(f"{name or 'a file cannot be written'}: {cause}", hint=hint)
+    # Where something is written, a folder that was there has gone: no fault of the user's.
+    is_usage = number in PATH_ERRORS and not (written and number == errno.ENOENT)
+    message = f"{name or 'a file'}{' cannot be written' if written or not name else ''}: {cause}"
+    return (UsageError if is_usage else RunError)(message, hint=hint)
 
 
 def disk_full_error(path: Path, needed: int | None = None, fix: str = "") -> RunError:
