@@ -22,7 +22,7 @@ from ..adapters.config import PeftConfig
 from ..adapters.export_formats import get_export_formats
 from ..attention.register import packed_attention
 from ..config import Recipe
-from ..data.collator import Collator, Example
+from ..data.collator import Collator
 from ..data.validation.report import format_columns, format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
 from ..models.dtype import pick_device, pick_dtype
@@ -176,7 +176,7 @@ def _train(
         collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))
         planned = None if plan is None else planned_bytes(plan, device)[1]
         loop = TrainingLoop(model, data, settings, collator, run, logger, resume, planned)
-        logger.say(describe_packing(collator, data.train, loop.rows_per_step))
+        logger.say(describe_packing(collator, data.data_reports["train"]))
         if settings.compile:
             logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
         if plan is not None:
@@ -328,15 +328,13 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
         logger.say(f"train.fsdp: {sharded if processes > 1 else 'there is one process, which keeps the whole base'}")
 
 
-def describe_packing(collator: Collator, rows: Sequence[Example], rows_per_step: int) -> str:
-    """Return how the rows of a step are put together, and how many tokens that saves, as one line."""
+def describe_packing(collator: Collator, report: Mapping[str, Any] | None) -> str:
+    """Return how the rows of a step are put together, and the tokens that saves as the data report says, as one line."""
     limit = f"at most {collator.max_tokens} tokens in a micro-batch"
     if not collator.layout:
         return f"rows are {'packed' if collator.packing else 'padded'}, {limit}"
-    steps = [rows[at : at + rows_per_step] for at in range(0, min(len(rows), 16 * rows_per_step), rows_per_step)]
-    batches = [batch for step in steps for batch in collator.make_micro_batches(step)]
-    saved = 1 - sum(b["input_ids"].numel() for b in batches) / sum(int(b["tokens"]) for b in batches)
-    shared = f", shared prefixes are computed once ({100 * saved:.0f} % fewer tokens)" if saved else ""
+    saved = report["packing"]["saved_share"] if report is not None and collator.share_prefix else 0.0
+    shared = f", shared prefixes are computed once ({100 * saved:.1f} % fewer tokens)" if saved else ""
     return f"rows are packed{shared}; {limit}"
 
 
