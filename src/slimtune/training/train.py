@@ -329,7 +329,7 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
 
 
 def describe_packing(collator: Collator, report: Mapping[str, Any] | None) -> str:
-    """Return how the rows of a step are put together, and the tokens that saves as the data report says, as one line."""
+    """Return how the rows of a step are put together, and the tokens that saves by the data report, as one line."""
     limit = f"at most {collator.max_tokens} tokens in a micro-batch"
     if not collator.layout:
         return f"rows are {'packed' if collator.packing else 'padded'}, {limit}"

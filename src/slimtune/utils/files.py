@@ -315,9 +315,12 @@ def os_error(
     number, name = find_os_error(error, PATH_ERRORS)
     if (number not in PATH_ERRORS and number not in DISK_ERRORS) or (number in PATH_ERRORS and not (name or path)):
         return None
-    written = path is not None and (name is None or path.absolute().parent in Path(name).absolute().parents)
-    if written and (name is None or path.absolute() not in Path(name).absolute().parents):
-        name = str(path)  # not the temporary name beside it
+    written = False
+    if path is not None:
+        place, parents = path.absolute(), Path(name or path).absolute().parents
+        written = place.parent in parents
+        if written and place not in parents:
+            name = str(path)  # not the temporary name beside it
     cause, hint = (DISK_ERRORS | PATH_ERRORS)[number]
     # Where something is written, a folder that was there has gone: no fault of the user's.
     is_usage = number in PATH_ERRORS and not (written and number == errno.ENOENT)
