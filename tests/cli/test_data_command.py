@@ -62,6 +62,54 @@ def test_overlap_with_validation_and_page(rows, tiny_folder, tmp_path, slimtune)
     assert [i["code"] for i in json.loads(slimtune(*command).stdout)["issues"]] == ["validation-invalid"]
 
 
+def test_columns_that_are_not_used_are_named_everywhere(rows, tiny_folder, tmp_path, slimtune, slimtune_json):
+    path, page, run = rows((1, {**talk(0), "source": "x", "score": 3})), tmp_path / "a.html", tmp_path / "run"
+    ignored = ("--ignore-columns", "score")
+    report = slimtune_json("data", path, "--model", tiny_folder, "--html", page, *ignored)
+    assert (report["columns"], report["ignored_columns"]) == (["messages"], ["score"])
+    assert report["unused_columns"] == [{"name": "source", "rows": 1, "changes_meaning": False}]
+    named = "messages; not used: source (1 row); left out by --ignore-columns: score"
+    assert named in " ".join(slimtune("data", path, *ignored, columns=200).stdout.split())
+    assert "not used: source (1)" in page.read_text(encoding="utf-8")
+    refused = slimtune(*train_flags(path, tiny_folder, run))
+    assert (refused.exit_code, run.exists()) == (1, False)
+    assert "--ignore-columns score" in refused.stderr
+    assert slimtune(*train_flags(path, tiny_folder, run), *ignored).exit_code == 0
+    assert f"columns: {named}" in (run / "train.log").read_text()
+    assert "ignore_columns:\n  - score" in (run / "recipe.yaml").read_text()
+
+
+def test_without_a_base_nothing_is_called_sound(rows, slimtune, slimtune_json):
+    report = slimtune_json("data", rows())
+    assert (report["rows"], report["tokens"], report["verdict"], report["model"]) == (20, 0, "not checked", None)
+    done = slimtune("data", rows((2, {"messages": []})))
+    assert done.exit_code == 1
+    assert "20, 1 invalid" in done.stdout
+    assert slimtune("data", rows(), "--strict").exit_code == 1
+
+
+def test_validation_rows_with_a_column_that_is_not_used(rows, tiny_folder, slimtune):
+    held_out = rows((1, {**talk(50), "label": 1}), n=1, name="held.jsonl")
+    done = slimtune("data", rows(), "--model", tiny_folder, "--validation", held_out, columns=300)
+    assert done.exit_code == 1
+    assert "validation-invalid" in done.stdout
+    assert "'label': rows that it rates low" in done.stdout
+
+
+def test_the_verdict_is_last_and_samples_are_short(rows, tiny_folder, slimtune):
+    done = slimtune("data", rows((1, talk(1, "word " * 150))), "--model", tiny_folder)
+    assert done.stdout.count("word ") < 100
+    assert done.stdout.rstrip().splitlines()[-1] == "ok"
+
+
+def test_control_characters_do_not_reach_the_terminal(rows, tiny_folder, tmp_path, slimtune):
+    path = rows((1, talk(1, "a\x1b]52;c;eA==\x07b\x9b2J\u202e")), (2, {"messages\x1b[2J": 1}), name="x\x1b[1m.jsonl")
+    for args in (("--model", tiny_folder), ("--validation", "no\x1b[2J"), ("--column", "messages=\x1b[2J")):
+        done = slimtune("data", path, *args)
+        assert not set(done.output) & {"\x1b", "\x07", "\x9b", "\u202e"}
+        assert "x1b" in done.output
+
+
 def test_columns(tmp_path, tiny_folder, slimtune, slimtune_json):
     path = tmp_path / "rows.csv"
     path.write_text("question,answer\n" + "".join(f"Define {i},It is {i * 31}\n" for i in range(9)), encoding="utf-8")

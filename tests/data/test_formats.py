@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 
 from slimtune.config import DataSettings
 from slimtune.data.dataset import InvalidRow, open_rows, read_rows
-from slimtune.data.formats import FORMATS, Row
+from slimtune.data.formats import FORMATS, Row, parse_record
 from slimtune.data.tokenize import tokenize_dataset, tokenize_rows
 from slimtune.errors import DataError, ModelError, UsageError
 
@@ -35,6 +35,8 @@ def read_one(tmp_path, row, **options):
 
 GOOD = {
     "chat": ({"messages": [USER, SAID]}, Row([USER, SAID], 1)),
+    "chat of text parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "H"},
+        {"type": "text", "text": "i"}]}, {**SAID, "annotations": [], "refusal": None}]}, Row([USER, SAID], 1)),
     "chat as JSON text": ({"messages": json.dumps([USER, SAID])}, Row([USER, SAID], 1)),
     "instruction": ({"instruction": "Say", "output": "A"}, Row([{"role": "user", "content": "Say"},
         {"role": "assistant", "content": "A"}], 1)),
@@ -101,6 +103,8 @@ INVALID = {
     "empty content": (turn(content=" "), "empty-content", "messages[1] (assistant) has empty content"),
     "unknown role": (turn(role="asistant"), "unknown-role", "did you mean 'assistant'?"),
     "unknown key": (turn(nme="x"), "unknown-key", "messages[1] has keys that are not used: 'nme'"),
+    "image part": (turn(content=[{"type": "image_url"}]), "not-text", "content[0] is a part of the type 'image_url'"),
+    "part without text": (turn(content=[{"type": "text", "txt": "a"}]), "missing-key", "did you mean 'txt'?"),
     "unknown speaker": ({"conversations": [{"from": "humn", "value": "a"}]}, "unknown-role", "did you mean 'human'?"),
     "no speaker": ({"conversations": [{"form": "human", "value": "a"}]}, "missing-key", "did you mean 'form'?"),
     "two texts": ({"conversations": [{"from": "gpt", "value": "a", "content": "b"}]}, "unknown-key", "a 'content'"),
@@ -126,6 +130,70 @@ def test_missing_column_of_a_later_row(tmp_path):
     path = write(tmp_path / "a.jsonl", {"instruction": "a", "output": "b"}, {"instruction": "a", "outptu": "b"})
     cause = "has no 'output'; did you mean 'outptu'? (keys here: 'instruction', 'outptu')"
     assert list(open_rows(path))[1] == InvalidRow(2, cause, "missing-column")
+
+
+def test_unused_columns_are_counted(tmp_path):
+    rows = [{"id": 1, "text": "a", "Label": 0, "meta": None}, {"id": 2, "text": "b", "Label": 1}, {"text": "c"}]
+    file = open_rows(write(tmp_path / "a.jsonl", *rows))
+    assert len(list(file)) == len(list(file)) == 3  # counted anew each time
+    assert [(c.name, c.rows, c.line, bool(c.loss)) for c in file.unused_columns] == [
+        ("id", 2, 1, False),
+        ("Label", 2, 1, True),
+    ]
+    assert file.columns == ["text"]
+    with pytest.raises(DataError, match="'Label': rows that it rates low") as error:
+        read_rows(file.path)
+    assert "--ignore-columns Label" in error.value.hint
+    assert len(read_rows(file.path, ignore_columns=["Label"])) == 3
+
+
+def test_a_later_file_of_a_folder_has_another_column(tmp_path):
+    write(tmp_path / "a.jsonl", {"text": "a"})
+    write(tmp_path / "b.jsonl", {"text": "b", "images": []}, {"text": "c", "images": ["x.png"]})
+    with pytest.raises(DataError, match="'images': only text is learned"):
+        read_rows(tmp_path)
+
+
+def test_ignored_columns_are_as_if_they_were_not_there(tmp_path):
+    row = {"messages": [{**USER, "name": "Ann"}, {**SAID, "id": 3}], "text": "x"}
+    path = write(tmp_path / "a.jsonl", row)
+    ignored = ["messages.name", "messages.id", "text"]
+    assert read_rows(path, ignore_columns=ignored) == [Row([USER, SAID], 1)]
+    tool = {"role": "tool", "content": "2", "name": "f"}
+    path = write(tmp_path / "a.jsonl", {"messages": [USER, SAID, tool, SAID]})
+    assert read_rows(path, ignore_columns=ignored)[0].messages[2] == tool  # a tool's name is used
+
+
+def test_text_that_repeats_the_other_columns_is_not_used(tmp_path):
+    text = "### Instruction:\nSay\n\n### Input:\nit\n\n### Response:\nA"
+    alpaca = {"instruction": "Say", "input": "it", "output": "A", "text": text}
+    assert read_one(tmp_path, alpaca)[0] == "instruction"
+    assert read_one(tmp_path, {"messages": [USER, SAID], "text": "Hi: A lie."})[0] == "chat"
+
+
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [
+        ({"prompt": "a", "response": "b"}, ["--format instruction --column instruction=prompt --column output=response",
+                                            "--format prompt-completion --column completion=response"]),
+        ({"instruction": "a", "context": "c", "response": "b", "category": "d"},
+         ["--format instruction --column output=response --column input=context"]),
+        ({"Question": "a", "Answer": "b"},
+         ["--format instruction --column instruction=Question --column output=Answer"]),
+        ({"the chat": 1, "dialog": [USER, SAID]}, ["--format chat --column messages=dialog"]),
+        ({"content": "a"}, ["--format text --column text=content"]),
+    ],
+)  # fmt: skip
+def test_unknown_columns_get_flags_that_work(tmp_path, row, flags):
+    path = write(tmp_path / "a.jsonl", row)
+    with pytest.raises(DataError) as error:
+        open_rows(path)
+    assert re.findall(r"--format[^(,]*[^(, ]", error.value.hint) == flags
+    assert "did you mean" not in error.value.message
+    for flag in flags:
+        _, format, *columns = flag.replace("--column ", "").split()
+        (found,) = read_rows(path, format=format, columns=dict(pair.split("=") for pair in columns))
+        assert found.messages or found.completion
 
 
 def test_ambiguous_columns_need_a_format(tmp_path):
@@ -211,6 +279,47 @@ def test_weights_and_train_on_choose_the_turns(template):
     assert supervised_text(Row(turns, 1), "last_assistant", tok) == three
     assert supervised_text(Row(turns, 1, learned=first_and_last), tokenizer=tok) == one + three
     assert supervised_text(Row(turns, 1, learned=first_two), "last_assistant", tok) == ""
+
+
+GPT_OSS = ["<|startoftext|>", "<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "specials", "key", "learned"),
+    [
+        ("qwen3", CHATML, "reasoning_content", "<think>\nHm.\n</think>\n\nA lie.<|im_end|>"),
+        ("gptoss", GPT_OSS, "thinking", "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+                                        "<|channel|>final<|message|>A lie.<|return|>"),
+    ],
+)  # fmt: skip
+def test_reasoning_is_learned_where_the_template_reads_it(template, specials, key, learned):
+    tok = make_tokenizer(template_text(template), specials)
+    row = parse_record({"messages": [USER, {**SAID, key: "Hm."}]}, "chat", 1)
+    assert supervised_text(row, tokenizer=tok) == learned
+    row = parse_record({"messages": [USER, {**SAID, key: "Ah."}, USER, SAID]}, "chat", 1)
+    (refused,) = tokenize_rows([row], tok)  # both templates leave out what earlier turns thought
+    assert f"leaves out {key!r} of messages[1]" in refused.cause
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "hint"),
+    [
+        ("smollm2", turn(thinking="Hm."), "<think>…</think>, or leave it out: --ignore-columns messages.thinking"),
+        ("qwen3", turn(thinking="Hm."), "rename it to 'reasoning_content'"),
+        ("smollm2", {"messages": [{"role": "developer", "content": "Be brief."}, USER, SAID]}, "call it 'system'"),
+    ],
+)
+def test_keys_that_the_template_does_not_read(template, row, hint):
+    (refused,) = tokenize_rows([parse_record(row, "chat", 1)], make_tokenizer(template_text(template), CHATML))
+    assert (type(refused), refused.code) == (InvalidRow, "template-leaves-out")
+    assert hint in refused.hint
+
+
+def test_developer_message_of_a_template_that_knows_it():
+    tok = make_tokenizer(template_text("gptoss"), GPT_OSS)
+    row = parse_record({"messages": [{"role": "developer", "content": "Be brief."}, USER, SAID]}, "chat", 1)
+    (tokens,) = tokenize_rows([row], tok)
+    assert "<|start|>developer<|message|># Instructions\n\nBe brief." in tok.decode(tokens.input_ids)
 
 
 def test_preference_pairs_are_refused(tmp_path):

@@ -13,6 +13,7 @@ from slimtune.data.dataset import read_rows
 from slimtune.data.tokenize import tokenize_dataset
 from slimtune.errors import AdapterError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.run_dir import RunDir
 
 
 @pytest.fixture
@@ -95,6 +96,13 @@ def test_validation_rows_set_aside_by_training(tmp_path, tiny_folder):
     assert (run / "eval-validation.json").is_file()
 
 
+def test_test_rows_set_aside_by_training(tmp_path, tiny_folder):
+    run = make_run(tmp_path / "run", tiny_folder, data={"test": None, "test_fraction": 0.4})
+    found = evaluate(run)
+    assert (found["rows"], found["split"]) == (2, "test")
+    assert RunDir(run).load_results().held_out.values["rows"] == 2  # they count as rows not trained on
+
+
 def test_overlong_rows_are_counted(tmp_path, tiny_folder):
     found = evaluate(make_run(tmp_path / "run", tiny_folder, data={"max_seq_len": 82}))
     assert found["dropped"] > 0
@@ -108,6 +116,7 @@ def test_overlong_rows_are_counted(tmp_path, tiny_folder):
         ({"test": None, "validation_fraction": 0.4}, "test", "--data FILE, or --split validation"),
         ({"validation_fraction": 0}, "validation", "names no validation rows"),
         ({"validation_fraction": 0.01}, "validation", "set no rows aside: 0.01 of 5 rows is none"),
+        ({"test": None, "test_fraction": 0.01}, "test", "set no rows aside: 0.01 of 5 rows is none"),
     ],
 )
 def test_no_rows(tmp_path, tiny_folder, data, split, message):

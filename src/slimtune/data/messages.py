@@ -124,11 +124,16 @@ def check_template_keys(messages: Messages, template: str) -> None:
             raise RowError(f"{name} has {key!r}, which the chat template does not read", "template-leaves-out", hint)
 
 
-def check_reasoning_text(messages: Messages, rendered: str) -> None:
-    """Raise RowError if a rendered conversation leaves out what an assistant's message thinks."""
-    for i, message in enumerate(messages):
+def check_reasoning_text(messages: Messages, rendered: str, spans: list[tuple[int, int]]) -> None:
+    """Raise RowError if a rendered conversation leaves out what an assistant's message thinks.
+
+    `spans` are the turns of the assistant in it; if only some turns are learned, the whole text is searched.
+    """
+    turns = [(i, message) for i, message in enumerate(messages) if message["role"] == "assistant"]
+    texts = [rendered[a:b] for a, b in spans] if len(spans) == len(turns) else [rendered] * len(turns)
+    for (i, message), text in zip(turns, texts, strict=True):
         for key in REASONING_KEYS:
-            if message.get(key, "").strip() not in rendered:
+            if message.get(key, "").strip() not in text:
                 cause = f"the chat template leaves out {key!r} of messages[{i}]"
                 raise RowError(cause, "template-leaves-out", "make a row of its own that ends with this turn")
 

@@ -96,7 +96,7 @@ def tokenize_rows(
                 check_template_keys(row.messages, chat_template.get_chat_template(tokenizer, row.tools))
             rendered = chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
             if is_special:
-                check_reasoning_text(row.messages, rendered.text)
+                check_reasoning_text(row.messages, rendered.text, rendered.spans)
             return rendered
         except RowError as error:
             return InvalidRow(row.line, str(error), error.code, row.file, error.hint)
