@@ -19,6 +19,7 @@ IN_MODULES = {
     "transformers.PreTrainedModel._keep_in_fp32_modules": "layers that bitsandbytes leaves in fp32",
     "transformers.PreTrainedModel._keys_to_ignore_on_save": "tensors that are not in checkpoints",
     "transformers.core_model_loading.revert_weight_conversion": "the names of tensors in a checkpoint",
+    "transformers.utils.chat_template_utils._compile_jinja_template": "the environment of chat templates",
     "transformers.quantizers.base.HfQuantizer.get_modules_to_not_convert": "layers that are not quantized",
     "transformers.quantizers.base.HfQuantizer.remove_quantization_config": "saving a dequantized model",
     "transformers.quantizers.quantizers_utils.should_convert_module": "whether a layer is quantized",

@@ -27,6 +27,7 @@ class Case(NamedTuple):
     words: str
 
 
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
@@ -125,6 +126,15 @@ CASES: list[Case] = [
         "does not parse as JSON (a huge number)",
     ),
     Case("utf-16", {"a.jsonl": CHAT.encode("utf-16")}, "data a.jsonl --model BASE", 1, "is UTF-16 text"),
+    Case("endless-template", {"t.jinja": LOOP}, "data ROWS --model BASE --chat-template t.jinja", 1, "too many steps"),
+    Case("endless-in-chat", {"run/adapter/chat_template.jinja": LOOP}, "generate RUN/adapter hi", 1, "too many steps"),
+    Case(
+        "template-divides",
+        {"t.jinja": "{{ 1/0 }}"},
+        "data ROWS --model BASE --chat-template t.jinja",
+        1,
+        "ZeroDivisionError",
+    ),
     Case("gz", {"a.jsonl.gz": b"x"}, "data a.jsonl.gz --model BASE", 2, "gunzip -k a.jsonl.gz"),
     #
     #

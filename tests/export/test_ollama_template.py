@@ -118,7 +118,7 @@ def test_random_templates(seed, cut):
 def test_begun_answer_is_continued(name):
     messages = make_messages("uaua", ["Hi.", "Hello.", "Define hope.", "Desire"])
     made = convert_chat_template(TOKENIZERS[name], adds_bos=False)
-    expected = jinja(TOKENIZERS[name], messages, add_generation_prompt=False, continue_final_message=True)
+    expected = TOKENIZERS[name].apply_chat_template(messages, tokenize=False, continue_final_message=True)
     assert go(made.template, messages)["Text"] == expected
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from ..errors import DataError, ModelError
+from ..utils.chat_rendering import render_chat_template
 from .assistant_mask import MARK, Span, find_assistant_spans, replace_arguments
 from .messages import Messages
 
@@ -77,10 +78,9 @@ def render_chat(
     """
     template = get_chat_template(tokenizer, tools)
     special_tokens = special_tokens or special_token_pattern(tokenizer)
-    options = {} if tools is None else {"tools": tools}
 
     def render(some: Messages, generation_prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=generation_prompt, **options)
+        return render_chat_template(tokenizer, some, tools, add_generation_prompt=generation_prompt, template=template)
 
     try:
         messages, text = _render_complete(messages, tools, render)
@@ -90,7 +90,7 @@ def render_chat(
         hint = "change the row, or use another chat template (data.chat_template)"
         raise DataError(f"the chat template refuses these messages: {error}", hint=hint) from error
     if _GENERATION.search(template):
-        spans = _find_generation_spans(tokenizer, messages, options, text, special_tokens)
+        spans = _find_generation_spans(tokenizer, messages, tools, text, special_tokens)
     else:
         spans = find_assistant_spans(text, messages, render, special_tokens)
     if learned is not None:
@@ -169,24 +169,18 @@ def compile_alternatives(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def _find_generation_spans(
-    tokenizer: Any, messages: Messages, options: dict[str, Any], text: str, special_tokens: re.Pattern[str]
+    tokenizer: Any, messages: Messages, tools: Tools, text: str, special_tokens: re.Pattern[str]
 ) -> list[Span]:
     """Return the spans that the template's own marks show, without white space after a special token."""
-    out = tokenizer.apply_chat_template(
-        messages,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
-        **options,
-    )
-    tokens = zip(out["offset_mapping"], out["assistant_masks"], strict=True)
-    spans = []
-    for marked, run in itertools.groupby(tokens, lambda token: token[1]):
-        if marked:
-            offsets = [offset for offset, _ in run]
-            start, end = offsets[0][0], offsets[-1][1]
-            words = text[start:end].rstrip()
-            closed = any(found.end() == len(words) for found in special_tokens.finditer(words))
+    marked: list[Span] = []
+    render_chat_template(tokenizer, messages, tools, spans=marked)
+    spans: list[Span] = []
+    for start, end in marked:
+        if spans and spans[-1][1] == start:  # two marks that touch are one turn
+            start = spans.pop()[0]
+        words = text[start:end].rstrip()
+        closed = any(found.end() == len(words) for found in special_tokens.finditer(words))
+        if words:
             spans.append((start, start + len(words) if closed else end))
     return spans
 

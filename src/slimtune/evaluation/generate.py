@@ -27,6 +27,7 @@ from ..data.chat_template import encode_chat, end_of_turn_ids, get_chat_template
 from ..errors import AdapterError, DataError, ModelError, UsageError
 from ..kernels.dropout import preserve_rng_state
 from ..setup import TrainedModel, load_run
+from ..utils.chat_rendering import render_chat_template
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class Generator:
         if not messages or not messages[-1]["content"].strip():
             raise UsageError("the prompt is empty", "a text")
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = render_chat_template(self.tokenizer, list(messages), add_generation_prompt=True)
         except TemplateError as e:
             roles = ", ".join(m["role"] for m in messages)
             raise UsageError(

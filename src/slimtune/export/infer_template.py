@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..errors import format_names
+from ..utils.chat_rendering import render_chat_template
 
 ROLES = {"s": "system", "u": "user", "a": "assistant"}
 REQUIRED_SHAPES = ("u", "uau", "uauau")
@@ -56,7 +57,7 @@ class JinjaTemplate:
     def __init__(self, tokenizer: Any, cut_bos: bool) -> None:
         self.tokenizer = tokenizer
         source = tokenizer.get_chat_template()
-        self.override = {"chat_template": _STRFTIME_MACRO + source} if "strftime_now" in source else {}
+        self.source = _STRFTIME_MACRO + source if "strftime_now" in source else source
         self.bos = tokenizer.bos_token if cut_bos else None
         self.writes_bos: bool | None = None
         tokens = {t.content for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
@@ -67,11 +68,8 @@ class JinjaTemplate:
 
         With `add_generation_prompt` the text asks for the next answer. TemplateError: the template refuses.
         """
-        options = {"tokenize": False, "add_generation_prompt": add_generation_prompt, **self.override, **variables}
-        try:
-            text = self.tokenizer.apply_chat_template(messages, **options)
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
-            raise TemplateError(f"{type(error).__name__}: {error}") from error
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **variables}
+        text = render_chat_template(self.tokenizer, messages, template=self.source, **options)
         if not self.bos:
             return text
         has_bos = text.startswith(self.bos)

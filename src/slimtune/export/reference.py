@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..config import Recipe
 from ..setup import open_rows_from_recipe
+from ..utils.chat_rendering import render_chat_template
 from .engines import Engine, Scores, TransformersEngine
 
 QUESTIONS = (
@@ -158,11 +159,11 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
     texts: list[Text] = []
     for chat in chats:
         try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False)
+            text = render_chat_template(tokenizer, chat)
         except (ValueError, TemplateError):  # no template, or other roles: plain text serves as well
             text = "\n".join(m["content"] for m in chat)
         try:
-            prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+            prompt = render_chat_template(tokenizer, chat[:-1], add_generation_prompt=True)
         except (ValueError, TemplateError):
             prompt = ""
         ids = tokenizer(text, add_special_tokens=False)["input_ids"][:longest]

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, UsageError, format_names, nearest
+from ..utils.chat_rendering import render_chat_template
 from ..utils.fingerprint import config_fingerprint
 from .dtype import pick_device, pick_dtype
 from .errors import translate_load_errors
@@ -175,11 +176,11 @@ def _load_tokenizer(opened: OpenModel, template: str | None) -> PreTrainedTokeni
     if template is not None:
         tokenizer.chat_template = template
         try:
-            tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+            render_chat_template(tokenizer, [{"role": "user", "content": "x"}])
         except TemplateSyntaxError as error:
             message = f"the chat template is not valid Jinja: line {error.lineno}: {error.message}"
             raise UsageError(message, "Jinja text") from error
-        except Exception as error:
+        except TemplateError as error:
             # It may need a system message or tools; then rendering the data reports the row.
             log.debug("the chat template does not render a lone user turn: %s", error)
     return tokenizer

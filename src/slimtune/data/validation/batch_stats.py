@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
+from ...utils.chat_rendering import render_chat_template
 from ...utils.sequences import common_prefix_length
 from ..chat_template import TokenizedRow, compile_alternatives, end_of_turn_ids
 from ..formats import InvalidRow, Row
@@ -112,7 +113,7 @@ def _control_tokens(tokenizer: Any) -> set[str]:
     control |= {t for t in special if t.startswith("<|") and t.endswith("|>")}
     try:
         turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-        written = tokenizer.get_chat_template() + tokenizer.apply_chat_template(turns, tokenize=False)
+        written = tokenizer.get_chat_template() + render_chat_template(tokenizer, turns)
     except (ValueError, TemplateError):
         return control
     return control | {t for t in special if t.strip() and t in written}
