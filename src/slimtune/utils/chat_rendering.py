@@ -223,7 +223,7 @@ def _count_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        value = args[first] if len(args) > first else None
+        value: Any = args[first] if len(args) > first else None
         options = (*args[first + 1 :], *kwargs.values())
         if name in ("tojson", "indent", "batch", "round") and any(isinstance(o, str | int) and o for o in options):
             if any((len(o) if isinstance(o, str) else o) > 64 for o in options if isinstance(o, str | int)):
@@ -300,7 +300,7 @@ def _concatenate(context: Context, values: list[Any]) -> str:
 def _count_steps(tree: nodes.Template) -> None:
     """Insert the counting of steps: loops, macros, concatenations and lists that a template makes."""
 
-    def call_filter(node: nodes.Expr | None, name: str) -> nodes.Filter:
+    def call_filter(node: Any, name: str) -> nodes.Filter:
         return nodes.Filter(node, name, [], [], None, None, lineno=1)
 
     def replace_in(node: nodes.Node) -> None:
