@@ -1,5 +1,6 @@
 """Errors in a recipe. All of them are found first, then raised as one RecipeError."""
 
+import reprlib
 import typing
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -8,6 +9,12 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import RecipeError, format_names, nearest
 from .schema import iterate_settings
+
+
+MOST = 20
+"""Errors that a message lists."""
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
 
 
 class FieldError(NamedTuple):
@@ -20,16 +27,18 @@ class FieldError(NamedTuple):
 
 def raise_errors(errors: Iterable[FieldError], source: str) -> None:
     """Raise one RecipeError with every error; do nothing if there is none."""
-    lines = [f"\n  {e.path}: {e.message}" + (f"; expected: {e.expected}" if e.expected else "") for e in errors]
+    every = list(errors)
+    lines = [f"\n  {e.path}: {e.message}" + (f"; expected: {e.expected}" if e.expected else "") for e in every[:MOST]]
     if lines:
-        number = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        number = "1 problem" if len(lines) == 1 else f"{len(every)} problems"
+        lines += [f"\n  … and {len(every) - MOST} more"] if len(every) > MOST else []
         hint = "correct it there, or override it: --set path.to.field=value"
         raise RecipeError(f"{source}: {number}:{''.join(lines)}", hint=hint)
 
 
 def format_value(value: object, limit: int = 60) -> str:
     """Return a value as short text."""
-    text = repr(value)
+    text = repr(value[:limit]) if isinstance(value, str) else _SHORT.repr(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 

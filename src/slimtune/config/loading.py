@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from yaml.composer import ComposerError
@@ -25,22 +25,69 @@ DATA_FILES = ("train", "validation", "test", "chat_template")
 """Fields of `data` that name files."""
 
 
+MAX_DEPTH, MAX_KEYS, MAX_VALUES, MAX_DIGITS = 40, 10_000, 200_000, 300
+"""Limits of a YAML text: levels of nesting, keys of one mapping, values with aliases written out, digits of a number."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads `2e-4` as a number, and raises for a key that is given twice."""
+    """Reads `2e-4` as a number and dates as text; raises for keys that are no text or given twice, and past a limit."""
+
+    depth = size = 0
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.sizes: dict[int, int] = {}  # values in each node, aliases written out
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.depth == MAX_DEPTH:
+            self._refuse(f"more than {MAX_DEPTH} levels of nesting", parent)
+        if isinstance(parent, yaml.MappingNode) and len(parent.value) == MAX_KEYS:
+            self._refuse(f"more than {MAX_KEYS} keys in one mapping", parent)
+        self.depth += 1
+        before, is_alias = self.size, self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        self.size += self.sizes.get(id(node), 1) if is_alias else 1
+        if not is_alias:
+            self.sizes[id(node)] = self.size - before
+        if self.size > MAX_VALUES:
+            self._refuse(f"more than {MAX_VALUES} values", node)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        seen: set[tuple[str, str]] = set()
+        seen: set[str] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
-                if (key.tag, key.value) in seen:
-                    raise ComposerError(None, None, f"{key.value!r} is given twice", key.start_mark)
-                seen.add((key.tag, key.value))
+            if key.tag.endswith(":merge"):
+                continue
+            if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
+                self._refuse("a key that is not text: put it in quotes", key)
+            if key.value in seen:
+                self._refuse(f"{format_value(key.value)} is given twice", key)
+            seen.add(key.value)
         return node
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":str"):
+            return super().construct_object(node, deep)
+        kind = node.tag.rpartition(":")[2]
+        if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
+            self._refuse(f"a number of {len(node.value)} characters", node)
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, ValueError):  # PyYAML trusts a tag such as !!int
+            self._refuse(f"{format_value(node.value)} is not of the type !!{kind}", node)
+
+    def _refuse(self, problem: str, node: Any) -> NoReturn:
+        raise ComposerError(None, None, problem, node.start_mark)
 
 
 # YAML 1.1 requires a dot in a float, and PyYAML follows it.
 _FLOAT = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
@@ -55,7 +102,7 @@ def parse_yaml(text: str, source: str) -> Any:
         lines = text.splitlines() or [""]
         line = lines[min(mark.line, len(lines) - 1)]  # at the end of the text the mark is one line past it
         place = f"{source}, line {mark.line + 1}, column {mark.column + 1}"
-        raise RecipeError(f"{place}: {e.problem or e.context}", "YAML", f"look at: {line.strip()}") from None
+        raise RecipeError(f"{place}: {e.problem or e.context}", "YAML", f"look at: {line.strip()[:80]}") from None
 
 
 def read_recipe_tree(path: Path) -> dict[str, Any]:

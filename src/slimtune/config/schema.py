@@ -108,7 +108,7 @@ class DataSettings(Section):
     train_on: Literal["assistant", "last_assistant"] = setting(
         "assistant", "turns that contribute to the loss: every assistant turn, or the last one of each row"
     )
-    max_seq_len: int = setting(1024, "longest row, in tokens", ge=2)
+    max_seq_len: int = setting(1024, "longest row, in tokens", ge=2, le=10**8)
     on_overlong: Literal["error", "drop", "truncate"] = setting("drop", "what happens to a longer row")
     chat_template: PathLike | None = setting(None, "Jinja file with a chat template; null: the base's own")
 
@@ -129,14 +129,14 @@ class MethodSettings(BaseModel):
 class TrainSettings(Section):
     """How long to train, how fast, with how much at once, and what is written."""
 
-    epochs: Number = setting(3.0, "passes over the training rows", gt=0, allow_inf_nan=False)
-    max_steps: int | None = setting(None, "optimizer steps, in place of epochs", ge=1)
+    epochs: Number = setting(3.0, "passes over the training rows", gt=0, le=10**6)
+    max_steps: int | None = setting(None, "optimizer steps, in place of epochs", ge=1, le=10**9)
     learning_rate: Number = setting(
         2e-4, "highest learning rate; every method has its own default", flag="--lr", gt=0, allow_inf_nan=False
     )
-    batch_size: int = setting(8, "rows in a batch", ge=1)
-    gradient_accumulation_steps: int = setting(1, "batches in an optimizer step", ge=1)
-    max_tokens_per_micro_batch: Literal["auto"] | Annotated[int, Field(ge=1)] = setting(
+    batch_size: int = setting(8, "rows in a batch", ge=1, le=10**6)
+    gradient_accumulation_steps: int = setting(1, "batches in an optimizer step", ge=1, le=10**6)
+    max_tokens_per_micro_batch: Literal["auto"] | Annotated[int, Field(ge=1, le=10**9)] = setting(
         "auto",
         "most tokens in a micro-batch; changes memory and speed, not the gradient; auto: as many as fit in memory",
         union_mode="left_to_right",
@@ -159,17 +159,17 @@ class TrainSettings(Section):
     gradient_checkpointing: bool = setting(False, "compute activations twice to keep fewer in memory")
     offload_activations: bool = setting(False, "keep checkpointed activations in CPU memory")
     mlp_tile_size: int | None = setting(
-        None, "tokens that norms and MLPs compute at once, which saves memory on long rows; null: all", ge=1
+        None, "tokens that norms and MLPs compute at once, which saves memory on long rows; null: all", ge=1, le=10**9
     )
     fsdp: bool = setting(False, "with several processes: shard the frozen base among them")
     seed: int = setting(42, "seed of all random numbers", ge=0, le=2**32 - 1)
-    eval_steps: int | None = setting(None, "optimizer steps between evaluations; null: after each epoch", ge=1)
-    save_steps: int | None = setting(None, "optimizer steps between checkpoints; null: at each evaluation", ge=1)
-    save_total_limit: int = setting(2, "checkpoints kept beside the best", ge=1)
+    eval_steps: int | None = setting(None, "optimizer steps between evaluations; null: after each epoch", ge=1, le=10**9)
+    save_steps: int | None = setting(None, "optimizer steps between checkpoints; null: at each evaluation", ge=1, le=10**9)
+    save_total_limit: int = setting(2, "checkpoints kept beside the best", ge=1, le=10**6)
     early_stopping_patience: int | None = setting(
-        None, "evaluations without improvement before the run stops; null: never", ge=1
+        None, "evaluations without improvement before the run stops; null: never", ge=1, le=10**9
     )
-    logging_steps: int = setting(1, "optimizer steps between lines of metrics", ge=1)
+    logging_steps: int = setting(1, "optimizer steps between lines of metrics", ge=1, le=10**9)
     report_to: list[Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]] = setting(
         [], "experiment trackers"
     )
