@@ -46,6 +46,15 @@ def chat(content: Any = "Hi", role: str = "user", **more: Any) -> str:
 KTO = row(prompt="Say", completion=" so", label=True) + row(prompt="Say", completion=" no", label=False)
 PAIR = row(prompt="Say", chosen=" so", rejected=" no")
 TRAIN = "train --model BASE --data a.jsonl --max-steps 1 --dtype float32 --out out"
+TRAIN_FLAGS = "train --model BASE --data ROWS --max-steps 1"
+ALIASES = "x0: &x0 [a]\n" + "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
+
+def recipe(*lines: str) -> dict[str, str | bytes]:
+    """Return the recipe r.yaml, with more lines."""
+    return {"r.yaml": "\n".join(["model: BASE", "data: ROWS", *lines]) + "\n"}
+
+
 CASES: list[Case] = [
     Case("unknown-base", {}, "plan no-such-base", 2, "there is no base 'no-such-base'"),
     # Data: columns, labels, images, contents that are not understood
@@ -167,7 +176,32 @@ CASES: list[Case] = [
     #
     # Recipes and flags
     #
-    #
+    Case("yaml-number-as-key", recipe("1: 2"), "plan r.yaml", 2, "a key that is not text: put it in quotes"),
+    Case("yaml-null-as-key", recipe("method: {~: 2}"), "plan r.yaml", 2, "a key that is not text"),
+    Case("yaml-date-as-key", recipe("2024-01-01: 2"), "plan r.yaml", 2, "2024-01-01: no such field"),
+    Case("yaml-no-date", recipe("train: {epochs: 2024-13-45}"), "plan r.yaml", 2, "epochs: got '2024-13-45'"),
+    Case("yaml-int-tag", recipe("train: {seed: !!int abc}"), "plan r.yaml", 2, "'abc' is not of the type !!int"),
+    Case("yaml-bool-tag", recipe("train: {packing: !!bool x}"), "plan r.yaml", 2, "'x' is not of the type !!bool"),
+    Case("yaml-5000-digits", recipe(f"method: {{r: {'9' * 5000}}}"), "plan r.yaml", 2, "a number of 5000 characters"),
+    Case("yaml-nested", {"r.yaml": "[" * 2000 + "]" * 2000}, "plan r.yaml", 2, "more than 40 levels of nesting"),
+    Case("yaml-aliases", {"r.yaml": ALIASES}, "plan r.yaml", 2, "more than 200000 values"),
+    Case("yaml-fields", {"r.yaml": "".join(f"f{i}: 1\n" for i in range(10**5))}, "plan r.yaml", 2, "10000 keys"),
+    Case("yaml-wrong-fields", recipe(*(f"f{i}: 1" for i in range(9000))), "plan r.yaml", 2, "… and 8981 more"),
+    Case("set-5000-digits", {}, f"plan BASE --set train.seed={'9' * 5000}", 2, "a number of 5000 characters"),
+    Case("set-nested", {}, f"plan BASE --set train.seed={'[' * 3000}", 2, "more than 40 levels of nesting"),
+    Case("set-dates", {}, "plan BASE --set train.epochs=2024-13-45", 2, "epochs: got '2024-13-45'"),
+    Case("huge-batch", {}, f"plan BASE --batch-size {10**30}", 2, "at least 1 and at most 1000000"),
+    Case("huge-accumulation", {}, f"plan BASE --gradient-accumulation-steps {10**30}", 2, "at most 1000000"),
+    Case("huge-rows", {}, f"plan BASE --max-seq-len {10**30}", 2, "at most 100000000"),
+    Case("huge-epochs", {}, "plan BASE --epochs 1e308", 2, "above 0 and at most 1000000"),
+    Case("huge-micro-batch", {}, f"plan BASE --max-tokens-per-micro-batch {10**30}", 2, "train.max_tokens_per_micro"),
+    Case("long-out", {}, f"{TRAIN_FLAGS} --out {'a' * 300}", 2, "the name is too long"),
+    Case("long-model", {}, f"plan {'a' * 300}", 2, "the name is too long"),
+    Case("long-data", {}, f"train --model BASE --data {'a' * 300} --out o", 2, "the name is too long"),
+    Case("nul-in-out", recipe('output_dir: "a\\0b"'), "train r.yaml", 2, "output_dir"),
+    Case("nul-in-model", {}, "plan BASE --set 'model=\"a\\0b\"'", 2, "there is no base"),
+    Case("surrogate-in-out", {}, f"{TRAIN_FLAGS} --out a\udcffb", 2, "output_dir"),
+    Case("surrogate-in-data", {}, "train --model BASE --data a\udcffb --out o", 2, "data.train"),
 ]
 
 

@@ -26,8 +26,14 @@ def _to_number(value: Any) -> Any:
         return value
 
 
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
 def _to_path(value: Any) -> Any:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    if not isinstance(value, str) or not value or "\0" in value or _has_surrogates(value):
+        return value  # no path that every command can write: an error of type
+    return Path(value).expanduser()
 
 
 Number = Annotated[float, BeforeValidator(_to_number)]
