@@ -10,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 from ..errors import RecipeError, format_names, nearest
 from .schema import iterate_settings
 
-
 MOST = 20
 """Errors that a message lists."""
 _SHORT = reprlib.Repr()
@@ -28,7 +27,9 @@ class FieldError(NamedTuple):
 def raise_errors(errors: Iterable[FieldError], source: str) -> None:
     """Raise one RecipeError with every error; do nothing if there is none."""
     every = list(errors)
-    lines = [f"\n  {e.path[:200]}: {e.message}" + (f"; expected: {e.expected}" if e.expected else "") for e in every[:MOST]]
+    lines = [
+        f"\n  {e.path[:200]}: {e.message}" + (f"; expected: {e.expected}" if e.expected else "") for e in every[:MOST]
+    ]
     if lines:
         number = "1 problem" if len(lines) == 1 else f"{len(every)} problems"
         lines += [f"\n  … and {len(every) - MOST} more"] if len(every) > MOST else []

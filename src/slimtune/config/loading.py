@@ -26,7 +26,7 @@ DATA_FILES = ("train", "validation", "test", "chat_template")
 
 
 MAX_DEPTH, MAX_KEYS, MAX_VALUES, MAX_DIGITS = 40, 10_000, 200_000, 300
-"""Limits of a YAML text: levels of nesting, keys of one mapping, values with aliases written out, digits of a number."""
+"""Limits of a YAML text: levels of nesting, keys of a mapping, values with aliases written out, digits of a number."""
 
 
 class _Loader(yaml.SafeLoader):

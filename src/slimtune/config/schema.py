@@ -169,8 +169,12 @@ class TrainSettings(Section):
     )
     fsdp: bool = setting(False, "with several processes: shard the frozen base among them")
     seed: int = setting(42, "seed of all random numbers", ge=0, le=2**32 - 1)
-    eval_steps: int | None = setting(None, "optimizer steps between evaluations; null: after each epoch", ge=1, le=10**9)
-    save_steps: int | None = setting(None, "optimizer steps between checkpoints; null: at each evaluation", ge=1, le=10**9)
+    eval_steps: int | None = setting(
+        None, "optimizer steps between evaluations; null: after each epoch", ge=1, le=10**9
+    )
+    save_steps: int | None = setting(
+        None, "optimizer steps between checkpoints; null: at each evaluation", ge=1, le=10**9
+    )
     save_total_limit: int = setting(2, "checkpoints kept beside the best", ge=1, le=10**6)
     early_stopping_patience: int | None = setting(
         None, "evaluations without improvement before the run stops; null: never", ge=1, le=10**9
