@@ -71,7 +71,7 @@ def test_metrics_survive_an_unfinished_line(run):
 
 def test_damaged_metrics_line_is_named(run):
     run.metrics_file.write_text('{"step": 1}\n{step}\n{"step": 3}\n')
-    with pytest.raises(RunError, match=r"metrics.jsonl, line 2 is not JSON .*'\{step\}'"):
+    with pytest.raises(RunError, match=r"metrics.jsonl, line 2: it is not JSON: .*'\{step\}'"):
         run.load_metrics()
 
 

@@ -12,7 +12,6 @@ Files are written under a temporary name and then renamed, so a reader never see
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,15 @@ from typing import Any, Self
 
 from .config import Recipe, load_recipe
 from .errors import RunError, UsageError, format_names, nearest
-from .utils.files import read_json, require_regular, require_writable, to_json, translate_os_errors, write_atomic
+from .utils.files import (
+    parse_json,
+    read_json,
+    require_regular,
+    require_writable,
+    to_json,
+    translate_os_errors,
+    write_atomic,
+)  # fmt: skip
 
 ADAPTER_FILE = "adapter_model.safetensors"
 RENAMED_KEYS = {
@@ -65,14 +72,15 @@ class RunResults:
     @property
     def held_out(self) -> Evaluation | None:
         """The first complete evaluation on rows that were not trained on."""
-        needed = {"base_loss", "tuned_loss", "loss_reduction", "loss_reduction_ci95", "rows"}
+        needed = ("base_loss", "tuned_loss", "loss_reduction", "rows")
         data = self.recipe.data if self.recipe is not None else None
         for e in self.evaluations:
             # Rows split off the training file carry its name, although they were not trained on.
             split = e.values.get("split")
             split_off = split in ("validation", "test") and getattr(data, split) is None
             seen = data is not None and e.values.get("data") == str(data.train) and not split_off
-            if needed <= set(e.values) and not seen:
+            complete = all(isinstance(e.values.get(name), int | float) for name in needed)
+            if complete and isinstance(e.values.get("loss_reduction_ci95"), list) and not seen:
                 return e
         return None
 
@@ -170,54 +178,64 @@ class RunDir:
                         f.truncate(self.metrics_file.read_bytes().rfind(b"\n") + 1)
                 f.write(line)
 
-    def load_metrics(self) -> list[dict[str, Any]]:
-        """Return the metrics, oldest first. A last line that a killed run left unfinished is ignored."""
+    def load_metrics(self, errors: list[str] | None = None) -> list[dict[str, Any]]:
+        """Return the metrics, oldest first. A last line that a killed run left unfinished is ignored.
+
+        A damaged line is a RunError; with `errors`, it is left out and named there.
+        """
         metrics = []
         content = self.metrics_file.read_bytes() if self.metrics_file.is_file() else b""
         lines = content.decode("utf-8", "replace").split("\n")[:-1]  # a text may contain other ends of lines
         for number, line in enumerate(lines, 1):
             try:
-                metrics.append(json.loads(line))
-                damage = "" if isinstance(metrics[-1], dict) else f"is a {type(metrics[-1]).__name__}"
-            except (ValueError, RecursionError) as e:
-                damage = f"is not JSON ({getattr(e, 'msg', e)})"
-            if damage:
-                message = f"{self.metrics_file}, line {number} {damage}: {line[:80]!r}"
+                values, damage = parse_json(line), "it is no JSON object"
+            except ValueError as e:
+                values, damage = None, str(e)
+            if isinstance(values, dict):
+                metrics.append(values)
+                continue
+            message = f"{self.metrics_file}, line {number}: {damage}: {line[:80]!r}"
+            if errors is None:
                 raise RunError(message, "one JSON object per line", "delete the line")
+            errors.append(message)
         return metrics
 
     def load_results(self, strict: bool = True) -> RunResults:
         """Read all results of the run; unless `strict`, a damaged file is left out and named in `errors`."""
         errors: list[str] = []
 
-        def load(read: Any, empty: Any) -> Any:
+        def load_json(file: Path, *parts: str) -> dict[str, Any]:
             try:
-                return read()
+                values = read_json(file, RENAMED_KEYS) if os.path.lexists(file) else {}
+                if wrong := [part for part in parts if not isinstance(values.get(part), Mapping | None)]:
+                    raise RunError(
+                        f"{file} is damaged: {wrong[0]} is no JSON object", "a JSON object", "delete the file"
+                    )
+                return values
             except RunError as e:
                 if strict:
                     raise
                 errors.append(e.message)
-                return empty
-
-        def load_json(file: Path) -> dict[str, Any]:
-            return load(lambda: read_json(file, RENAMED_KEYS), {}) if file.is_file() else {}
+                return {}
 
         def position(file: Path) -> tuple[int, float, str]:
-            return {"eval-test": 0, "eval-validation": 2}.get(file.stem, 1), -file.stat().st_mtime, file.name
+            return {"eval-test": 0, "eval-validation": 2}.get(file.stem, 1), -file.lstat().st_mtime, file.name
 
-        plan = load_json(self.plan_file)
+        plan = load_json(self.plan_file, "plan", "probe")
         evaluations = [
             Evaluation(file.stem.removeprefix("eval-"), values)
             for file in sorted(self.path.glob("eval-*.json"), key=position)
             if "base_loss" in (values := load_json(file))
         ]
+        if not strict and self.metrics_file.is_dir():
+            errors.append(f"{self.metrics_file} is damaged: it is a folder")
         return RunResults(
             recipe=self.load_recipe(),
             result=load_json(self.result_file),
             plan=plan.get("plan") or {},
             probe=plan.get("probe") or {},
             data=load_json(self.data_file),
-            metrics=load(self.load_metrics, []),
+            metrics=self.load_metrics(None if strict else errors),
             evaluations=evaluations,
             errors=errors,
         )

@@ -1,6 +1,7 @@
 """The page is valid and self-contained, shows every figure and every gap, and escapes every text of the run."""
 
 import json
+import math
 import shlex
 
 import pytest
@@ -14,9 +15,9 @@ from slimtune.config import Recipe
 from slimtune.evaluation.evaluate import evaluate
 from slimtune.reporting import render_data_report, render_report, write_report
 from slimtune.run_dir import RunDir
-from slimtune.utils.files import write_json
+from slimtune.utils.files import read_json, write_json
 
-SECTIONS = ["recipe", "plan", "data", "training", "evaluation", "samples", "forgetting", "export", "details"]
+SECTIONS = ["samples", "evaluation", "training", "forgetting", "export", "data", "plan", "recipe", "details"]
 HOSTILE = """<script>alert("x")</script><img src=x onerror='y'>&amp;"' onload=z {{ 7 * 7 }} </style></section>"""
 
 
@@ -131,9 +132,102 @@ def test_damaged_files(tmp_path):
         f.write("not json\n")
     page = read_page(run)
     assert len(page.all("p", "notice bad")) == 3
-    for text in ("eval-test.json is damaged", "plan.json is damaged: it contains a list", "line 46 is not JSON"):
+    for text in ("eval-test.json is damaged", "plan.json is damaged: it contains a list", "line 46: it is not JSON"):
         assert text in page.text
     assert "781" in page.section("data"), "the rest is shown"
+    assert "Learning rate" in page.section("training")
+
+
+def odd_values(values, odd):
+    """Yield a copy of the values for each key at any depth, in which that key has an odd value."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values[:1]):
+        copy = values.copy()
+        copy[key] = odd
+        yield copy
+        if isinstance(value, dict | list):
+            for inner in odd_values(value, odd):
+                copy = values.copy()
+                copy[key] = inner
+                yield copy
+
+
+ODD = [None, 3, -1.5, "x", [], [1], {}, {"a": 1}, True, 10**400, math.inf]
+
+
+@pytest.mark.parametrize("name", ["plan.json", "result.json", "data.json", "eval-test.json"])
+def test_values_of_other_types(tmp_path, name):
+    run = make_full_run(tmp_path / "mine")
+    file, metrics = run.path / name, run.metrics_file.read_text()
+    run.metrics_file.write_text("".join(metrics.splitlines(True)[-3:]))  # a short page is made sooner
+    sound, damaged = read_json(file), 0
+    for number, cases in enumerate(zip(*(odd_values(sound, odd) for odd in ODD), strict=True)):
+        file.write_text(json.dumps(cases[number % len(ODD)]))
+        page = read_page(run)
+        damaged += len(page.all("p", "notice bad")) > 0
+        assert [a["id"] for a in page.all("section")] == SECTIONS
+    assert damaged, "something was said"
+
+
+def test_damaged_values_are_named_and_the_rest_is_shown(tmp_path):
+    run = make_full_run(tmp_path / "mine")
+    write_json(run.evaluation_file("test"), make_evaluation(run.path, "") | {"generations": 5})
+    page = read_page(run)
+    assert "eval-*.json is damaged: its values are not of the kind that slimtune writes" in page.text
+    assert "not shown" in page.section("samples")
+    assert "4.524" in page.section("evaluation")
+    assert "adapted 210 modules" in page.section("details")
+
+
+def test_the_page_begins_with_the_verdict(full_page):
+    head = full_page.text[full_page.text.index("slimtune run") : full_page.text.index("Samples")]
+    assert "passed loss 4.52 → 3.73 nats per token, on 93 test rows" in head
+    assert "the loss reduction is above 0" in head
+    assert next(a["id"] for a in full_page.all("section")) == "samples"
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "text"),
+    [
+        ({"verdict": {"passed": False, "reasons": ["it forgets"]}}, "not passed loss 4.52"),
+        ({"verdict": None}, "not judged loss 4.52"),
+        (
+            {"data": "/data/rows.jsonl", "split": None},
+            "not proven no complete evaluation on rows that were not trained",
+        ),
+        (None, "not proven no evaluation on held-out rows slimtune eval mine"),
+    ],
+)
+def test_what_is_not_proven_is_not_passed(tmp_path, evaluation, text):
+    run = make_full_run(tmp_path / "mine")
+    run.evaluation_file("test").unlink()
+    if evaluation is not None:
+        write_json(run.evaluation_file("data-rows"), make_evaluation(run.path, "") | evaluation)
+    assert text in read_page(run).text
+
+
+def test_a_run_that_diverged_says_so(tmp_path):
+    run = make_full_run(tmp_path / "mine")
+    run.append_metrics({"event": "non-finite", "step": 12, "text": "the loss of step 12 is NaN", "skipped": True})
+    assert "the loss of step 12 is NaN; the step was skipped" in read_page(run).text
+
+
+def test_the_untrained_loss_is_marked(tmp_path):
+    run = make_full_run(tmp_path / "mine")
+    assert "before training 4.719" in read_page(run).section("training")
+    write_json(run.evaluation_file("validation"), make_evaluation(run.path, "") | {"base_loss": 4.4})
+    page = read_page(run)
+    assert "untrained base 4.400" in page.section("training")
+    assert "validation, step 0: 4.4" in page.section("training")
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"), [({}, True), ({"share_prefix": False}, False), ({"packing": False}, False)]
+)
+def test_tokens_that_packing_saves_are_shown_where_it_saves_them(tmp_path, setting, shown):
+    run = make_full_run(tmp_path / "mine")
+    recipe = run.load_recipe()
+    run.recipe_file.write_text(recipe.model_copy(update={"train": recipe.train.model_copy(update=setting)}).to_yaml())
+    assert ("28.7 % fewer" in read_page(run).section("data")) == shown
 
 
 def test_memory_bar(full_page):

@@ -23,6 +23,8 @@ from ..utils.formatting import format_bytes
 BOX = 1000.0
 MAX_POINTS = 300
 """Most points of a line; more are averaged in groups, each drawn at the last x of its group."""
+MIN_SMOOTHED = 12
+"""Fewest points of a line that is smoothed."""
 FIGURE_SUFFIXES = (".svg", ".png")
 
 
@@ -34,6 +36,7 @@ class Series:
     color: str  # "one" or "two", a colour of report.css
     points: Sequence[tuple[float, float]]  # (x, y); values that are not finite are left out
     markers: bool = False  # draw the points, not only the line between them
+    smooth: bool = False  # draw a moving average, and the values themselves faintly behind it
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,13 @@ class Estimate:
     text: str  # shown below it
 
 
-def line_chart(title: str, unit: str, series: Sequence[Series], tall: bool = False) -> Markup:
-    """Return a chart of values over training steps; empty where there is no point."""
+def line_chart(
+    title: str, unit: str, series: Sequence[Series], tall: bool = False, mark: tuple[Any, str] = (None, "")
+) -> Markup:
+    """Return a chart of values over training steps; empty where there is no point.
+
+    `mark` is a value with a line across the chart, and what it is.
+    """
     grouped = []
     for s in series:
         points = [p for p in s.points if all(map(is_number, p))]
@@ -59,7 +67,8 @@ def line_chart(title: str, unit: str, series: Sequence[Series], tall: bool = Fal
     if not points:
         return Markup()
     x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    axis = round_ticks(min(y for _, y in points), max(y for _, y in points), 4)
+    heights = [y for _, y in points] + [y for y in mark[:1] if is_number(y)]
+    axis = round_ticks(min(heights), max(heights), 4)
     y0, y1 = axis[0], axis[-1]
 
     def place(x: float, y: float) -> tuple[float, float, str]:
@@ -69,7 +78,10 @@ def line_chart(title: str, unit: str, series: Sequence[Series], tall: bool = Fal
     lines = []
     for s, group, size in filter(lambda g: g[1], grouped):
         markers, placed = s.markers or len(group) == 1, [place(x, y) for x, y in group]
-        lines.append({"name": s.name, "color": s.color, "points": placed, "markers": markers, "group": size})
+        smooth = [place(x, y) for x, y in moving_average(group)] if s.smooth and len(group) >= MIN_SMOOTHED else []
+        lines.append({
+            "name": s.name, "color": s.color, "points": placed, "markers": markers, "group": size, "smooth": smooth,
+        })  # fmt: skip
     return _render(
         "line_chart",
         title=title,
@@ -78,7 +90,18 @@ def line_chart(title: str, unit: str, series: Sequence[Series], tall: bool = Fal
         lines=lines,
         xs=[(0, f"step {x0:g}"), (100, f"{x1:g}")] if x1 > x0 else [(50, f"step {x0:g}")],
         ys=[(100 * (y1 - y) / (y1 - y0), _format_tick(y, y1)) for y in axis],
+        mark=((y1 - mark[0]) / (y1 - y0) * 100, mark[1]) if is_number(mark[0]) else (),
     )
+
+
+def moving_average(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return each point with the mean of the values around it, a tenth of the line; the first point stays."""
+    half = max(2, len(points) // 20)
+    averaged = []
+    for i, (x, _) in enumerate(points):
+        near = [y for _, y in points[max(0, i - min(half, i)) : i + min(half, i) + 1]]
+        averaged.append((x, sum(near) / len(near)))
+    return averaged
 
 
 def interval_chart(estimates: Sequence[Estimate], marks: Sequence[tuple[float, str]] = ()) -> Markup:

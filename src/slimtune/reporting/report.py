@@ -4,6 +4,7 @@ The page is one HTML file without network, scripts or fonts. The template escape
 shown relative to the working directory or by its name alone.
 """
 
+import dataclasses
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from markupsafe import Markup
 
 from .. import __version__
@@ -57,24 +59,37 @@ def render_report(run: RunDir) -> str:
         recipe_text=recipe_text,
         results=r,
         errors=[e.replace(f"{run.path}{os.sep}", "") for e in r.errors],
-        memory=_memory_charts(r),
-        plan_rows=_plan_rows(r),
-        training=_training_charts(r, recipe),
-        evaluations=[(e.name, e.values, _evaluation_charts(e.values)) for e in r.evaluations],
-        forgetting=next((f for e in r.evaluations if (f := e.values.get("forgetting"))), None),
+        held_out=r.held_out,
+        shares_prefix=recipe.train.packing and recipe.train.share_prefix,
+        memory_charts=_memory_charts,
+        plan_rows=_plan_rows,
+        training_charts=_training_charts,
+        evaluation_charts=_evaluation_charts,
     )
 
 
 def render_data_report(report: Mapping[str, Any]) -> str:
     """Return what `slimtune data --json` prints as a page of its own."""
-    return _render_page(name=_display_path(report["file"]), report=report)
+    return _render_page(name=_display_path(report["file"]), report=report, shares_prefix=True)
 
 
-def _render_page(**values: Any) -> str:
+def _render_page(errors: list[str] | None = None, **values: Any) -> str:
+    errors = [] if errors is None else errors
+
+    def guard(source: str, caller: Callable[[], Markup]) -> Markup:
+        """Return a part of the page, or a note if the values in `source` are of other kinds than slimtune writes."""
+        try:
+            return caller()
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, jinja2.TemplateError) as e:
+            damage = f"{source} is damaged: its values are not of the kind that slimtune writes"
+            errors.append(f"{damage} ({e})")
+            return Markup('<p class="missing">not shown: {}</p>').format(damage)
+
     style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
     page = charts.html_templates().get_template("report.html.j2")
     return page.render(
-        **values, style=style, version=__version__, fixed=fixed, signed=signed, percent=percent, whole=whole,
+        **values, errors=errors, guard=guard,
+        style=style, version=__version__, fixed=fixed, signed=signed, percent=percent, whole=whole,
         figure=figure, bytes=size, count=count, duration=duration, range_text=_range_text, display_path=_display_path,
         command=lambda *words: shlex.join(["slimtune", *words]), quote=shlex.quote, length_histogram=_length_histogram,
         forgetting_chart=_forgetting_chart,
@@ -176,18 +191,29 @@ def _length_histogram(report: Mapping[str, Any]) -> Markup:
 def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
     """Return charts of the losses, which may be empty, and of what else was logged."""
 
-    def series(name: str, key: str, color: str = "one", markers: bool = False) -> charts.Series:
+    def series(name: str, key: str, color: str = "one", **style: bool) -> charts.Series:
         points = [(m["step"], m[key]) for m in r.metrics if "step" in m and key in m]
-        return charts.Series(name, color, points, markers)
+        return charts.Series(name, color, points, **style)
 
-    losses = [series("training", "train_loss"), series("validation", "validation_loss", "two", markers=True)]
+    training, validation = series("training", "train_loss", smooth=True), series("validation", "validation_loss", "two")
+    validation = dataclasses.replace(validation, markers=True)
+    # The base's loss on the same validation rows is where the curve of the validation begins.
+    measured = next((e.values for e in r.evaluations if e.name == "validation"), {})
+    start = measured.get("base_loss")
+    if validation.points and is_number(start):
+        validation = dataclasses.replace(validation, points=[(0, start), *validation.points])
+        mark = (start, f"untrained base {fixed(start)}")
+    else:  # the loss of step 1 is computed before the first update
+        first = next((loss for step, loss in training.points if step == 1), None)
+        mark = (first, f"before training {fixed(first)}")
     others = [
         ("Learning rate", recipe.train.lr_scheduler.replace("_", " "), "learning_rate"),
         ("Speed", "trained tokens/s", "tokens_per_second"),
         ("Gradient norm", "before clipping", "grad_norm"),
     ]
     lines = [charts.line_chart(title, unit, [series(title.lower(), key)]) for title, unit, key in others]
-    return [charts.line_chart("Loss", "nats per supervised token", losses, tall=True), *filter(None, lines)]
+    losses = charts.line_chart("Loss", "nats per supervised token", [training, validation], tall=True, mark=mark)
+    return [losses, *filter(None, lines)]
 
 
 def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Markup]]:

@@ -69,7 +69,8 @@ def parse_json(text: str | bytes, renamed: Mapping[str, str] | None = None) -> A
             text = text.decode("utf-8-sig")
         return json.loads(text, object_hook=(lambda o: {names.get(k, k): v for k, v in o.items()}) if names else None)
     except json.JSONDecodeError as e:
-        raise ValueError(f"it is not JSON: {e.msg}, line {e.lineno}, column {e.colno}") from None
+        line = f"line {e.lineno}, " if "\n" in e.doc else ""
+        raise ValueError(f"it is not JSON: {e.msg}, {line}column {e.colno}") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"it is not UTF-8: byte {e.start} is {text[e.start : e.start + 1]!r}") from None
     except RecursionError:
