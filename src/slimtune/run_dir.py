@@ -13,6 +13,7 @@ Files are written under a temporary name and then renamed, so a reader never see
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,8 @@ class RunDir:
         file = run.adapter / ADAPTER_FILE
         if require_adapter and not file.is_file():
             message = f"the run in {run.path} has no adapter yet"
-            raise RunError(message, str(file), f"finish it: slimtune train {run.recipe_file} --resume")
+            resume = shlex.join(["slimtune", "train", str(run.recipe_file), "--resume"])
+            raise RunError(message, str(file), f"finish it: {resume}")
         return run
 
     def load_recipe(self) -> Recipe:

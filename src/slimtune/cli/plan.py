@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,7 +105,7 @@ def plan(
         for part in _render_serving(served) if served is not None else []:
             screen.print(part)
         if write is not None:
-            screen.print(f"\nnext: slimtune train {write}")
+            screen.print(f"\nnext: slimtune train {shlex.quote(str(write))}")
     dicts = [
         {**plan.to_dict(), "cost": {"tokens": tokens, **cost.to_dict()} if cost is not None else None}
         for plan, cost in zip(plans, costs, strict=True)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -105,7 +106,7 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
         ("peak memory", format_bytes(result["peak_bytes"])),
         *((f"time to {name}", format_duration(value)) for name, value in seconds if value is not None),
     ])  # fmt: skip
-    data, run = recipe.data, result["run"]
+    data, run = recipe.data, shlex.quote(result["run"])
     validated = data.validation is not None or data.validation_fraction > 0
     rows = "" if data.test or data.test_fraction else " --split validation" if validated else " --data held_out.jsonl"
-    console().print(f"adapter: {run}/adapter; next: slimtune eval {run}{rows}, slimtune chat {run}")
+    console().print(f"adapter: {result['run']}/adapter; next: slimtune eval {run}{rows}, slimtune chat {run}")

@@ -101,7 +101,7 @@ def export(
             f"the adapter of {run} started with what quantization to {loaded.recipe.model.quantization} removed from "
             "the base (loftq); a base in 16 bits still has it, and would have it twice",
             "base and adapter as one model",
-            f"slimtune merge {run} --out FOLDER, or --merged",
+            f"slimtune merge {shlex.quote(str(run))} --out FOLDER, or --merged",
         )
     with atomic_folder(out, needed) as folder:
         log(f"writing {out}")
@@ -218,7 +218,7 @@ def _describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference 
     There it is added to W instead of the dequantized W_q. How far that moves its answers is measured if possible.
     """
     trained = f"the adapter was trained on the base in {loaded.base.quantization}; beside the base in 16 bits"
-    merged = f"merged they are what was trained: slimtune merge {run} --out FOLDER"
+    merged = f"merged they are what was trained: slimtune merge {shlex.quote(str(run))} --out FOLDER"
     if reference is None:
         return f"{trained} answers differ; {merged}"
     dtype = str(loaded.base.dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def _render_page(errors: list[str] | None = None, **values: Any) -> str:
         style=style, version=__version__, fixed=fixed, signed=signed, percent=percent, whole=whole,
         figure=figure, bytes=size, count=count, duration=duration, range_text=_range_text, display_path=_display_path,
         command=lambda *words: shlex.join(["slimtune", *words]), quote=shlex.quote, length_histogram=_length_histogram,
-        forgetting_chart=_forgetting_chart,
+        forgetting_chart=_forgetting_chart, check_value=_check_value, boolean_checks=_boolean_checks,
     )  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
     start = measured.get("base_loss")
     if validation.points and is_number(start):
         validation = dataclasses.replace(validation, points=[(0, start), *validation.points])
-        mark = (start, f"untrained base {fixed(start)}")
+        mark: tuple[Any, str] = (start, f"untrained base {fixed(start)}")
     else:  # the loss of step 1 is computed before the first update
         first = next((loss for step, loss in training.points if step == 1), None)
         mark = (first, f"before training {fixed(first)}")
@@ -245,6 +245,16 @@ def _estimate(
     interval = [x * factor for x in interval] if is_interval(interval) else None
     text = to_text(value, digits) + (f" ({_range_text(interval, digits)})" if interval else "")
     return charts.Estimate(label, color, value, interval, text)
+
+
+def _boolean_checks(answers: list[Mapping[str, Any]]) -> set[str]:
+    """Return the names of the checks of answers that are true or false."""
+    return {name for a in answers for name, c in (a.get("checks") or {}).items() if isinstance(c.get("tuned"), bool)}
+
+
+def _check_value(name: str, value: Any, shares: Collection[str] = ()) -> str:
+    """Return the value of a check of answers as text: a share in per cent."""
+    return percent(value, 0) if name in shares or name == "repetition" else figure(value)
 
 
 def _forgetting_chart(f: Mapping[str, Any]) -> Markup:
