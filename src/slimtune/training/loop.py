@@ -239,14 +239,11 @@ class TrainingLoop:
         if skip:
             self.logger.say(f"skipped: {found}")
             return
-        newest = checkpoint.list_checkpoints(self.run.checkpoints)[-1:]
-        resume = f"slimtune train {shlex.quote(str(self.run.recipe_file))} --resume --on-nonfinite skip"
-        raise RunError(
-            found,
-            "finite losses and gradients",
-            f"start again with a learning rate below {self.settings.learning_rate:g} or without these rows; "
-            + (f"{newest[0].name} is from before: {resume} goes on from there without such steps" if newest else ""),
-        )
+        hint = f"start again with a learning rate below {self.settings.learning_rate:g}, or without these rows"
+        if (newest := checkpoint.list_checkpoints(self.run.checkpoints)[-1:]) and self.settings.on_nonfinite == "stop":
+            resume = f"slimtune train {shlex.quote(str(self.run.recipe_file))} --resume --on-nonfinite skip"
+            hint += f"; or skip such steps from {newest[0].name} on, which is from before: {resume}"
+        raise RunError(found, "finite losses and gradients", hint)
 
     def compute_gradients(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor, int, int]:
         """Compute and clip a step's gradients; return its loss, gradient norm, tokens and supervised tokens."""
