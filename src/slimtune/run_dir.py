@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -122,11 +122,15 @@ class RunDir:
         return self.path / f"scores-{evaluation}.json"
 
     @classmethod
-    def create(cls, path: str | Path, recipe: Recipe) -> Self:
-        """Create a run folder, which must not have files yet, and write the recipe into it."""
+    def create(cls, path: str | Path, recipe: Recipe, write_files: Callable[[Self], None] = lambda _: None) -> Self:
+        """Create a run folder, which must not have files yet, and write the recipe into it.
+
+        `write_files(run)` writes what belongs to the start, before the recipe: a folder with a recipe can be resumed.
+        """
         run = cls.require_free(path)
         with translate_os_errors(run.path):
             run.path.mkdir(parents=True, exist_ok=True)
+        write_files(run)
         write_atomic(run.recipe_file, recipe.to_yaml())
         return run
 
@@ -136,7 +140,9 @@ class RunDir:
         run = cls(Path(path))
         if run.path.exists() and not run.path.is_dir():
             raise UsageError(f"{run.path} is a file", "a folder that does not exist yet", "give another --out")
-        if run.path.is_dir() and (names := sorted(p.name for p in run.path.iterdir())):
+        # A start that was killed leaves temporary files and the lock.
+        left = (".lock", f".{run.recipe_file.name}.", f".{run.data_file.name}.", ".writer.json")
+        if run.path.is_dir() and (names := sorted(p.name for p in run.path.iterdir() if not p.name.startswith(left))):
             is_run = run.recipe_file.name in names
             raise UsageError(
                 f"{run.path} already contains {'another run' if is_run else 'files'}: {format_names(names)}",

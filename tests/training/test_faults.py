@@ -1,14 +1,19 @@
-"""Killed at any moment and resumed, a run ends with the adapter it would have had (`make faults`)."""
+"""Killed, stopped or refused by the disk at any moment, and resumed, a run ends with the adapter it would have had.
 
+`make faults` runs these.
+"""
+
+import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from tiny_run import distance, metrics
@@ -19,108 +24,247 @@ pytestmark = pytest.mark.faults
 
 # 24 rows, 3 a step, 5 epochs: 40 steps, a checkpoint each 3.
 STEPS = 40
+KILLS = 102
+METHODS = {
+    "lora": {"name": "lora", "r": 4, "lora_dropout": 0.1},
+    "adalora": {"name": "adalora"},
+    "prefix_tuning": {"name": "prefix_tuning", "num_virtual_tokens": 4},
+}
 
-KILL_WHILE_WRITING = """
-import os, signal
-import slimtune.utils.files as files
-fsync, fsync_tree, left = os.fsync, files.fsync_tree, [{after}]
-def killing(handle):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(handle)
-def killing_tree(folder):
-    os.fsync = killing
-    fsync_tree(folder)
-    os.fsync = fsync
-files.fsync_tree = killing_tree
-from slimtune.cli import main
-main()
-"""
 
-# Slow enough that a parent can hit any step.
-SLOWLY = """
-import time
-from slimtune.training.loop import TrainingLoop
-train_step = TrainingLoop.train_step
-def slow(self, rows):
-    time.sleep({seconds})
-    return train_step(self, rows)
-TrainingLoop.train_step = slow
-from slimtune.cli import main
-main()
-"""
+class Desk:
+    """Runs of one recipe: `finish` and `start` take what a user would add to the command."""
+
+    def __init__(self, folder: Path, settings: dict, method: str) -> None:
+        train = {**settings["train"], "epochs": 5, "batch_size": 3, "save_steps": 3, "eval_steps": 10}
+        self.recipe, self.folder = folder / f"{method}.yaml", folder
+        self.recipe.write_text(yaml.safe_dump({**settings, "train": train, "method": METHODS[method]}))
+        self.whole = folder / f"{method}-whole"
+        code, log = self.finish(self.whole)
+        assert code == 0, log
+
+    def finish(self, out: Path, *more: str, **faults) -> tuple[int, str]:
+        return forked.finish(str(self.recipe), "--out", str(out), *more, log=self.log_of(out), **faults)
+
+    def start(self, out: Path, *more: str, **faults):
+        return forked.start(str(self.recipe), "--out", str(out), *more, log=self.log_of(out), **faults)
+
+    def log_of(self, out: Path) -> Path:
+        return self.folder / f"{out.name}-{time.monotonic_ns()}.log"
+
+    def assert_resumed(self, out: Path) -> str:
+        """Resume a run and compare it with the whole one; return what was printed."""
+        code, log = self.finish(out, "--resume")
+        assert code == 0, log
+        self.assert_whole(out)
+        return log
+
+    def assert_whole(self, out: Path) -> None:
+        assert distance(out, self.whole) == 0
+        for name in ("step", "train_loss", "validation_loss"):
+            assert metrics(out, name) == metrics(self.whole, name)
+        assert {p.name for p in out.iterdir()} == {p.name for p in self.whole.iterdir()}
+        assert {p.name for p in (out / "checkpoints").iterdir()} == {
+            p.name for p in (self.whole / "checkpoints").iterdir()
+        }
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, shared_settings):
+    return Desk(tmp_path_factory.mktemp("faults"), shared_settings, "lora")
+
+
+def wait_for_step(out: Path, step: int, process) -> None:
+    """Wait until so many steps are logged."""
+    file, end = out / "metrics.jsonl", time.monotonic() + 120
+    while time.monotonic() < end and process.is_alive():
+        lines = file.read_text().splitlines() if file.is_file() else []
+        if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"the run ended (code {process.exitcode}) before step {step}")
+
+
+# --- SIGKILL ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_random_kills(tmp_path, shared_settings, method):
+    """102 kills over the three methods, at their start, in steps and in checkpoints, several in each run."""
+    desk, draw, started = Desk(tmp_path, shared_settings, method), random.Random(method), time.monotonic()
+    kills, runs, moments = 0, 0, []
+    while kills < KILLS // len(METHODS):
+        out, runs = tmp_path / f"run-{runs}", runs + 1
+        code = -signal.SIGKILL
+        while code:
+            at = (0, draw.uniform(0, 1.5)) if draw.random() < 0.15 else (draw.randint(1, 7), draw.uniform(0, 0.08))
+            resume = ["--resume"] if (out / "recipe.yaml").is_file() else []
+            if not resume and out.exists():
+                shutil.rmtree(out)  # killed before there was anything to resume
+            code, log = desk.finish(out, *resume, kill=at)
+            assert code in (0, -signal.SIGKILL), log
+            kills += code != 0
+            moments += [metrics(out, "step")[-1:]] if code and (out / "metrics.jsonl").is_file() else []
+        desk.assert_whole(out)
+    steps = sorted({m[0] for m in moments if m})
+    seconds = time.monotonic() - started
+    print(f"{method}: {kills} kills in {runs} runs, bit for bit, {seconds:.0f} s; last logged steps {steps}")
+
+
+@pytest.mark.parametrize(("name", "n"), [("fsync", 2), ("fsync", 12), ("fsync", 22), ("replace", 4), ("replace", 8)])
+def test_killed_while_a_checkpoint_is_written(desk, tmp_path, name, n):
+    out = tmp_path / "killed"
+    code, log = desk.finish(out, checkpoint_fault=(name, n, 0))
+    assert code == -signal.SIGKILL, log
+    assert list((out / "checkpoints").glob(".checkpoint-*"))
+    assert "was being written when the run stopped; removed" in desk.assert_resumed(out)
+
+
+def test_killed_twice_and_the_newest_checkpoint_damaged(desk, tmp_path):
+    out = tmp_path / "killed"
+    assert desk.finish(out, kill=(8, 0))[0] == -signal.SIGKILL
+    assert desk.finish(out, "--resume", kill=(9, 0))[0] == -signal.SIGKILL
+    newest = checkpoint.list_checkpoints(out / "checkpoints")[-1]
+    (newest / "optimizer.safetensors").write_bytes(b"\0" * 10)
+    code, log = desk.finish(out, "--resume")
+    assert code == 0, log
+    assert f"{newest.name} is passed over: optimizer.safetensors is damaged" in log
+    assert distance(out, desk.whole) == 0
+
+
+# --- other signals, and a terminal that closes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("stderr", ["open", "gone"])
+def test_stopped_by_a_signal(desk, tmp_path, name, code, stderr):
+    out = tmp_path / "stopped"
+    process = desk.start(out, slow=0.05, **({"stderr_dies": True} if stderr == "gone" else {}))
+    wait_for_step(out, 7, process)
+    os.kill(process.pid, getattr(signal, name))
+    process.join(60)
+    assert process.exitcode == code
+    step = metrics(out, "step")[-1]
+    newest = checkpoint.list_checkpoints(out / "checkpoints")[-1]
+    assert checkpoint.checkpoint_step(newest) == step
+    assert checkpoint.find_damage(newest) == ""
+    code, log = desk.finish(out, "--resume")
+    assert code == 0
+    assert f"resuming at step {step}" in log
+    assert distance(out, desk.whole) == 0
+
+
+def test_run_goes_on_without_a_terminal(desk, tmp_path):
+    out = tmp_path / "alone"
+    assert desk.finish(out, stderr_dies=True)[0] == 0
+    desk.assert_whole(out)
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+REFUSALS = [
+    ("replace", errno.EXDEV, "cannot be renamed across file systems"),
+    ("replace", errno.ESTALE, "the network file system has lost the file"),
+    ("replace", errno.EROFS, "the file system is read-only"),
+    ("fsync", errno.EIO, "the disk reports an input/output error"),
+    ("fsync", errno.ENOSPC, "the disk is full"),
+    ("fsync", errno.EDQUOT, "the disk is full"),
+]
+
+
+@pytest.mark.parametrize(("name", "number", "words"), REFUSALS, ids=lambda v: errno.errorcode.get(v, "") if v else "")
+def test_disk_refuses_a_checkpoint(desk, tmp_path, name, number, words):
+    out = tmp_path / "refused"
+    code, log = desk.finish(out, checkpoint_fault=(name, 8 if name == "replace" else 20, number))
+    assert code == 1, log
+    assert words in log
+    assert "--resume" in log
+    assert "Traceback" not in log
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
+    desk.assert_resumed(out)
+
+
+def test_file_size_limit(desk, tmp_path):
+    out = tmp_path / "limited"
+    code, log = desk.finish(out, file_limit=9000)
+    assert code == 1, log
+    assert "larger than" in log
+    assert "Traceback" not in log
+    assert list((out / "checkpoints").iterdir()) == []
+    desk.assert_resumed(out)
 
 
 @pytest.fixture
-def recipe_file(settings, tmp_path):
-    settings["train"] |= {"epochs": 5, "batch_size": 3, "save_steps": 3, "eval_steps": 10}
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(settings))
-    return file
+def small_disk(tmp_path):
+    """A file system in memory, of 300 KB: three checkpoints of the tiny run do not fit."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
-def command(program: str, recipe: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-c", program, "train", str(recipe), "--out", str(out), *more]
+def test_full_disk(desk, small_disk):
+    out = small_disk / "run"
+    code, log = desk.finish(out)
+    assert code == 1, log
+    assert "the disk is full" in log
+    assert "Traceback" not in log
+    assert all(not checkpoint.find_damage(c) for c in checkpoint.list_checkpoints(out / "checkpoints"))
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    desk.assert_resumed(out)
 
 
-def finish(recipe: Path, out: Path, *more: str) -> dict:
-    done = subprocess.run(
-        command(SLOWLY.format(seconds=0), recipe, out, "--json", *more), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return {**json.loads(done.stdout), "log": done.stderr.replace("\n", " ")}
+def test_disk_becomes_read_only(desk, small_disk):
+    subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
+    out = small_disk / "run"
+    process = desk.start(out, slow=0.1)
+    wait_for_step(out, 7, process)
+    for _ in range(100):  # while a file is open for writing, it cannot be
+        if not subprocess.run(["mount", "-o", "remount,ro", small_disk], capture_output=True).returncode:
+            break
+    process.join(60)
+    assert process.exitcode == 1
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert (out / "checkpoints" / "checkpoint-6").is_dir()
+    desk.assert_resumed(out)
 
 
-def kill_at(recipe: Path, out: Path, step: int, *more: str) -> None:
-    """Start a run, and kill it once `step` steps are logged."""
-    with subprocess.Popen(
-        command(SLOWLY.format(seconds=0.1), recipe, out, *more), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    ) as process:
-        file, started = out / "metrics.jsonl", time.monotonic()
-        while process.poll() is None and time.monotonic() - started < 120:
-            lines = file.read_text().splitlines() if file.is_file() else []
-            if lines and lines[-1].endswith("}") and json.loads(lines[-1])["step"] >= step:
-                process.kill()
-                return
-            time.sleep(0.005)
-        process.kill()
-    raise AssertionError(f"the run ended (code {process.returncode}) before step {step}")
+def test_folder_that_cannot_be_written(desk, tmp_path):
+    (tmp_path / "closed").mkdir()
+    out, more = tmp_path / "closed" / "run", {}
+    (tmp_path / "closed").chmod(0o555)
+    if os.access(tmp_path / "closed", os.W_OK):  # root may write everywhere but to /proc
+        out = Path("/proc/slimtune-run")
+    code, log = desk.finish(out, **more)
+    assert code in (1, 2), log
+    assert "Traceback" not in log
+    assert "cannot be written" in log or "no permission" in log
 
 
-def test_killed_at_ten_random_moments(recipe_file, tmp_path):
-    finish(recipe_file, tmp_path / "whole")
-    seed = int(os.environ.get("SLIMTUNE_FAULT_SEED", time.time_ns() % 10_000))
-    print(f"seed {seed}")
-    for i, step in enumerate(random.Random(seed).sample(range(1, STEPS - 2), 9)):
-        out = tmp_path / f"killed-{i}"
-        kill_at(recipe_file, out, step)
-        assert finish(recipe_file, out, "--resume")["steps"] == STEPS
-        assert distance(out, tmp_path / "whole") == 0, f"killed at step {step}"
-        steps = metrics(out, "step")
-        assert steps == sorted(steps)
+# --- two writers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", [2, 8, 15])
-def test_killed_while_a_checkpoint_is_written(recipe_file, tmp_path, file):
-    finish(recipe_file, tmp_path / "whole")
-    out = tmp_path / "killed"
-    # Eleven files a checkpoint: the 2nd and 8th file of the first one, the 4th of the second.
-    done = subprocess.run(command(KILL_WHILE_WRITING.format(after=file), recipe_file, out), capture_output=True)
-    assert done.returncode == -signal.SIGKILL
-    assert list((out / "checkpoints").glob(".checkpoint-*"))
-    assert "was being written when the run stopped; removed" in finish(recipe_file, out, "--resume")["log"]
-    assert distance(out, tmp_path / "whole") == 0
-    assert not list((out / "checkpoints").glob(".checkpoint-*"))
+def test_resume_of_a_live_run_is_refused(desk, tmp_path):
+    out = tmp_path / "live"
+    first = desk.start(out, slow=0.1)
+    wait_for_step(out, 4, first)
+    for _ in range(2):
+        code, log = desk.finish(out, "--resume")
+        assert code == 2, log
+        assert f"process {first.pid} on " in log
+        assert "is training in" in log
+    first.join(60)
+    assert first.exitcode == 0
+    desk.assert_whole(out)
 
 
-def test_killed_twice_and_the_newest_checkpoint_damaged(recipe_file, tmp_path):
-    finish(recipe_file, tmp_path / "whole")
-    out = tmp_path / "killed"
-    kill_at(recipe_file, out, 8)
-    kill_at(recipe_file, out, 17, "--resume")
-    newest = checkpoint.list_checkpoints(out / "checkpoints")[-1]
-    (newest / "optimizer.safetensors").write_bytes(b"\0" * 10)
-    log = finish(recipe_file, out, "--resume")["log"]
-    assert f"{newest.name} is passed over: optimizer.safetensors is damaged" in log
-    assert distance(out, tmp_path / "whole") == 0
+def test_two_new_runs_in_one_folder(desk, tmp_path):
+    out = tmp_path / "both"
+    processes = [desk.start(out) for _ in range(3)]
+    for process in processes:
+        process.join(120)
+    assert sorted(p.exitcode for p in processes) == [0, 2, 2]
+    desk.assert_whole(out)

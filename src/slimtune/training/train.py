@@ -153,12 +153,14 @@ def _train(
     loading_peak = peak_memory(device)
 
     # Run folder and loop. Until the first step nothing is lost: the folder is removed if something fails.
-    def create_run_dir() -> None:
-        RunDir.create(run.path, recipe)
+    def write_start(run: RunDir) -> None:
         lock.acquire()
         write_json(run.data_file, data.data_reports)
         if init_adapter is not None:
             adapter_files.save_adapter(model, run.path / INIT_ADAPTER, "default")
+
+    def create_run_dir() -> None:
+        RunDir.create(run.path, recipe, write_start)
 
     if not resume:
         distributed.run_on_main(create_run_dir)
