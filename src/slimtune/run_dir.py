@@ -166,9 +166,12 @@ class RunDir:
         file = run.adapter / ADAPTER_FILE
         if require_adapter and not file.is_file():
             message = f"the run in {run.path} has no adapter yet"
-            resume = shlex.join(["slimtune", "train", str(run.recipe_file), "--resume"])
-            raise RunError(message, str(file), f"finish it: {resume}")
+            raise RunError(message, str(file), f"finish it: {run.resume_command()}")
         return run
+
+    def resume_command(self) -> str:
+        """Return the command that continues the run's training, as a shell takes it."""
+        return f"slimtune train {shlex.quote(str(self.recipe_file))} --resume"
 
     def load_recipe(self) -> Recipe:
         """Return the recipe of the run, with `output_dir` set to where the folder is now."""

@@ -11,7 +11,6 @@ micro-batches (data/step_sharding.py); the gradients are summed before they are 
 import json
 import math
 import random
-import shlex
 import signal
 import time
 import warnings
@@ -31,7 +30,7 @@ from ..adapters.architectures import text_config
 from ..config.schema import TrainSettings
 from ..data.collator import Collator, Example
 from ..data.step_sharding import StepSharder
-from ..errors import RunError, is_out_of_memory
+from ..errors import RunError, SlimtuneError, is_out_of_memory
 from ..kernels.dropout import preserve_rng_state
 from ..run_dir import RunDir
 from ..setup import Datasets
@@ -39,7 +38,7 @@ from ..train_step.loss import RowScore, forward_backward, mean_loss, move_to_dev
 from ..train_step.memory_savings import enable_activation_checkpointing
 from ..train_step.optimizer import build_optimizer
 from ..utils import distributed
-from ..utils.files import to_json
+from ..utils.files import to_json, translate_os_errors
 from . import checkpoint, nonfinite
 from .oom_recovery import OomRecovery
 from .progress import ProgressLogger
@@ -142,15 +141,19 @@ class TrainingLoop:
         self.model.train()
         with self.logger.track_training(self.state), self.stop_on_signals():
             try:
-                for rows in self.remaining_steps():
-                    values = self.train_step(rows)
-                    self.logger.update(self.state, values["learning_rate"])
-                    if self.after_step(values):
-                        return
+                with translate_os_errors(self.run.path):
+                    for rows in self.remaining_steps():
+                        values = self.train_step(rows)
+                        self.logger.update(self.state, values["learning_rate"])
+                        if self.after_step(values):
+                            return
             except Exception as error:
                 if distributed.is_main_process() and not self.run.path.is_dir():
                     message = f"the run folder {self.run.path} was moved or deleted while the run trained"
                     raise RunError(message, "the folder until the run has ended", self.save_before_exit()) from error
+                if isinstance(error, SlimtuneError) and isinstance(error.__cause__, OSError):  # the disk refused
+                    hint = "; then ".join(filter(None, (error.hint, self.describe_resume())))
+                    raise RunError(error.message, error.expected, hint) from error
                 if not is_out_of_memory(error):
                     raise
                 what = "work between two steps" if self.weights_match_state else "the optimizer's step"
@@ -241,7 +244,7 @@ class TrainingLoop:
             return
         hint = f"start again with a learning rate below {self.settings.learning_rate:g}, or without these rows"
         if (newest := checkpoint.list_checkpoints(self.run.checkpoints)[-1:]) and self.settings.on_nonfinite == "stop":
-            resume = f"slimtune train {shlex.quote(str(self.run.recipe_file))} --resume --on-nonfinite skip"
+            resume = f"{self.run.resume_command()} --on-nonfinite skip"
             hint += f"; or skip such steps from {newest[0].name} on, which is from before: {resume}"
         raise RunError(found, "finite losses and gradients", hint)
 
@@ -413,13 +416,14 @@ class TrainingLoop:
         if step and newest != [step] and self.weights_match_state and distributed.is_main_process():
             try:
                 checkpoint.write_checkpoint(root, step, self.write_checkpoint_files)
-                newest = [step]
             except Exception as error:  # no memory, a full disk: the error that ends the run is reported all the same
                 self.logger.say(f"no checkpoint of step {step} could be written: {error}")
-        if not newest:
-            return ""
-        resume = f"slimtune train {shlex.quote(str(self.run.recipe_file))} --resume"
-        return f"checkpoint-{newest[0]} is complete: {resume}"
+        return self.describe_resume()
+
+    def describe_resume(self) -> str:
+        """Name the newest checkpoint and the command that continues from it; "" if there is none."""
+        newest = checkpoint.list_checkpoints(self.run.checkpoints)[-1:]
+        return f"{newest[0].name} is complete: {self.run.resume_command()}" if newest else ""
 
     # --- signals ------------------------------------------------------------------------------------------------------
 

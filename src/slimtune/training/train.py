@@ -4,7 +4,6 @@ recipe ─▶ data ─▶ plan ─▶ base ─▶ adapter ─▶ training loop �
 """
 
 import dataclasses
-import shlex
 import shutil
 import signal
 import time
@@ -33,7 +32,7 @@ from ..run_dir import ADAPTER_FILE, RunDir
 from ..train_step.memory_savings import apply_fsdp, compile_layers
 from ..utils import distributed
 from ..utils.device import peak_memory
-from ..utils.files import to_json, translate_os_errors, write_atomic, write_json
+from ..utils.files import to_json, write_atomic, write_json
 from ..utils.formatting import format_bytes, format_count
 from . import checkpoint
 from .loop import TrainingLoop
@@ -93,7 +92,7 @@ def train(
     """
     created_group = distributed.init_distributed()
     run = RunDir(Path(recipe.output_dir))
-    distributed.install_sigterm_watcher(resume_command(run))
+    distributed.install_sigterm_watcher(run.resume_command())
     lock = RunLock(run)
     try:
         result = _train(recipe, run, lock, resume, init_adapter, planner, force)
@@ -196,7 +195,7 @@ def _train(
 
     # Training.
     try:
-        with translate_os_errors(run.path), packed_attention(model):
+        with packed_attention(model):
             loop.run_to_end()
     finally:
         if distributed.is_main_process():
@@ -206,19 +205,14 @@ def _train(
     if loop.state.step < loop.state.max_steps and not loop.stopped_early:
         stopped, step = f"stopped at step {loop.state.step}", loop.state.step
         if loop.stop_signal in (0, signal.SIGINT):
-            logger.say(f"{stopped}; go on with: {resume_command(run)}")
+            logger.say(f"{stopped}; go on with: {run.resume_command()}")
             raise Interrupted(stopped)
-        name, hint = signal.Signals(loop.stop_signal).name, f"checkpoint-{step} is complete: {resume_command(run)}"
+        name, hint = signal.Signals(loop.stop_signal).name, f"checkpoint-{step} is complete: {run.resume_command()}"
         raise Terminated(f"{stopped} by {name}", hint=hint, exit_code=128 + loop.stop_signal)
     return distributed.run_on_main(lambda: finish_run(recipe, base, data, loop, start_seconds, peak))
 
 
 # --- before the first step --------------------------------------------------------------------------------------------
-
-
-def resume_command(run: RunDir) -> str:
-    """Return the command that resumes a run."""
-    return f"slimtune train {shlex.quote(str(run.recipe_file))} --resume"
 
 
 def open_run(run: RunDir, recipe: Recipe, lock: RunLock) -> None:
@@ -246,7 +240,7 @@ def check_same_recipe(run: RunDir, recipe: Recipe) -> None:
     ]
     if changed:
         message = f"the recipe is not the one that the run in {run.path} was started with: {'; '.join(changed)}"
-        raise UsageError(message, "the same recipe", f"{resume_command(run)}, or another --out")
+        raise UsageError(message, "the same recipe", f"{run.resume_command()}, or another --out")
 
 
 def with_adapter_config(recipe: Recipe, adapter: Path) -> Recipe:
