@@ -45,7 +45,7 @@ def main() -> None:
                 outputs += ((rounded.float() - weight) @ x.t()).square().sum().item()
         nearest_outputs = nearest_outputs or outputs
         engine = TransformersEngine(way, plain, tokenizer)
-        differences = reference.differences(engine.score(text.ids).token_log_probs for text in reference.texts)
+        differences = reference.differences(engine.score(text.ids).token_log_probs for text in reference.texts).abs()
         ratio = outputs / nearest_outputs
         print(f"{way:9} {differences.mean():9.4f} {differences.max():9.4f} {ratio:9.3f}", flush=True)
 

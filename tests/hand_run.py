@@ -40,10 +40,11 @@ def make_run(
     `sections` add to the recipe's: `model={"dtype": "float64"}`. `change` gets the adapted model before it is saved.
     """
     rows = write_rows(path.with_name(f"{path.name}-rows.jsonl"))
+    others = write_rows(path.with_name(f"{path.name}-trained.jsonl"), [(f"Now {q}", a) for q, a in TALKS])
     recipe = Recipe.from_dict(
         {
             "model": {"name": str(base), "dtype": "float32", "device": "cpu", **sections.get("model", {})},
-            "data": {"train": str(rows), "test": str(rows), **sections.get("data", {})},
+            "data": {"train": str(others), "test": str(rows), **sections.get("data", {})},
             "method": {"name": "lora", "rank": 4, **sections.get("method", {})},
             "train": sections.get("train", {}),
             "output_dir": str(path),

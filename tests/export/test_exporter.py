@@ -4,15 +4,19 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import slimtune
 from slimtune.cli import app
 from slimtune.errors import AdapterError, ModelError, RunError, UsageError
 from slimtune.export import gguf as gguf_module
+from slimtune.export import merge as module_merge
+from slimtune.export import served_base
 from slimtune.export.exporter import ExportOptions, export
 from slimtune.export.manifest import EXPORT_MANIFEST, read_manifest
 from slimtune.export.verify import verify
@@ -208,9 +212,143 @@ def test_base_that_is_not_a_gguf(tiny_folder, tmp_path, no_llama_cpp):
         export(run, "gguf", tmp_path / "m", ExportOptions(merged=True))
     with pytest.raises(UsageError, match="--ollama-base NAME"):
         export(run, "ollama", tmp_path / "o")
-    named = export(run, "ollama", tmp_path / "o", ExportOptions(ollama_base="llama3.1:8b"), verify=False)
-    assert "FROM llama3.1:8b" in (tmp_path / "o" / "Modelfile").read_text()
+    named = export(run, "ollama", tmp_path / "o", ExportOptions(ollama_base="mine:8b"), verify=False)
+    assert "FROM mine:8b" in (tmp_path / "o" / "Modelfile").read_text()
     assert named["template"] is False
+
+
+# --- Ollama's own base -----------------------------------------------------------------------------------------------
+
+
+def to_ollama(run: Path, out: Path, base: object, **options: Any) -> dict[str, Any]:
+    return export(run, "ollama", out, ExportOptions(ollama_base=str(base)), threads=1, **options)
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_a_name_of_another_base_is_refused(run, tmp_path, verified):
+    with pytest.raises(UsageError, match=r"llama3.1:8b is not the base (.|\n)*layers 32(.|\n)*layers 2"):
+        to_ollama(run, tmp_path / "out", "llama3.1:8b", verify=verified)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_name_is_not_proven(run, tmp_path):
+    found = to_ollama(run, tmp_path / "out", "somebody/model:1b")
+    assert found["check"]["passed"] is None
+    assert "what Ollama serves as somebody/model:1b is not known here" in found["check"]["reason"]
+    assert found["check"]["positions"] > 0
+    assert verify(tmp_path / "out", threads=1)["passed"] is False
+    with pytest.raises(RunError, match="the export is not proven"):
+        to_ollama(run, tmp_path / "proof", "somebody/model:1b", require_proof=True)
+    assert not (tmp_path / "proof").exists()
+
+
+def test_a_known_name_of_this_family_is_not_proven(run, base, tmp_path, monkeypatch):
+    model = load_base(str(base), dtype="float32", device="cpu").model
+    monkeypatch.setattr(served_base, "get_model_info", lambda name: SimpleNamespace(config=model.config))
+    check = to_ollama(run, tmp_path / "out", "tiny")["check"]
+    assert (check["passed"], "has the family and size" in check["reason"]) == (None, True)
+
+
+def test_a_gguf_of_the_base_is_asked_itself(run, base, tmp_path):
+    quantized = write_whole(base, tmp_path / "q8.gguf", "q8_0")
+    check = to_ollama(run, tmp_path / "out", quantized)["check"]
+    assert (check["passed"], check["precision"]) == (True, "q8_0"), check["reason"]
+    assert to_ollama(run, tmp_path / "same", base, require_proof=True)["check"]["passed"]
+    assert verify(tmp_path / "out", threads=1)["passed"]
+
+
+def write_whole(base: Path, file: Path, precision: str, change: Any = lambda model: None) -> Path:
+    model = load_base(str(base), dtype="float32", device="cpu").model
+    change(model)
+    gguf_module.write_gguf_from_template(base, model, file, precision)
+    return file
+
+
+def scale_norms(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data *= 1.01
+
+
+def tune_one_layer(model: Any) -> None:
+    weight = model.model.layers[1].mlp.up_proj.weight.data
+    weight += 0.03 * weight.std() * torch.randn(weight.shape)
+
+
+@pytest.mark.parametrize(("change", "words"), [(scale_norms, "its norms differ"), (tune_one_layer, "its blk.1.ffn_up")])
+def test_a_gguf_of_a_sibling_is_refused(run, base, tmp_path, change, words):
+    sibling = write_whole(base, tmp_path / "sibling.gguf", "f16", change)
+    with pytest.raises(UsageError, match=words):
+        to_ollama(run, tmp_path / "out", sibling)
+
+
+def test_a_gguf_of_another_shape_is_refused(run, tmp_path, tiny_llama, tiny_tokenizer):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["Ġa", "Ġ1"])
+    other = write_gguf(tmp_path / "o.gguf", tiny_llama(vocab_size=261, head_dim=8, intermediate_size=96), tokenizer)
+    with pytest.raises(UsageError, match="is not the base that the adapter was trained on"):
+        to_ollama(run, tmp_path / "out", other)
+
+
+def test_a_model_that_ollama_has_here_is_compared(run, base, tmp_path, monkeypatch):
+    monkeypatch.setenv("OLLAMA_MODELS", str(tmp_path))
+    manifest = tmp_path / "manifests/registry.ollama.ai/library/tiny/1b"
+    manifest.parent.mkdir(parents=True)
+    layers = [{"mediaType": "application/vnd.ollama.image.model", "digest": "sha256:12"}]
+    manifest.write_text(json.dumps({"layers": layers}))
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "sha256-12").symlink_to(base)
+    assert to_ollama(run, tmp_path / "out", "tiny:1b")["check"]["passed"] is True
+    (tmp_path / "blobs" / "sha256-12").unlink()
+    write_whole(base, tmp_path / "blobs" / "sha256-12", "f16", scale_norms)
+    with pytest.raises(UsageError, match="tiny:1b is not the base"):
+        to_ollama(run, tmp_path / "other", "tiny:1b")
+
+
+def test_a_folder_as_base(run, base, tmp_path):
+    loaded = load_base(str(base), dtype="float32", device="cpu")
+    loaded.model.save_pretrained(tmp_path / "base")
+    loaded.tokenizer.save_pretrained(tmp_path / "base")
+    assert to_ollama(run, tmp_path / "out", tmp_path / "base")["check"]["passed"] is True
+    scale_norms(loaded.model)
+    loaded.model.save_pretrained(tmp_path / "base")
+    with pytest.raises(UsageError, match="its norms differ"):
+        to_ollama(run, tmp_path / "other", tmp_path / "base")
+
+
+# --- the limits ------------------------------------------------------------------------------------------------------
+
+
+WRONG_ADAPTERS = {
+    "alpha 10 % too high": lambda name, B: B * 1.1,
+    "alpha 10 % too low": lambda name, B: B * 0.9,
+    "a layer is missing": lambda name, B: B * (".1." not in name),
+    "q and k in another order": lambda name, B: B.flip(0) if "q_proj" in name or "k_proj" in name else B,
+}
+
+
+@pytest.mark.parametrize("precision", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("fault", WRONG_ADAPTERS)
+def test_wrong_merges_are_refused(run, tmp_path, monkeypatch, fault, precision):
+    original = module_merge.gguf.write_gguf_from_template
+
+    def write(template, model, file, precision):
+        if "base" in file.name:
+            return original(template, model, file, precision)
+        model.unmerge_adapter()
+        factors = {name: m.lora_B.weight for name, m in model.adapter_modules("default").items()}
+        right = {name: B.data for name, B in factors.items()}
+        for name, B in factors.items():
+            B.data = WRONG_ADAPTERS[fault](name, B.data)
+        model.merge_adapter()
+        original(template, model, file, precision)
+        model.unmerge_adapter()
+        for name, B in factors.items():
+            B.data = right[name]
+        return model.merge_adapter()
+
+    monkeypatch.setattr(module_merge.gguf, "write_gguf_from_template", write)
+    with pytest.raises(RunError, match="differs from the trained adapter"):
+        export(run, "gguf", tmp_path / "out", ExportOptions(merged=True, precision=precision), threads=1)
 
 
 def test_command_line(run, tmp_path):

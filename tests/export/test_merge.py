@@ -335,10 +335,12 @@ def test_second_merge_into_one_folder_is_refused(tmp_path, make_base):
 
 
 def test_a_folder_that_another_process_wrote_is_kept(tmp_path):
-    with pytest.raises(RunError, match="another process"), atomic_folder(tmp_path / "out") as folder:
-        (folder / "mine").touch()
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "first").touch()
+    writer = atomic_folder(tmp_path / "out")
+    (writer.__enter__() / "mine").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "first").touch()
+    with pytest.raises(RunError, match="another process"):
+        writer.__exit__(None, None, None)
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "first"]
 
 

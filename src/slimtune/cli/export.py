@@ -33,6 +33,9 @@ def export_run(
     num_ctx: Annotated[int | None, Option(help="Tokens of Ollama's window.")] = None,
     dtype: Annotated[str | None, Option(help="What vLLM computes in: float32, bfloat16, float16.")] = None,
     no_verify: Annotated[bool, Option("--no-verify", help="Do not check the export by the engine.")] = False,
+    require_proof: Annotated[
+        bool, Option("--require-proof", help="Fail, and write nothing, unless the check proves the export.")
+    ] = False,
     threads: Annotated[int | None, Option(help="Threads of llama.cpp during the check.")] = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
@@ -47,7 +50,8 @@ def export_run(
         raise BadParameter(f"--convert-to-lora {convert_to_lora!r} is neither a rank nor a share") from None
     options = ExportOptions(merged, precision, rank, ollama_base, name, system, num_ctx, dtype)
     target: Any = to  # an unknown one is refused with the nearest name
-    result = export(run, target, out, options, verify=not no_verify, threads=threads, log=print_progress)
+    checks: dict[str, Any] = {"verify": not no_verify, "require_proof": require_proof, "threads": threads}
+    result = export(run, target, out, options, **checks, log=print_progress)
     if not as_json:
         screen = console()
         for file, size in result["files"].items():
@@ -56,8 +60,10 @@ def export_run(
             screen.print(f"as a LoRA: {conversion['error']:.2%} of the change is lost")
         for note in result["notes"]:
             screen.print(f"note: {note}")
-        screen.print(format_verdicts([result["check"]]))
+        if result["check"]["positions"]:
+            screen.print(format_verdicts([result["check"]]))
         if result["check"]["passed"] is None:
-            error_console().print(f"NOT VERIFIED: {result['check']['reason']}", style="bold yellow")
+            text = f"NOT PROVEN: {result['check']['reason']}"
+            error_console().print(text, style="dim" if no_verify else "bold yellow")
         screen.print("\nnext:", *result["commands"], sep="\n  ")
     return result

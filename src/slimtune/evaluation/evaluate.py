@@ -5,20 +5,25 @@ the adapter makes the difference. The tuned model is improved if the whole inter
 its answers still depend on their prompts. It passes if it also forgot no more than its budget.
 """
 
+import functools
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import Recipe
 from ..data.collator import Example
-from ..errors import AdapterError, ModelError, UsageError, format_names, nearest
+from ..data.dataset import Row
+from ..errors import AdapterError, DataError, ModelError, SlimtuneError, UsageError, format_names, nearest
 from ..reporting import write_report
 from ..run_dir import RunDir
 from ..setup import (
+    Datasets,
     build_collator,
     find_adapter_folder,
     load_datasets,
@@ -36,6 +41,8 @@ from .prompt_dependence import MIN_DEPENDENCE, prompt_dependence, shuffle_prompt
 from .statistics import Estimate, paired_bootstrap, perplexity
 
 SPLITS = ("test", "validation")
+MIN_ROWS = 6
+"""Fewer rows cannot show anything at 95 %: five rows all improve by chance in 1 of 32 cases."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     if recipe is None:  # then the architecture may be any, so rows are not packed
         sections = {"data": {"train": str(file)}, "train": {"packing": False}, "output_dir": str(run)}
         recipe = Recipe.from_dict({"model": trained.base.source.spec, **sections})
+    datasets = None
     if file is not None:
         examples, row_report = load_eval_dataset(recipe, tokenizer, file)
     else:
@@ -122,34 +130,57 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     if settings.general_text is not None:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4 * WINDOW
         general = tokenize_general_text(pieces, settings.general_text, tokenizer, min(context // 2, 2 * WINDOW))
+    trained_rows: list[int] = []
+    rows_checked = False
+    if trained.recipe is not None:
+        trained_rows, rows_checked = find_training_rows(recipe, file, examples, datasets)
+    if len(trained_rows) == len(examples):
+        raise DataError(
+            f"the run was trained on all {len(examples)} rows of {file or 'its validation split'}: their loss only "
+            "says what it remembers",
+            "rows that the run was not trained on",
+            "--data FILE, or data.test in the recipe",
+        )
+    if trained_rows:
+        examples = examples.select(np.setdiff1d(np.arange(len(examples)), trained_rows))
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
     collator = build_collator(recipe, model, tokenizer, longest)
 
-    def score_both(rows: Sequence[Example]) -> tuple[list[RowScore], list[RowScore]]:
+    def score_both(
+        rows: Sequence[Example], place: object = file or "the training file"
+    ) -> tuple[list[RowScore], list[RowScore]]:
         tuned = evaluate_rows(model, rows, collator)
         with model.disable_adapter():
-            return evaluate_rows(model, rows, collator), tuned
+            base = evaluate_rows(model, rows, collator)
+        for who, scored, error in (("base", base, ModelError), ("tuned model", tuned, AdapterError)):
+            if lines := [e["line"] for e, score in zip(rows, scored, strict=True) if not math.isfinite(score.nats)]:
+                raise error(
+                    f"the loss of the {who} is NaN or Inf on {len(lines)} of {len(scored)} rows "
+                    f"(lines {format_names(lines)} of {place})",
+                    "finite losses",
+                    "evaluate in float32, or take an older checkpoint",
+                )
+        return base, tuned
 
     base, tuned = score_both(examples)
-    for who, scored, error in (("base", base, ModelError), ("tuned model", tuned, AdapterError)):
-        lines = [e["line"] for e, score in zip(examples, scored, strict=True) if not math.isfinite(score.nats)]
-        if lines:
-            raise error(
-                f"the loss of the {who} is NaN or Inf on {len(lines)} of {len(scored)} rows "
-                f"(lines {format_names(lines)} of {file or 'the training file'})",
-                "finite losses",
-                "evaluate in float32, or take an older checkpoint",
-            )
     tokens = [score.tokens for score in base]
     draws = {"draws": settings.bootstrap, "seed": settings.seed}
-    loss = paired_bootstrap([s.nats for s in base], [s.nats for s in tuned], tokens, **draws)
-    hits = paired_bootstrap([s.hits for s in tuned], [s.hits for s in base], tokens, **draws)  # more is better
+    # Rows that are equal count together, as one row: drawn apart they would make the intervals too narrow.
+    groups = np.unique([hash(tuple(e["input_ids"])) for e in examples], return_inverse=True)[1]
+
+    def sums(values: Sequence[float]) -> list[float]:
+        return np.bincount(groups, values).tolist()
+
+    grouped: Any = sums(tokens)
+    loss = paired_bootstrap(sums([s.nats for s in base]), sums([s.nats for s in tuned]), grouped, **draws)
+    hits = paired_bootstrap(sums([s.hits for s in tuned]), sums([s.hits for s in base]), grouped, **draws)
     dependence = forgetting = None
     if not settings.skip_prompt_test:
         dependence = prompt_dependence(shuffle_prompts(examples, settings.seed), base, tuned, score_both, **draws)
     if settings.general_text is not None:
         forgetting = {"text": str(settings.general_text)}
-        forgetting |= measure_forgetting(general, score_both, settings.forgetting_budget, **draws)
+        score_general = functools.partial(score_both, place=settings.general_text)
+        forgetting |= measure_forgetting(general, score_general, settings.forgetting_budget, **draws)
     result: dict[str, Any] = {
         "run": str(run),
         "split": None if settings.data is not None else settings.split,
@@ -163,7 +194,9 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         **_format_pair("accuracy", hits.tuned, hits.base),
         "accuracy_gain": hits.difference.value,
         "accuracy_gain_ci95": hits.difference.interval,
-        "rows_better": loss.rows_better,
+        "rows_better": sum(t.nats < b.nats for b, t in zip(base, tuned, strict=True)),
+        "different_rows": len(grouped),
+        "training_rows": len(trained_rows) if rows_checked else None,
         "prompt_dependence": dependence,
         "forgetting": forgetting,
     }
@@ -195,6 +228,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     if generator is not None:
         result["generations"] = generate_base_and_tuned_answers(generator, prompts, checks, settings.max_new_tokens)
         result["generation_summary"] = summarize_checks(result["generations"])
+        result["verdict"] = make_verdict(result)
         save()
     if settings.tasks:
         result["tasks"] = run_tasks(trained, settings.tasks, task_manager)
@@ -206,7 +240,12 @@ def list_reasons_not_improved(result: Mapping[str, Any]) -> list[str]:
     """Return why the tuned model is not better than the base, one sentence each; empty if it is better."""
     failures = []
     low, high = result["loss_reduction_ci95"]
-    if low <= 0:
+    if (different := result.get("different_rows", MIN_ROWS)) < MIN_ROWS:
+        rows = "1 row is" if different == 1 else f"{different} different rows are"
+        failures.append(f"{rows} too few to show that the tuned model is better: {MIN_ROWS} are the least")
+    if low == high == 0 and result.get("rows_better") == 0:
+        failures.append("the adapter changes nothing: base and tuned model have the same loss")
+    elif low <= 0:
         what = "is worse than the base" if high < 0 else "is not shown to be better than the base"
         interval = f"its loss reduction is between {low:.4f} and {high:.4f} nats per token"
         failures.append(f"the tuned model {what}: {interval}")
@@ -236,7 +275,41 @@ def make_verdict(result: Mapping[str, Any]) -> dict[str, Any]:
             f"it forgot more than its budget of {forgetting['budget']:g} nats per token on general text: "
             f"{forgetting['change']:.4f}, between {low:.4f} and {high:.4f}"
         )
+    answers = result.get("generations")
+    if answers and not any(answer["tuned"].strip() for answer in answers):
+        reasons.append(f"all {len(answers)} answers of the tuned model are empty")
     return {"passed": not reasons, "reasons": reasons}
+
+
+def find_training_rows(
+    recipe: Recipe, file: Path | None, examples: Sequence[Example], datasets: Datasets | None
+) -> tuple[list[int], bool]:
+    """Return which of the evaluated rows the run was trained on, and whether its training rows could be read.
+
+    Args:
+        recipe: of the run.
+        file: that the evaluated rows are from; None: `datasets` holds them.
+        examples: the evaluated rows.
+        datasets: the rows of the run, if they are loaded.
+    """
+    if file is None and datasets is not None:
+        trained = {hash(tuple(e["input_ids"])) for e in datasets.train}
+        return [i for i, e in enumerate(examples) if hash(tuple(e["input_ids"])) in trained], True
+
+    def read(path: Path) -> Iterator[tuple[int, int]]:
+        rows = (row for row in open_rows_from_recipe(recipe, path) if isinstance(row, Row))
+        return ((row.line, hash(repr((row.messages, row.prompt, row.completion, row.tools)))) for row in rows)
+
+    evaluated = list(read(file or recipe.data.train))
+    wanted = {key for _, key in evaluated}
+    try:
+        trained = {key for _, key in read(recipe.data.train) if key in wanted}
+    except SlimtuneError:
+        return [], False
+    # Rows that were dropped have no example; the others are in the order of the file.
+    rows = iter(evaluated)
+    keys = [next(key for line, key in rows if line == e["line"]) for e in examples]
+    return [i for i, key in enumerate(keys) if key in trained], True
 
 
 def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -> Path | None:

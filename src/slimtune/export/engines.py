@@ -1,5 +1,6 @@
 """Engines that can say how likely a text is: transformers, llama.cpp (which Ollama runs, too) and vLLM."""
 
+import copy
 import gc
 import importlib.util
 import json
@@ -121,6 +122,7 @@ class LlamaCppEngine:
     """
 
     name = "llama.cpp"
+    adapter_active = True
 
     def __init__(
         self, model: Path, adapter: Path | None = None, *, max_tokens: int, threads: int | None = None, top_k: int = 64
@@ -188,8 +190,16 @@ class LlamaCppEngine:
     def _complete(self, ids: Sequence[int], **settings: Any) -> dict[str, Any]:
         """Continue a prompt; the cache is used only for a longer part of the same text (see `n_ctx_checkpoints`)."""
         self._started = True
-        request = {"n_predict": 1, "prompt": list(ids), "temperature": 0.0, "samplers": ["temperature"]}
+        request: dict[str, Any] = {"n_predict": 1, "prompt": list(ids), "temperature": 0.0, "samplers": ["temperature"]}
+        if not self.adapter_active:
+            request["lora"] = [{"id": 0, "scale": 0.0}]
         return self._post("/completion", **{**request, "cache_prompt": False, **settings})
+
+    def without_adapter(self) -> "LlamaCppEngine":
+        """Return the same server as it answers without the adapter."""
+        other = copy.copy(self)
+        other.adapter_active, other._started = False, True
+        return other
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
         return _request_json("llama.cpp server", self.server.listening_address, path, body)

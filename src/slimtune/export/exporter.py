@@ -16,16 +16,18 @@ from typing import Any, Literal, get_args
 
 from ..errors import AdapterError, RunError, UsageError, format_names, nearest
 from ..run_dir import ADAPTER_FILE, RunDir
-from ..setup import TrainedModel, load_run
+from ..setup import TrainedModel
 from ..utils.files import atomic_folder
 from .gguf import ADAPTER_DTYPES, PRECISIONS, quantize_gguf, require_quantizer, write_adapter_gguf
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, write_manifest
 from .merge import load_trained, write_merged_gguf
-from .ollama import write_ollama
-from .reference import Reference, Verdict
-from .verify import Verifier
+from .ollama import find_base, write_ollama
+from .reference import Verdict
+from .served_base import check_served_base
+from .verify import Verifier, describe_16_bit_base
 from .vllm import write_vllm_adapter
 
+NOT_ASKED = "the check was left out (--no-verify); `slimtune verify FOLDER` makes it later"
 Target = Literal["gguf", "ollama", "vllm"]
 OPTION_TARGETS: dict[str, tuple[str, ...]] = {
     "precision": ("gguf", "ollama"),
@@ -63,6 +65,7 @@ def export(
     options: ExportOptions = ExportOptions(),
     *,
     verify: bool = True,
+    require_proof: bool = False,
     threads: int | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -73,6 +76,7 @@ def export(
         target, options: what is written, and how.
         out: folder to write; it does not exist yet, or is empty.
         verify: compare the engine with the trained adapter, and write nothing if they differ.
+        require_proof: write nothing either if they could not be compared, or the base that will be served is not known.
         threads: of llama.cpp while verifying; None: half of the cores.
         log: gets progress messages.
 
@@ -81,15 +85,18 @@ def export(
         `check` (the fields of a `Verdict`; `passed` is None if it could not be checked), and facts of the target.
 
     Raises:
-        UsageError: an impossible target, option or name; the adapter is not a LoRA; `out` contains files.
+        UsageError: an impossible target, option or name; the adapter is not a LoRA; `out` contains files; Ollama's base
+            is not the base of the training.
         AdapterError: the adapter does not fit its base, or the target cannot take it; the alternatives are given.
         ModelError: a program of llama.cpp, or a package, is not installed.
-        RunError: the disk is full, or the engine differs from the trained adapter.
+        RunError: the disk is full, the engine differs from the trained adapter, or proof is required and there is none.
     """
     run, out = Path(run), Path(out).expanduser()
     if options.precision and options.precision.lower() in PRECISIONS:
         options = replace(options, precision=options.precision.lower())
     _check_options(target, options)
+    if require_proof and not verify:
+        raise UsageError("--require-proof and --no-verify together", "one of them: the check is the proof")
     RunDir.require_free(out)
     loaded = load_trained(run)
     model: Any = loaded.model
@@ -111,22 +118,25 @@ def export(
         else:
             facts = _write_gguf(loaded, run, folder, out, options)
         if target == "ollama":
-            facts |= _write_ollama(loaded, folder, out, options)
+            facts |= _write_ollama(loaded, folder, out, options, verify)
         commands, notes = facts.pop("commands"), facts.pop("notes", [])
         write_manifest(folder, target, run, facts)
-        verdict, reference = Verdict(target, "", reason="--no-verify"), None
+        verdict = Verdict(target, "", reason=NOT_ASKED)
         if verify:
             with tempfile.TemporaryDirectory(prefix=".slimtune-verify-", dir=folder.parent) as temporary:
                 verifier = Verifier(loaded, run, Path(temporary), threads=threads, log=log)
-                verdict, reference = next(verifier.verify_export(folder, {"kind": target, **facts})), verifier.reference
-        if not options.merged and loaded.base.quantization is not None:
-            notes = [*notes, _describe_16_bit_base(loaded, run, reference)]
+                verdict = next(verifier.verify_export(folder, {"kind": target, **facts}))
+        elif not options.merged and loaded.base.quantization is not None:
+            notes = [*notes, describe_16_bit_base(loaded, run)]
         if verdict.passed is False:
             raise RunError(
                 f"{verdict.engine} differs from the trained adapter: {verdict.reason}",
                 verdict.limit,
                 "please report it; --no-verify writes the folder without the check",
             )
+        if verdict.passed is None and require_proof:
+            hint = "without --require-proof the folder is written, unproven"
+            raise RunError(f"the export is not proven: {verdict.reason}", "an export that the engine was asked", hint)
         files = {f.relative_to(folder).as_posix(): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     result = {"run": str(run), "out": str(out), "to": target, "files": files, **facts}
     return {**result, "commands": commands, "notes": notes, "check": asdict(verdict)}
@@ -181,7 +191,9 @@ def _write_gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, option
     return {**facts, "precision": precision, "commands": [command]}
 
 
-def _write_ollama(loaded: TrainedModel, folder: Path, out: Path, options: ExportOptions) -> dict[str, Any]:
+def _write_ollama(
+    loaded: TrainedModel, folder: Path, out: Path, options: ExportOptions, verify: bool
+) -> dict[str, Any]:
     source, model = loaded.base.source, loaded.model
     base = str(folder / MODEL_GGUF) if options.merged else options.ollama_base
     base = source.path if base is None and source.kind == "gguf" else base
@@ -203,29 +215,12 @@ def _write_ollama(loaded: TrainedModel, folder: Path, out: Path, options: Export
         num_ctx=options.num_ctx,
         out=out,
     )
-    if options.ollama_base:
-        note = f"checked beside the base the run was trained on; {options.ollama_base} itself was not checked"
-        facts["notes"].append(note)
-    elif not options.merged and loaded.base.quantization is None:
+    if not options.ollama_base and not options.merged and loaded.base.quantization is None:
         note = "the adapter was trained on this base in 16 or 32 bits; Ollama adds it to the base as the file has it"
         facts["notes"].append(note)
+    if (given := options.ollama_base) is not None:
+        path = find_base(given)
+        if not verify:  # the check compares them, too
+            check_served_base(given, path, loaded)
+        facts["ollama_base"] = given if path is None else str(path.resolve())
     return {**facts, "template": facts["template"] is not None}
-
-
-def _describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference | None) -> str:
-    """Return what it means that an adapter trained on a quantized base is served beside one in 16 bits.
-
-    There it is added to W instead of the dequantized W_q. How far that moves its answers is measured if possible.
-    """
-    trained = f"the adapter was trained on the base in {loaded.base.quantization}; beside the base in 16 bits"
-    merged = f"merged they are what was trained: slimtune merge {shlex.quote(str(run))} --out FOLDER"
-    if reference is None:
-        return f"{trained} answers differ; {merged}"
-    dtype = str(loaded.base.dtype).removeprefix("torch.")
-    model: Any = load_run(run, dtype=dtype, device="cpu", quantization="none").model
-    plain = Reference(model.to(reference.engine.model.dtype), reference.engine.tokenizer, reference.texts)
-    moved = reference.differences(plain.log_probs).mean().item()
-    return (
-        f"{trained} log p differs by {moved:.2g} nats on average, where the adapter changes it by "
-        f"{reference.effect:.2g}; {merged}"
-    )

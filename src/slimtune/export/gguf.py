@@ -81,8 +81,8 @@ def get_architecture(config: Any) -> GgufArchitecture:
             f"cannot write a {kind!r} model as GGUF: how llama.cpp names and orders its weights is not known"
             f"{nearest(kind, ARCHITECTURES)}",
             f"one of {format_names(ARCHITECTURES)}",
-            "merge it (slimtune merge RUN --out FOLDER) and give FOLDER to llama.cpp's convert_hf_to_gguf.py, which knows "
-            "more architectures (--merged does both if the base is not a GGUF); or serve it by vLLM: --to vllm",
+            "merge it (slimtune merge RUN --out FOLDER) and give FOLDER to llama.cpp's convert_hf_to_gguf.py, which "
+            "knows more architectures (--merged does both if the base is not a GGUF); or serve it by vLLM: --to vllm",
         )
     return ARCHITECTURES[kind]
 

@@ -300,7 +300,7 @@ def _prepare_gguf(folder: Path) -> Upload:
 
 
 def _collect_files(folder: Path, kind: str, notes: list[str]) -> dict[str, Path | bytes]:
-    """Return the files in a folder that may be uploaded, by name, JSON without local paths; a note for each refused one.
+    """Return the files in a folder that may be uploaded, by name, JSON without local paths; the others get a note.
 
     UsageError means that a file without which there is nothing to upload is a link to a file elsewhere.
     """

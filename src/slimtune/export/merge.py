@@ -39,7 +39,7 @@ from ..utils.files import atomic_folder, read_json, require_disk_space, translat
 from . import gguf
 from .engines import TransformersEngine
 from .manifest import write_manifest
-from .merged_weights import MergedWeights, save_merged_weights
+from .merged_weights import MergedWeights, round_weight, save_merged_weights
 from .reference import PRECISIONS, Reference, get_tolerance, make_texts
 from .rounding import collect_rounding_inputs
 
@@ -105,9 +105,10 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
             )
         report = {
             "dtype": _dtype_name(stored),
-            "max_difference": differences.max().item(),
-            "mean_difference": differences.mean().item(),
+            "max_difference": differences.abs().max().item(),
+            "mean_difference": differences.abs().mean().item(),
             "effect": effect,
+            "strength": reference.measure_strength(differences)[0],
             "positions": len(differences),
         }
         card = _render_card(loaded, config, report, out.resolve().name)
@@ -195,29 +196,41 @@ def load_trained(run: Path, dtype: str | None = None) -> TrainedModel:
 
 def write_merged_gguf(loaded: TrainedModel, run: Path, file: Path, precision: str) -> None:
     """Write base and adapter as one GGUF; the loaded model is unchanged afterwards."""
-    source, model = loaded.base.source, loaded.model
+    source = loaded.base.source
+    model: Any = loaded.model
     if source.kind != "gguf":
         with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
             merge(run, Path(folder, "merged"))
             gguf.convert_hf_to_gguf(Path(folder, "merged"), file, precision)
         return
+    inputs: dict[str, torch.Tensor] = {}
+    if precision == "bf16" and _is_small(model):  # f16 and f32 hold the change, and q8_0 rounds in blocks
+        inputs = collect_rounding_inputs(model, loaded.recipe, loaded.base.tokenizer)
     with translate_merge_errors(run):
         model.merge_adapter(safe_merge=True)
     try:
+        for name in inputs.keys() & model.adapted_layers().keys():
+            weight = model.get_submodule(name).weight
+            rounded = round_weight(model, f"{name}.weight", weight.detach(), torch.bfloat16, inputs)
+            weight.data = rounded.to(weight.dtype)
         gguf.write_gguf_from_template(Path(source.path), model, file, precision)
     finally:
         model.unmerge_adapter()
 
 
-def write_base_gguf(loaded: TrainedModel, file: Path) -> None:
-    """Write the base an adapter was trained on as one GGUF in f32."""
+def write_base_gguf(loaded: TrainedModel, file: Path, precision: str = "f32") -> None:
+    """Write the base an adapter was trained on as one GGUF."""
     source, base = loaded.base.source, loaded.base
-    if source.kind == "gguf":
-        gguf.write_gguf_from_template(Path(source.path), loaded.model, file, "f32")
-        return
     with tempfile.TemporaryDirectory(prefix=".slimtune-", dir=file.parent) as folder:
-        _save_checkpoint(loaded, MergedWeights(loaded.model, adapters=()), Path(folder), base.dtype)
-        gguf.convert_hf_to_gguf(Path(folder), file, "f32")
+        whole = file if precision in gguf.PRECISIONS else Path(folder, "whole.gguf")
+        written = precision if precision in gguf.PRECISIONS else "f16"
+        if source.kind == "gguf":
+            gguf.write_gguf_from_template(Path(source.path), loaded.model, whole, written)
+        else:
+            _save_checkpoint(loaded, MergedWeights(loaded.model, adapters=()), Path(folder, "base"), base.dtype)
+            gguf.convert_hf_to_gguf(Path(folder, "base"), whole, written)
+        if whole != file:
+            gguf.quantize_gguf(whole, file, precision)
 
 
 @contextmanager

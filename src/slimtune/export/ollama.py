@@ -65,7 +65,7 @@ def write_ollama(
     if not _MODEL_NAME.fullmatch(name):
         expected = "[host/][namespace/]model[:tag] of letters, digits, _, - and . (only _ at the beginning)"
         raise UsageError(f"Ollama does not accept the name {name!r}", expected, "give another --name")
-    path = _find_base(base)
+    path = find_base(base)
     converted, stops = ConvertedTemplate(None), []
     lines = [("FROM", base if path is None else _relative_path(path, folder))]
     if adapter is not None:
@@ -118,7 +118,7 @@ def engine_adds_bos(base: Path, tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _find_base(base: str) -> Path | None:
+def find_base(base: str) -> Path | None:
     """Return the path of a base, None for a name from a registry."""
     path = Path(base).expanduser()
     try:

@@ -7,10 +7,11 @@
 What cannot be checked is reported with the reason, and never counts as passed.
 """
 
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from . import merge as merging
 from .engines import Engine, LlamaCppEngine, TransformersEngine, VllmClient
 from .gguf import write_adapter_gguf
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, read_manifest
+from .ollama import find_base
 from .reference import PRECISIONS, Reference, Tolerance, Verdict, compare_engine, get_tolerance, make_texts
+from .served_base import check_served_base, read_precision
 
 
 def verify(
@@ -102,8 +105,8 @@ class Verifier:
             return self._open_llama_cpp(whole)
 
         yield self.verify_engine("merged folder", PRECISIONS[self.loaded.base.dtype], open_merged)
-        yield self.verify_engine("llama.cpp, adapter GGUF", "f32", open_adapter)
-        yield self.verify_engine("llama.cpp, merged GGUF", "f16", open_whole)
+        yield self.verify_engine("llama.cpp, adapter GGUF", "f32", open_adapter, open_base=_without_adapter)
+        yield self.verify_engine("llama.cpp, merged GGUF", "f16", open_whole, open_base=self._open_base_in("f16"))
 
     def verify_export(self, path: Path, manifest: dict[str, Any]) -> Iterator[Verdict]:
         """Check what an export folder contains."""
@@ -113,17 +116,51 @@ class Verifier:
             precision = next(p for dtype, p in PRECISIONS.items() if str(dtype) == f"torch.{manifest['dtype']}")
             yield self.verify_engine("merged folder", precision, lambda: self._open_merged(path))
         elif adapter.is_file():
-            engine = "llama.cpp, adapter GGUF"
-            yield self.verify_engine(engine, precision, lambda: self._open_beside_base(adapter), tolerance)
+            yield self._verify_adapter_gguf(adapter, precision, tolerance, manifest.get("ollama_base"))
         elif model.is_file():
-            yield self.verify_engine("llama.cpp, merged GGUF", precision, lambda: self._open_llama_cpp(model))
+            base = self._open_base_in(precision)
+            engine = "llama.cpp, merged GGUF"
+            yield self.verify_engine(engine, precision, lambda: self._open_llama_cpp(model), open_base=base)
         elif manifest["kind"] == "vllm":
-            yield self.verify_engine("adapter folder, read back", "f32", lambda: self._open_adapter(path), tolerance)
+            engine = "adapter folder, read back"
+            verdict = self.verify_engine(engine, "f32", lambda: self._open_adapter(path), tolerance)
+            yield self._note_quantized_base(verdict)
         else:
             yield Verdict(manifest["kind"], precision, reason=f"{path} contains nothing that can be checked")
 
+    def _verify_adapter_gguf(
+        self, adapter: Path, precision: str, tolerance: Tolerance | None, ollama_base: str | None
+    ) -> Verdict:
+        """Check an adapter's GGUF beside the base that it will be served with, where its file is here."""
+        name, served = "llama.cpp, adapter GGUF", None
+        if ollama_base is not None:
+            served = check_served_base(ollama_base, find_base(ollama_base), self.loaded)
+        if served is not None and served.file is not None:
+            file, weights = served.file, read_precision(served.file)
+            verdict = self.verify_engine(
+                name, weights, lambda: self._open_llama_cpp(file, adapter), get_tolerance(weights), _without_adapter
+            )
+        else:
+            verdict = self.verify_engine(
+                name, precision, lambda: self._open_beside_base(adapter), tolerance, _without_adapter
+            )
+        if served is not None and served.unproven and verdict.passed:
+            verdict = replace(verdict, passed=None, reason=f"it is right beside the trained base; {served.unproven}")
+        return self._note_quantized_base(verdict)
+
+    def _note_quantized_base(self, verdict: Verdict) -> Verdict:
+        """Return the verdict of an adapter; it is not proven if the base that is served is not quantized as trained."""
+        if self.loaded.base.quantization is None or not verdict.passed:
+            return verdict
+        return replace(verdict, passed=None, reason=describe_16_bit_base(self.loaded, self.run, self.reference))
+
     def verify_engine(
-        self, name: str, precision: str, open_engine: Callable[[], Engine], tolerance: Tolerance | None = None
+        self,
+        name: str,
+        precision: str,
+        open_engine: Callable[[], Engine],
+        tolerance: Tolerance | None = None,
+        open_base: Callable[[Any], Engine] | None = None,
     ) -> Verdict:
         """Open an engine and compare it; one that cannot be opened gives a verdict, too."""
         self.log(f"checking {name}")
@@ -134,7 +171,7 @@ class Verifier:
         try:
             with closing(open_engine()) as engine:
                 engine.name = name
-                return compare_engine(self.reference, engine, precision, tolerance)
+                return compare_engine(self.reference, engine, precision, tolerance, open_base)
         except SlimtuneError as error:
             reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
             if isinstance(error, ModelError | UsageError):  # says nothing about the adapter
@@ -169,12 +206,45 @@ class Verifier:
                 raise ModelError(message, error.expected, error.hint) from error
         return self._open_llama_cpp(base, adapter)
 
+    def _open_base_in(self, precision: str) -> Callable[[Any], Engine]:
+        """Return a function that opens the untouched base as a whole GGUF in a precision."""
+
+        def open_base(_: Any) -> Engine:
+            file = self.folder / f"base-{precision}.gguf"
+            merging.write_base_gguf(self.loaded, file, precision)
+            return self._open_llama_cpp(file)
+
+        return open_base
+
     def _open_llama_cpp(self, model: Path, adapter: Path | None = None) -> Engine:
         longest = max(len(t.ids) for t in self.reference.texts) + 64
         return LlamaCppEngine(model, adapter, max_tokens=longest, threads=self.threads)
 
 
+def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference | None = None) -> str:
+    """Return what it means that an adapter trained on a quantized base is served beside one in 16 bits.
+
+    There it is added to W instead of the dequantized W_q. With a reference it is measured how far that moves answers.
+    """
+    trained = f"the adapter was trained on the base in {loaded.base.quantization}; beside the base in 16 bits"
+    merged = f"merged they are what was trained: slimtune merge {shlex.quote(str(run))} --out FOLDER"
+    if reference is None:
+        return f"{trained} answers differ; {merged}"
+    dtype = str(loaded.base.dtype).removeprefix("torch.")
+    model: Any = load_run(run, dtype=dtype, device="cpu", quantization="none").model
+    plain = Reference(model.to(reference.engine.model.dtype), reference.engine.tokenizer, reference.texts)
+    moved = reference.differences(plain.log_probs).abs().mean().item()
+    return (
+        f"{trained} log p differs by {moved:.2g} nats on average, where the adapter changes it by "
+        f"{reference.effect:.2g}; {merged}"
+    )
+
+
+def _without_adapter(engine: Any) -> Engine:
+    return engine.without_adapter()
+
+
 def _get_conversion_tolerance(manifest: dict[str, Any]) -> Tolerance | None:
     """Return the tolerance of an adapter exported as the nearest LoRA, whose relative error is known."""
     error = manifest.get("conversion", {}).get("error")
-    return None if error is None else Tolerance(mean_difference=0.02, effect_share=error)
+    return None if error is None else Tolerance(mean_difference=0.02, effect_share=error, strength=0.02 + error)

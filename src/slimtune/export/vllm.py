@@ -19,6 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -225,7 +226,11 @@ def _write_script(loaded: TrainedModel, folder: Path, out: Path, name: str, dtyp
         write_atomic(folder / TEMPLATE, template)
     base, base_name = _locate_base(loaded)
     start = [base] + (["--served-model-name", base_name] if base_name != base else [])
-    start += ["--revision", m.revision] if m and m.revision else []
+    if loaded.base.source.kind == "hub":  # the Hub may get other weights later: name those that were loaded here
+        revision = m.revision if m else None
+        cached = try_to_load_from_cache(base, "config.json", revision=revision)
+        commit = Path(cached).parent.name if isinstance(cached, str) else revision
+        start += ["--revision", commit] if commit else []
     start += ["--trust-remote-code"] if m and m.trust_remote_code else []
     start += ["--dtype", dtype, "--enable-lora", "--max-lora-rank", str(round_up_rank(rank)), "--lora-modules"]
 

@@ -1,0 +1,185 @@
+"""Whether the base that an engine will serve is the one an adapter was trained on.
+
+    a GGUF file, or a model that Ollama has here    shapes, norms and samples of the weights; the check asks this file
+    a Hugging Face folder                           the same
+    a name alone                                    family and size, if the name is known; the weights stay unseen
+
+A quantized GGUF has the base's weights rounded, so they are compared within what its bits can hold. Its norms are not
+rounded: they tell a base from its fine-tuned sibling.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..errors import SlimtuneError, UsageError
+from ..models.errors import translate_load_errors
+from ..models.gguf import read_gguf
+from ..models.registry import get_model_info
+from ..utils.files import read_json
+from ..utils.fingerprint import base_facts
+from .gguf import get_architecture, get_tensor_names, import_gguf, to_llama_cpp_layout
+from .merged_weights import MergedWeights
+
+SAMPLE_ROWS = 64
+"""Rows of each weight that are compared."""
+EQUAL_SHARE = 0.99
+"""Share of the norms' values that must be equal, up to one rounding to the dtype of the training."""
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """The base beside which an engine serves an adapter."""
+
+    name: str  # as the user gave it
+    file: Path | None = None  # the GGUF with the weights that are served
+    unproven: str = ""  # why it is not known to be the base of the training
+
+
+def check_served_base(name: str, path: Path | None, loaded: Any) -> ServedBase:
+    """Compare a base for Ollama with the base that an adapter was trained on.
+
+    Args:
+        name: a name from a registry, or what the user gave for the path.
+        path: the GGUF file or the Hugging Face folder; None: it is a name.
+        loaded: the `TrainedModel`.
+
+    Raises:
+        UsageError: it is another base.
+    """
+    if path is None:
+        path = find_ollama_file(name)
+    if path is None:
+        return ServedBase(name, unproven=_check_name(name, loaded))
+    if path.is_dir():
+        _check_folder(path, name, loaded)
+        return ServedBase(name)
+    _check_gguf(path, name, loaded)
+    return ServedBase(name, path)
+
+
+def read_precision(file: Path) -> str:
+    """Return the precision of a GGUF's weights, as `llama-quantize` calls it: that of its largest share."""
+    sizes: dict[str, int] = {}
+    for tensor in read_gguf(file).tensors:
+        sizes[tensor.tensor_type.name] = sizes.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+    return max(sizes, key=lambda name: sizes[name]).lower()
+
+
+def find_ollama_file(name: str) -> Path | None:
+    """Return the GGUF of a model that Ollama has on this machine, in $OLLAMA_MODELS or where Ollama puts its models."""
+    model, _, tag = name.partition(":") if "/" not in name.rpartition(":")[2] else (name, "", "")
+    parts = model.split("/")
+    host = parts.pop(0) if len(parts) == 3 else "registry.ollama.ai"
+    manifest = Path("manifests", host, *(parts if len(parts) == 2 else ["library", *parts]), tag or "latest")
+    roots = [os.environ.get("OLLAMA_MODELS"), "~/.ollama/models", "/usr/share/ollama/.ollama/models"]
+    for root in (Path(r).expanduser() for r in roots if r):
+        try:
+            layers = read_json(root / manifest)["layers"]
+            digest = next(x["digest"] for x in layers if x["mediaType"] == "application/vnd.ollama.image.model")
+            file = root / "blobs" / Path(str(digest).replace(":", "-")).name
+        except (SlimtuneError, OSError, LookupError, TypeError, StopIteration):
+            continue
+        if file.is_file():
+            return file
+    return None
+
+
+def _check_name(name: str, loaded: Any) -> str:
+    """Return why a name proves nothing; UsageError if it is known to name another base."""
+    try:
+        config = get_model_info(name).config
+    except SlimtuneError:
+        return f"what Ollama serves as {name} is not known here, so its weights were not compared with the base"
+    facts, own = (base_facts(c.to_dict()) for c in (config, loaded.base.model.config))
+    shape = [k for k in ("model_type", "hidden", "layers", "heads", "kv_heads", "intermediate") if k in own]
+    if any(facts.get(k) != own[k] for k in shape):
+        raise _other_base(name, loaded, *(", ".join(f"{k} {f.get(k)}" for k in shape) for f in (facts, own)))
+    return f"{name} has the family and size of the base, but its weights were not compared with it"
+
+
+def _other_base(name: str, loaded: Any, found: str, expected: str) -> UsageError:
+    return UsageError(
+        f"{name} is not the base that the adapter was trained on, {loaded.base.source.spec}: {found}",
+        expected,
+        "give the trained base as --ollama-base, or export base and adapter as one model: --merged",
+    )
+
+
+def _check_gguf(file: Path, name: str, loaded: Any) -> None:
+    """Compare a GGUF file's architecture, shapes and values with the base; raise UsageError if they differ."""
+    gguf, config = import_gguf(), loaded.base.model.config
+    with translate_load_errors(name, "GGUF file"):
+        reader = read_gguf(file)
+        tensors = {t.name: t for t in reader.tensors}
+        stated = reader.fields["general.architecture"].contents() if "general.architecture" in reader.fields else None
+    architecture = get_architecture(config).name
+    if stated != architecture:
+        raise _other_base(name, loaded, f"its architecture is {stated}", f"the architecture {architecture}")
+    names, weights, comparison = get_tensor_names(config), MergedWeights(loaded.model, adapters=()), Comparison()
+    for own_name in weights:
+        module, _, leaf = own_name.rpartition(".")
+        if (gguf_module := names.get_name(module)) is None:
+            continue
+        if (tensor := tensors.pop(f"{gguf_module}.{leaf}", None)) is None:
+            raise _other_base(name, loaded, f"it has no {gguf_module}.{leaf}", "every tensor of the base")
+        block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        rows = torch.from_numpy(gguf.quants.dequantize(tensor.data[:SAMPLE_ROWS], tensor.tensor_type).copy())
+        own = to_llama_cpp_layout(weights[own_name].float(), own_name, config)
+        comparison.add(tensor.name, own, tuple(map(int, reversed(tensor.shape))), rows, 8 * size / block, loaded, name)
+    comparison.check_norms(loaded, name)
+    if extra := [n for n in tensors if n.startswith("blk.")]:
+        raise _other_base(name, loaded, f"it has {extra[0]}, too", "only the tensors of the base")
+
+
+def _check_folder(folder: Path, name: str, loaded: Any) -> None:
+    """Compare a Hugging Face folder's tensors with the base; raise UsageError if they differ."""
+    weights, comparison = MergedWeights(loaded.model, adapters=()), Comparison()
+    with translate_load_errors(name, "model folder"), contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(str(f), framework="pt")) for f in sorted(folder.glob("*.safetensors"))]
+        files = {tensor: file for file in opened for tensor in file.keys()}  # noqa: SIM118
+        for own_name in weights:
+            if own_name not in files:
+                raise _other_base(name, loaded, f"it has no {own_name}", "every tensor of the base")
+            part = files[own_name].get_slice(own_name)
+            rows, shape = part[:SAMPLE_ROWS].float(), tuple(part.get_shape())
+            comparison.add(own_name, weights[own_name].float(), shape, rows, 16, loaded, name)
+    comparison.check_norms(loaded, name)
+
+
+class Comparison:
+    """Compares tensors of a base that is served with those of the base of the training."""
+
+    def __init__(self) -> None:
+        self.equal = self.total = 0  # values of norms and biases
+
+    def add(
+        self, tensor: str, own: Tensor, shape: tuple[int, ...], rows: Tensor, bits: float, loaded: Any, name: str
+    ) -> None:
+        """Compare one tensor with its shape and first rows in the other base, which has so many bits a value."""
+        if shape != tuple(own.shape):
+            raise _other_base(name, loaded, f"{tensor} is {shape}", f"{tuple(own.shape)}")
+        own = own[: len(rows)]
+        if own.dim() == 1:
+            eps = torch.finfo(loaded.base.dtype).eps
+            self.equal += int(((own - rows).abs() <= eps * own.abs()).sum())
+            self.total += len(own)
+            return
+        # Rounding to b bits in blocks costs about 2^(1.6 − b) of a weight's norm.
+        limit = max(2.0**-7, 2 ** (1.6 - bits)) + (0.2 if loaded.base.quantization else 0.0)
+        error = ((own - rows).norm() / own.norm().clamp_min(1e-12)).item()
+        if not error <= limit:
+            found = f"its {tensor} differs by {error:.1%}, where {bits:.2g} bits explain {limit:.1%}"
+            raise _other_base(name, loaded, found, "the weights of the base, rounded or not")
+
+    def check_norms(self, loaded: Any, name: str) -> None:
+        """Raise UsageError if the norms are those of another base."""
+        if self.equal < EQUAL_SHARE * self.total:
+            found = f"{1 - self.equal / self.total:.0%} of the values of its norms differ"
+            raise _other_base(name, loaded, found, "the norms of the base, which no precision rounds")

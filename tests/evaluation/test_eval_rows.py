@@ -1,0 +1,75 @@
+"""Rows that prove nothing: trained on, equal to each other, too few, or without a finite loss."""
+
+import pytest
+from hand_run import TALKS, make_run, write_rows
+
+from slimtune.errors import AdapterError, DataError, ModelError
+from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.evaluation.generate import Answer
+from slimtune.train_step.loss import RowScore
+
+MORE = [*TALKS, ("Define a day.", "A period of twenty-four hours, mostly misspent."), ("Define dawn.", "Too early.")]
+
+
+@pytest.fixture
+def run(tmp_path, tiny_folder):
+    return make_run(tmp_path / "run", tiny_folder)
+
+
+def trained_rows(run):
+    return run.with_name("run-trained.jsonl")
+
+
+def test_training_rows_are_left_out(run, tmp_path):
+    file = write_rows(tmp_path / "mixed.jsonl", MORE)
+    expected = evaluate(run, EvalSettings(data=file))["tuned_loss"]
+    lines = trained_rows(run).read_text().splitlines(keepends=True)
+    file.write_text(lines[0] + file.read_text() + lines[1])
+    found = evaluate(run, EvalSettings(data=file))
+    assert (found["rows"], found["training_rows"]) == (len(MORE), 2)
+    assert found["tuned_loss"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_training_file_is_refused(run):
+    with pytest.raises(DataError, match="the run was trained on all 5 rows"):
+        evaluate(run, EvalSettings(data=trained_rows(run)))
+
+
+def test_equal_rows_count_as_one(run, tmp_path):
+    once = evaluate(run, EvalSettings(data=write_rows(tmp_path / "once.jsonl", MORE)))
+    found = evaluate(run, EvalSettings(data=write_rows(tmp_path / "often.jsonl", MORE * 20)))
+    assert (found["rows"], found["different_rows"]) == (20 * len(MORE), len(MORE))
+    assert found["loss_reduction_ci95"] == pytest.approx(once["loss_reduction_ci95"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("talks", "words"), [(TALKS[:1] * 50, "1 row is too few"), (TALKS, "5 different rows are")])
+def test_too_few_rows(run, tmp_path, talks, words):
+    verdict = evaluate(run, EvalSettings(data=write_rows(tmp_path / "few.jsonl", talks)))["verdict"]
+    assert not verdict["passed"]
+    assert words in verdict["reasons"][0]
+
+
+def test_an_adapter_that_changes_nothing(tmp_path, tiny_folder):
+    verdict = evaluate(make_run(tmp_path / "run", tiny_folder, size=0.0))["verdict"]
+    assert "the adapter changes nothing: base and tuned model have the same loss" in verdict["reasons"]
+
+
+def test_nan_on_general_text_is_an_error(run, tmp_path, monkeypatch):
+    (tmp_path / "general.txt").write_text("The sea was calm.")
+    scores = []
+
+    def evaluate_rows(model, rows, collator):
+        scores.append(len(rows))
+        return [RowScore(float("nan") if len(rows) == 1 else 1.0, 0, 1) for _ in rows]
+
+    monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate_rows", evaluate_rows)
+    with pytest.raises((AdapterError, ModelError), match=r"NaN or Inf on 1 of 1 rows \(lines '1' of .*general.txt"):
+        evaluate(run, EvalSettings(general_text=tmp_path / "general.txt"))
+
+
+def test_empty_answers_fail(run, monkeypatch):
+    monkeypatch.setattr(
+        "slimtune.evaluation.generate.Generator.answer", lambda *_, **__: Answer(text=" ", tokens=1, ended=True)
+    )
+    reasons = evaluate(run, EvalSettings(generate=2))["verdict"]["reasons"]
+    assert reasons[-1] == "all 2 answers of the tuned model are empty"
