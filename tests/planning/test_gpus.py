@@ -69,8 +69,9 @@ def test_detect_cpu():
 def test_detect_gpu_by_name_and_memory(monkeypatch, total, name):
     """A slice of a GPU, or another version of it, is not the GPU of the table."""
     monkeypatch.setattr(gpus, "pick_device", lambda _: gpus.torch.device("cuda"))
-    monkeypatch.setattr(gpus.torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 3090")
-    monkeypatch.setattr(gpus.torch.cuda, "mem_get_info", lambda: (total // 2, total))
+    monkeypatch.setattr(gpus, "pick_dtype", lambda *_: gpus.torch.bfloat16)
+    monkeypatch.setattr(gpus.torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 3090")
+    monkeypatch.setattr(gpus.torch.cuda, "mem_get_info", lambda *_: (total // 2, total))
     assert (detect_gpu().name, detect_gpu().visible) == (name, total)
 
 

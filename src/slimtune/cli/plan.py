@@ -66,12 +66,13 @@ def plan(
     if gpu is not None and vram is not None:
         raise UsageError("--gpu and --vram are both given", "one of them: --gpu names a GPU, --vram only its memory")
     from ..planning.bars import draw_bars, write_plot
-    from ..planning.gpus import detect_gpu, find_gpu, gpu_with_memory
+    from ..planning.gpus import detect_gpu, find_gpu, gpu_with_memory, require_trains
     from ..planning.serving import plan_serving
     from ..planning.throughput import estimate_cost
     from ..reporting.charts import require_figure_path
 
     card = find_gpu(gpu) if gpu is not None else gpu_with_memory(vram) if vram is not None else detect_gpu()
+    require_trains(card)
     if plot is not None:
         plot = require_figure_path(plot)
     jobs = load_jobs(job, settings, output_dir=f"runs/{write.stem if write is not None else 'planned'}")

@@ -78,7 +78,7 @@ def make_planner(force: bool) -> Callable[..., dict[str, Any] | None]:
             request = build_request(recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size())
             plan = make_plan(request, advise=not force)
         except ModelError as e:
-            print_progress(f"not planned: {e.message}")
+            warnings.warn(f"this run is not planned, so it may run out of memory: {e.message}", stacklevel=1)
             return None
         print_progress(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})")
         if plan.verdict == "does not fit" and not force:

@@ -1,9 +1,13 @@
 """Which device a model runs on and which dtype its frozen weights have, for training and planning.
 
 "auto" is bfloat16 if the hardware multiplies it (AVX-512 BF16 or AMX, a GPU with bf16): it is faster then, and half as
-large. Elsewhere bfloat16 is emulated and slower than float32, so "auto" is float32.
+large. Elsewhere bfloat16 is emulated and slower than float32, so "auto" is float32. On a Mac it is bfloat16 from macOS
+14 on, whatever the chip: a GPU of an M1 or M2 emulates it.
+
+What training and planning must agree about is here alone: `pick_training_dtype`, `VENDOR_DEVICES`, `default_bf16`.
 """
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +22,9 @@ DTYPES = {
     **dict.fromkeys(("float64", "fp64"), torch.float64),
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
-VENDOR_DEVICES: dict[str, Literal["cuda", "mps"]] = {"nvidia": "cuda", "amd": "cuda", "intel": "cuda", "apple": "mps"}
-"""Kind of device that torch has for a vendor's GPUs. Intel's are called xpu, and their memory is planned as CUDA's."""
+VENDOR_DEVICES: dict[str, Literal["cuda", "mps"]] = {"nvidia": "cuda", "amd": "cuda", "apple": "mps"}
+"""Kind of device that torch has for the GPUs of a vendor that training runs on."""
+NO_XPU = "slimtune does not train on Intel GPUs (torch's device xpu): no run was ever tested on one"
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -32,8 +37,12 @@ def pick_device(requested: str | torch.device = "auto") -> torch.device:
     name = str(requested).strip().lower()
     mps, gpus = torch.backends.mps.is_available(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
+        if not gpus and not mps and torch.xpu.is_available():
+            warnings.warn(f"{NO_XPU}; the CPU trains", stacklevel=2)
         return torch.device("cuda" if gpus else "mps" if mps else "cpu")
     kind, _, index = name.partition(":")
+    if kind == "xpu":
+        raise UsageError(NO_XPU, "an NVIDIA or AMD GPU, a Mac or a CPU", "use --device cpu")
     if kind not in DEVICES[1:] or (index and not index.isdigit()):
         raise UsageError(f"unknown device {requested!r}{nearest(kind, DEVICES)}", format_names(DEVICES))
     if kind == "mps" and not mps:
@@ -68,6 +77,26 @@ def pick_dtype(
     if has_bf16 is None:
         has_bf16 = _multiplies_bf16(torch.device(device))
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def pick_training_dtype(
+    requested: str | torch.dtype = "auto", device: str | torch.device = "cpu", *, has_bf16: bool | None = None
+) -> torch.dtype:
+    """Return the dtype of the base's weights in training; arguments as for `pick_dtype`.
+
+    Raises:
+        UsageError: the name is unknown, or the dtype is float16.
+    """
+    dtype = pick_dtype(requested, device, has_bf16=has_bf16)
+    if dtype == torch.float16:
+        message = "the weights are float16, in which gradients vanish or overflow without a loss scaler"
+        raise UsageError(message, "bfloat16 or float32 for training", "--dtype bfloat16 or --dtype float32")
+    return dtype
+
+
+def default_bf16(device_type: str, in_hardware: bool) -> bool:
+    """Return whether "auto" is bfloat16 on another machine, by the kind of its device and what its hardware has."""
+    return device_type == "mps" or in_hardware
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

@@ -295,6 +295,15 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
     return ModelInfo(model.source.name, spec, model.config, f"config.json of {spec}")
 
 
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a base has; None if it names no limit."""
+    text: Any = config.get_text_config()
+    # MPT's name for it is its own.
+    return next(
+        (n for f in ("max_position_embeddings", "max_seq_len") if isinstance(n := getattr(text, f, None), int)), None
+    )
+
+
 def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     location = str(path.parent if path.name == "config.json" else path)
     hint = "take config.json from the base's folder, where its weights are"

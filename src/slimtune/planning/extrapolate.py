@@ -20,6 +20,7 @@ import torch
 from ..attention.packed_attention import MAX_SEGMENT_TOKENS, padded_length
 from ..attention.register import original_attention, packing_unsupported_reason
 from ..errors import UsageError
+from ..models.registry import max_positions
 from .fake_tensors import all_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_memory, trace_merge
 from .request import TrainingJob
@@ -70,6 +71,8 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
 def extrapolate_merge(job: TrainingJob, num_params: int) -> int | None:
     """Return the peak bytes of CPU memory while the adapter is merged into a base; None if it cannot be merged."""
     dtype = torch.float32 if num_params < FLOAT32_MERGE_PARAMS else job.dtype
+    if job.num_layers <= 3:
+        return trace_merge(job, dtype)
     try:
         two, three = (trace_merge(job.with_num_layers(d), dtype) for d in (2, 3))
     except UsageError:
@@ -112,6 +115,7 @@ class MemoryModel:
 def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
     """Fit the formula of a job; its `lengths` are ignored, and its model on meta is only read."""
     tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))  # two MLP tiles at least
+    tokens = min(tokens, (max_positions(job.base_config) or 2 * tokens) // 2)  # the longest row has twice as many
     columns: list[int] = [0, 1]
     shapes: list[tuple[int, ...]] = [(tokens,), (2 * tokens,)]
     if job.device == "cuda" and job.packing:

@@ -41,6 +41,7 @@ def fake_mode() -> Iterator[None]:
     """
     limit, is_tracing = fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing
     fake_tensor.CONSTANT_NUMEL_LIMIT = MAX_KNOWN_INTEGERS
+    fake_tensor.log.disabled = True  # it prints a traceback for an error that is raised anyway
     masking_utils.is_tracing = lambda *_: False
     try:
         with FakeTensorMode() as mode, _KnownIntegers(mode):
@@ -52,6 +53,7 @@ def fake_mode() -> Iterator[None]:
         ) from error
     finally:
         fake_tensor.CONSTANT_NUMEL_LIMIT, masking_utils.is_tracing = limit, is_tracing
+        fake_tensor.log.disabled = False
 
 
 class _KnownIntegers(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Literal
@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from ..errors import UsageError
-from ..models.dtype import VENDOR_DEVICES, pick_device
+from ..models.dtype import NO_XPU, VENDOR_DEVICES, default_bf16, pick_device, pick_dtype
 from ..utils.device import free_memory
 from ..utils.distributed import local_world_size
 from ..utils.formatting import format_bytes
@@ -38,6 +38,7 @@ class Gpu:
     watts: float | None = None  # power of the board (of a Mac: of the machine)
     unified: bool = False  # the memory is the system's, too
     source: str = ""  # where these numbers are from
+    auto_bf16: bool | None = None  # whether dtype "auto" is bfloat16 on it, if it was asked; None: by its rates
 
     @property
     def device(self) -> Literal["cpu", "cuda", "mps"]:
@@ -46,8 +47,15 @@ class Gpu:
 
     @property
     def bf16(self) -> bool:
-        """Whether it multiplies bfloat16 in hardware."""
-        return self.rates is None or "bfloat16" in self.rates
+        """Whether training holds the weights in bfloat16 on it, unless told otherwise."""
+        if self.auto_bf16 is not None:
+            return self.auto_bf16
+        return default_bf16(self.device, self.rates is None or "bfloat16" in self.rates)
+
+    @property
+    def trains(self) -> bool:
+        """Whether slimtune trains on it."""
+        return not self.vendor or self.vendor in VENDOR_DEVICES
 
     @property
     def usable(self) -> Range:
@@ -114,6 +122,13 @@ def find_gpu(name: str) -> Gpu:
     raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)
 
 
+def require_trains(gpu: Gpu) -> None:
+    """Raise UsageError if slimtune does not train on a GPU."""
+    if not gpu.trains:
+        hint = f"on a machine with {gpu.name} the CPU trains: run `slimtune plan` there"
+        raise UsageError(f"{gpu.name}: {NO_XPU}", "an NVIDIA or AMD GPU, a Mac or a CPU", hint)
+
+
 def gpu_with_memory(text: str) -> Gpu:
     """Return a GPU of which only the memory is known: `24GiB`, `24 GB`, `512MiB`; a number alone means GiB.
 
@@ -129,16 +144,18 @@ def gpu_with_memory(text: str) -> Gpu:
 
 def detect_gpu(device: str = "auto") -> Gpu:
     """Return this machine's GPU, or its memory if it has none or the CPU is wanted; `device`: as for `pick_device`."""
-    kind = pick_device(device).type
-    if kind == "cuda":
-        name = torch.cuda.get_device_name()
-        total = torch.cuda.mem_get_info()[1]
+    picked = pick_device(device)
+    bf16 = pick_dtype("auto", picked) is torch.bfloat16
+    if picked.type == "cuda":
+        name = torch.cuda.get_device_name(picked)
+        total = torch.cuda.mem_get_info(picked)[1]
         # A slice of a GPU, or a version with another memory, is not the one of the table.
         known = (gpu for gpu in _with_name(name) if abs(gpu.visible - total) < 0.05 * total)
-        return next(known, Gpu(name, "memory", "", "", total, visible=total, source="this machine"))
-    if kind == "mps":
+        gpu = next(known, Gpu(name, "memory", "", "", total, visible=total, source="this machine"))
+        return replace(gpu, auto_bf16=bf16)
+    if picked.type == "mps":
         total = psutil.virtual_memory().total
-        return Gpu("this Mac", "mac", "apple", "", total, total, unified=True, source="this machine")
+        return Gpu("this Mac", "mac", "apple", "", total, total, unified=True, source="this machine", auto_bf16=bf16)
     free = free_memory(torch.device("cpu"))
     others = f", one of {local_world_size()} processes on it" if local_world_size() > 1 else ""
     return Gpu(f"this machine{others}", "cpu", "", "", free, free, source="this machine")

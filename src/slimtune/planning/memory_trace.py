@@ -32,6 +32,8 @@ ALLOCATION_BLOCK = {"cuda": 512}
 """PyTorch's CUDA allocator rounds each allocation up to this many bytes."""
 FLOAT32_MERGE_PARAMS = 1_000_000_000
 """Models with fewer parameters are merged in float32."""
+MAX_OPERATORS, MAX_OPERATORS_PER_LAYER = 150_000, 2_000
+"""A layer runs 1,600 operators in a step; one of Mamba without its kernels runs 100,000 for 1024 tokens."""
 TOTAL_STEPS = 1 << 20
 """Length of the run whose first step is traced; a method whose rank shrinks during training is at its largest."""
 BACKWARD = ("backward, last layer", "backward, between", "backward, first layer")
@@ -108,7 +110,11 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
         _optimizer_step(model, optimizer)
 
         tracker = MemoryTracker(
-            ALLOCATION_BLOCK.get(job.device, 1), vocab_size, not backward_only, separate_host=job.device == "cuda"
+            ALLOCATION_BLOCK.get(job.device, 1),
+            vocab_size,
+            not backward_only,
+            separate_host=job.device == "cuda",
+            max_operators=MAX_OPERATORS + MAX_OPERATORS_PER_LAYER * job.num_layers,
         )
         with tracker, packed_attention(model):
             _assign_state(tracker, model, optimizer)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from ..errors import ModelError
 from ..utils.device import is_host_allocation
 
 _ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
@@ -32,6 +33,7 @@ class MemoryTracker(TorchDispatchMode):
             `assign` says otherwise.
         count_operators: also count floating point operations and bytes moved.
         separate_host: the device has its own memory, so tensors allocated in `host_allocation` count apart.
+        max_operators: raise ModelError when more have run.
 
     Attributes:
         live: bytes by part now; part "host" is not on the device.
@@ -41,16 +43,23 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(
-        self, block: int = 1, vocab_size: int = 0, count_operators: bool = False, separate_host: bool = False
+        self,
+        block: int = 1,
+        vocab_size: int = 0,
+        count_operators: bool = False,
+        separate_host: bool = False,
+        max_operators: float = float("inf"),
     ) -> None:
         super().__init__()
         self.block, self.vocab_size = block, vocab_size
         self.count_operators, self.separate_host = count_operators, separate_host
+        self.max_operators = max_operators
         self.live: Counter[str] = Counter()
         self.phases: dict[str, dict[str, int]] = {}
         self.host_peak = 0
         self.operator_counts: Counter[tuple[int, int, torch.dtype]] = Counter()
         self._phase = "start"
+        self._operators = 0
         self._total = 0  # on the device
         self._peaks: Counter[str] = Counter()
         self._storages: dict[int, tuple[int, str]] = {}
@@ -83,6 +92,15 @@ class MemoryTracker(TorchDispatchMode):
         results = list(iterate_tensors(out))
         for tensor in results:
             self._count(tensor)
+        self._operators += 1
+        # Not at an operator that only asks for sizes or a device: C++ calls those where nothing may be raised.
+        if self._operators > self.max_operators and results and not func.is_view:
+            raise ModelError(
+                f"the training step runs more than {self.max_operators} operators, as one that goes through a row token "
+                "by token (RWKV, or Mamba without its kernels): a plan would take minutes",
+                "a step that processes all tokens of a row at once",
+                "`slimtune train` goes on without a plan",
+            )
         if self.count_operators and results and not func.is_view:
             packet = func._overloadpacket
             flops = flop_registry.get(_IN_PLACE_PRODUCTS.get(packet, packet))

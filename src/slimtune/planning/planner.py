@@ -12,6 +12,8 @@ import torch
 
 from ..adapters.quantized import count_values
 from ..adapters.state_dict import adapter_tensor_info
+from ..errors import ModelError, SlimtuneError, is_out_of_memory
+from ..models.registry import max_positions
 from ..utils.formatting import format_bytes
 from .extrapolate import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
 from .fsdp import shard_base, shard_trace
@@ -49,9 +51,27 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
 
     Raises:
         UsageError: the targets match nothing, or the settings contradict each other.
-        ModelError: the training step depends on tensor values.
+        ModelError: the base cannot be planned: its training step depends on tensor values, or fails without them.
     """
-    gpu, job = request.gpu, request.job()
+    try:
+        return _make_plan(request, advise)
+    except SlimtuneError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # Code of transformers or of the base runs here on tensors without values, and may do anything with them.
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"{request.model.name} cannot be planned: its training step fails on tensors that have shapes and no "
+            f"values ({type(error).__name__}: {first_line})",
+            "a base whose step needs only shapes",
+            "`slimtune train` goes on without a plan",
+        ) from error
+
+
+def _make_plan(request: PlanRequest, advise: bool) -> Plan:
+    gpu, job, positions = request.gpu, request.job(), max_positions(request.model.config)
     model = job.build_model()
     trainable_params = sum(count_values(p) for p in model.parameters() if p.requires_grad)
     total_params = sum(count_values(p) for p in model.parameters())
@@ -117,7 +137,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
         disk_bytes=disk_bytes + SMALL_FILES,
         verdict=verdict,
         reason=explain_verdict(request, verdict, parts, need, usable),
-        max_seq_len=largest_fitting(lambda n: fits((n,) * len(job.lengths)), MAX_SEQ_LEN),
+        max_seq_len=largest_fitting(lambda n: fits((n,) * len(job.lengths)), positions or MAX_SEQ_LEN),
         max_batch_size=largest_fitting(lambda n: fits((max(job.lengths),) * n), MAX_BATCH_SIZE),
         tokens_per_second=estimate_tokens_per_second(
             trace.operator_counts,
@@ -127,6 +147,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
             micro_batches=job.micro_batches,
         ),
         evidence=list_evidence(request, host_moment),
+        notes=list_notes(request, job),
     )
     if verdict == "fits" or not advise or request.fsdp:
         return plan
@@ -204,6 +225,8 @@ def estimate_adapter_file_size(model: Any) -> tuple[int, int, bool]:
 # --- advice -----------------------------------------------------------------------------------------------------------
 
 Change = Callable[[TrainingJob], TrainingJob]
+NEEDS_CUDA_12_6 = ("pascal", "volta")
+"""Architectures that torch's builds for CUDA 12.8 and newer have no kernels for (github.com/pytorch/pytorch 190385)."""
 
 
 def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advice]:
@@ -219,7 +242,7 @@ def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advic
         return plan.allocated_bytes - peak, judge_memory(add_ranges(reserved, RUNTIME[changed.device]), gpu.usable)
 
     useful, advice = [], []
-    for text, change in _possible_changes(job):
+    for text, change in _possible_changes(job, gpu):
         saves, verdict = judge(change(job))
         if saves > 0:
             useful.append((text, change))
@@ -238,7 +261,7 @@ def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advic
     return advice
 
 
-def _possible_changes(job: TrainingJob) -> list[tuple[str, Change]]:
+def _possible_changes(job: TrainingJob, gpu: Gpu) -> list[tuple[str, Change]]:
     """Return changes to a job, those that cost least first."""
     changes: list[tuple[str, Change]] = []
     longest = max(job.lengths)
@@ -253,6 +276,9 @@ def _possible_changes(job: TrainingJob) -> list[tuple[str, Change]]:
         changes.append(("--batch-size 1, and --gradient-accumulation-steps as many", one_row))
     if job.method.trains_every_weight:  # which leaves nothing to quantize
         return changes
+    if job.dtype == torch.float32:
+        emulated = "" if gpu.bf16 and job.device != "cpu" else " (slower where the device emulates it)"
+        changes.append((f"--dtype bfloat16{emulated}", partial(replace, dtype=torch.bfloat16)))
     if job.quantization != "nf4":
         changes += [(f"--quantization {kind}", partial(replace, quantization=kind)) for kind in ("nf4", "int8")]
     if longest > 256:
@@ -284,6 +310,30 @@ def explain_verdict(request: PlanRequest, verdict: Verdict, parts: dict[str, int
         reason += (f"; each of {request.processes} processes holds the whole base, and this is what one of them takes "
                    "(train.fsdp shards it)")  # fmt: skip
     return reason
+
+
+def list_notes(request: PlanRequest, job: TrainingJob) -> list[str]:
+    """Return what the GPU's dtypes and its software cost this run, in whole sentences."""
+    gpu, notes = request.gpu, list(request.notes)
+    rates = gpu.rates or {}
+    if job.device == "cuda" and request.dtype == "auto" and job.dtype == torch.float32:
+        note = f"{gpu.name} has no bfloat16 units, so it trains in float32, which takes twice the memory"
+        if rates.get("float16", 0) > rates.get("float32", 0):
+            fast, slow = rates["float16"], rates["float32"]
+            note += (f"; in float16 it would compute {fast / slow:.1f} times faster ({fast / 1e12:.4g} against "
+                     f"{slow / 1e12:.4g} TFLOPS), but slimtune does not train in float16")  # fmt: skip
+        notes.append(
+            f"{note}. --dtype bfloat16 halves the memory; {gpu.name} emulates it, at a speed that is not known."
+        )
+    if job.dtype == torch.bfloat16 and rates and "bfloat16" not in rates:
+        notes.append(f"{gpu.name} emulates bfloat16: the speed is that of float32, and may be lower.")
+    if job.device == "mps" and request.dtype == "auto" and gpu.auto_bf16 is None:
+        notes.append("Before macOS 14 a Mac trains in float32, which takes twice the memory.")
+    if gpu.architecture in NEEDS_CUDA_12_6:
+        notes.append(
+            f"{gpu.name} needs a build of torch for CUDA 12.6: newer ones have no kernels for {gpu.architecture}."
+        )
+    return notes
 
 
 def list_evidence(request: PlanRequest, host_moment: str) -> dict[str, str]:

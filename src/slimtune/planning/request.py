@@ -1,5 +1,6 @@
 """What to plan: a base, a GPU, a method and the settings of a run."""
 
+import contextlib
 import copy
 import heapq
 from collections.abc import Sequence
@@ -13,12 +14,12 @@ from transformers import PreTrainedConfig
 from ..adapters.config import PeftConfig
 from ..config import Recipe
 from ..errors import UsageError
-from ..models.dtype import pick_dtype
-from ..models.registry import ModelInfo, get_model_info
+from ..models.dtype import pick_training_dtype
+from ..models.registry import ModelInfo, get_model_info, max_positions
 from ..setup import build_meta_model
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from .fake_quantization import quantization_kind, quantize
-from .gpus import Gpu
+from .gpus import Gpu, require_trains
 
 MAX_SEQ_LEN = 1 << 22
 """Longest row that a plan considers."""
@@ -51,7 +52,8 @@ class TrainingJob:
         text = config.get_text_config()
         text.num_hidden_layers = num_layers
         if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:num_layers]
+            with contextlib.suppress(AttributeError):  # Mamba and hybrids compute it from the number of layers
+                text.layer_types = text.layer_types[:num_layers]
         return replace(self, base_config=config)
 
     def build_model(self) -> Any:
@@ -95,6 +97,7 @@ class PlanRequest:
     max_tokens: int | None = None  # in a micro-batch, a longer row goes alone; None: no limit
     processes: int = 1  # that train together, each on a GPU of its own
     fsdp: bool = False  # shard the base over the processes; else each holds all of it
+    notes: tuple[str, ...] = ()  # what the plan must say about the request
 
     def __post_init__(self) -> None:
         if self.seq_len > MAX_SEQ_LEN:
@@ -105,7 +108,7 @@ class PlanRequest:
         return TrainingJob(
             base_config=self.model.config,
             method=self.method,
-            dtype=pick_dtype(self.dtype, has_bf16=None if self.gpu.kind == "cpu" else self.gpu.bf16),
+            dtype=pick_training_dtype(self.dtype, has_bf16=None if self.gpu.kind == "cpu" else self.gpu.bf16),
             lengths=tuple(sorted(self.lengths, reverse=True)) or (self.seq_len,) * self.batch_size,
             micro_batches=self.gradient_accumulation_steps,
             device=self.gpu.device,
@@ -131,8 +134,16 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
         UsageError: the base is unknown, or its checkpoint contradicts `model.quantization`.
         ModelError: the base's config cannot be read, or its quantization cannot be planned.
     """
+    require_trains(gpu)
     model, train = recipe.model, recipe.train
     info = get_model_info(model.name, trust_remote_code=model.trust_remote_code, revision=model.revision)
+    seq_len, notes = recipe.data.max_seq_len, []
+    positions = max_positions(info.config)
+    if positions is not None and (longest := max(lengths, default=seq_len)) > positions:
+        if lengths or "max_seq_len" in recipe.data.model_fields_set:
+            message = f"rows of {longest} tokens, and {info.name} has {positions} positions"
+            raise UsageError(message, "rows within the base's positions", f"--max-seq-len {positions}")
+        seq_len, notes = positions, [f"Rows have at most {positions} tokens: {info.name} has no more positions."]
     max_tokens = train.max_tokens_per_micro_batch
     if max_tokens == "auto":
         max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU
@@ -142,7 +153,8 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
         model=info,
         gpu=gpu,
         method=recipe.method_config(),
-        seq_len=recipe.data.max_seq_len,
+        seq_len=seq_len,
+        notes=tuple(notes),
         dtype=model.dtype,
         quantization=quantization_kind(info.config, model.quantization),
         split_batch=train.max_tokens_per_micro_batch == "auto",

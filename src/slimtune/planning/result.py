@@ -59,6 +59,7 @@ class Plan:
     tokens_per_second: Range | None  # trained ones; None if the GPU's rates are unknown
     advice: list[Advice] = field(default_factory=list)  # changes that save memory, the best first
     evidence: dict[str, str] = field(default_factory=dict)  # by field, with a note where there is one
+    notes: list[str] = field(default_factory=list)  # what the GPU's dtypes and software, or the base's positions, cost
 
     @property
     def trainable_fraction(self) -> float:

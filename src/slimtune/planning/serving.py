@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, UsageError, format_names, nearest
+from ..models.registry import max_positions
 from ..setup import build_meta_model
 from ..utils.formatting import format_bytes
 from .gpus import GIB, Gpu
@@ -162,7 +163,7 @@ def plan_serving(
         usable = Range(low, high)
         reason += f", and {gpu.name} gives it {format_bytes(low)} to {format_bytes(high)}"
         verdict = judge_memory(need, usable)
-        limit = text.max_position_embeddings
+        limit = max_positions(config) or context
         blocks = largest_fitting(lambda n: need_at(256 * n)[2].high <= low, max(limit // 256, 1))
         max_context = min(256 * blocks, limit)
     return ServingPlan(

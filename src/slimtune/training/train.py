@@ -24,7 +24,7 @@ from ..config import Recipe
 from ..data.collator import Collator
 from ..data.validation.report import format_columns, format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
-from ..models.dtype import pick_device, pick_dtype
+from ..models.dtype import pick_device, pick_training_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
 from ..reporting import versions, write_report
@@ -130,10 +130,7 @@ def _train(
 
     # Base and adapter. A base that is sharded is loaded to CPU memory, by one process of a machine at a time.
     device = distributed.run_on_all_ranks(lambda: pick_training_device(recipe.model.device))
-    dtype = pick_dtype(recipe.model.dtype, device)
-    if dtype == torch.float16:
-        message = "the weights are float16, in which gradients vanish or overflow without a loss scaler"
-        raise UsageError(message, "bfloat16 or float32 for training", "--dtype bfloat16 or --dtype float32")
+    dtype = pick_training_dtype(recipe.model.dtype, device)
     shard = settings.fsdp and distributed.world_size() > 1
     mesh = init_device_mesh(device.type, (distributed.world_size(),)) if shard else None
 

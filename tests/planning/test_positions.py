@@ -1,0 +1,59 @@
+"""A plan keeps to the positions of its base."""
+
+import pytest
+from transformers import AutoConfig
+
+from slimtune.config import Recipe
+from slimtune.errors import UsageError
+from slimtune.methods.lora import LoraConfig
+from slimtune.models import registry
+from slimtune.models.registry import ModelInfo, max_positions
+from slimtune.planning import memory_trace, request
+from slimtune.planning.gpus import gpu_with_memory
+from slimtune.planning.planner import make_plan
+from slimtune.planning.request import PlanRequest, build_request
+
+GPT2 = AutoConfig.for_model("gpt2", n_embd=32, n_layer=4, n_head=2, vocab_size=64, n_positions=512)
+ROOMY = gpu_with_memory("24GiB")
+
+
+def make_recipe(**data):
+    return Recipe.from_dict({"model": "tiny", "data": {"train": "rows.jsonl", **data}, "output_dir": "o"})
+
+
+@pytest.fixture(autouse=True)
+def tiny_base(monkeypatch):
+    monkeypatch.setattr(request, "get_model_info", lambda *_, **__: ModelInfo("tiny", "tiny", GPT2, ""))
+
+
+def test_names_of_positions():
+    assert max_positions(GPT2) == 512
+    assert max_positions(AutoConfig.for_model("mpt", max_seq_len=99)) == 99
+    assert max_positions(AutoConfig.for_model("bloom")) is None
+
+
+def test_rows_beyond_the_positions_are_refused():
+    for recipe, lengths in ((make_recipe(max_seq_len=600), ()), (make_recipe(), (4, 513))):
+        with pytest.raises(UsageError, match=r"tokens, and tiny has 512 positions(.|\n)*--max-seq-len 512"):
+            build_request(recipe, ROOMY, lengths)
+
+
+def test_default_length_is_cut_and_says_so():
+    planned = build_request(make_recipe(), ROOMY)
+    assert (planned.seq_len, planned.notes) == (512, ("Rows have at most 512 tokens: tiny has no more positions.",))
+    assert build_request(make_recipe(), ROOMY, (5, 512)).notes == ()
+
+
+def test_no_longer_row_is_traced_or_answered(monkeypatch):
+    traced = []
+    real = memory_trace.trace_memory
+
+    def record(job, *args, **settings):
+        traced.extend(job.lengths)
+        return real(job, *args, **settings)
+
+    monkeypatch.setattr("slimtune.planning.extrapolate.trace_memory", record)
+    method = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    plan = make_plan(PlanRequest(ModelInfo("tiny", "tiny", GPT2, ""), ROOMY, method, seq_len=100))
+    assert max(traced) == plan.max_seq_len == 512
+    assert registry.max_positions(GPT2) == 512

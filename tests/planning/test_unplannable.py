@@ -1,0 +1,66 @@
+"""Bases that the planner once failed on: planned, or refused in a sentence that says why."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from slimtune.errors import ModelError
+from slimtune.methods.lora import LoraConfig
+from slimtune.models.registry import ModelInfo
+from slimtune.planning import memory_trace, planner
+from slimtune.planning.gpus import gpu_with_memory
+from slimtune.planning.planner import make_plan
+from slimtune.planning.request import PlanRequest
+
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "intermediate_size": 48, "vocab_size": 64,
+}  # fmt: skip
+MAMBA = {"d_state": 4, "n_heads": 4, "d_head": 8, "n_groups": 1}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
+
+
+def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", **sizes):
+    config = AutoConfig.for_model(kind, **{**SIZES, **sizes})
+    method = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
+    request = PlanRequest(ModelInfo("tiny", "tiny", config, ""), gpu_with_memory("24GiB"), method, dtype=dtype,
+                          seq_len=seq_len, batch_size=2)  # fmt: skip
+    return make_plan(request, advise=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("qwen2", {"num_hidden_layers": 1}),
+        ("qwen3", {"num_hidden_layers": 2, "head_dim": 16}),
+        ("gemma2", {"num_hidden_layers": 2, "head_dim": 16}),
+        ("falcon_h1", {"mamba_d_ssm": 32, **{f"mamba_{k}": v for k, v in MAMBA.items()}}),
+        ("lfm2", {}),
+    ],
+)
+def test_is_planned(kind, sizes):
+    assert plan(kind, **sizes).verdict == "fits"
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+def test_step_through_tokens_is_refused_in_bounded_time(kind, monkeypatch):
+    monkeypatch.setattr(memory_trace, "MAX_OPERATORS", 3000)
+    monkeypatch.setattr(memory_trace, "MAX_OPERATORS_PER_LAYER", 0)
+    with pytest.raises(ModelError, match=r"more than 3000 operators(.|\n)*`slimtune train` goes on without a plan"):
+        plan(kind, attention_hidden_size=32)
+
+
+def test_fault_of_foreign_code_says_why(capfd):
+    with pytest.raises(ModelError, match=r"tiny cannot be planned: .*RuntimeError: Expected inputs of BF16") as caught:
+        plan("qwen3_moe", targets=["q_proj", "v_proj"], dtype="float32", **EXPERTS)
+    assert "`slimtune train` goes on without a plan" in caught.value.hint
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_no_memory_is_not_a_fault_of_the_base(monkeypatch):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(planner, "fit_memory_model", run_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        plan("llama")
