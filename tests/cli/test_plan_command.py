@@ -123,7 +123,7 @@ def test_config_alone_is_planned_by_the_longest_row(requests, slimtune, tiny_fol
     done = slimtune("plan", tiny_folder / "config.json", "--gpu", "t4", "--data", rows_file)
     assert done.exit_code == 0, done.stderr
     assert "rows are not read" in done.stderr
-    assert requests[0].job().lengths == (1024,) * 8
+    assert requests[0].job().lengths == (512,) * 8, "the base has no more positions"
 
 
 def test_all_methods(slimtune, slimtune_json, requests):
@@ -161,7 +161,7 @@ def test_all_methods(slimtune, slimtune_json, requests):
         (["--price", "-1"], "--price"),
         (["--price", "0"], "--price is 0"),
         (["--serve", "--engine", "olama"], "there is no engine 'olama'; did you mean 'ollama'?"),
-        (["--max-seq-len", "9000000"], "a row of 9000000 tokens"),
+        (["--max-seq-len", "9000000"], "rows of 9000000 tokens, and llama-3.1-8b has 131072 positions"),
         (["--context", "0", "--serve"], "--context"),
     ],
 )

@@ -17,7 +17,7 @@ from slimtune.planning.planner import estimate_adapter_file_size, judge_memory, 
 from slimtune.planning.request import PlanRequest, build_request
 from slimtune.planning.result import PARTS
 
-TINY = ModelInfo("tiny", "tiny", zoo.llama(layers=4).config, "a test")
+TINY = ModelInfo("tiny", "tiny", zoo.llama(layers=4, max_position_embeddings=1 << 20).config, "a test")
 ROOMY, SMALL = gpu_with_memory("8GiB"), gpu_with_memory("2GiB")
 
 

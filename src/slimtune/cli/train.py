@@ -12,7 +12,7 @@ from typer import Argument, Exit, Option
 
 from ..errors import ModelError, RunError, UsageError
 from ..utils.formatting import format_bytes, format_count, format_duration
-from .common import Json, console, print_fields, print_progress
+from .common import Json, console, error_console, print_fields, print_progress
 from .options import recipe_flags
 
 
@@ -78,7 +78,8 @@ def make_planner(force: bool) -> Callable[..., dict[str, Any] | None]:
             request = build_request(recipe, detect_gpu(recipe.model.device), lengths, distributed.world_size())
             plan = make_plan(request, advise=not force)
         except ModelError as e:
-            warnings.warn(f"this run is not planned, so it may run out of memory: {e.message}", stacklevel=1)
+            text = f"warning: this run is not planned, so it may run out of memory: {e.message}"
+            error_console().print(text, style="yellow")
             return None
         print_progress(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})")
         if plan.verdict == "does not fit" and not force:

@@ -115,14 +115,17 @@ class MemoryModel:
 def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
     """Fit the formula of a job; its `lengths` are ignored, and its model on meta is only read."""
     tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))  # two MLP tiles at least
-    tokens = min(tokens, (max_positions(job.base_config) or 2 * tokens) // 2)  # the longest row has twice as many
+    longest = max_positions(job.base_config) or 2 * tokens
+    attention = original_attention(model.config._attn_implementation)
+    by_row = not job.packing or packing_unsupported_reason(model) or attention != "sdpa"
+    if by_row:
+        tokens = min(tokens, longest // 2)
     columns: list[int] = [0, 1]
-    shapes: list[tuple[int, ...]] = [(tokens,), (2 * tokens,)]
+    shapes: list[tuple[int, ...]] = [_split_row(tokens, longest), _split_row(2 * tokens, longest)]
     if job.device == "cuda" and job.packing:
         columns.append(2)
-        shapes.append((tokens + tokens // 2,))
-    attention = original_attention(model.config._attn_implementation)
-    if not job.packing or packing_unsupported_reason(model) or attention != "sdpa":
+        shapes.append(_split_row(tokens + tokens // 2, longest))
+    if by_row:
         columns.append(3)
         shapes.append((tokens, tokens))
     traces = [extrapolate_layers(replace(job, lengths=lengths), backward_only=True) for lengths in shapes]
@@ -133,6 +136,12 @@ def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
         solution[columns] = np.linalg.solve(features, [t.peaks[phase] - t.state_bytes for t in traces])
         coefficients[phase] = solution
     return MemoryModel(traces[0].state_bytes, coefficients)
+
+
+def _split_row(tokens: int, longest: int) -> tuple[int, ...]:
+    """Return the lengths of rows with so many tokens together, none longer than `longest`."""
+    whole, rest = divmod(tokens, longest)
+    return (*[longest] * whole, *[rest] * (rest > 0))
 
 
 def _features(lengths: Sequence[int]) -> np.ndarray:

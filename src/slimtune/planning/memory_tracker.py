@@ -96,8 +96,8 @@ class MemoryTracker(TorchDispatchMode):
         # Not at an operator that only asks for sizes or a device: C++ calls those where nothing may be raised.
         if self._operators > self.max_operators and results and not func.is_view:
             raise ModelError(
-                f"the training step runs more than {self.max_operators} operators, as one that goes through a row token "
-                "by token (RWKV, or Mamba without its kernels): a plan would take minutes",
+                f"the training step runs more than {self.max_operators} operators, as one that goes through a row "
+                "token by token (RWKV, or Mamba without its kernels): a plan would take minutes",
                 "a step that processes all tokens of a row at once",
                 "`slimtune train` goes on without a plan",
             )
