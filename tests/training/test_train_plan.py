@@ -86,7 +86,10 @@ def test_unplannable_run_is_trained(settings, tmp_path, monkeypatch):
     monkeypatch.setattr("slimtune.planning.planner.make_plan", strange)
     done = slimtune_train(settings, tmp_path)
     assert done.exit_code == 0, done.stderr
-    assert "warning: this run is not planned, so it may run out of memory: this model's step hangs on values" in done.stderr
+    assert (
+        "warning: this run is not planned, so it may run out of memory: this model's step hangs on values"
+        in done.stderr
+    )
     assert not (Path(settings["output_dir"]) / "plan.json").exists()
 
 
