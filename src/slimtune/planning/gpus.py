@@ -95,6 +95,7 @@ def _rows() -> list[tuple[list[str], Gpu]]:
             flash=row["flash"] == "yes",
             watts=float(row["watts"]) if row["watts"] else None,
             unified=row["unified"] == "yes",
+            auto_bf16=None,
         )
         rows.append(([row["name"], *filter(None, row["aliases"].split(";"))], gpu))
     return rows
