@@ -105,3 +105,13 @@ def test_no_private_name_of_another_folder():
                 if module.startswith("slimtune.") and name in foreign:
                     found.append(f"{file}:{node.lineno} {module}")
     assert found == []
+
+
+def test_json_of_files_has_no_nan():
+    """Rows are rendered as the model reads them, and hashes and requests are no files."""
+    others = {"data", "fingerprint.py", "engines.py"}
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+                safe = any(k.arg == "allow_nan" for k in node.keywords) or others & {folder_of(file), file.name}
+                assert safe, f"{file}:{node.lineno}: use utils.files.to_json, or allow_nan=False"

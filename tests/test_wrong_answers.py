@@ -161,13 +161,52 @@ CASES: list[Case] = [
     #
     # Training: non-finite losses, two writers
     Case("diverged", {}, "train --model BASE --data ROWS --out o --lr 1e30 --max-steps 8 --dtype float32", 1, "is NaN"),
-    Case("metrics-list", {"run/metrics.jsonl": "[1]\n"}, "train RUN/recipe.yaml --resume", 0, "line 1 is a list"),
+    Case("metrics-list", {"run/metrics.jsonl": "[1]\n"}, "train RUN/recipe.yaml --resume", 0, "line 1: it is no JSON object"),
     Case("no-sums", {"run/checkpoints/checkpoint-1/checksums.json": "{}"}, "train RUN/recipe.yaml --resume", 1, "name"),
     Case("other-step", {"run/checkpoints/checkpoint-²/x": ""}, "train RUN/recipe.yaml --resume", 0, "done already"),
     #
     # Run folders and reports that are damaged
-    #
-    #
+    Case("result-list", {"run/result.json": "[1]"}, "report RUN", 0, "result.json is damaged: it contains a list"),
+    Case(
+        "result-cut",
+        {"run/result.json": '{"a'},
+        "push RUN me/it --dry-run",
+        1,
+        "result.json is damaged: it is not JSON",
+    ),
+    Case(
+        "plan-text", {"run/plan.json": '{"plan": "x"}'}, "report RUN", 0, "plan.json is damaged: plan is no JSON object"
+    ),
+    Case("data-digits", {"run/data.json": f'{{"train": {"9" * 5000}}}'}, "report RUN", 0, "more than 4300 digits"),
+    Case("data-nested", {"run/data.json": f'{{"train": {"[" * 10**5}'}, "report RUN", 0, "nested too deep"),
+    Case(
+        "data-types",
+        {"run/data.json": '{"train": {"issues": 5}}'},
+        "report RUN",
+        0,
+        "data.json or result.json is damaged",
+    ),
+    Case(
+        "eval-types",
+        {"run/eval-test.json": '{"base_loss": 1, "generations": 5}'},
+        "report RUN",
+        0,
+        "eval-*.json is damaged",
+    ),
+    Case(
+        "report-metrics-list",
+        {"run/metrics.jsonl": "[1]\n{}\n"},
+        "report RUN",
+        0,
+        "metrics.jsonl, line 1: it is no JSON object",
+    ),
+    Case(
+        "report-metrics-bytes", {"run/metrics.jsonl": b"{}\n\xff\n"}, "report RUN", 0, "metrics.jsonl, line 2: it is not JSON"
+    ),
+    Case("out-folder", {"out/x": ""}, "report RUN --out out", 2, "out cannot be written: it is a folder"),
+    Case("out-nowhere", {}, "data ROWS --html no/x.html", 2, "there is no folder no"),
+    Case("out-long", {}, f"merge RUN --out {'n' * 300}", 2, "the name is too long"),
+    Case("write-long", {}, f"plan BASE --data ROWS --write {'n' * 300}.yaml", 2, "the name is too long"),
     # Export, merge and push
     #
     #

@@ -238,8 +238,8 @@ class RunDir:
             for file in sorted(self.path.glob("eval-*.json"), key=position)
             if "base_loss" in (values := load_json(file))
         ]
-        if not strict and self.metrics_file.is_dir():
-            errors.append(f"{self.metrics_file} is damaged: it is a folder")
+        if os.path.lexists(self.metrics_file) and not self.metrics_file.is_file():
+            errors.append(f"{self.metrics_file} is damaged: it is no file")
         return RunResults(
             recipe=self.load_recipe(),
             result=load_json(self.result_file),

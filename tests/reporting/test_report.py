@@ -316,7 +316,7 @@ def test_report_command(tmp_path, capsys):
         with pytest.raises(SystemExit) as e:
             app(args=["report", str(run.path), *options, "--json"])
         assert e.value.code == 0
-        assert json.loads(capsys.readouterr().out) == {"run": str(run.path), "report": str(file)}
+        assert json.loads(capsys.readouterr().out) == {"run": str(run.path), "report": str(file), "damage": []}
         assert file.read_text() == render_report(run)
     for wrong in ([tmp_path], [run.path, "--out", tmp_path / "no/x.html"], [run.path, "--out", tmp_path]):
         with pytest.raises(SystemExit) as e:

@@ -92,7 +92,7 @@ def page_file(request, tmp_path):
     if request.param == "bare":
         for file in run.path.glob("*.json*"):
             file.unlink()
-    return write_report(RunDir(run.path))
+    return write_report(RunDir(run.path))[0]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -128,7 +128,7 @@ def test_it_prints_folded_parts_on_white(page_file, tmp_path):
 
 
 def test_hovering_shows_a_value(tmp_path):
-    page_file = write_report(make_full_run(tmp_path / "mine"))
+    page_file, _ = write_report(make_full_run(tmp_path / "mine"))
     with open_page(tmp_path / "profile", 1280, "light") as page:
         page.goto(page_file.as_uri())
         page.locator("#training svg .hit").nth(3).hover()

@@ -82,7 +82,7 @@ def render_card(data: ModelCardData, config: PeftConfig, **values: Any) -> str:
     values = {
         "front": data.to_yaml().rstrip(),
         "config": config,
-        "settings": json.dumps(settings, indent=2, sort_keys=True, default=str),
+        "settings": json.dumps(settings, indent=2, sort_keys=True, allow_nan=False, default=str),
         "peft_supports": config.name in find_built_in_method_files() and config.name not in NOT_IN_PEFT,
         **values,
     }

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from .common import Json, console
+from .common import Json, console, error_console
 
 
 def report_run(
@@ -20,7 +20,9 @@ def report_run(
     from ..reporting import write_report
     from ..run_dir import RunDir
 
-    file = write_report(RunDir.open(run, require_adapter=False), out)
+    file, damage = write_report(RunDir.open(run, require_adapter=False), out)
+    for sentence in damage:
+        error_console().print(f"warning: {sentence}", style="yellow")
     if not as_json:
         console().print(str(file))
-    return {"run": str(run), "report": str(file)}
+    return {"run": str(run), "report": str(file), "damage": damage}

@@ -4,7 +4,6 @@ The process boundary gives each run its own peak memory, and a crash ends that r
 checkpoint and ends when the process that started it ends. An error is one JSON object on stdout.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SlimtuneError
+from ..utils.files import parse_json, to_json
 from ..utils.remote_code import allow_remote_code, remote_code_allowed
 
 WORKER_COMMAND = (sys.executable, "-m", "slimtune.comparison.worker")
@@ -88,7 +88,7 @@ def launch_worker(
     error = ""
     if code != 0:
         try:
-            fields = json.loads(output.strip().splitlines()[-1])
+            fields = parse_json(output.strip().splitlines()[-1])
             parts = [fields["message"], *(f"{name}: {fields[name]}" for name in ("expected", "hint") if fields[name])]
             error = "; ".join(" ".join(part.split()) for part in parts)
         except (IndexError, ValueError, KeyError):
@@ -131,7 +131,7 @@ def main() -> None:
         if not isinstance(e, SlimtuneError):
             traceback.print_exc()
             e = SlimtuneError(f"{type(e).__name__}: {e}")
-        print(json.dumps({"message": e.message, "expected": e.expected, "hint": e.hint}))
+        print(to_json({"message": e.message, "expected": e.expected, "hint": e.hint}))
         code = e.exit_code
     sys.stdout.flush()
     os._exit(code)  # a normal exit would wait for the thread that reads stdin

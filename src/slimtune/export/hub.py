@@ -27,7 +27,7 @@ from ..models.gguf import read_gguf
 from ..models.registry import load_config
 from ..run_dir import ADAPTER_FILE, RunDir, RunResults
 from ..setup import build_meta_model, find_adapter_folder
-from ..utils.files import read_json
+from ..utils.files import read_json, to_json
 from ..utils.formatting import format_bytes
 from ..utils.hub import CommitResult, commit_files, refuse_tokens, require_repo_id
 from .base_model_info import BaseModelInfo, get_base_model_info
@@ -195,7 +195,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
     values |= {"base_model_name_or_path": info.name, "revision": info.revision}
     files: dict[str, Path | bytes] = {
-        CONFIG_FILE: (json.dumps(values, indent=2, sort_keys=True) + "\n").encode(),
+        CONFIG_FILE: (json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(),
         ADAPTER_FILE: file,
         **found,
     }
@@ -359,7 +359,7 @@ def _strip_json(file: Path) -> Path | bytes:
         return file
     values = _read_config(file)
     stripped = strip_local_paths(values)
-    return file if stripped == values else (json.dumps(stripped, indent=2, ensure_ascii=False) + "\n").encode()
+    return file if stripped == values else (to_json(stripped, indent=2) + "\n").encode()
 
 
 def _read_config(file: Path) -> Mapping[str, Any]:

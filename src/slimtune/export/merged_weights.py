@@ -157,7 +157,7 @@ def save_merged_weights(
         files |= dict.fromkeys(tensors, file)
     if len(plan) > 1:
         metadata = {"total_parameters": sum(t.numel() for t in outline.values()), "total_size": total_bytes}
-        index = json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True)
+        index = json.dumps({"metadata": metadata, "weight_map": files}, indent=2, sort_keys=True, allow_nan=False)
         (folder / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
 
 

@@ -210,7 +210,7 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
     settings |= {"inference_mode": True, "init_lora_weights": True, "eva_config": None, "rank_pattern": {}}
     if folded:
         settings |= rank_settings({n: A.shape[0] for n, (A, _, _) in layers.items()})
-    write_atomic(folder / CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_atomic(folder / CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n")
     write_atomic(folder / state_dict.WEIGHTS_FILE, to_bytes(tensors, state_dict.adapter_tensor_info(model, adapter)[1]))
     return sum((folder / f).stat().st_size for f in (CONFIG_FILE, state_dict.WEIGHTS_FILE))
 
@@ -237,7 +237,7 @@ def _write_script(loaded: TrainedModel, folder: Path, out: Path, name: str, dtyp
     def make_arguments(place: str) -> list[str]:
         module = f"{name}={place}"
         if "," in module:  # then vLLM reads JSON
-            module = json.dumps({"name": name, "path": place})
+            module = json.dumps({"name": name, "path": place}, allow_nan=False)
         return [*start, module, *(["--chat-template", f"{place}/{TEMPLATE}"] if template else [])]
 
     script = f"""#!/bin/sh

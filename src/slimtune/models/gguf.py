@@ -118,7 +118,7 @@ def _write_folder(path: Path, folder: Path, digest: str) -> None:
             tokenizer.save_pretrained(temporary)
         sizes = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
         stamp = {"source": path.name, "sha256": digest, "transformers": transformers.__version__, "files": sizes}
-        (temporary / _STAMP).write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+        (temporary / _STAMP).write_text(json.dumps(stamp, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _is_complete(folder: Path) -> bool:

@@ -25,17 +25,26 @@ from . import charts
 from .charts import is_interval, is_number
 
 
-def write_report(run: RunDir, out: Path | None = None) -> Path:
-    """Write the page of a run to `out` or `report.html` in its folder, replacing an earlier one; return its path."""
+def write_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
+    """Write the page of a run to `out` or `report.html` in its folder, replacing an earlier one.
+
+    Returns its path and what is damaged in the run's files, one sentence each.
+    """
     file = run.report_file if out is None else require_output_file(out.expanduser())
-    write_atomic(file, render_report(run))
-    return file
+    damage: list[str] = []
+    write_atomic(file, render_report(run, damage))
+    return file, damage
 
 
-def render_report(run: RunDir) -> str:
-    """Return the page of a run as HTML. Where a file is missing, it names the command that creates it."""
+def render_report(run: RunDir, damage: list[str] | None = None) -> str:
+    """Return the page of a run as HTML; `damage` gets a sentence for each damaged file or part.
+
+    Where a file is missing, the page names the command that creates it.
+    """
+    errors = [] if damage is None else damage
     r = run.load_results(strict=False)
     assert r.recipe is not None
+    errors += [e.replace(f"{run.path}{os.sep}", "") for e in r.errors]
     recipe, folder = r.recipe, _display_path(run.path)
     eval_options = ["--data", "HELD_OUT.jsonl"]
     if recipe.data.test is not None or recipe.data.test_fraction > 0:
@@ -58,7 +67,7 @@ def render_report(run: RunDir) -> str:
         recipe=recipe,
         recipe_text=recipe_text,
         results=r,
-        errors=[e.replace(f"{run.path}{os.sep}", "") for e in r.errors],
+        errors=errors,
         held_out=r.held_out,
         shares_prefix=recipe.train.packing and recipe.train.share_prefix,
         memory_charts=_memory_charts,

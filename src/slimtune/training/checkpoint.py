@@ -106,7 +106,7 @@ def write_checkpoint(root: Path, step: int, write_files: Callable[[Path], None])
     with atomic_folder(final) as folder:
         write_files(folder)
         checksums = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
-        (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1))
+        (folder / CHECKSUMS_FILE).write_text(json.dumps(checksums, indent=1, allow_nan=False))
         remove(final)
 
 
@@ -245,7 +245,9 @@ def save_rng_state(folder: Path) -> None:
     numpy_name, numpy_keys, *numpy_rest = np.random.get_state(legacy=True)
     tensors["numpy"] = torch.from_numpy(np.asarray(numpy_keys).astype(np.int64))
     save_file(tensors, folder / "rng.safetensors")
-    (folder / "rng.json").write_text(json.dumps({"numpy": [numpy_name, *numpy_rest], "python": random.getstate()}))
+    (folder / "rng.json").write_text(
+        json.dumps({"numpy": [numpy_name, *numpy_rest], "python": random.getstate()}, allow_nan=False)
+    )
 
 
 def load_rng_state(folder: Path) -> None:
