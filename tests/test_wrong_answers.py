@@ -161,7 +161,13 @@ CASES: list[Case] = [
     #
     # Training: non-finite losses, two writers
     Case("diverged", {}, "train --model BASE --data ROWS --out o --lr 1e30 --max-steps 8 --dtype float32", 1, "is NaN"),
-    Case("metrics-list", {"run/metrics.jsonl": "[1]\n"}, "train RUN/recipe.yaml --resume", 0, "line 1: it is no JSON object"),
+    Case(
+        "metrics-list",
+        {"run/metrics.jsonl": "[1]\n"},
+        "train RUN/recipe.yaml --resume",
+        0,
+        "line 1: it is no JSON object",
+    ),
     Case("no-sums", {"run/checkpoints/checkpoint-1/checksums.json": "{}"}, "train RUN/recipe.yaml --resume", 1, "name"),
     Case("other-step", {"run/checkpoints/checkpoint-²/x": ""}, "train RUN/recipe.yaml --resume", 0, "done already"),
     #
@@ -201,7 +207,11 @@ CASES: list[Case] = [
         "metrics.jsonl, line 1: it is no JSON object",
     ),
     Case(
-        "report-metrics-bytes", {"run/metrics.jsonl": b"{}\n\xff\n"}, "report RUN", 0, "metrics.jsonl, line 2: it is not JSON"
+        "report-metrics-bytes",
+        {"run/metrics.jsonl": b"{}\n\xff\n"},
+        "report RUN",
+        0,
+        "metrics.jsonl, line 2: it is not JSON",
     ),
     Case("out-folder", {"out/x": ""}, "report RUN --out out", 2, "out cannot be written: it is a folder"),
     Case("out-nowhere", {}, "data ROWS --html no/x.html", 2, "there is no folder no"),
