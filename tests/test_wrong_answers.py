@@ -63,6 +63,8 @@ CASES: list[Case] = [
     Case("kto-label-trained", {"a.jsonl": KTO}, TRAIN, 1, "--ignore-columns label"),
     Case("kto-label-evaluated", {"a.jsonl": KTO}, "eval RUN --data a.jsonl", 1, "--ignore-columns label"),
     Case("kto-label-ignored", {"a.jsonl": KTO}, "data a.jsonl --model BASE --ignore-columns label", 0, "left out"),
+    Case("kto-label-misspelled", {"a.jsonl": KTO}, "data a.jsonl --ignore-columns lable", 1, "did you mean 'label'"),
+    Case("scored-planned", {"a.jsonl": chat(score=1)}, "plan BASE --data a.jsonl --vram 8GiB", 0, "will refuse"),
     Case(
         "images",
         {"a.jsonl": chat(images=["cat.png"])},
@@ -117,7 +119,7 @@ CASES: list[Case] = [
     ),
     Case("escape-in-a-row", {"a.jsonl": chat("\x1b]0;x\x07")}, "data a.jsonl --model BASE", 0, r"\x1b]0;x\x07"),
     Case("escape-in-bad-json", {"a.jsonl": "{\x1b[2J\n"}, "data a.jsonl --model BASE", 1, r"{\x1b[2J"),
-    Case("escape-in-a-name", {}, "data 'no\x1b[2J\udcff'", 2, r"no\x1b[2J"),
+    Case("escape-in-a-name", {}, "data 'no\x1b[2J'", 2, r"no\x1b[2J"),
     Case("both-test-sets", {}, f"{TRAIN} --test ROWS --test-fraction 0.1", 2, "only one of the two"),
     # Rows and templates that are hostile: duplicate keys, huge numbers, deep nesting, endless loops
     Case(

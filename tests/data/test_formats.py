@@ -10,7 +10,7 @@ from tiny_tokenizer import make_tokenizer, template_text
 from tokenizers.processors import TemplateProcessing
 
 from slimtune.config import DataSettings
-from slimtune.data.dataset import InvalidRow, open_rows, read_rows
+from slimtune.data.dataset import MAX_COLUMN_SETS, InvalidRow, open_rows, read_rows
 from slimtune.data.formats import FORMATS, Row, parse_record
 from slimtune.data.tokenize import tokenize_dataset, tokenize_rows
 from slimtune.errors import DataError, ModelError, UsageError
@@ -105,6 +105,7 @@ INVALID = {
     "unknown key": (turn(nme="x"), "unknown-key", "messages[1] has keys that are not used: 'nme'"),
     "image part": (turn(content=[{"type": "image_url"}]), "not-text", "content[0] is a part of the type 'image_url'"),
     "part without text": (turn(content=[{"type": "text", "txt": "a"}]), "missing-key", "did you mean 'txt'?"),
+    "loss of a turn": (turn(loss=False), "unknown-key", "keys that are not used: 'loss'"),
     "unknown speaker": ({"conversations": [{"from": "humn", "value": "a"}]}, "unknown-role", "did you mean 'human'?"),
     "no speaker": ({"conversations": [{"form": "human", "value": "a"}]}, "missing-key", "did you mean 'form'?"),
     "two texts": ({"conversations": [{"from": "gpt", "value": "a", "content": "b"}]}, "unknown-key", "a 'content'"),
@@ -145,6 +146,27 @@ def test_unused_columns_are_counted(tmp_path):
         read_rows(file.path)
     assert "--ignore-columns Label" in error.value.hint
     assert len(read_rows(file.path, ignore_columns=["Label"])) == 3
+
+
+def test_a_column_to_leave_out_that_no_row_has(tmp_path):
+    file = open_rows(write(tmp_path / "a.jsonl", {"text": "a", "id": 1}), ignore_columns=["idd", "id", "messages.id"])
+    assert len(list(file)) == 1
+    assert file.missing_ignored_columns == ["idd"]
+
+
+def test_rows_with_many_columns_take_little_memory(tmp_path):
+    rows = [{"text": "a", f"column {i}": i} for i in range(2 * MAX_COLUMN_SETS)]
+    file = open_rows(write(tmp_path / "a.jsonl", *rows, {"text": "a", "score": 1}))
+    assert len(list(file)) == len(rows) + 1
+    assert len(file.unused_columns) == MAX_COLUMN_SETS + 1
+    assert [c.name for c in file.lossy_columns] == ["score"]
+
+
+def test_messages_of_sharegpt_get_the_flags_that_work(tmp_path):
+    row = {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "A lie."}]}
+    _, found = read_one(tmp_path, row)
+    assert found.hint.endswith("--format sharegpt --column conversations=messages")
+    assert read_one(tmp_path, row, format="sharegpt", columns={"conversations": "messages"})[1].messages == [USER, SAID]
 
 
 def test_a_later_file_of_a_folder_has_another_column(tmp_path):

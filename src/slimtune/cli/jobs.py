@@ -127,6 +127,7 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[int]:
     """Return the tokens of every training row; none if the tokenizer is not on this disk: a plan downloads nothing."""
     from huggingface_hub import try_to_load_from_cache
 
+    from ..data.validation.report import format_verdict
     from ..models.registry import resolve_model
     from ..setup import load_datasets, load_tokenizer_from_recipe
 
@@ -143,4 +144,8 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[int]:
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": model.spec})})
     datasets = load_datasets(recipe, load_tokenizer_from_recipe(recipe))
     print_progress(f"rows: {datasets.train_report.text()}")
+    for report in datasets.data_reports.values():
+        if report is not None and report["verdict"] == "errors":
+            why = f"{format_verdict(report)} (slimtune data shows them)"
+            print_progress(f"training will refuse {report['file']}: {why}")
     return datasets.train.lengths.tolist()

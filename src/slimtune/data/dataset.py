@@ -31,7 +31,7 @@ MAX_ERRORS = 10  # invalid rows that one error message names
 DETECTION_ROWS = 20  # records from which a format is recognized
 CHAT_EXAMPLE = '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}'
 EMPTY: tuple[Any, ...] = (None, "", [], {})  # values that a row may have in a column without having the column
-MAX_COLUMN_SETS = 1000  # sets of columns whose unused ones are remembered
+MAX_COLUMN_SETS = 1000  # sets of columns, and unused columns, that are remembered
 SPLITS = {"train": "train", "training": "train", "valid": "validation", "validation": "validation", "val": "validation",
           "dev": "validation", "test": "test", "eval": "test"}  # fmt: skip
 Part = tuple[str | None, Callable[[], Iterator[Located]]]
@@ -100,9 +100,10 @@ class RowFile:
                     names = self._choice.find_unused(present, self.format)
                     for name in names:
                         loss = explain_loss(name, self.format, self._given)
-                        unused.setdefault(name, UnusedColumn(name, loss, 0, line, file))
-                    used |= dict.fromkeys(c for c in present if c not in names and c not in self._choice.ignored)
-                    columns = [unused[name] for name in names]
+                        if loss or len(unused) < MAX_COLUMN_SETS:
+                            unused.setdefault(name, UnusedColumn(name, loss, 0, line, file))
+                    used |= dict.fromkeys(c for c in present if c not in names)
+                    columns = [unused[name] for name in names if name in unused]
                     if len(unused_of) < MAX_COLUMN_SETS:
                         unused_of[present] = columns
                 for column in columns:
@@ -115,7 +116,12 @@ class RowFile:
     @property
     def columns(self) -> list[str]:
         """The columns that are used."""
-        return list(self._used)
+        return [column for column in self._used if column not in self._choice.ignored]
+
+    @property
+    def missing_ignored_columns(self) -> list[str]:
+        """The columns that are to be left out and that no row has."""
+        return [name for name in self.ignored_columns if "." not in name and name not in self._used]
 
     @property
     def unused_columns(self) -> list[UnusedColumn]:
@@ -173,7 +179,7 @@ def column_hint(columns: Collection[UnusedColumn]) -> str:
     """Return what to do about unused columns without which rows mean something else."""
     names = [column.name for column in columns]
     flags = " ".join(f"--ignore-columns {shlex.quote(name)}" for name in names)
-    return f"use it by another --format or --column, or train without it: {flags} (data.ignore_columns)"
+    return f"use it by another --format or --column, or leave it out: {flags} (data.ignore_columns in a recipe)"
 
 
 def open_rows(

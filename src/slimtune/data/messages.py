@@ -68,6 +68,9 @@ def parse_messages_and_train_mask(
 
 
 def _validate_message(message: Any, name: str) -> dict[str, Any]:
+    if isinstance(message, dict) and "from" in message and "role" not in message:
+        hint = f"read them as ShareGPT's: --format sharegpt --column conversations={name.partition('[')[0]}"
+        raise RowError(f"{name} has 'from' in place of 'role'", "missing-key", hint)
     require_strings(message, ("role",), name)
     role, calls = message["role"], message.get("tool_calls")
     if isinstance(message.get("content"), list):
@@ -80,7 +83,10 @@ def _validate_message(message: Any, name: str) -> dict[str, Any]:
     if unknown := [k for k, v in message.items() if k not in MESSAGE_KEYS[role] and v not in (None, "", [], {})]:
         column = name.partition("[")[0]
         flags = " ".join(f"--ignore-columns {shlex.quote(f'{column}.{key}')}" for key in unknown)
-        hint = f"put what they say into the content, or leave them out: {flags} (data.ignore_columns)"
+        instead = "put what they say into the content"
+        if "train" in unknown or "loss" in unknown:
+            instead = "say by a 'weight' of 1 or 0 whether a turn is learned"
+        hint = f"{instead}, or leave them out: {flags} (data.ignore_columns)"
         known = f"(known: {format_names(MESSAGE_KEYS[role])})"
         raise RowError(f"{name} has keys that are not used: {format_names(unknown)} {known}", "unknown-key", hint)
     content = message.get("content") or ""

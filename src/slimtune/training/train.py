@@ -310,7 +310,7 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
     for name, report in data.data_reports.items():
         if report is not None:
             logger.say(f"{name} data: {format_verdict(report)}")
-            logger.say(f"  columns: {format_columns(report)}")
+            logger.say("\n".join([f"  columns: {format_columns(report)}", *(f"  {note}" for note in report["notes"])]))
             for issue in report["issues"]:
                 logger.say(f"  {issue['severity']}: {format_issue(issue)}")
     processes = distributed.world_size()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError
+from ...errors import DataError, nearest
 from ...utils.formatting import format_count
 from ..chat_template import TokenizedRow
 from ..dataset import RowFile, column_hint, describe_losses, open_rows
@@ -264,7 +264,7 @@ class DatasetReport:
             "unused_columns": [
                 {"name": c.name, "rows": c.rows, "changes_meaning": bool(c.loss)} for c in source.unused_columns
             ],
-            "ignored_columns": source.ignored_columns,
+            "ignored_columns": [c for c in source.ignored_columns if c not in source.missing_ignored_columns],
             "notes": self._list_notes(),
             "invalid_rows": [{"line": r.line, "cause": r.cause, "code": r.code} for r in self.invalid],
             "invalid_count": self.invalid_count,
@@ -296,7 +296,11 @@ class DatasetReport:
 
     def _list_notes(self) -> list[str]:
         """Return what training does with every row of this file, in sentences."""
-        notes = []
+        known = [column.name for column in self.source.unused_columns]
+        notes = [
+            f"--ignore-columns {name}: no row has that column{nearest(name, known)}"
+            for name in self.source.missing_ignored_columns
+        ]
         if self.source.has_paragraphs:
             blank = "blank lines separate them" if self.total.rows > 1 else "it has no blank line, so it is one row"
             notes.append(f"each paragraph of a .txt file is a row of its own: {blank}")
@@ -430,10 +434,17 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def format_columns(report: Mapping[str, Any]) -> str:
-    """Return which columns of a file are used, and which are not."""
-    unused = ", ".join(f"{c['name']} ({c['rows']:,} row{'s' * (c['rows'] != 1)})" for c in report["unused_columns"])
-    parts = [", ".join(report["columns"]) or "none", unused and f"not used: {unused}"]
-    ignored = ", ".join(report["ignored_columns"])
+    """Return which columns of a file are used, which are not, and in how many rows these have a value."""
+
+    def join(names: Sequence[str]) -> str:
+        more = f", … ({len(names) - SHOWN_LINES} more)" if len(names) > SHOWN_LINES else ""
+        return ", ".join(names[:SHOWN_LINES]) + more
+
+    # Those that change the meaning of rows come first.
+    unused = sorted(report["unused_columns"], key=lambda column: not column["changes_meaning"])
+    counts = join([f"{c['name'] or repr('')} ({c['rows']:,} row{'s' * (c['rows'] != 1)})" for c in unused])
+    parts = [join(report["columns"]) or "none", counts and f"not used: {counts}"]
+    ignored = join(report["ignored_columns"])
     return "; ".join(filter(None, [*parts, ignored and f"left out by --ignore-columns: {ignored}"]))
 
 
