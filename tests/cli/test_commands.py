@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slimtune.cli import COMMANDS
+from slimtune.cli.common import print_fields
 from slimtune.cli.generate import AnswerPrinter
 from slimtune.config import Recipe, aliases
 from slimtune.config.schema import iterate_settings
@@ -321,6 +322,34 @@ def test_doctor(slimtune, slimtune_json):
     assert report["devices"][0] == "cpu"
     assert min(report["memory_free_bytes"], report["disk_free_bytes"]) > 0
     assert "test" in report["extras"]
-    lines = dict(line.split(maxsplit=1) for line in slimtune("doctor").stdout.splitlines())
-    assert lines["torch"].strip() == report["libraries"]["torch"]
-    assert lines["auto"].endswith(report["dtype"])
+    for columns in (40, 80, 200):
+        first, *lines = slimtune("doctor", columns=columns).stdout.splitlines()
+        assert first.endswith(f"frozen weights in {report['dtype']}")
+        labels = {line.split("  ")[0] for line in lines}
+        assert labels > {"OS", "Python", "torch", "CPU", "memory", "disk", "peft", "bitsandbytes", "Ollama", "vLLM"}
+        assert not any("slimtune[test]" in line or "slimtune[prove]" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("smi", "cuda", "hint"),
+    [
+        ("GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-1)\n", None, "install torch built for CUDA"),
+        ("GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-1)\n", "12.8", "install NVIDIA's driver"),
+    ],
+)
+def test_doctor_names_a_gpu_that_torch_does_not_see(monkeypatch, slimtune, smi, cuda, hint):
+    monkeypatch.setattr(sys.modules["slimtune.cli.doctor"], "_run", lambda *command: smi if command[1:] == ("-L",) else "")
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    text = " ".join(slimtune("doctor").stdout.split())
+    assert "GPU not used NVIDIA GeForce RTX 4090: " in text
+    assert hint in text
+
+
+def test_long_values_keep_their_labels(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    print_fields([("first label", "a" * 90), ("second", "word " * 20)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "first label  " + "a" * 90
+    assert lines[1].startswith("second       word word")
+    assert lines[2].startswith("             word")

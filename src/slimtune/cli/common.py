@@ -8,6 +8,7 @@ and, with `--json`, the object `{"error": {...}}`.
 import contextlib
 import os
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -186,5 +187,10 @@ def table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]]
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Print labels and values in two columns; long values wrap."""
-    console().print(table("", "", left=[1], rows=fields))
+    """Print labels and values in two columns; long values wrap, labels never do."""
+    screen, rows = console(), list(fields)
+    indent = max((len(label) for label, _ in rows), default=0) + 2
+    for label, value in rows:
+        room = max(screen.width - indent, 20)
+        lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False)
+        screen.print(label.ljust(indent) + f"\n{' ' * indent}".join(lines))
