@@ -20,7 +20,7 @@ from slimtune.evaluation.forgetting import BUILT_IN_TEXT
 RESULT = {
     "run": "runs/x", "steps": 3, "trained_tokens": 4000, "supervised_tokens": 2000, "tokens_per_second": 200.0,
     "train_loss": 2.0, "validation_loss": 1.5, "adapter_bytes": 2**20, "trainable_params": 10, "total_params": 1000,
-    "peak_bytes": 2**30, "load_seconds": 1.0, "prepare_seconds": 2.0,
+    "peak_bytes": 2**30, "load_seconds": 1.0, "prepare_seconds": 2.0, "skipped_steps": 0,
 }  # fmt: skip
 MEASURED = {
     "base_loss": 4.0, "tuned_loss": 3.0, "loss_reduction": 1.0, "loss_reduction_ci95": [0.9, 1.1],
@@ -177,7 +177,8 @@ def test_train_lists_all_that_is_missing(slimtune):
 )
 def test_wrong_train_flags(replace, slimtune, rows_file, args, message):
     calls = replace("training.train", "train", RESULT)
-    done = slimtune("train", "--model", "m", "--data", rows_file, "--out", "o", *args)
+    data = [] if "--data" in args else ["--data", rows_file]
+    done = slimtune("train", "--model", "m", *data, "--out", "o", *args)
     assert (done.exit_code, done.stdout, calls) == (2, "", [])
     assert message in done.stderr
 
@@ -338,7 +339,8 @@ def test_doctor(slimtune, slimtune_json):
     ],
 )
 def test_doctor_names_a_gpu_that_torch_does_not_see(monkeypatch, slimtune, smi, cuda, hint):
-    monkeypatch.setattr(sys.modules["slimtune.cli.doctor"], "_run", lambda *command: smi if command[1:] == ("-L",) else "")
+    doctor = sys.modules["slimtune.cli.doctor"]  # in its package the name is the function
+    monkeypatch.setattr(doctor, "_run", lambda *command: smi if command[1:] == ("-L",) else "")
     monkeypatch.setattr("torch.version.cuda", cuda)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     text = " ".join(slimtune("doctor").stdout.split())

@@ -80,6 +80,7 @@ def test_message_with_expected_and_hint():
         (["work", "--sise", "3"], "--size"),
         (["work", "--size", "many"], "Invalid value for '--size'"),
         (["work", "extra"], "unexpected extra argument"),
+        (["work", "--size", "1", "--size=2"], "--size is given twice"),
     ],
 )
 def test_wrong_use(args, message):
@@ -87,7 +88,7 @@ def test_wrong_use(args, message):
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
-    assert "--help`" in done.stderr
+    assert "--help`" in done.stderr or "leave one out" in done.stderr
     assert json.loads(done.stdout)["error"]["kind"] == "UsageError"
 
 

@@ -19,12 +19,13 @@ from .compare import compare
 from .data import data_report
 from .doctor import doctor
 from .eval import eval_run
+from .examples import EXAMPLES
 from .export import export_run
 from .generate import chat, generate
 from .gpus import gpus
 from .merge import merge_run
 from .methods import methods
-from .options import add_trust_flag
+from .options import GroupedCommand, add_trust_flag
 from .plan import plan
 from .push import push_run
 from .report import report_run
@@ -41,7 +42,8 @@ COMMANDS = {function.__name__.partition("_")[0]: function for function in FUNCTI
 """Function of each command, in the order of the help: `train_run` is `slimtune train`."""
 app = typer.Typer(cls=CommandGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for name, command in COMMANDS.items():
-    app.command(name)(add_trust_flag(command) if command in LOAD_RUN else command)
+    epilog = "\n".join(["\b", "Examples:", *(f"  {line}" for line in EXAMPLES[name])])
+    app.command(name, cls=GroupedCommand, epilog=epilog)(add_trust_flag(command) if command in LOAD_RUN else command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -76,4 +78,6 @@ def main() -> None:
     # A terminal that is closed takes both streams away; what a command writes to files must not end with it.
     streams: Any = sys
     streams.stderr, streams.stdout = TolerantStream(sys.stderr), TolerantStream(sys.stdout, {errno.EIO})
-    app(args=sys.argv[1:])
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries fill a log; read when tqdm is imported
+    app(args=sys.argv[1:], prog_name="slimtune")

@@ -6,6 +6,7 @@ and, with `--json`, the object `{"error": {...}}`.
 """
 
 import contextlib
+import importlib.metadata
 import os
 import sys
 import textwrap
@@ -53,7 +54,18 @@ class CommandGroup(TyperGroup):
 
             rest = replace_deprecated_flags(rest)
         build_command = getattr(getattr(command, "callback", None), "build_command", None)
-        return name, build_command(name) if build_command is not None else command, rest
+        if build_command is not None:
+            command = build_command(name, command.epilog)
+        if command is not None:
+            from .options import check_flags_once
+
+            check_flags_once(command, rest)
+        return name, command, rest
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """List the commands with their whole first sentences."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.commands[name].get_short_help_str(1000)) for name in self.commands])
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
         """Run a command and exit: 0 done, 1 the work failed, 2 wrong use, 130 interrupted."""
@@ -91,7 +103,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
     if known is None:
         error_console().print("".join(traceback.format_exception(error)), end="")
         message = f"a bug in slimtune: {type(error).__name__}: {error}"
-        known = SlimtuneError(message, hint="please report it with the lines above")
+        known = SlimtuneError(message, hint=f"please report it with the lines above{_find_address()}")
     if "RANK" in os.environ:
         from ..utils import distributed
 
@@ -104,6 +116,17 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
             screen.print(f"  {name}: {text}")
     fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")}
     return known.exit_code, {"error": {"kind": type(known).__name__, **fields}}
+
+
+def _find_address() -> str:
+    """Return where bugs are reported, as the installed package says."""
+    try:
+        urls = importlib.metadata.metadata("slimtune").get_all("Project-URL") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    places = {label.strip().lower(): url.strip() for label, _, url in (line.partition(",") for line in urls)}
+    url = next((places[label] for label in ("issues", "bug tracker", "repository") if label in places), "")
+    return f" at {url}" if url else ""
 
 
 def to_user_error(error: BaseException) -> SlimtuneError | None:
@@ -136,7 +159,7 @@ def _print_warnings() -> Iterator[None]:
 
         def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
             if Path(filename).is_relative_to(PACKAGE):
-                error_console().print(f"warning: {message}", style="yellow")
+                error_console().print(f"warning: {message}", style="dark_orange3")
             else:
                 default(message, category, filename, *rest)
 

@@ -140,7 +140,8 @@ def _find_unused_gpus() -> list[dict[str, str]]:
     for file in [] if names else sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         names += [line.split(":", 1)[1].strip() for line in file.read_text().splitlines() if line.startswith("Model:")]
     marketing = [line.split(":", 1)[1].strip() for line in _run("rocminfo").splitlines() if "Marketing Name" in line]
-    found = [("NVIDIA", name) for name in names] + [("AMD", n) for n in marketing if "CPU" not in n and "Ryzen" not in n]
+    found = [("NVIDIA", name) for name in names]
+    found += [("AMD", name) for name in marketing if "CPU" not in name and "Ryzen" not in name]
     seen = {vendor for vendor, _ in found}
     for folder in Path("/sys/bus/pci/devices").glob("*"):  # without a driver only the bus knows a GPU
         kind, vendor = (_read(folder / name) for name in ("class", "vendor"))

@@ -11,6 +11,8 @@ from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans
 from .options import recipe_flags
 from .plan import describe_run, format_range
 
+KIND_HELP = "Kinds to show, parted by commas: desktop, laptop, workstation, datacentre, mac, mini."
+
 
 @recipe_flags(*JOB_SETTINGS)
 def gpus(
@@ -19,7 +21,7 @@ def gpus(
         str | None,
         Option("--for", metavar="MODEL|RECIPE.yaml", help="Show the GPUs that can train this, smallest first."),
     ] = None,
-    kind: Annotated[str | None, Option(help="Kinds to show: desktop,laptop,workstation,datacentre,mac,mini.")] = None,
+    kind: Annotated[str | None, Option(metavar="KINDS", help=KIND_HELP)] = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the GPUs that plans know, or those that can train a run (with the flags of `slimtune plan`)."""

@@ -10,7 +10,8 @@ schema imports pydantic, which would make `slimtune --help` twice as slow.
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from typer.core import TyperCommand
 from ..errors import UsageError
 from ..utils.remote_code import allow_remote_code
 
-PANELS = {"model": "Base model", "data": "Data", "method": "Method", "train": "Training", "output_dir": "Run"}
+PANELS = {"model": "Base model", "data": "Data", "method": "Method", "train": "Training", "output_dir": "Output"}
 METHOD_FLAGS = {"rank": "rank of the methods that have one", "alpha": "alpha of the methods that have one"}
 """Short names of method settings that have a flag of their own, and their help."""
 TrustFlag = Annotated[
@@ -50,14 +51,14 @@ def recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., An
             with allow_remote_code(settings.get("model.trust_remote_code") is True):
                 return command(settings=settings, **given)
 
-        def build_command(name: str) -> Any:
+        def build_command(name: str, epilog: str | None) -> Any:
             flags = [
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
                 for name, annotation in _iterate_flags(paths)
             ]
             run.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
             app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-            app.command(name, cls=GroupedCommand)(run)
+            app.command(name, cls=GroupedCommand, epilog=epilog)(run)
             return typer.main.get_command(app)
 
         run.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
@@ -65,6 +66,30 @@ def recipe_flags(*paths: str) -> Callable[[Callable[..., Any]], Callable[..., An
         return run
 
     return decorate
+
+
+def require_single(names: Iterable[str]) -> None:
+    """Raise UsageError for a flag that is given twice: one of the two would be ignored."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UsageError(f"{name} is given {'twice' if count == 2 else f'{count} times'}", "once", "leave one out")
+
+
+def check_flags_once(command: Any, args: Sequence[str]) -> None:
+    """Raise UsageError if the arguments give a flag twice that takes one value, or a switch both ways."""
+    params = {flag: param for param in command.params for flag in (*param.opts, *param.secondary_opts)}
+    given, rest = [], iter(args)
+    for arg in rest:
+        flag, equals, _ = arg.partition("=")
+        if arg == "--":
+            break
+        if (param := params.get(flag)) is None or not flag.startswith("--"):
+            continue
+        if not param.is_flag and not equals:
+            next(rest, None)  # its value may look like a flag
+        if not param.multiple:
+            given.append(param.opts[0])
+    require_single(given)
 
 
 def add_trust_flag(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +118,7 @@ class GroupedCommand(TyperCommand):
             if (record := param.get_help_record(ctx)) is not None:
                 fallback = "Arguments" if param.param_type_name == "argument" else "Options"
                 groups.setdefault(getattr(param, "rich_help_panel", None) or fallback, []).append(record)
-        for group, records in groups.items():
+        for group, records in sorted(groups.items(), key=lambda item: item[0] == "Options"):  # the others first
             with formatter.section(group):
                 formatter.write_dl(records)
 
@@ -148,6 +173,7 @@ def _read_settings(flags: dict[str, Any]) -> dict[str, Any]:
     from ..config.schema import iterate_settings
 
     overrides = [parse_override(text) for text in flags.pop("set_", None) or []]
+    require_single(f"--set {path}" for path, _ in overrides)
     known = {s.path: s for s in iterate_settings(Recipe)}
     values: dict[str, Any] = {}
     for name, value in flags.items():

@@ -95,7 +95,7 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
         return "not measured" if result.get(name) is None else f"{result[name]:.4f}"
 
     percent = 100 * result["trainable_params"] / max(result["total_params"], 1)
-    seconds = [(name, result.get(f"{name}_seconds")) for name in ("load", "prepare")]
+    seconds = [(name, result.get(f"{name}_seconds") or 0.0) for name in ("load", "prepare")]
     skipped = f" ({n} skipped: NaN or Inf)" if (n := result["skipped_steps"]) else ""
     print_fields([
         ("steps", f"{result['steps']}{skipped}"),
@@ -105,9 +105,10 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
         ("trained parameters", f"{format_count(result['trainable_params'])} ({percent:.2f} %)"),
         ("adapter", format_bytes(result["adapter_bytes"])),
         ("peak memory", format_bytes(result["peak_bytes"])),
-        *((f"time to {name}", format_duration(value)) for name, value in seconds if value is not None),
+        *((f"time to {name}", format_duration(value)) for name, value in seconds if value >= 0.05),
     ])  # fmt: skip
     data, run = recipe.data, shlex.quote(result["run"])
     validated = data.validation is not None or data.validation_fraction > 0
     rows = "" if data.test or data.test_fraction else " --split validation" if validated else " --data held_out.jsonl"
-    console().print(f"adapter: {result['run']}/adapter; next: slimtune eval {run}{rows}, slimtune chat {run}")
+    console().print(f"adapter: {result['run']}/adapter; everything on one page: {result['run']}/report.html")
+    console().print(f"next: slimtune eval {run}{rows}\n      slimtune chat {run}")

@@ -4,6 +4,7 @@ YAML, `--set`, the flags of the commands, the error messages and the tables in `
 `iterate_settings` lists them. This module imports no torch, so that `slimtune train --help` is quick.
 """
 
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -214,7 +215,7 @@ def iterate_settings(section: type[BaseModel], prefix: str = "") -> Iterator[Set
             help=field.description or "",
             flag=declared["flag"] or f"--{name.replace('_', '-')}",
             expected=declared["expected"] or ", ".join(filter(None, (describe_type(annotation), limits))),
-            limits=limits,
+            limits=_range(field, below=10**6),
             default=None if field.is_required() else field.default,
             required=field.is_required(),
         )
@@ -236,7 +237,8 @@ def describe_type(annotation: Any) -> str:
     return {**words, dict: "a mapping of text to text", type(None): "null"}[origin or annotation]
 
 
-def _range(field: FieldInfo) -> str:
+def _range(field: FieldInfo, below: float = math.inf) -> str:
+    """Return a field's range in words; upper limits from `below` on, which nobody reaches, are left out."""
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = [(word, getattr(m, name, None)) for m in field.metadata for name, word in words.items()]
-    return " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)
+    return " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None and limit < below)

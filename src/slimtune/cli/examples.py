@@ -1,0 +1,31 @@
+"""Two examples for the help of each command."""
+
+EXAMPLES = {
+    "plan": ("slimtune plan llama-3.1-8b --gpu rtx-4090", "slimtune plan recipe.yaml --method lora,ia3"),
+    "gpus": ("slimtune gpus --kind laptop,mac", "slimtune gpus --for llama-3.1-8b --quantization nf4"),
+    "data": (
+        "slimtune data rows.jsonl --model smollm2-135m",
+        "slimtune data rows.csv --model smollm2-135m --html rows.html",
+    ),
+    "train": (
+        "slimtune train --model smollm2-135m --data rows.jsonl --out runs/first",
+        "slimtune train recipe.yaml --epochs 1 --set method.dropout=0.1",
+    ),
+    "eval": (
+        "slimtune eval runs/first --split validation",
+        "slimtune eval runs/first --data held_out.jsonl --generate 4",
+    ),
+    "report": ("slimtune report runs/first", "slimtune report runs/first --out page.html"),
+    "compare": ("slimtune compare recipe.yaml --methods lora,ia3 --seeds 2", "slimtune compare recipe.yaml --tune"),
+    "generate": ("slimtune generate runs/first 'What is love?'", "slimtune generate runs/first Hello --side-by-side"),
+    "chat": ("slimtune chat runs/first", "slimtune chat runs/first --system 'Be brief.' --side-by-side"),
+    "merge": ("slimtune merge runs/first --out merged", "slimtune merge runs/first --out merged --dtype float16"),
+    "export": (
+        "slimtune export runs/first --to ollama --out ollama",
+        "slimtune export runs/first --to gguf --merged --precision q8_0 --out gguf",
+    ),
+    "verify": ("slimtune verify runs/first", "slimtune verify merged --data held_out.jsonl"),
+    "push": ("slimtune push runs/first me/first --dry-run", "slimtune push runs/first me/first --private"),
+    "methods": ("slimtune methods lora", "slimtune methods --model smollm2-135m"),
+    "doctor": ("slimtune doctor", "slimtune doctor --json"),
+}
