@@ -55,7 +55,7 @@ class CommandGroup(TyperGroup):
             rest = replace_deprecated_flags(rest)
         build_command = getattr(getattr(command, "callback", None), "build_command", None)
         if build_command is not None:
-            command = build_command(name, command.epilog)
+            command = build_command(name, getattr(command, "epilog", None))
         if command is not None:
             from .options import check_flags_once
 

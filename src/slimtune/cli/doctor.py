@@ -118,7 +118,7 @@ def _list_gpus() -> list[dict[str, Any]]:
     import torch
 
     drivers = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
-    gpus = []
+    gpus: list[tuple[Any, ...]] = []
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
         gpus.append((torch.cuda.get_device_name(i), f"cuda:{i}", total, free, drivers[0] if drivers else None))
@@ -181,8 +181,10 @@ def _find_missing_packages() -> dict[str, list[str]]:
     if find_version("slimtune") is None:
         return {}
     required = map(Requirement, importlib.metadata.requires("slimtune") or [])
-    absent = [r for r in required if r.marker is not None and find_version(r.name) is None]
+    absent = [(r.name, r.marker) for r in required if r.marker is not None and find_version(r.name) is None]
     return {
-        extra: [r.name for r in absent if r.marker.evaluate({"extra": extra}) and not r.marker.evaluate({"extra": ""})]
+        extra: [
+            name for name, marker in absent if marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+        ]
         for extra in importlib.metadata.metadata("slimtune").get_all("Provides-Extra") or []
     }
