@@ -1,6 +1,7 @@
 """The commands parse, call the library and print. The library is replaced: its own tests prove it."""
 
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from slimtune.config import Recipe, aliases
 from slimtune.config.schema import iterate_settings
 from slimtune.evaluation.evaluate import EvalSettings
 from slimtune.evaluation.forgetting import BUILT_IN_TEXT
+from slimtune.utils.progress import track_progress
 
 RESULT = {
     "run": "runs/x", "steps": 3, "trained_tokens": 4000, "supervised_tokens": 2000, "tokens_per_second": 200.0,
@@ -208,12 +210,33 @@ def test_eval_screen(monkeypatch, slimtune, slimtune_json):
     shown = slimtune("eval", "runs/x").stdout
     for part in (
         "4.0000", "3.0000", "54.60", "37.5 %", "0.9000 to 1.1000", "90 rows", "3000 supervised tokens",
-        "0.1300 nats per token for the base, 0.1600 (0.1100 to 0.2200) for the tuned model",
-        "forgotten on general text: 0.0310 (0.0200 to 0.0400) nats per token, budget 0.1",
+        "is higher by 0.1300 nats per token for the base, by 0.1600 (0.1100 to 0.2200) for the tuned model",
+        "something was forgotten; the loss on it rose by 0.0310 (0.0200 to 0.0400) nats per token, where a rise of 0.1",
         "Hi [b]\nreference: Ho\nbase: Hm\ntuned: Ha", "0.2500 ± 0.0400", "verdict: the tuned model is better",
     ):  # fmt: skip
         assert part in shown
     assert slimtune_json("eval", "runs/x") == MEASURED
+
+
+def test_eval_says_that_nothing_was_forgotten(monkeypatch, slimtune):
+    forgetting = {"change": -0.0241, "change_ci95": [-0.03, -0.02], "budget": 0.1}
+    monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", lambda *_: {**MEASURED, "forgetting": forgetting})
+    shown = slimtune("eval", "runs/x").stdout
+    assert "nothing was forgotten; the loss on it fell by 0.0241 (0.0200 to 0.0300) nats per token" in shown
+
+
+def test_progress_is_a_line_every_ten_seconds(monkeypatch, slimtune):
+    clock = itertools.count(step=4)
+
+    def merge(run, out, dtype):
+        list(track_progress(range(6), "weights"))
+        return {"out": "m"}
+
+    monkeypatch.setattr("slimtune.export.merge.merge", merge)
+    monkeypatch.setattr("slimtune.cli.progress.time.monotonic", lambda: next(clock))
+    done = slimtune("merge", "r", "--out", "m", "--json")
+    assert done.stderr == "weights: 2 of 6, after 12 s\nweights: 5 of 6, after 24 s\n"
+    assert json.loads(done.stdout) == {"out": "m"}
 
 
 def test_eval_verdict_is_the_exit_code(monkeypatch, slimtune):

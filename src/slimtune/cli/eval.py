@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from typer import Option
 
 from .common import Json, NegativeResult, Run, console, table
+from .progress import show_progress
 
 MODELS = ("base", "tuned")
 
@@ -52,7 +53,8 @@ def eval_run(
         tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
         tasks_path=tasks_path,
     )
-    result = dict(evaluate(run, settings))
+    with show_progress():
+        result = dict(evaluate(run, settings))
     if not as_json:
         _print_result(result)
     return result if result["verdict"]["passed"] else NegativeResult(result)
@@ -83,15 +85,26 @@ def _print_result(result: Mapping[str, Any]) -> None:
     if (dependence := result["prompt_dependence"]) is not None:
         tuned = interval(dependence, "tuned")
         screen.print(
-            f"prompt dependence: {dependence['base']:.4f} nats per token for the base, {tuned} for the tuned model"
+            "use of the prompt: after another row's prompt the loss of an answer is higher by "
+            f"{dependence['base']:.4f} nats per token for the base, by {tuned} for the tuned model"
         )
     if (forgotten := result["forgetting"]) is not None:
-        change, budget = interval(forgotten, "change"), forgotten["budget"]
-        screen.print(f"forgotten on general text: {change} nats per token, budget {budget:g}")
+        low, high = forgotten["change_ci95"]
+        rose = forgotten["change"] > 0
+        size, ends = abs(forgotten["change"]), (low, high) if rose else (-high, -low)
+        screen.print(
+            f"general text: {'something' if low > 0 else 'nothing'} was forgotten; the loss on it "
+            f"{'rose' if rose else 'fell'} by {size:.4f} ({ends[0]:.4f} to {ends[1]:.4f}) nats per token, where a rise "
+            f"of {forgotten['budget']:g} is allowed"
+        )
+    if left_out := result.get("training_rows"):
+        screen.print(f"{left_out} rows are also training rows, and were left out")
+    if (different := result.get("different_rows", result["rows"])) < result["rows"]:
+        screen.print(f"only {different} of the {result['rows']} rows differ from each other")
     for answer in result["generations"] or []:
         screen.print(f"\n{answer['prompt'][-1]['content']}", style="bold")
         for model in ("reference", *MODELS):
-            screen.print(f"{model}: {answer[model]}")
+            screen.print(f"{model}: {answer[model].strip() or '(empty)'}")
     if summary := result["generation_summary"]:
         rows = [(name, *(f"{means[model]:.3g}" for model in MODELS)) for name, means in summary.items()]
         screen.print()

@@ -7,7 +7,8 @@ from typer import BadParameter, Option
 
 from ..utils.formatting import format_bytes
 from .common import Json, Run, console, error_console, print_progress
-from .verify import format_verdicts
+from .progress import show_progress
+from .verify import print_verdicts
 
 
 def export_run(
@@ -51,7 +52,8 @@ def export_run(
     options = ExportOptions(merged, precision, rank, ollama_base, name, system, num_ctx, dtype)
     target: Any = to  # an unknown one is refused with the nearest name
     checks: dict[str, Any] = {"verify": not no_verify, "require_proof": require_proof, "threads": threads}
-    result = export(run, target, out, options, **checks, log=print_progress)
+    with show_progress():
+        result = export(run, target, out, options, **checks, log=print_progress)
     if not as_json:
         screen = console()
         for file, size in result["files"].items():
@@ -61,7 +63,7 @@ def export_run(
         for note in result["notes"]:
             screen.print(f"note: {note}")
         if result["check"]["positions"]:
-            screen.print(format_verdicts([result["check"]]))
+            print_verdicts([result["check"]])
         if result["check"]["passed"] is None:
             text = f"NOT PROVEN: {result['check']['reason']}"
             error_console().print(text, style="dim" if no_verify else "bold yellow")

@@ -7,6 +7,7 @@ from typer import Option
 
 from ..utils.formatting import format_bytes, format_duration
 from .common import Json, Run, console
+from .progress import show_progress
 
 
 def merge_run(
@@ -18,7 +19,8 @@ def merge_run(
     """Write base and adapter as one checkpoint."""
     from ..export.merge import merge
 
-    result = merge(run, out, dtype=dtype)
+    with show_progress():
+        result = merge(run, out, dtype=dtype)
     if not as_json:
         console().print(
             f"{result['out']}: {format_bytes(result['bytes'])} in {result['dtype']}, "

@@ -1,5 +1,6 @@
 """`slimtune verify`: check that exported and merged models are the trained one."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,8 +9,11 @@ from rich.table import Table
 from typer import Argument, Option
 
 from .common import Json, NegativeResult, console, error_console, print_progress, table
+from .progress import show_progress
 
-VERDICTS = {True: "passed", False: "FAILED", None: "not checked"}
+VERDICTS = {True: "passed", False: "FAILED", None: ""}
+LEGEND = """prompts: as many become the same tokens; d: difference of log p from the trained
+adapter, nats; strength: share of the adapter's effect that arrives"""
 HELP = "A run, an adapter, or what export or merge wrote."
 
 
@@ -24,10 +28,11 @@ def verify_run(
     """Compare exported models with the trained adapter, engine by engine; exit code 1 if one differs."""
     from ..export.verify import verify
 
-    result = verify(path, rows=data, vllm=vllm, vllm_model=vllm_model, threads=threads, log=print_progress)
+    with show_progress():
+        result = verify(path, rows=data, vllm=vllm, vllm_model=vllm_model, threads=threads, log=print_progress)
     checks = result["checks"]
     if not as_json:
-        console().print(format_verdicts(checks))
+        print_verdicts(checks)
         for check in checks:
             if check["reason"]:
                 console().print(f"{check['engine']}: {check['reason']}")
@@ -35,20 +40,27 @@ def verify_run(
         return result
     failed = [c["engine"] for c in checks if c["passed"] is False]
     unchecked = [c["engine"] for c in checks if c["passed"] is None]
-    reason = f"not the trained model: {', '.join(failed)}" if failed else f"not checked: {', '.join(unchecked)}"
+    reason = f"not the trained model: {', '.join(failed)}" if failed else f"not proven: {', '.join(unchecked)}"
     error_console().print(f"error: {reason}", style="bold red")
     return NegativeResult(result)
 
 
 def format_verdicts(checks: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the verdicts as a table of at most 80 columns."""
-    rows = table("engine", "weights", "prompts", "tokens", "d max", "d mean", "KL", "greedy", "verdict", left=[0])
-    rows.padding = (0, 1, 0, 0)
+    """Return the verdicts as a table of at most 80 columns; `LEGEND` says what the numbers are."""
+    rows = table("engine", "weights", "prompts", "d mean", "d max", "strength", "verdict", left=[0])
     for c in checks:
-        numbers = ["-"] * 6
+        numbers, verdict = ["-"] * 4, VERDICTS[c["passed"]]
         if c["positions"]:
-            numbers = [f"{c['prompts_equal']}/{c['prompts']}", str(c["positions"])]
-            numbers += [f"{c[k]:.2g}" for k in ("max_difference", "mean_difference", "kl")]
-            numbers += [f"{c['answers_equal']}/{c['answers']}"]
-        rows.add_row(c["engine"], c["precision"], *numbers, VERDICTS[c["passed"]])
+            numbers = [f"{c['prompts_equal']} of {c['prompts']}"]
+            numbers += [f"{c[k]:.2g}" for k in ("mean_difference", "max_difference")]
+            numbers += [f"{c['strength']:.0%}" if math.isfinite(c["strength"]) else "-"]
+            verdict = verdict or "NOT PROVEN"
+        rows.add_row(c["engine"], c["precision"], *numbers, verdict or "not checked")
     return rows
+
+
+def print_verdicts(checks: Sequence[Mapping[str, Any]]) -> None:
+    """Print the verdicts and what their numbers are."""
+    console().print(format_verdicts(checks))
+    if any(c["positions"] for c in checks):
+        console().print(LEGEND, style="dim")

@@ -26,6 +26,7 @@ import numpy as np
 from ..data.collator import Example
 from ..data.dataset import Row
 from ..errors import ModelError, UsageError, nearest
+from ..utils.progress import track_progress
 from .generate import Generator, Message
 
 Check = Callable[[str, str], bool | float]
@@ -64,7 +65,7 @@ def generate_base_and_tuned_answers(
 ) -> list[dict[str, Any]]:
     """Return `line`, `prompt`, `reference`, `base`, `tuned`, `checks` (`{name: {"base", "tuned"}}`) of each prompt."""
     results = []
-    for prompt in prompts:
+    for prompt in track_progress(prompts, "answers of base and tuned model"):
         measured: dict[str, dict[str, bool | float]] = {n: {} for n in ("tokens", "repetition", "ended", *checks)}
         result: dict[str, Any] = {"line": prompt.line, "prompt": prompt.messages, "reference": prompt.reference}
         for who in ("base", "tuned"):

@@ -21,6 +21,7 @@ from ..adapters.model import mark_embeddings_untied
 from ..adapters.quantized import disable_cpu_repacking, find_repacking_layers
 from ..errors import AdapterError
 from ..utils.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
+from ..utils.progress import track_progress
 from .rounding import round_with_inputs
 
 MIN_SHARD_BYTES, MAX_SHARD_BYTES = 250_000_000, 5_000_000_000
@@ -148,7 +149,7 @@ def save_merged_weights(
     for number, groups in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
         tensors: dict[str, Tensor] = {}
-        for names in groups:
+        for names in track_progress(groups, f"weights of {file}"):
             # No variable for these: it would keep one layer in memory while the next file is computed.
             tensors |= revert_weight_conversion(
                 model, {n: round_weight(model, n, weights[n], outline[n].dtype, inputs or {}) for n in names}

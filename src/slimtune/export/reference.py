@@ -35,6 +35,7 @@ from torch import Tensor
 from ..config import Recipe
 from ..setup import open_rows_from_recipe
 from ..utils.chat_rendering import render_chat_template
+from ..utils.progress import track_progress
 from .engines import Engine, Scores, TransformersEngine
 
 QUESTIONS = (
@@ -124,13 +125,15 @@ class Reference:
     @cached_property
     def log_probs(self) -> list[Tensor]:
         """The adapter's log-probabilities of each text's next tokens."""
-        return [self.engine.score(text.ids).token_log_probs for text in self.texts]
+        texts = track_progress(self.texts, "texts for the trained adapter")
+        return [self.engine.score(text.ids).token_log_probs for text in texts]
 
     @cached_property
     def base_log_probs(self) -> list[Tensor]:
         """The untouched base's log-probabilities of each text's next tokens."""
         with self.engine.model.disable_adapter():
-            return [self.engine.score(text.ids).token_log_probs for text in self.texts]
+            texts = track_progress(self.texts, "texts for the trained adapter")
+        return [self.engine.score(text.ids).token_log_probs for text in texts]
 
     @cached_property
     def effect(self) -> float:
@@ -246,7 +249,7 @@ def compare_engine(
     tolerance = tolerance or get_tolerance(precision, PRECISIONS[reference.engine.model.dtype])
     prompts = [engine.tokenize(t.prompt) for t in reference.texts if t.prompt]
     unlike = [(a, b) for a, b in zip(reference.prompts, prompts, strict=True) if a != b]
-    scores = [engine.score(text.ids) for text in reference.texts]
+    scores = [engine.score(text.ids) for text in track_progress(reference.texts, f"texts for {engine.name}")]
     differences = reference.differences(s.token_log_probs for s in scores)
     pairs = zip(reference.texts, scores, strict=True)
     kl = [kl_divergence(reference.engine.score_candidates(text.ids, s.top_ids), s) for text, s in pairs]
@@ -255,7 +258,8 @@ def compare_engine(
     faults, base, paired = reference.find_faults(differences, tolerance), None, differences
     if open_base is not None and (faults or tolerance == TOLERANCES["lower"] or reference.is_hidden(differences)):
         with closing(open_base(engine)) as base_engine:
-            log_probs = [base_engine.score(text.ids).token_log_probs for text in reference.texts]
+            texts = track_progress(reference.texts, f"texts for the base in {engine.name}")
+            log_probs = [base_engine.score(text.ids).token_log_probs for text in texts]
         base = reference.base_differences(log_probs)
         faults, paired = reference.find_faults(differences, tolerance, base), differences - base
     if unlike:

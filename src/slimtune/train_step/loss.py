@@ -22,6 +22,7 @@ from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
 from ..models.lm_head import LMHead, get_hidden_states, get_lm_head
 from ..utils.device import free_memory
+from ..utils.progress import track_progress
 
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1024, 8192
 """Tokens in a micro-batch above which more tokens do not compute faster."""
@@ -164,7 +165,7 @@ def score_rows(
         with packed_attention(model):
             for start in range(0, len(examples), EVAL_ROWS):
                 some = examples[start : start + EVAL_ROWS]
-                for group in (group_rows or collator.group_rows)(some):
+                for group in track_progress([*(group_rows or collator.group_rows)(some)], "micro-batches of rows"):
                     batch = move_to_device(collator([some[i] for i in group]), device)
                     values = token_nll_and_accuracy(model, batch) if accuracy else (token_nll(model, batch),)
                     counts = [count_targets(some[i]) for i in group]

@@ -1,0 +1,33 @@
+"""Progress of long work: a loop reports it by `track_progress`, and a command displays it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+Display = Callable[[str, int, int], None]
+"""Gets what is done (such as "rows"), how many are done, and how many there are."""
+_displays: list[Display] = []
+
+
+def track_progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """Yield the items, and report how many are done; without a display nothing happens."""
+    for number, item in enumerate(items):
+        _report(what, number, len(items))
+        yield item
+    _report(what, len(items), len(items))
+
+
+@contextmanager
+def display_progress(display: Display) -> Iterator[None]:
+    """Show what `track_progress` reports meanwhile."""
+    _displays.append(display)
+    try:
+        yield
+    finally:
+        _displays.remove(display)
+
+
+def _report(what: str, done: int, total: int) -> None:
+    for display in _displays:
+        display(what, done, total)
