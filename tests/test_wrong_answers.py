@@ -221,27 +221,64 @@ CASES: list[Case] = [
     Case("out-long", {}, f"merge RUN --out {'n' * 300}", 2, "the name is too long"),
     Case("write-long", {}, f"plan BASE --data ROWS --write {'n' * 300}.yaml", 2, "the name is too long"),
     # Export, merge and push
-    Case("ollama-name-of-another-base", {}, "export RUN --to ollama --out o --ollama-base llama3.1:8b", 2,
-         "llama3.1:8b is not the base that the adapter was trained on"),
-    Case("ollama-name-without-check", {}, "export RUN --to ollama --out o --ollama-base llama3.1:8b --no-verify", 2,
-         "llama3.1:8b is not the base that the adapter was trained on"),
-    Case("ollama-name-unknown", {}, "export RUN --to ollama --out o --ollama-base mine:1b --threads 1", 0,
-         "NOT PROVEN: "),
-    Case("proof-required", {}, "export RUN --to ollama --out o --ollama-base mine:1b --require-proof --threads 1", 1,
-         "the export is not proven"),
+    Case(
+        "ollama-name-of-another-base",
+        {},
+        "export RUN --to ollama --out o --ollama-base llama3.1:8b",
+        2,
+        "llama3.1:8b is not the base that the adapter was trained on",
+    ),
+    Case(
+        "ollama-name-without-check",
+        {},
+        "export RUN --to ollama --out o --ollama-base llama3.1:8b --no-verify",
+        2,
+        "llama3.1:8b is not the base that the adapter was trained on",
+    ),
+    Case(
+        "ollama-name-unknown", {}, "export RUN --to ollama --out o --ollama-base mine:1b --threads 1", 0, "NOT PROVEN: "
+    ),
+    Case(
+        "proof-required",
+        {},
+        "export RUN --to ollama --out o --ollama-base mine:1b --require-proof --threads 1",
+        1,
+        "the export is not proven",
+    ),
     Case("proof-without-check", {}, "export RUN --to gguf --out o --no-verify --require-proof", 2, "--no-verify"),
     Case("check-left-out", {}, "export RUN --to gguf --out o --no-verify", 0, "NOT PROVEN: the check was left out"),
-    Case("push-of-a-diary", {"run/adapter/merges.txt": "my diary of today"}, "push RUN ada/x --dry-run", 0,
-         "not uploaded: merges.txt"),
-    Case("push-of-a-token", {"run/adapter/LICENSE": "hf_" + "a" * 34}, "push RUN ada/x --dry-run", 2,
-         "LICENSE contains a token of the Hub"),
+    Case(
+        "push-of-a-diary",
+        {"run/adapter/merges.txt": "my diary of today"},
+        "push RUN ada/x --dry-run",
+        0,
+        "not uploaded: merges.txt",
+    ),
+    Case(
+        "push-of-a-token",
+        {"run/adapter/LICENSE": "hf_" + "a" * 34},
+        "push RUN ada/x --dry-run",
+        2,
+        "LICENSE contains a token of the Hub",
+    ),
     # Evaluation and generation
-    Case("eval-of-training-rows", {}, "eval RUN --data ROWS --general-text none", 1,
-         "the run was trained on all 24 rows"),
-    Case("eval-of-one-row", {"one.jsonl": ONE_ROW}, "eval RUN --data one.jsonl --general-text none", 1,
-         "1 row is too few"),
-    Case("eval-of-equal-rows", {"one.jsonl": ONE_ROW * 30}, "eval RUN --data one.jsonl --general-text none", 1,
-         "only 1 of the 30 rows differ"),
+    Case(
+        "eval-of-training-rows", {}, "eval RUN --data ROWS --general-text none", 1, "the run was trained on all 24 rows"
+    ),
+    Case(
+        "eval-of-one-row",
+        {"one.jsonl": ONE_ROW},
+        "eval RUN --data one.jsonl --general-text none",
+        1,
+        "1 row is too few",
+    ),
+    Case(
+        "eval-of-equal-rows",
+        {"one.jsonl": ONE_ROW * 30},
+        "eval RUN --data one.jsonl --general-text none",
+        1,
+        "only 1 of the 30 rows differ",
+    ),
     # Recipes and flags
     #
     Case("yaml-number-as-key", recipe("1: 2"), "plan r.yaml", 2, "a key that is not text: put it in quotes"),
