@@ -1,11 +1,14 @@
 """A GGUF file as a base: the cached folder gives the file's own model and tokenizer, or the file is refused."""
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import struct
 import threading
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -14,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from slimtune.errors import ModelError, RunError
 from slimtune.models import gguf
-from slimtune.models.gguf import cache_root, read_dequantized
+from slimtune.models.gguf import cache_root, check_gguf, read_dequantized
 from slimtune.models.loader import load_base, load_tokenizer
-from slimtune.models.registry import load_config, resolve_model
+from slimtune.models.registry import get_model_info, load_config, resolve_model
 from slimtune.utils.fingerprint import config_fingerprint
 
 pytest.importorskip("gguf")
@@ -149,6 +152,56 @@ def test_damaged_files(write, tmp_path):
     missing = "model.layers.1.mlp.up_proj.weight"
     assert_refused(write(drop=missing), ModelError, "lacks 1 weights", missing)
     assert_refused(write(poison=True), ModelError, "damaged", "down_proj", "NaN")
+
+
+def set_value(file, name, value, form="<I"):
+    """Overwrite a number in the metadata of a file."""
+    from gguf import GGUFReader
+
+    data, field = bytearray(file.read_bytes()), GGUFReader(file).fields[name]
+    at = field.offset + sum(part.nbytes for part in field.parts[:-1])
+    struct.pack_into(form, data, at, value)
+    file.write_bytes(data)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("llama.block_count", 2**31, "2147483648 layers by its metadata, and tensors of 2"),
+        ("llama.rope.dimension_count", 10**6, "rope.dimension_count is 1000000, and no tensor"),
+        ("llama.context_length", 0, "context_length is 0"),
+        ("llama.attention.layer_norm_rms_epsilon", 33, "outside of 1e-15 to 0.1"),
+        ("llama.rope.freq_base", 0x7F800000, "freq_base is inf"),
+        ("tokenizer.ggml.eos_token_id", 999, "eos_token_id is 999, and there are 261 tokens"),
+    ],
+)
+def test_metadata_that_contradict_the_tensors(write, name, value, words):
+    file = set_value(write(), name, value)
+    assert_refused(file, ModelError, "is damaged", words)
+    with pytest.raises(ModelError, match="is damaged"):
+        get_model_info(str(file))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.ggml.eos_token_id", "llama.attention.layer_norm_rms_epsilon"])
+def test_misspelt_metadata(write, name):
+    """transformers would take the default of another model for what it does not find."""
+    file = write()
+    file.write_bytes(file.read_bytes().replace(name.encode(), name[:-1].encode() + b"#"))
+    assert_refused(file, ModelError, "is damaged", f"lacks {name!r}")
+
+
+def test_random_damage(write):
+    """Bytes of the header, changed at random: a message, or a base that the file describes consistently."""
+    file, random = write(), Random(0)
+    whole = file.read_bytes()
+    for _ in range(60):
+        data = bytearray(whole)
+        at = random.randrange(4, 6000)
+        data[at : at + 8] = random.choice([bytes(8), b"\xff" * 8, struct.pack("<Q", 2**31), random.randbytes(1)])
+        file.write_bytes(data)
+        with contextlib.suppress(ModelError):
+            check_gguf(file)
 
 
 def test_package_missing(write, monkeypatch):

