@@ -27,6 +27,10 @@ class Case(NamedTuple):
     words: str
 
 
+MILLION = (
+    '{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1000000, "num_attention_heads": 4, '
+    '"num_key_value_heads": 2, "intermediate_size": 64, "vocab_size": 320}'
+)
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
@@ -147,6 +151,7 @@ CASES: list[Case] = [
         1,
         "ZeroDivisionError",
     ),
+    Case("million-layers", {"b/config.json": MILLION}, "plan b", 1, "num_hidden_layers = 1000000"),
     Case("gz", {"a.jsonl.gz": b"x"}, "data a.jsonl.gz --model BASE", 2, "gunzip -k a.jsonl.gz"),
     #
     #

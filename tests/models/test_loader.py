@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import errors as hub
+from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from slimtune.errors import ModelError, RunError, UsageError
@@ -109,12 +110,54 @@ def test_unused_remote_code(tiny_folder):
     [
         ({"model_type": "of_tomorrow"}, ["of_tomorrow", "pip install -U transformers"]),
         ({"num_hidden_layers": 3}, ["lacks 9 weights", "layers.2", "filled at random"]),
-        ({"intermediate_size": 96}, ["cannot be loaded"]),
+        ({"intermediate_size": 96}, ["other shapes than its config.json says"]),
+        ({"hidden_act": "sillu"}, ["hidden_act is 'sillu'; did you mean 'silu'?"]),
+        ({"hidden_act": 3}, ["'hidden_act'", "TypeError"]),
+        ({"rope_parameters": {"rope_type": "nope", "rope_theta": 1.0}}, ["cannot be loaded", "nope"]),
+        ({"text_config": {"a": 1}}, ["text_config"]),
+        ({"num_hidden_layers": 10**6}, ["num_hidden_layers = 1000000", "up to 2,000"]),
+        ({"max_position_embeddings": -1}, ["max_position_embeddings = -1"]),
     ],
 )
 def test_config_does_not_fit(tiny_folder, changes, words):
     edit_config(tiny_folder, **changes)
     assert_refused(tiny_folder, ModelError, *words)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "../elsewhere.safetensors", "/tmp/elsewhere.safetensors"])
+def test_index_that_names_other_files(tiny_folder, name):
+    index = {"weight_map": {"lm_head.weight": name}}
+    (tiny_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(tiny_folder, ModelError, "index.json names", name, "safetensors files in that folder")
+
+
+def test_adapter_beside_a_base(tiny_folder, tiny_llama, tmp_path):
+    """transformers would load the base that the adapter names."""
+    tiny_llama(seed=1).save_pretrained(tmp_path / "other")
+    weights = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{x}.weight": torch.zeros(*s)
+               for x, s in (("A", (2, 32)), ("B", (32, 2)))}  # fmt: skip
+    save_file(weights, tiny_folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "other"), "r": 2}
+    (tiny_folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    with pytest.raises(ModelError):
+        load(tiny_folder)
+
+
+def test_files_that_only_the_owner_reads(tiny_folder, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, _: not str(path).endswith(".safetensors"))  # root reads every file
+    assert_refused(tiny_folder, ModelError, "no permission to read 'model.safetensors'", "chmod")
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_max_length", "x"), ("model_max_length", -5)])
+def test_damaged_tokenizer_config(tiny_folder, key, value):
+    file = tiny_folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    assert_refused(tiny_folder, ModelError, "tokenizer", "is damaged", f"{key} is {value!r}")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "./" + "a" * 300, "a\udcff", "a\0b"])
+def test_names_that_no_file_has(name):
+    assert_refused(name, UsageError, "there is no base")
 
 
 @pytest.mark.parametrize(("file", "size"), [("config.json", 9), ("model.safetensors", 5000)])

@@ -34,9 +34,11 @@ _TRANSLATIONS: tuple[tuple[tuple[type[Exception] | str, ...], type[SlimtuneError
     (("does not recognize this architecture", "is not supported yet"), ModelError,
      "the installed transformers does not know the architecture of {spec!r}: {detail}", "pip install -U transformers"),
     ((ImportError,), ModelError, "{spec!r} needs a package that is missing: {detail}", "pip install {package}"),
+    (("ignore_mismatched_sizes",), ModelError, "the weights of {spec!r} have other shapes than its config.json says",
+     "take config.json and weights from the same checkpoint"),
     (("attn_implementation",), ModelError, "{spec!r} has no such attention: {detail}",
      'use attn_implementation="eager" for this base'),
-    ((Exception,), ModelError, _DAMAGED, "give a whole and undamaged {what}: download or save it again"),
+    ((Exception,), ModelError, _DAMAGED, "give a whole and undamaged {thing}: download or save it again"),
 )  # fmt: skip
 
 
@@ -91,10 +93,18 @@ def _translate(error: Exception, spec: str, what: str) -> SlimtuneError:
         hint = "use --dtype bf16, a smaller base, or a larger machine"
         return RunError(f"no memory left while loading {spec!r}", hint=hint)
     kind, chain = type(error).__name__, list(exception_chain(error))
-    detail = next((line.strip() for line in str(error).splitlines() if line.strip()), kind)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [kind]
+    detail = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
     detail = detail if len(detail) < 300 else detail[:299] + "…"
     package = next((e.name for e in chain if isinstance(e, ImportError) and e.name), "it")
-    values = {"spec": spec, "what": what, "kind": kind, "detail": detail, "package": package}
+    values = {
+        "spec": spec,
+        "what": what,
+        "thing": what.removesuffix(" of"),
+        "kind": kind,
+        "detail": detail,
+        "package": package,
+    }
     for signs, cls, message, hint in _TRANSLATIONS:
         types, parts = tuple(s for s in signs if isinstance(s, type)), [s for s in signs if isinstance(s, str)]
         if any(isinstance(e, types) or any(part in str(e) for part in parts) for e in chain):

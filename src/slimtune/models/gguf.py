@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -50,7 +51,7 @@ _LLAMA3 = {
     "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
 }  # fmt: skip
 _LLAMA3_FACTORS = (8.0, 32.0)
-_RANGES = {
+_RANGES: dict[str, tuple[float, float]] = {
     "context_length": (1, 2**30), "layer_norm_rms_epsilon": (1e-15, 0.1), "layer_norm_epsilon": (1e-15, 0.1),
     "rope.freq_base": (1, 1e15), "rope.freq_base_swa": (1, 1e15), "head_count": (1, 2**20),
     "embedding_length": (1, 2**20),
@@ -149,8 +150,8 @@ def _find_contradiction(values: dict[str, Any], reader: Any) -> str | None:
             is_size = re.search(r"(length|count|count_kv|vocab_size)$", name) and name != "context_length"
             if isinstance(one, int) and is_size and one > largest:
                 return f"{name} is {one}, and no tensor has a side of more than {largest}"
-            least, most = next((r for end, r in _RANGES.items() if name.endswith(end)), (None, None))
-            if least is not None and not (isinstance(one, int | float) and least <= one <= most):
+            least, most = next((r for end, r in _RANGES.items() if name.endswith(end)), (-math.inf, math.inf))
+            if least > -math.inf and not (isinstance(one, int | float) and least <= one <= most):
                 return f"{name} is {one!r}, outside of {least:g} to {most:g}"
     tokens = values["tokenizer.ggml.tokens"]
     count = len(tokens) if isinstance(tokens, list) else 0

@@ -100,6 +100,12 @@ def load_base(
         model, info = TASKS[task].from_pretrained(opened.location, **options)
         if not is_placed:
             model.to(device)
+    if hasattr(model, "peft_config"):
+        raise ModelError(
+            f"{spec!r} contains an adapter beside the base, which names another base that was loaded instead",
+            "a folder of a base alone",
+            "move adapter_config.json and the adapter's weights to a folder of their own",
+        )
     if quantization is not None:
         disable_wrong_repacking(model)
     _check_weights(model, tokenizer, info, opened.source, task)
@@ -166,6 +172,13 @@ def _load_tokenizer(opened: OpenModel, template: str | None) -> PreTrainedTokeni
             "tokenizer.json and tokenizer_config.json beside the weights",
             "copy them from the checkpoint this one was made from",
         )
+    longest, own = tokenizer.model_max_length, tokenizer.chat_template
+    templates = own.values() if isinstance(own, dict) else [own]
+    has_length = isinstance(longest, int | float) and longest >= 1
+    if not has_length or not all(isinstance(t, str | None) for t in templates):
+        wrong = f"chat_template is {own!r:.80}" if has_length else f"model_max_length is {longest!r:.80}"
+        hint = "repair tokenizer_config.json, or download it again"
+        raise ModelError(f"the tokenizer of {spec!r} is damaged: {wrong}", "a number of tokens, and Jinja text", hint)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _find_pad_token(tokenizer)
         if tokenizer.pad_token is None:

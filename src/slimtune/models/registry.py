@@ -12,6 +12,7 @@ Ollama's spelling names the same base: `llama3.1:8b`, like `Llama 3.1 8B`, is `l
 
 import importlib.util
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..errors import ModelError, UsageError, format_names, nearest
@@ -48,6 +50,9 @@ SIZE_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
 )  # fmt: skip
 """Fields that decide a model's size. transformers fills a missing one with the number of another model, silently."""
+_CONFIG_HINT = "take config.json from the base's folder, where its weights are"
+_LIMITS = dict(zip(SIZE_FIELDS, (2**20, 2000, 2**16, 2**16, 2**22, 2**24), strict=True))
+"""Most of each; a config with more is damaged, and the model of its size could not be built even without weights."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FILE_TYPES = (".gguf", ".safetensors", ".json", *_PICKLES)
 _CHAT_WORDS = {"instruct", "it", "chat", "hf"}
@@ -96,9 +101,9 @@ def resolve_model(spec: str) -> ModelSource:
     if not spec:
         raise UsageError("the base's name is empty", f"an alias, {_FORMS}")
     if spec not in load_known_configs():
-        if path.is_file():
+        if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
             return _resolve_file(path, spec)
-        if path.is_dir():
+        if os.path.isdir(path):
             return _resolve_folder(path, spec)
     if "/" not in spec and (known := find_known(spec)) is not None:
         if known.has_package:
@@ -113,7 +118,7 @@ def resolve_model(spec: str) -> ModelSource:
         return ModelSource("hub", spec, path.name, spec)
     if "/" not in spec and path.suffix.lower() not in _FILE_TYPES:
         raise unknown_base_error(spec)
-    missing = next(p for p in (*reversed(path.parents), path) if not p.exists())
+    missing = next(p for p in (*reversed(path.parents), path) if not os.path.exists(p))
     close = nearest(missing.name, _file_names(missing.parent))
     raise UsageError(f"there is no base {spec!r}{close}", f"an alias, {_FORMS}")
 
@@ -162,6 +167,10 @@ def _resolve_folder(path: Path, spec: str) -> ModelSource:
         elif checkpoints := [str(path / n) for n in names if (path / n / "config.json").is_file()]:
             hint = f"name one of the checkpoints in it: {format_names(checkpoints, 4)}"
         raise UsageError(f"the folder {spec!r} has no config.json", "a Hugging Face checkpoint", hint)
+    if unreadable := [n for n in names if not os.access(path / n, os.R_OK)]:
+        problem = f"no permission to read {format_names(unreadable, 3)} in the folder {spec!r}"
+        raise ModelError(problem, "files that this user may read", "chmod a+r, or ask the owner of the folder")
+    _check_weight_index(path)
     pickles = [n for n in names if n.endswith(_PICKLES) and n != "training_args.bin"]
     if pickles and not any(n.endswith(".safetensors") for n in names):
         raise ModelError(
@@ -170,6 +179,22 @@ def _resolve_folder(path: Path, spec: str) -> ModelSource:
             "ask the base's author for safetensors, or convert it with `save_pretrained` if you trust it",
         )
     return ModelSource("folder", str(path), path.resolve().name, spec)
+
+
+def _check_weight_index(folder: Path) -> None:
+    """Raise ModelError if the index of a folder's weights names anything but safetensors in that folder."""
+    file = folder / "model.safetensors.index.json"
+    try:
+        files = json.loads(file.read_text(encoding="utf-8"))["weight_map"].values() if file.is_file() else ()
+        wrong = sorted({str(f) for f in files if Path(f).name != f or not f.endswith(".safetensors")})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{file} is damaged", "the names of weights and their files", "download it again") from error
+    if wrong:
+        raise ModelError(
+            f"{file} names {format_names(wrong, 3)}",
+            "safetensors files in that folder: a pickle can run code, and other folders belong to other bases",
+            "download the base again, or ask its author",
+        )
 
 
 def _file_names(folder: Path) -> list[str]:
@@ -204,6 +229,7 @@ def open_model(spec: str, *, trust_remote_code: bool = False, revision: str | No
         if "auto_map" in raw and raw.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
             raise remote_code_error(spec)
         config = AutoConfig.from_pretrained(location, **options)
+    check_config(config, spec)
     return OpenModel(source, location, options, config, seconds)
 
 
@@ -275,11 +301,11 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
     """
     spec = str(spec).strip()
     path = Path(spec).expanduser()
-    file = path / "config.json" if path.is_dir() else path
+    file = path / "config.json" if os.path.isdir(path) else path
     trust_remote_code |= remote_code_allowed()
-    if file.suffix == ".json" and file.is_file():
+    if file.suffix == ".json" and os.path.isfile(file):
         return ModelInfo(file.resolve().parent.name, spec, _read_config(file, trust_remote_code), str(path))
-    if path.is_file() and path.suffix.lower() == ".gguf":
+    if os.path.isfile(path) and path.suffix.lower() == ".gguf":
         check_gguf(path)
         with translate_load_errors(spec):
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
@@ -307,7 +333,7 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
     location = str(path.parent if path.name == "config.json" else path)
-    hint = "take config.json from the base's folder, where its weights are"
+    hint = _CONFIG_HINT
     with translate_load_errors(str(path), "config"):
         raw, _ = PreTrainedConfig.get_config_dict(location)
         kind = str(raw.get("model_type") or "")
@@ -318,7 +344,34 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
         if kind not in CONFIG_MAPPING and not (kind and trust_remote_code):
             problem = f"the unknown model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}" if kind else "no model_type"
             raise ModelError(f"{path} has {problem}", "the config.json of a model that transformers knows", hint)
-        return AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+    check_config(config, str(path))
+    return config
+
+
+def check_config(config: PreTrainedConfig, spec: str) -> None:
+    """Raise ModelError for sizes that no model has, an unknown activation, or a `text_config` that is none."""
+    try:
+        text = config.get_text_config()
+        values = {name: getattr(text, name, None) for name in (*SIZE_FIELDS, "hidden_act")}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the config of {spec!r} is damaged: its text_config is no config", hint=_CONFIG_HINT
+        ) from error
+    activation = values.pop("hidden_act")
+    if not isinstance(text, PreTrainedConfig) or (isinstance(activation, str) and activation not in ACT2FN):
+        known = f"hidden_act is {activation[:80]!r}{nearest(activation[:80], ACT2FN)}" if activation else "text_config"
+        raise ModelError(f"the config of {spec!r} has what transformers does not know: {known}", hint=_CONFIG_HINT)
+    longest = vars(text).get("max_position_embeddings")
+    if isinstance(longest, int) and longest < 1:
+        raise ModelError(f"the config of {spec!r} has max_position_embeddings = {longest!r}", hint=_CONFIG_HINT)
+    for name, value in values.items():
+        for one in value if isinstance(value, list | tuple) else [value]:  # some have a number for each layer
+            if one is None or (isinstance(one, int) and 0 <= one <= _LIMITS[name]):
+                continue
+            raise ModelError(
+                f"the config of {spec!r} has {name} = {one!r:.80}", f"a number up to {_LIMITS[name]:,}", _CONFIG_HINT
+            )
 
 
 def _missing_fields(raw: dict[str, Any], cls: Any) -> list[str]:
