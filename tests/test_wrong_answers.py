@@ -58,6 +58,15 @@ def recipe(*lines: str) -> dict[str, str | bytes]:
     """Return the recipe r.yaml, with more lines."""
     return {"r.yaml": "\n".join(["model: BASE", "data: ROWS", *lines]) + "\n"}
 
+TRAIN = "train --model BASE --data ROWS --max-steps 1 --out out"
+
+
+def adapter(**fields: Any) -> dict[str, str | bytes]:
+    """The run's adapter with another config: a LoRA of rank 16."""
+    config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj",
+              "gate_proj", "up_proj", "down_proj"]}  # fmt: skip
+    return {"run/adapter/adapter_config.json": json.dumps(config | fields)}
+
 
 ONE_ROW = '{"messages": [{"role": "user", "content": "Say x."}, {"role": "assistant", "content": "x y z"}]}\n'
 CASES: list[Case] = [
@@ -162,10 +171,29 @@ CASES: list[Case] = [
     #
     #
     # Adapter files: patterns, ranks, dtypes
-    #
+    Case("file-endless-targets", adapter(target_modules="(.*)*!"), "generate RUN hi", 2, "matches no module"),
+    Case("file-endless-exclude", adapter(exclude_modules="(([a-z0-9_.])+)+!"), "generate RUN hi", 0, ""),
+    Case("file-endless-ranks", adapter(rank_pattern={"(a|a|b)*(.*)*(.+)+!": 4}), "generate RUN hi", 0, ""),
+    Case("file-broken-pattern", adapter(rank_pattern={"*.q_proj": 4}), "generate RUN hi", 1, "nothing to repeat at"),
+    Case("file-pissa", adapter(init_lora_weights="pissa_niter_1000000000"), "generate RUN hi", 1, "pissa_niter_N"),
+    Case("file-rank", adapter(r=10**7), "generate RUN hi", 1, "in the file, but (10000000, "),
+    Case("file-alpha-inf", adapter(lora_alpha=float("inf")), "generate RUN hi", 1, "lora_alpha is inf"),
+    Case("file-alpha-huge", adapter(lora_alpha=1e308), "generate RUN hi", 1, "at most 1e+09 in size"),
     #
     # Method settings
-    #
+    Case("star", {}, f"{TRAIN} --set 'method.target_modules=\"*.q_proj\"'", 2, "'*.q_proj' is not a regular expression"),
+    Case("star-hint", {}, f"{TRAIN} --set 'method.target_modules=\"*.q_proj\"'", 2, "a list of names: [q_proj]"),
+    Case("star-unquoted", {}, f"{TRAIN} --set method.target_modules=*.q_proj", 2, "needs quotes"),
+    Case("parenthesis", {}, f"{TRAIN} --set 'method.target_modules=(q_proj'", 2, "missing ), unterminated subpattern at"),
+    Case("endless-targets", {}, f"{TRAIN} --set 'method.target_modules=(.*)*!'", 2, "matches no module"),
+    Case("alpha-huge", {}, f"{TRAIN} --set method.lora_alpha=1e308", 2, "at most 1e+09 in size"),
+    Case("alpha-dict", {}, f"{TRAIN} --set 'method.lora_alpha={{a: 1}}'", 2, "lora_alpha"),
+    Case("alpha-nan", {}, f"{TRAIN} --set method.lora_alpha=.nan", 2, "lora_alpha: got nan"),
+    Case("batch-huge", {}, f"{TRAIN} --set train.batch_size={10**30}", 2, "train.batch_size"),
+    Case("epochs-huge", {}, f"{TRAIN} --set train.epochs=1e308", 2, "train.epochs"),
+    Case("accumulate-huge", {}, f"{TRAIN} --set train.gradient_accumulation_steps={10**30}", 2, "accumulation"),
+    Case("row-length-huge", {}, f"{TRAIN} --set data.max_seq_len={10**30}", 2, "data.max_seq_len"),
+    Case("micro-batch-0", {}, f"{TRAIN} --set train.max_tokens_per_micro_batch=0", 2, "at least 1"),
     #
     # Training: non-finite losses, two writers
     Case("diverged", {}, "train --model BASE --data ROWS --out o --lr 1e30 --max-steps 8 --dtype float32", 1, "is NaN"),

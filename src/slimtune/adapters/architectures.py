@@ -31,6 +31,9 @@ DEFAULT_TARGETS: dict[str | None, list[str]] = {
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads that a task adds to a model; they are trained in full (PEFT's lists)."""
 
+MAMBA_FAMILIES, MAMBA_UNCALLED = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")
+"""Modules of these architectures whose weights fused kernels read without calling the modules (PEFT's lists)."""
+
 ATTENTION = ("self_attn", "attn", "self_attention", "attention", "linear_attn", "layer.0.SelfAttention")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.2.DenseReluDense", "layer.1.DenseReluDense",
                  "fc2", "output.dense")  # fmt: skip

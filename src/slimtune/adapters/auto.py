@@ -20,6 +20,9 @@ _BY_TASK = {
 """Class for the base by the adapter's task; for feature extraction transformers' name is AutoModel."""
 
 
+_AUTO_CLASSES = {"AutoModel", *_BY_TASK.values(), "AutoModelForImageTextToText", "AutoModelForMaskedLM"}
+
+
 class AutoPeftModel:
     """Loads an adapter and its base. The adapter's config, or the name of a subclass, determines the base's class."""
 
@@ -49,11 +52,16 @@ class AutoPeftModel:
         if not base:
             raise AdapterError(f"{path} does not name its base", "base_model_name_or_path in its config", load_yourself)
         class_name = cls._get_base_class(config, path).replace("AutoModelForFeatureExtraction", "AutoModel")
+        # Without the first, transformers asks on the terminal whether to run a base's code; without the second, it reads
+        # pickles.
+        base_settings = {"trust_remote_code": False, "use_safetensors": True, **base_settings}
         try:
             model = getattr(transformers, class_name).from_pretrained(base, revision=config.revision, **base_settings)
-        except OSError as e:
-            if os.path.isdir(base):
-                raise
+        except (OSError, ValueError, ImportError) as e:
+            if os.path.isdir(base) or not isinstance(e, OSError):
+                raise AdapterError(
+                    f"the base {base!r} of {path} could not be loaded: {e}", hint=load_yourself
+                ) from e
             raise AdapterError(
                 f"{path} names the base {base!r}, which is not a local folder and could not be loaded from the Hub: "
                 f"{type(e).__name__}",
@@ -76,7 +84,8 @@ class AutoPeftModel:
         class_name = str(mapping.get("base_model_class"))
         # Only classes of transformers: a config must not choose which code runs.
         library = str(mapping.get("parent_library")).split(".")[0]
-        if library == "transformers" and hasattr(transformers, class_name):
+        found = getattr(transformers, class_name, None) if library == "transformers" else None
+        if isinstance(found, type) and (issubclass(found, transformers.PreTrainedModel) or class_name in _AUTO_CLASSES):
             return class_name
         message = f"the config of {path} gives neither a task nor a class of transformers for its base"
         raise AdapterError(

@@ -21,6 +21,7 @@ from ..utils.files import write_atomic
 from .architectures import DEFAULT_TARGETS, model_type
 from .base import AdapterModule, Site, SiteKind
 from .config_fields import check_fields, setting
+from .patterns import check_pattern
 from .registry import config_class
 from .targets import get_pattern_value
 
@@ -261,6 +262,13 @@ class TargetedConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 expected = "None where target_modules is a regular expression: put the layer numbers into it"
                 self.require(getattr(self, name) is None, name, expected)
+        fields = {n: getattr(self, n) for n in ("target_modules", "exclude_modules")}
+        texts = {n: [text] for n, text in fields.items() if isinstance(text, str)}
+        layers = self.layers_pattern or []
+        texts |= {"layers_pattern": [layers] if isinstance(layers, str) else layers}
+        for name, patterns in {**texts, **getattr(self, "patterns", {})}.items():
+            for pattern in patterns:
+                check_pattern(name, pattern)
         lonely_pattern = self.layers_pattern and self.layers_to_transform is None
         self.require(not lonely_pattern, "layers_pattern", "None unless layers_to_transform is given")
 

@@ -22,6 +22,8 @@ _TYPE_NAMES = {
     bool: "True or False", int: "an integer", float: "a number", str: "a string", dict: "a dictionary",
     type(None): "None",
 }  # fmt: skip
+MAX_NUMBER = 1e9
+"""Largest size of a number in a setting that declares no smaller bound: products of two still fit in fp32."""
 _BOUNDS = {
     "ge": ("at least", operator.ge), "gt": ("above", operator.gt), "le": ("at most", operator.le),
     "lt": ("below", operator.lt),
@@ -84,10 +86,13 @@ class FieldSpec:
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
         numbers = [x for x in items if isinstance(x, int | float) and not isinstance(x, bool)]
         in_range = all(_BOUNDS[name][1](x, bound) for name, bound in self.bounds.items() for x in numbers)
+        largest = MAX_NUMBER if not {"le", "lt"} & set(self.bounds) else math.inf
+        if self.declared and not all(-MAX_NUMBER <= x <= largest for x in numbers):  # not NaN, either
+            return ConfigError(f"{self.name} is {_shorten(value)}", f"{self.expected}; at most {MAX_NUMBER:g} in size")
         is_choice = not self.choices or not isinstance(value, str) or value in self.choices
         if not self.declared or (_has_type(value, self.type) and is_choice and in_range):
             return None
-        return ConfigError(f"{self.name} is {value!r}{nearest(str(value), self.choices)}", self.expected)
+        return ConfigError(f"{self.name} is {_shorten(value)}{nearest(str(value), self.choices)}", self.expected)
 
 
 @cache
@@ -138,6 +143,13 @@ def describe_type(hint: Any, choices: Iterable[str] = ()) -> str:
     if origin is Literal or (choices and isinstance(hint, type) and issubclass(hint, str)):
         return f"one of {format_names(choices or arguments, 40)}"
     return _TYPE_NAMES.get(hint) or str(hint if arguments else getattr(hint, "__name__", hint))
+
+
+def _shorten(value: Any) -> str:
+    # Python refuses to print integers of over 4,300 digits.
+    huge = isinstance(value, int) and abs(value) > 1e100
+    text = f"an integer of {value.bit_length()} bits" if huge else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -354,8 +354,12 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
 
     def _require_free_name(self, name: str) -> None:
         configs = self._adapter_state.configs
-        if not name or "." in name or name == BASE_ROW or name in configs or hasattr(nn.ModuleDict(), name):
-            expected = f"a name without dots that is not a method of ModuleDict and not one of {format_names(configs)}"
+        # An adapter's name is a part of keys, and the name of its folder.
+        plain = name.isprintable() and not set(name) & set('./\\:*?"<>|') and len(name.encode()) <= 200
+        if not name or not plain or name == BASE_ROW or name in configs or hasattr(nn.ModuleDict(), name):
+            expected = "a name without dots, slashes and control characters that is not a method of ModuleDict" + (
+                f" and not one of {format_names(configs)}" if configs else ""
+            )
             raise UsageError(f"{name!r} cannot be the name of a new adapter", expected)
 
     def _require_unmerged(self) -> None:

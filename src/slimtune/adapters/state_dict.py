@@ -5,6 +5,8 @@ is stored as `<module>.base_layer.bias`, a module trained in full under its own 
 fingerprint of the base's config. A missing, unexpected or wrongly shaped tensor is an error.
 """
 
+import copy
+import dataclasses
 import json
 import logging
 import os
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import AdapterError, UsageError, format_names, nearest
@@ -26,6 +28,7 @@ from ..utils.hub import commit_files, require_repo_id
 from . import model_card
 from .config import CONFIG_FILE, PeftConfig, find_file, write_config
 from .layer import get_site
+from .targets import select_targets
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +47,9 @@ _UNCOMPARED_FIELDS = {
     "init_lora_weights", "lora_dropout",
 }  # fmt: skip
 """Fields of a config that do not change what a trained adapter's tensors mean."""
+_COMPLEX = (torch.complex32, torch.complex64, torch.complex128)
+_FREE_VALUES, _MAX_RATIO = 1 << 20, 64
+"""An adapter may start with this many values more than its file, times this factor: AdaLoRA prunes ranks."""
 
 
 class LoadResult(NamedTuple):
@@ -106,6 +112,10 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
     unexpected = [k for k in given if k not in own and not _is_unchanged_base_weight(model, k, given[k])]
     shapes = [(k, tuple(given[k].shape), tuple(own[k].shape)) for k in own if k in given]
     misshapen = [f"{k}: {there} in the file, {here} here" for k, there, here in shapes if there != here]
+    pairs = [(k, given[k], own[k]) for k in own if k in given]
+    mistyped = [f"{k}: {t.dtype}" for k, t, p in pairs if _number_kind(t) != _number_kind(p)]
+    # A 16-bit or 8-bit value has an exact fp32 value.
+    damaged = [k for k, t, _ in pairs if _number_kind(t) == "float" and not _is_finite(t)]
     faults = []
     if missing:
         faults.append(f"{len(missing)} of {len(own)} tensors are missing, such as {format_names(missing, 2)}")
@@ -114,13 +124,53 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
         faults.append(f"{len(unexpected)} tensors are unexpected, such as {format_names(unexpected, 2)}{similar}")
     if misshapen:
         faults.append(f"{len(misshapen)} tensors have another shape: {'; '.join(misshapen[:2])}")
+    if mistyped:
+        faults.append(f"{len(mistyped)} tensors have another kind of numbers: {format_names(mistyped, 2)}")
+    if damaged:
+        faults.append(f"{len(damaged)} tensors contain NaN or Inf, such as {format_names(damaged, 2)}")
     if faults:
         hint = "load the base named in its adapter_config.json"
+        if len(faults) == 1 and damaged:
+            hint = "the training that wrote it diverged: load an earlier checkpoint"
         raise AdapterError(f"{where} does not fit this model: {'; '.join(faults)}", hint=hint)
     with torch.no_grad():
         for key, parameter in own.items():
             if key in given:
                 parameter.copy_(given[key])
+
+
+def _number_kind(tensor: Tensor) -> str:
+    dtype = tensor.dtype
+    return "float" if dtype.is_floating_point else "int" if dtype not in (torch.bool, *_COMPLEX) else str(dtype)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.element_size() == 1:  # torch does not compute in fp8
+        tensor = tensor.to(torch.float32)
+    return tensor.is_meta or bool(tensor.isfinite().all())
+
+
+def check_sizes(model: Any, config: PeftConfig, given: Mapping[str, Tensor], where: object) -> None:
+    """Raise AdapterError if the config asks for far more memory than a file's tensors, before it is allocated."""
+    config = copy.deepcopy(config)
+    config.check_model(model)
+    config.fill_from_model(model)
+    kinds = select_targets(model, config, strict=False).kinds
+    meta = torch.device("meta")
+    sites = [dataclasses.replace(get_site(n, kind, model, loading=True), device=meta) for n, kind in kinds.items()]
+    unsaved = 0
+    for site, module in zip(sites, config.build_all(sites), strict=True):
+        prefix = f"{_PREFIX}{site.name}." if site.name else _PREFIX
+        for name, tensor in module.tensors().items():
+            key = config.file_key(prefix + name)
+            if key not in given:
+                unsaved += tensor.numel()
+            elif tensor.numel() > _FREE_VALUES + _MAX_RATIO * given[key].numel():
+                sizes = f"{key} is {tuple(given[key].shape)} in the file, but {tuple(tensor.shape)} by its config"
+                raise AdapterError(f"{where}: {sizes}", "an adapter_config.json that belongs to the tensors")
+    if unsaved > _FREE_VALUES + sum(p.numel() for p in model.parameters()):
+        message = f"{where}: its config asks for {unsaved:,} values that its file does not have"
+        raise AdapterError(message, "an adapter_config.json that belongs to the tensors")
 
 
 def _prepare_load(model: Any, adapter: str, given: Mapping[str, Tensor]) -> set[str]:
@@ -193,6 +243,19 @@ def adapter_tensor_info(
     return get_peft_model_state_dict(model, state_dict, adapter), metadata
 
 
+def to_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
+    """Return the two parts of a safetensors file, whose bytes depend on its content alone.
+
+    The library writes the metadata in any order.
+    """
+    data = save(tensors)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8:start])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors are aligned
+    return len(text).to_bytes(8, "little") + text, memoryview(data)[start:]
+
+
 def save_adapter(model: Any, folder: Path, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write one adapter's config, tensors and model card into `folder`; each file is written atomically."""
     if folder.is_file():
@@ -207,7 +270,7 @@ def save_adapter(model: Any, folder: Path, adapter: str, state_dict: Mapping[str
         values["auto_mapping"] = {"base_model_class": base.__name__, "parent_library": base.__module__}
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, values)
-    write_atomic(folder / WEIGHTS_FILE, to_bytes(tensors, metadata))
+    write_atomic(folder / WEIGHTS_FILE, to_safetensors(tensors, metadata))
     model_card.write_model_card(config, folder)
 
 
@@ -237,6 +300,7 @@ def read_adapter(
         message = f"{path} was trained on another base: its config has fingerprint {fingerprint}, this one has {here}"
         raise AdapterError(message, hint="see base_model_name_or_path in its adapter_config.json")
     config.inference_mode = not is_trainable
+    check_sizes(model, config, tensors, path)
     return tensors, config
 
 

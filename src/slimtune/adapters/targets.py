@@ -7,7 +7,6 @@ must match something: what matches nothing is an error that gives the nearest na
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 
 from ..errors import TargetError, format_names, nearest
 from ..utils.linear_layers import layer_kind
-from .architectures import HEADS, model_type
+from .architectures import HEADS, MAMBA_FAMILIES, MAMBA_UNCALLED, model_type
 from .base import SiteKind
 from .layer import AdaptedLayer
+from .patterns import find_pattern, get_pattern
 
 if TYPE_CHECKING:
     from .config import PeftConfig
@@ -105,13 +105,8 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
 def matches_name(wanted: Iterable[str] | str, name: str) -> bool:
     """Return whether `name` matches: a string is a regular expression for all of it, a list has names or suffixes."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return get_pattern(wanted).matches(name)
     return any(name == w or name.endswith(f".{w}") for w in wanted)
-
-
-def find_pattern(patterns: Iterable[str], name: str) -> str | None:
-    """Return the first pattern that matches `name` or its end after a dot, or None."""
-    return next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
 
 
 def get_pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
@@ -122,12 +117,16 @@ def get_pattern_value(patterns: Mapping[str, Value], name: str, default: Value) 
 
 def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
     """Return the index of a module's layer: the first number in its name, or the one after a pattern."""
-    name += "."  # the module may be the layer itself
-    if patterns:
-        regexes = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in _as_list(patterns)]
-    else:
-        regexes = [r".*?\.[^.]*\.(\d+)\.", r"[^.]*\.(\d+)\."]
-    return next((int(m[1]) for m in (re.match(r, name) for r in regexes) if m), None)
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if i and part.isdecimal()]
+    if not patterns:  # like PEFT, which reads a number in second place only where there is no other
+        numbers = [i for i in numbers if i > 1] or numbers
+        return int(parts[numbers[0]]) if numbers else None
+    for pattern in _as_list(patterns):
+        for i in numbers:
+            if find_pattern([pattern], ".".join(parts[:i])) is not None:
+                return int(parts[i])
+    return None
 
 
 def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[str] | str:
@@ -183,6 +182,9 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
             " and ".join(_KIND_NAMES[k] for k in config.kinds if k in _KIND_NAMES),
             f"name the {config.kinds[0]} modules inside it" if kind is None else "",
         )
+    if model_type(model) in MAMBA_FAMILIES and name.rpartition(".")[2] in MAMBA_UNCALLED:
+        message = f"{name} belongs to a Mamba mixer, whose GPU kernels read its weight and skip an adapter"
+        raise TargetError(message, "other modules, as in PEFT", 'exclude_modules=["out_proj", "conv1d"]')
     if isinstance(module, nn.Embedding) and not hasattr(module, "embed_scale"):
         mro = (c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, AdaptedLayer))
         if vars(next(mro))["forward"] is not nn.Embedding.forward:

@@ -102,7 +102,8 @@ def parse_yaml(text: str, source: str) -> Any:
         lines = text.splitlines() or [""]
         line = lines[min(mark.line, len(lines) - 1)]  # at the end of the text the mark is one line past it
         place = f"{source}, line {mark.line + 1}, column {mark.column + 1}"
-        raise RecipeError(f"{place}: {e.problem or e.context}", "YAML", f"look at: {line.strip()[:80]}") from None
+        hint = f"look at: {line.strip()[:80]}{_quote_hint(line)}"
+        raise RecipeError(f"{place}: {e.problem or e.context}", "YAML", hint) from None
 
 
 def read_recipe_tree(path: Path) -> dict[str, Any]:
@@ -197,3 +198,9 @@ def resolve_paths(tree: dict[str, Any], folder: Path | None = None) -> None:
     # A bare word is an alias even if a folder has that name. A Hub id stays as it is if no such folder exists.
     if isinstance(path, str) and ("/" in path or path.endswith(".gguf")) and os.path.exists(locate(path)):
         model["name"] = locate(path)
+
+
+def _quote_hint(line: str) -> str:
+    """Return what to do where a value begins with a character that YAML keeps for itself, such as a pattern's star."""
+    value = line.partition(": ")[2].strip() or line.strip()
+    return f'; a text that begins with {value[0]} needs quotes: "{value}"' if value[:1] in tuple("*&!%@`") else ""

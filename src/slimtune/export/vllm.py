@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from ..adapters import state_dict

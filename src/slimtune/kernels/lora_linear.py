@@ -83,6 +83,8 @@ class _LowRankLinear(torch.autograd.Function):
             _flatten(out).addmm_(z, B.to(x.dtype).t(), alpha=scale)
         else:
             out = torch.addmm(_flatten(y), z, B.to(y.dtype).t(), alpha=scale).view_as(y)
+        # Autograd does not let the caller change a view in place (Falcon does), and F.linear may return one.
+        out = out.detach()
         need_A, need_B = ctx.needs_input_grad[4:6]
         ctx.shape = x.shape
         # x is needed for A's gradient only.

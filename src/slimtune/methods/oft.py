@@ -51,7 +51,7 @@ class OFTConfig(TargetedConfig):
     use_cayley_neumann: bool = setting(
         True, "compute R by the series, which is faster; False: by the exact transform, which rotates the opposite way"
     )
-    num_cayley_neumann_terms: int = setting(5, "terms of the series; 3 means 4, as in PEFT", ge=2)
+    num_cayley_neumann_terms: int = setting(5, "terms of the series; 3 means 4, as in PEFT", ge=2, le=1000)
 
     def check(self) -> None:
         super().check()

@@ -44,7 +44,7 @@ class PromptEncoderConfig(PromptLearningConfig):
         "MLP", 'the network: "MLP" (three linear layers) or "LSTM" (bidirectional, then two linear layers)'
     )
     encoder_hidden_size: int | None = setting(None, "width of the network; None: the model's hidden size", ge=1)
-    encoder_num_layers: int = setting(2, "layers of the LSTM; an MLP always has three", ge=1)
+    encoder_num_layers: int = setting(2, "layers of the LSTM; an MLP always has three", ge=1, le=100)
     encoder_dropout: float = setting(0.0, "probability of dropping an activation between LSTM layers", ge=0, lt=1)
 
     def check(self) -> None:

@@ -37,7 +37,7 @@ class VeraConfig(TargetedConfig):
     recipe_defaults: ClassVar = {"target_modules": "all-linear"}
 
     r: int = setting(256, "rank; larger than LoRA's, typically 128 to 1024", ge=1)
-    projection_prng_key: int = setting(0, "seed of A and B")
+    projection_prng_key: int = setting(0, "seed of A and B", le=2**63 - 1)
     save_projection: bool = setting(
         True, "write A and B into the file; False: draw them again from the seed, which may differ in another torch"
     )

@@ -13,7 +13,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -174,20 +174,21 @@ def require_output_file(path: Path) -> Path:
     return target
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file atomically. A link at `path` is replaced; what it links to is unchanged.
+def write_atomic(path: Path, content: str | bytes | Sequence[bytes | memoryview]) -> None:
+    """Write a file atomically: a text, or bytes in one or several parts. A link at `path` is replaced, not its target.
 
     Raises:
         RunError, UsageError: the disk is full or refuses; an old file is unchanged and no partial file remains.
     """
     # A name that is no UTF-8 becomes \\udcff in a text.
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    with translate_os_errors(path, len(data)):
+    parts = [content.encode("utf-8", "backslashreplace")] if isinstance(content, str) else content
+    parts = [parts] if isinstance(parts, bytes) else parts
+    with translate_os_errors(path, sum(map(len, parts))):
         require_regular(path)
         handle, temporary = tempfile.mkstemp(prefix=_temporary_prefix(path), dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as f:
-                f.write(data)
+                f.writelines(parts)
                 f.flush()
                 os.fsync(f.fileno())
             os.chmod(temporary, 0o644)

@@ -58,7 +58,9 @@ class _Magnitude(LoraModule):
         # In the dtype of m, so that m / n is exactly 1 at the start.
         n = row_norms(squares, weight, A, B, self.scale).to(m.dtype)
         flat_y, flat_z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]).to(y.dtype)
-        return _DoraOutput.apply(flat_y, flat_z, B, m, n, bias, self.scale).view(y.shape)
+        out = _DoraOutput.apply(flat_y, flat_z, B, m, n, bias, self.scale).view(y.shape)
+        # The backward pass needs the output as it is now, and Falcon adds to it in place.
+        return out.clone() if any(c.__name__ == "FalconLinear" for c in type(base.module).__mro__) else out
 
     def low_rank_factors(self) -> None:
         """Return None: the update has no low rank."""

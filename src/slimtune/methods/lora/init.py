@@ -30,7 +30,7 @@ from ...adapters.base import Site
 from ...errors import ConfigError
 
 NAMED_INITS = ("gaussian", "eva", "pissa", "olora", "orthogonal", "mica", "loftq")
-_PISSA_NITER = re.compile(r"pissa_niter_(\d+)")
+_PISSA_NITER = re.compile(r"pissa_niter_([0-9]{1,3})")  # typically 4 to 16
 
 
 def is_valid_init(init: Any) -> bool:
