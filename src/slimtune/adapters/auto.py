@@ -52,16 +52,13 @@ class AutoPeftModel:
         if not base:
             raise AdapterError(f"{path} does not name its base", "base_model_name_or_path in its config", load_yourself)
         class_name = cls._get_base_class(config, path).replace("AutoModelForFeatureExtraction", "AutoModel")
-        # Without the first, transformers asks on the terminal whether to run a base's code; without the second, it reads
-        # pickles.
+        # Otherwise transformers asks on the terminal whether to run a base's code, and reads pickles.
         base_settings = {"trust_remote_code": False, "use_safetensors": True, **base_settings}
         try:
             model = getattr(transformers, class_name).from_pretrained(base, revision=config.revision, **base_settings)
         except (OSError, ValueError, ImportError) as e:
             if os.path.isdir(base) or not isinstance(e, OSError):
-                raise AdapterError(
-                    f"the base {base!r} of {path} could not be loaded: {e}", hint=load_yourself
-                ) from e
+                raise AdapterError(f"the base {base!r} of {path} could not be loaded: {e}", hint=load_yourself) from e
             raise AdapterError(
                 f"{path} names the base {base!r}, which is not a local folder and could not be loaded from the Hub: "
                 f"{type(e).__name__}",

@@ -1,8 +1,8 @@
 """Regular expressions of configs, matched against module names in a bounded number of steps.
 
-A config can come from a stranger, and a pattern such as `(.*)*!` keeps Python's `re` busy for ever. So a pattern runs in
-`re` only if its repeats allow few ways through a name. The others are matched by sets: each part of the pattern maps the
-positions where it may start to those where it may end. A set is an integer whose bits are the positions.
+A config can come from a stranger, and a pattern such as `(.*)*!` keeps Python's `re` busy for ever. So a pattern runs
+in `re` only if its repeats allow few ways through a name. The others are matched by sets: each part of the pattern maps
+the positions where it may start to those where it may end. A set is an integer whose bits are the positions.
 """
 
 import operator

@@ -35,7 +35,9 @@ class ShiraConfig(TargetedConfig):
 
     r: int = setting(32, "sets the number of entries, r · (in + out); does not limit the rank of the change", ge=1)
     mask_type: str = setting("random", "how entries are chosen; any other name: by config.mask_fn")
-    random_seed: int | None = setting(None, "seed of the random positions; None: torch's default, the same each time", le=2**63 - 1)
+    random_seed: int | None = setting(
+        None, "seed of the random positions; None: torch's default, the same each time", le=2**63 - 1
+    )
     fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     init_weights: bool = setting(True, "start at zero; False: normal random entries, for tests")
 
