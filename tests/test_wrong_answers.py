@@ -49,6 +49,7 @@ def chat(content: Any = "Hi", role: str = "user", **more: Any) -> str:
 
 KTO = row(prompt="Say", completion=" so", label=True) + row(prompt="Say", completion=" no", label=False)
 PAIR = row(prompt="Say", chosen=" so", rejected=" no")
+TRAIN = "train --model BASE --data a.jsonl --max-steps 1 --dtype float32 --out out"
 TRAIN_FLAGS = "train --model BASE --data ROWS --max-steps 1"
 ALIASES = "x0: &x0 [a]\n" + "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 12))
 
@@ -56,6 +57,9 @@ ALIASES = "x0: &x0 [a]\n" + "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9
 def recipe(*lines: str) -> dict[str, str | bytes]:
     """Return the recipe r.yaml, with more lines."""
     return {"r.yaml": "\n".join(["model: BASE", "data: ROWS", *lines]) + "\n"}
+
+
+SET_METHOD = f"{TRAIN_FLAGS} --out out --set 'method."
 
 
 def adapter(**fields: Any) -> dict[str, str | bytes]:
@@ -178,45 +182,14 @@ CASES: list[Case] = [
     Case("file-alpha-huge", adapter(lora_alpha=1e308), "generate RUN hi", 1, "at most 1e+09 in size"),
     #
     # Method settings
-    Case(
-        "star",
-        {},
-        f"{TRAIN_FLAGS} --out out --set 'method.target_modules=\"*.q_proj\"'",
-        2,
-        "'*.q_proj' is not a regular expression",
-    ),
-    Case(
-        "star-hint",
-        {},
-        f"{TRAIN_FLAGS} --out out --set 'method.target_modules=\"*.q_proj\"'",
-        2,
-        "a list of names: [q_proj]",
-    ),
-    Case("star-unquoted", {}, f"{TRAIN_FLAGS} --out out --set method.target_modules=*.q_proj", 2, "needs quotes"),
-    Case(
-        "parenthesis",
-        {},
-        f"{TRAIN_FLAGS} --out out --set 'method.target_modules=(q_proj'",
-        2,
-        "unterminated subpattern at",
-    ),
-    Case(
-        "endless-targets", {}, f"{TRAIN_FLAGS} --out out --set 'method.target_modules=(.*)*!'", 2, "matches no module"
-    ),
-    Case("alpha-huge", {}, f"{TRAIN_FLAGS} --out out --set method.lora_alpha=1e308", 2, "at most 1e+09 in size"),
-    Case("alpha-dict", {}, f"{TRAIN_FLAGS} --out out --set 'method.lora_alpha={{a: 1}}'", 2, "lora_alpha"),
-    Case("alpha-nan", {}, f"{TRAIN_FLAGS} --out out --set method.lora_alpha=.nan", 2, "lora_alpha: got nan"),
-    Case("batch-huge", {}, f"{TRAIN_FLAGS} --out out --set train.batch_size={10**30}", 2, "train.batch_size"),
-    Case("epochs-huge", {}, f"{TRAIN_FLAGS} --out out --set train.epochs=1e308", 2, "train.epochs"),
-    Case(
-        "accumulate-huge",
-        {},
-        f"{TRAIN_FLAGS} --out out --set train.gradient_accumulation_steps={10**30}",
-        2,
-        "accumulation",
-    ),
-    Case("row-length-huge", {}, f"{TRAIN_FLAGS} --out out --set data.max_seq_len={10**30}", 2, "data.max_seq_len"),
-    Case("micro-batch-0", {}, f"{TRAIN_FLAGS} --out out --set train.max_tokens_per_micro_batch=0", 2, "at least 1"),
+    Case("star", {}, f'{SET_METHOD}target_modules="*.q_proj"\'', 2, "'*.q_proj' is not a regular expression"),
+    Case("star-hint", {}, f'{SET_METHOD}target_modules="*.q_proj"\'', 2, "a list of names: [q_proj]"),
+    Case("star-unquoted", {}, f"{SET_METHOD}target_modules=*.q_proj'", 2, "needs quotes"),
+    Case("parenthesis", {}, f"{SET_METHOD}target_modules=(q_proj'", 2, "unterminated subpattern at position 0"),
+    Case("endless-targets", {}, f"{SET_METHOD}target_modules=(.*)*!'", 2, "matches no module"),
+    Case("alpha-huge", {}, f"{SET_METHOD}lora_alpha=1e308'", 2, "at most 1e+09 in size"),
+    Case("alpha-dict", {}, f"{SET_METHOD}lora_alpha={{a: 1}}'", 2, "lora_alpha"),
+    Case("alpha-nan", {}, f"{SET_METHOD}lora_alpha=.nan'", 2, "lora_alpha: got nan"),
     #
     # Training: non-finite losses, two writers
     Case("diverged", {}, "train --model BASE --data ROWS --out o --lr 1e30 --max-steps 8 --dtype float32", 1, "is NaN"),
