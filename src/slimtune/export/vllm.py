@@ -210,7 +210,8 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
     if folded:
         settings |= rank_settings({n: A.shape[0] for n, (A, _, _) in layers.items()})
     write_atomic(folder / CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    write_atomic(folder / state_dict.WEIGHTS_FILE, to_bytes(tensors, state_dict.adapter_tensor_info(model, adapter)[1]))
+    metadata = state_dict.adapter_tensor_info(model, adapter)[1]
+    write_atomic(folder / state_dict.WEIGHTS_FILE, state_dict.to_safetensors(tensors, metadata))
     return sum((folder / f).stat().st_size for f in (CONFIG_FILE, state_dict.WEIGHTS_FILE))
 
 
