@@ -111,10 +111,13 @@ def test_failed_run_is_reported_and_tried_again(grid, without_training, monkeypa
     result = compare(settings)
     assert result["failed"] == [{"method": "lora", "seed": 7, "why": "the disk is full"}]
     assert {name: line["seeds"] for name, line in by_method(result).items()} == {"lora": [8], "ia3": [7, 8]}
-    assert (result["pairs"][0]["seeds"], result["pairs"][0]["beyond_noise"]) == ([8], False)
+    assert [(m["method"], m["ranked"]) for m in result["methods"]] == [("ia3", True), ("lora", False)]
+    assert result["pairs"] == []
+    assert result["advice"].endswith("Not ranked, because a run failed: lora.")
+    assert by_method(result)["lora"]["front"] == []
     table = (settings.output_dir / "table.md").read_text()
     assert "Failed: lora, seed 7 (the disk is full)." in table
-    assert "lora has 1 of 2 seeds." in table
+    assert "lora has 1 of 2 seeds, so it is not ranked." in table
     monkeypatch.setattr(module, "launch_worker", launch_worker)
     assert compare(grid("lora", "ia3"))["failed"] == []
     assert without_training == ["ia3-7", "lora-8", "ia3-8", "lora-7"]

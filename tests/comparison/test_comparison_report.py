@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from slimtune.comparison.report import format_markdown, format_row, recommend_method
+from slimtune.comparison.report import format_markdown, format_row, mark_fronts, recommend_method
 
 
 def line(method: str, reduction: float, *, half: float = 0.02, memory=2, size=10, time=60, **more: Any):
@@ -68,7 +68,7 @@ def test_reduction_within_noise():
     lines = [line("lora", 0.01), line("ia3", 0.0)]
     advice = recommend_method(lines, [pair("lora", "ia3", -0.1, 0.1, beyond=False)])
     assert advice.startswith("Take none of them: the loss reduction of the best, lora,")
-    assert recommend_method([], []).startswith("No run was finished")
+    assert recommend_method([], []).startswith("No method has finished its runs")
 
 
 def test_one_method_or_one_seed():
@@ -76,10 +76,29 @@ def test_one_method_or_one_seed():
         "Only lora was measured: loss reduction 0.500 nats per token, 0.480 to 0.520."
     )
     lines = [line("lora", 0.5, seeds=[1]), line("ia3", 0.3, seeds=[1])]
-    assert "the effect of another seed is unknown" in recommend_method(
-        lines, [pair("lora", "ia3", 0.1, 0.3, beyond=True)]
+    assert recommend_method(lines, [pair("lora", "ia3", 0.1, 0.3, beyond=True)]) == (
+        "No method is proven to be the best: with one seed, the effect of another seed is unknown (--seeds 3 measures "
+        "it); with this one lora has the highest loss reduction (0.500 nats per token, 0.480 to 0.520); ia3 is behind "
+        "by 0.200."
     )
-    assert "ia3 does not differ from lora beyond noise;" in recommend_method(lines, [])  # no seed in common
+
+
+def test_what_failed_is_named_and_not_ranked():
+    lines = [line("ia3", 0.3), line("lora", 0.5, seeds=[1], ranked=False)]
+    advice = recommend_method(lines, [])
+    assert advice.startswith("Only ia3 was measured")
+    assert advice.endswith("Not ranked, because a run failed: lora.")
+    assert recommend_method(lines[1:], []).startswith("No method has finished its runs")
+    assert format_row(lines[1])[-1] == "not ranked"
+
+
+def test_what_does_not_help_is_best_for_nothing():
+    lines = [line("lora", 0.5, ranked=True), line("ia3", -0.2, size=1, memory=1, time=1, ranked=True)]
+    lines.append(line("full", 0.9, size=1, memory=1, time=1, ranked=False))
+    for entry in lines:
+        entry["front"] = []
+    mark_fronts(lines)
+    assert [m["front"] for m in lines] == [["memory", "size", "time"], [], []]
 
 
 @pytest.mark.parametrize("incomplete", [False, True])
@@ -98,5 +117,5 @@ def test_markdown_table(incomplete):
     assert "3 steps, 1,000 to 1,010 trained tokens per run, 2 seeds; 9 held-out rows" in table
     assert "| ia3 | 0.0002 default | 1.25 % |" in table
     assert table.endswith("Take lora.\n")
-    assert ("lora has 1 of 2 seeds." in table) == incomplete
+    assert ("lora has 1 of 2 seeds, so it is not ranked." in table) == incomplete
     assert ("lies at the edge of the searched range" in table) == incomplete

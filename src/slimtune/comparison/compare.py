@@ -122,11 +122,16 @@ def _run_cells(grid: Grid, log: Log) -> list[dict[str, Any]]:
         recipe_file = run.path.with_name(f"{run.path.name}.yaml")
         write_atomic(recipe_file, grid.cell_recipe(candidate, seed).to_yaml())
         worker = launch_worker(recipe_file, recipe_file.with_suffix(".log"), force=grid.force)
-        if worker.error:
-            log(f"{name}: failed: {worker.error}")
-            failed.append({"method": candidate.label, "seed": seed, "why": worker.error})
+        why, result, measured = worker.error, {}, {}
+        try:
+            if not why:
+                result, measured = (read_json(f, RENAMED_KEYS) for f in (run.result_file, run.evaluation_file("test")))
+        except RunError as e:
+            why = e.message
+        if why:
+            log(f"{name}: failed: {why}")
+            failed.append({"method": candidate.label, "seed": seed, "why": why})
             continue
-        result, measured = (read_json(f, RENAMED_KEYS) for f in (run.result_file, run.evaluation_file("test")))
         memory, duration = format_bytes(result["peak_bytes"]), format_duration(worker.seconds)
         costs = f"{result['trained_tokens']} tokens, {memory}, {duration}"
         log(f"{name}: loss reduction {measured['loss_reduction']:.4f} ({costs})")

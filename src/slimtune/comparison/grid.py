@@ -11,7 +11,6 @@ so runs with the same seed train on the same rows in the same order.
 
 import copy
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from ..models.dtype import pick_device
 from ..run_dir import RunDir
 from ..setup import load_datasets, load_eval_dataset, load_tokenizer_from_recipe
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
-from ..utils.files import read_json, require_writable, to_json, write_json
+from ..utils.files import parse_json, read_file, read_json, require_writable, to_json, write_json
 from .candidates import Candidate
 
 SETTINGS_FILE = "settings.json"
@@ -90,8 +89,11 @@ class Grid:
         return RunDir(self.output_dir / "cells" / f"{candidate.label}-{seed}")
 
     def is_done(self, candidate: Candidate, seed: int) -> bool:
-        """Return whether the run was trained and measured; the scores file is written last."""
-        return self.run_dir(candidate, seed).scores_file("test").is_file()
+        """Return whether the run was trained and measured; the scores file is written last, and may be damaged."""
+        try:
+            return isinstance(parse_json(read_file(self.run_dir(candidate, seed).scores_file("test"))), list)
+        except (OSError, ValueError):
+            return False
 
     def check_same_settings(self) -> dict[str, Any] | None:
         """Check that the folder can hold this comparison and return the recorded settings; nothing is written."""
@@ -133,7 +135,7 @@ class Grid:
             "rows (SHA-256)": self.digests,
             "methods": {c.label: c.to_dict() for c in self.candidates},
         }
-        return json.loads(to_json(settings))
+        return parse_json(to_json(settings))
 
 
 def build_grid(

@@ -1,7 +1,6 @@
 """From finished runs to the report: a summary per method, the difference of each pair, the Pareto fronts, one sentence
 of advice, and the table in Markdown and for the terminal."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from ..errors import RunError
 from ..evaluation.statistics import estimate_over_seeds, holm_correction, mark_pareto_optimal
 from ..run_dir import RENAMED_KEYS
-from ..utils.files import read_json
+from ..utils.files import parse_json, read_file, read_json
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
 from .grid import Grid
@@ -45,6 +44,8 @@ class Summary:
 def summarize_candidates(grid: Grid) -> list[Summary]:
     """Return a summary of each candidate with a finished run, the highest loss reduction first.
 
+    A candidate that lacks a seed is not ranked and comes last: the mean of the runs that did not fail flatters it.
+
     Raises:
         RunError: runs were measured on different rows, or runs with the same seed trained on different rows.
     """
@@ -59,18 +60,27 @@ def summarize_candidates(grid: Grid) -> list[Summary]:
             if first.tokens_by_step[seed] != other.tokens_by_step[seed]:
                 message = f"{names} trained on different rows with seed {seed}"
                 raise RunError(message, "the same rows in the same order", "start again with another --out")
+    mark_fronts([s.fields for s in summaries])
+    return sorted(summaries, key=lambda s: (not s.fields["ranked"], -s.fields["loss_reduction"]))
+
+
+def mark_fronts(methods: Sequence[Mapping[str, Any]]) -> None:
+    """Append to the `front` of each method the costs for which it is the best, as `list_notes` explains it.
+
+    A method is the best for no cost if it may not help at all, or if some of its runs failed.
+    """
+    helpful = [m for m in methods if m["ranked"] and m["loss_reduction_ci95"][0] > 0]
     for cost, name in COST_FIELDS.items():
-        on_front = mark_pareto_optimal([(s.fields[name], s.fields["loss_reduction"]) for s in summaries])
-        for summary, is_on_front in zip(summaries, on_front, strict=True):
-            summary.fields["front"] += [cost] if is_on_front else []
-    return sorted(summaries, key=lambda s: -s.fields["loss_reduction"])
+        on_front = mark_pareto_optimal([(m[name], m["loss_reduction"]) for m in helpful])
+        for method, is_on_front in zip(helpful, on_front, strict=True):
+            method["front"].extend([cost] if is_on_front else [])
 
 
 def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Summary:
     runs = [grid.run_dir(candidate, seed) for seed in seeds]
     results = [read_json(run.result_file, RENAMED_KEYS) for run in runs]
     measured = [read_json(run.evaluation_file("test"), RENAMED_KEYS) for run in runs]
-    rows = [json.loads(run.scores_file("test").read_text()) for run in runs]
+    rows = [parse_json(read_file(run.scores_file("test"))) for run in runs]
     row_tokens = [r["tokens"] for r in rows[0]]
     reduction = estimate_over_seeds([[r["base"] - r["tuned"] for r in run_rows] for run_rows in rows], row_tokens)
     by_seed = [m["loss_reduction"] for m in measured]
@@ -86,6 +96,7 @@ def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Summar
         "rate": candidate.learning_rate,
         "rate_from": candidate.rate_source,
         "seeds": list(seeds),
+        "ranked": len(seeds) == len(grid.seeds),
         "steps": first["steps"],
         "trained_tokens": [r["trained_tokens"] for r in results],
         "trainable_params": first["trainable_params"],
@@ -104,6 +115,7 @@ def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Summar
         "loss_reduction_by_seed": by_seed,
         "loss_reduction_sd_seeds": statistics.stdev(by_seed) if len(by_seed) > 1 else None,
         "oom_events": sum(r.get("oom_events", 0) for r in results),
+        "skipped_steps": sum(r.get("skipped_steps", 0) for r in results),
         "dtype": first["dtype"],
         "device": first["device"],
         "front": [],
@@ -118,12 +130,11 @@ def _summarize(grid: Grid, candidate: Candidate, seeds: Sequence[int]) -> Summar
 def compare_pairs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     """Return the difference of the loss reductions of each pair, a's minus b's in nats per token: above 0, a is better.
 
-    It is paired by seed and row over the shared seeds. A pair with one shared seed is never beyond noise when others
-    have several: the effect of another seed is unknown.
+    It is paired by seed and row. With one seed it is never beyond noise: the effect of another seed is unknown.
+    Candidates that are not ranked are left out.
     """
     pairs: list[dict[str, Any]] = []
-    most_seeds = max((len(s.tuned_nats) for s in summaries), default=0)
-    for a, b in combinations(summaries, 2):
+    for a, b in combinations([s for s in summaries if s.fields["ranked"]], 2):
         seeds = [s for s in a.tuned_nats if s in b.tuned_nats]
         if seeds:
             # The base is the same, so the reductions differ by b's loss minus a's.
@@ -134,7 +145,7 @@ def compare_pairs(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
                 "ci95": [difference.low, difference.high], "p": difference.p,
             })  # fmt: skip
     for pair, p in zip(pairs, holm_correction([pair["p"] for pair in pairs]), strict=True):
-        pair |= {"p_corrected": p, "beyond_noise": p < SIGNIFICANCE and len(pair["seeds"]) >= min(most_seeds, 2)}
+        pair |= {"p_corrected": p, "beyond_noise": p < SIGNIFICANCE and len(pair["seeds"]) > 1}
     return pairs
 
 
@@ -145,14 +156,22 @@ def recommend_method(methods: Sequence[Mapping[str, Any]], pairs: Sequence[Mappi
     difference stays within a tenth of the best loss reduction; a wide interval around zero proves nothing. Cheaper
     means cheapest in most of memory, size and time, where costs within a tenth count as equal.
     """
+    unranked = [m for m in methods if not m.get("ranked", True)]
+    methods = [m for m in methods if m not in unranked]
+    not_ranked = f" Not ranked, because a run failed: {_join_names(unranked)}." if unranked else ""
     if not methods:
-        return "No run was finished, so there is nothing to advise."
+        return f"No method has finished its runs, so there is nothing to advise.{not_ranked}"
     best, others = methods[0], methods[1:]
     if best["loss_reduction_ci95"][0] <= 0:
         reason = f"the loss reduction of the best, {best['method']}, is not beyond noise ({_format_reduction(best)})"
-        return f"Take none of them: {reason}."
+        return f"Take none of them: {reason}.{not_ranked}"
     if not others:
-        return f"Only {best['method']} was measured: loss reduction {_format_reduction(best)}."
+        return f"Only {best['method']} was measured: loss reduction {_format_reduction(best)}.{not_ranked}"
+    if len(best["seeds"]) < 2:
+        gaps = [f"{m['method']} is behind by {best['loss_reduction'] - m['loss_reduction']:.3f}" for m in others]
+        reason = "with one seed, the effect of another seed is unknown (--seeds 3 measures it)"
+        highest = f"with this one {best['method']} has the highest loss reduction ({_format_reduction(best)})"
+        return f"No method is proven to be the best: {reason}; {highest}; {'; '.join(gaps)}.{not_ranked}"
     with_best = {p["b"]: p for p in pairs if p["a"] == best["method"]}
     largest_gap = {name: pair["ci95"][1] for name, pair in with_best.items()}
     as_good = [m for m in others if largest_gap.get(m["method"], math.inf) <= TOLERANCE * best["loss_reduction"]]
@@ -185,9 +204,7 @@ def recommend_method(methods: Sequence[Mapping[str, Any]], pairs: Sequence[Mappi
         span = " to ".join(dict.fromkeys(f"{gap:.3f}" for gap in (gaps[0], gaps[-1])))
         verb = "is" if len(worse) == 1 else "are"
         parts.append(f"{_join_names(worse)} {verb} worse than {best['method']} by {span} nats per token")
-    if len(best["seeds"]) < 2:
-        parts.append("with one seed, the effect of another seed is unknown")
-    return "; ".join(parts) + "."
+    return "; ".join(parts) + f".{not_ranked}"
 
 
 def _format_reduction(method: Mapping[str, Any]) -> str:
@@ -215,7 +232,7 @@ def format_row(method: Mapping[str, Any]) -> tuple[str, ...]:
         format_duration(method["time_seconds"]),
         f"{method['tuned_loss']:.3f}",
         f"{method['loss_reduction']:.3f} [{low:.3f}, {high:.3f}]",
-        ", ".join(method["front"]) or "–",
+        ", ".join(method["front"]) or ("–" if method.get("ranked", True) else "not ranked"),
     )
 
 
@@ -251,7 +268,9 @@ def list_notes(result: Mapping[str, Any]) -> list[str]:
     seeds = len(result["seeds"])
     for method in result["methods"]:
         if len(method["seeds"]) < seeds:
-            notes.append(f"{method['method']} has {len(method['seeds'])} of {seeds} seeds.")
+            notes.append(f"{method['method']} has {len(method['seeds'])} of {seeds} seeds, so it is not ranked.")
+        if method.get("skipped_steps"):
+            notes.append(f"{method['method']} skipped {method['skipped_steps']} steps: NaN or Inf.")
         if method["oom_events"]:
             notes.append(f"{method['method']} ran out of memory; the step was repeated in smaller micro-batches.")
         if method["method"] == "full":
@@ -263,7 +282,7 @@ def list_notes(result: Mapping[str, Any]) -> list[str]:
     notes.append(
         "Loss reduction: the base's held-out loss minus the tuned model's, nats per token, mean over seeds; its 95 % "
         f"interval covers {covered}. Best for its {', '.join(COST_FIELDS)}: no other method reduces the loss more for "
-        f"as little of it. Time: of the training steps, {'CPU time' if result['device'] == 'cpu' else 'by the clock'}."
+        f"as little of it, and it surely reduces it. Time: of the training steps, {'CPU time' if result['device'] == 'cpu' else 'by the clock'}."
     )
     return notes
 

@@ -93,6 +93,7 @@ def launch_worker(
             error = "; ".join(" ".join(part.split()) for part in parts)
         except (IndexError, ValueError, KeyError):
             ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+            ending += ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
             error = f"its process {ending}; see {log_file}"
     return WorkerResult(error, False, time.perf_counter() - start)
 
