@@ -47,7 +47,8 @@ def draw_comparison(result: Mapping[str, Any], path: Path) -> None:
 def _draw_methods(panel: Any, methods: list[Any], cost: str, unit: int) -> None:
     field = COST_FIELDS[cost]
     front = sorted((m[field] / unit, m["loss_reduction"]) for m in methods if cost in m["front"])
-    panel.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1, zorder=1)
+    if front:
+        panel.step(*zip(*front, strict=True), where="post", color="#888888", linewidth=1, zorder=1)
     for number, method in enumerate(methods):
         reduction, (low, high) = method["loss_reduction"], method["loss_reduction_ci95"]
         color = f"C{number % 10}"

@@ -282,7 +282,8 @@ def list_notes(result: Mapping[str, Any]) -> list[str]:
     notes.append(
         "Loss reduction: the base's held-out loss minus the tuned model's, nats per token, mean over seeds; its 95 % "
         f"interval covers {covered}. Best for its {', '.join(COST_FIELDS)}: no other method reduces the loss more for "
-        f"as little of it, and it surely reduces it. Time: of the training steps, {'CPU time' if result['device'] == 'cpu' else 'by the clock'}."
+        "as little of it, and it surely reduces it. Time: of the training steps, "
+        f"{'CPU time' if result['device'] == 'cpu' else 'by the clock'}."
     )
     return notes
 
