@@ -19,7 +19,7 @@ from .data.parallel import cpu_count
 from .data.tokenize import RowReport, tokenize_dataset
 from .data.tokenized_dataset import TokenizedDataset
 from .data.validation.report import DatasetReport
-from .errors import AdapterError, UsageError
+from .errors import AdapterError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.loader import Base, download_weights, load_base, load_tokenizer
 from .models.quantization import dequantize_model
@@ -29,6 +29,7 @@ from .train_step.memory_savings import apply_memory_savings
 from .utils import distributed
 from .utils.calibration import ROWS, collect_layer_inputs
 from .utils.device import disable_malloc_trim
+from .utils.files import read_json
 from .utils.linear_layers import is_quantized
 from .utils.remote_code import allow_remote_code
 
@@ -286,6 +287,24 @@ def load_run(
         return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, unpack)
 
 
+def _require_trained_base(run: RunDir, base: Base) -> None:
+    """Raise AdapterError if the base has other weights than when the run was trained on it, as far as was recorded."""
+    try:
+        result = read_json(run.result_file)
+    except RunError:  # not there, or damaged: other commands say so
+        return
+    trained, dtype = result.get("base_weights"), str(base.dtype).removeprefix("torch.")
+    # Another dtype or quantization rounds the same weights to other values.
+    if not isinstance(trained, dict) or (result.get("dtype"), result.get("quantization")) != (dtype, base.quantization):
+        return
+    if changed := [k for k, v in base.weight_hashes.items() if trained.get(k, v) != v]:
+        raise AdapterError(
+            f"the base {base.source.spec} has changed since {run.path} was trained on it: {format_names(changed, 4)}",
+            "the weights that the adapter was trained on",
+            "put the old base back, or train again",
+        )
+
+
 def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> TrainedModel:
     folder = find_adapter_folder(path)
     config = PeftConfig.from_pretrained(folder)
@@ -302,6 +321,8 @@ def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> Train
         )
     else:
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
+    if recipe is not None:
+        _require_trained_base(RunDir(path), base)
     if unpack and base.quantization is not None:
         base.model = dequantize_model(base.model, base.dtype)
     model = PeftModel.from_pretrained(base.model, folder, config=config)

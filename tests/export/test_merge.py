@@ -21,6 +21,7 @@ from slimtune.errors import AdapterError, RunError, UsageError
 from slimtune.export.manifest import read_manifest
 from slimtune.export.merge import merge
 from slimtune.methods.lora import LinearLora
+from slimtune.models.loader import load_base
 from slimtune.utils.files import atomic_folder
 
 TEXT = "Define hope. Desire and expectation rolled into one."
@@ -349,3 +350,18 @@ def test_tokenizer_model_is_copied(tmp_path, make_base):
     (base / "tokenizer.model").write_bytes(b"\nsentencepiece")
     merge(make_run(tmp_path / "run", base), tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.model").read_bytes() == b"\nsentencepiece"
+
+
+@pytest.mark.parametrize("changed", ["input_layernorm.weight", "q_proj.weight"])
+def test_a_base_that_changed_since_training_is_refused(tmp_path, make_base, changed):
+    base = make_base()
+    run, model = make_run(tmp_path / "run", base), AutoModelForCausalLM.from_pretrained(base)
+    hashes = load_base(str(base), dtype="float32").weight_hashes
+    record = {"dtype": "float32", "quantization": None, "base_weights": hashes}
+    (run / "result.json").write_text(json.dumps(record))
+    merge(run, tmp_path / "right")
+    merge(run, tmp_path / "rounded", dtype="bfloat16")
+    model.get_parameter(f"model.layers.1.{'self_attn.' if 'proj' in changed else ''}{changed}").data *= 1.02
+    model.save_pretrained(base)
+    with pytest.raises(AdapterError, match=f"has changed since .* was trained on it: '{changed}'"):
+        merge(run, tmp_path / "wrong")

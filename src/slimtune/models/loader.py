@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.chat_rendering import render_chat_template
-from ..utils.fingerprint import config_fingerprint
+from ..utils.fingerprint import config_fingerprint, hash_weights
 from .dtype import pick_device, pick_dtype
 from .errors import translate_load_errors
 from .gguf import read_dequantized
@@ -50,6 +50,7 @@ class Base:
     load_seconds: float  # spent on reading model and tokenizer
     prepare_seconds: float  # spent on dequantizing a GGUF for the first time
     fingerprint: str  # 16 hex digits that name the base
+    weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weights`)
     quantization: str | None = None  # of its linear layers: "nf4", "int8", …
 
 
@@ -121,6 +122,7 @@ def load_base(
         load_seconds=time.perf_counter() - start,
         prepare_seconds=opened.prepare_seconds,
         fingerprint=config_fingerprint(model.config),
+        weight_hashes=hash_weights(model),
         quantization=quantization,
     )
 

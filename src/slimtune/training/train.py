@@ -393,6 +393,7 @@ def finish_run(
         "peak_bytes": peak,
         "dtype": str(base.dtype).removeprefix("torch."),
         "quantization": base.quantization,
+        "base_weights": base.weight_hashes,
         "device": str(base.device),
         "adapter": str(run.adapter),
         "stopped_early": loop.stopped_early,

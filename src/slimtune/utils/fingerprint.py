@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 FACTS = {
     "model_type": "model_type",
     "hidden": "hidden_size d_model n_embd dim hidden_dim",
@@ -37,6 +39,22 @@ def config_fingerprint(config: Any) -> str:
     facts = base_facts(config if isinstance(config, Mapping) else config.to_dict())
     text = json.dumps(facts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def hash_weights(model: Any) -> dict[str, str]:
+    """Return 8 hex digits for each kind of a model's weights ("q_proj.weight"), over samples of all layers.
+
+    The ends of each weight are hashed in bfloat16, so this takes milliseconds; packed weights of a quantized base are
+    left out. Two loads of one checkpoint in one dtype agree.
+    """
+    hashes: dict[str, Any] = {}
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point() or weight.is_meta or not weight.is_contiguous():
+            continue
+        flat, kind = weight.detach().view(-1), ".".join(name.split(".")[-2:])
+        ends = torch.cat([flat[:64], flat[-64:]]).to("cpu", torch.bfloat16).view(torch.int16)
+        hashes.setdefault(kind, hashlib.sha256()).update(ends.numpy().tobytes())
+    return {kind: digest.hexdigest()[:8] for kind, digest in hashes.items()}
 
 
 def base_facts(config: Mapping[str, Any]) -> dict[str, Any]:
