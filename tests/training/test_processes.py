@@ -256,11 +256,19 @@ def test_killed_process_ends_the_run_resumably(settings, tmp_path, rank, fsdp):
 
 
 @pytest.mark.faults
-def test_interrupt_of_one_process_stops_all_at_one_step(settings, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("SIGINT", 130, "stopped at step 12; go on with: slimtune train"),
+        ("SIGTERM", 143, "error: stopped at step 12 by SIGTERM"),
+        ("SIGHUP", 129, "error: stopped at step 12 by SIGHUP"),
+    ],
+)
+def test_signal_to_one_process_stops_all_at_one_step(settings, tmp_path, name, code, words):
     settings["train"] |= {"max_steps": 20, "save_steps": 20}
-    (code, _, err), (other, _, silence) = run_processes(*write_program(settings, tmp_path, 1, "SIGINT"))
-    assert (code, other) == (130, 130)
-    assert "stopped at step 12; go on with: slimtune train" in err
+    (first, _, err), (other, _, silence) = run_processes(*write_program(settings, tmp_path, 1, name))
+    assert (first, other) == (code, code)
+    assert err.count(words) == 1
     assert "stop" not in silence
     assert "error" not in silence
     assert newest_checkpoint(settings) == "checkpoint-12"
