@@ -90,7 +90,7 @@ def wait_for_step(out: Path, step: int, process) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_random_kills(tmp_path, shared_settings, method):
-    """102 kills over the three methods, at their start, in steps and in checkpoints, several in each run."""
+    """At least 102 kills over the three methods: at their start, in steps and in checkpoints, several in each run."""
     desk, draw, started = Desk(tmp_path, shared_settings, method), random.Random(method), time.monotonic()
     kills, runs, moments = 0, 0, []
     while kills < KILLS // len(METHODS):

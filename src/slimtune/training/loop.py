@@ -214,10 +214,11 @@ class TrainingLoop:
         self.slow_steps = self.slow_steps + 1 if share < SLOW_SHARE else min(self.slow_steps, 0)
         if self.slow_steps == SLOW_STEPS:
             self.slow_steps = -self.state.max_steps  # once
+            threads = torch.get_num_threads()
+            advice = f"; OMP_NUM_THREADS=1 in front of the command may be faster than {threads} threads that wait"
             self.logger.say(
                 f"{SLOW_STEPS} steps in a row computed for less than {SLOW_SHARE:.0%} of their time: other processes "
-                f"compete for the cores, on which {torch.get_num_threads()} threads of this run wait for each other; "
-                "OMP_NUM_THREADS=1 in front of the command may be several times faster"
+                f"compete for the cores{advice if threads > 1 else ''}"
             )
 
     def stop_or_skip(self, rows: Sequence[Example], loss: float, grad_norm: float) -> None:
