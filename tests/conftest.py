@@ -89,6 +89,11 @@ def smollm2_folder() -> Path:
     return read_dequantized(resolve_model("smollm2-135m").path)[0]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option of tests/cli/test_screens.py."""
+    parser.addoption("--update-screens", action="store_true", help="write the files in tests/cli/screens anew")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the slow tests, before `-m` selects."""

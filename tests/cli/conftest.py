@@ -18,7 +18,9 @@ def slimtune() -> Callable[..., Any]:
     """Run a command: `slimtune("plan", "gpt2")`."""
 
     def run(*args: object, stdin: str = "", columns: int = 80) -> Any:
-        return CliRunner().invoke(app, [str(a) for a in args], input=stdin, env={"COLUMNS": str(columns)})
+        return CliRunner().invoke(
+            app, [str(a) for a in args], input=stdin, env={"COLUMNS": str(columns)}, prog_name="slimtune"
+        )
 
     return run
 

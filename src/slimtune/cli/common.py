@@ -110,10 +110,11 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
         if not distributed.claim_error_report(known):
             return known.exit_code, None
     screen = error_console()
-    screen.print(Text("error: ", style="bold red") + Text(escape_controls(known.message)))
+    whole = screen.is_terminal  # which wraps words whole; a pipe gets long lines, and a hint may be a command to copy
+    screen.print(Text.assemble(("error: ", "bold red"), escape_controls(known.message)), soft_wrap=not whole)
     for name in ("expected", "hint"):
         if text := getattr(known, name):
-            screen.print(f"  {name}: {text}")
+            screen.print(f"  {name}: {text}", soft_wrap=not whole or name == "hint")
     fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")}
     return known.exit_code, {"error": {"kind": type(known).__name__, **fields}}
 
@@ -192,7 +193,8 @@ def error_console() -> Console:
 
 def print_progress(text: str) -> None:
     """Print a line about the work in progress on stderr."""
-    error_console().print(text, style="dim")
+    screen = error_console()
+    screen.print(text, style="dim", soft_wrap=not screen.is_terminal)
 
 
 def table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]] = ()) -> Table:
