@@ -102,7 +102,9 @@ def test_screen(name, terminal, home, slimtune, tmp_path, monkeypatch, request):
         for variable, value in {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TERM": "xterm-256color"}.items():
             monkeypatch.setenv(variable, value)
     done = slimtune(*words)
-    text = f"$ slimtune {' '.join(words)}\nexit code {done.exit_code}\n--- stdout\n{done.stdout}--- stderr\n{done.stderr}"
+    text = (
+        f"$ slimtune {' '.join(words)}\nexit code {done.exit_code}\n--- stdout\n{done.stdout}--- stderr\n{done.stderr}"
+    )
     if terminal:
         text = "\n".join(Text.from_ansi(line).markup for line in text.split("\n"))
     text = text.replace(str(home), "HOME").replace(str(tmp_path), "HERE")
