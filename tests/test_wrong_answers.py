@@ -166,10 +166,19 @@ CASES: list[Case] = [
     #
     #
     # Plans: positions, devices, families, names of bases
-    #
+    Case("plan-intel", {}, "plan gpt2 --gpu arc-b580", 2, "slimtune does not train on Intel GPUs"),
+    Case("plan-beyond-positions", {}, "plan tinyllama-1.1b --gpu t4 --max-seq-len 9000", 2, "has 2048 positions"),
+    Case("plan-float16", {}, "plan gpt2 --gpu t4 --dtype float16", 2, "the weights are float16"),
+    Case("plan-two-cards", {}, "plan gpt2 --gpu t4 --gpu l4", 2, "--gpu is given 2 times: t4, l4"),
+    Case("train-other-size", {}, "train --model gpt-oss-20b --data ROWS --out r", 2, "no base 'gpt-oss-20b' expected"),
+    Case("data-nearest-base", {}, "data ROWS --model lama-3.1-8b", 2, "did you mean 'llama-3.1-8b'?"),
+    Case("plan-dora", {}, "plan gpt2 --gpu t4 --method dora", 2, "--method lora --set method.use_dora=true"),
     #
     # Catalog
-    #
+    Case("card-m2", {}, "plan gpt2 --gpu m2", 2, "no card 'm2' in the table; did you mean 'm2-pro-16gb'?"),
+    Case("card-5060", {}, "plan gpt2 --gpu rtx-5060", 2, "did you mean 'rtx-5060-ti-16gb'?"),
+    Case("card-5090-laptop", {}, "gpus rtx-5090-laptop", 0, "bfloat16 114 TFLOPS"),
+    Case("card-spot-price", {}, "gpus rtx-5090", 0, "0.69 $/h, RunPod Community Cloud (spot), 2026-03-10"),
     #
     # Adapter files: patterns, ranks, dtypes
     Case("file-endless-targets", adapter(target_modules="(.*)*!"), "generate RUN hi", 2, "matches no module"),

@@ -1,10 +1,14 @@
 """The table of GPUs, and names and sizes as people write them."""
 
+import datetime
+import re
+
 import pytest
 
 from slimtune.errors import UsageError
 from slimtune.planning import gpus
 from slimtune.planning.gpus import GIB, Gpu, all_gpus, detect_gpu, find_gpu, gpu_with_memory
+from slimtune.planning.throughput import prices
 
 
 def test_table_is_plausible():
@@ -18,6 +22,53 @@ def test_table_is_plausible():
         # Matrix units are never slower than the plain ones, and 16-bit formats go together.
         assert gpu.rates["float16"] >= gpu.rates["float32"] > 1e12
         assert gpu.rates.get("bfloat16", gpu.rates["float16"]) >= 0.9 * gpu.rates["float16"]
+
+
+@pytest.mark.parametrize("gpu", all_gpus(), ids=lambda g: g.name)
+def test_row_agrees_with_the_arithmetic_of_its_source(gpu):
+    """`24 SM x 2.46 GHz x 512 FLOP`, `1801 AI TOPS / 16`, `153.4 TFLOPS with sparsity / 2`."""
+    datetime.date.fromisoformat(gpu.checked)
+    matrix = gpu.rates.get("bfloat16", gpu.rates["float16"]) / 1e12
+    text = gpu.source.partition("watts:")[0]
+    if product := re.search(r"(\d+)(?:[- ][A-Za-z -]+\)?;?)? ?x ([\d.]+) GHz x (\d+) FLOP", text):
+        units, clock, flop = map(float, product.groups())
+        assert units * clock * flop / 1e3 == pytest.approx(matrix, rel=0.02)
+    if quotient := re.search(r"([\d.]+) (?:FP4 |FP8 |BF16 )?(?:AI TOPS|TFLOPS|with)[\w ]*? ?/ (\d+)", text):
+        assert float(quotient[1]) / float(quotient[2]) == pytest.approx(matrix, rel=0.02)
+
+
+PER_FLOAT32 = {
+    ("pascal", "desktop"): 1, ("pascal", "datacentre"): 1, ("turing", "desktop"): 4, ("turing", "datacentre"): 8,
+    ("volta", "datacentre"): 8, ("ampere", "desktop"): 2, ("ampere", "laptop"): 2, ("ampere", "workstation"): 4,
+    ("ada", "desktop"): 2, ("ada", "laptop"): 2, ("ada", "workstation"): 4, ("ada", "datacentre"): 4,
+    ("blackwell", "desktop"): 2, ("blackwell", "laptop"): 2, ("blackwell", "workstation"): 4, ("blackwell", "mini"): 4,
+    ("rdna3", "desktop"): 2, ("rdna4", "desktop"): 4, ("xe-hpg", "desktop"): 8, ("xe2-hpg", "desktop"): 8,
+    ("cdna2", "datacentre"): 8, ("cdna3", "datacentre"): 8,
+}  # fmt: skip
+"""How many times faster the matrix units of an architecture are in 16 bits than the plain ones in float32."""
+
+
+@pytest.mark.parametrize("gpu", all_gpus(), ids=lambda g: g.name)
+def test_rates_keep_the_ratio_of_their_architecture(gpu):
+    ratio = 1 if gpu.vendor == "apple" else PER_FLOAT32.get((gpu.architecture, gpu.kind))
+    if ratio is not None:
+        assert gpu.rates["float16"] == pytest.approx(ratio * gpu.rates["float32"], rel=0.02)
+    assert gpu.rates.get("bfloat16", gpu.rates["float16"]) == gpu.rates["float16"]
+
+
+def test_prices_have_a_date_and_a_source_and_name_a_card():
+    for price in prices():
+        datetime.date.fromisoformat(price.date)
+        assert price.source
+        assert price.dollars_per_hour > 0
+        assert find_gpu(price.card).name == price.card
+    assert all("spot" in p.provider for p in prices() if "deploybase" in p.source)
+
+
+def test_age_of_figures():
+    assert gpus.is_old("2020-01-01")
+    assert not gpus.is_old(datetime.date.today().isoformat())
+    assert gpus.format_checked("2020-01-01") == "2020-01-01, older than 180 days"
 
 
 @pytest.mark.parametrize("name", ["rtx-3090", "RTX 3090", "rtx3090", "NVIDIA GeForce RTX 3090", "3090"])

@@ -18,6 +18,17 @@ _METHODS_FOLDER = Path(__file__).parent.parent / "methods"
 _METHODS_PACKAGE = f"{__package__.rpartition('.')[0]}.methods"
 
 
+NO_METHODS = {
+    "dora": "--method lora --set method.use_dora=true",
+    "rslora": "--method lora --set method.use_rslora=true",
+    "pissa": "--method lora --set method.init_lora_weights=pissa",
+    "qlora": "--method lora --quantization nf4",
+    "prefix": "--method prefix_tuning",
+    "prompt": "--method prompt_tuning",
+}
+"""Names of papers and of other tools, and what to give in their place."""
+
+
 @cache
 def find_built_in_method_files() -> dict[str, Path]:
     """Return the file of each built-in method by the method's name, sorted."""
@@ -49,6 +60,8 @@ def config_class(name: str) -> Any:
     """
     method, known = str(name).lower(), method_names()
     external = {e.name: e.value for e in entry_points(group="slimtune.methods")}
+    if method not in known and method in NO_METHODS:
+        raise ConfigError(f"there is no method {name!r}: it is a setting", NO_METHODS[method])
     if method not in known and method not in external:
         raise ConfigError(f"there is no method {name!r}{nearest(method, known)}", f"one of {format_names(known)}")
     module = importlib.import_module(external.get(method, f"{_METHODS_PACKAGE}.{method}"))

@@ -1,12 +1,13 @@
 """`slimtune gpus`: the GPUs people own or rent, and which of them can train a run."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_bytes
-from .common import Json, console, table
+from .common import Json, console, print_fields, table
 from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans
 from .options import recipe_flags
 from .plan import describe_run, format_range
@@ -17,39 +18,50 @@ KIND_HELP = "Kinds to show, parted by commas: desktop, laptop, workstation, data
 @recipe_flags(*JOB_SETTINGS)
 def gpus(
     settings: dict[str, Any],
+    name: Annotated[str | None, Argument(metavar="GPU", help="Show this GPU's figures and their sources.")] = None,
     job: Annotated[
         str | None,
         Option("--for", metavar="MODEL|RECIPE.yaml", help="Show the GPUs that can train this, smallest first."),
     ] = None,
     kind: Annotated[str | None, Option(metavar="KINDS", help=KIND_HELP)] = None,
+    sources: Annotated[bool, Option("--sources", help="Show each GPU's source, and when it was checked.")] = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the GPUs that plans know, or those that can train a run (with the flags of `slimtune plan`)."""
     if job is None and settings:
         raise UsageError(f"{next(iter(settings))} describes a run", "a run to plan", "--for MODEL or --for RECIPE.yaml")
-    from ..planning.gpus import all_gpus
+    from ..planning.gpus import all_gpus, find_gpu, format_checked
 
+    if name is not None:
+        if job is not None or kind is not None:
+            raise UsageError(f"{name!r} and {'--for' if job else '--kind'} are both given", "one of them")
+        card = find_gpu(name)
+        if not as_json:
+            print_fields(_describe_gpu(card))
+        return {"cards": [_to_dict(card)]}
     known = list(dict.fromkeys(c.kind for c in all_gpus()))
     kinds = known if kind is None else [part.strip().lower() for part in kind.split(",")]
     for unknown in (k for k in kinds if k not in known):
         message = f"there are no GPUs of the kind {unknown!r}{nearest(unknown, known)}"
         raise UsageError(message, f"one of {format_names(known)}")
     cards = [c for c in all_gpus() if c.kind in kinds]
-    if job is None:
-        if not as_json:
-            rows = (
-                (
-                    c.name,
-                    format_bytes(c.memory),
-                    f"{c.bandwidth / 1e9:.0f}" if c.bandwidth is not None else "-",
-                    "yes" if c.bf16 else "no",
-                    "yes" if c.flash else "no",
-                    f"{c.watts:.0f}" if c.watts is not None else "-",
-                    c.kind,
-                )
-                for c in cards
+    if job is None and sources and not as_json:
+        print_fields((c.name, f"{c.source} (checked {format_checked(c.checked)})") for c in cards)
+    elif job is None and not as_json:
+        rows = (
+            (
+                c.name,
+                format_bytes(c.memory),
+                f"{c.bandwidth / 1e9:.0f}" if c.bandwidth is not None else "-",
+                "yes" if c.bf16 else "no",
+                "yes" if c.flash else "no",
+                f"{c.watts:.0f}" if c.watts is not None else "-",
+                c.kind,
             )
-            console().print(table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6], rows=rows))
+            for c in cards
+        )
+        console().print(table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6], rows=rows))
+    if job is None:
         return {"cards": [_to_dict(card) for card in cards]}
 
     from ..planning.planner import judge_memory
@@ -57,7 +69,8 @@ def gpus(
     jobs = load_jobs(job, settings)
     if len(jobs.recipes) > 1 or jobs.errors:
         raise UsageError("--for got several methods", "one run", "--method lora, or see `slimtune plan --method all`")
-    cards = sorted(cards, key=lambda c: c.memory)  # those of the same memory stay in the table's order
+    untrained = [c.name for c in cards if not c.trains]
+    cards = sorted((c for c in cards if c.trains), key=lambda c: c.memory)
     # The run is planned once for each class of GPUs, on its largest.
     largest = {_gpu_class(card, jobs): card for card in cards}
     plans = {key: make_plans(jobs, card, advise=False)[0][0] for key, card in largest.items()}
@@ -77,11 +90,35 @@ def gpus(
             screen.print(table("GPU", "memory", "usable", "verdict", "kind", left=[3, 4], rows=fitting))
         if too_small := len(judged) - len(fitting):
             screen.print(f"\n{too_small} of {len(judged)} GPUs are too small")
+        if untrained:
+            screen.print(f"slimtune does not train on Intel GPUs: {', '.join(untrained)}")
     return {
         "model": jobs.model.name,
         "plans": [plan.to_dict() for plan in plans.values()],
         "cards": [{**_to_dict(c), "verdict": verdict, "need_bytes": p.need._asdict()} for c, p, verdict in judged],
     }
+
+
+def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:
+    """Yield the figures of one GPU, its prices and their sources."""
+    from ..models.dtype import NO_XPU
+    from ..planning.gpus import format_checked
+    from ..planning.throughput import prices
+
+    yield "GPU", f"{card.name}, {card.kind}, {card.vendor} {card.architecture}"
+    if not card.trains:
+        yield "training", NO_XPU
+    yield "memory", f"{format_bytes(card.memory)}, {format_range(*card.usable)} for a run"
+    yield "bandwidth", f"{card.bandwidth / 1e9:.4g} GB/s"
+    for dtype, rate in (card.rates or {}).items():
+        yield dtype, f"{rate / 1e12:.4g} TFLOPS"
+    yield "weights held in", "bfloat16" if card.bf16 else "float32, unless --dtype says otherwise"
+    if card.watts is not None:
+        yield "power", f"{card.watts:.0f} W"
+    yield "source", card.source
+    yield "checked", format_checked(card.checked)
+    for p in prices(card.name):
+        yield "rent", f"{p.dollars_per_hour} $/h, {p.provider}, {format_checked(p.date)}: {p.source}"
 
 
 def _gpu_class(card: Any, jobs: Jobs) -> tuple[str, bool]:
@@ -91,7 +128,19 @@ def _gpu_class(card: Any, jobs: Jobs) -> tuple[str, bool]:
 
 
 def _to_dict(card: Any) -> dict[str, Any]:
-    names = ("name", "kind", "vendor", "architecture", "bf16", "flash", "watts", "unified", "source")
+    names = (
+        "name",
+        "kind",
+        "vendor",
+        "architecture",
+        "bf16",
+        "flash",
+        "watts",
+        "unified",
+        "source",
+        "checked",
+        "trains",
+    )
     return {name: getattr(card, name) for name in names} | {
         "memory_bytes": card.memory,
         "visible_bytes": card.visible,

@@ -14,11 +14,12 @@ from typer import Argument, Option
 from ..errors import UsageError
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
-from .common import Json, console, table
+from .common import Json, console, print_fields, table
 from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans
 from .options import recipe_flags
 
 if TYPE_CHECKING:
+    from ..planning.gpus import Gpu
     from ..planning.result import Plan
     from ..planning.serving import ServingPlan
     from ..planning.throughput import Cost
@@ -36,7 +37,10 @@ JOB_HELP = "A base (alias, Hub id, folder, config.json or GGUF file), or a recip
 def plan(
     job: Annotated[str, Argument(metavar="MODEL|RECIPE.yaml", help=JOB_HELP, show_default=False)],
     settings: dict[str, Any],
-    gpu: Annotated[str | None, Option(help="A GPU that `slimtune gpus` lists. Default: this machine.")] = None,
+    gpus: Annotated[
+        list[str] | None,
+        Option("--gpu", metavar="TEXT", help="A GPU that `slimtune gpus` lists. Default: this machine."),
+    ] = None,
     vram: Annotated[str | None, Option(help="A GPU of which only the memory is known, such as 24GiB.")] = None,
     processes: Annotated[int, Option(min=1, help="Processes that train together, each on such a GPU.")] = 1,
     write: Annotated[
@@ -50,12 +54,14 @@ def plan(
     ] = None,
     context: Annotated[int | None, Option(min=1, help="With --serve: tokens of the longest conversation.")] = None,
     price: Annotated[float | None, Option(min=0, help="Price of the GPU in dollars an hour.")] = None,
+    details: Annotated[bool, Option("--details", help="Also show memory by part and every figure.")] = False,
+    sources: Annotated[bool, Option("--sources", help="Also show where figures are from, and of what date.")] = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Say whether a run will fit, before a weight is loaded.
 
-    Shows memory by part, the longest row and largest batch that fit, time, and what to change. --method takes several
-    (lora,ia3), or all. Exit code 0 also if the run does not fit.
+    Shows what it needs, what to change, and how long it takes; --details shows memory by part and every figure.
+    --method takes several (lora,ia3), or all. Exit code 0 also if the run does not fit.
     """
     given = {"engine": engine, "precision": precision, "context": context}
     serving: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -63,6 +69,9 @@ def plan(
         raise UsageError(f"--{next(iter(serving))} describes how the tuned model is served", hint="add --serve")
     if price == 0:
         raise UsageError("--price is 0", "dollars an hour, above 0", "leave it out to use published prices")
+    if gpus is not None and len(gpus) > 1:
+        raise UsageError(f"--gpu is given {len(gpus)} times: {', '.join(gpus)}", "one GPU", "plan for each by itself")
+    gpu = gpus[0] if gpus else None
     if gpu is not None and vram is not None:
         raise UsageError("--gpu and --vram are both given", "one of them: --gpu names a GPU, --vram only its memory")
     from ..planning.bars import draw_bars, write_plot
@@ -97,12 +106,19 @@ def plan(
         write_plot(plans, plot)
     if not as_json:
         screen = console()
-        for part in _render_plan(plans[0], tokens, costs[0]) if len(plans) == 1 else [_plans_table(plans)]:
+        for part in _render_answer(plans[0], tokens, costs[0]) if len(plans) == 1 else [_plans_table(plans)]:
             screen.print(part)
+        if details and len(plans) == 1:
+            for part in _render_details(plans[0], tokens, costs[0], card):
+                screen.print(part)
         for error in unfit:
             screen.print(f"{error['method']} is not planned: {error['why']}")
-        screen.print()
-        screen.print(draw_bars(plans, card, screen))
+        if details or len(plans) > 1:
+            screen.print()
+            screen.print(draw_bars(plans, card, screen))
+        if sources:
+            screen.print()
+            print_fields(_list_sources(plans[0], card))
         for part in _render_serving(served) if served is not None else []:
             screen.print(part)
         if write is not None:
@@ -157,18 +173,64 @@ def _evidence_table(heading: str, evidence: Mapping[str, str], rows: Sequence[tu
     from ..planning.result import EVIDENCE
 
     def kinds(field: str) -> str:
-        return ", ".join(kind for kind in EVIDENCE if kind in evidence.get(field, ""))
+        # The weakest kind: --sources and --json say all.
+        return next((kind for kind in reversed(EVIDENCE) if kind in evidence.get(field, "")), "")
 
     cells = [(label, value, kinds(field)) for label, value, field in rows]
     return table(heading, "", "evidence", left=[2], rows=cells)
 
 
-def _render_plan(plan: Plan, tokens: int, cost: Cost | None) -> Iterator[Any]:
-    """Yield the parts of one plan: verdict, memory by part, figures, advice."""
+def _render_answer(plan: Plan, tokens: int, cost: Cost | None) -> Iterator[Any]:
+    """Yield the answer of one plan: whether it fits, what to change or what is left, and how long it takes."""
     yield Text(f"{_verdict_text(plan)}:", style="bold")
-    yield f"{plan.reason}\n"
+    yield plan.reason
+    for advice in plan.advice[:1]:
+        yield f"change: {advice.change} saves {format_bytes(advice.saves)}; then it {advice.verdict}"
+    rows = "rows" if plan.batch > 1 else "row"
+    longest = f"{plan.batch} {rows} of up to {plan.max_seq_len} tokens" if plan.max_seq_len else ""
+    most = f"{_count(plan.max_batch_size, 'rows')} of {plan.seq_len}" if plan.max_batch_size else ""
+    yield f"largest that fits: {' or '.join(filter(None, (longest, most))) or 'nothing'}"
+    if plan.tokens_per_second is None:
+        yield "speed: not known"
+    else:
+        yield f"speed: {format_range(*plan.tokens_per_second, '{:.0f}'.format)} tokens/s"
+        if cost is not None:
+            yield f"time: {_format_cost(tokens, cost)}"
+    yield from (f"note: {note}" for note in plan.notes)
+
+
+def _format_cost(tokens: int, cost: Cost) -> str:
+    """Return time and rent of a run."""
+    from ..planning.gpus import MAX_AGE, is_old
+
+    name = "a million tokens" if tokens == MILLION else f"the run, {format_count(tokens)} tokens,"
+    text = f"{name} in {format_range(3600 * cost.hours.low, 3600 * cost.hours.high, format_duration)}"
+    if cost.rent is not None:
+        text += f", {format_range(*cost.rent, '{:.2g} $'.format)}"
+        old = f", older than {MAX_AGE} days" if any(is_old(p.date) for p in cost.prices) else ""
+        spot = "spot " if any("spot" in p.provider for p in cost.prices) else ""
+        text += f" ({spot}prices of {min(p.date for p in cost.prices)}{old})" if cost.prices else ""
+    return text
+
+
+def _list_sources(plan: Plan, card: Gpu) -> Iterator[tuple[str, str]]:
+    """Yield what each figure is from: the base, the card, the prices, and the kinds of evidence."""
+    from ..planning.gpus import format_checked
+    from ..planning.throughput import prices
+
+    yield "base", plan.evidence.get("model", "")
+    yield card.name, f"{card.source} (checked {format_checked(card.checked)})" if card.checked else card.source
+    for price in prices(card.name):
+        yield f"{price.dollars_per_hour} $/h", f"{price.provider}, {format_checked(price.date)}: {price.source}"
+    yield from ((name, text) for name, text in plan.evidence.items() if name != "model")
+
+
+def _render_details(plan: Plan, tokens: int, cost: Cost | None, card: Gpu) -> Iterator[Any]:
+    """Yield the figures of one plan: memory by part, sizes, time, advice."""
+    yield ""
     evidence = {**plan.evidence, "parts": plan.evidence.get("parts", "").partition(";")[0], "cost": "computed"}
-    parts = [(part, format_bytes(size), "parts") for part, size in plan.parts.items() if part != "runtime"]
+    # A part that is 0 at the highest point of the step is not shown.
+    parts = [(part, format_bytes(size), "parts") for part, size in plan.parts.items() if part != "runtime" and size]
     ranges = [
         ("tensors, at most", format_bytes(plan.allocated_bytes), "allocated_bytes"),
         ("reserved for them", format_range(*plan.reserved_bytes), "reserved_bytes"),
@@ -187,8 +249,12 @@ def _render_plan(plan: Plan, tokens: int, cost: Cost | None) -> Iterator[Any]:
         ("weights held in", plan.dtype, "dtype"),
         ("trained parameters", f"{format_count(plan.trainable_params)} ({percent})", "trainable_params"),
         ("adapter file", at_most + format_bytes(plan.adapter_bytes), "adapter_bytes"),
-        ("CPU memory", format_bytes(plan.host_bytes), "host_bytes"),
-        ("disk", format_bytes(plan.disk_bytes), "disk_bytes"),
+        (
+            "CPU memory, of the same memory" if card.unified else "CPU memory",
+            format_bytes(plan.host_bytes),
+            "host_bytes",
+        ),
+        ("disk, beside the base's files", format_bytes(plan.disk_bytes), "disk_bytes"),
         (f"longest row that fits, {plan.batch} at once", _count(plan.max_seq_len, "tokens"), "max_seq_len"),
         (f"most rows of {plan.seq_len} that fit", _count(plan.max_batch_size, "rows"), "max_batch_size"),
     ]
@@ -207,9 +273,10 @@ def _render_plan(plan: Plan, tokens: int, cost: Cost | None) -> Iterator[Any]:
         dates = sorted({p.date for p in cost.prices})
         providers = ", ".join(dict.fromkeys(p.provider for p in cost.prices))
         period = " to ".join(dict.fromkeys([*dates[:1], *dates[-1:]]))
-        source = f"published: {providers}, {period}" if dates else "the price given"
-        rows.add_row("", format_range(*cost.rent, "{:.2g} $".format), source)
+        rows.add_row("", format_range(*cost.rent, "{:.2g} $".format), "published" if dates else "given")
     yield rows
+    if cost is not None and cost.prices:
+        yield f"prices: {providers}, {period}"
     if plan.advice:
         advice = [(a.change, format_bytes(a.saves), a.verdict) for a in plan.advice]
         yield ""

@@ -1,6 +1,7 @@
 """The GPUs people own or rent (`gpus.csv`, each row with its source), and the memory that a run can have of one."""
 
 import csv
+import datetime
 import re
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,6 +20,8 @@ from ..utils.product_names import nearest_product
 from .result import Range
 
 GIB = 1 << 30
+MAX_AGE = 180
+"""Days after which a price or a card's figures may be out of date."""
 UNITS = {"": 1, **{u: 1000**n for n, u in enumerate("kmgt", 1)}, **{f"{u}i": 1024**n for n, u in enumerate("kmgt", 1)}}
 
 
@@ -38,6 +41,7 @@ class Gpu:
     watts: float | None = None  # power of the board (of a Mac: of the machine)
     unified: bool = False  # the memory is the system's, too
     source: str = ""  # where these numbers are from
+    checked: str = ""  # when they were read there, as 2026-11-25
     auto_bf16: bool | None = None  # whether dtype "auto" is bfloat16 on it, if it was asked; None: by its rates
 
     @property
@@ -87,7 +91,7 @@ def _rows() -> list[tuple[list[str], Gpu]]:
     rows = []
     for row in csv.DictReader(text.splitlines()):
         gpu = Gpu(
-            **{name: row[name] for name in ("name", "kind", "vendor", "architecture", "source")},
+            **{name: row[name] for name in ("name", "kind", "vendor", "architecture", "source", "checked")},
             memory=int(float(row["memory_gib"]) * GIB),
             visible=int(float(row["visible_gib"] or row["memory_gib"]) * GIB),
             bandwidth=float(row["bandwidth_gbs"]) * 1e9,
@@ -121,6 +125,16 @@ def find_gpu(name: str) -> Gpu:
     close = nearest_product(name, [gpu.name for gpu in all_gpus()])
     hint = "or give its memory alone: --vram 24GiB"
     raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)
+
+
+def is_old(date: str) -> bool:
+    """Return whether a date, as 2026-11-25, is more than `MAX_AGE` days ago."""
+    return (datetime.date.today() - datetime.date.fromisoformat(date)).days > MAX_AGE
+
+
+def format_checked(date: str) -> str:
+    """Return a date, and whether a figure of that date is old."""
+    return f"{date}, older than {MAX_AGE} days" if is_old(date) else date
 
 
 def require_trains(gpu: Gpu) -> None:
