@@ -48,6 +48,7 @@ def verify_run(
 def format_verdicts(checks: Sequence[Mapping[str, Any]]) -> Table:
     """Return the verdicts as a table of at most 80 columns; `LEGEND` says what the numbers are."""
     rows = table("engine", "weights", "prompts", "d mean", "d max", "strength", "verdict", left=[0])
+    rows.padding = (0, 1, 0, 0)
     for c in checks:
         numbers, verdict = ["-"] * 4, VERDICTS[c["passed"]]
         if c["positions"]:
