@@ -1,4 +1,6 @@
-"""Architectures whose packed rows change each other, or whose head does more than its config says, are refused."""
+"""Bases whose head does more than its config says, and recipes that ask to pack what is not exact, are refused."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,8 +8,9 @@ import transformers as tf
 from models_zoo import DECODER, VOCAB
 from reference import enlarge_weights
 
-from slimtune.errors import ModelError
-from slimtune.train_step.loss import check_packing_supported, make_collator
+from slimtune import setup
+from slimtune.errors import ModelError, UsageError
+from slimtune.train_step.loss import check_lm_head, make_collator
 
 PLAIN = {**DECODER, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 LAYERS = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCAB}
@@ -35,16 +38,20 @@ def build(cls, config):
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_supported(name, dtype):
     model = build(tf.AutoModelForCausalLM.from_config, SUPPORTED[name]).to(dtype)
-    for options in ({}, {"share_prefix": False}, {"packing": False}):
-        check_packing_supported(model, make_collator(model, 0, **options))
+    check_lm_head(model)
+    assert model.training
 
 
 @pytest.mark.parametrize("config", [tf.BloomConfig(**LAYERS), tf.MambaConfig(**PLAIN, state_size=8)])
-def test_rows_change_each_other(config):
+def test_packing_is_refused_only_where_asked_for(config):
     model = build(tf.AutoModelForCausalLM.from_config, config)
-    with pytest.raises(ModelError, match=r"(?s)packed rows change each other.*train.packing=false"):
-        check_packing_supported(model, make_collator(model, 0))
-    assert model.training
+    assert not make_collator(model, 0).packing
+    train = SimpleNamespace(packing=True, share_prefix=True, batch_size=2, max_tokens_per_micro_batch=64)
+    recipe, tokenizer = SimpleNamespace(train=train), SimpleNamespace(pad_token_id=0)
+    with pytest.raises(UsageError, match=r"(?s)train.packing is true, but .*attention.*train.packing=null"):
+        setup.build_collator(recipe, model, tokenizer, 8)
+    train.packing = None
+    assert not setup.build_collator(recipe, model, tokenizer, 8).packing
 
 
 class ScaledLlama(tf.LlamaForCausalLM):
@@ -65,5 +72,5 @@ class ShiftedLlama(tf.LlamaForCausalLM):
 def test_unknown_head(cls, dtype):
     model = build(cls, tf.LlamaConfig(**PLAIN)).to(dtype)
     with pytest.raises(ModelError, match=f"the loss of a {cls.__name__} differs from the model's own"):
-        check_packing_supported(model, make_collator(model, 0))
+        check_lm_head(model)
     assert model.training

@@ -54,7 +54,7 @@ def test_defaults():
     assert isinstance(config, LoraConfig)
     assert (config.r, config.lora_alpha, config.lora_dropout) == (16, 32, 0)
     assert (config.target_modules, config.task_type) == ("all-linear", "CAUSAL_LM")
-    assert (recipe.train.epochs, recipe.train.learning_rate, recipe.train.packing) == (3.0, 2e-4, True)
+    assert (recipe.train.epochs, recipe.train.learning_rate, recipe.train.packing) == (3.0, 2e-4, None)
     assert (LoraConfig().r, LoraConfig().lora_alpha, LoraConfig().target_modules) == (8, 8, None), "PEFT's own"
     with pytest.raises(ValidationError, match="frozen"):
         recipe.train.epochs = 1

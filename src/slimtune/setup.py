@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .adapters.config import PeftConfig
 from .adapters.model import PeftModel, get_peft_model
+from .attention.register import packing_unsupported_reason
 from .config import Recipe
 from .data.collator import Collator, Example
 from .data.dataset import RowFile, open_rows
@@ -24,7 +25,7 @@ from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.loader import Base, download_weights, load_base, load_tokenizer
 from .models.quantization import dequantize_model
 from .run_dir import ADAPTER_FILE, RunDir
-from .train_step.loss import auto_micro_batch_tokens, check_packing_supported, make_collator
+from .train_step.loss import auto_micro_batch_tokens, check_lm_head, make_collator
 from .train_step.memory_savings import apply_memory_savings
 from .utils import distributed
 from .utils.calibration import ROWS, collect_layer_inputs
@@ -145,10 +146,18 @@ def _tokenize(
 def build_collator(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> Collator:
     """Return the collator for the recipe's rows and this model; raise ModelError if the model does not support it."""
     t = recipe.train
+    if t.packing and (reason := packing_unsupported_reason(model)):
+        raise UsageError(
+            f"train.packing is true, but {reason}", hint="--set train.packing=null packs where it is exact"
+        )
     collator = make_collator(
-        model, tokenizer.pad_token_id, packing=t.packing, share_prefix=t.share_prefix, max_rows=t.batch_size
+        model,
+        tokenizer.pad_token_id,
+        packing=t.packing is not False,
+        share_prefix=t.share_prefix,
+        max_rows=t.batch_size,
     )
-    check_packing_supported(model, collator)
+    check_lm_head(model)
     limit = t.max_tokens_per_micro_batch
     collator.max_tokens = auto_micro_batch_tokens(model, collator, longest) if limit == "auto" else limit
     return collator

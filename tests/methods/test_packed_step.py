@@ -18,7 +18,7 @@ from slimtune.data.packing import pack_sequences
 from slimtune.errors import UsageError
 from slimtune.kernels import activation_offload
 from slimtune.train_step import loss as step
-from slimtune.train_step.loss import check_packing_supported, make_collator, step_loss
+from slimtune.train_step.loss import check_lm_head, make_collator, step_loss
 from slimtune.train_step.memory_savings import apply_memory_savings
 
 
@@ -155,9 +155,10 @@ def test_packed_equals_alone_at_a_tied_head(method):
 
 
 @EVERY_METHOD
-def test_packing_is_found_exact_before_training(method):
+def test_head_is_found_exact_before_training(method):
     model = adapted(method, dtype=torch.bfloat16)
-    assert check_packing_supported(model, make_collator(model, 0)) is None
+    assert check_lm_head(model) is None
+    assert make_collator(model, 0).packing
     assert model.training
 
 

@@ -251,7 +251,7 @@ def to_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> t
     data = save(tensors)
     start = 8 + int.from_bytes(data[:8], "little")
     header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8:start])}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-len(text) % 8)  # the tensors are aligned
     return len(text).to_bytes(8, "little") + text, memoryview(data)[start:]
 

@@ -33,16 +33,33 @@ LAYOUT_KWARG = "slimtune_layout"
 SUPPORTED_ATTENTION = ("sdpa", "eager")
 """Attention implementations that can run packed layouts."""
 _NAME_PREFIX = "slimtune_"
+LAYOUT_FAMILIES = frozenset(
+    (
+        "apertus arcee aria_text axk1 bitnet codegen cohere cohere2 cohere2_moe ctrl cwm deepseek_v2 deepseek_v3 "
+        "diffllama dots1 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe flex_olmo flint gemma gemma2 gemma3 "
+        "gemma3_text gemma3n gemma3n_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode "
+        "gpt_neox gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium "
+        "hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe laguna llama mellum "
+        "mimo_v2_flash minimax_m2 ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt "
+        "persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe sarvam_mla sarvam_moe seed_oss smollm3 "
+        "solar_open starcoder2 vaultgemma youtu "
+    ).split()
+)
+"""Families (`model_type`) whose packed rows are exact by construction: all their attention goes through transformers'
+interface, and positions enter by `position_ids` alone. `tests/attention/test_families.py` proves each in float64."""
+POSITION_FAMILIES = frozenset("falcon gpt_neox_japanese nemotron stablelm".split())
+"""Families with attention of their own, whose rows transformers' mask separates by `position_ids`; proven there, too.
+They pack without shared prefixes."""
 
 
 @contextmanager
 def packed_attention(model: Any) -> Iterator[bool]:
     """Let a model accept packed layouts inside the `with`; calls without a layout work as before.
 
-    Yields whether the model can: it must use transformers' attention interface, with full or sliding attention only.
+    Yields whether the model can (see `layout_unsupported_reason`).
     """
     implementation = getattr(model.config, "_attn_implementation", None) or ""
-    if implementation.startswith(_NAME_PREFIX) or packing_unsupported_reason(model):
+    if implementation.startswith(_NAME_PREFIX) or layout_unsupported_reason(model):
         yield implementation.startswith(_NAME_PREFIX)
         return
     model.set_attn_implementation(_NAME_PREFIX + implementation)
@@ -53,17 +70,40 @@ def packed_attention(model: Any) -> Iterator[bool]:
 
 
 def packing_unsupported_reason(model: Any) -> str:
-    """Return why a model cannot run packed layouts, "" if it can."""
+    """Return why packed rows are not known to be computed as if each were alone, "" if they are."""
+    if model.config.model_type in POSITION_FAMILIES and not _foreign_code_reason(model):
+        # ALiBi's biases are computed in bfloat16 from places in the whole sequence.
+        return "its ALiBi biases depend on the place in the sequence" if getattr(model.config, "alibi", False) else ""
+    return layout_unsupported_reason(model)
+
+
+def layout_unsupported_reason(model: Any) -> str:
+    """Return why a model cannot run packed layouts, "" if it can; reads only its class and config."""
     implementation = original_attention(getattr(model.config, "_attn_implementation", None))
-    text = model.config.get_text_config()
-    unknown = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"the attention of a {type(model).__name__} does not use transformers' attention interface"
-    if implementation not in SUPPORTED_ATTENTION:
-        return f"attn_implementation is {implementation!r}, not 'sdpa' or 'eager'"
+    text, name = model.config.get_text_config(), type(model).__name__
+    layers = {*(getattr(text, "layer_types", None) or ()), *(getattr(text, "layers_block_type", None) or ())}
+    unknown = layers - {"full_attention", "sliding_attention", "attention"}
+    if reason := _foreign_code_reason(model):
+        return reason
     if unknown or getattr(text, "attention_chunk_size", None):
         return f"it has layers without plain attention ({', '.join(sorted(unknown)) or 'chunked'})"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"the attention of a {name} does not use transformers' attention interface"
+    if model.config.model_type not in LAYOUT_FAMILIES:
+        return f"packed rows of the family {model.config.model_type!r} are not proven to stay apart"
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
+        return "its attention is not causal"
+    if implementation not in SUPPORTED_ATTENTION:
+        return f"attn_implementation is {implementation!r}, not 'sdpa' or 'eager'"
     return ""
+
+
+def _foreign_code_reason(model: Any) -> str:
+    # Adapters, FSDP and peft put classes of their own above the model's.
+    own = ("slimtune", "torch", "peft")
+    code = next(c.__module__ for c in type(model).__mro__ if c.__module__.partition(".")[0] not in own)
+    known = code.startswith("transformers.")
+    return "" if known else f"the code of {type(model).__name__} is not transformers' own"
 
 
 def original_attention(implementation: Any) -> Any:
@@ -85,7 +125,13 @@ def empty_mask(device: torch.device) -> Tensor:
 
 
 def _attend(
-    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function with packed layouts: `query (1, heads, tokens, size)`, keys and values `(1, kv heads, …)`.
 
@@ -93,7 +139,7 @@ def _attend(
     """
     layout: PackedLayout | None = kwargs.pop(LAYOUT_KWARG, None)
     if layout is None:
-        return get_attention_function(module, name)(module, query, key, value, mask, **kwargs)
+        return get_attention_function(module, name)(module, query, key, value, attention_mask, **kwargs)
     _check_call(module, layout, query, key, kwargs)
     return _attend_packed(name, module, query, key, value, layout, kwargs), None
 
@@ -109,7 +155,7 @@ def _attend_packed(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Return the attention output `(1, tokens, heads, size)`."""
-    window, scaling, dropout = kwargs.get("sliding_window"), kwargs.get("scaling"), kwargs.get("dropout", 0.0)
+    window, scaling, dropout = kwargs.get("sliding_window") or None, kwargs.get("scaling"), kwargs.get("dropout", 0.0)
     plain_sdpa = implementation == "sdpa" and kwargs.get("softcap") is None
     causal = len(layout.lengths) == 1 and not layout.prefix_keys and (window is None or window >= layout.total)
     long_row = causal and layout.total > MAX_SEGMENT_TOKENS
@@ -149,7 +195,7 @@ def _check_call(module: Any, layout: PackedLayout, query: Tensor, key: Tensor, k
             "a call without a cache",
             hint,
         )
-    if getattr(module.config, "sliding_window", None) is not None and "sliding_window" not in kwargs:
+    if getattr(module.config, "sliding_window", None) and "sliding_window" not in kwargs:
         raise ModelError(f"{name} does not pass on its window: rows cannot share one sequence", hint=hint)
     if kwargs.get("position_bias") is not None or not getattr(module, "is_causal", True):
         raise ModelError(f"{name} is not causal, or adds a bias by position: rows cannot share one sequence", hint=hint)

@@ -155,7 +155,7 @@ def _iterate_flags(paths: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 def _flag_type(annotation: Any) -> tuple[Any, str | None]:
     """Return the type of a flag for typer, text unless it is a switch or repeatable, and its placeholder."""
     repeatable = {list: "NAME", dict: "ROLE=COLUMN"}
-    if annotation is bool:
+    if annotation in (bool, bool | None):
         return bool, None
     if (origin := typing.get_origin(annotation)) in repeatable:
         return list[str], repeatable[origin]

@@ -148,7 +148,9 @@ class TrainSettings(Section):
         "most tokens in a micro-batch; changes memory and speed, not the gradient; auto: as many as fit in memory",
         union_mode="left_to_right",
     )
-    packing: bool = setting(True, "pack rows into one sequence without padding")
+    packing: bool | None = setting(
+        None, "pack rows into one sequence without padding; null: if that is exact for the base, as it mostly is"
+    )
     share_prefix: bool = setting(True, "with packing: compute a prefix that rows share only once")
     compile: bool = setting(False, "compile the model's layers with torch.compile")
     lr_scheduler: Literal["cosine", "linear", "constant", "inverse_sqrt", "polynomial", "cosine_with_restarts"] = (

@@ -148,9 +148,10 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
     if max_tokens == "auto":
         max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU
     same = ("batch_size", "gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",
-            "mlp_tile_size", "packing", "save_total_limit")  # fmt: skip
+            "mlp_tile_size", "save_total_limit")  # fmt: skip
     return PlanRequest(
         model=info,
+        packing=train.packing is not False,
         gpu=gpu,
         method=recipe.method_config(),
         seq_len=seq_len,

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from ..attention.register import LAYOUT_KWARG, empty_mask, packed_attention, packing_unsupported_reason
+from ..attention.register import (
+    LAYOUT_KWARG,
+    empty_mask,
+    layout_unsupported_reason,
+    packed_attention,
+    packing_unsupported_reason,
+)
 from ..data.collator import IGNORE_INDEX, Collator, Example
 from ..errors import ModelError
 from ..kernels.cross_entropy import nll_and_accuracy
@@ -34,8 +40,9 @@ EVAL_ROWS = 4096
 def make_collator(
     model: Any, pad_token_id: int, *, packing: bool = True, share_prefix: bool = True, **sizes: Any
 ) -> Collator:
-    """Return the collator that packs rows as well as this model supports; `sizes` are `Collator`'s limits."""
-    layout = packing and not packing_unsupported_reason(model)
+    """Return the collator that packs rows if that is known to be exact for this model; `sizes` are its limits."""
+    packing = packing and not packing_unsupported_reason(model)
+    layout = packing and not layout_unsupported_reason(model)
     return Collator(pad_token_id, packing, layout=layout, share_prefix=share_prefix, **sizes)
 
 
@@ -194,50 +201,37 @@ def mean_loss(scores: Iterable[RowScore]) -> float:
 
 
 @torch.no_grad()
-def check_packing_supported(model: Any, collator: Collator) -> None:
-    """Compare the loss of packed rows, of each row alone, and of the model's own head; raise if they differ.
+def check_lm_head(model: Any) -> None:
+    """Compare the loss that `LMHead` computes with that of the model's own logits, from the same hidden states.
 
-    Some architectures ignore `position_ids` (OPT, BLOOM), some carry a state from row to row (Mamba), and a head may
-    do more to its logits than its config says: transformers does not tell.
+    A head may do more to its logits than its config says: transformers does not tell.
 
     Raises:
         ModelError: the loss would be wrong; the hint says what to change.
     """
+    head = get_lm_head(model)
+    if head is None:
+        return
     device, was_training = next(model.parameters()).device, model.training
     vocabulary = model.config.get_text_config().vocab_size
-    prefix = [(5 * i * i + 1) % vocabulary for i in range(9)]
-    rows = [[*(prefix if r else []), *((7 * i * i + 3 + 11 * r) % vocabulary for i in range(9 + r))] for r in range(3)]
-    examples = [{"input_ids": row, "labels": row} for row in rows]
-
-    def plain_nll(row: list[int]) -> Tensor:
-        ids = torch.tensor([row], device=device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        return F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
-
+    ids = torch.tensor([[(5 * i * i + 1) % vocabulary for i in range(24)]], device=device)
+    states: list[Tensor] = []
+    hook = head.module.register_forward_pre_hook(lambda module, args: states.append(args[0]))
     model.eval()
     try:
-        with packed_attention(model):
-            batches = (move_to_device(collator(some), device) for some in (examples, *([e] for e in examples)))
-            packed, *alone = (token_nll(model, batch) for batch in batches)
-        plain = torch.cat([plain_nll(row) for row in rows])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     finally:
+        hook.remove()
         model.train(was_training)
-    tolerance = 0.05 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 1e-3
-    spread = plain.std().clamp_min(1e-12)
-    packing_error, head_error = (((nll - plain).abs().mean() / spread).item() for nll in (packed, torch.cat(alone)))
-    name = type(model).__name__
-    if head_error > tolerance:
+    own = F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
+    ours = head.target_nll(states[-1][0, -24:-1], ids[0, 1:])
+    error = ((ours - own).abs().mean() / own.std().clamp_min(1e-12)).item()
+    if error > (0.05 if logits.dtype in (torch.bfloat16, torch.float16) else 1e-3):
         raise ModelError(
-            f"the loss of a {name} differs from the model's own (by {100 * head_error:.2g} % of its spread): "
-            "its head does more to its logits than its config says",
+            f"the loss of a {type(model).__name__} differs from the model's own (by {100 * error:.2g} % of its spread):"
+            " its head does more to its logits than its config says",
             "a head that multiplies, adds a bias, scales and soft-caps",
             "train it with transformers' Trainer, which uses the model's own loss",
-        )
-    if packing_error > tolerance and len(collator.group_rows(examples)) == 1 and collator.packing:
-        raise ModelError(
-            f"packed rows change each other in a {name} (by {100 * packing_error:.2g} % of the loss's spread)",
-            "an architecture that separates rows by position_ids",
-            "--set train.packing=false",
         )
 
 

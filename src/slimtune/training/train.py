@@ -19,7 +19,7 @@ from .. import setup
 from ..adapters import state_dict as adapter_files
 from ..adapters.config import PeftConfig
 from ..adapters.export_formats import get_export_formats
-from ..attention.register import packed_attention
+from ..attention.register import packed_attention, packing_unsupported_reason
 from ..config import Recipe
 from ..data.collator import Collator
 from ..data.validation.report import format_columns, format_issue, format_verdict, raise_if_invalid
@@ -174,6 +174,8 @@ def _train(
         collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))
         planned = None if plan is None else planned_bytes(plan, device)[1]
         loop = TrainingLoop(model, data, settings, collator, run, logger, resume, planned)
+        if settings.packing is None and (reason := packing_unsupported_reason(model)):
+            logger.say(f"rows are not packed: {reason}")
         logger.say(describe_packing(collator, data.data_reports["train"]))
         if settings.compile:
             logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
