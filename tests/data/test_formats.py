@@ -181,6 +181,10 @@ def test_ignored_columns_are_as_if_they_were_not_there(tmp_path):
     path = write(tmp_path / "a.jsonl", row)
     ignored = ["messages.name", "messages.id", "text"]
     assert read_rows(path, ignore_columns=ignored) == [Row([USER, SAID], 1)]
+    path = write(tmp_path / "a.jsonl", {"messages": json.dumps(row["messages"])})  # as in a CSV file
+    assert read_rows(path, ignore_columns=ignored) == [Row([USER, SAID], 1)]
+    path = write(tmp_path / "a.jsonl", {"messages": [USER, {**SAID, "thinking": "Hm.", "weight": 0}]})
+    assert read_rows(path, ignore_columns=["messages.thinking", "messages.weight"]) == [Row([USER, SAID], 1)]
     tool = {"role": "tool", "content": "2", "name": "f"}
     path = write(tmp_path / "a.jsonl", {"messages": [USER, SAID, tool, SAID]})
     assert read_rows(path, ignore_columns=ignored)[0].messages[2] == tool  # a tool's name is used

@@ -5,6 +5,7 @@ report names them, and one of `COLUMN_MEANINGS` is an error. Preference pairs ar
 trains on them yet.
 """
 
+import contextlib
 import difflib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -14,7 +15,6 @@ from typing import Any
 
 from ..errors import DataError, UsageError, format_names, nearest
 from .messages import (
-    MESSAGE_KEYS,
     Messages,
     RowError,
     check_depth,
@@ -200,8 +200,9 @@ class ColumnChoice:
         chosen = rest | {role: record[column] for role, column in self.columns.items() if column in record}
         for name in self.ignored:
             column, dot, key = name.partition(".")
-            if dot and isinstance(turns := chosen.get(column), list):
-                chosen[column] = [_drop_key(turn, key) for turn in turns]
+            if dot and column in chosen:
+                with contextlib.suppress(RowError):  # `parse_record` says it
+                    chosen[column] = [_drop_key(turn, key) for turn in require_list(chosen[column], column)]
         return chosen
 
     def find_unused(self, present: Iterable[str], format: str) -> tuple[str, ...]:
@@ -212,8 +213,10 @@ class ColumnChoice:
 
 
 def _drop_key(turn: Any, key: str) -> Any:
-    """Return a message without a key, unless its role has that key."""
-    if not isinstance(turn, dict) or key in MESSAGE_KEYS.get(str(turn.get("role")), ()):
+    """Return a message without a key; role and content stay, and the name of a tool that returned a result."""
+    if not isinstance(turn, dict) or key in ("role", "content"):
+        return turn
+    if turn.get("role") == "tool" and key in ("name", "tool_call_id"):
         return turn
     return {k: v for k, v in turn.items() if k != key}
 
