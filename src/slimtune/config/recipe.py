@@ -14,7 +14,7 @@ from ..utils.files import parse_dataset_id
 from ..utils.remote_code import allow_remote_code
 from . import schema
 from .aliases import rename_setting, rename_settings
-from .errors import FieldError, collect_field_errors, format_value, raise_errors
+from .errors import MOST, FieldError, collect_field_errors, format_value, raise_errors, unknown_field_error
 from .loading import DATA_FILES, expand_short_sections, parse_override, read_recipe_tree, resolve_paths, set_field
 from .method import accepted_names, resolve_method
 
@@ -120,7 +120,22 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable
         if where.startswith("method.") and isinstance(tree.get("method"), dict):
             _drop_other_spellings(tree["method"], settings, where.removeprefix("method."))
         set_field(tree, where, value)
-    return Recipe.from_dict(tree, str(path) if path is not None else "the flags")
+    source = str(path) if path is not None else "the flags"
+    raise_errors(_find_unknown_names(tree), source)
+    return Recipe.from_dict(tree, source)
+
+
+def _find_unknown_names(tree: Mapping[str, Any]) -> list[FieldError]:
+    """Return the errors for names that their section does not have: before a method is imported, which takes seconds."""
+    paths = [s.path for s in schema.iterate_settings(Recipe)]
+    errors: list[FieldError] = []
+    for section in ("model", "data", "train"):
+        known = Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        given = tree.get(section)
+        unknown = [name for name in given if name not in known] if isinstance(given, Mapping) else []
+        errors += [unknown_field_error(f"{section}.{name}", known, paths) for name in unknown[:MOST]]
+        errors += [FieldError(f"{section}.{name}", "no such field") for name in unknown[MOST:]]  # which are only counted
+    return errors
 
 
 def _drop_other_spellings(method: dict[str, Any], overrides: Mapping[str, Any], name: str) -> None:
