@@ -62,8 +62,12 @@ def replace(monkeypatch):
 @pytest.mark.parametrize(
     ("args", "code", "seconds"),
     [
-        (["--help"], 0, 0.5), (["trian"], 2, 1), (["train", "--help"], 0, 1.2), (["train", "--rnak", "3"], 2, 1.2),
-        (["train", "--set", "train.epocs=3"], 2, 1.2), (["train", "--method", "lore"], 2, 1.2),
+        (["--help"], 0, 0.5),
+        (["trian"], 2, 1),
+        (["train", "--help"], 0, 1.2),
+        (["train", "--rnak", "3"], 2, 1.2),
+        (["train", "--set", "train.epocs=3"], 2, 1.2),
+        (["train", "--method", "lore"], 2, 1.2),
     ],  # fmt: skip
 )
 def test_start_is_fast_without_torch(args, code, seconds):

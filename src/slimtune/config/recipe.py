@@ -134,7 +134,9 @@ def _find_unknown_names(tree: Mapping[str, Any]) -> list[FieldError]:
         given = tree.get(section)
         unknown = [name for name in given if name not in known] if isinstance(given, Mapping) else []
         errors += [unknown_field_error(f"{section}.{name}", known, paths) for name in unknown[:MOST]]
-        errors += [FieldError(f"{section}.{name}", "no such field") for name in unknown[MOST:]]  # which are only counted
+        errors += [
+            FieldError(f"{section}.{name}", "no such field") for name in unknown[MOST:]
+        ]  # which are only counted
     return errors
 
 
