@@ -68,6 +68,8 @@ def test_adapter_gguf(run, tmp_path):
     assert set(found["files"]) == {"adapter.gguf", EXPORT_MANIFEST}
     assert found["check"]["passed"] is True
     assert found["check"]["prompts_equal"] == found["check"]["prompts"] > 0
+    assert found["check"]["strength"] == pytest.approx(1, abs=0.01)
+    assert found["check"]["effect"] > 0.05
     assert read_manifest(tmp_path / "out")["kind"] == "gguf"  # type: ignore[index]
     assert verify(tmp_path / "out", threads=1)["passed"]
 

@@ -132,8 +132,8 @@ class Reference:
     def base_log_probs(self) -> list[Tensor]:
         """The untouched base's log-probabilities of each text's next tokens."""
         with self.engine.model.disable_adapter():
-            texts = track_progress(self.texts, "texts for the trained adapter")
-        return [self.engine.score(text.ids).token_log_probs for text in texts]
+            texts = track_progress(self.texts, "texts for the base")
+            return [self.engine.score(text.ids).token_log_probs for text in texts]
 
     @cached_property
     def effect(self) -> float:
