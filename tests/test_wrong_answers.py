@@ -342,7 +342,7 @@ CASES: list[Case] = [
     Case("switch-both-ways", {}, f"{TRAIN_FLAGS} --out o --packing --no-packing", 2, "--packing is given twice"),
     Case("set-twice", {}, "plan BASE --set train.seed=1 --set train.seed=2", 2, "--set train.seed is given twice"),
     Case("long-out", {}, f"{TRAIN_FLAGS} --out {'a' * 300}", 2, "the name is too long"),
-    Case("long-model", {}, f"plan {'a' * 300}", 2, "the name is too long"),
+    Case("long-model", {}, f"plan {'a' * 300}", 2, "there is no base"),
     Case("long-data", {}, f"train --model BASE --data {'a' * 300} --out o", 2, "the name is too long"),
     Case("nul-in-out", recipe('output_dir: "a\\0b"'), "train r.yaml", 2, "output_dir"),
     Case("nul-in-model", {}, "plan BASE --set 'model=\"a\\0b\"'", 2, "there is no base"),
