@@ -53,7 +53,7 @@ def test_diverged_run_stops_at_its_step(settings, capfd):
     folder = Path(settings["output_dir"])
     newest = checkpoint.list_checkpoints(folder / "checkpoints")[-1]
     assert checkpoint.find_damage(newest) == ""
-    assert f"{newest.name} on, which is from before" in e.value.hint
+    assert f"{newest.name} is from before" in e.value.hint
     assert not (folder / "adapter").exists()
     assert not (folder / "result.json").exists()
     assert metrics(folder, "event") == ["non-finite"]

@@ -233,20 +233,25 @@ class TrainingLoop:
         too_many = in_a_row >= min(MAX_SKIPPED_IN_A_ROW, self.state.max_steps)
         if too_many and skip:
             found += f"; {in_a_row} steps in a row were like this"
-        self.report_nonfinite(found, step, what, lines, skip and not too_many)
+        self.report_nonfinite(found, step, what, lines, rows, skip and not too_many)
         self.state.skipped_steps += 1
 
-    def report_nonfinite(self, found: str, step: int, what: str, lines: list[int], skip: bool) -> None:
+    def report_nonfinite(
+        self, found: str, step: int, what: str, lines: list[int], rows: Sequence[Example], skip: bool
+    ) -> None:
         """Record that something is NaN or Inf, and say it; raise RunError unless it is skipped."""
         facts = {"event": nonfinite.EVENT, "step": step, "what": what, "lines": lines, "skipped": skip, "text": found}
         self.logger.record(facts)
         if skip:
             self.logger.say(f"skipped: {found}")
             return
-        hint = f"start again with a learning rate below {self.settings.learning_rate:g}, or without these rows"
-        if (newest := checkpoint.list_checkpoints(self.run.checkpoints)[-1:]) and self.settings.on_nonfinite == "stop":
-            resume = f"{self.run.resume_command()} --on-nonfinite skip"
-            hint += f"; or skip such steps from {newest[0].name} on, which is from before: {resume}"
+        single = len(lines) < len(rows)  # otherwise the weights are what is wrong
+        hint = f"start again with a learning rate below {self.settings.learning_rate:g}"
+        hint += ", or without these rows" if single else ""
+        if newest := checkpoint.list_checkpoints(self.run.checkpoints)[-1:]:
+            hint += f"; {newest[0].name} is from before"
+            if single and self.settings.on_nonfinite == "stop":
+                hint += f", and skips such steps with: {self.run.resume_command()} --on-nonfinite skip"
         raise RunError(found, "finite losses and gradients", hint)
 
     def compute_gradients(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor, int, int]:
@@ -330,7 +335,7 @@ class TrainingLoop:
         found = f"the validation loss after step {self.state.step} is {nonfinite.format_value(loss)}: "
         found += nonfinite.describe_rows(lines, self.validation, "validation")
         skip = self.settings.on_nonfinite == "skip"
-        self.report_nonfinite(found, self.state.step, "validation loss", lines, skip)
+        self.report_nonfinite(found, self.state.step, "validation loss", lines, self.validation, skip)
 
     def patience_exhausted(self) -> bool:
         """Return whether the validation loss has not improved for as long as the recipe waits."""
