@@ -16,7 +16,6 @@ SIZES = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,
     "intermediate_size": 48, "vocab_size": 64,
 }  # fmt: skip
-MAMBA = {"d_state": 4, "n_heads": 4, "d_head": 8, "n_groups": 1}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
 
 
@@ -34,12 +33,11 @@ def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", **sizes):
         ("qwen2", {"num_hidden_layers": 1}),
         ("qwen3", {"num_hidden_layers": 2, "head_dim": 16}),
         ("gemma2", {"num_hidden_layers": 2, "head_dim": 16}),
-        ("falcon_h1", {"mamba_d_ssm": 32, **{f"mamba_{k}": v for k, v in MAMBA.items()}}),
-        ("lfm2", {}),
     ],
 )
 def test_is_planned(kind, sizes):
-    assert plan(kind, **sizes).verdict == "fits"
+    planned = plan(kind, targets=["q_proj", "v_proj"], **sizes)
+    assert planned.verdict == "fits"
 
 
 @pytest.mark.parametrize("kind", ["mamba", "rwkv"])

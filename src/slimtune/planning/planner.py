@@ -12,6 +12,7 @@ import torch
 
 from ..adapters.quantized import count_values
 from ..adapters.state_dict import adapter_tensor_info
+from ..attention.register import packing_unsupported_reason
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
 from ..models.registry import max_positions
 from ..utils.formatting import format_bytes
@@ -77,6 +78,9 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     total_params = sum(count_values(p) for p in model.parameters())
     adapter_bytes, extra_bytes, at_most = estimate_adapter_file_size(model)
     saved, spread = shard_base(model, request.processes) if request.fsdp else (0, 0)
+    packing_notes = []
+    if job.packing and (reason := packing_unsupported_reason(model)):
+        packing_notes.append(f"Training may refuse to pack rows of this base ({reason}); --no-packing pads them.")
     memory_model = fit_memory_model(job, model)
     memory_model = replace(memory_model, state=memory_model.state - saved)
     job = split_batch(request, job, memory_model)
@@ -147,7 +151,7 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
             micro_batches=job.micro_batches,
         ),
         evidence=list_evidence(request, host_moment),
-        notes=list_notes(request, job),
+        notes=[*list_notes(request, job), *packing_notes],
     )
     if verdict == "fits" or not advise or request.fsdp:
         return plan
