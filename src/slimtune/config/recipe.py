@@ -126,7 +126,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable
 
 
 def _find_unknown_names(tree: Mapping[str, Any]) -> list[FieldError]:
-    """Return the errors for names that their section does not have: before a method is imported, which takes seconds."""
+    """Return the errors for names that their section lacks: before a method is imported, which takes seconds."""
     paths = [s.path for s in schema.iterate_settings(Recipe)]
     errors: list[FieldError] = []
     for section in ("model", "data", "train"):
