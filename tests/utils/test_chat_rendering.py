@@ -26,9 +26,10 @@ def test_text_of_transformers(tiny_tokenizer, file, tools, prompt):
         assert ["A lie." in expected[a:b] for a, b in spans] == [True, True]
 
 
-def test_long_conversation_and_reasoning(tiny_tokenizer):
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_long_conversation_and_reasoning(tiny_tokenizer, key):
     tokenizer = tiny_tokenizer(chat_template=(TEMPLATES[0].parent / "gptoss.jinja").read_text())
-    talk = [{**m, "reasoning_content": "so"} if m["role"] == "assistant" else m for m in TALK * 500]
+    talk = [{**m, key: "so"} if m["role"] == "assistant" else m for m in TALK * 500]
     expected = tokenizer.apply_chat_template(talk, tokenize=False)
     assert render_chat_template(tokenizer, talk) == expected
 

@@ -47,6 +47,7 @@ _CHEAP_FILTERS = {
 }  # fmt: skip
 _WIDE_PERCENT = re.compile(r"%[^%a-zA-Z]*(?:\*|\d{4})")  # `%9999d`, `%*d`
 _WIDE_FORMAT = re.compile(r"\{[^{}]*:[^{}]*(?:\{|\d{4})")  # `{:9999}`, `{:{}}`
+_REASONING = frozenset({"reasoning_content", "thinking", "reasoning"})
 _work = threading.local()
 
 
@@ -77,8 +78,7 @@ def render_chat_template(
         ValueError: the tokenizer has no template.
     """
     compiled = _compile(tokenizer.get_chat_template(tools=tools) if template is None else template)
-    if any("reasoning_content" in message for message in messages):  # gpt-oss has another name for it
-        messages = [{"thinking": m["reasoning_content"], **m} if "reasoning_content" in m else m for m in messages]
+    messages = [message if _REASONING.isdisjoint(message) else _alias_reasoning(message) for message in messages]
     values = {**tokenizer.special_tokens_map, "documents": None, **variables}
     values |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
     parts: list[str] = []
@@ -97,6 +97,12 @@ def render_chat_template(
         reason = "it is nested too deep" if isinstance(error, RecursionError) else f"{type(error).__name__}: {error}"
         raise TemplateRuntimeError(reason) from error
     return text
+
+
+def _alias_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message whose reasoning has the two names that templates read, as in transformers."""
+    given = next((message[k] for k in ("reasoning_content", "thinking", "reasoning") if message.get(k) is not None), "")
+    return {"thinking": given, **message, "reasoning_content": given} if given else message
 
 
 @functools.lru_cache(maxsize=32)
