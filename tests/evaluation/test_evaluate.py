@@ -149,6 +149,6 @@ def test_nan_adapter(tmp_path, tiny_folder):
         next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
 
     run = make_run(tmp_path / "run", tiny_folder, change=spoil)
-    with pytest.raises(AdapterError, match=r"NaN or Inf on 5 of 5 rows \(lines '1', '2'"):
+    with pytest.raises(AdapterError, match="contain NaN or Inf"):
         evaluate(run)
     assert not (run / "eval-test.json").exists()

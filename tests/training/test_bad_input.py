@@ -55,8 +55,6 @@ FAULTY_SETTINGS = {
     ),
     "modules_to_save": ("--set method.modules_to_save=[lm_hed]", "did you mean 'lm_head'?"),
     "rank": ("--set method.r=0", "r", "0", "at least 1"),
-    "data": ("--data row.jsonl", "there is no file", "row.jsonl"),
-    "dataset": ("--data nobody/nothing-here", "there is no file 'nobody/nothing-here'", "the connection"),
     "resume": ("--resume", "no run folder"),
     "train_on": ("--train-on last_asistant", "train_on: got 'last_asistant'"),
 }
@@ -71,11 +69,26 @@ def test_faulty_settings(desk, monkeypatch, name):
     desk.assert_nothing_written()
 
 
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        ("row.jsonl", ("there is no file", "row.jsonl")),
+        ("nobody/nothing-here", ("there is no file 'nobody/nothing-here'", "the connection")),
+    ],
+)
+def test_missing_data(desk, monkeypatch, data, parts):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    refused(desk.train(data=data), 2, *parts)
+    desk.assert_nothing_written()
+
+
 def test_every_fault_of_a_recipe_at_once(desk):
     recipe = desk.write("recipe.yaml", f"model: {desk.base}\ndata: {desk.rows}\ntrain: {{epoch: 3, lerning_rate: 1}}\n"
-                        f"method: {{name: lora, rnk: 3}}\noutput_dir: {desk.out}\n")  # fmt: skip
-    parts = ("did you mean 'epochs'?", "did you mean 'learning_rate'?", "did you mean 'rank'?")
+                        f"method: {{name: lora}}\noutput_dir: {desk.out}\n")  # fmt: skip
+    parts = ("did you mean 'epochs'?", "did you mean 'learning_rate'?")
     refused(desk.run("train", recipe), 2, *parts)
+    refused(desk.train("--set", "method.rnk=3"), 2, "did you mean 'rank'?")
     refused(desk.run("train", "--epochs", "2"), 2, "--model", "--data", "--out")
     refused(desk.run("train", str(desk.folder / "recipes.yaml")), 2, "did you mean 'recipe.yaml'?")
     desk.assert_nothing_written()

@@ -67,5 +67,7 @@ def test_folder_of_texts(desk):
     trained = desk.train("--train-on", "last_assistant", data=data)
     assert trained.exit_code == 0, trained.stderr
     assert "8 of 8 rows" in trained.stderr
-    measured = desk.run("eval", str(desk.out), "--data", data, "--json")
+    (desk.folder / "held_out").mkdir()
+    desk.write("held_out/c.txt", "\n\n".join(f"abc {i}" for i in range(8)))
+    measured = desk.run("eval", str(desk.out), "--data", str(desk.folder / "held_out"), "--json")
     assert json.loads(measured.stdout)["rows"] == 8

@@ -34,20 +34,96 @@ SUPPORTED_ATTENTION = ("sdpa", "eager")
 """Attention implementations that can run packed layouts."""
 _NAME_PREFIX = "slimtune_"
 LAYOUT_FAMILIES = frozenset(
-    (
-        "apertus arcee aria_text axk1 bitnet codegen cohere cohere2 cohere2_moe ctrl cwm deepseek_v2 deepseek_v3 "
-        "diffllama dots1 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe flex_olmo flint gemma gemma2 gemma3 "
-        "gemma3_text gemma3n gemma3n_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode "
-        "gpt_neox gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoeshared helium "
-        "hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe laguna llama mellum "
-        "mimo_v2_flash minimax_m2 ministral ministral3 mistral mixtral nanochat olmo olmo2 olmo3 olmoe opt "
-        "persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe sarvam_mla sarvam_moe seed_oss smollm3 "
-        "solar_open starcoder2 vaultgemma youtu "
-    ).split()
+    [
+        "apertus",
+        "arcee",
+        "aria_text",
+        "axk1",
+        "bitnet",
+        "codegen",
+        "cohere",
+        "cohere2",
+        "cohere2_moe",
+        "ctrl",
+        "cwm",
+        "deepseek_v2",
+        "deepseek_v3",
+        "diffllama",
+        "dots1",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone",
+        "exaone4",
+        "exaone_moe",
+        "flex_olmo",
+        "flint",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gemma3n",
+        "gemma3n_text",
+        "gemma4",
+        "gemma4_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gpt_oss",
+        "gptj",
+        "granite",
+        "granite_swa",
+        "granitemoe",
+        "granitemoe_swa",
+        "granitemoeshared",
+        "helium",
+        "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "hy_v3",
+        "hyperclovax",
+        "internlm3",
+        "iquestcoder",
+        "jais2",
+        "jetmoe",
+        "laguna",
+        "llama",
+        "mellum",
+        "mimo_v2_flash",
+        "minimax_m2",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mixtral",
+        "nanochat",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "persimmon",
+        "phi",
+        "phi3",
+        "phimoe",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "sarvam_mla",
+        "sarvam_moe",
+        "seed_oss",
+        "smollm3",
+        "solar_open",
+        "starcoder2",
+        "vaultgemma",
+        "youtu",
+    ]
 )
 """Families (`model_type`) whose packed rows are exact by construction: all their attention goes through transformers'
 interface, and positions enter by `position_ids` alone. `tests/attention/test_families.py` proves each in float64."""
-POSITION_FAMILIES = frozenset("falcon gpt_neox_japanese nemotron stablelm".split())
+POSITION_FAMILIES = frozenset(["falcon", "gpt_neox_japanese", "nemotron", "stablelm"])
 """Families with attention of their own, whose rows transformers' mask separates by `position_ids`; proven there, too.
 They pack without shared prefixes."""
 
