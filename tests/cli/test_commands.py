@@ -68,7 +68,7 @@ def replace(monkeypatch):
         (["train", "--rnak", "3"], 2, 1.2),
         (["train", "--set", "train.epocs=3"], 2, 1.2),
         (["train", "--method", "lore"], 2, 1.2),
-    ],  # fmt: skip
+    ],
 )
 def test_start_is_fast_without_torch(args, code, seconds):
     # The seconds of the process: on a busy machine the wall clock counts other work, too.

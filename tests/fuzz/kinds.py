@@ -161,7 +161,7 @@ def make_adapter(rng: random.Random, folder: Path, changes: int) -> Work:
             else:
                 try:
                     config = json.loads(text)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(config, dict) and rng.random() < 0.5:  # fields that decide what is built
                     fields = [

@@ -442,7 +442,7 @@ def test_recipes_start_a_prefix_near_the_base():
         ("prompt", {"num_transformer_submodules": 2}, ConfigError),
         ("p_tuning", {"token_dim": 16}, ConfigError),
         ("prefix", {"num_layers": 3}, ConfigError),
-        ("prefix", {"token_dim": 32}, ModelError),
+        ("prefix", {"token_dim": 32}, ConfigError),
         ("projection", {"prefix_tuning_init_text": "a", "tokenizer_name_or_path": "b"}, ConfigError),
         ("adaption", {"adapter_layers": 3}, TargetError),
         ("adaption", {"target_modules": "self_atn"}, TargetError),

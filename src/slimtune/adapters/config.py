@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterError, ConfigError, UsageError, format_names, nearest
 from ..peft_compat import register_as_peft_subclass
-from ..utils.files import write_atomic
+from ..utils.files import read_json, write_atomic
 from .architectures import DEFAULT_TARGETS, model_type
 from .base import AdapterModule, Site, SiteKind
 from .config_fields import check_fields, setting
@@ -209,12 +209,7 @@ class PeftConfig(metaclass=_ConfigMeta):
         """
         file = find_file(path, CONFIG_FILE, subfolder, **hub)
         try:
-            values = json.loads(file.read_text())
-            if not isinstance(values, dict):
-                raise AdapterError(f"{file} contains a {type(values).__name__}", "a JSON object")
-            return cls.from_dict(values)
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise AdapterError(f"{file} is not JSON: {e}", "a file written by save_pretrained") from None
+            return cls.from_dict(read_json(file, error=AdapterError))
         except ConfigError as e:
             raise AdapterError(f"{file}: {e.message}", e.expected, e.hint) from None
 

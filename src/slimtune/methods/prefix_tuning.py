@@ -70,6 +70,9 @@ class PrefixTuningConfig(prompt.PromptLearningConfig):
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             self.num_attention_heads = self.num_attention_heads or heads
             self.token_dim = self.token_dim or size * heads
+            sizes = {"num_attention_heads": heads, "token_dim": size * heads}
+            for name, expected in sizes.items():
+                self.require(getattr(self, name) == expected, name, f"{expected}, as the model's keys")
         super().fill_from_model(model)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
