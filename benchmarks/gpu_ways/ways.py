@@ -41,7 +41,7 @@ class Way:
 def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) -> Way:
     from slimtune import LoraConfig, get_peft_model
     from slimtune.attention import register
-    from slimtune.train_step.loss import auto_micro_batch_tokens, check_packing_supported, make_collator, step_loss
+    from slimtune.train_step.loss import auto_micro_batch_tokens, check_lm_head, make_collator, step_loss
 
     if by_segment:
         register.flex_attention_supported = lambda *_: False  # type: ignore[assignment]
@@ -50,7 +50,7 @@ def slimtune(spec: Spec, checkpointing: bool = False, by_segment: bool = False) 
         names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
         next(getattr(model, n) for n in names if hasattr(model, n))({"use_reentrant": False})
     collator = make_collator(model, 0)
-    check_packing_supported(model, collator)
+    check_lm_head(model)
     room = auto_micro_batch_tokens(model, collator, 1024)
 
     def passes(rows: list[Row], parts: int) -> list[Any]:

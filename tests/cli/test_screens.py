@@ -52,7 +52,7 @@ SCREENS = {
     "no-command": "",
     "wrong-command": "trian",
 }
-TERMINAL = {"help", "plan", "plan-error", "gpus", "data", "data-error", "train", "train-error", "eval", "doctor"}
+TERMINAL = {"help", "plan", "plan-error", "gpus", "data", "data-error", "train-error", "eval", "doctor"}
 """Screens that are also kept as a terminal shows them."""
 VOLATILE = [
     (r"\d+(\.\d+)? (to \d+(\.\d+)? )?[KMGT]?i?B\b", "N B"),
@@ -63,6 +63,7 @@ VOLATILE = [
     (r"\d+ cores, torch uses \d+ threads", "N cores, torch uses N threads"),
     (r"(CPU flags\s+).*", r"\1FLAGS"),
     (r"(?<=in )(bfloat16|float32)$|(bfloat16|float32)(?= on cpu)|(?<=cpu --dtype )\w+", "DTYPE"),
+    (r"^.*traini\S* +step \d+/\d+ · .*\n", ""),  # how it is cut depends on its figures
     (r"^((base|tuned): |step \d/\d · ).*", r"\1…"),
     (r"[ \t]+$", ""),
 ]
