@@ -84,10 +84,12 @@ def test_lock_ends_with_its_process(settings, monkeypatch):
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
 def test_signal_ends_a_run_with_a_checkpoint(settings, whole_run, monkeypatch, name, code):
+    previous = signal.signal(getattr(signal, name), signal.SIG_DFL)  # the tests may run under nohup
     with monkeypatch.context() as patch:
         do_at(patch, 2, lambda: os.kill(os.getpid(), getattr(signal, name)))
         with pytest.raises(Terminated, match=f"stopped at step 3 by {name}") as e:
             train(recipe_of(settings))
+    signal.signal(getattr(signal, name), previous)
     folder = Path(settings["output_dir"])
     assert e.value.exit_code == code
     assert f"checkpoint-3 is complete: slimtune train {folder}/recipe.yaml --resume" in e.value.hint

@@ -13,10 +13,9 @@ engine's distribution from the adapter's, over the engine's likeliest tokens and
 Errors of arithmetic have no direction and cancel in it; another alpha, a missing layer or a wrong order of weights does
 not. Greedy text alone would not notice most faults: a wrong order of weights often changes no word.
 
-How exact an engine computes is not known beforehand: the same build differs by 0.003 nats in f16 on one CPU and by
-0.012 on another. So where an engine is outside the limits of its precision, the untouched base is asked in the same
-engine and precision, and the limits are twice what the base differs by. The base itself must be near enough, too:
-otherwise the engine serves another one.
+How exact an engine computes is not known beforehand. So where an engine is outside the limits of its precision, the
+untouched base is asked in the same engine and precision, and the limits are twice what the base differs by. The base
+itself must be near enough, too: otherwise the engine serves another one.
 """
 
 import itertools

@@ -208,8 +208,10 @@ class LinearAdaLora(AdapterModule):
 
     def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
         """Change to the file's number of ranks."""
-        if not all(n in state_dict and state_dict[n].dim() == 2 for n in ("lora_A", "lora_B")):
+        if not all(n in state_dict and state_dict[n].dim() == 2 for n in ("lora_A", "lora_E", "lora_B")):
             return
+        if not len(state_dict["lora_A"]) == len(state_dict["lora_E"]) == state_dict["lora_B"].shape[1]:
+            return  # the comparison of shapes names them
         self.kept_ranks = None
         self.averages.clear()
         rank, max_rank = len(state_dict["lora_A"]), self.config.init_r

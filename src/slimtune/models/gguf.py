@@ -139,6 +139,11 @@ def _find_contradiction(values: dict[str, Any], reader: Any) -> str | None:
     required += [f"tokenizer.ggml.{name}" for name in ("model", "tokens", "eos_token_id")]
     if lacking := [name for name in required if values.get(name) is None]:
         return f"it lacks {format_names(lacking)}"
+    if not any(own.get(f"attention.layer_norm_{name}") for name in ("rms_epsilon", "epsilon")):
+        return f"it lacks '{kind}.attention.layer_norm_rms_epsilon'"
+    tensors = {re.sub(r"^blk\.\d+\.", "blk.{bid}.", t.name) for t in reader.tensors}
+    if unknown := tensors - _known_tensors():  # transformers would leave them out without a word
+        return f"it has tensors that no architecture has: {format_names(sorted(n[:200] for n in unknown), 3)}"
     layers = {name.split(".")[1] for t in reader.tensors if (name := t.name).startswith("blk.")}
     if own["block_count"] != len(layers):  # some count layers that predict further tokens apart
         further = own.get("nextn_predict_layers", 0)
@@ -175,6 +180,14 @@ def _known_keys(kind: str) -> set[str]:
     groups = [group for group in vars(Keys).values() if isinstance(group, type)]
     texts = [text for group in groups for text in vars(group).values() if isinstance(text, str)]
     return {text.replace("{arch}", kind) for text in texts}
+
+
+@functools.lru_cache
+def _known_tensors() -> set[str]:
+    """Return the names of tensors that the package `gguf` knows, with `{bid}` for the number of a layer."""
+    from gguf.constants import TENSOR_NAMES
+
+    return {name + end for name in TENSOR_NAMES.values() for end in ("", ".weight", ".bias", ".scale")}
 
 
 def _write_folder(path: Path, folder: Path, digest: str) -> None:
