@@ -19,11 +19,11 @@ SIZES = {
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16}
 
 
-def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", **sizes):
+def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", packing=True, **sizes):
     config = AutoConfig.for_model(kind, **{**SIZES, **sizes})
     method = LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM")
     request = PlanRequest(ModelInfo("tiny", "tiny", config, ""), gpu_with_memory("24GiB"), method, dtype=dtype,
-                          seq_len=seq_len, batch_size=2)  # fmt: skip
+                          seq_len=seq_len, batch_size=2, packing=packing)  # fmt: skip
     return make_plan(request, advise=False)
 
 
@@ -38,6 +38,12 @@ def plan(kind, *, targets="all-linear", seq_len=64, dtype="bfloat16", **sizes):
 def test_is_planned(kind, sizes):
     planned = plan(kind, targets=["q_proj", "v_proj"], **sizes)
     assert planned.verdict == "fits"
+
+
+def test_base_that_is_not_packed_is_planned_padded():
+    planned, padded = (plan("bloom", n_head=2, packing=packing) for packing in (True, False))
+    assert any("padded, not packed" in note for note in planned.notes)
+    assert planned.allocated_bytes == padded.allocated_bytes
 
 
 @pytest.mark.parametrize("kind", ["mamba", "rwkv"])

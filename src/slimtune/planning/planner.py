@@ -80,7 +80,8 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     saved, spread = shard_base(model, request.processes) if request.fsdp else (0, 0)
     packing_notes = []
     if job.packing and (reason := packing_unsupported_reason(model)):
-        packing_notes.append(f"Training may refuse to pack rows of this base ({reason}); --no-packing pads them.")
+        job = replace(job, packing=False)
+        packing_notes.append(f"Rows of this base are padded, not packed, in training too: {reason}.")
     memory_model = fit_memory_model(job, model)
     memory_model = replace(memory_model, state=memory_model.state - saved)
     job = split_batch(request, job, memory_model)
