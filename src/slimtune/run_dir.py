@@ -29,7 +29,7 @@ from .utils.files import (
     to_json,
     translate_os_errors,
     write_atomic,
-)  # fmt: skip
+)
 
 ADAPTER_FILE = "adapter_model.safetensors"
 RENAMED_KEYS = {

@@ -25,6 +25,7 @@ from ..errors import AdapterError, UsageError, format_names, nearest
 from ..utils.files import write_atomic
 from ..utils.fingerprint import config_fingerprint
 from ..utils.hub import commit_files, require_repo_id
+from ..utils.linear_layers import is_finite
 from . import model_card
 from .config import CONFIG_FILE, PeftConfig, find_file, write_config
 from .layer import get_site
@@ -115,7 +116,7 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
     pairs = [(k, given[k], own[k]) for k in own if k in given]
     mistyped = [f"{k}: {t.dtype}" for k, t, p in pairs if _number_kind(t) != _number_kind(p)]
     # A 16-bit or 8-bit value has an exact fp32 value.
-    damaged = [k for k, t, _ in pairs if _number_kind(t) == "float" and not _is_finite(t)]
+    damaged = [k for k, t, _ in pairs if _number_kind(t) == "float" and not is_finite(t)]
     faults = []
     if missing:
         faults.append(f"{len(missing)} of {len(own)} tensors are missing, such as {format_names(missing, 2)}")
@@ -142,12 +143,6 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
 def _number_kind(tensor: Tensor) -> str:
     dtype = tensor.dtype
     return "float" if dtype.is_floating_point else "int" if dtype not in (torch.bool, *_COMPLEX) else str(dtype)
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if tensor.element_size() == 1:  # torch does not compute in fp8
-        tensor = tensor.to(torch.float32)
-    return tensor.is_meta or bool(tensor.isfinite().all())
 
 
 def check_sizes(model: Any, config: PeftConfig, given: Mapping[str, Tensor], where: object) -> None:

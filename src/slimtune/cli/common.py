@@ -48,9 +48,8 @@ class CommandGroup(TyperGroup):
         """Return the command that the arguments name, with the flags of its recipe settings, and its arguments."""
         name, command, rest = super().resolve_command(ctx, args)
         if any(arg.startswith("--") and arg not in ("--help", "--json") for arg in rest):
-            from ..config.aliases import (
-                replace_deprecated_flags,
-            )  # imports pydantic, which `slimtune --help` does without
+            # It imports pydantic, which `slimtune --help` does without.
+            from ..config.aliases import replace_deprecated_flags
 
             rest = replace_deprecated_flags(rest)
         build_command = getattr(getattr(command, "callback", None), "build_command", None)

@@ -30,6 +30,7 @@ from ..setup import build_meta_model, find_adapter_folder
 from ..utils.files import read_json, to_json
 from ..utils.formatting import format_bytes
 from ..utils.hub import CommitResult, commit_files, refuse_tokens, require_repo_id
+from ..utils.linear_layers import is_finite
 from .base_model_info import BaseModelInfo, get_base_model_info
 from .manifest import read_manifest
 from .vllm import is_served_unchanged, round_up_rank
@@ -182,7 +183,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     config = PeftConfig.from_pretrained(folder)
     if not tensors:
         raise AdapterError(f"{file} contains no tensors", "the tensors of an adapter", "train it again")
-    if broken := [k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]:
+    if broken := [k for k, t in tensors.items() if t.is_floating_point() and not is_finite(t)]:
         names = f"{len(broken)} of {len(tensors)} tensors, such as {format_names(broken, 2)}"
         hint = "use an older checkpoint, or train with a lower learning rate"
         raise AdapterError(f"{file} contains NaN or Inf in {names}", "finite numbers", hint)

@@ -34,6 +34,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..errors import ModelError, RunError, format_names
 from ..utils.files import atomic_folder
+from ..utils.linear_layers import is_finite
 from .errors import silence_libraries, translate_load_errors
 from .quantization import remove_quantization
 
@@ -243,7 +244,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, Any]:
             "use the model's Hugging Face checkpoint",
         )
     for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
+        if not is_finite(weight):
             raise ModelError(f"{path} is damaged: the weight {name} contains NaN or Inf", hint="download it again")
     stored = sum(int(t.n_elements) for t in reader.tensors if not t.name.startswith(_ROPE_TABLES))
     if (loaded_values := sum(p.numel() for p in model.parameters())) != stored:

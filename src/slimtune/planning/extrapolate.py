@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..attention.packed_attention import MAX_SEGMENT_TOKENS, padded_length
-from ..attention.register import layout_unsupported_reason, original_attention, packing_unsupported_reason
+from ..attention.register import layout_unsupported_reason, original_attention
 from ..errors import UsageError
 from ..models.registry import max_positions
 from .fake_tensors import all_tensors
@@ -117,13 +117,12 @@ def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
     tokens = max(TOKENS, 2 * min(job.mlp_tile_size or 0, MAX_SEGMENT_TOKENS // 4))  # two MLP tiles at least
     longest = max_positions(job.base_config) or 2 * tokens
     attention = original_attention(model.config._attn_implementation)
-    packing = job.packing and not packing_unsupported_reason(model)
-    by_row = not packing or layout_unsupported_reason(model) or attention != "sdpa"
+    by_row = not job.packing or layout_unsupported_reason(model) or attention != "sdpa"
     if by_row:
         tokens = min(tokens, longest // 2)
     columns: list[int] = [0, 1]
     shapes: list[tuple[int, ...]] = [_split_row(tokens, longest), _split_row(2 * tokens, longest)]
-    if job.device == "cuda" and packing:
+    if job.device == "cuda" and job.packing:
         columns.append(2)
         shapes.append(_split_row(tokens + tokens // 2, longest))
     if by_row:

@@ -3,7 +3,6 @@ what is wrong where a disk refuses, and paths of datasets."""
 
 import contextlib
 import errno
-import fcntl
 import glob
 import json
 import math
@@ -17,6 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # on Windows, where folders cannot be locked
+    fcntl = None  # type: ignore[assignment]
 
 from ..errors import RunError, SlimtuneError, UsageError, find_os_error, is_disk_full
 from .formatting import format_bytes
@@ -277,7 +281,8 @@ def _try_lock(folder: Path) -> int | None:
     """Return a handle that locks a folder until it is closed; None if another process has locked it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         return None

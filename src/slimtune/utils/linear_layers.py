@@ -1,6 +1,7 @@
 """Read the linear layers and embeddings of a base in one way: Linear, Conv1D, Embedding, NF4 and int8."""
 
 import copy
+import math
 from typing import Any, Literal
 
 import torch
@@ -73,3 +74,13 @@ def is_quantized(module: nn.Module) -> bool:
     # For FSDP, 4-bit values may be stored in a tensor of dtype bf16.
     packed = getattr(weight, "quant_state", None) is not None
     return isinstance(weight, Tensor) and (packed or not weight.dtype.is_floating_point)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a floating-point tensor has no NaN and no Inf; one on the meta device has no values."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    if tensor.element_size() == 1:  # torch does not compute in fp8
+        tensor = tensor.to(torch.float32)
+    low, high = torch.aminmax(tensor.detach())  # NaN if any value is; 40 times faster than `isfinite` on a CPU
+    return math.isfinite(low.item()) and math.isfinite(high.item())
