@@ -7,7 +7,7 @@ import torch
 from models_zoo import bert_classifier, gpt2, llama, qwen2, run, t5, tokens
 from several_adapters import add_adapters
 
-from slimtune import IA3Config, LoraConfig, get_peft_model
+from slimtune import IA3Config, LoraConfig
 from slimtune.errors import UsageError
 from slimtune.kernels.lora_linear import add_low_rank_rows, list_equal_group_adapters, stack_mixed_batch_lora
 
@@ -213,14 +213,17 @@ def test_merged_adapter_is_rejected(model):
         model(tokens(), adapter_names=["one", "two"])
 
 
-def test_activation_checkpointing_is_rejected_in_training():
-    model = get_peft_model(llama(), LoraConfig())
-    model.gradient_checkpointing_enable()
-    model.train()
-    with pytest.raises(UsageError, match="activation checkpointing"):
-        model(input_ids=tokens(), adapter_names=["default", BASE])
-    with torch.no_grad():
-        model(input_ids=tokens(), adapter_names=["default", BASE])
+def test_checkpointed_layers_are_recomputed_with_the_adapters_of_their_call():
+    grads = []
+    for checkpointing in (False, True):
+        model = add_adapters(llama(), {"one": ONE, "two": TWO}).train()
+        model.set_adapter(["one", "two"])
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        calls = [model(input_ids=tokens(), adapter_names=names).logits for names in (["one", "two"], ["two", BASE])]
+        sum(logits.sin().sum() for logits in calls).backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_row_groups():

@@ -145,6 +145,8 @@ class AdapterModule(nn.Module):
     """Names of parameters that do not train."""
     takes_row_mask: ClassVar[bool] = False
     """Whether `forward_with_base` takes `rows`, the rows of a mixed batch that use this adapter (None: all)."""
+    takes_tokens: ClassVar[bool] = False
+    """Whether `forward_with_base` takes `tokens`, the indices of the only tokens that it may change."""
     has_base_parameter: bool = True
     """Whether the base has a parameter that can store the result of `merge_into`."""
 

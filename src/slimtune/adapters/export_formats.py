@@ -70,6 +70,8 @@ def lora_incompatibilities(config: Any) -> list[str]:
         reasons.append(f"bias is {bias!r}: vLLM does not load trained biases")
     if getattr(config, "lora_bias", False):
         reasons.append("lora_bias is True: vLLM does not support a bias on B")
+    if tokens := getattr(config, "alora_invocation_tokens", None):
+        reasons.append(f"alora_invocation_tokens is {tokens}: vLLM would change every token")
     if tokens := getattr(config, "trainable_token_indices", None):
         reasons.append(f"trainable_token_indices is {tokens}: vLLM does not load single rows of an embedding")
     if getattr(config, "init_lora_weights", None) == "loftq":

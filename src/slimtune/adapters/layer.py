@@ -72,13 +72,15 @@ class AdaptedLayer(nn.Module):
             args = (kwargs.pop(next(iter(kwargs))),)
         if active.row_adapters is not None:
             return self._run_mixed_rows(base, args, kwargs)
-        modules: list[Any] = [self.adapters[n] for n in active.names if n in self.adapters]
+        names = [n for n in active.names if n in self.adapters]
+        modules: list[Any] = [self.adapters[n] for n in names]
         if not modules:
             return base(*args, **kwargs)
 
         def nest(run: Callable[..., Any]) -> Callable[..., Any]:
-            for i, module in enumerate(modules):
-                run = partial(module.forward_with_base, BaseForward(self, run, modules[:i]))
+            for i, (name, module) in enumerate(zip(names, modules, strict=True)):
+                tokens = self._find_changed_tokens(name, module, args)
+                run = partial(module.forward_with_base, BaseForward(self, run, modules[:i]), **tokens)
             return run
 
         return self._run_nested(nest, base, args, kwargs)
@@ -117,10 +119,16 @@ class AdaptedLayer(nn.Module):
         def nest(run: Callable[..., Any]) -> Callable[..., Any]:
             plain = BaseForward(self, plain_base if run is base else run)
             for name, module in modules.items():
-                run = partial(self._run_rows, name, module, BaseForward(self, run), plain, masks[name])
+                tokens = self._find_changed_tokens(name, module, args)
+                run = partial(self._run_rows, name, module, BaseForward(self, run), plain, masks[name], **tokens)
             return run
 
         return self._run_nested(nest, base, args, kwargs)
+
+    def _find_changed_tokens(self, adapter: str, module: Any, args: tuple) -> dict[str, Tensor]:
+        if not module.takes_tokens:
+            return {}
+        return {"tokens": self.active_state.get_token_indices(adapter, args[0], module.site_name)}
 
     def _run_rows(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
         with self._use_copies(name):

@@ -1,6 +1,6 @@
 """Which adapters run: one selection for the whole batch, or a different adapter for each row of a mixed batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..attention.register import LAYOUT_KWARG
 from ..errors import UsageError, format_names, nearest
 from ..kernels.lora_linear import list_equal_group_adapters, stack_mixed_batch_lora
+from .invocation import ChangedTokens, Offsets, fix_invocations, select_tokens
 
 BASE_ROW = "__base__"
 """PEFT's name for a row of a mixed batch that runs the base without an adapter."""
@@ -39,6 +40,10 @@ class ActiveAdapters:
     """During a mixed batch: each row's adapter, `BASE_ROW` for none."""
     call_id: int = 0
     """Number of the current mixed call."""
+    changed_tokens: Mapping[str, ChangedTokens] | None = None
+    """During a call with activated LoRAs: the tokens that each one changes."""
+    invocation_starts: Mapping[str, Tensor] | None = None
+    """While generating with activated LoRAs: the first position that each one changes, by row of the prompt."""
     _masks: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
     _stacks: dict[nn.Module, StackedFactors] = field(default_factory=dict)
 
@@ -64,6 +69,16 @@ class ActiveAdapters:
                 names = [n for n in dict.fromkeys(rows) if n != BASE_ROW]
                 self._masks[key] = {n: torch.tensor([row == n for row in rows], device=device) for n in names}
         return self._masks[key]
+
+    def get_token_indices(self, adapter: str, x: Tensor, layer: str) -> Tensor:
+        """Return the indices of the tokens that an activated LoRA changes in a layer's input `x (batch, T, in)`.
+
+        They count the tokens of all rows; `x` may also be `(batch · T, in)`.
+        """
+        if self.changed_tokens is None:
+            message = f"{layer} runs outside a call of the model: the tokens that an activated LoRA changes are unknown"
+            raise UsageError(message, hint="call the adapted model itself, with input_ids")
+        return self.changed_tokens[adapter].find_indices(x, layer)
 
     def get_cached_factors(self, layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the factors stacked for a layer earlier in this call (generation runs it often), or None."""
@@ -96,25 +111,70 @@ class ActiveAdapters:
         self._stacks.clear()
 
 
+class CheckpointSelection:
+    """Activation checkpointing that recomputes a layer with the rows' adapters and tokens of its forward pass."""
+
+    def __init__(self, checkpoint: Callable[..., Any], active: ActiveAdapters) -> None:
+        self.checkpoint, self.active = checkpoint, active
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        active = self.active
+        selection = {n: getattr(active, n) for n in ("row_adapters", "changed_tokens")}
+
+        def run_with_selection(*args: Any, **kwargs: Any) -> Any:
+            before = {n: getattr(active, n) for n in selection}
+            vars(active).update(selection)
+            try:
+                return run(*args, **kwargs)
+            finally:
+                vars(active).update(before)
+
+        return self.checkpoint(run_with_selection, *args, **kwargs)
+
+
 class CallMixin:
     """The part of `PeftModel` that runs the model."""
 
-    def __call__(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def __call__(
+        self: Any,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Offsets | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run the model like its base; in training, the methods' regularization is added to the loss.
 
         `adapter_names` gives one adapter per row for a mixed batch; "__base__" is a row without an adapter.
+        `alora_offsets` gives the number of last tokens of each row that an activated LoRA changes; None: those from
+        the invocation tokens on.
         """
-        with self._select_row_adapters(adapter_names, args, kwargs):
+        state = self._adapter_state
+        with (
+            self._select_row_adapters(adapter_names, args, kwargs),
+            select_tokens(state.active_state, state.configs, args, kwargs, alora_offsets) as store_starts,
+        ):
+            self._keep_selection_in_checkpoints()
             out = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            store_starts(out)
         if self.training and getattr(out, "loss", None) is not None:
             penalty = self.regularization_loss()
             if penalty is not None:
                 out.loss = out.loss + penalty
         return out
 
-    def generate(self: Any, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Generate like the base; `adapter_names` as in a call. All beams of a row use the row's adapter."""
-        with self._select_row_adapters(adapter_names, args, kwargs):
+    def generate(
+        self: Any,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        alora_offsets: Offsets | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate like the base; further arguments as in a call. All beams of a row use the row's adapter."""
+        state = self._adapter_state
+        with (
+            self._select_row_adapters(adapter_names, args, kwargs),
+            fix_invocations(state.active_state, state.configs, args, kwargs, alora_offsets),
+        ):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def regularization_loss(self: Any) -> Tensor | None:
@@ -145,6 +205,15 @@ class CallMixin:
         if not self._adapter_state.input_gradients and hasattr(self, "enable_input_require_grads"):
             self.enable_input_require_grads()
             self._adapter_state.input_gradients = True
+
+    def _keep_selection_in_checkpoints(self: Any) -> None:
+        active = self._adapter_state.active_state
+        if active.row_adapters is None and active.changed_tokens is None:
+            return
+        for module in self.modules():
+            checkpoint = vars(module).get("_gradient_checkpointing_func")
+            if checkpoint is not None and not isinstance(checkpoint, CheckpointSelection):
+                module._gradient_checkpointing_func = CheckpointSelection(checkpoint, active)
 
     @contextmanager
     def _select_row_adapters(self: Any, names: Sequence[str] | None, args: tuple, kwargs: dict) -> Iterator[None]:
@@ -178,11 +247,6 @@ class CallMixin:
         self._require_enabled("adapter_names")
         if self._adapter_state.active_state.row_adapters is not None:
             raise UsageError("another call with adapter_names is still running", "one such call at a time per model")
-        trains = self.training and torch.is_grad_enabled()
-        if trains and any(getattr(m, "gradient_checkpointing", False) for m in self.modules()):
-            # The recomputed forward would not know the rows' adapters.
-            hint = "gradient_checkpointing_disable(), or set_adapter and batches that use one adapter"
-            raise UsageError("adapter_names cannot be used while training with activation checkpointing", hint=hint)
 
 
 def _wrong_row_count(given: str, batch: int | None) -> UsageError:

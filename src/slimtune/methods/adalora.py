@@ -51,7 +51,8 @@ class AdaLoraConfig(TargetedConfig):
     unsupported_peft_fields: ClassVar = {
         **LoraConfig.unsupported_peft_fields,
         **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False),
-        "trainable_token_indices": None, "eva_config": None, "loftq_config": {}, "alpha_pattern": {},
+        **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "eva_config")),
+        "loftq_config": {}, "alpha_pattern": {},
     }  # fmt: skip
     short_names: ClassVar = {**LoraConfig.short_names, "rank": "init_r"}
     recipe_defaults: ClassVar = {"lora_alpha": lambda g: 2 * g.get("init_r", 12), "target_modules": "all-linear"}

@@ -41,6 +41,8 @@ def make_collator(
     model: Any, pad_token_id: int, *, packing: bool = True, share_prefix: bool = True, **sizes: Any
 ) -> Collator:
     """Return the collator that packs rows if that is known to be exact for this model; `sizes` are its limits."""
+    # A token of a shared prefix may be changed in one row and not in another.
+    share_prefix = share_prefix and not any(getattr(m, "takes_tokens", False) for m in model.modules())
     packing = packing and not packing_unsupported_reason(model)
     layout = packing and not layout_unsupported_reason(model)
     return Collator(pad_token_id, packing, layout=layout, share_prefix=share_prefix, **sizes)

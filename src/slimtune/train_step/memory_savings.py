@@ -66,6 +66,9 @@ def enable_tiled_mlp(model: Any, tile_size: int) -> int:
     Longer rows then keep the intermediate activations of only so many tokens. Dropout inside draws other numbers than
     without tiles.
     """
+    if any(getattr(m, "takes_tokens", False) for m in model.modules()):
+        message = "an activated LoRA needs whole rows, and tiles run a few tokens at a time"
+        raise UsageError(message, hint="--set train.mlp_tile_size=null")
     modules: list[Any] = []
     for layer in transformer_layers(model, "turn the tiles off"):
         found = {n: m for n, m in layer.named_modules() if n in FEED_FORWARD or layer_kind(m) == "norm"}

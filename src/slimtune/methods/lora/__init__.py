@@ -21,9 +21,10 @@ from torch import nn
 
 from ...adapters.base import AdapterModule, Site, SiteKind
 from ...adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, setting
-from ...errors import ConfigError, format_names, nearest
+from ...errors import ConfigError, UsageError, format_names, nearest
 from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
 from . import eva
+from .alora import LinearALora
 from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
 from .layers import EmbeddingLora, LinearLora
@@ -40,7 +41,7 @@ class LoraConfig(PatternedConfig):
     extension_fields: ClassVar = frozenset(["freeze_a", "lr_ratio"])
     unsupported_peft_fields: ClassVar = {
         **dict.fromkeys((
-            "megatron_config", "corda_config", "lora_ga_config", "velora_config", "alora_invocation_tokens",
+            "megatron_config", "corda_config", "lora_ga_config", "velora_config",
             "monteclora_config", "layer_replication", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
         )),
         "use_qalora": False, "ensure_weight_tying": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
@@ -70,6 +71,11 @@ class LoraConfig(PatternedConfig):
         "ids of tokens whose input embeddings train too, or such lists by embedding; tied output heads follow",
         ge=0,
     )
+    alora_invocation_tokens: list[int] | None = setting(
+        None,
+        "token ids; the adapter changes only the tokens from their last occurrence in a row on (activated LoRA)",
+        ge=0,
+    )
     eva_config: eva.EvaConfig | dict | None = setting(None, 'settings of "eva", an EvaConfig; None: its defaults')
     loftq_config: dict[str, Any] = setting(default_factory=dict, help='record of how a "loftq" adapter was made')
     lr_ratio: float = setting(1, "learning rate of B over that of A (LoRA+), typically 1 to 16; slimtune only", gt=0)
@@ -92,11 +98,19 @@ class LoraConfig(PatternedConfig):
         self.require(not self.loftq_config or init == "loftq", "loftq_config", "only with init_lora_weights='loftq'")
         if isinstance(self.eva_config, dict) or (init == "eva" and self.eva_config is None):
             self.eva_config = eva.EvaConfig(**(self.eva_config or {}))
+        if self.alora_invocation_tokens is not None:
+            self.require(bool(self.alora_invocation_tokens), "alora_invocation_tokens", "None or at least one id")
+            self.require(not self.use_dora, "alora_invocation_tokens", "None with DoRA")
         tokens = self.trainable_token_indices
         if tokens is not None:
             lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
             valid = bool(lists) and all(are_unique_token_ids(ids) for ids in lists)
             self.require(valid, "trainable_token_indices", "token ids, each once")
+
+    def check_model(self, model: nn.Module) -> None:
+        super().check_model(model)
+        if self.alora_invocation_tokens and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise UsageError(f"alora_invocation_tokens is set for a {type(model).__name__}", "a causal language model")
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         return {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
@@ -119,6 +133,10 @@ class LoraConfig(PatternedConfig):
             )
         r, alpha = self.get_rank(site.name), self.get_alpha(site.name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        if self.alora_invocation_tokens and site.kind != "linear":
+            raise ConfigError(f"{site.name} is not a linear layer", "linear layers only, with alora_invocation_tokens")
+        if self.alora_invocation_tokens:
+            return LinearALora(site, self, r, scale)
         if site.kind != "embedding":
             return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
         for name in ("lora_bias", "freeze_a"):

@@ -1,0 +1,77 @@
+"""Activated LoRA: the low-rank part changes only the tokens from the invocation tokens on.
+
+    y_t = W x_t + b + s · B A x_t    for the tokens t of a row from the last occurrence of `alora_invocation_tokens` on
+    y_t = W x_t + b                  before it
+
+The tokens before it have the base's hidden states, so one cache serves the base and any number of such adapters. No
+weight has this effect: it is not merged. `adapters/invocation.py` finds the tokens.
+
+Paper: https://arxiv.org/abs/2504.12397. File format: PEFT's, LoRA's keys.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...adapters.base import BaseForward, MergeUnsupported, Site
+from ...adapters.invocation import calculate_alora_offsets as calculate_alora_offsets
+from .layers import LinearLora
+
+
+class LinearALora(LinearLora):
+    """`y + s · B A dropout(x)` at some tokens of a linear layer, y at the others."""
+
+    takes_tokens: ClassVar[bool] = True
+    has_base_parameter = False
+
+    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+        super().__init__(site, config, r, scale)
+        self.site_name = site.name
+
+    def forward_with_base(self, base: BaseForward, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Map `x (..., in)` to `(..., out)`; `tokens` are the indices of the changed tokens in `x` flattened."""
+        y, (A, B) = base(x), self.low_rank()
+        z = F.linear(self.lora_dropout(x.reshape(-1, x.shape[-1])[tokens]), A.to(x.dtype))
+        change = F.linear(z, B.to(x.dtype), None if self.lora_B.bias is None else self.lora_B.bias.to(x.dtype))
+        return y.reshape(-1, y.shape[-1]).index_add(0, tokens, change.to(y.dtype), alpha=self.scale).view(y.shape)
+
+    def forward_batch_rows(
+        self, base: BaseForward, plain_base: BaseForward, rows: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return self.forward_with_base(base, *args, **kwargs)  # the tokens are those of `rows`
+
+    def low_rank_factors(self) -> None:
+        """Return None: the tokens before the invocation do not get the update."""
+
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise MergeUnsupported("an activated LoRA changes only the tokens after its invocation: it cannot be merged")
+
+
+def get_alora_offsets_for_forward(
+    model: Any, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """Return a call's further arguments with its `alora_offsets` (PEFT's name); the adapted model finds them itself."""
+    where = "when only inputs_embeds are provided. Disabling aLoRA for this forward pass."
+    return _add_offsets(model, input_ids, kwargs, f"Cannot calculate aLoRA offsets {where}")
+
+
+def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return a generation's further arguments with its `alora_offsets`, as above."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    why = "during generate as input_ids are not available. Disabling aLoRA."
+    return _add_offsets(model, ids, kwargs, f"Cannot calculate aLoRA offsets {why}")
+
+
+def _add_offsets(model: Any, ids: Tensor | None, kwargs: dict[str, Any], warning: str) -> dict[str, Any]:
+    names: Sequence[str] | None = kwargs.get("adapter_names")
+    used = [model.peft_config.get(n) for n in {model.active_adapter, *(names or ())}]
+    if kwargs.get("alora_offsets") is not None or not any(getattr(c, "alora_invocation_tokens", None) for c in used):
+        return kwargs
+    if ids is None:
+        warnings.warn(warning, stacklevel=3)
+        return {**kwargs, "alora_offsets": None}
+    ids = ids if ids.dim() == 2 else ids[None]
+    return {**kwargs, "alora_offsets": calculate_alora_offsets(model.peft_config, model.active_adapter, ids, names)}
