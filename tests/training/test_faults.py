@@ -222,8 +222,8 @@ def test_read_only_disk(desk, small_disk):
     out = small_disk / "run"
     assert desk.finish(out, kill=(8, 0))[0] == -signal.SIGKILL
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    for more in (["--resume"], ["--out", str(small_disk / "new")]):
-        code, log = desk.finish(out, *more)
+    for run, more in ((out, ["--resume"]), (small_disk / "new", [])):
+        code, log = desk.finish(run, *more)
         assert code in (1, 2), log
         assert "the file system is read-only" in log
         assert "Traceback" not in log
