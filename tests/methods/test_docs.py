@@ -1,6 +1,6 @@
 """The pages in docs/methods: each method has one, with its fields as the config declares them.
 
-`python tests/methods/test_docs.py` writes the list of methods and the tables of fields into the pages.
+`python tests/methods/test_docs.py` writes the list of methods, the table of layers and the tables of fields into the pages.
 """
 
 import dataclasses
@@ -27,6 +27,15 @@ def method_list() -> str:
     return "".join(lines)
 
 
+def layer_table() -> str:
+    """Which kinds of layers each method that changes layers takes."""
+    lines = ["| method | linear | embedding | conv |", "| --- | --- | --- | --- |"]
+    for name in find_built_in_method_files():
+        cells = ["yes" if kind in config_class(name).kinds else "" for kind in ("linear", "embedding", "conv")]
+        lines += [f"| {name} | {' | '.join(cells)} |"] if any(cells) else []
+    return "\n".join(lines) + "\n"
+
+
 def field_table(name: str) -> str:
     """The fields that the method declares, without those every method has."""
     cls = config_class(name)
@@ -42,6 +51,7 @@ def field_table(name: str) -> str:
 
 def test_the_index_lists_every_method():
     assert method_list() in (DOCS / "README.md").read_text()
+    assert layer_table() in (DOCS / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", find_built_in_method_files())
@@ -51,7 +61,8 @@ def test_the_page_has_the_fields(name):
 
 if __name__ == "__main__":
     index = DOCS / "README.md"
-    index.write_text(re.sub(r"(- \[[^\n]*\n)+", lambda _: method_list(), index.read_text()))
+    text = re.sub(r"(- \[[^\n]*\n)+", lambda _: method_list(), index.read_text())
+    index.write_text(re.sub(r"(\|[^\n]*\n)+", lambda _: layer_table(), text))
     for method in find_built_in_method_files():
         page = DOCS / f"{method}.md"
         page.write_text(TABLE.sub(lambda _, method=method: field_table(method), page.read_text()))

@@ -7,6 +7,7 @@ several adapters of different methods run, and merge, in the order in which they
     site kind     base module at the site           what an adapter module defines
     "linear"      y = W x + b                       `forward(x, y)`, or `forward_with_base(base, x)` if it changes the
     "embedding"   y = W[:, x]                       input or reads W; `merge_into(W, b)`; `low_rank_factors()`
+    "conv"        y = W ∗ x + b, a convolution      the same, with W as a matrix `(out, in / groups · kernel size)`
     "norm"        a normalisation with a weight     the same
     "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `Block`
     "attention"   the attention module of a layer   `compute_prefix_key_values(module, rows)`: see `adapters/prompt.py`
@@ -27,12 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.prefix import RowMask as RowMask  # methods import it from here
+from ..errors import TargetError
 from ..kernels.lora_linear import low_rank_linear, plus_low_rank
 from ..kernels.low_rank import add_low_rank
 from ..utils.linear_layers import get_weight, is_plain_forward
 from .architectures import text_config
 
-SiteKind = Literal["linear", "embedding", "norm", "block", "attention", "model"]
+SiteKind = Literal["linear", "embedding", "conv", "norm", "block", "attention", "model"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,14 @@ class Site:
 
     def bias(self) -> Tensor | None:
         return getattr(self.module, "bias", None)
+
+    def require_ungrouped(self) -> tuple[int, ...]:
+        """Return a convolution's kernel size; raise TargetError if it has groups, which the method does not support."""
+        conv: Any = self.module
+        if conv.groups > 1:
+            message = f"{self.name} is a {type(conv).__name__} with {conv.groups} groups, which the method cannot adapt"
+            raise TargetError(message, "a convolution without groups")
+        return tuple(conv.kernel_size)
 
 
 class BaseForward:
@@ -124,7 +134,12 @@ class BaseForward:
                 return low_rank_linear(x, weight, self.bias(), A, B, scale, dropout)
         return plus_low_rank(self(x), x, A, B, scale, dropout)
 
-    def run_base_with(self, parameters: Mapping[str, Tensor], *args: Any) -> Any:
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return the base's convolution of `x (batch, in, ...)` with another weight matrix, and without bias."""
+        conv: Any = self.module
+        return self.run_base_with({"weight": weight.reshape(conv.weight.shape), "bias": None}, x)
+
+    def run_base_with(self, parameters: Mapping[str, Tensor | None], *args: Any) -> Any:
         """Run the base module's own forward with other tensors in place of its parameters, without modifying it."""
         # A shallow copy of the module that shares everything but the table of parameters. An entry in
         # `original_parameters` makes an adapted module run its base's forward with the parameters as they are.

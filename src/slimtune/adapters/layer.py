@@ -37,7 +37,7 @@ from .mixed_batch import ActiveAdapters
 def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
     """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
     module = model.get_submodule(name)
-    if layer_kind(module) is not None and kind in ("linear", "embedding", "norm"):
+    if layer_kind(module) is not None and kind in ("linear", "embedding", "conv", "norm"):
         in_features, out_features = layer_sizes(module)
         weight: Any = module._parameters["weight"]
     else:
@@ -254,13 +254,14 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
         # Compute in fp32 or wider, and round once below.
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight, bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
-        weight = weight.t() if transposed else weight
+        weight = weight.t() if transposed else weight.flatten(1) if weight.dim() > 2 else weight
     start = weight, bias
     with torch.no_grad():
         for adapter_module in modules:
             weight, bias = adapter_module.merge_into(weight, bias)
     if weight is not start[0] and weight is not None:
-        merged["weight"] = weight.t().contiguous() if transposed else weight
+        stored: Any = module._parameters["weight"]
+        merged["weight"] = weight.t().contiguous() if transposed else weight.reshape(stored.shape)
     if bias is not start[1] and bias is not None:
         merged["bias"] = bias
     replaced = {n: module._parameters[n] for n in merged}

@@ -7,6 +7,7 @@ must match something: what matches nothing is an error that gives the nearest na
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 Modules = dict[str, nn.Module]
 ALL_LINEAR = "all-linear"
-_KIND_NAMES = {"linear": "linear layers (Linear, Conv1D)", "embedding": "embeddings", "norm": "normalisation layers"}
+_KIND_NAMES = {
+    "linear": "linear layers (Linear, Conv1D)",
+    "embedding": "embeddings",
+    "conv": "convolutions",
+    "norm": "normalisation layers",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class MatchReport:
         adapted: names of the modules with an adapter module; "" is the model itself.
         trained_whole: names of the modules trained in full (`modules_to_save`).
         biases: names of the trained biases.
-        unadapted: names of the linear layers and embeddings that are not adapted.
+        unadapted: names of the linear layers, convolutions and embeddings that are not adapted.
         kinds: site kind of each adapted module.
         copied: names of the parameters that the adapter trains a copy of, by module.
     """
@@ -58,7 +64,7 @@ class MatchReport:
             parts.append(f"trained in full: {format_names(self.trained_whole, 4)}")
         if self.biases:
             parts.append(f"{len(self.biases)} biases train")
-        if not self.kinds or set(self.kinds.values()) & {"linear", "embedding"}:
+        if not self.kinds or set(self.kinds.values()) & {"linear", "embedding", "conv"}:
             rest = f"{len(self.unadapted)} ({format_names(self.unadapted, 4)})" if self.unadapted else "none"
             parts.append(f"not adapted: {rest}")
         return "; ".join(parts)
@@ -78,7 +84,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
     kinds: dict[str, SiteKind] = {}
     further = config.extra_targets(model)
-    if {"linear", "embedding", "norm", "block"} & set(config.kinds):
+    if {"linear", "embedding", "conv", "norm", "block"} & set(config.kinds):
         targets = _resolve_targets(model, modules, config)
         matched = [n for n in modules if n not in inside_whole and _is_target(n, config, targets)]
         if strict:
@@ -98,7 +104,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         if own := [p for p, tensor in modules[name]._parameters.items() if tensor is not None]:
             copied[name] = own
     kinds |= further
-    rest = [n for n, m in modules.items() if _is_linear_or_embedding(m) and n not in kinds and n not in inside_whole]
+    rest = [n for n, m in modules.items() if _has_weight_matrix(m) and n not in kinds and n not in inside_whole]
     return MatchReport(tuple(kinds), tuple(whole), tuple(f"{n}.bias" for n in biases), tuple(rest), kinds, copied)
 
 
@@ -185,11 +191,17 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     if model_type(model) in MAMBA_FAMILIES and name.rpartition(".")[2] in MAMBA_UNCALLED:
         message = f"{name} belongs to a Mamba mixer, whose GPU kernels read its weight and skip an adapter"
         raise TargetError(message, "other modules, as in PEFT", 'exclude_modules=["out_proj", "conv1d"]')
-    if isinstance(module, nn.Embedding) and not hasattr(module, "embed_scale"):
-        mro = (c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, AdaptedLayer))
-        if vars(next(mro))["forward"] is not nn.Embedding.forward:
-            raise TargetError(f"{name} is a {class_name}, whose input is not a row index", "a linear layer")
+    mro = (c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, AdaptedLayer))
+    forward = vars(next(mro))["forward"]
+    if isinstance(module, nn.Embedding) and not hasattr(module, "embed_scale") and forward is not nn.Embedding.forward:
+        raise TargetError(f"{name} is a {class_name}, whose input is not a row index", "a linear layer")
+    if kind == "conv" and not forward.__module__.startswith("torch.nn."):
+        raise TargetError(f"{name} is a {class_name}, which computes something else than a torch convolution")
     parent = modules.get(name.rpartition(".")[0], model)
+    if kind == "conv" and any("causal_conv1d" in n for n in vars(sys.modules[type(parent).__module__])):
+        raise TargetError(
+            f"{name} belongs to a {type(parent).__name__}, whose GPU kernels read its weight and skip an adapter"
+        )
     if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         what = f"a torch {type(parent).__name__}, which reads the weight without calling the module"
         raise TargetError(f"{name} is part of {what}, so an adapter would do nothing")
@@ -249,12 +261,12 @@ def _nothing_matches(what: str, wanted: list[str] | str, modules: Modules) -> Ta
 
 
 def _describe_targets(modules: Modules) -> str:
-    names = dict.fromkeys(n.rsplit(".", 1)[-1] for n, m in modules.items() if _is_linear_or_embedding(m))
-    return f"one of {format_names(names, 16)}" if names else "a model with linear layers or embeddings"
+    names = dict.fromkeys(n.rsplit(".", 1)[-1] for n, m in modules.items() if _has_weight_matrix(m))
+    return f"one of {format_names(names, 16)}" if names else "a model with linear layers, convolutions or embeddings"
 
 
-def _is_linear_or_embedding(module: nn.Module) -> bool:
-    return layer_kind(module) in ("linear", "embedding")
+def _has_weight_matrix(module: nn.Module) -> bool:
+    return layer_kind(module) in ("linear", "embedding", "conv")
 
 
 def _as_list(value: Any) -> list:

@@ -30,6 +30,7 @@ from ..adapters.base import AdapterModule, BaseForward, Site
 from ..adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
 from ..errors import ConfigError
 from ..kernels.dropout import active_dropout_p, dropout
+from ..utils.linear_layers import layer_kind
 from .lora import LoraConfig
 
 _ENCODER_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -41,6 +42,7 @@ class AdaLoraConfig(TargetedConfig):
 
     name: ClassVar = "adalora"
     learning_rate: ClassVar = 5e-3
+    kinds: ClassVar = ("linear", "conv")
     architecture_targets: ClassVar = DEFAULT_TARGETS | {
         **dict.fromkeys(("bart", "opt"), _ENCODER_TARGETS),
         "t5": ["q", "k", "v", "o", "wi", "wo"],
@@ -89,6 +91,8 @@ class AdaLoraConfig(TargetedConfig):
     def build(self, site: Site) -> AdapterModule:
         """Return the adapter module at `site`; when loading a file, with the ranks that it keeps."""
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.loading else None
+        if site.kind == "conv":
+            site.require_ungrouped()
         return LinearAdaLora(site, self, self.init_r if kept is None else sum(kept))
 
     def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int:
@@ -147,7 +151,7 @@ class AdaLoraConfig(TargetedConfig):
 
 
 class LinearAdaLora(AdapterModule):
-    """`y + s · B diag(E) A dropout(x)` for a linear layer.
+    """`y + s · B diag(E) A dropout(x)` for a linear layer, or for a convolution with the matrix B diag(E) A.
 
     Besides its parameters it has `kept_ranks`, the ranks that the last reallocation kept (None: all), and `averages`,
     the smoothed sensitivities and deviations of each parameter. Files contain the kept ranks only.
@@ -175,6 +179,9 @@ class LinearAdaLora(AdapterModule):
         self.averages: dict[str, Tensor] = {}
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
+        if layer_kind(base.module) == "conv":
+            A, B, scale = self.low_rank_factors()
+            return base(x) + base.convolve(self.lora_dropout(x), (B @ A).to(x.dtype)) * scale
         return base.plus_low_rank(x, *self.low_rank_factors(), active_dropout_p(self.lora_dropout))
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float]:

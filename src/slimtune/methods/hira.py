@@ -3,6 +3,8 @@
 A (r, in), B (out, r). B starts at zero, so the model starts unchanged; at an embedding A starts at zero and B
 normal. Parameters added per layer: r · (in + out). Merged: W ⊙ (1 + B A).
 
+At a convolution without groups A is (r, in, *kernel) and B (out, r, 1, …): as matrices, the factors of its weight's.
+
 Paper: https://openreview.net/pdf?id=TwJrTz9cRS. File format: PEFT's `hira_A`, `hira_B`; for an embedding
 `hira_embedding_A (r, rows)`, `hira_embedding_B (dim, r)`.
 """
@@ -29,7 +31,7 @@ class HiraConfig(TargetedConfig):
 
     name: ClassVar = "hira"
     learning_rate: ClassVar = 3e-3
-    kinds: ClassVar = ("linear", "embedding")
+    kinds: ClassVar = ("linear", "embedding", "conv")
     short_names: ClassVar = {"rank": "r", "dropout": "hira_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"target_modules": "all-linear"}
 
@@ -50,19 +52,22 @@ class HiraConfig(TargetedConfig):
     def build(self, site: Site) -> AdapterModule:
         r = get_pattern_value(self.rank_pattern, site.name, self.r)
         # Random numbers are drawn in PEFT's order: one seed gives the same adapter in both libraries.
-        A = torch.randn(r, site.in_features, device=site.init_device)
-        B = torch.randn(site.out_features, r, device=site.init_device)
+        kernel = site.require_ungrouped() if site.kind == "conv" else ()
+        A = torch.randn(r, site.in_features // math.prod(kernel), *kernel, device=site.init_device)
+        B = torch.randn(site.out_features, r, *[1] * len(kernel), device=site.init_device)
         if site.kind == "embedding" and self.init_weights:
             A.zero_()
             nn.init.normal_(B)
         elif self.init_weights:
             B.zero_()
-            if self.init_weights == "gaussian":
+            if self.init_weights == "gaussian" and site.kind == "linear":  # at convolutions PEFT knows one start
                 nn.init.normal_(A, std=1 / r)
             else:
                 nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         A, B = A.to(site.device, site.dtype), B.to(site.device, site.dtype)
-        return EmbeddingHira(A, B) if site.kind == "embedding" else LinearHira(A, B, self.hira_dropout)
+        if site.kind == "embedding":
+            return EmbeddingHira(A, B)
+        return (ConvHira if site.kind == "conv" else LinearHira)(A, B, self.hira_dropout)
 
 
 class LinearHira(AdapterModule):
@@ -81,7 +86,17 @@ class LinearHira(AdapterModule):
         return y + _HadamardLinear.apply(self.hira_dropout(x).to(y.dtype), A, B, weight, recompute)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + weight * (self.hira_B.to(weight.dtype) @ self.hira_A.to(weight.dtype)), bias
+        A, B = self.hira_A.to(weight.dtype).flatten(1), self.hira_B.to(weight.dtype).flatten(1)
+        return weight + weight * (B @ A), bias
+
+
+class ConvHira(LinearHira):
+    """`W ∗ x + b + (W ⊙ (B A)) ∗ dropout(x)`."""
+
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
+        y = base(x)
+        A, B = self.hira_A.to(y.dtype).flatten(1), self.hira_B.to(y.dtype).flatten(1)
+        return y + base.convolve(self.hira_dropout(x), base.weight().to(y.dtype) * (B @ A))
 
 
 class EmbeddingHira(AdapterModule):

@@ -3,7 +3,10 @@
 l (out), in feed-forward layers l (in), starts at one, so the model starts unchanged.
 Parameters added per layer: out, or in. Merged: diag(l) W and l ⊙ b, or W diag(l) and b.
 
-Paper: https://arxiv.org/abs/2205.05638. File format: PEFT's `ia3_l`, as `(out, 1)` or `(1, in)`.
+At a convolution l scales the channels of the output, or of the input.
+
+Paper: https://arxiv.org/abs/2205.05638. File format: PEFT's `ia3_l`, as `(out, 1)` or `(1, in)`; at a
+convolution `(1, channels, 1, …)`.
 """
 
 from collections.abc import Sequence
@@ -48,6 +51,7 @@ class IA3Config(TargetedConfig):
     name: ClassVar = "ia3"
     extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar = 1e-2
+    kinds: ClassVar = ("linear", "conv")
     architecture_targets: ClassVar = {kind: [*scaled, *feedforward] for kind, (scaled, feedforward) in SCALED.items()}
     short_names: ClassVar = {"targets": "target_modules", "feedforward": "feedforward_modules"}
 
@@ -78,6 +82,8 @@ class IA3Config(TargetedConfig):
 
     def build(self, site: Site) -> AdapterModule:
         is_feedforward = _matches_ending(self.feedforward_modules or [], site.name)
+        if site.kind == "conv":
+            return (ScaledInputChannels if is_feedforward else ScaledOutputChannels)(site, self.init_ia3_weights)
         return (ScaledInput if is_feedforward else ScaledOutput)(site, self.init_ia3_weights)
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
@@ -106,7 +112,7 @@ class ScaledOutput(AdapterModule):
 
     def __init__(self, site: Site, init: bool) -> None:
         super().__init__()
-        self.ia3_l = _make_factors(site, init, site.out_features, 1)
+        self.ia3_l = _make_factors(site, init, (site.out_features, 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         # In the dtype of the factors: 16-bit numbers near one would round away what was learned.
@@ -122,7 +128,7 @@ class ScaledInput(AdapterModule):
 
     def __init__(self, site: Site, init: bool) -> None:
         super().__init__()
-        self.ia3_l = _make_factors(site, init, 1, site.in_features)
+        self.ia3_l = _make_factors(site, init, (1, site.in_features))
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         return base((x * self.ia3_l.flatten()).to(x.dtype))
@@ -131,7 +137,45 @@ class ScaledInput(AdapterModule):
         return weight * self.ia3_l.to(weight.dtype), bias
 
 
-def _make_factors(site: Site, init: bool, rows: int, columns: int) -> nn.Parameter:
+class ScaledOutputChannels(AdapterModule):
+    """`l ⊙ y` for the channels of a convolution's output."""
+
+    def __init__(self, site: Site, init: bool) -> None:
+        super().__init__()
+        self.ia3_l = _make_factors(site, init, _channel_shape(site.module, site.out_features))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (y * self.ia3_l[0]).to(y.dtype)
+
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        l = self.ia3_l.to(weight.dtype).flatten()  # noqa: E741
+        return weight * l[:, None], None if bias is None else bias * l
+
+
+class ScaledInputChannels(AdapterModule):
+    """`W ∗ (l ⊙ x) + b` for the channels of a convolution's input."""
+
+    def __init__(self, site: Site, init: bool) -> None:
+        super().__init__()
+        conv: Any = site.module
+        self.groups = conv.groups
+        self.ia3_l = _make_factors(site, init, _channel_shape(conv, conv.in_channels))
+
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
+        return base((x * self.ia3_l[0]).to(x.dtype))
+
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        l = self.ia3_l.to(weight.dtype).view(self.groups, 1, -1, 1)  # noqa: E741
+        # (groups, outputs of a group, inputs of a group, kernel size)
+        parts = weight.view(self.groups, len(weight) // self.groups, l.shape[2], -1)
+        return (parts * l).view_as(weight), bias
+
+
+def _channel_shape(conv: Any, channels: int) -> tuple[int, ...]:
+    return (1, channels, *[1] * len(conv.kernel_size))
+
+
+def _make_factors(site: Site, init: bool, shape: tuple[int, ...]) -> nn.Parameter:
     # PEFT draws random numbers even for a start at one: one seed gives the same adapter in both libraries.
-    start = torch.randn(rows, columns, device=site.init_device)
+    start = torch.randn(shape, device=site.init_device)
     return nn.Parameter((torch.ones_like(start) if init else start).to(site.device, site.dtype))

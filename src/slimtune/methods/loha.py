@@ -10,8 +10,13 @@ An elementwise product of low-rank matrices is itself a low-rank matrix, with on
 So where r² is small beside the layer's size, it runs and exports as a LoRA of rank r². Elsewhere the weight of the
 update is computed in the forward pass and again in the backward pass, so that it is never kept.
 
+At a convolution W is the matrix (out, in / groups · kernel size), and the update is a convolution with its weight. With
+`use_effective_conv2d` each factor is a small convolution T (r, r, *kernel) between W1a^T (out, r) and W1b (r, in):
+
+    W1_oik = Σ_pq W1a_po T1_pqk W1b_qi        parameters: 2 r (in + out) + 2 r² · kernel size
+
 Papers: FedPara https://arxiv.org/abs/2108.06098, LyCORIS https://arxiv.org/abs/2309.14859. File format: PEFT's
-`hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b`.
+`hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b`, and with `use_effective_conv2d` `hada_t1`, `hada_t2`.
 """
 
 import math
@@ -21,8 +26,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import AdapterModule, Site
+from ..adapters.base import AdapterModule, BaseForward, Site
 from ..adapters.config import PatternedConfig, setting
+from ..errors import ConfigError
 from ..kernels.dropout import draw_output_mask
 from ..kernels.recompute import recompute_linear
 
@@ -31,7 +37,7 @@ from ..kernels.recompute import recompute_linear
 class LycorisConfig(PatternedConfig):
     """The fields that LoHa and LoKr share."""
 
-    unsupported_peft_fields: ClassVar = {"use_effective_conv2d": False}
+    kinds: ClassVar = ("linear", "conv")
     short_names: ClassVar = {"rank": "r", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 8, "alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
 
@@ -41,6 +47,20 @@ class LycorisConfig(PatternedConfig):
         0.0, "probability of dropping an output of the update, the same for all rows", ge=0, lt=1
     )
     module_dropout: float = setting(0.0, "probability of leaving out a layer's update in one step", ge=0, lt=1)
+    use_effective_conv2d: bool = setting(
+        False,
+        "at Conv1d and Conv2d with a kernel larger than 1: factors that are small convolutions, of fewer parameters",
+    )
+
+    def effective_kernel(self, site: Site) -> tuple[int, int] | None:
+        """Return the kernel of factors that are convolutions, `(k, 1)` for a Conv1d; None: they are matrices."""
+        kernel = getattr(site.module, "kernel_size", ()) if site.kind == "conv" else ()
+        if not self.use_effective_conv2d or math.prod(kernel) == 1:
+            return None
+        if len(kernel) > 2:
+            message = f"use_effective_conv2d is True, and {site.name} is a Conv3d"
+            raise ConfigError(message, "Conv1d and Conv2d only", "use_effective_conv2d=False")
+        return (*kernel, 1)[:2]
 
 
 class LycorisModule(AdapterModule):
@@ -63,9 +83,23 @@ class LycorisModule(AdapterModule):
         return update * draw_output_mask(update.shape[-1], self.rank_dropout, rescale=self.rescale).to(update)
 
 
+class ConvLycoris(LycorisModule):
+    """Mixed into the class for linear layers: the update is a convolution with the matrix of the update."""
+
+    def compute_change(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix `(out, in / groups · kernel size)` that is added to the weight."""
+        raise NotImplementedError
+
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
+        y = base(x)
+        if self.draw_module_dropout():
+            return y
+        return y + base.convolve(x, self.drop_outputs(self.compute_change(x.dtype).t()).t())
+
+
 @dataclass
 class LoHaConfig(LycorisConfig):
-    """LoHa: the elementwise product of two low-rank matrices beside frozen linear layers; PEFT's names and defaults."""
+    """LoHa: the elementwise product of two low-rank matrices beside frozen layers; PEFT's names and defaults."""
 
     name: ClassVar = "loha"
     learning_rate: ClassVar = 5e-3
@@ -73,7 +107,7 @@ class LoHaConfig(LycorisConfig):
     init_weights: bool = setting(True, "True: Kaiming-uniform, W2b zero; False: all four random, for tests")
 
     def build(self, site: Site) -> AdapterModule:
-        return LinearLoHa(site, self)
+        return (ConvLoHa if site.kind == "conv" else LinearLoHa)(site, self)
 
 
 class LinearLoHa(LycorisModule):
@@ -83,8 +117,13 @@ class LinearLoHa(LycorisModule):
         super().__init__(site, config, rescale=True)
         out, in_, r = site.out_features, site.in_features, self.r
         self.low_rank = r * r * (in_ + out) <= in_ * out
+        shapes: dict[str, tuple[int, ...]] = {"w1_a": (out, r), "w1_b": (r, in_), "w2_a": (out, r), "w2_b": (r, in_)}
+        if kernel := config.effective_kernel(site):
+            self.low_rank, channels = False, in_ // math.prod(kernel)
+            shapes = {name: (r, out if name.endswith("a") else channels) for name in shapes}
+            shapes |= {"t1": (r, r, *kernel), "t2": (r, r, *kernel)}
         # In PEFT's order: one seed gives the same adapter in both libraries.
-        for name, shape in {"w1_a": (out, r), "w1_b": (r, in_), "w2_a": (out, r), "w2_b": (r, in_)}.items():
+        for name, shape in shapes.items():
             factor = nn.Parameter(torch.zeros(shape, device=site.init_device))
             if name != "w2_b" or not config.init_weights:
                 nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
@@ -109,10 +148,27 @@ class LinearLoHa(LycorisModule):
         return *_as_low_rank(*self._get_factors(next(self.parameters()).dtype)), self.scale
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * _multiply(*self._get_factors(weight.dtype)), bias
+        return weight + self.compute_change(weight.dtype), bias
+
+    def compute_change(self, dtype: torch.dtype) -> Tensor:
+        """Return `s · (W1a W1b) ⊙ (W2a W2b)`."""
+        if not hasattr(self, "hada_t1"):
+            return self.scale * _multiply(*self._get_factors(dtype))
+        w1a, w1b, w2a, w2b = self._get_factors(dtype)
+        t1, t2 = (self.get_parameter(f"hada_{name}").to(dtype) for name in ("t1", "t2"))
+        return self.scale * rebuild_kernel(t1, w1a, w1b) * rebuild_kernel(t2, w2a, w2b)
 
     def _get_factors(self, dtype: torch.dtype) -> list[Tensor]:
         return [getattr(self, f"hada_{name}").to(dtype) for name in ("w1_a", "w1_b", "w2_a", "w2_b")]
+
+
+class ConvLoHa(LinearLoHa, ConvLycoris):
+    """`y + s · ((W1a W1b) ⊙ (W2a W2b)) ∗ x` for a convolution."""
+
+
+def rebuild_kernel(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return the matrix `Σ_pq a_po t_pqk b_qi (out, in · k1 · k2)` of `t (r, r, k1, k2)`, `a (r, out)`, `b (r, in)`."""
+    return torch.einsum("pqkl,po,qi->oikl", t, a, b).flatten(1)
 
 
 def _multiply(w1a: Tensor, w1b: Tensor, w2a: Tensor, w2b: Tensor) -> Tensor:

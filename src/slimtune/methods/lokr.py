@@ -5,10 +5,14 @@ s = alpha / r. A matrix that is large beside r is a product of two: W2 = W2a (q,
 `decompose_both` W1 = W1a (p, r) W1b (r, m). W1 starts at zero, so the model starts unchanged. Parameters added per
 layer: p·m + r·(q + n), or fewer. Merged: W + s · W1 ⊗ W2.
 
-The forward pass never builds the product: with x reshaped to X (m, n), (W1 ⊗ W2) x is W1 X W2^T (p, q).
+At a convolution the factors of `in` are those of in / groups, and W2 (q, n · kernel size) is stored with its kernel, or
+as W2a (q, r) W2b (r, n · kernel size), or with `use_effective_conv2d` as in `loha.py`: T2, W2a (r, q), W2b (r, n).
+
+At a linear layer the forward pass never builds the product: with x reshaped to X (m, n), (W1 ⊗ W2) x is W1 X W2^T
+(p, q).
 
 Papers: LyCORIS https://arxiv.org/abs/2309.14859, FedPara https://arxiv.org/abs/2108.06098. File format: PEFT's
-`lokr_w1`, `lokr_w2`, or `lokr_w1_a`, `lokr_w1_b`, `lokr_w2_a`, `lokr_w2_b`.
+`lokr_w1`, `lokr_w2`, or `lokr_w1_a`, `lokr_w1_b`, `lokr_w2_a`, `lokr_w2_b`, `lokr_t2`.
 """
 
 import math
@@ -20,12 +24,12 @@ from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, Site
 from ..adapters.config import setting
-from .loha import LycorisConfig, LycorisModule
+from .loha import ConvLycoris, LycorisConfig, LycorisModule, rebuild_kernel
 
 
 @dataclass
 class LoKrConfig(LycorisConfig):
-    """LoKr: a Kronecker product beside frozen linear layers; PEFT's field names and defaults."""
+    """LoKr: a Kronecker product beside frozen layers; PEFT's field names and defaults."""
 
     name: ClassVar = "lokr"
     learning_rate: ClassVar = 3e-3
@@ -40,7 +44,7 @@ class LoKrConfig(LycorisConfig):
         self.require(self.decompose_factor != 0, "decompose_factor", "-1, or at least 1")
 
     def build(self, site: Site) -> AdapterModule:
-        return LinearLoKr(site, self)
+        return (ConvLoKr if site.kind == "conv" else LinearLoKr)(site, self)
 
 
 class LinearLoKr(LycorisModule):
@@ -48,17 +52,20 @@ class LinearLoKr(LycorisModule):
 
     def __init__(self, site: Site, config: LoKrConfig) -> None:
         super().__init__(site, config, rescale=config.rank_dropout_scale)
-        m, n = factorize(site.in_features, config.decompose_factor)
+        kernel: tuple[int, ...] = site.module.kernel_size if site.kind == "conv" else ()  # type: ignore[assignment]
+        m, n = factorize(site.in_features // math.prod(kernel), config.decompose_factor)
         p, q = factorize(site.out_features, config.decompose_factor)
         self.shape = (p, q, m, n)
         w1 = {"lokr_w1": (p, m)}
         if config.decompose_both and self.r < max(p, m) / 2:
             w1 = {"lokr_w1_a": (p, self.r), "lokr_w1_b": (self.r, m)}
-        w2 = {"lokr_w2": (q, n)}
+        w2: dict[str, tuple[int, ...]] = {"lokr_w2": (q, n, *kernel)}
         if self.r < max(q, n) / 2:
-            w2 = {"lokr_w2_a": (q, self.r), "lokr_w2_b": (self.r, n)}
+            w2 = {"lokr_w2_a": (q, self.r), "lokr_w2_b": (self.r, n * math.prod(kernel))}
+            if effective := config.effective_kernel(site):
+                w2 = {"lokr_w2_a": (self.r, q), "lokr_w2_b": (self.r, n), "lokr_t2": (self.r, self.r, *effective)}
         self.w1_names, self.w2_names = tuple(w1), tuple(w2)
-        zero = {True: self.w1_names[0], "lycoris": self.w2_names[-1], False: None}[config.init_weights]
+        zero = {True: self.w1_names[0], "lycoris": self.w2_names[:2][-1], False: None}[config.init_weights]
         # In PEFT's order: one seed gives the same adapter in both libraries.
         for name, shape in (w1 | w2).items():
             factor = nn.Parameter(torch.zeros(shape, device=site.init_device))
@@ -68,7 +75,7 @@ class LinearLoKr(LycorisModule):
         self.to(site.device, site.dtype)
 
     def _get_factors(self, names: tuple[str, ...], dtype: torch.dtype) -> list[Tensor]:
-        """Return W1 or W2 as the one or two matrices whose product it is."""
+        """Return the stored parts of W1 or W2: one, two whose product it is, or the three of a small convolution."""
         return [getattr(self, name).to(dtype) for name in names]
 
     def _get_scaled_w1(self, dtype: torch.dtype) -> Tensor:
@@ -93,8 +100,24 @@ class LinearLoKr(LycorisModule):
         return y + self.drop_outputs(update.reshape(y.shape))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        w2 = self._get_factors(self.w2_names, weight.dtype)
-        return weight + torch.kron(self._get_scaled_w1(weight.dtype), w2[0] @ w2[1] if len(w2) == 2 else w2[0]), bias
+        return weight + self.compute_change(weight.dtype), bias
+
+    def compute_change(self, dtype: torch.dtype) -> Tensor:
+        """Return `s · W1 ⊗ W2`."""
+        w2 = self._get_factors(self.w2_names, dtype)
+        if len(w2) == 3:
+            w2 = [rebuild_kernel(w2[2], w2[0], w2[1])]
+        w1, W2 = self._get_scaled_w1(dtype), w2[0] @ w2[1] if len(w2) == 2 else w2[0]
+        # Of a W2 (q, n, k) PEFT multiplies the last two dimensions by W1, so a Conv1d's weight has another order.
+        return (
+            torch.kron(w1, W2).reshape(w1.shape[0] * W2.shape[0], -1)
+            if W2.dim() == 3
+            else torch.kron(w1, W2.flatten(1))
+        )
+
+
+class ConvLoKr(LinearLoKr, ConvLycoris):
+    """`y + s · (W1 ⊗ W2) ∗ x` for a convolution."""
 
 
 def _times(W: Tensor, X: Tensor) -> Tensor:

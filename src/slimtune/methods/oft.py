@@ -11,6 +11,9 @@ The two rotate in opposite directions for the same Q: a file only works with the
 A part x_i (k) of the input, as a row, becomes x_i R_i. It is computed as x_i + x_i (R_i - I), so that only the change
 is rounded. Q starts at zero, so the model starts unchanged. Parameters added per layer: in · (k - 1) / 2. Merged: W Rᵀ.
 
+At a convolution without groups R rotates the `in · kernel size` values that an output sees, as where PEFT is merged.
+Its forward pass rotates overlapping patches and adds them up, which changes the output even at the start.
+
 Papers: OFT https://arxiv.org/abs/2306.07280, OFTv2 https://arxiv.org/abs/2506.19847. File format: PEFT's
 `oft_R.weight (in / k, k (k - 1) / 2)`; for an embedding, whose output is rotated, `oft_embedding_R.weight`.
 """
@@ -33,7 +36,7 @@ class OFTConfig(TargetedConfig):
 
     name: ClassVar = "oft"
     learning_rate: ClassVar = 4e-4
-    kinds: ClassVar = ("linear", "embedding")
+    kinds: ClassVar = ("linear", "embedding", "conv")
     short_names: ClassVar = {"block_size": "oft_block_size", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"target_modules": "all-linear"}
 
@@ -63,6 +66,8 @@ class OFTConfig(TargetedConfig):
 
     def build(self, site: Site) -> AdapterModule:
         """Return the rotation at `site`; a block size of 1, which rotates nothing, is refused, and others may warn."""
+        if site.kind == "conv":
+            site.require_ungrouped()
         width = site.out_features if site.kind == "embedding" else site.in_features
         size = width // nearest_divisor(width, self.r) if self.r else nearest_divisor(width, self.oft_block_size)
         layer = f"{site.name} has {width} {'columns' if site.kind == 'embedding' else 'inputs'}"
@@ -75,7 +80,8 @@ class OFTConfig(TargetedConfig):
         if not site.loading and not fits:
             configured = f"r={self.r}" if self.r else f"oft_block_size={self.oft_block_size}"
             warnings.warn(f"{layer}: its blocks have size {size} instead of {configured}", stacklevel=2)
-        return (EmbeddingOft if site.kind == "embedding" else LinearOft)(BlockRotation(width, size, site, self))
+        cls = {"embedding": EmbeddingOft, "conv": ConvOft}.get(site.kind, LinearOft)
+        return cls(BlockRotation(width, size, site, self))
 
 
 class BlockRotation(nn.Module):
@@ -157,6 +163,16 @@ class LinearOft(AdapterModule):
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.oft_R.rotate_weight(weight), bias
+
+
+class ConvOft(LinearOft):
+    """A convolution with a rotated weight."""
+
+    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
+        y, weight = base(x), base.weight()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        # A 16-bit rotated weight would lose small rotations.
+        return y + base.convolve(x, (self.oft_R.rotate_weight(wide) - wide).to(x.dtype))
 
 
 class EmbeddingOft(AdapterModule):

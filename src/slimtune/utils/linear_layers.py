@@ -1,4 +1,4 @@
-"""Read the linear layers and embeddings of a base in one way: Linear, Conv1D, Embedding, NF4 and int8."""
+"""Read the layers of a base in one way: Linear, Conv1D, convolutions, Embedding, NF4 and int8."""
 
 import copy
 import math
@@ -8,14 +8,18 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-def layer_kind(module: nn.Module) -> Literal["linear", "embedding", "norm"] | None:
+
+def layer_kind(module: nn.Module) -> Literal["linear", "embedding", "conv", "norm"] | None:
     """Return what kind of layer `module` is, None for other modules."""
     if isinstance(module, nn.Linear | Conv1D):
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
     weight = module._parameters.get("weight")
+    if isinstance(module, Convolution) and isinstance(weight, Tensor):  # a parametrized one has no such parameter
+        return "conv"
     is_norm = "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.dim() == 1
     return "norm" if is_norm else None
 
@@ -31,15 +35,20 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
-    """Return `(in_features, out_features)` of a layer; both are the width for a norm."""
+    """Return `(in_features, out_features)` of a layer, the sizes of its matrix; both are the width for a norm."""
     if isinstance(module, nn.Linear):  # the shape of a quantized weight is another one
         return module.in_features, module.out_features
     weight: Any = module.weight
+    if isinstance(module, Convolution):
+        return weight[0].numel(), weight.shape[0]
     return (weight.shape[0], weight.shape[-1])
 
 
 def get_weight(module: nn.Module) -> Tensor:
-    """Return a layer's weight as `(out, in)`, a norm's as `(width,)`: dequantized, or else a view of it, no copy."""
+    """Return a layer's weight as `(out, in)`, a norm's as `(width,)`: dequantized, or else a view of it, no copy.
+
+    A convolution's matrix is `(out, in / groups · kernel size)`.
+    """
     if hasattr(module, "dequantized"):  # the planner's fake quantized layer
         return module.dequantized()  # type: ignore[operator]
     weight: Any = module.weight
@@ -54,6 +63,8 @@ def get_weight(module: nn.Module) -> Tensor:
     if scales is not None:
         # What bitsandbytes' `int8_vectorwise_dequant` does: rows times their largest magnitude / 127.
         return weight.data.to(torch.float32) * (scales.view(-1, 1) / 127)
+    if isinstance(module, Convolution):
+        return weight.flatten(1)
     return weight.t() if is_transposed(module) else weight
 
 

@@ -2,10 +2,11 @@
 
     A (r, in), B (out, r), s = alpha / r, or alpha / √r with rsLoRA. B starts at zero, so the model starts unchanged.
     At an embedding A (r, rows) starts at zero and B (dim, r) normal, with every init_lora_weights but "mica".
+    At a convolution A (r, in, *kernel) is a convolution like the base and B (out, r, 1, …) a pointwise one.
     Parameters added per layer: r · (in + out), with DoRA also out. Merged: W + s · B A.
 
-`layers.py` has the adapter modules, `init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `eva.py` and
-`loftq.py` initialization from data and from the weights before quantization.
+`layers.py` has the adapter modules, `conv.py` those of convolutions, `init.py` their initializations (PiSSA, OLoRA, …),
+`dora.py` DoRA, `eva.py` and `loftq.py` initialization from data and from the weights before quantization.
 
 Papers: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+
 https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File format: PEFT's `lora_A.weight`,
@@ -25,6 +26,7 @@ from ...errors import ConfigError, UsageError, format_names, nearest
 from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
 from . import eva
 from .alora import LinearALora
+from .conv import ConvDora, ConvLora
 from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
 from .layers import EmbeddingLora, LinearLora
@@ -34,7 +36,7 @@ __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig"]
 
 @dataclass
 class LoraConfig(PatternedConfig):
-    """LoRA: low-rank matrices beside frozen linear layers; PEFT's field names and defaults."""
+    """LoRA: low-rank matrices beside frozen layers; PEFT's field names and defaults."""
 
     name: ClassVar = "lora"
     alpha_name: ClassVar = "lora_alpha"
@@ -46,7 +48,7 @@ class LoraConfig(PatternedConfig):
         )),
         "use_qalora": False, "ensure_weight_tying": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
     }  # fmt: skip
-    kinds: ClassVar = ("linear", "embedding")
+    kinds: ClassVar = ("linear", "embedding", "conv")
     ships_as_lora: ClassVar = True
     short_names: ClassVar = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 16, "lora_alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
@@ -137,6 +139,8 @@ class LoraConfig(PatternedConfig):
             raise ConfigError(f"{site.name} is not a linear layer", "linear layers only, with alora_invocation_tokens")
         if self.alora_invocation_tokens:
             return LinearALora(site, self, r, scale)
+        if site.kind == "conv":
+            return (ConvDora if self.use_dora else ConvLora)(site, self, r, scale)
         if site.kind != "embedding":
             return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
         for name in ("lora_bias", "freeze_a"):

@@ -44,12 +44,12 @@ def is_subtracted_init(init: Any) -> bool:
 
 
 @torch.no_grad()
-def init_weights(init: bool | str, A: nn.Linear, B: nn.Linear) -> None:
-    """Initialize A `(r, in)` and B `(out, r)` where the base's weight is not needed, with PEFT's random numbers."""
+def init_weights(init: bool | str, A: Any, B: Any) -> None:
+    """Initialize A `(r, in, ...)` and B `(out, r, ...)` without the base's weight, with PEFT's random numbers."""
     if init is True:
         nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
     elif init == "gaussian":
-        nn.init.normal_(A.weight, std=1 / A.out_features)
+        nn.init.normal_(A.weight, std=1 / len(A.weight))
     elif init == "orthogonal":
         r, device = A.out_features, A.weight.device
         rows, _ = torch.linalg.qr(torch.randn(r, r, device=device))
