@@ -1,6 +1,6 @@
 """The pages in docs/methods: each method has one, with its fields as the config declares them.
 
-`python tests/methods/test_docs.py` writes the list of methods, the table of layers and the tables of fields into the pages.
+`python tests/methods/test_docs.py` writes the lists and tables into the pages.
 """
 
 import dataclasses
