@@ -31,6 +31,7 @@ IN_MODULES = {
 OF_OBJECTS = {
     "_attn_implementation": "a getter for what `set_attn_implementation` sets",
     "_attn_implementation_internal": "another attention for one layer",
+    "_experts_implementation": "how a model runs its experts",
     "_gradient_checkpointing_func": "offloading what activation checkpointing saves",
     "_hf_hook": "the device of a weight that accelerate offloads",
     "_old_forward": "a module's forward without accelerate's hook",

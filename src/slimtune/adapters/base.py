@@ -9,6 +9,7 @@ several adapters of different methods run, and merge, in the order in which they
     "embedding"   y = W[:, x]                       input or reads W; `merge_into(W, b)`; `low_rank_factors()`
     "conv"        y = W ∗ x + b, a convolution      the same, with W as a matrix `(out, in / groups · kernel size)`
     "norm"        a normalisation with a weight     the same
+    "parameters"  any module with parameters        `forward_with_base`, `merge_into_parameter`
     "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `Block`
     "attention"   the attention module of a layer   `compute_prefix_key_values(module, rows)`: see `adapters/prompt.py`
     "model"       the whole backbone                `virtual_embeddings()`: see `adapters/prompt.py`;
@@ -34,7 +35,7 @@ from ..kernels.low_rank import add_low_rank
 from ..utils.linear_layers import get_weight, is_plain_forward
 from .architectures import text_config
 
-SiteKind = Literal["linear", "embedding", "conv", "norm", "block", "attention", "model"]
+SiteKind = Literal["linear", "embedding", "conv", "norm", "parameters", "block", "attention", "model"]
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,14 @@ class BaseForward:
         conv: Any = self.module
         return self.run_base_with({"weight": weight.reshape(conv.weight.shape), "bias": None}, x)
 
-    def run_base_with(self, parameters: Mapping[str, Tensor | None], *args: Any) -> Any:
+    def run_base_with(self, parameters: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run the base module's own forward with other tensors in place of its parameters, without modifying it."""
         # A shallow copy of the module that shares everything but the table of parameters. An entry in
         # `original_parameters` makes an adapted module run its base's forward with the parameters as they are.
         module_copy: Any = object.__new__(type(self.module))
-        table = {**self.module._parameters, **parameters}
+        table = {**{n: getattr(self.module, n) for n in self.module._parameters}, **parameters}
         module_copy.__dict__ = {**vars(self.module), "_parameters": table, "original_parameters": {}}
-        return type(module_copy).forward(module_copy, *args)
+        return type(module_copy).forward(module_copy, *args, **kwargs)
 
 
 class AdapterModule(nn.Module):
@@ -164,6 +165,8 @@ class AdapterModule(nn.Module):
     """Whether `forward_with_base` takes `tokens`, the indices of the only tokens that it may change."""
     has_base_parameter: bool = True
     """Whether the base has a parameter that can store the result of `merge_into`."""
+    adapted_parameters: Sequence[str] = ()
+    """At a "parameters" site: names of the base's parameters that `merge_into_parameter` changes."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map the input `x (..., in)` and the frozen output `y (..., out)` to the adapted output `(..., out)`."""
@@ -199,6 +202,10 @@ class AdapterModule(nn.Module):
         if factors is None:
             raise MergeUnsupported(f"{type(self).__name__} does not change a weight, so it cannot be merged")
         return add_low_rank(weight, *factors), bias
+
+    def merge_into_parameter(self, name: str, parameter: Tensor) -> Tensor:
+        """Return a new value of one of `adapted_parameters`, in the given one's layout; dtypes as in `merge_into`."""
+        raise MergeUnsupported(f"{type(self).__name__} does not change the parameter {name}")
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return `(A (r, in), B (out, r), scale)` if this module computes `y + scale · B A x` now, else None.

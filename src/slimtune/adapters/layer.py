@@ -246,6 +246,13 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
     if owner is not None:
         merged = {n: p.detach() for n, p in module.trained_copies[owner].named_parameters()}
     modules: list[Any] = [module.adapters[a] for a in adapters if a in module.adapters]
+    with torch.no_grad():
+        for adapter_module in modules:
+            for n in adapter_module.adapted_parameters:
+                parameter: Any = merged.get(n, module._parameters[n])
+                parameter = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+                merged[n] = adapter_module.merge_into_parameter(n, parameter)
+    modules = [m for m in modules if not m.adapted_parameters]
     if modules and is_quantized(module):
         raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
     weight, bias = (merged.get(n, module._parameters.get(n)) for n in ("weight", "bias"))

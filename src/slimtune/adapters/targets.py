@@ -79,7 +79,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     Raises:
         TargetError: nothing matches, or (strict) a part of the config matches nothing, or a match cannot be adapted.
     """
-    modules = {n: m for n, m in model.named_modules() if n and not {"adapters", "trained_copies"} & set(n.split("."))}
+    modules = _get_base_modules(model)
     whole = _select_modules_to_save(modules, config, strict)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
     kinds: dict[str, SiteKind] = {}
@@ -93,7 +93,8 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
             raise _nothing_matches(f"target_modules={targets!r}", targets, modules)
         kinds = {n: _get_kind(n, model, modules, config) for n in matched}
         if strict:
-            _check_every_pattern_matches(config, matched)
+            parameters = [f"{n}.{p}" for n, names in match_parameters(model, config).items() for p in names]
+            _check_every_pattern_matches(config, [*matched, *parameters])
     if twice := [n for n in further if n in kinds]:
         message = f"{format_names(twice)} is a target and also changed by another field of the config"
         raise TargetError(message, hint="take it out of target_modules, or use two adapters")
@@ -106,6 +107,14 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     kinds |= further
     rest = [n for n, m in modules.items() if _has_weight_matrix(m) and n not in kinds and n not in inside_whole]
     return MatchReport(tuple(kinds), tuple(whole), tuple(f"{n}.bias" for n in biases), tuple(rest), kinds, copied)
+
+
+def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
+    """Return the parameters that `target_parameters` selects by their full name or its end, by module."""
+    wanted = getattr(config, "target_parameters", None) or []
+    modules = _get_base_modules(model) if wanted else {}
+    found = {n: [p for p in m._parameters if matches_name(wanted, f"{n}.{p}")] for n, m in modules.items()}
+    return {n: names for n, names in found.items() if names}
 
 
 def matches_name(wanted: Iterable[str] | str, name: str) -> bool:
@@ -135,11 +144,18 @@ def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
     return None
 
 
+def _get_base_modules(model: nn.Module) -> Modules:
+    """Return the base's modules by name, without the model itself and what adapters added."""
+    return {n: m for n, m in model.named_modules() if n and not {"adapters", "trained_copies"} & set(n.split("."))}
+
+
 def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[str] | str:
     """Return the config's targets, with defaults and "all-linear" replaced by names."""
     targets = getattr(config, "target_modules", None)
     if targets is None:
         default = config.default_targets(model)
+        if default is None and getattr(config, "target_parameters", None):
+            return []
         if default is None:
             message = (
                 f"target_modules is None, and there is no default for {model_type(model) or type(model).__name__!r}"
@@ -217,6 +233,12 @@ def _check_every_name_matches(modules: Modules, config: Any, targets: list[str] 
         unmatched = [w if isinstance(w, str) else w[0] for w in names if not any(matches_name(w, n) for n in modules)]
         if unmatched:
             raise _nothing_matches(f"{field_name}: {format_names(unmatched)}", unmatched, modules)
+    parameters = [f"{n}.{p}" for n, m in modules.items() for p in m._parameters]
+    wanted = getattr(config, "target_parameters", None) or []
+    if unmatched := [w for w in wanted if not any(matches_name([w], p) for p in parameters)]:
+        last_parts = dict.fromkeys(p.rsplit(".", 1)[-1] for p in parameters)
+        message = f"target_parameters: {format_names(unmatched)} matches no parameter"
+        raise TargetError(message + nearest(unmatched[0], [*last_parts, *parameters]), "such as mlp.experts.down_proj")
     layers = getattr(config, "layers_to_transform", None)
     if layers is not None:
         found = {layer_index(n, config.layers_pattern) for n in modules if matches_name(targets, n)}

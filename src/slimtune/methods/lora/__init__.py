@@ -5,8 +5,9 @@
     At a convolution A (r, in, *kernel) is a convolution like the base and B (out, r, 1, …) a pointwise one.
     Parameters added per layer: r · (in + out), with DoRA also out. Merged: W + s · B A.
 
-`layers.py` has the adapter modules, `conv.py` those of convolutions, `init.py` their initializations (PiSSA, OLoRA, …),
-`dora.py` DoRA, `eva.py` and `loftq.py` initialization from data and from the weights before quantization.
+`layers.py` has the adapter modules, `conv.py` those of convolutions, `parameters.py` those of experts and other
+parameters, `init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `eva.py` and `loftq.py` initialization
+from data and from the weights before quantization.
 
 Papers: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+
 https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File format: PEFT's `lora_A.weight`,
@@ -22,6 +23,7 @@ from torch import nn
 
 from ...adapters.base import AdapterModule, Site, SiteKind
 from ...adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, setting
+from ...adapters.targets import match_parameters, matches_name
 from ...errors import ConfigError, UsageError, format_names, nearest
 from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
 from . import eva
@@ -30,6 +32,7 @@ from .conv import ConvDora, ConvLora
 from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
 from .layers import EmbeddingLora, LinearLora
+from .parameters import ParameterLora
 
 __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig"]
 
@@ -44,7 +47,7 @@ class LoraConfig(PatternedConfig):
     unsupported_peft_fields: ClassVar = {
         **dict.fromkeys((
             "megatron_config", "corda_config", "lora_ga_config", "velora_config",
-            "monteclora_config", "layer_replication", "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+            "monteclora_config", "layer_replication", "use_bdlora", "arrow_config", "kasa_config",
         )),
         "use_qalora": False, "ensure_weight_tying": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
     }  # fmt: skip
@@ -58,6 +61,11 @@ class LoraConfig(PatternedConfig):
     lora_dropout: float = setting(0.0, "probability of dropping an input of A while training", ge=0, lt=1)
     fan_in_fan_out: bool = setting(False, FAN_IN_FAN_OUT_HELP)
     bias: Literal["none", "all", "lora_only"] = setting("none", BIAS_HELP)
+    target_parameters: list[str] | None = setting(
+        None,
+        "names or dotted suffixes of parameters to adapt, such as those of experts: mlp.experts.gate_up_proj; with "
+        "target_modules=[] nothing else",
+    )
     use_rslora: bool = setting(False, "scale the update by lora_alpha / √r instead")
     init_lora_weights: bool | str = setting(
         True,
@@ -115,7 +123,12 @@ class LoraConfig(PatternedConfig):
             raise UsageError(f"alora_invocation_tokens is set for a {type(model).__name__}", "a causal language model")
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
-        return {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
+        parameters: dict[str, SiteKind] = dict.fromkeys(match_parameters(model, self), "parameters")
+        rows: dict[str, SiteKind] = {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
+        if both := [name for name in parameters if name in rows]:
+            message = f"target_parameters and trainable_token_indices both change {format_names(both)}"
+            raise ConfigError(message, "one of them, or two adapters")
+        return parameters | rows
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
@@ -133,6 +146,10 @@ class LoraConfig(PatternedConfig):
                 "a base in NF4 or int8 and another initialization",
                 "leave init_lora_weights out, then slimtune.replace_lora_weights_loftq(model, folder of the weights)",
             )
+        if site.kind == "parameters":
+            wanted = self.target_parameters or []
+            names = [p for p in site.module._parameters if matches_name(wanted, f"{site.name}.{p}")]
+            return ParameterLora(site, self, names)
         r, alpha = self.get_rank(site.name), self.get_alpha(site.name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if self.alora_invocation_tokens and site.kind != "linear":

@@ -44,12 +44,15 @@ def is_subtracted_init(init: Any) -> bool:
 
 
 @torch.no_grad()
-def init_weights(init: bool | str, A: Any, B: Any) -> None:
-    """Initialize A `(r, in, ...)` and B `(out, r, ...)` without the base's weight, with PEFT's random numbers."""
+def init_weights(init: bool | str, A: Any, B: Any, r: int | None = None) -> None:
+    """Initialize A `(r, in, ...)` and B `(out, r, ...)` without the base's weight, with PEFT's random numbers.
+
+    `r` is the rank where A contains those of several experts.
+    """
     if init is True:
         nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
     elif init == "gaussian":
-        nn.init.normal_(A.weight, std=1 / len(A.weight))
+        nn.init.normal_(A.weight, std=1 / (r or len(A.weight)))
     elif init == "orthogonal":
         r, device = A.out_features, A.weight.device
         rows, _ = torch.linalg.qr(torch.randn(r, r, device=device))

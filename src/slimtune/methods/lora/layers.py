@@ -30,7 +30,7 @@ class LoraModule(AdapterModule):
 
     def lr_multipliers(self) -> dict[str, float]:
         """Return B's factor on the learning rate (LoRA+)."""
-        return {n: self.lr_ratio for n, _ in self.named_parameters() if n.startswith(("lora_B", "lora_embedding_B"))}
+        return {n: self.lr_ratio for n, _ in self.named_parameters() if "_B" in n}
 
     def freeze_parameter(self, parameter_name: str) -> None:
         self.frozen_names = (parameter_name,)

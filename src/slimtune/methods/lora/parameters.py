@@ -1,0 +1,116 @@
+"""LoRA on parameters (`target_parameters`): the stacked weights of experts, or any matrix of a module.
+
+    W (experts, out, in) + s · B_e A_e for expert e         A (r · experts, in), B (out, r · experts)
+
+A is ordered by expert, then by rank; B by rank, then by expert: PEFT's file format (its `ParamWrapper`). A module whose
+weights are stored as `(experts, in, out)` has `is_transposed`; a matrix `(out, in)` counts as one expert.
+
+The update is not added to the weight: the module's forward gets a `LowRankWeight` in the place of its parameter, so an
+expert's update runs as two thin products on the tokens routed to it.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...adapters.base import BaseForward, Site
+from ...errors import ConfigError, TargetError, UsageError
+from ...kernels.low_rank_weight import LowRankWeight, Term
+from .init import init_weights
+from .layers import LoraModule
+
+TRANSPARENT_IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
+"""transformers' ways to run experts (`_experts_implementation`) whose products `LowRankWeight` knows."""
+
+
+class ParameterLora(LoraModule):
+    """LoRA on one parameter of a module; one on an earlier parameter of the module is nested as `base_layer`.
+
+    Args:
+        names: the module's parameters to adapt, in the module's order.
+    """
+
+    def __init__(self, site: Site, config: Any, names: list[str]) -> None:
+        *earlier, name = names
+        full_name = f"{site.name}.{name}"
+        _check_config(config, full_name)
+        r, alpha = config.get_rank(full_name), config.get_alpha(full_name)
+        super().__init__(site, config, r, alpha / math.sqrt(r) if config.use_rslora else alpha / r)
+        # PEFT's order: one seed gives the same adapter in both libraries.
+        if earlier:
+            self.base_layer = ParameterLora(site, config, earlier)
+        parameter: Any = site.module._parameters[name]
+        if parameter.dim() not in (2, 3) or not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+            message = f"{full_name} {tuple(parameter.shape)} in {parameter.dtype} cannot be adapted"
+            raise TargetError(message, "an unquantized parameter of 2 or 3 dimensions")
+        self.parameter_name, self.adapted_parameters = name, names
+        self.num_experts = parameter.shape[0] if parameter.dim() == 3 else 1
+        self.stacked = parameter.dim() == 3
+        self.is_transposed = self.stacked and getattr(site.module, "is_transposed", False)
+        out_features, in_features = parameter.shape[-2:]
+        if self.is_transposed:
+            in_features, out_features = out_features, in_features
+        self.lora_A = nn.Linear(in_features, r * self.num_experts, bias=False, device=site.init_device)
+        self.lora_B = nn.Linear(r * self.num_experts, out_features, bias=False, device=site.init_device)
+        init_weights(self.init, self.lora_A, self.lora_B, r)
+        self.to(site.device, site.dtype)
+        if config.freeze_a:
+            self.frozen_names = [n for n, _ in self.named_parameters() if n.endswith("lora_A.weight")]
+            self.lora_A.requires_grad_(False)
+
+    def each_parameter(self) -> Iterator["ParameterLora"]:
+        """Yield this module and those nested in it: one for each adapted parameter."""
+        yield self
+        if "base_layer" in self._modules:
+            yield from self.base_layer.each_parameter()
+
+    def term(self) -> Term:
+        """Return the update of the parameter as stored, `L (experts, m, r)`, `R (experts, r, n)`, s; or matrices."""
+        A, B = self.lora_A.weight, self.lora_B.weight
+        if not self.stacked:
+            return B, A, self.scale
+        A = A.view(self.num_experts, -1, A.shape[-1])
+        B = B.view(B.shape[0], -1, self.num_experts).permute(2, 0, 1)
+        return (A.mT, B.mT, self.scale) if self.is_transposed else (B, A, self.scale)
+
+    def forward_with_base(self, base: BaseForward, *args: Any, **kwargs: Any) -> Any:
+        terms: dict[str, list[Term]] = {}
+        for adapter in (*base.inner_modules, self):
+            if not isinstance(adapter, ParameterLora):
+                message = f"LoRA on a parameter runs at the same module as a {type(adapter).__name__}"
+                raise UsageError(message, "one kind of active adapter per module")
+            for module in adapter.each_parameter():
+                terms.setdefault(module.parameter_name, []).append(module.term())
+        weights: dict[str, Any] = {n: LowRankWeight(getattr(base.module, n), found) for n, found in terms.items()}
+        config = getattr(base.module, "config", None)
+        if getattr(config, "_experts_implementation", None) not in TRANSPARENT_IMPLEMENTATIONS:
+            weights = {n: weight.materialize() for n, weight in weights.items()}
+        return base.run_base_with(weights, *args, **kwargs)
+
+    def forward_batch_rows(self, base: BaseForward, *args: Any, **kwargs: Any) -> Any:
+        # The experts see tokens, of which they do not know the row.
+        message = "lora.ParamWrapper does not support mixed adapter batches yet."
+        raise UsageError(message, "one adapter for all rows with target_parameters", "set_adapter instead")
+
+    def low_rank_factors(self) -> None:
+        return None
+
+    def merge_into_parameter(self, name: str, parameter: Tensor) -> Tensor:
+        for module in self.each_parameter():
+            if module.parameter_name == name:
+                L, R, scale = module.term()
+                parameter = parameter + (L.to(parameter.dtype) @ R.to(parameter.dtype)) * scale
+        return parameter
+
+
+def _check_config(config: Any, name: str) -> None:
+    """Raise ConfigError if a setting has no meaning for a parameter, whose input the adapter does not see."""
+    for field in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens"):
+        if getattr(config, field):
+            hint = f"leave {field} out, or name layers in target_modules"
+            raise ConfigError(f"{field} is {getattr(config, field)!r}, and {name} is a parameter", "its default", hint)
+    init = config.init_lora_weights
+    if not isinstance(init, bool) and init != "gaussian":
+        raise ConfigError(f"init_lora_weights is {init!r}, and {name} is a parameter", 'True or "gaussian"')

@@ -1,0 +1,164 @@
+"""LoRA on parameters: numbers and files of PEFT's `ParamWrapper`, in each layout of experts and each way to run."""
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from models_zoo import DECODER, same_base, snapshot, tokens
+from safetensors.torch import load_file
+
+import slimtune
+from slimtune import LoraConfig, get_peft_model
+from slimtune.adapters.state_dict import get_adapter_tensors
+from slimtune.errors import ConfigError, SlimtuneError, TargetError
+from slimtune.kernels.low_rank_weight import LowRankWeight
+
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "pad_token_id": 0}
+MAKERS = {
+    "qwen3_moe": lambda: tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**DECODER, **MOE, num_experts=4, head_dim=8)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=4)),
+    "gpt_oss": lambda: tf.GptOssForCausalLM(tf.GptOssConfig(**DECODER, **MOE, num_local_experts=4, head_dim=8)),
+    "olmoe": lambda: tf.OlmoeForCausalLM(tf.OlmoeConfig(**DECODER, **MOE, num_experts=4)),
+    "llama4": lambda: tf.Llama4ForCausalLM(
+        tf.Llama4TextConfig(
+            **{**DECODER, "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8, "pad_token_id": 0}
+        )
+    ),
+}
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def moe(kind="qwen3_moe", dtype=torch.float64, implementation="eager"):
+    torch.manual_seed(0)
+    model = MAKERS[kind]().to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    model.config._experts_implementation = implementation
+    return model
+
+
+def adapted(home, base, **settings):
+    torch.manual_seed(1)
+    settings = {"target_modules": [], "target_parameters": BOTH, "init_lora_weights": False, **settings}
+    return home.get_peft_model(base, home.LoraConfig(r=4, lora_alpha=16, **settings)).eval()
+
+
+def run_step(home, model):
+    """Return the logits and the adapter's gradients by their key in a file."""
+    logits = model(input_ids=tokens()).logits
+    logits.double().logsumexp(-1).sum().backward()
+    tensors = get_adapter_tensors(model, "default") if home is slimtune else dict(model.named_parameters())
+    return logits, {k.replace(".default", ""): p.grad for k, p in tensors.items() if p.requires_grad}
+
+
+def far(a, b):
+    return (a - b).abs().max().item()
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank_pattern": {"experts.down_proj": 3}}])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_logits_and_gradients_equal_pefts(kind, settings):
+    (mine, my_grads), (other, their_grads) = (
+        run_step(home, adapted(home, moe(kind), **settings)) for home in (slimtune, peft)
+    )
+    assert far(mine, other) < 1e-9
+    assert my_grads.keys() == their_grads.keys()
+    assert max(far(my_grads[k], their_grads[k]) for k in my_grads) < 1e-9
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_no_update_has_the_size_of_the_weight(kind, implementation, monkeypatch):
+    settings = {"dtype": torch.float32, "implementation": implementation}
+    theirs, their_grads = run_step(peft, adapted(peft, moe(kind, **settings), rank_pattern={"down_proj": 3}))
+    monkeypatch.setattr(LowRankWeight, "materialize", None)
+    ours, our_grads = run_step(slimtune, adapted(slimtune, moe(kind, **settings), rank_pattern={"down_proj": 3}))
+    assert far(ours, theirs) < 1e-4 * theirs.abs().max()
+    assert max(far(our_grads[k], their_grads[k]) / their_grads[k].abs().max() for k in our_grads) < 1e-4
+
+
+def test_one_seed_gives_one_adapter_and_files_load_both_ways(tmp_path):
+    for home in (slimtune, peft):
+        adapted(home, moe("gpt_oss"), init_lora_weights="gaussian").save_pretrained(tmp_path / home.__name__)
+    ours, theirs = (load_file(tmp_path / home.__name__ / "adapter_model.safetensors") for home in (slimtune, peft))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    adapted(slimtune, moe("gpt_oss")).save_pretrained(tmp_path / "trained")
+    loaded = (home.PeftModel.from_pretrained(moe("gpt_oss"), tmp_path / "trained") for home in (slimtune, peft))
+    assert far(*(model(tokens()).logits for model in loaded)) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_merge_disable_and_unload(kind):
+    plain = moe(kind, torch.bfloat16)
+    before = snapshot(plain)
+    expected = plain(tokens()).logits
+    model = adapted(slimtune, plain, init_lora_weights=False)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    with_adapter = model(tokens()).logits
+    model.merge_adapter(safe_merge=True)
+    assert far(model(tokens()).logits, with_adapter) < 0.03 * with_adapter.abs().max()
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(tokens()).logits, expected)
+    assert torch.equal(model(tokens()).logits, with_adapter)
+    assert same_base(model.unload(), before)
+
+
+def test_merged_weights_equal_pefts():
+    ours, theirs = (adapted(home, moe("gpt_oss")).merge_and_unload().state_dict() for home in (slimtune, peft))
+    assert max(far(ours[k], theirs[k]) for k in theirs) < 1e-12
+
+
+def test_two_active_adapters_add_up():
+    def make(home):
+        model = adapted(home, moe())
+        torch.manual_seed(2)
+        model.add_adapter("other", home.LoraConfig(target_modules=[], target_parameters=BOTH, init_lora_weights=False))
+        (model.base_model if home is peft else model).set_adapter(["default", "other"])
+        return model
+
+    assert far(*(make(home)(tokens()).logits for home in (slimtune, peft))) < 1e-9
+
+
+def test_gradient_checkpointing_changes_nothing():
+    grads = []
+    for reentrant in (None, True, False):
+        model = adapted(slimtune, moe())
+        if reentrant is not None:
+            model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        grads.append(run_step(slimtune, model)[1])
+    assert all(far(grads[0][k], g[k]) < 1e-12 for g in grads[1:] for k in g)
+
+
+@pytest.mark.parametrize("field", ["lora_dropout", "use_dora", "lora_bias", "init_lora_weights"])
+def test_settings_without_a_meaning_are_refused(field):
+    value = {"lora_dropout": 0.1, "init_lora_weights": "pissa"}.get(field, True)
+    with pytest.raises(ConfigError, match=f"{field} is .*, and model.layers.0.mlp.experts.down_proj is a parameter"):
+        get_peft_model(moe(), LoraConfig(target_modules=[], target_parameters=BOTH, **{field: value}))
+
+
+def test_names_that_match_nothing_are_refused():
+    with pytest.raises(TargetError, match="did you mean 'down_proj'"):
+        get_peft_model(moe(), LoraConfig(target_modules=["q_proj"], target_parameters=["down_pro"]))
+    with pytest.raises(TargetError, match="rank_pattern"):
+        adapted(slimtune, moe(), rank_pattern={"experts.up_proj": 2})
+    with pytest.raises(TargetError, match="another field"):
+        get_peft_model(moe(), LoraConfig(target_modules=["q_proj"], target_parameters=["q_proj.weight"]))
+
+
+def test_a_matrix_of_a_linear_layer_is_adapted_like_the_layer():
+    logits = []
+    for settings in ({"target_modules": ["q_proj"]}, {"target_parameters": ["q_proj.weight"]}):
+        model = adapted(slimtune, moe(), **{"target_parameters": None, **settings})
+        logits.append(model(tokens()).logits)
+    assert far(*logits) < 1e-12
+
+
+def test_rows_with_different_adapters_and_weighted_sums_are_refused():
+    model = adapted(slimtune, moe())
+    with pytest.raises(SlimtuneError, match="mixed adapter batches"):
+        model(tokens(), adapter_names=["default", "__base__"])
+    with pytest.raises(SlimtuneError, match="does not support targeting"):
+        model.add_weighted_adapter(["default"], [0.5], "mean")
