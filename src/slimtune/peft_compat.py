@@ -42,7 +42,8 @@ def register_as_peft_subclass(cls: Any, peft_class: str) -> Any:
             return own if foreign in own else [*own[:-1], foreign, object]
 
     # A plain call of the metaclass: a config's metaclass checks keyword arguments in its own __call__.
-    body = {"_joined": True, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body = {"_joined": True, "_recipe": (register_as_peft_subclass, cls, peft_class)}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return Joined(cls.__name__, (cls,), body)
 
 

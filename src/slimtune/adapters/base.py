@@ -167,6 +167,14 @@ class AdapterModule(nn.Module):
     """Whether the base has a parameter that can store the result of `merge_into`."""
     adapted_parameters: Sequence[str] = ()
     """At a "parameters" site: names of the base's parameters that `merge_into_parameter` changes."""
+    is_tuner_layer: ClassVar[bool] = True
+    """Whether PEFT makes the module at such a site a `BaseTunerLayer`."""
+    peft_values: ClassVar[Mapping[str, str]] = {}
+    """Attributes that are no tensors, by PEFT's names for them: `{"scaling": "scale"}`."""
+    peft_modules: ClassVar[Collection[str]] = ()
+    """Parameters that are the `weight` of a module in PEFT."""
+    method: str = ""
+    """The method's name, set when the module is attached."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Map the input `x (..., in)` and the frozen output `y (..., out)` to the adapted output `(..., out)`."""
@@ -244,6 +252,7 @@ class SharedParameterHolder(AdapterModule):
     """
 
     takes_row_mask = True
+    is_tuner_layer = False
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         return base(*args, **kwargs)

@@ -69,6 +69,8 @@ class PeftConfig(metaclass=_ConfigMeta):
 
     name: ClassVar[str] = ""
     """The method's name: the name of its file."""
+    prefix: ClassVar[str] = ""
+    """How the names of the method's tensors start, if PEFT has such a prefix."""
     unsupported_peft_fields: ClassVar[dict[str, Any]] = {}
     """PEFT's fields that this library lacks, with PEFT's defaults: accepted at the default, refused at other values."""
     recipe_defaults: ClassVar[dict[str, Any]] = {}

@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from ..attention.prefix import make_prefix_config_view
 from ..errors import TargetError
 from ..kernels.lora_linear import add_low_rank_rows
-from ..utils.linear_layers import is_quantized, is_transposed, layer_kind, layer_sizes
+from ..utils.linear_layers import layer_kind, layer_sizes
+from ..utils.made_classes import PickledByRecipe
 from .architectures import text_config
-from .base import BaseForward, MergeUnsupported, Site, SiteKind
+from .base import BaseForward, Site, SiteKind
 from .mixed_batch import ActiveAdapters
+from .peft_layers import ADAPTED_ATTRIBUTES, PeftNames
 
 
 def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
@@ -52,7 +54,7 @@ def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = Tr
     return Site(name, kind, in_features, out_features, device, _trained_dtype(dtype, autocast), module, model, loading)
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
     """Mixed into the class of an adapted module; see the top of this file."""
 
     adapters: nn.ModuleDict
@@ -60,6 +62,8 @@ class AdaptedLayer(nn.Module):
     active_state: ActiveAdapters
     original_parameters: dict[str, nn.Parameter | None] | None
     """The base's parameters that a merge replaced; None if nothing is merged."""
+    merged_names: tuple[str, ...]
+    """The adapters that are merged."""
     current_copy: str | None
     """Adapter whose trained copies are in use while the rows of a mixed batch run one adapter at a time."""
 
@@ -72,8 +76,9 @@ class AdaptedLayer(nn.Module):
             args = (kwargs.pop(next(iter(kwargs))),)
         if active.row_adapters is not None:
             return self._run_mixed_rows(base, args, kwargs)
-        names = [n for n in active.names if n in self.adapters]
-        modules: list[Any] = [self.adapters[n] for n in names]
+        adapters: Any = self._modules["adapters"]
+        names = [n for n in active.names if n in adapters]
+        modules: list[Any] = [adapters[n] for n in names]
         if not modules:
             return base(*args, **kwargs)
 
@@ -171,21 +176,22 @@ def make_adapted(module: nn.Module, active: ActiveAdapters) -> AdaptedLayer:
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         message = f"the forward of a {base.__name__} was replaced on the object, so an adapter would never be called"
         raise TargetError(message, hint="attach the adapter before the forward is replaced")
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or hasattr(module, "adapters"):
+    has_adapters_attribute = hasattr(base, "adapters") or "adapters" in {*vars(module), *module._modules}
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or has_adapters_attribute:
         message = f"a {base.__name__} cannot be adapted: it already has children where the adapters would go"
         raise TargetError(message, hint="name the modules inside it")
     _set_class(module, _make_adapted_class(base, tuple(module._parameters), "config" in vars(module)))
     assert isinstance(module, AdaptedLayer)
     module.adapters, module.trained_copies = nn.ModuleDict(), nn.ModuleDict()
     # Bypasses nn.Module.__setattr__, which would register parameters.
-    module.__dict__.update(active_state=active, original_parameters=None, current_copy=None)
+    module.__dict__.update(active_state=active, original_parameters=None, merged_names=(), current_copy=None)
     return module
 
 
 def restore_base_class(module: AdaptedLayer) -> None:
     """Set the module's own class again and drop all adapters; merged weights stay merged."""
     del module.adapters, module.trained_copies
-    for name in ("active_state", "original_parameters", "current_copy", "_prefix_config"):
+    for name in (*ADAPTED_ATTRIBUTES, "_prefix_config"):
         module.__dict__.pop(name, None)
     _set_class(module, type(module).__bases__[1])
 
@@ -230,66 +236,6 @@ def rename_adapter(module: AdaptedLayer, old: str, new: str) -> None:
             table[new] = table.pop(old)
 
 
-# --- merging --------------------------------------------------------------------------------------------------------
-
-
-def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, check: bool = False) -> None:
-    """Merge adapters into the module's parameters; the replaced parameter objects are kept for `unmerge_adapters`.
-
-    Raises:
-        MergeUnsupported: a method cannot be merged, the base is quantized, or (with `check`) the result is not finite.
-    """
-    if module.original_parameters is not None:
-        return
-    merged: dict[str, Tensor] = {}
-    owner = next((a for a in adapters if a in module.trained_copies), None)
-    if owner is not None:
-        merged = {n: p.detach() for n, p in module.trained_copies[owner].named_parameters()}
-    modules: list[Any] = [module.adapters[a] for a in adapters if a in module.adapters]
-    with torch.no_grad():
-        for adapter_module in modules:
-            for n in adapter_module.adapted_parameters:
-                parameter: Any = merged.get(n, module._parameters[n])
-                parameter = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
-                merged[n] = adapter_module.merge_into_parameter(n, parameter)
-    modules = [m for m in modules if not m.adapted_parameters]
-    if modules and is_quantized(module):
-        raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
-    weight, bias = (merged.get(n, module._parameters.get(n)) for n in ("weight", "bias"))
-    transposed = is_transposed(module)
-    if modules and weight is not None:
-        # Compute in fp32 or wider, and round once below.
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        weight, bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
-        weight = weight.t() if transposed else weight.flatten(1) if weight.dim() > 2 else weight
-    start = weight, bias
-    with torch.no_grad():
-        for adapter_module in modules:
-            weight, bias = adapter_module.merge_into(weight, bias)
-    if weight is not start[0] and weight is not None:
-        stored: Any = module._parameters["weight"]
-        merged["weight"] = weight.t().contiguous() if transposed else weight.reshape(stored.shape)
-    if bias is not start[1] and bias is not None:
-        merged["bias"] = bias
-    replaced = {n: module._parameters[n] for n in merged}
-    for n, tensor in merged.items():
-        base = replaced[n]
-        if base is None:
-            raise MergeUnsupported(f"{name} has no bias, so the adapter's bias cannot be merged")
-        if check and not torch.isfinite(tensor).all():
-            raise MergeUnsupported(f"{name}.{n} contains NaN or Inf after merging")
-        # A new parameter object: modules tied to this one keep the old one.
-        module._parameters[n] = nn.Parameter(tensor.to(base.dtype, copy=True), requires_grad=False)
-    module.__dict__["original_parameters"] = replaced
-
-
-def unmerge_adapters(module: AdaptedLayer) -> None:
-    """Put the original parameters back, bit for bit."""
-    if module.original_parameters is not None:
-        module._parameters.update(module.original_parameters)
-        module.__dict__["original_parameters"] = None
-
-
 # --- the adapted class ----------------------------------------------------------------------------------------------
 
 
@@ -324,6 +270,7 @@ def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool
     if has_config:
         body["config"] = property(get_config, lambda self, value: vars(self).update(config=value))
     body |= {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
+    body["_recipe"] = (_make_adapted_class, base, parameters, has_config)
     return type(base.__name__, (AdaptedLayer, base), body)
 
 

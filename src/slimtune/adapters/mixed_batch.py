@@ -34,8 +34,14 @@ class StackedFactors(NamedTuple):
 class ActiveAdapters:
     """The adapters that run now; all adapted layers of a model share one object."""
 
-    names: tuple[str, ...] = ()
-    """Active adapters, in the order in which they are applied."""
+    active: list[str] = field(default_factory=list)
+    """The adapters that were chosen, in the order in which they are applied."""
+    merged: list[str] = field(default_factory=list)
+    """The adapters that are merged into the base: these run in place of the active ones."""
+    enabled: bool = True
+    """False: the base runs alone."""
+    layers_with_own: list[nn.Module] = field(default_factory=list)
+    """Layers whose active adapters differ: see `LayerAdapters`."""
     row_adapters: tuple[str, ...] | None = None
     """During a mixed batch: each row's adapter, `BASE_ROW` for none."""
     call_id: int = 0
@@ -46,6 +52,11 @@ class ActiveAdapters:
     """While generating with activated LoRAs: the first position that each one changes, by row of the prompt."""
     _masks: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
     _stacks: dict[nn.Module, StackedFactors] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that run, in the order in which they are applied."""
+        return (self.merged or self.active) if self.enabled else []
 
     def __getstate__(self) -> dict[str, Any]:
         # Copying one layer must not copy the others through the cache.
@@ -132,6 +143,23 @@ class CheckpointSelection:
         return self.checkpoint(run_with_selection, *args, **kwargs)
 
 
+class LayerAdapters:
+    """The active adapters of one layer that differ from the model's, after `layer.set_adapter` or `enable_adapters`."""
+
+    def __init__(self, model_state: ActiveAdapters, active: list[str], enabled: bool) -> None:
+        self.model_state, self.active, self.enabled = model_state, active, enabled
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that run on this layer."""
+        return self.active if self.enabled and self.model_state.enabled else []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "model_state" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self.model_state, name)
+
+
 class CallMixin:
     """The part of `PeftModel` that runs the model."""
 
@@ -180,7 +208,7 @@ class CallMixin:
     def regularization_loss(self: Any) -> Tensor | None:
         """Return the sum of what the active adapters' methods add to a training loss, or None."""
         state = self._adapter_state
-        names = state.active if state.enabled else []
+        names = state.active_state.active if state.active_state.enabled else []
         terms = [state.configs[n].regularization_loss(self.adapter_modules(n)) for n in names]
         terms = [t for t in terms if t is not None]
         return sum(terms[1:], terms[0]) if terms else None
@@ -244,8 +272,11 @@ class CallMixin:
                 message = f"adapter_names: there is no adapter {name!r}{nearest(name, known)}"
                 raise UsageError(message, f"one of {format_names(known)}")
         self._require_unmerged()
-        self._require_enabled("adapter_names")
-        if self._adapter_state.active_state.row_adapters is not None:
+        active = self._adapter_state.active_state
+        if not active.enabled or active.layers_with_own:
+            message = "adapter_names is given while adapters are disabled, or chosen for a single layer"
+            raise UsageError(message, hint="model.enable_adapter_layers() or model.set_adapter(…) first")
+        if active.row_adapters is not None:
             raise UsageError("another call with adapter_names is still running", "one such call at a time per model")
 
 

@@ -18,13 +18,16 @@ from torch import nn
 
 from ..errors import UsageError, format_names, nearest
 from ..peft_compat import register_as_peft_subclass, register_with_transformers
+from ..utils.made_classes import PickledByRecipe
 from . import layer
 from .base import AdapterModule
 from .config import PeftConfig
 from .conversion import LoraConversionMixin
+from .merging import merge_adapters, unmerge_adapters
 from .mixed_batch import BASE_ROW, ActiveAdapters, CallMixin
-from .quantized import count_values, disable_cpu_repacking, find_repacking_layers
+from .quantized import disable_cpu_repacking, find_repacking_layers
 from .state_dict import SaveLoadMixin
+from .status import StatusMixin
 from .targets import MatchReport, select_targets
 
 
@@ -33,7 +36,7 @@ class AdapterState:
     """The adapters of one model; the dictionaries are by adapter name.
 
     `was_trainable` is `requires_grad` of the base's parameters before the first adapter, `layers` the modules that each
-    adapter adapts by their names, `enabled` is False inside `disable_adapter()`, `input_gradients` tells whether
+    adapter adapts by their names, `suspended` is True inside `disable_adapter()`, `input_gradients` tells whether
     attaching made the embedding output require gradients. All adapted layers share `active_state` and read from it.
     """
 
@@ -43,9 +46,7 @@ class AdapterState:
     configs: dict[str, PeftConfig] = field(default_factory=dict)
     reports: dict[str, MatchReport] = field(default_factory=dict)
     layers: dict[str, dict[str, layer.AdaptedLayer]] = field(default_factory=dict)
-    active: list[str] = field(default_factory=list)
-    merged: list[str] = field(default_factory=list)
-    enabled: bool = True
+    suspended: bool = False
     input_gradients: bool = False
     active_state: ActiveAdapters = field(default_factory=ActiveAdapters)
 
@@ -70,23 +71,35 @@ def get_peft_model(
     Raises:
         TargetError: a target, layer index, pattern or module to save matches nothing.
     """
-    if isinstance(model, PeftModel):
-        message = f"the model already has adapters: {format_names(model.peft_config)}"
-        raise UsageError(message, hint="model.add_adapter(name, config) adds another one; model.unload() removes all")
-    peft_config.revision = revision or peft_config.revision
-    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
-    return PeftModel._attach_first_adapter(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
+    cls = PeftMixedModel if mixed else PeftModel
+    return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, revision)
 
 
-class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
+class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, StatusMixin):
     """A base model with adapters, with PEFT's method names; mixed into the base's class.
 
     `PeftModel(model, config)` is `get_peft_model(model, config)`.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # Without arguments, as when copying, it is an empty object.
-        return get_peft_model(*args, **kwargs) if args or kwargs else object.__new__(cls)
+    def __new__(
+        cls,
+        model: Any = None,
+        peft_config: Any = None,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        revision: str | None = None,
+    ) -> Any:
+        if model is None:
+            return object.__new__(cls)  # an empty object, which copying and pickle fill
+        if isinstance(model, PeftModel):
+            message = f"the model already has adapters: {format_names(model.peft_config)}"
+            raise UsageError(message, hint="model.add_adapter(name, config) adds another; model.unload() removes all")
+        peft_config.revision = revision or peft_config.revision
+        peft_config.base_model_name_or_path = (
+            getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+        )
+        return cls._attach_first_adapter(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass  # the base is already initialised
@@ -103,15 +116,22 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self._adapter_state.active)
+        return list(self._adapter_state.active_state.active)
 
     @property
-    def active_adapter(self) -> str:
-        return self._adapter_state.active[0]
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter; a list unless exactly one is active."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        return self.peft_config[self.active_adapter]
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def prefix(self) -> str:
+        """How the names of the active adapter's tensors start: `"lora_"`."""
+        return self.active_peft_config.prefix
 
     @property
     def peft_type(self) -> str:
@@ -119,17 +139,17 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
 
     @property
     def merged_adapters(self) -> list[str]:
-        return list(self._adapter_state.merged)
+        return list(self._adapter_state.active_state.merged)
 
     @property
-    def modules_to_save(self) -> set[str]:
-        """Names of the modules that adapters train in full."""
-        return {n for r in self._adapter_state.reports.values() for n in r.trained_whole}
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train in full, None if there are none."""
+        return {n for r in self._adapter_state.reports.values() for n in r.trained_whole} or None
 
     @property
     def base_model(self) -> Any:
-        """The backbone, as in transformers; `base_model.model` is the whole model, as in PEFT."""
-        return getattr(self, getattr(self, "base_model_prefix", "") or "\0", self)
+        """The backbone, as in transformers; `base_model.model` is the whole model, as in PEFT: see `TunerNames`."""
+        return self._modules.get(getattr(type(self), "base_model_prefix", ""), self)
 
     @property
     def base_model_class(self) -> type[nn.Module]:
@@ -138,9 +158,28 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
     def get_base_model(self) -> Any:
         return self  # the same object
 
+    def __getattr__(self: Any, name: str) -> Any:
+        # PEFT's `peft_model.model` is the base, so `peft_model.model.model.layers` are its layers, whether `model` is
+        # the name of a child or not.
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if "_slimtune" in vars(self) and name == "model":
+                return self
+            if "_slimtune" in vars(self) and name in self.base_model._modules:
+                return self.base_model._modules[name]
+            raise
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        backbone = self.base_model
+        if name in backbone._modules and name not in self._modules:
+            setattr(backbone, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def match_report(self, adapter_name: str | None = None) -> MatchReport:
         """Return which modules an adapter (None: the active one) changes, and which it does not."""
-        return self._adapter_state.reports[self._require_adapter(adapter_name or self.active_adapter)]
+        return self._adapter_state.reports[self._require_adapter(adapter_name or self.active_adapters[0])]
 
     def adapter_modules(self, adapter_name: str) -> dict[str, AdapterModule]:
         """Return an adapter's modules by the name of the base module that each one adapts."""
@@ -163,22 +202,14 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
                 found += module.trained_copies[adapter_name].parameters()
         return found
 
-    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
-        """Return (number of trainable parameters, number of all parameters)."""
-        counts = [(count_values(p), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
-
-    def print_trainable_parameters(self) -> None:
-        trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
-
     # --- adding, choosing and removing adapters -----------------------------------------------------------------
 
     @classmethod
     def _attach_first_adapter(
         cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, *, strict: bool
     ) -> Any:
-        peft_model = _make_peft_model(model)
+        of_task = TASK_MODELS.get(config.task_type or "", cls)
+        peft_model: Any = _make_peft_model(model, of_task if cls is PeftModel else cls)
         try:
             peft_model.add_adapter(name, config, autocast_adapter_dtype=autocast, strict=strict)
         except BaseException:
@@ -216,6 +247,7 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
                 for name in {**modules, **report.copied}:
                     adapted = layers[name] = layer.make_adapted(self.get_submodule(name), state.active_state)
                     if name in modules:
+                        modules[name].method = peft_config.name
                         adapted.adapters[adapter_name] = modules[name]
                     if name in report.copied:
                         names = report.copied[name]
@@ -235,9 +267,9 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
             raise UsageError("no adapter is given", hint="`with model.disable_adapter():` runs the base alone")
         self._require_different_copies(names)
         self._require_unmerged()
-        self.set_requires_grad([n for n in state.active if n not in names], False)
+        self.set_requires_grad([n for n in self.active_adapters if n not in names], False)
         self.set_requires_grad(names, not inference_mode)
-        state.active = names
+        state.active_state.active = names
         self._update_active_state()
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
@@ -252,29 +284,42 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
     def disable_adapter(self) -> Iterator[None]:
         """Run the base alone inside the `with`; a merge is undone before and made again after."""
         state = self._adapter_state
-        merged, was_enabled = list(state.merged), state.enabled
+        before = state.active_state.enabled, state.suspended
+        merged = self.merged_adapters
         self.unmerge_adapter()
-        state.enabled = False
-        self._update_active_state()
+        state.active_state.enabled, state.suspended = False, True
+        state.active_state.clear_stacked_factors()
         try:
             yield
         finally:
-            state.enabled = was_enabled
-            self._update_active_state()
+            state.active_state.enabled, state.suspended = before
             if merged:
                 self.merge_adapter(merged)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was the active one, the first remaining adapter becomes active."""
-        state = self._adapter_state
-        self._require_adapter(adapter_name)
-        self._require_enabled("delete_adapter")
-        if len(state.configs) == 1:
-            raise UsageError(f"{adapter_name!r} is the only adapter", hint="model.unload() removes it")
+    def disable_adapter_layers(self) -> None:
+        """Run the base alone, with frozen adapters, until `enable_adapter_layers` is called."""
+        self.unmerge_adapter()
+        self.set_requires_grad(self.active_adapters, False)
+        self._adapter_state.active_state.enabled = False
+        self._update_active_state()
+
+    def enable_adapter_layers(self) -> None:
+        """Undo `disable_adapter_layers`: the active adapters run and train."""
+        self._adapter_state.active_state.enabled = True
+        self.set_requires_grad(self.active_adapters)
+        self._update_active_state()
+
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Remove an adapter or several; if no active one is left, the first remaining adapter becomes active."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name in names:
+            self._require_adapter(name)
+        self._require_active_base("delete_adapter")
         self._require_unmerged()
-        self._remove_adapter(adapter_name)
-        if not state.active:
-            first, config = next(iter(state.configs.items()))
+        for name in names:
+            self._remove_adapter(name)
+        if self.peft_config and not self.active_adapters:
+            first, config = next(iter(self.peft_config.items()))
             self.set_adapter(first, inference_mode=config.inference_mode)
 
     def rename_adapter(self, adapter_name: str, new_name: str) -> None:
@@ -287,13 +332,14 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
         names = {adapter_name: new_name}
         for table in ("configs", "reports", "layers"):
             setattr(state, table, {names.get(n, n): value for n, value in getattr(state, table).items()})
-        state.active = [names.get(n, n) for n in state.active]
-        state.merged = [names.get(n, n) for n in state.merged]
+        active = state.active_state
+        active.active = [names.get(n, n) for n in active.active]
+        active.merged = [names.get(n, n) for n in active.merged]
         self._update_active_state()
 
     def unload(self: Any) -> Any:
         """Remove all adapters and return the plain base, bit for bit as it was."""
-        self._require_enabled("unload")
+        self._require_active_base("unload")
         self.unmerge_adapter()
         return self._restore_base_class()
 
@@ -306,26 +352,26 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
             MergeUnsupported: a method has no merge, the base is quantized, or (safe_merge) the result is not finite.
         """
         state = self._adapter_state
-        if state.merged:
-            return
-        self._require_enabled("merge_adapter")
-        names = [self._require_adapter(n) for n in dict.fromkeys(adapter_names or state.active)]
+        self._require_active_base("merge_adapter")
+        requested = self.active_adapters if adapter_names is None else adapter_names
+        names = [self._require_adapter(n) for n in dict.fromkeys([*self.merged_adapters, *requested])]
         self._require_different_copies(names)
         layers = {n: m for a in names for n, m in state.layers[a].items()}
         try:
             for name, module in layers.items():
-                layer.merge_adapters(name or type(self).__name__, module, names, check=safe_merge)
+                present = [n for n in names if n in module.adapters or n in module.trained_copies]
+                merge_adapters(name or type(self).__name__, module, present, check=safe_merge)
         except BaseException:
             self.unmerge_adapter()
             raise
-        state.merged = names
+        state.active_state.merged = names
         self._update_active_state()
 
     def unmerge_adapter(self) -> None:
         """Undo a merge: the base gets its original parameter objects back."""
         for module in self.adapted_layers().values():
-            layer.unmerge_adapters(module)
-        self._adapter_state.merged = []
+            unmerge_adapters(module)
+        self._adapter_state.active_state.merged = []
         self._update_active_state()
 
     def merge_and_unload(
@@ -343,6 +389,10 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
         if any(len({id(merged[n]) for n in group}) > 1 for group in tied):
             mark_embeddings_untied(model)
         return model
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Make the output of the input embeddings require gradients, which reentrant checkpointing needs."""
+        self._require_input_gradients()
 
     # --- internals ----------------------------------------------------------------------------------------------
 
@@ -363,11 +413,11 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
             raise UsageError(f"{name!r} cannot be the name of a new adapter", expected)
 
     def _require_unmerged(self) -> None:
-        if merged := self._adapter_state.merged:
+        if merged := self.merged_adapters:
             raise UsageError(f"{format_names(merged)} is merged into the base", hint="unmerge_adapter() first")
 
-    def _require_enabled(self, what: str) -> None:
-        if not self._adapter_state.enabled:
+    def _require_active_base(self, what: str) -> None:
+        if self._adapter_state.suspended:
             raise UsageError(f"{what} is called inside disable_adapter()", "a call after the `with` block")
 
     def _require_different_copies(self, names: list[str]) -> None:
@@ -384,13 +434,16 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
         for module in state.layers.pop(name).values():
             layer.remove_adapter(module, name)
         del state.configs[name], state.reports[name]
-        state.active = [n for n in state.active if n != name]
+        state.active_state.active = [n for n in self.active_adapters if n != name]
         self._update_active_state()
 
     def _update_active_state(self) -> None:
-        state = self._adapter_state
-        state.active_state.names = tuple(state.merged or state.active) if state.enabled else ()
-        state.active_state.clear_stacked_factors()
+        """Make all layers follow the model's active adapters, also those for which others were chosen."""
+        state = self._adapter_state.active_state
+        for module in state.layers_with_own:
+            vars(module)["active_state"] = state
+        state.layers_with_own = []
+        state.clear_stacked_factors()
 
     def _restore_base_class(self: Any) -> Any:
         state = self._adapter_state
@@ -404,13 +457,51 @@ class PeftModel(CallMixin, LoraConversionMixin, SaveLoadMixin):
             # A name may be new: a merge splits a tied tensor into two.
             parameter.requires_grad_(state.was_trainable.get(name, any(state.was_trainable.values())))
         backbone = self.base_model
-        if backbone.__dict__.pop("_whole_model", None) is not None:
+        if backbone is not self:
+            del backbone.__dict__["_whole_model"]
             backbone.__class__ = type(backbone).__bases__[1]
-        elif backbone.__dict__.get("model") is self:
-            del backbone.__dict__["model"]
         del self.__dict__["_slimtune"]
         self.__class__ = state.base_class
         return self
+
+
+class PeftModelForSequenceClassification(PeftModel):
+    """A model with adapters for `task_type="SEQ_CLS"`."""
+
+
+class PeftModelForCausalLM(PeftModel):
+    """A model with adapters for `task_type="CAUSAL_LM"`."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """A model with adapters for `task_type="SEQ_2_SEQ_LM"`."""
+
+
+class PeftModelForTokenClassification(PeftModel):
+    """A model with adapters for `task_type="TOKEN_CLS"`."""
+
+
+class PeftModelForQuestionAnswering(PeftModel):
+    """A model with adapters for `task_type="QUESTION_ANS"`."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """A model with adapters for `task_type="FEATURE_EXTRACTION"`."""
+
+
+class PeftMixedModel(PeftModel):
+    """A model from `get_peft_model(…, mixed=True)`; any model can have adapters of different methods."""
+
+
+TASK_MODELS: dict[str, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+"""The class of a model by the task type of its first adapter's config."""
 
 
 def mark_embeddings_untied(model: Any) -> None:
@@ -424,33 +515,57 @@ def mark_embeddings_untied(model: Any) -> None:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
-def _make_peft_model(model: nn.Module) -> PeftModel:
+def _make_peft_model(model: nn.Module, cls: Any) -> PeftModel:
     """Swap the class of a base for a PeftModel subclass and freeze its parameters."""
     register_with_transformers(PeftModel)
     base_class: Any = type(model)
     was_trainable = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
-    model.__class__ = register_as_peft_subclass(_make_subclass(base_class, PeftModel), "PeftModel")
+    model.__class__ = register_as_peft_subclass(_make_subclass(base_class, cls), "PeftModel")
     model.__dict__["_slimtune"] = AdapterState(base_class, was_trainable, find_repacking_layers(model))
     assert isinstance(model, PeftModel)
     backbone = model.base_model
-    if not hasattr(backbone, "model"):  # scripts written for PEFT use `base_model.model`
-        if backbone is model:
-            model.__dict__["model"] = model  # not a registered submodule, which would be a cycle
-        else:
-            backbone.__dict__["_whole_model"] = model
-            backbone.__class__ = _make_subclass(backbone.__class__, _Backbone)
+    if backbone is not model:
+        backbone.__dict__["_whole_model"] = model
+        backbone.__class__ = _make_subclass(backbone.__class__, TunerNames)
     return model
 
 
-class _Backbone:
-    # transformers looks for a model's backbone under `model`. The backbone's `base_model` stays the backbone itself, so
-    # that the search ends there.
-    model = property(lambda self: self.__dict__["_whole_model"])
+class TunerNames(PickledByRecipe):
+    """Mixed into the backbone's class, so that `peft_model.base_model` is both what transformers and what PEFT mean.
+
+    In transformers `base_model` is the backbone, and called it returns hidden states. In PEFT it is a tuner around the
+    whole model, which is its `model`; so names that the backbone lacks are those of the whole model.
+    """
+
+    _whole_model: Any
+
+    # transformers gives every model its own functions with these names.
+    active_adapter = property(lambda self: self._whole_model.active_adapter)
+    active_adapters = property(lambda self: self._whole_model.active_adapters)
+    add_adapter = property(lambda self: self._whole_model.add_adapter)
+    delete_adapter = property(lambda self: self._whole_model.delete_adapter)
+    load_adapter = property(lambda self: self._whole_model.load_adapter)
+    set_adapter = property(lambda self: self._whole_model.set_adapter)
     base_model = property(lambda self: self)
+
+    def __getattr__(self: Any, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            whole = vars(self).get("_whole_model")
+            if whole is None or name.startswith("_"):
+                raise
+            return whole if name == "model" else getattr(whole, name)
+
+    def get_output_embeddings(self: Any) -> nn.Module | None:
+        """Return the backbone's own output embeddings, not those of the whole model, if it has any."""
+        head = super().get_output_embeddings()  # type: ignore[misc]
+        return head if any(m is head for m in self.modules()) else None
 
 
 @cache
 def _make_subclass(base: Any, mixin: Any) -> Any:
     # It has the base's name, which the Trainer and its checkpoints use.
-    return type(base.__name__, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    body = {"__module__": base.__module__, "__doc__": base.__doc__, "_recipe": (_make_subclass, base, mixin)}
+    return type(base.__name__, (mixin, base), body)

@@ -79,6 +79,7 @@ class PromptModule(AdapterModule):
     """Adapter module at the backbone that adds virtual tokens; a method defines `virtual_embeddings`."""
 
     takes_row_mask = True
+    is_tuner_layer = False
 
     def virtual_embeddings(self) -> Tensor:
         """Return the embeddings of the virtual tokens `(n, hidden)`."""
@@ -95,6 +96,7 @@ class PositionShift(AdapterModule):
     """Adapter module at the backbone that starts the tokens' positions at `n`, for prefixes that take the first `n`."""
 
     takes_row_mask = True
+    is_tuner_layer = False
 
     @property
     def n(self) -> int:
@@ -115,6 +117,7 @@ class AttentionModule(AdapterModule):
 
     uses_attention_prefix = True
     takes_row_mask = True
+    is_tuner_layer = False
 
     def compute_prefix_key_values(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return the learned keys and values of this layer, whose frozen attention is `module`."""

@@ -179,7 +179,7 @@ def _write_gguf(loaded: TrainedModel, run: Path, folder: Path, out: Path, option
                 write_merged_gguf(loaded, run, whole, "f16")
                 quantize_gguf(whole, file, precision)
         return {"precision": precision, "commands": [shlex.join(["llama-cli", "-m", str(out / MODEL_GGUF)])]}
-    adapter, facts = model.active_adapter, {}
+    adapter, facts = model.active_adapters[0], {}
     if options.convert_to_lora is not None:
         report = model.to_lora(adapter, options.convert_to_lora)
         facts = {"conversion": {"method": model.peft_config[adapter].name, "error": report.error}}
@@ -208,7 +208,7 @@ def _write_ollama(
         base=base,
         adapter=None if options.merged else folder / ADAPTER_GGUF,
         tokenizer=loaded.base.tokenizer,
-        config=model.config,  # type: ignore[attr-defined]
+        config=model.config,
         name=options.name or out.resolve().name.lower(),
         system=options.system,
         max_seq_len=loaded.recipe.data.max_seq_len if loaded.recipe is not None else None,

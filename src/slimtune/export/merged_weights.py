@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..adapters import layer
+from ..adapters.merging import merge_adapters, unmerge_adapters
 from ..adapters.model import mark_embeddings_untied
 from ..adapters.quantized import disable_cpu_repacking, find_repacking_layers
 from ..errors import AdapterError
@@ -103,7 +103,7 @@ class MergedWeights(Mapping[str, Tensor]):
 def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tensor]:
     """Return the parameters that merging changes, in float32 at least; the module stays as it is.
 
-    `layer.merge_adapters` rounds to the dtype of the module's parameters, so wide copies stand in for them meanwhile.
+    `merge_adapters` rounds to the dtype of the module's parameters, so wide copies stand in for them meanwhile.
     """
     own = dict(module._parameters)
     wide: dict[str, nn.Parameter | None] = {}
@@ -113,10 +113,10 @@ def _merge_layer(name: str, module: Any, adapters: list[str]) -> dict[str, Tenso
                 values = get_weight(module) if leaf == "weight" and is_quantized(module) else parameter
                 values = values.detach().to(torch.promote_types(values.dtype, torch.float32))
                 wide[leaf] = module._parameters[leaf] = nn.Parameter(values, requires_grad=False)
-        layer.merge_adapters(name or type(module).__name__, module, adapters, check=True)
+        merge_adapters(name or type(module).__name__, module, adapters, check=True)
         return {n: p.detach() for n, p in module._parameters.items() if p is not None and p is not wide[n]}
     finally:
-        layer.unmerge_adapters(module)
+        unmerge_adapters(module)
         module._parameters.update(own)
 
 

@@ -150,7 +150,7 @@ def write_vllm_adapter(
     model: Any = loaded.model
     base, base_name = _locate_base(loaded)
     name = _check_name(name, out.name, base_name)
-    adapter, conversion = model.active_adapter, {}
+    adapter, conversion = model.active_adapters[0], {}
     fixed, form = list_vllm_refusals(model, adapter)
     _require_served(run, model, adapter, fixed, form if convert_to_lora is None else [])
     if convert_to_lora is not None:

@@ -41,6 +41,7 @@ class AdaLoraConfig(TargetedConfig):
     """AdaLoRA: low-rank updates whose ranks are reallocated in training; PEFT's field names and defaults."""
 
     name: ClassVar = "adalora"
+    prefix: ClassVar = "lora_"
     learning_rate: ClassVar = 5e-3
     kinds: ClassVar = ("linear", "conv")
     architecture_targets: ClassVar = DEFAULT_TARGETS | {

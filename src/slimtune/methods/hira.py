@@ -30,6 +30,7 @@ class HiraConfig(TargetedConfig):
     """HiRA: the weight times a low-rank matrix, elementwise; PEFT's field names and defaults."""
 
     name: ClassVar = "hira"
+    prefix: ClassVar = "hira_"
     learning_rate: ClassVar = 3e-3
     kinds: ClassVar = ("linear", "embedding", "conv")
     short_names: ClassVar = {"rank": "r", "dropout": "hira_dropout", "targets": "target_modules"}

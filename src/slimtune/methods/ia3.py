@@ -49,6 +49,7 @@ class IA3Config(TargetedConfig):
     """(IA)³: one factor per output of a layer, or per input; PEFT's field names and defaults."""
 
     name: ClassVar = "ia3"
+    prefix: ClassVar = "ia3_"
     extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar = 1e-2
     kinds: ClassVar = ("linear", "conv")

@@ -44,6 +44,7 @@ class LNTuningConfig(TargetedConfig):
     """
 
     name: ClassVar = "ln_tuning"
+    prefix: ClassVar = "ln_tuning_"
     extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar = 5e-3
     architecture_targets: ClassVar = NORMS

@@ -102,6 +102,7 @@ class LoHaConfig(LycorisConfig):
     """LoHa: the elementwise product of two low-rank matrices beside frozen layers; PEFT's names and defaults."""
 
     name: ClassVar = "loha"
+    prefix: ClassVar = "hada_"
     learning_rate: ClassVar = 5e-3
 
     init_weights: bool = setting(True, "True: Kaiming-uniform, W2b zero; False: all four random, for tests")

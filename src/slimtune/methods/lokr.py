@@ -32,6 +32,7 @@ class LoKrConfig(LycorisConfig):
     """LoKr: a Kronecker product beside frozen layers; PEFT's field names and defaults."""
 
     name: ClassVar = "lokr"
+    prefix: ClassVar = "lokr_"
     learning_rate: ClassVar = 3e-3
 
     decompose_both: bool = setting(False, "make W1 a product too, where r is below half its larger side")

@@ -32,6 +32,7 @@ class MissConfig(TargetedConfig):
     """MiSS: one low-rank update shared by every part of the input; PEFT's field names and defaults."""
 
     name: ClassVar = "miss"
+    prefix: ClassVar = "miss_"
     learning_rate: ClassVar = 5e-4
     short_names: ClassVar = {"rank": "r", "dropout": "miss_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 32, "target_modules": "all-linear"}

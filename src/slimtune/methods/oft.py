@@ -35,6 +35,7 @@ class OFTConfig(TargetedConfig):
     """OFT: an orthogonal, block-diagonal rotation of a linear layer's input; PEFT's field names and defaults."""
 
     name: ClassVar = "oft"
+    prefix: ClassVar = "oft_"
     learning_rate: ClassVar = 4e-4
     kinds: ClassVar = ("linear", "embedding", "conv")
     short_names: ClassVar = {"block_size": "oft_block_size", "targets": "target_modules"}

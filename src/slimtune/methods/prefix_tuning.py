@@ -211,7 +211,7 @@ def initialize_kv_prefix_from_past_key_values(
 
 
 def _find_stored_prefix(model: Any, adapter: str | None) -> Any:
-    name = adapter or model.active_adapter
+    name = adapter or model.active_adapters[0]
     found = [d for d in model.adapter_modules(name).values() if isinstance(d, StoredPrefix)]
     if not found or found[0].prompt_encoder is not None:
         raise UsageError(f"adapter {name!r} has no prefix that can be set", "prefix tuning without prefix_projection")

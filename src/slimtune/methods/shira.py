@@ -25,6 +25,7 @@ class ShiraConfig(TargetedConfig):
     """SHiRA: trained entries of a weight; PEFT's field names and defaults."""
 
     name: ClassVar = "shira"
+    prefix: ClassVar = "shira_"
     learning_rate: ClassVar = 1e-3
     architecture_targets: ClassVar = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}
     extension_fields: ClassVar = frozenset(["exclude_modules", "layers_to_transform", "layers_pattern"])

@@ -39,6 +39,7 @@ class TrainableTokensConfig(TargetedConfig):
     """Trainable tokens: chosen rows of the embedding; PEFT's field names and defaults."""
 
     name: ClassVar = "trainable_tokens"
+    prefix: ClassVar = "trainable_tokens_"
     learning_rate: ClassVar = 1e-2
     extension_fields: ClassVar = frozenset(
         ["exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"]

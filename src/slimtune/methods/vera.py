@@ -30,6 +30,7 @@ class VeraConfig(TargetedConfig):
     """VeRA: two trained vectors per layer around random matrices shared by all; PEFT's field names and defaults."""
 
     name: ClassVar = "vera"
+    prefix: ClassVar = "vera_lambda_"
     extension_fields: ClassVar = frozenset(["exclude_modules"])
     learning_rate: ClassVar = 1e-2
     architecture_targets: ClassVar = {**DEFAULT_TARGETS, "phi": ["q_proj", "v_proj"]}

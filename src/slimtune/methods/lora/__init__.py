@@ -42,6 +42,7 @@ class LoraConfig(PatternedConfig):
     """LoRA: low-rank matrices beside frozen layers; PEFT's field names and defaults."""
 
     name: ClassVar = "lora"
+    prefix: ClassVar = "lora_"
     alpha_name: ClassVar = "lora_alpha"
     extension_fields: ClassVar = frozenset(["freeze_a", "lr_ratio"])
     unsupported_peft_fields: ClassVar = {

@@ -67,11 +67,11 @@ def get_alora_offsets_for_generate(model: Any, *args: Any, **kwargs: Any) -> dic
 
 def _add_offsets(model: Any, ids: Tensor | None, kwargs: dict[str, Any], warning: str) -> dict[str, Any]:
     names: Sequence[str] | None = kwargs.get("adapter_names")
-    used = [model.peft_config.get(n) for n in {model.active_adapter, *(names or ())}]
+    used = [model.peft_config.get(n) for n in {*model.active_adapters, *(names or ())}]
     if kwargs.get("alora_offsets") is not None or not any(getattr(c, "alora_invocation_tokens", None) for c in used):
         return kwargs
     if ids is None:
         warnings.warn(warning, stacklevel=3)
         return {**kwargs, "alora_offsets": None}
     ids = ids if ids.dim() == 2 else ids[None]
-    return {**kwargs, "alora_offsets": calculate_alora_offsets(model.peft_config, model.active_adapter, ids, names)}
+    return {**kwargs, "alora_offsets": calculate_alora_offsets(model.peft_config, model.active_adapters[0], ids, names)}

@@ -17,7 +17,7 @@ With dropout only the low-rank part gets dropped inputs; PEFT runs the frozen la
 Paper: https://arxiv.org/abs/2402.09353. File format: PEFT's, LoRA's keys and `lora_magnitude_vector`.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,8 @@ from .layers import EmbeddingLora, LinearLora, LoraModule
 
 class _Magnitude(LoraModule):
     """The trained magnitude and what depends on it; mixed into the classes of LoRA."""
+
+    peft_modules: ClassVar = ("lora_magnitude_vector",)
 
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)

@@ -17,9 +17,17 @@ from .init import init_from_base_weight, init_weights, is_subtracted_init
 class LoraModule(AdapterModule):
     """What LoRA at linear layers and at embeddings shares."""
 
+    peft_values: ClassVar = {"r": "r", "lora_alpha": "lora_alpha", "scaling": "scale"}
+
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         super().__init__()
         self.scale, self.init, self.lr_ratio = scale, config.init_lora_weights, config.lr_ratio
+        self.initial_scale, self.lora_alpha = scale, config.get_alpha(site.name)
+
+    @property
+    def r(self) -> int:
+        """The rank of A and B."""
+        return next(p.shape[0] for n, p in self.named_parameters() if n.endswith(("lora_A.weight", "embedding_A")))
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """Return `A (r, in)` and `B (out, r)` of the whole update."""

@@ -1,0 +1,74 @@
+"""Merging: adapters are added to a layer's own parameters, and `unmerge_adapters` puts the original ones back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..utils.linear_layers import is_quantized, is_transposed
+from .base import MergeUnsupported
+
+if TYPE_CHECKING:
+    from .layer import AdaptedLayer
+
+
+def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, check: bool = False) -> None:
+    """Merge adapters into the module's parameters; the replaced parameter objects are kept for `unmerge_adapters`.
+
+    If other adapters are merged already, all are merged into the original parameters.
+
+    Raises:
+        MergeUnsupported: a method cannot be merged, the base is quantized, or (with `check`) the result is not finite.
+    """
+    adapters = [*module.merged_names, *(a for a in adapters if a not in module.merged_names)]
+    unmerge_adapters(module)
+    merged: dict[str, Tensor] = {}
+    owner = next((a for a in adapters if a in module.trained_copies), None)
+    if owner is not None:
+        merged = {n: p.detach() for n, p in module.trained_copies[owner].named_parameters()}
+    modules: list[Any] = [module.adapters[a] for a in adapters if a in module.adapters]
+    with torch.no_grad():
+        for adapter_module in modules:
+            for n in adapter_module.adapted_parameters:
+                parameter: Any = merged.get(n, module._parameters[n])
+                parameter = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+                merged[n] = adapter_module.merge_into_parameter(n, parameter)
+    modules = [m for m in modules if not m.adapted_parameters]
+    if modules and is_quantized(module):
+        raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
+    weight, bias = (merged.get(n, module._parameters.get(n)) for n in ("weight", "bias"))
+    transposed = is_transposed(module)
+    if modules and weight is not None:
+        # Compute in fp32 or wider, and round once below.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, bias = weight.detach().to(wide), None if bias is None else bias.detach().to(wide)
+        weight = weight.t() if transposed else weight.flatten(1) if weight.dim() > 2 else weight
+    start = weight, bias
+    with torch.no_grad():
+        for adapter_module in modules:
+            weight, bias = adapter_module.merge_into(weight, bias)
+    if weight is not start[0] and weight is not None:
+        stored: Any = module._parameters["weight"]
+        merged["weight"] = weight.t().contiguous() if transposed else weight.reshape(stored.shape)
+    if bias is not start[1] and bias is not None:
+        merged["bias"] = bias
+    replaced = {n: module._parameters[n] for n in merged}
+    for n, tensor in merged.items():
+        base = replaced[n]
+        if base is None:
+            raise MergeUnsupported(f"{name} has no bias, so the adapter's bias cannot be merged")
+        if check and not torch.isfinite(tensor).all():
+            raise MergeUnsupported(f"{name}.{n} contains NaN or Inf after merging")
+        # A new parameter object: modules tied to this one keep the old one.
+        module._parameters[n] = nn.Parameter(tensor.to(base.dtype, copy=True), requires_grad=False)
+    module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))
+
+
+def unmerge_adapters(module: AdaptedLayer) -> None:
+    """Put the original parameters back, bit for bit."""
+    if module.original_parameters is not None:
+        module._parameters.update(module.original_parameters)
+        module.__dict__.update(original_parameters=None, merged_names=())

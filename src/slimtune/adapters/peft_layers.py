@@ -1,0 +1,448 @@
+"""PEFT's names on adapted layers: `layer.lora_A["default"].weight`, `layer.scaling`, `isinstance(layer, LoraLayer)`.
+
+PEFT wraps a module in a layer that holds a dictionary by adapter name for each of its tensors. Here an adapted module
+stays itself and holds one adapter module per adapter (see `layer.py`). `PeftNames` translates: a name that neither the
+base module nor its class has is looked up in the adapter modules, and the result is a dictionary of the live objects.
+The base's own names win, so an attention module keeps its own `scaling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..utils.linear_layers import get_weight, is_transposed
+from .merging import merge_adapters, unmerge_adapters
+from .mixed_batch import LayerAdapters
+
+ADAPTED_ATTRIBUTES = ("active_state", "original_parameters", "merged_names", "current_copy")
+"""What an adapted module has in addition to its base's attributes, beside the children `adapters`, `trained_copies`."""
+
+
+class PeftNames:
+    """Mixed into adapted layers: resolves PEFT's names that the base module does not have."""
+
+    def __getattr__(self: Any, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            # The whole model can be an adapted layer, too; PeftModel has its own names.
+            if "adapters" not in vars(self).get("_modules", ()) or "_slimtune" in vars(self):
+                raise
+            if name in _LAYER_NAMES:
+                return getattr(PeftLayer(self), name)
+            view = None if name.startswith("_") else view_attribute(self, name)
+            if view is None:
+                raise
+            return view
+
+    def __repr__(self: Any) -> str:
+        methods = [m.method for m in self.adapters.values()] if "_slimtune" not in vars(self) else []
+        return f"{methods[0]}.{super().__repr__()}" if methods else super().__repr__()
+
+
+# --- dictionaries by adapter name ---------------------------------------------------------------------------------
+
+
+class _WriteThrough:
+    """Mixed into a dictionary by adapter name: assigning an item sets the adapter module's attribute, too."""
+
+    def __setitem__(self: Any, adapter: str, value: Any) -> None:
+        if "sources" in vars(self):
+            module, attribute = vars(self)["sources"][adapter]
+            setattr(module, attribute, value)
+        super().__setitem__(adapter, value)  # type: ignore[misc]
+
+
+class ModuleView(_WriteThrough, nn.ModuleDict):
+    """The submodules with one name of a layer's adapter modules, by adapter."""
+
+
+class ParameterView(_WriteThrough, nn.ParameterDict):
+    """The parameters with one name of a layer's adapter modules, by adapter."""
+
+
+class ValueView(_WriteThrough, dict):
+    """The numbers or buffers with one name of a layer's adapter modules, by adapter."""
+
+
+def view_attribute(layer: Any, name: str) -> ModuleView | ParameterView | ValueView | None:
+    """Return what `name` is in each of the layer's adapter modules, by adapter; None if no module has it."""
+    sources: dict[str, tuple[nn.Module, str]] = {}
+    for adapter, module in layer.adapters.items():
+        if name in module.peft_values:
+            sources[adapter] = (module, module.peft_values[name])
+        elif any(name in table for table in (module._parameters, module._modules, module._buffers)):
+            sources[adapter] = (module, name)
+    if not sources:
+        return None
+    values = {a: _wrap_weight(module, name) for a, (module, name) in sources.items()}
+    types: dict[type, type] = {nn.Module: ModuleView, nn.Parameter: ParameterView, object: ValueView}
+    view = next(v for t, v in types.items() if all(isinstance(x, t) for x in values.values()))()
+    for adapter, value in values.items():
+        view[adapter] = value
+    vars(view)["sources"] = sources
+    return view
+
+
+def _wrap_weight(module: Any, name: str) -> Any:
+    """Return an attribute of an adapter module; in PEFT some of our parameters are the `weight` of a module."""
+    value = getattr(module, name)
+    if name not in module.peft_modules:
+        return value
+    holder = nn.Module()
+    holder.weight = value
+    return holder
+
+
+# --- PEFT's properties and methods of a layer -----------------------------------------------------------------------
+
+
+class PeftLayer:
+    """What PEFT's `BaseTunerLayer` and its wrappers of trained modules define, for one adapted layer."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    # An AttributeError means that the layer has no such name: the base is not wrapped in what has it.
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The base module without adapters: a module of the base's class that shares its parameters and buffers."""
+        return make_base_view(self._layer)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The base module, if an adapter trains a copy of it."""
+        if not self._copies and not self._has_tokens:
+            raise AttributeError("original_module")
+        return make_base_view(self._layer)
+
+    @property
+    def modules_to_save(self) -> nn.ModuleDict:
+        """Trained copies of the whole module, by adapter."""
+        if not self._copies:
+            raise AttributeError("modules_to_save")
+        return nn.ModuleDict(self._copies)
+
+    @property
+    def token_adapter(self) -> Any:
+        """The layer itself, which has the trained tokens' tensors."""
+        if not self._has_tokens:
+            raise AttributeError("token_adapter")
+        return self._layer
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def get_base_weight(self) -> Tensor:
+        weight = get_weight(self.base_layer).detach()
+        return weight.t() if is_transposed(self._layer) else weight.reshape(self.base_layer.weight.shape)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Names of the dictionaries with trained tensors."""
+        names = dict.fromkeys(
+            name
+            for module in self._layer.adapters.values()
+            for name, child in [*module._parameters.items(), *module._modules.items()]
+            if child is not None and not (isinstance(child, nn.Module) and next(child.parameters(), None) is None)
+        )
+        return (*names, *(["modules_to_save"] if self._copies else []))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """Names of the other dictionaries by adapter."""
+        return tuple(dict.fromkeys(name for m in self._layer.adapters.values() for name in m.peft_values))
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters; of a module that is only trained in full, those that train it."""
+        active = list(self._layer.active_state.active)
+        return active if self._layer.adapters else [a for a in active if a in self._layer.trained_copies]
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self._layer.active_state.enabled
+
+    @property
+    def merged(self) -> bool:
+        return self._layer.original_parameters is not None
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return [a for a in self._layer.merged_names if a in self._available]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters on this layer alone, until the model's own `set_adapter` is called."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for adapter in self._available:
+            self.set_requires_grad(adapter, adapter in names and not inference_mode)
+        self._override(active=names)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all adapters of this layer, and whether the active ones train."""
+        for adapter in self._available:
+            self.set_requires_grad(adapter, enabled and adapter in self._layer.active_state.active)
+        self._override(enabled=enabled)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Set whether these adapters' parameters on this layer train."""
+        for adapter in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if adapter in self._layer.adapters:
+                for parameter in self._layer.adapters[adapter].trainable_parameters():
+                    parameter.requires_grad_(requires_grad)
+            if adapter in self._layer.trained_copies:
+                self._layer.trained_copies[adapter].requires_grad_(requires_grad)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters (None: the active ones) into this layer's parameters."""
+        names = [n for n in adapter_names or self._layer.active_state.active if n in self._available]
+        merge_adapters(type(self._layer).__name__, self._layer, names, check=safe_merge)
+
+    def unmerge(self) -> None:
+        """Put this layer's original parameters back."""
+        unmerge_adapters(self._layer)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what merging an adapter would add to `weight`, in the shape of `weight`."""
+        module = self._layer.adapters[adapter]
+        with torch.no_grad():
+            if hasattr(module, "low_rank"):  # LoRA, for DoRA without the magnitude
+                A, B = module.low_rank()
+                delta = (B @ A) * module.scale
+            else:
+                weight = get_weight(self.base_layer).detach().double()
+                delta = (module.merge_into(weight, None)[0] - weight).to(next(module.parameters()).dtype)
+        return delta.t() if is_transposed(self._layer) else delta.reshape(self.base_layer.weight.shape)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from this layer alone."""
+        for table in (self._layer.adapters, self._layer.trained_copies):
+            table.pop(adapter_name) if adapter_name in table else None
+        if adapter_name in (active := self._layer.active_state.active):
+            self._override(active=[a for a in active if a != adapter_name] or self._available[:1])
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether a LoRA can approximate the adapter's change: it is a change of the weight."""
+        module = self._layer.adapters[adapter_name]
+        return module.has_base_parameter and type(module).merge_into is not None
+
+    # LoRA's scaling
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scaling to `scale` times its initial value."""
+        if adapter in self._layer.adapters:
+            module = self._layer.adapters[adapter]
+            module.scale = scale * module.initial_scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for module in self._active_modules:
+            module.scale *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters; None: restore the initial scaling."""
+        for module in self._active_modules:
+            module.scale = module.initial_scale if scale is None else module.scale / scale
+
+    @property
+    def _active_modules(self) -> list[Any]:
+        adapters = self._layer.adapters
+        return [adapters[a] for a in self._layer.active_state.active if a in adapters]
+
+    @property
+    def _available(self) -> list[str]:
+        return sorted({*self._layer.adapters, *self._layer.trained_copies})
+
+    @property
+    def _copies(self) -> dict[str, nn.Module]:
+        return get_whole_copies(self._layer)
+
+    @property
+    def _has_tokens(self) -> bool:
+        return any(
+            m.method == "lora" and "trainable_tokens_delta" in m._parameters for m in self._layer.adapters.values()
+        )
+
+    def _override(self, **changes: Any) -> None:
+        state = self._layer.active_state
+        own = {"active": state.active, "enabled": state.enabled, **changes}
+        model_state = getattr(state, "model_state", state)
+        model_state.layers_with_own.append(self._layer)
+        vars(self._layer)["active_state"] = LayerAdapters(model_state, **own)
+
+
+_LAYER_NAMES = {name for name in vars(PeftLayer) if not name.startswith("_")}
+
+
+def get_whole_copies(layer: Any) -> dict[str, nn.Module]:
+    """Return the trained copies of all parameters of a layer (`modules_to_save`), by adapter; not those of a bias."""
+    own = {n for n, p in layer._parameters.items() if p is not None}
+    copies = layer.trained_copies.items()
+    return {a: copy for a, copy in copies if a not in layer.adapters and set(copy._parameters) == own}
+
+
+def make_base_view(layer: Any) -> Any:
+    """Return a module of the base's class that shares everything with an adapted layer but has no adapters."""
+    view: Any = object.__new__(type(layer).__bases__[1])
+    hidden = (*ADAPTED_ATTRIBUTES, "forward", "_old_forward", "_hf_hook")
+    vars(view).update({name: value for name, value in vars(layer).items() if name not in hidden})
+    children = {n: m for n, m in layer._modules.items() if n not in ("adapters", "trained_copies")}
+    vars(view)["_modules"] = children
+    return view
+
+
+# --- classes for isinstance -----------------------------------------------------------------------------------------
+
+
+class LayerType(type):
+    """Metaclass of PEFT's layer classes: adapted layers are their instances by what adapts them."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, PeftNames) and cls.matches(instance)  # type: ignore[attr-defined]
+
+    def __call__(cls, *_: Any, **__: Any) -> Any:
+        raise TypeError(f"{cls.__name__} is a class for isinstance: get_peft_model makes a model's layers such layers")
+
+
+class BaseTunerLayer(metaclass=LayerType):
+    """A layer with an adapter module of any method."""
+
+    methods: ClassVar[tuple[str, ...]] = ()
+    """Names of the methods; empty: all."""
+    base_type: ClassVar[Any] = nn.Module
+    """Class of the base module, or a tuple of classes."""
+
+    @classmethod
+    def matches(cls, layer: Any) -> bool:
+        """Return whether one of the layer's adapters makes it such a layer."""
+        modules = [m for m in layer.adapters.values() if m.is_tuner_layer]
+        return isinstance(layer, cls.base_type) and any(m.method in cls.methods or not cls.methods for m in modules)
+
+
+class LoraLayer(BaseTunerLayer):
+    """A layer with a LoRA or AdaLoRA."""
+
+    methods: ClassVar[tuple[str, ...]] = ("lora", "adalora")
+
+    @classmethod
+    def matches(cls, layer: Any) -> bool:
+        """Return whether one of the adapters is a LoRA; trained tokens beside it are none."""
+        names = ("lora_A", "lora_embedding_A")
+        return super().matches(layer) and any(hasattr(m, n) for m in layer.adapters.values() for n in names)
+
+
+class AdaLoraLayer(LoraLayer):
+    """A layer with an AdaLoRA."""
+
+    methods: ClassVar[tuple[str, ...]] = ("adalora",)
+
+
+class IA3Layer(BaseTunerLayer):
+    """A layer with an (IA)³."""
+
+    methods: ClassVar[tuple[str, ...]] = ("ia3",)
+
+
+class LycorisLayer(BaseTunerLayer):
+    """A layer with a LoHa or LoKr."""
+
+    methods: ClassVar[tuple[str, ...]] = ("loha", "lokr")
+
+
+class LoHaLayer(LycorisLayer):
+    """A layer with a LoHa."""
+
+    methods: ClassVar[tuple[str, ...]] = ("loha",)
+
+
+class LoKrLayer(LycorisLayer):
+    """A layer with a LoKr."""
+
+    methods: ClassVar[tuple[str, ...]] = ("lokr",)
+
+
+class OFTLayer(BaseTunerLayer):
+    """A layer with an OFT."""
+
+    methods: ClassVar[tuple[str, ...]] = ("oft",)
+
+
+class VeraLayer(BaseTunerLayer):
+    """A layer with a VeRA."""
+
+    methods: ClassVar[tuple[str, ...]] = ("vera",)
+
+
+class HiraLayer(BaseTunerLayer):
+    """A layer with a HiRA."""
+
+    methods: ClassVar[tuple[str, ...]] = ("hira",)
+
+
+class MissLayer(BaseTunerLayer):
+    """A layer with a MiSS."""
+
+    methods: ClassVar[tuple[str, ...]] = ("miss",)
+
+
+class ShiraLayer(BaseTunerLayer):
+    """A layer with a SHiRA."""
+
+    methods: ClassVar[tuple[str, ...]] = ("shira",)
+
+
+class LNTuningLayer(BaseTunerLayer):
+    """A normalisation layer that trains."""
+
+    methods: ClassVar[tuple[str, ...]] = ("ln_tuning",)
+
+
+class TrainableTokensLayer(BaseTunerLayer):
+    """An embedding or output head with trained tokens."""
+
+    @classmethod
+    def matches(cls, layer: Any) -> bool:
+        return any("trainable_tokens_delta" in m._parameters for m in layer.adapters.values())
+
+
+class ModulesToSaveWrapper(metaclass=LayerType):
+    """A module that an adapter trains in full."""
+
+    @classmethod
+    def matches(cls, layer: Any) -> bool:
+        return bool(get_whole_copies(layer))
+
+
+class TrainableTokensWrapper(metaclass=LayerType):
+    """An embedding or output head with trained tokens beside a LoRA."""
+
+    @classmethod
+    def matches(cls, layer: Any) -> bool:
+        return PeftLayer(layer)._has_tokens
+
+
+class AuxiliaryTrainingWrapper(metaclass=LayerType):
+    """A module that an adapter trains in full or in some rows, beside its method."""
+
+    @classmethod
+    def matches(cls, layer: Any) -> bool:
+        return ModulesToSaveWrapper.matches(layer) or TrainableTokensWrapper.matches(layer)
+
+
+@cache
+def layer_class(method: Any, base_type: type) -> Any:
+    """Return the class of a method's layers of one type, such as PEFT's `lora.Linear`."""
+    bases: Any = (base_type, Conv1D) if base_type is nn.Linear else base_type
+    body = {"base_type": bases, "__doc__": f"An adapted {base_type.__name__}: {method.__doc__}"}
+    return LayerType(base_type.__name__, (method,), body)

@@ -1,0 +1,167 @@
+"""The state of a model's adapters in PEFT's form: `get_layer_status` by layer, `get_model_status` in total."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from ..utils.linear_layers import is_quantized
+from .peft_layers import AuxiliaryTrainingWrapper, BaseTunerLayer
+from .quantized import count_values
+
+Irregular = Literal["irregular"]
+"""In place of a value that differs from layer to layer."""
+
+
+@dataclass
+class TunerLayerStatus:
+    """The state of one adapted layer; dictionaries are by adapter."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    """The state of a model's adapters; dictionaries are by adapter."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | Irregular | None
+
+
+def get_layer_status(model: Any) -> list[TunerLayerStatus]:
+    """Return the state of each adapted layer.
+
+    Raises:
+        TypeError: the adapter is a prompt or prefix, which belongs to no layer.
+        ValueError: the model has no adapted layers.
+    """
+    configs = getattr(model, "peft_config", {}).values()
+    if any(c.is_prompt_learning or c.is_adaption_prompt for c in configs):
+        raise TypeError("get_layer_status describes adapted layers, which learned prompts and prefixes do not have")
+    prefix = "model." if configs else ""  # PEFT's tuner has the base as its `model`
+    layers = {f"{prefix}{n}": m for n, m in model.named_modules() if _is_tuner_layer(m)}
+    if not layers:
+        raise ValueError("the model has no adapted layers; get_peft_model(model, config) adds an adapter")
+    return [_get_status(name, layer) for name, layer in layers.items()]
+
+
+def _is_tuner_layer(module: nn.Module) -> bool:
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def _get_status(name: str, layer: Any) -> TunerLayerStatus:
+    parameters: dict[str, list[nn.Parameter]] = {}
+    for table in (layer.adapters, layer.trained_copies):
+        for adapter, module in table.items():
+            parameters.setdefault(adapter, []).extend(module.parameters())
+    return TunerLayerStatus(
+        name=name,
+        module_type=repr(layer).partition("(")[0],
+        enabled=not layer.disable_adapters,
+        active_adapters=layer.active_adapters,
+        merged_adapters=layer.merged_adapters,
+        requires_grad={a: _merge_values(p.requires_grad for p in own) for a, own in parameters.items()},
+        available_adapters=sorted(parameters),
+        devices={a: sorted({p.device.type for p in own}) for a, own in parameters.items()},
+        quantization_backend="bitsandbytes" if is_quantized(layer) else None,
+    )
+
+
+def get_model_status(model: Any) -> TunerModelStatus:
+    """Return the state of the model's adapters in total; errors are those of `get_layer_status`."""
+    layers = get_layer_status(model)
+    configs = getattr(model, "peft_config", {})
+    counts = [(count_values(p), p.requires_grad) for p in model.parameters()]
+    merged = {a for layer in layers for a in layer.merged_adapters}
+    partly_merged = any(merged & {*layer.available_adapters} - {*layer.merged_adapters} for layer in layers)
+    adapters = sorted({a for layer in layers for a in layer.available_adapters})
+    return TunerModelStatus(
+        base_model_type=type(model).__name__ if hasattr(model, "config") or configs else "other",
+        adapter_model_type=type(model.base_model).__name__ if configs else "None",
+        peft_types={a: str(config.peft_type) for a, config in configs.items()},
+        trainable_params=sum(n for n, trains in counts if trains),
+        total_params=sum(n for n, _ in counts),
+        num_adapter_layers=len(layers),
+        enabled=_merge_values(layer.enabled for layer in layers),
+        active_adapters=_merge_values(layer.active_adapters for layer in layers),
+        merged_adapters="irregular" if partly_merged else sorted(merged),
+        requires_grad={a: _merge_values(x.requires_grad[a] for x in layers if a in x.requires_grad) for a in adapters},
+        available_adapters=adapters,
+        devices={a: sorted({d for layer in layers for d in layer.devices.get(a, ())}) for a in adapters},
+        quantization_backend=_merge_values(layer.quantization_backend for layer in layers),
+    )
+
+
+def _merge_values(values: Iterable[Any]) -> Any:
+    """Return the value that all layers have, else "irregular"."""
+    first, *others = list(values) or [False]
+    return first if all(v == first for v in others) else "irregular"
+
+
+class StatusMixin:
+    """The part of `PeftModel` that tells about its adapters."""
+
+    special_peft_forward_args: ClassVar = {"adapter_names"}
+    """Arguments of a call that the base does not know."""
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """Return the state of each adapted layer: see the function `get_layer_status`."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """Return the state of the adapters in total: see the function `get_model_status`."""
+        return get_model_status(self)
+
+    @property
+    def has_active_enabled_adapter(self: Any) -> bool:
+        """Whether an adapter runs in a call."""
+        return bool(self._adapter_state.active_state.names)
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        """The dtype of the base."""
+        return getattr(self, "dtype", None)
+
+    @property
+    def targeted_module_names(self: Any) -> list[str]:
+        """Names of the modules that the active adapter changes."""
+        return list(self.match_report().adapted)
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Names of the parameters that the active adapter changes without their module."""
+        return []
+
+    def supports_lora_conversion(self: Any, adapter_name: str = "default") -> bool:
+        """Return whether a LoRA can approximate the adapter: it changes weights of linear layers and embeddings."""
+        kinds = set(self.match_report(adapter_name).kinds.values())
+        return self.peft_config[adapter_name].mergeable and kinds <= {"linear", "embedding"}
+
+    def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
+        """Return (number of trainable parameters, number of all parameters)."""
+        counts = [(count_values(p), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")

@@ -1,0 +1,179 @@
+"""PEFT's tuner: what `peft_model.base_model` is there, `isinstance(base_model, LoraModel)`, and PEFT's functions on it.
+
+Here the tuner is no object of its own: `peft_model.base_model` is the backbone, which also answers to the tuner's names
+(see `TunerNames`), and the classes of this module are for isinstance.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .config import PeftConfig
+from .model import PeftMixedModel, PeftModel, TunerNames, get_peft_model
+from .peft_layers import BaseTunerLayer
+
+
+class TunerType(type):
+    """Metaclass of PEFT's tuner classes: the `base_model` of a PeftModel is their instance by its active adapter."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        if not isinstance(instance, TunerNames | PeftModel) or instance.base_model is not instance:
+            return False
+        whole = instance.model
+        return bool(whole.peft_config) and cls.matches(whole)  # type: ignore[attr-defined]
+
+    def __call__(
+        cls,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """Add an adapter to a model and return what `base_model` of the PeftModel is."""
+        config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
+        return inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict).base_model
+
+
+class BaseTuner(metaclass=TunerType):
+    """The `base_model` of a PeftModel whose adapters belong to layers."""
+
+    method: ClassVar[str] = ""
+    """Name of the method of the active adapter; empty: any."""
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        """Return whether the active adapter of a whole model makes its `base_model` an instance."""
+        config = model.peft_config[(model.active_adapters or list(model.peft_config))[0]]
+        return not config.is_prompt_learning and config.name == (cls.method or config.name)
+
+
+class LoraModel(BaseTuner):
+    """The `base_model` of a PeftModel with a LoRA."""
+
+    method = "lora"
+
+
+class AdaLoraModel(LoraModel):
+    """The `base_model` of a PeftModel with an AdaLoRA."""
+
+    method = "adalora"
+
+
+class IA3Model(BaseTuner):
+    """The `base_model` of a PeftModel with an (IA)³."""
+
+    method = "ia3"
+
+
+class LoHaModel(BaseTuner):
+    """The `base_model` of a PeftModel with a LoHa."""
+
+    method = "loha"
+
+
+class LoKrModel(BaseTuner):
+    """The `base_model` of a PeftModel with a LoKr."""
+
+    method = "lokr"
+
+
+class OFTModel(BaseTuner):
+    """The `base_model` of a PeftModel with an OFT."""
+
+    method = "oft"
+
+
+class VeraModel(BaseTuner):
+    """The `base_model` of a PeftModel with a VeRA."""
+
+    method = "vera"
+
+
+class HiraModel(BaseTuner):
+    """The `base_model` of a PeftModel with a HiRA."""
+
+    method = "hira"
+
+
+class MissModel(BaseTuner):
+    """The `base_model` of a PeftModel with a MiSS."""
+
+    method = "miss"
+
+
+class ShiraModel(BaseTuner):
+    """The `base_model` of a PeftModel with a SHiRA."""
+
+    method = "shira"
+
+
+class LNTuningModel(BaseTuner):
+    """The `base_model` of a PeftModel with trained normalisation layers."""
+
+    method = "ln_tuning"
+
+
+class TrainableTokensModel(BaseTuner):
+    """The `base_model` of a PeftModel with trained tokens."""
+
+    method = "trainable_tokens"
+
+
+class AdaptionPromptModel(BaseTuner):
+    """The `base_model` of a PeftModel with adaption prompts."""
+
+    method = "adaption_prompt"
+
+
+class MixedModel(BaseTuner):
+    """The `base_model` of a PeftMixedModel."""
+
+    @classmethod
+    def matches(cls, model: Any) -> bool:
+        return isinstance(model, PeftMixedModel)
+
+
+# --- functions ------------------------------------------------------------------------------------------------------
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """Add an adapter to `model` in place, activate it, and return the model; a second call adds another adapter.
+
+    Args:
+        low_cpu_mem_usage: create the adapter's parameters on the meta device, for tensors that are loaded next.
+        state_dict: tensors of an adapter: the modules that they belong to are adapted, whatever the config targets.
+    """
+    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+        raise UsageError(f"{peft_config.name} adds no adapters to layers", hint="get_peft_model(model, config)")
+    if not isinstance(model, PeftModel):
+        return get_peft_model(model, peft_config, adapter_name)
+    model.add_adapter(adapter_name, peft_config)
+    model.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+    return model
+
+
+def set_adapter(
+    model: Any, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: type = BaseTunerLayer
+) -> None:
+    """Activate adapters; `layer_cls` has no meaning here."""
+    model.set_adapter(adapter_name, inference_mode=inference_mode)
+
+
+def delete_adapter(model: Any, adapter_name: str, prefix: str, layer_cls: type = BaseTunerLayer) -> list[str]:
+    """Remove an adapter and return the names of those that are active; prefix and layer_cls have no meaning here."""
+    model.delete_adapter(adapter_name)
+    return model.active_adapters
+
+
+def set_requires_grad(model: Any, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+    """Set whether the parameters of these adapters train."""
+    model.set_requires_grad(adapter_names, requires_grad)

@@ -1,0 +1,101 @@
+"""PEFT's names on adapted models and layers, with HF PEFT's values as the oracle."""
+
+import copy
+import io
+
+import peft
+import pytest
+import torch
+from models_zoo import llama, run, shake
+from torch import nn
+
+import slimtune
+from slimtune import LoraConfig, get_peft_model
+from slimtune.adapters.model import PeftModelForCausalLM
+from slimtune.adapters.peft_layers import BaseTunerLayer, IA3Layer, LoraLayer, ModulesToSaveWrapper, layer_class
+from slimtune.adapters.tuner import IA3Model, LoraModel
+
+SETTINGS = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture
+def model():
+    model = get_peft_model(llama(), LoraConfig(**SETTINGS))
+    shake(model)
+    return model.eval()
+
+
+def q_proj(model):
+    return model.base_model.model.model.layers[0].self_attn.q_proj
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"use_rslora": True, "lora_alpha": 3}], ids=str)
+def test_layer_attributes_are_those_of_peft(settings):
+    theirs, ours = (
+        q_proj(home.get_peft_model(llama(), home.LoraConfig(**SETTINGS, **settings))) for home in (peft, slimtune)
+    )
+    for name in ("scaling", "r", "lora_alpha", "active_adapters", "merged", "merged_adapters", "disable_adapters"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    for name in ("lora_A", "lora_B", *(["lora_magnitude_vector"] if settings.get("use_dora") else [])):
+        assert getattr(ours, name)["default"].weight.shape == getattr(theirs, name).default.weight.shape
+    assert ours.base_layer.weight.shape == theirs.base_layer.weight.shape
+    assert not hasattr(ours.get_base_layer(), "base_layer")
+    assert not hasattr(ours, "ia3_l")
+
+
+def test_values_written_through_a_layer_reach_the_forward(model):
+    layer, before = q_proj(model), run(model)
+    layer.scaling["default"] *= 2
+    doubled = run(model)
+    layer.unscale_layer()
+    assert torch.equal(run(model), before)
+    layer.lora_B["default"].weight = nn.Parameter(layer.lora_B.default.weight * 2)
+    assert (run(model) - doubled).abs().max() < 1e-12
+    assert (doubled - before).abs().max() > 1e-6
+
+
+def test_one_layer_is_merged_or_disabled(model):
+    layer, before = q_proj(model), run(model)
+    weight = layer.base_layer.weight.clone()
+    layer.merge()
+    assert (layer.weight - weight - layer.get_delta_weight("default")).abs().max() < 1e-12
+    assert model.get_model_status().merged_adapters == "irregular"
+    assert (run(model) - before).abs().max() < 1e-9
+    layer.unmerge()
+    layer.enable_adapters(False)
+    assert model.get_model_status().enabled == "irregular"
+    assert not torch.equal(run(model), before)
+    model.set_adapter("default")
+    assert torch.equal(run(model), before)
+
+
+def test_isinstance(model):
+    layer = q_proj(model)
+    assert isinstance(layer, BaseTunerLayer)
+    assert isinstance(layer, layer_class(LoraLayer, nn.Linear))
+    assert not isinstance(layer, IA3Layer)
+    assert isinstance(model.base_model.lm_head, ModulesToSaveWrapper)
+    assert not isinstance(model.lm_head, BaseTunerLayer)
+    assert isinstance(model, PeftModelForCausalLM)
+    assert isinstance(model.base_model, LoraModel)
+    assert not isinstance(model.base_model, IA3Model)
+
+
+def test_both_readings_of_base_model(model):
+    assert model.model.model.layers is model.base_model.layers
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"]))
+    model.base_model.set_adapter(["default", "other"])
+    assert model.base_model.active_adapter == ["default", "other"]
+    embedding = nn.Embedding(8, 16)
+    model.set_input_embeddings(embedding)
+    assert model.base_model.embed_tokens is embedding
+
+
+def test_pickle_and_copy(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        assert type(other) is type(model)
+        assert torch.equal(run(other), run(model))
+        assert type(other.unload()) is type(llama())
