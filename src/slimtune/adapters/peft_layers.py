@@ -112,7 +112,7 @@ class PeftLayer:
     # An AttributeError means that the layer has no such name: the base is not wrapped in what has it.
 
     @property
-    def base_layer(self) -> nn.Module:
+    def base_layer(self) -> Any:
         """The base module without adapters: a module of the base's class that shares its parameters and buffers."""
         return make_base_view(self._layer)
 
@@ -137,7 +137,7 @@ class PeftLayer:
             raise AttributeError("token_adapter")
         return self._layer
 
-    def get_base_layer(self) -> nn.Module:
+    def get_base_layer(self) -> Any:
         return self.base_layer
 
     def get_base_weight(self) -> Tensor:
