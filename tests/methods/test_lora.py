@@ -8,12 +8,14 @@ import pytest
 import torch
 from models_zoo import gpt2, llama, run, shake, tokens
 from one_layer import build, run_layer
+from peft.optimizers import create_lorafa_optimizer as pefts_lorafa
 from peft.optimizers import create_loraplus_optimizer as pefts_loraplus
 from reference import saved_for_backward, storage_bytes
 from safetensors.torch import load_file, save_file
 
 import slimtune
 from slimtune import IA3Config, LoraConfig, PeftModel, create_loraplus_optimizer, get_peft_model, parameter_groups
+from slimtune.adapters.lorafa import create_lorafa_optimizer
 from slimtune.errors import ConfigError, UsageError
 from slimtune.methods.lora.dora import row_norms
 from slimtune.methods.lora.loftq import approximate_error
@@ -250,6 +252,32 @@ def test_loraplus_gives_each_parameter_pefts_rate():
         return sorted((p.shape, g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"])
 
     assert counted(slimtune, create_loraplus_optimizer) == counted(peft, pefts_loraplus)
+
+
+def test_loraplus_has_pefts_four_groups():
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    groups = create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=2).param_groups
+    assert [(g["lr"], len(g["params"])) for g in groups] == [(1e-3, 2), (1e-6, 0), (2e-3, 2), (2e-3, 0)]
+
+
+def test_lora_fa_equals_pefts(monkeypatch):
+    monkeypatch.setattr("peft.optimizers.lorafa.is_bf16_available", lambda: False)  # it would round the gradients
+    curves, ids = [], tokens()
+    for home, make in ((slimtune, create_lorafa_optimizer), (peft, pefts_lorafa)):
+        model = adapted(home, True, rank_pattern={"q_proj": 3}, modules_to_save=["lm_head"]).train()
+        optimizer, losses = make(model, 4, 16, lr=1e-2, weight_decay=0.1), []
+        for _ in range(4):
+            losses.append(model(input_ids=ids, labels=ids).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.append([loss.item() for loss in losses])
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    assert curves[0][-1] < curves[0][0]
+    with pytest.raises(ConfigError, match="`lora_alpha=8` was passed"):
+        create_lorafa_optimizer(adapted(slimtune, True), 4, 8, lr=1e-2)
+    with pytest.warns(UserWarning, match="cannot learn"):
+        create_lorafa_optimizer(get_peft_model(llama(), LoraConfig(target_modules=["embed_tokens"])), 8, 8, lr=1e-2)
 
 
 def test_a_frozen_a_keeps_no_input():

@@ -163,6 +163,13 @@ class PeftConfig(metaclass=_ConfigMeta):
         """Return a tensor's key in PEFT's file; `key` is the usual one, `base_model.model.<site>.<name>`."""
         return key
 
+    def convert_start(
+        self, adapter_modules: Mapping[str, AdapterModule]
+    ) -> tuple["PeftConfig", dict[str, dict[str, Tensor]]]:
+        """Return the config, and the tensors by site, of an equal adapter that stores no start."""
+        message = f"{type(self).__name__} has no start that a conversion could take out"
+        raise UsageError(message, "a LoRA with init_lora_weights 'pissa', 'olora', 'corda' or 'lora_ga'")
+
     def on_train_begin(self, total_steps: int) -> None:
         """Fill in the fields that depend on the number of optimizer steps; called before the first step."""
 

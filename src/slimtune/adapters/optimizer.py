@@ -45,16 +45,13 @@ def create_loraplus_optimizer(
     if loraplus_lr_ratio <= 0:
         raise UsageError(f"loraplus_lr_ratio is {loraplus_lr_ratio}", "above 0, typically 1 to 16")
     decay, embedding_lr = kwargs.pop("loraplus_weight_decay", 0.0), kwargs.pop("loraplus_lr_embedding", 1e-6)
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    # PEFT's four groups in PEFT's order, of which some may be empty: schedulers with a setting per group count on it.
+    B_lr = lr * loraplus_lr_ratio
+    settings = [(lr, decay), (embedding_lr, decay), (B_lr, decay), (B_lr, 0.0)]
+    groups: list[dict[str, Any]] = [{"params": [], "lr": r, "weight_decay": d} for r, d in settings]
     for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
-        if "lora_embedding_" in name:
-            settings = (embedding_lr, decay)
-        elif "lora_B" in name or p.dim() == 1:
-            settings = (lr * loraplus_lr_ratio, 0.0 if "bias" in name else decay)
-        else:
-            settings = (lr, decay)
-        groups.setdefault(settings, []).append(p)
-    kwargs["lr"] = lr
-    return optimizer_cls([{"params": ps, "lr": r, "weight_decay": d} for (r, d), ps in groups.items()], **kwargs)
+        if p.requires_grad:
+            is_B = "lora_B" in name or p.dim() == 1
+            group = 1 if "lora_embedding_" in name else 0 if not is_B else 3 if "bias" in name else 2
+            groups[group]["params"].append(p)
+    return optimizer_cls(groups, **kwargs, lr=lr)

@@ -251,13 +251,30 @@ def to_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> t
     return len(text).to_bytes(8, "little") + text, memoryview(data)[start:]
 
 
-def save_adapter(model: Any, folder: Path, adapter: str, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write one adapter's config, tensors and model card into `folder`; each file is written atomically."""
+def save_adapter(
+    model: Any,
+    folder: Path,
+    adapter: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    convert_start: bool = False,
+) -> None:
+    """Write one adapter's config, tensors and model card into `folder`; each file is written atomically.
+
+    `convert_start` writes an equal adapter without a stored start; see `PeftConfig.convert_start`.
+    """
     if folder.is_file():
         raise UsageError(f"{folder} is a file", "a folder")
     tensors, metadata = adapter_tensor_info(model, adapter, state_dict)
     tensors = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
     config = model.peft_config[adapter]
+    if convert_start:
+        modules = model.adapter_modules(adapter)
+        config, converted = config.convert_start(modules)
+        for site, module in modules.items():
+            for name in module.tensors():
+                del tensors[config.file_key(f"{_PREFIX}{site}.{name}")]
+            tensors |= {config.file_key(f"{_PREFIX}{site}.{n}"): t.detach().cpu() for n, t in converted[site].items()}
+        tensors = {k: t.contiguous() for k, t in tensors.items()}
     # PEFT also writes inference_mode, so that a file loads frozen.
     values = {**config.to_dict(), "inference_mode": True}
     if config.task_type is None:
@@ -319,15 +336,23 @@ class SaveLoadMixin:
         path_initial_model_for_weight_conversion: str | None = None,
         **_: Any,
     ) -> None:
-        """Write the adapters' files; adapters not named "default" go to subfolders."""
+        """Write the adapters' files; adapters not named "default" go to subfolders.
+
+        `path_initial_model_for_weight_conversion`, the folder of the adapter before its training, writes a LoRA whose
+        init_lora_weights is "pissa", "olora", "corda" or "lora_ga" as the equal plain LoRA of twice the rank. The start
+        is read from the adapter itself, which has it.
+        """
+        if path_initial_model_for_weight_conversion is not None:
+            PeftConfig.from_pretrained(path_initial_model_for_weight_conversion)  # it has to be an adapter
         if not safe_serialization:
             raise UsageError("safe_serialization=False requests a pickle", "safetensors", "omit the argument")
-        if save_embedding_layers not in ("auto", False) or path_initial_model_for_weight_conversion is not None:
-            message = "save_embedding_layers=True or path_initial_model_for_weight_conversion is not supported"
+        if save_embedding_layers not in ("auto", False):
+            message = "save_embedding_layers=True is not supported"
             raise UsageError(message, hint='train the embeddings with the adapter: modules_to_save=["embed_tokens"]')
         for name in (selected_adapters or self.peft_config) if is_main_process else []:
             folder = "" if name == "default" else self._require_adapter(name)
-            save_adapter(self, Path(save_directory, folder), name, state_dict)
+            convert_start = path_initial_model_for_weight_conversion is not None
+            save_adapter(self, Path(save_directory, folder), name, state_dict, convert_start)
 
     @classmethod
     def from_pretrained(

@@ -117,6 +117,13 @@ def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
     return {n: names for n, names in found.items() if names}
 
 
+def find_linear_targets(model: nn.Module, config: PeftConfig) -> dict[str, Any]:
+    """Return the linear layers among the targets of a config by name; targets of other kinds are left out."""
+    modules = {n: m for n, m in model.named_modules() if n}
+    targets = _resolve_targets(model, modules, config)
+    return {n: m for n, m in modules.items() if layer_kind(m) == "linear" and _is_target(n, config, targets)}
+
+
 def matches_name(wanted: Iterable[str] | str, name: str) -> bool:
     """Return whether `name` matches: a string is a regular expression for all of it, a list has names or suffixes."""
     if isinstance(wanted, str):

@@ -54,7 +54,9 @@ class AdaLoraConfig(TargetedConfig):
     unsupported_peft_fields: ClassVar = {
         **LoraConfig.unsupported_peft_fields,
         **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False),
-        **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "eva_config")),
+        **dict.fromkeys(
+            ("trainable_token_indices", "alora_invocation_tokens", "eva_config", "corda_config", "lora_ga_config")
+        ),
         "loftq_config": {}, "alpha_pattern": {},
     }  # fmt: skip
     short_names: ClassVar = {**LoraConfig.short_names, "rank": "init_r"}

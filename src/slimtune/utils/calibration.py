@@ -1,13 +1,19 @@
-"""Samples of the inputs that a model's layers get, for initializations and rounding that depend on data."""
+"""What a model's layers get from data, for initializations and rounding that depend on it: samples of inputs, files."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ..errors import UsageError
+from .files import write_atomic
 from .linear_layers import layer_sizes
 
 ROWS = 64
@@ -29,6 +35,26 @@ def record_layer_inputs(layers: Mapping[str, nn.Module], receive: Callable[[str,
     finally:
         for handle in handles:
             handle.remove()
+
+
+def load_statistics(file: str | os.PathLike | None) -> dict[str, Tensor] | None:
+    """Return the tensors of a safetensors file; None if no file is given or it does not exist."""
+    if file is None or not Path(file).is_file():
+        return None
+    try:
+        return load_file(file)
+    except SafetensorError as e:
+        message = f"{file} is not a safetensors file: {e}"
+        raise UsageError(
+            message, "a file that slimtune wrote (PEFT's are pickles)", "delete it to make it again"
+        ) from None
+
+
+def save_statistics(file: str | os.PathLike | None, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as a safetensors file and make its folder; None: nothing."""
+    if file is not None:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(Path(file), save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
 
 
 @torch.no_grad()

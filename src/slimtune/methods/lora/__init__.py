@@ -6,32 +6,34 @@
     Parameters added per layer: r · (in + out), with DoRA also out. Merged: W + s · B A.
 
 `layers.py` has the adapter modules, `conv.py` those of convolutions, `parameters.py` those of experts and other
-parameters, `init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `eva.py` and `loftq.py` initialization
-from data and from the weights before quantization.
+parameters, `init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `alora.py` activated LoRA, `eva.py`,
+`corda.py`, `loraga.py` and `loftq.py` initialization from data and from the weights before quantization.
 
 Papers: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+
 https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File format: PEFT's `lora_A.weight`,
 `lora_B.weight`; for an embedding `lora_embedding_A (r, rows)`, `lora_embedding_B (dim, r)`.
 """
 
+import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...adapters.base import AdapterModule, Site, SiteKind
-from ...adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, setting
+from ...adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, PeftConfig, setting
 from ...adapters.targets import match_parameters, matches_name
 from ...errors import ConfigError, UsageError, format_names, nearest
 from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
-from . import eva
+from . import corda, eva, loraga
 from .alora import LinearALora
 from .conv import ConvDora, ConvLora
 from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
-from .layers import EmbeddingLora, LinearLora
+from .layers import EmbeddingLora, LinearLora, LoraModule
 from .parameters import ParameterLora
 
 __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig"]
@@ -47,7 +49,7 @@ class LoraConfig(PatternedConfig):
     extension_fields: ClassVar = frozenset(["freeze_a", "lr_ratio"])
     unsupported_peft_fields: ClassVar = {
         **dict.fromkeys((
-            "megatron_config", "corda_config", "lora_ga_config", "velora_config",
+            "megatron_config", "velora_config",
             "monteclora_config", "layer_replication", "use_bdlora", "arrow_config", "kasa_config",
         )),
         "use_qalora": False, "ensure_weight_tying": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
@@ -72,7 +74,8 @@ class LoraConfig(PatternedConfig):
         True,
         'how A and B start. True: Kaiming-uniform A, zero B; "gaussian": normal A with std 1/r, zero B; "pissa", '
         '"pissa_niter_N" or "olora": the largest parts of the base weight; "orthogonal": random with B A = 0; "mica": '
-        'fixed B from the smallest parts, zero A; "eva": zero B, A from data; "loftq": the error of quantization; '
+        'fixed B from the smallest parts, zero A; "eva": zero B, A from data; "corda", "lora_ga": parts chosen by data '
+        'or by gradients, see preprocess_corda and preprocess_loraga; "loftq": the error of quantization; '
         "False: both random, for tests. An embedding starts with zero A and normal B, except with mica and False",
     )
     use_dora: bool = setting(False, "also train the length of each row of the adapted weight (DoRA)")
@@ -88,6 +91,10 @@ class LoraConfig(PatternedConfig):
         ge=0,
     )
     eva_config: eva.EvaConfig | dict | None = setting(None, 'settings of "eva", an EvaConfig; None: its defaults')
+    corda_config: corda.CordaConfig | dict | None = setting(
+        None, 'settings of "corda", a CordaConfig; None: its defaults'
+    )
+    lora_ga_config: loraga.LoraGAConfig | dict | None = setting(None, 'settings of "lora_ga", a LoraGAConfig')
     loftq_config: dict[str, Any] = setting(default_factory=dict, help='record of how a "loftq" adapter was made')
     lr_ratio: float = setting(1, "learning rate of B over that of A (LoRA+), typically 1 to 16; slimtune only", gt=0)
     freeze_a: bool = setting(
@@ -107,8 +114,17 @@ class LoraConfig(PatternedConfig):
         plain = isinstance(init, bool) and not self.use_dora
         self.require(not self.lora_bias or plain, "lora_bias", "False with DoRA or a named init_lora_weights")
         self.require(not self.loftq_config or init == "loftq", "loftq_config", "only with init_lora_weights='loftq'")
-        if isinstance(self.eva_config, dict) or (init == "eva" and self.eva_config is None):
-            self.eva_config = eva.EvaConfig(**(self.eva_config or {}))
+        for name, init_name, cls in (
+            ("eva_config", "eva", eva.EvaConfig),
+            ("corda_config", "corda", corda.CordaConfig),
+            ("lora_ga_config", "lora_ga", loraga.LoraGAConfig),
+        ):
+            settings = getattr(self, name)
+            # PEFT has no default for the settings of LoRA-GA.
+            if isinstance(settings, dict) or (settings is None and init == init_name != "lora_ga"):
+                setattr(self, name, cls(**(settings or {})))
+            elif settings is not None and init != init_name:
+                warnings.warn(f"{name} is ignored, since init_lora_weights is not {init_name!r}", stacklevel=4)
         if self.alora_invocation_tokens is not None:
             self.require(bool(self.alora_invocation_tokens), "alora_invocation_tokens", "None or at least one id")
             self.require(not self.use_dora, "alora_invocation_tokens", "None with DoRA")
@@ -170,6 +186,28 @@ class LoraConfig(PatternedConfig):
     def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int | None:
         """Return what EVA can add: it redistributes the ranks, and those of a large layer take more bytes."""
         return eva.max_added_bytes(adapter_modules, self) if self.init_lora_weights == "eva" else None
+
+    def convert_start(
+        self, adapter_modules: Mapping[str, AdapterModule]
+    ) -> tuple[PeftConfig, dict[str, dict[str, Tensor]]]:
+        """Return the plain LoRA of rank 2r that equals this one, which starts as a part of the base's weight."""
+        loras = {n: m for n, m in adapter_modules.items() if isinstance(m, LoraModule)}
+        if not any("start_A" in m.tensors() for m in loras.values()):
+            return super().convert_start(adapter_modules)
+        # The scale is alpha / r or alpha / √r, and must stay.
+        factor = math.sqrt(2) if self.use_rslora else 2
+        config = dataclasses.replace(
+            self,
+            init_lora_weights=True,
+            r=2 * self.r,
+            lora_alpha=factor * self.lora_alpha,
+            rank_pattern={k: 2 * r for k, r in self.rank_pattern.items()},
+            alpha_pattern={k: factor * alpha for k, alpha in self.alpha_pattern.items()},
+            **dict.fromkeys(("corda_config", "lora_ga_config")),
+        )
+        return config, {
+            n: m.tensors_of_rank(config.get_rank(n)) if n in loras else m.tensors() for n, m in adapter_modules.items()
+        }
 
     def file_key(self, key: str) -> str:
         """Return PEFT's key: that of trained tokens has one more name."""

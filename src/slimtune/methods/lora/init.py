@@ -6,17 +6,19 @@
     "olora"             B A = Q[:, :r] R[:r] of W = Q R
     "orthogonal"        A and B random, with B A = 0 up to rounding
     "mica"              B = the r smallest left singular vectors of W, and does not train; A = 0
+    "corda"             s · B A = components of W that data use most or least: see `corda.py`
+    "lora_ga"           A and B along the gradient of W: see `loraga.py`
     False               both random, for tests
 
-PiSSA and OLoRA start with B₀ A₀ ≠ 0, which PEFT subtracts from the base's weight. Here the base never changes: A₀ and
-B₀ are stored beside it, and the update is
+PiSSA, OLoRA, CorDA and LoRA-GA start with B₀ A₀ ≠ 0, which PEFT subtracts from the base's weight. Here the base never
+changes: A₀ and B₀ are stored beside it, and the update is
 
     B A − B₀ A₀ = (B − B₀) A + B₀ (A − A₀) = [B − B₀, B₀] [A; A − A₀]
 
 one product of rank 2r, exactly zero at the start. The gradients are those of B A.
 
 Papers: PiSSA https://arxiv.org/abs/2404.02948, OLoRA https://arxiv.org/abs/2406.01775,
-MiCA https://arxiv.org/abs/2604.01694; orthogonal: https://datta0.github.io/posts/rethink-lora-init/
+MiCA https://arxiv.org/abs/2604.01694; CorDA and LoRA-GA: in their files; orthogonal: https://datta0.github.io/posts/rethink-lora-init/
 """
 
 import math
@@ -28,8 +30,10 @@ from torch import Tensor, nn
 
 from ...adapters.base import Site
 from ...errors import ConfigError
+from .corda import corda_start
+from .loraga import LoraGAConfig, loraga_start
 
-NAMED_INITS = ("gaussian", "eva", "pissa", "olora", "orthogonal", "mica", "loftq")
+NAMED_INITS = ("gaussian", "eva", "pissa", "olora", "orthogonal", "mica", "corda", "lora_ga", "loftq")
 _PISSA_NITER = re.compile(r"pissa_niter_([0-9]{1,3})")  # typically 4 to 16
 
 
@@ -40,7 +44,7 @@ def is_valid_init(init: Any) -> bool:
 
 def is_subtracted_init(init: Any) -> bool:
     """Return whether A and B start as a part of the base's weight, which has to be subtracted again."""
-    return isinstance(init, str) and (init.startswith("pissa") or init == "olora")
+    return isinstance(init, str) and (init.startswith("pissa") or init in ("olora", "corda", "lora_ga"))
 
 
 @torch.no_grad()
@@ -64,8 +68,14 @@ def init_weights(init: bool | str, A: Any, B: Any, r: int | None = None) -> None
 
 
 @torch.no_grad()
-def init_from_base_weight(init: str, site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return `A (r, in)` and `B (out, r)` of an initialization that is computed from the frozen weight."""
+def init_from_base_weight(
+    init: str, site: Site, r: int, scale: float, loraga: LoraGAConfig | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `A (r, in)` and `B (out, r)` of an initialization that is computed from the weight, or from data."""
+    if init == "corda":
+        return corda_start(site, r, scale)
+    if init == "lora_ga":
+        return loraga_start(loraga, site, r, scale)
     max_rank = min(site.in_features, site.out_features)
     if r > max_rank:
         raise ConfigError(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...adapters.base import AdapterModule, BaseForward, Site
+from ...errors import AdapterError
 from ...kernels.dropout import active_dropout_p, dropout
 from ...kernels.low_rank import add_low_rank
 from .init import init_from_base_weight, init_weights, is_subtracted_init
@@ -35,6 +36,17 @@ class LoraModule(AdapterModule):
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
         return (*self.low_rank(), self.scale)
+
+    def tensors_of_rank(self, rank: int) -> dict[str, Tensor]:
+        """Return the tensors of a file for the whole update as one product of this rank, without its start."""
+        A, B = self.low_rank()
+        padding = rank - A.shape[0]
+        pair = {"A": F.pad(A, (0, 0, 0, padding)), "B": F.pad(B, (0, padding))}
+        others = {n: t for n, t in self.tensors().items() if not n.startswith("start_")}
+        # lora_A.weight, lora_embedding_A, …
+        return {
+            n: pair.get(n.removesuffix(".weight")[-1], t) if n.startswith("lora_") else t for n, t in others.items()
+        }
 
     def lr_multipliers(self) -> dict[str, float]:
         """Return B's factor on the learning rate (LoRA+)."""
@@ -64,7 +76,7 @@ class LinearLora(LoraModule):
         if config.freeze_a or self.init == "mica":
             self.freeze_parameter("lora_A.weight" if config.freeze_a else "lora_B.weight")
         if (is_subtracted_init(self.init) or self.init == "mica") and not site.loading:
-            A, B = init_from_base_weight(self.init, site, r, scale)
+            A, B = init_from_base_weight(self.init, site, r, scale, config.lora_ga_config)
             self.lora_A.weight.data.copy_(A)
             self.lora_B.weight.data.copy_(B)
         if is_subtracted_init(self.init):
@@ -98,6 +110,10 @@ class LinearLora(LoraModule):
     def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
         """Compute A₀ and B₀ from the base where the file lacks them: PEFT's files rely on a changed base instead."""
         if "start_A" in self._buffers and "start_A" not in state_dict:
+            if self.init == "lora_ga":
+                message = f"{site.name}: the file lacks the start of this adapter, which was made from gradients"
+                hint = "save_pretrained(…, path_initial_model_for_weight_conversion=…) where it was trained"
+                raise AdapterError(message, hint=hint)
             if "niter" in self.init:
                 warnings.warn(
                     f"{site.name}: the file lacks the start of this adapter, which {self.init!r} computed with random "

@@ -1,0 +1,160 @@
+"""CorDA: A and B start as the parts of the weight that the inputs of some data use most, or least.
+
+    C = Σ x xᵀ over the inputs x of a layer, averaged over the calls, + λ I
+    W C = U S Vᵀ                  s · B A = U_k S_k V_kᵀ C⁻¹ for r of the components k
+
+"ipm" takes the r largest components, which learn the task of the data fastest; "kpm" takes the r smallest and so keeps
+what the data show that the model knows. λ grows until C can be inverted. As for PiSSA, the start is subtracted again;
+see `init.py`.
+
+Paper: https://arxiv.org/abs/2406.05223.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...adapters.base import Site
+from ...adapters.config_fields import check_fields, setting
+from ...adapters.targets import find_linear_targets
+from ...errors import ConfigError
+from ...utils.calibration import load_statistics, record_layer_inputs, save_statistics
+from ...utils.linear_layers import get_weight
+
+_DAMPING, _LARGEST_ERROR = 0.01, 0.05
+
+
+@dataclass
+class CordaConfig:
+    """Settings of CorDA; PEFT's field names and defaults."""
+
+    cache_file: str | os.PathLike | None = setting(
+        None, "safetensors file of the components of all layers: read if it exists, else written"
+    )
+    covariance_file: str | os.PathLike | None = setting(
+        None, "safetensors file of the inputs' covariances, for any rank: read if it exists, else written"
+    )
+    corda_method: Literal["ipm", "kpm"] = setting("ipm", '"ipm" learns fastest, "kpm" keeps most of what was known')
+    verbose: bool = setting(False, "show the progress of the decompositions")
+    use_float16_for_covariance: bool = setting(False, "half the memory for the covariances, less exact")
+    prune_temporary_fields: bool = setting(True, "do not leave covariances and counts on the layers")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("cache_file", "covariance_file"):
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, os.fspath(path))
+
+
+@dataclass
+class CordaEigens:
+    """The components of one layer that its adapter starts as: `S_WC (r)`, `U_WC (out, r)`, `V_WC (in, r)`."""
+
+    S_WC: Tensor
+    U_WC: Tensor
+    V_WC: Tensor
+
+
+@torch.no_grad()
+def preprocess_corda(
+    model: nn.Module,
+    lora_config: Any,
+    run_model: Callable[[], Any] | None = None,
+    hooked_model: nn.Module | None = None,
+) -> None:
+    """Compute what `get_peft_model(model, lora_config)` with `init_lora_weights="corda"` starts from.
+
+    Args:
+        model: the base; each target layer gets the attribute `eigens`.
+        run_model: runs the model on the data; not needed if `lora_config.corda_config` names a file that exists.
+        hooked_model: the model that `run_model` runs, if it is a copy of `model`.
+    """
+    settings: CordaConfig = lora_config.corda_config
+    layers = find_linear_targets(model, lora_config)
+    cached = load_statistics(settings.cache_file)
+    if cached is not None:
+        for name, layer in layers.items():
+            parts = {part: cached[f"{name}.eigens.{part}"] for part in ("S_WC", "U_WC", "V_WC")}
+            layer.eigens = CordaEigens(**{part: t.to(get_weight(layer).device) for part, t in parts.items()})
+        return
+    covariances = load_statistics(settings.covariance_file)
+    if covariances is None:
+        if run_model is None:
+            raise ConfigError("preprocess_corda has no run_model, and no file of corda_config exists", "one of them")
+        hooked = layers if hooked_model is None else find_linear_targets(hooked_model, lora_config)
+        dtype = None if settings.use_float16_for_covariance else torch.float32
+        sums, counts = _sum_covariances({n: hooked[n] for n in layers if n in hooked}, run_model, dtype)
+        covariances = {n: total / counts[n] for n, total in sums.items()}
+        if not settings.prune_temporary_fields:
+            for name, layer in layers.items():
+                layer.sample_count, layer.covariance_matrix = counts[name], covariances[name]
+        save_statistics(settings.covariance_file, covariances)
+    found: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if settings.verbose:
+            print(f"CorDA: decomposing {name}")
+        r = lora_config.get_rank(name)
+        covariance = covariances[name].to(get_weight(layer).device)
+        S, U, V = decompose(get_weight(layer).detach().float(), covariance.float())
+        kept = slice(None, r) if settings.corda_method == "ipm" else slice(-r, None)
+        layer.eigens = CordaEigens(S[kept].clone(), U[:, kept].clone(), V[:, kept].clone())
+        found |= {f"{name}.eigens.{part}": tensor for part, tensor in vars(layer.eigens).items()}
+    save_statistics(settings.cache_file, found)
+
+
+def _sum_covariances(
+    layers: dict[str, Any], run_model: Callable[[], Any], dtype: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return by layer the sum of `xᵀ x (in, in)` over its calls, x scaled by its maximum, and the number of calls."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+
+    def receive(name: str, x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).to(dtype)
+        x = x / x.max().abs()
+        if not torch.isfinite(x).all():
+            raise ConfigError(
+                f"an input of {name} contains NaN or Inf, or no positive number", "data that the base knows"
+            )
+        sums[name] = sums.get(name, 0) + x.t() @ x
+        counts[name] += 1
+
+    with record_layer_inputs(layers, receive):
+        run_model()
+    if missing := [n for n in layers if n not in sums]:
+        raise ConfigError(f"run_model did not run the layer {missing[0]}", "a call of the model that runs every target")
+    return sums, counts
+
+
+def decompose(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `S`, `U (out, k)` and `V (in, k)` with `U S Vᵀ = W (out, in)`, the components of `W C` in order."""
+    identity = torch.eye(len(covariance), device=covariance.device)
+    damping = _DAMPING
+    while True:
+        damped = covariance + identity * (covariance.diagonal().mean() * damping)
+        inverse = torch.linalg.inv(damped)
+        if torch.dist(damped @ inverse, identity) < _LARGEST_ERROR:
+            break
+        damping *= 2
+    U, S, Vh = torch.linalg.svd(weight @ damped, full_matrices=False)
+    return S, U, (Vh @ inverse).t()
+
+
+def corda_start(site: Site, r: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return `A (r, in)` and `B (out, r)` from what `preprocess_corda` left on the layer, which is removed."""
+    module: Any = site.module
+    eigens: CordaEigens | None = getattr(module, "eigens", None)
+    if eigens is None:
+        message = f"{site.name} has no `eigens`, which an adapter with init_lora_weights='corda' starts from"
+        raise ConfigError(message, hint="call preprocess_corda(model, config, run_model) before")
+    shapes = tuple(eigens.U_WC.shape), tuple(eigens.V_WC.shape)
+    if shapes != ((site.out_features, r), (site.in_features, r)):
+        message = f"{site.name} has rank {r}, and its `eigens` are {shapes[0]} and {shapes[1]}"
+        raise ConfigError(message, "preprocess_corda with the config and the base of the adapter")
+    root = (eigens.S_WC / scale).sqrt()
+    del module.eigens
+    return root[:, None] * eigens.V_WC.t(), eigens.U_WC * root
