@@ -34,6 +34,8 @@ class ConvLora(LoraModule):
         if r % conv.groups:
             hint = f"rank_pattern={{{site.name!r}: {conv.groups}}}, or leave the layer out"
             raise ConfigError(f"r is {r} at {site.name}, which has {conv.groups} groups", "a multiple of them", hint)
+        if self.init == "lora_ga":  # as in PEFT, it starts from gradients at linear layers only
+            self.init = True
         if not isinstance(self.init, bool) and self.init != "gaussian":
             message = f"init_lora_weights is {self.init!r}, and {site.name} is a convolution"
             raise ConfigError(message, "True, False or 'gaussian'", "take it out of target_modules")

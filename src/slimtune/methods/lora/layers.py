@@ -39,14 +39,15 @@ class LoraModule(AdapterModule):
 
     def tensors_of_rank(self, rank: int) -> dict[str, Tensor]:
         """Return the tensors of a file for the whole update as one product of this rank, without its start."""
-        A, B = self.low_rank()
-        padding = rank - A.shape[0]
-        pair = {"A": F.pad(A, (0, 0, 0, padding)), "B": F.pad(B, (0, padding))}
-        others = {n: t for n, t in self.tensors().items() if not n.startswith("start_")}
-        # lora_A.weight, lora_embedding_A, …
-        return {
-            n: pair.get(n.removesuffix(".weight")[-1], t) if n.startswith("lora_") else t for n, t in others.items()
-        }
+        tensors = {n: t for n, t in self.tensors().items() if not n.startswith("start_")}
+        if "start_A" in self._buffers:
+            tensors |= dict(zip(("lora_A.weight", "lora_B.weight"), self.low_rank(), strict=True))
+        for name, t in tensors.items():
+            if name in ("lora_A.weight", "lora_embedding_A"):
+                tensors[name] = torch.cat([t, t.new_zeros(rank - len(t), *t.shape[1:])])
+            elif name in ("lora_B.weight", "lora_embedding_B"):
+                tensors[name] = torch.cat([t, t.new_zeros(len(t), rank - t.shape[1], *t.shape[2:])], dim=1)
+        return tensors
 
     def lr_multipliers(self) -> dict[str, float]:
         """Return B's factor on the learning rate (LoRA+)."""
