@@ -163,14 +163,14 @@ class LoraConfig(PatternedConfig):
                 "a base in NF4 or int8 and another initialization",
                 "leave init_lora_weights out, then slimtune.replace_lora_weights_loftq(model, folder of the weights)",
             )
+        if self.alora_invocation_tokens and site.kind != "linear":
+            raise ConfigError(f"{site.name} is not a linear layer", "linear layers only, with alora_invocation_tokens")
         if site.kind == "parameters":
             wanted = self.target_parameters or []
             names = [p for p in site.module._parameters if matches_name(wanted, f"{site.name}.{p}")]
             return ParameterLora(site, self, names)
         r, alpha = self.get_rank(site.name), self.get_alpha(site.name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        if self.alora_invocation_tokens and site.kind != "linear":
-            raise ConfigError(f"{site.name} is not a linear layer", "linear layers only, with alora_invocation_tokens")
         if self.alora_invocation_tokens:
             return LinearALora(site, self, r, scale)
         if site.kind == "conv":
