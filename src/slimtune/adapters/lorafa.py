@@ -55,7 +55,7 @@ class LoraFAOptimizer(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient; of a LoRA only B."""
         loss = None
         if closure is not None:
@@ -66,7 +66,7 @@ class LoraFAOptimizer(Optimizer):
             for (name, parameter), scale in zip(by_name.items(), group["scaling_factors"], strict=True):
                 if parameter.grad is None or _is_A(name):
                     continue
-                A = by_name.get(name.replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A"))
+                A = by_name[name.replace("lora_B", "lora_A").replace("lora_embedding_B", "lora_embedding_A")]
                 gradient = parameter.grad if A is parameter else project_gradient(parameter.grad, A, scale)
                 self._update(parameter, gradient, group)
         return loss
@@ -113,12 +113,12 @@ def create_lorafa_optimizer(
                     f"`{name}={value}` was passed to create_lorafa_optimizer, and adapter {adapter!r} has another one"
                 )
                 raise ConfigError(message, f"{getattr(config, name)}, as in its config")
-    scales = {}
+    scales: dict[int, float] = {}
     for adapter in model.peft_config:
         for site, module in model.adapter_modules(adapter).items():
-            parameters = {n: p for n, p in module.named_parameters() if n.startswith(("lora_A", "lora_B", "lora_emb"))}
-            scales |= {id(p): module.scale for p in parameters.values()}
-            for name, parameter in parameters.items():
+            for name, parameter in module.named_parameters():
+                if name.startswith(("lora_A", "lora_B", "lora_embedding_")):
+                    scales[id(parameter)] = module.scale
                 if _is_A(name):
                     parameter.requires_grad_(False)
                     if not parameter.any():

@@ -54,4 +54,4 @@ def create_loraplus_optimizer(
             is_B = "lora_B" in name or p.dim() == 1
             group = 1 if "lora_embedding_" in name else 0 if not is_B else 3 if "bias" in name else 2
             groups[group]["params"].append(p)
-    return optimizer_cls(groups, **kwargs, lr=lr)
+    return optimizer_cls(groups, **{**kwargs, "lr": lr})

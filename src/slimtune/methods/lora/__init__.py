@@ -203,11 +203,11 @@ class LoraConfig(PatternedConfig):
             lora_alpha=factor * self.lora_alpha,
             rank_pattern={k: 2 * r for k, r in self.rank_pattern.items()},
             alpha_pattern={k: factor * alpha for k, alpha in self.alpha_pattern.items()},
-            **dict.fromkeys(("corda_config", "lora_ga_config")),
+            corda_config=None,
+            lora_ga_config=None,
         )
-        return config, {
-            n: m.tensors_of_rank(config.get_rank(n)) if n in loras else m.tensors() for n, m in adapter_modules.items()
-        }
+        tensors = {n: m.tensors() for n, m in adapter_modules.items()}
+        return config, tensors | {n: m.tensors_of_rank(config.get_rank(n)) for n, m in loras.items()}
 
     def file_key(self, key: str) -> str:
         """Return PEFT's key: that of trained tokens has one more name."""
