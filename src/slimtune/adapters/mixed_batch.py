@@ -184,6 +184,9 @@ class CallMixin:
             self._keep_selection_in_checkpoints()
             out = super().__call__(*args, **kwargs)  # type: ignore[misc]
             store_starts(out)
+        for name in adapter_names or state.active_state.names:
+            if name != BASE_ROW and state.configs[name].is_prompt_learning and "encoder_outputs" not in kwargs:
+                state.configs[name].require_reached(self.adapter_modules(name))
         if self.training and getattr(out, "loss", None) is not None:
             penalty = self.regularization_loss()
             if penalty is not None:

@@ -25,6 +25,7 @@ from .config import PeftConfig
 from .conversion import LoraConversionMixin
 from .merging import merge_adapters, unmerge_adapters
 from .mixed_batch import BASE_ROW, ActiveAdapters, CallMixin
+from .prompt import PromptMixin
 from .quantized import disable_cpu_repacking, find_repacking_layers
 from .state_dict import SaveLoadMixin
 from .status import StatusMixin
@@ -75,7 +76,7 @@ def get_peft_model(
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, revision)
 
 
-class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, StatusMixin):
+class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, StatusMixin, PromptMixin):
     """A base model with adapters, with PEFT's method names; mixed into the base's class.
 
     `PeftModel(model, config)` is `get_peft_model(model, config)`.
@@ -162,7 +163,7 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         # PEFT's `peft_model.model` is the base, so `peft_model.model.model.layers` are its layers, whether `model` is
         # the name of a child or not.
         try:
-            return super().__getattr__(name)  # type: ignore[misc]
+            return super().__getattr__(name)
         except AttributeError:
             if "_slimtune" in vars(self) and name == "model":
                 return self

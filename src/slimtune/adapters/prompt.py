@@ -11,25 +11,38 @@ losses, `generate`) has T positions, as without them. `virtual_tokens.py` change
                       and itself, and sliding windows count positions
     cache             v is stored like tokens; a mark on the cache records it, and later steps add no v
     mixed batch       v stands before every row, and is masked out in rows that use another adapter
+
+An encoder reads [v, x] with v before padding, as in PEFT. Where a classifier pools its first position, and below a
+decoder that attends to the encoder's output, the virtual positions stay in the output.
 """
 
+import inspect
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
+from transformers.models.auto import modeling_auto
 
-from ..attention.prefix import PREFIX_KWARG, AttentionPrefix, RowMask, require_decoder
+from ..attention.prefix import PREFIX_KWARG, AttentionPrefix, RowMask
 from ..attention.register import SUPPORTED_ATTENTION, original_attention
-from ..errors import ModelError, UsageError
+from ..errors import ModelError, UsageError, format_names
+from .architectures import text_config
 from .base import AdapterModule, BaseForward, Site, SiteKind
 from .config import PeftConfig
 from .config_fields import setting
 from .virtual_tokens import BackboneCall
+
+CACHES = frozenset(["cache", "past_key_values"])
+"""The names that a backbone's cache of keys and values can have as an argument."""
+_OTHER_METHODS = "tune this model with LoRA, IA3 or bottleneck adapters"
 
 
 @dataclass
@@ -45,7 +58,9 @@ class PromptLearningConfig(PeftConfig):
     token_dim: int | None = setting(
         None, "size of a virtual token: of the embeddings, or of all keys of a layer; None: the model's", ge=1
     )
-    num_transformer_submodules: int | None = setting(None, "1, for a decoder; None: 1")
+    num_transformer_submodules: int | None = setting(
+        None, "1, or 2 for PEFT's files of an encoder-decoder; None: 2 for task_type SEQ_2_SEQ_LM", ge=1, le=2
+    )
     num_attention_heads: int | None = setting(None, "number of key heads; None: the model's", ge=1)
     num_layers: int | None = setting(None, "number of layers; None: the model's", ge=1)
     modules_to_save: list[str] | None = setting(
@@ -55,19 +70,30 @@ class PromptLearningConfig(PeftConfig):
     def check(self) -> None:
         super().check()
         self.require(self.num_virtual_tokens is not None, "num_virtual_tokens", "an integer, at least 1")
-        decoder = self.num_transformer_submodules in (None, 1)
-        self.require(decoder, "num_transformer_submodules", "1: a decoder (2 is an encoder and a decoder)")
 
     def fill_from_model(self, model: Any) -> None:
-        require_decoder(model)
-        text = model.config.get_text_config()
-        self.num_transformer_submodules = self.num_transformer_submodules or 1
-        self.num_layers = self.num_layers or text.num_hidden_layers
-        self.num_attention_heads = self.num_attention_heads or text.num_attention_heads
-        self.token_dim = self.token_dim or text.hidden_size
+        found = find_backbones(model)
+        text = text_config(model)
+        seq2seq = self.task_type == "SEQ_2_SEQ_LM"
+        self.num_transformer_submodules = self.num_transformer_submodules or (2 if seq2seq else 1)
+        fits = self.num_transformer_submodules == 1 or found.decoder is not None
+        self.require(fits, "num_transformer_submodules", f"1, since a {type(model).__name__} is no encoder-decoder")
+        self.num_layers = self.num_layers or getattr(text, "num_hidden_layers", None)
+        self.num_attention_heads = self.num_attention_heads or getattr(text, "num_attention_heads", None)
+        self.token_dim = self.token_dim or embedding_width(model.get_submodule(found.reader))
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
-        return {find_backbone_name(model): "model"}
+        """Return the module that reads the embeddings, and the decoder that attends to its output."""
+        found = find_backbones(model)
+        return dict.fromkeys([found.reader, *([] if found.decoder is None else [found.decoder])], "model")
+
+    def require_reached(self, modules: Mapping[str, AdapterModule]) -> None:
+        """Raise ModelError if a forward pass of the model did not call the backbone that has the virtual tokens."""
+        missed = [n for n, m in modules.items() if isinstance(m, BackboneModule) and not m.calls]
+        if missed:
+            names = format_names([n or "the model's own" for n in missed])
+            message = f"the model ran without calling the forward of {names}, so its adapter did nothing"
+            raise ModelError(message, "a model that calls its backbone", _OTHER_METHODS)
 
     def file_key(self, key: str) -> str:
         """Return PEFT's keys: learned tensors without a module name, modules trained in full with a shorter prefix."""
@@ -75,11 +101,44 @@ class PromptLearningConfig(PeftConfig):
         return learned[1] if learned else key.replace("base_model.model.", "base_model.", 1)
 
 
-class PromptModule(AdapterModule):
-    """Adapter module at the backbone that adds virtual tokens; a method defines `virtual_embeddings`."""
+class BackboneModule(AdapterModule):
+    """Adapter module at a backbone; it records that it was called, which `require_reached` checks.
+
+    For the task FEATURE_EXTRACTION, PEFT ignores token types.
+    """
 
     takes_row_mask = True
     is_tuner_layer = False
+
+    def __init__(self, task_type: str | None = None) -> None:
+        super().__init__()
+        self.ignores_token_types = task_type == "FEATURE_EXTRACTION"
+        self.calls: list[int] = []  # a list, so that the replicas of DataParallel share it
+
+    def start_call(self, base: BaseForward, args: tuple, kwargs: dict[str, Any]) -> BackboneCall:
+        """Return the call of the backbone, and record it."""
+        if not self.calls:
+            self.calls.append(1)
+        call = BackboneCall(base.module, args, kwargs)
+        if self.ignores_token_types and call.inputs.pop("token_type_ids", None) is not None:
+            warnings.warn("token_type_ids are ignored, as PEFT does for FEATURE_EXTRACTION", stacklevel=2)
+        return call
+
+
+class PromptModule(BackboneModule):
+    """Adapter module at the backbone that adds virtual tokens; a method defines `virtual_embeddings`.
+
+    Args:
+        site: the site.
+        task_type: the adapter's task.
+    """
+
+    def __init__(self, site: Site, task_type: str | None) -> None:
+        super().__init__(task_type)
+        found = find_backbones(site.model)
+        self.causal = found.causal
+        pooled = not found.causal and pools_first_position(site.model, task_type)
+        self.keeps_positions = found.decoder is not None or pooled
 
     def virtual_embeddings(self) -> Tensor:
         """Return the embeddings of the virtual tokens `(n, hidden)`."""
@@ -87,16 +146,37 @@ class PromptModule(AdapterModule):
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the backbone with the virtual tokens in front, and return the hidden states of the other tokens."""
-        return BackboneCall(base.module, args, kwargs).run_with_virtual_tokens(
-            base, self, self.virtual_embeddings(), rows
-        )
+        call = self.start_call(base, args, kwargs)
+        if self.causal:
+            return call.run_with_virtual_tokens(base, self, self.virtual_embeddings(), rows)
+        if rows is not None:
+            message = "adapter_names is given, but the rows of an encoder cannot have different virtual tokens"
+            raise UsageError(message, hint="set_adapter, and one call for each adapter")
+        return call.run_encoder(base, self.virtual_embeddings(), keep=self.keeps_positions)
 
 
-class PositionShift(AdapterModule):
+class EncoderMask(BackboneModule):
+    """Adapter module at a decoder that lets it attend to the `n` virtual tokens in the encoder's output."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.n = n
+
+    def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
+        """Run the decoder with the encoder's mask extended."""
+        call = self.start_call(base, args, kwargs)
+        states, mask = (call.inputs.get(f"encoder_{name}") for name in ("hidden_states", "attention_mask"))
+        if states is not None and mask is not None and mask.shape[-1] != states.shape[1]:
+            if mask.dim() != 2 or mask.shape[1] + self.n > states.shape[1]:
+                message = f"the encoder's output has {states.shape[1]} positions, its mask {mask.shape[-1]}"
+                raise UsageError(message, f"a mask (batch, tokens) and {self.n} positions more in the output")
+            mask = torch.cat([mask.new_ones(len(mask), self.n), mask], dim=1)
+            call.inputs["encoder_attention_mask"] = mask
+        return base(**call.given_inputs())
+
+
+class PositionShift(BackboneModule):
     """Adapter module at the backbone that starts the tokens' positions at `n`, for prefixes that take the first `n`."""
-
-    takes_row_mask = True
-    is_tuner_layer = False
 
     @property
     def n(self) -> int:
@@ -105,7 +185,7 @@ class PositionShift(AdapterModule):
 
     def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
         """Run the backbone with all positions increased by `n`."""
-        call = BackboneCall(base.module, args, kwargs)
+        call = self.start_call(base, args, kwargs)
         call.has_cached_tokens(self, 0)
         positions = call.get_position_ids()
         call.inputs["position_ids"] = positions + (self.n if rows is None else self.n * rows[:, None])
@@ -132,9 +212,15 @@ class AttentionModule(AdapterModule):
                 f"{type(module).__name__} runs with attn_implementation={implementation!r}, which cannot take a prefix"
             )
             raise ModelError(message, " or ".join(map(repr, SUPPORTED_ATTENTION)), 'attn_implementation="sdpa"')
-        # The innermost prefix comes first, like virtual tokens. transformers forwards unknown keyword arguments.
-        prefixes = ((self.compute_prefix_key_values(module, rows), rows), *kwargs.pop(PREFIX_KWARG, ()))
-        return base(*args, **{PREFIX_KWARG: prefixes}, **kwargs)
+        # The innermost prefix comes first, like virtual tokens. transformers forwards unknown keyword arguments, and
+        # the attention function empties the list.
+        prefixes = kwargs.pop(PREFIX_KWARG, [])
+        prefixes.insert(0, (self.compute_prefix_key_values(module, rows), rows))
+        out = base(*args, **{PREFIX_KWARG: prefixes}, **kwargs)
+        if prefixes:
+            message = f"{type(module).__name__} does not call transformers' attention function: the prefix did nothing"
+            raise ModelError(message, "a model whose attention uses transformers' interface", _OTHER_METHODS)
+        return out
 
 
 class LearnedEmbeddings(AdapterModule):
@@ -147,10 +233,11 @@ class LearnedEmbeddings(AdapterModule):
     Args:
         site: the site.
         start: initial embeddings `(n, width)`, or the prompt encoder: a module that returns them when it is called.
+        more: arguments of the class after it.
     """
 
-    def __init__(self, site: Site, start: Tensor | nn.Module) -> None:
-        super().__init__()
+    def __init__(self, site: Site, start: Tensor | nn.Module, *more: Any) -> None:
+        super().__init__(*more)
         if isinstance(start, nn.Module):
             self.prompt_encoder: nn.Module | None = start.to(site.device, site.dtype)
             self.register_parameter("prompt_embeddings", None)
@@ -161,6 +248,16 @@ class LearnedEmbeddings(AdapterModule):
     def get_embeddings(self) -> Tensor:
         """Return `prompt_embeddings (n, width)`."""
         return self.prompt_embeddings if self.prompt_encoder is None else self.prompt_encoder()
+
+    @property
+    def embedding(self) -> Any:
+        """PEFT's name for the table that trains: `embedding.weight`."""
+        encoder: Any = self.prompt_encoder
+        return SimpleNamespace(weight=self.prompt_embeddings) if encoder is None else encoder.embedding
+
+    def get_prompt(self, batch_size: int) -> Any:
+        """Return what PEFT's `get_prompt` returns: here, the embeddings `(batch, n, width)`."""
+        return self.get_embeddings().repeat(batch_size, 1, 1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the embeddings, computed without dropout if there is an encoder, and the encoder's tensors."""
@@ -180,8 +277,126 @@ class LearnedEmbeddings(AdapterModule):
             self.prompt_embeddings = nn.Parameter(embeddings, requires_grad=trains)
 
 
+class PromptMixin:
+    """The part of `PeftModel` with PEFT's attributes of a model with virtual tokens.
+
+    `prompt_encoder` has the modules with the learned embeddings and `prompt_tokens` the indices of the virtual tokens,
+    both by adapter; `word_embeddings` are the token embeddings. A base's own modules of these names come first.
+    """
+
+    def __getattr__(self: Any, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name not in ("prompt_encoder", "prompt_tokens", "word_embeddings") or "_slimtune" not in vars(self):
+                raise
+            every = {n: m for a in self.peft_config for n, m in [(a, _find_learned(self, a))] if m is not None}
+            if not every:
+                raise
+        if name == "prompt_encoder":
+            return nn.ModuleDict(every)
+        if name == "prompt_tokens":
+            configs = {n: self.peft_config[n] for n in every}
+            return {n: torch.arange(c.num_virtual_tokens * c.num_transformer_submodules) for n, c in configs.items()}
+        return self.get_submodule(find_backbones(self).reader).get_input_embeddings()
+
+    def get_prompt(self: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """Return the active adapter's virtual tokens `(batch, n, hidden)`, or its prefix as a cache.
+
+        `task_ids` and `max_cache_len`, which other methods of PEFT need, are ignored.
+        """
+        return self._get_learned(self.active_adapters[0]).get_prompt(batch_size)
+
+    def get_prompt_embedding_to_save(self: Any, adapter_name: str) -> Tensor:
+        """Return the tensor `prompt_embeddings` of an adapter's file."""
+        return self._get_learned(adapter_name).tensors()["prompt_embeddings"].detach().cpu()
+
+    def _get_learned(self: Any, adapter: str) -> LearnedEmbeddings:
+        found = _find_learned(self, adapter)
+        if found is None:
+            raise UsageError(f"adapter {adapter!r} has no virtual tokens", "an adapter of a prompt learning method")
+        return found
+
+
+def _find_learned(model: Any, adapter: str) -> LearnedEmbeddings | None:
+    modules = model.adapter_modules(adapter).values()
+    return next((m for m in modules if isinstance(m, LearnedEmbeddings)), None)
+
+
+class Backbones(NamedTuple):
+    """The modules of a model that read token embeddings.
+
+    Args:
+        reader: name of the module that reads `input_ids`; "" is the model itself.
+        decoder: name of the decoder, in an encoder-decoder.
+        causal: whether a position of `reader` sees only those before it.
+    """
+
+    reader: str
+    decoder: str | None
+    causal: bool
+
+
+def find_backbones(model: Any) -> Backbones:
+    """Return the modules that map token embeddings to hidden states: the innermost that take both they and a mask.
+
+    A head may call a part of its backbone: `OPTForCausalLM` calls `model.decoder`, past `model`. Since each module
+    outside calls the innermost one, an adapter there is always reached.
+
+    Raises:
+        ModelError: there is no such module, or it is not clear which one reads the tokens.
+    """
+    name, expected = type(model).__name__, "a transformers model that takes inputs_embeds and an attention_mask"
+    if getattr(model, "config", None) is None:
+        raise ModelError(f"virtual tokens are not supported for a {name}", expected, _OTHER_METHODS)
+    takers = [n for n, m in model.named_modules() if _takes_embeddings(type(m).forward)]
+    inner = [n for n in takers if not any(other != n and other.startswith(f"{n}." if n else "") for other in takers)]
+    decoders = [n for n in inner if "decoder" in n.split(".")]
+    encoders = [n for n in inner if n not in decoders]
+    if getattr(model.config, "is_encoder_decoder", False):
+        if len(decoders) == 1 and len(encoders) <= 1:
+            return Backbones(encoders[0] if encoders else decoders[0], decoders[0], causal=not encoders)
+    elif len(inner) == 1:
+        parameters = inspect.signature(type(model.get_submodule(inner[0])).forward).parameters
+        attends = CACHES & set(parameters) and hasattr(text_config(model), "num_attention_heads")
+        if "use_cache" in parameters and not attends:
+            message = f"virtual tokens are not supported for a {name}, which does not cache keys and values"
+            raise ModelError(message, "a model with attention in its layers", _OTHER_METHODS)
+        return Backbones(inner[0], None, _is_causal(model))
+    found = f"it has {format_names(inner)}" if inner else "no module of it takes them"
+    raise ModelError(f"virtual tokens are not supported for a {name}: {found}", expected, _OTHER_METHODS)
+
+
+@cache
+def _takes_embeddings(forward: Any) -> bool:
+    parameters = inspect.signature(forward).parameters
+    return "inputs_embeds" in parameters and "attention_mask" in parameters
+
+
+def _is_causal(model: Any) -> bool:
+    """Return whether a model of one part is a decoder."""
+    config = model.config
+    if config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return bool(getattr(config, "is_decoder", False))
+    causal = any(getattr(m, "is_causal", False) is True for m in model.modules())
+    return causal or model.can_generate() or config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def pools_first_position(model: Any, task_type: str | None) -> bool:
+    """Return whether a head above an encoder reads one position of each row, not each position."""
+    names = {c.__name__ for c in type(model).__mro__}
+    pooled = ("ForSequenceClassification", "ForMultipleChoice")
+    return task_type == "SEQ_CLS" or any(n.endswith(pooled) for n in names)
+
+
+def embedding_width(backbone: Any) -> int:
+    """Return the size of a backbone's token embeddings, which may differ from its hidden size (ELECTRA)."""
+    table = backbone.get_input_embeddings()
+    return int(getattr(table, "embedding_dim", None) or table.weight.shape[-1])
+
+
 def find_backbone_name(model: Any) -> str:
-    """Return the name of the module that maps embeddings to hidden states; "" if it is the model itself."""
+    """Return the name of the module that transformers calls the base model; "" if it is the model itself."""
     name = getattr(model, "base_model_prefix", "")
     return name if name in model._modules else ""
 

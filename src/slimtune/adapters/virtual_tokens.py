@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
 
 from ..attention.prefix import RowMask, make_mask
 from ..attention.register import LAYOUT_KWARG, original_attention
@@ -22,13 +23,15 @@ class BackboneCall:
     def __init__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.module: Any = module
         names = [n for n in inspect.signature(type(module).forward).parameters if n != "self"]
+        self.takes_positions = "position_ids" in names
         self.inputs: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         # transformers 5.2x renamed past_key_values to cache.
         self.cache_name = "cache" if "cache" in names else "past_key_values"
         if self.cache_name == "cache" and "past_key_values" in self.inputs:
             self.inputs["cache"] = self.inputs.pop("past_key_values")
-        return_dict = self.inputs.get("return_dict")
-        self.return_tuple = not (getattr(module.config, "return_dict", True) if return_dict is None else return_dict)
+        self.return_dict = self.inputs.get("return_dict")
+        wanted = getattr(module.config, "return_dict", True) if self.return_dict is None else self.return_dict
+        self.return_tuple = not wanted
         self.inputs["return_dict"] = True
         cache = self.inputs.get(self.cache_name)
         self.cached_length = int(cache.get_seq_length()) if cache is not None else 0
@@ -50,6 +53,9 @@ class BackboneCall:
             raise UsageError(f"the cache has a fixed length, without space for {n} virtual tokens", hint=hint)
         if self.inputs.get("token_type_ids") is not None:
             raise UsageError("token_type_ids are given, which virtual tokens do not have", hint="omit token_type_ids")
+        if rows is not None and not self.takes_positions and _embeds_positions(self.module):
+            message = f"{type(self.module).__name__} takes no position_ids, so all rows have the same virtual tokens"
+            raise UsageError(message, "a batch without adapter_names", "set_adapter, and one call for each adapter")
         cached, embeds = self.has_cached_tokens(module, n), self._embed_tokens()
         own_rows = torch.ones(self.batch, dtype=torch.bool, device=embeds.device) if rows is None else rows
         start = self._extend_positions_and_mask(n, own_rows, cached, need_mask=rows is not None)
@@ -58,15 +64,92 @@ class BackboneCall:
             self.inputs["inputs_embeds"] = insert_columns(virtual, embeds, start, 1)
         out = self.run_and_mark_cache(base, module, n)
         if not cached:
-            changed: dict[str, Any] = {"last_hidden_state": remove_columns(out.last_hidden_state, start, n)}
-            if getattr(out, "hidden_states", None) is not None:
-                changed["hidden_states"] = tuple(remove_columns(h, start, n) for h in out.hidden_states)
-            out = replace(out, **changed)
+            out = _remove_positions(out, start, n)
         return self.format_output(out)
+
+    def run_encoder(self, base: BaseForward, virtual: Tensor, *, keep: bool) -> Any:
+        """Run an encoder with virtual tokens `(n, hidden)` in front of each row; `keep` leaves them in its output."""
+        n, embeds, mask = virtual.shape[0], self._embed_tokens(), self.inputs.get("attention_mask")
+        virtual = virtual.to(device=embeds.device, dtype=embeds.dtype).expand(self.batch, -1, -1)
+        self.inputs["inputs_embeds"] = torch.cat([virtual, embeds], dim=1)
+        if mask is not None:
+            self.inputs["attention_mask"] = _with_ones_in_front(mask, n)
+        if (types := self.inputs.get("token_type_ids")) is not None:
+            self.inputs["token_type_ids"] = torch.cat([types.new_zeros(len(types), n), types], dim=1)
+        if (positions := self.inputs.get("position_ids")) is not None:
+            first = positions[..., :1] + torch.arange(n, device=positions.device)
+            self.inputs["position_ids"] = torch.cat([first, positions + n], dim=-1)
+        out = base(**self.inputs)
+        return self.format_output(out if keep else _remove_positions(out, None, n))
+
+    def run_with_cached_prefix(self, base: BaseForward, module: AdapterModule, prefix: list, *, causal: bool) -> Any:
+        """Run the backbone with a prefix in its cache, which is made for this call if the caller has none.
+
+        `prefix` has the learned keys and values `(heads, n, head size)` of each layer. The model counts positions from
+        its cache, so that they start after the prefix.
+        """
+        name, n, given = type(self.module).__name__, prefix[0][0].shape[1], self.inputs.get(self.cache_name)
+        if getattr(given, "is_compileable", False):
+            raise UsageError(f"the cache has a fixed length, without space for a prefix of {n}", "a dynamic cache")
+        if self.module.training and any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules()):
+            message = f"a {name} takes the prefix from its cache, which activation checkpointing removes"
+            raise UsageError(message, hint="gradient_checkpointing_disable(), or prompt tuning")
+        if LAYOUT_KWARG in self.inputs:
+            raise UsageError(f"a {name} with a prefix cannot run packed rows", hint="--set train.packing=false")
+        self.inputs.pop("cache_position", None)
+        positions, mask = self.inputs.get("position_ids"), self.inputs.get("attention_mask")
+        cached = self.has_cached_tokens(module, n)
+        if not cached and mask is None and causal and self.length > 1 and _is_2d(positions):
+            mask = self._make_packed_mask(positions)
+        if _is_2d(mask):
+            mask = _with_ones_in_front(mask, n)
+        elif mask is not None:
+            rows = torch.ones(self.batch, dtype=torch.bool, device=mask.device)
+            mask = self._extend_prepared_mask(mask, n, rows, self.get_position_ids(), cached=True)
+        self.inputs["attention_mask"] = mask
+        if positions is not None:
+            self.inputs["position_ids"] = positions + n
+        if not cached:
+            self._fill_cache(module, prefix)
+        wanted = self.inputs.get("use_cache")
+        wanted = causal and (getattr(self.module.config, "use_cache", False) if wanted is None else wanted)
+        if causal:
+            self.inputs["use_cache"] = True  # Whisper ignores its cache otherwise
+        try:
+            out = self.run_and_mark_cache(base, module, n)
+        except RuntimeError as e:
+            if "Sizes of tensors must match" not in str(e):
+                raise
+            shape = f"{len(prefix[0][0])} heads of size {prefix[0][0].shape[2]}"
+            raise ModelError(f"the prefix has {shape}, which does not fit the keys of a {name}: {e}") from None
+        tokens, cache = self.cached_length + self.length, self.inputs[self.cache_name]
+        if cache.get_seq_length() != tokens:
+            raise ModelError(f"a {name} does not read its cache, so that the prefix did nothing", "a decoder, or BERT")
+        if given is None and not wanted and getattr(out, self.cache_name, None) is not None:
+            out = replace(out, **{self.cache_name: None})
+        return self.format_output(out)
+
+    def _fill_cache(self, module: AdapterModule, prefix: list) -> None:
+        cache: Any = self.inputs.get(self.cache_name)
+        if cache is None:
+            cache = DynamicCache()
+            if self.inputs.get("encoder_hidden_states") is not None:
+                cache = EncoderDecoderCache(cache, DynamicCache())
+            self.inputs[self.cache_name] = cache
+        for layer, keys_and_values in enumerate(prefix):
+            like = {"device": self.module.device, "dtype": self.module.dtype}
+            keys, values = (t.to(**like).expand(self.batch, -1, -1, -1) for t in keys_and_values)
+            getattr(cache, "self_attention_cache", cache).update(keys, values, layer)
+        n = prefix[0][0].shape[1]
+        self.cached_virtual_tokens = {**self.cached_virtual_tokens, id(module): n}
+        cache._virtual_tokens = self.cached_virtual_tokens
+        self.cached_length += n
 
     def has_cached_tokens(self, module: AdapterModule, n: int) -> bool:
         """Return whether the cache contains the start of the sequence, with the `n` virtual tokens of `module`."""
         cached, virtual = self.cached_length, self.cached_virtual_tokens
+        if id(module) not in virtual and cached == sum(virtual.values()):
+            return False  # at most the prefix of another adapter
         if cached and id(module) not in virtual:
             message = "the cache was filled without this adapter's virtual tokens"
             raise UsageError(message, "a cache from the same adapter", "start with an empty cache")
@@ -89,6 +172,11 @@ class BackboneCall:
             if cache is not None:
                 cache._virtual_tokens = {**getattr(cache, "_virtual_tokens", {}), id(module): num_virtual_tokens}
         return out
+
+    def given_inputs(self) -> dict[str, Any]:
+        """Return the inputs with the caller's own choice between a tuple and an output object."""
+        given = {k: v for k, v in self.inputs.items() if k != "return_dict"}
+        return given if self.return_dict is None else {**given, "return_dict": self.return_dict}
 
     def format_output(self, out: Any) -> Any:
         """Return the output as a tuple if the caller requested one."""
@@ -145,7 +233,9 @@ class BackboneCall:
             if start is not None:
                 first = positions.gather(-1, start.expand(*positions.shape[:-1], 1))
             shifted = insert_columns(first + columns, shifted, start, -1)
-        self.inputs.update(position_ids=shifted, attention_mask=mask)
+        self.inputs["attention_mask"] = mask
+        if self.takes_positions:
+            self.inputs["position_ids"] = shifted
         return start
 
     def _make_packed_mask(self, positions: Tensor) -> Any:
@@ -209,6 +299,26 @@ def remove_columns(states: Tensor | None, start: Tensor | None, n: int) -> Tenso
         return states if states is None else states[:, n:]
     column = torch.arange(states.shape[1] - n, device=states.device)
     return states.gather(1, _expand_index(torch.where(column < start, column, column + n), states, 1))
+
+
+def _remove_positions(out: Any, start: Tensor | None, n: int) -> Any:
+    """Return a backbone's output without the hidden states of `n` positions, as in `remove_columns`."""
+    changed: dict[str, Any] = {"last_hidden_state": remove_columns(out.last_hidden_state, start, n)}
+    if getattr(out, "hidden_states", None) is not None:
+        changed["hidden_states"] = tuple(remove_columns(h, start, n) for h in out.hidden_states)
+    return replace(out, **changed)
+
+
+def _with_ones_in_front(mask: Tensor, n: int) -> Tensor:
+    if mask.dim() != 2:
+        message = f"the attention_mask has {mask.dim()} dimensions, which virtual tokens cannot extend"
+        raise UsageError(message, "a mask (batch, tokens)")
+    return torch.cat([mask.new_ones(len(mask), n), mask], dim=1)
+
+
+def _embeds_positions(backbone: nn.Module) -> bool:
+    """Return whether a backbone adds an embedding of each token's place in the sequence."""
+    return any("Position" in type(m).__name__ and "Embedding" in type(m).__name__ for m in backbone.modules())
 
 
 def _is_2d(tensor: Any) -> TypeGuard[Tensor]:

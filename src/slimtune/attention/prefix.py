@@ -54,7 +54,7 @@ def find_attention_modules(model: Any) -> list[str]:
     """
     require_decoder(model)
     name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
+    if not has_attention_interface(model):
         raise ModelError(f"the attention of a {name} cannot take learned keys and values", _DECODERS, _OTHER_METHODS)
     layers = {}
     for path, module in model.named_modules():
@@ -65,6 +65,11 @@ def find_attention_modules(model: Any) -> list[str]:
         problem = f"a {name} has attention modules in layers {sorted(layers.values())}"
         raise ModelError(problem, "one attention module in every layer", _OTHER_METHODS)
     return sorted(layers, key=layers.__getitem__)
+
+
+def has_attention_interface(model: Any) -> bool:
+    """Return whether a model's attention calls transformers' attention function, and passes keyword arguments to it."""
+    return bool(getattr(model, "_supports_attention_backend", False))
 
 
 def require_decoder(model: Any) -> None:
@@ -110,7 +115,9 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Attention function with prefixes: `query (batch, heads, q, size)`, `key, value (batch, kv heads, k, size)`."""
-    prefixes = kwargs.pop(PREFIX_KWARG, ())
+    given = kwargs.pop(PREFIX_KWARG, [])
+    prefixes = list(given)
+    given.clear()  # the caller checks that they arrived
     for prefix, _ in prefixes:
         shape, expected = (prefix.keys.shape[0], prefix.keys.shape[2]), (key.shape[1], key.shape[3])
         if shape != expected:

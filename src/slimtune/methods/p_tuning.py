@@ -11,6 +11,7 @@ Paper: https://arxiv.org/abs/2103.10385. File format: PEFT's `prompt_embeddings 
 E and f as `prompt_encoder.…`, so that training can continue. A file without them (PEFT's) loads as a table P.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from ..adapters.base import AdapterModule, Site
 from ..adapters.config import setting
 from ..adapters.prompt import PromptLearningConfig
-from .prompt_tuning import SoftPrompt
+from .prompt_tuning import build_prompt
 
 
 class PromptEncoderReparameterizationType(StrEnum):
@@ -56,9 +57,8 @@ class PromptEncoderConfig(PromptLearningConfig):
         super().fill_from_model(model)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
-    def build(self, site: Site) -> AdapterModule:
-        self.require(self.token_dim == site.in_features, "token_dim", f"{site.in_features}, as the model's embeddings")
-        return SoftPrompt(site, PromptEncoder(self, site.init_device))
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+        return build_prompt(self, sites, PromptEncoder(self, sites[0].init_device))
 
 
 class PromptEncoder(nn.Module):
@@ -66,7 +66,8 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, config: Any, device: torch.device) -> None:
         super().__init__()
-        n, hidden, h = config.num_virtual_tokens, config.token_dim, config.encoder_hidden_size
+        n = config.num_virtual_tokens * config.num_transformer_submodules
+        hidden, h = config.token_dim, config.encoder_hidden_size
         self.embedding = nn.Embedding(n, hidden, device=device)
         self.lstm_head: nn.LSTM | None = None
         sizes = [(hidden, h), (h, h), (h, hidden)]

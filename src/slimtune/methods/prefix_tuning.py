@@ -18,14 +18,15 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..adapters import prompt
 from ..adapters.architectures import text_config
-from ..adapters.base import AdapterModule, Site, SiteKind
+from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
 from ..adapters.config import setting
-from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules
-from ..errors import ConfigError, UsageError
+from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules, has_attention_interface
+from ..errors import ConfigError, ModelError, UsageError
 
 
 @dataclass
@@ -64,28 +65,43 @@ class PrefixTuningConfig(prompt.PromptLearningConfig):
 
     def fill_from_model(self, model: Any) -> None:
         """Fill in the sizes from the model's config; heads and head size are those of the keys."""
-        config = text_config(model)
-        heads = getattr(config, "num_key_value_heads", None)
-        if config is not None and heads is not None:
-            size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            self.num_attention_heads = self.num_attention_heads or heads
-            self.token_dim = self.token_dim or size * heads
-            sizes = {"num_attention_heads": heads, "token_dim": size * heads}
-            for name, expected in sizes.items():
-                self.require(getattr(self, name) == expected, name, f"{expected}, as the model's keys")
+        found = prompt.find_backbones(model)
+        layers, heads, size = find_key_shape(model, found.decoder or found.reader)
+        self.num_layers = self.num_layers or max(layers, text_config(model).num_hidden_layers if found.decoder else 0)
+        self.num_attention_heads = self.num_attention_heads or heads
+        self.token_dim = self.token_dim or size * heads
+        for name, expected in {"num_attention_heads": heads, "token_dim": size * heads}.items():
+            self.require(getattr(self, name) == expected, name, f"{expected}, as the model's keys")
+        fits = self.num_layers >= layers if found.decoder else self.num_layers == layers
+        self.require(fits, "num_layers", f"{layers}, as the model")
+        if not found.causal:
+            alone = self.init_weights != "vocab" and self.prefix_tuning_init_text is None
+            self.require(alone, "init_weights", "None or 'zero', and no start from text, for a model with an encoder")
         super().fill_from_model(model)
         self.encoder_hidden_size = self.encoder_hidden_size or self.token_dim
 
     def extra_targets(self, model: Any) -> dict[str, SiteKind]:
-        """Return the backbone, where the prefix is stored, and every attention module."""
-        return {prompt.find_backbone_name(model): "model", **dict.fromkeys(find_attention_modules(model), "attention")}
+        """Return the backbone, where the prefix is stored, and every attention module that can take its part."""
+        found = prompt.find_backbones(model)
+        name = found.decoder or found.reader
+        backbone = model.get_submodule(name)
+        parameters = inspect.signature(type(backbone).forward).parameters
+        if found.causal and found.decoder is None and "position_ids" in parameters and has_attention_interface(model):
+            return {name: "model", **dict.fromkeys(find_attention_modules(model), "attention")}
+        encodes = not found.causal and found.decoder is None
+        family = model.config.model_type
+        if not prompt.CACHES & set(parameters) or (encodes and family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+            message = f"a {type(backbone).__name__} takes neither a cache nor learned keys and values"
+            raise ModelError(message, hint="tune this model with prompt tuning, LoRA or IA3")
+        return {name: "model"}
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         """Return the prefix at the backbone, and each layer's part of it."""
-        layers = len(sites) - 1
-        self.require(self.num_layers == layers, "num_layers", f"{layers}, as the model")
-        stored = StoredPrefix(sites[0], self._make_start(sites[0]), self)
-        return [stored, *(LayerPrefix(stored, layer) for layer in range(layers))]
+        start = self._make_start(sites[0])
+        if len(sites) == 1:
+            return [CachedPrefix(sites[0], start, self)]
+        stored = StoredPrefix(sites[0], start, self)
+        return [stored, *(LayerPrefix(stored, layer) for layer in range(len(sites) - 1))]
 
     def _make_start(self, site: Site) -> Tensor | nn.Module:
         n: Any = self.num_virtual_tokens
@@ -107,8 +123,10 @@ class StoredPrefix(prompt.LearnedEmbeddings, prompt.PositionShift):
     """The keys and values of all layers, stored at the backbone; the tokens' own positions start after them."""
 
     def __init__(self, site: Site, start: Tensor | nn.Module, config: Any) -> None:
-        super().__init__(site, start)
+        super().__init__(site, start, config.task_type)
         self.heads, self.layer_width = config.num_attention_heads, 2 * config.token_dim
+        self.layers = config.num_layers
+        self.stride = config.num_transformer_submodules
 
     @property
     def n(self) -> int:
@@ -120,11 +138,39 @@ class StoredPrefix(prompt.LearnedEmbeddings, prompt.PositionShift):
 
         Each call builds a graph of its own, so that activation checkpointing can run a layer again.
         """
-        kv_slice = slice(layer * self.layer_width, (layer + 1) * self.layer_width)
+        # PEFT deals the parts to the two halves of an encoder-decoder in turn, and only the decoder takes its own.
+        part = layer * self.stride % self.layers
+        kv_slice = slice(part * self.layer_width, (part + 1) * self.layer_width)
         encoder: Any = self.prompt_encoder
-        part = self.prompt_embeddings[:, kv_slice] if encoder is None else encoder(kv_slice)
-        keys, values = part.view(len(part), 2, self.heads, -1).permute(1, 2, 0, 3)
+        embeddings = self.prompt_embeddings[:, kv_slice] if encoder is None else encoder(kv_slice)
+        keys, values = embeddings.view(len(embeddings), 2, self.heads, -1).permute(1, 2, 0, 3)
         return AttentionPrefix(keys, values)
+
+    def get_prompt(self, batch_size: int) -> Any:
+        """Return a cache with the prefix, for each row of a batch."""
+        cache = DynamicCache()
+        for layer in range(self.layers):
+            keys, values = (t.expand(batch_size, -1, -1, -1) for t in self.get_layer_prefix(layer)[:2])
+            cache.update(keys, values, layer)
+        return cache if self.stride == 1 else EncoderDecoderCache(cache, DynamicCache())
+
+
+class CachedPrefix(StoredPrefix):
+    """A prefix that the backbone reads from its cache, as PEFT does, where its attention cannot take one."""
+
+    def __init__(self, site: Site, start: Tensor | nn.Module, config: Any) -> None:
+        super().__init__(site, start, config)
+        found = prompt.find_backbones(site.model)
+        self.causal = found.causal or found.decoder is not None
+        self.decoder_layers = find_key_shape(site.model, site.name)[0]
+
+    def forward_with_base(self, base: BaseForward, *args: Any, rows: RowMask = None, **kwargs: Any) -> Any:
+        if rows is not None:
+            message = f"adapter_names is given, but all rows of a {type(base.module).__name__} have the same prefix"
+            raise UsageError(message, hint="set_adapter, and one call for each adapter")
+        prefix = [self.get_layer_prefix(layer)[:2] for layer in range(self.decoder_layers)]
+        call = self.start_call(base, args, kwargs)
+        return call.run_with_cached_prefix(base, self, prefix, causal=self.causal)
 
 
 class LayerPrefix(prompt.AttentionModule):
@@ -158,6 +204,17 @@ class PrefixProjection(nn.Module):
         """Return `(n, layers · 2 · kv heads · head size)`, or some of its columns."""
         last: Any = self.transform[2]
         return F.linear(self.transform[:2](self.embedding.weight), last.weight[kv_slice], last.bias[kv_slice])
+
+
+def find_key_shape(model: Any, backbone: str) -> tuple[int, int, int]:
+    """Return the layers of a backbone, and the heads and the head size of its keys, by the model's config."""
+    config = text_config(model)
+    decodes = "decoder" in backbone.split(".")
+    names = ("num_decoder_layers", "decoder_layers") if decodes else ()
+    layers = next((v for n in names if (v := getattr(config, n, None))), config.num_hidden_layers)
+    all_heads = (getattr(config, "decoder_attention_heads", None) if decodes else None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None) or config.hidden_size // all_heads
+    return layers, getattr(config, "num_key_value_heads", None) or all_heads, size
 
 
 def initialize_kv_prefix_from_text(

@@ -10,6 +10,7 @@ the logits have no positions for the virtual tokens.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Literal
@@ -57,14 +58,16 @@ class PromptTuningConfig(prompt.PromptLearningConfig):
         self.require(allowed, "tokenizer_kwargs", "None unless prompt_tuning_init='TEXT'")
         self.require("trust_remote_code" not in options, "tokenizer_kwargs", "no trust_remote_code: it runs any code")
 
-    def build(self, site: Site) -> AdapterModule:
-        self.require(self.token_dim == site.in_features, "token_dim", f"{site.in_features}, as the model's embeddings")
-        n: Any = self.num_virtual_tokens
+    def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
+        return build_prompt(self, sites, self._make_start(sites[0]))
+
+    def _make_start(self, site: Site) -> Tensor:
+        n: Any = self.num_virtual_tokens * self.num_transformer_submodules  # type: ignore[operator]
         # PEFT draws them for every start: one seed gives the same adapter in both libraries.
-        random = nn.Embedding(n, site.in_features, device=site.init_device).weight
+        random = nn.Embedding(n, self.token_dim, device=site.init_device).weight  # type: ignore[arg-type]
         if self.prompt_tuning_init == "RANDOM" or site.loading:
-            return SoftPrompt(site, random)
-        table: Any = site.model.get_input_embeddings()  # type: ignore[operator]
+            return random
+        table: Any = site.module.get_input_embeddings()  # type: ignore[operator]
         if self.prompt_tuning_init == "SAMPLE_VOCAB":
             ids = torch.randint(0, table.num_embeddings, (n,))
         else:
@@ -72,11 +75,25 @@ class PromptTuningConfig(prompt.PromptLearningConfig):
             text = prompt.tokenize_text(*settings)
             ids = torch.tensor((text * math.ceil(n / len(text)))[:n])
         with prompt.disable_adapter_for_inference(site.model):
-            return SoftPrompt(site, table(ids.to(table.weight.device)))
+            return table(ids.to(table.weight.device))
 
 
 class SoftPrompt(prompt.LearnedEmbeddings, prompt.PromptModule):
-    """Learned embeddings, or those that a small network computes, in front of the sequence."""
+    """Learned embeddings, or those that a small network computes, in front of the sequence.
+
+    PEFT's adapter of an encoder-decoder (`num_transformer_submodules` 2) has twice as many and uses the first half.
+    """
+
+    def __init__(self, site: Site, start: Tensor | nn.Module, config: Any) -> None:
+        super().__init__(site, start, site, config.task_type)
+        self.n = config.num_virtual_tokens
 
     def virtual_embeddings(self) -> Tensor:
-        return self.get_embeddings()
+        return self.get_embeddings()[: self.n]
+
+
+def build_prompt(config: Any, sites: Sequence[Site], start: Tensor | nn.Module) -> list[AdapterModule]:
+    """Return the virtual tokens at the first site, and what makes them visible to a decoder at the second."""
+    width = prompt.embedding_width(sites[0].module)
+    config.require(config.token_dim == width, "token_dim", f"{width}, as the model's embeddings")
+    return [SoftPrompt(sites[0], start, config), *(prompt.EncoderMask(config.num_virtual_tokens) for _ in sites[1:])]
