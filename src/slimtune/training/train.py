@@ -28,7 +28,7 @@ from ..models.dtype import pick_device, pick_training_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
 from ..reporting import versions, write_report
-from ..run_dir import ADAPTER_FILE, RunDir
+from ..run_dir import ADAPTER_FILE, RunDir, is_temporary
 from ..train_step.memory_savings import apply_fsdp, compile_layers
 from ..utils import distributed
 from ..utils.device import peak_memory
@@ -44,9 +44,6 @@ from .run_lock import RunLock
 
 INIT_ADAPTER = "start"
 """Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
-
-RUN_NAMES = ("recipe.yaml", "plan.json", "data.json", "metrics.jsonl", "result.json", "report.html", ".writer.json")
-"""Files of a run folder that are written under a temporary name first."""
 
 Planner = Callable[[Recipe, Sequence[int]], Mapping[str, Any] | None]
 """Plans a recipe for rows of these lengths in tokens. Returns the plan as plain values, None if it cannot be planned;
@@ -219,9 +216,7 @@ def open_run(run: RunDir, recipe: Recipe, lock: RunLock) -> None:
     check_same_recipe(run, recipe)
     lock.acquire()
     for leftover in (*run.path.glob(".*.*"), *run.checkpoints.glob(".partial-*")):
-        # Temporary names are `.<name>.<random>`; what a user has hidden here is not called like a file of the run.
-        known = any(leftover.name.startswith(f".{name}.") for name in RUN_NAMES)
-        if known or leftover.parent == run.checkpoints:
+        if is_temporary(leftover.name) or leftover.parent == run.checkpoints:
             checkpoint.remove(leftover)
 
 
