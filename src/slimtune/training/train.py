@@ -363,6 +363,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """Save the best adapter, the result and the report; return the result."""
     run, state, model = loop.run, loop.state, loop.model
+    untrained = model.active_peft_config.find_untrained_experts(model.adapter_modules("default"))
     best_step, best_loss = loop.load_best_adapter()
     adapter_files.save_adapter(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
@@ -401,6 +402,7 @@ def finish_run(
         "oom_events": sum(m.get("event") == EVENT for m in run.load_metrics()),
         "finished": datetime.now(UTC).isoformat(" ", "seconds"),
         "target_summary": str(model.match_report()),
+        "untrained_experts": untrained,
         "data_report": {
             "train": data.train_report.to_dict(),
             "validation": data.validation_report.to_dict() if data.validation_report else None,
@@ -413,5 +415,9 @@ def finish_run(
     }
     write_json(run.result_file, result)
     write_report(run)
+    if untrained:
+        count = sum(map(len, untrained.values()))
+        some = format_names((f"{name}[{expert}]" for name, experts in untrained.items() for expert in experts), 4)
+        loop.logger.say(f"{count} expert weights got no gradient, as no token was routed to them: {some}")
     loop.logger.say(f"adapter: {run.adapter} ({format_bytes(result['adapter_bytes'])})")
     return result
