@@ -8,6 +8,8 @@ several adapters of different methods run, and merge, in the order in which they
     "linear"      y = W x + b                       `forward(x, y)`, or `forward_with_base(base, x)` if it changes the
     "embedding"   y = W[:, x]                       input or reads W; `merge_into(W, b)`; `low_rank_factors()`
     "conv"        y = W ∗ x + b, a convolution      the same, with W as a matrix `(out, in / groups · kernel size)`
+    "weight"      W, read without a call of the module: `merge_into(W, b)` alone; nn.MultiheadAttention's in_proj_weight,
+                  and the weight of its out_proj
     "norm"        a normalisation with a weight     the same
     "parameters"  any module with parameters        `forward_with_base`, `merge_into_parameter`
     "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `Block`
@@ -32,10 +34,10 @@ from ..attention.packed_layout import RowMask as RowMask  # methods import it fr
 from ..errors import TargetError
 from ..kernels.lora_linear import low_rank_linear, plus_low_rank
 from ..kernels.low_rank import add_low_rank
-from ..utils.linear_layers import get_weight, is_plain_forward
+from ..utils.linear_layers import get_weight, is_plain_forward, parameter_names
 from .architectures import text_config
 
-SiteKind = Literal["linear", "embedding", "conv", "norm", "parameters", "block", "attention", "model"]
+SiteKind = Literal["linear", "embedding", "conv", "weight", "norm", "parameters", "block", "attention", "model"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Site:
         return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def bias(self) -> Tensor | None:
-        return getattr(self.module, "bias", None)
+        return getattr(self.module, parameter_names(self.module)[1], None)
 
     def require_ungrouped(self) -> tuple[int, ...]:
         """Return a convolution's kernel size; raise TargetError if it has groups, which the method does not support."""
@@ -108,7 +110,7 @@ class BaseForward:
 
     def bias(self) -> Tensor | None:
         """Return the base's own bias `(out)`, or None."""
-        return getattr(self.module, "bias", None)
+        return getattr(self.module, parameter_names(self.module)[1], None)
 
     def weight(self) -> Tensor:
         """Return the weight `(out, in)` that a call uses: the base's own tensor if there are no inner modules."""

@@ -239,7 +239,7 @@ def collect_weight_deltas(
             kind = report.kinds[name]
             if isinstance(module, SharedParameterHolder):
                 continue
-            if kind not in ("linear", "embedding", "conv"):
+            if kind not in ("linear", "embedding", "conv", "weight"):
                 raise _not_a_weight_change(adapter, name, f"it changes a {kind}")
             delta = WeightDelta(adapter, float(coefficient), module, get_site(name, kind, model))
             found.setdefault(name, []).append(delta)

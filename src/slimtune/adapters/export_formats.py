@@ -42,7 +42,7 @@ def get_export_formats(model: Any, adapter: str = "default", *, beside: bool = T
     return ExportFormats(
         merged=merged,
         gguf=beside and bool(factors) and not other,
-        vllm=can_be_lora and "conv" not in kinds and not plain_lora_incompatibilities(config),
+        vllm=can_be_lora and not kinds & {"conv", "weight"} and not plain_lora_incompatibilities(config),
         as_lora=can_be_lora and merged and bool(kinds) and kinds <= {"linear", "embedding"},
     )
 

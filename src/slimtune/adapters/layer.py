@@ -12,8 +12,9 @@ In addition to its own parameters, an adapted module contains, by adapter name:
     `trained_copies.<name>`    the adapter's own copy of some of the module's parameters (`modules_to_save`, biases)
 
 The subclass turns each parameter (`weight`, `bias`) into a property: it returns the active adapter's trained copy if
-there is one, else the base's own parameter. All adapted modules of a model share one `ActiveAdapters`, so switching
-adapters costs the same no matter how many are loaded.
+there is one, else the base's own parameter. A weight that PyTorch reads without calling the module (those of
+nn.MultiheadAttention) contains the updates of the active adapters. All adapted modules of a model share one
+`ActiveAdapters`, so switching adapters costs the same no matter how many are loaded.
 """
 
 import inspect
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.prefix import make_prefix_config_view
-from ..errors import TargetError
+from ..errors import TargetError, UsageError
 from ..kernels.lora_linear import add_low_rank_rows
-from ..utils.linear_layers import layer_kind, layer_sizes
+from ..utils.linear_layers import ReadWeight, layer_kind, layer_sizes, parameter_names
 from ..utils.made_classes import PickledByRecipe
 from .architectures import text_config
 from .base import BaseForward, Site, SiteKind
@@ -39,9 +40,9 @@ from .peft_layers import ADAPTED_ATTRIBUTES, PeftNames
 def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
     """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
     module = model.get_submodule(name)
-    if layer_kind(module) is not None and kind in ("linear", "embedding", "conv", "norm"):
+    if layer_kind(module) is not None and kind in ("linear", "embedding", "conv", "weight", "norm"):
         in_features, out_features = layer_sizes(module)
-        weight: Any = module._parameters["weight"]
+        weight: Any = module._parameters[parameter_names(module)[0]]
     else:
         in_features = out_features = getattr(text_config(model), "hidden_size", 0)
         weight = next((p for p in module.parameters() if p.dtype.is_floating_point), next(model.parameters()))
@@ -72,6 +73,8 @@ class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
         active = self.active_state
         if self.original_parameters is not None or not (active.names or active.row_adapters):
             return base(*args, **kwargs)
+        if layer_kind(self) == "weight":
+            return base(*args, **kwargs)  # its weight contains the update: see `_make_parameter_property`
         if layer_kind(self) is not None and not args:
             args = (kwargs.pop(next(iter(kwargs))),)
         if active.row_adapters is not None:
@@ -276,6 +279,7 @@ def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool
 
 def _make_parameter_property(base: type, name: str) -> property:
     plain_tensor = f"_plain_{name}"
+    is_read = issubclass(base, ReadWeight) and name in ("in_proj_weight", "weight")
 
     def get_value(self: AdaptedLayer) -> Any:
         if name in self._parameters:
@@ -284,7 +288,12 @@ def _make_parameter_property(base: type, name: str) -> property:
             own = vars(self)[plain_tensor]
         else:
             raise AttributeError(f"{base.__name__!r} object has no attribute {name!r}")
-        if not self.trained_copies or self.original_parameters is not None or own is None:
+        if self.original_parameters is not None or own is None:
+            return own
+        return include_updates(self, get_own_or_copy(self, own)) if is_read else get_own_or_copy(self, own)
+
+    def get_own_or_copy(self: AdaptedLayer, own: Any) -> Any:
+        if not self.trained_copies:
             return own
         adapter: Any = self.current_copy
         if adapter is None and self.active_state.row_adapters is None:
@@ -292,6 +301,17 @@ def _make_parameter_property(base: type, name: str) -> property:
         copy = getattr(self.trained_copies[adapter], name, None) if adapter in self.trained_copies else None
         # The module computes in the base's dtype, whatever the dtype of the copy.
         return own if copy is None else copy.to(own.dtype)
+
+    def include_updates(self: AdaptedLayer, weight: Tensor) -> Tensor:
+        """Merge the active adapters into a weight that is read without a call of the module."""
+        if self.active_state.row_adapters is not None and self.adapters:
+            message = "adapter_names: a mixed batch cannot run through an adapted nn.MultiheadAttention"
+            raise UsageError(message, hint="set_adapter, and batches that use one adapter")
+        modules: list[Any] = [self.adapters[n] for n in self.active_state.names if n in self.adapters]
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) if modules else weight
+        for module in modules:
+            merged, _ = module.merge_into(merged, None)
+        return merged.to(weight.dtype)
 
     def set_value(self: AdaptedLayer, value: Any) -> None:
         # DataParallel and FSDP replace parameters by plain tensors.

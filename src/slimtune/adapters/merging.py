@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..utils.linear_layers import is_quantized, is_transposed
+from ..utils.linear_layers import is_quantized, is_transposed, parameter_names
 from .base import MergeUnsupported
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
     modules = [m for m in modules if not m.adapted_parameters]
     if modules and is_quantized(module):
         raise MergeUnsupported(f"{name} is quantized: load the base in 16 or 32 bits")
-    weight, bias = (merged.get(n, module._parameters.get(n)) for n in ("weight", "bias"))
+    weight_name, bias_name = parameter_names(module)
+    weight, bias = (merged.get(n, module._parameters.get(n)) for n in (weight_name, bias_name))
     transposed = is_transposed(module)
     if modules and weight is not None:
         # Compute in fp32 or wider, and round once below.
@@ -51,10 +52,10 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
         for adapter_module in modules:
             weight, bias = adapter_module.merge_into(weight, bias)
     if weight is not start[0] and weight is not None:
-        stored: Any = module._parameters["weight"]
-        merged["weight"] = weight.t().contiguous() if transposed else weight.reshape(stored.shape)
+        stored: Any = module._parameters[weight_name]
+        merged[weight_name] = weight.t().contiguous() if transposed else weight.reshape(stored.shape)
     if bias is not start[1] and bias is not None:
-        merged["bias"] = bias
+        merged[bias_name] = bias
     replaced = {n: module._parameters[n] for n in merged}
     for n, tensor in merged.items():
         base = replaced[n]

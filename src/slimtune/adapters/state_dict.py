@@ -67,7 +67,7 @@ def get_adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
     """Return an adapter's live tensors by their keys in a file."""
     found: dict[str, Tensor] = {}
     for name, layer in model.adapted_layers(adapter).items():
-        site = f"{_PREFIX}{name}." if name else _PREFIX
+        site = _file_prefix(name, model.match_report(adapter).kinds)
         has_module = adapter in layer.adapters
         if has_module:
             found |= {site + n: p for n, p in layer.adapters[adapter].tensors().items()}
@@ -79,6 +79,13 @@ def get_adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
         first_keys = {id(tensor): key for key, tensor in reversed(found.items())}
         found = {key: tensor for key, tensor in found.items() if first_keys[id(tensor)] == key}
     return {config.file_key(k): t for k, t in found.items()}
+
+
+def _file_prefix(name: str, kinds: Mapping[str, str]) -> str:
+    """Return the beginning of a module's keys; PEFT wraps an attention module before its out_proj."""
+    parent, _, leaf = name.rpartition(".")
+    path = f"{parent}.base_layer.{leaf}" if parent and kinds.get(parent) == "weight" else name
+    return f"{_PREFIX}{path}." if path else _PREFIX
 
 
 def get_peft_model_state_dict(
@@ -155,7 +162,7 @@ def check_sizes(model: Any, config: PeftConfig, given: Mapping[str, Tensor], whe
     sites = [dataclasses.replace(get_site(n, kind, model, loading=True), device=meta) for n, kind in kinds.items()]
     unsaved = 0
     for site, module in zip(sites, config.build_all(sites), strict=True):
-        prefix = f"{_PREFIX}{site.name}." if site.name else _PREFIX
+        prefix = _file_prefix(site.name, kinds)
         for name, tensor in module.tensors().items():
             key = config.file_key(prefix + name)
             if key not in given:
@@ -173,7 +180,7 @@ def _prepare_load(model: Any, adapter: str, given: Mapping[str, Tensor]) -> set[
     config, optional = model.peft_config[adapter], set()
     kinds = model.match_report(adapter).kinds
     for name, module in model.adapter_modules(adapter).items():
-        site = f"{_PREFIX}{name}." if name else _PREFIX
+        site = _file_prefix(name, kinds)
         # A file may contain tensors that the module does not have at this moment.
         tensors = {k.removeprefix(site): t for k, t in given.items() if k.startswith(site)}
         for tensor in module.tensors():

@@ -33,6 +33,7 @@ _KIND_NAMES = {
     "linear": "linear layers (Linear, Conv1D)",
     "embedding": "embeddings",
     "conv": "convolutions",
+    "weight": "nn.MultiheadAttention",
     "norm": "normalisation layers",
 }
 
@@ -66,7 +67,7 @@ class MatchReport:
             parts.append(f"trained in full: {format_names(self.trained_whole, 4)}")
         if self.biases:
             parts.append(f"{len(self.biases)} biases train")
-        if not self.kinds or set(self.kinds.values()) & {"linear", "embedding", "conv"}:
+        if not self.kinds or set(self.kinds.values()) & {"linear", "embedding", "conv", "weight"}:
             rest = f"{len(self.unadapted)} ({format_names(self.unadapted, 4)})" if self.unadapted else "none"
             parts.append(f"not adapted: {rest}")
         return "; ".join(parts)
@@ -86,7 +87,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
     kinds: dict[str, SiteKind] = {}
     further = config.extra_targets(model)
-    if {"linear", "embedding", "conv", "norm", "block"} & set(config.kinds):
+    if {"linear", "embedding", "conv", "weight", "norm", "block"} & set(config.kinds):
         targets = _resolve_targets(model, modules, config)
         matched = [n for n in modules if n not in inside_whole and _is_target(n, config, targets)]
         if strict:
@@ -94,6 +95,12 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         if not matched and not whole and not further:
             raise _nothing_matches(f"target_modules={targets!r}", targets, modules)
         kinds = {n: _get_kind(n, model, modules, config) for n in matched}
+        for attention in [n for n in matched if isinstance(modules[n], nn.MultiheadAttention)]:
+            # As in PEFT, an adapter of the module is one of both its weights.
+            out_proj = f"{attention}.out_proj"
+            excluded = getattr(config, "exclude_modules", None)
+            if not excluded or not matches_name(excluded, out_proj):
+                kinds[out_proj] = _get_kind(out_proj, model, modules, config)
         if strict:
             parameters = [f"{n}.{p}" for n, names in match_parameters(model, config).items() for p in names]
             _check_every_pattern_matches(config, [*matched, *parameters])
@@ -103,6 +110,9 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     with_bias = {"none": set(), "all": set(modules)}.get(getattr(config, "bias", "none"), set(kinds))
     biases = [n for n in modules if n in with_bias and isinstance(modules[n]._parameters.get("bias"), Tensor)]
     copied = {n: ["bias"] for n in biases}
+    if getattr(config, "bias", "none") == "all":
+        attentions = [n for n, m in modules.items() if isinstance(m._parameters.get("in_proj_bias"), Tensor)]
+        copied |= {n: ["in_proj_bias"] for n in attentions}
     for name in inside_whole:
         if own := [p for p, tensor in modules[name]._parameters.items() if tensor is not None]:
             copied[name] = own
@@ -245,6 +255,8 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     if model_type(model) in MAMBA_FAMILIES and name.rpartition(".")[2] in MAMBA_UNCALLED:
         message = f"{name} belongs to a Mamba mixer, whose GPU kernels read its weight and skip an adapter"
         raise TargetError(message, "other modules, as in PEFT", 'exclude_modules=["out_proj", "conv1d"]')
+    if getattr(module, "in_proj_weight", module) is None:
+        raise TargetError(f"{name} has separate weights for query, key and value", "one in_proj_weight for all three")
     mro = (c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, AdaptedLayer))
     forward = vars(next(mro))["forward"]
     if isinstance(module, nn.Embedding) and not hasattr(module, "embed_scale") and forward is not nn.Embedding.forward:
@@ -256,7 +268,7 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
         raise TargetError(
             f"{name} belongs to a {type(parent).__name__}, whose GPU kernels read its weight and skip an adapter"
         )
-    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+    if kind != "weight" and isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         what = f"a torch {type(parent).__name__}, which reads the weight without calling the module"
         raise TargetError(f"{name} is part of {what}, so an adapter would do nothing")
     return kind
@@ -326,7 +338,7 @@ def _describe_targets(modules: Modules) -> str:
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
-    return layer_kind(module) in ("linear", "embedding", "conv")
+    return layer_kind(module) in ("linear", "embedding", "conv", "weight")
 
 
 def _as_list(value: Any) -> list:

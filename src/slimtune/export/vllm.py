@@ -77,8 +77,8 @@ def list_vllm_refusals(model: Any, adapter: str) -> tuple[list[str], list[str]]:
         start = twice if is_subtracted_init(config.init_lora_weights) else ""
         if rank > rules["ranks"][-1]:
             form = [f"its rank is {rank}{start}; vLLM's --max-lora-rank ends at {rules['ranks'][-1]}"]
-    if convolutions := [n for n, kind in model.match_report(adapter).kinds.items() if kind == "conv"]:
-        fixed = [*fixed, f"it changes convolutions ({format_names(convolutions, 2)}), to which vLLM adds no LoRA"]
+    if other := [n for n, kind in model.match_report(adapter).kinds.items() if kind in ("conv", "weight")]:
+        fixed = [*fixed, f"it changes {format_names(other, 2)}, no linear layers: vLLM adds LoRA to those only"]
     architecture = _get_architecture(model)
     accepted = rules["architectures"].get(architecture, ...)
     if accepted is None:

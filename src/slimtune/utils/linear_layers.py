@@ -6,13 +6,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+ReadWeight = nn.MultiheadAttention | NonDynamicallyQuantizableLinear
+"""Modules whose weight is read without a call of the module; the second class is that of the first one's `out_proj`."""
 
 
-def layer_kind(module: nn.Module) -> Literal["linear", "embedding", "conv", "norm"] | None:
+def layer_kind(module: nn.Module) -> Literal["linear", "embedding", "conv", "weight", "norm"] | None:
     """Return what kind of layer `module` is, None for other modules."""
+    if isinstance(module, ReadWeight):
+        return "weight"
     if isinstance(module, nn.Linear | Conv1D):
         return "linear"
     if isinstance(module, nn.Embedding):
@@ -34,14 +39,21 @@ def is_transposed(module: nn.Module) -> bool:
     return isinstance(module, Conv1D | nn.Embedding)
 
 
+def parameter_names(module: nn.Module) -> tuple[str, str]:
+    """Return the names of a layer's weight and bias."""
+    return ("in_proj_weight", "in_proj_bias") if isinstance(module, nn.MultiheadAttention) else ("weight", "bias")
+
+
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
     """Return `(in_features, out_features)` of a layer, the sizes of its matrix; both are the width for a norm."""
     if isinstance(module, nn.Linear):  # the shape of a quantized weight is another one
         return module.in_features, module.out_features
-    weight: Any = module.weight
+    weight: Any = getattr(module, parameter_names(module)[0])
     if isinstance(module, Convolution):
         return weight[0].numel(), weight.shape[0]
-    return (weight.shape[0], weight.shape[-1])
+    return (
+        (weight.shape[-1], weight.shape[0]) if layer_kind(module) == "weight" else (weight.shape[0], weight.shape[-1])
+    )
 
 
 def get_weight(module: nn.Module) -> Tensor:
@@ -51,7 +63,7 @@ def get_weight(module: nn.Module) -> Tensor:
     """
     if hasattr(module, "dequantized"):  # the planner's fake quantized layer
         return module.dequantized()  # type: ignore[operator]
-    weight: Any = module.weight
+    weight: Any = getattr(module, parameter_names(module)[0])
     state = getattr(weight, "quant_state", None)
     if state is not None:
         from bitsandbytes.functional import dequantize_4bit

@@ -61,7 +61,7 @@ class LoraConfig(PatternedConfig):
         )),
         "use_qalora": False, "ensure_weight_tying": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
     }  # fmt: skip
-    kinds: ClassVar = ("linear", "embedding", "conv")
+    kinds: ClassVar = ("linear", "embedding", "conv", "weight")
     ships_as_lora: ClassVar = True
     short_names: ClassVar = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
     recipe_defaults: ClassVar = {"r": 16, "lora_alpha": lambda given: 2 * given["r"], "target_modules": "all-linear"}
@@ -195,6 +195,8 @@ class LoraConfig(PatternedConfig):
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if self.alora_invocation_tokens:
             return LinearALora(site, self, r, scale)
+        if site.kind == "weight":
+            self._check_read_weight(site)
         if site.kind == "conv":
             return (ConvDora if self.use_dora else ConvLora)(site, self, r, scale)
         if site.kind != "embedding":
@@ -204,6 +206,18 @@ class LoraConfig(PatternedConfig):
                 message = f"{name} is True, and {site.name} is an embedding"
                 raise ConfigError(message, "linear layers only", "take it out of target_modules")
         return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
+
+    def _check_read_weight(self, site: Site) -> None:
+        """Raise ConfigError for what a weight that is read without a call of its module cannot have."""
+        wrong = [n for n in ("use_dora", "lora_bias") if getattr(self, n)]
+        wrong += ["init_lora_weights"] if self.init_lora_weights == "eva" else []
+        if wrong:
+            message = f"{wrong[0]} is {getattr(self, wrong[0])!r}, and {site.name} belongs to an nn.MultiheadAttention"
+            raise ConfigError(message, "plain LoRA there", "take it out of target_modules")
+        if self.lora_dropout and not site.loading:
+            warnings.warn(
+                f"{site.name}: lora_dropout does nothing at an nn.MultiheadAttention, as in PEFT", stacklevel=4
+            )
 
     def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int | None:
         """Return what EVA can add: it redistributes the ranks, and those of a large layer take more bytes."""
