@@ -29,9 +29,10 @@ def method_list() -> str:
 
 def layer_table() -> str:
     """Which kinds of layers each method that changes layers takes."""
-    lines = ["| method | linear | embedding | conv |", "| --- | --- | --- | --- |"]
+    lines = ["| method | linear | embedding | conv | attention |", "| --- | --- | --- | --- | --- |"]
+    kinds = ("linear", "embedding", "conv", "weight")
     for name in find_built_in_method_files():
-        cells = ["yes" if kind in config_class(name).kinds else "" for kind in ("linear", "embedding", "conv")]
+        cells = ["yes" if kind in config_class(name).kinds else "" for kind in kinds]
         lines += [f"| {name} | {' | '.join(cells)} |"] if any(cells) else []
     return "\n".join(lines) + "\n"
 

@@ -8,8 +8,7 @@ several adapters of different methods run, and merge, in the order in which they
     "linear"      y = W x + b                       `forward(x, y)`, or `forward_with_base(base, x)` if it changes the
     "embedding"   y = W[:, x]                       input or reads W; `merge_into(W, b)`; `low_rank_factors()`
     "conv"        y = W ∗ x + b, a convolution      the same, with W as a matrix `(out, in / groups · kernel size)`
-    "weight"      W, read without a call of the module: `merge_into(W, b)` alone; nn.MultiheadAttention's in_proj_weight,
-                  and the weight of its out_proj
+    "weight"      nn.MultiheadAttention, out_proj   `merge_into(W, b)` alone: W is read without a call of the module
     "norm"        a normalisation with a weight     the same
     "parameters"  any module with parameters        `forward_with_base`, `merge_into_parameter`
     "block"       any module that returns (..., d)  `forward(x, y)` on hidden states: see `Block`

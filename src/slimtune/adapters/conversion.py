@@ -326,9 +326,9 @@ def _add_lora(model: Any, name: str, sources: Sequence[str], pairs: Mapping[str,
     with torch.no_grad():
         for layer_name, layer in model.adapted_layers(name).items():
             if layer_name in pairs:
-                A, B, _ = layer.adapters[name].low_rank_factors()
+                A, B, scale = layer.adapters[name].low_rank_factors()
                 A.copy_(pairs[layer_name][0])
-                B.copy_(pairs[layer_name][1])
+                B.copy_(pairs[layer_name][1] / scale)
             if name in layer.trained_copies:
                 source = next(s for s in sources if s in layer.trained_copies)
                 for n, p in layer.trained_copies[name].named_parameters():

@@ -277,6 +277,19 @@ def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool
     return type(base.__name__, (AdaptedLayer, base), body)
 
 
+def _merge_active(layer: AdaptedLayer, weight: Tensor) -> Tensor:
+    """Return a weight that is read without a call of the module, with the updates of the active adapters."""
+    active, adapters = layer.active_state, layer.adapters
+    if any(name in adapters for name in active.row_adapters or ()):
+        message = "adapter_names: nn.MultiheadAttention does not support mixed adapter batches"
+        raise UsageError(message, hint="set_adapter, and batches that use one adapter")
+    modules: list[Any] = [adapters[n] for n in active.names if n in adapters and active.row_adapters is None]
+    merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) if modules else weight
+    for module in modules:
+        merged, _ = module.merge_into(merged, None)
+    return merged.to(weight.dtype)
+
+
 def _make_parameter_property(base: type, name: str) -> property:
     plain_tensor = f"_plain_{name}"
     is_read = issubclass(base, ReadWeight) and name in ("in_proj_weight", "weight")
@@ -290,28 +303,15 @@ def _make_parameter_property(base: type, name: str) -> property:
             raise AttributeError(f"{base.__name__!r} object has no attribute {name!r}")
         if self.original_parameters is not None or own is None:
             return own
-        return include_updates(self, get_own_or_copy(self, own)) if is_read else get_own_or_copy(self, own)
-
-    def get_own_or_copy(self: AdaptedLayer, own: Any) -> Any:
-        if not self.trained_copies:
-            return own
-        adapter: Any = self.current_copy
-        if adapter is None and self.active_state.row_adapters is None:
-            adapter = next((n for n in self.active_state.names if n in self.trained_copies), None)
-        copy = getattr(self.trained_copies[adapter], name, None) if adapter in self.trained_copies else None
-        # The module computes in the base's dtype, whatever the dtype of the copy.
-        return own if copy is None else copy.to(own.dtype)
-
-    def include_updates(self: AdaptedLayer, weight: Tensor) -> Tensor:
-        """Merge the active adapters into a weight that is read without a call of the module."""
-        if self.active_state.row_adapters is not None and self.adapters:
-            message = "adapter_names: a mixed batch cannot run through an adapted nn.MultiheadAttention"
-            raise UsageError(message, hint="set_adapter, and batches that use one adapter")
-        modules: list[Any] = [self.adapters[n] for n in self.active_state.names if n in self.adapters]
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) if modules else weight
-        for module in modules:
-            merged, _ = module.merge_into(merged, None)
-        return merged.to(weight.dtype)
+        value = own
+        if self.trained_copies:
+            adapter: Any = self.current_copy
+            if adapter is None and self.active_state.row_adapters is None:
+                adapter = next((n for n in self.active_state.names if n in self.trained_copies), None)
+            copy = getattr(self.trained_copies[adapter], name, None) if adapter in self.trained_copies else None
+            # The module computes in the base's dtype, whatever the dtype of the copy.
+            value = own if copy is None else copy.to(own.dtype)
+        return _merge_active(self, value) if is_read else value
 
     def set_value(self: AdaptedLayer, value: Any) -> None:
         # DataParallel and FSDP replace parameters by plain tensors.

@@ -5,9 +5,10 @@
     At a convolution A (r, in, *kernel) is a convolution like the base and B (out, r, 1, …) a pointwise one.
     Parameters added per layer: r · (in + out), with DoRA also out. Merged: W + s · B A.
 
-`layers.py` has the adapter modules, `conv.py` those of convolutions, `parameters.py` those of experts and other
-parameters, `init.py` their initializations (PiSSA, OLoRA, …), `dora.py` DoRA, `alora.py` activated LoRA, `eva.py`,
-`corda.py`, `loraga.py` and `loftq.py` initialization from data and from the weights before quantization.
+`layers.py` has the adapter modules, `conv.py`, `attention.py` and `parameters.py` those of convolutions, of
+nn.MultiheadAttention, and of experts and other parameters; `init.py` their initializations (PiSSA, OLoRA, …), `dora.py`
+DoRA, `alora.py` activated LoRA, `eva.py`, `corda.py`, `loraga.py` and `loftq.py` initialization from data and from the
+weights before quantization.
 
 Papers: LoRA https://arxiv.org/abs/2106.09685, rsLoRA https://arxiv.org/abs/2312.03732, LoRA+
 https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File format: PEFT's `lora_A.weight`,
@@ -16,7 +17,6 @@ https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -37,6 +37,7 @@ from ...errors import ConfigError, UsageError, format_names, nearest
 from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
 from . import corda, eva, loraga
 from .alora import LinearALora
+from .attention import AttentionLora, double_out_projections
 from .conv import ConvDora, ConvLora
 from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
@@ -172,7 +173,9 @@ class LoraConfig(PatternedConfig):
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
         built = build_token_modules([s for s in sites if s.name in trained], trained)
-        return [built.get(site.name) or self.build(site) for site in sites]
+        modules = [built.get(site.name) or self.build(site) for site in sites]
+        double_out_projections(sites, modules)
+        return modules
 
     def _find_trainable_rows(self, model: nn.Module) -> dict[str, TrainableRowsSpec]:
         tokens = self.trainable_token_indices
@@ -196,7 +199,7 @@ class LoraConfig(PatternedConfig):
         if self.alora_invocation_tokens:
             return LinearALora(site, self, r, scale)
         if site.kind == "weight":
-            self._check_read_weight(site)
+            return AttentionLora(site, self, r, scale)
         if site.kind == "conv":
             return (ConvDora if self.use_dora else ConvLora)(site, self, r, scale)
         if site.kind != "embedding":
@@ -206,18 +209,6 @@ class LoraConfig(PatternedConfig):
                 message = f"{name} is True, and {site.name} is an embedding"
                 raise ConfigError(message, "linear layers only", "take it out of target_modules")
         return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
-
-    def _check_read_weight(self, site: Site) -> None:
-        """Raise ConfigError for what a weight that is read without a call of its module cannot have."""
-        wrong = [n for n in ("use_dora", "lora_bias") if getattr(self, n)]
-        wrong += ["init_lora_weights"] if self.init_lora_weights == "eva" else []
-        if wrong:
-            message = f"{wrong[0]} is {getattr(self, wrong[0])!r}, and {site.name} belongs to an nn.MultiheadAttention"
-            raise ConfigError(message, "plain LoRA there", "take it out of target_modules")
-        if self.lora_dropout and not site.loading:
-            warnings.warn(
-                f"{site.name}: lora_dropout does nothing at an nn.MultiheadAttention, as in PEFT", stacklevel=4
-            )
 
     def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int | None:
         """Return what EVA can add: it redistributes the ranks, and those of a large layer take more bytes."""
