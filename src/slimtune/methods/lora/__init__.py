@@ -17,6 +17,7 @@ https://arxiv.org/abs/2402.12354, LoRA-FA https://arxiv.org/abs/2308.03303. File
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal

@@ -24,7 +24,7 @@ class AttentionLora(LinearLora):
 
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         wrong = [n for n in ("use_dora", "lora_bias") if getattr(config, n)]
-        wrong += ["init_lora_weights"] if config.init_lora_weights == "eva" else []
+        wrong += ["init_lora_weights"] if config.init_lora_weights in ("eva", "corda", "lora_ga") else []
         if wrong:
             message = (
                 f"{wrong[0]} is {getattr(config, wrong[0])!r}, and {site.name} belongs to an nn.MultiheadAttention"

@@ -36,6 +36,8 @@ class ConvLora(LoraModule):
             raise ConfigError(f"r is {r} at {site.name}, which has {conv.groups} groups", "a multiple of them", hint)
         if self.init == "lora_ga":  # as in PEFT, it starts from gradients at linear layers only
             self.init = True
+        if self.init == "lora_ga":
+            self.init = True  # as in PEFT, so that a model with other layers can start from its gradients
         if not isinstance(self.init, bool) and self.init != "gaussian":
             message = f"init_lora_weights is {self.init!r}, and {site.name} is a convolution"
             raise ConfigError(message, "True, False or 'gaussian'", "take it out of target_modules")
