@@ -2,6 +2,8 @@
 
 SlimtuneError            exit code 1: the work failed (faulty data, a wrong adapter, no memory, a full disk)
 └── UsageError           exit code 2: the user's input is wrong (flags, a recipe, a missing file, targets)
+
+What PEFT raises as ValueError or TypeError is also of that kind here, so that code written for PEFT catches it.
 """
 
 import difflib
@@ -26,7 +28,7 @@ class SlimtuneError(Exception):
         return type(self), (self.message, self.expected, self.hint)  # Exception would pickle only the joined text
 
 
-class UsageError(SlimtuneError):
+class UsageError(SlimtuneError, ValueError):
     """The user's input cannot be carried out."""
 
     exit_code = 2
@@ -36,12 +38,16 @@ class RecipeError(UsageError):
     """A recipe or its flags have errors; the message names all of them."""
 
 
-class TargetError(UsageError, ValueError):
+class TargetError(UsageError):
     """A target, layer index, pattern or module name matches nothing in the model."""
 
 
-class ConfigError(UsageError, ValueError):
+class ConfigError(UsageError):
     """A method's setting is out of range or unknown."""
+
+
+class ConfigFieldError(ConfigError, TypeError):
+    """A config has no such field, or a file lacks a required one."""
 
 
 class DataError(SlimtuneError):
@@ -52,12 +58,20 @@ class ModelError(SlimtuneError):
     """A base cannot be loaded, or lacks what the work needs."""
 
 
-class AdapterError(SlimtuneError):
+class AdapterError(SlimtuneError, ValueError):
     """An adapter file does not fit: another base, missing or unexpected keys, wrong shapes, a pickle."""
 
 
 class RunError(SlimtuneError):
     """A run cannot go on: no valid checkpoint, no memory, a full disk."""
+
+
+class PeftWarning(UserWarning):
+    """Something that works but is probably not what was meant; PEFT's name for such warnings."""
+
+
+PeftError, NoMatchingPeftModuleError = SlimtuneError, TargetError
+"""PEFT's names of these exceptions."""
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -68,11 +82,9 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 def format_names(names: Iterable[object], most: int = 12) -> str:
     """Return names as a short readable list: `'a', 'b', … (14 more)`."""
-    every = [repr(str(n)) for n in names]
-    rest = f"… ({len(every) - most} more)"
-    if len(", ".join(every[most:])) <= len(rest):  # as short as the count, or empty
-        return ", ".join(every)
-    return ", ".join([*every[:most], rest])
+    every = [str(n) for n in names]
+    rest = f", … ({len(every) - most} more)" if len(every) > most else ""
+    return ", ".join(repr(n) for n in every[:most]) + rest
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:

@@ -134,6 +134,7 @@ FAULTS = [
     (Pair, {"target_modules": ["linear1"]}, ["TransformerEncoderLayer, which reads the weight without calling"]),
     (Pair, {"target_modules": ["out"], "modules_to_save": ["batch"]}, ["batch has buffers"]),
     (Pair, {}, ["there is no default for 'Pair'", 'target_modules="all-linear"']),
+    (moe, {"target_modules": "all-linear"}, ["expert", "3-dimensional"]),
     (lambda: build("opt"), {"target_modules": ["embed_positions"]}, ["OPTLearnedPositionalEmbedding"]),
 ]
 
@@ -153,8 +154,8 @@ def test_no_match_raises(make, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"target_modules": "x", "layers_to_transform": [0]}, "layers_to_transform is [0]"),
-        ({"target_modules": ["x"], "layers_pattern": "h"}, "None unless layers_to_transform is given"),
+        ({"target_modules": "x", "layers_to_transform": [0]}, "`layers_to_transform` cannot be used"),
+        ({"target_modules": ["x"], "layers_pattern": "h"}, "`layers_to_transform` must also be specified"),
         ({"use_qalora": True}, "LoraConfig has no field 'use_qalora' (given True)"),
         ({"lora_alhpa": 3}, "did you mean 'lora_alpha'"),
     ],

@@ -103,5 +103,5 @@ def test_a_layer_with_no_ranks_runs_and_merges(tmp_path):
 
 
 def test_setting_r_warns():
-    with pytest.warns(UserWarning, match="does not use r"):
+    with pytest.warns(UserWarning, match="`r` is not used"):
         AdaLoraConfig(r=16)

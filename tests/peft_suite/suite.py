@@ -130,7 +130,7 @@ def find_public_names(work: Path) -> list[str]:
 
 def shorten_cause(text: str) -> str:
     """Return an error's first line without what varies from test to test."""
-    text = re.sub(r"/tmp/\S+|0x[0-9a-f]+", "…", text.split("\n")[0][:200])
+    text = re.sub(r"/tmp/\S+|0x[0-9a-f]+|\b\w+Config\b", "…", text.split("\n")[0][:200])
     return re.sub(r"\d+\.\d+(e-?\d+)?|\b\d+\b", "N", text)
 
 
@@ -165,7 +165,7 @@ def report(work: Path, src: Path, rows: dict[str, dict], *, everything: bool, mo
     if everything:
         print(*(f"EXCLUDED: no test matches {pattern}" for pattern in exclusions if not hits[pattern]), sep="\n")
     names = find_public_names(work)
-    code = "import sys, slimtune; print(*(n for n in sys.argv[1:] if not hasattr(slimtune, n)))"
+    code = "import sys, slimtune; print(*(n for n in sys.argv[1:] if n not in slimtune.__all__))"
     settings = {**os.environ, "PYTHONPATH": str(src)}
     python = [str(work / "peftenv/bin/python"), "-c", code, *names]
     missing = subprocess.run(python, env=settings, capture_output=True, text=True, check=True).stdout.split()

@@ -7,22 +7,24 @@ that PEFT has and this library lacks is ignored at PEFT's default and refused by
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from inspect import Signature, signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from ..errors import AdapterError, ConfigError, UsageError, format_names, nearest
+from ..errors import AdapterError, ConfigError, ConfigFieldError, PeftWarning, UsageError, format_names, nearest
 from ..peft_compat import register_as_peft_subclass
 from ..utils.files import read_json, write_atomic
 from .architectures import DEFAULT_TARGETS, model_type
 from .base import AdapterModule, Site, SiteKind
 from .config_fields import check_fields, setting
 from .patterns import check_pattern
-from .registry import config_class
+from .registry import config_class, method_names
 from .targets import get_pattern_value
 
 CONFIG_FILE = "adapter_config.json"
@@ -41,18 +43,32 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+class PeftType(StrEnum):
+    """The methods by PEFT's names: `PeftType.LORA`."""
+
+    _ignore_ = "name"
+    for name in method_names():
+        locals()[name.upper()] = name.upper()
+
+
 class _ConfigMeta(type):
     """Checks a config's keyword arguments; makes it an instance of `peft.PeftConfig` where peft is installed."""
+
+    @property
+    def __signature__(cls) -> Signature:
+        """The fields, instead of the arguments of `__call__`."""
+        full = signature(cls.__init__)  # type: ignore[misc]
+        return full.replace(parameters=list(full.parameters.values())[1:])
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
         unsupported = getattr(cls, "unsupported_peft_fields", {})
         for name in [k for k in kwargs if k not in known]:
             value = kwargs.pop(name)
-            if name == "peft_type" or (name in unsupported and value == unsupported[name]):
+            if name in unsupported and value == unsupported[name]:
                 continue
             full_name = getattr(cls, "short_names", {}).get(name)
-            raise ConfigError(
+            raise ConfigFieldError(
                 f"{cls.__name__} has no field {name!r} (given {value!r}){nearest(name, known)}",
                 f"fields: {format_names(sorted(known), 40)}",
                 f"use {full_name}" if full_name else "leave it out, or train this adapter with the library that has it",
@@ -99,6 +115,7 @@ class PeftConfig(metaclass=_ConfigMeta):
     task_type: str | TaskType | None = setting(
         None, "what the model is tuned for; None leaves the model as it is", choices=tuple(TaskType), kw_only=True
     )
+    peft_type: str | PeftType | None = dataclasses.field(default=None, kw_only=True)  # set below to the method's
     base_model_name_or_path: str | None = dataclasses.field(default=None, kw_only=True)
     revision: str | None = dataclasses.field(default=None, kw_only=True)
     inference_mode: bool = setting(False, "attach the adapter frozen", kw_only=True)
@@ -106,6 +123,13 @@ class PeftConfig(metaclass=_ConfigMeta):
     peft_version: str | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.task_type is not None and self.task_type not in [*TaskType]:
+            tasks = ", ".join(TaskType)
+            message = f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {tasks}."
+            raise ConfigError(message + nearest(str(self.task_type), TaskType))
+        if self.name:
+            peft_name = self.name.upper()
+            self.peft_type = PeftType.__members__.get(peft_name, peft_name)  # a test's own method is no member
         check_fields(self, _declaring_class(type(self)))
         if self.task_type is not None:
             self.task_type = str(TaskType(self.task_type))
@@ -122,11 +146,6 @@ class PeftConfig(metaclass=_ConfigMeta):
         """Raise a ConfigError about field `name` unless the condition holds."""
         if not condition:
             raise ConfigError(f"{name} is {getattr(self, name)!r}", expected)
-
-    @property
-    def peft_type(self) -> str:
-        """PEFT's name of the method: `"LORA"`."""
-        return self.name.upper()
 
     # --- what a method adds: it defines `build`, and those of the others that it needs ------------------------------
 
@@ -176,10 +195,6 @@ class PeftConfig(metaclass=_ConfigMeta):
     def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
         """Update the method's own state after optimizer step `step`, from 1; the gradients still exist."""
 
-    def find_untrained_experts(self, adapter_modules: Mapping[str, AdapterModule]) -> dict[str, list[int]]:
-        """Return the experts whose part of the adapter got no gradient in the training so far, by parameter."""
-        return {}
-
     def regularization_loss(self, adapter_modules: Mapping[str, AdapterModule]) -> Tensor | None:
         """Return a term to add to the training loss; None: nothing."""
         return None
@@ -189,10 +204,11 @@ class PeftConfig(metaclass=_ConfigMeta):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as PEFT writes them, as plain JSON values."""
         values = {k: sorted(v) if isinstance(v, set) else v for k, v in dataclasses.asdict(self).items()}
+        values.pop("runtime_config", None)
         for field in dataclasses.fields(self):
             if field.name in self.extension_fields and values[field.name] == field.default:
                 del values[field.name]
-        return {**values, "peft_type": self.peft_type}
+        return values
 
     def save_pretrained(self, save_directory: str | os.PathLike, **_: Any) -> None:
         """Write `adapter_config.json` into the folder."""
@@ -209,22 +225,53 @@ class PeftConfig(metaclass=_ConfigMeta):
         method_class = config_class(getattr(peft_type, "value", peft_type))
         known = {f.name for f in dataclasses.fields(method_class)} | set(method_class.unsupported_peft_fields)
         # Newer versions of PEFT write fields that are unknown here: empty ones change nothing.
-        used = {k: v for k, v in values.items() if k not in ("peft_type", "runtime_config") and (k in known or v)}
-        return method_class(**used)
+        return method_class(**{k: v for k, v in values.items() if k in known or v})
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> Self:
+    def from_peft_type(cls, **kwargs: Any) -> Self:
+        """Return the config of the method `peft_type` (none given: of this class) with these fields."""
+        return cls.from_dict(kwargs)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike, **_: Any) -> dict[str, Any]:
+        """Return the fields in a JSON file, without `runtime_config`, which belongs to one run."""
+        values = read_json(Path(path_json_file), error=AdapterError)
+        if values.pop("runtime_config", None) is not None:
+            warnings.warn(f"{path_json_file} has a `runtime_config`, which is ignored.", PeftWarning, stacklevel=2)
+        return values
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Return the fields of a file as `from_pretrained` passes them on."""
+        return kwargs
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **hub: Any
+    ) -> Self:
         """Read the config of an adapter folder or Hub repository.
 
         Raises:
             UsageError: there is no such folder, repository or file.
+            ConfigFieldError: the file has no peft_type.
             AdapterError: it is invalid, its method is unknown, or an unsupported field is not at its default.
         """
-        file = find_file(path, CONFIG_FILE, subfolder, **hub)
+        file = find_file(pretrained_model_name_or_path, CONFIG_FILE, subfolder, **hub)
+        values = cls.from_json_file(file)
+        if not values.get("peft_type"):
+            message = (
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}."
+            )
+            raise ConfigFieldError(message, "an adapter_config.json", f"look into {file}")
         try:
-            return cls.from_dict(read_json(file, error=AdapterError))
+            return cls.from_dict(cls.check_kwargs(**values))
         except ConfigError as e:
             raise AdapterError(f"{file}: {e.message}", e.expected, e.hint) from None
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """Return the config that a dictionary with a `peft_type` describes."""
+    return PeftConfig.from_dict(config_dict)
 
 
 def _declaring_class(cls: type) -> type:
@@ -246,8 +293,7 @@ class TargetedConfig(PeftConfig):
     target_modules: list[str] | str | None = setting(
         None,
         'names or dotted suffixes of modules, a regular expression for the full name (a string), or "all-linear": '
-        "every linear layer, and with LoRA the experts, except the output head and routers; None: PEFT's choice for "
-        "the architecture",
+        "every linear layer except the output head; None: PEFT's choice for the architecture",
     )
     exclude_modules: list[str] | str | None = setting(
         None, "names, suffixes or a regular expression of modules to leave out of target_modules"
@@ -269,8 +315,9 @@ class TargetedConfig(PeftConfig):
         super().check()
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
-                expected = "None where target_modules is a regular expression: put the layer numbers into it"
-                self.require(getattr(self, name) is None, name, expected)
+                if getattr(self, name) is not None:
+                    message = f"`{name}` cannot be used when `target_modules` is a str."
+                    raise ConfigError(message, f"{name}=None", "put the layer numbers into the regular expression")
         fields = {n: getattr(self, n) for n in ("target_modules", "exclude_modules")}
         texts = {n: [text] for n, text in fields.items() if isinstance(text, str)}
         layers = self.layers_pattern or []
@@ -278,8 +325,8 @@ class TargetedConfig(PeftConfig):
         for name, patterns in {**texts, **getattr(self, "patterns", {})}.items():
             for pattern in patterns:
                 check_pattern(name, pattern)
-        lonely_pattern = self.layers_pattern and self.layers_to_transform is None
-        self.require(not lonely_pattern, "layers_pattern", "None unless layers_to_transform is given")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
 
 @dataclass

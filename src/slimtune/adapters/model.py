@@ -135,7 +135,7 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         return self.active_peft_config.prefix
 
     @property
-    def peft_type(self) -> str:
+    def peft_type(self) -> str | None:
         return self.active_peft_config.peft_type
 
     @property

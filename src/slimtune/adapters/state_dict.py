@@ -10,18 +10,20 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..errors import AdapterError, UsageError, format_names, nearest
+from ..errors import AdapterError, PeftWarning, UsageError, format_names, nearest
 from ..utils.files import write_atomic
 from ..utils.fingerprint import config_fingerprint
 from ..utils.hub import commit_files, require_repo_id
@@ -36,10 +38,12 @@ log = logging.getLogger(__name__)
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _PREFIX = "base_model.model."
+_EMBEDDING_NAMES = ("embed_tokens", "lm_head")
 _FINGERPRINT = "base_config"
 _HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "force_download", "local_files_only", "proxies")
 _IGNORED_ARGUMENTS = (
-    "torch_dtype", "dtype", "device_map", "max_memory", "offload_folder", "offload_dir", "ephemeral_gpu_offload",
+    "torch_dtype", "dtype", "device_map", "max_memory", "offload_folder", "offload_dir", "offload_index",
+    "ephemeral_gpu_offload", "torch_device",
 )  # fmt: skip
 """PEFT's arguments on how to place the base: it is loaded already, and an adapter is placed on its layer's device."""
 _UNCOMPARED_FIELDS = {
@@ -54,7 +58,7 @@ _FREE_VALUES, _MAX_RATIO = 1 << 20, 64
 
 
 class LoadResult(NamedTuple):
-    """Keys that did not match. Both lists are always empty: loading raises instead."""
+    """Keys that did not match. For adapters both lists are always empty: loading raises instead."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -89,22 +93,147 @@ def _file_prefix(name: str, kinds: Mapping[str, str]) -> str:
 
 
 def get_peft_model_state_dict(
-    model: Any, state_dict: Mapping[str, Tensor] | None = None, adapter_name: str = "default", **_: Any
+    model: Any,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """Return an adapter's tensors by their keys in a file; with FSDP, take the values from the model's `state_dict`."""
+    """Return an adapter's tensors by their keys in a file.
+
+    Args:
+        state_dict: take the values from this `model.state_dict()`, as with FSDP.
+        unwrap_compiled: the model is the result of `torch.compile`.
+        save_embedding_layers: add the base's embeddings: see `save_pretrained`.
+    """
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     own = get_adapter_tensors(model, adapter_name)
+    own = _find_base_embeddings(model, adapter_name, save_embedding_layers) | own
     if state_dict is None:
         return {k: p.detach() for k, p in own.items()}
     names = {id(p): n for n, p in model.state_dict(keep_vars=True).items()}
     return {k: state_dict[names[id(p)]] if id(p) in names else p.detach() for k, p in own.items()}
 
 
+def _find_base_embeddings(model: Any, adapter: str, choice: str | bool) -> dict[str, Tensor]:
+    """Return the base's embeddings that an adapter's file also gets, by their keys, as PEFT does.
+
+    `choice` is True, False, or "auto": embeddings that the adapter changes, or that were resized.
+    """
+    if not choice or not hasattr(model, "get_input_embeddings"):
+        if choice is True:
+            text = "Could not identify embedding layer(s) because the model is not a 🤗 transformers model."
+            warnings.warn(text, PeftWarning, stacklevel=4)
+        return {}
+    config, parts = model.peft_config[adapter], (model.get_input_embeddings(), model.get_output_embeddings())
+    embeddings = {n: m for n, m in model.named_modules() if any(m is part for part in parts)}
+    changed = {n for n in embeddings if n in model.match_report(adapter).kinds and n.endswith(_EMBEDDING_NAMES)}
+    if config.name == "trainable_tokens" or getattr(config, "trainable_token_indices", None) is not None:
+        changed = set()  # their point is a small file
+    if choice == "auto" and not changed and not _is_resized(model, config.base_model_name_or_path):
+        return {}
+    if choice == "auto":
+        why = "layers found in `target_modules`" if changed else "layer has been resized during finetuning"
+        text = f"Setting `save_embedding_layers` to `True` as {'' if changed else 'the '}embedding {why}."
+        warnings.warn(text, PeftWarning, stacklevel=4)
+    return {
+        f"{_PREFIX}{name}.{'base_layer.' if changed else ''}{key}": tensor
+        for name, module in embeddings.items()
+        if name in changed or not changed
+        for key, tensor in module._parameters.items()
+        if tensor is not None
+    }
+
+
+def _is_resized(model: Any, base: str | None) -> bool:
+    """Return whether the model has another vocabulary than its base's config, in a folder or the Hub's cache."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if not size or not base:
+        return False
+    folder, file = Path(base), Path(base, "config.json")
+    cached = file if folder.is_dir() else try_to_load_from_cache(base, "config.json") if base.count("/") < 2 else None
+    if not isinstance(cached, str | Path) or not Path(cached).is_file():
+        return False
+    return json.loads(Path(cached).read_text()).get("vocab_size", size) != size
+
+
 def set_peft_model_state_dict(
-    model: Any, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default", **_: Any
+    model: Any,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
-    """Copy tensors, by their keys in a file, into an adapter; raise AdapterError if they do not fit."""
-    load_adapter_tensors(model, adapter_name, peft_model_state_dict, where="the state dict")
+    """Copy tensors, by their keys in a file, into an adapter; raise AdapterError if they do not fit.
+
+    Args:
+        ignore_mismatched_sizes: leave out, with a warning, the tensors whose shapes differ.
+        low_cpu_mem_usage: ignored: tensors are copied into the adapter's own in either case.
+    """
+    tensors = dict(peft_model_state_dict)
+    if ignore_mismatched_sizes:
+        own = get_adapter_tensors(model, adapter_name)
+        keys = {k: _normalize_key(k, own) for k in tensors}
+        wrong = [k for k, ours in keys.items() if ours in own and own[ours].shape != tensors[k].shape]
+        if wrong:
+            sizes = "; ".join(f"{k}: {tuple(tensors[k].shape)}, not {tuple(own[keys[k]].shape)}" for k in wrong)
+            warnings.warn(
+                f"Some weights of the adapter were not loaded, their shapes differ: {sizes}", PeftWarning, stacklevel=2
+            )
+        tensors |= {k: own[keys[k]].detach() for k in wrong}
+    load_adapter_tensors(model, adapter_name, tensors, where="the state dict")
     return LoadResult([], [])
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike,
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file by their keys.
+
+    Args:
+        model_id: folder or Hub repository.
+        device: where the tensors are put; None: the CPU.
+        key_mapping: regular expressions for keys, without `base_model.model.`, and what each is replaced by.
+        hub: subfolder, revision, token, …
+    """
+    _check_hub_arguments(hub)
+    tensors, _ = read_adapter_file(model_id, **hub)
+    return {k: t.to(device or "cpu") for k, t in _rename_keys(tensors, key_mapping).items()}
+
+
+def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
+    """Return the state dict of the base: its tensors by their own names, without the adapters'."""
+    return {k: t.detach() for k, t in _get_base_tensors(model).items()}
+
+
+def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+    """Copy tensors into the base, by its own names; return the keys that are missing and unexpected.
+
+    Raises:
+        RuntimeError: with `strict` keys are missing or unexpected, as with torch's load_state_dict.
+    """
+    own = _get_base_tensors(model)
+    missing, unexpected = [k for k in own if k not in state_dict], [k for k in state_dict if k not in own]
+    if strict and (missing or unexpected):
+        parts = (
+            f"{what} key(s) in state_dict: {keys}"
+            for what, keys in (("Missing", missing), ("Unexpected", unexpected))
+            if keys
+        )
+        raise RuntimeError("Error(s) in loading state_dict:\n\t" + "\n\t".join(parts))
+    with torch.no_grad():
+        for key in own.keys() & state_dict.keys():
+            own[key].copy_(state_dict[key])
+    return LoadResult(missing, unexpected)
+
+
+def _get_base_tensors(model: Any) -> dict[str, Tensor]:
+    added = [f"{n}.{part}.".lstrip(".") for n in model.adapted_layers() for part in ("adapters", "trained_copies")]
+    tensors = model.state_dict(keep_vars=True)
+    return {k: t for k, t in tensors.items() if not k.startswith(tuple(added))} if added else tensors
 
 
 def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], where: str) -> None:
@@ -117,7 +246,9 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
     own = get_adapter_tensors(model, adapter)
     given = {_normalize_key(k, own): t for k, t in given.items()}
     missing = [k for k in own if k not in given and k not in optional]
-    unexpected = [k for k in given if k not in own and not _is_unchanged_base_weight(model, k, given[k])]
+    extra = {k: _find_base_weight(model, k) for k in given if k not in own}
+    resized = bool(extra) and _is_resized(model, model.peft_config[adapter].base_model_name_or_path)
+    unexpected = [k for k, base in extra.items() if base is None or not _fits_base(model, base, given[k], resized)]
     shapes = [(k, tuple(given[k].shape), tuple(own[k].shape)) for k in own if k in given]
     misshapen = [f"{k}: {there} in the file, {here} here" for k, there, here in shapes if there != here]
     pairs = [(k, given[k], own[k]) for k in own if k in given]
@@ -145,6 +276,9 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
         for key, parameter in own.items():
             if key in given:
                 parameter.copy_(given[key])
+        for key, base in extra.items():  # embeddings that were resized before they were saved
+            if base is not None:
+                base.copy_(given[key])
 
 
 def _number_kind(tensor: Tensor) -> str:
@@ -199,15 +333,24 @@ def _normalize_key(key: str, own: Mapping[str, Any]) -> str:
     return next((form for form in forms if form in own), key)
 
 
-def _is_unchanged_base_weight(model: Any, key: str, tensor: Tensor) -> bool:
-    """Return whether a tensor equals the base's own: PEFT also saves embeddings that it did not train."""
+def _find_base_weight(model: Any, key: str) -> Tensor | None:
+    """Return the base's own tensor of a key: PEFT also saves embeddings that it did not train."""
     name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
     module, _, parameter = name.rpartition(".")
     try:
-        base = model.get_submodule(module)._parameters.get(parameter)
+        return model.get_submodule(module)._parameters.get(parameter)
     except AttributeError:
+        return None
+
+
+def _fits_base(model: Any, base: Tensor, tensor: Tensor, resized: bool) -> bool:
+    """Return whether a file's copy of a base tensor equals it, or belongs to an embedding that was resized."""
+    if base.shape != tensor.shape:
         return False
-    return base is not None and base.shape == tensor.shape and torch.equal(base.detach().cpu(), tensor.to(base.dtype))
+    get_parts = (getattr(model, f"get_{part}_embeddings", None) for part in ("input", "output"))
+    weights = [getattr(get(), "weight", None) for get in get_parts if get is not None]
+    is_new = resized and base.is_floating_point() and any(base is weight for weight in weights)
+    return is_new or torch.equal(base.detach().cpu(), tensor.to(base.dtype))
 
 
 # --- files ------------------------------------------------------------------------------------------------------
@@ -237,12 +380,16 @@ def read_adapter_file(
 
 
 def adapter_tensor_info(
-    model: Any, adapter: str, state_dict: Mapping[str, Tensor] | None = None
+    model: Any,
+    adapter: str,
+    state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: str | bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the content of an adapter's file: tensors by key, on their current device, and the metadata."""
     fingerprint = _base_fingerprint(model)
     metadata = {"format": "pt", **({_FINGERPRINT: fingerprint} if fingerprint else {})}
-    return get_peft_model_state_dict(model, state_dict, adapter), metadata
+    tensors = get_peft_model_state_dict(model, state_dict, adapter, save_embedding_layers=save_embedding_layers)
+    return tensors, metadata
 
 
 def to_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, memoryview]:
@@ -263,6 +410,7 @@ def save_adapter(
     folder: Path,
     adapter: str,
     state_dict: Mapping[str, Tensor] | None = None,
+    save_embedding_layers: str | bool = False,
     convert_start: bool = False,
 ) -> None:
     """Write one adapter's config, tensors and model card into `folder`; each file is written atomically.
@@ -271,7 +419,7 @@ def save_adapter(
     """
     if folder.is_file():
         raise UsageError(f"{folder} is a file", "a folder")
-    tensors, metadata = adapter_tensor_info(model, adapter, state_dict)
+    tensors, metadata = adapter_tensor_info(model, adapter, state_dict, save_embedding_layers)
     tensors = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
     config = model.peft_config[adapter]
     if convert_start:
@@ -307,12 +455,11 @@ def read_adapter(
     model: Any, path: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict[str, Any]
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return an adapter's tensors and config, read from a folder or the Hub, if it belongs to this base."""
-    unknown = [k for k in hub if k not in (*_HUB_ARGUMENTS, *_IGNORED_ARGUMENTS)]
-    if unknown:
-        similar = nearest(unknown[0], _HUB_ARGUMENTS)
-        raise UsageError(f"unknown argument {unknown[0]!r}{similar}", f"one of {format_names(_HUB_ARGUMENTS)}")
-    hub = {k: v for k, v in hub.items() if k in _HUB_ARGUMENTS}
+    key_mapping = hub.get("key_mapping")
+    hub = {k: v for k, v in hub.items() if k not in (*_IGNORED_ARGUMENTS, "key_mapping")}
+    _check_hub_arguments(hub)
     tensors, fingerprint = read_adapter_file(path, **hub)
+    tensors = _rename_keys(tensors, key_mapping)
     config = config or PeftConfig.from_pretrained(path, **hub)
     here = _base_fingerprint(model)
     if fingerprint and here and fingerprint != here:
@@ -321,6 +468,25 @@ def read_adapter(
     config.inference_mode = not is_trainable
     check_sizes(model, config, tensors, path)
     return tensors, config
+
+
+def _check_hub_arguments(hub: Mapping[str, Any]) -> None:
+    for name in hub.keys() - set(_HUB_ARGUMENTS):
+        expected = f"one of {format_names(_HUB_ARGUMENTS)}"
+        raise UsageError(f"unknown argument {name!r}{nearest(name, _HUB_ARGUMENTS)}", expected)
+
+
+def _rename_keys(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | None) -> dict[str, Tensor]:
+    """Return tensors whose keys are replaced by the first pattern that matches; keys count without their prefix."""
+    renamed = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        for pattern, replacement in (key_mapping or {}).items():
+            name, count = re.subn(pattern.lstrip("^"), replacement, name)
+            if count:
+                break
+        renamed[key[: len(key) - len(key.removeprefix(_PREFIX))] + name] = tensor
+    return renamed
 
 
 def _base_fingerprint(model: Any) -> str | None:
@@ -348,18 +514,19 @@ class SaveLoadMixin:
         `path_initial_model_for_weight_conversion`, the folder of the adapter before its training, writes a LoRA whose
         init_lora_weights is "pissa", "olora", "corda" or "lora_ga" as the equal plain LoRA of twice the rank. The start
         is read from the adapter itself, which has it.
+
+        Args:
+            save_embedding_layers: whether the base's embeddings are written, too. "auto": those that an adapter changes
+                or, if there are none, those that were resized; a warning says so.
         """
         if path_initial_model_for_weight_conversion is not None:
             PeftConfig.from_pretrained(path_initial_model_for_weight_conversion)  # it has to be an adapter
         if not safe_serialization:
             raise UsageError("safe_serialization=False requests a pickle", "safetensors", "omit the argument")
-        if save_embedding_layers not in ("auto", False):
-            message = "save_embedding_layers=True is not supported"
-            raise UsageError(message, hint='train the embeddings with the adapter: modules_to_save=["embed_tokens"]')
         for name in (selected_adapters or self.peft_config) if is_main_process else []:
-            folder = "" if name == "default" else self._require_adapter(name)
+            folder = Path(save_directory, "" if name == "default" else self._require_adapter(name))
             convert_start = path_initial_model_for_weight_conversion is not None
-            save_adapter(self, Path(save_directory, folder), name, state_dict, convert_start)
+            save_adapter(self, folder, name, state_dict, save_embedding_layers, convert_start)
 
     @classmethod
     def from_pretrained(

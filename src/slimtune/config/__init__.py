@@ -3,9 +3,14 @@
 schema.py    the settings              loading.py   YAML, `path=value`, paths
 method.py    a method's own settings   aliases.py   old names
 recipe.py    reads and checks them     errors.py    all errors in one message
+
+PEFT's users import PEFT's names from here, too (`from slimtune.config import PeftConfig`).
 """
 
+from ..peft_names import make_getattr
 from .recipe import Recipe, load_recipe
 from .schema import DataSettings, MethodSettings, ModelSettings, TrainSettings
 
 __all__ = ["DataSettings", "MethodSettings", "ModelSettings", "Recipe", "TrainSettings", "load_recipe"]
+
+__getattr__ = make_getattr(__name__)

@@ -75,7 +75,7 @@ def _find_errors(settings: dict[str, Any], cls: Any) -> list[FieldError]:
             type.__call__(cls, **settings)  # the class as it is: calling it would import peft, which takes seconds
             return errors
         except ConfigError as e:
-            name, expected = e.message.split(" ", 1)[0], "; ".join(filter(None, (e.expected, e.hint)))
+            name, expected = e.message.split(" ", 1)[0].strip("`"), "; ".join(filter(None, (e.expected, e.hint)))
             if name not in settings:
                 return [*errors, FieldError("method", e.message, expected)]
             errors.append(FieldError(f"method.{name}", e.message.replace(f"{name} is ", "got ", 1), expected))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..adapters.architectures import DEFAULT_TARGETS
 from ..adapters.base import AdapterModule, BaseForward, Site
 from ..adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
-from ..errors import ConfigError
+from ..errors import ConfigError, PeftWarning
 from ..kernels.dropout import active_dropout_p, dropout
 from ..utils.linear_layers import layer_kind
 from .lora import LoraConfig
@@ -86,10 +86,14 @@ class AdaLoraConfig(TargetedConfig):
         super().check()
         self.rank_pattern = self.rank_pattern or None
         self.require(self.init_r >= self.target_r, "init_r", f"at least target_r ({self.target_r})")
-        has_steps = self.total_step is None or self.tinit < self.total_step - self.tfinal
-        self.require(has_steps, "total_step", f"above tinit + tfinal ({self.tinit} + {self.tfinal})")
+        if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
+            message = f"The supplied schedule values don't allow for a budgeting phase: total_step is {self.total_step}"
+            raise ConfigError(message, f"above tinit + tfinal ({self.tinit} + {self.tfinal})")
         if self.r != 8:
-            warnings.warn(f"AdaLoRA does not use r (given {self.r}): init_r is the rank", stacklevel=4)
+            text = (
+                "Note that `r` is not used in AdaLora and will be ignored. If you intended to set the initial rank, use"
+            )
+            warnings.warn(f"{text} `init_r` instead.", PeftWarning, stacklevel=4)
 
     def build(self, site: Site) -> AdapterModule:
         """Return the adapter module at `site`; when loading a file, with the ranks that it keeps."""

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
 from ..adapters.config import PeftConfig, setting
 from ..adapters.prompt import AttentionModule
-from ..attention.packed_layout import RowMask
-from ..attention.prefix import AttentionPrefix, find_attention_modules, gated_prefix_attention
+from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules, gated_prefix_attention
 from ..errors import TargetError, format_names, nearest
 from ..utils.linear_layers import get_weight
 
@@ -42,11 +41,8 @@ class AdaptionPromptConfig(PeftConfig):
     adapter_len: int | None = setting(None, "learned tokens of a layer, required; 10 in the paper", ge=1)
     adapter_layers: int | None = setting(None, "how many layers get them, counted from the top; None: all", ge=1)
 
-    def check(self) -> None:
-        super().check()
-        self.require(self.adapter_len is not None, "adapter_len", "an integer, at least 1")
-
     def fill_from_model(self, model: Any) -> None:
+        self.require(self.adapter_len is not None, "adapter_len", "an integer, at least 1")
         names = find_attention_modules(model)
         self.target_modules = self.target_modules or names[0].rpartition(".")[2]
         self.adapter_layers = self.adapter_layers or len(names)

@@ -65,9 +65,8 @@ class IA3Config(TargetedConfig):
     def check(self) -> None:
         super().check()
         names, targets = self.feedforward_modules, self.target_modules
-        if isinstance(names, list) and isinstance(targets, list):
-            expected = f"names from target_modules: {format_names(targets)}"
-            self.require(set(names) <= set(targets), "feedforward_modules", expected)
+        if isinstance(names, list) and isinstance(targets, list) and not set(names) <= set(targets):
+            raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")
 
     def fill_from_model(self, model: Any) -> None:
         """Fill in PEFT's choice of feed-forward layers if none is given."""

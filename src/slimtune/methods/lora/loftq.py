@@ -12,6 +12,7 @@ The quantized base does not change. Paper: https://arxiv.org/abs/2310.08659.
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ...adapters.config_fields import check_fields, setting
 from ...errors import UsageError, format_names
 from ...utils.calibration import second_moment
 from ...utils.linear_layers import get_weight, is_quantized
@@ -26,9 +28,23 @@ from ...utils.linear_layers import get_weight, is_quantized
 _DAMPING = 0.1
 
 
+@dataclass
+class LoftQConfig:
+    """PEFT's settings for `init_lora_weights="loftq"`, which quantizes a float base itself.
+
+    Here the base is loaded in NF4 or int8, and then `replace_lora_weights_loftq` initializes the adapter.
+    """
+
+    loftq_bits: int = setting(4, "bits of a weight", ge=2, le=8)
+    loftq_iter: int = setting(1, "how often quantization and approximation alternate", ge=1)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 @torch.no_grad()
 def replace_lora_weights_loftq(
-    model: Any,
+    peft_model: Any,
     model_path: str | os.PathLike,
     adapter_name: str = "default",
     callback: Callable[[Any, str], bool] | None = None,
@@ -39,14 +55,14 @@ def replace_lora_weights_loftq(
     PEFT ignores the scale s; here B is divided by it, so that s · B A is the error at any alpha.
 
     Args:
-        model: the adapted model, its base loaded in NF4 or int8.
+        peft_model: the adapted model, its base loaded in NF4 or int8.
         model_path: folder of the base's safetensors files, or such a file.
         adapter_name: name of the adapter.
         callback: called with the model and a layer's name after each layer; False restores that layer's A and B.
         calibration_inputs: samples `(n, in_features)` of layer inputs, by name; other layers use the plain error.
     """
-    adapters = {n: a for n, a in model.adapter_modules(adapter_name).items() if hasattr(a, "lora_A")}
-    layers = {n: m for n, m in model.adapted_layers().items() if n in adapters and is_quantized(m)}
+    adapters = {n: a for n, a in peft_model.adapter_modules(adapter_name).items() if hasattr(a, "lora_A")}
+    layers = {n: m for n, m in peft_model.adapted_layers().items() if n in adapters and is_quantized(m)}
     if not layers:
         message = "no adapted layer is quantized, so there is no quantization error to start from"
         raise UsageError(message, "a base loaded in NF4 or int8", 'on a float base: init_lora_weights="pissa"')
@@ -59,7 +75,7 @@ def replace_lora_weights_loftq(
         before = A.clone(), B.clone()
         A.copy_(down)
         B.copy_(up / adapter.scale)
-        if callback is not None and not callback(model, name):
+        if callback is not None and not callback(peft_model, name):
             A.copy_(before[0])
             B.copy_(before[1])
 

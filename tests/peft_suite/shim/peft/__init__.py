@@ -84,10 +84,11 @@ IMPORTED = find_imported_names()
 @cache
 def find_slimtune_module(name):
     """Return `slimtune.a.b` for `peft.a.b`; None if slimtune has no such module."""
+    ours = "slimtune" + name.removeprefix("peft")
     try:
-        return importlib.import_module("slimtune" + name.removeprefix("peft"))
-    except ModuleNotFoundError as e:
-        if not (e.name or "").startswith("slimtune"):
+        return importlib.import_module(ours)
+    except ImportError as e:
+        if e.name is None or not f"{ours}.".startswith(f"{e.name}."):
             raise
         return None
 

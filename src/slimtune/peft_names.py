@@ -1,0 +1,164 @@
+"""PEFT's names and the modules that its users import them from.
+
+`slimtune.X` is a name of `PUBLIC`. `slimtune.tuners.lora.layer`, `slimtune.utils.other` and PEFT's other paths are
+modules without a file: each one gives every name of `PUBLIC` and `INNER`, because PEFT moves names between its modules
+from release to release. All names are lazy: nothing here imports torch.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+from .errors import nearest
+
+PUBLIC = {
+    "adapters.auto": (
+        "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification", "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    ),
+    "adapters.config": ("PeftConfig", "PeftType", "TaskType", "get_peft_config"),
+    "adapters.conversion": ("convert_to_lora", "save_as_lora"),
+    "adapters.hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
+    "adapters.model": (
+        "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification", "get_peft_model",
+    ),
+    "adapters.optimizer": ("create_loraplus_optimizer", "parameter_groups"),
+    "adapters.prompt": ("PromptLearningConfig",),
+    "adapters.quantized": ("prepare_model_for_kbit_training",),
+    "adapters.state_dict": (
+        "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights", "set_base_model_state_dict",
+        "set_peft_model_state_dict",
+    ),
+    "adapters.status": ("get_layer_status", "get_model_status"),
+    "adapters.tuner": (
+        "AdaLoraModel", "AdaptionPromptModel", "HiraModel", "IA3Model", "LNTuningModel", "LoHaModel", "LoKrModel",
+        "LoraModel", "MissModel", "OFTModel", "ShiraModel", "TrainableTokensModel", "VeraModel",
+        "inject_adapter_in_model",
+    ),
+    "errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
+    "mapping": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value",
+    ),
+    "methods.lora": ("LoraRuntimeConfig",),
+    "methods.lora.eva": ("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
+    "methods.lora.loraga": ("LoraGAConfig", "preprocess_loraga"),
+    "methods.lora.loftq": ("LoftQConfig", "replace_lora_weights_loftq"),
+    "methods.p_tuning": ("PromptEncoderReparameterizationType",),
+    "methods.prefix_tuning": ("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
+    "methods.prompt_tuning": ("PromptTuningInit",),
+    "setup": ("load_run",),
+    "utils.peft_functions": ("cast_mixed_precision_params", "shift_tokens_right"),
+}  # fmt: skip
+INNER = {
+    "adapters.invocation": ("calculate_alora_offsets",),
+    "adapters.lorafa": ("create_lorafa_optimizer",),
+    "adapters.peft_layers": (
+        "AdaLoraLayer", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "HiraLayer", "IA3Layer", "LNTuningLayer",
+        "LoHaLayer", "LoKrLayer", "LoraLayer", "LycorisLayer", "MissLayer", "ModulesToSaveWrapper", "OFTLayer",
+        "ShiraLayer", "TrainableTokensLayer", "TrainableTokensWrapper", "VeraLayer",
+    ),
+    "adapters.status": ("TunerLayerStatus", "TunerModelStatus"),
+    "adapters.tuner": ("BaseTuner", "MixedModel", "delete_adapter", "set_adapter", "set_requires_grad"),
+    "mapping": (
+        "PEFT_TYPE_TO_PREFIX_MAPPING", "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_LOKR_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING",
+        "TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING",
+    ),
+    "methods.lora.alora": ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"),
+    "methods.lora.corda": ("CordaConfig", "preprocess_corda"),
+    "utils.peft_functions": (
+        "CONFIG_NAME", "DUMMY_MODEL_CONFIG", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
+        "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME",
+        "_get_submodules", "id_tensor_storage", "infer_device", "init_empty_weights", "transpose",
+    ),
+}  # fmt: skip
+_HOMES = {name: home for table in (PUBLIC, INNER) for home, names in table.items() for name in names}
+_LAYER_TYPES = ("Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt", "MultiheadAttention")
+_TUNERS = (
+    "adalora", "adaption_prompt", "hira", "ia3", "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "p_tuning",
+    "prefix_tuning", "prompt_tuning", "shira", "trainable_tokens", "vera",
+)  # fmt: skip
+_TUNER_PARTS = ("bnb", "config", "conversion", "corda", "dora", "eva", "layer", "loraga", "model", "variants")
+MODULES = {
+    "auto", "functional", "mapping_func", "mixed_model", "optimizers", "optimizers.lorafa", "optimizers.loraplus",
+    "peft_model", "tuners", "tuners.lycoris_utils", "tuners.mixed", "tuners.tuners_utils", "utils.constants",
+    "utils.error", "utils.hotswap", "utils.integrations", "utils.loftq_utils", "utils.merge_utils", "utils.other",
+    "utils.peft_types", "utils.save_and_load", "utils.warning",
+    *(f"tuners.{tuner}" for tuner in _TUNERS),
+    *(f"tuners.{tuner}.{part}" for tuner in _TUNERS for part in _TUNER_PARTS),
+}  # fmt: skip
+"""PEFT's modules that have no file here; those with one, such as `slimtune.utils`, give the names, too."""
+
+
+def add_public_names(names: dict[str, str]) -> None:
+    """Add names with their modules, such as the config classes of the methods."""
+    _HOMES.update(names)
+
+
+def find_name(module: str, name: str) -> Any:
+    """Return `slimtune.a.b.name`, where `module` is `slimtune.a.b`.
+
+    Raises:
+        AttributeError: there is no such name; it gives the nearest one.
+    """
+    package = __name__.partition(".")[0]
+    inner = module.removeprefix(package).lstrip(".")
+    path = f"{inner}.{name}".lstrip(".")
+    if path in MODULES:
+        return importlib.import_module(f"{package}.{path}")
+    tuner = inner.split(".")[1:2]
+    if inner.startswith("tuners.") and name in _LAYER_TYPES:
+        return importlib.import_module(f"{package}.mapping").find_layer_class(tuner[0], name)
+    if _HOMES.get(name, inner) == inner:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{nearest(name, _HOMES)}")
+    return getattr(importlib.import_module(f"{package}.{_HOMES[name]}"), name)
+
+
+def make_getattr(module: str) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module that gives PEFT's names."""
+    return lambda name: find_name(module, name)
+
+
+class _NamesModule(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        return find_name(self.__name__, name)
+
+    def __dir__(self) -> list[str]:
+        return sorted(_HOMES)
+
+
+class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        package, _, inner = fullname.partition(".")
+        if package != __name__.partition(".")[0]:
+            return None
+        if inner in MODULES:
+            return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        parent, _, name = inner.rpartition(".")
+        if parent in {"", "config", "utils", *MODULES} and name[0] != "_":
+            # `from slimtune import LoraConfi` comes here last; otherwise Python's message would lack the nearest name.
+            names = [*_HOMES, *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent)]
+            where = f"{package}.{parent}".rstrip(".")
+            raise ImportError(f"cannot import name {name!r} from {where!r}{nearest(name, names)}", name=fullname)
+        return None
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return _NamesModule(spec.name, "PEFT's names, under the path of one of PEFT's modules.")
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+sys.meta_path.append(_ModuleFinder())  # last: a module with a file is imported from it
