@@ -25,7 +25,7 @@ import transformers as tf
 from plan_ways.referee import measured
 
 from slimtune import LoraConfig
-from slimtune.models.registry import get_model_info
+from slimtune.models.base_config import get_model_info
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.gpus import find_gpu
 from slimtune.planning.memory_trace import trace_memory

@@ -32,7 +32,7 @@ from plan_ways.referee import measured
 
 from slimtune.adapters.registry import config_class, find_built_in_method_files
 from slimtune.config.method import fill_recipe_defaults
-from slimtune.models.registry import load_config
+from slimtune.models.base_config import load_config
 from slimtune.planning.memory_trace import trace_memory
 from slimtune.planning.request import TrainingJob
 from slimtune.utils.formatting import format_bytes

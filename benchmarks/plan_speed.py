@@ -26,7 +26,7 @@ def measured(name: str) -> dict[str, float]:
     import torch
 
     from slimtune import LoraConfig
-    from slimtune.models.registry import get_model_info
+    from slimtune.models.base_config import get_model_info
     from slimtune.planning.extrapolate import extrapolate_layers, fit_memory_model
     from slimtune.planning.gpus import find_gpu
     from slimtune.planning.planner import make_plan

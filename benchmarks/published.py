@@ -41,7 +41,7 @@ from transformers import masking_utils
 import slimtune
 from slimtune.adapters.registry import config_class
 from slimtune.errors import UsageError
-from slimtune.models.registry import get_model_info
+from slimtune.models.base_config import get_model_info
 from slimtune.planning.extrapolate import extrapolate_layers
 from slimtune.planning.fake_tensors import all_tensors, fake_mode, make_fake
 from slimtune.planning.memory_tracker import MemoryTracker

@@ -363,3 +363,11 @@ def test_reference_in_the_docs_is_current():
     update_page = runpy.run_path(str(ROOT / "docs/make_reference.py"))["update_page"]
     page = (ROOT / "docs/recipe.md").read_text()
     assert update_page(page) == page, "run python docs/make_reference.py"
+
+
+def test_one_message_names_faults_of_method_and_train():
+    tree = {"model": "m", "data": "d.jsonl", "output_dir": "o", "method": {"r": 0, "rnak": 1}, "train": {"epocs": 1}}
+    with pytest.raises(RecipeError) as e:
+        Recipe.from_dict(tree)
+    for part in ("3 problems", "train.epocs", "method.r: got 0", "method.rnak"):
+        assert part in str(e.value)

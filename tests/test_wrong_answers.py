@@ -135,7 +135,7 @@ CASES: list[Case] = [
     Case("escape-in-a-row", {"a.jsonl": chat("\x1b]0;x\x07")}, "data a.jsonl --model BASE", 0, r"\x1b]0;x\x07"),
     Case("escape-in-bad-json", {"a.jsonl": "{\x1b[2J\n"}, "data a.jsonl --model BASE", 1, r"{\x1b[2J"),
     Case("escape-in-a-name", {}, "data 'no\x1b[2J'", 2, r"no\x1b[2J"),
-    Case("both-test-sets", {}, f"{TRAIN} --test ROWS --test-fraction 0.1", 2, "only one of the two"),
+    Case("both-test-sets", {"a.jsonl": CHAT}, f"{TRAIN} --test ROWS --test-fraction 0.1", 2, "only one of the two"),
     # Rows and templates that are hostile: duplicate keys, huge numbers, deep nesting, endless loops
     Case(
         "key-twice",
@@ -343,6 +343,12 @@ CASES: list[Case] = [
     Case("set-twice", {}, "plan BASE --set train.seed=1 --set train.seed=2", 2, "--set train.seed is given twice"),
     Case("long-out", {}, f"{TRAIN_FLAGS} --out {'a' * 300}", 2, "the name is too long"),
     Case("long-model", {}, f"plan {'a' * 300}", 2, "there is no base"),
+    Case("page-is-a-folder", {"run/report.html/x": ""}, "eval RUN --split validation", 2, "it is a folder"),
+    Case("another-gpu", {}, f"{TRAIN_FLAGS} --out o --gpu rtx-4090", 2, "this would train on this machine"),
+    Case("two-bases", {}, f"train gpt2 {TRAIN_FLAGS[6:]} --out o", 2, "'gpt2' and --model are both given"),
+    Case("two-devices", {}, "plan BASE --gpu t4 --device cpu", 2, "--device and --gpu are both given"),
+    Case("bare-base", {}, "train BASE --data ROWS --max-steps 1 --out o --dtype float32", 0, "validation loss"),
+    Case("device-of-eval", {}, "eval RUN --split validation --device cuda:9", 2, "CUDA devices"),
     Case("long-data", {}, f"train --model BASE --data {'a' * 300} --out o", 2, "the name is too long"),
     Case("nul-in-out", recipe('output_dir: "a\\0b"'), "train r.yaml", 2, "output_dir"),
     Case("nul-in-model", {}, "plan BASE --set 'model=\"a\\0b\"'", 2, "there is no base"),
@@ -375,6 +381,8 @@ def test_wrong_answer(case: Case, home: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     if "RUN" in case.command:
         shutil.copytree(home / "run", tmp_path / "run")
+        if any(name.startswith("run/report.html/") for name in case.files):
+            (tmp_path / "run" / "report.html").unlink()
     for name, content in case.files.items():
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)

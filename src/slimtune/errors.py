@@ -82,9 +82,11 @@ def nearest(name: object, known: Iterable[str]) -> str:
 
 def format_names(names: Iterable[object], most: int = 12) -> str:
     """Return names as a short readable list: `'a', 'b', … (14 more)`."""
-    every = [str(n) for n in names]
-    rest = f", … ({len(every) - most} more)" if len(every) > most else ""
-    return ", ".join(repr(n) for n in every[:most]) + rest
+    every = [repr(str(n)) for n in names]
+    rest = f"… ({len(every) - most} more)"
+    if len(", ".join(every[most:])) <= len(rest):  # as short as the count, or empty
+        return ", ".join(every)
+    return ", ".join([*every[:most], rest])
 
 
 def exception_chain(error: BaseException) -> Iterator[BaseException]:

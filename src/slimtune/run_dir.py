@@ -32,12 +32,22 @@ from .utils.files import (
 )
 
 ADAPTER_FILE = "adapter_model.safetensors"
+LOCK_FILE, WRITER_FILE = ".lock", ".writer.json"
+WRITTEN_FILES = (
+    "recipe.yaml", "plan.json", "data.json", "metrics.jsonl", "result.json", "report.html", WRITER_FILE,
+)  # fmt: skip
+"""Files of a run folder that are written under a temporary name first, `.<name>.<random>`."""
 RENAMED_KEYS = {
     "gain": "loss_reduction", "gain_ci95": "loss_reduction_ci95", "better": "improved", "quant": "quantization",
     "prompt_use": "prompt_dependence", "ships": "export_formats", "adapted": "target_summary",
     "rows_read": "data_report", "out_of_memory": "oom_events",
 }  # fmt: skip
 """Keys of result.json and eval-*.json as earlier releases wrote them, and what they are called now."""
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether a file of a run folder has a temporary name; what a user has hidden there is called otherwise."""
+    return any(name.startswith(f".{written}.") for written in WRITTEN_FILES)
 
 
 @dataclass(frozen=True)
@@ -141,8 +151,8 @@ class RunDir:
         if run.path.exists() and not run.path.is_dir():
             raise UsageError(f"{run.path} is a file", "a folder that does not exist yet", "give another --out")
         # A start that was killed leaves temporary files and the lock.
-        left = (".lock", f".{run.recipe_file.name}.", f".{run.data_file.name}.", ".writer.json")
-        if run.path.is_dir() and (names := sorted(p.name for p in run.path.iterdir() if not p.name.startswith(left))):
+        names = sorted(p.name for p in run.path.iterdir()) if run.path.is_dir() else []
+        if names := [n for n in names if n not in (LOCK_FILE, WRITER_FILE) and not is_temporary(n)]:
             is_run = run.recipe_file.name in names
             raise UsageError(
                 f"{run.path} already contains {'another run' if is_run else 'files'}: {format_names(names)}",
@@ -250,3 +260,10 @@ class RunDir:
             evaluations=evaluations,
             errors=errors,
         )
+
+
+def find_adapter_folder(path: str | Path) -> Path:
+    """Return the adapter folder of a run folder; an adapter folder is returned as it is."""
+    path = Path(path)
+    is_adapter = any((path / name).is_file() for name in (ADAPTER_FILE, "adapter_config.json"))
+    return path if is_adapter else RunDir.open(path).adapter

@@ -24,7 +24,7 @@ from .errors import AdapterError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.loader import Base, download_weights, load_base, load_tokenizer
 from .models.quantization import dequantize_model
-from .run_dir import ADAPTER_FILE, RunDir
+from .run_dir import RunDir, find_adapter_folder
 from .train_step.loss import auto_micro_batch_tokens, check_lm_head, make_collator
 from .train_step.memory_savings import apply_memory_savings
 from .utils import distributed
@@ -264,13 +264,6 @@ def build_meta_model(
 
 
 # --- trained models ---------------------------------------------------------------------------------------------------
-
-
-def find_adapter_folder(path: str | Path) -> Path:
-    """Return the adapter folder of a run folder; an adapter folder is returned as it is."""
-    path = Path(path)
-    is_adapter = any((path / name).is_file() for name in (ADAPTER_FILE, "adapter_config.json"))
-    return path if is_adapter else RunDir.open(path).adapter
 
 
 def load_run(

@@ -134,7 +134,6 @@ FAULTS = [
     (Pair, {"target_modules": ["linear1"]}, ["TransformerEncoderLayer, which reads the weight without calling"]),
     (Pair, {"target_modules": ["out"], "modules_to_save": ["batch"]}, ["batch has buffers"]),
     (Pair, {}, ["there is no default for 'Pair'", 'target_modules="all-linear"']),
-    (moe, {"target_modules": "all-linear"}, ["expert", "3-dimensional"]),
     (lambda: build("opt"), {"target_modules": ["embed_positions"]}, ["OPTLearnedPositionalEmbedding"]),
 ]
 

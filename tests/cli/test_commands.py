@@ -37,6 +37,14 @@ MEASURED = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def names_exist(monkeypatch):
+    """Take every base, run and file of rows to exist."""
+    monkeypatch.setattr("slimtune.cli.inputs.require_base", lambda *_: None)
+    monkeypatch.setattr("slimtune.run_dir.find_adapter_folder", lambda path: path)
+    monkeypatch.setattr("slimtune.data.dataset.find_parts", lambda _: [])
+
+
 @pytest.fixture
 def replace(monkeypatch):
     """Return `replace(module, name, result) -> calls`: replaces a function by one that records its calls."""
@@ -85,6 +93,60 @@ except SystemExit as e:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert float(done.stderr.splitlines()[-1].split()[0]) < seconds
+
+
+WRONG = {
+    "plan llama-3.1-9b": "there is no base 'llama-3.1-9b'",
+    "plan nowhere.yaml": "no recipe file 'nowhere.yaml'",
+    "plan gpt2 --gpu rtx-4091": "there is no card 'rtx-4091'",
+    "plan gpt2 --method lore": "did you mean 'lora'?",
+    "plan recipe.yaml": "data.train: there is no file",
+    "gpus rtx-4091": "there is no card 'rtx-4091'",
+    "gpus --for llama-3.1-9b": "there is no base 'llama-3.1-9b'",
+    "data nowhere.jsonl": "no such file: nowhere.jsonl",
+    "data rows.jsonl --model smollm2-134m": "there is no base 'smollm2-134m'",
+    "train smollm2-134m --data rows.jsonl --out o": "there is no base 'smollm2-134m'",
+    "train smollm2-135m --data nowhere.jsonl --out o": "data.train: there is no file",
+    "train recipe.yaml": "model.name: there is no base 'smollm2-134m'",
+    "train nowhere.yaml": "no recipe file 'nowhere.yaml'",
+    "train smollm2-135m --data rows.jsonl --out o --gpu rtx-4091": "there is no card 'rtx-4091'",
+    "train smollm2-135m --data rows.jsonl --out o --init-adapter nowhere": "no run folder 'nowhere'",
+    "eval nowhere": "no run folder 'nowhere'",
+    "report nowhere": "no run folder 'nowhere'",
+    "compare nowhere.yaml": "no recipe file 'nowhere.yaml'",
+    "compare recipe.yaml --methods lora,ia4": "no method is called 'ia4'",
+    "generate nowhere hello": "no run folder 'nowhere'",
+    "chat nowhere": "no run folder 'nowhere'",
+    "merge nowhere --out o": "no run folder 'nowhere'",
+    "export nowhere --to vllm --out o": "no run folder 'nowhere'",
+    "export nowhere --to olama --out o": "did you mean 'ollama'?",
+    "verify nowhere": "no run folder 'nowhere'",
+    "push nowhere me/name": "no run folder 'nowhere'",
+    "methods lore": "did you mean 'lora'?",
+    "methods --model smollm2-134m": "there is no base 'smollm2-134m'",
+}
+
+
+def test_wrong_name_or_file_is_answered_without_torch(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    recipe = "model: smollm2-134m\ndata: nowhere.jsonl\nmethod: {name: lora, r: 4}\noutput_dir: o\n"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    script = f"""
+import sys, time
+from slimtune.cli import app
+for command in {[*WRONG]}:
+    start = time.process_time()
+    try:
+        app(args=command.split())
+    except SystemExit as e:
+        heavy = {{"torch", "transformers", "datasets", "peft"}} & set(sys.modules)
+        assert e.code == 2 and not heavy and time.process_time() - start < 1.5, (command, e.code, heavy)
+    print(end="\\0", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answers = [" ".join(answer.split()) for answer in done.stderr.split("\0")]
+    assert [(c, a) for c, a in zip(WRONG, answers, strict=False) if WRONG[c] not in a] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -261,10 +323,11 @@ def test_eval_verdict_is_the_exit_code(monkeypatch, slimtune):
 
 def test_merge(replace, slimtune, slimtune_json):
     merged = {"out": "m", "bytes": 2**20, "dtype": "float32", "seconds": 2.0, "max_difference": 1e-6,
-              "mean_difference": 1e-7, "effect": 0.5}  # fmt: skip
+              "mean_difference": 1e-7, "effect": 0.5, "strength": 0.75}  # fmt: skip
     calls = replace("export.merge", "merge", merged)
     assert "m: 1.0 MiB in float32, 2.0 s" in slimtune("merge", "runs/x", "--out", "m", "--dtype", "float32").stdout
     assert calls == [((Path("runs/x"), Path("m")), {"dtype": "float32"})]
+    assert "25% of it is lost" in slimtune("merge", "runs/x", "--out", "m").stderr
     assert slimtune_json("merge", "runs/x", "--out", "m") == merged
     assert "--out" in slimtune("merge", "runs/x").stderr
 
@@ -281,7 +344,7 @@ def generator(monkeypatch) -> list:
         description = "tiny with the lora adapter in runs/x/adapter"
 
         @classmethod
-        def open(cls, run):
+        def open(cls, run, device):
             calls.append(run)
             return cls()
 
@@ -344,7 +407,7 @@ def test_words_are_wrapped_whole(capsys):
     for piece in ["as", "sist", "ing wi", "th a\n  in", "dent \x1b[31m", "你好你好你好你"]:
         printer.write(piece)
     printer.close()
-    assert file.getvalue() == "assisting\nwith a\n  indent\n\ufffd[31m你好你\n好你好你"
+    assert file.getvalue() == "assisting\nwith a\n  indent\n\\x1b[31m你好\n你好你好你"
 
 
 def test_doctor(slimtune, slimtune_json):

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from slimtune.cli.common import PACKAGE, CommandGroup, Json
-from slimtune.errors import DataError, RecipeError, exception_chain, is_out_of_memory
+from slimtune.errors import DataError, RecipeError, exception_chain, format_names, is_out_of_memory
 
 app = typer.Typer(cls=CommandGroup, rich_markup_mode=None, pretty_exceptions_enable=False)
 raised: list[BaseException] = []
@@ -104,3 +104,16 @@ def test_exception_chain_ends_at_an_error_that_explains_its_cause():
     outer.__cause__, inner.__cause__ = inner, outer  # a cycle ends, too
     assert list(exception_chain(outer)) == [outer, inner]
     assert is_out_of_memory(outer)
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ([1, 2], "'1', '2'"),
+        (["a" * 20, "b" * 20], f"'{'a' * 20}', … (1 more)"),
+        ([1, 2, 3, 4, 5], "'1', … (4 more)"),
+        ([], ""),
+    ],
+)
+def test_names_are_counted_only_where_that_is_shorter(names, text):
+    assert format_names(names, 1) == text

@@ -11,8 +11,9 @@ from slimtune.config import load_recipe
 from slimtune.errors import UsageError
 from slimtune.methods import method_names
 from slimtune.models.loader import load_tokenizer
-from slimtune.planning.gpus import detect_gpu, find_gpu, gpu_with_memory
+from slimtune.planning.gpus import find_gpu, gpu_with_memory
 from slimtune.planning.request import build_request
+from slimtune.planning.this_machine import detect_gpu
 from slimtune.setup import load_datasets
 from slimtune.utils.formatting import format_duration
 

@@ -111,6 +111,19 @@ def test_vllm(run, tmp_path):
     assert "not checked" in no_server["checks"][-1]["reason"]
 
 
+def test_a_converter_that_fails_proves_nothing(tiny_folder, monkeypatch, tmp_path):
+    run = adapter_on(tiny_folder, tmp_path / "run", slimtune.LoraConfig(**LORA))
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("raise SystemExit('no such architecture')")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    done = CliRunner().invoke(app, ["verify", str(run)], env={"COLUMNS": "80"})
+    assert done.exit_code == 1
+    assert "not the trained model" not in done.output
+    assert "error: not proven: llama.cpp, adapter GGUF, llama.cpp, merged GGUF" in " ".join(done.output.split())
+    assert "NOT PROVEN" in done.stdout
+    assert "no such architecture" in done.stdout
+
+
 def test_verify_a_run(run):
     found = verify(run, threads=1)
     expected = ["merged folder", "llama.cpp, adapter GGUF", "llama.cpp, merged GGUF"]

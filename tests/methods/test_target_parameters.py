@@ -162,3 +162,52 @@ def test_rows_with_different_adapters_and_weighted_sums_are_refused():
         model(tokens(), adapter_names=["default", "__base__"])
     with pytest.raises(SlimtuneError, match="does not support targeting"):
         model.add_weighted_adapter(["default"], [0.5], "mean")
+
+
+def test_all_linear_includes_the_experts(tmp_path):
+    model = adapted(slimtune, moe(), target_modules="all-linear", target_parameters=None)
+    report = model.match_report()
+    assert "experts × 2" in str(report)
+    assert report.unadapted == ("model.embed_tokens", "lm_head")
+    model.save_pretrained(tmp_path)
+    expected = model(tokens()).logits
+    for home in (slimtune, peft):
+        assert far(home.PeftModel.from_pretrained(moe(), tmp_path)(tokens()).logits, expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"lora_dropout": 0.1}, "lora_dropout is 0.1"), ({"exclude_modules": ["mlp.experts"]}, None),
+     ({"target_parameters": []}, None)],
+)  # fmt: skip
+def test_all_linear_says_when_it_leaves_the_experts_out(settings, message, recwarn, tmp_path):
+    model = get_peft_model(moe(), LoraConfig(target_modules="all-linear", **settings))
+    said = [str(w.message) for w in recwarn if "leaves out the experts" in str(w.message)]
+    assert [message in text for text in said] == ([True] if message else [])
+    assert set(model.match_report().kinds.values()) == {"linear"}
+    model.save_pretrained(tmp_path)
+    for home in (slimtune, peft):
+        loaded = home.PeftModel.from_pretrained(moe(), tmp_path)
+        assert not [n for n, _ in loaded.named_parameters() if "lora_" in n and "experts" in n]
+
+
+def test_all_linear_leaves_routers_frozen():
+    model = moe("llama4")
+    assert isinstance(model.model.layers[0].feed_forward.router, torch.nn.Linear)
+    model = adapted(slimtune, model, target_modules="all-linear", target_parameters=None)
+    assert not [n for n in model.match_report().adapted if "router" in n]
+    model(tokens())
+
+
+def test_experts_without_a_gradient_are_found():
+    model = adapted(slimtune, moe())
+    run_step(slimtune, model)
+    model.get_parameter("model.layers.0.mlp.experts.adapters.default.lora_B.weight").grad.view(-1, 4, 4)[..., 2] = 0
+    model.update_and_allocate(1)
+    modules = model.adapter_modules("default")
+    expected = {"model.layers.0.mlp.experts.down_proj": [2]}
+    assert model.peft_config["default"].find_untrained_experts(modules) == expected
+    again = adapted(slimtune, moe())
+    for name, module in again.adapter_modules("default").items():
+        module.load_extra_state(modules[name].extra_state())
+    assert again.peft_config["default"].find_untrained_experts(again.adapter_modules("default")) == expected

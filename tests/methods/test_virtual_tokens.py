@@ -402,6 +402,10 @@ def test_prefix_is_set_from_text_and_cache(tokenizer):
     model = get_peft_model(plain, config("prefix", num_virtual_tokens=len(TEXT))).train()
     shake(model)
     initialize_kv_prefix_from_text(model, words, text=TEXT, use_chat_template=False)
+    words.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ModelError, match="steps"):
+        initialize_kv_prefix_from_text(model, words, text=TEXT)
+    words.chat_template = None
     assert model.training
     assert distance(logits(model, tokens()), expected) < CLOSE
     shake(model)

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from slimtune.errors import ModelError, RunError
 from slimtune.models import gguf
+from slimtune.models.base_config import get_model_info, load_config
 from slimtune.models.gguf import cache_root, check_gguf, read_dequantized
 from slimtune.models.loader import load_base, load_tokenizer
-from slimtune.models.registry import get_model_info, load_config, resolve_model
+from slimtune.models.registry import resolve_model
 from slimtune.utils.fingerprint import config_fingerprint
 
 pytest.importorskip("gguf")
@@ -42,6 +43,23 @@ def write(tmp_path, tiny_llama, tiny_tokenizer):
         return write_gguf(tmp_path / "tiny.gguf", model, tokenizer, **options)
 
     return write
+
+
+def test_config_of_a_cached_base_is_read_without_parsing_the_file(write, monkeypatch):
+    file = write()
+    parsed = get_model_info(str(file)).config.to_dict()
+    read_dequantized(file)
+    monkeypatch.setattr(gguf, "read_gguf", lambda _: pytest.fail("the file was parsed"))
+    cached = get_model_info(str(file)).config.to_dict()
+    ours = (
+        "_name_or_path",
+        "_model_name_or_path",
+        "dtype",
+        "transformers_version",
+        "quantization_config",
+        "architectures",
+    )
+    assert {k: v for k, v in cached.items() if k not in ours} == {k: v for k, v in parsed.items() if k not in ours}
 
 
 def assert_refused(file, kind, *words):

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
 from slimtune.errors import ModelError, RunError, UsageError
-from slimtune.models import registry
+from slimtune.models import base_config
+from slimtune.models.base_config import load_config
 from slimtune.models.errors import translate_load_errors
 from slimtune.models.loader import load_base, load_tokenizer
-from slimtune.models.registry import load_config
 
 
 def load(spec, **options):
@@ -281,7 +281,7 @@ def test_errors_of_libraries(monkeypatch, error, kind, words):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(registry.PreTrainedConfig, "get_config_dict", fail)
+    monkeypatch.setattr(base_config.PreTrainedConfig, "get_config_dict", fail)
     assert_refused("org/base", kind, "'org/base'", *words)
 
 

@@ -9,15 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slimtune.errors import ModelError, UsageError
-from slimtune.models.registry import (
-    ALIASES,
-    OLLAMA_NAMES,
-    ModelSource,
-    find_known,
-    get_model_info,
-    load_known_configs,
-    resolve_model,
-)
+from slimtune.models.base_config import get_model_info
+from slimtune.models.registry import ALIASES, OLLAMA_NAMES, ModelSource, find_known, load_known_configs, resolve_model
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -3,7 +3,7 @@
 import pytest
 
 from slimtune import LoraConfig
-from slimtune.models.registry import get_model_info
+from slimtune.models.base_config import get_model_info
 from slimtune.planning.fsdp import shard_base
 from slimtune.planning.gpus import find_gpu
 from slimtune.planning.planner import make_plan

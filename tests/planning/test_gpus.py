@@ -6,8 +6,9 @@ import re
 import pytest
 
 from slimtune.errors import UsageError
-from slimtune.planning import gpus
-from slimtune.planning.gpus import GIB, Gpu, all_gpus, detect_gpu, find_gpu, gpu_with_memory
+from slimtune.planning import gpus, this_machine
+from slimtune.planning.gpus import GIB, Gpu, all_gpus, find_gpu, gpu_with_memory
+from slimtune.planning.this_machine import detect_gpu
 from slimtune.planning.throughput import prices
 
 
@@ -119,10 +120,10 @@ def test_detect_cpu():
 @pytest.mark.parametrize(("total", "name"), [(24 * GIB, "rtx-3090"), (10 * GIB, "NVIDIA GeForce RTX 3090")])
 def test_detect_gpu_by_name_and_memory(monkeypatch, total, name):
     """A slice of a GPU, or another version of it, is not the GPU of the table."""
-    monkeypatch.setattr(gpus, "pick_device", lambda _: gpus.torch.device("cuda"))
-    monkeypatch.setattr(gpus, "pick_dtype", lambda *_: gpus.torch.bfloat16)
-    monkeypatch.setattr(gpus.torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 3090")
-    monkeypatch.setattr(gpus.torch.cuda, "mem_get_info", lambda *_: (total // 2, total))
+    monkeypatch.setattr(this_machine, "pick_device", lambda _: this_machine.torch.device("cuda"))
+    monkeypatch.setattr(this_machine, "pick_dtype", lambda *_: this_machine.torch.bfloat16)
+    monkeypatch.setattr(this_machine.torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce RTX 3090")
+    monkeypatch.setattr(this_machine.torch.cuda, "mem_get_info", lambda *_: (total // 2, total))
     assert (detect_gpu().name, detect_gpu().visible) == (name, total)
 
 

@@ -11,7 +11,7 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.adapters import state_dict
 from slimtune.config import Recipe
 from slimtune.errors import UsageError
-from slimtune.models.registry import ModelInfo, get_model_info
+from slimtune.models.base_config import ModelInfo, get_model_info
 from slimtune.planning.gpus import Gpu, find_gpu, gpu_with_memory
 from slimtune.planning.planner import estimate_adapter_file_size, judge_memory, make_plan
 from slimtune.planning.request import PlanRequest, build_request

@@ -6,8 +6,8 @@ from transformers import AutoConfig
 from slimtune.config import Recipe
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
-from slimtune.models import registry
-from slimtune.models.registry import ModelInfo, max_positions
+from slimtune.models import base_config
+from slimtune.models.base_config import ModelInfo, max_positions
 from slimtune.planning import memory_trace, request
 from slimtune.planning.gpus import gpu_with_memory
 from slimtune.planning.planner import make_plan
@@ -56,4 +56,4 @@ def test_no_longer_row_is_traced_or_answered(monkeypatch):
     method = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
     plan = make_plan(PlanRequest(ModelInfo("tiny", "tiny", GPT2, ""), ROOMY, method, seq_len=100))
     assert max(traced) == plan.max_seq_len == 512
-    assert registry.max_positions(GPT2) == 512
+    assert base_config.max_positions(GPT2) == 512

@@ -7,12 +7,13 @@ from models_zoo import llama
 from slimtune.errors import UsageError
 from slimtune.methods.lora import LoraConfig
 from slimtune.models import dtype as dtypes
+from slimtune.models.base_config import ModelInfo
 from slimtune.models.dtype import pick_device, pick_training_dtype
-from slimtune.models.registry import ModelInfo
 from slimtune.planning import gpus
-from slimtune.planning.gpus import GIB, Gpu, all_gpus, detect_gpu, find_gpu
+from slimtune.planning.gpus import GIB, Gpu, all_gpus, find_gpu
 from slimtune.planning.planner import list_notes, make_plan
 from slimtune.planning.request import PlanRequest
+from slimtune.planning.this_machine import detect_gpu
 
 BASE = ModelInfo("tiny", "tiny", llama().config, "")
 LORA = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")

@@ -6,7 +6,7 @@ from transformers import AutoConfig
 
 from slimtune.errors import ModelError
 from slimtune.methods.lora import LoraConfig
-from slimtune.models.registry import ModelInfo
+from slimtune.models.base_config import ModelInfo
 from slimtune.planning import memory_trace, planner
 from slimtune.planning.gpus import gpu_with_memory
 from slimtune.planning.planner import make_plan

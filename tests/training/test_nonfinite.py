@@ -11,6 +11,7 @@ from tiny_run import adapter, metrics, recipe_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.errors import ModelError, RunError
+from slimtune.models.loader import load_base
 from slimtune.training import checkpoint, loop
 from slimtune.training.nonfinite import find_nonfinite_weights
 from slimtune.training.train import train
@@ -144,6 +145,17 @@ def test_base_with_nan_is_refused_before_training(settings, tmp_path):
         train(recipe_of(settings), force=True)
     weight.data[3, 5] = torch.finfo(torch.float32).max
     assert find_nonfinite_weights(model) == []
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_scale_of_a_quantized_base_that_is_nan(settings, quantization):
+    pytest.importorskip("bitsandbytes")
+    model = load_base(settings["model"]["name"], dtype="float32", quantization=quantization).model
+    assert find_nonfinite_weights(model) == []
+    weight = model.model.layers[1].mlp.up_proj.weight
+    scales = weight.SCB if quantization == "int8" else weight.quant_state.state2.absmax
+    scales[0] = math.nan
+    assert find_nonfinite_weights(model) == ["model.layers.1.mlp.up_proj.weight"]
 
 
 @pytest.mark.slow

@@ -9,12 +9,13 @@ import torch
 from tiny_run import distance, recipe_of
 from typer.testing import CliRunner
 
-import slimtune.planning.gpus as gpus
+import slimtune.planning.this_machine as this_machine
 from slimtune.cli import app
 from slimtune.errors import ModelError, RunError
-from slimtune.planning.gpus import Gpu, detect_gpu
+from slimtune.planning.gpus import Gpu
 from slimtune.planning.planner import make_plan
 from slimtune.planning.request import build_request
+from slimtune.planning.this_machine import detect_gpu
 from slimtune.training.train import train
 from slimtune.utils.device import peak_memory, reset_peak_memory
 
@@ -68,7 +69,7 @@ def test_refused_plan_loads_nothing(settings, monkeypatch):
 @pytest.mark.slow
 def test_command_line_refuses_and_can_be_forced(settings, tmp_path, monkeypatch):
     small = Gpu("a small machine", "cpu", "", "", 2**28, 2**28)
-    monkeypatch.setattr(gpus, "detect_gpu", lambda device="auto": small)
+    monkeypatch.setattr(this_machine, "detect_gpu", lambda device="auto": small)
     done = slimtune_train(settings, tmp_path)
     assert done.exit_code == 1
     assert "error: this run does not fit: it needs" in done.stderr

@@ -1,10 +1,12 @@
 """Files are written whole or not at all, never onto a device; what a disk refuses is one message; JSON is checked."""
 
 import errno
+import importlib.util
 import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,3 +190,18 @@ def test_a_folder_or_a_pipe_is_no_json(tmp_path):
 
 def test_parsing_renames_keys_and_reads_a_byte_order_mark():
     assert parse_json(b'\xef\xbb\xbf{"old": [{"old": 1}]}', {"old": "new"}) == {"new": [{"new": 1}]}
+
+
+def test_imports_and_writes_without_fcntl_and_resource(tmp_path, monkeypatch):
+    """As on Windows; copies of the modules are loaded."""
+    for name in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)
+    copies = {}
+    for name in ("files", "device"):
+        spec = importlib.util.find_spec(f"slimtune.utils.{name}")
+        copies[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copies[name])
+    with copies["files"].atomic_folder(tmp_path / "a") as folder:
+        (folder / "b").touch()
+    assert (tmp_path / "a" / "b").is_file()
+    assert (copies["files"].fcntl, copies["device"].resource) == (None, None)

@@ -7,10 +7,12 @@ import pytest
 from jinja2 import TemplateError
 
 from slimtune.errors import ModelError, SlimtuneError
+from slimtune.evaluation.lm_eval import _render_chat
 from slimtune.utils.chat_rendering import render_chat_template
 
 TEMPLATES = sorted((Path(__file__).parents[1] / "data" / "templates").glob("*.jinja"))
 TALK = [{"role": "user", "content": "Größe? " * 9}, {"role": "assistant", "content": "A lie."}] * 2
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {
     "type": "object", "properties": {"x": {"type": "string", "description": "y"}}, "required": ["x"]}}}]  # fmt: skip
 
@@ -32,6 +34,16 @@ def test_long_conversation_and_reasoning(tiny_tokenizer, key):
     talk = [{**m, key: "so"} if m["role"] == "assistant" else m for m in TALK * 500]
     expected = tokenizer.apply_chat_template(talk, tokenize=False)
     assert render_chat_template(tokenizer, talk) == expected
+
+
+def test_harness_renders_as_transformers_within_the_steps(tiny_tokenizer):
+    file = next(file for file in TEMPLATES if "chatml" in file.stem or "qwen" in file.stem)
+    tokenizer = tiny_tokenizer(chat_template=file.read_text())
+    for options in ({"add_generation_prompt": True}, {"add_generation_prompt": False, "continue_final_message": True}):
+        expected = tokenizer.apply_chat_template(TALK, tokenize=False, **options)
+        assert _render_chat(tokenizer, TALK, tokenize=False, **options) == expected
+    with pytest.raises(ModelError, match="steps"):
+        _render_chat(tiny_tokenizer(chat_template=LOOP), TALK)
 
 
 FAILING = [

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..attention.prefix import RowMask as RowMask  # methods import it from here
+from ..attention.packed_layout import RowMask as RowMask  # methods import it from here
 from ..errors import TargetError
 from ..kernels.lora_linear import low_rank_linear, plus_low_rank
 from ..kernels.low_rank import add_low_rank

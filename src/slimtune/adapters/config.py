@@ -195,6 +195,10 @@ class PeftConfig(metaclass=_ConfigMeta):
     def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
         """Update the method's own state after optimizer step `step`, from 1; the gradients still exist."""
 
+    def find_untrained_experts(self, adapter_modules: Mapping[str, AdapterModule]) -> dict[str, list[int]]:
+        """Return the experts whose part of the adapter got no gradient in the training so far, by parameter."""
+        return {}
+
     def regularization_loss(self, adapter_modules: Mapping[str, AdapterModule]) -> Tensor | None:
         """Return a term to add to the training loss; None: nothing."""
         return None
@@ -293,7 +297,8 @@ class TargetedConfig(PeftConfig):
     target_modules: list[str] | str | None = setting(
         None,
         'names or dotted suffixes of modules, a regular expression for the full name (a string), or "all-linear": '
-        "every linear layer except the output head; None: PEFT's choice for the architecture",
+        "every linear layer, and with LoRA the experts, except the output head and routers; None: PEFT's choice for "
+        "the architecture",
     )
     exclude_modules: list[str] | str | None = setting(
         None, "names, suffixes or a regular expression of modules to leave out of target_modules"

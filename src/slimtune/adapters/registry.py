@@ -52,18 +52,25 @@ def config_class_paths() -> dict[str, str]:
     }
 
 
-def config_class(name: str) -> Any:
-    """Return the config class of a method, such as `"lora"` or PEFT's `"LORA"`.
+def require_method(name: str) -> str:
+    """Return the name of a method in lower case, without importing it; `"lora"` for PEFT's `"LORA"`.
 
     Raises:
         ConfigError: there is no such method; the error names the known ones and the nearest.
     """
-    method, known = str(name).lower(), method_names()
-    external = {e.name: e.value for e in entry_points(group="slimtune.methods")}
+    method = str(name).lower()
+    known = sorted({*method_names(), *(e.name for e in entry_points(group="slimtune.methods"))})
     if method not in known and method in NO_METHODS:
         raise ConfigError(f"there is no method {name!r}: it is a setting", NO_METHODS[method])
-    if method not in known and method not in external:
+    if method not in known:
         raise ConfigError(f"there is no method {name!r}{nearest(method, known)}", f"one of {format_names(known)}")
+    return method
+
+
+def config_class(name: str) -> Any:
+    """Return the config class of a method; name and errors as for `require_method`."""
+    method = require_method(name)
+    external = {e.name: e.value for e in entry_points(group="slimtune.methods")}
     module = importlib.import_module(external.get(method, f"{_METHODS_PACKAGE}.{method}"))
     # Recognized by attributes: the config base class imports this module, so its class is not available here.
     classes = [c for c in vars(module).values() if hasattr(c, "peft_type") and getattr(c, "name", None) == method]

@@ -7,7 +7,9 @@ must match something: what matches nothing is an error that gives the nearest na
 
 from __future__ import annotations
 
+import re
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -134,6 +136,41 @@ def find_linear_targets(model: nn.Module, config: PeftConfig) -> dict[str, Any]:
     return {n: m for n, m in modules.items() if layer_kind(m) == "linear" and _is_target(n, config, targets)}
 
 
+def find_expert_parameters(model: nn.Module, excluded: list[str] | str | None = None) -> list[str]:
+    """Return the names of the experts' stacked weights `(experts, ..., ...)`, without those of `excluded` modules."""
+    return [
+        f"{name}.{parameter}"
+        for name, module in _get_base_modules(model).items()
+        if _is_experts(name, module) and not (excluded and matches_name(excluded, name))
+        for parameter, tensor in module._parameters.items()
+        if tensor is not None and tensor.dim() == 3
+    ]
+
+
+def list_linear_layers(model: Any, config: PeftConfig) -> list[str]:
+    """Return the names of the modules that "all-linear" stands for: linear layers without output head and routers."""
+    modules = _get_base_modules(model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        task_heads = (getattr(model, n, None) for n in HEADS.get(str(config.task_type), ()))
+        head = next((m for m in task_heads if isinstance(m, nn.Module)), None)
+    return [n for n, m in modules.items() if layer_kind(m) == "linear" and m is not head and not _is_router(n, modules)]
+
+
+def shorten_names(names: list[str], model: nn.Module) -> list[str]:
+    """Return the ends of these names of modules or parameters, without the layer's number, if nothing else has them."""
+    ends = list(dict.fromkeys(re.sub(r".*\.[0-9]+\.", "", name) for name in names))
+    modules = _get_base_modules(model)
+    every = [*modules, *(f"{n}.{p}" for n, m in modules.items() for p in m._parameters)]
+    return ends if {name for name in every if matches_name(ends, name)} == set(names) else names
+
+
+def _is_experts(name: str, module: nn.Module) -> bool:
+    """Return whether a module has the weights of several experts, stacked in parameters of 3 dimensions."""
+    stacked = any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    return stacked and "expert" in f"{name} {type(module).__name__}".lower()
+
+
 def matches_name(wanted: Iterable[str] | str, name: str) -> bool:
     """Return whether `name` matches: a string is a regular expression for all of it, a list has names or suffixes."""
     if isinstance(wanted, str):
@@ -182,23 +219,17 @@ def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[s
         return default
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
         return targets
-    experts = [
-        n
-        for n, m in modules.items()
-        if any(p is not None and p.dim() == 3 for p in m._parameters.values())
-        and "expert" in f"{n} {type(m).__name__}".lower()
-    ]
-    if experts:
-        raise TargetError(
-            f'target_modules="all-linear" would leave out {len(experts)} expert modules '
-            f"({format_names(experts, 3)}), whose weights are 3-dimensional parameters, not linear layers",
-            hint='name the modules instead, such as target_modules=["q_proj", "v_proj"]',
-        )
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
-        task_heads = (getattr(model, n, None) for n in HEADS.get(str(config.task_type), ()))
-        head = next((m for m in task_heads if isinstance(m, nn.Module)), None)
-    return [n for n, m in modules.items() if layer_kind(m) == "linear" and m is not head]
+    if experts := find_expert_parameters(model, getattr(config, "exclude_modules", None)):
+        message = f'target_modules="all-linear" leaves out the experts ({format_names(shorten_names(experts, model))})'
+        warnings.warn(f"{message}: {config.name} does not adapt them, LoRA does", stacklevel=2)
+    return list_linear_layers(model, config)
+
+
+def _is_router(name: str, modules: Modules) -> bool:
+    """Return whether a module belongs to the router beside some experts, which stays frozen unless it is named."""
+    parts = name.split(".")
+    beside = (i for i, part in enumerate(parts) if part in ("gate", "router"))
+    return any(".".join([*parts[:i], "experts"]) in modules for i in beside)
 
 
 def _is_target(name: str, config: Any, targets: list[str] | str) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
-from ..attention.prefix import RowMask, make_mask
+from ..attention.packed_layout import RowMask
+from ..attention.prefix import make_mask
 from ..attention.register import LAYOUT_KWARG, original_attention
 from ..errors import ModelError, UsageError
 from .base import AdapterModule, BaseForward

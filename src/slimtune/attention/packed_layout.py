@@ -18,6 +18,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+RowMask = Tensor | None
+"""Which rows of a batch an adapter applies to, bool `(batch,)`; None: all rows."""
+
 
 @dataclass(frozen=True)
 class PackedLayout:

@@ -21,15 +21,13 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
+from .packed_layout import RowMask as RowMask
 from .register import LAYOUT_KWARG, SUPPORTED_ATTENTION, get_attention_function, original_attention
 
 PREFIX_KWARG = "slimtune_prefixes"
 _NAME = "slimtune_prefix"
 _DECODERS = "a decoder with transformers' attention interface (Llama, Mistral, Qwen, Gemma, GPT-2 …)"
 _OTHER_METHODS = "tune this model with LoRA, IA3 or bottleneck adapters"
-
-RowMask = Tensor | None
-"""Which rows of a batch an adapter applies to, bool `(batch,)`; None: all rows."""
 
 
 class AttentionPrefix(NamedTuple):

@@ -29,6 +29,8 @@ from ..utils.formatting import escape_controls
 
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
+Device = Annotated[str | None, Option(help="Device to run on: auto, cpu, cuda, cuda:N or mps. Default: the run's.")]
+WARNING = "dark_orange3"  # yellow cannot be read on white
 INTERRUPTED = 130
 PACKAGE = Path(__file__).parents[1]
 # Typer has a copy of click or uses click itself, depending on its version.
@@ -109,11 +111,11 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
         if not distributed.claim_error_report(known):
             return known.exit_code, None
     screen = error_console()
-    whole = screen.is_terminal  # which wraps words whole; a pipe gets long lines, and a hint may be a command to copy
-    screen.print(Text.assemble(("error: ", "bold red"), escape_controls(known.message)), soft_wrap=not whole)
+    screen.print(Text.assemble(("error: ", "bold red"), escape_controls(known.message)))
     for name in ("expected", "hint"):
         if text := getattr(known, name):
-            screen.print(f"  {name}: {text}", soft_wrap=not whole or name == "hint")
+            # A hint may be a command to copy, which a terminal must not get in several lines.
+            screen.print(f"  {name}: {text}", soft_wrap=name == "hint" or None)
     fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")}
     return known.exit_code, {"error": {"kind": type(known).__name__, **fields}}
 
@@ -159,7 +161,7 @@ def _print_warnings() -> Iterator[None]:
 
         def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
             if Path(filename).is_relative_to(PACKAGE):
-                error_console().print(f"warning: {message}", style="dark_orange3")
+                error_console().print(f"warning: {message}", style=WARNING)
             else:
                 default(message, category, filename, *rest)
 
@@ -181,8 +183,10 @@ class PlainConsole(Console):
 
 
 def console(stderr: bool = False) -> Console:
-    """Return a console on the current stdout or stderr."""
-    return PlainConsole(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
+    """Return a console on the current stdout or stderr. A terminal gets lines of whole words, a pipe long lines."""
+    made = PlainConsole(stderr=stderr, highlight=False, markup=False)
+    made.soft_wrap = not made.is_terminal
+    return made
 
 
 def error_console() -> Console:
@@ -192,8 +196,7 @@ def error_console() -> Console:
 
 def print_progress(text: str) -> None:
     """Print a line about the work in progress on stderr."""
-    screen = error_console()
-    screen.print(text, style="dim", soft_wrap=not screen.is_terminal)
+    error_console().print(text, style="dim")
 
 
 def table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]] = ()) -> Table:

@@ -9,6 +9,7 @@ from typer import Argument, Option
 
 from ..errors import UsageError
 from .common import Json, NegativeResult, console, print_progress, table
+from .inputs import require_inputs
 from .options import recipe_flags
 
 PACKAGES = ("scipy", "matplotlib")
@@ -39,21 +40,24 @@ def compare(
     if missing:
         message = f"compare needs {' and '.join(missing)}, not installed here"
         raise UsageError(message, hint="pip install 'slimtune[compare]'")
-    from ..comparison import compare as comparison
-    from ..comparison.candidates import build_candidates, split_settings
-    from ..comparison.grid import build_grid
+    from ..comparison.candidates import build_candidates, require_candidates, split_settings
     from ..config.loading import read_recipe_tree, set_field
     from ..reporting.charts import require_figure_path
 
     if plot is not None:
         plot = require_figure_path(plot)
-    tree = read_recipe_tree(recipe.expanduser())
+    names = [name.strip() for name in methods.split(",") if name.strip()]
     recipe_settings, method_settings = split_settings(settings.items())
+    tree = read_recipe_tree(recipe.expanduser())
+    require_candidates(names, method_settings)
+    require_inputs(recipe, {"output_dir": "unused", **recipe_settings})
+    from ..comparison import compare as comparison
+    from ..comparison.grid import build_grid
+
     for path, value in recipe_settings.items():
         set_field(tree, path, value)
     if not isinstance(tree.get("method", {}), Mapping) or not isinstance(tree.get("train") or {}, Mapping):
         raise UsageError(f"{recipe}: method and train are sections", "a mapping each")
-    names = [name.strip() for name in methods.split(",") if name.strip()]
     candidates = build_candidates(names, tree, method_settings)
     if (rate := (tree.get("train") or {}).get("learning_rate")) is not None:
         reason = "each method has its own default, or --tune searches it"

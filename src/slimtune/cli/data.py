@@ -10,6 +10,7 @@ from typer import Argument, Option
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import escape_controls
 from .common import Json, NegativeResult, console, print_fields, print_progress
+from .inputs import require_base, require_rows
 from .options import recipe_flags
 
 STYLES = {
@@ -40,12 +41,16 @@ def data_report(
     Lengths, what contributes to the loss, and rows that are invalid, duplicated or broken. Exit code 1 if training
     would refuse them. Without --model, only rows and columns are counted.
     """
+    if html is not None:
+        html = require_output_file(html.expanduser())
+    for rows in (file, settings.get("data.validation")):
+        require_rows(rows)
+    if "model.name" in settings:
+        require_base(str(settings["model.name"]))
     from ..config import load_recipe
     from ..data.validation.report import validate_file
     from ..models.loader import load_tokenizer
 
-    if html is not None:
-        html = require_output_file(html.expanduser())
     unused = {"model.name": "unused", "data.train": file, "output_dir": "runs/unused"}
     recipe = load_recipe(None, {**unused, **settings})
     data, m = recipe.data, recipe.model

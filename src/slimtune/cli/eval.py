@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from typer import Option
 
-from .common import Json, NegativeResult, Run, console, table
+from .common import Device, Json, NegativeResult, Run, console, table
+from .inputs import require_rows, require_run
 from .progress import show_progress
 
 MODELS = ("base", "tuned")
@@ -20,7 +21,8 @@ def eval_run(
         bool, Option("--skip-prompt-test", help="Accept answers that do not depend on their prompts.")
     ] = False,
     general_text: Annotated[
-        str, Option(help="General text to measure forgetting on: a .txt or JSONL file, shipped, or none.")
+        str,
+        Option(help="Text to measure forgetting on: a .txt or JSONL file, shipped (with slimtune), or none."),
     ] = "shipped",
     forgetting_budget: Annotated[float, Option(help="Nats a token that may be lost on it, at least 0.")] = 0.1,
     generate: Annotated[int, Option(help="Held-out prompts that base and tuned model answer.")] = 0,
@@ -31,12 +33,15 @@ def eval_run(
     ] = None,
     tasks: Annotated[str | None, Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
     tasks_path: Annotated[Path | None, Option(help="A folder with task files of your own.")] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> Any:
     """Measure base and tuned model on held-out rows; exit code 1 if tuned is not better, or forgot too much.
 
     Loss, perplexity and token accuracy, paired by row, with bootstrap 95 % intervals; then answers and tasks.
     """
+    require_run(run)
+    require_rows(data)
     from ..evaluation.evaluate import EvalSettings, evaluate
     from ..evaluation.forgetting import BUILT_IN_TEXT
 
@@ -52,6 +57,7 @@ def eval_run(
         checks=check or [],
         tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
         tasks_path=tasks_path,
+        device=device,
     )
     with show_progress():
         result = dict(evaluate(run, settings))

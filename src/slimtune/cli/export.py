@@ -7,6 +7,7 @@ from typer import BadParameter, Option
 
 from ..utils.formatting import format_bytes
 from .common import Json, Run, console, error_console, print_progress
+from .inputs import require_run
 from .progress import show_progress
 from .verify import print_verdicts
 
@@ -41,6 +42,10 @@ def export_run(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Write a run as Ollama, llama.cpp or vLLM reads it, checked by the engine."""
+    from ..export.manifest import require_target
+
+    require_target(to)
+    require_run(run)
     from ..export.exporter import ExportOptions, export
 
     rank: int | float | None = None
@@ -67,5 +72,5 @@ def export_run(
         if result["check"]["passed"] is None:
             text = f"NOT PROVEN: {result['check']['reason']}"
             error_console().print(text, style="dim" if no_verify else "bold yellow")
-        screen.print("\nnext:", *result["commands"], sep="\n  ")
+        screen.print("\nnext:", *result["commands"], sep="\n  ", soft_wrap=True)
     return result

@@ -11,7 +11,9 @@ from rich.text import Text
 from typer import Argument, Option
 
 from ..errors import UsageError, nearest
-from .common import Json, Run, console, error_console
+from ..utils.formatting import escape_controls
+from .common import Device, Json, Run, console, error_console
+from .inputs import require_run
 
 MaxNewTokens = Annotated[int, Option(min=1, help="Longest answer, in tokens.")]
 Temperature = Annotated[float, Option(min=0.0, help="0: the most likely token; higher: more random.")]
@@ -22,7 +24,6 @@ COMMANDS = "/new starts over, /help shows this, /exit or Ctrl-D leaves, Ctrl-C s
 _WIDE = "\u2e80-\ua4cf\uac00-\ud7a3\uf900-\ufaff\uff00-\uffef"
 PARTS = re.compile(rf"\n| *[{_WIDE}]| *[^ \n{_WIDE}]+| +")
 """A line end, or a word with the spaces before it; a line may break beside every East Asian character."""
-UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 Seed = Annotated[int, Option(min=0, help="Seed of the random choices.")]
 
 
@@ -34,11 +35,12 @@ def generate(
     side_by_side: SideBySide = False,
     system: System = None,
     seed: Seed = 0,
+    device: Device = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Answer one prompt."""
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    (turn,) = _converse(run, prompt, system, side_by_side, how, as_json)
+    (turn,) = _converse(run, prompt, system, side_by_side, how, device, as_json)
     del turn["user"]
     return {"prompt": prompt, "system": system, "temperature": temperature, "seed": seed, **turn}
 
@@ -50,6 +52,7 @@ def chat(
     side_by_side: SideBySide = False,
     system: System = None,
     seed: Seed = 0,
+    device: Device = None,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Hold a conversation, one line at a time.
@@ -58,17 +61,24 @@ def chat(
     answer. A line that begins with // is sent with one slash.
     """
     how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    turns = _converse(run, None, system, side_by_side, how, as_json)
+    turns = _converse(run, None, system, side_by_side, how, device, as_json)
     return {"system": system, "temperature": temperature, "seed": seed, "turns": turns}
 
 
 def _converse(
-    run: Path, prompt: str | None, system: str | None, side_by_side: bool, how: dict[str, Any], as_json: bool
+    run: Path,
+    prompt: str | None,
+    system: str | None,
+    side_by_side: bool,
+    how: dict[str, Any],
+    device: str | None,
+    as_json: bool,
 ) -> list[dict[str, str]]:
     """Answer a prompt, or the lines of a chat, printing the text as it comes; return them with the answers."""
+    require_run(run)
     from ..evaluation.generate import Generator
 
-    generator = Generator.open(run)
+    generator = Generator.open(run, device=device)
     screen = console(stderr=as_json)
     models = ("base", "tuned") if side_by_side else ("tuned",)
     turns: list[dict[str, str]] = []
@@ -156,7 +166,7 @@ class AnswerPrinter:
         if self.width is None:
             self.file.write(piece)
         else:
-            self.pending += UNPRINTABLE.sub("\ufffd", piece.replace("\t", "    "))
+            self.pending += escape_controls(piece.replace("\t", "    "))
             *complete, self.pending = PARTS.findall(self.pending) or [""]
             for part in complete:
                 self._write_part(part)

@@ -8,7 +8,7 @@ from typer import Argument, Option
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_bytes
 from .common import Json, console, print_fields, table
-from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans
+from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans, require_job
 from .options import recipe_flags
 from .plan import describe_run, format_range
 
@@ -64,6 +64,7 @@ def gpus(
     if job is None:
         return {"cards": [_to_dict(card) for card in cards]}
 
+    require_job(job, settings)
     from ..planning.planner import judge_memory
 
     jobs = load_jobs(job, settings)

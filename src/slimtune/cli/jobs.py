@@ -5,6 +5,7 @@ Each is the recipe that would train it, so that `slimtune train` runs what was p
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SlimtuneError, UsageError
 from .common import print_progress
+from .inputs import require_inputs
 
 if TYPE_CHECKING:
     from ..config import Recipe
-    from ..models.registry import ModelInfo
+    from ..models.base_config import ModelInfo
     from ..planning.gpus import Gpu
     from ..planning.result import Plan
 
@@ -26,6 +28,9 @@ JOB_SETTINGS = (
     "train.offload_activations", "train.mlp_tile_size", "train.fsdp",
 )  # fmt: skip
 """The settings with a flag: those that change a plan. `--set` takes all."""
+
+
+JOB_HELP = "A base (alias, Hub id, folder or GGUF file), or a recipe; flags override it."
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,23 @@ class Jobs:
     tokens: int | None  # of a whole run; None if no rows were read
 
 
+def find_recipe(job: str | None) -> Path | None:
+    """Return the recipe that an argument names: its file, or the run folder that it is in; None if it names a base."""
+    if job is None or job.endswith((".yaml", ".yml")):
+        return Path(job) if job is not None else None
+    file = Path(job, "recipe.yaml")
+    return file if os.path.isfile(file) else None
+
+
+def require_job(job: str, settings: Mapping[str, Any]) -> None:
+    """Raise for names and files of a job that do not exist, before torch is imported; arguments as for `load_jobs`."""
+    recipe = find_recipe(job)
+    methods = _list_methods(recipe, settings)
+    base = {"model.name": job, "data.train": "rows.jsonl", "output_dir": "runs/planned"} if recipe is None else {}
+    has_rows = recipe is not None or "data.train" in settings
+    require_inputs(recipe, {**base, **settings, "method.name": methods[0]}, weights=False, rows=has_rows)
+
+
 def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str = "runs/planned") -> Jobs:
     """Return the runs that an argument and flags describe.
 
@@ -49,21 +71,13 @@ def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str
         output_dir: the run folder of a base's recipe.
     """
     from ..config import load_recipe
-    from ..config.loading import read_recipe_tree
     from ..config.method import accepted_names
-    from ..methods import config_class, method_names
-    from ..models.registry import get_model_info
+    from ..models.base_config import get_model_info
 
-    path = Path(model_or_recipe) if model_or_recipe.endswith((".yaml", ".yml")) else None
-    settings = dict(settings)
-    section = (read_recipe_tree(path) if path is not None else {}).get("method")
-    own_method = str(section.get("name", "lora") if isinstance(section, dict) else "lora").lower()
-    text = str(settings.pop("method.name", settings.pop("method", own_method)))
-    named = [part.strip().lower() for part in text.split(",") if part.strip()]
-    if not named:
-        raise UsageError("--method names none", "methods as lora,ia3, or all")
-    expanded = (name for part in named for name in (method_names() if part == "all" else (part,)))
-    methods = list(dict.fromkeys(config_class(name).name for name in expanded))
+    path = find_recipe(model_or_recipe)
+    methods = _list_methods(path, settings)
+    own_method = _list_methods(path, {})[0]
+    settings = {name: value for name, value in settings.items() if name not in ("method", "method.name")}
 
     # A plan needs no rows and no run folder, but a complete recipe does.
     base = (
@@ -97,6 +111,21 @@ def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str
     if t.max_steps is not None:
         epochs = t.max_steps * t.batch_size * t.gradient_accumulation_steps / max(len(lengths), 1)
     return Jobs(recipes, errors, model, has_rows, lengths, round(epochs * sum(lengths)) or None)
+
+
+def _list_methods(recipe: Path | None, settings: Mapping[str, Any]) -> list[str]:
+    """Return the methods that flags name, or else the recipe; they exist."""
+    from ..config.loading import read_recipe_tree
+    from ..methods import method_names, require_method
+
+    section = (read_recipe_tree(recipe) if recipe is not None else {}).get("method")
+    own_method = section.get("name", "lora") if isinstance(section, Mapping) else "lora"
+    text = str(settings.get("method.name", settings.get("method", own_method)))
+    named = [part.strip().lower() for part in text.split(",") if part.strip()]
+    if not named:
+        raise UsageError("--method names none", "methods as lora,ia3, or all")
+    expanded = (name for part in named for name in (method_names() if part == "all" else (part,)))
+    return list(dict.fromkeys(map(require_method, expanded)))
 
 
 def make_plans(

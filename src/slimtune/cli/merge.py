@@ -1,13 +1,18 @@
 """`slimtune merge`: base and adapter as one plain Hugging Face checkpoint."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
 from ..utils.formatting import format_bytes, format_duration
-from .common import Json, Run, console
+from .common import WARNING, Json, Run, console, error_console
+from .inputs import require_run
 from .progress import show_progress
+
+MIN_SHARE = 0.9
+"""Share of the adapter's effect in the merged model below which there is a warning."""
 
 
 def merge_run(
@@ -17,6 +22,7 @@ def merge_run(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """Write base and adapter as one checkpoint."""
+    require_run(run)
     from ..export.merge import merge
 
     with show_progress():
@@ -28,4 +34,10 @@ def merge_run(
             f"nats on average ({result['max_difference']:.2g} at most), where the adapter changes the base by "
             f"{result['effect']:.2g}"
         )
+        share = result["strength"]
+        if math.isfinite(share):
+            console().print(f"{share:.1%} of the adapter's effect survives in {result['dtype']}")
+        if share < MIN_SHARE:
+            text = f"warning: {result['dtype']} cannot hold so small a change: {1 - share:.0%} of it is lost"
+            error_console().print(f"{text}; --dtype float32 keeps it", style=WARNING)
     return result

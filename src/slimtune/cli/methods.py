@@ -12,11 +12,16 @@ from typer import Argument, Option
 
 from ..utils.formatting import format_bytes, format_count
 from .common import Json, console, table
+from .inputs import require_base
 from .options import METHOD_FLAGS
 
 LEGEND = """file: an adapter in Hugging Face form; merged: one plain model, also for
 Ollama and vLLM; lora: an adapter in Ollama and vLLM.
 Fields of one method: slimtune methods NAME"""
+
+
+NARROW = 110
+"""Columns of a screen below which what a method changes and its exports are on a line of their own."""
 
 
 def methods(
@@ -30,7 +35,12 @@ def methods(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the methods, or show the fields of one."""
-    from ..methods import config_class, method_names
+    from ..methods import config_class, method_names, require_method
+
+    if name is not None:
+        require_method(name)
+    if model is not None:
+        require_base(model, weights=False)
 
     classes = {c.name: c for c in map(config_class, [name] if name else method_names())}
     described = [_describe_method(method_name, cls) for method_name, cls in classes.items()]
@@ -39,7 +49,7 @@ def methods(
             method.update(size)
     if not as_json:
         screen = console()
-        screen.print(_methods_table(described, sized=model is not None))
+        screen.print(_methods_table(described, sized=model is not None, narrow=screen.width < NARROW))
         screen.print(f"\ndefault learning rate: {described[0]['learning_rate']:g}" if name else f"\n{LEGEND}")
         for field in described[0]["fields"] if name else ():
             other_names = ", ".join(n for n in (field["short_name"], field["flag"]) if n)
@@ -99,8 +109,8 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
     from ..adapters.state_dict import get_adapter_tensors
     from ..config.method import fill_recipe_defaults
     from ..errors import SlimtuneError
+    from ..models.base_config import get_model_info
     from ..models.errors import translate_load_errors
-    from ..models.registry import get_model_info
 
     config = get_model_info(model, trust_remote_code=trust_remote_code).config
     sizes: list[dict[str, Any]] = []
@@ -128,7 +138,7 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
     return sizes
 
 
-def _methods_table(described: list[dict[str, Any]], *, sized: bool) -> Table:
+def _methods_table(described: list[dict[str, Any]], *, sized: bool, narrow: bool) -> Table:
     cells: list[tuple[str, ...]] = []
     for m in described:
         if "unfit" in m:
@@ -143,7 +153,11 @@ def _methods_table(described: list[dict[str, Any]], *, sized: bool) -> Table:
         else:
             exports = {"file": True, "merged": m["mergeable"], "lora": m["export_formats"]["ollama_adapter"]}
             names = ", ".join(name for name, possible in exports.items() if possible)
-            cells.append((", ".join(m["sites"]), names, m["summary"]))
+            changes = ", ".join(m["sites"]) or "every weight"
+            cells.append((f"{m['summary']}\n  {changes}; {names}",) if narrow else (changes, names, m["summary"]))
+    if narrow and not sized:
+        rows = ((m["name"], *row) for m, row in zip(described, cells, strict=True))
+        return table("method", "what it is; what it changes; exports", left=[1], rows=rows)
     headings = ("trains", "%", "adapter") if sized else ("changes", "exports")
     rows = ((m["name"], *row) for m, row in zip(described, cells, strict=True))
     made = table("method", *headings, "what it is", left=[4] if sized else [1, 2, 3], rows=rows)

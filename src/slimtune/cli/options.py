@@ -9,6 +9,7 @@ schema imports pydantic, which would make `slimtune --help` twice as slow.
 
 import functools
 import inspect
+import re
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,11 @@ from ..errors import UsageError
 from ..utils.remote_code import allow_remote_code
 
 PANELS = {"model": "Base model", "data": "Data", "method": "Method", "train": "Training", "output_dir": "Output"}
+TYPE_WORDS = {
+    **dict.fromkeys(("int", "int range"), "INTEGER"), **dict.fromkeys(("float", "float range"), "NUMBER"),
+    **dict.fromkeys(("str", "list[str]"), "TEXT"), "path": "PATH",
+}  # fmt: skip
+"""Placeholders of values by typer's names of their types, as flags of recipe settings have them."""
 METHOD_FLAGS = {"rank": "rank of the methods that have one", "alpha": "alpha of the methods that have one"}
 """Short names of method settings that have a flag of their own, and their help."""
 TrustFlag = Annotated[
@@ -116,11 +122,21 @@ class GroupedCommand(TyperCommand):
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             if (record := param.get_help_record(ctx)) is not None:
-                fallback = "Arguments" if param.param_type_name == "argument" else "Options"
-                groups.setdefault(getattr(param, "rich_help_panel", None) or fallback, []).append(record)
+                is_argument = param.param_type_name == "argument"
+                fallback = "Arguments" if is_argument else "Options"
+                groups.setdefault(getattr(param, "rich_help_panel", None) or fallback, []).append(
+                    _reword(*record, is_argument)
+                )
         for group, records in sorted(groups.items(), key=lambda item: item[0] == "Options"):  # the others first
             with formatter.section(group):
                 formatter.write_dl(records)
+
+
+def _reword(names: str, text: str, is_argument: bool) -> tuple[str, str]:
+    """Return an entry of a help page with words in place of typer's types (`<int range>`) and ranges (`x>=1`)."""
+    names = re.sub(r" ?<([^>]*)>", lambda found: "" if is_argument else f" {TYPE_WORDS.get(found[1], found[1])}", names)
+    text = re.sub(r"x>=([\d.]+)", r"at least \1", text)
+    return names, re.sub(r" +\[", " [", text)
 
 
 def _iterate_flags(paths: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -134,11 +150,15 @@ def _iterate_flags(paths: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
             continue
         kind, metavar = _flag_type(setting.annotation)
         notes = [setting.expected] if metavar == "NAME" else [setting.limits] if setting.limits else []
+        if typing.get_origin(setting.annotation) is list:
+            one = setting.expected.replace("a list of ", "one of ")
+            notes = ["repeatable"] if one == "one of text" else [one, "repeatable"]
         if setting.default not in (None, [], {}):
             notes.append(f"default: {str(setting.default).lower() if kind is bool else setting.default}")
         option = typer.Option(
             setting.flag if kind is not bool else f"{setting.flag}/--no-{setting.flag[2:]}",
-            help=f"{setting.help[0].upper()}{setting.help[1:]}." + (f" [{'; '.join(notes)}]" if notes else ""),
+            help=f"{setting.help[0].upper()}{setting.help[1:]}."
+            + (f" [{'; '.join(filter(None, notes))}]" if notes else ""),
             metavar=metavar,
             show_default=False,
             rich_help_panel=PANELS[section],

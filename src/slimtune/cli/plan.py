@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
 from .common import Json, console, print_fields, table
-from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans
+from .jobs import JOB_HELP, JOB_SETTINGS, Jobs, load_jobs, make_plans, require_job
 from .options import recipe_flags
 
 if TYPE_CHECKING:
@@ -30,10 +30,9 @@ VERDICTS = {
     "tight": "{} is tight on {}, it may run out of memory",
     "does not fit": "{} does not fit on {}",
 }
-JOB_HELP = "A base (alias, Hub id, folder, config.json or GGUF file), or a recipe; flags override it."
 
 
-@recipe_flags(*JOB_SETTINGS)
+@recipe_flags("model.device", *JOB_SETTINGS)
 def plan(
     job: Annotated[str, Argument(metavar="MODEL|RECIPE.yaml", help=JOB_HELP, show_default=False)],
     settings: dict[str, Any],
@@ -74,16 +73,23 @@ def plan(
     gpu = gpus[0] if gpus else None
     if gpu is not None and vram is not None:
         raise UsageError("--gpu and --vram are both given", "one of them: --gpu names a GPU, --vram only its memory")
-    from ..planning.bars import draw_bars, write_plot
-    from ..planning.gpus import detect_gpu, find_gpu, gpu_with_memory, require_trains
-    from ..planning.serving import plan_serving
-    from ..planning.throughput import estimate_cost
+    if "model.device" in settings and (gpu is not None or vram is not None):
+        other = "--gpu" if gpu is not None else "--vram"
+        raise UsageError(f"--device and {other} are both given", "one of them: --device is one of this machine's")
+    from ..planning.gpus import find_gpu, gpu_with_memory, require_trains
     from ..reporting.charts import require_figure_path
 
-    card = find_gpu(gpu) if gpu is not None else gpu_with_memory(vram) if vram is not None else detect_gpu()
-    require_trains(card)
+    card = find_gpu(gpu) if gpu is not None else gpu_with_memory(vram) if vram is not None else None
     if plot is not None:
         plot = require_figure_path(plot)
+    require_job(job, settings)
+    from ..planning.bars import draw_bars, write_plot
+    from ..planning.serving import plan_serving
+    from ..planning.this_machine import detect_gpu
+    from ..planning.throughput import estimate_cost
+
+    card = card or detect_gpu(str(settings.get("model.device", "auto")))
+    require_trains(card)
     jobs = load_jobs(job, settings, output_dir=f"runs/{write.stem if write is not None else 'planned'}")
     if write is not None:
         _require_writable(write, jobs)
@@ -122,7 +128,7 @@ def plan(
         for part in _render_serving(served) if served is not None else []:
             screen.print(part)
         if write is not None:
-            screen.print(f"\nnext: slimtune train {shlex.quote(str(write))}")
+            screen.print(f"\nnext: slimtune train {shlex.quote(str(write))}", soft_wrap=True)
     dicts = [
         {**plan.to_dict(), "cost": {"tokens": tokens, **cost.to_dict()} if cost is not None else None}
         for plan, cost in zip(plans, costs, strict=True)

@@ -6,6 +6,7 @@ from typer import Argument, Option
 
 from ..utils.formatting import format_bytes
 from .common import Json, Run, console
+from .inputs import require_run
 
 
 def push_run(
@@ -31,6 +32,8 @@ def push_run(
 
     Merged models and GGUF files are uploaded as they are. Log in with `hf auth login`, or set HF_TOKEN.
     """
+    if not run.is_dir():
+        require_run(run)
     from ..export.hub import push
 
     how: dict[str, Any] = {"revision": revision, "message": message, "base": base, "private": private or None}

@@ -13,16 +13,21 @@ from typer import Argument, Exit, Option
 from ..errors import ModelError, RunError, UsageError
 from ..utils.formatting import format_bytes, format_count, format_duration
 from .common import Json, console, error_console, print_fields, print_progress
+from .inputs import require_inputs
+from .jobs import JOB_HELP, find_recipe
 from .options import recipe_flags
 
 
 @recipe_flags("model", "data", "method", "train", "output_dir")
 def train_run(
     settings: dict[str, Any],
-    recipe: Annotated[Path | None, Argument(metavar="RECIPE.yaml", help="A recipe; flags override it.")] = None,
+    job: Annotated[str | None, Argument(metavar="MODEL|RECIPE.yaml", help=JOB_HELP, show_default=False)] = None,
     force: Annotated[
         bool, Option("--force", help="Train even if the plan says it does not fit, or on faulty data.")
     ] = False,
+    gpu: Annotated[
+        str | None, Option(metavar="TEXT", help="The GPU that was planned for; an error if this machine has another.")
+    ] = None,
     resume: Annotated[bool, Option("--resume", help="Continue the run in --out from its last checkpoint.")] = False,
     init_adapter: Annotated[
         Path | None, Option("--init-adapter", metavar="ADAPTER", help="Start from this adapter's weights.")
@@ -31,7 +36,7 @@ def train_run(
 ) -> dict[str, Any]:
     """Train an adapter on your rows.
 
-    RECIPE.yaml has the settings, or flags alone do (--model, --data and --out are needed), or both: flags override.
+    RECIPE.yaml has the settings, or flags alone do (a base, --data and --out are needed), or both: flags override.
     """
     if resume and init_adapter is not None:
         expected = "--resume continues the run in --out, --init-adapter starts a new run from an adapter"
@@ -43,19 +48,33 @@ def train_run(
         warnings.simplefilter("ignore")
         disable_progress_bar()
     from ..config import load_recipe
-    from ..run_dir import RunDir
+    from ..planning.gpus import find_gpu
+    from ..run_dir import RunDir, find_adapter_folder
 
+    recipe = find_recipe(job)
+    if job is not None and recipe is None:
+        if "model.name" in settings:
+            raise UsageError(f"{job!r} and --model are both given", "one base, or a recipe and --model to override its")
+        settings["model.name"] = job
     if resume and recipe is None and "model.name" not in settings and "output_dir" in settings:
         recipe = Path(str(settings["output_dir"])) / "recipe.yaml"
     if resume and recipe is not None and (recipe.parent / "checkpoints").is_dir():
         settings.setdefault("output_dir", str(recipe.parent))  # the run is where its own recipe is
+    require_inputs(recipe, settings)
+    if init_adapter is not None:
+        find_adapter_folder(init_adapter)
+    if gpu is not None:
+        find_gpu(gpu)
     loaded = load_recipe(recipe, settings)
-    loaded.require_files()
     if not resume:
         RunDir.require_free(loaded.output_dir)  # before the base is loaded
 
+    from ..planning.this_machine import require_gpu
     from ..training.train import train
     from ..utils import distributed
+
+    if gpu is not None:
+        require_gpu(gpu, loaded.model.device)
 
     result = train(loaded, resume=resume, init_adapter=init_adapter, planner=make_planner(force), force=force)
     if not distributed.is_main_process():
@@ -69,9 +88,9 @@ def make_planner(force: bool) -> Callable[..., dict[str, Any] | None]:
     """Return a function that plans a run on this machine, prints the verdict, and refuses a run that does not fit."""
 
     def plan_run(recipe: Any, lengths: Any) -> dict[str, Any] | None:
-        from ..planning.gpus import detect_gpu
         from ..planning.planner import make_plan
         from ..planning.request import build_request
+        from ..planning.this_machine import detect_gpu
         from ..utils import distributed
 
         try:
@@ -111,4 +130,4 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
     validated = data.validation is not None or data.validation_fraction > 0
     rows = "" if data.test or data.test_fraction else " --split validation" if validated else " --data held_out.jsonl"
     console().print(f"adapter: {result['run']}/adapter; everything on one page: {result['run']}/report.html")
-    console().print(f"next: slimtune eval {run}{rows}\n      slimtune chat {run}")
+    console().print(f"next: slimtune eval {run}{rows}\n      slimtune chat {run}", soft_wrap=True)

@@ -9,11 +9,12 @@ from rich.table import Table
 from typer import Argument, Option
 
 from .common import Json, NegativeResult, console, error_console, print_progress, table
+from .inputs import require_rows, require_run
 from .progress import show_progress
 
 VERDICTS = {True: "passed", False: "FAILED", None: ""}
-LEGEND = """prompts: as many become the same tokens; d: difference of log p from the trained
-adapter, nats; strength: share of the adapter's effect that arrives"""
+LEGEND = """prompts: how many become the same tokens; d: difference of log p from that of
+the trained adapter, in nats; strength: share of the adapter's effect that arrives"""
 HELP = "A run, an adapter, or what export or merge wrote."
 
 
@@ -26,6 +27,11 @@ def verify_run(
     as_json: Json = False,
 ) -> Any:
     """Compare exported models with the trained adapter, engine by engine; exit code 1 if one differs."""
+    from ..export.manifest import read_manifest
+
+    if read_manifest(path) is None:
+        require_run(path)
+    require_rows(data)
     from ..export.verify import verify
 
     with show_progress():
@@ -50,7 +56,7 @@ def format_verdicts(checks: Sequence[Mapping[str, Any]]) -> Table:
     rows = table("engine", "weights", "prompts", "d mean", "d max", "strength", "verdict", left=[0])
     rows.padding = (0, 1, 0, 0)
     for c in checks:
-        numbers, verdict = ["-"] * 4, VERDICTS[c["passed"]]
+        numbers, verdict = ["-"] * 4, VERDICTS[c["passed"]] or "NOT PROVEN" * c["failed"]
         if c["positions"]:
             numbers = [f"{c['prompts_equal']} of {c['prompts']}"]
             numbers += [f"{c[k]:.2g}" for k in ("mean_difference", "max_difference")]

@@ -49,7 +49,16 @@ def build_candidates(
         recipe_tree: the recipe as a plain tree; its method settings apply to that method and its variants.
         overrides: settings of single candidates: `{"lora.r": 8, "full.learning_rate": 1e-4}`.
     """
-    names = list(names)
+    labels = require_candidates(names := list(names), overrides)
+    return [_build_candidate(label, recipe_tree, overrides, from_all=label not in names) for label in labels]
+
+
+def require_candidates(names: Iterable[str], overrides: Mapping[str, Any]) -> list[str]:
+    """Return the labels that the names stand for, "all" written out; arguments as for `build_candidates`.
+
+    Raises:
+        UsageError: a name, or the first part of an override, is unknown. No method is imported.
+    """
     known = sorted({*method_names(), *ALIASES, *VARIANTS})
     labels = list(dict.fromkeys(n for name in names for n in (method_names() if name == "all" else (name,))))
     if not labels:
@@ -63,7 +72,7 @@ def build_candidates(
         if label not in labels:
             message = f"--set {path}: {label!r} is neither a compared method nor a section of the recipe"
             raise UsageError(message + nearest(label, choices), f"one of {format_names(choices)}")
-    return [_build_candidate(label, recipe_tree, overrides, from_all=label not in names) for label in labels]
+    return labels
 
 
 def _build_candidate(

@@ -13,9 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import RunError, SlimtuneError, UsageError
-from ..planning.gpus import detect_gpu
 from ..planning.planner import make_plan
 from ..planning.request import build_request
+from ..planning.this_machine import detect_gpu
 from ..run_dir import RENAMED_KEYS
 from ..utils.files import read_json, write_atomic, write_json
 from ..utils.formatting import format_bytes, format_duration

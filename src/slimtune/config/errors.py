@@ -62,7 +62,9 @@ def collect_field_errors(error: ValidationError, recipe: type[BaseModel], paths:
         path = next((p for n in range(len(parts), 0, -1) if (p := ".".join(parts[:n])) in settings), location)
         got = f"got {format_value(value)}"
         if detail["type"] == "extra_forbidden":
-            found[location] = unknown_field_error(location, _field_names(recipe, parts[:-1]), paths)
+            listed = len(found) < MOST  # the others are only counted
+            names = _field_names(recipe, parts[:-1]) if listed else []
+            found[location] = unknown_field_error(location, names, paths) if listed else FieldError(location, "")
         elif detail["type"] == "missing":
             missing = [s for s in settings.values() if s.required and f"{s.path}.".startswith(f"{location}.")]
             found |= {s.path: FieldError(s.path, f"missing (flag {s.flag})", s.help) for s in missing}

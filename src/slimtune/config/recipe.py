@@ -9,12 +9,12 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import ConfigError, RecipeError, nearest
-from ..methods import config_class
+from ..methods import config_class, require_method
 from ..utils.files import parse_dataset_id
 from ..utils.remote_code import allow_remote_code
 from . import schema
 from .aliases import rename_setting, rename_settings
-from .errors import MOST, FieldError, collect_field_errors, format_value, raise_errors, unknown_field_error
+from .errors import FieldError, collect_field_errors, format_value, raise_errors
 from .loading import DATA_FILES, expand_short_sections, parse_override, read_recipe_tree, resolve_paths, set_field
 from .method import accepted_names, resolve_method
 
@@ -46,17 +46,18 @@ class Recipe(schema.Section):
             raise RecipeError(f"{source} is {format_value(tree)}", "a mapping with model, data and output_dir")
         tree = rename_settings(expand_short_sections(copy.deepcopy(dict(tree))), source)
         resolve_paths(tree)
-        method, errors = resolve_method(tree.get("method", {}))
-        paths = [s.path for s in schema.iterate_settings(cls)] + [f"method.{n}" for n in accepted_names(method["name"])]
+        section = tree.get("method", {})
+        errors = find_errors(tree)
+        if errors and not section.keys() - {"name"}:  # there is nothing in the method to import it for
+            raise_errors(errors, source)
+        method, method_errors = resolve_method(section)
+        if errors:
+            errors = find_errors(tree, accepted_names(method["name"]))
+        raise_errors({e.path: e for e in (*errors, *method_errors)}.values(), source)
         train = tree.setdefault("train", {})
-        if isinstance(train, dict) and "method.name" not in [e.path for e in errors]:
-            train.setdefault("learning_rate", config_class(method["name"]).learning_rate)
-        try:
-            recipe = cls.model_validate({**tree, "method": method})
-        except ValidationError as e:
-            raise_errors(collect_field_errors(e, cls, paths) + errors, source)
-            raise AssertionError("unreachable") from e
-        raise_errors([*errors, *recipe._find_contradictions()], source)
+        train.setdefault("learning_rate", config_class(method["name"]).learning_rate)
+        recipe = cls.model_validate({**tree, "method": method})
+        raise_errors(recipe._find_contradictions(), source)
         return recipe
 
     def method_config(self) -> Any:
@@ -69,15 +70,7 @@ class Recipe(schema.Section):
 
     def require_files(self) -> None:
         """Require that every data file exists. A path that can only be a dataset of the Hub is not looked up."""
-        errors = []
-        for name in DATA_FILES:
-            path: Path | None = getattr(self.data, name)
-            is_rows = name != "chat_template"
-            if path is None or path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
-                continue
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{nearest(path.name, siblings)}"))
-        raise_errors(errors, "the recipe")
+        raise_errors(find_missing_files(dict(self.data)), "the recipe")
 
     def _find_contradictions(self) -> list[FieldError]:
         """Return the errors that involve several settings."""
@@ -120,23 +113,40 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable
         if where.startswith("method.") and isinstance(tree.get("method"), dict):
             _drop_other_spellings(tree["method"], settings, where.removeprefix("method."))
         set_field(tree, where, value)
-    source = str(path) if path is not None else "the flags"
-    raise_errors(_find_unknown_names(tree), source)
-    return Recipe.from_dict(tree, source)
+    return Recipe.from_dict(tree, str(path) if path is not None else "the flags")
 
 
-def _find_unknown_names(tree: Mapping[str, Any]) -> list[FieldError]:
-    """Return the errors for names that their section lacks: before a method is imported, which takes seconds."""
-    paths = [s.path for s in schema.iterate_settings(Recipe)]
-    errors: list[FieldError] = []
-    for section in ("model", "data", "train"):
-        known = Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
-        given = tree.get(section)
-        unknown = [name for name in given if name not in known] if isinstance(given, Mapping) else []
-        errors += [unknown_field_error(f"{section}.{name}", known, paths) for name in unknown[:MOST]]
-        errors += [
-            FieldError(f"{section}.{name}", "no such field") for name in unknown[MOST:]
-        ]  # which are only counted
+def find_errors(tree: Mapping[str, Any], method_names: Iterable[str] = ("rank", "alpha")) -> list[FieldError]:
+    """Return the errors in a tree but those in its method's own settings: no method is imported, which takes seconds.
+
+    Args:
+        tree: with sections in long form.
+        method_names: names of the method's settings, for suggestions.
+    """
+    paths = [s.path for s in schema.iterate_settings(Recipe)] + [f"method.{name}" for name in method_names]
+    errors = []
+    try:
+        Recipe.model_validate({**tree, "method": {}})
+    except ValidationError as e:
+        errors = collect_field_errors(e, Recipe, paths)
+    try:
+        require_method((tree.get("method") or {}).get("name", "lora"))
+    except ConfigError as e:
+        errors.append(FieldError("method.name", e.message, e.expected))
+    return errors
+
+
+def find_missing_files(data: Mapping[str, Any]) -> list[FieldError]:
+    """Return the errors for the files of a `data` section that do not exist; the Hub's datasets are not looked up."""
+    errors = []
+    for name in DATA_FILES:
+        if not isinstance(given := data.get(name), str | Path) or not str(given):
+            continue
+        path, is_rows = Path(given), name != "chat_template"
+        if path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
+            continue
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        errors.append(FieldError(f"data.{name}", f"there is no file {str(path)!r}{nearest(path.name, siblings)}"))
     return errors
 
 

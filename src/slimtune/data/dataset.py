@@ -200,7 +200,7 @@ def open_rows(
     """
     path, choice = Path(path), ColumnChoice(dict(columns or {}), frozenset(ignore_columns))
     check_format(format, choice.columns)
-    parts = _find_parts(path)
+    parts = find_parts(path)
     formats: dict[str, str | None] = {}
     empty = True
     for file, read in parts:
@@ -222,7 +222,8 @@ def read_rows(path: str | Path, **options: Any) -> list[Row]:
     return list(open_rows(path, **options).require_valid_rows())
 
 
-def _find_parts(path: Path) -> list[Part]:
+def find_parts(path: Path) -> list[Part]:
+    """Return the name and the reader of each file of a data set; raise UsageError if there is none."""
     if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
         return [(None, _make_reader(path))]
     if os.path.isdir(path):

@@ -21,18 +21,17 @@ from ..data.collator import Example
 from ..data.dataset import Row
 from ..errors import AdapterError, DataError, ModelError, SlimtuneError, UsageError, format_names, nearest
 from ..reporting import write_report
-from ..run_dir import RunDir
+from ..run_dir import RunDir, find_adapter_folder
 from ..setup import (
     Datasets,
     build_collator,
-    find_adapter_folder,
     load_datasets,
     load_eval_dataset,
     load_run,
     open_rows_from_recipe,
 )
 from ..train_step.loss import RowScore, evaluate_rows
-from ..utils.files import require_writable, write_json
+from ..utils.files import require_output_file, write_json
 from .answers import build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
 from .forgetting import DEFAULT_BUDGET, WINDOW, measure_forgetting, read_general_text, tokenize_general_text
 from .generate import Generator
@@ -65,6 +64,7 @@ class EvalSettings:
     checks: Sequence[str] = ()  # of the answers, by the names in `answers.py`
     tasks: Sequence[str] = ()  # of lm-evaluation-harness
     tasks_path: Path | None = None  # a folder of the user's task files
+    device: str | None = None  # to run on; None: the run's
 
     def __post_init__(self) -> None:
         for name, least in (("bootstrap", 1), ("forgetting_budget", 0), ("generate", 0), ("max_new_tokens", 1)):
@@ -95,13 +95,13 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     task_manager = find_tasks(settings.tasks, settings.tasks_path) if settings.tasks else None
     run_dir = None if find_adapter_folder(run) == run else RunDir.open(run)
     if run_dir is not None:
-        require_writable(run_dir.path)
+        require_output_file(run_dir.report_file)
     file = _find_eval_file(run_dir, run, settings)
     if file is not None:  # report faulty rows before the model is loaded
         deque(open_rows_from_recipe(run_dir.load_recipe() if run_dir else None, file).require_valid_rows(), maxlen=0)
     pieces = [] if settings.general_text is None else read_general_text(settings.general_text)
 
-    trained = load_run(run)
+    trained = load_run(run, device=settings.device)
     model: Any = trained.model
     tokenizer = trained.base.tokenizer
     recipe = trained.recipe

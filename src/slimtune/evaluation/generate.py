@@ -82,9 +82,9 @@ class Generator:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, run: Path) -> Self:
-        """Load a run folder or an adapter folder; errors as for `load_run`."""
-        return cls(load_run(run))
+    def open(cls, run: Path, device: str | None = None) -> Self:
+        """Load a run folder or an adapter folder; device and errors as for `load_run`."""
+        return cls(load_run(run, device=device))
 
     def stream(
         self,

@@ -5,6 +5,8 @@ name, or the user's YAML files in a folder, which need no network if their data 
 """
 
 import contextlib
+import copy
+import functools
 import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
@@ -13,6 +15,7 @@ from typing import Any
 
 from ..errors import ModelError, UsageError, nearest
 from ..setup import TrainedModel
+from ..utils.chat_rendering import render_chat_template
 
 
 def find_tasks(names: Sequence[str], folder: Path | None) -> Any:
@@ -53,12 +56,14 @@ def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    tokenizer: Any = copy.copy(trained.base.tokenizer)
+    tokenizer.apply_chat_template = functools.partial(_render_chat, trained.base.tokenizer)
     results = {}
     for who in ("base", "tuned"):
         with _errors_only(), trained.model.disable_adapter() if who == "base" else contextlib.nullcontext():
             try:
                 results[who] = simple_evaluate(
-                    HFLM(pretrained=trained.model, tokenizer=trained.base.tokenizer, batch_size=1),
+                    HFLM(pretrained=trained.model, tokenizer=tokenizer, batch_size=1),
                     tasks=list(names),
                     task_manager=manager,
                     log_samples=False,
@@ -86,6 +91,23 @@ def run_tasks(trained: TrainedModel, names: Sequence[str], manager: Any) -> dict
             found["higher_is_better"] = higher_is_better.get(metric)
             scores.setdefault(task, {})[metric if aggregation == "none" else f"{metric} ({aggregation})"] = found
     return scores
+
+
+def _render_chat(
+    tokenizer: Any,
+    chat: Sequence[dict[str, Any]],
+    *,
+    tokenize: bool = False,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    **variables: Any,
+) -> str:
+    """Render as transformers' method does, as text, within the steps that a template may take."""
+    text = render_chat_template(tokenizer, chat, add_generation_prompt=add_generation_prompt, **variables)
+    if continue_final_message:
+        last = chat[-1]["content"].strip()
+        text = text[: text.rindex(last) + len(last)]
+    return text
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ import yaml
 from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 
 from ..errors import RunError, SlimtuneError
-from ..models.registry import ALIASES, ModelSource, get_model_info, load_known_configs, resolve_model
+from ..models.base_config import get_model_info
+from ..models.registry import ALIASES, ModelSource, load_known_configs, resolve_model
 from ..utils.files import read_json
 from ..utils.fingerprint import config_fingerprint
 from ..utils.hub import require_repo_id

@@ -12,14 +12,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from ..errors import AdapterError, RunError, UsageError, format_names, nearest
 from ..run_dir import ADAPTER_FILE, RunDir
 from ..setup import TrainedModel
 from ..utils.files import atomic_folder
 from .gguf import ADAPTER_DTYPES, PRECISIONS, quantize_gguf, require_quantizer, write_adapter_gguf
-from .manifest import ADAPTER_GGUF, MODEL_GGUF, write_manifest
+from .manifest import ADAPTER_GGUF, MODEL_GGUF, Target, require_target, write_manifest
 from .merge import load_trained, write_merged_gguf
 from .ollama import find_base, write_ollama
 from .reference import Verdict
@@ -28,7 +28,6 @@ from .verify import Verifier, describe_16_bit_base
 from .vllm import write_vllm_adapter
 
 NOT_ASKED = "the check was left out (--no-verify); `slimtune verify FOLDER` makes it later"
-Target = Literal["gguf", "ollama", "vllm"]
 OPTION_TARGETS: dict[str, tuple[str, ...]] = {
     "precision": ("gguf", "ollama"),
     "ollama_base": ("ollama",),
@@ -143,8 +142,7 @@ def export(
 
 
 def _check_options(target: str, options: ExportOptions) -> None:
-    if target not in (targets := get_args(Target)):
-        raise UsageError(f"unknown target {target!r}{nearest(target, targets)}", format_names(targets))
+    require_target(target)
     unread = [
         f"--{option.replace('_', '-')}"
         for option, readers in OPTION_TARGETS.items()

@@ -255,6 +255,10 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     writer.close()
 
 
+class ToolError(RunError):
+    """A program of llama.cpp failed: nothing is known about what it should have made."""
+
+
 def convert_hf_to_gguf(folder: Path, file: Path, precision: str = "f16") -> None:
     """Write a Hugging Face folder as GGUF by llama.cpp's own converter; ModelError if it is missing."""
     script = require_llama_cpp_tool(CONVERTER, "makes a GGUF of a Hugging Face folder", "export the adapter alone")
@@ -290,4 +294,4 @@ def _run_tool(command: Sequence[str]) -> None:
     if done.returncode:
         last_lines = "\n".join((done.stderr or done.stdout).strip().splitlines()[-6:])
         message = f"llama.cpp failed: {shlex.join(command)}\n{last_lines}"
-        raise RunError(message, "an architecture and tokenizer that it knows")
+        raise ToolError(message, "an architecture and tokenizer that it knows")

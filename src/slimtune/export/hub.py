@@ -23,10 +23,10 @@ from ..adapters.config import CONFIG_FILE, PeftConfig
 from ..adapters.model import PeftModel
 from ..adapters.model_card import CARD_FILE, strip_local_paths
 from ..errors import AdapterError, ModelError, RunError, SlimtuneError, UsageError, format_names
+from ..models.base_config import load_config
 from ..models.gguf import read_gguf
-from ..models.registry import load_config
-from ..run_dir import ADAPTER_FILE, RunDir, RunResults
-from ..setup import build_meta_model, find_adapter_folder
+from ..run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
+from ..setup import build_meta_model
 from ..utils.files import read_json, to_json
 from ..utils.formatting import format_bytes
 from ..utils.hub import CommitResult, commit_files, refuse_tokens, require_repo_id

@@ -2,12 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from ..errors import UsageError
+from ..errors import UsageError, format_names, nearest
 from ..utils.files import read_json, write_json
 
+Target = Literal["gguf", "ollama", "vllm"]
 EXPORT_MANIFEST, ADAPTER_GGUF, MODEL_GGUF = "export_manifest.json", "adapter.gguf", "model.gguf"
+
+
+def require_target(target: str) -> None:
+    """Raise UsageError unless it is a target of an export."""
+    if target not in (targets := get_args(Target)):
+        raise UsageError(f"unknown target {target!r}{nearest(target, targets)}", format_names(targets))
 
 
 def write_manifest(folder: Path, kind: str, run: Path, facts: Mapping[str, Any]) -> None:

@@ -28,13 +28,13 @@ from ..adapters.config import PeftConfig
 from ..adapters.model import PeftModel
 from ..adapters.model_card import render_card
 from ..errors import AdapterError, RunError
+from ..models.base_config import load_config
 from ..models.dtype import pick_dtype
 from ..models.errors import silence_libraries
 from ..models.loader import load_base
 from ..models.quantization import remove_quantization, stored_quantization
-from ..models.registry import load_config
-from ..run_dir import ADAPTER_FILE, RunDir, RunResults
-from ..setup import TrainedModel, find_adapter_folder, load_run
+from ..run_dir import ADAPTER_FILE, RunDir, RunResults, find_adapter_folder
+from ..setup import TrainedModel, load_run
 from ..utils.files import atomic_folder, read_json, require_disk_space, translate_os_errors
 from . import gguf
 from .engines import TransformersEngine

@@ -111,6 +111,7 @@ class Verdict:
     answers_equal: int = 0  # token by token
     limit: str = ""  # the tolerance
     passed: bool | None = None  # None: not checked
+    failed: bool = False  # a program failed before anything could be compared
     reason: str = ""  # why it did not pass, or was not checked
 
 

@@ -19,9 +19,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import SlimtuneError, UsageError
+from ..models.base_config import get_model_info
 from ..models.errors import translate_load_errors
 from ..models.gguf import read_gguf
-from ..models.registry import get_model_info
 from ..utils.files import read_json
 from ..utils.fingerprint import base_facts
 from .gguf import get_architecture, get_tensor_names, import_gguf, to_llama_cpp_layout

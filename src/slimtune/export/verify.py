@@ -20,7 +20,7 @@ from ..models.loader import load_base
 from ..setup import TrainedModel, load_run
 from . import merge as merging
 from .engines import Engine, LlamaCppEngine, TransformersEngine, VllmClient
-from .gguf import write_adapter_gguf
+from .gguf import ToolError, write_adapter_gguf
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, read_manifest
 from .ollama import find_base
 from .reference import PRECISIONS, Reference, Tolerance, Verdict, compare_engine, get_tolerance, make_texts
@@ -65,7 +65,8 @@ def verify(
             precision, tolerance = PRECISIONS[verifier.loaded.base.dtype], _get_conversion_tolerance(manifest)
             checks.append(verifier.verify_engine("vLLM", precision, lambda: VllmClient(vllm, name), tolerance))
     checked = [c for c in checks if c.passed is not None]
-    passed = bool(checked) and all(c.passed for c in checked) and not (vllm and checks[-1].passed is None)
+    passed = bool(checked) and all(c.passed for c in checked) and not any(c.failed for c in checks)
+    passed = passed and not (vllm and checks[-1].passed is None)
     return {"path": str(path), "run": str(run), "passed": passed, "checks": [asdict(c) for c in checks]}
 
 
@@ -174,6 +175,8 @@ class Verifier:
                 return compare_engine(self.reference, engine, precision, tolerance, open_base)
         except SlimtuneError as error:
             reason = " ".join(f"{error.message}{f' ({error.hint})' if error.hint else ''}".split())
+            if isinstance(error, ToolError):
+                return Verdict(name, precision, failed=True, reason=reason)
             if isinstance(error, ModelError | UsageError):  # says nothing about the adapter
                 return Verdict(name, precision, reason=f"not checked: {reason}")
             return Verdict(name, precision, passed=False, reason=reason)
@@ -199,11 +202,7 @@ class Verifier:
     def _open_beside_base(self, adapter: Path) -> Engine:
         base = self.folder / "base.gguf"
         if not base.is_file():
-            try:
-                merging.write_base_gguf(self.loaded, base)
-            except RunError as error:  # says nothing about the adapter
-                message = f"the base could not be made a GGUF: {error.message}"
-                raise ModelError(message, error.expected, error.hint) from error
+            merging.write_base_gguf(self.loaded, base)
         return self._open_llama_cpp(base, adapter)
 
     def _open_base_in(self, precision: str) -> Callable[[Any], Engine]:

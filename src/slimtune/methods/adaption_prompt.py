@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
 from ..adapters.config import PeftConfig, setting
 from ..adapters.prompt import AttentionModule
-from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules, gated_prefix_attention
+from ..attention.packed_layout import RowMask
+from ..attention.prefix import AttentionPrefix, find_attention_modules, gated_prefix_attention
 from ..errors import TargetError, format_names, nearest
 from ..utils.linear_layers import get_weight
 

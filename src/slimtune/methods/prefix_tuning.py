@@ -27,6 +27,7 @@ from ..adapters.base import AdapterModule, BaseForward, Site, SiteKind
 from ..adapters.config import setting
 from ..attention.prefix import AttentionPrefix, RowMask, find_attention_modules, has_attention_interface
 from ..errors import ConfigError, ModelError, UsageError
+from ..utils.chat_rendering import render_chat_template
 
 
 @dataclass
@@ -240,7 +241,7 @@ def initialize_kv_prefix_from_text(
     """
     if use_chat_template and getattr(tokenizer, "chat_template", None):
         chat = [{"role": "system", "content": text}]
-        ids = tokenizer.apply_chat_template(chat, tokenize=True, add_generation_prompt=False, return_dict=False)
+        ids = tokenizer(render_chat_template(tokenizer, chat), add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(text)["input_ids"]
     n = num_virtual_tokens or _find_stored_prefix(model, adapter_name).n

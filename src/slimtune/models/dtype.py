@@ -4,16 +4,16 @@
 large. Elsewhere bfloat16 is emulated and slower than float32, so "auto" is float32. On a Mac it is bfloat16 from macOS
 14 on, whatever the chip: a GPU of an M1 or M2 emulates it.
 
-What training and planning must agree about is here alone: `pick_training_dtype`, `VENDOR_DEVICES`, `default_bf16`.
+What training and planning must agree about is here (`pick_training_dtype`) and in `gpu_support.py` alone.
 """
 
 import warnings
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from ..errors import UsageError, format_names, nearest
+from .gpu_support import NO_XPU
 
 DTYPES = {
     **dict.fromkeys(("float32", "fp32"), torch.float32),
@@ -22,9 +22,6 @@ DTYPES = {
     **dict.fromkeys(("float64", "fp64"), torch.float64),
 }
 DEVICES = ("auto", "cpu", "cuda", "mps")
-VENDOR_DEVICES: dict[str, Literal["cuda", "mps"]] = {"nvidia": "cuda", "amd": "cuda", "apple": "mps"}
-"""Kind of device that torch has for the GPUs of a vendor that training runs on."""
-NO_XPU = "slimtune does not train on Intel GPUs (torch's device xpu): no run was ever tested on one"
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -92,11 +89,6 @@ def pick_training_dtype(
         message = "the weights are float16, in which gradients vanish or overflow without a loss scaler"
         raise UsageError(message, "bfloat16 or float32 for training", "--dtype bfloat16 or --dtype float32")
     return dtype
-
-
-def default_bf16(device_type: str, in_hardware: bool) -> bool:
-    """Return whether "auto" is bfloat16 on another machine, by the kind of its device and what its hardware has."""
-    return device_type == "mps" or in_hardware
 
 
 def _multiplies_bf16(device: torch.device) -> bool:

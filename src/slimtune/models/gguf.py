@@ -13,6 +13,7 @@ transformers ignores two facts of a GGUF file, which would give wrong results si
 
 import difflib
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -76,12 +77,7 @@ def read_dequantized(path: str | Path) -> tuple[Path, float]:
         RunError: the disk or the memory is full, or the cache cannot be written.
     """
     path = Path(path).resolve()
-    try:
-        stat = path.stat()
-        digest = _hash_file(str(path), stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    folder = cache_root() / "bases" / f"{path.stem}-{digest[:16]}-fp32-v{_FORMAT}"
+    digest, folder = _locate_folder(path)
     if _is_complete(folder):
         return folder, 0.0
     start = time.perf_counter()
@@ -104,6 +100,25 @@ def read_dequantized(path: str | Path) -> tuple[Path, float]:
             hint="set SLIMTUNE_CACHE to a folder of yours",
         ) from error
     return folder, time.perf_counter() - start
+
+
+def find_dequantized(path: Path) -> Path | None:
+    """Return the cached Hugging Face folder of a GGUF file; None if there is none: then the file is not hashed."""
+    path = path.resolve()
+    if not any(cache_root().joinpath("bases").glob(f"{glob.escape(path.stem)}-*-fp32-v{_FORMAT}")):
+        return None
+    folder = _locate_folder(path)[1]
+    return folder if _is_complete(folder) else None
+
+
+def _locate_folder(path: Path) -> tuple[str, Path]:
+    """Return the hash of a GGUF file, and where its Hugging Face folder is or will be."""
+    try:
+        stat = path.stat()
+        digest = _hash_file(str(path), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    return digest, cache_root() / "bases" / f"{path.stem}-{digest[:16]}-fp32-v{_FORMAT}"
 
 
 def read_gguf(path: Path) -> Any:

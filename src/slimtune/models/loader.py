@@ -20,11 +20,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.chat_rendering import render_chat_template
 from ..utils.fingerprint import config_fingerprint, hash_weights
+from .base_config import OpenModel, open_model
 from .dtype import pick_device, pick_dtype
 from .errors import translate_load_errors
 from .gguf import read_dequantized
 from .quantization import disable_wrong_repacking, make_quantization_options
-from .registry import ModelSource, OpenModel, open_model
+from .registry import ModelSource
 
 log = logging.getLogger(__name__)
 

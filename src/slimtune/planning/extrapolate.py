@@ -20,7 +20,7 @@ import torch
 from ..attention.packed_attention import MAX_SEGMENT_TOKENS, padded_length
 from ..attention.register import layout_unsupported_reason, original_attention
 from ..errors import UsageError
-from ..models.registry import max_positions
+from ..models.base_config import max_positions
 from .fake_tensors import all_tensors
 from .memory_trace import ALLOCATION_BLOCK, FLOAT32_MERGE_PARAMS, StepTrace, trace_memory, trace_merge
 from .request import TrainingJob

@@ -1,20 +1,18 @@
-"""The GPUs people own or rent (`gpus.csv`, each row with its source), and the memory that a run can have of one."""
+"""The GPUs people own or rent (`gpus.csv`, each row with its source), and the memory that a run can have of one.
+
+It imports no torch, so that a wrong name is answered at once.
+"""
 
 import csv
 import datetime
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-import psutil
-import torch
-
 from ..errors import UsageError
-from ..models.dtype import NO_XPU, VENDOR_DEVICES, default_bf16, pick_device, pick_dtype
-from ..utils.device import free_memory
-from ..utils.distributed import local_world_size
+from ..models.gpu_support import NO_XPU, VENDOR_DEVICES, default_bf16
 from ..utils.formatting import format_bytes
 from ..utils.product_names import nearest_product
 from .result import Range
@@ -105,7 +103,7 @@ def _rows() -> list[tuple[list[str], Gpu]]:
     return rows
 
 
-def _with_name(name: str) -> list[Gpu]:
+def find_by_name(name: str) -> list[Gpu]:
     """Return the GPUs that a name can mean, the usual one first; case, spaces and dashes do not matter."""
 
     def normalize(text: str) -> str:
@@ -120,7 +118,7 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         UsageError: the table has none; the nearest name is given.
     """
-    if matches := _with_name(name):
+    if matches := find_by_name(name):
         return matches[0]
     close = nearest_product(name, [gpu.name for gpu in all_gpus()])
     hint = "or give its memory alone: --vram 24GiB"
@@ -155,22 +153,3 @@ def gpu_with_memory(text: str) -> Gpu:
     if size < 1:
         raise UsageError(f"{text!r} is no size of memory", "a number above 0 with a unit, as 24GiB or 24GB")
     return Gpu(f"{format_bytes(size)} of GPU memory", "memory", "", "", size, size, source="given")
-
-
-def detect_gpu(device: str = "auto") -> Gpu:
-    """Return this machine's GPU, or its memory if it has none or the CPU is wanted; `device`: as for `pick_device`."""
-    picked = pick_device(device)
-    bf16 = pick_dtype("auto", picked) is torch.bfloat16
-    if picked.type == "cuda":
-        name = torch.cuda.get_device_name(picked)
-        total = torch.cuda.mem_get_info(picked)[1]
-        # A slice of a GPU, or a version with another memory, is not the one of the table.
-        known = (gpu for gpu in _with_name(name) if abs(gpu.visible - total) < 0.05 * total)
-        gpu = next(known, Gpu(name, "memory", "", "", total, visible=total, source="this machine"))
-        return replace(gpu, auto_bf16=bf16)
-    if picked.type == "mps":
-        total = psutil.virtual_memory().total
-        return Gpu("this Mac", "mac", "apple", "", total, total, unified=True, source="this machine", auto_bf16=bf16)
-    free = free_memory(torch.device("cpu"))
-    others = f", one of {local_world_size()} processes on it" if local_world_size() > 1 else ""
-    return Gpu(f"this machine{others}", "cpu", "", "", free, free, source="this machine")

@@ -14,7 +14,7 @@ from ..adapters.quantized import count_values
 from ..adapters.state_dict import adapter_tensor_info
 from ..attention.register import packing_unsupported_reason
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
-from ..models.registry import max_positions
+from ..models.base_config import max_positions
 from ..utils.formatting import format_bytes
 from .extrapolate import MemoryModel, extrapolate_layers, extrapolate_merge, fit_memory_model
 from .fsdp import shard_base, shard_trace

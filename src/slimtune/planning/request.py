@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 from ..adapters.config import PeftConfig
 from ..config import Recipe
 from ..errors import UsageError
+from ..models.base_config import ModelInfo, get_model_info, max_positions
 from ..models.dtype import pick_training_dtype
-from ..models.registry import ModelInfo, get_model_info, max_positions
 from ..setup import build_meta_model
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from .fake_quantization import quantization_kind, quantize

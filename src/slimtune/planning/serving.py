@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ModelError, UsageError, format_names, nearest
-from ..models.registry import max_positions
+from ..models.base_config import max_positions
 from ..setup import build_meta_model
 from ..utils.formatting import format_bytes
 from .gpus import GIB, Gpu

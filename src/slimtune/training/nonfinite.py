@@ -7,16 +7,21 @@ from typing import Any
 from ..data.collator import Collator, Example
 from ..data.tokenize import format_lines
 from ..train_step.loss import RowScore, score_rows
-from ..utils.linear_layers import is_finite
+from ..utils.linear_layers import is_finite, list_quantization_scales
 
 EVENT = "non-finite"
 """Value of `event` in the lines of metrics.jsonl about a loss or gradient of NaN or Inf."""
 
 
 def find_nonfinite_weights(model: Any) -> list[str]:
-    """Return the names of a model's weights that contain NaN or Inf; each is read once, and nothing is copied."""
-    values = ((n, p) for n, p in model.named_parameters() if p.is_floating_point() and p.itemsize > 1)
-    return [name for name, weight in values if not is_finite(weight)]
+    """Return the names of a model's weights, or of quantized ones the scales, that contain NaN or Inf."""
+    found = []
+    for name, weight in model.named_parameters():
+        scales = list_quantization_scales(weight)
+        plain = [weight] if not scales and weight.is_floating_point() and weight.itemsize > 1 else []
+        if not all(map(is_finite, (*scales, *plain))):
+            found.append(name)
+    return found
 
 
 def find_nonfinite_lines(model: Any, rows: Sequence[Example], collator: Collator) -> list[int]:

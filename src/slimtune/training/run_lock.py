@@ -12,10 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import RunError, UsageError
-from ..run_dir import RunDir
+from ..run_dir import LOCK_FILE, WRITER_FILE, RunDir
 from ..utils.files import read_json, write_json
-
-LOCK_FILE, WRITER_FILE = ".lock", ".writer.json"
 
 
 class RunLock:

@@ -28,7 +28,7 @@ from ..models.dtype import pick_device, pick_training_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
 from ..reporting import versions, write_report
-from ..run_dir import ADAPTER_FILE, RunDir
+from ..run_dir import ADAPTER_FILE, RunDir, is_temporary
 from ..train_step.memory_savings import apply_fsdp, compile_layers
 from ..utils import distributed
 from ..utils.device import peak_memory
@@ -44,9 +44,6 @@ from .run_lock import RunLock
 
 INIT_ADAPTER = "start"
 """Folder in a run folder with the adapter that the run started from, so that the run can be resumed without it."""
-
-RUN_NAMES = ("recipe.yaml", "plan.json", "data.json", "metrics.jsonl", "result.json", "report.html", ".writer.json")
-"""Files of a run folder that are written under a temporary name first."""
 
 Planner = Callable[[Recipe, Sequence[int]], Mapping[str, Any] | None]
 """Plans a recipe for rows of these lengths in tokens. Returns the plan as plain values, None if it cannot be planned;
@@ -219,9 +216,7 @@ def open_run(run: RunDir, recipe: Recipe, lock: RunLock) -> None:
     check_same_recipe(run, recipe)
     lock.acquire()
     for leftover in (*run.path.glob(".*.*"), *run.checkpoints.glob(".partial-*")):
-        # Temporary names are `.<name>.<random>`; what a user has hidden here is not called like a file of the run.
-        known = any(leftover.name.startswith(f".{name}.") for name in RUN_NAMES)
-        if known or leftover.parent == run.checkpoints:
+        if is_temporary(leftover.name) or leftover.parent == run.checkpoints:
             checkpoint.remove(leftover)
 
 
@@ -368,6 +363,7 @@ def finish_run(
 ) -> dict[str, Any]:
     """Save the best adapter, the result and the report; return the result."""
     run, state, model = loop.run, loop.state, loop.model
+    untrained = model.active_peft_config.find_untrained_experts(model.adapter_modules("default"))
     best_step, best_loss = loop.load_best_adapter()
     adapter_files.save_adapter(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
@@ -406,6 +402,7 @@ def finish_run(
         "oom_events": sum(m.get("event") == EVENT for m in run.load_metrics()),
         "finished": datetime.now(UTC).isoformat(" ", "seconds"),
         "target_summary": str(model.match_report()),
+        "untrained_experts": untrained,
         "data_report": {
             "train": data.train_report.to_dict(),
             "validation": data.validation_report.to_dict() if data.validation_report else None,
@@ -418,5 +415,9 @@ def finish_run(
     }
     write_json(run.result_file, result)
     write_report(run)
+    if untrained:
+        count = sum(map(len, untrained.values()))
+        some = format_names((f"{name}[{expert}]" for name, experts in untrained.items() for expert in experts), 4)
+        loop.logger.say(f"{count} expert weights got no gradient, as no token was routed to them: {some}")
     loop.logger.say(f"adapter: {run.adapter} ({format_bytes(result['adapter_bytes'])})")
     return result

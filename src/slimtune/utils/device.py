@@ -4,7 +4,6 @@ import contextlib
 import ctypes
 import functools
 import gc
-import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,11 @@ from pathlib import Path
 
 import psutil
 import torch
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 from .distributed import local_world_size
 
@@ -74,6 +78,8 @@ def peak_memory(device: torch.device, *, reserved: bool = False) -> int:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -204,7 +204,9 @@ def write_atomic(path: Path, content: str | bytes | Sequence[bytes | memoryview]
 
 
 def fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable, where folders can be opened: not on Windows."""
+    if os.name == "nt":
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -279,10 +281,11 @@ def _temporary_prefix(path: Path) -> str:
 
 def _try_lock(folder: Path) -> int | None:
     """Return a handle that locks a folder until it is closed; None if another process has locked it."""
+    if fcntl is None:
+        return os.open(os.devnull, os.O_RDONLY)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         return None

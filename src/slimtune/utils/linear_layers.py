@@ -99,6 +99,15 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and (packed or not weight.dtype.is_floating_point)
 
 
+def list_quantization_scales(weight: Any) -> list[Tensor]:
+    """Return the floating-point scales of a weight that bitsandbytes quantized; none for another weight."""
+    state = getattr(weight, "quant_state", None)
+    second = getattr(state, "state2", None)  # the scales of 8-bit scales
+    tensors = (getattr(weight, "SCB", None), getattr(state, "absmax", None), getattr(state, "offset", None))
+    scales = (*tensors, getattr(second, "absmax", None))
+    return [s for s in scales if isinstance(s, Tensor) and s.is_floating_point()]
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether a floating-point tensor has no NaN and no Inf; one on the meta device has no values."""
     if tensor.is_meta or not tensor.numel():

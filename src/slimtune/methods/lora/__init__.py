@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from ...adapters.base import AdapterModule, Site, SiteKind
 from ...adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, PeftConfig, setting
-from ...adapters.targets import match_parameters, matches_name
+from ...adapters.targets import (
+    ALL_LINEAR,
+    find_expert_parameters,
+    list_linear_layers,
+    match_parameters,
+    matches_name,
+    shorten_names,
+)
 from ...errors import ConfigError, UsageError, format_names, nearest
 from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
 from . import corda, eva, loraga
@@ -37,7 +44,7 @@ from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
 from .layers import EmbeddingLora, LinearLora, LoraModule
 from .loftq import LoftQConfig
-from .parameters import ParameterLora
+from .parameters import ParameterLora, find_unsupported_field
 
 __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig", "LoraRuntimeConfig"]
 
@@ -77,7 +84,7 @@ class LoraConfig(PatternedConfig):
     target_parameters: list[str] | None = setting(
         None,
         "names or dotted suffixes of parameters to adapt, such as those of experts: mlp.experts.gate_up_proj; with "
-        "target_modules=[] nothing else",
+        'target_modules=[] nothing else. None: with "all-linear" the experts',
     )
     use_rslora: bool = setting(False, "scale the update by lora_alpha / √r instead")
     init_lora_weights: bool | str = setting(
@@ -154,6 +161,21 @@ class LoraConfig(PatternedConfig):
         if self.alora_invocation_tokens and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise UsageError(f"alora_invocation_tokens is set for a {type(model).__name__}", "a causal language model")
 
+    def fill_from_model(self, model: nn.Module) -> None:
+        super().fill_from_model(model)
+        if self.target_modules != ALL_LINEAR or not find_expert_parameters(model):
+            return
+        # In a file, "all-linear" means the experts of transformers 4 to PEFT, which were linear layers.
+        self.target_modules = shorten_names(list_linear_layers(model, self), model)
+        experts = find_expert_parameters(model, self.exclude_modules)
+        if self.target_parameters is None and experts:
+            names, field = shorten_names(experts, model), find_unsupported_field(self)
+            self.target_parameters = [] if field else names
+            if field:
+                value = f"{field} is {getattr(self, field)!r}, which they do not support"
+                message = f'target_modules="all-linear" leaves out the experts ({format_names(names)}): {value}'
+                warnings.warn(message, stacklevel=2)
+
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         parameters: dict[str, SiteKind] = dict.fromkeys(match_parameters(model, self), "parameters")
         rows: dict[str, SiteKind] = {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
@@ -227,6 +249,21 @@ class LoraConfig(PatternedConfig):
         )
         tensors = {n: m.tensors() for n, m in adapter_modules.items()}
         return config, tensors | {n: m.tensors_of_rank(config.get_rank(n)) for n, m in loras.items()}
+
+    def on_step_end(self, adapter_modules: Mapping[str, AdapterModule], step: int) -> None:
+        for module in adapter_modules.values():
+            if isinstance(module, ParameterLora):
+                module.note_gradients()
+
+    def find_untrained_experts(self, adapter_modules: Mapping[str, AdapterModule]) -> dict[str, list[int]]:
+        found = {
+            f"{site}.{part.parameter_name}": (~part.has_gradient).nonzero().flatten().tolist()
+            for site, module in adapter_modules.items()
+            if isinstance(module, ParameterLora)
+            for part in module.each_parameter()
+            if part.stacked
+        }
+        return {name: experts for name, experts in found.items() if experts}
 
     def file_key(self, key: str) -> str:
         """Return PEFT's key: that of trained tokens has one more name."""

@@ -10,9 +10,10 @@ expert's update runs as two thin products on the tokens routed to it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...adapters.base import BaseForward, Site
@@ -35,7 +36,9 @@ class ParameterLora(LoraModule):
     def __init__(self, site: Site, config: Any, names: list[str]) -> None:
         *earlier, name = names
         full_name = f"{site.name}.{name}"
-        _check_config(config, full_name)
+        if (field := find_unsupported_field(config)) is not None:
+            hint = f"leave {field} out, or name layers in target_modules"
+            raise ConfigError(f"{field} is {getattr(config, field)!r}, and {full_name} is a parameter", hint=hint)
         r, alpha = config.get_rank(full_name), config.get_alpha(full_name)
         super().__init__(site, config, r, alpha / math.sqrt(r) if config.use_rslora else alpha / r)
         # PEFT's order: one seed gives the same adapter in both libraries.
@@ -55,10 +58,14 @@ class ParameterLora(LoraModule):
         self.lora_A = nn.Linear(in_features, r * self.num_experts, bias=False, device=site.init_device)
         self.lora_B = nn.Linear(r * self.num_experts, out_features, bias=False, device=site.init_device)
         init_weights(self.init, self.lora_A, self.lora_B, r)
+        self.register_buffer("has_gradient", torch.zeros(self.num_experts, dtype=torch.bool), persistent=False)
         self.to(site.device, site.dtype)
         if config.freeze_a:
             self.frozen_names = [n for n, _ in self.named_parameters() if n.endswith("lora_A.weight")]
             self.lora_A.requires_grad_(False)
+
+    has_gradient: Tensor
+    """Whether an expert's update got a gradient other than zero in the training so far, bool `(experts)`."""
 
     def each_parameter(self) -> Iterator["ParameterLora"]:
         """Yield this module and those nested in it: one for each adapted parameter."""
@@ -94,6 +101,21 @@ class ParameterLora(LoraModule):
         message = "lora.ParamWrapper does not support mixed adapter batches yet."
         raise UsageError(message, "one adapter for all rows with target_parameters", "set_adapter instead")
 
+    def note_gradients(self) -> None:
+        """Note which experts the last backward pass reached."""
+        for module in self.each_parameter():
+            grad: Any = module.lora_B.weight.grad
+            if grad is not None:
+                local = getattr(grad, "to_local", lambda grad=grad: grad)()  # FSDP shards the rows of B
+                module.has_gradient |= local.ne(0).any(0).view(-1, module.num_experts).any(0)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {module.parameter_name: module.has_gradient for module in self.each_parameter()}
+
+    def load_extra_state(self, state: Mapping[str, Tensor]) -> None:
+        for module in self.each_parameter():
+            module.has_gradient.copy_(state[module.parameter_name])
+
     def low_rank_factors(self) -> None:
         return None
 
@@ -105,12 +127,9 @@ class ParameterLora(LoraModule):
         return parameter
 
 
-def _check_config(config: Any, name: str) -> None:
-    """Raise ConfigError if a setting has no meaning for a parameter, whose input the adapter does not see."""
-    for field in ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens"):
-        if getattr(config, field):
-            hint = f"leave {field} out, or name layers in target_modules"
-            raise ConfigError(f"{field} is {getattr(config, field)!r}, and {name} is a parameter", "its default", hint)
+def find_unsupported_field(config: Any) -> str | None:
+    """Return a setting that has no meaning for a parameter, whose input the adapter does not see, or None."""
+    fields = ("lora_dropout", "use_dora", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens")
     init = config.init_lora_weights
-    if not isinstance(init, bool) and init != "gaussian":
-        raise ConfigError(f"init_lora_weights is {init!r}, and {name} is a parameter", 'True or "gaussian"')
+    named = not isinstance(init, bool) and init != "gaussian"
+    return next((f for f in fields if getattr(config, f)), "init_lora_weights" if named else None)

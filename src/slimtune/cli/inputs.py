@@ -1,0 +1,77 @@
+"""Checks of the names and files that a command gets, before torch is imported, which takes seconds."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import SlimtuneError
+
+
+def require_inputs(
+    recipe: Path | None, settings: Mapping[str, Any], *, weights: bool = True, rows: bool = True
+) -> None:
+    """Raise unless base and rows of a recipe exist; settings that are wrong are named in the same message.
+
+    Args:
+        recipe: its file; None: `settings` have everything.
+        settings: overrides by dotted path.
+        weights: whether the base is loaded; a plan needs only its config.
+        rows: whether rows are read.
+    """
+    from ..config.errors import FieldError, raise_errors
+    from ..config.loading import read_recipe_tree, resolve_paths, set_field
+    from ..config.recipe import find_errors, find_missing_files
+
+    tree = read_recipe_tree(recipe.expanduser()) if recipe is not None else {}
+    for path, value in settings.items():
+        if path == "method.name" or not path.startswith("method."):
+            set_field(tree, path, value)
+    resolve_paths(tree)
+    data, model = (tree[name] if isinstance(tree.get(name), Mapping) else {} for name in ("data", "model"))
+    missing = find_missing_files(data) if rows else []
+    wrong_base = None
+    try:
+        if isinstance(name := model.get("name"), str) and name:
+            require_base(name, weights)
+    except SlimtuneError as error:
+        wrong_base = error
+    if missing or wrong_base is not None:
+        errors = [*find_errors(tree), *missing]
+        if wrong_base is not None and not errors:
+            raise wrong_base
+        if wrong_base is not None:
+            errors.append(FieldError("model.name", wrong_base.message, wrong_base.expected))
+        raise_errors(errors, str(recipe) if recipe is not None else "the flags")
+
+
+def require_base(name: str, weights: bool = True) -> None:
+    """Raise unless something has a base's name; with `weights`, unless it can have them."""
+    from ..models.registry import find_known, resolve_model
+
+    if weights or not (os.path.exists(Path(name).expanduser()) or find_known(name)):
+        resolve_model(name)
+
+
+def require_run(path: Path) -> None:
+    """Raise unless there is a run, or an adapter folder, with an adapter whose base has not gone."""
+    from ..config.loading import read_recipe_tree
+    from ..run_dir import RunDir, find_adapter_folder
+    from ..utils.files import read_json
+
+    if find_adapter_folder(path) != path:
+        model = read_recipe_tree(RunDir(path).recipe_file).get("model")
+        name = model.get("name") if isinstance(model, Mapping) else None
+    else:
+        file = path / "adapter_config.json"
+        name = read_json(file).get("base_model_name_or_path") if file.is_file() else None
+    if isinstance(name, str) and name:
+        require_base(name)
+
+
+def require_rows(path: str | Path | None) -> None:
+    """Raise unless a file or folder of rows exists, if one is given."""
+    from ..data.dataset import find_parts
+
+    if path is not None:
+        find_parts(Path(path))

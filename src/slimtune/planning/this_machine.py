@@ -1,0 +1,39 @@
+"""The GPU of this machine, as a plan takes it."""
+
+from dataclasses import replace
+
+import psutil
+import torch
+
+from ..errors import UsageError
+from ..models.dtype import pick_device, pick_dtype
+from ..utils.device import free_memory
+from ..utils.distributed import local_world_size
+from .gpus import Gpu, find_by_name, find_gpu
+
+
+def detect_gpu(device: str = "auto") -> Gpu:
+    """Return this machine's GPU, or its memory if it has none or the CPU is wanted; `device`: as for `pick_device`."""
+    picked = pick_device(device)
+    bf16 = pick_dtype("auto", picked) is torch.bfloat16
+    if picked.type == "cuda":
+        name = torch.cuda.get_device_name(picked)
+        total = torch.cuda.mem_get_info(picked)[1]
+        # A slice of a GPU, or a version with another memory, is not the one of the table.
+        known = (gpu for gpu in find_by_name(name) if abs(gpu.visible - total) < 0.05 * total)
+        gpu = next(known, Gpu(name, "memory", "", "", total, visible=total, source="this machine"))
+        return replace(gpu, auto_bf16=bf16)
+    if picked.type == "mps":
+        total = psutil.virtual_memory().total
+        return Gpu("this Mac", "mac", "apple", "", total, total, unified=True, source="this machine", auto_bf16=bf16)
+    free = free_memory(torch.device("cpu"))
+    others = f", one of {local_world_size()} processes on it" if local_world_size() > 1 else ""
+    return Gpu(f"this machine{others}", "cpu", "", "", free, free, source="this machine")
+
+
+def require_gpu(name: str, device: str = "auto") -> None:
+    """Raise UsageError unless this machine has the GPU of the table with this name; `device` as for `pick_device`."""
+    wanted, found = find_gpu(name), detect_gpu(device)
+    if found.name != wanted.name and not (found.vendor == "apple" == wanted.vendor and found.memory == wanted.memory):
+        hint = f"leave it out to train here; `slimtune plan --gpu {wanted.name}` plans for that GPU"
+        raise UsageError(f"--gpu is {wanted.name}, and this would train on {found.name}", "this machine's GPU", hint)
