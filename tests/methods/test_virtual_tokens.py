@@ -516,7 +516,7 @@ def test_without_its_encoder_a_table_trains(encoder, tmp_path):
     model = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert len(trained) == 1
-    assert trained[0].endswith("prompt_embeddings")
+    assert trained[0].endswith("prompt_encoder.embedding.weight")
     assert gradients(model)[0].abs().max() > 0
     assert not any(p.requires_grad for p in PeftModel.from_pretrained(llama(), tmp_path).parameters())
     with pytest.raises(AdapterError, match="missing"):

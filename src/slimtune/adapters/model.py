@@ -131,7 +131,9 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
 
     @property
     def prefix(self) -> str:
-        """How the names of the active adapter's tensors start: `"lora_"`."""
+        """How the names of the active adapter's tensors start: `"lora_"`; AttributeError without a common start."""
+        if not self.active_peft_config.prefix:
+            raise AttributeError(f"the tensors of {self.active_peft_config.name} have no common prefix")
         return self.active_peft_config.prefix
 
     @property

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -221,11 +220,11 @@ class AttentionModule(AdapterModule):
 
 
 class LearnedEmbeddings(AdapterModule):
-    """Mixin for modules that learn `prompt_embeddings (n, width)`, as a parameter or as the output of a prompt encoder.
+    """Mixin for modules that learn `prompt_embeddings (n, width)`, as a table or as the output of a prompt encoder.
 
     A file always contains `prompt_embeddings`, which is all that PEFT reads and inference needs. With a prompt encoder,
     our files also contain the encoder's tensors (`prompt_encoder.…`), so that training can continue. Loaded from a file
-    without them, the embeddings become a parameter.
+    without them, the embeddings become a table.
 
     Args:
         site: the site.
@@ -235,22 +234,12 @@ class LearnedEmbeddings(AdapterModule):
 
     def __init__(self, site: Site, start: Tensor | nn.Module, *more: Any) -> None:
         super().__init__(*more)
-        if isinstance(start, nn.Module):
-            self.prompt_encoder: nn.Module | None = start.to(site.device, site.dtype)
-            self.register_parameter("prompt_embeddings", None)
-        else:
-            self.prompt_encoder = None
-            self.prompt_embeddings = nn.Parameter(start.detach().to(site.device, site.dtype, copy=True))
+        encoder = start if isinstance(start, nn.Module) else EmbeddingTable(start)
+        self.prompt_encoder = encoder.to(site.device, site.dtype)
 
     def get_embeddings(self) -> Tensor:
         """Return `prompt_embeddings (n, width)`."""
-        return self.prompt_embeddings if self.prompt_encoder is None else self.prompt_encoder()
-
-    @property
-    def embedding(self) -> Any:
-        """PEFT's name for the table that trains: `embedding.weight`."""
-        encoder: Any = self.prompt_encoder
-        return SimpleNamespace(weight=self.prompt_embeddings) if encoder is None else encoder.embedding
+        return self.prompt_encoder()
 
     def get_prompt(self, batch_size: int) -> Any:
         """Return what PEFT's `get_prompt` returns: here, the embeddings `(batch, n, width)`."""
@@ -258,20 +247,32 @@ class LearnedEmbeddings(AdapterModule):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the embeddings, computed without dropout if there is an encoder, and the encoder's tensors."""
-        if self.prompt_encoder is None:
-            return super().tensors()
+        if isinstance(self.prompt_encoder, EmbeddingTable):
+            return {"prompt_embeddings": self.prompt_encoder.embedding.weight}
         with torch.no_grad(), evaluation_mode(self.prompt_encoder):
             return {"prompt_embeddings": self.get_embeddings(), **super().tensors()}
 
     def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
-        """Replace the encoder by a parameter if the file contains only the embeddings."""
-        if self.prompt_encoder is None or any(k.startswith("prompt_encoder.") for k in state_dict):
+        """Replace the encoder by a table if the file contains only the embeddings."""
+        is_table = isinstance(self.prompt_encoder, EmbeddingTable)
+        if is_table or any(k.startswith("prompt_encoder.") for k in state_dict):
             return
         embeddings = self.tensors()["prompt_embeddings"]
         if "prompt_embeddings" in state_dict and state_dict["prompt_embeddings"].shape == embeddings.shape:
             trains = any(p.requires_grad for p in self.parameters())
-            self.prompt_encoder = None
-            self.prompt_embeddings = nn.Parameter(embeddings, requires_grad=trains)
+            self.prompt_encoder = EmbeddingTable(embeddings).requires_grad_(trains)
+
+
+class EmbeddingTable(nn.Module):
+    """Learned embeddings `(n, width)` as one parameter, with PEFT's name: `embedding.weight`."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding.from_pretrained(start.detach().clone(), freeze=False)
+
+    def forward(self, columns: slice = slice(None)) -> Tensor:
+        """Return `(n, width)`, or some of its columns."""
+        return self.embedding.weight[:, columns]
 
 
 class PromptMixin:
@@ -291,7 +292,7 @@ class PromptMixin:
             if not every:
                 raise
         if name == "prompt_encoder":
-            return nn.ModuleDict(every)
+            return nn.ModuleDict({n: m.prompt_encoder for n, m in every.items()})
         if name == "prompt_tokens":
             configs = {n: self.peft_config[n] for n in every}
             return {n: torch.arange(c.num_virtual_tokens * c.num_transformer_submodules) for n, c in configs.items()}

@@ -132,7 +132,7 @@ class StoredPrefix(prompt.LearnedEmbeddings, prompt.PositionShift):
     @property
     def n(self) -> int:
         encoder: Any = self.prompt_encoder
-        return len(self.prompt_embeddings if encoder is None else encoder.embedding.weight)
+        return len(encoder.embedding.weight)
 
     def get_layer_prefix(self, layer: int) -> AttentionPrefix:
         """Return the keys and values of one layer.
@@ -142,8 +142,7 @@ class StoredPrefix(prompt.LearnedEmbeddings, prompt.PositionShift):
         # PEFT deals the parts to the two halves of an encoder-decoder in turn, and only the decoder takes its own.
         part = layer * self.stride % self.layers
         kv_slice = slice(part * self.layer_width, (part + 1) * self.layer_width)
-        encoder: Any = self.prompt_encoder
-        embeddings = self.prompt_embeddings[:, kv_slice] if encoder is None else encoder(kv_slice)
+        embeddings = self.prompt_encoder(kv_slice)
         keys, values = embeddings.view(len(embeddings), 2, self.heads, -1).permute(1, 2, 0, 3)
         return AttentionPrefix(keys, values)
 
@@ -260,18 +259,19 @@ def initialize_kv_prefix_from_past_key_values(
     """
     stored = _find_stored_prefix(model, adapter_name)
     start = prefix_from_cache(past_key_values, num_virtual_tokens or stored.n)
-    have, expected = tuple(start.shape), tuple(stored.prompt_embeddings.shape)
+    table = stored.prompt_encoder.embedding.weight
+    have, expected = tuple(start.shape), tuple(table.shape)
     if have != expected:
         raise UsageError(f"the cache gives a prefix of {have}", f"{expected}, as the adapter")
     with torch.no_grad():
-        stored.prompt_embeddings.copy_(start)
+        table.copy_(start)
     return start
 
 
 def _find_stored_prefix(model: Any, adapter: str | None) -> Any:
     name = adapter or model.active_adapters[0]
     found = [d for d in model.adapter_modules(name).values() if isinstance(d, StoredPrefix)]
-    if not found or found[0].prompt_encoder is not None:
+    if not found or not isinstance(found[0].prompt_encoder, prompt.EmbeddingTable):
         raise UsageError(f"adapter {name!r} has no prefix that can be set", "prefix tuning without prefix_projection")
     return found[0]
 
