@@ -47,6 +47,13 @@ def t5(dtype: torch.dtype = torch.float64) -> nn.Module:
     )
 
 
+def bart(dtype: torch.dtype = torch.float64) -> nn.Module:
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
+             {"layers": 1, "attention_heads": 2, "ffn_dim": 24}.items()}  # fmt: skip
+    config = tf.BartConfig(d_model=16, vocab_size=VOCAB, **sides)
+    return _seeded(lambda: tf.BartForConditionalGeneration(config), dtype)
+
+
 def bert_classifier(dtype: torch.dtype = torch.float64) -> nn.Module:
     return _seeded(lambda: tf.BertForSequenceClassification(tf.BertConfig(**ENCODER)), dtype)
 

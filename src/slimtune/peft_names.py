@@ -27,7 +27,7 @@ PUBLIC = {
     "adapters.model": (
         "PeftMixedModel", "PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
-        "PeftModelForTokenClassification", "get_peft_model",
+        "PeftModelForTokenClassification", "find_modules_without_gradient", "get_peft_model",
     ),
     "adapters.optimizer": ("create_loraplus_optimizer", "parameter_groups"),
     "adapters.prompt": ("PromptLearningConfig",),

@@ -13,7 +13,14 @@ from models_zoo import gpt2, llama, run, same_base, snapshot, tokens
 from several_adapters import add_adapters
 from torch import nn
 
-from slimtune import LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from slimtune import (
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    find_modules_without_gradient,
+    get_peft_model,
+)
 from slimtune.adapters.base import MergeUnsupported
 from slimtune.errors import TargetError, UsageError
 
@@ -307,3 +314,18 @@ def test_unload_removes_the_gradient_hook():
 def test_plain_module_around_a_checkpointed_model():
     outer = nn.ModuleDict({"inner": enable_checkpointing(llama())})
     assert get_peft_model(outer, LoraConfig(target_modules=["q_proj"])).match_report().adapted
+
+
+def test_modules_that_the_model_does_not_call():
+    model = get_peft_model(zoo.t5(), LoraConfig(target_modules=["shared", "q"]))
+    model(tokens(), labels=tokens()).loss.backward()
+    assert find_modules_without_gradient(model) == ["shared"]
+
+
+@pytest.mark.parametrize("make", [zoo.t5, zoo.bart])
+@pytest.mark.parametrize("targets", [["shared"], ["embed_tokens"], ["lm_head"]], ids=str)
+def test_merge_into_several_tied_tensors_survives_saving(make, targets, tmp_path):
+    model = adapt(make(), target_modules=targets)
+    expected = run(model)
+    model.merge_and_unload().save_pretrained(tmp_path)
+    assert (run(type(make()).from_pretrained(tmp_path, dtype=torch.float64)) - expected).abs().max() < 1e-10

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from models_zoo import DECODER, ENCODER, VOCAB, bert_classifier, gpt2, llama, roberta_classifier, run, shake
+from models_zoo import DECODER, ENCODER, VOCAB, bert_classifier, gpt2, llama, roberta_classifier, run, shake, tokens
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFT_TARGETS
 from torch import nn
 
@@ -17,6 +17,8 @@ from slimtune.errors import ConfigError, TargetError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
+MAMBA = {"hidden_size": 16, "expand": 2, "num_hidden_layers": 2, "vocab_size": VOCAB}
+JAMBA = {**DECODER, "num_experts": 1, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 32}
 ARCHITECTURES = {
     "llama": tf.LlamaConfig(**DECODER),
@@ -227,3 +229,24 @@ def test_resize_token_embeddings():
     model = get_peft_model(llama(), LoraConfig())
     model.resize_token_embeddings(VOCAB + 8, mean_resizing=False)
     assert run(model).shape[-1] == VOCAB + 8
+
+
+@pytest.mark.parametrize(
+    ("make", "uncalled"),
+    [
+        (lambda: tf.MambaForCausalLM(tf.MambaConfig(**MAMBA, state_size=4)), ["out_proj", "dt_proj", "x_proj"]),
+        (
+            lambda: tf.Mamba2ForCausalLM(tf.Mamba2Config(**MAMBA, num_heads=4, head_dim=8, state_size=4, n_groups=1)),
+            ["out_proj"],
+        ),
+        (lambda: tf.JambaForCausalLM(tf.JambaConfig(**JAMBA)), ["dt_proj"]),
+    ],
+)
+def test_weights_that_a_mamba_mixer_reads_without_a_call(make, uncalled):
+    for name in uncalled:
+        with pytest.raises(TargetError, match="is incompatible with Mamba-based models"):
+            get_peft_model(make(), LoraConfig(target_modules=[name]))
+    model = get_peft_model(make(), LoraConfig(target_modules="all-linear"))
+    model(tokens()).logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert set(uncalled) <= {n.rpartition(".")[2] for n in model.match_report().unadapted}

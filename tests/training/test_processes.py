@@ -134,6 +134,13 @@ def test_gradients_and_errors_are_those_of_one_process(settings, tmp_path):
 
 
 @pytest.mark.slow
+def test_gradients_of_fsdp1_are_those_of_one_process(settings, tmp_path):
+    errors = run_checks("fsdp1", settings, tmp_path)["fsdp1"]
+    assert len(errors) == 8
+    assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(settings, tmp_path):
     settings["method"]["lora_dropout"] = 0.0
     # 24 rows, 7 a step: the last step of an epoch has 3.

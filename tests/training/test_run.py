@@ -176,3 +176,9 @@ def test_full_disk_leaves_older_checkpoints(settings, monkeypatch):
     assert [p.name for p in root.iterdir()] == ["checkpoint-4"]
     assert checkpoint.find_damage(root / "checkpoint-4") == ""
     assert not (root.parent / "adapter").exists()
+
+
+def test_module_without_a_gradient_is_named(settings, capfd, monkeypatch):
+    monkeypatch.setattr("slimtune.training.loop.find_modules_without_gradient", lambda model: ["model.dt_proj"])
+    train(recipe_of(settings, max_steps=2))
+    assert capfd.readouterr().err.count("1 adapted modules got no gradient") == 1

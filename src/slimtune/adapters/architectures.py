@@ -3,6 +3,7 @@
 The default targets are PEFT's, except for gemma4, for which PEFT has a pattern.
 """
 
+import re
 from typing import Any
 
 DEFAULT_TARGETS: dict[str | None, list[str]] = {
@@ -31,14 +32,27 @@ DEFAULT_TARGETS: dict[str | None, list[str]] = {
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """Heads that a task adds to a model; they are trained in full (PEFT's lists)."""
 
-MAMBA_FAMILIES, MAMBA_UNCALLED = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")
-"""Modules of these architectures whose weights fused kernels read without calling the modules (PEFT's lists)."""
+UNCALLED_LAYERS = {
+    "(Falcon)?MambaMixer": ("conv1d", "x_proj", "dt_proj", "out_proj"),
+    "(Mamba2|Bamba|FalconH1|NemotronHMamba2|Zamba2Mamba)Mixer|GraniteMoeHybridMambaLayer": ("conv1d", "out_proj"),
+    "JambaMambaMixer": ("conv1d", "dt_proj"),
+    "RecurrentGemmaRecurrentBlock": ("conv_1d",),
+    "Gemma3nTextAltUp": ("correction_coefs",),
+}
+"""Layers whose weights a module of this class (a regular expression) reads without calling them, always or in its fused
+kernels. Their adapters would be skipped. PEFT refuses `out_proj` and `conv1d` of some of them."""
 
 ATTENTION = ("self_attn", "attn", "self_attention", "attention", "linear_attn", "layer.0.SelfAttention")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "layer.2.DenseReluDense", "layer.1.DenseReluDense",
                  "fc2", "output.dense")  # fmt: skip
 """Names of a layer's two sub-layers; the first that exists is used. The last two stand for architectures without an MLP
 module, in which the linear layer at the end of the MLP takes its place."""
+
+
+def is_uncalled(parent: Any, name: str) -> bool:
+    """Return whether `parent` reads the weight of its layer `name` without calling the layer (`UNCALLED_LAYERS`)."""
+    class_name, last = type(parent).__name__, name.rpartition(".")[2]
+    return any(last in layers and re.fullmatch(parents, class_name) for parents, layers in UNCALLED_LAYERS.items())
 
 
 def model_type(model: Any) -> str | None:

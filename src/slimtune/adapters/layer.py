@@ -159,6 +159,13 @@ class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
         finally:
             self.__dict__["current_copy"] = before
 
+    def __delattr__(self, name: str) -> None:
+        # FSDP1 deletes a parameter before it sets a view of its flat parameter in its place, and in a forward pass it
+        # puts the view among the parameters, too.
+        plain = self.__dict__.pop(f"_plain_{name}", None)
+        if plain is None or name in self._parameters:
+            super().__delattr__(name)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Parameters that a merge replaced must follow the model to another device or dtype.
         self.active_state.clear_stacked_factors()
@@ -242,6 +249,9 @@ def rename_adapter(module: AdaptedLayer, old: str, new: str) -> None:
 # --- the adapted class ----------------------------------------------------------------------------------------------
 
 
+_FSDP1 = ("torch.distributed.fsdp._flat_param", "torch.distributed.fsdp._init_utils")
+
+
 def _trained_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype:
     return torch.float32 if autocast and dtype in (torch.float16, torch.bfloat16) else dtype
 
@@ -303,6 +313,11 @@ def _make_parameter_property(base: type, name: str) -> property:
             raise AttributeError(f"{base.__name__!r} object has no attribute {name!r}")
         if self.original_parameters is not None or own is None:
             return own
+        if self.trained_copies or is_read:
+            # FSDP1 looks whether the module still has the parameter that it put there, and does not know of adapters.
+            frame: Any = None if torch.compiler.is_compiling() else inspect.currentframe()
+            if frame is not None and frame.f_back.f_globals["__name__"] in _FSDP1:
+                return own
         value = own
         if self.trained_copies:
             adapter: Any = self.current_copy

@@ -8,6 +8,8 @@ TRL accept it unchanged. `unload()` returns the base as it was.
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -389,8 +391,17 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         self.merge_adapter(adapter_names, safe_merge)
         merged = dict(self.named_parameters(remove_duplicate=False))
         model = self._restore_base_class()
-        if any(len({id(merged[n]) for n in group}) > 1 for group in tied):
+        split = [group for group in tied if len({id(merged[n]) for n in group}) > 1]
+        if split:
             mark_embeddings_untied(model)
+        for group in split:
+            # Saving writes tensors that share memory once, and a config cannot say that only some are tied (T5, BART).
+            seen = {id(merged[group[0]])}
+            for name in group[1:]:
+                if id(merged[name]) in seen:
+                    outer, _, last = name.rpartition(".")
+                    model.get_submodule(outer)._parameters[last] = copy.deepcopy(merged[name])
+                seen.add(id(merged[name]))
         return model
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
@@ -516,6 +527,17 @@ def mark_embeddings_untied(model: Any) -> None:
         part.tie_word_embeddings = False
     if hasattr(model, "all_tied_weights_keys"):
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def find_modules_without_gradient(model: nn.Module) -> list[str]:
+    """Return the names of the adapted modules that a backward pass gave no gradient, so that training changes nothing.
+
+    Call it after a backward pass and before the gradients are set to None. Such a module was not called, or the model
+    read its weight instead of calling it.
+    """
+    trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    places = (re.split(r"\.?(?:adapters|trained_copies)\.", n)[0] for n, p in trained if p.grad is None)
+    return list(dict.fromkeys(place or "the model" for place in places))
 
 
 def _make_peft_model(model: nn.Module, cls: Any) -> PeftModel:

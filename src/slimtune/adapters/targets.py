@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import TargetError, format_names, nearest
 from ..utils.linear_layers import layer_kind
-from .architectures import HEADS, MAMBA_FAMILIES, MAMBA_UNCALLED, model_type
+from .architectures import HEADS, is_uncalled, model_type
 from .base import SiteKind
 from .layer import AdaptedLayer
 from .patterns import find_pattern, get_pattern
@@ -148,13 +148,18 @@ def find_expert_parameters(model: nn.Module, excluded: list[str] | str | None = 
 
 
 def list_linear_layers(model: Any, config: PeftConfig) -> list[str]:
-    """Return the names of the modules that "all-linear" stands for: linear layers without output head and routers."""
+    """Return the names of the modules that "all-linear" stands for.
+
+    These are the linear layers without the output head, routers, and what `UNCALLED_LAYERS` lists.
+    """
     modules = _get_base_modules(model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
         task_heads = (getattr(model, n, None) for n in HEADS.get(str(config.task_type), ()))
         head = next((m for m in task_heads if isinstance(m, nn.Module)), None)
-    return [n for n, m in modules.items() if layer_kind(m) == "linear" and m is not head and not _is_router(n, modules)]
+    linear = (n for n, m in modules.items() if layer_kind(m) == "linear" and m is not head)
+    parents = ((n, modules.get(n.rpartition(".")[0], model)) for n in linear)
+    return [n for n, parent in parents if not _is_router(n, modules) and not is_uncalled(parent, n)]
 
 
 def shorten_names(names: list[str], model: nn.Module) -> list[str]:
@@ -252,9 +257,6 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
             " and ".join(_KIND_NAMES[k] for k in config.kinds if k in _KIND_NAMES),
             f"name the {config.kinds[0]} modules inside it" if kind is None else "",
         )
-    if model_type(model) in MAMBA_FAMILIES and name.rpartition(".")[2] in MAMBA_UNCALLED:
-        message = f"{name} belongs to a Mamba mixer, whose GPU kernels read its weight and skip an adapter"
-        raise TargetError(message, "other modules, as in PEFT", 'exclude_modules=["out_proj", "conv1d"]')
     if getattr(module, "in_proj_weight", module) is None:
         raise TargetError(f"{name} has separate weights for query, key and value", "one in_proj_weight for all three")
     mro = (c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, AdaptedLayer))
@@ -264,6 +266,11 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     if kind == "conv" and not forward.__module__.startswith("torch.nn."):
         raise TargetError(f"{name} is a {class_name}, which computes something else than a torch convolution")
     parent = modules.get(name.rpartition(".")[0], model)
+    if is_uncalled(parent, name):
+        what = f"a {type(parent).__name__} reads its weight without calling it, so an adapter would be skipped"
+        why = "is incompatible with Mamba-based models" if hasattr(parent, "A_log") else "cannot be adapted"
+        hint = f'exclude_modules=["{name.rpartition(".")[2]}"]; "all-linear" leaves it out'
+        raise TargetError(f"{name} {why}: {what}", "other modules", hint)
     if kind == "conv" and any("causal_conv1d" in n for n in vars(sys.modules[type(parent).__module__])):
         raise TargetError(
             f"{name} belongs to a {type(parent).__name__}, whose GPU kernels read its weight and skip an adapter"

@@ -27,10 +27,11 @@ from transformers import get_scheduler
 
 from ..adapters import state_dict as adapter_files
 from ..adapters.architectures import text_config
+from ..adapters.model import find_modules_without_gradient
 from ..config.schema import TrainSettings
 from ..data.collator import Collator, Example
 from ..data.step_sharding import StepSharder
-from ..errors import RunError, SlimtuneError, is_out_of_memory
+from ..errors import RunError, SlimtuneError, format_names, is_out_of_memory
 from ..kernels.dropout import preserve_rng_state
 from ..run_dir import RunDir
 from ..setup import Datasets
@@ -178,6 +179,11 @@ class TrainingLoop:
         state = self.state
         self.recovery.step = state.step
         loss, norm, tokens, targets = self.compute_gradients(rows)
+        if state.step == 0 and (untrained := find_modules_without_gradient(self.model)):
+            self.logger.say(
+                f"warning: {len(untrained)} adapted modules got no gradient and will not be trained, because the model "
+                f"does not call them: {format_names(untrained, 4)}"
+            )
         grad_norm = norm.item()  # the step's only wait for a GPU; the loss was computed before
         skip = not (math.isfinite(grad_norm) and math.isfinite(loss.item()))
         if skip:
