@@ -60,7 +60,7 @@ def test_one_alpha_leaves_B_unscaled(tmp_path):
     assert torch.equal(torch.tensor(B), own.detach())
 
 
-def compare(model: Any, tokenizer: Any, base: Path, adapter: Path) -> Any:
+def compare(model: Any, tokenizer: Any, base: Path, adapter: Path | None) -> Any:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 259, (40,), generator=generator).tolist() for _ in range(2)]
     reference = Reference(model, tokenizer, [Text("Say something<|im_end|>", ids) for ids in rows])
@@ -83,6 +83,18 @@ def test_llama_cpp_agrees_with_the_adapter(kind, settings, tmp_path, tiny_tokeni
     assert verdict.passed, verdict.reason
     assert verdict.max_difference < 0.01
     assert verdict.effect > 0.1
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_llama_cpp_agrees_with_merged_experts(kind, tmp_path, tiny_tokenizer):
+    tokenizer, model = tiny_tokenizer(), adapted(kind)
+    base = write(tmp_path / "base.gguf", model_of(kind, VOCABULARY), tokenizer)
+    model.merge_adapter()
+    ours.write_gguf_from_template(base, model, tmp_path / "whole.gguf", "f32")
+    model.unmerge_adapter()
+    verdict = compare(model, tokenizer, tmp_path / "whole.gguf", None)
+    assert verdict.passed, verdict.reason
 
 
 @needs_llama_cpp

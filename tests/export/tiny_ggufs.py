@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers as tf
 
-from slimtune.export.gguf import get_architecture, get_tensor_names, to_llama_cpp_layout
+from slimtune.export.gguf import get_architecture, get_tensor_names, to_llama_cpp_tensors
 
 SIZES = {
     "hidden_size": 64,
@@ -25,6 +25,7 @@ SIZES = {
 }
 # llama.cpp's Gemma scales by the head's width, whatever the config asks for.
 GEMMA = {**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
+MOE = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
 MAKERS = {
     "llama": lambda v: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, vocab_size=v)),
     "mistral": lambda v: tf.MistralForCausalLM(tf.MistralConfig(**SIZES, vocab_size=v, sliding_window=None)),
@@ -34,6 +35,26 @@ MAKERS = {
     "gemma2": lambda v: tf.Gemma2ForCausalLM(tf.Gemma2Config(**GEMMA, vocab_size=v)),
     "gemma3_text": lambda v: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GEMMA, vocab_size=v)),
     "phi3": lambda v: tf.Phi3ForCausalLM(tf.Phi3Config(**SIZES, vocab_size=v, original_max_position_embeddings=256)),
+    "qwen3_moe": lambda v: tf.Qwen3MoeForCausalLM(
+        tf.Qwen3MoeConfig(**SIZES, **MOE, vocab_size=v, head_dim=16, num_experts=4, norm_topk_prob=True)
+    ),
+    "mixtral": lambda v: tf.MixtralForCausalLM(tf.MixtralConfig(**SIZES, vocab_size=v, num_local_experts=4)),
+    "olmoe": lambda v: tf.OlmoeForCausalLM(  # llama.cpp takes as many keys as queries
+        tf.OlmoeConfig(
+            **{**SIZES, "num_key_value_heads": 4, "vocab_size": v, "num_experts": 4, "num_experts_per_tok": 2}
+        )
+    ),
+    "gpt_oss": lambda v: tf.GptOssForCausalLM(
+        tf.GptOssConfig(
+            **SIZES,
+            vocab_size=v,
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=8,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    ),
     "gpt2": lambda v: tf.GPT2LMHeadModel(
         tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, vocab_size=v, bos_token_id=1, eos_token_id=2)
     ),
@@ -72,9 +93,8 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     _vocabulary(w, tokenizer, config.vocab_size)
     names = get_tensor_names(config)
     for name, parameter in model.named_parameters():
-        module, _, what = name.rpartition(".")
-        tensor = to_llama_cpp_layout(parameter.detach(), name, config).float().contiguous()
-        w.add_tensor(f"{names.get_name(module)}.{what}", tensor.numpy())
+        for gguf_name, tensor in to_llama_cpp_tensors(name, parameter.detach(), config, names).items():
+            w.add_tensor(gguf_name, tensor.float().contiguous().numpy())
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -94,7 +114,11 @@ def _rotary(w: Any, config: Any) -> None:
     w.add_rope_dimension_count(head)
     if config.model_type == "phi3":
         w.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
-    if config.model_type in ("gemma2", "gemma3_text"):
+    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        w.add_expert_count(experts)
+        w.add_expert_used_count(config.num_experts_per_tok)
+        w.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    if config.model_type in ("gemma2", "gemma3_text", "gpt_oss"):
         w.add_sliding_window(config.sliding_window)
     if config.model_type == "gemma2":
         w.add_attn_logit_softcapping(config.attn_logit_softcapping)

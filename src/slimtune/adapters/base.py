@@ -223,6 +223,10 @@ class AdapterModule(nn.Module):
         """
         return None
 
+    def expert_factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """Return `A (experts, r, in)`, `B (experts, out, r)` and s by parameter, if it only changes stacked experts."""
+        return {}
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a file stores, by name relative to the site: parameters and persistent buffers."""
         return dict(self.state_dict(keep_vars=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import format_names
 
 Factors = tuple[Tensor, Tensor, float]
-"""`A (r, in)`, `B (out, r)` and the scale of an update."""
+"""`A (r, in)`, `B (out, r)` and the scale of an update; of stacked experts `(experts, r, in)`, `(experts, out, r)`."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,17 @@ def get_export_formats(model: Any, adapter: str = "default", *, beside: bool = T
 
 
 def collect_low_rank_factors(model: Any, adapter: str = "default") -> tuple[dict[str, Factors], list[str]]:
-    """Return an adapter's updates of linear layers by module, in the model's order, and a list of its other changes."""
+    """Return an adapter's updates of linear layers by module, in the model's order, and a list of its other changes.
+
+    Updates of stacked experts are under the parameter's name.
+    """
     factors: dict[str, Factors] = {}
     report = model.match_report(adapter)
     other = [f"{name} ({format_names(parameters)} trained in full)" for name, parameters in report.copied.items()]
     for name, module in model.adapter_modules(adapter).items():
+        if experts := module.expert_factors():
+            factors |= {f"{name}.{parameter}": found for parameter, found in experts.items()}
+            continue
         found = module.low_rank_factors() if report.kinds[name] == "linear" else None
         if found is None:
             other.append(f"{name} ({type(module).__name__})")

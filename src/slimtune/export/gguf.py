@@ -47,6 +47,7 @@ class GgufArchitecture:
     permuted: dict[str, str] = field(default_factory=dict)  # output rows permuted, by the config's number of heads
     norm_shift: float = 0.0  # added to norms' weights: Gemma multiplies by 1 + w, llama.cpp by what the file says
     transposed: tuple[str, ...] = ()  # weight stored as `(in, out)`
+    interleaved: bool = False  # experts' gate and up are every other row, not one after the other
 
 
 _ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -55,6 +56,10 @@ ARCHITECTURES = {
     "mistral": GgufArchitecture("llama", _ROTATED),
     "qwen2": GgufArchitecture("qwen2"),
     "qwen3": GgufArchitecture("qwen3"),
+    "qwen3_moe": GgufArchitecture("qwen3moe"),
+    "mixtral": GgufArchitecture("llama", _ROTATED),
+    "olmoe": GgufArchitecture("olmoe"),
+    "gpt_oss": GgufArchitecture("gpt-oss", transposed=("gate_up_proj", "down_proj"), interleaved=True),
     "gemma": GgufArchitecture("gemma", norm_shift=1.0),
     "gemma2": GgufArchitecture("gemma2", norm_shift=1.0),
     "gemma3_text": GgufArchitecture("gemma3", norm_shift=1.0),
@@ -94,14 +99,35 @@ def get_tensor_names(config: Any) -> Any:
     return gguf.get_tensor_name_map(architecture, config.get_text_config().num_hidden_layers)
 
 
-def to_llama_cpp_layout(weight: Tensor, name: str, config: Any) -> Tensor:
-    """Return a parameter as llama.cpp stores it; `name` is its full name, such as `model.norm.weight`."""
+def to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, names: Any) -> dict[str, Tensor]:
+    """Return a parameter as llama.cpp stores it, by name there, such as `blk.0.attn_q.weight`; {}: it has no name.
+
+    Stacked experts `(experts, …)` are stored as the tensors gate, up and down.
+    """
     architecture, (module, _, leaf) = get_architecture(config), name.rpartition(".")
+    if leaf not in ("weight", "bias"):  # a parameter whose name says what it is, such as experts.gate_up_proj_bias
+        kind, owner = ("bias", name.removesuffix("_bias")) if leaf.endswith("_bias") else ("weight", name)
+        if kind == "weight" and leaf in architecture.transposed:
+            weight = weight.mT
+        parts = split_gate_up(owner, weight, config)
+        found = {names.get_name(part): tensor for part, tensor in parts.items()}
+        return {} if None in found else {f"{part}.{kind}": tensor for part, tensor in found.items()}
+    if (module_name := names.get_name(module)) is None:
+        return {}
     if leaf == "weight" and module.rpartition(".")[2] in architecture.transposed:
         weight = weight.t()
     if architecture.norm_shift and weight.dim() == 1 and module.endswith("norm"):
         weight = weight + architecture.norm_shift
-    return permute_rope_rows(weight, module, config)
+    return {f"{module_name}.{leaf}": permute_rope_rows(weight, module, config)}
+
+
+def split_gate_up(name: str, rows: Tensor, config: Any) -> dict[str, Tensor]:
+    """Return experts' output rows `(experts, out, …)`, of a weight or a LoRA's B, by the name of each projection."""
+    module, _, leaf = name.rpartition(".")
+    if leaf != "gate_up_proj":
+        return {name: rows}
+    gate, up = (rows[:, ::2], rows[:, 1::2]) if get_architecture(config).interleaved else rows.chunk(2, dim=1)
+    return {f"{module}.gate_proj": gate, f"{module}.up_proj": up}
 
 
 def permute_rope_rows(rows: Tensor, module: str, config: Any) -> Tensor:
@@ -124,7 +150,12 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
     """
     gguf, architecture = import_gguf(), get_architecture(model.config)
     names, layers = get_tensor_names(model.config), get_lora_factors(model, adapter)
-    alphas = {module: scale * A.shape[0] for module, (A, _, scale) in layers.items()}
+    layers = {
+        part: (A, rows, scale)
+        for module, (A, B, scale) in layers.items()
+        for part, rows in (split_gate_up(module, B, model.config) if B.dim() == 3 else {module: B}).items()
+    }
+    alphas = {module: scale * A.shape[-2] for module, (A, _, scale) in layers.items()}
     alpha = max(sorted(set(alphas.values())), key=list(alphas.values()).count)  # the most common one
     writer = gguf.GGUFWriter(str(file), architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -137,7 +168,7 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
         if name is None:
             raise UsageError(
                 f"{module} has no name in GGUF for the architecture {architecture.name}",
-                "adapters on the linear layers of attention and MLP",
+                "adapters on the linear layers of attention and MLP, and on experts",
                 "export it merged: --merged, or slimtune merge",
             )
         B = B.to(torch.promote_types(B.dtype, torch.float32))
@@ -150,13 +181,15 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    ranks = sorted({A.shape[0] for A, _, _ in layers.values()})
+    ranks = sorted({A.shape[-2] for A, _, _ in layers.values()})
     facts = {"architecture": architecture.name, "alpha": alpha, "ranks": ranks, "tensors": 2 * len(layers)}
     return {**facts, "bytes": file.stat().st_size}
 
 
 def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]:
     """Return A `(r, in)`, B `(out, r)` and the scale of an adapter's update of each linear layer, in the model's order.
+
+    Those of a stacked weight of experts are `(experts, r, in)` and `(experts, out, r)`, under the parameter's name.
 
     UsageError names what else the adapter does, and the alternatives.
     """
@@ -169,7 +202,7 @@ def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]
         hint = f"{config.name} cannot be merged either: use it from slimtune (generate, chat) or Python"
     raise UsageError(
         f"the {config.name} adapter is not a LoRA of linear layers only: {format_names(other, 4) or 'it changes none'}",
-        "scale · B A on linear layers: llama.cpp adds nothing else to a base",
+        "scale · B A on linear layers and experts: llama.cpp adds nothing else to a base",
         hint,
     )
 
@@ -204,13 +237,11 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     parameters: dict[str, tuple[str, Tensor]] = {}
     unknown = []
     for name, parameter in model.named_parameters():
-        module, _, leaf = name.rpartition(".")
         if re.search(r"(^|\.)(adapters|trained_copies)\.", name):
             continue
-        if (gguf_module := names.get_name(module)) is None:
-            unknown.append(name)
-        else:
-            parameters[f"{gguf_module}.{leaf}"] = name, parameter
+        found = to_llama_cpp_tensors(name, parameter, model.config, names)
+        parameters |= dict.fromkeys(found, (name, parameter))
+        unknown += [] if found else [name]
     missing = [n for n in base_tensors if n not in parameters and not n.startswith("rope")]
     if missing or unknown:
         raise ModelError(
@@ -236,7 +267,7 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
         if name not in parameters:
             return base_tensors[name].data, base_tensors[name].tensor_type
         own_name, parameter = parameters[name]
-        tensor = to_llama_cpp_layout(parameter.detach(), own_name, model.config)
+        tensor = to_llama_cpp_tensors(own_name, parameter.detach(), model.config, names)[name]
         values = tensor.to(torch.float32).cpu().contiguous().numpy()
         kind = gguf.GGMLQuantizationType[precision.upper() if values.ndim > 1 else "F32"]
         if values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:

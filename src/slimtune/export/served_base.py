@@ -24,7 +24,7 @@ from ..models.errors import translate_load_errors
 from ..models.gguf import read_gguf
 from ..utils.files import read_json
 from ..utils.fingerprint import base_facts
-from .gguf import get_architecture, get_tensor_names, import_gguf, to_llama_cpp_layout
+from .gguf import get_architecture, get_tensor_names, import_gguf, to_llama_cpp_tensors
 from .merged_weights import MergedWeights
 
 SAMPLE_ROWS = 64
@@ -124,15 +124,13 @@ def _check_gguf(file: Path, name: str, loaded: Any) -> None:
         raise _other_base(name, loaded, f"its architecture is {stated}", f"the architecture {architecture}")
     names, weights, comparison = get_tensor_names(config), MergedWeights(loaded.model, adapters=()), Comparison()
     for own_name in weights:
-        module, _, leaf = own_name.rpartition(".")
-        if (gguf_module := names.get_name(module)) is None:
-            continue
-        if (tensor := tensors.pop(f"{gguf_module}.{leaf}", None)) is None:
-            raise _other_base(name, loaded, f"it has no {gguf_module}.{leaf}", "every tensor of the base")
-        block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
-        rows = torch.from_numpy(gguf.quants.dequantize(tensor.data[:SAMPLE_ROWS], tensor.tensor_type).copy())
-        own = to_llama_cpp_layout(weights[own_name].float(), own_name, config)
-        comparison.add(tensor.name, own, tuple(map(int, reversed(tensor.shape))), rows, 8 * size / block, loaded, name)
+        for gguf_name, own in to_llama_cpp_tensors(own_name, weights[own_name].float(), config, names).items():
+            if (tensor := tensors.pop(gguf_name, None)) is None:
+                raise _other_base(name, loaded, f"it has no {gguf_name}", "every tensor of the base")
+            block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+            rows = torch.from_numpy(gguf.quants.dequantize(tensor.data[:SAMPLE_ROWS], tensor.tensor_type).copy())
+            shape = tuple(map(int, reversed(tensor.shape)))
+            comparison.add(gguf_name, own, shape, rows, 8 * size / block, loaded, name)
     comparison.check_norms(loaded, name)
     if extra := [n for n in tensors if n.startswith("blk.")]:
         raise _other_base(name, loaded, f"it has {extra[0]}, too", "only the tensors of the base")

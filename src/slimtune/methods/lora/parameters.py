@@ -119,6 +119,13 @@ class ParameterLora(LoraModule):
     def low_rank_factors(self) -> None:
         return None
 
+    def expert_factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
+        parts = list(self.each_parameter())
+        if not all(part.stacked for part in parts):
+            return {}
+        terms = {part.parameter_name: (*part.term(), part.is_transposed) for part in reversed(parts)}
+        return {n: (L.mT, R.mT, s) if transposed else (R, L, s) for n, (L, R, s, transposed) in terms.items()}
+
     def merge_into_parameter(self, name: str, parameter: Tensor) -> Tensor:
         for module in self.each_parameter():
             if module.parameter_name == name:
