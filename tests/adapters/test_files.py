@@ -165,7 +165,7 @@ def test_state_dict_equals_peft(folder):
     assert torch.equal(run(fresh.eval()), run(model))
     with pytest.raises(AdapterError, match="the state dict does not fit"):
         set_state(fresh, {k: t for k, t in expected.items() if "lora_A" in k})
-    with pytest.raises(SlimtuneError, match="no adapter 'x'"):
+    with pytest.raises(SlimtuneError, match="'x'"):
         get_state(fresh, adapter_name="x")
 
 
@@ -219,13 +219,10 @@ def test_other_adapters_while_one_is_merged(tmp_path):
     model.add_adapter("other", LoraConfig(r=2, init_lora_weights=False))
     model.load_adapter(tmp_path, "loaded")
     model.rename_adapter("default", "renamed")
-    for act in (
-        lambda: model.delete_adapter("other"),
-        lambda: model.set_adapter("other"),
-        lambda: model.load_adapter(tmp_path, "renamed"),
-    ):
-        with pytest.raises(UsageError, match="'renamed' is merged into the base"):
-            act()
+    with pytest.raises(UsageError, match="'renamed' is merged into the base"):
+        model.load_adapter(tmp_path, "renamed")
+    with pytest.raises(UsageError, match="while they are merged"):
+        model.delete_adapter("renamed")
     assert torch.equal(run(model), merged)
     model.unmerge_adapter()
     assert torch.equal(run(model), expected)

@@ -185,12 +185,12 @@ def test_generate(base, beams):
 
 
 WRONG = [
-    (["one"], "adapter_names is 1 names for a batch of 2 rows"),
-    (["one", "two", "one"], "adapter_names is 3 names for a batch of 2 rows"),
-    ([], "adapter_names is 0 names for a batch of 2 rows"),
-    ("one", "adapter_names is 'one' for a batch of 2 rows"),
-    (["one", "tow"], "there is no adapter 'tow'; did you mean 'two'"),
-    (["one", "_base_"], "there is no adapter '_base_'"),
+    (["one"], "but got 1 names and 2 rows"),
+    (["one", "two", "one"], "but got 3 names and 2 rows"),
+    ([], "but got 0 names and 2 rows"),
+    ("one", "but got 'one' and 2 rows"),
+    (["one", "tow"], "tow; did you mean 'two'"),
+    (["one", "_base_"], "adapter.s.: _base_"),
 ]
 
 
@@ -200,6 +200,7 @@ def test_wrong_names_are_rejected(model, names, message):
     embeddings = model.get_input_embeddings()(ids)
     for call in (
         lambda: model(ids, adapter_names=names),
+        lambda: model.forward(ids, adapter_names=names),
         lambda: model(inputs_embeds=embeddings, adapter_names=names),
         lambda: model.generate(inputs=ids, max_new_tokens=2, adapter_names=names),
     ):
@@ -209,7 +210,7 @@ def test_wrong_names_are_rejected(model, names, message):
 
 def test_merged_adapter_is_rejected(model):
     model.merge_adapter()
-    with pytest.raises(UsageError, match="is merged into the base"):
+    with pytest.raises(UsageError, match="when there are merged adapters"):
         model(tokens(), adapter_names=["one", "two"])
 
 

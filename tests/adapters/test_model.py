@@ -152,7 +152,7 @@ def test_merged_model_keeps_its_own_copies():
     head = model.lm_head
     assert head._parameters["weight"].data_ptr() != head.trained_copies["default"].weight.data_ptr()
     with pytest.raises(UsageError, match="is merged into the base"):
-        model.set_adapter("default")
+        model.to_lora("default", 2)
     model.float()  # also what the merge replaced
     model.unmerge_adapter()
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -227,6 +227,9 @@ class AdapterModule(nn.Module):
         """Return `A (experts, r, in)`, `B (experts, out, r)` and s by parameter, if it only changes stacked experts."""
         return {}
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{n} {tuple(p.shape)}" for n, p in self._parameters.items() if p is not None)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors that a file stores, by name relative to the site: parameters and persistent buffers."""
         return dict(self.state_dict(keep_vars=True))

@@ -67,7 +67,7 @@ class ActiveAdapters:
         names = self.row_adapters
         assert names is not None
         if not names or batch % len(names):
-            raise _wrong_row_count(f"{len(names)} names", batch)
+            raise _wrong_row_count(names, batch)
         return [n for n in names for _ in range(batch // len(names))]
 
     def get_row_masks(self, batch: int, device: torch.device) -> dict[str, Tensor]:
@@ -248,7 +248,7 @@ class CallMixin:
 
     @contextmanager
     def _select_row_adapters(self: Any, names: Sequence[str] | None, args: tuple, kwargs: dict) -> Iterator[None]:
-        if names is None:
+        if names is None or not self._adapter_state.active_state.enabled:
             yield
             return
         self._check_row_adapters(names, args, kwargs)
@@ -268,21 +268,26 @@ class CallMixin:
         candidates = [*args[:1], *(kwargs.get(n) for n in inputs)]
         batch = next((int(v.shape[0]) for v in candidates if isinstance(v, Tensor) and v.dim()), None)
         if isinstance(names, str) or (batch is not None and len(names) != batch):
-            raise _wrong_row_count(repr(names) if isinstance(names, str) else f"{len(names)} names", batch)
+            raise _wrong_row_count(names, batch)
         known = [*self.peft_config, BASE_ROW]
-        for name in dict.fromkeys(names):
-            if name not in known:
-                message = f"adapter_names: there is no adapter {name!r}{nearest(name, known)}"
-                raise UsageError(message, f"one of {format_names(known)}")
-        self._require_unmerged()
+        if unknown := [n for n in dict.fromkeys(names) if n not in known]:
+            # PEFT's words, as in the errors below.
+            message = f"Trying to infer with non-existing adapter(s): {', '.join(map(str, sorted(unknown)))}"
+            raise UsageError(message + nearest(unknown[0], known), f"one of {format_names(known)}")
+        if self.merged_adapters:
+            what = "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            raise UsageError(what)
         active = self._adapter_state.active_state
-        if not active.enabled or active.layers_with_own:
-            message = "adapter_names is given while adapters are disabled, or chosen for a single layer"
-            raise UsageError(message, hint="model.enable_adapter_layers() or model.set_adapter(…) first")
+        if active.layers_with_own:
+            raise UsageError(
+                "adapter_names is given after adapters were chosen for a layer", hint="model.set_adapter(…)"
+            )
         if active.row_adapters is not None:
             raise UsageError("another call with adapter_names is still running", "one such call at a time per model")
 
 
-def _wrong_row_count(given: str, batch: int | None) -> UsageError:
-    message = f"adapter_names is {given} for a batch of {batch} rows"
-    return UsageError(message, "a list with one name per row", f"use {BASE_ROW!r} for a row without an adapter")
+def _wrong_row_count(names: Sequence[str], batch: int | None) -> UsageError:
+    given = repr(names) if isinstance(names, str) else f"{len(names)} names"
+    message = "Length of `adapter_names` should be the same as the number of inputs, but got "
+    hint = f"a list with one name per row; {BASE_ROW!r} is a row without an adapter"
+    return UsageError(f"{message}{given} and {batch} rows", hint=hint)

@@ -9,11 +9,13 @@ TRL accept it unchanged. `unload()` returns the base as it was.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from typing import Any
 
 from torch import nn
@@ -267,11 +269,15 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         """Activate one adapter (or several) and deactivate the others; only active adapters run and train."""
         state = self._adapter_state
         requested = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        names = [self._require_adapter(n) for n in dict.fromkeys(requested)]
+        names = self._require_adapters(requested)
         if not names:
             raise UsageError("no adapter is given", hint="`with model.disable_adapter():` runs the base alone")
         self._require_different_copies(names)
-        self._require_unmerged()
+        if self.merged_adapters:
+            # The words of PEFT's warning.
+            text = "Adapter cannot be set when the model is merged. Unmerging the model first."
+            warnings.warn(text, stacklevel=2)
+            self.unmerge_adapter()
         self.set_requires_grad([n for n in self.active_adapters if n not in names], False)
         self.set_requires_grad(names, not inference_mode)
         state.active_state.active = names
@@ -317,10 +323,11 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove an adapter or several; if no active one is left, the first remaining adapter becomes active."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for name in names:
-            self._require_adapter(name)
+        self._require_adapters(names)
         self._require_active_base("delete_adapter")
-        self._require_unmerged()
+        if merged := sorted({*names} & {*self.merged_adapters}):
+            message = f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first."
+            raise UsageError(message, hint="model.unmerge_adapter()")
         for name in names:
             self._remove_adapter(name)
         if self.peft_config and not self.active_adapters:
@@ -356,20 +363,29 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         Raises:
             MergeUnsupported: a method has no merge, the base is quantized, or (safe_merge) the result is not finite.
         """
-        state = self._adapter_state
         self._require_active_base("merge_adapter")
-        requested = self.active_adapters if adapter_names is None else adapter_names
-        names = [self._require_adapter(n) for n in dict.fromkeys([*self.merged_adapters, *requested])]
-        self._require_different_copies(names)
-        layers = {n: m for a in names for n, m in state.layers[a].items()}
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}")
+        before = self.merged_adapters
+        layers = self.adapted_layers()
+        names = {n: m.active_state.active if adapter_names is None else adapter_names for n, m in layers.items()}
+        requested = dict.fromkeys(a for own in names.values() for a in own)
+        added = [self._require_adapter(a) for a in requested if a not in before]
+        if before:
+            # The words of PEFT's warnings.
+            more = f"You are now additionally merging {','.join(added)}."
+            and_now = f"Already following adapters were merged {','.join(before)}. {more}"
+            warnings.warn(and_now if added else "All adapters are already merged, nothing to do.", stacklevel=2)
+        self._require_different_copies([*before, *added])
         try:
             for name, module in layers.items():
-                present = [n for n in names if n in module.adapters or n in module.trained_copies]
-                merge_adapters(name or type(self).__name__, module, present, check=safe_merge)
+                present = [a for a in names[name] if a in module.adapters or a in module.trained_copies]
+                if present:
+                    merge_adapters(name or type(self).__name__, module, present, check=safe_merge)
         except BaseException:
             self.unmerge_adapter()
             raise
-        state.active_state.merged = names
+        self._adapter_state.active_state.merged = [*before, *added]
         self._update_active_state()
 
     def unmerge_adapter(self) -> None:
@@ -411,10 +427,15 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
     # --- internals ----------------------------------------------------------------------------------------------
 
     def _require_adapter(self, name: str) -> str:
-        configs = self._adapter_state.configs
-        if name not in configs:
-            raise UsageError(f"there is no adapter {name!r}{nearest(name, configs)}", f"one of {format_names(configs)}")
-        return name
+        return self._require_adapters([name])[0]
+
+    def _require_adapters(self, names: Iterable[str]) -> list[str]:
+        """Return each name once, or raise if one is no adapter's; PEFT's words come first."""
+        names, known = list(dict.fromkeys(names)), sorted(self._adapter_state.configs)
+        if unknown := [n for n in names if n not in known]:
+            message = f"Adapter(s) {unknown} not found, available adapters: {known}{nearest(unknown[0], known)}"
+            raise UsageError(message)
+        return names
 
     def _require_free_name(self, name: str) -> None:
         configs = self._adapter_state.configs
@@ -440,7 +461,8 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         for adapter in names:
             for name in self._adapter_state.reports[adapter].copied:
                 if owners.setdefault(name, adapter) != adapter:
-                    message = f"adapters {owners[name]!r} and {adapter!r} both have their own copy of {name}"
+                    what = "Only one adapter can be set at a time for ModulesToSaveWrapper"  # PEFT's words
+                    message = f"{what}: {owners[name]!r} and {adapter!r} both have their own copy of {name}"
                     raise UsageError(message, hint="activate one of them at a time")
 
     def _remove_adapter(self, name: str) -> None:
@@ -593,4 +615,14 @@ class TunerNames(PickledByRecipe):
 def _make_subclass(base: Any, mixin: Any) -> Any:
     # It has the base's name, which the Trainer and its checkpoints use.
     body = {"__module__": base.__module__, "__doc__": base.__doc__, "_recipe": (_make_subclass, base, mixin)}
+    if issubclass(mixin, PeftModel):
+
+        @wraps(base.forward)
+        def forward(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
+            if adapter_names is None:
+                return base.forward(self, *args, **kwargs)
+            return self(*args, adapter_names=adapter_names, **kwargs)
+
+        forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+        body["forward"] = forward
     return type(base.__name__, (mixin, base), body)

@@ -255,6 +255,12 @@ class PeftLayer:
         for module in self._active_modules:
             module.scale = module.initial_scale if scale is None else module.scale / scale
 
+    def _get_available_adapters(self) -> set[str]:
+        return set(self._available)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return self._available
+
     @property
     def _active_modules(self) -> list[Any]:
         adapters = self._layer.adapters
@@ -283,6 +289,7 @@ class PeftLayer:
 
 
 _LAYER_NAMES = {name for name in vars(PeftLayer) if not name.startswith("_")}
+_LAYER_NAMES |= {"_get_available_adapters", "_all_available_adapter_names"}  # PEFT's tests and TRL call them
 
 
 def get_whole_copies(layer: Any) -> dict[str, nn.Module]:
