@@ -49,6 +49,21 @@ def test_sources(slimtune):
     assert "(checked 2026-11-25" in text
 
 
+def test_sources_of_a_job(slimtune):
+    text = " ".join(slimtune("gpus", "--for", "llama-3.1-8b", "--kind", "mini", "--sources").stdout.split())
+    assert "dgx-spark NVIDIA DGX Spark spec page" in text
+    assert "usable_bytes published" in text
+    assert "base " in text
+
+
+@pytest.mark.parametrize("job", [[], ["--for", "llama-3.1-8b"]])
+def test_old_figures_are_said_to_be_old(slimtune, job, monkeypatch):
+    command = ["gpus", "--kind", "mini", *job]
+    assert "180 days" not in slimtune(*command).stdout
+    monkeypatch.setattr("slimtune.planning.gpus.MAX_AGE", -1)
+    assert "1 of these were checked more than -1 days ago: --sources says when" in slimtune(*command).stdout
+
+
 def test_kinds(slimtune_json):
     assert {c["kind"] for c in slimtune_json("gpus", "--kind", "mac, Laptop")["cards"]} == {"mac", "laptop"}
 

@@ -51,6 +51,13 @@ def test_table(slimtune):
     assert max(map(len, slimtune("methods").stdout.splitlines())) <= 80
 
 
+def test_every_figure_has_a_source(slimtune, described, base):
+    assert [name for name, m in described.items() if not m["papers"]] == []
+    text = " ".join(slimtune("methods", "ia3", "--model", base, "--sources").stdout.split())
+    assert "ia3 https://arxiv.org/abs/2205.05638" in text
+    assert f"config {base}" in text.replace("/ ", "/")
+
+
 def test_fields_of_one_method(slimtune, described):
     fields = {f["name"]: f for f in described["lora"]["fields"]}
     assert fields["r"] == {

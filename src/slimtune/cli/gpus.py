@@ -1,13 +1,13 @@
 """`slimtune gpus`: the GPUs people own or rent, and which of them can train a run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_bytes
-from .common import Json, console, print_fields, table
+from .common import WARNING, Json, console, print_fields, table
 from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans, require_job
 from .options import recipe_flags
 from .plan import describe_run, format_range
@@ -30,7 +30,7 @@ def gpus(
     """List the GPUs that plans know, or those that can train a run (with the flags of `slimtune plan`)."""
     if job is None and settings:
         raise UsageError(f"{next(iter(settings))} describes a run", "a run to plan", "--for MODEL or --for RECIPE.yaml")
-    from ..planning.gpus import all_gpus, find_gpu, format_checked
+    from ..planning.gpus import all_gpus, find_gpu
 
     if name is not None:
         if job is not None or kind is not None:
@@ -46,7 +46,7 @@ def gpus(
         raise UsageError(message, f"one of {format_names(known)}")
     cards = [c for c in all_gpus() if c.kind in kinds]
     if job is None and sources and not as_json:
-        print_fields((c.name, f"{c.source} (checked {format_checked(c.checked)})") for c in cards)
+        print_fields(_list_sources(cards))
     elif job is None and not as_json:
         rows = (
             (
@@ -61,6 +61,7 @@ def gpus(
             for c in cards
         )
         console().print(table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6], rows=rows))
+        _print_age(cards)
     if job is None:
         return {"cards": [_to_dict(card) for card in cards]}
 
@@ -86,6 +87,7 @@ def gpus(
             for c, _, verdict in judged
             if verdict != "does not fit"
         ]
+        shown = [c for c, _, verdict in judged if verdict != "does not fit"]
         if fitting:
             screen.print()
             screen.print(table("GPU", "memory", "usable", "verdict", "kind", left=[3, 4], rows=fitting))
@@ -93,11 +95,32 @@ def gpus(
             screen.print(f"\n{too_small} of {len(judged)} GPUs are too small")
         if untrained:
             screen.print(f"slimtune does not train on Intel GPUs: {', '.join(untrained)}")
+        _print_age(shown)
+        if sources:
+            evidence = next(iter(plans.values())).evidence
+            screen.print()
+            print_fields([("base", evidence.get("model", "")), *_list_sources(shown)])
+            print_fields((name, text) for name, text in evidence.items() if name != "model")
     return {
         "model": jobs.model.name,
         "plans": [plan.to_dict() for plan in plans.values()],
         "cards": [{**_to_dict(c), "verdict": verdict, "need_bytes": p.need._asdict()} for c, p, verdict in judged],
     }
+
+
+def _list_sources(cards: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """Yield where the figures of each GPU are from, and when they were read there."""
+    from ..planning.gpus import format_checked
+
+    return ((c.name, f"{c.source} (checked {format_checked(c.checked)})") for c in cards)
+
+
+def _print_age(cards: Sequence[Any]) -> None:
+    """Say how many of the GPUs have figures that may be out of date."""
+    from ..planning.gpus import MAX_AGE, is_old
+
+    if old := sum(is_old(c.checked) for c in cards):
+        console().print(f"{old} of these were checked more than {MAX_AGE} days ago: --sources says when", style=WARNING)
 
 
 def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,8 @@
 """`slimtune methods`: what can be trained, and each method's fields, read from the methods' config classes."""
 
 import inspect
+import re
+import sys
 import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from ..utils.formatting import format_bytes, format_count
-from .common import Json, console, table
+from .common import Json, console, print_fields, table
 from .inputs import require_base
 from .options import METHOD_FLAGS
 
@@ -32,6 +34,9 @@ def methods(
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="Run Python code that comes with the base.", show_default=False)
     ] = False,
+    sources: Annotated[
+        bool, Option("--sources", help="Also show each method's papers, and where figures are from.")
+    ] = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the methods, or show the fields of one."""
@@ -45,7 +50,8 @@ def methods(
     classes = {c.name: c for c in map(config_class, [name] if name else method_names())}
     described = [_describe_method(method_name, cls) for method_name, cls in classes.items()]
     if model is not None:
-        for method, size in zip(described, _measure_sizes(classes.values(), model, trust_remote_code), strict=True):
+        source, sizes = _measure_sizes(classes.values(), model, trust_remote_code)
+        for method, size in zip(described, sizes, strict=True):
             method.update(size)
     if not as_json:
         screen = console()
@@ -60,6 +66,14 @@ def methods(
             screen.print(title + text)
             if field["help"]:
                 screen.print(Padding(Text(field["help"]), (0, 0, 0, 4)), soft_wrap=False)
+        if sources:
+            screen.print()
+            print_fields(
+                (m["name"], ", ".join(m["papers"]) or "no paper: see its page in the documentation") for m in described
+            )
+            if model is not None:
+                how = "computed from the config without weights, with the defaults of recipes"
+                print_fields([("trains, %, adapter", how), ("config", source)])
     return {"model": model, "methods": described}
 
 
@@ -75,6 +89,7 @@ def _describe_method(name: str, cls: Any) -> dict[str, Any]:
         "name": name,
         # The first line without the note on whose field names it uses.
         "summary": (inspect.getdoc(cls) or "").partition("\n")[0].partition("; PEFT's ")[0].rstrip("."),
+        "papers": re.findall(r"https?://[^\s,;)]+[^\s,;).]", sys.modules[cls.__module__].__doc__ or ""),
         "sites": list(cls.kinds),
         "mergeable": merged,
         "export_formats": {
@@ -100,8 +115,11 @@ def _describe_method(name: str, cls: Any) -> dict[str, Any]:
     }
 
 
-def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) -> list[dict[str, Any]]:
-    """Return what each method trains on a base with the recipe's defaults. The base is on meta, without weights."""
+def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) -> tuple[str, list[dict[str, Any]]]:
+    """Return where a base's config is from, and what each method trains on it with the recipe's defaults.
+
+    The base is on meta, without weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -112,13 +130,13 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
     from ..models.base_config import get_model_info
     from ..models.errors import translate_load_errors
 
-    config = get_model_info(model, trust_remote_code=trust_remote_code).config
+    info = get_model_info(model, trust_remote_code=trust_remote_code)
     sizes: list[dict[str, Any]] = []
     with torch.device("meta"):
         with translate_load_errors(model):
             # bf16, as in training: adapter tensors in the base's dtype are half as large then.
             how: dict[str, Any] = {"dtype": torch.bfloat16, "trust_remote_code": trust_remote_code}
-            base: Any = AutoModelForCausalLM.from_config(config, **how)
+            base: Any = AutoModelForCausalLM.from_config(info.config, **how)
         for cls in classes:
             settings = {"task_type": "CAUSAL_LM", **fill_recipe_defaults({}, cls)}
             try:
@@ -135,7 +153,7 @@ def _measure_sizes(classes: Iterable[Any], model: str, trust_remote_code: bool) 
                 "adapter_bytes": sum(t.numel() * t.element_size() for t in tensors),
             })  # fmt: skip
             base = adapted.unload()
-    return sizes
+    return info.source, sizes
 
 
 def _methods_table(described: list[dict[str, Any]], *, sized: bool, narrow: bool) -> Table:
