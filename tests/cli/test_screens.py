@@ -1,20 +1,28 @@
 """The screens of the commands at 80 columns, as reviewed text files in `screens/`: in a pipe and on a terminal.
 
 `pytest tests/cli/test_screens.py --update-screens` writes them anew; look at each change before you commit it. A file
-holds the command, its exit code, stdout and stderr. Colors of the terminal are written as `[bold red]`; times, memory,
-versions and paths are replaced.
+holds the command, its exit code, and stdout and stderr, or what a pseudo-terminal shows, with its colors as escape
+sequences: `cat` shows them. Times, memory, versions and paths are replaced.
 """
 
+import contextlib
+import fcntl
+import os
+import pty
 import re
 import shlex
 import shutil
+import struct
+import sys
+import termios
+import threading
 from pathlib import Path
 
 import pytest
-from rich.text import Text
+from rich.style import Style
 from tiny_run import write_rows
 
-from slimtune.cli import COMMANDS
+from slimtune.cli import COMMANDS, app, common
 
 FOLDER = Path(__file__).parent / "screens"
 SCREENS = {
@@ -33,14 +41,17 @@ SCREENS = {
     "eval-error": "eval RUNS",
     "report": "report RUN",
     "report-error": "report BASE",
+    "compare": "compare recipe.yaml --methods lora,ia3 --seeds 1 --tokens 600 --out compared",
     "compare-error": "compare nowhere.yaml",
     "generate": "generate RUN hello --side-by-side --max-new-tokens 8",
     "generate-error": "generate RUN",
+    "chat": "chat RUN --max-new-tokens 8",
     "chat-error": "chat RUN --temperature hot",
     "merge": "merge RUN --out merged",
     "merge-error": "merge RUN --out BASE",
     "export": "export RUN --to vllm --out vllm",
     "export-error": "export RUN --to olama --out o",
+    "verify": "verify RUN",
     "verify-error": "verify nowhere",
     "push": "push RUN me/name --dry-run",
     "push-error": "push RUN name",
@@ -52,9 +63,13 @@ SCREENS = {
     "no-command": "",
     "wrong-command": "trian",
 }
-TERMINAL = {"help", "plan", "plan-error", "gpus", "data", "data-error", "train-error", "eval", "doctor"}
-"""Screens that are also kept as a terminal shows them."""
+TYPED = {"chat": ["hello", "/hlep", "/exit"]}
+"""Lines that a user types."""
 VOLATILE = [
+    (r"\x1b\[(\?25[lh]|\d*[AKJ])|\r", ""),
+    (r"^.*[━╸╺].*\n", ""),  # progress bars, by chance of the moment
+    (r"(?<=you: \x1b\[0mhello\n).*\n|(?<=8\nexit code 0\n--- stdout\n).*\n(?=--- stderr\nbase with)", "…\n"),
+    (r"\bN (to N )?[KMGT]?i?B\b", "N B"),
     (r"\d+(\.\d+)? (to \d+(\.\d+)? )?[KMGT]?i?B\b", "N B"),
     (r"\b\d+(\.\d+)? (min( \d+ s)?|s|h( \d+ min)?)(?=\W|$)", "N s"),
     (r"\(\d+ /s\)|\b\d+ tok(ens)?/s", "N tokens/s"),
@@ -69,12 +84,25 @@ VOLATILE = [
 ]
 
 
+COLOR = r"\x1b\[[\d;]*m"
+
+
+def replace_volatile(text: str) -> str:
+    for pattern, replacement in VOLATILE:
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+    return text
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory, tiny_llama, tiny_tokenizer, slimtune) -> Path:
     folder = tmp_path_factory.mktemp("screens")
     tiny_llama().save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
     write_rows(folder / "rows.jsonl", 40)
+    write_rows(folder / "held_out.jsonl", 12, start=100)
+    (folder / "recipe.yaml").write_text(
+        "model: base\ndata: {train: rows.jsonl, test: held_out.jsonl}\ntrain: {batch_size: 4}\n"
+    )
     (folder / "broken.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\nno row\n')
     done = slimtune("train", "--model", folder / "base", "--data", folder / "rows.jsonl", "--out", folder / "run",
                     "--max-steps", 1, "--dtype", "float32")  # fmt: skip
@@ -86,34 +114,80 @@ KINDS = [
     pytest.param(name, terminal, id=name + ".terminal" * terminal, marks=[] if "help" in name else [pytest.mark.slow])
     for terminal in (False, True)
     for name in SCREENS
-    if not terminal or name in TERMINAL
 ]
+
+
+def run_on_terminal(words: list[str], typed: list[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
+    """Run a command on a pseudo-terminal of 80 columns; return its exit code and what the terminal shows."""
+    lines, shown = iter(typed), bytearray()
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+
+    def show() -> None:
+        with contextlib.suppress(OSError):  # the terminal is closed
+            while piece := os.read(master, 1 << 16):
+                shown.extend(piece)
+                if shown.endswith(b"you: \x1b[0m") and (line := next(lines, None)) is not None:
+                    os.write(master, line.encode() + b"\n")
+
+    for variable, value in {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(variable, value)
+    reader = threading.Thread(target=show, daemon=True)
+    reader.start()
+    with os.fdopen(slave, "r") as stdin, os.fdopen(os.dup(slave), "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", stdin)
+        for stream in ("stdout", "stderr"):
+            patch.setattr(sys, stream, stdout)
+        with pytest.raises(SystemExit) as ended:
+            app(args=words, prog_name="slimtune")
+        stdout.flush()
+    reader.join(timeout=5)
+    os.close(master)
+    return int(ended.value.code or 0), shown.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize(("name", "terminal"), KINDS)
 def test_screen(name, terminal, home, slimtune, tmp_path, monkeypatch, request):
-    command = SCREENS[name]
     places = {"BASE": "base", "ROWS": "rows.jsonl", "BROKEN": "broken.jsonl", "RUN": "run"}
-    for file in places.values():
+    for file in ("recipe.yaml", "held_out.jsonl", *places.values()):
         source = home / file
         shutil.copytree(source, tmp_path / file) if source.is_dir() else shutil.copy(source, tmp_path)
     monkeypatch.chdir(tmp_path)
-    words = [places.get(word, word) for word in shlex.split(command)]
+    words, typed = [places.get(word, word) for word in shlex.split(SCREENS[name])], TYPED.get(name, [])
     if terminal:
-        for variable, value in {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TERM": "xterm-256color"}.items():
-            monkeypatch.setenv(variable, value)
-    done = slimtune(*words)
-    text = (
-        f"$ slimtune {' '.join(words)}\nexit code {done.exit_code}\n--- stdout\n{done.stdout}--- stderr\n{done.stderr}"
-    )
-    if terminal:
-        text = "\n".join(Text.from_ansi(line).markup for line in text.split("\n"))
-    text = text.replace(str(home), "HOME").replace(str(tmp_path), "HERE")
-    for pattern, replacement in VOLATILE:
-        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
+        code, shown = run_on_terminal(words, typed, monkeypatch)
+    else:
+        done = slimtune(*words, stdin="\n".join(typed))
+        code, shown = done.exit_code, f"--- stdout\n{done.stdout}--- stderr\n{done.stderr}"
+    text = f"$ slimtune {' '.join(words)}\nexit code {code}\n{shown}"
+    text = replace_volatile(text.replace(str(home), "HOME").replace(str(tmp_path), "HERE"))
     file = FOLDER / f"{name}{'.terminal' if terminal else ''}.txt"
     if request.config.getoption("--update-screens"):
         FOLDER.mkdir(exist_ok=True)
-        file.write_text(text)
-    assert text == file.read_text(), "look at the screen, then run pytest tests/cli/test_screens.py --update-screens"
+        file.write_bytes(text.encode())
+    kept, hint = file.read_bytes().decode(), "look at it, then run pytest tests/cli/test_screens.py --update-screens"
+    if terminal:  # where its lines break depends on the figures that are replaced
+        assert set(re.findall(COLOR, text)) == set(re.findall(COLOR, kept)), hint
+        text, kept = (replace_volatile(" ".join(re.sub(COLOR, " ", each).split())) for each in (text, kept))
+    assert text == kept, hint
     assert "bug in slimtune" not in text
+
+
+def test_colors_are_readable_on_white_and_on_black():
+    """WCAG's contrast of 3.5 and more, for every color of a screen that has no background of its own."""
+
+    def luminance(red: float, green: float, blue: float) -> float:
+        parts = (c / 255 for c in (red, green, blue))
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for style in (common.ERROR, common.WARNING, common.GOOD):
+        color = Style.parse(style).color
+        light = luminance(*color.get_truecolor())
+        assert color.number > 15, "a terminal's theme chooses the first sixteen"
+        assert min(1.05 / (light + 0.05), (light + 0.05) / 0.05) > 3.5, style
+    screens = [file.read_text() for file in FOLDER.glob("*.terminal.txt")]
+    codes = {code for screen in screens for code in re.findall(r"\x1b\[([\d;]*)m", screen) if "48;" not in code}
+    numbers = {Style.parse(s).color.number for s in (common.ERROR, common.WARNING, common.GOOD)}
+    allowed = {"", "0", "1", "2", "4", *(p for n in numbers for p in (f"38;5;{n}", f"1;38;5;{n}", f"4;38;5;{n}"))}
+    assert codes <= allowed

@@ -30,7 +30,8 @@ from ..utils.formatting import escape_controls
 Json = Annotated[bool, Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Run = Annotated[Path, Argument(metavar="RUN", help="A run folder, or an adapter folder.", show_default=False)]
 Device = Annotated[str | None, Option(help="Device to run on: auto, cpu, cuda, cuda:N or mps. Default: the run's.")]
-WARNING = "dark_orange3"  # yellow cannot be read on white
+ERROR, WARNING, GOOD = "bold red3", "dark_orange3", "green4"
+"""Colors that can be read on white and on black; a terminal's own yellow and green cannot."""
 INTERRUPTED = 130
 PACKAGE = Path(__file__).parents[1]
 # Typer has a copy of click or uses click itself, depending on its version.
@@ -111,7 +112,7 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
         if not distributed.claim_error_report(known):
             return known.exit_code, None
     screen = error_console()
-    screen.print(Text.assemble(("error: ", "bold red"), escape_controls(known.message)))
+    screen.print(Text.assemble(("error: ", ERROR), escape_controls(known.message)))
     for name in ("expected", "hint"):
         if text := getattr(known, name):
             # A hint may be a command to copy, which a terminal must not get in several lines.

@@ -79,7 +79,8 @@ def _print_result(result: Mapping[str, Any]) -> None:
     rows = map(format_terminal_row, result["methods"])
     methods = table(*TERMINAL_COLUMNS, left=[len(TERMINAL_COLUMNS) - 1], rows=rows)
     methods.padding = (0, 1, 0, 0)
-    screen.print(methods)
+    if result["methods"]:
+        screen.print(methods)
     for note in list_notes(result):
         screen.print(note)
     screen.print(f"\n{result['advice']}", style="bold")

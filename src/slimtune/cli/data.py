@@ -9,13 +9,13 @@ from typer import Argument, Option
 
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import escape_controls
-from .common import Json, NegativeResult, console, print_fields, print_progress
+from .common import ERROR, GOOD, WARNING, Json, NegativeResult, console, print_fields, print_progress
 from .inputs import require_base, require_rows
 from .options import recipe_flags
 
 STYLES = {
-    "error": "bold red", "errors": "bold red", "warning": "yellow", "warnings": "yellow", "not checked": "yellow",
-    "ok": "bold green",
+    "error": ERROR, "errors": ERROR, "warning": WARNING, "warnings": WARNING, "not checked": WARNING,
+    "ok": f"bold {GOOD}",
 }  # fmt: skip
 BAR_WIDTH = 40
 SAMPLE_CHARACTERS = 480
@@ -99,7 +99,7 @@ def _print_report(report: Mapping[str, Any]) -> None:
             shown = escape_controls(piece["text"][:left]) + "…" * (0 < left < len(piece["text"]))
             left = max(0, left - len(piece["text"]))
             if shown:
-                text.append(f"⟦{shown}⟧" if marked else shown, "green underline" * piece["supervised"])
+                text.append(f"⟦{shown}⟧" if marked else shown, f"{GOOD} underline" * piece["supervised"])
         screen.print(text)
     screen.print()
     print_fields(report_facts(report))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from typer import BadParameter, Option
 
 from ..utils.formatting import format_bytes
-from .common import Json, Run, console, error_console, print_progress
+from .common import WARNING, Json, Run, console, error_console, print_progress
 from .inputs import require_run
 from .progress import show_progress
 from .verify import print_verdicts
@@ -71,6 +71,6 @@ def export_run(
             print_verdicts([result["check"]])
         if result["check"]["passed"] is None:
             text = f"NOT PROVEN: {result['check']['reason']}"
-            error_console().print(text, style="dim" if no_verify else "bold yellow")
+            error_console().print(text, style="dim" if no_verify else f"bold {WARNING}")
         screen.print("\nnext:", *result["commands"], sep="\n  ", soft_wrap=True)
     return result

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.theme import Theme
 
 from ..utils.progress import display_progress
 from .common import error_console, print_progress
@@ -21,7 +22,10 @@ def show_progress() -> Iterator[None]:
             yield
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=error_console(), transient=True) as bars:
+    screen = error_console()
+    # rich's own are yellow and light green, which cannot be read on white.
+    screen.push_theme(Theme({"progress.elapsed": "dim", "progress.download": "dim"}))
+    with Progress(*columns, console=screen, transient=True) as bars:
         task = bars.add_task("", total=None)
         shown = ""
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from .common import Json, console, error_console
+from .common import WARNING, Json, console, error_console
 
 
 def report_run(
@@ -22,7 +22,7 @@ def report_run(
 
     file, damage = write_report(RunDir.open(run, require_adapter=False), out)
     for sentence in damage:
-        error_console().print(f"warning: {sentence}", style="yellow")
+        error_console().print(f"warning: {sentence}", style=WARNING)
     if not as_json:
         console().print(str(file))
     return {"run": str(run), "report": str(file), "damage": damage}

@@ -12,7 +12,7 @@ from typer import Argument, Exit, Option
 
 from ..errors import ModelError, RunError, UsageError
 from ..utils.formatting import format_bytes, format_count, format_duration
-from .common import Json, console, error_console, print_fields, print_progress
+from .common import WARNING, Json, console, error_console, print_fields, print_progress
 from .inputs import require_inputs
 from .jobs import JOB_HELP, find_recipe
 from .options import recipe_flags
@@ -98,7 +98,7 @@ def make_planner(force: bool) -> Callable[..., dict[str, Any] | None]:
             plan = make_plan(request, advise=not force)
         except ModelError as e:
             text = f"warning: this run is not planned, so it may run out of memory: {e.message}"
-            error_console().print(text, style="yellow")
+            error_console().print(text, style=WARNING)
             return None
         print_progress(f"plan: it {plan.verdict.replace('tight', 'may fit')} ({plan.reason})")
         if plan.verdict == "does not fit" and not force:

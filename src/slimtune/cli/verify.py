@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from rich.table import Table
 from typer import Argument, Option
 
-from .common import Json, NegativeResult, console, error_console, print_progress, table
+from .common import ERROR, Json, NegativeResult, console, error_console, print_progress, table
 from .inputs import require_rows, require_run
 from .progress import show_progress
 
@@ -47,7 +47,7 @@ def verify_run(
     failed = [c["engine"] for c in checks if c["passed"] is False]
     unchecked = [c["engine"] for c in checks if c["passed"] is None]
     reason = f"not the trained model: {', '.join(failed)}" if failed else f"not proven: {', '.join(unchecked)}"
-    error_console().print(f"error: {reason}", style="bold red")
+    error_console().print(f"error: {reason}", style=ERROR)
     return NegativeResult(result)
 
 

@@ -250,8 +250,9 @@ def describe_comparison_setup(result: Mapping[str, Any]) -> str:
     tokens = " to ".join(dict.fromkeys(f"{n:,}" for n in (spent[0], spent[-1]))) if spent else "no"
     seeds = f"{len(result['seeds'])} seed{'s' * (len(result['seeds']) != 1)}"
     base = "" if result["base_loss"] is None else f"; the base has {result['base_loss']:.3f} nats per token on them"
+    where = f" ({result['dtype']}, {result['device']})" if result["device"] is not None else ""
     return (
-        f"{result['model']} ({result['dtype']}, {result['device']}): {result['steps']} steps, {tokens} trained tokens "
+        f"{result['model']}{where}: {result['steps']} steps, {tokens} trained tokens "
         f"per run, {seeds}; {result['rows']} held-out rows, {result['test_tokens']:,} supervised tokens{base}."
     )
 

@@ -16,6 +16,7 @@ becomes row (h, j, i).
 """
 
 import importlib.util
+import logging
 import os
 import re
 import shlex
@@ -34,6 +35,8 @@ from ..adapters.export_formats import Factors, collect_low_rank_factors
 from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, nearest
 
 ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
+log = logging.getLogger(__name__)
+
 PRECISIONS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 """Precisions of a whole model that are written here, with gguf's name of the file type."""
 CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
@@ -323,6 +326,7 @@ def require_llama_cpp_tool(name: str, purpose: str, alternative: str) -> str:
 def _run_tool(command: Sequence[str]) -> None:
     done = subprocess.run([*command], capture_output=True, text=True, errors="replace")
     if done.returncode:
-        last_lines = "\n".join((done.stderr or done.stdout).strip().splitlines()[-6:])
-        message = f"llama.cpp failed: {shlex.join(command)}\n{last_lines}"
-        raise ToolError(message, "an architecture and tokenizer that it knows")
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
+        log.debug("%s\n%s", shlex.join(command), "\n".join(lines))
+        name = next(Path(word).name for word in command if word != sys.executable)
+        raise ToolError(f"llama.cpp's {name} failed: {lines[-1]}", "an architecture and tokenizer that it knows")
