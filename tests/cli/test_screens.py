@@ -67,7 +67,7 @@ TYPED = {"chat": ["hello", "/hlep", "/exit"]}
 """Lines that a user types."""
 VOLATILE = [
     (r"\x1b\[(\?25[lh]|\d*[AKJ])|\r", ""),
-    (r"^.*[━╸╺].*\n", ""),  # progress bars, by chance of the moment
+    (r"^(.*[━╸╺].*|.*: \d+ of \d+, after .*)\n", ""),  # progress, by chance of the moment
     (r"(?<=you: \x1b\[0mhello\n).*\n|(?<=8\nexit code 0\n--- stdout\n).*\n(?=--- stderr\nbase with)", "…\n"),
     (r"\bN (to N )?[KMGT]?i?B\b", "N B"),
     (r"\d+(\.\d+)? (to \d+(\.\d+)? )?[KMGT]?i?B\b", "N B"),
@@ -80,6 +80,7 @@ VOLATILE = [
     (r"(?<=in )(bfloat16|float32)$|(bfloat16|float32)(?= on cpu)|(?<=cpu --dtype )\w+", "DTYPE"),
     (r"^.*traini\S* +step \d+/\d+ · .*\n", ""),  # how it is cut depends on its figures
     (r"^((base|tuned): |step \d/\d · ).*", r"\1…"),
+    (r"(?<=± N )(memory|size|time)(, (memory|size|time))*", "…"),
     (r"[ \t]+$", ""),
 ]
 
