@@ -68,6 +68,17 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
     module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))
 
 
+def tie_equal_parameters(modules: Iterable[AdaptedLayer]) -> None:
+    """Let merged parameters share memory again that were one parameter before and are equal now."""
+    first: dict[int, Any] = {}
+    for module in modules:
+        for name, original in (module.original_parameters or {}).items():
+            merged: Any = module._parameters[name]
+            shared = first.setdefault(id(original), merged) if original is not None else merged
+            if shared is not merged and torch.equal(shared, merged):
+                module._parameters[name] = shared
+
+
 def unmerge_adapters(module: AdaptedLayer) -> None:
     """Put the original parameters back, bit for bit."""
     if module.original_parameters is not None:

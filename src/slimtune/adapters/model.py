@@ -24,13 +24,14 @@ from ..errors import UsageError, format_names, nearest
 from ..peft_compat import register_as_peft_subclass, register_with_transformers
 from ..utils.made_classes import PickledByRecipe
 from . import layer
-from .base import AdapterModule
+from .base import AdapterModule, MergeUnsupported
 from .config import PeftConfig
 from .conversion import LoraConversionMixin
-from .merging import merge_adapters, unmerge_adapters
+from .merging import merge_adapters, tie_equal_parameters, unmerge_adapters
 from .mixed_batch import BASE_ROW, ActiveAdapters, CallMixin
 from .prompt import PromptMixin
 from .quantized import disable_cpu_repacking, find_repacking_layers
+from .replicated_layers import Replication, replicate_layers, restore_layers
 from .state_dict import SaveLoadMixin
 from .status import StatusMixin
 from .targets import MatchReport, select_targets
@@ -53,6 +54,7 @@ class AdapterState:
     layers: dict[str, dict[str, layer.AdaptedLayer]] = field(default_factory=dict)
     suspended: bool = False
     input_gradients: bool = False
+    replication: Replication | None = None
     active_state: ActiveAdapters = field(default_factory=ActiveAdapters)
 
 
@@ -240,17 +242,19 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         self._require_free_name(adapter_name)
         if not peft_config.name:
             raise UsageError(f"{type(peft_config).__name__} is not the config of a method", "such as LoraConfig")
+        self._replicate_layers(getattr(peft_config, "layer_replication", None))
         peft_config.check_model(self)
         peft_config.fill_from_model(self)
         report = select_targets(self, peft_config, strict=strict)
         state.configs[adapter_name], state.reports[adapter_name] = peft_config, report
         layers = state.layers[adapter_name] = {}  # filled step by step, so that a failure can be undone
         how = {"autocast": autocast_adapter_dtype, "loading": not strict}
+        shares_copies = peft_config.trains_every_weight or getattr(peft_config, "ensure_weight_tying", False)
         try:
             with self.disable_adapter():  # modules read and copy the base's own weights
                 sites = [layer.get_site(n, kind, self, **how) for n, kind in report.kinds.items()]
                 modules = dict(zip(report.kinds, peft_config.build_all(sites), strict=True))
-                tied: dict[int, nn.Parameter] | None = {} if peft_config.trains_every_weight else None
+                tied: dict[int, nn.Parameter] | None = {} if shares_copies else None
                 for name in {**modules, **report.copied}:
                     adapted = layers[name] = layer.make_adapted(self.get_submodule(name), state.active_state)
                     if name in modules:
@@ -364,6 +368,8 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
             MergeUnsupported: a method has no merge, the base is quantized, or (safe_merge) the result is not finite.
         """
         self._require_active_base("merge_adapter")
+        if self._adapter_state.replication is not None:
+            raise MergeUnsupported("layers that share weights (layer_replication) cannot take an adapter each")
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}")
         before = self.merged_adapters
@@ -382,6 +388,7 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
                 present = [a for a in names[name] if a in module.adapters or a in module.trained_copies]
                 if present:
                     merge_adapters(name or type(self).__name__, module, present, check=safe_merge)
+            tie_equal_parameters(layers.values())
         except BaseException:
             self.unmerge_adapter()
             raise
@@ -425,6 +432,15 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         self._require_input_gradients()
 
     # --- internals ----------------------------------------------------------------------------------------------
+
+    def _replicate_layers(self: Any, ranges: list[list[int]] | None) -> None:
+        """Replicate the base's layers as the first adapter asks; further adapters must ask for the same."""
+        state = self._adapter_state
+        if not state.configs:
+            state.replication = replicate_layers(self, ranges) if ranges else None
+        elif ranges != (state.replication.ranges if state.replication else None):
+            here = state.replication.ranges if state.replication else None
+            raise UsageError(f"layer_replication is {ranges}, and the model's adapters have {here}", "the same for all")
 
     def _require_adapter(self, name: str) -> str:
         return self._require_adapters([name])[0]
@@ -492,6 +508,8 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         for name, parameter in self.named_parameters():
             # A name may be new: a merge splits a tied tensor into two.
             parameter.requires_grad_(state.was_trainable.get(name, any(state.was_trainable.values())))
+        if state.replication is not None:
+            restore_layers(self, state.replication)
         backbone = self.base_model
         if backbone is not self:
             del backbone.__dict__["_whole_model"]

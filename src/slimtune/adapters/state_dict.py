@@ -255,7 +255,10 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
     mistyped = [f"{k}: {t.dtype}" for k, t, p in pairs if _number_kind(t) != _number_kind(p)]
     # A 16-bit or 8-bit value has an exact fp32 value.
     damaged = [k for k, t, _ in pairs if _number_kind(t) == "float" and not is_finite(t)]
+    untied = _find_untied(own, given)
     faults = []
+    if untied:
+        faults.append(f"{format_names(untied, 2)} are tied here, but differ in the file")
     if missing:
         faults.append(f"{len(missing)} of {len(own)} tensors are missing, such as {format_names(missing, 2)}")
     if unexpected:
@@ -279,6 +282,18 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
         for key, base in extra.items():  # embeddings that were resized before they were saved
             if base is not None:
                 base.copy_(given[key])
+
+
+def _find_untied(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """Return two keys of tensors that share memory, as they are or transposed, and have two values in a file."""
+    first: dict[int, str] = {}
+    for key, tensor in own.items():
+        if key in given and tensor.numel() and not tensor.is_meta:
+            other = first.setdefault(tensor.data_ptr(), key)
+            a, b = given[key], given[other]
+            if other != key and not any(x.shape == b.shape and torch.equal(x, b) for x in (a, a.T)):
+                return [other, key]
+    return []
 
 
 def _number_kind(tensor: Tensor) -> str:
@@ -397,7 +412,10 @@ def to_safetensors(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> t
 
     The library writes the metadata in any order.
     """
-    data = save(tensors)
+    storages = [t.untyped_storage().data_ptr() for t in tensors.values()]
+    # safetensors refuses tensors that share memory; adapters of tied modules do.
+    repeated = {k for k, s in zip(tensors, storages, strict=True) if storages.count(s) > 1}
+    data = save({k: t.clone() if k in repeated else t for k, t in tensors.items()})
     start = 8 + int.from_bytes(data[:8], "little")
     header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8:start])}
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
@@ -492,6 +510,11 @@ def _rename_keys(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | No
 def _base_fingerprint(model: Any) -> str | None:
     """Return the fingerprint of a transformers model's config, None for other modules."""
     config = getattr(model, "config", None)
+    state = vars(model).get("_slimtune")
+    replication = None if state is None else state.replication
+    if config is not None and replication is not None:
+        config = copy.deepcopy(config)
+        vars(config.get_text_config()).update(replication.config_values)
     return config_fingerprint(config) if hasattr(config, "to_dict") else None
 
 

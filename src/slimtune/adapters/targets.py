@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import TargetError, format_names, nearest
 from ..utils.linear_layers import layer_kind
-from .architectures import HEADS, is_uncalled, model_type
+from .architectures import HEADS, is_uncalled, model_type, text_config
 from .base import SiteKind
 from .layer import AdaptedLayer
 from .patterns import find_pattern, get_pattern
@@ -83,7 +83,8 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         TargetError: nothing matches, or (strict) a part of the config matches nothing, or a match cannot be adapted.
     """
     modules = _get_base_modules(model)
-    whole = _select_modules_to_save(modules, config, strict)
+    tied = find_tied_modules(model)
+    whole = _add_tied_modules(model, config, _select_modules_to_save(modules, config, strict), tied)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
     kinds: dict[str, SiteKind] = {}
     further = config.extra_targets(model)
@@ -94,6 +95,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
             _check_every_name_matches(modules, config, targets)
         if not matched and not whole and not further:
             raise _nothing_matches(f"target_modules={targets!r}", targets, modules)
+        matched = _add_tied_modules(model, config, matched, tied)
         kinds = {n: _get_kind(n, model, modules, config) for n in matched}
         for attention in [n for n in matched if isinstance(modules[n], nn.MultiheadAttention)]:
             # As in PEFT, an adapter of the module is one of both its weights.
@@ -104,6 +106,8 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         if strict:
             parameters = [f"{n}.{p}" for n, names in match_parameters(model, config).items() for p in names]
             _check_every_pattern_matches(config, [*matched, *parameters])
+    if strict and not config.trains_every_weight:
+        _warn_about_tying(config, tied, [*whole, *kinds])
     if twice := [n for n in further if n in kinds]:
         message = f"{format_names(twice)} is a target and also changed by another field of the config"
         raise TargetError(message, hint="take it out of target_modules, or use two adapters")
@@ -174,6 +178,43 @@ def _is_experts(name: str, module: nn.Module) -> bool:
     """Return whether a module has the weights of several experts, stacked in parameters of 3 dimensions."""
     stacked = any(p is not None and p.dim() == 3 for p in module._parameters.values())
     return stacked and "expert" in f"{name} {type(module).__name__}".lower()
+
+
+def find_tied_modules(model: Any) -> list[str]:
+    """Return the input embedding's name and those of the modules tied to it; empty if none is, or by the config."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = None if embedding is None else embedding._parameters.get("weight")
+    if weight is None or not getattr(text_config(model), "tie_word_embeddings", True):
+        return []
+    modules = _get_base_modules(model)
+    tied = [n for n, m in modules.items() if m is not embedding and m._parameters.get("weight") is weight]
+    return [next(n for n, m in modules.items() if m is embedding), *tied] if tied else []
+
+
+def _add_tied_modules(model: nn.Module, config: Any, names: list[str], tied: list[str]) -> list[str]:
+    """Return `names`, and with `ensure_weight_tying` all tied modules if one of them is among the names."""
+    chosen = set(tied) & set(names)
+    if not chosen or not getattr(config, "ensure_weight_tying", False):
+        return names
+    order = list(_get_base_modules(model))
+    return sorted({*names, *tied}, key=order.index)
+
+
+def _warn_about_tying(config: Any, tied: list[str], chosen: Iterable[str]) -> None:
+    """Warn where the modules tied to the embedding and `ensure_weight_tying` do not fit; PEFT's words."""
+    asked, own = getattr(config, "ensure_weight_tying", None), set(tied) & set(chosen)
+    message = ""
+    if asked:
+        where = "are added in either `modules_to_save` or `target_modules`" if tied else "were found in the model"
+        if not own and not getattr(config, "trainable_token_indices", None):
+            message = f"You have requested `ensure_weight_tying`, but no tied modules {where}"
+    elif own and len(own) < len(tied):
+        why = "no implementation exists to tie the adapters"
+        why = why if asked is None else "`ensure_weight_tying` is not set to True"
+        rest = format_names([n for n in tied if n not in own])
+        message = f"{format_names(sorted(own))} is tied to {rest}, which does not change with it: {why}"
+    if message:
+        warnings.warn(message, stacklevel=6)
 
 
 def matches_name(wanted: Iterable[str] | str, name: str) -> bool:

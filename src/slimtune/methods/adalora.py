@@ -53,9 +53,10 @@ class AdaLoraConfig(TargetedConfig):
     }
     unsupported_peft_fields: ClassVar = {
         **LoraConfig.unsupported_peft_fields,
-        **dict.fromkeys(("use_dora", "use_rslora", "lora_bias"), False),
+        **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "ensure_weight_tying"), False),
         **dict.fromkeys(
-            ("trainable_token_indices", "alora_invocation_tokens", "eva_config", "corda_config", "lora_ga_config")
+            ("trainable_token_indices", "alora_invocation_tokens", "eva_config", "corda_config", "lora_ga_config",
+             "layer_replication")
         ),
         "loftq_config": {}, "alpha_pattern": {},
     }  # fmt: skip

@@ -29,6 +29,7 @@ from ...adapters.config import BIAS_HELP, FAN_IN_FAN_OUT_HELP, PatternedConfig, 
 from ...adapters.targets import (
     ALL_LINEAR,
     find_expert_parameters,
+    find_tied_modules,
     list_linear_layers,
     match_parameters,
     matches_name,
@@ -45,6 +46,7 @@ from .init import NAMED_INITS, is_valid_init
 from .layers import EmbeddingLora, LinearLora, LoraModule
 from .loftq import LoftQConfig
 from .parameters import ParameterLora, find_unsupported_field
+from .tied import TiedEmbeddingLora, TiedLinearLora
 
 __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig", "LoraRuntimeConfig"]
 
@@ -67,9 +69,9 @@ class LoraConfig(PatternedConfig):
     unsupported_peft_fields: ClassVar = {
         **dict.fromkeys((
             "megatron_config", "velora_config",
-            "monteclora_config", "layer_replication", "use_bdlora", "arrow_config", "kasa_config",
+            "monteclora_config", "use_bdlora", "arrow_config", "kasa_config",
         )),
-        "use_qalora": False, "ensure_weight_tying": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
+        "use_qalora": False, "megatron_core": "megatron.core", "qalora_group_size": 16,
     }  # fmt: skip
     kinds: ClassVar = ("linear", "embedding", "conv", "weight")
     ships_as_lora: ClassVar = True
@@ -102,10 +104,20 @@ class LoraConfig(PatternedConfig):
         "ids of tokens whose input embeddings train too, or such lists by embedding; tied output heads follow",
         ge=0,
     )
+    ensure_weight_tying: bool = setting(
+        False,
+        "adapt or train an output head (or another embedding) that is tied to the input embedding together with it, by "
+        "the same parameters",
+    )
     alora_invocation_tokens: list[int] | None = setting(
         None,
         "token ids; the adapter changes only the tokens from their last occurrence in a row on (activated LoRA)",
         ge=0,
+    )
+    layer_replication: list[Any] | None = setting(
+        None,
+        "ranges [start, end) of layers to stack, such as [[0, 4], [2, 5]]: replicas share the base's weights and have "
+        "adapters of their own",
     )
     eva_config: eva.EvaConfig | dict | None = setting(None, 'settings of "eva", an EvaConfig; None: its defaults')
     corda_config: corda.CordaConfig | dict | None = setting(
@@ -150,6 +162,13 @@ class LoraConfig(PatternedConfig):
         if self.alora_invocation_tokens is not None:
             self.require(bool(self.alora_invocation_tokens), "alora_invocation_tokens", "None or at least one id")
             self.require(not self.use_dora, "alora_invocation_tokens", "None with DoRA")
+        if self.layer_replication is not None:
+            ranges = [list(pair) if isinstance(pair, list | tuple) else [] for pair in self.layer_replication]
+            valid = bool(ranges) and all(
+                len(pair) == 2 and all(type(i) is int for i in pair) and 0 <= pair[0] < pair[1] for pair in ranges
+            )
+            self.require(valid, "layer_replication", "pairs [start, end) with start below end")
+            self.layer_replication = ranges
         tokens = self.trainable_token_indices
         if tokens is not None:
             lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
@@ -160,6 +179,17 @@ class LoraConfig(PatternedConfig):
         super().check_model(model)
         if self.alora_invocation_tokens and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise UsageError(f"alora_invocation_tokens is set for a {type(model).__name__}", "a causal language model")
+        if self.ensure_weight_tying and self.trainable_token_indices is not None:
+            tied = find_tied_modules(model)
+            if not tied:
+                what = "ensure_weight_tying=True but the model does not have tied weights"
+                warnings.warn(f"{what}: trained tokens of its embeddings are separate", stacklevel=4)
+            tokens = self.trainable_token_indices
+            by_key = tokens.items() if isinstance(tokens, dict) else ()
+            lists = [ids for key, ids in by_key if any(matches_name([key], n) for n in tied)]
+            if any(ids != lists[0] for ids in lists):
+                message = "Cannot ensure weight tying when different token indices are specified for tied layers"
+                raise ConfigError(message, "the same ids for all of them, or ensure_weight_tying=False")
 
     def fill_from_model(self, model: nn.Module) -> None:
         super().fill_from_model(model)
@@ -187,7 +217,14 @@ class LoraConfig(PatternedConfig):
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
         trained = self._find_trainable_rows(sites[0].model) if sites else {}
         built = build_token_modules([s for s in sites if s.name in trained], trained)
-        modules = [built.get(site.name) or self.build(site) for site in sites]
+        tied = find_tied_modules(sites[0].model) if sites and self.ensure_weight_tying else []
+        for site in sites:
+            if site.name not in built and site.name not in tied[1:]:
+                built[site.name] = self.build(site)
+        for site in (s for s in sites if s.name not in built):
+            shared: Any = built[tied[0]]
+            built[site.name] = (TiedEmbeddingLora if site.kind == "embedding" else TiedLinearLora)(site, self, shared)
+        modules = [built[site.name] for site in sites]
         double_out_projections(sites, modules)
         return modules
 
@@ -218,7 +255,8 @@ class LoraConfig(PatternedConfig):
             return (ConvDora if self.use_dora else ConvLora)(site, self, r, scale)
         if site.kind != "embedding":
             return (LinearDora if self.use_dora else LinearLora)(site, self, r, scale)
-        for name in ("lora_bias", "freeze_a"):
+        # Other modules can share A and B of the embedding, but not the lengths of DoRA.
+        for name in ("lora_bias", "freeze_a", *(["use_dora"] if self.ensure_weight_tying else [])):
             if getattr(self, name):
                 message = f"{name} is True, and {site.name} is an embedding"
                 raise ConfigError(message, "linear layers only", "take it out of target_modules")

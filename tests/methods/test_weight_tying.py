@@ -1,0 +1,95 @@
+"""`ensure_weight_tying`: the modules that are tied to the input embedding follow it, and stay tied after a merge."""
+
+import peft
+import pytest
+import torch
+from models_zoo import llama, run, shake, t5
+
+import slimtune
+from slimtune import LoKrConfig, LoraConfig, PeftModel, get_peft_model
+from slimtune.errors import AdapterError, ConfigError
+
+CLOSE = 1e-9
+TARGETS = {"target_modules": ["q_proj", "lm_head"]}
+SAVED = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+EACH = pytest.mark.parametrize("settings", [TARGETS, SAVED], ids=["targets", "modules_to_save"])
+
+
+def adapted(settings, base=None, home=slimtune, **more):
+    return home.get_peft_model(
+        base or llama(tie=True), home.LoraConfig(r=2, ensure_weight_tying=True, **settings, **more)
+    )
+
+
+@EACH
+def test_files_work_in_both_libraries(settings, tmp_path):
+    ours = adapted(settings)
+    shake(ours)
+    ours.save_pretrained(tmp_path / "ours", save_embedding_layers=False)
+    theirs = peft.PeftModel.from_pretrained(llama(tie=True), tmp_path / "ours")
+    assert (run(theirs) - run(ours)).abs().max() < CLOSE
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    again = PeftModel.from_pretrained(llama(tie=True), tmp_path / "theirs")
+    assert (run(again) - run(ours)).abs().max() < CLOSE
+
+
+@EACH
+@pytest.mark.parametrize("base", [llama, t5])
+def test_a_merged_model_stays_tied(settings, base, tmp_path):
+    names = {"target_modules": [n.replace("q_proj", "q") if base is t5 else n for n in settings["target_modules"]]}
+    model = adapted({**settings, **names}, base(tie=True) if base is llama else base())
+    shake(model)
+    expected = run(model.eval())
+    assert (expected - run(base(tie=True) if base is llama else base())).abs().max() > 1e-3
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    merged.save_pretrained(tmp_path)
+    assert (run(merged) - expected).abs().max() < 1e-6
+    assert (run(type(merged).from_pretrained(tmp_path, dtype=torch.float64)) - expected).abs().max() < 1e-6
+
+
+def test_gradients_are_those_of_one_matrix():
+    model = adapted({"target_modules": ["embed_tokens"]})
+    shake(model)
+    ids = torch.arange(1, 10)[None]  # 0 is padding
+    model(ids).logits.sin().sum().backward()
+    lora = model.model.embed_tokens.adapters["default"]
+    A, B = (p.detach().requires_grad_() for p in lora.low_rank())
+    base = llama(tie=True)
+    weight = base.lm_head.weight + lora.scale * (B @ A).t()
+    out = torch.func.functional_call(base, {"model.embed_tokens.weight": weight, "lm_head.weight": weight}, (ids,))
+    out.logits.sin().sum().backward()
+    assert (A.grad - lora.lora_embedding_A.grad).abs().max() < CLOSE
+    assert (B.grad - lora.lora_embedding_B.grad).abs().max() < CLOSE
+    assert len([p for p in model.parameters() if p.requires_grad]) == 2
+
+
+def test_tied_tensors_that_differ_in_a_file_are_refused(tmp_path):
+    model = adapted(TARGETS)
+    tensors = slimtune.get_peft_model_state_dict(model)
+    tensors["base_model.model.lm_head.lora_A.weight"] = tensors["base_model.model.lm_head.lora_A.weight"] + 1
+    with pytest.raises(AdapterError, match="are tied here"):
+        slimtune.set_peft_model_state_dict(model, tensors)
+
+
+@pytest.mark.parametrize(
+    ("config", "tie", "message"),
+    [
+        (LoraConfig(**TARGETS), True, "`ensure_weight_tying` is not set to True"),
+        (LoKrConfig(target_modules=["lm_head"]), True, "no implementation exists to tie"),
+        (LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True), True, "no tied modules are added"),
+        (LoraConfig(**TARGETS, ensure_weight_tying=True), False, "no tied modules were found"),
+        (LoraConfig(trainable_token_indices=[1], ensure_weight_tying=True), False, "does not have tied weights"),
+    ],
+)
+def test_what_is_not_tied_warns(config, tie, message):
+    with pytest.warns(UserWarning, match=message):
+        get_peft_model(llama(tie=tie), config)
+
+
+def test_what_cannot_be_tied_is_refused():
+    tokens = {"embed_tokens": [1], "lm_head": [2]}
+    with pytest.raises(ConfigError, match="Cannot ensure weight tying"):
+        adapted({"trainable_token_indices": tokens})
+    with pytest.raises(ConfigError, match="use_dora is True"):
+        adapted(TARGETS, use_dora=True)
