@@ -92,5 +92,5 @@ def plain_lora_incompatibilities(config: Any) -> list[str]:
     if not config.ships_as_lora:
         return [f"its method is {config.name}, and vLLM only loads LoRA"]
     if parameters := getattr(config, "target_parameters", None):
-        return [f"target_parameters is {parameters}: a LoRA on expert weights is not written for vLLM"]
+        return [f"target_parameters is {parameters}: vLLM reads a LoRA on experts for some architectures only"]
     return ["use_dora is True: vLLM does not support DoRA"] if config.use_dora else []

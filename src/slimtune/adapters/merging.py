@@ -62,7 +62,9 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
         if base is None:
             raise MergeUnsupported(f"{name} has no bias, so the adapter's bias cannot be merged")
         if check and not torch.isfinite(tensor).all():
-            raise MergeUnsupported(f"{name}.{n} contains NaN or Inf after merging")
+            # PEFT's words, which scripts look for, come first.
+            broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
+            raise MergeUnsupported(f"{broken}: {name}.{n} contains NaN or Inf after merging")
         # A new parameter object: modules tied to this one keep the old one.
         module._parameters[n] = nn.Parameter(tensor.to(base.dtype, copy=True), requires_grad=False)
     module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))

@@ -145,12 +145,13 @@ class StatusMixin:
     @property
     def targeted_module_names(self: Any) -> list[str]:
         """Names of the modules that the active adapter changes."""
-        return list(self.match_report().adapted)
+        return [name for name, kind in self.match_report().kinds.items() if kind != "parameters"]
 
     @property
-    def targeted_parameter_names(self) -> list[str]:
+    def targeted_parameter_names(self: Any) -> list[str]:
         """Names of the parameters that the active adapter changes without their module."""
-        return []
+        modules = self.adapter_modules(self.active_adapters[0]).items()
+        return [f"{name}.{parameter}" for name, module in modules for parameter in module.adapted_parameters]
 
     def supports_lora_conversion(self: Any, adapter_name: str = "default") -> bool:
         """Return whether a LoRA can approximate the adapter: it changes weights of linear layers and embeddings."""

@@ -92,7 +92,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         targets = _resolve_targets(model, modules, config)
         matched = [n for n in modules if n not in inside_whole and _is_target(n, config, targets)]
         if strict:
-            _check_every_name_matches(modules, config, targets)
+            _check_every_name_matches(model, modules, config, targets)
         if not matched and not whole and not further:
             raise _nothing_matches(f"target_modules={targets!r}", targets, modules)
         matched = _add_tied_modules(model, config, matched, tied)
@@ -322,7 +322,7 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     return kind
 
 
-def _check_every_name_matches(modules: Modules, config: Any, targets: list[str] | str) -> None:
+def _check_every_name_matches(model: nn.Module, modules: Modules, config: Any, targets: list[str] | str) -> None:
     for field_name in ("target_modules", "exclude_modules"):
         wanted = getattr(config, field_name, None) or []
         if isinstance(wanted, str) and field_name == "target_modules":
@@ -334,6 +334,9 @@ def _check_every_name_matches(modules: Modules, config: Any, targets: list[str] 
     parameters = [f"{n}.{p}" for n, m in modules.items() for p in m._parameters]
     wanted = getattr(config, "target_parameters", None) or []
     if unmatched := [w for w in wanted if not any(matches_name([w], p) for p in parameters)]:
+        if top := [w for w in unmatched if w in model._parameters]:
+            message = f"Targeting an nn.Parameter on the top-level module is not supported (parameter {top[0]!r})"
+            raise TargetError(message, "a parameter of a module inside the model")
         last_parts = dict.fromkeys(p.rsplit(".", 1)[-1] for p in parameters)
         message = f"target_parameters: {format_names(unmatched)} matches no parameter"
         raise TargetError(message + nearest(unmatched[0], [*last_parts, *parameters]), "such as mlp.experts.down_proj")
