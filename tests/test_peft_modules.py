@@ -120,3 +120,15 @@ def resized(folder):
     model = type(llama()).from_pretrained(folder / "base", dtype=torch.float64).eval()
     model.resize_token_embeddings(132, mean_resizing=False)
     return model
+
+
+@pytest.mark.parametrize("settings", [LORA, {**LORA, "use_dora": True, "modules_to_save": ["lm_head"]}], ids=str)
+def test_adapter_on_the_meta_device_is_loaded(settings):
+    model = get_peft_model(llama(), LoraConfig(**settings))
+    shake(model)
+    empty = get_peft_model(llama(), LoraConfig(**settings), low_cpu_mem_usage=True)
+    assert {p.device.type for m in empty.adapter_modules("default").values() for p in m.parameters()} == {"meta"}
+    slimtune.set_peft_model_state_dict(empty, slimtune.get_peft_model_state_dict(model), low_cpu_mem_usage=True)
+    assert torch.equal(run(empty.eval()), run(model.eval()))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n, p in empty.named_parameters() if p.requires_grad} == trained

@@ -66,6 +66,7 @@ INNER = {
         "ShiraLayer", "TrainableTokensLayer", "TrainableTokensWrapper", "VeraLayer",
     ),
     "adapters.status": ("TunerLayerStatus", "TunerModelStatus"),
+    "adapters.targets": ("_find_minimal_target_modules", "check_target_module_exists", "inspect_matched_modules"),
     "adapters.tuner": ("BaseTuner", "MixedModel", "delete_adapter", "set_adapter", "set_requires_grad"),
     "mapping": (
         "PEFT_TYPE_TO_PREFIX_MAPPING", "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",

@@ -14,10 +14,11 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import UsageError, format_names, nearest
@@ -71,7 +72,8 @@ def get_peft_model(
 
     Args:
         model: a transformers model, or any module with Linear, Conv1D or Embedding layers.
-        mixed, low_cpu_mem_usage: ignored: adapters of different methods always mix, and are created on their device.
+        mixed: ignored: adapters of different methods always mix.
+        low_cpu_mem_usage: create the adapter on the meta device; `set_peft_model_state_dict` then gives it values.
         autocast_adapter_dtype: keep the adapter in fp32 above a 16-bit base.
         revision: revision of the base, written to the config.
 
@@ -106,7 +108,8 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         peft_config.base_model_name_or_path = (
             getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
         )
-        return cls._attach_first_adapter(model, adapter_name, peft_config, autocast_adapter_dtype, strict=True)
+        settings = {"strict": True, "low_cpu_mem_usage": low_cpu_mem_usage}
+        return cls._attach_first_adapter(model, adapter_name, peft_config, autocast_adapter_dtype, **settings)
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass  # the base is already initialised
@@ -215,12 +218,12 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
 
     @classmethod
     def _attach_first_adapter(
-        cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, *, strict: bool
+        cls, model: nn.Module, name: str, config: PeftConfig, autocast: bool, **settings: bool
     ) -> Any:
         of_task = TASK_MODELS.get(config.task_type or "", cls)
         peft_model: Any = _make_peft_model(model, of_task if cls is PeftModel else cls)
         try:
-            peft_model.add_adapter(name, config, autocast_adapter_dtype=autocast, strict=strict)
+            peft_model.add_adapter(name, config, autocast_adapter_dtype=autocast, **settings)
         except BaseException:
             peft_model.unload()
             raise
@@ -237,7 +240,10 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         autocast_adapter_dtype: bool = True,
         strict: bool = True,
     ) -> MatchReport:
-        """Add another adapter, inactive, and return what it matched; `strict` as in `select_targets`."""
+        """Add another adapter, inactive, and return what it matched.
+
+        `strict` is as in `select_targets`, the other arguments as in `get_peft_model`.
+        """
         state = self._adapter_state
         self._require_free_name(adapter_name)
         if not peft_config.name:
@@ -248,11 +254,13 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         report = select_targets(self, peft_config, strict=strict)
         state.configs[adapter_name], state.reports[adapter_name] = peft_config, report
         layers = state.layers[adapter_name] = {}  # filled step by step, so that a failure can be undone
-        how = {"autocast": autocast_adapter_dtype, "loading": not strict}
+        how = {"autocast": autocast_adapter_dtype, "loading": not strict or low_cpu_mem_usage}
         shares_copies = peft_config.trains_every_weight or getattr(peft_config, "ensure_weight_tying", False)
         try:
             with self.disable_adapter():  # modules read and copy the base's own weights
                 sites = [layer.get_site(n, kind, self, **how) for n, kind in report.kinds.items()]
+                if low_cpu_mem_usage:
+                    sites = [replace(site, device=torch.device("meta")) for site in sites]
                 modules = dict(zip(report.kinds, peft_config.build_all(sites), strict=True))
                 tied: dict[int, nn.Parameter] | None = {} if shares_copies else None
                 for name in {**modules, **report.copied}:

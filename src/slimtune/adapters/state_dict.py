@@ -168,7 +168,7 @@ def set_peft_model_state_dict(
 
     Args:
         ignore_mismatched_sizes: leave out, with a warning, the tensors whose shapes differ.
-        low_cpu_mem_usage: ignored: tensors are copied into the adapter's own in either case.
+        low_cpu_mem_usage: ignored: an adapter on the meta device is put on its layers' devices in either case.
     """
     tensors = dict(peft_model_state_dict)
     if ignore_mismatched_sizes:
@@ -242,6 +242,7 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
     Raises:
         AdapterError: missing or unexpected keys, wrong shapes, or a copy of a base weight that differs from the base's.
     """
+    _leave_meta_device(model, adapter)
     optional = _prepare_load(model, adapter, given)
     own = get_adapter_tensors(model, adapter)
     given = {_normalize_key(k, own): t for k, t in given.items()}
@@ -322,6 +323,25 @@ def check_sizes(model: Any, config: PeftConfig, given: Mapping[str, Tensor], whe
     if unsaved > _FREE_VALUES + sum(p.numel() for p in model.parameters()):
         message = f"{where}: its config asks for {unsaved:,} values that its file does not have"
         raise AdapterError(message, "an adapter_config.json that belongs to the tensors")
+
+
+def _leave_meta_device(model: Any, adapter: str) -> None:
+    """Build the modules of an adapter that is on the meta device anew, on the devices of their layers."""
+    old = model.adapter_modules(adapter)
+    on_meta = [p for module in old.values() for p in module.parameters() if p.is_meta]
+    layers = model.adapted_layers(adapter)
+    if not on_meta or all(p.is_meta for layer in layers.values() for p in layer._parameters.values() if p is not None):
+        return
+    config, kinds = model.peft_config[adapter], model.match_report(adapter).kinds
+    how: dict[str, Any] = {"autocast": on_meta[0].dtype == torch.float32, "loading": True}
+    with model.disable_adapter():
+        new = config.build_all([get_site(name, kind, model, **how) for name, kind in kinds.items()])
+    for name, module in zip(kinds, new, strict=True):
+        module.method = config.name
+        trains = {n for n, p in old[name].named_parameters() if p.requires_grad}
+        for parameter_name, parameter in module.named_parameters():
+            parameter.requires_grad_(parameter_name in trains)
+        layers[name].adapters[adapter] = module
 
 
 def _prepare_load(model: Any, adapter: str, given: Mapping[str, Tensor]) -> set[str]:

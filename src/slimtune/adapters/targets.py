@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..errors import TargetError, format_names, nearest
+from ..errors import TargetError, UsageError, format_names, nearest
 from ..utils.linear_layers import layer_kind
 from .architectures import HEADS, is_uncalled, model_type, text_config
 from .base import SiteKind
@@ -230,6 +230,54 @@ def get_pattern_value(patterns: Mapping[str, Value], name: str, default: Value) 
     return default if key is None else patterns[key]
 
 
+def check_target_module_exists(config: Any, key: str) -> bool:
+    """Return whether a config's target_modules, without what it excludes or trains in full, match a module's name."""
+    whole = config.modules_to_save or []
+    if any(matches_name([name], parent) for name in whole for parent in _name_and_parents(key)):
+        return False
+    return _is_target(key, config, config.target_modules or [])
+
+
+def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
+    """Return the names of the modules of a PeftModel that an adapter changes, "matched", and of the others."""
+    kinds = tuner.model.match_report(adapter_name).kinds
+    names = [name for name in _get_base_modules(tuner.model) if name]
+    return {"matched": [n for n in names if n in kinds], "unmatched": [n for n in names if n not in kinds]}
+
+
+def _find_minimal_target_modules(target_modules: Iterable[str], other_module_names: Iterable[str]) -> set[str]:
+    """Return the shortest ends of names that match all targets and none of the other modules (PEFT's name).
+
+    Raises:
+        UsageError: there are no targets, one is empty or the text itself, or one is among the other modules.
+    """
+    if isinstance(target_modules, str) or not target_modules:
+        raise UsageError("target_modules should be a list or set of strings.")
+    targets, others = set(target_modules), set(other_module_names)
+    if "" in targets:
+        raise UsageError("target_modules should not contain an empty string.")
+    if both := sorted(targets & others):
+        message = "target_modules and other_module_names contain common elements, this should not happen"
+        raise UsageError(f"{message}: {format_names(both)}")
+    taken = {end for name in others for end in _name_ends(name)}
+    found: set[str] = set()
+    for name in sorted(targets, key=_name_ends):
+        if not any(name == end or name.endswith(f".{end}") for end in found):
+            found |= {next((end for end in _name_ends(name) if end not in taken), name)}
+    return found
+
+
+def _name_ends(name: str) -> list[str]:
+    """Return the ends of a name, shortest first: c, b.c and a.b.c."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+
+def _name_and_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
 def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
     """Return the index of a module's layer: the first number in its name, or the one after a pattern."""
     parts = name.split(".")
@@ -257,9 +305,8 @@ def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[s
         if default is None and getattr(config, "target_parameters", None):
             return []
         if default is None:
-            message = (
-                f"target_modules is None, and there is no default for {model_type(model) or type(model).__name__!r}"
-            )
+            kind = model_type(model) or type(model).__name__
+            message = f"Please specify `target_modules`: there is no default for {kind!r}"
             hint = 'name the modules, or set target_modules="all-linear"'
             raise TargetError(message, _describe_targets(modules), hint)
         return default

@@ -42,6 +42,8 @@ class BaseTuner(metaclass=TunerType):
 
     method: ClassVar[str] = ""
     """Name of the method of the active adapter; empty: any."""
+    uses_shared_state: ClassVar[bool] = False
+    """Whether `inject_adapter_in_model` refuses the method: tensors that layers share belong to the model here."""
 
     @classmethod
     def matches(cls, model: Any) -> bool:
@@ -155,8 +157,8 @@ def inject_adapter_in_model(
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise UsageError(f"{peft_config.name} adds no adapters to layers", hint="get_peft_model(model, config)")
     if not isinstance(model, PeftModel):
-        return get_peft_model(model, peft_config, adapter_name)
-    model.add_adapter(adapter_name, peft_config)
+        return get_peft_model(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+    model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
     model.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
