@@ -110,6 +110,9 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         _warn_about_tying(config, tied, [*whole, *kinds])
     if twice := [n for n in further if n in kinds]:
         message = f"{format_names(twice)} is a target and also changed by another field of the config"
+        if further[twice[0]] == "parameters":
+            layer = f"layer {twice[0]!r} of type {type(modules[twice[0]]).__name__}"
+            message = f"Trying to wrap an `nn.Parameter` of {layer}, which is not a valid target. {message}"
         raise TargetError(message, hint="take it out of target_modules, or use two adapters")
     with_bias = {"none": set(), "all": set(modules)}.get(getattr(config, "bias", "none"), set(kinds))
     biases = [n for n in modules if n in with_bias and isinstance(modules[n]._parameters.get("bias"), Tensor)]
@@ -386,6 +389,9 @@ def _check_every_name_matches(model: nn.Module, modules: Modules, config: Any, t
             raise TargetError(message, "a parameter of a module inside the model")
         last_parts = dict.fromkeys(p.rsplit(".", 1)[-1] for p in parameters)
         message = f"target_parameters: {format_names(unmatched)} matches no parameter"
+        if not getattr(config, "target_modules", None):
+            peft_says = "No `target_modules` passed but also no `target_parameters` found. Please check the values for "
+            message = f"{peft_says}these arguments. {message}"
         raise TargetError(message + nearest(unmatched[0], [*last_parts, *parameters]), "such as mlp.experts.down_proj")
     layers = getattr(config, "layers_to_transform", None)
     if layers is not None:
