@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers as tf
 from models_zoo import (
+    DECODER,
     ENCODER,
     VOCAB,
     bert_classifier,
@@ -31,6 +32,8 @@ PLACES = {"max_position_embeddings": 64}
 SIZES = {k: v for k, v in ENCODER.items() if k != "num_labels"}
 OPT = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
 NOISE = {"max_source_positions": 20, "max_target_positions": 64, "num_mel_bins": 8}
+VISION = {"text_config": tf.LlamaConfig(**DECODER),
+          "vision_config": tf.CLIPVisionConfig(**SIZES, image_size=28, patch_size=14)}  # fmt: skip
 BLOOM = {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 MAKE = {
     "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**OPT, **PLACES, word_embed_proj_dim=32)),
@@ -40,6 +43,7 @@ MAKE = {
     "pegasus head": lambda: tf.PegasusForCausalLM(tf.PegasusConfig(**BART, **PLACES)),
     "whisper head": lambda: tf.WhisperForCausalLM(tf.WhisperConfig(**BART, **NOISE)),
     "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(**BLOOM)),
+    "llava": lambda: tf.LlavaForConditionalGeneration(tf.LlavaConfig(**VISION)),
     "neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES)),
     "t5": t5,
     "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**BART, **PLACES)),
@@ -64,10 +68,11 @@ TASKS = {"ConditionalGeneration": "SEQ_2_SEQ_LM", "SequenceClassification": "SEQ
 EQUAL_PEFT = [
     ("opt", "prompt"), ("opt", "prefix"), ("trocr", "p_tuning"), ("trocr", "prefix"), ("bart head", "prompt"),
     ("bart head", "prefix"), ("marian head", "projection"), ("pegasus head", "p_tuning"), ("whisper head", "prompt"),
-    ("whisper head", "prefix"), ("bloom", "prefix"), ("bloom", "p_tuning"), ("neox", "prefix"), ("t5", "prompt"),
-    ("t5", "p_tuning"), ("t5", "prefix"), ("t5", "projection"), ("bart", "prompt"), ("bart", "prefix"),
-    ("pegasus", "p_tuning"), ("pegasus", "prefix"), ("bert", "prompt"), ("bert encoder", "prompt"),
-    ("bert encoder", "prefix"), ("bert encoder", "projection"), ("bert tagger", "p_tuning"), ("roberta", "prompt"),
+    ("whisper head", "prefix"), ("bloom", "prefix"), ("bloom", "p_tuning"), ("neox", "prefix"), ("llava", "prompt"),
+    ("t5", "prompt"), ("t5", "p_tuning"), ("t5", "prefix"), ("t5", "projection"), ("bart", "prompt"),
+    ("bart", "prefix"), ("pegasus", "p_tuning"), ("pegasus", "prefix"), ("bert", "prompt"),
+    ("bert encoder", "prompt"), ("bert encoder", "prefix"), ("bert encoder", "projection"), ("bert tagger", "p_tuning"),
+    ("roberta", "prompt"),
     ("deberta", "prompt"), ("electra", "p_tuning"), ("t5 encoder", "prompt"),
 ]  # fmt: skip
 
@@ -80,6 +85,8 @@ def make(base):
 def config(library, model, kind, **more):
     cls, settings = KINDS[kind]
     task = next((t for ending, t in TASKS.items() if type(model).__name__.endswith(ending)), "FEATURE_EXTRACTION")
+    if isinstance(model, tf.LlavaForConditionalGeneration):
+        task = "CAUSAL_LM"
     if isinstance(model, tf.TrOCRForCausalLM):
         more |= {"num_attention_heads": 4, "num_layers": 3, "token_dim": 32}
     return getattr(library, cls)(**{"num_virtual_tokens": 3, "task_type": task, **settings, **more})

@@ -336,7 +336,7 @@ class Backbones(NamedTuple):
 
 
 def find_backbones(model: Any) -> Backbones:
-    """Return the modules that map token embeddings to hidden states: the innermost that take both they and a mask.
+    """Return the modules that map token embeddings to hidden states: the innermost that take ids, them and a mask.
 
     A head may call a part of its backbone: `OPTForCausalLM` calls `model.decoder`, past `model`. Since each module
     outside calls the innermost one, an adapter there is always reached.
@@ -367,8 +367,8 @@ def find_backbones(model: Any) -> Backbones:
 
 @cache
 def _takes_embeddings(forward: Any) -> bool:
-    parameters = inspect.signature(forward).parameters
-    return "inputs_embeds" in parameters and "attention_mask" in parameters
+    # A vision encoder reads embeddings, but no token ids.
+    return {"input_ids", "inputs_embeds", "attention_mask"} <= set(inspect.signature(forward).parameters)
 
 
 def _is_causal(model: Any) -> bool:
