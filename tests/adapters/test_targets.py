@@ -134,7 +134,6 @@ FAULTS = [
     (llama, {"target_modules": ["self_attn"]}, ["LlamaAttention", "name the linear modules inside it"]),
     (Pair, {"target_modules": ["norm"]}, ["LayerNorm", "lora cannot adapt"]),
     (Pair, {"target_modules": ["linear1"]}, ["TransformerEncoderLayer, which reads the weight without calling"]),
-    (Pair, {"target_modules": ["out"], "modules_to_save": ["batch"]}, ["batch has buffers"]),
     (Pair, {}, ["there is no default for 'Pair'", 'target_modules="all-linear"']),
     (lambda: build("opt"), {"target_modules": ["embed_positions"]}, ["OPTLearnedPositionalEmbedding"]),
 ]

@@ -331,8 +331,9 @@ def _add_lora(model: Any, name: str, sources: Sequence[str], pairs: Mapping[str,
                 B.copy_(pairs[layer_name][1] / scale)
             if name in layer.trained_copies:
                 source = next(s for s in sources if s in layer.trained_copies)
-                for n, p in layer.trained_copies[name].named_parameters():
-                    p.copy_(layer.trained_copies[source].get_parameter(n))
+                values = layer.trained_copies[source].state_dict()
+                for n, p in layer.trained_copies[name].state_dict(keep_vars=True).items():
+                    p.copy_(values[n])
 
 
 def _make_lora_config(model: Any, sources: Sequence[str], ranks: Mapping[str, int]) -> PeftConfig:

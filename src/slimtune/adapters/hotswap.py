@@ -145,7 +145,11 @@ def _match_tensors(model: PeftModel, live: str, new: str, where: Any) -> list[tu
 
 def _get_trained_copies(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     layers = {n: m.trained_copies for n, m in model.adapted_layers(adapter).items() if adapter in m.trained_copies}
-    return {f"{name}.{n}": p for name, copies in layers.items() for n, p in copies[adapter].named_parameters()}
+    return {
+        f"{name}.{n}": p
+        for name, copies in layers.items()
+        for n, p in copies[adapter].state_dict(keep_vars=True).items()
+    }
 
 
 def _get_own_factors(module: Any) -> tuple[nn.Parameter, nn.Parameter, float] | None:

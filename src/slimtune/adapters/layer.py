@@ -11,8 +11,8 @@ In addition to its own parameters, an adapted module contains, by adapter name:
     `adapters.<name>`          the method's adapter module
     `trained_copies.<name>`    the adapter's own copy of some of the module's parameters (`modules_to_save`, biases)
 
-The subclass turns each parameter (`weight`, `bias`) into a property: it returns the active adapter's trained copy if
-there is one, else the base's own parameter. A weight that PyTorch reads without calling the module (those of
+The subclass turns each parameter (`weight`, `bias`) and stored buffer into a property: it returns the active adapter's
+trained copy if there is one, else the base's own. A weight that PyTorch reads without calling the module (those of
 nn.MultiheadAttention) contains the updates of the active adapters. All adapted modules of a model share one
 `ActiveAdapters`, so switching adapters costs the same no matter how many are loaded.
 """
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..attention.prefix import make_prefix_config_view
 from ..errors import TargetError, UsageError
 from ..kernels.lora_linear import add_low_rank_rows
-from ..utils.linear_layers import ReadWeight, layer_kind, layer_sizes, parameter_names
+from ..utils.linear_layers import ReadWeight, layer_kind, layer_sizes, parameter_names, stored_buffer_names
 from ..utils.made_classes import PickledByRecipe
 from .architectures import text_config
 from .base import BaseForward, Site, SiteKind
@@ -62,7 +62,7 @@ class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
     trained_copies: nn.ModuleDict
     active_state: ActiveAdapters
     original_parameters: dict[str, nn.Parameter | None] | None
-    """The base's parameters that a merge replaced; None if nothing is merged."""
+    """The base's parameters (and buffers) that a merge replaced; None if nothing is merged."""
     merged_names: tuple[str, ...]
     """The adapters that are merged."""
     current_copy: str | None
@@ -190,7 +190,8 @@ def make_adapted(module: nn.Module, active: ActiveAdapters) -> AdaptedLayer:
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or has_adapters_attribute:
         message = f"a {base.__name__} cannot be adapted: it already has children where the adapters would go"
         raise TargetError(message, hint="name the modules inside it")
-    _set_class(module, _make_adapted_class(base, tuple(module._parameters), "config" in vars(module)))
+    names = (*module._parameters, *stored_buffer_names(module))
+    _set_class(module, _make_adapted_class(base, names, "config" in vars(module)))
     assert isinstance(module, AdaptedLayer)
     module.adapters, module.trained_copies = nn.ModuleDict(), nn.ModuleDict()
     # Bypasses nn.Module.__setattr__, which would register parameters.
@@ -209,15 +210,19 @@ def restore_base_class(module: AdaptedLayer) -> None:
 def copy_parameters(
     module: AdaptedLayer, adapter: str, names: Iterable[str], autocast: bool, tied: dict[int, nn.Parameter] | None
 ) -> None:
-    """Give an adapter its own trainable copy of the module's parameters `names`.
+    """Give an adapter its own copy of the module's parameters and buffers `names`; parameters are trainable.
 
     With `autocast`, copies of 16-bit parameters are fp32. `tied` holds the adapter's copies so far, by `id` of the
     base's parameter: parameters that are tied in the base share one. None: each copy is separate.
     """
     copies = nn.Module()
     for name in names:
-        base = (module.original_parameters or {}).get(name, module._parameters[name])
+        own = module._buffers if name in module._buffers else module._parameters
+        base = (module.original_parameters or {}).get(name, own[name])
         assert base is not None
+        if own is module._buffers:
+            copies.register_buffer(name, base.detach().clone())
+            continue
         if base.is_meta and getattr(module, "_hf_hook", None) is not None:
             message = f"the {name} of a {type(module).__name__} is offloaded, so it cannot be copied for training"
             raise TargetError(message, hint="leave it out of modules_to_save, or keep it on a device in the device_map")
@@ -306,7 +311,9 @@ def _make_parameter_property(base: type, name: str) -> property:
 
     def get_value(self: AdaptedLayer) -> Any:
         if name in self._parameters:
-            own = self._parameters[name]
+            own: Any = self._parameters[name]
+        elif name in self._buffers:
+            own = self._buffers[name]
         elif plain_tensor in vars(self):
             own = vars(self)[plain_tensor]
         else:

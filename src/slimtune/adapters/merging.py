@@ -28,7 +28,7 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
     merged: dict[str, Tensor] = {}
     owner = next((a for a in adapters if a in module.trained_copies), None)
     if owner is not None:
-        merged = {n: p.detach() for n, p in module.trained_copies[owner].named_parameters()}
+        merged = {n: p.detach() for n, p in module.trained_copies[owner].state_dict(keep_vars=True).items()}
     modules: list[Any] = [module.adapters[a] for a in adapters if a in module.adapters]
     with torch.no_grad():
         for adapter_module in modules:
@@ -56,7 +56,7 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
         merged[weight_name] = weight.t().contiguous() if transposed else weight.reshape(stored.shape)
     if bias is not start[1] and bias is not None:
         merged[bias_name] = bias
-    replaced = {n: module._parameters[n] for n in merged}
+    replaced: dict[str, Any] = {n: {**module._parameters, **module._buffers}[n] for n in merged}
     for n, tensor in merged.items():
         base = replaced[n]
         if base is None:
@@ -65,6 +65,9 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
             # PEFT's words, which scripts look for, come first.
             broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
             raise MergeUnsupported(f"{broken}: {name}.{n} contains NaN or Inf after merging")
+        if n in module._buffers:
+            module._buffers[n] = tensor.clone()
+            continue
         # A new parameter object: modules tied to this one keep the old one.
         module._parameters[n] = nn.Parameter(tensor.to(base.dtype, copy=True), requires_grad=False)
     module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))
@@ -84,5 +87,6 @@ def tie_equal_parameters(modules: Iterable[AdaptedLayer]) -> None:
 def unmerge_adapters(module: AdaptedLayer) -> None:
     """Put the original parameters back, bit for bit."""
     if module.original_parameters is not None:
-        module._parameters.update(module.original_parameters)
+        for n, tensor in module.original_parameters.items():
+            (module._buffers if n in module._buffers else module._parameters)[n] = tensor
         module.__dict__.update(original_parameters=None, merged_names=())

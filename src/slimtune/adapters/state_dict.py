@@ -14,6 +14,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def get_adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
             found |= {site + n: p for n, p in layer.adapters[adapter].tensors().items()}
         if adapter in layer.trained_copies:
             copies = f"{site}base_layer." if has_module else site
-            found |= {copies + n: p for n, p in layer.trained_copies[adapter].named_parameters()}
+            found |= {copies + n: p for n, p in layer.trained_copies[adapter].state_dict(keep_vars=True).items()}
     config = model.peft_config[adapter]
     if config.trains_every_weight:  # the copy of tied weights is stored once, under its first name
         first_keys = {id(tensor): key for key, tensor in reversed(found.items())}
@@ -125,7 +126,9 @@ def _find_base_embeddings(model: Any, adapter: str, choice: str | bool) -> dict[
             text = "Could not identify embedding layer(s) because the model is not a 🤗 transformers model."
             warnings.warn(text, PeftWarning, stacklevel=4)
         return {}
-    config, parts = model.peft_config[adapter], (model.get_input_embeddings(), model.get_output_embeddings())
+    config, parts = model.peft_config[adapter], []
+    with suppress(NotImplementedError):  # a model of images without tokens
+        parts = [model.get_input_embeddings(), model.get_output_embeddings()]
     embeddings = {n: m for n, m in model.named_modules() if any(m is part for part in parts)}
     changed = {n for n in embeddings if n in model.match_report(adapter).kinds and n.endswith(_EMBEDDING_NAMES)}
     if config.name == "trainable_tokens" or getattr(config, "trainable_token_indices", None) is not None:

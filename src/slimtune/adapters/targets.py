@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from ..errors import TargetError, UsageError, format_names, nearest
-from ..utils.linear_layers import layer_kind
+from ..utils.linear_layers import layer_kind, stored_buffer_names
 from .architectures import HEADS, is_uncalled, model_type, text_config
 from .base import SiteKind
 from .layer import AdaptedLayer
@@ -121,7 +121,8 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         attentions = [n for n, m in modules.items() if isinstance(m._parameters.get("in_proj_bias"), Tensor)]
         copied |= {n: ["in_proj_bias"] for n in attentions}
     for name in inside_whole:
-        if own := [p for p, tensor in modules[name]._parameters.items() if tensor is not None]:
+        own = [p for p, tensor in modules[name]._parameters.items() if tensor is not None]
+        if own := own + stored_buffer_names(modules[name]):
             copied[name] = own
     kinds |= further
     rest = [n for n, m in modules.items() if _has_weight_matrix(m) and n not in kinds and n not in inside_whole]
@@ -424,9 +425,6 @@ def _select_modules_to_save(modules: Modules, config: PeftConfig, strict: bool) 
     # Endings without a dot, like PEFT: "classifier" includes DistilBERT's pre_classifier, which is also new.
     found = [n for n in modules if n.endswith((*wanted, *HEADS.get(str(config.task_type), ())))]
     found = [n for n in found if not any(n.startswith(f"{outer}.") for outer in found)]
-    for name in found:
-        if any(True for _ in modules[name].buffers()):
-            raise TargetError(f"modules_to_save: {name} has buffers, of which adapters cannot keep their own copy")
     return found
 
 

@@ -44,6 +44,12 @@ def parameter_names(module: nn.Module) -> tuple[str, str]:
     return ("in_proj_weight", "in_proj_bias") if isinstance(module, nn.MultiheadAttention) else ("weight", "bias")
 
 
+def stored_buffer_names(module: nn.Module) -> list[str]:
+    """Return the names of a module's buffers that belong to its state dict, such as a BatchNorm's statistics."""
+    hidden = module._non_persistent_buffers_set
+    return [n for n, buffer in module._buffers.items() if buffer is not None and n not in hidden]
+
+
 def layer_sizes(module: nn.Module) -> tuple[int, int]:
     """Return `(in_features, out_features)` of a layer, the sizes of its matrix; both are the width for a norm."""
     if isinstance(module, nn.Linear):  # the shape of a quantized weight is another one
