@@ -78,8 +78,9 @@ def tie_equal_parameters(modules: Iterable[AdaptedLayer]) -> None:
     first: dict[int, Any] = {}
     for module in modules:
         for name, original in (module.original_parameters or {}).items():
-            merged: Any = module._parameters[name]
-            shared = first.setdefault(id(original), merged) if original is not None else merged
+            merged: Any = module._parameters.get(name)
+            is_parameter = original is not None and merged is not None  # not a buffer
+            shared = first.setdefault(id(original), merged) if is_parameter else merged
             if shared is not merged and torch.equal(shared, merged):
                 module._parameters[name] = shared
 

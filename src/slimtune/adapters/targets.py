@@ -11,6 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -186,7 +187,9 @@ def _is_experts(name: str, module: nn.Module) -> bool:
 
 def find_tied_modules(model: Any) -> list[str]:
     """Return the input embedding's name and those of the modules tied to it; empty if none is, or by the config."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding: Any = None
+    with suppress(AttributeError, NotImplementedError):  # a model of images has none
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
     weight = None if embedding is None else embedding._parameters.get("weight")
     if weight is None or not getattr(text_config(model), "tie_word_embeddings", True):
         return []
