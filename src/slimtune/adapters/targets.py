@@ -189,7 +189,7 @@ def find_tied_modules(model: Any) -> list[str]:
     """Return the input embedding's name and those of the modules tied to it; empty if none is, or by the config."""
     embedding: Any = None
     with suppress(AttributeError, NotImplementedError):  # a model of images has none
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        embedding = model.get_input_embeddings()
     weight = None if embedding is None else embedding._parameters.get("weight")
     if weight is None or not getattr(text_config(model), "tie_word_embeddings", True):
         return []
