@@ -40,7 +40,7 @@ class ActiveAdapters:
     """The adapters that are merged into the base: these run in place of the active ones."""
     enabled: bool = True
     """False: the base runs alone."""
-    layers_with_own: list[nn.Module] = field(default_factory=list)
+    layers_with_own: list[Any] = field(default_factory=list)
     """Layers whose active adapters differ: see `LayerAdapters`."""
     row_adapters: tuple[str, ...] | None = None
     """During a mixed batch: each row's adapter, `BASE_ROW` for none."""

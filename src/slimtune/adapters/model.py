@@ -310,6 +310,11 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         before = state.active_state.enabled, state.suspended
         merged = self.merged_adapters
         self.unmerge_adapter()
+        if any(m.active_state.enabled is not before[0] for m in state.active_state.layers_with_own):
+            # The words of PEFT's warning.
+            text = "The model contains some adapter layers that are enabled and others that are disabled. "
+            warnings.warn(f"{text}After disable_adapter all follow the model again", stacklevel=3)
+            self._update_active_state()
         state.active_state.enabled, state.suspended = False, True
         state.active_state.clear_stacked_factors()
         try:
@@ -335,7 +340,10 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Remove an adapter or several; if no active one is left, the first remaining adapter becomes active."""
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        self._require_adapters(names)
+        if unknown := [n for n in names if n not in self.peft_config]:
+            # PEFT's words.
+            message = f"Adapter {unknown[0]} does not exist{nearest(unknown[0], self.peft_config)}"
+            raise UsageError(message, f"one of {format_names(self.peft_config)}")
         self._require_active_base("delete_adapter")
         if merged := sorted({*names} & {*self.merged_adapters}):
             message = f"Cannot delete adapter(s) {merged} while they are merged. Please unmerge them first."

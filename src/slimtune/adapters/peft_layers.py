@@ -258,6 +258,10 @@ class PeftLayer:
     def _get_available_adapters(self) -> set[str]:
         return set(self._available)
 
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self._available)
+
     def _all_available_adapter_names(self) -> list[str]:
         return self._available
 
@@ -289,7 +293,8 @@ class PeftLayer:
 
 
 _LAYER_NAMES = {name for name in vars(PeftLayer) if not name.startswith("_")}
-_LAYER_NAMES |= {"_get_available_adapters", "_all_available_adapter_names"}  # PEFT's tests and TRL call them
+# Private names that scripts written for PEFT use.
+_LAYER_NAMES |= {"_adapters", "_get_available_adapters", "_all_available_adapter_names"}
 
 
 def get_whole_copies(layer: Any) -> dict[str, nn.Module]:

@@ -4,6 +4,7 @@ Here the tuner is no object of its own: `peft_model.base_model` is the backbone,
 (see `TunerNames`), and the classes of this module are for isinstance.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -156,6 +157,14 @@ def inject_adapter_in_model(
     """
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise UsageError(f"{peft_config.name} adds no adapters to layers", hint="get_peft_model(model, config)")
+    if state_dict is not None:
+        start = f".{peft_config.prefix}"
+        keys = [k.removeprefix("base_model.model.") for k in state_dict if start in k]
+        if not keys:
+            raise UsageError(f"state_dict has no tensors of {peft_config.name}", f"keys with {start!r}")
+        # A pattern, which matches whole names: a list would also match their endings.
+        pattern = "|".join(re.escape(name) for name in dict.fromkeys(k.split(start)[0] for k in keys))
+        vars(peft_config)["target_modules"] = pattern
     if not isinstance(model, PeftModel):
         return get_peft_model(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
