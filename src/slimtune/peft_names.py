@@ -66,7 +66,10 @@ INNER = {
         "ShiraLayer", "TrainableTokensLayer", "TrainableTokensWrapper", "VeraLayer",
     ),
     "adapters.status": ("TunerLayerStatus", "TunerModelStatus"),
-    "adapters.targets": ("_find_minimal_target_modules", "check_target_module_exists", "inspect_matched_modules"),
+    "adapters.targets": (
+        "_find_minimal_target_modules", "_get_module_names_tied_with_embedding", "check_target_module_exists",
+        "inspect_matched_modules",
+    ),
     "adapters.tuner": ("BaseTuner", "MixedModel", "delete_adapter", "set_adapter", "set_requires_grad"),
     "mapping": (
         "PEFT_TYPE_TO_PREFIX_MAPPING", "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",
@@ -79,6 +82,7 @@ INNER = {
     ),
     "methods.lora.alora": ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"),
     "methods.lora.corda": ("CordaConfig", "preprocess_corda"),
+    "methods.lora.intruders": ("reduce_intruder_dimension",),
     "utils.peft_functions": (
         "CONFIG_NAME", "DUMMY_MODEL_CONFIG", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
         "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME",
@@ -91,7 +95,9 @@ _TUNERS = (
     "adalora", "adaption_prompt", "hira", "ia3", "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "p_tuning",
     "prefix_tuning", "prompt_tuning", "shira", "trainable_tokens", "vera",
 )  # fmt: skip
-_TUNER_PARTS = ("bnb", "config", "conversion", "corda", "dora", "eva", "layer", "loraga", "model", "variants")
+_TUNER_PARTS = (
+    "bnb", "config", "conversion", "corda", "dora", "eva", "intruders", "layer", "loraga", "model", "variants",
+)  # fmt: skip
 MODULES = {
     "auto", "functional", "mapping_func", "mixed_model", "optimizers", "optimizers.lorafa", "optimizers.loraplus",
     "peft_model", "tuners", "tuners.lycoris_utils", "tuners.mixed", "tuners.tuners_utils", "utils.constants",

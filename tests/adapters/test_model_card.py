@@ -2,10 +2,12 @@
 
 import re
 
+import models_zoo
 import peft
 import pytest
 import yaml
 
+import slimtune
 from slimtune.adapters.model_card import NOT_IN_PEFT, strip_local_paths, write_model_card
 from slimtune.adapters.registry import config_class, find_built_in_method_files
 from slimtune.export.base_model_info import BaseModelInfo, Licence
@@ -102,3 +104,10 @@ def test_local_paths_are_stripped(tmp_path):
         "nested": {"path": [tmp_path.name, "org/name"]}, "target_modules": ".*q_proj",
     }  # fmt: skip
     assert strip_local_paths(values, "org/base")["tokenizer_name_or_path"] == "org/base"
+
+
+def test_card_has_the_tags_of_the_base(tmp_path):
+    base = models_zoo.llama()
+    base.add_model_tags(["mine"])
+    slimtune.get_peft_model(base, slimtune.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert "- mine\n" in (tmp_path / "README.md").read_text()

@@ -23,20 +23,20 @@ NOT_IN_PEFT = frozenset({"bitfit", "bottleneck", "full"})
 _NOT_SETTINGS = ("base_model_name_or_path", "peft_type", "peft_version", "auto_mapping", "inference_mode", "revision")
 
 
-def write_model_card(config: PeftConfig, folder: Path) -> None:
-    """Write the README.md of a saved adapter.
+def write_model_card(config: PeftConfig, folder: Path, tags: Sequence[str] = ()) -> None:
+    """Write the README.md of a saved adapter, with the tags of its base.
 
     As PEFT does, a README.md that somebody else wrote keeps its text and gets only the metadata that the Hub needs.
     """
     file = folder / CARD_FILE
     if not file.is_file() or is_saved_card(file.read_text(encoding="utf-8")):
-        write_atomic(file, render_saved_card(config))
+        write_atomic(file, render_saved_card(config, tags))
         return
     try:
         card = ModelCard(file.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError):
         return  # Invalid metadata is the author's to repair.
-    for key, value in make_card_data(config, public_base(config)).to_dict().items():
+    for key, value in make_card_data(config, public_base(config), tags=tags).to_dict().items():
         old = card.data.get(key)
         card.data[key] = [*old, *(t for t in value if t not in old)] if key == "tags" and old else old or value
     card.data["library_name"] = "peft"

@@ -479,7 +479,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     write_config(folder, values)
     write_atomic(folder / WEIGHTS_FILE, to_safetensors(tensors, metadata))
-    model_card.write_model_card(config, folder)
+    model_card.write_model_card(config, folder, getattr(model, "model_tags", None) or ())
 
 
 def check_same_settings(here: PeftConfig, there: PeftConfig, where: str | os.PathLike) -> None:
@@ -646,7 +646,8 @@ class SaveLoadMixin:
 
     def create_or_update_model_card(self: Any, output_dir: str | os.PathLike) -> None:
         """Write the README.md of an adapter folder; a README of the user's keeps its text and gets new metadata."""
-        model_card.write_model_card(self.active_peft_config, Path(output_dir))
+        tags = getattr(self, "model_tags", None) or ()
+        model_card.write_model_card(self.active_peft_config, Path(output_dir), tags)
 
     def push_to_hub(
         self: Any,

@@ -198,6 +198,11 @@ def find_tied_modules(model: Any) -> list[str]:
     return [next(n for n, m in modules.items() if m is embedding), *tied] if tied else []
 
 
+def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
+    """Return the names of the modules tied to the input embedding, sorted (PEFT's name)."""
+    return sorted(find_tied_modules(model)[1:])
+
+
 def _add_tied_modules(model: nn.Module, config: Any, names: list[str], tied: list[str]) -> list[str]:
     """Return `names`, and with `ensure_weight_tying` all tied modules if one of them is among the names."""
     chosen = set(tied) & set(names)
