@@ -96,7 +96,7 @@ def fix_invocations(
     active: ActiveAdapters, configs: Mapping[str, Any], args: tuple, kwargs: dict[str, Any], offsets: Offsets | None
 ) -> Iterator[None]:
     """Inside the `with`, calls of the model are steps of a generation, and only its prompt is searched."""
-    invocations = _running_invocations(active, configs)
+    invocations = find_running_invocations(active, configs)
     if invocations:
         ids = _find_ids(args, kwargs)
         if ids is None:
@@ -118,7 +118,7 @@ def select_tokens(
 
     Yields a function to be called with the call's output, which remembers where the rows start to change.
     """
-    invocations = _running_invocations(active, configs)
+    invocations = find_running_invocations(active, configs)
     if not invocations:
         yield lambda output: None
         return
@@ -139,7 +139,7 @@ def select_tokens(
         active.changed_tokens = before
 
 
-def _running_invocations(active: ActiveAdapters, configs: Mapping[str, Any]) -> dict[str, list[int]]:
+def find_running_invocations(active: ActiveAdapters, configs: Mapping[str, Any]) -> dict[str, list[int]]:
     """Return the invocation tokens of the adapters that run and have them."""
     names = active.names if active.row_adapters is None else active.row_adapters
     found = {n: getattr(configs.get(n), "alora_invocation_tokens", None) for n in names}

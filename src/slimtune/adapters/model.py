@@ -28,6 +28,7 @@ from . import layer
 from .base import AdapterModule, MergeUnsupported
 from .config import PeftConfig
 from .conversion import LoraConversionMixin
+from .invocation import find_running_invocations
 from .merging import merge_adapters, tie_equal_parameters, unmerge_adapters
 from .mixed_batch import BASE_ROW, ActiveAdapters, CallMixin
 from .prompt import PromptMixin
@@ -653,9 +654,14 @@ def _make_subclass(base: Any, mixin: Any) -> Any:
 
         @wraps(base.forward)
         def forward(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
-            if adapter_names is None:
-                return base.forward(self, *args, **kwargs)
-            return self(*args, adapter_names=adapter_names, **kwargs)
+            if adapter_names is not None:
+                return self(*args, adapter_names=adapter_names, **kwargs)
+            state = self._adapter_state
+            if state.active_state.changed_tokens is None and find_running_invocations(
+                state.active_state, state.configs
+            ):
+                return self(*args, **kwargs)  # called directly, the tokens of an activated LoRA are not known yet
+            return base.forward(self, *args, **kwargs)
 
         forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
         body["forward"] = forward
