@@ -11,8 +11,11 @@ from ..errors import ConfigError
 from ..methods import config_class
 from .errors import FieldError, unknown_field_error
 
-SET_BY_LIBRARY = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
-"""Fields of every config that attaching and saving fill in: a recipe cannot set them."""
+SET_BY_LIBRARY = (
+    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_type", "peft_version",
+    "runtime_config",
+)  # fmt: skip
+"""Fields of configs that attaching and saving fill in, or that belong to one process: a recipe cannot set them."""
 
 
 def method_fields(cls: Any) -> dict[str, FieldSpec]:
