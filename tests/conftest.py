@@ -90,8 +90,9 @@ def smollm2_folder() -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option of tests/cli/test_screens.py."""
+    """Add the options of tests/cli/test_screens.py and tests/models/test_family_table.py."""
     parser.addoption("--update-screens", action="store_true", help="write the files in tests/cli/screens anew")
+    parser.addoption("--update-families", action="store_true", help="write tests/models/family_table.json anew")
 
 
 @pytest.hookimpl(tryfirst=True)

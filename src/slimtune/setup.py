@@ -1,6 +1,7 @@
 """From a recipe to its base, adapted model, rows and collator; from a run folder to its trained model."""
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from .adapters.config import PeftConfig
 from .adapters.model import PeftModel, get_peft_model
+from .adapters.targets import ALL_LINEAR
 from .attention.register import packing_unsupported_reason
 from .config import Recipe
 from .data.collator import Collator, Example
@@ -22,7 +24,7 @@ from .data.tokenized_dataset import TokenizedDataset
 from .data.validation.report import DatasetReport
 from .errors import AdapterError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
-from .models.loader import Base, download_weights, load_base, load_tokenizer
+from .models.loader import Base, download_weights, get_auto_class, load_base, load_tokenizer
 from .models.quantization import dequantize_model
 from .run_dir import RunDir, find_adapter_folder
 from .train_step.loss import auto_micro_batch_tokens, check_lm_head, make_collator
@@ -210,6 +212,7 @@ def attach_adapter(
             config.init_lora_weights = True  # as in PEFT: an adapter that is read back is not initialized again
         if getattr(config, "tokenizer_name_or_path", None) == recipe.model.name:
             config.tokenizer_name_or_path = base.tokenizer.name_or_path  # an alias cannot be loaded by PEFT
+        exclude_other_inputs(base.model, config)
         model = get_peft_model(base.model, config)
         if loftq:
             layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
@@ -227,6 +230,23 @@ def attach_adapter(
         )
     apply_memory_savings(model, t.gradient_checkpointing, t.offload_activations, t.mlp_tile_size)
     return model
+
+
+def exclude_other_inputs(model: Any, method: PeftConfig) -> None:
+    """Let "all-linear" leave out the parts of a base that see images or hear: a run's rows are text.
+
+    The model's language part is transformers' `get_decoder()`. Writes `exclude_modules` of the config.
+    """
+    everything = str(getattr(method, "target_modules", "")).lower() == ALL_LINEAR
+    language = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if not everything or getattr(method, "exclude_modules", None) or language in (None, model):
+        return
+    names = {id(m): n for n, m in model.named_modules()}
+    parts = names.get(id(language), "").split(".")
+    path = [".".join(parts[:i]) for i in range(len(parts) + 1)]  # the modules that the language part is in, and itself
+    beside = [n for n, m in model.named_modules() if n not in path and n.rpartition(".")[0] in path[:-1]]
+    if other := [n for n in beside if model.get_submodule(n) is not model.get_output_embeddings()]:
+        method.exclude_modules = "|".join(rf"{re.escape(n)}(\..*)?" for n in other)  # type: ignore[attr-defined]
 
 
 def build_meta_model(
@@ -254,10 +274,11 @@ def build_meta_model(
     # A config class from a base's own code: that code is trusted already, or the class would not be here.
     trusted = type(config).__module__.startswith("transformers_modules")
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        model: Any = get_auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
         if first is not None:
             first(model)
         if method is not None:
+            exclude_other_inputs(model, method)
             model = get_peft_model(model, method)
     apply_memory_savings(model, checkpointing, offload, tile)
     return model

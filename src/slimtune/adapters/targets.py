@@ -166,9 +166,15 @@ def list_linear_layers(model: Any, config: PeftConfig) -> list[str]:
     if head is None:
         task_heads = (getattr(model, n, None) for n in HEADS.get(str(config.task_type), ()))
         head = next((m for m in task_heads if isinstance(m, nn.Module)), None)
+    uncalled = set(find_uncalled_layers(model))
     linear = (n for n, m in modules.items() if layer_kind(m) == "linear" and m is not head)
-    parents = ((n, modules.get(n.rpartition(".")[0], model)) for n in linear)
-    return [n for n, parent in parents if not _is_router(n, modules) and not is_uncalled(parent, n)]
+    return [n for n in linear if n not in uncalled and not _is_router(n, modules)]
+
+
+def find_uncalled_layers(model: nn.Module) -> list[str]:
+    """Return the names of the layers whose weights are read without calling them (`UNCALLED_LAYERS`)."""
+    modules = _get_base_modules(model)
+    return [n for n in modules if is_uncalled(modules.get(n.rpartition(".")[0], model), n)]
 
 
 def shorten_names(names: list[str], model: nn.Module) -> list[str]:

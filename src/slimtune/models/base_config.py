@@ -172,7 +172,8 @@ def _missing_fields(raw: dict[str, Any], cls: Any) -> list[str]:
     if "text_config" in raw:  # the text model's own config class fills what is left out on purpose
         return []
     own_names, defaults = getattr(cls, "attribute_map", {}), cls()
-    fields = [f for f in SIZE_FIELDS if isinstance(getattr(defaults, f, None), int)]
+    derived = {f for f in SIZE_FIELDS if isinstance(getattr(cls, f, None), property)}
+    fields = [f for f in SIZE_FIELDS if f not in derived and isinstance(getattr(defaults, f, None), int)]
     if getattr(defaults, "num_key_value_heads", None) == getattr(defaults, "num_attention_heads", None):
         fields = [f for f in fields if f != "num_key_value_heads"]  # if missing, there are as many as heads
     return [own_names.get(f, f) for f in fields if f not in raw and own_names.get(f, f) not in raw]

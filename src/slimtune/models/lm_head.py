@@ -3,6 +3,7 @@
 logits = s · (h Wᵀ + b), soft-capped if the architecture does so
 
 Granite   s = 1 / logits_scaling        Cohere   s = logit_scale        Gemma 2, 3   cap = final_logit_softcapping
+RecurrentGemma   cap = logits_soft_cap
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def get_lm_head(model: Any) -> LMHead | None:
     config = model.config.get_text_config()
     scaling = getattr(config, "logits_scaling", None)
     scale = 1 / scaling if scaling else getattr(config, "logit_scale", None) or 1.0
-    return LMHead(module, config.vocab_size, scale, getattr(config, "final_logit_softcapping", None))
+    cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
+    return LMHead(module, config.vocab_size, scale, cap)
 
 
 def get_hidden_states(model: Any, head: LMHead, inputs: dict[str, Any]) -> Tensor:

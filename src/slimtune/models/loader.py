@@ -15,7 +15,8 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.chat_rendering import render_chat_template
@@ -99,7 +100,7 @@ def load_base(
     options |= opened.options | ({"attn_implementation": attn_implementation} if attn_implementation else {})
     options |= {"config": opened.config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     with translate_load_errors(spec):
-        model, info = TASKS[task].from_pretrained(opened.location, **options)
+        model, info = get_auto_class(opened.config, task).from_pretrained(opened.location, **options)
         if not is_placed:
             model.to(device)
     if hasattr(model, "peft_config"):
@@ -126,6 +127,14 @@ def load_base(
         weight_hashes=hash_weights(model),
         quantization=quantization,
     )
+
+
+def get_auto_class(config: PreTrainedConfig, task: str = "CAUSAL_LM") -> Any:
+    """Return the auto class of a task; language models that also see images have one of their own."""
+    sees_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if task == "CAUSAL_LM" and sees_images and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    return TASKS[task]
 
 
 def load_tokenizer(

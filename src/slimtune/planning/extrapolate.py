@@ -118,8 +118,6 @@ def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
     longest = max_positions(job.base_config) or 2 * tokens
     attention = original_attention(model.config._attn_implementation)
     by_row = not job.packing or layout_unsupported_reason(model) or attention != "sdpa"
-    if by_row:
-        tokens = min(tokens, longest // 2)
     columns: list[int] = [0, 1]
     shapes: list[tuple[int, ...]] = [_split_row(tokens, longest), _split_row(2 * tokens, longest)]
     if job.device == "cuda" and job.packing:
@@ -127,7 +125,7 @@ def fit_memory_model(job: TrainingJob, model: Any) -> MemoryModel:
         shapes.append(_split_row(tokens + tokens // 2, longest))
     if by_row:
         columns.append(3)
-        shapes.append((tokens, tokens))
+        shapes.append(_split_row(2 * tokens, min(tokens, longest // 2)))
     traces = [extrapolate_layers(replace(job, lengths=lengths), backward_only=True) for lengths in shapes]
     features = np.array([_features(lengths) for lengths in shapes])[:, columns]
     coefficients = {}

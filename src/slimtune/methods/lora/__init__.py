@@ -30,6 +30,7 @@ from ...adapters.targets import (
     ALL_LINEAR,
     find_expert_parameters,
     find_tied_modules,
+    find_uncalled_layers,
     list_linear_layers,
     match_parameters,
     matches_name,
@@ -193,9 +194,10 @@ class LoraConfig(PatternedConfig):
 
     def fill_from_model(self, model: nn.Module) -> None:
         super().fill_from_model(model)
-        if self.target_modules != ALL_LINEAR or not find_expert_parameters(model):
+        if self.target_modules != ALL_LINEAR or not (find_expert_parameters(model) or find_uncalled_layers(model)):
             return
-        # In a file, "all-linear" means the experts of transformers 4 to PEFT, which were linear layers.
+        # In a file, "all-linear" means to PEFT the experts of transformers 4, which were linear layers, and layers of
+        # Mamba mixers that it then refuses.
         self.target_modules = shorten_names(list_linear_layers(model, self), model)
         experts = find_expert_parameters(model, self.exclude_modules)
         if self.target_parameters is None and experts:
