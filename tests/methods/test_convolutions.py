@@ -146,6 +146,7 @@ def test_on_a_bf16_base(method):
 
 def test_dropout_and_rank_pattern():
     model = adapted("lora", rank_pattern={"conv": 2}, lora_dropout=0.5)
+    assert (model.conv.in_features, model.conv.out_features) == (8, 12)  # PEFT's names
     shake(model)
     assert get_peft_model_state_dict(model)["base_model.model.conv.lora_A.weight"].shape == (2, 8, 3, 3)
     assert not torch.equal(model(image()), model(image()))

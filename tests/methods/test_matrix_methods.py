@@ -172,6 +172,9 @@ def test_oft_dropped_blocks_are_the_identity():
     module = build(OFTConfig(oft_block_size=4, module_dropout=0.5, init_weights=False)).train()
     x = torch.randn(9, 24, dtype=torch.float64)
     assert (run_layer(module, x) == x).view(9, 6, 4).all(2).all(0).sum() == 3
+    assert torch.equal(
+        module.merge_into(torch.eye(24).double(), None)[0], module.eval().merge_into(torch.eye(24).double(), None)[0]
+    )  # a merge drops none
 
 
 def test_oft_block_sizes_that_do_not_divide():

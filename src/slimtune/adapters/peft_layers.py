@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..utils.linear_layers import get_weight, is_transposed
+from ..utils.linear_layers import get_weight, is_transposed, layer_kind, layer_sizes
 from .merging import merge_adapters, unmerge_adapters
 from .mixed_batch import LayerAdapters
 
@@ -115,6 +115,16 @@ class PeftLayer:
     def base_layer(self) -> Any:
         """The base module without adapters: a module of the base's class that shares its parameters and buffers."""
         return make_base_view(self._layer)
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the layer: channels of a convolution, rows of an embedding."""
+        return self._layer.in_channels if layer_kind(self._layer) == "conv" else layer_sizes(self._layer)[0]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the layer: channels of a convolution, columns of an embedding."""
+        return layer_sizes(self._layer)[1]
 
     @property
     def original_module(self) -> nn.Module:

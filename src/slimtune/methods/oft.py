@@ -98,9 +98,9 @@ class BlockRotation(nn.Module):
         self.weight = nn.Parameter(values if config.init_weights else values.normal_(std=0.1))
         self.to(site.device, site.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `x (..., width)` to `x R`, block by block."""
-        change = self.rotation_minus_identity().to(x.dtype)
+    def forward(self, x: Tensor, drop: bool = True) -> Tensor:
+        """Map `x (..., width)` to `x R`, block by block; without `drop` no block is dropped while training."""
+        change = self.rotation_minus_identity(drop=drop).to(x.dtype)
         parts = x.reshape(-1, x.shape[-1] // self.block_size, self.block_size)
         if len(change) == 1:
             flat = parts.reshape(-1, self.block_size)
@@ -108,13 +108,13 @@ class BlockRotation(nn.Module):
         by_block = parts.transpose(0, 1)
         return torch.baddbmm(by_block, by_block, change).transpose(0, 1).reshape(x.shape)
 
-    def rotate_weight(self, weight: Tensor) -> Tensor:
+    def rotate_weight(self, weight: Tensor, drop: bool = False) -> Tensor:
         """Return `W Rᵀ` for `W (..., width)`."""
-        parts, change = weight.unflatten(-1, (-1, self.block_size)), self.rotation_minus_identity(weight.dtype)
+        parts, change = weight.unflatten(-1, (-1, self.block_size)), self.rotation_minus_identity(weight.dtype, drop)
         change = change.expand(parts.shape[-2], -1, -1)
         return weight + torch.einsum("orc,rkc->ork", parts, change).flatten(-2)
 
-    def rotation_minus_identity(self, min_dtype: torch.dtype = torch.float32) -> Tensor:
+    def rotation_minus_identity(self, min_dtype: torch.dtype = torch.float32, drop: bool = False) -> Tensor:
         """Return R - I for each block, `(blocks or 1, k, k)`, in `min_dtype` or a wider dtype."""
         values = self.weight if self.eps is None else self._limit_values(self.eps)
         values = values.to(torch.promote_types(values.dtype, min_dtype))
@@ -122,7 +122,7 @@ class BlockRotation(nn.Module):
         Q = values.new_zeros(len(values), self.block_size, self.block_size)
         Q[:, rows, columns] = values
         change = self._cayley(Q - Q.mT)
-        if self.training and self.dropout and len(change) > 1:
+        if drop and self.training and self.dropout and len(change) > 1:
             dropped = torch.arange(len(change)) < int(self.dropout * len(change))
             kept = ~dropped[torch.randperm(len(change))].to(change.device)
             change = change * kept[:, None, None]
@@ -173,7 +173,7 @@ class ConvOft(LinearOft):
         y, weight = base(x), base.weight()
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         # A 16-bit rotated weight would lose small rotations.
-        return y + base.convolve(x, (self.oft_R.rotate_weight(wide) - wide).to(x.dtype))
+        return y + base.convolve(x, (self.oft_R.rotate_weight(wide, drop=True) - wide).to(x.dtype))
 
 
 class EmbeddingOft(AdapterModule):
@@ -187,7 +187,7 @@ class EmbeddingOft(AdapterModule):
         return self.oft_embedding_R(y)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.oft_embedding_R(weight.t()).t(), bias
+        return self.oft_embedding_R(weight.t(), drop=False).t(), bias
 
 
 def nearest_divisor(size: int, target: int) -> int:
