@@ -55,6 +55,12 @@ MAKERS = {
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )
     ),
+    "smollm3": lambda v: tf.SmolLM3ForCausalLM(tf.SmolLM3Config(**SIZES, vocab_size=v)),
+    "granite": lambda v: tf.GraniteForCausalLM(
+        tf.GraniteConfig(**SIZES, vocab_size=v, logits_scaling=2.0, embedding_multiplier=3.0, residual_multiplier=0.5)
+    ),
+    "olmo": lambda v: tf.OlmoForCausalLM(tf.OlmoConfig(**SIZES, vocab_size=v)),
+    "olmo2": lambda v: tf.Olmo2ForCausalLM(tf.Olmo2Config(**SIZES, vocab_size=v)),
     "gpt2": lambda v: tf.GPT2LMHeadModel(
         tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, vocab_size=v, bos_token_id=1, eos_token_id=2)
     ),
@@ -106,12 +112,15 @@ def _rotary(w: Any, config: Any) -> None:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     w.add_feed_forward_length(config.intermediate_size)
     w.add_head_count_kv(config.num_key_value_heads)
-    w.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if eps := getattr(config, "rms_norm_eps", None):
+        w.add_layer_norm_rms_eps(eps)
+    else:
+        w.add_layer_norm_eps(getattr(config, "layer_norm_eps", 1e-5))
     w.add_key_length(head)
     w.add_value_length(head)
     rope = config.rope_parameters
     w.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    w.add_rope_dimension_count(head)
+    w.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1.0)))
     if config.model_type == "phi3":
         w.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
     if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
@@ -120,6 +129,11 @@ def _rotary(w: Any, config: Any) -> None:
         w.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
     if config.model_type in ("gemma2", "gemma3_text", "gpt_oss"):
         w.add_sliding_window(config.sliding_window)
+    if config.model_type == "granite":
+        w.add_logit_scale(config.logits_scaling)
+        w.add_embedding_scale(config.embedding_multiplier)
+        w.add_residual_scale(config.residual_multiplier)
+        w.add_attention_scale(config.attention_multiplier)
     if config.model_type == "gemma2":
         w.add_attn_logit_softcapping(config.attn_logit_softcapping)
         w.add_final_logit_softcapping(config.final_logit_softcapping)

@@ -67,6 +67,10 @@ ARCHITECTURES = {
     "gemma2": GgufArchitecture("gemma2", norm_shift=1.0),
     "gemma3_text": GgufArchitecture("gemma3", norm_shift=1.0),
     "phi3": GgufArchitecture("phi3"),
+    "smollm3": GgufArchitecture("smollm3", _ROTATED),
+    "granite": GgufArchitecture("granite", _ROTATED),
+    "olmo": GgufArchitecture("olmo", _ROTATED),
+    "olmo2": GgufArchitecture("olmo2"),
     "gpt2": GgufArchitecture("gpt2", transposed=("c_attn", "c_proj", "c_fc")),
 }
 """By `model_type` in Hugging Face's config."""
