@@ -23,7 +23,7 @@ BAD_SETTINGS = [
     ("bottleneck", {"phm_layer": True}, "no field 'phm_layer'"),
     ("hira", {"init_weights": "pissa"}, "init_weights is 'pissa'"),
     ("hira", {"rank_pattern": {"q": 0}}, "rank_pattern is"),
-    ("ia3", {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}, "feedforward_modules is"),
+    ("ia3", {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}, "should be a subset of `target_modules`"),
     ("loha", {"rank_dropout": 1}, "rank_dropout is 1"),
     ("lokr", {"decompose_factor": 0}, "decompose_factor is 0"),
     ("lora", {"r": True}, "r is True"),
@@ -53,13 +53,13 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize(("method", "settings", "message"), BAD_SETTINGS)
 def test_bad_settings_are_refused(method, settings, message):
     with pytest.raises(ConfigError, match=message):
-        config_class(method)(**settings)
+        config_class(method)(**settings).check_required()
 
 
 @pytest.mark.parametrize("method", method_names())
 def test_every_field_is_declared_once(method):
     """Every field has its help, and its default is in its range."""
-    shared = {"base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
+    shared = {"base_model_name_or_path", "revision", "auto_mapping", "peft_type", "peft_version"}
     for spec in field_specs(config_class(method)):
         assert spec.name in shared or spec.help, spec.name
         required = spec.default is None and "required" in spec.help

@@ -149,6 +149,9 @@ class PeftConfig(metaclass=_ConfigMeta):
 
     # --- what a method adds: it defines `build`, and those of the others that it needs ------------------------------
 
+    def check_required(self) -> None:
+        """Raise ConfigError if a required field is missing; called before attaching, and when a recipe is read."""
+
     def check_model(self, model: nn.Module) -> None:
         """Raise UsageError if the method cannot adapt this model; called before the adapter is attached."""
 

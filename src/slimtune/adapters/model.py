@@ -250,6 +250,7 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         if not peft_config.name:
             raise UsageError(f"{type(peft_config).__name__} is not the config of a method", "such as LoraConfig")
         self._replicate_layers(getattr(peft_config, "layer_replication", None))
+        peft_config.check_required()
         peft_config.check_model(self)
         peft_config.fill_from_model(self)
         report = select_targets(self, peft_config, strict=strict)
@@ -656,8 +657,8 @@ def _make_subclass(base: Any, mixin: Any) -> Any:
         def forward(self: Any, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
             if adapter_names is not None:
                 return self(*args, adapter_names=adapter_names, **kwargs)
-            state = self._adapter_state
-            if state.active_state.changed_tokens is None and find_running_invocations(
+            state = vars(self).get("_slimtune")  # None: a wrapper kept this forward after the adapters were removed
+            if state and state.active_state.changed_tokens is None and find_running_invocations(
                 state.active_state, state.configs
             ):
                 return self(*args, **kwargs)  # called directly, the tokens of an activated LoRA are not known yet

@@ -66,8 +66,10 @@ class PromptLearningConfig(PeftConfig):
         None, "modules trained in full beside the adapter (a new head) and saved with it"
     )
 
-    def fill_from_model(self, model: Any) -> None:
+    def check_required(self) -> None:
         self.require(self.num_virtual_tokens is not None, "num_virtual_tokens", "an integer, at least 1")
+
+    def fill_from_model(self, model: Any) -> None:
         found = find_backbones(model)
         text = text_config(model)
         seq2seq = self.task_type == "SEQ_2_SEQ_LM"

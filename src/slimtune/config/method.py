@@ -75,7 +75,8 @@ def _find_errors(settings: dict[str, Any], cls: Any) -> list[FieldError]:
     settings = dict(settings)
     while True:
         try:
-            type.__call__(cls, **settings)  # the class as it is: calling it would import peft, which takes seconds
+            # The class as it is: calling it would import peft, which takes seconds.
+            type.__call__(cls, **settings).check_required()
             return errors
         except ConfigError as e:
             name, expected = e.message.split(" ", 1)[0].strip("`"), "; ".join(filter(None, (e.expected, e.hint)))

@@ -42,8 +42,10 @@ class AdaptionPromptConfig(PeftConfig):
     adapter_len: int | None = setting(None, "learned tokens of a layer, required; 10 in the paper", ge=1)
     adapter_layers: int | None = setting(None, "how many layers get them, counted from the top; None: all", ge=1)
 
-    def fill_from_model(self, model: Any) -> None:
+    def check_required(self) -> None:
         self.require(self.adapter_len is not None, "adapter_len", "an integer, at least 1")
+
+    def fill_from_model(self, model: Any) -> None:
         names = find_attention_modules(model)
         self.target_modules = self.target_modules or names[0].rpartition(".")[2]
         self.adapter_layers = self.adapter_layers or len(names)

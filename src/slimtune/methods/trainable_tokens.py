@@ -51,9 +51,11 @@ class TrainableTokensConfig(TargetedConfig):
     token_indices: list[int] = setting(default_factory=list, help="ids of the tokens that train", ge=0)
     init_weights: bool = setting(True, "start as the base's rows; False: random, for tests")
 
+    def check_required(self) -> None:
+        self.require(are_unique_token_ids(self.token_indices), "token_indices", "a list of token ids, each once")
+
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the name of the input embedding, as PEFT does."""
-        self.require(are_unique_token_ids(self.token_indices), "token_indices", "a list of token ids, each once")
         if self.target_modules is None:
             self.target_modules = find_input_embedding_name(model)
 
