@@ -59,7 +59,7 @@ def test_bad_settings_are_refused(method, settings, message):
 @pytest.mark.parametrize("method", method_names())
 def test_every_field_is_declared_once(method):
     """Every field has its help, and its default is in its range."""
-    shared = {"base_model_name_or_path", "revision", "auto_mapping", "peft_type", "peft_version"}
+    shared = {"base_model_name_or_path", "revision", "auto_mapping", "peft_type", "peft_version", "runtime_config"}
     for spec in field_specs(config_class(method)):
         assert spec.name in shared or spec.help, spec.name
         required = spec.default is None and "required" in spec.help
