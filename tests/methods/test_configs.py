@@ -23,7 +23,7 @@ BAD_SETTINGS = [
     ("bottleneck", {"phm_layer": True}, "no field 'phm_layer'"),
     ("hira", {"init_weights": "pissa"}, "init_weights is 'pissa'"),
     ("hira", {"rank_pattern": {"q": 0}}, "rank_pattern is"),
-    ("ia3", {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}, "should be a subset of `target_modules`"),
+    ("ia3", {"target_modules": ["k_proj"], "feedforward_modules": ["down_proj"]}, "should be a subset of"),
     ("loha", {"rank_dropout": 1}, "rank_dropout is 1"),
     ("lokr", {"decompose_factor": 0}, "decompose_factor is 0"),
     ("lora", {"r": True}, "r is True"),

@@ -658,8 +658,10 @@ def _make_subclass(base: Any, mixin: Any) -> Any:
             if adapter_names is not None:
                 return self(*args, adapter_names=adapter_names, **kwargs)
             state = vars(self).get("_slimtune")  # None: a wrapper kept this forward after the adapters were removed
-            if state and state.active_state.changed_tokens is None and find_running_invocations(
-                state.active_state, state.configs
+            if (
+                state
+                and state.active_state.changed_tokens is None
+                and find_running_invocations(state.active_state, state.configs)
             ):
                 return self(*args, **kwargs)  # called directly, the tokens of an activated LoRA are not known yet
             return base.forward(self, *args, **kwargs)
