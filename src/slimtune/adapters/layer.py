@@ -18,6 +18,7 @@ nn.MultiheadAttention) contains the updates of the active adapters. All adapted 
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -322,8 +323,8 @@ def _make_parameter_property(base: type, name: str) -> property:
             return own
         if self.trained_copies or is_read:
             # FSDP1 looks whether the module still has the parameter that it put there, and does not know of adapters.
-            frame: Any = None if torch.compiler.is_compiling() else inspect.currentframe()
-            if frame is not None and frame.f_back.f_globals["__name__"] in _FSDP1:
+            # (A variable with the frame would be a cycle, which keeps the tensors of each call until the next collection.)
+            if not torch.compiler.is_compiling() and sys._getframe(1).f_globals["__name__"] in _FSDP1:
                 return own
         value = own
         if self.trained_copies:

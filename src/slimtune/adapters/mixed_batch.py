@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..attention.register import LAYOUT_KWARG
 from ..errors import UsageError, format_names, nearest
 from ..kernels.lora_linear import list_equal_group_adapters, stack_mixed_batch_lora
-from .invocation import ChangedTokens, Offsets, fix_invocations, select_tokens
+from .invocation import ChangedTokens, Offsets, find_running_invocations, fix_invocations, select_tokens
 
 BASE_ROW = "__base__"
 """PEFT's name for a row of a mixed batch that runs the base without an adapter."""
@@ -177,13 +177,16 @@ class CallMixin:
         the invocation tokens on.
         """
         state = self._adapter_state
-        with (
-            self._select_row_adapters(adapter_names, args, kwargs),
-            select_tokens(state.active_state, state.configs, args, kwargs, alora_offsets) as store_starts,
-        ):
-            self._keep_selection_in_checkpoints()
-            out = super().__call__(*args, **kwargs)  # type: ignore[misc]
-            store_starts(out)
+        if adapter_names is None and not find_running_invocations(state.active_state, state.configs):
+            out = super().__call__(*args, **kwargs)  # type: ignore[misc]  # torch.compile stops at a `with`
+        else:
+            with (
+                self._select_row_adapters(adapter_names, args, kwargs),
+                select_tokens(state.active_state, state.configs, args, kwargs, alora_offsets) as store_starts,
+            ):
+                self._keep_selection_in_checkpoints()
+                out = super().__call__(*args, **kwargs)  # type: ignore[misc]
+                store_starts(out)
         for name in adapter_names or state.active_state.names:
             if name != BASE_ROW and state.configs[name].is_prompt_learning and "encoder_outputs" not in kwargs:
                 state.configs[name].require_reached(self.adapter_modules(name))
