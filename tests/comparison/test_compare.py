@@ -73,6 +73,7 @@ class Killed(BaseException):
     """Replaces a signal that cannot be caught."""
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_numbers(grid, in_process, monkeypatch):
     whole = compare(grid("lora", "prompt", out="whole"))
     del in_process[:]

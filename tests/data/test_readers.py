@@ -236,6 +236,7 @@ def test_item_longer_than_a_chunk(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+@pytest.mark.slow
 def test_files_stream(tmp_path, kind):
     """Eight times the rows take no more memory."""
     peaks = []

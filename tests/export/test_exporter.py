@@ -151,6 +151,7 @@ def test_verify_a_run(run):
     ],
     ids=["ia3", "dora", "bottleneck", "prefix", "prompt"],
 )
+@pytest.mark.slow
 def test_other_methods_are_merged_or_refused(config, merges, base, tmp_path):
     run, merged = adapter_on(base, tmp_path / "run", config), ExportOptions(merged=True, name="m")
     for to in ("gguf", "ollama", "vllm"):
@@ -273,6 +274,7 @@ def test_a_known_name_of_this_family_is_not_proven(run, base, tmp_path, monkeypa
     assert (check["passed"], "has the family and size" in check["reason"]) == (None, True)
 
 
+@pytest.mark.slow
 def test_a_gguf_of_the_base_is_asked_itself(run, base, tmp_path):
     quantized = write_whole(base, tmp_path / "q8.gguf", "q8_0")
     check = to_ollama(run, tmp_path / "out", quantized)["check"]
@@ -350,7 +352,7 @@ WRONG_ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("precision", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("f32", "q8_0")), "f16"])
 @pytest.mark.parametrize("fault", WRONG_ADAPTERS)
 def test_wrong_merges_are_refused(run, tmp_path, monkeypatch, fault, precision):
     original = module_merge.gguf.write_gguf_from_template

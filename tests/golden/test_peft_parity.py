@@ -85,6 +85,7 @@ def test_saved_there_is_loaded_here(case, tmp_path):
 
 
 @EVERY
+@pytest.mark.slow
 def test_saved_here_is_loaded_there(case, tmp_path):
     ours = adapted(slimtune, case)
     shake(ours)

@@ -301,6 +301,7 @@ def test_changed_file_is_another_base(write):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_smollm2(smollm2_folder):
     import gguf
 

@@ -52,6 +52,7 @@ def test_formula_of_tiles_and_offloading(lengths):
     assert extrapolate_layers(job).host_bytes == trace.host_bytes
 
 
+@pytest.mark.slow
 def test_one_very_long_row_is_not_padded():
     job = make_job(gradient_checkpointing=True, depth=3)
     formula = fit_memory_model(job, job.build_model())
@@ -60,6 +61,7 @@ def test_one_very_long_row_is_not_padded():
     assert formula.peak((35_000, 35_000)) > formula.peak((70_000,))
 
 
+@pytest.mark.slow
 def test_kept_attention_scores_grow_with_the_square():
     """Gemma 2 caps its scores, so they are kept: one long row takes more than two of half its length."""
     gemma, llama = (fit_memory_model(job, job.build_model()) for job in (make_job("gemma2"), make_job()))
@@ -68,6 +70,7 @@ def test_kept_attention_scores_grow_with_the_square():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2"])
+@pytest.mark.slow
 def test_two_and_three_layers_give_all_layers(name):
     job = make_job(name, lengths=(200,) if name != "gpt2" else (60,))
     trace, extrapolated = trace_memory(job), extrapolate_layers(job, job.build_model())

@@ -120,6 +120,7 @@ def test_plan_for_one_gpu_judges_another():
     assert judge_memory(plan.need, gpu_with_memory("100MiB").usable) == "does not fit"
 
 
+@pytest.mark.slow
 def test_request_of_a_recipe(tmp_path):
     recipe = Recipe.from_dict(
         {

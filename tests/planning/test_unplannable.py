@@ -40,6 +40,7 @@ def test_is_planned(kind, sizes):
     assert planned.verdict == "fits"
 
 
+@pytest.mark.slow
 def test_base_that_is_not_packed_is_planned_padded():
     planned, padded = (plan("bloom", n_head=2, packing=packing) for packing in (True, False))
     assert any("padded, not packed" in note for note in planned.notes)

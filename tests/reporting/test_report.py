@@ -155,6 +155,7 @@ ODD = [None, 3, -1.5, "x", [], [1], {}, {"a": 1}, True, 10**400, math.inf]
 
 
 @pytest.mark.parametrize("name", ["plan.json", "result.json", "data.json", "eval-test.json"])
+@pytest.mark.slow
 def test_values_of_other_types(tmp_path, name):
     run = make_full_run(tmp_path / "mine")
     file, metrics = run.path / name, run.metrics_file.read_text()

@@ -160,7 +160,10 @@ POINTS: dict[str, tuple[tuple[Any, str], int, tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", POINTS)
+FAST_POINTS = ("forward", "backward of the first layer", "after clipping", "evaluation", "a checkpoint's optimizer")
+
+
+@pytest.mark.parametrize("name", [p if p in FAST_POINTS else pytest.param(p, marks=pytest.mark.slow) for p in POINTS])
 def test_run_recovers(name, plain, undisturbed, tmp_path, monkeypatch, capfd):
     arming, turn, target = POINTS[name]
     fault = Fault(monkeypatch, KINDS[list(POINTS).index(name) % len(KINDS)])
@@ -217,6 +220,7 @@ def limit_micro_batches(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[in
 
 
 @pytest.mark.parametrize("packing", [True, False], ids=["packed", "padded"])
+@pytest.mark.slow
 def test_smaller_size_is_kept_when_resumed(packing, plain, undisturbed, tmp_path, monkeypatch):
     settings = {**plain, "train": {**plain["train"], "packing": packing, "max_tokens_per_micro_batch": 1000}}
     ran = limit_micro_batches(monkeypatch, 100)
@@ -249,6 +253,7 @@ def test_checkpointing_is_turned_on_when_one_row_does_not_fit(plain, undisturbed
     run.assert_same_as(undisturbed)
 
 
+@pytest.mark.slow
 def test_giving_up_leaves_a_checkpoint(plain, undisturbed, tmp_path, monkeypatch):
     settings = {**plain, "train": {**plain["train"], "eval_steps": 3}}
     compute = TrainingLoop.compute_gradients

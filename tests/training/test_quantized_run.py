@@ -40,6 +40,7 @@ def planned_dtype(recipe):
 
 @needs_bitsandbytes
 @KINDS
+@pytest.mark.slow
 def test_quantized_run_from_plan_to_merge(settings, kind, tmp_path):
     recipe = quantized_recipe(settings, kind)
     result = train(recipe, planner=make_planner(False))

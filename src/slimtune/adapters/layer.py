@@ -18,7 +18,6 @@ nn.MultiheadAttention) contains the updates of the active adapters. All adapted 
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -306,6 +305,13 @@ def _merge_active(layer: AdaptedLayer, weight: Tensor) -> Tensor:
     return merged.to(weight.dtype)
 
 
+def _is_called_by_fsdp1() -> bool:
+    """Return whether FSDP1 reads a parameter property."""
+    # A variable with a frame would be a cycle, which keeps the tensors of each call until the next garbage collection.
+    get_frame: Any = inspect.currentframe
+    return get_frame().f_back.f_back.f_globals["__name__"] in _FSDP1
+
+
 def _make_parameter_property(base: type, name: str) -> property:
     plain_tensor = f"_plain_{name}"
     is_read = issubclass(base, ReadWeight) and name in ("in_proj_weight", "weight")
@@ -321,11 +327,9 @@ def _make_parameter_property(base: type, name: str) -> property:
             raise AttributeError(f"{base.__name__!r} object has no attribute {name!r}")
         if self.original_parameters is not None or own is None:
             return own
-        if self.trained_copies or is_read:
-            # FSDP1 looks whether the module still has the parameter that it put there, and does not know of adapters.
-            # (A variable with the frame would be a cycle, which keeps the tensors of each call until the next collection.)
-            if not torch.compiler.is_compiling() and sys._getframe(1).f_globals["__name__"] in _FSDP1:
-                return own
+        # FSDP1 looks whether the module still has the parameter that it put there, and does not know of adapters.
+        if (self.trained_copies or is_read) and not torch.compiler.is_compiling() and _is_called_by_fsdp1():
+            return own
         value = own
         if self.trained_copies:
             adapter: Any = self.current_copy
