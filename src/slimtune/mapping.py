@@ -7,19 +7,24 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import peft_layers, tuner
-from .adapters.architectures import DEFAULT_TARGETS
+from .adapters.config import CONFIG_FILE as CONFIG_NAME
 from .adapters.config import PeftType, get_peft_config
 from .adapters.registry import config_class, find_built_in_method_files
+from .adapters.state_dict import WEIGHTS_FILE as SAFETENSORS_WEIGHTS_NAME
+from .adapters.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from .adapters.tuner import inject_adapter_in_model
 from .errors import format_names, nearest
 from .methods.ia3 import SCALED
 from .peft_names import make_getattr
 
 __all__ = [
+    "CONFIG_NAME",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "SAFETENSORS_WEIGHTS_NAME",
     "get_peft_config",
     "inject_adapter_in_model",
 ]
@@ -41,7 +46,7 @@ def _get_default_targets(method: str) -> dict[str, list[str]]:
     return {name: list(modules) for name, modules in targets.items() if name is not None}
 
 
-TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = {k: list(v) for k, v in DEFAULT_TARGETS.items() if k is not None}
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = _get_default_targets("lora")
 """Default targets of LoRA by `model_type`."""
 TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING = _get_default_targets("adalora")
 TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING = _get_default_targets("hira")

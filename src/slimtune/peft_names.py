@@ -72,7 +72,8 @@ INNER = {
     ),
     "adapters.tuner": ("BaseTuner", "MixedModel", "delete_adapter", "set_adapter", "set_requires_grad"),
     "mapping": (
-        "PEFT_TYPE_TO_PREFIX_MAPPING", "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",
+        "CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "PEFT_TYPE_TO_PREFIX_MAPPING", "SAFETENSORS_WEIGHTS_NAME",
+        "TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING",
         "TRANSFORMERS_MODELS_TO_HIRA_TARGET_MODULES_MAPPING",
         "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING",
         "TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING",
@@ -84,8 +85,7 @@ INNER = {
     "methods.lora.corda": ("CordaConfig", "preprocess_corda"),
     "methods.lora.intruders": ("reduce_intruder_dimension",),
     "utils.peft_functions": (
-        "CONFIG_NAME", "DUMMY_MODEL_CONFIG", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
-        "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME",
+        "DUMMY_MODEL_CONFIG", "MIN_TARGET_MODULES_FOR_OPTIMIZATION", "WEIGHTS_NAME",
         "_get_submodules", "id_tensor_storage", "infer_device", "init_empty_weights", "transpose",
     ),
 }  # fmt: skip

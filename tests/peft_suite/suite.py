@@ -136,9 +136,7 @@ def shorten_cause(text: str) -> str:
 
 def report(work: Path, src: Path, rows: dict[str, dict], *, everything: bool, most_causes: int) -> None:
     """Print the counts, by file and in total, and the most frequent causes of failure."""
-    counted = [
-        test for test in gzip.decompress(PASSES.read_bytes()).decode().splitlines() if everything or test in rows
-    ]
+    counted = [test for test in read_passes() if everything or test in rows]
     exclusions = read_exclusions()
     hits: Counter[str] = Counter()
     files: defaultdict[str, Counter[str]] = defaultdict(Counter)

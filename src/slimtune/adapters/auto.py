@@ -6,9 +6,8 @@ from typing import Any
 import transformers
 
 from ..errors import AdapterError, UsageError
-from . import model as peft_models
 from .config import PeftConfig
-from .model import PeftModel
+from .model import TASK_MODELS, PeftModel
 
 _BY_TASK = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -19,15 +18,8 @@ _BY_TASK = {
     "FEATURE_EXTRACTION": "AutoModelForFeatureExtraction",
 }
 """Class for the base by the adapter's task; for feature extraction transformers' name is AutoModel."""
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, Any] = {
-    "SEQ_CLS": peft_models.PeftModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": peft_models.PeftModelForSeq2SeqLM,
-    "CAUSAL_LM": peft_models.PeftModelForCausalLM,
-    "TOKEN_CLS": peft_models.PeftModelForTokenClassification,
-    "QUESTION_ANS": peft_models.PeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": peft_models.PeftModelForFeatureExtraction,
-}
-"""Class of the adapted model by the adapter's task."""
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = TASK_MODELS
+"""PEFT's name of the classes of an adapted model by the adapter's task."""
 
 
 _AUTO_CLASSES = {"AutoModel", *_BY_TASK.values(), "AutoModelForImageTextToText", "AutoModelForMaskedLM"}

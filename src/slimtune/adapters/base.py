@@ -37,6 +37,8 @@ from ..utils.linear_layers import get_weight, is_plain_forward, parameter_names
 from .architectures import text_config
 
 SiteKind = Literal["linear", "embedding", "conv", "weight", "norm", "parameters", "block", "attention", "model"]
+WEIGHT_KINDS = frozenset[SiteKind](["linear", "embedding", "conv", "weight"])
+"""The kinds of site whose module has a weight matrix."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import TargetError, UsageError, format_names, nearest
 from ..kernels.low_rank import LowRank, nearest_low_rank, weighted_sum
-from .base import AdapterModule, MergeUnsupported, SharedParameterHolder, Site
+from .base import WEIGHT_KINDS, AdapterModule, MergeUnsupported, SharedParameterHolder, Site
 from .config import PeftConfig
 from .layer import get_site
 from .registry import config_class
@@ -239,7 +239,7 @@ def collect_weight_deltas(
             kind = report.kinds[name]
             if isinstance(module, SharedParameterHolder):
                 continue
-            if kind not in ("linear", "embedding", "conv", "weight"):
+            if kind not in WEIGHT_KINDS:
                 raise _not_a_weight_change(adapter, name, f"it changes a {kind}")
             delta = WeightDelta(adapter, float(coefficient), module, get_site(name, kind, model))
             found.setdefault(name, []).append(delta)

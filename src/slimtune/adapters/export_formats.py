@@ -36,10 +36,14 @@ def get_export_formats(model: Any, adapter: str = "default", *, beside: bool = T
     """
     config = model.peft_config[adapter]
     factors, other = collect_low_rank_factors(model, adapter)
-    beside = beside and not getattr(config, "layer_replication", None)  # the base as published has fewer layers
+    replicated = bool(getattr(config, "layer_replication", None))
+    beside = beside and not replicated  # the base as published has fewer layers
     can_be_lora = beside and not lora_incompatibilities(config)
-    merged = config.mergeable and not getattr(config, "layer_replication", None)
-    merged = merged and all(m.has_base_parameter for m in model.adapter_modules(adapter).values())
+    merged = (
+        config.mergeable
+        and not replicated
+        and all(m.has_base_parameter for m in model.adapter_modules(adapter).values())
+    )
     kinds = set(model.match_report(adapter).kinds.values())
     return ExportFormats(
         merged=merged,

@@ -32,7 +32,7 @@ from ..kernels.lora_linear import add_low_rank_rows
 from ..utils.linear_layers import ReadWeight, layer_kind, layer_sizes, parameter_names, stored_buffer_names
 from ..utils.made_classes import PickledByRecipe
 from .architectures import text_config
-from .base import BaseForward, Site, SiteKind
+from .base import WEIGHT_KINDS, BaseForward, Site, SiteKind
 from .mixed_batch import ActiveAdapters
 from .peft_layers import ADAPTED_ATTRIBUTES, PeftNames
 
@@ -40,7 +40,7 @@ from .peft_layers import ADAPTED_ATTRIBUTES, PeftNames
 def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
     """Return the site of a module. With `autocast`, adapter parameters are fp32 above a 16-bit base."""
     module = model.get_submodule(name)
-    if layer_kind(module) is not None and kind in ("linear", "embedding", "conv", "weight", "norm"):
+    if layer_kind(module) is not None and kind in {*WEIGHT_KINDS, "norm"}:
         in_features, out_features = layer_sizes(module)
         weight: Any = module._parameters[parameter_names(module)[0]]
     else:
@@ -254,9 +254,6 @@ def rename_adapter(module: AdaptedLayer, old: str, new: str) -> None:
 # --- the adapted class ----------------------------------------------------------------------------------------------
 
 
-_FSDP1 = ("torch.distributed.fsdp._flat_param", "torch.distributed.fsdp._init_utils")
-
-
 def _trained_dtype(dtype: torch.dtype, autocast: bool) -> torch.dtype:
     return torch.float32 if autocast and dtype in (torch.float16, torch.bfloat16) else dtype
 
@@ -303,6 +300,9 @@ def _merge_active(layer: AdaptedLayer, weight: Tensor) -> Tensor:
     for module in modules:
         merged, _ = module.merge_into(merged, None)
     return merged.to(weight.dtype)
+
+
+_FSDP1 = ("torch.distributed.fsdp._flat_param", "torch.distributed.fsdp._init_utils")
 
 
 def _is_called_by_fsdp1() -> bool:

@@ -72,6 +72,12 @@ def disable_cpu_repacking(modules: Iterable[Any]) -> None:
             module.quant_state = weight.quant_state
 
 
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return (number of trainable parameters, number of all parameters)."""
+    counts = [(count_values(p), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+
+
 def count_values(parameter: nn.Parameter) -> int:
     """Return the number of values in a parameter; a byte of a 4-bit parameter contains two."""
     return parameter.numel() * (2 * parameter.element_size() if _is_4_bit(parameter) else 1)

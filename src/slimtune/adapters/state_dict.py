@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import AdapterError, PeftWarning, UsageError, format_names, nearest
-from ..utils.files import write_atomic
+from ..utils.files import read_json, write_atomic
 from ..utils.fingerprint import config_fingerprint
 from ..utils.hub import commit_files, require_repo_id
 from ..utils.linear_layers import is_finite
@@ -87,7 +87,7 @@ def get_adapter_tensors(model: Any, adapter: str) -> dict[str, Tensor]:
 
 
 def _file_prefix(name: str, kinds: Mapping[str, str]) -> str:
-    """Return the beginning of a module's keys; PEFT wraps an attention module before its out_proj."""
+    """Return how a module's keys start; PEFT wraps an attention module before its out_proj."""
     parent, _, leaf = name.rpartition(".")
     path = f"{parent}.base_layer.{leaf}" if parent and kinds.get(parent) == "weight" else name
     return f"{_PREFIX}{path}." if path else _PREFIX
@@ -157,7 +157,7 @@ def _is_resized(model: Any, base: str | None) -> bool:
     cached = file if folder.is_dir() else try_to_load_from_cache(base, "config.json") if base.count("/") < 2 else None
     if not isinstance(cached, str | Path) or not Path(cached).is_file():
         return False
-    return json.loads(Path(cached).read_text()).get("vocab_size", size) != size
+    return read_json(Path(cached), error=AdapterError).get("vocab_size", size) != size
 
 
 def set_peft_model_state_dict(
@@ -329,7 +329,7 @@ def check_sizes(model: Any, config: PeftConfig, given: Mapping[str, Tensor], whe
 
 
 def _leave_meta_device(model: Any, adapter: str) -> None:
-    """Build the modules of an adapter that is on the meta device anew, on the devices of their layers."""
+    """Rebuild the modules of an adapter that is on the meta device on the devices of their layers."""
     old = model.adapter_modules(adapter)
     on_meta = [p for module in old.values() for p in module.parameters() if p.is_meta]
     layers = model.adapted_layers(adapter)

@@ -8,8 +8,9 @@ from torch import nn
 
 from ..utils.linear_layers import is_quantized
 from .peft_layers import AuxiliaryTrainingWrapper, BaseTunerLayer
-from .quantized import count_values
+from .quantized import count_parameters
 
+TUNER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 Irregular = Literal["irregular"]
 """In place of a value that differs from layer to layer."""
 
@@ -59,14 +60,10 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
     if any(c.is_prompt_learning or c.is_adaption_prompt for c in configs):
         raise TypeError("get_layer_status describes adapted layers, which learned prompts and prefixes do not have")
     prefix = "model." if configs else ""  # PEFT's tuner has the base as its `model`
-    layers = {f"{prefix}{n}": m for n, m in model.named_modules() if _is_tuner_layer(m)}
+    layers = {f"{prefix}{n}": m for n, m in model.named_modules() if isinstance(m, TUNER_LAYERS)}
     if not layers:
         raise ValueError("the model has no adapted layers; get_peft_model(model, config) adds an adapter")
     return [_get_status(name, layer) for name, layer in layers.items()]
-
-
-def _is_tuner_layer(module: nn.Module) -> bool:
-    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
 
 
 def _get_status(name: str, layer: Any) -> TunerLayerStatus:
@@ -91,7 +88,7 @@ def get_model_status(model: Any) -> TunerModelStatus:
     """Return the state of the model's adapters in total; errors are those of `get_layer_status`."""
     layers = get_layer_status(model)
     configs = getattr(model, "peft_config", {})
-    counts = [(count_values(p), p.requires_grad) for p in model.parameters()]
+    trainable_params, total_params = count_parameters(model)
     merged = {a for layer in layers for a in layer.merged_adapters}
     partly_merged = any(merged & {*layer.available_adapters} - {*layer.merged_adapters} for layer in layers)
     adapters = sorted({a for layer in layers for a in layer.available_adapters})
@@ -99,8 +96,8 @@ def get_model_status(model: Any) -> TunerModelStatus:
         base_model_type=type(model).__name__ if hasattr(model, "config") or configs else "other",
         adapter_model_type=type(model.base_model).__name__ if configs else "None",
         peft_types={a: str(config.peft_type) for a, config in configs.items()},
-        trainable_params=sum(n for n, trains in counts if trains),
-        total_params=sum(n for n, _ in counts),
+        trainable_params=trainable_params,
+        total_params=total_params,
         num_adapter_layers=len(layers),
         enabled=_merge_values(layer.enabled for layer in layers),
         active_adapters=_merge_values(layer.active_adapters for layer in layers),
@@ -160,8 +157,7 @@ class StatusMixin:
 
     def get_nb_trainable_parameters(self: Any) -> tuple[int, int]:
         """Return (number of trainable parameters, number of all parameters)."""
-        counts = [(count_values(p), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trains in counts if trains), sum(n for n, _ in counts)
+        return count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         trained, total = self.get_nb_trainable_parameters()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import TargetError, UsageError, format_names, nearest
 from ..utils.linear_layers import layer_kind, stored_buffer_names
 from .architectures import HEADS, is_uncalled, model_type, text_config
-from .base import SiteKind
+from .base import WEIGHT_KINDS, SiteKind
 from .layer import AdaptedLayer
 from .patterns import find_pattern, get_pattern
 
@@ -68,7 +68,7 @@ class MatchReport:
             parts.append(f"trained in full: {format_names(self.trained_whole, 4)}")
         if self.biases:
             parts.append(f"{len(self.biases)} biases train")
-        if not self.kinds or set(self.kinds.values()) & {"linear", "embedding", "conv", "weight"}:
+        if not self.kinds or WEIGHT_KINDS & set(self.kinds.values()):
             rest = f"{len(self.unadapted)} ({format_names(self.unadapted, 4)})" if self.unadapted else "none"
             parts.append(f"not adapted: {rest}")
         return "; ".join(parts)
@@ -85,18 +85,18 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
     """
     modules = _get_base_modules(model)
     tied = find_tied_modules(model)
-    whole = _add_tied_modules(model, config, _select_modules_to_save(modules, config, strict), tied)
+    whole = _add_tied_modules(modules, config, _select_modules_to_save(modules, config, strict), tied)
     inside_whole = dict.fromkeys(n for n in modules if any(n == w or n.startswith(f"{w}.") for w in whole))
     kinds: dict[str, SiteKind] = {}
     further = config.extra_targets(model)
-    if {"linear", "embedding", "conv", "weight", "norm", "block"} & set(config.kinds):
+    if {*WEIGHT_KINDS, "norm", "block"} & set(config.kinds):
         targets = _resolve_targets(model, modules, config)
         matched = [n for n in modules if n not in inside_whole and _is_target(n, config, targets)]
         if strict:
             _check_every_name_matches(model, modules, config, targets)
         if not matched and not whole and not further:
             raise _nothing_matches(f"target_modules={targets!r}", targets, modules)
-        matched = _add_tied_modules(model, config, matched, tied)
+        matched = _add_tied_modules(modules, config, matched, tied)
         kinds = {n: _get_kind(n, model, modules, config) for n in matched}
         for attention in [n for n in matched if isinstance(modules[n], nn.MultiheadAttention)]:
             # As in PEFT, an adapter of the module is one of both its weights.
@@ -209,12 +209,12 @@ def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
     return sorted(find_tied_modules(model)[1:])
 
 
-def _add_tied_modules(model: nn.Module, config: Any, names: list[str], tied: list[str]) -> list[str]:
+def _add_tied_modules(modules: Modules, config: Any, names: list[str], tied: list[str]) -> list[str]:
     """Return `names`, and with `ensure_weight_tying` all tied modules if one of them is among the names."""
     chosen = set(tied) & set(names)
     if not chosen or not getattr(config, "ensure_weight_tying", False):
         return names
-    order = list(_get_base_modules(model))
+    order = list(modules)
     return sorted({*names, *tied}, key=order.index)
 
 
@@ -251,7 +251,9 @@ def get_pattern_value(patterns: Mapping[str, Value], name: str, default: Value) 
 def check_target_module_exists(config: Any, key: str) -> bool:
     """Return whether a config's target_modules, without what it excludes or trains in full, match a module's name."""
     whole = config.modules_to_save or []
-    if any(matches_name([name], parent) for name in whole for parent in _name_and_parents(key)):
+    parts = key.split(".")
+    parents = [".".join(parts[: i + 1]) for i in range(len(parts))]  # and the name itself
+    if any(matches_name([name], parent) for name in whole for parent in parents):
         return False
     return _is_target(key, config, config.target_modules or [])
 
@@ -289,11 +291,6 @@ def _name_ends(name: str) -> list[str]:
     """Return the ends of a name, shortest first: c, b.c and a.b.c."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
-
-
-def _name_and_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
 def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
@@ -454,7 +451,7 @@ def _describe_targets(modules: Modules) -> str:
 
 
 def _has_weight_matrix(module: nn.Module) -> bool:
-    return layer_kind(module) in ("linear", "embedding", "conv", "weight")
+    return layer_kind(module) in WEIGHT_KINDS
 
 
 def _as_list(value: Any) -> list:

@@ -246,7 +246,8 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     for name, parameter in model.named_parameters():
         if re.search(r"(^|\.)(adapters|trained_copies)\.", name):
             continue
-        found = to_llama_cpp_tensors(name, parameter, model.config, names)
+        # On meta: only the names are needed here, and reordering rows would copy them.
+        found = to_llama_cpp_tensors(name, parameter.detach().to("meta"), model.config, names)
         parameters |= dict.fromkeys(found, (name, parameter))
         unknown += [] if found else [name]
     missing = [n for n in base_tensors if n not in parameters and not n.startswith("rope")]

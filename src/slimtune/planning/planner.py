@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.quantized import count_values
+from ..adapters.quantized import count_parameters
 from ..adapters.state_dict import adapter_tensor_info
 from ..attention.register import packing_unsupported_reason
 from ..errors import ModelError, SlimtuneError, is_out_of_memory
@@ -74,8 +74,7 @@ def make_plan(request: PlanRequest, *, advise: bool = True) -> Plan:
 def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     gpu, job, positions = request.gpu, request.job(), max_positions(request.model.config)
     model = job.build_model()
-    trainable_params = sum(count_values(p) for p in model.parameters() if p.requires_grad)
-    total_params = sum(count_values(p) for p in model.parameters())
+    trainable_params, total_params = count_parameters(model)
     adapter_bytes, extra_bytes, at_most = estimate_adapter_file_size(model)
     saved, spread = shard_base(model, request.processes) if request.fsdp else (0, 0)
     packing_notes = []

@@ -6,10 +6,7 @@ import accelerate
 import torch
 from torch import Tensor, nn
 
-CONFIG_NAME = "adapter_config.json"
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"  # PEFT's pickles, which are refused
-INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
 """From how many target modules on PEFT shortens a list of names."""

@@ -34,8 +34,6 @@ class ConvLora(LoraModule):
         if r % conv.groups:
             hint = f"rank_pattern={{{site.name!r}: {conv.groups}}}, or leave the layer out"
             raise ConfigError(f"r is {r} at {site.name}, which has {conv.groups} groups", "a multiple of them", hint)
-        if self.init == "lora_ga":  # as in PEFT, it starts from gradients at linear layers only
-            self.init = True
         if self.init == "lora_ga":
             self.init = True  # as in PEFT, so that a model with other layers can start from its gradients
         if not isinstance(self.init, bool) and self.init != "gaussian":
@@ -77,11 +75,7 @@ class ConvLora(LoraModule):
             raise MergeUnsupported(
                 f"{self.name} is a convolution with {self.groups} groups, whose LoRA cannot be merged"
             )
-        added: Tensor | None = self.lora_B.bias
-        if added is not None:
-            added = added.to(weight.dtype) * self.scale
-            bias = added if bias is None else bias + added
-        return weight + self.weight_change(weight), bias
+        return weight + self.weight_change(weight), self.add_bias(bias, weight.dtype)
 
     def weight_change(self, weight: Tensor) -> Tensor:
         """Return `s · B A` with the shape and dtype of `weight (out, in / groups · kernel size)`."""

@@ -37,6 +37,14 @@ class LoraModule(AdapterModule):
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
         return (*self.low_rank(), self.scale)
 
+    def add_bias(self, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Return the base's bias plus `s` times B's, in `dtype`; without a bias on B the same object."""
+        own: Tensor | None = self.lora_B.bias  # type: ignore[union-attr, assignment]
+        if own is None:
+            return bias
+        added = own.to(dtype) * self.scale
+        return added if bias is None else bias + added
+
     def tensors_of_rank(self, rank: int) -> dict[str, Tensor]:
         """Return the tensors of a file for the whole update as one product of this rank, without its start."""
         tensors = {n: t for n, t in self.tensors().items() if not n.startswith("start_")}
@@ -102,11 +110,7 @@ class LinearLora(LoraModule):
         return super().low_rank_factors() if self.lora_B.bias is None else None
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        added: Tensor | None = self.lora_B.bias
-        if added is not None:
-            added = added.to(weight.dtype) * self.scale
-            bias = added if bias is None else bias + added
-        return add_low_rank(weight, *self.low_rank(), self.scale), bias
+        return add_low_rank(weight, *self.low_rank(), self.scale), self.add_bias(bias, weight.dtype)
 
     def before_load_state_dict(self, state_dict: Mapping[str, Tensor], site: Site) -> None:
         """Compute A₀ and B₀ from the base where the file lacks them: PEFT's files rely on a changed base instead."""
