@@ -13,7 +13,7 @@ def add_adapters(model, named):
     """Add an adapter with random values for each entry, a config or a LoRA's settings; the last one is active."""
     for seed, (name, settings) in enumerate(named.items()):
         if hasattr(model, "peft_config"):
-            model.add_adapter(name, make_config(settings))
+            model.add_adapter(name, make_config(settings), strict=False)  # as if loaded: each may have biases
         else:
             model = get_peft_model(model, make_config(settings), name)
         model.set_adapter(name)

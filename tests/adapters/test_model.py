@@ -20,6 +20,8 @@ from slimtune import (
     PromptTuningConfig,
     find_modules_without_gradient,
     get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
 )
 from slimtune.adapters.base import MergeUnsupported
 from slimtune.errors import TargetError, UsageError
@@ -116,6 +118,20 @@ def test_trained_heads_and_biases(make, settings):
     plain = model.merge_and_unload()
     assert set(plain.state_dict()) == set(make().state_dict())
     assert (run(plain) - expected).abs().max() < 1e-9
+
+
+def test_trained_biases_load_into_an_adapter_without_them(tmp_path):
+    source = adapt(gpt2(), bias="all")
+    model = get_peft_model(gpt2(), LoraConfig()).eval()
+    set_peft_model_state_dict(model, get_peft_model_state_dict(source))
+    assert torch.equal(run(model), run(source))
+    with model.disable_adapter():
+        assert torch.equal(run(model), run(gpt2().eval()))
+    source.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="only 1 adapter with bias"):
+        source.add_adapter("second", LoraConfig(bias="all"))
+    source.load_adapter(tmp_path, "second", is_trainable=True)
+    assert all(p.requires_grad for p in source.trainable_parameters("second"))
 
 
 def test_two_adapters_cannot_copy_one_module():

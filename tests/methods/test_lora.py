@@ -194,7 +194,7 @@ def test_dora_passes_gradients_to_a_trained_bias():
     model = get_peft_model(gpt2(), dora(target_modules=["c_attn"], bias="lora_only")).eval()
     shake(model)
     ids = tokens()
-    bias = next(p for n, p in model.named_parameters() if "trained_copies" in n and p.requires_grad)
+    bias = next(p for n, p in model.named_parameters() if "modules_to_save" in n and p.requires_grad)
 
     def loss_of():
         return model(input_ids=ids).logits.log_softmax(-1)[..., 5].sum()

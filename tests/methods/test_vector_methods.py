@@ -135,9 +135,12 @@ def test_ln_tuning_defaults_equal_pefts():
     assert len(get_peft_model(model, LNTuningConfig()).match_report().adapted) == 5
 
 
-def test_ln_tuning_refuses_other_layers():
-    with pytest.raises(TargetError, match="q_proj is a Linear"):
-        get_peft_model(llama(), LNTuningConfig(target_modules=["q_proj"]))
+@pytest.mark.parametrize(("base", "targets"), [(llama, ["q_proj", "norm"]), (gpt2, ["c_attn", "ln_f"])])
+def test_ln_tuning_of_linear_layers_merges(base, targets):
+    model = get_peft_model(base(), LNTuningConfig(target_modules=targets)).eval()
+    shake(model)
+    expected = run(model)
+    assert (run(model.merge_and_unload()) - expected).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("base", [llama, gpt2, gemma2])

@@ -9,7 +9,7 @@ the base and `isinstance(q_proj, nn.Linear)` keep working, and the base comes ba
 In addition to its own parameters, an adapted module contains, by adapter name:
 
     `adapters.<name>`          the method's adapter module
-    `trained_copies.<name>`    the adapter's own copy of some of the module's parameters (`modules_to_save`, biases)
+    `modules_to_save.<name>`   the adapter's own copy of some of the module's parameters (also of biases)
 
 The subclass turns each parameter (`weight`, `bias`) and stored buffer into a property: it returns the active adapter's
 trained copy if there is one, else the base's own. A weight that PyTorch reads without calling the module (those of
@@ -34,7 +34,7 @@ from ..utils.made_classes import PickledByRecipe
 from .architectures import text_config
 from .base import WEIGHT_KINDS, BaseForward, Site, SiteKind
 from .mixed_batch import ActiveAdapters
-from .peft_layers import ADAPTED_ATTRIBUTES, PeftNames
+from .peft_layers import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, PeftNames
 
 
 def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
@@ -59,7 +59,6 @@ class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
     """Mixed into the class of an adapted module; see the top of this file."""
 
     adapters: nn.ModuleDict
-    trained_copies: nn.ModuleDict
     active_state: ActiveAdapters
     original_parameters: dict[str, nn.Parameter | None] | None
     """The base's parameters (and buffers) that a merge replaced; None if nothing is merged."""
@@ -67,6 +66,11 @@ class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
     """The adapters that are merged."""
     current_copy: str | None
     """Adapter whose trained copies are in use while the rows of a mixed batch run one adapter at a time."""
+
+    @property
+    def trained_copies(self) -> nn.ModuleDict:
+        """The copies by adapter; as a child they have PEFT's name, which scripts look for in names of parameters."""
+        return self._modules["modules_to_save"]  # type: ignore[return-value]
 
     def run_adapted(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the base module's forward `base` with the active adapter modules around it."""
@@ -186,14 +190,15 @@ def make_adapted(module: nn.Module, active: ActiveAdapters) -> AdaptedLayer:
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         message = f"the forward of a {base.__name__} was replaced on the object, so an adapter would never be called"
         raise TargetError(message, hint="attach the adapter before the forward is replaced")
-    has_adapters_attribute = hasattr(base, "adapters") or "adapters" in {*vars(module), *module._modules}
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or has_adapters_attribute:
+    has_children = hasattr(base, "adapters") or {*ADDED_CHILDREN} & {*vars(module), *module._modules}
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or has_children:
         message = f"a {base.__name__} cannot be adapted: it already has children where the adapters would go"
         raise TargetError(message, hint="name the modules inside it")
     names = (*module._parameters, *stored_buffer_names(module))
     _set_class(module, _make_adapted_class(base, names, "config" in vars(module)))
     assert isinstance(module, AdaptedLayer)
-    module.adapters, module.trained_copies = nn.ModuleDict(), nn.ModuleDict()
+    # Not set as attributes: a whole model has PeftModel's `modules_to_save`.
+    module._modules.update({name: nn.ModuleDict() for name in ADDED_CHILDREN})
     # Bypasses nn.Module.__setattr__, which would register parameters.
     module.__dict__.update(active_state=active, original_parameters=None, merged_names=(), current_copy=None)
     return module
@@ -201,7 +206,8 @@ def make_adapted(module: nn.Module, active: ActiveAdapters) -> AdaptedLayer:
 
 def restore_base_class(module: AdaptedLayer) -> None:
     """Set the module's own class again and drop all adapters; merged weights stay merged."""
-    del module.adapters, module.trained_copies
+    for name in ADDED_CHILDREN:
+        del module._modules[name]
     for name in (*ADAPTED_ATTRIBUTES, "_prefix_config"):
         module.__dict__.pop(name, None)
     _set_class(module, type(module).__bases__[1])

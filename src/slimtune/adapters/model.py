@@ -250,6 +250,8 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         if not peft_config.name:
             raise UsageError(f"{type(peft_config).__name__} is not the config of a method", "such as LoraConfig")
         self._replicate_layers(getattr(peft_config, "layer_replication", None))
+        if strict:
+            _require_one_with_biases([*state.configs.values(), peft_config])
         peft_config.check_required()
         peft_config.check_model(self)
         peft_config.fill_from_model(self)
@@ -278,6 +280,19 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
             self._remove_adapter(adapter_name)
             raise
         return report
+
+    def _copy_biases(self, adapter_name: str, names: list[str]) -> None:
+        """Give an adapter its own copies of these biases of the base, such as `model.norm.bias`."""
+        state, report = self._adapter_state, self.match_report(adapter_name)
+        trains = any(p.requires_grad for p in self.trainable_parameters(adapter_name))
+        copied = {name.rpartition(".")[0]: [name.rpartition(".")[2]] for name in names}
+        for name, parameters in copied.items():
+            adapted = layer.make_adapted(self.get_submodule(name), state.active_state)
+            state.layers[adapter_name][name] = adapted
+            layer.copy_parameters(adapted, adapter_name, parameters, autocast=True, tied=None)
+            adapted.trained_copies[adapter_name].requires_grad_(trains)
+        biases, copied = (*report.biases, *names), {**report.copied, **copied}
+        state.reports[adapter_name] = replace(report, biases=biases, copied=copied)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter (or several) and deactivate the others; only active adapters run and train."""
@@ -311,12 +326,11 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         state = self._adapter_state
         before = state.active_state.enabled, state.suspended
         merged = self.merged_adapters
-        self.unmerge_adapter()
         if any(m.active_state.enabled is not before[0] for m in state.active_state.layers_with_own):
             # The words of PEFT's warning.
             text = "The model contains some adapter layers that are enabled and others that are disabled. "
             warnings.warn(f"{text}After disable_adapter all follow the model again", stacklevel=3)
-            self._update_active_state()
+        self.unmerge_adapter()
         state.active_state.enabled, state.suspended = False, True
         state.active_state.clear_stacked_factors()
         try:
@@ -576,6 +590,13 @@ TASK_MODELS: dict[str, type[PeftModel]] = {
 """The class of a model by the task type of its first adapter's config."""
 
 
+def _require_one_with_biases(configs: Iterable[Any]) -> None:
+    """Raise if two new adapters would train the base's biases, as PEFT does."""
+    if sum(getattr(c, "bias", "none") != "none" for c in configs) > 1:
+        message = "only 1 adapter with bias is supported. When using multiple adapters, set bias to 'none' for all"
+        raise UsageError(message, hint="adapters with biases that were saved can be loaded together: load_adapter")
+
+
 def mark_embeddings_untied(model: Any) -> None:
     """Record in the config that input and output embeddings are two tensors, so that saving writes both."""
     config = getattr(model, "config", None)
@@ -594,7 +615,7 @@ def find_modules_without_gradient(model: nn.Module) -> list[str]:
     read its weight instead of calling it.
     """
     trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    places = (re.split(r"\.?(?:adapters|trained_copies)\.", n)[0] for n, p in trained if p.grad is None)
+    places = (re.split(r"\.?(?:adapters|modules_to_save)\.", n)[0] for n, p in trained if p.grad is None)
     return list(dict.fromkeys(place or "the model" for place in places))
 
 

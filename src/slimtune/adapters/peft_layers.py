@@ -21,7 +21,9 @@ from .merging import merge_adapters, unmerge_adapters
 from .mixed_batch import LayerAdapters
 
 ADAPTED_ATTRIBUTES = ("active_state", "original_parameters", "merged_names", "current_copy")
-"""What an adapted module has in addition to its base's attributes, beside the children `adapters`, `trained_copies`."""
+"""What an adapted module has in addition to its base's attributes."""
+ADDED_CHILDREN = ("adapters", "modules_to_save")
+"""Its children, by adapter: adapter modules, and trained copies of the base's parameters."""
 
 
 class PeftNames:
@@ -132,13 +134,6 @@ class PeftLayer:
         if not self._copies and not self._has_tokens:
             raise AttributeError("original_module")
         return make_base_view(self._layer)
-
-    @property
-    def modules_to_save(self) -> nn.ModuleDict:
-        """Trained copies of the whole module, by adapter."""
-        if not self._copies:
-            raise AttributeError("modules_to_save")
-        return nn.ModuleDict(self._copies)
 
     @property
     def token_adapter(self) -> Any:
@@ -319,7 +314,7 @@ def make_base_view(layer: Any) -> Any:
     view: Any = object.__new__(type(layer).__bases__[1])
     hidden = (*ADAPTED_ATTRIBUTES, "forward", "_old_forward", "_hf_hook")
     vars(view).update({name: value for name, value in vars(layer).items() if name not in hidden})
-    children = {n: m for n, m in layer._modules.items() if n not in ("adapters", "trained_copies")}
+    children = {n: m for n, m in layer._modules.items() if n not in ADDED_CHILDREN}
     vars(view)["_modules"] = children
     return view
 

@@ -32,6 +32,7 @@ from ..utils.linear_layers import is_finite
 from . import model_card
 from .config import CONFIG_FILE, PeftConfig, find_file, write_config
 from .layer import get_site
+from .peft_layers import ADDED_CHILDREN
 from .targets import select_targets
 
 log = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
 
 
 def _get_base_tensors(model: Any) -> dict[str, Tensor]:
-    added = [f"{n}.{part}.".lstrip(".") for n in model.adapted_layers() for part in ("adapters", "trained_copies")]
+    added = [f"{n}.{part}.".lstrip(".") for n in model.adapted_layers() for part in ADDED_CHILDREN]
     tensors = model.state_dict(keep_vars=True)
     return {k: t for k, t in tensors.items() if not k.startswith(tuple(added))} if added else tensors
 
@@ -253,6 +254,10 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
     extra = {k: _find_base_weight(model, k) for k in given if k not in own}
     resized = bool(extra) and _is_resized(model, model.peft_config[adapter].base_model_name_or_path)
     unexpected = [k for k, base in extra.items() if base is None or not _fits_base(model, base, given[k], resized)]
+    # A config with bias="none" may come with biases that were trained. A bias is not a mark of another base.
+    shapes_here = {k: base.shape for k, base in extra.items() if base is not None and k.endswith(".bias")}
+    biases = [k for k in unexpected if shapes_here.get(k) == given[k].shape]
+    unexpected = [k for k in unexpected if k not in biases]
     shapes = [(k, tuple(given[k].shape), tuple(own[k].shape)) for k in own if k in given]
     misshapen = [f"{k}: {there} in the file, {here} here" for k, there, here in shapes if there != here]
     pairs = [(k, given[k], own[k]) for k in own if k in given]
@@ -279,13 +284,14 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
         if len(faults) == 1 and damaged:
             hint = "the training that wrote it diverged: load an earlier checkpoint"
         raise AdapterError(f"{where} does not fit this model: {'; '.join(faults)}", hint=hint)
+    if biases:
+        model._copy_biases(adapter, [_get_base_name(k) for k in biases])
+        own = get_adapter_tensors(model, adapter)
+        given = {_normalize_key(k, own): t for k, t in given.items()}
     with torch.no_grad():
-        for key, parameter in own.items():
-            if key in given:
-                parameter.copy_(given[key])
-        for key, base in extra.items():  # embeddings that were resized before they were saved
-            if base is not None:
-                base.copy_(given[key])
+        for key, tensor in {**extra, **own}.items():  # `extra`: embeddings that were resized before they were saved
+            if tensor is not None and key in given:
+                tensor.copy_(given[key])
 
 
 def _find_untied(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
@@ -371,10 +377,14 @@ def _normalize_key(key: str, own: Mapping[str, Any]) -> str:
     return next((form for form in forms if form in own), key)
 
 
+def _get_base_name(key: str) -> str:
+    """Return the name in the base of a key that is a base tensor's."""
+    return key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
 def _find_base_weight(model: Any, key: str) -> Tensor | None:
     """Return the base's own tensor of a key: PEFT also saves embeddings that it did not train."""
-    name = key.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
-    module, _, parameter = name.rpartition(".")
+    module, _, parameter = _get_base_name(key).rpartition(".")
     try:
         return model.get_submodule(module)._parameters.get(parameter)
     except AttributeError:
@@ -639,7 +649,7 @@ class SaveLoadMixin:
         except BaseException:
             self._remove_adapter(adapter_name)
             raise
-        self.set_requires_grad(adapter_name, is_trainable and adapter_name in self.active_adapters)
+        self.set_requires_grad(adapter_name, is_trainable)
         if not is_trainable:
             self.eval()
         return LoadResult([], [])

@@ -23,6 +23,7 @@ from .architectures import HEADS, is_uncalled, model_type, text_config
 from .base import WEIGHT_KINDS, SiteKind
 from .layer import AdaptedLayer
 from .patterns import find_pattern, get_pattern
+from .peft_layers import ADDED_CHILDREN
 
 if TYPE_CHECKING:
     from .config import PeftConfig
@@ -309,7 +310,7 @@ def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
 
 def _get_base_modules(model: nn.Module) -> Modules:
     """Return the base's modules by name, without the model itself and what adapters added."""
-    return {n: m for n, m in model.named_modules() if n and not {"adapters", "trained_copies"} & set(n.split("."))}
+    return {n: m for n, m in model.named_modules() if n and not {*ADDED_CHILDREN} & set(n.split("."))}
 
 
 def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[str] | str:

@@ -244,7 +244,7 @@ def write_gguf_from_template(template: Path, model: Any, file: Path, precision: 
     parameters: dict[str, tuple[str, Tensor]] = {}
     unknown = []
     for name, parameter in model.named_parameters():
-        if re.search(r"(^|\.)(adapters|trained_copies)\.", name):
+        if re.search(r"(^|\.)(adapters|modules_to_save)\.", name):
             continue
         # On meta: only the names are needed here, and reordering rows would copy them.
         found = to_llama_cpp_tensors(name, parameter.detach().to("meta"), model.config, names)

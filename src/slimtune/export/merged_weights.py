@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..adapters.merging import merge_adapters, unmerge_adapters
 from ..adapters.model import mark_embeddings_untied
+from ..adapters.peft_layers import ADDED_CHILDREN
 from ..adapters.quantized import disable_cpu_repacking, find_repacking_layers
 from ..errors import AdapterError
 from ..utils.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
@@ -48,7 +49,7 @@ class MergedWeights(Mapping[str, Tensor]):
         disable_cpu_repacking(find_repacking_layers(model))  # `state_dict` would restore that layout wrongly
         self._quantized = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and is_quantized(m)}
         own = {f"{n}.{leaf}" for n in self._quantized for leaf in ("weight", "bias")}
-        added = [f"{n}.{t}.".lstrip(".") for n in model.adapted_layers() for t in ("adapters", "trained_copies")]
+        added = [f"{n}.{t}.".lstrip(".") for n in model.adapted_layers() for t in ADDED_CHILDREN]
         added += [f"{n}." for n in self._quantized]  # what dequantizes a weight: `q_proj.weight.absmax`, `q_proj.SCB`
         state = model.state_dict(keep_vars=True)
         self._base: dict[str, Tensor] = {n: t for n, t in state.items() if n in own or not n.startswith(tuple(added))}

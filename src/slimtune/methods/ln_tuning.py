@@ -1,9 +1,10 @@
-"""LayerNorm tuning: only the norms train.
+"""LayerNorm tuning: only the norms train, or linear layers that are named.
 
     y = w' ⊙ n(x) + b'        n(x): the normalised input; w' (d), b' (d): trained copies of the norm's w and b
 
-The copies start equal to the base's, so the model starts unchanged. Parameters added per norm: d, or 2 d with a bias.
-Merged: w + (w' − w), and the same for b, so that several merged adapters add up their changes.
+For a linear layer y = W' x + b'. The copies start equal to the base's, so the model starts unchanged. Parameters
+added per norm: d, or 2 d with a bias. Merged: w + (w' − w), and the same for b, so that several merged adapters add up
+their changes.
 
 Paper: https://arxiv.org/abs/2312.11420. File format: PEFT's `ln_tuning_layers.weight`, `ln_tuning_layers.bias`.
 """
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, BaseForward, Site
 from ..adapters.config import TargetedConfig
-from ..utils.linear_layers import layer_kind
+from ..errors import TargetError
+from ..utils.linear_layers import is_quantized, is_transposed, layer_kind
 
 _LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
 _GEMMA2 = [*_LLAMA, "pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -48,7 +50,7 @@ class LNTuningConfig(TargetedConfig):
     extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar = 5e-3
     architecture_targets: ClassVar = NORMS
-    kinds: ClassVar = ("norm",)
+    kinds: ClassVar = ("norm", "linear")
     short_names: ClassVar = {"targets": "target_modules"}
 
     def default_targets(self, model: nn.Module) -> list[str] | None:
@@ -64,6 +66,9 @@ class TrainedNorm(AdapterModule):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
+        if is_quantized(site.module):
+            raise TargetError(f"{site.name} is quantized, so it cannot train", "norms, or a base in 16 or 32 bits")
+        self.is_transposed = is_transposed(site.module)
         self.ln_tuning_layers = nn.Module()
         for name in ("weight", "bias"):
             base: Any = getattr(site.module, name, None)
@@ -74,8 +79,9 @@ class TrainedNorm(AdapterModule):
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         trained = dict(self.ln_tuning_layers.named_parameters())
-        # The copies keep their dtype, since 16 bits would round away what they learn; nn.LayerNorm allows one dtype.
-        inputs = x.to(trained["weight"].dtype) if isinstance(base.module, nn.LayerNorm) else x
+        # The copies keep their dtype, since 16 bits would round away what they learn; these layers allow one dtype.
+        has_one_dtype = isinstance(base.module, nn.LayerNorm) or layer_kind(base.module) == "linear"
+        inputs = x.to(trained["weight"].dtype) if has_one_dtype else x
         y = base.run_base_with(trained, inputs)
         if base.inner_modules:
             # Other adapters changed this norm's output already: add what the copies change of the base's output.
@@ -84,8 +90,9 @@ class TrainedNorm(AdapterModule):
         return y.to(x.dtype)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight and bias `(d)`, each plus the change of its copy."""
+        """Return the weight and bias, each plus the change of its copy."""
         merged: dict[str, Any] = {"weight": weight, "bias": bias}
         for name, p in self.ln_tuning_layers.named_parameters():
-            merged[name] = merged[name] + (p.to(weight.dtype) - getattr(self, f"base_{name}").to(weight.dtype))
+            change = p.to(weight.dtype) - getattr(self, f"base_{name}").to(weight.dtype)
+            merged[name] = merged[name] + (change.t() if name == "weight" and self.is_transposed else change)
         return merged["weight"], merged["bias"]

@@ -28,7 +28,7 @@ def shard_base(model: Any, processes: int) -> tuple[int, float]:
 
 def _base_bytes(module: Any) -> int:
     # Adapters are not sharded: only what the base itself has.
-    own = {n: p for n, p in module.named_parameters() if ".adapters." not in n and ".trained_copies." not in n}
+    own = {n: p for n, p in module.named_parameters() if ".adapters." not in n and ".modules_to_save." not in n}
     return sum(p.numel() * p.element_size() for p in own.values() if not p.requires_grad)
 
 
