@@ -132,6 +132,10 @@ CASES: list[Case] = [
         1,
         "⟦[INST] Hi [/INST]",
     ),
+    Case(
+        "no-valid-row", {"a.jsonl": "no\n"}, "data a.jsonl --model BASE", 1, "tokens none: no row of the file is valid"
+    ),
+    Case("no-valid-format", {"a.jsonl": "no\n"}, "data a.jsonl", 1, "a.jsonl: rows of an unknown format"),
     Case("escape-in-a-row", {"a.jsonl": chat("\x1b]0;x\x07")}, "data a.jsonl --model BASE", 0, r"\x1b]0;x\x07"),
     Case("escape-in-bad-json", {"a.jsonl": "{\x1b[2J\n"}, "data a.jsonl --model BASE", 1, r"{\x1b[2J"),
     Case("escape-in-a-name", {}, "data 'no\x1b[2J'", 2, r"no\x1b[2J"),
@@ -199,6 +203,10 @@ CASES: list[Case] = [
     Case("alpha-huge", {}, f"{SET_METHOD}lora_alpha=1e308'", 2, "at most 1e+09 in size"),
     Case("alpha-dict", {}, f"{SET_METHOD}lora_alpha={{a: 1}}'", 2, "lora_alpha"),
     Case("alpha-nan", {}, f"{SET_METHOD}lora_alpha=.nan'", 2, "lora_alpha: got nan"),
+    #
+    Case(
+        "rr-and-no-file", {}, "plan BASE --data no.jsonl --set method.rr=3", 2, "2 problems: method.rr: no such field"
+    ),
     #
     # Training: non-finite losses, two writers
     Case("diverged", {}, "train --model BASE --data ROWS --out o --lr 1e30 --max-steps 8 --dtype float32", 1, "is NaN"),

@@ -72,6 +72,8 @@ def replace(monkeypatch):
     [
         (["--help"], 0, 0.5),
         (["train", "--help"], 0, 1.2),
+        (["methods"], 0, 1.2),
+        (["gpus", "rtx-5090"], 0, 1.2),
     ],
 )
 def test_start_is_fast_without_torch(args, code, seconds):
@@ -107,6 +109,7 @@ WRONG = {
     "data rows.jsonl --model smollm2-134m": "there is no base 'smollm2-134m'",
     "train smollm2-134m --data rows.jsonl --out o": "there is no base 'smollm2-134m'",
     "train smollm2-135m --data nowhere.jsonl --out o": "data.train: there is no file",
+    "train smollm2-135m --data nowhere.jsonl --out o --set method.rr=3": "method.rr: no such field; did you mean 'r'?",
     "train recipe.yaml": "model.name: there is no base 'smollm2-134m'",
     "train nowhere.yaml": "no recipe file 'nowhere.yaml'",
     "train smollm2-135m --data rows.jsonl --out o --gpu rtx-4091": "there is no card 'rtx-4091'",

@@ -1,5 +1,6 @@
 """`slimtune methods`: read from config classes, sized on a base that is never loaded; and the index page of methods."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from transformers import MambaConfig
 
 from slimtune import get_peft_model
 from slimtune.config.method import fill_recipe_defaults
-from slimtune.methods import config_class, find_built_in_method_files, method_names
+from slimtune.methods import config_class, find_built_in_method_files, method_names, read_config_sources
 
 DOCS = Path(__file__).parents[2] / "docs/methods"
 
@@ -39,6 +40,17 @@ def test_every_method_is_described_as_its_class(described):
         assert (formats["merged_model"], formats["ollama_merged"]) == (cls.mergeable, cls.mergeable)
         assert (formats["ollama_adapter"], formats["vllm_adapter"]) == (cls.ships_as_lora, cls.ships_as_lora)
     assert [(m["name"], f["name"]) for m in described.values() for f in m["fields"] if not f["help"]] == []
+
+
+def test_sources_say_what_the_classes_say():
+    """The list of methods and the names of their settings are read without an import."""
+    sources = read_config_sources()
+    assert list(sources) == list(find_built_in_method_files())
+    for name, source in sources.items():
+        cls = config_class(name)
+        assert set(source.fields) == {field.name for field in dataclasses.fields(cls)}
+        for constant in ("kinds", "mergeable", "ships_as_lora", "short_names", "learning_rate"):
+            assert source.constants[constant] == getattr(cls, constant), name
 
 
 def test_table(slimtune):

@@ -255,12 +255,23 @@ def test_files_stream(tmp_path, kind):
 def test_row_that_is_too_long(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(readers, "MAX_ROW", 3_000)
     monkeypatch.setattr(readers, "JSON_CHUNK", 100)
-    rows = [{"text": "a"}, {"text": "b" * 100_000}, {"text": "c"}]
+    rows = [{"text": "a"}, {"text": "b" * 50_000}, {"text": "c"}]
     texts = "\n\n".join(row["text"] for row in rows)
     path = write(tmp_path, kind, rows) if kind != ".txt" else write_bytes(tmp_path / "a.txt", texts)
     first, wrong, *rest = open_rows(path, format="text")
     assert (first.completion, wrong.code) == ("a", "bad-csv" if kind == ".csv" else "too-large" if rest else "bad-json")
     assert [row.completion for row in rest] == ([] if kind in (".csv", ".json") else ["c"])
+
+
+def test_parquet_row_group_of_rows_that_are_too_long_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MAX_ROW", 3_000)
+    table = pyarrow.table({"text": [*("a" * 9_000 + str(i) for i in range(40)), "b"]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=40)
+    *wrong, last = open_rows(tmp_path / "a.parquet")
+    assert {(row.code, row.cause.partition(" take")[0]) for row in wrong} == {
+        ("too-large", "is in a row group whose rows")
+    }
+    assert ([row.line for row in wrong], last.completion) == (list(range(1, 41)), "b")
 
 
 def test_text_of_many_lines_that_is_too_long(tmp_path, monkeypatch):

@@ -4,12 +4,14 @@ A method's file defines a config class (a `PeftConfig`) whose `name` is the file
 Third parties register methods through the entry point group `slimtune.methods`: `name = "package.module"`.
 """
 
+import ast
+import contextlib
 import importlib
 import re
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import ConfigError, format_names, nearest
 
@@ -50,6 +52,50 @@ def config_class_paths() -> dict[str, str]:
         for name, file in find_built_in_method_files().items()
         for class_name in re.findall(r"^class (\w+Config)\(", file.read_text(), re.MULTILINE)
     }
+
+
+class ConfigSource(NamedTuple):
+    """What the source of a config class says; constants that are no literals are left out."""
+
+    doc: str
+    module_doc: str
+    constants: dict[str, Any]
+    fields: tuple[str, ...]
+
+
+@cache
+def read_config_sources() -> dict[str, ConfigSource]:
+    """Return the sources of the built-in config classes by method, sorted.
+
+    Nothing is imported: a method's module imports torch, which takes seconds. A class's bases are in its own module,
+    in those below, or in the module of a method before it in the alphabet.
+    """
+    found: dict[str, ConfigSource] = {}
+    classes: dict[str, ConfigSource] = {}
+    shared = [Path(__file__).with_name(f"{name}.py") for name in ("config", "prompt")]
+    for file in [*shared, *find_built_in_method_files().values()]:
+        module = ast.parse(file.read_text(encoding="utf-8"))
+        for node in (n for n in module.body if isinstance(n, ast.ClassDef) and n.name.endswith("Config")):
+            constants: dict[str, Any] = {}
+            fields: dict[str, None] = {}
+            for base in node.bases:
+                inherited = classes.get(ast.unparse(base).rpartition(".")[2])
+                constants |= inherited.constants if inherited else {}
+                fields |= dict.fromkeys(inherited.fields if inherited else ())
+            for line in node.body:
+                if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name):
+                    continue
+                if not ast.unparse(line.annotation).startswith("ClassVar"):
+                    fields[line.target.id] = None
+                    continue
+                constants.pop(line.target.id, None)
+                with contextlib.suppress(ValueError):
+                    constants[line.target.id] = ast.literal_eval(line.value or ast.Constant(None))
+            doc, module_doc = ast.get_docstring(node) or "", ast.get_docstring(module) or ""
+            classes[node.name] = ConfigSource(doc, module_doc, constants, tuple(fields))
+            if name := constants.get("name"):
+                found[name] = classes[node.name]
+    return dict(sorted(found.items()))
 
 
 def require_method(name: str) -> str:

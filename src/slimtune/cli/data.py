@@ -90,7 +90,8 @@ def _print_report(report: Mapping[str, Any]) -> None:
 
     screen = console()
     reader = f" for {report['model']}" if report["model"] is not None else ""
-    screen.print(f"{report['file']}: {report['format']} rows{reader}")
+    rows = "rows of an unknown format" if report["format"] == "unknown" else f"{report['format']} rows"
+    screen.print(f"{report['file']}: {rows}{reader}")
     for sample in report["samples"]:
         screen.print(Text(f"\nline {sample['line']}, as the model reads it; supervised text is marked", "dim"))
         text, left = Text(), SAMPLE_CHARACTERS

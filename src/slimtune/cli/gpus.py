@@ -125,7 +125,7 @@ def _print_age(cards: Sequence[Any]) -> None:
 
 def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:
     """Yield the figures of one GPU, its prices and their sources."""
-    from ..models.dtype import NO_XPU
+    from ..models.gpu_support import NO_XPU
     from ..planning.gpus import format_checked
     from ..planning.throughput import prices
 

@@ -25,8 +25,7 @@ def require_inputs(
 
     tree = read_recipe_tree(recipe.expanduser()) if recipe is not None else {}
     for path, value in settings.items():
-        if path == "method.name" or not path.startswith("method."):
-            set_field(tree, path, value)
+        set_field(tree, path, value)
     resolve_paths(tree)
     data, model = (tree[name] if isinstance(tree.get(name), Mapping) else {} for name in ("data", "model"))
     missing = find_missing_files(data) if rows else []

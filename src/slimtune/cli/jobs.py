@@ -59,7 +59,10 @@ def require_job(job: str, settings: Mapping[str, Any]) -> None:
     methods = _list_methods(recipe, settings)
     base = {"model.name": job, "data.train": "rows.jsonl", "output_dir": "runs/planned"} if recipe is None else {}
     has_rows = recipe is not None or "data.train" in settings
-    require_inputs(recipe, {**base, **settings, "method.name": methods[0]}, weights=False, rows=has_rows)
+    several = len(methods) > 1  # each gets the settings that it has
+    given = {p: v for p, v in settings.items() if not p.startswith("method" if several else "method.name")}
+    chosen = {} if methods[0] == _list_methods(recipe, {})[0] else {"method": {"name": methods[0]}}
+    require_inputs(recipe, {**base, **chosen, **given, "method.name": methods[0]}, weights=False, rows=has_rows)
 
 
 def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str = "runs/planned") -> Jobs:

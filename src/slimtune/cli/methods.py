@@ -4,7 +4,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from rich.padding import Padding
@@ -40,17 +40,22 @@ def methods(
     as_json: Json = False,
 ) -> dict[str, Any]:
     """List the methods, or show the fields of one."""
-    from ..methods import config_class, method_names, require_method
+    from ..methods import config_class, method_names, read_config_sources, require_method
 
-    if name is not None:
-        require_method(name)
+    names = [require_method(name)] if name is not None else method_names()
     if model is not None:
         require_base(model, weights=False)
 
-    classes = {c.name: c for c in map(config_class, [name] if name else method_names())}
-    described = [_describe_method(method_name, cls) for method_name, cls in classes.items()]
+    fields = name is not None or as_json
+    built_in = {} if fields else read_config_sources()  # importing the classes takes seconds
+    described = [
+        _summarize(n, built_in[n].doc, built_in[n].module_doc, built_in[n].constants)
+        if n in built_in
+        else _describe_method(config_class(n))
+        for n in names
+    ]
     if model is not None:
-        source, sizes = _measure_sizes(classes.values(), model, trust_remote_code)
+        source, sizes = _measure_sizes(map(config_class, names), model, trust_remote_code)
         for method, size in zip(described, sizes, strict=True):
             method.update(size)
     if not as_json:
@@ -77,20 +82,14 @@ def methods(
     return {"model": model, "methods": described}
 
 
-def _describe_method(name: str, cls: Any) -> dict[str, Any]:
-    from ..config.method import fill_recipe_defaults, method_fields
-
-    short_names = {full: short for short, full in cls.short_names.items()}
-    flags = {cls.short_names.get(short, short): f"--{short}" for short in METHOD_FLAGS}
-    defaults = fill_recipe_defaults({}, cls)
-    own = vars(cls).get("__annotations__", {})
-    merged, lora = cls.mergeable, cls.ships_as_lora
+def _summarize(name: str, doc: str, module_doc: str, constants: Mapping[str, Any]) -> dict[str, Any]:
+    merged, lora = constants["mergeable"], constants["ships_as_lora"]
     return {
         "name": name,
         # The first line without the note on whose field names it uses.
-        "summary": (inspect.getdoc(cls) or "").partition("\n")[0].partition("; PEFT's ")[0].rstrip("."),
-        "papers": re.findall(r"https?://[^\s,;)]+[^\s,;).]", sys.modules[cls.__module__].__doc__ or ""),
-        "sites": list(cls.kinds),
+        "summary": doc.partition("\n")[0].partition("; PEFT's ")[0].rstrip("."),
+        "papers": re.findall(r"https?://[^\s,;)]+[^\s,;).]", module_doc),
+        "sites": list(constants["kinds"]),
         "mergeable": merged,
         "export_formats": {
             "hugging_face_file": True,
@@ -99,7 +98,21 @@ def _describe_method(name: str, cls: Any) -> dict[str, Any]:
             "ollama_adapter": lora,
             "vllm_adapter": lora,
         },
-        "learning_rate": cls.learning_rate,
+        "learning_rate": constants["learning_rate"],
+    }
+
+
+def _describe_method(cls: Any) -> dict[str, Any]:
+    from ..config.method import fill_recipe_defaults, method_fields
+
+    constants = {n: getattr(cls, n) for n in ("kinds", "learning_rate", "mergeable", "ships_as_lora")}
+    doc, module_doc = inspect.getdoc(cls) or "", sys.modules[cls.__module__].__doc__ or ""
+    short_names = {full: short for short, full in cls.short_names.items()}
+    flags = {cls.short_names.get(short, short): f"--{short}" for short in METHOD_FLAGS}
+    defaults = fill_recipe_defaults({}, cls)
+    own = vars(cls).get("__annotations__", {})
+    return {
+        **_summarize(cls.name, doc, module_doc, constants),
         "fields": [
             {
                 "name": field.name,

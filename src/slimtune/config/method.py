@@ -8,7 +8,7 @@ from typing import Any
 
 from ..adapters.config_fields import FieldSpec, field_specs
 from ..errors import ConfigError
-from ..methods import config_class
+from ..methods import config_class, read_config_sources
 from .errors import FieldError, unknown_field_error
 
 SET_BY_LIBRARY = (
@@ -30,6 +30,15 @@ def accepted_names(name: str) -> list[str]:
     except ConfigError:
         return []
     return [*method_fields(cls), *cls.short_names]
+
+
+def find_unknown_settings(section: Mapping[str, Any]) -> list[FieldError]:
+    """Return an error for each field that a built-in method does not have; its module, which imports torch, is not."""
+    source = read_config_sources().get(str(section.get("name", "lora")).lower())
+    if source is None or "short_names" not in source.constants:
+        return []
+    known = [*(f for f in source.fields if f not in SET_BY_LIBRARY), *source.constants["short_names"]]
+    return [unknown_field_error(f"method.{name}", known) for name in section if name not in ("name", *known)]
 
 
 def fill_recipe_defaults(settings: Mapping[str, Any], cls: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from . import schema
 from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, format_value, raise_errors
 from .loading import DATA_FILES, expand_short_sections, parse_override, read_recipe_tree, resolve_paths, set_field
-from .method import accepted_names, resolve_method
+from .method import accepted_names, find_unknown_settings, resolve_method
 
 
 class Recipe(schema.Section):
@@ -117,7 +117,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable
 
 
 def find_errors(tree: Mapping[str, Any], method_names: Iterable[str] = ("rank", "alpha")) -> list[FieldError]:
-    """Return the errors in a tree but those in its method's own settings: no method is imported, which takes seconds.
+    """Return the errors in a tree but wrong values of its method: no method is imported, which takes seconds.
 
     Args:
         tree: with sections in long form.
@@ -130,7 +130,9 @@ def find_errors(tree: Mapping[str, Any], method_names: Iterable[str] = ("rank", 
     except ValidationError as e:
         errors = collect_field_errors(e, Recipe, paths)
     try:
-        require_method((tree.get("method") or {}).get("name", "lora"))
+        section = tree.get("method") or {}
+        require_method(section.get("name", "lora"))
+        errors += find_unknown_settings(section)
     except ConfigError as e:
         errors.append(FieldError("method.name", e.message, e.expected))
     return errors

@@ -22,7 +22,7 @@ from .messages import STRICT_JSON, RowError, json_type, load_json
 Located = tuple[int, dict[str, Any]] | InvalidRow
 """A record with its line or item number, or what is wrong there."""
 JSON_CHUNK = 1 << 20  # characters of a JSON array read at once
-TABLE_BATCH = 32  # records of a Parquet file or dataset read at once; a few bytes of a file can be 1 GB of records
+TABLE_BATCH = 4  # records of a Parquet file or dataset read at once; a few bytes of a file can be 1 GB of records
 MAX_ROW = 10_000_000
 """Most characters of a row. The longest contexts take fewer; a row of 60 million would take gigabytes to tokenize."""
 MAX_COLUMNS = 10_000
@@ -227,7 +227,17 @@ def read_parquet(path: Path) -> Iterator[Located]:
 
     try:
         with ParquetFile(path) as file:
-            yield from _read_arrow_batches(file.iter_batches(TABLE_BATCH))
+            start = 1
+            for number in range(file.num_row_groups):
+                group = file.metadata.row_group(number)
+                # A page is decompressed whole, and may be the whole row group.
+                if group.total_byte_size > max(group.num_rows, 32) * MAX_ROW:
+                    size = group.total_byte_size // max(group.num_rows, 1)
+                    cause = f"is in a row group whose rows take {size:,} bytes each, more than {MAX_ROW:,}"
+                    yield from (InvalidRow(start + i, cause, "too-large") for i in range(group.num_rows))
+                else:
+                    yield from _read_arrow_batches(file.iter_batches(TABLE_BATCH, row_groups=[number]), start)
+                start += group.num_rows
     except (ArrowException, OSError) as error:
         if isinstance(error, MemoryError) or getattr(error, "errno", None):
             raise
@@ -240,9 +250,8 @@ def read_hf_dataset(dataset: Any) -> Iterator[Located]:
     return _read_arrow_batches(dataset.with_format("arrow").iter(batch_size=TABLE_BATCH))
 
 
-def _read_arrow_batches(batches: Iterable[Any]) -> Iterator[Located]:
-    """Yield the records of Arrow batches or tables, with their number from 1."""
-    start = 1
+def _read_arrow_batches(batches: Iterable[Any], start: int = 1) -> Iterator[Located]:
+    """Yield the records of Arrow batches or tables, with their numbers from `start`."""
     for batch in batches:
         yield from _read_arrow_batch(batch, start)
         start += batch.num_rows

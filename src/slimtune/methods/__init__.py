@@ -1,5 +1,11 @@
 """The methods: one file (or folder) is one method, and its name is the entry in the registry."""
 
-from ..adapters.registry import config_class, find_built_in_method_files, method_names, require_method
+from ..adapters.registry import (
+    config_class,
+    find_built_in_method_files,
+    method_names,
+    read_config_sources,
+    require_method,
+)
 
-__all__ = ["config_class", "find_built_in_method_files", "method_names", "require_method"]
+__all__ = ["config_class", "find_built_in_method_files", "method_names", "read_config_sources", "require_method"]

@@ -60,7 +60,9 @@ class AdaLoraConfig(TargetedConfig):
         ),
         "loftq_config": {}, "alpha_pattern": {},
     }  # fmt: skip
-    short_names: ClassVar = {**LoraConfig.short_names, "rank": "init_r"}
+    short_names: ClassVar = {
+        "rank": "init_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules",
+    }  # fmt: skip
     recipe_defaults: ClassVar = {"lora_alpha": lambda g: 2 * g.get("init_r", 12), "target_modules": "all-linear"}
     training_written_fields: ClassVar = frozenset({"rank_pattern", "total_step"})
 

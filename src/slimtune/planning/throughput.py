@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UsageError
 from .gpus import Gpu
 from .result import Range, fields_as_dict
+
+if TYPE_CHECKING:
+    import torch
 
 UTILIZATION = Range(0.38, 0.95)
 """The roofline's seconds divided by those of published runs (benchmarks/data/pace_points.json), nine in ten of them."""
@@ -29,7 +30,7 @@ a micro-batch at 256 tokens, and no less at 512)."""
 POWER_FRACTION = Range(0.6, 1.0)
 """Share of a board's power that it draws in training."""
 
-Work = Mapping[tuple[int, int, torch.dtype], float]
+Work = Mapping[tuple[int, int, "torch.dtype"], float]
 
 
 class Price(NamedTuple):

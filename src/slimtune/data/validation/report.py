@@ -420,6 +420,8 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if report["model"] is None:
         return counts
+    if not n["histogram"]:
+        return [*counts, ("tokens", "none: no row of the file is valid")]
     return [
         *counts,
         ("tokens", f"{format_count(report['tokens'])}, {supervised}"),
