@@ -2,7 +2,8 @@
 
 Environment: PEFT_SUITE_PATH, the folder whose `peft` is tested (the shim, or real PEFT); PEFT_SUITE_OUT, the file of
 JSON lines; PEFT_SUITE_TESTS, the folder of PEFT's tests; PEFT_SUITE_SKIP, JSON lines whose tests are not run. A test
-that needs the Hub is skipped, and one parametrized with a method that slimtune lacks is not run.
+that needs the Hub is skipped, and one parametrized with a method that slimtune lacks is not run. With `--collect-only`
+there is a line for each test that would run.
 """
 
 import contextlib
@@ -56,7 +57,7 @@ def pytest_configure(config):
         config.addinivalue_line("markers", mark)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for name, module in list(sys.modules.items()):
         if name.endswith("testing_utils") and hasattr(module, "_HUB_MODEL_ACCESSES"):
             module._HUB_MODEL_ACCESSES = AlwaysCached()
@@ -71,6 +72,8 @@ def pytest_collection_modifyitems(items):
             write_row(id=item.nodeid, outcome="no method", text=missing)
         else:
             kept.append(item)
+            if config.option.collectonly:
+                write_row(id=item.nodeid, outcome="collected")
     items[:] = kept
 
 
