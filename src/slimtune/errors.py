@@ -3,7 +3,8 @@
 SlimtuneError            exit code 1: the work failed (faulty data, a wrong adapter, no memory, a full disk)
 └── UsageError           exit code 2: the user's input is wrong (flags, a recipe, a missing file, targets)
 
-What PEFT raises as ValueError or TypeError is also of that kind here, so that code written for PEFT catches it.
+What PEFT raises as ValueError, TypeError or NotImplementedError is also of that kind here, so that code written for
+PEFT catches it.
 """
 
 import difflib
@@ -40,6 +41,10 @@ class RecipeError(UsageError):
 
 class TargetError(UsageError):
     """A target, layer index, pattern or module name matches nothing in the model."""
+
+
+class UnsupportedError(TargetError, NotImplementedError):
+    """A method cannot adapt such a module."""
 
 
 class ConfigError(UsageError):

@@ -91,6 +91,33 @@ def test_both_readings_of_base_model(model):
     assert model.base_model.embed_tokens is embedding
 
 
+def test_base_model_of_a_plain_module_with_a_child_named_model():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.head = nn.ModuleDict({"linear": nn.Linear(2, 2)}), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.head(self.model.linear(x))
+
+    model = get_peft_model(Whole(), LoraConfig(target_modules=["linear"]))
+    assert isinstance(model.base_model, LoraModel)
+    assert model.base_model.model.model.linear is model.model.linear
+    assert torch.equal(model.base_model(torch.ones(2)), model(torch.ones(2)))
+    model.base_model.head = head = nn.Linear(2, 3)
+    model.base_model.eval()
+    assert (model.head is head, head.training, model.training) == (True, False, False)
+
+
+def test_base_layer_of_pissa_is_that_of_peft():
+    base, found = nn.Sequential(nn.Linear(6, 4)), []
+    for home in (peft, slimtune):
+        config = home.LoraConfig(init_lora_weights="pissa", r=2, target_modules=["0"])
+        layer = home.get_peft_model(copy.deepcopy(base), config).base_model.model[0]
+        found.append(torch.stack([layer.base_layer.weight.detach(), layer.get_delta_weight("default")]))
+    assert (found[0] - found[1]).abs().max() < 1e-6
+
+
 def test_pickle_and_copy(model):
     file = io.BytesIO()
     torch.save(model, file)

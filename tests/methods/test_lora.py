@@ -113,7 +113,7 @@ def test_saved_as_lora_has_twice_the_rank(init, tmp_path):
 
 
 def test_a_rank_above_the_weight_is_refused():
-    with pytest.raises(ConfigError, match=r"r is 40 at .*, whose weight has rank 32"):
+    with pytest.raises(ConfigError, match=r"which is 32 at .*; r is 40"):
         adapted(slimtune, "pissa", r=40)
 
 
@@ -299,7 +299,7 @@ def test_a_frozen_a_does_not_train():
     model.set_adapter("other")
     model.set_adapter("default")
     assert trained_names(model) == names
-    with pytest.raises(ConfigError, match=r"freeze_a is True, and model\.embed_tokens is an embedding"):
+    with pytest.raises(ConfigError, match=r"freeze_a=True is not supported for Embedding"):
         get_peft_model(llama(), LoraConfig(target_modules=["embed_tokens"], freeze_a=True))
 
 

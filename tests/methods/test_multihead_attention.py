@@ -107,7 +107,7 @@ def test_refusals():
     with pytest.raises(TargetError, match="separate weights"):
         get_peft_model(Net(kdim=4), config())
     for wrong in ({"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "eva"}):
-        with pytest.raises(ConfigError, match="belongs to an nn"):
+        with pytest.raises(ConfigError, match="MultiheadAttention does not support"):
             get_peft_model(Net(), config(**wrong))
     with pytest.raises(TargetError, match="mha is a MultiheadAttention, which loha"):
         get_peft_model(Net(), slimtune.LoHaConfig(target_modules=["mha"]))

@@ -91,5 +91,5 @@ def test_what_cannot_be_tied_is_refused():
     tokens = {"embed_tokens": [1], "lm_head": [2]}
     with pytest.raises(ConfigError, match="Cannot ensure weight tying"):
         adapted({"trainable_token_indices": tokens})
-    with pytest.raises(ConfigError, match="use_dora is True"):
+    with pytest.raises(ConfigError, match="use_dora=True"):
         adapted(TARGETS, use_dora=True)

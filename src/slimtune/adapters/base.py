@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.packed_layout import RowMask as RowMask  # methods import it from here
-from ..errors import TargetError
+from ..errors import UnsupportedError
 from ..kernels.lora_linear import low_rank_linear, plus_low_rank
 from ..kernels.low_rank import add_low_rank
 from ..utils.linear_layers import get_weight, is_plain_forward, parameter_names
@@ -83,12 +83,12 @@ class Site:
     def bias(self) -> Tensor | None:
         return getattr(self.module, parameter_names(self.module)[1], None)
 
-    def require_ungrouped(self) -> tuple[int, ...]:
-        """Return a convolution's kernel size; raise TargetError if it has groups, which the method does not support."""
+    def require_ungrouped(self, method: str) -> tuple[int, ...]:
+        """Return a convolution's kernel size; raise UnsupportedError if it has groups, which `method` cannot adapt."""
         conv: Any = self.module
         if conv.groups > 1:
-            message = f"{self.name} is a {type(conv).__name__} with {conv.groups} groups, which the method cannot adapt"
-            raise TargetError(message, "a convolution without groups")
+            message = f"{method} does not support {type(conv).__name__} layers with groups > 1"
+            raise UnsupportedError(f"{message}: {self.name} has {conv.groups}", "a convolution without groups")
         return tuple(conv.kernel_size)
 
 

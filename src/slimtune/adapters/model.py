@@ -36,7 +36,7 @@ from .quantized import disable_cpu_repacking, find_repacking_layers
 from .replicated_layers import Replication, replicate_layers, restore_layers
 from .state_dict import SaveLoadMixin
 from .status import StatusMixin
-from .targets import MatchReport, select_targets
+from .targets import MatchReport, find_tied_modules, select_targets
 
 
 @dataclass
@@ -106,9 +106,12 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
             message = f"the model already has adapters: {format_names(model.peft_config)}"
             raise UsageError(message, hint="model.add_adapter(name, config) adds another; model.unload() removes all")
         peft_config.revision = revision or peft_config.revision
-        peft_config.base_model_name_or_path = (
-            getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
-        )
+        given, own = peft_config.base_model_name_or_path, getattr(model, "name_or_path", None)
+        if given and own and given != own:
+            # PEFT's words.
+            renamed = f"The PEFT config's `base_model_name_or_path` was renamed from {given!r} to {own!r}."
+            warnings.warn(f"{renamed} Check that the config belongs to this base.", stacklevel=3)
+        peft_config.base_model_name_or_path = own or given
         settings = {"strict": True, "low_cpu_mem_usage": low_cpu_mem_usage}
         return cls._attach_first_adapter(model, adapter_name, peft_config, autocast_adapter_dtype, **settings)
 
@@ -162,6 +165,11 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
     @property
     def base_model(self) -> Any:
         """The backbone, as in transformers; `base_model.model` is the whole model, as in PEFT: see `TunerNames`."""
+        backbone = self._backbone
+        return Tuner(self) if backbone is self and "model" in self._modules else backbone
+
+    @property
+    def _backbone(self) -> Any:
         return self._modules.get(getattr(type(self), "base_model_prefix", ""), self)
 
     @property
@@ -179,12 +187,12 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         except AttributeError:
             if "_slimtune" in vars(self) and name == "model":
                 return self
-            if "_slimtune" in vars(self) and name in self.base_model._modules:
-                return self.base_model._modules[name]
+            if "_slimtune" in vars(self) and name in self._backbone._modules:
+                return self._backbone._modules[name]
             raise
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
-        backbone = self.base_model
+        backbone = self._backbone
         if name in backbone._modules and name not in self._modules:
             setattr(backbone, name, value)
         else:
@@ -249,6 +257,10 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         self._require_free_name(adapter_name)
         if not peft_config.name:
             raise UsageError(f"{type(peft_config).__name__} is not the config of a method", "such as LoraConfig")
+        if peft_config.prefix and adapter_name in peft_config.prefix:
+            # PEFT's words.
+            what = f"Adapter name '{adapter_name}' should not be contained in the prefix '{peft_config.prefix}'."
+            warnings.warn(f"{what} PEFT does not load the file under this name", stacklevel=3)
         self._replicate_layers(getattr(peft_config, "layer_replication", None))
         if strict:
             _require_one_with_biases([*state.configs.values(), peft_config])
@@ -259,7 +271,9 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         state.configs[adapter_name], state.reports[adapter_name] = peft_config, report
         layers = state.layers[adapter_name] = {}  # filled step by step, so that a failure can be undone
         how = {"autocast": autocast_adapter_dtype, "loading": not strict or low_cpu_mem_usage}
-        shares_copies = peft_config.trains_every_weight or getattr(peft_config, "ensure_weight_tying", False)
+        shares_copies = peft_config.trains_every_weight or (
+            getattr(peft_config, "ensure_weight_tying", False) and find_tied_modules(self)
+        )
         try:
             with self.disable_adapter():  # modules read and copy the base's own weights
                 sites = [layer.get_site(n, kind, self, **how) for n, kind in report.kinds.items()]
@@ -542,7 +556,7 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
             parameter.requires_grad_(state.was_trainable.get(name, any(state.was_trainable.values())))
         if state.replication is not None:
             restore_layers(self, state.replication)
-        backbone = self.base_model
+        backbone = self._backbone
         if backbone is not self:
             del backbone.__dict__["_whole_model"]
             backbone.__class__ = type(backbone).__bases__[1]
@@ -628,11 +642,35 @@ def _make_peft_model(model: nn.Module, cls: Any) -> PeftModel:
     model.__class__ = register_as_peft_subclass(_make_subclass(base_class, cls), "PeftModel")
     model.__dict__["_slimtune"] = AdapterState(base_class, was_trainable, find_repacking_layers(model))
     assert isinstance(model, PeftModel)
-    backbone = model.base_model
+    backbone = model._backbone
     if backbone is not model:
         backbone.__dict__["_whole_model"] = model
         backbone.__class__ = _make_subclass(backbone.__class__, TunerNames)
     return model
+
+
+class Tuner(nn.Module):
+    """PEFT's `base_model` of a model that is its own backbone and has a child named `model`.
+
+    Its `model` is the whole model; every other name, assignment and call goes to the whole model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._modules["model"] = model
+        del vars(self)["training"]
+
+    base_model = property(lambda self: self)
+
+    def __getattr__(self, name: str) -> Any:
+        model = super().__getattr__("model")
+        return model if name == "model" else getattr(model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.model, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
 
 class TunerNames(PickledByRecipe):

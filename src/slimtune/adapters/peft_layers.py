@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.low_rank import add_low_rank
 from ..utils.linear_layers import get_weight, is_transposed, layer_kind, layer_sizes
 from .merging import merge_adapters, unmerge_adapters
 from .mixed_batch import LayerAdapters
@@ -115,8 +116,20 @@ class PeftLayer:
 
     @property
     def base_layer(self) -> Any:
-        """The base module without adapters: a module of the base's class that shares its parameters and buffers."""
-        return make_base_view(self._layer)
+        """The base module without adapters: a module of the base's class that shares its parameters and buffers.
+
+        Where adapters start as a part of the weight (PiSSA), its weight is a copy without that part, as in PEFT.
+        """
+        view = make_base_view(self._layer)
+        adapters = self._layer.adapters.items()
+        starts = [m for a, m in adapters if "start_A" in m._buffers and a not in self._layer.merged_names]
+        if starts and view.weight.is_floating_point() and not view.weight.is_meta:  # else quantized, or not loaded yet
+            weight = get_weight(view).detach()
+            for module in starts:
+                weight = add_low_rank(weight, module.start_A, module.start_B, -module.scale)
+            weight = weight.t() if is_transposed(self._layer) else weight
+            vars(view)["_parameters"] = {**view._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+        return view
 
     @property
     def in_features(self) -> int:
@@ -219,11 +232,12 @@ class PeftLayer:
         unmerge_adapters(self._layer)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what merging an adapter would add to `weight`, in the shape of `weight`."""
+        """Return what merging an adapter would add to the weight of `base_layer`, in its shape."""
         module = self._layer.adapters[adapter]
         with torch.no_grad():
             if hasattr(module, "low_rank"):  # LoRA, for DoRA without the magnitude
-                A, B = module.low_rank()
+                started = "start_A" in module._buffers
+                A, B = (module.lora_A.weight, module.lora_B.weight) if started else module.low_rank()
                 delta = (B @ A) * module.scale
             else:
                 weight = get_weight(self.base_layer).detach().double()

@@ -506,7 +506,8 @@ def read_adapter(
     model: Any, path: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict[str, Any]
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return an adapter's tensors and config, read from a folder or the Hub, if it belongs to this base."""
-    key_mapping = hub.get("key_mapping")
+    # transformers' models whose modules were renamed have a mapping from the names of older checkpoints.
+    key_mapping = hub.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     hub = {k: v for k, v in hub.items() if k not in (*_IGNORED_ARGUMENTS, "key_mapping")}
     _check_hub_arguments(hub)
     tensors, fingerprint = read_adapter_file(path, **hub)
@@ -533,7 +534,7 @@ def _rename_keys(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | No
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
         for pattern, replacement in (key_mapping or {}).items():
-            name, count = re.subn(pattern.lstrip("^"), replacement, name)
+            name, count = re.subn(pattern, replacement, name)
             if count:
                 break
         renamed[key[: len(key) - len(key.removeprefix(_PREFIX))] + name] = tensor

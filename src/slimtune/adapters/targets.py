@@ -227,11 +227,12 @@ def _warn_about_tying(config: Any, tied: list[str], chosen: Iterable[str]) -> No
         where = "are added in either `modules_to_save` or `target_modules`" if tied else "were found in the model"
         if not own and not getattr(config, "trainable_token_indices", None):
             message = f"You have requested `ensure_weight_tying`, but no tied modules {where}"
-    elif own and len(own) < len(tied):
+    elif own:
         why = "no implementation exists to tie the adapters"
         why = why if asked is None else "`ensure_weight_tying` is not set to True"
         rest = format_names([n for n in tied if n not in own])
-        message = f"{format_names(sorted(own))} is tied to {rest}, which does not change with it: {why}"
+        apart = f"is tied to {rest}, which does not change with it" if rest else "are tied, but change separately"
+        message = f"{format_names(sorted(own))} {apart}: {why}"
     if message:
         warnings.warn(message, stacklevel=6)
 
@@ -362,7 +363,9 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
             f"name the {config.kinds[0]} modules inside it" if kind is None else "",
         )
     if getattr(module, "in_proj_weight", module) is None:
-        raise TargetError(f"{name} has separate weights for query, key and value", "one in_proj_weight for all three")
+        # PEFT's words.
+        what = "Only same embed for query/key/value is supported as of now for MultiheadAttention"
+        raise TargetError(f"{what}: {name} has separate weights", "one in_proj_weight for all three")
     mro = (c for c in type(module).__mro__ if "forward" in vars(c) and not issubclass(c, AdaptedLayer))
     forward = vars(next(mro))["forward"]
     if isinstance(module, nn.Embedding) and not hasattr(module, "embed_scale") and forward is not nn.Embedding.forward:

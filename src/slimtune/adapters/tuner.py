@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from .config import PeftConfig
-from .model import PeftMixedModel, PeftModel, TunerNames, get_peft_model
+from .model import PeftMixedModel, PeftModel, Tuner, TunerNames, get_peft_model
 from .peft_layers import BaseTunerLayer
 
 
@@ -20,7 +20,7 @@ class TunerType(type):
     """Metaclass of PEFT's tuner classes: the `base_model` of a PeftModel is their instance by its active adapter."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        if not isinstance(instance, TunerNames | PeftModel) or instance.base_model is not instance:
+        if not isinstance(instance, Tuner | TunerNames | PeftModel) or instance.base_model is not instance:
             return False
         whole = instance.model
         return bool(whole.peft_config) and cls.matches(whole)  # type: ignore[attr-defined]

@@ -102,7 +102,7 @@ class AdaLoraConfig(TargetedConfig):
         """Return the adapter module at `site`; when loading a file, with the ranks that it keeps."""
         kept = (self.rank_pattern or {}).get(f"{site.name}.lora_E") if site.loading else None
         if site.kind == "conv":
-            site.require_ungrouped()
+            site.require_ungrouped("AdaLoRA")
         return LinearAdaLora(site, self, self.init_r if kept is None else sum(kept))
 
     def max_added_bytes(self, adapter_modules: Mapping[str, AdapterModule]) -> int:

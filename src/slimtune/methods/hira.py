@@ -53,7 +53,7 @@ class HiraConfig(TargetedConfig):
     def build(self, site: Site) -> AdapterModule:
         r = get_pattern_value(self.rank_pattern, site.name, self.r)
         # Random numbers are drawn in PEFT's order: one seed gives the same adapter in both libraries.
-        kernel = site.require_ungrouped() if site.kind == "conv" else ()
+        kernel = site.require_ungrouped("HiRA") if site.kind == "conv" else ()
         A = torch.randn(r, site.in_features // math.prod(kernel), *kernel, device=site.init_device)
         B = torch.randn(site.out_features, r, *[1] * len(kernel), device=site.init_device)
         if site.kind == "embedding" and self.init_weights:

@@ -53,11 +53,12 @@ class MissConfig(TargetedConfig):
     def build(self, site: Site) -> AdapterModule:
         in_, out, r, bat = site.in_features, site.out_features, self.r, self.init_weights == "bat"
         layer = f"{site.name} ({in_} inputs, {out} outputs)"
+        if r > in_:
+            message = f"`r` ({r}) must be less than or equal to in_features ({in_}) of {site.name}"
+            raise ConfigError(message, hint=f"r={in_}")
         if bat and (in_ % r or out % r):
             hint = f"r={math.gcd(in_, out)}"
             raise ConfigError(f"r is {r}, at {layer}", "a divisor of both with init_weights='bat'", hint)
-        if r > in_:
-            raise ConfigError(f"r is {r}, at {layer}", f"at most {in_}", f"r={in_}")
         if self.init_weights == "mini" and out % self.mini_r:
             hint = f"mini_r={math.gcd(out, self.mini_r)}"
             raise ConfigError(f"mini_r is {self.mini_r}, at {layer}", "a divisor of the outputs", hint)

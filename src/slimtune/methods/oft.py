@@ -68,7 +68,7 @@ class OFTConfig(TargetedConfig):
     def build(self, site: Site) -> AdapterModule:
         """Return the rotation at `site`; a block size of 1, which rotates nothing, is refused, and others may warn."""
         if site.kind == "conv":
-            site.require_ungrouped()
+            site.require_ungrouped("OFT")
         width = site.out_features if site.kind == "embedding" else site.in_features
         size = width // nearest_divisor(width, self.r) if self.r else nearest_divisor(width, self.oft_block_size)
         layer = f"{site.name} has {width} {'columns' if site.kind == 'embedding' else 'inputs'}"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..adapters import prompt
 from ..adapters.base import AdapterModule, Site
 from ..adapters.config import setting
+from ..errors import ConfigError
 
 
 class PromptTuningInit(StrEnum):
@@ -51,8 +52,9 @@ class PromptTuningConfig(prompt.PromptLearningConfig):
         super().check()
         self.prompt_tuning_init = str(self.prompt_tuning_init)  # type: ignore[assignment]
         if self.prompt_tuning_init == "TEXT":
-            for name, what in (("prompt_tuning_init_text", "text"), ("tokenizer_name_or_path", "tokenizer")):
-                self.require(bool(getattr(self, name)), name, f"a {what}, for prompt_tuning_init='TEXT'")
+            for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+                if not getattr(self, name):
+                    raise ConfigError(f"When prompt_tuning_init='TEXT', {name} can't be None")
         options = self.tokenizer_kwargs or {}
         allowed = not options or self.prompt_tuning_init == "TEXT"
         self.require(allowed, "tokenizer_kwargs", "None unless prompt_tuning_init='TEXT'")

@@ -36,7 +36,7 @@ from ...adapters.targets import (
     matches_name,
     shorten_names,
 )
-from ...errors import ConfigError, UsageError, format_names, nearest
+from ...errors import ConfigError, PeftWarning, UsageError, format_names, nearest
 from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
 from . import corda, eva, loraga
 from .alora import LinearALora
@@ -136,6 +136,8 @@ class LoraConfig(PatternedConfig):
 
     def check(self) -> None:
         super().check()
+        if isinstance(self.init_lora_weights, str):
+            self.init_lora_weights = self.init_lora_weights.lower()  # "OLoRA", as in PEFT
         init, named = self.init_lora_weights, [*NAMED_INITS, "pissa_niter_N"]
         expected = f"True, False or one of {format_names(named)}{nearest(str(init), named)}"
         self.require(is_valid_init(init), "init_lora_weights", expected)
@@ -145,7 +147,9 @@ class LoraConfig(PatternedConfig):
         excluded = init == "mica" and (self.use_dora or self.freeze_a)
         self.require(not excluded, "init_lora_weights", "a value other than 'mica' with DoRA or freeze_a")
         plain = isinstance(init, bool) and not self.use_dora
-        self.require(not self.lora_bias or plain, "lora_bias", "False with DoRA or a named init_lora_weights")
+        if self.lora_bias and not plain:
+            what = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
+            raise ConfigError(f"The argument lora_bias=True is not supported with {what}", "lora_bias=False")
         if isinstance(self.loftq_config, LoftQConfig):
             self.loftq_config = dataclasses.asdict(self.loftq_config)
         self.require(not self.loftq_config or init == "loftq", "loftq_config", "only with init_lora_weights='loftq'")
@@ -159,7 +163,8 @@ class LoraConfig(PatternedConfig):
             if isinstance(settings, dict) or (settings is None and init == init_name != "lora_ga"):
                 setattr(self, name, cls(**(settings or {})))
             elif settings is not None and init != init_name:
-                warnings.warn(f"{name} is ignored, since init_lora_weights is not {init_name!r}", stacklevel=4)
+                what = f"`{name}` specified but will be ignored when `init_lora_weights` is not {init_name!r}."
+                warnings.warn(what, stacklevel=4)
         if self.alora_invocation_tokens is not None:
             self.require(bool(self.alora_invocation_tokens), "alora_invocation_tokens", "None or at least one id")
             self.require(not self.use_dora, "alora_invocation_tokens", "None with DoRA")
@@ -249,6 +254,10 @@ class LoraConfig(PatternedConfig):
             return ParameterLora(site, self, names)
         r, alpha = self.get_rank(site.name), self.get_alpha(site.name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.loading:
+            what = f"the targeted layer of type {type(site.module).__name__} has no bias"  # PEFT's words
+            what = f"`lora_bias=True` was passed but {what}, so the adapter cannot be merged: {site.name}"
+            warnings.warn(what, PeftWarning, stacklevel=2)
         if self.alora_invocation_tokens:
             return LinearALora(site, self, r, scale)
         if site.kind == "weight":
@@ -260,7 +269,7 @@ class LoraConfig(PatternedConfig):
         # Other modules can share A and B of the embedding, but not the lengths of DoRA.
         for name in ("lora_bias", "freeze_a", *(["use_dora"] if self.ensure_weight_tying else [])):
             if getattr(self, name):
-                message = f"{name} is True, and {site.name} is an embedding"
+                message = f"{name}=True is not supported for Embedding ({site.name})"
                 raise ConfigError(message, "linear layers only", "take it out of target_modules")
         return (EmbeddingDora if self.use_dora else EmbeddingLora)(site, self, r, scale)
 

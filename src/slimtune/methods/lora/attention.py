@@ -26,10 +26,11 @@ class AttentionLora(LinearLora):
         wrong = [n for n in ("use_dora", "lora_bias") if getattr(config, n)]
         wrong += ["init_lora_weights"] if config.init_lora_weights in ("eva", "corda", "lora_ga") else []
         if wrong:
-            message = (
-                f"{wrong[0]} is {getattr(config, wrong[0])!r}, and {site.name} belongs to an nn.MultiheadAttention"
-            )
-            raise ConfigError(message, "plain LoRA there", "take it out of target_modules")
+            value = getattr(config, wrong[0])
+            what = "DoRA" if wrong[0] == "use_dora" else f"{wrong[0]}={value!r}"
+            plain = f"please set {wrong[0]} to {isinstance(value, str)}"  # PEFT's words
+            message = f"MultiheadAttention does not support {what} (yet), {plain}"
+            raise ConfigError(message, hint=f"or take {site.name} out of target_modules")
         if config.lora_dropout and not site.loading:
             what = "lora_dropout does nothing at an nn.MultiheadAttention, as in PEFT"
             warnings.warn(f"{site.name}: {what}", stacklevel=2)

@@ -32,8 +32,10 @@ class ConvLora(LoraModule):
         conv: Any = site.module
         self.name, self.groups = site.name, conv.groups
         if r % conv.groups:
-            hint = f"rank_pattern={{{site.name!r}: {conv.groups}}}, or leave the layer out"
-            raise ConfigError(f"r is {r} at {site.name}, which has {conv.groups} groups", "a multiple of them", hint)
+            what = f"Targeting a {type(conv).__name__} with groups={conv.groups} and rank {r}"  # PEFT's words
+            why = "Currently, support is limited to conv layers where the rank is divisible by groups"
+            other = "Either choose a different rank or do not target this specific layer"
+            raise ConfigError(f"{what}. {why}. {other}.", hint=f"rank_pattern={{{site.name!r}: {conv.groups}}}")
         if self.init == "lora_ga":
             self.init = True  # as in PEFT, so that a model with other layers can start from its gradients
         if not isinstance(self.init, bool) and self.init != "gaussian":

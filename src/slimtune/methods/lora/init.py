@@ -78,11 +78,9 @@ def init_from_base_weight(
         return loraga_start(loraga, site, r, scale)
     max_rank = min(site.in_features, site.out_features)
     if r > max_rank:
-        raise ConfigError(
-            f"r is {r} at {site.name}, whose weight has rank {max_rank}",
-            f"a rank of at most {max_rank} with init_lora_weights={init!r}",
-            "give this layer its own rank by rank_pattern",
-        )
+        title = {"mica": "MiCA", "olora": "OLoRA"}.get(init, "PiSSA")
+        bound = f"`r` <= min(in_features, out_features), which is {max_rank} at {site.name}"
+        raise ConfigError(f"{title} requires {bound}; r is {r}", hint="give this layer its own rank by rank_pattern")
     weight = site.weight()
     if init == "olora":
         Q, R = torch.linalg.qr(weight)
