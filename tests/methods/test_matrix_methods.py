@@ -115,7 +115,7 @@ def test_hira_at_a_scaled_embedding(base):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 25}, r"r is 25, at layer \(24 inputs, 20 outputs\)"),
+        ({"r": 25}, r"`r` \(25\) must be less than or equal to in_features \(24\)"),
         ({"r": 5, "init_weights": "bat"}, "r is 5, at layer"),
         ({"r": 4, "init_weights": "mini", "mini_r": 6}, r"mini_r is 6, at layer(?s:.*)hint: mini_r=2"),
     ],
