@@ -147,7 +147,7 @@ def test_all_methods(slimtune, slimtune_json, requests):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--gpu", "rtx-5060"], "there is no card 'rtx-5060' in the table; did you mean 'rtx-5060-ti-16gb'?"),
+        (["--gpu", "rtxx-5070"], "there is no card 'rtxx-5070' in the table; did you mean 'rtx-5070'?"),
         (["--gpu", "t4", "--gpu", "l4"], "--gpu is given 2 times: t4, l4"),
         (["--gpu", "arc-b580"], "arc-b580: slimtune does not train on Intel GPUs"),
         (["--method", "dora"], "there is no method 'dora': it is a setting"),

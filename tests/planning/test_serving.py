@@ -10,7 +10,16 @@ from transformers import AutoConfig
 from slimtune.errors import ModelError, UsageError
 from slimtune.models.registry import load_known_configs
 from slimtune.planning.gpus import find_gpu, gpu_with_memory
-from slimtune.planning.serving import ENGINES, GGUF_BITS, METADATA, VLLM_BITS, cache_bytes, plan_serving, weight_bytes
+from slimtune.planning.serving import (
+    ENGINES,
+    GGUF_BITS,
+    METADATA,
+    VLLM_BITS,
+    active_weights,
+    cache_bytes,
+    plan_serving,
+    weight_bytes,
+)
 from slimtune.setup import build_meta_model
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -165,6 +174,23 @@ def test_longest_context_fits_and_no_longer_one(engine):
     assert 0 < longest < 131072
     assert plan(**settings, context=longest).verdict == "fits"
     assert plan(**settings, context=longest + 256).verdict != "fits"
+
+
+def test_speed_is_given_where_the_model_is_on_the_gpu():
+    fits, too_large = plan(gpu="rtx-4090"), plan("llama-3.1-70b", "rtx-4090")
+    assert 100 < fits.decode_tokens_per_second.low < fits.decode_tokens_per_second.high < 170
+    assert fits.evidence["decode_tokens_per_second"] == "published"
+    assert (too_large.decode_tokens_per_second, plan().prefill_tokens_per_second) == (None, None)
+
+
+def test_a_token_reads_the_experts_of_its_router():
+    experts = AutoConfig.for_model(
+        "qwen3_moe", hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        moe_intermediate_size=128, num_experts=16, num_experts_per_tok=2, vocab_size=512, tie_word_embeddings=False,
+    )  # fmt: skip
+    built = build_meta_model(experts, None, torch.bfloat16)
+    total, embedding = weight_bytes(built, "F16")
+    assert total - embedding - active_weights(built, "F16")[0] == 2 * 14 * 3 * 256 * 128 * 2
 
 
 def test_quantized_cache():

@@ -154,6 +154,11 @@ def format_range(low: float, high: float, format_number: Callable[[float], str] 
     return f"{number if same_unit else first} to {last}"
 
 
+def format_rate(rate: float) -> str:
+    """Return tokens a second, in three digits at most: `4.2`, `47`, `3270`."""
+    return f"{rate:.2g}" if rate < 10 else f"{float(f'{rate:.3g}'):.0f}"
+
+
 def _require_writable(path: Path, jobs: Jobs) -> None:
     """Check, before anything is planned, that the run can be written as a recipe that trains."""
     if len(jobs.recipes) != 1:
@@ -314,7 +319,15 @@ def _render_serving(served: ServingPlan) -> Iterator[Any]:
     """Yield the parts of a plan for serving."""
     adapter = "the adapter merged" if served.merged else "the adapter beside it"
     yield Text(f"\nserved by {served.engine}: {served.verdict}", style="bold")
-    yield f"{served.precision}, {adapter}, {served.context} tokens of context: {served.reason}\n"
+    yield f"{served.precision}, {adapter}, {served.context} tokens of context: {served.reason}"
+    decode, prefill = served.decode_tokens_per_second, served.prefill_tokens_per_second
+    if decode is None or prefill is None:
+        yield "speed: not known\n"
+    else:
+        yield (
+            f"speed: {format_range(*decode, format_rate)} tokens/s written behind {served.context} tokens, "
+            f"{format_range(*prefill, format_rate)} tokens/s of a prompt read\n"
+        )
     rows = [(part, format_bytes(size), part) for part, size in served.parts.items()]
     rows += [
         ("buffers", format_range(*served.compute_bytes), "compute_bytes"),
@@ -324,6 +337,11 @@ def _render_serving(served: ServingPlan) -> Iterator[Any]:
         ("file", format_bytes(served.file_bytes), "file_bytes"),
         ("longest context", _count(served.max_context or 0, "tokens"), "max_context"),
     ]
+    if decode is not None and prefill is not None:
+        rows.append(("tokens written in a second", format_range(*decode, format_rate), "decode_tokens_per_second"))
+        rows.append(
+            ("tokens of a prompt in a second", format_range(*prefill, format_rate), "prefill_tokens_per_second")
+        )
     yield _evidence_table("memory", served.evidence, rows)
 
 

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
-from ..errors import UsageError
+from ..errors import UsageError, format_names
 from ..models.gpu_support import NO_XPU, VENDOR_DEVICES, default_bf16
 from ..utils.formatting import format_bytes
 from ..utils.product_names import nearest_product
@@ -39,7 +39,8 @@ class Gpu:
     watts: float | None = None  # power of the board (of a Mac: of the machine)
     unified: bool = False  # the memory is the system's, too
     source: str = ""  # where these numbers are from
-    checked: str = ""  # when they were read there, as 2026-11-25
+    checked: str = ""  # when they were last checked, there or by their arithmetic, as 2026-11-25
+    released: str = ""  # month in which it came out, as 2023-06
     auto_bf16: bool | None = None  # whether dtype "auto" is bfloat16 on it, if it was asked; None: by its rates
 
     @property
@@ -52,7 +53,8 @@ class Gpu:
         """Whether training holds the weights in bfloat16 on it, unless told otherwise."""
         if self.auto_bf16 is not None:
             return self.auto_bf16
-        return default_bf16(self.device, self.rates is None or "bfloat16" in self.rates)
+        # torch says that every AMD GPU has it, also those that emulate it.
+        return default_bf16(self.device, self.rates is None or self.vendor == "amd" or "bfloat16" in self.rates)
 
     @property
     def trains(self) -> bool:
@@ -83,33 +85,53 @@ def all_gpus() -> tuple[Gpu, ...]:
 
 @cache
 def _rows() -> list[tuple[list[str], Gpu]]:
-    """Return the names of each row of `gpus.csv`, and its GPU."""
+    """Return the names and the GPU of each row of `gpus.csv`; a row of several memories is a GPU for each of them."""
     text = (files(__package__) / "gpus.csv").read_text(encoding="utf-8")
     dtypes = {"bfloat16": "bf16_tflops", "float16": "fp16_tflops", "float32": "fp32_tflops"}
     rows = []
     for row in csv.DictReader(text.splitlines()):
-        gpu = Gpu(
-            **{name: row[name] for name in ("name", "kind", "vendor", "architecture", "source", "checked")},
-            memory=int(float(row["memory_gib"]) * GIB),
-            visible=int(float(row["visible_gib"] or row["memory_gib"]) * GIB),
-            bandwidth=float(row["bandwidth_gbs"]) * 1e9,
-            rates={dtype: float(row[column]) * 1e12 for dtype, column in dtypes.items() if row[column]},
-            flash=row["flash"] == "yes",
-            watts=float(row["watts"]) if row["watts"] else None,
-            unified=row["unified"] == "yes",
-            auto_bf16=None,
-        )
-        rows.append(([row["name"], *filter(None, row["aliases"].split(";"))], gpu))
+        memories = row["memory_gib"].split(";")
+        visible = row["visible_gib"].split(";") if row["visible_gib"] else memories
+        for memory, seen in zip(memories, visible, strict=True):
+            gpu = Gpu(
+                **{name: row[name] for name in ("kind", "vendor", "architecture", "source", "checked", "released")},
+                name=row["name"] if len(memories) == 1 else f"{row['name']}-{memory}gb",
+                memory=int(float(memory) * GIB),
+                visible=int(float(seen) * GIB),
+                bandwidth=float(row["bandwidth_gbs"]) * 1e9,
+                rates={dtype: float(row[column]) * 1e12 for dtype, column in dtypes.items() if row[column]},
+                flash=row["flash"] == "yes",
+                watts=float(row["watts"]) if row["watts"] else None,
+                unified=row["unified"] == "yes",
+                auto_bf16=None,
+            )
+            rows.append(([gpu.name, row["name"], *filter(None, row["aliases"].split(";"))], gpu))
     return rows
 
 
 def find_by_name(name: str) -> list[Gpu]:
-    """Return the GPUs that a name can mean, the usual one first; case, spaces and dashes do not matter."""
+    """Return the GPUs that a name can mean, the usual one first, of a chip with several memories the smallest first.
 
-    def normalize(text: str) -> str:
-        return re.sub(r"[^a-z0-9]+", "", text.lower())
+    Case, spaces, dashes and the vendor's words do not matter; a memory may follow: "M4 Max 64 GB", "MacBook Air M2".
+    """
+    wanted = _normalize(name)
+    if found := [gpu for names, gpu in _rows() if wanted in map(_normalize, names)]:
+        return found
+    if (sized := _SIZED.fullmatch(name.strip())) is None:
+        return []
+    return [gpu for gpu in find_by_name(sized[1]) if round(gpu.memory / GIB) == int(sized[2])]
 
-    return [gpu for names, gpu in _rows() if normalize(name) in map(normalize, names)]
+
+_SIZED = re.compile(r"(.+?)[\s_-]+(\d+)\s*gi?b", re.IGNORECASE)
+_NOISE = re.compile(
+    r"\b(nvidia|geforce|amd|radeon|instinct|intel|apple|tesla|macbook (air|pro)|mac (mini|studio|pro)|imac|macbook"
+    r"|graphics|gpu|chip|unified memory|vram|ram)\b|\((r|tm)\)|[^a-z0-9+]+"
+)
+
+
+def _normalize(name: str) -> str:
+    """Return a name without the words that do not tell products of one vendor apart."""
+    return _NOISE.sub("", name.lower())
 
 
 def find_gpu(name: str) -> Gpu:
@@ -120,6 +142,8 @@ def find_gpu(name: str) -> Gpu:
     """
     if matches := find_by_name(name):
         return matches[0]
+    if (sized := _SIZED.fullmatch(name.strip())) is not None and (others := find_by_name(sized[1])):
+        raise UsageError(f"there is no {name!r} in the table", f"one of {format_names([g.name for g in others])}")
     close = nearest_product(name, [gpu.name for gpu in all_gpus()])
     hint = "or give its memory alone: --vram 24GiB"
     raise UsageError(f"there is no card {name!r} in the table{close}", "a name that `slimtune gpus` lists", hint)

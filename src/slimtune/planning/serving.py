@@ -21,6 +21,7 @@ from ..utils.formatting import format_bytes
 from .gpus import GIB, Gpu
 from .planner import judge_memory, largest_fitting
 from .result import Range, Verdict, add_ranges, fields_as_dict
+from .serving_speed import estimate_serving_speed
 
 ENGINES = {"ollama": "Q4_K_M", "llama.cpp": "Q4_K_M", "vllm": "bf16"}
 """Engines, each with the precision it serves by default."""
@@ -85,6 +86,10 @@ class ServingPlan:
     runtime_bytes: Range  # the device's runtime, libraries and graphs
     usable_bytes: Range | None  # what the GPU gives the engine, (surely, at most); None without a GPU
     max_context: int | None  # longest request of so many that surely fits; None without a GPU, 0: none
+    decode_tokens_per_second: (
+        Range | None
+    )  # of one request, after `context` tokens; None if not known or not on the GPU
+    prefill_tokens_per_second: Range | None  # of a prompt
     verdict: Verdict | None  # None without a GPU
     reason: str  # of the verdict, in one sentence
     evidence: dict[str, str] = field(default_factory=dict)  # kind of evidence by field
@@ -166,6 +171,18 @@ def plan_serving(
         limit = max_positions(config) or context
         blocks = largest_fitting(lambda n: need_at(256 * n)[2].high <= low, max(limit // 256, 1))
         max_context = min(256 * blocks, limit)
+    speed = None
+    if gpu is not None and verdict != "does not fit":
+        read_bytes, multiplied = active_weights(model, precision)
+        speed = estimate_serving_speed(
+            gpu,
+            engine,
+            read_bytes=read_bytes + adapter,
+            cache_bytes=cached / sequences,
+            weights=multiplied,
+            layers=text.num_hidden_layers,
+            sequences=sequences,
+        )
     return ServingPlan(
         engine=engine,
         precision=precision,
@@ -181,18 +198,46 @@ def plan_serving(
         runtime_bytes=runtime,
         usable_bytes=usable,
         max_context=max_context,
+        decode_tokens_per_second=speed.decode if speed is not None else None,
+        prefill_tokens_per_second=speed.prefill if speed is not None else None,
         verdict=verdict,
         reason=reason,
         evidence={
             **dict.fromkeys(("file_bytes", "bits", "weights", "adapter", "cache", "host_bytes"), "computed"),
             **dict.fromkeys(("compute_bytes", "runtime_bytes", "need_bytes", "max_context"), "guessed"),
             "usable_bytes": "published",
-        },
+        }
+        | (dict.fromkeys(("decode_tokens_per_second", "prefill_tokens_per_second"), speed.evidence) if speed else {}),
     )
 
 
 def weight_bytes(model: Any, precision: str) -> tuple[int, int]:
     """Return the bytes of a model's weights, and of its token embeddings; `precision`: of GGUF_BITS or VLLM_BITS."""
+    sizes = _weight_sizes(model, precision)
+    embedding = model.get_input_embeddings().weight
+    return int(sum(size for _, _, size in sizes)), int(sum(size for _, p, size in sizes if p is embedding))
+
+
+def active_weights(model: Any, precision: str) -> tuple[float, float]:
+    """Return what one token takes: bytes of the weights that it reads, and numbers in matrices it is multiplied with.
+
+    Of the token embeddings it reads a row, and of a mixture's experts those that its router picks.
+    """
+    text = model.config.get_text_config()
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None)
+    picked = (getattr(text, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
+    read_bytes = weights = 0.0
+    for kind, parameter, size in _weight_sizes(model, precision):
+        share = picked if parameter.dim() == 3 and parameter.shape[0] == experts else 1.0
+        if kind != "embedding":
+            read_bytes += share * size
+        if kind in ("matrix", "value_down"):
+            weights += share * parameter.numel()
+    return read_bytes, weights
+
+
+def _weight_sizes(model: Any, precision: str) -> list[tuple[str, nn.Parameter, float]]:
+    """Return kind, weight and bytes of each weight; `precision`: of GGUF_BITS or VLLM_BITS."""
     if precision in VLLM_BITS:
         linear = VLLM_BITS[precision]
         by_kind = dict.fromkeys(("small", "embedding", "head"), (max(linear, 16.0),) * 2)
@@ -203,13 +248,7 @@ def weight_bytes(model: Any, precision: str) -> tuple[int, int]:
         by_kind["value_down"] = (value_down, value_down_fallback)
         # The head is in Q8_0 or Q6_K, also if it is tied to the embeddings.
         by_kind["head"] = (most, most) if most >= 16 else (8.5 if precision == "Q8_0" else 6.5625, 8.5)
-    total = embedding_bytes = 0.0
-    for kind, parameter, width in _weights(model):
-        size = by_kind[kind][width % 256 != 0] * parameter.numel() / 8
-        total += size
-        if parameter is model.get_input_embeddings().weight:
-            embedding_bytes = size
-    return int(total), int(embedding_bytes)
+    return [(kind, p, by_kind[kind][width % 256 != 0] * p.numel() / 8) for kind, p, width in _weights(model)]
 
 
 def cache_bytes(config: PreTrainedConfig, context: int, engine: str, cache: str = "f16", batch: int = UBATCH) -> int:

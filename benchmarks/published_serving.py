@@ -1,0 +1,117 @@
+"""Published serving speeds beside what `slimtune plan --serve` says of them: `python published_serving.py`.
+
+Each point of data/serving_points.json is a run that somebody else published: engine, card, model, precision, whether
+it decodes or reads a prompt, the tokens in the context (decoding) or in the prompt, tokens a second, source, date.
+Points with `"seen": false`, whose source was not found, and those with `excluded`, a reason, are shown and not counted.
+The fits of planning/serving_speed.py are to these same points. How a fit does on runs that it has not seen is shown
+last: each source in turn is left out, and predicted by the median ratio of the others of its kind.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from slimtune.models.registry import load_known_configs
+from slimtune.planning.gpus import find_gpu
+from slimtune.planning.result import Range
+from slimtune.planning.serving import active_weights, cache_bytes
+from slimtune.planning.serving_speed import estimate_serving_speed, hardware_kind
+from slimtune.setup import build_meta_model
+
+POINTS = json.loads((Path(__file__).parent / "data" / "serving_points.json").read_text(encoding="utf-8"))
+MEDIAN, INSIDE = 0.15, 0.9
+"""The largest median error, and the least share of runs inside the printed range."""
+
+
+@cache
+def model_of(name: str) -> Any:
+    return build_meta_model(AutoConfig.for_model(**load_known_configs()[name]["config"]), None, torch.bfloat16)
+
+
+def predict(point: dict[str, Any]) -> Range:
+    """Return the tokens a second that a plan gives for a published run."""
+    model, decodes = model_of(point["model"]), point["test"] == "decode"
+    precision = "F16" if point["precision"] == "BF16" else point["precision"]
+    read_bytes, weights = active_weights(model, precision)
+    engine = "vllm" if point["engine"] == "vllm" else "llama.cpp"
+    cached = cache_bytes(model.config, 25600, engine, "f16") / 25600 * point["tokens"] if decodes else 0
+    speed = estimate_serving_speed(
+        find_gpu(point["card"]), engine, read_bytes=read_bytes, cache_bytes=cached, weights=weights,
+        layers=model.config.get_text_config().num_hidden_layers,
+    )  # fmt: skip
+    if speed is None:
+        raise ValueError(f"no fit for {point['card']} and {point['engine']}")
+    return speed.decode if decodes else speed.prefill
+
+
+def compare_points() -> list[dict[str, Any]]:
+    """Return the points that count, each with its predicted range, the error of the middle, and the hardware kind."""
+    rows = []
+    for point in POINTS:
+        if not point["seen"] or "excluded" in point:
+            continue
+        band = predict(point)
+        # The middle of a range of speeds, whose ends are factors.
+        error = (band.low * band.high) ** 0.5 / point["tokens_per_second"] - 1
+        inside = band.low <= point["tokens_per_second"] <= band.high
+        engine = "vllm" if point["engine"] == "vllm" else "llama.cpp"
+        kind = (engine, hardware_kind(find_gpu(point["card"])), point["test"])
+        rows.append({**point, "band": band, "error": error, "inside": inside, "kind": kind})
+    return rows
+
+
+def summarize(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return the median error, and the share of runs inside the range."""
+    return statistics.median(abs(r["error"]) for r in rows), sum(r["inside"] for r in rows) / len(rows)
+
+
+def left_out_errors(rows: list[dict[str, Any]]) -> list[float]:
+    """Return the error of each run, scaled by the median ratio of the runs of its kind from other sources."""
+    errors = []
+    for row in rows:
+        others = [1 + r["error"] for r in rows if r["kind"] == row["kind"] and r["source"] != row["source"]]
+        if others:
+            errors.append((1 + row["error"]) / statistics.median(others) - 1)
+    return errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    rows = compare_points()
+    print("| engine | GPU | model | precision | test | published t/s | planned t/s | error % | inside |")
+    print("| --- | --- | --- | --- | --- | ---: | ---: | ---: | --- |")
+    for r in rows:
+        test = f"{r['test']} {r['tokens']}"
+        print(
+            f"| {r['engine']} | {r['card']} | {r['model']} | {r['precision']} | {test} | {r['tokens_per_second']:.1f} "
+            f"| {r['band'].low:.0f} to {r['band'].high:.0f} | {100 * r['error']:+.0f} | {('no', 'yes')[r['inside']]} |"
+        )
+    by_kind = defaultdict(list)
+    for r in rows:
+        by_kind[" ".join((r["kind"][0], r["kind"][1], r["kind"][2]))].append(r)
+    print("\n| engine, hardware, test | runs | median error % | inside % |\n| --- | ---: | ---: | ---: |")
+    for name, some in [*sorted(by_kind.items()), ("all", rows)]:
+        median, inside = summarize(some)
+        print(f"| {name} | {len(some)} | {100 * median:.1f} | {100 * inside:.0f} |")
+    left_out = left_out_errors(rows)
+    print(
+        f"\nLeft out by source: {len(left_out)} runs, median error {100 * statistics.median(map(abs, left_out)):.1f} %."
+    )
+    for point in POINTS:
+        if not point["seen"] or "excluded" in point:
+            print(f"not counted: {point['card']} {point['model']}: {point.get('excluded', 'its source was not found')}")
+    median, inside = summarize(rows)
+    sys.exit(not (median < MEDIAN and inside >= INSIDE))
+
+
+if __name__ == "__main__":
+    main()

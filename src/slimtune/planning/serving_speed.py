@@ -1,0 +1,103 @@
+"""Serving speed: tokens a second of decoding from bandwidth, of prefill from arithmetic.
+
+A decoded token reads every active weight and the cached keys and values once, and starts the kernels of each layer:
+
+    seconds = bytes / (share of bandwidth · bandwidth) + layers · seconds of a layer
+
+A token of a prompt takes `2 · weights` operations at a share of a rate. Shares and ranges are fitted to published runs
+(benchmarks/data/serving_points.json, `python benchmarks/published_serving.py`) by engine and kind of hardware. It
+imports no torch, so that machines are compared at once.
+"""
+
+from typing import NamedTuple
+
+from .gpus import Gpu
+from .result import Range
+
+HBM = 1.4e12
+"""Bandwidth in bytes a second from which a datacentre GPU has stacked memory, which batch 1 does not saturate."""
+
+
+class Decoding(NamedTuple):
+    """How fast an engine decodes on a kind of hardware."""
+
+    share: float  # of the bandwidth
+    layer_s: float  # seconds that each layer takes beside its traffic
+    spread: Range  # measured speed divided by that of the formula, nine in ten runs
+    points: int  # published runs it is fitted to; 0: guessed
+
+
+class Prefill(NamedTuple):
+    """How fast an engine reads a prompt on a kind of hardware."""
+
+    share: float  # of the rate
+    rate: str  # dtype of the rate: float32 where the engine computes on integers, whose rate is proportional to it
+    spread: Range
+    points: int
+
+
+class ServingSpeed(NamedTuple):
+    """Tokens a second of one request."""
+
+    decode: Range
+    prefill: Range
+    evidence: str  # of both
+
+
+DECODING = {
+    ("llama.cpp", "nvidia"): Decoding(0.85, 55e-6, Range(0.84, 1.22), 74),
+    ("llama.cpp", "nvidia hbm"): Decoding(0.60, 100e-6, Range(0.82, 1.15), 9),
+    ("llama.cpp", "amd"): Decoding(0.87, 70e-6, Range(0.84, 1.10), 23),
+    ("llama.cpp", "apple m1, m2"): Decoding(0.72, 155e-6, Range(0.65, 1.20), 11),
+    ("llama.cpp", "apple"): Decoding(0.90, 90e-6, Range(0.80, 1.08), 22),
+    # Two runs of vLLM were found (A100: 0.78 of the bandwidth, RTX 4090: 0.66), too few to fit.
+    ("vllm", "nvidia"): Decoding(0.80, 40e-6, Range(0.75, 1.15), 0),
+    ("vllm", "nvidia hbm"): Decoding(0.78, 20e-6, Range(0.75, 1.15), 0),
+    ("vllm", "amd"): Decoding(0.70, 60e-6, Range(0.6, 1.2), 0),
+}
+PREFILL = {
+    ("llama.cpp", "nvidia"): Prefill(1.4, "float32", Range(0.6, 1.65), 38),
+    ("llama.cpp", "nvidia hbm"): Prefill(0.25, "float16", Range(0.55, 1.45), 8),
+    ("llama.cpp", "amd"): Prefill(0.66, "float32", Range(0.8, 1.2), 3),
+    ("llama.cpp", "apple m1, m2"): Prefill(0.58, "float32", Range(0.74, 1.28), 8),
+    ("llama.cpp", "apple"): Prefill(0.72, "float32", Range(0.82, 1.15), 5),
+    ("vllm", "nvidia"): Prefill(0.5, "float16", Range(0.6, 1.4), 0),
+    ("vllm", "nvidia hbm"): Prefill(0.5, "float16", Range(0.6, 1.4), 0),
+    ("vllm", "amd"): Prefill(0.35, "float16", Range(0.5, 1.5), 0),
+}
+
+
+def hardware_kind(gpu: Gpu) -> str:
+    """Return the kind of hardware that a fit is for: a vendor, and the kind of memory or the generation."""
+    if gpu.vendor == "nvidia" and gpu.kind == "datacentre" and (gpu.bandwidth or 0) > HBM:
+        return "nvidia hbm"
+    return "apple m1, m2" if gpu.architecture in ("m1", "m2") else gpu.vendor
+
+
+def estimate_serving_speed(
+    gpu: Gpu, engine: str, *, read_bytes: float, cache_bytes: float, weights: float, layers: int, sequences: int = 1
+) -> ServingSpeed | None:
+    """Return the speed of one request; None if the GPU's rates are unknown, or no runs of its kind are.
+
+    Args:
+        gpu: where it runs; the weights are on it.
+        engine: ollama, llama.cpp or vllm.
+        read_bytes: of the weights that a decoded token reads.
+        cache_bytes: of keys and values that it reads, of one request.
+        weights: in matrices that a token is multiplied with.
+        layers: of the model.
+        sequences: requests decoded together.
+    """
+    key = ("llama.cpp" if engine == "ollama" else engine, hardware_kind(gpu))
+    if key not in DECODING or not gpu.rates or not gpu.bandwidth:
+        return None
+    decoding, prefill = DECODING[key], PREFILL[key]
+    prompt_seconds = 2 * weights / (prefill.share * gpu.rates[prefill.rate])
+    moved = read_bytes + sequences * cache_bytes
+    # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
+    seconds = max(moved / (decoding.share * gpu.bandwidth), sequences * prompt_seconds) + layers * decoding.layer_s
+    return ServingSpeed(
+        Range(*(end / seconds for end in decoding.spread)),
+        Range(*(end / prompt_seconds for end in prefill.spread)),
+        "published" if decoding.points and prefill.points else "guessed",
+    )
