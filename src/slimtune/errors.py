@@ -3,6 +3,8 @@
 SlimtuneError            exit code 1: the work failed (faulty data, a wrong adapter, no memory, a full disk)
 └── UsageError           exit code 2: the user's input is wrong (flags, a recipe, a missing file, targets)
 
+Each class has a code, which `slimtune explain CODE` explains; the command line finds a more precise one by the message.
+
 What PEFT raises as ValueError, TypeError or NotImplementedError is also of that kind here, so that code written for
 PEFT catches it.
 """
@@ -19,6 +21,7 @@ class SlimtuneError(Exception):
     """The work failed: `message` says what is wrong, `expected` what would be right, `hint` what to do about it."""
 
     exit_code = 1
+    code = "internal-error"
 
     def __init__(self, message: str, expected: str = "", hint: str = "") -> None:
         self.message, self.expected, self.hint = message, expected, hint
@@ -33,22 +36,31 @@ class UsageError(SlimtuneError, ValueError):
     """The user's input cannot be carried out."""
 
     exit_code = 2
+    code = "wrong-use"
 
 
 class RecipeError(UsageError):
     """A recipe or its flags have errors; the message names all of them."""
 
+    code = "recipe-error"
+
 
 class TargetError(UsageError):
     """A target, layer index, pattern or module name matches nothing in the model."""
+
+    code = "unknown-target"
 
 
 class UnsupportedError(TargetError, NotImplementedError):
     """A method cannot adapt such a module."""
 
+    code = "unsupported-target"
+
 
 class ConfigError(UsageError):
     """A method's setting is out of range or unknown."""
+
+    code = "method-setting"
 
 
 class ConfigFieldError(ConfigError, TypeError):
@@ -58,17 +70,25 @@ class ConfigFieldError(ConfigError, TypeError):
 class DataError(SlimtuneError):
     """Training data are faulty; the message names file and line."""
 
+    code = "data-error"
+
 
 class ModelError(SlimtuneError):
     """A base cannot be loaded, or lacks what the work needs."""
+
+    code = "model-error"
 
 
 class AdapterError(SlimtuneError, ValueError):
     """An adapter file does not fit: another base, missing or unexpected keys, wrong shapes, a pickle."""
 
+    code = "adapter-error"
+
 
 class RunError(SlimtuneError):
     """A run cannot go on: no valid checkpoint, no memory, a full disk."""
+
+    code = "run-error"
 
 
 class PeftWarning(UserWarning):

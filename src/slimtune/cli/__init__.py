@@ -20,6 +20,7 @@ from .data import data_report
 from .doctor import doctor
 from .eval import eval_run
 from .examples import EXAMPLES
+from .explain import explain
 from .export import export_run
 from .generate import chat, generate
 from .gpus import gpus
@@ -34,7 +35,7 @@ from .verify import verify_run
 
 FUNCTIONS = (
     plan, gpus, data_report, train_run, eval_run, report_run, compare, generate, chat, merge_run, export_run,
-    verify_run, push_run, methods, doctor,
+    verify_run, push_run, methods, doctor, explain,
 )  # fmt: skip
 LOAD_RUN = (eval_run, generate, chat, merge_run, export_run, verify_run, push_run)
 """The commands that load the base of a run, whose folder may come from somebody else."""

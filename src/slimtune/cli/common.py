@@ -24,6 +24,7 @@ from typer import Abort, Argument, BadParameter, Option
 from typer.core import TyperGroup
 
 from ..errors import RunError, SlimtuneError, UsageError, is_out_of_memory
+from ..knowledge import find_code
 from ..utils.files import os_error, to_json
 from ..utils.formatting import escape_controls
 
@@ -117,7 +118,9 @@ def _report_error(error: BaseException) -> tuple[int, dict[str, Any] | None]:
         if text := getattr(known, name):
             # A hint may be a command to copy, which a terminal must not get in several lines.
             screen.print(f"  {name}: {text}", soft_wrap=name == "hint" or None)
-    fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")}
+    code = find_code(f"{known.message}\n{known.expected}\n{known.hint}", known.code)
+    screen.print(f"  more: slimtune explain {code}", soft_wrap=True)
+    fields = {name: getattr(known, name) for name in ("message", "expected", "hint", "exit_code")} | {"code": code}
     return known.exit_code, {"error": {"kind": type(known).__name__, **fields}}
 
 
@@ -214,10 +217,10 @@ def table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]]
     return made
 
 
-def print_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """Print labels and values in two columns; long values wrap, labels never do."""
+def print_fields(fields: Iterable[tuple[str, str]], gap: int = 2) -> None:
+    """Print labels and values in two columns, `gap` apart; long values wrap, labels never do."""
     screen, rows = console(), list(fields)
-    indent = max((len(label) for label, _ in rows), default=0) + 2
+    indent = max((len(label) for label, _ in rows), default=0) + gap
     for label, value in rows:
         room = max(screen.width - indent, 20)
         lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False)

@@ -1,17 +1,21 @@
-"""`slimtune doctor`: what this machine offers, what slimtune chooses on it, and what is missing."""
+"""`slimtune doctor`: what is wrong with this machine, and what it offers."""
 
+import dataclasses
 import importlib.metadata
-import os
 import platform
 import shutil
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from ..utils.formatting import format_bytes
-from .common import Json, console, print_fields
+from ..utils.formatting import escape_controls, format_bytes
+from .common import ERROR, WARNING, Json, console, print_fields
+
+if TYPE_CHECKING:
+    from ..machine.checks import Finding
+    from ..machine.facts import MachineFacts, TorchFacts
 
 LIBRARIES = (
     "slimtune", "torch", "transformers", "accelerate", "datasets", "safetensors", "huggingface_hub", "peft", "trl",
@@ -25,55 +29,73 @@ EXTRAS = {
 """What each extra is for. The others are for developers."""
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 """CPU flags that decide how fast matrices are multiplied."""
-PCI_VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
-_INSTALL = "see https://pytorch.org/get-started/locally"
 
 
 def doctor(as_json: Json = False) -> dict[str, Any]:
-    """Report what this machine offers, and what is missing.
+    """Say what is wrong with this machine and how to mend it, and what it offers.
 
-    The device and dtype that auto chooses, versions, GPUs, CPU, free memory and disk, and what can be installed.
+    Looks at GPUs, drivers, torch's build, limits of containers and shells, disks, Ollama and the Hub's token. Then: the
+    device and dtype that auto chooses, versions, and what can be installed. Asks nothing of the network.
     """
-    import psutil
-    import torch
-
-    from ..models.dtype import pick_device, pick_dtype, read_cpu_flags
+    from ..machine.checks import find_faults
+    from ..machine.facts import gather_facts
     from ..reporting.versions import find_version
 
-    flags = read_cpu_flags() or []
-    gpus = _list_gpus()
-    device = pick_device("auto")
+    facts = gather_facts()
+    findings = find_faults(facts)
+    gpus, flags, device, dtype = ([], [], None, None) if facts.torch.error else _ask_torch(facts)
     result: dict[str, Any] = {
         "os": platform.platform(),
         "python": platform.python_version(),
         "libraries": {name: find_version(name) for name in LIBRARIES},
-        "torch_build": _torch_build(),
+        "torch_build": _describe_build(facts.torch),
         "cpu": {
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
+            "cores": facts.cores,
+            "threads": facts.torch.threads,
             "flags": [flag for flag in CPU_FLAGS if flag in flags],
         },
         "devices": ["cpu", *(f"{gpu['device']} ({gpu['name']})" for gpu in gpus)],
         "gpus": gpus,
-        "unused_gpus": [] if gpus else _find_unused_gpus(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "memory_free_bytes": psutil.virtual_memory().available,
+        "unused_gpus": [] if gpus else _list_unused_gpus(facts, findings),
+        "memory_bytes": facts.memory_bytes,
+        "memory_free_bytes": facts.memory_free_bytes,
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "programs": {name: find_version(p) or shutil.which(p) for name, p in PROGRAMS.items()},
         "extras": _find_missing_packages(),
-        "device": str(device),
-        "dtype": str(pick_dtype("auto", device)).removeprefix("torch."),
+        "device": device,
+        "dtype": dtype,
+        "findings": [finding._asdict() for finding in findings],
+        "facts": dataclasses.asdict(facts),
     }
     if not as_json:
-        _print_report(result)
+        _print_verdict(result, findings)
+        _print_facts(result, facts)
     return result
 
 
-def _print_report(result: dict[str, Any]) -> None:
+def _print_verdict(result: dict[str, Any], findings: "Sequence[Finding]") -> None:
     screen = console()
-    where = next((gpu["name"] for gpu in result["gpus"]), "the CPU")
-    screen.print(Text(f"ready: trains on {where}, frozen weights in {result['dtype']}", "bold"))
+    faults = sum(finding.is_fault for finding in findings)
+    found = "ready" if not faults else f"{faults} fault{'s' if faults > 1 else ''} found"
+    if result["device"] is None:
+        screen.print(Text(f"{found}: nothing can be trained", "bold"))
+    else:
+        where = next((gpu["name"] for gpu in result["gpus"]), "the CPU")
+        screen.print(Text(f"{found}: trains on {where}, frozen weights in {result['dtype']}", "bold"))
+    for problem, evidence, commands, page, is_fault in findings:
+        kind = ("fault: ", ERROR) if is_fault else ("warning: ", WARNING)
+        screen.print(Text.assemble("\n", kind, escape_controls(problem)))
+        print_fields([("  seen:", evidence)], gap=1)
+        for number, command in enumerate(commands):  # a command to copy stays in one line
+            screen.print(f"{'        ' if number else '  mend: '}{command}", soft_wrap=True)
+        screen.print(f"  more: slimtune explain {page}")
+    if findings:
+        screen.print()
+
+
+def _print_facts(result: dict[str, Any], facts: "MachineFacts") -> None:
     cpu, libraries = result["cpu"], result["libraries"]
+    shared, disk = facts.shared_memory_bytes, result["disk_free_bytes"]
     print_fields([
         *(("GPU not used", f"{gpu['name']}: {gpu['hint']}") for gpu in result["unused_gpus"]),
         *(
@@ -83,93 +105,68 @@ def _print_report(result: dict[str, Any]) -> None:
             for gpu in result["gpus"]
         ),
         ("auto chooses", f"--device {result['device']} --dtype {result['dtype']}"),
-        ("OS", result["os"]),
+        ("OS", result["os"] + (", in a container" if facts.is_container else "") + (", WSL" if facts.is_wsl else "")),
         ("Python", result["python"]),
         ("slimtune", libraries["slimtune"] or "not installed: run from its source"),
         ("torch", f"{libraries['torch']}, built for {result['torch_build']}"),
-        ("CPU", f"{cpu['cores']} cores, torch uses {cpu['threads']} threads"),
+        ("CPU", f"{cpu['cores']} cores, torch uses {cpu['threads']} threads"
+         + (f", at most {facts.cpu_quota:g} CPUs" if facts.cpu_quota else "")),
         ("CPU flags", ", ".join(cpu["flags"]) or "none for fast matrix products"),
-        ("memory", f"{format_bytes(result['memory_free_bytes'])} free of {format_bytes(result['memory_bytes'])}"),
-        ("disk", f"{format_bytes(result['disk_free_bytes'])} free in this folder"),
+        ("memory", f"{format_bytes(result['memory_free_bytes'])} free of {format_bytes(result['memory_bytes'])}"
+         + (f", at most {format_bytes(facts.memory_limit_bytes)} here" if facts.memory_limit_bytes else "")),
+        *([("shared memory", format_bytes(shared))] if shared else []),
+        ("disk", f"{format_bytes(disk)} free in this folder"),
         *((name, version or "not installed") for name, version in libraries.items() if name not in LIBRARIES[:2]),
         *((name, version or "not installed") for name, version in result["programs"].items()),
+        *((f"  {model}", f"runs on {processor}") for model, processor in facts.ollama_models),
+        ("Hub token", f"from {facts.token}" if facts.token else "none: only public models can be read"),
     ])  # fmt: skip
     missing = [(EXTRAS[e], f"pip install 'slimtune[{e}]'") for e, m in result["extras"].items() if m and e in EXTRAS]
     if missing:
-        screen.print(Text("\nto add:", "bold"))
+        console().print(Text("\nto add:", "bold"))
         print_fields(missing)
 
 
-def _torch_build() -> str:
-    import torch
-
-    if torch.version.cuda is not None:
-        return f"CUDA {torch.version.cuda}"
-    if torch.version.hip is not None:
-        return f"ROCm {torch.version.hip}"
-    if torch.backends.mps.is_built():
+def _describe_build(torch: "TorchFacts") -> str:
+    if torch.cuda is not None:
+        return f"CUDA {torch.cuda}"
+    if torch.hip is not None:
+        return f"ROCm {torch.hip}"
+    if torch.has_mps:
         return "Apple GPUs (MPS)"
-    return "Intel GPUs (XPU)" if getattr(torch.version, "xpu", None) else "CPUs only"
+    return "Intel GPUs (XPU)" if torch.xpu else "CPUs only"
 
 
-def _list_gpus() -> list[dict[str, Any]]:
-    """Return the GPUs that torch can use."""
-    import psutil
+def _ask_torch(facts: "MachineFacts") -> tuple[list[dict[str, Any]], list[str], str, str]:
+    """Return the GPUs that torch can use, the CPU's flags, and the device and dtype that auto chooses."""
     import torch
 
-    drivers = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    from ..models.dtype import pick_device, pick_dtype, read_cpu_flags
+
+    driver = facts.smi_gpus[0].driver if facts.smi_gpus else None
     gpus: list[tuple[Any, ...]] = []
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        gpus.append((torch.cuda.get_device_name(i), f"cuda:{i}", total, free, drivers[0] if drivers else None))
+        gpus.append((torch.cuda.get_device_name(i), f"cuda:{i}", total, free, driver))
     if torch.backends.mps.is_available():
-        memory = psutil.virtual_memory()
-        gpus.append(("Apple GPU", "mps", memory.total, memory.available, None))
+        gpus.append(("Apple GPU", "mps", facts.memory_bytes, facts.memory_free_bytes, None))
     if hasattr(torch, "xpu") and torch.xpu.is_available():
         for i in range(torch.xpu.device_count()):
             total = torch.xpu.get_device_properties(i).total_memory
             gpus.append((torch.xpu.get_device_name(i), f"xpu:{i}", total, None, None))
-    return [dict(zip(("name", "device", "memory_bytes", "free_bytes", "driver"), gpu, strict=True)) for gpu in gpus]
+    names = ("name", "device", "memory_bytes", "free_bytes", "driver")
+    device = pick_device("auto")
+    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+    return [dict(zip(names, gpu, strict=True)) for gpu in gpus], read_cpu_flags() or [], str(device), dtype
 
 
-def _find_unused_gpus() -> list[dict[str, str]]:
+def _list_unused_gpus(facts: "MachineFacts", findings: "Sequence[Finding]") -> list[dict[str, str]]:
     """Return the GPUs that are there, but that torch cannot use, and what to do about each."""
-    import torch
-
-    names = [line.partition(": ")[2].partition(" (UUID")[0] for line in _run("nvidia-smi", "-L").splitlines()]
-    for file in [] if names else sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        names += [line.split(":", 1)[1].strip() for line in file.read_text().splitlines() if line.startswith("Model:")]
-    marketing = [line.split(":", 1)[1].strip() for line in _run("rocminfo").splitlines() if "Marketing Name" in line]
-    found = [("NVIDIA", name) for name in names]
-    found += [("AMD", name) for name in marketing if "CPU" not in name and "Ryzen" not in name]
-    seen = {vendor for vendor, _ in found}
-    for folder in Path("/sys/bus/pci/devices").glob("*"):  # without a driver only the bus knows a GPU
-        kind, vendor = (_read(folder / name) for name in ("class", "vendor"))
-        if kind.startswith("0x03") and (name := PCI_VENDORS.get(vendor)) is not None and name not in seen:
-            model = _run("lspci", "-s", folder.name).partition(": ")[2].strip()
-            found.append((name, model or f"a GPU of {name}"))
-    builds = {"NVIDIA": ("CUDA", torch.version.cuda), "AMD": ("ROCm", torch.version.hip)}
+    found = [("NVIDIA", gpu.name) for gpu in facts.smi_gpus]
+    found += [(gpu.vendor, gpu.name) for gpu in facts.pci_gpus if gpu.vendor != "NVIDIA" or not facts.smi_gpus]
+    mend = next((f"{finding.commands[0]}" for finding in findings if finding.is_fault), "torch does not find it")
     hints = {"Intel": "slimtune does not train on Intel's GPUs yet"}
-    for vendor, (build, version) in builds.items():
-        install = f"install torch built for {build}: {_INSTALL}"
-        hints[vendor] = f"torch finds no driver for it: install {vendor}'s driver" if version else install
-    return [{"name": name, "vendor": vendor, "hint": hints[vendor]} for vendor, name in found]
-
-
-def _run(*command: str) -> str:
-    """Return what a program prints; "" if it is not there or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, errors="replace")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""
+    return [{"name": name, "vendor": vendor, "hint": hints.get(vendor, mend)} for vendor, name in found]
 
 
 def _find_missing_packages() -> dict[str, list[str]]:

@@ -28,4 +28,5 @@ EXAMPLES = {
     "push": ("slimtune push runs/first me/first --dry-run", "slimtune push runs/first me/first --private"),
     "methods": ("slimtune methods lora", "slimtune methods --model smollm2-135m"),
     "doctor": ("slimtune doctor", "slimtune doctor --json"),
+    "explain": ("slimtune explain cuda-out-of-memory", "slimtune explain - < traceback.txt"),
 }

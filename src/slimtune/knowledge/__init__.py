@@ -1,16 +1,18 @@
 """What `slimtune explain` knows: one Markdown file for each known problem, and the search for the page of a text.
 
-The name of a file is the page's code. Its front matter has a title, and patterns that real error texts contain: plain
-text, in which `*` stands for up to 300 characters. No pattern is a regular expression, so that a text of any size or
-content is searched in linear time.
+The name of a file is the page's code. Its front matter has a title, patterns that the texts of errors contain, and
+hints: patterns that other errors contain, too, which only order the pages. A pattern is plain text, in which `*` stands
+for up to 300 characters. No pattern is a regular expression, so that a text of any size or content is searched in
+linear time.
 """
 
 import json
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 MOST_TEXT = 50_000
@@ -18,8 +20,12 @@ MOST_TEXT = 50_000
 _GAP = 300
 _LEAST_COVERAGE = 0.6
 """Share of a question's words, weighted by how rare they are, that the page of an answer must have."""
-_STOP_WORDS = frozenset("a an and are as at be but by do does for from has have how i if in is it its my no not of on or"
-                        " so than that the this to up was what when why with you your".split())  # fmt: skip
+_STOP_WORDS = frozenset({
+    "a", "an", "and", "are", "as", "at", "be", "but", "by", "do", "does", "for", "from", "has", "have", "how", "i",
+    "if", "in", "is", "it", "its", "my", "no", "not", "of", "on", "or", "so", "than", "that", "the", "this", "to", "up",
+    "was", "what", "when", "why", "with", "you", "your",
+})  # fmt: skip
+_QUOTES = str.maketrans("", "", "\"'`\\")
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Page:
     code: str
     title: str
     patterns: tuple[str, ...]
+    hints: tuple[str, ...]
     body: str
 
 
@@ -38,16 +45,22 @@ def load_pages() -> dict[str, Page]:
     pages = {}
     for file in sorted(Path(__file__).parent.glob("*.md")):
         _, front, body = file.read_text(encoding="utf-8").split("---\n", 2)
-        # Its YAML has one JSON text a line: the title, and the patterns. A YAML parser takes 0.2 s for all pages.
-        title, *patterns = (json.loads(line[line.index('"') :]) for line in front.splitlines() if '"' in line)
-        pages[file.stem] = Page(file.stem, title, tuple(patterns), body.strip())
+        # Its YAML has one JSON text a line: the title and the patterns. A YAML parser takes 0.2 s for all pages.
+        front, _, hints = front.partition("\nhints:")
+        (title, *patterns), weak = _read_texts(front), _read_texts(hints)
+        pages[file.stem] = Page(file.stem, title, tuple(patterns), tuple(weak), body.strip())
     return pages
+
+
+def _read_texts(lines: str) -> list[str]:
+    return [json.loads(line[line.index('"') :]) for line in lines.splitlines() if '"' in line]
 
 
 def find_code(text: str, default: str) -> str:
     """Return the code of the page whose patterns fit an error's text best; `default` if none fits."""
-    scores = _score_patterns(text)
-    return max(scores, key=lambda code: scores[code]) if scores else default
+    scores = {page.code: _score_patterns(text, page.patterns) for page in load_pages().values()}
+    best = max(scores, key=lambda code: scores[code])
+    return best if scores[best] else default
 
 
 def search_pages(text: str, most: int = 3) -> tuple[bool, list[Page]]:
@@ -55,31 +68,37 @@ def search_pages(text: str, most: int = 3) -> tuple[bool, list[Page]]:
     pages = load_pages()
     if (code := text.strip().lower().replace(" ", "-")) in pages:
         return True, [pages[code]]
-    by_pattern, (by_words, coverage) = _score_patterns(text), _score_words(text)
-    ranked = sorted(pages, key=lambda code: (by_pattern.get(code, 0), by_words[code]), reverse=True)
-    found = bool(by_pattern) or coverage >= _LEAST_COVERAGE
-    return found, [pages[code] for code in ranked[:most] if by_pattern.get(code) or by_words[code]]
+    words, coverage = _score_words(text)
+    scores = {
+        code: (_score_patterns(text, page.patterns), _score_patterns(text, page.hints), words[code])
+        for code, page in pages.items()
+    }
+    ranked = sorted(pages, key=lambda code: scores[code], reverse=True)
+    found = scores[ranked[0]][0] > 0 or coverage >= _LEAST_COVERAGE
+    return found, [pages[code] for code in ranked[:most] if any(scores[code])]
 
 
-def _score_patterns(text: str) -> dict[str, float]:
-    """Return the pages with patterns in a text, scored by the longest: a long one says more. The last line counts most."""
-    text = text[-MOST_TEXT:].strip().lower()
-    every, last = " ".join(text.split()), " ".join(text.rpartition("\n")[2].split())
-    scores = {}
-    for page in load_pages().values():
-        sizes = [len(p) * (1.5 if _contains(last, p) else 1) for p in page.patterns if _contains(every, p)]
-        if sizes:
-            scores[page.code] = max(sizes) + 0.1 * sum(sizes)
-    return scores
+def _score_patterns(text: str, patterns: Sequence[str]) -> float:
+    """Return how well patterns fit a text: a long one says more than a short one, one in the last line most."""
+    every, last = _normalize(text)
+    sizes = [len(p) * (1.5 if _contains(last, p) else 1) for p in patterns if _contains(every, p)]
+    return max(sizes, default=0) + 0.1 * sum(sizes)
+
+
+@lru_cache(maxsize=2)
+def _normalize(text: str) -> tuple[str, str]:
+    """Return a text and its last line, as they are compared with patterns: in lower case, without quotes."""
+    text = text[-MOST_TEXT:].strip().lower().translate(_QUOTES)
+    return " ".join(text.split()), " ".join(text.rpartition("\n")[2].split())
 
 
 def _contains(text: str, pattern: str) -> bool:
     """Return whether the pieces of a pattern follow each other in a text; a short pattern must be whole words."""
-    first, *rest = (piece.strip() for piece in pattern.lower().split("*"))
+    first, *rest = (" ".join(piece.split()) for piece in pattern.lower().translate(_QUOTES).split("*"))
     start = text.find(first)
     while start >= 0:
         end = start + len(first)
-        is_word = len(pattern) >= 8 or not (text[start - 1 : start].isalnum() or text[end : end + 1].isalnum())
+        is_word = len(pattern) >= 8 or not (text[max(start - 1, 0) : start].isalnum() or text[end : end + 1].isalnum())
         for piece in rest:
             found = text.find(piece, end, end + _GAP + len(piece)) if end >= 0 else -1
             end = found + len(piece) if found >= 0 else -1
@@ -90,22 +109,29 @@ def _contains(text: str, pattern: str) -> bool:
 
 
 def _split_words(text: str) -> list[str]:
-    return [w for w in re.findall(r"[^\W_]+", text.lower()) if len(w) > 1 and w not in _STOP_WORDS]
+    """Return the words that may say what a text is about, without a plural's s: no paths, numbers or addresses."""
+    words = " ".join(w for w in text.lower().split() if w.count("/") + w.count("\\") < 2)
+    found = (w.rstrip("s") for w in re.findall(r"[^\W\d_]+", words) if w not in _STOP_WORDS)
+    return [w for w in found if len(w) > 1]
 
 
 def _score_words(text: str) -> tuple[dict[str, float], float]:
-    """Return every page's BM25 score for a text's words, and the share of the words that the best page has."""
+    """Return every page's score for a text's words, and the share of the words that the best page has.
+
+    The score is BM25 (k1 = 1.2, b = 0.75), and a word in a page's title counts once more.
+    """
     pages = load_pages().values()
-    counts = {p.code: Counter(_split_words(f"{f'{p.code} {p.title} ' * 3}{' '.join(p.patterns)} {p.body}")) for p in pages}
+    titles = {page.code: set(_split_words(f"{page.code} {page.title}".replace("-", " "))) for page in pages}
+    texts = {page.code: " ".join((page.title, *page.patterns, *page.hints, page.body)) for page in pages}
+    counts = {code: Counter(_split_words(texts[code])) + Counter(titles[code]) for code in texts}
     sizes = {code: sum(words.values()) for code, words in counts.items()}
     frequency = Counter(word for words in counts.values() for word in words)
-    query = set(_split_words(text[-MOST_TEXT:]))
+    query, mean = set(_split_words(text[-MOST_TEXT:])), sum(sizes.values()) / len(sizes)
     rarity = {w: math.log(1 + (len(counts) - frequency[w] + 0.5) / (frequency[w] + 0.5)) for w in query}
-    mean = sum(sizes.values()) / len(sizes)
-    scores = {
-        code: sum(rarity[w] * 2.2 * words[w] / (words[w] + 1.2 * (0.25 + 0.75 * sizes[code] / mean)) for w in query)
-        for code, words in counts.items()
-    }
+    scores = {}
+    for code, words in counts.items():
+        share = 1.2 * (0.25 + 0.75 * sizes[code] / mean)
+        scores[code] = sum(rarity[w] * (2.2 * words[w] / (words[w] + share) + (w in titles[code])) for w in query)
     best = max(scores, key=lambda code: scores[code])
     known = sum(rarity[w] for w in query if counts[best][w])
     return scores, known / sum(rarity.values()) if query else 0.0

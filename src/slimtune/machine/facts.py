@@ -1,0 +1,395 @@
+"""The facts of a machine: hardware, drivers, torch's build, limits, disks, engines. Nothing here judges them.
+
+`gather_facts` reads files below a root and runs programs; both can be replaced, so that any machine can be simulated.
+Nothing is asked of the network, and no secret is kept: of a token only whether it is there and well formed.
+"""
+
+import csv
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from packaging.requirements import InvalidRequirement, Requirement
+
+try:
+    import resource
+except ImportError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
+VENDORS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
+PACKAGES = ("torch", "transformers", "bitsandbytes", "flash-attn", "triton")
+"""Packages whose versions are facts."""
+COMPANIONS = ("torchvision", "torchaudio", "vllm", "xformers")
+"""Packages that are compiled for one version of torch, and require it."""
+VARIABLES = (
+    "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION", "HF_HOME",
+    "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CC", "TMPDIR",
+)  # fmt: skip
+"""Environment variables that are facts: none holds a secret."""
+LIMITS = {"AS": "-v", "DATA": "-d", "FSIZE": "-f", "NOFILE": "-n", "NPROC": "-u"}
+"""Limits of a process, and the flag that `ulimit` has for each."""
+
+
+@dataclass(frozen=True)
+class PciGpu:
+    """A GPU on the PCI bus: its vendor, its name, the kernel driver that holds it ("" if none), and its memory."""
+
+    vendor: str
+    name: str
+    driver: str = ""
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class SmiGpu:
+    """An NVIDIA GPU as `nvidia-smi` sees it."""
+
+    name: str
+    driver: str
+    capability: tuple[int, int] | None
+    memory_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True)
+class TorchFacts:
+    """torch's build, and the GPUs that it finds; `error` is what importing it raised."""
+
+    version: str = ""
+    cuda: str | None = None
+    hip: str | None = None
+    xpu: str | None = None
+    has_mps: bool = False
+    architectures: tuple[str, ...] = ()
+    gpus: tuple[str, ...] = ()
+    threads: int | None = None
+    warning: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A folder that is written to, and what is free there; None where that is not known."""
+
+    path: str
+    free_bytes: int
+    free_inodes: int | None = None
+    is_writable: bool = True
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """What is known of a machine. Sizes are bytes; None means that a fact is not known, 0 or "" that there is none."""
+
+    system: str = "Linux"
+    processor: str = "x86_64"
+    release: str = ""
+    is_wsl: bool = False
+    is_container: bool = False
+    is_translated: bool = False
+    pci_gpus: tuple[PciGpu, ...] = ()
+    nvidia_devices: tuple[str, ...] = ()
+    unreadable_devices: tuple[str, ...] = ()
+    has_kfd: bool = False
+    render_nodes: tuple[str, ...] = ()
+    nvidia_smi: str = ""
+    smi_gpus: tuple[SmiGpu, ...] = ()
+    gfx: tuple[str, ...] = ()
+    rocminfo: str = ""
+    groups: tuple[str, ...] = ()
+    torch: TorchFacts = field(default_factory=TorchFacts)
+    packages: Mapping[str, str] = field(default_factory=dict)
+    conflicts: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    cores: int = 1
+    cpu_quota: float | None = None
+    memory_bytes: int = 0
+    memory_free_bytes: int = 0
+    memory_limit_bytes: int | None = None
+    memory_limit_used_bytes: int | None = None
+    oom_kills: int = 0
+    overcommit: str = ""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    shared_memory_bytes: int | None = None
+    disks: Mapping[str, Disk] = field(default_factory=dict)
+    noexec_tmp: bool = False
+    has_compiler: bool = True
+    ollama: str = ""
+    ollama_models: tuple[tuple[str, str], ...] = ()
+    token: str = ""
+
+
+def run_program(*command: str) -> str:
+    """Return what a program prints on stdout and stderr; "" if it is not there."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=10, errors="replace"
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def gather_facts(
+    root: Path = Path("/"),
+    run: Callable[..., str] = run_program,
+    environment: Mapping[str, str] | None = None,
+    **known: object,
+) -> MachineFacts:
+    """Return the facts of this machine.
+
+    Args:
+        root: the folder under which /sys, /proc, /dev and /etc are read.
+        run: runs a program and returns what it prints; "" if there is none.
+        environment: the environment variables; None: those of this process.
+        known: facts that are not to be asked, such as `torch`.
+    """
+    environment = os.environ if environment is None else environment
+    system = str(known.get("system", platform.system()))
+    smi, smi_gpus = _ask_nvidia_smi(run)
+    rocm = run("rocminfo")
+    ollama, models = _ask_ollama(run)
+    facts: dict[str, object] = {
+        "system": system,
+        "processor": platform.machine(),
+        "release": platform.mac_ver()[0] if system == "Darwin" else platform.release(),
+        "is_wsl": "microsoft" in _read(root / "proc/version").lower(),
+        "is_container": any((root / name).exists() for name in (".dockerenv", "run/.containerenv")),
+        "is_translated": system == "Darwin" and run("sysctl", "-n", "sysctl.proc_translated") == "1",
+        "pci_gpus": _list_pci_gpus(root, run),
+        "nvidia_devices": _list_names(root / "dev", "nvidia*"),
+        "has_kfd": (root / "dev/kfd").exists(),
+        "render_nodes": _list_names(root / "dev/dri", "renderD*"),
+        "unreadable_devices": _list_unreadable(root),
+        "nvidia_smi": smi,
+        "smi_gpus": smi_gpus,
+        "rocminfo": rocm if "error" in rocm.lower() or "not loaded" in rocm.lower() or "unable" in rocm.lower() else "",
+        "gfx": tuple(dict.fromkeys(re.findall(r"^\s*Name:\s+(gfx[0-9a-f]+)\s*$", rocm, re.MULTILINE))),
+        "groups": tuple(run("id", "-Gn").split()),
+        "packages": {name: version for name in (*PACKAGES, *COMPANIONS) if (version := _find_version(name))},
+        "conflicts": _find_conflicts(),
+        "environment": {name: environment[name] for name in VARIABLES if name in environment},
+        "cores": os.cpu_count() or 1,
+        "overcommit": _read(root / "proc/sys/vm/overcommit_memory"),
+        "limits": _read_limits(),
+        "shared_memory_bytes": _size_of(root / "dev/shm"),
+        "disks": _look_at_disks(environment),
+        "noexec_tmp": bool(re.search(r"^\S+ /tmp \S+ \S*\bnoexec\b", _read(root / "proc/mounts"), re.MULTILINE)),
+        "has_compiler": "CC" in environment or any(shutil.which(name) for name in ("cc", "gcc", "clang", "cl")),
+        "ollama": ollama,
+        "ollama_models": models,
+        "token": _describe_token(environment),
+        **_read_memory(root),
+        **_read_cgroup(root),
+    }
+    if "torch" not in known:
+        facts["torch"] = _ask_torch()
+    return MachineFacts(**(facts | known))  # type: ignore[arg-type]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _list_names(folder: Path, pattern: str) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.glob(pattern)))
+
+
+def _find_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+# --- GPUs and their drivers ------------------------------------------------------------------------------------------
+
+
+def _list_pci_gpus(root: Path, run: Callable[..., str]) -> tuple[PciGpu, ...]:
+    found = []
+    for folder in sorted((root / "sys/bus/pci/devices").glob("*")):
+        vendor = VENDORS.get(_read(folder / "vendor"))
+        if vendor is None or not _read(folder / "class").startswith("0x03"):  # a display controller
+            continue
+        driver, memory = folder / "driver", _read(folder / "mem_info_vram_total")
+        name = run("lspci", "-s", folder.name).partition(": ")[2].strip() or f"a GPU of {vendor}"
+        found.append(
+            PciGpu(
+                vendor,
+                re.sub(r" \(rev \w+\)$", "", name),
+                os.path.basename(os.path.realpath(driver)) if driver.exists() else "",
+                int(memory) if memory.isdigit() else None,
+            )
+        )
+    return tuple(found)
+
+
+def _list_unreadable(root: Path) -> tuple[str, ...]:
+    """Return the GPUs' device files that this user may not open."""
+    names = [*root.glob("dev/nvidia[0-9]*"), root / "dev/kfd", *root.glob("dev/dri/renderD*")]
+    closed = [path for path in names if path.exists() and not os.access(path, os.R_OK | os.W_OK)]
+    return tuple(f"/{path.relative_to(root)}" for path in sorted(closed))
+
+
+def _ask_nvidia_smi(run: Callable[..., str]) -> tuple[str, tuple[SmiGpu, ...]]:
+    """Return what is wrong in the words of `nvidia-smi`, and the GPUs that it sees."""
+    fields = "name,driver_version,compute_cap,memory.total,memory.used"
+    text = run("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
+    gpus = []
+    for row in csv.reader(text.splitlines(), skipinitialspace=True):
+        if len(row) != 5 or not re.match(r"\d+\.", row[1]):
+            continue
+        major, _, minor = row[2].partition(".")
+        total, used = (int(cell) << 20 if cell.isdigit() else 0 for cell in row[3:])  # [N/A] where memory is shared
+        capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+        gpus.append(SmiGpu(row[0], row[1], capability, total, used))
+    return ("" if gpus else text), tuple(gpus)
+
+
+def _ask_torch() -> TorchFacts:
+    """Import torch, which may fail, and return its build and the GPUs it finds."""
+    try:
+        import torch
+    except Exception as error:
+        return TorchFacts(version=_find_version("torch"), error=f"{type(error).__name__}: {error}")
+    with warnings.catch_warnings(record=True) as caught:  # torch says in a warning why CUDA does not start
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = [torch.cuda.get_device_name(i) for i in range(count)]
+        architectures = torch.cuda.get_arch_list()
+    if not architectures and (torch.version.cuda or torch.version.hip):
+        architectures = torch._C._cuda_getArchFlags().split()  # the same list, where no GPU is available
+    if torch.backends.mps.is_available():
+        names.append("Apple GPU")
+    return TorchFacts(
+        version=torch.__version__,
+        cuda=torch.version.cuda,
+        hip=torch.version.hip,
+        xpu=getattr(torch.version, "xpu", None),
+        has_mps=torch.backends.mps.is_built(),
+        architectures=tuple(architectures),
+        gpus=tuple(names),
+        threads=torch.get_num_threads(),
+        warning=" ".join(str(w.message) for w in caught if "CUDA" in str(w.message) or "HIP" in str(w.message)),
+    )
+
+
+def _find_conflicts() -> tuple[str, ...]:
+    """Return the packages that require another version of torch than the installed one."""
+    torch, found = _find_version("torch").partition("+")[0], []
+    for package in COMPANIONS:
+        try:
+            lines = importlib.metadata.requires(package) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for line in lines:
+            try:
+                need = Requirement(line)
+            except InvalidRequirement:
+                continue
+            applies = need.marker is None or need.marker.evaluate({"extra": ""})
+            if need.name == "torch" and torch and applies and not need.specifier.contains(torch, prereleases=True):
+                found.append(f"{package} {_find_version(package)} requires torch{need.specifier}")
+    return tuple(found)
+
+
+# --- memory, CPUs, limits and disks ----------------------------------------------------------------------------------
+
+
+def _read_memory(root: Path) -> dict[str, int]:
+    meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
+    if "MemTotal" in meminfo:
+        free = meminfo.get("MemAvailable", meminfo.get("MemFree", "0"))
+        return {"memory_bytes": int(meminfo["MemTotal"]) << 10, "memory_free_bytes": int(free) << 10}
+    memory = psutil.virtual_memory()  # where there is no /proc
+    return {"memory_bytes": memory.total, "memory_free_bytes": memory.available}
+
+
+def _read_cgroup(root: Path) -> dict[str, object]:
+    """Return the limits of this container or service, of control groups version 2 or 1."""
+    group = root / "sys/fs/cgroup"
+    limit, used = _read(group / "memory.max"), _read(group / "memory.current")
+    if not limit:
+        limit, used = (_read(group / f"memory/memory.{name}_in_bytes") for name in ("limit", "usage"))
+    quota = _read(group / "cpu.max").split()
+    if not quota:
+        quota = [_read(group / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
+    share = int(quota[0]) / int(quota[1]) if all(part.isdigit() for part in quota) and int(quota[0]) else None
+    kills = re.search(r"^oom_kill (\d+)", _read(group / "memory.events"), re.MULTILINE)
+    has_limit = limit.isdigit() and int(limit) < 1 << 60  # version 1 writes a huge number for none
+    return {
+        "cpu_quota": share,
+        "memory_limit_bytes": int(limit) if has_limit else None,
+        "memory_limit_used_bytes": int(used) if has_limit and used.isdigit() else None,
+        "oom_kills": int(kills[1]) if kills else 0,
+    }
+
+
+def _read_limits() -> dict[str, int]:
+    if resource is None:
+        return {}
+    values = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[0] for name in LIMITS}
+    return {name: value for name, value in values.items() if value != resource.RLIM_INFINITY and value >= 0}
+
+
+def _size_of(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).total
+    except OSError:
+        return None
+
+
+def _look_at_disks(environment: Mapping[str, str]) -> dict[str, Disk]:
+    home = environment.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    cache = environment.get("HF_HUB_CACHE") or home
+    temporary = environment.get("TMPDIR", tempfile.gettempdir())
+    folders = {"this folder": os.getcwd(), "the Hub's cache": cache, "temporary files": temporary}
+    found = {}
+    for name, folder in folders.items():
+        place = Path(folder).absolute()
+        place = next(path for path in (place, *place.parents) if path.exists())
+        inodes = None
+        if hasattr(os, "statvfs"):
+            status = os.statvfs(place)
+            inodes = status.f_favail if status.f_files else None  # some file systems make inodes as they need them
+        found[name] = Disk(str(place), shutil.disk_usage(place).free, inodes, os.access(place, os.W_OK))
+    return found
+
+
+# --- engines and the Hub ---------------------------------------------------------------------------------------------
+
+
+def _ask_ollama(run: Callable[..., str]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return Ollama's version ("" if it is not installed), and each loaded model with its column PROCESSOR."""
+    version = re.search(r"\d+\.\d+\.\d+\S*", run("ollama", "--version"))
+    if version is None:
+        return "", ()
+    models = []
+    for line in run("ollama", "ps").splitlines():
+        if processor := re.search(r"\d+%(?:/\d+%)? (?:CPU/GPU|CPU|GPU)", line):
+            models.append((line.split()[0], processor[0]))
+    return version[0], tuple(models)
+
+
+def _describe_token(environment: Mapping[str, str]) -> str:
+    """Return where the Hub's token comes from and whether it can be one; "" without a token. Never the token."""
+    home = environment.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    token, source = environment.get("HF_TOKEN"), "HF_TOKEN"
+    if token is None:
+        source = environment.get("HF_TOKEN_PATH") or os.path.join(home, "token")
+        token = _read(Path(source))
+    if not token:
+        return ""
+    return source if re.fullmatch(r"[!-~]+", token) else f"malformed: {source}"
