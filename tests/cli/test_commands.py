@@ -17,6 +17,8 @@ from slimtune.config import Recipe, aliases
 from slimtune.config.schema import iterate_settings
 from slimtune.evaluation.evaluate import EvalSettings
 from slimtune.evaluation.forgetting import BUILT_IN_TEXT
+from slimtune.machine import facts
+from slimtune.machine.facts import MachineFacts, SmiGpu, TorchFacts
 from slimtune.utils.progress import track_progress
 
 RESULT = {
@@ -427,21 +429,32 @@ def test_doctor(slimtune, slimtune_json):
         assert not any("slimtune[test]" in line or "slimtune[prove]" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("smi", "cuda", "hint"),
-    [
-        ("GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-1)\n", None, "install torch built for CUDA"),
-        ("GPU 0: NVIDIA GeForce RTX 4090 (UUID: GPU-1)\n", "12.8", "install NVIDIA's driver"),
-    ],
-)
-def test_doctor_names_a_gpu_that_torch_does_not_see(monkeypatch, slimtune, smi, cuda, hint):
-    doctor = sys.modules["slimtune.cli.doctor"]  # in its package the name is the function
-    monkeypatch.setattr(doctor, "_run", lambda *command: smi if command[1:] == ("-L",) else "")
-    monkeypatch.setattr("torch.version.cuda", cuda)
+def test_doctor_says_first_what_is_wrong(monkeypatch, slimtune, slimtune_json):
+    gpu = SmiGpu("NVIDIA GeForce RTX 4090", "580.95.05", (8, 9), 24 << 30, 0)
+    sick = MachineFacts(smi_gpus=(gpu,), torch=TorchFacts("2.9.1+cpu", threads=2), limits={"NOFILE": 64})
+    monkeypatch.setattr(facts, "gather_facts", lambda: sick)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    text = " ".join(slimtune("doctor").stdout.split())
-    assert "GPU not used NVIDIA GeForce RTX 4090: " in text
-    assert hint in text
+    text = slimtune("doctor").stdout
+    assert text.startswith("2 faults found: trains on the CPU")
+    fault = text.split("\n\n")[1].splitlines()
+    assert fault == [
+        "fault: torch is built for CPUs only, and the GPU is NVIDIA's",
+        "  seen: torch 2.9.1+cpu; nvidia-smi sees NVIDIA GeForce RTX 4090 with driver",
+        "        580.95.05",
+        "  mend: pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
+        "  more: slimtune explain torch-cpu-build",
+    ]
+    report = slimtune_json("doctor")
+    assert [finding["page"] for finding in report["findings"]] == ["torch-cpu-build", "open-files"]
+    assert report["unused_gpus"][0]["name"] == gpu.name
+    assert report["facts"]["limits"] == {"NOFILE": 64}
+
+
+def test_doctor_reports_without_torch(monkeypatch, slimtune, slimtune_json):
+    broken = MachineFacts(torch=TorchFacts("2.9.1", error="ImportError: libcudnn.so.9: cannot open shared object file"))
+    monkeypatch.setattr(facts, "gather_facts", lambda: broken)
+    assert slimtune("doctor").stdout.startswith("1 fault found: nothing can be trained")
+    assert slimtune_json("doctor")["device"] is None
 
 
 def test_long_values_keep_their_labels(capsys, monkeypatch):

@@ -70,7 +70,7 @@ def test_exception(error, code, kind, message):
 
 def test_message_with_expected_and_hint():
     lines = call("work", error=DataError("got this", "that", "do so")).stderr.splitlines()
-    assert lines == ["error: got this", "  expected: that", "  hint: do so"]
+    assert lines == ["error: got this", "  expected: that", "  hint: do so", "  more: slimtune explain data-error"]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,8 @@ SCREENS = {
     "methods-error": "methods lore",
     "doctor": "doctor",
     "doctor-error": "doctor now",
+    "explain": "explain no space left on device",
+    "explain-error": "explain qwerty",
     "no-command": "",
     "wrong-command": "trian",
 }
@@ -77,6 +79,7 @@ VOLATILE = [
     (r"(Linux|macOS|Windows|Darwin)\S+", "OS"),
     (r"\d+ cores, torch uses \d+ threads", "N cores, torch uses N threads"),
     (r"(CPU flags\s+).*", r"\1FLAGS"),
+    (r"(Hub token\s+).*", r"\1TOKEN"),
     (r"(?<=in )(bfloat16|float32)$|(bfloat16|float32)(?= on cpu)|(?<=cpu --dtype )\w+", "DTYPE"),
     (r"^.*traini\S* +step \d+/\d+ · .*\n", ""),  # how it is cut depends on its figures
     (r"^((base|tuned): |step \d/\d · ).*", r"\1…"),

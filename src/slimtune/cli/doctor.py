@@ -32,10 +32,10 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_b
 
 
 def doctor(as_json: Json = False) -> dict[str, Any]:
-    """Say what is wrong with this machine and how to mend it, and what it offers.
+    """Find what is wrong with this machine, and what mends it.
 
     Looks at GPUs, drivers, torch's build, limits of containers and shells, disks, Ollama and the Hub's token. Then: the
-    device and dtype that auto chooses, versions, and what can be installed. Asks nothing of the network.
+    device and dtype that auto chooses, versions, and what can be installed. Asks nothing of the internet.
     """
     from ..machine.checks import find_faults
     from ..machine.facts import gather_facts

@@ -17,7 +17,7 @@ Words = Annotated[
 
 
 def explain(text: Words = None, as_json: Json = False) -> dict[str, Any] | NegativeResult:
-    """Explain an error: its cause, how to check it, and the commands that mend it.
+    """Explain an error: its cause, how to check it, and what mends it.
 
     CODE is what an error names in its last line. TEXT is any error or question; a pasted traceback finds its page.
     Without both, all pages are listed. Exit code 1 if no page is about it.
@@ -59,7 +59,8 @@ def _print_answer(page: Page | None, others: list[Page]) -> None:
             elif line.startswith("## "):
                 screen.print(Text(line[3:], "bold"))
             else:  # a command must stay in one line, so that it can be copied
-                screen.print(f"    {line}" if is_command else line, soft_wrap=is_command or None)
+                line = f"    {line}" if is_command else line.replace("<http", "http").removesuffix(">")
+                screen.print(line, soft_wrap=is_command or None)
         if others:
             screen.print(Text("\nSee also", "bold"))
     if others:

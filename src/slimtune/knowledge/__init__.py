@@ -74,14 +74,15 @@ def search_pages(text: str, most: int = 3) -> tuple[bool, list[Page]]:
         for code, page in pages.items()
     }
     ranked = sorted(pages, key=lambda code: scores[code], reverse=True)
-    found = scores[ranked[0]][0] > 0 or coverage >= _LEAST_COVERAGE
-    return found, [pages[code] for code in ranked[:most] if any(scores[code])]
+    if scores[ranked[0]][0]:  # beside a page by its patterns, only pages of the same kind are near
+        return True, [pages[code] for code in ranked[:most] if any(scores[code][:2])]
+    return coverage >= _LEAST_COVERAGE, [pages[code] for code in ranked[:most] if any(scores[code])]
 
 
 def _score_patterns(text: str, patterns: Sequence[str]) -> float:
     """Return how well patterns fit a text: a long one says more than a short one, one in the last line most."""
     every, last = _normalize(text)
-    sizes = [len(p) * (1.5 if _contains(last, p) else 1) for p in patterns if _contains(every, p)]
+    sizes = [len(p) * (2.5 if _contains(last, p) else 1) for p in patterns if _contains(every, p)]
     return max(sizes, default=0) + 0.1 * sum(sizes)
 
 

@@ -20,6 +20,8 @@ GFX_SIBLINGS = {
     **dict.fromkeys(("gfx1101", "gfx1102", "gfx1103"), ("gfx1100", "11.0.0")),
 }
 """AMD architectures that run the kernels of a sibling, and the HSA_OVERRIDE_GFX_VERSION that says so."""
+UNBIND = ("grep -rn vfio /etc/modprobe.d /etc/default/grub", "sudo update-grub && sudo reboot")
+"""After the lines that the first command shows are removed, the GPU is the machine's own again."""
 LEAST_DRIVERS = {13: 580, 12: 525, 11: 450}
 """NVIDIA's driver that a major version of CUDA needs at least (on Linux)."""
 _APU = re.compile(
@@ -176,13 +178,13 @@ def check_nvidia_driver(facts: MachineFacts) -> Finding | None:
     gpu = _find_gpu(facts, "NVIDIA")
     if gpu is None or facts.smi_gpus or facts.is_container or gpu.driver == "nvidia" or facts.nvidia_smi:
         return None
-    install = "sudo ubuntu-drivers install && sudo reboot"
+    commands: tuple[str, ...] = ("sudo ubuntu-drivers install && sudo reboot",)
     if gpu.driver == "vfio-pci":
-        problem, commands = "the NVIDIA GPU is reserved for a virtual machine", ("lspci -k -d 10de:",)
+        problem, commands = "the NVIDIA GPU is reserved for a virtual machine", UNBIND
     elif gpu.driver == "nouveau":
-        problem, commands = "nouveau holds the NVIDIA GPU, which torch cannot use through it", (install,)
+        problem = "nouveau holds the NVIDIA GPU, which torch cannot use through it"
     else:
-        problem, commands = "there is an NVIDIA GPU, and no driver for it", (install,)
+        problem = "there is an NVIDIA GPU, and no driver for it"
     evidence = f"{gpu.name}: kernel driver {gpu.driver or 'none'}"
     return Finding(problem, evidence, commands, "nvidia-driver-missing")
 
@@ -207,11 +209,11 @@ def check_driver_age(facts: MachineFacts) -> Finding | None:
     gpu, needed = facts.smi_gpus[0], LEAST_DRIVERS.get(int(torch.cuda.partition(".")[0]), 0)
     if facts.system != "Linux" or int(gpu.driver.partition(".")[0]) >= needed:
         return None
-    commands = ("sudo ubuntu-drivers install && sudo reboot",)
+    commands = ["sudo ubuntu-drivers install && sudo reboot"]
     if int(gpu.driver.partition(".")[0]) >= LEAST_DRIVERS[12]:
-        commands += (pick_wheel(facts),)
+        commands.append(pick_wheel(facts))
     evidence = f"driver {gpu.driver}; CUDA {torch.cuda} needs {needed} or newer"
-    return Finding(f"NVIDIA's driver is too old for this torch ({torch.version})", evidence, commands,
+    return Finding(f"NVIDIA's driver is too old for this torch ({torch.version})", evidence, tuple(commands),
                    "driver-wheel-mismatch")  # fmt: skip
 
 
@@ -283,12 +285,13 @@ def check_amd_driver(facts: MachineFacts) -> Finding | None:
     if gpu is None or facts.has_kfd or facts.system != "Linux" or facts.is_wsl or _has_nvidia(facts):
         return None
     evidence = f"{gpu.name}: kernel driver {gpu.driver or 'none'}, no /dev/kfd"
+    commands: tuple[str, ...]
     if facts.is_container:
         commands = ("docker run --device /dev/kfd --device /dev/dri --group-add video IMAGE",)
         return Finding("the container does not get the AMD GPU", evidence, commands, "container-without-gpu")
     if gpu.driver == "vfio-pci":
         problem = "the AMD GPU is reserved for a virtual machine"
-        return Finding(problem, evidence, ("lspci -k -d 1002:",), "rocm-not-detected")
+        return Finding(problem, evidence, UNBIND, "rocm-not-detected")
     commands = ("sudo modprobe amdgpu", "sudo amdgpu-install --usecase=rocm && sudo reboot")
     return Finding("the driver amdgpu is not loaded, or without compute", evidence, commands, "rocm-not-detected")
 
@@ -411,6 +414,7 @@ def check_disk_space(facts: MachineFacts) -> Finding | None:
         is_full = disk.free_inodes is not None and disk.free_inodes < 1000
         if disk.free_bytes >= least and not is_full:
             continue
+        commands: tuple[str, ...]
         what = f"{disk.free_inodes} inodes" if is_full else format_bytes(disk.free_bytes)
         commands = (f"du -xh --max-depth=2 {disk.path} | sort -h | tail",)
         if name == "the Hub's cache":

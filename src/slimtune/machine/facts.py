@@ -270,7 +270,7 @@ def _ask_torch() -> TorchFacts:
         names = [torch.cuda.get_device_name(i) for i in range(count)]
         architectures = torch.cuda.get_arch_list()
     if not architectures and (torch.version.cuda or torch.version.hip):
-        architectures = torch._C._cuda_getArchFlags().split()  # the same list, where no GPU is available
+        architectures = (torch._C._cuda_getArchFlags() or "").split()  # the same list, where no GPU is available
     if torch.backends.mps.is_available():
         names.append("Apple GPU")
     return TorchFacts(
@@ -309,9 +309,9 @@ def _find_conflicts() -> tuple[str, ...]:
 
 
 def _read_memory(root: Path) -> dict[str, int]:
-    meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
+    meminfo: dict[str, str] = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE))
     if "MemTotal" in meminfo:
-        free = meminfo.get("MemAvailable", meminfo.get("MemFree", "0"))
+        free = meminfo.get("MemAvailable") or meminfo.get("MemFree") or "0"
         return {"memory_bytes": int(meminfo["MemTotal"]) << 10, "memory_free_bytes": int(free) << 10}
     memory = psutil.virtual_memory()  # where there is no /proc
     return {"memory_bytes": memory.total, "memory_free_bytes": memory.available}

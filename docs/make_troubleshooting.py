@@ -1,0 +1,34 @@
+"""Write docs/troubleshooting.md from the pages of `slimtune explain`: `python docs/make_troubleshooting.py`."""
+
+from pathlib import Path
+
+from slimtune.knowledge import load_pages
+
+PAGE = Path(__file__).parent / "troubleshooting.md"
+HEAD = """# Troubleshooting
+
+`slimtune doctor` looks at this machine and says what is wrong. `slimtune explain` finds the page of an error:
+
+```sh
+slimtune explain cuda-out-of-memory
+slimtune explain "Driver/library version mismatch"
+slimtune explain - < traceback.txt
+```
+
+The last line of an error of slimtune names its page. These are the pages:
+
+| page | about |
+| --- | --- |
+"""
+
+
+def make_page() -> str:
+    """Return the index of the pages, and each page under its code."""
+    pages = load_pages().values()
+    rows = "".join(f"| [{page.code}](#{page.code}) | {page.title} |\n" for page in pages)
+    texts = (f"\n## {page.code}\n\n**{page.title}.**\n\n{page.body.replace('## ', '### ')}\n" for page in pages)
+    return HEAD + rows + "".join(texts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(make_page(), encoding="utf-8")
