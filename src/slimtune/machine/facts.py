@@ -269,8 +269,6 @@ def _ask_torch() -> TorchFacts:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         names = [torch.cuda.get_device_name(i) for i in range(count)]
         architectures = torch.cuda.get_arch_list()
-    if not architectures and (torch.version.cuda or torch.version.hip):
-        architectures = (torch._C._cuda_getArchFlags() or "").split()  # the same list, where no GPU is available
     if torch.backends.mps.is_available():
         names.append("Apple GPU")
     return TorchFacts(
