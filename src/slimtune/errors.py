@@ -79,7 +79,7 @@ class ModelError(SlimtuneError):
     code = "model-error"
 
 
-class AdapterError(SlimtuneError, ValueError):
+class AdapterError(SlimtuneError, ValueError, RuntimeError):
     """An adapter file does not fit: another base, missing or unexpected keys, wrong shapes, a pickle."""
 
     code = "adapter-error"
@@ -89,6 +89,10 @@ class RunError(SlimtuneError):
     """A run cannot go on: no valid checkpoint, no memory, a full disk."""
 
     code = "run-error"
+
+
+class MixedBatchError(UsageError, TypeError):
+    """A module cannot run a batch whose rows use different adapters."""
 
 
 class PeftWarning(UserWarning):

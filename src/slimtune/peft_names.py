@@ -61,9 +61,9 @@ INNER = {
     "adapters.invocation": ("calculate_alora_offsets",),
     "adapters.lorafa": ("create_lorafa_optimizer",),
     "adapters.peft_layers": (
-        "AdaLoraLayer", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "HiraLayer", "IA3Layer", "LNTuningLayer",
-        "LoHaLayer", "LoKrLayer", "LoraLayer", "LycorisLayer", "MissLayer", "ModulesToSaveWrapper", "OFTLayer",
-        "ShiraLayer", "TrainableTokensLayer", "TrainableTokensWrapper", "VeraLayer",
+        "AdaLoraLayer", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "BufferDict", "HiraLayer", "IA3Layer",
+        "LNTuningLayer", "LoHaLayer", "LoKrLayer", "LoraLayer", "LycorisLayer", "MissLayer", "ModulesToSaveWrapper",
+        "OFTLayer", "ShiraLayer", "TrainableTokensLayer", "TrainableTokensWrapper", "VeraLayer",
     ),
     "adapters.status": ("TunerLayerStatus", "TunerModelStatus"),
     "adapters.targets": (
@@ -100,9 +100,9 @@ _TUNER_PARTS = (
 )  # fmt: skip
 MODULES = {
     "auto", "functional", "mapping_func", "mixed_model", "optimizers", "optimizers.lorafa", "optimizers.loraplus",
-    "peft_model", "tuners", "tuners.lycoris_utils", "tuners.mixed", "tuners.tuners_utils", "utils.constants",
-    "utils.error", "utils.hotswap", "utils.integrations", "utils.loftq_utils", "utils.merge_utils", "utils.other",
-    "utils.peft_types", "utils.save_and_load", "utils.warning",
+    "peft_model", "tuners", "tuners._buffer_dict", "tuners.lycoris_utils", "tuners.mixed", "tuners.tuners_utils",
+    "utils.constants", "utils.error", "utils.hotswap", "utils.integrations", "utils.loftq_utils", "utils.merge_utils",
+    "utils.other", "utils.peft_types", "utils.save_and_load", "utils.warning",
     *(f"tuners.{tuner}" for tuner in _TUNERS),
     *(f"tuners.{tuner}.{part}" for tuner in _TUNERS for part in _TUNER_PARTS),
 }  # fmt: skip

@@ -167,7 +167,7 @@ def test_trained_head_is_copied():
     model.set_adapter(["default", "two"])
     assert (run(model) - logits).abs().max() < CLOSE
     model.add_adapter("head", LoraConfig(task_type="SEQ_CLS"))
-    with pytest.raises(UsageError, match="'default' and 'head' both train classifier in full"):
+    with pytest.raises(UsageError, match=r"found 1 such instance.*classifier"):
         model.add_weighted_adapter(["default", "head"], [1, 1], "none")
 
 
@@ -198,7 +198,7 @@ def test_invalid_arguments_leave_model_unchanged(given, how, message):
     with pytest.raises(UsageError, match=message):
         model.add_weighted_adapter(*given, "sum", **how)
     assert list(model.peft_config) == NAMES
-    with pytest.raises(UsageError, match="'two' cannot be the name of a new adapter"):
+    with pytest.raises(UsageError, match="'two' already exists"):
         model.add_weighted_adapter(["default"], [1], "two")
 
 

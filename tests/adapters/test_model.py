@@ -134,6 +134,21 @@ def test_trained_biases_load_into_an_adapter_without_them(tmp_path):
     assert all(p.requires_grad for p in source.trainable_parameters("second"))
 
 
+def test_adapters_of_a_layer_stay_after_a_merge_that_fails():
+    model = add_adapters(gpt2(), {"one": {"lora_bias": True, "use_rslora": True}, "two": {}})
+    for layer in model.adapted_layers().values():
+        layer.set_adapter(["one", "two"])
+    expected = run(model)
+    model.merge_adapter()
+    assert (run(model) - expected).abs().max() < 1e-9
+    model.unmerge_adapter()
+    assert torch.equal(run(model), expected)
+    model.adapter_modules("one")["transformer.h.1.attn.c_attn"].lora_B.bias.data.fill_(torch.inf)
+    with pytest.raises(MergeUnsupported):
+        model.merge_adapter(safe_merge=True)
+    assert same_base(model, snapshot(gpt2()))
+
+
 def test_two_adapters_cannot_copy_one_module():
     settings = {**QV, "modules_to_save": ["lm_head"]}
     model = add_adapters(llama(), {"default": settings, "second": settings})

@@ -287,5 +287,5 @@ class Block(AdapterModule):
         return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
 
-class MergeUnsupported(ValueError):
+class MergeUnsupported(ValueError, RuntimeError):
     """An adapter module's change cannot be merged into a weight."""

@@ -226,15 +226,16 @@ def collect_weight_deltas(
     Raises:
         UsageError: an adapter changes something other than weights, or two adapters train a module in full.
     """
-    owners: dict[str, str] = {}
+    copied = Counter(name for adapter in adapters for name in model.match_report(adapter).copied)
+    if both := [name for name, count in copied.items() if count > 1]:
+        # PEFT's words come first.
+        what = "Cannot add weighted adapters if they target the same module with modules_to_save, but found"
+        raise UsageError(f"{what} {len(both)} such instance(s).: {format_names(both)}")
     found: dict[str, list[WeightDelta]] = {}
     for adapter, coefficient in zip(adapters, coefficients, strict=True):
         report = model.match_report(adapter)
         if report.biases:
             raise _not_a_weight_change(adapter, report.biases[0], "it trains biases")
-        for name in report.copied:
-            if owners.setdefault(name, adapter) != adapter:
-                raise UsageError(f"adapters {owners[name]!r} and {adapter!r} both train {name} in full")
         for name, module in model.adapter_modules(adapter).items():
             kind = report.kinds[name]
             if isinstance(module, SharedParameterHolder):

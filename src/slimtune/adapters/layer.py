@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.prefix import make_prefix_config_view
-from ..errors import TargetError, UsageError
+from ..errors import MixedBatchError, TargetError
 from ..kernels.lora_linear import add_low_rank_rows
 from ..utils.linear_layers import ReadWeight, layer_kind, layer_sizes, parameter_names, stored_buffer_names
 from ..utils.made_classes import PickledByRecipe
@@ -149,6 +149,11 @@ class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
     def _run_trained_copies(self, base: Callable[..., Any], masks: Mapping[str, Tensor], x: Tensor, **kw: Any) -> Any:
         with self._use_copies(None):
             y = base(x, **kw)
+        if not isinstance(y, Tensor):
+            # PEFT's words come first.
+            supported = "the following modules: Linear, Embedding, Conv1d, Conv2d, Conv3d"
+            message = f"Mixed batching is only supported for {supported}, and others whose output is one tensor"
+            raise MixedBatchError(f"{message}, not for a {type(self).__name__}")
         for name, rows in masks.items():
             with self._use_copies(name):
                 y = y.index_put((rows,), base(x[rows], **kw))
@@ -299,8 +304,8 @@ def _merge_active(layer: AdaptedLayer, weight: Tensor) -> Tensor:
     """Return a weight that is read without a call of the module, with the updates of the active adapters."""
     active, adapters = layer.active_state, layer.adapters
     if any(name in adapters for name in active.row_adapters or ()):
-        message = "adapter_names: nn.MultiheadAttention does not support mixed adapter batches"
-        raise UsageError(message, hint="set_adapter, and batches that use one adapter")
+        message = "lora.MultiheadAttention does not support mixed adapter batches"
+        raise MixedBatchError(message, hint="set_adapter, and batches that use one adapter")
     modules: list[Any] = [adapters[n] for n in active.names if n in adapters and active.row_adapters is None]
     merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) if modules else weight
     for module in modules:

@@ -60,16 +60,19 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
     for n, tensor in merged.items():
         base = replaced[n]
         if base is None:
-            raise MergeUnsupported(f"{name} has no bias, so the adapter's bias cannot be merged")
+            # PEFT's words; of the methods, LoRA alone comes here.
+            what = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
+            raise MergeUnsupported(f"{what}: {name}")
         if check and not torch.isfinite(tensor).all():
             # PEFT's words, which scripts look for, come first.
             broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
             raise MergeUnsupported(f"{broken}: {name}.{n} contains NaN or Inf after merging")
+    for n, tensor in merged.items():  # only now that nothing can fail any more
         if n in module._buffers:
             module._buffers[n] = tensor.clone()
             continue
         # A new parameter object: modules tied to this one keep the old one.
-        module._parameters[n] = nn.Parameter(tensor.to(base.dtype, copy=True), requires_grad=False)
+        module._parameters[n] = nn.Parameter(tensor.to(replaced[n].dtype, copy=True), requires_grad=False)
     module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))
 
 

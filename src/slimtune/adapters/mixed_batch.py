@@ -152,7 +152,7 @@ class LayerAdapters:
     @property
     def names(self) -> list[str]:
         """The adapters that run on this layer."""
-        return self.active if self.enabled and self.model_state.enabled else []
+        return (self.model_state.merged or self.active) if self.enabled and self.model_state.enabled else []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "model_state" not in vars(self):

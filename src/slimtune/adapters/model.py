@@ -344,6 +344,7 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
             # The words of PEFT's warning.
             text = "The model contains some adapter layers that are enabled and others that are disabled. "
             warnings.warn(f"{text}After disable_adapter all follow the model again", stacklevel=3)
+            self._update_active_state()
         self.unmerge_adapter()
         state.active_state.enabled, state.suspended = False, True
         state.active_state.clear_stacked_factors()
@@ -439,14 +440,14 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
             self.unmerge_adapter()
             raise
         self._adapter_state.active_state.merged = [*before, *added]
-        self._update_active_state()
+        self._adapter_state.active_state.clear_stacked_factors()
 
     def unmerge_adapter(self) -> None:
         """Undo a merge: the base gets its original parameter objects back."""
         for module in self.adapted_layers().values():
             unmerge_adapters(module)
         self._adapter_state.active_state.merged = []
-        self._update_active_state()
+        self._adapter_state.active_state.clear_stacked_factors()
 
     def merge_and_unload(
         self: Any, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -501,12 +502,12 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
 
     def _require_free_name(self, name: str) -> None:
         configs = self._adapter_state.configs
+        if name in configs:
+            raise UsageError(f"Adapter with name {name!r} already exists")  # PEFT's words
         # An adapter's name is a part of keys, and the name of its folder.
         plain = name.isprintable() and not set(name) & set('./\\:*?"<>|') and len(name.encode()) <= 200
-        if not name or not plain or name == BASE_ROW or name in configs or hasattr(nn.ModuleDict(), name):
-            expected = "a name without dots, slashes and control characters that is not a method of ModuleDict" + (
-                f" and not one of {format_names(configs)}" if configs else ""
-            )
+        if not name or not plain or name == BASE_ROW or hasattr(nn.ModuleDict(), name):
+            expected = "a name without dots, slashes and control characters that is not a method of ModuleDict"
             raise UsageError(f"{name!r} cannot be the name of a new adapter", expected)
 
     def _require_unmerged(self) -> None:

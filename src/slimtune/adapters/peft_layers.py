@@ -8,7 +8,7 @@ The base's own names win, so an attention module keeps its own `scaling`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, MutableMapping
 from functools import cache
 from typing import Any, ClassVar
 
@@ -70,11 +70,41 @@ class ParameterView(_WriteThrough, nn.ParameterDict):
     """The parameters with one name of a layer's adapter modules, by adapter."""
 
 
+class BufferDict(nn.Module, MutableMapping):
+    """Buffers by name, such as `nn.ParameterDict` is for parameters; they belong to the state dict if `persistent`."""
+
+    def __init__(self, buffers: Any = (), persistent: bool = False) -> None:
+        super().__init__()
+        self.persistent = persistent
+        self.update(buffers)
+
+    __eq__, __hash__ = nn.Module.__eq__, nn.Module.__hash__
+
+    def __getitem__(self, name: str) -> Any:
+        return self._buffers[name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, self.persistent)
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
+class BufferView(_WriteThrough, BufferDict):
+    """The buffers with one name of a layer's adapter modules, by adapter."""
+
+
 class ValueView(_WriteThrough, dict):
-    """The numbers or buffers with one name of a layer's adapter modules, by adapter."""
+    """The numbers with one name of a layer's adapter modules, by adapter."""
 
 
-def view_attribute(layer: Any, name: str) -> ModuleView | ParameterView | ValueView | None:
+def view_attribute(layer: Any, name: str) -> Any:
     """Return what `name` is in each of the layer's adapter modules, by adapter; None if no module has it."""
     sources: dict[str, tuple[nn.Module, str]] = {}
     for adapter, module in layer.adapters.items():
@@ -85,7 +115,7 @@ def view_attribute(layer: Any, name: str) -> ModuleView | ParameterView | ValueV
     if not sources:
         return None
     values = {a: _wrap_weight(module, name) for a, (module, name) in sources.items()}
-    types: dict[type, type] = {nn.Module: ModuleView, nn.Parameter: ParameterView, object: ValueView}
+    types: Any = {nn.Module: ModuleView, nn.Parameter: ParameterView, Tensor: BufferView, object: ValueView}
     view = next(v for t, v in types.items() if all(isinstance(x, t) for x in values.values()))()
     for adapter, value in values.items():
         view[adapter] = value

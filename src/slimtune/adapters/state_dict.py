@@ -174,18 +174,7 @@ def set_peft_model_state_dict(
         ignore_mismatched_sizes: leave out, with a warning, the tensors whose shapes differ.
         low_cpu_mem_usage: ignored: an adapter on the meta device is put on its layers' devices in either case.
     """
-    tensors = dict(peft_model_state_dict)
-    if ignore_mismatched_sizes:
-        own = get_adapter_tensors(model, adapter_name)
-        keys = {k: _normalize_key(k, own) for k in tensors}
-        wrong = [k for k, ours in keys.items() if ours in own and own[ours].shape != tensors[k].shape]
-        if wrong:
-            sizes = "; ".join(f"{k}: {tuple(tensors[k].shape)}, not {tuple(own[keys[k]].shape)}" for k in wrong)
-            warnings.warn(
-                f"Some weights of the adapter were not loaded, their shapes differ: {sizes}", PeftWarning, stacklevel=2
-            )
-        tensors |= {k: own[keys[k]].detach() for k in wrong}
-    load_adapter_tensors(model, adapter_name, tensors, where="the state dict")
+    load_adapter_tensors(model, adapter_name, peft_model_state_dict, "the state dict", ignore_mismatched_sizes)
     return LoadResult([], [])
 
 
@@ -240,13 +229,26 @@ def _get_base_tensors(model: Any) -> dict[str, Tensor]:
     return {k: t for k, t in tensors.items() if not k.startswith(tuple(added))} if added else tensors
 
 
-def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], where: str) -> None:
+def load_adapter_tensors(
+    model: Any, adapter: str, given: Mapping[str, Tensor], where: str, ignore_mismatched_sizes: bool = False
+) -> None:
     """Copy a file's tensors into an attached adapter, all or none.
+
+    `ignore_mismatched_sizes` leaves out, with a warning, the tensors whose shapes differ.
 
     Raises:
         AdapterError: missing or unexpected keys, wrong shapes, or a copy of a base weight that differs from the base's.
     """
     _leave_meta_device(model, adapter)
+    if ignore_mismatched_sizes:
+        own = get_adapter_tensors(model, adapter)
+        keys = {k: _normalize_key(k, own) for k in given}
+        wrong = [k for k, ours in keys.items() if ours in own and own[ours].shape != given[k].shape]
+        if wrong:
+            sizes = "; ".join(f"{k}: {tuple(given[k].shape)}, not {tuple(own[keys[k]].shape)}" for k in wrong)
+            message = f"Some weights of the adapter were not loaded, their shapes differ: {sizes}"
+            warnings.warn(message, PeftWarning, stacklevel=3)
+        given = {**given, **{k: own[keys[k]].detach() for k in wrong}}
     optional = _prepare_load(model, adapter, given)
     own = get_adapter_tensors(model, adapter)
     given = {_normalize_key(k, own): t for k, t in given.items()}
@@ -274,7 +276,7 @@ def load_adapter_tensors(model: Any, adapter: str, given: Mapping[str, Tensor], 
         similar = nearest(unexpected[0], own)
         faults.append(f"{len(unexpected)} tensors are unexpected, such as {format_names(unexpected, 2)}{similar}")
     if misshapen:
-        faults.append(f"{len(misshapen)} tensors have another shape: {'; '.join(misshapen[:2])}")
+        faults.append(f"size mismatch for {len(misshapen)} tensors: {'; '.join(misshapen[:2])}")
     if mistyped:
         faults.append(f"{len(mistyped)} tensors have another kind of numbers: {format_names(mistyped, 2)}")
     if damaged:
@@ -595,6 +597,7 @@ class SaveLoadMixin:
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
+        ignore_mismatched_sizes: bool = False,
         **hub: Any,
     ) -> Any:
         """Load an adapter from a folder or a Hub repository onto its base `model`, in place.
@@ -603,6 +606,7 @@ class SaveLoadMixin:
             is_trainable: True to continue training; False freezes the adapter and sets evaluation mode.
             config: the adapter's config, if it is already loaded.
             autocast_adapter_dtype: keep the adapter in fp32 above a 16-bit base.
+            ignore_mismatched_sizes: leave out, with a warning, the tensors whose shapes differ.
             hub: where on the Hub: subfolder, revision, token, …
 
         Raises:
@@ -611,12 +615,13 @@ class SaveLoadMixin:
         """
         if isinstance(model, SaveLoadMixin):
             settings = {"autocast_adapter_dtype": autocast_adapter_dtype, "config": config, **hub}
+            settings["ignore_mismatched_sizes"] = ignore_mismatched_sizes
             model.load_adapter(model_id, adapter_name, is_trainable, **settings)
             return model
         tensors, config = read_adapter(model, model_id, config, is_trainable, hub)
         adapted = cls._attach_first_adapter(model, adapter_name, config, autocast_adapter_dtype, strict=False)
         try:
-            load_adapter_tensors(adapted, adapter_name, tensors, where=str(model_id))
+            load_adapter_tensors(adapted, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
         except BaseException:
             adapted.unload()
             raise
@@ -631,6 +636,7 @@ class SaveLoadMixin:
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         config: PeftConfig | None = None,
+        ignore_mismatched_sizes: bool = False,
         **hub: Any,
     ) -> LoadResult:
         """Load another adapter, inactive. If the name exists, load the tensors into the existing adapter.
@@ -642,11 +648,11 @@ class SaveLoadMixin:
             check_same_settings(self.peft_config[adapter_name], config, model_id)
             if adapter_name in self.merged_adapters:
                 raise UsageError(f"{adapter_name!r} is merged into the base", hint="unmerge_adapter() first")
-            load_adapter_tensors(self, adapter_name, tensors, where=str(model_id))
+            load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
             return LoadResult([], [])
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, strict=False)
         try:
-            load_adapter_tensors(self, adapter_name, tensors, where=str(model_id))
+            load_adapter_tensors(self, adapter_name, tensors, str(model_id), ignore_mismatched_sizes)
         except BaseException:
             self._remove_adapter(adapter_name)
             raise

@@ -252,6 +252,9 @@ class LoraConfig(PatternedConfig):
             wanted = self.target_parameters or []
             names = [p for p in site.module._parameters if matches_name(wanted, f"{site.name}.{p}")]
             return ParameterLora(site, self, names)
+        if self.lora_bias and site.kind != "embedding" and site.bias() is None:
+            what, layer = "`lora_bias=True` was passed but the targeted layer of type", type(site.module).__name__
+            warnings.warn(f"{what} {layer} has no bias: {site.name} cannot be merged", PeftWarning, stacklevel=6)
         r, alpha = self.get_rank(site.name), self.get_alpha(site.name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.loading:
