@@ -4,8 +4,9 @@ import peft
 import pytest
 import torch
 import transformers as tf
-from models_zoo import DECODER, same_base, snapshot, tokens
+from models_zoo import DECODER, same_base, shake, snapshot, tokens
 from safetensors.torch import load_file
+from tiny_families import build
 
 import slimtune
 from slimtune import LoraConfig, get_peft_model
@@ -87,6 +88,45 @@ def test_one_seed_gives_one_adapter_and_files_load_both_ways(tmp_path):
     adapted(slimtune, moe("gpt_oss")).save_pretrained(tmp_path / "trained")
     loaded = (home.PeftModel.from_pretrained(moe("gpt_oss"), tmp_path / "trained") for home in (slimtune, peft))
     assert far(*(model(tokens()).logits for model in loaded)) < 1e-9
+
+
+ALL = {"target_modules": "all-linear", "rank_pattern": {"down_proj": 3, "o_proj|up_proj": 2}}
+REGEX = {
+    "target_modules": r".*(o_proj|(gate|up|down)_proj|embed_tokens)",
+    "alpha_pattern": {r"shared_experts?\.up_proj": 5},
+}
+LAYERS = {"target_modules": ["down_proj"], "layers_to_transform": [1]}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("deepseek_v3", ALL), ("glm4_moe", ALL), ("qwen3_next", ALL), ("deepseek_v3", REGEX), ("deepseek_v3", LAYERS)],
+)
+def test_peft_loads_adapters_of_shared_experts(family, settings, tmp_path):
+    """PEFT takes their linear layers, and those of dense layers, for the experts of older checkpoints."""
+    model = get_peft_model(build(family, num_hidden_layers=2), LoraConfig(r=4, **settings))
+    report = model.match_report()
+    assert {kind for name, kind in report.kinds.items() if name.endswith("_proj")} == {"linear"}
+    shake(model)
+    model.save_pretrained(tmp_path)
+    for home in (slimtune, peft):
+        loaded = home.PeftModel.from_pretrained(build(family, num_hidden_layers=2), tmp_path)
+        assert far(loaded(tokens()).logits, model(tokens()).logits) < 1e-6
+        assert home is peft or loaded.match_report().kinds == report.kinds
+
+
+def test_peft_files_of_models_with_shared_experts_load(tmp_path):
+    settings = {"target_modules": ["q_a_proj", "down_proj"], "target_parameters": ["shared_experts.gate_proj.weight"]}
+    model = peft.get_peft_model(build("deepseek_v3"), peft.LoraConfig(**settings))
+    shake(model)
+    model.save_pretrained(tmp_path)
+    loaded = slimtune.PeftModel.from_pretrained(build("deepseek_v3"), tmp_path)
+    assert far(loaded(tokens()).logits, model(tokens()).logits) < 1e-6
+
+
+def test_what_peft_cannot_load_is_said():
+    with pytest.warns(UserWarning, match="HF PEFT takes the targets .*shared_experts.down_proj.* lora_dropout is 0.1"):
+        get_peft_model(build("deepseek_v3"), LoraConfig(target_modules=["down_proj"], lora_dropout=0.1))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])

@@ -25,8 +25,9 @@ FILE = Path(__file__).with_name("family_table.json")
 FAMILIES = """
 llama;llama (1 layer);qwen3 (2 layers);mistral;qwen2;qwen3;phi;phi3;gemma;gemma2;gemma3_text;gemma3n_text;
 gemma4_text;olmo;olmo2;olmo3;cohere;cohere2;gpt2;gptj;gpt_neox;opt;bloom;mpt;stablelm;starcoder2;smollm3;lfm2;
-mixtral;qwen2_moe;qwen3_moe;olmoe;gpt_oss;llama4_text;mamba;mamba2;jamba;falcon_h1;bamba;granitemoehybrid;
-zamba2;qwen3_5_text;mistral3;qwen2_vl;qwen2_5_vl;qwen3_vl;gemma3
+mixtral;qwen2_moe;qwen3_moe;olmoe;gpt_oss;llama4_text;granite;granitemoe;nemotron;nemotron_h;falcon;falcon (ALiBi);
+deepseek_v3;glm4_moe;qwen3_next;rwkv;recurrent_gemma;falcon_mamba;mamba;mamba2;jamba;falcon_h1;bamba;granitemoehybrid;
+zamba2;qwen3_5_text;qwen3_5_moe_text;qwen3_5;mistral3;qwen2_vl;qwen2_5_vl;qwen3_vl;gemma3
 """.replace("\n", "").split(";")
 STEPS = ("attach", "train", "reload", "PEFT", "merge", "packed", "plan", "run")
 EXAMPLES = [{"input_ids": row, "labels": row} for row in ROWS]

@@ -129,7 +129,7 @@ class LoraConversionMixin:
         names = [self._require_adapter(n) for n in adapters]
         self._require_free_name(adapter_name)
         for name in names:
-            if getattr(self.peft_config[name], "target_parameters", None):
+            if "parameters" in self.match_report(name).kinds.values():
                 message = f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter {name!r})"
                 raise TargetError(message, "adapters without target_parameters")
         kind, kinds = str(combination_type), get_args(CombinationType)

@@ -95,6 +95,6 @@ def plain_lora_incompatibilities(config: Any) -> list[str]:
     """Return why vLLM cannot load an adapter as it is, although it may load a LoRA that approximates it."""
     if not config.ships_as_lora:
         return [f"its method is {config.name}, and vLLM only loads LoRA"]
-    if parameters := getattr(config, "target_parameters", None):
+    if parameters := [p for p in config.target_parameters or [] if not p.endswith(".weight")]:
         return [f"target_parameters is {parameters}: vLLM reads a LoRA on experts for some architectures only"]
     return ["use_dora is True: vLLM does not support DoRA"] if config.use_dora else []

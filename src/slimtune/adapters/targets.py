@@ -139,11 +139,16 @@ def match_parameters(model: nn.Module, config: Any) -> dict[str, list[str]]:
     return {n: names for n, names in found.items() if names}
 
 
+def find_targets(model: nn.Module, config: PeftConfig) -> Modules:
+    """Return the modules that a config's target_modules match, by name."""
+    modules = _get_base_modules(model)
+    targets = _resolve_targets(model, modules, config)
+    return {n: m for n, m in modules.items() if _is_target(n, config, targets)}
+
+
 def find_linear_targets(model: nn.Module, config: PeftConfig) -> dict[str, Any]:
     """Return the linear layers among the targets of a config by name; targets of other kinds are left out."""
-    modules = {n: m for n, m in model.named_modules() if n}
-    targets = _resolve_targets(model, modules, config)
-    return {n: m for n, m in modules.items() if layer_kind(m) == "linear" and _is_target(n, config, targets)}
+    return {n: m for n, m in find_targets(model, config).items() if layer_kind(m) == "linear"}
 
 
 def find_expert_parameters(model: nn.Module, excluded: list[str] | str | None = None) -> list[str]:

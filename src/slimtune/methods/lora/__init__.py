@@ -46,7 +46,12 @@ from .dora import EmbeddingDora, LinearDora
 from .init import NAMED_INITS, is_valid_init
 from .layers import EmbeddingLora, LinearLora, LoraModule
 from .loftq import LoftQConfig
-from .parameters import ParameterLora, find_unsupported_field
+from .parameters import (
+    ParameterLora,
+    find_misread_projections,
+    find_unsupported_field,
+    target_projections_by_weight,
+)
 from .tied import TiedEmbeddingLora, TiedLinearLora
 
 __all__ = ["EmbeddingLora", "LinearLora", "LoraConfig", "LoraRuntimeConfig"]
@@ -199,22 +204,23 @@ class LoraConfig(PatternedConfig):
 
     def fill_from_model(self, model: nn.Module) -> None:
         super().fill_from_model(model)
-        if self.target_modules != ALL_LINEAR or not (find_expert_parameters(model) or find_uncalled_layers(model)):
-            return
-        # In a file, "all-linear" means to PEFT the experts of transformers 4, which were linear layers, and layers of
-        # Mamba mixers that it then refuses.
-        self.target_modules = shorten_names(list_linear_layers(model, self), model)
-        experts = find_expert_parameters(model, self.exclude_modules)
-        if self.target_parameters is None and experts:
-            names, field = shorten_names(experts, model), find_unsupported_field(self)
-            self.target_parameters = [] if field else names
-            if field:
-                value = f"{field} is {getattr(self, field)!r}, which they do not support"
-                message = f'target_modules="all-linear" leaves out the experts ({format_names(names)}): {value}'
-                warnings.warn(message, stacklevel=2)
+        if self.target_modules == ALL_LINEAR and (find_expert_parameters(model) or find_uncalled_layers(model)):
+            # In a file, "all-linear" means to PEFT the experts of transformers 4, which were linear layers, and layers
+            # of Mamba mixers that it then refuses.
+            self.target_modules = shorten_names(list_linear_layers(model, self), model)
+            experts = find_expert_parameters(model, self.exclude_modules)
+            if self.target_parameters is None and experts:
+                names, field = shorten_names(experts, model), find_unsupported_field(self)
+                self.target_parameters = [] if field else names
+                if field:
+                    value = f"{field} is {getattr(self, field)!r}, which they do not support"
+                    message = f'target_modules="all-linear" leaves out the experts ({format_names(names)}): {value}'
+                    warnings.warn(message, stacklevel=2)
+        target_projections_by_weight(self, model)
 
     def extra_targets(self, model: nn.Module) -> dict[str, SiteKind]:
         parameters: dict[str, SiteKind] = dict.fromkeys(match_parameters(model, self), "parameters")
+        parameters |= dict.fromkeys(parameters.keys() & find_misread_projections(model), "linear")
         rows: dict[str, SiteKind] = {name: rows.kind for name, rows in self._find_trainable_rows(model).items()}
         if both := [name for name in parameters if name in rows]:
             message = f"target_parameters and trainable_token_indices both change {format_names(both)}"
@@ -255,7 +261,9 @@ class LoraConfig(PatternedConfig):
         if self.lora_bias and site.kind != "embedding" and site.bias() is None:
             what, layer = "`lora_bias=True` was passed but the targeted layer of type", type(site.module).__name__
             warnings.warn(f"{what} {layer} has no bias: {site.name} cannot be merged", PeftWarning, stacklevel=6)
-        r, alpha = self.get_rank(site.name), self.get_alpha(site.name)
+        weight = f"{site.name}.weight"
+        name = weight if matches_name(self.target_parameters or [], weight) else site.name
+        r, alpha = self.get_rank(name), self.get_alpha(name)
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if self.lora_bias and site.kind in ("linear", "conv") and site.bias() is None and not site.loading:
             what = f"the targeted layer of type {type(site.module).__name__} has no bias"  # PEFT's words

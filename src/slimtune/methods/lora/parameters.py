@@ -10,14 +10,19 @@ expert's update runs as two thin products on the tokens routed to it.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import conversion_mapping
 
+from ...adapters.architectures import model_type
 from ...adapters.base import BaseForward, Site
-from ...errors import ConfigError, TargetError, UsageError
+from ...adapters.patterns import find_pattern
+from ...adapters.targets import find_targets, shorten_names
+from ...errors import ConfigError, TargetError, UsageError, format_names
 from ...kernels.low_rank_weight import LowRankWeight, Term
 from .init import init_weights
 from .layers import LoraModule
@@ -140,3 +145,41 @@ def find_unsupported_field(config: Any) -> str | None:
     init = config.init_lora_weights
     named = not isinstance(init, bool) and init != "gaussian"
     return next((f for f in fields if getattr(config, f)), "init_lora_weights" if named else None)
+
+
+MISREAD_PROJECTIONS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
+"""Names that PEFT takes for the experts of a checkpoint of transformers 4, by the family that the model converts like.
+
+PEFT moves such names from `target_modules` to the experts in `target_parameters` and doubles the rank there, also where
+the model has linear layers of these names, in shared experts and dense layers. Their weights can be named in
+`target_parameters`, which it leaves as they are: the tensors in the file have the same keys and shapes.
+"""
+
+
+def find_misread_projections(model: nn.Module) -> set[str]:
+    """Return the names of the linear layers of a model that PEFT takes for experts (`MISREAD_PROJECTIONS`)."""
+    families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
+    names = MISREAD_PROJECTIONS.get(families.get(model_type(model)), ())
+    return {n for n, m in model.named_modules() if n.rpartition(".")[2] in names and isinstance(m, nn.Linear)}
+
+
+def target_projections_by_weight(config: Any, model: nn.Module) -> None:
+    """Move the targets of a LoraConfig that PEFT takes for experts from target_modules to target_parameters."""
+    misread = find_misread_projections(model)
+    targets = find_targets(model, config) if misread else {}
+    if not (moved := [name for name in targets if name in misread]):
+        return
+    names = shorten_names([f"{name}.weight" for name in moved], model)
+    if (field := find_unsupported_field(config)) is not None:
+        message = f"HF PEFT takes the targets {format_names(names)} for experts, and will not load this adapter"
+        warnings.warn(f"{message}: {field} is {getattr(config, field)!r}", stacklevel=3)
+        return
+    rest = [name for name in targets if name not in misread]
+    config.target_modules = shorten_names(rest, model)
+    config.layers_to_transform = config.layers_pattern = None
+    config.target_parameters = [*(config.target_parameters or []), *names]
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        for pattern in [p for p in patterns if any(find_pattern([p], n) for n in moved)]:
+            patterns[f"({pattern})\\.weight"] = patterns[pattern]
+            if not any(find_pattern([pattern], n) for n in rest):
+                del patterns[pattern]
