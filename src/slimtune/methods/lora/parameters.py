@@ -147,8 +147,8 @@ def find_unsupported_field(config: Any) -> str | None:
     return next((f for f in fields if getattr(config, f)), "init_lora_weights" if named else None)
 
 
-MISREAD_PROJECTIONS = {"qwen2_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w2", "w3")}
-"""Names that PEFT takes for the experts of a checkpoint of transformers 4, by the family that the model converts like.
+MISREAD_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""Names that PEFT takes for the experts of a checkpoint of transformers 4, in families converted like Qwen2-MoE.
 
 PEFT moves such names from `target_modules` to the experts in `target_parameters` and doubles the rank there, also where
 the model has linear layers of these names, in shared experts and dense layers. Their weights can be named in
@@ -158,9 +158,11 @@ the model has linear layers of these names, in shared experts and dense layers. 
 
 def find_misread_projections(model: nn.Module) -> set[str]:
     """Return the names of the linear layers of a model that PEFT takes for experts (`MISREAD_PROJECTIONS`)."""
-    families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}) | {"mixtral": "mixtral"}
-    names = MISREAD_PROJECTIONS.get(families.get(model_type(model)), ())
-    return {n for n, m in model.named_modules() if n.rpartition(".")[2] in names and isinstance(m, nn.Linear)}
+    families = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})  # what PEFT reads
+    if families.get(model_type(model)) != "qwen2_moe":
+        return set()
+    linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+    return {n for n in linear if n.rpartition(".")[2] in MISREAD_PROJECTIONS}
 
 
 def target_projections_by_weight(config: Any, model: nn.Module) -> None:
