@@ -24,6 +24,7 @@ from .data.tokenized_dataset import TokenizedDataset
 from .data.validation.report import DatasetReport
 from .errors import AdapterError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
+from .models.errors import translate_load_errors
 from .models.loader import Base, download_weights, get_auto_class, load_base, load_tokenizer
 from .models.quantization import dequantize_model
 from .run_dir import RunDir, find_adapter_folder
@@ -274,7 +275,8 @@ def build_meta_model(
     # A config class from a base's own code: that code is trusted already, or the class would not be here.
     trusted = type(config).__module__.startswith("transformers_modules")
     with torch.device("meta"):
-        model: Any = get_auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
+        with translate_load_errors(config.name_or_path or config.model_type):
+            model: Any = get_auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
         if first is not None:
             first(model)
         if method is not None:

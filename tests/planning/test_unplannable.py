@@ -69,3 +69,12 @@ def test_no_memory_is_not_a_fault_of_the_base(monkeypatch):
     monkeypatch.setattr(planner, "fit_memory_model", run_out)
     with pytest.raises(torch.OutOfMemoryError):
         plan("llama")
+
+
+def test_missing_package_is_named(monkeypatch):
+    def build(*_, **__):
+        raise ImportError("TimmWrapperModel requires the timm library", name="timm")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_config", build)
+    with pytest.raises(ModelError, match=r"needs a package that is missing: .* timm library(.|\n)*pip install timm"):
+        plan("llama")
