@@ -18,6 +18,7 @@ IN_MODULES = {
     "transformers.PreTrainedModel._supports_attention_backend": "whether attention is called by transformers' table",
     "transformers.PreTrainedModel._keep_in_fp32_modules": "layers that bitsandbytes leaves in fp32",
     "transformers.PreTrainedModel._keys_to_ignore_on_save": "tensors that are not in checkpoints",
+    "transformers.conversion_mapping._MODEL_TO_CONVERSION_PATTERN": "the families whose layers PEFT takes for experts",
     "transformers.core_model_loading.revert_weight_conversion": "the names of tensors in a checkpoint",
     "transformers.utils.chat_template_utils._compile_jinja_template": "the environment of chat templates",
     "transformers.quantizers.base.HfQuantizer.get_modules_to_not_convert": "layers that are not quantized",
