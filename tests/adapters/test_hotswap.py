@@ -1,5 +1,6 @@
 """Hot-swapping: another adapter's values in a running one's place, without compiling again; all or nothing."""
 
+import copy
 import json
 
 import pytest
@@ -70,7 +71,7 @@ def test_swapped_adapter_saves_correctly(tmp_path):
     assert list(model.peft_config) == ["default", "beside"]
 
 
-def test_swap_without_preparation_needs_smaller_rank(tmp_path):
+def test_swap_without_preparation_grows_a_rank_unless_compiled(tmp_path):
     large, large_logits = save_adapter(tmp_path / "a", LARGE)
     small, small_logits = save_adapter(tmp_path / "b", SMALL, seed=2)
     model = PeftModel.from_pretrained(llama(), large)
@@ -80,8 +81,36 @@ def test_swap_without_preparation_needs_smaller_rank(tmp_path):
     model = PeftModel.from_pretrained(llama(), small)
     message = r"has rank 6 and scale 0.5 at .*q_proj, 'default' has space for rank 2[^$]*prepare_model_for_compiled"
     with pytest.raises(AdapterError, match=message):
-        hotswap_adapter(model, large, "default")
+        hotswap_adapter(torch.compile(model, backend="eager"), large, "default")
     assert torch.equal(run(model), small_logits)
+    hotswap_adapter(model, large, "default")
+    assert (run(model) - large_logits).abs().max() < CLOSE
+    model.save_pretrained(tmp_path / "c")
+    assert (run(PeftModel.from_pretrained(llama(), tmp_path / "c")) - large_logits).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_with_groups_and_a_bias_of_B(groups, tmp_path):
+    torch.manual_seed(0)
+    base, x, outputs = (
+        torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, groups=groups).double()),
+        torch.randn(2, 4, 5, 5).double(),
+        [],
+    )
+    for r in (2, 4):
+        model = get_peft_model(
+            copy.deepcopy(base),
+            LoraConfig(r=r, lora_alpha=3, lora_bias=True, init_lora_weights=False, target_modules=["0"]),
+        )
+        model.save_pretrained(tmp_path / str(r))
+        outputs.append(model(x))
+    model = PeftModel.from_pretrained(base, tmp_path / "2")
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert (model(x) - outputs[0]).abs().max() < CLOSE
+    hotswap_adapter(model, tmp_path / "4", "default")
+    assert (model(x) - outputs[1]).abs().max() < CLOSE
+    hotswap_adapter(model, tmp_path / "2", "default")
+    assert (model(x) - outputs[0]).abs().max() < CLOSE
 
 
 def test_trained_head_is_swapped(tmp_path):
@@ -141,10 +170,10 @@ def test_prepare_must_precede_compile():
     model = get_peft_model(llama(), LoraConfig(**LARGE))
     compiled = torch.compile(model, backend="eager")
     for wrong, arguments, message in [
-        (model, {"target_rank": 4}, "target_rank is 4, but adapter 'default' has rank 6"),
+        (model, {"target_rank": 4}, r"target rank 4, but the original rank is larger \(6\)"),
         (llama(), {"target_rank": 4}, "a LlamaForCausalLM has no adapters"),
         (compiled, {"target_rank": 8}, "already compiled"),
-        (model, {"check_compiled": "no"}, "check_compiled is 'no'"),
+        (model, {"check_compiled": "no"}, "got 'no'"),
     ]:
         with pytest.raises(UsageError, match=message):
             prepare_model_for_compiled_hotswap(wrong, **arguments)

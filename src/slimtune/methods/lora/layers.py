@@ -19,6 +19,8 @@ class LoraModule(AdapterModule):
     """What LoRA at linear layers and at embeddings shares."""
 
     peft_values: ClassVar = {"r": "r", "lora_alpha": "lora_alpha", "scaling": "scale"}
+    groups: int = 1
+    """Groups of the base, a convolution: each has its own part of the rank."""
 
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         super().__init__()
@@ -45,16 +47,25 @@ class LoraModule(AdapterModule):
         added = own.to(dtype) * self.scale
         return added if bias is None else bias + added
 
-    def tensors_of_rank(self, rank: int) -> dict[str, Tensor]:
-        """Return the tensors of a file for the whole update as one product of this rank, without its start."""
+    def tensors_of_rank(self, rank: int, scale: float | None = None) -> dict[str, Tensor]:
+        """Return the tensors of a file for the whole update as one product, without its start.
+
+        Rank and scale are those of the module with these tensors; no scale: that of this module.
+        """
         tensors = {n: t for n, t in self.tensors().items() if not n.startswith("start_")}
         if "start_A" in self._buffers:
             tensors |= dict(zip(("lora_A.weight", "lora_B.weight"), self.low_rank(), strict=True))
+        ratio, group_rank = 1 if scale is None else self.scale / scale, rank // self.groups
         for name, t in tensors.items():
             if name in ("lora_A.weight", "lora_embedding_A"):
-                tensors[name] = torch.cat([t, t.new_zeros(rank - len(t), *t.shape[1:])])
+                parts = t.unflatten(0, (self.groups, -1))
+                added = t.new_zeros(self.groups, group_rank - parts.shape[1], *t.shape[1:])
+                tensors[name] = torch.cat([parts, added], dim=1).flatten(0, 1)
             elif name in ("lora_B.weight", "lora_embedding_B"):
-                tensors[name] = torch.cat([t, t.new_zeros(len(t), rank - t.shape[1], *t.shape[2:])], dim=1)
+                added = t.new_zeros(len(t), group_rank - t.shape[1], *t.shape[2:])
+                tensors[name] = torch.cat([t, added], dim=1) * ratio
+            elif name == "lora_B.bias":
+                tensors[name] = t * ratio
         return tensors
 
     def lr_multipliers(self) -> dict[str, float]:
