@@ -1,7 +1,8 @@
 """`slimtune explain`: the pages, and which page a text leads to.
 
-real_errors.jsonl has texts of errors from issue threads, with the thread. The pages were written first: of 54 texts
-that were collected then, the search answered 33 with the right page, and put it first for 42.
+real_errors.jsonl has texts from issue threads, with the thread, in the order of three collections. The pages were
+written before the first, and improved after the first and the second. When a collection was new, 33 of its 54, 12 of
+its 21 and 13 of its 14 texts were answered by the right page; it was the nearest for 42, 19 and 13.
 """
 
 import json
@@ -52,16 +53,16 @@ def test_commands_of_slimtune_in_pages_exist():
                 assert re.search(rf"{flag}\b", usage), f"{page.code}: slimtune {line}"
 
 
-@pytest.mark.parametrize("row", REAL, ids=[row["source"].removeprefix("https://github.com/") for row in REAL])
-def test_real_errors_find_their_page(row):
-    found, pages = search_pages(row["text"])
-    assert found
-    assert pages[0].code in row["pages"]
+def test_real_errors_find_their_page():
+    answers = {row["source"]: (row["pages"], search_pages(row["text"])) for row in REAL}
+    wrong = {s: (want, found, pages[:1]) for s, (want, (found, pages)) in answers.items()
+             if not found or pages[0].code not in want}  # fmt: skip
+    assert wrong == {}
 
 
 def test_real_errors_are_many_and_name_their_threads():
     assert len(REAL) >= 40
-    assert len({row["text"] for row in REAL}) == len(REAL)
+    assert len({row["source"] for row in REAL}) == len({row["text"] for row in REAL}) == len(REAL)
     assert all(re.match(r"https://github\.com/[^/]+/[^/]+/(issues|pull)/\d+$", row["source"]) for row in REAL)
     assert all(set(row["pages"]) <= PAGES.keys() for row in REAL)
 

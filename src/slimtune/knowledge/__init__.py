@@ -18,8 +18,9 @@ from pathlib import Path
 MOST_TEXT = 50_000
 """Characters of a text that are searched: the last ones, where a traceback says what went wrong."""
 _GAP = 300
-_LEAST_COVERAGE = 0.6
-"""Share of a question's words, weighted by how rare they are, that the page of an answer must have."""
+_LEAST_COVERAGE, _LEAST_SCORE, _LEAST_LEAD = 0.6, 15.0, 1.5
+"""A page is an answer by its words if it has this share of a text's words (weighted by how rare they are), or if its
+score is this high and this many times the next page's."""
 _STOP_WORDS = frozenset({
     "a", "an", "and", "are", "as", "at", "be", "but", "by", "do", "does", "for", "from", "has", "have", "how", "i",
     "if", "in", "is", "it", "its", "my", "no", "not", "of", "on", "or", "so", "than", "that", "the", "this", "to", "up",
@@ -76,7 +77,9 @@ def search_pages(text: str, most: int = 3) -> tuple[bool, list[Page]]:
     ranked = sorted(pages, key=lambda code: scores[code], reverse=True)
     if scores[ranked[0]][0]:  # beside a page by its patterns, only pages of the same kind are near
         return True, [pages[code] for code in ranked[:most] if any(scores[code][:2])]
-    return coverage >= _LEAST_COVERAGE, [pages[code] for code in ranked[:most] if any(scores[code])]
+    first, second = sorted(words.values(), reverse=True)[:2]
+    found = coverage >= _LEAST_COVERAGE or (first >= _LEAST_SCORE and first >= _LEAST_LEAD * second)
+    return found, [pages[code] for code in ranked[:most] if any(scores[code])]
 
 
 def _score_patterns(text: str, patterns: Sequence[str]) -> float:
@@ -116,17 +119,24 @@ def _split_words(text: str) -> list[str]:
     return [w for w in found if len(w) > 1]
 
 
+@cache
+def _build_index() -> tuple[dict[str, set[str]], dict[str, Counter[str]], Counter[str]]:
+    """Return the words of every page's title, how often each word occurs in a page, and in how many pages it occurs."""
+    titles, counts = {}, {}
+    for code, page in load_pages().items():
+        titles[code] = set(_split_words(f"{code} {page.title}".replace("-", " ")))
+        text = " ".join((page.title, *page.patterns, *page.hints, page.body))
+        counts[code] = Counter(_split_words(text)) + Counter(titles[code])
+    return titles, counts, Counter(word for words in counts.values() for word in words)
+
+
 def _score_words(text: str) -> tuple[dict[str, float], float]:
     """Return every page's score for a text's words, and the share of the words that the best page has.
 
     The score is BM25 (k1 = 1.2, b = 0.75), and a word in a page's title counts once more.
     """
-    pages = load_pages().values()
-    titles = {page.code: set(_split_words(f"{page.code} {page.title}".replace("-", " "))) for page in pages}
-    texts = {page.code: " ".join((page.title, *page.patterns, *page.hints, page.body)) for page in pages}
-    counts = {code: Counter(_split_words(texts[code])) + Counter(titles[code]) for code in texts}
-    sizes = {code: sum(words.values()) for code, words in counts.items()}
-    frequency = Counter(word for words in counts.values() for word in words)
+    titles, counts, frequency = _build_index()
+    sizes = {code: words.total() for code, words in counts.items()}
     query, mean = set(_split_words(text[-MOST_TEXT:])), sum(sizes.values()) / len(sizes)
     rarity = {w: math.log(1 + (len(counts) - frequency[w] + 0.5) / (frequency[w] + 0.5)) for w in query}
     scores = {}
