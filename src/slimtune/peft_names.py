@@ -63,7 +63,7 @@ INNER = {
     "adapters.peft_layers": (
         "AdaLoraLayer", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "BufferDict", "HiraLayer", "IA3Layer",
         "LNTuningLayer", "LoHaLayer", "LoKrLayer", "LoraLayer", "LycorisLayer", "MissLayer", "ModulesToSaveWrapper",
-        "OFTLayer", "ShiraLayer", "TrainableTokensLayer", "TrainableTokensWrapper", "VeraLayer",
+        "OFTLayer", "ParamWrapper", "ShiraLayer", "TrainableTokensLayer", "TrainableTokensWrapper", "VeraLayer",
     ),
     "adapters.status": ("TunerLayerStatus", "TunerModelStatus"),
     "adapters.targets": (

@@ -6,7 +6,7 @@ import io
 import peft
 import pytest
 import torch
-from models_zoo import llama, run, shake
+from models_zoo import llama, roberta_classifier, run, shake, tokens
 from torch import nn
 
 import slimtune
@@ -116,6 +116,26 @@ def test_base_layer_of_pissa_is_that_of_peft():
         layer = home.get_peft_model(copy.deepcopy(base), config).base_model.model[0]
         found.append(torch.stack([layer.base_layer.weight.detach(), layer.get_delta_weight("default")]))
     assert (found[0] - found[1]).abs().max() < 1e-6
+
+
+def test_a_head_of_several_layers_is_one_trained_module():
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    model = get_peft_model(roberta_classifier(), config)
+    model.add_adapter("other", config)
+    shake(model)
+    head, x = model.eval().classifier, torch.randn(2, 3, 32, dtype=torch.float64)
+    assert isinstance(head, ModulesToSaveWrapper)
+    assert torch.equal(head.original_module(x), roberta_classifier().classifier(x))
+    alone = {}
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        assert torch.equal(head.modules_to_save[name](x), head(x))
+        alone[name] = model(tokens()).logits
+    rows = model(tokens(), adapter_names=["default", "other"]).logits
+    assert (rows - torch.stack([alone["default"][0], alone["other"][1]])).abs().max() < 1e-12
+    head.set_adapter("other")
+    head.modules_to_save["other"].dense.weight = nn.Parameter(torch.zeros_like(head.dense.weight))
+    assert not head.dense.weight.any()
 
 
 def test_pickle_and_copy(model):

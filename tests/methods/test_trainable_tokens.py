@@ -8,7 +8,7 @@ import torch
 from models_zoo import gemma3, llama, run, shake, t5, tokens
 
 from slimtune import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
-from slimtune.errors import TargetError
+from slimtune.errors import TargetError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 CHOSEN = [117, 3, 17]
@@ -50,6 +50,20 @@ def test_a_tied_head_shares_the_rows(config, tmp_path):
     theirs = peft.PeftModel.from_pretrained(llama(tie=True), tmp_path).eval()
     assert (run(theirs) - run(model)).abs().max() < 1e-9
     assert torch.equal(run(PeftModel.from_pretrained(llama(tie=True), tmp_path)), run(model))
+
+
+def test_two_adapters_with_one_token_in_common_are_refused_together():
+    model = get_peft_model(llama(tie=True), TrainableTokensConfig(token_indices=CHOSEN))
+    model.add_adapter("other", TrainableTokensConfig(token_indices=[3, 5]))
+    with pytest.raises(UsageError, match="undefined merging behavior"):
+        model.set_adapter(["default", "other"])
+    model.merge_adapter()
+    with pytest.raises(UsageError, match="undefined merging behavior"):
+        model.merge_adapter(["other"])
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embedding.trainable_tokens_delta is head.trainable_tokens_delta
+    assert head.token_indices == {"default": CHOSEN, "other": [3, 5]}
+    assert torch.equal(head.trainable_tokens_original["other"], llama(tie=True).lm_head.weight[[3, 5]])
 
 
 @pytest.mark.parametrize("base", [gemma3, t5], ids=["scaled", "encoder-decoder"])

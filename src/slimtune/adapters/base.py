@@ -218,6 +218,10 @@ class AdapterModule(nn.Module):
         """Return a new value of one of `adapted_parameters`, in the given one's layout; dtypes as in `merge_into`."""
         raise MergeUnsupported(f"{type(self).__name__} does not change the parameter {name}")
 
+    def replaced_rows(self) -> frozenset[int]:
+        """Return the rows of the base's weight that the module replaces: only one adapter at a time can."""
+        return frozenset()
+
     def low_rank_factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return `(A (r, in), B (out, r), scale)` if this module computes `y + scale · B A x` now, else None.
 

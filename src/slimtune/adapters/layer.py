@@ -113,7 +113,8 @@ class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
         if cached is not None:
             return add_low_rank_rows(base(*args, **kwargs), x, *cached)
         masks = self.active_state.get_row_masks(x.shape[0], x.device)
-        with_copies = {n: rows for n, rows in masks.items() if n in self.trained_copies}
+        copies = self.trained_copies
+        with_copies = {n: rows for n, rows in masks.items() if n in copies and copies[n].state_dict()}
         modules: dict[str, Any] = {n: self.adapters[n] for n in masks if n in self.adapters}
         plain_base = base
         if with_copies:
@@ -187,26 +188,35 @@ class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
 # --- adding and removing adapters -----------------------------------------------------------------------------------
 
 
-def make_adapted(module: nn.Module, active: ActiveAdapters) -> AdaptedLayer:
-    """Swap the class of `module` for its adapted subclass; an adapted module is returned unchanged."""
+def make_adapted(module: nn.Module, active: ActiveAdapters, method: str) -> AdaptedLayer:
+    """Swap the class of `module` for its adapted subclass; an adapted module is returned unchanged.
+
+    As in PEFT, layers that different methods adapt first have different classes.
+    """
     if isinstance(module, AdaptedLayer):
         return module
     base: Any = type(module)
     if "forward" in vars(module) and "_old_forward" not in vars(module):
         message = f"the forward of a {base.__name__} was replaced on the object, so an adapter would never be called"
         raise TargetError(message, hint="attach the adapter before the forward is replaced")
-    has_children = hasattr(base, "adapters") or {*ADDED_CHILDREN} & {*vars(module), *module._modules}
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or has_children:
+    if not can_have_adapters(module):
         message = f"a {base.__name__} cannot be adapted: it already has children where the adapters would go"
         raise TargetError(message, hint="name the modules inside it")
     names = (*module._parameters, *stored_buffer_names(module))
-    _set_class(module, _make_adapted_class(base, names, "config" in vars(module)))
+    _set_class(module, _make_adapted_class(base, names, "config" in vars(module), method))
     assert isinstance(module, AdaptedLayer)
     # Not set as attributes: a whole model has PeftModel's `modules_to_save`.
     module._modules.update({name: nn.ModuleDict() for name in ADDED_CHILDREN})
     # Bypasses nn.Module.__setattr__, which would register parameters.
     module.__dict__.update(active_state=active, original_parameters=None, merged_names=(), current_copy=None)
     return module
+
+
+def can_have_adapters(module: nn.Module) -> bool:
+    """Return whether a module can have the children of an adapted module: a list of modules runs all it has."""
+    has_children = hasattr(type(module), "adapters") or {*ADDED_CHILDREN} & {*vars(module), *module._modules}
+    is_list = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+    return isinstance(module, AdaptedLayer) or not (is_list or has_children)
 
 
 def restore_base_class(module: AdaptedLayer) -> None:
@@ -227,6 +237,7 @@ def copy_parameters(
     base's parameter: parameters that are tied in the base share one. None: each copy is separate.
     """
     copies = nn.Module()
+    copies._parameters.update({n: None for n, p in module._parameters.items() if p is None})
     for name in names:
         own = module._buffers if name in module._buffers else module._parameters
         base = (module.original_parameters or {}).get(name, own[name])
@@ -277,7 +288,7 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 @cache
-def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool) -> type[AdaptedLayer]:
+def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool, method: str) -> type[AdaptedLayer]:
     """Return the adapted subclass of `base`; it has the name and the forward signature of `base`."""
 
     # transformers reads the signature to find out which dataset columns a model takes.
@@ -296,7 +307,7 @@ def _make_adapted_class(base: Any, parameters: tuple[str, ...], has_config: bool
     if has_config:
         body["config"] = property(get_config, lambda self, value: vars(self).update(config=value))
     body |= {"forward": forward, "__module__": base.__module__, "__doc__": base.__doc__}
-    body["_recipe"] = (_make_adapted_class, base, parameters, has_config)
+    body["_recipe"] = (_make_adapted_class, base, parameters, has_config, method)
     return type(base.__name__, (AdaptedLayer, base), body)
 
 

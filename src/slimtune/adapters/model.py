@@ -36,7 +36,13 @@ from .quantized import disable_cpu_repacking, find_repacking_layers
 from .replicated_layers import Replication, replicate_layers, restore_layers
 from .state_dict import SaveLoadMixin
 from .status import StatusMixin
-from .targets import MatchReport, find_tied_modules, select_targets
+from .targets import (
+    MatchReport,
+    _get_module_names_tied_with_embedding,
+    find_tied_modules,
+    matches_name,
+    select_targets,
+)
 
 
 @dataclass
@@ -162,6 +168,8 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         """Names of the modules that adapters train in full, None if there are none."""
         return {n for r in self._adapter_state.reports.values() for n in r.trained_whole} or None
 
+    _get_module_names_tied_with_embedding = _get_module_names_tied_with_embedding
+
     @property
     def base_model(self) -> Any:
         """The backbone, as in transformers; `base_model.model` is the whole model, as in PEFT: see `TunerNames`."""
@@ -268,6 +276,10 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         peft_config.check_model(self)
         peft_config.fill_from_model(self)
         report = select_targets(self, peft_config, strict=strict)
+        if getattr(peft_config, "target_modules", ()) is None:  # as in PEFT, a config tells which default it used
+            default = peft_config.default_targets(self) or []
+            matched = [t for t in default if any(matches_name([t], n) for n in report.kinds)]
+            vars(peft_config)["target_modules"] = matched or None
         state.configs[adapter_name], state.reports[adapter_name] = peft_config, report
         layers = state.layers[adapter_name] = {}  # filled step by step, so that a failure can be undone
         how = {"autocast": autocast_adapter_dtype, "loading": not strict or low_cpu_mem_usage}
@@ -282,7 +294,9 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
                 modules = dict(zip(report.kinds, peft_config.build_all(sites), strict=True))
                 tied: dict[int, nn.Parameter] | None = {} if shares_copies else None
                 for name in {**modules, **report.copied}:
-                    adapted = layers[name] = layer.make_adapted(self.get_submodule(name), state.active_state)
+                    adapted = layers[name] = layer.make_adapted(
+                        self.get_submodule(name), state.active_state, peft_config.name
+                    )
                     if name in modules:
                         modules[name].method = peft_config.name
                         adapted.adapters[adapter_name] = modules[name]
@@ -301,7 +315,8 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         trains = any(p.requires_grad for p in self.trainable_parameters(adapter_name))
         copied = {name.rpartition(".")[0]: [name.rpartition(".")[2]] for name in names}
         for name, parameters in copied.items():
-            adapted = layer.make_adapted(self.get_submodule(name), state.active_state)
+            method = state.configs[adapter_name].name
+            adapted = layer.make_adapted(self.get_submodule(name), state.active_state, method)
             state.layers[adapter_name][name] = adapted
             layer.copy_parameters(adapted, adapter_name, parameters, autocast=True, tied=None)
             adapted.trained_copies[adapter_name].requires_grad_(trains)
@@ -519,9 +534,17 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
             raise UsageError(f"{what} is called inside disable_adapter()", "a call after the `with` block")
 
     def _require_different_copies(self, names: list[str]) -> None:
-        """Raise if two adapters train copies of one module: their updates cannot be added."""
-        owners: dict[str, str] = {}
+        """Raise if two adapters train copies of one module, or of one row: their updates cannot be added."""
+        owners: dict[Any, str] = {}
         for adapter in names:
+            for name, module in self.adapter_modules(adapter).items():
+                both = [r for r in module.replaced_rows() if owners.setdefault((name, r), adapter) != adapter]
+                if both:
+                    # PEFT's words.
+                    what = f"Token indices of adapter {adapter} are already defined and would result in undefined "
+                    what += "merging behavior. Only one adapter can be set at a time for TrainableTokensWrapper: "
+                    message = f"{what}{owners[name, both[0]]!r} also has rows {both[:4]} of {name}"
+                    raise UsageError(message, hint="adapters with different tokens, or one of them at a time")
             for name in self._adapter_state.reports[adapter].copied:
                 if owners.setdefault(name, adapter) != adapter:
                     what = "Only one adapter can be set at a time for ModulesToSaveWrapper"  # PEFT's words
@@ -576,6 +599,10 @@ class PeftModelForCausalLM(PeftModel):
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """A model with adapters for `task_type="SEQ_2_SEQ_LM"`."""
+
+    def generate(self, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Generate like the base; as in PEFT all arguments have names, for instance `input_ids`."""
+        return super().generate(**kwargs)
 
 
 class PeftModelForTokenClassification(PeftModel):
@@ -684,7 +711,7 @@ class TunerNames(PickledByRecipe):
     _whole_model: Any
 
     # transformers gives every model its own functions with these names.
-    active_adapter = property(lambda self: self._whole_model.active_adapter)
+    active_adapter = _active_adapter = property(lambda self: self._whole_model.active_adapter)
     active_adapters = property(lambda self: self._whole_model.active_adapters)
     add_adapter = property(lambda self: self._whole_model.add_adapter)
     delete_adapter = property(lambda self: self._whole_model.delete_adapter)

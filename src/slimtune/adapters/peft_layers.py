@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, MutableMapping
 from functools import cache
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,10 @@ class PeftNames:
 
     def __getattr__(self: Any, name: str) -> Any:
         try:
-            return super().__getattr__(name)  # type: ignore[misc]
+            value = super().__getattr__(name)  # type: ignore[misc]
+            # The child of this name has bare parameters; PEFT's are modules of the base's class.
+            copies = get_whole_copies(self) if name == "modules_to_save" else {}
+            return nn.ModuleDict(copies) if copies else value
         except AttributeError:
             # The whole model can be an adapted layer, too; PeftModel has its own names.
             if "adapters" not in vars(self).get("_modules", ()) or "_slimtune" in vars(self):
@@ -45,8 +49,13 @@ class PeftNames:
             return view
 
     def __repr__(self: Any) -> str:
-        methods = [m.method for m in self.adapters.values()] if "_slimtune" not in vars(self) else []
-        return f"{methods[0]}.{super().__repr__()}" if methods else super().__repr__()
+        text, modules = super().__repr__(), [] if "_slimtune" in vars(self) else [*self.adapters.values()]
+        if not modules:
+            return text
+        if modules[0].adapted_parameters:
+            what = f"ParamWrapper(\n  parameter_name={modules[0].parameter_name!r}, "
+            text = what + text.removeprefix(f"{type(self).__name__}(").lstrip()
+        return f"{modules[0].method}.{text}"
 
 
 # --- dictionaries by adapter name ---------------------------------------------------------------------------------
@@ -60,6 +69,9 @@ class _WriteThrough:
             module, attribute = vars(self)["sources"][adapter]
             setattr(module, attribute, value)
         super().__setitem__(adapter, value)  # type: ignore[misc]
+
+
+_VIEWS: WeakValueDictionary[tuple, Any] = WeakValueDictionary()
 
 
 class ModuleView(_WriteThrough, nn.ModuleDict):
@@ -114,12 +126,17 @@ def view_attribute(layer: Any, name: str) -> Any:
             sources[adapter] = (module, name)
     if not sources:
         return None
+    # While someone has the dictionary, it is the same object, also for a module tied to this one.
+    key = (name, *((a, id(getattr(*source))) for a, source in sources.items()))
+    if (view := _VIEWS.get(key)) is not None:
+        return view
     values = {a: _wrap_weight(module, name) for a, (module, name) in sources.items()}
     types: Any = {nn.Module: ModuleView, nn.Parameter: ParameterView, Tensor: BufferView, object: ValueView}
     view = next(v for t, v in types.items() if all(isinstance(x, t) for x in values.values()))()
     for adapter, value in values.items():
         view[adapter] = value
     vars(view)["sources"] = sources
+    _VIEWS[key] = view
     return view
 
 
@@ -179,11 +196,28 @@ class PeftLayer:
         return make_base_view(self._layer)
 
     @property
+    def parameter_name(self) -> str:
+        """Name of the parameter that the first adapter changes; it may change earlier parameters, too."""
+        return next(m.parameter_name for m in self._layer.adapters.values() if m.adapted_parameters)
+
+    @property
     def token_adapter(self) -> Any:
         """The layer itself, which has the trained tokens' tensors."""
         if not self._has_tokens:
             raise AttributeError("token_adapter")
         return self._layer
+
+    @property
+    def trainable_tokens_original(self) -> BufferDict:
+        """The base's own rows of the trained tokens, by adapter."""
+        modules = {a: m for a, m in self._layer.adapters.items() if "token_indices" in m.peft_values}
+        if not modules:
+            raise AttributeError("trainable_tokens_original")
+        base: Any = make_base_view(self._layer)
+        vars(base)["_parameters"] = base._parameters | (self._layer.original_parameters or {})
+        weight = get_weight(base).detach()
+        weight = weight.t() if layer_kind(self._layer) == "embedding" else weight
+        return BufferDict({a: weight[m.token_indices] for a, m in modules.items()})
 
     def get_base_layer(self) -> Any:
         return self.base_layer
@@ -199,6 +233,7 @@ class PeftLayer:
             name
             for module in self._layer.adapters.values()
             for name, child in [*module._parameters.items(), *module._modules.items()]
+            if name not in _LAYER_NAMES  # LoRA of a second parameter is the `base_layer` of that of the first
             if child is not None and not (isinstance(child, nn.Module) and next(child.parameters(), None) is None)
         )
         return (*names, *(["modules_to_save"] if self._copies else []))
@@ -249,17 +284,20 @@ class PeftLayer:
             if adapter in self._layer.adapters:
                 for parameter in self._layer.adapters[adapter].trainable_parameters():
                     parameter.requires_grad_(requires_grad)
-            if adapter in self._layer.trained_copies:
-                self._layer.trained_copies[adapter].requires_grad_(requires_grad)
+            for layer in self._layers:
+                if adapter in layer.trained_copies:
+                    layer.trained_copies[adapter].requires_grad_(requires_grad)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters (None: the active ones) into this layer's parameters."""
         names = [n for n in adapter_names or self._layer.active_state.active if n in self._available]
-        merge_adapters(type(self._layer).__name__, self._layer, names, check=safe_merge)
+        for layer in self._layers:
+            merge_adapters(type(layer).__name__, layer, names, check=safe_merge)
 
     def unmerge(self) -> None:
         """Put this layer's original parameters back."""
-        unmerge_adapters(self._layer)
+        for layer in self._layers:
+            unmerge_adapters(layer)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what merging an adapter would add to the weight of `base_layer`, in its shape."""
@@ -276,7 +314,7 @@ class PeftLayer:
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from this layer alone."""
-        for table in (self._layer.adapters, self._layer.trained_copies):
+        for table in [self._layer.adapters, *(layer.trained_copies for layer in self._layers)]:
             table.pop(adapter_name) if adapter_name in table else None
         if adapter_name in (active := self._layer.active_state.active):
             self._override(active=[a for a in active if a != adapter_name] or self._available[:1])
@@ -328,17 +366,21 @@ class PeftLayer:
         return get_whole_copies(self._layer)
 
     @property
+    def _layers(self) -> list[Any]:
+        """The layer and, if it is trained in full, the layers inside it."""
+        return [m for m in self._layer.modules() if isinstance(m, PeftNames)] if self._copies else [self._layer]
+
+    @property
     def _has_tokens(self) -> bool:
-        return any(
-            m.method == "lora" and "trainable_tokens_delta" in m._parameters for m in self._layer.adapters.values()
-        )
+        return any(m.method == "lora" and "token_indices" in m.peft_values for m in self._layer.adapters.values())
 
     def _override(self, **changes: Any) -> None:
         state = self._layer.active_state
         own = {"active": state.active, "enabled": state.enabled, **changes}
         model_state = getattr(state, "model_state", state)
-        model_state.layers_with_own.append(self._layer)
-        vars(self._layer)["active_state"] = LayerAdapters(model_state, **own)
+        for layer in self._layers:
+            model_state.layers_with_own.append(layer)
+            vars(layer)["active_state"] = LayerAdapters(model_state, **own)
 
 
 _LAYER_NAMES = {name for name in vars(PeftLayer) if not name.startswith("_")}
@@ -348,18 +390,27 @@ _LAYER_NAMES |= {"_adapters", "_get_available_adapters", "_all_available_adapter
 
 def get_whole_copies(layer: Any) -> dict[str, nn.Module]:
     """Return the trained copies of all parameters of a layer (`modules_to_save`), by adapter; not those of a bias."""
-    own = {n for n, p in layer._parameters.items() if p is not None}
-    copies = layer.trained_copies.items()
-    return {a: copy for a, copy in copies if a not in layer.adapters and set(copy._parameters) == own}
+    copies, own = layer.trained_copies.items(), set(layer._parameters)
+    return {a: make_base_view(layer, a) for a, c in copies if a not in layer.adapters and set(c._parameters) == own}
 
 
-def make_base_view(layer: Any) -> Any:
-    """Return a module of the base's class that shares everything with an adapted layer but has no adapters."""
-    view: Any = object.__new__(type(layer).__bases__[1])
+def make_base_view(module: Any, adapter: str | None = None) -> Any:
+    """Return a module of the base's class that shares everything with `module` but has no adapters.
+
+    Its parameters and buffers, and those of its children, are the adapter's trained copies where it has any.
+    """
+    if not any(isinstance(m, PeftNames) for m in module.modules()):
+        return module
+    is_adapted = isinstance(module, PeftNames)
+    view: Any = object.__new__(type(module).__bases__[1] if is_adapted else type(module))
     hidden = (*ADAPTED_ATTRIBUTES, "forward", "_old_forward", "_hf_hook")
-    vars(view).update({name: value for name, value in vars(layer).items() if name not in hidden})
-    children = {n: m for n, m in layer._modules.items() if n not in ADDED_CHILDREN}
-    vars(view)["_modules"] = children
+    vars(view).update({name: value for name, value in vars(module).items() if name not in hidden})
+    children = {n: m for n, m in module._modules.items() if not is_adapted or n not in ADDED_CHILDREN}
+    vars(view)["_modules"] = {n: None if m is None else make_base_view(m, adapter) for n, m in children.items()}
+    if is_adapted and adapter in module.trained_copies:
+        copies = module.trained_copies[adapter]
+        vars(view)["_parameters"] = copies._parameters
+        vars(view)["_buffers"] = module._buffers | copies._buffers
     return view
 
 
@@ -401,6 +452,14 @@ class LoraLayer(BaseTunerLayer):
         """Return whether one of the adapters is a LoRA; trained tokens beside it are none."""
         names = ("lora_A", "lora_embedding_A")
         return super().matches(layer) and any(hasattr(m, n) for m in layer.adapters.values() for n in names)
+
+
+class ParamWrapper(LoraLayer):
+    """A module with a LoRA on one or more of its parameters (`target_parameters`)."""
+
+    @classmethod
+    def matches(cls, layer: Any) -> bool:
+        return any(m.adapted_parameters for m in layer.adapters.values() if m.method == "lora")
 
 
 class AdaLoraLayer(LoraLayer):
@@ -474,7 +533,7 @@ class TrainableTokensLayer(BaseTunerLayer):
 
     @classmethod
     def matches(cls, layer: Any) -> bool:
-        return any("trainable_tokens_delta" in m._parameters for m in layer.adapters.values())
+        return any("token_indices" in m.peft_values for m in layer.adapters.values())
 
 
 class ModulesToSaveWrapper(metaclass=LayerType):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from ..utils.linear_layers import is_quantized
-from .peft_layers import AuxiliaryTrainingWrapper, BaseTunerLayer
+from .peft_layers import AuxiliaryTrainingWrapper, BaseTunerLayer, get_whole_copies
 from .quantized import count_parameters
 
 TUNER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -68,7 +68,7 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
 
 def _get_status(name: str, layer: Any) -> TunerLayerStatus:
     parameters: dict[str, list[nn.Parameter]] = {}
-    for table in (layer.adapters, layer.trained_copies):
+    for table in (layer.adapters, layer.trained_copies, get_whole_copies(layer)):
         for adapter, module in table.items():
             parameters.setdefault(adapter, []).extend(module.parameters())
     return TunerLayerStatus(

@@ -21,7 +21,7 @@ from ..errors import TargetError, UsageError, format_names, nearest
 from ..utils.linear_layers import layer_kind, stored_buffer_names
 from .architectures import HEADS, is_uncalled, model_type, text_config
 from .base import WEIGHT_KINDS, SiteKind
-from .layer import AdaptedLayer
+from .layer import AdaptedLayer, can_have_adapters
 from .patterns import find_pattern, get_pattern
 from .peft_layers import ADDED_CHILDREN
 
@@ -95,6 +95,11 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         matched = [n for n in modules if n not in inside_whole and _is_target(n, config, targets)]
         if strict:
             _check_every_name_matches(model, modules, config, targets)
+        if not matched and not further and (names := [n for n in inside_whole if _is_target(n, config, targets)]):
+            # PEFT's words.
+            message = "No modules were targeted for adaptation. This might be caused by a combination of mismatched "
+            message += f"target modules and modules to save: {format_names(names)} is trained in full"
+            raise TargetError(message, "a target outside modules_to_save and the head of the task")
         if not matched and not whole and not further:
             raise _nothing_matches(f"target_modules={targets!r}", targets, modules)
         matched = _add_tied_modules(modules, config, matched, tied)
@@ -124,7 +129,9 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         copied |= {n: ["in_proj_bias"] for n in attentions}
     for name in inside_whole:
         own = [p for p, tensor in modules[name]._parameters.items() if tensor is not None]
-        if own := own + stored_buffer_names(modules[name]):
+        own += stored_buffer_names(modules[name])
+        # A module with nothing but children is adapted, too, so that it has PEFT's names: its copy is that of theirs.
+        if own or (name in whole and can_have_adapters(modules[name]) and "forward" not in vars(modules[name])):
             copied[name] = own
     kinds |= further
     rest = [n for n, m in modules.items() if _has_weight_matrix(m) and n not in kinds and n not in inside_whole]
@@ -451,6 +458,8 @@ def _select_modules_to_save(modules: Modules, config: PeftConfig, strict: bool) 
 def _nothing_matches(what: str, wanted: list[str] | str, modules: Modules) -> TargetError:
     first = wanted if isinstance(wanted, str) else (wanted[0] if wanted else "")
     last_parts = dict.fromkeys(n.rsplit(".", 1)[-1] for n in modules)
+    if what.startswith("target_modules"):
+        what = f"Target modules {wanted} not found in the base model. {what}"  # PEFT's words
     return TargetError(f"{what} matches no module{nearest(first, [*last_parts, *modules])}", _describe_targets(modules))
 
 

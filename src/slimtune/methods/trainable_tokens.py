@@ -102,13 +102,17 @@ def find_trainable_rows(
     for key, ids in tokens.items():
         names = [n for n in modules if matches_name([key], n)]
         if not names:
-            message = f"trainable_token_indices: {key!r} matches no embedding{nearest(key, modules)}"
+            # PEFT's words, as below.
+            message = f"Target modules {{{key!r}}} not found in the base model. trainable_token_indices: "
+            message += f"{key!r} matches no embedding{nearest(key, modules)}"
             raise TargetError(message, "the name of an embedding", "for the input embedding give a plain list of ids")
         chosen |= dict.fromkeys(names, ids)
     owners: dict[int, str] = {}
     for name in sorted(chosen, key=lambda n: layer_kind(modules[n]) != "embedding"):
         if name.endswith(tuple(modules_to_save)):
-            raise TargetError(f"{name} is in modules_to_save and also has trainable tokens", "one of the two")
+            message = "The embedding layer is already marked to be trained fully: "
+            message += f"{name} is in modules_to_save and also has trainable tokens"
+            raise TargetError(message, "one of the two")
         size = get_weight(modules[name]).shape[1 if layer_kind(modules[name]) == "embedding" else 0]
         if max(chosen[name]) >= size:
             raise TargetError(f"trainable tokens: {name} has no row {max(chosen[name])}", f"ids below {size}")
@@ -145,6 +149,8 @@ def build_token_modules(
 class _TokenRows(AdapterModule):
     """Has the rows `V (k, d)` and their ids, unless it shares those of another module, its owner."""
 
+    peft_values: ClassVar = {"token_indices": "token_indices", "trainable_tokens_delta": "rows"}
+
     def __init__(self, site: Site, token_ids: list[int], held: tuple, save_shared: bool, start_as_base: bool) -> None:
         super().__init__()
         # The owner is in a tuple, so that its parameter is not registered here too.
@@ -168,6 +174,23 @@ class _TokenRows(AdapterModule):
     def owner(self) -> Any:
         """The module that has the rows."""
         return self.held[0] if self.held else self
+
+    @property
+    def token_indices(self) -> list[int]:
+        """The ids of the tokens."""
+        return self.owner.ids.tolist()
+
+    @property
+    def rows(self) -> nn.Parameter:
+        """V `(k, d)`, in the order of the ids."""
+        return self.owner.trainable_tokens_delta
+
+    @rows.setter
+    def rows(self, values: nn.Parameter) -> None:
+        self.owner.trainable_tokens_delta = values
+
+    def replaced_rows(self) -> frozenset[int]:
+        return frozenset(self.token_indices)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return V; where it is shared nothing, or a copy if files store it twice (loading ignores the copy)."""

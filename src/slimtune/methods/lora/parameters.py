@@ -69,6 +69,11 @@ class ParameterLora(LoraModule):
             self.frozen_names = [n for n, _ in self.named_parameters() if n.endswith("lora_A.weight")]
             self.lora_A.requires_grad_(False)
 
+    @property
+    def r(self) -> int:
+        """The rank of an expert's update."""
+        return self.lora_A.out_features // self.num_experts
+
     has_gradient: Tensor
     """Whether an expert's update got a gradient other than zero in the training so far, bool `(experts)`."""
 
