@@ -66,15 +66,18 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     layers: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     if not layers:
         raise UsageError("scaling is only supported for models with `LoraLayer`s")
-    before = [dict(layer.scaling) for layer in layers]
+    # Not the layers: a merge inside the `with` may remove their adapters.
+    scales = {m: m.scale for layer in layers for m in layer.adapters.values() if "scaling" in m.peft_values}
     try:
-        _set_scales(layers, [{name: scale * multiplier for name, scale in scales.items()} for scales in before])
+        for module, scale in scales.items():
+            module.scale = scale * multiplier
         yield
     finally:
-        _set_scales(layers, before)
+        for module, scale in scales.items():
+            module.scale = scale
 
 
-def _set_scales(layers: list[Any], scales: list[dict[str, float]]) -> None:
-    for layer, by_adapter in zip(layers, scales, strict=True):
-        for adapter, scale in by_adapter.items():
-            layer.scaling[adapter] = scale
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Keep PEFT's adapters from casting a layer's input to their dtype; here none does: they follow the input's."""
+    yield

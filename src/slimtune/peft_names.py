@@ -58,17 +58,19 @@ PUBLIC = {
     "utils.peft_functions": ("cast_mixed_precision_params", "shift_tokens_right"),
 }  # fmt: skip
 INNER = {
+    "adapters.config": ("_get_commit_hash",),
     "adapters.invocation": ("calculate_alora_offsets",),
     "adapters.lorafa": ("create_lorafa_optimizer",),
     "adapters.peft_layers": (
-        "AdaLoraLayer", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "BufferDict", "HiraLayer", "IA3Layer",
-        "LNTuningLayer", "LoHaLayer", "LoKrLayer", "LoraLayer", "LycorisLayer", "MissLayer", "ModulesToSaveWrapper",
-        "OFTLayer", "ParamWrapper", "ShiraLayer", "TrainableTokensLayer", "TrainableTokensWrapper", "VeraLayer",
+        "AdaLoraLayer", "AuxiliaryTrainingWrapper", "BaseTunerLayer", "Bnb4bitBackend", "Bnb8bitBackend",
+        "BufferDict", "HiraLayer", "IA3Layer", "LNTuningLayer", "LoHaLayer", "LoKrLayer", "LoraLayer", "LycorisLayer",
+        "MissLayer", "ModulesToSaveWrapper", "OFTLayer", "ParamWrapper", "ShiraLayer", "TrainableTokensLayer",
+        "TrainableTokensWrapper", "VeraLayer",
     ),
     "adapters.status": ("TunerLayerStatus", "TunerModelStatus"),
     "adapters.targets": (
-        "_find_minimal_target_modules", "_get_module_names_tied_with_embedding", "check_target_module_exists",
-        "inspect_matched_modules",
+        "_find_minimal_target_modules", "_get_module_names_tied_with_embedding", "_maybe_include_all_linear_layers",
+        "check_target_module_exists", "inspect_matched_modules",
     ),
     "adapters.tuner": ("BaseTuner", "MixedModel", "delete_adapter", "set_adapter", "set_requires_grad"),
     "mapping": (
@@ -81,15 +83,18 @@ INNER = {
         "TRANSFORMERS_MODELS_TO_MISS_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING",
         "TRANSFORMERS_MODELS_TO_SHIRA_TARGET_MODULES_MAPPING", "TRANSFORMERS_MODELS_TO_VERA_TARGET_MODULES_MAPPING",
     ),
+    "helpers": ("disable_input_dtype_casting",),
     "methods.lora.alora": ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"),
     "methods.lora.corda": ("CordaConfig", "preprocess_corda"),
+    "methods.lora.dora": ("DoraCaching",),
     "methods.lora.intruders": ("reduce_intruder_dimension",),
     "utils.peft_functions": (
         "DUMMY_MODEL_CONFIG", "MIN_TARGET_MODULES_FOR_OPTIMIZATION", "WEIGHTS_NAME",
-        "_get_submodules", "id_tensor_storage", "infer_device", "init_empty_weights", "transpose",
+        "_get_submodules", "id_tensor_storage", "infer_device", "init_empty_weights", "skip_init_on_device",
+        "transpose",
     ),
 }  # fmt: skip
-_HOMES = {name: home for table in (PUBLIC, INNER) for home, names in table.items() for name in names}
+HOMES = {name: home for table in (PUBLIC, INNER) for home, names in table.items() for name in names}
 _LAYER_TYPES = ("Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "Linear4bit", "Linear8bitLt", "MultiheadAttention")
 _TUNERS = (
     "adalora", "adaption_prompt", "hira", "ia3", "ln_tuning", "loha", "lokr", "lora", "miss", "oft", "p_tuning",
@@ -102,7 +107,7 @@ MODULES = {
     "auto", "functional", "mapping_func", "mixed_model", "optimizers", "optimizers.lorafa", "optimizers.loraplus",
     "peft_model", "tuners", "tuners._buffer_dict", "tuners.lycoris_utils", "tuners.mixed", "tuners.tuners_utils",
     "utils.constants", "utils.error", "utils.hotswap", "utils.integrations", "utils.loftq_utils", "utils.merge_utils",
-    "utils.other", "utils.peft_types", "utils.save_and_load", "utils.warning",
+    "utils.other", "utils.peft_types", "utils.quantization_utils", "utils.save_and_load", "utils.warning",
     *(f"tuners.{tuner}" for tuner in _TUNERS),
     *(f"tuners.{tuner}.{part}" for tuner in _TUNERS for part in _TUNER_PARTS),
 }  # fmt: skip
@@ -111,7 +116,7 @@ MODULES = {
 
 def add_public_names(names: dict[str, str]) -> None:
     """Add names with their modules, such as the config classes of the methods."""
-    _HOMES.update(names)
+    HOMES.update(names)
 
 
 def find_name(module: str, name: str) -> Any:
@@ -128,9 +133,9 @@ def find_name(module: str, name: str) -> Any:
     tuner = inner.split(".")[1:2]
     if inner.startswith("tuners.") and name in _LAYER_TYPES:
         return importlib.import_module(f"{package}.mapping").find_layer_class(tuner[0], name)
-    if _HOMES.get(name, inner) == inner:
-        raise AttributeError(f"module {module!r} has no attribute {name!r}{nearest(name, _HOMES)}")
-    return getattr(importlib.import_module(f"{package}.{_HOMES[name]}"), name)
+    if HOMES.get(name, inner) == inner:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{nearest(name, HOMES)}")
+    return getattr(importlib.import_module(f"{package}.{HOMES[name]}"), name)
 
 
 def make_getattr(module: str) -> Callable[[str], Any]:
@@ -143,7 +148,7 @@ class _NamesModule(types.ModuleType):
         return find_name(self.__name__, name)
 
     def __dir__(self) -> list[str]:
-        return sorted(_HOMES)
+        return sorted(HOMES)
 
 
 class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -156,7 +161,7 @@ class _ModuleFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         parent, _, name = inner.rpartition(".")
         if parent in {"", "config", "utils", *MODULES} and name[0] != "_":
             # `from slimtune import LoraConfi` comes here last; otherwise Python's message would lack the nearest name.
-            names = [*_HOMES, *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent)]
+            names = [*HOMES, *(m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == parent)]
             where = f"{package}.{parent}".rstrip(".")
             raise ImportError(f"cannot import name {name!r} from {where!r}{nearest(name, names)}", name=fullname)
         return None

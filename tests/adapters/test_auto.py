@@ -71,7 +71,7 @@ def test_class_for_another_task_is_refused(task, other, tmp_path):
     ("values", "message"),
     [
         ({"auto_mapping": None}, "gives neither a task nor a class of transformers"),
-        ({"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}, "neither a task nor a class"),
+        ({"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}, "not in the import allowlist"),
         ({"base_model_name_or_path": "smollm2-135m"}, r"names the base 'smollm2-135m'.*\n.*slimtune.load_run\("),
         ({"base_model_name_or_path": None}, "does not name its base"),
     ],

@@ -133,7 +133,7 @@ def test_ranks_by_layer_are_saved(tmp_path):
     model = make_model(llama, ONE, {**WIDER, "rank_pattern": {"layers.1.self_attn.q_proj": 1}})
     model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "sum", "cat")
     config = model.peft_config["sum"]
-    assert config.target_modules == ["q_proj", "v_proj", "o_proj"]
+    assert config.target_modules == {"q_proj", "v_proj", "o_proj"}
     assert config.rank_pattern == config.alpha_pattern
     factors = {n: d.low_rank_factors() for n, d in model.adapter_modules("sum").items()}
     names = ["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"]

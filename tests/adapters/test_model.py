@@ -1,6 +1,7 @@
 """PeftModel: tied heads, trained copies, biases, merging, generation, and calls in an odd order."""
 
 import threading
+from contextlib import nullcontext
 
 import models_zoo as zoo
 import peft
@@ -9,7 +10,7 @@ import torch
 import transformers as tf
 from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
-from models_zoo import gpt2, llama, run, same_base, snapshot, tokens
+from models_zoo import gpt2, llama, run, same_base, shake, snapshot, tokens
 from several_adapters import add_adapters
 from torch import nn
 
@@ -241,6 +242,7 @@ def test_failed_attachment_leaves_no_trace():
 
 def test_wrong_calls_are_refused():
     model = get_peft_model(llama(), LoraConfig())
+    shake(model)
     for act, message in [
         (lambda: get_peft_model(model, LoraConfig()), "already has adapters: 'default'"),
         (lambda: get_peft_model(llama(), PeftConfig()), "is not the config of a method"),
@@ -248,6 +250,15 @@ def test_wrong_calls_are_refused():
     ]:
         with pytest.raises(UsageError, match=message):
             act()
+
+
+def test_second_get_peft_model_adds_an_adapter_or_replaces_one_without_effect():
+    model = llama()
+    for name, targets in (("default", ["q_proj"]), ("default", ["v_proj"]), ("other", ["k_proj"])):
+        with nullcontext() if targets == ["q_proj"] else pytest.warns(match="for a second time"):
+            assert get_peft_model(model, LoraConfig(target_modules=targets), name) is model
+    assert {n: c.target_modules for n, c in model.peft_config.items()} == {"default": {"v_proj"}, "other": {"k_proj"}}
+    assert model.active_adapters == ["other"]
 
 
 def test_adapter_named_twice_runs_once():

@@ -1,10 +1,13 @@
 """Settings of every method: what is refused, with the field's name; dropout; fields that differ by layer."""
 
+import json
+
 import pytest
 import torch
 from models_zoo import llama, run, shake
+from packaging.version import Version
 
-from slimtune import LoraConfig, get_peft_model
+from slimtune import LoraConfig, PeftConfig, get_peft_model
 from slimtune.adapters.config_fields import field_specs
 from slimtune.errors import ConfigError, TargetError
 from slimtune.methods import config_class, method_names
@@ -66,10 +69,11 @@ def test_every_field_is_declared_once(method):
         assert required or spec.find_error(spec.default) is None, spec.name
 
 
-def test_pefts_nulls_and_sets_become_lists():
-    config = LoraConfig(target_modules={"v_proj", "q_proj"}, rank_pattern=None, layers_to_transform=range(2))
+def test_values_become_what_they_are_in_peft():
+    config = LoraConfig(target_modules=["v_proj", "q_proj"], rank_pattern=None, layers_to_transform=range(2))
     values = config.target_modules, config.rank_pattern, config.layers_to_transform
-    assert values == (["q_proj", "v_proj"], {}, [0, 1])
+    assert values == ({"q_proj", "v_proj"}, {}, [0, 1])
+    assert config.to_dict()["target_modules"] == ["q_proj", "v_proj"]
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "hira", "miss", "vera", "bottleneck"])
@@ -92,3 +96,13 @@ def test_a_layer_has_its_own_rank(method, tensor):
     assert dict(layer.adapters["default"].named_parameters())[tensor].shape == (2, 32)
     with pytest.raises(TargetError, match="rank_pattern"):
         get_peft_model(llama(), make(target_modules=["q_proj"], rank_pattern={"v_proj": 2}))
+
+
+def test_peft_version_names_the_format_and_the_writer(tmp_path, monkeypatch):
+    LoraConfig().save_pretrained(tmp_path)
+    written = Version(json.loads((tmp_path / "adapter_config.json").read_text())["peft_version"].partition("@")[0])
+    assert written.base_version == "0.21.2"
+    assert str(written.local).startswith("slimtune.")
+    monkeypatch.setattr("slimtune.adapters.config.FORMAT_VERSION", "9.9")
+    assert LoraConfig().peft_version == "9.9"
+    assert PeftConfig.from_pretrained(tmp_path).peft_version.startswith(str(written))

@@ -17,7 +17,7 @@ import slimtune
 from slimtune import IA3Config, LoraConfig, PeftModel, create_loraplus_optimizer, get_peft_model, parameter_groups
 from slimtune.adapters.lorafa import create_lorafa_optimizer
 from slimtune.errors import ConfigError, UsageError
-from slimtune.methods.lora.dora import row_norms
+from slimtune.methods.lora.dora import DoraCaching, row_norms
 from slimtune.methods.lora.loftq import approximate_error
 from slimtune.train_step.optimizer import build_optimizer
 
@@ -154,6 +154,18 @@ def test_dora_saves_little_more_memory():
         return storage_bytes(saved_for_backward(run, ignore=list(model.parameters())))
 
     assert count_saved_bytes(dora()) < 1.25 * count_saved_bytes(dora(use_dora=False))
+
+
+def test_dora_caching_keeps_the_norms_in_evaluation_mode(monkeypatch):
+    model = get_peft_model(llama(), dora()).eval()
+    shake(model)
+    expected, count = run(model), []
+    counted = lambda *args: count.append(1) or row_norms(*args)  # noqa: E731
+    monkeypatch.setattr("slimtune.methods.lora.dora.row_norms", counted)
+    with DoraCaching():
+        outputs = run(model), run(model), run(model.train())
+    assert len(count) == 2 * len(model.adapter_modules("default"))  # the first call, and that in training mode
+    assert all(torch.equal(out, expected) for out in outputs)
 
 
 def test_dora_row_norms():

@@ -70,6 +70,12 @@ class AutoPeftModel:
 
     @classmethod
     def _get_base_class(cls, config: PeftConfig, path: str | os.PathLike) -> str:
+        mapping = config.auto_mapping or {}
+        # Only classes of transformers: a config must not choose which code runs.
+        library = str(mapping.get("parent_library", "transformers")).split(".")[0]
+        if library != "transformers" and config.task_type is None:
+            message = f"{library!r} is the base's library, which is not in the import allowlist: {path}"  # PEFT's words
+            raise AdapterError(message, "a class of transformers", "load the base, then PeftModel.from_pretrained")
         own = next(c for c in cls.__mro__ if c.__module__ == __name__).__name__.replace("Peft", "")
         by_task = _BY_TASK.get(str(config.task_type), "")
         if own != "AutoModel":
@@ -79,11 +85,8 @@ class AutoPeftModel:
             return own
         if by_task:
             return by_task
-        mapping = config.auto_mapping or {}
         class_name = str(mapping.get("base_model_class"))
-        # Only classes of transformers: a config must not choose which code runs.
-        library = str(mapping.get("parent_library")).split(".")[0]
-        found = getattr(transformers, class_name, None) if library == "transformers" else None
+        found = getattr(transformers, class_name, None)
         if isinstance(found, type) and (issubclass(found, transformers.PreTrainedModel) or class_name in _AUTO_CLASSES):
             return class_name
         message = f"the config of {path} gives neither a task nor a class of transformers for its base"

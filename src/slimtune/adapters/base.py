@@ -176,6 +176,8 @@ class AdapterModule(nn.Module):
     """Attributes that are no tensors, by PEFT's names for them: `{"scaling": "scale"}`."""
     peft_modules: ClassVar[Collection[str]] = ()
     """Parameters that are the `weight` of a module in PEFT."""
+    scales_input: ClassVar[bool] = False
+    """Whether the module scales the layer's input: a feed-forward layer of (IA)³."""
     method: str = ""
     """The method's name, set when the module is attached."""
 

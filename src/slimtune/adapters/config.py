@@ -11,12 +11,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from inspect import Signature, signature
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from .. import __version__
 from ..errors import AdapterError, ConfigError, ConfigFieldError, PeftWarning, UsageError, format_names, nearest
 from ..peft_compat import register_as_peft_subclass
 from ..utils.files import read_json, write_atomic
@@ -28,6 +31,8 @@ from .registry import config_class, method_names
 from .targets import get_pattern_value
 
 CONFIG_FILE = "adapter_config.json"
+FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"
+"""`peft_version` of a new config: the release of PEFT whose format its files have, and the library that writes them."""
 BIAS_HELP = "which biases of the base train too: none, all, or only those of adapted layers"
 FAN_IN_FAN_OUT_HELP = "the base stores weights as (in, out); set automatically for Conv1D"
 
@@ -120,9 +125,10 @@ class PeftConfig(metaclass=_ConfigMeta):
     revision: str | None = dataclasses.field(default=None, kw_only=True)
     inference_mode: bool = setting(False, "attach the adapter frozen", kw_only=True)
     auto_mapping: dict | None = dataclasses.field(default=None, kw_only=True)
-    peft_version: str | None = dataclasses.field(default=None, kw_only=True)
+    peft_version: str | None = dataclasses.field(default=None, kw_only=True)  # set below to the version that writes it
 
     def __post_init__(self) -> None:
+        self.peft_version = self.peft_version or _describe_version()
         if self.task_type is not None and self.task_type not in [*TaskType]:
             tasks = ", ".join(TaskType)
             message = f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {tasks}."
@@ -134,6 +140,9 @@ class PeftConfig(metaclass=_ConfigMeta):
         if self.task_type is not None:
             self.task_type = str(TaskType(self.task_type))
         self.check()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(names := getattr(self, name, None), list):
+                setattr(self, name, set(names))  # as in PEFT
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The class that its module knows by name: pickle cannot find the one registered with peft.
@@ -279,6 +288,30 @@ class PeftConfig(metaclass=_ConfigMeta):
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """Return the config that a dictionary with a `peft_type` describes."""
     return PeftConfig.from_dict(config_dict)
+
+
+def _describe_version() -> str:
+    """Return FORMAT_VERSION, and the commit if it is a development version."""
+    if ".dev" not in FORMAT_VERSION:
+        return FORMAT_VERSION
+    commit = None
+    try:
+        commit = _get_commit_hash(__package__.partition(".")[0])
+    except Exception as e:  # a broken installation must not keep anybody from training
+        # PEFT's words.
+        what = "A dev version of PEFT is used but there was an error while trying to determine the commit hash"
+        warnings.warn(f"{what} of {FORMAT_VERSION}: {e}", PeftWarning, stacklevel=4)
+    return f"{FORMAT_VERSION}@{commit or 'UNKNOWN'}"
+
+
+@cache
+def _get_commit_hash(pkg_name: str) -> str | None:
+    """Return the commit that a package was installed from, None if it was installed in another way."""
+    try:
+        source = distribution(pkg_name).read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    return json.loads(source or "{}").get("vcs_info", {}).get("commit_id")
 
 
 def _declaring_class(cls: type) -> type:

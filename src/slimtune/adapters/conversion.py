@@ -351,8 +351,8 @@ def _make_lora_config(model: Any, sources: Sequence[str], ranks: Mapping[str, in
     # The shortest description of the targets that matches exactly the layers in `ranks`.
     given: list[Any] = [getattr(c, "target_modules", None) for c in configs]
     candidates: list[Any] = [list(ranks), "|".join(map(re.escape, ranks))]
-    if all(isinstance(t, list) for t in given):
-        candidates.insert(0, list(dict.fromkeys(n for t in given for n in t)))
+    if all(isinstance(t, set | list) for t in given):
+        candidates.insert(0, {n for t in given for n in t})
     elif isinstance(given[0], str) and all(t == given[0] for t in given):
         candidates.insert(0, given[0])
     for targets in candidates:

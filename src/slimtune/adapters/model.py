@@ -25,7 +25,7 @@ from ..errors import UsageError, format_names, nearest
 from ..peft_compat import register_as_peft_subclass, register_with_transformers
 from ..utils.made_classes import PickledByRecipe
 from . import layer
-from .base import AdapterModule, MergeUnsupported
+from .base import AdapterModule, MergeUnsupported, SharedParameterHolder
 from .config import PeftConfig
 from .conversion import LoraConversionMixin
 from .invocation import find_running_invocations
@@ -108,9 +108,6 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
     ) -> Any:
         if model is None:
             return object.__new__(cls)  # an empty object, which copying and pickle fill
-        if isinstance(model, PeftModel):
-            message = f"the model already has adapters: {format_names(model.peft_config)}"
-            raise UsageError(message, hint="model.add_adapter(name, config) adds another; model.unload() removes all")
         peft_config.revision = revision or peft_config.revision
         given, own = peft_config.base_model_name_or_path, getattr(model, "name_or_path", None)
         if given and own and given != own:
@@ -119,6 +116,18 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
             warnings.warn(f"{renamed} Check that the config belongs to this base.", stacklevel=3)
         peft_config.base_model_name_or_path = own or given
         settings = {"strict": True, "low_cpu_mem_usage": low_cpu_mem_usage}
+        if isinstance(model, PeftModel):
+            model._require_no_loss(adapter_name)
+            # PEFT's words.
+            text = "You are trying to modify a model with PEFT for a second time."
+            warnings.warn(f"{text} model.unload() before removes the first adapter.", stacklevel=3)
+            if adapter_name in model.peft_config and len(model.peft_config) > 1:
+                model.delete_adapter(adapter_name)
+            if list(model.peft_config) != [adapter_name]:
+                model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype, **settings)
+                model.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+                return model
+            model = model.unload()
         return cls._attach_first_adapter(model, adapter_name, peft_config, autocast_adapter_dtype, **settings)
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -524,6 +533,17 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         if not name or not plain or name == BASE_ROW or hasattr(nn.ModuleDict(), name):
             expected = "a name without dots, slashes and control characters that is not a method of ModuleDict"
             raise UsageError(f"{name!r} cannot be the name of a new adapter", expected)
+
+    def _require_no_loss(self, name: str) -> None:
+        """Raise if an adapter of this name exists and has an effect: attaching another would lose it."""
+        if name not in self.peft_config:
+            return
+        modules = [m for m in self.adapter_modules(name).values() if not isinstance(m, SharedParameterHolder)]
+        factors = [m.low_rank_factors() for m in modules]
+        if self.match_report(name).copied or any(f is None or (f[0].any() and f[1].any()) for f in factors):
+            message = f"the model already has adapters: {format_names(self.peft_config)}"
+            hint = "another adapter_name adds one; model.unload() removes all"
+            raise UsageError(f"{message}; a second {name!r} would replace the first", hint=hint)
 
     def _require_unmerged(self) -> None:
         if merged := self.merged_adapters:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.low_rank import add_low_rank
-from ..utils.linear_layers import get_weight, is_transposed, layer_kind, layer_sizes
+from ..utils.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
 from .merging import merge_adapters, unmerge_adapters
 from .mixed_batch import LayerAdapters
 
@@ -38,10 +38,10 @@ class PeftNames:
             copies = get_whole_copies(self) if name == "modules_to_save" else {}
             return nn.ModuleDict(copies) if copies else value
         except AttributeError:
-            # The whole model can be an adapted layer, too; PeftModel has its own names.
-            if "adapters" not in vars(self).get("_modules", ()) or "_slimtune" in vars(self):
+            if "adapters" not in vars(self).get("_modules", ()):
                 raise
-            if name in _LAYER_NAMES:
+            # The whole model can be an adapted layer, too; PeftModel has its own names.
+            if name in _LAYER_NAMES and "_slimtune" not in vars(self):
                 return getattr(PeftLayer(self), name)
             view = None if name.startswith("_") else view_attribute(self, name)
             if view is None:
@@ -67,6 +67,8 @@ class _WriteThrough:
     def __setitem__(self: Any, adapter: str, value: Any) -> None:
         if "sources" in vars(self):
             module, attribute = vars(self)["sources"][adapter]
+            if attribute in module._parameters and not isinstance(value, nn.Parameter):
+                value = nn.Parameter(value, module._parameters[attribute].requires_grad)
             setattr(module, attribute, value)
         super().__setitem__(adapter, value)  # type: ignore[misc]
 
@@ -150,6 +152,18 @@ def _wrap_weight(module: Any, name: str) -> Any:
     return holder
 
 
+class Bnb4bitBackend:
+    """A weight that bitsandbytes stores in 4 bits."""
+
+    backend_name = "bnb 4bit"
+
+
+class Bnb8bitBackend:
+    """A weight that bitsandbytes stores in 8 bits."""
+
+    backend_name = "bnb 8bit"
+
+
 # --- PEFT's properties and methods of a layer -----------------------------------------------------------------------
 
 
@@ -218,6 +232,18 @@ class PeftLayer:
         weight = get_weight(base).detach()
         weight = weight.t() if layer_kind(self._layer) == "embedding" else weight
         return BufferDict({a: weight[m.token_indices] for a, m in modules.items()})
+
+    @property
+    def is_feedforward(self) -> bool:
+        """Whether an (IA)³ scales the layer's input, not its output."""
+        return any(m.scales_input for m in self._layer.adapters.values())
+
+    @property
+    def quantization_backend(self) -> Bnb4bitBackend | Bnb8bitBackend | None:
+        """How the base's weight is quantized, None if it is not."""
+        if not is_quantized(self._layer):
+            return None
+        return Bnb8bitBackend() if self._layer.weight.dtype == torch.int8 else Bnb4bitBackend()
 
     def get_base_layer(self) -> Any:
         return self.base_layer

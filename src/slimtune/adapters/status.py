@@ -6,8 +6,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from ..utils.linear_layers import is_quantized
-from .peft_layers import AuxiliaryTrainingWrapper, BaseTunerLayer, get_whole_copies
+from .peft_layers import (
+    AuxiliaryTrainingWrapper,
+    BaseTunerLayer,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    get_whole_copies,
+)
 from .quantized import count_parameters
 
 TUNER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -56,45 +61,58 @@ def get_layer_status(model: Any) -> list[TunerLayerStatus]:
         TypeError: the adapter is a prompt or prefix, which belongs to no layer.
         ValueError: the model has no adapted layers.
     """
+    return _get_layer_status(model, "get_layer_status")
+
+
+def _get_layer_status(model: Any, caller: str) -> list[TunerLayerStatus]:
     configs = getattr(model, "peft_config", {}).values()
+    # PEFT's words.
     if any(c.is_prompt_learning or c.is_adaption_prompt for c in configs):
-        raise TypeError("get_layer_status describes adapted layers, which learned prompts and prefixes do not have")
+        message = f"{caller}() got an invalid PeftModel instance"
+        raise TypeError(f"{message}: learned prompts and prefixes have no adapted layers")
     prefix = "model." if configs else ""  # PEFT's tuner has the base as its `model`
     layers = {f"{prefix}{n}": m for n, m in model.named_modules() if isinstance(m, TUNER_LAYERS)}
     if not layers:
-        raise ValueError("the model has no adapted layers; get_peft_model(model, config) adds an adapter")
+        raise ValueError("No adapter layers found in the model; get_peft_model(model, config) adds an adapter")
     return [_get_status(name, layer) for name, layer in layers.items()]
 
 
 def _get_status(name: str, layer: Any) -> TunerLayerStatus:
+    module_type = repr(layer).partition("(")[0]
+    if isinstance(layer, TrainableTokensWrapper):
+        name, module_type = f"{name}.token_adapter", "TrainableTokensLayer"
+    elif isinstance(layer, ModulesToSaveWrapper):
+        module_type = "ModulesToSaveWrapper"
     parameters: dict[str, list[nn.Parameter]] = {}
     for table in (layer.adapters, layer.trained_copies, get_whole_copies(layer)):
         for adapter, module in table.items():
             parameters.setdefault(adapter, []).extend(module.parameters())
     return TunerLayerStatus(
         name=name,
-        module_type=repr(layer).partition("(")[0],
+        module_type=module_type,
         enabled=not layer.disable_adapters,
         active_adapters=layer.active_adapters,
         merged_adapters=layer.merged_adapters,
         requires_grad={a: _merge_values(p.requires_grad for p in own) for a, own in parameters.items()},
         available_adapters=sorted(parameters),
         devices={a: sorted({p.device.type for p in own}) for a, own in parameters.items()},
-        quantization_backend="bitsandbytes" if is_quantized(layer) else None,
+        quantization_backend=getattr(layer.quantization_backend, "backend_name", None),
     )
 
 
 def get_model_status(model: Any) -> TunerModelStatus:
     """Return the state of the model's adapters in total; errors are those of `get_layer_status`."""
-    layers = get_layer_status(model)
+    layers = _get_layer_status(model, "get_model_status")
     configs = getattr(model, "peft_config", {})
+    first = next((configs[a] for a in getattr(model, "active_adapters", ()) if a in configs), None)
     trainable_params, total_params = count_parameters(model)
     merged = {a for layer in layers for a in layer.merged_adapters}
     partly_merged = any(merged & {*layer.available_adapters} - {*layer.merged_adapters} for layer in layers)
     adapters = sorted({a for layer in layers for a in layer.available_adapters})
     return TunerModelStatus(
         base_model_type=type(model).__name__ if hasattr(model, "config") or configs else "other",
-        adapter_model_type=type(model.base_model).__name__ if configs else "None",
+        # The class of `adapters/tuner.py` that `model.base_model` is an instance of.
+        adapter_model_type=type(first).__name__.replace("Config", "Model") if first else "None",
         peft_types={a: str(config.peft_type) for a, config in configs.items()},
         trainable_params=trainable_params,
         total_params=total_params,
@@ -141,8 +159,9 @@ class StatusMixin:
 
     @property
     def targeted_module_names(self: Any) -> list[str]:
-        """Names of the modules that the active adapter changes."""
-        return [name for name, kind in self.match_report().kinds.items() if kind != "parameters"]
+        """Names of the modules that adapters change."""
+        kinds = {n: kind for a in self.peft_config for n, kind in self.match_report(a).kinds.items()}
+        return [name for name, kind in kinds.items() if kind != "parameters"]
 
     @property
     def targeted_parameter_names(self: Any) -> list[str]:

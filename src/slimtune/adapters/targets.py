@@ -94,14 +94,17 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         targets = _resolve_targets(model, modules, config)
         matched = [n for n in modules if n not in inside_whole and _is_target(n, config, targets)]
         if strict:
-            _check_every_name_matches(model, modules, config, targets)
+            _check_every_name_matches(model, modules, config, targets, matched)
         if not matched and not further and (names := [n for n in inside_whole if _is_target(n, config, targets)]):
             # PEFT's words.
             message = "No modules were targeted for adaptation. This might be caused by a combination of mismatched "
             message += f"target modules and modules to save: {format_names(names)} is trained in full"
             raise TargetError(message, "a target outside modules_to_save and the head of the task")
         if not matched and not whole and not further:
-            raise _nothing_matches(f"target_modules={targets!r}", targets, modules)
+            # PEFT's words come first.
+            says = "All modules were excluded" if getattr(config, "exclude_modules", None) else ""
+            says = says or f"Target modules {targets!r} not found in the base model"
+            raise _nothing_matches(f"{says}. target_modules={targets!r}", targets, modules)
         matched = _add_tied_modules(modules, config, matched, tied)
         kinds = {n: _get_kind(n, model, modules, config) for n in matched}
         for attention in [n for n in matched if isinstance(modules[n], nn.MultiheadAttention)]:
@@ -272,6 +275,13 @@ def check_target_module_exists(config: Any, key: str) -> bool:
     return _is_target(key, config, config.target_modules or [])
 
 
+def _maybe_include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+    """Replace "all-linear" in a config by the ends of the names that it stands for; return the config (PEFT's name)."""
+    if str(peft_config.target_modules).lower() == ALL_LINEAR:
+        peft_config.target_modules = set(shorten_names(list_linear_layers(model, peft_config), model))
+    return peft_config
+
+
 def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
     """Return the names of the modules of a PeftModel that an adapter changes, "matched", and of the others."""
     kinds = tuner.model.match_report(adapter_name).kinds
@@ -340,7 +350,7 @@ def _resolve_targets(model: Any, modules: Modules, config: PeftConfig) -> list[s
             raise TargetError(message, _describe_targets(modules), hint)
         return default
     if not isinstance(targets, str) or targets.lower() != ALL_LINEAR:
-        return targets
+        return targets if isinstance(targets, str) else sorted(targets)
     if experts := find_expert_parameters(model, getattr(config, "exclude_modules", None)):
         message = f'target_modules="all-linear" leaves out the experts ({format_names(shorten_names(experts, model))})'
         warnings.warn(f"{message}: {config.name} does not adapt them, LoRA does", stacklevel=2)
@@ -400,15 +410,19 @@ def _get_kind(name: str, model: nn.Module, modules: Modules, config: PeftConfig)
     return kind
 
 
-def _check_every_name_matches(model: nn.Module, modules: Modules, config: Any, targets: list[str] | str) -> None:
+def _check_every_name_matches(
+    model: nn.Module, modules: Modules, config: Any, targets: list[str] | str, matched: list[str]
+) -> None:
     for field_name in ("target_modules", "exclude_modules"):
         wanted = getattr(config, field_name, None) or []
         if isinstance(wanted, str) and field_name == "target_modules":
             continue  # the caller sees when the regular expression matches nothing
-        names: list[Any] = [wanted] if isinstance(wanted, str) else [[name] for name in wanted]
+        names: list[Any] = [wanted] if isinstance(wanted, str) else [[name] for name in sorted(wanted)]
         unmatched = [w if isinstance(w, str) else w[0] for w in names if not any(matches_name(w, n) for n in modules)]
         if unmatched:
-            raise _nothing_matches(f"{field_name}: {format_names(unmatched)}", unmatched, modules)
+            says = f"No modules were targeted for adaptation. Target modules {unmatched} not found in the base model. "
+            says = "" if matched else says  # PEFT's words
+            raise _nothing_matches(f"{says}{field_name}: {format_names(unmatched)}", unmatched, modules)
     parameters = [f"{n}.{p}" for n, m in modules.items() for p in m._parameters]
     wanted = getattr(config, "target_parameters", None) or []
     if unmatched := [w for w in wanted if not any(matches_name([w], p) for p in parameters)]:

@@ -4,6 +4,7 @@ Here the tuner is no object of its own: `peft_model.base_model` is the backbone,
 (see `TunerNames`), and the classes of this module are for isinstance.
 """
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..utils.peft_functions import DUMMY_MODEL_CONFIG
 from .config import PeftConfig
 from .model import PeftMixedModel, PeftModel, Tuner, TunerNames, get_peft_model
 from .peft_layers import BaseTunerLayer
@@ -51,6 +53,14 @@ class BaseTuner(metaclass=TunerType):
         """Return whether the active adapter of a whole model makes its `base_model` an instance."""
         config = model.peft_config[(model.active_adapters or list(model.peft_config))[0]]
         return not config.is_prompt_learning and config.name == (cls.method or config.name)
+
+    @staticmethod
+    def get_model_config(model: Any) -> dict[str, Any]:
+        """Return a model's config as a dictionary; DUMMY_MODEL_CONFIG if it has none."""
+        config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        if hasattr(config, "to_dict"):
+            return config.to_dict()
+        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
 
 
 class LoraModel(BaseTuner):

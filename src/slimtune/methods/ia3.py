@@ -126,6 +126,8 @@ class ScaledOutput(AdapterModule):
 class ScaledInput(AdapterModule):
     """`W (l ⊙ x) + b`."""
 
+    scales_input = True
+
     def __init__(self, site: Site, init: bool) -> None:
         super().__init__()
         self.ia3_l = _make_factors(site, init, (1, site.in_features))
@@ -154,6 +156,8 @@ class ScaledOutputChannels(AdapterModule):
 
 class ScaledInputChannels(AdapterModule):
     """`W ∗ (l ⊙ x) + b` for the channels of a convolution's input."""
+
+    scales_input = True
 
     def __init__(self, site: Site, init: bool) -> None:
         super().__init__()

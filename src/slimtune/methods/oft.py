@@ -59,8 +59,6 @@ class OFTConfig(TargetedConfig):
 
     def check(self) -> None:
         super().check()
-        # PEFT reads the version the file was written with: the series had another meaning before 0.18.
-        self.peft_version = self.peft_version or "0.18.0"
         self.require(self.oft_block_size != 1, "oft_block_size", "0, or at least 2: a single input cannot rotate")
         one_given = (self.r == 0) != (self.oft_block_size == 0)
         self.require(one_given, "oft_block_size", f"above 0 where r is 0, else 0; r is {self.r}")

@@ -86,6 +86,10 @@ class Projections(SharedParameterHolder):
 class LinearVera(AdapterModule):
     """`y + λ_b ⊙ B (λ_d ⊙ A dropout(x))`."""
 
+    peft_values: ClassVar = {"vera_A": "vera_A", "vera_B": "vera_B"}
+    vera_A = property(lambda self: self.held[0].vera_A)
+    vera_B = property(lambda self: self.held[0].vera_B)
+
     def __init__(self, site: Site, config: VeraConfig, shared: Projections) -> None:
         super().__init__()
         self.held = (shared,)

@@ -1,5 +1,7 @@
 """PEFT's small functions on models and tensors, under PEFT's names."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import accelerate
@@ -13,6 +15,22 @@ MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20
 
 
 init_empty_weights = accelerate.init_empty_weights
+_register_parameter = nn.Module.register_parameter
+
+
+def skip_init_on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: modules that the function makes have values, also inside `init_empty_weights`."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        now = nn.Module.register_parameter  # what `init_empty_weights` replaces
+        nn.Module.register_parameter = _register_parameter  # type: ignore[method-assign]
+        try:
+            return function(*args, **kwargs)
+        finally:
+            nn.Module.register_parameter = now  # type: ignore[method-assign]
+
+    return call
 
 
 def infer_device() -> str:

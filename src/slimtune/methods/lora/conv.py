@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...adapters.base import BaseForward, MergeUnsupported, Site
 from ...errors import ConfigError
 from ...kernels.dropout import dropout
+from .dora import CachedNorms
 from .init import init_weights
 from .layers import LoraModule
 
@@ -85,7 +86,7 @@ class ConvLora(LoraModule):
         return (B.to(weight.dtype) @ A.to(weight.dtype)).view_as(weight) * self.scale
 
 
-class ConvDora(ConvLora):
+class ConvDora(CachedNorms, ConvLora):
     """`y = c ⊙ (W + s · B A) ∗ x + b` with `c = m / n`; with groups n is, as in PEFT, that of B A in W's shape."""
 
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
@@ -100,7 +101,8 @@ class ConvDora(ConvLora):
         weight, bias = base.merge_weight_and_bias()
         y = base(x)
         channels = (-1, *[1] * (self.lora_A.weight.dim() - 2))
-        c = self._row_factors(weight).view(channels)
+        norms = self.get_norms(base, weight, lambda: self._row_norms(weight))
+        c = self._row_factors(norms).view(channels)
         # c − 1, not c: near 1 a 16-bit c would round the whole change away.
         change = (c - 1) * (y if bias is None else y - bias.view(channels))
         return (y + change + c * self.update(x)).to(y.dtype)
@@ -111,12 +113,12 @@ class ConvDora(ConvLora):
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `c ⊙ (W + s · B A)` and the unchanged bias."""
         merged, bias = super().merge_into(weight, bias)
-        return merged * self._row_factors(weight).to(weight.dtype)[:, None], bias
+        return merged * self._row_factors(self._row_norms(weight)).to(weight.dtype)[:, None], bias
 
-    def _row_factors(self, weight: Tensor) -> Tensor:
+    def _row_factors(self, norms: Tensor) -> Tensor:
         """Return `c = m / n (out)`, whose n gets no gradient."""
         m = self.lora_magnitude_vector.flatten()
-        return m / self._row_norms(weight).to(m.dtype)  # in the dtype of m, so that it is exactly 1 at the start
+        return m / norms.to(m.dtype)  # in the dtype of m, so that it is exactly 1 at the start
 
     @torch.no_grad()
     def _row_norms(self, weight: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ With dropout only the low-rank part gets dropped inputs; PEFT runs the frozen la
 Paper: https://arxiv.org/abs/2402.09353. File format: PEFT's, LoRA's keys and `lora_magnitude_vector`.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +31,51 @@ from ...utils.linear_layers import get_weight
 from .layers import EmbeddingLora, LinearLora, LoraModule
 
 
-class _Magnitude(LoraModule):
-    """The trained magnitude and what depends on it; mixed into the classes of LoRA."""
+class DoraCaching:
+    """`with DoraCaching():` keeps the norms n of DoRA between calls in evaluation mode.
+
+    The weights must not change meanwhile. `DoraCaching()(enabled=True)` keeps the norms until it is called with False.
+    """
+
+    enabled: ClassVar[bool] = False
+
+    def __call__(self, enabled: bool = True) -> None:
+        DoraCaching.enabled = enabled
+
+    def __enter__(self) -> None:
+        self.before, DoraCaching.enabled = DoraCaching.enabled, True
+
+    def __exit__(self, *_: Any) -> None:
+        DoraCaching.enabled = self.before
+
+
+class CachedNorms(LoraModule):
+    """The norms n of DoRA, which `DoraCaching` keeps; mixed into the classes of LoRA."""
 
     peft_modules: ClassVar = ("lora_magnitude_vector",)
+
+    def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
+        super().__init__(site, config, r, scale)
+        self._dora_cache: dict[Any, Tensor] = {}
+
+    def get_norms(self, base: BaseForward, weight: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """Return the norms for a weight, computed or, with `DoraCaching`, as they were in the last call."""
+        if self.training or not DoraCaching.enabled or base.inner_modules:
+            self._dora_cache.clear()
+            return compute()
+        key = (self.scale, weight.dtype, weight.device)
+        if key not in self._dora_cache:
+            self._dora_cache[key] = compute()
+        return self._dora_cache[key]
+
+    def train(self, mode: bool = True) -> Self:
+        """Also forget the norms: the weights change now, or have changed."""
+        self._dora_cache.clear()
+        return super().train(mode)
+
+
+class _Magnitude(CachedNorms):
+    """The trained magnitude and what depends on it; mixed into the classes of LoRA."""
 
     def __init__(self, site: Site, config: Any, r: int, scale: float) -> None:
         super().__init__(site, config, r, scale)
@@ -56,9 +98,13 @@ class _Magnitude(LoraModule):
         """Map the frozen output `y (..., out)` and `z = A x (..., r)` to the adapted output."""
         m, (weight, bias) = self.lora_magnitude_vector, base.merge_weight_and_bias()
         weight = weight.detach()
-        squares = _squared_norms(weight) if base.inner_modules else self._base_squares(base.module, weight)
-        # In the dtype of m, so that m / n is exactly 1 at the start.
-        n = row_norms(squares, weight, A, B, self.scale).to(m.dtype)
+
+        def compute() -> Tensor:
+            squares = _squared_norms(weight) if base.inner_modules else self._base_squares(base.module, weight)
+            # In the dtype of m, so that m / n is exactly 1 at the start.
+            return row_norms(squares, weight, A, B, self.scale).to(m.dtype)
+
+        n = self.get_norms(base, weight, compute)
         flat_y, flat_z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]).to(y.dtype)
         out = _DoraOutput.apply(flat_y, flat_z, B, m, n, bias, self.scale).view(y.shape)
         # The backward pass needs the output as it is now, and Falcon adds to it in place.

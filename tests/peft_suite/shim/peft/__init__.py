@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import slimtune
+from slimtune import peft_names
 
 VERSION = "0.21.2+slimtune"
 
@@ -116,10 +117,13 @@ class ShimModule(types.ModuleType):
         return find_name(self.__name__, name)
 
     def __setattr__(self, name, value):
-        """Set what a test patches in slimtune's module, too."""
-        home = find_slimtune_module(self.__name__)
-        if home is not None and not name.startswith("__") and not isinstance(value, types.ModuleType):
-            setattr(home, name, value)
+        """Set what a test patches in slimtune's modules, too: under this path, and where it is defined."""
+        if (self.__name__, name) == ("peft.config", "__version__"):
+            sys.modules["slimtune.adapters.config"].FORMAT_VERSION = value
+        elif not name.startswith("__") and not isinstance(value, types.ModuleType):
+            homes = {find_slimtune_module(self.__name__), sys.modules.get(f"slimtune.{peft_names.HOMES.get(name)}")}
+            for home in homes - {None}:
+                setattr(home, name, value)
         super().__setattr__(name, value)
 
 
