@@ -129,6 +129,28 @@ def test_methods_mix_and_full_rank_is_exact(cls, settings):
     assert set(found) == set().union(*parts)
 
 
+def test_sums_of_ia3_equal_pefts(tmp_path):
+    settings = [("q_proj", "down_proj"), ("v_proj", "down_proj")]
+    configs = [slimtune.IA3Config(target_modules=[*names], feedforward_modules=["down_proj"]) for names in settings]
+    model = make_model(llama, *configs)
+    theirs = load_in_peft(model, llama, tmp_path)
+    for each in (model, theirs):
+        each.add_weighted_adapter(NAMES[:2], [0.5, 1.5], "sum")
+        each.set_adapter("sum")
+    assert (run(model) - run(theirs)).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("field", ["trainable_token_indices", "alora_invocation_tokens"])
+def test_sums_keep_tokens(field):
+    lora = {"r": 2, "target_modules": QV, field: [3, 5]}
+    model = make_model(lambda: llama(tie=True), lora, lora)
+    expected = run(model)
+    model.add_weighted_adapter(NAMES[:2], [0.0, 1.0], "sum")
+    model.set_adapter("sum")
+    assert (run(model) - expected).abs().max() < CLOSE
+    assert getattr(model.peft_config["sum"], field) == [3, 5]
+
+
 def test_ranks_by_layer_are_saved(tmp_path):
     model = make_model(llama, ONE, {**WIDER, "rank_pattern": {"layers.1.self_attn.q_proj": 1}})
     model.add_weighted_adapter(["default", "two"], [1.0, 1.0], "sum", "cat")

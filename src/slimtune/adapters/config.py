@@ -106,6 +106,8 @@ class PeftConfig(metaclass=_ConfigMeta):
     """Whether the adapter has a trained copy of every weight of the base; weights that are tied there share one."""
     mergeable: ClassVar[bool] = True
     """Whether its adapter modules define `merge_into`, so that it can be exported as a merged model."""
+    sums_parameters: ClassVar[bool] = False
+    """Whether a weighted sum of adapters is one of this method, with the sums of their parameters, as in PEFT."""
     ships_as_lora: ClassVar[bool] = False
     """Whether vLLM and llama.cpp read its files as a LoRA."""
     extension_fields: ClassVar[frozenset[str]] = frozenset()

@@ -6,22 +6,25 @@
     linear   A = Σ ±√|w_i s_i| A_i              B = Σ √|w_i s_i| B_i     approximate: also multiplies A_i by B_j
 
 `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` are `linear` on pruned A_i and B_i; with the suffix `_svd` they
-prune ΔW_i and take the nearest pair of rank r. The result is always a LoRA with scale 1 (alpha = r in every layer).
+prune ΔW_i and take the nearest pair of rank r. The result is a LoRA with scale 1 (alpha = r in every layer); a sum of
+(IA)³ without svd_rank is an (IA)³ with l = Σ w_i l_i, as in PEFT.
 
 Papers: TIES https://arxiv.org/abs/2306.01708, DARE https://arxiv.org/abs/2311.03099.
 """
 
+import dataclasses
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import TargetError, UsageError, format_names, nearest
@@ -73,11 +76,12 @@ class WeightDelta:
     `factors` are `A (r, in)`, `B (out, r)` in fp32 or wider and the scale; None if the change has no such form.
     """
 
-    def __init__(self, adapter: str, coefficient: float, module: AdapterModule, site: Site) -> None:
+    def __init__(self, adapter: str, coefficient: float, module: Any, site: Site, activated: bool = False) -> None:
         self.adapter, self.coefficient, self.module, self.site = adapter, coefficient, module, site
         own = next((p.dtype for p in module.parameters()), torch.float32)
         self.dtype = torch.promote_types(own, torch.float32)
-        self.factors: Any = module.low_rank_factors()
+        # All activated LoRAs of a sum change the same tokens, and so does the sum.
+        self.factors: Any = (*module.low_rank(), module.scale) if activated else module.low_rank_factors()
         if self.factors is not None:
             A, B, scale = self.factors
             self.factors = A.to(self.dtype), B.to(self.dtype), float(scale)
@@ -144,8 +148,12 @@ class LoraConversionMixin:
         is_method = majority_sign_method in ("total", "frequency")
         _require(is_method, f"majority_sign_method is {majority_sign_method!r}", "'total' or 'frequency'")
         self._require_unmerged()
+        if kind == "svd" and svd_rank is None and all(self.peft_config[n].sums_parameters for n in names):
+            _add_parameter_sum(self, adapter_name, list(zip(names, weights, strict=True)))
+            return
         with self.disable_adapter():
-            deltas = collect_weight_deltas(self, names, weights)
+            shared = _find_shared_fields([self.peft_config[n] for n in names])
+            deltas = collect_weight_deltas(self, names, weights, shared)
             kind, rank = _resolve_type(deltas, kind, svd_rank, single=len(names) == 1)
             pruning = kind.removesuffix("svd").removesuffix("_")
             how: dict[str, Any] = {"kind": pruning, "density": density or 1, "sign_by": majority_sign_method}
@@ -154,10 +162,16 @@ class LoraConversionMixin:
                 pairs = {n: _concatenate(layer) for n, layer in deltas.items()}
             elif kind.endswith("svd"):
                 prune = how if pruning else None
-                pairs = {n: _approximate(layer, rank, prune, svd_clamp, svd_driver)[:2] for n, layer in deltas.items()}
+                found = {n: _approximate(layer, rank, prune, svd_clamp, svd_driver) for n, layer in deltas.items()}
+                # As in PEFT, the rank is the same also where the weight is smaller.
+                padding = {n: rank - f.A.shape[0] for n, f in found.items()}
+                pairs = {n: (F.pad(f.A, (0, 0, 0, padding[n])), F.pad(f.B, (0, padding[n]))) for n, f in found.items()}
             else:
                 pairs = {n: _sum_factors(layer, how) for n, layer in deltas.items()}
-            _add_lora(self, adapter_name, names, pairs)
+            _add_lora(self, adapter_name, names, pairs, shared)
+            for name, module in self.adapter_modules(adapter_name).items():
+                if module.replaced_rows() and "trainable_token_indices" in shared:
+                    _sum_token_rows(self, module, name, zip(names, weights, strict=True))
 
     def to_lora(self: Any, adapter_name: str, rank: float, new_name: str | None = None) -> LoraReport:
         """Add a LoRA that approximates an adapter of any method that changes weights, inactive; report its error.
@@ -176,7 +190,7 @@ class LoraConversionMixin:
         self._require_unmerged()
         with self.disable_adapter():
             found = {n: _approximate(d, rank) for n, d in collect_weight_deltas(self, [adapter_name], [1.0]).items()}
-            _add_lora(self, new_name, [adapter_name], {n: f[:2] for n, f in found.items()})
+            _add_lora(self, new_name, [adapter_name], {n: f[:2] for n, f in found.items()}, {})
         lost, total = sum(f.squared_error for f in found.values()), sum(f.squared_norm for f in found.values())
         ranks = {n: f.A.shape[0] for n, f in found.items()}
         errors = {n: math.sqrt(f.squared_error / f.squared_norm) if f.squared_norm else 0.0 for n, f in found.items()}
@@ -219,9 +233,11 @@ def _temporary_lora(model: Any, adapter: str, rank: float) -> Iterator[LoraRepor
 
 
 def collect_weight_deltas(
-    model: Any, adapters: Sequence[str], coefficients: Sequence[float]
+    model: Any, adapters: Sequence[str], coefficients: Sequence[float], shared: Collection[str] = ()
 ) -> dict[str, list[WeightDelta]]:
     """Return the weight changes of some adapters by layer, in the model's order.
+
+    `shared` are the fields of `_find_shared_fields`: the changes that they describe are not among the result.
 
     Raises:
         UsageError: an adapter changes something other than weights, or two adapters train a module in full.
@@ -240,9 +256,12 @@ def collect_weight_deltas(
             kind = report.kinds[name]
             if isinstance(module, SharedParameterHolder):
                 continue
+            if module.replaced_rows() and "trainable_token_indices" in shared:
+                continue
             if kind not in WEIGHT_KINDS:
                 raise _not_a_weight_change(adapter, name, f"it changes a {kind}")
-            delta = WeightDelta(adapter, float(coefficient), module, get_site(name, kind, model))
+            activated = "alora_invocation_tokens" in shared
+            delta = WeightDelta(adapter, float(coefficient), module, get_site(name, kind, model), activated)
             found.setdefault(name, []).append(delta)
     if not found:
         raise UsageError(f"{format_names(adapters)} does not change any weight", "an adapter that does")
@@ -320,16 +339,65 @@ def _approximate(
     return nearest_low_rank(total, rank, clamp, driver)
 
 
-def _add_lora(model: Any, name: str, sources: Sequence[str], pairs: Mapping[str, LoraPair]) -> None:
+def _find_shared_fields(configs: Sequence[Any]) -> dict[str, Any]:
+    """Return the fields of LoRAs on the tokens that they change: a sum of LoRAs with the same tokens has them, too."""
+    fields = ("alora_invocation_tokens", "trainable_token_indices")
+    values = {f: [getattr(c, f, None) for c in configs] for f in fields}
+    return {f: v[0] for f, v in values.items() if v[0] and all(other == v[0] for other in v)}
+
+
+@torch.no_grad()
+def _sum_token_rows(model: Any, module: AdapterModule, layer: str, weights: Iterable[tuple[str, float]]) -> None:
+    """Set new trained rows, which are the base's W, to `W + Σ w_i (V_i − W)`."""
+    for name, rows in module.named_parameters():
+        sources = [(model.adapter_modules(source)[layer].get_parameter(name), w) for source, w in weights]
+        rows.add_(torch.stack([w * (source - rows) for source, w in sources]).sum(0))
+
+
+@torch.no_grad()
+def _add_parameter_sum(model: Any, name: str, weights: Sequence[tuple[str, float]]) -> None:
+    """Add an adapter whose parameters are the weighted sums of those of others of the same method."""
+    configs, targets = [model.peft_config[source] for source, _ in weights], ("target_modules", "feedforward_modules")
+    config = dataclasses.replace(configs[0], **{f: _join_names([getattr(c, f) for c in configs]) for f in targets})
+    model.add_adapter(name, config, strict=False)
+    for layer, module in model.adapter_modules(name).items():
+        sources = [(m, w) for source, w in weights if (m := model.adapter_modules(source).get(layer)) is not None]
+        for parameter_name, parameter in module.named_parameters():
+            parts = [w * m.get_parameter(parameter_name) for m, w in sources]
+            if any(part.shape != parameter.shape for part in parts):
+                model._remove_adapter(name)
+                raise UsageError(f"one adapter scales the input of {layer}, another one its output: they have no sum")
+            parameter.copy_(sum(parts[1:], parts[0]))
+    _copy_modules_to_save(model, name, [source for source, _ in weights])
+
+
+def _join_names(given: Sequence[Any]) -> Any:
+    """Return lists of names as one; patterns have to be equal."""
+    if all(names == given[0] for names in given):
+        return given[0]
+    if any(isinstance(names, str) for names in given):
+        raise UsageError(f"the adapters' patterns differ: {format_names(given)}", "lists of names, or equal patterns")
+    return sorted({name for names in given for name in names or ()})
+
+
+def _add_lora(
+    model: Any, name: str, sources: Sequence[str], pairs: Mapping[str, LoraPair], shared: Mapping[str, Any]
+) -> None:
     """Add a LoRA with these factors; modules that a source trains in full are copied from it."""
-    config = _make_lora_config(model, sources, {n: A.shape[0] for n, (A, _) in pairs.items()})
+    config = _make_lora_config(model, sources, {n: A.shape[0] for n, (A, _) in pairs.items()}, shared)
     model.add_adapter(name, config, strict=False)
     with torch.no_grad():
-        for layer_name, layer in model.adapted_layers(name).items():
+        for layer_name, module in model.adapter_modules(name).items():
             if layer_name in pairs:
-                A, B, scale = layer.adapters[name].low_rank_factors()
+                A, B = module.low_rank()
                 A.copy_(pairs[layer_name][0])
-                B.copy_(pairs[layer_name][1] / scale)
+                B.copy_(pairs[layer_name][1] / module.scale)
+    _copy_modules_to_save(model, name, sources)
+
+
+def _copy_modules_to_save(model: Any, name: str, sources: Sequence[str]) -> None:
+    with torch.no_grad():
+        for layer in model.adapted_layers(name).values():
             if name in layer.trained_copies:
                 source = next(s for s in sources if s in layer.trained_copies)
                 values = layer.trained_copies[source].state_dict()
@@ -337,7 +405,9 @@ def _add_lora(model: Any, name: str, sources: Sequence[str], pairs: Mapping[str,
                     p.copy_(values[n])
 
 
-def _make_lora_config(model: Any, sources: Sequence[str], ranks: Mapping[str, int]) -> PeftConfig:
+def _make_lora_config(
+    model: Any, sources: Sequence[str], ranks: Mapping[str, int], shared: Mapping[str, Any]
+) -> PeftConfig:
     configs: list[Any] = [model.peft_config[s] for s in sources]
     copied = dict.fromkeys(m for c in configs for m in (getattr(c, "modules_to_save", None) or []))
     fields: dict[str, Any] = {
@@ -347,6 +417,7 @@ def _make_lora_config(model: Any, sources: Sequence[str], ranks: Mapping[str, in
         "fan_in_fan_out": getattr(configs[0], "fan_in_fan_out", False),
         "modules_to_save": list(copied) or None,
         **rank_settings(ranks),
+        **shared,
     }
     # The shortest description of the targets that matches exactly the layers in `ranks`.
     given: list[Any] = [getattr(c, "target_modules", None) for c in configs]
@@ -358,7 +429,7 @@ def _make_lora_config(model: Any, sources: Sequence[str], ranks: Mapping[str, in
     for targets in candidates:
         config = config_class("lora")(target_modules=targets, **fields)
         with suppress(TargetError):
-            if set(select_targets(model, config, strict=False).adapted) == set(ranks):
+            if {*select_targets(model, config, strict=False).adapted} - {*config.extra_targets(model)} == set(ranks):
                 return config
     raise AssertionError("a pattern of all full names matches those names")
 

@@ -271,9 +271,9 @@ class PeftLayer:
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters; of a module that is only trained in full, those that train it."""
-        active = list(self._layer.active_state.active)
-        return active if self._layer.adapters else [a for a in active if a in self._layer.trained_copies]
+        """Names of the active adapters; without an adapter of a method's own layers, of those that train the module."""
+        active, available = list(self._layer.active_state.active), self._available
+        return active if self._layer.adapters and not self._has_tokens else [a for a in active if a in available]
 
     @property
     def active_adapter(self) -> list[str]:

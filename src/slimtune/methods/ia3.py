@@ -50,6 +50,7 @@ class IA3Config(TargetedConfig):
 
     name: ClassVar = "ia3"
     prefix: ClassVar = "ia3_"
+    sums_parameters: ClassVar = True
     extension_fields: ClassVar = frozenset(["layers_to_transform", "layers_pattern"])
     learning_rate: ClassVar = 1e-2
     kinds: ClassVar = ("linear", "conv")

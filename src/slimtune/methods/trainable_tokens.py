@@ -154,7 +154,7 @@ class _TokenRows(AdapterModule):
     def __init__(self, site: Site, token_ids: list[int], held: tuple, save_shared: bool, start_as_base: bool) -> None:
         super().__init__()
         # The owner is in a tuple, so that its parameter is not registered here too.
-        self.held, self.save_shared = held, save_shared
+        self.held, self.save_shared, self.token_indices = held, save_shared, token_ids
         if held:
             self.optional = frozenset({"trainable_tokens_delta"})  # type: ignore[misc]
             return
@@ -165,7 +165,11 @@ class _TokenRows(AdapterModule):
             values = weight[ids].to(site.dtype)
         else:
             values = torch.randn(len(ids), weight.shape[1], dtype=weight.dtype, device=site.init_device)
-        self.trainable_tokens_delta = nn.Parameter(values.to(site.device, site.dtype, copy=True))
+        # Beside a LoRA, the parameter has PEFT's longer name.
+        holder = self if save_shared else nn.Module()
+        holder.trainable_tokens_delta = nn.Parameter(values.to(site.device, site.dtype, copy=True))
+        if holder is not self:
+            self.token_adapter = holder
         sorted_ids, order = ids.sort()
         for name, tensor in (("ids", ids), ("order", order), ("sorted_ids", sorted_ids)):
             self.register_buffer(name, tensor, persistent=False)
@@ -176,18 +180,17 @@ class _TokenRows(AdapterModule):
         return self.held[0] if self.held else self
 
     @property
-    def token_indices(self) -> list[int]:
-        """The ids of the tokens."""
-        return self.owner.ids.tolist()
-
-    @property
     def rows(self) -> nn.Parameter:
         """V `(k, d)`, in the order of the ids."""
-        return self.owner.trainable_tokens_delta
+        return self._holder.trainable_tokens_delta  # type: ignore[return-value]
 
     @rows.setter
     def rows(self, values: nn.Parameter) -> None:
-        self.owner.trainable_tokens_delta = values
+        self._holder.trainable_tokens_delta = values
+
+    @property
+    def _holder(self) -> nn.Module:
+        return self.owner._modules.get("token_adapter", self.owner)
 
     def replaced_rows(self) -> frozenset[int]:
         return frozenset(self.token_indices)
@@ -196,9 +199,7 @@ class _TokenRows(AdapterModule):
         """Return V; where it is shared nothing, or a copy if files store it twice (loading ignores the copy)."""
         if not self.held:
             return super().tensors()
-        return (
-            {"trainable_tokens_delta": self.owner.trainable_tokens_delta.detach().clone()} if self.save_shared else {}
-        )
+        return {"trainable_tokens_delta": self.rows.detach().clone()} if self.save_shared else {}
 
 
 class TokenEmbedding(_TokenRows):
@@ -207,20 +208,20 @@ class TokenEmbedding(_TokenRows):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         owner = self.owner
         index = torch.searchsorted(owner.sorted_ids, x).clamp(max=len(owner.sorted_ids) - 1)
-        trained = F.embedding(owner.order[index], owner.trainable_tokens_delta).to(y.dtype)
+        trained = F.embedding(owner.order[index], self.rows).to(y.dtype)
         return torch.where((owner.sorted_ids[index] == x)[..., None], trained, y)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight.index_copy(1, self.owner.ids, self.owner.trainable_tokens_delta.to(weight.dtype).t()), bias
+        return weight.index_copy(1, self.owner.ids, self.rows.to(weight.dtype).t()), bias
 
 
 class TokenHead(_TokenRows):
     """Trained rows of a linear layer: maps `x (..., d)` to logits `(..., rows)`."""
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        V, ids = self.owner.trainable_tokens_delta, self.owner.ids
+        V, ids = self.rows, self.owner.ids
         change = V - base.weight().detach()[ids].to(V.dtype)
         return base(x).index_add(-1, ids, F.linear(x, change.to(x.dtype)))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight.index_copy(0, self.owner.ids, self.owner.trainable_tokens_delta.to(weight.dtype)), bias
+        return weight.index_copy(0, self.owner.ids, self.rows.to(weight.dtype)), bias

@@ -324,8 +324,3 @@ class LoraConfig(PatternedConfig):
             if part.stacked
         }
         return {name: experts for name, experts in found.items() if experts}
-
-    def file_key(self, key: str) -> str:
-        """Return PEFT's key: that of trained tokens has one more name."""
-        rows = ".trainable_tokens_delta"
-        return f"{key.removesuffix(rows)}.token_adapter{rows}" if key.endswith(rows) else key
