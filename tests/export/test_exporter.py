@@ -170,7 +170,7 @@ def test_other_methods_are_merged_or_refused(config, merges, base, tmp_path):
 
 
 def test_wrong_export_is_not_written(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimtune.export.gguf.permute_rope_rows", lambda rows, *_: rows)
+    monkeypatch.setattr("slimtune.export.gguf.reorder_rows", lambda rows, *_: rows)
     with pytest.raises(RunError, match="differs from the trained adapter"):
         export(run, "gguf", tmp_path / "out", threads=1)
     assert list(tmp_path.iterdir()) == []

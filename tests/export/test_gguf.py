@@ -28,15 +28,18 @@ needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is No
 LORA_CONVERTER = Path(os.environ.get("LLAMA_CPP", "."), "convert_lora_to_gguf.py")
 needs_converters = pytest.mark.skipif(not LORA_CONVERTER.is_file(), reason="LLAMA_CPP has no converters")
 VOCABULARY = 320
-PATTERNS = {"rank_pattern": {"o_proj": 8, "c_attn": 8}, "alpha_pattern": {"down_proj": 4, "c_fc": 4}}
+FAST = ("llama", "gemma3", "gpt_oss", "lfm2", "gpt_neox", "gpt2")
+PATTERNS = {
+    "rank_pattern": {"o_proj|c_attn|dense|out_proj": 8},
+    "alpha_pattern": {"down_proj|c_fc|fc2|w2|query_key_value": 4},
+}
 
 
 def adapted(kind: str, settings: dict[str, Any] | None = None) -> Any:
-    settings = dict(settings or {})
-    for name in settings.keys() & {"rank_pattern", "alpha_pattern"}:  # those of the names that this architecture has
-        settings[name] = {k: v for k, v in settings[name].items() if k.startswith("c_") == (kind == "gpt2")}
     lora = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-    model = get_peft_model(model_of(kind, VOCABULARY), LoraConfig(**lora | settings))
+    if kind == "gemma3":
+        lora["exclude_modules"] = r".*\.(vision_tower|multi_modal_projector)\..*"
+    model = get_peft_model(model_of(kind, VOCABULARY), LoraConfig(**lora | (settings or {})))
     shake(model)
     return model.eval()
 
@@ -73,7 +76,12 @@ def compare(model: Any, tokenizer: Any, base: Path, adapter: Path | None) -> Any
 
 @needs_llama_cpp
 @pytest.mark.parametrize(
-    ("kind", "settings"), [*((kind, PATTERNS) for kind in MAKERS), ("llama", {}), ("gpt2", {"use_rslora": True})]
+    ("kind", "settings"),
+    [
+        *(pytest.param(kind, PATTERNS, marks=[] if kind in FAST else pytest.mark.slow) for kind in MAKERS),
+        ("llama", {}),
+        ("gpt2", {"use_rslora": True}),
+    ],
 )
 def test_llama_cpp_agrees_with_the_adapter(kind, settings, tmp_path, tiny_tokenizer):
     tokenizer, model = tiny_tokenizer(), adapted(kind, settings)
@@ -98,10 +106,11 @@ def test_llama_cpp_agrees_with_merged_experts(kind, tmp_path, tiny_tokenizer):
 
 
 @needs_llama_cpp
-def test_missing_permutation_is_noticed(tmp_path, tiny_tokenizer, monkeypatch):
-    tokenizer, model = tiny_tokenizer(), adapted("llama")
-    base = write(tmp_path / "base.gguf", model_of("llama", VOCABULARY), tokenizer)
-    monkeypatch.setattr(ours, "permute_rope_rows", lambda rows, *_: rows)
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_missing_permutation_is_noticed(kind, tmp_path, tiny_tokenizer, monkeypatch):
+    tokenizer, model = tiny_tokenizer(), adapted(kind)
+    base = write(tmp_path / "base.gguf", model_of(kind, VOCABULARY), tokenizer)
+    monkeypatch.setattr(ours, "reorder_rows", lambda rows, *_: rows)
     ours.write_adapter_gguf(tmp_path / "a.gguf", model)
     assert compare(model, tokenizer, base, tmp_path / "a.gguf").passed is False
 

@@ -26,6 +26,9 @@ SIZES = {
 # llama.cpp's Gemma scales by the head's width, whatever the config asks for.
 GEMMA = {**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 MOE = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
+# As many keys as queries; llama.cpp takes an MLP of four times the width for Phi-2.
+PHI = {"num_key_value_heads": 4, "intermediate_size": 256}
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 MAKERS = {
     "llama": lambda v: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, vocab_size=v)),
     "mistral": lambda v: tf.MistralForCausalLM(tf.MistralConfig(**SIZES, vocab_size=v, sliding_window=None)),
@@ -61,6 +64,17 @@ MAKERS = {
     ),
     "olmo": lambda v: tf.OlmoForCausalLM(tf.OlmoConfig(**SIZES, vocab_size=v)),
     "olmo2": lambda v: tf.Olmo2ForCausalLM(tf.Olmo2Config(**SIZES, vocab_size=v)),
+    "phi": lambda v: tf.PhiForCausalLM(tf.PhiConfig(**SIZES | PHI, vocab_size=v)),
+    "cohere2": lambda v: tf.Cohere2ForCausalLM(
+        tf.Cohere2Config(**{**SIZES, "num_hidden_layers": 4, "vocab_size": v, "sliding_window": 8, "logit_scale": 2.0})
+    ),
+    "lfm2": lambda v: tf.Lfm2ForCausalLM(
+        tf.Lfm2Config(**SIZES, vocab_size=v, block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"])
+    ),
+    "gpt_neox": lambda v: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES | PHI, vocab_size=v)),
+    "gemma3": lambda v: tf.Gemma3ForConditionalGeneration(
+        tf.Gemma3Config(text_config={**GEMMA, "vocab_size": v}, vision_config={**VISION, "image_size": 28, "patch_size": 14})
+    ),
     "gpt2": lambda v: tf.GPT2LMHeadModel(
         tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, vocab_size=v, bos_token_id=1, eos_token_id=2)
     ),
@@ -84,8 +98,8 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     """Write a model and a byte-level tokenizer as an f32 GGUF."""
     import gguf
 
-    config = model.config
-    w = gguf.GGUFWriter(str(file), get_architecture(config).name)
+    whole, config = model.config, model.config.get_text_config()
+    w = gguf.GGUFWriter(str(file), get_architecture(whole).name)
     w.add_block_count(config.num_hidden_layers)
     w.add_context_length(config.max_position_embeddings)
     w.add_embedding_length(config.hidden_size)
@@ -97,9 +111,9 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
     else:
         _rotary(w, config)
     _vocabulary(w, tokenizer, config.vocab_size)
-    names = get_tensor_names(config)
+    names = get_tensor_names(whole)
     for name, parameter in model.named_parameters():
-        for gguf_name, tensor in to_llama_cpp_tensors(name, parameter.detach(), config, names).items():
+        for gguf_name, tensor in to_llama_cpp_tensors(name, parameter.detach(), whole, names).items():
             w.add_tensor(gguf_name, tensor.float().contiguous().numpy())
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -109,15 +123,22 @@ def write(file: Path, model: Any, tokenizer: Any) -> Path:
 
 
 def _rotary(w: Any, config: Any) -> None:
+    import gguf
+
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     w.add_feed_forward_length(config.intermediate_size)
-    w.add_head_count_kv(config.num_key_value_heads)
-    if eps := getattr(config, "rms_norm_eps", None):
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    if config.model_type == "lfm2":
+        heads = [0 if kind == "conv" else heads for kind in config.layer_types]
+        w.add_shortconv_l_cache(config.conv_L_cache)
+    w.add_head_count_kv(heads)
+    if eps := getattr(config, "rms_norm_eps", getattr(config, "norm_eps", None)):
         w.add_layer_norm_rms_eps(eps)
     else:
         w.add_layer_norm_eps(getattr(config, "layer_norm_eps", 1e-5))
-    w.add_key_length(head)
-    w.add_value_length(head)
+    if config.model_type != "lfm2":
+        w.add_key_length(head)
+        w.add_value_length(head)
     rope = config.rope_parameters
     w.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
     w.add_rope_dimension_count(int(head * rope.get("partial_rotary_factor", 1.0)))
@@ -127,7 +148,12 @@ def _rotary(w: Any, config: Any) -> None:
         w.add_expert_count(experts)
         w.add_expert_used_count(config.num_experts_per_tok)
         w.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
-    if config.model_type in ("gemma2", "gemma3_text", "gpt_oss"):
+    if config.model_type == "gpt_neox":
+        w.add_parallel_residual(config.use_parallel_residual)
+    if config.model_type == "cohere2":
+        w.add_logit_scale(config.logit_scale)
+        w.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    if config.model_type in ("gemma2", "gemma3_text", "gpt_oss", "cohere2"):
         w.add_sliding_window(config.sliding_window)
     if config.model_type == "granite":
         w.add_logit_scale(config.logits_scaling)

@@ -12,7 +12,8 @@ is converted by llama.cpp's `convert_hf_to_gguf.py`, which knows how each tokeni
 **A new architecture** is one line in `ARCHITECTURES`. Tensor names are gguf's own (`TensorNameMap`). What they do not
 say is where llama.cpp's converter changes the weights (`undo_permute` in `conversion/`): Hugging Face rotates halves
 (x₀ with x_{d/2}), llama.cpp's Llama rotates neighbours (x₀ with x₁), so row (h, i, j) of q and k, i < 2 and j < d/2,
-becomes row (h, j, i).
+becomes row (h, j, i). GPT-NeoX has query, key and value of a head together, llama.cpp all queries first: row (h, i, j),
+i < 3 and j < d, becomes row (i, h, j).
 """
 
 import importlib.util
@@ -23,7 +24,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class GgufArchitecture:
     norm_shift: float = 0.0  # added to norms' weights: Gemma multiplies by 1 + w, llama.cpp by what the file says
     transposed: tuple[str, ...] = ()  # weight stored as `(in, out)`
     interleaved: bool = False  # experts' gate and up are every other row, not one after the other
+    qkv_by_head: str = ""  # fused layer whose rows are a head's query, key and value, then the next head's
 
 
 _ROTATED = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
@@ -66,11 +68,16 @@ ARCHITECTURES = {
     "gemma": GgufArchitecture("gemma", norm_shift=1.0),
     "gemma2": GgufArchitecture("gemma2", norm_shift=1.0),
     "gemma3_text": GgufArchitecture("gemma3", norm_shift=1.0),
+    "gemma3": GgufArchitecture("gemma3", norm_shift=1.0),  # with a vision tower, which has no names
     "phi3": GgufArchitecture("phi3"),
     "smollm3": GgufArchitecture("smollm3", _ROTATED),
     "granite": GgufArchitecture("granite", _ROTATED),
     "olmo": GgufArchitecture("olmo", _ROTATED),
     "olmo2": GgufArchitecture("olmo2"),
+    "phi": GgufArchitecture("phi2"),
+    "cohere2": GgufArchitecture("cohere2"),
+    "lfm2": GgufArchitecture("lfm2"),
+    "gpt_neox": GgufArchitecture("gptneox", qkv_by_head="query_key_value"),
     "gpt2": GgufArchitecture("gpt2", transposed=("c_attn", "c_proj", "c_fc")),
 }
 """By `model_type` in Hugging Face's config."""
@@ -99,11 +106,12 @@ def get_architecture(config: Any) -> GgufArchitecture:
     return ARCHITECTURES[kind]
 
 
-def get_tensor_names(config: Any) -> Any:
-    """Return gguf's name map: `.get_name("model.layers.0.mlp.up_proj")` is "blk.0.ffn_up"."""
+def get_tensor_names(config: Any) -> Callable[[str], str | None]:
+    """Return gguf's names of a model's modules: `("model.layers.0.mlp.up_proj")` is "blk.0.ffn_up"; None: no name."""
     name, gguf = get_architecture(config).name, import_gguf()
     architecture = next(key for key, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
-    return gguf.get_tensor_name_map(architecture, config.get_text_config().num_hidden_layers)
+    names = gguf.get_tensor_name_map(architecture, config.get_text_config().num_hidden_layers)
+    return lambda module: names.get_name(module.replace("model.language_model.", "model."))
 
 
 def to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, names: Any) -> dict[str, Tensor]:
@@ -117,15 +125,17 @@ def to_llama_cpp_tensors(name: str, weight: Tensor, config: Any, names: Any) -> 
         if kind == "weight" and leaf in architecture.transposed:
             weight = weight.mT
         parts = split_gate_up(owner, weight, config)
-        found = {names.get_name(part): tensor for part, tensor in parts.items()}
+        found = {names(part): tensor for part, tensor in parts.items()}
         return {} if None in found else {f"{part}.{kind}": tensor for part, tensor in found.items()}
-    if (module_name := names.get_name(module)) is None:
+    if (module_name := names(module)) is None:
         return {}
     if leaf == "weight" and module.rpartition(".")[2] in architecture.transposed:
         weight = weight.t()
+    if leaf == "weight" and weight.dim() == 3:  # a depthwise convolution (channels, 1, kernel)
+        weight = weight.squeeze(1)
     if architecture.norm_shift and weight.dim() == 1 and module.endswith("norm"):
         weight = weight + architecture.norm_shift
-    return {f"{module_name}.{leaf}": permute_rope_rows(weight, module, config)}
+    return {f"{module_name}.{leaf}": reorder_rows(weight, module, config)}
 
 
 def split_gate_up(name: str, rows: Tensor, config: Any) -> dict[str, Tensor]:
@@ -137,13 +147,15 @@ def split_gate_up(name: str, rows: Tensor, config: Any) -> dict[str, Tensor]:
     return {f"{module}.gate_proj": gate, f"{module}.up_proj": up}
 
 
-def permute_rope_rows(rows: Tensor, module: str, config: Any) -> Tensor:
+def reorder_rows(rows: Tensor, module: str, config: Any) -> Tensor:
     """Return the output rows of a linear layer, of its weight or a LoRA's B `(out, …)`, in llama.cpp's order."""
-    heads = get_architecture(config).permuted.get(module.rpartition(".")[2])
-    if heads is None:
-        return rows
-    halves = rows.reshape(getattr(config.get_text_config(), heads), 2, -1, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
+    architecture, text, last = get_architecture(config), config.get_text_config(), module.rpartition(".")[2]
+    if last in architecture.permuted:
+        halves = rows.reshape(getattr(text, architecture.permuted[last]), 2, -1, *rows.shape[1:])
+        return halves.swapaxes(1, 2).reshape(rows.shape)
+    if last == architecture.qkv_by_head:
+        return rows.reshape(text.num_attention_heads, 3, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+    return rows
 
 
 # --- adapter ---------------------------------------------------------------------------------------------------------
@@ -171,7 +183,7 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for module, (A, B, _) in layers.items():
-        name = names.get_name(module)
+        name = names(module)
         if name is None:
             raise UsageError(
                 f"{module} has no name in GGUF for the architecture {architecture.name}",
@@ -181,7 +193,7 @@ def write_adapter_gguf(file: Path, model: Any, adapter: str = "default", precisi
         B = B.to(torch.promote_types(B.dtype, torch.float32))
         if alphas[module] != alpha:
             B = B * (alphas[module] / alpha)
-        B = permute_rope_rows(B, module, model.config)
+        B = reorder_rows(B, module, model.config)
         for part, tensor in (("lora_a", A), ("lora_b", B)):
             writer.add_tensor(f"{name}.weight.{part}", _to_finite_array(tensor, module, precision))
     writer.write_header_to_file()
