@@ -28,7 +28,8 @@ GEMMA = {**SIZES, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window":
 MOE = {"moe_intermediate_size": 48, "num_experts_per_tok": 2}
 # As many keys as queries; llama.cpp takes an MLP of four times the width for Phi-2.
 PHI = {"num_key_value_heads": 4, "intermediate_size": 256}
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = {**dict.fromkeys(["hidden_size", "intermediate_size"], 16), "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
 MAKERS = {
     "llama": lambda v: tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, vocab_size=v)),
     "mistral": lambda v: tf.MistralForCausalLM(tf.MistralConfig(**SIZES, vocab_size=v, sliding_window=None)),
@@ -73,7 +74,7 @@ MAKERS = {
     ),
     "gpt_neox": lambda v: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES | PHI, vocab_size=v)),
     "gemma3": lambda v: tf.Gemma3ForConditionalGeneration(
-        tf.Gemma3Config(text_config={**GEMMA, "vocab_size": v}, vision_config={**VISION, "image_size": 28, "patch_size": 14})
+        tf.Gemma3Config(text_config={**GEMMA, "vocab_size": v}, vision_config=VISION)
     ),
     "gpt2": lambda v: tf.GPT2LMHeadModel(
         tf.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=256, vocab_size=v, bos_token_id=1, eos_token_id=2)
