@@ -175,6 +175,11 @@ FAULTS = {
         "container-without-gpu",
         "docker run --gpus all",
     ),
+    "pod without NVIDIA": (
+        {"pci": LINUX_NVIDIA["pci"], "environment": {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "torch": cuda()},
+        "container-without-gpu",
+        "docker run --gpus all",
+    ),
     "container lost NVIDIA": (
         {**LINUX_NVIDIA, "files": DOCKER, "smi": "Failed to initialize NVML: Unknown Error", "torch": cuda()},
         "container-without-gpu",

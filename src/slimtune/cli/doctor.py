@@ -27,6 +27,10 @@ EXTRAS = {
     "compare": "slimtune compare", "plot": "charts as files", "demo": "bases in GGUF files", "tasks": "lm-eval tasks",
 }  # fmt: skip
 """What each extra is for. The others are for developers."""
+GPU_PAGES = (
+    "nvidia-", "cuda-", "rocm-", "torch-", "mps-", "container-", "device-", "driver-", "wheel-", "no-kernel-image",
+)  # fmt: skip
+"""How the pages begin that say why torch does not use a GPU."""
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 """CPU flags that decide how fast matrices are multiplied."""
 
@@ -119,6 +123,7 @@ def _print_facts(result: dict[str, Any], facts: "MachineFacts") -> None:
         *((name, version or "not installed") for name, version in libraries.items() if name not in LIBRARIES[:2]),
         *((name, version or "not installed") for name, version in result["programs"].items()),
         *((f"  {model}", f"runs on {processor}") for model, processor in facts.ollama_models),
+        *([("Hub", "offline: HF_HUB_OFFLINE is set")] if facts.environment.get("HF_HUB_OFFLINE", "0") != "0" else []),
         ("Hub token", f"from {facts.token}" if facts.token else "none: only public models can be read"),
     ])  # fmt: skip
     missing = [(EXTRAS[e], f"pip install 'slimtune[{e}]'") for e, m in result["extras"].items() if m and e in EXTRAS]
@@ -164,7 +169,7 @@ def _list_unused_gpus(facts: "MachineFacts", findings: "Sequence[Finding]") -> l
     """Return the GPUs that are there, but that torch cannot use, and what to do about each."""
     found = [("NVIDIA", gpu.name) for gpu in facts.smi_gpus]
     found += [(gpu.vendor, gpu.name) for gpu in facts.pci_gpus if gpu.vendor != "NVIDIA" or not facts.smi_gpus]
-    mend = next((f"{finding.commands[0]}" for finding in findings if finding.is_fault), "torch does not find it")
+    mend = next((f.commands[0] for f in findings if f.page.startswith(GPU_PAGES)), "torch does not find it")
     hints = {"Intel": "slimtune does not train on Intel's GPUs yet"}
     return [{"name": name, "vendor": vendor, "hint": hints.get(vendor, mend)} for vendor, name in found]
 

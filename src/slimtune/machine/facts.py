@@ -163,7 +163,8 @@ def gather_facts(
         "processor": platform.machine(),
         "release": platform.mac_ver()[0] if system == "Darwin" else platform.release(),
         "is_wsl": "microsoft" in _read(root / "proc/version").lower(),
-        "is_container": any((root / name).exists() for name in (".dockerenv", "run/.containerenv")),
+        "is_container": any((root / name).exists() for name in (".dockerenv", "run/.containerenv"))
+        or "KUBERNETES_SERVICE_HOST" in environment,
         "is_translated": system == "Darwin" and run("sysctl", "-n", "sysctl.proc_translated") == "1",
         "pci_gpus": _list_pci_gpus(root, run),
         "nvidia_devices": _list_names(root / "dev", "nvidia*"),
