@@ -1,12 +1,15 @@
 """PEFT's names and modules: every one exists, and a missing one says which is nearest."""
 
+import copy
 import importlib
 import inspect
 
 import peft
 import pytest
 import torch
+import transformers as tf
 from models_zoo import llama, run, shake
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slimtune
@@ -101,6 +104,28 @@ def test_load_with_another_device_and_renamed_keys(tmp_path):
     assert (check_if_peft_model(tmp_path), check_if_peft_model(tmp_path / "x")) == (True, False)
     with pytest.raises(TypeError):
         slimtune.get_peft_model_state_dict(model, adapter="default")
+
+
+def test_names_of_older_transformers_are_those_of_today(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = tf.LlamaConfig(num_key_value_heads=2, vocab_size=128, **sizes)
+    vision = tf.CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+    base = tf.LlavaForConditionalGeneration(tf.LlavaConfig(text_config=text, vision_config=vision)).eval()
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    older = {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.vision_model."}
+    for new, old in older.items():
+        tensors = {k.replace(f"base_model.model.{new}", f"base_model.model.{old}"): t for k, t in tensors.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+
+    def describe_image(model):
+        return model.get_base_model().get_image_features(pixel_values=torch.ones(1, 3, 8, 8)).last_hidden_state
+
+    for home in (PeftModel, peft.PeftModel):
+        loaded = home.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+        assert (run(loaded) - run(model)).abs().max() < 1e-6
+        assert (describe_image(loaded) - describe_image(model)).abs().max() < 1e-6
 
 
 def test_resized_embeddings_are_saved_and_loaded(tmp_path):

@@ -7,6 +7,7 @@ fingerprint of the base's config. A missing, unexpected or wrongly shaped tensor
 
 import copy
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -23,6 +24,9 @@ from huggingface_hub import CommitInfo, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from ..errors import AdapterError, PeftWarning, UsageError, format_names, nearest
 from ..utils.files import read_json, write_atomic
@@ -508,12 +512,12 @@ def read_adapter(
     model: Any, path: str | os.PathLike, config: PeftConfig | None, is_trainable: bool, hub: dict[str, Any]
 ) -> tuple[dict[str, Tensor], PeftConfig]:
     """Return an adapter's tensors and config, read from a folder or the Hub, if it belongs to this base."""
-    # transformers' models whose modules were renamed have a mapping from the names of older checkpoints.
+    # Models written for transformers 4 whose modules were renamed have a mapping from the names of older checkpoints.
     key_mapping = hub.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     hub = {k: v for k, v in hub.items() if k not in (*_IGNORED_ARGUMENTS, "key_mapping")}
     _check_hub_arguments(hub)
     tensors, fingerprint = read_adapter_file(path, **hub)
-    tensors = _rename_keys(tensors, key_mapping)
+    tensors = _rename_keys(tensors, key_mapping) if key_mapping else _rename_older_keys(tensors, model)
     config = config or PeftConfig.from_pretrained(path, **hub)
     here = _base_fingerprint(model)
     if fingerprint and here and fingerprint != here:
@@ -540,6 +544,26 @@ def _rename_keys(tensors: dict[str, Tensor], key_mapping: Mapping[str, str] | No
             if count:
                 break
         renamed[key[: len(key) - len(key.removeprefix(_PREFIX))] + name] = tensor
+    return renamed
+
+
+def _rename_older_keys(tensors: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return tensors by the names that transformers gives their modules now, where the file has older ones."""
+    if not isinstance(model, PreTrainedModel):
+        return tensors
+    modules = {name for name, _ in model.named_modules()}
+
+    def count_known_parts(name: str) -> int:
+        return sum(path in modules for path in itertools.accumulate(name.split("."), "{}.{}".format))
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    renamed = {}
+    for key, tensor in tensors.items():
+        old = new = key.removeprefix(_PREFIX)
+        for renaming in renamings:
+            new = renaming.rename_source_key(new)[0]
+        better = count_known_parts(new) > count_known_parts(old)
+        renamed[f"{_PREFIX}{new}" if better else key] = tensor
     return renamed
 
 
