@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import slimtune
-from slimtune import AdaptionPromptConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from slimtune import (
+    AdaptionPromptConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from slimtune.errors import ConfigError
 from slimtune.helpers import check_if_peft_model, rescale_adapter_scale
 from slimtune.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -157,3 +164,25 @@ def test_adapter_on_the_meta_device_is_loaded(settings):
     assert torch.equal(run(empty.eval()), run(model.eval()))
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert {n for n, p in empty.named_parameters() if p.requires_grad} == trained
+
+
+@pytest.mark.parametrize("top_p", [0.3, 1.0])
+def test_targets_by_condition_number_are_pefts(top_p):
+    from peft.helpers import find_kappa_target_modules as theirs
+
+    model = nn.ModuleDict({str(i): nn.Linear(6, 5) for i in range(4)})
+    experts = nn.Module()
+    experts.down_proj = nn.Parameter(torch.randn(3, 4, 5))
+    model["experts"] = experts
+    found = slimtune.find_kappa_target_modules(model, top_p, show_progress=False)
+    assert found == theirs(model, top_p, show_progress=False)
+
+
+def test_tensors_decide_where_an_injected_adapter_goes():
+    tensors = get_peft_model_state_dict(get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])))
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], exclude_modules=["model.layers.0.self_attn.q_proj"])
+    with pytest.warns(
+        RuntimeWarning, match=r"PEFT config contained .*0.self_attn.v_proj.*state_dict contained .*0.*q_p"
+    ):
+        model = slimtune.inject_adapter_in_model(config, llama(), state_dict=tensors)
+    assert get_peft_model_state_dict(model).keys() == tensors.keys()

@@ -43,6 +43,7 @@ PUBLIC = {
         "inject_adapter_in_model",
     ),
     "errors": ("NoMatchingPeftModuleError", "PeftError", "PeftWarning"),
+    "helpers": ("find_kappa_target_modules",),
     "mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING",
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value",
@@ -51,7 +52,7 @@ PUBLIC = {
     "methods.lora.eva": ("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
     "methods.lora.loraga": ("LoraGAConfig", "preprocess_loraga"),
     "methods.lora.loftq": ("LoftQConfig", "replace_lora_weights_loftq"),
-    "methods.p_tuning": ("PromptEncoderReparameterizationType",),
+    "methods.p_tuning": ("PromptEncoder", "PromptEncoderReparameterizationType"),
     "methods.prefix_tuning": ("initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text"),
     "methods.prompt_tuning": ("PromptTuningInit",),
     "setup": ("load_run",),

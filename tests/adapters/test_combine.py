@@ -289,7 +289,7 @@ def test_convert_to_lora_equals_peft(rank, tmp_path):
 def test_to_lora_refuses_invalid_ranks_and_merged_adapters():
     model = make_model(llama, ONE)
     for rank in (0, -1, 1.5, 0.0, True):
-        with pytest.raises(UsageError, match="rank is"):
+        with pytest.raises(UsageError, match=r"rank (is|of)"):
             model.to_lora("default", rank)
     model.merge_adapter()
     with pytest.raises(UsageError, match="is merged into the base"):

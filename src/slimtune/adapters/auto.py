@@ -73,7 +73,8 @@ class AutoPeftModel:
         mapping = config.auto_mapping or {}
         # Only classes of transformers: a config must not choose which code runs.
         library = str(mapping.get("parent_library", "transformers")).split(".")[0]
-        if library != "transformers" and config.task_type is None:
+        # A base whose code comes with it needs trust_remote_code.
+        if library not in ("transformers", "transformers_modules") and config.task_type is None:
             message = f"{library!r} is the base's library, which is not in the import allowlist: {path}"  # PEFT's words
             raise AdapterError(message, "a class of transformers", "load the base, then PeftModel.from_pretrained")
         own = next(c for c in cls.__mro__ if c.__module__ == __name__).__name__.replace("Peft", "")
@@ -86,7 +87,7 @@ class AutoPeftModel:
         if by_task:
             return by_task
         class_name = str(mapping.get("base_model_class"))
-        found = getattr(transformers, class_name, None)
+        found = getattr(transformers, class_name, None) if library == "transformers" else None
         if isinstance(found, type) and (issubclass(found, transformers.PreTrainedModel) or class_name in _AUTO_CLASSES):
             return class_name
         message = f"the config of {path} gives neither a task nor a class of transformers for its base"

@@ -16,6 +16,7 @@ import dataclasses
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from ..errors import TargetError, UsageError, format_names, nearest
 from ..kernels.low_rank import LowRank, nearest_low_rank, weighted_sum
@@ -68,6 +70,10 @@ class LoraReport:
             f"{self.source!r} as a LoRA {self.adapter!r} of {ranks} on {len(self.ranks)} modules: relative error "
             f"{self.error:.2e}, at most {self.errors[worst]:.2e} ({worst})"
         )
+
+
+class NotConvertible(UsageError, TypeError):
+    """An adapter does more than a LoRA can."""
 
 
 class WeightDelta:
@@ -173,7 +179,9 @@ class LoraConversionMixin:
                 if module.replaced_rows() and "trainable_token_indices" in shared:
                     _sum_token_rows(self, module, name, zip(names, weights, strict=True))
 
-    def to_lora(self: Any, adapter_name: str, rank: float, new_name: str | None = None) -> LoraReport:
+    def to_lora(
+        self: Any, adapter_name: str, rank: float, new_name: str | None = None, progressbar: bool = False
+    ) -> LoraReport:
         """Add a LoRA that approximates an adapter of any method that changes weights, inactive; report its error.
 
         Args:
@@ -181,15 +189,20 @@ class LoraConversionMixin:
             rank: int, 1 and up: rank of the result; or float in (0, 1]: the fraction of ‖ΔW‖² that each layer keeps,
                 with the smallest rank that keeps it.
             new_name: name of the LoRA; None: `<adapter_name>_lora`.
+            progressbar: show how many layers are done.
         """
         new_name = new_name or f"{adapter_name}_lora"
         self._require_adapter(adapter_name)
         self._require_free_name(new_name)
         is_rank = not isinstance(rank, bool) and (0 < rank <= 1 if isinstance(rank, float) else rank >= 1)
-        _require(is_rank, f"rank is {rank!r}", "a whole number, 1 and up; or a fraction in (0, 1]")
+        says = f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank}"
+        says = says if isinstance(rank, float) else f"Passing a rank of {rank} doesn't make sense"  # PEFT's words
+        _require(is_rank, says, "a whole number, 1 and up; or a fraction in (0, 1]")
         self._require_unmerged()
         with self.disable_adapter():
-            found = {n: _approximate(d, rank) for n, d in collect_weight_deltas(self, [adapter_name], [1.0]).items()}
+            deltas = collect_weight_deltas(self, [adapter_name], [1.0])
+            layers = tqdm(deltas.items(), desc="Converting to LoRA", disable=not progressbar)
+            found = {n: _approximate(d, rank) for n, d in layers}
             _add_lora(self, new_name, [adapter_name], {n: f[:2] for n, f in found.items()}, {})
         lost, total = sum(f.squared_error for f in found.values()), sum(f.squared_norm for f in found.values())
         ranks = {n: f.A.shape[0] for n, f in found.items()}
@@ -202,9 +215,9 @@ def convert_to_lora(
 ) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Return a LoRA that approximates an adapter: its LoraConfig, and its tensors by their keys in a file.
 
-    The model is not changed. `rank` is as in `PeftModel.to_lora`; PEFT's progressbar and compile_kwargs are ignored.
+    The model is not changed. `rank` is as in `PeftModel.to_lora`; PEFT's compile_kwargs are ignored.
     """
-    with _temporary_lora(model, adapter_name, rank) as report:
+    with _temporary_lora(model, adapter_name, rank, progressbar) as report:
         return model.peft_config[report.adapter], get_peft_model_state_dict(model, adapter_name=report.adapter)
 
 
@@ -217,15 +230,22 @@ def save_as_lora(
     compile_kwargs: Any = None,
 ) -> LoraReport:
     """Write a LoRA that approximates an adapter into the folder `path`; see `convert_to_lora`."""
-    with _temporary_lora(model, adapter_name, rank) as report:
+    with _temporary_lora(model, adapter_name, rank, progressbar) as report:
         save_adapter(model, Path(path), report.adapter)
         return report
 
 
 @contextmanager
-def _temporary_lora(model: Any, adapter: str, rank: float) -> Iterator[LoraReport]:
+def _temporary_lora(model: Any, adapter: str, rank: float, progressbar: bool) -> Iterator[LoraReport]:
+    config = getattr(model, "peft_config", {}).get(adapter)
+    if config is None or config.is_prompt_learning or config.is_adaption_prompt:
+        # PEFT's words.
+        message = "Could not detect any layer that supports LoRA conversion"
+        raise NotConvertible(message, "a model with an adapter that changes weights")
+    if config.name == "lora":
+        warnings.warn("Converting a PEFT adapter to LoRA that is already a LoRA adapter changes its rank", stacklevel=4)
     names = (f"{adapter}_as_lora{'_' * n}" for n in range(len(model.peft_config) + 1))
-    report = model.to_lora(adapter, rank, next(n for n in names if n not in model.peft_config))
+    report = model.to_lora(adapter, rank, next(n for n in names if n not in model.peft_config), progressbar)
     try:
         yield report
     finally:
@@ -436,4 +456,4 @@ def _make_lora_config(
 
 def _not_a_weight_change(adapter: str, name: str, why: str) -> UsageError:
     message = f"adapter {adapter!r} cannot become a LoRA, at {name or 'the model'}: {why}"
-    return UsageError(message, "an adapter that only changes weights of linear layers and embeddings")
+    return NotConvertible(message, "an adapter that only changes weights of linear layers and embeddings")

@@ -479,6 +479,10 @@ def save_adapter(
     tensors, metadata = adapter_tensor_info(model, adapter, state_dict, save_embedding_layers)
     tensors = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
     config = model.peft_config[adapter]
+    if flat := [k for k, t in tensors.items() if k.endswith(("lora_A.weight", "lora_B.weight")) and t.dim() < 2]:
+        # PEFT's words come first.
+        text = "DeepSpeed ZeRO-3 / FSDP shards are saved instead of whole tensors, which no base can load"
+        warnings.warn(f"{text}: {format_names(flat)}. Gather the parameters first.", PeftWarning, stacklevel=3)
     if convert_start:
         modules = model.adapter_modules(adapter)
         config, converted = config.convert_start(modules)

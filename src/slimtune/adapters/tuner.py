@@ -6,6 +6,7 @@ Here the tuner is no object of its own: `peft_model.base_model` is the backbone,
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from ..utils.peft_functions import DUMMY_MODEL_CONFIG
 from .config import PeftConfig
 from .model import PeftMixedModel, PeftModel, Tuner, TunerNames, get_peft_model
 from .peft_layers import BaseTunerLayer
+from .targets import select_targets
 
 
 class TunerType(type):
@@ -173,13 +175,26 @@ def inject_adapter_in_model(
         if not keys:
             raise UsageError(f"state_dict has no tensors of {peft_config.name}", f"keys with {start!r}")
         # A pattern, which matches whole names: a list would also match their endings.
-        pattern = "|".join(re.escape(name) for name in dict.fromkeys(k.split(start)[0] for k in keys))
-        vars(peft_config)["target_modules"] = pattern
+        names = dict.fromkeys(k.split(start)[0] for k in keys)
+        _warn_about_targets(peft_config, model, names)
+        pattern = "|".join(re.escape(name) for name in names)
+        vars(peft_config).update(target_modules=pattern, exclude_modules=None)
     if not isinstance(model, PeftModel):
         return get_peft_model(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
     model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
     model.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
+
+
+def _warn_about_targets(config: PeftConfig, model: nn.Module, names: Iterable[str]) -> None:
+    """Warn where the modules that a config targets are not those whose tensors are given; PEFT's words."""
+    targeted, given = set(select_targets(model, config, strict=False).adapted), set(names)
+    more = [("PEFT config", targeted - given), ("state_dict", given - targeted)]
+    found = [f"The {who} contained these additional target modules: {sorted(extra)}. " for who, extra in more if extra]
+    if found:
+        text = "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+        text += "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
+        warnings.warn(text + "".join(found), RuntimeWarning, stacklevel=3)
 
 
 def set_adapter(

@@ -11,6 +11,7 @@ Paper: https://arxiv.org/abs/2103.10385. File format: PEFT's `prompt_embeddings 
 E and f as `prompt_encoder.…`, so that training can continue. A file without them (PEFT's) loads as a table P.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -64,7 +65,7 @@ class PromptEncoderConfig(PromptLearningConfig):
 class PromptEncoder(nn.Module):
     """`n` embeddings through a small network, created in PEFT's order: one seed gives the same in both libraries."""
 
-    def __init__(self, config: Any, device: torch.device) -> None:
+    def __init__(self, config: Any, device: torch.device | None = None) -> None:
         super().__init__()
         n = config.num_virtual_tokens * config.num_transformer_submodules
         hidden, h = config.token_dim, config.encoder_hidden_size
@@ -75,6 +76,10 @@ class PromptEncoder(nn.Module):
             layers, p = config.encoder_num_layers, config.encoder_dropout
             self.lstm_head = nn.LSTM(hidden, h, layers, dropout=p, bidirectional=True, batch_first=True, device=device)
             sizes = [(2 * h, 2 * h), (2 * h, hidden)]
+        elif config.encoder_num_layers != 2:
+            # PEFT's words.
+            text = "the argument `encoder_num_layers` is ignored. Exactly 2 MLP layers are used."
+            warnings.warn(f"for {config.encoder_reparameterization_type}, {text}", stacklevel=2)
         linears = [nn.Linear(*size, device=device) for size in sizes]
         self.mlp_head = nn.Sequential(linears[0], *(m for linear in linears[1:] for m in (nn.ReLU(), linear)))
 
