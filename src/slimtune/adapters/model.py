@@ -655,7 +655,7 @@ TASK_MODELS: dict[str, type[PeftModel]] = {
 def _require_one_with_biases(configs: Iterable[Any]) -> None:
     """Raise if two new adapters would train the base's biases, as PEFT does."""
     if sum(getattr(c, "bias", "none") != "none" for c in configs) > 1:
-        message = "only 1 adapter with bias is supported. When using multiple adapters, set bias to 'none' for all"
+        message = "slimtune supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for all"
         raise UsageError(message, hint="adapters with biases that were saved can be loaded together: load_adapter")
 
 
