@@ -376,6 +376,7 @@ SOUND = {
     "Ollama on a machine without a GPU": {
         "programs": {**OLLAMA, "ollama ps": OLLAMA_PS + "qwen3:4b  1  3 GB  100% CPU  4096  now"}
     },
+    "half a quota": {"files": {"sys/fs/cgroup/cpu.max": "100000", "sys/fs/cgroup/memory.max": "-1"}},
     "second GPU chosen": {**HEALTHY, "smi": f"{RTX_4090}\n{RTX_4090}", "environment": {"CUDA_VISIBLE_DEVICES": "1"}},
 }
 

@@ -243,7 +243,7 @@ def check_hidden_gpus(facts: MachineFacts) -> Finding | None:
     for name in names:
         value = facts.environment.get(name)
         first = (value or "").partition(",")[0].strip()
-        if value is not None and (not first or first == "-1" or (first.isdigit() and int(first) >= count)):
+        if value is not None and (not first or first == "-1" or (first.isdecimal() and int(first) >= count)):
             problem = f"{name} hides the {'GPU' if count == 1 else 'GPUs'}"
             evidence = f"{name}={value!r}, and there {'is 1 GPU' if count == 1 else f'are {count} GPUs'}"
             return Finding(problem, evidence, (f"unset {name}",), "cuda-visible-devices")

@@ -231,7 +231,7 @@ def _list_pci_gpus(root: Path, run: Callable[..., str]) -> tuple[PciGpu, ...]:
                 vendor,
                 re.sub(r" \(rev \w+\)$", "", name),
                 os.path.basename(os.path.realpath(driver)) if driver.exists() else "",
-                int(memory) if memory.isdigit() else None,
+                int(memory) if memory.isdecimal() else None,
             )
         )
     return tuple(found)
@@ -253,8 +253,8 @@ def _ask_nvidia_smi(run: Callable[..., str]) -> tuple[str, tuple[SmiGpu, ...]]:
         if len(row) != 5 or not re.match(r"\d+\.", row[1]):
             continue
         major, _, minor = row[2].partition(".")
-        total, used = (int(cell) << 20 if cell.isdigit() else 0 for cell in row[3:])  # [N/A] where memory is shared
-        capability = (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+        total, used = (int(cell) << 20 if cell.isdecimal() else 0 for cell in row[3:])  # [N/A] where memory is shared
+        capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
         gpus.append(SmiGpu(row[0], row[1], capability, total, used))
     return ("" if gpus else text), tuple(gpus)
 
@@ -325,13 +325,14 @@ def _read_cgroup(root: Path) -> dict[str, object]:
     quota = _read(group / "cpu.max").split()
     if not quota:
         quota = [_read(group / f"cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
-    share = int(quota[0]) / int(quota[1]) if all(part.isdigit() for part in quota) and int(quota[0]) else None
+    numbers = [int(part) for part in quota if part.isdecimal()]
+    share = numbers[0] / numbers[1] if len(numbers) == 2 and all(numbers) else None
     kills = re.search(r"^oom_kill (\d+)", _read(group / "memory.events"), re.MULTILINE)
-    has_limit = limit.isdigit() and int(limit) < 1 << 60  # version 1 writes a huge number for none
+    has_limit = limit.isdecimal() and int(limit) < 1 << 60  # version 1 writes a huge number for none
     return {
         "cpu_quota": share,
         "memory_limit_bytes": int(limit) if has_limit else None,
-        "memory_limit_used_bytes": int(used) if has_limit and used.isdigit() else None,
+        "memory_limit_used_bytes": int(used) if has_limit and used.isdecimal() else None,
         "oom_kills": int(kills[1]) if kills else 0,
     }
 
