@@ -245,6 +245,7 @@ def test_wrong_calls_are_refused():
     shake(model)
     for act, message in [
         (lambda: get_peft_model(model, LoraConfig()), "already has adapters: 'default'"),
+        (lambda: get_peft_model(None, LoraConfig()), "the base is a NoneType"),
         (lambda: get_peft_model(llama(), PeftConfig()), "is not the config of a method"),
         (lambda: model.set_adapter([]), "no adapter is given"),
     ]:

@@ -106,8 +106,10 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
         low_cpu_mem_usage: bool = False,
         revision: str | None = None,
     ) -> Any:
-        if model is None:
+        if model is None and peft_config is None:
             return object.__new__(cls)  # an empty object, which copying and pickle fill
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"the base is a {type(model).__name__}", "a torch module, such as a transformers model")
         peft_config.revision = revision or peft_config.revision
         given, own = peft_config.base_model_name_or_path, getattr(model, "name_or_path", None)
         if given and own and given != own:
