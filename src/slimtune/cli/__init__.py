@@ -14,8 +14,10 @@ import typer
 from .. import __version__
 from ..errors import UsageError
 from ..utils.streams import TolerantStream
+from .choose import choose
 from .common import CommandGroup
 from .compare import compare
+from .cost import cost
 from .data import data_report
 from .doctor import doctor
 from .eval import eval_run
@@ -26,6 +28,7 @@ from .generate import chat, generate
 from .gpus import gpus
 from .merge import merge_run
 from .methods import methods
+from .models import models
 from .options import GroupedCommand, add_trust_flag
 from .plan import plan
 from .push import push_run
@@ -34,8 +37,8 @@ from .train import train_run
 from .verify import verify_run
 
 FUNCTIONS = (
-    plan, gpus, data_report, train_run, eval_run, report_run, compare, generate, chat, merge_run, export_run,
-    verify_run, push_run, methods, doctor, explain,
+    plan, choose, cost, gpus, models, data_report, train_run, eval_run, report_run, compare, generate, chat, merge_run,
+    export_run, verify_run, push_run, methods, doctor, explain,
 )  # fmt: skip
 LOAD_RUN = (eval_run, generate, chat, merge_run, export_run, verify_run, push_run)
 """The commands that load the base of a run, whose folder may come from somebody else."""

@@ -2,7 +2,16 @@
 
 EXAMPLES = {
     "plan": ("slimtune plan llama-3.1-8b --gpu rtx-4090", "slimtune plan recipe.yaml --method lora,ia3"),
-    "gpus": ("slimtune gpus --kind laptop,mac", "slimtune gpus --for llama-3.1-8b --quantization nf4"),
+    "choose": (
+        "slimtune choose llama-3.1-8b --quantization nf4 --budget 1500",
+        "slimtune choose recipe.yaml --hours 10 --kind laptop,mac,rent",
+    ),
+    "cost": (
+        "slimtune cost llama-3.1-8b --gpu rtx-3090 --quantization nf4 --runs 20",
+        "slimtune cost recipe.yaml --gpu 'm4 max 128gb' --kwh-price 0.3",
+    ),
+    "models": ("slimtune models", "slimtune models --family qwen3"),
+    "gpus": ("slimtune gpus rtx-3090 rtx-4090 'm4 max 128gb'", "slimtune gpus --for llama-3.1-8b --quantization nf4"),
     "data": (
         "slimtune data rows.jsonl --model smollm2-135m",
         "slimtune data rows.csv --model smollm2-135m --html rows.html",

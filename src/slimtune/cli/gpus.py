@@ -6,39 +6,50 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from ..errors import UsageError, format_names, nearest
-from ..utils.formatting import format_bytes
+from ..utils.formatting import format_bytes, format_count
 from .common import WARNING, Json, console, print_fields, table
 from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans, require_job
+from .machines import list_machine_sources, machine_rows
 from .options import recipe_flags
-from .plan import describe_run, format_range
+from .plan import MILLION, describe_run, format_range
 
+MOST = 5
+"""GPUs side by side on a screen of 80 columns."""
 KIND_HELP = "Kinds to show, parted by commas: desktop, laptop, workstation, datacentre, mac, mini."
 
 
 @recipe_flags(*JOB_SETTINGS)
 def gpus(
     settings: dict[str, Any],
-    name: Annotated[str | None, Argument(metavar="GPU", help="Show this GPU's figures and their sources.")] = None,
+    names: Annotated[
+        list[str] | None,
+        Argument(metavar="[GPU]...", help="Show this GPU's figures and their sources, or two to five side by side."),
+    ] = None,
     job: Annotated[
         str | None,
         Option("--for", metavar="MODEL|RECIPE.yaml", help="Show the GPUs that can train this, smallest first."),
     ] = None,
     kind: Annotated[str | None, Option(metavar="KINDS", help=KIND_HELP)] = None,
+    kwh_price: Annotated[float | None, Option(min=0, help="Dollars for a kWh, to compare GPUs by electricity.")] = None,
     sources: Annotated[bool, Option("--sources", help="Show each GPU's source, and when it was checked.")] = False,
     as_json: Json = False,
 ) -> dict[str, Any]:
-    """List the GPUs that plans know, or those that can train a run (with the flags of `slimtune plan`)."""
+    """List the GPUs that plans know, compare some, or list those that can train a run (with the flags of `plan`)."""
     if job is None and settings:
         raise UsageError(f"{next(iter(settings))} describes a run", "a run to plan", "--for MODEL or --for RECIPE.yaml")
     from ..planning.gpus import all_gpus, find_gpu
 
-    if name is not None:
-        if job is not None or kind is not None:
-            raise UsageError(f"{name!r} and {'--for' if job else '--kind'} are both given", "one of them")
-        card = find_gpu(name)
-        if not as_json:
-            print_fields(_describe_gpu(card))
-        return {"cards": [_to_dict(card)]}
+    if names:
+        if kind is not None:
+            raise UsageError(f"{names[0]!r} and --kind are both given", "one of them")
+        if len(names) > MOST:
+            raise UsageError(f"{len(names)} GPUs to compare", f"{MOST} at most")
+        found = [find_gpu(name) for name in names]
+        if len(found) == 1 and job is None:
+            if not as_json:
+                print_fields(_describe_gpu(found[0]))
+            return {"cards": [_to_dict(found[0])]}
+        return _compare(found, job, settings, kwh_price, sources=sources, as_json=as_json)
     known = list(dict.fromkeys(c.kind for c in all_gpus()))
     kinds = known if kind is None else [part.strip().lower() for part in kind.split(",")]
     for unknown in (k for k in kinds if k not in known):
@@ -74,9 +85,9 @@ def gpus(
     untrained = [c.name for c in cards if not c.trains]
     cards = sorted((c for c in cards if c.trains), key=lambda c: c.memory)
     # The run is planned once for each class of GPUs, on its largest.
-    largest = {_gpu_class(card, jobs): card for card in cards}
+    largest = {gpu_class(card, jobs): card for card in cards}
     plans = {key: make_plans(jobs, card, advise=False)[0][0] for key, card in largest.items()}
-    judged = [(card, plan := plans[_gpu_class(card, jobs)], judge_memory(plan.need, card.usable)) for card in cards]
+    judged = [(card, plan := plans[gpu_class(card, jobs)], judge_memory(plan.need, card.usable)) for card in cards]
     if not as_json:
         screen = console()
         for (device, bf16), plan in plans.items():
@@ -108,6 +119,40 @@ def gpus(
     }
 
 
+def _compare(
+    cards: Sequence[Any], job: str | None, settings: dict[str, Any], kwh_price: float | None, *, sources: bool,
+    as_json: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Show GPUs side by side, and what a run takes on each."""
+    from ..planning.machines import describe_machine
+
+    tokens, model = 0, None
+    plans: list[Any] = [None] * len(cards)
+    if job is not None:
+        require_job(job, settings)
+        jobs = load_jobs(job, settings)
+        if len(jobs.recipes) > 1 or jobs.errors:
+            raise UsageError("--for got several methods", "one run", "--method lora")
+        tokens, model = jobs.tokens or MILLION, jobs.model.name
+        plans = [make_plans(jobs, card, advise=False)[0][0] if card.trains else None for card in cards]
+    machines = [
+        describe_machine(card, plan, tokens=tokens, dollars_per_kwh=kwh_price or None)
+        for card, plan in zip(cards, plans, strict=True)
+    ]
+    if not as_json:
+        run = None if job is None else "a million tokens" if tokens == MILLION else f"{format_count(tokens)} tokens"
+        screen = console()
+        made = table("", *(card.name for card in cards), rows=machine_rows(machines, run))
+        made.padding = (0, 1, 0, 0)
+        screen.print(made)
+        if any(m.price is not None for m in machines):
+            screen.print("\nprices: paid ones where some were found, else at the launch; --sources shows each")
+        if sources:
+            screen.print()
+            print_fields(list_machine_sources(machines))
+    return {"model": model, "tokens": tokens or None, "machines": [machine.to_dict() for machine in machines]}
+
+
 def _list_sources(cards: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """Yield where the figures of each GPU are from, and when they were read there."""
     from ..planning.gpus import format_checked
@@ -127,6 +172,7 @@ def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:
     """Yield the figures of one GPU, its prices and their sources."""
     from ..models.gpu_support import NO_XPU
     from ..planning.gpus import format_checked
+    from ..planning.machines import purchases
     from ..planning.throughput import prices
 
     yield "GPU", f"{card.name}, {card.kind}, {card.vendor} {card.architecture}"
@@ -139,13 +185,17 @@ def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:
     yield "weights held in", "bfloat16" if card.bf16 else "float32, unless --dtype says otherwise"
     if card.watts is not None:
         yield "power", f"{card.watts:.0f} W"
+    if card.released:
+        yield "released", card.released
     yield "source", card.source
     yield "checked", format_checked(card.checked)
+    for bought in purchases(card.name):
+        yield "price", f"{bought.dollars:.0f} $, {bought.condition}, {format_checked(bought.date)}: {bought.source}"
     for p in prices(card.name):
         yield "rent", f"{p.dollars_per_hour} $/h, {p.provider}, {format_checked(p.date)}: {p.source}"
 
 
-def _gpu_class(card: Any, jobs: Jobs) -> tuple[str, bool]:
+def gpu_class(card: Any, jobs: Jobs) -> tuple[str, bool]:
     """Return what a plan depends on beside the memory: the kind of device, and the dtype if the GPU decides it."""
     (recipe,) = jobs.recipes.values()
     return card.device, card.bf16 or recipe.model.dtype != "auto"
@@ -155,6 +205,7 @@ def _to_dict(card: Any) -> dict[str, Any]:
     names = (
         "name",
         "kind",
+        "released",
         "vendor",
         "architecture",
         "bf16",

@@ -21,8 +21,8 @@ from .fsdp import shard_base, shard_trace
 from .gpus import Gpu
 from .memory_trace import StepTrace
 from .request import MAX_SEQ_LEN, PlanRequest, TrainingJob
-from .result import PARTS, Advice, Plan, Range, Verdict, add_ranges
-from .throughput import estimate_tokens_per_second
+from .result import PARTS, Advice, Plan, Range, Verdict, Workload, add_ranges
+from .throughput import estimate_speed
 
 RUNTIME = {"cuda": Range(0.25e9, 0.75e9), "mps": Range(0.2e9, 1.0e9), "cpu": Range(0.45e9, 0.8e9)}
 """Bytes outside tensors: a CUDA context and loaded kernels; on a CPU, Python and its libraries."""
@@ -117,7 +117,7 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
                     (3 * max(adapter_bytes, optimizer_bytes, extra_bytes), "as a checkpoint is written")]  # fmt: skip
     host_bytes, host_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
-    optimizer_step_bytes = 2 * optimizer_bytes + 3 * adapters
+    work = Workload(trace.operator_counts, sum(job.lengths), 2 * optimizer_bytes + 3 * adapters, job.micro_batches)
     plan = Plan(
         model=request.model.name,
         method=request.method.name,
@@ -143,13 +143,8 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
         reason=explain_verdict(request, verdict, parts, need, usable),
         max_seq_len=largest_fitting(lambda n: fits((n,) * len(job.lengths)), positions or MAX_SEQ_LEN),
         max_batch_size=largest_fitting(lambda n: fits((max(job.lengths),) * n), MAX_BATCH_SIZE),
-        tokens_per_second=estimate_tokens_per_second(
-            trace.operator_counts,
-            gpu,
-            sum(job.lengths),
-            optimizer_step_bytes=optimizer_step_bytes,
-            micro_batches=job.micro_batches,
-        ),
+        tokens_per_second=estimate_speed(work, gpu),
+        work=work,
         evidence=list_evidence(request, host_moment),
         notes=[*list_notes(request, job), *packing_notes],
     )

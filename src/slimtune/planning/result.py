@@ -19,6 +19,15 @@ class Range(NamedTuple):
     high: float
 
 
+class Workload(NamedTuple):
+    """What a run computes, from which its speed on any GPU follows (`throughput.estimate_tokens_per_second`)."""
+
+    operator_counts: Any  # how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch
+    tokens: int  # trained in one micro-batch
+    optimizer_step_bytes: int  # that the optimizer moves in a step
+    micro_batches: int  # in an optimizer step
+
+
 @dataclass(frozen=True)
 class Advice:
     """One change that saves memory."""
@@ -59,6 +68,7 @@ class Plan:
     tokens_per_second: Range | None  # trained ones; None if the GPU's rates are unknown
     advice: list[Advice] = field(default_factory=list)  # changes that save memory, the best first
     evidence: dict[str, str] = field(default_factory=dict)  # by field, with a note where there is one
+    work: Workload | None = field(default=None, repr=False, compare=False)
     notes: list[str] = field(default_factory=list)  # what the GPU's dtypes and software, or the base's positions, cost
 
     @property
@@ -73,7 +83,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain values; ranges as `{"low", "high"}`."""
         advice = [dataclasses.asdict(a) for a in self.advice]
-        return fields_as_dict(self, trainable_fraction=self.trainable_fraction, need_bytes=self.need, advice=advice)
+        values = fields_as_dict(self, trainable_fraction=self.trainable_fraction, need_bytes=self.need, advice=advice)
+        del values["work"]
+        return values
 
 
 def add_ranges(*ranges: Range) -> Range:

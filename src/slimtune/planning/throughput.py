@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UsageError
 from .gpus import Gpu
-from .result import Range, fields_as_dict
+from .result import Range, Workload, fields_as_dict
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,17 @@ def estimate_tokens_per_second(
         rate = gpu.rates.get(str(dtype).removeprefix("torch.")) or gpu.rates["float32"]
         seconds += count * max(operations / rate, moved / bandwidth, KERNEL_LAUNCH_S)
     return Range(UTILIZATION.low * tokens / seconds, UTILIZATION.high * tokens / seconds)
+
+
+def estimate_speed(work: Workload, gpu: Gpu) -> Range | None:
+    """Return trained tokens a second of a run on a GPU; None if the GPU's rates are unknown."""
+    return estimate_tokens_per_second(
+        work.operator_counts,
+        gpu,
+        work.tokens,
+        optimizer_step_bytes=work.optimizer_step_bytes,
+        micro_batches=work.micro_batches,
+    )
 
 
 def estimate_cost(

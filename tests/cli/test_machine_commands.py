@@ -1,0 +1,71 @@
+"""`slimtune gpus A B`, `choose`, `cost` and `models`. The planner is replaced: an 8B that needs 19 GiB."""
+
+import pytest
+
+from slimtune.models.registry import load_known_configs
+
+
+@pytest.fixture(autouse=True)
+def requests(replace_planner) -> list:
+    return replace_planner()
+
+
+def test_side_by_side(slimtune, slimtune_json, requests):
+    done = slimtune("gpus", "RTX 3090", "m4 max 128 gb")
+    assert done.stdout.splitlines()[0].split() == ["rtx-3090", "m4-max-128gb"]
+    assert requests == []
+    job = ("--for", "llama-3.1-8b", "--kwh-price", 0.3)
+    machines = slimtune_json("gpus", "RTX 3090", "m4 max 128 gb", *job)["machines"]
+    assert [(m["card"], m["verdict"]) for m in machines] == [("rtx-3090", "fits"), ("m4-max-128gb", "fits")]
+    assert machines[0]["cost"]["power"]["high"] > 0
+    assert max(map(len, slimtune("gpus", "RTX 3090", "m4-max-128gb", *job).stdout.splitlines())) <= 84
+
+
+def test_choose_ranks_by_price(slimtune, slimtune_json, requests):
+    result = slimtune_json("choose", "llama-3.1-8b", "--kind", "desktop,rent", "--budget", 2500)
+    prices = [m["price"]["high"] for m in result["buy"]]
+    assert prices == sorted(prices)
+    assert max(prices) <= 2500
+    assert {m["verdict"] for m in result["buy"] + result["rent"]} == {"fits"}
+    assert all(r.max_tokens == 1 for r in requests)
+    text = slimtune("choose", "llama-3.1-8b", "--kind", "desktop").stdout
+    assert f"to buy: {result['buy'][0]['card']} is the cheapest that fits" in text
+    assert "to rent" not in text
+
+
+def test_choose_finds_none(slimtune):
+    done = slimtune("choose", "llama-3.1-8b", "--kind", "laptop", "--budget", 10)
+    assert done.exit_code == 1
+    assert "none has the memory within the limits" in done.stdout
+
+
+def test_cost(slimtune, slimtune_json):
+    args = ("cost", "llama-3.1-8b", "--gpu", "rtx-3090", "--tokens", 3_600_000, "--kwh-price", 0.5)
+    result = slimtune_json(*args, "--price", 900, "--rent", 2)
+    assert result["rent"] == [{"name": "rent, 2.0 $/h", "run": {"low": 1.0, "high": 2.0}}]
+    assert result["runs_to_break_even"]["low"] == pytest.approx(900 / (2 - 0.0525))
+    assert result["services"][0]["service"] == "Together AI, LoRA"
+    assert "buying is cheaper than the cheapest rent after" in slimtune(*args).stdout
+    assert "--rent is not given" in slimtune("cost", "llama-3.1-8b", "--gpu", "m4-max-128gb").stdout
+
+
+def test_models(slimtune_json):
+    assert {m["name"] for m in slimtune_json("models")["models"]} == set(load_known_configs())
+    llama = next(m for m in slimtune_json("models", "--family", "llama")["models"] if m["name"] == "llama-3.1-8b")
+    assert (llama["gated"], llama["released"], llama["context"]) == (True, "2024-07", 131072)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("gpus", *["t4"] * 6), "6 GPUs to compare"),
+        (("gpus", "t4", "l4", "--kind", "mac"), "--kind are both given"),
+        (("choose", "llama-3.1-8b", "--kind", "desktops"), "did you mean 'desktop'"),
+        (("cost", "llama-3.1-8b", "--gpu", "arc-b580"), "does not train on Intel GPUs"),
+        (("models", "--family", "nope"), "no base of the family 'nope'"),
+    ],
+)
+def test_wrong_use(slimtune, args, message):
+    done = slimtune(*args)
+    assert done.exit_code == 2
+    assert message in done.stderr
