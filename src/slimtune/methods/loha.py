@@ -156,7 +156,7 @@ class LinearLoHa(LycorisModule):
         if not hasattr(self, "hada_t1"):
             return self.scale * _multiply(*self._get_factors(dtype))
         w1a, w1b, w2a, w2b = self._get_factors(dtype)
-        t1, t2 = (self.get_parameter(f"hada_{name}").to(dtype) for name in ("t1", "t2"))
+        t1, t2 = (getattr(self, f"hada_{name}").to(dtype) for name in ("t1", "t2"))  # tensors under FSDP1
         return self.scale * rebuild_kernel(t1, w1a, w1b) * rebuild_kernel(t2, w2a, w2b)
 
     def _get_factors(self, dtype: torch.dtype) -> list[Tensor]:
