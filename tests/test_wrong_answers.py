@@ -196,6 +196,7 @@ CASES: list[Case] = [
     #
     # Method settings
     Case("star", {}, f'{SET_METHOD}target_modules="*.q_proj"\'', 2, "'*.q_proj' is not a regular expression"),
+    Case("star-path", {}, f'{SET_METHOD}target_modules="*.q_proj"\'', 2, "method.target_modules: '*.q_proj' is not a"),
     Case("star-hint", {}, f'{SET_METHOD}target_modules="*.q_proj"\'', 2, "a list of names: [q_proj]"),
     Case("star-unquoted", {}, f"{SET_METHOD}target_modules=*.q_proj'", 2, "needs quotes"),
     Case("parenthesis", {}, f"{SET_METHOD}target_modules=(q_proj'", 2, "unterminated subpattern at position 0"),

@@ -161,11 +161,13 @@ def to_user_error(error: BaseException) -> SlimtuneError | None:
 def _print_warnings() -> Iterator[None]:
     """Print warnings of this package as one line, without file and line number."""
     with warnings.catch_warnings():
-        default = warnings.showwarning
+        default, shown = warnings.showwarning, set()
 
         def show(message: Any, category: Any, filename: str, *rest: Any) -> None:
             if Path(filename).is_relative_to(PACKAGE):
-                error_console().print(f"warning: {message}", style=WARNING)
+                if str(message) not in shown:  # a recipe is read several times
+                    error_console().print(f"warning: {message}", style=WARNING)
+                shown.add(str(message))
             else:
                 default(message, category, filename, *rest)
 

@@ -88,10 +88,11 @@ def _find_errors(settings: dict[str, Any], cls: Any) -> list[FieldError]:
             type.__call__(cls, **settings).check_required()
             return errors
         except ConfigError as e:
-            name, expected = e.message.split(" ", 1)[0].strip("`"), "; ".join(filter(None, (e.expected, e.hint)))
+            name, expected = e.message.split(" ", 1)[0].strip("`:"), "; ".join(filter(None, (e.expected, e.hint)))
             if name not in settings:
                 return [*errors, FieldError("method", e.message, expected)]
-            errors.append(FieldError(f"method.{name}", e.message.replace(f"{name} is ", "got ", 1), expected))
+            message = e.message.removeprefix(f"{name}: ").replace(f"{name} is ", "got ", 1)
+            errors.append(FieldError(f"method.{name}", message, expected))
             default, value = cls.recipe_defaults.get(name), settings.pop(name)
             if default is not None and not callable(default) and value not in (None, default):
                 settings[name] = default  # a required field must stay
