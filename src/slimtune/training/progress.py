@@ -73,7 +73,8 @@ class ProgressLogger:
         if not self.enabled:
             return
         text = escape_controls(text)  # of rows and names, for the terminal and whoever shows the log on one
-        self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        screen = self.progress.console  # a terminal gets lines of whole words, a pipe long lines
+        screen.print(text, highlight=False, markup=False, soft_wrap=not screen.is_terminal)
         try:
             with self.run.log_file.open("a") as f:
                 f.write(time.strftime("%H:%M:%S ") + text + "\n")
