@@ -11,6 +11,7 @@ from slimtune.config import load_recipe
 from slimtune.errors import UsageError
 from slimtune.methods import method_names
 from slimtune.models.loader import load_tokenizer
+from slimtune.planning import gpus
 from slimtune.planning.gpus import find_gpu, gpu_with_memory
 from slimtune.planning.request import build_request
 from slimtune.planning.this_machine import detect_gpu
@@ -281,6 +282,11 @@ def test_json(slimtune_json):
 def test_published_prices_have_a_date(slimtune):
     text = " ".join(slimtune(*BASE).stdout.split())
     assert "(spot prices of 2026-03-10, older than 180 days)" in text
+
+
+def test_old_figures_of_a_card_are_named(slimtune, monkeypatch):
+    monkeypatch.setattr(gpus, "is_old", lambda _: True)
+    assert "figures of rtx-3090 are of 2026-11-25, older than 180 days" in slimtune(*BASE).stdout
 
 
 @pytest.mark.parametrize(

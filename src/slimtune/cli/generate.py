@@ -143,7 +143,7 @@ def _read_lines() -> Iterator[str | None]:
         if text == "/help":
             _print_note(COMMANDS)
         elif re.fullmatch(r"/[a-z]\w*", text) and text != "/new":
-            _print_note(f"there is no command {text}{nearest(text, NAMES)}; {COMMANDS}")
+            _print_note(f"there is no command {text}{nearest(text, NAMES)}\n{COMMANDS}")
         elif text:
             yield None if text == "/new" else text.removeprefix("/") if text.startswith("//") else text
 

@@ -76,7 +76,7 @@ def plan(
     if "model.device" in settings and (gpu is not None or vram is not None):
         other = "--gpu" if gpu is not None else "--vram"
         raise UsageError(f"--device and {other} are both given", "one of them: --device is one of this machine's")
-    from ..planning.gpus import find_gpu, gpu_with_memory, require_trains
+    from ..planning.gpus import find_gpu, format_checked, gpu_with_memory, is_old, require_trains
     from ..reporting.charts import require_figure_path
 
     card = find_gpu(gpu) if gpu is not None else gpu_with_memory(vram) if vram is not None else None
@@ -114,6 +114,8 @@ def plan(
         screen = console()
         for part in _render_answer(plans[0], tokens, costs[0]) if len(plans) == 1 else [_plans_table(plans)]:
             screen.print(part)
+        if card.checked and is_old(card.checked):
+            screen.print(f"note: figures of {card.name} are of {format_checked(card.checked)}: --sources has them")
         if details and len(plans) == 1:
             for part in _render_details(plans[0], tokens, costs[0], card):
                 screen.print(part)
