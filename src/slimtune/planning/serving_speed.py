@@ -48,7 +48,7 @@ DECODING = {
     ("llama.cpp", "nvidia"): Decoding(0.85, 55e-6, Range(0.84, 1.22), 74),
     ("llama.cpp", "nvidia hbm"): Decoding(0.60, 100e-6, Range(0.82, 1.15), 9),
     ("llama.cpp", "amd"): Decoding(0.87, 70e-6, Range(0.84, 1.10), 23),
-    ("llama.cpp", "apple m1, m2"): Decoding(0.72, 155e-6, Range(0.65, 1.20), 11),
+    ("llama.cpp", "apple m1, m2"): Decoding(0.72, 155e-6, Range(0.65, 1.20), 14),
     ("llama.cpp", "apple"): Decoding(0.90, 90e-6, Range(0.80, 1.08), 22),
     # Two runs of vLLM were found (A100: 0.78 of the bandwidth, RTX 4090: 0.66), too few to fit.
     ("vllm", "nvidia"): Decoding(0.80, 40e-6, Range(0.75, 1.15), 0),
@@ -56,10 +56,10 @@ DECODING = {
     ("vllm", "amd"): Decoding(0.70, 60e-6, Range(0.6, 1.2), 0),
 }
 PREFILL = {
-    ("llama.cpp", "nvidia"): Prefill(1.4, "float32", Range(0.6, 1.65), 38),
-    ("llama.cpp", "nvidia hbm"): Prefill(0.25, "float16", Range(0.55, 1.45), 8),
+    ("llama.cpp", "nvidia"): Prefill(1.4, "float32", Range(0.6, 1.65), 37),
+    ("llama.cpp", "nvidia hbm"): Prefill(0.25, "float16", Range(0.55, 1.45), 9),
     ("llama.cpp", "amd"): Prefill(0.66, "float32", Range(0.8, 1.2), 3),
-    ("llama.cpp", "apple m1, m2"): Prefill(0.58, "float32", Range(0.74, 1.28), 8),
+    ("llama.cpp", "apple m1, m2"): Prefill(0.58, "float32", Range(0.74, 1.28), 12),
     ("llama.cpp", "apple"): Prefill(0.72, "float32", Range(0.82, 1.15), 5),
     ("vllm", "nvidia"): Prefill(0.5, "float16", Range(0.6, 1.4), 0),
     ("vllm", "nvidia hbm"): Prefill(0.5, "float16", Range(0.6, 1.4), 0),
