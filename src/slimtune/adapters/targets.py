@@ -103,7 +103,7 @@ def select_targets(model: nn.Module, config: PeftConfig, *, strict: bool = True)
         if not matched and not whole and not further:
             # PEFT's words come first.
             says = "All modules were excluded" if getattr(config, "exclude_modules", None) else ""
-            says = says or f"Target modules {targets!r} not found in the base model"
+            says = says or f"Target modules {targets} not found in the base model"
             raise _nothing_matches(f"{says}. target_modules={targets!r}", targets, modules)
         matched = _add_tied_modules(modules, config, matched, tied)
         kinds = {n: _get_kind(n, model, modules, config) for n in matched}
@@ -472,8 +472,6 @@ def _select_modules_to_save(modules: Modules, config: PeftConfig, strict: bool) 
 def _nothing_matches(what: str, wanted: list[str] | str, modules: Modules) -> TargetError:
     first = wanted if isinstance(wanted, str) else (wanted[0] if wanted else "")
     last_parts = dict.fromkeys(n.rsplit(".", 1)[-1] for n in modules)
-    if what.startswith("target_modules"):
-        what = f"Target modules {wanted} not found in the base model. {what}"  # PEFT's words
     return TargetError(f"{what} matches no module{nearest(first, [*last_parts, *modules])}", _describe_targets(modules))
 
 
