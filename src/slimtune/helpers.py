@@ -1,6 +1,6 @@
 """PEFT's helpers: signatures, checks, a LoRA's scale for the length of a `with`, and the choice of targets.
 
-KappaTune: https://arxiv.org/abs/2506.16289.
+KappaTune: https://github.com/oswaldoludwig/kappaTune.
 """
 
 import functools
