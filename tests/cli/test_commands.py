@@ -197,7 +197,7 @@ def test_train_from_flags(replace, slimtune, rows_file):
     assert callable(how.pop("planner"))
     assert how == {"resume": False, "init_adapter": None, "force": False}
     config = recipe.method_config()
-    assert (config.r, config.lora_alpha, config.target_modules) == (4, 6, ["q_proj"])
+    assert (config.r, config.lora_alpha, config.target_modules) == (4, 6, {"q_proj"})
     train, data, model = recipe.train, recipe.data, recipe.model
     assert (train.epochs, train.max_steps, train.learning_rate, train.batch_size) == (2.0, 9, 1e-3, 2)
     assert (train.seed, train.packing, train.report_to, recipe.output_dir) == (7, False, ["wandb"], Path("o"))
