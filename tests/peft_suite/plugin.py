@@ -2,15 +2,19 @@
 
 Environment: PEFT_SUITE_PATH, the folder whose `peft` is tested (the shim, or real PEFT); PEFT_SUITE_OUT, the file of
 JSON lines; PEFT_SUITE_TESTS, the folder of PEFT's tests; PEFT_SUITE_SKIP, JSON lines whose tests are not run. A test
-that needs the Hub is skipped, and one parametrized with a method that slimtune lacks is not run. With `--collect-only`
-there is a line for each test that would run.
+that needs the Hub is skipped, and one that makes the config of a method that slimtune lacks is not run. With
+`--collect-only` there is a line for each test that would run.
 """
 
+import ast
 import contextlib
+import functools
+import inspect
 import json
 import os
 import re
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -67,7 +71,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.nodeid in skipped:
             continue
-        missing = find_placeholder(getattr(getattr(item, "callspec", None), "params", {}))
+        missing = find_placeholder(getattr(getattr(item, "callspec", None), "params", {})) or find_config(item)
         if missing:
             write_row(id=item.nodeid, outcome="no method", text=missing)
         else:
@@ -83,6 +87,22 @@ def find_placeholder(value, depth=0):
         return value.path
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return next((f for f in (find_placeholder(v, depth + 1) for v in inner) if f), None) if depth < 4 else None
+
+
+def find_config(item):
+    """Return the path of a placeholder for a method's config that the test, or a method of its class, makes."""
+    called = find_called_names(item.function)
+    helpers = [getattr(item.cls, name, None) for name in called if item.cls is not None]
+    called |= set().union(*(find_called_names(f) for f in helpers if inspect.isfunction(f)))
+    found = (getattr(item.module, name, None) for name in sorted(called) if name.endswith("Config"))
+    return next((value.path for value in found if type(value).__name__ == "Placeholder"), None)
+
+
+@functools.cache
+def find_called_names(function):
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    calls = (n.func for statement in definition.body for n in ast.walk(statement) if isinstance(n, ast.Call))
+    return {getattr(f, "id", getattr(f, "attr", "")) for f in calls}
 
 
 def pytest_collectreport(report):
