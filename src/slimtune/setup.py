@@ -103,6 +103,7 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
             "train": checked.finish(file=data.train, model=model, validation=(str(data.validation), other)),
             "validation": other.finish(file=data.validation, model=model),
         }
+        recipe.method_config().check_rows(train)
         return Datasets(train, validation, test, train_report, validation_report, reports)
     count = round((len(train) + len(test)) * data.validation_fraction)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
@@ -110,6 +111,7 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
     held_out[order[: count if count < len(train) else 0].numpy()] = True
     reports = {"train": checked.finish(file=data.train, model=model), "validation": None}
     rest, validation = (train.select(np.flatnonzero(part)) for part in (~held_out, held_out))
+    recipe.method_config().check_rows(rest)
     return Datasets(rest, validation, test, train_report, None, reports)
 
 

@@ -149,3 +149,12 @@ def test_what_cannot_be_done_is_refused():
         model(inputs_embeds=torch.zeros(1, 2, 32, dtype=torch.float64))
     with pytest.raises(UsageError, match="a causal language model"):
         get_peft_model(t5(), LoraConfig(alora_invocation_tokens=[1]))
+
+
+def test_rows_without_the_invocation_are_named():
+    config = LoraConfig(**SETTINGS)
+    rows = [{"input_ids": [1, 5, 6, 7]}, {"input_ids": [5, 7, 6]}]
+    with pytest.warns(UserWarning, match=r"1 of 2 training rows do not contain alora_invocation_tokens \[5, 6\]"):
+        config.check_rows(rows)
+    with pytest.raises(UsageError, match=r"1 of 1 training rows .*: nothing would train"):
+        config.check_rows(rows[1:])

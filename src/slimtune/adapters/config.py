@@ -166,6 +166,9 @@ class PeftConfig(metaclass=_ConfigMeta):
     def check_model(self, model: nn.Module) -> None:
         """Raise UsageError if the method cannot adapt this model; called before the adapter is attached."""
 
+    def check_rows(self, rows: Sequence[Any]) -> None:
+        """Raise UsageError if training on these rows, dicts with `input_ids`, would change nothing."""
+
     def fill_from_model(self, model: nn.Module) -> None:
         """Fill in the fields that depend on the model, such as sizes; called when the adapter is attached."""
 

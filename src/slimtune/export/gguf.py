@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.export_formats import Factors, collect_low_rank_factors
+from ..adapters.export_formats import Factors, collect_low_rank_factors, get_export_formats
 from ..errors import AdapterError, ModelError, RunError, UsageError, format_names, nearest
 
 ADAPTER_DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16}
@@ -217,7 +217,7 @@ def get_lora_factors(model: Any, adapter: str = "default") -> dict[str, Factors]
         return {name: (A.detach(), B.detach(), scale) for name, (A, B, scale) in layers.items()}
     config = model.peft_config[adapter]
     hint = "export it merged: --merged, or slimtune merge; or turn it into a LoRA: --convert-to-lora RANK"
-    if not config.mergeable:
+    if not get_export_formats(model, adapter).merged:
         hint = f"{config.name} cannot be merged either: use it from slimtune (generate, chat) or Python"
     raise UsageError(
         f"the {config.name} adapter is not a LoRA of linear layers only: {format_names(other, 4) or 'it changes none'}",

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..adapters import state_dict
 from ..adapters.config import CONFIG_FILE
 from ..adapters.conversion import rank_settings
-from ..adapters.export_formats import Factors, lora_incompatibilities, plain_lora_incompatibilities
+from ..adapters.export_formats import Factors, get_export_formats, lora_incompatibilities, plain_lora_incompatibilities
 from ..errors import AdapterError, UsageError, format_names, nearest
 from ..methods.lora.init import is_subtracted_init
 from ..models.gguf import read_dequantized
@@ -105,8 +105,8 @@ def _require_served(run: Path, model: Any, adapter: str, fixed: list[str], form:
     """Raise AdapterError with all causes and the alternatives, if there are causes."""
     if not fixed and not form:
         return
-    config, hints = model.peft_config[adapter], []
-    if config.mergeable:
+    hints = []
+    if get_export_formats(model, adapter).merged:
         merge = shlex.join(["slimtune", "merge", str(run), "--out", "merged"])
         hints.append(f"merge it: {merge}, then vllm serve merged")
         if not fixed and set(model.match_report(adapter).kinds.values()) <= {"linear", "embedding"}:

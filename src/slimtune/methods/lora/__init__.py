@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ...adapters.base import AdapterModule, Site, SiteKind
@@ -39,7 +40,7 @@ from ...adapters.targets import (
 from ...errors import ConfigError, PeftWarning, UsageError, format_names, nearest
 from ..trainable_tokens import TrainableRowsSpec, are_unique_token_ids, build_token_modules, find_trainable_rows
 from . import corda, eva, loraga
-from .alora import LinearALora
+from .alora import LinearALora, calculate_alora_offsets
 from .attention import AttentionLora, double_out_projections
 from .conv import ConvDora, ConvLora
 from .dora import EmbeddingDora, LinearDora
@@ -201,6 +202,18 @@ class LoraConfig(PatternedConfig):
             if any(ids != lists[0] for ids in lists):
                 message = "Cannot ensure weight tying when different token indices are specified for tied layers"
                 raise ConfigError(message, "the same ids for all of them, or ensure_weight_tying=False")
+
+    def check_rows(self, rows: Sequence[Any]) -> None:
+        if not (invocation := self.alora_invocation_tokens):
+            return
+        ids = (torch.tensor([row["input_ids"]]) for row in rows)
+        lacking = sum(calculate_alora_offsets({"": self}, "", row) == [None] for row in ids)
+        what = f"of {len(rows)} training rows do not contain alora_invocation_tokens {invocation}"
+        if lacking and lacking == len(rows):
+            expected = "the ids of tokens that stand before the answers, such as those that begin the assistant's turn"
+            raise UsageError(f"{lacking} {what}: nothing would train", expected)
+        if lacking:
+            warnings.warn(f"{lacking} {what}: they train nothing", stacklevel=2)
 
     def fill_from_model(self, model: nn.Module) -> None:
         super().fill_from_model(model)
