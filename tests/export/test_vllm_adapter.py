@@ -122,6 +122,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("method", "cause", "convertible"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.filterwarnings("ignore:.*has no bias")
 def test_refused_loras(exported, tmp_path, method, cause, convertible):
     with pytest.raises(AdapterError, match=cause) as caught:
         exported({"rank": 4, **method})

@@ -46,7 +46,10 @@ CASES: dict[str, Case] = {
     "lora+olora": Case("LoraConfig", {"init_lora_weights": "olora", "r": 4, **ALL}, {"r": 2}),
     "lora+mica": Case("LoraConfig", {"init_lora_weights": "mica", "r": 4, **ALL}, {"r": 2}),
     "lora+fa": Case("LoraConfig", {"freeze_a": True, "lr_ratio": 4, "r": 4, **ALL}, {"r": 2}),
-    "lora+tokens": Case("LoraConfig", {"trainable_token_indices": [117, 3, 17, 27], "r": 4, **ALL}, {"r": 2}),
+    "lora+tokens": Case(
+        "LoraConfig", {"trainable_token_indices": [117, 3, 17, 27], "r": 4, **ALL},
+        {"trainable_token_indices": [94, 14], "r": 2},
+    ),
     "trainable_tokens": Case("TrainableTokensConfig", {"token_indices": [117, 3, 17, 27]}, {"token_indices": [94, 14]}),
     "prompt_tuning": Case("PromptTuningConfig", FIVE, THREE, identity=False),
     "p_tuning": Case("PromptEncoderConfig", FIVE, THREE, identity=False),

@@ -410,8 +410,9 @@ def _add_lora(
         for layer_name, module in model.adapter_modules(name).items():
             if layer_name in pairs:
                 A, B = module.low_rank()
+                factors = module.low_rank_factors()  # None if it is activated
                 A.copy_(pairs[layer_name][0])
-                B.copy_(pairs[layer_name][1] / module.scale)
+                B.copy_(pairs[layer_name][1] / (module.scale if factors is None else factors[2]))
     _copy_modules_to_save(model, name, sources)
 
 

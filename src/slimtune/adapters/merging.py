@@ -60,9 +60,7 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
     for n, tensor in merged.items():
         base = replaced[n]
         if base is None:
-            # PEFT's words; of the methods, LoRA alone comes here.
-            what = "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias"
-            raise MergeUnsupported(f"{what}: {name}")
+            raise MergeUnsupported(f"{name} has no bias, and the adapter adds one")
         if check and not torch.isfinite(tensor).all():
             # PEFT's words, which scripts look for, come first.
             broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"

@@ -271,9 +271,6 @@ class LoraConfig(PatternedConfig):
             wanted = self.target_parameters or []
             names = [p for p in site.module._parameters if matches_name(wanted, f"{site.name}.{p}")]
             return ParameterLora(site, self, names)
-        if self.lora_bias and site.kind != "embedding" and site.bias() is None:
-            what, layer = "`lora_bias=True` was passed but the targeted layer of type", type(site.module).__name__
-            warnings.warn(f"{what} {layer} has no bias: {site.name} cannot be merged", PeftWarning, stacklevel=6)
         weight = f"{site.name}.weight"
         name = weight if matches_name(self.target_parameters or [], weight) else site.name
         r, alpha = self.get_rank(name), self.get_alpha(name)
