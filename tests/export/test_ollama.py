@@ -98,7 +98,7 @@ def test_gguf_and_adapter(export, base):
         ("PARAMETER stop", TOKENIZERS["smollm2"].convert_ids_to_tokens(2)),
         ("PARAMETER num_ctx", "4096"),
     ]
-    assert facts["notes"] == []
+    assert len(facts["notes"]) == 1
     assert shlex.split(facts["commands"][0]) == ["ollama", "create", "devil", "-f", str(export.folder / "Modelfile")]
     assert facts["commands"][1] == "ollama run devil"
     messages = [{"role": "user", "content": "Hi."}]
@@ -227,6 +227,20 @@ def test_refusals(tmp_path, message):
         write_ollama(tmp_path, **{**usual, **REFUSED[message]})
     assert message in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.34.0", False), ("0.34.1", True), ("1.0.0", True)])
+def test_adapter_line_and_the_installed_ollama(export, base, tmp_path, monkeypatch, version, refused):
+    program = tmp_path / "bin" / "ollama"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho 'ollama version is {version}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    if refused:
+        with pytest.raises(UsageError, match=rf"Ollama {version} on this machine creates no model from an ADAPTER"):
+            export(base)
+    else:
+        assert "Ollama from 0.34.1 on" in export(base)[0]["notes"][-1]
 
 
 def test_unreadable_bases(export, base, tmp_path):

@@ -199,7 +199,7 @@ def _write_ollama(
         raise UsageError(
             f"the base {source.spec} is not a GGUF, which Ollama needs to add an adapter to",
             "a name from Ollama's library, or a GGUF of the same base",
-            "--ollama-base NAME (such as llama3.1:8b), or --merged",
+            "--merged; for an Ollama before 0.34.1 also --ollama-base NAME (such as llama3.1:8b)",
         )
     facts = write_ollama(
         folder,

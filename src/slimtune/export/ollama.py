@@ -1,7 +1,7 @@
 """Write what Ollama needs to serve a trained model: a Modelfile, and the two commands that build and start it.
 
     FROM      a name from Ollama's library (it keeps its own TEMPLATE), a GGUF file, or a merged Hugging Face folder
-    ADAPTER   the adapter's GGUF beside the Modelfile, unless it is merged
+    ADAPTER   the adapter's GGUF beside the Modelfile, unless it is merged; Ollama before 0.34.1 alone takes this line
     TEMPLATE  the run's chat template in Ollama's syntax (ollama_template.py)
     SYSTEM, PARAMETER stop (the tokens that end an answer), PARAMETER num_ctx (tokens of the window)
 
@@ -14,6 +14,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from .ollama_template import ConvertedTemplate, convert_chat_template, is_printa
 
 DEFAULT_WINDOW = 4096
 """Tokens of Ollama's own window when a Modelfile sets none; the smallest set here unless the model has less."""
+NO_ADAPTER_LINE = (0, 34, 1)
+"""First release of Ollama (September 2026) that creates no model from a Modelfile with an ADAPTER line."""
 _MODEL_NAME = re.compile(  # host, namespace, model, tag
     r"(?:(?:[a-z0-9_][\w.:-]{0,349}/)?[a-z0-9_][\w-]{0,79}/)?[a-z0-9_][\w.-]{0,79}(?::[a-z0-9_][\w.-]{0,79})?",
     re.I | re.A,
@@ -94,11 +98,28 @@ def write_ollama(
         raise UsageError(f"a window of {num_ctx} tokens", f"1 to {limit or 'the limit of the model'}", "--num-ctx")
     window = num_ctx or min(max(DEFAULT_WINDOW, max_seq_len or 0), limit or sys.maxsize)
     lines += [*(("PARAMETER stop", token) for token in stops), ("PARAMETER num_ctx", str(window))]
+    if adapter is not None:
+        first = ".".join(map(str, NO_ADAPTER_LINE))
+        if (version := find_ollama_version()) is not None and version >= NO_ADAPTER_LINE:
+            message = f"Ollama {'.'.join(map(str, version))} on this machine creates no model from an ADAPTER line"
+            raise UsageError(message, f"base and adapter as one model, or an Ollama before {first}", "--merged")
+        notes.append(f"Ollama from {first} on creates no model from an ADAPTER line; --merged works with every Ollama")
     (folder / "Modelfile").write_bytes(format_modelfile(lines).encode("utf-8"))
     modelfile = re.sub("^-", "./-", str((out or folder) / "Modelfile"))
     commands = [shlex.join(["ollama", "create", name, "-f", modelfile]), shlex.join(["ollama", "run", name])]
     facts = {"template": converted.template, "stops": stops, "num_ctx": window}
     return {**facts, "commands": commands, "notes": notes}
+
+
+def find_ollama_version() -> tuple[int, ...] | None:
+    """Return the version of the `ollama` command, None if there is none or it does not say."""
+    program = shutil.which("ollama")
+    try:
+        done = program and subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(r"version is (\d{1,9})\.(\d{1,9})\.(\d{1,9})", done.stdout + done.stderr) if done else None
+    return tuple(map(int, found.groups())) if found else None
 
 
 def engine_adds_bos(base: Path, tokenizer: Any) -> bool:
