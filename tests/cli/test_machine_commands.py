@@ -62,7 +62,7 @@ def test_models(slimtune_json):
         (("gpus", "t4", "l4", "--kind", "mac"), "--kind are both given"),
         (("choose", "llama-3.1-8b", "--kind", "desktops"), "did you mean 'desktop'"),
         (("cost", "llama-3.1-8b", "--gpu", "arc-b580"), "does not train on Intel GPUs"),
-        (("models", "--family", "nope"), "no base of the family 'nope'"),
+        (("models", "--family", "nope"), "'nope' is no family of bases"),
     ],
 )
 def test_wrong_use(slimtune, args, message):

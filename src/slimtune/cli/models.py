@@ -22,7 +22,7 @@ def models(
     if not chosen:
         families = dict.fromkeys(name.partition("-")[0] for name in known)
         raise UsageError(
-            f"there is no base of the family {family!r}", f"one of {format_names(families, len(families))}"
+            f"{family!r} is no family of bases", f"one of {format_names(families, len(families))}"
         )
     rows = [
         {
