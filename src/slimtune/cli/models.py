@@ -21,9 +21,7 @@ def models(
     chosen = {name: facts for name, facts in known.items() if family is None or name.startswith(family.lower())}
     if not chosen:
         families = dict.fromkeys(name.partition("-")[0] for name in known)
-        raise UsageError(
-            f"{family!r} is no family of bases", f"one of {format_names(families, len(families))}"
-        )
+        raise UsageError(f"{family!r} is no family of bases", f"one of {format_names(families, len(families))}")
     rows = [
         {
             "name": name,
