@@ -55,6 +55,10 @@ def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = Tr
     return Site(name, kind, in_features, out_features, device, _trained_dtype(dtype, autocast), module, model, loading)
 
 
+_NO_COPIES = nn.ModuleDict()
+"""The trained copies of a layer without any; nothing is added to it."""
+
+
 class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
     """Mixed into the class of an adapted module; see the top of this file."""
 
@@ -70,7 +74,7 @@ class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
     @property
     def trained_copies(self) -> nn.ModuleDict:
         """The copies by adapter; as a child they have PEFT's name, which scripts look for in names of parameters."""
-        return self._modules["modules_to_save"]  # type: ignore[return-value]
+        return self._modules.get("modules_to_save", _NO_COPIES)  # type: ignore[return-value]
 
     def run_adapted(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the base module's forward `base` with the active adapter modules around it."""
@@ -205,8 +209,7 @@ def make_adapted(module: nn.Module, active: ActiveAdapters, method: str) -> Adap
     names = (*module._parameters, *stored_buffer_names(module))
     _set_class(module, _make_adapted_class(base, names, "config" in vars(module), method))
     assert isinstance(module, AdaptedLayer)
-    # Not set as attributes: a whole model has PeftModel's `modules_to_save`.
-    module._modules.update({name: nn.ModuleDict() for name in ADDED_CHILDREN})
+    module._modules["adapters"] = nn.ModuleDict()
     # Bypasses nn.Module.__setattr__, which would register parameters.
     module.__dict__.update(active_state=active, original_parameters=None, merged_names=(), current_copy=None)
     return module
@@ -222,7 +225,7 @@ def can_have_adapters(module: nn.Module) -> bool:
 def restore_base_class(module: AdaptedLayer) -> None:
     """Set the module's own class again and drop all adapters; merged weights stay merged."""
     for name in ADDED_CHILDREN:
-        del module._modules[name]
+        module._modules.pop(name, None)
     for name in (*ADAPTED_ATTRIBUTES, "_prefix_config"):
         module.__dict__.pop(name, None)
     _set_class(module, type(module).__bases__[1])
@@ -254,7 +257,9 @@ def copy_parameters(
         if tied is not None:
             tied[id(base)] = copy
         copies.register_parameter(name, copy)
-    module.trained_copies[adapter] = copies
+    # Not set as an attribute: a whole model has PeftModel's `modules_to_save`.
+    table: Any = module._modules.setdefault("modules_to_save", nn.ModuleDict())
+    table[adapter] = copies
 
 
 def remove_adapter(module: AdaptedLayer, adapter: str) -> None:
