@@ -40,6 +40,7 @@ BAD_SETTINGS = [
     ("lora", {"task_type": "CAUSAL"}, "did you mean 'CAUSAL_LM'"),
     ("lora", {"loftq_config": {"loftq_bits": 4}}, "loftq_config is"),
     ("lora", {"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias=True is not"),
+    ("lora", {"base_model_name_or_path": -1}, "base_model_name_or_path is -1"),
     ("lora", {"lora_bias": True, "use_dora": True}, "lora_bias=True is not"),
     ("lora", {"init_lora_weights": "mica", "use_dora": True}, "init_lora_weights is 'mica'"),
     ("lora", {"lr_ratio": 0}, "lr_ratio is 0"),

@@ -141,6 +141,9 @@ class PeftConfig(metaclass=_ConfigMeta):
         check_fields(self, _declaring_class(type(self)))
         if self.task_type is not None:
             self.task_type = str(TaskType(self.task_type))
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(value := getattr(self, name), str | os.PathLike | None):
+                raise ConfigError(f"{name} is {value!r}", "a string or None")
         self.check()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(names := getattr(self, name, None), list):

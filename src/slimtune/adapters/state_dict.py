@@ -159,7 +159,10 @@ def _is_resized(model: Any, base: str | None) -> bool:
     if not size or not base:
         return False
     folder, file = Path(base), Path(base, "config.json")
-    cached = file if folder.is_dir() else try_to_load_from_cache(base, "config.json") if base.count("/") < 2 else None
+    try:
+        cached = file if folder.is_dir() else try_to_load_from_cache(base, "config.json")
+    except ValueError:  # neither a path nor a name of the Hub
+        return False
     if not isinstance(cached, str | Path) or not Path(cached).is_file():
         return False
     return read_json(Path(cached), error=AdapterError).get("vocab_size", size) != size
