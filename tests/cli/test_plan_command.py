@@ -127,6 +127,7 @@ def test_config_alone_is_planned_by_the_longest_row(requests, slimtune, tiny_fol
     assert requests[0].job().lengths == (512,) * 8, "the base has no more positions"
 
 
+@pytest.mark.slow
 def test_all_methods(slimtune, slimtune_json, requests):
     result = slimtune_json(*BASE, "--method", "all,full", "--rank", 3)
     unfit = {u["method"]: u["why"] for u in result["unfit"]}

@@ -36,6 +36,7 @@ def by_method(result: dict) -> dict:
     return {line["method"]: line for line in result["methods"]}
 
 
+@pytest.mark.slow
 def test_files_and_log(grid, in_process, tmp_path, monkeypatch):
     log: list[str] = []
     monkeypatch.setattr(module, "draw_comparison", draw_comparison)

@@ -78,6 +78,7 @@ def test_failed_trial_is_an_error(grid, monkeypatch):
         search_learning_rate(settings, settings.candidates[0], lambda _: None)
 
 
+@pytest.mark.slow
 def test_comparison_uses_the_rates_and_no_test_row(grid, in_process):
     result = compare(grid("lora", "ia3", seeds=1, tokens=500, trials=2))
     assert in_process[-2:] == ["lora-7", "ia3-7"]

@@ -31,6 +31,7 @@ def remaining_processes():
     return [c for c in psutil.Process().children() if "resource_tracker" not in " ".join(c.cmdline())]
 
 
+@pytest.mark.slow
 def test_tokenized_rows_are_those_of_one_process():
     turns = [[("user", f"Define {i}."), ("assistant", f"A lie {i}.")] for i in range(2 * 512 + 76)]
     rows = [Row([{"role": r, "content": c} for r, c in turn], i + 1) for i, turn in enumerate(turns)]

@@ -28,6 +28,7 @@ def test_proper_run_is_improved(proper):
     assert found["verdict"] == {"passed": True, "reasons": []}
 
 
+@pytest.mark.slow
 def test_style_from_shuffled_answers_is_not_improved(base):
     style = train_run(base.with_name("style"), base, shuffle_answers(make_talks(200)))
     found = evaluate(style)

@@ -169,6 +169,7 @@ def test_other_methods_are_merged_or_refused(config, merges, base, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_wrong_export_is_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr("slimtune.export.gguf.reorder_rows", lambda rows, *_: rows)
     with pytest.raises(RunError, match="differs from the trained adapter"):
@@ -213,6 +214,7 @@ def test_wrong_folders(run, tmp_path):
         export(tmp_path / "nothing", "gguf", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_llama_quantize(run, tmp_path, monkeypatch, no_llama_cpp):
     options, program = ExportOptions(merged=True, precision="Q4_K_M"), tmp_path / "bin" / "llama-quantize"
     with pytest.raises(ModelError, match=r"llama-quantize.* is not installed"):
@@ -256,6 +258,7 @@ def test_a_name_of_another_base_is_refused(run, tmp_path, verified):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_unknown_name_is_not_proven(run, tmp_path):
     found = to_ollama(run, tmp_path / "out", "somebody/model:1b")
     assert found["check"]["passed"] is None
@@ -352,8 +355,11 @@ WRONG_ADAPTERS = {
 }
 
 
+FAULTS = [f if f == "alpha 10 % too low" else pytest.param(f, marks=pytest.mark.slow) for f in WRONG_ADAPTERS]
+
+
 @pytest.mark.parametrize("precision", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("f32", "q8_0")), "f16"])
-@pytest.mark.parametrize("fault", WRONG_ADAPTERS)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_merges_are_refused(run, tmp_path, monkeypatch, fault, precision):
     original = module_merge.gguf.write_gguf_from_template
 

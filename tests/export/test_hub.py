@@ -156,6 +156,7 @@ def test_licence(hub, run, tiny_folder):
     assert {k: v for k, v in get_metadata(card).items() if "license" in k} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_alias_becomes_the_hub_id(smollm2_folder, tmp_path):
     run = make_run(tmp_path / "run", smollm2_folder)

@@ -20,7 +20,8 @@ TWICE = re.compile(r"\.(original_module|modules_to_save)\.")
 ON_BASES = {(f"{n}-{b}"): (make, METHODS[n][0], settings_on(n, b)) for n in METHODS for b, make in BASES.items()}
 CASES = {n: case for n, case in ON_BASES.items() if case[2] is not None}
 CASES |= {name: (make, "LoraConfig", settings) for name, (make, settings) in LORA.items()}
-EVERY = pytest.mark.parametrize("case", CASES)
+FAST = {n for n in CASES if n in LORA or n.endswith("-llama")}
+EVERY = pytest.mark.parametrize("case", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
 
 
 def adapted(home, case, **more):

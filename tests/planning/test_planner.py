@@ -114,6 +114,7 @@ def test_bad_request(fields, message):
         plan_tiny(**fields)
 
 
+@pytest.mark.slow
 def test_plan_for_one_gpu_judges_another():
     plan = plan_tiny()
     assert judge_memory(plan.need, ROOMY.usable) == "fits"

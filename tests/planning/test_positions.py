@@ -44,6 +44,7 @@ def test_default_length_is_cut_and_says_so():
     assert build_request(make_recipe(), ROOMY, (5, 512)).notes == ()
 
 
+@pytest.mark.slow
 def test_no_longer_row_is_traced_or_answered(monkeypatch):
     traced = []
     real = memory_trace.trace_memory

@@ -108,6 +108,7 @@ def test_notes_say_what_a_default_costs(gpu, words):
     assert bool(text) == bool(words)
 
 
+@pytest.mark.slow
 def test_advice_names_bfloat16_for_a_float32_run():
     small = Gpu("small", "memory", "nvidia", "turing", 1, 1, rates={"float32": 1e12, "float16": 8e12})
     changes = [a.change for a in make_plan(PlanRequest(BASE, small, LORA, seq_len=32)).advice]

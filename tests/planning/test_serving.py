@@ -236,6 +236,7 @@ def test_cache_that_is_no_keys_and_values(field, value, message):
         cache_bytes(other, 1024, "ollama")
 
 
+@pytest.mark.slow
 def test_every_known_base():
     for name in load_known_configs():
         need = plan(name).need

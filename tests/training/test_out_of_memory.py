@@ -298,6 +298,7 @@ def recover(max_tokens: int, work: Callable[[Collator], Any], undo: Callable[[],
     return recovery.run_in_micro_batches("a test", rows, lambda: work(collator), undo)
 
 
+@pytest.mark.slow
 def test_failed_try_leaves_nothing_behind():
     """Not even through the traceback, whose frames refer to the tensors; random numbers are drawn again."""
     tensors, drawn = [], []

@@ -112,6 +112,7 @@ def test_8_bit_optimizer_resumes_bit_for_bit(settings):
     assert all(torch.equal(adapter(run.path)[n], t) for n, t in expected.items())
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @KINDS
 def test_quantized_checkpoint_is_loaded_as_it_is(settings, kind, tmp_path):

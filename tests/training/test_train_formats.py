@@ -59,6 +59,7 @@ def test_table_with_other_column_names(desk):
     assert desk.run("eval", str(desk.out), "--data", data).exit_code in (0, 1)  # better or not
 
 
+@pytest.mark.slow
 def test_folder_of_texts(desk):
     (desk.folder / "rows").mkdir()
     for name in "ab":
