@@ -10,7 +10,7 @@ from typer import Argument, Option
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_count
 from .common import Json, NegativeResult, console, print_fields, table
-from .jobs import JOB_HELP, JOB_SETTINGS, load_jobs, make_plans, require_job
+from .jobs import JOB_HELP, JOB_SETTINGS, load_one_job, make_plans
 from .machines import format_dollars, format_hours, format_short, list_machine_sources
 from .options import recipe_flags
 from .plan import MILLION, format_rate
@@ -45,11 +45,8 @@ def choose(
     kinds = list(KINDS) if kind is None else [part.strip().lower() for part in kind.split(",")]
     for unknown in (k for k in kinds if k not in KINDS):
         raise UsageError(f"there is no kind {unknown!r}{nearest(unknown, KINDS)}", f"one of {format_names(KINDS)}")
-    require_job(job, settings)
     # Each row goes alone through the model, so that every machine runs the same.
-    jobs = load_jobs(job, {"train.max_tokens_per_micro_batch": 1, **settings})
-    if len(jobs.recipes) > 1 or jobs.errors:
-        raise UsageError("several methods are given", "one run", "--method lora")
+    jobs = load_one_job(job, {"train.max_tokens_per_micro_batch": 1, **settings})
     from ..planning.gpus import all_gpus
     from ..planning.machines import describe_machine, rank_machines
     from ..planning.planner import judge_memory

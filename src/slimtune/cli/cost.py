@@ -9,7 +9,7 @@ from typer import Argument, Option
 from ..errors import UsageError
 from ..utils.formatting import format_count
 from .common import Json, console, print_fields, table
-from .jobs import JOB_HELP, JOB_SETTINGS, load_jobs, make_plans, require_job
+from .jobs import JOB_HELP, JOB_SETTINGS, load_one_job, make_plans
 from .machines import format_dollars, format_hours, format_short, list_machine_sources
 from .options import recipe_flags
 from .plan import MILLION
@@ -41,10 +41,7 @@ def cost(
 
     card = find_gpu(gpu)
     require_trains(card)
-    require_job(job, settings)
-    jobs = load_jobs(job, settings)
-    if len(jobs.recipes) > 1 or jobs.errors:
-        raise UsageError("several methods are given", "one run", "--method lora")
+    jobs = load_one_job(job, settings)
     plan = make_plans(jobs, card, advise=False)[0][0]
     count = tokens or jobs.tokens or MILLION
     machine = describe_machine(card, plan, tokens=count, dollars_per_kwh=kwh_price or None)

@@ -8,13 +8,14 @@ from typer import Argument, Option
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_bytes, format_count
 from .common import WARNING, Json, console, print_fields, table
-from .jobs import JOB_SETTINGS, Jobs, load_jobs, make_plans, require_job
+from .jobs import JOB_SETTINGS, Jobs, load_one_job, make_plans
 from .machines import list_machine_sources, machine_rows
 from .options import recipe_flags
 from .plan import MILLION, describe_run, format_range
 
 MOST = 5
 """GPUs side by side on a screen of 80 columns."""
+SEVERAL = "--for got several methods"
 KIND_HELP = "Kinds to show, parted by commas: desktop, laptop, workstation, datacentre, mac, mini."
 
 
@@ -76,12 +77,9 @@ def gpus(
     if job is None:
         return {"cards": [_to_dict(card) for card in cards]}
 
-    require_job(job, settings)
+    jobs = load_one_job(job, settings, SEVERAL, "--method lora, or see `slimtune plan --method all`")
     from ..planning.planner import judge_memory
 
-    jobs = load_jobs(job, settings)
-    if len(jobs.recipes) > 1 or jobs.errors:
-        raise UsageError("--for got several methods", "one run", "--method lora, or see `slimtune plan --method all`")
     untrained = [c.name for c in cards if not c.trains]
     cards = sorted((c for c in cards if c.trains), key=lambda c: c.memory)
     # The run is planned once for each class of GPUs, on its largest.
@@ -129,10 +127,7 @@ def _compare(
     tokens, model = 0, None
     plans: list[Any] = [None] * len(cards)
     if job is not None:
-        require_job(job, settings)
-        jobs = load_jobs(job, settings)
-        if len(jobs.recipes) > 1 or jobs.errors:
-            raise UsageError("--for got several methods", "one run", "--method lora")
+        jobs = load_one_job(job, settings, SEVERAL)
         tokens, model = jobs.tokens or MILLION, jobs.model.name
         plans = [make_plans(jobs, card, advise=False)[0][0] if card.trains else None for card in cards]
     machines = [

@@ -65,6 +65,17 @@ def require_job(job: str, settings: Mapping[str, Any]) -> None:
     require_inputs(recipe, {**base, **chosen, **given, "method.name": methods[0]}, weights=False, rows=has_rows)
 
 
+def load_one_job(
+    job: str, settings: Mapping[str, Any], message: str = "several methods are given", hint: str = "--method lora"
+) -> Jobs:
+    """Return the one run that an argument and flags describe; raise UsageError if they name several methods."""
+    require_job(job, settings)
+    jobs = load_jobs(job, settings)
+    if len(jobs.recipes) > 1 or jobs.errors:
+        raise UsageError(message, "one run", hint)
+    return jobs
+
+
 def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str = "runs/planned") -> Jobs:
     """Return the runs that an argument and flags describe.
 

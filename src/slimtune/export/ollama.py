@@ -14,13 +14,12 @@ import json
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError, format_names
+from ..machine.facts import find_ollama_version
 from ..models.errors import translate_load_errors
 from .gguf import import_gguf
 from .ollama_template import ConvertedTemplate, convert_chat_template, is_printable
@@ -99,9 +98,9 @@ def write_ollama(
     window = num_ctx or min(max(DEFAULT_WINDOW, max_seq_len or 0), limit or sys.maxsize)
     lines += [*(("PARAMETER stop", token) for token in stops), ("PARAMETER num_ctx", str(window))]
     if adapter is not None:
-        first = ".".join(map(str, NO_ADAPTER_LINE))
-        if (version := find_ollama_version()) is not None and version >= NO_ADAPTER_LINE:
-            message = f"Ollama {'.'.join(map(str, version))} on this machine creates no model from an ADAPTER line"
+        first, version = ".".join(map(str, NO_ADAPTER_LINE)), find_ollama_version()
+        if tuple(map(int, re.findall(r"\d{1,9}", version)[:3])) >= NO_ADAPTER_LINE:
+            message = f"Ollama {version} on this machine creates no model from an ADAPTER line"
             raise UsageError(message, f"base and adapter as one model, or an Ollama before {first}", "--merged")
         notes.append(f"Ollama from {first} on creates no model from an ADAPTER line; --merged works with every Ollama")
     (folder / "Modelfile").write_bytes(format_modelfile(lines).encode("utf-8"))
@@ -109,17 +108,6 @@ def write_ollama(
     commands = [shlex.join(["ollama", "create", name, "-f", modelfile]), shlex.join(["ollama", "run", name])]
     facts = {"template": converted.template, "stops": stops, "num_ctx": window}
     return {**facts, "commands": commands, "notes": notes}
-
-
-def find_ollama_version() -> tuple[int, ...] | None:
-    """Return the version of the `ollama` command, None if there is none or it does not say."""
-    program = shutil.which("ollama")
-    try:
-        done = program and subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.search(r"version is (\d{1,9})\.(\d{1,9})\.(\d{1,9})", done.stdout + done.stderr) if done else None
-    return tuple(map(int, found.groups())) if found else None
 
 
 def engine_adds_bos(base: Path, tokenizer: Any) -> bool:

@@ -182,7 +182,7 @@ def gather_facts(
         "cores": os.cpu_count() or 1,
         "overcommit": _read(root / "proc/sys/vm/overcommit_memory"),
         "limits": _read_limits(),
-        "shared_memory_bytes": _size_of(root / "dev/shm"),
+        "shared_memory_bytes": _get_disk_size(root / "dev/shm"),
         "disks": _look_at_disks(environment),
         "noexec_tmp": bool(re.search(r"^\S+ /tmp \S+ \S*\bnoexec\b", _read(root / "proc/mounts"), re.MULTILINE)),
         "has_compiler": "CC" in environment or any(shutil.which(name) for name in ("cc", "gcc", "clang", "cl")),
@@ -344,15 +344,19 @@ def _read_limits() -> dict[str, int]:
     return {name: value for name, value in values.items() if value != resource.RLIM_INFINITY and value >= 0}
 
 
-def _size_of(folder: Path) -> int | None:
+def _get_disk_size(folder: Path) -> int | None:
     try:
         return shutil.disk_usage(folder).total
     except OSError:
         return None
 
 
+def _find_hub_home(environment: Mapping[str, str]) -> str:
+    return environment.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+
+
 def _look_at_disks(environment: Mapping[str, str]) -> dict[str, Disk]:
-    home = environment.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    home = _find_hub_home(environment)
     cache = environment.get("HF_HUB_CACHE") or home
     temporary = environment.get("TMPDIR", tempfile.gettempdir())
     folders = {"this folder": os.getcwd(), "the Hub's cache": cache, "temporary files": temporary}
@@ -371,21 +375,27 @@ def _look_at_disks(environment: Mapping[str, str]) -> dict[str, Disk]:
 # --- engines and the Hub ---------------------------------------------------------------------------------------------
 
 
-def _ask_ollama(run: Callable[..., str]) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Return Ollama's version ("" if it is not installed), and each loaded model with its column PROCESSOR."""
+def find_ollama_version(run: Callable[..., str] = run_program) -> str:
+    """Return Ollama's version, "" if it is not installed."""
     version = re.search(r"\d+\.\d+\.\d+\S*", run("ollama", "--version"))
-    if version is None:
+    return version[0] if version else ""
+
+
+def _ask_ollama(run: Callable[..., str]) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return Ollama's version, and each loaded model with its column PROCESSOR."""
+    version = find_ollama_version(run)
+    if not version:
         return "", ()
     models = []
     for line in run("ollama", "ps").splitlines():
         if processor := re.search(r"\d+%(?:/\d+%)? (?:CPU/GPU|CPU|GPU)", line):
             models.append((line.split()[0], processor[0]))
-    return version[0], tuple(models)
+    return version, tuple(models)
 
 
 def _describe_token(environment: Mapping[str, str]) -> str:
     """Return where the Hub's token comes from and whether it can be one; "" without a token. Never the token."""
-    home = environment.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    home = _find_hub_home(environment)
     token, source = environment.get("HF_TOKEN"), "HF_TOKEN"
     if token is None:
         source = environment.get("HF_TOKEN_PATH") or os.path.join(home, "token")

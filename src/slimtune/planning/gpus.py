@@ -84,12 +84,17 @@ def all_gpus() -> tuple[Gpu, ...]:
 
 
 @cache
+def read_table(name: str) -> tuple[dict[str, str], ...]:
+    """Return the rows of a CSV file of this folder, by the names of its columns."""
+    return tuple(csv.DictReader((files(__package__) / name).read_text(encoding="utf-8").splitlines()))
+
+
+@cache
 def _rows() -> list[tuple[list[str], Gpu]]:
     """Return the names and the GPU of each row of `gpus.csv`; a row of several memories is a GPU for each of them."""
-    text = (files(__package__) / "gpus.csv").read_text(encoding="utf-8")
     dtypes = {"bfloat16": "bf16_tflops", "float16": "fp16_tflops", "float32": "fp32_tflops"}
     rows = []
-    for row in csv.DictReader(text.splitlines()):
+    for row in read_table("gpus.csv"):
         memories = row["memory_gib"].split(";")
         visible = row["visible_gib"].split(";") if row["visible_gib"] else memories
         for memory, seen in zip(memories, visible, strict=True):

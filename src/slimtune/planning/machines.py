@@ -3,14 +3,12 @@
 It imports no torch: plans are made elsewhere and given.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import Any, NamedTuple
 
-from .gpus import Gpu
+from .gpus import Gpu, read_table
 from .result import Plan, Range, Verdict
 from .serving_speed import ServingSpeed, estimate_serving_speed
 from .throughput import Cost, estimate_cost
@@ -46,14 +44,14 @@ class ApiPrice(NamedTuple):
 @cache
 def purchases(gpu: str = "") -> tuple[Purchase, ...]:
     """Return the prices of `purchases.csv` for a GPU, by its name; for "", all of them."""
-    rows = list(csv.reader((files(__package__) / "purchases.csv").read_text(encoding="utf-8").splitlines()))[1:]
+    rows = ([*row.values()] for row in read_table("purchases.csv"))
     return tuple(Purchase(name, float(d), *rest) for name, d, *rest in rows if gpu in ("", name))
 
 
 @cache
 def api_prices() -> tuple[ApiPrice, ...]:
     """Return the prices of `api_prices.csv`."""
-    rows = list(csv.reader((files(__package__) / "api_prices.csv").read_text(encoding="utf-8").splitlines()))[1:]
+    rows = ([*row.values()] for row in read_table("api_prices.csv"))
     return tuple(ApiPrice(name, float(size) if size else None, float(d), *rest) for name, size, d, *rest in rows)
 
 

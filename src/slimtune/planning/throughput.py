@@ -8,15 +8,13 @@ Real runs take longer. This sum is 0.38 to 0.95 of what published runs took (`UT
 8192, 1B to 70B, Apple's M1 to an H100. That is the range of an estimate.
 """
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UsageError
-from .gpus import Gpu
+from .gpus import Gpu, read_table
 from .result import Range, Workload, fields_as_dict
 
 if TYPE_CHECKING:
@@ -131,6 +129,5 @@ def estimate_cost(
 @cache
 def prices(gpu: str = "") -> tuple[Price, ...]:
     """Return the prices of `prices.csv` for a GPU, by its name in `gpus.csv`; for "", all of them."""
-    text = (files(__package__) / "prices.csv").read_text(encoding="utf-8")
-    rows = [Price(name, float(d), *rest) for name, d, *rest in list(csv.reader(text.splitlines()))[1:]]
-    return tuple(p for p in rows if gpu in ("", p.card))
+    rows = ([*row.values()] for row in read_table("prices.csv"))
+    return tuple(Price(name, float(d), *rest) for name, d, *rest in rows if gpu in ("", name))
