@@ -15,23 +15,28 @@ from ..utils.formatting import format_bytes
 from .loop import TrainingLoop
 
 
-def compare_with_plan(loop: TrainingLoop, plan: Mapping[str, Any]) -> dict[str, Any]:
+def compare_with_plan(loop: TrainingLoop, plan: Mapping[str, Any], resident_at_start: int) -> dict[str, Any]:
     """Run the longest micro-batch once; say what memory it takes, and return it with what was planned.
 
-    The bytes are the most in use at once: reserved by the GPU's allocator, or resident in this process.
+    The bytes are the most in use at once: reserved by the GPU's allocator, or resident in this process. What the
+    process had resident at the start of the run beyond Python and its libraries (a notebook's other model) is no part
+    of the run.
     """
     collator, limit = loop.collator, loop.collator.max_tokens
     rows = [loop.train[i] for i in np.argsort(loop.train.lengths, kind="stable")[-loop.rows_per_step :]]
     tokens, used = loop.recovery.run_in_micro_batches(
         "the longest micro-batch, run before the first step", rows, lambda: probe_memory(loop, rows), lambda: None
     )
+    others = 0 if loop.device.type == "cuda" else max(0, resident_at_start - int(plan["runtime_bytes"]["high"]))
+    used -= others
     low, high = planned_bytes(plan, loop.device)
     # The first optimizer step creates the optimizer's state, after this. For a micro-batch that is smaller than what
     # was planned the lower bound does not apply.
     low = low - plan["parts"]["optimizer"] if collator.max_tokens == limit else 0
     line = f"the longest micro-batch, {tokens} tokens, takes {format_bytes(used)}; {format_bytes(low)} to "
     line += f"{format_bytes(high)} were planned"
-    as_planned = low <= used <= high
+    # The run may use memory again that others have freed, so that less is counted than it takes.
+    as_planned = used <= high and (low <= used or others > 0)
     loop.logger.say(line if as_planned else f"{line}: the plan is off, please report it with the run's plan.json")
     return {"tokens": tokens, "bytes": used, "low": low, "high": high, "as_planned": as_planned}
 

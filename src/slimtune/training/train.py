@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -109,7 +110,7 @@ def _train(
     planner: Planner,
     force: bool,
 ) -> dict[str, Any]:
-    started = time.perf_counter()
+    started, resident_at_start = time.perf_counter(), psutil.Process().memory_info().rss
 
     # Recipe: when resuming it must be the run's own; the adapter to start from brings its method's settings.
     if resume:
@@ -177,7 +178,7 @@ def _train(
         if settings.compile:
             logger.say(f"{compile_layers(model)} layers will be compiled when they first run, which takes a while")
         if plan is not None:
-            probe = compare_with_plan(loop, plan)
+            probe = compare_with_plan(loop, plan, resident_at_start)
             if distributed.is_main_process():
                 write_json(run.plan_file, {"plan": plan, "probe": probe})
     except SlimtuneError:
