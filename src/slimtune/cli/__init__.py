@@ -36,18 +36,26 @@ from .report import report_run
 from .train import train_run
 from .verify import verify_run
 
-FUNCTIONS = (
-    plan, choose, cost, gpus, models, data_report, train_run, eval_run, report_run, compare, generate, chat, merge_run,
-    export_run, verify_run, push_run, methods, doctor, explain,
-)  # fmt: skip
+GROUPS = {
+    "Choose and plan": (choose, plan, cost, gpus, models, methods),
+    "Train": (data_report, train_run),
+    "Judge": (eval_run, compare, report_run, generate, chat),
+    "Ship": (export_run, verify_run, merge_run, push_run),
+    "Help": (doctor, explain),
+}
+"""Commands by what a user wants, in the order of the help."""
 LOAD_RUN = (eval_run, generate, chat, merge_run, export_run, verify_run, push_run)
 """The commands that load the base of a run, whose folder may come from somebody else."""
-COMMANDS = {function.__name__.partition("_")[0]: function for function in FUNCTIONS}
-"""Function of each command, in the order of the help: `train_run` is `slimtune train`."""
+COMMANDS: dict[str, Any] = {
+    function.__name__.partition("_")[0]: function for functions in GROUPS.values() for function in functions
+}
+"""Function of each command: `train_run` is `slimtune train`."""
 app = typer.Typer(cls=CommandGroup, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 for name, command in COMMANDS.items():
     epilog = "\n".join(["\b", "Examples:", *(f"  {line}" for line in EXAMPLES[name])])
-    app.command(name, cls=GroupedCommand, epilog=epilog)(add_trust_flag(command) if command in LOAD_RUN else command)
+    group = next(group for group, functions in GROUPS.items() if command in functions)
+    function = add_trust_flag(command) if command in LOAD_RUN else command
+    app.command(name, cls=GroupedCommand, epilog=epilog, rich_help_panel=group)(function)
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,6 +7,7 @@ and, with `--json`, the object `{"error": {...}}`.
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
 import sys
 import textwrap
@@ -66,9 +67,12 @@ class CommandGroup(TyperGroup):
         return name, command, rest
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """List the commands with their whole first sentences."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, self.commands[name].get_short_help_str(1000)) for name in self.commands])
+        """List the commands by group, with their whole first sentences."""
+        commands: Any = self.commands
+        width = max(map(len, commands))
+        for group, members in itertools.groupby(commands.items(), lambda item: item[1].rich_help_panel):
+            with formatter.section(group):
+                formatter.write_dl([(name.ljust(width), c.get_short_help_str(1000)) for name, c in members])
 
     def main(self, args: Sequence[str] | None = None, *_: Any, **extra: Any) -> Any:
         """Run a command and exit: 0 done, 1 the work failed, 2 wrong use, 130 interrupted."""
