@@ -116,7 +116,7 @@ def test_changed_factors_are_not_cached(model):
 def test_factors_are_stacked_once(model, monkeypatch):
     stacked = []
     monkeypatch.setattr(
-        "slimtune.adapters.mixed_batch.stack_mixed_batch_lora",
+        "slimtune.adapters.active_adapters.stack_mixed_batch_lora",
         lambda *a: stacked.append(1) or stack_mixed_batch_lora(*a),
     )
     ids = tokens()

@@ -26,9 +26,8 @@ from ..utils.files import read_json, write_atomic
 from .architectures import DEFAULT_TARGETS, model_type
 from .base import AdapterModule, Site, SiteKind
 from .config_fields import check_fields, setting
-from .patterns import check_pattern
+from .patterns import check_pattern, get_pattern_value
 from .registry import config_class, method_names
-from .targets import get_pattern_value
 
 CONFIG_FILE = "adapter_config.json"
 FORMAT_VERSION = f"0.21.2+slimtune.{__version__}"

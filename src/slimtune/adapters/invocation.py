@@ -10,12 +10,10 @@ follow the occurrence are changed too: the positions where rows start to change 
 Paper: https://arxiv.org/abs/2504.12397
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,39 +22,12 @@ from ..attention.packed_layout import PackedLayout
 from ..attention.register import LAYOUT_KWARG
 from ..errors import UsageError
 from ..utils.device import is_simulated
-
-if TYPE_CHECKING:
-    from .mixed_batch import ActiveAdapters
+from .active_adapters import ActiveAdapters, ChangedTokens
 
 Offsets = Sequence[int | None]
 """For each row the distance from the first changed token to the end of the row, as in PEFT; None: nothing changes."""
 _NEVER = torch.iinfo(torch.int64).max // 2
 _STARTS = "slimtune_invocation_starts"
-
-
-class ChangedTokens(NamedTuple):
-    """The tokens of a call that one adapter changes."""
-
-    batch: int
-    length: int
-    indices: Tensor
-    """The changed tokens, counted over all rows."""
-    kept: Tensor | None
-    """The only columns that the output head gets (`logits_to_keep`); None: all."""
-
-    def find_indices(self, x: Tensor, layer: str) -> Tensor:
-        """Return the indices among the tokens of a layer's input `x`, `(batch, T, in)` or `(batch · T, in)`."""
-        indices, shape = self.indices.to(x.device), tuple(x.shape[:-1])
-        if shape in ((self.batch, self.length), (self.batch * self.length,)):
-            return indices
-        if self.kept is not None and shape == (self.batch, len(self.kept)):
-            changed = torch.zeros(self.batch * self.length, dtype=torch.bool, device=x.device)
-            changed[indices] = True
-            return changed.view(self.batch, -1)[:, self.kept.to(x.device)].reshape(-1).nonzero()[:, 0]
-        message = f"{layer} gets an input of shape {tuple(x.shape)} in a call of {self.batch} × {self.length} tokens"
-        name = layer.rpartition(".")[2]
-        hint = f"leave it out of the activated LoRA: exclude_modules=[{name!r}]"
-        raise UsageError(message, "a layer that gets every token of the call", hint)
 
 
 def find_invocations(ids: Tensor, invocation: Sequence[int], rows: Tensor) -> Tensor:

@@ -31,10 +31,10 @@ from ..errors import MixedBatchError, TargetError
 from ..kernels.lora_linear import add_low_rank_rows
 from ..utils.linear_layers import ReadWeight, layer_kind, layer_sizes, parameter_names, stored_buffer_names
 from ..utils.made_classes import PickledByRecipe
+from .active_adapters import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, ActiveAdapters, AdaptedModule
 from .architectures import text_config
 from .base import WEIGHT_KINDS, BaseForward, Site, SiteKind
-from .mixed_batch import ActiveAdapters
-from .peft_layers import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, PeftNames
+from .peft_layers import PeftNames
 
 
 def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = True, loading: bool = False) -> Site:
@@ -55,26 +55,8 @@ def get_site(name: str, kind: SiteKind, model: nn.Module, *, autocast: bool = Tr
     return Site(name, kind, in_features, out_features, device, _trained_dtype(dtype, autocast), module, model, loading)
 
 
-_NO_COPIES = nn.ModuleDict()
-"""The trained copies of a layer without any; nothing is added to it."""
-
-
-class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
+class AdaptedLayer(PickledByRecipe, PeftNames, AdaptedModule):
     """Mixed into the class of an adapted module; see the top of this file."""
-
-    adapters: nn.ModuleDict
-    active_state: ActiveAdapters
-    original_parameters: dict[str, nn.Parameter | None] | None
-    """The base's parameters (and buffers) that a merge replaced; None if nothing is merged."""
-    merged_names: tuple[str, ...]
-    """The adapters that are merged."""
-    current_copy: str | None
-    """Adapter whose trained copies are in use while the rows of a mixed batch run one adapter at a time."""
-
-    @property
-    def trained_copies(self) -> nn.ModuleDict:
-        """The copies by adapter; as a child they have PEFT's name, which scripts look for in names of parameters."""
-        return self._modules.get("modules_to_save", _NO_COPIES)  # type: ignore[return-value]
 
     def run_adapted(self, base: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the base module's forward `base` with the active adapter modules around it."""
@@ -118,7 +100,9 @@ class AdaptedLayer(PickledByRecipe, PeftNames, nn.Module):
             return add_low_rank_rows(base(*args, **kwargs), x, *cached)
         masks = self.active_state.get_row_masks(x.shape[0], x.device)
         copies = self.trained_copies
-        with_copies = {n: rows for n, rows in masks.items() if n in copies and copies[n].state_dict()}
+        # A module that has nothing but children has a copy without tensors.
+        own = {n: [*copies[n].parameters(), *copies[n].buffers()] for n in masks if n in copies}
+        with_copies = {n: rows for n, rows in masks.items() if own.get(n)}
         modules: dict[str, Any] = {n: self.adapters[n] for n in masks if n in self.adapters}
         plain_base = base
         if with_copies:

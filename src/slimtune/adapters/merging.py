@@ -1,21 +1,17 @@
 """Merging: adapters are added to a layer's own parameters, and `unmerge_adapters` puts the original ones back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..utils.linear_layers import is_quantized, is_transposed, parameter_names
+from .active_adapters import AdaptedModule
 from .base import MergeUnsupported
 
-if TYPE_CHECKING:
-    from .layer import AdaptedLayer
 
-
-def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, check: bool = False) -> None:
+def merge_adapters(name: str, module: AdaptedModule, adapters: Iterable[str], *, check: bool = False) -> None:
     """Merge adapters into the module's parameters; the replaced parameter objects are kept for `unmerge_adapters`.
 
     If other adapters are merged already, all are merged into the original parameters.
@@ -74,7 +70,7 @@ def merge_adapters(name: str, module: AdaptedLayer, adapters: Iterable[str], *, 
     module.__dict__.update(original_parameters=replaced, merged_names=tuple(adapters))
 
 
-def tie_equal_parameters(modules: Iterable[AdaptedLayer]) -> None:
+def tie_equal_parameters(modules: Iterable[AdaptedModule]) -> None:
     """Let merged parameters share memory again that were one parameter before and are equal now."""
     first: dict[int, Any] = {}
     for module in modules:
@@ -86,7 +82,7 @@ def tie_equal_parameters(modules: Iterable[AdaptedLayer]) -> None:
                 module._parameters[name] = shared
 
 
-def unmerge_adapters(module: AdaptedLayer) -> None:
+def unmerge_adapters(module: AdaptedModule) -> None:
     """Put the original parameters back, bit for bit."""
     if module.original_parameters is not None:
         for n, tensor in module.original_parameters.items():

@@ -25,12 +25,14 @@ from ..errors import UsageError, format_names, nearest
 from ..peft_compat import register_as_peft_subclass, register_with_transformers
 from ..utils.made_classes import PickledByRecipe
 from . import layer
+from .active_adapters import BASE_ROW, ActiveAdapters
 from .base import AdapterModule, MergeUnsupported, SharedParameterHolder
+from .base_model import Tuner, TunerNames
 from .config import PeftConfig
 from .conversion import LoraConversionMixin
 from .invocation import find_running_invocations
 from .merging import merge_adapters, tie_equal_parameters, unmerge_adapters
-from .mixed_batch import BASE_ROW, ActiveAdapters, CallMixin
+from .mixed_batch import CallMixin
 from .prompt import PromptMixin
 from .quantized import disable_cpu_repacking, find_repacking_layers
 from .replicated_layers import Replication, replicate_layers, restore_layers
@@ -183,7 +185,7 @@ class PeftModel(PickledByRecipe, CallMixin, LoraConversionMixin, SaveLoadMixin, 
 
     @property
     def base_model(self) -> Any:
-        """The backbone, as in transformers; `base_model.model` is the whole model, as in PEFT: see `TunerNames`."""
+        """The backbone, as in transformers; `base_model.model` is the whole model, as in PEFT: see `base_model.py`."""
         backbone = self._backbone
         return Tuner(self) if backbone is self and "model" in self._modules else backbone
 
@@ -697,63 +699,6 @@ def _make_peft_model(model: nn.Module, cls: Any) -> PeftModel:
         backbone.__dict__["_whole_model"] = model
         backbone.__class__ = _make_subclass(backbone.__class__, TunerNames)
     return model
-
-
-class Tuner(nn.Module):
-    """PEFT's `base_model` of a model that is its own backbone and has a child named `model`.
-
-    Its `model` is the whole model; every other name, assignment and call goes to the whole model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self._modules["model"] = model
-        del vars(self)["training"]
-
-    base_model = property(lambda self: self)
-
-    def __getattr__(self, name: str) -> Any:
-        model = super().__getattr__("model")
-        return model if name == "model" else getattr(model, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.model, name, value)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-
-class TunerNames(PickledByRecipe):
-    """Mixed into the backbone's class, so that `peft_model.base_model` is both what transformers and what PEFT mean.
-
-    In transformers `base_model` is the backbone, and called it returns hidden states. In PEFT it is a tuner around the
-    whole model, which is its `model`; so names that the backbone lacks are those of the whole model.
-    """
-
-    _whole_model: Any
-
-    # transformers gives every model its own functions with these names.
-    active_adapter = _active_adapter = property(lambda self: self._whole_model.active_adapter)
-    active_adapters = property(lambda self: self._whole_model.active_adapters)
-    add_adapter = property(lambda self: self._whole_model.add_adapter)
-    delete_adapter = property(lambda self: self._whole_model.delete_adapter)
-    load_adapter = property(lambda self: self._whole_model.load_adapter)
-    set_adapter = property(lambda self: self._whole_model.set_adapter)
-    base_model = property(lambda self: self)
-
-    def __getattr__(self: Any, name: str) -> Any:
-        try:
-            return super().__getattr__(name)  # type: ignore[misc]
-        except AttributeError:
-            whole = vars(self).get("_whole_model")
-            if whole is None or name.startswith("_"):
-                raise
-            return whole if name == "model" else getattr(whole, name)
-
-    def get_output_embeddings(self: Any) -> nn.Module | None:
-        """Return the backbone's own output embeddings, not those of the whole model, if it has any."""
-        head = super().get_output_embeddings()  # type: ignore[misc]
-        return head if any(m is head for m in self.modules()) else None
 
 
 @cache

@@ -7,13 +7,14 @@ the positions where it may start to those where it may end. A set is an integer 
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, reduce
 from re import _parser  # type: ignore[attr-defined]  # no public function returns a parsed pattern
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import ConfigError
 
+Value = TypeVar("Value")
 MAX_LENGTH = 20_000
 """Most characters in a pattern."""
 _MAX_PATHS = 10_000
@@ -174,6 +175,12 @@ def find_pattern(patterns: Iterable[str], name: str) -> str | None:
     """Return the first pattern that matches `name` or its end after a dot, or None."""
     starts = (0, *(i + 1 for i, c in enumerate(name) if c == "."))
     return next((p for p in patterns if get_pattern(p).matches(name, starts)), None)
+
+
+def get_pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """Return the value of the first pattern that matches `name` (see `find_pattern`), or the default."""
+    key = find_pattern(patterns, name)
+    return default if key is None else patterns[key]
 
 
 def _fits(kind: str, value: Any, character: str) -> bool:

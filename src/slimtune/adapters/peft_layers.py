@@ -19,13 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..kernels.low_rank import add_low_rank
 from ..utils.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
+from .active_adapters import ADAPTED_ATTRIBUTES, ADDED_CHILDREN, LayerAdapters
 from .merging import merge_adapters, unmerge_adapters
-from .mixed_batch import LayerAdapters
-
-ADAPTED_ATTRIBUTES = ("active_state", "original_parameters", "merged_names", "current_copy")
-"""What an adapted module has in addition to its base's attributes."""
-ADDED_CHILDREN = ("adapters", "modules_to_save")
-"""Its children, by adapter: adapter modules, and trained copies of the base's parameters."""
 
 
 class PeftNames:
@@ -488,70 +483,23 @@ class ParamWrapper(LoraLayer):
         return any(m.adapted_parameters for m in layer.adapters.values() if m.method == "lora")
 
 
-class AdaLoraLayer(LoraLayer):
-    """A layer with an AdaLoRA."""
-
-    methods: ClassVar[tuple[str, ...]] = ("adalora",)
-
-
-class IA3Layer(BaseTunerLayer):
-    """A layer with an (IA)³."""
-
-    methods: ClassVar[tuple[str, ...]] = ("ia3",)
+def _layer_type(name: str, *methods: str, base: type = BaseTunerLayer) -> Any:
+    """Return the class of the layers with an adapter of one of these methods."""
+    what = {"methods": methods, "__doc__": f"A layer with a {' or '.join(methods)}.", "__module__": __name__}
+    return LayerType(name, (base,), what)
 
 
-class LycorisLayer(BaseTunerLayer):
-    """A layer with a LoHa or LoKr."""
-
-    methods: ClassVar[tuple[str, ...]] = ("loha", "lokr")
-
-
-class LoHaLayer(LycorisLayer):
-    """A layer with a LoHa."""
-
-    methods: ClassVar[tuple[str, ...]] = ("loha",)
-
-
-class LoKrLayer(LycorisLayer):
-    """A layer with a LoKr."""
-
-    methods: ClassVar[tuple[str, ...]] = ("lokr",)
-
-
-class OFTLayer(BaseTunerLayer):
-    """A layer with an OFT."""
-
-    methods: ClassVar[tuple[str, ...]] = ("oft",)
-
-
-class VeraLayer(BaseTunerLayer):
-    """A layer with a VeRA."""
-
-    methods: ClassVar[tuple[str, ...]] = ("vera",)
-
-
-class HiraLayer(BaseTunerLayer):
-    """A layer with a HiRA."""
-
-    methods: ClassVar[tuple[str, ...]] = ("hira",)
-
-
-class MissLayer(BaseTunerLayer):
-    """A layer with a MiSS."""
-
-    methods: ClassVar[tuple[str, ...]] = ("miss",)
-
-
-class ShiraLayer(BaseTunerLayer):
-    """A layer with a SHiRA."""
-
-    methods: ClassVar[tuple[str, ...]] = ("shira",)
-
-
-class LNTuningLayer(BaseTunerLayer):
-    """A normalisation layer that trains."""
-
-    methods: ClassVar[tuple[str, ...]] = ("ln_tuning",)
+AdaLoraLayer = _layer_type("AdaLoraLayer", "adalora", base=LoraLayer)
+IA3Layer = _layer_type("IA3Layer", "ia3")
+LycorisLayer = _layer_type("LycorisLayer", "loha", "lokr")
+LoHaLayer = _layer_type("LoHaLayer", "loha", base=LycorisLayer)
+LoKrLayer = _layer_type("LoKrLayer", "lokr", base=LycorisLayer)
+OFTLayer = _layer_type("OFTLayer", "oft")
+VeraLayer = _layer_type("VeraLayer", "vera")
+HiraLayer = _layer_type("HiraLayer", "hira")
+MissLayer = _layer_type("MissLayer", "miss")
+ShiraLayer = _layer_type("ShiraLayer", "shira")
+LNTuningLayer = _layer_type("LNTuningLayer", "ln_tuning")
 
 
 class TrainableTokensLayer(BaseTunerLayer):

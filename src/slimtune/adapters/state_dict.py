@@ -34,9 +34,9 @@ from ..utils.fingerprint import config_fingerprint
 from ..utils.hub import commit_files, require_repo_id
 from ..utils.linear_layers import is_finite
 from . import model_card
+from .active_adapters import ADDED_CHILDREN
 from .config import CONFIG_FILE, PeftConfig, find_file, write_config
 from .layer import get_site
-from .peft_layers import ADDED_CHILDREN
 from .targets import select_targets
 
 log = logging.getLogger(__name__)

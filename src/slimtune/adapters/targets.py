@@ -10,25 +10,22 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import TargetError, UsageError, format_names, nearest
 from ..utils.linear_layers import layer_kind, stored_buffer_names
+from .active_adapters import ADDED_CHILDREN
 from .architectures import HEADS, is_uncalled, model_type, text_config
 from .base import WEIGHT_KINDS, SiteKind
+from .config import PeftConfig
 from .layer import AdaptedLayer, can_have_adapters
 from .patterns import find_pattern, get_pattern
-from .peft_layers import ADDED_CHILDREN
 
-if TYPE_CHECKING:
-    from .config import PeftConfig
-
-Value = TypeVar("Value")
 Modules = dict[str, nn.Module]
 ALL_LINEAR = "all-linear"
 _KIND_NAMES = {
@@ -257,12 +254,6 @@ def matches_name(wanted: Iterable[str] | str, name: str) -> bool:
     if isinstance(wanted, str):
         return get_pattern(wanted).matches(name)
     return any(name == w or name.endswith(f".{w}") for w in wanted)
-
-
-def get_pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    """Return the value of the first pattern that matches `name` (see `find_pattern`), or the default."""
-    key = find_pattern(patterns, name)
-    return default if key is None else patterns[key]
 
 
 def check_target_module_exists(config: Any, key: str) -> bool:

@@ -1,7 +1,7 @@
 """PEFT's tuner: what `peft_model.base_model` is there, `isinstance(base_model, LoraModel)`, and PEFT's functions on it.
 
 Here the tuner is no object of its own: `peft_model.base_model` is the backbone, which also answers to the tuner's names
-(see `TunerNames`), and the classes of this module are for isinstance.
+(see `base_model.py`), and the classes of this module are for isinstance.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..utils.peft_functions import DUMMY_MODEL_CONFIG
+from .base_model import Tuner, TunerNames
 from .config import PeftConfig
-from .model import PeftMixedModel, PeftModel, Tuner, TunerNames, get_peft_model
+from .model import PeftMixedModel, PeftModel, get_peft_model
 from .peft_layers import BaseTunerLayer
 from .targets import select_targets
 
@@ -47,8 +48,6 @@ class BaseTuner(metaclass=TunerType):
 
     method: ClassVar[str] = ""
     """Name of the method of the active adapter; empty: any."""
-    uses_shared_state: ClassVar[bool] = False
-    """Whether `inject_adapter_in_model` refuses the method: tensors that layers share belong to the model here."""
 
     @classmethod
     def matches(cls, model: Any) -> bool:
@@ -65,82 +64,25 @@ class BaseTuner(metaclass=TunerType):
         return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
 
 
-class LoraModel(BaseTuner):
-    """The `base_model` of a PeftModel with a LoRA."""
-
-    method = "lora"
-
-
-class AdaLoraModel(LoraModel):
-    """The `base_model` of a PeftModel with an AdaLoRA."""
-
-    method = "adalora"
+def _tuner_type(name: str, method: str, base: type = BaseTuner) -> Any:
+    """Return the class of the `base_model` of a PeftModel with an adapter of this method."""
+    what = f"The `base_model` of a PeftModel with a {method}."
+    return TunerType(name, (base,), {"method": method, "__doc__": what, "__module__": __name__})
 
 
-class IA3Model(BaseTuner):
-    """The `base_model` of a PeftModel with an (IA)³."""
-
-    method = "ia3"
-
-
-class LoHaModel(BaseTuner):
-    """The `base_model` of a PeftModel with a LoHa."""
-
-    method = "loha"
-
-
-class LoKrModel(BaseTuner):
-    """The `base_model` of a PeftModel with a LoKr."""
-
-    method = "lokr"
-
-
-class OFTModel(BaseTuner):
-    """The `base_model` of a PeftModel with an OFT."""
-
-    method = "oft"
-
-
-class VeraModel(BaseTuner):
-    """The `base_model` of a PeftModel with a VeRA."""
-
-    method = "vera"
-
-
-class HiraModel(BaseTuner):
-    """The `base_model` of a PeftModel with a HiRA."""
-
-    method = "hira"
-
-
-class MissModel(BaseTuner):
-    """The `base_model` of a PeftModel with a MiSS."""
-
-    method = "miss"
-
-
-class ShiraModel(BaseTuner):
-    """The `base_model` of a PeftModel with a SHiRA."""
-
-    method = "shira"
-
-
-class LNTuningModel(BaseTuner):
-    """The `base_model` of a PeftModel with trained normalisation layers."""
-
-    method = "ln_tuning"
-
-
-class TrainableTokensModel(BaseTuner):
-    """The `base_model` of a PeftModel with trained tokens."""
-
-    method = "trainable_tokens"
-
-
-class AdaptionPromptModel(BaseTuner):
-    """The `base_model` of a PeftModel with adaption prompts."""
-
-    method = "adaption_prompt"
+LoraModel = _tuner_type("LoraModel", "lora")
+AdaLoraModel = _tuner_type("AdaLoraModel", "adalora", LoraModel)
+IA3Model = _tuner_type("IA3Model", "ia3")
+LoHaModel = _tuner_type("LoHaModel", "loha")
+LoKrModel = _tuner_type("LoKrModel", "lokr")
+OFTModel = _tuner_type("OFTModel", "oft")
+VeraModel = _tuner_type("VeraModel", "vera")
+HiraModel = _tuner_type("HiraModel", "hira")
+MissModel = _tuner_type("MissModel", "miss")
+ShiraModel = _tuner_type("ShiraModel", "shira")
+LNTuningModel = _tuner_type("LNTuningModel", "ln_tuning")
+TrainableTokensModel = _tuner_type("TrainableTokensModel", "trainable_tokens")
+AdaptionPromptModel = _tuner_type("AdaptionPromptModel", "adaption_prompt")
 
 
 class MixedModel(BaseTuner):

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..adapters.active_adapters import ADDED_CHILDREN
 from ..adapters.merging import merge_adapters, unmerge_adapters
 from ..adapters.model import mark_embeddings_untied
-from ..adapters.peft_layers import ADDED_CHILDREN
 from ..adapters.quantized import disable_cpu_repacking, find_repacking_layers
 from ..errors import AdapterError
 from ..utils.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..adapters.base import AdapterModule, BaseForward, Site
 from ..adapters.config import FAN_IN_FAN_OUT_HELP, TargetedConfig, setting
-from ..adapters.targets import get_pattern_value
+from ..adapters.patterns import get_pattern_value
 from ..kernels.dropout import dropout
 from ..utils.linear_layers import is_quantized
 

@@ -21,8 +21,17 @@ from ..config import Recipe
 from ..run_dir import RunDir, RunResults
 from ..utils.files import require_output_file, write_atomic
 from ..utils.formatting import format_bytes, format_count, format_duration
-from . import charts
-from .charts import is_interval, is_number
+from .charts import (
+    Estimate,
+    Series,
+    histogram,
+    html_templates,
+    interval_chart,
+    is_interval,
+    is_number,
+    line_chart,
+    stacked_bar,
+)
 
 
 def write_report(run: RunDir, out: Path | None = None) -> tuple[Path, list[str]]:
@@ -95,7 +104,7 @@ def _render_page(errors: list[str] | None = None, **values: Any) -> str:
             return Markup('<p class="missing">not shown: {}</p>').format(damage)
 
     style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
-    page = charts.html_templates().get_template("report.html.j2")
+    page = html_templates().get_template("report.html.j2")
     return page.render(
         **values, errors=errors, guard=guard,
         style=style, version=__version__, fixed=fixed, signed=signed, percent=percent, whole=whole,
@@ -154,12 +163,12 @@ def _peaks(r: RunResults) -> tuple[Any, Any, Any]:
 def _memory_charts(r: RunResults) -> list[Markup]:
     low, high, peak = _peaks(r)
     parts = r.plan.get("parts") or {}
-    bars = [charts.stacked_bar("Memory of a step, by part", parts, predicted=(low, high), measured=peak)]
+    bars = [stacked_bar("Memory of a step, by part", parts, predicted=(low, high), measured=peak)]
     usable = (r.plan.get("usable_bytes") or {}).get("low")
     if is_number(usable) and usable and is_number(high):
         title = f"Share of the memory of {r.plan.get('card', 'the machine')}"
         note = f"at most {percent(high / usable)} of {format_bytes(usable)} is planned"
-        bars.append(charts.stacked_bar(title, {"need": high}, note=note, measured=peak, capacity=usable))
+        bars.append(stacked_bar(title, {"need": high}, note=note, measured=peak, capacity=usable))
     return [bar for bar in bars if bar]
 
 
@@ -194,15 +203,15 @@ def _length_histogram(report: Mapping[str, Any]) -> Markup:
     lengths = report.get("lengths") or {}
     quantiles = {"median": "median", "90 % up to": "p90", "longest": "max"}
     note = "tokens: " + ", ".join(f"{name} {whole(lengths.get(key))}" for name, key in quantiles.items())
-    return charts.histogram(lengths.get("histogram") or [], report.get("max_seq_len"), note)
+    return histogram(lengths.get("histogram") or [], report.get("max_seq_len"), note)
 
 
 def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
     """Return charts of the losses, which may be empty, and of what else was logged."""
 
-    def series(name: str, key: str, color: str = "one", **style: bool) -> charts.Series:
+    def series(name: str, key: str, color: str = "one", **style: bool) -> Series:
         points = [(m["step"], m[key]) for m in r.metrics if "step" in m and key in m]
-        return charts.Series(name, color, points, **style)
+        return Series(name, color, points, **style)
 
     training, validation = series("training", "train_loss", smooth=True), series("validation", "validation_loss", "two")
     validation = dataclasses.replace(validation, markers=True)
@@ -220,8 +229,8 @@ def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
         ("Speed", "trained tokens/s", "tokens_per_second"),
         ("Gradient norm", "before clipping", "grad_norm"),
     ]
-    lines = [charts.line_chart(title, unit, [series(title.lower(), key)]) for title, unit, key in others]
-    losses = charts.line_chart("Loss", "nats per supervised token", [training, validation], tall=True, mark=mark)
+    lines = [line_chart(title, unit, [series(title.lower(), key)]) for title, unit, key in others]
+    losses = line_chart("Loss", "nats per supervised token", [training, validation], tall=True, mark=mark)
     return [losses, *filter(None, lines)]
 
 
@@ -241,19 +250,19 @@ def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Mar
             for label, color in (("base", "one"), ("tuned", "two"))
         ]
         change = [_estimate("change", "two", values, change_key, signed, digits, factor)] if change_key else []
-        if chart := charts.interval_chart(both):
-            found.append((title, unit, chart, charts.interval_chart(change, [(0.0, "")])))
+        if chart := interval_chart(both):
+            found.append((title, unit, chart, interval_chart(change, [(0.0, "")])))
     return found
 
 
 def _estimate(
     label: str, color: str, values: Mapping[str, Any], key: str, to_text: Callable[..., str], digits: int, factor: float
-) -> charts.Estimate:
+) -> Estimate:
     value, interval = values.get(key), values.get(f"{key}_ci95")
     value = value * factor if is_number(value) else None
     interval = [x * factor for x in interval] if is_interval(interval) else None
     text = to_text(value, digits) + (f" ({_range_text(interval, digits)})" if interval else "")
-    return charts.Estimate(label, color, value, interval, text)
+    return Estimate(label, color, value, interval, text)
 
 
 def _boolean_checks(answers: list[Mapping[str, Any]]) -> set[str]:
@@ -270,4 +279,4 @@ def _forgetting_chart(f: Mapping[str, Any]) -> Markup:
     marks = [(0.0, "")]
     if is_number(f.get("budget")):
         marks.append((f["budget"], f"budget {fixed(f['budget'], 2)}"))
-    return charts.interval_chart([_estimate("change", "two", f, "change", signed, 3, 1)], marks)
+    return interval_chart([_estimate("change", "two", f, "change", signed, 3, 1)], marks)
