@@ -363,7 +363,8 @@ def test_examples_of_the_documentation(tmp_path):
     seen = set()
     for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL):
         for row in [block] if block.startswith('{"tools"') else block.splitlines():
-            format, found = read_one(tmp_path, json.loads(row))
+            named = {"format": "classification"} if '"label"' in row else {}
+            format, found = read_one(tmp_path, json.loads(row), **named)
             seen.add(format)
-            assert found.chosen or found.tools or supervised_text(found)
+            assert found.chosen or found.tools or found.labels or supervised_text(found)
     assert seen == set(FORMATS)

@@ -105,9 +105,9 @@ class DataSettings(Section):
     test_fraction: Number = setting(
         0.0, "share of the training rows set aside for `slimtune eval`, if test is null", ge=0, le=0.5
     )
-    format: Literal["chat", "instruction", "sharegpt", "prompt-completion", "text", "preference"] | None = setting(
-        None, "format of a row; null: inferred from its columns"
-    )
+    format: (
+        Literal["chat", "instruction", "sharegpt", "prompt-completion", "text", "preference", "classification"] | None
+    ) = setting(None, "format of a row; null: inferred from its columns")
     columns: dict[str, str] = setting({}, "names of the format's columns in these rows", flag="--column")
     ignore_columns: list[str] = setting(
         [], "columns to leave out although they may change what a row means; messages.KEY: a key of the messages"

@@ -179,7 +179,9 @@ def column_hint(columns: Collection[UnusedColumn]) -> str:
     """Return what to do about unused columns without which rows mean something else."""
     names = [column.name for column in columns]
     flags = " ".join(f"--ignore-columns {shlex.quote(name)}" for name in names)
-    return f"use it by another --format or --column, or leave it out: {flags} (data.ignore_columns in a recipe)"
+    is_label = any(column.name.casefold() in ("label", "labels") for column in columns)
+    use = "learn it as the class of the row (--format classification)" if is_label else "use it by another --format"
+    return f"{use} or --column, or leave it out: {flags} (data.ignore_columns in a recipe)"
 
 
 def open_rows(

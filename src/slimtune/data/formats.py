@@ -19,6 +19,7 @@ from .messages import (
     RowError,
     check_depth,
     convert_sharegpt,
+    json_type,
     parse_messages_and_train_mask,
     require_list,
     require_text,
@@ -40,6 +41,7 @@ class Row:
     completion: str | None = None  # the text that is learned
     chosen: Messages | str | None = None  # the better answer of a preference pair
     rejected: Messages | str | None = None
+    labels: tuple[str, ...] | None = None  # the classes that the messages, or the prompt, belong to: one, or any number
     file: str | None = None  # its name, if rows come from several
 
 
@@ -104,6 +106,43 @@ def _read_preference(record: Record) -> Fields:
     return fields if prompt is None else fields | {"prompt": require_text(prompt, "'prompt'")}
 
 
+def _read_classification(record: Record) -> Fields:
+    if ("text" in record) == ("messages" in record):
+        raise RowError("has 'text' and 'messages'" if "text" in record else "has no 'text' or 'messages'", "bad-text")
+    label = record["label"]
+    if isinstance(label, str) and label.lstrip().startswith("["):
+        label = require_list(label, "label")  # as a CSV file has it
+    labels = tuple(parse_label(name) for name in (label if isinstance(label, list) else [label]))
+    if len(set(labels)) < len(labels):
+        raise RowError(f"names a label twice: {format_names(labels)}", "bad-label")
+    fields: Fields = {"messages": [], "labels": labels}
+    if "text" in record:
+        return fields | {"prompt": require_text(record["text"], "'text'")}
+    fields["messages"], _ = parse_messages_and_train_mask(record["messages"], require_trained_turn=False)
+    if not fields["messages"]:
+        raise RowError("'messages' is empty", "empty-content")
+    return fields | {"tools": _read_tools(record)}
+
+
+def sort_labels(names: Iterable[str]) -> list[str]:
+    """Return the names of classes, each once, in the order of their ids: sorted, numbers by their value."""
+    unique = set(names)
+    numbers = all(name.isdecimal() for name in unique)
+    return sorted(unique, key=lambda name: (int(name) if numbers else 0, name))
+
+
+def parse_label(value: Any) -> str:
+    """Return the name of a class: a text, an integer or a boolean; raise RowError for anything else."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of integers with gaps is read as one of floats
+    if isinstance(value, str) and value.strip():
+        return require_text(value, "'label'").strip()
+    if isinstance(value, bool | int):
+        return str(value)
+    shown = "empty" if value in EMPTY_LABELS else f"{json_type(value)}: {str(value)[:40]}"
+    raise RowError(f"'label' is {shown}: wanted the name or the number of a class", "bad-label")
+
+
 def _chat_fields(record: Record, messages: Messages, learned: tuple[bool, ...]) -> Fields:
     every_turn = tuple(m["role"] == "assistant" for m in messages)
     return {"messages": messages, "learned": None if learned == every_turn else learned, "tools": _read_tools(record)}
@@ -138,7 +177,11 @@ FORMATS = {
     "prompt-completion": Format(("prompt", "completion"), ("tools",), _read_prompt_completion),
     "text": Format(("text",), (), _read_text),
     "preference": Format(("chosen", "rejected"), ("prompt", "tools"), _read_preference),
+    "classification": Format(("label",), ("text", "messages", "tools"), _read_classification),
 }
+NAMED_FORMATS = ("classification",)
+"""Formats that are not recognized by their columns: a `label` may also rate a text, so the task must say what it is."""
+EMPTY_LABELS: tuple[Any, ...] = (None, "", {})
 
 
 def parse_record(record: Record, format: str, line: int, file: str | None = None) -> Row | InvalidRow:
@@ -260,7 +303,7 @@ def detect_format(path: Path, records: Iterable[Record], choice: ColumnChoice, f
         return format
     records = list(map(choice.apply, records))
     present = list(dict.fromkeys(key for record in records for key in record))
-    fitting = [name for name, f in FORMATS.items() if set(f.required) <= set(present)]
+    fitting = [n for n, f in FORMATS.items() if n not in NAMED_FORMATS and set(f.required) <= set(present)]
     if len(fitting) == 2 and "text" in fitting:  # Alpaca's own rows: the text repeats the other columns
         (other,) = set(fitting) - {"text"}
         if all(_is_rendering(record, other) for record in records):
@@ -293,7 +336,7 @@ def suggest_flags(present: Iterable[str]) -> tuple[list[str], list[tuple[str, st
             elif close := difflib.get_close_matches(role, names, 1, 0.8):
                 found[role] = names[close[0]]
                 misspelled.append((role, found[role]))
-        if name != "preference" and set(f.required) <= set(found):
+        if name not in ("preference", *NAMED_FORMATS) and set(f.required) <= set(found):
             pairs = [f"{role}={column}" for role, column in found.items() if role != column]
             note = {"instruction": " (a chat)", "prompt-completion": " (texts without a chat template)"}.get(name, "")
             flags.append(" ".join([f"--format {name}", *(f"--column {shlex.quote(pair)}" for pair in pairs)]) + note)

@@ -59,13 +59,15 @@ class RowReport:
 
     def text(self) -> str:
         """Return the report as one line."""
-        share = f"{100 * self.supervised_tokens / self.tokens:.0f} %" if self.tokens else "0 %"
         parts = [f"{self.kept} of {self.rows} rows"]
         if self.dropped:
             parts.append(f"{self.dropped} dropped (longer than {self.max_seq_len} tokens)")
         if self.truncated:
             parts.append(f"{self.truncated} truncated to {self.max_seq_len} tokens")
-        parts.append(f"{format_count(self.tokens)} tokens, {format_count(self.supervised_tokens)} supervised ({share})")
+        parts.append(f"{format_count(self.tokens)} tokens")
+        if self.supervised_tokens:  # rows of classes have none
+            share = 100 * self.supervised_tokens / self.tokens
+            parts.append(f"{format_count(self.supervised_tokens)} supervised ({share:.0f} %)")
         parts.append(f"longest row {self.longest}")
         if self.missing_eos:
             parts.append(f"{self.missing_eos} of them without an end-of-turn token at the end")
@@ -78,16 +80,22 @@ class RowReport:
 def tokenize_rows(
     rows: Iterable[Row], tokenizer: Any, *, train_on: str = "assistant"
 ) -> list[TokenizedRow | InvalidRow]:
-    """Return the tokens of each row of a batch with the mask of supervised ones, or why the row has none."""
+    """Return the tokens of each row of a batch with the mask of supervised ones, or why the row has none.
+
+    A text with a label gets the tokens that `tokenizer(text)` gives, special ones included; none of them is supervised.
+    """
     special_tokens = chat_template.special_token_pattern(tokenizer)
 
-    def render(row: Row) -> RenderedText | InvalidRow:
+    def render(row: Row) -> RenderedText | TokenizedRow | InvalidRow:
+        if row.labels is not None and row.prompt is not None:
+            ids = tokenizer(row.prompt, verbose=False)["input_ids"]
+            return TokenizedRow(ids, [False] * len(ids))
         if row.chosen is not None:
             return InvalidRow(row.line, "is a preference pair, and nothing trains on them yet", "preference", row.file)
         if row.completion is not None:
             return chat_template.render_text(tokenizer, row.prompt or "", row.completion)
         learned = row.learned
-        if train_on == "last_assistant":
+        if train_on == "last_assistant" and row.labels is None:
             last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
             learned = tuple(i == last and (learned is None or learned[i]) for i in range(len(row.messages)))
         is_special = any(m["role"] == "developer" or not m.keys().isdisjoint(REASONING_KEYS) for m in row.messages)
@@ -97,7 +105,7 @@ def tokenize_rows(
             rendered = chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
             if is_special:
                 check_reasoning_text(row.messages, rendered.text, rendered.spans)
-            return rendered
+            return rendered if row.labels is None else RenderedText(rendered.text, [])
         except RowError as error:
             return InvalidRow(row.line, str(error), error.code, row.file, error.hint)
         except DataError as error:
@@ -128,7 +136,8 @@ class TokenizedBatch:
     lengths: np.ndarray  # int64 [N], of the kept rows
     lines: np.ndarray  # int64 [N]
     overlong: list[int]  # lines of the rows that are too long
-    unsupervised: list[int]  # lines of the kept rows without a supervised token
+    unsupervised: list[int]  # lines of the kept rows without a supervised token, nor a label
+    labels: list[tuple[str, ...]] | None  # of the kept rows; None: they have none
     stats: Any  # what `BatchTokenizer.validate` returned
 
 
@@ -161,7 +170,7 @@ class BatchTokenizer:
         report = RowReport(self.max_seq_len, rows=len(batch))
         ids: list[list[int]] = []
         supervised: list[list[bool]] = []
-        lines, overlong, unsupervised = [], [], []
+        lines, overlong, unsupervised, labels = [], [], [], []
         for row, tokens in pairs:
             if isinstance(tokens, InvalidRow):
                 continue
@@ -177,7 +186,9 @@ class BatchTokenizer:
             ids.append(tokens.input_ids[: self.max_seq_len])
             supervised.append(tokens.supervised[: self.max_seq_len])
             count = sum(supervised[-1][1:])
-            if not count:
+            if row.labels is not None:
+                labels.append(row.labels)
+            elif not count:
                 unsupervised.append(row.line)
             report.supervised_tokens += count
             report.missing_eos += tokens.is_open(end_ids)
@@ -192,6 +203,7 @@ class BatchTokenizer:
             np.array(lines, np.int64),
             overlong,
             unsupervised,
+            labels or None,
             None if self.validate is None else self.validate(pairs),
         )
 

@@ -265,6 +265,8 @@ def require_finite_weights(base: Base) -> None:
 
 def load_training_data(recipe: Recipe, force: bool) -> setup.Datasets:
     """Check that the recipe's packages are there, and load its rows; raise DataError for faulty or missing rows."""
+    if recipe.data.format == "classification":
+        raise UsageError("data.format is classification, and nothing trains on labels yet", "rows of another format")
     if recipe.model.quantization is not None:
         require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
     if recipe.train.optimizer == "adamw-8bit":

@@ -123,6 +123,10 @@ def _split_texts(row: Row) -> tuple[list[str], str, list[tuple[str, str]]]:
     """Return the texts before the last answer, that answer, and all texts of the row with their roles."""
     answers = [{"content": row.rejected}] if isinstance(row.rejected, str) else row.rejected or []
     rejected = [("rejected", m.get("content") or "") for m in answers]
+    if row.labels is not None:
+        label = ", ".join(sorted(row.labels))
+        texts = [(m["role"], m.get("content") or "") for m in row.messages] or [("text", row.prompt or "")]
+        return [part for text in texts for part in text], label, [*texts, ("label", label)]
     if row.messages:
         texts = [(m["role"], m.get("content") or "") for m in row.messages]
         calls = [("call", str(m["tool_calls"])) for m in row.messages if m.get("tool_calls")]

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import DataError, nearest
+from ...errors import DataError, format_names, nearest
 from ...utils.formatting import format_count
 from ..chat_template import TokenizedRow
 from ..dataset import RowFile, column_hint, describe_losses, open_rows
-from ..formats import InvalidRow, Row
+from ..formats import InvalidRow, Row, sort_labels
 from ..packing import pack_sequences
 from ..parallel import batched, cpu_count, parallel_map
 from ..tokenize import (
@@ -37,6 +37,10 @@ SHOWN_PREFIX = 200
 HISTOGRAM_BARS = 16
 SAME_ANSWER_ROWS = 10
 """Fewest rows with the same answer that are an issue."""
+RARE_CLASS_ROWS = 5
+"""Fewer rows of a class are an issue."""
+IMBALANCE = 10
+"""How many times as many rows the most frequent class has as one whose rows are an issue."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,15 @@ ISSUE_TYPES = {
     "near-duplicate": IssueType("rows that nearly repeat an earlier row", "remove them, unless they are intended"),
     "contradiction": IssueType("rows with another short answer to a prompt than an earlier row",
         "keep the right answer"),
+    "one-class": IssueType("rows of one class only: there is nothing to tell apart", "add rows of another class", 0),
+    "contradictory-label": IssueType("rows with another label for a text than an earlier row", "keep the right label"),
+    "similar-labels": IssueType("rows with labels that differ in upper case or white space alone",
+        "write each class in one way"),
+    "rare-class": IssueType(f"rows of a class with fewer than {RARE_CLASS_ROWS} rows", "more rows of these classes"),
+    "class-imbalance": IssueType("rows of classes that are much rarer than the most frequent one",
+        "class_weights: balanced, and compare macro-F1 rather than accuracy"),
+    "unseen-label": IssueType("validation rows with a label that no training row has",
+        "correct the label, or add training rows of this class", 0),
     "same-answer": IssueType("rows with the same answer to different prompts", "keep a few of them", 0.95),
     "media-placeholder": IssueType("rows with a place for an image or a sound in their text: only text is learned",
         "remove them, or say in words what it shows", 0.02),
@@ -125,6 +138,8 @@ def validate_file(
         if tokenizer is None:
             for row in rows:
                 report.total.rows += 1
+                if isinstance(row, Row) and row.labels is not None:
+                    report.add_labels([row.line], [row.labels])
                 report.add_invalid([row] if isinstance(row, InvalidRow) else [])
             return report
         function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, report.validate)
@@ -180,6 +195,8 @@ class DatasetReport:
         self.issues: dict[str, FoundIssue] = {}
         self.invalid_count = self.packed_tokens = 0
         self.invalid: list[InvalidRow] = []
+        self.labels: dict[str, FoundIssue] = {}  # the rows of each class
+        self.labelled_rows = 0
         self.prefix: list[int] | None = None
         self.samples: list[tuple[int, TokenizedRow]] = []
         self._rows, self._signatures = bytearray(), bytearray()
@@ -189,6 +206,8 @@ class DatasetReport:
         stats: BatchStats = batch.stats
         self.total.add(batch.report)
         self.add_invalid(batch.invalid)
+        if batch.labels is not None:
+            self.add_labels(batch.lines.tolist(), batch.labels)
         for code, line, example in stats.issues:
             self.add_issue(code, [line], example)
         self.add_issue("no-supervised-token", batch.unsupervised)
@@ -209,6 +228,16 @@ class DatasetReport:
         for row in rows:
             self.add_issue(row.code, [row.line], row.cause)
             self.issues[row.code].hint = row.hint
+
+    def add_labels(self, lines: Sequence[int], labels: Sequence[Sequence[str]]) -> None:
+        """Count the rows of each class."""
+        self.labelled_rows += len(lines)
+        for line, names in zip(lines, labels, strict=True):
+            for name in names:
+                found = self.labels.setdefault(name, FoundIssue())
+                found.count += 1
+                if len(found.lines) < SHOWN_LINES:
+                    found.lines.append(line)
 
     def add_issue(self, code: str, lines: Sequence[int] | Array, example: str = "") -> None:
         """Count rows with an issue of `ISSUE_TYPES`, or with an error of an `InvalidRow`."""
@@ -241,6 +270,7 @@ class DatasetReport:
         """Return the report, as JSON takes it; `validation` is path and report of the rows to compare with."""
         self._add_file_issues()
         self._find_similar_rows()
+        self._find_label_issues()
         if validation is not None:
             self._find_overlap(*validation)
         total, prefix = self.total, self.prefix or []
@@ -268,6 +298,7 @@ class DatasetReport:
             "notes": self._list_notes(),
             "invalid_rows": [{"line": r.line, "cause": r.cause, "code": r.code} for r in self.invalid],
             "invalid_count": self.invalid_count,
+            "classes": {name: self.labels[name].count for name in sort_labels(self.labels)},
             "tokens": total.tokens,
             "supervised_tokens": total.supervised_tokens,
             "supervised_share": total.supervised_tokens / total.tokens if total.tokens else 0.0,
@@ -320,22 +351,49 @@ class DatasetReport:
         again, before = find_repeats(prompts)
         other = (answers[again] != answers[before]) & (prompts[again] != 0)
         other &= (words[again] <= SHORT_ANSWER) & (words[before] <= SHORT_ANSWER)
-        self._add_pairs("contradiction", lines[again[other]], lines[before[other]])
+        is_labelled = self.source.format == "classification"
+        self._add_pairs(
+            "contradictory-label" if is_labelled else "contradiction", lines[again[other]], lines[before[other]]
+        )
         # A label or a yes may be the answer of half of the rows, a whole sentence not of a tenth.
         values, first, counts = np.unique(answers, return_index=True, return_counts=True)
         least = np.maximum(np.where(words[first] > SHORT_ANSWER, 0.1, 0.95) * len(answers), SAME_ANSWER_ROWS)
-        for value in values[(counts >= least) & (values != 0)]:
+        for value in values[(counts >= least) & (values != 0)] if not is_labelled else ():
             rows = np.flatnonzero(answers == value)
             different = len(np.unique(prompts[rows]))
             if different >= max(SAME_ANSWER_ROWS, len(rows) / 2):
                 share = f"{100 * len(rows) / len(answers):.0f} % of the rows"
                 self.add_issue("same-answer", lines[rows], f"one answer to {format_count(different)} prompts, {share}")
 
+    def _find_label_issues(self) -> None:
+        """Find classes that are too few, too rare, or written in two ways."""
+        if self.source.format != "classification" or not self.labels:
+            return
+        name, found = next(iter(self.labels.items()))
+        if len(self.labels) == 1 and found.count == self.labelled_rows:
+            self._add_class_issue("one-class", [found], repr(name))
+        most = max(found.count for found in self.labels.values())
+        rare = {n: found for n, found in self.labels.items() if found.count < RARE_CLASS_ROWS}
+        rarer = {n: f for n, f in self.labels.items() if n not in rare and f.count * IMBALANCE <= most}
+        spellings: dict[str, list[str]] = {}
+        for name in sort_labels(self.labels):
+            spellings.setdefault(" ".join(name.casefold().split()), []).append(name)
+        similar = {name: self.labels[name] for names in spellings.values() if len(names) > 1 for name in names}
+        for code, classes in (("rare-class", rare), ("class-imbalance", rarer), ("similar-labels", similar)):
+            if classes:
+                self._add_class_issue(code, classes.values(), format_names(classes, 6))
+
+    def _add_class_issue(self, code: str, classes: Collection[FoundIssue], example: str) -> None:
+        lines = sorted(line for found in classes for line in found.lines)[:SHOWN_LINES]
+        self.issues[code] = FoundIssue(sum(found.count for found in classes), lines, example)
+
     def _find_overlap(self, path: str, other: "DatasetReport") -> None:
         """Find rows that are validation rows, and invalid validation rows."""
         if columns := other.source.lossy_columns:
             example = f"{path}, line {columns[0].line}: {describe_losses(columns)}"
             self.issues["validation-invalid"] = FoundIssue(columns[0].rows, [columns[0].line], example)
+        if unseen := {name: found for name, found in other.labels.items() if name not in self.labels}:
+            self._add_class_issue("unseen-label", [*unseen.values()], f"{path}: {format_names(unseen, 6)}")
         if other.invalid_count:
             example = f"{path}, line {other.invalid[0].line}: {other.invalid[0].cause}"
             self.add_issue("validation-invalid", [r.line for r in other.invalid], example)
@@ -409,13 +467,14 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the figures of a report with their names."""
     n, prefix, packing = report["lengths"], report["shared_prefix"], report["packing"]
     overlong, share = report["overlong"]["rows"], 100 * report["supervised_share"]
-    supervised = f"{format_count(report['supervised_tokens'])} supervised ({share:.0f} %)"
+    supervised = f", {format_count(report['supervised_tokens'])} supervised ({share:.0f} %)" if share else ""
     quantiles = f"50 % of the rows up to {n['median']}, 90 % up to {n['p90']}, 99 % up to {n['p99']}"
     saved = f": {100 * packing['saved_share']:.0f} % fewer, because a prefix that rows of a step share is computed once"
     shown = prefix["text"][:SHOWN_PREFIX] + "…" * (len(prefix["text"]) > SHOWN_PREFIX)
     counts = [
         ("rows", f"{report['rows']:,}, {report['invalid_count'] or 'none'} invalid"),
         ("columns", format_columns(report)),
+        *([("classes", format_classes(report))] if report["classes"] else []),
         *(("note", note) for note in report["notes"]),
     ]
     if report["model"] is None:
@@ -424,7 +483,7 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [*counts, ("tokens", "none: no row of the file is valid")]
     return [
         *counts,
-        ("tokens", f"{format_count(report['tokens'])}, {supervised}"),
+        ("tokens", f"{format_count(report['tokens'])}{supervised}"),
         ("tokens per row", f"{n['min']} to {n['max']}; {quantiles}"),
         (f"longer than {report['max_seq_len']}", f"{overlong:,} rows" if overlong else "none"),
         ("shared prefix", f"{prefix['tokens']} tokens: {shown!r}" if prefix["tokens"] else "none"),
@@ -433,6 +492,13 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"an epoch computes {format_count(packing['packed_tokens'])} tokens{saved * bool(packing['saved_share'])}",
         ),
     ]
+
+
+def format_classes(report: Mapping[str, Any]) -> str:
+    """Return the classes of a file, the most frequent ones first, with their rows."""
+    classes = sorted(report["classes"].items(), key=lambda item: -item[1])
+    shown = [f"{name!r} {rows:,} ({100 * rows / max(1, report['rows']):.0f} %)" for name, rows in classes[:SHOWN_LINES]]
+    return ", ".join(shown) + (f", … ({len(classes) - SHOWN_LINES} more)" if len(classes) > SHOWN_LINES else "")
 
 
 def format_columns(report: Mapping[str, Any]) -> str:
