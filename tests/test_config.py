@@ -91,7 +91,7 @@ def test_all_errors_at_once():
     for line in (
         "output_dir: missing (flag --out); expected: run folder",
         "epochs: no such field; did you mean 'train.epochs'?",
-        "zzz: no such field; expected: one of 'model', 'data', 'method', 'train', 'output_dir'",
+        "zzz: no such field; expected: one of 'model', 'data', 'task', 'method', 'train', 'output_dir'",
         "model.dtype: got 'bf17'; did you mean 'bfloat16'?; expected: one of auto, float32, bfloat16",
         "data.on_overlong: got 'cut'; expected: one of error, drop, truncate",
         "method.dropot: no such field; did you mean 'dropout'?",
@@ -371,3 +371,12 @@ def test_one_message_names_faults_of_method_and_train():
         Recipe.from_dict(tree)
     for part in ("3 problems", "train.epocs", "method.r: got 0", "method.rnak"):
         assert part in str(e.value)
+
+
+def test_task_is_checked_as_a_section():
+    recipe = Recipe.from_dict({"model": "x", "data": "rows.jsonl", "output_dir": "out", "task": "sft"})
+    assert (recipe.task.name, recipe.objective().name) == ("sft", "sft")
+    with pytest.raises(RecipeError, match=r"task\.name: there is no task 'sftt'; did you mean 'sft'"):
+        Recipe.from_dict({"model": "x", "data": "rows.jsonl", "output_dir": "out", "task": "sftt"})
+    with pytest.raises(RecipeError, match=r"task\.beta: no such field"):
+        Recipe.from_dict({"model": "x", "data": "rows.jsonl", "output_dir": "out", "task": {"beta": 1}})

@@ -107,32 +107,53 @@ def test_any_lengths_and_masks(llama, data):
     expected = nll_of_each_row(llama, rows)
     for collator in COLLATORS.values():
         batch = collator(rows)
-        assert all(v.dtype == torch.int64 for k, v in batch.items() if k != "layout")
+        assert all(v.dtype == torch.int64 for v in batch.values() if isinstance(v, torch.Tensor))
         assert batch["logits_to_keep"].tolist() == sorted(set(batch["logits_to_keep"].tolist()))
         assert batch["targets"].tolist() == [t for r in rows for t in r["labels"][1:] if t != -100]
         with torch.no_grad(), packed_attention(llama):
             torch.testing.assert_close(token_nll(llama, batch), expected, atol=2e-5, rtol=1e-4)
 
 
+def plain_values(batch):
+    return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
 def test_by_hand():
     a = {"input_ids": [11, 12, 13], "labels": [11, -100, 13]}  # nothing stands before a first token that is marked
     b = {"input_ids": [21, 22], "labels": [21, 22]}
-    assert {k: v.tolist() for k, v in Collator(0)([a, b]).items()} == {
+    assert plain_values(Collator(0)([a, b])) == {
         "input_ids": [[11, 12, 13, 21, 22]],
         "position_ids": [[0, 1, 2, 0, 1]],
         "logits_to_keep": [1, 3],
         "hidden_index": [0, 1],
         "targets": [13, 22],
         "tokens": 5,
+        "row_targets": (1, 1),
+        "example_rows": (1, 1),
     }
-    assert {k: v.tolist() for k, v in Collator(7, packing=False)([a, b]).items()} == {
+    assert plain_values(Collator(7, packing=False)([a, b])) == {
         "input_ids": [[11, 12, 13], [21, 22, 7]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
         "logits_to_keep": [0, 1],
         "hidden_index": [1, 2],
         "targets": [13, 22],
         "tokens": 5,
+        "row_targets": (1, 1),
+        "example_rows": (1, 1),
     }
+
+
+@pytest.mark.parametrize("name", COLLATORS)
+def test_rows_of_one_example(llama, name):
+    """An example of two rows is computed as two examples, and a value of it comes as a tensor."""
+    first, second = example(9, {4, 8}, 1), example(6, {5}, 2)
+    both = {k: [*first[k], *second[k]] for k in ("input_ids", "labels")}
+    batch = COLLATORS[name]([both | {"line": 1, "row_lengths": [9, 6], "reference": [0.5, 1.5]}])
+    assert (batch["row_targets"], batch["example_rows"], batch["reference"].tolist()) == ((2, 1), (2,), [[0.5, 1.5]])
+    with torch.no_grad(), packed_attention(llama):
+        torch.testing.assert_close(
+            token_nll(llama, batch), nll_of_each_row(llama, [first, second]), atol=2e-5, rtol=1e-4
+        )
 
 
 def test_batch_without_a_target_is_refused():

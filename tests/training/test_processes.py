@@ -105,12 +105,16 @@ def test_each_row_of_a_step_is_computed_once(lengths, processes, max_tokens, pac
 
 def test_long_rows_cost_more_than_their_tokens():
     def cost(*lengths):
-        return StepSharder(Collator(0, layout=True), 64).cost([{"input_ids": [*range(n)]} for n in lengths])
+        return StepSharder(Collator(0, layout=True), 64).cost(
+            [{"input_ids": [*range(n)], "labels": [0] * n} for n in lengths]
+        )
 
     assert cost(4000) > 4 * cost(1000)
     # 1000 tokens, and 1000 · 1001 / 2 pairs, of which 6 · 64 take what a token takes.
     assert cost(1000) == pytest.approx(1000 + 500500 / 384)
-    padded = StepSharder(Collator(0, packing=False), 64).cost([{"input_ids": [1] * n} for n in (10, 4)])
+    padded = StepSharder(Collator(0, packing=False), 64).cost(
+        [{"input_ids": [1] * n, "labels": [1] * n} for n in (10, 4)]
+    )
     assert padded == pytest.approx(20 + 200 / 384)
 
 

@@ -190,7 +190,7 @@ def test_run_survives_what_vanishes(settings, whole_run, monkeypatch, capfd, nam
 
 def test_best_checkpoint_vanishes(settings, monkeypatch, capfd):
     losses = iter([4.0, 3.0, 2.0, 3.5, 5.0, 6.0, 7.0, 8.0])
-    monkeypatch.setattr("slimtune.training.loop.mean_loss", lambda _: next(losses))
+    monkeypatch.setattr("slimtune.objectives.sft.SFT.summarize", lambda *_: {"loss": next(losses)})
     folder = Path(settings["output_dir"])
     do_at(monkeypatch, 7, lambda: shutil.rmtree(folder / "checkpoints" / "checkpoint-3"))
     result = train(recipe_of(settings, eval_steps=1, save_total_limit=5))

@@ -22,7 +22,10 @@ from typer.core import TyperCommand
 from ..errors import UsageError
 from ..utils.remote_code import allow_remote_code
 
-PANELS = {"model": "Base model", "data": "Data", "method": "Method", "train": "Training", "output_dir": "Output"}
+PANELS = {
+    "model": "Base model", "data": "Data", "task": "Task", "method": "Method", "train": "Training",
+    "output_dir": "Output",
+}  # fmt: skip
 TYPE_WORDS = {
     **dict.fromkeys(("int", "int range"), "INTEGER"), **dict.fromkeys(("float", "float range"), "NUMBER"),
     **dict.fromkeys(("str", "list[str]"), "TEXT"), "path": "PATH",

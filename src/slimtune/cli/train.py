@@ -18,7 +18,7 @@ from .jobs import JOB_HELP, find_recipe
 from .options import recipe_flags
 
 
-@recipe_flags("model", "data", "method", "train", "output_dir")
+@recipe_flags("model", "data", "task", "method", "train", "output_dir")
 def train_run(
     settings: dict[str, Any],
     job: Annotated[str | None, Argument(metavar="MODEL|RECIPE.yaml", help=JOB_HELP, show_default=False)] = None,

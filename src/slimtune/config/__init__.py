@@ -2,15 +2,16 @@
 
 schema.py    the settings              loading.py   YAML, `path=value`, paths
 method.py    a method's own settings   aliases.py   old names
-recipe.py    reads and checks them     errors.py    all errors in one message
+task.py      an objective's own        errors.py    all errors in one message
+recipe.py    reads and checks them
 
 PEFT's users import PEFT's names from here, too (`from slimtune.config import PeftConfig`).
 """
 
 from ..peft_names import make_getattr
 from .recipe import Recipe, load_recipe
-from .schema import DataSettings, MethodSettings, ModelSettings, TrainSettings
+from .schema import DataSettings, MethodSettings, ModelSettings, TaskSettings, TrainSettings
 
-__all__ = ["DataSettings", "MethodSettings", "ModelSettings", "Recipe", "TrainSettings", "load_recipe"]
+__all__ = ["DataSettings", "MethodSettings", "ModelSettings", "Recipe", "TaskSettings", "TrainSettings", "load_recipe"]
 
 __getattr__ = make_getattr(__name__)

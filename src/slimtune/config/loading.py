@@ -19,7 +19,7 @@ from ..utils.remote_code import remote_code_allowed
 from .aliases import rename_settings
 from .errors import format_value
 
-SHORT_SECTIONS = {"model": "name", "data": "train", "method": "name"}
+SHORT_SECTIONS = {"model": "name", "data": "train", "task": "name", "method": "name"}
 """Sections that may be given as one plain value, and the field that the value sets."""
 DATA_FILES = ("train", "validation", "test", "chat_template")
 """Fields of `data` that name files."""

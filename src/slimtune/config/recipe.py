@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ..errors import ConfigError, RecipeError, nearest
 from ..methods import config_class, require_method
+from ..objectives import objective_class
 from ..utils.files import parse_dataset_id
 from ..utils.remote_code import allow_remote_code
 from . import schema
@@ -17,6 +18,7 @@ from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, format_value, raise_errors
 from .loading import DATA_FILES, expand_short_sections, parse_override, read_recipe_tree, resolve_paths, set_field
 from .method import accepted_names, find_unknown_settings, resolve_method
+from .task import resolve_task
 
 
 class Recipe(schema.Section):
@@ -28,6 +30,7 @@ class Recipe(schema.Section):
 
     model: schema.ModelSettings
     data: schema.DataSettings
+    task: schema.TaskSettings = schema.TaskSettings()
     method: schema.MethodSettings = schema.MethodSettings()
     train: schema.TrainSettings = schema.TrainSettings()
     output_dir: schema.PathLike = schema.setting(
@@ -53,16 +56,21 @@ class Recipe(schema.Section):
         method, method_errors = resolve_method(section)
         if errors:
             errors = find_errors(tree, accepted_names(method["name"]))
-        raise_errors({e.path: e for e in (*errors, *method_errors)}.values(), source)
+        task, task_errors = resolve_task(tree.get("task", {}))
+        raise_errors({e.path: e for e in (*errors, *method_errors, *task_errors)}.values(), source)
         train = tree.setdefault("train", {})
         train.setdefault("learning_rate", config_class(method["name"]).learning_rate)
-        recipe = cls.model_validate({**tree, "method": method})
+        recipe = cls.model_validate({**tree, "task": task, "method": method})
         raise_errors(recipe._find_contradictions(), source)
         return recipe
 
     def method_config(self) -> Any:
         """Return the method's config, a `PeftConfig`."""
         return config_class(self.method.name)(**{"task_type": "CAUSAL_LM", **self.method.settings})
+
+    def objective(self) -> Any:
+        """Return the objective, an `Objective`."""
+        return objective_class(self.task.name)(**self.task.settings)
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML, with every default written out; `load_recipe` reads an equal recipe from it."""
@@ -126,7 +134,7 @@ def find_errors(tree: Mapping[str, Any], method_names: Iterable[str] = ("rank", 
     paths = [s.path for s in schema.iterate_settings(Recipe)] + [f"method.{name}" for name in method_names]
     errors = []
     try:
-        Recipe.model_validate({**tree, "method": {}})
+        Recipe.model_validate({**tree, "method": {}, "task": {}})
     except ValidationError as e:
         errors = collect_field_errors(e, Recipe, paths)
     try:

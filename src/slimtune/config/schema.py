@@ -133,6 +133,21 @@ class MethodSettings(BaseModel):
         return dict(self.model_extra or {})
 
 
+class TaskSettings(BaseModel):
+    """The objective's name and its own fields, which its class declares."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = setting(
+        "sft", "objective: sft learns the answers of the rows; docs/recipe.md lists the others", flag="--task"
+    )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The objective's own fields, with their defaults."""
+        return dict(self.model_extra or {})
+
+
 class TrainSettings(Section):
     """How long to train, how fast, with how much at once, and what is written."""
 

@@ -7,6 +7,8 @@ step has no shape that depends on data (it can be traced on fake tensors):
     hidden_index   [K]  for every supervised token: its position among the B·C kept hidden states, flattened
     targets        [K]  that token; the rows are in the order given
     tokens         []   number of tokens of the rows, before prefixes are shared
+    row_targets    R    supervised tokens of each row, a tuple of numbers
+    example_rows   N    rows of each example, a tuple of numbers
 
 There are three kinds of micro-batches:
 
@@ -21,14 +23,19 @@ The first token of a row is never the target of the row before it.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..utils.sequences import IGNORE_INDEX
 from .packing import bin_pack, pack_sequences
-from .tokenized_dataset import IGNORE_INDEX, Example
+from .tokenized_dataset import Example, split_rows
 
 __all__ = ["IGNORE_INDEX", "Collator", "Example"]
+
+ROW_KEYS = ("input_ids", "labels", "line", "row_lengths")
+"""Keys of an example that describe its rows; the values of all others become tensors of the batch."""
 
 
 class Collator:
@@ -39,8 +46,8 @@ class Collator:
         packing: put all rows into one sequence; else one row each, padded on the right.
         layout: packed, with a layout, for models that take one.
         share_prefix: with a layout, store a shared prefix once.
-        max_tokens: most packed tokens of a micro-batch; None: no limit. A longer row is a micro-batch of its own.
-        max_rows: most rows of a padded micro-batch; None: no limit.
+        max_tokens: most packed tokens of a micro-batch; None: no limit. A longer example is a micro-batch of its own.
+        max_rows: most examples of a padded micro-batch; None: no limit.
     """
 
     def __init__(
@@ -60,11 +67,14 @@ class Collator:
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Return one micro-batch.
 
-        Always int64 `logits_to_keep` [C], `hidden_index` [K], `targets` [K] and `tokens` []; packed, `input_ids` and
-        `position_ids` [1, L], and the `layout`; else `input_ids` and `attention_mask` [B, L]. Raise DataError if no
-        example has a supervised token.
+        Always int64 `logits_to_keep` [C], `hidden_index` [K], `targets` [K] and `tokens` [], the counts of the rows,
+        and a tensor [N, …] for each key that objectives add to examples; packed, `input_ids` and `position_ids`
+        [1, L], and the `layout`; else `input_ids` and `attention_mask` [B, L]. Raise DataError if no example has a
+        supervised token.
         """
-        rows = [list(e["input_ids"]) for e in examples]
+        rows_of_examples = list(map(split_rows, examples))
+        pairs = [pair for rows in rows_of_examples for pair in rows]
+        rows = [list(ids) for ids, _ in pairs]
         if self.packing:
             packed = pack_sequences(rows, share_prefix=self.share_prefix)
             ids, positions = _int64([packed.tokens]), _int64([packed.layout.positions()])
@@ -81,8 +91,8 @@ class Collator:
         # (row of the batch, column of the hidden state, target) of every supervised token
         predictions = [
             (b, columns[t - 1], label)
-            for (b, columns), e in zip(places, examples, strict=True)
-            for t, label in enumerate(e["labels"])
+            for (b, columns), (_, labels) in zip(places, pairs, strict=True)
+            for t, label in enumerate(labels)
             if t > 0 and label != IGNORE_INDEX
         ]
         if not predictions:
@@ -95,19 +105,29 @@ class Collator:
             "hidden_index": _int64([b * len(kept) + position[column] for b, column, _ in predictions]),
             "targets": _int64([label for _, _, label in predictions]),
             "tokens": _int64(sum(map(len, rows))),
+            "row_targets": tuple(sum(label != IGNORE_INDEX for label in labels[1:]) for _, labels in pairs),
+            "example_rows": tuple(map(len, rows_of_examples)),
+            **{
+                key: torch.from_numpy(np.array([e[key] for e in examples]))
+                for key in examples[0]
+                if key not in ROW_KEYS
+            },
         }
 
     def group_rows(self, examples: Sequence[Example], max_tokens: int | None = None) -> list[list[int]]:
-        """Return the row numbers of each micro-batch of a step, each row once; `max_tokens` may lower the own limit."""
-        rows = [e["input_ids"] for e in examples]
+        """Return the example numbers of each micro-batch of a step, each once; `max_tokens` may lower the own limit."""
+        rows = [[ids for ids, _ in split_rows(e)] for e in examples]
         max_tokens = min(filter(None, (max_tokens, self.max_tokens)), default=None)
         if self.packing:
             return bin_pack(rows, max_tokens, share_prefix=self.share_prefix)
+        longest = [max(map(len, ids)) for ids in rows]
         groups: list[list[int]] = []
-        for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):  # similar lengths need little padding
+        for i in sorted(range(len(rows)), key=lambda i: -longest[i]):  # similar lengths need little padding
             full = not groups or len(groups[-1]) == self.max_rows
-            # The first row of a group is its longest.
-            if full or (max_tokens and len(rows[groups[-1][0]]) * (len(groups[-1]) + 1) > max_tokens):
+            # The first example of a group has its longest row.
+            if full or (
+                max_tokens and longest[groups[-1][0]] * sum(len(rows[e]) for e in (*groups[-1], i)) > max_tokens
+            ):
                 groups.append([])
             groups[-1].append(i)
         return groups

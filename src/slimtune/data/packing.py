@@ -1,7 +1,7 @@
 """Packing rows into one sequence without padding: which rows go together, and how a shared prefix is stored once.
 
     pack_sequences   rows → one sequence of segments, a tree: a prefix that several rows share is one segment above them
-    bin_pack         rows → groups with at most so many packed tokens each
+    bin_pack         examples, of one or several rows → groups with at most so many packed tokens each
 
 The hidden state of a token depends only on the row up to it, so a shared prefix is computed once for all its rows. The
 first supervised token of a row may be predicted by the last token of a shared segment.
@@ -18,7 +18,7 @@ Tokens = Sequence[int]
 MIN_SHARED_TOKENS = 8
 """Shortest prefix that is stored once. Attention is computed by segment, and every segment costs a little."""
 _WINDOW = 256
-"""Rows that `bin_pack` compares with one another, because the time grows with its square."""
+"""Examples that `bin_pack` compares with one another, because the time grows with its square."""
 
 
 @dataclass(frozen=True)
@@ -67,41 +67,53 @@ def pack_sequences(rows: Sequence[Tokens], *, share_prefix: bool = True) -> Pack
     return PackedSequence(tokens, PackedLayout(tuple(lengths), tuple(parents)), segments)
 
 
-def bin_pack(rows: Sequence[Tokens], max_tokens: int | None, *, share_prefix: bool = True) -> list[list[int]]:
-    """Return groups of row numbers, each of at most `max_tokens` packed tokens; a longer row is a group of its own.
+def bin_pack(
+    examples: Sequence[Sequence[Tokens]], max_tokens: int | None, *, share_prefix: bool = True
+) -> list[list[int]]:
+    """Return groups of example numbers, each of at most `max_tokens` packed tokens; a longer example is alone.
 
-    A row goes into the group that shares most of its prefix, then into the fullest one. None: one group.
+    The rows of an example stay together. It goes into the group that shares most of its prefix, then into the fullest
+    one. None: one group.
     """
     if max_tokens is None:
-        return [list(range(len(rows)))]
+        return [list(range(len(examples)))]
     # Sorted, neighbours have the longest common prefixes, so each window sees the rows that share most.
-    order = sorted(range(len(rows)), key=lambda r: list(rows[r])) if share_prefix else list(range(len(rows)))
+    order = list(range(len(examples)))
+    if share_prefix:
+        order.sort(key=lambda e: list(examples[e][0]))
     windows = [order[at : at + _WINDOW] for at in range(0, len(order), _WINDOW)]
-    return [sorted(group) for window in windows for group in _best_fit(rows, window, max_tokens, share_prefix)]
+    return [sorted(group) for window in windows for group in _best_fit(examples, window, max_tokens, share_prefix)]
 
 
-def _best_fit(rows: Sequence[Tokens], members: list[int], max_tokens: int, share_prefix: bool) -> list[list[int]]:
+def _best_fit(
+    examples: Sequence[Sequence[Tokens]], members: list[int], max_tokens: int, share_prefix: bool
+) -> list[list[int]]:
     groups: list[list[int]] = []
     used: list[int] = []
-    for row in sorted(members, key=lambda r: -len(rows[r])):
-        saved = [0] * len(groups)
+    alone = {
+        e: len(rows[0]) if len(rows) == 1 else len(pack_sequences(rows, share_prefix=share_prefix).tokens)
+        for e, rows in ((e, examples[e]) for e in members)
+    }
+    for example in sorted(members, key=lambda e: -alone[e]):
+        first, saved = examples[example][0], [0] * len(groups)
         if share_prefix:
-            shared = [max(common_prefix_length(rows[row], rows[other]) for other in group) for group in groups]
+            shared = [max(common_prefix_length(first, examples[other][0]) for other in group) for group in groups]
             saved = [n if n >= MIN_SHARED_TOKENS else 0 for n in shared]
-        size = [n + len(rows[row]) - s for n, s in zip(used, saved, strict=True)]
+        size = [n + alone[example] - s for n, s in zip(used, saved, strict=True)]
         for g in sorted(range(len(groups)), key=lambda g: (-saved[g], -used[g])):
             if size[g] > max_tokens:
                 continue
             # Below a branch, rows that share less than MIN_SHARED_TOKENS do not share them: measure exactly.
-            if share_prefix and size[g] + (MIN_SHARED_TOKENS - 1) * len(groups[g]) > max_tokens:
-                size[g] = len(pack_sequences([rows[r] for r in (*groups[g], row)]).tokens)
+            rows = sum(len(examples[e]) for e in groups[g]) + len(examples[example]) - 1
+            if share_prefix and size[g] + (MIN_SHARED_TOKENS - 1) * rows > max_tokens:
+                size[g] = len(pack_sequences([row for e in (*groups[g], example) for row in examples[e]]).tokens)
             if size[g] <= max_tokens:
-                groups[g].append(row)
+                groups[g].append(example)
                 used[g] = size[g]
                 break
         else:
-            groups.append([row])
-            used.append(len(rows[row]))
+            groups.append([example])
+            used.append(alone[example])
     return groups
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from .collator import IGNORE_INDEX, Collator, Example
 from .packing import pack_sequences
+from .tokenized_dataset import split_rows
 
 _SLACK = (1.0, 1.1, 1.3)
 """Token limits that are tried, as multiples of an even share: micro-batches are never filled evenly."""
@@ -86,7 +87,7 @@ class StepSharder:
 
     def _measure(self, examples: Sequence[Example]) -> tuple[int, int]:
         """Return the packed tokens of a micro-batch, and its (query, key) pairs."""
-        rows = [e["input_ids"] for e in examples]
+        rows = [ids for e in examples for ids, _ in split_rows(e)]
         if not self.collator.packing:
             longest = max(map(len, rows))
             return longest * len(rows), longest * longest * len(rows)

@@ -1,51 +1,82 @@
 """Tokenized rows in an Arrow file outside memory, which the operating system pages in and out."""
 
 import hashlib
+import itertools
 import mmap
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from ..utils.files import translate_os_errors
+from ..utils.sequences import IGNORE_INDEX
 
 Example = dict[str, Any]
-"""`{"input_ids": [L], "labels": [L], "line": int}`; a label is its token, or `IGNORE_INDEX` if it is not learned."""
-IGNORE_INDEX = -100
+"""`{"input_ids": [L], "labels": [L], "line": int}`; a label is its token, or `IGNORE_INDEX` if it is not learned.
+
+An example of several rows, such as a preference pair, has their tokens one after another and `row_lengths`, the tokens
+of each. Its rows lie in one micro-batch. Other keys are numbers, or lists of numbers, that an objective needs.
+"""
+
+
+def split_rows(example: Example) -> list[tuple[list[int], list[int]]]:
+    """Return the tokens and labels of each row of an example."""
+    if "row_lengths" not in example:
+        return [(example["input_ids"], example["labels"])]
+    ends = list(itertools.accumulate(example["row_lengths"]))
+    parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return [(example["input_ids"][part], example["labels"][part]) for part in parts]
 
 
 class TokenizedDataset(Sequence[Example]):
     """Tokenized rows, read from an Arrow table with the columns of `DatasetWriter` as they are asked for.
 
-    `indices` are the rows of the table that are part of the dataset, int64 [N]; None: all.
+    `indices` are the rows of the table that are part of the dataset, int64 [N]; None: all. `columns` are more values of
+    these examples, arrays [N, …] by the key that an example gets.
     """
 
-    def __init__(self, table: Any, indices: np.ndarray | None = None) -> None:
+    def __init__(
+        self, table: Any, indices: np.ndarray | None = None, columns: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         self._table = table
         self._indices = np.arange(table.num_rows) if indices is None else indices
+        self._columns = dict(columns or {})
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
         """Return one example, or a list of them for a slice."""
-        found = self._indices[index]
-        return list(map(self._read, found)) if isinstance(index, slice) else self._read(found)
+        if isinstance(index, slice):
+            return list(map(self._read, range(len(self))[index]))
+        return self._read(range(len(self))[index])
 
     def __iter__(self) -> Iterator[Example]:
-        return map(self._read, self._indices)
+        return map(self._read, range(len(self)))
 
     @property
     def lengths(self) -> np.ndarray:
-        """Number of tokens of each row, int64 [N]."""
+        """Number of tokens of each example, int64 [N]."""
         chunks = [np.diff(chunk.offsets.to_numpy()) for chunk in self._table["input_ids"].chunks]
         return np.concatenate([np.zeros(0, np.int64), *chunks])[self._indices]
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """Number of tokens of each row; an example may have several."""
+        rows = self._table["row_lengths"].take(self._indices).to_pylist()
+        return [n for length, parts in zip(self.lengths.tolist(), rows, strict=True) for n in parts or [length]]
+
     def select(self, indices: np.ndarray) -> "TokenizedDataset":
-        """Return the dataset of these rows, in this order; nothing is copied."""
-        return TokenizedDataset(self._table, self._indices[indices])
+        """Return the dataset of these examples, in this order; no token is copied."""
+        columns = {name: values[indices] for name, values in self._columns.items()}
+        return TokenizedDataset(self._table, self._indices[indices], columns)
+
+    def with_columns(self, **columns: np.ndarray) -> "TokenizedDataset":
+        """Return the dataset with more values of each example, arrays [N, …]."""
+        assert all(len(values) == len(self) for values in columns.values())
+        return TokenizedDataset(self._table, self._indices, {**self._columns, **columns})
 
     def digest(self) -> str:
         """Return the SHA-256 of the tokens, of which of them are learned, and of their order."""
@@ -55,10 +86,18 @@ class TokenizedDataset(Sequence[Example]):
             digest.update(np.where(supervised, ~ids, ids).tobytes())
         return digest.hexdigest()
 
-    def _read(self, index: int) -> Example:
+    def _read(self, number: int) -> Example:
+        index = self._indices[number]
         ids, supervised = self._read_arrays(index)
         labels = np.where(supervised, ids, IGNORE_INDEX)
-        return {"input_ids": ids.tolist(), "labels": labels.tolist(), "line": self._table["line"][index].as_py()}
+        row_lengths = self._table["row_lengths"][index].as_py()
+        return {
+            "input_ids": ids.tolist(),
+            "labels": labels.tolist(),
+            "line": self._table["line"][index].as_py(),
+            **({"row_lengths": row_lengths} if row_lengths else {}),
+            **{name: values[number].tolist() for name, values in self._columns.items()},
+        }
 
     def _read_arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         ids, supervised = (self._table[name][index].values for name in ("input_ids", "supervised"))
@@ -66,10 +105,7 @@ class TokenizedDataset(Sequence[Example]):
 
 
 class DatasetWriter:
-    """Writes tokenized rows into a temporary file without a name: nothing of it is left after a crash.
-
-    An objective that needs more of a row (a class, the group of a pair) adds a column here.
-    """
+    """Writes tokenized examples into a temporary file without a name: nothing of it is left after a crash."""
 
     def __init__(self) -> None:
         import pyarrow as pa  # 50 MB that the processes that tokenize do not need
@@ -77,7 +113,7 @@ class DatasetWriter:
 
         self._arrow = pa
         columns = {"input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()), "line": pa.int64()}
-        self._schema = pa.schema(columns)
+        self._schema = pa.schema({**columns, "row_lengths": pa.list_(pa.int32())})
         self._file = tempfile.TemporaryFile(prefix="slimtune-rows-")  # noqa: SIM115 closed by __exit__
         self._stream = ipc.new_stream(pa.PythonFile(self._file, "w"), self._schema)
 
@@ -87,11 +123,25 @@ class DatasetWriter:
     def __exit__(self, *_: object) -> None:
         self._file.close()  # the memory map of it stays valid
 
-    def write(self, ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, lines: np.ndarray) -> None:
-        """Write rows: their tokens one after another, int32 [T] and bool [T]; tokens and line of each, int64 [N]."""
+    def write(
+        self,
+        ids: np.ndarray,
+        supervised: np.ndarray,
+        lengths: np.ndarray,
+        lines: np.ndarray,
+        row_lengths: Sequence[list[int] | None] | None = None,
+    ) -> None:
+        """Write examples.
+
+        Args:
+            ids, supervised: their tokens one after another, int32 [T] and bool [T].
+            lengths, lines: tokens and line of each, int64 [N].
+            row_lengths: tokens of each row of an example of several rows; None: each has one row.
+        """
         offsets = self._arrow.array(np.concatenate([[0], np.cumsum(lengths)]), self._arrow.int32())
         lists = [self._arrow.ListArray.from_arrays(offsets, self._arrow.array(a)) for a in (ids, supervised)]
-        batch = self._arrow.record_batch([*lists, self._arrow.array(lines)], self._schema)
+        rows = self._arrow.array(row_lengths or [None] * len(lines), self._schema.field("row_lengths").type)
+        batch = self._arrow.record_batch([*lists, self._arrow.array(lines), rows], self._schema)
         path = Path(tempfile.gettempdir()) / "slimtune-rows"
         with translate_os_errors(path, batch.nbytes, "let TMPDIR name a folder on another disk"):
             self._stream.write_batch(batch)

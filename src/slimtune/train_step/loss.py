@@ -1,10 +1,9 @@
 """The training step's loss: −log p of supervised tokens, each row computed as if it were alone in the batch.
 
-    loss = sum over supervised tokens of −log p(token) / number of supervised tokens in the whole optimizer step
+    loss of a step = Σ over micro-batches of `objective.loss`(−log p of each supervised token, counts of the whole step)
 
 So a step's gradient does not depend on how its rows are divided into micro-batches. Training, validation, evaluation
-and planning all run these functions. `token_nll` gives −log p of every supervised token, rows in the order given:
-objectives other than cross-entropy can build their losses on it.
+and planning all run these functions; the objective (`objectives/`) is cross-entropy unless another one is given.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +26,8 @@ from ..errors import ModelError
 from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
 from ..models.lm_head import LMHead, get_hidden_states, get_lm_head
+from ..objectives.base import Objective
+from ..objectives.sft import SFT
 from ..utils.device import free_memory
 from ..utils.progress import track_progress
 
@@ -35,6 +36,7 @@ TOKENS_ON_CPU, TOKENS_ON_GPU = 1024, 8192
 PROBE_TOKENS = 64
 EVAL_ROWS = 4096
 """Rows that are divided into micro-batches together in evaluation."""
+CROSS_ENTROPY = SFT()
 
 
 def make_collator(
@@ -50,7 +52,10 @@ def make_collator(
 
 def move_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a batch with its tensors on a device."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor)}
+    if device.type == "mps":  # Metal has no float64
+        tensors = {k: v.float() if v.dtype == torch.float64 else v for k, v in tensors.items()}
+    return batch | {k: v.to(device) for k, v in tensors.items()}
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -89,17 +94,22 @@ def _head_and_inputs(model: Any, batch: dict[str, Any]) -> tuple[LMHead | None, 
     return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, batch["hidden_index"])
 
 
-def step_loss(model: Any, batch: dict[str, Any], num_items: Tensor | int | None = None) -> Tensor:
-    """Return a batch's `token_nll`, summed and divided by `num_items` (default: its number of targets)."""
-    nll = token_nll(model, batch)
-    return nll.sum() / (len(nll) if num_items is None else num_items)
+OUTPUTS = {"token_nll": token_nll}
+"""What an objective may ask for: functions of model and batch."""
+
+
+def step_loss(model: Any, batch: dict[str, Any], num_items: Any = None, objective: Objective = CROSS_ENTROPY) -> Tensor:
+    """Return a batch's share of the step's loss; `num_items` is the step's count (default: the batch's targets)."""
+    values = OUTPUTS[objective.outputs](model, batch)
+    return objective.loss(values, batch, len(batch["targets"]) if num_items is None else num_items)
 
 
 def forward_backward(
     model: Any,
     micro_batches: Sequence[dict[str, Any]],
     *,
-    num_items: int | None = None,
+    objective: Objective = CROSS_ENTROPY,
+    num_items: Any = None,
     weights: Sequence[float] | None = None,
     regularize: bool = True,
 ) -> Tensor:
@@ -108,7 +118,8 @@ def forward_backward(
     Args:
         model: the model in training mode; gradients are added to those it has.
         micro_batches: the step's batches, on the model's device.
-        num_items: supervised tokens of the whole step, if other processes run part of it.
+        objective: what is minimized.
+        num_items: its `count_items` of the whole step; cross-entropy counts the targets of the batches by default.
         weights: 1 for each micro-batch whose loss counts, 0 for one that is only run; None: all count.
         regularize: add the method's regularization loss, which one process of a run does.
     """
@@ -116,7 +127,7 @@ def forward_backward(
         num_items = sum(len(b["targets"]) for b in micro_batches)
     total = torch.zeros((), device=micro_batches[0]["targets"].device)
     for number, batch in enumerate(micro_batches):
-        loss = step_loss(model, batch, num_items)
+        loss = step_loss(model, batch, num_items, objective)
         if weights is not None and weights[number] != 1:
             loss = loss * weights[number]
         if number == 0 and regularize and hasattr(model, "regularization_loss"):
@@ -144,31 +155,48 @@ class RowScore(NamedTuple):
 
 
 def evaluate_rows(model: Any, examples: Sequence[Example], collator: Collator) -> list[RowScore]:
-    """Return the score of each row, in the order given; arguments as for `score_rows`."""
-    scores = score_rows(model, examples, collator, accuracy=True)
-    return [scores[i] for i in range(len(examples))]
+    """Return the score of each row, in the order given; arguments as for `score_examples`."""
+
+    def measure(batch: dict[str, Any]) -> Tensor:
+        values = torch.stack([v.double() for v in token_nll_and_accuracy(model, batch)])
+        rows = values.split(batch["row_targets"], dim=1)
+        return torch.stack([torch.stack([*row.sum(1), row.new_tensor(row.shape[1])]) for row in rows])
+
+    scores = score_examples(model, examples, collator, measure)
+    return [RowScore(scores[i][0], int(scores[i][1]), int(scores[i][2])) for i in range(len(examples))]
+
+
+def score_objective(
+    model: Any, examples: Sequence[Example], collator: Collator, objective: Objective, **options: Any
+) -> dict[int, list[float]]:
+    """Return the objective's measures of each example, by its number; arguments as for `score_examples`."""
+
+    def measure(batch: dict[str, Any]) -> Tensor:
+        return objective.score(OUTPUTS[objective.outputs](model, batch), batch)
+
+    return score_examples(model, examples, collator, measure, **options)
 
 
 @torch.no_grad()
-def score_rows(
+def score_examples(
     model: Any,
     examples: Sequence[Example],
     collator: Collator,
+    measure: Callable[[dict[str, Any]], Tensor],
     *,
-    accuracy: bool = False,
     group_rows: Callable[[Sequence[Example]], Iterable[Sequence[int]]] | None = None,
-) -> dict[int, RowScore]:
-    """Return scores by row number, computed in evaluation mode.
+) -> dict[int, list[float]]:
+    """Return the measures of each example, by its number, computed in evaluation mode.
 
     Args:
         model: the model.
-        examples: tokenized rows, each with a supervised token.
+        examples: tokenized examples, each with a supervised token.
         collator: makes the micro-batches.
-        accuracy: also count hits; otherwise they are 0.
-        group_rows: divides rows into micro-batches, and may leave rows to other processes; None: the collator does.
+        measure: returns the measures of each example of a micro-batch [N, M].
+        group_rows: divides examples into micro-batches, and may leave some to other processes; None: the collator does.
     """
     device, was_training = next(model.parameters()).device, model.training
-    measured: dict[int, Tensor] = {}  # fp64 (measures, tokens): read at the end, so that a GPU need not wait for a CPU
+    measured: dict[int, Tensor] = {}  # read at the end, so that a GPU need not wait for a CPU
     model.eval()
     try:
         with packed_attention(model):
@@ -176,16 +204,10 @@ def score_rows(
                 some = examples[start : start + EVAL_ROWS]
                 for group in track_progress([*(group_rows or collator.group_rows)(some)], "micro-batches of rows"):
                     batch = move_to_device(collator([some[i] for i in group]), device)
-                    values = token_nll_and_accuracy(model, batch) if accuracy else (token_nll(model, batch),)
-                    counts = [count_targets(some[i]) for i in group]
-                    rows = torch.stack([v.double() for v in values]).split(counts, dim=1)
-                    measured |= zip((start + i for i in group), rows, strict=True)
+                    measured |= zip((start + i for i in group), measure(batch), strict=True)
     finally:
         model.train(was_training)
-    return {
-        i: RowScore(row[0].sum().item(), int(row[1].sum()) if accuracy else 0, row.shape[1])
-        for i, row in measured.items()
-    }
+    return {i: values.tolist() for i, values in measured.items()}
 
 
 def count_targets(example: Example) -> int:

@@ -33,9 +33,10 @@ from ..data.collator import Collator, Example
 from ..data.step_sharding import StepSharder
 from ..errors import RunError, SlimtuneError, format_names, is_out_of_memory
 from ..kernels.dropout import preserve_rng_state
+from ..objectives.base import Objective
 from ..run_dir import RunDir
 from ..setup import Datasets
-from ..train_step.loss import RowScore, forward_backward, mean_loss, move_to_device, score_rows
+from ..train_step.loss import forward_backward, move_to_device, score_objective
 from ..train_step.memory_savings import enable_activation_checkpointing
 from ..train_step.optimizer import build_optimizer
 from ..utils import distributed
@@ -59,6 +60,7 @@ class TrainingLoop:
         model: the adapted model on its device.
         data: tokenized rows to train on, and to validate on if there are any.
         settings: the recipe's `train` section.
+        objective: what is minimized.
         collator: divides rows into micro-batches and collates them.
         run: the run folder, which gets the checkpoints.
         logger: shows and logs the run.
@@ -77,6 +79,7 @@ class TrainingLoop:
         model: Any,
         data: Datasets,
         settings: TrainSettings,
+        objective: Objective,
         collator: Collator,
         run: RunDir,
         logger: ProgressLogger,
@@ -84,7 +87,7 @@ class TrainingLoop:
         planned_bytes: int | None = None,
     ) -> None:
         self.model, self.train, self.validation, self.settings = model, data.train, data.validation, settings
-        self.collator, self.run, self.logger = collator, run, logger
+        self.objective, self.collator, self.run, self.logger = objective, collator, run, logger
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
         self.processes = distributed.world_size()
         self.rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
@@ -230,7 +233,7 @@ class TrainingLoop:
     def stop_or_skip(self, rows: Sequence[Example], loss: float, grad_norm: float) -> None:
         """Report a step whose loss or gradient is NaN or Inf, with its rows; raise RunError unless it is skipped."""
         what, value = ("gradient", grad_norm) if math.isfinite(loss) else ("loss", loss)
-        lines = nonfinite.find_nonfinite_lines(self.model, rows, self.collator)
+        lines = nonfinite.find_nonfinite_lines(self.model, rows, self.collator, self.objective)
         step = self.state.step + 1
         found = f"the {what} of step {step} is {nonfinite.format_value(value)}: "
         found += nonfinite.describe_rows(lines, rows, "training")
@@ -262,7 +265,7 @@ class TrainingLoop:
 
     def compute_gradients(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor, int, int]:
         """Compute and clip a step's gradients; return its loss, gradient norm, tokens and supervised tokens."""
-        alone = self.processes == 1
+        alone, num_items = self.processes == 1, self.objective.count_items(rows)
 
         def clip() -> Tensor:
             limit = self.settings.max_grad_norm or math.inf
@@ -280,7 +283,8 @@ class TrainingLoop:
                 loss = forward_backward(
                     self.model,
                     micro_batches,
-                    num_items=part["targets"],
+                    objective=self.objective,
+                    num_items=num_items,
                     weights=part["weights"],
                     regularize=distributed.is_main_process(),
                 )
@@ -321,19 +325,20 @@ class TrainingLoop:
         return stop or self.stopped_early
 
     def log_validation_loss(self) -> None:
-        """Compute and log the mean loss per supervised token over the validation rows (nats)."""
+        """Compute and log the loss over the validation rows, and the objective's other measures."""
 
-        def work() -> dict[int, RowScore]:
+        def work() -> dict[int, list[float]]:
             def group_rows(some: Sequence[Example]) -> list[list[int]]:
                 return self.sharder.assign_groups(some)[0]  # the part of this process
 
-            return score_rows(self.model, self.validation, self.collator, group_rows=group_rows)
+            return score_objective(self.model, self.validation, self.collator, self.objective, group_rows=group_rows)
 
         self.recovery.step = self.state.step
         part = self.recovery.run_in_micro_batches("evaluation", self.validation, work, lambda: None, grad=False)
         scores = {i: score for scores in distributed.all_gather_object(part) for i, score in scores.items()}
-        loss = mean_loss(scores[i] for i in range(len(self.validation)))
-        self.logger.log(self.state, {"validation_loss": loss})
+        measures = self.objective.summarize(np.array([scores[i] for i in range(len(self.validation))]))
+        loss = measures.pop("loss")
+        self.logger.log(self.state, {"validation_loss": loss, **measures})
         if math.isfinite(loss):
             self.state.validation_losses.append((self.state.step, loss))
             return

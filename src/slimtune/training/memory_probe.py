@@ -53,7 +53,12 @@ def probe_memory(loop: TrainingLoop, rows: Sequence[Example]) -> tuple[int, int]
     reset_peak_memory(loop.device)
     try:
         with preserve_rng_state(loop.device), packed_attention(model):
-            forward_backward(model, [move_to_device(micro_batch, loop.device)])
+            forward_backward(
+                model,
+                [move_to_device(micro_batch, loop.device)],
+                objective=loop.objective,
+                num_items=loop.objective.count_items(rows),
+            )
     finally:
         model.zero_grad()
         model.train(was_training)

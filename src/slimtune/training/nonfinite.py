@@ -1,12 +1,13 @@
 """NaN and Inf: weights of a base, and rows of a step, that contain or give them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..data.collator import Collator, Example
 from ..data.tokenize import format_lines
-from ..train_step.loss import RowScore, score_rows
+from ..objectives.base import Objective
+from ..train_step.loss import score_objective
 from ..utils.linear_layers import is_finite, list_quantization_scales
 
 EVENT = "non-finite"
@@ -24,15 +25,15 @@ def find_nonfinite_weights(model: Any) -> list[str]:
     return found
 
 
-def find_nonfinite_lines(model: Any, rows: Sequence[Example], collator: Collator) -> list[int]:
+def find_nonfinite_lines(model: Any, rows: Sequence[Example], collator: Collator, objective: Objective) -> list[int]:
     """Return the lines of the rows whose own loss is NaN or Inf; each row is computed alone."""
-    scores = score_rows(model, rows, collator, group_rows=lambda some: [[i] for i in range(len(some))])
-    return nonfinite_lines(rows, scores)
+    alone = {"group_rows": lambda some: [[i] for i in range(len(some))]}
+    return nonfinite_lines(rows, score_objective(model, rows, collator, objective, **alone))
 
 
-def nonfinite_lines(rows: Sequence[Example], scores: dict[int, RowScore]) -> list[int]:
+def nonfinite_lines(rows: Sequence[Example], scores: Mapping[int, Sequence[float]]) -> list[int]:
     """Return the lines of the rows with a score of NaN or Inf."""
-    return sorted(rows[i]["line"] for i, score in scores.items() if not math.isfinite(score.nats))
+    return sorted(rows[i]["line"] for i, measures in scores.items() if not all(map(math.isfinite, measures)))
 
 
 def format_value(value: float) -> str:

@@ -26,7 +26,7 @@ TRACKER_NAMES = {
     "train_loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate",
     "epoch": "train/epoch", "validation_loss": "eval/loss",
 }  # fmt: skip
-"""The names of logged values at the trackers: those of transformers' Trainer."""
+"""The names of logged values at the trackers: those of transformers' Trainer; measures of an objective are `eval/…`."""
 PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT", "comet_ml": "COMET_PROJECT_NAME", "clearml": "CLEARML_PROJECT",
     "swanlab": "SWANLAB_PROJECT",
@@ -90,7 +90,8 @@ class ProgressLogger:
         speed = {"trained_tokens": state.trained_tokens, "tokens_per_second": state.tokens_per_second}
         self.record({**progress, **values, **speed, "memory_bytes": memory_in_use(self.device)})
         for tracker in self.trackers:
-            tracker.log({TRACKER_NAMES[k]: v for k, v in {**values, "epoch": state.epoch}.items()}, step=state.step)
+            named = {TRACKER_NAMES.get(k, f"eval/{k}"): v for k, v in {**values, "epoch": state.epoch}.items()}
+            tracker.log(named, step=state.step)
         if "validation_loss" in values:
             self.say(f"step {state.step}: validation loss {values['validation_loss']:.4f}")
 

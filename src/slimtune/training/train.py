@@ -171,7 +171,8 @@ def _train(
         # The same in every process:
         collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))
         planned = None if plan is None else planned_bytes(plan, device)[1]
-        loop = TrainingLoop(model, data, settings, collator, run, logger, resume, planned)
+        objective = recipe.objective()
+        loop = TrainingLoop(model, data, settings, objective, collator, run, logger, resume, planned)
         if settings.packing is None and (reason := packing_unsupported_reason(model)):
             logger.say(f"rows are not packed: {reason}")
         logger.say(describe_packing(collator, data.data_reports["train"]))

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+IGNORE_INDEX = -100
+"""Label of a token that is not supervised."""
+
 
 def common_prefix_length(a: Sequence[Any], b: Sequence[Any], start: int = 0) -> int:
     """Return how many first items two sequences share; the first `start` are known to be equal."""

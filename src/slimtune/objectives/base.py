@@ -1,0 +1,74 @@
+"""What an objective is made of: its settings, the rows it takes, the loss of a micro-batch, and its measures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapters.config_fields import check_fields
+
+Batch = Mapping[str, Any]
+"""A collated micro-batch (data/collator.py)."""
+
+
+@dataclass
+class Objective:
+    """An objective; its fields are its settings, each declared with `adapters.config_fields.setting`.
+
+    Attributes:
+        name: what `task` in a recipe says; the name of the file.
+        summary: what it learns from which rows, in a few words.
+        formats: the formats of rows (data/formats.py) that it takes.
+        rows_per_example: rows of one example, which lie in one micro-batch: 2 for a pair.
+        outputs: what `loss` and `score` get for each micro-batch: "token_nll", −log p of each supervised token [K].
+        needs_reference: whether examples need `reference`: log p of each row under the model without the adapter.
+        measures: names of the columns of `score`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]]
+    rows_per_example: ClassVar[int] = 1
+    outputs: ClassVar[Literal["token_nll"]] = "token_nll"
+    needs_reference: ClassVar[bool] = False
+    measures: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def count_items(self, examples: Sequence[Mapping[str, Any]]) -> Any:
+        """Return what the loss of a whole step is divided by, from all its examples: their number, unless overridden.
+
+        Every micro-batch of the step gets it, so that the gradient does not depend on the division into micro-batches.
+        """
+        return len(examples)
+
+    def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
+        """Return a micro-batch's share of the step's loss, a scalar.
+
+        Args:
+            values: the `outputs` of the micro-batch.
+            batch: the micro-batch.
+            num_items: what `count_items` returned for the whole step.
+        """
+        raise NotImplementedError
+
+    def score(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return the measures of each example of a micro-batch, fp64 [N, measures]; has no gradient."""
+        raise NotImplementedError
+
+    def summarize(self, scores: np.ndarray) -> dict[str, float]:
+        """Return `loss` and further measures of a whole data set from the scores of its examples, fp64 [N, measures].
+
+        The names are TRL's (`rewards/accuracies`). Training keeps the checkpoint with the lowest `loss`.
+        """
+        raise NotImplementedError
+
+
+def sum_rows(values: Tensor, batch: Batch) -> Tensor:
+    """Return the sum of the values of each row's supervised tokens [R]; the rows of an example are neighbours."""
+    # index_add_ would add in another order each time on a GPU.
+    return torch.stack([part.sum() for part in values.split(batch["row_targets"])])
