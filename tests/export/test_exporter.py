@@ -91,7 +91,8 @@ def test_merged_gguf(run, precision, tmp_path):
 
 
 def test_ollama(run, base, tmp_path):
-    found = export(run, "ollama", tmp_path / "my model", ExportOptions(name="mine", system='Say "ho".'), threads=1)
+    options = ExportOptions(merged=False, name="mine", system='Say "ho".')
+    found = export(run, "ollama", tmp_path / "my model", options, threads=1)
     text = (tmp_path / "my model" / "Modelfile").read_text()
     assert str(base) in text
     assert "ADAPTER ./adapter.gguf" in text
@@ -100,7 +101,7 @@ def test_ollama(run, base, tmp_path):
 
 
 def test_ollama_merged(run, tmp_path):
-    found = export(run, "ollama", tmp_path / "out", ExportOptions(merged=True, name="mine"), threads=1)
+    found = export(run, "ollama", tmp_path / "out", ExportOptions(name="mine"), threads=1)
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert "FROM ./model.gguf" in text
     assert "TEMPLATE" in text
@@ -156,7 +157,7 @@ def test_other_methods_are_merged_or_refused(config, merges, base, tmp_path):
     run, merged = adapter_on(base, tmp_path / "run", config), ExportOptions(merged=True, name="m")
     for to in ("gguf", "ollama", "vllm"):
         with pytest.raises((UsageError, AdapterError), match=r"(?i)merge|slimtune \(?generate") as refused:
-            export(run, to, tmp_path / to, threads=1)
+            export(run, to, tmp_path / to, ExportOptions(merged=False), threads=1)
         assert config.name in str(refused.value) or "dora" in str(refused.value).lower()
         assert not (tmp_path / to).exists()
     if merges:
@@ -238,7 +239,7 @@ def test_base_that_is_not_a_gguf(tiny_folder, tmp_path, no_llama_cpp):
     with pytest.raises(ModelError, match="convert_hf_to_gguf"):
         export(run, "gguf", tmp_path / "m", ExportOptions(merged=True))
     with pytest.raises(UsageError, match="--ollama-base NAME"):
-        export(run, "ollama", tmp_path / "o")
+        export(run, "ollama", tmp_path / "o", ExportOptions(merged=False))
     named = export(run, "ollama", tmp_path / "o", ExportOptions(ollama_base="mine:8b"), verify=False)
     assert "FROM mine:8b" in (tmp_path / "o" / "Modelfile").read_text()
     assert named["template"] is False

@@ -30,7 +30,7 @@ EXAMPLES = {
     "chat": ("slimtune chat runs/first", "slimtune chat runs/first --system 'Be brief.' --side-by-side"),
     "merge": ("slimtune merge runs/first --out merged", "slimtune merge runs/first --out merged --dtype float16"),
     "export": (
-        "slimtune export runs/first --to ollama --merged --out ollama",
+        "slimtune export runs/first --to ollama --out ollama",
         "slimtune export runs/first --to gguf --merged --precision q8_0 --out gguf",
     ),
     "verify": ("slimtune verify runs/first", "slimtune verify merged --data held_out.jsonl"),

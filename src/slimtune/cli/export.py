@@ -16,7 +16,10 @@ def export_run(
     run: Run,
     to: Annotated[str, Option(help="Target: gguf, ollama or vllm.", show_default=False)],
     out: Annotated[Path, Option(help="Folder to write; it must not contain files.", show_default=False)],
-    merged: Annotated[bool, Option("--merged", help="Base and adapter as one model.")] = False,
+    merged: Annotated[
+        bool | None,
+        Option("--merged/--no-merged", help="Base and adapter as one model; for Ollama by default.", show_default=False),
+    ] = None,
     precision: Annotated[
         str | None,
         Option(

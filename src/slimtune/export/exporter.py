@@ -47,7 +47,7 @@ class ExportOptions:
     `llama-quantize` makes, such as "Q4_K_M" (by default "f16").
     """
 
-    merged: bool = False  # base and adapter as one model; otherwise the adapter without its base
+    merged: bool | None = None  # base and adapter as one model; None: for Ollama, unless an option is of an adapter
     precision: str | None = None
     convert_to_lora: float | None = None  # first, to this rank (int) or to keep this share of each change (0 to 1)
     ollama_base: str | None = None  # Ollama's FROM; None: the base's own GGUF
@@ -93,6 +93,9 @@ def export(
     run, out = Path(run), Path(out).expanduser()
     if options.precision and options.precision.lower() in PRECISIONS:
         options = replace(options, precision=options.precision.lower())
+    if options.merged is None:  # Ollama from 0.34.1 on creates no model from an adapter
+        separate = options.ollama_base is not None or options.convert_to_lora is not None
+        options = replace(options, merged=target == "ollama" and not separate)
     _check_options(target, options)
     if require_proof and not verify:
         raise UsageError("--require-proof and --no-verify together", "one of them: the check is the proof")
