@@ -80,7 +80,7 @@ def asked(way: str, flags: list[Any], folder: Path, args: argparse.Namespace) ->
             faults += refused(run, "gguf", ExportOptions(), RunError, "the q/k permutation left out", args.threads)
     if way not in LORAS:
         for to in ("gguf", "ollama", "vllm"):
-            faults += refused(run, to, ExportOptions(), SlimtuneError, f"{way} to {to}", args.threads)
+            faults += refused(run, to, ExportOptions(merged=False), SlimtuneError, f"{way} to {to}", args.threads)
     return faults
 
 

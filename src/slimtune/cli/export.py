@@ -18,7 +18,7 @@ def export_run(
     out: Annotated[Path, Option(help="Folder to write; it must not contain files.", show_default=False)],
     merged: Annotated[
         bool | None,
-        Option("--merged/--no-merged", help="Base and adapter as one model; for Ollama by default.", show_default=False),
+        Option("--merged/--no-merged", help="Base and adapter as one model; for Ollama by default."),
     ] = None,
     precision: Annotated[
         str | None,

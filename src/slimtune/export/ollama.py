@@ -102,7 +102,7 @@ def write_ollama(
         if tuple(map(int, re.findall(r"\d{1,9}", version)[:3])) >= NO_ADAPTER_LINE:
             message = f"Ollama {version} on this machine creates no model from an ADAPTER line"
             raise UsageError(message, f"base and adapter as one model, or an Ollama before {first}", "--merged")
-        notes.append(f"Ollama from {first} on creates no model from an ADAPTER line; a merged model works with every Ollama")
+        notes.append(f"Ollama from {first} on creates no model from an ADAPTER line; --merged works with every Ollama")
     (folder / "Modelfile").write_bytes(format_modelfile(lines).encode("utf-8"))
     modelfile = re.sub("^-", "./-", str((out or folder) / "Modelfile"))
     commands = [shlex.join(["ollama", "create", name, "-f", modelfile]), shlex.join(["ollama", "run", name])]
