@@ -405,7 +405,12 @@ class PatternedConfig(TargetedConfig):
 
 def write_config(folder: Path, values: Mapping[str, Any]) -> None:
     """Write a config's values as the `adapter_config.json` of a folder."""
-    write_atomic(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_atomic(folder / CONFIG_FILE, format_config(values))
+
+
+def format_config(values: Mapping[str, Any]) -> str:
+    """Return the text of an `adapter_config.json`."""
+    return json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def find_file(path: str | os.PathLike, name: str, subfolder: str | None = None, **hub: Any) -> Path:

@@ -119,7 +119,7 @@ def check_fields(config: Any, config_class: type | None = None) -> None:
     is one: PEFT's files hold null there.
 
     Raises:
-        ConfigError: a value has another type than declared, is out of range, or is none of the choices.
+        ConfigError: a value has another type than declared, is out of range, or not one of the choices.
     """
     for spec in field_specs(config_class or type(config)):
         value = getattr(config, spec.name)

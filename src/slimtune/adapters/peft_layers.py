@@ -470,7 +470,7 @@ class LoraLayer(BaseTunerLayer):
 
     @classmethod
     def matches(cls, layer: Any) -> bool:
-        """Return whether one of the adapters is a LoRA; trained tokens beside it are none."""
+        """Return whether one of the adapters is a LoRA; trained tokens do not count as one."""
         names = ("lora_A", "lora_embedding_A")
         return super().matches(layer) and any(hasattr(m, n) for m in layer.adapters.values() for n in names)
 

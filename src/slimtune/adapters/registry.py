@@ -20,15 +20,14 @@ _METHODS_FOLDER = Path(__file__).parent.parent / "methods"
 _METHODS_PACKAGE = f"{__package__.rpartition('.')[0]}.methods"
 
 
-NO_METHODS = {
-    "dora": "--method lora --set method.use_dora=true",
-    "rslora": "--method lora --set method.use_rslora=true",
-    "pissa": "--method lora --set method.init_lora_weights=pissa",
-    "qlora": "--method lora --quantization nf4",
-    "prefix": "--method prefix_tuning",
-    "prompt": "--method prompt_tuning",
+ALIASES = {"prefix": "prefix_tuning", "prompt": "prompt_tuning"}
+"""Short names of methods in other tools."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("lora", {"use_dora": True}),
+    "rslora": ("lora", {"use_rslora": True}),
+    "pissa": ("lora", {"init_lora_weights": "pissa"}),
 }
-"""Names of papers and of other tools, and what to give in their place."""
+"""Names of papers about one setting of a method: the method, and the setting."""
 
 
 @cache
@@ -106,8 +105,11 @@ def require_method(name: str) -> str:
     """
     method = str(name).lower()
     known = sorted({*method_names(), *(e.name for e in entry_points(group="slimtune.methods"))})
-    if method not in known and method in NO_METHODS:
-        raise ConfigError(f"there is no method {name!r}: it is a setting", NO_METHODS[method])
+    if method not in known and method in {*ALIASES, *VARIANTS, "qlora"}:
+        variant_of, settings = VARIANTS.get(method, (ALIASES.get(method, "lora"), {}))
+        flags = "".join(f" --set method.{k}={str(v).lower()}" for k, v in settings.items())
+        flags += " --quantization nf4" if method == "qlora" else ""
+        raise ConfigError(f"there is no method {name!r}: it is a setting", f"--method {variant_of}{flags}")
     if method not in known:
         raise ConfigError(f"there is no method {name!r}{nearest(method, known)}", f"one of {format_names(known)}")
     return method

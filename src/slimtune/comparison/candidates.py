@@ -10,16 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..adapters.registry import ALIASES, VARIANTS
 from ..config.loading import SHORT_SECTIONS
 from ..errors import ConfigError, UsageError, format_names, nearest
 from ..methods import config_class, method_names
 
-ALIASES = {"prefix": "prefix_tuning", "prompt": "prompt_tuning"}
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dora": ("lora", {"use_dora": True}),
-    "rslora": ("lora", {"use_rslora": True}),
-    "pissa": ("lora", {"init_lora_weights": "pissa"}),
-}
 SECTIONS = ("model", "data", "method", "train", "output_dir")
 
 

@@ -100,7 +100,7 @@ def launch_worker(
 
 def run_cell(recipe_file: Path, *, trial: bool = False, force: bool = False) -> None:
     """Train a recipe and, unless it is a trial, evaluate it on the test rows; finished steps are not repeated."""
-    # Imported here because loading torch takes seconds, and the process must watch its parent from the beginning.
+    # Imported here because loading torch takes seconds, and the process must watch its parent from the start.
     from ..config import load_recipe
     from ..evaluation.evaluate import EvalSettings, evaluate
     from ..run_dir import RunDir

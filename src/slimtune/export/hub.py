@@ -6,7 +6,6 @@ Only files on the list are uploaded, if they are what their names say; the other
 followed only inside the folder.
 """
 
-import json
 import logging
 import re
 import shlex
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..adapters import model_card, state_dict
-from ..adapters.config import CONFIG_FILE, PeftConfig
+from ..adapters.config import CONFIG_FILE, PeftConfig, format_config
 from ..adapters.model import PeftModel
 from ..adapters.model_card import CARD_FILE, strip_local_paths
 from ..errors import AdapterError, ModelError, RunError, SlimtuneError, UsageError, format_names
@@ -196,7 +195,7 @@ def _prepare_adapter(run: Path, repo_id: str, base: str | None, token: str | boo
     values = strip_local_paths(read_json(folder / CONFIG_FILE), info.name)
     values |= {"base_model_name_or_path": info.name, "revision": info.revision}
     files: dict[str, Path | bytes] = {
-        CONFIG_FILE: (json.dumps(values, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(),
+        CONFIG_FILE: format_config(values).encode(),
         ADAPTER_FILE: file,
         **found,
     }

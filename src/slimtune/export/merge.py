@@ -29,7 +29,7 @@ from ..adapters.model import PeftModel
 from ..adapters.model_card import render_card
 from ..errors import AdapterError, RunError
 from ..models.base_config import load_config
-from ..models.dtype import pick_dtype
+from ..models.dtype import dtype_name, pick_dtype
 from ..models.errors import silence_libraries
 from ..models.loader import load_base
 from ..models.quantization import remove_quantization, stored_quantization
@@ -104,7 +104,7 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
                 "--dtype float32: 16 bits cannot hold so small a change" if stored.itemsize == 2 else "",
             )
         report = {
-            "dtype": _dtype_name(stored),
+            "dtype": dtype_name(stored),
             "max_difference": differences.abs().max().item(),
             "mean_difference": differences.abs().mean().item(),
             "effect": effect,
@@ -149,10 +149,10 @@ def _load_memory_mapped(run: Path, out: Path) -> Iterator[TrainedModel]:
     dtype, stored = get_trained_dtype(run), None
     if find_adapter_folder(run) != run:
         m = RunDir.open(run).load_recipe().model
-        dtype = _dtype_name(pick_dtype(dtype or m.dtype, "cpu"))
+        dtype = dtype_name(pick_dtype(dtype or m.dtype, "cpu"))
         config = load_config(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
         if m.quantization is None and stored_quantization(config) is None:  # a quantized base stays quantized in memory
-            stored = _dtype_name(config.dtype or torch.float32)
+            stored = dtype_name(config.dtype or torch.float32)
     if stored in (None, dtype) or _is_small((loaded := load_run(run, dtype=stored, device="cpu")).model):
         yield load_run(run, dtype=dtype, device="cpu")
         return
@@ -178,7 +178,7 @@ def get_trained_dtype(run: Path) -> str | None:
         # "auto" in the recipe may have meant another dtype on the machine that trained.
         return read_json(file).get("dtype") if file.is_file() else None
     name = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    return _dtype_name((load_config(name).dtype if name else None) or torch.float32)
+    return dtype_name((load_config(name).dtype if name else None) or torch.float32)
 
 
 def load_trained(run: Path, dtype: str | None = None) -> TrainedModel:
@@ -264,7 +264,7 @@ def _save_checkpoint(
         PreTrainedModel.save_pretrained(model, folder, state_dict={})  # transformers' own, not the adapter's
         for empty in folder.glob("*.safetensors"):
             empty.unlink()
-        model.config.dtype = _dtype_name(dtype)
+        model.config.dtype = dtype_name(dtype)
         model.config.save_pretrained(folder)
     loaded.base.tokenizer.save_pretrained(folder)
     _copy_sentencepiece_model(loaded, folder)
@@ -289,7 +289,3 @@ def _is_small(model: Any) -> bool:
 
 def _trusts_code(loaded: TrainedModel) -> bool:
     return loaded.recipe is not None and loaded.recipe.model.trust_remote_code
-
-
-def _dtype_name(dtype: torch.dtype | str) -> str:
-    return str(dtype).removeprefix("torch.")

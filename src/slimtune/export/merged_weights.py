@@ -21,6 +21,7 @@ from ..adapters.merging import merge_adapters, unmerge_adapters
 from ..adapters.model import mark_embeddings_untied
 from ..adapters.quantized import disable_cpu_repacking, find_repacking_layers
 from ..errors import AdapterError
+from ..models.dtype import dtype_name
 from ..utils.linear_layers import get_weight, is_quantized, is_transposed, layer_kind, layer_sizes
 from ..utils.progress import track_progress
 from .rounding import round_with_inputs
@@ -189,7 +190,7 @@ def round_weight(model: Any, name: str, weight: Tensor, dtype: torch.dtype, inpu
     nearest, (module, _, leaf) = weight.to(dtype), name.rpartition(".")
     if weight.dtype != dtype and dtype.is_floating_point and not torch.isfinite(nearest).all():
         raise AdapterError(
-            f"{name} contains values that {str(dtype).removeprefix('torch.')} cannot hold",
+            f"{name} contains values that {dtype_name(dtype)} cannot hold",
             f"values up to {torch.finfo(dtype).max:.3g}",
             "--dtype bfloat16 or float32",
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
+from ..models.dtype import dtype_name
 from ..models.loader import load_base
 from ..setup import TrainedModel, load_run
 from . import merge as merging
@@ -58,7 +59,7 @@ def verify(
         checks = [*(verifier.verify_export(path, manifest) if manifest else verifier.export_and_verify_all())]
         if vllm:
             dtype, base = manifest.get("dtype"), verifier.loaded.base
-            if dtype and (base.quantization or dtype != str(base.dtype).removeprefix("torch.")):
+            if dtype and (base.quantization or dtype != dtype_name(base.dtype)):
                 # Compare on the base as it is served: its other rounding is not a fault of the adapter.
                 verifier = Verifier(merging.load_trained(run, dtype), run, Path(folder), rows, threads, log)
             name = vllm_model or str(manifest.get("name", run.resolve().name))
@@ -194,8 +195,8 @@ class Verifier:
 
     def _open_adapter(self, folder: Path) -> Engine:
         base = self.loaded.base
-        dtype = str(base.dtype).removeprefix("torch.")
-        loaded = load_run(folder, dtype=dtype, device="cpu", quantization=base.quantization, unpack=True)
+        how: dict[str, Any] = {"dtype": dtype_name(base.dtype), "device": "cpu", "quantization": base.quantization}
+        loaded = load_run(folder, **how, unpack=True)
         model: Any = loaded.model
         return TransformersEngine("adapter folder", model.to(self.model.dtype), loaded.base.tokenizer)
 
@@ -229,8 +230,7 @@ def describe_16_bit_base(loaded: TrainedModel, run: Path, reference: Reference |
     merged = f"merged they are what was trained: slimtune merge {shlex.quote(str(run))} --out FOLDER"
     if reference is None:
         return f"{trained} answers differ; {merged}"
-    dtype = str(loaded.base.dtype).removeprefix("torch.")
-    model: Any = load_run(run, dtype=dtype, device="cpu", quantization="none").model
+    model: Any = load_run(run, dtype=dtype_name(loaded.base.dtype), device="cpu", quantization="none").model
     plain = Reference(model.to(reference.engine.model.dtype), reference.engine.tokenizer, reference.texts)
     moved = reference.differences(plain.log_probs).abs().mean().item()
     return (

@@ -23,11 +23,12 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
 from ..adapters import state_dict
-from ..adapters.config import CONFIG_FILE
+from ..adapters.config import CONFIG_FILE, write_config
 from ..adapters.conversion import rank_settings
 from ..adapters.export_formats import Factors, get_export_formats, lora_incompatibilities, plain_lora_incompatibilities
 from ..errors import AdapterError, UsageError, format_names, nearest
 from ..methods.lora.init import is_subtracted_init
+from ..models.dtype import dtype_name
 from ..models.gguf import read_dequantized
 from ..models.loader import load_tokenizer
 from ..setup import TrainedModel
@@ -166,7 +167,7 @@ def write_vllm_adapter(
     uniform = len(shapes) == 1 and next(iter(shapes))[0] == config.r
     folded = not uniform or bool(config.alpha_pattern) or is_subtracted_init(config.init_lora_weights)
     rank = max(A.shape[0] for A, _, _ in layers.values())
-    trained = str(loaded.base.dtype).removeprefix("torch.")
+    trained = dtype_name(loaded.base.dtype)
     served = dtype or (trained if trained in DTYPES else "float32")  # vLLM has no float64
     notes, rules, architecture = [], load_vllm_rules(), _get_architecture(model)
     if architecture not in rules["architectures"]:
@@ -211,7 +212,7 @@ def _write_files(model: Any, adapter: str, layers: dict[str, Factors], folder: P
     settings |= {"inference_mode": True, "init_lora_weights": True, "eva_config": None, "rank_pattern": {}}
     if folded:
         settings |= rank_settings({n: A.shape[0] for n, (A, _, _) in layers.items()})
-    write_atomic(folder / CONFIG_FILE, json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_config(folder, settings)
     metadata = state_dict.adapter_tensor_info(model, adapter)[1]
     write_atomic(folder / state_dict.WEIGHTS_FILE, state_dict.to_safetensors(tensors, metadata))
     return sum((folder / f).stat().st_size for f in (CONFIG_FILE, state_dict.WEIGHTS_FILE))

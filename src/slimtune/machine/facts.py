@@ -176,7 +176,7 @@ def gather_facts(
         "rocminfo": rocm if "error" in rocm.lower() or "not loaded" in rocm.lower() or "unable" in rocm.lower() else "",
         "gfx": tuple(dict.fromkeys(re.findall(r"^\s*Name:\s+(gfx[0-9a-f]+)\s*$", rocm, re.MULTILINE))),
         "groups": tuple(run("id", "-Gn").split()),
-        "packages": {name: version for name in (*PACKAGES, *COMPANIONS) if (version := _find_version(name))},
+        "packages": {name: version for name in (*PACKAGES, *COMPANIONS) if (version := find_version(name))},
         "conflicts": _find_conflicts(),
         "environment": {name: environment[name] for name in VARIABLES if name in environment},
         "cores": os.cpu_count() or 1,
@@ -208,11 +208,12 @@ def _list_names(folder: Path, pattern: str) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in folder.glob(pattern)))
 
 
-def _find_version(package: str) -> str:
+def find_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return ""
+        return None
 
 
 # --- GPUs and their drivers ------------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ def _ask_torch() -> TorchFacts:
     try:
         import torch
     except Exception as error:
-        return TorchFacts(version=_find_version("torch"), error=f"{type(error).__name__}: {error}")
+        return TorchFacts(version=find_version("torch") or "", error=f"{type(error).__name__}: {error}")
     with warnings.catch_warnings(record=True) as caught:  # torch says in a warning why CUDA does not start
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -287,7 +288,7 @@ def _ask_torch() -> TorchFacts:
 
 def _find_conflicts() -> tuple[str, ...]:
     """Return the packages that require another version of torch than the installed one."""
-    torch, found = _find_version("torch").partition("+")[0], []
+    torch, found = (find_version("torch") or "").partition("+")[0], []
     for package in COMPANIONS:
         try:
             lines = importlib.metadata.requires(package) or []
@@ -300,7 +301,7 @@ def _find_conflicts() -> tuple[str, ...]:
                 continue
             applies = need.marker is None or need.marker.evaluate({"extra": ""})
             if need.name == "torch" and torch and applies and not need.specifier.contains(torch, prereleases=True):
-                found.append(f"{package} {_find_version(package)} requires torch{need.specifier}")
+                found.append(f"{package} {find_version(package)} requires torch{need.specifier}")
     return tuple(found)
 
 

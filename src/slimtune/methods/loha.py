@@ -20,6 +20,7 @@ Papers: FedPara https://arxiv.org/abs/2108.06098, LyCORIS https://arxiv.org/abs/
 """
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,6 +32,8 @@ from ..adapters.config import PatternedConfig, setting
 from ..errors import ConfigError
 from ..kernels.dropout import draw_output_mask
 from ..kernels.recompute import recompute_linear
+
+_FACTORS, _KERNELS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2")
 
 
 @dataclass
@@ -82,13 +85,29 @@ class LycorisModule(AdapterModule):
             return update
         return update * draw_output_mask(update.shape[-1], self.rank_dropout, rescale=self.rescale).to(update)
 
+    def add_factors(self, site: Site, shapes: Mapping[str, tuple[int, ...]], zero: str | None) -> None:
+        """Create the factors, Kaiming-uniform except `zero`, in PEFT's order: one seed gives equal adapters in both."""
+        for name, shape in shapes.items():
+            factor = nn.Parameter(torch.zeros(shape, device=site.init_device))
+            if name != zero:
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+            self.register_parameter(name, factor)
+        self.to(site.device, site.dtype)
 
-class ConvLycoris(LycorisModule):
-    """Mixed into the class for linear layers: the update is a convolution with the matrix of the update."""
+    def get_factors(self, names: Iterable[str], dtype: torch.dtype) -> list[Tensor]:
+        """Return some of the factors; under FSDP1 they are plain tensors."""
+        return [getattr(self, name).to(dtype) for name in names]
 
     def compute_change(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix `(out, in / groups · kernel size)` that is added to the weight."""
         raise NotImplementedError
+
+    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.compute_change(weight.dtype), bias
+
+
+class ConvLycoris(LycorisModule):
+    """Mixed into the class for linear layers: the update is a convolution with the matrix of the update."""
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         y = base(x)
@@ -118,23 +137,17 @@ class LinearLoHa(LycorisModule):
         super().__init__(site, config, rescale=True)
         out, in_, r = site.out_features, site.in_features, self.r
         self.low_rank = r * r * (in_ + out) <= in_ * out
-        shapes: dict[str, tuple[int, ...]] = {"w1_a": (out, r), "w1_b": (r, in_), "w2_a": (out, r), "w2_b": (r, in_)}
+        shapes: dict[str, tuple[int, ...]] = {n: (out, r) if n.endswith("a") else (r, in_) for n in _FACTORS}
         if kernel := config.effective_kernel(site):
             self.low_rank, channels = False, in_ // math.prod(kernel)
-            shapes = {name: (r, out if name.endswith("a") else channels) for name in shapes}
-            shapes |= {"t1": (r, r, *kernel), "t2": (r, r, *kernel)}
-        # In PEFT's order: one seed gives the same adapter in both libraries.
-        for name, shape in shapes.items():
-            factor = nn.Parameter(torch.zeros(shape, device=site.init_device))
-            if name != "w2_b" or not config.init_weights:
-                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-            self.register_parameter(f"hada_{name}", factor)
-        self.to(site.device, site.dtype)
+            shapes = {n: (r, out if n.endswith("a") else channels) for n in _FACTORS}
+            shapes |= dict.fromkeys(_KERNELS, (r, r, *kernel))
+        self.add_factors(site, shapes, zero="hada_w2_b" if config.init_weights else None)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.draw_module_dropout():
             return y
-        factors = self._get_factors(x.dtype)
+        factors = self.get_factors(_FACTORS, x.dtype)
         if self.low_rank:
             A, B = _as_low_rank(*factors)
             update = x @ A.t() @ B.t()
@@ -146,21 +159,15 @@ class LinearLoHa(LycorisModule):
         """Return `(A (r², in), B (out, r²), scale)` where r² is small and dropout is off."""
         if not self.low_rank or (self.training and (self.rank_dropout or self.module_dropout)):
             return None
-        return *_as_low_rank(*self._get_factors(next(self.parameters()).dtype)), self.scale
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.compute_change(weight.dtype), bias
+        return *_as_low_rank(*self.get_factors(_FACTORS, next(self.parameters()).dtype)), self.scale
 
     def compute_change(self, dtype: torch.dtype) -> Tensor:
         """Return `s · (W1a W1b) ⊙ (W2a W2b)`."""
+        w1a, w1b, w2a, w2b = self.get_factors(_FACTORS, dtype)
         if not hasattr(self, "hada_t1"):
-            return self.scale * _multiply(*self._get_factors(dtype))
-        w1a, w1b, w2a, w2b = self._get_factors(dtype)
-        t1, t2 = (getattr(self, f"hada_{name}").to(dtype) for name in ("t1", "t2"))  # tensors under FSDP1
+            return self.scale * _multiply(w1a, w1b, w2a, w2b)
+        t1, t2 = self.get_factors(_KERNELS, dtype)
         return self.scale * rebuild_kernel(t1, w1a, w1b) * rebuild_kernel(t2, w2a, w2b)
-
-    def _get_factors(self, dtype: torch.dtype) -> list[Tensor]:
-        return [getattr(self, f"hada_{name}").to(dtype) for name in ("w1_a", "w1_b", "w2_a", "w2_b")]
 
 
 class ConvLoHa(LinearLoHa, ConvLycoris):

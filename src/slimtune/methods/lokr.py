@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapters.base import AdapterModule, Site
 from ..adapters.config import setting
@@ -67,28 +67,18 @@ class LinearLoKr(LycorisModule):
                 w2 = {"lokr_w2_a": (self.r, q), "lokr_w2_b": (self.r, n), "lokr_t2": (self.r, self.r, *effective)}
         self.w1_names, self.w2_names = tuple(w1), tuple(w2)
         zero = {True: self.w1_names[0], "lycoris": self.w2_names[:2][-1], False: None}[config.init_weights]
-        # In PEFT's order: one seed gives the same adapter in both libraries.
-        for name, shape in (w1 | w2).items():
-            factor = nn.Parameter(torch.zeros(shape, device=site.init_device))
-            if name != zero:
-                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
-            self.register_parameter(name, factor)
-        self.to(site.device, site.dtype)
-
-    def _get_factors(self, names: tuple[str, ...], dtype: torch.dtype) -> list[Tensor]:
-        """Return the stored parts of W1 or W2: one, two whose product it is, or the three of a small convolution."""
-        return [getattr(self, name).to(dtype) for name in names]
+        self.add_factors(site, w1 | w2, zero)
 
     def _get_scaled_w1(self, dtype: torch.dtype) -> Tensor:
         """Return `s · W1 (p, m)`."""
-        w1 = self._get_factors(self.w1_names, dtype)
+        w1 = self.get_factors(self.w1_names, dtype)
         return (w1[0] @ w1[1] if len(w1) == 2 else w1[0]) * self.scale
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.draw_module_dropout():
             return y
         p, q, m, n = self.shape
-        w1, w2 = self._get_scaled_w1(x.dtype), self._get_factors(self.w2_names, x.dtype)
+        w1, w2 = self._get_scaled_w1(x.dtype), self.get_factors(self.w2_names, x.dtype)
         X = x.reshape(-1, m, n)
         # W1 is applied where the intermediate result is smallest: at rank r, or before a W2 that widens.
         if len(w2) == 2:
@@ -100,12 +90,9 @@ class LinearLoKr(LycorisModule):
             update = _times(w1, _times_transposed(X, w2[0]))
         return y + self.drop_outputs(update.reshape(y.shape))
 
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.compute_change(weight.dtype), bias
-
     def compute_change(self, dtype: torch.dtype) -> Tensor:
         """Return `s · W1 ⊗ W2`."""
-        w2 = self._get_factors(self.w2_names, dtype)
+        w2 = self.get_factors(self.w2_names, dtype)
         if len(w2) == 3:
             w2 = [rebuild_kernel(w2[2], w2[0], w2[1])]
         w1, W2 = self._get_scaled_w1(dtype), w2[0] @ w2[1] if len(w2) == 2 else w2[0]

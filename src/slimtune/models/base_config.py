@@ -144,7 +144,7 @@ def _read_config(path: Path, trust_remote_code: bool) -> PreTrainedConfig:
 
 
 def check_config(config: PreTrainedConfig, spec: str) -> None:
-    """Raise ModelError for sizes that no model has, an unknown activation, or a `text_config` that is none."""
+    """Raise ModelError for sizes that no model has, an unknown activation, or a `text_config` that is not a config."""
     try:
         text = config.get_text_config()
         values = {name: getattr(text, name, None) for name in (*SIZE_FIELDS, "hidden_act")}

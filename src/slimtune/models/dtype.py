@@ -65,7 +65,7 @@ def pick_dtype(
     """
     if isinstance(requested, torch.dtype):
         return requested
-    name = str(requested).strip().lower().removeprefix("torch.")
+    name = dtype_name(str(requested).strip().lower())
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
@@ -74,6 +74,11 @@ def pick_dtype(
     if has_bf16 is None:
         has_bf16 = _multiplies_bf16(torch.device(device))
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Return a dtype's name without its library: "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def pick_training_dtype(

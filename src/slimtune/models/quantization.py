@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.linear_layers import get_weight, is_quantized, layer_kind, layer_sizes
+from .dtype import dtype_name
 
 KINDS = ("nf4", "int8")
 """Quantizations in which a base can be loaded."""
@@ -76,8 +77,8 @@ def make_quantization_options(
     if used not in STORED:
         return used, {}
     if dtype not in _COMPUTE_DTYPES:
-        names = format_names(str(d).removeprefix("torch.") for d in _COMPUTE_DTYPES)
-        raise UsageError(f"a base in {used} cannot compute in {str(dtype).removeprefix('torch.')}", names)
+        names = format_names(dtype_name(d) for d in _COMPUTE_DTYPES)
+        raise UsageError(f"a base in {used} cannot compute in {dtype_name(dtype)}", names)
     require_bitsandbytes(f"a base in {used}")
     options: dict[str, Any] = {"device_map": {"": device}}
     if stored is None and used == "int8":
@@ -91,7 +92,7 @@ def make_quantization_options(
         )
     elif used != "int8":
         stored_settings: Any = config.quantization_config
-        stored_settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+        stored_settings["bnb_4bit_compute_dtype"] = dtype_name(dtype)
     return used, options
 
 

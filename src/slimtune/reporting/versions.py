@@ -1,17 +1,10 @@
 """Versions of Python and packages, and the kind of machine, for the records of a run."""
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
+
+from ..machine.facts import find_version
 
 PACKAGES = ("slimtune", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "bitsandbytes", "peft")
-
-
-def find_version(package: str) -> str | None:
-    """Return the version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def versions() -> dict[str, str]:
