@@ -1,6 +1,7 @@
 """From a recipe to its base, adapted model, rows and collator; from a run folder to its trained model."""
 
 import copy
+import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from .adapters.model import PeftModel, get_peft_model
 from .adapters.targets import ALL_LINEAR
 from .attention.register import packing_unsupported_reason
 from .config import Recipe
+from .data.chat_template import adds_bos
 from .data.collator import Collator, Example
 from .data.dataset import RowFile, open_rows
+from .data.document_windows import DocumentWindows
 from .data.parallel import cpu_count
 from .data.tokenize import RowReport, tokenize_dataset
 from .data.tokenized_dataset import TokenizedDataset
@@ -43,6 +46,7 @@ class Datasets:
     """The tokenized rows of a run, how many were kept, and the reports of `slimtune data`, by "train" and "validation".
 
     Without a validation file, its rows are split from the training rows and have no report; so are the test rows.
+    Documents are cut into windows here, and are split whole.
     """
 
     train: TokenizedDataset
@@ -97,6 +101,7 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
 
     train, train_report, checked = load(data.train)
     train, test = split_test_rows(train, checked.kept_hashes(), data.test_fraction)
+    cut = functools.partial(cut_documents, recipe, tokenizer, checked.source)
     if data.validation is not None:
         validation, validation_report, other = load(data.validation, checked)
         reports = {
@@ -104,7 +109,8 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
             "validation": other.finish(file=data.validation, model=model),
         }
         recipe.method_config().check_rows(train)
-        return Datasets(train, validation, test, train_report, validation_report, reports)
+        validation = cut_documents(recipe, tokenizer, other.source, validation)
+        return Datasets(cut(train, settings.seed), validation, cut(test), train_report, validation_report, reports)
     count = round((len(train) + len(test)) * data.validation_fraction)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
     held_out = np.zeros(len(train), bool)
@@ -112,7 +118,17 @@ def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
     reports = {"train": checked.finish(file=data.train, model=model), "validation": None}
     rest, validation = (train.select(np.flatnonzero(part)) for part in (~held_out, held_out))
     recipe.method_config().check_rows(rest)
-    return Datasets(rest, validation, test, train_report, None, reports)
+    return Datasets(cut(rest, settings.seed), cut(validation), cut(test), train_report, None, reports)
+
+
+def cut_documents(
+    recipe: Recipe, tokenizer: Any, rows: RowFile, dataset: TokenizedDataset, seed: int | None = None
+) -> TokenizedDataset:
+    """Return the windows of documents, of rows of another format the rows; with a seed, epochs have other cuts."""
+    if rows.format != "document":
+        return dataset
+    bos = tokenizer.bos_token_id if adds_bos(tokenizer) else None
+    return DocumentWindows(dataset, recipe.data.max_seq_len, bos, seed)
 
 
 def split_test_rows(
@@ -130,7 +146,9 @@ def split_test_rows(
 
 def load_eval_dataset(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[TokenizedDataset, RowReport]:
     """Read and tokenize rows for evaluation, with the recipe's length policy."""
-    return _tokenize(recipe, tokenizer, open_rows_from_recipe(recipe, path))
+    rows = open_rows_from_recipe(recipe, path)
+    dataset, report = _tokenize(recipe, tokenizer, rows)
+    return cut_documents(recipe, tokenizer, rows, dataset), report
 
 
 def _tokenize(

@@ -162,7 +162,7 @@ UNUSABLE = [
     ("a.txt", "Größe\n".encode("utf-32-be"), DataError, r"a\.txt is UTF-32 text"),
     ("a.jsonl", '{"text": "a"}\n'.encode("utf-16-le"), DataError, "iconv -f UTF-16 -t UTF-8 a.jsonl > utf8.jsonl"),
     ("a.jsonl.gz", "", UsageError, r"unknown suffix '\.gz'(.|\n)*gunzip -k a\.jsonl\.gz"),
-    ("a.md", "# A", UsageError, r"unknown suffix '\.md'(.|\n)*copy it to a\.txt"),
+    ("a.rst", "# A", UsageError, r"unknown suffix '\.rst'(.|\n)*copy it to a\.txt"),
     ("a" * 300 + ".jsonl", None, UsageError, "no such file"),
     ("a\udcff\0.jsonl", None, UsageError, "no such file"),
     ("org/" + "a" * 300, None, UsageError, "no such file"),

@@ -106,7 +106,10 @@ class DataSettings(Section):
         0.0, "share of the training rows set aside for `slimtune eval`, if test is null", ge=0, le=0.5
     )
     format: (
-        Literal["chat", "instruction", "sharegpt", "prompt-completion", "text", "preference", "classification"] | None
+        Literal[
+            "chat", "instruction", "sharegpt", "prompt-completion", "text", "document", "preference", "classification"
+        ]
+        | None
     ) = setting(None, "format of a row; null: inferred from its columns")
     columns: dict[str, str] = setting({}, "names of the format's columns in these rows", flag="--column")
     ignore_columns: list[str] = setting(
@@ -115,7 +118,7 @@ class DataSettings(Section):
     train_on: Literal["assistant", "last_assistant"] = setting(
         "assistant", "turns that contribute to the loss: every assistant turn, or the last one of each row"
     )
-    max_seq_len: int = setting(1024, "longest row, in tokens", ge=2, le=10**8)
+    max_seq_len: int = setting(1024, "longest row, or longest window of a document, in tokens", ge=2, le=10**8)
     on_overlong: Literal["error", "drop", "truncate"] = setting("drop", "what happens to a longer row")
     chat_template: PathLike | None = setting(None, "Jinja file with a chat template; null: the base's own")
 

@@ -108,10 +108,15 @@ def render_text(tokenizer: Any, prompt: str, completion: str) -> RenderedText:
     if tokenizer.eos_token is None:
         problem = "the tokenizer has no end-of-text token, so a completion would have no end"
         raise ModelError(problem, "an eos_token", "set one")
-    first = tokenizer("", add_special_tokens=True)["input_ids"][:1]
-    bos = tokenizer.bos_token if tokenizer.bos_token is not None and first == [tokenizer.bos_token_id] else ""
+    bos = tokenizer.bos_token if adds_bos(tokenizer) else ""
     text = f"{bos}{prompt}{completion}{tokenizer.eos_token}"
     return RenderedText(text, [(len(bos) + len(prompt), len(text))])
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer begins a text with its beginning-of-sequence token."""
+    first = tokenizer("", add_special_tokens=True)["input_ids"][:1]
+    return tokenizer.bos_token is not None and first == [tokenizer.bos_token_id]
 
 
 def tokenize_texts(tokenizer: Any, texts: list[str]) -> tuple[list[list[int]], list[list[Span]]]:

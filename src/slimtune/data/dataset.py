@@ -2,7 +2,8 @@
 
 .jsonl .ndjson   one JSON object a line                .csv .tsv   a header, then one record a row
 .json            an array of objects, or as .jsonl     .parquet    one record a row
-.txt             paragraphs between blank lines        a folder    such files of one kind, in the order of their names
+.txt .md         paragraphs between blank lines; the whole file with the format "document", which .md must be given
+a folder         such files of one kind, in the order of their names
 a folder saved by `datasets`, or the id of a dataset   org/name[/config][:split]; the split is train by default
 
 A wrong path is a usage error, wrong contents are a data error. Up to ten invalid rows are reported at once, so that
@@ -23,7 +24,7 @@ from typing import Any
 from ..errors import DataError, UsageError, format_names, nearest
 from ..utils.files import parse_dataset_id
 from .formats import FORMATS, ColumnChoice, InvalidRow, Row, check_format, detect_format, explain_loss, parse_record
-from .readers import READERS, SUFFIX_HINTS, TEXT_HINT, Located, read_hf_dataset, shorten
+from .readers import READERS, SUFFIX_HINTS, TEXT_HINT, TEXT_SUFFIXES, Located, read_document, read_hf_dataset, shorten
 
 __all__ = ["InvalidRow", "Row", "RowErrorCollector", "RowFile", "open_rows", "read_rows"]
 
@@ -82,6 +83,7 @@ class RowFile:
     def __init__(self, path: Path, format: str, choice: ColumnChoice, parts: list[Part], given: bool) -> None:
         self.path, self.format, self._choice, self._parts, self._given = path, format, choice, parts, given
         self.ignored_columns = sorted(choice.ignored)
+        self._has_text = Path(parts[0][0] or path).suffix.lower() in TEXT_SUFFIXES
         self._used: dict[str, None] = {}
         self._unused: dict[str, UnusedColumn] = {}
 
@@ -90,12 +92,14 @@ class RowFile:
         unused: dict[str, UnusedColumn] = {}
         self._used, self._unused = used, unused
         unused_of: dict[tuple[str, ...], list[UnusedColumn]] = {}  # most records have the same columns
-        for file, read in self._parts:
+        for number, (file, read) in enumerate(self._parts, 1):
             for found in read():
                 if isinstance(found, InvalidRow):
                     yield dataclasses.replace(found, file=file)
                     continue
                 line, record = found
+                if self.has_whole_files:
+                    line = number
                 if (columns := unused_of.get(present := tuple(record))) is None:
                     names = self._choice.find_unused(present, self.format)
                     for name in names:
@@ -136,7 +140,16 @@ class RowFile:
     @property
     def has_paragraphs(self) -> bool:
         """Whether the rows are the paragraphs of text files."""
-        return Path(self._parts[0][0] or self.path).suffix.lower() == ".txt"
+        return self._has_text and self.format != "document"
+
+    @property
+    def has_whole_files(self) -> bool:
+        """Whether each row is a whole text file; its line is the number of the file in its folder, from 1."""
+        return self._has_text and self.format == "document"
+
+    def find_file(self, line: int) -> str:
+        """Return the name of the file in a folder that is the row with this line; empty: it is not a whole file."""
+        return self._parts[line - 1][0] or "" if self.has_whole_files else ""
 
     def check_columns(self) -> None:
         """Raise DataError for unused columns without which rows mean something else; after an iteration."""
@@ -202,7 +215,7 @@ def open_rows(
     """
     path, choice = Path(path), ColumnChoice(dict(columns or {}), frozenset(ignore_columns))
     check_format(format, choice.columns)
-    parts = find_parts(path)
+    parts = find_parts(path, format)
     formats: dict[str, str | None] = {}
     empty = True
     for file, read in parts:
@@ -224,12 +237,12 @@ def read_rows(path: str | Path, **options: Any) -> list[Row]:
     return list(open_rows(path, **options).require_valid_rows())
 
 
-def find_parts(path: Path) -> list[Part]:
+def find_parts(path: Path, format: str | None = None) -> list[Part]:
     """Return the name and the reader of each file of a data set; raise UsageError if there is none."""
     if os.path.isfile(path):  # False for a name that no file system has, where Path.is_file may raise
-        return [(None, _make_reader(path))]
+        return [(None, _make_reader(path, format))]
     if os.path.isdir(path):
-        return _find_folder_parts(path)
+        return _find_folder_parts(path, format)
     if (dataset := parse_dataset_id(path)) is not None:
         return [(None, partial(_read_hub_dataset, *dataset))]
     expected = f"a file of rows ({', '.join(READERS)}), a folder, or a dataset's id"
@@ -241,14 +254,19 @@ def find_parts(path: Path) -> list[Part]:
     raise UsageError(f"no such file: {path}{missing_folder}{nearest(path.name, names)}", expected)
 
 
-def _find_folder_parts(path: Path) -> list[Part]:
+def _find_folder_parts(path: Path, format: str | None) -> list[Part]:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(p.name for p in path.iterdir() if p.is_dir())
         hint = f"name it: {path / (splits or ['train'])[0]}"
         raise UsageError(f"{path} contains the splits {format_names(splits)}", "one of them", hint)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return [(None, partial(_read_saved_dataset, path))]
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS and not p.name.startswith("."))
+    found = path.rglob("*") if format == "document" else path.iterdir()
+    visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    files = sorted(p for p in visible if p.suffix.lower() in READERS)
+    whole = format == "document" and all(f.suffix.lower() in TEXT_SUFFIXES for f in files)
+    if not whole:  # a README beside the rows is none of them
+        files = [f for f in files if f.suffix.lower() != ".md"] or files
     names = format_names(f.name for f in files)
     if special := [f.name for f in files if not f.is_file()]:
         problem = f"{path} contains {format_names(special)}, which can be read as no file"
@@ -256,27 +274,31 @@ def _find_folder_parts(path: Path) -> list[Part]:
     if not files:
         contents = format_names(sorted(p.name for p in path.iterdir())) or "nothing"
         raise UsageError(f"{path} is a folder without a file of rows; it contains {contents}", ", ".join(READERS))
-    if len({f.suffix.lower() for f in files}) > 1:
+    if len({f.suffix.lower() for f in files}) > 1 and not whole:
         hint = "name one of its files, or move the others to another folder"
         raise UsageError(f"{path} contains several kinds of files: {names}", "files of one kind", hint)
     first_words = {re.split(r"[-_.\d]", f.stem.lower())[0] for f in files}
-    if len({SPLITS[word] for word in first_words if word in SPLITS}) > 1:
+    if len({SPLITS[word] for word in first_words if word in SPLITS}) > 1 and not whole:
         hint = f"name one of its files: {files[-1]}"
         raise UsageError(f"{path} contains several splits: {names}", "training rows apart from test rows", hint)
-    return [(f.name, _make_reader(f)) for f in files]
+    return [(str(f.relative_to(path)), _make_reader(f, format)) for f in files]
 
 
-def _make_reader(path: Path) -> Callable[[], Iterator[Located]]:
+def _make_reader(path: Path, format: str | None) -> Callable[[], Iterator[Located]]:
     suffix = path.suffix.lower()
     if suffix not in READERS:
         problem = f"{path} has the unknown suffix {suffix!r}{nearest(suffix, READERS)}"
         hint = SUFFIX_HINTS.get(suffix, TEXT_HINT).format(name=shlex.quote(path.name), stem=path.stem)
         raise UsageError(problem, f"a file of rows: {', '.join(READERS)}", hint)
+    if suffix == ".md" and format is None:
+        hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"
+        raise UsageError(f"{path} is Markdown, whose parts are no rows of their own", "a format for it", hint)
+    reader = read_document if format == "document" and suffix in TEXT_SUFFIXES else READERS[suffix]
 
     def read() -> Iterator[Located]:
         try:
             if path.stat().st_size:  # an empty file is not opened: those of /proc wait for ever
-                yield from READERS[suffix](path)
+                yield from reader(path)
         except OSError as error:
             problem = f"{path} cannot be read: {error.strerror or error}"
             raise UsageError(problem, hint="check its permissions") from error

@@ -176,11 +176,12 @@ FORMATS = {
     "sharegpt": Format(("conversations",), ("system", "tools"), _read_sharegpt),
     "prompt-completion": Format(("prompt", "completion"), ("tools",), _read_prompt_completion),
     "text": Format(("text",), (), _read_text),
+    "document": Format(("text",), (), _read_text),
     "preference": Format(("chosen", "rejected"), ("prompt", "tools"), _read_preference),
     "classification": Format(("label",), ("text", "messages", "tools"), _read_classification),
 }
-NAMED_FORMATS = ("classification",)
-"""Formats that are not recognized by their columns: a `label` may also rate a text, so the task must say what it is."""
+NAMED_FORMATS = ("classification", "document")
+"""Formats that are not recognized by their columns: a `label` may also rate a text, and a document is a text, too."""
 EMPTY_LABELS: tuple[Any, ...] = (None, "", {})
 
 

@@ -29,12 +29,6 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def batched(items: Iterable[T], size: int) -> Iterator[tuple[T, ...]]:
-    """Yield tuples of `size` items; the last one may be shorter."""
-    left = iter(items)
-    return iter(lambda: tuple(itertools.islice(left, size)), ())
-
-
 def parallel_map(function: Callable[[T], R], batches: Iterable[T], processes: int = 1) -> Iterator[R]:
     """Yield `function(batch)` for each batch, in order; batches are read only as they are needed.
 

@@ -220,6 +220,24 @@ def read_paragraphs(path: Path) -> Iterator[Located]:
             yield invalid or (first, {"text": whole})
 
 
+def read_document(path: Path) -> Iterator[Located]:
+    """Read a whole text file as one record with the column `text`, without blank lines at its begin and end."""
+    size, parts = 0, []
+    with _open_text(path) as file:
+        for line, text in enumerate(_read_lines(file), start=1):
+            size += MAX_ROW + 1 if text is None else len(text)
+            if text is None or size > MAX_ROW:
+                hint = f"split it into files of a folder: split -C 5m --additional-suffix={path.suffix} {path.name}"
+                yield InvalidRow(line, f"is a document that {_TOO_LONG}", "too-large", hint=hint)
+                return
+            if invalid := _check_utf8(line, text):
+                yield invalid
+                return
+            parts.append(text)
+    whole = "".join(parts).replace("\r\n", "\n").strip("\n")
+    yield (1, {"text": whole}) if whole.strip() else InvalidRow(1, "is an empty document", "empty-content")
+
+
 def read_parquet(path: Path) -> Iterator[Located]:
     """Read a Parquet file; raise DataError if it is not one, or is incomplete."""
     from pyarrow import ArrowException  # 50 MB that the other readers do not need
@@ -310,7 +328,10 @@ READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
     ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
     ".txt": read_paragraphs,
+    ".md": read_paragraphs,
 }
+TEXT_SUFFIXES = (".txt", ".md")
+"""Files of text: with the format `document` each is read by `read_document`."""
 SUFFIX_HINTS = {
     **dict.fromkeys((".gz", ".bz2", ".xz", ".zst"), "decompress it first: gunzip -k {name} (bunzip2, unxz, unzstd)"),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z"), "unpack it, and name the file or the folder"),

@@ -8,7 +8,7 @@ supervised, because nothing stands before it to predict it from.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,21 @@ from .chat_template import RenderedText, TokenizedRow
 from .dataset import MAX_ERRORS, RowErrorCollector, RowFile
 from .formats import InvalidRow, Row
 from .messages import REASONING_KEYS, RowError, check_reasoning_text, check_template_keys
-from .parallel import batched, parallel_map
+from .parallel import parallel_map
 from .tokenized_dataset import DatasetWriter, TokenizedDataset
 
-BATCH_SIZE = 512  # rows that a process tokenizes at once
+BATCH_SIZE, BATCH_CHARACTERS = 512, 4_000_000
+"""Most rows that a process tokenizes at once, and characters from which fewer are enough."""
 ON_OVERLONG = ("error", "drop", "truncate")
 TRAIN_ON = ("assistant", "last_assistant")
 PREFERENCE_HINT = (
     "to learn the better answers, read them as prompt-completion: "
     "--format prompt-completion --column completion=chosen --ignore-columns rejected"
 )
-PARAGRAPH_HINT = "a row of a .txt file is a paragraph: put a blank line between those that should be rows"
+PARAGRAPH_HINT = (
+    "a row of a .txt file is a paragraph: put a blank line between those that should be rows, "
+    "or learn from the whole text: --format document"
+)
 PairedRow = tuple[Row, TokenizedRow | InvalidRow]
 """A row with its tokens, or with the reason why it has none."""
 
@@ -75,6 +79,21 @@ class RowReport:
 
     def to_dict(self) -> dict[str, int]:
         return dataclasses.asdict(self)
+
+
+def batch_rows(rows: Iterable[Row | InvalidRow]) -> Iterator[tuple[Row | InvalidRow, ...]]:
+    """Yield the batches in which rows are tokenized."""
+    batch: list[Row | InvalidRow] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        if isinstance(row, Row):
+            characters += sum(len(m.get("content", "")) for m in row.messages) + len(row.completion or "")
+        if len(batch) == BATCH_SIZE or characters >= BATCH_CHARACTERS:
+            yield tuple(batch)
+            batch, characters = [], 0
+    if batch:
+        yield tuple(batch)
 
 
 def tokenize_rows(
@@ -146,7 +165,7 @@ class BatchTokenizer:
     """Turns a batch of rows into a `TokenizedBatch`; it is sent to other processes.
 
     `validate` computes the statistics of a batch from its rows with their tokens; the other fields are arguments of
-    `tokenize_dataset`.
+    `tokenize_dataset`. `documents`: the rows are documents, which are whole however long they are.
     """
 
     tokenizer: Any
@@ -154,6 +173,7 @@ class BatchTokenizer:
     on_overlong: str
     train_on: str
     validate: Callable[[Sequence[PairedRow]], Any] | None = None
+    documents: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("on_overlong", ON_OVERLONG), ("train_on", TRAIN_ON)):
@@ -161,13 +181,16 @@ class BatchTokenizer:
                 raise UsageError(f"{name} is {value!r}{nearest(value, choices)}", expected=format_names(choices))
         if self.max_seq_len < 2:
             raise UsageError(f"max_seq_len is {self.max_seq_len}", "at least 2 tokens: one to read, one to predict")
+        if self.documents and self.on_overlong != "drop":
+            message = f"on_overlong is {self.on_overlong!r}, but documents are cut into windows, so none is too long"
+            raise UsageError(message, "the default, drop, with the format document")
 
     def __call__(self, batch: tuple[Row | InvalidRow, ...]) -> TokenizedBatch:
         rows = [row for row in batch if isinstance(row, Row)]
         pairs = list(zip(rows, tokenize_rows(rows, self.tokenizer, train_on=self.train_on), strict=True))
         invalid = [row for row in (*batch, *(tokens for _, tokens in pairs)) if isinstance(row, InvalidRow)]
         end_ids = chat_template.end_of_turn_ids(self.tokenizer)
-        report = RowReport(self.max_seq_len, rows=len(batch))
+        report, limit = RowReport(self.max_seq_len, rows=len(batch)), None if self.documents else self.max_seq_len
         ids: list[list[int]] = []
         supervised: list[list[bool]] = []
         lines, overlong, unsupervised, labels = [], [], [], []
@@ -176,15 +199,15 @@ class BatchTokenizer:
                 continue
             length = len(tokens.input_ids)
             report.longest = max(report.longest, length)
-            if length > self.max_seq_len:
+            if limit is not None and length > limit:
                 overlong.append(row.line)
                 if self.on_overlong != "truncate":
                     report.dropped += 1
                     continue
                 report.truncated += 1
             lines.append(row.line)
-            ids.append(tokens.input_ids[: self.max_seq_len])
-            supervised.append(tokens.supervised[: self.max_seq_len])
+            ids.append(tokens.input_ids[:limit])
+            supervised.append(tokens.supervised[:limit])
             count = sum(supervised[-1][1:])
             if row.labels is not None:
                 labels.append(row.labels)
@@ -237,7 +260,8 @@ def tokenize_dataset(
         ModelError: no chat template, or one that hides the assistant's turns.
     """
     validate = None if dataset_report is None else dataset_report.validate
-    function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, validate)
+    documents = isinstance(rows, RowFile) and rows.format == "document"
+    function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, validate, documents)
     if isinstance(rows, RowFile):
         errors = rows.create_error_collector()
         if rows.format == "preference":
@@ -248,7 +272,7 @@ def tokenize_dataset(
         errors = RowErrorCollector(path, hint="change these rows, or use another chat template (data.chat_template)")
     total, overlong, unsupervised = RowReport(max_seq_len), [], []
     with DatasetWriter() as writer:
-        for batch in parallel_map(function, batched(rows, BATCH_SIZE), processes):
+        for batch in parallel_map(function, batch_rows(rows), processes):
             writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines)
             total.add(batch.report)
             overlong += batch.overlong

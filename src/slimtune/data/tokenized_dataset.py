@@ -49,12 +49,11 @@ class TokenizedDataset(Sequence[Example]):
 
     def __getitem__(self, index: Any) -> Any:
         """Return one example, or a list of them for a slice."""
-        if isinstance(index, slice):
-            return list(map(self._read, range(len(self))[index]))
-        return self._read(range(len(self))[index])
+        found = range(len(self))[index]
+        return list(map(self.read, found)) if isinstance(found, range) else self.read(found)
 
     def __iter__(self) -> Iterator[Example]:
-        return map(self._read, range(len(self)))
+        return map(self.read, range(len(self)))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -68,6 +67,26 @@ class TokenizedDataset(Sequence[Example]):
         rows = self._table["row_lengths"].take(self._indices).to_pylist()
         return [n for length, parts in zip(self.lengths.tolist(), rows, strict=True) for n in parts or [length]]
 
+    @property
+    def lines(self) -> list[int]:
+        """The line of each example in its file."""
+        lines: list[int] = self._table["line"].to_numpy()[self._indices].tolist()
+        return lines
+
+    @property
+    def documents(self) -> "TokenizedDataset":
+        """The whole rows, if the examples are windows of them (data/document_windows.py), else the dataset itself."""
+        return self
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The number of each example's row among `documents`, int64 [N]."""
+        return np.arange(len(self))
+
+    def for_epoch(self, epoch: int) -> "TokenizedDataset":
+        """Return the examples of an epoch, as many as of any other: the same ones, unless they are windows."""
+        return self
+
     def select(self, indices: np.ndarray) -> "TokenizedDataset":
         """Return the dataset of these examples, in this order; no token is copied."""
         columns = {name: values[indices] for name, values in self._columns.items()}
@@ -78,17 +97,22 @@ class TokenizedDataset(Sequence[Example]):
         assert all(len(values) == len(self) for values in columns.values())
         return TokenizedDataset(self._table, self._indices, {**self._columns, **columns})
 
+    def hashes(self) -> list[int]:
+        """Return a hash of the tokens of each row."""
+        return [hash(self._read_arrays(i)[0].tobytes()) for i in self._indices]
+
     def digest(self) -> str:
         """Return the SHA-256 of the tokens, of which of them are learned, and of their order."""
-        digest = hashlib.sha256(self.lengths.tobytes())
+        digest = hashlib.sha256(self.documents.lengths.tobytes())
         for i in self._indices:
             ids, supervised = self._read_arrays(i)
             digest.update(np.where(supervised, ~ids, ids).tobytes())
         return digest.hexdigest()
 
-    def _read(self, number: int) -> Example:
+    def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
+        """Return one example, or its tokens from `start` to `end`."""
         index = self._indices[number]
-        ids, supervised = self._read_arrays(index)
+        ids, supervised = (values[start:end] for values in self._read_arrays(index))
         labels = np.where(supervised, ids, IGNORE_INDEX)
         row_lengths = self._table["row_lengths"][index].as_py()
         return {

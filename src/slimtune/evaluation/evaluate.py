@@ -19,6 +19,7 @@ import numpy as np
 from ..config import Recipe
 from ..data.collator import Example
 from ..data.dataset import Row
+from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import AdapterError, DataError, ModelError, SlimtuneError, UsageError, format_names, nearest
 from ..reporting import write_report
 from ..run_dir import RunDir, find_adapter_folder
@@ -134,15 +135,15 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     rows_checked = False
     if trained.recipe is not None:
         trained_rows, rows_checked = find_training_rows(recipe, file, examples, datasets)
-    if len(trained_rows) == len(examples):
+    if len(trained_rows) == len(examples.documents):
         raise DataError(
-            f"the run was trained on all {len(examples)} rows of {file or 'its validation split'}: their loss only "
+            f"the run was trained on all {len(trained_rows)} rows of {file or 'its validation split'}: their loss only "
             "says what it remembers",
             "rows that the run was not trained on",
             "--data FILE, or data.test in the recipe",
         )
     if trained_rows:
-        examples = examples.select(np.setdiff1d(np.arange(len(examples)), trained_rows))
+        examples = examples.select(np.setdiff1d(np.arange(len(examples.documents)), trained_rows))
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
     collator = build_collator(recipe, model, tokenizer, longest)
 
@@ -162,11 +163,11 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
                 )
         return base, tuned
 
-    base, tuned = score_both(examples)
+    base, tuned = (sum_by_document(examples, scores) for scores in score_both(examples))
     tokens = [score.tokens for score in base]
     draws = {"draws": settings.bootstrap, "seed": settings.seed}
     # Rows that are equal count together, as one row: drawn apart they would make the intervals too narrow.
-    groups = np.unique([hash(tuple(e["input_ids"])) for e in examples], return_inverse=True)[1]
+    groups = np.unique(examples.documents.hashes(), return_inverse=True)[1]
 
     def sums(values: Sequence[float]) -> list[float]:
         return np.bincount(groups, values).tolist()
@@ -175,7 +176,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     loss = paired_bootstrap(sums([s.nats for s in base]), sums([s.nats for s in tuned]), grouped, **draws)
     hits = paired_bootstrap(sums([s.hits for s in tuned]), sums([s.hits for s in base]), grouped, **draws)
     dependence = forgetting = None
-    if not settings.skip_prompt_test:
+    if not settings.skip_prompt_test and examples.documents is examples:  # a window has no prompt
         dependence = prompt_dependence(shuffle_prompts(examples, settings.seed), base, tuned, score_both, **draws)
     if settings.general_text is not None:
         forgetting = {"text": str(settings.general_text)}
@@ -185,7 +186,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         "run": str(run),
         "split": None if settings.data is not None else settings.split,
         "data": str(file or recipe.data.train),
-        "rows": len(examples),
+        "rows": len(tokens),
         "tokens": sum(tokens),
         **_format_pair("loss", loss.base, loss.tuned),
         "loss_reduction": loss.difference.value,
@@ -212,8 +213,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         "quantization": trained.base.quantization,
     }
     scores = [
-        {"line": example["line"], "tokens": b.tokens, "base": b.nats, "tuned": t.nats}
-        for example, b, t in zip(examples, base, tuned, strict=True)
+        {"line": line, "tokens": b.tokens, "base": b.nats, "tuned": t.nats}
+        for line, b, t in zip(examples.documents.lines, base, tuned, strict=True)
     ]
 
     def save() -> None:
@@ -281,10 +282,16 @@ def make_verdict(result: Mapping[str, Any]) -> dict[str, Any]:
     return {"passed": not reasons, "reasons": reasons}
 
 
+def sum_by_document(examples: TokenizedDataset, scores: Sequence[RowScore]) -> list[RowScore]:
+    """Return the scores of documents from those of their windows; the scores of other rows are their own."""
+    nats, hits, tokens = (np.bincount(examples.owners, values) for values in zip(*scores, strict=True))
+    return [RowScore(float(n), int(h), int(t)) for n, h, t in zip(nats, hits, tokens, strict=True)]
+
+
 def find_training_rows(
-    recipe: Recipe, file: Path | None, examples: Sequence[Example], datasets: Datasets | None
+    recipe: Recipe, file: Path | None, examples: TokenizedDataset, datasets: Datasets | None
 ) -> tuple[list[int], bool]:
-    """Return which of the evaluated rows the run was trained on, and whether its training rows could be read.
+    """Return which of the evaluated rows (or documents) the run was trained on, and whether its rows could be read.
 
     Args:
         recipe: of the run.
@@ -293,8 +300,8 @@ def find_training_rows(
         datasets: the rows of the run, if they are loaded.
     """
     if file is None and datasets is not None:
-        trained = {hash(tuple(e["input_ids"])) for e in datasets.train}
-        return [i for i, e in enumerate(examples) if hash(tuple(e["input_ids"])) in trained], True
+        learned = set(datasets.train.documents.hashes())
+        return [i for i, key in enumerate(examples.documents.hashes()) if key in learned], True
 
     def read(path: Path) -> Iterator[tuple[int, int]]:
         rows = (row for row in open_rows_from_recipe(recipe, path) if isinstance(row, Row))
@@ -308,7 +315,7 @@ def find_training_rows(
         return [], False
     # Rows that were dropped have no example; the others are in the order of the file.
     rows = iter(evaluated)
-    keys = [next(key for line, key in rows if line == e["line"]) for e in examples]
+    keys = [next(key for line, key in rows if line == own) for own in examples.documents.lines]
     return [i for i, key in enumerate(keys) if key in trained], True
 
 

@@ -32,10 +32,10 @@ def shuffle_prompts(examples: Sequence[Example], seed: int = 0) -> dict[int, Exa
     """Return rows, by their index in `examples`, with the prompt of a randomly drawn other row before their answer.
 
     A prompt is what comes before a row's first supervised token. No new row is longer than the longest of `examples`;
-    a row is left out if no different prompt fits, for example because all rows ask the same.
+    a row is left out if it has no prompt, or if no different prompt fits, for example because all rows ask the same.
     """
     order = [int(i) for i in np.random.default_rng(seed).permutation(len(examples))]
-    starts = [next(t for t, label in enumerate(e["labels"]) if label != IGNORE_INDEX and t > 0) for e in examples]
+    starts = [next(t for t, label in enumerate(e["labels"]) if label != IGNORE_INDEX) for e in examples]
     prompts = [tuple(example["input_ids"][:start]) for example, start in zip(examples, starts, strict=True)]
     longest = max(len(example["input_ids"]) for example in examples)
     shuffled: dict[int, Example] = {}
@@ -43,7 +43,7 @@ def shuffle_prompts(examples: Sequence[Example], seed: int = 0) -> dict[int, Exa
         ids, labels = (examples[i][key][starts[i] :] for key in ("input_ids", "labels"))
         candidates = (prompts[j] for j in order[position + 1 :] + order[:position])
         prompt = next((p for p in candidates if p and p != prompts[i] and len(p) + len(ids) <= longest), None)
-        if prompt is not None:
+        if prompt is not None and prompts[i]:
             labels = [IGNORE_INDEX] * len(prompt) + labels
             shuffled[i] = {"input_ids": [*prompt, *ids], "labels": labels, "line": examples[i]["line"]}
     return shuffled

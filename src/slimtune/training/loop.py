@@ -164,17 +164,21 @@ class TrainingLoop:
                 raise self.recovery.give_up("training", self.recovery.describe(error), what) from error
 
     def remaining_steps(self) -> Iterator[list[Example]]:
-        """Yield the rows of each step that is left; each epoch shuffles the rows with `seed + epoch`."""
+        """Yield the rows of each step that is left; each epoch shuffles the rows with `seed + epoch`.
+
+        Documents are cut elsewhere in each epoch.
+        """
         while self.state.step < self.state.max_steps and not self.stopped_early:
             epoch, steps_done = divmod(self.state.step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(self.settings.seed + epoch)
             order = torch.randperm(len(self.train), generator=generator).tolist()
+            rows = self.train.for_epoch(epoch)
             if steps_done == 0:
                 # A PyTorch DataLoader draws its seed here. Drawing it keeps the dropout of seeded runs what it was.
                 torch.empty((), dtype=torch.int64).random_()
             for at in range(steps_done * self.rows_per_step, len(order), self.rows_per_step):
                 if self.state.step < self.state.max_steps:
-                    yield [self.train[i] for i in order[at : at + self.rows_per_step]]
+                    yield [rows[i] for i in order[at : at + self.rows_per_step]]
 
     def train_step(self, rows: Sequence[Example]) -> dict[str, float]:
         """Take one optimizer step; return its gradient norm and learning rate."""

@@ -307,7 +307,12 @@ def describe_run(logger: ProgressLogger, recipe: Recipe, base: Base, model: Any,
     logger.say(f"rows: {data.train_report.text()}")
     for split, rows in (("validation", data.validation), ("test", data.test)):
         if getattr(recipe.data, split) is None and getattr(recipe.data, f"{split}_fraction") > 0:
-            logger.say(f"{len(rows)} of them set aside for {split}")
+            logger.say(f"{len(rows.documents)} of them set aside for {split}")
+    if (documents := data.train.documents) is not data.train:
+        logger.say(
+            f"{len(documents):,} documents to train on, cut into {len(data.train):,} windows of at most "
+            f"{recipe.data.max_seq_len} tokens, elsewhere in each epoch"
+        )
     for name, report in data.data_reports.items():
         if report is not None:
             logger.say(f"{name} data: {format_verdict(report)}")

@@ -11,18 +11,19 @@ import numpy as np
 
 from ...errors import DataError, format_names, nearest
 from ...utils.formatting import format_count
-from ..chat_template import TokenizedRow
+from ..chat_template import TokenizedRow, adds_bos
 from ..dataset import RowFile, column_hint, describe_losses, open_rows
+from ..document_windows import find_cuts
 from ..formats import InvalidRow, Row, sort_labels
 from ..packing import pack_sequences
-from ..parallel import batched, cpu_count, parallel_map
+from ..parallel import cpu_count, parallel_map
 from ..tokenize import (
-    BATCH_SIZE,
     PARAGRAPH_HINT,
     PREFERENCE_HINT,
     BatchTokenizer,
     RowReport,
     TokenizedBatch,
+    batch_rows,
     format_lines,
 )
 from .batch_stats import ROW_STATS, SAMPLES, BatchStats, BatchValidator, find_shared_prefix
@@ -86,6 +87,8 @@ ISSUE_TYPES = {
     "same-answer": IssueType("rows with the same answer to different prompts", "keep a few of them", 0.95),
     "media-placeholder": IssueType("rows with a place for an image or a sound in their text: only text is learned",
         "remove them, or say in words what it shows", 0.02),
+    "short-document": IssueType("documents of fewer than two tokens, from which nothing is learned but their end",
+        "remove them, or join them to others"),
     "placeholder-answer": IssueType("rows with a placeholder as the answer", "remove them, or write an answer", 0.5),
     "same-pair": IssueType("preference pairs whose two answers are the same", "remove them", 0),
     "overlap": IssueType("rows that are also validation rows: the validation loss would look too good",
@@ -142,8 +145,8 @@ def validate_file(
                     report.add_labels([row.line], [row.labels])
                 report.add_invalid([row] if isinstance(row, InvalidRow) else [])
             return report
-        function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, report.validate)
-        batches = batched(map(_with_chosen_answer, rows), BATCH_SIZE)
+        function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, report.validate, report.has_documents)
+        batches = batch_rows(map(_with_chosen_answer, rows))
         for batch in parallel_map(function, batches, processes or cpu_count()):
             report.add(batch)
         return report
@@ -192,6 +195,8 @@ class DatasetReport:
         if self.validate is not None and like is not None and like.validate is not None:
             self.validate.common_trigrams = like.validate.common_trigrams
         self.total = RowReport(max_seq_len)
+        self.has_documents = source.format == "document"
+        self.special_tokens = 1 + (tokenizer is not None and adds_bos(tokenizer))  # of a document
         self.issues: dict[str, FoundIssue] = {}
         self.invalid_count = self.packed_tokens = 0
         self.invalid: list[InvalidRow] = []
@@ -212,9 +217,13 @@ class DatasetReport:
             self.add_issue(code, [line], example)
         self.add_issue("no-supervised-token", batch.unsupervised)
         self.add_issue("too-long", batch.overlong)
-        rows = [ids.tolist() for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1])]
-        for at in range(0, len(rows), self.rows_per_step):
-            self.packed_tokens += len(pack_sequences(rows[at : at + self.rows_per_step]).tokens)
+        if self.has_documents:
+            short = batch.lines[batch.lengths < self.special_tokens + 2]
+            self.add_issue("short-document", short, self.source.find_file(int(short[0])) if len(short) else "")
+        else:
+            rows = [ids.tolist() for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1])]
+            for at in range(0, len(rows), self.rows_per_step):
+                self.packed_tokens += len(pack_sequences(rows[at : at + self.rows_per_step]).tokens)
         if stats.prefix is not None:
             self.prefix = stats.prefix if self.prefix is None else find_shared_prefix([self.prefix, stats.prefix])
         self.samples += stats.samples[: SAMPLES - len(self.samples)]
@@ -255,7 +264,8 @@ class DatasetReport:
     def kept_hashes(self) -> Array:
         """Return the hash of the text of each row that training keeps, uint64 [N]."""
         rows = self.rows
-        kept = (rows["length"] <= self.total.max_seq_len) | (self.on_overlong == "truncate")
+        whole = self.has_documents or self.on_overlong == "truncate"
+        kept = (rows["length"] <= self.total.max_seq_len) | whole
         return rows["hashes"][kept, 0]
 
     @property
@@ -273,7 +283,12 @@ class DatasetReport:
         self._find_label_issues()
         if validation is not None:
             self._find_overlap(*validation)
-        total, prefix = self.total, self.prefix or []
+        total, prefix, windows = self.total, self.prefix or [], None
+        if self.has_documents and self.validate is not None:
+            cuts = find_cuts(self.rows["length"], total.max_seq_len, self.special_tokens - 1, vary=True)
+            windows = int(cuts[0].sum())
+            # A window inside a document begins with tokens that it does not learn.
+            self.packed_tokens = total.tokens + (windows - len(self.rows)) * self.special_tokens
         overlong = self.issues.get("too-long", FoundIssue())
         consequence = {"error": "training refuses them", "drop": "left out", "truncate": "truncated at the end"}
         overlong.example = (
@@ -305,10 +320,11 @@ class DatasetReport:
             "lengths": _length_statistics(self.rows["length"]),
             "max_seq_len": total.max_seq_len,
             "overlong": {"rows": overlong.count, "lines": overlong.lines},
+            "windows": windows,
             "shared_prefix": {"tokens": len(prefix), "text": self._decode(prefix)[:SAMPLE_CHARACTERS]},
             "packing": {
                 "packed_tokens": self.packed_tokens,
-                "saved_share": 1 - self.packed_tokens / total.tokens if total.tokens else 0.0,
+                "saved_share": max(0.0, 1 - self.packed_tokens / total.tokens) if total.tokens else 0.0,
             },
             "issues": issues,
             "samples": [self._show_sample(line, row.input_ids, row.supervised) for line, row in self.samples],
@@ -335,9 +351,12 @@ class DatasetReport:
         if self.source.has_paragraphs:
             blank = "blank lines separate them" if self.total.rows > 1 else "it has no blank line, so it is one row"
             notes.append(f"each paragraph of a .txt file is a row of its own: {blank}")
-        if self.source.format == "text":
+        if self.source.has_whole_files:
+            notes.append("each file is one document; its line is its number in the order of the names")
+        if self.source.format in ("text", "document"):
             end = "the end-of-text token" if self.tokenizer is None else repr(self.tokenizer.eos_token)
-            notes.append(f"a row is learned whole, and {end} after it: the model learns to stop where a row ends")
+            row = "document" if self.has_documents else "row"
+            notes.append(f"a {row} is learned whole, and {end} after it: the model learns to stop where a {row} ends")
         return notes
 
     def _find_similar_rows(self) -> None:
@@ -468,11 +487,12 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     n, prefix, packing = report["lengths"], report["shared_prefix"], report["packing"]
     overlong, share = report["overlong"]["rows"], 100 * report["supervised_share"]
     supervised = f", {format_count(report['supervised_tokens'])} supervised ({share:.0f} %)" if share else ""
-    quantiles = f"50 % of the rows up to {n['median']}, 90 % up to {n['p90']}, 99 % up to {n['p99']}"
+    rows = "documents" if report["format"] == "document" else "rows"
+    quantiles = f"50 % of the {rows} up to {n['median']}, 90 % up to {n['p90']}, 99 % up to {n['p99']}"
     saved = f": {100 * packing['saved_share']:.0f} % fewer, because a prefix that rows of a step share is computed once"
     shown = prefix["text"][:SHOWN_PREFIX] + "…" * (len(prefix["text"]) > SHOWN_PREFIX)
     counts = [
-        ("rows", f"{report['rows']:,}, {report['invalid_count'] or 'none'} invalid"),
+        (rows, f"{report['rows']:,}, {report['invalid_count'] or 'none'} invalid"),
         ("columns", format_columns(report)),
         *([("classes", format_classes(report))] if report["classes"] else []),
         *(("note", note) for note in report["notes"]),
@@ -481,10 +501,15 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         return counts
     if not n["histogram"]:
         return [*counts, ("tokens", "none: no row of the file is valid")]
+    counts += [
+        ("tokens", f"{format_count(report['tokens'])}{supervised}"),
+        (f"tokens per {rows.removesuffix('s')}", f"{n['min']} to {n['max']}; {quantiles}"),
+    ]
+    if report["windows"] is not None:
+        cut = f"{report['windows']:,} in an epoch, of at most {report['max_seq_len']} tokens, cut elsewhere in each"
+        return [*counts, ("windows", cut)]
     return [
         *counts,
-        ("tokens", f"{format_count(report['tokens'])}{supervised}"),
-        ("tokens per row", f"{n['min']} to {n['max']}; {quantiles}"),
         (f"longer than {report['max_seq_len']}", f"{overlong:,} rows" if overlong else "none"),
         ("shared prefix", f"{prefix['tokens']} tokens: {shown!r}" if prefix["tokens"] else "none"),
         (
