@@ -15,7 +15,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -35,6 +35,9 @@ class RenderedText:
 
     text: str
     spans: list[Span]
+    turns: list[Span] = field(default_factory=list)  # of all assistant turns, learned or not
+    thinking: tuple[int, int, int] = (0, 0, 0)  # turns that think, as `messages.check_thinking` counts them
+    asked_otherwise: bool = False  # whether generation would begin the last turn after another text
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class TokenizedRow:
 
     input_ids: list[int]
     supervised: list[bool]
+    thinking: tuple[int, int, int] = (0, 0, 0)  # as in `RenderedText`
+    asked_otherwise: bool = False
 
     def is_open(self, end_ids: frozenset[int]) -> bool:
         """Return whether the last supervised token does not end a turn."""
@@ -93,6 +98,7 @@ def render_chat(
         spans = _find_generation_spans(tokenizer, messages, tools, text, special_tokens)
     else:
         spans = find_assistant_spans(text, messages, render, special_tokens)
+    all_spans = spans
     if learned is not None:
         turns = [chosen for chosen, m in zip(learned, messages, strict=True) if m["role"] == "assistant"]
         if len(turns) != len(spans):
@@ -100,7 +106,21 @@ def render_chat(
             hint = "use a template without marks (data.chat_template), or learn every turn"
             raise ModelError(f"{problem}cannot be left out", "one {% generation %} block a turn", hint)
         spans = [span for span, chosen in zip(spans, turns, strict=True) if chosen]
-    return RenderedText(text, spans)
+    return RenderedText(text, spans, all_spans)
+
+
+def is_asked_otherwise(tokenizer: Any, messages: Messages, tools: Tools, rendered: RenderedText) -> bool:
+    """Return whether the prompt of generation is another text than what stands before the last turn of a conversation.
+
+    So it is if a template ends its prompt with `<think>` and writes none before an answer: then the model is asked
+    with a prompt that it was never trained on. False if the template refuses the beginning of the conversation.
+    """
+    last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
+    try:
+        prompt = render_chat_template(tokenizer, messages[:last], tools, add_generation_prompt=True)
+    except TemplateError:
+        return False
+    return last > 0 and not rendered.text.startswith(prompt)
 
 
 def render_text(tokenizer: Any, prompt: str, completion: str) -> RenderedText:

@@ -16,6 +16,7 @@ import json
 import re
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import format_names, nearest
@@ -130,18 +131,55 @@ def check_template_keys(messages: Messages, template: str) -> None:
             raise RowError(f"{name} has {key!r}, which the chat template does not read", "template-leaves-out", hint)
 
 
-def check_reasoning_text(messages: Messages, rendered: str, spans: list[tuple[int, int]]) -> None:
-    """Raise RowError if a rendered conversation leaves out what an assistant's message thinks.
+def get_thinking(message: dict[str, Any]) -> tuple[str, str]:
+    """Return what an assistant's message thinks before it answers, and where it says so; "", "" if it does not think.
 
-    `spans` are the turns of the assistant in it; if only some turns are learned, the whole text is searched.
+    It is the text of a key of `REASONING_KEYS`, or what is before `</think>` in the content. Templates that split a
+    content do it there, whether or not it begins with `<think>`: in some the prompt ends with that tag.
     """
-    turns = [(i, message) for i, message in enumerate(messages) if message["role"] == "assistant"]
-    texts = [rendered[a:b] for a, b in spans] if len(spans) == len(turns) else [rendered] * len(turns)
-    for (i, message), text in zip(turns, texts, strict=True):
+    if message["role"] == "assistant":
         for key in REASONING_KEYS:
-            if message.get(key, "").strip() not in text:
-                cause = f"the chat template leaves out {key!r} of messages[{i}]"
-                raise RowError(cause, "template-leaves-out", "make a row of its own that ends with this turn")
+            if text := message.get(key, "").strip():
+                return text, repr(key)
+        before, tag, _ = message.get("content", "").partition("</think>")
+        if tag and (text := before.rpartition("<think>")[2].strip()):
+            return text, "'<think>…</think>'"
+    return "", ""
+
+
+def check_thinking(
+    messages: Messages, rendered: str, turns: list[tuple[int, int]], learned: Sequence[bool] | None
+) -> tuple[int, int, int]:
+    """Return how many turns of a rendered conversation think: learned with it, kept but not learned, left out.
+
+    Args:
+        messages: the conversation.
+        rendered: its text by the chat template.
+        turns: the characters of each assistant turn; if the template's marks are others, the whole text is searched.
+        learned: for each message whether it is learned; None: every assistant turn is.
+
+    Raises:
+        RowError: the template leaves out what a learned turn thinks, so that the model would learn not to think.
+    """
+    assistant = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    places = turns if len(turns) == len(assistant) else [(0, len(rendered))] * len(assistant)
+    counts = [0, 0, 0]
+    for i, (start, end) in zip(assistant, places, strict=True):
+        text, where = get_thinking(messages[i])
+        is_learned = learned is None or learned[i]
+        if not text:
+            continue
+        kept = text in rendered[start:end]
+        counts[2 if not kept else 0 if is_learned else 1] += 1
+        if is_learned and not kept:
+            hint = (
+                "make a row of its own that ends with this turn, or learn last turns alone: --train-on last_assistant"
+            )
+            if i == assistant[-1]:
+                hint = "give a chat template that keeps it: --chat-template FILE.jinja (data.chat_template)"
+            cause = f"the chat template leaves out {where} of messages[{i}], and the model would learn not to think"
+            raise RowError(cause, "thinking-left-out", hint)
+    return counts[0], counts[1], counts[2]
 
 
 def _validate_tool_call(call: Any, name: str) -> dict[str, Any]:

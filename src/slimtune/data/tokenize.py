@@ -21,7 +21,7 @@ from . import chat_template
 from .chat_template import RenderedText, TokenizedRow
 from .dataset import MAX_ERRORS, RowErrorCollector, RowFile
 from .formats import InvalidRow, Row
-from .messages import REASONING_KEYS, RowError, check_reasoning_text, check_template_keys
+from .messages import REASONING_KEYS, RowError, check_template_keys, check_thinking, get_thinking
 from .parallel import parallel_map
 from .tokenized_dataset import DatasetWriter, TokenizedDataset
 
@@ -117,20 +117,29 @@ def tokenize_rows(
         if train_on == "last_assistant" and row.labels is None:
             last = max(i for i, m in enumerate(row.messages) if m["role"] == "assistant")
             learned = tuple(i == last and (learned is None or learned[i]) for i in range(len(row.messages)))
-        is_special = any(m["role"] == "developer" or not m.keys().isdisjoint(REASONING_KEYS) for m in row.messages)
+        has_keys = any(m["role"] == "developer" or not m.keys().isdisjoint(REASONING_KEYS) for m in row.messages)
         try:
-            if is_special:
+            if has_keys:
                 check_template_keys(row.messages, chat_template.get_chat_template(tokenizer, row.tools))
             rendered = chat_template.render_chat(tokenizer, row.messages, row.tools, learned, special_tokens)
-            if is_special:
-                check_reasoning_text(row.messages, rendered.text, rendered.spans)
-            return rendered if row.labels is None else RenderedText(rendered.text, [])
+            if row.labels is not None:
+                return RenderedText(rendered.text, [])
+            thinks = any(get_thinking(message)[0] for message in row.messages)
+            if thinks or row is first:  # one row of each batch tells of a template that asks with another prompt
+                asked_otherwise = chat_template.is_asked_otherwise(tokenizer, row.messages, row.tools, rendered)
+                rendered = dataclasses.replace(rendered, asked_otherwise=asked_otherwise)
+            if thinks:
+                thinking = check_thinking(row.messages, rendered.text, rendered.turns, learned)
+                rendered = dataclasses.replace(rendered, thinking=thinking)
+            return rendered
         except RowError as error:
             return InvalidRow(row.line, str(error), error.code, row.file, error.hint)
         except DataError as error:
             code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
             return InvalidRow(row.line, error.message, code, row.file)
 
+    rows = list(rows)
+    first = next((row for row in rows if row.messages), None)
     rendered = [render(row) for row in rows]
     texts = [one.text for one in rendered if isinstance(one, RenderedText)]
     tokens = zip(*chat_template.tokenize_texts(tokenizer, texts), strict=True)
@@ -138,7 +147,7 @@ def tokenize_rows(
     for one in rendered:
         if isinstance(one, RenderedText):
             ids, offsets = next(tokens)
-            found.append(TokenizedRow(ids, chat_template.mask_tokens(one, offsets)))
+            found.append(TokenizedRow(ids, chat_template.mask_tokens(one, offsets), one.thinking, one.asked_otherwise))
         else:
             found.append(one)
     return found

@@ -36,6 +36,7 @@ class BatchStats:
     issues: list[tuple[str, int, str]]  # code, line, example
     prefix: list[int] | None  # tokens that all rows begin with; None: there is no row
     samples: list[tuple[int, TokenizedRow]]  # line and tokens of the first rows
+    thinking: list[int]  # turns that think, as `messages.check_thinking` counts them
 
 
 class BatchValidator:
@@ -73,12 +74,15 @@ class BatchValidator:
             issues,
             find_shared_prefix(ids) if ids else None,
             [(row.line, tokens) for row, tokens in found[:SAMPLES]],
+            [sum(counts) for counts in zip(*(tokens.thinking for _, tokens in found), strict=True)] or [0, 0, 0],
         )
 
     def _find_issues(
         self, row: Row, tokens: TokenizedRow, answer: str, texts: list[tuple[str, str]]
     ) -> Iterator[tuple[str, str]]:
         yield from find_text_issues([text for _, text in texts])
+        if tokens.asked_otherwise:
+            yield "other-prompt", ""
         if answer and is_placeholder(answer):
             yield "placeholder-answer", repr(answer.strip())
         if row.rejected is not None and texts[-1][1].strip() == (answer or texts[0][1]).strip():

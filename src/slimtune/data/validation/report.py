@@ -87,6 +87,10 @@ ISSUE_TYPES = {
     "same-answer": IssueType("rows with the same answer to different prompts", "keep a few of them", 0.95),
     "media-placeholder": IssueType("rows with a place for an image or a sound in their text: only text is learned",
         "remove them, or say in words what it shows", 0.02),
+    "other-prompt": IssueType(
+        "rows whose last answer is learned after another text than generation begins it with; a template that ends "
+        "its prompt with <think> does so", "write what is thought into the rows, or use a template whose prompt ends "
+        "where an answer begins (data.chat_template)"),
     "short-document": IssueType("documents of fewer than two tokens, from which nothing is learned but their end",
         "remove them, or join them to others"),
     "placeholder-answer": IssueType("rows with a placeholder as the answer", "remove them, or write an answer", 0.5),
@@ -203,6 +207,7 @@ class DatasetReport:
         self.labels: dict[str, FoundIssue] = {}  # the rows of each class
         self.labelled_rows = 0
         self.prefix: list[int] | None = None
+        self.thinking = [0, 0, 0]
         self.samples: list[tuple[int, TokenizedRow]] = []
         self._rows, self._signatures = bytearray(), bytearray()
 
@@ -226,6 +231,7 @@ class DatasetReport:
                 self.packed_tokens += len(pack_sequences(rows[at : at + self.rows_per_step]).tokens)
         if stats.prefix is not None:
             self.prefix = stats.prefix if self.prefix is None else find_shared_prefix([self.prefix, stats.prefix])
+        self.thinking = [a + b for a, b in zip(self.thinking, stats.thinking, strict=True)]
         self.samples += stats.samples[: SAMPLES - len(self.samples)]
         self._rows += stats.rows.tobytes()
         self._signatures += stats.minhash_signatures.tobytes()
@@ -321,6 +327,7 @@ class DatasetReport:
             "max_seq_len": total.max_seq_len,
             "overlong": {"rows": overlong.count, "lines": overlong.lines},
             "windows": windows,
+            "thinking": dict(zip(("learned", "kept", "left_out"), self.thinking, strict=True)),
             "shared_prefix": {"tokens": len(prefix), "text": self._decode(prefix)[:SAMPLE_CHARACTERS]},
             "packing": {
                 "packed_tokens": self.packed_tokens,
@@ -501,6 +508,8 @@ def report_facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         return counts
     if not n["histogram"]:
         return [*counts, ("tokens", "none: no row of the file is valid")]
+    if any(report["thinking"].values()):
+        counts.append(("thinking", format_thinking(report["thinking"])))
     counts += [
         ("tokens", f"{format_count(report['tokens'])}{supervised}"),
         (f"tokens per {rows.removesuffix('s')}", f"{n['min']} to {n['max']}; {quantiles}"),
@@ -539,6 +548,16 @@ def format_columns(report: Mapping[str, Any]) -> str:
     parts = [join(report["columns"]) or "none", counts and f"not used: {counts}"]
     ignored = join(report["ignored_columns"])
     return "; ".join(filter(None, [*parts, ignored and f"left out by --ignore-columns: {ignored}"]))
+
+
+def format_thinking(thinking: Mapping[str, int]) -> str:
+    """Return what the chat template does with turns that think before they answer, and what is learned of them."""
+    texts = {
+        "learned": "learned with what they think",
+        "kept": "not learned, whose thinking the template keeps",
+        "left_out": "not learned, whose thinking the template leaves out, as it does in generation",
+    }
+    return "; ".join(f"{thinking[k]:,} turn{'s' * (thinking[k] != 1)} {t}" for k, t in texts.items() if thinking[k])
 
 
 def format_verdict(report: Mapping[str, Any]) -> str:
