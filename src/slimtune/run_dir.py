@@ -32,6 +32,8 @@ from .utils.files import (
 )
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "config.json"
+"""The base's config with the names of the classes, beside the adapter of a classifier."""
 LOCK_FILE, WRITER_FILE = ".lock", ".writer.json"
 WRITTEN_FILES = (
     "recipe.yaml", "plan.json", "data.json", "metrics.jsonl", "result.json", "report.html", WRITER_FILE,

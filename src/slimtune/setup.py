@@ -1,6 +1,7 @@
 """From a recipe to its base, adapted model, rows and collator; from a run folder to its trained model."""
 
 import copy
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from .adapters.config import PeftConfig
 from .adapters.model import PeftModel, get_peft_model
+from .adapters.state_dict import read_adapter_file
 from .adapters.targets import ALL_LINEAR
 from .attention.register import packing_unsupported_reason
 from .config import Recipe
@@ -21,17 +23,18 @@ from .data.chat_template import adds_bos
 from .data.collator import Collator, Example
 from .data.dataset import RowFile, open_rows
 from .data.document_windows import DocumentWindows
+from .data.labels import Classes, check_class_names, count_classes, encode_classes, find_classes
 from .data.parallel import cpu_count
 from .data.tokenize import RowReport, tokenize_dataset
 from .data.tokenized_dataset import TokenizedDataset
 from .data.validation.report import DatasetReport
-from .errors import AdapterError, RunError, UsageError, format_names
+from .errors import AdapterError, ModelError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.errors import translate_load_errors
 from .models.loader import Base, download_weights, get_auto_class, load_base, load_tokenizer
 from .models.quantization import dequantize_model
-from .run_dir import RunDir, find_adapter_folder
-from .train_step.loss import auto_micro_batch_tokens, check_lm_head, make_collator
+from .run_dir import CONFIG_FILE, RunDir, find_adapter_folder
+from .train_step.loss import auto_micro_batch_tokens, check_lm_head, get_row_head, make_collator
 from .train_step.memory_savings import apply_memory_savings
 from .utils import distributed
 from .utils.calibration import ROWS, collect_layer_inputs
@@ -55,6 +58,7 @@ class Datasets:
     train_report: RowReport
     validation_report: RowReport | None
     data_reports: dict[str, Any]
+    classes: Classes | None = None  # of a sequence classifier
 
     def lengths(self) -> np.ndarray:
         """Return the tokens of each row, training rows first, int64."""
@@ -69,6 +73,7 @@ class TrainedModel:
     base: Base
     adapter: Path
     recipe: Recipe | None
+    classes: Classes | None = None  # of a sequence classifier
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -78,12 +83,17 @@ def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
     """Open a data set with the format and the columns of a recipe."""
     if recipe is None:
         return open_rows(path)
-    data = recipe.data
-    return open_rows(path, format=data.format, columns=data.columns, ignore_columns=data.ignore_columns)
+    data, formats = recipe.data, recipe.objective().formats
+    format = data.format or (formats[0] if len(formats) == 1 else None)
+    return open_rows(path, format=format, columns=data.columns, ignore_columns=data.ignore_columns)
 
 
 def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
     """Read, tokenize and validate the training and validation rows of a recipe."""
+    return add_classes(recipe, _load_datasets(recipe, tokenizer))
+
+
+def _load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:
     data, settings, model = recipe.data, recipe.train, recipe.model.name
     reports: dict[str, Any]
 
@@ -131,6 +141,29 @@ def cut_documents(
     return DocumentWindows(dataset, recipe.data.max_seq_len, bos, seed)
 
 
+def add_classes(recipe: Recipe, data: Datasets) -> Datasets:
+    """Return the rows with the ids of their classes, if the objective trains a classifier.
+
+    Raises:
+        DataError: there is one class only, or a class has no training row.
+    """
+    objective = recipe.objective()
+    if objective.task_type != "SEQ_CLS":
+        return data
+    if "classification" not in objective.formats:
+        return dataclasses.replace(data, classes=Classes())
+    classes = find_classes(data.train)
+    check_class_names([*(objective.class_weights if isinstance(objective.class_weights, dict) else ())], classes,
+                      "task.class_weights")  # fmt: skip
+    weights = objective.compute_class_weights(count_classes(data.train), len(data.train), classes.multi_label)
+    files = {"train": None, "validation": recipe.data.validation, "test": recipe.data.test}
+    encoded = {
+        name: encode_classes(getattr(data, name), classes, weights, file or recipe.data.train)
+        for name, file in files.items()
+    }
+    return dataclasses.replace(data, classes=classes, **encoded)
+
+
 def split_test_rows(
     rows: TokenizedDataset, hashes: np.ndarray, fraction: float
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
@@ -144,10 +177,14 @@ def split_test_rows(
     return rows.select(np.flatnonzero(~held_out)), rows.select(np.flatnonzero(held_out))
 
 
-def load_eval_dataset(recipe: Recipe, tokenizer: Any, path: Path) -> tuple[TokenizedDataset, RowReport]:
-    """Read and tokenize rows for evaluation, with the recipe's length policy."""
+def load_eval_dataset(
+    recipe: Recipe, tokenizer: Any, path: Path, classes: Classes | None = None
+) -> tuple[TokenizedDataset, RowReport]:
+    """Read and tokenize rows for evaluation, with the recipe's length policy; `classes` are those of a classifier."""
     rows = open_rows_from_recipe(recipe, path)
     dataset, report = _tokenize(recipe, tokenizer, rows)
+    if classes is not None and classes.names:
+        dataset = encode_classes(dataset, classes, dict.fromkeys(classes.names, 1.0), path)
     return cut_documents(recipe, tokenizer, rows, dataset), report
 
 
@@ -189,8 +226,8 @@ def build_collator(recipe: Recipe, model: Any, tokenizer: Any, longest: int) -> 
 # --- base and adapter -------------------------------------------------------------------------------------------------
 
 
-def load_base_from_recipe(recipe: Recipe) -> Base:
-    """Load the recipe's base and tokenizer."""
+def load_base_from_recipe(recipe: Recipe, classes: Classes | None = None) -> Base:
+    """Load the recipe's base and tokenizer, with a head for `classes`."""
     m, template = recipe.model, recipe.data.chat_template
     base = load_base(
         m.name,
@@ -200,7 +237,11 @@ def load_base_from_recipe(recipe: Recipe) -> Base:
         revision=m.revision,
         chat_template=template,
         quantization=m.quantization,
+        task="CAUSAL_LM" if classes is None else "SEQ_CLS",
+        head=None if classes is None else classes.config,
     )
+    if classes is not None:
+        require_row_head(base.model)
     if base.device.type == "cpu":
         disable_malloc_trim()
     return base
@@ -224,6 +265,9 @@ def attach_adapter(
         rows: training rows; "loftq" initializes from the quantization error on them.
     """
     torch.manual_seed(recipe.train.seed)
+    head = get_row_head(base.model)
+    if head is not None and base.new_weights:  # as transformers does, here with the run's seed
+        torch.nn.init.normal_(head.weight, std=getattr(base.model.config.get_text_config(), "initializer_range", 0.02))
     if init_adapter is not None:
         model = PeftModel.from_pretrained(base.model, find_adapter_folder(init_adapter), is_trainable=True)
     else:
@@ -251,6 +295,15 @@ def attach_adapter(
         )
     apply_memory_savings(model, t.gradient_checkpointing, t.offload_activations, t.mlp_tile_size)
     return model
+
+
+def require_row_head(model: Any) -> None:
+    """Raise ModelError if a sequence classifier does not read its logits with one linear layer `score`."""
+    if not isinstance(get_row_head(model), torch.nn.Linear):
+        raise ModelError(
+            f"a {type(model).__name__} has no linear head `score` on its last token",
+            "a decoder with transformers' head for classification",
+        )
 
 
 def exclude_other_inputs(model: Any, method: PeftConfig) -> None:
@@ -296,7 +349,8 @@ def build_meta_model(
     trusted = type(config).__module__.startswith("transformers_modules")
     with torch.device("meta"):
         with translate_load_errors(config.name_or_path or config.model_type):
-            model: Any = get_auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trusted)
+            task = "SEQ_CLS" if method is not None and method.task_type == "SEQ_CLS" else "CAUSAL_LM"
+            model: Any = get_auto_class(config, task).from_config(config, dtype=dtype, trust_remote_code=trusted)
         if first is not None:
             first(model)
         if method is not None:
@@ -332,6 +386,18 @@ def load_run(
         return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, unpack)
 
 
+def read_classes(folder: Path) -> Classes:
+    """Return the classes of a classifier's adapter, from the config beside it; without one they are numbered."""
+    if (folder / CONFIG_FILE).is_file():
+        return Classes.from_config(read_json(folder / CONFIG_FILE))
+    tensors, _ = read_adapter_file(folder)
+    heads = [t for name, t in tensors.items() if name.endswith("score.weight")]
+    if not heads:
+        raise AdapterError(f"{folder} has no classification head", "an adapter that was trained with its head, `score`")
+    outputs = heads[0].shape[0]
+    return Classes(tuple(f"LABEL_{i}" for i in range(outputs)) if outputs > 1 else ())
+
+
 def _require_trained_base(run: RunDir, base: Base) -> None:
     """Raise AdapterError if the base has other weights than when the run was trained on it, as far as was recorded."""
     try:
@@ -354,15 +420,20 @@ def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> Train
     folder = find_adapter_folder(path)
     config = PeftConfig.from_pretrained(folder)
     given: dict[str, Any] = {k: None if v == "none" else v for k, v in changes.items() if v}
+    classes = read_classes(folder) if config.task_type == "SEQ_CLS" else None
     recipe = None
     if folder != path:
         recipe = RunDir.open(path).load_recipe()
         settings = recipe.model.model_copy(update=given)
-        base = load_base_from_recipe(recipe.model_copy(update={"model": settings}))
+        base = load_base_from_recipe(recipe.model_copy(update={"model": settings}), classes)
     elif config.base_model_name_or_path:
         template = folder / "chat_template.jinja"
         base = load_base(
-            config.base_model_name_or_path, chat_template=template if template.is_file() else None, **given
+            config.base_model_name_or_path,
+            chat_template=template if template.is_file() else None,
+            task="CAUSAL_LM" if classes is None else "SEQ_CLS",
+            head=None if classes is None else classes.config,
+            **given,
         )
     else:
         raise AdapterError(f"{folder} does not name its base", "base_model_name_or_path in adapter_config.json")
@@ -371,4 +442,4 @@ def _load_run(path: Path, changes: dict[str, str | None], unpack: bool) -> Train
     if unpack and base.quantization is not None:
         base.model = dequantize_model(base.model, base.dtype)
     model = PeftModel.from_pretrained(base.model, folder, config=config)
-    return TrainedModel(model, base, folder, recipe)
+    return TrainedModel(model, base, folder, recipe, classes)

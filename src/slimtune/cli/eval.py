@@ -11,6 +11,8 @@ from .inputs import require_rows, require_run
 from .progress import show_progress
 
 MODELS = ("base", "tuned")
+MAX_CONFUSION = 12
+"""Most classes whose confusion table fits on a screen; --json and the report have every one."""
 
 
 def eval_run(
@@ -68,6 +70,9 @@ def eval_run(
 
 def _print_result(result: Mapping[str, Any]) -> None:
     screen = console()
+    if result["task"] in ("classification", "reward"):
+        _print_classes(result)
+        return
 
     def interval(figures: Mapping[str, Any], name: str) -> str:
         low, high = figures[f"{name}_ci95"]
@@ -126,3 +131,34 @@ def _print_result(result: Mapping[str, Any]) -> None:
     verdict = result["verdict"]
     text = "the tuned model is better" if verdict["passed"] else "no: " + "; ".join(verdict["reasons"])
     screen.print(f"verdict: {text}")
+
+
+def _print_classes(result: Mapping[str, Any]) -> None:
+    """Print the result of a classifier or a reward model."""
+    screen = console()
+
+    def interval(name: str, percent: bool = False) -> str:
+        low, high = result[f"{name}_ci95"]
+        values = (result[name], low, high)
+        first, *ends = [f"{100 * v:.1f} %" if percent else f"{v:.3f}" for v in values]
+        return f"{first} ({ends[0]} to {ends[1]})"
+
+    is_reward = result["task"] == "reward"
+    baseline = "chance" if is_reward else f"always {result['baseline']!r}"
+    rows = [("accuracy", interval("accuracy", percent=True)), (baseline, f"{100 * result['baseline_accuracy']:.1f} %")]
+    rows.append(("margin", interval("margin")) if is_reward else ("macro-F1", interval("macro_f1")))
+    rows.append(("loss", f"{result['loss']:.4f}"))
+    screen.print(table(f"{result['rows']} {'pairs' if is_reward else 'rows'}", "(95 % interval)", rows=rows))
+    if not is_reward:
+        figures = [(c["name"], str(c["rows"]), *(f"{c[k]:.3f}" for k in ("precision", "recall", "f1")))
+                   for c in result["classes"]]  # fmt: skip
+        screen.print(table("class", "rows", "precision", "recall", "F1", rows=figures))
+        if result["confusion"] is not None and len(result["classes"]) <= MAX_CONFUSION:
+            names = [c["name"] for c in result["classes"]]
+            counts = [(name, *map(str, row)) for name, row in zip(names, result["confusion"], strict=True)]
+            screen.print(table("label ↓ prediction →", *names, rows=counts))
+    if left_out := result["training_rows"]:
+        screen.print(f"{left_out} rows are also training rows, and were left out")
+    verdict = result["verdict"]
+    better = "the model is better than its baseline"
+    screen.print(f"verdict: {better if verdict['passed'] else 'no: ' + '; '.join(verdict['reasons'])}")

@@ -66,7 +66,7 @@ class Recipe(schema.Section):
 
     def method_config(self) -> Any:
         """Return the method's config, a `PeftConfig`."""
-        return config_class(self.method.name)(**{"task_type": "CAUSAL_LM", **self.method.settings})
+        return config_class(self.method.name)(**{"task_type": self.objective().task_type, **self.method.settings})
 
     def objective(self) -> Any:
         """Return the objective, an `Objective`."""

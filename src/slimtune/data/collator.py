@@ -47,6 +47,8 @@ class Collator:
         layout: packed, with a layout, for models that take one.
         share_prefix: with a layout, store a shared prefix once.
         max_tokens: most packed tokens of a micro-batch; None: no limit. A longer example is a micro-batch of its own.
+        pooling_pad_id: for sequence classifiers, which read the last token of a row that is not this one; their
+            batches have `row_ends` [R], its place among the B·L tokens, flattened, and need no supervised token.
         max_rows: most examples of a padded micro-batch; None: no limit.
     """
 
@@ -59,10 +61,11 @@ class Collator:
         share_prefix: bool = True,
         max_tokens: int | None = None,
         max_rows: int | None = None,
+        pooling_pad_id: int | None = None,
     ) -> None:
         self.pad_token_id, self.packing, self.layout = pad_token_id, packing, layout
         self.share_prefix = share_prefix and layout and packing
-        self.max_tokens, self.max_rows = max_tokens, max_rows
+        self.max_tokens, self.max_rows, self.pooling_pad_id = max_tokens, max_rows, pooling_pad_id
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """Return one micro-batch.
@@ -95,7 +98,11 @@ class Collator:
             for t, label in enumerate(labels)
             if t > 0 and label != IGNORE_INDEX
         ]
-        if not predictions:
+        if self.pooling_pad_id is not None:
+            length = batch["input_ids"].shape[1]
+            last = [max((t for t, i in enumerate(row) if i != self.pooling_pad_id), default=0) for row in rows]
+            batch["row_ends"] = _int64([b * length + columns[t] for (b, columns), t in zip(places, last, strict=True)])
+        elif not predictions:
             lines = ", ".join(str(e.get("line", "?")) for e in examples)
             raise DataError(f"a micro-batch has no supervised token (rows of lines {lines})", hint="remove these rows")
         kept = sorted({column for _, column, _ in predictions})

@@ -282,7 +282,7 @@ def tokenize_dataset(
     total, overlong, unsupervised = RowReport(max_seq_len), [], []
     with DatasetWriter() as writer:
         for batch in parallel_map(function, batch_rows(rows), processes):
-            writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines)
+            writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines, classes=batch.labels)
             total.add(batch.report)
             overlong += batch.overlong
             unsupervised += batch.unsupervised

@@ -87,6 +87,11 @@ class TokenizedDataset(Sequence[Example]):
         """Return the examples of an epoch, as many as of any other: the same ones, unless they are windows."""
         return self
 
+    @property
+    def classes(self) -> list[list[str]]:
+        """Names of the classes of each example."""
+        return [names or [] for names in self._table["classes"].take(self._indices).to_pylist()]
+
     def select(self, indices: np.ndarray) -> "TokenizedDataset":
         """Return the dataset of these examples, in this order; no token is copied."""
         columns = {name: values[indices] for name, values in self._columns.items()}
@@ -107,6 +112,7 @@ class TokenizedDataset(Sequence[Example]):
         for i in self._indices:
             ids, supervised = self._read_arrays(i)
             digest.update(np.where(supervised, ~ids, ids).tobytes())
+            digest.update("\0".join(self._table["classes"][i].as_py() or []).encode())
         return digest.hexdigest()
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
@@ -137,7 +143,7 @@ class DatasetWriter:
 
         self._arrow = pa
         columns = {"input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()), "line": pa.int64()}
-        self._schema = pa.schema({**columns, "row_lengths": pa.list_(pa.int32())})
+        self._schema = pa.schema({**columns, "row_lengths": pa.list_(pa.int32()), "classes": pa.list_(pa.string())})
         self._file = tempfile.TemporaryFile(prefix="slimtune-rows-")  # noqa: SIM115 closed by __exit__
         self._stream = ipc.new_stream(pa.PythonFile(self._file, "w"), self._schema)
 
@@ -154,6 +160,7 @@ class DatasetWriter:
         lengths: np.ndarray,
         lines: np.ndarray,
         row_lengths: Sequence[list[int] | None] | None = None,
+        classes: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Write examples.
 
@@ -161,11 +168,13 @@ class DatasetWriter:
             ids, supervised: their tokens one after another, int32 [T] and bool [T].
             lengths, lines: tokens and line of each, int64 [N].
             row_lengths: tokens of each row of an example of several rows; None: each has one row.
+            classes: names of the classes of each; None: they have none.
         """
         offsets = self._arrow.array(np.concatenate([[0], np.cumsum(lengths)]), self._arrow.int32())
         lists = [self._arrow.ListArray.from_arrays(offsets, self._arrow.array(a)) for a in (ids, supervised)]
         rows = self._arrow.array(row_lengths or [None] * len(lines), self._schema.field("row_lengths").type)
-        batch = self._arrow.record_batch([*lists, self._arrow.array(lines), rows], self._schema)
+        names = self._arrow.array(classes or [None] * len(lines), self._schema.field("classes").type)
+        batch = self._arrow.record_batch([*lists, self._arrow.array(lines), rows, names], self._schema)
         path = Path(tempfile.gettempdir()) / "slimtune-rows"
         with translate_os_errors(path, batch.nbytes, "let TMPDIR name a folder on another disk"):
             self._stream.write_batch(batch)

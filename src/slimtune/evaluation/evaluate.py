@@ -34,6 +34,7 @@ from ..setup import (
 from ..train_step.loss import RowScore, evaluate_rows
 from ..utils.files import require_output_file, write_json
 from .answers import build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
+from .classify import evaluate_classifier, evaluate_reward_model, list_reasons_not_better
 from .forgetting import DEFAULT_BUDGET, WINDOW, measure_forgetting, read_general_text, tokenize_general_text
 from .generate import Generator
 from .lm_eval import find_tasks, run_tasks
@@ -108,10 +109,15 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     recipe = trained.recipe
     if recipe is None:  # then the architecture may be any, so rows are not packed
         sections = {"data": {"train": str(file)}, "train": {"packing": False}, "output_dir": str(run)}
+        if trained.classes is not None:
+            sections["task"] = {"name": "classification" if trained.classes.names else "reward"}
         recipe = Recipe.from_dict({"model": trained.base.source.spec, **sections})
     datasets = None
+    classes = trained.classes
+    if classes is not None and (settings.generate or settings.tasks):
+        raise UsageError(f"{run} is a classifier, which writes no answers", "neither --generate nor --tasks")
     if file is not None:
-        examples, row_report = load_eval_dataset(recipe, tokenizer, file)
+        examples, row_report = load_eval_dataset(recipe, tokenizer, file, classes)
     else:
         datasets = load_datasets(recipe, tokenizer)
         examples = datasets.validation if settings.split == "validation" else datasets.test
@@ -128,7 +134,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         for prompt in prompts:  # check that each has room for an answer before anything is scored
             generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
     general: list[Example] = []
-    if settings.general_text is not None:
+    if settings.general_text is not None and classes is None:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4 * WINDOW
         general = tokenize_general_text(pieces, settings.general_text, tokenizer, min(context // 2, 2 * WINDOW))
     trained_rows: list[int] = []
@@ -146,6 +152,31 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         examples = examples.select(np.setdiff1d(np.arange(len(examples.documents)), trained_rows))
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
     collator = build_collator(recipe, model, tokenizer, longest)
+    draws = {"draws": settings.bootstrap, "seed": settings.seed}
+    name = settings.split if settings.data is None else f"data-{settings.data.stem}"
+    facts = {
+        "run": str(run),
+        "task": recipe.task.name,
+        "split": None if settings.data is not None else settings.split,
+        "data": str(file or recipe.data.train),
+        "training_rows": len(trained_rows) if rows_checked else None,
+    }
+    details = {
+        "dropped": row_report.dropped,
+        "truncated": row_report.truncated,
+        "dtype": str(trained.base.dtype).removeprefix("torch."),
+        "quantization": trained.base.quantization,
+    }
+    if classes is not None:
+        if classes.names:
+            measured, scores = evaluate_classifier(model, examples, collator, classes, **draws)
+        else:
+            measured, scores = evaluate_reward_model(model, examples, collator, recipe.objective(), **draws)
+        reasons = list_reasons_not_better(measured)
+        verdict = {"passed": not reasons, "reasons": reasons}
+        result = {**facts, **measured, "improved": not reasons, "verdict": verdict, **details}
+        save_result(run_dir, name, result, scores, start)
+        return result
 
     def score_both(
         rows: Sequence[Example], place: object = file or "the training file"
@@ -165,7 +196,6 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
 
     base, tuned = (sum_by_document(examples, scores) for scores in score_both(examples))
     tokens = [score.tokens for score in base]
-    draws = {"draws": settings.bootstrap, "seed": settings.seed}
     # Rows that are equal count together, as one row: drawn apart they would make the intervals too narrow.
     groups = np.unique(examples.documents.hashes(), return_inverse=True)[1]
 
@@ -183,9 +213,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         score_general = functools.partial(score_both, place=settings.general_text)
         forgetting |= measure_forgetting(general, score_general, settings.forgetting_budget, **draws)
     result: dict[str, Any] = {
-        "run": str(run),
-        "split": None if settings.data is not None else settings.split,
-        "data": str(file or recipe.data.train),
+        **facts,
         "rows": len(tokens),
         "tokens": sum(tokens),
         **_format_pair("loss", loss.base, loss.tuned),
@@ -197,7 +225,6 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         "accuracy_gain_ci95": hits.difference.interval,
         "rows_better": sum(t.nats < b.nats for b, t in zip(base, tuned, strict=True)),
         "different_rows": len(grouped),
-        "training_rows": len(trained_rows) if rows_checked else None,
         "prompt_dependence": dependence,
         "forgetting": forgetting,
     }
@@ -207,10 +234,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         "generation_summary": None,
         "tasks": None,
         "verdict": make_verdict(result),
-        "dropped": row_report.dropped,
-        "truncated": row_report.truncated,
-        "dtype": str(trained.base.dtype).removeprefix("torch."),
-        "quantization": trained.base.quantization,
+        **details,
     }
     scores = [
         {"line": line, "tokens": b.tokens, "base": b.nats, "tuned": t.nats}
@@ -218,12 +242,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     ]
 
     def save() -> None:
-        result["seconds"] = round(time.perf_counter() - start, 3)
-        if run_dir is not None:
-            name = settings.split if settings.data is None else f"data-{settings.data.stem}"
-            write_json(run_dir.evaluation_file(name), result)
-            write_json(run_dir.scores_file(name), scores, indent=None)
-            write_report(run_dir)
+        save_result(run_dir, name, result, scores, start)
 
     save()  # the figures stay if generation or a task fails
     if generator is not None:
@@ -235,6 +254,17 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         result["tasks"] = run_tasks(trained, settings.tasks, task_manager)
         save()
     return result
+
+
+def save_result(
+    run_dir: RunDir | None, name: str, result: dict[str, Any], scores: list[dict[str, Any]], start: float
+) -> None:
+    """Write a result, its rows and the report into the run folder, if there is one; `name` is that of the rows."""
+    result["seconds"] = round(time.perf_counter() - start, 3)
+    if run_dir is not None:
+        write_json(run_dir.evaluation_file(name), result)
+        write_json(run_dir.scores_file(name), scores, indent=None)
+        write_report(run_dir)
 
 
 def list_reasons_not_improved(result: Mapping[str, Any]) -> list[str]:

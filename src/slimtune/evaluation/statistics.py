@@ -21,7 +21,7 @@ and the interval covers rows only.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -85,6 +85,38 @@ def paired_bootstrap(
     low, high = np.minimum(low, values), np.maximum(high, values)
     of_base, of_tuned, difference = (Estimate(*map(float, ends)) for ends in zip(values, low, high, strict=True))
     return PairedEstimate(of_base, of_tuned, difference, int((u < b).sum()))
+
+
+def compute_f1(hits: Any, actual: Any, predicted: Any) -> np.ndarray:
+    """Return F1 = 2 · hits / (actual + predicted), elementwise; 0 for a class that is neither there nor predicted."""
+    total = np.asarray(actual) + np.asarray(predicted)
+    return np.where(total > 0, 2 * np.asarray(hits) / np.maximum(total, 1), 0.0)
+
+
+def bootstrap_macro_f1(
+    hits: np.ndarray, actual: np.ndarray, predicted: np.ndarray, *, draws: int = 2000, seed: int = 0
+) -> Estimate:
+    """Return macro-F1 with its 95 % interval from `draws` draws of rows.
+
+    As in scikit-learn a class counts if it is the label or the prediction of a row.
+
+    Args:
+        hits, actual, predicted: for each row (or group of rows) and class, how often it is both, a label, a prediction;
+            int [N, C].
+    """
+
+    def macro_f1(hits: np.ndarray, actual: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        present = (actual + predicted > 0).sum(-1)
+        return compute_f1(hits, actual, predicted).sum(-1) / np.maximum(present, 1)
+
+    value = float(macro_f1(hits.sum(0), actual.sum(0), predicted.sum(0)))
+    rng, found, n = np.random.default_rng(seed), [], len(hits)
+    block = max(1, MAX_COUNTS // n)
+    for done in range(0, draws, block):
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(block, draws - done))
+        found.append(macro_f1(counts @ hits, counts @ actual, counts @ predicted))
+    low, high = np.quantile(np.concatenate(found), [0.025, 0.975])
+    return Estimate(value, min(float(low), value), max(float(high), value))
 
 
 def perplexity(loss: float) -> float:

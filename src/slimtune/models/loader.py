@@ -7,6 +7,7 @@ checkpoint lacks is an error, because transformers would fill it at random.
 import logging
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Base:
     fingerprint: str  # 16 hex digits that name the base
     weight_hashes: dict[str, str]  # of its weights, by their kind (see `hash_weights`)
     quantization: str | None = None  # of its linear layers: "nf4", "int8", …
+    new_weights: tuple[str, ...] = ()  # that the checkpoint lacks and training makes: those of a classification head
 
 
 def load_base(
@@ -67,6 +69,7 @@ def load_base(
     revision: str | None = None,
     task: str = "CAUSAL_LM",
     quantization: str | None = None,
+    head: Mapping[str, Any] | None = None,
 ) -> Base:
     """Load a base with its tokenizer.
 
@@ -80,6 +83,7 @@ def load_base(
         revision: branch, tag or commit on the Hub.
         task: one of `TASKS`.
         quantization: of the linear layers, "nf4" or "int8"; None: as the checkpoint is stored.
+        head: fields of the config that describe a classification head (`id2label`, `label2id`, `problem_type`).
 
     Raises:
         UsageError: a name, device, dtype, task or file that does not exist, untrusted code, or a `quantization` that
@@ -98,8 +102,12 @@ def load_base(
     quantization, options = make_quantization_options(opened.config, quantization, dtype, device, spec)
     is_placed = bool(options)  # bitsandbytes loads onto the device, and int8 cannot be moved
     options |= opened.options | ({"attn_implementation": attn_implementation} if attn_implementation else {})
+    for name, value in (head or {}).items():
+        setattr(opened.config, name, value)
     options |= {"config": opened.config, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    with translate_load_errors(spec):
+    # A new head is the same in every load of a base.
+    with translate_load_errors(spec), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         model, info = get_auto_class(opened.config, task).from_pretrained(opened.location, **options)
         if not is_placed:
             model.to(device)
@@ -112,7 +120,7 @@ def load_base(
     if quantization is not None:
         disable_wrong_repacking(model)
     _check_weights(model, tokenizer, info, opened.source, task)
-    for config in (model.config, getattr(model, "generation_config", None)):
+    for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id  # for classification heads and `generate`
     return Base(
@@ -124,8 +132,9 @@ def load_base(
         load_seconds=time.perf_counter() - start,
         prepare_seconds=opened.prepare_seconds,
         fingerprint=config_fingerprint(model.config),
-        weight_hashes=hash_weights(model),
+        weight_hashes=hash_weights(model, set(info["missing_keys"])),
         quantization=quantization,
+        new_weights=tuple(sorted(info["missing_keys"])),
     )
 
 
@@ -234,7 +243,7 @@ def _check_weights(
             "download it again, or choose the task that the base was made for",
         )
     if missing:
-        log.warning("%s: new weights, to be trained: %s", source.name, format_names(missing, 8))
+        log.info("%s: new weights, to be trained: %s", source.name, format_names(missing, 8))
     if unused:
         log.warning("%s: unused weights of the checkpoint: %s", source.name, format_names(unused, 8))
     embeddings: Any = model.get_input_embeddings()

@@ -23,7 +23,9 @@ class Objective:
         summary: what it learns from which rows, in a few words.
         formats: the formats of rows (data/formats.py) that it takes.
         rows_per_example: rows of one example, which lie in one micro-batch: 2 for a pair.
-        outputs: what `loss` and `score` get for each micro-batch: "token_nll", −log p of each supervised token [K].
+        task_type: PEFT's name of the model that is trained, which decides what `loss` and `score` get for each
+            micro-batch: "CAUSAL_LM", −log p of each supervised token [K]; "SEQ_CLS", the head's logits of each row
+            [R, classes]; both in fp32 or wider.
         needs_reference: whether examples need `reference`: log p of each row under the model without the adapter.
         measures: names of the columns of `score`.
     """
@@ -32,7 +34,7 @@ class Objective:
     summary: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
     rows_per_example: ClassVar[int] = 1
-    outputs: ClassVar[Literal["token_nll"]] = "token_nll"
+    task_type: ClassVar[Literal["CAUSAL_LM", "SEQ_CLS"]] = "CAUSAL_LM"
     needs_reference: ClassVar[bool] = False
     measures: ClassVar[tuple[str, ...]]
 
@@ -50,7 +52,7 @@ class Objective:
         """Return a micro-batch's share of the step's loss, a scalar.
 
         Args:
-            values: the `outputs` of the micro-batch.
+            values: what `task_type` says.
             batch: the micro-batch.
             num_items: what `count_items` returned for the whole step.
         """

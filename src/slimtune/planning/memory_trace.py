@@ -20,7 +20,7 @@ from ..attention.register import packed_attention
 from ..errors import UsageError
 from ..models.lm_head import get_lm_head
 from ..setup import build_meta_model
-from ..train_step.loss import forward_backward, make_collator, token_nll
+from ..train_step.loss import compute_outputs, forward_backward, get_row_head, make_collator
 from ..train_step.optimizer import build_optimizer
 from ..utils.device import simulate_device
 from .fake_tensors import all_tensors, fake_mode, make_fake
@@ -137,7 +137,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
                 tracker.start_phase("evaluation")
                 model.eval()
                 with torch.no_grad():
-                    token_nll(model, pack)
+                    compute_outputs(model, pack)
     parts = PARTS[:-1]  # the runtime is no tensor
     phases = {p: {k: live.get(k, 0) for k in parts} for p, live in tracker.phases.items() if p != "start"}
     return StepTrace(state, phases, work, tracker.host_peak)
@@ -162,6 +162,7 @@ def trace_merge(job: TrainingJob, dtype: torch.dtype) -> int | None:
 def _mark_phases(model: Any, tracker: MemoryTracker) -> Iterator[None]:
     """Start phase "loss" when hidden states reach the head, and the backward phases when gradients reach a layer."""
     head = get_lm_head(model)
+    module = get_row_head(model) if head is None else head.module
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def start_on_gradient(states: Any, phase: str) -> None:
@@ -173,7 +174,7 @@ def _mark_phases(model: Any, tracker: MemoryTracker) -> Iterator[None]:
         tracker.start_phase("loss")
         start_on_gradient(args, BACKWARD[0])
 
-    hooks = [head.module.register_forward_pre_hook(on_head)] if head is not None else []
+    hooks = [module.register_forward_pre_hook(on_head)] if module is not None else []
     for i, layer in enumerate(layers):
         phase = BACKWARD[0] if i == len(layers) - 1 else BACKWARD[2] if i == 0 else BACKWARD[1]
         hooks.append(layer.register_forward_hook(lambda _, args, out, phase=phase: start_on_gradient(out, phase)))

@@ -47,6 +47,8 @@ def make_collator(
     share_prefix = share_prefix and not any(getattr(m, "takes_tokens", False) for m in model.modules())
     packing = packing and not packing_unsupported_reason(model)
     layout = packing and not layout_unsupported_reason(model)
+    if get_row_head(model) is not None:
+        sizes["pooling_pad_id"] = pad_token_id = model.config.get_text_config().pad_token_id
     return Collator(pad_token_id, packing, layout=layout, share_prefix=share_prefix, **sizes)
 
 
@@ -81,27 +83,54 @@ def token_nll_and_accuracy(model: Any, batch: dict[str, Any]) -> tuple[Tensor, T
     return head.nll_and_accuracy(h, batch["targets"])
 
 
-def _head_and_inputs(model: Any, batch: dict[str, Any]) -> tuple[LMHead | None, Tensor]:
-    """Return the head and its inputs `(K, d)` at the supervised positions; None and logits if the head is unknown."""
+def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the model's call."""
     # With a cache, transformers would let packed rows attend to each other, without a warning.
-    inputs: dict[str, Any] = {"use_cache": False, "logits_to_keep": batch["logits_to_keep"]}
+    inputs: dict[str, Any] = {"use_cache": False}
     inputs |= {k: batch[k] for k in ("input_ids", "position_ids", "attention_mask") if k in batch}
     if "layout" in batch:
         inputs |= {LAYOUT_KWARG: batch["layout"], "attention_mask": empty_mask(batch["input_ids"].device)}
+    return inputs
+
+
+def _head_and_inputs(model: Any, batch: dict[str, Any]) -> tuple[LMHead | None, Tensor]:
+    """Return the head and its inputs `(K, d)` at the supervised positions; None and logits if the head is unknown."""
+    inputs = _model_inputs(batch) | {"logits_to_keep": batch["logits_to_keep"]}
     head = get_lm_head(model)
     if head is None:
         return None, model(**inputs).logits.flatten(0, 1).index_select(0, batch["hidden_index"])
     return head, get_hidden_states(model, head, inputs).flatten(0, 1).index_select(0, batch["hidden_index"])
 
 
-OUTPUTS = {"token_nll": token_nll}
-"""What an objective may ask for: functions of model and batch."""
+def row_logits(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Return the logits of a sequence classifier for each row of a collated batch, `(R, classes)` in fp32 or wider.
+
+    They are those that transformers pools: of the last token of a row that is no padding.
+    """
+    logits: list[Tensor] = []
+    hook = get_row_head(model).register_forward_hook(lambda module, args, output: logits.append(output))
+    try:
+        model(**_model_inputs(batch))
+    finally:
+        hook.remove()
+    chosen = logits[0].flatten(0, 1).index_select(0, batch["row_ends"])
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+
+
+def get_row_head(model: Any) -> Any:
+    """Return the head of a sequence classifier; None for other models."""
+    return getattr(model, "score", None) if get_lm_head(model) is None else None
+
+
+def compute_outputs(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Return what an objective's loss gets for a batch: `row_logits` of a sequence classifier, else `token_nll`."""
+    return row_logits(model, batch) if "row_ends" in batch else token_nll(model, batch)
 
 
 def step_loss(model: Any, batch: dict[str, Any], num_items: Any = None, objective: Objective = CROSS_ENTROPY) -> Tensor:
     """Return a batch's share of the step's loss; `num_items` is the step's count (default: the batch's targets)."""
-    values = OUTPUTS[objective.outputs](model, batch)
-    return objective.loss(values, batch, len(batch["targets"]) if num_items is None else num_items)
+    values = compute_outputs(model, batch)
+    return objective.loss(values, batch, max(1, len(batch["targets"])) if num_items is None else num_items)
 
 
 def forward_backward(
@@ -124,7 +153,7 @@ def forward_backward(
         regularize: add the method's regularization loss, which one process of a run does.
     """
     if num_items is None:
-        num_items = sum(len(b["targets"]) for b in micro_batches)
+        num_items = max(1, sum(len(b["targets"]) for b in micro_batches))
     total = torch.zeros((), device=micro_batches[0]["targets"].device)
     for number, batch in enumerate(micro_batches):
         loss = step_loss(model, batch, num_items, objective)
@@ -172,7 +201,7 @@ def score_objective(
     """Return the objective's measures of each example, by its number; arguments as for `score_examples`."""
 
     def measure(batch: dict[str, Any]) -> Tensor:
-        return objective.score(OUTPUTS[objective.outputs](model, batch), batch)
+        return objective.score(compute_outputs(model, batch), batch)
 
     return score_examples(model, examples, collator, measure, **options)
 

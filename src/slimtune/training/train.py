@@ -29,7 +29,7 @@ from ..models.dtype import pick_device, pick_training_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
 from ..reporting import versions, write_report
-from ..run_dir import ADAPTER_FILE, RunDir, is_temporary
+from ..run_dir import ADAPTER_FILE, CONFIG_FILE, RunDir, is_temporary
 from ..train_step.memory_savings import apply_fsdp, compile_layers
 from ..utils import distributed
 from ..utils.device import peak_memory
@@ -134,7 +134,8 @@ def _train(
 
     def load_model() -> tuple[Base, Any]:
         place = {"device": "cpu" if shard else str(device), "dtype": str(dtype).removeprefix("torch.")}
-        base = setup.load_base_from_recipe(recipe.model_copy(update={"model": recipe.model.model_copy(update=place)}))
+        placed = recipe.model_copy(update={"model": recipe.model.model_copy(update=place)})
+        base = setup.load_base_from_recipe(placed, data.classes)
         if not force:
             require_finite_weights(base)
         model = setup.attach_adapter(base, recipe, init_adapter, data.train)
@@ -266,8 +267,6 @@ def require_finite_weights(base: Base) -> None:
 
 def load_training_data(recipe: Recipe, force: bool) -> setup.Datasets:
     """Check that the recipe's packages are there, and load its rows; raise DataError for faulty or missing rows."""
-    if recipe.data.format == "classification":
-        raise UsageError("data.format is classification, and nothing trains on labels yet", "rows of another format")
     if recipe.model.quantization is not None:
         require_bitsandbytes(f"model.quantization {recipe.model.quantization}")
     if recipe.train.optimizer == "adamw-8bit":
@@ -376,6 +375,8 @@ def finish_run(
     best_step, best_loss = loop.load_best_adapter()
     adapter_files.save_adapter(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
+    if data.classes is not None:  # AutoModelForSequenceClassification needs the labels to make the head
+        write_json(run.adapter / CONFIG_FILE, base.model.config.to_dict())
 
     trained, total = model.get_nb_trainable_parameters()
     last_losses = state.train_losses[-max(1, len(state.train_losses) // 10) :]
