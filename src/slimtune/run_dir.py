@@ -85,15 +85,17 @@ class RunResults:
     @property
     def held_out(self) -> Evaluation | None:
         """The first complete evaluation on rows that were not trained on."""
-        needed = ("base_loss", "tuned_loss", "loss_reduction", "rows")
+        answers = ("base_loss", "tuned_loss", "loss_reduction"), "loss_reduction_ci95"
+        classes = ("accuracy", "baseline_accuracy", "accuracy_gain"), "accuracy_gain_ci95"
         data = self.recipe.data if self.recipe is not None else None
         for e in self.evaluations:
             # Rows split off the training file carry its name, although they were not trained on.
             split = e.values.get("split")
             split_off = split in ("validation", "test") and getattr(data, split) is None
             seen = data is not None and e.values.get("data") == str(data.train) and not split_off
-            complete = all(isinstance(e.values.get(name), int | float) for name in needed)
-            if complete and isinstance(e.values.get("loss_reduction_ci95"), list) and not seen:
+            needed, interval = classes if "baseline_accuracy" in e.values else answers
+            complete = all(isinstance(e.values.get(name), int | float) for name in (*needed, "rows"))
+            if complete and isinstance(e.values.get(interval), list) and not seen:
                 return e
         return None
 
@@ -248,7 +250,7 @@ class RunDir:
         evaluations = [
             Evaluation(file.stem.removeprefix("eval-"), values)
             for file in sorted(self.path.glob("eval-*.json"), key=position)
-            if "base_loss" in (values := load_json(file))
+            if not {"base_loss", "baseline"}.isdisjoint(values := load_json(file))
         ]
         if os.path.lexists(self.metrics_file) and not self.metrics_file.is_file():
             errors.append(f"{self.metrics_file} is damaged: it is no file")

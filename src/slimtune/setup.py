@@ -157,7 +157,7 @@ def add_classes(recipe: Recipe, data: Datasets) -> Datasets:
                       "task.class_weights")  # fmt: skip
     weights = objective.compute_class_weights(count_classes(data.train), len(data.train), classes.multi_label)
     files = {"train": None, "validation": recipe.data.validation, "test": recipe.data.test}
-    encoded = {
+    encoded: dict[str, Any] = {
         name: encode_classes(getattr(data, name), classes, weights, file or recipe.data.train)
         for name, file in files.items()
     }

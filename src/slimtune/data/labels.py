@@ -69,10 +69,10 @@ def encode_classes(
     found = rows.classes
     unknown = [(line, n) for line, names in zip(rows.lines, found, strict=True) for n in names if n not in ids]
     if unknown:
-        names, lines = dict.fromkeys(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
+        strange, lines = sort_labels(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
         raise DataError(
-            f"{path}: {format_names(names)} is a label of no training row"
-            f"{nearest(next(iter(names)), ids)}: {format_lines(lines)}",
+            f"{path}: {format_names(strange)} is a label of no training row"
+            f"{nearest(strange[0], ids)}: {format_lines(lines)}",
             f"a label of the training rows: {format_names(ids)}",
             "correct the label, or train on rows of this class: a class seen only here cannot be learned",
         )

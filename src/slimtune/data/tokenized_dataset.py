@@ -173,7 +173,8 @@ class DatasetWriter:
         offsets = self._arrow.array(np.concatenate([[0], np.cumsum(lengths)]), self._arrow.int32())
         lists = [self._arrow.ListArray.from_arrays(offsets, self._arrow.array(a)) for a in (ids, supervised)]
         rows = self._arrow.array(row_lengths or [None] * len(lines), self._schema.field("row_lengths").type)
-        names = self._arrow.array(classes or [None] * len(lines), self._schema.field("classes").type)
+        given: Sequence[Any] = classes or [None] * len(lines)
+        names = self._arrow.array(given, self._schema.field("classes").type)
         batch = self._arrow.record_batch([*lists, self._arrow.array(lines), rows, names], self._schema)
         path = Path(tempfile.gettempdir()) / "slimtune-rows"
         with translate_os_errors(path, batch.nbytes, "let TMPDIR name a folder on another disk"):

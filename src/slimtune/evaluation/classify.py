@@ -109,8 +109,8 @@ def evaluate_reward_model(
     sizes = np.bincount(groups).tolist()
 
     def bootstrap(values: np.ndarray, other: np.ndarray) -> Any:
-        sums = [np.bincount(groups, v).tolist() for v in (values, other)]
-        return paired_bootstrap(*sums, sizes, draws=draws, seed=seed)
+        sums, others = (np.bincount(groups, v).tolist() for v in (values, other))
+        return paired_bootstrap(sums, others, sizes, draws=draws, seed=seed)
 
     accuracy = bootstrap((chosen > rejected).astype(float), np.full(len(chosen), 0.5))
     margin = bootstrap(chosen, rejected)

@@ -167,6 +167,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         "dtype": str(trained.base.dtype).removeprefix("torch."),
         "quantization": trained.base.quantization,
     }
+    result: dict[str, Any]
     if classes is not None:
         if classes.names:
             measured, scores = evaluate_classifier(model, examples, collator, classes, **draws)
@@ -212,7 +213,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         forgetting = {"text": str(settings.general_text)}
         score_general = functools.partial(score_both, place=settings.general_text)
         forgetting |= measure_forgetting(general, score_general, settings.forgetting_budget, **draws)
-    result: dict[str, Any] = {
+    result = {
         **facts,
         "rows": len(tokens),
         "tokens": sum(tokens),

@@ -243,7 +243,8 @@ def _check_weights(
             "download it again, or choose the task that the base was made for",
         )
     if missing:
-        log.info("%s: new weights, to be trained: %s", source.name, format_names(missing, 8))
+        log.warning("%s: new weights, to be trained: %s", source.name, format_names(missing, 8))
+    unused = [name for name in unused if task not in _NEW_HEAD or not name.startswith("lm_head.")]
     if unused:
         log.warning("%s: unused weights of the checkpoint: %s", source.name, format_names(unused, 8))
     embeddings: Any = model.get_input_embeddings()

@@ -236,6 +236,15 @@ def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
 
 def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Markup]]:
     """Return title, unit, chart of base and tuned model, and chart of the change, for each measure."""
+    if "baseline" in v:  # a head on rows, which the base does not have
+        heads = [
+            ("Accuracy", "% of the rows", "accuracy", 1, 100, [(100 * v["baseline_accuracy"], str(v["baseline"]))]),
+            ("Macro-F1", "mean over the classes", "macro_f1", 3, 1, []),
+            ("Margin", "reward of the chosen answer above the rejected one's", "margin", 3, 1, [(0.0, "")]),
+        ]
+        charts = [(title, unit, interval_chart([_estimate("model", "two", v, key, fixed, digits, factor)], marks))
+                  for title, unit, key, digits, factor, marks in heads]  # fmt: skip
+        return [(*chart, Markup()) for chart in charts if chart[2]]
     dependence = v.get("prompt_dependence") or {}
     measures = [
         ("Loss", "nats per token, lower is better", v, "{}_loss", "loss_reduction", 3, 1),

@@ -1,0 +1,90 @@
+"""Runs of `task: classification`: training, HF PEFT's loading, evaluation, and rows that cannot be learned."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers as tf
+
+from slimtune.config import Recipe
+from slimtune.errors import DataError, RecipeError, UsageError
+from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.setup import load_run
+from slimtune.training.train import train
+
+WORDS = {"sea": "wave salt sail", "wood": "oak fern moss", "city": "tram bank roof"}
+ROWS = [{"text": f"{WORDS[c]} {i}", "label": c} for i in range(8) for c in WORDS]
+TOPICS = [{"text": f"{WORDS[c]} {i}", "label": [c, "wet"] if c == "sea" else []} for i in range(8) for c in WORDS]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_recipe(folder, base, rows=ROWS, task="classification", **data):
+    return Recipe.from_dict({
+        "model": {"name": str(base), "device": "cpu", "dtype": "float32"},
+        "data": {"train": str(write(folder / "rows.jsonl", rows)), "test_fraction": 0.25, "validation_fraction": 0.125,
+                 **data},
+        "task": task, "method": {"name": "lora", "rank": 2},
+        "train": {"max_steps": 2, "learning_rate": 1e-2}, "output_dir": str(folder / "run"),
+    })  # fmt: skip
+
+
+def logits_of(model, tokenizer, text="wave salt sail 3"):
+    with torch.no_grad():
+        return model.eval()(**tokenizer(text, return_tensors="pt")).logits
+
+
+@pytest.mark.parametrize("rows", [ROWS, TOPICS])
+def test_run_loads_in_peft_with_equal_logits_and_is_evaluated(tmp_path, tiny_folder, rows):
+    train(make_recipe(tmp_path, tiny_folder, rows))
+    adapter = tmp_path / "run" / "adapter"
+    config = tf.AutoConfig.from_pretrained(adapter)
+    base = tf.AutoModelForSequenceClassification.from_pretrained(tiny_folder, config=config)
+    theirs = peft.PeftModel.from_pretrained(base, adapter)
+    ours, tokenizer = load_run(tmp_path / "run"), tf.AutoTokenizer.from_pretrained(adapter)
+    assert (logits_of(ours.model, tokenizer) - logits_of(theirs, tokenizer)).abs().max() < 1e-6
+    assert theirs.config.id2label == dict(enumerate(["city", "sea", "wood"] if rows is ROWS else ["sea", "wet"]))
+    result = evaluate(tmp_path / "run", EvalSettings(bootstrap=50))
+    assert result["rows"] == 6
+    low, high = result["macro_f1_ci95"]
+    assert 0 <= low <= result["macro_f1"] <= high <= 1
+    assert (result["confusion"] is None) == (rows is TOPICS)
+    assert "macro-F1" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_adapter_of_peft_is_read(tmp_path, tiny_folder):
+    base = tf.AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=3, pad_token_id=2)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, tokenizer = (
+        load_run(tmp_path / "theirs", dtype="float32", device="cpu"),
+        tf.AutoTokenizer.from_pretrained(tiny_folder),
+    )
+    assert (logits_of(ours.model, tokenizer) - logits_of(theirs, tokenizer)).abs().max() < 1e-6
+    assert ours.classes.names == ("LABEL_0", "LABEL_1", "LABEL_2")
+
+
+def test_class_that_only_validation_rows_have_is_refused_with_its_line(tmp_path, tiny_folder):
+    other = write(tmp_path / "other.jsonl", [ROWS[0], {"text": "dune", "label": "desert"}])
+    with pytest.raises(DataError, match=r"'desert'.*line 2") as error:
+        train(make_recipe(tmp_path, tiny_folder, validation=str(other)))
+    assert not (tmp_path / "run").exists(), error
+
+
+def test_rows_of_one_class_and_weights_of_no_class_are_refused(tmp_path, tiny_folder):
+    with pytest.raises(DataError, match="has the label 'sea'"):
+        train(make_recipe(tmp_path, tiny_folder, ROWS[::3]))
+    with pytest.raises(DataError, match="did you mean 'sea'"):
+        train(make_recipe(tmp_path, tiny_folder, task={"name": "classification", "class_weights": {"see": 2.0}}))
+    with pytest.raises(RecipeError, match="class_weights"):
+        make_recipe(tmp_path, tiny_folder, task={"name": "classification", "class_weights": "balance"})
+
+
+def test_classifier_writes_no_answers(tmp_path, tiny_folder):
+    train(make_recipe(tmp_path, tiny_folder))
+    with pytest.raises(UsageError, match="classifier"):
+        evaluate(tmp_path / "run", EvalSettings(generate=1))
