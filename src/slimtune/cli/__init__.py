@@ -14,6 +14,7 @@ import typer
 from .. import __version__
 from ..errors import UsageError
 from ..utils.streams import TolerantStream
+from .bench import bench
 from .choose import choose
 from .common import CommandGroup
 from .compare import compare
@@ -37,7 +38,7 @@ from .train import train_run
 from .verify import verify_run
 
 GROUPS = {
-    "Choose and plan": (choose, plan, cost, gpus, models, methods),
+    "Choose and plan": (choose, plan, cost, gpus, bench, models, methods),
     "Train": (data_report, train_run),
     "Judge": (eval_run, compare, report_run, generate, chat),
     "Ship": (export_run, verify_run, merge_run, push_run),

@@ -47,7 +47,7 @@ def choose(
         raise UsageError(f"there is no kind {unknown!r}{nearest(unknown, KINDS)}", f"one of {format_names(KINDS)}")
     # Each row goes alone through the model, so that every machine runs the same.
     jobs = load_one_job(job, {"train.max_tokens_per_micro_batch": 1, **settings})
-    from ..planning.gpus import all_gpus
+    from ..planning.gpus import all_gpus, measured_gpu
     from ..planning.machines import describe_machine, rank_machines
     from ..planning.planner import judge_memory
     from ..planning.throughput import estimate_speed, prices
@@ -65,6 +65,11 @@ def choose(
         machines.append(
             describe_machine(card, plan, tokens=count, speed=speed, verdict=verdict, dollars_per_kwh=kwh_price or None)
         )
+    here = measured_gpu()
+    mine = None
+    if here is not None:
+        plan = make_plans(jobs, here, advise=False)[0][0]
+        mine = describe_machine(here, plan, tokens=count)
     owned = [m for m in machines if m.gpu.kind in kinds]
     buy = rank_machines(owned, budget=budget, hours=hours)
     rented = [m for m in machines if prices(m.gpu.name)] if "rent" in kinds else []
@@ -74,6 +79,9 @@ def choose(
         screen = console()
         (recipe,) = jobs.recipes.values()
         screen.print(f"{jobs.model.name} with {recipe.method.name}, {format_count(count)} tokens, one row at a time")
+        if mine is not None and here is not None and here.measured is not None:
+            time = f", {format_hours(mine.cost.hours)}" if mine.cost is not None else ""
+            screen.print(f"here: {mine.verdict}{time} ({here.measured.evidence})")
         for way, ranked in picks.items():
             if (way == "buy" and owned) or (way == "rent" and rented):
                 screen.print(Text(f"\nto {way}: {_name_pick(ranked, way)}", style="bold"))
@@ -93,6 +101,7 @@ def choose(
     result = {
         "model": jobs.model.name,
         "tokens": count,
+        "here": mine.to_dict() if mine is not None else None,
         "need_bytes": {card.name: plans[key].need._asdict() for key, card in largest.items()},
         **{way: [{**m.to_dict(), "reason": _explain(m, way)} for m in ranked] for way, ranked in picks.items()},
     }

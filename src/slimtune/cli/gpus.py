@@ -38,7 +38,7 @@ def gpus(
     """List the GPUs that plans know, compare some, or list those that can train a run (with the flags of `plan`)."""
     if job is None and settings:
         raise UsageError(f"{next(iter(settings))} describes a run", "a run to plan", "--for MODEL or --for RECIPE.yaml")
-    from ..planning.gpus import all_gpus, find_gpu
+    from ..planning.gpus import all_gpus, find_gpu, measured_gpu
 
     if names:
         if kind is not None:
@@ -57,6 +57,8 @@ def gpus(
         message = f"there are no GPUs of the kind {unknown!r}{nearest(unknown, known)}"
         raise UsageError(message, f"one of {format_names(known)}")
     cards = [c for c in all_gpus() if c.kind in kinds]
+    if kind is None and (here := measured_gpu()) is not None:
+        cards.insert(0, here)
     if job is None and sources and not as_json:
         print_fields(_list_sources(cards))
     elif job is None and not as_json:

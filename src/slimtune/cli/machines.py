@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..utils.formatting import format_bytes
 
 if TYPE_CHECKING:
+    from ..planning.gpus import Gpu
     from ..planning.machines import Machine
     from ..planning.result import Range
 
@@ -46,7 +47,7 @@ def machine_rows(machines: Sequence[Machine], run: str | None) -> Iterator[tuple
     yield row("released", lambda m: m.gpu.released or "-")
     yield row("memory", lambda m: format_bytes(m.gpu.memory))
     yield row("bandwidth, GB/s", lambda m: f"{m.gpu.bandwidth / 1e9:.0f}" if m.gpu.bandwidth else "-")
-    yield row("16 bits, TFLOPS", lambda m: f"{m.gpu.rates['float16'] / 1e12:.0f}" if m.gpu.rates else "-")
+    yield row("16 bits, TFLOPS", lambda m: _format_tflops(m.gpu))
     yield row("watts", lambda m: f"{m.gpu.watts:.0f}" if m.gpu.watts else "-")
     yield row("price", lambda m: format_dollars(m.price))
     yield row("an 8B writes, t/s", lambda m: format_short(m.serving.decode if m.serving else None, format_rate))
@@ -60,6 +61,12 @@ def machine_rows(machines: Sequence[Machine], run: str | None) -> Iterator[tuple
     yield row("its kWh", lambda m: format_short(m.cost.kwh if m.cost else None, "{:.2g}".format))
     if any(m.electricity for m in machines):
         yield row("its electricity", lambda m: format_dollars(m.electricity))
+
+
+def _format_tflops(gpu: Gpu) -> str:
+    """Return the rate of 16-bit products: the faster one's, which a CPU has for one of the two dtypes only."""
+    rate = max((gpu.rates or {}).get(dtype, 0.0) for dtype in ("float16", "bfloat16")) / 1e12
+    return "-" if not rate else f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 def list_machine_sources(machines: Sequence[Machine]) -> Iterator[tuple[str, str]]:

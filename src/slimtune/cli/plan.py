@@ -204,9 +204,12 @@ def _render_answer(plan: Plan, tokens: int, cost: Cost | None) -> Iterator[Any]:
     most = f"{_count(plan.max_batch_size, 'rows')} of {plan.seq_len}" if plan.max_batch_size else ""
     yield f"largest that fits: {' or '.join(filter(None, (longest, most))) or 'nothing'}"
     if plan.tokens_per_second is None:
-        yield "speed: not known"
+        is_here = "this machine" in plan.evidence.get("usable_bytes", "")
+        yield f"speed: not known{'; `slimtune bench` measures it' if is_here else ''}"
     else:
-        yield f"speed: {format_range(*plan.tokens_per_second, '{:.0f}'.format)} tokens/s"
+        evidence = plan.evidence.get("tokens_per_second", "")
+        measured = f", {evidence}" if evidence.startswith("measured") else ""
+        yield f"speed: {format_range(*plan.tokens_per_second, '{:.0f}'.format)} tokens/s{measured}"
         if cost is not None:
             yield f"time: {_format_cost(tokens, cost)}"
     yield from (f"note: {note}" for note in plan.notes)

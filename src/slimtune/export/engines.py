@@ -115,6 +115,8 @@ class LlamaCppEngine:
         max_tokens: of the longest text, answers included.
         threads: None: half of the cores. The threads wait for one another, so one on a busy core slows all.
         top_k: how many of the likeliest tokens `score` gives.
+        cache: precision of keys and values, f32 or f16.
+        gpu_layers: layers that a GPU computes.
 
     Raises:
         ModelError: xllamacpp is not installed.
@@ -125,8 +127,9 @@ class LlamaCppEngine:
     adapter_active = True
 
     def __init__(
-        self, model: Path, adapter: Path | None = None, *, max_tokens: int, threads: int | None = None, top_k: int = 64
-    ) -> None:
+        self, model: Path, adapter: Path | None = None, *, max_tokens: int, threads: int | None = None, top_k: int = 64,
+        cache: str = "f32", gpu_layers: int = 0,
+    ) -> None:  # fmt: skip
         if not is_llama_cpp_installed():
             raise ModelError("the package xllamacpp is not installed", "llama.cpp", "pip install xllamacpp")
         import xllamacpp
@@ -134,8 +137,8 @@ class LlamaCppEngine:
         self.top_k, self._started = top_k, False
         params: Any = xllamacpp.CommonParams()
         params.model.path = str(model)
-        params.n_ctx, params.n_parallel, params.n_gpu_layers = max_tokens, 1, 0
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.n_ctx, params.n_parallel, params.n_gpu_layers = max_tokens, 1, gpu_layers
+        params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or max(1, (os.cpu_count() or 1) // 2)
         params.verbosity, params.warmup, params.fit_params = -1, False, False
         # With sliding windows llama.cpp would restore states of an earlier text and give wrong numbers.
@@ -180,6 +183,11 @@ class LlamaCppEngine:
     def generate(self, ids: Sequence[int], max_new_tokens: int) -> list[int]:
         answer = self._complete(ids, n_predict=max_new_tokens, return_tokens=True)
         return answer["tokens"][:-1] if answer["stop_type"] == "eos" else answer["tokens"]
+
+    def measure_seconds(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+        """Return the seconds of a prompt's tokens and of a generated one, as the server measures them."""
+        timings = self._complete([7] * prompt_tokens, n_predict=new_tokens, ignore_eos=True)["timings"]
+        return timings["prompt_ms"] / 1e3 / timings["prompt_n"], timings["predicted_ms"] / 1e3 / timings["predicted_n"]
 
     def close(self) -> None:
         if not self._started:

@@ -6,7 +6,7 @@ It imports no torch, so that a wrong name is answered at once.
 import csv
 import datetime
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from typing import Literal
@@ -15,9 +15,11 @@ from ..errors import UsageError, format_names
 from ..models.gpu_support import NO_XPU, VENDOR_DEVICES, default_bf16
 from ..utils.formatting import format_bytes
 from ..utils.product_names import nearest_product
+from .measured import Measured, load_measured
 from .result import Range
 
 GIB = 1 << 30
+THIS_MACHINE = "this machine"
 MAX_AGE = 180
 """Days after which a price or a card's figures may be out of date."""
 UNITS = {"": 1, **{u: 1000**n for n, u in enumerate("kmgt", 1)}, **{f"{u}i": 1024**n for n, u in enumerate("kmgt", 1)}}
@@ -41,6 +43,7 @@ class Gpu:
     source: str = ""  # where these numbers are from
     checked: str = ""  # when they were last checked, there or by their arithmetic, as 2026-11-25
     released: str = ""  # month in which it came out, as 2023-06
+    measured: Measured | None = None  # what `slimtune bench` measured, if it is this machine's
     auto_bf16: bool | None = None  # whether dtype "auto" is bfloat16 on it, if it was asked; None: by its rates
 
     @property
@@ -109,6 +112,7 @@ def _rows() -> list[tuple[list[str], Gpu]]:
                 watts=float(row["watts"]) if row["watts"] else None,
                 unified=row["unified"] == "yes",
                 auto_bf16=None,
+                measured=None,
             )
             rows.append(([gpu.name, row["name"], *filter(None, row["aliases"].split(";"))], gpu))
     return rows
@@ -120,11 +124,39 @@ def find_by_name(name: str) -> list[Gpu]:
     Case, spaces, dashes and the vendor's words do not matter; a memory may follow: "M4 Max 64 GB", "MacBook Air M2".
     """
     wanted = _normalize(name)
+    if wanted == _normalize(THIS_MACHINE):
+        return [here] if (here := measured_gpu()) is not None else []
     if found := [gpu for names, gpu in _rows() if wanted in map(_normalize, names)]:
         return found
     if (sized := _SIZED.fullmatch(name.strip())) is None:
         return []
     return [gpu for gpu in find_by_name(sized[1]) if round(gpu.memory / GIB) == int(sized[2])]
+
+
+def measured_gpu() -> Gpu | None:
+    """Return this machine as `slimtune bench` measured it; None if it did not."""
+    found = load_measured()
+    if found is None:
+        return None
+    named = find_by_name(found.name) if found.name != THIS_MACHINE else []
+    known = next((gpu for gpu in named if abs(gpu.visible - found.memory) < 0.05 * gpu.visible), None)
+    if known is None:
+        kind, vendor = {"cpu": ("cpu", ""), "mps": ("mac", "apple")}.get(found.device, ("memory", ""))
+        known = Gpu(found.name, kind, vendor, "", found.memory, found.memory, unified=kind == "mac")
+    return add_measured(known, found)
+
+
+def add_measured(gpu: Gpu, found: Measured) -> Gpu:
+    """Return a GPU with what was measured on it."""
+    return replace(
+        gpu,
+        measured=found,
+        bandwidth=found.bandwidth,
+        rates=found.rates,
+        auto_bf16=found.bf16,
+        source=f"slimtune bench, {found.evidence}",
+        checked=found.date,
+    )
 
 
 _SIZED = re.compile(r"(.+?)[\s_-]+(\d+)\s*gi?b", re.IGNORECASE)
@@ -147,6 +179,8 @@ def find_gpu(name: str) -> Gpu:
     """
     if matches := find_by_name(name):
         return matches[0]
+    if _normalize(name) == _normalize(THIS_MACHINE):
+        raise UsageError("this machine is not measured", "a measurement of this processor", "run slimtune bench first")
     if (sized := _SIZED.fullmatch(name.strip())) is not None and (others := find_by_name(sized[1])):
         raise UsageError(f"there is no {name!r} in the table", f"one of {format_names([g.name for g in others])}")
     close = nearest_product(name, [gpu.name for gpu in all_gpus()])

@@ -20,7 +20,7 @@ from .extrapolate import MemoryModel, extrapolate_layers, extrapolate_merge, fit
 from .fsdp import shard_base, shard_trace
 from .gpus import Gpu
 from .memory_trace import StepTrace
-from .request import MAX_SEQ_LEN, PlanRequest, TrainingJob
+from .request import MAX_SEQ_LEN, PlanRequest, TrainingJob, pick_quantiles
 from .result import PARTS, Advice, Plan, Range, Verdict, Workload, add_ranges
 from .throughput import estimate_speed
 
@@ -116,8 +116,11 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     host_moments = [(trace.host_bytes, "in a step"), (loading, "as the base is read"),
                     (3 * max(adapter_bytes, optimizer_bytes, extra_bytes), "as a checkpoint is written")]  # fmt: skip
     host_bytes, host_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
+    # Memory is for the longest rows, speed for rows as the data has them.
+    usual = pick_usual_rows(request, job) if gpu.rates else job
+    counts = trace.operator_counts if usual is job else extrapolate_layers(usual).operator_counts
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
-    work = Workload(trace.operator_counts, sum(job.lengths), 2 * optimizer_bytes + 3 * adapters, job.micro_batches)
+    work = Workload(counts, sum(usual.lengths), 2 * optimizer_bytes + 3 * adapters, usual.micro_batches)
     plan = Plan(
         model=request.model.name,
         method=request.method.name,
@@ -172,6 +175,17 @@ def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryMode
     count = max(1, largest_fitting(fits, len(rows)))
     micro_batches = -(-len(rows) // count) * request.gradient_accumulation_steps
     return replace(job, lengths=rows[:count], micro_batches=micro_batches)
+
+
+def pick_usual_rows(request: PlanRequest, job: TrainingJob) -> TrainingJob:
+    """Return the job with rows in a micro-batch that stand for all rows of the data, if their lengths are known."""
+    if not request.quantiles or request.quantiles[0] == request.quantiles[-1]:
+        return job
+    mean = sum(request.quantiles) / len(request.quantiles)
+    tokens = min(sum(job.lengths), request.max_tokens or MAX_SEQ_LEN)
+    count = max(1, min(len(request.lengths), int(tokens / mean)))
+    micro_batches = -(-len(request.lengths) // count) * request.gradient_accumulation_steps
+    return replace(job, lengths=pick_quantiles(request.quantiles[::-1], count), micro_batches=micro_batches)
 
 
 def estimate_peak_memory(job: TrainingJob, trace: StepTrace) -> tuple[int, Range]:
@@ -349,6 +363,8 @@ def list_evidence(request: PlanRequest, host_moment: str) -> dict[str, str]:
         "usable_bytes": "measured on this machine" if gpu.kind == "cpu" else f"published ({gpu.source})",
         "host_bytes": f"computed, {host_moment}; guessed runtime",
         "disk_bytes": "computed, an upper bound",
-        "tokens_per_second": f"computed from traced work and published rates ({gpu.source}); the range is guessed",
+        "tokens_per_second": f"computed from traced work and published rates ({gpu.source}); the range is guessed"
+        if gpu.measured is None
+        else gpu.measured.evidence,
         "model": request.model.source,
     }

@@ -21,6 +21,8 @@ from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
 from .fake_quantization import quantization_kind, quantize
 from .gpus import Gpu, require_trains
 
+QUANTILES = 64
+"""Rows that stand for all rows of the data in an estimate of the speed."""
 MAX_SEQ_LEN = 1 << 22
 """Longest row that a plan considers."""
 
@@ -94,6 +96,7 @@ class PlanRequest:
     split_batch: bool = True  # training may split a batch into micro-batches that fit
     save_total_limit: int = 2  # checkpoints that a run keeps beside its best
     lengths: tuple[int, ...] = ()  # of the longest rows of the data, if known; replaces batch_size and seq_len
+    quantiles: tuple[int, ...] = ()  # lengths of rows at even shares of the data, if known; decide the speed
     max_tokens: int | None = None  # in a micro-batch, a longer row goes alone; None: no limit
     processes: int = 1  # that train together, each on a GPU of its own
     fsdp: bool = False  # shard the base over the processes; else each holds all of it
@@ -119,6 +122,11 @@ class PlanRequest:
             quantization=self.quantization,
             packing=self.packing,
         )
+
+
+def pick_quantiles(ordered: Sequence[int], count: int) -> tuple[int, ...]:
+    """Return `count` of ordered lengths, evenly spread, the longest first."""
+    return tuple(ordered[int((i + 0.5) * len(ordered) / count)] for i in reversed(range(count)))
 
 
 def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), processes: int = 1) -> PlanRequest:
@@ -160,6 +168,7 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
         quantization=quantization_kind(info.config, model.quantization),
         split_batch=train.max_tokens_per_micro_batch == "auto",
         lengths=tuple(heapq.nlargest(train.batch_size, lengths)),
+        quantiles=pick_quantiles(sorted(lengths), QUANTILES) if lengths else (),
         max_tokens=max_tokens,
         processes=processes,
         fsdp=train.fsdp and processes > 1,

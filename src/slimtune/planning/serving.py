@@ -182,6 +182,7 @@ def plan_serving(
             weights=multiplied,
             layers=text.num_hidden_layers,
             sequences=sequences,
+            precision=precision,
         )
     return ServingPlan(
         engine=engine,

@@ -75,8 +75,9 @@ def hardware_kind(gpu: Gpu) -> str:
 
 
 def estimate_serving_speed(
-    gpu: Gpu, engine: str, *, read_bytes: float, cache_bytes: float, weights: float, layers: int, sequences: int = 1
-) -> ServingSpeed | None:
+    gpu: Gpu, engine: str, *, read_bytes: float, cache_bytes: float, weights: float, layers: int, sequences: int = 1,
+    precision: str = "Q4_K_M",
+) -> ServingSpeed | None:  # fmt: skip
     """Return the speed of one request; None if the GPU's rates are unknown, or no runs of its kind are.
 
     Args:
@@ -87,13 +88,23 @@ def estimate_serving_speed(
         weights: in matrices that a token is multiplied with.
         layers: of the model.
         sequences: requests decoded together.
+        precision: of the weights, by which a measurement of this machine is chosen.
     """
+    moved = read_bytes + sequences * cache_bytes
+    if gpu.measured is not None and (found := gpu.measured.find_serving(engine, precision)) is not None:
+        fit, nearest, evidence = found
+        prompt_seconds = 2 * weights / fit.prompt_flops[nearest]
+        seconds = moved / fit.bytes_per_second[nearest] + layers * fit.layer_s
+        return ServingSpeed(
+            Range(*(end / seconds for end in fit.spread)),
+            Range(*(end / prompt_seconds for end in fit.spread)),
+            evidence,
+        )
     key = ("llama.cpp" if engine == "ollama" else engine, hardware_kind(gpu))
     if key not in DECODING or not gpu.rates or not gpu.bandwidth:
         return None
     decoding, prefill = DECODING[key], PREFILL[key]
     prompt_seconds = 2 * weights / (prefill.share * gpu.rates[prefill.rate])
-    moved = read_bytes + sequences * cache_bytes
     # Decoded together, requests share the reading of the weights, until their arithmetic takes longer.
     seconds = max(moved / (decoding.share * gpu.bandwidth), sequences * prompt_seconds) + layers * decoding.layer_s
     return ServingSpeed(

@@ -9,11 +9,23 @@ from ..errors import UsageError
 from ..models.dtype import pick_device, pick_dtype
 from ..utils.device import free_memory
 from ..utils.distributed import local_world_size
-from .gpus import Gpu, find_by_name, find_gpu
+from .gpus import THIS_MACHINE, Gpu, add_measured, find_by_name, find_gpu
+from .measured import load_measured
 
 
 def detect_gpu(device: str = "auto") -> Gpu:
-    """Return this machine's GPU, or its memory if it has none or the CPU is wanted; `device`: as for `pick_device`."""
+    """Return this machine's GPU, or its memory if it has none or the CPU is wanted; `device`: as for `pick_device`.
+
+    What `slimtune bench` measured on it is used, on a CPU only if it computed with as many threads.
+    """
+    gpu, found = _detect_gpu(device), load_measured()
+    threads = torch.get_num_threads() if gpu.device == "cpu" else 0
+    if found is None or (found.name, found.device, found.threads) != (gpu.name, gpu.device, threads):
+        return gpu
+    return add_measured(gpu, found)
+
+
+def _detect_gpu(device: str) -> Gpu:
     picked = pick_device(device)
     bf16 = pick_dtype("auto", picked) is torch.bfloat16
     if picked.type == "cuda":
@@ -28,7 +40,7 @@ def detect_gpu(device: str = "auto") -> Gpu:
         return Gpu("this Mac", "mac", "apple", "", total, total, unified=True, source="this machine", auto_bf16=bf16)
     free = free_memory(torch.device("cpu"))
     others = f", one of {local_world_size()} processes on it" if local_world_size() > 1 else ""
-    return Gpu(f"this machine{others}", "cpu", "", "", free, free, source="this machine")
+    return Gpu(THIS_MACHINE + others, "cpu", "", "", free, free, source=THIS_MACHINE)
 
 
 def require_gpu(name: str, device: str = "auto") -> None:

@@ -68,6 +68,9 @@ def estimate_tokens_per_second(
         optimizer_step_bytes: bytes that the optimizer moves in a step.
         micro_batches: in an optimizer step.
     """
+    if gpu.measured is not None:
+        seconds = gpu.measured.estimate_step_seconds(operator_counts, optimizer_step_bytes / micro_batches)
+        return Range(*(end * tokens / seconds for end in gpu.measured.training.spread))
     if not gpu.rates:
         return None
     bandwidth = gpu.bandwidth or float("inf")

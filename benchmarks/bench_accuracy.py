@@ -1,0 +1,163 @@
+"""What `slimtune plan` predicts after `slimtune bench`, against real runs on this machine.
+
+    python benchmarks/bench_accuracy.py [--rounds 3] [--json FILE]
+
+Each round measures the machine anew (`slimtune bench`), trains SmolLM2-135M (`slimtune train`) on short rows (The
+Devil's Dictionary) and on long ones (eight of them as one conversation), and decodes with it in llama.cpp, in three
+precisions, and in transformers. A ratio is the middle of the predicted range over what the run took; the medians over
+the rounds count. Nothing else must run meanwhile. All processes have the same number of threads.
+
+Exit code 1: a median is off by more than 10 %.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROWS = Path(__file__).parents[1] / "examples/devils-dictionary/train.jsonl"
+BASE, MOST = "smollm2-135m", 0.10
+PROMPT, NEW_TOKENS = 64, 96
+
+
+def run_slimtune(*words: object) -> dict[str, Any]:
+    """Run a command with --json in a process of its own; return what it prints."""
+    command = [sys.executable, "-m", "slimtune", *map(str, words), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout)
+
+
+def write_rows(folder: Path) -> dict[str, Path]:
+    """Write the rows of both runs; return their files."""
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    joined = []
+    for at in range(0, len(rows) - 8, 8):
+        turns = [turn for row in rows[at : at + 8] for turn in row["messages"] if turn["role"] != "system"]
+        joined.append({"messages": turns})
+    found = {}
+    for name, some in {"short rows": rows[:96], "long rows": joined[:24]}.items():
+        found[name] = folder / f"{name.split()[0]}.jsonl"
+        found[name].write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    return found
+
+
+def middle(band: dict[str, float]) -> float:
+    return (band["low"] * band["high"]) ** 0.5
+
+
+def compare_training(name: str, rows: Path, out: Path) -> dict[str, Any]:
+    """Return predicted and real tokens a second of a training run."""
+    settings = ["--data", rows, "--max-seq-len", 1024, "--set", "data.validation_fraction=0"]
+    plan = run_slimtune("plan", BASE, *settings)
+    real = run_slimtune("train", "--model", BASE, *settings, "--out", out, "--epochs", 1)
+    return {"what": f"training, {name}", "predicted": plan["tokens_per_second"], "real": real["tokens_per_second"]}
+
+
+def compare_decoding(folder: Path) -> list[dict[str, Any]]:
+    """Return predicted and real tokens a second of decoding, by engine and precision."""
+    import torch
+
+    from slimtune.export.engines import LlamaCppEngine
+    from slimtune.export.gguf import write_gguf_from_template
+    from slimtune.models.loader import load_base
+    from slimtune.models.registry import resolve_model
+    from slimtune.planning.serving import active_weights, cache_bytes
+    from slimtune.planning.serving_speed import estimate_serving_speed
+    from slimtune.planning.this_machine import detect_gpu
+
+    gpu, base, found = detect_gpu(), load_base(BASE), []
+    model: Any = base.model.eval()
+    layers, template = model.config.num_hidden_layers, Path(resolve_model(BASE).path)
+
+    def predict(engine: str, precision: str) -> dict[str, float]:
+        read, weights = active_weights(model, "F16" if precision == "BF16" else precision)
+        context = PROMPT + NEW_TOKENS / 2
+        cached = cache_bytes(model.config, 25600, "llama.cpp", "f16") / 25600 * context
+        if precision == "F32":
+            cached *= 2
+        speed = estimate_serving_speed(
+            gpu, engine, read_bytes=read, cache_bytes=cached, weights=weights, layers=layers, precision=precision
+        )
+        assert speed is not None, "bench measured no such engine"
+        return speed.decode._asdict()
+
+    for precision in ("Q4_1", "Q8_0", "F16"):
+        file = template
+        if precision != "Q4_1":
+            file = folder / f"{precision}.gguf"
+            if not file.exists():
+                write_gguf_from_template(template, load_base(BASE, dtype="float32").model, file, precision.lower())
+        engine = LlamaCppEngine(file, max_tokens=512, threads=torch.get_num_threads(), cache="f16")
+        seconds = [engine.measure_seconds(PROMPT, NEW_TOKENS)[1] for _ in range(4)][1:]
+        engine.close()
+        real = 1 / statistics.median(seconds)
+        what = f"decoding, llama.cpp {precision}"
+        found.append({"what": what, "predicted": predict("llama.cpp", precision), "real": real})
+    precision = "BF16" if model.dtype is torch.bfloat16 else "F32"
+    prompt = torch.ones(1, PROMPT, dtype=torch.long, device=model.device)
+    model.generation_config.eos_token_id = None
+    settings = {"attention_mask": torch.ones_like(prompt), "do_sample": False}
+    times: list[list[float]] = [[], []]
+    with torch.no_grad():
+        for _ in range(4):
+            for new, taken in zip((1, 1 + NEW_TOKENS), times, strict=True):
+                start = time.perf_counter()
+                model.generate(prompt, max_new_tokens=new, **settings)
+                taken.append(time.perf_counter() - start)
+    first, whole = (statistics.median(taken[1:]) for taken in times)
+    what = f"decoding, transformers {precision}"
+    found.append({"what": what, "predicted": predict("transformers", precision), "real": NEW_TOKENS / (whole - first)})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    parser.add_argument("--decoding", type=Path, help=argparse.SUPPRESS)  # a process of its own, as each run is
+    args = parser.parse_args()
+    if args.decoding is not None:
+        print(json.dumps(compare_decoding(args.decoding)))
+        return
+    found: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        os.environ["SLIMTUNE_BENCH"] = str(folder / "bench.json")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        rows = write_rows(folder)
+        for number in range(args.rounds):
+            measured = run_slimtune("bench")
+            results = [compare_training(n, file, folder / f"{file.stem}-{number}") for n, file in rows.items()]
+            command = [sys.executable, __file__, "--decoding", str(folder)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"decoding failed:\n{done.stderr[-3000:]}")
+            results += json.loads(done.stdout.splitlines()[-1])
+            for r in results:
+                ratio = middle(r["predicted"]) / r["real"]
+                found.append({**r, "round": number + 1, "ratio": ratio, "threads": measured["threads"]})
+                figures = f"predicted {middle(r['predicted']):7.1f}, real {r['real']:7.1f} tokens/s"
+                print(f"round {number + 1}  {r['what']:28} {figures}, ratio {ratio:.3f}", flush=True)
+    print("\n| run | predicted / real, median | rounds |\n| --- | ---: | --- |")
+    worst = 0.0
+    for what in dict.fromkeys(r["what"] for r in found):
+        ratios = [r["ratio"] for r in found if r["what"] == what]
+        median = statistics.median(ratios)
+        worst = max(worst, abs(median - 1))
+        print(f"| {what} | {median:.3f} | {', '.join(f'{r:.3f}' for r in ratios)} |")
+    print(f"\nThe worst median is off by {100 * worst:.1f} %.")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(worst > MOST)
+
+
+if __name__ == "__main__":
+    main()
