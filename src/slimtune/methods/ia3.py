@@ -83,8 +83,6 @@ class IA3Config(TargetedConfig):
 
     def build(self, site: Site) -> AdapterModule:
         is_feedforward = _matches_ending(self.feedforward_modules or [], site.name)
-        if site.kind == "conv":
-            return (ScaledInputChannels if is_feedforward else ScaledOutputChannels)(site, self.init_ia3_weights)
         return (ScaledInput if is_feedforward else ScaledOutput)(site, self.init_ia3_weights)
 
     def build_all(self, sites: Sequence[Site]) -> list[AdapterModule]:
@@ -109,78 +107,46 @@ def _matches_ending(given: list[str] | str, name: str) -> bool:
 
 
 class ScaledOutput(AdapterModule):
-    """`l ⊙ y`."""
+    """`l ⊙ y`; for a convolution by channel."""
 
     def __init__(self, site: Site, init: bool) -> None:
         super().__init__()
+        self.is_conv = site.kind == "conv"
         self.ia3_l = _make_factors(site, init, (site.out_features, 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         # In the dtype of the factors: 16-bit numbers near one would round away what was learned.
-        return (y * self.ia3_l.flatten()).to(y.dtype)
+        return (y * (self.ia3_l[0] if self.is_conv else self.ia3_l.flatten())).to(y.dtype)
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        l = self.ia3_l.to(weight.dtype)  # noqa: E741 (the paper's letter)
-        return weight * l, None if bias is None else bias * l.flatten()
-
-
-class ScaledInput(AdapterModule):
-    """`W (l ⊙ x) + b`."""
-
-    scales_input = True
-
-    def __init__(self, site: Site, init: bool) -> None:
-        super().__init__()
-        self.ia3_l = _make_factors(site, init, (1, site.in_features))
-
-    def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        return base((x * self.ia3_l.flatten()).to(x.dtype))
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight * self.ia3_l.to(weight.dtype), bias
-
-
-class ScaledOutputChannels(AdapterModule):
-    """`l ⊙ y` for the channels of a convolution's output."""
-
-    def __init__(self, site: Site, init: bool) -> None:
-        super().__init__()
-        self.ia3_l = _make_factors(site, init, _channel_shape(site.module, site.out_features))
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return (y * self.ia3_l[0]).to(y.dtype)
-
-    def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        l = self.ia3_l.to(weight.dtype).flatten()  # noqa: E741
+        l = self.ia3_l.to(weight.dtype).flatten()  # noqa: E741 (the paper's letter)
         return weight * l[:, None], None if bias is None else bias * l
 
 
-class ScaledInputChannels(AdapterModule):
-    """`W ∗ (l ⊙ x) + b` for the channels of a convolution's input."""
+class ScaledInput(AdapterModule):
+    """`W (l ⊙ x) + b`; for a convolution by channel."""
 
     scales_input = True
 
     def __init__(self, site: Site, init: bool) -> None:
         super().__init__()
-        conv: Any = site.module
-        self.groups = conv.groups
-        self.ia3_l = _make_factors(site, init, _channel_shape(conv, conv.in_channels))
+        self.is_conv, self.groups = site.kind == "conv", getattr(site.module, "groups", 1)
+        self.ia3_l = _make_factors(site, init, (1, getattr(site.module, "in_channels", site.in_features)))
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
-        return base((x * self.ia3_l[0]).to(x.dtype))
+        return base((x * (self.ia3_l[0] if self.is_conv else self.ia3_l.flatten())).to(x.dtype))
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         l = self.ia3_l.to(weight.dtype).view(self.groups, 1, -1, 1)  # noqa: E741
-        # (groups, outputs of a group, inputs of a group, kernel size)
-        parts = weight.view(self.groups, len(weight) // self.groups, l.shape[2], -1)
-        return (parts * l).view_as(weight), bias
+        # (groups, outputs of a group, inputs of a group, kernel size); a linear layer has one group and size 1.
+        parts = weight.reshape(self.groups, len(weight) // self.groups, l.shape[2], -1)
+        return (parts * l).view(weight.shape), bias
 
 
-def _channel_shape(conv: Any, channels: int) -> tuple[int, ...]:
-    return (1, channels, *[1] * len(conv.kernel_size))
-
-
-def _make_factors(site: Site, init: bool, shape: tuple[int, ...]) -> nn.Parameter:
+def _make_factors(site: Site, init: bool, shape: tuple[int, int]) -> nn.Parameter:
+    """Return the factors, `shape`; for a convolution `(1, channels, 1, …)`."""
+    conv: Any = site.module
+    full_shape = (1, max(shape), *[1] * len(conv.kernel_size)) if site.kind == "conv" else shape
     # PEFT draws random numbers even for a start at one: one seed gives the same adapter in both libraries.
-    start = torch.randn(shape, device=site.init_device)
+    start = torch.randn(full_shape, device=site.init_device)
     return nn.Parameter((torch.ones_like(start) if init else start).to(site.device, site.dtype))

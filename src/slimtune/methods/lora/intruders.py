@@ -67,11 +67,7 @@ def reduce_intruder_dimension(
         change += (mitigation_lambda - 1) * (U[:, intruders] * S[intruders]) @ Vh[intruders]
         near = nearest_low_rank((change.t() if is_embedding else change) / scale, old.r)
         root = near.B.norm(dim=0).sqrt()  # A and B share the singular values
-        new = dict(
-            zip(
-                ("A", "B"), (near.A * root[:, None], near.B / root.clamp_min(torch.finfo(root.dtype).tiny)), strict=True
-            )
-        )
+        new = {"A": near.A * root[:, None], "B": near.B / root.clamp_min(torch.finfo(root.dtype).tiny)}
         for parameter_name, parameter in copy.named_parameters():
             parameter.copy_(new[parameter_name.removesuffix(".weight")[-1]])
     peft_model.set_adapter(new_adapter_name)
