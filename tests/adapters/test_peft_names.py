@@ -79,6 +79,7 @@ def test_isinstance(model):
     assert isinstance(model, PeftModelForCausalLM)
     assert isinstance(model.base_model, LoraModel)
     assert not isinstance(model.base_model, IA3Model)
+    assert IA3Model.uses_shared_state is False
 
 
 def test_both_readings_of_base_model(model):

@@ -48,6 +48,8 @@ class BaseTuner(metaclass=TunerType):
 
     method: ClassVar[str] = ""
     """Name of the method of the active adapter; empty: any."""
+    uses_shared_state: ClassVar[bool] = False
+    """Whether `inject_adapter_in_model` refuses the method, as PEFT does where layers share tensors: never here."""
 
     @classmethod
     def matches(cls, model: Any) -> bool:
