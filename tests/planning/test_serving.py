@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from slimtune.errors import ModelError, UsageError
+from slimtune.models.base_config import get_model_info
 from slimtune.models.registry import load_known_configs
 from slimtune.planning.gpus import find_gpu, gpu_with_memory
 from slimtune.planning.serving import (
@@ -238,6 +239,28 @@ def test_cache_that_is_no_keys_and_values(field, value, message):
 
 @pytest.mark.slow
 def test_every_known_base():
+    recurrent = (
+        "lfm2",
+        "llama-4",
+        "nemotron-3",
+        "nemotron-nano-9b",
+        "qwen3-next",
+        "qwen3-coder-next",
+        "qwen3.",
+        "glm-4.7",
+    )
     for name in load_known_configs():
+        if name.startswith(recurrent):
+            with pytest.raises(ModelError, match="cache no keys and values of heads"):
+                plan(name)
+            continue
         need = plan(name).need
         assert 0 < need.low < need.high, name
+
+
+def test_cache_of_layers_with_other_heads():
+    """Gemma 4's full layers have 4 heads of 512, its others 16 of 256; E2B's last 20 layers have no cache."""
+    large, small = (get_model_info(name).config for name in ("gemma-4-31b", "gemma-4-e2b"))
+    window = 1024 + 512  # and the tokens that are computed at once
+    assert cache_bytes(large, 4096, "ollama") == 2 * 2 * (10 * 4 * 512 * 4096 + 50 * 16 * 256 * window)
+    assert cache_bytes(small, 4096, "ollama") == 2 * 2 * (3 * 512 * 4096 + 12 * 256 * (512 + 512))

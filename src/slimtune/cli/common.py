@@ -217,7 +217,9 @@ def table(*columns: str, left: Sequence[int] = (), rows: Iterable[Iterable[str]]
     made = Table(box=None, pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
         is_text = number in left
-        made.add_column(column, justify="left" if is_text or not number else "right", no_wrap=not is_text)
+        made.add_column(
+            column, justify="left" if is_text or not number else "right", no_wrap=not is_text, overflow="fold"
+        )
     for row in rows:
         made.add_row(*(Text(escape_controls(cell)) for cell in row))
     return made
@@ -231,3 +233,11 @@ def print_fields(fields: Iterable[tuple[str, str]], gap: int = 2) -> None:
         room = max(screen.width - indent, 20)
         lines = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False)
         screen.print(label.ljust(indent) + f"\n{' ' * indent}".join(lines))
+
+
+def print_age(dates: Iterable[str]) -> None:
+    """Say how many of the shown figures may be out of date."""
+    from ..planning.gpus import MAX_AGE, is_old
+
+    if old := sum(map(is_old, dates)):
+        console().print(f"{old} of these were checked more than {MAX_AGE} days ago: --sources says when", style=WARNING)

@@ -7,7 +7,7 @@ from typer import Argument, Option
 
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_bytes, format_count
-from .common import WARNING, Json, console, print_fields, table
+from .common import Json, console, print_age, print_fields, table
 from .jobs import JOB_SETTINGS, Jobs, load_one_job, make_plans
 from .machines import list_machine_sources, machine_rows
 from .options import recipe_flags
@@ -75,7 +75,7 @@ def gpus(
             for c in cards
         )
         console().print(table("GPU", "memory", "GB/s", "bf16", "flash", "watts", "kind", left=[6], rows=rows))
-        _print_age(cards)
+        print_age(c.checked for c in cards)
     if job is None:
         return {"cards": [_to_dict(card) for card in cards]}
 
@@ -106,7 +106,7 @@ def gpus(
             screen.print(f"\n{too_small} of {len(judged)} GPUs are too small")
         if untrained:
             screen.print(f"slimtune does not train on Intel GPUs: {', '.join(untrained)}")
-        _print_age(shown)
+        print_age(c.checked for c in shown)
         if sources:
             evidence = next(iter(plans.values())).evidence
             screen.print()
@@ -155,14 +155,6 @@ def _list_sources(cards: Iterable[Any]) -> Iterator[tuple[str, str]]:
     from ..planning.gpus import format_checked
 
     return ((c.name, f"{c.source} (checked {format_checked(c.checked)})") for c in cards)
-
-
-def _print_age(cards: Sequence[Any]) -> None:
-    """Say how many of the GPUs have figures that may be out of date."""
-    from ..planning.gpus import MAX_AGE, is_old
-
-    if old := sum(is_old(c.checked) for c in cards):
-        console().print(f"{old} of these were checked more than {MAX_AGE} days ago: --sources says when", style=WARNING)
 
 
 def _describe_gpu(card: Any) -> Iterator[tuple[str, str]]:

