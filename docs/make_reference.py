@@ -10,8 +10,10 @@ from pathlib import Path
 
 import yaml
 
+from slimtune.adapters.config_fields import field_specs
 from slimtune.config import Recipe
 from slimtune.config.schema import iterate_settings
+from slimtune.objectives import objective_class, objective_names
 
 PAGE = Path(__file__).parent / "recipe.md"
 
@@ -26,8 +28,28 @@ def settings_table(section: str) -> str:
     return "\n".join(lines)
 
 
+def objectives_table() -> str:
+    """Return the table of the objectives' own settings."""
+    lines = ["| task | what the rows teach | setting | takes | default | what it does |", "| --- " * 6 + "|"]
+    for name in objective_names():
+        cls = objective_class(name)
+        first = f"`{name}` | {cls.summary}"
+        for s in field_specs(cls):
+            lines.append(f"| {first} | `task.{s.name}` | {s.expected} | {s.default} | {s.help} |")
+            first = " | "
+        if not field_specs(cls):
+            lines.append(f"| {first} | | | | |")
+    return "\n".join(lines)
+
+
 def update_page(text: str) -> str:
     """Return the page with its tables written again."""
+    text = re.sub(
+        r"(<!-- objectives -->\n).*?(<!-- end -->)",
+        lambda m: f"{m[1]}{objectives_table()}\n{m[2]}",
+        text,
+        flags=re.DOTALL,
+    )
     return re.sub(
         r"(<!-- settings: (\w+) -->\n).*?(<!-- end -->)",
         lambda m: f"{m[1]}{settings_table(m[2])}\n{m[3]}",

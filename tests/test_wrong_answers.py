@@ -98,8 +98,7 @@ CASES: list[Case] = [
     Case("oasst", {"a.jsonl": row(text="Hi", role="prompter", parent_id="7")}, "data a.jsonl", 1, "one message of a"),
     Case("scored", {"a.jsonl": chat(score=0.1)}, "data a.jsonl --model BASE", 1, "--ignore-columns score"),
     Case("summary", {"a.jsonl": row(text="Long.", summary="S.")}, "data a.jsonl", 1, "it seems to belong to each text"),
-    Case("preference", {"a.jsonl": PAIR}, "data a.jsonl --model BASE", 1, "nothing trains on them yet"),
-    Case("preference-trained", {"a.jsonl": PAIR}, TRAIN, 1, "nothing trains on them yet"),
+    Case("preference-trained", {"a.jsonl": PAIR}, TRAIN, 1, "--task dpo"),
     Case(
         "prompt-response",
         {"a.jsonl": row(prompt="Q", response="A")},

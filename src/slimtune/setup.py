@@ -28,11 +28,12 @@ from .data.parallel import cpu_count
 from .data.tokenize import RowReport, tokenize_dataset
 from .data.tokenized_dataset import TokenizedDataset
 from .data.validation.report import DatasetReport
-from .errors import AdapterError, ModelError, RunError, UsageError, format_names
+from .errors import AdapterError, DataError, ModelError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
 from .models.errors import translate_load_errors
 from .models.loader import Base, download_weights, get_auto_class, load_base, load_tokenizer
 from .models.quantization import dequantize_model
+from .objectives import objective_class, objective_names
 from .run_dir import CONFIG_FILE, RunDir, find_adapter_folder
 from .train_step.loss import auto_micro_batch_tokens, check_lm_head, get_row_head, make_collator
 from .train_step.memory_savings import apply_memory_savings
@@ -60,9 +61,9 @@ class Datasets:
     data_reports: dict[str, Any]
     classes: Classes | None = None  # of a sequence classifier
 
-    def lengths(self) -> np.ndarray:
-        """Return the tokens of each row, training rows first, int64."""
-        return np.concatenate([self.train.lengths, self.validation.lengths])
+    def lengths(self) -> list[int]:
+        """Return the tokens of each row, training rows first; a preference pair has two rows."""
+        return [*self.train.row_lengths, *self.validation.row_lengths]
 
 
 @dataclass
@@ -85,7 +86,15 @@ def open_rows_from_recipe(recipe: Recipe | None, path: Path) -> RowFile:
         return open_rows(path)
     data, formats = recipe.data, recipe.objective().formats
     format = data.format or (formats[0] if len(formats) == 1 else None)
-    return open_rows(path, format=format, columns=data.columns, ignore_columns=data.ignore_columns)
+    rows = open_rows(path, format=format, columns=data.columns, ignore_columns=data.ignore_columns)
+    if rows.format not in (*formats, "unknown"):
+        tasks = [name for name in objective_names() if rows.format in objective_class(name).formats]
+        raise DataError(
+            f"{path} has rows of the format {rows.format}, and the task {recipe.task.name} does not learn from them",
+            f"rows of {format_names(formats)}",
+            " or ".join(f"--task {name}" for name in tasks),
+        )
+    return rows
 
 
 def load_datasets(recipe: Recipe, tokenizer: Any) -> Datasets:

@@ -13,6 +13,7 @@ from slimtune.config import DataSettings
 from slimtune.data.dataset import MAX_COLUMN_SETS, InvalidRow, open_rows, read_rows
 from slimtune.data.formats import FORMATS, Row, parse_record
 from slimtune.data.tokenize import tokenize_dataset, tokenize_rows
+from slimtune.data.tokenized_dataset import split_rows
 from slimtune.errors import DataError, ModelError, UsageError
 
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -348,14 +349,36 @@ def test_developer_message_of_a_template_that_knows_it():
     assert "<|start|>developer<|message|># Instructions\n\nBe brief." in tok.decode(tokens.input_ids)
 
 
-def test_preference_pairs_are_refused(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "b"})
-    with pytest.raises(DataError, match=r"contains preference pairs .* nothing trains on them yet") as error:
+YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
+PAIRS = {
+    "text": ({"prompt": "Q: ", "chosen": "yes", "rejected": "no"}, "Q: ", "yes"),
+    "implicit text": ({"chosen": "Q: so yes", "rejected": "Q: so no"}, "Q: so", " yes"),
+    "messages": ({"prompt": [USER], "chosen": [YES], "rejected": [NO]}, None, "yes"),
+    "implicit messages": ({"chosen": [USER, YES], "rejected": [USER, NO]}, None, "yes"),
+    "prompt repeated": ({"prompt": [USER], "chosen": [USER, YES], "rejected": [USER, NO]}, None, "yes"),
+    "text beside messages": ({"prompt": "hi", "chosen": [USER, YES], "rejected": [USER, NO]}, None, "yes"),
+    "text after messages": ({"prompt": [USER], "chosen": "yes", "rejected": "no"}, None, "yes"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_preference_pair_is_two_rows(tmp_path, name):
+    record, prompt, answer = PAIRS[name]
+    path = write(tmp_path / "a.jsonl", record)
+    (example,) = tokenize_dataset(open_rows(path), TOK, max_seq_len=99, path=path)[0]
+    (chosen, labels), (rejected, _) = split_rows(example)
+    expected = [{"messages": [USER, turn]} for turn in (YES, NO)]
+    if prompt is not None:
+        expected = [{"prompt": prompt, "completion": a} for a in (answer, answer.replace("yes", "no"))]
+    alone = [tokenize_rows(read_rows(write(tmp_path / f"{i}.jsonl", row)), TOK)[0] for i, row in enumerate(expected)]
+    assert [chosen, rejected] == [row.input_ids for row in alone]
+    assert labels == [t if on else -100 for t, on in zip(alone[0].input_ids, alone[0].supervised, strict=True)]
+
+
+def test_pair_without_a_difference(tmp_path):
+    path = write(tmp_path / "a.jsonl", {"prompt": "Q", "chosen": "a", "rejected": "a"})
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the chosen answer is the rejected one"):
         tokenize_dataset(open_rows(path), TOK, max_seq_len=99, path=path)
-    assert "--format prompt-completion --column completion=chosen" in error.value.hint
-    assert tokenize_rows(read_rows(path), TOK)[0].code == "preference"
-    rows = open_rows(path, format="prompt-completion", columns={"completion": "chosen"}, ignore_columns=["rejected"])
-    assert len(tokenize_dataset(rows, TOK, max_seq_len=99, path=path)[0]) == 1
 
 
 def test_examples_of_the_documentation(tmp_path):

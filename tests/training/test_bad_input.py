@@ -30,7 +30,7 @@ FAULTY_ROWS = {
     "unknown role": (CHAT.replace("assistant", "asistant"), "rows.jsonl:1", "did you mean 'assistant'?"),
     "no messages": ('{"message": []}\n', "did you mean 'messages' for 'message'?"),
     "nothing to learn": (chat("x" * 90, "y"), "rows.jsonl", "no supervised token"),
-    "preference": ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "contains preference pairs"),
+    "preference": ('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', "rows of the format preference", "--task dpo"),
     "two formats": ('{"text": "a", "prompt": "b", "completion": "c"}\n', "may be prompt-completion or text"),
     "half a row": ('{"text": "a"}\n{"txt": "a"}\n', "rows.jsonl:2: has no 'text'; did you mean 'txt'?"),
     "a weight between": (CHAT.replace('"ho"', '"ho", "weight": 0.3'), "rows.jsonl:1: messages[1].weight is 0.3"),

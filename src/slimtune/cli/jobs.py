@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ..planning.result import Plan
 
 JOB_SETTINGS = (
-    "model.dtype", "model.quantization", "model.trust_remote_code", "data.train", "data.max_seq_len", "method.name",
-    "train.epochs", "train.max_steps", "train.batch_size", "train.gradient_accumulation_steps",
+    "model.dtype", "model.quantization", "model.trust_remote_code", "data.train", "data.max_seq_len", "task.name",
+    "method.name", "train.epochs", "train.max_steps", "train.batch_size", "train.gradient_accumulation_steps",
     "train.max_tokens_per_micro_batch", "train.packing", "train.optimizer", "train.gradient_checkpointing",
     "train.offload_activations", "train.mlp_tile_size", "train.fsdp",
 )  # fmt: skip
@@ -121,9 +121,10 @@ def load_jobs(model_or_recipe: str, settings: Mapping[str, Any], output_dir: str
     m, t = recipe.model, recipe.train
     model = get_model_info(m.name, trust_remote_code=m.trust_remote_code, revision=m.revision)
     lengths = _read_lengths(recipe, model) if has_rows else []
+    examples = len(lengths) // recipe.objective().rows_per_example
     epochs = t.epochs
     if t.max_steps is not None:
-        epochs = t.max_steps * t.batch_size * t.gradient_accumulation_steps / max(len(lengths), 1)
+        epochs = t.max_steps * t.batch_size * t.gradient_accumulation_steps / max(examples, 1)
     return Jobs(recipes, errors, model, has_rows, lengths, round(epochs * sum(lengths)) or None)
 
 
@@ -191,4 +192,4 @@ def _read_lengths(recipe: Recipe, model: ModelInfo) -> list[int]:
         if report is not None and report["verdict"] == "errors":
             why = f"{format_verdict(report)} (slimtune data shows them)"
             print_progress(f"training will refuse {report['file']}: {why}")
-    return datasets.train.lengths.tolist()
+    return datasets.train.row_lengths

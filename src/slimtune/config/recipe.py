@@ -59,7 +59,8 @@ class Recipe(schema.Section):
         task, task_errors = resolve_task(tree.get("task", {}))
         raise_errors({e.path: e for e in (*errors, *method_errors, *task_errors)}.values(), source)
         train = tree.setdefault("train", {})
-        train.setdefault("learning_rate", config_class(method["name"]).learning_rate)
+        rate = config_class(method["name"]).learning_rate * objective_class(task["name"]).learning_rate_factor
+        train.setdefault("learning_rate", float(f"{rate:.6g}"))
         recipe = cls.model_validate({**tree, "task": task, "method": method})
         raise_errors(recipe._find_contradictions(), source)
         return recipe
@@ -93,6 +94,11 @@ class Recipe(schema.Section):
             expected = "model.quantization nf4 or int8, or another initialization"
             errors.append(FieldError("method.init_lora_weights", message, expected))
         d = self.data
+        formats = objective_class(self.task.name).formats
+        if d.format is not None and d.format not in formats:
+            errors.append(
+                FieldError("data.format", f"got {d.format!r}, and task is {self.task.name}", " or ".join(formats))
+            )
         if d.test is not None and d.test_fraction > 0:
             message = f"got {d.test_fraction}, and data.test names rows for `slimtune eval`"
             errors.append(FieldError("data.test_fraction", message, "only one of the two"))

@@ -23,4 +23,9 @@ def resolve_task(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[FieldEr
         if error := spec.find_error(values[field]):
             message = error.message.replace(f"{field} is ", "got ", 1)
             errors.append(FieldError(f"task.{field}", message, error.expected))
+    if not errors:
+        try:
+            cls(**values)
+        except ConfigError as e:
+            errors.append(FieldError(f"task.{e.message.split(' ', 1)[0]}", e.message, e.expected))
     return {"name": name, **values}, errors

@@ -10,6 +10,7 @@ one. Variants of the messages are rendered until every call is in the text. What
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import re
@@ -42,17 +43,51 @@ class RenderedText:
 
 @dataclass(frozen=True)
 class TokenizedRow:
-    """Token ids of a row, and for each whether the model learns to predict it. Both have length L."""
+    """Token ids of a row, and for each whether the model learns to predict it. Both have length L.
+
+    The two rows of a preference pair are one after the other, the better one first; `row_lengths` are their tokens.
+    """
 
     input_ids: list[int]
     supervised: list[bool]
     thinking: tuple[int, int, int] = (0, 0, 0)  # as in `RenderedText`
     asked_otherwise: bool = False
+    row_lengths: tuple[int, ...] | None = None
+
+    def split(self) -> list["TokenizedRow"]:
+        """Return the rows of a pair, or the row itself."""
+        ends = list(itertools.accumulate(self.row_lengths or (len(self.input_ids),)))
+        parts = [slice(end - n, end) for end, n in zip(ends, self.row_lengths or ends, strict=True)]
+        return [
+            dataclasses.replace(self, input_ids=self.input_ids[p], supervised=self.supervised[p], row_lengths=None)
+            for p in parts
+        ]
+
+    def truncate(self, length: int) -> "TokenizedRow":
+        """Return the row, or each of a pair, cut to its first `length` tokens."""
+        return join_rows(
+            [
+                dataclasses.replace(row, input_ids=row.input_ids[:length], supervised=row.supervised[:length])
+                for row in self.split()
+            ]
+        )
 
     def is_open(self, end_ids: frozenset[int]) -> bool:
         """Return whether the last supervised token does not end a turn."""
         pairs = zip(reversed(self.input_ids), reversed(self.supervised), strict=True)
         return next((token not in end_ids for token, supervised in pairs if supervised), False)
+
+
+def join_rows(rows: Sequence[TokenizedRow]) -> TokenizedRow:
+    """Return the rows of a pair as one, or a single row as it is."""
+    if len(rows) == 1:
+        return rows[0]
+    ids = [token for row in rows for token in row.input_ids]
+    # Nothing stands before the first token of a row to predict it from.
+    supervised = [t > 0 and learned for row in rows for t, learned in enumerate(row.supervised)]
+    return dataclasses.replace(
+        rows[0], input_ids=ids, supervised=supervised, row_lengths=tuple(len(row.input_ids) for row in rows)
+    )
 
 
 def encode_chat(tokenizer: Any, messages: Messages, tools: Tools = None) -> TokenizedRow:

@@ -1,19 +1,19 @@
 """The formats of a row, each recognized by its columns, and how a record of each becomes a `Row`.
 
 A new format is one function here and one entry in `FORMATS`. Columns that no format names are not used; the data
-report names them, and one of `COLUMN_MEANINGS` is an error. Preference pairs are read and validated, but nothing
-trains on them yet.
+report names them, and one of `COLUMN_MEANINGS` is an error.
 """
 
 import contextlib
 import difflib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, UsageError, format_names, nearest
+from ..utils.sequences import common_prefix_length
 from .messages import (
     Messages,
     RowError,
@@ -104,6 +104,38 @@ def _read_preference(record: Record) -> Fields:
         fields["messages"], _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
         return fields | {"tools": _read_tools(record)}
     return fields if prompt is None else fields | {"prompt": require_text(prompt, "'prompt'")}
+
+
+def split_pair(row: Row) -> list[Row]:
+    """Return a preference pair as the two rows that it trains, the better one first; any other row as it is.
+
+    The prompt is what both answers begin with, if it is not given apart (TRL's implicit prompt): whole messages, or a
+    text up to the last space. Only what follows the prompt is learned.
+    """
+    if row.chosen is None or row.rejected is None:
+        return [row]
+    single = replace(row, chosen=None, rejected=None)
+    if isinstance(row.chosen, str) and isinstance(row.rejected, str) and not row.messages:
+        if row.prompt is not None:
+            return [replace(single, completion=answer) for answer in (row.chosen, row.rejected)]
+        shared = common_prefix_length(row.chosen, row.rejected)
+        shared -= shared > 0 and row.chosen[shared - 1] == " "
+        prompt = row.chosen[:shared]
+        return [replace(single, prompt=prompt, completion=a[shared:]) for a in (row.chosen, row.rejected)]
+    answers = (row.chosen, row.rejected)
+    chats: list[Messages] = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
+    shared = common_prefix_length(chats[0], chats[1])
+    if row.messages and chats[0][: len(row.messages)] != row.messages:  # otherwise the answers repeat the prompt
+        chats, shared = [[*row.messages, *chat] for chat in chats], len(row.messages)
+    return [
+        replace(
+            single,
+            messages=chat,
+            prompt=None,
+            learned=tuple(i >= shared and m["role"] == "assistant" for i, m in enumerate(chat)),
+        )
+        for chat in chats
+    ]
 
 
 def _read_classification(record: Record) -> Fields:

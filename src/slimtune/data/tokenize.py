@@ -20,7 +20,7 @@ from ..utils.formatting import format_count
 from . import chat_template
 from .chat_template import RenderedText, TokenizedRow
 from .dataset import MAX_ERRORS, RowErrorCollector, RowFile
-from .formats import InvalidRow, Row
+from .formats import InvalidRow, Row, split_pair
 from .messages import REASONING_KEYS, RowError, check_template_keys, check_thinking, get_thinking
 from .parallel import parallel_map
 from .tokenized_dataset import DatasetWriter, TokenizedDataset
@@ -29,10 +29,6 @@ BATCH_SIZE, BATCH_CHARACTERS = 512, 4_000_000
 """Most rows that a process tokenizes at once, and characters from which fewer are enough."""
 ON_OVERLONG = ("error", "drop", "truncate")
 TRAIN_ON = ("assistant", "last_assistant")
-PREFERENCE_HINT = (
-    "to learn the better answers, read them as prompt-completion: "
-    "--format prompt-completion --column completion=chosen --ignore-columns rejected"
-)
 PARAGRAPH_HINT = (
     "a row of a .txt file is a paragraph: put a blank line between those that should be rows, "
     "or learn from the whole text: --format document"
@@ -102,6 +98,7 @@ def tokenize_rows(
     """Return the tokens of each row of a batch with the mask of supervised ones, or why the row has none.
 
     A text with a label gets the tokens that `tokenizer(text)` gives, special ones included; none of them is supervised.
+    A preference pair becomes the tokens of its two rows.
     """
     special_tokens = chat_template.special_token_pattern(tokenizer)
 
@@ -109,8 +106,6 @@ def tokenize_rows(
         if row.labels is not None and row.prompt is not None:
             ids = tokenizer(row.prompt, verbose=False)["input_ids"]
             return TokenizedRow(ids, [False] * len(ids))
-        if row.chosen is not None:
-            return InvalidRow(row.line, "is a preference pair, and nothing trains on them yet", "preference", row.file)
         if row.completion is not None:
             return chat_template.render_text(tokenizer, row.prompt or "", row.completion)
         learned = row.learned
@@ -138,9 +133,9 @@ def tokenize_rows(
             code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
             return InvalidRow(row.line, error.message, code, row.file)
 
-    rows = list(rows)
-    first = next((row for row in rows if row.messages), None)
-    rendered = [render(row) for row in rows]
+    parts = [split_pair(row) for row in rows]
+    first = next((row for pair in parts for row in pair if row.messages), None)
+    rendered = [render(part) for pair in parts for part in pair]
     texts = [one.text for one in rendered if isinstance(one, RenderedText)]
     tokens = zip(*chat_template.tokenize_texts(tokenizer, texts), strict=True)
     found: list[TokenizedRow | InvalidRow] = []
@@ -150,7 +145,22 @@ def tokenize_rows(
             found.append(TokenizedRow(ids, chat_template.mask_tokens(one, offsets), one.thinking, one.asked_otherwise))
         else:
             found.append(one)
-    return found
+    left = iter(found)
+    return [_join_pair([next(left) for _ in pair], pair[0]) for pair in parts]
+
+
+def _join_pair(found: Sequence[TokenizedRow | InvalidRow], row: Row) -> TokenizedRow | InvalidRow:
+    """Return the rows of a pair as one, or what is wrong with it; a single row as it is."""
+    tokens = [one for one in found if isinstance(one, TokenizedRow)]
+    if len(tokens) < len(found):
+        return next(one for one in found if isinstance(one, InvalidRow))
+    if len(tokens) > 1 and tokens[0].input_ids == tokens[1].input_ids:
+        return InvalidRow(row.line, "the chosen answer is the rejected one", "same-pair", row.file, "remove the row")
+    for name, one in zip(("chosen", "rejected"), tokens if len(tokens) > 1 else (), strict=False):
+        if not any(one.supervised[1:]):
+            cause = f"the {name} answer has no token of its own after the prompt that both share"
+            return InvalidRow(row.line, cause, "empty-answer", row.file)
+    return chat_template.join_rows(tokens)
 
 
 @dataclass
@@ -162,6 +172,7 @@ class TokenizedBatch:
     ids: np.ndarray  # int32 [T]: the tokens of the kept rows, one row after another
     supervised: np.ndarray  # bool [T]
     lengths: np.ndarray  # int64 [N], of the kept rows
+    row_lengths: list[list[int] | None]  # of each of the two rows of a kept pair
     lines: np.ndarray  # int64 [N]
     overlong: list[int]  # lines of the rows that are too long
     unsupervised: list[int]  # lines of the kept rows without a supervised token, nor a label
@@ -202,11 +213,12 @@ class BatchTokenizer:
         report, limit = RowReport(self.max_seq_len, rows=len(batch)), None if self.documents else self.max_seq_len
         ids: list[list[int]] = []
         supervised: list[list[bool]] = []
+        row_lengths: list[list[int] | None] = []
         lines, overlong, unsupervised, labels = [], [], [], []
         for row, tokens in pairs:
             if isinstance(tokens, InvalidRow):
                 continue
-            length = len(tokens.input_ids)
+            length = max(tokens.row_lengths or (len(tokens.input_ids),))
             report.longest = max(report.longest, length)
             if limit is not None and length > limit:
                 overlong.append(row.line)
@@ -215,12 +227,14 @@ class BatchTokenizer:
                     continue
                 report.truncated += 1
             lines.append(row.line)
-            ids.append(tokens.input_ids[:limit])
-            supervised.append(tokens.supervised[:limit])
+            kept = tokens if limit is None or length <= limit else tokens.truncate(limit)
+            ids.append(kept.input_ids)
+            supervised.append(kept.supervised)
+            row_lengths.append(list(kept.row_lengths) if kept.row_lengths else None)
             count = sum(supervised[-1][1:])
             if row.labels is not None:
                 labels.append(row.labels)
-            elif not count:
+            elif not all(any(part.supervised[1:]) for part in kept.split()):
                 unsupervised.append(row.line)
             report.supervised_tokens += count
             report.missing_eos += tokens.is_open(end_ids)
@@ -232,6 +246,7 @@ class BatchTokenizer:
             np.fromiter(itertools.chain.from_iterable(ids), np.int32, report.tokens),
             np.fromiter(itertools.chain.from_iterable(supervised), bool, report.tokens),
             lengths,
+            row_lengths,
             np.array(lines, np.int64),
             overlong,
             unsupervised,
@@ -273,16 +288,14 @@ def tokenize_dataset(
     function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, validate, documents)
     if isinstance(rows, RowFile):
         errors = rows.create_error_collector()
-        if rows.format == "preference":
-            problem = f"{path} contains preference pairs (chosen, rejected), and nothing trains on them yet"
-            expected = "rows of another format: chat, instruction, sharegpt, prompt-completion or text"
-            raise DataError(problem, expected, PREFERENCE_HINT)
     else:
         errors = RowErrorCollector(path, hint="change these rows, or use another chat template (data.chat_template)")
     total, overlong, unsupervised = RowReport(max_seq_len), [], []
     with DatasetWriter() as writer:
         for batch in parallel_map(function, batch_rows(rows), processes):
-            writer.write(batch.ids, batch.supervised, batch.lengths, batch.lines, classes=batch.labels)
+            writer.write(
+                batch.ids, batch.supervised, batch.lengths, batch.lines, batch.row_lengths, classes=batch.labels
+            )
             total.add(batch.report)
             overlong += batch.overlong
             unsupervised += batch.unsupervised

@@ -27,6 +27,7 @@ class Objective:
             micro-batch: "CAUSAL_LM", −log p of each supervised token [K]; "SEQ_CLS", the head's logits of each row
             [R, classes]; both in fp32 or wider.
         needs_reference: whether examples need `reference`: log p of each row under the model without the adapter.
+        learning_rate_factor: what the method's default learning rate is multiplied by.
         measures: names of the columns of `score`.
     """
 
@@ -36,6 +37,7 @@ class Objective:
     rows_per_example: ClassVar[int] = 1
     task_type: ClassVar[Literal["CAUSAL_LM", "SEQ_CLS"]] = "CAUSAL_LM"
     needs_reference: ClassVar[bool] = False
+    learning_rate_factor: ClassVar[float] = 1.0
     measures: ClassVar[tuple[str, ...]]
 
     def __post_init__(self) -> None:
@@ -74,3 +76,45 @@ def sum_rows(values: Tensor, batch: Batch) -> Tensor:
     """Return the sum of the values of each row's supervised tokens [R]; the rows of an example are neighbours."""
     # index_add_ would add in another order each time on a GPU.
     return torch.stack([part.sum() for part in values.split(batch["row_targets"])])
+
+
+@dataclass
+class PairObjective(Objective):
+    """An objective on preference pairs: the first row of an example is the chosen answer, the second the rejected one.
+
+    A subclass gives `pair_losses`. Its rewards are TRL's: what the model prefers is the answer with the higher one.
+    """
+
+    formats: ClassVar[tuple[str, ...]] = ("preference",)
+    rows_per_example: ClassVar[int] = 2
+    learning_rate_factor: ClassVar[float] = 0.1
+    measures: ClassVar[tuple[str, ...]] = ("loss", "rewards/chosen", "rewards/rejected")
+
+    def pair_losses(self, logps: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss of each pair [N] and the rewards of its two answers [N, 2].
+
+        Args:
+            logps: log p of the two answers, summed over their tokens [N, 2].
+            tokens: their numbers of tokens [N, 2].
+            batch: the micro-batch.
+        """
+        raise NotImplementedError
+
+    def _losses_and_rewards(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        tokens = torch.tensor(batch["row_targets"], dtype=values.dtype, device=values.device)
+        return self.pair_losses(-sum_rows(values, batch).view(-1, 2), tokens.view(-1, 2), batch)
+
+    def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
+        """Return the summed losses of the micro-batch's pairs, divided by the step's pairs."""
+        return self._losses_and_rewards(values, batch)[0].sum() / num_items
+
+    def score(self, values: Tensor, batch: Batch) -> Tensor:
+        """Return the loss and the two rewards of each pair."""
+        losses, rewards = self._losses_and_rewards(values.double(), batch)
+        return torch.cat([losses[:, None], rewards], dim=1)
+
+    def summarize(self, scores: np.ndarray) -> dict[str, float]:
+        """Return the means, how often the chosen answer has the higher reward, and by how much on average."""
+        means = dict(zip(self.measures, scores.mean(axis=0).tolist(), strict=True))
+        margins = scores[:, 1] - scores[:, 2]
+        return means | {"rewards/accuracies": float((margins > 0).mean()), "rewards/margins": float(margins.mean())}

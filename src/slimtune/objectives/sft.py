@@ -21,7 +21,7 @@ class SFT(Objective):
 
     name: ClassVar[str] = "sft"
     summary: ClassVar[str] = "answers, by cross-entropy (supervised fine-tuning)"
-    formats: ClassVar[tuple[str, ...]] = ("chat", "instruction", "sharegpt", "prompt-completion", "text")
+    formats: ClassVar[tuple[str, ...]] = ("chat", "instruction", "sharegpt", "prompt-completion", "text", "document")
     measures: ClassVar[tuple[str, ...]] = ("nats", "tokens")
 
     def count_items(self, examples: Sequence[Mapping[str, Any]]) -> int:

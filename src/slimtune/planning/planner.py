@@ -153,7 +153,7 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     )
     if verdict == "fits" or not advise or request.fsdp:
         return plan
-    return replace(plan, advice=suggest_memory_savings(job, plan, gpu))
+    return replace(plan, advice=suggest_memory_savings(job, plan, gpu, request.rows_per_example))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -161,18 +161,19 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
 
 def split_batch(request: PlanRequest, job: TrainingJob, memory_model: MemoryModel) -> TrainingJob:
     """Return the job with as many rows in a micro-batch as fit, as training splits a batch."""
-    rows = job.lengths
-    if len(rows) == 1 or not (request.split_batch or request.max_tokens):
+    rows, together = job.lengths, request.rows_per_example
+    if len(rows) <= together or not (request.split_batch or request.max_tokens):
         return job
 
-    def fits(count: int) -> bool:
-        if request.max_tokens is not None and sum(rows[:count]) > request.max_tokens:
+    def fits(examples: int) -> bool:
+        some = rows[: examples * together]
+        if request.max_tokens is not None and sum(some) > request.max_tokens:
             return False
-        peak = round(SPLIT_MARGIN * (memory_model.peak(rows[:count]) + LIBRARY_BYTES.get(job.device, 0)))
+        peak = round(SPLIT_MARGIN * (memory_model.peak(some) + LIBRARY_BYTES.get(job.device, 0)))
         need = add_ranges(estimate_reserved_memory(job.device, peak, memory_model.state), RUNTIME[job.device])
         return not request.split_batch or judge_memory(need, request.gpu.usable) == "fits"
 
-    count = max(1, largest_fitting(fits, len(rows)))
+    count = together * max(1, largest_fitting(fits, len(rows) // together))
     micro_batches = -(-len(rows) // count) * request.gradient_accumulation_steps
     return replace(job, lengths=rows[:count], micro_batches=micro_batches)
 
@@ -242,7 +243,7 @@ NEEDS_CUDA_12_6 = ("pascal", "volta")
 """Architectures that torch's builds for CUDA 12.8 and newer have no kernels for (github.com/pytorch/pytorch 190385)."""
 
 
-def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advice]:
+def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu, rows_per_example: int = 1) -> list[Advice]:
     """Return changes that save memory, best first.
 
     Each change is planned alone. If none is enough, the first entry combines as many as are needed.
@@ -255,7 +256,7 @@ def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advic
         return plan.allocated_bytes - peak, judge_memory(add_ranges(reserved, RUNTIME[changed.device]), gpu.usable)
 
     useful, advice = [], []
-    for text, change in _possible_changes(job, gpu):
+    for text, change in _possible_changes(job, gpu, rows_per_example):
         saves, verdict = judge(change(job))
         if saves > 0:
             useful.append((text, change))
@@ -274,7 +275,7 @@ def suggest_memory_savings(job: TrainingJob, plan: Plan, gpu: Gpu) -> list[Advic
     return advice
 
 
-def _possible_changes(job: TrainingJob, gpu: Gpu) -> list[tuple[str, Change]]:
+def _possible_changes(job: TrainingJob, gpu: Gpu, rows_per_example: int) -> list[tuple[str, Change]]:
     """Return changes to a job, those that cost least first."""
     changes: list[tuple[str, Change]] = []
     longest = max(job.lengths)
@@ -284,8 +285,8 @@ def _possible_changes(job: TrainingJob, gpu: Gpu) -> list[tuple[str, Change]]:
         changes.append(("--offload-activations", partial(replace, offload_activations=True)))
     if job.mlp_tile_size is None and sum(job.lengths) >= 2 * ADVISED_TILE_SIZE:
         changes.append((f"--mlp-tile-size {ADVISED_TILE_SIZE}", partial(replace, mlp_tile_size=ADVISED_TILE_SIZE)))
-    if len(job.lengths) > 1:
-        one_row = partial(replace, lengths=job.lengths[:1], micro_batches=2)
+    if len(job.lengths) > rows_per_example:
+        one_row = partial(replace, lengths=job.lengths[:rows_per_example], micro_batches=2)
         changes.append(("--batch-size 1, and --gradient-accumulation-steps as many", one_row))
     if job.method.trains_every_weight:  # which leaves nothing to quantize
         return changes

@@ -100,6 +100,7 @@ class PlanRequest:
     lengths: tuple[int, ...] = ()  # of the longest rows of the data, if known; replaces batch_size and seq_len
     quantiles: tuple[int, ...] = ()  # lengths of rows at even shares of the data, if known; decide the speed
     max_tokens: int | None = None  # in a micro-batch, a longer row goes alone; None: no limit
+    rows_per_example: int = 1  # that must lie in one micro-batch: 2 for preference pairs; batch_size counts rows
     processes: int = 1  # that train together, each on a GPU of its own
     fsdp: bool = False  # shard the base over the processes; else each holds all of it
     notes: tuple[str, ...] = ()  # what the plan must say about the request
@@ -157,7 +158,8 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
     max_tokens = train.max_tokens_per_micro_batch
     if max_tokens == "auto":
         max_tokens = TOKENS_ON_GPU if gpu.device == "cuda" else TOKENS_ON_CPU
-    same = ("batch_size", "gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",
+    rows = recipe.objective().rows_per_example
+    same = ("gradient_accumulation_steps", "optimizer", "gradient_checkpointing", "offload_activations",
             "mlp_tile_size", "save_total_limit")  # fmt: skip
     return PlanRequest(
         model=info,
@@ -169,8 +171,10 @@ def build_request(recipe: Recipe, gpu: Gpu, lengths: Sequence[int] = (), process
         dtype=model.dtype,
         quantization=quantization_kind(info.config, model.quantization),
         split_batch=train.max_tokens_per_micro_batch == "auto",
-        lengths=tuple(heapq.nlargest(train.batch_size, lengths)),
+        lengths=tuple(heapq.nlargest(rows * train.batch_size, lengths)),
         quantiles=pick_quantiles(sorted(lengths), QUANTILES) if lengths else (),
+        batch_size=rows * train.batch_size,
+        rows_per_example=rows,
         max_tokens=max_tokens,
         processes=processes,
         fsdp=train.fsdp and processes > 1,

@@ -26,7 +26,7 @@ from ..errors import ModelError
 from ..kernels.cross_entropy import nll_and_accuracy
 from ..kernels.dropout import preserve_rng_state
 from ..models.lm_head import LMHead, get_hidden_states, get_lm_head
-from ..objectives.base import Objective
+from ..objectives.base import Objective, sum_rows
 from ..objectives.sft import SFT
 from ..utils.device import free_memory
 from ..utils.progress import track_progress
@@ -202,6 +202,18 @@ def score_objective(
 
     def measure(batch: dict[str, Any]) -> Tensor:
         return objective.score(compute_outputs(model, batch), batch)
+
+    return score_examples(model, examples, collator, measure, **options)
+
+
+def score_row_logps(
+    model: Any, examples: Sequence[Example], collator: Collator, **options: Any
+) -> dict[int, list[float]]:
+    """Return the summed log p of each row of each example, by its number; arguments as for `score_examples`."""
+
+    def measure(batch: dict[str, Any]) -> Tensor:
+        logps = -sum_rows(token_nll(model, batch).double(), batch)
+        return logps.view(len(batch["example_rows"]), -1)
 
     return score_examples(model, examples, collator, measure, **options)
 

@@ -41,6 +41,7 @@ from .memory_probe import compare_with_plan, planned_bytes
 from .nonfinite import find_nonfinite_weights
 from .oom_recovery import EVENT
 from .progress import ProgressLogger, require_trackers, start_trackers
+from .reference import add_reference
 from .run_lock import RunLock
 
 INIT_ADAPTER = "start"
@@ -123,7 +124,7 @@ def _train(
 
     # Data and plan, before a weight is loaded.
     data = distributed.run_on_all_ranks(lambda: load_training_data(recipe, force))
-    lengths = data.lengths().tolist()
+    lengths = data.lengths()
     plan = distributed.run_on_main(lambda: planner(recipe, lengths))
 
     # Base and adapter. A base that is sharded is loaded to CPU memory, by one process of a machine at a time.
@@ -173,6 +174,8 @@ def _train(
         collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))
         planned = None if plan is None else planned_bytes(plan, device)[1]
         objective = recipe.objective()
+        if objective.needs_reference:
+            add_reference(run, data, model, collator, logger, disable=init_adapter is None)
         loop = TrainingLoop(model, data, settings, objective, collator, run, logger, resume, planned)
         if settings.packing is None and (reason := packing_unsupported_reason(model)):
             logger.say(f"rows are not packed: {reason}")

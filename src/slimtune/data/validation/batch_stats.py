@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from ...utils.chat_rendering import render_chat_template
 from ...utils.sequences import common_prefix_length
 from ..chat_template import TokenizedRow, compile_alternatives, end_of_turn_ids
-from ..formats import InvalidRow, Row
+from ..formats import Row, split_pair
 from ..tokenize import PairedRow
 from .near_duplicates import Array, compute_signatures, find_common_trigrams, hash_texts
 from .text_checks import PLAIN_FORMATS, find_rendered_format, find_text_issues, is_placeholder
@@ -52,21 +52,24 @@ class BatchValidator:
         self.common_trigrams: Array | None = None
 
     def __call__(self, pairs: Sequence[PairedRow]) -> BatchStats:
-        found = [(row, tokens) for row, tokens in pairs if not isinstance(tokens, InvalidRow)]
+        # Of a preference pair the better row is looked at, and the text of the other.
+        found = [(split_pair(row)[0], tokens.split()[0]) for row, tokens in pairs if isinstance(tokens, TokenizedRow)]
+        longest = [max(t.row_lengths or (len(t.input_ids),)) for _, t in pairs if isinstance(t, TokenizedRow)]
+        rejected = [_get_rejected_texts(row) for row, tokens in pairs if isinstance(tokens, TokenizedRow)]
         ids = [tokens.input_ids for _, tokens in found]
         if self.common_trigrams is None:
             self.common_trigrams = find_common_trigrams(ids)
         rows = np.zeros(len(found), ROW_STATS)
         issues: list[tuple[str, int, str]] = []
         for i, (row, tokens) in enumerate(found):
-            prompt, answer, texts = _split_texts(row)
+            prompt, answer, texts = _split_texts(row, rejected[i])
             issues += [(code, row.line, example) for code, example in self._find_issues(row, tokens, answer, texts)]
             hashes = (
                 hash_texts(*(part for text in texts for part in text)),
                 hash_texts(*prompt) if prompt else 0,
                 hash_texts(answer.casefold().rstrip(" .!")) if answer else 0,
             )
-            rows[i] = row.line, len(tokens.input_ids), hashes, min(len(answer.split()), 255), False
+            rows[i] = row.line, longest[i], hashes, min(len(answer.split()), 255), False
         signatures, rows["comparable"] = compute_signatures(ids, [t.supervised for _, t in found], self.common_trigrams)
         return BatchStats(
             rows,
@@ -85,8 +88,6 @@ class BatchValidator:
             yield "other-prompt", ""
         if answer and is_placeholder(answer):
             yield "placeholder-answer", repr(answer.strip())
-        if row.rejected is not None and texts[-1][1].strip() == (answer or texts[0][1]).strip():
-            yield "same-pair", ""
         if self.bos_id is not None and tokens.input_ids[:2] == [self.bos_id, self.bos_id]:
             yield "doubled-bos", ""
         # A longer row is truncated or dropped, and its end with it.
@@ -123,10 +124,13 @@ def _control_tokens(tokenizer: Any) -> set[str]:
     return control | {t for t in special if t.strip() and t in written}
 
 
-def _split_texts(row: Row) -> tuple[list[str], str, list[tuple[str, str]]]:
-    """Return the texts before the last answer, that answer, and all texts of the row with their roles."""
+def _get_rejected_texts(row: Row) -> list[tuple[str, str]]:
     answers = [{"content": row.rejected}] if isinstance(row.rejected, str) else row.rejected or []
-    rejected = [("rejected", m.get("content") or "") for m in answers]
+    return [("rejected", m.get("content") or "") for m in answers]
+
+
+def _split_texts(row: Row, rejected: list[tuple[str, str]]) -> tuple[list[str], str, list[tuple[str, str]]]:
+    """Return the texts before the last answer, that answer, and all texts of the row with their roles."""
     if row.labels is not None:
         label = ", ".join(sorted(row.labels))
         texts = [(m["role"], m.get("content") or "") for m in row.messages] or [("text", row.prompt or "")]

@@ -19,7 +19,6 @@ from ..packing import pack_sequences
 from ..parallel import cpu_count, parallel_map
 from ..tokenize import (
     PARAGRAPH_HINT,
-    PREFERENCE_HINT,
     BatchTokenizer,
     RowReport,
     TokenizedBatch,
@@ -58,7 +57,6 @@ class IssueType:
 
 ISSUE_TYPES = {
     "unused-column": IssueType("rows with a column that changes what they mean and is not used", "", 0),
-    "preference": IssueType("preference pairs (chosen, rejected), and nothing trains on them yet", PREFERENCE_HINT, 0),
     "no-supervised-token": IssueType("rows without a supervised token", "remove these rows", 0),
     "doubled-bos": IssueType("rows that begin with the beginning-of-sequence token twice",
         "remove it from the text or from the template", 0),
@@ -95,6 +93,7 @@ ISSUE_TYPES = {
         "remove them, or join them to others"),
     "placeholder-answer": IssueType("rows with a placeholder as the answer", "remove them, or write an answer", 0.5),
     "same-pair": IssueType("preference pairs whose two answers are the same", "remove them", 0),
+    "empty-answer": IssueType("preference pairs with an answer that has no token of its own", "remove them", 0),
     "overlap": IssueType("rows that are also validation rows: the validation loss would look too good",
         "remove them from one of the two files", 0.01),
     "near-overlap": IssueType("rows that nearly repeat a validation row", "remove them from one of the two files"),
@@ -150,8 +149,7 @@ def validate_file(
                 report.add_invalid([row] if isinstance(row, InvalidRow) else [])
             return report
         function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, report.validate, report.has_documents)
-        batches = batch_rows(map(_with_chosen_answer, rows))
-        for batch in parallel_map(function, batches, processes or cpu_count()):
+        for batch in parallel_map(function, batch_rows(rows), processes or cpu_count()):
             report.add(batch)
         return report
 
@@ -160,15 +158,6 @@ def validate_file(
     report = validate(files[0])
     other = None if validation is None else (str(validation), validate(files[1], report))
     return report.finish(file=path, model=model, validation=other)
-
-
-def _with_chosen_answer(row: Row | InvalidRow) -> Row | InvalidRow:
-    """Return a preference pair as a row of its better answer, so that its text can be tokenized and validated."""
-    if isinstance(row, InvalidRow) or row.chosen is None:
-        return row
-    if isinstance(row.chosen, str):
-        return dataclasses.replace(row, chosen=None, completion=row.chosen)
-    return dataclasses.replace(row, chosen=None, messages=[*row.messages, *row.chosen])
 
 
 @dataclass
@@ -226,9 +215,11 @@ class DatasetReport:
             short = batch.lines[batch.lengths < self.special_tokens + 2]
             self.add_issue("short-document", short, self.source.find_file(int(short[0])) if len(short) else "")
         else:
-            rows = [ids.tolist() for ids in np.split(batch.ids, np.cumsum(batch.lengths)[:-1])]
-            for at in range(0, len(rows), self.rows_per_step):
-                self.packed_tokens += len(pack_sequences(rows[at : at + self.rows_per_step]).tokens)
+            examples = [n or [length] for n, length in zip(batch.row_lengths, batch.lengths.tolist(), strict=True)]
+            left = iter(np.split(batch.ids, np.cumsum([n for lengths in examples for n in lengths])[:-1]))
+            for at in range(0, len(examples), self.rows_per_step):
+                count = sum(map(len, examples[at : at + self.rows_per_step]))
+                self.packed_tokens += len(pack_sequences([next(left).tolist() for _ in range(count)]).tokens)
         if stats.prefix is not None:
             self.prefix = stats.prefix if self.prefix is None else find_shared_prefix([self.prefix, stats.prefix])
         self.thinking = [a + b for a, b in zip(self.thinking, stats.thinking, strict=True)]
@@ -340,13 +331,11 @@ class DatasetReport:
         }
 
     def _add_file_issues(self) -> None:
-        """Find what is wrong with all rows: columns that are not used, a format that nothing trains on."""
+        """Find what is wrong with all rows: columns that are not used."""
         if columns := self.source.lossy_columns:
             first = max(columns, key=lambda c: c.rows)
             what, hint = describe_losses(columns), column_hint(columns)
             self.issues["unused-column"] = FoundIssue(first.rows, [first.line], what, hint)
-        if self.source.format == "preference":
-            self.issues["preference"] = FoundIssue(self.total.rows, [1])
 
     def _list_notes(self) -> list[str]:
         """Return what training does with every row of this file, in sentences."""

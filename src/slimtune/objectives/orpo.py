@@ -1,0 +1,56 @@
+"""Odds ratio preference optimization (Hong et al. 2024, arXiv 2403.07691): cross-entropy and preference in one step.
+
+    −log p of the chosen answers' tokens, their mean over the step  −  β · mean of log σ(log odds ratio)
+    log odds ratio = log(p_c / (1 − p_c)) − log(p_r / (1 − p_r))        p: geometric mean of an answer's probabilities
+
+It has no reference. TRL's `ORPOTrainer` also learns the prompts' tokens; as in the paper, only answers are learned
+here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..adapters.config_fields import setting
+from ..utils.sequences import IGNORE_INDEX
+from .base import Batch, PairObjective, sum_rows
+
+
+@dataclass
+class ORPO(PairObjective):
+    """ORPO; TRL's names and defaults."""
+
+    name: ClassVar[str] = "orpo"
+    summary: ClassVar[str] = "the chosen answers, and to prefer them, in one run without a reference"
+
+    beta: float = setting(0.1, "weight of the preference beside the cross-entropy (λ of the paper)", ge=0)
+
+    def count_items(self, examples: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+        """Return the number of pairs and of the supervised tokens of their chosen answers."""
+        chosen = [e["labels"][1 : e["row_lengths"][0]] for e in examples]
+        return len(examples), sum(label != IGNORE_INDEX for labels in chosen for label in labels)
+
+    def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
+        """Return the micro-batch's share of both parts."""
+        pairs, tokens = num_items
+        chosen_nll = sum_rows(values, batch).view(-1, 2)[:, 0]
+        return chosen_nll.sum() / tokens + self._odds_losses(values, batch)[0].sum() / pairs
+
+    def pair_losses(self, logps: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the sum of both parts, the cross-entropy per token of its pair [N], and the rewards [N, 2]."""
+        mean = logps / tokens.clamp_min(1)
+        losses, rewards = self._compare(mean)
+        return losses - mean[:, 0], rewards
+
+    def _odds_losses(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        tokens = torch.tensor(batch["row_targets"], dtype=values.dtype, device=values.device)
+        return self._compare((-sum_rows(values, batch) / tokens.clamp_min(1)).view(-1, 2))
+
+    def _compare(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        # log(1 − p) of p near 1 needs expm1.
+        log_odds = mean - torch.log(-torch.expm1(mean.clamp_max(-torch.finfo(mean.dtype).tiny)))
+        return -self.beta * F.logsigmoid(log_odds[:, 0] - log_odds[:, 1]), self.beta * mean
