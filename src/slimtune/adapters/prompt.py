@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.models.auto import modeling_auto
 
-from ..attention.prefix import PREFIX_KWARG, AttentionPrefix, RowMask
+from ..attention.prefix import OTHER_METHODS, PREFIX_KWARG, AttentionPrefix, RowMask
 from ..attention.register import SUPPORTED_ATTENTION, original_attention
 from ..errors import ModelError, UsageError, format_names
 from .architectures import text_config
@@ -41,7 +41,6 @@ from .virtual_tokens import BackboneCall
 
 CACHES = frozenset(["cache", "past_key_values"])
 """The names that a backbone's cache of keys and values can have as an argument."""
-_OTHER_METHODS = "tune this model with LoRA, IA3 or bottleneck adapters"
 
 
 @dataclass
@@ -91,7 +90,7 @@ class PromptLearningConfig(PeftConfig):
         if missed:
             names = format_names([n or "the model's own" for n in missed])
             message = f"the model ran without calling the forward of {names}, so its adapter did nothing"
-            raise ModelError(message, "a model that calls its backbone", _OTHER_METHODS)
+            raise ModelError(message, "a model that calls its backbone", OTHER_METHODS)
 
     def file_key(self, key: str) -> str:
         """Return PEFT's keys: learned tensors without a module name, modules trained in full with a shorter prefix."""
@@ -217,7 +216,7 @@ class AttentionModule(AdapterModule):
         out = base(*args, **{PREFIX_KWARG: prefixes}, **kwargs)
         if prefixes:
             message = f"{type(module).__name__} does not call transformers' attention function: the prefix did nothing"
-            raise ModelError(message, "a model whose attention uses transformers' interface", _OTHER_METHODS)
+            raise ModelError(message, "a model whose attention uses transformers' interface", OTHER_METHODS)
         return out
 
 
@@ -348,7 +347,7 @@ def find_backbones(model: Any) -> Backbones:
     """
     name, expected = type(model).__name__, "a transformers model that takes inputs_embeds and an attention_mask"
     if getattr(model, "config", None) is None:
-        raise ModelError(f"virtual tokens are not supported for a {name}", expected, _OTHER_METHODS)
+        raise ModelError(f"virtual tokens are not supported for a {name}", expected, OTHER_METHODS)
     takers = [n for n, m in model.named_modules() if _takes_embeddings(type(m).forward)]
     inner = [n for n in takers if not any(other != n and other.startswith(f"{n}." if n else "") for other in takers)]
     decoders = [n for n in inner if "decoder" in n.split(".")]
@@ -361,10 +360,10 @@ def find_backbones(model: Any) -> Backbones:
         attends = CACHES & set(parameters) and hasattr(text_config(model), "num_attention_heads")
         if "use_cache" in parameters and not attends:
             message = f"virtual tokens are not supported for a {name}, which does not cache keys and values"
-            raise ModelError(message, "a model with attention in its layers", _OTHER_METHODS)
+            raise ModelError(message, "a model with attention in its layers", OTHER_METHODS)
         return Backbones(inner[0], None, _is_causal(model))
     found = f"it has {format_names(inner)}" if inner else "no module of it takes them"
-    raise ModelError(f"virtual tokens are not supported for a {name}: {found}", expected, _OTHER_METHODS)
+    raise ModelError(f"virtual tokens are not supported for a {name}: {found}", expected, OTHER_METHODS)
 
 
 @cache

@@ -267,15 +267,33 @@ def load_adapter_tensors(
     shapes_here = {k: base.shape for k, base in extra.items() if base is not None and k.endswith(".bias")}
     biases = [k for k in unexpected if shapes_here.get(k) == given[k].shape]
     unexpected = [k for k in unexpected if k not in biases]
-    shapes = [(k, tuple(given[k].shape), tuple(own[k].shape)) for k in own if k in given]
+    if faults := _list_faults(own, given, missing, unexpected):
+        hint = "load the base named in its adapter_config.json"
+        if len(faults) == 1 and "NaN or Inf" in faults[0]:
+            hint = "the training that wrote it diverged: load an earlier checkpoint"
+        raise AdapterError(f"{where} does not fit this model: {'; '.join(faults)}", hint=hint)
+    if biases:
+        model._copy_biases(adapter, [_get_base_name(k) for k in biases])
+        own = get_adapter_tensors(model, adapter)
+        given = {_normalize_key(k, own): t for k, t in given.items()}
+    with torch.no_grad():
+        for key, tensor in {**extra, **own}.items():  # `extra`: embeddings that were resized before they were saved
+            if tensor is not None and key in given:
+                tensor.copy_(given[key])
+
+
+def _list_faults(
+    own: Mapping[str, Tensor], given: Mapping[str, Tensor], missing: list[str], unexpected: list[str]
+) -> list[str]:
+    """Return why a file's tensors do not fit an adapter's own, one clause each; empty if they fit."""
+    pairs = [(k, given[k], p) for k, p in own.items() if k in given]
+    shapes = [(k, tuple(t.shape), tuple(p.shape)) for k, t, p in pairs]
     misshapen = [f"{k}: {there} in the file, {here} here" for k, there, here in shapes if there != here]
-    pairs = [(k, given[k], own[k]) for k in own if k in given]
     mistyped = [f"{k}: {t.dtype}" for k, t, p in pairs if _number_kind(t) != _number_kind(p)]
     # A 16-bit or 8-bit value has an exact fp32 value.
     damaged = [k for k, t, _ in pairs if _number_kind(t) == "float" and not is_finite(t)]
-    untied = _find_untied(own, given)
     faults = []
-    if untied:
+    if untied := _find_untied(own, given):
         faults.append(f"{format_names(untied, 2)} are tied here, but differ in the file")
     if missing:
         faults.append(f"{len(missing)} of {len(own)} tensors are missing, such as {format_names(missing, 2)}")
@@ -288,19 +306,7 @@ def load_adapter_tensors(
         faults.append(f"{len(mistyped)} tensors have another kind of numbers: {format_names(mistyped, 2)}")
     if damaged:
         faults.append(f"{len(damaged)} tensors contain NaN or Inf, such as {format_names(damaged, 2)}")
-    if faults:
-        hint = "load the base named in its adapter_config.json"
-        if len(faults) == 1 and damaged:
-            hint = "the training that wrote it diverged: load an earlier checkpoint"
-        raise AdapterError(f"{where} does not fit this model: {'; '.join(faults)}", hint=hint)
-    if biases:
-        model._copy_biases(adapter, [_get_base_name(k) for k in biases])
-        own = get_adapter_tensors(model, adapter)
-        given = {_normalize_key(k, own): t for k, t in given.items()}
-    with torch.no_grad():
-        for key, tensor in {**extra, **own}.items():  # `extra`: embeddings that were resized before they were saved
-            if tensor is not None and key in given:
-                tensor.copy_(given[key])
+    return faults
 
 
 def _find_untied(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:

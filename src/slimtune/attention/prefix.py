@@ -27,7 +27,7 @@ from .register import LAYOUT_KWARG, SUPPORTED_ATTENTION, get_attention_function,
 PREFIX_KWARG = "slimtune_prefixes"
 _NAME = "slimtune_prefix"
 _DECODERS = "a decoder with transformers' attention interface (Llama, Mistral, Qwen, Gemma, GPT-2 …)"
-_OTHER_METHODS = "tune this model with LoRA, IA3 or bottleneck adapters"
+OTHER_METHODS = "tune this model with LoRA, IA3 or bottleneck adapters"
 
 
 class AttentionPrefix(NamedTuple):
@@ -53,7 +53,7 @@ def find_attention_modules(model: Any) -> list[str]:
     require_decoder(model)
     name = type(model).__name__
     if not has_attention_interface(model):
-        raise ModelError(f"the attention of a {name} cannot take learned keys and values", _DECODERS, _OTHER_METHODS)
+        raise ModelError(f"the attention of a {name} cannot take learned keys and values", _DECODERS, OTHER_METHODS)
     layers = {}
     for path, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
@@ -61,7 +61,7 @@ def find_attention_modules(model: Any) -> list[str]:
             layers[path] = index
     if not layers or sorted(layers.values()) != list(range(len(layers))):
         problem = f"a {name} has attention modules in layers {sorted(layers.values())}"
-        raise ModelError(problem, "one attention module in every layer", _OTHER_METHODS)
+        raise ModelError(problem, "one attention module in every layer", OTHER_METHODS)
     return sorted(layers, key=layers.__getitem__)
 
 
@@ -76,7 +76,7 @@ def require_decoder(model: Any) -> None:
     generates = hasattr(model, "can_generate") and model.can_generate()
     causal = any(getattr(m, "is_causal", False) for m in model.modules() if "attention" in type(m).__name__.lower())
     if config is None or getattr(config, "is_encoder_decoder", False) or not (generates or causal):
-        raise ModelError(f"virtual tokens are not supported for a {type(model).__name__}", _DECODERS, _OTHER_METHODS)
+        raise ModelError(f"virtual tokens are not supported for a {type(model).__name__}", _DECODERS, OTHER_METHODS)
 
 
 def make_prefix_config_view(module: nn.Module) -> Any:
@@ -126,7 +126,7 @@ def _attend(
             raise ModelError(message, "a model whose config gives the shape of its keys")
         if kwargs.get("position_bias") is not None:
             message = f"{type(module).__name__} adds a bias by position, which learned keys do not have"
-            raise ModelError(message, "a model that rotates its keys or embeds positions", _OTHER_METHODS)
+            raise ModelError(message, "a model that rotates its keys or embeds positions", OTHER_METHODS)
     joint = [(p, rows) for p, rows in prefixes if p.gate is None]
     keys, values, mask = key, value, attention_mask
     if joint:
