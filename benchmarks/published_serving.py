@@ -5,6 +5,9 @@ it decodes or reads a prompt, the tokens in the context (decoding) or in the pro
 Points with `"seen": false`, whose source was not found, and those with `excluded`, a reason, are shown and not counted.
 The fits of planning/serving_speed.py are to these same points. How a fit does on runs that it has not seen is shown
 last: each source in turn is left out, and predicted by the median ratio of the others of its kind.
+
+Runs of MLX are predicted as llama.cpp would run weights of the same size: nothing is fitted to them, no plan has MLX,
+and they are shown as a kind of their own, which the exit code leaves out.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,9 @@ POINTS = json.loads((Path(__file__).parent / "data" / "serving_points.json").rea
 MEDIAN, INSIDE = 0.15, 0.9
 """The largest median error, and the least share of runs inside the printed range."""
 
+MLX_BITS = {"4bit": 4.5, "8bit": 8.5}
+"""Bits of a weight with its share of a scale and an offset of 16 bits for 64 weights; MLX quantizes the head, too."""
+
 
 @cache
 def model_of(name: str) -> Any:
@@ -39,12 +46,18 @@ def model_of(name: str) -> Any:
 def predict(point: dict[str, Any]) -> Range:
     """Return the tokens a second that a plan gives for a published run."""
     model, decodes = model_of(point["model"]), point["test"] == "decode"
-    precision = "F16" if point["precision"] == "BF16" else point["precision"]
+    precision = {"BF16": "F16", **dict.fromkeys(MLX_BITS, "Q4_0")}.get(point["precision"], point["precision"])
     read_bytes, weights = active_weights(model, precision)
+    if point["engine"] == "mlx":
+        head = model.get_output_embeddings().weight.numel()
+        read_bytes = MLX_BITS[point["precision"]] / 8 * (weights + head)
     engine = "vllm" if point["engine"] == "vllm" else "llama.cpp"
     cached = cache_bytes(model.config, 25600, engine, "f16") / 25600 * point["tokens"] if decodes else 0
+    gpu = find_gpu(point["card"])
+    if "core_share" in point:  # a version with fewer cores than that of the table
+        gpu = replace(gpu, rates={d: point["core_share"] * rate for d, rate in (gpu.rates or {}).items()})
     speed = estimate_serving_speed(
-        find_gpu(point["card"]), engine, read_bytes=read_bytes, cache_bytes=cached, weights=weights,
+        gpu, engine, read_bytes=read_bytes, cache_bytes=cached, weights=weights,
         layers=model.config.get_text_config().num_hidden_layers,
     )  # fmt: skip
     if speed is None:
@@ -62,7 +75,7 @@ def compare_points() -> list[dict[str, Any]]:
         # The middle of a range of speeds, whose ends are factors.
         error = (band.low * band.high) ** 0.5 / point["tokens_per_second"] - 1
         inside = band.low <= point["tokens_per_second"] <= band.high
-        engine = "vllm" if point["engine"] == "vllm" else "llama.cpp"
+        engine = point["engine"] if point["engine"] in ("vllm", "mlx") else "llama.cpp"
         kind = (engine, hardware_kind(find_gpu(point["card"])), point["test"])
         rows.append({**point, "band": band, "error": error, "inside": inside, "kind": kind})
     return rows
@@ -99,17 +112,18 @@ def main() -> None:
     for r in rows:
         by_kind[" ".join((r["kind"][0], r["kind"][1], r["kind"][2]))].append(r)
     print("\n| engine, hardware, test | runs | median error % | inside % |\n| --- | ---: | ---: | ---: |")
-    for name, some in [*sorted(by_kind.items()), ("all", rows)]:
+    counted = [r for r in rows if r["engine"] != "mlx"]
+    for name, some in [*sorted(by_kind.items()), ("all but MLX", counted)]:
         median, inside = summarize(some)
         print(f"| {name} | {len(some)} | {100 * median:.1f} | {100 * inside:.0f} |")
-    left_out = left_out_errors(rows)
+    left_out = left_out_errors(counted)
     print(
         f"\nLeft out by source: {len(left_out)} runs, median error {100 * statistics.median(map(abs, left_out)):.1f} %."
     )
     for point in POINTS:
         if not point["seen"] or "excluded" in point:
             print(f"not counted: {point['card']} {point['model']}: {point.get('excluded', 'its source was not found')}")
-    median, inside = summarize(rows)
+    median, inside = summarize(counted)
     sys.exit(not (median < MEDIAN and inside >= INSIDE))
 
 
