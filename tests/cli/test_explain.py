@@ -8,7 +8,6 @@ its 21 and 13 of its 14 texts were answered by the right page; it was the neares
 import json
 import re
 import runpy
-import shlex
 import time
 from pathlib import Path
 
@@ -39,18 +38,6 @@ def test_pages_are_complete():
         assert "```sh" in check, code
         assert "```sh" in fix, code
         assert re.search(r"^- <https://\S+>$", source, re.MULTILINE), code
-
-
-def test_commands_of_slimtune_in_pages_exist():
-    for page in PAGES.values():
-        commands = "".join(re.findall(r"^```sh\n(.*?)^```", page.body, re.MULTILINE | re.DOTALL))
-        for line in re.findall(r"^(?:\S+=\S+ )*slimtune (.+)", commands, re.MULTILINE):
-            command, *words = shlex.split(line.partition(" < ")[0])
-            if command == "--help":
-                continue
-            usage = (Path(__file__).parent / "screens" / f"{command}-help.txt").read_text()
-            for flag in (word for word in words if word.startswith("--")):
-                assert re.search(rf"{flag}\b", usage), f"{page.code}: slimtune {line}"
 
 
 def test_real_errors_find_their_page():

@@ -126,7 +126,8 @@ class LoraConversionMixin:
         """Add a LoRA that computes a weighted sum of adapters, inactive. Modules trained in full are copied.
 
         Args:
-            adapters, weights: names of the adapters, and a coefficient for each; negative ones subtract.
+            adapters: names of the adapters.
+            weights: a coefficient for each adapter; a negative one subtracts.
             adapter_name: name of the new adapter.
             combination_type: see the top of `adapters/conversion.py`; one adapter without svd_rank is always "linear".
             svd_rank: rank of the result for "svd" types, 1 and up; None: the largest rank of the adapters.

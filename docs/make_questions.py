@@ -1,0 +1,83 @@
+"""Write docs/questions.md: questions, their commands, and what these answer: `python docs/make_questions.py`.
+
+Each command is run, without a network. `keep` picks the lines of its output that are shown; without one all are.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+PAGE = Path(__file__).parent / "questions.md"
+HEAD = """# Questions and their commands
+
+What people ask before, during and after tuning a model; the command or the page that answers; and what the command said,
+shortened, when this page was made (`python docs/make_questions.py`). None of them needs a network.
+
+| question | command or page | answer |
+| --- | --- | --- |
+"""
+JOB = "llama-3.1-8b --quantization nf4 --gradient-checkpointing"
+
+
+class Row(NamedTuple):
+    """A question with its command, or with a page (then the answer is what the page has)."""
+
+    question: str
+    command: str = ""
+    keep: str = "."
+    page: str = ""
+
+
+ROWS = (
+    Row("Will this training run on my card?", f"plan {JOB} --gpu rtx-3060-12gb", "fits on|it needs"),
+    Row("Will it run there afterwards, and how fast?", f"plan {JOB} --gpu rtx-3060-12gb --serve", "tokens (written|of)"),
+    Row("Which graphics card is best for it?", f"choose {JOB} --kind desktop --budget 1500", "^to buy|fastest"),
+    Row("Which laptop?", f"choose {JOB} --kind laptop", "^to buy|fastest"),
+    Row("Which Mac?", f"choose {JOB} --kind mac --hours 24", "^to buy|fastest"),
+    Row("Which machine, if I have 1500 $ and one night?", f"choose {JOB} --budget 1500 --hours 10", "^to |fastest"),
+    Row("How do two machines compare?", "gpus rtx-3090 'm4 max 128gb'", "rtx|memory|bandwidth|price  |writes|reads"),
+    Row("Buy, rent, or pay a service?", f"cost {JOB} --gpu rtx-3090 --tokens 5000000 --runs 20", "^buy|^rent|AI,"),
+    Row("Which machine is cheapest to rent?", f"choose {JOB} --kind rent", "^to rent|fastest"),
+    Row("What can this machine do?", "doctor", "ready|auto|memory|disk"),
+    Row("Which bases are there, and may I use them?", "models --family qwen3", "name|qwen3-0.6b |qwen3-8b "),
+    Row("Which cards does it know?", "gpus --kind mini", "gpu|name|spark|strix"),
+    Row("Where is a figure from, and how old is it?", "gpus rtx-4090 rtx-3090 --sources", "price|https|checked"),
+    Row("Which methods are there?", "methods", "^ *(method|lora|ia3|prefix)"),
+    Row("What does it mean: CUDA out of memory?", "explain 'CUDA out of memory'", "^cuda|^1\\.|^- "),
+    Row("Why is Ollama slow?", "explain 'ollama slow'", "^ollama|^1\\.|^- "),
+    Row("Why is ROCm not detected?", "explain 'ROCm not detected'", "^rocm|^1\\.|^- "),
+    Row("How do I start?", page="[Install](install.md), then [your first adapter](first_adapter.md)"),
+    Row("Is the tuned model better?", page="[Is it better?](eval.md): `slimtune eval RUN`"),
+    Row("Which programs run the result?", page="[Ollama](ollama.md), [vLLM](vllm.md), llama.cpp and transformers: "
+        "[which way to ship](export.md)"),
+    Row("How are the predictions made, and how good are they?", page="[How accurate it is](plan.md#how-accurate-it-is)"),
+    Row("What has changed?", page="`CHANGELOG.md` in the source"),
+)  # fmt: skip
+
+
+def ask(row: Row) -> str:
+    """Return the lines of the answer that are shown, as a table's cell."""
+    env = {**os.environ, "COLUMNS": "200", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+    words = [sys.executable, "-m", "slimtune", *shlex.split(row.command)]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
+    if done.returncode:
+        raise SystemExit(f"slimtune {row.command}:\n{done.stderr}")
+    lines = [line.rstrip() for line in done.stdout.splitlines() if re.search(row.keep, line)]
+    return "<br>".join(f"`{line.replace('|', '/')}`" for line in lines)
+
+
+def make_page() -> str:
+    """Return the page."""
+    rows = []
+    for row in ROWS:
+        asked = row.page or f"`slimtune {row.command}`"
+        rows.append(f"| {row.question} | {asked} | {ask(row) if row.command else ''} |\n")
+    return HEAD + "".join(rows)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(make_page(), encoding="utf-8")

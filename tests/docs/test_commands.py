@@ -1,0 +1,84 @@
+"""Every `slimtune …` command in README and docs is one that the command line takes: flags, values and settings.
+
+Nothing is run. Those in fenced blocks are checked, and those in the code of tables and sentences.
+"""
+
+import functools
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+
+from slimtune.cli import app
+from slimtune.cli.options import check_flags_once
+from slimtune.config.loading import parse_override, parse_yaml, set_field
+from slimtune.config.recipe import find_errors
+
+ROOT = Path(__file__).parents[2]
+FENCED = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+GROUP = typer.main.get_command(app)
+SHELL = {"|", "<", ">", ">>", "&&", ";", "2>", "&"}
+NEEDED = {"model.name": "smollm2-135m", "data.train": "rows.jsonl", "output_dir": "runs/first"}
+NO_COMMAND = re.compile(r"does not |export RUN --to \w+$")  # a line that is printed, and titles of pages
+
+
+def find_commands(text: str) -> Iterator[str]:
+    """Yield the commands of a page without `slimtune`, those in sentences only if they have flags or arguments."""
+    for language, block in FENCED.findall(text):
+        lines = re.sub(r" *\\\n *", " ", block) if language in ("", "sh", "console") else ""
+        prompt = r"\$ " if re.search(r"^ *\$ ", lines, re.MULTILINE) else ""  # the other lines are output
+        yield from re.findall(rf"^ *{prompt}(?:\w+=\S+ )*slimtune (.+)", lines, re.MULTILINE)
+    yield from re.findall(r"(?<!`)`slimtune (\w+ [^`\n]+)`", FENCED.sub("", text))
+
+
+@functools.cache
+def build_command(name: str) -> Any:
+    """Return a command with the flags of its settings."""
+    return GROUP.resolve_command(click.Context(GROUP), [name])[1]
+
+
+def check_command(line: str) -> None:
+    """Raise what the command line raises for these words before it does any work."""
+    words = shlex.split(line, comments=True)
+    words = words[: next((i for i, word in enumerate(words) if word in SHELL), len(words))]
+    if words[0] == "COMMAND" or words in (["--help"], ["--version"]):
+        return
+    name, *rest = words
+    command = build_command(name)
+    if "--help" in rest:
+        return
+    check_flags_once(command, rest)
+    given = command.make_context(name, rest).params
+    settings = {
+        key.replace("__", ".", 1): parse_yaml(value, key) if isinstance(value, str) else value
+        for key, value in given.items()
+        if "__" in key and value not in (None, [], ()) and key != "data__columns"
+    } | dict(parse_override(text) for text in given.get("set_") or [])
+    methods = str(settings.pop("method.name", "lora")).split(",") if name == "plan" else ["lora"]
+    if name == "compare":  # `--set dora.r=8` sets a field of one of its entries
+        settings = {
+            f"method.{path.partition('.')[2]}" if path[:4] == "dora" else path: v for path, v in settings.items()
+        }
+    for method in methods if methods != ["all"] else []:
+        tree: dict = {}
+        for path, value in (NEEDED | {"method.name": method} | settings).items():
+            set_field(tree, path, value)
+        assert find_errors(tree) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))])
+def test_commands_are_ones_that_exist(page):
+    wrong = {}
+    for line in find_commands((ROOT / page).read_text()):
+        if NO_COMMAND.match(line):
+            continue
+        try:
+            check_command(line)
+        except Exception as e:
+            wrong[line] = str(e)
+    assert wrong == {}
