@@ -44,12 +44,12 @@ ROWS = (
     Row("Which machine is cheapest to rent?", f"choose {JOB} --kind rent", "^to rent|fastest"),
     Row("What can this machine do?", "doctor", "ready|auto|memory|disk"),
     Row("Which bases are there, and may I use them?", "models --family qwen3", "name|qwen3-0.6b |qwen3-8b "),
-    Row("Which cards does it know?", "gpus --kind mini", "gpu|name|spark|strix"),
-    Row("Where is a figure from, and how old is it?", "gpus rtx-4090 rtx-3090 --sources", "price|https|checked"),
+    Row("Which cards does it know?", "gpus --kind mini", "GPU|spark|strix-halo-128"),
+    Row("Where is a figure from, and how old is it?", "gpus rtx-4090 rtx-3090 --sources", "rtx-4090 .*checked|0.34|RunPod C.*spot"),
     Row("Which methods are there?", "methods", "^ *(method|lora|ia3|prefix)"),
-    Row("What does it mean: CUDA out of memory?", "explain 'CUDA out of memory'", "^cuda|^1\\.|^- "),
-    Row("Why is Ollama slow?", "explain 'ollama slow'", "^ollama|^1\\.|^- "),
-    Row("Why is ROCm not detected?", "explain 'ROCm not detected'", "^rocm|^1\\.|^- "),
+    Row("What does it mean: CUDA out of memory?", "explain 'CUDA out of memory'", "^cuda|--grad|--quant"),
+    Row("Why is Ollama slow?", "explain 'ollama slow'", "^ollama|100%|--merged"),
+    Row("Why is ROCm not detected?", "explain 'ROCm not detected'", "^rocm|usermod|pip install"),
     Row("How do I start?", page="[Install](install.md), then [your first adapter](first_adapter.md)"),
     Row("Is the tuned model better?", page="[Is it better?](eval.md): `slimtune eval RUN`"),
     Row("Which programs run the result?", page="[Ollama](ollama.md), [vLLM](vllm.md), llama.cpp and transformers: "
@@ -66,8 +66,8 @@ def ask(row: Row) -> str:
     done = subprocess.run(words, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         raise SystemExit(f"slimtune {row.command}:\n{done.stderr}")
-    lines = [line.rstrip() for line in done.stdout.splitlines() if re.search(row.keep, line)]
-    return "<br>".join(f"`{line.replace('|', '/')}`" for line in lines)
+    lines = [re.sub(r"  +", " · ", line.strip()) for line in done.stdout.splitlines() if re.search(row.keep, line)]
+    return "<br>".join(re.sub(r"([|<>])", r"\\\1", line) for line in lines)
 
 
 def make_page() -> str:
