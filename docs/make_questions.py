@@ -14,8 +14,8 @@ from typing import NamedTuple
 PAGE = Path(__file__).parent / "questions.md"
 HEAD = """# Questions and their commands
 
-What people ask before, during and after tuning a model; the command or the page that answers; and what the command said,
-shortened, when this page was made (`python docs/make_questions.py`). None of them needs a network.
+What people ask before, during and after tuning a model; the command or the page that answers; and what the command
+said, shortened, when this page was made (`python docs/make_questions.py`). None of them needs a network.
 
 | question | command or page | answer |
 | --- | --- | --- |
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 ROWS = (
     Row("Will this training run on my card?", f"plan {JOB} --gpu rtx-3060-12gb", "fits on|it needs"),
-    Row("Will it run there afterwards, and how fast?", f"plan {JOB} --gpu rtx-3060-12gb --serve", "tokens (written|of)"),
+    Row("Will it run there, and how fast?", f"plan {JOB} --gpu rtx-3060-12gb --serve", "tokens (written|of)"),
     Row("Which graphics card is best for it?", f"choose {JOB} --kind desktop --budget 1500", "^to buy|fastest"),
     Row("Which laptop?", f"choose {JOB} --kind laptop", "^to buy|fastest"),
     Row("Which Mac?", f"choose {JOB} --kind mac --hours 24", "^to buy|fastest"),
@@ -45,7 +45,7 @@ ROWS = (
     Row("What can this machine do?", "doctor", "ready|auto|memory|disk"),
     Row("Which bases are there, and may I use them?", "models --family qwen3", "name|qwen3-0.6b |qwen3-8b "),
     Row("Which cards does it know?", "gpus --kind mini", "GPU|spark|strix-halo-128"),
-    Row("Where is a figure from, and how old is it?", "gpus rtx-4090 rtx-3090 --sources", "rtx-4090 .*checked|0.34|RunPod C.*spot"),
+    Row("Where is a figure from, and how old is it?", "gpus rtx-4090 rtx-3090 --sources", "4090 .*checked|0.34|spot"),
     Row("Which methods are there?", "methods", "^ *(method|lora|ia3|prefix)"),
     Row("What does it mean: CUDA out of memory?", "explain 'CUDA out of memory'", "^cuda|--grad|--quant"),
     Row("Why is Ollama slow?", "explain 'ollama slow'", "^ollama|100%|--merged"),
@@ -54,7 +54,11 @@ ROWS = (
     Row("Is the tuned model better?", page="[Is it better?](eval.md): `slimtune eval RUN`"),
     Row("Which programs run the result?", page="[Ollama](ollama.md), [vLLM](vllm.md), llama.cpp and transformers: "
         "[which way to ship](export.md)"),
-    Row("How are the predictions made, and how good are they?", page="[How accurate it is](plan.md#how-accurate-it-is)"),
+    Row("How are predictions made, how good are they?", page="[How accurate it is](plan.md#how-accurate-it-is)"),
+    Row("What are LoRA, adapters, QLoRA?", page="[PEFT explained from zero](learn/README.md)"),
+    Row("What does this word mean?", page="[Glossary](glossary.md)"),
+    Row("Which rank, how many rows, how long?", page="[Quick answers](quick_answers.md)"),
+    Row("Has anybody example rows and prompts?", page="[Starters](starters.md)"),
     Row("What has changed?", page="`CHANGELOG.md` in the source"),
 )  # fmt: skip
 

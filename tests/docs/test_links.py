@@ -43,7 +43,7 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
-        exists = target.exists() and (page.name == "README.md" and page.parent == ROOT or target.is_relative_to(DOCS))
+        exists = target.exists() and ((page.name == "README.md" and page.parent == ROOT) or target.is_relative_to(DOCS))
         if not exists or (anchor and anchor not in find_anchors(target)):
             wrong.append(link)
     assert wrong == []
