@@ -61,7 +61,7 @@ def test_old_figures_are_said_to_be_old(slimtune, job, monkeypatch):
     command = ["gpus", "--kind", "mini", *job]
     assert "180 days" not in slimtune(*command).stdout
     monkeypatch.setattr("slimtune.planning.gpus.MAX_AGE", -1)
-    assert " of these were checked more than -1 days ago: --sources says when" in slimtune(*command).stdout
+    assert " of these figures were checked more than -1 days ago: --sources says when" in slimtune(*command).stdout
 
 
 def test_kinds(slimtune_json):
@@ -85,6 +85,7 @@ def test_gpus_for_a_job(slimtune):
     lines = done.stdout.splitlines()
     assert "llama-3.1-8b with lora needs 18.6 to 19.0 GiB on GPUs in bfloat16" in lines
     names = [line.split()[0] for line in lines if " fits " in line or " tight " in line]
+    assert "the smallest that fits: rx-7900-xt, 20.0 GiB" in lines
     shown = [find_gpu(name) for name in names]
     assert [g.memory for g in shown] == sorted(g.memory for g in shown), "smallest first"
     assert {"rtx-3090", "m3-max-128gb"} <= set(names)
@@ -100,8 +101,8 @@ def test_job_is_planned_once_for_each_class(slimtune, requests):
     slimtune("gpus", "--for", "llama-3.1-8b")
     classes = [(r.gpu.device, r.gpu.bf16) for r in requests]
     assert sorted(classes) == sorted({(g.device, g.bf16) for g in all_gpus() if g.trains})
-    for request, of_class in zip(requests, classes, strict=True):
-        assert request.gpu.memory == max(g.memory for g in all_gpus() if g.trains and (g.device, g.bf16) == of_class)
+    for request, of_class in zip(requests, classes, strict=True):  # the smallest, where a batch is split the most
+        assert request.gpu.memory == min(g.memory for g in all_gpus() if g.trains and (g.device, g.bf16) == of_class)
 
 
 def test_given_dtype_makes_fewer_classes(slimtune, requests):
@@ -117,6 +118,7 @@ def test_json_for_a_job(slimtune_json):
     assert (cards["rtx-3090"]["verdict"], cards["rtx-4080"]["verdict"]) == ("fits", "does not fit")
     assert cards["gtx-1080-ti"]["need_bytes"]["high"] > cards["rtx-3090"]["need_bytes"]["high"]
     assert (result["model"], {p["method"] for p in result["plans"]}) == ("llama-3.1-8b", {"lora"})
+    assert result["smallest"] == "rx-7900-xt"
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,19 @@ def test_cost(slimtune, slimtune_json):
     assert "--rent is not given" in slimtune("cost", "llama-3.1-8b", "--gpu", "m4-max-128gb").stdout
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("choose", "llama-3.1-8b"),
+        ("cost", "llama-3.1-8b", "--gpu", "rtx-3090"),
+        ("models", "--family", "olmo"),
+    ],
+)
+def test_old_figures_are_counted(slimtune, monkeypatch, command):
+    monkeypatch.setattr("slimtune.planning.gpus.MAX_AGE", -1)
+    assert " figures were checked more than -1 days ago: --sources says when" in slimtune(*command).stdout
+
+
 def test_models(slimtune_json):
     assert {m["name"] for m in slimtune_json("models")["models"]} == set(load_known_configs())
     llama = next(m for m in slimtune_json("models", "--family", "llama")["models"] if m["name"] == "llama-3.1-8b")

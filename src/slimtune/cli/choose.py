@@ -9,9 +9,9 @@ from typer import Argument, Option
 
 from ..errors import UsageError, format_names, nearest
 from ..utils.formatting import format_count
-from .common import Json, NegativeResult, console, print_fields, table
+from .common import Json, NegativeResult, console, print_age, print_fields, table
 from .jobs import JOB_HELP, JOB_SETTINGS, load_one_job, make_plans
-from .machines import format_dollars, format_hours, format_short, list_machine_sources
+from .machines import format_dollars, format_hours, format_short, list_machine_dates, list_machine_sources
 from .options import recipe_flags
 from .plan import MILLION, format_rate
 
@@ -95,6 +95,7 @@ def choose(
         screen.print("Prices of desktop and workstation cards are without a computer around them.")
         if recipe.model.quantization is not None:
             screen.print("Whether bitsandbytes quantizes on AMD cards and Macs is not known to a plan.")
+        print_age(list_machine_dates([*buy[:SHOWN], *rent[:SHOWN]]))
         if sources:
             screen.print()
             print_fields(list_machine_sources([*buy[:SHOWN], *rent[:SHOWN]]))

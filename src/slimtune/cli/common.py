@@ -240,4 +240,6 @@ def print_age(dates: Iterable[str]) -> None:
     from ..planning.gpus import MAX_AGE, is_old
 
     if old := sum(map(is_old, dates)):
-        console().print(f"{old} of these were checked more than {MAX_AGE} days ago: --sources says when", style=WARNING)
+        console().print(
+            f"{old} of these figures were checked more than {MAX_AGE} days ago: --sources says when", style=WARNING
+        )

@@ -8,9 +8,9 @@ from typer import Argument, Option
 
 from ..errors import UsageError
 from ..utils.formatting import format_count
-from .common import Json, console, print_fields, table
+from .common import Json, console, print_age, print_fields, table
 from .jobs import JOB_HELP, JOB_SETTINGS, load_one_job, make_plans
-from .machines import format_dollars, format_hours, format_short, list_machine_sources
+from .machines import format_dollars, format_hours, format_short, list_machine_dates, list_machine_sources
 from .options import recipe_flags
 from .plan import MILLION
 
@@ -86,6 +86,7 @@ def cost(
             screen.print(f"\nno break-even: {flag} is not given, and no such price is known")
         if card.kind not in WHOLE_MACHINES:
             screen.print("the price is of the card alone, without a computer around it")
+        print_age([*list_machine_dates([machine]), *(p.date for p, _ in services)])
         if sources:
             screen.print()
             print_fields(list_machine_sources([machine]))

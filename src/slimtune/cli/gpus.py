@@ -84,15 +84,19 @@ def gpus(
 
     untrained = [c.name for c in cards if not c.trains]
     cards = sorted((c for c in cards if c.trains), key=lambda c: c.memory)
-    # The run is planned once for each class of GPUs, on its largest.
-    largest = {gpu_class(card, jobs): card for card in cards}
-    plans = {key: make_plans(jobs, card, advise=False)[0][0] for key, card in largest.items()}
+    # The run is planned once for each class of GPUs, on its smallest: there a batch is split as far as training splits
+    # it where memory is short, so the need is what a GPU must have at least.
+    smallest = {gpu_class(card, jobs): card for card in reversed(cards)}
+    plans = {key: make_plans(jobs, card, advise=False)[0][0] for key, card in smallest.items()}
     judged = [(card, plan := plans[gpu_class(card, jobs)], judge_memory(plan.need, card.usable)) for card in cards]
+    enough = next((card for card, _, verdict in judged if verdict == "fits"), None)
     if not as_json:
         screen = console()
         for (device, bf16), plan in plans.items():
             where = ("Macs" if device == "mps" else "GPUs") + ("" if bf16 else " without bf16")
             screen.print(f"{describe_run(plan)} needs {format_range(*plan.need)} on {where} in {plan.dtype}")
+        if enough is not None:
+            screen.print(f"the smallest that fits: {enough.name}, {format_bytes(enough.memory)}")
         fitting = [
             (c.name, format_bytes(c.memory), format_range(*c.usable), verdict, c.kind)
             for c, _, verdict in judged
@@ -114,6 +118,7 @@ def gpus(
             print_fields((name, text) for name, text in evidence.items() if name != "model")
     return {
         "model": jobs.model.name,
+        "smallest": enough.name if enough is not None else None,
         "plans": [plan.to_dict() for plan in plans.values()],
         "cards": [{**_to_dict(c), "verdict": verdict, "need_bytes": p.need._asdict()} for c, p, verdict in judged],
     }

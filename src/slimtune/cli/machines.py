@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..utils.formatting import format_bytes
@@ -85,3 +85,14 @@ def list_machine_sources(machines: Sequence[Machine]) -> Iterator[tuple[str, str
         "serving",
         "Llama 3.1 8B in Q4_K_M behind 4096 tokens in llama.cpp; fitted to published runs",
     )
+
+
+def list_machine_dates(machines: Iterable[Machine]) -> Iterator[str]:
+    """Yield the dates of what `list_machine_sources` shows; a price at the launch stays what it was."""
+    from ..planning.throughput import prices
+
+    for machine in machines:
+        if machine.gpu.checked:  # not of what was measured on this machine
+            yield machine.gpu.checked
+        yield from (p.date for p in machine.purchases if p.condition != "launch")
+        yield from (p.date for p in prices(machine.gpu.name))
