@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slimtune.knowledge import load_pages
+from slimtune.machine import facts
 from slimtune.machine.checks import find_faults
 from slimtune.machine.facts import Disk, MachineFacts, TorchFacts, gather_facts
 
@@ -120,6 +121,11 @@ FAULTS = {
     ),
     "lost GPU": (
         {**LINUX_NVIDIA, "smi": "Unable to determine the device handle for GPU0000:01:00.0: Unknown Error"},
+        "cuda-unknown-error",
+        "sudo reboot",
+    ),
+    "hanging nvidia-smi": (
+        {**LINUX_NVIDIA, "smi": "nvidia-smi gave no answer in 10 s"},
         "cuda-unknown-error",
         "sudo reboot",
     ),
@@ -410,3 +416,9 @@ def test_faults_come_before_warnings(machine):
     kinds = [finding.is_fault for finding in find_faults(machine(**spec))]
     assert kinds == [True, True, False]
     assert all(a >= b for a, b in itertools.pairwise(kinds))
+
+
+def test_program_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(facts, "PATIENCE", 0.1)
+    assert facts.run_program("sleep", "60") == "sleep gave no answer in 0.1 s"
+    assert facts.run_program("no-such-program") == ""

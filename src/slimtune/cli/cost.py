@@ -72,7 +72,7 @@ def cost(
         rows = [row(f"buy, electricity at {kwh_price} $/kWh", power, format_dollars(dollars))]
         rows += [row(label, amount, "0 $") for label, amount in rents]
         rows += [row(p.service, Range(amount, amount), "0 $") for p, amount in services]
-        screen.print(table("", "at first", "a run", f"{runs} runs", rows=rows))
+        screen.print(table("", "at first", "a run", f"{runs} runs", left=[0], rows=rows))
         if even is not None:
             months = Range(even.low / runs, even.high / runs)
             screen.print(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..utils.formatting import format_bytes
-from .facts import LIMITS, MachineFacts, PciGpu
+from .facts import LIMITS, NO_ANSWER, MachineFacts, PciGpu
 
 GIB = 1 << 30
 WHEELS = "https://download.pytorch.org/whl"
@@ -158,7 +158,7 @@ def check_nvidia_smi(facts: MachineFacts) -> Finding | None:
     if "version mismatch" in text:
         problem = "NVIDIA's kernel module and its libraries have different versions"
         return Finding(problem, said, ("sudo reboot",), "nvidia-driver-mismatch")
-    if "GPU is lost" in text or "fallen off the bus" in text or "device handle" in text:
+    if any(words in text for words in ("GPU is lost", "fallen off the bus", "device handle", NO_ANSWER)):
         problem = "the NVIDIA GPU does not answer any more"
         return Finding(problem, said, ('sudo dmesg | grep -iE "xid|nvrm"', "sudo reboot"), "cuda-unknown-error")
     if "communicate with the NVIDIA driver" in text or "Driver Not Loaded" in text:

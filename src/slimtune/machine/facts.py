@@ -128,12 +128,18 @@ class MachineFacts:
     token: str = ""
 
 
+PATIENCE, NO_ANSWER = 10.0, "gave no answer"
+"""Seconds after which a program is ended, and what is said of it then: a driver that hangs holds those that ask it."""
+
+
 def run_program(*command: str) -> str:
-    """Return what a program prints on stdout and stderr; "" if it is not there."""
+    """Return what a program prints on stdout and stderr, or that it hangs; "" if it is not there."""
     try:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=10, errors="replace"
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE, errors="replace"
         )
+    except subprocess.TimeoutExpired:
+        return f"{command[0]} {NO_ANSWER} in {PATIENCE:g} s"
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
@@ -173,7 +179,7 @@ def gather_facts(
         "unreadable_devices": _list_unreadable(root),
         "nvidia_smi": smi,
         "smi_gpus": smi_gpus,
-        "rocminfo": rocm if "error" in rocm.lower() or "not loaded" in rocm.lower() or "unable" in rocm.lower() else "",
+        "rocminfo": rocm if any(w in rocm.lower() for w in ("error", "not loaded", "unable", NO_ANSWER)) else "",
         "gfx": tuple(dict.fromkeys(re.findall(r"^\s*Name:\s+(gfx[0-9a-f]+)\s*$", rocm, re.MULTILINE))),
         "groups": tuple(run("id", "-Gn").split()),
         "packages": {name: version for name in (*PACKAGES, *COMPANIONS) if (version := find_version(name))},
