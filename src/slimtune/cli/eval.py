@@ -93,6 +93,26 @@ def _print_result(result: Mapping[str, Any]) -> None:
         f"loss reduction in 95 % of bootstrap draws: {low:.4f} to {high:.4f}, over {result['rows']} rows, "
         f"{result['tokens']} supervised tokens"
     )
+    if (preference := result.get("preference")) is not None:
+        shown = [
+            (m, *(f"{100 * preference[f'{m}_{key}']:.1f} %" for key in ("accuracy", "token_accuracy")),
+             f"{preference[f'{m}_margin']:.3f}")
+            for m in MODELS
+        ]  # fmt: skip
+        screen.print("\nthe losses are those of the chosen answers; how the model prefers them to the rejected ones:")
+        screen.print(table("", "chosen preferred", "per token", "margin (nats/pair)", rows=shown))
+        screen.print(
+            f"margin gained in 95 % of bootstrap draws: {preference['margin_gain_ci95'][0]:.3f} to "
+            f"{preference['margin_gain_ci95'][1]:.3f}; accuracy gained: {100 * preference['accuracy_gain']:.1f} % "
+            f"({' to '.join(f'{100 * x:.1f}' for x in preference['accuracy_gain_ci95'])}), over {preference['pairs']} "
+            f"pairs; the margin rose on {preference['pairs_better']}"
+        )
+        for name, part in preference["by_length"].items():
+            if part["pairs"]:
+                screen.print(
+                    f"{name.replace('_', ' ')} ({part['pairs']} pairs): base prefers it in "
+                    f"{100 * part['base_accuracy']:.0f} %, tuned in {100 * part['tuned_accuracy']:.0f} %"
+                )
     if (dependence := result["prompt_dependence"]) is not None:
         tuned = interval(dependence, "tuned")
         screen.print(

@@ -35,7 +35,7 @@ from .tokenized_dataset import Example, split_rows
 __all__ = ["IGNORE_INDEX", "Collator", "Example"]
 
 ROW_KEYS = ("input_ids", "labels", "line", "row_lengths")
-"""Keys of an example that describe its rows; the values of all others become tensors of the batch."""
+"""Keys of an example that describe its rows; the numbers of all others become tensors of the batch."""
 
 
 class Collator:
@@ -117,7 +117,7 @@ class Collator:
             **{
                 key: torch.from_numpy(np.array([e[key] for e in examples]))
                 for key in examples[0]
-                if key not in ROW_KEYS
+                if key not in ROW_KEYS and not isinstance(examples[0][key], str)
             },
         }
 

@@ -134,6 +134,24 @@ class TokenizedDataset(Sequence[Example]):
         return ids.to_numpy(), supervised.to_numpy(zero_copy_only=False)
 
 
+class FirstRows(TokenizedDataset):
+    """The first row of each example of another dataset, such as the chosen answers of preference pairs."""
+
+    def __init__(self, examples: TokenizedDataset) -> None:
+        super().__init__(examples._table, examples._indices)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each first row, int64 [N]."""
+        return np.array([rows[0] for rows in self._table["row_lengths"].take(self._indices).to_pylist()], np.int64)
+
+    def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
+        """Return one row, or its tokens from `start` to `end`."""
+        example = super().read(number)
+        ids, labels = split_rows(example)[0]
+        return {"input_ids": ids[start:end], "labels": labels[start:end], "line": example["line"]}
+
+
 class DatasetWriter:
     """Writes tokenized examples into a temporary file without a name: nothing of it is left after a crash."""
 

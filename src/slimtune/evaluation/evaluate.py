@@ -19,7 +19,8 @@ import numpy as np
 from ..config import Recipe
 from ..data.collator import Example
 from ..data.dataset import Row
-from ..data.tokenized_dataset import TokenizedDataset
+from ..data.formats import split_pair
+from ..data.tokenized_dataset import FirstRows, TokenizedDataset
 from ..errors import AdapterError, DataError, ModelError, SlimtuneError, UsageError, format_names, nearest
 from ..reporting import write_report
 from ..run_dir import RunDir, find_adapter_folder
@@ -31,13 +32,14 @@ from ..setup import (
     load_run,
     open_rows_from_recipe,
 )
-from ..train_step.loss import RowScore, evaluate_rows
+from ..train_step.loss import RowScore, evaluate_rows, score_row_logps
 from ..utils.files import require_output_file, write_json
 from .answers import build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
 from .classify import evaluate_classifier, evaluate_reward_model, list_reasons_not_better
 from .forgetting import DEFAULT_BUDGET, WINDOW, measure_forgetting, read_general_text, tokenize_general_text
 from .generate import Generator
 from .lm_eval import find_tasks, run_tasks
+from .preference import list_reasons_not_preferred, measure_preferences
 from .prompt_dependence import MIN_DEPENDENCE, prompt_dependence, shuffle_prompts
 from .statistics import Estimate, paired_bootstrap, perplexity
 
@@ -129,7 +131,8 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     prompts, generator = [], None
     if settings.generate:
         generator = Generator(trained)
-        rows = open_rows_from_recipe(recipe, file or recipe.data.train).require_valid_rows()
+        found = open_rows_from_recipe(recipe, file or recipe.data.train).require_valid_rows()
+        rows = (split_pair(row)[0] for row in found)
         prompts = sample_prompts(rows, examples, settings.generate)
         for prompt in prompts:  # check that each has room for an answer before anything is scored
             generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
@@ -150,6 +153,9 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         )
     if trained_rows:
         examples = examples.select(np.setdiff1d(np.arange(len(examples.documents)), trained_rows))
+    objective = recipe.objective()
+    is_pairs = objective.rows_per_example == 2 and objective.task_type == "CAUSAL_LM"
+    pairs = examples if is_pairs else None
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
     collator = build_collator(recipe, model, tokenizer, longest)
     draws = {"draws": settings.bootstrap, "seed": settings.seed}
@@ -195,6 +201,12 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
                 )
         return base, tuned
 
+    preference = None
+    if pairs is not None:  # the chosen answers are also measured as rows
+        examples = FirstRows(pairs)
+        logps = [score_row_logps(model, pairs, collator)]
+        with model.disable_adapter():
+            logps.insert(0, score_row_logps(model, pairs, collator))
     base, tuned = (sum_by_document(examples, scores) for scores in score_both(examples))
     tokens = [score.tokens for score in base]
     # Rows that are equal count together, as one row: drawn apart they would make the intervals too narrow.
@@ -207,7 +219,10 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     loss = paired_bootstrap(sums([s.nats for s in base]), sums([s.nats for s in tuned]), grouped, **draws)
     hits = paired_bootstrap(sums([s.hits for s in tuned]), sums([s.hits for s in base]), grouped, **draws)
     dependence = forgetting = None
-    if not settings.skip_prompt_test and examples.documents is examples:  # a window has no prompt
+    if pairs is not None:
+        by_pair = [[scores[i] for i in range(len(pairs))] for scores in logps]
+        preference = measure_preferences(pairs, by_pair[0], by_pair[1], groups, **draws)
+    elif not settings.skip_prompt_test and examples.documents is examples:  # a window has no prompt
         dependence = prompt_dependence(shuffle_prompts(examples, settings.seed), base, tuned, score_both, **draws)
     if settings.general_text is not None:
         forgetting = {"text": str(settings.general_text)}
@@ -226,6 +241,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         "accuracy_gain_ci95": hits.difference.interval,
         "rows_better": sum(t.nats < b.nats for b, t in zip(base, tuned, strict=True)),
         "different_rows": len(grouped),
+        "preference": preference,
         "prompt_dependence": dependence,
         "forgetting": forgetting,
     }
@@ -275,6 +291,8 @@ def list_reasons_not_improved(result: Mapping[str, Any]) -> list[str]:
     if (different := result.get("different_rows", MIN_ROWS)) < MIN_ROWS:
         rows = "1 row is" if different == 1 else f"{different} different rows are"
         failures.append(f"{rows} too few to show that the tuned model is better: {MIN_ROWS} are the least")
+    if result.get("preference") is not None:  # the loss of the chosen answers may rise while they are preferred more
+        return [*failures, *list_reasons_not_preferred(result["preference"])]
     if low == high == 0 and result.get("rows_better") == 0:
         failures.append("the adapter changes nothing: base and tuned model have the same loss")
     elif low <= 0:
@@ -336,7 +354,10 @@ def find_training_rows(
 
     def read(path: Path) -> Iterator[tuple[int, int]]:
         rows = (row for row in open_rows_from_recipe(recipe, path) if isinstance(row, Row))
-        return ((row.line, hash(repr((row.messages, row.prompt, row.completion, row.tools)))) for row in rows)
+        return (
+            (row.line, hash(repr((row.messages, row.prompt, row.completion, row.chosen, row.rejected, row.tools))))
+            for row in rows
+        )
 
     evaluated = list(read(file or recipe.data.train))
     wanted = {key for _, key in evaluated}

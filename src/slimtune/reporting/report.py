@@ -73,6 +73,7 @@ def render_report(run: RunDir, damage: list[str] | None = None) -> str:
         eval_options=eval_options,
         model=_display_path(recipe.model.name),
         method_settings=", ".join(f"{k} {v}" for k, v in settings if v not in (None, {}, [], False)),
+        task=", ".join([recipe.task.name, *(f"{k} {v}" for k, v in recipe.task.settings.items())]),
         recipe=recipe,
         recipe_text=recipe_text,
         results=r,
@@ -218,7 +219,7 @@ def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
     # The base's loss on the same validation rows is where the curve of the validation begins.
     measured = next((e.values for e in r.evaluations if e.name == "validation"), {})
     start = measured.get("base_loss")
-    if validation.points and is_number(start):
+    if validation.points and is_number(start) and recipe.task.name == "sft":
         validation = dataclasses.replace(validation, points=[(0, start), *validation.points])
         mark: tuple[Any, str] = (start, f"untrained base {fixed(start)}")
     else:  # the loss of step 1 is computed before the first update
@@ -230,7 +231,8 @@ def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
         ("Gradient norm", "before clipping", "grad_norm"),
     ]
     lines = [line_chart(title, unit, [series(title.lower(), key)]) for title, unit, key in others]
-    losses = line_chart("Loss", "nats per supervised token", [training, validation], tall=True, mark=mark)
+    unit = "nats per supervised token" if recipe.task.name == "sft" else f"of {recipe.task.name}"
+    losses = line_chart("Loss", unit, [training, validation], tall=True, mark=mark)
     return [losses, *filter(None, lines)]
 
 
@@ -245,8 +247,18 @@ def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Mar
         charts = [(title, unit, interval_chart([_estimate("model", "two", v, key, fixed, digits, factor)], marks))
                   for title, unit, key, digits, factor, marks in heads]  # fmt: skip
         return [(*chart, Markup()) for chart in charts if chart[2]]
-    dependence = v.get("prompt_dependence") or {}
+    dependence, preference = v.get("prompt_dependence") or {}, v.get("preference") or {}
     measures = [
+        (
+            "Preference",
+            "% of pairs whose chosen answer is likelier",
+            preference,
+            "{}_accuracy",
+            "accuracy_gain",
+            1,
+            100,
+        ),
+        ("Preference margin", "nats per pair, higher is better", preference, "{}_margin", "margin_gain", 2, 1),
         ("Loss", "nats per token, lower is better", v, "{}_loss", "loss_reduction", 3, 1),
         ("Perplexity", "lower is better", v, "{}_perplexity", "", 2, 1),
         ("Accuracy", "% of tokens predicted, higher is better", v, "{}_accuracy", "accuracy_gain", 1, 100),
