@@ -43,6 +43,8 @@ ROWS = (
     Row("Buy, rent, or pay a service?", f"cost {JOB} --gpu rtx-3090 --tokens 5000000 --runs 20", "^buy|^rent|AI,"),
     Row("Which machine is cheapest to rent?", f"choose {JOB} --kind rent", "^to rent|fastest"),
     Row("What can this machine do?", "doctor", "ready|auto|memory|disk"),
+    Row("How fast is this machine?", page="`slimtune bench`: [what it measures](cli.md#bench)"),
+    Row("What have others measured?", page="[Published runs](plan.md#how-accurate-it-is), beside the predictions"),
     Row("Which bases are there, and may I use them?", "models --family qwen3", "name|qwen3-0.6b |qwen3-8b "),
     Row("Which cards does it know?", "gpus --kind mini", "GPU|spark|strix-halo-128"),
     Row("Where is a figure from, and how old is it?", "gpus rtx-4090 rtx-3090 --sources", "4090 .*checked|0.34|spot"),
@@ -74,13 +76,14 @@ def ask(row: Row) -> str:
     return "<br>".join(re.sub(r"([|<>])", r"\\\1", line) for line in lines)
 
 
+def start_line(row: Row) -> str:
+    """Return the question's line of the table up to the answer."""
+    return f"| {row.question} | {row.page or f'`slimtune {row.command}`'} |"
+
+
 def make_page() -> str:
     """Return the page."""
-    rows = []
-    for row in ROWS:
-        asked = row.page or f"`slimtune {row.command}`"
-        rows.append(f"| {row.question} | {asked} | {ask(row) if row.command else ''} |\n")
-    return HEAD + "".join(rows)
+    return HEAD + "".join(f"{start_line(row)} {ask(row) if row.command else ''} |\n" for row in ROWS)
 
 
 if __name__ == "__main__":

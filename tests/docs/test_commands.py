@@ -5,6 +5,7 @@ Nothing is run. Those in fenced blocks are checked, and those in the code of tab
 
 import functools
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,3 +83,12 @@ def test_commands_are_ones_that_exist(page):
         except Exception as e:
             wrong[line] = str(e)
     assert wrong == {}
+
+
+def test_questions_are_those_of_the_script():
+    script = runpy.run_path(str(ROOT / "docs" / "make_questions.py"))
+    lines = (ROOT / "docs" / "questions.md").read_text().removeprefix(script["HEAD"]).splitlines()
+    starts = [script["start_line"](row) for row in script["ROWS"]]
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts, (
+        "python docs/make_questions.py"
+    )
