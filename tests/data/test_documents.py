@@ -1,11 +1,17 @@
 """Documents: reading whole files, and cutting them into windows."""
 
 import json
+import runpy
+import struct
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_tokenizer import make_tokenizer
+from typer.testing import CliRunner
 
+from slimtune.cli import app
 from slimtune.data.chat_template import adds_bos
 from slimtune.data.dataset import open_rows
 from slimtune.data.document_windows import DocumentWindows
@@ -125,3 +131,36 @@ def test_length_policies_are_refused(tmp_path):
     (tmp_path / "a.md").write_text("A definition is a lie.")
     with pytest.raises(UsageError, match="documents are cut into windows"):
         validate_file(tmp_path / "a.md", TOK, model="tiny", format="document", on_overlong="truncate")
+
+
+def test_flags_of_commands(tmp_path, tiny_folder):
+    (tmp_path / "book" / "one").mkdir(parents=True)
+    for i in range(3):
+        (tmp_path / "book" / "one" / f"{i}.md").write_text("abc " * 50)
+    flags = ["--format", "document", "--max-seq-len", "64"]
+    report = CliRunner().invoke(app, ["data", str(tmp_path / "book"), *flags, "--model", str(tiny_folder), "--json"])
+    assert json.loads(report.stdout)["windows"] > 3
+    refused = CliRunner().invoke(app, ["data", str(tmp_path / "book" / "one")])
+    assert (refused.exit_code, "--format document" in refused.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_plan_is_of_windows(tmp_path, tiny_folder):
+    (tmp_path / "a.md").write_text("abc " * 50)
+    flags = ["--format", "document", "--max-seq-len", "64", "--batch-size", "2", "--json"]
+    planned = CliRunner().invoke(app, ["plan", str(tiny_folder), "--data", str(tmp_path / "a.md"), *flags])
+    assert (json.loads(planned.stdout)["batch"], json.loads(planned.stdout)["seq_len"]) == (2, 64)
+
+
+def test_chapters_of_a_novel_in_r():
+    make = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "persuasion.py"))
+
+    def serialize(lines):
+        texts = b"".join(struct.pack(">ii", 9, len(t)) + t.encode() for t in lines)
+        data = b"X\n" + struct.pack(">iii", 2, 0, 0) + struct.pack(">ii", 16, len(lines)) + texts
+        return struct.pack(">i", len(data)) + zlib.compress(data)
+
+    novel = ["Persuasion", "", "Chapter 1", "", "", "One", "two.", "", "Three.", "Chapter 2", "", "Four."]
+    other, found = map(make["read_lines"], make["read_objects"](serialize(["Emma"]) + serialize(novel)))
+    assert (other, found) == (["Emma"], novel)
+    assert make["split_chapters"](novel) == ["Chapter 1\n\nOne two.\n\nThree.", "Chapter 2\n\nFour."]

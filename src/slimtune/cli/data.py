@@ -44,7 +44,7 @@ def data_report(
     if html is not None:
         html = require_output_file(html.expanduser())
     for rows in (file, settings.get("data.validation")):
-        require_rows(rows)
+        require_rows(rows, settings.get("data.format"))
     if "model.name" in settings:
         require_base(str(settings["model.name"]))
     from ..config import load_recipe

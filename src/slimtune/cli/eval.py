@@ -43,7 +43,7 @@ def eval_run(
     Loss, perplexity and token accuracy, paired by row, with bootstrap 95 % intervals; then answers and tasks.
     """
     require_run(run)
-    require_rows(data)
+    require_rows(data, run=run)
     from ..evaluation.evaluate import EvalSettings, evaluate
     from ..evaluation.forgetting import BUILT_IN_TEXT
 

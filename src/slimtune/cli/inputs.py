@@ -68,9 +68,14 @@ def require_run(path: Path) -> None:
         require_base(name)
 
 
-def require_rows(path: str | Path | None) -> None:
-    """Raise unless a file or folder of rows exists, if one is given."""
+def require_rows(path: str | Path | None, format: str | None = None, *, run: Path | None = None) -> None:
+    """Raise unless a file or folder of rows exists, if one is given; they have the format of a run, if one is given."""
+    from ..config.loading import read_recipe_tree
     from ..data.dataset import find_parts
+    from ..run_dir import RunDir
 
     if path is not None:
-        find_parts(Path(path))
+        if run is not None and (recipe := RunDir(run).recipe_file).is_file():
+            data = read_recipe_tree(recipe).get("data")
+            format = data.get("format") if isinstance(data, Mapping) else None
+        find_parts(Path(path), format)

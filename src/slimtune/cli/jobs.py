@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from ..planning.result import Plan
 
 JOB_SETTINGS = (
-    "model.dtype", "model.quantization", "model.trust_remote_code", "data.train", "data.max_seq_len", "task.name",
-    "method.name", "train.epochs", "train.max_steps", "train.batch_size", "train.gradient_accumulation_steps",
+    "model.dtype", "model.quantization", "model.trust_remote_code", "data.train", "data.format", "data.max_seq_len",
+    "task.name", "method.name", "train.epochs", "train.max_steps", "train.batch_size",
+    "train.gradient_accumulation_steps",
     "train.max_tokens_per_micro_batch", "train.packing", "train.optimizer", "train.gradient_checkpointing",
     "train.offload_activations", "train.mlp_tile_size", "train.fsdp",
 )  # fmt: skip

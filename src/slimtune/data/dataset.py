@@ -216,6 +216,9 @@ def open_rows(
     path, choice = Path(path), ColumnChoice(dict(columns or {}), frozenset(ignore_columns))
     check_format(format, choice.columns)
     parts = find_parts(path, format)
+    if format is None and Path(parts[0][0] or path).suffix.lower() == ".md":
+        hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"
+        raise UsageError(f"{path} is Markdown, whose parts are no rows of their own", "a format for it", hint)
     formats: dict[str, str | None] = {}
     empty = True
     for file, read in parts:
@@ -290,9 +293,6 @@ def _make_reader(path: Path, format: str | None) -> Callable[[], Iterator[Locate
         problem = f"{path} has the unknown suffix {suffix!r}{nearest(suffix, READERS)}"
         hint = SUFFIX_HINTS.get(suffix, TEXT_HINT).format(name=shlex.quote(path.name), stem=path.stem)
         raise UsageError(problem, f"a file of rows: {', '.join(READERS)}", hint)
-    if suffix == ".md" and format is None:
-        hint = "--format document learns from each file as a whole; --format text makes each paragraph a row"
-        raise UsageError(f"{path} is Markdown, whose parts are no rows of their own", "a format for it", hint)
     reader = read_document if format == "document" and suffix in TEXT_SUFFIXES else READERS[suffix]
 
     def read() -> Iterator[Located]:

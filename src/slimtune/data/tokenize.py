@@ -25,8 +25,8 @@ from .messages import REASONING_KEYS, RowError, check_template_keys, check_think
 from .parallel import parallel_map
 from .tokenized_dataset import DatasetWriter, TokenizedDataset
 
-BATCH_SIZE, BATCH_CHARACTERS = 512, 4_000_000
-"""Most rows that a process tokenizes at once, and characters from which fewer are enough."""
+BATCH_SIZE, BATCH_CHARACTERS = 512, 1_000_000
+"""Most rows that a process tokenizes at once, and characters from which fewer are enough: each takes 150 bytes."""
 ON_OVERLONG = ("error", "drop", "truncate")
 TRAIN_ON = ("assistant", "last_assistant")
 PARAGRAPH_HINT = (

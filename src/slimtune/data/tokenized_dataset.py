@@ -103,8 +103,8 @@ class TokenizedDataset(Sequence[Example]):
         return TokenizedDataset(self._table, self._indices, {**self._columns, **columns})
 
     def hashes(self) -> list[int]:
-        """Return a hash of the tokens of each row."""
-        return [hash(self._read_arrays(i)[0].tobytes()) for i in self._indices]
+        """Return a hash of the tokens of each row, which is the same in every process."""
+        return [hash(tuple(self._read_arrays(i)[0].tolist())) for i in self._indices]  # of integers: not salted
 
     def digest(self) -> str:
         """Return the SHA-256 of the tokens, of which of them are learned, and of their order."""
