@@ -12,7 +12,7 @@
 # make tasks  tests of `slimtune eval --tasks`, in an environment with lm-evaluation-harness
 # make bench-dpo  speed and memory of a DPO step beside TRL's DPOTrainer with PEFT, in turns
 # make gpu-bench   on a CUDA card: gradient checks, speed and memory beside what is installed (docs/devices.md)
-# make docs   the site of docs/ in site/, with the API reference; a broken link fails it (seconds, after an install of 60 MB)
+# make docs   the site of docs/ in site/, with the API reference; a broken link fails it (seconds, after an install of 155 MB)
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
