@@ -148,7 +148,7 @@ def test_rows_of_one_example(llama, name):
     """An example of two rows is computed as two examples, and a value of it comes as a tensor."""
     first, second = example(9, {4, 8}, 1), example(6, {5}, 2)
     both = {k: [*first[k], *second[k]] for k in ("input_ids", "labels")}
-    batch = COLLATORS[name]([both | {"line": 1, "row_lengths": [9, 6], "reference": [0.5, 1.5]}])
+    batch = COLLATORS[name]([both | {"line": 1, "row_lengths": [9, 6], "reference": [0.5, 1.5], "kind": "a"}])
     assert (batch["row_targets"], batch["example_rows"], batch["reference"].tolist()) == ((2, 1), (2,), [[0.5, 1.5]])
     with torch.no_grad(), packed_attention(llama):
         torch.testing.assert_close(
