@@ -395,6 +395,17 @@ def load_run(
         return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, unpack)
 
 
+def require_language_model(run: str | Path) -> None:
+    """Raise UsageError if a run trained a classifier or a reward model."""
+    if PeftConfig.from_pretrained(find_adapter_folder(run)).task_type == "SEQ_CLS":
+        raise UsageError(
+            f"{run} is a classifier or a reward model: it writes no text, and neither llama.cpp (GGUF, Ollama) nor "
+            "vLLM's adapters serve its head",
+            "a run of a language model",
+            "slimtune eval or merge, or HF PEFT over AutoModelForSequenceClassification: docs/classification.md",
+        )
+
+
 def read_classes(folder: Path) -> Classes:
     """Return the classes of a classifier's adapter, from the config beside it; without one they are numbered."""
     if (folder / CONFIG_FILE).is_file():

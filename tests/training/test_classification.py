@@ -10,6 +10,10 @@ import transformers as tf
 from slimtune.config import Recipe
 from slimtune.errors import DataError, RecipeError, UsageError
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.evaluation.generate import Generator
+from slimtune.export.exporter import export
+from slimtune.export.merge import merge
+from slimtune.export.verify import verify
 from slimtune.setup import load_run
 from slimtune.training.train import train
 
@@ -84,7 +88,19 @@ def test_rows_of_one_class_and_weights_of_no_class_are_refused(tmp_path, tiny_fo
         make_recipe(tmp_path, tiny_folder, task={"name": "classification", "class_weights": "balance"})
 
 
-def test_classifier_writes_no_answers(tmp_path, tiny_folder):
+def test_classifier_is_merged_and_writes_no_answers(tmp_path, tiny_folder):
     train(make_recipe(tmp_path, tiny_folder))
-    with pytest.raises(UsageError, match="classifier"):
-        evaluate(tmp_path / "run", EvalSettings(generate=1))
+    run = tmp_path / "run"
+    for refused in (
+        lambda: evaluate(run, EvalSettings(generate=1)),
+        lambda: Generator.open(run),
+        lambda: export(run, "gguf", tmp_path / "gguf"),
+        lambda: verify(run),
+    ):
+        with pytest.raises(UsageError, match="classifier"):
+            refused()
+    merge(run, tmp_path / "merged")
+    merged = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    tokenizer = tf.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (logits_of(merged, tokenizer) - logits_of(load_run(run).model, tokenizer)).abs().max() < 1e-5
+    assert merged.config.id2label == {0: "city", 1: "sea", 2: "wood"}

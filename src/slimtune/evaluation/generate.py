@@ -26,7 +26,7 @@ from transformers import (
 from ..data.chat_template import encode_chat, end_of_turn_ids, get_chat_template
 from ..errors import AdapterError, DataError, ModelError, UsageError
 from ..kernels.dropout import preserve_rng_state
-from ..setup import TrainedModel, load_run
+from ..setup import TrainedModel, load_run, require_language_model
 from ..utils.chat_rendering import render_chat_template
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class Generator:
     @classmethod
     def open(cls, run: Path, device: str | None = None) -> Self:
         """Load a run folder or an adapter folder; device and errors as for `load_run`."""
+        require_language_model(run)
         return cls(load_run(run, device=device))
 
     def stream(

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import AdapterError, RunError, UsageError, format_names, nearest
 from ..run_dir import ADAPTER_FILE, RunDir
-from ..setup import TrainedModel
+from ..setup import TrainedModel, require_language_model
 from ..utils.files import atomic_folder
 from .gguf import ADAPTER_DTYPES, PRECISIONS, quantize_gguf, require_quantizer, write_adapter_gguf
 from .manifest import ADAPTER_GGUF, MODEL_GGUF, Target, require_target, write_manifest
@@ -100,6 +100,7 @@ def export(
     if require_proof and not verify:
         raise UsageError("--require-proof and --no-verify together", "one of them: the check is the proof")
     RunDir.require_free(out)
+    require_language_model(run)
     loaded = load_trained(run)
     model: Any = loaded.model
     needed = (loaded.adapter / ADAPTER_FILE).stat().st_size

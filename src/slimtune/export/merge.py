@@ -10,6 +10,7 @@ says how little of it is used.
 import dataclasses
 import hashlib
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..adapters.base import MergeUnsupported
@@ -72,7 +74,9 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
     run, out = Path(run), Path(out).expanduser()
     requested = None if dtype == "auto" else pick_dtype(dtype)
     RunDir.require_free(out)
-    find_adapter_folder(run)  # raises before any folder is made
+    if PeftConfig.from_pretrained(find_adapter_folder(run)).task_type == "SEQ_CLS":  # raises before a folder is made
+        result = _merge_classifier(run, out, requested)
+        return {**result, "seconds": round(time.perf_counter() - start, 3)}
     with atomic_folder(out) as folder, _load_memory_mapped(run, out) as loaded:
         model: Any = loaded.model
         base, tokenizer, config = loaded.base, loaded.base.tokenizer, model.active_peft_config
@@ -120,6 +124,43 @@ def merge(run: Path, out: Path, dtype: str = "auto") -> dict[str, Any]:
         written = sum(f.stat().st_size for f in folder.iterdir())
         result = {"run": str(run), "out": str(out), "bytes": written, "parameters": weights.count(), **report}
     return {**result, "seconds": round(time.perf_counter() - start, 3)}
+
+
+def _merge_classifier(run: Path, out: Path, requested: torch.dtype | None) -> dict[str, Any]:
+    """Write a classifier or a reward model as one checkpoint, and compare the logits of some texts."""
+    loaded = load_trained(run)
+    model: Any = loaded.model
+    tokenizer, stored = loaded.base.tokenizer, requested or loaded.base.dtype
+    texts = make_texts(tokenizer, loaded.recipe, model.config.get_text_config())
+
+    @torch.no_grad()
+    def compute_logits(model: Any) -> Tensor:
+        return torch.cat([model.eval()(input_ids=torch.tensor([text.ids])).logits.float() for text in texts])
+
+    adapted = compute_logits(model)
+    with model.disable_adapter():
+        effect = (adapted - compute_logits(model)).abs().mean().item()
+    with translate_merge_errors(run):
+        weights = MergedWeights(model)
+    with atomic_folder(out, weights.count() * stored.itemsize) as folder:
+        with translate_merge_errors(run):
+            _save_checkpoint(loaded, weights, folder, stored)
+        trusted = _trusts_code(loaded)
+        base = load_base(str(folder), dtype=model.dtype, device="cpu", trust_remote_code=trusted, task="SEQ_CLS")
+        differences = (compute_logits(base.model) - adapted).abs()
+        tolerance = get_tolerance(PRECISIONS[stored], PRECISIONS[model.dtype])
+        mean, largest = differences.mean().item(), differences.max().item()
+        if not mean <= tolerance.mean_difference + tolerance.effect_share * effect:
+            raise RunError(
+                f"the merged classifier is not the trained one: its logits differ by {mean:.3g} on average",
+                str(tolerance),
+                "--dtype float32",
+            )
+        facts = {"dtype": dtype_name(stored), "max_difference": largest, "mean_difference": mean, "effect": effect,
+                 "strength": 1 - mean / effect if effect else math.nan, "positions": len(texts)}  # fmt: skip
+        write_manifest(folder, "merged", run, {**facts, "fingerprint": loaded.base.fingerprint})
+        written = sum(f.stat().st_size for f in folder.iterdir())
+    return {"run": str(run), "out": str(out), "bytes": written, "parameters": weights.count(), **facts}
 
 
 def _render_card(loaded: TrainedModel, config: PeftConfig, merge: dict[str, Any], name: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from ..errors import ModelError, RunError, SlimtuneError, UsageError
 from ..models.dtype import dtype_name
 from ..models.loader import load_base
-from ..setup import TrainedModel, load_run
+from ..setup import TrainedModel, load_run, require_language_model
 from . import merge as merging
 from .engines import Engine, LlamaCppEngine, TransformersEngine, VllmClient
 from .gguf import ToolError, write_adapter_gguf
@@ -54,6 +54,7 @@ def verify(
     run = manifest.get("run", path)
     if not run.exists() and manifest:
         raise UsageError(f"{path} was made from {run}, which does not exist any more", "the run to compare it with")
+    require_language_model(run)
     with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as folder:
         verifier = Verifier(merging.load_trained(run), run, Path(folder), rows, threads, log)
         checks = [*(verifier.verify_export(path, manifest) if manifest else verifier.export_and_verify_all())]
