@@ -130,4 +130,5 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
     validated = data.validation is not None or data.validation_fraction > 0
     rows = "" if data.test or data.test_fraction else " --split validation" if validated else " --data held_out.jsonl"
     console().print(f"adapter: {result['run']}/adapter; everything on one page: {result['run']}/report.html")
-    console().print(f"next: slimtune eval {run}{rows}\n      slimtune chat {run}", soft_wrap=True)
+    chat = f"\n      slimtune chat {run}" if recipe.objective().task_type == "CAUSAL_LM" else ""
+    console().print(f"next: slimtune eval {run}{rows}{chat}", soft_wrap=True)

@@ -193,8 +193,8 @@ def column_hint(columns: Collection[UnusedColumn]) -> str:
     names = [column.name for column in columns]
     flags = " ".join(f"--ignore-columns {shlex.quote(name)}" for name in names)
     is_label = any(column.name.casefold() in ("label", "labels") for column in columns)
-    use = "learn it as the class of the row (--format classification)" if is_label else "use it by another --format"
-    return f"{use} or --column, or leave it out: {flags} (data.ignore_columns in a recipe)"
+    use = "if it is the class of each row: --format classification (--task classification in training); " * is_label
+    return f"{use}use it by another --format or --column, or leave it out: {flags} (data.ignore_columns in a recipe)"
 
 
 def open_rows(

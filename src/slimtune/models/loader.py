@@ -119,7 +119,7 @@ def load_base(
         )
     if quantization is not None:
         disable_wrong_repacking(model)
-    _check_weights(model, tokenizer, info, opened.source, task)
+    _check_weights(model, tokenizer, info, opened.source, task, warn=head is None)
     for config in (model.config, model.config.get_text_config(), getattr(model, "generation_config", None)):
         if config is not None and getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id  # for classification heads and `generate`
@@ -232,9 +232,14 @@ def _find_pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _check_weights(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, info: dict[str, Any], source: ModelSource, task: str
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    info: dict[str, Any],
+    source: ModelSource,
+    task: str,
+    warn: bool,
 ) -> None:
-    """Raise if the checkpoint lacks weights, or embeddings for the tokenizer's ids."""
+    """Raise if the checkpoint lacks weights, or embeddings for the tokenizer's ids; `warn` about a new head."""
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing and task not in _NEW_HEAD:
         raise ModelError(
@@ -242,7 +247,7 @@ def _check_weights(
             f"every weight of a {task} model (a missing one would be filled at random)",
             "download it again, or choose the task that the base was made for",
         )
-    if missing:
+    if missing and warn:
         log.warning("%s: new weights, to be trained: %s", source.name, format_names(missing, 8))
     unused = [name for name in unused if task not in _NEW_HEAD or not name.startswith("lm_head.")]
     if unused:

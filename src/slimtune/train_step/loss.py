@@ -48,7 +48,9 @@ def make_collator(
     packing = packing and not packing_unsupported_reason(model)
     layout = packing and not layout_unsupported_reason(model)
     if get_row_head(model) is not None:
-        sizes["pooling_pad_id"] = pad_token_id = model.config.get_text_config().pad_token_id
+        own = model.config.get_text_config().pad_token_id
+        sizes["pooling_pad_id"] = -1 if own is None else own
+        pad_token_id = pad_token_id if own is None else own
     return Collator(pad_token_id, packing, layout=layout, share_prefix=share_prefix, **sizes)
 
 
