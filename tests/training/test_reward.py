@@ -11,9 +11,10 @@ from slimtune.evaluation.evaluate import EvalSettings, evaluate
 from slimtune.setup import load_run
 from slimtune.training.train import train
 
+SAID = {"role": "assistant"}
 PAIRS = [
-    {"prompt": [{"role": "user", "content": f"How is day {i}?"}], "chosen": [{"role": "assistant", "content": f"sunny {i}"}],
-     "rejected": [{"role": "assistant", "content": f"rainy {i}"}]}
+    {"prompt": [{"role": "user", "content": f"How is day {i}?"}], "chosen": [{**SAID, "content": f"sunny {i}"}],
+     "rejected": [{**SAID, "content": f"rainy {i}"}]}
     for i in range(24)
 ]  # fmt: skip
 
