@@ -27,6 +27,7 @@ RESULT = {
     "peak_bytes": 2**30, "load_seconds": 1.0, "prepare_seconds": 2.0, "skipped_steps": 0,
 }  # fmt: skip
 MEASURED = {
+    "task": "sft",
     "base_loss": 4.0, "tuned_loss": 3.0, "loss_reduction": 1.0, "loss_reduction_ci95": [0.9, 1.1],
     "base_perplexity": 54.6, "tuned_perplexity": 20.1, "base_accuracy": 0.25, "tuned_accuracy": 0.375,
     "accuracy_gain": 0.125, "rows": 90, "tokens": 3000,
@@ -44,7 +45,7 @@ def names_exist(monkeypatch):
     """Take every base, run and file of rows to exist."""
     monkeypatch.setattr("slimtune.cli.inputs.require_base", lambda *_: None)
     monkeypatch.setattr("slimtune.run_dir.find_adapter_folder", lambda path: path)
-    monkeypatch.setattr("slimtune.data.dataset.find_parts", lambda _: [])
+    monkeypatch.setattr("slimtune.data.dataset.find_parts", lambda *_: [])
 
 
 @pytest.fixture

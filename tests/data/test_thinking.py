@@ -100,6 +100,12 @@ def test_prompt_that_ends_with_a_tag_and_answers_that_do_not_think():
     assert not tokenize("qwen3", ASK, PLAIN).asked_otherwise
 
 
+def test_report_names_answers_that_generation_would_begin_with_another_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [ASK, PLAIN]}) + "\n")
+    report = validate_file(tmp_path / "a.jsonl", TOKENIZERS["deepseek-r1"], model="tiny", processes=1)
+    assert "other-prompt" in [issue["code"] for issue in report["issues"]]
+
+
 def test_report_tells_what_the_template_does(tmp_path):
     rows = [[ASK, BY_TAG, ASK, {**BY_TAG, "content": f"<think>Oh.</think>It is {i}."}] for i in range(3)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))

@@ -277,7 +277,12 @@ def test_probe_recovers_before_training(plain, undisturbed, tmp_path, monkeypatc
     fault = Fault(monkeypatch, KINDS[1])
     fault.at_call(LAYER, "forward", 1, "after")
     fault.arm_at(probe_module, "probe_memory")
-    plan = {"need_bytes": {"low": 1, "high": 1000}, "parts": {"optimizer": 0}, "max_tokens_per_micro_batch": MAX_TOKENS}
+    plan = {
+        "need_bytes": {"low": 1, "high": 1000},
+        "runtime_bytes": {"low": 0, "high": 1000},
+        "parts": {"optimizer": 0},
+        "max_tokens_per_micro_batch": MAX_TOKENS,
+    }
     run = Run(plain, tmp_path / "run", planner=lambda *_: plan)
     run.assert_same_as(undisturbed)
     (event,) = run.events
