@@ -1,6 +1,6 @@
 """Reward modelling: the better of two answers gets the higher reward, by a head on each answer's last token.
 
-loss = mean over pairs of −log σ(r(chosen) − r(rejected) − margin) + c · (r(chosen) + r(rejected))²
+loss = mean over pairs of −log σ(r(chosen) − r(rejected)) + c · (r(chosen) + r(rejected))²
 
 Bradley and Terry, 1952; the centring of rewards: Eisenstein et al., 2023 (arXiv:2312.09244). Names are TRL's.
 """
