@@ -104,7 +104,7 @@ def test_micro_batches_keep_to_the_plan(settings):
 
 @pytest.mark.slow
 def test_probe_out_of_memory_leaves_no_folder(settings, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("slimtune.training.memory_probe.forward_backward", full)
