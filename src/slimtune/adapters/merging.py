@@ -56,7 +56,9 @@ def merge_adapters(name: str, module: AdaptedModule, adapters: Iterable[str], *,
     for n, tensor in merged.items():
         base = replaced[n]
         if base is None:
-            raise MergeUnsupported(f"{name} has no bias, and the adapter adds one")
+            lora = any(hasattr(m, "lora_B") for m in modules)
+            what = "LoRA with `lora_bias=True`" if lora else "an adapter with a bias"  # PEFT's words
+            raise MergeUnsupported(f"Impossible to merge {what} because the base layer has no bias: {name}")
         if check and not torch.isfinite(tensor).all():
             # PEFT's words, which scripts look for, come first.
             broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken"
