@@ -197,7 +197,7 @@ def measure_training(
         speeds.append(fitted / measured)
         step_dict |= {"seconds": measured, "fitted_seconds": fitted}
     arithmetic, traffic, overhead = factors
-    return TrainingFit(arithmetic, traffic, overhead, spread_of(speeds)), steps
+    return TrainingFit(arithmetic, traffic, overhead, widen_spread(speeds)), steps
 
 
 class TrainingStep:
@@ -299,7 +299,7 @@ def fit_serving(
     *inverse, layer_s = fit_nonnegative(features, seconds)
     fitted = [sum(f * x for f, x in zip((*inverse, layer_s), row, strict=True)) for row in features]
     speeds = {p: 1 / i for p, i in zip(precisions, inverse, strict=True) if i > 0}
-    spread = spread_of([f / s for f, s in zip(fitted, seconds, strict=True)])
+    spread = widen_spread([f / s for f, s in zip(fitted, seconds, strict=True)])
     return ServingFit(speeds, layer_s, prompts, spread)
 
 
@@ -385,6 +385,6 @@ def fit_nonnegative(features: Sequence[Sequence[float]], seconds: Sequence[float
     return [float(x) for x in best / scale]
 
 
-def spread_of(ratios: Sequence[float]) -> Range:
+def widen_spread(ratios: Sequence[float]) -> Range:
     """Return the range of measured speed divided by the formula's."""
     return Range(min([1 - LEAST_SPREAD, *ratios]), max([1 + LEAST_SPREAD, *ratios]))

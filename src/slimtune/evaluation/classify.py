@@ -4,15 +4,16 @@ A new head has learned nothing in the base, so the tuned model is not compared w
 most frequent class of the evaluated rows, a reward model has to prefer the chosen answer more often than chance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.collator import Collator, Example
+from ..data.collator import Collator
 from ..data.labels import Classes
+from ..data.tokenized_dataset import TokenizedDataset
 from ..objectives.classification import label_losses
 from ..objectives.reward import Reward
 from ..train_step.loss import row_logits, score_examples, score_objective
@@ -22,7 +23,7 @@ MIN_ROWS = 6
 
 
 def evaluate_classifier(
-    model: Any, examples: Sequence[Example], collator: Collator, classes: Classes, *, draws: int, seed: int
+    model: Any, examples: TokenizedDataset, collator: Collator, classes: Classes, *, draws: int, seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return accuracy, macro-F1, both with 95 % intervals, and the confusion table; and what each row was taken for.
 
@@ -49,7 +50,7 @@ def evaluate_classifier(
     frequent = sets[frequency.argmax()]
     right, baseline = (actual == predicted).all(1), (actual == frequent).all(1)
 
-    groups = np.unique([hash(tuple(e["input_ids"])) for e in examples], return_inverse=True)[1]
+    groups = examples.groups()
     sizes = np.bincount(groups)
     accuracy = paired_bootstrap(
         np.bincount(groups, right).tolist(),
@@ -100,12 +101,12 @@ def evaluate_classifier(
 
 
 def evaluate_reward_model(
-    model: Any, examples: Sequence[Example], collator: Collator, objective: Reward, *, draws: int, seed: int
+    model: Any, examples: TokenizedDataset, collator: Collator, objective: Reward, *, draws: int, seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return how often the chosen answer has the higher reward and by how much, with intervals, and all rewards."""
     scores = score_objective(model, examples, collator, objective)
     losses, chosen, rejected = np.array([scores[i] for i in range(len(examples))]).T
-    groups = np.unique([hash(tuple(e["input_ids"])) for e in examples], return_inverse=True)[1]
+    groups = examples.groups()
     sizes = np.bincount(groups).tolist()
 
     def bootstrap(values: np.ndarray, other: np.ndarray) -> Any:

@@ -178,7 +178,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         if classes.names:
             measured, scores = evaluate_classifier(model, examples, collator, classes, **draws)
         else:
-            measured, scores = evaluate_reward_model(model, examples, collator, recipe.objective(), **draws)
+            measured, scores = evaluate_reward_model(model, examples, collator, objective, **draws)
         reasons = list_reasons_not_better(measured)
         verdict = {"passed": not reasons, "reasons": reasons}
         result = {**facts, **measured, "improved": not reasons, "verdict": verdict, **details}
@@ -210,7 +210,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     base, tuned = (sum_by_document(examples, scores) for scores in score_both(examples))
     tokens = [score.tokens for score in base]
     # Rows that are equal count together, as one row: drawn apart they would make the intervals too narrow.
-    groups = np.unique(examples.documents.hashes(), return_inverse=True)[1]
+    groups = examples.documents.groups()
 
     def sums(values: Sequence[float]) -> list[float]:
         return np.bincount(groups, values).tolist()
