@@ -26,7 +26,7 @@ from .data.document_windows import DocumentWindows
 from .data.labels import Classes, check_class_names, count_classes, encode_classes, find_classes
 from .data.parallel import cpu_count
 from .data.tokenize import RowReport, tokenize_dataset
-from .data.tokenized_dataset import TokenizedDataset
+from .data.tokenized_dataset import TokenizedDataset, split_rows
 from .data.validation.report import DatasetReport
 from .errors import AdapterError, DataError, ModelError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
@@ -290,7 +290,8 @@ def attach_adapter(
         model = get_peft_model(base.model, config)
         if loftq:
             layers = {n: m for n, m in model.adapted_layers().items() if is_quantized(m)}
-            inputs = collect_layer_inputs(base.model.eval(), layers, [e["input_ids"] for e in rows[:ROWS]])
+            ids = [ids for example in rows[:ROWS] for ids, _ in split_rows(example)]
+            inputs = collect_layer_inputs(base.model.eval(), layers, ids)
             replace_lora_weights_loftq(
                 model, download_weights(base.source, recipe.model.revision), calibration_inputs=inputs
             )

@@ -73,6 +73,7 @@ def test_dpo_run_learns_and_resumes_bit_for_bit(settings, tmp_path, monkeypatch)
 
 
 def test_reference_of_other_rows_is_refused(settings, monkeypatch):
+    settings["data"]["validation_fraction"] = 0.0  # a run without validation rows has a reference, too
     interrupt_at(monkeypatch, 1)
     with pytest.raises(Interrupted):
         train(recipe_of(settings))

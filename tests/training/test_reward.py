@@ -8,6 +8,7 @@ import transformers as tf
 
 from slimtune.config import Recipe
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
+from slimtune.export.merge import merge
 from slimtune.setup import load_run
 from slimtune.training.train import train
 
@@ -41,3 +42,7 @@ def test_reward_model_loads_in_peft_and_is_evaluated(tmp_path, tiny_folder):
     with torch.no_grad():
         assert (theirs(ids).logits - ours(ids).logits).abs().max() < 1e-6
     assert theirs.config.num_labels == 1
+    merge(tmp_path / "run", tmp_path / "merged")
+    merged = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert (merged(ids).logits - ours(ids).logits).abs().max() < 1e-5

@@ -29,9 +29,10 @@ def verify_run(
     """Compare exported models with the trained adapter, engine by engine; exit code 1 if one differs."""
     from ..export.manifest import read_manifest
 
-    if read_manifest(path) is None:
+    manifest = read_manifest(path)
+    if manifest is None:
         require_run(path)
-    require_rows(data)
+    require_rows(data, run=path if manifest is None else manifest["run"])
     from ..export.verify import verify
 
     with show_progress():

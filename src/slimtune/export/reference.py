@@ -21,7 +21,7 @@ itself must be near enough, too: otherwise the engine serves another one.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,9 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from ..config import Recipe
+from ..data.chat_template import TokenizedRow
+from ..data.formats import Row, split_pair
+from ..data.tokenize import tokenize_rows
 from ..setup import open_rows_from_recipe
 from ..utils.chat_rendering import render_chat_template
 from ..utils.progress import track_progress
@@ -203,29 +206,30 @@ class Reference:
 def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | None = None) -> list[Text]:
     """Return fixed questions, then the first rows that the run held out (validation, else test), or those of `rows`.
 
-    Texts longer than the context in the model's config are cut.
+    A preference pair gives a text for each of its answers. Texts longer than the context in the model's config are cut.
     """
-    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in QUESTIONS]
+    roles = ("user", "assistant")
+    compared = [Row([{"role": r, "content": t} for r, t in zip(roles, talk, strict=True)], 0) for talk in QUESTIONS]
     held_out = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
     if file := rows or next((f for f in held_out if f is not None and f.exists()), None):
-        first = itertools.islice(
-            open_rows_from_recipe(recipe if rows is None else None, file).require_valid_rows(), MAX_ROWS
-        )
-        chats += [row.messages for row in first if row.messages]
+        valid = open_rows_from_recipe(recipe, file).require_valid_rows()
+        compared += itertools.islice((part for row in valid for part in split_pair(row)), MAX_ROWS)
     longest = min(getattr(config, "max_position_embeddings", None) or MAX_TOKENS, MAX_TOKENS)
     texts: list[Text] = []
-    for chat in chats:
-        try:
-            text = render_chat_template(tokenizer, chat)
-        except (ValueError, TemplateError):  # no template, or other roles: plain text serves as well
-            text = "\n".join(m["content"] for m in chat)
-        try:
-            prompt = render_chat_template(tokenizer, chat[:-1], add_generation_prompt=True)
-        except (ValueError, TemplateError):
-            prompt = ""
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][:longest]
+    for row in compared:
+        prompt, ids = "", []
+        if row.messages:
+            try:
+                text = render_chat_template(tokenizer, row.messages, row.tools)
+            except (ValueError, TemplateError):  # no template, or other roles: plain text serves as well
+                text = "\n".join(m.get("content") or "" for m in row.messages)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            with suppress(ValueError, TemplateError):
+                prompt = render_chat_template(tokenizer, row.messages[:-1], row.tools, add_generation_prompt=True)
+        elif isinstance(tokens := tokenize_rows([row], tokenizer)[0], TokenizedRow):
+            ids = tokens.input_ids
         if len(ids) > 1 and sum(len(t.ids) - 1 for t in texts) < MAX_POSITIONS:
-            texts.append(Text(prompt, ids))
+            texts.append(Text(prompt, ids[:longest]))
     return texts
 
 

@@ -53,7 +53,8 @@ def collect_rounding_inputs(model: Any, recipe: Recipe | None, tokenizer: Any) -
     with suppress(SlimtuneError):
         if recipe is not None:
             rows = list(itertools.islice(open_rows_from_recipe(recipe, recipe.data.train).require_valid_rows(), ROWS))
-    ids = [r.input_ids for r in tokenize_rows(rows, tokenizer) if not isinstance(r, InvalidRow)]
+    tokenized = [r for r in tokenize_rows(rows, tokenizer) if not isinstance(r, InvalidRow)]
+    ids = [part.input_ids for row in tokenized for part in row.split()]
     layers = {n: m for n, m in model.named_modules() if layer_kind(m) == "linear" and "adapters" not in n.split(".")}
     layers = {n: m for n, m in layers.items() if m is not model.get_output_embeddings()}
     longest = recipe.data.max_seq_len if recipe is not None else None

@@ -41,7 +41,8 @@ def verify(
 
     Args:
         path: a run folder, an adapter folder, or a folder that `slimtune export` or `slimtune merge` wrote.
-        rows: a file of rows to compare on, after fixed questions; None: the run's validation (else test) rows.
+        rows: a file of rows to compare on, after fixed questions, in the format of the run's; None: the run's
+            validation (else test) rows.
         vllm, vllm_model: URL of a vLLM server, and the model's name there (by default the export's or the folder's).
         threads: of llama.cpp; None: half of the cores.
         log: gets progress messages.

@@ -65,7 +65,7 @@ def _compute(rows: TokenizedDataset, model: Any, collator: Collator, logger: Any
     )
     part = recovery.run_in_micro_batches("reference log-probabilities", rows, work, lambda: None, grad=False)
     found = {i: logps for scores in distributed.all_gather_object(part) for i, logps in scores.items()}
-    return np.array([found[i] for i in range(len(rows))]).reshape(len(rows), -1)
+    return np.array([found[i] for i in range(len(rows))]) if rows else np.zeros((0, 1))
 
 
 def _load(run: RunDir, digests: dict[str, str]) -> dict[str, np.ndarray] | None:

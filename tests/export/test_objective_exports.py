@@ -1,0 +1,135 @@
+"""Exports of runs on preference pairs: merged and in every engine they are what was trained, on rows of the run."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from models_zoo import llama
+from tiny_run import recipe_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from slimtune.cli import app
+from slimtune.export import reference
+from slimtune.export.exporter import ExportOptions, export
+from slimtune.export.merge import merge
+from slimtune.export.reference import QUESTIONS, make_texts
+from slimtune.export.rounding import collect_rounding_inputs
+from slimtune.export.verify import verify
+from slimtune.setup import load_eval_dataset
+from slimtune.training.train import train
+
+sys.path.append(str(Path(__file__).parents[1] / "models"))
+from tiny_gguf import write_gguf
+
+USER, SAYS = {"role": "user"}, {"role": "assistant"}
+PAIRS = [
+    {"prompt": [{**USER, "content": f"Say {i}."}], "chosen": [{**SAYS, "content": "abc " * (1 + i % 3)}],
+     "rejected": [{**SAYS, "content": "xyz " * (1 + i % 4)}]}
+    for i in range(24)
+]  # fmt: skip
+THINKING = [
+    {"messages": [{**USER, "content": f"Say {i}."}, {**SAYS, "content": "abc", "reasoning_content": f"They want {i}."}]}
+    for i in range(4)
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def settings(folder, base, task="dpo", dtype="float32", **data):
+    files = {"train": write(folder / "pairs.jsonl", PAIRS), "test": write(folder / "test.jsonl", PAIRS[:3])}
+    return {
+        "model": {"name": str(base), "dtype": dtype, "device": "cpu"},
+        "data": {**files, "validation_fraction": 0.0, **data},
+        "task": task,
+        "method": {"name": "lora", "r": 4},
+        "train": {"max_steps": 3, "batch_size": 6, "learning_rate": 2e-2},
+        "output_dir": str(folder / "run"),
+    }
+
+
+def texts_of(tokenizer, recipe, rows=None):
+    with pytest.MonkeyPatch.context() as patch:  # the tiny tokenizer makes a token of each byte
+        patch.setattr(reference, "MAX_POSITIONS", 10_000)
+        found = make_texts(tokenizer, recipe, llama().config, rows)[len(QUESTIONS) :]
+    return [tokenizer.decode(text.ids) for text in found], [text.prompt for text in found]
+
+
+def test_texts_are_both_answers_of_held_out_pairs(tiny_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    found, prompts = texts_of(tokenizer, recipe_of(settings(tmp_path, tiny_folder)))
+    assert len(found) == 6
+    for text, prompt, word in zip(found, prompts, ("abc", "xyz") * 3, strict=True):
+        assert text.startswith(prompt)
+        assert word in text[len(prompt) :]
+
+
+def test_rows_to_verify_on_have_the_format_of_the_run(tiny_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    names = {"prompt": "question", "chosen": "better", "rejected": "worse"}
+    rows = [{names[k]: v for k, v in row.items()} for row in PAIRS]
+    files = {"train": write(tmp_path / "named.jsonl", rows), "columns": names}
+    recipe = recipe_of(settings(tmp_path, tiny_folder) | {"data": files})
+    assert len(texts_of(tokenizer, recipe, tmp_path / "named.jsonl")[0]) == 8
+
+
+def test_texts_of_thinking_rows_are_those_of_training(tiny_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.chat_template = template
+    rows = {"train": write(tmp_path / "t.jsonl", THINKING), "test": write(tmp_path / "h.jsonl", THINKING)}
+    recipe = recipe_of(settings(tmp_path, tiny_folder, "sft", **rows))
+    rows, _ = load_eval_dataset(recipe, tokenizer, recipe.data.test)
+    found, prompts = texts_of(tokenizer, recipe)
+    assert found == [tokenizer.decode(row["input_ids"]) for row in rows]
+    assert "<think>They want 0.</think>abc" in found[0]
+    assert found[0].startswith(prompts[0])
+
+
+def test_rounding_sees_the_answers_of_a_pair_as_two_rows(tiny_folder, tmp_path):
+    recipe = recipe_of(settings(tmp_path, tiny_folder))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+    lengths = []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, args, out: lengths.append(out.shape[1]))
+    collect_rounding_inputs(model, recipe, tokenizer)
+    rows, _ = load_eval_dataset(recipe, tokenizer, recipe.data.train)
+    assert lengths == rows.row_lengths
+
+
+@pytest.fixture
+def gguf_base(tmp_path, tiny_llama, tiny_tokenizer, monkeypatch):
+    """A tiny Llama as a GGUF file."""
+    monkeypatch.setenv("SLIMTUNE_CACHE", str(tmp_path / "cache"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["Ġa", "Ġ1"])  # what write_gguf's merges make
+    return write_gguf(tmp_path / "base.gguf", tiny_llama(vocab_size=261, head_dim=8), tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+@pytest.mark.parametrize("task", ["dpo", "simpo", "orpo"])
+def test_preference_run_is_the_same_in_every_engine(task, gguf_base, tmp_path, monkeypatch):
+    for name, value in {"MAX_TOKENS": 48, "MAX_POSITIONS": 100, "MAX_ANSWERS": 1, "ANSWER_TOKENS": 6}.items():
+        monkeypatch.setattr(reference, name, value)
+    run = train(recipe_of(settings(tmp_path, gguf_base, task)))["run"]
+    assert merge(run, tmp_path / "merged")["strength"] == pytest.approx(1, abs=0.01)
+    found = verify(run, threads=1)
+    assert found["passed"], found["checks"]
+    assert len(found["checks"]) == 3
+    for target, options in (("gguf", {}), ("gguf", {"merged": True}), ("ollama", {"name": "m"}), ("vllm", {})):
+        out = tmp_path / f"{target}-{len(options)}"
+        check = export(run, target, out, ExportOptions(**options), threads=1)["check"]
+        assert check["passed"], check["reason"]
+        assert check["effect"] > 0.01
+    done = CliRunner().invoke(app, ["verify", str(tmp_path / "gguf-0"), "--data", str(tmp_path / "pairs.jsonl")])
+    assert done.exit_code == 0, done.output
