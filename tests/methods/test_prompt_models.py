@@ -47,6 +47,7 @@ MAKE = {
     "neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SIZES)),
     "t5": t5,
     "bart": lambda: tf.BartForConditionalGeneration(tf.BartConfig(**BART, **PLACES)),
+    "marian": lambda: tf.MarianMTModel(tf.MarianConfig(**BART, **PLACES)),
     "pegasus": lambda: tf.PegasusForConditionalGeneration(tf.PegasusConfig(**BART, **PLACES, scale_embedding=True)),
     "bert": bert_classifier,
     "bert encoder": bert_encoder,
@@ -62,15 +63,17 @@ KINDS = {
     "prefix": ("PrefixTuningConfig", {}),
     "projection": ("PrefixTuningConfig", {"prefix_projection": True}),
 }
-TASKS = {"ConditionalGeneration": "SEQ_2_SEQ_LM", "SequenceClassification": "SEQ_CLS",
+TASKS = {"ConditionalGeneration": "SEQ_2_SEQ_LM", "MTModel": "SEQ_2_SEQ_LM", "SequenceClassification": "SEQ_CLS",
          "TokenClassification": "TOKEN_CLS", "QuestionAnswering": "QUESTION_ANS", "CausalLM": "CAUSAL_LM"}  # fmt: skip
 # PEFT finds no sizes for TrOCR, and refuses prefixes on encoders with a head.
 EQUAL_PEFT = [
     ("opt", "prompt"), ("opt", "prefix"), ("trocr", "p_tuning"), ("trocr", "prefix"), ("bart head", "prompt"),
-    ("bart head", "prefix"), ("marian head", "projection"), ("pegasus head", "p_tuning"), ("whisper head", "prompt"),
+    ("bart head", "prefix"), ("marian head", "prompt"), ("marian head", "prefix"), ("marian head", "projection"),
+    ("pegasus head", "prompt"), ("pegasus head", "prefix"), ("pegasus head", "p_tuning"), ("whisper head", "prompt"),
     ("whisper head", "prefix"), ("bloom", "prefix"), ("bloom", "p_tuning"), ("neox", "prefix"), ("llava", "prompt"),
     ("t5", "prompt"), ("t5", "p_tuning"), ("t5", "prefix"), ("t5", "projection"), ("bart", "prompt"),
-    ("bart", "prefix"), ("pegasus", "p_tuning"), ("pegasus", "prefix"), ("bert", "prompt"),
+    ("bart", "prefix"), ("marian", "prompt"), ("marian", "prefix"), ("pegasus", "p_tuning"), ("pegasus", "prefix"),
+    ("bert", "prompt"),
     ("bert encoder", "prompt"), ("bert encoder", "prefix"), ("bert encoder", "projection"), ("bert tagger", "p_tuning"),
     ("roberta", "prompt"),
     ("deberta", "prompt"), ("electra", "p_tuning"), ("t5 encoder", "prompt"),
@@ -132,7 +135,9 @@ def test_logits_gradients_and_files_equal_pefts(base, kind, tmp_path):
     said = [answer(m, given) for m in (ours, theirs, back)]
     said = [s[seen] if s.shape[:2] == seen.shape else s for s in said]
     with ours.disable_adapter():
-        assert (answer(ours, given) - answer(make(base), given)).abs().max() < CLOSE
+        disabled = answer(ours, given)
+    assert (disabled - answer(make(base), given)).abs().max() < CLOSE
+    assert (answer(ours, given) - disabled).abs().max() > 1e-6
     close = CLOSE if kind in ("prompt", "prefix") else 1e-6  # PEFT stores what a network computed in fp32
     assert max((said[0] - other).abs().max() for other in said[1:]) < close
     if kind in ("prompt", "prefix"):  # the others load as tables
