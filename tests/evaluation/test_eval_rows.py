@@ -62,7 +62,7 @@ def test_nan_on_general_text_is_an_error(run, tmp_path, monkeypatch):
         scores.append(len(rows))
         return [RowScore(float("nan") if len(rows) == 1 else 1.0, 0, 1) for _ in rows]
 
-    monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate_rows", evaluate_rows)
+    monkeypatch.setattr("slimtune.evaluation.base.evaluate_rows", evaluate_rows)
     with pytest.raises((AdapterError, ModelError), match=r"NaN or Inf on 1 of 1 rows \(lines '1' of .*general.txt"):
         evaluate(run, EvalSettings(general_text=tmp_path / "general.txt"))
 

@@ -1,9 +1,11 @@
 """Measures of preferences, by hand."""
 
-import numpy as np
+from functools import partial
+
 import pytest
 
-from slimtune.evaluation.preference import list_reasons_not_preferred, measure_preferences
+from slimtune.evaluation.preference import PreferenceEvaluation, measure_preferences
+from slimtune.evaluation.statistics import paired_bootstrap
 
 
 def pair(chosen: int, rejected: int) -> dict:
@@ -15,7 +17,8 @@ def pair(chosen: int, rejected: int) -> dict:
 def test_measures_by_hand():
     pairs = [pair(2, 4), pair(3, 1), pair(2, 2)]
     base, tuned = [[-4, -6], [-9, -2], [-5, -4]], [[-3, -8], [-6, -3], [-4, -5]]
-    found = measure_preferences(pairs, base, tuned, np.arange(3), draws=200, seed=0)
+    compare = partial(paired_bootstrap, tokens=[1] * 3, draws=200)
+    found = measure_preferences(pairs, base, tuned, compare)
     assert (found["base_accuracy"], found["tuned_accuracy"]) == pytest.approx((1 / 3, 2 / 3))
     assert (found["base_token_accuracy"], found["tuned_token_accuracy"]) == (0, 1)
     assert (found["base_margin"], found["tuned_margin"]) == pytest.approx((-2, 1))
@@ -23,8 +26,8 @@ def test_measures_by_hand():
     assert found["pairs_better"] == 3
     assert found["by_length"]["chosen_longer"] == {"pairs": 1, "base_accuracy": 0, "tuned_accuracy": 0}
     assert found["by_length"]["chosen_shorter"] == {"pairs": 1, "base_accuracy": 1, "tuned_accuracy": 1}
-    assert not list_reasons_not_preferred(found)
-    same = measure_preferences(pairs, base, base, np.arange(3), draws=200, seed=0)
-    assert list_reasons_not_preferred(same) == [
+    assert not PreferenceEvaluation.list_reasons({"preference": found})
+    same = measure_preferences(pairs, base, base, compare)
+    assert PreferenceEvaluation.list_reasons({"preference": same}) == [
         "the adapter changes nothing: base and tuned model have the same margins"
     ]

@@ -20,29 +20,41 @@ from ..config import Recipe
 from ..data.collator import Example
 from ..data.dataset import Row
 from ..data.formats import split_pair
-from ..data.tokenized_dataset import FirstRows, TokenizedDataset
-from ..errors import AdapterError, DataError, ModelError, SlimtuneError, UsageError, format_names, nearest
+from ..data.tokenize import RowReport
+from ..data.tokenized_dataset import TokenizedDataset
+from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
+from ..objectives.base import Objective, PairObjective
+from ..objectives.classification import Classification
+from ..objectives.reward import Reward
+from ..objectives.sft import SFT
 from ..reporting import write_report
 from ..run_dir import RunDir, find_adapter_folder
 from ..setup import (
-    Datasets,
+    TrainedModel,
     build_collator,
     load_datasets,
     load_eval_dataset,
     load_run,
     open_rows_from_recipe,
 )
-from ..train_step.loss import RowScore, evaluate_rows, score_row_logps
 from ..utils.files import require_output_file, write_json
 from .answers import build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
-from .classify import evaluate_classifier, evaluate_reward_model, list_reasons_not_better
+from .base import Evaluation
+from .classification import ClassificationEvaluation
 from .forgetting import DEFAULT_BUDGET, WINDOW, measure_forgetting, read_general_text, tokenize_general_text
 from .generate import Generator
 from .lm_eval import find_tasks, run_tasks
-from .preference import list_reasons_not_preferred, measure_preferences
-from .prompt_dependence import MIN_DEPENDENCE, prompt_dependence, shuffle_prompts
-from .statistics import Estimate, paired_bootstrap, perplexity
+from .preference import PreferenceEvaluation
+from .reward import RewardEvaluation
+from .supervised import SupervisedEvaluation
 
+EVALUATIONS: dict[type[Objective], type[Evaluation]] = {
+    SFT: SupervisedEvaluation,
+    PairObjective: PreferenceEvaluation,
+    Classification: ClassificationEvaluation,
+    Reward: RewardEvaluation,
+}
+"""The evaluation of each objective and of its subclasses."""
 SPLITS = ("test", "validation")
 MIN_ROWS = 6
 """Fewer rows cannot show anything at 95 %: five rows all improve by chance in 1 of 32 cases."""
@@ -108,164 +120,75 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     trained = load_run(run, device=settings.device)
     model: Any = trained.model
     tokenizer = trained.base.tokenizer
-    recipe = trained.recipe
-    if recipe is None:  # then the architecture may be any, so rows are not packed
-        sections = {"data": {"train": str(file)}, "train": {"packing": False}, "output_dir": str(run)}
-        if trained.classes is not None:
-            sections["task"] = {"name": "classification" if trained.classes.names else "reward"}
-        recipe = Recipe.from_dict({"model": trained.base.source.spec, **sections})
-    datasets = None
-    classes = trained.classes
-    if classes is not None and (settings.generate or settings.tasks):
+    recipe = trained.recipe or _make_recipe(trained, file)
+    objective = recipe.objective()
+    writes_text = objective.task_type == "CAUSAL_LM"
+    if not writes_text and (settings.generate or settings.tasks):
         raise UsageError(f"{run} is a classifier, which writes no answers", "neither --generate nor --tasks")
-    if file is not None:
-        examples, row_report = load_eval_dataset(recipe, tokenizer, file, classes)
-    else:
-        datasets = load_datasets(recipe, tokenizer)
-        examples = datasets.validation if settings.split == "validation" else datasets.test
-        row_report = datasets.train_report
-        if not examples:
-            none = f"{getattr(recipe.data, f'{settings.split}_fraction')} of {row_report.kept} rows is none"
-            expected = f"data.{settings.split} in the recipe, or a file"
-            raise UsageError(f"training set no rows aside: {none}", expected, "--data FILE")
-    prompts, generator = [], None
+    examples, row_report, training_rows = load_unseen_rows(trained, recipe, file, settings.split)
+    generator, prompts = None, []
     if settings.generate:
         generator = Generator(trained)
         found = open_rows_from_recipe(recipe, file or recipe.data.train).require_valid_rows()
-        rows = (split_pair(row)[0] for row in found)
-        prompts = sample_prompts(rows, examples, settings.generate)
+        prompts = sample_prompts((split_pair(row)[0] for row in found), examples, settings.generate)
         for prompt in prompts:  # check that each has room for an answer before anything is scored
             generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
     general: list[Example] = []
-    if settings.general_text is not None and classes is None:
+    if settings.general_text is not None and writes_text:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4 * WINDOW
         general = tokenize_general_text(pieces, settings.general_text, tokenizer, min(context // 2, 2 * WINDOW))
-    trained_rows: list[int] = []
-    rows_checked = False
-    if trained.recipe is not None:
-        trained_rows, rows_checked = find_training_rows(recipe, file, examples, datasets)
-    if len(trained_rows) == len(examples.documents):
-        raise DataError(
-            f"the run was trained on all {len(trained_rows)} rows of {file or 'its validation split'}: their loss only "
-            "says what it remembers",
-            "rows that the run was not trained on",
-            "--data FILE, or data.test in the recipe",
-        )
-    if trained_rows:
-        examples = examples.select(np.setdiff1d(np.arange(len(examples.documents)), trained_rows))
-    objective = recipe.objective()
-    is_pairs = objective.rows_per_example == 2 and objective.task_type == "CAUSAL_LM"
-    pairs = examples if is_pairs else None
     longest = max(int(examples.lengths.max()), *(len(e["input_ids"]) for e in general), 0)
-    collator = build_collator(recipe, model, tokenizer, longest)
-    draws = {"draws": settings.bootstrap, "seed": settings.seed}
-    name = settings.split if settings.data is None else f"data-{settings.data.stem}"
-    facts = {
+    evaluation_class = next(EVALUATIONS[c] for c in type(objective).__mro__ if c in EVALUATIONS)
+    evaluation = evaluation_class(
+        model,
+        examples,
+        build_collator(recipe, model, tokenizer, longest),
+        objective,
+        trained.classes,
+        place=file or "the training file",
+        draws=settings.bootstrap,
+        seed=settings.seed,
+        prompt_test=not settings.skip_prompt_test,
+    )
+    measured, scores = evaluation.measure()
+    result: dict[str, Any] = {
         "run": str(run),
         "task": recipe.task.name,
         "split": None if settings.data is not None else settings.split,
         "data": str(file or recipe.data.train),
-        "training_rows": len(trained_rows) if rows_checked else None,
+        "training_rows": training_rows,
+        **measured,
     }
-    details = {
+    if writes_text:
+        result |= dict.fromkeys(("forgetting", "generations", "generation_summary", "tasks"))
+    if general:
+        score_general = functools.partial(evaluation.score_both, place=settings.general_text)
+        draws = {"draws": settings.bootstrap, "seed": settings.seed}
+        result["forgetting"] = {"text": str(settings.general_text)}
+        result["forgetting"] |= measure_forgetting(general, score_general, settings.forgetting_budget, **draws)
+    reasons = [*list_missing_rows(result), *evaluation.list_reasons(result)]
+    result |= {
+        "improved": not reasons,
+        "verdict": make_verdict(result, reasons),
         "dropped": row_report.dropped,
         "truncated": row_report.truncated,
         "dtype": str(trained.base.dtype).removeprefix("torch."),
         "quantization": trained.base.quantization,
     }
-    result: dict[str, Any]
-    if classes is not None:
-        if classes.names:
-            measured, scores = evaluate_classifier(model, examples, collator, classes, **draws)
-        else:
-            measured, scores = evaluate_reward_model(model, examples, collator, objective, **draws)
-        reasons = list_reasons_not_better(measured)
-        verdict = {"passed": not reasons, "reasons": reasons}
-        result = {**facts, **measured, "improved": not reasons, "verdict": verdict, **details}
-        save_result(run_dir, name, result, scores, start)
-        return result
-
-    def score_both(
-        rows: Sequence[Example], place: object = file or "the training file"
-    ) -> tuple[list[RowScore], list[RowScore]]:
-        tuned = evaluate_rows(model, rows, collator)
-        with model.disable_adapter():
-            base = evaluate_rows(model, rows, collator)
-        for who, scored, error in (("base", base, ModelError), ("tuned model", tuned, AdapterError)):
-            if lines := [e["line"] for e, score in zip(rows, scored, strict=True) if not math.isfinite(score.nats)]:
-                raise error(
-                    f"the loss of the {who} is NaN or Inf on {len(lines)} of {len(scored)} rows "
-                    f"(lines {format_names(lines)} of {place})",
-                    "finite losses",
-                    "evaluate in float32, or take an older checkpoint",
-                )
-        return base, tuned
-
-    preference = None
-    if pairs is not None:  # the chosen answers are also measured as rows
-        examples = FirstRows(pairs)
-        logps = [score_row_logps(model, pairs, collator)]
-        with model.disable_adapter():
-            logps.insert(0, score_row_logps(model, pairs, collator))
-    base, tuned = (sum_by_document(examples, scores) for scores in score_both(examples))
-    tokens = [score.tokens for score in base]
-    # Rows that are equal count together, as one row: drawn apart they would make the intervals too narrow.
-    groups = examples.documents.groups()
-
-    def sums(values: Sequence[float]) -> list[float]:
-        return np.bincount(groups, values).tolist()
-
-    grouped: Any = sums(tokens)
-    loss = paired_bootstrap(sums([s.nats for s in base]), sums([s.nats for s in tuned]), grouped, **draws)
-    hits = paired_bootstrap(sums([s.hits for s in tuned]), sums([s.hits for s in base]), grouped, **draws)
-    dependence = forgetting = None
-    if pairs is not None:
-        by_pair = [[scores[i] for i in range(len(pairs))] for scores in logps]
-        preference = measure_preferences(pairs, by_pair[0], by_pair[1], groups, **draws)
-    elif not settings.skip_prompt_test and examples.documents is examples:  # a window has no prompt
-        dependence = prompt_dependence(shuffle_prompts(examples, settings.seed), base, tuned, score_both, **draws)
-    if settings.general_text is not None:
-        forgetting = {"text": str(settings.general_text)}
-        score_general = functools.partial(score_both, place=settings.general_text)
-        forgetting |= measure_forgetting(general, score_general, settings.forgetting_budget, **draws)
-    result = {
-        **facts,
-        "rows": len(tokens),
-        "tokens": sum(tokens),
-        **_format_pair("loss", loss.base, loss.tuned),
-        "loss_reduction": loss.difference.value,
-        "loss_reduction_ci95": loss.difference.interval,
-        **_format_pair("perplexity", *(Estimate(*map(perplexity, e)) for e in (loss.base, loss.tuned))),
-        **_format_pair("accuracy", hits.tuned, hits.base),
-        "accuracy_gain": hits.difference.value,
-        "accuracy_gain_ci95": hits.difference.interval,
-        "rows_better": sum(t.nats < b.nats for b, t in zip(base, tuned, strict=True)),
-        "different_rows": len(grouped),
-        "preference": preference,
-        "prompt_dependence": dependence,
-        "forgetting": forgetting,
-    }
-    result |= {
-        "improved": not list_reasons_not_improved(result),
-        "generations": None,
-        "generation_summary": None,
-        "tasks": None,
-        "verdict": make_verdict(result),
-        **details,
-    }
-    scores = [
-        {"line": line, "tokens": b.tokens, "base": b.nats, "tuned": t.nats}
-        for line, b, t in zip(examples.documents.lines, base, tuned, strict=True)
-    ]
+    name = settings.split if settings.data is None else f"data-{settings.data.stem}"
 
     def save() -> None:
-        save_result(run_dir, name, result, scores, start)
+        result["seconds"] = round(time.perf_counter() - start, 3)
+        if run_dir is not None:
+            write_json(run_dir.evaluation_file(name), result)
+            write_json(run_dir.scores_file(name), scores, indent=None)
+            write_report(run_dir)
 
     save()  # the figures stay if generation or a task fails
     if generator is not None:
         result["generations"] = generate_base_and_tuned_answers(generator, prompts, checks, settings.max_new_tokens)
         result["generation_summary"] = summarize_checks(result["generations"])
-        result["verdict"] = make_verdict(result)
+        result["verdict"] = make_verdict(result, reasons)
         save()
     if settings.tasks:
         result["tasks"] = run_tasks(trained, settings.tasks, task_manager)
@@ -273,84 +196,74 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     return result
 
 
-def save_result(
-    run_dir: RunDir | None, name: str, result: dict[str, Any], scores: list[dict[str, Any]], start: float
-) -> None:
-    """Write a result, its rows and the report into the run folder, if there is one; `name` is that of the rows."""
-    result["seconds"] = round(time.perf_counter() - start, 3)
-    if run_dir is not None:
-        write_json(run_dir.evaluation_file(name), result)
-        write_json(run_dir.scores_file(name), scores, indent=None)
-        write_report(run_dir)
+def list_missing_rows(result: Mapping[str, Any]) -> list[str]:
+    """Return the reason why so few rows show nothing; empty if there are enough."""
+    different = result["different_rows"]
+    rows = "1 row is" if different == 1 else f"{different} different rows are"
+    reason = f"{rows} too few to show that the tuned model is better: {MIN_ROWS} are the least"
+    return [reason] if different < MIN_ROWS else []
 
 
-def list_reasons_not_improved(result: Mapping[str, Any]) -> list[str]:
-    """Return why the tuned model is not better than the base, one sentence each; empty if it is better."""
-    failures = []
-    low, high = result["loss_reduction_ci95"]
-    if (different := result.get("different_rows", MIN_ROWS)) < MIN_ROWS:
-        rows = "1 row is" if different == 1 else f"{different} different rows are"
-        failures.append(f"{rows} too few to show that the tuned model is better: {MIN_ROWS} are the least")
-    if result.get("preference") is not None:  # the loss of the chosen answers may rise while they are preferred more
-        return [*failures, *list_reasons_not_preferred(result["preference"])]
-    if low == high == 0 and result.get("rows_better") == 0:
-        failures.append("the adapter changes nothing: base and tuned model have the same loss")
-    elif low <= 0:
-        what = "is worse than the base" if high < 0 else "is not shown to be better than the base"
-        interval = f"its loss reduction is between {low:.4f} and {high:.4f} nats per token"
-        failures.append(f"the tuned model {what}: {interval}")
-    dependence = result["prompt_dependence"]
-    if dependence is not None and not dependence["passed"]:
-        low, high = dependence["tuned_ci95"]
-        if low <= MIN_DEPENDENCE:
-            failures.append(
-                "the prompt is not shown to help the tuned model predict its answer: by "
-                f"{low:.4f} to {high:.4f} nats per token, where more than {MIN_DEPENDENCE} is required"
-            )
-        else:
-            low, high = dependence["change_ci95"]
-            failures.append(
-                "the tuned model depends less on its prompts: the help of a prompt fell from "
-                f"{dependence['base']:.4f} to {dependence['tuned']:.4f} nats per token, by {-high:.4f} to {-low:.4f}"
-            )
-    return failures
-
-
-def make_verdict(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `{"passed": bool, "reasons": [sentence, …]}` of a whole result."""
-    reasons, forgetting = list_reasons_not_improved(result), result["forgetting"]
+def make_verdict(result: Mapping[str, Any], reasons: Sequence[str]) -> dict[str, Any]:
+    """Return `{"passed": bool, "reasons": [sentence, …]}` of a whole result; `reasons` say why it is not improved."""
+    reasons, forgetting, answers = list(reasons), result.get("forgetting"), result.get("generations")
     if forgetting is not None and not forgetting["within"]:
         low, high = forgetting["change_ci95"]
         reasons.append(
             f"it forgot more than its budget of {forgetting['budget']:g} nats per token on general text: "
             f"{forgetting['change']:.4f}, between {low:.4f} and {high:.4f}"
         )
-    answers = result.get("generations")
     if answers and not any(answer["tuned"].strip() for answer in answers):
         reasons.append(f"all {len(answers)} answers of the tuned model are empty")
     return {"passed": not reasons, "reasons": reasons}
 
 
-def sum_by_document(examples: TokenizedDataset, scores: Sequence[RowScore]) -> list[RowScore]:
-    """Return the scores of documents from those of their windows; the scores of other rows are their own."""
-    nats, hits, tokens = (np.bincount(examples.owners, values) for values in zip(*scores, strict=True))
-    return [RowScore(float(n), int(h), int(t)) for n, h, t in zip(nats, hits, tokens, strict=True)]
-
-
-def find_training_rows(
-    recipe: Recipe, file: Path | None, examples: TokenizedDataset, datasets: Datasets | None
-) -> tuple[list[int], bool]:
-    """Return which of the evaluated rows (or documents) the run was trained on, and whether its rows could be read.
+def load_unseen_rows(
+    trained: TrainedModel, recipe: Recipe, file: Path | None, split: str
+) -> tuple[TokenizedDataset, RowReport, int | None]:
+    """Return the rows to measure on without those that the run was trained on, their report, and how many those were.
 
     Args:
-        recipe: of the run.
-        file: that the evaluated rows are from; None: `datasets` holds them.
-        examples: the evaluated rows.
-        datasets: the rows of the run, if they are loaded.
+        trained: the run; the last value is None if its training rows cannot be read.
+        recipe: of the run, or what stands for it.
+        file: that the rows are from; None: training set them aside from its own file.
+        split: which of them, "test" or "validation".
+
+    Raises:
+        UsageError: training set no rows aside.
+        DataError: rows are faulty, or the run was trained on all of them.
     """
-    if file is None and datasets is not None:
+    tokenizer = trained.base.tokenizer
+    trained_rows: list[int] | None = None
+    if file is None:
+        datasets = load_datasets(recipe, tokenizer)
+        examples, report = getattr(datasets, split), datasets.train_report
+        if not examples:
+            none = f"{getattr(recipe.data, f'{split}_fraction')} of {report.kept} rows is none"
+            expected = f"data.{split} in the recipe, or a file"
+            raise UsageError(f"training set no rows aside: {none}", expected, "--data FILE")
         learned = set(datasets.train.documents.hashes())
-        return [i for i, key in enumerate(examples.documents.hashes()) if key in learned], True
+        trained_rows = [i for i, key in enumerate(examples.documents.hashes()) if key in learned]
+    else:
+        examples, report = load_eval_dataset(recipe, tokenizer, file, trained.classes)
+        if trained.recipe is not None:
+            trained_rows = find_training_rows(recipe, file, examples)
+    if trained_rows is None:
+        return examples, report, None
+    if len(trained_rows) == len(examples.documents):
+        raise DataError(
+            f"the run was trained on all {len(trained_rows)} rows of {file or f'its {split} split'}: their loss only "
+            "says what it remembers",
+            "rows that the run was not trained on",
+            "--data FILE, or data.test in the recipe",
+        )
+    if trained_rows:
+        examples = examples.select(np.setdiff1d(np.arange(len(examples.documents)), trained_rows))
+    return examples, report, len(trained_rows)
+
+
+def find_training_rows(recipe: Recipe, file: Path, examples: TokenizedDataset) -> list[int] | None:
+    """Return which rows (or documents) of a file the run was trained on; None if its rows cannot be read."""
 
     def read(path: Path) -> Iterator[tuple[int, int]]:
         rows = (row for row in open_rows_from_recipe(recipe, path) if isinstance(row, Row))
@@ -359,16 +272,24 @@ def find_training_rows(
             for row in rows
         )
 
-    evaluated = list(read(file or recipe.data.train))
+    evaluated = list(read(file))
     wanted = {key for _, key in evaluated}
     try:
         trained = {key for _, key in read(recipe.data.train) if key in wanted}
     except SlimtuneError:
-        return [], False
+        return None
     # Rows that were dropped have no example; the others are in the order of the file.
     rows = iter(evaluated)
     keys = [next(key for line, key in rows if line == own) for own in examples.documents.lines]
-    return [i for i, key in enumerate(keys) if key in trained], True
+    return [i for i, key in enumerate(keys) if key in trained]
+
+
+def _make_recipe(trained: TrainedModel, file: Path | None) -> Recipe:
+    """Return what stands for the recipe of an adapter folder. Its base may be any, so rows are not packed."""
+    sections: dict[str, Any] = {"data": {"train": str(file)}, "train": {"packing": False}}
+    if trained.classes is not None:
+        sections["task"] = {"name": "classification" if trained.classes.names else "reward"}
+    return Recipe.from_dict({"model": trained.base.source.spec, **sections, "output_dir": str(trained.adapter)})
 
 
 def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -> Path | None:
@@ -395,8 +316,3 @@ def _find_eval_file(run_dir: RunDir | None, run: Path, settings: EvalSettings) -
             f"--data FILE{', or --split validation' if split == 'test' and has_validation else ''}",
         )
     return file
-
-
-def _format_pair(name: str, base: Estimate, tuned: Estimate) -> dict[str, Any]:
-    both = {f"base_{name}": base, f"tuned_{name}": tuned}
-    return {k: e.value for k, e in both.items()} | {f"{k}_ci95": e.interval for k, e in both.items()}

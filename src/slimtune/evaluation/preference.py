@@ -1,4 +1,4 @@
-"""Preferences on held-out pairs: how often and by how much base and tuned model prefer the chosen answer.
+"""Evaluation of preferences: how often and by how much base and tuned model prefer the chosen answer of held-out pairs.
 
     accuracy          share of pairs with log p(chosen) > log p(rejected), summed over the tokens of an answer
     token_accuracy    the same per token of an answer, which does not favour the shorter one
@@ -8,64 +8,76 @@ A pair on which the tuned model's margin is higher than the base's is one whose 
 TRL's sense (`rewards/accuracies`), with the base as the reference. Intervals are paired over pairs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..data.tokenized_dataset import Example, split_rows
-from ..train_step.loss import count_targets
-from .statistics import PairedEstimate, paired_bootstrap
+from ..data.tokenized_dataset import Example, FirstRows, split_rows
+from ..train_step.loss import count_targets, score_row_logps
+from .base import Evaluation, RowFigures
+from .statistics import PairedEstimate
+from .supervised import measure_losses
 
 Logps = Sequence[Sequence[float]]
 
 
+class PreferenceEvaluation(Evaluation):
+    """Compares the margins of base and tuned model on pairs, and the losses of the chosen answers."""
+
+    def measure(self) -> tuple[dict[str, Any], RowFigures]:
+        tuned = score_row_logps(self.model, self.examples, self.collator)
+        with self.model.disable_adapter():
+            base = score_row_logps(self.model, self.examples, self.collator)
+        base_logps, tuned_logps = ([scores[i] for i in range(len(self.examples))] for scores in (base, tuned))
+        result, figures, _ = measure_losses(self, FirstRows(self.examples))
+        preference = measure_preferences(self.examples, base_logps, tuned_logps, self.compare)
+        return {**result, "preference": preference, "prompt_dependence": None}, figures
+
+    @staticmethod
+    def list_reasons(result: Mapping[str, Any]) -> list[str]:
+        # The loss of the chosen answers may rise while they are preferred more.
+        low, high = result["preference"]["margin_gain_ci95"]
+        if low > 0:
+            return []
+        if low == high == 0:
+            return ["the adapter changes nothing: base and tuned model have the same margins"]
+        what = "prefers the chosen answers less than the base" if high < 0 else "is not shown to prefer them more"
+        return [f"the tuned model {what}: its margin has changed by {low:.4f} to {high:.4f} nats per pair"]
+
+
 def measure_preferences(
-    pairs: Sequence[Example], base: Logps, tuned: Logps, groups: np.ndarray, *, draws: int, seed: int
+    pairs: Sequence[Example], base: Logps, tuned: Logps, compare: Callable[..., PairedEstimate]
 ) -> dict[str, Any]:
     """Return the measures of the module with intervals, `base_…`, `tuned_…` and `…_gain`, and those by length.
 
     Args:
         pairs: the evaluated pairs.
         base, tuned: log p of the two answers of each pair [N, 2].
-        groups: the group of each pair; equal pairs are one group and are drawn together.
-        draws, seed: of the bootstrap.
+        compare: compares two values of each pair [N] with intervals (`Evaluation.compare`).
     """
     tokens = np.array([[count_targets({"labels": labels}) for _, labels in split_rows(e)] for e in pairs])
-    counts = np.bincount(groups)
-    result: dict[str, Any] = {"pairs": len(pairs)}
-
-    def compare(name: str, measure: Callable[[np.ndarray], np.ndarray]) -> None:
-        sums = [np.bincount(groups, measure(np.asarray(logps, float))) for logps in (tuned, base)]
-        found: PairedEstimate = paired_bootstrap(sums[0], sums[1], counts, draws=draws, seed=seed)  # type: ignore[arg-type]
-        # More is better here, so the tuned model comes first: base - tuned is the gain.
-        estimates = {f"base_{name}": found.tuned, f"tuned_{name}": found.base, f"{name}_gain": found.difference}
-        for key, estimate in estimates.items():
-            result[key], result[f"{key}_ci95"] = estimate.value, estimate.interval
+    logps = {"base": np.asarray(base, float), "tuned": np.asarray(tuned, float)}
 
     def is_higher(values: np.ndarray) -> np.ndarray:
         return (values[:, 0] > values[:, 1]).astype(float)
 
-    compare("accuracy", is_higher)
-    compare("token_accuracy", lambda logps: is_higher(logps / tokens))
-    compare("margin", lambda logps: logps[:, 0] - logps[:, 1])
-    change = np.asarray(tuned, float) - np.asarray(base, float)
-    result["pairs_better"] = int((change[:, 0] > change[:, 1]).sum())
-    longer, shorter = tokens[:, 0] > tokens[:, 1], tokens[:, 0] < tokens[:, 1]
+    measures: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "accuracy": is_higher,
+        "token_accuracy": lambda values: is_higher(values / tokens),
+        "margin": lambda values: values[:, 0] - values[:, 1],
+    }
+    result: dict[str, Any] = {"pairs": len(pairs)}
+    for name, measure in measures.items():
+        # More is better here, so the tuned model comes first: base - tuned is the gain.
+        found = compare(measure(logps["tuned"]), measure(logps["base"]))
+        estimates = {f"base_{name}": found.tuned, f"tuned_{name}": found.base, f"{name}_gain": found.difference}
+        for key, estimate in estimates.items():
+            result[key], result[f"{key}_ci95"] = estimate.value, estimate.interval
+    result["pairs_better"] = int(is_higher(logps["tuned"] - logps["base"]).sum())
     result["by_length"] = {}
-    for name, part in (("chosen_longer", longer), ("chosen_shorter", shorter)):
-        higher = {who: is_higher(np.asarray(logps, float))[part] for who, logps in (("base", base), ("tuned", tuned))}
+    for name, part in (("chosen_longer", tokens[:, 0] > tokens[:, 1]), ("chosen_shorter", tokens[:, 0] < tokens[:, 1])):
+        higher = {who: is_higher(values)[part] for who, values in logps.items()}
         means = {f"{who}_accuracy": float(values.mean()) if len(values) else None for who, values in higher.items()}
         result["by_length"][name] = {"pairs": int(part.sum()), **means}
     return result
-
-
-def list_reasons_not_preferred(preference: dict[str, Any]) -> list[str]:
-    """Return why the tuned model does not prefer the chosen answers more than the base does; empty if it does."""
-    low, high = preference["margin_gain_ci95"]
-    if low > 0:
-        return []
-    if low == high == 0:
-        return ["the adapter changes nothing: base and tuned model have the same margins"]
-    what = "prefers the chosen answers less than the base" if high < 0 else "is not shown to prefer them more"
-    return [f"the tuned model {what}: its margin has changed by {low:.4f} to {high:.4f} nats per pair"]

@@ -1,0 +1,94 @@
+"""Evaluation of classifiers: accuracy, macro-F1 and the confusion table.
+
+A new head has learned nothing in the base, so the tuned model is not compared with it: a classifier has to beat the
+most frequent class of the evaluated rows.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..objectives.classification import label_losses
+from ..train_step.loss import row_logits, score_examples
+from .base import Evaluation, RowFigures
+from .statistics import bootstrap_macro_f1, compute_f1
+
+
+class ClassificationEvaluation(Evaluation):
+    """Compares the predicted classes of rows with `label` (see `Classification`)."""
+
+    def measure(self) -> tuple[dict[str, Any], RowFigures]:
+        assert self.classes is not None
+        names, multi_label = self.classes.names, self.classes.multi_label
+        scores = score_examples(self.model, self.examples, self.collator, partial(score_classes, self.model))
+        values = np.array([scores[i] for i in range(len(self.examples))])
+        logits, losses = values[:, :-1], values[:, -1]
+        labels = np.array([e["label"] for e in self.examples])
+        one_hot = np.eye(len(names), dtype=np.int64)
+        actual = labels if multi_label else one_hot[labels]
+        predicted = (logits > 0).astype(np.int64) if multi_label else one_hot[logits.argmax(1)]
+        sets, frequency = np.unique(actual, axis=0, return_counts=True)
+        frequent = sets[frequency.argmax()]
+        accuracy = self.compare((actual == predicted).all(1), (actual == frequent).all(1))
+        by_group = [np.zeros((self.groups.max() + 1, len(names)), np.int64) for _ in range(3)]
+        for total, each in zip(by_group, (actual * predicted, actual, predicted), strict=True):
+            np.add.at(total, self.groups, each)
+        f1 = bootstrap_macro_f1(*by_group, draws=self.draws, seed=self.seed)
+        hits, positives, chosen = (total.sum(0) for total in by_group)
+
+        def name_set(row: np.ndarray) -> str:
+            return ", ".join(name for name, is_one in zip(names, row, strict=True) if is_one) or "none"
+
+        result = {
+            "rows": len(self.examples),
+            "different_rows": len(np.unique(self.groups)),
+            "loss": float(losses.mean()),
+            "accuracy": accuracy.base.value,
+            "accuracy_ci95": accuracy.base.interval,
+            "macro_f1": f1.value,
+            "macro_f1_ci95": f1.interval,
+            "baseline": name_set(frequent),
+            "baseline_accuracy": accuracy.tuned.value,
+            "accuracy_gain": accuracy.difference.value,
+            "accuracy_gain_ci95": accuracy.difference.interval,
+            "classes": [
+                {
+                    "name": name,
+                    "rows": int(positives[i]),
+                    "precision": hits[i] / chosen[i] if chosen[i] else 0.0,
+                    "recall": hits[i] / positives[i] if positives[i] else 0.0,
+                    "f1": float(compute_f1(hits[i], positives[i], chosen[i])),
+                }
+                for i, name in enumerate(names)
+            ],
+            # rows: the label; columns: the prediction
+            "confusion": None if multi_label else (actual.T @ predicted).tolist(),
+        }
+        figures = [
+            {"line": line, "label": name_set(a), "predicted": name_set(p)}
+            for line, a, p in zip(self.examples.lines, actual, predicted, strict=True)
+        ]
+        return result, figures
+
+    @staticmethod
+    def list_reasons(result: Mapping[str, Any]) -> list[str]:
+        return list_reasons_not_better(result, f"always answering {result['baseline']!r}")
+
+
+def score_classes(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Return the logits of each row and its unweighted loss [N, classes + 1]."""
+    logits = row_logits(model, batch)
+    losses = label_losses(logits, {**batch, "label_weight": batch["label_weight"] * 0 + 1}).view(len(logits), -1)
+    return torch.cat([logits, losses.mean(1, keepdim=True)], dim=1).double()
+
+
+def list_reasons_not_better(result: Mapping[str, Any], baseline: str) -> list[str]:
+    """Return why the accuracy is not better than that of a baseline, one sentence; empty if it is."""
+    low, high = result["accuracy_gain_ci95"]
+    if low > 0:
+        return []
+    return [f"it is not shown to be better than {baseline}: its accuracy is higher by {low:.3f} to {high:.3f}"]

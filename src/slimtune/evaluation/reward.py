@@ -1,0 +1,44 @@
+"""Evaluation of reward models: how often the chosen answer has the higher reward. The baseline is chance."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..train_step.loss import score_objective
+from .base import Evaluation, RowFigures
+from .classification import list_reasons_not_better
+
+
+class RewardEvaluation(Evaluation):
+    """Compares the rewards of the two answers of each pair."""
+
+    def measure(self) -> tuple[dict[str, Any], RowFigures]:
+        scores = score_objective(self.model, self.examples, self.collator, self.objective)
+        losses, chosen, rejected = np.array([scores[i] for i in range(len(self.examples))]).T
+        accuracy = self.compare(chosen > rejected, np.full(len(chosen), 0.5))
+        margin = self.compare(chosen, rejected)
+        result = {
+            "rows": len(self.examples),
+            "different_rows": len(np.unique(self.groups)),
+            "loss": float(losses.mean()),
+            "accuracy": accuracy.base.value,
+            "accuracy_ci95": accuracy.base.interval,
+            "accuracy_gain": accuracy.difference.value,
+            "accuracy_gain_ci95": accuracy.difference.interval,
+            "baseline": "chance",
+            "baseline_accuracy": 0.5,
+            "margin": margin.difference.value,
+            "margin_ci95": margin.difference.interval,
+            "chosen_reward": margin.base.value,
+            "rejected_reward": margin.tuned.value,
+        }
+        figures = [
+            {"line": line, "chosen": float(c), "rejected": float(r)}
+            for line, c, r in zip(self.examples.lines, chosen, rejected, strict=True)
+        ]
+        return result, figures
+
+    @staticmethod
+    def list_reasons(result: Mapping[str, Any]) -> list[str]:
+        return list_reasons_not_better(result, "chance")

@@ -1,0 +1,94 @@
+"""Evaluation of answers, texts and documents: loss, perplexity and token accuracy, and the use of the prompt."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data.tokenized_dataset import TokenizedDataset
+from ..train_step.loss import RowScore
+from .base import Evaluation, RowFigures
+from .prompt_dependence import MIN_DEPENDENCE, prompt_dependence, shuffle_prompts
+from .statistics import Estimate, perplexity
+
+
+class SupervisedEvaluation(Evaluation):
+    """Compares the losses of base and tuned model on the supervised tokens."""
+
+    def measure(self) -> tuple[dict[str, Any], RowFigures]:
+        result, figures, (base, tuned) = measure_losses(self, self.examples)
+        dependence = None
+        if self.prompt_test and self.examples.documents is self.examples:  # a window has no prompt
+            shuffled = shuffle_prompts(self.examples, self.seed)
+            dependence = prompt_dependence(shuffled, base, tuned, self.score_both, draws=self.draws, seed=self.seed)
+        return {**result, "preference": None, "prompt_dependence": dependence}, figures
+
+    @staticmethod
+    def list_reasons(result: Mapping[str, Any]) -> list[str]:
+        failures = []
+        low, high = result["loss_reduction_ci95"]
+        if low == high == 0 and result.get("rows_better") == 0:
+            failures.append("the adapter changes nothing: base and tuned model have the same loss")
+        elif low <= 0:
+            what = "is worse than the base" if high < 0 else "is not shown to be better than the base"
+            interval = f"its loss reduction is between {low:.4f} and {high:.4f} nats per token"
+            failures.append(f"the tuned model {what}: {interval}")
+        dependence = result["prompt_dependence"]
+        if dependence is not None and not dependence["passed"]:
+            low, high = dependence["tuned_ci95"]
+            if low <= MIN_DEPENDENCE:
+                failures.append(
+                    "the prompt is not shown to help the tuned model predict its answer: by "
+                    f"{low:.4f} to {high:.4f} nats per token, where more than {MIN_DEPENDENCE} is required"
+                )
+            else:
+                low, high = dependence["change_ci95"]
+                failures.append(
+                    "the tuned model depends less on its prompts: the help of a prompt fell from "
+                    f"{dependence['base']:.4f} to {dependence['tuned']:.4f} nats per token, "
+                    f"by {-high:.4f} to {-low:.4f}"
+                )
+        return failures
+
+
+def measure_losses(
+    evaluation: Evaluation, examples: TokenizedDataset
+) -> tuple[dict[str, Any], RowFigures, tuple[list[RowScore], list[RowScore]]]:
+    """Return loss, perplexity and token accuracy with intervals, the losses of each row, and its scores.
+
+    Args:
+        evaluation: of the models.
+        examples: its examples, or a row of each; what counts as one row is a document, whatever its windows.
+    """
+
+    def sum_windows(scores: Sequence[RowScore]) -> list[RowScore]:
+        nats, hits, tokens = (np.bincount(examples.owners, values) for values in zip(*scores, strict=True))
+        return [RowScore(float(n), int(h), int(t)) for n, h, t in zip(nats, hits, tokens, strict=True)]
+
+    base, tuned = map(sum_windows, evaluation.score_both(examples))
+    tokens = [score.tokens for score in base]
+    loss = evaluation.compare([s.nats for s in base], [s.nats for s in tuned], tokens)
+    hits = evaluation.compare([s.hits for s in tuned], [s.hits for s in base], tokens)
+
+    def both(name: str, base: Estimate, tuned: Estimate) -> dict[str, Any]:
+        estimates = {f"base_{name}": base, f"tuned_{name}": tuned}
+        return {k: e.value for k, e in estimates.items()} | {f"{k}_ci95": e.interval for k, e in estimates.items()}
+
+    result = {
+        "rows": len(tokens),
+        "tokens": sum(tokens),
+        **both("loss", loss.base, loss.tuned),
+        "loss_reduction": loss.difference.value,
+        "loss_reduction_ci95": loss.difference.interval,
+        **both("perplexity", *(Estimate(*map(perplexity, e)) for e in (loss.base, loss.tuned))),
+        **both("accuracy", hits.tuned, hits.base),
+        "accuracy_gain": hits.difference.value,
+        "accuracy_gain_ci95": hits.difference.interval,
+        "rows_better": sum(t.nats < b.nats for b, t in zip(base, tuned, strict=True)),
+        "different_rows": len(np.unique(evaluation.groups)),
+    }
+    figures = [
+        {"line": line, "tokens": b.tokens, "base": b.nats, "tuned": t.nats}
+        for line, b, t in zip(examples.documents.lines, base, tuned, strict=True)
+    ]
+    return result, figures, (base, tuned)
