@@ -13,27 +13,37 @@ from ..methods import config_class, require_method
 from ..objectives import objective_class
 from ..utils.files import parse_dataset_id
 from ..utils.remote_code import allow_remote_code
-from . import schema
 from .aliases import rename_setting, rename_settings
 from .errors import FieldError, collect_field_errors, format_value, raise_errors
 from .loading import DATA_FILES, expand_short_sections, parse_override, read_recipe_tree, resolve_paths, set_field
 from .method import accepted_names, find_unknown_settings, resolve_method
+from .schema import (
+    DataSettings,
+    MethodSettings,
+    ModelSettings,
+    PathLike,
+    Section,
+    TaskSettings,
+    TrainSettings,
+    iterate_settings,
+    setting,
+)
 from .task import resolve_task
 
 
-class Recipe(schema.Section):
+class Recipe(Section):
     """All settings of a run.
 
     `output_dir` is relative to the working folder. The paths of data and model are absolute, so that the run reads the
     same from any folder.
     """
 
-    model: schema.ModelSettings
-    data: schema.DataSettings
-    task: schema.TaskSettings = schema.TaskSettings()
-    method: schema.MethodSettings = schema.MethodSettings()
-    train: schema.TrainSettings = schema.TrainSettings()
-    output_dir: schema.PathLike = schema.setting(
+    model: ModelSettings
+    data: DataSettings
+    task: TaskSettings = TaskSettings()
+    method: MethodSettings = MethodSettings()
+    train: TrainSettings = TrainSettings()
+    output_dir: PathLike = setting(
         ..., "run folder, relative to the working folder; it must not hold another run", flag="--out"
     )
 
@@ -137,7 +147,7 @@ def find_errors(tree: Mapping[str, Any], method_names: Iterable[str] = ("rank", 
         tree: with sections in long form.
         method_names: names of the method's settings, for suggestions.
     """
-    paths = [s.path for s in schema.iterate_settings(Recipe)] + [f"method.{name}" for name in method_names]
+    paths = [s.path for s in iterate_settings(Recipe)] + [f"method.{name}" for name in method_names]
     errors = []
     try:
         Recipe.model_validate({**tree, "method": {}, "task": {}})
