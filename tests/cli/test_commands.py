@@ -15,8 +15,8 @@ from slimtune.cli.common import print_fields
 from slimtune.cli.generate import AnswerPrinter
 from slimtune.config import Recipe, aliases
 from slimtune.config.schema import iterate_settings
+from slimtune.data.general_text import BUILT_IN_TEXT
 from slimtune.evaluation.evaluate import EvalSettings
-from slimtune.evaluation.forgetting import BUILT_IN_TEXT
 from slimtune.machine import facts
 from slimtune.machine.facts import MachineFacts, SmiGpu, TorchFacts
 from slimtune.utils.progress import track_progress

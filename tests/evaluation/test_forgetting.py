@@ -8,16 +8,16 @@ from hand_run import make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slimtune.adapters.model import PeftModel
+from slimtune.data.general_text import BUILT_IN_TEXT, WINDOW, read_general_text, tokenize_general_text
 from slimtune.errors import DataError, UsageError
-from slimtune.evaluation import forgetting
 from slimtune.evaluation.evaluate import EvalSettings, evaluate
-from slimtune.evaluation.forgetting import BUILT_IN_TEXT, WINDOW, measure_forgetting
+from slimtune.evaluation.forgetting import measure_forgetting
 from slimtune.train_step.loss import RowScore
 
 
 @pytest.fixture
 def tokenize(tiny_tokenizer):
-    return lambda file: forgetting.tokenize_general_text(forgetting.read_general_text(file), file, tiny_tokenizer())
+    return lambda file: tokenize_general_text(read_general_text(file), file, tiny_tokenizer())
 
 
 def test_built_in_text(tokenize):

@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import slimtune.methods
 from slimtune import PeftModel, get_peft_model
 from slimtune.adapters.base import MergeUnsupported
+from slimtune.adapters.strength import AdapterStrength
 from slimtune.errors import UsageError
 
 pytestmark = [
@@ -23,6 +24,7 @@ BASES = {"llama": llama, "gpt2": gpt2, "gemma2": lambda: gemma2(torch.float32)}
 TWO_BASES = pytest.mark.parametrize("base", ["llama", "gpt2"])
 EVERY_BASE = pytest.mark.parametrize("base", BASES)
 CLOSE = 1e-9
+WITHOUT_STRENGTH = {"prompt_tuning", "p_tuning", "prefix_tuning"}
 TOLERANCE = {"llama": CLOSE, "gpt2": CLOSE, "gemma2": 2e-5}
 
 
@@ -163,6 +165,25 @@ def test_disabled_is_the_base(method):
     expected = run(model)
     with model.disable_adapter():
         assert torch.equal(run(model), run(llama()))
+    assert torch.equal(run(model), expected)
+
+
+def test_strength_scales_the_change(method, tmp_path):
+    model = adapted(method)
+    trained, expected = {n: p.clone() for n, p in model.named_parameters()}, run(model)
+    if method.partition("+")[0] in WITHOUT_STRENGTH:
+        with pytest.raises(UsageError, match="has no strength"):
+            AdapterStrength(model, "default")
+        return
+    strength, changes = AdapterStrength(model, "default"), []
+    for s in (0.0, 0.1, 0.5):
+        strength.set(s)
+        changes.append((run(model) - run(llama())).abs().max().item())
+    assert changes[0] < CLOSE < changes[1] < changes[2]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(run(PeftModel.from_pretrained(llama(), tmp_path)), run(model))
+    strength.set(1.0)
+    assert all(torch.equal(p, trained[n]) for n, p in model.named_parameters())
     assert torch.equal(run(model), expected)
 
 

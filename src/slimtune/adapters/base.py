@@ -231,6 +231,13 @@ class AdapterModule(nn.Module):
         """
         return None
 
+    def neutral_values(self, site: Site) -> Mapping[str, Tensor | float] | None:
+        """Return tensors by name, and their values at which the module changes nothing; None if it has none such.
+
+        Moved toward them in a straight line, together, they make the change smaller: see `adapters/strength.py`.
+        """
+        return None
+
     def expert_factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
         """Return `A (experts, r, in)`, `B (experts, out, r)` and s by parameter, if it only changes stacked experts."""
         return {}

@@ -44,8 +44,8 @@ def eval_run(
     """
     require_run(run)
     require_rows(data, run=run)
+    from ..data.general_text import BUILT_IN_TEXT
     from ..evaluation.evaluate import EvalSettings, evaluate
-    from ..evaluation.forgetting import BUILT_IN_TEXT
 
     built_in = {"none": None, "shipped": BUILT_IN_TEXT}
     settings = EvalSettings(

@@ -109,6 +109,13 @@ def make_planner(force: bool) -> Callable[..., dict[str, Any] | None]:
     return plan_run
 
 
+def _describe_forgetting(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    reduced = f"; strength reduced to {found['strength']:.3f}" if found["strength"] < 1 else ""
+    return f"{found['change']:.4f} nats per token of general text (budget {found['budget']:g}{reduced})"
+
+
 def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
     def loss(name: str) -> str:
         return "not measured" if result.get(name) is None else f"{result[name]:.4f}"
@@ -121,6 +128,7 @@ def _print_result(result: Mapping[str, Any], recipe: Any) -> None:
         ("trained tokens", f"{format_count(result['trained_tokens'])} ({result['tokens_per_second']:.0f} /s)"),
         ("training loss", loss("train_loss")),
         ("validation loss", loss("validation_loss")),
+        *([("forgetting", text)] if (text := _describe_forgetting(result.get("forgetting"))) else []),
         ("trained parameters", f"{format_count(result['trainable_params'])} ({percent:.2f} %)"),
         ("adapter", format_bytes(result["adapter_bytes"])),
         ("peak memory", format_bytes(result["peak_bytes"])),

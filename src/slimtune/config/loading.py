@@ -21,7 +21,7 @@ from .errors import format_value
 
 SHORT_SECTIONS = {"model": "name", "data": "train", "task": "name", "method": "name"}
 """Sections that may be given as one plain value, and the field that the value sets."""
-DATA_FILES = ("train", "validation", "test", "chat_template")
+DATA_FILES = ("train", "validation", "test", "general_text", "chat_template")
 """Fields of `data` that name files."""
 
 

@@ -97,6 +97,17 @@ class Recipe(Section):
         if t.offload_activations and not t.gradient_checkpointing:
             message = "got true, but no activations are checkpointed"
             errors.append(FieldError("train.offload_activations", message, "train.gradient_checkpointing true, too"))
+        if t.forgetting_budget is None and self.data.general_text is not None:
+            message = "got a file, which is read for train.forgetting_budget alone, and that is null"
+            errors.append(FieldError("data.general_text", message, "train.forgetting_budget, or general_text null"))
+        if t.forgetting_budget is not None:
+            message = f"got {t.forgetting_budget}"
+            if self.objective().task_type != "CAUSAL_LM":
+                message += f", and task is {self.task.name}, whose model has no loss on text"
+                errors.append(FieldError("train.forgetting_budget", message, "null, or the task of a language model"))
+            if t.fsdp:
+                message += ", and train.fsdp is true"
+                errors.append(FieldError("train.forgetting_budget", message, "only one of the two"))
         if t.compile and t.fsdp:
             errors.append(FieldError("train.compile", "got true, and train.fsdp is true", "only one of the two"))
         if self.method.settings.get("init_lora_weights") == "loftq" and self.model.quantization is None:
@@ -168,7 +179,7 @@ def find_missing_files(data: Mapping[str, Any]) -> list[FieldError]:
     for name in DATA_FILES:
         if not isinstance(given := data.get(name), str | Path) or not str(given):
             continue
-        path, is_rows = Path(given), name != "chat_template"
+        path, is_rows = Path(given), name not in ("general_text", "chat_template")
         if path.is_file() or (is_rows and (path.is_dir() or parse_dataset_id(path))):
             continue
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -105,6 +105,9 @@ class DataSettings(Section):
     test_fraction: Number = setting(
         0.0, "share of the training rows set aside for `slimtune eval`, if test is null", ge=0, le=0.5
     )
+    general_text: PathLike | None = setting(
+        None, "text for train.forgetting_budget, a .txt or JSONL file; null: the text that comes with slimtune"
+    )
     format: (
         Literal[
             "chat", "instruction", "sharegpt", "prompt-completion", "text", "document", "preference", "classification"
@@ -199,6 +202,12 @@ class TrainSettings(Section):
     save_total_limit: int = setting(2, "checkpoints kept beside the best", ge=1, le=10**6)
     early_stopping_patience: int | None = setting(
         None, "evaluations without improvement before the run stops; null: never", ge=1, le=10**9
+    )
+    forgetting_budget: Number | None = setting(
+        None,
+        "most that the loss on general text may rise above the base's, in nats per token; null: any",
+        gt=0,
+        allow_inf_nan=False,
     )
     logging_steps: int = setting(1, "optimizer steps between lines of metrics", ge=1, le=10**9)
     report_to: list[Literal["clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"]] = setting(

@@ -20,6 +20,7 @@ from ..config import Recipe
 from ..data.collator import Example
 from ..data.dataset import Row
 from ..data.formats import split_pair
+from ..data.general_text import WINDOW, read_general_text, tokenize_general_text
 from ..data.tokenize import RowReport
 from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
@@ -41,7 +42,7 @@ from ..utils.files import require_output_file, write_json
 from .answers import build_check, generate_base_and_tuned_answers, sample_prompts, summarize_checks
 from .base import Evaluation
 from .classification import ClassificationEvaluation
-from .forgetting import DEFAULT_BUDGET, WINDOW, measure_forgetting, read_general_text, tokenize_general_text
+from .forgetting import DEFAULT_BUDGET, measure_forgetting
 from .generate import Generator
 from .lm_eval import find_tasks, run_tasks
 from .preference import PreferenceEvaluation
@@ -73,7 +74,7 @@ class EvalSettings:
     bootstrap: int = 2000  # draws for the intervals, 1 or more
     seed: int = 0  # of the draws and of the shuffled prompts
     skip_prompt_test: bool = False  # do not test whether answers depend on their prompts
-    general_text: Path | None = None  # that the adapter never saw, .txt or JSONL (`forgetting.BUILT_IN_TEXT`)
+    general_text: Path | None = None  # that the adapter never saw, .txt or JSONL (`general_text.BUILT_IN_TEXT`)
     forgetting_budget: float = DEFAULT_BUDGET  # nats per token that may be lost on it, 0 or more
     generate: int = 0  # held-out prompts that base and tuned model answer, 0 or more
     max_new_tokens: int = 128  # longest answer in tokens, 1 or more

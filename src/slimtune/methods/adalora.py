@@ -198,6 +198,9 @@ class LinearAdaLora(AdapterModule):
         """Return `(diag(E) A (r, in), B (out, r), scale)`."""
         return self.lora_A * self.lora_E, self.lora_B, self.scale
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"lora_E": 0.0}
+
     @torch.no_grad()
     def update_averages(self, beta1: float, beta2: float) -> None:
         """Smooth each value's sensitivity |parameter · gradient| and its deviation from the average."""

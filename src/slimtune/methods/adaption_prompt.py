@@ -87,6 +87,9 @@ class GatedPrompt(AttentionModule):
         self.adaption_gate = nn.Parameter(torch.zeros(1, device=site.init_device))
         self.to(site.device, site.dtype)
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"adaption_gate": 0.0}
+
     def compute_prefix_key_values(self, module: nn.Module, rows: RowMask) -> AttentionPrefix:
         """Return `Wk P`, `Wv P` and the gate."""
         projections = (self._project_tokens(module.get_submodule(n), rows) for n in ("k_proj", "v_proj"))

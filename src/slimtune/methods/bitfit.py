@@ -72,6 +72,9 @@ class AddedBias(AdapterModule):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + self.bitfit_bias.to(y.dtype)
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"bitfit_bias": 0.0}
+
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.has_base_parameter:
             raise MergeUnsupported(f"{self.name} has no bias in the base to merge one into")

@@ -188,6 +188,9 @@ class Bottleneck(Block):
         scale = self.scaling.to(y.dtype) if isinstance(self.scaling, Tensor) else self.scaling
         return y + self.dropout(_apply_linear(h, self.adapter_up)) * scale
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"adapter_up.weight": 0.0, "adapter_up.bias": 0.0}
+
 
 def _apply_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))

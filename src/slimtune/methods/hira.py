@@ -86,6 +86,9 @@ class LinearHira(AdapterModule):
         A, B = self.hira_A.to(y.dtype), self.hira_B.to(y.dtype)
         return y + _HadamardLinear.apply(self.hira_dropout(x).to(y.dtype), A, B, weight, recompute)
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"hira_B": 0.0}
+
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         A, B = self.hira_A.to(weight.dtype).flatten(1), self.hira_B.to(weight.dtype).flatten(1)
         return weight + weight * (B @ A), bias
@@ -109,6 +112,9 @@ class EmbeddingHira(AdapterModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return y + y * F.linear(F.embedding(x, self.hira_embedding_A.t()), self.hira_embedding_B).to(y.dtype)
+
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"hira_embedding_A": 0.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + weight * (self.hira_embedding_B.to(weight.dtype) @ self.hira_embedding_A.to(weight.dtype)), bias

@@ -118,6 +118,9 @@ class ScaledOutput(AdapterModule):
         # In the dtype of the factors: 16-bit numbers near one would round away what was learned.
         return (y * (self.ia3_l[0] if self.is_conv else self.ia3_l.flatten())).to(y.dtype)
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"ia3_l": 1.0}
+
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         l = self.ia3_l.to(weight.dtype).flatten()  # noqa: E741 (the paper's letter)
         return weight * l[:, None], None if bias is None else bias * l
@@ -135,6 +138,9 @@ class ScaledInput(AdapterModule):
 
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         return base((x * (self.ia3_l[0] if self.is_conv else self.ia3_l.flatten())).to(x.dtype))
+
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"ia3_l": 1.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         l = self.ia3_l.to(weight.dtype).view(self.groups, 1, -1, 1)  # noqa: E741

@@ -89,6 +89,9 @@ class TrainedNorm(AdapterModule):
             return (base(x) + (y - base.run_base_with(before, inputs))).to(x.dtype)
         return y.to(x.dtype)
 
+    def neutral_values(self, site: Site) -> dict[str, Tensor]:
+        return {n: self.get_buffer(n.replace("ln_tuning_layers.", "base_")) for n, _ in self.named_parameters()}
+
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight and bias, each plus the change of its copy."""
         merged: dict[str, Any] = {"weight": weight, "bias": bias}

@@ -161,6 +161,9 @@ class LinearLoHa(LycorisModule):
             return None
         return *_as_low_rank(*self.get_factors(_FACTORS, next(self.parameters()).dtype)), self.scale
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"hada_w2_b": 0.0}
+
     def compute_change(self, dtype: torch.dtype) -> Tensor:
         """Return `s · (W1a W1b) ⊙ (W2a W2b)`."""
         w1a, w1b, w2a, w2b = self.get_factors(_FACTORS, dtype)

@@ -90,6 +90,9 @@ class LinearLoKr(LycorisModule):
             update = _times(w1, _times_transposed(X, w2[0]))
         return y + self.drop_outputs(update.reshape(y.shape))
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {self.w1_names[0]: 0.0}
+
     def compute_change(self, dtype: torch.dtype) -> Tensor:
         """Return `s · W1 ⊗ W2`."""
         w2 = self.get_factors(self.w2_names, dtype)

@@ -160,6 +160,9 @@ class LinearOft(AdapterModule):
     def forward_with_base(self, base: BaseForward, x: Tensor) -> Tensor:
         return base(self.oft_R(x))
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"oft_R.weight": 0.0}
+
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.oft_R.rotate_weight(weight), bias
 
@@ -183,6 +186,9 @@ class EmbeddingOft(AdapterModule):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.oft_embedding_R(y)
+
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"oft_embedding_R.weight": 0.0}
 
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.oft_embedding_R(weight.t(), drop=False).t(), bias

@@ -90,6 +90,9 @@ class SparseUpdate(AdapterModule):
         # In y's dtype, which autocast chooses.
         return y + _SparseLinear.apply(x.to(y.dtype), self.shira_weight.to(y.dtype), self.shira_indices, self.sizes)
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"shira_weight": 0.0}
+
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rows, columns = self.shira_indices.long()
         return weight.index_put((rows, columns), self.shira_weight.to(weight.dtype), accumulate=True), bias

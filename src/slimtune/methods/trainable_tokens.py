@@ -195,6 +195,11 @@ class _TokenRows(AdapterModule):
     def replaced_rows(self) -> frozenset[int]:
         return frozenset(self.token_indices)
 
+    def neutral_values(self, site: Site) -> dict[str, Tensor]:
+        weight, ids = site.weight(), self.owner.ids
+        rows = weight.t()[ids] if site.kind == "embedding" else weight[ids]
+        return {n: rows for n, _ in self.named_parameters()}
+
     def tensors(self) -> dict[str, Tensor]:
         """Return V; where it is shared nothing, or a copy if files store it twice (loading ignores the copy)."""
         if not self.held:

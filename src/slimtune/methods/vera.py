@@ -82,6 +82,9 @@ class Projections(SharedParameterHolder):
                 drawn.uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, drawn.to(site.device, dtype), persistent=config.save_projection)
 
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {}
+
 
 class LinearVera(AdapterModule):
     """`y + λ_b ⊙ B (λ_d ⊙ A dropout(x))`."""
@@ -101,6 +104,9 @@ class LinearVera(AdapterModule):
             b, d = torch.zeros_like(b), torch.full_like(d, config.d_initial)
         self.vera_lambda_b = nn.Parameter(b.to(site.device, site.dtype))
         self.vera_lambda_d = nn.Parameter(d.to(site.device, site.dtype))
+
+    def neutral_values(self, site: Site) -> dict[str, float]:
+        return {"vera_lambda_b": 0.0}
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         A, B = self._get_projections(x)

@@ -231,6 +231,11 @@ def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
         ("Gradient norm", "before clipping", "grad_norm"),
     ]
     lines = [line_chart(title, unit, [series(title.lower(), key)]) for title, unit, key in others]
+    if (budget := recipe.train.forgetting_budget) is not None:
+        curve = series("forgetting", "forgetting", "two", markers=True)
+        curve = dataclasses.replace(curve, points=[(0, 0.0), *curve.points])
+        unit = "nats per token of general text; above 0 is forgetting"
+        lines.append(line_chart("Forgetting", unit, [curve], mark=(budget, f"budget {budget:g}")))
     unit = "nats per supervised token" if recipe.task.name == "sft" else f"of {recipe.task.name}"
     losses = line_chart("Loss", unit, [training, validation], tall=True, mark=mark)
     return [losses, *filter(None, lines)]

@@ -56,6 +56,9 @@ class TrainingState:
         train_cpu_seconds: CPU time of this process in them.
         train_losses: the logged training losses.
         validation_losses: `(step, loss)` of each evaluation with a finite loss.
+        forgetting_budget: most forgetting of the checkpoint that is kept, in nats per token; None: any.
+        general_base_loss: the base's loss on the general text, in nats per token; None: not measured yet.
+        forgetting: `(step, nats per token)` of each evaluation in which it was finite.
         skipped_steps: steps without an update of the weights, because their loss or gradient was NaN or Inf.
     """
 
@@ -69,6 +72,9 @@ class TrainingState:
     train_losses: list[float] = field(default_factory=list)
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     skipped_steps: int = 0
+    forgetting_budget: float | None = None
+    general_base_loss: float | None = None
+    forgetting: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,9 +82,18 @@ class TrainingState:
         return self.trained_tokens / self.train_seconds if self.train_seconds else 0.0
 
     @property
+    def candidates(self) -> list[tuple[float, int]]:
+        """`(loss, step)` of the evaluations that may be kept, best first: inside the budget, or all if none is."""
+        ranked = sorted((loss, step) for step, loss in self.validation_losses)
+        if self.forgetting_budget is None:
+            return ranked
+        inside = {step for step, forgetting in self.forgetting if forgetting <= self.forgetting_budget}
+        return [(loss, step) for loss, step in ranked if step in inside] or ranked
+
+    @property
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss, the first of equal ones; None before there is one."""
-        return min(((loss, step) for step, loss in self.validation_losses), default=(0.0, None))[1]
+        """The best step that may be kept, the first of equal ones; None before there is one."""
+        return next((step for _, step in self.candidates), None)
 
     @property
     def evaluations_since_best(self) -> int:

@@ -28,6 +28,7 @@ from transformers import get_scheduler
 from ..adapters import state_dict as adapter_files
 from ..adapters.architectures import text_config
 from ..adapters.model import find_modules_without_gradient
+from ..adapters.strength import AdapterStrength
 from ..config.schema import TrainSettings
 from ..data.collator import Collator, Example
 from ..data.step_sharding import StepSharder
@@ -36,12 +37,13 @@ from ..kernels.dropout import preserve_rng_state
 from ..objectives.base import Objective
 from ..run_dir import RunDir
 from ..setup import Datasets
-from ..train_step.loss import forward_backward, move_to_device, score_objective
+from ..train_step.loss import CROSS_ENTROPY, count_targets, forward_backward, move_to_device, score_objective
 from ..train_step.memory_savings import enable_activation_checkpointing
 from ..train_step.optimizer import build_optimizer
 from ..utils import distributed
 from ..utils.files import to_json, translate_os_errors
 from . import checkpoint, nonfinite
+from .forgetting import fit_strength
 from .oom_recovery import OomRecovery
 from .progress import ProgressLogger
 
@@ -66,6 +68,7 @@ class TrainingLoop:
         logger: shows and logs the run.
         resume: continue from the newest undamaged checkpoint; from the beginning if there is none.
         planned_bytes: most bytes that were planned, for messages about memory.
+        general_rows: rows of general text to measure forgetting on, if the settings have a budget for it.
 
     Attributes:
         state: what was done so far.
@@ -85,15 +88,17 @@ class TrainingLoop:
         logger: ProgressLogger,
         resume: bool = False,
         planned_bytes: int | None = None,
+        general_rows: Sequence[Example] = (),
     ) -> None:
         self.model, self.train, self.validation, self.settings = model, data.train, data.validation, settings
         self.objective, self.collator, self.run, self.logger = objective, collator, run, logger
+        self.general_rows, self.alone = general_rows, False
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
         self.processes = distributed.world_size()
         self.rows_per_step = settings.batch_size * settings.gradient_accumulation_steps
         self.steps_per_epoch = math.ceil(len(self.train) / self.rows_per_step)
         max_steps = settings.max_steps or math.ceil(settings.epochs * self.steps_per_epoch)
-        self.state = checkpoint.TrainingState(max_steps)
+        self.state = checkpoint.TrainingState(max_steps, forgetting_budget=settings.forgetting_budget)
         width = getattr(text_config(model), "hidden_size", 1024)
         self.sharder = StepSharder(collator, width, self.processes, distributed.rank())
         self.stop_requested = self.stop_agreed = self.stopped_early = False
@@ -329,19 +334,13 @@ class TrainingLoop:
         return stop or self.stopped_early
 
     def log_validation_loss(self) -> None:
-        """Compute and log the loss over the validation rows, and the objective's other measures."""
-
-        def work() -> dict[int, list[float]]:
-            def group_rows(some: Sequence[Example]) -> list[list[int]]:
-                return self.sharder.assign_groups(some)[0]  # the part of this process
-
-            return score_objective(self.model, self.validation, self.collator, self.objective, group_rows=group_rows)
-
-        self.recovery.step = self.state.step
-        part = self.recovery.run_in_micro_batches("evaluation", self.validation, work, lambda: None, grad=False)
-        scores = {i: score for scores in distributed.all_gather_object(part) for i, score in scores.items()}
-        measures = self.objective.summarize(np.array([scores[i] for i in range(len(self.validation))]))
+        """Compute and log the loss over the validation rows, the objective's other measures, and the forgetting."""
+        scores, measures = self.measure(self.validation, self.objective)
         loss = measures.pop("loss")
+        if self.general_rows:
+            measures["forgetting"] = self.measure_forgetting()
+            if math.isfinite(measures["forgetting"]):
+                self.state.forgetting.append((self.state.step, measures["forgetting"]))
         self.logger.log(self.state, {"validation_loss": loss, **measures})
         if math.isfinite(loss):
             self.state.validation_losses.append((self.state.step, loss))
@@ -351,6 +350,29 @@ class TrainingLoop:
         found += nonfinite.describe_rows(lines, self.validation, "validation")
         skip = self.settings.on_nonfinite == "skip"
         self.report_nonfinite(found, self.state.step, "validation loss", lines, self.validation, skip)
+
+    def measure(self, rows: Sequence[Example], objective: Objective) -> tuple[dict[int, list[float]], dict[str, float]]:
+        """Return an objective's measures of each row, by its number, and of all; the processes share the rows."""
+
+        def work() -> dict[int, list[float]]:
+            def group_rows(some: Sequence[Example]) -> Sequence[Sequence[int]]:
+                # The part of this process; after the last step the main process computes alone.
+                return self.collator.group_rows(some) if self.alone else self.sharder.assign_groups(some)[0]
+
+            return score_objective(self.model, rows, self.collator, objective, group_rows=group_rows)
+
+        self.recovery.step = self.state.step
+        part = self.recovery.run_in_micro_batches("evaluation", rows, work, lambda: None, grad=False)
+        parts = [part] if self.alone else distributed.all_gather_object(part)
+        scores = {i: score for some in parts for i, score in some.items()}
+        return scores, objective.summarize(np.array([scores[i] for i in range(len(rows))]))
+
+    def measure_forgetting(self) -> float:
+        """Return how much the loss on general text is above the base's, in nats per token."""
+        if self.state.general_base_loss is None:
+            with self.model.disable_adapter():
+                self.state.general_base_loss = self.measure(self.general_rows, CROSS_ENTROPY)[1]["loss"]
+        return self.measure(self.general_rows, CROSS_ENTROPY)[1]["loss"] - self.state.general_base_loss
 
     def patience_exhausted(self) -> bool:
         """Return whether the validation loss has not improved for as long as the recipe waits."""
@@ -401,7 +423,8 @@ class TrainingLoop:
         done = values["step"] % self.settings.logging_steps
         self.unlogged_steps = values.pop("unlogged_steps", done)  # 0.2's first checkpoints lack it
         losses = [(step, loss) for step, loss in values["validation_losses"] if math.isfinite(loss)]
-        self.state = checkpoint.TrainingState(**{**values, "validation_losses": losses})
+        forgetting = [(step, change) for step, change in values.get("forgetting", ())]
+        self.state = checkpoint.TrainingState(**{**values, "validation_losses": losses, "forgetting": forgetting})
         self.optimizer.load_state_dict(checkpoint.load_optimizer(folder))
         checkpoint.load_rng_state(folder)
         self.stopped_early = self.state.step < self.state.max_steps and self.patience_exhausted()
@@ -412,23 +435,61 @@ class TrainingLoop:
         adapter_files.load_adapter_tensors(self.model, "default", tensors, where=str(folder))
 
     def load_best_adapter(self) -> tuple[int, float | None]:
-        """Load the adapter with the lowest validation loss, if that is not the last one; return its step and loss.
+        """Load the best adapter that may be kept, if that is not the last one; return its step and validation loss.
 
-        If its checkpoint was damaged or deleted, the best one of those that are left is taken, and this is said.
+        It has the lowest validation loss, with a forgetting budget among those inside it. If its checkpoint was damaged
+        or deleted, the best one of those that are left is taken, and this is said.
         """
         last = self.state.step
-        for loss, step in sorted((loss, step) for step, loss in self.state.validation_losses):
+        for loss, step in self.state.candidates:
             if step == last:
                 return step, loss
             folder = self.run.checkpoints / f"{checkpoint.PREFIX}{step}"
             if damage := checkpoint.find_damage(folder):
                 if step == self.state.best_step:
-                    self.logger.say(f"the adapter of step {step}, with the lowest validation loss, is lost: {damage}")
+                    self.logger.say(f"the adapter of step {step}, which is the best one, is lost: {damage}")
                 continue
             self.load_adapter(folder)
             self.logger.say(f"taking the adapter of step {step}, which has the validation loss {loss:.4f}")
             return step, loss
         return last, None
+
+    def keep_forgetting_budget(self, step: int, loss: float | None) -> tuple[float | None, dict[str, Any] | None]:
+        """Make the loaded adapter weaker if it is outside the forgetting budget; only the main process does this.
+
+        Args:
+            step: of the loaded adapter.
+            loss: its validation loss; None: unknown.
+
+        Returns:
+            The validation loss of the adapter as it is then, and what was measured and done; None without a budget.
+        """
+        state, budget = self.state, self.state.forgetting_budget
+        if budget is None:
+            return loss, None
+        self.alone, self.recovery.any_failed = True, bool
+        known = dict(state.forgetting)
+        before = forgetting = known[step] if step in known else self.measure_forgetting()
+        strength, tried = 1.0, list[tuple[float, float]]()
+        if not before <= budget:  # NaN is outside
+            strength, tried = fit_strength(AdapterStrength(self.model, "default"), self.measure_forgetting, budget)
+            forgetting = max((f for s, f in tried if s == strength), default=0.0)
+            if self.validation:
+                loss = self.measure(self.validation, self.objective)[1]["loss"]
+            self.logger.say(
+                f"the adapter of step {step} forgets {before:.4f} nats per token of general text, more than its budget "
+                f"of {budget:g}: its strength is reduced to {strength:.3f}, where it forgets {forgetting:.4f}"
+            )
+        return loss, {
+            "budget": budget,
+            "tokens": sum(count_targets(row) for row in self.general_rows),
+            "base_loss": state.general_base_loss,
+            "measured": [[s, f] for s, f in state.forgetting],
+            "before": before,
+            "strength": strength,
+            "tried": [list(pair) for pair in tried],
+            "change": forgetting,
+        }
 
     def save_before_exit(self) -> str:
         """Write a checkpoint if the weights are those of a whole step; return how to continue, if at all."""

@@ -93,7 +93,9 @@ class ProgressLogger:
             named = {TRACKER_NAMES.get(k, f"eval/{k}"): v for k, v in {**values, "epoch": state.epoch}.items()}
             tracker.log(named, step=state.step)
         if "validation_loss" in values:
-            self.say(f"step {state.step}: validation loss {values['validation_loss']:.4f}")
+            change = values.get("forgetting")
+            forgetting = "" if change is None else f", forgetting {change:+.4f} (budget {state.forgetting_budget:g})"
+            self.say(f"step {state.step}: validation loss {values['validation_loss']:.4f}{forgetting}")
 
     def record(self, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

@@ -20,11 +20,14 @@ from .. import setup
 from ..adapters import state_dict as adapter_files
 from ..adapters.config import PeftConfig
 from ..adapters.export_formats import get_export_formats
+from ..adapters.strength import find_neutral_values
 from ..attention.register import packed_attention, packing_unsupported_reason
 from ..config import Recipe
-from ..data.collator import Collator
+from ..data.collator import Collator, Example
+from ..data.general_text import BUILT_IN_TEXT, WINDOW, read_general_text
 from ..data.validation.report import format_columns, format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
+from ..models.base_config import max_positions
 from ..models.dtype import pick_device, pick_training_dtype
 from ..models.loader import Base
 from ..models.quantization import require_bitsandbytes
@@ -36,6 +39,7 @@ from ..utils.device import peak_memory
 from ..utils.files import to_json, write_atomic, write_json
 from ..utils.formatting import format_bytes, format_count
 from . import checkpoint
+from .forgetting import choose_general_rows
 from .loop import TrainingLoop
 from .memory_probe import compare_with_plan, planned_bytes
 from .nonfinite import find_nonfinite_weights
@@ -124,6 +128,8 @@ def _train(
 
     # Data and plan, before a weight is loaded.
     data = distributed.run_on_all_ranks(lambda: load_training_data(recipe, force))
+    file = recipe.data.general_text or BUILT_IN_TEXT
+    general_text = read_general_text(file) if settings.forgetting_budget is not None else []
     lengths = data.lengths()
     plan = distributed.run_on_main(lambda: planner(recipe, lengths))
 
@@ -176,7 +182,12 @@ def _train(
         objective = recipe.objective()
         if objective.needs_reference:
             add_reference(run, data, model, collator, logger, disable=init_adapter is None)
-        loop = TrainingLoop(model, data, settings, objective, collator, run, logger, resume, planned)
+        general: list[Example] = []
+        if settings.forgetting_budget is not None:
+            find_neutral_values(model, "default")  # raises for a method whose strength cannot be reduced
+            context = max_positions(base.model.config) or 4 * WINDOW
+            general = choose_general_rows(general_text, recipe.data.general_text, base.tokenizer, context)
+        loop = TrainingLoop(model, data, settings, objective, collator, run, logger, resume, planned, general)
         if settings.packing is None and (reason := packing_unsupported_reason(model)):
             logger.say(f"rows are not packed: {reason}")
         logger.say(describe_packing(collator, data.data_reports["train"]))
@@ -376,6 +387,7 @@ def finish_run(
     run, state, model = loop.run, loop.state, loop.model
     untrained = model.active_peft_config.find_untrained_experts(model.adapter_modules("default"))
     best_step, best_loss = loop.load_best_adapter()
+    best_loss, forgetting = loop.keep_forgetting_budget(best_step, best_loss)
     adapter_files.save_adapter(model, run.adapter, "default")
     base.tokenizer.save_pretrained(run.adapter)
     if data.classes is not None:  # AutoModelForSequenceClassification needs the labels to make the head
@@ -400,6 +412,7 @@ def finish_run(
         "start_seconds": round(start_seconds, 3),
         "train_loss": sum(last_losses) / len(last_losses) if last_losses else None,
         "validation_loss": best_loss,
+        "forgetting": forgetting,
         "skipped_steps": state.skipped_steps,
         "peak_bytes": peak,
         "dtype": str(base.dtype).removeprefix("torch."),

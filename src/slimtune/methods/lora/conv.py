@@ -110,6 +110,10 @@ class ConvDora(CachedNorms, ConvLora):
     def low_rank_factors(self) -> None:
         """Return None: the update has no low rank."""
 
+    def neutral_values(self, site: Site) -> dict[str, Any]:
+        norms = site.weight().norm(dim=1).view_as(self.lora_magnitude_vector)
+        return {**super().neutral_values(site), "lora_magnitude_vector": norms}
+
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `c ⊙ (W + s · B A)` and the unchanged bias."""
         merged, bias = super().merge_into(weight, bias)

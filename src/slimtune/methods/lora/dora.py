@@ -113,6 +113,10 @@ class _Magnitude(CachedNorms):
     def low_rank_factors(self) -> None:
         """Return None: the update has no low rank."""
 
+    def neutral_values(self, site: Site) -> dict[str, Any]:
+        norms = self._base_squares(site.module, get_weight(site.module).detach()).sqrt()
+        return {**super().neutral_values(site), "lora_magnitude_vector": norms}
+
     def merge_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return `c ⊙ (W + s · B A)` and the unchanged bias."""
         (A, B), m = self.low_rank(), self.lora_magnitude_vector

@@ -68,6 +68,10 @@ class LoraModule(AdapterModule):
                 tensors[name] = t * ratio
         return tensors
 
+    def neutral_values(self, site: Site) -> dict[str, Any]:
+        names = ("lora_B.weight", "lora_B.bias", "start_B", "lora_embedding_A")
+        return {n: 0.0 for n, _ in (*self.named_parameters(), *self.named_buffers()) if n.endswith(names)}
+
     def lr_multipliers(self) -> dict[str, float]:
         """Return B's factor on the learning rate (LoRA+)."""
         return {n: self.lr_ratio for n, _ in self.named_parameters() if "_B" in n}
