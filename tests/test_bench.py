@@ -25,7 +25,7 @@ FOUND = Measured(
     name="this machine", processor="a CPU", threads=torch.get_num_threads(), date="2026-11-26",
     versions={"slimtune": "1", "torch": "2"}, memory=16 << 30, bf16=True, device="cpu",
     rates={"bfloat16": 4e11, "float16": 1e10, "float32": 1e11}, vector_rates={"bfloat16": 1e10}, bandwidth=2e10,
-    training=TrainingFit(1.5, 0.5, 1e-5, NARROW),
+    training=TrainingFit(1.5, 0.5, 2.0, 1e-5, NARROW),
     serving={"llama.cpp": ServingFit({"Q4_K_M": 1e10, "F16": 2e10}, 1e-4, {"Q4_K_M": 1e11, "F16": 5e10}, NARROW)},
     steps=[{"width": 512}], skipped={},
 )  # fmt: skip
@@ -87,6 +87,9 @@ def test_training_speed_follows_the_fit(stored):
     seconds = 1.5 * 10 * 4e9 / 4e11 + 0.5 * 100 * 2e6 / 2e10 + 110 * 1e-5
     speed = estimate_tokens_per_second(work, measured_gpu(), 1000)
     assert speed == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
+    seconds += 2.0 * 3e10 / 1e11
+    slower = estimate_tokens_per_second(work, measured_gpu(), 1000, attention_operations={torch.float32: 3e10})
+    assert slower == pytest.approx([0.9 * 1000 / seconds, 1.1 * 1000 / seconds])
 
 
 def test_serving_speed_follows_the_fit(stored):
@@ -107,7 +110,7 @@ def test_real_steps_and_random_files(monkeypatch):
     monkeypatch.setattr(bench, "MOST_ROUNDS", 3)
     fit, steps = bench.measure_training(bench.Clock(torch.device("cpu")), BF16, FOUND.rates, FOUND.bandwidth)
     assert len(steps) == 4
-    assert max(fit.arithmetic, fit.traffic, fit.overhead) > 0
+    assert max(fit.arithmetic, fit.traffic, fit.attention, fit.overhead) > 0
     monkeypatch.setattr(bench, "DECODED", ((256, 1), (256, 2), (512, 1)))
     serving = bench.measure_llama_cpp(torch.device("cpu"))
     assert set(serving.prompt_flops) == set(bench.PRECISIONS)

@@ -41,11 +41,11 @@ from .utils.progress import track_progress
 TRAINED = {"cpu": ((512, 4), (1024, 2)), "cuda": ((1024, 4), (2048, 4), (4096, 2)), "mps": ((1024, 4), (2048, 2))}
 """Width and layers of the Llamas that are trained."""
 ROWS = {
-    "cpu": ((64,), (128, 128), (96,) * 8, (512, 512)),
-    "cuda": ((256,), (256,) * 4, (512,) * 8, (2048,) * 2),
+    "cpu": ((64,), (128, 128), (96,) * 8, (512, 512), (1024,)),
+    "cuda": ((256,), (256,) * 4, (512,) * 8, (2048,) * 2, (4096,)),
     "mps": ((128,), (256,) * 2, (512,) * 2, (1024,)),
 }
-"""Tokens of the rows of a step."""
+"""Tokens of the rows of a step. The last two steps have as many tokens, so attention alone tells them apart."""
 VOCABULARY = 16384
 DECODED = ((2048, 2), (1024, 6), (512, 12))
 """Width and layers of the Llamas that write text; their vocabulary is `SMALL_VOCABULARY`."""
@@ -186,7 +186,7 @@ def measure_training(
         for lengths in ROWS[kind]:
             trace = trace_memory(TrainingJob(config, method, dtype, lengths, device=kind))
             moved = 2 * trace.state["optimizer"] + 3 * trace.state["adapters"]
-            features.append(step_features(trace.operator_counts, moved, rates, bandwidth))
+            features.append(step_features(trace.operator_counts, trace.attention_operations, moved, rates, bandwidth))
             works.append(step.prepare(lengths))
             steps.append({"width": width, "layers": layers, "rows": list(lengths)})
     seconds = clock.medians(works)
@@ -196,8 +196,8 @@ def measure_training(
         fitted = sum(f * p for f, p in zip(factors, parts, strict=True))
         speeds.append(fitted / measured)
         step_dict |= {"seconds": measured, "fitted_seconds": fitted}
-    arithmetic, traffic, overhead = factors
-    return TrainingFit(arithmetic, traffic, overhead, widen_spread(speeds)), steps
+    arithmetic, traffic, attention, overhead = factors
+    return TrainingFit(arithmetic, traffic, attention, overhead, widen_spread(speeds)), steps
 
 
 class TrainingStep:

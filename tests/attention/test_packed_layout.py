@@ -24,6 +24,7 @@ CPU = torch.device("cpu")
 def test_segment_masks(layout, window):
     """Each segment's mask over the keys of its path is a part of the dense one, which has nothing else."""
     dense = dense_mask(layout, window)
+    assert layout.count_pairs(window) == dense.sum()
     for i, segment in enumerate(packed_attention.list_segments(layout, window, torch.float32, CPU)):
         rows = dense[segment.start : segment.start + segment.length]
         columns = [k for first, n in segment.key_ranges for k in range(first, first + n)]

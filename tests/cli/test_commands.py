@@ -32,7 +32,7 @@ MEASURED = {
     "base_perplexity": 54.6, "tuned_perplexity": 20.1, "base_accuracy": 0.25, "tuned_accuracy": 0.375,
     "accuracy_gain": 0.125, "rows": 90, "tokens": 3000,
     "prompt_dependence": {"base": 0.13, "tuned": 0.16, "tuned_ci95": [0.11, 0.22]},
-    "forgetting": {"change": 0.031, "change_ci95": [0.02, 0.04], "budget": 0.1},
+    "forgetting": {"change": 0.031, "change_ci95": [0.02, 0.04], "budget": 0.1, "within": True},
     "generations": [{"prompt": [{"content": "Hi [b]"}], "reference": "Ho", "base": "Hm", "tuned": "Ha"}],
     "generation_summary": {"ended": {"base": 0.5, "tuned": 1.0}},
     "tasks": {"odd": {"acc": {"base": 0.25, "base_stderr": 0.04, "tuned": 0.5, "tuned_stderr": None}}},
@@ -286,18 +286,26 @@ def test_eval_screen(monkeypatch, slimtune, slimtune_json):
     for part in (
         "4.0000", "3.0000", "54.60", "37.5 %", "0.9000 to 1.1000", "90 rows", "3000 supervised tokens",
         "is higher by 0.1300 nats per token for the base, by 0.1600 (0.1100 to 0.2200) for the tuned model",
-        "something was forgotten; the loss on it rose by 0.0310 (0.0200 to 0.0400) nats per token, where a rise of 0.1",
+        "no more was forgotten than is allowed; the loss on it rose by 0.0310 (0.0200 to 0.0400) nats per token",
         "Hi [b]\nreference: Ho\nbase: Hm\ntuned: Ha", "0.2500 ± 0.0400", "verdict: the tuned model is better",
     ):  # fmt: skip
         assert part in shown
     assert slimtune_json("eval", "runs/x") == MEASURED
 
 
-def test_eval_says_that_nothing_was_forgotten(monkeypatch, slimtune):
-    forgetting = {"change": -0.0241, "change_ci95": [-0.03, -0.02], "budget": 0.1}
+@pytest.mark.parametrize(
+    ("change", "ends", "within", "words"),
+    [
+        (-0.0241, [-0.03, -0.02], True, "nothing is shown to be forgotten; the loss on it fell by 0.0241 (0.0200"),
+        (0.0041, [-0.01, 0.02], True, "nothing is shown to be forgotten; the loss on it rose by 0.0041 (-0.0100"),
+        (0.12, [0.08, 0.14], True, "no more was forgotten than is allowed; the loss on it rose by 0.1200"),
+        (0.15, [0.11, 0.2], False, "too much was forgotten; the loss on it rose by 0.1500 (0.1100 to 0.2000)"),
+    ],
+)
+def test_words_about_forgetting_follow_the_verdict(monkeypatch, slimtune, change, ends, within, words):
+    forgetting = {"change": change, "change_ci95": ends, "budget": 0.1, "within": within}
     monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", lambda *_: {**MEASURED, "forgetting": forgetting})
-    shown = slimtune("eval", "runs/x").stdout
-    assert "nothing was forgotten; the loss on it fell by 0.0241 (0.0200 to 0.0300) nats per token" in shown
+    assert words in slimtune("eval", "runs/x").stdout
 
 
 def test_progress_is_a_line_every_ten_seconds(monkeypatch, slimtune):

@@ -100,6 +100,18 @@ LINUX_NVIDIA = {
 }
 DOCKER = {".dockerenv": ""}
 HEALTHY = {**LINUX_NVIDIA, "smi": RTX_4090, "torch": cuda("2.9.1+cu128", "RTX 4090")}
+MIG = {
+    **LINUX_NVIDIA,
+    "smi": "NVIDIA A100-SXM4-40GB, 550.90.07, 8.0, 40960, 39000",
+    "torch": cuda("2.9.1+cu126", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"),
+    "programs": {
+        "nvidia-smi --query-gpu=mig.mode.current": "Enabled",
+        "nvidia-smi -L": "GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-e86cb44c-6756-fd30-cd4a-1e6da3caf9b0)\n"
+        "  MIG 1g.5gb      Device  0: (UUID: MIG-a4d23e5c-1e2f-5c7a-9d0b-3f6a7b8c9d0e)\n"
+        "  MIG 3g.20gb     Device  1: (UUID: MIG-c7384736-a75d-5afc-978f-d2f1294409fd)\n"
+        "  MIG 1g.5gb+me   Device  2: (UUID: MIG-GPU-e86cb44c-6756-fd30-cd4a-1e6da3caf9b0/9/0)",
+    },
+}
 RADEON = {"pci": [XTX], "dev": ("kfd", "dri/renderD128"), "programs": {"rocminfo": rocminfo("gfx1100")}}
 FAULTS = {
     "no NVIDIA driver": ({"pci": [("NVIDIA AD102", NVIDIA, "")]}, "nvidia-driver-missing", "ubuntu-drivers install"),
@@ -176,6 +188,12 @@ FAULTS = {
         "rmmod nvidia_uvm",
     ),
     "busy GPU": ({**HEALTHY, "smi": "NVIDIA GeForce RTX 4090, 580.95.05, 8.9, 24564, 20000"}, "gpu-busy", "kill PID"),
+    "MIG, no slice chosen": (MIG, "nvidia-mig", "CUDA_VISIBLE_DEVICES=MIG-c7384736-a75d-5afc-978f-d2f1294409fd"),
+    "MIG without slices": (
+        {**MIG, "programs": {**MIG["programs"], "nvidia-smi -L": "GPU 0: NVIDIA A100 (UUID: GPU-e86cb44c)"}},
+        "nvidia-mig",
+        "nvidia-smi -i 0 -mig 0",
+    ),
     "container without NVIDIA": (
         {"pci": LINUX_NVIDIA["pci"], "files": DOCKER, "torch": cuda()},
         "container-without-gpu",
@@ -383,6 +401,7 @@ SOUND = {
         "programs": {**OLLAMA, "ollama ps": OLLAMA_PS + "qwen3:4b  1  3 GB  100% CPU  4096  now"}
     },
     "half a quota": {"files": {"sys/fs/cgroup/cpu.max": "100000", "sys/fs/cgroup/memory.max": "-1"}},
+    "MIG, a slice chosen": {**MIG, "environment": {"CUDA_VISIBLE_DEVICES": "MIG-c7384736-a75d-5afc-978f-d2f1294409fd"}},
     "second GPU chosen": {**HEALTHY, "smi": f"{RTX_4090}\n{RTX_4090}", "environment": {"CUDA_VISIBLE_DEVICES": "1"}},
 }
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import models_zoo as zoo
 import pytest
+import tiny_families
 import torch
 from methods.cases import CASES
 
@@ -100,3 +101,16 @@ def test_peak_of_a_merge():
     assert extrapolate_merge(job, num_params=1000) == peak  # small models are merged in float32
     assert extrapolate_merge(job, num_params=10**10) < peak
     assert extrapolate_merge(replace(job, method=slimtune.BottleneckConfig(task_type="CAUSAL_LM")), 1000) is None
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_share_keys_are_planned_without_them(family):
+    """A model of two or three layers shares none, so the plan of one that does must come from all its layers."""
+    base = tiny_families.build(family, num_hidden_layers=6, num_kv_shared_layers=3)
+    job = TrainingJob(base.config, LORA, torch.float32, (16,), device="cpu")
+    model = job.build_model()
+    without = replace(job, base_config=tiny_families.build(family, num_hidden_layers=6).config).build_model()
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in without.parameters())
+    trace, extrapolated = trace_memory(job), extrapolate_layers(job, model)
+    assert extrapolated.state == trace.state
+    assert extrapolated.operator_counts == trace.operator_counts

@@ -177,3 +177,15 @@ def test_integers_are_known_until_overwritten():
 def test_reading_unknown_values_is_an_error(read):
     with pytest.raises(ModelError, match="depends on tensor values"), fake_mode():
         read(torch.empty(3) + torch.arange(3))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_attention_grows_with_the_square_of_a_row(device):
+    """By segment on a CPU, by one kernel on a GPU: the same work, halved where rows are half as long."""
+    long, short = (
+        trace_memory(make_job("llama", "lora", (rows, True, 1), device=device)).attention_operations
+        for rows in ((512,), (256, 256))
+    )
+    heads_times_size, layers = 64, 2
+    assert long[FP32] == pytest.approx(layers * 14 * heads_times_size * 512**2 / 2, rel=0.01)
+    assert short[FP32] == pytest.approx(long[FP32] / 2, rel=0.01)

@@ -113,3 +113,17 @@ def test_work():
             a @ b
         a.t()
     assert tracker.operator_counts == {(2 * 8 * 16 * 4, 4 * (128 + 64 + 32), torch.float32): 2}
+
+
+@pytest.mark.parametrize(("causal", "pairs"), [(True, 24 * 24 // 2), (False, 24 * 24)])
+def test_fused_attention(causal, pairs):
+    """Four operations for each pair of a query and a key, a head and its size; 2.5 times as many backward."""
+    query, key, value = (torch.randn(1, heads, 24, 8, requires_grad=True) for heads in (4, 2, 2))
+    with MemoryTracker(count_operators=True) as tracker:
+        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal)
+        forward = tracker.attention_operations.copy()
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            torch.ones_like(out), query, key, value, out, logsumexp, 0.0, causal
+        )
+    assert forward == {torch.float32: 4 * 4 * 8 * pairs}
+    assert tracker.attention_operations == {torch.float32: 14 * 4 * 8 * pairs}

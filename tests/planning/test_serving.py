@@ -4,6 +4,7 @@ import json
 from functools import cache
 
 import pytest
+import tiny_families
 import torch
 from transformers import AutoConfig
 
@@ -264,3 +265,16 @@ def test_cache_of_layers_with_other_heads():
     window = 1024 + 512  # and the tokens that are computed at once
     assert cache_bytes(large, 4096, "ollama") == 2 * 2 * (10 * 4 * 512 * 4096 + 50 * 16 * 256 * window)
     assert cache_bytes(small, 4096, "ollama") == 2 * 2 * (3 * 512 * 4096 + 12 * 256 * (512 + 512))
+
+
+SHARED_KEYS = {"num_hidden_layers": 6, "num_kv_shared_layers": 3, "sliding_window": 512, "max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_cache_of_layers_that_share_keys(family):
+    """The last layers of Gemma 3n and 4 read the keys and values of earlier ones: transformers caches none for them."""
+    base = tiny_families.build(family, **SHARED_KEYS).to(torch.float16)
+    with torch.no_grad():
+        filled = base(torch.ones(1, 256, dtype=torch.long), use_cache=True).past_key_values
+    real = sum(t.nbytes for layer in filled.layers for t in (layer.keys, layer.values) if t is not None)
+    assert cache_bytes(base.config, 256, "llama.cpp") == real

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..utils.device import device_type, is_simulated
+from ..utils.device import add_simulated_attention, device_type, is_simulated
 from .packed_layout import PackedLayout
 
 BLOCK = 128
@@ -248,27 +248,33 @@ def padded_length(tokens: int) -> int:
     return max(BLOCK, 1 << (tokens - 1).bit_length())
 
 
-def simulate_tree_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return a tensor of attention's shape and allocate what `tree_attention` does, for the planner's fake tensors."""
+def simulate_tree_attention(query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Tensor:
+    """Return a tensor of attention's shape and allocate what `tree_attention` does, for the planner's fake tensors.
+
+    `pairs` is the number of tokens and keys that attend to each other (`PackedLayout.count_pairs`).
+    """
     q, k, v = (_pad_to(t, padded_length(t.shape[2])) for t in (query, key, value))
-    return _FakeAttention.apply(q, k, v)[:, :, : query.shape[2]]
+    return _FakeAttention.apply(q, k, v, pairs)[:, :, : query.shape[2]]
 
 
 class _FakeAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, pairs: int) -> Tensor:
+        ctx.operations = 2 * query.shape[1] * (query.shape[-1] + value.shape[-1]) * pairs
+        add_simulated_attention(query.dtype, ctx.operations)
         out = query.new_empty((*query.shape[:-1], value.shape[-1]))
         logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, logsumexp)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, _, logsumexp = ctx.saved_tensors
+        add_simulated_attention(query.dtype, 5 * ctx.operations // 2)  # five products where the forward pass has two
         workspace = torch.empty_like(logsumexp)
         grads = tuple(torch.empty_like(t) for t in (query, key, value))
         del workspace
-        return grads
+        return (*grads, None)
 
 
 def _head_shape(query: Tensor, key: Tensor) -> tuple[torch.device, torch.dtype, int, int, int]:

@@ -64,6 +64,15 @@ class PackedLayout:
         """Return each token's position in its row."""
         return [start + t for start, n in zip(self.starts(), self.lengths, strict=True) for t in range(n)]
 
+    def count_pairs(self, window: int | None) -> int:
+        """Return the number of pairs of a token and a key that it attends to."""
+        pairs = 0
+        for n, start in zip(self.lengths, self.starts(), strict=True):
+            above = start + self.prefix_keys
+            inside = n if window is None else min(n, max(0, window - above))  # tokens whose window has all keys
+            pairs += inside * above + inside * (inside + 1) // 2 + (n - inside) * (window or 0)
+        return pairs
+
     def with_prefix_keys(self, n: int) -> Self:
         """Return the layout with `n` more learned keys; one object for all layers, so that they share its masks."""
         return self.compute_once(

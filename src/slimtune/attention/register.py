@@ -160,7 +160,7 @@ def _attend_packed(
     long_row = causal and layout.total > MAX_SEGMENT_TOKENS
     if plain_sdpa and not long_row and flex_attention_supported(query, key, dropout):
         if is_simulated():
-            out = simulate_tree_attention(query, key, value)
+            out = simulate_tree_attention(query, key, value, layout.count_pairs(window))
         else:
             out = tree_attention(query, key, value, make_tree_mask(layout, window, query.device), scaling)
         return out.transpose(1, 2).contiguous()

@@ -123,8 +123,9 @@ def _print_result(result: Mapping[str, Any]) -> None:
         low, high = forgotten["change_ci95"]
         rose = forgotten["change"] > 0
         size, ends = abs(forgotten["change"]), (low, high) if rose else (-high, -low)
+        words = "no more was forgotten than is allowed" if low > 0 else "nothing is shown to be forgotten"
         screen.print(
-            f"general text: {'something' if low > 0 else 'nothing'} was forgotten; the loss on it "
+            f"general text: {words if forgotten['within'] else 'too much was forgotten'}; the loss on it "
             f"{'rose' if rose else 'fell'} by {size:.4f} ({ends[0]:.4f} to {ends[1]:.4f}) nats per token, where a rise "
             f"of {forgotten['budget']:g} is allowed"
         )

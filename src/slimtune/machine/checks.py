@@ -250,6 +250,28 @@ def check_hidden_gpus(facts: MachineFacts) -> Finding | None:
     return None
 
 
+def check_mig(facts: MachineFacts) -> Finding | None:
+    """MIG splits a GPU into slices, of which a process gets one, or has made none."""
+    for number, gpu in enumerate(facts.smi_gpus):
+        if not gpu.is_mig:
+            continue
+        if not gpu.slices:
+            problem = f"{gpu.name} is in MIG mode and has no slices, so CUDA does not find it"
+            commands = (f"sudo nvidia-smi -i {number} -mig 0", f"sudo nvidia-smi mig -i {number} -lgip")
+            evidence = "nvidia-smi: mig.mode.current is Enabled; nvidia-smi -L lists no MIG device"
+            return Finding(problem, evidence, commands, "nvidia-mig")
+        if facts.environment.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-"):
+            continue
+        largest = max(gpu.slices, key=lambda s: int((re.findall(r"(\d+)gb", s.profile) or [0])[0]))
+        profiles = ", ".join(s.profile for s in gpu.slices)
+        problem = f"{gpu.name} is split into slices (MIG), and a process gets one of them"
+        evidence = f"nvidia-smi -L: {profiles}; without CUDA_VISIBLE_DEVICES it is the first"
+        # Without --gpu a plan reads the memory of the slice; the table of GPUs has only whole ones.
+        commands = (f"export CUDA_VISIBLE_DEVICES={largest.uuid}", "slimtune plan MODEL   # without --gpu: its memory")
+        return Finding(problem, evidence, commands, "nvidia-mig", is_fault=False)
+    return None
+
+
 def check_cuda_start(facts: MachineFacts) -> Finding | None:
     """Driver, wheel and GPU fit, and CUDA does not start all the same."""
     torch = facts.torch
@@ -269,7 +291,7 @@ def check_cuda_start(facts: MachineFacts) -> Finding | None:
 def check_busy_gpu(facts: MachineFacts) -> Finding | None:
     """Other programs hold more than half of a GPU's memory."""
     for gpu in facts.smi_gpus:
-        if gpu.memory_bytes and gpu.used_bytes > gpu.memory_bytes / 2:
+        if not gpu.is_mig and gpu.memory_bytes and gpu.used_bytes > gpu.memory_bytes / 2:
             evidence = f"{format_bytes(gpu.used_bytes)} of {format_bytes(gpu.memory_bytes)} are in use"
             commands = ("nvidia-smi --query-compute-apps=pid,process_name,used_memory --format=csv", "kill PID")
             return Finding(f"other programs hold the memory of {gpu.name}", evidence, commands, "gpu-busy", False)
@@ -496,9 +518,9 @@ def check_token(facts: MachineFacts) -> Finding | None:
 CHECKS: tuple[Check, ...] = (
     check_torch_import, check_translated, check_mac_build, check_nvidia_smi, check_nvidia_driver,
     check_nvidia_container, check_build_without_cuda, check_driver_age, check_architecture, check_hidden_gpus,
-    check_cuda_start, check_build_without_rocm, check_amd_driver, check_device_permission, check_gfx, check_rocminfo,
-    check_companions, check_bitsandbytes, check_memory_limit, check_free_memory, check_overcommit, check_limits,
-    check_cpu_quota, check_shared_memory, check_disk_space, check_disk_permission, check_noexec, check_compiler,
-    check_ollama, check_token, check_busy_gpu,
+    check_mig, check_cuda_start, check_build_without_rocm, check_amd_driver, check_device_permission, check_gfx,
+    check_rocminfo, check_companions, check_bitsandbytes, check_memory_limit, check_free_memory, check_overcommit,
+    check_limits, check_cpu_quota, check_shared_memory, check_disk_space, check_disk_permission, check_noexec,
+    check_compiler, check_ollama, check_token, check_busy_gpu,
 )  # fmt: skip
 """All checks, in the order of their findings."""

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -50,14 +50,24 @@ class PciGpu:
 
 
 @dataclass(frozen=True)
+class MigSlice:
+    """A slice of an NVIDIA GPU, as MIG makes them: its profile, such as 3g.20gb, and the name CUDA knows it by."""
+
+    profile: str
+    uuid: str
+
+
+@dataclass(frozen=True)
 class SmiGpu:
-    """An NVIDIA GPU as `nvidia-smi` sees it."""
+    """An NVIDIA GPU as `nvidia-smi` sees it; `is_mig`: only its slices can be used, of which there may be none."""
 
     name: str
     driver: str
     capability: tuple[int, int] | None
     memory_bytes: int
     used_bytes: int
+    is_mig: bool = False
+    slices: tuple[MigSlice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -263,7 +273,27 @@ def _ask_nvidia_smi(run: Callable[..., str]) -> tuple[str, tuple[SmiGpu, ...]]:
         total, used = (int(cell) << 20 if cell.isdecimal() else 0 for cell in row[3:])  # [N/A] where memory is shared
         capability = (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None
         gpus.append(SmiGpu(row[0], row[1], capability, total, used))
-    return ("" if gpus else text), tuple(gpus)
+    return ("" if gpus else text), _add_slices(gpus, run)
+
+
+def _add_slices(gpus: list[SmiGpu], run: Callable[..., str]) -> tuple[SmiGpu, ...]:
+    """Return GPUs with the slices that MIG has made of them."""
+    # A question of its own: `nvidia-smi` before version 450 has no such field, and then answers none of the others.
+    modes = run("nvidia-smi", "--query-gpu=mig.mode.current", "--format=csv,noheader").splitlines() if gpus else []
+    if "Enabled" not in modes or len(modes) != len(gpus):
+        return tuple(gpus)
+    slices: list[list[MigSlice]] = []
+    for line in run("nvidia-smi", "-L").splitlines():
+        if line.startswith("GPU "):
+            slices.append([])
+        elif slices and (found := re.match(r" *MIG (\S+) +Device +\d+: \(UUID: (MIG-[\w/-]+)\)", line)):
+            slices[-1].append(MigSlice(found[1], found[2]))
+    if len(slices) != len(gpus):
+        return tuple(gpus)
+    return tuple(
+        replace(gpu, is_mig=mode == "Enabled", slices=tuple(own))
+        for gpu, mode, own in zip(gpus, modes, slices, strict=True)
+    )
 
 
 def _ask_torch() -> TorchFacts:

@@ -64,6 +64,7 @@ def extrapolate_layers(job: TrainingJob, model: Any = None, *, backward_only: bo
         state,
         phases,
         Counter(extrapolate(two.operator_counts, three.operator_counts)),
+        Counter(extrapolate(two.attention_operations, three.attention_operations)),
         _at_depth(job, two.host_bytes, three.host_bytes),
     )
 

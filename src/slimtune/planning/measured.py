@@ -1,11 +1,13 @@
 """What `slimtune bench` measured on this machine, and the predictions that follow from it.
 
-A training step takes the sum of three parts, whose factors are fitted to real steps:
+A training step takes the sum of four parts, whose factors are fitted to real steps:
 
-    seconds = arithmetic · Σ max(operations / rate, bytes / bandwidth) + traffic · Σ bytes / bandwidth + overhead · n
+    seconds = arithmetic · Σ max(operations / rate, bytes / bandwidth) + traffic · Σ bytes / bandwidth
+              + attention · Σ operations / rate + overhead · n
 
-The first sum is over the operators that multiply, the second over the others, `n` counts them all. A decoded token
-takes `bytes / speed of the precision + layers · seconds of a layer`. It imports no torch.
+The first sum is over the operators that multiply, the second over the others, the third over the fused kernels of
+attention, whose operations grow with the square of a row's length; `n` counts all operators. A decoded token takes
+`bytes / speed of the precision + layers · seconds of a layer`. It imports no torch.
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from ..errors import RunError
 from ..utils.files import read_json, write_json
 from .result import Range
 
-FORMAT = 1
+FORMAT = 2
 LEAST_SPREAD = 0.1
 """A prediction is not called more certain than this, however well the measured steps agree."""
 NEAREST = {
@@ -37,6 +39,7 @@ class TrainingFit:
 
     arithmetic: float  # factor on the time of operators that multiply
     traffic: float  # factor on the time of operators that only move
+    attention: float  # factor on the time of fused attention
     overhead: float  # seconds of each operator
     spread: Range  # measured speed divided by that of the formula, over the measured steps
 
@@ -76,11 +79,14 @@ class Measured:
         """The kind of evidence of a prediction."""
         return f"measured here, {self.date}"
 
-    def estimate_step_seconds(self, operator_counts: Mapping[Any, float], optimizer_step_bytes: float) -> float:
-        """Return the seconds of a micro-batch; `optimizer_step_bytes` is its share of those of a step."""
-        products, moved, count = step_features(operator_counts, optimizer_step_bytes, self.rates, self.bandwidth)
+    def estimate_step_seconds(
+        self, operator_counts: Mapping[Any, float], attention: Mapping[Any, float], optimizer_step_bytes: float
+    ) -> float:
+        """Return the seconds of a micro-batch; arguments as for `step_features`, bytes as its share of a step's."""
+        features = step_features(operator_counts, attention, optimizer_step_bytes, self.rates, self.bandwidth)
         fit = self.training
-        return fit.arithmetic * products + fit.traffic * moved + fit.overhead * count
+        factors = (fit.arithmetic, fit.traffic, fit.attention, fit.overhead)
+        return sum(factor * feature for factor, feature in zip(factors, features, strict=True))
 
     def find_serving(self, engine: str, precision: str) -> tuple[ServingFit, str, str] | None:
         """Return an engine's speed, the measured precision nearest to a wanted one, and the kind of evidence."""
@@ -94,18 +100,32 @@ class Measured:
 
 
 def step_features(
-    operator_counts: Mapping[Any, float], optimizer_step_bytes: float, rates: Mapping[str, float], bandwidth: float
-) -> tuple[float, float, float]:
-    """Return the two sums of the formula in seconds, and the number of operators; arguments as for `Measured`."""
+    operator_counts: Mapping[Any, float],
+    attention: Mapping[Any, float],
+    optimizer_step_bytes: float,
+    rates: Mapping[str, float],
+    bandwidth: float,
+) -> tuple[float, float, float, float]:
+    """Return the three sums of the formula in seconds, and the number of operators.
+
+    Args:
+        operator_counts: how often an operator of (FLOPs, bytes moved, dtype) runs.
+        attention: FLOPs of fused attention, by dtype.
+        optimizer_step_bytes: bytes that the optimizer moves.
+        rates, bandwidth: as for `Measured`.
+    """
+
+    def rate(dtype: Any) -> float:
+        return rates.get(str(dtype).removeprefix("torch.")) or rates["float32"]
+
     products, moved, count = 0.0, optimizer_step_bytes / bandwidth, 0.0
     for (operations, size, dtype), n in operator_counts.items():
         count += n
         if operations:
-            rate = rates.get(str(dtype).removeprefix("torch.")) or rates["float32"]
-            products += n * max(operations / rate, size / bandwidth)
+            products += n * max(operations / rate(dtype), size / bandwidth)
         else:
             moved += n * size / bandwidth
-    return products, moved, count
+    return products, moved, sum(n / rate(dtype) for dtype, n in attention.items()), count
 
 
 def measured_file() -> Path:

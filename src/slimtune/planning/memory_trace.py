@@ -22,7 +22,7 @@ from ..models.lm_head import get_lm_head
 from ..setup import build_meta_model
 from ..train_step.loss import compute_outputs, forward_backward, get_row_head, make_collator
 from ..train_step.optimizer import build_optimizer
-from ..utils.device import simulate_device
+from ..utils.device import count_simulated_attention, simulate_device
 from .fake_tensors import all_tensors, fake_mode, make_fake
 from .memory_tracker import MemoryTracker, iterate_tensors
 from .request import TrainingJob
@@ -49,12 +49,14 @@ class StepTrace:
         phases: bytes by part at the highest point of each phase: "forward", "loss" (logits and their gradient), those
             of `BACKWARD`, "optimizer", "evaluation".
         operator_counts: how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch.
+        attention_operations: FLOPs of fused attention in one micro-batch, by dtype; not among `operator_counts`.
         host_bytes: highest number of bytes in CPU memory instead of the device's (offloaded activations).
     """
 
     state: dict[str, int]
     phases: dict[str, dict[str, int]]
     operator_counts: Counter[tuple[int, int, torch.dtype]]
+    attention_operations: Counter[torch.dtype]
     host_bytes: int = 0
 
     @property
@@ -116,7 +118,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
             separate_host=job.device == "cuda",
             max_operators=MAX_OPERATORS + MAX_OPERATORS_PER_LAYER * job.num_layers,
         )
-        with tracker, packed_attention(model):
+        with tracker, count_simulated_attention(tracker.attention_operations), packed_attention(model):
             _assign_state(tracker, model, optimizer)
             tracker.assign((*iterate_tensors(pack), *other_packs), "activations")
             for parameter in trained:
@@ -126,9 +128,10 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
                 tracker.assign((p.grad for p in trained), "gradients")
             tracker.start_phase("forward")
             tracker.operator_counts.clear()
+            tracker.attention_operations.clear()
             with _mark_phases(model, tracker):
                 forward_backward(model, [pack])
-            work = tracker.operator_counts.copy()
+            work, attention = tracker.operator_counts.copy(), tracker.attention_operations.copy()
             state = _assign_state(tracker, model, optimizer)  # again: DoRA keeps norms that its first forward computes
             if not backward_only:
                 tracker.start_phase("optimizer")
@@ -140,7 +143,7 @@ def trace_memory(job: TrainingJob, model: Any = None, *, backward_only: bool = F
                     compute_outputs(model, pack)
     parts = PARTS[:-1]  # the runtime is no tensor
     phases = {p: {k: live.get(k, 0) for k in parts} for p, live in tracker.phases.items() if p != "start"}
-    return StepTrace(state, phases, work, tracker.host_peak)
+    return StepTrace(state, phases, work, attention, tracker.host_peak)
 
 
 def trace_merge(job: TrainingJob, dtype: torch.dtype) -> int | None:

@@ -22,6 +22,12 @@ from ..utils.device import is_host_allocation
 _ADD, _ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
 _IN_PLACE_PRODUCTS = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 """torch's FLOP registry has no entry for these."""
+_FUSED_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (0, 4, 2),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 7, 5),
+}
+"""Kernels for which torch's FLOP registry has no entry: the places of the query and of `is_causal` among the arguments,
+and the number of products of queries with keys, or of as many operations."""
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -40,6 +46,7 @@ class MemoryTracker(TorchDispatchMode):
         phases: bytes by part at the highest point of each phase.
         host_peak: highest number of bytes in CPU memory; 0 unless `separate_host`.
         operator_counts: how often an operator of (floating point operations, bytes read and written, dtype) ran.
+        attention_operations: floating point operations of fused attention, by dtype; `operator_counts` has them as 0.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class MemoryTracker(TorchDispatchMode):
         self.phases: dict[str, dict[str, int]] = {}
         self.host_peak = 0
         self.operator_counts: Counter[tuple[int, int, torch.dtype]] = Counter()
+        self.attention_operations: Counter[torch.dtype] = Counter()
         self._phase = "start"
         self._operators = 0
         self._total = 0  # on the device
@@ -107,6 +115,11 @@ class MemoryTracker(TorchDispatchMode):
             operations = flops(*args, **kwargs, out_val=out) if flops else 0
             moved = sum(t.numel() * t.element_size() for t in iterate_tensors((args, kwargs, out)))
             self.operator_counts[operations, moved, results[0].dtype] += 1
+            if packet in _FUSED_ATTENTION:
+                first, causal, products = _FUSED_ATTENTION[packet]
+                (_, heads, queries, size), keys = args[first].shape, args[first + 1].shape[2]
+                pairs = queries * keys // 2 if len(args) > causal and args[causal] else queries * keys
+                self.attention_operations[results[0].dtype] += 2 * products * heads * size * pairs
         return out
 
     def _count(self, tensor: Tensor, part: str | None = None) -> None:

@@ -118,9 +118,15 @@ def _make_plan(request: PlanRequest, advise: bool) -> Plan:
     host_bytes, host_moment = max(host_moments) if job.device != "cpu" else (reserved.high, "in a step")
     # Memory is for the longest rows, speed for rows as the data has them.
     usual = pick_usual_rows(request, job) if gpu.rates else job
-    counts = trace.operator_counts if usual is job else extrapolate_layers(usual).operator_counts
+    usual_trace = trace if usual is job else extrapolate_layers(usual)
     # An optimizer step reads parameter, gradient and states, and writes all but the gradient.
-    work = Workload(counts, sum(usual.lengths), 2 * optimizer_bytes + 3 * adapters, usual.micro_batches)
+    work = Workload(
+        usual_trace.operator_counts,
+        usual_trace.attention_operations,
+        tokens=sum(usual.lengths),
+        optimizer_step_bytes=2 * optimizer_bytes + 3 * adapters,
+        micro_batches=usual.micro_batches,
+    )
     plan = Plan(
         model=request.model.name,
         method=request.method.name,

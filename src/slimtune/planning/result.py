@@ -23,6 +23,7 @@ class Workload(NamedTuple):
     """What a run computes, from which its speed on any GPU follows (`throughput.estimate_tokens_per_second`)."""
 
     operator_counts: Any  # how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch
+    attention_operations: Any  # FLOPs of fused attention in one micro-batch, by dtype
     tokens: int  # trained in one micro-batch
     optimizer_step_bytes: int  # that the optimizer moves in a step
     micro_batches: int  # in an optimizer step

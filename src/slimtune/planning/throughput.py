@@ -57,7 +57,13 @@ class Cost:
 
 
 def estimate_tokens_per_second(
-    operator_counts: Work, gpu: Gpu, tokens: int, *, optimizer_step_bytes: int = 0, micro_batches: int = 1
+    operator_counts: Work,
+    gpu: Gpu,
+    tokens: int,
+    *,
+    attention_operations: Mapping["torch.dtype", float] | None = None,
+    optimizer_step_bytes: int = 0,
+    micro_batches: int = 1,
 ) -> Range | None:
     """Return trained tokens a second; None if the GPU's rates are unknown.
 
@@ -65,11 +71,15 @@ def estimate_tokens_per_second(
         operator_counts: how often an operator of (FLOPs, bytes moved, dtype) runs in one micro-batch.
         gpu: where it runs.
         tokens: trained in one micro-batch.
+        attention_operations: FLOPs of fused attention in one micro-batch, by dtype; only a measured GPU has a speed for
+            them, in the others it is part of `UTILIZATION`.
         optimizer_step_bytes: bytes that the optimizer moves in a step.
         micro_batches: in an optimizer step.
     """
     if gpu.measured is not None:
-        seconds = gpu.measured.estimate_step_seconds(operator_counts, optimizer_step_bytes / micro_batches)
+        seconds = gpu.measured.estimate_step_seconds(
+            operator_counts, attention_operations or {}, optimizer_step_bytes / micro_batches
+        )
         return Range(*(end * tokens / seconds for end in gpu.measured.training.spread))
     if not gpu.rates:
         return None
@@ -88,6 +98,7 @@ def estimate_speed(work: Workload, gpu: Gpu) -> Range | None:
         work.operator_counts,
         gpu,
         work.tokens,
+        attention_operations=work.attention_operations,
         optimizer_step_bytes=work.optimizer_step_bytes,
         micro_batches=work.micro_batches,
     )

@@ -5,6 +5,7 @@ import ctypes
 import functools
 import gc
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,7 @@ MMAP_MAX, TOP_PAD, TRIM_THRESHOLD = -4, -2, -1
 MALLOC_DEFAULTS = {MMAP_MAX: 1 << 16, TRIM_THRESHOLD: 1 << 17, TOP_PAD: 1 << 17}
 _simulated: ContextVar[str | None] = ContextVar("simulated", default=None)
 _host: ContextVar[bool] = ContextVar("host", default=False)
+_attention: ContextVar[Counter[torch.dtype] | None] = ContextVar("attention", default=None)
 
 
 @functools.cache
@@ -129,3 +131,19 @@ def host_allocation() -> Iterator[None]:
 def is_host_allocation() -> bool:
     """Return whether what is allocated now counts as CPU memory."""
     return _host.get()
+
+
+@contextmanager
+def count_simulated_attention(operations: Counter[torch.dtype]) -> Iterator[None]:
+    """Let `add_simulated_attention` add to these floating point operations, by dtype."""
+    before = _attention.set(operations)
+    try:
+        yield
+    finally:
+        _attention.reset(before)
+
+
+def add_simulated_attention(dtype: torch.dtype, operations: int) -> None:
+    """Count floating point operations that a simulated kernel stands for: nothing runs that could be counted."""
+    if (counter := _attention.get()) is not None:
+        counter[dtype] += operations
