@@ -16,7 +16,7 @@ SOURCE = Path(slimtune.__file__).parent
 TREES = {file: ast.parse(file.read_text()) for file in sorted(SOURCE.rglob("*.py"))}
 OPTIONAL_PACKAGES = {
     "bitsandbytes", "gguf", "jsonschema", "lm_eval", "matplotlib", "optuna", "sacrebleu", "scipy", "sentencepiece",
-    "tensorboard", "xllamacpp", "vllm",
+    "starlette", "tensorboard", "uvicorn", "xllamacpp", "vllm",
 }  # fmt: skip
 SLOW_PACKAGES = {"datasets", "huggingface_hub", "pyarrow", "torch", "transformers"}
 

@@ -30,9 +30,11 @@ from .data.tokenized_dataset import TokenizedDataset, split_rows
 from .data.validation.report import DatasetReport
 from .errors import AdapterError, DataError, ModelError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
+from .models.dtype import pick_dtype
 from .models.errors import translate_load_errors
 from .models.loader import Base, download_weights, get_auto_class, load_base, load_tokenizer
 from .models.quantization import dequantize_model
+from .models.registry import resolve_model
 from .objectives import objective_class, objective_names
 from .run_dir import CONFIG_FILE, RunDir, find_adapter_folder
 from .train_step.loss import auto_micro_batch_tokens, check_lm_head, get_row_head, make_collator
@@ -75,6 +77,7 @@ class TrainedModel:
     adapter: Path
     recipe: Recipe | None
     classes: Classes | None = None  # of a sequence classifier
+    adapter_name: str = "default"
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -394,6 +397,52 @@ def load_run(
     """
     with allow_remote_code(trust_remote_code):
         return _load_run(Path(path), {"dtype": dtype, "device": device, "quantization": quantization}, unpack)
+
+
+def load_runs(paths: Sequence[str | Path], *, device: str | None = None) -> list[TrainedModel]:
+    """Load the adapters of several runs, or of bare adapter folders, on one base.
+
+    All results share the first one's model, in which each has its own `adapter_name`; each has its own tokenizer.
+
+    Args:
+        paths: run folders or adapter folders, one or more.
+        device: the device; None: that of the first run (for an adapter folder "auto").
+
+    Raises:
+        UsageError: two of them need different bases, or the same one in another dtype or quantization.
+    """
+    first = load_run(paths[0], device=device)
+    others = [_add_adapter(first, Path(path), f"default_{i}") for i, path in enumerate(paths[1:], 1)]
+    return [first, *others]
+
+
+def _add_adapter(first: TrainedModel, path: Path, name: str) -> TrainedModel:
+    folder = find_adapter_folder(path)
+    config = PeftConfig.from_pretrained(folder)
+    recipe = RunDir.open(path).load_recipe() if folder != path else None
+    spec = recipe.model.name if recipe is not None else config.base_model_name_or_path
+    base = first.base
+    differences: dict[str, tuple[Any, Any]] = {"base": (resolve_model(spec or "").path, base.source.path)}
+    if recipe is not None and first.recipe is not None:
+        one, other = recipe.model, first.recipe.model
+        differences |= {key: (getattr(one, key), getattr(other, key)) for key in ("revision", "quantization")}
+        differences["dtype"] = (pick_dtype(one.dtype, base.device), base.dtype)
+    for key, (own, shared) in differences.items():
+        if own != shared:
+            raise UsageError(
+                f"{path} and {first.adapter} need different models: the {key} of one is {own}, of the other {shared}",
+                "adapters of one base, loaded in one way",
+                "serve the others by a process of their own",
+            )
+    if recipe is not None:
+        _require_trained_base(RunDir(path), base)
+    template: Any = None if recipe is None else recipe.data.chat_template
+    if recipe is None and (file := folder / "chat_template.jinja").is_file():
+        template = file
+    revision = None if recipe is None else recipe.model.revision
+    tokenizer = load_tokenizer(base.source.spec, revision=revision, chat_template=template)
+    first.model.load_adapter(folder, name, config=config)
+    return TrainedModel(first.model, dataclasses.replace(base, tokenizer=tokenizer), folder, recipe, adapter_name=name)
 
 
 def require_language_model(run: str | Path) -> None:

@@ -34,6 +34,7 @@ from .options import GroupedCommand, add_trust_flag
 from .plan import plan
 from .push import push_run
 from .report import report_run
+from .serve import serve_runs
 from .train import train_run
 from .verify import verify_run
 
@@ -42,10 +43,11 @@ GROUPS = {
     "Train": (data_report, train_run),
     "Judge": (eval_run, compare, report_run, generate, chat),
     "Ship": (export_run, verify_run, merge_run, push_run),
+    "Serve": (serve_runs,),
     "Help": (doctor, explain),
 }
 """Commands by what a user wants, in the order of the help."""
-LOAD_RUN = (eval_run, generate, chat, merge_run, export_run, verify_run, push_run)
+LOAD_RUN = (eval_run, generate, chat, merge_run, export_run, verify_run, push_run, serve_runs)
 """The commands that load the base of a run, whose folder may come from somebody else."""
 COMMANDS: dict[str, Any] = {
     function.__name__.partition("_")[0]: function for functions in GROUPS.values() for function in functions

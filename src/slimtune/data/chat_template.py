@@ -144,6 +144,23 @@ def render_chat(
     return RenderedText(text, spans, all_spans)
 
 
+def render_prompt(tokenizer: Any, messages: Messages, tools: Tools = None) -> str:
+    """Return the text of a conversation up to where the next answer begins; with tools, they and all calls are in it.
+
+    Raises:
+        TemplateError: the template refuses the conversation.
+        DataError: it leaves out a message, a call or a tool.
+    """
+    template = get_chat_template(tokenizer, tools)
+
+    def render(some: Messages) -> str:
+        return render_chat_template(tokenizer, some, tools, add_generation_prompt=True, template=template)
+
+    if tools or any(m.get("tool_calls") for m in messages):
+        return _render_complete(messages, tools, render)[1]
+    return render(messages)
+
+
 def is_asked_otherwise(tokenizer: Any, messages: Messages, tools: Tools, rendered: RenderedText) -> bool:
     """Return whether the prompt of generation is another text than what stands before the last turn of a conversation.
 

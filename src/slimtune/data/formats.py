@@ -102,7 +102,7 @@ def _read_preference(record: Record) -> Fields:
     prompt = record.get("prompt")
     if isinstance(prompt, list):
         fields["messages"], _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
-        return fields | {"tools": _read_tools(record)}
+        return fields | {"tools": read_tools(record.get("tools"))}
     return fields if prompt is None else fields | {"prompt": require_text(prompt, "'prompt'")}
 
 
@@ -153,7 +153,7 @@ def _read_classification(record: Record) -> Fields:
     fields["messages"], _ = parse_messages_and_train_mask(record["messages"], require_trained_turn=False)
     if not fields["messages"]:
         raise RowError("'messages' is empty", "empty-content")
-    return fields | {"tools": _read_tools(record)}
+    return fields | {"tools": read_tools(record.get("tools"))}
 
 
 def sort_labels(names: Iterable[str]) -> list[str]:
@@ -177,11 +177,15 @@ def parse_label(value: Any) -> str:
 
 def _chat_fields(record: Record, messages: Messages, learned: tuple[bool, ...]) -> Fields:
     every_turn = tuple(m["role"] == "assistant" for m in messages)
-    return {"messages": messages, "learned": None if learned == every_turn else learned, "tools": _read_tools(record)}
+    return {
+        "messages": messages,
+        "learned": None if learned == every_turn else learned,
+        "tools": read_tools(record.get("tools")),
+    }
 
 
-def _read_tools(record: Record) -> list[dict[str, Any]] | None:
-    value = record.get("tools")
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """Return the JSON schemas of functions as OpenAI writes them, None for no tools; raise RowError for a wrong one."""
     if value is None or value in ("", []):
         return None
     tools = require_list(value, "tools")

@@ -23,15 +23,14 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from ..data.chat_template import encode_chat, end_of_turn_ids, get_chat_template
+from ..data.chat_template import Tools, encode_chat, end_of_turn_ids, get_chat_template, render_prompt
 from ..errors import AdapterError, DataError, ModelError, UsageError
 from ..kernels.dropout import preserve_rng_state
 from ..setup import TrainedModel, load_run, require_language_model
-from ..utils.chat_rendering import render_chat_template
 
 log = logging.getLogger(__name__)
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 class Answer(NamedTuple):
@@ -136,16 +135,7 @@ class Generator:
         """
         if not messages or not messages[-1]["content"].strip():
             raise UsageError("the prompt is empty", "a text")
-        try:
-            text = render_chat_template(self.tokenizer, list(messages), add_generation_prompt=True)
-        except TemplateError as e:
-            roles = ", ".join(m["role"] for m in messages)
-            raise UsageError(
-                f"the chat template of the base rejects these messages ({roles}): {e}",
-                "roles that the template supports, in its order",
-                "leave the system message out" if messages[0]["role"] == "system" else "",
-            ) from e
-        ids = torch.as_tensor(self.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"])
+        ids = tokenize_prompt(self.tokenizer, messages)
         length = ids.shape[1]
         if self.context is not None and length + max_new_tokens > self.context:
             room = self.context - length
@@ -193,6 +183,25 @@ class Generator:
             thread.join()
         if errors:
             raise errors[0]
+
+
+def tokenize_prompt(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> Tensor:
+    """Return the rendered conversation as ids `(1, L)`, up to where the assistant's turn begins.
+
+    Raises:
+        UsageError: the template rejects the messages.
+        DataError: it leaves out a call or a tool.
+    """
+    try:
+        text = render_prompt(tokenizer, list(messages), tools)
+    except TemplateError as e:
+        roles = ", ".join(m["role"] for m in messages)
+        raise UsageError(
+            f"the chat template of the base rejects these messages ({roles}): {e}",
+            "roles that the template supports, in its order",
+            "leave the system message out" if messages[0]["role"] == "system" else "",
+        ) from e
+    return torch.as_tensor(tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"])
 
 
 def find_end_tokens(generation_config: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -1,0 +1,113 @@
+"""How a chat template writes tool calls, and the calls in an answer.
+
+A template is asked to write a call whose name and argument are marks. What stands around them is the format:
+
+    <tool_call>\\n{"name": "MARK", "arguments": {"MARK": "MARK"}}\\n</tool_call>      Qwen, Hermes
+    {"name": "MARK", "parameters": {"MARK": "MARK"}}                                Llama 3
+    [TOOL_CALLS] [{"name": "MARK", "arguments": {"MARK": "MARK"}}]                  Mistral
+
+A template whose calls are no JSON objects has no format here, and requests with tools are refused.
+"""
+
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.assistant_mask import MARK
+from ..data.chat_template import render_chat
+from ..data.messages import STRICT_JSON, Messages
+from ..errors import DataError, ModelError
+
+MAX_CALLS = 32
+"""Most calls in an answer; what follows stays unread."""
+_BETWEEN = " \t\r\n,[]"
+
+
+@dataclass(frozen=True)
+class ToolCallFormat:
+    """The text around a call, without special tokens and white space, and the keys of its JSON object."""
+
+    opening: str
+    closing: str
+    name_key: str
+    arguments_key: str
+
+    def find_start(self, text: str) -> int:
+        """Return how many characters at the beginning of an unfinished answer are no part of a call."""
+        if not self.opening:
+            return 0 if text.lstrip()[:1] in ("", "{", "[") else len(text)
+        if (found := text.find(self.opening)) >= 0:
+            return found
+        partial = (n for n in range(1, len(self.opening)) if text.endswith(self.opening[:n]))
+        return len(text) - max(partial, default=0)
+
+    def parse(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """Return the text before the calls of a whole answer, and the calls as OpenAI's API has them.
+
+        An answer without a complete call is text as a whole.
+        """
+        calls: list[dict[str, Any]] = []
+        start, is_first = self.find_start(text), True
+        position = start
+        while len(calls) < MAX_CALLS:
+            position = self._skip(text, position, "" if is_first else self.closing, self.opening)
+            if not text.startswith("{", position):
+                break
+            try:
+                value, position = STRICT_JSON.raw_decode(text, position)
+                name, arguments = value.get(self.name_key), value.get(self.arguments_key)
+                as_text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(name, str) or not isinstance(arguments, dict):
+                break
+            function = {"name": name, "arguments": as_text}
+            calls.append({"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function})
+            is_first = False
+        return (text[:start].rstrip(), calls) if calls else (text, [])
+
+    def _skip(self, text: str, position: int, *tags: str) -> int:
+        """Return the position after white space, list brackets and these tags, as far as they are there."""
+        for tag in ("", *tags):
+            if text.startswith(tag, position):
+                position += len(tag)
+            while text[position : position + 1] and text[position] in _BETWEEN:
+                position += 1
+        return position
+
+
+def learn_tool_calls(tokenizer: Any) -> ToolCallFormat | None:
+    """Return the format of calls of a tokenizer's chat template, None if it has none or another than JSON objects."""
+    parameters = {"type": "object", "properties": {MARK: {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": MARK, "description": MARK, "parameters": parameters}}]
+    function = {"name": MARK, "arguments": {MARK: MARK}}
+    call = {"type": "function", "id": "call00001", "function": function}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    messages: Messages = [{"role": "user", "content": "Hello"}, turn]
+    try:
+        rendered = render_chat(tokenizer, messages, tools)
+    except (DataError, ModelError):
+        return None
+    if not rendered.spans:
+        return None
+    text = rendered.text[slice(*rendered.spans[-1])]
+    start = text.find("{")
+    while start >= 0:
+        try:
+            value, end = STRICT_JSON.raw_decode(text, start)
+        except ValueError:
+            value, end = {}, start
+        name_key = next((k for k, v in value.items() if v == MARK), None)
+        arguments_key = next((k for k, v in value.items() if v == {MARK: MARK}), None)
+        if name_key and arguments_key:
+            # Answers are decoded without special tokens, and so is what stands around a call.
+            opening, closing = (
+                tokenizer.decode(tokenizer(part, add_special_tokens=False)["input_ids"], skip_special_tokens=True)
+                for part in (text[:start], text[end:])
+            )
+            opening = opening.lstrip().rstrip(" \t\r\n[")  # of a list of calls
+            closing = closing.lstrip(" \t\r\n]").rstrip()
+            return ToolCallFormat(opening, closing, name_key, arguments_key)
+        start = text.find("{", start + 1)
+    return None

@@ -1,0 +1,160 @@
+"""The endpoints, as OpenAI's own client sees them."""
+
+import openai
+import pytest
+import torch
+from hand_run import make_run
+from serving_client import make_client, send, wait_until
+
+from slimtune.evaluation.generate import Generator
+
+ASK = [{"role": "user", "content": "Define hope."}]
+
+
+@pytest.fixture(scope="module")
+def generator(run):
+    return Generator.open(run)
+
+
+@pytest.fixture(scope="module")
+def server(serve, run, base_folder):
+    loha = make_run(run.with_name("pirate"), base_folder, method={"name": "loha"}, size=0.5)
+    return serve([run, loha / "adapter"], max_batch=4, max_waiting=4)
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return make_client(server)
+
+
+@pytest.fixture
+def ask(client):
+    def ask(model="sailor", messages=ASK, **settings):
+        return client.chat.completions.create(
+            model=model, messages=messages, **{"temperature": 0, "max_tokens": 24, **settings}
+        )
+
+    return ask
+
+
+def test_models(client):
+    models = list(client.models.list())
+    assert [(m.id, m.parent) for m in models] == [
+        ("tiny-base", None), ("sailor", "tiny-base"), ("pirate", "tiny-base"),
+    ]  # fmt: skip
+    assert client.models.retrieve("pirate").id == "pirate"
+
+
+def test_answers_equal_slimtune_generate(ask, generator, run):
+    for name, tuned in (("sailor", True), ("tiny-base", False)):
+        answer = ask(name)
+        assert answer.choices[0].message.content == generator.generate(ASK, tuned=tuned, max_new_tokens=24)
+        assert answer.choices[0].finish_reason == "length"
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (31, 24)
+    sampled = ask(temperature=1.0, seed=5).choices[0].message.content
+    assert sampled == generator.generate(ASK, max_new_tokens=24, temperature=1.0, seed=5)
+    pirate = Generator.open(run.with_name("pirate"))
+    assert ask("pirate").choices[0].message.content == pirate.generate(ASK, max_new_tokens=24)
+
+
+def test_stream_equals_whole_answer(ask):
+    chunks = list(ask(stream=True, stream_options={"include_usage": True}))
+    pieces = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
+    assert len(pieces) > 4
+    assert "".join(pieces) == ask().choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+    assert chunks[-1].usage.completion_tokens == 24
+
+
+def test_logprobs_equal_the_adapters(ask, generator):
+    choice = ask(logprobs=True, top_logprobs=3, max_tokens=6).choices[0]
+    ids = generator.tokenize_prompt(ASK, 6)[0].tolist()
+    with torch.no_grad():
+        for entry in choice.logprobs.content:
+            expected = generator.model(torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+            assert entry.logprob == pytest.approx(expected.max().item(), abs=2e-5)
+            assert [t.logprob for t in entry.top_logprobs] == pytest.approx(expected.topk(3).values.tolist(), abs=2e-5)
+            assert entry.bytes == list(entry.token.encode())
+            ids.append(int(expected.argmax()))
+
+
+def test_stop_string_is_cut_off(ask):
+    whole = ask().choices[0].message.content
+    stop = whole[8:11]
+    for streamed in (False, True):
+        answer = ask(stop=[stop, "never"], stream=streamed)
+        choices = [c.choices[0] for c in answer] if streamed else answer.choices
+        text = "".join(c.delta.content or "" for c in choices) if streamed else choices[0].message.content
+        assert text == whole[: whole.index(stop)]
+        assert choices[-1].finish_reason == "stop"
+
+
+def test_n_answers_have_seeds_of_their_own(ask):
+    answers = [c.message.content for c in ask(n=3, temperature=1.2, seed=7).choices]
+    assert len(set(answers)) == 3
+    assert answers[1] == ask(temperature=1.2, seed=8).choices[0].message.content
+
+
+def test_completions(client, generator):
+    texts = ["Once upon", "A year is"]
+    both = client.completions.create(model="sailor", prompt=texts, temperature=0, max_tokens=9, logprobs=2)
+    for text, choice in zip(texts, both.choices, strict=True):
+        ids = generator.tokenizer(text, return_tensors="pt")["input_ids"]
+        tokens = generator.model.generate(ids, max_new_tokens=9, do_sample=False)[0, ids.shape[1] :]
+        assert choice.text == generator.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == 9
+        again = client.completions.create(model="sailor", prompt=ids[0].tolist(), temperature=0, max_tokens=9)
+        assert again.choices[0].text == choice.text
+    events = client.completions.create(model="sailor", prompt=texts[0], temperature=0, max_tokens=9, stream=True)
+    assert "".join(e.choices[0].text for e in events) == both.choices[0].text
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("model", "sailer", "there is no model 'sailer'; did you mean 'sailor'?"),
+        ("top_k", 3, "does not support the field 'top_k'; did you mean 'top_p'?"),
+        ("temperature", 3, "temperature: input should be less than or equal to 2"),
+        ("max_tokens", "5", "max_tokens: input should be a valid integer"),
+        ("max_tokens", 600, "the prompt has 31 tokens and the answer may have 600"),
+        ("presence_penalty", 0.5, "presence_penalty: input should be less than or equal to 0"),
+        ("n", 17, "n: input should be less than or equal to 16"),
+        ("stop", ["a"] * 5, "stop: value should have at most 4 items"),
+        ("top_logprobs", 2, "top_logprobs needs logprobs: true"),
+        ("response_format", {"type": "json_object"}, "response_format.type: input should be 'text'"),
+        ("tools", [{"type": "function", "function": {"name": "f"}}], "does not write tool calls as JSON objects"),
+        ("messages", [], "messages: list should have at least 1 item"),
+        ("messages", [{"role": "user", "content": " "}], "messages[0] (user) has empty content"),
+        ("messages", [{"role": "usr", "content": "a"}], "unknown role 'usr'; did you mean 'user'?"),
+        ("messages", [*ASK, {"role": "assistant", "content": "So"}], "the last message is the assistant's"),
+        ("messages", [{"role": "user", "content": "\ud800"}], "contains half of a character"),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "'image_url'"),
+    ],
+)
+def test_wrong_requests(server, field, value, message):
+    status, answer = send(server, "POST", "/v1/chat/completions", {"model": "sailor", "messages": ASK, field: value})
+    assert status == (404 if field == "model" else 400)
+    assert message in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["error"]["param"] == field
+
+
+def test_client_raises_openais_errors(ask):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'nobody'"):
+        ask("nobody")
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        ask(temperature=-1)
+
+
+def test_dropped_client_frees_its_slot(ask, server):
+    for streamed in (True, False):
+        if streamed:
+            stream = ask(max_tokens=400, stream=True)
+            next(stream)
+            stream.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                ask(max_tokens=480, n=4, timeout=0.05)
+        wait_until(lambda: server.batching.count()["running"] == 0, 1)
+    assert server.batching.count()["cached_tokens"] == 0
