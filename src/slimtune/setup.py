@@ -23,7 +23,15 @@ from .data.chat_template import adds_bos
 from .data.collator import Collator, Example
 from .data.dataset import RowFile, open_rows
 from .data.document_windows import DocumentWindows
-from .data.labels import Classes, check_class_names, count_classes, encode_classes, find_classes
+from .data.formats import Row
+from .data.labels import (
+    Classes,
+    check_class_names,
+    count_classes,
+    encode_classes,
+    find_classes,
+    require_known_labels,
+)
 from .data.parallel import cpu_count
 from .data.tokenize import RowReport, tokenize_dataset
 from .data.tokenized_dataset import TokenizedDataset, split_rows
@@ -167,6 +175,9 @@ def add_classes(recipe: Recipe, data: Datasets) -> Datasets:
     classes = find_classes(data.train)
     check_class_names([*(objective.class_weights if isinstance(objective.class_weights, dict) else ())], classes,
                       "task.class_weights")  # fmt: skip
+    if (test := recipe.data.test) is not None and test.exists():  # read later, when a class that is missing is too late
+        rows = open_rows_from_recipe(recipe, test)
+        require_known_labels(((r.line, r.labels or ()) for r in rows if isinstance(r, Row)), classes, test)
     weights = objective.compute_class_weights(count_classes(data.train), len(data.train), classes.multi_label)
     files = {"train": None, "validation": recipe.data.validation, "test": recipe.data.test}
     encoded: dict[str, Any] = {

@@ -72,10 +72,11 @@ def test_adapter_of_peft_is_read(tmp_path, tiny_folder):
     assert ours.classes.names == ("LABEL_0", "LABEL_1", "LABEL_2")
 
 
-def test_class_that_only_validation_rows_have_is_refused_with_its_line(tmp_path, tiny_folder):
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_class_that_only_held_out_rows_have_is_refused_with_its_line(tmp_path, tiny_folder, split):
     other = write(tmp_path / "other.jsonl", [ROWS[0], {"text": "dune", "label": "desert"}])
     with pytest.raises(DataError, match=r"'desert'.*line 2") as error:
-        train(make_recipe(tmp_path, tiny_folder, validation=str(other)))
+        train(make_recipe(tmp_path, tiny_folder, **{"test_fraction": 0.0, split: str(other)}))
     assert not (tmp_path / "run").exists(), error
 
 

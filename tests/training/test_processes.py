@@ -181,6 +181,32 @@ def test_two_processes_train_what_one_trains(settings, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_learn_the_pairs_and_classes_of_one(settings, tmp_path):
+    settings["method"]["lora_dropout"] = 0.0
+    pairs = [
+        {"prompt": f"say {i}: ", "chosen": "abc " * (1 + i % 5), "rejected": "xyz " * (1 + i % 3)} for i in range(24)
+    ]
+    texts = [{"text": f"say {name} {i}", "label": name} for i in range(8) for name in ("sea", "wood", "city")]
+    data = {}
+    for name, rows in {"pairs": pairs, "texts": texts}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        data[name] = {"train": str(tmp_path / f"{name}.jsonl"), "validation_fraction": 0.25}
+    steps = {"max_steps": 6, "batch_size": 7, "eval_steps": 3, "max_tokens_per_micro_batch": 100}
+    tasks = {"dpo": "pairs", "orpo": "pairs", "reward": "pairs", "classification": "texts"}
+    runs = {task: {"train": steps, "sections": {"task": task, "data": data[rows]}} for task, rows in tasks.items()}
+    found = run_checks("runs", {**settings, "output_dir": str(tmp_path / "two"), "runs": runs}, tmp_path)["runs"]
+    for task, run in runs.items():
+        alone = recipe_of({**settings, **run["sections"], "output_dir": str(tmp_path / task)}, **steps)
+        one, two = train(alone)["run"], found[task]["run"]
+        assert distance(one, two) < 1e-4, task
+        for value in ("train_loss", "validation_loss", "grad_norm"):
+            assert metrics(two, value) == pytest.approx(metrics(one, value), abs=1e-4), (task, value)
+        if task == "dpo":
+            ours, theirs = (load_file(Path(folder) / "reference.safetensors") for folder in (one, two))
+            assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours)
+
+
+@pytest.mark.slow
 def test_trainer_of_transformers_wraps_an_adapted_model(settings, tmp_path):
     """Plain DDP, a script of one's own: two processes of 3 rows are one of 6."""
     one = run_trainer(settings["model"]["name"], str(tmp_path / "one"), 6)

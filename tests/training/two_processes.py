@@ -128,13 +128,14 @@ def check_fsdp1(settings: dict[str, Any]) -> dict[str, float]:
 
 
 def check_runs(settings: dict[str, Any]) -> dict[str, Any]:
-    """Train with the base whole, sharded, and resumed."""
+    """Train with the base whole, sharded, and resumed, or with other sections of the recipe."""
     distributed.init_distributed()
     out = Path(settings["output_dir"])
     found = {}
     for name, more in settings.pop("runs").items():
         train_settings = {**settings["train"], **more["train"]}
-        recipe = Recipe.from_dict({**settings, "train": train_settings, "output_dir": str(out / name)})
+        sections = {**settings, **more.get("sections", {}), "train": train_settings, "output_dir": str(out / name)}
+        recipe = Recipe.from_dict(sections)
         found[name] = train(recipe, resume=more.get("resume", False))
     return found
 

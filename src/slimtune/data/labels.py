@@ -1,7 +1,7 @@
 """The classes of a data set: their names become ids, which the collator turns into tensors."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,15 +67,7 @@ def encode_classes(
     """
     ids = {name: i for i, name in enumerate(classes.names)}
     found = rows.classes
-    unknown = [(line, n) for line, names in zip(rows.lines, found, strict=True) for n in names if n not in ids]
-    if unknown:
-        strange, lines = sort_labels(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
-        raise DataError(
-            f"{path}: {format_names(strange)} is a label of no training row"
-            f"{nearest(strange[0], ids)}: {format_lines(lines)}",
-            f"a label of the training rows: {format_names(ids)}",
-            "correct the label, or train on rows of this class: a class seen only here cannot be learned",
-        )
+    require_known_labels(zip(rows.lines, found, strict=True), classes, path)
     values = np.array([weights[name] for name in classes.names])
     if classes.multi_label:
         label = np.zeros((len(found), len(ids)), np.int64)
@@ -86,6 +78,19 @@ def encode_classes(
         raise DataError(f"{path}: not one label in {format_lines(several)}", "one label a row, as in the training rows")
     label = np.array([ids[names[0]] for names in found], np.int64)
     return rows.with_columns(label=label, label_weight=values[label])
+
+
+def require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: Classes, path: object) -> None:
+    """Raise DataError if a row, given as its line and its labels, has a label that no class has."""
+    unknown = [(line, name) for line, names in rows for name in names if name not in classes.names]
+    if unknown:
+        strange, lines = sort_labels(n for _, n in unknown), list(dict.fromkeys(line for line, _ in unknown))
+        raise DataError(
+            f"{path}: {format_names(strange)} is a label of no training row"
+            f"{nearest(strange[0], classes.names)}: {format_lines(lines)}",
+            f"a label of the training rows: {format_names(classes.names)}",
+            "correct the label, or train on rows of this class: a class seen only here cannot be learned",
+        )
 
 
 def count_classes(rows: TokenizedDataset) -> dict[str, int]:
