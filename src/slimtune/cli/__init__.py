@@ -36,6 +36,7 @@ from .push import push_run
 from .report import report_run
 from .serve import serve_runs
 from .train import train_run
+from .ui import ui
 from .verify import verify_run
 
 GROUPS = {
@@ -44,6 +45,7 @@ GROUPS = {
     "Judge": (eval_run, compare, report_run, generate, chat),
     "Ship": (export_run, verify_run, merge_run, push_run),
     "Serve": (serve_runs,),
+    "In the browser": (ui,),
     "Help": (doctor, explain),
 }
 """Commands by what a user wants, in the order of the help."""

@@ -229,10 +229,13 @@ def is_interval(value: Any) -> TypeGuard[Sequence[float]]:
 
 
 @cache
-def html_templates() -> jinja2.Environment:
-    """Return the environment of the HTML templates; it escapes all text, and a missing key is empty."""
+def html_templates(folder: str = "reporting") -> jinja2.Environment:
+    """Return the environment of the HTML templates; it escapes all text, and a missing key is empty.
+
+    `folder` of this package has templates, too; they may import those of reports.
+    """
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("slimtune.reporting", "."),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader("slimtune", name) for name in {folder: 0, "reporting": 0}]),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,

@@ -80,10 +80,9 @@ def render_report(run: RunDir, damage: list[str] | None = None) -> str:
         errors=errors,
         held_out=r.held_out,
         shares_prefix=recipe.train.packing is not False and recipe.train.share_prefix,
-        memory_charts=_memory_charts,
+        memory_charts=memory_charts,
         plan_rows=_plan_rows,
-        training_charts=_training_charts,
-        evaluation_charts=_evaluation_charts,
+        training_charts=training_charts,
     )
 
 
@@ -106,13 +105,30 @@ def _render_page(errors: list[str] | None = None, **values: Any) -> str:
 
     style = Markup(files(__package__).joinpath("report.css").read_text(encoding="utf-8"))
     page = html_templates().get_template("report.html.j2")
-    return page.render(
-        **values, errors=errors, guard=guard,
-        style=style, version=__version__, fixed=fixed, signed=signed, percent=percent, whole=whole,
-        figure=figure, bytes=size, count=count, duration=duration, range_text=_range_text, display_path=_display_path,
-        command=lambda *words: shlex.join(["slimtune", *words]), quote=shlex.quote, length_histogram=_length_histogram,
-        forgetting_chart=_forgetting_chart, check_value=_check_value, boolean_checks=_boolean_checks,
-    )  # fmt: skip
+    return page.render(**values, errors=errors, guard=guard, style=style, version=__version__, **template_functions())
+
+
+def template_functions() -> dict[str, Any]:
+    """Return the functions that the templates call, by their names there."""
+    return {
+        "fixed": fixed,
+        "signed": signed,
+        "percent": percent,
+        "whole": whole,
+        "figure": figure,
+        "bytes": size,
+        "count": count,
+        "duration": duration,
+        "range_text": _range_text,
+        "display_path": _display_path,
+        "command": lambda *words: shlex.join(["slimtune", *words]),
+        "quote": shlex.quote,
+        "length_histogram": _length_histogram,
+        "forgetting_chart": _forgetting_chart,
+        "evaluation_charts": _evaluation_charts,
+        "check_value": _check_value,
+        "boolean_checks": _boolean_checks,
+    }
 
 
 # --- values as text --------------------------------------------------------------------------------------------------
@@ -161,7 +177,8 @@ def _peaks(r: RunResults) -> tuple[Any, Any, Any]:
     return need.get("low"), need.get("high"), r.result.get("peak_bytes")
 
 
-def _memory_charts(r: RunResults) -> list[Markup]:
+def memory_charts(r: RunResults) -> list[Markup]:
+    """Return charts of the planned memory, with what a run measured, if it did."""
     low, high, peak = _peaks(r)
     parts = r.plan.get("parts") or {}
     bars = [stacked_bar("Memory of a step, by part", parts, predicted=(low, high), measured=peak)]
@@ -207,11 +224,11 @@ def _length_histogram(report: Mapping[str, Any]) -> Markup:
     return histogram(lengths.get("histogram") or [], report.get("max_seq_len"), note)
 
 
-def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
+def training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
     """Return charts of the losses, which may be empty, and of what else was logged."""
 
-    def series(name: str, key: str, color: str = "one", **style: bool) -> Series:
-        points = [(m["step"], m[key]) for m in r.metrics if "step" in m and key in m]
+    def series(name: str, key: str, color: str = "one", unit: float = 1.0, **style: bool) -> Series:
+        points = [(m["step"], m[key] / unit) for m in r.metrics if "step" in m and is_number(m.get(key))]
         return Series(name, color, points, **style)
 
     training, validation = series("training", "train_loss", smooth=True), series("validation", "validation_loss", "two")
@@ -226,11 +243,12 @@ def _training_charts(r: RunResults, recipe: Recipe) -> list[Markup]:
         first = next((loss for step, loss in training.points if step == 1), None)
         mark = (first, f"before training {fixed(first)}")
     others = [
-        ("Learning rate", recipe.train.lr_scheduler.replace("_", " "), "learning_rate"),
-        ("Speed", "trained tokens/s", "tokens_per_second"),
-        ("Gradient norm", "before clipping", "grad_norm"),
+        ("Speed", "trained tokens/s", "tokens_per_second", 1.0),
+        ("Memory", "GiB in use", "memory_bytes", 2.0**30),
+        ("Learning rate", recipe.train.lr_scheduler.replace("_", " "), "learning_rate", 1.0),
+        ("Gradient norm", "before clipping", "grad_norm", 1.0),
     ]
-    lines = [line_chart(title, unit, [series(title.lower(), key)]) for title, unit, key in others]
+    lines = [line_chart(title, what, [series(title.lower(), key, unit=unit)]) for title, what, key, unit in others]
     if (budget := recipe.train.forgetting_budget) is not None:
         curve = series("forgetting", "forgetting", "two", markers=True)
         curve = dataclasses.replace(curve, points=[(0, 0.0), *curve.points])

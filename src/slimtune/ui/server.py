@@ -1,0 +1,67 @@
+"""The server of the page: a socket that is bound before anything is printed, and uvicorn on it."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from ..errors import UsageError
+from .app import Pages, build_app
+from .jobs import Job
+from .security import Guard, is_loopback, make_token
+from .workspace import Workspace
+
+CONNECTIONS = 64
+"""Most requests at a time; a browser's tab has at most six."""
+
+
+def serve(
+    folder: Path, *, host: str, port: int, max_upload: int, announce: Callable[[str, bool], None]
+) -> tuple[str, list[Job]]:
+    """Serve the page of a folder until Ctrl-C; return its address and the trainings that go on.
+
+    Args:
+        folder: the working folder.
+        host: address to bind to.
+        port: its port; 0: one that is free.
+        max_upload: bytes of a file that is uploaded.
+        announce: gets the page's address with its token, and whether only this machine reaches it.
+
+    Raises:
+        UsageError: the address or port cannot be bound.
+    """
+    sock = bind(host, port)
+    port = sock.getsockname()[1]
+    token = make_token(os.environ)
+    pages = Pages(Workspace(folder))
+    app = Guard(build_app(pages), token, host, port, max_upload)
+    settings = uvicorn.Config(
+        app, log_level="warning", access_log=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=30,
+        ws="none", lifespan="off", server_header=False, timeout_graceful_shutdown=3,
+    )  # fmt: skip
+    name = "127.0.0.1" if host in ("0.0.0.0", "::", "") else f"[{host}]" if ":" in host else host
+    url = f"http://{name}:{port}/?token={token}"
+    announce(url, is_loopback(host))
+    try:
+        uvicorn.Server(settings).run(sockets=[sock])
+    except KeyboardInterrupt:  # uvicorn has shut down and passes Ctrl-C on
+        pass
+    finally:
+        trainings = pages.close()
+        sock.close()
+    return url, trainings
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address; raise UsageError if it cannot."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+    except (OSError, OverflowError) as e:
+        hint = "another --port, or --port 0 for any that is free"
+        raise UsageError(f"the page cannot be served at {host}:{port}: {e}", "a free port", hint) from None
+    return sock

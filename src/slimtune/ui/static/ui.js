@@ -1,0 +1,12 @@
+// What the page does by itself: say a new state once to screen readers, and say when the server has gone.
+document.addEventListener("htmx:afterSwap", () => {
+  const status = document.getElementById("status"), said = document.querySelector("[data-status]");
+  if (said && status.textContent !== said.dataset.status) status.textContent = said.dataset.status;
+  document.getElementById("offline").hidden = true;
+});
+for (const failed of ["htmx:sendError", "htmx:responseError"])
+  document.addEventListener(failed, () => { document.getElementById("offline").hidden = false; });
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("textarea"))
+    event.target.form.requestSubmit();
+});

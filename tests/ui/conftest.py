@@ -1,0 +1,99 @@
+"""A page over a folder of its own, asked by Starlette's test client; it starts a script in place of slimtune."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from slimtune.ui.app import Pages, build_app
+from slimtune.ui.jobs import Job
+from slimtune.ui.security import Guard
+from slimtune.ui.workspace import Workspace
+
+TOKEN = "a-token-of-the-tests"
+ORIGIN = "http://127.0.0.1:7860"
+SCRIPT = """
+import json, sys, time
+answer = json.load(open("../answer.json"))
+print("working", file=sys.stderr, flush=True)
+try:
+    time.sleep(answer["seconds"])
+except KeyboardInterrupt:
+    sys.exit(130)
+print(answer["stdout"])
+sys.exit(answer["code"])
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, with one file of rows."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "rows.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(home)
+    return home
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Callable[..., None]:
+    """Say what every command prints, and how it ends: `commands({"verdict": "ok"}, code=0)`."""
+
+    def answer(result: Any = None, code: int = 0, seconds: float = 0.0) -> None:
+        text = result if isinstance(result, str) else json.dumps(result if result is not None else {})
+        (tmp_path / "answer.json").write_text(json.dumps({"stdout": text, "code": code, "seconds": seconds}))
+
+    (tmp_path / "slimtune.py").write_text(SCRIPT)
+    answer()
+    return answer
+
+
+@pytest.fixture
+def pages(folder: Path, tmp_path: Path, commands: Callable[..., None]) -> Iterator[Pages]:
+    made = Pages(Workspace(folder), (sys.executable, str(tmp_path / "slimtune.py")))
+    yield made
+    for job in made.close():
+        job.stop()
+
+
+@pytest.fixture
+def stranger(pages: Pages) -> TestClient:
+    """A browser without the token."""
+    guard = Guard(build_app(pages), TOKEN, "127.0.0.1", 7860, max_upload=4096)
+    return TestClient(guard, base_url=ORIGIN, follow_redirects=False, raise_server_exceptions=False)
+
+
+@pytest.fixture
+def browser(stranger: TestClient) -> TestClient:
+    """A browser that was given the address with the token, and that says where its forms come from."""
+    assert stranger.get("/", params={"token": TOKEN}).status_code == 303
+    stranger.headers["origin"] = ORIGIN
+    return stranger
+
+
+@pytest.fixture
+def finish(pages: Pages) -> Callable[[str], Job]:
+    """Wait until a command of a kind has ended, and return it."""
+
+    def wait(kind: str) -> Job:
+        job = pages.jobs.get(kind)
+        assert job is not None
+        job.wait(20)
+        assert job.ended
+        return job
+
+    return wait
+
+
+def wait_for_message(job: Job) -> None:
+    """Wait until a command has said something: it can be stopped from then on."""
+    for _ in range(400):
+        if job.messages:
+            return
+        time.sleep(0.05)
+    raise AssertionError("the command says nothing")

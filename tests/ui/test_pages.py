@@ -1,0 +1,170 @@
+"""What the pages show of a command in each state, and what they send to it."""
+
+import errno
+import json
+import os
+import re
+import shutil
+
+import pytest
+from conftest import wait_for_message
+
+from slimtune.ui import jobs, workspace
+
+FORM = {"model.name": "smollm2-135m", "data.train": "rows.jsonl"}
+REPORT = {
+    "file": "rows.jsonl", "format": "chat", "rows": 3, "verdict": "warnings", "max_seq_len": 64, "samples": [
+        {"line": 1, "pieces": [{"text": "<b>hello</b>", "supervised": True}]}],
+    "issues": [{"severity": "warning", "what": "<i>odd</i>", "count": 2, "lines": [1, 2], "hint": "look"}],
+}  # fmt: skip
+PLAN = {
+    "verdict": "does not fit", "model": "m", "method": "lora", "card": "rtx-3060", "reason": "it needs 30 GiB",
+    "advice": [{"change": "--quantization nf4", "saves": 1 << 30, "verdict": "fits"}], "notes": [], "cost": None,
+    "need_bytes": {"low": 1 << 34, "high": 1 << 35}, "usable_bytes": {"low": 1 << 33, "high": 1 << 33},
+    "tokens_per_second": {"low": 10, "high": 20}, "parts": {"weights": 1 << 34}, "trainable_params": 10,
+    "trainable_fraction": 0.1, "total_params": 100, "adapter_bytes": 5, "max_seq_len": 0, "batch": 1, "evidence": {},
+}  # fmt: skip
+
+
+def test_rows_are_checked_by_the_command(browser, pages, commands, finish):
+    commands(REPORT)
+    form = {**FORM, "data.columns": "instruction=q, output=a", "data.max_seq_len": "64"}
+    assert browser.post("/rows", data=form).headers["location"] == "/#job"
+    assert finish("data").args == [
+        "data", "rows.jsonl", "--model=smollm2-135m", "--column=instruction=q", "--column=output=a", "--max-seq-len=64",
+    ]  # fmt: skip
+    text = browser.get("/").text
+    assert "&lt;b&gt;hello&lt;/b&gt;" in text
+    assert "&lt;i&gt;odd&lt;/i&gt;" in text
+    assert "<b>hello" not in text
+    assert 'href="/plan">Next' in text
+
+
+def test_a_plan_begins_with_its_verdict(browser, commands, finish):
+    commands(PLAN)
+    browser.post("/rows", data=FORM)
+    finish("data")
+    form = {"method.name": "ia3", "train.learning_rate": "1e-3", "more": "method.r=4\n\n", "card": "rtx-3060"}
+    assert browser.post("/plan", data=form).headers["location"] == "/plan#job"
+    assert finish("plan").args == [
+        "plan", "smollm2-135m", "--data=rows.jsonl", "--gpu=rtx-3060", "--method=ia3",
+        "--set=train.learning_rate=1e-3", "--set=method.r=4",
+    ]  # fmt: skip
+    text = browser.get("/plan").text
+    shown = [
+        text.index(part) for part in ("does not fit</span>", PLAN["reason"], "--quantization nf4", "Memory of a step")
+    ]
+    assert shown == sorted(shown)
+    assert "Next: train" not in text
+
+
+def test_a_part_asks_for_itself_until_its_command_ends(browser, pages, commands, finish):
+    commands(REPORT, seconds=30)
+    browser.post("/rows", data=FORM)
+    assert 'hx-get="/live/data"' in browser.get("/live/data").text
+    again = browser.post("/rows", data=FORM)  # in a second tab
+    assert again.status_code == 400
+    assert "runs already" in again.text
+    wait_for_message(pages.jobs.get("data"))
+    assert browser.post("/stop/data").headers["location"] == "/#job"
+    assert finish("data").state == "stopped"
+    text = browser.get("/live/data").text
+    assert "hx-get" not in text
+    assert "stopped before it had a result" in text
+
+
+def test_a_killed_command_says_so(browser, pages, commands, finish):
+    commands(REPORT, seconds=30)
+    browser.post("/rows", data=FORM)
+    pages.jobs.get("data").process.kill()
+    finish("data")
+    assert "killed by SIGKILL; the system does so when memory runs out" in browser.get("/").text
+
+
+def test_an_error_of_a_command_is_shown_in_words(browser, commands, finish):
+    commands(
+        {"error": {"message": "<b>no</b> format", "expected": "columns", "hint": "try", "code": "data-error"}}, code=1
+    )
+    browser.post("/rows", data=FORM)
+    assert finish("data").state == "failed"
+    text = browser.get("/").text
+    assert "&lt;b&gt;no&lt;/b&gt; format" in text
+    assert "What to do: try" in text
+
+
+def test_a_negative_verdict_is_a_result(browser, commands, finish):
+    commands({**REPORT, "verdict": "errors"}, code=1)
+    browser.post("/rows", data=FORM)
+    assert finish("data").state == "negative"
+    text = browser.get("/").text
+    assert "training refuses these rows" in text
+    assert "Next: plan" not in text
+
+
+@pytest.mark.parametrize("output", ["", "not json", "[1]", '{"a": ' * 2000])
+def test_a_command_that_prints_no_result_is_a_failure(browser, commands, finish, output):
+    commands(output, code=1)
+    browser.post("/rows", data=FORM)
+    assert finish("data").state == "failed"
+    assert "ended with exit code 1: working" in browser.get("/").text
+
+
+def test_what_a_command_prints_is_bounded(browser, commands, finish, monkeypatch):
+    monkeypatch.setattr(jobs, "MAX_OUTPUT", 100)
+    commands({"verdict": "ok", "more": "x" * 10000})
+    browser.post("/rows", data=FORM)
+    assert finish("data").result == {}
+
+
+def test_choices_are_kept_for_every_tab_and_the_next_start(browser, folder, finish):
+    browser.post("/rows", data=FORM)
+    finish("data")
+    assert 'value="smollm2-135m"' in browser.get("/").text
+    assert workspace.Workspace(folder).load_choices()["model.name"] == "smollm2-135m"
+    (folder / workspace.STATE_FILE).write_text("{broken")
+    assert workspace.Workspace(folder).load_choices() == {}
+
+
+def test_a_full_disk_is_said_and_the_work_goes_on(browser, commands, finish, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    commands(REPORT)
+    monkeypatch.setattr(os, "replace", refuse)
+    browser.post("/rows", data=FORM)
+    assert finish("data").state == "done"
+    text = browser.get("/").text
+    assert "not kept for the next start: the disk is full" in text
+    assert "Next: plan" in text
+    monkeypatch.setattr(shutil, "copyfileobj", refuse)
+    answer = browser.post("/upload", files={"file": ("rows.csv", b"a,b\n")})
+    assert answer.status_code == 400
+    assert "the disk is full" in answer.text
+
+
+def test_an_upload_keeps_its_name_and_replaces_nothing(browser, folder):
+    for name in ("a b.csv", "../../a b.csv", "C:\\x\\a b.CSV", "<b>.jsonl"):
+        assert browser.post("/upload", files={"file": (name, b"1")}).status_code == 303
+    found = sorted(f.name for f in (folder / "uploads").iterdir())
+    assert found == ["_b_.jsonl", "a b-2.csv", "a b-3.csv", "a b.csv"]
+    for name in ("x.exe", "x", "x.jsonl.sh"):
+        assert browser.post("/upload", files={"file": (name, b"1")}).status_code == 400
+    assert browser.post("/upload", data={"file": "no file"}).status_code == 400
+
+
+def test_rows_and_runs_are_found_without_hidden_files(folder):
+    for file in (".hidden/a.jsonl", "deep/b.csv", "runs/one/recipe.yaml", "runs/one/data.json", "note.exe"):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps({}))
+    made = workspace.Workspace(folder)
+    assert sorted(made.list_rows()) == ["deep/b.csv", "rows.jsonl"]
+    assert made.list_runs() == ["runs/one"]
+
+
+def test_every_field_has_a_label_and_its_help(browser, commands, finish):
+    for path in ("/", "/plan"):
+        text = browser.get(path).text
+        ids = re.findall(r"<(?:input|select|textarea) id=\"([^\"]+)\"", text)
+        assert ids
+        assert [i for i in ids if f'<label for="{i}">' not in text] == []
+        assert len(re.findall(r"<(?:input|select|textarea) ", text)) == len(ids)
