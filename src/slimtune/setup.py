@@ -29,6 +29,7 @@ from .data.labels import (
     check_class_names,
     count_classes,
     encode_classes,
+    encode_goodness,
     find_classes,
     require_known_labels,
 )
@@ -162,12 +163,17 @@ def cut_documents(
 
 
 def add_classes(recipe: Recipe, data: Datasets) -> Datasets:
-    """Return the rows with the ids of their classes, if the objective trains a classifier.
+    """Return the rows with the ids of their classes, if the objective trains a classifier; for KTO with their labels.
 
     Raises:
         DataError: there is one class only, or a class has no training row.
     """
     objective = recipe.objective()
+    if "unpaired-preference" in objective.formats:
+        labelled: dict[str, Any] = {
+            name: encode_goodness(getattr(data, name)) for name in ("train", "validation", "test")
+        }
+        return dataclasses.replace(data, **labelled)
     if objective.task_type != "SEQ_CLS":
         return data
     if "classification" not in objective.formats:
@@ -206,6 +212,8 @@ def load_eval_dataset(
     """Read and tokenize rows for evaluation, with the recipe's length policy; `classes` are those of a classifier."""
     rows = open_rows_from_recipe(recipe, path)
     dataset, report = _tokenize(recipe, tokenizer, rows)
+    if rows.format == "unpaired-preference":
+        dataset = encode_goodness(dataset)
     if classes is not None and classes.names:
         dataset = encode_classes(dataset, classes, dict.fromkeys(classes.names, 1.0), path)
     return cut_documents(recipe, tokenizer, rows, dataset), report

@@ -386,7 +386,9 @@ def test_examples_of_the_documentation(tmp_path):
     seen = set()
     for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL):
         for row in [block] if block.startswith('{"tools"') else block.splitlines():
-            named = {"format": "classification"} if '"label"' in row else {}
+            named = {}
+            if '"label"' in row:
+                named = {"format": "unpaired-preference" if '"completion"' in row else "classification"}
             format, found = read_one(tmp_path, json.loads(row), **named)
             seen.add(format)
             assert found.chosen or found.tools or found.labels or supervised_text(found)

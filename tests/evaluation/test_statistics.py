@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimtune.evaluation import statistics
-from slimtune.evaluation.statistics import estimate_over_seeds, holm_correction, mark_pareto_optimal, paired_bootstrap
+from slimtune.evaluation.statistics import (
+    bootstrap_auc,
+    estimate_over_seeds,
+    holm_correction,
+    mark_pareto_optimal,
+    paired_bootstrap,
+)
 
 ROWS = st.lists(st.tuples(st.floats(0, 500), st.floats(0, 500), st.integers(1, 400)), min_size=1, max_size=30)
 QUICK = settings(max_examples=60, deadline=None)
@@ -158,3 +164,18 @@ def test_holm_correction():
 def test_pareto_front():
     points = [(1.0, 1.0), (2.0, 3.0), (3.0, 2.0), (2.0, 2.9), (4.0, 3.5), (1.0, 1.0)]
     assert mark_pareto_optimal(points) == [True, True, False, False, True, True]
+
+
+def test_auc_counts_pairs():
+    rng = np.random.default_rng(0)
+    good, scores = rng.random(40) < 0.4, rng.integers(0, 9, (2, 40)).astype(float)  # with ties
+    found = bootstrap_auc(scores, good, np.arange(40), draws=500)
+    above = [kind[good][:, None] - kind[~good] for kind in scores]
+    expected = [((difference > 0) + 0.5 * (difference == 0)).mean() for difference in above]
+    assert [e.value for e in found] == pytest.approx([*expected, expected[0] - expected[1]])
+    assert all(e.low < e.value < e.high for e in found)
+
+
+def test_equal_scores_have_an_auc_of_chance():
+    (found,) = bootstrap_auc(np.zeros((1, 12)), np.arange(12) % 2 == 0, np.arange(12), draws=50)
+    assert found == (0.5, 0.5, 0.5)

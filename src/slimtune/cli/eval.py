@@ -113,6 +113,18 @@ def _print_result(result: Mapping[str, Any]) -> None:
                     f"{name.replace('_', ' ')} ({part['pairs']} pairs): base prefers it in "
                     f"{100 * part['base_accuracy']:.0f} %, tuned in {100 * part['tuned_accuracy']:.0f} %"
                 )
+    if (unpaired := result.get("unpaired_preference")) is not None:
+        shown = [(m, *(f"{unpaired[f'{m}_{key}']:.3f}" for key in ("auc", "token_auc"))) for m in MODELS]
+        screen.print(
+            "\nthe losses are those of the good answers; how often a good answer is likelier than a bad one, over "
+            f"{unpaired['good']} good and {unpaired['bad']} bad ones (AUC; chance is 0.5):"
+        )
+        screen.print(table("", "log p", "per token", rows=shown))
+        screen.print(
+            f"a good answer has a higher reward (log p tuned - log p base) than a bad one: "
+            f"{interval(unpaired, 'reward_auc')}; mean rewards in nats: good {unpaired['good_reward']:.3f}, bad "
+            f"{unpaired['bad_reward']:.3f}"
+        )
     if (dependence := result["prompt_dependence"]) is not None:
         tuned = interval(dependence, "tuned")
         screen.print(

@@ -110,7 +110,15 @@ class DataSettings(Section):
     )
     format: (
         Literal[
-            "chat", "instruction", "sharegpt", "prompt-completion", "text", "document", "preference", "classification"
+            "chat",
+            "instruction",
+            "sharegpt",
+            "prompt-completion",
+            "text",
+            "document",
+            "preference",
+            "unpaired-preference",
+            "classification",
         ]
         | None
     ) = setting(None, "format of a row; null: inferred from its columns")

@@ -193,7 +193,11 @@ def column_hint(columns: Collection[UnusedColumn]) -> str:
     names = [column.name for column in columns]
     flags = " ".join(f"--ignore-columns {shlex.quote(name)}" for name in names)
     is_label = any(column.name.casefold() in ("label", "labels") for column in columns)
-    use = "if it is the class of each row: --format classification (--task classification in training); " * is_label
+    uses = {
+        "it is the class of each row": "--format classification (--task classification in training)",
+        "it says whether the answer is good": "--format unpaired-preference (--task kto in training)",
+    }
+    use = "".join(f"if {meaning}: {flags}; " for meaning, flags in uses.items()) * is_label
     return f"{use}use it by another --format or --column, or leave it out: {flags} (data.ignore_columns in a recipe)"
 
 

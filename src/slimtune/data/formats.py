@@ -41,8 +41,14 @@ class Row:
     completion: str | None = None  # the text that is learned
     chosen: Messages | str | None = None  # the better answer of a preference pair
     rejected: Messages | str | None = None
+    is_good: bool | None = None  # whether the answer is good, by its label; None: it has no label
     labels: tuple[str, ...] | None = None  # the classes that the messages, or the prompt, belong to: one, or any number
     file: str | None = None  # its name, if rows come from several
+
+    @property
+    def label_names(self) -> tuple[str, ...] | None:
+        """The names of its labels: its classes, or "True" for a good answer, "False" for a bad one; None: no label."""
+        return self.labels if self.is_good is None else (str(self.is_good),)
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,15 @@ def _read_prompt_completion(record: Record) -> Fields:
     before, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
     after, learned = parse_messages_and_train_mask(completion, "completion")
     return _chat_fields(record, before + after, (False,) * len(before) + learned)
+
+
+def _read_unpaired_preference(record: Record) -> Fields:
+    label = record["label"]
+    named = {"true": True, "false": False}.get(label.strip().casefold()) if isinstance(label, str) else label
+    if not isinstance(named, bool):
+        shown = "empty" if label in EMPTY_LABELS else f"{json_type(label)}: {str(label)[:40]}"
+        raise RowError(f"'label' is {shown}: wanted true for a good answer, false for a bad one", "bad-label")
+    return _read_prompt_completion(record) | {"is_good": named}
 
 
 def _read_text(record: Record) -> Fields:
@@ -214,10 +229,12 @@ FORMATS = {
     "text": Format(("text",), (), _read_text),
     "document": Format(("text",), (), _read_text),
     "preference": Format(("chosen", "rejected"), ("prompt", "tools"), _read_preference),
+    "unpaired-preference": Format(("prompt", "completion", "label"), ("tools",), _read_unpaired_preference),
     "classification": Format(("label",), ("text", "messages", "tools"), _read_classification),
 }
-NAMED_FORMATS = ("classification", "document")
-"""Formats that are not recognized by their columns: a `label` may also rate a text, and a document is a text, too."""
+NAMED_FORMATS = ("unpaired-preference", "classification", "document")
+"""Formats that are not recognized by their columns: a `label` may be a class or rate a text, and a document is a text,
+too."""
 EMPTY_LABELS: tuple[Any, ...] = (None, "", {})
 
 

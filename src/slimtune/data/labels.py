@@ -93,6 +93,11 @@ def require_known_labels(rows: Iterable[tuple[int, Iterable[str]]], classes: Cla
         )
 
 
+def encode_goodness(rows: TokenizedDataset) -> TokenizedDataset:
+    """Return rows with `label`: whether the answer is good."""
+    return rows.with_columns(label=np.array([names == [str(True)] for names in rows.classes], bool))
+
+
 def count_classes(rows: TokenizedDataset) -> dict[str, int]:
     """Return how many rows have each class."""
     return dict(Counter(name for names in rows.classes for name in names))

@@ -232,9 +232,9 @@ class BatchTokenizer:
             supervised.append(kept.supervised)
             row_lengths.append(list(kept.row_lengths) if kept.row_lengths else None)
             count = sum(supervised[-1][1:])
-            if row.labels is not None:
-                labels.append(row.labels)
-            elif not all(any(part.supervised[1:]) for part in kept.split()):
+            if row.label_names is not None:
+                labels.append(row.label_names)
+            if row.labels is None and not all(any(part.supervised[1:]) for part in kept.split()):
                 unsupervised.append(row.line)
             report.supervised_tokens += count
             report.missing_eos += tokens.is_open(end_ids)

@@ -1,10 +1,11 @@
 """Tokenized rows in an Arrow file outside memory, which the operating system pages in and out."""
 
+import copy
 import hashlib
 import itertools
 import mmap
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -87,6 +88,11 @@ class TokenizedDataset(Sequence[Example]):
         """Return the examples of an epoch, as many as of any other: the same ones, unless they are windows."""
         return self
 
+    def shuffle(self, permute: Callable[[int], Any]) -> list[int]:
+        """Return the order of the examples in an epoch; `permute(n)` draws an array of the numbers up to n."""
+        order: list[int] = permute(len(self)).tolist()
+        return order
+
     @property
     def classes(self) -> list[list[str]]:
         """Names of the classes of each example."""
@@ -97,10 +103,12 @@ class TokenizedDataset(Sequence[Example]):
         columns = {name: values[indices] for name, values in self._columns.items()}
         return TokenizedDataset(self._table, self._indices[indices], columns)
 
-    def with_columns(self, **columns: np.ndarray) -> "TokenizedDataset":
+    def with_columns(self, **columns: np.ndarray) -> Self:
         """Return the dataset with more values of each example, arrays [N, …]."""
         assert all(len(values) == len(self) for values in columns.values())
-        return TokenizedDataset(self._table, self._indices, {**self._columns, **columns})
+        found = copy.copy(self)
+        found._columns = {**self._columns, **columns}
+        return found
 
     def hashes(self) -> list[int]:
         """Return a hash of the tokens of each row, which is the same in every process."""

@@ -5,6 +5,7 @@ the adapter makes the difference. The tuned model is improved if the whole inter
 its answers still depend on their prompts. It passes if it also forgot no more than its budget.
 """
 
+import dataclasses
 import functools
 import math
 import time
@@ -26,6 +27,7 @@ from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import DataError, SlimtuneError, UsageError, format_names, nearest
 from ..objectives.base import Objective, PairObjective
 from ..objectives.classification import Classification
+from ..objectives.kto import KTO
 from ..objectives.reward import Reward
 from ..objectives.sft import SFT
 from ..reporting import write_report
@@ -48,10 +50,12 @@ from .lm_eval import find_tasks, run_tasks
 from .preference import PreferenceEvaluation
 from .reward import RewardEvaluation
 from .supervised import SupervisedEvaluation
+from .unpaired import UnpairedEvaluation
 
 EVALUATIONS: dict[type[Objective], type[Evaluation]] = {
     SFT: SupervisedEvaluation,
     PairObjective: PreferenceEvaluation,
+    KTO: UnpairedEvaluation,
     Classification: ClassificationEvaluation,
     Reward: RewardEvaluation,
 }
@@ -268,10 +272,7 @@ def find_training_rows(recipe: Recipe, file: Path, examples: TokenizedDataset) -
 
     def read(path: Path) -> Iterator[tuple[int, int]]:
         rows = (row for row in open_rows_from_recipe(recipe, path) if isinstance(row, Row))
-        return (
-            (row.line, hash(repr((row.messages, row.prompt, row.completion, row.chosen, row.rejected, row.tools))))
-            for row in rows
-        )
+        return ((row.line, hash(repr(dataclasses.replace(row, line=0, learned=None, file=None)))) for row in rows)
 
     evaluated = list(read(file))
     wanted = {key for _, key in evaluated}

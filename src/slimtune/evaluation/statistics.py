@@ -119,6 +119,48 @@ def bootstrap_macro_f1(
     return Estimate(value, min(float(low), value), max(float(high), value))
 
 
+def bootstrap_auc(
+    scores: np.ndarray, is_good: np.ndarray, groups: np.ndarray, *, draws: int = 2000, seed: int = 0
+) -> list[Estimate]:
+    """Return how well each kind of score separates good rows from bad ones, with 95 % intervals.
+
+    The area under the ROC curve is the probability that a good row scores higher than a bad one; a tie counts half.
+
+    Args:
+        scores: fp64 [M, N], M kinds of scores of N rows; all kinds meet the same draws. The last estimate returned is
+            of the difference, first kind - second one, if there are two or more.
+        is_good: bool [N], of both kinds.
+        groups: int [N]; the rows of a group are drawn together.
+        draws, seed: of the bootstrap; a draw without a good or without a bad row is left out.
+    """
+    count = int(groups.max()) + 1
+
+    def areas(weights: np.ndarray) -> np.ndarray:
+        """Return the area of each kind for each draw [draws, M], from the weights of rows [draws, N]."""
+        found = []
+        for kind in scores:
+            values, place = np.unique(kind, return_inverse=True)
+            order = np.argsort(place, kind="stable")
+            starts = np.searchsorted(place[order], np.arange(len(values)))
+            good, bad = (np.add.reduceat((weights * part)[:, order], starts, axis=1) for part in (is_good, ~is_good))
+            below = np.cumsum(bad, axis=1) - bad / 2
+            found.append((good * below).sum(1) / np.maximum(good.sum(1) * bad.sum(1), 1e-300))
+        both = (weights[:, is_good].sum(1) > 0) & (weights[:, ~is_good].sum(1) > 0)
+        return np.stack(found, axis=1)[both]
+
+    rng, sampled = np.random.default_rng(seed), []
+    block = max(1, MAX_COUNTS // len(groups))
+    for done in range(0, draws, block):
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(block, draws - done))
+        sampled.append(areas(drawn[:, groups].astype(float)))
+    value, draws_of = areas(np.ones((1, len(groups)))), np.concatenate(sampled)
+    if len(scores) > 1:
+        value, draws_of = (np.column_stack([a, a[:, 0] - a[:, 1]]) for a in (value, draws_of))
+    low, high = np.quantile(draws_of if len(draws_of) else value, [0.025, 0.975], axis=0)
+    low, high = np.minimum(low, value[0]), np.maximum(high, value[0])
+    return [Estimate(*map(float, ends)) for ends in zip(value[0], low, high, strict=True)]
+
+
 def perplexity(loss: float) -> float:
     """Return e^loss, or infinity if a float cannot hold it."""
     return math.exp(loss) if loss < 709 else math.inf

@@ -1,6 +1,6 @@
 """What an objective is made of: its settings, the rows it takes, the loss of a micro-batch, and its measures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +12,10 @@ from ..adapters.config_fields import check_fields
 
 Batch = Mapping[str, Any]
 """A collated micro-batch (data/collator.py)."""
+Example = dict[str, Any]
+"""A tokenized example (data/tokenized_dataset.py)."""
+ScoreRows = Callable[[Sequence[Example]], Sequence[Sequence[float]]]
+"""Returns the summed log p of each row of some examples, without gradient."""
 
 
 @dataclass
@@ -43,7 +47,20 @@ class Objective:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def count_items(self, examples: Sequence[Mapping[str, Any]]) -> Any:
+    @property
+    def needs_mismatched_rows(self) -> bool:
+        """Whether training rows need a row with their prompt and another answer (data/mismatched_rows.py)."""
+        return False
+
+    def prepare_step(self, examples: Sequence[Example], score_rows: ScoreRows) -> Sequence[Example]:
+        """Return the examples of a step as they are trained: as they are, unless overridden.
+
+        Called once for all examples of a step, before its first micro-batch: what the loss needs to know of the whole
+        step is added here. `score_rows` scores the rows of all processes.
+        """
+        return examples
+
+    def count_items(self, examples: Sequence[Example]) -> Any:
         """Return what the loss of a whole step is divided by, from all its examples: their number, unless overridden.
 
         Every micro-batch of the step gets it, so that the gradient does not depend on the division into micro-batches.

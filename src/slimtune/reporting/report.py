@@ -271,6 +271,7 @@ def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Mar
                   for title, unit, key, digits, factor, marks in heads]  # fmt: skip
         return [(*chart, Markup()) for chart in charts if chart[2]]
     dependence, preference = v.get("prompt_dependence") or {}, v.get("preference") or {}
+    unpaired = v.get("unpaired_preference") or {}
     measures = [
         (
             "Preference",
@@ -282,6 +283,8 @@ def _evaluation_charts(v: Mapping[str, Any]) -> list[tuple[str, str, Markup, Mar
             100,
         ),
         ("Preference margin", "nats per pair, higher is better", preference, "{}_margin", "margin_gain", 2, 1),
+        ("Good answers likelier", "AUC of log p, 0.5 is chance", unpaired, "{}_auc", "auc_gain", 3, 1),
+        ("The same per token", "AUC of log p per token", unpaired, "{}_token_auc", "token_auc_gain", 3, 1),
         ("Loss", "nats per token, lower is better", v, "{}_loss", "loss_reduction", 3, 1),
         ("Perplexity", "lower is better", v, "{}_perplexity", "", 2, 1),
         ("Accuracy", "% of tokens predicted, higher is better", v, "{}_accuracy", "accuracy_gain", 1, 100),

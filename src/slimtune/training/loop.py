@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,14 @@ from ..kernels.dropout import preserve_rng_state
 from ..objectives.base import Objective
 from ..run_dir import RunDir
 from ..setup import Datasets
-from ..train_step.loss import CROSS_ENTROPY, count_targets, forward_backward, move_to_device, score_objective
+from ..train_step.loss import (
+    CROSS_ENTROPY,
+    count_targets,
+    forward_backward,
+    move_to_device,
+    score_objective,
+    score_row_logps,
+)
 from ..train_step.memory_savings import enable_activation_checkpointing
 from ..train_step.optimizer import build_optimizer
 from ..utils import distributed
@@ -46,6 +54,7 @@ from . import checkpoint, nonfinite
 from .forgetting import fit_strength
 from .oom_recovery import OomRecovery
 from .progress import ProgressLogger
+from .scoring import score_in_parts
 
 REPEATED_CTRL_C_SECONDS = 2.0
 """A second Ctrl-C within this time is torchrun passing on the first, which the terminal had sent to every process."""
@@ -176,8 +185,8 @@ class TrainingLoop:
         while self.state.step < self.state.max_steps and not self.stopped_early:
             epoch, steps_done = divmod(self.state.step, self.steps_per_epoch)
             generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-            order = torch.randperm(len(self.train), generator=generator).tolist()
             rows = self.train.for_epoch(epoch)
+            order = rows.shuffle(partial(torch.randperm, generator=generator))
             if steps_done == 0:
                 # A PyTorch DataLoader draws its seed here. Drawing it keeps the dropout of seeded runs what it was.
                 torch.empty((), dtype=torch.int64).random_()
@@ -274,6 +283,7 @@ class TrainingLoop:
 
     def compute_gradients(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor, int, int]:
         """Compute and clip a step's gradients; return its loss, gradient norm, tokens and supervised tokens."""
+        rows = self.objective.prepare_step(rows, self.score_rows)
         alone, num_items = self.processes == 1, self.objective.count_items(rows)
 
         def clip() -> Tensor:
@@ -311,6 +321,11 @@ class TrainingLoop:
             distributed.sum_gradients(p for p in self.model.parameters() if p.requires_grad)
             grad_norm = clip()
         return loss, grad_norm, tokens, targets
+
+    def score_rows(self, rows: Sequence[Example]) -> list[list[float]]:
+        """Return the summed log p of each row of some examples, computed by all processes without gradient."""
+        where = "the forward pass before a training step"
+        return score_in_parts(score_row_logps, where, self.model, rows, self.sharder, self.recovery)
 
     def after_step(self, values: dict[str, float]) -> bool:
         """Log, evaluate and save what is due; return whether the run ends here. `values` are `train_step`'s."""
@@ -354,18 +369,11 @@ class TrainingLoop:
     def measure(self, rows: Sequence[Example], objective: Objective) -> tuple[dict[int, list[float]], dict[str, float]]:
         """Return an objective's measures of each row, by its number, and of all; the processes share the rows."""
 
-        def work() -> dict[int, list[float]]:
-            def group_rows(some: Sequence[Example]) -> Sequence[Sequence[int]]:
-                # The part of this process; after the last step the main process computes alone.
-                return self.collator.group_rows(some) if self.alone else self.sharder.assign_groups(some)[0]
-
-            return score_objective(self.model, rows, self.collator, objective, group_rows=group_rows)
-
         self.recovery.step = self.state.step
-        part = self.recovery.run_in_micro_batches("evaluation", rows, work, lambda: None, grad=False)
-        parts = [part] if self.alone else distributed.all_gather_object(part)
-        scores = {i: score for some in parts for i, score in some.items()}
-        return scores, objective.summarize(np.array([scores[i] for i in range(len(rows))]))
+        score = partial(score_objective, objective=objective)
+        # After the last step the main process computes alone.
+        scores = score_in_parts(score, "evaluation", self.model, rows, self.sharder, self.recovery, alone=self.alone)
+        return dict(enumerate(scores)), objective.summarize(np.array(scores))
 
     def measure_forgetting(self) -> float:
         """Return how much the loss on general text is above the base's, in nats per token."""

@@ -48,6 +48,7 @@ def probe_memory(loop: TrainingLoop, rows: Sequence[Example]) -> tuple[int, int]
     no weight changes.
     """
     model, was_training = loop.model, loop.model.training
+    rows = loop.objective.prepare_step(rows, loop.score_rows)
     micro_batch = max(loop.collator.make_micro_batches(rows), key=lambda batch: batch["input_ids"].numel())
     model.train()
     reset_peak_memory(loop.device)

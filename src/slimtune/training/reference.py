@@ -5,7 +5,6 @@ model and runs one forward pass a step. The values are kept in the run folder, i
 `validation`, fp64 [examples, rows of an example]), and read again when the run is resumed.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from ..adapters.architectures import text_config
-from ..data.collator import Collator, Example
+from ..data.collator import Collator
 from ..data.step_sharding import StepSharder
 from ..data.tokenized_dataset import TokenizedDataset
 from ..errors import RunError
@@ -24,6 +23,7 @@ from ..train_step.loss import score_row_logps
 from ..utils import distributed
 from ..utils.files import translate_os_errors, write_atomic
 from .oom_recovery import OomRecovery
+from .scoring import score_in_parts
 
 
 def add_reference(run: RunDir, data: Datasets, model: Any, collator: Collator, logger: Any, disable: bool) -> None:
@@ -54,18 +54,11 @@ def _compute(rows: TokenizedDataset, model: Any, collator: Collator, logger: Any
     width = getattr(text_config(model), "hidden_size", 1024)
     sharder = StepSharder(collator, width, distributed.world_size(), distributed.rank())
 
-    def work() -> dict[int, list[float]]:
-        def group_rows(some: Sequence[Example]) -> list[list[int]]:
-            return sharder.assign_groups(some)[0]
-
-        return score_row_logps(model, rows, collator, group_rows=group_rows)
-
     recovery = OomRecovery(
         collator, device, logger, any_failed=lambda failed: distributed.all_reduce_sum([float(failed)])[0] > 0
     )
-    part = recovery.run_in_micro_batches("reference log-probabilities", rows, work, lambda: None, grad=False)
-    found = {i: logps for scores in distributed.all_gather_object(part) for i, logps in scores.items()}
-    return np.array([found[i] for i in range(len(rows))]) if rows else np.zeros((0, 1))
+    logps = score_in_parts(score_row_logps, "reference log-probabilities", model, rows, sharder, recovery)
+    return np.array(logps) if logps else np.zeros((0, 1))
 
 
 def _load(run: RunDir, digests: dict[str, str]) -> dict[str, np.ndarray] | None:

@@ -25,6 +25,7 @@ from ..attention.register import packed_attention, packing_unsupported_reason
 from ..config import Recipe
 from ..data.collator import Collator, Example
 from ..data.general_text import BUILT_IN_TEXT, WINDOW, read_general_text
+from ..data.mismatched_rows import MismatchedRows
 from ..data.validation.report import format_columns, format_issue, format_verdict, raise_if_invalid
 from ..errors import DataError, ModelError, RunError, SlimtuneError, UsageError, format_names
 from ..models.base_config import max_positions
@@ -180,6 +181,16 @@ def _train(
         collator.max_tokens = min(distributed.all_gather_object(collator.max_tokens or longest))
         planned = None if plan is None else planned_bytes(plan, device)[1]
         objective = recipe.objective()
+        if objective.needs_mismatched_rows:
+            data.train, data.validation = (
+                MismatchedRows(
+                    rows,
+                    settings.batch_size * settings.gradient_accumulation_steps,
+                    recipe.data.max_seq_len,
+                    settings.seed,
+                )
+                for rows in (data.train, data.validation)
+            )
         if objective.needs_reference:
             add_reference(run, data, model, collator, logger, disable=init_adapter is None)
         general: list[Example] = []

@@ -63,13 +63,17 @@ class BatchValidator:
         issues: list[tuple[str, int, str]] = []
         for i, (row, tokens) in enumerate(found):
             prompt, answer, texts = _split_texts(row, rejected[i])
+            words = min(len(answer.split()), 255)
             issues += [(code, row.line, example) for code, example in self._find_issues(row, tokens, answer, texts)]
+            if row.is_good is not None:  # what may be contradicted is the label of an answer
+                prompt, answer, words = [*prompt, answer], str(row.is_good), 1
+                texts = [*texts, ("label", answer)]
             hashes = (
                 hash_texts(*(part for text in texts for part in text)),
                 hash_texts(*prompt) if prompt else 0,
                 hash_texts(answer.casefold().rstrip(" .!")) if answer else 0,
             )
-            rows[i] = row.line, longest[i], hashes, min(len(answer.split()), 255), False
+            rows[i] = row.line, longest[i], hashes, words, False
         signatures, rows["comparable"] = compute_signatures(ids, [t.supervised for _, t in found], self.common_trigrams)
         return BatchStats(
             rows,

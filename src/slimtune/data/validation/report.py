@@ -74,6 +74,8 @@ ISSUE_TYPES = {
     "contradiction": IssueType("rows with another short answer to a prompt than an earlier row",
         "keep the right answer"),
     "one-class": IssueType("rows of one class only: there is nothing to tell apart", "add rows of another class", 0),
+    "one-label": IssueType("rows with the same label: KTO learns from good and from bad answers",
+        "add rows with the other label"),
     "contradictory-label": IssueType("rows with another label for a text than an earlier row", "keep the right label"),
     "similar-labels": IssueType("rows with labels that differ in upper case or white space alone",
         "write each class in one way"),
@@ -144,8 +146,8 @@ def validate_file(
         if tokenizer is None:
             for row in rows:
                 report.total.rows += 1
-                if isinstance(row, Row) and row.labels is not None:
-                    report.add_labels([row.line], [row.labels])
+                if isinstance(row, Row) and row.label_names is not None:
+                    report.add_labels([row.line], [row.label_names])
                 report.add_invalid([row] if isinstance(row, InvalidRow) else [])
             return report
         function = BatchTokenizer(tokenizer, max_seq_len, on_overlong, train_on, report.validate, report.has_documents)
@@ -347,6 +349,12 @@ class DatasetReport:
         if self.source.has_paragraphs:
             blank = "blank lines separate them" if self.total.rows > 1 else "it has no blank line, so it is one row"
             notes.append(f"each paragraph of a .txt file is a row of its own: {blank}")
+        good, bad = (self.labels.get(str(label), FoundIssue()).count for label in (True, False))
+        if self.source.format == "unpaired-preference" and good and bad and not 2 / 3 <= good / bad <= 2:
+            # Equation 8 of the paper on KTO: 1 to 4/3 times as much weight on good answers as on bad ones
+            name, low = ("desirable", bad / good) if good < bad else ("undesirable", 0.75 * good / bad)
+            advice = f"task.{name}_weight of {low:.2f} to {4 / 3 * low:.2f} balances them"
+            notes.append(f"{good:,} good and {bad:,} bad answers: a {advice}")
         if self.source.has_whole_files:
             notes.append("each file is one document; its line is its number in the order of the names")
         if self.source.format in ("text", "document"):
@@ -366,7 +374,7 @@ class DatasetReport:
         again, before = find_repeats(prompts)
         other = (answers[again] != answers[before]) & (prompts[again] != 0)
         other &= (words[again] <= SHORT_ANSWER) & (words[before] <= SHORT_ANSWER)
-        is_labelled = self.source.format == "classification"
+        is_labelled = self.source.format in ("classification", "unpaired-preference")
         self._add_pairs(
             "contradictory-label" if is_labelled else "contradiction", lines[again[other]], lines[before[other]]
         )
@@ -382,6 +390,8 @@ class DatasetReport:
 
     def _find_label_issues(self) -> None:
         """Find classes that are too few, too rare, or written in two ways."""
+        if self.source.format == "unpaired-preference" and len(self.labels) == 1:
+            self._add_class_issue("one-label", self.labels.values(), next(iter(self.labels)))
         if self.source.format != "classification" or not self.labels:
             return
         name, found = next(iter(self.labels.items()))

@@ -1,0 +1,42 @@
+"""Scoring rows without gradient in the middle of a run: each process scores a part of them, and memory is recovered."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..data.collator import Example
+from ..data.step_sharding import StepSharder
+from ..utils import distributed
+from .oom_recovery import OomRecovery
+
+
+def score_in_parts(
+    score: Callable[..., dict[int, list[float]]],
+    where: str,
+    model: Any,
+    rows: Sequence[Example],
+    sharder: StepSharder,
+    recovery: OomRecovery,
+    alone: bool = False,
+) -> list[list[float]]:
+    """Return the scores of all rows, in their order, in every process.
+
+    Args:
+        score: `score_row_logps`, or another function with its arguments.
+        where: what is done, for messages about memory.
+        model: the model.
+        rows: the examples, the same in every process.
+        sharder: chooses the part of this process.
+        recovery: repeats the work in smaller micro-batches when memory runs out.
+        alone: this process scores all rows.
+    """
+
+    def work() -> dict[int, list[float]]:
+        def group_rows(some: Sequence[Example]) -> list[list[int]]:
+            return sharder.collator.group_rows(some) if alone else sharder.assign_groups(some)[0]
+
+        return score(model, rows, sharder.collator, group_rows=group_rows)
+
+    part = recovery.run_in_micro_batches(where, rows, work, lambda: None, grad=False)
+    parts = [part] if alone else distributed.all_gather_object(part)
+    found = {i: scores for some in parts for i, scores in some.items()}
+    return [found[i] for i in range(len(rows))]
