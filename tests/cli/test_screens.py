@@ -48,6 +48,7 @@ SCREENS = {
     "report-error": "report BASE",
     "compare": "compare recipe.yaml --methods lora,ia3 --seeds 1 --tokens 600 --out compared",
     "compare-error": "compare nowhere.yaml",
+    "tune-error": "tune recipe.yaml --over train.learning_rat=1e-5..1e-2",
     "generate": "generate RUN hello --side-by-side --max-new-tokens 8",
     "generate-error": "generate RUN",
     "chat": "chat RUN --max-new-tokens 8",

@@ -70,7 +70,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(compare, "make_plan", plan_once)
     monkeypatch.setattr(compare, "draw_comparison", lambda *_: None)
     monkeypatch.setattr(compare, "launch_worker", launch_worker)
-    monkeypatch.setattr("slimtune.comparison.tune.launch_worker", launch_worker)
+    monkeypatch.setattr("slimtune.comparison.search.launch_worker", launch_worker)
     return started
 
 

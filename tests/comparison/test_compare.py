@@ -16,7 +16,7 @@ from tiny_run import write_rows
 
 from slimtune.comparison import compare as module
 from slimtune.comparison.compare import compare
-from slimtune.comparison.grid import SETTINGS_FILE
+from slimtune.comparison.folder import SETTINGS_FILE
 from slimtune.comparison.picture import draw_comparison
 from slimtune.comparison.worker import WorkerResult
 from slimtune.errors import DataError, RecipeError, RunError, UsageError

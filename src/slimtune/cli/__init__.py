@@ -36,12 +36,13 @@ from .push import push_run
 from .report import report_run
 from .serve import serve_runs
 from .train import train_run
+from .tune import tune
 from .ui import ui
 from .verify import verify_run
 
 GROUPS = {
     "Choose and plan": (choose, plan, cost, gpus, bench, models, methods),
-    "Train": (data_report, train_run),
+    "Train": (data_report, train_run, tune),
     "Judge": (eval_run, compare, report_run, generate, chat),
     "Ship": (export_run, verify_run, merge_run, push_run),
     "Serve": (serve_runs,),

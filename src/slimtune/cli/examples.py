@@ -21,6 +21,10 @@ EXAMPLES = {
         "slimtune train --model smollm2-135m --data rows.jsonl --out runs/first",
         "slimtune train recipe.yaml --epochs 1 --set method.dropout=0.1",
     ),
+    "tune": (
+        "slimtune tune recipe.yaml --over train.learning_rate=log:1e-5..1e-2",
+        "slimtune tune recipe.yaml --over method.r=8,16,32 --minutes 60",
+    ),
     "eval": (
         "slimtune eval runs/first --split validation",
         "slimtune eval runs/first --data held_out.jsonl --generate 4",

@@ -20,6 +20,7 @@ from ..run_dir import RENAMED_KEYS
 from ..utils.files import read_json, write_atomic, write_json
 from ..utils.formatting import format_bytes, format_duration
 from .candidates import Candidate
+from .folder import check_settings, record_settings
 from .grid import Grid
 from .picture import draw_comparison
 from .report import compare_pairs, format_markdown, recommend_method, summarize_candidates
@@ -35,14 +36,16 @@ def compare(grid: Grid, log: Log = lambda _: None, *, plot: Path | None = None) 
     has a checkpoint.
     """
     start = time.perf_counter()
-    grid.check_same_settings()  # before planning; the folder is only made when something can run in it
+    # Before planning; the folder is only made when something can run in it.
+    check_settings(grid.output_dir, grid.settings(), "comparison")
     fitting, left_out = _plan_candidates(grid, log)
     if not fitting:
         raise RunError(f"no method fits this machine: {left_out[0]['why']}", "at least one method that fits")
     grid.output_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(grid.output_dir / ".lock", timeout=0):
-            grid.record_settings()
+            record_settings(grid.output_dir, grid.settings(), "comparison")
+            (grid.output_dir / "cells").mkdir(exist_ok=True)
             grid, searched, failed = _search_learning_rates(dataclasses.replace(grid, candidates=tuple(fitting)), log)
             failed += _run_cells(grid, log)
             seconds = round(time.perf_counter() - start, 3)

@@ -17,17 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import Recipe
-from ..data.validation.report import raise_if_invalid
-from ..errors import DataError, RecipeError, UsageError, format_names
+from ..config import Recipe, TrainSettings
+from ..errors import RecipeError, UsageError
 from ..models.dtype import pick_device
 from ..run_dir import RunDir
-from ..setup import load_datasets, load_eval_dataset, load_tokenizer_from_recipe
+from ..setup import load_eval_dataset, load_tokenizer_from_recipe
 from ..train_step.loss import TOKENS_ON_CPU, TOKENS_ON_GPU
-from ..utils.files import parse_json, read_file, read_json, require_writable, to_json, write_json
+from ..training.train import load_training_data
+from ..utils.files import parse_json, read_file
 from .candidates import Candidate
-
-SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -95,38 +93,10 @@ class Grid:
         except (OSError, ValueError):
             return False
 
-    def check_same_settings(self) -> dict[str, Any] | None:
-        """Check that the folder can hold this comparison and return the recorded settings; nothing is written."""
-        other = "give another --out"
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise UsageError(f"{self.output_dir} is a file", "a folder", other)
-        require_writable(self.output_dir)
-        file = self.output_dir / SETTINGS_FILE
-        if not file.is_file():
-            if content := sorted(p.name for p in self.output_dir.glob("*") if p.name != ".lock"):
-                message = f"{self.output_dir} contains {format_names(content)}, which belongs to no comparison"
-                raise UsageError(message, "an empty or new folder, or the folder of a comparison to resume", other)
-            return None
-        recorded, current = read_json(file), self._settings()
-        # Methods and seeds may be added: only methods that both have must agree.
-        shared = recorded["methods"].keys() & current["methods"].keys()
-        before, now = ({**s, "methods": {k: s["methods"][k] for k in shared}} for s in (recorded, current))
-        if differences := _list_differences(before, now):
-            message = f"{self.output_dir} holds another comparison: {'; '.join(differences[:8])}"
-            raise UsageError(message, "the command that started it; methods and seeds may be added", other)
-        return recorded
-
-    def record_settings(self) -> None:
-        """Write what is compared into the folder, beside the methods recorded before; check it as above."""
-        recorded, settings = self.check_same_settings() or {"methods": {}}, self._settings()
-        settings["methods"] = {**recorded["methods"], **settings["methods"]}
-        (self.output_dir / "cells").mkdir(parents=True, exist_ok=True)
-        write_json(self.output_dir / SETTINGS_FILE, settings)
-
-    def _settings(self) -> dict[str, Any]:
-        """Return what must not change when a comparison is resumed, as read back from JSON."""
+    def settings(self) -> dict[str, Any]:
+        """Return what must not change when the comparison is resumed."""
         recipe = self.build_recipe(self.candidates[0], self.seeds[0], self.output_dir).model_dump(mode="json")
-        settings = {
+        return {
             "model": recipe["model"],
             "data": recipe["data"],
             "train": {k: v for k, v in recipe["train"].items() if k not in ("learning_rate", "seed")},
@@ -135,7 +105,6 @@ class Grid:
             "rows (SHA-256)": self.digests,
             "methods": {c.label: c.to_dict() for c in self.candidates},
         }
-        return parse_json(to_json(settings))
 
 
 def build_grid(
@@ -186,15 +155,11 @@ def build_grid(
         raise UsageError("the recipe names no test rows to compare the methods on", expected)
     tokenizer = load_tokenizer_from_recipe(recipe)
     test_rows = None if test_file is None else load_eval_dataset(recipe, tokenizer, test_file)[0]
-    rows = load_datasets(recipe, tokenizer)
+    rows = load_training_data(recipe, force)
     test_rows = rows.test if test_rows is None else test_rows
     if len(test_rows) < 2:
         source = test_file or "data.test_fraction"
         raise UsageError(f"{source} leaves {len(test_rows)} rows to compare methods on", "two rows or more")
-    for report in filter(None, [] if force else rows.data_reports.values()):
-        raise_if_invalid(report)
-    if not rows.train:
-        raise DataError(f"{recipe.data.train} leaves no row to train on", "at least one row")
     if trials and not rows.validation:
         message = "there are no validation rows to search learning rates on"
         raise UsageError(message, "data.validation", "or leave out --tune")
@@ -203,16 +168,22 @@ def build_grid(
         grid,
         candidates=tuple(c for c in candidates if c.label not in excluded),
         excluded=excluded,
-        steps=_count_steps(recipe, lengths, tokens),
+        steps=_count_steps_for_tokens(recipe, lengths, tokens),
         lengths=lengths,
         digests={"train": rows.train.digest(), "validation": rows.validation.digest(), "test": test_rows.digest()},
     )
 
 
-def _count_steps(recipe: Recipe, lengths: Sequence[int], tokens: int | None) -> int:
+def count_steps(train: TrainSettings, rows: int) -> int:
+    """Return the optimizer steps of a run over a number of rows."""
+    rows_per_step = train.batch_size * train.gradient_accumulation_steps
+    return train.max_steps or math.ceil(train.epochs * math.ceil(rows / rows_per_step))
+
+
+def _count_steps_for_tokens(recipe: Recipe, lengths: Sequence[int], tokens: int | None) -> int:
     rows_per_step = recipe.train.batch_size * recipe.train.gradient_accumulation_steps
     if tokens is None:
-        return recipe.train.max_steps or math.ceil(recipe.train.epochs * math.ceil(len(lengths) / rows_per_step))
+        return count_steps(recipe.train, len(lengths))
     tokens_per_step = sum(lengths) / len(lengths) * min(rows_per_step, len(lengths))
     if tokens < tokens_per_step:
         step = f"{rows_per_step} rows have {tokens_per_step:.0f} tokens on average"
@@ -221,15 +192,3 @@ def _count_steps(recipe: Recipe, lengths: Sequence[int], tokens: int | None) -> 
             f"--tokens {tokens} is less than one step: {step}", f"{math.ceil(tokens_per_step)} or more", hint
         )
     return math.floor(tokens / tokens_per_step)
-
-
-def _list_differences(recorded: Any, current: Any, path: str = "") -> list[str]:
-    """Return what differs between two trees, each as `train.batch_size: 8 before, 4 now`."""
-    if not (isinstance(recorded, Mapping) and isinstance(current, Mapping)):
-        return [] if recorded == current else [f"{path}: {recorded!r} before, {current!r} now"]
-    # A recipe field that was not recorded is new in this version; the recorded run used its default.
-    keys = list(recorded) if path in ("model", "data", "train") else list(dict.fromkeys([*recorded, *current]))
-    differences: list[str] = []
-    for key in keys:
-        differences += _list_differences(recorded.get(key), current.get(key), f"{path}.{key}" if path else key)
-    return differences

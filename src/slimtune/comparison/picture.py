@@ -1,14 +1,17 @@
-"""Chart of a comparison: loss reduction against peak memory, file size and time, with intervals and Pareto fronts."""
+"""Charts of a comparison (loss reduction against memory, file size and time) and of a search (losses of its trials)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ..reporting.charts import FIGURE_STYLE, save_figure
 from .report import COST_FIELDS
+from .space import Range, format_setting
 
 MARKERS = "osD^vP*Xph<>d8"
 LEGEND_COLUMNS = 7
+MOST_PANELS = 6
 AXES = {
     "memory": ("peak memory, GiB", 1 << 30, "linear"),
     "size": ("file, MiB", 1 << 20, "log"),
@@ -68,3 +71,36 @@ def _draw_methods(panel: Any, methods: list[Any], cost: str, unit: int) -> None:
     panel.grid(color="#dddddd", linewidth=0.5)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def draw_search(result: Mapping[str, Any], ranges: Sequence[Range], path: Path) -> None:
+    """Draw the losses of a search's trials, in their order and by each setting, into a `.svg` or `.png`."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    trials = [(n, t) for n, t in enumerate(result["trials"], 1) if t["loss"] is not None]
+    numbers, losses = [n for n, _ in trials], [t["loss"] for _, t in trials]
+    with matplotlib.rc_context(FIGURE_STYLE):
+        columns = min(len(ranges) + 1, MOST_PANELS)
+        figure = Figure(figsize=(1 + 3 * columns, 3.6), layout="constrained", facecolor="white")
+        panels: Any = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
+        panels[0].set_xlabel("trial")
+        panels[0].set_ylabel("validation loss")
+        panels[0].step(numbers, list(accumulate(losses, min)), where="post", color="#888888", linewidth=1)
+        panels[0].plot(numbers, losses, "o", color="C0")
+        for panel, searched in zip(panels[1:], ranges, strict=False):
+            values = [t["values"][searched.path] for _, t in trials]
+            panel.set_xlabel(searched.path)
+            panel.set_xscale("log" if searched.log else "linear")
+            panel.plot([format_setting(v) for v in values] if searched.choices else values, losses, "o", color="C0")
+            best = result["best"]["values"][searched.path]
+            panel.plot(format_setting(best) if searched.choices else best, result["best"]["loss"], "o", color="C3")
+        for panel in panels:
+            panel.grid(color="#dddddd", linewidth=0.5)
+            panel.set_axisbelow(True)
+            panel.spines[["top", "right"]].set_visible(False)
+        title = (
+            f"{result['model']}: {len(result['trials'])} trials, {len(trials)} to the end; the line is the best so far"
+        )
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        save_figure(figure, path)

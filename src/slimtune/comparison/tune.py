@@ -1,115 +1,161 @@
-"""Search a learning rate for each method, with the same effort for all.
+"""Search the settings of a recipe, or the learning rate of each method of a comparison.
 
-Every candidate gets the same number of trials (Optuna's TPE) in the same range around its own default rate: from a
-tenth to ten times the default on a logarithmic scale, the default first. A trial takes half of a run's steps. The
-objective is the lowest loss on the validation rows; the test rows are not used. A trial is pruned if its validation
-loss at a third or two thirds of its steps is above the median of the earlier trials.
-
-The sampler of each trial depends only on the earlier trials and on the trial's number, so a search that was killed
-continues with the same rates.
+DIR/settings.json               what is searched: the same command resumes it, a different one is refused
+DIR/trials/study.journal        Optuna's study; trial-1.yaml, trial-1/, trial-1.log: one trial
+DIR/best.yaml                   the recipe of the best trial, for `slimtune train`
+DIR/tune.json, table.md, tune.svg
 """
 
 import math
-import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
+from filelock import FileLock, Timeout
 
-from ..errors import RunError
-from ..run_dir import RunDir
-from ..training.nonfinite import EVENT as NONFINITE
-from ..utils.files import write_atomic
+from ..config import Recipe
+from ..config.recipe import apply_settings
+from ..errors import UsageError
+from ..methods import config_class
+from ..training.train import load_training_data
+from ..utils.files import parse_json, to_json, write_atomic, write_json
 from .candidates import Candidate
-from .grid import Grid
-from .worker import launch_worker
+from .folder import check_settings, record_settings
+from .grid import Grid, count_steps
+from .picture import draw_search
+from .search import Search, best_trial, run_search
+from .space import Range, check_ranges
+from .tune_report import format_search
 
+RATE = "train.learning_rate"
 RATE_FACTOR = 10.0
-"""The range reaches from the default divided by this to the default times this."""
+"""A comparison searches from a method's default rate divided by this to the default times this."""
 TRIAL_SHARE = 0.5
-"""Share of a run's steps that a trial takes."""
+"""Share of a run's steps that a trial of a comparison takes."""
 EVALUATIONS_PER_TRIAL = 3
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+"""Evaluations of a trial, unless the recipe says how often; a trial may be pruned at all but the last."""
+
+
+def tune(
+    tree: Mapping[str, Any],
+    ranges: Sequence[Range],
+    output_dir: Path,
+    log: Callable[[str], None] = lambda _: None,
+    *,
+    trials: int | None,
+    minutes: float | None = None,
+    force: bool = False,
+    plot: Path | None = None,
+) -> dict[str, Any]:
+    """Search settings of a recipe, or continue a search, and return what `slimtune tune --json` prints.
+
+    A trial trains the recipe to its end unless it is pruned. After Ctrl-C the trials that ended stand.
+
+    Args:
+        tree: the recipe as a plain tree in long form, with absolute paths.
+        ranges: the settings to search.
+        output_dir: the folder of the search.
+        log: shows a line of progress.
+        trials: how many are tried at most, earlier ones included; None: no limit.
+        minutes: when the search ends at the latest; None: no limit.
+        force: train on rows that the data report finds faulty.
+        plot: an additional file for the chart (`.svg` or `.png`).
+    """
+    start = time.perf_counter()
+    recipe = Recipe.from_dict(tree)
+
+    def build(values: Mapping[str, Any], run: Path = output_dir) -> Recipe:
+        settings = apply_settings(tree, {**values, "output_dir": str(run.absolute())})
+        return Recipe.from_dict(settings, "--over")
+
+    ranges = check_ranges(ranges, build)
+    if recipe.data.validation is None and recipe.data.validation_fraction == 0:
+        raise UsageError("there are no validation rows to search on", "data.validation or data.validation_fraction")
+    if recipe.train.max_steps is not None and any(r.path == "train.epochs" for r in ranges):
+        message = "--over train.epochs: train.max_steps is set, so epochs do not count"
+        raise UsageError(message, "--over train.max_steps, or --set train.max_steps=null")
+    recipe.require_files()
+    rows = load_training_data(recipe, force)
+    if not rows.validation:
+        raise UsageError("no validation rows are left to search on", "more rows, or data.validation")
+    settings = {
+        **{name: value for name, value in recipe.model_dump(mode="json").items() if name != "output_dir"},
+        "over": {r.path: str(r) for r in ranges},
+        "rows (SHA-256)": {"train": rows.train.digest(), "validation": rows.validation.digest()},
+    }
+    check_settings(output_dir, settings, "search")
+
+    def build_evaluated(values: Mapping[str, Any], run: Path) -> Recipe:
+        steps = count_steps(build(values).train, len(rows.train))
+        often = {} if recipe.train.eval_steps else {"train.eval_steps": math.ceil(steps / EVALUATIONS_PER_TRIAL)}
+        return build({**often, **values}, run)
+
+    def build_trial(values: Mapping[str, Any], run: Path) -> Recipe:
+        trial = build_evaluated(values, run)
+        steps = count_steps(trial.train, len(rows.train))
+        return trial.model_copy(update={"train": trial.train.model_copy(update={"max_steps": steps})})
+
+    first = {r.path: value for r in ranges if r.contains(value := _read_setting(recipe, r.path))}
+    search = Search(output_dir / "trials", ranges, build_trial, first, trials, minutes, force)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with FileLock(output_dir / ".lock", timeout=0):
+            record_settings(output_dir, settings, "search")
+            found = run_search(search, log)
+            best = best_trial(found)
+            own = [t["loss"] for t in found if len(first) == len(ranges) and t["values"] == first]
+            best_file = output_dir / "best.yaml"
+            write_atomic(best_file, build_evaluated(best["values"], output_dir / "best").to_yaml())
+            result = {
+                "output_dir": str(output_dir),
+                "model": recipe.model.name,
+                "over": settings["over"],
+                "validation_rows": len(rows.validation),
+                "trials": found,
+                "best": best,
+                "recipe_loss": own[0] if own else None,
+                "at_the_edge": [r.path for r in ranges if r.is_edge(best["values"][r.path])],
+                "best_recipe": str(best_file),
+                "seconds": round(time.perf_counter() - start, 3),
+            }
+            write_json(output_dir / "tune.json", result)
+            write_atomic(output_dir / "table.md", format_search(result))
+            for file in filter(None, (output_dir / "tune.svg", plot)):
+                draw_search(result, ranges, file)
+    except Timeout:
+        raise UsageError(f"another slimtune tune works in {output_dir}", "one at a time") from None
+    return result
 
 
 def search_learning_rate(grid: Grid, candidate: Candidate, log: Callable[[str], None]) -> dict[str, Any]:
     """Search around a candidate's learning rate; return the best rate and all trials.
 
+    Every candidate gets the same number of trials of the same length, from a tenth to ten times its own default rate,
+    the default first.
+
     Returns:
         `rate`; `at_the_edge`: whether the rate lies within a tenth of the range from an end; `trials`: `rate`, `loss`
         (lowest validation loss, None if pruned or not finite) and `pruned` of each.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    low, high = candidate.learning_rate / RATE_FACTOR, candidate.learning_rate * RATE_FACTOR
+    default, steps = candidate.learning_rate, max(1, math.ceil(TRIAL_SHARE * grid.steps))
+    length = {"max_steps": steps, "eval_steps": max(1, math.ceil(steps / EVALUATIONS_PER_TRIAL)), "save_steps": steps}
+
+    def build_trial(values: Mapping[str, Any], run: Path) -> Recipe:
+        return grid.build_recipe(candidate, grid.seeds[0], run, learning_rate=values[RATE], **length)
+
+    rates = Range(RATE, low=default / RATE_FACTOR, high=default * RATE_FACTOR, log=True)
     folder = grid.output_dir / "tune" / candidate.label
-    folder.mkdir(parents=True, exist_ok=True)
-    study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(JournalFileBackend(str(grid.output_dir / "tune" / "trials.journal"))),
-        study_name=candidate.label,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=2, n_warmup_steps=0),
-        load_if_exists=True,
-    )
-    if not study.trials:
-        study.enqueue_trial({"rate": candidate.learning_rate})
-    for killed in study.get_trials(states=[TrialState.RUNNING]):  # the same rate is tried again
-        study.tell(killed.number, state=TrialState.FAIL)
-        study.enqueue_trial(killed.params)
-    while (number := len(study.get_trials(states=FINISHED))) < grid.trials:
-        study.sampler = optuna.samplers.TPESampler(seed=number, n_startup_trials=min(5, max(2, grid.trials // 2)))
-        trial = study.ask({"rate": optuna.distributions.FloatDistribution(low, high, log=True)})
-        loss = _run_trial(grid, candidate, trial, folder)
-        study.tell(trial, loss, state=TrialState.PRUNED if loss is None else TrialState.COMPLETE)
-        outcome = "pruned" if loss is None else f"validation loss {loss:.4f}"
-        log(f"{candidate.label}: rate {trial.params['rate']:.2e}, {outcome} ({number + 1} of {grid.trials})")
-    trials: list[dict[str, Any]] = []
-    for finished in study.get_trials(states=FINISHED):
-        pruned = finished.state is TrialState.PRUNED
-        loss = None if pruned else finished.value
-        trials.append({"rate": finished.params["rate"], "loss": loss, "pruned": pruned})
-    complete = [t for t in trials if not t["pruned"]]
-    if not complete:
-        raise RunError(f"no learning rate from {low:.1e} to {high:.1e} gave a finite loss", "a rate that trains")
-    best = min(complete, key=lambda t: t["loss"])["rate"]
-    at_the_edge = abs(math.log(best / candidate.learning_rate)) > 0.8 * math.log(RATE_FACTOR)
-    return {"rate": best, "at_the_edge": at_the_edge, "trials": trials}
+    search = Search(folder, [rates], build_trial, {RATE: default}, grid.trials, force=grid.force)
+    trials = run_search(search, lambda text: log(f"{candidate.label}: {text}"))
+    best = best_trial(trials)["values"][RATE]
+    rows = [{"rate": t["values"][RATE], "loss": t["loss"], "pruned": t["outcome"] == "pruned"} for t in trials]
+    return {"rate": best, "at_the_edge": rates.is_edge(best), "trials": rows}
 
 
-def _run_trial(grid: Grid, candidate: Candidate, trial: optuna.Trial, folder: Path) -> float | None:
-    """Run one trial and return its lowest validation loss, or None if it was pruned or diverged."""
-    rate, steps = trial.params["rate"], max(1, math.ceil(TRIAL_SHARE * grid.steps))
-    run = RunDir(folder / f"{rate:.6e}")
-    eval_steps = max(1, math.ceil(steps / EVALUATIONS_PER_TRIAL))
-    train = {"learning_rate": rate, "max_steps": steps, "eval_steps": eval_steps, "save_steps": steps}
-    recipe_file = folder / f"{run.path.name}.yaml"
-    write_atomic(recipe_file, grid.build_recipe(candidate, grid.seeds[0], run.path, **train).to_yaml())
-    reported = 0
-
-    def should_stop() -> bool:
-        nonlocal reported
-        evaluations = [m for m in run.load_metrics() if "validation_loss" in m]
-        for metrics in evaluations[reported:]:
-            reported += 1
-            if metrics["step"] >= steps:
-                break
-            loss = metrics["validation_loss"]
-            if loss is None or not math.isfinite(loss):
-                return True
-            trial.report(loss, metrics["step"])
-            if trial.should_prune():
-                return True
-        return False
-
-    log_file = folder / f"{run.path.name}.log"
-    worker = launch_worker(recipe_file, log_file, trial=True, force=grid.force, should_stop=should_stop)
-    diverged = any(m.get("event") == NONFINITE for m in run.load_metrics())
-    if worker.error and not diverged:
-        raise RunError(f"the trial of {candidate.label} at the rate {rate:.2e} failed: {worker.error}")
-    # A trial that ended between two polls is judged by the same rule.
-    pruned = worker.stopped or diverged or should_stop()
-    losses = [m["validation_loss"] for m in run.load_metrics() if m.get("validation_loss") is not None]
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    shutil.rmtree(run.adapter, ignore_errors=True)
-    return None if pruned or not losses else min(losses)
+def _read_setting(recipe: Recipe, path: str) -> Any:
+    """Return the value of a setting in a recipe, None if it has none; a method's short names are known."""
+    section, _, name = path.partition(".")
+    if section == "method":
+        name = config_class(recipe.method.name).short_names.get(name, name)
+    return parse_json(to_json(recipe.model_dump(mode="json").get(section, {}).get(name)))

@@ -144,11 +144,17 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | Iterable
     settings = dict(rename_setting(where, value) for where, value in given)
     with allow_remote_code(settings.get("model.trust_remote_code") is True):
         tree = read_recipe_tree(Path(path).expanduser()) if path is not None else {}
+    return Recipe.from_dict(apply_settings(tree, settings), str(path) if path is not None else "the flags")
+
+
+def apply_settings(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's tree with other values at dotted paths; a method setting's other spellings are dropped."""
+    changed = copy.deepcopy(dict(tree))
     for where, value in settings.items():
-        if where.startswith("method.") and isinstance(tree.get("method"), dict):
-            _drop_other_spellings(tree["method"], settings, where.removeprefix("method."))
-        set_field(tree, where, value)
-    return Recipe.from_dict(tree, str(path) if path is not None else "the flags")
+        if where.startswith("method.") and isinstance(changed.get("method"), dict):
+            _drop_other_spellings(changed["method"], settings, where.removeprefix("method."))
+        set_field(changed, where, value)
+    return changed
 
 
 def find_errors(tree: Mapping[str, Any], method_names: Iterable[str] = ("rank", "alpha")) -> list[FieldError]:
