@@ -1,4 +1,4 @@
-"""Runs on pairs and classes do what runs on answers do: resume, recover memory, quantize, and train learned prompts."""
+"""Runs on pairs, labels and classes do what runs on answers do: resume, recover memory, quantize, and train learned prompts."""
 
 import json
 from importlib.util import find_spec
@@ -24,9 +24,14 @@ ROWS = {
     "pairs": [
         {"prompt": f"say {i}: ", "chosen": "abc " * (1 + i % 3), "rejected": "xyz " * (1 + i % 4)} for i in range(24)
     ],
+    "rated": [
+        {"prompt": f"say {i}: ", "completion": ("abc " if i % 2 else "xyz ") * (1 + i % 4), "label": i % 2 == 1}
+        for i in range(24)
+    ],
     "texts": [{"text": f"{word} {i}", "label": word} for i in range(8) for word in WORDS],
 }
-TASKS = pytest.mark.parametrize("task", ["dpo", "reward", "classification"])
+KINDS = {"dpo": "pairs", "orpo": "pairs", "reward": "pairs", "kto": "rated", "classification": "texts"}
+TASKS = pytest.mark.parametrize("task", ["dpo", "kto", "reward", "classification"])
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def make(tmp_path, tiny_folder):
 
     def recipe(task, name, *, method=None, quantization=None, **more):
         file = tmp_path / f"{task}.jsonl"
-        file.write_text("".join(json.dumps(r) + "\n" for r in ROWS["texts" if task == "classification" else "pairs"]))
+        file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[KINDS[task]]))
         settings = {
             "model": {"name": str(tiny_folder), "dtype": "float32", "device": "cpu", "quantization": quantization},
             "data": {"train": str(file), "validation_fraction": 0.25},

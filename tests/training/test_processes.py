@@ -188,11 +188,12 @@ def test_two_processes_learn_the_pairs_and_classes_of_one(settings, tmp_path):
     ]
     texts = [{"text": f"say {name} {i}", "label": name} for i in range(8) for name in ("sea", "wood", "city")]
     data = {}
-    for name, rows in {"pairs": pairs, "texts": texts}.items():
+    rated = [{"prompt": p["prompt"], "completion": p["chosen"], "label": i % 2 == 0} for i, p in enumerate(pairs)]
+    for name, rows in {"pairs": pairs, "rated": rated, "texts": texts}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         data[name] = {"train": str(tmp_path / f"{name}.jsonl"), "validation_fraction": 0.25}
     steps = {"max_steps": 6, "batch_size": 7, "eval_steps": 3, "max_tokens_per_micro_batch": 100}
-    tasks = {"dpo": "pairs", "orpo": "pairs", "reward": "pairs", "classification": "texts"}
+    tasks = {"dpo": "pairs", "orpo": "pairs", "kto": "rated", "reward": "pairs", "classification": "texts"}
     runs = {task: {"train": steps, "sections": {"task": task, "data": data[rows]}} for task, rows in tasks.items()}
     found = run_checks("runs", {**settings, "output_dir": str(tmp_path / "two"), "runs": runs}, tmp_path)["runs"]
     for task, run in runs.items():
@@ -201,7 +202,7 @@ def test_two_processes_learn_the_pairs_and_classes_of_one(settings, tmp_path):
         assert distance(one, two) < 1e-4, task
         for value in ("train_loss", "validation_loss", "grad_norm"):
             assert metrics(two, value) == pytest.approx(metrics(one, value), abs=1e-4), (task, value)
-        if task == "dpo":
+        if task in ("dpo", "kto"):
             ours, theirs = (load_file(Path(folder) / "reference.safetensors") for folder in (one, two))
             assert all(torch.allclose(ours[k], theirs[k], atol=1e-4) for k in ours)
 
