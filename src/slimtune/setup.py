@@ -35,7 +35,7 @@ from .data.labels import (
 )
 from .data.parallel import cpu_count
 from .data.tokenize import RowReport, tokenize_dataset
-from .data.tokenized_dataset import TokenizedDataset, split_rows
+from .data.tokenized_dataset import BestAndWorst, TokenizedDataset, split_rows
 from .data.validation.report import DatasetReport
 from .errors import AdapterError, DataError, ModelError, RunError, UsageError, format_names
 from .methods.lora.loftq import replace_lora_weights_loftq
@@ -45,6 +45,7 @@ from .models.loader import Base, download_weights, get_auto_class, load_base, lo
 from .models.quantization import dequantize_model
 from .models.registry import resolve_model
 from .objectives import objective_class, objective_names
+from .objectives.base import Objective
 from .run_dir import CONFIG_FILE, RunDir, find_adapter_folder
 from .train_step.loss import auto_micro_batch_tokens, check_lm_head, get_row_head, make_collator
 from .train_step.memory_savings import apply_memory_savings
@@ -163,19 +164,15 @@ def cut_documents(
 
 
 def add_classes(recipe: Recipe, data: Datasets) -> Datasets:
-    """Return the rows with the ids of their classes, if the objective trains a classifier; for KTO with their labels.
+    """Return the rows as the objective takes them; for a classifier with the ids of their classes.
 
     Raises:
         DataError: there is one class only, or a class has no training row.
     """
     objective = recipe.objective()
-    if "unpaired-preference" in objective.formats:
-        labelled: dict[str, Any] = {
-            name: encode_goodness(getattr(data, name)) for name in ("train", "validation", "test")
-        }
-        return dataclasses.replace(data, **labelled)
     if objective.task_type != "SEQ_CLS":
-        return data
+        parts = [_prepare_rows(objective, rows) for rows in (data.train, data.validation, data.test)]
+        return dataclasses.replace(data, train=parts[0], validation=parts[1], test=parts[2])
     if "classification" not in objective.formats:
         return dataclasses.replace(data, classes=Classes())
     classes = find_classes(data.train)
@@ -191,6 +188,13 @@ def add_classes(recipe: Recipe, data: Datasets) -> Datasets:
         for name, file in files.items()
     }
     return dataclasses.replace(data, classes=classes, **encoded)
+
+
+def _prepare_rows(objective: Objective, rows: TokenizedDataset) -> TokenizedDataset:
+    """Return rows with their labels for KTO, and ranked lists as pairs if the objective wants that."""
+    if "unpaired-preference" in objective.formats:
+        return encode_goodness(rows)
+    return BestAndWorst(rows) if getattr(objective, "pairs", None) == "best-worst" else rows
 
 
 def split_test_rows(
@@ -212,8 +216,7 @@ def load_eval_dataset(
     """Read and tokenize rows for evaluation, with the recipe's length policy; `classes` are those of a classifier."""
     rows = open_rows_from_recipe(recipe, path)
     dataset, report = _tokenize(recipe, tokenizer, rows)
-    if rows.format == "unpaired-preference":
-        dataset = encode_goodness(dataset)
+    dataset = _prepare_rows(recipe.objective(), dataset)
     if classes is not None and classes.names:
         dataset = encode_classes(dataset, classes, dict.fromkeys(classes.names, 1.0), path)
     return cut_documents(recipe, tokenizer, rows, dataset), report

@@ -391,5 +391,5 @@ def test_examples_of_the_documentation(tmp_path):
                 named = {"format": "unpaired-preference" if '"completion"' in row else "classification"}
             format, found = read_one(tmp_path, json.loads(row), **named)
             seen.add(format)
-            assert found.chosen or found.tools or found.labels or supervised_text(found)
+            assert found.chosen or found.answers or found.tools or found.labels or supervised_text(found)
     assert seen == {*FORMATS} - {"document"}

@@ -17,7 +17,7 @@ def pair(chosen: int, rejected: int) -> dict:
 def test_measures_by_hand():
     pairs = [pair(2, 4), pair(3, 1), pair(2, 2)]
     base, tuned = [[-4, -6], [-9, -2], [-5, -4]], [[-3, -8], [-6, -3], [-4, -5]]
-    compare = partial(paired_bootstrap, tokens=[1] * 3, draws=200)
+    compare = partial(paired_bootstrap, draws=200)
     found = measure_preferences(pairs, base, tuned, compare)
     assert (found["base_accuracy"], found["tuned_accuracy"]) == pytest.approx((1 / 3, 2 / 3))
     assert (found["base_token_accuracy"], found["tuned_token_accuracy"]) == (0, 1)

@@ -1,4 +1,4 @@
-"""Runs on pairs, labels and classes do what runs on answers do: resume, recover memory, quantize, and train learned prompts."""
+"""Runs of every task do what runs on answers do: resume, recover memory, quantize, and train learned prompts."""
 
 import json
 from importlib.util import find_spec

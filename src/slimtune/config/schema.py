@@ -117,6 +117,7 @@ class DataSettings(Section):
             "text",
             "document",
             "preference",
+            "ranked-preference",
             "unpaired-preference",
             "classification",
         ]

@@ -9,6 +9,7 @@ step has no shape that depends on data (it can be traced on fake tensors):
     tokens         []   number of tokens of the rows, before prefixes are shared
     row_targets    R    supervised tokens of each row, a tuple of numbers
     example_rows   N    rows of each example, a tuple of numbers
+    row_scores     N    scores of the rows of each example, None for one that has none
 
 There are three kinds of micro-batches:
 
@@ -34,7 +35,7 @@ from .tokenized_dataset import Example, split_rows
 
 __all__ = ["IGNORE_INDEX", "Collator", "Example"]
 
-ROW_KEYS = ("input_ids", "labels", "line", "row_lengths")
+ROW_KEYS = ("input_ids", "labels", "line", "row_lengths", "row_scores")
 """Keys of an example that describe its rows; the numbers of all others become tensors of the batch."""
 
 
@@ -114,6 +115,7 @@ class Collator:
             "tokens": _int64(sum(map(len, rows))),
             "row_targets": tuple(sum(label != IGNORE_INDEX for label in labels[1:]) for _, labels in pairs),
             "example_rows": tuple(map(len, rows_of_examples)),
+            "row_scores": tuple(e.get("row_scores") for e in examples),
             **{
                 key: torch.from_numpy(np.array([e[key] for e in examples]))
                 for key in examples[0]

@@ -176,10 +176,8 @@ class RowFile:
         """Return an empty collection of errors that says what the rows should look like."""
         if self.format in ("chat", "unknown"):
             return RowErrorCollector(self.path, f"rows like {CHAT_EXAMPLE}", "repair or remove these rows")
-        columns = ", ".join(FORMATS[self.format].required)
-        return RowErrorCollector(
-            self.path, f"rows of the format {self.format}: {columns}", "repair or remove these rows"
-        )
+        expected = f"rows of the format {self.format}: {FORMATS[self.format]}"
+        return RowErrorCollector(self.path, expected, "repair or remove these rows")
 
 
 def describe_losses(columns: Collection[UnusedColumn]) -> str:

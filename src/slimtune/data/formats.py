@@ -6,6 +6,7 @@ report names them, and one of `COLUMN_MEANINGS` is an error.
 
 import contextlib
 import difflib
+import math
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ class Row:
     completion: str | None = None  # the text that is learned
     chosen: Messages | str | None = None  # the better answer of a preference pair
     rejected: Messages | str | None = None
+    answers: tuple[Messages | str, ...] | None = None  # of a ranked list, the best first
+    scores: tuple[float, ...] | None = None  # of the answers, higher is better
     is_good: bool | None = None  # whether the answer is good, by its label; None: it has no label
     labels: tuple[str, ...] | None = None  # the classes that the messages, or the prompt, belong to: one, or any number
     file: str | None = None  # its name, if rows come from several
@@ -121,23 +124,88 @@ def _read_preference(record: Record) -> Fields:
     return fields if prompt is None else fields | {"prompt": require_text(prompt, "'prompt'")}
 
 
-def split_pair(row: Row) -> list[Row]:
-    """Return a preference pair as the two rows that it trains, the better one first; any other row as it is.
+ANSWER_KEYS = ("response", "content", "answer")
+SCORE_KEYS = ("score", "overall_score", "rank")
+
+
+def _read_ranked_preference(record: Record) -> Fields:
+    """Read answers with scores, or with ranks, of which 1 is the best."""
+    if ("completions" in record) == ("responses" in record):
+        given = "has 'completions' and 'responses'" if "responses" in record else "has no 'completions' or 'responses'"
+        raise RowError(f"{given}: wanted one of them", "bad-list")
+    if "responses" in record:
+        answers, ranked = require_list(record["responses"], "responses"), "rankings" in record
+        column = "rankings" if ranked else "scores"
+        values = require_list(record.get(column), column)
+        if len(values) != len(answers):
+            raise RowError(f"has {len(answers)} responses and {len(values)} {column}", "bad-list")
+    else:
+        answers, values, found = [], [], set()
+        for i, item in enumerate(require_list(record["completions"], "completions")):
+            keys = item if isinstance(item, dict) else {}
+            answer, score = (next((k for k in names if k in keys), None) for names in (ANSWER_KEYS, SCORE_KEYS))
+            if answer is None or score is None:
+                wanted = f"an answer ({format_names(ANSWER_KEYS)}) and its score ({format_names(SCORE_KEYS)})"
+                raise RowError(f"completions[{i}] has {format_names(keys) or 'no keys'}: wanted {wanted}", "bad-list")
+            answers.append(keys[answer])
+            values.append(keys[score])
+            found.add(score)
+        ranked = "rank" in found
+        if ranked and len(found) > 1:
+            raise RowError("has completions with a rank and others with a score", "bad-list")
+    scores = [_parse_score(value, i) * (-1 if ranked else 1) for i, value in enumerate(values)]
+    if len(set(scores)) < 2:
+        raise RowError("has no two answers with different scores: there is nothing to prefer", "tied-answers")
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    prompt, texts = record["prompt"], [isinstance(answer, str) for answer in answers]
+    if isinstance(prompt, str) and not all(texts):
+        raise RowError("'prompt' is a text, and an answer is none: wanted texts, or a list of messages", "wrong-type")
+    parsed: list[Messages | str] = [
+        require_text(answer, f"answer {i + 1}") if text else parse_messages_and_train_mask(answer, f"answer {i + 1}")[0]
+        for i, (answer, text) in enumerate(zip(answers, texts, strict=True))
+    ]
+    fields: Fields = {
+        "messages": [],
+        "answers": tuple(parsed[i] for i in order),
+        "scores": tuple(scores[i] for i in order),
+    }
+    if isinstance(prompt, str):
+        return fields | {"prompt": require_text(prompt, "'prompt'")}
+    messages, _ = parse_messages_and_train_mask(prompt, "prompt", require_trained_turn=False)
+    return fields | {"messages": messages, "tools": read_tools(record.get("tools"))}
+
+
+def _parse_score(value: Any, number: int) -> float:
+    text = isinstance(value, str)
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)  # a text, as a CSV file has it
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        shown = f"{json_type(value)}: {str(value)[:40]}" if text or value is not None else "empty"
+        raise RowError(f"the score of answer {number + 1} is {shown}: wanted a number", "bad-score")
+    return score
+
+
+def split_answers(row: Row) -> list[Row]:
+    """Return the answers of a preference pair, or of a ranked list, as rows, the best first; any other row as it is.
 
     The prompt is what both answers begin with, if it is not given apart (TRL's implicit prompt): whole messages, or a
     text up to the last space. Only what follows the prompt is learned.
     """
-    if row.chosen is None or row.rejected is None:
+    answers = row.answers
+    if row.chosen is not None and row.rejected is not None:
+        answers = (row.chosen, row.rejected)
+    if answers is None:
         return [row]
-    single = replace(row, chosen=None, rejected=None)
-    if isinstance(row.chosen, str) and isinstance(row.rejected, str) and not row.messages:
+    single = replace(row, chosen=None, rejected=None, answers=None, scores=None)
+    texts = [answer for answer in answers if isinstance(answer, str)]
+    if len(texts) == len(answers) and not row.messages:
         if row.prompt is not None:
-            return [replace(single, completion=answer) for answer in (row.chosen, row.rejected)]
-        shared = common_prefix_length(row.chosen, row.rejected)
-        shared -= shared > 0 and row.chosen[shared - 1] == " "
-        prompt = row.chosen[:shared]
-        return [replace(single, prompt=prompt, completion=a[shared:]) for a in (row.chosen, row.rejected)]
-    answers = (row.chosen, row.rejected)
+            return [replace(single, completion=text) for text in texts]
+        shared = common_prefix_length(texts[0], texts[1])
+        shared -= shared > 0 and texts[0][shared - 1] == " "
+        return [replace(single, prompt=text[:shared], completion=text[shared:]) for text in texts]
     chats: list[Messages] = [[{"role": "assistant", "content": a}] if isinstance(a, str) else a for a in answers]
     shared = common_prefix_length(chats[0], chats[1])
     if row.messages and chats[0][: len(row.messages)] != row.messages:  # otherwise the answers repeat the prompt
@@ -219,6 +287,14 @@ class Format:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     read: Callable[[Record], Fields]
+    either: tuple[str, ...] = ()  # of these optional columns rows have one
+
+    def __str__(self) -> str:
+        return ", ".join([*self.required, *([" or ".join(self.either)] if self.either else [])])
+
+    def fits(self, present: Collection[str]) -> bool:
+        """Return whether these columns are those of the format."""
+        return set(self.required) <= set(present) and (not self.either or not set(self.either).isdisjoint(present))
 
 
 FORMATS = {
@@ -229,6 +305,12 @@ FORMATS = {
     "text": Format(("text",), (), _read_text),
     "document": Format(("text",), (), _read_text),
     "preference": Format(("chosen", "rejected"), ("prompt", "tools"), _read_preference),
+    "ranked-preference": Format(
+        ("prompt",),
+        ("completions", "responses", "scores", "rankings", "tools"),
+        _read_ranked_preference,
+        ("completions", "responses"),
+    ),
     "unpaired-preference": Format(("prompt", "completion", "label"), ("tools",), _read_unpaired_preference),
     "classification": Format(("label",), ("text", "messages", "tools"), _read_classification),
 }
@@ -357,14 +439,14 @@ def detect_format(path: Path, records: Iterable[Record], choice: ColumnChoice, f
         return format
     records = list(map(choice.apply, records))
     present = list(dict.fromkeys(key for record in records for key in record))
-    fitting = [n for n, f in FORMATS.items() if n not in NAMED_FORMATS and set(f.required) <= set(present)]
+    fitting = [n for n, f in FORMATS.items() if n not in NAMED_FORMATS and f.fits(present)]
     if len(fitting) == 2 and "text" in fitting:  # Alpaca's own rows: the text repeats the other columns
         (other,) = set(fitting) - {"text"}
         if all(_is_rendering(record, other) for record in records):
             return other
     if len(fitting) == 1:
         return fitting[0]
-    columns_of_formats = "; ".join(f"{name}: {', '.join(f.required)}" for name, f in FORMATS.items())
+    columns_of_formats = "; ".join(f"{name}: {f}" for name, f in FORMATS.items())
     expected = f"the columns of one format ({columns_of_formats})"
     if fitting:
         problem = f"{path} may be {' or '.join(fitting)}: its rows have {format_names(present)}"
@@ -382,6 +464,8 @@ def suggest_flags(present: Iterable[str]) -> tuple[list[str], list[tuple[str, st
     flags: list[str] = []
     misspelled: list[tuple[str, str]] = []
     for name, f in FORMATS.items():
+        if f.either:
+            continue
         found: dict[str, str] = {}
         for role in (*f.required, *f.optional):
             known = next((n for n in (role, *COLUMN_SYNONYMS.get(role, ())) if n in names), None)

@@ -20,7 +20,7 @@ from ..utils.formatting import format_count
 from . import chat_template
 from .chat_template import RenderedText, TokenizedRow
 from .dataset import MAX_ERRORS, RowErrorCollector, RowFile
-from .formats import InvalidRow, Row, split_pair
+from .formats import InvalidRow, Row, split_answers
 from .messages import REASONING_KEYS, RowError, check_template_keys, check_thinking, get_thinking
 from .parallel import parallel_map
 from .tokenized_dataset import DatasetWriter, TokenizedDataset
@@ -133,7 +133,7 @@ def tokenize_rows(
             code = "template-leaves-out" if "leaves out" in error.message else "template-refuses"
             return InvalidRow(row.line, error.message, code, row.file)
 
-    parts = [split_pair(row) for row in rows]
+    parts = [split_answers(row) for row in rows]
     first = next((row for pair in parts for row in pair if row.messages), None)
     rendered = [render(part) for pair in parts for part in pair]
     texts = [one.text for one in rendered if isinstance(one, RenderedText)]
@@ -146,19 +146,24 @@ def tokenize_rows(
         else:
             found.append(one)
     left = iter(found)
-    return [_join_pair([next(left) for _ in pair], pair[0]) for pair in parts]
+    return [_join_answers([next(left) for _ in pair], row) for pair, row in zip(parts, rows, strict=True)]
 
 
-def _join_pair(found: Sequence[TokenizedRow | InvalidRow], row: Row) -> TokenizedRow | InvalidRow:
-    """Return the rows of a pair as one, or what is wrong with it; a single row as it is."""
+def _join_answers(found: Sequence[TokenizedRow | InvalidRow], row: Row) -> TokenizedRow | InvalidRow:
+    """Return the rows of a pair or a list as one, or what is wrong with it; a single row as it is."""
     tokens = [one for one in found if isinstance(one, TokenizedRow)]
     if len(tokens) < len(found):
         return next(one for one in found if isinstance(one, InvalidRow))
-    if len(tokens) > 1 and tokens[0].input_ids == tokens[1].input_ids:
-        return InvalidRow(row.line, "the chosen answer is the rejected one", "same-pair", row.file, "remove the row")
-    for name, one in zip(("chosen", "rejected"), tokens if len(tokens) > 1 else (), strict=False):
+    is_list, scores = row.scores is not None, row.scores or range(len(tokens))
+    for (i, one), (j, other) in itertools.combinations(enumerate(tokens), 2):
+        if one.input_ids == other.input_ids and scores[i] != scores[j]:
+            same = "two answers with different scores are the same"
+            cause = same if is_list else "the chosen answer is the rejected one"
+            return InvalidRow(row.line, cause, "same-pair", row.file, "remove the row")
+    for number, one in enumerate(tokens if len(tokens) > 1 else ()):
         if not any(one.supervised[1:]):
-            cause = f"the {name} answer has no token of its own after the prompt that both share"
+            name = "an answer" if is_list else f"the {('chosen', 'rejected')[number]} answer"
+            cause = f"{name} has no token of its own after the prompt that they share"
             return InvalidRow(row.line, cause, "empty-answer", row.file)
     return chat_template.join_rows(tokens)
 
@@ -172,7 +177,8 @@ class TokenizedBatch:
     ids: np.ndarray  # int32 [T]: the tokens of the kept rows, one row after another
     supervised: np.ndarray  # bool [T]
     lengths: np.ndarray  # int64 [N], of the kept rows
-    row_lengths: list[list[int] | None]  # of each of the two rows of a kept pair
+    row_lengths: list[list[int] | None]  # of each row of a kept pair or list
+    row_scores: list[list[float] | None]  # of the answers of a kept list
     lines: np.ndarray  # int64 [N]
     overlong: list[int]  # lines of the rows that are too long
     unsupervised: list[int]  # lines of the kept rows without a supervised token, nor a label
@@ -214,6 +220,7 @@ class BatchTokenizer:
         ids: list[list[int]] = []
         supervised: list[list[bool]] = []
         row_lengths: list[list[int] | None] = []
+        row_scores: list[list[float] | None] = []
         lines, overlong, unsupervised, labels = [], [], [], []
         for row, tokens in pairs:
             if isinstance(tokens, InvalidRow):
@@ -231,6 +238,7 @@ class BatchTokenizer:
             ids.append(kept.input_ids)
             supervised.append(kept.supervised)
             row_lengths.append(list(kept.row_lengths) if kept.row_lengths else None)
+            row_scores.append(list(row.scores) if row.scores else None)
             count = sum(supervised[-1][1:])
             if row.label_names is not None:
                 labels.append(row.label_names)
@@ -247,6 +255,7 @@ class BatchTokenizer:
             np.fromiter(itertools.chain.from_iterable(supervised), bool, report.tokens),
             lengths,
             row_lengths,
+            row_scores,
             np.array(lines, np.int64),
             overlong,
             unsupervised,
@@ -294,7 +303,13 @@ def tokenize_dataset(
     with DatasetWriter() as writer:
         for batch in parallel_map(function, batch_rows(rows), processes):
             writer.write(
-                batch.ids, batch.supervised, batch.lengths, batch.lines, batch.row_lengths, classes=batch.labels
+                batch.ids,
+                batch.supervised,
+                batch.lengths,
+                batch.lines,
+                batch.row_lengths,
+                classes=batch.labels,
+                row_scores=batch.row_scores,
             )
             total.add(batch.report)
             overlong += batch.overlong

@@ -18,7 +18,8 @@ Example = dict[str, Any]
 """`{"input_ids": [L], "labels": [L], "line": int}`; a label is its token, or `IGNORE_INDEX` if it is not learned.
 
 An example of several rows, such as a preference pair, has their tokens one after another and `row_lengths`, the tokens
-of each. Its rows lie in one micro-batch. Other keys are numbers, or lists of numbers, that an objective needs.
+of each. Its rows lie in one micro-batch. A ranked list has `row_scores`, too, the best first. Other keys are numbers,
+or lists of numbers, that an objective needs.
 """
 
 
@@ -125,6 +126,7 @@ class TokenizedDataset(Sequence[Example]):
             ids, supervised = self._read_arrays(i)
             digest.update(np.where(supervised, ~ids, ids).tobytes())
             digest.update("\0".join(self._table["classes"][i].as_py() or []).encode())
+            digest.update(str(self._table["row_scores"][i].as_py() or "").encode())
         return digest.hexdigest()
 
     def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
@@ -132,12 +134,13 @@ class TokenizedDataset(Sequence[Example]):
         index = self._indices[number]
         ids, supervised = (values[start:end] for values in self._read_arrays(index))
         labels = np.where(supervised, ids, IGNORE_INDEX)
-        row_lengths = self._table["row_lengths"][index].as_py()
+        row_lengths, row_scores = (self._table[name][index].as_py() for name in ("row_lengths", "row_scores"))
         return {
             "input_ids": ids.tolist(),
             "labels": labels.tolist(),
             "line": self._table["line"][index].as_py(),
             **({"row_lengths": row_lengths} if row_lengths else {}),
+            **({"row_scores": row_scores} if row_scores else {}),
             **{name: values[number].tolist() for name, values in self._columns.items()},
         }
 
@@ -164,6 +167,35 @@ class FirstRows(TokenizedDataset):
         return {"input_ids": ids[start:end], "labels": labels[start:end], "line": example["line"]}
 
 
+class BestAndWorst(TokenizedDataset):
+    """Preference pairs, and ranked lists as pairs of their best and their worst answer."""
+
+    def __init__(self, examples: TokenizedDataset) -> None:
+        super().__init__(examples._table, examples._indices, examples._columns)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each example, int64 [N]."""
+        return np.array(self.row_lengths, np.int64).reshape(-1, 2).sum(1)
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Number of tokens of each row."""
+        rows = self._table["row_lengths"].take(self._indices).to_pylist()
+        return [n for lengths in rows for n in (lengths[0], lengths[-1])]
+
+    def select(self, indices: np.ndarray) -> "BestAndWorst":
+        """Return the dataset of these examples, in this order."""
+        return BestAndWorst(super().select(indices))
+
+    def read(self, number: int, start: int = 0, end: int | None = None) -> Example:
+        """Return the best and the worst answer as a pair."""
+        example = super().read(number)
+        (ids, labels), *_, (worst, worst_labels) = split_rows(example)
+        pair = {"input_ids": ids + worst, "labels": labels + worst_labels, "row_lengths": [len(ids), len(worst)]}
+        return {k: v for k, v in example.items() if k != "row_scores"} | pair
+
+
 class DatasetWriter:
     """Writes tokenized examples into a temporary file without a name: nothing of it is left after a crash."""
 
@@ -173,7 +205,8 @@ class DatasetWriter:
 
         self._arrow = pa
         columns = {"input_ids": pa.list_(pa.int32()), "supervised": pa.list_(pa.bool_()), "line": pa.int64()}
-        self._schema = pa.schema({**columns, "row_lengths": pa.list_(pa.int32()), "classes": pa.list_(pa.string())})
+        columns |= {"row_lengths": pa.list_(pa.int32()), "classes": pa.list_(pa.string())}
+        self._schema = pa.schema({**columns, "row_scores": pa.list_(pa.float64())})
         self._file = tempfile.TemporaryFile(prefix="slimtune-rows-")  # noqa: SIM115 closed by __exit__
         self._stream = ipc.new_stream(pa.PythonFile(self._file, "w"), self._schema)
 
@@ -191,6 +224,7 @@ class DatasetWriter:
         lines: np.ndarray,
         row_lengths: Sequence[list[int] | None] | None = None,
         classes: Sequence[Sequence[str]] | None = None,
+        row_scores: Sequence[list[float] | None] | None = None,
     ) -> None:
         """Write examples.
 
@@ -199,13 +233,15 @@ class DatasetWriter:
             lengths, lines: tokens and line of each, int64 [N].
             row_lengths: tokens of each row of an example of several rows; None: each has one row.
             classes: names of the classes of each; None: they have none.
+            row_scores: of the answers of a ranked list, the best first; None: there is no such list.
         """
         offsets = self._arrow.array(np.concatenate([[0], np.cumsum(lengths)]), self._arrow.int32())
         lists = [self._arrow.ListArray.from_arrays(offsets, self._arrow.array(a)) for a in (ids, supervised)]
         rows = self._arrow.array(row_lengths or [None] * len(lines), self._schema.field("row_lengths").type)
         given: Sequence[Any] = classes or [None] * len(lines)
         names = self._arrow.array(given, self._schema.field("classes").type)
-        batch = self._arrow.record_batch([*lists, self._arrow.array(lines), rows, names], self._schema)
+        scores = self._arrow.array(row_scores or [None] * len(lines), self._schema.field("row_scores").type)
+        batch = self._arrow.record_batch([*lists, self._arrow.array(lines), rows, names, scores], self._schema)
         path = Path(tempfile.gettempdir()) / "slimtune-rows"
         with translate_os_errors(path, batch.nbytes, "let TMPDIR name a folder on another disk"):
             self._stream.write_batch(batch)

@@ -20,7 +20,7 @@ import numpy as np
 from ..config import Recipe
 from ..data.collator import Example
 from ..data.dataset import Row
-from ..data.formats import split_pair
+from ..data.formats import split_answers
 from ..data.general_text import WINDOW, read_general_text, tokenize_general_text
 from ..data.tokenize import RowReport
 from ..data.tokenized_dataset import TokenizedDataset
@@ -135,7 +135,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     if settings.generate:
         generator = Generator(trained)
         found = open_rows_from_recipe(recipe, file or recipe.data.train).require_valid_rows()
-        prompts = sample_prompts((split_pair(row)[0] for row in found), examples, settings.generate)
+        prompts = sample_prompts((split_answers(row)[0] for row in found), examples, settings.generate)
         for prompt in prompts:  # check that each has room for an answer before anything is scored
             generator.tokenize_prompt(prompt.messages, settings.max_new_tokens)
     general: list[Example] = []

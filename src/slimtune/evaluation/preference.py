@@ -5,7 +5,7 @@
     margin            mean of log p(chosen) − log p(rejected), in nats per pair
 
 A pair on which the tuned model's margin is higher than the base's is one whose chosen answer has the higher reward in
-TRL's sense (`rewards/accuracies`), with the base as the reference. Intervals are paired over pairs.
+TRL's sense (`rewards/accuracies`), with the base as the reference. Intervals are paired over examples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..data.tokenized_dataset import Example, FirstRows, split_rows
+from ..objectives.base import list_pairs
 from ..train_step.loss import count_targets, score_row_logps
 from .base import Evaluation, RowFigures
 from .statistics import PairedEstimate
@@ -47,17 +48,23 @@ class PreferenceEvaluation(Evaluation):
 
 
 def measure_preferences(
-    pairs: Sequence[Example], base: Logps, tuned: Logps, compare: Callable[..., PairedEstimate]
+    examples: Sequence[Example], base: Logps, tuned: Logps, compare: Callable[..., PairedEstimate]
 ) -> dict[str, Any]:
     """Return the measures of the module with intervals, `base_…`, `tuned_…` and `…_gain`, and those by length.
 
     Args:
-        pairs: the evaluated pairs.
-        base, tuned: log p of the two answers of each pair [N, 2].
-        compare: compares two values of each pair [N] with intervals (`Evaluation.compare`).
+        examples: the evaluated pairs, or ranked lists, of which all pairs with different scores count.
+        base, tuned: log p of the answers of each example [N][K].
+        compare: compares sums of each example [N] per size [N] with intervals (`Evaluation.compare`).
     """
-    tokens = np.array([[count_targets({"labels": labels}) for _, labels in split_rows(e)] for e in pairs])
-    logps = {"base": np.asarray(base, float), "tuned": np.asarray(tuned, float)}
+    pairs = [(n, i, j) for n, e in enumerate(examples) for i, j in list_pairs(e.get("row_scores"))]
+    owners = np.array([n for n, _, _ in pairs])
+
+    def take(values: Sequence[Sequence[float]]) -> np.ndarray:
+        return np.array([[values[n][i], values[n][j]] for n, i, j in pairs], float)
+
+    tokens = take([[count_targets({"labels": labels}) for _, labels in split_rows(e)] for e in examples])
+    logps = {"base": take(base), "tuned": take(tuned)}
 
     def is_higher(values: np.ndarray) -> np.ndarray:
         return (values[:, 0] > values[:, 1]).astype(float)
@@ -70,7 +77,8 @@ def measure_preferences(
     result: dict[str, Any] = {"pairs": len(pairs)}
     for name, measure in measures.items():
         # More is better here, so the tuned model comes first: base - tuned is the gain.
-        found = compare(measure(logps["tuned"]), measure(logps["base"]))
+        sums = (np.bincount(owners, measure(values)) for values in (logps["tuned"], logps["base"]))
+        found = compare(*sums, np.bincount(owners))
         estimates = {f"base_{name}": found.tuned, f"tuned_{name}": found.base, f"{name}_gain": found.difference}
         for key, estimate in estimates.items():
             result[key], result[f"{key}_ci95"] = estimate.value, estimate.interval

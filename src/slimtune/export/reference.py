@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..config import Recipe
 from ..data.chat_template import TokenizedRow
-from ..data.formats import Row, split_pair
+from ..data.formats import Row, split_answers
 from ..data.tokenize import tokenize_rows
 from ..setup import open_rows_from_recipe
 from ..utils.chat_rendering import render_chat_template
@@ -213,7 +213,7 @@ def make_texts(tokenizer: Any, recipe: Recipe | None, config: Any, rows: Path | 
     held_out = (recipe.data.validation, recipe.data.test) if recipe is not None else ()
     if file := rows or next((f for f in held_out if f is not None and f.exists()), None):
         valid = open_rows_from_recipe(recipe, file).require_valid_rows()
-        compared += itertools.islice((part for row in valid for part in split_pair(row)), MAX_ROWS)
+        compared += itertools.islice((part for row in valid for part in split_answers(row)), MAX_ROWS)
     longest = min(getattr(config, "max_position_embeddings", None) or MAX_TOKENS, MAX_TOKENS)
     texts: list[Text] = []
     for row in compared:

@@ -1,5 +1,6 @@
 """What an objective is made of: its settings, the rows it takes, the loss of a micro-batch, and its measures."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,6 +17,9 @@ Example = dict[str, Any]
 """A tokenized example (data/tokenized_dataset.py)."""
 ScoreRows = Callable[[Sequence[Example]], Sequence[Sequence[float]]]
 """Returns the summed log p of each row of some examples, without gradient."""
+
+
+RANKED_PAIRS = "pairs of a ranked list: all with different scores, or its best answer against its worst"
 
 
 @dataclass
@@ -95,43 +99,84 @@ def sum_rows(values: Tensor, batch: Batch) -> Tensor:
     return torch.stack([part.sum() for part in values.split(batch["row_targets"])])
 
 
+def list_pairs(scores: Sequence[float] | None) -> list[tuple[int, int]]:
+    """Return the numbers of the better and of the worse row of each pair of an example.
+
+    Rows with scores are compared each with each, unless two have the same score; without scores there are two rows.
+    """
+    if scores is None:
+        return [(0, 1)]
+    return [(i, j) for i, score in enumerate(scores) for j, other in enumerate(scores) if score > other]
+
+
 @dataclass
 class PairObjective(Objective):
     """An objective on preference pairs: the first row of an example is the chosen answer, the second the rejected one.
 
-    A subclass gives `pair_losses`. Its rewards are TRL's: what the model prefers is the answer with the higher one.
+    Of a ranked list, all pairs of answers with different scores count alike; their rows are computed once. A subclass
+    gives `pair_losses`. Its rewards are TRL's: what the model prefers is the answer with the higher one.
     """
 
-    formats: ClassVar[tuple[str, ...]] = ("preference",)
+    formats: ClassVar[tuple[str, ...]] = ("preference", "ranked-preference")
     rows_per_example: ClassVar[int] = 2
     learning_rate_factor: ClassVar[float] = 0.1
-    measures: ClassVar[tuple[str, ...]] = ("loss", "rewards/chosen", "rewards/rejected")
+    measures: ClassVar[tuple[str, ...]] = (
+        "pairs",
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+    )
 
-    def pair_losses(self, logps: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss of each pair [N] and the rewards of its two answers [N, 2].
+    def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the loss of each pair [P] and the rewards of its two answers [P, 2].
 
         Args:
-            logps: log p of the two answers, summed over their tokens [N, 2].
-            tokens: their numbers of tokens [N, 2].
-            batch: the micro-batch.
+            logps: log p of the two answers, summed over their tokens [P, 2].
+            tokens: their numbers of tokens [P, 2].
+            reference: their log p under the reference [P, 2], if the objective needs it.
         """
         raise NotImplementedError
 
-    def _losses_and_rewards(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def count_items(self, examples: Sequence[Example]) -> Any:
+        """Return the number of pairs."""
+        return sum(len(list_pairs(e.get("row_scores"))) for e in examples)
+
+    def _losses_and_rewards(self, values: Tensor, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
+        """Return losses and rewards of all pairs, and the number of pairs of each example."""
+        ends = list(itertools.accumulate(batch["example_rows"]))
+        pairs = [
+            [(end - rows + i, end - rows + j) for i, j in list_pairs(scores)]
+            for end, rows, scores in zip(ends, batch["example_rows"], batch["row_scores"], strict=True)
+        ]
+        numbers = [row for some in pairs for pair in some for row in pair]
+
+        def take(rows: Tensor) -> Tensor:
+            # Indexing would add gradients in another order each time on a GPU.
+            each = rows.unbind()
+            return torch.stack([each[i] for i in numbers]).view(-1, 2)
+
+        reference = None
+        if self.needs_reference:
+            parts = zip(batch["reference"], batch["example_rows"], strict=True)
+            reference = take(torch.cat([logps[:rows] for logps, rows in parts]).to(values.dtype))
         tokens = torch.tensor(batch["row_targets"], dtype=values.dtype, device=values.device)
-        return self.pair_losses(-sum_rows(values, batch).view(-1, 2), tokens.view(-1, 2), batch)
+        losses, rewards = self.pair_losses(take(-sum_rows(values, batch)), take(tokens), reference)
+        return losses, rewards, [*map(len, pairs)]
 
     def loss(self, values: Tensor, batch: Batch, num_items: Any) -> Tensor:
         """Return the summed losses of the micro-batch's pairs, divided by the step's pairs."""
         return self._losses_and_rewards(values, batch)[0].sum() / num_items
 
     def score(self, values: Tensor, batch: Batch) -> Tensor:
-        """Return the loss and the two rewards of each pair."""
-        losses, rewards = self._losses_and_rewards(values.double(), batch)
-        return torch.cat([losses[:, None], rewards], dim=1)
+        """Return the number of pairs of each example, and the sums of their measures."""
+        losses, rewards, counts = self._losses_and_rewards(values.double(), batch)
+        wins = (rewards[:, :1] > rewards[:, 1:]).double()
+        pairs = torch.cat([torch.ones_like(wins), losses[:, None], rewards, wins], dim=1)
+        return torch.stack([part.sum(0) for part in pairs.split(counts)])
 
     def summarize(self, scores: np.ndarray) -> dict[str, float]:
         """Return the means, how often the chosen answer has the higher reward, and by how much on average."""
-        means = dict(zip(self.measures, scores.mean(axis=0).tolist(), strict=True))
-        margins = scores[:, 1] - scores[:, 2]
-        return means | {"rewards/accuracies": float((margins > 0).mean()), "rewards/margins": float(margins.mean())}
+        pairs, *sums = scores.sum(axis=0).tolist()
+        means = {name: total / pairs for name, total in zip(self.measures[1:], sums, strict=True)}
+        return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}

@@ -9,7 +9,7 @@
     robust         (−(1 − ε) log σ(β h) + ε log σ(−β h)) / (1 − 2ε)   ε: label_smoothing (2403.00409)
 
 The reference is the model without the adapter, or with the adapter that training continues from. Its log p are computed
-once, before training. The loss of a step is the mean over its pairs.
+once, before training. The loss of a step is the mean over its pairs; a list of K answers has up to K (K - 1) / 2.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..adapters.config_fields import setting
 from ..errors import ConfigError
-from .base import Batch, PairObjective
+from .base import RANKED_PAIRS, PairObjective
 
 
 @dataclass
@@ -38,15 +38,18 @@ class DPO(PairObjective):
         0.0, "with loss_type robust: probability that the two answers of a pair are swapped", ge=0, lt=0.5
     )
 
+    pairs: Literal["all", "best-worst"] = setting("all", RANKED_PAIRS)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.label_smoothing and self.loss_type != "robust":
             message = f"label_smoothing is {self.label_smoothing}, and loss_type {self.loss_type} has none"
             raise ConfigError(message, "loss_type robust, or label_smoothing 0")
 
-    def pair_losses(self, logps: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the losses [N] and the rewards β · (log p − log p_ref) [N, 2]."""
-        log_ratios = logps - batch["reference"].to(logps.dtype)
+        assert reference is not None
+        log_ratios = logps - reference
         ratios = log_ratios / tokens.clamp_min(1) if self.loss_type in ("ipo", "sigmoid_norm") else log_ratios
         h = ratios[:, 0] - ratios[:, 1]
         if self.loss_type == "hinge":

@@ -27,6 +27,8 @@ class ORPO(PairObjective):
     name: ClassVar[str] = "orpo"
     summary: ClassVar[str] = "the chosen answers, and to prefer them, in one run without a reference"
 
+    formats: ClassVar[tuple[str, ...]] = ("preference",)
+
     beta: float = setting(0.1, "weight of the preference beside the cross-entropy (λ of the paper)", ge=0)
 
     def count_items(self, examples: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
@@ -40,7 +42,7 @@ class ORPO(PairObjective):
         chosen_nll = sum_rows(values, batch).view(-1, 2)[:, 0]
         return chosen_nll.sum() / tokens + self._odds_losses(values, batch)[0].sum() / pairs
 
-    def pair_losses(self, logps: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the sum of both parts, the cross-entropy per token of its pair [N], and the rewards [N, 2]."""
         mean = logps / tokens.clamp_min(1)
         losses, rewards = self._compare(mean)

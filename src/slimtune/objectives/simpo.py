@@ -7,13 +7,13 @@ of β, since TRL's default of 0.1 is CPO's. The loss of a step is the mean over 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.config_fields import setting
-from .base import Batch, PairObjective
+from .base import RANKED_PAIRS, PairObjective
 
 
 @dataclass
@@ -27,7 +27,9 @@ class SimPO(PairObjective):
     simpo_gamma: float = setting(0.5, "margin that the chosen answer's reward must have", ge=0)
     label_smoothing: float = setting(0.0, "probability that the two answers of a pair are swapped", ge=0, lt=0.5)
 
-    def pair_losses(self, logps: Tensor, tokens: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    pairs: Literal["all", "best-worst"] = setting("all", RANKED_PAIRS)
+
+    def pair_losses(self, logps: Tensor, tokens: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the losses [N] and the rewards β · log p per token [N, 2]."""
         rewards = self.beta * logps / tokens.clamp_min(1)
         h = rewards[:, 0] - rewards[:, 1] - self.simpo_gamma

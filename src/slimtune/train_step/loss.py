@@ -213,9 +213,8 @@ def score_row_logps(
 ) -> dict[int, list[float]]:
     """Return the summed log p of each row of each example, by its number; arguments as for `score_examples`."""
 
-    def measure(batch: dict[str, Any]) -> Tensor:
-        logps = -sum_rows(token_nll(model, batch).double(), batch)
-        return logps.view(len(batch["example_rows"]), -1)
+    def measure(batch: dict[str, Any]) -> Sequence[Tensor]:
+        return (-sum_rows(token_nll(model, batch).double(), batch)).split(batch["example_rows"])
 
     return score_examples(model, examples, collator, measure, **options)
 
@@ -225,7 +224,7 @@ def score_examples(
     model: Any,
     examples: Sequence[Example],
     collator: Collator,
-    measure: Callable[[dict[str, Any]], Tensor],
+    measure: Callable[[dict[str, Any]], Tensor | Sequence[Tensor]],
     *,
     group_rows: Callable[[Sequence[Example]], Iterable[Sequence[int]]] | None = None,
 ) -> dict[int, list[float]]:

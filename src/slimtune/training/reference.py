@@ -2,7 +2,8 @@
 
 The reference is the model without its adapter, or with the adapter that training continues from. So training holds one
 model and runs one forward pass a step. The values are kept in the run folder, in reference.safetensors (`train` and
-`validation`, fp64 [examples, rows of an example]), and read again when the run is resumed.
+`validation`, fp64 [examples, rows of an example], NaN where an example has fewer rows than another), and read again
+when the run is resumed.
 """
 
 from contextlib import nullcontext
@@ -58,7 +59,10 @@ def _compute(rows: TokenizedDataset, model: Any, collator: Collator, logger: Any
         collator, device, logger, any_failed=lambda failed: distributed.all_reduce_sum([float(failed)])[0] > 0
     )
     logps = score_in_parts(score_row_logps, "reference log-probabilities", model, rows, sharder, recovery)
-    return np.array(logps) if logps else np.zeros((0, 1))
+    values = np.full((len(rows), max(map(len, logps), default=1)), np.nan)
+    for row, own in zip(values, logps, strict=True):
+        row[: len(own)] = own
+    return values
 
 
 def _load(run: RunDir, digests: dict[str, str]) -> dict[str, np.ndarray] | None:

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 from ...utils.chat_rendering import render_chat_template
 from ...utils.sequences import common_prefix_length
 from ..chat_template import TokenizedRow, compile_alternatives, end_of_turn_ids
-from ..formats import Row, split_pair
+from ..formats import Row, split_answers
 from ..tokenize import PairedRow
 from .near_duplicates import Array, compute_signatures, find_common_trigrams, hash_texts
 from .text_checks import PLAIN_FORMATS, find_rendered_format, find_text_issues, is_placeholder
@@ -52,10 +52,11 @@ class BatchValidator:
         self.common_trigrams: Array | None = None
 
     def __call__(self, pairs: Sequence[PairedRow]) -> BatchStats:
-        # Of a preference pair the better row is looked at, and the text of the other.
-        found = [(split_pair(row)[0], tokens.split()[0]) for row, tokens in pairs if isinstance(tokens, TokenizedRow)]
-        longest = [max(t.row_lengths or (len(t.input_ids),)) for _, t in pairs if isinstance(t, TokenizedRow)]
-        rejected = [_get_rejected_texts(row) for row, tokens in pairs if isinstance(tokens, TokenizedRow)]
+        # Of a preference pair or a ranked list the best row is looked at, and the text of the others.
+        valid = [(row, tokens) for row, tokens in pairs if isinstance(tokens, TokenizedRow)]
+        found = [(split_answers(row)[0], tokens.split()[0]) for row, tokens in valid]
+        longest = [max(tokens.row_lengths or (len(tokens.input_ids),)) for _, tokens in valid]
+        rejected = [_get_rejected_texts(row) for row, _ in valid]
         ids = [tokens.input_ids for _, tokens in found]
         if self.common_trigrams is None:
             self.common_trigrams = find_common_trigrams(ids)
@@ -129,8 +130,9 @@ def _control_tokens(tokenizer: Any) -> set[str]:
 
 
 def _get_rejected_texts(row: Row) -> list[tuple[str, str]]:
-    answers = [{"content": row.rejected}] if isinstance(row.rejected, str) else row.rejected or []
-    return [("rejected", m.get("content") or "") for m in answers]
+    worse = [row.rejected] if row.answers is None else row.answers[1:]
+    messages = [m for a in worse for m in ([{"content": a}] if isinstance(a, str) else a or [])]
+    return [("rejected", m.get("content") or "") for m in messages]
 
 
 def _split_texts(row: Row, rejected: list[tuple[str, str]]) -> tuple[list[str], str, list[tuple[str, str]]]:
