@@ -60,8 +60,12 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return PLANS[method]
 
     def launch_worker(recipe_file: Path, log_file: Path, **settings: Any) -> WorkerResult:
-        started.append(recipe_file.stem)
+        files = [recipe_file, *settings.pop("others", ())]
+        started.extend(file.stem for file in files)
         try:
+            if len(files) > 1:
+                failed = worker.run_cells(files, force=settings["force"])
+                return WorkerResult("", False, 0.0, {str(file): e.message for file, e in failed.items()})
             worker.run_cell(recipe_file, **{k: v for k, v in settings.items() if k != "should_stop"})
         except SlimtuneError as e:
             return WorkerResult(e.message, False, 0.0)

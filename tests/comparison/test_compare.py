@@ -101,6 +101,20 @@ def test_killed_and_resumed_gives_the_same_numbers(grid, in_process, monkeypatch
     assert in_process == []
 
 
+@pytest.mark.slow
+def test_seeds_at_once_give_the_numbers_of_seeds_alone(grid, in_process):
+    alone = by_method(compare(grid("lora", "ia3", out="alone")))
+    del in_process[:]
+    result = compare(grid("lora", "ia3", at_once=2))
+    assert in_process == ["lora-7", "lora-8", "ia3-7", "ia3-8"]
+    assert result["failed"] == []
+    for name, line in by_method(result).items():
+        assert line["loss_reduction_by_seed"] == pytest.approx(alone[name]["loss_reduction_by_seed"], abs=1e-6)
+        assert line["trained_tokens"] == alone[name]["trained_tokens"]
+    table = (grid("lora").output_dir / "table.md").read_text()
+    assert "Peak memory is that of a process in which up to 2 seeds of a method trained at once." in table
+
+
 def test_failed_run_is_reported_and_tried_again(grid, without_training, monkeypatch):
     launch_worker = module.launch_worker
 

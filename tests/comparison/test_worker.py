@@ -32,6 +32,13 @@ def test_error_is_one_line(launch_script):
     assert launch_script(code).error == "no rows; expected: some"
 
 
+def test_errors_of_runs_at_once_are_apart(launch_script, tmp_path):
+    code = """print('{"message": "no rows", "expected": "", "hint": "", "recipe": "b.yaml"}'); raise SystemExit(1)"""
+    result = launch_script(code, others=[tmp_path / "b.yaml"])
+    assert (result.error, result.failed) == ("", {"b.yaml": "no rows"})
+    assert launch_script("raise SystemExit(3)", others=[tmp_path / "b.yaml"]).error.startswith("its process ended with")
+
+
 @pytest.mark.parametrize(
     ("code", "error"),
     [

@@ -79,6 +79,8 @@ class ActiveAdapters:
     """During a mixed batch: each row's adapter, `BASE_ROW` for none."""
     call_id: int = 0
     """Number of the current mixed call."""
+    packed_runs: Any = None
+    """During a packed call for several models: the `PackedRuns` with the adapter of each span of tokens."""
     changed_tokens: Mapping[str, ChangedTokens] | None = None
     """During a call with activated LoRAs: the tokens that each one changes."""
     invocation_starts: Mapping[str, Tensor] | None = None

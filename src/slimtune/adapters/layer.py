@@ -67,6 +67,8 @@ class AdaptedLayer(PickledByRecipe, PeftNames, AdaptedModule):
             return base(*args, **kwargs)  # its weight contains the update: see `_make_parameter_property`
         if layer_kind(self) is not None and not args:
             args = (kwargs.pop(next(iter(kwargs))),)
+        if active.packed_runs is not None:
+            return active.packed_runs.run_layer(self, base, args[0])
         if active.row_adapters is not None:
             return self._run_mixed_rows(base, args, kwargs)
         adapters: Any = self._modules["adapters"]

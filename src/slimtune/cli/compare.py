@@ -26,6 +26,7 @@ def compare(
     tokens: Annotated[int | None, Option(min=1, help="Trained tokens of a run. Default: the recipe's length.")] = None,
     tune: Annotated[bool, Option("--tune", help="Search each method's learning rate first.")] = False,
     trials: Annotated[int, Option(min=2, help="With --tune: learning rates tried for each method.")] = 8,
+    at_once: Annotated[int, Option(min=1, help="Seeds of a method that train at once, on one base in memory.")] = 1,
     out: Annotated[Path | None, Option(help="Folder. Default: the recipe's output_dir with -compare.")] = None,
     force: Annotated[bool, Option("--force", help="Train on faulty data.")] = False,
     plot: Annotated[Path | None, Option(help="Also draw the chart into this .svg or .png.")] = None,
@@ -64,6 +65,7 @@ def compare(
         print_progress(f"the recipe's learning rate, {rate}, is not used: {reason}")
     folder = out if out is not None else Path(f"{tree.get('output_dir', 'runs/run')}-compare")
     how: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "trials": trials if tune else 0, "force": force}
+    how["at_once"] = at_once
     grid = build_grid(tree, candidates, output_dir=folder.expanduser(), **how)
     result = comparison.compare(grid, print_progress, plot=plot)
     if not as_json:

@@ -113,31 +113,44 @@ def _search_learning_rates(grid: Grid, log: Log) -> tuple[Grid, dict[str, Any], 
 def _run_cells(grid: Grid, log: Log) -> list[dict[str, Any]]:
     """Run every cell that is not done and return those that failed."""
     failed = []
-    # All candidates of one seed come first, so that early results can be compared.
-    cells = [(candidate, seed) for seed in grid.seeds for candidate in grid.candidates]
-    for number, (candidate, seed) in enumerate(cells, 1):
-        name = f"[{number}/{len(cells)}] {candidate.label}, seed {seed}"
-        run = grid.run_dir(candidate, seed)
-        if grid.is_done(candidate, seed):
-            log(f"{name}: already done")
+    # All candidates of a seed (of `at_once` seeds) come first, so that early results can be compared.
+    chunks = [grid.seeds[i : i + grid.at_once] for i in range(0, len(grid.seeds), grid.at_once)]
+    groups = [[(candidate, seed) for seed in seeds] for seeds in chunks for candidate in grid.candidates]
+    number, total = 0, len(grid.seeds) * len(grid.candidates)
+    for group in groups:
+        files: dict[Path, tuple[str, Candidate, int]] = {}
+        for candidate, seed in group:
+            number += 1
+            name = f"[{number}/{total}] {candidate.label}, seed {seed}"
+            run = grid.run_dir(candidate, seed)
+            if grid.is_done(candidate, seed):
+                log(f"{name}: already done")
+                continue
+            log(f"{name}: {'resuming' if run.path.is_dir() else 'starting'}")
+            recipe_file = run.path.with_name(f"{run.path.name}.yaml")
+            write_atomic(recipe_file, grid.cell_recipe(candidate, seed).to_yaml())
+            files[recipe_file] = name, candidate, seed
+        if not files:
             continue
-        log(f"{name}: {'resuming' if run.path.is_dir() else 'starting'}")
-        recipe_file = run.path.with_name(f"{run.path.name}.yaml")
-        write_atomic(recipe_file, grid.cell_recipe(candidate, seed).to_yaml())
-        worker = launch_worker(recipe_file, recipe_file.with_suffix(".log"), force=grid.force)
-        why, result, measured = worker.error, {}, {}
-        try:
-            if not why:
-                result, measured = (read_json(f, RENAMED_KEYS) for f in (run.result_file, run.evaluation_file("test")))
-        except RunError as e:
-            why = e.message
-        if why:
-            log(f"{name}: failed: {why}")
-            failed.append({"method": candidate.label, "seed": seed, "why": why})
-            continue
-        memory, duration = format_bytes(result["peak_bytes"]), format_duration(worker.seconds)
-        costs = f"{result['trained_tokens']} tokens, {memory}, {duration}"
-        log(f"{name}: loss reduction {measured['loss_reduction']:.4f} ({costs})")
+        first, *others = files
+        worker = launch_worker(first, first.with_suffix(".log"), others=others, force=grid.force)
+        for recipe_file, (name, candidate, seed) in files.items():
+            run = grid.run_dir(candidate, seed)
+            why, result, measured = worker.failed.get(str(recipe_file), worker.error), {}, {}
+            try:
+                if not why or (others and grid.is_done(candidate, seed)):
+                    names = run.result_file, run.evaluation_file("test")
+                    why, (result, measured) = "", (read_json(f, RENAMED_KEYS) for f in names)
+            except RunError as e:
+                why = e.message
+            if why:
+                log(f"{name}: failed: {why}")
+                failed.append({"method": candidate.label, "seed": seed, "why": why})
+                continue
+            memory, duration = format_bytes(result["peak_bytes"]), format_duration(worker.seconds)
+            costs = f"{result['trained_tokens']} tokens, {memory}, {duration}"
+            costs += f" for {len(files)} runs at once" if others else ""
+            log(f"{name}: loss reduction {measured['loss_reduction']:.4f} ({costs})")
     return failed
 
 
@@ -155,6 +168,7 @@ def _build_result(grid: Grid) -> dict[str, Any]:
         "tokens": grid.tokens,
         "steps": grid.steps,
         "seeds": list(grid.seeds),
+        "at_once": grid.at_once,
         "rows": len(summaries[0].row_lines) if summaries else 0,
         "test_tokens": sum(summaries[0].row_tokens) if summaries else 0,
         "base_loss": first.get("base_loss"),

@@ -41,6 +41,7 @@ class Grid:
     lengths: tuple[int, ...]  # tokens of each training row
     output_dir: Path
     excluded: Mapping[str, str] = field(default_factory=dict)  # why candidates from "all" are left out, by label
+    at_once: int = 1  # runs of a candidate that train at the same time in one process
     force: bool = False  # train on rows that the data report finds faulty
     digests: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the training, validation and test rows
 
@@ -104,6 +105,7 @@ class Grid:
             "trials": self.trials,
             "rows (SHA-256)": self.digests,
             "methods": {c.label: c.to_dict() for c in self.candidates},
+            **({"at_once": self.at_once} if self.at_once > 1 else {}),  # it changes what memory is measured
         }
 
 
@@ -115,6 +117,7 @@ def build_grid(
     tokens: int | None,
     trials: int,
     output_dir: Path,
+    at_once: int = 1,
     force: bool = False,
 ) -> Grid:
     """Read the rows and return the runs with their number of steps.
@@ -126,6 +129,7 @@ def build_grid(
         tokens: trained tokens of a run, on average; None: as long as the recipe says.
         trials: learning rates tried for each candidate.
         output_dir: the folder of the comparison.
+        at_once: runs of a candidate that train at the same time in one process.
         force: train on rows that the data report finds faulty.
     """
     recipe = Recipe.from_dict({**tree, "output_dir": str(output_dir)})
@@ -138,6 +142,7 @@ def build_grid(
         trials=trials,
         lengths=(),
         output_dir=output_dir,
+        at_once=at_once,
         force=force,
     )
     excluded: dict[str, str] = {}

@@ -1,7 +1,8 @@
-"""One run of a comparison in its own process: `python -m slimtune.comparison.worker RECIPE [--trial] [--force]`.
+"""Runs of a comparison in a process of their own: `python -m slimtune.comparison.worker RECIPE… [--trial] [--force]`.
 
-The process boundary gives each run its own peak memory, and a crash ends that run only. A run resumes from its newest
-checkpoint and ends when the process that started it ends. An error is one JSON object on stdout.
+The process boundary gives a run its own peak memory, and a crash ends that run only. Several recipes train at once on
+one base (training/together.py). A run resumes from its newest checkpoint and ends when the process that started it
+ends. An error is one JSON object on stdout, with the recipe's file as `recipe` if there are several.
 """
 
 import os
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,12 +33,14 @@ class WorkerResult(NamedTuple):
     error: str  # why it failed, in one line; "" if it did not
     stopped: bool  # whether `should_stop` ended it
     seconds: float  # wall-clock time
+    failed: Mapping[str, str] = {}  # of several runs: why single ones failed, by their recipe files
 
 
 def launch_worker(
     recipe_file: Path,
     log_file: Path,
     *,
+    others: Sequence[Path] = (),
     trial: bool = False,
     force: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
@@ -46,6 +49,7 @@ def launch_worker(
 
     Args:
         recipe_file: the recipe of the run.
+        others: the recipes of runs that train at the same time in this process.
         log_file: the run's output is appended here.
         trial: leave the test rows out.
         force: train on rows that the data report finds faulty.
@@ -59,7 +63,7 @@ def launch_worker(
     with (
         log_file.open("a") as log,
         subprocess.Popen(
-            [*WORKER_COMMAND, str(recipe_file), *flags],
+            [*WORKER_COMMAND, *map(str, (recipe_file, *others)), *flags],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -85,57 +89,84 @@ def launch_worker(
     code = process.returncode
     if code == 130:
         raise KeyboardInterrupt
-    error = ""
+    error, failed = "", {}
     if code != 0:
         try:
-            fields = parse_json(output.strip().splitlines()[-1])
-            parts = [fields["message"], *(f"{name}: {fields[name]}" for name in ("expected", "hint") if fields[name])]
-            error = "; ".join(" ".join(part.split()) for part in parts)
-        except (IndexError, ValueError, KeyError):
+            for line in output.strip().splitlines() if others else output.strip().splitlines()[-1:]:
+                fields = parse_json(line)
+                parts = [fields["message"], *(f"{n}: {fields[n]}" for n in ("expected", "hint") if fields[n])]
+                error = "; ".join(" ".join(part.split()) for part in parts)
+                if "recipe" in fields:
+                    failed[fields["recipe"]], error = error, ""
+        except (ValueError, KeyError):
+            error = ""
+        if not error and not failed:
             ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
             ending += ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
             error = f"its process {ending}; see {log_file}"
-    return WorkerResult(error, False, time.perf_counter() - start)
+    return WorkerResult(error, False, time.perf_counter() - start, failed)
 
 
 def run_cell(recipe_file: Path, *, trial: bool = False, force: bool = False) -> None:
     """Train a recipe and, unless it is a trial, evaluate it on the test rows; finished steps are not repeated."""
+    for error in run_cells([recipe_file], trial=trial, force=force).values():
+        raise error
+
+
+def run_cells(recipe_files: Sequence[Path], *, trial: bool = False, force: bool = False) -> dict[Path, SlimtuneError]:
+    """Do what `run_cell` does for several recipes that train at once; return the errors of those that failed."""
     # Imported here because loading torch takes seconds, and the process must watch its parent from the start.
     from ..config import load_recipe
     from ..evaluation.evaluate import EvalSettings, evaluate
     from ..run_dir import RunDir
-    from ..training.train import train
+    from ..training.together import train_together
 
-    recipe = load_recipe(recipe_file)
-    run = RunDir(Path(recipe.output_dir))
-    if not run.result_file.is_file():
-        can_resume = run.checkpoints.is_dir() or run.recipe_file.is_file()
-        if run.path.is_dir() and not can_resume:
-            shutil.rmtree(run.path)  # the process was killed before it wrote anything to resume from
-        train(recipe, resume=can_resume, force=force)
-    if not trial:
-        evaluate(run.path, EvalSettings(split="test", skip_prompt_test=True))  # only losses are compared
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    recipes = {file: load_recipe(file) for file in recipe_files}
+    runs = {file: RunDir(Path(recipe.output_dir)) for file, recipe in recipes.items()}
+    resume: dict[Path, bool] = {}
+    for file, run in runs.items():
+        if not run.result_file.is_file():
+            resume[file] = run.checkpoints.is_dir() or run.recipe_file.is_file()
+            if run.path.is_dir() and not resume[file]:
+                shutil.rmtree(run.path)  # the process was killed before it wrote anything to resume from
+    outcomes = train_together([recipes[file] for file in resume], resume=list(resume.values()), force=force)
+    failed = {file: o for file, o in zip(resume, outcomes, strict=True) if isinstance(o, SlimtuneError)}
+    for file in (file for file in recipe_files if file not in failed):
+        if not trial:
+            evaluate(runs[file].path, EvalSettings(split="test", skip_prompt_test=True))  # only losses are compared
+        shutil.rmtree(runs[file].checkpoints, ignore_errors=True)
+    return failed
 
 
 def main() -> None:
-    """Run the cell that the arguments name and exit: 0 done, 1 or 2 as the error says, 130 interrupted."""
-    recipe_file, *flags = sys.argv[1:]
+    """Run the cells that the arguments name and exit: 0 done, 1 or 2 as the error says, 130 interrupted."""
+    flags = [argument for argument in sys.argv[1:] if argument.startswith("--")]
+    files = [Path(argument) for argument in sys.argv[1:] if argument not in flags]
+    how = {"trial": "--trial" in flags, "force": "--force" in flags}
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     code = 0
     try:
         with allow_remote_code("--trust-remote-code" in flags):
-            run_cell(Path(recipe_file), trial="--trial" in flags, force="--force" in flags)
+            if len(files) == 1:
+                run_cell(files[0], **how)
+            else:
+                for file, error in run_cells(files, **how).items():
+                    _print_error(error, recipe=str(file))
+                    code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except Exception as e:
         if not isinstance(e, SlimtuneError):
             traceback.print_exc()
             e = SlimtuneError(f"{type(e).__name__}: {e}")
-        print(to_json({"message": e.message, "expected": e.expected, "hint": e.hint}))
+        _print_error(e)
         code = e.exit_code
     sys.stdout.flush()
     os._exit(code)  # a normal exit would wait for the thread that reads stdin
+
+
+def _print_error(error: SlimtuneError, **more: str) -> None:
+    print(to_json({"message": error.message, "expected": error.expected, "hint": error.hint, **more}))
 
 
 def _exit_with_parent() -> None:

@@ -83,6 +83,8 @@ class TrainingLoop:
         state: what was done so far.
         stop_requested: ends the run after the current step, with a checkpoint; set it from a signal handler.
         stop_signal: the signal that asked for it, the highest one that any process got.
+        together: whether other loops of this process train at the same time (training/together.py).
+        computed: what `compute_gradients` returns for the next step, if its gradients were computed with other runs'.
         stopped_early: whether the validation loss stopped improving for as long as the recipe waits.
     """
 
@@ -113,6 +115,8 @@ class TrainingLoop:
         self.stop_requested = self.stop_agreed = self.stopped_early = False
         self.stop_signal = 0
         self.skipped_in_a_row = self.slow_steps = 0
+        self.together = False
+        self.computed: tuple[Tensor, Tensor, int, int] | None = None
         self.weights_match_state = True  # false from the beginning of an optimizer step until its end
         self.unlogged_loss = torch.zeros((), device=self.device)
         self.unlogged_steps = 0
@@ -154,13 +158,17 @@ class TrainingLoop:
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
-    def run_to_end(self) -> None:
-        """Train until all steps are done, the run stops early, or it is asked to stop."""
+    def run_steps(self) -> Iterator[list[Example]]:
+        """Train until all steps are done, the run stops early, or it is asked to stop; yield the rows of each step.
+
+        A step is taken when the next one is asked for. With `together`, several loops of one process take turns.
+        """
         self.model.train()
-        with self.logger.track_training(self.state), self.stop_on_signals():
+        with self.logger.track_training(self.state), nullcontext() if self.together else self.stop_on_signals():
             try:
                 with translate_os_errors(self.run.path):
                     for rows in self.remaining_steps():
+                        yield rows
                         values = self.train_step(rows)
                         self.logger.update(self.state, values["learning_rate"])
                         if self.after_step(values):
@@ -283,12 +291,11 @@ class TrainingLoop:
 
     def compute_gradients(self, rows: Sequence[Example]) -> tuple[Tensor, Tensor, int, int]:
         """Compute and clip a step's gradients; return its loss, gradient norm, tokens and supervised tokens."""
+        if self.computed is not None:
+            computed, self.computed = self.computed, None
+            return computed
         rows = self.objective.prepare_step(rows, self.score_rows)
         alone, num_items = self.processes == 1, self.objective.count_items(rows)
-
-        def clip() -> Tensor:
-            limit = self.settings.max_grad_norm or math.inf
-            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
 
         def work() -> tuple[Tensor, Tensor | None, int, int]:
             part = self.sharder(rows)
@@ -308,7 +315,7 @@ class TrainingLoop:
                     regularize=distributed.is_main_process(),
                 )
             # One process can repeat the clipping with the rest; several have exchanged their gradients by then.
-            return loss, clip() if alone else None, part["tokens"], part["targets"]
+            return loss, self.clip_gradients() if alone else None, part["tokens"], part["targets"]
 
         loss, grad_norm, tokens, targets = self.recovery.run_in_micro_batches(
             "a training step", rows, work, self.model.zero_grad
@@ -319,8 +326,12 @@ class TrainingLoop:
             if self.stop_agreed:
                 self.stop_signal = max(distributed.all_gather_object(self.stop_signal))
             distributed.sum_gradients(p for p in self.model.parameters() if p.requires_grad)
-            grad_norm = clip()
+            grad_norm = self.clip_gradients()
         return loss, grad_norm, tokens, targets
+
+    def clip_gradients(self) -> Tensor:
+        """Clip the gradients of the model to the largest norm of the settings; return the norm they had."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm or math.inf)
 
     def score_rows(self, rows: Sequence[Example]) -> list[list[float]]:
         """Return the summed log p of each row of some examples, computed by all processes without gradient."""

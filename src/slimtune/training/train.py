@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,9 @@ Planner = Callable[[Recipe, Sequence[int]], Mapping[str, Any] | None]
 """Plans a recipe for rows of these lengths in tokens. Returns the plan as plain values, None if it cannot be planned;
 raises if the run does not fit."""
 
+TrainingSteps = Generator[TrainingLoop | Sequence[Example], None, dict[str, Any]]
+"""A run that is trained step by step: its loop first, then the rows of each step; its result at the end."""
+
 
 class Interrupted(KeyboardInterrupt):
     """A run was stopped by Ctrl-C, with a checkpoint."""
@@ -95,16 +98,38 @@ def train(
         Terminated: SIGTERM or SIGHUP; a checkpoint was written.
     """
     created_group = distributed.init_distributed()
+    steps = start_training(recipe, resume=resume, init_adapter=init_adapter, planner=planner, force=force)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            result: dict[str, Any] = done.value
+            break
+    if created_group:
+        distributed.shutdown()
+    return result
+
+
+def start_training(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    init_adapter: Path | None = None,
+    planner: Planner = lambda *_: None,
+    force: bool = False,
+    load_base: Callable[..., Base] = setup.load_base_from_recipe,
+) -> TrainingSteps:
+    """Yield the loop of a run before its first step, then the rows of each step before it is taken; return the result.
+
+    Arguments as for `train`; `load_base` returns the base of a recipe, with a head for its classes.
+    """
     run = RunDir(Path(recipe.output_dir))
     distributed.install_sigterm_watcher(run.resume_command())
     lock = RunLock(run)
     try:
-        result = _train(recipe, run, lock, resume, init_adapter, planner, force)
+        return (yield from _train(recipe, run, lock, resume, init_adapter, planner, force, load_base))
     finally:
         lock.release()
-    if created_group:
-        distributed.shutdown()
-    return result
 
 
 def _train(
@@ -115,7 +140,8 @@ def _train(
     init_adapter: Path | None,
     planner: Planner,
     force: bool,
-) -> dict[str, Any]:
+    load_base: Callable[..., Base],
+) -> TrainingSteps:
     started, resident_at_start = time.perf_counter(), psutil.Process().memory_info().rss
 
     # Recipe: when resuming it must be the run's own; the adapter to start from brings its method's settings.
@@ -143,7 +169,7 @@ def _train(
     def load_model() -> tuple[Base, Any]:
         place = {"device": "cpu" if shard else str(device), "dtype": str(dtype).removeprefix("torch.")}
         placed = recipe.model_copy(update={"model": recipe.model.model_copy(update=place)})
-        base = setup.load_base_from_recipe(placed, data.classes)
+        base = load_base(placed, data.classes)
         if not force:
             require_finite_weights(base)
         model = setup.attach_adapter(base, recipe, init_adapter, data.train)
@@ -220,7 +246,8 @@ def _train(
     # Training.
     try:
         with packed_attention(model):
-            loop.run_to_end()
+            yield loop
+            yield from loop.run_steps()
     finally:
         if distributed.is_main_process():
             restore_recipe(run, recipe, logger)
