@@ -35,6 +35,9 @@ MEASURED = {
     "forgetting": {"change": 0.031, "change_ci95": [0.02, 0.04], "budget": 0.1, "within": True},
     "generations": [{"prompt": [{"content": "Hi [b]"}], "reference": "Ho", "base": "Hm", "tuned": "Ha"}],
     "generation_summary": {"ended": {"base": 0.5, "tuned": 1.0}},
+    "win_rate": {"prompts": 9, "wins": 5, "losses": 2, "ties": 1, "unclear": 1, "win_rate": 0.6875,
+                 "win_rate_ci95": [0.4, 0.9], "consistent": 0.75, "base_characters": 30.2, "tuned_characters": 60.4,
+                 "longer_won": None},
     "tasks": {"odd": {"acc": {"base": 0.25, "base_stderr": 0.04, "tuned": 0.5, "tuned_stderr": None}}},
     "verdict": {"passed": True, "reasons": []},
 }  # fmt: skip
@@ -287,7 +290,8 @@ def test_eval_screen(monkeypatch, slimtune, slimtune_json):
         "4.0000", "3.0000", "54.60", "37.5 %", "0.9000 to 1.1000", "90 rows", "3000 supervised tokens",
         "is higher by 0.1300 nats per token for the base, by 0.1600 (0.1100 to 0.2200) for the tuned model",
         "no more was forgotten than is allowed; the loss on it rose by 0.0310 (0.0200 to 0.0400) nats per token",
-        "Hi [b]\nreference: Ho\nbase: Hm\ntuned: Ha", "0.2500 ± 0.0400", "verdict: the tuned model is better",
+        "Hi [b]\nreference: Ho\nbase: Hm\ntuned: Ha", "0.2500 ± 0.0400",
+        "wins 68.8 % (40.0 to 90.0) of 9 prompts: 5 wins", "verdict: the tuned model is better",
     ):  # fmt: skip
         assert part in shown
     assert slimtune_json("eval", "runs/x") == MEASURED

@@ -33,6 +33,9 @@ def eval_run(
         list[str] | None,
         Option(help="Check of the answers: exact, chrf, json, regex:PATTERN or json-schema:FILE. Repeatable."),
     ] = None,
+    judge: Annotated[
+        str | None, Option(help="Compares the answers of both models: FILE.py:FUNCTION, or http://…/v1 (OpenAI's API).")
+    ] = None,
     tasks: Annotated[str | None, Option(help="Tasks of lm-evaluation-harness, separated by commas.")] = None,
     tasks_path: Annotated[Path | None, Option(help="A folder with task files of your own.")] = None,
     device: Device = None,
@@ -57,6 +60,7 @@ def eval_run(
         generate=generate,
         max_new_tokens=max_new_tokens,
         checks=check or [],
+        judge=judge,
         tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
         tasks_path=tasks_path,
         device=device,
@@ -153,6 +157,8 @@ def _print_result(result: Mapping[str, Any]) -> None:
         rows = [(name, *(f"{means[model]:.3g}" for model in MODELS)) for name, means in summary.items()]
         screen.print()
         screen.print(table(f"mean of {len(result['generations'])} answers", *MODELS, rows=rows))
+    if (won := result.get("win_rate")) is not None:
+        screen.print(f"\n{describe_win_rate(won)}")
     if result["tasks"]:
         rows = [
             (task, metric, *(score(scores, model) for model in MODELS))
@@ -164,6 +170,22 @@ def _print_result(result: Mapping[str, Any]) -> None:
     verdict = result["verdict"]
     text = "the tuned model is better" if verdict["passed"] else "no: " + "; ".join(verdict["reasons"])
     screen.print(f"verdict: {text}")
+
+
+def describe_win_rate(won: Mapping[str, Any]) -> str:
+    """Return how often the tuned model's answer won, and what the judge may have looked at instead."""
+    counts = f"{won['wins']} wins, {won['ties']} ties, {won['losses']} losses, {won['unclear']} without a clear verdict"
+    if won["win_rate"] is None:
+        return f"judge: the win rate is not proven: {counts}"
+    low, high = won["win_rate_ci95"]
+    longer = (
+        "" if won["longer_won"] is None else f"; the longer answer won {100 * won['longer_won']:.0f} % of the decided"
+    )
+    return (
+        f"judge: the tuned model wins {100 * won['win_rate']:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of "
+        f"{won['prompts']} prompts: {counts}. Both orders got the same verdict on {100 * won['consistent']:.0f} %; "
+        f"answers have {won['base_characters']:.0f} (base) and {won['tuned_characters']:.0f} (tuned) characters{longer}"
+    )
 
 
 def _print_classes(result: Mapping[str, Any]) -> None:

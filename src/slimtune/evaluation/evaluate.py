@@ -46,6 +46,7 @@ from .base import Evaluation
 from .classification import ClassificationEvaluation
 from .forgetting import DEFAULT_BUDGET, measure_forgetting
 from .generate import Generator
+from .judge import build_judge, judge_answers, measure_win_rate
 from .lm_eval import find_tasks, run_tasks
 from .preference import PreferenceEvaluation
 from .reward import RewardEvaluation
@@ -83,6 +84,7 @@ class EvalSettings:
     generate: int = 0  # held-out prompts that base and tuned model answer, 0 or more
     max_new_tokens: int = 128  # longest answer in tokens, 1 or more
     checks: Sequence[str] = ()  # of the answers, by the names in `answers.py`
+    judge: str | None = None  # that compares the answers of both models, by a name of `judge.py`
     tasks: Sequence[str] = ()  # of lm-evaluation-harness
     tasks_path: Path | None = None  # a folder of the user's task files
     device: str | None = None  # to run on; None: the run's
@@ -91,6 +93,8 @@ class EvalSettings:
         for name, least in (("bootstrap", 1), ("forgetting_budget", 0), ("generate", 0), ("max_new_tokens", 1)):
             if not least <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}", f"{least} or more")
+        if self.judge is not None and not self.generate:
+            raise UsageError("--judge compares answers, and none are asked for", hint="--generate 50")
 
 
 def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
@@ -105,7 +109,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         settings: what to measure.
 
     Raises:
-        UsageError: the run, rows, text, check or task does not exist, or a prompt leaves no room for an answer.
+        UsageError: the run, rows, text, check, judge or task does not exist, or a prompt leaves no room for an answer.
         DataError: the rows or the text are faulty.
         AdapterError: the adapter does not fit, or its loss is NaN or Inf.
         ModelError: the base cannot be loaded, a package is missing, or the harness fails.
@@ -113,6 +117,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     start = time.perf_counter()
     run, settings = Path(run), settings or EvalSettings()
     checks = {name: build_check(name) for name in settings.checks}
+    judge = None if settings.judge is None else build_judge(settings.judge)
     task_manager = find_tasks(settings.tasks, settings.tasks_path) if settings.tasks else None
     run_dir = None if find_adapter_folder(run) == run else RunDir.open(run)
     if run_dir is not None:
@@ -165,10 +170,10 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         **measured,
     }
     if writes_text:
-        result |= dict.fromkeys(("forgetting", "generations", "generation_summary", "tasks"))
+        result |= dict.fromkeys(("forgetting", "generations", "generation_summary", "win_rate", "tasks"))
+    draws = {"draws": settings.bootstrap, "seed": settings.seed}
     if general:
         score_general = functools.partial(evaluation.score_both, place=settings.general_text)
-        draws = {"draws": settings.bootstrap, "seed": settings.seed}
         result["forgetting"] = {"text": str(settings.general_text)}
         result["forgetting"] |= measure_forgetting(general, score_general, settings.forgetting_budget, **draws)
     reasons = [*list_missing_rows(result), *evaluation.list_reasons(result)]
@@ -194,6 +199,10 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
         result["generations"] = generate_base_and_tuned_answers(generator, prompts, checks, settings.max_new_tokens)
         result["generation_summary"] = summarize_checks(result["generations"])
         result["verdict"] = make_verdict(result, reasons)
+        save()
+    if judge is not None:
+        judge_answers(result["generations"], judge)
+        result["win_rate"] = measure_win_rate(str(settings.judge), result["generations"], **draws)
         save()
     if settings.tasks:
         result["tasks"] = run_tasks(trained, settings.tasks, task_manager)
