@@ -32,6 +32,7 @@ from .methods import methods
 from .models import models
 from .options import GroupedCommand, add_trust_flag
 from .plan import plan
+from .predict import predict
 from .push import push_run
 from .report import report_run
 from .serve import serve_runs
@@ -43,14 +44,14 @@ from .verify import verify_run
 GROUPS = {
     "Choose and plan": (choose, plan, cost, gpus, bench, models, methods),
     "Train": (data_report, train_run, tune),
-    "Judge": (eval_run, compare, report_run, generate, chat),
+    "Judge": (eval_run, compare, report_run, generate, chat, predict),
     "Ship": (export_run, verify_run, merge_run, push_run),
     "Serve": (serve_runs,),
     "In the browser": (ui,),
     "Help": (doctor, explain),
 }
 """Commands by what a user wants, in the order of the help."""
-LOAD_RUN = (eval_run, generate, chat, merge_run, export_run, verify_run, push_run, serve_runs)
+LOAD_RUN = (eval_run, generate, chat, predict, merge_run, export_run, verify_run, push_run, serve_runs)
 """The commands that load the base of a run, whose folder may come from somebody else."""
 COMMANDS: dict[str, Any] = {
     function.__name__.partition("_")[0]: function for functions in GROUPS.values() for function in functions

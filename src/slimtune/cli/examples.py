@@ -33,6 +33,10 @@ EXAMPLES = {
     "compare": ("slimtune compare recipe.yaml --methods lora,ia3 --seeds 2", "slimtune compare recipe.yaml --tune"),
     "generate": ("slimtune generate runs/first 'What is love?'", "slimtune generate runs/first Hello --side-by-side"),
     "chat": ("slimtune chat runs/first", "slimtune chat runs/first --system 'Be brief.' --side-by-side"),
+    "predict": (
+        "slimtune predict runs/spam 'You have won a prize!'",
+        "slimtune predict runs/spam --data new.jsonl --out predicted.jsonl",
+    ),
     "merge": ("slimtune merge runs/first --out merged", "slimtune merge runs/first --out merged --dtype float16"),
     "export": (
         "slimtune export runs/first --to ollama --out ollama",

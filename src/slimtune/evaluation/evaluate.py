@@ -130,7 +130,7 @@ def evaluate(run: Path, settings: EvalSettings | None = None) -> dict[str, Any]:
     trained = load_run(run, device=settings.device)
     model: Any = trained.model
     tokenizer = trained.base.tokenizer
-    recipe = trained.recipe or _make_recipe(trained, file)
+    recipe = trained.recipe or make_eval_recipe(trained, file)
     objective = recipe.objective()
     writes_text = objective.task_type == "CAUSAL_LM"
     if not writes_text and (settings.generate or settings.tasks):
@@ -295,7 +295,7 @@ def find_training_rows(recipe: Recipe, file: Path, examples: TokenizedDataset) -
     return [i for i, key in enumerate(keys) if key in trained]
 
 
-def _make_recipe(trained: TrainedModel, file: Path | None) -> Recipe:
+def make_eval_recipe(trained: TrainedModel, file: Path | None) -> Recipe:
     """Return what stands for the recipe of an adapter folder. Its base may be any, so rows are not packed."""
     sections: dict[str, Any] = {"data": {"train": str(file)}, "train": {"packing": False}}
     if trained.classes is not None:

@@ -1,0 +1,122 @@
+"""Predictions for new texts: the class of each by a trained classifier, or its reward by a reward model."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.dataset import RowErrorCollector, find_parts
+from ..data.formats import InvalidRow, Record, Row, parse_record
+from ..data.tokenize import tokenize_rows
+from ..errors import AdapterError, UsageError
+from ..setup import TrainedModel, build_collator, load_run
+from ..train_step.loss import row_logits, score_examples
+from ..utils.files import require_output_file, to_json, write_atomic
+from ..utils.sequences import IGNORE_INDEX
+from .evaluate import make_eval_recipe
+
+
+def predict_file(run: Path, data: Path, out: Path, *, device: str | None = None) -> dict[str, Any]:
+    """Write the rows of a file as JSONL, each with the prediction that `predict` adds to it.
+
+    Returns:
+        `run`, `data`, `out`, `rows`; `classes`, the number of rows by predicted class (of a reward model: null);
+        `mean_reward` (of a classifier: null); `seconds`.
+
+    Raises:
+        UsageError: no such run or file, or the run is no classifier.
+        DataError: a row is neither a text nor messages; nothing is written.
+    """
+    start = time.perf_counter()
+    run, data, out = Path(run), Path(data), require_output_file(Path(out))
+    rows = read_inputs(data)
+    found = predict(load_run(run, device=device), [row for row, _ in rows])
+    write_atomic(out, "".join(to_json({**record, **new}) + "\n" for (_, record), new in zip(rows, found, strict=True)))
+    names = [name for p in found for name in np.atleast_1d(p.get("predicted", []))]
+    rewards = [p["reward"] for p in found if "reward" in p]
+    return {
+        "run": str(run),
+        "data": str(data),
+        "out": str(out),
+        "rows": len(rows),
+        "classes": None if rewards else dict(Counter(names).most_common()),
+        "mean_reward": float(np.mean(rewards)) if rewards else None,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+def read_inputs(path: Path) -> list[tuple[Row, Record]]:
+    """Return the rows of a file with their records; raise DataError with the lines that are no text and no messages."""
+    rows: list[tuple[Row, Record]] = []
+    errors = RowErrorCollector(path, 'rows with a "text" or "messages"')
+    for file, read in find_parts(path):
+        for found in read():
+            row = found if isinstance(found, InvalidRow) else parse_input(found[1], found[0], file)
+            if isinstance(row, InvalidRow):
+                errors.add(row.line, row.cause, row.file, row.hint)
+            elif not isinstance(found, InvalidRow):
+                rows.append((row, found[1]))
+            if errors.full:
+                errors.check()
+    if not rows and not errors.messages:
+        errors.add(1, "contains no rows")
+    errors.check()
+    return rows
+
+
+def parse_input(record: Record, line: int = 1, file: str | None = None) -> Row | InvalidRow:
+    """Return a record with a text or messages as a row to classify; a label that it has is not read."""
+    return parse_record({**record, "label": "?"}, "classification", line, file)
+
+
+def predict(trained: TrainedModel, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the prediction for each row.
+
+    Returns:
+        For each row `predicted`, the likeliest class, and `probabilities` by class; if a row may have any number of
+        classes, `predicted` is the list of those with a probability above 0.5. Of a reward model: `reward`.
+
+    Raises:
+        UsageError: the run is no classifier, or a row is longer than the model's context.
+        DataError: the chat template refuses a row.
+    """
+    classes, model, tokenizer = trained.classes, trained.model, trained.base.tokenizer
+    if classes is None:
+        hint = f"slimtune generate {trained.adapter.parent if trained.recipe else trained.adapter} lets it answer"
+        raise UsageError(f"{trained.adapter} is the adapter of a language model", "a classifier or reward model", hint)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    examples: list[dict[str, Any]] = []
+    errors = RowErrorCollector("the rows", hint="shorten or remove these rows")
+    for row, tokens in zip(rows, tokenize_rows(rows, tokenizer), strict=True):
+        if isinstance(tokens, InvalidRow):
+            errors.add(row.line, tokens.cause, row.file)
+            continue
+        ids = tokens.input_ids
+        if context is not None and len(ids) > context:
+            errors.add(row.line, f"has {len(ids)} tokens, and the model's context holds {context}", row.file)
+        examples.append({"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids), "line": row.line})
+    errors.check()
+    recipe = trained.recipe or make_eval_recipe(trained, None)
+    collator = build_collator(recipe, model, tokenizer, max(len(e["input_ids"]) for e in examples))
+    scores = score_examples(model, examples, collator, lambda batch: row_logits(model, batch).double())
+    logits = np.array([scores[i] for i in range(len(examples))])
+    if not np.isfinite(logits).all():
+        raise AdapterError("the classifier computes NaN or Inf", "finite logits", "evaluate in float32")
+    if not classes.names:
+        return [{"reward": float(reward)} for (reward,) in logits]
+    if classes.multi_label:
+        probabilities = 1 / (1 + np.exp(-logits))
+        predicted: list[Any] = [
+            [n for n, p in zip(classes.names, row, strict=True) if p > 0.5] for row in probabilities
+        ]
+    else:
+        probabilities = np.exp(logits - logits.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        predicted = [classes.names[i] for i in logits.argmax(1)]
+    return [
+        {"predicted": name, "probabilities": dict(zip(classes.names, row.tolist(), strict=True))}
+        for name, row in zip(predicted, probabilities, strict=True)
+    ]
