@@ -326,6 +326,22 @@ def test_progress_is_a_line_every_ten_seconds(monkeypatch, slimtune):
     assert json.loads(done.stdout) == {"out": "m"}
 
 
+def test_eval_shows_no_table_that_is_too_wide(monkeypatch, slimtune):
+    names, counts = [f"category {i}" for i in range(9)], [[40 + (i == j) for j in range(9)] for i in range(9)]
+    counts[3][7] = 123
+    figures = {"rows": 360, "precision": 0.1, "recall": 0.1, "f1": 0.1}
+    result = {"task": "classification", "rows": 9, "accuracy": 0.1, "accuracy_ci95": [0, 0.2], "baseline": "category 1",
+              "baseline_accuracy": 0.1, "macro_f1": 0.1, "macro_f1_ci95": [0, 0.2], "loss": 1.0, "training_rows": None,
+              "classes": [{"name": n, **figures} for n in names], "confusion": counts,
+              "verdict": {"passed": True, "reasons": []}}  # fmt: skip
+    monkeypatch.setattr("slimtune.evaluation.evaluate.evaluate", lambda *_: result)
+    shown = slimtune("eval", "runs/x").stdout.splitlines()
+    at = next(i for i, line in enumerate(shown) if line.startswith("most frequent mistakes"))
+    assert shown[at + 1].split() == ["category", "3", "category", "7", "123"]
+    result |= {"classes": result["classes"][:2], "confusion": [[41, 40], [40, 41]]}
+    assert "category 0                    41          40" in slimtune("eval", "runs/x").stdout
+
+
 def test_eval_verdict_is_the_exit_code(monkeypatch, slimtune):
     verdict = {"passed": False, "reasons": ["it is worse", "it forgot"]}
     result = {**MEASURED, "prompt_dependence": None, "forgetting": None, "verdict": verdict}

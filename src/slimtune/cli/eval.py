@@ -1,6 +1,6 @@
 """`slimtune eval`: whether the tuned model is better than its base, at what price, and how sure that is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,8 +11,8 @@ from .inputs import require_rows, require_run
 from .progress import show_progress
 
 MODELS = ("base", "tuned")
-MAX_CONFUSION = 12
-"""Most classes whose confusion table fits on a screen; --json and the report have every one."""
+MAX_MISTAKES = 8
+"""Lines in place of a confusion table that is too wide; --json and the report have the whole table."""
 
 
 def eval_run(
@@ -208,12 +208,23 @@ def _print_classes(result: Mapping[str, Any]) -> None:
         figures = [(c["name"], str(c["rows"]), *(f"{c[k]:.3f}" for k in ("precision", "recall", "f1")))
                    for c in result["classes"]]  # fmt: skip
         screen.print(table("class", "rows", "precision", "recall", "F1", rows=figures))
-        if result["confusion"] is not None and len(result["classes"]) <= MAX_CONFUSION:
-            names = [c["name"] for c in result["classes"]]
-            counts = [(name, *map(str, row)) for name, row in zip(names, result["confusion"], strict=True)]
-            screen.print(table("label ↓ prediction →", *names, rows=counts))
+        if result["confusion"] is not None:
+            _print_confusion([c["name"] for c in result["classes"]], result["confusion"])
     if left_out := result["training_rows"]:
         screen.print(f"{left_out} rows are also training rows, and were left out")
     verdict = result["verdict"]
     better = "the model is better than its baseline"
     screen.print(f"verdict: {better if verdict['passed'] else 'no: ' + '; '.join(verdict['reasons'])}")
+
+
+def _print_confusion(names: Sequence[str], confusion: Sequence[Sequence[int]]) -> None:
+    """Print the confusion table, or the most frequent mistakes if the table is too wide for the screen."""
+    screen, heading = console(), "label ↓ prediction →"
+    counts = [(name, *map(str, row)) for name, row in zip(names, confusion, strict=True)]
+    if max(map(len, [heading, *names])) + sum(2 + max(len(n), 5) for n in names) <= screen.width:
+        screen.print(table(heading, *names, rows=counts))
+        return
+    mistakes = [(n, a, b) for a, row in zip(names, confusion, strict=True)
+                for b, n in zip(names, row, strict=True) if n and a != b]  # fmt: skip
+    shown = [(a, b, str(n)) for n, a, b in sorted(mistakes, reverse=True)[:MAX_MISTAKES]]
+    screen.print(table("most frequent mistakes: label", "prediction", "rows", left=[1], rows=shown))
