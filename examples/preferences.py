@@ -8,7 +8,7 @@ words of its validation and test rows.
     python examples/preferences.py --out pairs
     slimtune train examples/devils-dictionary.yaml                       # the answers first: `make demo` does the same
     slimtune train --model smollm2-135m --data pairs/train.jsonl --task dpo --init-adapter runs/devils-dictionary \
-        --epochs 2 --lr 1e-4 --out runs/preferred
+        --epochs 1 --lr 4e-5 --out runs/preferred
     slimtune eval runs/preferred --data pairs/test.jsonl
 
 Nothing but the definitions themselves may tell which is which. So both answers are one sentence that begins with a
