@@ -1,13 +1,17 @@
-"""Write docs/questions.md: questions, their commands, and what these answer: `python docs/make_questions.py`.
+"""Write docs/questions.md: questions, their commands, and what these answer: `python docs/make_questions.py [WORDS …]`.
 
-Each command is run, without a network. `keep` picks the lines of its output that are shown; without one all are.
+Each command is run, without a network. `keep` picks the lines of its output that are shown; without one all are. After
+WORDS, such as `plan cost`, only the rows whose command or question has one of them are asked again (all of them take 20
+minutes of processor time); the others stay as the page has them.
 """
 
+import argparse
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,10 +85,20 @@ def start_line(row: Row) -> str:
     return f"| {row.question} | {row.page or f'`slimtune {row.command}`'} |"
 
 
-def make_page() -> str:
-    """Return the page."""
-    return HEAD + "".join(f"{start_line(row)} {ask(row) if row.command else ''} |\n" for row in ROWS)
+def make_page(words: Sequence[str] = ()) -> str:
+    """Return the page; with `words`, the lines of rows that have none of them are those that the page has now."""
+    old = PAGE.read_text(encoding="utf-8").splitlines(keepends=True) if words else []
+
+    def make_line(row: Row) -> str:
+        kept = next((line for line in old if line.startswith(start_line(row))), "")
+        if kept and not any(word.lower() in f"{row.command} {row.question}".lower() for word in words):
+            return kept
+        return f"{start_line(row)} {ask(row) if row.command else ''} |\n"
+
+    return HEAD + "".join(make_line(row) for row in ROWS)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(make_page(), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORDS")
+    PAGE.write_text(make_page(parser.parse_args().words), encoding="utf-8")

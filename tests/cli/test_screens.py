@@ -163,6 +163,7 @@ def test_screen(name, terminal, home, slimtune, tmp_path, monkeypatch, request):
         source = home / file
         shutil.copytree(source, tmp_path / file) if source.is_dir() else shutil.copy(source, tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # otherwise doctor warns of other programs, if there are any
     words, typed = [places.get(word, word) for word in shlex.split(SCREENS[name])], TYPED.get(name, [])
     if terminal:
         code, shown = run_on_terminal(words, typed, monkeypatch)

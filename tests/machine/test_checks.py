@@ -325,6 +325,7 @@ FAULTS = {
         "ollama-slow",
         "ollama stop llama3.3:70b",
     ),
+    "busy CPU": ({"files": {"proc/loadavg": "30.02 9.1 7.0 3/412 991"}}, "cpu-limit", "OMP_WAIT_POLICY=PASSIVE"),
     "token with a line end": ({"token": "malformed: HF_TOKEN"}, "hub-token", "unset HF_TOKEN"),
 }
 
@@ -402,6 +403,7 @@ SOUND = {
     },
     "half a quota": {"files": {"sys/fs/cgroup/cpu.max": "100000", "sys/fs/cgroup/memory.max": "-1"}},
     "MIG, a slice chosen": {**MIG, "environment": {"CUDA_VISIBLE_DEVICES": "MIG-c7384736-a75d-5afc-978f-d2f1294409fd"}},
+    "busy CPU, but a GPU": {**HEALTHY, "files": {"proc/loadavg": "30.02 9.1 7.0 3/412 991"}},
     "second GPU chosen": {**HEALTHY, "smi": f"{RTX_4090}\n{RTX_4090}", "environment": {"CUDA_VISIBLE_DEVICES": "1"}},
 }
 

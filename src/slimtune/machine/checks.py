@@ -401,6 +401,16 @@ def check_cpu_quota(facts: MachineFacts) -> Finding | None:
     return Finding("torch starts more threads than the container has CPUs", evidence, commands, "cpu-limit", False)
 
 
+def check_busy_cpu(facts: MachineFacts) -> Finding | None:
+    """The CPU trains, and other programs use it: torch's threads then wait for each other, and spin as they do."""
+    is_busy = facts.load is not None and facts.load > 1.5 * facts.cores
+    if not is_busy or facts.torch.gpus or facts.environment.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
+        return None
+    evidence = f"load {facts.load:g} on {facts.cores} cores"
+    commands = ("ps aux --sort=-%cpu | head", "export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE")
+    return Finding("other programs use the processor: training is slow", evidence, commands, "cpu-limit", False)
+
+
 def check_limits(facts: MachineFacts) -> Finding | None:
     """A limit of the shell (ulimit) is too low for training."""
     least = {
@@ -520,7 +530,7 @@ CHECKS: tuple[Check, ...] = (
     check_nvidia_container, check_build_without_cuda, check_driver_age, check_architecture, check_hidden_gpus,
     check_mig, check_cuda_start, check_build_without_rocm, check_amd_driver, check_device_permission, check_gfx,
     check_rocminfo, check_companions, check_bitsandbytes, check_memory_limit, check_free_memory, check_overcommit,
-    check_limits, check_cpu_quota, check_shared_memory, check_disk_space, check_disk_permission, check_noexec,
-    check_compiler, check_ollama, check_token, check_busy_gpu,
+    check_limits, check_cpu_quota, check_busy_cpu, check_shared_memory, check_disk_space, check_disk_permission,
+    check_noexec, check_compiler, check_ollama, check_token, check_busy_gpu,
 )  # fmt: skip
 """All checks, in the order of their findings."""

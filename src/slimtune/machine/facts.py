@@ -32,7 +32,7 @@ COMPANIONS = ("torchvision", "torchaudio", "vllm", "xformers")
 """Packages that are compiled for one version of torch, and require it."""
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HSA_OVERRIDE_GFX_VERSION", "HF_HOME",
-    "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CC", "TMPDIR",
+    "HF_HUB_CACHE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CC", "TMPDIR",
 )  # fmt: skip
 """Environment variables that are facts: none holds a secret."""
 LIMITS = {"AS": "-v", "DATA": "-d", "FSIZE": "-f", "NOFILE": "-n", "NPROC": "-u"}
@@ -122,6 +122,7 @@ class MachineFacts:
     environment: Mapping[str, str] = field(default_factory=dict)
     cores: int = 1
     cpu_quota: float | None = None
+    load: float | None = None
     memory_bytes: int = 0
     memory_free_bytes: int = 0
     memory_limit_bytes: int | None = None
@@ -196,6 +197,7 @@ def gather_facts(
         "conflicts": _find_conflicts(),
         "environment": {name: environment[name] for name in VARIABLES if name in environment},
         "cores": os.cpu_count() or 1,
+        "load": float(load[1]) if (load := re.match(r"(\d+\.\d+) ", _read(root / "proc/loadavg"))) else None,
         "overcommit": _read(root / "proc/sys/vm/overcommit_memory"),
         "limits": _read_limits(),
         "shared_memory_bytes": _get_disk_size(root / "dev/shm"),
